@@ -1,0 +1,66 @@
+"""Compile a Triton kernel for a GPU that need not be present, and read what it uses off the binary."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_ALIGNED = [["tt.divisibility", 16]]
+
+
+class Usage(NamedTuple):
+    """What one compiled kernel uses: registers and spilled bytes a thread, shared memory bytes a block.
+
+    ``spills`` counts all stack and local memory, so zero means that every value stayed in registers.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+
+
+def compile_kernel(
+    kernel: Any,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    capability: int,
+    num_warps: int = 4,
+    aligned: Collection[str] = (),
+) -> Usage:
+    """Compile a ``triton.jit`` function for compute capability ``capability`` (90 for 9.0).
+
+    ``signature`` gives the Triton type of each argument that is no constexpr (``"*bf16"``, ``"i32"``) and
+    ``aligned`` names those the launcher would find divisible by 16; names the kernel lacks are ignored.
+    Raises RuntimeError when the kernel is interpreted or its resource use cannot be read.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if not isinstance(kernel, triton.JITFunction):
+        raise RuntimeError("only a kernel decorated without TRITON_INTERPRET=1 can be compiled")
+    types = {name: "constexpr" if name in constexprs else signature[name] for name in kernel.arg_names}
+    attrs = {(place,): _ALIGNED for place, name in enumerate(kernel.arg_names) if name in aligned}
+    source = ASTSource(kernel, types, dict(constexprs), attrs)
+    options = {"num_warps": num_warps, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    registers, spills = _registers_and_spills(compiled.asm["cubin"])
+    return Usage(registers, spills, compiled.metadata.shared)
+
+
+def _registers_and_spills(cubin: bytes) -> tuple[int, int]:
+    """Read both counts of the one kernel in ``cubin`` with Triton's cuobjdump."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
+    if found is None:
+        raise RuntimeError(f"cuobjdump reported no resource usage:\n{report}")
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local

@@ -1,0 +1,331 @@
+"""The rule notation: one line of einsum-like letters says how an operator may be split.
+
+Grammar
+-------
+    row      := operands "->" operands          operands := operand ("," operand)*  | nothing
+    operand  := "-"                             an argument that is no tensor
+              | dim*                            (no dim at all: a scalar tensor)
+    dim      := factor | "(" factor+ ")"        a dim made of several, the first one major
+              | "(" factor ("+" factor)+ ")"    a dim laid out as parts, one after the other
+              | "..."                           as many dims as there are left, aligned right, broadcasting
+    factor   := letter | letter "!"             "!": never split
+              | number                          a literal size, never split
+
+Meaning, for a letter split over n ranks:
+    on both sides    each rank computes its part
+    left side only   the output is a partial sum
+    right side only  each rank makes its part
+    in some inputs   the other inputs are whole, and their gradients partial sums
+
+In a product only the factor behind the literals splits: ``(h d)`` splits h, ``(3 n)`` splits n in each of
+the three segments. The letters of ``(q+k+v)`` split together.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one tensor lies along one mesh axis, together with where its gradient lies.
+
+    R  whole on every rank, gradient whole on every rank
+    C  whole on every rank, gradient a partial sum ("copied" into a split region)
+    S  split along `dim`; gradient split alike. `parts`, if given, are the sizes of the segments
+       the dim consists of; each segment is split on its own
+    P  a partial sum, gradient whole on every rank
+    """
+
+    kind: str
+    dim: int = -1
+    parts: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        parts = f"[{'+'.join(map(str, self.parts))}]" if self.parts else ""
+        return f"{self.kind}{self.dim if self.kind == 'S' else ''}{parts}"
+
+    @staticmethod
+    def parse(text: str) -> Placement:
+        """The inverse of ``str``: ``"S1[64+64]"``."""
+        match = re.fullmatch(r"([RCP])|S(\d+)(?:\[(\d+(?:\+\d+)*)\])?", text)
+        if match is None:
+            raise ValueError(f"not a placement: {text!r}")
+        if match[1]:
+            return Placement(match[1])
+        return Placement("S", int(match[2]), tuple(map(int, match[3].split("+"))) if match[3] else ())
+
+
+R, C, P = Placement("R"), Placement("C"), Placement("P")
+
+
+def S(dim: int, parts: Sequence[int] = ()) -> Placement:
+    """Split along `dim`, each of `parts` on its own."""
+    return Placement("S", dim, tuple(parts) if len(parts) > 1 else ())
+
+
+def splits(placement: Placement, shape: Shape, shards: int) -> bool:
+    """Whether `shape` can be split evenly as `placement` says."""
+    return placement.kind != "S" or all(p % shards == 0 for p in placement.parts or (shape[placement.dim],))
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    name: str
+    fixed: bool
+    size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Dim:
+    factors: tuple[Factor, ...]
+    joined: str = "*"  # "*" a product, "+" parts one after the other
+
+
+Operand = tuple[Dim, ...] | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A parsed row: operands left and right of the arrow; None stands for ``-``."""
+
+    text: str
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+
+
+class RowError(ValueError):
+    """A row that does not parse, or does not fit the shapes it is used with."""
+
+
+TOKEN = re.compile(r"\s*(\.\.\.|[A-Za-z_]\w*!?|\d+|[()+-])")
+
+
+def _factor(token: str, text: str) -> Factor:
+    if token.isdigit():
+        return Factor(token, True, int(token))
+    if not re.fullmatch(r"[A-Za-z_]\w*!?", token):
+        raise RowError(f"row {text!r}: expected a letter, found {token!r}")
+    return Factor(token.rstrip("!"), token.endswith("!"))
+
+
+def _operand(text: str, row: str) -> Operand:
+    tokens, at = [], 0
+    stripped = text.rstrip()
+    while at < len(stripped):
+        match = TOKEN.match(stripped, at)
+        if match is None:
+            raise RowError(f"row {row!r}: cannot read {stripped[at:].strip()!r}")
+        tokens.append(match[1])
+        at = match.end()
+    if tokens == ["-"]:
+        return None
+    dims: list[Dim] = []
+    while tokens:
+        token = tokens.pop(0)
+        if token == "...":
+            dims.append(Dim((Factor("...", False),)))
+        elif token == "(":
+            if ")" not in tokens:
+                raise RowError(f"row {row!r}: '(' without ')'")
+            end = tokens.index(")")
+            inner, tokens = tokens[:end], tokens[end + 1 :]
+            joined = "+" if "+" in inner else "*"
+            names = inner[::2] if joined == "+" else inner
+            if (joined == "+" and (len(inner) % 2 == 0 or set(inner[1::2]) != {"+"})) or not names:
+                raise RowError(f"row {row!r}: {' '.join(inner)!r} is neither a product nor a sum of parts")
+            dims.append(Dim(tuple(_factor(name, row) for name in names), joined))
+        else:
+            dims.append(Dim((_factor(token, row),)))
+    return tuple(dims)
+
+
+@lru_cache(maxsize=4096)
+def parse(text: str) -> Row:
+    """Read one row. Raises RowError with the row and the reason."""
+    if text.count("->") != 1:
+        raise RowError(f"row {text!r}: needs exactly one '->'")
+    left, right = text.split("->")
+    inputs = tuple(_operand(o, text) for o in left.split(",")) if left.strip() else ()
+    outputs = tuple(_operand(o, text) for o in right.split(","))
+    for operand in (*inputs, *outputs):
+        if operand and sum(d.factors[0].name == "..." for d in operand) > 1:
+            raise RowError(f"row {text!r}: '...' twice in one operand")
+    return Row(text, inputs, outputs)
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to run one operator along one mesh axis: what it takes and what it gives.
+
+    `name` is the split letter, or R, C or P where nothing is split. `local` names the function that replaces
+    the operator on a shard, where the plain operator would be wrong. `shards_work` says whether each rank
+    does a share of the work (else all of it).
+    """
+
+    name: str
+    inputs: tuple[Placement | None, ...]
+    outputs: tuple[Placement, ...]
+    local: str = ""
+    shards_work: bool = False
+
+
+@dataclass
+class Bound:
+    """A row with shapes put in: for every operand, its dims, `...` expanded and broadcast dims None."""
+
+    row: Row
+    inputs: list[list[Dim | None] | None]
+    outputs: list[list[Dim | None] | None]
+    sizes: dict[str, int] = field(default_factory=dict)
+
+
+def _expand(operand: Operand, shape: Shape | None, rank: int, text: str) -> list[Dim | None] | None:
+    """Spell `...` out as letters named from the right (`.1` is the last of them)."""
+    if operand is None or shape is None:
+        return None
+    dims: list[Dim | None] = []
+    for dim in operand:
+        if dim.factors[0].name == "...":
+            count = len(shape) - len(operand) + 1
+            if count < 0 or count > rank:
+                raise RowError(f"row {text!r}: shape {shape} has too few dims")
+            dims += [Dim((Factor(f".{i}", dim.factors[0].fixed),)) for i in range(count, 0, -1)]
+        else:
+            dims.append(dim)
+    if len(dims) != len(shape):
+        raise RowError(f"row {text!r}: {len(dims)} dims do not fit shape {shape}")
+    return dims
+
+
+def bind(row: Row, inputs: Sequence[Shape | None], outputs: Sequence[Shape]) -> Bound:
+    """Fit a row to shapes and find every letter's size. Dims of size 1 that broadcast become None."""
+    operands = list(row.inputs) + [None] * (len(inputs) - len(row.inputs))
+    rank = max((len(s) for s in [*inputs, *outputs] if s is not None), default=0)
+    bound = Bound(
+        row,
+        [_expand(o, s, rank, row.text) for o, s in zip(operands, inputs, strict=True)],
+        [_expand(o, s, rank, row.text) for o, s in zip(row.outputs, outputs, strict=True)],
+    )
+    pairs = [
+        (dims, shape)
+        for side, shapes in ((bound.inputs, inputs), (bound.outputs, outputs))
+        for dims, shape in zip(side, shapes, strict=True)
+        if dims is not None and shape is not None
+    ]
+    bound.sizes = sizes = _sizes(pairs, row.text)
+    for dims, shape in pairs:
+        for i, (dim, size) in enumerate(zip(dims, shape, strict=True)):
+            assert dim is not None
+            found = dims_size(dim, sizes)
+            if size == 1 != found and len(dim.factors) == 1 and dim.factors[0].size is None:
+                dims[i] = None
+            elif size != found:
+                names = " ".join(f.name for f in dim.factors)
+                raise RowError(f"row {row.text!r}: {names} is {found}, and {size} in shape {tuple(shape)}")
+    return bound
+
+
+def _sizes(pairs: Sequence[tuple[list[Dim | None], Shape]], text: str) -> dict[str, int]:
+    """Every letter's size: of those that stand alone, then of those that are the last unknown in a dim."""
+    sizes: dict[str, int] = {}
+    packed: list[tuple[Dim, int]] = []
+    for dims, shape in pairs:
+        for dim, size in zip(dims, shape, strict=True):
+            assert dim is not None
+            name = dim.factors[0].name
+            if len(dim.factors) > 1:
+                packed.append((dim, size))
+            elif dim.factors[0].size is None and (size != 1 or name not in sizes):
+                sizes[name] = size
+    for _ in range(len(packed)):
+        for dim, size in packed:
+            unknown = {f.name for f in dim.factors if f.size is None and f.name not in sizes}
+            known = dims_size(dim, sizes | dict.fromkeys(unknown, dim.joined == "*"))
+            if len(unknown) == 1:
+                sizes[unknown.pop()] = size // (known or 1) if dim.joined == "*" else max(size - known, 0)
+    for dim, _ in packed:
+        if missing := [f.name for f in dim.factors if f.size is None and f.name not in sizes]:
+            raise RowError(f"row {text!r}: the size of {' and '.join(missing)} is unknown")
+    return sizes
+
+
+def _place(dims: list[Dim | None] | None, letters: frozenset[str], sizes: dict[str, int]) -> Placement | None:
+    """The dim of this operand that splitting `letters` splits, or None; raises RowError if it cannot be."""
+    found: list[Placement] = []
+    for index, dim in enumerate(dims or ()):
+        if dim is None or not any(f.name in letters for f in dim.factors):
+            continue
+        if dim.joined == "+":
+            if any(f.fixed for f in dim.factors):
+                raise RowError("fixed")
+            found.append(S(index, [f.size or sizes[f.name] for f in dim.factors]))
+            continue
+        segments = 1
+        for factor in dim.factors:
+            if factor.name in letters:
+                break
+            if factor.size is None:
+                raise RowError("not major")
+            segments *= factor.size
+        if factor.fixed:
+            raise RowError("fixed")
+        found.append(S(index, [dims_size(dim, sizes) // segments] * segments))
+    if len(found) > 1:
+        raise RowError("twice in one operand")
+    return found[0] if found else None
+
+
+def dims_size(dim: Dim, sizes: dict[str, int]) -> int:
+    """The size of a dim in elements."""
+    values = [sizes[f.name] if f.size is None else f.size for f in dim.factors]
+    return math.prod(values) if dim.joined == "*" else sum(values)
+
+
+def letter_groups(bound: Bound) -> list[frozenset[str]]:
+    """The letters that may be split, tied ones together, in order of appearance."""
+    groups: list[set[str]] = []
+    for dims in [*bound.inputs, *bound.outputs]:
+        for dim in dims or ():
+            if dim is None:
+                continue
+            names = {f.name for f in dim.factors if f.size is None}
+            if dim.joined == "+":
+                groups.append(names)
+            else:
+                groups += [{name} for name in names]
+    merged: list[set[str]] = []
+    for group in groups:
+        for other in [m for m in merged if m & group]:
+            group = group | other
+            merged.remove(other)
+        merged.append(set(group))
+    order = {name: i for i, name in enumerate(bound.sizes)}
+    unique = {frozenset(m) for m in merged}
+    return sorted(unique, key=lambda g: min(order.get(n, 99) for n in g))
+
+
+def split_letter(bound: Bound, letters: frozenset[str], shards: int) -> Strategy | None:
+    """The strategy that splits `letters`, or None where the row or the sizes do not allow it."""
+    if any(bound.sizes[name] % shards for name in letters):
+        return None
+    try:
+        inputs = [_place(dims, letters, bound.sizes) for dims in bound.inputs]
+        outputs = [_place(dims, letters, bound.sizes) for dims in bound.outputs]
+    except RowError:
+        return None
+    return Strategy(
+        name="+".join(sorted(letters)),
+        inputs=tuple(
+            None if dims is None else placement or C
+            for dims, placement in zip(bound.inputs, inputs, strict=True)
+        ),
+        outputs=tuple(p or P for p in outputs),
+        shards_work=True,
+    )

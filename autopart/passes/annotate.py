@@ -1,0 +1,115 @@
+"""fx.Graph -> fx.Graph: FLOPs, the batch dim, and exactly what autograd keeps, on every node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from autopart.graph import Traced, annotate, calls, info, operands, run_on_meta, shape_args, value_of
+from autopart.rules import flops, strategies
+from autopart.torch_private import StorageWeakRef
+
+
+def annotate_costs(traced: Traced, device: str) -> Traced:
+    """Fill in the records, in place. `device` ("cpu" or another) says whose kernels keep what."""
+    batch: dict[tuple[fx.Node, int], int | None] = {
+        (n, 0): info(n).batch for n in traced.graph.nodes if n.op == "placeholder"
+    }
+    for node in calls(traced.graph):
+        record = info(node)
+        if record.name == "autopart.getitem":
+            annotate(node, batch=batch.get(value_of(node)))
+            continue
+        dims = _batch_dims(node, batch)
+        batch |= {(node, i): d for i, d in enumerate(dims)}
+        annotate(node, batch=dims[0], flops=flops(record.name, shape_args(node), record.shapes))
+    _saved(traced.graph, device)
+    return traced
+
+
+def _batch_dims(node: fx.Node, batch: dict[tuple[fx.Node, int], int | None]) -> list[int | None]:
+    """The dims of the outputs that count samples: where a letter that counts them in an input ends up."""
+    record = info(node)
+    places = [batch.get(value_of(n)) if n is not None else None for n in operands(node)]
+    if all(p is None for p in places):
+        return [None] * len(record.shapes)
+    for strategy in strategies(record.name, shape_args(node), record.shapes, 1):
+        hit = any(
+            place is not None and wanted is not None and wanted.kind == "S" and wanted.dim == place
+            for place, wanted in zip(places, strategy.inputs, strict=True)
+        )
+        if hit:
+            return [o.dim if o.kind == "S" else None for o in strategy.outputs]
+    return [None] * len(record.shapes)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(StorageWeakRef(tensor.untyped_storage()).cdata)
+
+
+def _saved(graph: fx.Graph, device: str) -> None:
+    """Run the graph on meta tensors and note, for each node, whose memory its backward keeps."""
+    values: dict[fx.Node, Any] = {}
+    owner: dict[int, str] = {}
+    parameters: set[int] = set()
+    for node in graph.nodes:
+        if node.op == "output":
+            continue
+        record = info(node)
+        kept: list[torch.Tensor] = []
+        if node.op == "placeholder":
+            value: Any = torch.empty(record.shape, dtype=record.dtype, device="meta", requires_grad=record.grad)
+            if record.kind != "input":
+                parameters.add(_storage(value))
+        else:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+            run = _KERNELS.get(record.name, node.target) if _flash(record.name, device) else node.target
+            hooks = torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t)  # type: ignore[misc]
+            with hooks:
+                value = run_on_meta(run, args, kwargs)
+        values[node] = value
+        first = value[0] if isinstance(value, (tuple, list)) else value
+        root = owner.setdefault(_storage(first), node.name)
+        for output in value if isinstance(value, (tuple, list)) else ():
+            owner.setdefault(_storage(output), node.name)
+        stored = {_storage(t): t for t in kept if _storage(t) not in parameters}
+        annotate(
+            node,
+            root=root,
+            view=node.op == "call_function" and root != node.name,
+            keeps=tuple(dict.fromkeys(owner[s] for s in stored if s in owner)),
+            inner=sum(t.untyped_storage().nbytes() for s, t in stored.items() if s not in owner),
+        )
+
+
+def _flash(name: str, device: str) -> bool:
+    """Attention keeps no scores on any device; the fused norms are kernels on GPUs alone."""
+    return name == "aten.scaled_dot_product_attention" or device != "cpu"
+
+
+class _Attention(torch.autograd.Function):
+    """What a flash kernel keeps: query, key, value, mask, output and one log-sum-exp (float32) a query."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any, mask: Any = None, *rest: Any) -> Any:
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        statistics = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, *([] if mask is None else [mask]), out, statistics)
+        return out
+
+
+class _RmsNorm(torch.autograd.Function):
+    """What the kernel keeps: input, weight and one reciprocal root (float32) a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, weight: Any, *rest: Any) -> Any:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+
+_KERNELS = {
+    "aten.scaled_dot_product_attention": lambda *args, scale=None, enable_gqa=False: _Attention.apply(*args),
+    "autopart.rms_norm": _RmsNorm.apply,
+}

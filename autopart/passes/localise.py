@@ -1,0 +1,441 @@
+"""fx.Graph, choices -> fx.Graph a stage: local shapes, collectives inserted, the stage cut out."""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from autopart.folded import Folded
+from autopart.graph import KEY, Info, info, is_pick, loss_of, operands, value_of
+from autopart.notation import P, Placement, R
+from autopart.relayout import relayout, runtime_function
+from autopart.rules import Shape, Strategy, flatten, is_contraction, local_args, local_shape
+
+Value = tuple[fx.Node, int]
+Placements = tuple[Placement, ...]
+SETUP = ""
+"""The label of the run that holds what every block of a stage shares."""
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """A value sent between stages: its name, shape on a rank, and who makes and takes it."""
+
+    name: str
+    producer: int
+    consumers: tuple[int, ...]
+    shape: Shape
+    dtype: torch.dtype
+    grad: bool
+
+
+@dataclass(frozen=True)
+class Valid:
+    """A mean over valid targets: the loss that divides by their number, the node that holds the targets, the label
+    that is ignored, and the axes that split the targets."""
+
+    loss: str
+    targets: fx.Node
+    ignore_index: int
+    axes: tuple[str, ...]
+
+
+@dataclass
+class StageGraph:
+    """One stage's program: a graph in runs, and what goes in and out."""
+
+    index: int
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    runs: list[tuple[str, list[fx.Node]]] = field(default_factory=list)
+    inputs: list[str] = field(default_factory=list)
+    received: list[Crossing] = field(default_factory=list)
+    sent: list[Crossing] = field(default_factory=list)
+    valid: list[Valid] = field(default_factory=list)
+    kept_bytes: int = 0
+    """Bytes autograd keeps for one micro-batch on one rank."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What was decided: per axis (name, size), the strategy of every representative; the first run of each stage."""
+
+    axes: tuple[tuple[str, int], ...]
+    strategies: Mapping[str, Mapping[str, Strategy]]
+    starts: tuple[int, ...]
+
+    def of(self, folded: Folded, node: fx.Node) -> tuple[Strategy, ...]:
+        """A node's strategy along every axis."""
+        name = folded.same[node].name
+        return tuple(self.strategies[axis][name] for axis, _ in self.axes)
+
+    def placements(self, folded: Folded, value: Value) -> Placements:
+        """Where a value lies as made."""
+        return tuple(s.outputs[value[1]] for s in self.of(folded, value[0]))
+
+
+def localise(folded: Folded, choices: Choices) -> list[StageGraph]:
+    """Cut the graph into stages and rewrite each for one rank."""
+    stage_of = _stages(folded, choices)
+    crossings = _crossings(folded, choices, stage_of)
+    return [_Localiser(folded, choices, stage_of, crossings, s).run() for s in range(len(choices.starts))]
+
+
+def _stages(folded: Folded, choices: Choices) -> dict[fx.Node, int]:
+    ends = (*choices.starts[1:], len(folded.runs))
+    return {
+        node: stage
+        for stage, (start, end) in enumerate(zip(choices.starts, ends, strict=True))
+        for run in folded.runs[start:end]
+        for node in run.nodes
+    }
+
+
+def _uses(folded: Folded) -> dict[Value, list[tuple[fx.Node, int]]]:
+    """Every value's uses: (operator, operand)."""
+    uses: dict[Value, list[tuple[fx.Node, int]]] = defaultdict(list)
+    for node in folded.traced.graph.nodes:
+        if node.op == "call_function" and not is_pick(node):
+            for index, operand in enumerate(operands(node)):
+                if operand is not None:
+                    uses[value_of(operand)].append((node, index))
+    return uses
+
+
+def _crossings(
+    folded: Folded, choices: Choices, stage_of: Mapping[fx.Node, int]
+) -> dict[Value, tuple[Crossing, Placements]]:
+    """The values that cross cuts, with the placement they cross in: as made, but no partial sums."""
+    crossings: dict[Value, tuple[Crossing, Placements]] = {}
+    for value, uses in _uses(folded).items():
+        node, index = value
+        home = stage_of.get(node)
+        away = [(user, i) for user, i in uses if home is not None and stage_of.get(user, home) != home]
+        if home is None or not away:
+            continue
+        placements = []
+        for axis, have in enumerate(choices.placements(folded, value)):
+            wants = {choices.of(folded, user)[axis].inputs[i] for user, i in away}
+            only = next(iter(wants)) if len(wants) == 1 else None
+            placements.append(have if have != P else only if only not in (None, P) else R)
+        shape = info(node).shapes[index]
+        for placement, (_, size) in zip(placements, choices.axes, strict=True):
+            shape = local_shape(shape, placement, size)
+        consumers = tuple(sorted({stage_of[user] for user, _ in away}))
+        record = info(node)
+        name = node.name if len(record.shapes) == 1 else f"{node.name}_{index}"
+        crossing = Crossing(name, home, consumers, shape, record.dtypes[index], record.grad)
+        crossings[value] = crossing, tuple(placements)
+    return crossings
+
+
+class _Localiser:
+    """Builds one stage's graph; holds what is known so far of every value and its changes of placement."""
+
+    def __init__(
+        self,
+        folded: Folded,
+        choices: Choices,
+        stage_of: Mapping[fx.Node, int],
+        crossings: Mapping[Value, tuple[Crossing, Placements]],
+        index: int,
+    ) -> None:
+        self.folded, self.choices, self.stage_of, self.crossings = folded, choices, stage_of, crossings
+        self.stage = StageGraph(index)
+        self.made: dict[tuple[Value, Placements], fx.Node] = {}
+        self.moved: dict[tuple[fx.Node, Placements, int], fx.Node] = {}
+        self.kept: set[tuple[str, Placements]] = set()
+        self.runs: dict[int, tuple[str, list[fx.Node]]] = {-1: (SETUP, [])}
+        self.uses = _uses(folded)
+        run_of = folded.run_of()
+        self.home = {n: run_of[n] if n in run_of and stage_of[n] == index else -1 for n in folded.same}
+
+    def run(self) -> StageGraph:
+        stage, graph = self.stage, self.stage.graph
+        mine = [n for n in self.folded.traced.graph.nodes if self.stage_of.get(n) == stage.index]
+        needed = self._needed_free(mine)
+        self._placeholders([*needed, *mine])
+        for node in [*needed, *mine]:
+            if not is_pick(node):
+                self._call(node)
+        results = []
+        for value, (crossing, placements) in self.crossings.items():
+            if crossing.producer == stage.index:
+                stage.sent.append(crossing)
+                results.append(self._place(value, placements, self.home[value[0]]))
+        loss = loss_of(self.folded.traced.graph)
+        if self.stage_of[loss] == stage.index:
+            results = [self._place(value_of(loss), (R,) * len(self.choices.axes), self.home[loss])]
+        graph.output(results[0] if len(results) == 1 else tuple(results))
+        stage.runs = [self.runs[i] for i in sorted(self.runs) if self.runs[i][1]]
+        _reorder(stage)
+        stage.kept_bytes = self._kept_bytes([*needed, *mine])
+        return stage
+
+    def _needed_free(self, mine: list[fx.Node]) -> list[fx.Node]:
+        free, needed = set(self.folded.free), set()
+        todo = [n for node in mine for n in node.all_input_nodes]
+        while todo:
+            node = todo.pop()
+            if node in free and node not in needed:
+                needed.add(node)
+                todo += node.all_input_nodes
+        return [n for n in self.folded.free if n in needed]
+
+    def _placeholders(self, nodes: list[fx.Node]) -> None:
+        used = {value_of(n) for node in nodes for n in node.all_input_nodes}
+        for value, (crossing, placements) in self.crossings.items():
+            if value in used and self.stage.index in crossing.consumers:
+                self.stage.received.append(crossing)
+                node = self._placeholder(value, placements, "received", crossing.name)
+                self.made[value, placements] = node
+        sources = [n for n in self.folded.traced.graph.nodes if n.op == "placeholder" and (n, 0) in used]
+        for source in sorted(sources, key=lambda n: info(n).kind != "input"):
+            value = (source, 0)
+            placements = self._given(value)
+            record = info(source)
+            if record.kind == "input":
+                self.stage.inputs.append(record.name)
+            self.made[value, placements] = self._placeholder(value, placements, record.kind, record.name)
+
+    def _given(self, value: Value) -> Placements:
+        """Where a value lies in this stage before any change."""
+        crossed = self.crossings.get(value)
+        if crossed is not None and crossed[0].producer != self.stage.index:
+            return crossed[1]
+        return self.choices.placements(self.folded, value)
+
+    def _local(self, shape: Shape, placements: Placements) -> Shape:
+        for placement, (_, size) in zip(placements, self.choices.axes, strict=True):
+            shape = local_shape(shape, placement, size)
+        return shape
+
+    def _placeholder(self, value: Value, placements: Placements, kind: str, name: str) -> fx.Node:
+        source, index = value
+        record = info(source)
+        node = self.stage.graph.placeholder(source.name if index == 0 else f"{source.name}_{index}")
+        node.meta[KEY] = replace(
+            record,
+            kind=kind,
+            name=name,
+            shapes=(self._local(record.shapes[index], placements),),
+            dtypes=(record.dtypes[index],),
+            placed=tuple((axis, str(p)) for p, (axis, _) in zip(placements, self.choices.axes, strict=True)),
+            whole=record.shapes[index],
+        )
+        return node
+
+    def _add(self, run: int, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], record: Info) -> fx.Node:
+        node = self.stage.graph.call_function(target, args, kwargs)
+        node.meta[KEY] = record
+        label = self.folded.runs[run].label if run >= 0 else SETUP
+        self.runs.setdefault(run, (label, []))[1].append(node)
+        return node
+
+    def _place(self, value: Value, want: Placements, run: int) -> fx.Node:
+        """The value in another placement; the change is made once in a run, or where the value is made if
+        several runs need it."""
+        have = self._given(value)
+        users = {self.home[u] for u, _ in self.uses[value] if self.stage_of.get(u, self.stage.index) == self.stage.index}
+        at = run if len(users) <= 1 else self.home[value[0]]
+        node, record = self.made[value, have], info(value[0])
+        shape = record.shapes[value[1]]
+        now = list(have)
+        order = sorted(range(len(want)), key=lambda a: (want[a].kind == "S", a))
+        for axis in order:
+            target = want[axis]
+            steps = [target]
+            direct = now[axis].kind == target.kind == "S"
+            clash = any(now[b].kind == "S" and now[b].dim == target.dim for b in range(len(want)) if b != axis)
+            if direct and now[axis] != target and (now[axis].parts or target.parts or clash):
+                steps = [R, target]
+            for step in steps:
+                row = relayout(now[axis], step, record.grad)
+                if row is None:
+                    continue
+                name, _ = self.choices.axes[axis]
+                args = _arguments(row.function, now[axis], step)
+                before, now[axis] = now[axis], step
+                key = (node, tuple(now), at)
+                if key not in self.moved:
+                    note = " ".join(
+                        f"{way}: {what.replace('_', '-')} over {name}."
+                        for way, what in (("forward", row.forward), ("backward", row.backward if record.grad else ""))
+                        if what
+                    )
+                    local = replace(
+                        record,
+                        kind="op",
+                        name=f"runtime.{row.function}",
+                        shapes=(self._local(shape, tuple(now)),),
+                        dtypes=(record.dtypes[value[1]],),
+                        note=note.rstrip(".") or f"{before} to {step} over {name}",
+                        flops=0.0,
+                        view=False,
+                    )
+                    self.moved[key] = self._add(
+                        at, runtime_function(row.function), (node, name, *args), {}, local
+                    )
+                node = self.moved[key]
+        return node
+
+    def _call(self, node: fx.Node) -> None:
+        record, run = info(node), self.home[node]
+        chosen = self.choices.of(self.folded, node)
+        local_inputs: list[Any] = []
+        for index, operand in enumerate(operands(node)):
+            if operand is None:
+                local_inputs.append(None)
+                continue
+            want = tuple(w if (w := s.inputs[index]) is not None else R for s in chosen)
+            local_inputs.append(self._place(value_of(operand), want, run))
+        outputs = [
+            self._local(shape, tuple(s.outputs[i] for s in chosen)) for i, shape in enumerate(record.shapes)
+        ]
+        replaced = _replace_operands(tuple(node.args), local_inputs)
+        args = local_args(record.name, replaced, outputs)
+        share = 1
+        for strategy, (_, size) in zip(chosen, self.choices.axes, strict=True):
+            share *= size if strategy.shards_work else 1
+        note = _note(chosen, self.choices.axes, record)
+        local = replace(record, shapes=tuple(outputs), flops=record.flops / share, note=note)
+        target, kwargs = node.target, dict(node.kwargs)
+        functions = {s.local: axis for s, (axis, _) in zip(chosen, self.choices.axes, strict=True) if s.local}
+        if record.name == "aten.cross_entropy_loss" and (len(args) < 4 or args[3] == 1):
+            target, args, kwargs = self._loss(node, args, chosen, functions)
+            local = replace(local, name=f"runtime.{target.__name__}")
+        elif "vocab_embedding" in functions:
+            weight, ids, *rest = args
+            target = runtime_function("vocab_embedding")
+            args = (ids, weight, functions["vocab_embedding"], *rest[:1])
+            local = replace(local, name="runtime.vocab_embedding")
+        result = self._add(run, target, args, kwargs, local)
+        if "mean" in functions:
+            parts = 1
+            for strategy, (_, size) in zip(chosen, self.choices.axes, strict=True):
+                parts *= size if strategy.local == "mean" else 1
+            result = self._add(run, torch.ops.aten.div.Tensor, (result, parts), {}, replace(local, name="aten.div.Tensor"))
+        for index in range(len(record.shapes)):
+            placed = tuple(s.outputs[index] for s in chosen)
+            picked = result
+            if len(record.shapes) > 1:
+                one = replace(local, name="autopart.getitem", shapes=(outputs[index],), dtypes=(record.dtypes[index],))
+                picked = self._add(run, operator.getitem, (result, index), {}, one)
+            self.made[(node, index), placed] = picked
+
+    def _loss(
+        self, node: fx.Node, args: tuple[Any, ...], chosen: Sequence[Strategy], functions: Mapping[str, str]
+    ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """A mean over valid targets becomes a sum over the number there is in the whole batch."""
+        ignore = args[4] if len(args) > 4 else -100
+        smoothing = args[5] if len(args) > 5 else 0.0
+        axes = tuple(
+            axis for s, (axis, _) in zip(chosen, self.choices.axes, strict=True) if s.local == "cross_entropy_sum"
+        )
+        self.stage.valid.append(Valid(node.name, args[1], ignore, axes))
+        if "vocab_cross_entropy" in functions:
+            name, extra = "vocab_cross_entropy", (functions["vocab_cross_entropy"],)
+        else:
+            name, extra = "mean_cross_entropy", (smoothing,) if smoothing else ()  # type: ignore[assignment]
+        return runtime_function(name), (args[0], args[1], Named(f'self.valid["{node.name}"]'), ignore, *extra), {}
+
+    def _kept_bytes(self, nodes: list[fx.Node]) -> int:
+        """Bytes that autograd keeps for these nodes: every root once for each placement it is kept in."""
+        total, by_name = 0, {n.name: n for n in self.folded.traced.graph.nodes}
+        for node in nodes:
+            record = info(node)
+            if node.op != "call_function" or is_pick(node):
+                continue
+            chosen = self.choices.of(self.folded, node)
+            share = 1
+            for strategy, (_, size) in zip(chosen, self.choices.axes, strict=True):
+                share *= size if strategy.shards_work else 1
+            total += record.inner // share
+            for root in record.keeps:
+                made = by_name[root]
+                placements = self._kept_as(node, made, chosen)
+                if (root, placements) in self.kept:
+                    continue
+                self.kept.add((root, placements))
+                parts = 1
+                for placement, (_, size) in zip(placements, self.choices.axes, strict=True):
+                    parts *= size if placement.kind == "S" else 1
+                total += info(made).bytes // parts
+        return total
+
+    def _kept_as(self, node: fx.Node, root: fx.Node, chosen: Sequence[Strategy]) -> Placements:
+        """The placement in which `node` keeps memory that `root` made: that of the operand it reads it through."""
+        if root is node:
+            return tuple(_merge(s.outputs[0]) for s in chosen)
+        for index, operand in enumerate(operands(node)):
+            if operand is not None and info(operand).root == root.name:
+                return tuple(_merge(s.inputs[index] or R) for s in chosen)
+        return tuple(_merge(p) for p in self._given((root, 0)))
+
+
+def _merge(placement: Placement) -> Placement:
+    """Whole is whole: R, C and P take the same memory; so does any split."""
+    return R if placement.kind in "RCP" else Placement("S")
+
+
+class Named(str):
+    """A literal of the emitted code."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _arguments(function: str, have: Placement, want: Placement) -> tuple[Any, ...]:
+    """What a change of placement is called with, after the tensor and the axis."""
+    if function == "exchange":
+        return (have.dim, want.dim)
+    split = want if want.kind == "S" else have
+    if split.kind != "S":
+        return ()
+    return (split.dim, list(split.parts)) if split.parts else (split.dim,)
+
+
+def _replace_operands(args: tuple[Any, ...], operands: list[Any]) -> tuple[Any, ...]:
+    """Put local values where the operator's arguments have tensors."""
+    assert len(flatten(args)) == len(operands)
+    rest = iter(operands)
+
+    def put(arg: Any) -> Any:
+        if isinstance(arg, (list, tuple)) and len(flatten((arg,))) == len(arg) and any(
+            isinstance(a, fx.Node) for a in arg
+        ):
+            return [put(a) for a in arg]
+        local = next(rest)
+        return arg if local is None else local
+
+    return tuple(put(a) for a in args)
+
+
+def _note(chosen: Sequence[Strategy], axes: Sequence[tuple[str, int]], record: Info) -> str:
+    """What is split over what, for a reader."""
+    notes = []
+    for strategy, (axis, _) in zip(chosen, axes, strict=True):
+        if not strategy.shards_work or not is_contraction(record.name):
+            continue
+        first = strategy.outputs[0]
+        if first.kind == "P":
+            notes.append(f"partial sums over {axis}")
+        elif first.kind == "S" and first.dim != record.batch:
+            notes.append(f"dim {first.dim} split over {axis}")
+    return ", ".join(notes)
+
+
+def _reorder(stage: StageGraph) -> None:
+    """Bring the graph's nodes into the order of the runs."""
+    anchor = stage.graph.output_node()
+    for _, nodes in stage.runs:
+        for node in nodes:
+            anchor.prepend(node)
+    stage.graph.lint()

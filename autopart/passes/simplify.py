@@ -1,0 +1,285 @@
+"""fx.Graph -> fx.Graph: less to split, cut and read; the same values.
+
+Rewrites, each a function (graph, node) -> replacement or None, tried on every node in order:
+no-ops go, arguments become positional, biases stand apart from their products, matrix products of flattened
+tensors become products of the tensors themselves, and masks that depend on shapes alone are looked at: an
+all-true one is dropped, a causal one becomes `is_causal=True`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import fx
+
+from autopart.graph import Traced, calls, info, loss_of, new_call
+from autopart.rules import RULES
+
+aten = torch.ops.aten
+LARGEST_MASK = 2**28
+"""Elements: larger masks are not looked at."""
+
+
+def simplify(traced: Traced) -> Traced:
+    """Simplify the graph in place."""
+    graph = traced.graph
+    constants = Constants(traced.buffers)
+    for node in calls(graph):
+        _positional(node)
+    for _ in range(4):
+        if not any([_rewrite(graph, rewrite, constants) for rewrite in REWRITES]):
+            break
+    _merge_equal(graph)
+    graph.eliminate_dead_code()
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and not node.users:
+            graph.erase_node(node)
+    graph.lint()
+    return traced
+
+
+def _merge_equal(graph: fx.Graph) -> None:
+    """Values without gradient that are computed twice from the same are computed once (rotary tables, masks)."""
+    seen: dict[object, fx.Node] = {}
+    for node in calls(graph):
+        if info(node).grad or node is loss_of(graph):
+            continue
+        key = (node.target, repr(node.args), repr(node.kwargs))
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def _rewrite(
+    graph: fx.Graph, rewrite: Callable[[fx.Graph, fx.Node, Constants], fx.Node | None], constants: Constants
+) -> bool:
+    changed = False
+    for node in calls(graph):
+        if not node.users:
+            continue
+        with graph.inserting_before(node):
+            new = rewrite(graph, node, constants)
+        if new is not None:
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
+            changed = True
+    graph.eliminate_dead_code()
+    return changed
+
+
+class Constants:
+    """Values of nodes that depend on shapes and buffers alone, computed when asked for."""
+
+    def __init__(self, buffers: Mapping[str, torch.Tensor | None]) -> None:
+        self.buffers = buffers
+        self.known: dict[fx.Node, torch.Tensor | None] = {}
+
+    def value(self, node: fx.Node) -> torch.Tensor | None:
+        """The node's value, or None where it depends on data or is too large."""
+        if node not in self.known:
+            self.known[node] = self._compute(node)
+        return self.known[node]
+
+    def _compute(self, node: fx.Node) -> torch.Tensor | None:
+        record = info(node)
+        if record.kind == "buffer":
+            value = self.buffers.get(record.name)
+            return value if value is None else value.cpu()
+        if record.kind != "op" or len(record.shapes) > 1 or record.dtype.is_floating_point:
+            return None
+        values = {n: self.value(n) for n in node.all_input_nodes}
+        if any(v is None for v in values.values()):
+            return None
+        rule = RULES.get(record.name)
+        pointwise = rule is not None and rule.row in ("... -> ...", "..., ... -> ...")
+        if pointwise:
+            values = {n: collapse(v) for n, v in values.items() if v is not None}
+        if not pointwise and torch.Size(record.shape).numel() > LARGEST_MASK:
+            return None
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+        result: torch.Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+        return _repeat(result).expand(record.shape)
+
+
+def collapse(values: torch.Tensor) -> torch.Tensor:
+    """One element of every dim along which the tensor only repeats itself in memory."""
+    for dim, stride in enumerate(values.stride()):
+        if stride == 0:
+            values = values.narrow(dim, 0, min(1, values.shape[dim]))
+    return values
+
+
+def _repeat(values: torch.Tensor) -> torch.Tensor:
+    """A small tensor with the dims along which all elements are equal reduced to one element."""
+    if not 0 < values.numel() <= 2**22:
+        return values
+    for dim, size in enumerate(values.shape):
+        first = values.narrow(dim, 0, 1)
+        if size > 1 and torch.equal(values, first.expand_as(values)):
+            values = first
+    return values
+
+
+def _positional(node: fx.Node) -> None:
+    """Arguments that the schema allows by position go there; device and layout go away."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return
+    kwargs = {
+        k: v for k, v in node.kwargs.items() if k not in ("pin_memory", "layout", "non_blocking", "memory_format")
+    }
+    if "device" in kwargs:
+        kwargs["device"] = None
+    args = list(node.args)
+    schema = [a for a in node.target._schema.arguments if not a.kwarg_only]
+    for argument in schema[len(args) :]:
+        if not any(a.name in kwargs for a in schema[len(args) :]):
+            break
+        args.append(kwargs.pop(argument.name, argument.default_value))
+    node.args, node.kwargs = tuple(args), {k: v for k, v in kwargs.items() if v is not None}
+
+
+def _drop(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+    """Operators that change nothing."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    record, source = info(node), node.args[0]
+    if record.shapes != info(source).shapes or record.dtypes != info(source).dtypes:
+        return None
+    name = record.name
+    identity = (
+        name in ("aten.clone", "aten.alias", "aten.contiguous", "aten.lift_fresh_copy", "aten._to_copy")
+        or name in ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand", "aten.slice.Tensor")
+        or (name == "aten.dropout" and (node.args[1] == 0.0 or node.args[2] is False))
+        or (name in ("aten.add.Tensor", "aten.sub.Tensor") and node.args[1] == 0)
+        or (name in ("aten.mul.Tensor", "aten.div.Tensor") and node.args[1] == 1)
+    )
+    return source if identity else None
+
+
+def _reshape(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+    """Views become reshapes with every size spelt out; two in a row become one."""
+    names = ("aten.view", "aten._unsafe_view", "aten.reshape", "aten.flatten.using_ints")
+    if info(node).name not in names:
+        return None
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    joined = info(source).name == "aten.reshape"
+    if joined:
+        source = source.args[0]
+        assert isinstance(source, fx.Node)
+    if not joined and info(node).name == "aten.reshape" and list(node.args[1]) == list(info(node).shape):  # type: ignore[arg-type]
+        return None
+    return new_call(graph, aten.reshape.default, (source, list(info(node).shape)), node)
+
+
+def _bias_apart(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+    """x w + b is two operators: the bias is added once, also where the product is a partial sum."""
+    if info(node).name == "aten.addmm" and not node.kwargs:
+        bias, left, right = node.args
+        product = new_call(graph, aten.mm.default, (left, right), node)
+    elif info(node).name == "aten.linear" and len(node.args) == 3 and node.args[2] is not None:
+        left, right, bias = node.args
+        product = new_call(graph, aten.linear.default, (left, right), node)
+    else:
+        return None
+    return new_call(graph, aten.add.Tensor, (product, bias), node)
+
+
+def _unflatten(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+    """reshape(op(reshape(x, [-1, d])), [..., n]) is op(x): true of products and of adding a bias."""
+    if info(node).name != "aten.reshape":
+        return None
+    inner = node.args[0]
+    if not isinstance(inner, fx.Node) or len(inner.users) != 1:
+        return None
+    bias = None
+    if info(inner).name == "aten.add.Tensor" and len(inner.args) == 2:
+        inner, bias = inner.args
+        if not isinstance(bias, fx.Node) or not isinstance(inner, fx.Node) or len(info(bias).shape) != 1:
+            return None
+    if info(inner).name != "aten.mm":
+        return None
+    flat, weight = inner.args
+    if not isinstance(flat, fx.Node) or not isinstance(weight, fx.Node) or info(flat).name != "aten.reshape":
+        return None
+    source = flat.args[0]
+    assert isinstance(source, fx.Node)
+    shape = [*info(node).shape[:-1], info(flat).shape[-1]]
+    if list(info(source).shape) != shape:
+        source = new_call(graph, aten.reshape.default, (source, shape), flat)
+    product = new_call(graph, aten.matmul.default, (source, weight), inner)
+    return product if bias is None else new_call(graph, aten.add.Tensor, (product, bias), node)
+
+
+def _is_arange(values: torch.Tensor, dim: int, size: int) -> bool:
+    """Whether `values` counts 0..size-1 along `dim` and has size 1 elsewhere."""
+    shape = [1] * values.dim()
+    shape[dim] = size
+    return list(values.shape) == shape and torch.equal(values.flatten(), torch.arange(size))
+
+
+def _index_everything(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+    """x[arange[:, None], arange[None, :]] is x, reshaped."""
+    if info(node).name != "aten.index.Tensor":
+        return None
+    source, indices = node.args
+    assert isinstance(source, fx.Node)
+    shape = info(source).shape
+    if len(indices) != len(shape) or any(i is None for i in indices):  # type: ignore[arg-type]
+        return None
+    rank, place = len(info(node).shape), -1
+    for index, size in zip(indices, shape, strict=True):  # type: ignore[arg-type]
+        values = constants.value(index)
+        if values is None:
+            return None
+        values = values.reshape([1] * (rank - values.dim()) + list(values.shape))
+        place = next((d for d in range(place + 1, rank) if _is_arange(values, d, size)), rank)
+        if place == rank:
+            return None
+    return new_call(graph, aten.reshape.default, (source, list(info(node).shape)), node)
+
+
+def _true_conditions(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+    """where(all true, x, y) is x; a & all true is a."""
+    name = info(node).name
+    if name in ("aten.where.self", "aten.where.ScalarOther"):
+        pairs = [(node.args[0], node.args[1])]
+    elif name in ("aten.__and__.Tensor", "aten.bitwise_and.Tensor", "aten.logical_and"):
+        pairs = [(node.args[0], node.args[1]), (node.args[1], node.args[0])]
+    else:
+        return None
+    for condition, kept in pairs:
+        if not isinstance(condition, fx.Node) or not isinstance(kept, fx.Node):
+            continue
+        values = constants.value(condition)
+        if values is None or values.dtype != torch.bool or not bool(collapse(values).all()):
+            continue
+        if info(kept).dtype == info(node).dtype:
+            return new_call(graph, aten.expand.default, (kept, list(info(node).shape)), node)
+    return None
+
+
+def _attention_mask(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+    """An all-true mask is none, a lower-triangular one is causal, an expanded one broadcasts by itself."""
+    if info(node).name != "aten.scaled_dot_product_attention" or len(node.args) < 4:
+        return None
+    mask = node.args[3]
+    if not isinstance(mask, fx.Node):
+        return None
+    head, tail = node.args[:3], list(node.args[4:])
+    values = constants.value(mask) if info(mask).dtype == torch.bool else None
+    values = None if values is None else collapse(values)
+    if values is not None and bool(values.all()):
+        return new_call(graph, node.target, (*head, None, *tail), node, dict(node.kwargs))  # type: ignore[arg-type]
+    if values is not None and values.dim() >= 2 and values.shape[-1] == values.shape[-2]:
+        causal = torch.ones(values.shape[-2:], dtype=torch.bool).tril()
+        if torch.equal(values, causal.expand_as(values)):
+            return new_call(graph, node.target, (*head, None, 0.0, True), node, dict(node.kwargs))  # type: ignore[arg-type]
+    if info(mask).name == "aten.expand" and len(info(mask.args[0]).shape) == len(info(mask).shape):  # type: ignore[arg-type]
+        return new_call(graph, node.target, (*head, mask.args[0], *tail), node, dict(node.kwargs))  # type: ignore[arg-type]
+    return None
+
+
+REWRITES = (_drop, _reshape, _bias_apart, _unflatten, _index_everything, _true_conditions, _attention_mask)

@@ -1,0 +1,199 @@
+"""nn.Module + batch -> fx.Graph: torch.export, forward only, then functionalised."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from autopart.errors import PartitionError
+from autopart.graph import KEY, Info, Traced, placeholders
+from autopart.rules import op_name
+from autopart.torch_private import FakeTensorMode, tree_unflatten
+
+PACKAGES = tuple(os.path.dirname(m.__file__ or "") + os.sep for m in (torch,)) + (
+    os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep,
+)
+
+
+def trace(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None = None) -> Traced:
+    """Trace one micro-batch's forward pass.
+
+    `batch` holds the model's keyword arguments, samples in dim 0 of every tensor; its size becomes the
+    micro-batch. `dtype`, if given, is what floating-point parameters are taken to be. No parameter is read:
+    models on meta work. Raises PartitionError naming the user's line where torch.export fails.
+    """
+    sizes = {k: v.shape[0] for k, v in batch.items() if isinstance(v, torch.Tensor) and v.dim()}
+    if not sizes or len(set(sizes.values())) != 1:
+        raise PartitionError("the batch has no common size", f"samples in dim 0: {sizes}", "equal sizes in dim 0")
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    skeleton = _skeleton(model, mode, dtype)
+    kwargs = {
+        k: mode.from_tensor(v.detach().to("cpu").clone()) if isinstance(v, torch.Tensor) else v
+        for k, v in batch.items()
+        if v is not None
+    }
+    try:
+        with mode:
+            exported = torch.export.export(skeleton, (), kwargs, strict=False).run_decompositions({})
+    except Exception as error:
+        raise _untraceable(error) from error
+    mutated = {
+        **exported.graph_signature.buffers_to_mutate,
+        **exported.graph_signature.user_inputs_to_mutate,
+    }
+    if mutated:
+        raise PartitionError(
+            f"the forward pass changes {sorted(mutated.values())[0]}",
+            "buffers updated while training (batch norm's statistics) would differ between ranks",
+            "model.eval() for those layers, or another normalisation",
+        )
+    graph = exported.graph_module.graph
+    _keep_loss(graph, exported)
+    signature = exported.graph_signature
+    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    lifted = signature.inputs_to_lifted_tensor_constants
+    keys = [k for k, v in kwargs.items()]
+    users = iter(signature.user_inputs)
+    by_user = {name: key for name, key in zip(users, keys, strict=True) if isinstance(name, str)}
+    for node in list(graph.nodes):
+        if node.op == "output":
+            continue
+        if node.op == "placeholder":
+            kind = (
+                "parameter"
+                if node.name in signature.inputs_to_parameters
+                else "buffer"
+                if node.name in named or node.name in lifted
+                else "input"
+            )
+            name = named.get(node.name) or lifted.get(node.name) or by_user.get(node.name, node.name)
+            if not isinstance(node.meta.get("val"), torch.Tensor):
+                graph.erase_node(node)
+                continue
+        elif node.meta.get("val") is None:
+            graph.erase_node(node)
+            continue
+        else:
+            kind, name = "op", op_name(node.target)
+        node.meta[KEY] = _record(node, kind, name)
+    buffers = _buffers(model, exported, placeholders(graph, "buffer"))
+    return Traced(graph, type(model).__name__, buffers, _aliases(model, graph), next(iter(sizes.values())))
+
+
+def _skeleton(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
+    """A copy of the model whose tensors are fake: the same structure and tied weights, no memory."""
+    memo: dict[int, Any] = {}
+    with mode:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            is_parameter = isinstance(tensor, nn.Parameter)
+            wanted = dtype if dtype and is_parameter and tensor.is_floating_point() else tensor.dtype
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=wanted, device="cpu")
+            memo[id(tensor)] = (
+                nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
+            )
+    return copy.deepcopy(model, memo)
+
+
+def _keep_loss(graph: fx.Graph, exported: torch.export.ExportedProgram) -> None:
+    """Make the loss the graph's one output: the output called `loss`, else the first scalar."""
+    output = graph.output_node()
+    nodes = {n.name: n for n in graph.nodes}
+    values = [nodes[name] if isinstance(name, str) else None for name in exported.graph_signature.user_outputs]
+    assert exported.call_spec.out_spec is not None
+    tree = tree_unflatten(values, exported.call_spec.out_spec)
+    loss = tree.get("loss") if isinstance(tree, dict) else getattr(tree, "loss", None)
+    scalars = [v for v in values if v is not None and v.meta["val"].dim() == 0]
+    loss = loss if loss is not None else next(iter(scalars), None)
+    if loss is None or loss.meta["val"].dim() or not loss.meta["val"].is_floating_point():
+        raise PartitionError(
+            "the model returns no scalar loss",
+            f"its outputs have shapes {[tuple(v.meta['val'].shape) for v in values if v is not None]}",
+            "put the labels into the batch, or wrap the model so that forward returns the loss",
+        )
+    output.args = (loss,)
+    graph.eliminate_dead_code()
+
+
+def _record(node: fx.Node, kind: str, name: str) -> Info:
+    value = node.meta.get("val")
+    outputs = value if isinstance(value, (tuple, list)) else (value,)
+    tensors = [o for o in outputs if isinstance(o, torch.Tensor)]
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values() if isinstance(path, str)]
+    module = paths[-1].replace("L['self']", "").lstrip(".") if paths else ""
+    layer = re.match(r"(.*?\.\d+)(?:\.|$)", module)
+    if kind == "parameter":
+        layer = re.match(r"(.*?\.\d+)(?:\.|$)", name)
+        module = name.rpartition(".")[0]
+    inputs = [n for n in node.all_input_nodes if KEY in n.meta]
+    differentiable = bool(tensors) and tensors[0].is_floating_point()
+    return Info(
+        kind=kind,
+        name=name,
+        shapes=tuple(tuple(int(s) for s in t.shape) for t in tensors),
+        dtypes=tuple(t.dtype for t in tensors),
+        grad=differentiable
+        and (
+            tensors[0].requires_grad
+            if kind == "parameter"
+            else name != "aten.detach" and any(n.meta[KEY].grad for n in inputs)
+        ),
+        layer=layer[1] if layer else "",
+        module=module,
+        source=_source(node.meta.get("stack_trace") or ""),
+        batch=0 if kind == "input" else None,
+    )
+
+
+def _source(stack: str) -> str:
+    """The innermost line of the stack that is the model's own."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', stack)
+    own = [f for f in frames if not f[0].startswith(PACKAGES)]
+    return f"{os.path.basename(own[-1][0])}:{own[-1][1]}" if own else ""
+
+
+def _buffers(
+    model: nn.Module, exported: torch.export.ExportedProgram, nodes: list[fx.Node]
+) -> dict[str, torch.Tensor | None]:
+    own = dict(model.named_buffers(remove_duplicate=False))
+    values: dict[str, torch.Tensor | None] = {}
+    for node in nodes:
+        name = node.meta[KEY].name
+        value = own.get(name)
+        if value is None:
+            value = exported.constants.get(name)
+        known = isinstance(value, torch.Tensor) and value.device.type != "meta" and not hasattr(value, "fake_mode")
+        values[name] = value if known else None
+    return values
+
+
+def _aliases(model: nn.Module, graph: fx.Graph) -> dict[str, str]:
+    used = {n.meta[KEY].name for n in placeholders(graph, "parameter")}
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    aliases = {}
+    for group in names.values():
+        for name in group:
+            main = next((n for n in group if n in used), None)
+            if main is not None and name != main:
+                aliases[name] = main
+    return aliases
+
+
+def _untraceable(error: Exception) -> PartitionError:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(PACKAGES)]
+    where = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "an unknown line"
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return PartitionError(
+        "torch.export cannot trace the model",
+        f"{where}\n       {type(error).__name__}: {reason}",
+        "take values that depend on data (.item(), if x.sum() > 0, nonzero) out of the forward pass",
+    )

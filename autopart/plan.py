@@ -1,0 +1,310 @@
+"""A plan: what was decided, what it costs, and the text and JSON it is kept as."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from autopart.errors import PartitionError
+from autopart.graph import Traced, calls, info, placeholders
+from autopart.mesh import Mesh
+from autopart.notation import Placement
+from autopart.rules import Strategy
+
+SCHEMA = 1
+"""Version of the JSON; a plan of another version is refused."""
+
+
+@dataclass(frozen=True)
+class PlanLine:
+    """One operator of a stage: `seconds` of compute and `comm_seconds`, forward and backward, per micro-batch."""
+
+    name: str
+    operator: str
+    note: str
+    seconds: float
+    comm_seconds: float
+    source: str
+
+
+@dataclass(frozen=True)
+class PlanRun:
+    """Equal consecutive blocks of a stage, printed once."""
+
+    labels: tuple[str, ...]
+    seconds: float
+    lines: tuple[PlanLine, ...]
+
+
+@dataclass(frozen=True)
+class PlanStage:
+    """One pipeline stage on one rank.
+
+    first_run         index of its first run in the folded graph
+    forward_seconds   per micro-batch, communication included; backward_seconds likewise
+    sync_seconds      to add up gradients, once a step
+    memory            what takes how many bytes: parameters, gradients, optimizer, activations, transient
+    sends             (stage, bytes per micro-batch) for every stage it sends to
+    """
+
+    first_run: int
+    forward_seconds: float
+    backward_seconds: float
+    sync_seconds: float
+    memory: Mapping[str, int]
+    runs: tuple[PlanRun, ...]
+    sends: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def memory_bytes(self) -> int:
+        """All of `memory`."""
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a plan belongs to, in a form that can name a difference."""
+
+    hash: str
+    parameters: Mapping[str, tuple[int, ...]]
+    inputs: Mapping[str, tuple[int, ...]]
+    operators: int
+    dtype: str
+
+    @staticmethod
+    def of(traced: Traced) -> Signature:
+        """The signature of a traced model."""
+        parameters = placeholders(traced.graph, "parameter")
+        return Signature(
+            traced.hash,
+            {info(n).name: info(n).shape for n in parameters},
+            {info(n).name: info(n).shape for n in placeholders(traced.graph, "input")},
+            len(calls(traced.graph)),
+            str(info(parameters[0]).dtype).removeprefix("torch.") if parameters else "",
+        )
+
+    def difference(self, other: Signature) -> str:
+        """The first difference from another signature, in words; "" if there is none."""
+        if self.hash == other.hash:
+            return ""
+        for kind in ("parameters", "inputs"):
+            mine, theirs = getattr(self, kind), getattr(other, kind)
+            for name in [*mine, *theirs]:
+                if mine.get(name) != theirs.get(name):
+                    here = f"has shape {list(mine[name])}" if name in mine else "does not exist"
+                    there = f"has shape {list(theirs[name])}" if name in theirs else "does not exist"
+                    return f"{kind[:-1]} {name} {here} in the plan and {there} in the model"
+        if self.dtype != other.dtype:
+            return f"the plan is for {self.dtype}, the model is {other.dtype}"
+        if self.operators != other.operators:
+            return f"the plan has {self.operators} operators, the model {other.operators}"
+        return "an operator or one of its arguments differs"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A decided parallelisation of one model on one mesh.
+
+    pp, dp, tp        degrees: pipeline, data, tensor
+    micro_batch       samples of one micro-batch, over all data-parallel ranks; global_batch those of a step
+    strategies        axis -> node -> strategy, for one node of every class of equal blocks
+    step_seconds      predicted by simulating the schedule;  bound_seconds: no plan of the search space is faster
+    gap               proven: 1 - bound / what the solver's objective says of this plan
+    """
+
+    model: str
+    mesh: Mesh
+    pp: int
+    dp: int
+    tp: int
+    micro_batch: int
+    global_batch: int
+    schedule: str
+    zero: int
+    recompute: str
+    precision: str
+    optimizer: str
+    strategies: Mapping[str, Mapping[str, Strategy]] = field(repr=False)
+    stages: tuple[PlanStage, ...] = field(repr=False)
+    step_seconds: float
+    gap: float
+    bound_seconds: float
+    status: str
+    planning_seconds: float
+    signature: Signature = field(repr=False)
+    replicated: tuple[str, ...] = ()
+    """Operators without a rule, which every rank runs whole."""
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches in a step."""
+        return self.global_batch // self.micro_batch
+
+    @property
+    def memory_bytes(self) -> tuple[int, ...]:
+        """Predicted bytes of a rank of each stage."""
+        return tuple(s.memory_bytes for s in self.stages)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage's bytes are within its device's usable memory."""
+        return max(self.memory_bytes) <= usable_bytes(self.mesh)
+
+    @property
+    def degrees(self) -> str:
+        """``mesh(pp=2, dp=1, tp=2)``."""
+        return f"mesh(pp={self.pp}, dp={self.dp}, tp={self.tp})"
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first run of every stage."""
+        return tuple(s.first_run for s in self.stages)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        data = {k: getattr(self, k) for k in self.__dataclass_fields__ if k not in ("mesh", "strategies", "stages")}
+        return {
+            "schema": SCHEMA,
+            **data,
+            "signature": asdict(self.signature),
+            "mesh": self.mesh.to_json(),
+            "strategies": {
+                axis: {node: _strategy_to_json(s) for node, s in chosen.items()}
+                for axis, chosen in self.strategies.items()
+            },
+            "stages": [asdict(s) for s in self.stages],
+        }
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan that `save` wrote. Raises PartitionError for anything else."""
+        try:
+            data = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise PartitionError(f"cannot read the plan {path}", str(error)) from error
+        return Plan.from_json(data)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Plan:
+        """The inverse of `to_json`."""
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+            raise PartitionError("this is no plan of a version that is known", f"schema {found}, expected {SCHEMA}")
+        try:
+            fields = {k: v for k, v in data.items() if k != "schema"}
+            fields["mesh"] = Mesh.from_json(data["mesh"])
+            fields["signature"] = Signature(
+                **{
+                    **data["signature"],
+                    **{
+                        k: {n: tuple(s) for n, s in data["signature"][k].items()} for k in ("parameters", "inputs")
+                    },
+                }
+            )
+            fields["strategies"] = {
+                axis: {node: _strategy_from_json(s) for node, s in chosen.items()}
+                for axis, chosen in data["strategies"].items()
+            }
+            fields["stages"] = tuple(_stage_from_json(s) for s in data["stages"])
+            fields["replicated"] = tuple(data["replicated"])
+            return Plan(**fields)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PartitionError("the plan file is damaged", f"{type(error).__name__}: {error}") from error
+
+    def check(self, traced: Traced) -> None:
+        """Raise PartitionError, naming the difference, unless the plan was made for this traced model."""
+        difference = self.signature.difference(Signature.of(traced))
+        if difference:
+            raise PartitionError("the plan is for another model", difference, "plan again with autopart.plan(...)")
+
+    def __str__(self) -> str:
+        return describe(self)
+
+
+def usable_bytes(mesh: Mesh) -> float:
+    """Bytes of a device that a plan may fill: the rest is the context, the allocator's slack and libraries."""
+    return mesh.device.memory_bytes * 0.92
+
+
+def _strategy_to_json(strategy: Strategy) -> dict[str, Any]:
+    return {
+        "name": strategy.name,
+        "inputs": [None if p is None else str(p) for p in strategy.inputs],
+        "outputs": [str(p) for p in strategy.outputs],
+        "local": strategy.local,
+        "shards_work": strategy.shards_work,
+    }
+
+
+def _strategy_from_json(data: Mapping[str, Any]) -> Strategy:
+    return Strategy(
+        data["name"],
+        tuple(None if p is None else Placement.parse(p) for p in data["inputs"]),
+        tuple(Placement.parse(p) for p in data["outputs"]),
+        data["local"],
+        data["shards_work"],
+    )
+
+
+def _stage_from_json(data: Mapping[str, Any]) -> PlanStage:
+    runs = tuple(
+        PlanRun(tuple(r["labels"]), r["seconds"], tuple(PlanLine(**line) for line in r["lines"]))
+        for r in data["runs"]
+    )
+    return PlanStage(**{**data, "runs": runs, "sends": tuple((s, b) for s, b in data["sends"])})
+
+
+def describe(plan: Plan) -> str:
+    """The plan as text: a head, then every stage with its blocks once each."""
+    lines = [
+        f"plan {plan.model} on {plan.mesh}, {plan.degrees}  schedule {plan.schedule}  "
+        f"micro-batches {plan.micro_batches} of {plan.micro_batch}  zero {plan.zero}  recompute {plan.recompute}  "
+        f"{plan.precision}",
+        f"step {seconds_text(plan.step_seconds)}, {plan.global_batch / plan.step_seconds:,.1f} samples/s   "
+        f"# {plan.status}, gap {plan.gap:.2%}, planned in {plan.planning_seconds:.1f} s",
+    ]
+    for index, stage in enumerate(plan.stages):
+        parts = ", ".join(f"{k} {bytes_text(v)}" for k, v in stage.memory.items() if v)
+        lines.append(
+            f"stage {index}   {bytes_text(stage.memory_bytes)} ({parts})   "
+            f"forward {seconds_text(stage.forward_seconds)}  backward {seconds_text(stage.backward_seconds)}  "
+            f"gradient sync {seconds_text(stage.sync_seconds)}"
+        )
+        for run in stage.runs:
+            name = run.labels[0] if len(run.labels) == 1 else f"{run.labels[0]} .. {run.labels[-1]}"
+            times = f" x {len(run.labels)}" if len(run.labels) > 1 else ""
+            if name:
+                lines.append(f"  {name}{times}   {seconds_text(run.seconds)}{' each' if times else ''}")
+            for line in run.lines:
+                if not (line.note or line.seconds + line.comm_seconds > 0.02 * run.seconds):
+                    continue
+                time = seconds_text(line.seconds + line.comm_seconds)
+                lines.append(f"    {line.operator:<30} {line.note:<58} {time:>10}   {line.source}".rstrip())
+        lines += [f"  send to stage {to}   {bytes_text(size)} a micro-batch" for to, size in stage.sends]
+    if plan.replicated:
+        lines.append(f"without a rule, run whole on every rank: {', '.join(plan.replicated)}")
+    return "\n".join(lines)
+
+
+def bytes_text(count: float) -> str:
+    """``"41.2 GiB"``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def seconds_text(value: float) -> str:
+    """``"3.10 ms"``."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if value >= scale:
+            return f"{value / scale:.2f} {unit}"
+    return f"{value * 1e6:.2f} us" if value else "0"

@@ -1,0 +1,87 @@
+"""Placement -> placement along one axis: what runs forward, what runs backward, and what it costs.
+
+A gradient moves the other way by the conjugate collective (Shoeybi et al., Megatron-LM, arXiv 1909.08053,
+section 3; Korthikanti et al., arXiv 2205.05198, section 4.2.2). `function` is the name in
+`autopart.runtime.collectives` that emitted code calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from autopart.comm import COLLECTIVE_SECONDS
+from autopart.mesh import Link
+from autopart.notation import Placement
+
+
+@dataclass(frozen=True)
+class Relayout:
+    """One row: the function, and the collectives it runs forward and backward ("" for none)."""
+
+    function: str
+    forward: str
+    backward: str
+
+
+def runtime_function(name: str) -> Callable[..., Any]:
+    """A call target that stands for a function of `autopart.runtime` in a stage's graph."""
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError(f"{name} runs in emitted code only")
+
+    stand_in.__name__ = name
+    return stand_in
+
+
+RELAYOUTS: dict[tuple[str, str], Relayout] = {
+    ("R", "C"): Relayout("copy_to", "", "all_reduce"),
+    ("R", "S"): Relayout("scatter_to", "", "all_gather"),
+    ("C", "R"): Relayout("share_gradient", "", ""),
+    ("C", "S"): Relayout("slice_of", "", ""),
+    ("S", "R"): Relayout("gather_from", "all_gather", ""),
+    ("S", "C"): Relayout("gather_to", "all_gather", "reduce_scatter"),
+    ("S", "S"): Relayout("exchange", "all_to_all", "all_to_all"),
+    ("P", "R"): Relayout("reduce_from", "all_reduce", ""),
+    ("P", "C"): Relayout("all_reduce", "all_reduce", "all_reduce"),
+    ("P", "S"): Relayout("reduce_scatter_to", "reduce_scatter", "all_gather"),
+}
+
+
+def relayout(have: Placement, want: Placement, grad: bool) -> Relayout | None:
+    """The row for a change of placement; None where nothing has to run.
+
+    A value without gradient is the same in R and C. Raises KeyError where there is no such change (a whole
+    value is never made a partial sum).
+    """
+    if have == want or (not grad and have.kind in "RC" and want.kind in "RC"):
+        return None
+    return RELAYOUTS[have.kind, want.kind]
+
+
+def possible(have: Placement, want: Placement) -> bool:
+    """Whether `relayout` has a row for it."""
+    return have == want or (have.kind, want.kind) in RELAYOUTS
+
+
+def relayout_seconds(
+    have: Placement, want: Placement, nbytes: float, size: int, link: Link, grad: bool, launch: float
+) -> float:
+    """Seconds, forward and backward, to change a tensor of `nbytes` bytes (whole along this axis); `launch` is the
+    overhead of one kernel."""
+    return sum(relayout_directions(have, want, nbytes, size, link, grad, launch))
+
+
+def relayout_directions(
+    have: Placement, want: Placement, nbytes: float, size: int, link: Link, grad: bool, launch: float
+) -> tuple[float, float]:
+    """`relayout_seconds`, forward and backward apart."""
+    row = relayout(have, want, grad)
+    if row is None:
+        return 0.0, 0.0
+    forward, backward = (
+        COLLECTIVE_SECONDS[name](nbytes, size, link) + launch if name else 0.0
+        for name in (row.forward, row.backward if grad else "")
+    )
+    return max(forward, 0.0 if backward else launch), backward

@@ -1,0 +1,39 @@
+"""What emitted code calls, and what runs it. Knows nothing of planning."""
+
+from autopart.runtime.collectives import (
+    all_reduce,
+    copy_to,
+    exchange,
+    gather_from,
+    gather_to,
+    reduce_from,
+    reduce_scatter_to,
+    scatter_to,
+    share_gradient,
+    slice_of,
+)
+from autopart.runtime.functions import mean_cross_entropy, recomputed, vocab_cross_entropy, vocab_embedding
+from autopart.runtime.groups import Group, Groups, buffer, load, make_groups, weight
+
+__all__ = [
+    "Group",
+    "Groups",
+    "all_reduce",
+    "buffer",
+    "copy_to",
+    "exchange",
+    "gather_from",
+    "gather_to",
+    "load",
+    "make_groups",
+    "mean_cross_entropy",
+    "recomputed",
+    "reduce_from",
+    "reduce_scatter_to",
+    "scatter_to",
+    "share_gradient",
+    "slice_of",
+    "vocab_cross_entropy",
+    "vocab_embedding",
+    "weight",
+]

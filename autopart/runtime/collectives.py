@@ -1,0 +1,148 @@
+"""Changes of placement along one axis: each a collective forward and its conjugate backward.
+
+The names say what happens forward; `autopart.relayout` lists both directions. `group` is one of the fields of
+`autopart.runtime.Groups`, `dim` a tensor dim, `parts` the sizes of the segments that are split each on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from autopart.runtime.groups import Group
+from autopart.runtime.shards import shard, unshard
+
+Tensor = torch.Tensor
+Parts = Sequence[int]
+
+
+def _sum(x: Tensor, group: Group) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group.handle)
+    return total
+
+
+def _gather(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
+    x = x.contiguous()
+    shares = [torch.empty_like(x) for _ in range(group.size)]
+    dist.all_gather(shares, x, group=group.handle)
+    return unshard(shares, dim, parts)
+
+
+def _slice(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
+    return shard(x, dim, parts, group.size, group.rank)
+
+
+def _sum_slice(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
+    """Reduce-scatter; gloo, which has none for every dtype, sums and slices."""
+    if dist.get_backend(group.handle) != "nccl":
+        return _slice(_sum(x, group), group, dim, parts).contiguous()
+    shares = torch.stack([shard(x, dim, parts, group.size, r) for r in range(group.size)])
+    mine = torch.empty_like(shares[0])
+    dist.reduce_scatter_tensor(mine, shares, group=group.handle)
+    return mine
+
+
+def _exchange(x: Tensor, group: Group, have: int, want: int) -> Tensor:
+    """All-to-all: from split along `have` to split along `want`."""
+    out = [c.contiguous() for c in x.chunk(group.size, want)]
+    if dist.get_backend(group.handle) != "nccl":
+        return _slice(_gather(x, group, have), group, want).contiguous()
+    back = [torch.empty_like(c) for c in out]
+    dist.all_to_all(back, out, group=group.handle)
+    return torch.cat(back, have)
+
+
+def _same(x: Tensor, group: Group) -> Tensor:
+    return x.view_as(x)
+
+
+def _share(x: Tensor, group: Group) -> Tensor:
+    return x / group.size
+
+
+Move = Callable[..., Tensor]
+
+
+class _Move(torch.autograd.Function):
+    """One function forward, another backward, with the same arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: Move, backward: Move, group: Group, args: tuple[Any, ...]) -> Tensor:
+        ctx.backward_of = backward, group, args
+        return forward(x, group, *args)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        backward, group, args = ctx.backward_of
+        return backward(gradients[0], group, *args), None, None, None, None
+
+
+def _move(x: Tensor, forward: Move, backward: Move, group: Group, *args: Any) -> Tensor:
+    moved: Tensor = _Move.apply(x, forward, backward, group, args)
+    return moved
+
+
+def copy_to(x: Tensor, group: Group) -> Tensor:
+    """Into a region where ranks do different work: backward sums their gradients."""
+    return _move(x, _same, _sum, group)
+
+
+def reduce_from(x: Tensor, group: Group) -> Tensor:
+    """Sum the ranks' partial sums."""
+    return _move(x, _sum, _same, group)
+
+
+def all_reduce(x: Tensor, group: Group) -> Tensor:
+    """Sum the ranks' partial sums, and their gradients backward."""
+    return _move(x, _sum, _sum, group)
+
+
+def share_gradient(x: Tensor, group: Group) -> Tensor:
+    """Out of a region of partial gradients: backward gives each rank an equal part."""
+    return _move(x, _same, _share, group)
+
+
+def scatter_to(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
+    """Keep this rank's share; backward gathers the gradients."""
+    return _move(x, _slice, _gather, group, dim, parts)
+
+
+def slice_of(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
+    """Keep this rank's share; backward leaves zeros for the others', as a partial sum."""
+    return _slice(x, group, dim, parts)
+
+
+def gather_from(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
+    """Put the shares together; backward keeps this rank's share of the gradient."""
+    return _move(x, _gather, _slice, group, dim, parts)
+
+
+def gather_to(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
+    """Put the shares together for different work on each rank; backward sums and scatters."""
+    return _move(x, _gather, _sum_slice, group, dim, parts)
+
+
+def reduce_scatter_to(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
+    """Sum the ranks' partial sums and keep this rank's share; backward gathers."""
+    return _move(x, _sum_slice, _gather, group, dim, parts)
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, have: int, want: int) -> Tensor:
+        ctx.back = group, want, have
+        return _exchange(x, group, have, want)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return _exchange(gradients[0], *ctx.back), None, None, None
+
+
+def exchange(x: Tensor, group: Group, have: int, want: int) -> Tensor:
+    """From split along dim `have` to split along dim `want`, and back for the gradients."""
+    moved: Tensor = _Exchange.apply(x, group, have, want)
+    return moved

@@ -1,0 +1,238 @@
+"""Runs a stage's list of instructions for one step."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from autopart.runtime.groups import Groups
+from autopart.schedules import Instruction, Op
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Message:
+    """A tensor that crosses a cut: its name, shape and dtype on a rank, who makes it, who takes it."""
+
+    name: str
+    producer: int
+    consumers: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    grad: bool
+
+
+@dataclass
+class _Flight:
+    """What a stage holds of one micro-batch between its forward and its backward."""
+
+    received: dict[str, Tensor] = field(default_factory=dict)
+    sent: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    loss: Tensor | None = None
+
+
+class Executor:
+    """One rank's stage with its instructions.
+
+    `doing` is what the rank is at, for whoever asks why nothing moves.
+    """
+
+    def __init__(
+        self,
+        stage: nn.Module,
+        index: int,
+        groups: Groups,
+        program: Sequence[Instruction],
+        messages: Sequence[Message],
+        tied: Mapping[str, dist.ProcessGroup | None],
+    ) -> None:
+        self.stage, self.index, self.groups, self.program, self.tied = stage, index, groups, program, tied
+        self.incoming = [m for m in messages if index in m.consumers]
+        self.outgoing = [m for m in messages if m.producer == index]
+        self.last = not self.outgoing
+        self.doing = "starting"
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.actions: dict[Op, Callable[[Instruction], None]] = {
+            Op.FORWARD: self._forward,
+            Op.BACKWARD: self._backward,
+            Op.SEND: self._send,
+            Op.RECV: self._receive,
+            Op.SEND_GRAD: self._send_gradients,
+            Op.RECV_GRAD: self._receive_gradients,
+            Op.REDUCE: lambda _: self._reduce(),
+            Op.STEP: lambda _: self._step(),
+        }
+
+    def run(self, micro_batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """One step over this rank's share of every micro-batch; the loss of the whole batch, on every rank."""
+        self.micro_batches = micro_batches
+        self.flights: dict[int, _Flight] = defaultdict(_Flight)
+        self.works: list[tuple[Any, Tensor]] = []
+        self.losses: list[Tensor] = []
+        self.stage.zero_grad(set_to_none=True)
+        self._count_valid()
+        for instruction in self.program:
+            self.doing = str(instruction)
+            self.actions[instruction.op](instruction)
+        for work, _ in self.works:
+            work.wait()
+        self.doing = "sharing the loss"
+        loss = self._shared_loss()
+        self.doing = "waiting for the next step"
+        return loss
+
+    def _inputs(self, micro_batch: int) -> list[Tensor]:
+        return [self.micro_batches[micro_batch][name] for name in self.stage.inputs]  # type: ignore[union-attr]
+
+    def _count_valid(self) -> None:
+        """Give every mean over valid targets their average number in a micro-batch of the whole batch."""
+        if not hasattr(self.stage, "count_valid"):
+            return
+        totals: dict[str, int] = defaultdict(int)
+        axes: dict[str, list[str]] = {}
+        for i in range(len(self.micro_batches)):
+            for name, (count, split) in self.stage.count_valid(*self._inputs(i)).items():  # type: ignore[operator]
+                totals[name] += count
+                axes[name] = split
+        for name, count in totals.items():
+            total = torch.tensor(count, device=self.groups.device)
+            for axis in axes[name]:
+                dist.all_reduce(total, group=self.groups.along(axis).handle)
+            self.stage.valid[name] = total.item() / len(self.micro_batches)  # type: ignore[index,union-attr,operator]
+
+    def _forward(self, at: Instruction) -> None:
+        flight = self.flights[at.micro_batch]
+        received = [flight.received[m.name] for m in self.incoming]
+        results = self.stage(*self._inputs(at.micro_batch), *received)
+        if self.last:
+            flight.loss = results / len(self.micro_batches)
+            self.losses.append(flight.loss.detach())
+            return
+        results = results if isinstance(results, tuple) else (results,)
+        flight.sent = {m.name: r for m, r in zip(self.outgoing, results, strict=True)}
+
+    def _backward(self, at: Instruction) -> None:
+        flight = self.flights[at.micro_batch]
+        if flight.loss is not None:
+            flight.loss.backward()
+        else:
+            names = [m.name for m in self.outgoing if m.grad]
+            torch.autograd.backward(
+                [flight.sent[n] for n in names], [flight.gradients[n] for n in names]
+            )
+        gradients = {
+            m.name: g if (g := flight.received[m.name].grad) is not None else torch.zeros_like(flight.received[m.name])
+            for m in self.incoming
+            if m.grad
+        }
+        self.flights[at.micro_batch] = _Flight(gradients=gradients)
+
+    def _send(self, at: Instruction) -> None:
+        flight = self.flights[at.micro_batch]
+        for m in self.outgoing:
+            if at.peer in m.consumers:
+                self._post(flight.sent[m.name].detach(), at.peer, self.groups.activations)
+
+    def _receive(self, at: Instruction) -> None:
+        flight = self.flights[at.micro_batch]
+        for m in self.incoming:
+            if m.producer == at.peer:
+                tensor = self._take(m, at.peer, self.groups.activations)
+                flight.received[m.name] = tensor.requires_grad_(m.grad)
+
+    def _send_gradients(self, at: Instruction) -> None:
+        flight = self.flights[at.micro_batch]
+        for m in self.incoming:
+            if m.producer == at.peer and m.grad:
+                self._post(flight.gradients.pop(m.name), at.peer, self.groups.gradients)
+        if not flight.gradients:
+            del self.flights[at.micro_batch]
+
+    def _receive_gradients(self, at: Instruction) -> None:
+        flight = self.flights[at.micro_batch]
+        for m in self.outgoing:
+            if at.peer in m.consumers and m.grad:
+                gradient = self._take(m, at.peer, self.groups.gradients)
+                known = flight.gradients.get(m.name)
+                flight.gradients[m.name] = gradient if known is None else known + gradient
+
+    def _post(self, tensor: Tensor, stage: int, channel: dist.ProcessGroup | None) -> None:
+        """Send without waiting; the buffer is held until the message is out."""
+        self.works = [(work, held) for work, held in self.works if not work.is_completed()]
+        tensor = tensor.contiguous()
+        self.works.append((dist.isend(tensor, self.groups.rank_at(stage), group=channel), tensor))
+
+    def _take(self, message: Message, stage: int, channel: dist.ProcessGroup | None) -> Tensor:
+        tensor = torch.empty(message.shape, dtype=message.dtype, device=self.groups.device)
+        work = dist.irecv(tensor, self.groups.rank_at(stage), group=channel)
+        assert work is not None
+        work.wait()
+        return tensor
+
+    def _reduce(self) -> None:
+        """Add up gradients that are partial sums over an axis, in one message an axis and dtype, then those of weights
+        that live on several stages."""
+        for axis in ("dp", "tp"):
+            group = self.groups.along(axis)
+            partial = [p for p in self._with_gradients() if group.size > 1 and p.placed[axis].kind == "C"]
+            _sum_together([p.grad for p in partial], group.handle)
+        by_group: dict[Any, list[Tensor]] = defaultdict(list)
+        for share in sorted(self._with_gradients(), key=lambda p: p.model_name):
+            if share.model_name in self.tied:
+                by_group[self.tied[share.model_name]].append(share.grad)
+        for handle, gradients in by_group.items():
+            _sum_together(gradients, handle)
+
+    def _with_gradients(self) -> list[Any]:
+        shares = [p for p in self.stage.parameters() if p.requires_grad]
+        for share in shares:
+            if share.grad is None:
+                share.grad = torch.zeros_like(share)
+        return shares
+
+    def _step(self) -> None:
+        if self.optimizer is not None:
+            self.optimizer.step()
+
+    def _shared_loss(self) -> Tensor:
+        loss = torch.stack(self.losses).sum() if self.losses else None
+        if self.groups.pp.size == 1:
+            assert loss is not None
+            return loss
+        value = loss.double() if loss is not None else torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        source = self.groups.rank_at(self.groups.pp.size - 1)
+        dist.broadcast(value, source, group=self.groups.pp.handle)
+        return value
+
+
+BUCKET_BYTES = 64 * 2**20
+
+
+def _sum_together(gradients: Iterable[Tensor], handle: dist.ProcessGroup | None) -> None:
+    """All-reduce tensors in place, flattened together into messages of about BUCKET_BYTES."""
+    buckets: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+
+    def flush(bucket: list[Tensor]) -> None:
+        if not bucket:
+            return
+        flat = torch.cat([g.flatten() for g in bucket])
+        dist.all_reduce(flat, group=handle)
+        for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
+        bucket.clear()
+
+    for gradient in gradients:
+        bucket = buckets[gradient.dtype]
+        bucket.append(gradient)
+        if sum(g.nbytes for g in bucket) >= BUCKET_BYTES:
+            flush(bucket)
+    for bucket in buckets.values():
+        flush(bucket)

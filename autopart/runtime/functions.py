@@ -1,0 +1,75 @@
+"""What runs on a shard where the plain operator would be wrong, and what emitted code needs besides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from autopart.runtime.groups import Group
+
+Tensor = torch.Tensor
+
+
+def mean_cross_entropy(
+    logits: Tensor, targets: Tensor, valid: float, ignore_index: int = -100, label_smoothing: float = 0.0
+) -> Tensor:
+    """Cross-entropy of this rank's targets over `valid`, the number of targets of an average micro-batch that are
+    not `ignore_index`. logits (b, v), targets (b,)."""
+    total = F.cross_entropy(
+        logits, targets, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
+    )
+    return total / valid
+
+
+class _VocabCrossEntropy(torch.autograd.Function):
+    """Vocabulary-parallel cross-entropy (Shoeybi et al., Megatron-LM, arXiv 1909.08053, section 3)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int, group: Group) -> Tensor:
+        first = group.rank * logits.shape[-1]
+        highest = logits.max(dim=-1).values
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group.handle)
+        shifted = logits - highest[:, None]
+        total = shifted.exp().sum(dim=-1)
+        here = (targets >= first) & (targets < first + logits.shape[-1])
+        local = torch.where(here, targets - first, 0)
+        wanted = torch.where(here, shifted.gather(1, local[:, None])[:, 0], 0.0)
+        both = torch.stack([total, wanted])
+        dist.all_reduce(both, group=group.handle)
+        total, wanted = both
+        counted = targets != ignore_index
+        ctx.save_for_backward(shifted, total, local, here & counted, counted)
+        return torch.where(counted, total.log() - wanted, 0.0).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        shifted, total, local, here, counted = ctx.saved_tensors
+        gradient = shifted.exp() / total[:, None]
+        gradient.scatter_add_(1, local[:, None], -here[:, None].to(gradient.dtype))
+        return gradient * counted[:, None] * gradients[0], None, None, None
+
+
+def vocab_cross_entropy(logits: Tensor, targets: Tensor, valid: float, ignore_index: int, group: Group) -> Tensor:
+    """`mean_cross_entropy` of logits (b, v / ranks) whose vocabulary is split over `group`; the same on every rank."""
+    total: Tensor = _VocabCrossEntropy.apply(logits, targets, ignore_index, group)
+    return total / valid
+
+
+def vocab_embedding(ids: Tensor, weight: Tensor, group: Group, padding_idx: int = -1) -> Tensor:
+    """Rows of a table (v / ranks, d) whose vocabulary is split over `group`: zeros for rows of other ranks, so that
+    the ranks' results sum to the whole."""
+    first = group.rank * weight.shape[0]
+    here = (ids >= first) & (ids < first + weight.shape[0])
+    padding = padding_idx - first if first <= padding_idx < first + weight.shape[0] else None
+    rows = F.embedding(torch.where(here, ids - first, 0), weight, padding)
+    return rows * here[..., None]
+
+
+def recomputed(layer: nn.Module, *args: Tensor) -> Any:
+    """Call a layer, keep its inputs alone, and run it again for backward."""
+    return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)

@@ -1,0 +1,153 @@
+"""Where a rank stands: its group along every mesh axis, and its share of every weight."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from autopart.errors import PartitionError
+from autopart.notation import Placement
+from autopart.runtime.shards import shard
+
+AXES = ("pp", "dp", "tp")
+"""From the outermost to the innermost: ranks next to each other share a tensor-parallel group."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks along one axis that this rank works with, and its place among them."""
+
+    axis: str
+    size: int
+    rank: int
+    handle: dist.ProcessGroup | None
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's group along every axis, its device, and the channels that are no axis.
+
+    activations, gradients   all ranks, one channel for each direction of a pipeline
+    host                     all ranks, for values on the CPU
+    """
+
+    pp: Group
+    dp: Group
+    tp: Group
+    device: torch.device
+    activations: dist.ProcessGroup | None = None
+    gradients: dist.ProcessGroup | None = None
+    host: dist.ProcessGroup | None = None
+
+    def along(self, axis: str) -> Group:
+        """The group of an axis by its name."""
+        group: Group = getattr(self, axis)
+        return group
+
+    def rank_at(self, stage: int) -> int:
+        """The global rank with this rank's coordinates in another stage."""
+        return (stage * self.dp.size + self.dp.rank) * self.tp.size + self.tp.rank
+
+
+def make_groups(pp: int, dp: int, tp: int) -> Groups:
+    """Start torch.distributed if need be (nccl and gloo on GPUs, gloo elsewhere) and make every group.
+
+    Raises PartitionError where the number of processes is not pp x dp x tp.
+    """
+    size = pp * dp * tp
+    if size > 1 and not dist.is_initialized():
+        if "RANK" not in os.environ:
+            raise PartitionError(
+                f"the plan needs {size} processes and this is one",
+                "neither torchrun nor another launcher has set RANK and WORLD_SIZE",
+                f"torchrun --nproc-per-node {size} {{your script}}, or a mesh of 1 device",
+            )
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world != size:
+        raise PartitionError(
+            f"the plan needs {size} processes and there are {world}",
+            f"pp={pp} x dp={dp} x tp={tp} ranks, one process each",
+            f"torchrun --nproc-per-node {size} (in all), or plan for a mesh of {world}",
+        )
+    device = _device()
+    if size == 1:
+        alone = [Group(axis, 1, 0, None) for axis in AXES]
+        return Groups(*alone, device)
+    mesh = init_device_mesh(device.type, (pp, dp, tp), mesh_dim_names=AXES)
+    along = [Group(a, mesh[a].size(), mesh.get_local_rank(a), mesh.get_group(a)) for a in AXES]
+    channels = [dist.new_group() if pp > 1 else None for _ in range(2)]
+    return Groups(*along, device, *channels, dist.new_group(backend="gloo"))
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+class Weight(nn.Parameter):
+    """A rank's share of one of the model's parameters.
+
+    model_name  the parameter's name in the model
+    whole       its shape there
+    placed      axis -> placement
+    """
+
+    model_name: str
+    whole: tuple[int, ...]
+    placed: dict[str, Placement]
+
+
+def weight(
+    groups: Groups,
+    name: str,
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    requires_grad: bool = True,
+    **placed: str,
+) -> Weight:
+    """This rank's share, not yet filled, of the model's parameter `name` of `shape`; `placed` says, per axis, where it
+    lies: "S0" (split along dim 0), "R" or "C" (whole)."""
+    placements = {axis: Placement.parse(text) for axis, text in placed.items()}
+    local = list(shape)
+    for axis, placement in placements.items():
+        if placement.kind == "S":
+            local[placement.dim] //= groups.along(axis).size
+    share = Weight(torch.empty(local, dtype=dtype, device=groups.device), requires_grad)
+    share.model_name, share.whole, share.placed = name, tuple(shape), placements
+    return share
+
+
+
+
+def buffer(
+    groups: Groups, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32, **placed: str
+) -> torch.Tensor:
+    """A copy, not yet filled, of the model's buffer `name`."""
+    copy = nn.Buffer(torch.empty(list(shape), dtype=dtype, device=groups.device))
+    copy.model_name = name  # type: ignore[attr-defined]
+    return copy
+
+
+def load(stage: nn.Module, groups: Groups, tensors: dict[str, torch.Tensor]) -> None:
+    """Fill a stage's weights and buffers from the model's own, by name."""
+    with torch.no_grad():
+        for share in stage.parameters():
+            whole = tensors[share.model_name]
+            for axis, placement in share.placed.items():
+                group = groups.along(axis)
+                if placement.kind == "S":
+                    whole = shard(whole, placement.dim, placement.parts, group.size, group.rank)
+            share.copy_(whole)
+        for copy in stage.buffers():
+            copy.copy_(tensors[copy.model_name])

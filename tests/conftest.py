@@ -1,0 +1,17 @@
+"""Settings of the whole test suite, made before anything imports torch or transformers."""
+
+import os
+
+import pytest
+
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Skip gpu tests without a GPU; keep the tests that start processes on one worker."""
+    import torch
+
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    if item.get_closest_marker("processes"):
+        item.add_marker(pytest.mark.xdist_group("processes"))

@@ -1,0 +1,132 @@
+"""Which module may import what. The tables say it; the rest of the file enforces them."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Lowest first: a module imports from its own layer and those before it.
+LAYERS = (
+    {"errors", "mesh"},
+    {"notation", "rules", "graph", "comm", "schedules", "kernels", "torch_private"},
+    {"plan"},
+    {"passes"},
+    {"compile", "runtime"},
+    {"cli", "__init__", "__main__"},
+)
+# (import, the only files that may have it), both regular expressions.
+ONLY_IN = (
+    (r"(pulp|highspy)\b", r"passes/solve\.py"),
+    (r"triton\b", r"kernels/.*"),
+    (r"torch\.(.*\.)?_(?!_)", r"torch_private\.py"),
+)
+# (import, files that may not have it).
+NEVER_IN = ((r"autopart\.passes\b", r"runtime/.*"),)
+ONLY_INSIDE_FUNCTIONS = r"triton\b"
+# Packages whose modules do not import each other, only the package itself.
+INDEPENDENT = {"passes"}
+
+PACKAGE = Path(__file__).parents[1] / "autopart"
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def imports(file: str, tree: ast.Module) -> Iterator[tuple[str, ast.stmt]]:
+    """Every name a file imports, in full: `from a import b` gives a.b."""
+    package = ("autopart", *Path(file).parent.parts)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else ()
+            prefix = ".".join((*base, *filter(None, [node.module])))
+            yield from ((f"{prefix}.{alias.name}", node) for alias in node.names)
+
+
+def reasons(file: str, name: str, inside_function: bool) -> Iterator[str]:
+    """Why `file` may not import `name`; nothing if it may."""
+    for pattern, files in ONLY_IN:
+        if re.match(pattern, name) and not re.fullmatch(files, file):
+            yield f"only {files} may"
+    for pattern, files in NEVER_IN:
+        if re.match(pattern, name) and re.fullmatch(files, file):
+            yield f"{files} may not"
+    if re.match(ONLY_INSIDE_FUNCTIONS, name) and not inside_function:
+        yield "only inside functions"
+
+    root, *parts = name.split(".")
+    if root != "autopart":
+        return
+    own = Path(file).with_suffix("").parts
+    target = parts[0] if parts and parts[0] in LEVEL else "__init__"
+    if LEVEL[target] > LEVEL[own[0]]:
+        yield f"{target} is a higher layer than {own[0]}"
+    if own[0] == target and target in INDEPENDENT and own[1] != "__init__":
+        siblings = {Path(f).stem for f in FILES if f.startswith(f"{target}/")} - {own[1], "__init__"}
+        if siblings.intersection(parts[1:2]):
+            yield f"modules in {target}/ do not import each other"
+
+
+def violations(file: str, source: str) -> list[str]:
+    if Path(file).with_suffix("").parts[0] not in LEVEL:
+        return [f"autopart/{file}: in no layer of tests/test_layering.py"]
+    tree = ast.parse(source)
+    functions = (f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef))
+    deferred = {node for function in functions for node in ast.walk(function)}
+    return [
+        f"autopart/{file}:{node.lineno}: imports {name}: {reason}"
+        for name, node in imports(file, tree)
+        for reason in reasons(file, name, node in deferred)
+    ]
+
+
+def test_imports_respect_the_layers() -> None:
+    found = [line for file in FILES for line in violations(file, (PACKAGE / file).read_text())]
+    assert not found, "\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "name"),
+    [
+        ("mesh.py", "from autopart.plan import Plan", "autopart.plan.Plan"),
+        ("mesh.py", "from . import plan", "autopart.plan"),
+        ("plan.py", "import autopart", "autopart"),
+        ("plan.py", "def f():\n    from .passes.solve import solve", "autopart.passes.solve.solve"),
+        ("passes/another.py", "from autopart.passes import trace", "autopart.passes.trace"),
+        ("passes/another.py", "from .trace import trace", "autopart.passes.trace.trace"),
+        ("passes/another.py", "import pulp", "pulp"),
+        ("compile.py", "def f():\n    import triton.language", "triton.language"),
+        ("kernels/another.py", "import triton", "triton"),
+        ("runtime/another.py", "from autopart.passes import Pass", "autopart.passes.Pass"),
+        ("rules.py", "from torch._ops import OpOverload", "torch._ops.OpOverload"),
+        ("rules.py", "from torch import _C", "torch._C"),
+        ("rules.py", "import torch.testing._internal.common_utils", "torch.testing._internal.common_utils"),
+    ],
+)
+def test_a_violation_is_found(file: str, source: str, name: str) -> None:
+    (line,) = violations(file, source)
+    assert line.startswith(f"autopart/{file}:") and f"imports {name}: " in line
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("passes/solve.py", "import pulp\nfrom autopart.passes import Pass\nfrom ..plan import Plan"),
+        ("passes/__init__.py", "from .solve import solve"),
+        ("kernels/another.py", "def f():\n    import triton"),
+        ("torch_private.py", "from __future__ import annotations\nfrom torch._C import Graph"),
+        ("cli.py", "from autopart import compile, runtime\nfrom torch import __version__"),
+    ],
+)
+def test_no_violation_is_made_up(file: str, source: str) -> None:
+    assert not violations(file, source)
+
+
+def test_a_module_without_a_layer_is_found() -> None:
+    assert violations("unheard_of.py", "") == [
+        "autopart/unheard_of.py: in no layer of tests/test_layering.py"
+    ]

@@ -1,0 +1,281 @@
+"""Meshes from text, JSON and DeviceMesh; which link a group uses; what the collectives cost."""
+
+import json
+import pickle
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from autopart.comm import COLLECTIVE_SECONDS, p2p_seconds
+from autopart.errors import PartitionError
+from autopart.mesh import DEVICES, INTER, LINKS, Mesh, _of_cuda
+
+GOOD = {  # text: hosts, devices per host, device, intra, inter, the text str() gives back
+    "4x8:h100-80gb": (4, 8, "h100-80gb", "nvlink4", "ib-ndr", "4x8:h100-80gb"),
+    "4:cpu": (1, 4, "cpu", "shared-memory", "ethernet", "4:cpu"),
+    "1x4:cpu": (1, 4, "cpu", "shared-memory", "ethernet", "4:cpu"),
+    "2x8:a100-80gb@ib-hdr": (2, 8, "a100-80gb", "nvlink3", "ib-hdr", "2x8:a100-80gb"),
+    "2x8:a100-40gb@ethernet": (2, 8, "a100-40gb", "nvlink3", "ethernet", "2x8:a100-40gb@ethernet"),
+    " 2X8:V100-32GB ": (2, 8, "v100-32gb", "nvlink2", "ib-hdr", "2x8:v100-32gb"),
+    "16x8:b200": (16, 8, "b200", "nvlink5", "ib-ndr", "16x8:b200"),
+    "8:h200": (1, 8, "h200", "nvlink4", "ib-ndr", "8:h200"),
+}
+
+BAD = {  # text: what the error says
+    "": "the form is",
+    "cpu": "the form is",
+    "4": "the form is",
+    "4:": "the form is",
+    "x4:cpu": "the form is",
+    "2x2x2:cpu": "the form is",
+    "-1:cpu": "the form is",
+    "4:cpu@": "the form is",
+    "0:cpu": "empty",
+    "0x8:cpu": "empty",
+    "2x0:cpu": "empty",
+    "8:h100": r"(?s)known are cpu, v100.*try: 'h100-80gb'",
+    "8:a100": "(?s)try: 'a100-40gb' or 'a100-80gb'",
+    "8:a100-80gv": "(?s)known are.*try: 'a100-80gb'",
+    "8:zzz": r"known are .*b200$",
+    "8:b200@ib-nrd": "(?s)unknown link.*try: 'ib-ndr'",
+}
+
+
+@pytest.mark.parametrize("text", GOOD)
+def test_good_text(text: str) -> None:
+    hosts, devices, device, intra, inter, shown = GOOD[text]
+    mesh = Mesh.of(text)
+    assert mesh == Mesh(hosts, devices, DEVICES[device], LINKS[intra], LINKS[inter])
+    assert (mesh.size, mesh.memory_bytes) == (hosts * devices, DEVICES[device].memory_bytes)
+    assert str(mesh) == shown and Mesh.parse(shown) == mesh
+    assert hash(mesh) == hash(Mesh.parse(shown)) and Mesh.of(mesh) is mesh
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_bad_text(text: str) -> None:
+    with pytest.raises(PartitionError, match=BAD[text]):
+        Mesh.parse(text)
+
+
+def test_of_something_else() -> None:
+    with pytest.raises(PartitionError, match="not a mesh: 7"):
+        Mesh.of(7)  # type: ignore[arg-type]
+
+
+def test_error_parts() -> None:
+    error = PartitionError("no", why="because", try_="this")
+    assert str(error) == "no\n  why: because\n  try: this"
+    assert str(PartitionError("no", try_="this")) == "no\n  try: this" and str(PartitionError("no")) == "no"
+    copy = pickle.loads(pickle.dumps(error))
+    assert (copy.what, copy.why, copy.try_, str(copy)) == ("no", "because", "this", str(error))
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=lambda row: row.name)
+def test_tables_are_whole(device) -> None:
+    assert LINKS[device.link].bandwidth < device.bandwidth
+    assert LINKS[INTER[device.name]].bandwidth < LINKS[device.link].bandwidth
+    assert {"float64", "float32"} <= device.flops.keys() and device.source
+
+
+@pytest.mark.parametrize(
+    ("axes", "says"),
+    [
+        ((), None),
+        ((("tp", 2),), None),
+        ((("pp", 2), ("dp", 2), ("tp", 2)), None),
+        ((("tp", 3),), "must divide 8"),
+        ((("tp", 0),), "must divide 8"),
+        ((("pp", 2), ("dp", 2), ("tp", 1)), "must equal 8"),
+        ((("tp", 2), ("tp", 2)), "bad mesh axes"),
+        ((("ep", 2),), "bad mesh axes"),
+    ],
+)
+def test_axes(axes, says: str | None) -> None:
+    mesh = Mesh.parse("8:cpu")
+    if says is None:
+        assert replace(mesh, axes=axes).axes == axes
+    else:
+        with pytest.raises(PartitionError, match=says):
+            replace(mesh, axes=axes)
+
+
+def test_json_keeps_custom_rows() -> None:
+    mesh = Mesh.parse("2x4:h200")
+    mesh = replace(
+        mesh,
+        device=replace(mesh.device, name="mine", flops={"float32": 1e12}),
+        intra=replace(mesh.intra, name="wire", bandwidth=1.5e9),
+        axes=(("dp", 4), ("tp", 2)),
+    )
+    data = json.loads(json.dumps(mesh.to_json()))
+    assert Mesh.from_json(data) == mesh
+    assert str(mesh) == "2x4:mine@ib-ndr"
+
+
+@pytest.mark.parametrize("change", [{"hosts": None}, {"device": {"name": "x"}}, {"colour": 1}, {"axes": 3}])
+def test_bad_json(change) -> None:
+    with pytest.raises(PartitionError, match="not a mesh in JSON"):
+        Mesh.from_json(Mesh.parse("4:cpu").to_json() | change)
+
+
+@pytest.mark.parametrize(
+    ("text", "stride", "size", "inter"),
+    [
+        ("2x8:b200", 1, 8, False),
+        ("2x8:b200", 4, 2, False),
+        ("2x8:b200", 8, 2, True),
+        ("2x8:b200", 1, 16, True),
+        ("2x8:b200", 16, 1, None),
+        ("2x8:b200", 15, 1, False),
+        ("8:b200", 1, 8, False),
+        ("8:b200", 1, 9, None),
+        ("8:b200", 0, 2, None),
+        ("2x6:b200", 1, 4, True),
+        ("2x6:b200", 2, 3, False),
+        ("2x6:b200", 1, 3, False),
+    ],
+)
+def test_link(text: str, stride: int, size: int, inter: bool | None) -> None:
+    mesh = Mesh.parse(text)
+    if size == 1:
+        assert mesh.link(stride, size) is mesh.intra
+    elif inter is None:
+        with pytest.raises(PartitionError, match="no group"):
+            mesh.link(stride, size)
+    else:
+        assert mesh.link(stride, size) is (mesh.inter if inter else mesh.intra)
+
+
+@pytest.mark.parametrize("per_host", [1, 2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("hosts", [1, 2, 3])
+def test_link_against_enumeration(hosts: int, per_host: int) -> None:
+    mesh = Mesh.parse(f"{hosts}x{per_host}:cpu")
+    for stride in range(1, mesh.size + 1):
+        for size in range(1, (mesh.size - 1) // stride + 2):
+            last = (size - 1) * stride
+            firsts = [rank for rank in range(mesh.size - last) if rank // stride % size == 0]
+            crosses = any(rank // per_host != (rank + last) // per_host for rank in firsts)
+            assert (mesh.link(stride, size) is mesh.inter) == crosses, (stride, size)
+
+
+@pytest.fixture
+def eight_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("eight_ranks")
+@pytest.mark.parametrize(
+    ("shape", "names", "local", "hosts"),
+    [
+        ((2, 2, 2), ("pp", "dp", "tp"), None, 1),
+        ((4, 2), ("dp", "tp"), "4", 2),
+        ((8,), ("tp",), "8", 1),
+        ((8,), ("dp",), "16", 1),
+        ((8,), ("dp",), "1", 8),
+    ],
+)
+def test_device_mesh(shape, names, local: str | None, hosts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if local is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    mesh = Mesh.of(init_device_mesh("cpu", shape, mesh_dim_names=names))
+    assert mesh == replace(
+        Mesh.parse(f"{hosts}x{8 // hosts}:cpu"), axes=tuple(zip(names, shape, strict=True))
+    )
+
+
+@pytest.mark.usefixtures("eight_ranks")
+@pytest.mark.parametrize(
+    ("device", "ranks", "names", "local", "says"),
+    [
+        ("cpu", range(8), None, "8", "no dim names"),
+        ("cpu", range(8), ("ep",), "8", "bad mesh axes"),
+        ("cpu", range(7, -1, -1), ("dp",), "8", "in order"),
+        ("cpu", range(8), ("dp",), "3", "LOCAL_WORLD_SIZE=3"),
+        ("cpu", range(8), ("dp",), "0", "LOCAL_WORLD_SIZE=0"),
+        ("cpu", range(8), ("dp",), "four", "LOCAL_WORLD_SIZE=four"),
+        ("meta", range(8), ("dp",), "8", "only cpu and cuda"),
+    ],
+)
+def test_bad_device_mesh(device, ranks, names, local, says, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    device_mesh = DeviceMesh(device, torch.tensor(list(ranks)), mesh_dim_names=names)
+    with pytest.raises(PartitionError, match=says):
+        Mesh.of(device_mesh)
+
+
+@pytest.mark.usefixtures("eight_ranks")
+@pytest.mark.parametrize("present", [True, False])
+def test_cuda_device_mesh(present: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    device_mesh = init_device_mesh("cpu", (8,), mesh_dim_names=("dp",))
+    monkeypatch.setattr(device_mesh, "_device_type", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: present)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("P", (), {"total_memory": 1}))
+    if present:
+        assert Mesh.of(device_mesh) == replace(Mesh.parse("8:h200"), axes=(("dp", 8),))
+    else:
+        with pytest.raises(PartitionError, match="finds no device"):
+            Mesh.of(device_mesh)
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "row", "exact"),
+    [
+        ("Tesla V100-SXM2-32GB", 34, "v100-32gb", True),
+        ("NVIDIA A100-SXM4-40GB", 42, "a100-40gb", True),
+        ("NVIDIA A100-SXM4-80GB", 85, "a100-80gb", True),
+        ("NVIDIA H100 80GB HBM3", 85, "h100-80gb", True),
+        ("NVIDIA H200", 150, "h200", True),
+        ("NVIDIA B200", 192, "b200", True),
+        ("NVIDIA A100 80GB PCIe", 85, "a100-80gb", False),
+        ("NVIDIA H100 PCIe", 85, "h100-80gb", False),
+        ("NVIDIA GH200 480GB", 102, "h100-80gb", False),
+        ("NVIDIA H200 MIG 1g.18gb", 17, "v100-32gb", False),
+        ("NVIDIA GeForce RTX 4090", 25, "v100-32gb", False),
+    ],
+)
+def test_cuda_row(name: str, gigabytes: int, row: str, exact: bool, recwarn: pytest.WarningsRecorder) -> None:
+    assert _of_cuda(name, gigabytes * 10**9).name == row
+    assert [name in str(warning.message) for warning in recwarn] == ([] if exact else [True])
+
+
+LINK = LINKS["nvlink4"]
+
+
+@pytest.mark.parametrize("name", COLLECTIVE_SECONDS)
+def test_collective(name: str) -> None:
+    seconds = COLLECTIVE_SECONDS[name]
+    assert seconds(1e9, 1, LINK) == 0
+    by_bytes = [seconds(nbytes, 8, LINK) for nbytes in (0, 1, 1e3, 1e6, 1e9)]
+    by_size = [seconds(1e6, size, LINK) for size in range(1, 20)]
+    by_link = [seconds(1e6, 8, LINKS[link]) for link in ("nvlink5", "nvlink4", "pcie4", "ethernet")]
+    for row in (by_bytes, by_size, by_link):
+        assert all(a < b for a, b in pairwise(row))
+    assert by_bytes[0] >= LINK.latency_seconds
+    assert seconds(1e6, 8, LINK) == pytest.approx(
+        seconds(0, 8, LINK) + seconds(1e6, 8, replace(LINK, latency_seconds=0.0))
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize("nbytes", [0, 10, 10**9])
+def test_all_reduce_is_reduce_scatter_and_all_gather(nbytes: int, size: int) -> None:
+    cost = {name: seconds(nbytes, size, LINK) for name, seconds in COLLECTIVE_SECONDS.items()}
+    assert cost["all_reduce"] == pytest.approx(cost["reduce_scatter"] + cost["all_gather"])
+
+
+def test_two_ranks_by_hand() -> None:
+    link = replace(LINK, bandwidth=100.0, latency_seconds=1.0)
+    cost = {name: seconds(1000, 2, link) for name, seconds in COLLECTIVE_SECONDS.items()}
+    expected = {"all_reduce": 12, "all_gather": 6, "reduce_scatter": 6, "all_to_all": 6, "broadcast": 12}
+    assert cost == expected and p2p_seconds(1000, link) == 11
