@@ -308,3 +308,39 @@ def seconds_text(value: float) -> str:
         if value >= scale:
             return f"{value / scale:.2f} {unit}"
     return f"{value * 1e6:.2f} us" if value else "0"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a configuration would cost.
+
+    step_seconds       one step of the whole batch
+    tokens_per_second  elements of the first integer input with a sequence (samples where there is none) per second
+    memory_bytes       of a rank of each stage
+    fits               whether that is within what the device can give
+    breakdown          seconds of the slowest stage: compute, communication, gradient sync, and the rest: bubble
+    """
+
+    step_seconds: float
+    tokens_per_second: float
+    memory_bytes: tuple[int, ...]
+    fits: bool
+    breakdown: Mapping[str, float]
+    plan: Plan = field(repr=False)
+
+    @staticmethod
+    def of(plan: Plan) -> Estimate:
+        """The estimate a plan carries."""
+        tokens = next((s[1] for s in plan.signature.inputs.values() if len(s) == 2), 1)
+        slowest = max(plan.stages, key=lambda s: s.forward_seconds + s.backward_seconds)
+        comm = sum(len(r.labels) * line.comm_seconds for r in slowest.runs for line in r.lines) * plan.micro_batches
+        busy = (slowest.forward_seconds + slowest.backward_seconds) * plan.micro_batches
+        parts = {"compute": busy - comm, "communication": comm, "gradient sync": slowest.sync_seconds}
+        return Estimate(
+            plan.step_seconds,
+            plan.global_batch * tokens / plan.step_seconds,
+            plan.memory_bytes,
+            plan.fits,
+            {**parts, "bubble": max(0.0, plan.step_seconds - sum(parts.values()))},
+            plan,
+        )

@@ -101,7 +101,7 @@ class _Emitter:
 
     def text(self) -> str:
         stage = self.stage
-        blocks = _blocks(stage)
+        blocks = _blocks(stage, 1 if self.recompute else 2)
         classes = [part for block in blocks for part in ["", "", *self._block(block)]]
         body = self._stage(blocks)
         runtime = sorted({"Groups", "weight", *self.used})
@@ -590,8 +590,8 @@ SPECIAL: dict[str, Callable[[_Emitter, Scope, fx.Node, list[Any], dict[str, Any]
 # ---- blocks --------------------------------------------------------------------------------------------------
 
 
-def _blocks(stage: StageGraph) -> list[Block]:
-    """Consecutive numbered runs that are the same program, two or more."""
+def _blocks(stage: StageGraph, least: int) -> list[Block]:
+    """Consecutive numbered runs that are the same program, `least` or more."""
     groups: list[list[tuple[str, list[fx.Node]]]] = []
     previous: Any = None
     for label, nodes in stage.runs:
@@ -605,7 +605,7 @@ def _blocks(stage: StageGraph) -> list[Block]:
     counts: Counter[str] = Counter()
     for group in groups:
         stem = _plural(group[0][0])
-        if len(group) < 2:
+        if len(group) < least:
             continue
         counts[stem] += 1
         if counts[stem] > 1:

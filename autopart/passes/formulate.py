@@ -129,6 +129,8 @@ def _allowed(
             for p in (*map(S, range(len(record.shape))), *wanted)
             if (record.kind == "parameter" or p == S(0)) and splits(p, record.shape, axis.shards)
         ]
+    if not record.dtype.is_floating_point:
+        options = [o for o in options if o.name != "P"]
     earlier = before.get(node.name)
     if earlier is not None:
         options = [o for o in options if not _collides(o, earlier)]

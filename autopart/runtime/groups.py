@@ -55,28 +55,26 @@ class Groups:
         return (stage * self.dp.size + self.dp.rank) * self.tp.size + self.tp.rank
 
 
-def make_groups(pp: int, dp: int, tp: int) -> Groups:
-    """Start torch.distributed if need be (nccl and gloo on GPUs, gloo elsewhere) and make every group.
+def start_processes(size: int) -> None:
+    """Join the other processes (nccl and gloo on GPUs, gloo elsewhere), as torchrun's environment says.
 
-    Raises PartitionError where the number of processes is not pp x dp x tp.
+    Raises PartitionError where they are not `size`.
     """
-    size = pp * dp * tp
-    if size > 1 and not dist.is_initialized():
-        if "RANK" not in os.environ:
-            raise PartitionError(
-                f"the plan needs {size} processes and this is one",
-                "neither torchrun nor another launcher has set RANK and WORLD_SIZE",
-                f"torchrun --nproc-per-node {size} {{your script}}, or a mesh of 1 device",
-            )
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend)
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) == size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
     if world != size:
         raise PartitionError(
-            f"the plan needs {size} processes and there are {world}",
-            f"pp={pp} x dp={dp} x tp={tp} ranks, one process each",
-            f"torchrun --nproc-per-node {size} (in all), or plan for a mesh of {world}",
+            f"the mesh has {size} devices and there {'is' if world == 1 else 'are'} {world} process{'es' * (world > 1)}",
+            "every device is driven by one process",
+            f"torchrun --nproc-per-node {size} (in all), or a mesh of {world}",
         )
+
+
+def make_groups(pp: int, dp: int, tp: int) -> Groups:
+    """Make every group of a plan with these degrees; all ranks call it. PartitionError as `start_processes`."""
+    size = pp * dp * tp
+    start_processes(size)
     device = _device()
     if size == 1:
         alone = [Group(axis, 1, 0, None) for axis in AXES]

@@ -1,0 +1,284 @@
+"""The straight line from a model to a program: trace, simplify, fuse, annotate, fold, plan, localise, emit, load."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from autopart.cost import peak
+from autopart.errors import PartitionError
+from autopart.folded import Folded
+from autopart.graph import Traced, calls, info, show, verify
+from autopart.mesh import Mesh
+from autopart.passes.annotate import annotate_costs
+from autopart.passes.emit import emit
+from autopart.passes.fold import fold
+from autopart.passes.fuse import fuse
+from autopart.passes.localise import Choices, StageGraph, localise
+from autopart.passes.simplify import simplify
+from autopart.passes.trace import trace
+from autopart.plan import Estimate, Plan
+from autopart.planner import Request, search, solve_candidate, write_out
+from autopart.runtime.compiled import Compiled, Program
+from autopart.runtime.executor import Message
+from autopart.runtime.groups import make_groups, start_processes
+from autopart.schedules import instructions
+from autopart.schedules import verify as verify_schedule
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+Batch = Mapping[str, Any]
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RANDOM = ("aten.dropout", "aten.native_dropout", "aten.bernoulli", "aten.rand", "aten.randn", "aten.rand_like")
+
+
+def plan(
+    model: nn.Module,
+    mesh: str | Mesh | DeviceMesh,
+    batch: Batch,
+    *,
+    global_batch: int | None = None,
+    micro_batch: int | None = None,
+    pp: int | None = None,
+    tp: int | None = None,
+    dp: int | None = None,
+    zero: int | None = None,
+    recompute: str | None = None,
+    schedule: str | None = None,
+    precision: str | None = None,
+    optimizer: str = "adamw",
+    time_limit: float | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    """Find the fastest way to train `model` on `mesh` that fits its memory. Needs no devices and no memory: the model
+    may be on meta.
+
+    model         any nn.Module whose forward takes `batch` and returns a loss (alone, as `.loss`, or first)
+    mesh          "hosts x devices:device", as "4x8:h100-80gb"; a Mesh; or a DeviceMesh, whose axes pp, dp, tp are kept
+    batch         the model's keyword arguments, samples in dim 0 of every tensor
+    global_batch  samples of a step (default: those of `batch`);  micro_batch: of a micro-batch, over all ranks
+    pp, tp, dp    degrees, where you want to decide them; so for zero (0, 1), recompute ("none", "full"), schedule
+                  ("gpipe", "1f1b") and precision ("float32", "bfloat16", "float64", "float16": of the parameters)
+    optimizer     for its memory: "sgd", "momentum", "adam", "adamw", ...
+    time_limit    seconds after which the best plan so far is taken
+    say           is told of every better plan found
+
+    Raises PartitionError for a model that cannot be traced, a batch that does not divide, a mesh that is too small.
+    """
+    request = _request(
+        batch, global_batch, micro_batch, pp, tp, dp, zero, recompute, schedule, precision, model, optimizer, time_limit
+    )
+    return _plan(model, Mesh.of(mesh), batch, request, say)
+
+
+_make_plan = plan
+
+
+def estimate(model: nn.Module, mesh: str | Mesh | DeviceMesh, batch: Batch, **settings: Any) -> Estimate:
+    """What the configuration in `settings` (see `plan`) would cost, whether it fits or not."""
+    optimizer = settings.pop("optimizer", "adamw")
+    names = ("global_batch", "micro_batch", "pp", "tp", "dp", "zero", "recompute", "schedule", "precision")
+    unknown = set(settings) - {*names, "time_limit"}
+    if unknown:
+        raise TypeError(f"estimate() got an unexpected keyword argument {sorted(unknown)[0]!r}")
+    values = [settings.get(name) for name in names]
+    request = _request(batch, *values, model, optimizer, settings.get("time_limit"))
+    return Estimate.of(_plan(model, Mesh.of(mesh), batch, replace(request, must_fit=False), lambda text: None))
+
+
+def compile(
+    model: nn.Module, mesh: str | Mesh | DeviceMesh, batch: Batch, *, plan: Plan | None = None, **settings: Any
+) -> Compiled:
+    """Plan (unless a `plan` is given), emit this rank's module, load the model's weights into it.
+
+    To be called by every process; `settings` are those of `autopart.plan`. Rank 0 plans for all. Raises PartitionError
+    as `plan` does, and where the processes are not as many as the mesh, the plan is for another model, or the model
+    does what training cannot yet reproduce on several ranks.
+    """
+    mesh = Mesh.of(mesh)
+    if plan is not None and plan.mesh.size != mesh.size:
+        raise PartitionError(f"the plan is for {plan.mesh.size} ranks, the mesh has {mesh.size}")
+    start_processes(mesh.size)
+    plan = _agreed(plan, lambda: _make_plan(model, mesh, batch, **settings))
+    dtype = DTYPES[plan.precision]
+    folded = _prepare(model, take(batch, plan.micro_batch), plan.mesh, dtype)
+    plan.check(folded.traced)
+    _check_trainable(model, folded.traced)
+    stages = stage_graphs(folded, plan)
+    groups = make_groups(plan.pp, plan.dp, plan.tp)
+    messages = [
+        Message(c.name, c.producer, c.consumers, c.shape, c.dtype, c.grad) for s in stages for c in s.sent
+    ]
+    edges = sorted({(m.producer, to) for m in messages for to in m.consumers})
+    lists = instructions(plan.schedule, plan.pp, plan.micro_batches, edges)
+    verify_schedule(lists)
+    index = groups.pp.rank
+    tied = _tied(stages)
+    splits_samples = _sample_axes(folded, plan)
+    program = Program(emit_stage(stages[index], plan), index, lists[index], messages, tied, splits_samples)
+    return Compiled(model, plan, groups, program, folded.traced.aliases, dtype)
+
+
+def emit_stage(stage: StageGraph, plan: Plan) -> str:
+    """The source text of one stage of a plan."""
+    return emit(stage, plan.pp, plan.model, plan.degrees, plan.recompute == "full")
+
+
+def sources(model: nn.Module, batch: Batch, plan: Plan) -> list[str]:
+    """The source text of every stage."""
+    folded = _prepare(model, take(batch, plan.micro_batch), plan.mesh, DTYPES[plan.precision])
+    plan.check(folded.traced)
+    return [emit_stage(stage, plan) for stage in stage_graphs(folded, plan)]
+
+
+def stage_graphs(folded: Folded, plan: Plan) -> list[StageGraph]:
+    """Every stage's graph under a plan."""
+    axes = tuple((name, size) for name, size in (("dp", plan.dp), ("tp", plan.tp)) if size > 1)
+    return localise(folded, Choices(axes, plan.strategies, plan.starts))
+
+
+def _request(
+    batch: Batch,
+    global_batch: int | None,
+    micro_batch: int | None,
+    pp: int | None,
+    tp: int | None,
+    dp: int | None,
+    zero: int | None,
+    recompute: str | None,
+    schedule: str | None,
+    precision: str | None,
+    model: nn.Module,
+    optimizer: str,
+    time_limit: float | None,
+) -> Request:
+    samples = samples_of(batch)
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    name = precision or str(own).removeprefix("torch.")
+    if name not in DTYPES:
+        raise PartitionError(f"precision={name!r} is not known", try_=f"one of {', '.join(DTYPES)}")
+    return Request(
+        global_batch or samples, micro_batch, pp, tp, dp, zero, recompute, schedule, name, optimizer, time_limit
+    )
+
+
+def samples_of(batch: Batch) -> int:
+    """The size of dim 0, which every tensor of a batch shares. Raises PartitionError."""
+    sizes = {k: v.shape[0] if v.dim() else 0 for k, v in batch.items() if isinstance(v, torch.Tensor)}
+    if len(set(sizes.values())) != 1:
+        raise PartitionError("the batch has no common size", f"samples in dim 0: {sizes}", "equal sizes in dim 0")
+    return next(iter(sizes.values()))
+
+
+def take(batch: Batch, samples: int) -> dict[str, Any]:
+    """The batch with `samples` samples: its first, again from the start where it has too few."""
+    index = torch.arange(samples) % max(1, samples_of(batch))
+    return {
+        k: v[index.to(v.device)] if isinstance(v, torch.Tensor) and v.device.type != "meta"
+        else v[:1].expand(samples, *v.shape[1:]) if isinstance(v, torch.Tensor)
+        else v
+        for k, v in batch.items()
+    }  # fmt: skip
+
+
+def _prepare(model: nn.Module, batch: Batch, mesh: Mesh, dtype: torch.dtype) -> Folded:
+    """Trace to fold, each pass verified and, if AUTOPART_DUMP names a folder, written there."""
+    traced = _pass("trace", None, lambda: trace(model, batch, dtype))
+    _pass("simplify", traced, lambda: simplify(traced))
+    _pass("fuse", traced, lambda: fuse(traced))
+    _pass("annotate", traced, lambda: annotate_costs(traced, mesh.device.name))
+    return fold(traced)
+
+
+def _pass(name: str, before: Traced | None, run: Callable[[], Traced]) -> Traced:
+    folder = os.environ.get("AUTOPART_DUMP")
+    if not folder:
+        return run()
+    old = show(before.graph) if before else ""
+    started = time.monotonic()
+    traced = run()
+    taken = time.monotonic() - started
+    verify(traced.graph)
+    new = show(traced.graph)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    number = len(list(Path(folder).glob("*.txt")))
+    mark = " (unchanged)" if new == old else ""
+    (Path(folder) / f"{number:03d}_{name}.txt").write_text(f"# {name}: {taken:.3f} s{mark}\n{new}\n")
+    return traced
+
+
+def _plan(model: nn.Module, mesh: Mesh, batch: Batch, request: Request, say: Callable[[str], None]) -> Plan:
+    started = time.monotonic()
+    request = request.check(mesh)
+    dtype = DTYPES[request.precision]
+    peak(mesh.device, dtype)
+    samples = request.micro_batch or min(2, request.global_batch)
+    folded = _prepare(model, take(batch, samples), mesh, dtype)
+    found = search(folded, mesh, request, say)
+    if found.candidate.micro_batch != samples:
+        bound = found.bound
+        folded = _prepare(model, take(batch, found.candidate.micro_batch), mesh, dtype)
+        found = solve_candidate(folded, mesh, request, found.candidate)
+        found = replace(found, bound=min(bound, found.seconds))
+    return write_out(folded, mesh, request, found, started, type(model).__name__)
+
+
+def _agreed(given: Plan | None, make: Callable[[], Plan]) -> Plan:
+    """Rank 0's plan, on every rank; its error too."""
+    if not dist.is_initialized():
+        return given or make()
+    box: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            box = [(given or make()).to_json()]
+        except PartitionError as error:
+            box = [(error.what, error.why, error.try_)]
+    dist.broadcast_object_list(box, 0)
+    if isinstance(box[0], tuple):
+        raise PartitionError(*box[0])
+    return Plan.from_json(box[0])
+
+
+def _check_trainable(model: nn.Module, traced: Traced) -> None:
+    if any(p.is_meta for p in model.parameters()):
+        raise PartitionError(
+            "the model is on the meta device", "it has shapes but no weights to train", "build it on the CPU"
+        )
+    for node in calls(traced.graph):
+        record = info(node)
+        drops = record.name == "aten.scaled_dot_product_attention" and len(node.args) > 4 and node.args[4]
+        if record.name in RANDOM or drops:
+            raise PartitionError(
+                f"the forward pass draws random numbers ({record.source or record.name})",
+                "masks that are the same under every plan are not there yet",
+                "dropout 0 in the config (resid_pdrop, embd_pdrop, attn_pdrop, dropout_rate, ...) or model.eval()",
+            )
+
+
+def _tied(stages: list[StageGraph]) -> dict[str, tuple[int, ...]]:
+    """Parameters that live on several stages -> those stages."""
+    where: dict[str, list[int]] = {}
+    for stage in stages:
+        for node in stage.graph.nodes:
+            if node.op == "placeholder" and info(node).kind == "parameter":
+                where.setdefault(info(node).name, []).append(stage.index)
+    return {name: tuple(at) for name, at in where.items() if len(at) > 1}
+
+
+def _sample_axes(folded: Folded, plan: Plan) -> tuple[str, ...]:
+    """The axes over which a batch's samples are split."""
+    inputs = [n for n in folded.representatives() if info(n).kind == "input"]
+    return tuple(
+        axis
+        for axis, size in (("dp", plan.dp), ("tp", plan.tp))
+        if size > 1 and inputs and plan.strategies[axis][inputs[0].name].outputs[0].kind == "S"
+    )
