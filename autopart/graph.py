@@ -82,7 +82,7 @@ class Traced:
     name: str
     buffers: dict[str, torch.Tensor | None]
     aliases: dict[str, str]
-    """Every further name of a tied parameter -> the name the graph uses."""
+    """Every further name of a tied parameter -> its first, which the graph uses."""
     micro_batch: int
 
     @property

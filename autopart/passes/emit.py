@@ -6,6 +6,9 @@ split or a collective stands behind it. Equal blocks are written once, as a clas
 
 from __future__ import annotations
 
+import builtins
+import itertools
+import keyword
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +20,11 @@ from torch import fx
 
 from autopart.graph import Info, info
 from autopart.passes.localise import StageGraph
+from autopart.relayout import RELAYOUTS
 
 WIDTH = 100
+RESERVED = {*keyword.kwlist, *dir(builtins), *(row.function for row in RELAYOUTS.values()), "torch", "nn", "F", "layer",
+            "rms_norm", "weight", "buffer", "recomputed", "self", "groups", "name"}  # fmt: skip
 
 INFIX = {
     "add.Tensor": "+", "sub.Tensor": "-", "mul.Tensor": "*", "div.Tensor": "/", "pow.Tensor_Scalar": "**",
@@ -37,8 +43,7 @@ TORCH = {
     "where.ScalarOther", "neg", "full_like", "zeros_like", "min.other", "max.other", "maximum", "minimum",
     "slice_scatter", "select_scatter",
 }  # fmt: skip
-FUNCTIONAL = {"linear", "relu", "silu", "layer_norm", "softmax.int", "log_softmax.int", "conv1d", "conv2d",
-              "mse_loss"}  # fmt: skip
+FUNCTIONAL = {"linear", "relu", "silu", "conv1d", "conv2d", "conv3d"}
 FACTORIES = {"arange", "full", "zeros", "ones", "arange.start", "arange.start_step"}
 ATOM, UNARY, BINARY = 3, 2, 1
 """How tightly an expression binds."""
@@ -61,20 +66,28 @@ class Scope:
     """One function being written: names in use, and what each node is called."""
 
     names: dict[fx.Node, Text] = field(default_factory=dict)
-    taken: Counter[str] = field(default_factory=Counter)
+    taken: set[str] = field(default_factory=set)
     lines: list[str] = field(default_factory=list)
 
     def name(self, node: fx.Node, wanted: str) -> str:
         """A fresh name for a node."""
         wanted = re.sub(r"\W", "_", wanted) or "value"
         wanted = f"_{wanted}" if wanted[0].isdigit() else wanted
-        self.taken[wanted] += 1
-        name = wanted if self.taken[wanted] == 1 else f"{wanted}_{self.taken[wanted]}"
-        if name in self.taken and name != wanted:
-            return self.name(node, name)
-        self.taken[name] += name != wanted
+        numbered = (f"{wanted}_{i}" for i in itertools.count(2))
+        name = wanted
+        while name in self.taken or name in RESERVED:
+            name = next(numbered)
+        self.taken.add(name)
         self.names[node] = Text(name)
         return name
+
+    def follow(self, node: fx.Node, source: fx.Node, wanted: str) -> str:
+        """The name of `source`, which nothing else uses, if it is one that `node` wants; else a fresh one."""
+        name = self.names[source].code if source in self.names else ""
+        if len(source.users) == 1 and name in self.taken and re.fullmatch(rf"{re.escape(wanted)}(_\d+)?", name):
+            self.names[node] = Text(name)
+            return name
+        return self.name(node, wanted)
 
 
 def emit(stage: StageGraph, stages: int, title: str, mesh: str, recompute: bool) -> str:
@@ -206,7 +219,9 @@ class _Emitter:
             if inline and len(text.code) < WIDTH // 2 and not record.note.startswith(("forward", "backward")):
                 scope.names[node] = text
                 continue
-            name = scope.name(node, _wanted(node))
+            first = node.args[0] if node.args else None
+            follows = isinstance(first, fx.Node) and first in inside and first not in needed
+            name = scope.follow(node, first, _wanted(node)) if follows else scope.name(node, _wanted(node))  # type: ignore[arg-type]
             source = record.source if record.source != last_source else ""
             last_source = record.source or last_source
             scope.lines.append(_comment(f"{name} = {text.code}", record.note, source))
@@ -476,10 +491,21 @@ def _wanted(node: fx.Node) -> str:
         return "loss"
     if (name in products or _adds_bias(node)) and layer:
         return layer
-    if record.name.startswith("runtime."):
+    if record.name.startswith("runtime.") or name in FOLLOWING:
         source = node.args[0]
-        return _wanted(source) if isinstance(source, fx.Node) and source.op == "call_function" else name
+        assert isinstance(source, fx.Node)
+        return _wanted(source) if source.op == "call_function" else _plain(info(source).name)
     return NOUNS.get(name, name)
+
+
+def _plain(name: str) -> str:
+    """The last part of a parameter's, input's or received value's name."""
+    parts = name.split(".")
+    return parts[-2] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1]
+
+
+FOLLOWING = {"reshape", "transpose.int", "transpose", "permute", "unsqueeze", "expand", "t", "squeeze", "slice", "select"}
+"""Operators whose result goes by the name of what they reshape."""
 
 
 def _adds_bias(node: fx.Node) -> bool:
@@ -572,11 +598,30 @@ def _getitem(emitter: _Emitter, scope: Scope, node: fx.Node, args: list[Any], kw
     return Text(f"{emitter._value(scope, args[0]).within(ATOM)}[{args[1]}]")
 
 
+def _layer_norm(emitter: _Emitter, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Text:
+    return emitter._call(scope, "F.layer_norm", args[:5], {})
+
+
+def _softmax(emitter: _Emitter, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Text:
+    function = info(node).name.removeprefix("aten.").removesuffix(".int")
+    return emitter._call(scope, f"F.{function}", args[:1], {"dim": args[1], **({"dtype": args[2]} if len(args) > 2 else {})})
+
+
+def _loss(emitter: _Emitter, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Text:
+    reduction = ("none", "mean", "sum")[args[2] if len(args) > 2 else 1]
+    return emitter._call(scope, f"F.{info(node).name.removeprefix('aten.')}", args[:2], {"reduction": reduction})
+
+
 SPECIAL: dict[str, Callable[[_Emitter, Scope, fx.Node, list[Any], dict[str, Any]], Text]] = {
     "aten.add.Tensor": _linear_bias,
     "aten.embedding": _embedding,
     "aten.scaled_dot_product_attention": _attention,
     "aten.gelu": _gelu,
+    "aten.layer_norm": _layer_norm,
+    "aten.softmax.int": _softmax,
+    "aten.log_softmax.int": _softmax,
+    "aten.mse_loss": _loss,
+    "aten.l1_loss": _loss,
     "aten._to_copy": _cast,
     "aten.cat": _cat,
     "aten.slice.Tensor": _slice,

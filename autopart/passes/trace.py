@@ -6,6 +6,7 @@ import copy
 import os
 import re
 import traceback
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,7 +41,8 @@ def trace(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None 
         if v is not None
     }
     try:
-        with mode:
+        with mode, warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
             exported = torch.export.export(skeleton, (), kwargs, strict=False).run_decompositions({})
     except Exception as error:
         raise _untraceable(error) from error
@@ -61,6 +63,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None 
     lifted = signature.inputs_to_lifted_tensor_constants
     keys = [k for k, v in kwargs.items()]
     users = iter(signature.user_inputs)
+    aliases = _aliases(model)
     by_user = {name: key for name, key in zip(users, keys, strict=True) if isinstance(name, str)}
     for node in list(graph.nodes):
         if node.op == "output":
@@ -73,7 +76,8 @@ def trace(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None 
                 if node.name in named or node.name in lifted
                 else "input"
             )
-            name = named.get(node.name) or lifted.get(node.name) or by_user.get(node.name, node.name)
+            name = named.get(node.name, "")
+            name = aliases.get(name, name) or lifted.get(node.name) or by_user.get(node.name, node.name)
             if not isinstance(node.meta.get("val"), torch.Tensor):
                 graph.erase_node(node)
                 continue
@@ -84,7 +88,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None 
             kind, name = "op", op_name(node.target)
         node.meta[KEY] = _record(node, kind, name)
     buffers = _buffers(model, exported, placeholders(graph, "buffer"))
-    return Traced(graph, type(model).__name__, buffers, _aliases(model, graph), next(iter(sizes.values())))
+    return Traced(graph, type(model).__name__, buffers, aliases, next(iter(sizes.values())))
 
 
 def _skeleton(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
@@ -174,18 +178,14 @@ def _buffers(
     return values
 
 
-def _aliases(model: nn.Module, graph: fx.Graph) -> dict[str, str]:
-    used = {n.meta[KEY].name for n in placeholders(graph, "parameter")}
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    aliases = {}
-    for group in names.values():
-        for name in group:
-            main = next((n for n in group if n in used), None)
-            if main is not None and name != main:
-                aliases[name] = main
-    return aliases
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Every further name of a tied parameter -> its first, which `named_parameters` gives."""
+    first: dict[int, str] = {}
+    return {
+        name: first[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if first.setdefault(id(parameter), name) != name
+    }
 
 
 def _untraceable(error: Exception) -> PartitionError:

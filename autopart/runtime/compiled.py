@@ -118,9 +118,7 @@ class Compiled:
         shares = {
             p.model_name: (p.placed, p.grad.detach().cpu()) for p in self._shares() if p.grad is not None
         }
-        whole = self._collect(shares)
-        used = {self.aliases.get(n, n): n for n, _ in reversed(list(self.model.named_parameters()))}
-        return {used[name]: gradient for name, gradient in whole.items()}
+        return self._collect(shares)
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """The model's state dict with the weights as trained, whole, on the CPU: on rank 0; {} elsewhere."""
