@@ -125,7 +125,7 @@ def compile(
     tied = _tied(stages)
     splits_samples = _sample_axes(folded, plan)
     program = Program(emit_stage(stages[index], plan), index, lists[index], messages, tied, splits_samples)
-    return Compiled(model, plan, groups, program, folded.traced.aliases, dtype)
+    return Compiled(model, plan, groups, program, folded.traced.aliases, folded.traced.buffers)
 
 
 def emit_stage(stage: StageGraph, plan: Plan) -> str:

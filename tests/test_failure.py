@@ -14,7 +14,7 @@ from autopart.errors import PartitionError
 from autopart.runtime.launch import _Death, _first, launch
 from autopart.runtime.watchdog import FAILED, RUNNING, Word, last_said
 
-SOON = 10.0
+SOON = 30.0
 """Seconds from a failure to the end of all processes: generous, for a busy machine."""
 
 # Rank 1 fails at step 5 in the way that argv[1] names; all append their process id to argv[2].

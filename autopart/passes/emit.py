@@ -10,6 +10,7 @@ import builtins
 import itertools
 import keyword
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -251,7 +252,7 @@ class _Emitter:
             self.used.add(kind)
             dtype = "" if record.dtype == torch.float32 else f", dtype={record.dtype}"
             frozen = "" if record.grad or kind == "buffer" else ", requires_grad=False"
-            lines.append(f"self.{attribute} = {kind}(groups, {quoted}, {shape}{dtype}{frozen}{placed})")
+            lines.append(_comment(f"self.{attribute} = {kind}(groups, {quoted}, {shape}{dtype}{frozen}{placed})"))
         return lines
 
     def _block(self, block: Block) -> list[str]:
@@ -273,7 +274,7 @@ class _Emitter:
             *_init("groups: Groups, name: str", weights, scope.lines),
             "",
             f"    def forward(self, {', '.join(arguments)}):",
-            *[f"        {line}" for line in scope.lines],
+            *_indent(scope.lines),
             f"        return {', '.join(results)}",
         ]
 
@@ -331,7 +332,7 @@ class _Emitter:
             *_init("groups: Groups", [*weights, *made], [*scope.lines, *valid[1]], bool(stage.valid)),
             "",
             f"    def forward(self, {', '.join(arguments)}):",
-            *[f"        {line}" for line in scope.lines],
+            *_indent(scope.lines),
             f"        return {returned}",
             *valid[0],
         ]
@@ -387,7 +388,7 @@ class _Emitter:
             "",
             f"    def count_valid(self, {', '.join(outer.names[n].code for n in inputs)}):",
             '        """Targets that count towards each mean of a micro-batch, and the axes that split them."""',
-            *[f"        {line}" for line in lines],
+            *_indent(lines),
             f"        return {{{', '.join(results)}}}",
         ], lines
 
@@ -408,8 +409,12 @@ def _init(parameters: str, lines: Sequence[str], body: Sequence[str], valid: boo
         "        super().__init__()",
         *[f"        self.{axis} = groups.{axis}" for axis in axes],
         *(["        self.valid = {}"] if valid else []),
-        *[f"        {line}" for line in lines],
+        *_indent(lines),
     ]
+
+
+def _indent(lines: Sequence[str]) -> list[str]:
+    return [f"        {part}" for line in lines for part in line.split("\n")]
 
 
 def _table(name: str, labels: Sequence[str]) -> list[str]:
@@ -444,8 +449,29 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 
 
 def _comment(code: str, *notes: str) -> str:
+    """The line with its notes behind it; a long one broken at the arguments of its last call."""
     text = "  ".join(n for n in notes if n)
-    return f"{code:<64}  # {text}" if text else code
+    if len(code) <= WIDTH:
+        return f"{code:<64}  # {text}" if text else code
+    head, inner, tail = _outer_call(code)
+    if not inner:
+        return f"{code}  # {text}" if text else code
+    note = f"  # {text}" if text else ""
+    return "\n".join([f"{head}{note}", *textwrap.wrap(inner, WIDTH, initial_indent="    ", subsequent_indent="    ",
+                                                      break_long_words=False, break_on_hyphens=False), tail])  # fmt: skip
+
+
+def _outer_call(code: str) -> tuple[str, str, str]:
+    """``name = f(`` , the arguments, and ``)`` of a line that is one call; empty where it is none."""
+    start = code.find("(")
+    if start < 0 or not code.endswith(")"):
+        return code, "", ""
+    depth = 0
+    for i, c in enumerate(code[start:], start):
+        depth += (c in "([") - (c in ")]")
+        if depth == 0:
+            return (code[: start + 1], code[start + 1 : -1], ")") if i == len(code) - 1 else (code, "", "")
+    return code, "", ""
 
 
 INLINE = {f"aten.{n}" for n in METHODS if n not in ("split.Tensor", "split_with_sizes")} | {

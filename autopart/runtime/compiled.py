@@ -45,14 +45,14 @@ class Compiled:
         groups: Groups,
         program: Program,
         aliases: Mapping[str, str],
-        dtype: torch.dtype,
+        constants: Mapping[str, Tensor | None],
     ) -> None:
         self.plan, self.groups, self.source = plan, groups, program.source
         self.model, self.aliases, self.sample_axes = model, aliases, program.sample_axes
         module = run_source(program.source, f"stage_{program.stage}.py")
         self.stage: nn.Module = module.Stage(groups)
-        tensors = dict(model.named_parameters(remove_duplicate=False))
-        load(self.stage, groups, {**dict(model.named_buffers(remove_duplicate=False)), **tensors})
+        known = {name: value for name, value in constants.items() if value is not None}
+        load(self.stage, groups, {**known, **dict(model.named_parameters())})
         self.executor = Executor(
             self.stage, program.stage, groups, program.instructions, program.messages, _tie(program.tied, groups)
         )

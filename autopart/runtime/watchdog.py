@@ -204,14 +204,15 @@ class _Watchdog(threading.Thread):
             _exit()
 
     def _store_gone(self) -> None:
-        """End this process, unless it is done itself or the store went with a rank 0 that had finished."""
+        """End this process, unless it is done or the store went with a rank 0 that had finished."""
         host = self.words.get(0)
         host_left = host is not None and host.state == FINISHED and not _agent_hosts_store()
-        if host_left or self.failure is not None or self.finished_at is not None:
+        if host_left or self.finished_at is not None:
             return
         whose = "with the launcher" if _agent_hosts_store() else f"with rank 0, which left {last_said(host)}"
         _report(f"the store is gone {whose}; ending rank {self.rank} while at {self._at()}")
-        _exit()
+        if self.failure is None:
+            _exit()
 
     def fail(self, error: BaseException) -> None:
         """Tell of this rank's failure, and wait until it is clear whether another rank's was the cause."""
