@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,16 +22,18 @@ from autopart.passes.annotate import annotate_costs
 from autopart.passes.emit import emit
 from autopart.passes.fold import fold
 from autopart.passes.fuse import fuse
-from autopart.passes.localise import Choices, StageGraph, localise
+from autopart.passes.localise import localise
 from autopart.passes.simplify import simplify
 from autopart.passes.trace import trace
-from autopart.plan import Estimate, Plan
+from autopart.plan import Estimate, Plan, usable_bytes
 from autopart.planner import Request, search, solve_candidate, write_out
 from autopart.runtime.compiled import Compiled, Program
 from autopart.runtime.executor import Message
 from autopart.runtime.groups import make_groups, start_processes
+from autopart.runtime.watchdog import start_watchdog
 from autopart.schedules import instructions
 from autopart.schedules import verify as verify_schedule
+from autopart.stages import Choices, StageGraph
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -75,7 +77,19 @@ def plan(
     Raises PartitionError for a model that cannot be traced, a batch that does not divide, a mesh that is too small.
     """
     request = _request(
-        batch, global_batch, micro_batch, pp, tp, dp, zero, recompute, schedule, precision, model, optimizer, time_limit
+        model,
+        batch,
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        pp=pp,
+        tp=tp,
+        dp=dp,
+        zero=zero,
+        recompute=recompute,
+        schedule=schedule,
+        precision=precision,
+        optimizer=optimizer,
+        time_limit=time_limit,
     )
     return _plan(model, Mesh.of(mesh), batch, request, say)
 
@@ -85,13 +99,7 @@ _make_plan = plan
 
 def estimate(model: nn.Module, mesh: str | Mesh | DeviceMesh, batch: Batch, **settings: Any) -> Estimate:
     """What the configuration in `settings` (see `plan`) would cost, whether it fits or not."""
-    optimizer = settings.pop("optimizer", "adamw")
-    names = ("global_batch", "micro_batch", "pp", "tp", "dp", "zero", "recompute", "schedule", "precision")
-    unknown = set(settings) - {*names, "time_limit"}
-    if unknown:
-        raise TypeError(f"estimate() got an unexpected keyword argument {sorted(unknown)[0]!r}")
-    values = [settings.get(name) for name in names]
-    request = _request(batch, *values, model, optimizer, settings.get("time_limit"))
+    request = _request(model, batch, **settings)
     return Estimate.of(_plan(model, Mesh.of(mesh), batch, replace(request, must_fit=False), lambda text: None))
 
 
@@ -113,31 +121,36 @@ def compile(
     folded = _prepare(model, take(batch, plan.micro_batch), plan.mesh, dtype)
     plan.check(folded.traced)
     _check_trainable(model, folded.traced)
-    stages = stage_graphs(folded, plan)
     groups = make_groups(plan.pp, plan.dp, plan.tp)
-    messages = [
-        Message(c.name, c.producer, c.consumers, c.shape, c.dtype, c.grad) for s in stages for c in s.sent
-    ]
+    (program,) = programs(folded, plan, [groups.pp.rank])
+    compiled = Compiled(model, plan, groups, program, folded.traced.aliases, folded.traced.buffers)
+    if "MASTER_ADDR" in os.environ:
+        start_watchdog(lambda: compiled.executor.doing)
+    return compiled
+
+
+def programs(folded: Folded, plan: Plan, indices: Iterable[int] | None = None) -> list[Program]:
+    """What the stages (those of `indices`, else all) run."""
+    stages = stage_graphs(folded, plan)
+    messages = [Message(c.name, c.producer, c.consumers, c.shape, c.dtype, c.grad) for s in stages for c in s.sent]
     edges = sorted({(m.producer, to) for m in messages for to in m.consumers})
     lists = instructions(plan.schedule, plan.pp, plan.micro_batches, edges)
     verify_schedule(lists)
-    index = groups.pp.rank
-    tied = _tied(stages)
-    splits_samples = _sample_axes(folded, plan)
-    program = Program(emit_stage(stages[index], plan), index, lists[index], messages, tied, splits_samples)
-    return Compiled(model, plan, groups, program, folded.traced.aliases, folded.traced.buffers)
+    tied, axes = _tied(stages), _sample_axes(folded, plan)
+    wanted = range(plan.pp) if indices is None else indices
+    return [Program(emit_stage(stages[i], plan, folded.traced.classes), i, lists[i], messages, tied, axes) for i in wanted]
 
 
-def emit_stage(stage: StageGraph, plan: Plan) -> str:
-    """The source text of one stage of a plan."""
-    return emit(stage, plan.pp, plan.model, plan.degrees, plan.recompute == "full")
+def emit_stage(stage: StageGraph, plan: Plan, classes: Mapping[str, str]) -> str:
+    """The source text of one stage of a plan; `classes` as in `Traced`."""
+    return emit(stage, plan.pp, plan.model, plan.degrees, plan.recompute == "full", classes)
 
 
 def sources(model: nn.Module, batch: Batch, plan: Plan) -> list[str]:
     """The source text of every stage."""
     folded = _prepare(model, take(batch, plan.micro_batch), plan.mesh, DTYPES[plan.precision])
     plan.check(folded.traced)
-    return [emit_stage(stage, plan) for stage in stage_graphs(folded, plan)]
+    return [emit_stage(stage, plan, folded.traced.classes) for stage in stage_graphs(folded, plan)]
 
 
 def stage_graphs(folded: Folded, plan: Plan) -> list[StageGraph]:
@@ -147,28 +160,13 @@ def stage_graphs(folded: Folded, plan: Plan) -> list[StageGraph]:
 
 
 def _request(
-    batch: Batch,
-    global_batch: int | None,
-    micro_batch: int | None,
-    pp: int | None,
-    tp: int | None,
-    dp: int | None,
-    zero: int | None,
-    recompute: str | None,
-    schedule: str | None,
-    precision: str | None,
-    model: nn.Module,
-    optimizer: str,
-    time_limit: float | None,
+    model: nn.Module, batch: Batch, *, global_batch: int | None = None, precision: str | None = None, **settings: Any
 ) -> Request:
-    samples = samples_of(batch)
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     name = precision or str(own).removeprefix("torch.")
     if name not in DTYPES:
         raise PartitionError(f"precision={name!r} is not known", try_=f"one of {', '.join(DTYPES)}")
-    return Request(
-        global_batch or samples, micro_batch, pp, tp, dp, zero, recompute, schedule, name, optimizer, time_limit
-    )
+    return Request(samples_of(batch) if global_batch is None else global_batch, precision=name, **settings)
 
 
 def samples_of(batch: Batch) -> int:
@@ -223,13 +221,20 @@ def _plan(model: nn.Module, mesh: Mesh, batch: Batch, request: Request, say: Cal
     peak(mesh.device, dtype)
     samples = request.micro_batch or min(2, request.global_batch)
     folded = _prepare(model, take(batch, samples), mesh, dtype)
-    found = search(folded, mesh, request, say)
-    if found.candidate.micro_batch != samples:
-        bound = found.bound
-        folded = _prepare(model, take(batch, found.candidate.micro_batch), mesh, dtype)
-        found = solve_candidate(folded, mesh, request, found.candidate)
-        found = replace(found, bound=min(bound, found.seconds))
-    return write_out(folded, mesh, request, found, started, type(model).__name__)
+    sized: dict[int, Folded] = {samples: folded}
+    while True:
+        found = search(folded, mesh, request, say)
+        size = found.candidate.micro_batch
+        if size not in sized:
+            sized[size] = _prepare(model, take(batch, size), mesh, dtype)
+        if size != samples:
+            again = solve_candidate(sized[size], mesh, request, found.candidate)
+            found = replace(again, bound=min(found.bound, again.seconds))
+        plan = write_out(sized[size], mesh, request, found, started, type(model).__name__)
+        if plan.fits or not request.must_fit:
+            return plan
+        over = max(plan.memory_bytes) / usable_bytes(mesh)
+        request = replace(request, memory_share=request.memory_share / over * 0.98)
 
 
 def _agreed(given: Plan | None, make: Callable[[], Plan]) -> Plan:

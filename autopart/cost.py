@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from autopart.comm import all_reduce_seconds
 from autopart.errors import PartitionError
 from autopart.graph import Info, info
-from autopart.comm import all_reduce_seconds
 from autopart.mesh import Device, Link
 from autopart.notation import C, Placement
 from autopart.rules import is_contraction
@@ -20,6 +20,7 @@ MATMUL_EFFICIENCY = 0.7
 
 BANDWIDTH_EFFICIENCY = 0.8
 """Share of the memory bandwidth that elementwise kernels reach."""
+
 
 @dataclass(frozen=True)
 class Seconds:
@@ -84,9 +85,7 @@ class Training:
         return 2 * dtype.itemsize + states / (self.shared_by if self.zero >= 1 else 1)
 
 
-def sync_seconds(
-    record: Info, placement: Placement, size: int, link: Link, shards: int, training: Training
-) -> float:
+def sync_seconds(record: Info, placement: Placement, size: int, link: Link, shards: int, training: Training) -> float:
     """Seconds to add up a parameter's gradients over an axis of `size` ranks, once a step: where they are partial
     sums. Many parameters travel in one message, so no latency is counted; `shards` is how finely other axes
     split the parameter."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from torch import fx
 
@@ -37,6 +38,8 @@ class Folded:
     free: list[fx.Node]
     same: dict[fx.Node, fx.Node]
     count: Counter[fx.Node]
+    solved: dict[Any, Any] = field(default_factory=dict)
+    """Solutions of problems on this graph that come up again, by what they depend on."""
 
     def run_of(self) -> dict[fx.Node, int]:
         """Node -> index of its run."""
@@ -44,7 +47,7 @@ class Folded:
 
     def representatives(self) -> list[fx.Node]:
         """The nodes to decide about, in graph order; picks of outputs are none of them."""
-        return [n for n in self.traced.graph.nodes if self.same.get(n) is n and not is_pick(n)]
+        return [n for n in self.traced.graph.nodes if n in self.same and self.same[n] is n and not is_pick(n)]
 
     @cached_property
     def kept(self) -> set[str]:

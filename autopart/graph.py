@@ -69,9 +69,7 @@ class Info:
     @property
     def bytes(self) -> int:
         """Size of all outputs."""
-        return sum(
-            torch.Size(s).numel() * d.itemsize for s, d in zip(self.shapes, self.dtypes, strict=True)
-        )
+        return sum(torch.Size(s).numel() * d.itemsize for s, d in zip(self.shapes, self.dtypes, strict=True))
 
 
 @dataclass
@@ -84,6 +82,8 @@ class Traced:
     aliases: dict[str, str]
     """Every further name of a tied parameter -> its first, which the graph uses."""
     micro_batch: int
+    classes: dict[str, str]
+    """Every module's path -> the name of its class."""
 
     @property
     def hash(self) -> str:
@@ -144,9 +144,7 @@ def operands(node: fx.Node) -> list[fx.Node | None]:
 def meta_of(node: fx.Node) -> Any:
     """An empty meta tensor (or a tuple of them) shaped as the node's output."""
     record = info(node)
-    values = tuple(
-        torch.empty(s, dtype=d, device="meta") for s, d in zip(record.shapes, record.dtypes, strict=True)
-    )
+    values = tuple(torch.empty(s, dtype=d, device="meta") for s, d in zip(record.shapes, record.dtypes, strict=True))
     return values[0] if len(values) == 1 else values
 
 
@@ -189,8 +187,7 @@ def show(graph: fx.Graph) -> str:
                 continue
             record = info(node)
             shapes = ", ".join(
-                f"{str(d).removeprefix('torch.')}{list(s)}"
-                for s, d in zip(record.shapes, record.dtypes, strict=True)
+                f"{str(d).removeprefix('torch.')}{list(s)}" for s, d in zip(record.shapes, record.dtypes, strict=True)
             )
             if node.op == "placeholder":
                 yield f"{node.name} = {record.kind} {record.name}: {shapes}"

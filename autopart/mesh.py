@@ -101,8 +101,7 @@ _DEVICES = (
         bandwidth=900e9,
         launch_seconds=LAUNCH_SECONDS,
         link="nvlink2",
-        source="NVIDIA V100 Tensor Core GPU datasheet, SXM2: FP64 7.8, FP32 15.7, tensor 125 TFLOPS; "
-        "32 GB; 900 GB/s",
+        source="NVIDIA V100 Tensor Core GPU datasheet, SXM2: FP64 7.8, FP32 15.7, tensor 125 TFLOPS; 32 GB; 900 GB/s",
     ),
     Device(
         name="a100-40gb",

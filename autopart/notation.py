@@ -323,8 +323,7 @@ def split_letter(bound: Bound, letters: frozenset[str], shards: int) -> Strategy
     return Strategy(
         name="+".join(sorted(letters)),
         inputs=tuple(
-            None if dims is None else placement or C
-            for dims, placement in zip(bound.inputs, inputs, strict=True)
+            None if dims is None else placement or C for dims, placement in zip(bound.inputs, inputs, strict=True)
         ),
         outputs=tuple(p or P for p in outputs),
         shards_work=True,

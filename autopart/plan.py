@@ -20,7 +20,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class PlanLine:
-    """One operator of a stage: `seconds` of compute and `comm_seconds`, forward and backward, per micro-batch."""
+    """One operator of a stage: `name` is its module's in the block, `seconds` of compute and `comm_seconds`, forward and backward, per micro-batch."""
 
     name: str
     operator: str
@@ -203,9 +203,7 @@ class Plan:
             fields["signature"] = Signature(
                 **{
                     **data["signature"],
-                    **{
-                        k: {n: tuple(s) for n, s in data["signature"][k].items()} for k in ("parameters", "inputs")
-                    },
+                    **{k: {n: tuple(s) for n, s in data["signature"][k].items()} for k in ("parameters", "inputs")},
                 }
             )
             fields["strategies"] = {
@@ -255,8 +253,7 @@ def _strategy_from_json(data: Mapping[str, Any]) -> Strategy:
 
 def _stage_from_json(data: Mapping[str, Any]) -> PlanStage:
     runs = tuple(
-        PlanRun(tuple(r["labels"]), r["seconds"], tuple(PlanLine(**line) for line in r["lines"]))
-        for r in data["runs"]
+        PlanRun(tuple(r["labels"]), r["seconds"], tuple(PlanLine(**line) for line in r["lines"])) for r in data["runs"]
     )
     return PlanStage(**{**data, "runs": runs, "sends": tuple((s, b) for s, b in data["sends"])})
 
@@ -286,7 +283,8 @@ def describe(plan: Plan) -> str:
                 if not (line.note or line.seconds + line.comm_seconds > 0.02 * run.seconds):
                     continue
                 time = seconds_text(line.seconds + line.comm_seconds)
-                lines.append(f"    {line.operator:<30} {line.note:<58} {time:>10}   {line.source}".rstrip())
+                what = f"{line.name} {line.operator}".strip()
+                lines.append(f"    {what:<44} {line.note:<60} {time:>10}   {line.source}".rstrip())
         lines += [f"  send to stage {to}   {bytes_text(size)} a micro-batch" for to, size in stage.sends]
     if plan.replicated:
         lines.append(f"without a rule, run whole on every rank: {', '.join(plan.replicated)}")

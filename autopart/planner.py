@@ -23,7 +23,7 @@ from autopart.graph import info, placeholders
 from autopart.mesh import Mesh
 from autopart.notation import Placement
 from autopart.passes.formulate import LOSS, Axis, Settings, formulate_splits
-from autopart.passes.localise import Choices, StageGraph, localise
+from autopart.passes.localise import localise
 from autopart.passes.price import PricedRun, Prices, price
 from autopart.passes.solve import solve_cuts, solve_splits
 from autopart.plan import (
@@ -38,6 +38,7 @@ from autopart.plan import (
 from autopart.problem import CutProblem, SplitSolution
 from autopart.rules import Strategy, has_rule
 from autopart.schedules import SCHEDULES, in_flight, instructions, simulate
+from autopart.stages import Choices, StageGraph
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Request:
     optimizer: str = "adamw"
     time_limit: float | None = None
     must_fit: bool = True
+    memory_share: float = 1.0
+    """Of what a device can give; lowered where a plan, written out, took more than the search had reckoned."""
 
     def check(self, mesh: Mesh) -> Request:
         """Raise PartitionError for what no planner could do; degrees that `mesh` fixes are taken over."""
@@ -75,7 +78,9 @@ class Request:
         asked = {n: getattr(self, n) for n in ("pp", "dp", "tp") if getattr(self, n)}
         for name, degree in asked.items():
             if fixed.get(name, degree) != degree:
-                raise PartitionError(f"{name}={degree} contradicts the mesh", f"its axis {name} has {fixed[name]} ranks")
+                raise PartitionError(
+                    f"{name}={degree} contradicts the mesh", f"its axis {name} has {fixed[name]} ranks"
+                )
         request = replace(self, **{**fixed, **asked})
         product = 1
         for name in ("pp", "dp", "tp"):
@@ -84,7 +89,9 @@ class Request:
         if mesh.size % product or (whole and product != mesh.size):
             degrees = " x ".join(f"{n}={getattr(request, n)}" for n in ("pp", "dp", "tp") if getattr(request, n))
             raise PartitionError(
-                f"{degrees} does not fill the mesh", f"{product} ranks of {mesh.size}", "degrees whose product is the mesh"
+                f"{degrees} does not fill the mesh",
+                f"{product} ranks of {mesh.size}",
+                "degrees whose product is the mesh",
             )
         if request.micro_batch and request.global_batch % request.micro_batch:
             raise PartitionError(
@@ -223,9 +230,7 @@ def _work(folded: Folded, mesh: Mesh, candidate: Candidate) -> float:
 def axes_of(mesh: Mesh, dp: int, tp: int) -> list[Axis]:
     """The axes inside a stage that have more than one rank."""
     strides = {"dp": tp, "tp": 1}
-    return [
-        Axis(name, size, mesh.link(strides[name], size)) for name, size in (("dp", dp), ("tp", tp)) if size > 1
-    ]
+    return [Axis(name, size, mesh.link(strides[name], size)) for name, size in (("dp", dp), ("tp", tp)) if size > 1]
 
 
 def solve_candidate(folded: Folded, mesh: Mesh, request: Request, candidate: Candidate) -> Found:
@@ -267,11 +272,14 @@ def _solve(
     extra = 0.0
     for axis in axes:
         forced = replace(settings, forced=axis.name == "tp" and (request.tp or 1) > 1)
-        problem = formulate_splits(folded, axis, forced, before)
-        if budget is not None and axis.name == "tp":
-            problem.budget = budget * usable_bytes(mesh) * candidate.pp
-            problem.in_flight = (candidate.pp + 1) / 2
-        solution = solve_splits(problem, request.time_limit)
+        if axis.name == "dp":
+            solution = _solve_dp(folded, axis, forced, request.time_limit)
+        else:
+            problem = formulate_splits(folded, axis, forced, before)
+            if budget is not None:
+                problem.budget = budget * request.memory_share * usable_bytes(mesh) * candidate.pp
+                problem.in_flight = (candidate.pp + 1) / 2
+            solution = solve_splits(problem, request.time_limit)
         strategies[axis.name] = {n: s for n, s in solution.chosen.items() if n != LOSS}
         if axis.name == "dp":
             before = strategies["dp"]
@@ -284,9 +292,12 @@ def _solve(
     choices = Choices(tuple((a.name, a.shards) for a in axes), strategies, (0,))
     whole = localise(folded, choices)[0]
     prices = Prices(mesh.device, {a.name: (a.size, a.link) for a in axes}, scale)
-    cuts = _cut_problem(folded, mesh, request, candidate, training, recompute, whole, price(whole, prices), choices, scale)
+    priced = price(whole, prices)
+    cuts = _cut_problem(folded, mesh, request, candidate, training, recompute, whole, priced, scale)
     if not request.must_fit:
         cuts = replace(cuts, limit=float("inf"))
+    else:
+        cuts = replace(cuts, limit=cuts.limit * request.memory_share)
     cut = solve_cuts(cuts)
     if cut is None:
         raise _too_big(cuts, candidate, mesh, folded)
@@ -295,13 +306,12 @@ def _solve(
     return Found(candidate, replace(choices, starts=cut.starts), training, recompute, seconds, min(bound, seconds))
 
 
-def _by_run(folded: Folded, whole: StageGraph, priced: Sequence[PricedRun]) -> dict[str, tuple[float, float]]:
-    """Label -> seconds forward and backward."""
-    times: dict[str, tuple[float, float]] = {}
-    for run in priced:
-        forward, backward = times.get(run.label, (0.0, 0.0))
-        times[run.label] = forward + run.forward, backward + run.backward
-    return times
+def _solve_dp(folded: Folded, axis: Axis, settings: Settings, time_limit: float | None) -> SplitSolution:
+    """The split along `dp`, which does not depend on the other axes: solved once for equal settings."""
+    key = (axis, repr(settings))
+    if key not in folded.solved:
+        folded.solved[key] = solve_splits(formulate_splits(folded, axis, settings, {}), time_limit)
+    return folded.solved[key]
 
 
 def _cut_problem(
@@ -313,7 +323,6 @@ def _cut_problem(
     recompute: str,
     whole: StageGraph,
     priced: Sequence[PricedRun],
-    choices: Choices,
     scale: float,
 ) -> CutProblem:
     """Units, their times and bytes on one rank, from the graph localised as one stage."""
@@ -341,10 +350,8 @@ def _cut_problem(
             state[where[0]] += nbytes
         else:
             shared.append((tuple(where), nbytes))
-    kept = _kept_by_unit(folded, choices, scale, again)
-    transient = [
-        2.0 * scale * max((info(n).bytes for n in nodes), default=0) for _, nodes in whole.runs[offset:]
-    ]
+    kept = _kept_by_unit(folded, whole, scale, again)
+    transient = [2.0 * scale * max((info(n).bytes for n in nodes), default=0) for _, nodes in whole.runs[offset:]]
     transient = [t + (k if again else 0.0) for t, k in zip(transient, kept[1], strict=True)]
     cross = crossing(folded)
     link = mesh.link(candidate.dp * candidate.tp, candidate.pp)
@@ -364,18 +371,13 @@ def _repeats(label: str) -> bool:
     return label.rpartition(".")[2].isdigit()
 
 
-def _kept_by_unit(
-    folded: Folded, choices: Choices, scale: float, again: bool
-) -> tuple[list[float], list[float]]:
+def _kept_by_unit(folded: Folded, whole: StageGraph, scale: float, again: bool) -> tuple[list[float], list[float]]:
     """Bytes each unit keeps per micro-batch, and those it keeps only while it is run again."""
     kept, inside = [], []
-    cross = crossing(folded)
-    starts = tuple(range(len(folded.runs)))
-    for stage, run in zip(localise(folded, replace(choices, starts=starts)), folded.runs, strict=True):
-        nbytes = stage.kept_bytes * scale
+    for run, values in zip(folded.runs, crossing(folded), strict=False):
+        nbytes = whole.kept.get(run.label, 0) * scale
         if again and _repeats(run.label):
-            index = folded.runs.index(run)
-            kept.append(sum(info(n).bytes for n, _ in cross[index]) * scale)
+            kept.append(sum(info(n).bytes for n, _ in values) * scale)
             inside.append(nbytes)
         else:
             kept.append(nbytes)
@@ -385,9 +387,7 @@ def _kept_by_unit(
 
 def _too_big(cuts: CutProblem, candidate: Candidate, mesh: Mesh, folded: Folded) -> PartitionError:
     """Say how many bytes the best even cut lacks, and where."""
-    total = sum(cuts.state) + sum(b for _, b in cuts.shared) + sum(
-        k * cuts.in_flight[0] for k in cuts.kept
-    )
+    total = sum(cuts.state) + sum(b for _, b in cuts.shared) + sum(k * cuts.in_flight[0] for k in cuts.kept)
     largest_unit = max(range(len(cuts.state)), key=lambda i: cuts.state[i] + cuts.kept[i] + cuts.transient[i])
     unit = cuts.state[largest_unit] + cuts.kept[largest_unit] + cuts.transient[largest_unit]
     need = max(total / candidate.pp, unit) + max(cuts.transient)
@@ -444,9 +444,7 @@ def write_out(folded: Folded, mesh: Mesh, request: Request, found: Found, starte
         stages.append(_stage(folded, graph, price(graph, prices), start, sync, found, flights))
     link = mesh.link(candidate.dp * candidate.tp, candidate.pp)
     edges = sorted({(c.producer, to) for g in graphs for c in g.sent for to in c.consumers})
-    latency = {
-        (a, b): p2p_seconds(dict(stages[a].sends)[b], link) for a, b in edges
-    }
+    latency = {(a, b): p2p_seconds(dict(stages[a].sends)[b], link) for a, b in edges}
     timeline = simulate(
         instructions(schedule, candidate.pp, m, edges),
         [s.forward_seconds for s in stages],
@@ -510,7 +508,9 @@ def _stage(
         memory["activations"] = flights * _recomputed_bytes(graph, folded, start)
         memory["transient"] += graph.kept_bytes // max(1, sum(_repeats(r.label) for r in priced))
     runs = []
-    shape = [(r.label if not _repeats(r.label) else r.label.rpartition(".")[0], len(r.lines), r.forward) for r in priced]
+    shape = [
+        (r.label if not _repeats(r.label) else r.label.rpartition(".")[0], len(r.lines), r.forward) for r in priced
+    ]
     for _, group in groupby(zip(shape, priced, strict=True), key=lambda pair: pair[0]):
         members = [run for _, run in group]
         lines = tuple(

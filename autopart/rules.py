@@ -245,9 +245,7 @@ def _index(args: Args, outputs: Sequence[Shape]) -> str:
 
 def _opaque(args: Args, outputs: Sequence[Shape]) -> str:
     """Never split: what an operator without a row gets."""
-    return " -> " + ", ".join(
-        " ".join(f"o{k}_{i}!" for i in range(len(shape))) for k, shape in enumerate(outputs)
-    )
+    return " -> " + ", ".join(" ".join(f"o{k}_{i}!" for i in range(len(shape))) for k, shape in enumerate(outputs))
 
 
 def _new(args: Args, outputs: Sequence[Shape]) -> str:
@@ -437,6 +435,7 @@ RULES: dict[str, Rule] = {
     "aten.fill.Tensor": Rule("..., -> ..."),
     "aten.fill.Scalar": Rule("... -> ..."),
     "aten.addcmul": Rule("..., ..., ... -> ..."),
+    "aten.native_dropout": Rule("... -> ..., ..."),
     "aten.dropout": Rule("... -> ..."),
     "aten.new_zeros": Rule(_new),
     "aten.new_ones": Rule(_new),

@@ -267,9 +267,7 @@ def _verify_stage(stage: int, program: Sequence[Instruction], expected: set[int]
     for index, entry in enumerate(program):
         if entry.stage != stage:
             raise PartitionError(f"{entry} is in the list of stage {stage}")
-        if (entry.op not in _TOWARDS and entry.peer != -1) or (
-            entry.op in _CLOSING and entry.micro_batch != -1
-        ):
+        if (entry.op not in _TOWARDS and entry.peer != -1) or (entry.op in _CLOSING and entry.micro_batch != -1):
             raise PartitionError(f"{entry} has a peer or a micro-batch that its operation does not take")
         if entry in position:
             raise PartitionError(f"{entry} appears twice", why=f"at {position[entry]} and at {index}")

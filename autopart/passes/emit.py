@@ -20,8 +20,8 @@ import torch
 from torch import fx
 
 from autopart.graph import Info, info
-from autopart.passes.localise import StageGraph
 from autopart.relayout import RELAYOUTS
+from autopart.stages import StageGraph
 
 WIDTH = 100
 RESERVED = {*keyword.kwlist, *dir(builtins), *(row.function for row in RELAYOUTS.values()), "torch", "nn", "F", "layer",
@@ -91,9 +91,9 @@ class Scope:
         return self.name(node, wanted)
 
 
-def emit(stage: StageGraph, stages: int, title: str, mesh: str, recompute: bool) -> str:
-    """The source of one stage's module."""
-    return _Emitter(stage, stages, title, mesh, recompute).text()
+def emit(stage: StageGraph, stages: int, title: str, mesh: str, recompute: bool, classes: Mapping[str, str]) -> str:
+    """The source of one stage's module; `classes` gives the user's class of every module by its path."""
+    return _Emitter(stage, stages, title, mesh, recompute, classes).text()
 
 
 @dataclass(frozen=True)
@@ -108,22 +108,25 @@ class Block:
 
 
 class _Emitter:
-    def __init__(self, stage: StageGraph, stages: int, title: str, mesh: str, recompute: bool) -> None:
-        self.stage, self.stages, self.title, self.mesh, self.recompute = stage, stages, title, mesh, recompute
+    def __init__(
+        self, stage: StageGraph, stages: int, title: str, mesh: str, recompute: bool, classes: Mapping[str, str]
+    ) -> None:
+        self.stage, self.stages, self.title, self.mesh = stage, stages, title, mesh
+        self.recompute, self.classes = recompute, classes
         self.used: set[str] = set()
         self.axes: set[str] = set()
 
     def text(self) -> str:
         stage = self.stage
-        blocks = _blocks(stage, 1 if self.recompute else 2)
+        blocks = _blocks(stage, 1 if self.recompute else 2, self.classes)
         classes = [part for block in blocks for part in ["", "", *self._block(block)]]
         body = self._stage(blocks)
         runtime = sorted({"Groups", "weight", *self.used})
         header = [
             f'"""{self.title}, stage {stage.index} of {self.stages} on {self.mesh}. Written by autopart.',
             "",
-            "A weight's placement along an axis: S0 split along dim 0, R whole with whole gradients, C whole with gradients",
-            'that are summed over the axis at the end of a step.',
+            "Placements of a weight along an axis: S0 split along dim 0; R whole, with whole gradients; C whole, with",
+            "gradients that the runtime sums over the axis at the end of a step.",
             '"""',
             "",
             "import torch",
@@ -134,8 +137,9 @@ class _Emitter:
             "from autopart.runtime import " + ", ".join(n for n in runtime if n != "rms_norm"),
         ]
         text = "\n".join([*header, *classes, "", "", *body]) + "\n"
+        code = text.replace("from torch.nn", "").replace("import torch", "")
         for module, alias in (("import torch\n", "torch."), ("from torch.nn import functional as F\n", "F.")):
-            if not re.search(rf"(?<![\w.]){re.escape(alias)}", text.replace("from torch.nn", "").replace("import torch", "")):
+            if not re.search(rf"(?<![\w.]){re.escape(alias)}", code):
                 text = text.replace(module, "")
         return text
 
@@ -298,7 +302,9 @@ class _Emitter:
         made = []
         for block in blocks:
             attribute = _plural(block.labels[0])
-            made.append(f"self.{attribute} = nn.ModuleList({block.name}(groups, name) for name in {block.name.upper()})")
+            made.append(
+                f"self.{attribute} = nn.ModuleList({block.name}(groups, name) for name in {block.name.upper()})"
+            )
         valid = self._valid(scope)
         written: set[Block] = set()
         pending: list[fx.Node] = []
@@ -314,16 +320,12 @@ class _Emitter:
                 self._loop(scope, found[0], needed)
         self._write(scope, pending, needed | _used_outside(pending))
         returned = ", ".join(self._value(scope, r).code for r in results)
-        tables = [
-            line
-            for block in blocks
-            for line in _table(block.name.upper(), block.labels)
-        ]
+        tables = [line for block in blocks for line in _table(_table_name(block), block.labels)]
         return [
             *tables,
             *(["", ""] if tables else []),
             "class Stage(nn.Module):",
-            f'    """The whole of stage {stage.index}: what it reads, and {"the loss" if not stage.sent else "what it sends"}."""',
+            f'    """Stage {stage.index}: {"gives what it sends" if stage.sent else "gives the loss"}."""',
             "",
             f"    inputs = {stage.inputs!r}",
             f"    received = {[c.name for c in stage.received]!r}",
@@ -344,9 +346,8 @@ class _Emitter:
         chained = [
             j
             for j in range(len(block.outside[0]))
-            if len(block.runs) > 1 and all(
-                block.outside[i][j] in block.outputs[i - 1] for i in range(1, len(block.runs))
-            )
+            if len(block.runs) > 1
+            and all(block.outside[i][j] in block.outputs[i - 1] for i in range(1, len(block.runs)))
         ]
         first = [self._value(scope, n).code for n in block.outside[0]]
         if len(block.outputs[0]) == 1 and len(chained) == 1:
@@ -417,6 +418,10 @@ def _indent(lines: Sequence[str]) -> list[str]:
     return [f"        {part}" for line in lines for part in line.split("\n")]
 
 
+def _table_name(block: Block) -> str:
+    return _plural(block.labels[0]).upper()
+
+
 def _table(name: str, labels: Sequence[str]) -> list[str]:
     stem, numbers = labels[0].rpartition(".")[0], [label.rpartition(".")[2] for label in labels]
     in_row = [int(n) for n in numbers] == list(range(int(numbers[0]), int(numbers[0]) + len(numbers)))
@@ -457,8 +462,11 @@ def _comment(code: str, *notes: str) -> str:
     if not inner:
         return f"{code}  # {text}" if text else code
     note = f"  # {text}" if text else ""
-    return "\n".join([f"{head}{note}", *textwrap.wrap(inner, WIDTH, initial_indent="    ", subsequent_indent="    ",
-                                                      break_long_words=False, break_on_hyphens=False), tail])  # fmt: skip
+    indent = " " * 4
+    wrapped = textwrap.wrap(
+        inner, WIDTH, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join([f"{head}{note}", *wrapped, tail])
 
 
 def _outer_call(code: str) -> tuple[str, str, str]:
@@ -481,7 +489,7 @@ INLINE = {f"aten.{n}" for n in METHODS if n not in ("split.Tensor", "split_with_
 
 
 def _scalar_infix(node: fx.Node) -> bool:
-    family, _, name = info(node).name.partition(".")
+    name = info(node).name.partition(".")[2]
     return name in INFIX and sum(isinstance(a, fx.Node) for a in node.args) == 1
 
 
@@ -530,7 +538,18 @@ def _plain(name: str) -> str:
     return parts[-2] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1]
 
 
-FOLLOWING = {"reshape", "transpose.int", "transpose", "permute", "unsqueeze", "expand", "t", "squeeze", "slice", "select"}
+FOLLOWING = {
+    "reshape",
+    "transpose.int",
+    "transpose",
+    "permute",
+    "unsqueeze",
+    "expand",
+    "t",
+    "squeeze",
+    "slice",
+    "select",
+}
 """Operators whose result goes by the name of what they reshape."""
 
 
@@ -573,11 +592,7 @@ def _embedding(emitter: _Emitter, scope: Scope, node: fx.Node, args: list[Any], 
 def _attention(emitter: _Emitter, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Text:
     names = ("attn_mask", "dropout_p", "is_causal")
     defaults = (None, 0.0, False)
-    named = {
-        k: v
-        for k, v, d in zip(names, args[3:], defaults, strict=False)
-        if isinstance(v, fx.Node) or v != d
-    }
+    named = {k: v for k, v, d in zip(names, args[3:], defaults, strict=False) if isinstance(v, fx.Node) or v != d}
     return emitter._call(scope, "F.scaled_dot_product_attention", args[:3], {**named, **kwargs})
 
 
@@ -630,7 +645,9 @@ def _layer_norm(emitter: _Emitter, scope: Scope, node: fx.Node, args: list[Any],
 
 def _softmax(emitter: _Emitter, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Text:
     function = info(node).name.removeprefix("aten.").removesuffix(".int")
-    return emitter._call(scope, f"F.{function}", args[:1], {"dim": args[1], **({"dtype": args[2]} if len(args) > 2 else {})})
+    return emitter._call(
+        scope, f"F.{function}", args[:1], {"dim": args[1], **({"dtype": args[2]} if len(args) > 2 else {})}
+    )
 
 
 def _loss(emitter: _Emitter, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Text:
@@ -661,7 +678,7 @@ SPECIAL: dict[str, Callable[[_Emitter, Scope, fx.Node, list[Any], dict[str, Any]
 # ---- blocks --------------------------------------------------------------------------------------------------
 
 
-def _blocks(stage: StageGraph, least: int) -> list[Block]:
+def _blocks(stage: StageGraph, least: int, classes: Mapping[str, str]) -> list[Block]:
     """Consecutive numbered runs that are the same program, `least` or more."""
     groups: list[list[tuple[str, list[fx.Node]]]] = []
     previous: Any = None
@@ -681,8 +698,9 @@ def _blocks(stage: StageGraph, least: int) -> list[Block]:
         counts[stem] += 1
         if counts[stem] > 1:
             continue
-        name = "".join(p.capitalize() for p in stem.split("_")[-2:]) + "Layer"
-        outside, outputs = [], []
+        name = _class_name(classes.get(group[0][0], "Layer"), {b.name for b in blocks})
+        outside: list[tuple[fx.Node, ...]] = []
+        outputs: list[tuple[fx.Node, ...]] = []
         for _, nodes in group:
             inside = set(nodes)
             outside.append(
@@ -702,6 +720,11 @@ def _blocks(stage: StageGraph, least: int) -> list[Block]:
     return blocks
 
 
+def _class_name(wanted: str, taken: set[str]) -> str:
+    """The user's class name; numbered where two kinds of block go by one."""
+    return next(n for n in (wanted, *(f"{wanted}{i}" for i in itertools.count(2))) if n not in {*taken, "Stage"})
+
+
 def _program(label: str, nodes: Sequence[fx.Node]) -> tuple[Any, ...]:
     """What a run does, without its names."""
     local = {n: i for i, n in enumerate(nodes)}
@@ -717,14 +740,7 @@ def _program(label: str, nodes: Sequence[fx.Node]) -> tuple[Any, ...]:
 
     lines = []
     for node in nodes:
-        tokens = iter([token(n) for n in _flat_nodes((node.args, node.kwargs))])
-        plain = fx.map_arg((node.args, node.kwargs), lambda n, tokens=tokens: Axis(next(tokens)))
+        plain = fx.map_arg((node.args, node.kwargs), lambda n: Axis(token(n)))
         used_outside = any(u not in local for u in node.users)
         lines.append((info(node).name, repr(plain), info(node).shapes, used_outside))
     return tuple(lines)
-
-
-def _flat_nodes(tree: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.map_arg(tree, lambda n: found.append(n) or n)
-    return found

@@ -121,10 +121,7 @@ def _allowed(
     if record.kind == "op":
         options = strategies(record.name, shape_args(node), record.shapes, axis.shards, wanted)
     else:
-        options = [
-            Strategy(p.kind, (), (p,))
-            for p in (R, *((C,) if record.kind == "parameter" else ()))
-        ] + [
+        options = [Strategy(p.kind, (), (p,)) for p in (R, *((C,) if record.kind == "parameter" else ()))] + [
             Strategy(f"d{p.dim}", (), (p,))
             for p in (*map(S, range(len(record.shape))), *wanted)
             if (record.kind == "parameter" or p == S(0)) and splits(p, record.shape, axis.shards)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,74 +16,17 @@ from autopart.graph import KEY, Info, info, is_pick, loss_of, operands, value_of
 from autopart.notation import P, Placement, R
 from autopart.relayout import relayout, runtime_function
 from autopart.rules import Shape, Strategy, flatten, is_contraction, local_args, local_shape
+from autopart.stages import SETUP, Choices, Crossing, Named, Placements, StageGraph, Valid, Value
 
-Value = tuple[fx.Node, int]
-Placements = tuple[Placement, ...]
-SETUP = ""
-"""The label of the run that holds what every block of a stage shares."""
-
-
-@dataclass(frozen=True)
-class Crossing:
-    """A value sent between stages: its name, shape on a rank, and who makes and takes it."""
-
-    name: str
-    producer: int
-    consumers: tuple[int, ...]
-    shape: Shape
-    dtype: torch.dtype
-    grad: bool
-
-
-@dataclass(frozen=True)
-class Valid:
-    """A mean over valid targets: the loss that divides by their number, the node that holds the targets, the label
-    that is ignored, and the axes that split the targets."""
-
-    loss: str
-    targets: fx.Node
-    ignore_index: int
-    axes: tuple[str, ...]
-
-
-@dataclass
-class StageGraph:
-    """One stage's program: a graph in runs, and what goes in and out."""
-
-    index: int
-    graph: fx.Graph = field(default_factory=fx.Graph)
-    runs: list[tuple[str, list[fx.Node]]] = field(default_factory=list)
-    inputs: list[str] = field(default_factory=list)
-    received: list[Crossing] = field(default_factory=list)
-    sent: list[Crossing] = field(default_factory=list)
-    valid: list[Valid] = field(default_factory=list)
-    kept_bytes: int = 0
-    """Bytes autograd keeps for one micro-batch on one rank."""
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What was decided: per axis (name, size), the strategy of every representative; the first run of each stage."""
-
-    axes: tuple[tuple[str, int], ...]
-    strategies: Mapping[str, Mapping[str, Strategy]]
-    starts: tuple[int, ...]
-
-    def of(self, folded: Folded, node: fx.Node) -> tuple[Strategy, ...]:
-        """A node's strategy along every axis."""
-        name = folded.same[node].name
-        return tuple(self.strategies[axis][name] for axis, _ in self.axes)
-
-    def placements(self, folded: Folded, value: Value) -> Placements:
-        """Where a value lies as made."""
-        return tuple(s.outputs[value[1]] for s in self.of(folded, value[0]))
+Uses = dict[Value, list[tuple[fx.Node, int]]]
 
 
 def localise(folded: Folded, choices: Choices) -> list[StageGraph]:
     """Cut the graph into stages and rewrite each for one rank."""
     stage_of = _stages(folded, choices)
-    crossings = _crossings(folded, choices, stage_of)
-    return [_Localiser(folded, choices, stage_of, crossings, s).run() for s in range(len(choices.starts))]
+    uses = _uses(folded)
+    crossings = _crossings(folded, choices, stage_of, uses)
+    return [_Localiser(folded, choices, stage_of, crossings, uses, s).run() for s in range(len(choices.starts))]
 
 
 def _stages(folded: Folded, choices: Choices) -> dict[fx.Node, int]:
@@ -96,9 +39,9 @@ def _stages(folded: Folded, choices: Choices) -> dict[fx.Node, int]:
     }
 
 
-def _uses(folded: Folded) -> dict[Value, list[tuple[fx.Node, int]]]:
+def _uses(folded: Folded) -> Uses:
     """Every value's uses: (operator, operand)."""
-    uses: dict[Value, list[tuple[fx.Node, int]]] = defaultdict(list)
+    uses: Uses = defaultdict(list)
     for node in folded.traced.graph.nodes:
         if node.op == "call_function" and not is_pick(node):
             for index, operand in enumerate(operands(node)):
@@ -108,11 +51,11 @@ def _uses(folded: Folded) -> dict[Value, list[tuple[fx.Node, int]]]:
 
 
 def _crossings(
-    folded: Folded, choices: Choices, stage_of: Mapping[fx.Node, int]
+    folded: Folded, choices: Choices, stage_of: Mapping[fx.Node, int], uses_of: Uses
 ) -> dict[Value, tuple[Crossing, Placements]]:
     """The values that cross cuts, with the placement they cross in: as made, but no partial sums."""
     crossings: dict[Value, tuple[Crossing, Placements]] = {}
-    for value, uses in _uses(folded).items():
+    for value, uses in uses_of.items():
         node, index = value
         home = stage_of.get(node)
         away = [(user, i) for user, i in uses if home is not None and stage_of.get(user, home) != home]
@@ -143,6 +86,7 @@ class _Localiser:
         choices: Choices,
         stage_of: Mapping[fx.Node, int],
         crossings: Mapping[Value, tuple[Crossing, Placements]],
+        uses: Uses,
         index: int,
     ) -> None:
         self.folded, self.choices, self.stage_of, self.crossings = folded, choices, stage_of, crossings
@@ -151,7 +95,7 @@ class _Localiser:
         self.moved: dict[tuple[fx.Node, Placements, int], fx.Node] = {}
         self.kept: set[tuple[str, Placements]] = set()
         self.runs: dict[int, tuple[str, list[fx.Node]]] = {-1: (SETUP, [])}
-        self.uses = _uses(folded)
+        self.uses = uses
         run_of = folded.run_of()
         self.home = {n: run_of[n] if n in run_of and stage_of[n] == index else -1 for n in folded.same}
 
@@ -174,7 +118,7 @@ class _Localiser:
         graph.output(results[0] if len(results) == 1 else tuple(results))
         stage.runs = [self.runs[i] for i in sorted(self.runs) if self.runs[i][1]]
         _reorder(stage)
-        stage.kept_bytes = self._kept_bytes([*needed, *mine])
+        self._keep([*needed, *mine])
         return stage
 
     def _needed_free(self, mine: list[fx.Node]) -> list[fx.Node]:
@@ -241,7 +185,9 @@ class _Localiser:
         """The value in another placement; the change is made once in a run, or where the value is made if
         several runs need it."""
         have = self._given(value)
-        users = {self.home[u] for u, _ in self.uses[value] if self.stage_of.get(u, self.stage.index) == self.stage.index}
+        users = {
+            self.home[u] for u, _ in self.uses[value] if self.stage_of.get(u, self.stage.index) == self.stage.index
+        }
         at = run if len(users) <= 1 else self.home[value[0]]
         node, record = self.made[value, have], info(value[0])
         shape = record.shapes[value[1]]
@@ -278,9 +224,7 @@ class _Localiser:
                         flops=0.0,
                         view=False,
                     )
-                    self.moved[key] = self._add(
-                        at, runtime_function(row.function), (node, name, *args), {}, local
-                    )
+                    self.moved[key] = self._add(at, runtime_function(row.function), (node, name, *args), {}, local)
                 node = self.moved[key]
         return node
 
@@ -294,9 +238,7 @@ class _Localiser:
                 continue
             want = tuple(w if (w := s.inputs[index]) is not None else R for s in chosen)
             local_inputs.append(self._place(value_of(operand), want, run))
-        outputs = [
-            self._local(shape, tuple(s.outputs[i] for s in chosen)) for i, shape in enumerate(record.shapes)
-        ]
+        outputs = [self._local(shape, tuple(s.outputs[i] for s in chosen)) for i, shape in enumerate(record.shapes)]
         replaced = _replace_operands(tuple(node.args), local_inputs)
         args = local_args(record.name, replaced, outputs)
         share = 1
@@ -319,12 +261,16 @@ class _Localiser:
             parts = 1
             for strategy, (_, size) in zip(chosen, self.choices.axes, strict=True):
                 parts *= size if strategy.local == "mean" else 1
-            result = self._add(run, torch.ops.aten.div.Tensor, (result, parts), {}, replace(local, name="aten.div.Tensor"))
+            result = self._add(
+                run, torch.ops.aten.div.Tensor, (result, parts), {}, replace(local, name="aten.div.Tensor")
+            )
         for index in range(len(record.shapes)):
             placed = tuple(s.outputs[index] for s in chosen)
             picked = result
             if len(record.shapes) > 1:
-                one = replace(local, name="autopart.getitem", shapes=(outputs[index],), dtypes=(record.dtypes[index],))
+                one = replace(
+                    local, name="autopart.getitem", shapes=(outputs[index],), dtypes=(record.dtypes[index],), view=True
+                )
                 picked = self._add(run, operator.getitem, (result, index), {}, one)
             self.made[(node, index), placed] = picked
 
@@ -344,9 +290,9 @@ class _Localiser:
             name, extra = "mean_cross_entropy", (smoothing,) if smoothing else ()  # type: ignore[assignment]
         return runtime_function(name), (args[0], args[1], Named(f'self.valid["{node.name}"]'), ignore, *extra), {}
 
-    def _kept_bytes(self, nodes: list[fx.Node]) -> int:
-        """Bytes that autograd keeps for these nodes: every root once for each placement it is kept in."""
-        total, by_name = 0, {n.name: n for n in self.folded.traced.graph.nodes}
+    def _keep(self, nodes: list[fx.Node]) -> None:
+        """Count what autograd keeps for these nodes: every root once for each placement it is kept in."""
+        by_name = {n.name: n for n in self.folded.traced.graph.nodes}
         for node in nodes:
             record = info(node)
             if node.op != "call_function" or is_pick(node):
@@ -355,7 +301,7 @@ class _Localiser:
             share = 1
             for strategy, (_, size) in zip(chosen, self.choices.axes, strict=True):
                 share *= size if strategy.shards_work else 1
-            total += record.inner // share
+            nbytes = record.inner // share
             for root in record.keeps:
                 made = by_name[root]
                 placements = self._kept_as(node, made, chosen)
@@ -365,8 +311,10 @@ class _Localiser:
                 parts = 1
                 for placement, (_, size) in zip(placements, self.choices.axes, strict=True):
                     parts *= size if placement.kind == "S" else 1
-                total += info(made).bytes // parts
-        return total
+                nbytes += info(made).bytes // parts
+            run = self.home[node]
+            label = self.folded.runs[run].label if run >= 0 else SETUP
+            self.stage.kept[label] = self.stage.kept.get(label, 0) + nbytes
 
     def _kept_as(self, node: fx.Node, root: fx.Node, chosen: Sequence[Strategy]) -> Placements:
         """The placement in which `node` keeps memory that `root` made: that of the operand it reads it through."""
@@ -381,15 +329,6 @@ class _Localiser:
 def _merge(placement: Placement) -> Placement:
     """Whole is whole: R, C and P take the same memory; so does any split."""
     return R if placement.kind in "RCP" else Placement("S")
-
-
-class Named(str):
-    """A literal of the emitted code."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return str(self)
 
 
 def _arguments(function: str, have: Placement, want: Placement) -> tuple[Any, ...]:
@@ -408,8 +347,10 @@ def _replace_operands(args: tuple[Any, ...], operands: list[Any]) -> tuple[Any, 
     rest = iter(operands)
 
     def put(arg: Any) -> Any:
-        if isinstance(arg, (list, tuple)) and len(flatten((arg,))) == len(arg) and any(
-            isinstance(a, fx.Node) for a in arg
+        if (
+            isinstance(arg, (list, tuple))
+            and len(flatten((arg,))) == len(arg)
+            and any(isinstance(a, fx.Node) for a in arg)
         ):
             return [put(a) for a in arg]
         local = next(rest)

@@ -11,15 +11,15 @@ from autopart.comm import COLLECTIVE_SECONDS
 from autopart.cost import Seconds, node_seconds
 from autopart.graph import info
 from autopart.mesh import Device, Link
-from autopart.passes.localise import StageGraph
 from autopart.relayout import RELAYOUTS
+from autopart.stages import StageGraph
 
 BY_FUNCTION = {f"runtime.{row.function}": row for row in RELAYOUTS.values()}
 
 
 @dataclass(frozen=True)
 class Line:
-    """One node of a stage, priced: what it is called, what it does, what is split, seconds of compute and of
+    """One node of a stage, priced: the module it is of, what it does, what is split, seconds of compute and of
     communication, and the user's line."""
 
     name: str
@@ -62,7 +62,7 @@ def price(stage: StageGraph, prices: Prices) -> list[PricedRun]:
             record = info(node)
             lines.append(
                 Line(
-                    node.name,
+                    record.module.removeprefix(label).lstrip("."),
                     record.name.removeprefix("aten.").removeprefix("autopart.").removeprefix("runtime."),
                     record.note,
                     compute.forward + compute.backward,

@@ -225,12 +225,14 @@ def _index_everything(graph: fx.Graph, node: fx.Node, constants: Constants) -> f
     if info(node).name != "aten.index.Tensor":
         return None
     source, indices = node.args
-    assert isinstance(source, fx.Node)
+    assert isinstance(source, fx.Node) and isinstance(indices, (list, tuple))
     shape = info(source).shape
-    if len(indices) != len(shape) or any(i is None for i in indices):  # type: ignore[arg-type]
-        return None
     rank, place = len(info(node).shape), -1
-    for index, size in zip(indices, shape, strict=True):  # type: ignore[arg-type]
+    if len(indices) != len(shape):
+        return None
+    for index, size in zip(indices, shape, strict=True):
+        if not isinstance(index, fx.Node):
+            return None
         values = constants.value(index)
         if values is None:
             return None

@@ -18,9 +18,9 @@ from autopart.graph import KEY, Info, Traced, placeholders
 from autopart.rules import op_name
 from autopart.torch_private import FakeTensorMode, tree_unflatten
 
-PACKAGES = tuple(os.path.dirname(m.__file__ or "") + os.sep for m in (torch,)) + (
-    os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep,
-)
+OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PACKAGES = (os.path.dirname(torch.__file__) + os.sep, OWN + os.sep)
+"""Where lines that are not the user's come from."""
 
 
 def trace(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None = None) -> Traced:
@@ -88,7 +88,8 @@ def trace(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None 
             kind, name = "op", op_name(node.target)
         node.meta[KEY] = _record(node, kind, name)
     buffers = _buffers(model, exported, placeholders(graph, "buffer"))
-    return Traced(graph, type(model).__name__, buffers, aliases, next(iter(sizes.values())))
+    classes = {path: type(module).__name__ for path, module in model.named_modules()}
+    return Traced(graph, type(model).__name__, buffers, aliases, next(iter(sizes.values())), classes)
 
 
 def _skeleton(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
@@ -99,9 +100,7 @@ def _skeleton(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None)
             is_parameter = isinstance(tensor, nn.Parameter)
             wanted = dtype if dtype and is_parameter and tensor.is_floating_point() else tensor.dtype
             fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=wanted, device="cpu")
-            memo[id(tensor)] = (
-                nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
-            )
+            memo[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
     return copy.deepcopy(model, memo)
 
 
@@ -159,7 +158,7 @@ def _record(node: fx.Node, kind: str, name: str) -> Info:
 def _source(stack: str) -> str:
     """The innermost line of the stack that is the model's own."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', stack)
-    own = [f for f in frames if not f[0].startswith(PACKAGES)]
+    own = [f for f in frames if not f[0].startswith((*PACKAGES, "<"))]
     return f"{os.path.basename(own[-1][0])}:{own[-1][1]}" if own else ""
 
 

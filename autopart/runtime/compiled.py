@@ -115,9 +115,7 @@ class Compiled:
 
     def full_gradients(self) -> dict[str, Tensor]:
         """The last step's gradients, whole, on the CPU, by the model's own names: on rank 0; {} elsewhere."""
-        shares = {
-            p.model_name: (p.placed, p.grad.detach().cpu()) for p in self._shares() if p.grad is not None
-        }
+        shares = {p.model_name: (p.placed, p.grad.detach().cpu()) for p in self._shares() if p.grad is not None}
         return self._collect(shares)
 
     def full_state_dict(self) -> dict[str, Tensor]:
@@ -164,10 +162,9 @@ class Compiled:
         rows = []
         for d in sorted({d for d, _ in pieces}):
             row = [pieces[d, t] for t in sorted({t for e, t in pieces if e == d})]
-            split = placed.get("tp")
-            rows.append(unshard(row, split.dim, split.parts) if len(row) > 1 else row[0])
-        split = placed.get("dp")
-        return unshard(rows, split.dim, split.parts) if len(rows) > 1 else rows[0]
+            split = placed["tp"] if len(row) > 1 else None
+            rows.append(row[0] if split is None else unshard(row, split.dim, split.parts))
+        return rows[0] if len(rows) == 1 else unshard(rows, placed["dp"].dim, placed["dp"].parts)
 
 
 def _tie(tied: Mapping[str, tuple[int, ...]], groups: Groups) -> dict[str, dist.ProcessGroup | None]:

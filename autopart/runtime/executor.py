@@ -90,7 +90,7 @@ class Executor:
         return loss
 
     def _inputs(self, micro_batch: int) -> list[Tensor]:
-        return [self.micro_batches[micro_batch][name] for name in self.stage.inputs]  # type: ignore[union-attr]
+        return [self.micro_batches[micro_batch][name] for name in self.stage.inputs]
 
     def _count_valid(self) -> None:
         """Give every mean over valid targets their average number in a micro-batch of the whole batch."""
@@ -125,9 +125,7 @@ class Executor:
             flight.loss.backward()
         else:
             names = [m.name for m in self.outgoing if m.grad]
-            torch.autograd.backward(
-                [flight.sent[n] for n in names], [flight.gradients[n] for n in names]
-            )
+            torch.autograd.backward([flight.sent[n] for n in names], [flight.gradients[n] for n in names])
         gradients = {
             m.name: g if (g := flight.received[m.name].grad) is not None else torch.zeros_like(flight.received[m.name])
             for m in self.incoming

@@ -65,7 +65,7 @@ def start_processes(size: int) -> None:
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
     if world != size:
         raise PartitionError(
-            f"the mesh has {size} devices and there {'is' if world == 1 else 'are'} {world} process{'es' * (world > 1)}",
+            f"the mesh has {size} devices, and {world} of the processes it needs are there",
             "every device is driven by one process",
             f"torchrun --nproc-per-node {size} (in all), or a mesh of {world}",
         )
@@ -77,12 +77,12 @@ def make_groups(pp: int, dp: int, tp: int) -> Groups:
     start_processes(size)
     device = _device()
     if size == 1:
-        alone = [Group(axis, 1, 0, None) for axis in AXES]
-        return Groups(*alone, device)
+        pp_, dp_, tp_ = (Group(axis, 1, 0, None) for axis in AXES)
+        return Groups(pp_, dp_, tp_, device)
     mesh = init_device_mesh(device.type, (pp, dp, tp), mesh_dim_names=AXES)
-    along = [Group(a, mesh[a].size(), mesh.get_local_rank(a), mesh.get_group(a)) for a in AXES]
-    channels = [dist.new_group() if pp > 1 else None for _ in range(2)]
-    return Groups(*along, device, *channels, dist.new_group(backend="gloo"))
+    pp_, dp_, tp_ = (Group(a, mesh[a].size(), mesh.get_local_rank(a), mesh.get_group(a)) for a in AXES)
+    activations, gradients = (dist.new_group() if pp > 1 else None for _ in range(2))
+    return Groups(pp_, dp_, tp_, device, activations, gradients, dist.new_group(backend="gloo"))
 
 
 def _device() -> torch.device:
@@ -126,8 +126,6 @@ def weight(
     return share
 
 
-
-
 def buffer(
     groups: Groups, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32, **placed: str
 ) -> torch.Tensor:
@@ -141,6 +139,7 @@ def load(stage: nn.Module, groups: Groups, tensors: dict[str, torch.Tensor]) -> 
     """Fill a stage's weights and buffers from the model's own, by name."""
     with torch.no_grad():
         for share in stage.parameters():
+            assert isinstance(share, Weight)
             whole = tensors[share.model_name]
             for axis, placement in share.placed.items():
                 group = groups.along(axis)
@@ -148,4 +147,4 @@ def load(stage: nn.Module, groups: Groups, tensors: dict[str, torch.Tensor]) -> 
                     whole = shard(whole, placement.dim, placement.parts, group.size, group.rank)
             share.copy_(whole)
         for copy in stage.buffers():
-            copy.copy_(tensors[copy.model_name])
+            copy.copy_(tensors[copy.model_name])  # type: ignore[attr-defined]

@@ -247,12 +247,14 @@ def start_watchdog(doing: Callable[[], str], interval: float = 0.5, patience: fl
     Within `patience` of a rank's silence or seconds of its failure, this process ends with status 1, after a
     line on stderr that names the rank and what it was doing. A rank that dies before its first word goes
     unnoticed. An uncaught error is told to the others, as is the interpreter's normal exit.
-    Call it after torch.distributed is initialized. Raises PartitionError where it runs already or where the
-    environment does not tell the store, torch.distributed.DistError where that does not answer.
+    Call it after torch.distributed is initialized; once it runs, another call only changes `doing`. Raises
+    PartitionError where the environment does not tell the store, torch.distributed.DistError where that does
+    not answer.
     """
     global _running
     if _running is not None:
-        raise PartitionError("the watchdog is running already", "one watches over the whole process")
+        _running.doing = doing
+        return
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     channel, rank = _connect(os.environ, patience)

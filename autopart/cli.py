@@ -1,0 +1,348 @@
+"""The shell: autopart plan | show | estimate | emit | run."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from inspect import Parameter
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+from torch import nn
+
+from autopart import models
+from autopart.compile import DTYPES, _prepare, compile, estimate, plan, programs, samples_of, take
+from autopart.errors import PartitionError
+from autopart.plan import Estimate, Plan, bytes_text, seconds_text
+from autopart.runtime.launch import launch
+from autopart.runtime.standalone import train, write
+from autopart.runtime.watchdog import report_failure
+
+app = typer.Typer(
+    help="Find the fastest way to train a model on a mesh of devices, and train it so.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+MODEL_HELP = (
+    "a model type or size (gpt2, llama-3-8b), a config.json or its folder, or module:function that returns model, batch"
+)
+MESH_HELP = r'"[HOSTSx]DEVICES:DEVICE\[@LINK]", as 4x8:h100-80gb or 4:cpu'
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+Mesh = Annotated[str, typer.Argument(metavar="MESH", help=MESH_HELP)]
+MaybeMesh = Annotated[str | None, typer.Argument(metavar="[MESH]", help=MESH_HELP)]
+PlanFile = Annotated[Path | None, typer.Option("--plan", help="take this plan instead of making one")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+BATCH_OPTIONS: Mapping[str, tuple[type, Any, str]] = {
+    "batch": (int, None, "samples of the example batch (default: --global-batch, else 8)"),
+    "sequence": (int, None, f"tokens of a sample (default: the config's maximum, at most {models.LONGEST})"),
+    "dropout": (bool, False, "keep the config's dropout, which training refuses for now"),
+}
+PLAN_OPTIONS: Mapping[str, tuple[type, Any, str]] = {
+    "global_batch": (int, None, "samples of a step (default: those of the batch)"),
+    "micro_batch": (int, None, "samples of a micro-batch, over all ranks"),
+    "pp": (int, None, "pipeline-parallel degree"),
+    "tp": (int, None, "tensor-parallel degree"),
+    "dp": (int, None, "data-parallel degree"),
+    "zero": (int, None, "ZeRO level: 0 or 1"),
+    "recompute": (str, None, "none or full"),
+    "schedule": (str, None, "gpipe or 1f1b"),
+    "precision": (str, None, "of the parameters: float32, bfloat16, float16 or float64"),
+    "optimizer": (str, "adamw", "sgd, momentum, adagrad, rmsprop, adam or adamw"),
+    "time_limit": (float, None, "seconds after which the best plan so far is taken"),
+}
+OPTIONS = {**BATCH_OPTIONS, **PLAN_OPTIONS}
+"""Shared options: name -> type, default, help. A command with an argument `options` has them all."""
+
+Options = dict[str, Any]
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a command of a function: with the shared options if it takes `options`, and PartitionError told in red."""
+    own = inspect.signature(function, eval_str=True).parameters
+
+    @functools.wraps(function)
+    def run(**given: Any) -> None:
+        if "options" in own:
+            given["options"] = {name: given.pop(name) for name in OPTIONS}
+        try:
+            function(**given)
+        except PartitionError as error:
+            if os.environ.get("RANK", "0") == "0":
+                _stderr().print(Text(str(error), "red"), soft_wrap=True)
+            report_failure(error)
+            raise typer.Exit(2) from None
+
+    shared = [_option(name, *row) for name, row in OPTIONS.items()] if "options" in own else []
+    kept = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in own.values() if p.name != "options"]
+    run.__signature__ = inspect.Signature([*kept, *shared])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in [*kept, *shared]}
+    del run.__wrapped__  # type: ignore[attr-defined]
+    return app.command(function.__name__.removesuffix("_command"))(run)
+
+
+def _option(name: str, kind: type, default: Any, text: str) -> Parameter:
+    flag = "--" + name.replace("_", "-")
+    annotation = Annotated[kind if default is not None else kind | None, typer.Option(flag, help=text)]
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+@command
+def plan_command(
+    model: Model,
+    mesh: Mesh,
+    options: Options,
+    save: Annotated[Path | None, typer.Option(help="write the plan to this file")] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the fastest plan that fits. Needs no devices and no weights.
+
+    Example: autopart plan llama-3-8b 2x8:h100-80gb --global-batch 64 --precision bfloat16 --save plan.json
+    """
+    made = _plan(*_load(model, options), mesh, options)
+    if save:
+        _save(made, save)
+    _print(made.to_json() if as_json else str(made))
+
+
+@command
+def show_command(
+    file: Annotated[Path, typer.Argument(metavar="PLAN.json", help="a saved plan")], as_json: Json = False
+) -> None:
+    """Print a saved plan.
+
+    Example: autopart show plan.json
+    """
+    saved = Plan.load(file)
+    _print(saved.to_json() if as_json else str(saved))
+
+
+@command
+def estimate_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL|PLAN.json", help=f"{MODEL_HELP}; or a saved plan")],
+    options: Options,
+    mesh: MaybeMesh = None,
+    as_json: Json = False,
+) -> None:
+    """What a configuration costs, whether it fits or not; without MESH, what a saved plan costs.
+
+    Example: autopart estimate gpt2-xl 8:a100-80gb --tp 8 --global-batch 32
+    """
+    if mesh is None:
+        if not model.endswith(".json"):
+            raise PartitionError(f"on which mesh is {model} to be estimated?", try_=f"autopart estimate {model} 4:cpu")
+        made = Estimate.of(Plan.load(model))
+    else:
+        loaded, batch = _load(model, options)
+        with _planning():
+            made = estimate(loaded, mesh, batch, **_settings(options))
+    _print(_estimate_to_json(made) if as_json else _estimate_text(made))
+
+
+@command
+def emit_command(
+    model: Model,
+    options: Options,
+    to: Annotated[Path, typer.Option("--to", help="the folder to write")],
+    mesh: MaybeMesh = None,
+    plan_file: PlanFile = None,
+    as_json: Json = False,
+) -> None:
+    """Write the code of every stage, the plan, and a run.py that trains them.
+
+    Example: autopart emit gpt2 4:cpu --pp 2 --tp 2 --to emitted && python emitted/run.py
+    """
+    made = _saved(plan_file, options)
+    loaded, batch = _load(model, options)
+    made = made or _plan(loaded, batch, _needed(mesh), options)
+    files = write_folder(loaded, batch, made, to)
+    _print({"folder": str(to), "files": [str(f) for f in files]} if as_json else "\n".join(map(str, files)))
+
+
+@command
+def run_command(
+    model: Model,
+    options: Options,
+    mesh: MaybeMesh = None,
+    steps: Annotated[int, typer.Option(help="optimizer steps")] = 10,
+    lr: Annotated[float, typer.Option(help="learning rate")] = 1e-3,
+    processes: Annotated[int, typer.Option(help="without MESH: so many cpu ranks")] = 2,
+    plan_file: PlanFile = None,
+    as_json: Json = False,
+) -> None:
+    """Train random weights on one random batch, on processes started here, or as one of torchrun's.
+
+    Example: autopart run gpt2 4:cpu --pp 2 --tp 2 --sequence 128 --steps 5
+    """
+    made = _saved(plan_file, options)
+    started = "RANK" in os.environ
+    world = int(os.environ.get("WORLD_SIZE", processes))
+    mesh = str(made.mesh) if made else mesh or f"{world}:cpu"
+    if not started:
+        made = made or _plan(*_load(model, options), mesh, options)
+        if made.mesh.size > 1:
+            raise typer.Exit(_launch(model, made, options, steps, lr, as_json))
+    torch.manual_seed(0)
+    quiet = os.environ.get("RANK", "0") != "0"
+    loaded, batch = _load(model, options, meta=False, say=None if not started or quiet or made else _note)
+    compiled = compile(loaded, made.mesh if made else mesh, batch, plan=made, **_settings(options))
+    with _steps(steps, quiet) as say:
+        result = train(compiled, take(batch, compiled.plan.global_batch), steps, lr, say)
+    if not quiet:
+        result = {**result, "plan": compiled.plan.to_json()}
+        _print(result if as_json else _run_text(result))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def write_folder(model: nn.Module, batch: models.Batch, made: Plan, folder: Path) -> list[Path]:
+    """Emit every stage of a plan into a folder that trains on its own; the stage files.
+
+    Raises PartitionError where the plan is for another model.
+    """
+    folded = _prepare(model, take(batch, made.micro_batch), made.mesh, DTYPES[made.precision])
+    made.check(folded.traced)
+    return write(folder, made, programs(folded, made), folded.traced.aliases, folded.traced.buffers, batch)
+
+
+def _load(
+    model: str, options: Options, meta: bool = True, say: Callable[[str], None] | None = None
+) -> tuple[nn.Module, models.Batch]:
+    samples = options["batch"] or options["global_batch"] or 8
+    loaded, batch = models.load(
+        model,
+        samples,
+        options["sequence"],
+        meta,
+        options["dropout"],
+        say or (_note if meta else lambda text: None),
+    )
+    name = options["precision"]
+    if name in DTYPES:
+        batch = {
+            k: v.to(DTYPES[name]) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+            for k, v in batch.items()
+        }
+    samples_of(batch)
+    return loaded, batch
+
+
+def _plan(model: nn.Module, batch: models.Batch, mesh: str, options: Options) -> Plan:
+    with _planning() as say:
+        return plan(model, mesh, batch, **_settings(options), say=say)
+
+
+def _settings(options: Options) -> Options:
+    return {name: options[name] for name in PLAN_OPTIONS}
+
+
+def _saved(file: Path | None, options: Options) -> Plan | None:
+    """A saved plan, whose precision, batch and sequence the options then are."""
+    if file is None:
+        return None
+    saved = Plan.load(file)
+    sequence = next((s[1] for s in saved.signature.inputs.values() if len(s) == 2), None)
+    options.update(
+        precision=saved.precision,
+        global_batch=saved.global_batch,
+        sequence=options["sequence"] or sequence,
+    )
+    return saved
+
+
+def _needed(mesh: str | None) -> str:
+    if mesh is None:
+        raise PartitionError("neither a mesh nor a plan is given", try_="MODEL MESH, or MODEL --plan PLAN.json")
+    return mesh
+
+
+def _save(made: Plan, file: Path) -> None:
+    try:
+        made.save(file)
+    except OSError as error:
+        raise PartitionError(f"cannot write {file}", str(error)) from error
+
+
+def _launch(model: str, made: Plan, options: Options, steps: int, lr: float, as_json: bool) -> int:
+    """Run this command again as the ranks of a plan; the exit status."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "plan.json"
+        made.save(file)
+        line = [sys.executable, "-m", "autopart.cli", "run", model, "--plan", str(file)]
+        line += ["--steps", str(steps), "--lr", str(lr), *(["--json"] if as_json else [])]
+        given = {name: options[name] for name in BATCH_OPTIONS if options[name]}
+        line += [f"--{k}" if v is True else f"--{k}={v}" for k, v in given.items()]
+        return launch(line, made.mesh.size)
+
+
+def _stderr() -> Console:
+    return Console(stderr=True)
+
+
+def _note(text: str) -> None:
+    _stderr().print(Text(text, "dim"), soft_wrap=True)
+
+
+def _print(what: Any) -> None:
+    typer.echo(what if isinstance(what, str) else json.dumps(what))
+
+
+@contextmanager
+def _planning() -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr; what is yielded shows the best plan so far beside it."""
+    with _stderr().status("planning") as status:
+        yield lambda text: status.update(Text(f"planning, best so far: {text}"))
+
+
+@contextmanager
+def _steps(steps: int, quiet: bool) -> Iterator[Callable[[int, float], None]]:
+    """A progress bar of steps on stderr, with the loss."""
+    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, TimeElapsedColumn(), console=_stderr(), disable=quiet) as progress:
+        task = progress.add_task("", total=steps)
+        yield lambda number, loss: progress.update(task, completed=number, description=f"loss {loss:.4f}")
+
+
+def _estimate_to_json(made: Estimate) -> dict[str, Any]:
+    return {name: getattr(made, name) for name in made.__dataclass_fields__ if name != "plan"}
+
+
+def _estimate_text(made: Estimate) -> str:
+    memory = ", ".join(map(bytes_text, made.memory_bytes))
+    parts = ", ".join(f"{name} {seconds_text(value)}" for name, value in made.breakdown.items())
+    return "\n".join(
+        [
+            f"step     {seconds_text(made.step_seconds)}, {made.tokens_per_second:,.0f} tokens/s",
+            f"of this  {parts}",
+            f"memory   {memory} a rank of each stage: {'fits' if made.fits else 'does not fit'}",
+        ]
+    )
+
+
+def _run_text(result: Mapping[str, Any]) -> str:
+    losses = "\n".join(f"step {number}  loss {loss:.4f}" for number, loss in enumerate(result["losses"], 1))
+    return f"{losses}\n{result['tokens_per_second']:,.0f} tokens/s"
+
+
+def main() -> None:
+    """The entry point of ``python -m autopart.cli``."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

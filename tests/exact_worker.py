@@ -1,0 +1,116 @@
+"""One rank of tests/test_exact.py: trains one model under every configuration of a table; rank 0 compares.
+
+argv: model, the table (a list of dtypes with keywords) as JSON, the file for the results.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from models import build
+from torch import nn
+
+import autopart
+
+STEPS = 5
+Tensors = dict[str, torch.Tensor]
+
+
+def train(model: nn.Module, batch: Tensors) -> tuple[torch.Tensor, Tensors, Tensors]:
+    """One process, the unmodified model: its loss and gradients, and its state after STEPS steps."""
+    model = copy.deepcopy(model)
+
+    def backward() -> torch.Tensor:
+        model.zero_grad()
+        output = model(**batch)
+        loss = output if isinstance(output, torch.Tensor) else output.loss
+        loss.backward()
+        return loss.detach()
+
+    loss = backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+    for _ in range(STEPS):
+        backward()
+        optimizer.step()
+    return loss, gradients, model.state_dict()
+
+
+def worst(found: Tensors, wanted: Tensors) -> tuple[float, str]:
+    """The largest error and whose it is.
+
+    An error is relative to its tensor's largest element, or to a thousandth of the largest of all tensors if that is
+    more: some gradients are zero but for rounding (that of a key's bias in attention: softmax ignores what all scores
+    share), and the ratio of two roundings says nothing.
+    """
+    if found.keys() != wanted.keys():
+        return float("inf"), f"names: {sorted(found.keys() ^ wanted.keys())}"
+    largest = {n: float(t.abs().max()) for n, t in wanted.items()}
+    floor = 1e-3 * max(largest.values())
+    errors = {n: float((found[n] - t).abs().max()) / max(largest[n], floor) for n, t in wanted.items()}
+    name = max(errors, key=lambda n: float("inf") if errors[n] != errors[n] else errors[n])
+    return errors[name], name
+
+
+def share(compiled: Any, batch: Tensors) -> Tensors:
+    """The samples of a batch that this rank reads: its part of every micro-batch, one after the other."""
+    plan = compiled.plan
+    rows = torch.arange(plan.global_batch).view(plan.micro_batches, compiled.data_ranks, -1)
+    return {k: v[rows[:, compiled.data_rank].flatten()] for k, v in batch.items()}
+
+
+def run(model: nn.Module, batch: Tensors, right: tuple[Any, ...] | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """Train under one configuration; the errors against `right`, one process's results, on the rank that has them."""
+    started = time.monotonic()
+    world = int(os.environ["WORLD_SIZE"])
+    try:
+        compiled = autopart.compile(model, f"{world}:cpu", batch, **settings)
+    except autopart.PartitionError as error:
+        return {"refused": str(error)}
+    loss = compiled.step(batch)
+    gradients = compiled.full_gradients()
+    losses = torch.zeros(world, dtype=torch.float64)
+    dist.all_gather(list(losses.split(1)), loss.double().reshape(1))
+    local = float(compiled.step(share(compiled, batch), local=True))
+    compiled.optimizer(torch.optim.SGD, lr=1e-2, momentum=0.9)
+    for _ in range(STEPS):
+        compiled.step(batch)
+    state = compiled.full_state_dict()
+    if right is None:
+        return {}
+    return {
+        "plan": f"{compiled.plan.degrees} {compiled.plan.schedule} micro-batches {compiled.plan.micro_batches} "
+        f"zero {compiled.plan.zero} recompute {compiled.plan.recompute}",
+        "losses": losses.tolist(),
+        "local": local,
+        "loss": abs(losses[0].item() / right[0].item() - 1),
+        "gradients": worst(gradients, right[1]),
+        "state": worst(state, right[2]),
+        "seconds": time.monotonic() - started,
+    }
+
+
+def main() -> None:
+    """Run the table; rank 0 writes what it found after each line, so that a failure leaves the rest."""
+    name, table, path = sys.argv[1:]
+    torch.set_num_threads(1)
+    results, made = [], {}
+    for dtype, settings in json.loads(table):
+        if dtype not in made:
+            model, batch = build(name, getattr(torch, dtype))
+            made[dtype] = model, batch, train(model, batch) if os.environ["RANK"] == "0" else None
+        results.append({"dtype": dtype, "settings": settings, **run(*made[dtype], settings)})
+        if os.environ["RANK"] == "0":
+            Path(path).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

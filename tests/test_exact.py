@@ -1,0 +1,83 @@
+"""Training on several processes gives what one process gives."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autopart.runtime.launch import launch
+
+WORKER = Path(__file__).with_name("exact_worker.py")
+LIMIT = {"float32": 1e-5, "float64": 1e-10}
+SPLIT = {"tp": 2, "pp": 2, "micro_batch": 4}
+Row = tuple[str, dict[str, Any]]
+
+
+def table(name: str, ranks: int) -> list[Row]:
+    """The configurations of a model; {} is the solver's own choice."""
+    if ranks == 2:
+        return [("float32", s) for s in ({"tp": 2}, {"pp": 2, "micro_batch": 2}, {"dp": 2}, {})]
+    # Llama with tp=4: more ranks than heads of keys and values.
+    deep = {"tp": 4} if name in ("gpt2", "llama") else {"pp": 4, "micro_batch": 2}
+    gpipe = {"dp": 2, "pp": 2, "micro_batch": 4, "schedule": "gpipe"}
+    return [
+        *(("float64", s) for s in ({**SPLIT, "recompute": "full"}, {"dp": 2, "tp": 2}, gpipe, deep)),
+        *(("float32", s) for s in (SPLIT, {"dp": 4, "zero": 1}, {})),
+    ]
+
+
+Results = tuple[int, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Results]:
+    """Trains a model on so many ranks, once: the exit status and the results of every configuration."""
+
+    @cache
+    def train(name: str, ranks: int) -> Results:
+        results = tmp_path_factory.mktemp("exact") / "results.json"
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[1])}
+        status = launch([sys.executable, str(WORKER), name, json.dumps(table(name, ranks)), str(results)], ranks, env)
+        return status, json.loads(results.read_text()) if results.exists() else []
+
+    return train
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("ranks", "dtype"), [(2, "float32"), (4, "float32"), (4, "float64")])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5", "vit", "mlp"])
+def test_several_processes_train_like_one(
+    train: Callable[[str, int], Results], name: str, ranks: int, dtype: str
+) -> None:
+    status, results = train(name, ranks)
+    wrong = [f"{r['settings']}: {'; '.join(why)}" for r in results if r["dtype"] == dtype and (why := judge(r))]
+    assert not wrong, "\n".join(wrong)
+    missing = [row for row in table(name, ranks)[len(results) :] if row[0] == dtype]
+    assert not missing, f"status {status}, stopped before or in {missing[0]}, see stderr"
+    assert status == 0 or len(results) < len(table(name, ranks)), "failed after the last configuration"
+
+
+def judge(result: dict[str, Any]) -> list[str]:
+    """What is wrong with a result of the worker, after the plan that it belongs to."""
+    if "refused" in result:
+        return [f"refused: {result['refused']}"]
+    limit, wrong = LIMIT[result["dtype"]], []
+    if not result["loss"] <= limit:
+        wrong.append(f"the loss is off by {result['loss']:.1e}")
+    if len(set(result["losses"])) > 1:
+        wrong.append(f"the ranks have different losses: {result['losses']}")
+    if not math.isclose(result["local"], result["losses"][0], rel_tol=limit):
+        wrong.append(f"ranks that bring their own share: loss {result['local']}, not {result['losses'][0]}")
+    for what in ("gradients", "state"):
+        error, tensor = result[what]
+        if not error <= limit:
+            wrong.append(f"{what} off by {error:.1e}, worst {tensor}")
+    return [result["plan"], *wrong] if wrong else []
