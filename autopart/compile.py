@@ -138,7 +138,9 @@ def programs(folded: Folded, plan: Plan, indices: Iterable[int] | None = None) -
     verify_schedule(lists)
     tied, axes = _tied(stages), _sample_axes(folded, plan)
     wanted = range(plan.pp) if indices is None else indices
-    return [Program(emit_stage(stages[i], plan, folded.traced.classes), i, lists[i], messages, tied, axes) for i in wanted]
+    return [
+        Program(emit_stage(stages[i], plan, folded.traced.classes), i, lists[i], messages, tied, axes) for i in wanted
+    ]
 
 
 def emit_stage(stage: StageGraph, plan: Plan, classes: Mapping[str, str]) -> str:

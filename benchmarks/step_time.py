@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -55,7 +55,6 @@ LAST_TOLERANCE = 1e-3
 
 OWN = "autopart"
 TIMEOUT = timedelta(seconds=120)
-STAYS_TIED = "transformer.wte.weight"
 
 Step = Callable[[], Tensor]
 
@@ -130,9 +129,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--sequence", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8, help="samples of a step, over all ranks")
-    parser.add_argument(
-        "--micro-batches", type=int, help="of the pipelines (default: two a rank, at most the batch)"
-    )
+    parser.add_argument("--micro-batches", type=int, help="of the pipelines (default: two a rank, at most the batch)")
     parser.add_argument("--steps", type=int, default=10, help="rounds that count")
     parser.add_argument("--warm-up", type=int, default=3, help="rounds before them")
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
@@ -190,9 +187,7 @@ def make_setting(options: argparse.Namespace) -> Setting:
     cpu_batch = {"input_ids": tokens, "labels": tokens.clone()}
     batch = {name: tensor.to(device) for name, tensor in cpu_batch.items()}
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
-    return Setting(
-        options, model, cpu_batch, batch, device, mesh, replace(autopart.Mesh.of(mesh), axes=())
-    )
+    return Setting(options, model, cpu_batch, batch, device, mesh, replace(autopart.Mesh.of(mesh), axes=()))
 
 
 def make_gpt2(options: argparse.Namespace) -> nn.Module:
@@ -303,10 +298,10 @@ def build_fsdp(setting: Setting) -> tuple[Step, str]:
     return lambda: mean_over_ranks(step()), f"dp={setting.size}, fully_shard per block"
 
 
-def blocks_of(model: nn.Module) -> nn.ModuleList:
+def blocks_of(model: Any) -> nn.ModuleList:
     """The model's equal blocks."""
     inner = getattr(model, model.base_model_prefix)
-    return inner.h if hasattr(inner, "h") else inner.layers
+    return cast(nn.ModuleList, inner.h if hasattr(inner, "h") else inner.layers)
 
 
 def llama_tensor_plan() -> dict[str, Any]:
@@ -440,9 +435,7 @@ def processes(options: argparse.Namespace) -> int:
 
 def autopart_pipeline(schedule: str) -> System:
     """autopart's pipeline under a schedule, with the rivals' micro-batches."""
-    return System(
-        partial(build_autopart, pp=processes, micro_batch=pipeline_micro_batch, schedule=schedule)
-    )
+    return System(partial(build_autopart, pp=processes, micro_batch=pipeline_micro_batch, schedule=schedule))
 
 
 SYSTEMS: Mapping[str, System] = {
@@ -475,8 +468,9 @@ def build_all(setting: Setting, rows: dict[str, dict[str, Any]], control: Any) -
         except Exception as failure:
             error = f"failed: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:160]}"
         errors = on_all_ranks(error, control)
-        row["status"] = next((f"{e} (rank {r})" if any(errors) and not all(errors) else e)
-                             for r, e in enumerate(errors) if e) if any(errors) else "ok"
+        row["status"] = next((f"{e} (rank {r})" for r, e in enumerate(errors) if e), "ok")
+        if setting.rank == 0:
+            print(f"{name}: {row['status']}, {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
         if step is not None and not any(errors):
             steps[name] = step
     return steps
@@ -489,9 +483,7 @@ def on_all_ranks(value: Any, control: Any) -> list[Any]:
     return everyone
 
 
-def take_turns(
-    setting: Setting, steps: dict[str, Step], rows: dict[str, dict[str, Any]], control: Any
-) -> None:
+def take_turns(setting: Setting, steps: dict[str, Step], rows: dict[str, dict[str, Any]], control: Any) -> None:
     """Let every system make a step, round after round, and note the slowest rank's times of those that count.
 
     A step that fails takes its system out of the later rounds.

@@ -225,11 +225,18 @@ class _Emitter:
                 scope.names[node] = text
                 continue
             first = node.args[0] if node.args else None
+            while isinstance(first, fx.Node) and first in inside and self._inlined(scope, first):
+                first = first.args[0]
             follows = isinstance(first, fx.Node) and first in inside and first not in needed
             name = scope.follow(node, first, _wanted(node)) if follows else scope.name(node, _wanted(node))  # type: ignore[arg-type]
             source = record.source if record.source != last_source else ""
             last_source = record.source or last_source
             scope.lines.append(_comment(f"{name} = {text.code}", record.note, source))
+
+    def _inlined(self, scope: Scope, node: fx.Node) -> bool:
+        """Whether the node has no line of its own."""
+        written = node in scope.names and scope.names[node].code not in scope.taken
+        return written and len(node.users) == 1 and bool(node.args) and not _scalar_infix(node)
 
     def _split(self, scope: Scope, node: fx.Node) -> None:
         text = self._expression(scope, node)
@@ -303,7 +310,7 @@ class _Emitter:
         for block in blocks:
             attribute = _plural(block.labels[0])
             made.append(
-                f"self.{attribute} = nn.ModuleList({block.name}(groups, name) for name in {block.name.upper()})"
+                f"self.{attribute} = nn.ModuleList({block.name}(groups, name) for name in {_table_name(block)})"
             )
         valid = self._valid(scope)
         written: set[Block] = set()
@@ -722,7 +729,8 @@ def _blocks(stage: StageGraph, least: int, classes: Mapping[str, str]) -> list[B
 
 def _class_name(wanted: str, taken: set[str]) -> str:
     """The user's class name; numbered where two kinds of block go by one."""
-    return next(n for n in (wanted, *(f"{wanted}{i}" for i in itertools.count(2))) if n not in {*taken, "Stage"})
+    names = itertools.chain([wanted], (f"{wanted}{i}" for i in itertools.count(2)))
+    return next(name for name in names if name not in {*taken, "Stage"})
 
 
 def _program(label: str, nodes: Sequence[fx.Node]) -> tuple[Any, ...]:
