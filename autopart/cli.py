@@ -23,7 +23,7 @@ from rich.text import Text
 from torch import nn
 
 from autopart import models
-from autopart.compile import DTYPES, _prepare, compile, estimate, plan, programs, samples_of, take
+from autopart.compile import DTYPES, compile, estimate, plan, prepare, programs, samples_of, take
 from autopart.errors import PartitionError
 from autopart.plan import Estimate, Plan, bytes_text, seconds_text
 from autopart.runtime.launch import launch
@@ -92,13 +92,14 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     kept = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in own.values() if p.name != "options"]
     run.__signature__ = inspect.Signature([*kept, *shared])  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in [*kept, *shared]}
-    del run.__wrapped__  # type: ignore[attr-defined]
+    del run.__wrapped__
     return app.command(function.__name__.removesuffix("_command"))(run)
 
 
 def _option(name: str, kind: type, default: Any, text: str) -> Parameter:
     flag = "--" + name.replace("_", "-")
-    annotation = Annotated[kind if default is not None else kind | None, typer.Option(flag, help=text)]
+    wanted: Any = kind if default is not None else kind | None
+    annotation = Annotated[wanted, typer.Option(flag, help=text)]
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
@@ -215,7 +216,7 @@ def write_folder(model: nn.Module, batch: models.Batch, made: Plan, folder: Path
 
     Raises PartitionError where the plan is for another model.
     """
-    folded = _prepare(model, take(batch, made.micro_batch), made.mesh, DTYPES[made.precision])
+    folded = prepare(model, take(batch, made.micro_batch), made.mesh, DTYPES[made.precision])
     made.check(folded.traced)
     return write(folder, made, programs(folded, made), folded.traced.aliases, folded.traced.buffers, batch)
 

@@ -118,7 +118,7 @@ def compile(
     start_processes(mesh.size)
     plan = _agreed(plan, lambda: _make_plan(model, mesh, batch, **settings))
     dtype = DTYPES[plan.precision]
-    folded = _prepare(model, take(batch, plan.micro_batch), plan.mesh, dtype)
+    folded = prepare(model, take(batch, plan.micro_batch), plan.mesh, dtype)
     plan.check(folded.traced)
     _check_trainable(model, folded.traced)
     groups = make_groups(plan.pp, plan.dp, plan.tp)
@@ -150,7 +150,7 @@ def emit_stage(stage: StageGraph, plan: Plan, classes: Mapping[str, str]) -> str
 
 def sources(model: nn.Module, batch: Batch, plan: Plan) -> list[str]:
     """The source text of every stage."""
-    folded = _prepare(model, take(batch, plan.micro_batch), plan.mesh, DTYPES[plan.precision])
+    folded = prepare(model, take(batch, plan.micro_batch), plan.mesh, DTYPES[plan.precision])
     plan.check(folded.traced)
     return [emit_stage(stage, plan, folded.traced.classes) for stage in stage_graphs(folded, plan)]
 
@@ -190,7 +190,7 @@ def take(batch: Batch, samples: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _prepare(model: nn.Module, batch: Batch, mesh: Mesh, dtype: torch.dtype) -> Folded:
+def prepare(model: nn.Module, batch: Batch, mesh: Mesh, dtype: torch.dtype) -> Folded:
     """Trace to fold, each pass verified and, if AUTOPART_DUMP names a folder, written there."""
     traced = _pass("trace", None, lambda: trace(model, batch, dtype))
     _pass("simplify", traced, lambda: simplify(traced))
@@ -222,13 +222,13 @@ def _plan(model: nn.Module, mesh: Mesh, batch: Batch, request: Request, say: Cal
     dtype = DTYPES[request.precision]
     peak(mesh.device, dtype)
     samples = request.micro_batch or min(2, request.global_batch)
-    folded = _prepare(model, take(batch, samples), mesh, dtype)
+    folded = prepare(model, take(batch, samples), mesh, dtype)
     sized: dict[int, Folded] = {samples: folded}
     while True:
         found = search(folded, mesh, request, say)
         size = found.candidate.micro_batch
         if size not in sized:
-            sized[size] = _prepare(model, take(batch, size), mesh, dtype)
+            sized[size] = prepare(model, take(batch, size), mesh, dtype)
         if size != samples:
             again = solve_candidate(sized[size], mesh, request, found.candidate)
             found = replace(again, bound=min(found.bound, again.seconds))

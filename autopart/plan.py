@@ -20,7 +20,8 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class PlanLine:
-    """One operator of a stage: `name` is its module's in the block, `seconds` of compute and `comm_seconds`, forward and backward, per micro-batch."""
+    """One operator of a stage: `name` is its module's in the block; `seconds` of compute and `comm_seconds` are
+    forward and backward, per micro-batch."""
 
     name: str
     operator: str

@@ -38,9 +38,7 @@ def report(rows: int, width: int, dtype: torch.dtype) -> None:
     """Print forward and backward times of x (rows, width), in microseconds, and their ratios to the copy."""
     times = measure(rows, width, dtype)
     for direction, found in times.items():
-        row = "  ".join(
-            f"{name} {us:8.1f} us ({us / found['copy']:5.2f}x copy)" for name, us in found.items()
-        )
+        row = "  ".join(f"{name} {us:8.1f} us ({us / found['copy']:5.2f}x copy)" for name, us in found.items())
         print(f"{rows:6d} x {width:5d} {direction:8s}  {row}")
     record = {"rows": rows, "width": width, "dtype": str(dtype).removeprefix("torch.")}
     record |= {"device": torch.cuda.get_device_name(), "microseconds": times}

@@ -51,9 +51,7 @@ print(f"rank {{dist.get_rank()}} done")
 dist.destroy_process_group()
 """
 WATCHED = SCRIPT.format(names="watched", body="with watched(at, patience=3.0): train(at)")
-STARTED = SCRIPT.format(
-    names="start_watchdog", body="start_watchdog(lambda: at.doing, patience=3.0)\ntrain(at)"
-)
+STARTED = SCRIPT.format(names="start_watchdog", body="start_watchdog(lambda: at.doing, patience=3.0)\ntrain(at)")
 LAUNCH = """
 import sys
 from autopart.runtime.launch import launch

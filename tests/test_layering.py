@@ -129,6 +129,4 @@ def test_no_violation_is_made_up(file: str, source: str) -> None:
 
 
 def test_a_module_without_a_layer_is_found() -> None:
-    assert violations("unheard_of.py", "") == [
-        "autopart/unheard_of.py: in no layer of tests/test_layering.py"
-    ]
+    assert violations("unheard_of.py", "") == ["autopart/unheard_of.py: in no layer of tests/test_layering.py"]

@@ -187,9 +187,7 @@ def test_device_mesh(shape, names, local: str | None, hosts: int, monkeypatch: p
     if local is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
     mesh = Mesh.of(init_device_mesh("cpu", shape, mesh_dim_names=names))
-    assert mesh == replace(
-        Mesh.parse(f"{hosts}x{8 // hosts}:cpu"), axes=tuple(zip(names, shape, strict=True))
-    )
+    assert mesh == replace(Mesh.parse(f"{hosts}x{8 // hosts}:cpu"), axes=tuple(zip(names, shape, strict=True)))
 
 
 @pytest.mark.usefixtures("eight_ranks")

@@ -51,9 +51,7 @@ BAD = {  # row: the reason
     "(... a) -> a": r"found '\.\.\.'",
     "... a ... -> a": "twice in one operand",
 }
-MISFIT: dict[
-    str, tuple[list[Shape | None], list[Shape], str]
-] = {  # row: shapes of inputs and outputs, the reason
+MISFIT: dict[str, tuple[list[Shape | None], list[Shape], str]] = {  # row: shapes of inputs and outputs, the reason
     "a a -> a": ([(2, 3)], [(3,)], "a is 3, and 2"),
     "m k, k n -> m n": ([(2, 3), (4, 5)], [(2, 5)], "k is 4, and 3"),
     "a -> a": ([(2, 3)], [(2,)], r"1 dims do not fit shape \(2, 3\)"),

@@ -222,10 +222,7 @@ SAMPLES = [
     *(call("aten.t", x) for x in (f(12, 24), f(12), f())),
     *(call("aten.unsqueeze", x, d) for x in (f(12, 24), f()) for d in (0, -1)),
     call("aten.unsqueeze", f(12, 24), 1),
-    *(
-        call("aten.squeeze.dim", f(*s), d)
-        for s, d in (((12, 1, 3), 1), ((12, 2), -1), ((1,), 0), ((), 0), ((4, 3), 0))
-    ),
+    *(call("aten.squeeze.dim", f(*s), d) for s, d in (((12, 1, 3), 1), ((12, 2), -1), ((1,), 0), ((), 0), ((4, 3), 0))),
     *(call("aten.squeeze.dims", f(1, 4, 1, 12), d) for d in ([0], [0, 2], [-2, 1], [])),
     *(
         call("aten.slice.Tensor", f(12, 24), *rest)

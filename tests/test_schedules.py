@@ -255,10 +255,7 @@ def test_a_cycle_of_waits_names_every_stage_in_it() -> None:
     rewrite(1, THREE_FORWARDS_FIRST)(lists)
     with pytest.raises(PartitionError) as error:
         verify(lists)
-    assert (
-        "stage 0 RECV_GRAD micro-batch 0 from stage 1; stage 1 RECV micro-batch 2 from stage 0"
-        in error.value.why
-    )
+    assert "stage 0 RECV_GRAD micro-batch 0 from stage 1; stage 1 RECV micro-batch 2 from stage 0" in error.value.why
 
 
 def test_an_unverified_list_cannot_hang_the_simulator() -> None:

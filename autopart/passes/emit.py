@@ -616,7 +616,8 @@ def _cat(emitter: _Emitter, scope: Scope, node: fx.Node, args: list[Any], kwargs
 
 
 def _slice(emitter: _Emitter, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Text:
-    source, dim, start, end, step = [*args, *[None, 0, None, None, 1][len(args) :]]
+    defaults: list[Any] = [None, 0, None, None, 1]
+    source, dim, start, end, step = [*args, *defaults[len(args) :]]
     whole = info(source).shape
     dim %= len(whole)
     first = "" if not start else str(start)

@@ -54,7 +54,8 @@ class Executor:
         messages: Sequence[Message],
         tied: Mapping[str, dist.ProcessGroup | None],
     ) -> None:
-        self.stage, self.index, self.groups, self.program, self.tied = stage, index, groups, program, tied
+        self.index, self.groups, self.program, self.tied = index, groups, program, tied
+        self.stage: Any = stage
         self.incoming = [m for m in messages if index in m.consumers]
         self.outgoing = [m for m in messages if m.producer == index]
         self.last = not self.outgoing
@@ -99,14 +100,14 @@ class Executor:
         totals: dict[str, int] = defaultdict(int)
         axes: dict[str, list[str]] = {}
         for i in range(len(self.micro_batches)):
-            for name, (count, split) in self.stage.count_valid(*self._inputs(i)).items():  # type: ignore[operator]
+            for name, (count, split) in self.stage.count_valid(*self._inputs(i)).items():
                 totals[name] += count
                 axes[name] = split
         for name, count in totals.items():
             total = torch.tensor(count, device=self.groups.device)
             for axis in axes[name]:
                 dist.all_reduce(total, group=self.groups.along(axis).handle)
-            self.stage.valid[name] = total.item() / len(self.micro_batches)  # type: ignore[index,union-attr,operator]
+            self.stage.valid[name] = total.item() / len(self.micro_batches)
 
     def _forward(self, at: Instruction) -> None:
         flight = self.flights[at.micro_batch]
