@@ -35,11 +35,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None 
         raise PartitionError("the batch has no common size", f"samples in dim 0: {sizes}", "equal sizes in dim 0")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     skeleton = _skeleton(model, mode, dtype)
-    kwargs = {
-        k: mode.from_tensor(v.detach().to("cpu").clone()) if isinstance(v, torch.Tensor) else v
-        for k, v in batch.items()
-        if v is not None
-    }
+    kwargs = {k: _fake(v, mode) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if v is not None}
     try:
         with mode, warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -90,6 +86,12 @@ def trace(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None 
     buffers = _buffers(model, exported, placeholders(graph, "buffer"))
     classes = {path: type(module).__name__ for path, module in model.named_modules()}
     return Traced(graph, type(model).__name__, buffers, aliases, next(iter(sizes.values())), classes)
+
+
+def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    """A fake CPU tensor of its own, so that two inputs that are one tensor stay two."""
+    with mode:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
 def _skeleton(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:

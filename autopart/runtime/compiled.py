@@ -103,8 +103,12 @@ class Compiled:
         return self.executor.run(micro_batches)
 
     def optimizer(self, cls: type[torch.optim.Optimizer], **settings: Any) -> torch.optim.Optimizer:
-        """Use a torch optimizer from now on, at the end of every step; under ZeRO its states are shared over `dp`."""
+        """Use a torch optimizer from now on, at the end of every step; under ZeRO its states are shared over `dp`.
+
+        A stage without parameters gets an empty one, since torch's optimizers refuse none.
+        """
         parameters = [p for p in self.stage.parameters() if p.requires_grad]
+        parameters = parameters or [nn.Parameter(torch.empty(0))]
         if self.plan.zero and self.groups.dp.size > 1:
             self.executor.optimizer = ZeroRedundancyOptimizer(
                 parameters, cls, process_group=self.groups.dp.handle, **settings
