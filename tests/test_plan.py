@@ -169,7 +169,7 @@ def test_a_request_that_cannot_be_met_is_refused(
 @pytest.mark.parametrize(
     ("mesh", "where", "dropout", "message"),
     [
-        ("2:cpu", "cpu", 0.0, "the mesh has 2 devices and there is 1 process"),
+        ("2:cpu", "cpu", 0.0, "the mesh has 2 devices, and 1 of the processes"),
         ("1:cpu", "meta", 0.0, "meta"),
         ("1:cpu", "cpu", 0.1, "draws random numbers"),
     ],

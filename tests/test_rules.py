@@ -305,6 +305,7 @@ SAMPLES = [
     *(call("aten.fill.Scalar", x, 2.0) for x in (f(12, 24), i(9, 12))),
     *(call("aten.addcmul", f(12, 24), f(12, 1), f(24), **kw) for kw in ({}, {"value": 0.3})),
     *(call("aten.dropout", f(12, 24), *rest) for rest in ((0.5, False), (0.0, True))),
+    *(call("aten.native_dropout", f(12, 24), *rest) for rest in ((0.5, False), (0.0, True))),
     *(call(f"aten.{name}", f(3, 12), [12, 24]) for name in ("new_zeros", "new_ones")),
     call("aten.new_full", f(3, 12), [12, 24], 7),
     call("aten.new_zeros", f(12), []),
