@@ -26,7 +26,9 @@ from autopart.passes.localise import localise
 from autopart.passes.simplify import simplify
 from autopart.passes.trace import trace
 from autopart.plan import Estimate, Plan, usable_bytes
-from autopart.planner import Request, search, solve_candidate, write_out
+from autopart.planner import search, solve_candidate
+from autopart.report import write_out
+from autopart.request import Request
 from autopart.runtime.compiled import Compiled, Program
 from autopart.runtime.executor import Message
 from autopart.runtime.groups import make_groups, start_processes

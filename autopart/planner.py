@@ -10,124 +10,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
+from dataclasses import replace
 
 import torch
 
 from autopart.comm import p2p_seconds
-from autopart.cost import OPTIMIZER_STATES, Training, node_seconds, sync_seconds
+from autopart.cost import Training, node_seconds
 from autopart.errors import PartitionError
 from autopart.folded import Folded, crossing, used_parameters
 from autopart.graph import info, placeholders
 from autopart.mesh import Mesh
-from autopart.notation import Placement
 from autopart.passes.formulate import LOSS, Axis, Settings, formulate_splits
 from autopart.passes.localise import localise
 from autopart.passes.price import PricedRun, Prices, price
 from autopart.passes.solve import solve_cuts, solve_splits
 from autopart.plan import (
-    Plan,
-    PlanLine,
-    PlanRun,
-    PlanStage,
-    Signature,
     bytes_text,
     usable_bytes,
 )
 from autopart.problem import CutProblem, SplitSolution
-from autopart.rules import Strategy, has_rule
-from autopart.schedules import SCHEDULES, in_flight, instructions, simulate
+from autopart.report import sync_by_stage
+from autopart.request import Candidate, Found, Request, axes_of, divisors, is_block
+from autopart.rules import Strategy
+from autopart.schedules import in_flight
 from autopart.stages import Choices, StageGraph
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for; None leaves the choice to the planner."""
-
-    global_batch: int
-    micro_batch: int | None = None
-    pp: int | None = None
-    tp: int | None = None
-    dp: int | None = None
-    zero: int | None = None
-    recompute: str | None = None
-    schedule: str | None = None
-    precision: str = "float32"
-    optimizer: str = "adamw"
-    time_limit: float | None = None
-    must_fit: bool = True
-    memory_share: float = 1.0
-    """Of what a device can give; lowered where a plan, written out, took more than the search had reckoned."""
-
-    def check(self, mesh: Mesh) -> Request:
-        """Raise PartitionError for what no planner could do; degrees that `mesh` fixes are taken over."""
-        for name, value, known in (
-            ("schedule", self.schedule, SCHEDULES),
-            ("optimizer", self.optimizer, OPTIMIZER_STATES),
-            ("recompute", self.recompute, ("none", "full")),
-            ("zero", self.zero, (0, 1)),
-        ):
-            if value is not None and value not in known:
-                raise PartitionError(f"{name}={value!r} is not known", try_=f"one of {', '.join(map(str, known))}")
-        for name in ("pp", "dp", "tp", "micro_batch", "global_batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise PartitionError(f"{name}={value} is not positive")
-        fixed = dict(mesh.axes)
-        asked = {n: getattr(self, n) for n in ("pp", "dp", "tp") if getattr(self, n)}
-        for name, degree in asked.items():
-            if fixed.get(name, degree) != degree:
-                raise PartitionError(
-                    f"{name}={degree} contradicts the mesh", f"its axis {name} has {fixed[name]} ranks"
-                )
-        request = replace(self, **{**fixed, **asked})
-        product = 1
-        for name in ("pp", "dp", "tp"):
-            product *= getattr(request, name) or 1
-        whole = request.pp and request.dp and request.tp
-        if mesh.size % product or (whole and product != mesh.size):
-            degrees = " x ".join(f"{n}={getattr(request, n)}" for n in ("pp", "dp", "tp") if getattr(request, n))
-            raise PartitionError(
-                f"{degrees} does not fill the mesh",
-                f"{product} ranks of {mesh.size}",
-                "degrees whose product is the mesh",
-            )
-        if request.micro_batch and request.global_batch % request.micro_batch:
-            raise PartitionError(
-                "the batch does not divide",
-                f"{request.global_batch} samples are no multiple of micro_batch={request.micro_batch}",
-                f"micro_batch={_divisor_near(request.global_batch, request.micro_batch)}",
-            )
-        return request
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One point of the outer search, with the least time it could take."""
-
-    pp: int
-    dp: int
-    tp: int
-    micro_batch: int
-    bound: float = 0.0
-
-    def passes(self, request: Request) -> float:
-        """How often the time of all stages together counts: sum(f) + (m - 1) max(f) >= sum(f) (1 + (m - 1) / pp)."""
-        return 1 + (request.global_batch // self.micro_batch - 1) / self.pp
-
-
-@dataclass(frozen=True)
-class Found:
-    """A candidate's best plan so far, before it is written out."""
-
-    candidate: Candidate
-    choices: Choices
-    training: Training
-    recompute: str
-    seconds: float
-    bound: float
-
 
 Say = Callable[[str], None]
 
@@ -166,23 +72,15 @@ def _nothing_fits(refusals: Sequence[PartitionError], mesh: Mesh) -> PartitionEr
     return closest
 
 
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def _divisor_near(number: int, wanted: int) -> int:
-    return min(_divisors(number), key=lambda d: abs(d - wanted))
-
-
 def _candidates(folded: Folded, mesh: Mesh, request: Request) -> Iterator[Candidate]:
     """Every combination of degrees and micro-batch that divides; PartitionError if there is none."""
     units, rejected = len(folded.runs), []
     found = False
-    for pp in [request.pp] if request.pp else _divisors(mesh.size):
+    for pp in [request.pp] if request.pp else divisors(mesh.size):
         if pp > units:
             rejected.append(f"pp={pp} stages but the model has {units} places to cut")
             continue
-        for tp in [request.tp] if request.tp else _divisors(mesh.size // pp):
+        for tp in [request.tp] if request.tp else divisors(mesh.size // pp):
             dp = mesh.size // pp // tp
             if request.dp not in (None, dp) or pp * dp * tp != mesh.size:
                 continue
@@ -199,7 +97,7 @@ def _candidates(folded: Folded, mesh: Mesh, request: Request) -> Iterator[Candid
             if not sizes:
                 rejected.append(f"{request.global_batch} samples do not divide over dp={dp} ranks")
     if not found:
-        near = _divisors(request.global_batch)
+        near = divisors(request.global_batch)
         raise PartitionError(
             "no degrees fit the batch and the mesh", "; ".join(dict.fromkeys(rejected)),
             f"a dp of {', '.join(map(str, near[:8]))}, or fewer stages",
@@ -225,12 +123,6 @@ def _work(folded: Folded, mesh: Mesh, candidate: Candidate) -> float:
             work = node_seconds(node, mesh.device, candidate.tp, scale)
             total += folded.count[node] * (work.forward + work.backward)
     return total
-
-
-def axes_of(mesh: Mesh, dp: int, tp: int) -> list[Axis]:
-    """The axes inside a stage that have more than one rank."""
-    strides = {"dp": tp, "tp": 1}
-    return [Axis(name, size, mesh.link(strides[name], size)) for name, size in (("dp", dp), ("tp", tp)) if size > 1]
 
 
 def solve_candidate(folded: Folded, mesh: Mesh, request: Request, candidate: Candidate) -> Found:
@@ -301,7 +193,7 @@ def _solve(
     cut = solve_cuts(cuts)
     if cut is None:
         raise _too_big(cuts, candidate, mesh, folded)
-    syncs = _sync_by_stage(folded, choices, axes, training, cut.starts)
+    syncs = sync_by_stage(folded, choices, axes, training, cut.starts)
     seconds = cut.seconds + max(syncs)
     return Found(candidate, replace(choices, starts=cut.starts), training, recompute, seconds, min(bound, seconds))
 
@@ -333,7 +225,7 @@ def _cut_problem(
     setup = sum(r.forward for r in priced[:offset])
     again = recompute == "full"
     seconds = [
-        r.forward * (2 if again and _repeats(r.label) else 1) + r.backward + (setup if i == 0 else 0.0)
+        r.forward * (2 if again and is_block(r.label) else 1) + r.backward + (setup if i == 0 else 0.0)
         for i, r in enumerate(units)
     ]
     local = {info(n).name: info(n) for n in placeholders(whole.graph, "parameter")}
@@ -366,17 +258,12 @@ def _cut_problem(
     )
 
 
-def _repeats(label: str) -> bool:
-    """Whether a run is a numbered block, the kind that is recomputed."""
-    return label.rpartition(".")[2].isdigit()
-
-
 def _kept_by_unit(folded: Folded, whole: StageGraph, scale: float, again: bool) -> tuple[list[float], list[float]]:
     """Bytes each unit keeps per micro-batch, and those it keeps only while it is run again."""
     kept, inside = [], []
     for run, values in zip(folded.runs, crossing(folded), strict=False):
         nbytes = whole.kept.get(run.label, 0) * scale
-        if again and _repeats(run.label):
+        if again and is_block(run.label):
             kept.append(sum(info(n).bytes for n, _ in values) * scale)
             inside.append(nbytes)
         else:
@@ -401,139 +288,3 @@ def _too_big(cuts: CutProblem, candidate: Candidate, mesh: Mesh, folded: Folded)
     )
     error.missing = missing  # type: ignore[attr-defined]
     return error
-
-
-def _sync_by_stage(
-    folded: Folded, choices: Choices, axes: Sequence[Axis], training: Training, starts: Sequence[int]
-) -> list[float]:
-    """Seconds each stage needs to add up its gradients."""
-    ends = (*starts[1:], len(folded.runs))
-    result = []
-    for start, end in zip(starts, ends, strict=True):
-        parameters = dict.fromkeys(p for run in folded.runs[start:end] for p in used_parameters(run))
-        total = 0.0
-        for parameter in parameters:
-            placed = choices.placements(folded, (parameter, 0))
-            shards = _shards(placed, [a.shards for a in axes])
-            for placement, axis in zip(placed, axes, strict=True):
-                total += sync_seconds(info(parameter), placement, axis.size, axis.link, shards, training)
-        result.append(total)
-    return result
-
-
-def _shards(placements: Sequence[Placement], sizes: Sequence[int]) -> int:
-    shards = 1
-    for placement, size in zip(placements, sizes, strict=True):
-        shards *= size if placement.kind == "S" else 1
-    return shards
-
-
-def write_out(folded: Folded, mesh: Mesh, request: Request, found: Found, started: float, model: str) -> Plan:
-    """The plan in full: every stage localised and priced again, the schedule simulated."""
-    candidate = found.candidate
-    axes = axes_of(mesh, candidate.dp, candidate.tp)
-    choices = replace(found.choices, axes=tuple((a.name, a.size) for a in axes))
-    graphs = localise(folded, choices)
-    prices = Prices(mesh.device, {a.name: (a.size, a.link) for a in axes})
-    syncs = _sync_by_stage(folded, choices, axes, found.training, choices.starts)
-    m = request.global_batch // candidate.micro_batch
-    schedule = request.schedule or "1f1b"
-    stages = []
-    for graph, start, sync in zip(graphs, choices.starts, syncs, strict=True):
-        flights = in_flight(schedule, graph.index, candidate.pp, m)
-        stages.append(_stage(folded, graph, price(graph, prices), start, sync, found, flights))
-    link = mesh.link(candidate.dp * candidate.tp, candidate.pp)
-    edges = sorted({(c.producer, to) for g in graphs for c in g.sent for to in c.consumers})
-    latency = {(a, b): p2p_seconds(dict(stages[a].sends)[b], link) for a, b in edges}
-    timeline = simulate(
-        instructions(schedule, candidate.pp, m, edges),
-        [s.forward_seconds for s in stages],
-        [s.backward_seconds for s in stages],
-        latency,
-        [s.sync_seconds for s in stages],
-    )
-    missing = sorted({info(n).name for n in folded.representatives() if info(n).kind == "op"} - {"autopart.getitem"})
-    return Plan(
-        model=model,
-        mesh=mesh,
-        pp=candidate.pp,
-        dp=candidate.dp,
-        tp=candidate.tp,
-        micro_batch=candidate.micro_batch,
-        global_batch=request.global_batch,
-        schedule=schedule,
-        zero=found.training.zero,
-        recompute=found.recompute,
-        precision=request.precision,
-        optimizer=request.optimizer,
-        strategies=choices.strategies,
-        stages=tuple(stages),
-        step_seconds=timeline.seconds,
-        gap=max(0.0, 1.0 - found.bound / found.seconds),
-        bound_seconds=found.bound,
-        status="optimal" if found.bound >= found.seconds * (1 - 1e-4) else "feasible",
-        planning_seconds=time.monotonic() - started,
-        signature=Signature.of(folded.traced),
-        replicated=tuple(n for n in missing if not has_rule(n)),
-    )
-
-
-def _stage(
-    folded: Folded,
-    graph: StageGraph,
-    priced: Sequence[PricedRun],
-    start: int,
-    sync: float,
-    found: Found,
-    flights: int,
-) -> PlanStage:
-    """One stage's report; equal neighbours are printed once."""
-    training = found.training
-    again = found.recompute == "full"
-    parameters = [info(n) for n in placeholders(graph.graph, "parameter")]
-    elements = {p.name: torch.Size(p.shape).numel() for p in parameters}
-    states = OPTIMIZER_STATES[training.optimizer]
-    shared = training.shared_by if training.zero else 1
-    memory = {
-        "parameters": sum(elements[p.name] * p.dtype.itemsize for p in parameters),
-        "gradients": sum(elements[p.name] * p.dtype.itemsize for p in parameters if p.grad),
-        "optimizer": sum(elements[p.name] * p.dtype.itemsize * states for p in parameters if p.grad) // shared,
-        "activations": flights * graph.kept_bytes,
-        "transient": 2 * max((info(n).bytes for _, nodes in graph.runs for n in nodes), default=0),
-    }
-    forward = sum(r.forward for r in priced)
-    backward = sum(r.backward for r in priced)
-    if again:
-        backward += sum(r.forward for r in priced if _repeats(r.label))
-        memory["activations"] = flights * _recomputed_bytes(graph, folded, start)
-        memory["transient"] += graph.kept_bytes // max(1, sum(_repeats(r.label) for r in priced))
-    runs = []
-    shape = [
-        (r.label if not _repeats(r.label) else r.label.rpartition(".")[0], len(r.lines), r.forward) for r in priced
-    ]
-    for _, group in groupby(zip(shape, priced, strict=True), key=lambda pair: pair[0]):
-        members = [run for _, run in group]
-        lines = tuple(
-            PlanLine(n.name, n.operator, n.note, n.seconds, n.comm_seconds, n.source) for n in members[0].lines
-        )
-        runs.append(PlanRun(tuple(r.label for r in members), members[0].forward + members[0].backward, lines))
-    sends: dict[int, int] = {}
-    for c in graph.sent:
-        for to in c.consumers:
-            sends[to] = sends.get(to, 0) + torch.Size(c.shape).numel() * c.dtype.itemsize
-    return PlanStage(start, forward, backward, sync, memory, tuple(runs), tuple(sorted(sends.items())))
-
-
-def _recomputed_bytes(graph: StageGraph, folded: Folded, start: int) -> int:
-    """Bytes kept per micro-batch when numbered blocks keep their inputs alone."""
-    total = 0
-    for label, nodes in graph.runs:
-        if not _repeats(label):
-            continue
-        inside = set(nodes)
-        total += sum(
-            info(n).bytes
-            for n in dict.fromkeys(i for node in nodes for i in node.all_input_nodes)
-            if n not in inside and info(n).kind not in ("parameter", "buffer")
-        )
-    return total

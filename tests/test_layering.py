@@ -16,7 +16,7 @@ LAYERS = (
     {"folded", "problem", "stages"},
     {"plan"},
     {"passes"},
-    {"planner"},
+    {"request", "report", "planner"},
     {"compile", "runtime"},
     {"models", "cli", "__init__", "__main__"},
 )

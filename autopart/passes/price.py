@@ -11,23 +11,11 @@ from autopart.comm import COLLECTIVE_SECONDS
 from autopart.cost import Seconds, node_seconds
 from autopart.graph import info
 from autopart.mesh import Device, Link
+from autopart.plan import PlanLine
 from autopart.relayout import RELAYOUTS
 from autopart.stages import StageGraph
 
 BY_FUNCTION = {f"runtime.{row.function}": row for row in RELAYOUTS.values()}
-
-
-@dataclass(frozen=True)
-class Line:
-    """One node of a stage, priced: the module it is of, what it does, what is split, seconds of compute and of
-    communication, and the user's line."""
-
-    name: str
-    operator: str
-    note: str
-    seconds: float
-    comm_seconds: float
-    source: str
 
 
 @dataclass(frozen=True)
@@ -37,7 +25,7 @@ class PricedRun:
     label: str
     forward: float
     backward: float
-    lines: tuple[Line, ...]
+    lines: tuple[PlanLine, ...]
 
 
 @dataclass(frozen=True)
@@ -61,7 +49,7 @@ def price(stage: StageGraph, prices: Prices) -> list[PricedRun]:
             backward += compute.backward + comm.backward
             record = info(node)
             lines.append(
-                Line(
+                PlanLine(
                     record.module.removeprefix(label).lstrip("."),
                     record.name.removeprefix("aten.").removeprefix("autopart.").removeprefix("runtime."),
                     record.note,

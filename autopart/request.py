@@ -1,0 +1,119 @@
+"""What a user asks of the planner, and the points of its outer search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from autopart.cost import OPTIMIZER_STATES, Training
+from autopart.errors import PartitionError
+from autopart.mesh import Mesh
+from autopart.passes.formulate import Axis
+from autopart.schedules import SCHEDULES
+from autopart.stages import Choices
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; None leaves the choice to the planner."""
+
+    global_batch: int
+    micro_batch: int | None = None
+    pp: int | None = None
+    tp: int | None = None
+    dp: int | None = None
+    zero: int | None = None
+    recompute: str | None = None
+    schedule: str | None = None
+    precision: str = "float32"
+    optimizer: str = "adamw"
+    time_limit: float | None = None
+    must_fit: bool = True
+    memory_share: float = 1.0
+    """Of what a device can give; lowered where a plan, written out, took more than the search had reckoned."""
+
+    def check(self, mesh: Mesh) -> Request:
+        """Raise PartitionError for what no planner could do; degrees that `mesh` fixes are taken over."""
+        for name, value, known in (
+            ("schedule", self.schedule, SCHEDULES),
+            ("optimizer", self.optimizer, OPTIMIZER_STATES),
+            ("recompute", self.recompute, ("none", "full")),
+            ("zero", self.zero, (0, 1)),
+        ):
+            if value is not None and value not in known:
+                raise PartitionError(f"{name}={value!r} is not known", try_=f"one of {', '.join(map(str, known))}")
+        for name in ("pp", "dp", "tp", "micro_batch", "global_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise PartitionError(f"{name}={value} is not positive")
+        fixed = dict(mesh.axes)
+        asked = {n: getattr(self, n) for n in ("pp", "dp", "tp") if getattr(self, n)}
+        for name, degree in asked.items():
+            if fixed.get(name, degree) != degree:
+                raise PartitionError(
+                    f"{name}={degree} contradicts the mesh", f"its axis {name} has {fixed[name]} ranks"
+                )
+        request = replace(self, **{**fixed, **asked})
+        product = 1
+        for name in ("pp", "dp", "tp"):
+            product *= getattr(request, name) or 1
+        whole = request.pp and request.dp and request.tp
+        if mesh.size % product or (whole and product != mesh.size):
+            degrees = " x ".join(f"{n}={getattr(request, n)}" for n in ("pp", "dp", "tp") if getattr(request, n))
+            raise PartitionError(
+                f"{degrees} does not fill the mesh",
+                f"{product} ranks of {mesh.size}",
+                "degrees whose product is the mesh",
+            )
+        if request.micro_batch and request.global_batch % request.micro_batch:
+            raise PartitionError(
+                "the batch does not divide",
+                f"{request.global_batch} samples are no multiple of micro_batch={request.micro_batch}",
+                f"micro_batch={divisor_near(request.global_batch, request.micro_batch)}",
+            )
+        return request
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One point of the outer search, with the least time it could take."""
+
+    pp: int
+    dp: int
+    tp: int
+    micro_batch: int
+    bound: float = 0.0
+
+    def passes(self, request: Request) -> float:
+        """How often the time of all stages together counts: sum(f) + (m - 1) max(f) >= sum(f) (1 + (m - 1) / pp)."""
+        return 1 + (request.global_batch // self.micro_batch - 1) / self.pp
+
+
+@dataclass(frozen=True)
+class Found:
+    """A candidate's best plan so far, before it is written out."""
+
+    candidate: Candidate
+    choices: Choices
+    training: Training
+    recompute: str
+    seconds: float
+    bound: float
+
+
+def divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def divisor_near(number: int, wanted: int) -> int:
+    return min(divisors(number), key=lambda d: abs(d - wanted))
+
+
+def axes_of(mesh: Mesh, dp: int, tp: int) -> list[Axis]:
+    """The axes inside a stage that have more than one rank."""
+    strides = {"dp": tp, "tp": 1}
+    return [Axis(name, size, mesh.link(strides[name], size)) for name, size in (("dp", dp), ("tp", tp)) if size > 1]
+
+
+def is_block(label: str) -> bool:
+    """Whether a run is a numbered block, the kind that is recomputed."""
+    return label.rpartition(".")[2].isdigit()
