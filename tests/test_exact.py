@@ -30,7 +30,7 @@ def table(name: str, ranks: int) -> list[Row]:
     gpipe = {"dp": 2, "pp": 2, "micro_batch": 4, "schedule": "gpipe"}
     return [
         *(("float64", s) for s in ({**SPLIT, "recompute": "full"}, {"dp": 2, "tp": 2}, gpipe, deep)),
-        *(("float32", s) for s in (SPLIT, {"dp": 4, "zero": 1}, {})),
+        *(("float32", s) for s in (SPLIT, {"dp": 2, "tp": 2}, {"dp": 4, "zero": 1}, {})),
     ]
 
 
