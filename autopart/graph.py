@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from autopart.errors import PartitionError
-from autopart.rules import Args, Shape, op_name
+from autopart.rules import Args, Shape, flatten, op_name
 
 KEY = "autopart"
 
@@ -136,8 +136,6 @@ def shape_args(node: fx.Node) -> Args:
 
 def operands(node: fx.Node) -> list[fx.Node | None]:
     """A node's tensor arguments, in the places that a rule's operands have."""
-    from autopart.rules import flatten
-
     return [a if isinstance(a, fx.Node) else None for a in flatten(tuple(node.args))]
 
 
