@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,8 @@ from autopart.report import write_out
 from autopart.request import Request
 from autopart.runtime.compiled import Compiled, Program
 from autopart.runtime.executor import Message
-from autopart.runtime.groups import make_groups, start_processes
+from autopart.runtime.groups import Groups, make_groups, start_processes
+from autopart.runtime.simulated import run_simulated
 from autopart.runtime.watchdog import start_watchdog
 from autopart.schedules import instructions
 from autopart.schedules import verify as verify_schedule
@@ -93,7 +94,7 @@ def plan(
         optimizer=optimizer,
         time_limit=time_limit,
     )
-    return _plan(model, Mesh.of(mesh), batch, request, say)
+    return make_plan(Source(model, batch, DTYPES[request.precision]), Mesh.of(mesh), request, say)
 
 
 _make_plan = plan
@@ -102,7 +103,8 @@ _make_plan = plan
 def estimate(model: nn.Module, mesh: str | Mesh | DeviceMesh, batch: Batch, **settings: Any) -> Estimate:
     """What the configuration in `settings` (see `plan`) would cost, whether it fits or not."""
     request = _request(model, batch, **settings)
-    return Estimate.of(_plan(model, Mesh.of(mesh), batch, replace(request, must_fit=False), lambda text: None))
+    source = Source(model, batch, DTYPES[request.precision])
+    return Estimate.of(make_plan(source, Mesh.of(mesh), replace(request, must_fit=False)))
 
 
 def compile(
@@ -119,8 +121,7 @@ def compile(
         raise PartitionError(f"the plan is for {plan.mesh.size} ranks, the mesh has {mesh.size}")
     start_processes(mesh.size)
     plan = _agreed(plan, lambda: _make_plan(model, mesh, batch, **settings))
-    dtype = DTYPES[plan.precision]
-    folded = prepare(model, take(batch, plan.micro_batch), plan.mesh, dtype)
+    folded = Source(model, batch, DTYPES[plan.precision]).at(plan.micro_batch, plan.mesh)
     plan.check(folded.traced)
     _check_trainable(model, folded.traced)
     groups = make_groups(plan.pp, plan.dp, plan.tp)
@@ -129,6 +130,41 @@ def compile(
     if "MASTER_ADDR" in os.environ:
         start_watchdog(lambda: compiled.executor.doing)
     return compiled
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """One step of a plan on simulated ranks: the loss of the whole batch and every parameter's gradient, whole."""
+
+    plan: Plan
+    loss: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+
+
+def simulate(
+    model: nn.Module, mesh: str | Mesh | DeviceMesh, batch: Batch, *, plan: Plan | None = None, **settings: Any
+) -> Simulated:
+    """One step with all ranks as threads of this process, on the CPU: what `compile` would run there, to check a plan
+    without its devices. Raises PartitionError as `compile` does."""
+    plan = plan or _make_plan(model, mesh, batch, **settings)
+    return simulate_plan(Source(model, batch, DTYPES[plan.precision]), plan)
+
+
+def simulate_plan(source: Source, plan: Plan) -> Simulated:
+    """`simulate` of a plan for a model that is traced already."""
+    folded = source.at(plan.micro_batch, plan.mesh)
+    plan.check(folded.traced)
+    _check_trainable(source.model, folded.traced)
+    stages = programs(folded, plan)
+
+    def one(groups: Groups) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        stage = stages[groups.pp.rank]
+        compiled = Compiled(source.model, plan, groups, stage, folded.traced.aliases, folded.traced.buffers)
+        loss = compiled.step(source.batch)
+        return loss, compiled.full_gradients()
+
+    results = run_simulated(plan.pp, plan.dp, plan.tp, one)
+    return Simulated(plan, *results[0])
 
 
 def programs(folded: Folded, plan: Plan, indices: Iterable[int] | None = None) -> list[Program]:
@@ -152,7 +188,7 @@ def emit_stage(stage: StageGraph, plan: Plan, classes: Mapping[str, str]) -> str
 
 def sources(model: nn.Module, batch: Batch, plan: Plan) -> list[str]:
     """The source text of every stage."""
-    folded = prepare(model, take(batch, plan.micro_batch), plan.mesh, DTYPES[plan.precision])
+    folded = Source(model, batch, DTYPES[plan.precision]).at(plan.micro_batch, plan.mesh)
     plan.check(folded.traced)
     return [emit_stage(stage, plan, folded.traced.classes) for stage in stage_graphs(folded, plan)]
 
@@ -192,6 +228,23 @@ def take(batch: Batch, samples: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@dataclass
+class Source:
+    """A model with its batch, traced once for every micro-batch size and kind of device that is asked for."""
+
+    model: nn.Module
+    batch: Batch
+    dtype: torch.dtype
+    prepared: dict[tuple[int, str], Folded] = field(default_factory=dict)
+
+    def at(self, samples: int, mesh: Mesh) -> Folded:
+        """The folded graph of a micro-batch of `samples`."""
+        key = samples, mesh.device.name
+        if key not in self.prepared:
+            self.prepared[key] = prepare(self.model, take(self.batch, samples), mesh, self.dtype)
+        return self.prepared[key]
+
+
 def prepare(model: nn.Module, batch: Batch, mesh: Mesh, dtype: torch.dtype) -> Folded:
     """Trace to fold, each pass verified and, if AUTOPART_DUMP names a folder, written there."""
     traced = _pass("trace", None, lambda: trace(model, batch, dtype))
@@ -218,23 +271,20 @@ def _pass(name: str, before: Traced | None, run: Callable[[], Traced]) -> Traced
     return traced
 
 
-def _plan(model: nn.Module, mesh: Mesh, batch: Batch, request: Request, say: Callable[[str], None]) -> Plan:
+def make_plan(source: Source, mesh: Mesh, request: Request, say: Callable[[str], None] = lambda text: None) -> Plan:
+    """`plan` for a model that may be traced already."""
     started = time.monotonic()
     request = request.check(mesh)
-    dtype = DTYPES[request.precision]
-    peak(mesh.device, dtype)
+    peak(mesh.device, source.dtype)
     samples = request.micro_batch or min(2, request.global_batch)
-    folded = prepare(model, take(batch, samples), mesh, dtype)
-    sized: dict[int, Folded] = {samples: folded}
+    folded = source.at(samples, mesh)
     while True:
         found = search(folded, mesh, request, say)
         size = found.candidate.micro_batch
-        if size not in sized:
-            sized[size] = prepare(model, take(batch, size), mesh, dtype)
         if size != samples:
-            again = solve_candidate(sized[size], mesh, request, found.candidate)
+            again = solve_candidate(source.at(size, mesh), mesh, request, found.candidate)
             found = replace(again, bound=min(found.bound, again.seconds))
-        plan = write_out(sized[size], mesh, request, found, started, type(model).__name__)
+        plan = write_out(source.at(size, mesh), mesh, request, found, started, type(source.model).__name__)
         if plan.fits or not request.must_fit:
             return plan
         over = max(plan.memory_bytes) / usable_bytes(mesh)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from autopart.runtime.groups import Group
 from autopart.runtime.shards import shard, unshard
@@ -21,15 +20,12 @@ Parts = Sequence[int]
 
 def _sum(x: Tensor, group: Group) -> Tensor:
     total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group.handle)
+    group.all_reduce(total)
     return total
 
 
 def _gather(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
-    x = x.contiguous()
-    shares = [torch.empty_like(x) for _ in range(group.size)]
-    dist.all_gather(shares, x, group=group.handle)
-    return unshard(shares, dim, parts)
+    return unshard(group.all_gather(x.contiguous()), dim, parts)
 
 
 def _slice(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
@@ -38,22 +34,16 @@ def _slice(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
 
 def _sum_slice(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
     """Reduce-scatter; gloo, which has none for every dtype, sums and slices."""
-    if dist.get_backend(group.handle) != "nccl":
+    if not group.scatters:
         return _slice(_sum(x, group), group, dim, parts).contiguous()
-    shares = torch.stack([shard(x, dim, parts, group.size, r) for r in range(group.size)])
-    mine = torch.empty_like(shares[0])
-    dist.reduce_scatter_tensor(mine, shares, group=group.handle)
-    return mine
+    return group.reduce_scatter(torch.stack([shard(x, dim, parts, group.size, r) for r in range(group.size)]))
 
 
 def _exchange(x: Tensor, group: Group, have: int, want: int) -> Tensor:
     """All-to-all: from split along `have` to split along `want`."""
-    out = [c.contiguous() for c in x.chunk(group.size, want)]
-    if dist.get_backend(group.handle) != "nccl":
+    if not group.scatters:
         return _slice(_gather(x, group, have), group, want).contiguous()
-    back = [torch.empty_like(c) for c in out]
-    dist.all_to_all(back, out, group=group.handle)
-    return torch.cat(back, have)
+    return torch.cat(group.all_to_all([c.contiguous() for c in x.chunk(group.size, want)]), have)
 
 
 def _same(x: Tensor, group: Group) -> Tensor:

@@ -9,15 +9,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from autopart.errors import PartitionError
 from autopart.plan import Plan
 from autopart.runtime.executor import Executor, Message
-from autopart.runtime.groups import Groups, load
-from autopart.runtime.shards import shard, unshard
+from autopart.runtime.groups import Group, Groups, load
+from autopart.runtime.whole import Share, assemble, micro_batches, shares_of
 from autopart.schedules import Instruction
 
 Tensor = torch.Tensor
@@ -80,27 +78,8 @@ class Compiled:
         `batch` is the whole batch on every rank or, with `local`, this rank's share: rows `data_rank` of `data_ranks`
         of every micro-batch. Raises PartitionError where its size is not the plan's.
         """
-        share = self.data_ranks if local else 1
-        tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
-        expected = self.plan.global_batch // share
-        for name, shape in self.plan.signature.inputs.items():
-            if name not in tensors:
-                raise PartitionError(f"the batch lacks {name}", f"it has {', '.join(tensors) or 'nothing'}")
-            wanted = (expected, *shape[1:])
-            if tuple(tensors[name].shape) != wanted:
-                raise PartitionError(
-                    f"{name} has shape {list(tensors[name].shape)}, the plan is for {list(wanted)}",
-                    f"{self.plan.micro_batches} micro-batches of {self.plan.micro_batch // share} samples",
-                    "drop or pad the last batch, or plan for this size",
-                )
-        size = self.plan.micro_batch // share
-        micro_batches = []
-        for i in range(self.plan.micro_batches):
-            rows = {k: tensors[k][i * size : (i + 1) * size] for k in self.plan.signature.inputs}
-            if not local and self.data_ranks > 1:
-                rows = {k: shard(v, 0, (), self.data_ranks, self.data_rank) for k, v in rows.items()}
-            micro_batches.append({k: v.to(self.groups.device) for k, v in rows.items()})
-        return self.executor.run(micro_batches)
+        shares = micro_batches(self.plan, batch, self.data_ranks, self.data_rank, local, self.groups.device)
+        return self.executor.run(shares)
 
     def optimizer(self, cls: type[torch.optim.Optimizer], **settings: Any) -> torch.optim.Optimizer:
         """Use a torch optimizer from now on, at the end of every step; under ZeRO its states are shared over `dp`.
@@ -119,12 +98,11 @@ class Compiled:
 
     def full_gradients(self) -> dict[str, Tensor]:
         """The last step's gradients, whole, on the CPU, by the model's own names: on rank 0; {} elsewhere."""
-        shares = {p.model_name: (p.placed, p.grad.detach().cpu()) for p in self._shares() if p.grad is not None}
-        return self._collect(shares)
+        return self._collect(shares_of(self.stage, self.groups, gradients=True))
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """The model's state dict with the weights as trained, whole, on the CPU: on rank 0; {} elsewhere."""
-        whole = self._collect({p.model_name: (p.placed, p.detach().cpu()) for p in self._shares()})
+        whole = self._collect(shares_of(self.stage, self.groups, gradients=False))
         if self.rank:
             return {}
         return {
@@ -135,52 +113,17 @@ class Compiled:
     @property
     def rank(self) -> int:
         """This process's global rank."""
-        return dist.get_rank() if dist.is_initialized() else 0
+        return self.groups.rank
 
-    def _shares(self) -> list[Any]:
-        return list(self.stage.parameters())
-
-    def _collect(self, shares: dict[str, tuple[Any, Tensor]]) -> dict[str, Tensor]:
+    def _collect(self, mine: dict[str, Share]) -> dict[str, Tensor]:
         """Put all ranks' shares together on rank 0."""
-        place = {"dp": self.groups.dp.rank, "tp": self.groups.tp.rank}
-        mine = {
-            name: (placed, place, tensor)
-            for name, (placed, tensor) in shares.items()
-            if all(p.kind == "S" or place[axis] == 0 for axis, p in placed.items())
-        }
-        if not dist.is_initialized():
-            return {name: tensor for name, (_, _, tensor) in mine.items()}
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.gather_object(mine, everyone if self.rank == 0 else None, 0, group=self.groups.host)
-        if self.rank:
-            return {}
-        pieces: dict[str, dict[tuple[int, int], Tensor]] = {}
-        placements: dict[str, Any] = {}
-        for given in everyone:
-            for name, (placed, at, tensor) in given.items():
-                placements[name] = placed
-                pieces.setdefault(name, {})[at["dp"], at["tp"]] = tensor
-        return {name: self._whole(placements[name], pieces[name]) for name in pieces}
-
-    def _whole(self, placed: Mapping[str, Any], pieces: Mapping[tuple[int, int], Tensor]) -> Tensor:
-        rows = []
-        for d in sorted({d for d, _ in pieces}):
-            row = [pieces[d, t] for t in sorted({t for e, t in pieces if e == d})]
-            split = placed["tp"] if len(row) > 1 else None
-            rows.append(row[0] if split is None else unshard(row, split.dim, split.parts))
-        return rows[0] if len(rows) == 1 else unshard(rows, placed["dp"].dim, placed["dp"].parts)
+        return assemble(self.groups.host.gather(mine))
 
 
-def _tie(tied: Mapping[str, tuple[int, ...]], groups: Groups) -> dict[str, dist.ProcessGroup | None]:
-    """A group for every set of stages that share a weight; all ranks make all groups, in the same order."""
-    mine: dict[str, dist.ProcessGroup | None] = {}
-    per_stage = groups.dp.size * groups.tp.size
-    for stages in sorted(set(tied.values())):
-        for place in range(per_stage):
-            handle = dist.new_group([stage * per_stage + place for stage in stages])
-            if place == groups.dp.rank * groups.tp.size + groups.tp.rank and groups.pp.rank in stages:
-                mine |= {name: handle for name, at in tied.items() if at == stages}
-    return mine
+def _tie(tied: Mapping[str, tuple[int, ...]], groups: Groups) -> dict[str, Group]:
+    """The group of every parameter of this rank that lives on several stages."""
+    made = {stages: groups.tied(stages) for stages in sorted(set(tied.values()))}
+    return {name: group for name, stages in tied.items() if (group := made[stages]) is not None}
 
 
 def run_source(source: str, filename: str) -> ModuleType:

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from autopart.runtime.groups import Groups
+from autopart.runtime.groups import Group, Groups, Work
 from autopart.schedules import Instruction, Op
 
 Tensor = torch.Tensor
@@ -52,7 +51,7 @@ class Executor:
         groups: Groups,
         program: Sequence[Instruction],
         messages: Sequence[Message],
-        tied: Mapping[str, dist.ProcessGroup | None],
+        tied: Mapping[str, Group],
     ) -> None:
         self.index, self.groups, self.program, self.tied = index, groups, program, tied
         self.stage: Any = stage
@@ -76,7 +75,7 @@ class Executor:
         """One step over this rank's share of every micro-batch; the loss of the whole batch, on every rank."""
         self.micro_batches = micro_batches
         self.flights: dict[int, _Flight] = defaultdict(_Flight)
-        self.works: list[tuple[Any, Tensor]] = []
+        self.works: list[tuple[Work, Tensor]] = []
         self.losses: list[Tensor] = []
         self.stage.zero_grad(set_to_none=True)
         self._count_valid()
@@ -106,7 +105,7 @@ class Executor:
         for name, count in totals.items():
             total = torch.tensor(count, device=self.groups.device)
             for axis in axes[name]:
-                dist.all_reduce(total, group=self.groups.along(axis).handle)
+                self.groups.along(axis).all_reduce(total)
             self.stage.valid[name] = total.item() / len(self.micro_batches)
 
     def _forward(self, at: Instruction) -> None:
@@ -163,17 +162,15 @@ class Executor:
                 known = flight.gradients.get(m.name)
                 flight.gradients[m.name] = gradient if known is None else known + gradient
 
-    def _post(self, tensor: Tensor, stage: int, channel: dist.ProcessGroup | None) -> None:
+    def _post(self, tensor: Tensor, stage: int, channel: Group) -> None:
         """Send without waiting; the buffer is held until the message is out."""
         self.works = [(work, held) for work, held in self.works if not work.is_completed()]
         tensor = tensor.contiguous()
-        self.works.append((dist.isend(tensor, self.groups.rank_at(stage), group=channel), tensor))
+        self.works.append((channel.send(tensor, self.groups.rank_at(stage)), tensor))
 
-    def _take(self, message: Message, stage: int, channel: dist.ProcessGroup | None) -> Tensor:
+    def _take(self, message: Message, stage: int, channel: Group) -> Tensor:
         tensor = torch.empty(message.shape, dtype=message.dtype, device=self.groups.device)
-        work = dist.irecv(tensor, self.groups.rank_at(stage), group=channel)
-        assert work is not None
-        work.wait()
+        channel.receive(tensor, self.groups.rank_at(stage))
         return tensor
 
     def _reduce(self) -> None:
@@ -182,13 +179,13 @@ class Executor:
         for axis in ("dp", "tp"):
             group = self.groups.along(axis)
             partial = [p for p in self._with_gradients() if group.size > 1 and p.placed[axis].kind == "C"]
-            _sum_together([p.grad for p in partial], group.handle)
-        by_group: dict[Any, list[Tensor]] = defaultdict(list)
+            _sum_together([p.grad for p in partial], group)
+        by_group: dict[Group, list[Tensor]] = defaultdict(list)
         for share in sorted(self._with_gradients(), key=lambda p: p.model_name):
             if share.model_name in self.tied:
                 by_group[self.tied[share.model_name]].append(share.grad)
-        for handle, gradients in by_group.items():
-            _sum_together(gradients, handle)
+        for group, gradients in by_group.items():
+            _sum_together(gradients, group)
 
     def _with_gradients(self) -> list[Any]:
         shares = [p for p in self.stage.parameters() if p.requires_grad]
@@ -207,15 +204,14 @@ class Executor:
             assert loss is not None
             return loss
         value = loss.double() if loss is not None else torch.zeros((), dtype=torch.float64, device=self.groups.device)
-        source = self.groups.rank_at(self.groups.pp.size - 1)
-        dist.broadcast(value, source, group=self.groups.pp.handle)
+        self.groups.pp.broadcast(value, self.groups.pp.size - 1)
         return value
 
 
 BUCKET_BYTES = 64 * 2**20
 
 
-def _sum_together(gradients: Iterable[Tensor], handle: dist.ProcessGroup | None) -> None:
+def _sum_together(gradients: Iterable[Tensor], group: Group) -> None:
     """All-reduce tensors in place, flattened together into messages of about BUCKET_BYTES."""
     buckets: dict[torch.dtype, list[Tensor]] = defaultdict(list)
 
@@ -223,7 +219,7 @@ def _sum_together(gradients: Iterable[Tensor], handle: dist.ProcessGroup | None)
         if not bucket:
             return
         flat = torch.cat([g.flatten() for g in bucket])
-        dist.all_reduce(flat, group=handle)
+        group.all_reduce(flat)
         for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
             gradient.copy_(summed.view_as(gradient))
         bucket.clear()

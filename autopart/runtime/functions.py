@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -33,14 +32,14 @@ class _VocabCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int, group: Group) -> Tensor:
         first = group.rank * logits.shape[-1]
         highest = logits.max(dim=-1).values
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group.handle)
+        group.all_reduce(highest, "max")
         shifted = logits - highest[:, None]
         total = shifted.exp().sum(dim=-1)
         here = (targets >= first) & (targets < first + logits.shape[-1])
         local = torch.where(here, targets - first, 0)
         wanted = torch.where(here, shifted.gather(1, local[:, None])[:, 0], 0.0)
         both = torch.stack([total, wanted])
-        dist.all_reduce(both, group=group.handle)
+        group.all_reduce(both)
         total, wanted = both
         counted = targets != ignore_index
         ctx.save_for_backward(shifted, total, local, here & counted, counted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,21 +20,78 @@ AXES = ("pp", "dp", "tp")
 """From the outermost to the innermost: ranks next to each other share a tensor-parallel group."""
 
 
+class Work(Protocol):
+    """A message on its way."""
+
+    def wait(self) -> Any: ...
+
+    def is_completed(self) -> bool: ...
+
+
 @dataclass(frozen=True)
 class Group:
-    """The ranks along one axis that this rank works with, and its place among them."""
+    """Ranks that work together, and this rank's place among them; `runtime.simulated` has one without processes."""
 
     axis: str
     size: int
     rank: int
-    handle: dist.ProcessGroup | None
+    handle: dist.ProcessGroup | None = None
+
+    @property
+    def scatters(self) -> bool:
+        """Whether reduce-scatter and all-to-all are there for every dtype: gloo lacks them."""
+        return self.handle is not None and dist.get_backend(self.handle) == "nccl"
+
+    def all_reduce(self, x: torch.Tensor, op: str = "sum") -> None:
+        """Sum (or "max") in place."""
+        dist.all_reduce(x, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], group=self.handle)
+
+    def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's `x`, in order."""
+        shares = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(shares, x, group=self.handle)
+        return shares
+
+    def reduce_scatter(self, shares: torch.Tensor) -> torch.Tensor:
+        """The sum of every rank's shares[rank]."""
+        mine = torch.empty_like(shares[0])
+        dist.reduce_scatter_tensor(mine, shares, group=self.handle)
+        return mine
+
+    def all_to_all(self, shares: list[torch.Tensor]) -> list[torch.Tensor]:
+        """From every rank, the share it has for this one."""
+        mine = [torch.empty_like(share) for share in shares]
+        dist.all_to_all(mine, shares, group=self.handle)
+        return mine
+
+    def broadcast(self, x: torch.Tensor, source: int) -> None:
+        """The value of rank `source` of this group, in place."""
+        dist.broadcast(x, group_src=source, group=self.handle)
+
+    def send(self, x: torch.Tensor, to: int) -> Work:
+        """Send without waiting; `x` must live until the work is done."""
+        work = dist.isend(x, group_dst=to, group=self.handle)
+        assert work is not None
+        return work
+
+    def receive(self, x: torch.Tensor, source: int) -> None:
+        """Wait for a message, in place."""
+        dist.recv(x, group_src=source, group=self.handle)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's picklable value, on rank 0; [] elsewhere."""
+        if self.size == 1:
+            return [value]
+        everyone: list[Any] = [None] * self.size
+        dist.gather_object(value, everyone if self.rank == 0 else None, group_dst=0, group=self.handle)
+        return [] if self.rank else everyone
 
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's group along every axis, its device, and the channels that are no axis.
+    """This rank's group along every axis, its device, and the groups that are no axis.
 
-    activations, gradients   all ranks, one channel for each direction of a pipeline
+    activations, gradients   all ranks, one group for each direction of a pipeline
     host                     all ranks, for values on the CPU
     """
 
@@ -41,9 +99,9 @@ class Groups:
     dp: Group
     tp: Group
     device: torch.device
-    activations: dist.ProcessGroup | None = None
-    gradients: dist.ProcessGroup | None = None
-    host: dist.ProcessGroup | None = None
+    activations: Group
+    gradients: Group
+    host: Group
 
     def along(self, axis: str) -> Group:
         """The group of an axis by its name."""
@@ -53,6 +111,21 @@ class Groups:
     def rank_at(self, stage: int) -> int:
         """The global rank with this rank's coordinates in another stage."""
         return (stage * self.dp.size + self.dp.rank) * self.tp.size + self.tp.rank
+
+    @property
+    def rank(self) -> int:
+        """This rank among all."""
+        return self.rank_at(self.pp.rank)
+
+    def tied(self, stages: Sequence[int]) -> Group | None:
+        """The ranks with this rank's coordinates in each of `stages`; None on others. Every rank must call it."""
+        mine = None
+        for place in range(self.dp.size * self.tp.size):
+            ranks = [stage * self.dp.size * self.tp.size + place for stage in stages]
+            handle = dist.new_group(ranks)
+            if self.rank in ranks:
+                mine = Group("tied", len(ranks), ranks.index(self.rank), handle)
+        return mine
 
 
 def start_processes(size: int) -> None:
@@ -77,12 +150,15 @@ def make_groups(pp: int, dp: int, tp: int) -> Groups:
     start_processes(size)
     device = _device()
     if size == 1:
-        pp_, dp_, tp_ = (Group(axis, 1, 0, None) for axis in AXES)
-        return Groups(pp_, dp_, tp_, device)
+        alone = [Group(axis, 1, 0) for axis in (*AXES, "activations", "gradients", "host")]
+        return Groups(*alone[:3], device, *alone[3:])
     mesh = init_device_mesh(device.type, (pp, dp, tp), mesh_dim_names=AXES)
     pp_, dp_, tp_ = (Group(a, mesh[a].size(), mesh.get_local_rank(a), mesh.get_group(a)) for a in AXES)
-    activations, gradients = (dist.new_group() if pp > 1 else None for _ in range(2))
-    return Groups(pp_, dp_, tp_, device, activations, gradients, dist.new_group(backend="gloo"))
+    rank = dist.get_rank()
+    activations, gradients = (
+        Group(name, size, rank, dist.new_group() if pp > 1 else None) for name in ("activations", "gradients")
+    )
+    return Groups(pp_, dp_, tp_, device, activations, gradients, Group("host", size, rank, dist.new_group(backend="gloo")))
 
 
 def _device() -> torch.device:

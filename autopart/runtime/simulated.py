@@ -1,0 +1,170 @@
+"""All ranks of a mesh as threads of one process: the same programs, with collectives that meet in memory.
+
+For checking a plan where there are no devices to run it on. Nothing here is quick.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from autopart.runtime.groups import Group, Groups
+
+Tensor = torch.Tensor
+T = TypeVar("T")
+PATIENCE = 120.0
+"""Seconds after which a rank that waits for another gives up."""
+
+
+class World:
+    """Where the ranks of one simulation meet."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.meetings: dict[tuple[Any, ...], _Meeting] = {}
+        self.mail: dict[tuple[Any, ...], queue.Queue[Tensor | None]] = defaultdict(queue.Queue)
+        self.failed = False
+
+    def meeting(self, key: tuple[Any, ...], size: int) -> _Meeting:
+        with self.lock:
+            if self.failed:
+                raise threading.BrokenBarrierError
+            return self.meetings.setdefault(key, _Meeting(threading.Barrier(size), [None] * size))
+
+    def box(self, key: tuple[Any, ...]) -> queue.Queue[Tensor | None]:
+        with self.lock:
+            if self.failed:
+                raise threading.BrokenBarrierError
+            return self.mail[key]
+
+    def abort(self) -> None:
+        """Wake every rank that waits."""
+        with self.lock:
+            self.failed = True
+            for meeting in self.meetings.values():
+                meeting.barrier.abort()
+            for box in self.mail.values():
+                box.put(None)
+
+
+@dataclass
+class _Meeting:
+    barrier: threading.Barrier
+    brought: list[Any]
+
+    def exchange(self, rank: int, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
+        self.brought[rank] = value
+        self.barrier.wait(PATIENCE)
+        everyone = list(self.brought)
+        self.barrier.wait(PATIENCE)
+        return everyone
+
+
+class _Sent:
+    def wait(self) -> None:
+        """Nothing to wait for: the message was copied."""
+
+    def is_completed(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class SimulatedGroup(Group):
+    """A group whose ranks are threads; `key` tells it from other groups of its world."""
+
+    world: World = field(default_factory=World)
+    key: tuple[Any, ...] = ()
+
+    def _exchange(self, value: T) -> list[T]:
+        return self.world.meeting(self.key, self.size).exchange(self.rank, value)
+
+    @property
+    def scatters(self) -> bool:
+        return True
+
+    def all_reduce(self, x: Tensor, op: str = "sum") -> None:
+        everyone = torch.stack(self._exchange(x.detach().clone()))
+        x.detach().copy_(everyone.sum(0) if op == "sum" else everyone.amax(0))
+
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        return [share.clone() for share in self._exchange(x.detach())]
+
+    def reduce_scatter(self, shares: Tensor) -> Tensor:
+        return torch.stack([each[self.rank] for each in self._exchange(shares.detach())]).sum(0)
+
+    def all_to_all(self, shares: list[Tensor]) -> list[Tensor]:
+        return [each[self.rank].clone() for each in self._exchange(shares)]
+
+    def broadcast(self, x: Tensor, source: int) -> None:
+        x.copy_(self._exchange(x.clone())[source])
+
+    def send(self, x: Tensor, to: int) -> _Sent:
+        self.world.box((*self.key, self.rank, to)).put(x.detach().clone())
+        return _Sent()
+
+    def receive(self, x: Tensor, source: int) -> None:
+        message = self.world.box((*self.key, source, self.rank)).get(timeout=PATIENCE)
+        if message is None or self.world.failed:
+            raise threading.BrokenBarrierError
+        x.copy_(message)
+
+    def gather(self, value: Any) -> list[Any]:
+        everyone = self._exchange(value)
+        return [] if self.rank else everyone
+
+
+@dataclass(frozen=True)
+class SimulatedGroups(Groups):
+    """A simulated rank's groups."""
+
+    world: World = field(default_factory=World)
+
+    def tied(self, stages: Sequence[int]) -> Group | None:
+        if self.pp.rank not in stages:
+            return None
+        key = ("tied", *stages, self.dp.rank, self.tp.rank)
+        return SimulatedGroup("tied", len(stages), list(stages).index(self.pp.rank), None, self.world, key)
+
+
+def simulated_groups(world: World, pp: int, dp: int, tp: int, rank: int) -> SimulatedGroups:
+    """What `make_groups` makes, for one thread."""
+    place = {"pp": rank // (dp * tp), "dp": rank // tp % dp, "tp": rank % tp}
+
+    def along(axis: str, size: int) -> Group:
+        others = tuple(at for name, at in place.items() if name != axis)
+        return SimulatedGroup(axis, size, place[axis], None, world, (axis, *others))
+
+    def everyone(name: str) -> Group:
+        return SimulatedGroup(name, pp * dp * tp, rank, None, world, (name,))
+
+    axes = (along("pp", pp), along("dp", dp), along("tp", tp))
+    channels = (everyone("activations"), everyone("gradients"), everyone("host"))
+    return SimulatedGroups(*axes, torch.device("cpu"), *channels, world)
+
+
+def run_simulated(pp: int, dp: int, tp: int, run: Callable[[Groups], T]) -> list[T]:
+    """`run` for every rank, side by side; its results in order. The first failure ends all and is raised."""
+    world = World()
+
+    def one(rank: int) -> T:
+        try:
+            return run(simulated_groups(world, pp, dp, tp, rank))
+        except BaseException:
+            world.abort()
+            raise
+
+    size = pp * dp * tp
+    with ThreadPoolExecutor(size) as pool:
+        futures = [pool.submit(one, rank) for rank in range(size)]
+    errors = [e for f in futures if (e := f.exception()) is not None]
+    if errors:
+        raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+    return [f.result() for f in futures]
