@@ -31,11 +31,13 @@ def plural(label: str) -> str:
 
 
 def find_blocks(stage: StageGraph, least: int, classes: Mapping[str, str]) -> list[Block]:
-    """Consecutive numbered runs that are the same program, `least` or more."""
+    """Consecutive numbered runs that are the same program, `least` or more, each with weights of its own."""
     groups: list[list[tuple[str, list[fx.Node]]]] = []
     previous: Any = None
+    users = Counter(weight for _, nodes in stage.runs for weight in _weights(nodes))
     for label, nodes in stage.runs:
-        signature = _program(label, nodes) if re.search(r"\.\d+$", label) else None
+        alone = all(users[weight] == 1 for weight in _weights(nodes))
+        signature = _program(label, nodes) if alone and re.search(r"\.\d+$", label) else None
         if signature is not None and signature == previous:
             groups[-1].append((label, nodes))
         elif signature is not None:
@@ -70,6 +72,10 @@ def find_blocks(stage: StageGraph, least: int, classes: Mapping[str, str]) -> li
             Block(name, tuple(g[0] for g in group), tuple(tuple(g[1]) for g in group), tuple(outside), tuple(outputs))
         )
     return blocks
+
+
+def _weights(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    return {n for node in nodes for n in node.all_input_nodes if info(n).kind == "parameter"}
 
 
 def _class_name(wanted: str, taken: set[str]) -> str:

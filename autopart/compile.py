@@ -134,11 +134,13 @@ def compile(
 
 @dataclass(frozen=True)
 class Simulated:
-    """One step of a plan on simulated ranks: the loss of the whole batch and every parameter's gradient, whole."""
+    """One step of a plan on simulated ranks: the loss of the whole batch, every parameter's gradient, whole, and the
+    state dict after it (weights unchanged, buffers as the forward pass left them)."""
 
     plan: Plan
     loss: torch.Tensor
     gradients: dict[str, torch.Tensor]
+    state: dict[str, torch.Tensor]
 
 
 def simulate(
@@ -157,11 +159,11 @@ def simulate_plan(source: Source, plan: Plan) -> Simulated:
     _check_trainable(source.model, folded.traced)
     stages = programs(folded, plan)
 
-    def one(groups: Groups) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def one(groups: Groups) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         stage = stages[groups.pp.rank]
         compiled = Compiled(source.model, plan, groups, stage, folded.traced.aliases, folded.traced.buffers)
         loss = compiled.step(source.batch)
-        return loss, compiled.full_gradients()
+        return loss, compiled.full_gradients(), compiled.full_state_dict()
 
     results = run_simulated(plan.pp, plan.dp, plan.tp, one)
     return Simulated(plan, *results[0])

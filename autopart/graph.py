@@ -84,6 +84,15 @@ class Traced:
     micro_batch: int
     classes: dict[str, str]
     """Every module's path -> the name of its class."""
+    updated: tuple[str, ...] = ()
+    """The buffers that the forward pass changes; the graph's outputs behind the loss are their new values."""
+    mixed_at: str = ""
+    """The line that makes the loss something else than a mean over samples; "" where it is a mean."""
+
+    @property
+    def mean_of_samples(self) -> bool:
+        """Whether the losses of micro-batches average to that of the batch."""
+        return not self.mixed_at
 
     @property
     def hash(self) -> str:
@@ -117,6 +126,11 @@ def loss_of(graph: fx.Graph) -> fx.Node:
     node = graph.output_node().args[0]
     assert isinstance(node, fx.Node)
     return node
+
+
+def updates_of(traced: Traced) -> dict[str, fx.Node]:
+    """Every buffer that the forward pass changes -> the node of its new value."""
+    return dict(zip(traced.updated, traced.graph.output_node().args[1:], strict=True))  # type: ignore[arg-type]
 
 
 def is_pick(node: fx.Node) -> bool:
@@ -181,7 +195,7 @@ def show(graph: fx.Graph) -> str:
     def lines() -> Iterator[str]:
         for node in graph.nodes:
             if node.op == "output":
-                yield f"return {node.args[0]}"
+                yield f"return {', '.join(map(str, node.args))}"
                 continue
             record = info(node)
             shapes = ", ".join(

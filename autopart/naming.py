@@ -91,6 +91,7 @@ def _plain(name: str) -> str:
 
 
 FOLLOWING = {
+    "detach",
     "reshape",
     "transpose.int",
     "transpose",

@@ -87,6 +87,8 @@ def _candidates(folded: Folded, mesh: Mesh, request: Request) -> Iterator[Candid
             if tp > mesh.devices_per_host and not request.tp:
                 continue
             sizes = [request.micro_batch] if request.micro_batch else _micro_batches(request.global_batch, dp)
+            if not request.micro_batch and not folded.traced.mean_of_samples:
+                sizes = [request.global_batch]
             for size in sizes:
                 if size % dp or request.global_batch % size:
                     rejected.append(f"{size} samples do not divide over dp={dp} ranks")
@@ -129,7 +131,13 @@ def solve_candidate(folded: Folded, mesh: Mesh, request: Request, candidate: Can
     """The best plan of a candidate: cheapest in memory options first that fit. Raises PartitionError."""
     refused: PartitionError | None = None
     zeros = [request.zero] if request.zero is not None else [0, 1] if candidate.dp > 1 else [0]
-    recomputes = [request.recompute] if request.recompute else ["none", "full"]
+    if folded.traced.updated and request.recompute == "full":
+        raise PartitionError(
+            f"the forward pass changes {folded.traced.updated[0]}",
+            "recompute would change it twice a step",
+            'recompute="none"',
+        )
+    recomputes = [request.recompute] if request.recompute else ["none"] if folded.traced.updated else ["none", "full"]
     for recompute in recomputes:
         for zero in zeros:
             training = Training(request.optimizer, zero, candidate.dp)

@@ -109,6 +109,8 @@ def _permuted(order: Sequence[int]) -> str:
 
 def _transpose(args: Args, outputs: Sequence[Shape]) -> str:
     order = list(range(len(args[0])))
+    if not order:
+        return " -> "
     a, b = args[1] % len(order), args[2] % len(order)
     order[a], order[b] = order[b], order[a]
     return _permuted(order)
@@ -208,7 +210,7 @@ def _reduce(args: Args, outputs: Sequence[Shape]) -> str:
     names = _names(len(args[0]))
     dims = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple, int)) else None
     dims = [dims] if isinstance(dims, int) else dims
-    reduced = {d % len(names) for d in dims} if dims else set(range(len(names)))
+    reduced = {d % max(len(names), 1) for d in dims} if dims else set(range(len(names)))
     keep = len(outputs[0]) == len(names)
     out = [("1" if i in reduced else n) for i, n in enumerate(names) if keep or i not in reduced]
     return f"{' '.join(names)} -> {' '.join(out)}"
@@ -222,6 +224,8 @@ def _reduce_whole(args: Args, outputs: Sequence[Shape]) -> str:
 
 
 def _gather(args: Args, outputs: Sequence[Shape]) -> str:
+    if len(args[0]) != len(args[2]):
+        return _opaque(args, outputs)
     dim = args[1] % max(len(args[0]), 1)
     left, index = [], []
     for i, name in enumerate(_names(len(args[0]))):
@@ -359,11 +363,11 @@ POINTWISE = """abs acos asin atan bitwise_not cos erf exp expm1 floor ceil round
     log_sigmoid silu sin sqrt square tanh sign isnan isinf clamp pow.Tensor_Scalar threshold
     add.Scalar sub.Scalar rsub.Scalar ne.Scalar eq.Scalar gt.Scalar ge.Scalar lt.Scalar le.Scalar
     bitwise_and.Scalar bitwise_or.Scalar remainder.Scalar floor_divide.Scalar
-    zeros_like ones_like full_like detach""".split()
+    zeros_like ones_like full_like""".split()
 BINARY = """add.Tensor sub.Tensor mul.Tensor div.Tensor pow.Tensor_Tensor maximum minimum min.other max.other
     eq.Tensor ne.Tensor lt.Tensor le.Tensor gt.Tensor ge.Tensor __and__.Tensor __or__.Tensor __xor__.Tensor
     bitwise_and.Tensor bitwise_or.Tensor logical_and logical_or atan2 remainder.Tensor div.Tensor_mode
-    floor_divide copy""".split()
+    floor_divide""".split()
 
 RULES: dict[str, Rule] = {
     # contractions
@@ -389,7 +393,7 @@ RULES: dict[str, Rule] = {
     "aten._softmax": Rule(_fixed_at(1)),
     "aten.log_softmax.int": Rule(_fixed_at(1)),
     "aten._log_softmax": Rule(_fixed_at(1)),
-    "aten.cumsum": Rule(_fixed_at(1)),
+    "aten.cumsum": Rule(_fixed_at(1), linear=-1),
     "aten.sum": Rule(_reduce, linear=-1),
     "aten.sum.dim_IntList": Rule(_reduce, linear=-1),
     "aten.mean": Rule(_reduce, linear=-1, local=MEAN),
@@ -421,6 +425,7 @@ RULES: dict[str, Rule] = {
     "aten.constant_pad_nd": Rule(_pad),
     "aten.clone": Rule("... -> ...", linear=-1),
     "aten.alias": Rule("... -> ...", linear=-1),
+    "aten.detach": Rule("... -> ...", linear=-1),
     "aten.contiguous": Rule("... -> ...", linear=-1),
     "aten._to_copy": Rule("... -> ...", linear=-1),
     # the rest
@@ -432,8 +437,9 @@ RULES: dict[str, Rule] = {
     "aten.where.ScalarSelf": Rule("..., -, ... -> ..."),
     "aten.masked_fill.Scalar": Rule("..., ... -> ..."),
     "aten.masked_fill.Tensor": Rule("..., ...,  -> ..."),
-    "aten.fill.Tensor": Rule("..., -> ..."),
+    "aten.fill.Tensor": Rule("..., -> ...", linear=2),
     "aten.fill.Scalar": Rule("... -> ..."),
+    "aten.copy": Rule("..., ... -> ...", linear=2),
     "aten.addcmul": Rule("..., ..., ... -> ..."),
     "aten.native_dropout": Rule("... -> ..., ..."),
     "aten.dropout": Rule("... -> ..."),

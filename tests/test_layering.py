@@ -13,7 +13,7 @@ import pytest
 LAYERS = (
     {"errors", "mesh"},
     {"notation", "rules", "graph", "comm", "schedules", "kernels", "torch_private", "relayout", "cost"},
-    {"folded", "problem", "stages", "naming", "spelling", "blocks"},
+    {"folded", "problem", "stages", "naming", "spelling", "blocks", "means"},
     {"plan"},
     {"passes"},
     {"request", "report", "planner"},

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from autopart.graph import Traced, annotate, calls, info, operands, run_on_meta, shape_args, value_of
+from autopart.means import mixing
 from autopart.rules import flops, strategies
 from autopart.torch_private import StorageWeakRef
 
@@ -25,6 +26,8 @@ def annotate_costs(traced: Traced, device: str) -> Traced:
         dims = _batch_dims(node, batch)
         batch |= {(node, i): d for i, d in enumerate(dims)}
         annotate(node, batch=dims[0], flops=flops(record.name, shape_args(node), record.shapes))
+    mixes = mixing(traced.graph)
+    traced.mixed_at = "" if mixes is None else info(mixes).source or info(mixes).name
     _saved(traced.graph, device)
     return traced
 

@@ -15,7 +15,7 @@ from torch import fx
 
 from autopart.blocks import Block, find_blocks, plural
 from autopart.graph import info
-from autopart.naming import UNARY, Scope, Text, wanted_name
+from autopart.naming import ATOM, UNARY, Scope, Text, wanted_name
 from autopart.spelling import INLINE, Speller, joins_bias, scalar_infix
 from autopart.stages import StageGraph
 
@@ -76,6 +76,10 @@ class _Emitter:
                 self._split(scope, node)
                 continue
             if joins_bias(node) and node not in needed:
+                continue
+            if record.name == "runtime.update":
+                buffer, value = (self.speller.value(scope, a) for a in node.args)
+                scope.lines.append(f"{buffer.code} = {value.within(ATOM)}.detach()")
                 continue
             inline = (
                 len(node.users) == 1
@@ -220,7 +224,11 @@ class _Emitter:
             and all(block.outside[i][j] in block.outputs[i - 1] for i in range(1, len(block.runs)))
         ]
         first = [self.speller.value(scope, n).code for n in block.outside[0]]
-        if len(block.outputs[0]) == 1 and len(chained) == 1:
+        same = all(
+            j in chained or all(outside[j] is block.outside[0][j] for outside in block.outside)
+            for j in range(len(block.outside[0]))
+        )
+        if same and len(block.outputs[0]) == 1 and len(chained) == 1:
             name = scope.name(block.outputs[-1][0], "hidden")
             arguments = [name if j in chained else f for j, f in enumerate(first)]
             if first[chained[0]] != name:

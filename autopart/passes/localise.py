@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from autopart.folded import Folded
-from autopart.graph import KEY, Info, info, is_pick, loss_of, operands, value_of
+from autopart.graph import KEY, Info, info, is_pick, loss_of, operands, updates_of, value_of
 from autopart.notation import P, Placement, R
 from autopart.relayout import relayout, runtime_function
 from autopart.rules import Shape, Strategy, flatten, is_contraction, local_args, local_shape
@@ -53,7 +53,8 @@ def _uses(folded: Folded) -> Uses:
 def _crossings(
     folded: Folded, choices: Choices, stage_of: Mapping[fx.Node, int], uses_of: Uses
 ) -> dict[Value, tuple[Crossing, Placements]]:
-    """The values that cross cuts, with the placement they cross in: as made, but no partial sums."""
+    """The values that cross cuts, with the placement they cross in: as made, but partial sums only where a user takes
+    them as such."""
     crossings: dict[Value, tuple[Crossing, Placements]] = {}
     for value, uses in uses_of.items():
         node, index = value
@@ -65,7 +66,7 @@ def _crossings(
         for axis, have in enumerate(choices.placements(folded, value)):
             wants = {choices.of(folded, user)[axis].inputs[i] for user, i in away}
             only = next(iter(wants)) if len(wants) == 1 else None
-            placements.append(have if have != P else only if only not in (None, P) else R)
+            placements.append(have if have != P or P in wants else only or R)
         shape = info(node).shapes[index]
         for placement, (_, size) in zip(placements, choices.axes, strict=True):
             shape = local_shape(shape, placement, size)
@@ -112,6 +113,7 @@ class _Localiser:
             if crossing.producer == stage.index:
                 stage.sent.append(crossing)
                 results.append(self._place(value, placements, self.home[value[0]]))
+        self._update_buffers()
         loss = loss_of(self.folded.traced.graph)
         if self.stage_of[loss] == stage.index:
             results = [self._place(value_of(loss), (R,) * len(self.choices.axes), self.home[loss])]
@@ -121,9 +123,29 @@ class _Localiser:
         self._keep([*needed, *mine])
         return stage
 
+    def _updates(self) -> dict[str, fx.Node]:
+        """The buffers this stage changes -> their new values; those that no run computes are changed where their
+        module is, or else in the first stage."""
+        where = {info(n).module: stage for n, stage in self.stage_of.items()}
+        return {
+            name: node
+            for name, node in updates_of(self.folded.traced).items()
+            if self.stage_of.get(node, where.get(name.rpartition(".")[0], 0)) == self.stage.index
+        }
+
+    def _update_buffers(self) -> None:
+        homes = {info(n).name: n for n in self.folded.traced.graph.nodes if n.op == "placeholder"}
+        for name, node in self._updates().items():
+            buffer = homes[name]
+            placements = self._given((buffer, 0))
+            value = self._place(value_of(node), placements, self.home[node])
+            record = replace(info(buffer), kind="op", name="runtime.update")
+            args = (self.made[(buffer, 0), placements], value)
+            self._add(self.home[node], runtime_function("update"), args, {}, record)
+
     def _needed_free(self, mine: list[fx.Node]) -> list[fx.Node]:
         free, needed = set(self.folded.free), set()
-        todo = [n for node in mine for n in node.all_input_nodes]
+        todo = [*self._updates().values(), *(n for node in mine for n in node.all_input_nodes)]
         while todo:
             node = todo.pop()
             if node in free and node not in needed:

@@ -158,6 +158,31 @@ def _drop(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | Non
     return source if identity else None
 
 
+def _only_piece(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+    """The one piece of a tensor that is not taken apart."""
+    if info(node).name != "autopart.getitem":
+        return None
+    pieces = node.args[0]
+    assert isinstance(pieces, fx.Node)
+    if len(info(pieces).shapes) > 1:
+        return None
+    whole, dim = pieces.args[0], pieces.args[1] if len(pieces.args) > 1 else 0
+    if info(pieces).name == "aten.unbind.int":
+        return new_call(graph, aten.select.int, (whole, dim, 0), node)
+    return whole if info(pieces).name in ("aten.split.Tensor", "aten.split_with_sizes", "aten.chunk") else None  # type: ignore[return-value]
+
+
+def _copy(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+    """What an in-place copy leaves: the source in the target's dtype and shape."""
+    if info(node).name != "aten.copy":
+        return None
+    target, source = node.args[:2]
+    assert isinstance(target, fx.Node) and isinstance(source, fx.Node)
+    if info(source).dtype != info(target).dtype:
+        source = new_call(graph, aten._to_copy.default, (source,), node, {"dtype": info(target).dtype})
+    return new_call(graph, aten.expand.default, (source, list(info(target).shape)), node)
+
+
 def _reshape(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
     """Views become reshapes with every size spelt out; two in a row become one."""
     names = ("aten.view", "aten._unsafe_view", "aten.reshape", "aten.flatten.using_ints")
@@ -284,4 +309,4 @@ def _attention_mask(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.
     return None
 
 
-REWRITES = (_drop, _reshape, _bias_apart, _unflatten, _index_everything, _true_conditions, _attention_mask)
+REWRITES = (_drop, _only_piece, _copy, _reshape, _bias_apart, _unflatten, _index_everything, _true_conditions, _attention_mask)

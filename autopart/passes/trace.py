@@ -39,22 +39,20 @@ def trace(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None 
     try:
         with mode, warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            exported = torch.export.export(skeleton, (), kwargs, strict=False).run_decompositions({})
+            exported = torch.export.export(skeleton, (), kwargs, strict=False)
+            _cut_gradients(exported)
+            exported = exported.run_decompositions({})
     except Exception as error:
         raise _untraceable(error) from error
-    mutated = {
-        **exported.graph_signature.buffers_to_mutate,
-        **exported.graph_signature.user_inputs_to_mutate,
-    }
-    if mutated:
+    signature = exported.graph_signature
+    if signature.user_inputs_to_mutate:
         raise PartitionError(
-            f"the forward pass changes {sorted(mutated.values())[0]}",
-            "buffers updated while training (batch norm's statistics) would differ between ranks",
-            "model.eval() for those layers, or another normalisation",
+            f"the forward pass changes its input {sorted(signature.user_inputs_to_mutate.values())[0]}",
+            "a batch is read by several ranks and micro-batches",
+            "a copy of it in the forward pass: x = x.clone()",
         )
     graph = exported.graph_module.graph
-    _keep_loss(graph, exported)
-    signature = exported.graph_signature
+    updated = _keep_loss(graph, exported)
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     lifted = signature.inputs_to_lifted_tensor_constants
     keys = [k for k, v in kwargs.items()]
@@ -85,7 +83,24 @@ def trace(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None 
         node.meta[KEY] = _record(node, kind, name)
     buffers = _buffers(model, exported, placeholders(graph, "buffer"))
     classes = {path: type(module).__name__ for path, module in model.named_modules()}
-    return Traced(graph, type(model).__name__, buffers, aliases, next(iter(sizes.values())), classes)
+    return Traced(graph, type(model).__name__, buffers, aliases, next(iter(sizes.values())), classes, updated)
+
+
+def _cut_gradients(exported: torch.export.ExportedProgram) -> None:
+    """Detach what `torch.no_grad` regions give, since decomposition inlines them and forgets."""
+    for module in exported.graph_module.modules():
+        graph = getattr(module, "graph", None)
+        for node in list(graph.nodes) if isinstance(graph, fx.Graph) else ():
+            if str(node.target) == "wrap_with_set_grad_enabled" and node.args[0] is False:
+                for pick in list(node.users):
+                    _detach(pick)
+
+
+def _detach(node: fx.Node) -> None:
+    with node.graph.inserting_after(node):
+        cut = node.graph.call_function(torch.ops.aten.detach.default, (node,))
+    cut.meta = dict(node.meta)
+    node.replace_all_uses_with(cut, lambda user: user is not cut and user.op != "output")
 
 
 def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
@@ -106,8 +121,9 @@ def _skeleton(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None)
     return copy.deepcopy(model, memo)
 
 
-def _keep_loss(graph: fx.Graph, exported: torch.export.ExportedProgram) -> None:
-    """Make the loss the graph's one output: the output called `loss`, else the first scalar."""
+def _keep_loss(graph: fx.Graph, exported: torch.export.ExportedProgram) -> tuple[str, ...]:
+    """Make the graph's outputs the loss (the output called `loss`, else the first scalar) and then the new values of
+    the buffers that the forward pass changes, whose names it returns."""
     output = graph.output_node()
     nodes = {n.name: n for n in graph.nodes}
     values = [nodes[name] if isinstance(name, str) else None for name in exported.graph_signature.user_outputs]
@@ -122,8 +138,10 @@ def _keep_loss(graph: fx.Graph, exported: torch.export.ExportedProgram) -> None:
             f"its outputs have shapes {[tuple(v.meta['val'].shape) for v in values if v is not None]}",
             "put the labels into the batch, or wrap the model so that forward returns the loss",
         )
-    output.args = (loss,)
+    changes = exported.graph_signature.buffers_to_mutate
+    output.args = (loss, *(nodes[name] for name in changes))
     graph.eliminate_dead_code()
+    return tuple(changes.values())
 
 
 def _record(node: fx.Node, kind: str, name: str) -> Info:
@@ -137,6 +155,12 @@ def _record(node: fx.Node, kind: str, name: str) -> Info:
     if kind == "parameter":
         layer = re.match(r"(.*?\.\d+)(?:\.|$)", name)
         module = name.rpartition(".")[0]
+    if any(not isinstance(s, int) for t in tensors for s in t.shape):
+        raise PartitionError(
+            f"the shape of a tensor depends on data ({_source(node.meta.get('stack_trace') or '') or name})",
+            f"{name} gives {[tuple(map(str, t.shape)) for t in tensors]}",
+            "take x[mask], nonzero(), .item() and .tolist() out of the forward pass; torch.where has a fixed shape",
+        )
     inputs = [n for n in node.all_input_nodes if KEY in n.meta]
     differentiable = bool(tensors) and tensors[0].is_floating_point()
     return Info(

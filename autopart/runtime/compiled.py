@@ -14,8 +14,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from autopart.plan import Plan
 from autopart.runtime.executor import Executor, Message
-from autopart.runtime.groups import Group, Groups, load
-from autopart.runtime.whole import Share, assemble, micro_batches, shares_of
+from autopart.runtime.groups import Group, Groups, load, origins
+from autopart.runtime.whole import assemble, micro_batches, shares_of
 from autopart.schedules import Instruction
 
 Tensor = torch.Tensor
@@ -51,6 +51,7 @@ class Compiled:
         self.stage: nn.Module = module.Stage(groups)
         known = {name: value for name, value in constants.items() if value is not None}
         load(self.stage, groups, {**known, **dict(model.named_parameters())})
+        self.origins = origins(self.stage)
         self.executor = Executor(
             self.stage, program.stage, groups, program.instructions, program.messages, _tie(program.tied, groups)
         )
@@ -98,11 +99,11 @@ class Compiled:
 
     def full_gradients(self) -> dict[str, Tensor]:
         """The last step's gradients, whole, on the CPU, by the model's own names: on rank 0; {} elsewhere."""
-        return self._collect(shares_of(self.stage, self.groups, gradients=True))
+        return self._collect({path: p.grad for path, p in self.stage.named_parameters() if p.grad is not None})
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """The model's state dict with the weights as trained, whole, on the CPU: on rank 0; {} elsewhere."""
-        whole = self._collect(shares_of(self.stage, self.groups, gradients=False))
+        """The model's state dict with weights and buffers as trained, whole, on the CPU: on rank 0; {} elsewhere."""
+        whole = self._collect({**dict(self.stage.named_parameters()), **dict(self.stage.named_buffers())})
         if self.rank:
             return {}
         return {
@@ -115,9 +116,9 @@ class Compiled:
         """This process's global rank."""
         return self.groups.rank
 
-    def _collect(self, mine: dict[str, Share]) -> dict[str, Tensor]:
+    def _collect(self, mine: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Put all ranks' shares together on rank 0."""
-        return assemble(self.groups.host.gather(mine))
+        return assemble(self.groups.host.gather(shares_of(mine, self.origins, self.groups)))
 
 
 def _tie(tied: Mapping[str, tuple[int, ...]], groups: Groups) -> dict[str, Group]:

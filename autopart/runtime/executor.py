@@ -178,12 +178,12 @@ class Executor:
         that live on several stages."""
         for axis in ("dp", "tp"):
             group = self.groups.along(axis)
-            partial = [p for p in self._with_gradients() if group.size > 1 and p.placed[axis].kind == "C"]
+            partial = [p for p in self._with_gradients() if group.size > 1 and p.origin.placed[axis].kind == "C"]
             _sum_together([p.grad for p in partial], group)
         by_group: dict[Group, list[Tensor]] = defaultdict(list)
-        for share in sorted(self._with_gradients(), key=lambda p: p.model_name):
-            if share.model_name in self.tied:
-                by_group[self.tied[share.model_name]].append(share.grad)
+        for share in sorted(self._with_gradients(), key=lambda p: p.origin.name):
+            if share.origin.name in self.tied:
+                by_group[self.tied[share.origin.name]].append(share.grad)
         for group, gradients in by_group.items():
             _sum_together(gradients, group)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -150,15 +150,16 @@ def make_groups(pp: int, dp: int, tp: int) -> Groups:
     start_processes(size)
     device = _device()
     if size == 1:
-        alone = [Group(axis, 1, 0) for axis in (*AXES, "activations", "gradients", "host")]
-        return Groups(*alone[:3], device, *alone[3:])
+        pp_, dp_, tp_, *others = (Group(name, 1, 0) for name in (*AXES, "activations", "gradients", "host"))
+        return Groups(pp_, dp_, tp_, device, *others)
     mesh = init_device_mesh(device.type, (pp, dp, tp), mesh_dim_names=AXES)
     pp_, dp_, tp_ = (Group(a, mesh[a].size(), mesh.get_local_rank(a), mesh.get_group(a)) for a in AXES)
     rank = dist.get_rank()
     activations, gradients = (
         Group(name, size, rank, dist.new_group() if pp > 1 else None) for name in ("activations", "gradients")
     )
-    return Groups(pp_, dp_, tp_, device, activations, gradients, Group("host", size, rank, dist.new_group(backend="gloo")))
+    host = Group("host", size, rank, dist.new_group(backend="gloo"))
+    return Groups(pp_, dp_, tp_, device, activations, gradients, host)
 
 
 def _device() -> torch.device:
@@ -169,17 +170,13 @@ def _device() -> torch.device:
     return device
 
 
-class Weight(nn.Parameter):
-    """A rank's share of one of the model's parameters.
+@dataclass(frozen=True)
+class Origin:
+    """Where a rank's tensor comes from: its name and whole shape in the model, and its placement along every axis."""
 
-    model_name  the parameter's name in the model
-    whole       its shape there
-    placed      axis -> placement
-    """
-
-    model_name: str
+    name: str
     whole: tuple[int, ...]
-    placed: dict[str, Placement]
+    placed: Mapping[str, Placement]
 
 
 def weight(
@@ -189,38 +186,48 @@ def weight(
     dtype: torch.dtype = torch.float32,
     requires_grad: bool = True,
     **placed: str,
-) -> Weight:
+) -> nn.Parameter:
     """This rank's share, not yet filled, of the model's parameter `name` of `shape`; `placed` says, per axis, where it
     lies: "S0" (split along dim 0), "R" or "C" (whole)."""
-    placements = {axis: Placement.parse(text) for axis, text in placed.items()}
-    local = list(shape)
-    for axis, placement in placements.items():
-        if placement.kind == "S":
-            local[placement.dim] //= groups.along(axis).size
-    share = Weight(torch.empty(local, dtype=dtype, device=groups.device), requires_grad)
-    share.model_name, share.whole, share.placed = name, tuple(shape), placements
+    origin = Origin(name, tuple(shape), {axis: Placement.parse(text) for axis, text in placed.items()})
+    share = nn.Parameter(torch.empty(_local(origin, groups), dtype=dtype, device=groups.device), requires_grad)
+    share.origin = origin  # type: ignore[attr-defined]
     return share
 
 
 def buffer(
     groups: Groups, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32, **placed: str
 ) -> torch.Tensor:
-    """A copy, not yet filled, of the model's buffer `name`."""
-    copy = nn.Buffer(torch.empty(list(shape), dtype=dtype, device=groups.device))
-    copy.model_name = name  # type: ignore[attr-defined]
-    return copy
+    """This rank's share, not yet filled, of the model's buffer `name`; otherwise as `weight`."""
+    origin = Origin(name, tuple(shape), {axis: Placement.parse(text) for axis, text in placed.items()})
+    share = nn.Buffer(torch.empty(_local(origin, groups), dtype=dtype, device=groups.device))
+    share.origin = origin  # type: ignore[attr-defined]
+    return share
 
 
-def load(stage: nn.Module, groups: Groups, tensors: dict[str, torch.Tensor]) -> None:
+def _local(origin: Origin, groups: Groups) -> list[int]:
+    local = list(origin.whole)
+    for axis, placement in origin.placed.items():
+        if placement.kind == "S":
+            local[placement.dim] //= groups.along(axis).size
+    return local
+
+
+def origins(stage: nn.Module) -> dict[str, Origin]:
+    """Every weight and buffer of a stage, by its path there -> where it comes from. Of a new stage: a buffer that has
+    been updated has forgotten."""
+    shares: list[tuple[str, Any]] = [*stage.named_parameters(), *stage.named_buffers()]
+    return {path: share.origin for path, share in shares}
+
+
+def load(stage: nn.Module, groups: Groups, tensors: Mapping[str, torch.Tensor]) -> None:
     """Fill a stage's weights and buffers from the model's own, by name."""
     with torch.no_grad():
-        for share in stage.parameters():
-            assert isinstance(share, Weight)
-            whole = tensors[share.model_name]
-            for axis, placement in share.placed.items():
+        shares = {**dict(stage.named_parameters()), **dict(stage.named_buffers())}
+        for path, origin in origins(stage).items():
+            whole = tensors[origin.name]
+            for axis, placement in origin.placed.items():
                 group = groups.along(axis)
                 if placement.kind == "S":
                     whole = shard(whole, placement.dim, placement.parts, group.size, group.rank)
-            share.copy_(whole)
-        for copy in stage.buffers():
-            copy.copy_(tensors[copy.model_name])  # type: ignore[attr-defined]
+            shares[path].copy_(whole)

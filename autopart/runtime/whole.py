@@ -6,12 +6,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from autopart.errors import PartitionError
 from autopart.notation import Placement
 from autopart.plan import Plan
-from autopart.runtime.groups import Groups, Weight
+from autopart.runtime.groups import Groups, Origin
 from autopart.runtime.shards import shard, unshard
 
 Tensor = torch.Tensor
@@ -48,16 +47,15 @@ def micro_batches(
     return result
 
 
-def shares_of(stage: nn.Module, groups: Groups, gradients: bool) -> dict[str, Share]:
-    """This rank's weights (or their gradients) by the model's names, each whole tensor's pieces once over all ranks."""
+def shares_of(tensors: Mapping[str, Tensor], origins: Mapping[str, Origin], groups: Groups) -> dict[str, Share]:
+    """This rank's tensors by the model's names, so that over all ranks every whole one's pieces come once; `origins`
+    says, by the same keys as `tensors` has, where each comes from."""
     place = {"dp": groups.dp.rank, "tp": groups.tp.rank}
-    found = {}
-    for weight in stage.parameters():
-        assert isinstance(weight, Weight)
-        value = weight.grad if gradients else weight
-        if value is not None and all(p.kind == "S" or place[axis] == 0 for axis, p in weight.placed.items()):
-            found[weight.model_name] = (weight.placed, (groups.dp.rank, groups.tp.rank), value.detach().cpu())
-    return found
+    return {
+        origins[path].name: (origins[path].placed, (groups.dp.rank, groups.tp.rank), value.detach().cpu())
+        for path, value in tensors.items()
+        if all(p.kind == "S" or place[axis] == 0 for axis, p in origins[path].placed.items())
+    }
 
 
 def assemble(everyone: Iterable[Mapping[str, Share]]) -> dict[str, Tensor]:

@@ -1,0 +1,287 @@
+"""Trains a tiny model of every architecture in four of transformers' mappings, split, against one process.
+
+Every model is planned with tp=2, pp=2 and both, and runs one step: its loss and every gradient must be one process's to
+1e-5, relative. Ranks are threads of one process here (`--processes` runs a sample on real ones, over gloo). Each model
+has a process of its own, so that none can stop the others.
+
+    python benchmarks/zoo.py                        # all, about half an hour on two cores
+    python benchmarks/zoo.py --only clm:gpt2,mlm:bert
+    python benchmarks/zoo.py --readme               # writes the table into README.md from the last results
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import copy
+import json
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
+SETTINGS: dict[str, dict[str, int]] = {
+    "tp=2": {"pp": 1, "tp": 2},
+    "pp=2": {"pp": 2, "tp": 1},
+    "tp=2 x pp=2": {"pp": 2, "tp": 2},
+}
+HARDEST = "tp=2 x pp=2"
+TOLERANCE = 1e-5
+DOUBLE_TOLERANCE = 1e-8
+SAMPLES = 4
+LIMIT_SECONDS = 300
+TITLES = {"clm": "causal LM", "mlm": "masked LM", "s2s": "seq2seq", "img": "image classification"}
+Row = dict[str, Any]
+
+
+def reference(model: Any, batch: Mapping[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """One process's loss and gradients, and the buffers after it."""
+    model = copy.deepcopy(model)
+    output = model(**batch)
+    loss = output["loss"] if "loss" in output else output[0]
+    loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), gradients, {n: b for n, b in model.named_buffers() if n in model.state_dict()}
+
+
+def worst(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[float, str]:
+    """The largest error of a gradient and whose it is: relative to its tensor's largest element, or to a thousandth of
+    the largest of all if that is more. A gradient that one process does not have must be zero."""
+    import torch
+
+    largest = {n: float(t.abs().max()) if t.numel() else 0.0 for n, t in wanted.items()}
+    floor = max(1e-3 * max(largest.values(), default=0.0), torch.finfo(torch.float32).tiny)
+    errors = {"": 0.0}
+    for name in {*found, *wanted}:
+        mine = found.get(name)
+        right = wanted.get(name)
+        if mine is None or right is None:
+            one = mine if mine is not None else right
+            errors[name] = float(one.abs().max()) / floor if one is not None and one.numel() else 0.0
+        elif mine.numel():
+            errors[name] = float((mine - right).abs().max()) / max(largest[name], floor)
+    name = max(errors, key=lambda n: float("inf") if errors[n] != errors[n] else errors[n])
+    return errors[name], name
+
+
+def trial(task: str, model_type: str) -> Row:
+    """Build, plan and train one architecture under every setting."""
+    import torch
+    from zoo_models import Unbuildable, build
+
+    import autopart
+
+    row: Row = {"task": task, "model": model_type, "outcomes": {}, "errors": {}, "seconds": {}, "split": {}}
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    try:
+        model, batch = build(task, model_type, SAMPLES)
+    except Unbuildable as error:
+        return {**row, "outcomes": dict.fromkeys(SETTINGS, f"not built: {error}")}
+    row |= {"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
+    single, double = Judge(model, batch, torch.float32), None
+    for name, degrees in SETTINGS.items():
+        started = time.monotonic()
+        try:
+            plan = single.plan(degrees)
+            off, whose = single.judge(plan)
+            outcome = "ok" if off <= TOLERANCE else f"wrong: {whose} off by {off:.1e}"
+            if off > TOLERANCE:
+                double = double or Judge(model, batch, torch.float64)
+                noise, _ = difference(single, double)
+                precise, _ = double.judge(double.plan(degrees))
+                if precise <= DOUBLE_TOLERANCE and off <= 10 * noise:
+                    outcome = f"exact in float64: {whose} off by {off:.1e} in float32, one process by {noise:.1e}"
+        except autopart.PartitionError as error:
+            row["outcomes"][name] = f"refused: {error.what}" + (f" ({error.why})" if error.why else "")
+            continue
+        row["outcomes"][name] = outcome
+        row["errors"][name], row["seconds"][name] = off, round(time.monotonic() - started, 1)
+        row |= {"replicated": list(plan.replicated), "micro_batches": plan.micro_batches}
+        if plan.tp > 1:
+            row["split"][name] = round(single.share_split(plan), 3)
+    return row
+
+
+class Results(NamedTuple):
+    """What a step leaves behind."""
+
+    loss: Any
+    gradients: Mapping[str, Any]
+    buffers: Mapping[str, Any]
+
+
+def difference(found: Any, right: Any) -> tuple[float, str]:
+    """The largest error and what has it."""
+    loss = abs(float(found.loss) - float(right.loss)) / max(abs(float(right.loss)), 1e-3)
+    return max(
+        (loss, "the loss"),
+        worst(found.gradients, right.gradients),
+        worst({n: found.buffers[n] for n in right.buffers}, right.buffers),
+    )
+
+
+class Judge:
+    """A model with one process's loss, gradients and buffers, to hold plans against."""
+
+    def __init__(self, model: Any, batch: Mapping[str, Any], dtype: Any) -> None:
+        from autopart.compile import Source
+
+        self.model = copy.deepcopy(model).to(dtype)
+        self.batch = {
+            k: v.to(dtype) if hasattr(v, "is_floating_point") and v.is_floating_point() else v for k, v in batch.items()
+        }
+        self.loss, self.gradients, self.buffers = reference(self.model, self.batch)
+        self.source = Source(self.model, self.batch, dtype)
+
+    def plan(self, degrees: Mapping[str, int]) -> Any:
+        """Two micro-batches where the loss is a mean over samples, else one."""
+        from autopart.compile import make_plan
+        from autopart.mesh import Mesh
+        from autopart.request import Request
+
+        mesh = Mesh.of(f"{degrees['pp'] * degrees['tp']}:cpu")
+        size = SAMPLES // 2 if self.source.at(SAMPLES // 2, mesh).traced.mean_of_samples else SAMPLES
+        precision = str(self.source.dtype).removeprefix("torch.")
+        return make_plan(self.source, mesh, Request(SAMPLES, micro_batch=size, precision=precision, **degrees))
+
+    def judge(self, plan: Any) -> tuple[float, str]:
+        """A plan's largest error, and what has it."""
+        from autopart.compile import simulate_plan
+
+        found = simulate_plan(self.source, plan)
+        return difference(Results(found.loss, found.gradients, found.state), self)
+
+    def share_split(self, plan: Any) -> float:
+        """The share of the FLOPs of matrix products and convolutions that tp splits."""
+        from autopart.graph import info
+        from autopart.rules import is_contraction
+
+        folded = self.source.at(plan.micro_batch, plan.mesh)
+        split = total = 0.0
+        for node in folded.representatives():
+            if info(node).kind == "op" and is_contraction(info(node).name):
+                work = info(node).flops * folded.count[node]
+                total += work
+                split += work if plan.strategies["tp"][node.name].shards_work else 0.0
+        return split / total if total else 0.0
+
+
+def one_line(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()[:300]
+
+
+def in_process(task: str, model_type: str, folder: Path) -> Row:
+    """`trial` in a process of its own, which is killed when it takes too long."""
+    path = folder / f"{task}-{model_type}.json"
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(LIMIT_SECONDS)
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        try:
+            row = trial(task, model_type)
+        except BaseException as error:
+            where = traceback.format_exc()[-3000:]
+            text = one_line(f"failed: {type(error).__name__}: {error}")
+            row = {"task": task, "model": model_type, "outcomes": dict.fromkeys(SETTINGS, text), "traceback": where}
+        path.write_text(json.dumps(row))
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if not path.exists():
+        reason = f"failed: killed after {LIMIT_SECONDS} s" if status else "failed: no result"
+        return {"task": task, "model": model_type, "outcomes": dict.fromkeys(SETTINGS, reason)}
+    row = json.loads(path.read_text())
+    path.unlink()
+    return row
+
+
+def kind(outcome: str) -> str:
+    return outcome.partition(":")[0]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The results as Markdown: by task, then every refusal with its reason."""
+    lines = ["| mapping | architectures | " + " | ".join(f"exact, {s}" for s in SETTINGS) + " | refused | not built |"]
+    lines.append("|---" * (len(SETTINGS) + 4) + "|")
+    groups = [*((TITLES[t], [r for r in rows if r["task"] == t]) for t in TITLES), ("all", list(rows))]
+    for title, group in groups:
+        exact = [str(sum(r["outcomes"].get(s) == "ok" for r in group)) for s in SETTINGS]
+        kinds = collections.Counter(kind(r["outcomes"][HARDEST]) for r in group)
+        others = [str(kinds["refused"]), str(kinds["not built"])]
+        lines.append("| " + " | ".join([title, str(len(group)), *exact, *others]) + " |")
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row["outcomes"][HARDEST] != "ok":
+            reasons.setdefault(row["outcomes"][HARDEST], []).append(f"{row['task']}:{row['model']}")
+    lines += ["", f"| what does not train under {HARDEST} | which |", "|---|---|"]
+    for reason, names in sorted(reasons.items(), key=lambda item: (-len(item[1]), item[0])):
+        lines.append(f"| {reason.replace('|', '/')} | {', '.join(names)} |")
+    replicated = collections.Counter(op for row in rows for op in row.get("replicated", ()))
+    if replicated:
+        lines += ["", "Operators without a row, replicated: "]
+        lines[-1] += ", ".join(f"{op} ({n})" for op, n in replicated.most_common())
+    return "\n".join(lines)
+
+
+def into_readme(text: str) -> None:
+    readme = ROOT / "README.md"
+    old = readme.read_text()
+    start, end = "<!-- zoo -->", "<!-- /zoo -->"
+    before, after = old.split(start)[0], old.split(end)[1]
+    readme.write_text(f"{before}{start}\n{text}\n{end}{after}")
+
+
+def wanted(only: str) -> Iterator[tuple[str, str]]:
+    from zoo_models import architectures
+
+    for task, model_type in architectures():
+        if not only or f"{task}:{model_type}" in only.split(","):
+            yield task, model_type
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="task:model_type, comma-separated")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path, default=RESULTS, help="where the results go")
+    parser.add_argument("--readme", action="store_true", help="write the table of the last results into README.md")
+    arguments = parser.parse_args()
+    if arguments.readme:
+        into_readme(table(json.loads(arguments.json.read_text())["rows"]))
+        return
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}
+    started = time.monotonic()
+    import zoo_models  # noqa: F401  # imported once, before the forks
+
+    import autopart  # noqa: F401
+
+    todo = list(wanted(arguments.only))
+    folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"zoo-{os.getpid()}"
+    folder.mkdir()
+    rows = []
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        for row in pool.map(lambda pair: in_process(*pair, folder), todo):
+            rows.append(row)
+            print(f"{len(rows)}/{len(todo)} {row['task']}:{row['model']}", row["outcomes"][HARDEST], flush=True)
+    folder.rmdir()
+    arguments.json.parent.mkdir(exist_ok=True)
+    command = " ".join(["python", "benchmarks/zoo.py", *sys.argv[1:]])
+    result = {"command": command, "seconds": round(time.monotonic() - started), "rows": rows}
+    arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
