@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from autopart.graph import info
-from autopart.stages import Named, StageGraph
+from autopart.stages import OWNED, Named, StageGraph
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def find_blocks(stage: StageGraph, least: int, classes: Mapping[str, str]) -> li
                         n
                         for node in nodes
                         for n in node.all_input_nodes
-                        if n not in inside and info(n).kind not in ("parameter", "buffer")
+                        if n not in inside and info(n).kind not in OWNED
                     )
                 )
             )
@@ -93,8 +93,8 @@ def _program(label: str, nodes: Sequence[fx.Node]) -> tuple[Any, ...]:
         if node in local:
             return f"%{local[node]}"
         record = info(node)
-        if record.kind in ("parameter", "buffer"):
-            return f"{record.name.removeprefix(label)} {record.placed} {record.whole} {record.dtype}"
+        if record.kind in OWNED:
+            return f"{record.name.removeprefix(label)} {record.placed} {record.whole} {record.dtypes}"
         return f"${others.setdefault(node, len(others))}"
 
     lines = []

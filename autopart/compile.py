@@ -16,9 +16,10 @@ from torch import nn
 from autopart.cost import peak
 from autopart.errors import PartitionError
 from autopart.folded import Folded
-from autopart.graph import Traced, calls, info, show, verify
+from autopart.graph import Traced, info, show, verify
 from autopart.mesh import Mesh
 from autopart.passes.annotate import annotate_costs
+from autopart.passes.draw import draw
 from autopart.passes.emit import emit
 from autopart.passes.fold import fold
 from autopart.passes.fuse import fuse
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
 Batch = Mapping[str, Any]
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-RANDOM = ("aten.dropout", "aten.native_dropout", "aten.bernoulli", "aten.rand", "aten.randn", "aten.rand_like")
 
 
 def plan(
@@ -108,9 +108,18 @@ def estimate(model: nn.Module, mesh: str | Mesh | DeviceMesh, batch: Batch, **se
 
 
 def compile(
-    model: nn.Module, mesh: str | Mesh | DeviceMesh, batch: Batch, *, plan: Plan | None = None, **settings: Any
+    model: nn.Module,
+    mesh: str | Mesh | DeviceMesh,
+    batch: Batch,
+    *,
+    plan: Plan | None = None,
+    seed: int | None = None,
+    **settings: Any,
 ) -> Compiled:
     """Plan (unless a `plan` is given), emit this rank's module, load the model's weights into it.
+
+    Dropout and other random numbers depend on `seed` (default: torch's, of rank 0), the step and the place in the whole
+    batch, not on the plan.
 
     To be called by every process; `settings` are those of `autopart.plan`. Rank 0 plans for all. Raises PartitionError
     as `plan` does, and where the processes are not as many as the mesh, the plan is for another model, or the model
@@ -120,11 +129,12 @@ def compile(
     if plan is not None and plan.mesh.size != mesh.size:
         raise PartitionError(f"the plan is for {plan.mesh.size} ranks, the mesh has {mesh.size}")
     start_processes(mesh.size)
-    plan = _agreed(plan, lambda: _make_plan(model, mesh, batch, **settings))
+    plan, seed = _agreed(plan, seed, lambda: _make_plan(model, mesh, batch, **settings))
     folded = Source(model, batch, DTYPES[plan.precision]).at(plan.micro_batch, plan.mesh)
     plan.check(folded.traced)
-    _check_trainable(model, folded.traced)
+    _check_trainable(model)
     groups = make_groups(plan.pp, plan.dp, plan.tp)
+    groups.draws.seed = seed
     (program,) = programs(folded, plan, [groups.pp.rank])
     compiled = Compiled(model, plan, groups, program, folded.traced.aliases, folded.traced.buffers)
     if "MASTER_ADDR" in os.environ:
@@ -144,22 +154,29 @@ class Simulated:
 
 
 def simulate(
-    model: nn.Module, mesh: str | Mesh | DeviceMesh, batch: Batch, *, plan: Plan | None = None, **settings: Any
+    model: nn.Module,
+    mesh: str | Mesh | DeviceMesh,
+    batch: Batch,
+    *,
+    plan: Plan | None = None,
+    seed: int | None = None,
+    **settings: Any,
 ) -> Simulated:
     """One step with all ranks as threads of this process, on the CPU: what `compile` would run there, to check a plan
     without its devices. Raises PartitionError as `compile` does."""
     plan = plan or _make_plan(model, mesh, batch, **settings)
-    return simulate_plan(Source(model, batch, DTYPES[plan.precision]), plan)
+    return simulate_plan(Source(model, batch, DTYPES[plan.precision]), plan, seed)
 
 
-def simulate_plan(source: Source, plan: Plan) -> Simulated:
+def simulate_plan(source: Source, plan: Plan, seed: int | None = None) -> Simulated:
     """`simulate` of a plan for a model that is traced already."""
     folded = source.at(plan.micro_batch, plan.mesh)
     plan.check(folded.traced)
-    _check_trainable(source.model, folded.traced)
+    _check_trainable(source.model)
     stages = programs(folded, plan)
 
     def one(groups: Groups) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        groups.draws.seed = torch.initial_seed() if seed is None else seed
         stage = stages[groups.pp.rank]
         compiled = Compiled(source.model, plan, groups, stage, folded.traced.aliases, folded.traced.buffers)
         loss = compiled.step(source.batch)
@@ -251,6 +268,7 @@ def prepare(model: nn.Module, batch: Batch, mesh: Mesh, dtype: torch.dtype) -> F
     """Trace to fold, each pass verified and, if AUTOPART_DUMP names a folder, written there."""
     traced = _pass("trace", None, lambda: trace(model, batch, dtype))
     _pass("simplify", traced, lambda: simplify(traced))
+    _pass("draw", traced, lambda: draw(traced))
     _pass("fuse", traced, lambda: fuse(traced))
     _pass("annotate", traced, lambda: annotate_costs(traced, mesh.device.name))
     return fold(traced)
@@ -293,36 +311,28 @@ def make_plan(source: Source, mesh: Mesh, request: Request, say: Callable[[str],
         request = replace(request, memory_share=request.memory_share / over * 0.98)
 
 
-def _agreed(given: Plan | None, make: Callable[[], Plan]) -> Plan:
-    """Rank 0's plan, on every rank; its error too."""
+def _agreed(given: Plan | None, seed: int | None, make: Callable[[], Plan]) -> tuple[Plan, int]:
+    """Rank 0's plan and seed, on every rank; its error too."""
+    seed = torch.initial_seed() if seed is None else seed
     if not dist.is_initialized():
-        return given or make()
-    box: list[Any] = [None]
+        return given or make(), seed
+    box: list[Any] = [None, seed]
     if dist.get_rank() == 0:
         try:
-            box = [(given or make()).to_json()]
+            box[0] = (given or make()).to_json()
         except PartitionError as error:
-            box = [(error.what, error.why, error.try_)]
+            box[0] = (error.what, error.why, error.try_)
     dist.broadcast_object_list(box, 0)
     if isinstance(box[0], tuple):
         raise PartitionError(*box[0])
-    return Plan.from_json(box[0])
+    return Plan.from_json(box[0]), box[1]
 
 
-def _check_trainable(model: nn.Module, traced: Traced) -> None:
+def _check_trainable(model: nn.Module) -> None:
     if any(p.is_meta for p in model.parameters()):
         raise PartitionError(
             "the model is on the meta device", "it has shapes but no weights to train", "build it on the CPU"
         )
-    for node in calls(traced.graph):
-        record = info(node)
-        drops = record.name == "aten.scaled_dot_product_attention" and len(node.args) > 4 and node.args[4]
-        if record.name in RANDOM or drops:
-            raise PartitionError(
-                f"the forward pass draws random numbers ({record.source or record.name})",
-                "masks that are the same under every plan are not there yet",
-                "dropout 0 in the config (resid_pdrop, embd_pdrop, attn_pdrop, dropout_rate, ...) or model.eval()",
-            )
 
 
 def _tied(stages: list[StageGraph]) -> dict[str, tuple[int, ...]]:

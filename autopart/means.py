@@ -50,7 +50,7 @@ def _states(node: fx.Node, states: Mapping[Value, State]) -> Sequence[State]:
     kinds = {s for s in given if s is not None}
     count = len(record.shapes)
     if kinds <= {ONE}:
-        return [ONE] * count
+        return [ONE if record.batch is None else record.batch] * count
     if MIXED in kinds:
         return [MIXED] * count
     options = strategies(record.name, shape_args(node), record.shapes, 1)

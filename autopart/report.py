@@ -27,7 +27,7 @@ from autopart.plan import (
 from autopart.request import Found, Request, axes_of, is_block
 from autopart.rules import has_rule
 from autopart.schedules import in_flight, instructions, simulate
-from autopart.stages import Choices, StageGraph
+from autopart.stages import OWNED, Choices, StageGraph
 
 
 def sync_by_stage(
@@ -159,6 +159,6 @@ def _recomputed_bytes(graph: StageGraph) -> int:
         total += sum(
             info(n).bytes
             for n in dict.fromkeys(i for node in nodes for i in node.all_input_nodes)
-            if n not in inside and info(n).kind not in ("parameter", "buffer")
+            if n not in inside and info(n).kind not in OWNED
         )
     return total

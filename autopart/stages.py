@@ -18,6 +18,10 @@ SETUP = ""
 """The label of the run that holds what every block of a stage shares."""
 
 
+OWNED = ("parameter", "buffer", "stream")
+"""Kinds of placeholders that a stage's module has as attributes; "stream" is a source of random numbers."""
+
+
 @dataclass(frozen=True)
 class Crossing:
     """A value sent between stages: its name, shape on a rank, and who makes and takes it."""

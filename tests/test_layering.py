@@ -12,7 +12,7 @@ import pytest
 # Lowest first: a module imports from its own layer and those before it.
 LAYERS = (
     {"errors", "mesh"},
-    {"notation", "rules", "graph", "comm", "schedules", "kernels", "torch_private", "relayout", "cost"},
+    {"notation", "rules", "graph", "comm", "schedules", "kernels", "torch_private", "relayout", "cost", "draws"},
     {"folded", "problem", "stages", "naming", "spelling", "blocks", "means"},
     {"plan"},
     {"passes"},

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from autopart.draws import uniform_of
 from autopart.graph import Traced, annotate, calls, info, operands, run_on_meta, shape_args, value_of
 from autopart.means import mixing
 from autopart.rules import flops, strategies
@@ -24,6 +25,8 @@ def annotate_costs(traced: Traced, device: str) -> Traced:
             annotate(node, batch=batch.get(value_of(node)))
             continue
         dims = _batch_dims(node, batch)
+        if node.target is uniform_of and record.shape and record.shape[0] == traced.micro_batch:
+            dims = [0]
         batch |= {(node, i): d for i, d in enumerate(dims)}
         annotate(node, batch=dims[0], flops=flops(record.name, shape_args(node), record.shapes))
     mixes = mixing(traced.graph)

@@ -17,7 +17,7 @@ from autopart.blocks import Block, find_blocks, plural
 from autopart.graph import info
 from autopart.naming import ATOM, UNARY, Scope, Text, wanted_name
 from autopart.spelling import INLINE, Speller, joins_bias, scalar_infix
-from autopart.stages import StageGraph
+from autopart.stages import OWNED, StageGraph
 
 WIDTH = 100
 
@@ -121,11 +121,15 @@ class _Emitter:
         for node in parameters:
             record = info(node)
             own = record.name.removeprefix(f"{prefix}.") if prefix else record.name
-            attribute = own.replace(".", "_")
+            attribute = re.sub(r"\W", "_", own)
             scope.names[node] = Text(f"self.{attribute}")
             shape = list(record.whole)
             placed = "".join(f', {axis}="{p}"' for axis, p in record.placed)
             quoted = f'f"{{{variable}}}.{own}"' if prefix and own != record.name else f'"{record.name}"'
+            if record.kind == "stream":
+                self.speller.used.add("stream")
+                lines.append(f"self.{attribute} = stream(groups, {quoted})")
+                continue
             kind = "weight" if record.kind == "parameter" else "buffer"
             self.speller.used.add(kind)
             dtype = "" if record.dtype == torch.float32 else f", dtype={record.dtype}"
@@ -137,7 +141,7 @@ class _Emitter:
         scope = Scope()
         nodes = block.runs[0]
         used = dict.fromkeys(n for node in nodes for n in node.all_input_nodes)
-        parameters = [n for n in used if info(n).kind in ("parameter", "buffer")]
+        parameters = [n for n in used if info(n).kind in OWNED]
         weights = self._weights(parameters, scope, block.labels[0], "name")
         arguments = []
         for outside in block.outside[0]:
@@ -162,7 +166,7 @@ class _Emitter:
         flat = [n for label, nodes in stage.runs if tuple(nodes) not in of_run for n in nodes]
         used = dict.fromkeys(n for node in flat for n in node.all_input_nodes)
         placeholders = [n for n in stage.graph.nodes if n.op == "placeholder"]
-        parameters = [n for n in placeholders if n in used and info(n).kind in ("parameter", "buffer")]
+        parameters = [n for n in placeholders if n in used and info(n).kind in OWNED]
         weights = self._weights(parameters, scope, "", "")
         arguments = [
             scope.name(n, info(n).name if info(n).kind == "input" else _argument(n))

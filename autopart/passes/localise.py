@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from autopart.draws import Stream, dropout, uniform, uniform_of
 from autopart.folded import Folded
 from autopart.graph import KEY, Info, info, is_pick, loss_of, operands, updates_of, value_of
 from autopart.notation import P, Placement, R
@@ -94,6 +96,7 @@ class _Localiser:
         self.stage = StageGraph(index)
         self.made: dict[tuple[Value, Placements], fx.Node] = {}
         self.moved: dict[tuple[fx.Node, Placements, int], fx.Node] = {}
+        self.streams: dict[str, fx.Node] = {}
         self.kept: set[tuple[str, Placements]] = set()
         self.runs: dict[int, tuple[str, list[fx.Node]]] = {-1: (SETUP, [])}
         self.uses = uses
@@ -168,6 +171,9 @@ class _Localiser:
             if record.kind == "input":
                 self.stage.inputs.append(record.name)
             self.made[value, placements] = self._placeholder(value, placements, record.kind, record.name)
+        for stream in (a for node in nodes if node.op == "call_function" for a in node.args if isinstance(a, Stream)):
+            self.streams[stream] = self.stage.graph.placeholder(re.sub(r"\W", "_", stream))
+            self.streams[stream].meta[KEY] = Info("stream", stream, (), ())
 
     def _given(self, value: Value) -> Placements:
         """Where a value lies in this stage before any change."""
@@ -278,6 +284,9 @@ class _Localiser:
             target = runtime_function("vocab_embedding")
             args = (ids, weight, functions["vocab_embedding"], *rest[:1])
             local = replace(local, name="runtime.vocab_embedding")
+        elif node.target in (dropout, uniform, uniform_of):
+            target, args, kwargs = self._draw(node, args, chosen)
+            local = replace(local, name=f"runtime.{target.__name__}")
         result = self._add(run, target, args, kwargs, local)
         if "mean" in functions:
             parts = 1
@@ -311,6 +320,22 @@ class _Localiser:
         else:
             name, extra = "mean_cross_entropy", (smoothing,) if smoothing else ()  # type: ignore[assignment]
         return runtime_function(name), (args[0], args[1], Named(f'self.valid["{node.name}"]'), ignore, *extra), {}
+
+    def _draw(
+        self, node: fx.Node, args: tuple[Any, ...], chosen: Sequence[Strategy]
+    ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """Random numbers follow the place in the whole tensor: its size, and what of it is here."""
+        record = info(node)
+        axes = {
+            axis: (p.dim, list(p.parts)) if p.parts else p.dim
+            for s, (axis, _) in zip(chosen, self.choices.axes, strict=True)
+            if (p := s.outputs[0]).kind == "S"
+        }
+        stream = self.streams[next(a for a in args if isinstance(a, Stream))]
+        where = (stream, list(record.shape), record.batch)
+        if node.target is dropout:
+            return runtime_function("dropout"), (args[0], args[1], *where), axes
+        return runtime_function("uniform"), (*where, record.dtype), axes
 
     def _keep(self, nodes: list[fx.Node]) -> None:
         """Count what autograd keeps for these nodes: every root once for each placement it is kept in."""

@@ -303,10 +303,20 @@ def _attention_mask(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.
     if values is not None and values.dim() >= 2 and values.shape[-1] == values.shape[-2]:
         causal = torch.ones(values.shape[-2:], dtype=torch.bool).tril()
         if torch.equal(values, causal.expand_as(values)):
-            return new_call(graph, node.target, (*head, None, 0.0, True), node, dict(node.kwargs))  # type: ignore[arg-type]
+            return new_call(graph, node.target, (*head, None, tail[0] if tail else 0.0, True), node, dict(node.kwargs))  # type: ignore[arg-type]
     if info(mask).name == "aten.expand" and len(info(mask.args[0]).shape) == len(info(mask).shape):  # type: ignore[arg-type]
         return new_call(graph, node.target, (*head, mask.args[0], *tail), node, dict(node.kwargs))  # type: ignore[arg-type]
     return None
 
 
-REWRITES = (_drop, _only_piece, _copy, _reshape, _bias_apart, _unflatten, _index_everything, _true_conditions, _attention_mask)
+REWRITES = (
+    _drop,
+    _only_piece,
+    _copy,
+    _reshape,
+    _bias_apart,
+    _unflatten,
+    _index_everything,
+    _true_conditions,
+    _attention_mask,
+)

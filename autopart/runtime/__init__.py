@@ -14,6 +14,7 @@ from autopart.runtime.collectives import (
 )
 from autopart.runtime.functions import mean_cross_entropy, recomputed, vocab_cross_entropy, vocab_embedding
 from autopart.runtime.groups import Group, Groups, buffer, load, make_groups, weight
+from autopart.runtime.random import dropout, stream, uniform
 
 __all__ = [
     "Group",
@@ -21,6 +22,7 @@ __all__ = [
     "all_reduce",
     "buffer",
     "copy_to",
+    "dropout",
     "exchange",
     "gather_from",
     "gather_to",
@@ -33,6 +35,8 @@ __all__ = [
     "scatter_to",
     "share_gradient",
     "slice_of",
+    "stream",
+    "uniform",
     "vocab_cross_entropy",
     "vocab_embedding",
     "weight",

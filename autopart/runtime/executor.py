@@ -79,9 +79,12 @@ class Executor:
         self.losses: list[Tensor] = []
         self.stage.zero_grad(set_to_none=True)
         self._count_valid()
+        draws = self.groups.draws
         for instruction in self.program:
+            draws.micro_batch = instruction.micro_batch
             self.doing = str(instruction)
             self.actions[instruction.op](instruction)
+        draws.step += 1
         for work, _ in self.works:
             work.wait()
         self.doing = "sharing the loss"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from autopart.errors import PartitionError
 from autopart.notation import Placement
+from autopart.runtime.random import Draws
 from autopart.runtime.shards import shard
 
 AXES = ("pp", "dp", "tp")
@@ -89,7 +90,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's group along every axis, its device, and the groups that are no axis.
+    """This rank's group along every axis, its device, the groups that are no axis, and what random numbers depend on.
 
     activations, gradients   all ranks, one group for each direction of a pipeline
     host                     all ranks, for values on the CPU
@@ -102,6 +103,7 @@ class Groups:
     activations: Group
     gradients: Group
     host: Group
+    draws: Draws = field(default_factory=Draws, kw_only=True)
 
     def along(self, axis: str) -> Group:
         """The group of an axis by its name."""
