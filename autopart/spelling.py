@@ -21,7 +21,8 @@ INFIX = {
 METHODS = {
     "reshape": "reshape", "view": "view", "transpose.int": "transpose", "permute": "permute", "unsqueeze": "unsqueeze",
     "expand": "expand", "t": "t", "masked_fill.Scalar": "masked_fill", "cumsum": "cumsum",
-    "squeeze.dim": "squeeze", "gather": "gather", "detach": "detach", "split.Tensor": "split", "split_with_sizes": "split",
+    "squeeze.dim": "squeeze", "gather": "gather", "detach": "detach", "split.Tensor": "split",
+    "split_with_sizes": "split",
 }  # fmt: skip
 TORCH = {
     "abs", "cos", "sin", "tanh", "exp", "log", "rsqrt", "sqrt", "sigmoid", "matmul", "mm", "bmm", "where.self",

@@ -49,6 +49,11 @@ def _random(node: fx.Node) -> bool:
     return True
 
 
+def _filled(node: fx.Node, required: int, *defaults: Any) -> list[Any]:
+    """The arguments: those required, and the others, taken from `defaults` where they are left out."""
+    return [*node.args, *defaults[len(node.args) - required :]]
+
+
 def _dropout(new: New, node: fx.Node, stream: Stream) -> fx.Node:
     x, p, training = node.args
     if p == 0.0 or training is False:
@@ -82,8 +87,8 @@ def _rand_like(new: New, node: fx.Node, stream: Stream) -> fx.Node:
 
 
 def _uniform(new: New, node: fx.Node, stream: Stream) -> fx.Node:
-    low, high = (*node.args[1:], *(0.0, 1.0)[len(node.args) - 1 :])
-    return new(aten.add.Tensor, new(aten.mul.Tensor, new(uniform, node.args[0], stream), high - low), low)  # type: ignore[operator]
+    x, low, high = _filled(node, 1, 0.0, 1.0)
+    return new(aten.add.Tensor, new(aten.mul.Tensor, new(uniform, x, stream), high - low), low)
 
 
 def _normal(drawn: Callable[[New, fx.Node, Stream], fx.Node]) -> Callable[[New, fx.Node, Stream], fx.Node]:
@@ -110,11 +115,11 @@ def _bernoulli(new: New, node: fx.Node, stream: Stream) -> fx.Node:
 
 
 def _attention(new: New, node: fx.Node, stream: Stream) -> fx.Node:
-    query, key, value, mask, p, causal = (*node.args, *(None, 0.0, False)[len(node.args) - 3 :])
-    heads, served = info(query).shape[1], info(key).shape[1]  # type: ignore[arg-type]
+    query, key, value, mask, p, causal = _filled(node, 3, None, 0.0, False)
+    heads, served = info(query).shape[1], info(key).shape[1]
     if node.kwargs.get("enable_gqa") and heads != served:
-        key, value = (_repeated(new, x, heads // served) for x in (key, value))  # type: ignore[arg-type]
-    scale = node.kwargs.get("scale") or 1 / math.sqrt(info(query).shape[-1])  # type: ignore[arg-type]
+        key, value = (_repeated(new, x, heads // served) for x in (key, value))
+    scale = node.kwargs.get("scale") or 1 / math.sqrt(info(query).shape[-1])
     scores = new(aten.mul.Tensor, new(aten.matmul.default, query, new(aten.transpose.int, key, -2, -1)), scale)
     if causal:
         size = list(info(scores).shape[-2:])

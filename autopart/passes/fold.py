@@ -92,8 +92,9 @@ def _signature(run: Run) -> tuple[Any, ...]:
     lines: list[Any] = []
     for node in run.nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _Token(token(n)))  # type: ignore[arg-type,return-value]
-        args = relative(args, run.label)
-        lines.append((info(node).name, repr(args), repr(kwargs), info(node).shapes, info(node).dtypes))
+        lines.append(
+            (info(node).name, repr(relative(args, run.label)), repr(kwargs), info(node).shapes, info(node).dtypes)
+        )
     inside = set(run.nodes)
     outputs = tuple(i for i, n in enumerate(run.nodes) if any(u not in inside for u in n.users))
     run.externals = tuple(externals)

@@ -7,7 +7,8 @@ import os
 import re
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,14 +37,22 @@ def trace(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     skeleton = _skeleton(model, mode, dtype)
     kwargs = {k: _fake(v, mode) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if v is not None}
+    custom: dict[str, str] = {}
     try:
-        with mode, warnings.catch_warnings():
+        with mode, warnings.catch_warnings(), _custom_functions(custom):
             warnings.simplefilter("ignore", FutureWarning)
             exported = torch.export.export(skeleton, (), kwargs, strict=False)
             _cut_gradients(exported)
             exported = exported.run_decompositions({})
     except Exception as error:
         raise _untraceable(error) from error
+    if custom:
+        name, where = next(iter(custom.items()))
+        raise PartitionError(
+            f"the forward pass calls an autograd.Function, {name} ({where})",
+            "a trace sees its forward only, and would take the gradients from that instead of its backward",
+            "plain torch operators, or another implementation of the layer if the model has one",
+        )
     signature = exported.graph_signature
     if signature.user_inputs_to_mutate:
         raise PartitionError(
@@ -84,6 +93,24 @@ def trace(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None 
     buffers = _buffers(model, exported, placeholders(graph, "buffer"))
     classes = {path: type(module).__name__ for path, module in model.named_modules()}
     return Traced(graph, type(model).__name__, buffers, aliases, next(iter(sizes.values())), classes, updated)
+
+
+@contextmanager
+def _custom_functions(found: dict[str, str]) -> Iterator[None]:
+    """Note every autograd.Function that is not torch's own, with the line that calls it."""
+    apply = torch.autograd.Function.__dict__["apply"]
+
+    def noted(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith("torch."):
+            frames = [f for f in traceback.extract_stack()[:-1] if not f.filename.startswith(PACKAGES)]
+            found[cls.__name__] = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}"
+        return apply.__func__(cls, *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(noted)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = apply
 
 
 def _cut_gradients(exported: torch.export.ExportedProgram) -> None:

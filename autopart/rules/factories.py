@@ -28,9 +28,9 @@ def _like(args: Args, outputs: Sequence[Shape]) -> str:
 
 SIZED = {"full": 0, "zeros": 0, "ones": 0}
 NEW = "new_zeros new_ones new_full".split()
-BY_PLACE = """arange arange.start arange.start_step linspace logspace eye eye.m tril_indices triu_indices hann_window
-    hamming_window rand randn randint randint.low randperm rand_like randn_like bernoulli bernoulli.p uniform
-    exponential normal_functional multinomial""".split()
+BY_PLACE = """arange arange.start arange.start_step linspace logspace eye eye.m tril_indices triu_indices
+    hann_window hamming_window rand randn randint randint.low randperm rand_like randn_like bernoulli
+    bernoulli.p uniform exponential normal_functional multinomial""".split()
 """What an element is depends on its place, or on the state of a random generator: whole on every rank."""
 
 RULES: dict[str, Rule] = {f"aten.{n}": Rule(_full, resize=at) for n, at in SIZED.items()}

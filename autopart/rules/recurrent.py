@@ -10,8 +10,8 @@ from autopart.rules.base import Args, Rule, is_tensor, opaque, row, spelled
 
 
 def _recurrent(args: Args, outputs: Sequence[Shape]) -> str:
-    """(input, states, parameters, ..., batch first) -> output, states"""
-    if len(args[0]) != 3 or not isinstance(args[8], bool):
+    """(input, states, parameters, biases, layers, dropout, training, both ways, batch first) -> output, states"""
+    if len(args[0]) != 3 or not isinstance(args[8], bool) or (args[5] and args[6]):
         return opaque(args, outputs)
     order = (1, 0, 2) if args[8] else (0, 1, 2)
     x, y = ([("t!", "b", last)[i] for i in order] for last in ("i!", "o!"))

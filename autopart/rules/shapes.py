@@ -93,11 +93,10 @@ def _copies(args: Args, outputs: Sequence[Shape]) -> Args:
 
 
 def _interleave(args: Args, outputs: Sequence[Shape]) -> str:
-    names, dim = letters(len(args[0])), argument(args, 2)
-    if dim is None and len(names) != 1:
+    """(x, count, dim); the dim stays whole, since the size of the output may be given by keyword."""
+    if argument(args, 2) is None:
         return opaque(args, outputs)
-    dim = (dim or 0) % len(names)
-    return row([names], [[*names[:dim], f"({names[dim]} {args[1]})" if args[1] else "0", *names[dim + 1 :]]])
+    return whole_at(2)((args[0], None, args[2]), outputs)
 
 
 def _interleave_each(args: Args, outputs: Sequence[Shape]) -> str:

@@ -100,6 +100,15 @@ def _grid_sampler(args: Args, outputs: Sequence[Shape]) -> str:
     return row([["b", "c", *(f"a{i}!" for i in range(space))], ["b", *to, str(space)]], [["b", "c", *to]])
 
 
+def _affine_grid(args: Args, outputs: Sequence[Shape]) -> str:
+    """(matrices, size of the image)"""
+    return f"b x! y! -> b {' '.join(f'{n}!' for n in letters(len(args[1]) - 1))}"
+
+
+def _affine_size(args: Args, outputs: Sequence[Shape]) -> Args:
+    return replaced(args, 1, [outputs[0][0], *args[1][1:]])
+
+
 def _channel_shuffle(args: Args, outputs: Sequence[Shape]) -> str:
     x = spelled(args[0], [1])
     return row([x], [x])
@@ -138,6 +147,7 @@ RULES: dict[str, Rule] = {
     "aten.grid_sampler": Rule(_grid_sampler),
     "aten.grid_sampler_2d": Rule(_grid_sampler),
     "aten.grid_sampler_3d": Rule(_grid_sampler),
+    "aten.affine_grid_generator": Rule(_affine_grid, linear=-1, resize=_affine_size),
     "aten.channel_shuffle": Rule(_channel_shuffle, linear=-1),
     "aten.native_channel_shuffle": Rule(_channel_shuffle, linear=-1),
 }

@@ -2,8 +2,8 @@
 
 A number is a hash of the seed, the step, the stream's name and the element's place in the whole batch. So a mask is the
 same split over any axes, in any stage, for any size of micro-batch, and again when a block is run again; it is never
-kept, but drawn a second time for backward. The hash of an element is one round of a 32-bit mixer (C. Wellons' lowbias32,
-public domain, 2018) over the place in the last dim, on top of one of the place in all others.
+kept, but drawn a second time for backward. The hash of an element is one round of a 32-bit mixer (C. Wellons'
+lowbias32, public domain, 2018) over the place in the last dim, on top of one of the place in all others.
 """
 
 from __future__ import annotations
