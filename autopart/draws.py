@@ -31,9 +31,9 @@ def dropout(x: torch.Tensor, p: float, stream: Stream) -> torch.Tensor:
     return x * 1.0
 
 
-def uniform(like: torch.Tensor, stream: Stream) -> torch.Tensor:
-    """Between 0 and 1, neither included, in the shape and dtype of `like`."""
-    return torch.empty_like(like)
+def uniform(like: torch.Tensor, stream: Stream, dtype: torch.dtype) -> torch.Tensor:
+    """Between 0 and 1, neither included, in the shape of `like`."""
+    return torch.empty_like(like, dtype=dtype)
 
 
 def uniform_of(size: Sequence[int], dtype: torch.dtype, stream: Stream) -> torch.Tensor:

@@ -41,6 +41,8 @@ class Placement:
     S  split along `dim`; gradient split alike. `parts`, if given, are the sizes of the segments
        the dim consists of; each segment is split on its own
     P  a partial sum, gradient whole on every rank
+    M  every rank holds all of it, but only its share of the places along `dim` means anything, and only they have a
+       gradient: rows that belong to experts of its own
     """
 
     kind: str
@@ -49,20 +51,25 @@ class Placement:
 
     def __str__(self) -> str:
         parts = f"[{'+'.join(map(str, self.parts))}]" if self.parts else ""
-        return f"{self.kind}{self.dim if self.kind == 'S' else ''}{parts}"
+        return f"{self.kind}{self.dim if self.kind in 'SM' else ''}{parts}"
 
     @staticmethod
     def parse(text: str) -> Placement:
         """The inverse of ``str``: ``"S1[64+64]"``."""
-        match = re.fullmatch(r"([RCP])|S(\d+)(?:\[(\d+(?:\+\d+)*)\])?", text)
+        match = re.fullmatch(r"([RCP])|([SM])(\d+)(?:\[(\d+(?:\+\d+)*)\])?", text)
         if match is None:
             raise ValueError(f"not a placement: {text!r}")
         if match[1]:
             return Placement(match[1])
-        return Placement("S", int(match[2]), tuple(map(int, match[3].split("+"))) if match[3] else ())
+        return Placement(match[2], int(match[3]), tuple(map(int, match[4].split("+"))) if match[4] else ())
 
 
 R, C, P = Placement("R"), Placement("C"), Placement("P")
+
+
+def M(dim: int) -> Placement:
+    """Each rank's own places along `dim` mean something."""
+    return Placement("M", dim)
 
 
 def S(dim: int, parts: Sequence[int] = ()) -> Placement:

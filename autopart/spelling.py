@@ -123,7 +123,7 @@ def joins_bias(node: fx.Node) -> bool:
 
 def bias_of(add: fx.Node, product: fx.Node) -> fx.Node | None:
     """The bias if `add` adds one to `product`."""
-    if info(add).name != "aten.add.Tensor" or add.args[0] is not product or len(add.args) != 2:
+    if add.op == "output" or info(add).name != "aten.add.Tensor" or add.args[0] is not product or len(add.args) != 2:
         return None
     bias = add.args[1]
     is_bias = isinstance(bias, fx.Node) and info(bias).kind == "parameter" and len(info(bias).shape) == 1

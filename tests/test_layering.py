@@ -12,8 +12,20 @@ import pytest
 # Lowest first: a module imports from its own layer and those before it.
 LAYERS = (
     {"errors", "mesh"},
-    {"notation", "rules", "graph", "comm", "schedules", "kernels", "torch_private", "relayout", "cost", "draws"},
-    {"folded", "problem", "stages", "naming", "spelling", "blocks", "means"},
+    {
+        "notation",
+        "rules",
+        "graph",
+        "comm",
+        "schedules",
+        "kernels",
+        "torch_private",
+        "relayout",
+        "cost",
+        "draws",
+        "experts",
+    },
+    {"folded", "problem", "stages", "naming", "spelling", "blocks", "means", "custom"},
     {"plan"},
     {"passes"},
     {"request", "report", "planner"},

@@ -26,9 +26,9 @@ def draw(traced: Traced) -> Traced:
     graph = traced.graph
     drawn: Counter[str] = Counter()
     for node in calls(graph):
-        rewrite = REWRITES.get(info(node).name)
-        if rewrite is None or not _random(node):
+        if not _random(node):
             continue
+        rewrite = REWRITES.get(info(node).name, _refused)
         module = info(node).module or "model"
         drawn[module] += 1
         stream = Stream(module if drawn[module] == 1 else f"{module}#{drawn[module]}")
@@ -44,9 +44,10 @@ def draw(traced: Traced) -> Traced:
 
 
 def _random(node: fx.Node) -> bool:
-    if info(node).name == "aten.scaled_dot_product_attention":
-        return len(node.args) > 4 and bool(node.args[4])
-    return True
+    name, args = info(node).name, node.args
+    if name in ONLY_WITH:
+        return all(len(args) > at and bool(args[at]) for at in ONLY_WITH[name])
+    return name in REWRITES or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _filled(node: fx.Node, required: int, *defaults: Any) -> list[Any]:
@@ -55,9 +56,7 @@ def _filled(node: fx.Node, required: int, *defaults: Any) -> list[Any]:
 
 
 def _dropout(new: New, node: fx.Node, stream: Stream) -> fx.Node:
-    x, p, training = node.args
-    if p == 0.0 or training is False:
-        return x  # type: ignore[return-value]
+    x, p, _ = node.args
     return new(aten.zeros_like.default, x) if p == 1.0 else new(dropout, x, p, stream)
 
 
@@ -79,39 +78,63 @@ def _feature_dropout(new: New, node: fx.Node, stream: Stream) -> fx.Node:
 
 
 def _rand(new: New, node: fx.Node, stream: Stream) -> fx.Node:
-    return new(uniform_of, list(info(node).shape), info(node).dtype, stream)
+    """As precise as float32 or the node's dtype; of an empty tensor only the size counts."""
+    dtype = torch.promote_types(info(node).dtype, torch.float32)
+    if dtype.is_complex:
+        raise _refusal(node, f"it draws {dtype}")
+    like = node.args[0] if node.all_input_nodes else None
+    while isinstance(like, fx.Node) and info(like).name == "aten.empty_like":
+        like = like.args[0]
+    if isinstance(like, fx.Node) and info(like).name not in ("aten.new_empty", "aten.empty.memory_format"):
+        return new(uniform, like, stream, dtype)
+    return new(uniform_of, list(info(node).shape), dtype, stream)
 
 
-def _rand_like(new: New, node: fx.Node, stream: Stream) -> fx.Node:
-    return new(uniform, node.args[0], stream)
+def _cast(new: New, node: fx.Node, drawn: fx.Node) -> fx.Node:
+    """In the node's dtype."""
+    dtype = info(node).dtype
+    return drawn if info(drawn).dtype == dtype else new(aten._to_copy.default, drawn, kwargs={"dtype": dtype})
+
+
+def _standard(new: New, node: fx.Node, stream: Stream) -> fx.Node:
+    """In the node's dtype, whose largest number below 1 is none of float32's."""
+    below = 1 - torch.finfo(info(node).dtype).eps / 2
+    drawn = _cast(new, node, _rand(new, node, stream))
+    exact = info(node).dtype in (torch.float32, torch.float64)
+    return drawn if exact else new(aten.clamp_max.default, drawn, below)
 
 
 def _uniform(new: New, node: fx.Node, stream: Stream) -> fx.Node:
-    x, low, high = _filled(node, 1, 0.0, 1.0)
-    return new(aten.add.Tensor, new(aten.mul.Tensor, new(uniform, x, stream), high - low), low)
+    _, low, high = _filled(node, 1, 0.0, 1.0)
+    return _scaled(new, node, _rand(new, node, stream), high - low, low)
 
 
-def _normal(drawn: Callable[[New, fx.Node, Stream], fx.Node]) -> Callable[[New, fx.Node, Stream], fx.Node]:
+def _normal(new: New, node: fx.Node, stream: Stream) -> fx.Node:
     """sqrt(2) erfinv(2 u - 1) is normal where u is uniform."""
+    mean, deviation = 0.0, 1.0
+    if info(node).name == "aten.normal_functional":
+        _, mean, deviation = _filled(node, 1, 0.0, 1.0)
+    drawn = _rand(new, node, stream)
+    centred = new(aten.sub.Tensor, new(aten.mul.Tensor, drawn, 2.0), 1.0)
+    return _scaled(new, node, new(aten.erfinv.default, centred), math.sqrt(2.0) * deviation, mean)
 
-    def rewrite(new: New, node: fx.Node, stream: Stream) -> fx.Node:
-        centred = new(aten.sub.Tensor, new(aten.mul.Tensor, drawn(new, node, stream), 2.0), 1.0)
-        return new(aten.mul.Tensor, new(aten.erfinv.default, centred), math.sqrt(2.0))
 
-    return rewrite
+def _scaled(new: New, node: fx.Node, drawn: fx.Node, factor: float, offset: float) -> fx.Node:
+    drawn = new(aten.mul.Tensor, drawn, factor) if factor != 1.0 else drawn
+    return _cast(new, node, new(aten.add.Tensor, drawn, offset) if offset else drawn)
 
 
 def _exponential(new: New, node: fx.Node, stream: Stream) -> fx.Node:
     rate = node.args[1] if len(node.args) > 1 else 1.0
-    return new(aten.div.Tensor, new(aten.neg.default, new(aten.log.default, _rand_like(new, node, stream))), rate)
+    drawn = new(aten.neg.default, new(aten.log.default, _rand(new, node, stream)))
+    return _cast(new, node, new(aten.div.Tensor, drawn, rate))
 
 
 def _bernoulli(new: New, node: fx.Node, stream: Stream) -> fx.Node:
     """With one probability for all (an argument), or one for each element (the input)."""
     chance = node.args[1] if len(node.args) > 1 else node.args[0]
-    drawn = new(uniform, node.args[0], stream)
     less = aten.lt.Tensor if isinstance(chance, fx.Node) else aten.lt.Scalar
-    return new(aten._to_copy.default, new(less, drawn, chance), kwargs={"dtype": info(node).dtype})
+    return _cast(new, node, new(less, _rand(new, node, stream), chance))
 
 
 def _attention(new: New, node: fx.Node, stream: Stream) -> fx.Node:
@@ -156,26 +179,26 @@ REWRITES: dict[str, Callable[[New, fx.Node, Stream], fx.Node]] = {
     "aten.native_dropout": _native_dropout,
     "aten.feature_dropout": _feature_dropout,
     "aten.scaled_dot_product_attention": _attention,
-    "aten.rand": _rand,
-    "aten.rand_like": _rand_like,
+    "aten.rand": _standard,
+    "aten.rand_like": _standard,
     "aten.uniform": _uniform,
-    "aten.randn": _normal(_rand),
-    "aten.randn_like": _normal(_rand_like),
+    "aten.randn": _normal,
+    "aten.randn_like": _normal,
+    "aten.normal_functional": _normal,
     "aten.exponential": _exponential,
     "aten.bernoulli": _bernoulli,
     "aten.bernoulli.p": _bernoulli,
-    "aten.alpha_dropout": _refused,
-    "aten.feature_alpha_dropout": _refused,
-    "aten.rrelu_with_noise_functional": _refused,
-    "aten.randint": _refused,
-    "aten.randint.low": _refused,
-    "aten.randint_like": _refused,
-    "aten.randperm": _refused,
-    "aten.multinomial": _refused,
-    "aten.poisson": _refused,
-    "aten.normal.Tensor_Tensor": _refused,
-    "aten.normal_functional": _refused,
-    "aten.cauchy": _refused,
-    "aten.geometric": _refused,
-    "aten.log_normal": _refused,
 }
+"""Random operators that have a counterpart; others are refused."""
+RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+ONLY_WITH: dict[str, tuple[int, ...]] = {
+    "aten.scaled_dot_product_attention": (4,),
+    "aten.dropout": (1, 2),
+    "aten.feature_dropout": (1, 2),
+    "aten.alpha_dropout": (1, 2),
+    "aten.feature_alpha_dropout": (1, 2),
+    "aten.rrelu": (3,),
+    **{f"aten.{name}.input": (5, 6) for name in RECURRENT},
+    **{f"aten.{name}.data": (6, 7) for name in RECURRENT},
+}
+"""The arguments that must all be true for the operator to draw."""

@@ -120,12 +120,14 @@ class _Emitter:
         lines = []
         for node in parameters:
             record = info(node)
-            own = record.name.removeprefix(f"{prefix}.") if prefix else record.name
+            within = bool(prefix) and re.match(rf"{re.escape(prefix)}(?!\w)", record.name) is not None
+            rest = record.name.removeprefix(prefix) if within else ""
+            own = (f"draws{rest}" if rest[:1] != "." else rest[1:]) if within else record.name
             attribute = re.sub(r"\W", "_", own)
             scope.names[node] = Text(f"self.{attribute}")
             shape = list(record.whole)
             placed = "".join(f', {axis}="{p}"' for axis, p in record.placed)
-            quoted = f'f"{{{variable}}}.{own}"' if prefix and own != record.name else f'"{record.name}"'
+            quoted = (f'f"{{{variable}}}{rest}"' if rest else variable) if within else f'"{record.name}"'
             if record.kind == "stream":
                 self.speller.used.add("stream")
                 lines.append(f"self.{attribute} = stream(groups, {quoted})")

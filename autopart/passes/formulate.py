@@ -103,7 +103,7 @@ def _hints(folded: Folded, nodes: list[fx.Node], size: int) -> dict[tuple[fx.Nod
             if operand is not None:
                 source, output = value_of(operand)
                 hints[folded.same[source], output] |= {
-                    p for s in options if (p := s.inputs[index]) is not None and p.parts
+                    p for s in options if (p := s.inputs[index]) is not None and (p.parts or p.kind == "M")
                 }
     return hints
 

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from autopart.draws import Stream, dropout, uniform, uniform_of
+from autopart.experts import expert_linear
 from autopart.folded import Folded
 from autopart.graph import KEY, Info, info, is_pick, loss_of, operands, updates_of, value_of
 from autopart.notation import P, Placement, R
@@ -284,6 +285,10 @@ class _Localiser:
             target = runtime_function("vocab_embedding")
             args = (ids, weight, functions["vocab_embedding"], *rest[:1])
             local = replace(local, name="runtime.vocab_embedding")
+        elif node.target is expert_linear:
+            target = runtime_function("expert_linear")
+            args = (*args, functions["expert_linear"]) if functions else args
+            local = replace(local, name="runtime.expert_linear")
         elif node.target in (dropout, uniform, uniform_of):
             target, args, kwargs = self._draw(node, args, chosen)
             local = replace(local, name=f"runtime.{target.__name__}")
@@ -374,8 +379,8 @@ class _Localiser:
 
 
 def _merge(placement: Placement) -> Placement:
-    """Whole is whole: R, C and P take the same memory; so does any split."""
-    return R if placement.kind in "RCP" else Placement("S")
+    """Whole is whole: all but a split take the same memory."""
+    return Placement("S") if placement.kind == "S" else R
 
 
 def _arguments(function: str, have: Placement, want: Placement) -> tuple[Any, ...]:

@@ -9,10 +9,12 @@ all-true one is dropped, a causal one becomes `is_causal=True`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import fx
 
+from autopart.experts import expert_linear
 from autopart.graph import Traced, calls, info, loss_of, new_call
 from autopart.rules import RULES
 
@@ -43,7 +45,8 @@ def _merge_equal(graph: fx.Graph) -> None:
     """Values without gradient that are computed twice from the same are computed once (rotary tables, masks)."""
     seen: dict[object, fx.Node] = {}
     for node in calls(graph):
-        if info(node).grad or node is loss_of(graph):
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if info(node).grad or node is loss_of(graph) or random:
             continue
         key = (node.target, repr(node.args), repr(node.kwargs))
         first = seen.setdefault(key, node)
@@ -122,6 +125,12 @@ def _repeat(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def _call(node: Any, name: str) -> tuple[Any, ...]:
+    """The arguments of `node` if it is a call of that operator; else nothing."""
+    found = isinstance(node, fx.Node) and node.op == "call_function" and info(node).name == name
+    return tuple(node.args) if found else ()
+
+
 def _positional(node: fx.Node) -> None:
     """Arguments that the schema allows by position go there; device and layout go away."""
     if not isinstance(node.target, torch._ops.OpOverload):
@@ -172,6 +181,23 @@ def _only_piece(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node
     return whole if info(pieces).name in ("aten.split.Tensor", "aten.split_with_sizes", "aten.chunk") else None  # type: ignore[return-value]
 
 
+def _experts(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+    """Rows times the weights gathered for each of them: no weight need be gathered."""
+    squeezed = _call(node, "aten.squeeze.dim") or _call(node, "aten.squeeze.dims")
+    product = _call(squeezed[0], "aten.bmm") if squeezed else None
+    for transposed, dim in ((False, 2), (True, 1)):
+        if not product or info(node).shapes != ((info(product[0]).shape[0], info(squeezed[0]).shape[3 - dim]),):
+            continue
+        gathered, rows = product[::-1] if transposed else product
+        index, spread = _call(gathered, "aten.index.Tensor"), _call(rows, "aten.unsqueeze")
+        if not index or not spread or spread[1] not in (dim, dim - 3) or len(index[1]) != 1:
+            continue
+        weights, ids = index[0], index[1][0]
+        if len(info(weights).shape) == 3 and len(info(ids).shape) == 1:
+            return new_call(graph, expert_linear, (spread[0], weights, ids, transposed), node)
+    return None
+
+
 def _copy(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
     """What an in-place copy leaves: the source in the target's dtype and shape."""
     if info(node).name != "aten.copy":
@@ -183,9 +209,29 @@ def _copy(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | Non
     return new_call(graph, aten.expand.default, (source, list(info(target).shape)), node)
 
 
+def _interleave(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+    """Repeating every element along a dim is a broadcast."""
+    if info(node).name != "aten.repeat_interleave.self_int" or len(node.args) < 3 or node.args[2] is None:
+        return None
+    source, times, dim = node.args
+    assert isinstance(source, fx.Node) and isinstance(times, int) and isinstance(dim, int)
+    shape = list(info(source).shape)
+    dim %= len(shape)
+    spread = new_call(graph, aten.unsqueeze.default, (source, dim + 1), node)
+    spread = new_call(graph, aten.expand.default, (spread, [*shape[: dim + 1], times, *shape[dim + 1 :]]), node)
+    return new_call(graph, aten.reshape.default, (spread, list(info(node).shape)), node)
+
+
+def _cast(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+    """A cast names its dtype."""
+    if info(node).name != "aten.type_as":
+        return None
+    return new_call(graph, aten._to_copy.default, (node.args[0],), node, {"dtype": info(node).dtype})
+
+
 def _reshape(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
     """Views become reshapes with every size spelt out; two in a row become one."""
-    names = ("aten.view", "aten._unsafe_view", "aten.reshape", "aten.flatten.using_ints")
+    names = ("aten.view", "aten._unsafe_view", "aten.reshape", "aten.flatten.using_ints", "aten.squeeze")
     if info(node).name not in names:
         return None
     source = node.args[0]
@@ -313,6 +359,9 @@ REWRITES = (
     _drop,
     _only_piece,
     _copy,
+    _cast,
+    _interleave,
+    _experts,
     _reshape,
     _bias_apart,
     _unflatten,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from autopart.custom import CustomFunction
 from autopart.errors import PartitionError
 from autopart.graph import KEY, Info, Traced, placeholders
 from autopart.rules import op_name
@@ -37,7 +38,8 @@ def trace(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     skeleton = _skeleton(model, mode, dtype)
     kwargs = {k: _fake(v, mode) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if v is not None}
-    custom: dict[str, str] = {}
+    _gather_experts(skeleton)
+    custom: list[CustomFunction] = []
     try:
         with mode, warnings.catch_warnings(), _custom_functions(custom):
             warnings.simplefilter("ignore", FutureWarning)
@@ -46,13 +48,8 @@ def trace(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None 
             exported = exported.run_decompositions({})
     except Exception as error:
         raise _untraceable(error) from error
-    if custom:
-        name, where = next(iter(custom.items()))
-        raise PartitionError(
-            f"the forward pass calls an autograd.Function, {name} ({where})",
-            "a trace sees its forward only, and would take the gradients from that instead of its backward",
-            "plain torch operators, or another implementation of the layer if the model has one",
-        )
+    for function in custom:
+        function.check()
     signature = exported.graph_signature
     if signature.user_inputs_to_mutate:
         raise PartitionError(
@@ -95,32 +92,52 @@ def trace(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None 
     return Traced(graph, type(model).__name__, buffers, aliases, next(iter(sizes.values())), classes, updated)
 
 
+def _gather_experts(model: nn.Module) -> None:
+    """Have transformers' mixtures of experts gather each token's weights, which is the same function and can be traced:
+    other implementations loop over the experts in use, or sort the tokens."""
+    for module in model.modules():
+        if hasattr(module, "_is_expert_parallel"):
+            module.config._experts_implementation = "batched_mm"  # type: ignore[union-attr]
+
+
 @contextmanager
-def _custom_functions(found: dict[str, str]) -> Iterator[None]:
-    """Note every autograd.Function that is not torch's own, with the line that calls it."""
+def _custom_functions(found: list[CustomFunction]) -> Iterator[None]:
+    """Note every call of an autograd.Function that is not torch's own."""
     apply = torch.autograd.Function.__dict__["apply"]
 
-    def noted(cls: type, *args: Any, **kwargs: Any) -> Any:
+    def noted(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
         if not cls.__module__.startswith("torch."):
             frames = [f for f in traceback.extract_stack()[:-1] if not f.filename.startswith(PACKAGES)]
-            found[cls.__name__] = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}"
+            found.append(CustomFunction(cls, args, f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}"))
         return apply.__func__(cls, *args, **kwargs)
 
-    torch.autograd.Function.apply = classmethod(noted)  # type: ignore[assignment]
+    torch.autograd.Function.apply = classmethod(noted)  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        torch.autograd.Function.apply = apply
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
 
 
 def _cut_gradients(exported: torch.export.ExportedProgram) -> None:
-    """Detach what `torch.no_grad` regions give, since decomposition inlines them and forgets."""
+    """Detach what `torch.no_grad` regions make, since decomposition inlines them and forgets."""
     for module in exported.graph_module.modules():
         graph = getattr(module, "graph", None)
         for node in list(graph.nodes) if isinstance(graph, fx.Graph) else ():
             if str(node.target) == "wrap_with_set_grad_enabled" and node.args[0] is False:
+                (results,) = getattr(module, node.args[1].target).graph.output_node().args
                 for pick in list(node.users):
-                    _detach(pick)
+                    if _itself(results[pick.args[1]]).op != "placeholder":
+                        _detach(pick)
+
+
+def _itself(node: fx.Node) -> fx.Node:
+    """What casts that change nothing gave back: a trace takes later uses of that tensor for uses of the cast."""
+    while str(node.target).startswith(("aten.to.", "aten.contiguous", "aten.type_as")):
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or source.meta["val"].dtype != node.meta["val"].dtype:
+            break
+        node = source
+    return node
 
 
 def _detach(node: fx.Node) -> None:

@@ -16,6 +16,7 @@ import torch
 from autopart.notation import (
     Bound,
     C,
+    M,
     P,
     Placement,
     R,
@@ -116,8 +117,8 @@ def strategies(
 ) -> list[Strategy]:
     """Every way to run an operator along one axis of `shards` ranks.
 
-    `hints` are placements with parts that a consumer would like the first output to have: a letter that owns
-    the dim alone may be split part by part as well.
+    `hints` are placements that a consumer would like the first output to have: with parts, where a letter that owns
+    the dim alone is split part by part; or M, rows of this rank's own experts.
     """
     rule, bound = _bound(name, args, outputs)
     tensors = [isinstance(a, torch.Size) for a in flatten(args)]
@@ -151,14 +152,35 @@ def strategies(
             True,
         )
         result.append(strategy)
+        if local and local.chained:
+            result += [replace(strategy, inputs=(M(0), *inputs[1:]))]
+            result += [replace(s, outputs=(M(0),)) for s in result[-2:] if M(0) in hints]
+            continue
+        result += [again for hint in hints if (again := _by_owner(strategy, hint)) is not None]
         result += [
             again
             for hint in hints
             if len(letters) == 1
+            and hint.parts
             and (again := _with_parts(strategy, hint, bound, next(iter(letters)))) is not None
             and splits(hint, tuple(outputs[0]), shards)
         ]
     return result
+
+
+def _by_owner(strategy: Strategy, hint: Placement) -> Strategy | None:
+    """The same split where the places along a dim are not cut but owned: nothing is saved, and nothing moves."""
+    if hint.kind != "M" or strategy.outputs[0] != S(hint.dim) or strategy.local:
+        return None
+    placements = [p for p in (*strategy.inputs, *strategy.outputs) if p is not None]
+    if any(p.parts or p.kind not in "SC" for p in placements) or not any(p and p.kind == "S" for p in strategy.inputs):
+        return None
+
+    def owned(placement: Placement | None) -> Placement | None:
+        return M(placement.dim) if placement and placement.kind == "S" else placement
+
+    inputs, outputs = tuple(map(owned, strategy.inputs)), tuple(M(o.dim) for o in strategy.outputs)
+    return Strategy(f"{strategy.name} owned", inputs, outputs)
 
 
 def _with_parts(strategy: Strategy, hint: Placement, bound: Bound, letter: str) -> Strategy | None:

@@ -22,10 +22,12 @@ Linear = int | tuple[int, ...]
 @dataclass(frozen=True)
 class Local:
     """What runs on a shard in place of the operator when a letter is split: a name that `localise` and the
-    emitter know, and the placement of the output where it is not the one the row says."""
+    emitter know, the placement of the output where it is not the one the row says, and whether each rank's part of
+    the sum is rows of its own, which may go on as such from one of these operators to the next (placement M)."""
 
     name: str
     output: Placement | None = None
+    chained: bool = False
 
 
 @dataclass(frozen=True)

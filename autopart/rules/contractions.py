@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from autopart.notation import Shape
-from autopart.rules.base import Args, Rule, argument, letters, opaque, replaced, row
+from autopart.rules.base import Args, Local, Rule, argument, letters, opaque, replaced, row
 
 
 def _linear(args: Args, outputs: Sequence[Shape]) -> str:
@@ -101,6 +101,16 @@ def _grouped(args: Args, outputs: Sequence[Shape]) -> str:
 
 def _grouped_flops(args: Args, outputs: Sequence[Shape]) -> float:
     return 2.0 * math.prod(outputs[0]) * args[0][-1]
+
+
+def _expert_flops(args: Args, outputs: Sequence[Shape]) -> float:
+    """Every row meets one expert."""
+    return 2.0 * math.prod(outputs[0]) * args[0][-1]
+
+
+def _experts(args: Args, outputs: Sequence[Shape]) -> str:
+    """(rows, weights, experts' numbers, whether the weights are transposed)"""
+    return f"s k, e {'k n' if args[3] else 'n k'}, s -> s n"
 
 
 def _attention(args: Args, outputs: Sequence[Shape]) -> str:
@@ -200,6 +210,9 @@ RULES: dict[str, Rule] = {
     "aten.chain_matmul": Rule(_chain, contraction=True),
     "aten.linalg_multi_dot": Rule(_chain, contraction=True),
     "aten.bilinear": Rule(_bilinear, contraction=True),
+    "autopart.expert_linear": Rule(
+        _experts, local={"e": Local("expert_linear", chained=True)}, flops=_expert_flops, contraction=True
+    ),
     "aten._grouped_mm": Rule(_grouped, flops=_grouped_flops, contraction=True),
     "transformers.grouped_mm_fallback": Rule(_grouped, flops=_grouped_flops, contraction=True),
     "aten.scaled_dot_product_attention": Rule(_attention, flops=_attention_flops, contraction=True),

@@ -12,6 +12,7 @@ from autopart.runtime.collectives import (
     share_gradient,
     slice_of,
 )
+from autopart.runtime.experts import expert_linear
 from autopart.runtime.functions import mean_cross_entropy, recomputed, vocab_cross_entropy, vocab_embedding
 from autopart.runtime.groups import Group, Groups, buffer, load, make_groups, weight
 from autopart.runtime.random import dropout, stream, uniform
@@ -24,6 +25,7 @@ __all__ = [
     "copy_to",
     "dropout",
     "exchange",
+    "expert_linear",
     "gather_from",
     "gather_to",
     "load",

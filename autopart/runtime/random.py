@@ -3,15 +3,16 @@
 A number is a hash of the seed, the step, the stream's name and the element's place in the whole batch. So a mask is the
 same split over any axes, in any stage, for any size of micro-batch, and again when a block is run again; it is never
 kept, but drawn a second time for backward. The hash of an element is one round of a 32-bit mixer (C. Wellons'
-lowbias32, public domain, 2018) over the place in the last dim, on top of one of the place in all others.
+lowbias32, public domain, 2018) over the place in the last dim, on top of one of the place in all others. Words are
+int32 tensors, whose products wrap around as unsigned ones do.
 """
 
 from __future__ import annotations
 
-import math
-import zlib
+import hashlib
+import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,11 +20,15 @@ import torch
 if TYPE_CHECKING:
     from autopart.runtime.groups import Groups
 
+from autopart.kernels import dropout as kernel
 from autopart.runtime.shards import shard
 
 Tensor = torch.Tensor
 LOW = 0xFFFFFFFF
 GOLDEN = 0x9E3779B9
+SIGN = 2**31
+CACHED = 2**15
+"""Elements that the CPU takes at a time, so that what lies between stays in its cache."""
 Split = Any
 """The dim that an axis splits; where it has parts, (dim, sizes)."""
 
@@ -43,18 +48,12 @@ class Stream:
 
     groups: Groups
     name: str
-    key: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.key = zlib.crc32(self.name.encode())
-
-    def root(self) -> int:
-        """The hash of seed, step and name."""
+    def root(self) -> tuple[int, int]:
+        """Two words that depend on seed, step and name."""
         draws = self.groups.draws
-        root = self.key
-        for word in (draws.seed & LOW, draws.seed >> 32 & LOW, draws.step & LOW):
-            root = int(mixed(torch.tensor(root ^ (word * GOLDEN & LOW))))
-        return root
+        text = f"{draws.seed} {draws.step} {self.name}"
+        return struct.unpack("<2i", hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
 def stream(groups: Groups, name: str) -> Stream:
@@ -63,34 +62,45 @@ def stream(groups: Groups, name: str) -> Stream:
 
 
 def mixed(x: Tensor) -> Tensor:
-    """32 bits (in int64) mixed so that each depends on all."""
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & LOW
-    x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & LOW
-    return x ^ (x >> 16)
+    """Mix the words of `x`, in place, so that each bit depends on all."""
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    x *= 0x7FEB352D
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)
+    x *= 0x846CA68B - 2**32
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    return x
 
 
 def bits(source: Stream, whole: Sequence[int], batch: int | None, axes: dict[str, Split]) -> Tensor:
     """32 random bits (in int64) for every element of this rank's share of a tensor of size `whole`, whose dim `batch`
     counts the samples of one micro-batch. `axes` says which dim each axis splits."""
-    places = [_places(source, dim, whole, batch, axes) for dim in range(len(whole))]
-    if not places:
-        return mixed(torch.tensor(source.root(), device=source.groups.device))
-    order = sorted(range(len(whole) - 1), key=lambda d: (d != batch, d))
-    row = torch.zeros((), dtype=torch.int64, device=source.groups.device)
+    return _words(source, whole, batch, axes).to(torch.int64) & LOW
+
+
+def _words(source: Stream, whole: Sequence[int], batch: int | None, axes: dict[str, Split]) -> Tensor:
+    rows, columns = _hashes(source, whole, batch, axes)
+    drawn = mixed(rows[..., None] + columns)
+    return drawn if whole else drawn[0]
+
+
+def _hashes(source: Stream, whole: Sequence[int], batch: int | None, axes: dict[str, Split]) -> tuple[Tensor, Tensor]:
+    """A word for every place in all dims but the last, and one for every place in the last: mixing their sum gives the
+    element's."""
+    *leading, last = (_places(source, dim, size, batch, axes) for dim, size in enumerate(whole or [1]))
+    row = torch.zeros([len(p) for p in leading], dtype=torch.int64, device=source.groups.device)
     stride = 1
-    for dim in reversed(order):
-        row = row + (places[dim] * stride).reshape([-1 if d == dim else 1 for d in range(len(whole) - 1)])
+    for dim in sorted(range(len(leading)), key=lambda d: (d == batch, -d)):
+        row += (leading[dim] * stride).reshape([-1 if d == dim else 1 for d in range(len(leading))])
         stride *= whole[dim]
-    row = mixed((row & LOW) ^ mixed((row >> 32) ^ source.root()))
-    return mixed((row[..., None] + places[-1] * GOLDEN) & LOW)
+    one, other = source.root()
+    high = mixed((row >> 32).to(torch.int32) ^ one)
+    return mixed(mixed(row.to(torch.int32) ^ high) + other), (last * GOLDEN).to(torch.int32)
 
 
-def _places(source: Stream, dim: int, whole: Sequence[int], batch: int | None, axes: dict[str, Split]) -> Tensor:
+def _places(source: Stream, dim: int, size: int, batch: int | None, axes: dict[str, Split]) -> Tensor:
     """Where this rank's part of a dim lies in the whole batch."""
-    first = source.groups.draws.micro_batch * whole[dim] if dim == batch else 0
-    places = torch.arange(first, first + whole[dim], device=source.groups.device)
+    first = source.groups.draws.micro_batch * size if dim == batch else 0
+    places = torch.arange(first, first + size, device=source.groups.device)
     for axis, split in axes.items():
         at, parts = split if isinstance(split, (tuple, list)) else (split, ())
         if at == dim:
@@ -117,8 +127,23 @@ class _Dropout(torch.autograd.Function):
 def _masked(
     x: Tensor, p: float, source: Stream, whole: Sequence[int], batch: int | None, axes: dict[str, Split]
 ) -> Tensor:
-    kept = bits(source, whole, batch, axes) >= int(p * 2**32)
-    return torch.where(kept, x * (1.0 / (1.0 - p)), 0.0)
+    if p >= 1.0:
+        return torch.zeros_like(x)
+    rows, columns = _hashes(source, whole, batch, axes)
+    flat, threshold, scale = x.reshape(rows.numel(), len(columns)).contiguous(), int(p * 2**32) - SIGN, 1.0 / (1.0 - p)
+    masked = kernel.masked if kernel.applies(flat) else _by_blocks
+    result = masked(flat, rows.flatten(), columns, threshold, scale).view(x.shape)
+    return result if x.is_contiguous() else torch.empty_like(x).copy_(result)
+
+
+def _by_blocks(x: Tensor, rows: Tensor, columns: Tensor, threshold: int, scale: float) -> Tensor:
+    """`kernel.masked` in plain torch."""
+    result = torch.empty_like(x)
+    height = max(1, CACHED // max(1, len(columns)) if x.device.type == "cpu" else len(rows))
+    for i in range(0, len(rows), height):
+        dropped = mixed(rows[i : i + height, None] + columns).bitwise_xor_(-SIGN) < threshold
+        torch.mul(x[i : i + height], scale, out=result[i : i + height]).masked_fill_(dropped, 0.0)
+    return result
 
 
 def dropout(x: Tensor, p: float, source: Stream, whole: Sequence[int], batch: int | None, **axes: Split) -> Tensor:
@@ -131,6 +156,7 @@ def dropout(x: Tensor, p: float, source: Stream, whole: Sequence[int], batch: in
 def uniform(
     source: Stream, whole: Sequence[int], batch: int | None, dtype: torch.dtype = torch.float32, **axes: Split
 ) -> Tensor:
-    """This rank's share of uniform numbers between 0 and 1, neither included, in 24 bits; arguments as `dropout`."""
-    drawn = (bits(source, whole, batch, axes) >> 8).to(torch.float64)
-    return ((drawn + 0.5) * 2.0**-24).clamp(max=1 - math.ldexp(1, -25)).to(dtype)
+    """This rank's share of uniform numbers between 0 and 1, neither included; arguments as `dropout`."""
+    odd = (_words(source, whole, batch, axes) >> 8) & 0xFFFFFF | 1
+    wide = odd.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    return wide.mul_(2.0**-24).to(dtype).clamp_(max=1 - torch.finfo(dtype).eps / 2)

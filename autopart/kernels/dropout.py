@@ -1,0 +1,80 @@
+"""Dropout whose mask is a hash of the element's place: one pass over the memory, forward as backward, no mask kept.
+
+Bit for bit what `autopart.runtime.random` computes in plain torch. With ``n`` elements of ``itemsize`` bytes the least
+traffic is ``2 * itemsize * n``: read x, write y; the hashes of rows and columns add 4 bytes for each of either.
+"""
+
+import functools
+from typing import Any
+
+import torch
+
+from autopart.kernels.ahead import Usage, compile_kernel
+from autopart.kernels.rms_norm import _TRITON_NAMES, _triton_runs_on
+
+tl: Any  # bound by kernel(): Triton's interpreter looks for its language among a kernel's globals
+
+ELEMENTS = 2048
+"""Elements a program."""
+
+
+def applies(x: torch.Tensor) -> bool:
+    """Whether the kernel can and should take `x`."""
+    return type(x) is torch.Tensor and x.dtype in _TRITON_NAMES and x.numel() > 0 and _triton_runs_on(x)
+
+
+def masked(x: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, threshold: int, scale: float) -> torch.Tensor:
+    """x (rows, d), contiguous, times `scale` where the hash of rows (rows,) + columns (d,), both int32, is at least
+    `threshold` once its sign bit is flipped; else 0."""
+    y = torch.empty_like(x)
+    count, d = x.shape
+    height, width = _block(d)
+    programs = -(-count // height) * -(-d // width)
+    with torch.cuda.device_of(x):
+        kernel()[(programs,)](x, rows, columns, y, count, d, threshold, scale, ROWS=height, COLUMNS=width)
+    return y
+
+
+def compile_ahead(capability: int, d: int = 4096, dtype: torch.dtype = torch.bfloat16) -> Usage:
+    """Compile the kernel for rows of ``d`` elements on ``capability`` (90 for 9.0)."""
+    types = dict.fromkeys(("x", "y"), f"*{_TRITON_NAMES[dtype]}") | dict.fromkeys(("rows", "columns"), "*i32")
+    signature = types | dict.fromkeys(("count", "d", "threshold"), "i32") | {"scale": "fp32"}
+    height, width = _block(d)
+    constexprs = {"ROWS": height, "COLUMNS": width}
+    return compile_kernel(kernel(), signature, constexprs, capability, 4, {*types, *(("d",) if d % 16 == 0 else ())})
+
+
+@functools.cache
+def kernel() -> Any:
+    """Decorate the kernel; the first call imports Triton and settles whether it is interpreted."""
+    global tl
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def dropout(  # type: ignore[no-untyped-def]
+        x, rows, columns, y, count, d, threshold, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    ):
+        across = tl.cdiv(d, COLUMNS)
+        row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
+        here = (row < count)[:, None] & (column < d)[None, :]
+        u = tl.load(rows + row, mask=row < count, other=0).to(tl.uint32, bitcast=True)[:, None]
+        u = u + tl.load(columns + column, mask=column < d, other=0).to(tl.uint32, bitcast=True)[None, :]
+        u ^= u >> 16
+        u *= 0x7FEB352D
+        u ^= u >> 15
+        u *= 0x846CA68B
+        u ^= u >> 16
+        kept = (u ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold
+        at = row[:, None] * d + column[None, :]
+        value = tl.load(x + at, mask=here, other=0.0).to(tl.float32) * scale
+        tl.store(y + at, tl.where(kept, value, 0.0).to(y.dtype.element_ty), mask=here)
+
+    return dropout
+
+
+def _block(d: int) -> tuple[int, int]:
+    """Rows and columns of a program."""
+    width = min(1 << (d - 1).bit_length(), ELEMENTS)
+    return ELEMENTS // width, width
