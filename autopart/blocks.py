@@ -36,7 +36,7 @@ def find_blocks(stage: StageGraph, least: int, classes: Mapping[str, str]) -> li
     previous: Any = None
     users = Counter(weight for _, nodes in stage.runs for weight in _weights(nodes))
     for label, nodes in stage.runs:
-        alone = all(users[weight] == 1 for weight in _weights(nodes))
+        alone = all(users[weight] == 1 for weight in _weights(nodes)) and not any(map(_counts_valid, nodes))
         signature = _program(label, nodes) if alone and re.search(r"\.\d+$", label) else None
         if signature is not None and signature == previous:
             groups[-1].append((label, nodes))
@@ -72,6 +72,11 @@ def find_blocks(stage: StageGraph, least: int, classes: Mapping[str, str]) -> li
             Block(name, tuple(g[0] for g in group), tuple(tuple(g[1]) for g in group), tuple(outside), tuple(outputs))
         )
     return blocks
+
+
+def _counts_valid(node: fx.Node) -> bool:
+    """Whether the node reads how many targets count, which the stage knows and its blocks do not."""
+    return info(node).name in ("runtime.mean_cross_entropy", "runtime.vocab_cross_entropy")
 
 
 def _weights(nodes: Sequence[fx.Node]) -> set[fx.Node]:

@@ -23,9 +23,10 @@ from rich.text import Text
 from torch import nn
 
 from autopart import models
+from autopart.check import check
 from autopart.compile import DTYPES, compile, estimate, plan, prepare, programs, samples_of, take
 from autopart.errors import PartitionError
-from autopart.plan import Estimate, Plan, bytes_text, seconds_text
+from autopart.plan import Estimate, Plan, bytes_text, missing, seconds_text
 from autopart.runtime.launch import launch
 from autopart.runtime.standalone import train, write
 from autopart.runtime.watchdog import report_failure
@@ -123,14 +124,49 @@ def plan_command(
 
 @command
 def show_command(
-    file: Annotated[Path, typer.Argument(metavar="PLAN.json", help="a saved plan")], as_json: Json = False
+    file: Annotated[Path, typer.Argument(metavar="PLAN.json", help="a saved plan")],
+    without_rule: Annotated[
+        bool, typer.Option("--missing", help="the operators that no rule splits, the costliest first")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Print a saved plan.
 
-    Example: autopart show plan.json
+    Example: autopart show plan.json --missing
     """
     saved = Plan.load(file)
-    _print(saved.to_json() if as_json else str(saved))
+    if without_rule:
+        rows = missing(saved)
+        _print([{"operator": n, "calls": c, "seconds": s} for n, c, s in rows] if as_json else _missing_text(rows))
+    else:
+        _print(saved.to_json() if as_json else str(saved))
+
+
+def _missing_text(rows: list[tuple[str, int, float]]) -> str:
+    if not rows:
+        return "every operator has a rule"
+    return "\n".join(f"{name:<48} {calls:>5} calls   {seconds_text(seconds)}" for name, calls, seconds in rows)
+
+
+@command
+def check_command(
+    model: Model, options: Options, mesh: MaybeMesh = None, plan_file: PlanFile = None, as_json: Json = False
+) -> None:
+    """Run one step of a plan on simulated ranks, threads of this process, and hold it against one process.
+
+    Example: autopart check gpt2 4:cpu --pp 2 --tp 2 --sequence 64
+    """
+    made = _saved(plan_file, options)
+    torch.manual_seed(0)
+    loaded, batch = _load(model, options, meta=False)
+    made = made or _plan(loaded, batch, _needed(mesh), options)
+    found = check(loaded, made.mesh, batch, plan=made)
+    result = {k: v for k, v in vars(found).items() if k != "plan"}
+    text = (
+        "{loss:.6g} is the loss, off by {loss_error:.1e} from {against}; "
+        "gradients are off by at most {gradient_error:.1e} ({worst})"
+    )
+    _print(result if as_json else text.format(**result))
 
 
 @command

@@ -138,6 +138,8 @@ class Plan:
     signature: Signature = field(repr=False)
     replicated: tuple[str, ...] = ()
     """Operators without a rule, which every rank runs whole."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of this plan: products that no rank is spared, a loss that is not the batch's."""
 
     @property
     def micro_batches(self) -> int:
@@ -213,6 +215,7 @@ class Plan:
             }
             fields["stages"] = tuple(_stage_from_json(s) for s in data["stages"])
             fields["replicated"] = tuple(data["replicated"])
+            fields["notes"] = tuple(data.get("notes", ()))
             return Plan(**fields)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PartitionError("the plan file is damaged", f"{type(error).__name__}: {error}") from error
@@ -289,7 +292,25 @@ def describe(plan: Plan) -> str:
         lines += [f"  send to stage {to}   {bytes_text(size)} a micro-batch" for to, size in stage.sends]
     if plan.replicated:
         lines.append(f"without a rule, run whole on every rank: {', '.join(plan.replicated)}")
+    lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(lines)
+
+
+def missing(plan: Plan) -> list[tuple[str, int, float]]:
+    """Operators without a rule with the number of their calls and the seconds of a micro-batch they take, forward and
+    backward, the costliest first."""
+    calls: dict[str, list[float]] = {name: [] for name in plan.replicated}
+    for run in (run for stage in plan.stages for run in stage.runs):
+        for line in run.lines:
+            for name in calls:
+                if line.operator == shortened(name):
+                    calls[name] += [line.seconds] * len(run.labels)
+    return sorted(((name, len(s), sum(s)) for name, s in calls.items()), key=lambda row: -row[2])
+
+
+def shortened(name: str) -> str:
+    """An operator's name as plans print it."""
+    return name.removeprefix("aten.").removeprefix("autopart.").removeprefix("runtime.")
 
 
 def bytes_text(count: float) -> str:

@@ -9,7 +9,7 @@ this search space is faster by this cost model.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -31,7 +31,7 @@ from autopart.plan import (
 from autopart.problem import CutProblem, SplitSolution
 from autopart.report import sync_by_stage
 from autopart.request import Candidate, Found, Request, axes_of, divisors, is_block
-from autopart.rules import Strategy
+from autopart.rules import Strategy, is_contraction
 from autopart.schedules import in_flight
 from autopart.stages import Choices, StageGraph
 
@@ -181,6 +181,8 @@ def _solve(
                 problem.in_flight = (candidate.pp + 1) / 2
             solution = solve_splits(problem, request.time_limit)
         strategies[axis.name] = {n: s for n, s in solution.chosen.items() if n != LOSS}
+        if forced.forced:
+            _check_splits(folded, axis, strategies[axis.name])
         if axis.name == "dp":
             before = strategies["dp"]
             extra = solution.bound
@@ -204,6 +206,21 @@ def _solve(
     syncs = sync_by_stage(folded, choices, axes, training, cut.starts)
     seconds = cut.seconds + max(syncs)
     return Found(candidate, replace(choices, starts=cut.starts), training, recompute, seconds, min(bound, seconds))
+
+
+def _check_splits(folded: Folded, axis: Axis, chosen: Mapping[str, Strategy]) -> None:
+    """Raise PartitionError where an axis that was asked for would leave every product whole."""
+    products = [n for n in folded.representatives() if is_contraction(info(n).name)]
+    if not products or any(chosen[n.name].shards_work for n in products):
+        return
+    sizes = sorted({s for n in products for o in n.all_input_nodes for s in info(o).shape if s > 1})
+    fits = [d for d in range(2, 65) if sum(s % d == 0 for s in sizes) > 1]
+    raise PartitionError(
+        f"{axis.name}={axis.size} splits nothing",
+        f"no matrix product has a dim that {axis.size} divides and that may be split; the sizes are "
+        f"{', '.join(map(str, sizes))}",
+        f"{axis.name}={', '.join(map(str, fits[:6]))}" if fits else "pp or dp",
+    )
 
 
 def _solve_dp(folded: Folded, axis: Axis, settings: Settings, time_limit: float | None) -> SplitSolution:

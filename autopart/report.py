@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -23,9 +23,10 @@ from autopart.plan import (
     PlanRun,
     PlanStage,
     Signature,
+    shortened,
 )
 from autopart.request import Found, Request, axes_of, is_block
-from autopart.rules import has_rule
+from autopart.rules import has_rule, is_contraction
 from autopart.schedules import in_flight, instructions, simulate
 from autopart.stages import OWNED, Choices, StageGraph
 
@@ -102,7 +103,24 @@ def write_out(folded: Folded, mesh: Mesh, request: Request, found: Found, starte
         planning_seconds=time.monotonic() - started,
         signature=Signature.of(folded.traced),
         replicated=tuple(n for n in missing if not has_rule(n)),
+        notes=tuple(_notes(folded, choices, m)),
     )
+
+
+def _notes(folded: Folded, choices: Choices, micro_batches: int) -> Iterator[str]:
+    if micro_batches > 1 and not folded.traced.mean_of_samples:
+        yield (
+            f"the loss mixes samples ({folded.traced.mixed_at}): it is the mean of {micro_batches} micro-batches' "
+            "losses, as in gradient accumulation, not that of the batch"
+        )
+    if "tp" in choices.strategies:
+        products = [n for n in folded.representatives() if is_contraction(info(n).name)]
+        work = {n: info(n).flops * folded.count[n] for n in products}
+        whole = [n for n in products if not choices.strategies["tp"][n.name].shards_work]
+        share = sum(work[n] for n in whole) / (sum(work.values()) or 1.0)
+        if share > 1e-3:
+            names = ", ".join(dict.fromkeys(info(n).module or shortened(info(n).name) for n in whole))
+            yield f"tp splits {1 - share:.1%} of the FLOPs of products; whole on every rank: {names}"
 
 
 def _stage(

@@ -36,41 +36,10 @@ SETTINGS: dict[str, dict[str, int]] = {
 }
 HARDEST = "tp=2 x pp=2"
 TOLERANCE = 1e-5
-DOUBLE_TOLERANCE = 1e-6
 SAMPLES = 4
 LIMIT_SECONDS = 300
 TITLES = {"clm": "causal LM", "mlm": "masked LM", "s2s": "seq2seq", "img": "image classification"}
 Row = dict[str, Any]
-
-
-def reference(model: Any, batch: Mapping[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """One process's loss and gradients, and the buffers after it."""
-    model = copy.deepcopy(model)
-    output = model(**batch)
-    loss = output["loss"] if "loss" in output else output[0]
-    loss.backward()
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return loss.detach(), gradients, {n: b for n, b in model.named_buffers() if n in model.state_dict()}
-
-
-def worst(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[float, str]:
-    """The largest error of a gradient and whose it is: relative to its tensor's largest element, or to a thousandth of
-    the largest of all if that is more. A gradient that one process does not have must be zero."""
-    import torch
-
-    largest = {n: float(t.abs().max()) if t.numel() else 0.0 for n, t in wanted.items()}
-    floor = max(1e-3 * max(largest.values(), default=0.0), torch.finfo(torch.float32).tiny)
-    errors = {"": 0.0}
-    for name in {*found, *wanted}:
-        mine = found.get(name)
-        right = wanted.get(name)
-        if mine is None or right is None:
-            one = mine if mine is not None else right
-            errors[name] = float(one.abs().max()) / floor if one is not None and one.numel() else 0.0
-        elif mine.numel():
-            errors[name] = float((mine - right).abs().max()) / max(largest[name], floor)
-    name = max(errors, key=lambda n: float("inf") if errors[n] != errors[n] else errors[n])
-    return errors[name], name
 
 
 def trial(task: str, model_type: str) -> Row:
@@ -99,7 +68,7 @@ def trial(task: str, model_type: str) -> Row:
                 double = double or Judge(model, batch, torch.float64)
                 noise, _ = difference(single, double)
                 precise, _ = double.judge(double.plan(degrees))
-                if precise <= DOUBLE_TOLERANCE and off <= 10 * noise:
+                if precise <= TOLERANCE and off <= 10 * noise:
                     outcome = f"exact in float64: {whose} off by {off:.1e} in float32, one process by {noise:.1e}"
         except autopart.PartitionError as error:
             row["outcomes"][name] = f"refused: {error.what}" + (f" ({error.why})" if error.why else "")
@@ -122,11 +91,13 @@ class Results(NamedTuple):
 
 def difference(found: Any, right: Any) -> tuple[float, str]:
     """The largest error and what has it."""
+    from autopart.check import worst_error
+
     loss = abs(float(found.loss) - float(right.loss)) / max(abs(float(right.loss)), 1e-3)
     return max(
         (loss, "the loss"),
-        worst(found.gradients, right.gradients),
-        worst({n: found.buffers[n] for n in right.buffers}, right.buffers),
+        worst_error(found.gradients, right.gradients),
+        worst_error({n: found.buffers[n] for n in right.buffers}, right.buffers),
     )
 
 
@@ -137,6 +108,7 @@ class Judge:
         import torch
         from zoo_models import with_batched_experts
 
+        from autopart.check import one_process
         from autopart.compile import Source
 
         self.model = copy.deepcopy(model).to(dtype)
@@ -145,8 +117,10 @@ class Judge:
         }
         if dtype == torch.float64:
             with_batched_experts(self.model)  # grouped products have no float64
-        self.loss, self.gradients, self.buffers = reference(self.model, self.batch)
         self.source = Source(self.model, self.batch, dtype)
+        trained = copy.deepcopy(self.model)
+        self.loss, self.gradients = one_process(trained, self.batch)
+        self.buffers = {n: b for n, b in trained.named_buffers() if n in trained.state_dict()}
 
     def plan(self, degrees: Mapping[str, int]) -> Any:
         """Two micro-batches where the loss is a mean over samples, else one."""

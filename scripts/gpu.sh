@@ -12,3 +12,4 @@ if [ "$has_gpu" != True ]; then
 fi
 "$python" -m pytest -o addopts= -m gpu -v tests
 "$python" benchmarks/rms_norm.py
+"$python" benchmarks/dropout.py

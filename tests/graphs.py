@@ -57,7 +57,7 @@ class Context:
 @dataclass(frozen=True)
 class Recipe:
     """A model: its sizes, what it reads, its blocks (each a tuple of step and how many values back it reads), which
-    weights are one, and its loss."""
+    weights are one, its loss, and which block's parameters are frozen (-1: those of none)."""
 
     sizes: tuple[tuple[str, int], ...]
     stem: str
@@ -65,6 +65,7 @@ class Recipe:
     tied: bool
     twins: bool
     loss: str
+    frozen: int = -1
 
 
 @dataclass(frozen=True)
@@ -569,6 +570,16 @@ def scaled_weight(c: Context, x: Tensor, weight: Tensor, gain: Tensor) -> Tensor
     return F.linear(x, weight * gain[:, None] / (1 + weight.norm(dim=1, keepdim=True)))
 
 
+@step(weight="v w")
+def auxiliary_loss(c: Context, x: Tensor, weight: Tensor) -> Tensor:
+    return x * (1 + 0.1 * F.cross_entropy(F.linear(x, weight).flatten(0, 1), c.ids.flatten()))
+
+
+@step(weight="v w")
+def padded_embedding(c: Context, x: Tensor, weight: Tensor) -> Tensor:
+    return x + F.embedding(c.ids, weight, padding_idx=1)
+
+
 @step()
 def shared_linear(c: Context, x: Tensor) -> Tensor:
     return F.linear(x, c.shared)
@@ -585,7 +596,7 @@ def dropout(c: Context, x: Tensor) -> Tensor:
 
 
 LOSSES = ("cross_entropy", "smooth", "mse", "mean_square", "sum_of_two", "two_means", "per_sample", "total",
-          "nll", "weighted", "z", "binary", "huber")  # fmt: skip
+          "nll", "weighted", "soft", "own_labels", "z", "binary", "huber")  # fmt: skip
 
 
 class Block(nn.Module):
@@ -625,6 +636,8 @@ class Model(nn.Module):
             self.head.weight = self.words.weight
         if recipe.twins:
             _tie(self.blocks[0], self.blocks[-1])
+        if recipe.frozen >= 0:
+            self.blocks[recipe.frozen].requires_grad_(False)
 
     def forward(self, ids: Tensor, x: Tensor, labels: Tensor, target: Tensor) -> Tensor:
         stem = {"ids": lambda: self.words(ids), "x": lambda: x, "both": lambda: self.words(ids) + x}[self.recipe.stem]()
@@ -658,6 +671,10 @@ class Model(nn.Module):
                 return F.nll_loss(flat.log_softmax(-1), words)
             case "weighted":
                 return F.cross_entropy(flat, words, torch.arange(flat.shape[-1], dtype=x.dtype) + 1)
+            case "soft":
+                return F.cross_entropy(flat, target.flatten(0, 1).mean(-1, keepdim=True).expand_as(flat).softmax(-1))
+            case "own_labels":
+                return F.cross_entropy(flat, flat.argmax(-1))
             case "z":
                 return F.cross_entropy(flat, words) + 1e-2 * logits.logsumexp(-1).square().mean()
             case "binary":
@@ -716,13 +733,14 @@ def recipes(draw: st.DrawFn) -> Recipe:
         draw(st.booleans()),
         draw(st.booleans()),
         draw(st.sampled_from(LOSSES)),
+        draw(st.sampled_from((-1, -1, -1, 0, 1))),
     )
 
 
 def draw_plan(draw: st.DrawFn, source: Source) -> Plan:
     """A random plan out of those the planner may choose from."""
     dp, tp = draw(st.sampled_from(((1, 2), (2, 1), (1, 4), (2, 2), (1, 1))))
-    micro_batch = draw(st.sampled_from((SAMPLES, SAMPLES // 2)))
+    micro_batch = draw(st.sampled_from((SAMPLES, SAMPLES // 2, dp)))
     mesh = Mesh.of("1x8:cpu")
     folded = source.at(micro_batch, mesh)
     if not folded.traced.mean_of_samples:

@@ -8,13 +8,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from autopart.kernels import ahead, rms_norm
+from autopart.kernels import ahead, dropout, rms_norm
+from autopart.runtime import random
+from autopart.runtime.simulated import World, simulated_groups
 
 ROOT = Path(__file__).resolve().parents[1]
 EPS = 1e-6
@@ -49,6 +52,9 @@ CASES += [Case(100, 3, dtype, scale=scale) for dtype in ROUNDING for scale in (1
 CASES += [Case(64, 3, torch.bfloat16, weight_dtype=torch.float32)]
 CASES += [Case(64, 3, torch.float32, weight_dtype=torch.float16)]
 WRONG = [Case(100, 3, dtype, scale=1e-3, kernel_eps=2 * EPS) for dtype in ROUNDING]
+SHAPES = ((1,), (9,), (3, 5, 7), (300, 1), (2, 5000), (17, 64), (2, 3, 2048))
+SHARES = (1e-11, 0.1, 0.5, 0.9, 1 - 1e-7)
+DROPPED = {"-".join(map(str, shape)): shape for shape in SHAPES}
 WIDE = [Case(d, 300, torch.bfloat16) for d in (4096, 5000, 16384, 65536)]
 
 
@@ -87,6 +93,17 @@ def errors(case: Case, device: str) -> dict[str, float]:
     return dict(zip(("y", "dx", "dweight"), found, strict=True))
 
 
+def masks(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> bool:
+    """Whether kernel and plain torch agree on every bit, for every share dropped."""
+    torch.manual_seed(0)
+    d = shape[-1]
+    x = torch.randn(shape).to(device, dtype).reshape(-1, d)
+    rows, columns = (torch.randint(-(2**31), 2**31, (n,), dtype=torch.int32, device=device) for n in (len(x), d))
+    assert dropout.applies(x)
+    arguments = [(x, rows, columns, int(p * 2**32) - 2**31, 1 / (1 - p)) for p in SHARES]
+    return all(torch.equal(dropout.masked(*a), random.by_blocks(*a)) for a in arguments)
+
+
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, dict[str, float]]:
     """Errors of every case by name, from one interpreting child."""
@@ -103,6 +120,13 @@ def interpreted() -> dict[str, dict[str, float]]:
 def test_interpreted_kernels_meet_the_float64_reference(case, interpreted):
     found = interpreted[case.name]
     assert max(found.values()) <= case.tolerance(INTERPRETED_ROUNDING), found
+
+
+@pytest.mark.xdist_group("interpreted")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", DROPPED)
+def test_interpreted_dropout_is_plain_torch_s_bit_for_bit(name, dtype, interpreted):
+    assert interpreted[f"dropout {name} {dtype}"] is True
 
 
 @pytest.mark.xdist_group("interpreted")
@@ -197,6 +221,33 @@ def test_kernels_compile_ahead_without_spills(capability, d):
     assert all(0 < kernel.registers < 256 for kernel in usage.values())
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("d", [1, 64, 1000, 4096])
+def test_dropout_compiles_ahead_without_spills(capability, dtype, d):
+    pytest.importorskip("triton")
+    usage = dropout.compile_ahead(capability, d, dtype)
+    assert usage.spills == 0 and 0 < usage.registers < 128, usage
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("name", DROPPED)
+def test_device_dropout_is_plain_torch_s_bit_for_bit(name, dtype):
+    assert masks(DROPPED[name], dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_device_draws_what_the_cpu_draws():
+    x = torch.randn(3, 5, 70)
+    cpu = simulated_groups(World(), 1, 1, 1, 0)
+    device = replace(cpu, device=torch.device("cuda"))
+    here, there = (random.dropout(x.to(g.device), 0.3, random.stream(g, "a"), x.shape, 0) for g in (cpu, device))
+    assert torch.equal(here, there.cpu())
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("case", CASES + WIDE, ids=lambda case: case.name)
@@ -206,4 +257,7 @@ def test_device_kernels_meet_the_float64_reference(case):
 
 
 if __name__ == "__main__":
-    print(json.dumps({case.name: errors(case, "cpu") for case in CASES + WRONG}))
+    found: dict[str, object] = {case.name: errors(case, "cpu") for case in CASES + WRONG}
+    for dtype in (torch.float32, torch.float16):
+        found |= {f"dropout {name} {dtype}": masks(shape, dtype, "cpu") for name, shape in DROPPED.items()}
+    print(json.dumps(found))

@@ -30,6 +30,7 @@ LAYERS = (
     {"passes"},
     {"request", "report", "planner"},
     {"compile", "runtime"},
+    {"check"},
     {"models", "cli", "__init__", "__main__"},
 )
 # (import, the only files that may have it), both regular expressions.

@@ -234,7 +234,12 @@ class _Emitter:
             j in chained or all(outside[j] is block.outside[0][j] for outside in block.outside)
             for j in range(len(block.outside[0]))
         )
-        if same and len(block.outputs[0]) == 1 and len(chained) == 1:
+        passed_on = all(
+            set(o.users) <= set(run)
+            for outputs, run in zip(block.outputs, block.runs[1:], strict=False)
+            for o in outputs
+        )
+        if same and passed_on and len(block.outputs[0]) == 1 and len(chained) == 1:
             name = scope.name(block.outputs[-1][0], "hidden")
             arguments = [name if j in chained else f for j, f in enumerate(first)]
             if first[chained[0]] != name:

@@ -277,7 +277,7 @@ class _Localiser:
         local = replace(record, shapes=tuple(outputs), flops=record.flops / share, note=note)
         target, kwargs = node.target, dict(node.kwargs)
         functions = {s.local: axis for s, (axis, _) in zip(chosen, self.choices.axes, strict=True) if s.local}
-        if record.name == "aten.cross_entropy_loss" and (len(args) < 4 or args[3] == 1):
+        if _is_mean_over_valid(node):
             target, args, kwargs = self._loss(node, args, chosen, functions)
             local = replace(local, name=f"runtime.{target.__name__}")
         elif "vocab_embedding" in functions:
@@ -376,6 +376,13 @@ class _Localiser:
             if operand is not None and info(operand).root == root.name:
                 return tuple(_merge(s.inputs[index] or R) for s in chosen)
         return tuple(_merge(p) for p in self._given((root, 0)))
+
+
+def _is_mean_over_valid(node: fx.Node) -> bool:
+    """Whether the node is a mean over targets that count alike: none by class, none that are probabilities."""
+    if info(node).name != "aten.cross_entropy_loss" or info(node.args[1]).dtype.is_floating_point:  # type: ignore[arg-type]
+        return False
+    return tuple(node.args[2:4]) in ((), (None,), (None, 1))
 
 
 def _merge(placement: Placement) -> Placement:

@@ -11,7 +11,7 @@ from autopart.comm import COLLECTIVE_SECONDS
 from autopart.cost import Seconds, node_seconds
 from autopart.graph import info
 from autopart.mesh import Device, Link
-from autopart.plan import PlanLine
+from autopart.plan import PlanLine, shortened
 from autopart.relayout import RELAYOUTS
 from autopart.stages import StageGraph
 
@@ -51,7 +51,7 @@ def price(stage: StageGraph, prices: Prices) -> list[PricedRun]:
             lines.append(
                 PlanLine(
                     record.module.removeprefix(label).lstrip("."),
-                    record.name.removeprefix("aten.").removeprefix("autopart.").removeprefix("runtime."),
+                    shortened(record.name),
                     record.note,
                     compute.forward + compute.backward,
                     comm.forward + comm.backward,

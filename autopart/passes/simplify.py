@@ -160,6 +160,7 @@ def _drop(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | Non
     identity = (
         name in ("aten.clone", "aten.alias", "aten.contiguous", "aten.lift_fresh_copy", "aten._to_copy")
         or name in ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand", "aten.slice.Tensor")
+        or (name == "aten.detach" and not info(source).grad)
         or (name == "aten.dropout" and (node.args[1] == 0.0 or node.args[2] is False))
         or (name in ("aten.add.Tensor", "aten.sub.Tensor") and node.args[1] == 0)
         or (name in ("aten.mul.Tensor", "aten.div.Tensor") and node.args[1] == 1)
@@ -355,6 +356,32 @@ def _attention_mask(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.
     return None
 
 
+def _own_targets(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+    """A mean over targets that weights decide, whose number nobody knows before the forward pass: a sum by it."""
+    if info(node).name != "aten.cross_entropy_loss":
+        return None
+    x, targets, weight, reduction, ignored, smoothing = (*node.args, *(None, 1, -100, 0.0)[len(node.args) - 2 :])
+    counted = weight is None and reduction == 1 and not info(targets).dtype.is_floating_point  # type: ignore[arg-type]
+    if not counted or not _learned(targets):  # type: ignore[arg-type]
+        return None
+    total = new_call(graph, aten.cross_entropy_loss.default, (x, targets, None, 2, ignored, smoothing), node)
+    number = new_call(graph, aten.sum.default, (new_call(graph, aten.ne.Scalar, (targets, ignored), node),), node)
+    return new_call(graph, aten.div.Tensor, (total, number), node)
+
+
+def _learned(node: fx.Node) -> bool:
+    """Whether a value depends on a parameter."""
+    seen, todo = {node}, [node]
+    while todo:
+        node = todo.pop()
+        if info(node).kind == "parameter":
+            return True
+        new = [n for n in node.all_input_nodes if n not in seen]
+        seen.update(new)
+        todo += new
+    return False
+
+
 REWRITES = (
     _drop,
     _only_piece,
@@ -364,6 +391,7 @@ REWRITES = (
     _experts,
     _reshape,
     _bias_apart,
+    _own_targets,
     _unflatten,
     _index_everything,
     _true_conditions,

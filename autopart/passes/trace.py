@@ -18,7 +18,7 @@ from autopart.custom import CustomFunction
 from autopart.errors import PartitionError
 from autopart.graph import KEY, Info, Traced, placeholders
 from autopart.rules import op_name
-from autopart.torch_private import FakeTensorMode, tree_unflatten
+from autopart.torch_private import FakeTensor, FakeTensorMode, tree_unflatten
 
 OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PACKAGES = (os.path.dirname(torch.__file__) + os.sep, OWN + os.sep)
@@ -44,8 +44,11 @@ def trace(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None 
         with mode, warnings.catch_warnings(), _custom_functions(custom):
             warnings.simplefilter("ignore", FutureWarning)
             exported = torch.export.export(skeleton, (), kwargs, strict=False)
+            _refuse_hidden_tensors(exported)
             _cut_gradients(exported)
             exported = exported.run_decompositions({})
+    except PartitionError:
+        raise
     except Exception as error:
         raise _untraceable(error) from error
     for function in custom:
@@ -116,6 +119,19 @@ def _custom_functions(found: list[CustomFunction]) -> Iterator[None]:
         yield
     finally:
         torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+
+
+def _refuse_hidden_tensors(exported: torch.export.ExportedProgram) -> None:
+    """A tensor that is neither parameter, buffer nor input has no value where the model's tensors are fake."""
+    for node in exported.graph.nodes:
+        name = exported.graph_signature.inputs_to_lifted_tensor_constants.get(node.name)
+        if isinstance(exported.constants.get(name or ""), FakeTensor):
+            stack = next((u.meta["stack_trace"] for u in node.users if u.meta.get("stack_trace")), "")
+            raise PartitionError(
+                f"the forward pass reaches a tensor that the model does not own ({_source(stack) or node.name})",
+                "as with weight.data, which autograd and a trace do not follow",
+                "with torch.no_grad(): weight.clamp_(...) after the optimizer's step, outside the forward pass",
+            )
 
 
 def _cut_gradients(exported: torch.export.ExportedProgram) -> None:

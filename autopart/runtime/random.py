@@ -27,8 +27,10 @@ Tensor = torch.Tensor
 LOW = 0xFFFFFFFF
 GOLDEN = 0x9E3779B9
 SIGN = 2**31
-CACHED = 2**15
+CACHED = 2**17
 """Elements that the CPU takes at a time, so that what lies between stays in its cache."""
+WHOLE_NUMBERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By their size in bytes."""
 Split = Any
 """The dim that an axis splits; where it has parts, (dim, sizes)."""
 
@@ -93,8 +95,8 @@ def _hashes(source: Stream, whole: Sequence[int], batch: int | None, axes: dict[
         row += (leading[dim] * stride).reshape([-1 if d == dim else 1 for d in range(len(leading))])
         stride *= whole[dim]
     one, other = source.root()
-    high = mixed((row >> 32).to(torch.int32) ^ one)
-    return mixed(mixed(row.to(torch.int32) ^ high) + other), (last * GOLDEN).to(torch.int32)
+    high = (row >> 32).mul_(GOLDEN).to(torch.int32)
+    return mixed(mixed(row.to(torch.int32) ^ one).add_(high).add_(other)), last.mul_(GOLDEN).to(torch.int32)
 
 
 def _places(source: Stream, dim: int, size: int, batch: int | None, axes: dict[str, Split]) -> Tensor:
@@ -131,18 +133,22 @@ def _masked(
         return torch.zeros_like(x)
     rows, columns = _hashes(source, whole, batch, axes)
     flat, threshold, scale = x.reshape(rows.numel(), len(columns)).contiguous(), int(p * 2**32) - SIGN, 1.0 / (1.0 - p)
-    masked = kernel.masked if kernel.applies(flat) else _by_blocks
+    masked = kernel.masked if kernel.applies(flat) else by_blocks
     result = masked(flat, rows.flatten(), columns, threshold, scale).view(x.shape)
     return result if x.is_contiguous() else torch.empty_like(x).copy_(result)
 
 
-def _by_blocks(x: Tensor, rows: Tensor, columns: Tensor, threshold: int, scale: float) -> Tensor:
+def by_blocks(x: Tensor, rows: Tensor, columns: Tensor, threshold: int, scale: float) -> Tensor:
     """`kernel.masked` in plain torch."""
-    result = torch.empty_like(x)
+    result = x * scale
+    if threshold == -SIGN:
+        return result
+    whole_numbers = result.view(WHOLE_NUMBERS[x.element_size()])
     height = max(1, CACHED // max(1, len(columns)) if x.device.type == "cpu" else len(rows))
     for i in range(0, len(rows), height):
-        dropped = mixed(rows[i : i + height, None] + columns).bitwise_xor_(-SIGN) < threshold
-        torch.mul(x[i : i + height], scale, out=result[i : i + height]).masked_fill_(dropped, 0.0)
+        drawn = mixed(rows[i : i + height, None] + columns).bitwise_xor_(-SIGN)
+        kept = (threshold - 1) - drawn.clamp_(threshold - 1, threshold)
+        whole_numbers[i : i + height] &= kept
     return result
 
 

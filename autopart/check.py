@@ -1,0 +1,99 @@
+"""Is a plan exact? One step of it on simulated ranks, held against one process."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from autopart.compile import DTYPES, Batch, Source, simulate_plan, take
+from autopart.compile import plan as make_plan
+from autopart.draws import Stream
+from autopart.graph import calls
+from autopart.mesh import Mesh
+from autopart.plan import Plan
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Check:
+    """How far a plan's step is from one process's.
+
+    loss            the plan's
+    loss_error      relative
+    gradient_error  the largest of `worst_error`, and in `worst` whose it is
+    against         what it was held against: the model itself or, where it draws random numbers, its one-rank program
+    """
+
+    plan: Plan
+    loss: float
+    loss_error: float
+    gradient_error: float
+    worst: str
+    against: str
+
+
+def check(
+    model: nn.Module,
+    mesh: str | Mesh | DeviceMesh,
+    batch: Batch,
+    *,
+    plan: Plan | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> Check:
+    """Plan (unless a `plan` is given), run one step with every rank a thread of this process, and compare.
+
+    Arguments and errors as `autopart.compile`.
+    """
+    plan = plan or make_plan(model, mesh, batch, **settings)
+    batch = take(batch, plan.global_batch)
+    source = Source(model, batch, DTYPES[plan.precision])
+    split = simulate_plan(source, plan, seed)
+    graph = source.at(plan.micro_batch, plan.mesh).traced.graph
+    draws = any(isinstance(argument, Stream) for node in calls(graph) for argument in node.args)
+    if draws:
+        alone = make_plan(model, "1:cpu", batch, micro_batch=plan.micro_batch, precision=plan.precision)
+        whole = simulate_plan(source, alone, seed)
+        loss, gradients = whole.loss, whole.gradients
+    else:
+        loss, gradients = one_process(copy.deepcopy(model), batch)
+    error, worst = worst_error(split.gradients, gradients)
+    off = abs(float(split.loss) - float(loss)) / max(abs(float(loss)), 1e-30)
+    return Check(plan, float(split.loss), off, error, worst, "its one-rank program" if draws else "the model")
+
+
+def one_process(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The unmodified model's loss and gradients, after one step in this process."""
+    model.zero_grad()
+    output = model(**batch)
+    loss = output if isinstance(output, torch.Tensor) else output["loss"] if "loss" in output else output[0]
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def worst_error(found: Tensors, wanted: Tensors) -> tuple[float, str]:
+    """The largest error of a tensor, and which.
+
+    Relative to its tensor's largest element, or to a thousandth of the largest of all tensors if that is more: some
+    gradients are zero but for rounding (that of a key's bias in attention: softmax ignores what all scores share), and
+    the ratio of two roundings says nothing. A tensor that one side lacks counts as zeros there.
+    """
+    largest = {n: float(t.abs().max()) if t.numel() else 0.0 for n, t in wanted.items()}
+    floor = max(1e-3 * max(largest.values(), default=0.0), torch.finfo(torch.float32).tiny)
+    errors = {"": 0.0}
+    for name in {*found, *wanted}:
+        zeros = torch.zeros_like(found[name] if name in found else wanted[name])
+        difference = found.get(name, zeros) - wanted.get(name, zeros)
+        if difference.numel():
+            errors[name] = float(difference.abs().max()) / max(largest.get(name, 0.0), floor)
+    name = max(errors, key=lambda n: float("inf") if errors[n] != errors[n] else errors[n])
+    return errors[name], name
