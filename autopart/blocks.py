@@ -99,7 +99,7 @@ def _program(label: str, nodes: Sequence[fx.Node]) -> tuple[Any, ...]:
             return f"%{local[node]}"
         record = info(node)
         if record.kind in OWNED:
-            return f"{record.name.removeprefix(label)} {record.placed} {record.whole} {record.dtypes}"
+            return f"{record.name.removeprefix(label)} {record.placed} {record.whole} {record.dtypes} {record.grad}"
         return f"${others.setdefault(node, len(others))}"
 
     lines = []

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from autopart.draws import dropout
 from autopart.kernels.rms_norm import rms_norm
 from autopart.notation import Dim, Factor, Operand, Placement, Shape, Strategy, parse
 from autopart.rules import RULES, Args, Rule, flatten, local_args, local_shape, strategies
@@ -47,10 +48,27 @@ class Sample(NamedTuple):
         return resolve(self.name)
 
 
+def expert_linear(x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, transposed: bool) -> torch.Tensor:
+    weight = weight if transposed else weight.transpose(1, 2)
+    return torch.einsum("sk,skn->sn", x, weight[ids])
+
+
+def uniform(like: torch.Tensor, stream: str, dtype: torch.dtype) -> torch.Tensor:
+    """A constant: the numbers themselves depend on the place, which other tests are about."""
+    return torch.full_like(like, 0.5, dtype=dtype)
+
+
+def uniform_of(size: Sequence[int], dtype: torch.dtype, stream: str) -> torch.Tensor:
+    return torch.full(size, 0.5, dtype=dtype)
+
+
+OWN = {f"autopart.{k.__name__}": k for k in (rms_norm, dropout, expert_linear, uniform, uniform_of)}
+
+
 def resolve(name: str) -> Op:
     """The operator a row is about."""
-    if name == "autopart.rms_norm":
-        return rms_norm
+    if name in OWN:
+        return OWN[name]
     space, packet, overload = (*name.split("."), "default")[:3]
     return getattr(getattr(getattr(torch.ops, space), packet), overload)
 
@@ -132,7 +150,7 @@ def check(held: Tensors, whole: torch.Tensor, placement: Placement, what: str) -
         )
 
 
-DUAL = {"R": "R", "C": "P", "S": "S", "P": "R"}
+DUAL = {"R": "R", "C": "P", "S": "S", "P": "R", "M": "P"}
 
 
 def gradient(placement: Placement) -> Placement:
@@ -176,7 +194,17 @@ def plain(op: Op, ranks: list[Args], kwargs: Kwargs, whole: Args) -> list[Tensor
     return [called(op, args, kwargs) for args in ranks]
 
 
+def experts_of_rank(op: Op, ranks: list[Args], kwargs: Kwargs, whole: Args) -> list[Tensors]:
+    def one(rank: int, x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, transposed: bool) -> torch.Tensor:
+        ids = ids - rank * len(weight)
+        mine = (ids >= 0) & (ids < len(weight))
+        return op(x, weight, ids * mine, transposed) * mine.unsqueeze(-1)
+
+    return [[one(rank, *args)] for rank, args in enumerate(ranks)]
+
+
 LOCAL = {"": plain} | {k.__name__: k for k in (mean, cross_entropy_sum, vocab_embedding, vocab_cross_entropy)}
+LOCAL["expert_linear"] = experts_of_rank
 
 
 def differentiable(tensors: Sequence[torch.Tensor]) -> list[int]:

@@ -98,11 +98,12 @@ def test_a_loss_inside_of_equal_blocks() -> None:
     assert error <= TOLERANCE, of
 
 
-def test_a_frozen_block_among_equal_ones() -> None:
-    """It shares neither class nor gradients with the others."""
+@pytest.mark.parametrize("frozen", (0, 1))
+def test_a_frozen_block_among_equal_ones(frozen: int) -> None:
+    """It shares no class with those that train."""
     block = (("linear", 0), ("gelu", 0))
-    source = source_of(replace(recipe_of(block, block, block), frozen=1))
-    error, of = error_of(source, plan_of(source, (1, 2, 1)))
+    source = source_of(replace(recipe_of(block, block, block), frozen=frozen))
+    error, of = error_of(source, plan_of(source, (1, 1, 1)))
     assert error <= TOLERANCE, of
 
 

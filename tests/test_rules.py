@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from proof import RANDOM, Sample, f, i, prove, resolve, ways
 
 from autopart import rules
+from autopart.draws import Stream
 from autopart.notation import Placement, S
 from autopart.rules import RULES, op_name
 from autopart.rules.pointwise import LINEAR_BINARY
@@ -64,6 +65,11 @@ def call(name: str, *args: Any, hints: Sequence[Placement] = (), constant: int =
 KEEP = {"keepdim": True}
 PARTS = [S(1, (12, 24)), S(2, (12, 24)), S(1, (24, 12)), S(1, (12, 12))]  # the last fits no dim of 36
 SAMPLES = [
+    call("autopart.dropout", f(12, 24), 0.1, Stream("drop")),
+    call("autopart.uniform", f(12, 24), Stream("drop"), torch.float64),
+    call("autopart.uniform_of", [12, 24], torch.float64, Stream("drop")),
+    call("autopart.expert_linear", f(24, 12), f(12, 24, 12), i(12, 24), False),
+    call("autopart.expert_linear", f(24, 12), f(12, 12, 24), i(12, 24), True),
     # contractions
     call("aten.mm", f(12, 24), f(24, 12)),
     call("aten.bmm", f(12, 4, 12), f(12, 12, 3)),

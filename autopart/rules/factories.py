@@ -37,4 +37,4 @@ RULES: dict[str, Rule] = {f"aten.{n}": Rule(_full, resize=at) for n, at in SIZED
 RULES |= {f"aten.{n}": Rule(_new, resize=1) for n in NEW}
 RULES |= {f"aten.{n}": Rule(opaque) for n in BY_PLACE}
 RULES |= {"aten.scalar_tensor": Rule(" -> "), "aten.type_as": Rule(_like, linear=(0,))}
-RULES |= {"autopart.uniform": Rule("... -> ..."), "autopart.uniform_of": Rule(_full)}
+RULES |= {"autopart.uniform": Rule("... -> ..."), "autopart.uniform_of": Rule(_full, resize=0)}
