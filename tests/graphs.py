@@ -19,6 +19,7 @@ from autopart.cost import Training
 from autopart.folded import Folded
 from autopart.graph import info
 from autopart.mesh import Mesh
+from autopart.notation import P
 from autopart.passes.formulate import LOSS, Axis, Settings, formulate_splits
 from autopart.plan import Plan, PlanStage, Signature
 from autopart.problem import SplitProblem
@@ -795,6 +796,8 @@ def draw_strategies(draw: st.DrawFn, problem: SplitProblem) -> dict[str, Strateg
         if draw(st.integers(0, 4)) < near:
             least = min(changes(problem, {**chosen, name: o}, name) for o in fitting)
             fitting = [o for o in fitting if changes(problem, {**chosen, name: o}, name) == least]
+        passing = [o for o in fitting if P in o.inputs]
+        fitting = passing if passing and draw(st.booleans()) else fitting
         index = options.index(draw(st.sampled_from(fitting)))
         chosen |= {member: problem.strategies[member][index] for member in group}
     mended = mend(problem, chosen)

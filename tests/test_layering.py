@@ -26,6 +26,7 @@ LAYERS = (
         "experts",
     },
     {"folded", "problem", "stages", "naming", "spelling", "blocks", "means", "custom"},
+    {"exporting"},
     {"plan"},
     {"passes"},
     {"request", "report", "planner"},

@@ -15,7 +15,7 @@ from autopart.runtime.launch import launch
 WORKER = Path(__file__).with_name("zoo_worker.py")
 SAMPLE = """clm:bloom clm:deepseek_v3 clm:falcon clm:gemma2 clm:gpt_neox clm:gpt_oss clm:hrm_text clm:mamba clm:mixtral
     clm:opt clm:phi3 mlm:albert mlm:deberta-v2 mlm:distilbert s2s:bart s2s:t5gemma img:convnext
-    img:mobilenet_v2 img:resnet img:swin""".split()
+    img:dinov2 img:regnet img:resnet""".split()
 
 
 @pytest.fixture(scope="module")

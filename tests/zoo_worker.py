@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from benchmarks.zoo_models import build
 
 import autopart
 from autopart.check import one_process, worst_error
+from benchmarks.zoo_models import build
 
 SAMPLES = 4
 

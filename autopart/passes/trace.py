@@ -1,28 +1,19 @@
-"""nn.Module + batch -> fx.Graph: torch.export, forward only, then functionalised."""
+"""nn.Module + batch -> fx.Graph: what `autopart.exporting` gives, with a record on every node."""
 
 from __future__ import annotations
 
-import copy
-import os
 import re
-import traceback
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from autopart.custom import CustomFunction
 from autopart.errors import PartitionError
+from autopart.exporting import export, source_line
 from autopart.graph import KEY, Info, Traced, placeholders
 from autopart.rules import op_name
-from autopart.torch_private import FakeTensor, FakeTensorMode, tree_unflatten
-
-OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PACKAGES = (os.path.dirname(torch.__file__) + os.sep, OWN + os.sep)
-"""Where lines that are not the user's come from."""
+from autopart.torch_private import tree_unflatten
 
 
 def trace(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None = None) -> Traced:
@@ -35,24 +26,8 @@ def trace(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None 
     sizes = {k: v.shape[0] for k, v in batch.items() if isinstance(v, torch.Tensor) and v.dim()}
     if not sizes or len(set(sizes.values())) != 1:
         raise PartitionError("the batch has no common size", f"samples in dim 0: {sizes}", "equal sizes in dim 0")
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    skeleton = _skeleton(model, mode, dtype)
-    kwargs = {k: _fake(v, mode) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if v is not None}
-    _gather_experts(skeleton)
-    custom: list[CustomFunction] = []
-    try:
-        with mode, warnings.catch_warnings(), _custom_functions(custom):
-            warnings.simplefilter("ignore", FutureWarning)
-            exported = torch.export.export(skeleton, (), kwargs, strict=False)
-            _refuse_hidden_tensors(exported)
-            _cut_gradients(exported)
-            exported = exported.run_decompositions({})
-    except PartitionError:
-        raise
-    except Exception as error:
-        raise _untraceable(error) from error
-    for function in custom:
-        function.check()
+    inputs = {k: v for k, v in batch.items() if v is not None}
+    exported = export(model, inputs, dtype)
     signature = exported.graph_signature
     if signature.user_inputs_to_mutate:
         raise PartitionError(
@@ -64,10 +39,9 @@ def trace(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None 
     updated = _keep_loss(graph, exported)
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     lifted = signature.inputs_to_lifted_tensor_constants
-    keys = [k for k, v in kwargs.items()]
     users = iter(signature.user_inputs)
     aliases = _aliases(model)
-    by_user = {name: key for name, key in zip(users, keys, strict=True) if isinstance(name, str)}
+    by_user = {name: key for name, key in zip(users, inputs, strict=True) if isinstance(name, str)}
     for node in list(graph.nodes):
         if node.op == "output":
             continue
@@ -93,92 +67,6 @@ def trace(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None 
     buffers = _buffers(model, exported, placeholders(graph, "buffer"))
     classes = {path: type(module).__name__ for path, module in model.named_modules()}
     return Traced(graph, type(model).__name__, buffers, aliases, next(iter(sizes.values())), classes, updated)
-
-
-def _gather_experts(model: nn.Module) -> None:
-    """Have transformers' mixtures of experts gather each token's weights, which is the same function and can be traced:
-    other implementations loop over the experts in use, or sort the tokens."""
-    for module in model.modules():
-        if hasattr(module, "_is_expert_parallel"):
-            module.config._experts_implementation = "batched_mm"  # type: ignore[union-attr]
-
-
-@contextmanager
-def _custom_functions(found: list[CustomFunction]) -> Iterator[None]:
-    """Note every call of an autograd.Function that is not torch's own."""
-    apply = torch.autograd.Function.__dict__["apply"]
-
-    def noted(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-        if not cls.__module__.startswith("torch."):
-            frames = [f for f in traceback.extract_stack()[:-1] if not f.filename.startswith(PACKAGES)]
-            found.append(CustomFunction(cls, args, f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}"))
-        return apply.__func__(cls, *args, **kwargs)
-
-    torch.autograd.Function.apply = classmethod(noted)  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
-
-
-def _refuse_hidden_tensors(exported: torch.export.ExportedProgram) -> None:
-    """A tensor that is neither parameter, buffer nor input has no value where the model's tensors are fake."""
-    for node in exported.graph.nodes:
-        name = exported.graph_signature.inputs_to_lifted_tensor_constants.get(node.name)
-        if isinstance(exported.constants.get(name or ""), FakeTensor):
-            stack = next((u.meta["stack_trace"] for u in node.users if u.meta.get("stack_trace")), "")
-            raise PartitionError(
-                f"the forward pass reaches a tensor that the model does not own ({_source(stack) or node.name})",
-                "as with weight.data, which autograd and a trace do not follow",
-                "with torch.no_grad(): weight.clamp_(...) after the optimizer's step, outside the forward pass",
-            )
-
-
-def _cut_gradients(exported: torch.export.ExportedProgram) -> None:
-    """Detach what `torch.no_grad` regions make, since decomposition inlines them and forgets."""
-    for module in exported.graph_module.modules():
-        graph = getattr(module, "graph", None)
-        for node in list(graph.nodes) if isinstance(graph, fx.Graph) else ():
-            if str(node.target) == "wrap_with_set_grad_enabled" and node.args[0] is False:
-                (results,) = getattr(module, node.args[1].target).graph.output_node().args
-                for pick in list(node.users):
-                    if _itself(results[pick.args[1]]).op != "placeholder":
-                        _detach(pick)
-
-
-def _itself(node: fx.Node) -> fx.Node:
-    """What casts that change nothing gave back: a trace takes later uses of that tensor for uses of the cast."""
-    while str(node.target).startswith(("aten.to.", "aten.contiguous", "aten.type_as")):
-        source = node.args[0]
-        if not isinstance(source, fx.Node) or source.meta["val"].dtype != node.meta["val"].dtype:
-            break
-        node = source
-    return node
-
-
-def _detach(node: fx.Node) -> None:
-    with node.graph.inserting_after(node):
-        cut = node.graph.call_function(torch.ops.aten.detach.default, (node,))
-    cut.meta = dict(node.meta)
-    node.replace_all_uses_with(cut, lambda user: user is not cut and user.op != "output")
-
-
-def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
-    """A fake CPU tensor of its own, so that two inputs that are one tensor stay two."""
-    with mode:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-
-
-def _skeleton(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
-    """A copy of the model whose tensors are fake: the same structure and tied weights, no memory."""
-    memo: dict[int, Any] = {}
-    with mode:
-        for tensor in [*model.parameters(), *model.buffers()]:
-            is_parameter = isinstance(tensor, nn.Parameter)
-            wanted = dtype if dtype and is_parameter and tensor.is_floating_point() else tensor.dtype
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=wanted, device="cpu")
-            memo[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
-    return copy.deepcopy(model, memo)
 
 
 def _keep_loss(graph: fx.Graph, exported: torch.export.ExportedProgram) -> tuple[str, ...]:
@@ -217,7 +105,7 @@ def _record(node: fx.Node, kind: str, name: str) -> Info:
         module = name.rpartition(".")[0]
     if any(not isinstance(s, int) for t in tensors for s in t.shape):
         raise PartitionError(
-            f"the shape of a tensor depends on data ({_source(node.meta.get('stack_trace') or '') or name})",
+            f"the shape of a tensor depends on data ({source_line(node.meta.get('stack_trace') or '') or name})",
             f"{name} gives {[tuple(map(str, t.shape)) for t in tensors]}",
             "take x[mask], nonzero(), .item() and .tolist() out of the forward pass; torch.where has a fixed shape",
         )
@@ -236,16 +124,9 @@ def _record(node: fx.Node, kind: str, name: str) -> Info:
         ),
         layer=layer[1] if layer else "",
         module=module,
-        source=_source(node.meta.get("stack_trace") or ""),
+        source=source_line(node.meta.get("stack_trace") or ""),
         batch=0 if kind == "input" else None,
     )
-
-
-def _source(stack: str) -> str:
-    """The innermost line of the stack that is the model's own."""
-    frames = re.findall(r'File "([^"]+)", line (\d+)', stack)
-    own = [f for f in frames if not f[0].startswith((*PACKAGES, "<"))]
-    return f"{os.path.basename(own[-1][0])}:{own[-1][1]}" if own else ""
 
 
 def _buffers(
@@ -271,14 +152,3 @@ def _aliases(model: nn.Module) -> dict[str, str]:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if first.setdefault(id(parameter), name) != name
     }
-
-
-def _untraceable(error: Exception) -> PartitionError:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(PACKAGES)]
-    where = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "an unknown line"
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return PartitionError(
-        "torch.export cannot trace the model",
-        f"{where}\n       {type(error).__name__}: {reason}",
-        "take values that depend on data (.item(), if x.sum() > 0, nonzero) out of the forward pass",
-    )

@@ -1,0 +1,192 @@
+"""nn.Module + batch -> torch.export's program, functionalised, or the reason why not.
+
+What torch.export would get wrong without a word is refused here or put right: regions without gradients, backward
+functions of the user's own, tensors that a model reaches behind autograd's back, Python's own random numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import re
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from autopart.custom import CustomFunction
+from autopart.errors import PartitionError
+from autopart.torch_private import FakeTensor, FakeTensorMode
+
+PACKAGES = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.abspath(__file__)) + os.sep)
+"""Where lines that are not the user's come from."""
+
+
+def export(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype | None) -> torch.export.ExportedProgram:
+    """Export the forward pass of a copy of the model whose tensors are fake. Raises PartitionError with the user's line
+    and, where another attention of transformers can be traced, its name."""
+    try:
+        return _export(model, inputs, dtype)
+    except PartitionError:
+        raise
+    except Exception as error:  # whatever a forward pass may raise
+        other = next((name for name in ("sdpa", "eager") if _traces_with(model, inputs, dtype, name)), "")
+        raise _untraceable(error, other) from error
+
+
+def _export(
+    model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype | None, attention: str = ""
+) -> torch.export.ExportedProgram:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    skeleton: Any = _skeleton(model, mode, dtype)
+    kwargs = {k: _fake(v, mode) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    _gather_experts(skeleton)
+    if attention:
+        skeleton.set_attn_implementation(attention)
+    custom: list[CustomFunction] = []
+    before = random.getstate()
+    with mode, warnings.catch_warnings(), _custom_functions(custom), _silence():
+        warnings.simplefilter("ignore", FutureWarning)
+        exported = torch.export.export(skeleton, (), kwargs, strict=False)
+        _refuse_hidden_tensors(exported)
+        _cut_gradients(exported)
+        exported = exported.run_decompositions({})
+    for function in custom:
+        function.check()
+    if random.getstate() != before:
+        raise PartitionError(
+            "the forward pass draws from Python's random",
+            "a trace would keep the one outcome it saw",
+            "layerdrop=0 in the config, or torch.rand",
+        )
+    return exported
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """torch.export prints whole graphs where it fails."""
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        yield
+
+
+def _traces_with(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype | None, attention: str) -> bool:
+    """Whether the model can be traced with another of transformers' attention functions."""
+    current = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if current in (None, attention) or not hasattr(model, "set_attn_implementation"):
+        return False
+    try:
+        _export(model, inputs, dtype, attention)
+    except Exception:
+        return False
+    return True
+
+
+def _untraceable(error: Exception, attention: str) -> PartitionError:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(PACKAGES)]
+    where = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}: {frames[-1].line}" if frames else "?"
+    reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+    if "DataDependent" in reason:
+        reason = "what it does depends on the values of tensors"
+    advice = "take values that depend on data (.item(), if x.sum() > 0, nonzero) out of the forward pass"
+    if attention:
+        advice = f'model.set_attn_implementation("{attention}"): the same function, and it can be traced'
+    return PartitionError("torch.export cannot trace the model", f"{where}  {reason}", advice)
+
+
+def source_line(stack: str) -> str:
+    """The innermost line of a stack trace that is the model's own, "modeling_llama.py:88"."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', stack)
+    own = [f for f in frames if not f[0].startswith((*PACKAGES, "<"))]
+    return f"{os.path.basename(own[-1][0])}:{own[-1][1]}" if own else ""
+
+
+def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    """A fake CPU tensor of its own, so that two inputs that are one tensor stay two."""
+    with mode:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+
+def _skeleton(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
+    """A copy of the model whose tensors are fake: the same structure and tied weights, no memory."""
+    memo: dict[int, Any] = {}
+    with mode:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            is_parameter = isinstance(tensor, nn.Parameter)
+            wanted = dtype if dtype and is_parameter and tensor.is_floating_point() else tensor.dtype
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=wanted, device="cpu")
+            memo[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
+    return copy.deepcopy(model, memo)
+
+
+def _gather_experts(model: nn.Module) -> None:
+    """Have transformers' mixtures of experts gather each token's weights, which is the same function and can be traced:
+    other implementations loop over the experts in use, or sort the tokens."""
+    for module in model.modules():
+        if hasattr(module, "_is_expert_parallel"):
+            module.config._experts_implementation = "batched_mm"  # type: ignore[union-attr]
+
+
+@contextmanager
+def _custom_functions(found: list[CustomFunction]) -> Iterator[None]:
+    """Note every call of an autograd.Function that is not torch's own."""
+    apply = torch.autograd.Function.__dict__["apply"]
+
+    def noted(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith("torch."):
+            frames = [f for f in traceback.extract_stack()[:-1] if not f.filename.startswith(PACKAGES)]
+            found.append(CustomFunction(cls, args, f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}"))
+        return apply.__func__(cls, *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(noted)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+
+
+def _refuse_hidden_tensors(exported: torch.export.ExportedProgram) -> None:
+    """A tensor that is neither parameter, buffer nor input has no value where the model's tensors are fake."""
+    for node in exported.graph.nodes:
+        name = exported.graph_signature.inputs_to_lifted_tensor_constants.get(node.name)
+        if isinstance(exported.constants.get(name or ""), FakeTensor):
+            stack = next((u.meta["stack_trace"] for u in node.users if u.meta.get("stack_trace")), "")
+            raise PartitionError(
+                f"the forward pass reaches a tensor that the model does not own ({source_line(stack) or node.name})",
+                "as with weight.data, which autograd and a trace do not follow",
+                "with torch.no_grad(): weight.clamp_(...) after the optimizer's step, outside the forward pass",
+            )
+
+
+def _cut_gradients(exported: torch.export.ExportedProgram) -> None:
+    """Detach what `torch.no_grad` regions make, since decomposition inlines them and forgets."""
+    for module in exported.graph_module.modules():
+        graph = getattr(module, "graph", None)
+        for node in list(graph.nodes) if isinstance(graph, fx.Graph) else ():
+            if str(node.target) == "wrap_with_set_grad_enabled" and node.args[0] is False:
+                (results,) = getattr(module, node.args[1].target).graph.output_node().args
+                for pick in list(node.users):
+                    if _itself(results[pick.args[1]]).op != "placeholder":
+                        _detach(pick)
+
+
+def _itself(node: fx.Node) -> fx.Node:
+    """What casts that change nothing gave back: a trace takes later uses of that tensor for uses of the cast."""
+    while str(node.target).startswith(("aten.to.", "aten.contiguous", "aten.type_as")):
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or source.meta["val"].dtype != node.meta["val"].dtype:
+            break
+        node = source
+    return node
+
+
+def _detach(node: fx.Node) -> None:
+    with node.graph.inserting_after(node):
+        cut = node.graph.call_function(torch.ops.aten.detach.default, (node,))
+    cut.meta = dict(node.meta)
+    node.replace_all_uses_with(cut, lambda user: user is not cut and user.op != "output")
