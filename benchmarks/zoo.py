@@ -15,6 +15,7 @@ import argparse
 import collections
 import copy
 import json
+import math
 import os
 import re
 import signal
@@ -128,7 +129,7 @@ class Judge:
         from autopart.mesh import Mesh
         from autopart.request import Request
 
-        mesh = Mesh.of(f"{degrees['pp'] * degrees['tp']}:cpu")
+        mesh = Mesh.of(f"{math.prod(degrees.values())}:cpu")
         size = SAMPLES // 2 if self.source.at(SAMPLES // 2, mesh).traced.mean_of_samples else SAMPLES
         precision = str(self.source.dtype).removeprefix("torch.")
         return make_plan(self.source, mesh, Request(SAMPLES, micro_batch=size, precision=precision, **degrees))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from autopart.runtime.groups import Group
 
 Tensor = torch.Tensor
+ALIGNMENT = 16
+"""Bytes: torch's grouped product takes rows that start at multiples of this."""
 
 
 def expert_linear(x: Tensor, weight: Tensor, ids: Tensor, transposed: bool, group: Group | None = None) -> Tensor:
@@ -18,35 +20,41 @@ def expert_linear(x: Tensor, weight: Tensor, ids: Tensor, transposed: bool, grou
     The weights are (e, n, k), or (e, k, n) where `transposed`. Where `group` splits the experts, rows of experts
     elsewhere give zeros, and zero gradients: over the ranks they sum to the whole.
     """
-    first = group.rank * weight.shape[0] if group is not None else 0
-    order = ids.argsort(stable=True)
-    ends = torch.searchsorted(ids[order], torch.arange(first, first + len(weight) + 1, device=ids.device))
-    product: Tensor = _Grouped.apply(x, weight if transposed else weight.transpose(1, 2), order, ends.tolist())
-    return product
+    weight = weight if transposed else weight.transpose(1, 2)
+    own = ids if group is None else ids - group.rank * len(weight)
+    own = torch.where((own >= 0) & (own < len(weight)), own, len(weight))
+    order = own.argsort(stable=True)
+    ends = torch.searchsorted(own[order], torch.arange(len(weight), device=ids.device), right=True)
+    mine = (torch.arange(len(ids), device=ids.device) < ends[-1])[:, None]
+    rows = torch.where(mine, x[order], 0.0)  # rows of no expert are left as they were, forward and backward
+    product = F.grouped_mm(rows, weight, offs=ends.int()) if _fits(x, weight) else _Loop.apply(rows, weight, ends)
+    return torch.zeros_like(product).index_copy(0, order, torch.where(mine, product, 0.0))
 
 
-class _Grouped(torch.autograd.Function):
-    """One product for each expert that has rows: rows order[ends[e]:ends[e + 1]] times weight[e], (k, n)."""
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch's grouped product takes these."""
+    sizes = (weight.shape[1] * x.itemsize, weight.shape[2] * x.itemsize)
+    return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and not any(s % ALIGNMENT for s in sizes)
+
+
+class _Loop(torch.autograd.Function):
+    """One product for each expert that has rows: rows ends[e - 1]:ends[e] times weight[e], (k, n)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, order: Tensor, ends: list[int]) -> Tensor:
-        ctx.save_for_backward(x, weight, order)
-        ctx.ends = ends
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.spans = list(zip([0, *ends.tolist()], ends.tolist(), strict=False))
         out = x.new_zeros(x.shape[0], weight.shape[-1])
-        for expert, rows in _rows(order, ends):
-            out[rows] = x[rows] @ weight[expert]
+        for expert, (start, end) in enumerate(ctx.spans):
+            out[start:end] = x[start:end] @ weight[expert]
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, order = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         given = gradients[0]
         of_x, of_weight = torch.zeros_like(x), torch.zeros_like(weight)
-        for expert, rows in _rows(order, ctx.ends):
-            of_x[rows] = given[rows] @ weight[expert].t()
-            of_weight[expert] = x[rows].t() @ given[rows]
-        return of_x, of_weight, None, None
-
-
-def _rows(order: Tensor, ends: list[int]) -> list[tuple[int, Tensor]]:
-    return [(expert, order[start:end]) for expert, (start, end) in enumerate(pairwise(ends)) if end > start]
+        for expert, (start, end) in enumerate(ctx.spans):
+            of_x[start:end] = given[start:end] @ weight[expert].t()
+            of_weight[expert] = x[start:end].t() @ given[start:end]
+        return of_x, of_weight, None
