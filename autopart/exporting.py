@@ -7,7 +7,9 @@ functions of the user's own, tensors that a model reaches behind autograd's back
 from __future__ import annotations
 
 import copy
+import logging
 import os
+import pickle
 import random
 import re
 import traceback
@@ -17,6 +19,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 
@@ -50,8 +53,8 @@ def _export(
     if attention:
         skeleton.set_attn_implementation(attention)
     custom: list[CustomFunction] = []
-    before = random.getstate()
-    with mode, warnings.catch_warnings(), _custom_functions(custom), _silence():
+    before = _foreign_random()
+    with mode, warnings.catch_warnings(), _custom_functions(custom), _no_inference_mode(), _silence():
         warnings.simplefilter("ignore", FutureWarning)
         exported = torch.export.export(skeleton, (), kwargs, strict=False)
         _refuse_hidden_tensors(exported)
@@ -59,9 +62,9 @@ def _export(
         exported = exported.run_decompositions({})
     for function in custom:
         function.check()
-    if random.getstate() != before:
+    if _foreign_random() != before:
         raise PartitionError(
-            "the forward pass draws from Python's random",
+            "the forward pass draws from Python's or numpy's random",
             "a trace would keep the one outcome it saw",
             "layerdrop=0 in the config, or torch.rand",
         )
@@ -70,9 +73,38 @@ def _export(
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """torch.export prints whole graphs where it fails."""
-    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+    """torch.export prints and logs whole graphs where it fails."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def _no_inference_mode() -> Iterator[None]:
+    """torch.inference_mode leaves no mark in a trace; torch.no_grad does, and computes the same."""
+    own = torch.inference_mode.__enter__, torch.inference_mode.__exit__
+
+    def enter(context: Any) -> None:
+        context.before = torch.is_grad_enabled()
+        torch.set_grad_enabled(context.before and not context.mode)
+
+    def leave(context: Any, *error: Any) -> None:
+        torch.set_grad_enabled(context.before)
+
+    torch.inference_mode.__enter__, torch.inference_mode.__exit__ = enter, leave  # type: ignore[method-assign]
+    try:
         yield
+    finally:
+        torch.inference_mode.__enter__, torch.inference_mode.__exit__ = own  # type: ignore[method-assign]
+
+
+def _foreign_random() -> bytes:
+    """The states of the random numbers that no trace follows."""
+    return pickle.dumps((random.getstate(), np.random.get_state()))
 
 
 def _traces_with(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype | None, attention: str) -> bool:
@@ -135,19 +167,19 @@ def _gather_experts(model: nn.Module) -> None:
 @contextmanager
 def _custom_functions(found: list[CustomFunction]) -> Iterator[None]:
     """Note every call of an autograd.Function that is not torch's own."""
-    apply = torch.autograd.Function.__dict__["apply"]
+    base: Any = torch.autograd.Function.__mro__[1]  # that of torch.autograd.Function alone: some keep its bound `apply`
 
     def noted(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
         if not cls.__module__.startswith("torch."):
             frames = [f for f in traceback.extract_stack()[:-1] if not f.filename.startswith(PACKAGES)]
             found.append(CustomFunction(cls, args, f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}"))
-        return apply.__func__(cls, *args, **kwargs)
+        return super(base, cls).apply(*args, **kwargs)
 
-    torch.autograd.Function.apply = classmethod(noted)  # type: ignore[method-assign, assignment]
+    base.apply = classmethod(noted)
     try:
         yield
     finally:
-        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+        del base.apply
 
 
 def _refuse_hidden_tensors(exported: torch.export.ExportedProgram) -> None:
@@ -165,20 +197,66 @@ def _refuse_hidden_tensors(exported: torch.export.ExportedProgram) -> None:
 
 def _cut_gradients(exported: torch.export.ExportedProgram) -> None:
     """Detach what `torch.no_grad` regions make, since decomposition inlines them and forgets."""
+    parameters = exported.graph_signature.inputs_to_parameters
     for module in exported.graph_module.modules():
         graph = getattr(module, "graph", None)
         for node in list(graph.nodes) if isinstance(graph, fx.Graph) else ():
+            if str(node.target) == "aten.detach_.default":
+                node.target = torch.ops.aten.detach.default
             if str(node.target) == "wrap_with_set_grad_enabled" and node.args[0] is False:
-                (results,) = getattr(module, node.args[1].target).graph.output_node().args
+                region = getattr(module, node.args[1].target).graph
+                _refuse_changes(region, [_has_gradient(given, parameters) for given in node.args[2:]])
+                (results,) = region.output_node().args
                 for pick in list(node.users):
                     if _itself(results[pick.args[1]]).op != "placeholder":
                         _detach(pick)
 
 
+def _refuse_changes(region: fx.Graph, gradients: list[bool]) -> None:
+    """Raise PartitionError where a `torch.no_grad` region changes in place what has a gradient outside: autograd then
+    takes the new values for the old ones."""
+    outside = dict(zip(region.find_nodes(op="placeholder"), gradients, strict=True))
+    for node in region.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not node.args:
+            continue
+        first = schema.arguments[0].alias_info
+        if first is not None:
+            outside[node] = outside.get(node.args[0], False)
+            if first.is_write and outside[node]:
+                raise PartitionError(
+                    "the forward pass changes a tensor that has a gradient under torch.no_grad "
+                    f"({source_line(node.meta.get('stack_trace') or '') or node.target})",
+                    "autograd does not see the change, and differentiates as if there were none",
+                    "a new tensor, or a change outside torch.no_grad",
+                )
+
+
+def _has_gradient(node: Any, parameters: Mapping[str, str]) -> bool:
+    """Whether a value outside all regions is made from a parameter, by operators that have derivatives."""
+    seen, todo = {node}, [node]
+    while todo:
+        node = todo.pop()
+        if node.name in parameters:
+            return True
+        value, target = node.meta.get("val"), str(node.target)
+        fixed = isinstance(value, torch.Tensor) and not value.is_floating_point()
+        if fixed or target.startswith("aten.detach") or "_like." in target or target.startswith("aten.new_"):
+            continue
+        if target == "wrap_with_set_grad_enabled" and node.args[0] is False:
+            continue
+        new = [n for n in node.all_input_nodes if n not in seen]
+        seen.update(new)
+        todo += new
+    return False
+
+
 def _itself(node: fx.Node) -> fx.Node:
     """What casts that change nothing gave back: a trace takes later uses of that tensor for uses of the cast."""
-    while str(node.target).startswith(("aten.to.", "aten.contiguous", "aten.type_as")):
+    while str(node.target).startswith(("aten.to.", "aten.contiguous", "aten.type_as", "aten.dropout")):
         source = node.args[0]
+        if str(node.target) == "aten.dropout.default" and node.args[1] and node.args[2]:
+            break
         if not isinstance(source, fx.Node) or source.meta["val"].dtype != node.meta["val"].dtype:
             break
         node = source

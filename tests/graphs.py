@@ -136,7 +136,7 @@ def rms_norm(c: Context, x: Tensor, weight: Tensor) -> Tensor:
 
 @step(weight="w", bias="w")
 def group_norm(c: Context, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.group_norm(x.transpose(1, 2), 2, weight, bias).transpose(1, 2)
+    return F.group_norm(x.transpose(1, 2), c.sizes["n"], weight, bias).transpose(1, 2)
 
 
 @step({"mean": "w", "var": "w"}, weight="w", bias="w")

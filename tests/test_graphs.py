@@ -98,6 +98,22 @@ def test_a_loss_inside_of_equal_blocks() -> None:
     assert error <= TOLERANCE, of
 
 
+def test_two_losses_of_the_same_split_targets() -> None:
+    """What is done to targets before they are counted is done once."""
+    block = (("auxiliary_loss", 0),)
+    source = source_of(recipe_of(block, block))
+    folded = source.at(SAMPLES, MESH)
+    kinds = {n.name: info(n).name for n in folded.representatives()}
+    split = {"aten.reshape": S(0), "aten.cross_entropy_loss": R}
+    chosen = {
+        node: next((o for o in options if o.outputs[0] == split.get(kinds[node], R)), options[0])
+        for node, options in options_of(folded, "tp", 2).items()
+        if node != LOSS
+    }
+    error, of = error_of(source, make_plan(folded, MESH, (1, 1, 2), SAMPLES, (0,), {"tp": chosen}))
+    assert error <= TOLERANCE, of
+
+
 @pytest.mark.parametrize("frozen", (0, 1))
 def test_a_frozen_block_among_equal_ones(frozen: int) -> None:
     """It shares no class with those that train."""

@@ -265,22 +265,21 @@ class _Emitter:
             return [], []
         scope = Scope(names={k: v for k, v in outer.names.items() if k.op == "placeholder"})
         inputs = [n for n in self.stage.graph.nodes if n.op == "placeholder" and info(n).kind == "input"]
-        lines: list[str] = []
+        counted = {n for valid in self.stage.valid for n in _ancestors(valid.targets)}
+        scope.taken |= {outer.names[n].code for n in inputs if len(counted.intersection(n.users)) > 1}
+        ordered = [n for n in self.stage.graph.nodes if n in counted and n.op == "call_function"]
+        self._write(scope, ordered, {valid.targets for valid in self.stage.valid})
         results = []
         for valid in self.stage.valid:
-            nodes = _ancestors(valid.targets)
-            ordered = [n for n in self.stage.graph.nodes if n in nodes and n.op == "call_function"]
-            self._write(scope, ordered, {valid.targets})
             count = f"({self.speller.value(scope, valid.targets).within(UNARY)} != {valid.ignore_index}).sum()"
             results.append(f'"{valid.loss}": (int({count}), {list(valid.axes)!r})')
-        lines += scope.lines
         return [
             "",
             f"    def count_valid(self, {', '.join(outer.names[n].code for n in inputs)}):",
             '        """Targets that count towards each mean of a micro-batch, and the axes that split them."""',
-            *_indent(lines),
+            *_indent(scope.lines),
             f"        return {{{', '.join(results)}}}",
-        ], lines
+        ], scope.lines
 
 
 def _init(parameters: str, lines: Sequence[str], body: Sequence[str], valid: bool = False) -> list[str]:

@@ -360,9 +360,10 @@ def _own_targets(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Nod
     """A mean over targets that weights decide, whose number nobody knows before the forward pass: a sum by it."""
     if info(node).name != "aten.cross_entropy_loss":
         return None
-    x, targets, weight, reduction, ignored, smoothing = (*node.args, *(None, 1, -100, 0.0)[len(node.args) - 2 :])
-    counted = weight is None and reduction == 1 and not info(targets).dtype.is_floating_point  # type: ignore[arg-type]
-    if not counted or not _learned(targets):  # type: ignore[arg-type]
+    given: tuple[Any, ...] = (*node.args, *(None, 1, -100, 0.0)[len(node.args) - 2 :])
+    x, targets, weight, reduction, ignored, smoothing = given
+    counted = weight is None and reduction == 1 and not info(targets).dtype.is_floating_point
+    if not counted or not _learned(targets):
         return None
     total = new_call(graph, aten.cross_entropy_loss.default, (x, targets, None, 2, ignored, smoothing), node)
     number = new_call(graph, aten.sum.default, (new_call(graph, aten.ne.Scalar, (targets, ignored), node),), node)

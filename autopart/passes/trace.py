@@ -103,10 +103,13 @@ def _record(node: fx.Node, kind: str, name: str) -> Info:
     if kind == "parameter":
         layer = re.match(r"(.*?\.\d+)(?:\.|$)", name)
         module = name.rpartition(".")[0]
-    if any(not isinstance(s, int) for t in tensors for s in t.shape):
+    number = isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+    if number or any(not isinstance(s, int) for t in tensors for s in t.shape):
+        what = "a number" if number else "the shape of a tensor"
+        given = value if number else [tuple(map(str, t.shape)) for t in tensors]
         raise PartitionError(
-            f"the shape of a tensor depends on data ({source_line(node.meta.get('stack_trace') or '') or name})",
-            f"{name} gives {[tuple(map(str, t.shape)) for t in tensors]}",
+            f"{what} depends on data ({source_line(node.meta.get('stack_trace') or '') or name})",
+            f"{name} gives {given}",
             "take x[mask], nonzero(), .item() and .tolist() out of the forward pass; torch.where has a fixed shape",
         )
     inputs = [n for n in node.all_input_nodes if KEY in n.meta]

@@ -112,6 +112,7 @@ RULES: dict[str, Rule] = {
     "aten.pairwise_distance": Rule(_pairwise),
     "aten.cdist": Rule("... m d!, ... n d! -> ... m n"),
     "aten.linalg_det": Rule("... a! b! -> ..."),
+    "aten.logdet": Rule("... a! b! -> ..."),
     "aten._fft_c2c": Rule(whole_at(1), linear=-1),
     "aten._fft_r2c": Rule(whole_at(1), linear=-1),
     "aten._fft_c2r": Rule(whole_at(1), linear=-1),
