@@ -52,7 +52,7 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 BATCH_OPTIONS: Mapping[str, tuple[type, Any, str]] = {
     "batch": (int, None, "samples of the example batch (default: --global-batch, else 8)"),
     "sequence": (int, None, f"tokens of a sample (default: the config's maximum, at most {models.LONGEST})"),
-    "dropout": (bool, False, "keep the config's dropout, which training refuses for now"),
+    "dropout": (bool, False, "keep the config's dropout rates (otherwise 0: attention with dropout is not fused)"),
 }
 PLAN_OPTIONS: Mapping[str, tuple[type, Any, str]] = {
     "global_batch": (int, None, "samples of a step (default: those of the batch)"),

@@ -21,7 +21,7 @@ ONE, MEAN, SUM, MIXED = "one", "mean", "sum", "mixed"
 State = str | int
 Value = tuple[fx.Node, int]
 
-ADDS = {"aten.add.Tensor", "aten.sub.Tensor", "aten.cat", "aten.stack"}
+ADDS = {"aten.add.Tensor", "aten.sub.Tensor", "aten.rsub.Scalar", "aten.cat", "aten.stack"}
 """Of a mean and a constant they make a mean."""
 
 
@@ -97,10 +97,10 @@ def _of_whole(name: str, kinds: set[State], given: Sequence[State | None], optio
     if len(total) > 1:
         return MIXED
     (kind,) = total
-    if ONE not in kinds:
-        return kind if any(o.name == "P" for o in options) else MIXED
     if name in ADDS and kind == MEAN:
         return MEAN
+    if ONE not in kinds:
+        return kind if any(o.name == "P" for o in options) else MIXED
     if name == "aten.mul.Tensor" or (name == "aten.div.Tensor" and given[1] == ONE):
         return kind
     return MIXED

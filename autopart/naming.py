@@ -71,6 +71,8 @@ def wanted_name(node: fx.Node) -> str:
     record: Info = info(node)
     if record.kind == "received":
         return record.name
+    if record.name == "autopart.getitem":
+        return output_name(*node.args)  # type: ignore[arg-type]
     name = record.name.split(".")[1] if "." in record.name else record.name
     layer = next((part for part in reversed(record.module.split(".")) if part and not part.isdigit()), "")
     products = ("linear", "matmul", "mm", "layer_norm", "rms_norm", "embedding", "conv2d", "vocab_embedding")
@@ -83,6 +85,17 @@ def wanted_name(node: fx.Node) -> str:
         assert isinstance(source, fx.Node)
         return wanted_name(source) if source.op == "call_function" else _plain(info(source).name)
     return NOUNS.get(name, name)
+
+
+OUTPUTS = {name: ("values", "indices") for name in ("topk", "sort", "max", "min", "kthvalue", "mode", "median")} | {
+    "_native_batch_norm_legit_functional": ("normed", "mean", "rstd", "running_mean", "running_var")
+}
+
+
+def output_name(node: fx.Node, index: int) -> str:
+    """A name for one of several outputs."""
+    names = OUTPUTS.get(info(node).name.split(".")[1])
+    return names[index] if names else f"{wanted_name(node)}_{index}"
 
 
 def _plain(name: str) -> str:

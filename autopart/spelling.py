@@ -18,12 +18,17 @@ INFIX = {
     "ge.Tensor": ">=", "ge.Scalar": ">=", "__and__.Tensor": "&", "bitwise_and.Tensor": "&",
     "__or__.Tensor": "|", "bitwise_or.Tensor": "|",
 }  # fmt: skip
-METHODS = {
+VIEWS = {
     "reshape": "reshape", "view": "view", "transpose.int": "transpose", "permute": "permute", "unsqueeze": "unsqueeze",
     "expand": "expand", "t": "t", "masked_fill.Scalar": "masked_fill", "cumsum": "cumsum",
     "squeeze.dim": "squeeze", "gather": "gather", "detach": "detach", "split.Tensor": "split",
     "split_with_sizes": "split",
 }  # fmt: skip
+METHODS = VIEWS | {
+    name: name.split(".")[0]
+    for name in """sum sum.dim_IntList mean mean.dim amax amin topk sort argsort max.dim min.dim argmax argmin
+    unbind.int tril triu index_select flip roll repeat scatter.src scatter.value diff logsumexp square""".split()
+}
 TORCH = {
     "abs", "cos", "sin", "tanh", "exp", "log", "rsqrt", "sqrt", "sigmoid", "matmul", "mm", "bmm", "where.self",
     "where.ScalarOther", "neg", "full_like", "zeros_like", "min.other", "max.other", "maximum", "minimum",
@@ -103,7 +108,7 @@ class Speller:
         return Text(f"{a.within(UNARY)} {operator} {b.within(UNARY)}", BINARY)
 
 
-INLINE = {f"aten.{n}" for n in METHODS if n not in ("split.Tensor", "split_with_sizes")} | {
+INLINE = {f"aten.{n}" for n in VIEWS if n not in ("split.Tensor", "split_with_sizes")} | {
     "aten.slice.Tensor", "aten.select.int", "aten.neg", "aten._to_copy", "aten.arange", "aten.cos", "aten.sin",
     "runtime.slice_of",
 }  # fmt: skip

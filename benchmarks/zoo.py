@@ -33,6 +33,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
 SETTINGS: dict[str, dict[str, int]] = {
     "tp=2": {"pp": 1, "tp": 2},
     "pp=2": {"pp": 2, "tp": 1},
+    "dp=2 x tp=2": {"dp": 2, "tp": 2, "pp": 1},
     "tp=2 x pp=2": {"pp": 2, "tp": 2},
 }
 HARDEST = "tp=2 x pp=2"

@@ -15,7 +15,7 @@ from torch import fx
 
 from autopart.blocks import Block, find_blocks, plural
 from autopart.graph import info
-from autopart.naming import ATOM, UNARY, Scope, Text, wanted_name
+from autopart.naming import ATOM, UNARY, Scope, Text, output_name, wanted_name
 from autopart.spelling import INLINE, Speller, joins_bias, scalar_infix
 from autopart.stages import OWNED, StageGraph
 
@@ -72,8 +72,8 @@ class _Emitter:
             record = info(node)
             if record.name == "autopart.getitem" and node in scope.names:
                 continue
-            if record.name in ("aten.split.Tensor", "aten.split_with_sizes"):
-                self._split(scope, node)
+            if len(record.shapes) > 1:
+                self._unpack(scope, node)
                 continue
             if joins_bias(node) and node not in needed:
                 continue
@@ -105,13 +105,14 @@ class _Emitter:
         written = node in scope.names and scope.names[node].code not in scope.taken
         return written and len(node.users) == 1 and bool(node.args) and not scalar_infix(node)
 
-    def _split(self, scope: Scope, node: fx.Node) -> None:
+    def _unpack(self, scope: Scope, node: fx.Node) -> None:
+        """One line that names all outputs, those without use `_`."""
         text = self.speller.expression(scope, node)
         picks = {u.args[1]: u for u in node.users}
         names = []
         for index in range(len(info(node).shapes)):
             pick = picks.get(index)
-            names.append(scope.name(pick, f"{wanted_name(node)}_{index}") if pick is not None else "_")
+            names.append(scope.name(pick, output_name(node, index)) if pick is not None else "_")
         scope.lines.append(_comment(f"{', '.join(names)} = {text.code}", "", info(node).source))
 
     # ---- classes -----------------------------------------------------------------------------------------
