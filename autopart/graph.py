@@ -87,7 +87,8 @@ class Traced:
     updated: tuple[str, ...] = ()
     """The buffers that the forward pass changes; the graph's outputs behind the loss are their new values."""
     mixed_at: str = ""
-    """The line that makes the loss something else than a mean over samples; "" where it is a mean."""
+    """The line that makes the loss something else than a mean over samples, or the buffer that changes with every
+    micro-batch; "" where neither is there."""
 
     @property
     def mean_of_samples(self) -> bool:

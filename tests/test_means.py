@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import autopart
+from autopart import Simulated
 from autopart.check import one_process, worst_error
-from autopart.compile import Source
+from autopart.compile import Source, make_plan, simulate_plan
 from autopart.mesh import Mesh
+from autopart.request import Request
 
 Tensor = torch.Tensor
 Loss = Callable[["Model", Tensor, Tensor], Tensor]
@@ -93,48 +95,58 @@ LOSSES: dict[str, tuple[Loss, bool]] = {
 MIXING = [name for name, (_, mean) in LOSSES.items() if not mean]
 
 
+@lru_cache
+def source(name: str) -> Source:
+    """The model with this loss, whose traces are kept."""
+    return Source(*made(LOSSES[name][0]), torch.float32)
+
+
+def step(name: str, ranks: int, **settings: int) -> Simulated:
+    plan = make_plan(source(name), Mesh.of(f"{ranks}:cpu"), Request(SAMPLES, **settings))
+    return simulate_plan(source(name), plan)
+
+
+def assert_as_one_process(name: str, found: Simulated) -> None:
+    loss, gradients = one_process(*made(LOSSES[name][0]))
+    assert float(found.loss) == pytest.approx(float(loss), rel=TOLERANCE)
+    error, worst = worst_error(found.gradients, gradients)
+    assert error < TOLERANCE, worst
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_is_known_for_a_mean(name: str) -> None:
-    loss, mean = LOSSES[name]
-    traced = Source(*made(loss), torch.float32).at(2, Mesh.of("2:cpu")).traced
-    assert traced.mean_of_samples == mean, traced.mixed_at
-    assert mean or traced.mixed_at
+    traced = source(name).at(2, Mesh.of("2:cpu")).traced
+    assert traced.mean_of_samples == LOSSES[name][1], traced.mixed_at
+    assert traced.mixed_at == "" or traced.mixed_at.startswith("test_means.py:")
 
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("axis", ["pp", "dp"])
 def test_a_plan_left_free_trains_as_one_process(name: str, axis: str) -> None:
-    loss, mean = LOSSES[name]
-    model, batch = made(loss)
-    found = autopart.check(model, "2:cpu", batch, **{axis: 2})
-    assert found.loss_error < TOLERANCE and found.gradient_error < TOLERANCE, found
-    assert mean or found.plan.micro_batches == 1
+    found = step(name, 2, **{axis: 2})
+    assert_as_one_process(name, found)
+    assert LOSSES[name][1] or found.plan.micro_batches == 1
     assert not any("mixes samples" in note for note in found.plan.notes)
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name not in MIXING])
 def test_a_mean_survives_micro_batches(name: str) -> None:
-    model, batch = made(LOSSES[name][0])
-    found = autopart.check(model, "2:cpu", batch, pp=2, micro_batch=2)
-    assert found.loss_error < TOLERANCE and found.gradient_error < TOLERANCE, found
+    found = step(name, 2, pp=2, micro_batch=2)
+    assert_as_one_process(name, found)
     assert found.plan.micro_batches == 4 and not found.plan.notes
 
 
 @pytest.mark.parametrize("name", MIXING)
 def test_micro_batches_of_a_mixing_loss_are_told(name: str) -> None:
     """The loss is then the mean of theirs, which the note says."""
-    model, batch = made(LOSSES[name][0])
-    found = autopart.simulate(model, "2:cpu", batch, pp=2, micro_batch=4)
+    found = step(name, 2, pp=2, micro_batch=4)
     (note,) = found.plan.notes
     assert "mixes samples (test_means.py:" in note and "mean of 2 micro-batches' losses" in note
+    model, batch = made(LOSSES[name][0])
     halves = [one_process(model, {k: v[i : i + 4] for k, v in batch.items()}) for i in (0, 4)]
     assert float(found.loss) == pytest.approx(sum(float(loss) for loss, _ in halves) / 2, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["cross-entropy", "regularised"])
-def test_gradients_of_micro_batches_are_those_of_the_whole(name: str) -> None:
-    model, batch = made(LOSSES[name][0])
-    found = autopart.simulate(model, "4:cpu", batch, pp=2, dp=2, micro_batch=4)
-    loss, gradients = one_process(model, batch)
-    assert float(found.loss) == pytest.approx(float(loss), rel=TOLERANCE)
-    assert worst_error(found.gradients, gradients)[0] < TOLERANCE
+def test_micro_batches_are_split_over_both_axes(name: str) -> None:
+    assert_as_one_process(name, step(name, 4, pp=2, dp=2, micro_batch=4))

@@ -31,6 +31,8 @@ def annotate_costs(traced: Traced, device: str) -> Traced:
         annotate(node, batch=dims[0], flops=flops(record.name, shape_args(node), record.shapes))
     mixes = mixing(traced.graph)
     traced.mixed_at = "" if mixes is None else info(mixes).source or info(mixes).name
+    if traced.updated and not traced.mixed_at:
+        traced.mixed_at = f"the buffer {traced.updated[0]}, which changes once a micro-batch"
     _saved(traced.graph, device)
     return traced
 

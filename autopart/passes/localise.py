@@ -427,6 +427,8 @@ def _note(chosen: Sequence[Strategy], axes: Sequence[tuple[str, int]], record: I
         first = strategy.outputs[0]
         if first.kind == "P":
             notes.append(f"partial sums over {axis}")
+        elif first.kind == "M":
+            notes.append(f"rows of this rank's experts over {axis}")
         elif first.kind == "S" and first.dim != record.batch:
             notes.append(f"dim {first.dim} split over {axis}")
     return ", ".join(notes)
