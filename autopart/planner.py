@@ -202,7 +202,7 @@ def _solve(
         cuts = replace(cuts, limit=cuts.limit * request.memory_share)
     cut = solve_cuts(cuts)
     if cut is None:
-        raise _too_big(cuts, candidate, mesh, folded)
+        raise _too_big(cuts, candidate, mesh, folded, request)
     syncs = sync_by_stage(folded, choices, axes, training, cut.starts)
     seconds = cut.seconds + max(syncs)
     return Found(candidate, replace(choices, starts=cut.starts), training, recompute, seconds, min(bound, seconds))
@@ -297,19 +297,22 @@ def _kept_by_unit(folded: Folded, whole: StageGraph, scale: float, again: bool) 
     return kept, inside
 
 
-def _too_big(cuts: CutProblem, candidate: Candidate, mesh: Mesh, folded: Folded) -> PartitionError:
+def _too_big(cuts: CutProblem, candidate: Candidate, mesh: Mesh, folded: Folded, request: Request) -> PartitionError:
     """Say how many bytes the best even cut lacks, and where."""
     total = sum(cuts.state) + sum(b for _, b in cuts.shared) + sum(k * cuts.in_flight[0] for k in cuts.kept)
     largest_unit = max(range(len(cuts.state)), key=lambda i: cuts.state[i] + cuts.kept[i] + cuts.transient[i])
     unit = cuts.state[largest_unit] + cuts.kept[largest_unit] + cuts.transient[largest_unit]
     need = max(total / candidate.pp, unit) + max(cuts.transient)
     missing = max(need - cuts.limit, 1.0)
+    smaller = "a smaller micro_batch"
+    if not folded.traced.mean_of_samples and request.micro_batch is None:
+        smaller += f" (the batch is one, because of {folded.traced.mixed_at})"
     error = PartitionError(
         f"no plan fits {mesh} with pp={candidate.pp} dp={candidate.dp} tp={candidate.tp} "
         f"micro-batch {candidate.micro_batch}",
         f"a stage needs about {bytes_text(need)} of the {bytes_text(cuts.limit)} a {mesh.device.name} can give: "
         f"{bytes_text(missing)} short; largest: {folded.runs[largest_unit].label or 'the loss'} {bytes_text(unit)}",
-        'more devices, recompute="full", zero=1, a smaller micro_batch, or precision="bfloat16"',
+        f'more devices, recompute="full", zero=1, {smaller}, or precision="bfloat16"',
     )
     error.missing = missing  # type: ignore[attr-defined]
     return error
