@@ -15,9 +15,10 @@ import re
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from io import StringIO
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -44,7 +45,11 @@ def export(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype | Non
 
 
 def _export(
-    model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype | None, attention: str = ""
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    attention: str = "",
+    drawn: float | None = None,
 ) -> torch.export.ExportedProgram:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     skeleton: Any = _skeleton(model, mode, dtype)
@@ -54,7 +59,14 @@ def _export(
         skeleton.set_attn_implementation(attention)
     custom: list[CustomFunction] = []
     before = _foreign_random()
-    with mode, warnings.catch_warnings(), _custom_functions(custom), _no_inference_mode(), _silence():
+    with (
+        mode,
+        warnings.catch_warnings(),
+        _custom_functions(custom),
+        _no_inference_mode(),
+        _silence(),
+        nullcontext() if drawn is None else _drawing(drawn),
+    ):
         warnings.simplefilter("ignore", FutureWarning)
         exported = torch.export.export(skeleton, (), kwargs, strict=False)
         _refuse_hidden_tensors(exported)
@@ -62,7 +74,7 @@ def _export(
         exported = exported.run_decompositions({})
     for function in custom:
         function.check()
-    if _foreign_random() != before:
+    if drawn is None and _foreign_random() != before and not _never_matters(model, inputs, dtype):
         raise PartitionError(
             "the forward pass draws from Python's or numpy's random",
             "a trace would keep the one outcome it saw",
@@ -105,6 +117,23 @@ def _no_inference_mode() -> Iterator[None]:
 def _foreign_random() -> bytes:
     """The states of the random numbers that no trace follows."""
     return pickle.dumps((random.getstate(), np.random.get_state()))
+
+
+@contextmanager
+def _drawing(value: float) -> Iterator[None]:
+    """Python's and numpy's uniform numbers are all `value`."""
+    with (
+        mock.patch.object(random, "random", lambda: value),
+        mock.patch.object(random, "uniform", lambda low, high: low + (high - low) * value),
+        mock.patch.object(np.random, "uniform", lambda low=0.0, high=1.0, size=None: low + (high - low) * value),
+    ):
+        yield
+
+
+def _never_matters(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype | None) -> bool:
+    """Whether the trace is the same for the least and the largest number that can be drawn, as with layerdrop 0."""
+    least, largest = (_export(model, inputs, dtype, drawn=value) for value in (0.0, 1.0 - 2.0**-53))
+    return str(least.graph) == str(largest.graph)
 
 
 def _traces_with(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype | None, attention: str) -> bool:

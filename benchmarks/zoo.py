@@ -192,23 +192,38 @@ def kind(outcome: str) -> str:
     return outcome.partition(":")[0]
 
 
+def reason(outcome: str) -> str:
+    """What outcomes have in common: without the place and the numbers."""
+    head, _, rest = outcome.partition(" (")
+    if head.startswith("refused: torch.export"):
+        return f"{head}: {rest.rpartition('  ')[2].rstrip(')')}"
+    return "exact in float64" if head.startswith("exact in float64") else head
+
+
 def table(rows: Sequence[Row]) -> str:
     """The results as Markdown: by task, then every refusal with its reason."""
-    lines = ["| mapping | architectures | " + " | ".join(f"exact, {s}" for s in SETTINGS) + " | refused | not built |"]
-    lines.append("|---" * (len(SETTINGS) + 4) + "|")
+    heads = [*(f"exact, {s}" for s in SETTINGS), "in float64", "refused", "not built", "wrong or failed"]
+    lines = [f"| mapping | architectures | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
     groups = [*((TITLES[t], [r for r in rows if r["task"] == t]) for t in TITLES), ("all", list(rows))]
     for title, group in groups:
         exact = [str(sum(r["outcomes"].get(s) == "ok" for r in group)) for s in SETTINGS]
         kinds = collections.Counter(kind(r["outcomes"][HARDEST]) for r in group)
-        others = [str(kinds["refused"]), str(kinds["not built"])]
+        known = ("exact in float64", "refused", "not built")
+        others = [str(kinds[k]) for k in known]
+        others.append(str(len(group) - kinds["ok"] - sum(kinds[k] for k in known)))
         lines.append("| " + " | ".join([title, str(len(group)), *exact, *others]) + " |")
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if row["outcomes"][HARDEST] != "ok":
-            reasons.setdefault(row["outcomes"][HARDEST], []).append(f"{row['task']}:{row['model']}")
-    lines += ["", f"| what does not train under {HARDEST} | which |", "|---|---|"]
-    for reason, names in sorted(reasons.items(), key=lambda item: (-len(item[1]), item[0])):
-        lines.append(f"| {reason.replace('|', '/')} | {', '.join(names)} |")
+            reasons.setdefault(reason(row["outcomes"][HARDEST]), []).append(f"{row['task']}:{row['model']}")
+    lines += ["", f"| under {HARDEST}, not exact in float32 | which |", "|---|---|"]
+    for text, names in sorted(reasons.items(), key=lambda item: (-len(item[1]), item[0])):
+        lines.append(f"| {text.replace('|', '/')} | {', '.join(names)} |")
+    shares = sorted(row["split"][HARDEST] for row in rows if HARDEST in row.get("split", {}))
+    if shares:
+        least = [f"{r['task']}:{r['model']}" for r in rows if r.get("split", {}).get(HARDEST, 1.0) < 0.5]
+        lines += ["", f"Of the FLOPs of products, tp splits {shares[len(shares) // 2]:.0%} (median of the models), at "]
+        lines[-1] += f"least {shares[0]:.0%}; less than half in {', '.join(least) or 'none'}."
     replicated = collections.Counter(op for row in rows for op in row.get("replicated", ()))
     if replicated:
         lines += ["", "Operators without a row, replicated: "]

@@ -37,6 +37,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None 
         )
     graph = exported.graph_module.graph
     updated = _keep_loss(graph, exported)
+    _drop_assertions(graph)
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     lifted = signature.inputs_to_lifted_tensor_constants
     users = iter(signature.user_inputs)
@@ -92,6 +93,19 @@ def _keep_loss(graph: fx.Graph, exported: torch.export.ExportedProgram) -> tuple
     return tuple(changes.values())
 
 
+def _drop_assertions(graph: fx.Graph) -> None:
+    """Assertions on data go, and the numbers that only they read."""
+    for node in reversed(graph.nodes):
+        unread = node.op == "call_function" and not node.users
+        if unread and ("_assert" in str(node.target) or _is_number(node)):
+            graph.erase_node(node)
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether the node gives a number that is not known before the forward pass."""
+    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
 def _record(node: fx.Node, kind: str, name: str) -> Info:
     value = node.meta.get("val")
     outputs = value if isinstance(value, (tuple, list)) else (value,)
@@ -103,7 +117,7 @@ def _record(node: fx.Node, kind: str, name: str) -> Info:
     if kind == "parameter":
         layer = re.match(r"(.*?\.\d+)(?:\.|$)", name)
         module = name.rpartition(".")[0]
-    number = isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+    number = _is_number(node)
     if number or any(not isinstance(s, int) for t in tensors for s in t.shape):
         what = "a number" if number else "the shape of a tensor"
         given = value if number else [tuple(map(str, t.shape)) for t in tensors]
