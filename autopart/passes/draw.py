@@ -83,9 +83,9 @@ def _rand(new: New, node: fx.Node, stream: Stream) -> fx.Node:
     if dtype.is_complex:
         raise _refusal(node, f"it draws {dtype}")
     like = node.args[0] if node.all_input_nodes else None
-    while isinstance(like, fx.Node) and info(like).name == "aten.empty_like":
+    while isinstance(like, fx.Node) and info(like).name == "aten.zeros_like":
         like = like.args[0]
-    if isinstance(like, fx.Node) and info(like).name not in ("aten.new_empty", "aten.empty.memory_format"):
+    if isinstance(like, fx.Node) and info(like).name not in ("aten.new_zeros", "aten.zeros"):
         return new(uniform, like, stream, dtype)
     return new(uniform_of, list(info(node).shape), dtype, stream)
 

@@ -210,6 +210,19 @@ def _copy(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | Non
     return new_call(graph, aten.expand.default, (source, list(info(target).shape)), node)
 
 
+EMPTY = {
+    "aten.empty_like": aten.zeros_like.default,
+    "aten.new_empty": aten.new_zeros.default,
+    "aten.empty.memory_format": aten.zeros.default,
+}
+
+
+def _initialised(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+    """A tensor of any values may as well be of zeros, on every rank."""
+    target = EMPTY.get(info(node).name)
+    return None if target is None else new_call(graph, target, tuple(node.args), node, dict(node.kwargs))
+
+
 def _interleave(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
     """Repeating every element along a dim is a broadcast."""
     if info(node).name != "aten.repeat_interleave.self_int" or len(node.args) < 3 or node.args[2] is None:
@@ -388,6 +401,7 @@ REWRITES = (
     _only_piece,
     _copy,
     _cast,
+    _initialised,
     _interleave,
     _experts,
     _reshape,
