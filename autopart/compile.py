@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,8 +130,14 @@ def compile(
     if plan is not None and plan.mesh.size != mesh.size:
         raise PartitionError(f"the plan is for {plan.mesh.size} ranks, the mesh has {mesh.size}")
     start_processes(mesh.size)
-    plan, seed = _agreed(plan, seed, lambda: _make_plan(model, mesh, batch, **settings))
-    folded = Source(model, batch, DTYPES[plan.precision]).at(plan.micro_batch, plan.mesh)
+    say = settings.pop("say", lambda text: None)
+    request = _request(model, batch, **settings)
+    source = Source(model, batch, DTYPES[plan.precision if plan else request.precision])
+    if plan is None and dist.is_initialized() and dist.get_rank():
+        with suppress(PartitionError):  # which rank 0 raises for all
+            source.at(request.first_micro_batch, mesh)
+    plan, seed = _agreed(plan, seed, lambda: make_plan(source, mesh, request, say))
+    folded = source.at(plan.micro_batch, plan.mesh)
     plan.check(folded.traced)
     _check_trainable(model)
     groups = make_groups(plan.pp, plan.dp, plan.tp)
@@ -296,7 +303,7 @@ def make_plan(source: Source, mesh: Mesh, request: Request, say: Callable[[str],
     started = time.monotonic()
     request = request.check(mesh)
     peak(mesh.device, source.dtype)
-    samples = request.micro_batch or min(2, request.global_batch)
+    samples = request.first_micro_batch
     folded = source.at(samples, mesh)
     while True:
         found = search(folded, mesh, request, say)

@@ -31,6 +31,11 @@ class Request:
     memory_share: float = 1.0
     """Of what a device can give; lowered where a plan, written out, took more than the search had reckoned."""
 
+    @property
+    def first_micro_batch(self) -> int:
+        """The size that is traced before any is chosen."""
+        return self.micro_batch or min(2, self.global_batch)
+
     def check(self, mesh: Mesh) -> Request:
         """Raise PartitionError for what no planner could do; degrees that `mesh` fixes are taken over."""
         for name, value, known in (

@@ -19,6 +19,7 @@ from models import build
 from torch import nn
 
 import autopart
+from autopart.check import worst_error
 
 STEPS = 5
 Tensors = dict[str, torch.Tensor]
@@ -45,19 +46,10 @@ def train(model: nn.Module, batch: Tensors) -> tuple[torch.Tensor, Tensors, Tens
 
 
 def worst(found: Tensors, wanted: Tensors) -> tuple[float, str]:
-    """The largest error and whose it is.
-
-    An error is relative to its tensor's largest element, or to a thousandth of the largest of all tensors if that is
-    more: some gradients are zero but for rounding (that of a key's bias in attention: softmax ignores what all scores
-    share), and the ratio of two roundings says nothing.
-    """
+    """The largest error and whose it is (`autopart.check.worst_error`); infinite where one side lacks a tensor."""
     if found.keys() != wanted.keys():
         return float("inf"), f"names: {sorted(found.keys() ^ wanted.keys())}"
-    largest = {n: float(t.abs().max()) for n, t in wanted.items()}
-    floor = 1e-3 * max(largest.values())
-    errors = {n: float((found[n] - t).abs().max()) / max(largest[n], floor) for n, t in wanted.items()}
-    name = max(errors, key=lambda n: float("inf") if errors[n] != errors[n] else errors[n])
-    return errors[name], name
+    return worst_error(found, wanted)
 
 
 def share(compiled: Any, batch: Tensors) -> Tensors:

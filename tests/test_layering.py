@@ -26,7 +26,7 @@ LAYERS = (
         "experts",
     },
     {"folded", "problem", "stages", "naming", "spelling", "blocks", "means", "custom"},
-    {"exporting"},
+    {"exporting", "instead"},
     {"plan"},
     {"passes"},
     {"request", "report", "planner"},

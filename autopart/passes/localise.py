@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from autopart.draws import Stream, dropout, uniform, uniform_of
-from autopart.experts import expert_linear
+from autopart.draws import Stream
 from autopart.folded import Folded
 from autopart.graph import KEY, Info, info, is_pick, loss_of, operands, updates_of, value_of
+from autopart.instead import Call, instead
 from autopart.notation import P, Placement, R
 from autopart.relayout import relayout, runtime_function
 from autopart.rules import Shape, Strategy, flatten, is_contraction, local_args, local_shape
-from autopart.stages import SETUP, Choices, Crossing, Named, Placements, StageGraph, Valid, Value
+from autopart.stages import SETUP, Choices, Crossing, Placements, StageGraph, Value
 
 Uses = dict[Value, list[tuple[fx.Node, int]]]
 
@@ -276,27 +276,16 @@ class _Localiser:
         note = _note(chosen, self.choices.axes, record)
         local = replace(record, shapes=tuple(outputs), flops=record.flops / share, note=note)
         target, kwargs = node.target, dict(node.kwargs)
-        functions = {s.local: axis for s, (axis, _) in zip(chosen, self.choices.axes, strict=True) if s.local}
-        if _is_mean_over_valid(node):
-            target, args, kwargs = self._loss(node, args, chosen, functions)
-            local = replace(local, name=f"runtime.{target.__name__}")
-        elif "vocab_embedding" in functions:
-            weight, ids, *rest = args
-            target = runtime_function("vocab_embedding")
-            args = (ids, weight, functions["vocab_embedding"], *rest[:1])
-            local = replace(local, name="runtime.vocab_embedding")
-        elif node.target is expert_linear:
-            target = runtime_function("expert_linear")
-            args = (*args, functions["expert_linear"]) if functions else args
-            local = replace(local, name="runtime.expert_linear")
-        elif node.target in (dropout, uniform, uniform_of):
-            target, args, kwargs = self._draw(node, args, chosen)
-            local = replace(local, name=f"runtime.{target.__name__}")
+        along = [(axis, s) for s, (axis, _) in zip(chosen, self.choices.axes, strict=True)]
+        found = instead(Call(node, args, along, self.stage, self.streams))
+        if found is not None:
+            target, args, kwargs = found
+            local = replace(local, name=f"runtime.{found[0].__name__}")
         result = self._add(run, target, args, kwargs, local)
-        if "mean" in functions:
-            parts = 1
-            for strategy, (_, size) in zip(chosen, self.choices.axes, strict=True):
-                parts *= size if strategy.local == "mean" else 1
+        parts = 1
+        for strategy, (_, size) in zip(chosen, self.choices.axes, strict=True):
+            parts *= size if strategy.local == "mean" else 1
+        if parts > 1:
             result = self._add(
                 run, torch.ops.aten.div.Tensor, (result, parts), {}, replace(local, name="aten.div.Tensor")
             )
@@ -309,38 +298,6 @@ class _Localiser:
                 )
                 picked = self._add(run, operator.getitem, (result, index), {}, one)
             self.made[(node, index), placed] = picked
-
-    def _loss(
-        self, node: fx.Node, args: tuple[Any, ...], chosen: Sequence[Strategy], functions: Mapping[str, str]
-    ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        """A mean over valid targets becomes a sum over the number there is in the whole batch."""
-        ignore = args[4] if len(args) > 4 else -100
-        smoothing = args[5] if len(args) > 5 else 0.0
-        axes = tuple(
-            axis for s, (axis, _) in zip(chosen, self.choices.axes, strict=True) if s.local == "cross_entropy_sum"
-        )
-        self.stage.valid.append(Valid(node.name, args[1], ignore, axes))
-        if "vocab_cross_entropy" in functions:
-            name, extra = "vocab_cross_entropy", (functions["vocab_cross_entropy"],)
-        else:
-            name, extra = "mean_cross_entropy", (smoothing,) if smoothing else ()  # type: ignore[assignment]
-        return runtime_function(name), (args[0], args[1], Named(f'self.valid["{node.name}"]'), ignore, *extra), {}
-
-    def _draw(
-        self, node: fx.Node, args: tuple[Any, ...], chosen: Sequence[Strategy]
-    ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        """Random numbers follow the place in the whole tensor: its size, and what of it is here."""
-        record = info(node)
-        axes = {
-            axis: (p.dim, list(p.parts)) if p.parts else p.dim
-            for s, (axis, _) in zip(chosen, self.choices.axes, strict=True)
-            if (p := s.outputs[0]).kind == "S"
-        }
-        stream = self.streams[next(a for a in args if isinstance(a, Stream))]
-        where = (stream, list(record.shape), record.batch)
-        if node.target is dropout:
-            return runtime_function("dropout"), (args[0], args[1], *where), axes
-        return runtime_function("uniform"), (*where, record.dtype), axes
 
     def _keep(self, nodes: list[fx.Node]) -> None:
         """Count what autograd keeps for these nodes: every root once for each placement it is kept in."""
@@ -376,13 +333,6 @@ class _Localiser:
             if operand is not None and info(operand).root == root.name:
                 return tuple(_merge(s.inputs[index] or R) for s in chosen)
         return tuple(_merge(p) for p in self._given((root, 0)))
-
-
-def _is_mean_over_valid(node: fx.Node) -> bool:
-    """Whether the node is a mean over targets that count alike: none by class, none that are probabilities."""
-    if info(node).name != "aten.cross_entropy_loss" or info(node.args[1]).dtype.is_floating_point:  # type: ignore[arg-type]
-        return False
-    return tuple(node.args[2:4]) in ((), (None,), (None, 1))
 
 
 def _merge(placement: Placement) -> Placement:
