@@ -30,6 +30,7 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
 
 
 @pytest.mark.processes
+@pytest.mark.timeout(900)  # the first waits for all
 @pytest.mark.parametrize("name", SAMPLE)
 def test_an_architecture_trains_like_one_process(errors: dict[str, dict[str, Any]], name: str) -> None:
     assert errors[name]["loss"] <= 1e-5
