@@ -134,6 +134,12 @@ def updates_of(traced: Traced) -> dict[str, fx.Node]:
     return dict(zip(traced.updated, traced.graph.output_node().args[1:], strict=True))  # type: ignore[arg-type]
 
 
+def call_args(node: object, name: str) -> tuple[Any, ...]:
+    """The arguments of `node` if it is a call of that operator; else nothing."""
+    found = isinstance(node, fx.Node) and node.op == "call_function" and info(node).name == name
+    return tuple(node.args) if found else ()  # type: ignore[attr-defined]
+
+
 def is_pick(node: fx.Node) -> bool:
     """Whether the node only picks one output of an operator that has several."""
     return info(node).name == "autopart.getitem"

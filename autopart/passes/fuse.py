@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from autopart.graph import Traced, calls, info, new_call
+from autopart.graph import Traced, call_args, calls, info, new_call
 from autopart.kernels.rms_norm import rms_norm
 
 
@@ -21,23 +21,18 @@ def fuse(traced: Traced) -> Traced:
     return traced
 
 
-def _call(node: object, name: str) -> tuple[object, ...] | None:
-    """The arguments of `node` if it is a call of that operator."""
-    return node.args if isinstance(node, fx.Node) and node.op == "call_function" and info(node).name == name else None
-
-
 def _cast(node: object) -> object:
     """What a dtype cast casts; anything else is itself."""
-    args = _call(node, "aten._to_copy")
+    args = call_args(node, "aten._to_copy")
     return args[0] if args else node
 
 
 def _product(node: object) -> list[tuple[fx.Node, fx.Node]]:
-    args = _call(node, "aten.mul.Tensor")
-    if args is None or not all(isinstance(a, fx.Node) for a in args):
+    args = call_args(node, "aten.mul.Tensor")
+    if not args or not all(isinstance(a, fx.Node) for a in args):
         return []
     left, right = args
-    return [(left, right), (right, left)]  # type: ignore[list-item]
+    return [(left, right), (right, left)]
 
 
 def _match_rms_norm(node: fx.Node) -> tuple[fx.Node, fx.Node, float, torch.dtype | None] | None:
@@ -46,14 +41,14 @@ def _match_rms_norm(node: fx.Node) -> tuple[fx.Node, fx.Node, float, torch.dtype
         if info(weight).kind != "parameter" or len(info(weight).shape) != 1:
             continue
         for h, scale in _product(_cast(normed)):
-            shifted = _call((_call(scale, "aten.rsqrt") or (None,))[0], "aten.add.Tensor")
-            mean = _call(shifted[0], "aten.mean.dim") if shifted else None
-            power = _call(mean[0], "aten.pow.Tensor_Scalar") if mean else None
-            if not (shifted and mean and power) or power[0] is not h or power[1] != 2 or list(mean[1]) != [-1]:  # type: ignore[call-overload]
+            shifted = call_args((call_args(scale, "aten.rsqrt") or (None,))[0], "aten.add.Tensor")
+            mean = call_args(shifted[0], "aten.mean.dim") if shifted else None
+            power = call_args(mean[0], "aten.pow.Tensor_Scalar") if mean else None
+            if not (shifted and mean and power) or power[0] is not h or power[1] != 2 or list(mean[1]) != [-1]:
                 continue
             x = _cast(h)
             assert isinstance(x, fx.Node)
             if info(x).dtype != info(normed).dtype:
                 continue
-            return x, weight, float(shifted[1]), info(h).dtype if x is not h else None  # type: ignore[arg-type]
+            return x, weight, float(shifted[1]), info(h).dtype if x is not h else None
     return None

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from autopart.experts import expert_linear
-from autopart.graph import Traced, calls, info, loss_of, new_call
+from autopart.graph import Traced, call_args, calls, info, loss_of, new_call
 from autopart.rules import RULES
 
 aten = torch.ops.aten
@@ -125,12 +125,6 @@ def _repeat(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def _call(node: Any, name: str) -> tuple[Any, ...]:
-    """The arguments of `node` if it is a call of that operator; else nothing."""
-    found = isinstance(node, fx.Node) and node.op == "call_function" and info(node).name == name
-    return tuple(node.args) if found else ()
-
-
 def _positional(node: fx.Node) -> None:
     """Arguments that the schema allows by position go there; device and layout go away."""
     if not isinstance(node.target, torch._ops.OpOverload):
@@ -184,13 +178,13 @@ def _only_piece(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node
 
 def _experts(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
     """Rows times the weights gathered for each of them: no weight need be gathered."""
-    squeezed = _call(node, "aten.squeeze.dim") or _call(node, "aten.squeeze.dims")
-    product = _call(squeezed[0], "aten.bmm") if squeezed else None
+    squeezed = call_args(node, "aten.squeeze.dim") or call_args(node, "aten.squeeze.dims")
+    product = call_args(squeezed[0], "aten.bmm") if squeezed else None
     for transposed, dim in ((False, 2), (True, 1)):
         if not product or info(node).shapes != ((info(product[0]).shape[0], info(squeezed[0]).shape[3 - dim]),):
             continue
         gathered, rows = product[::-1] if transposed else product
-        index, spread = _call(gathered, "aten.index.Tensor"), _call(rows, "aten.unsqueeze")
+        index, spread = call_args(gathered, "aten.index.Tensor"), call_args(rows, "aten.unsqueeze")
         if not index or not spread or spread[1] not in (dim, dim - 3) or len(index[1]) != 1:
             continue
         weights, ids = index[0], index[1][0]
