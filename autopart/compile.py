@@ -222,7 +222,7 @@ def sources(model: nn.Module, batch: Batch, plan: Plan) -> list[str]:
 def stage_graphs(folded: Folded, plan: Plan) -> list[StageGraph]:
     """Every stage's graph under a plan."""
     axes = tuple((name, size) for name, size in (("dp", plan.dp), ("tp", plan.tp)) if size > 1)
-    return localise(folded, Choices(axes, plan.strategies, plan.starts))
+    return localise(folded, Choices(axes, tuple(plan.splits[s.splits] for s in plan.stages), plan.starts))
 
 
 def _request(
@@ -358,5 +358,5 @@ def _sample_axes(folded: Folded, plan: Plan) -> tuple[str, ...]:
     return tuple(
         axis
         for axis, size in (("dp", plan.dp), ("tp", plan.tp))
-        if size > 1 and inputs and plan.strategies[axis][inputs[0].name].outputs[0].kind == "S"
+        if size > 1 and inputs and plan.splits[0][axis][folded.keys[inputs[0]]].outputs[0].kind == "S"
     )

@@ -30,7 +30,10 @@ class Folded:
 
     free      nodes that carry no gradient and need no run's values: recomputed wherever they are needed
     same      node or parameter -> the one that stands for its class
-    count     how many nodes each representative stands for
+    count     how many nodes of the model each representative stands for
+    keys      representative -> its name in plans: "model.layers.0.mlp.up_proj/linear", or the parameter's own
+    sequence  the model as a row of positions, each the index of its run: a block that was traced once or twice may
+              stand at many positions;  labels: of every position
     """
 
     traced: Traced
@@ -38,6 +41,9 @@ class Folded:
     free: list[fx.Node]
     same: dict[fx.Node, fx.Node]
     count: Counter[fx.Node]
+    keys: dict[fx.Node, str]
+    sequence: tuple[int, ...]
+    labels: tuple[str, ...]
     solved: dict[Any, Any] = field(default_factory=dict)
     """Solutions of problems on this graph that come up again, by what they depend on."""
 

@@ -14,7 +14,7 @@ from autopart.mesh import Mesh
 from autopart.notation import Placement
 from autopart.rules import Strategy
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the JSON; a plan of another version is refused."""
 
 
@@ -44,7 +44,10 @@ class PlanRun:
 class PlanStage:
     """One pipeline stage on one rank.
 
-    first_run         index of its first run in the folded graph
+    first_run         index of its first run in the model's row of runs
+    splits            index of how it is split in the plan's `splits`
+    recompute         what each of its runs does: keep its values for backward ("none"), keep the outputs of matrix
+                      products alone ("selective") or its inputs alone ("full") and compute the others again
     forward_seconds   per micro-batch, communication included; backward_seconds likewise
     sync_seconds      to add up gradients, once a step
     memory            what takes how many bytes: parameters, gradients, optimizer, activations, transient
@@ -52,6 +55,8 @@ class PlanStage:
     """
 
     first_run: int
+    splits: int
+    recompute: tuple[str, ...]
     forward_seconds: float
     backward_seconds: float
     sync_seconds: float
@@ -111,7 +116,8 @@ class Plan:
 
     pp, dp, tp        degrees: pipeline, data, tensor
     micro_batch       samples of one micro-batch, over all data-parallel ranks; global_batch those of a step
-    strategies        axis -> node -> strategy, for one node of every class of equal blocks
+    recompute         "none", "selective" or "full" where all blocks do so, else "mixed"; each stage says it for its runs
+    splits            the ways stages are split: axis -> node -> strategy, for one node of every class of equal blocks
     step_seconds      predicted by simulating the schedule;  bound_seconds: no plan of the search space is faster
     gap               proven: 1 - bound / what the solver's objective says of this plan
     """
@@ -128,7 +134,7 @@ class Plan:
     recompute: str
     precision: str
     optimizer: str
-    strategies: Mapping[str, Mapping[str, Strategy]] = field(repr=False)
+    splits: tuple[Mapping[str, Mapping[str, Strategy]], ...] = field(repr=False)
     stages: tuple[PlanStage, ...] = field(repr=False)
     step_seconds: float
     gap: float
@@ -172,16 +178,16 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data."""
-        data = {k: getattr(self, k) for k in self.__dataclass_fields__ if k not in ("mesh", "strategies", "stages")}
+        data = {k: getattr(self, k) for k in self.__dataclass_fields__ if k not in ("mesh", "splits", "stages")}
         return {
             "schema": SCHEMA,
             **data,
             "signature": asdict(self.signature),
             "mesh": self.mesh.to_json(),
-            "strategies": {
-                axis: {node: _strategy_to_json(s) for node, s in chosen.items()}
-                for axis, chosen in self.strategies.items()
-            },
+            "splits": [
+                {axis: {node: _strategy_to_json(s) for node, s in chosen.items()} for axis, chosen in splits.items()}
+                for splits in self.splits
+            ],
             "stages": [asdict(s) for s in self.stages],
         }
 
@@ -209,10 +215,10 @@ class Plan:
                     **{k: {n: tuple(s) for n, s in data["signature"][k].items()} for k in ("parameters", "inputs")},
                 }
             )
-            fields["strategies"] = {
-                axis: {node: _strategy_from_json(s) for node, s in chosen.items()}
-                for axis, chosen in data["strategies"].items()
-            }
+            fields["splits"] = tuple(
+                {axis: {node: _strategy_from_json(s) for node, s in chosen.items()} for axis, chosen in splits.items()}
+                for splits in data["splits"]
+            )
             fields["stages"] = tuple(_stage_from_json(s) for s in data["stages"])
             fields["replicated"] = tuple(data["replicated"])
             fields["notes"] = tuple(data.get("notes", ()))
@@ -259,7 +265,8 @@ def _stage_from_json(data: Mapping[str, Any]) -> PlanStage:
     runs = tuple(
         PlanRun(tuple(r["labels"]), r["seconds"], tuple(PlanLine(**line) for line in r["lines"])) for r in data["runs"]
     )
-    return PlanStage(**{**data, "runs": runs, "sends": tuple((s, b) for s, b in data["sends"])})
+    sends, recompute = tuple((s, b) for s, b in data["sends"]), tuple(data["recompute"])
+    return PlanStage(**{**data, "runs": runs, "sends": sends, "recompute": recompute})
 
 
 def describe(plan: Plan) -> str:

@@ -167,6 +167,7 @@ def _solve(
     settings = Settings(mesh.device, training, candidate.passes(request), candidate.pp, scale)
     axes = axes_of(mesh, candidate.dp, candidate.tp)
     strategies: dict[str, dict[str, Strategy]] = {}
+    keyed: dict[str, dict[str, Strategy]] = {}
     before: dict[str, Strategy] = {}
     solution: SplitSolution | None = None
     extra = 0.0
@@ -181,6 +182,7 @@ def _solve(
                 problem.in_flight = (candidate.pp + 1) / 2
             solution = solve_splits(problem, request.time_limit)
         strategies[axis.name] = {n: s for n, s in solution.chosen.items() if n != LOSS}
+        keyed[axis.name] = {folded.keys[n]: strategies[axis.name][n.name] for n in folded.representatives()}
         if forced.forced:
             _check_splits(folded, axis, strategies[axis.name])
         if axis.name == "dp":
@@ -191,7 +193,7 @@ def _solve(
     if len(axes) == 2:
         shared = _work(folded, mesh, replace(candidate, tp=1)) * settings.passes
         bound += max(0.0, extra - shared) / candidate.tp
-    choices = Choices(tuple((a.name, a.shards) for a in axes), strategies, (0,))
+    choices = Choices(tuple((a.name, a.shards) for a in axes), (keyed,), (0,))
     whole = localise(folded, choices)[0]
     prices = Prices(mesh.device, {a.name: (a.size, a.link) for a in axes}, scale)
     priced = price(whole, prices)
@@ -203,9 +205,11 @@ def _solve(
     cut = solve_cuts(cuts)
     if cut is None:
         raise _too_big(cuts, candidate, mesh, folded, request)
-    syncs = sync_by_stage(folded, choices, axes, training, cut.starts)
+    split = replace(choices, strategies=(keyed,) * candidate.pp)
+    syncs = sync_by_stage(folded, split, axes, training, cut.starts)
     seconds = cut.seconds + max(syncs)
-    return Found(candidate, replace(choices, starts=cut.starts), training, recompute, seconds, min(bound, seconds))
+    choices = replace(choices, starts=cut.starts, strategies=(keyed,) * candidate.pp)
+    return Found(candidate, choices, training, recompute, seconds, min(bound, seconds))
 
 
 def _check_splits(folded: Folded, axis: Axis, chosen: Mapping[str, Strategy]) -> None:

@@ -28,7 +28,7 @@ from autopart.plan import (
 from autopart.request import Found, Request, axes_of, is_block
 from autopart.rules import has_rule, is_contraction
 from autopart.schedules import in_flight, instructions, simulate
-from autopart.stages import OWNED, Choices, StageGraph
+from autopart.stages import OWNED, Choices, Splits, StageGraph
 
 
 def sync_by_stage(
@@ -37,11 +37,11 @@ def sync_by_stage(
     """Seconds each stage needs to add up its gradients."""
     ends = (*starts[1:], len(folded.runs))
     result = []
-    for start, end in zip(starts, ends, strict=True):
+    for stage, (start, end) in enumerate(zip(starts, ends, strict=True)):
         parameters = dict.fromkeys(p for run in folded.runs[start:end] for p in used_parameters(run))
         total = 0.0
         for parameter in parameters:
-            placed = choices.placements(folded, (parameter, 0))
+            placed = choices.placements(folded, (parameter, 0), stage)
             shards = _shards(placed, [a.shards for a in axes])
             for placement, axis in zip(placed, axes, strict=True):
                 total += sync_seconds(info(parameter), placement, axis.size, axis.link, shards, training)
@@ -66,10 +66,15 @@ def write_out(folded: Folded, mesh: Mesh, request: Request, found: Found, starte
     syncs = sync_by_stage(folded, choices, axes, found.training, choices.starts)
     m = request.global_batch // candidate.micro_batch
     schedule = request.schedule or "1f1b"
-    stages = []
+    stages: list[PlanStage] = []
+    distinct: list[Splits] = []
     for graph, start, sync in zip(graphs, choices.starts, syncs, strict=True):
         flights = in_flight(schedule, graph.index, candidate.pp, m)
-        stages.append(_stage(folded, graph, price(graph, prices), start, sync, found, flights))
+        index = next((i for i, d in enumerate(distinct) if d is choices.strategies[graph.index]), len(distinct))
+        distinct += [choices.strategies[graph.index]] if index == len(distinct) else []
+        end = choices.starts[graph.index + 1] if graph.index + 1 < candidate.pp else len(folded.runs)
+        modes = tuple(found.recompute if is_block(label) else "none" for label in folded.labels[start:end])
+        stages.append(_stage(folded, graph, price(graph, prices), start, index, modes, sync, found, flights))
     link = mesh.link(candidate.dp * candidate.tp, candidate.pp)
     edges = sorted({(c.producer, to) for g in graphs for c in g.sent for to in c.consumers})
     latency = {(a, b): p2p_seconds(dict(stages[a].sends)[b], link) for a, b in edges}
@@ -94,7 +99,7 @@ def write_out(folded: Folded, mesh: Mesh, request: Request, found: Found, starte
         recompute=found.recompute,
         precision=request.precision,
         optimizer=request.optimizer,
-        strategies=choices.strategies,
+        splits=tuple(distinct),
         stages=tuple(stages),
         step_seconds=timeline.seconds,
         gap=max(0.0, 1.0 - found.bound / found.seconds),
@@ -113,10 +118,10 @@ def _notes(folded: Folded, choices: Choices, micro_batches: int) -> Iterator[str
             f"the loss mixes samples ({folded.traced.mixed_at}): it is the mean of {micro_batches} micro-batches' "
             "losses, as in gradient accumulation, not that of the batch"
         )
-    if "tp" in choices.strategies:
+    if any(name == "tp" for name, _ in choices.axes):
         products = [n for n in folded.representatives() if is_contraction(info(n).name)]
         work = {n: info(n).flops * folded.count[n] for n in products}
-        whole = [n for n in products if not choices.strategies["tp"][n.name].shards_work]
+        whole = [n for n in products if not choices.strategies[0]["tp"][folded.keys[n]].shards_work]
         share = sum(work[n] for n in whole) / (sum(work.values()) or 1.0)
         if share > 1e-3:
             names = ", ".join(dict.fromkeys(info(n).module or shortened(info(n).name) for n in whole))
@@ -128,6 +133,8 @@ def _stage(
     graph: StageGraph,
     priced: Sequence[PricedRun],
     start: int,
+    splits: int,
+    recompute: tuple[str, ...],
     sync: float,
     found: Found,
     flights: int,
@@ -164,7 +171,7 @@ def _stage(
     for c in graph.sent:
         for to in c.consumers:
             sends[to] = sends.get(to, 0) + torch.Size(c.shape).numel() * c.dtype.itemsize
-    return PlanStage(start, forward, backward, sync, memory, tuple(runs), tuple(sorted(sends.items())))
+    return PlanStage(start, splits, recompute, forward, backward, sync, memory, tuple(runs), tuple(sorted(sends.items())))
 
 
 def _recomputed_bytes(graph: StageGraph) -> int:

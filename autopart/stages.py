@@ -14,6 +14,7 @@ from autopart.rules import Shape, Strategy
 
 Value = tuple[fx.Node, int]
 Placements = tuple[Placement, ...]
+Splits = Mapping[str, Mapping[str, Strategy]]
 SETUP = ""
 """The label of the run that holds what every block of a stage shares."""
 
@@ -67,20 +68,25 @@ class StageGraph:
 
 @dataclass(frozen=True)
 class Choices:
-    """What was decided: per axis (name, size), the strategy of every representative; the first run of each stage."""
+    """What was decided.
+
+    axes        (name, size) of the axes inside a stage
+    strategies  of each stage: axis -> the key of a representative -> its strategy
+    starts      the first position of each stage
+    """
 
     axes: tuple[tuple[str, int], ...]
-    strategies: Mapping[str, Mapping[str, Strategy]]
+    strategies: tuple[Splits, ...]
     starts: tuple[int, ...]
 
-    def of(self, folded: Folded, node: fx.Node) -> tuple[Strategy, ...]:
-        """A node's strategy along every axis."""
-        name = folded.same[node].name
-        return tuple(self.strategies[axis][name] for axis, _ in self.axes)
+    def of(self, folded: Folded, node: fx.Node, stage: int) -> tuple[Strategy, ...]:
+        """A node's strategy along every axis in a stage."""
+        key = folded.keys[folded.same[node]]
+        return tuple(self.strategies[stage][axis][key] for axis, _ in self.axes)
 
-    def placements(self, folded: Folded, value: Value) -> Placements:
-        """Where a value lies as made."""
-        return tuple(s.outputs[value[1]] for s in self.of(folded, value[0]))
+    def placements(self, folded: Folded, value: Value, stage: int) -> Placements:
+        """Where a value lies as made in a stage."""
+        return tuple(s.outputs[value[1]] for s in self.of(folded, value[0], stage))
 
 
 class Named(str):

@@ -153,7 +153,7 @@ class Judge:
             if info(node).kind == "op" and is_contraction(info(node).name):
                 work = info(node).flops * folded.count[node]
                 total += work
-                split += work if plan.strategies["tp"][node.name].shards_work else 0.0
+                split += work if plan.splits[0]["tp"][folded.keys[node]].shards_work else 0.0
         return split / total if total else 0.0
 
 

@@ -8,6 +8,7 @@ decides once for each class; cuts fall between runs.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +47,28 @@ def fold(traced: Traced) -> Folded:
     for node in list(same):
         while same[node] is not same[same[node]]:
             same[node] = same[same[node]]
-    return Folded(traced, runs, [n for n in graph.nodes if n in free], same, Counter(same.values()))
+    return Folded(
+        traced,
+        runs,
+        [n for n in graph.nodes if n in free],
+        same,
+        Counter(same.values()),
+        _keys(n for n in graph.nodes if same.get(n) is n),
+        tuple(range(len(runs))),
+        tuple(run.label for run in runs),
+    )
+
+
+def _keys(nodes: Iterable[fx.Node]) -> dict[fx.Node, str]:
+    """A name of its own for every node, which does not depend on what else the graph holds."""
+    keys: dict[fx.Node, str] = {}
+    seen: Counter[str] = Counter()
+    for node in nodes:
+        record = info(node)
+        name = record.name if record.kind != "op" else f"{record.module}/{record.name.rpartition('aten.')[2]}"
+        seen[name] += 1
+        keys[node] = name if seen[name] == 1 else f"{name}#{seen[name]}"
+    return keys
 
 
 def _free(graph: fx.Graph) -> set[fx.Node]:

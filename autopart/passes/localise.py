@@ -66,8 +66,8 @@ def _crossings(
         if home is None or not away:
             continue
         placements = []
-        for axis, have in enumerate(choices.placements(folded, value)):
-            wants = {choices.of(folded, user)[axis].inputs[i] for user, i in away}
+        for axis, have in enumerate(choices.placements(folded, value, home)):
+            wants = {choices.of(folded, user, stage_of[user])[axis].inputs[i] for user, i in away}
             only = next(iter(wants)) if len(wants) == 1 else None
             placements.append(have if have != P or P in wants else only or R)
         shape = info(node).shapes[index]
@@ -181,7 +181,7 @@ class _Localiser:
         crossed = self.crossings.get(value)
         if crossed is not None and crossed[0].producer != self.stage.index:
             return crossed[1]
-        return self.choices.placements(self.folded, value)
+        return self.choices.placements(self.folded, value, self.stage.index)
 
     def _local(self, shape: Shape, placements: Placements) -> Shape:
         for placement, (_, size) in zip(placements, self.choices.axes, strict=True):
@@ -259,7 +259,7 @@ class _Localiser:
 
     def _call(self, node: fx.Node) -> None:
         record, run = info(node), self.home[node]
-        chosen = self.choices.of(self.folded, node)
+        chosen = self.choices.of(self.folded, node, self.stage.index)
         local_inputs: list[Any] = []
         for index, operand in enumerate(operands(node)):
             if operand is None:
@@ -306,7 +306,7 @@ class _Localiser:
             record = info(node)
             if node.op != "call_function" or is_pick(node):
                 continue
-            chosen = self.choices.of(self.folded, node)
+            chosen = self.choices.of(self.folded, node, self.stage.index)
             share = 1
             for strategy, (_, size) in zip(chosen, self.choices.axes, strict=True):
                 share *= size if strategy.shards_work else 1
