@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
-from torch import fx
 
-from autopart.comm import all_reduce_seconds
+from autopart.comm import all_gather_seconds, all_reduce_seconds, reduce_scatter_seconds
 from autopart.errors import PartitionError
-from autopart.graph import Info, info
+from autopart.graph import Info
 from autopart.mesh import Device, Link
-from autopart.notation import C, Placement
-from autopart.rules import is_contraction
 
 MATMUL_EFFICIENCY = 0.7
 """Share of the peak that large matrix products reach. Megatron-LM reports 52 % of the A100's peak end to end
@@ -24,32 +25,46 @@ BANDWIDTH_EFFICIENCY = 0.8
 
 @dataclass(frozen=True)
 class Seconds:
-    """Seconds of one operator: forward and backward."""
+    """Seconds of one operator (or an array of them): forward and backward."""
 
-    forward: float
-    backward: float
+    forward: Any
+    backward: Any
 
 
-def node_seconds(node: fx.Node, device: Device, share: int, scale: float) -> Seconds:
-    """Roofline time of a node when `share` ranks divide its work, at `scale` times the traced samples.
+@dataclass(frozen=True)
+class Work:
+    """What an operator does on one rank; every field may be an array, of one element an operator.
 
-    max(FLOPs / peak, bytes / bandwidth) + launch (Williams, Waterman, Patterson 2009). Backward: a product's two
-    gradients cost a forward each, one where only one operand has a gradient; other operators move the same
-    bytes again, and their inputs.
+    flops     of the forward pass
+    bytes     read and written by it
+    rate      FLOP/s it reaches; infinite where matrix units have no part
+    again     how many times the forward's time its backward takes
+    runs      1, or 0 for what costs nothing: views
     """
-    record = info(node)
-    if record.view:
-        return Seconds(0.0, 0.0)
-    inputs = [info(n) for n in node.all_input_nodes]
-    grow = scale if record.batch is not None or any(i.batch is not None for i in inputs) else 1.0
-    moved = grow * (record.bytes + sum(i.bytes for i in inputs)) / share / (device.bandwidth * BANDWIDTH_EFFICIENCY)
-    if is_contraction(record.name):
-        work = grow * record.flops / share / (peak(device, record.dtype) * MATMUL_EFFICIENCY)
-        forward = max(work, moved) + device.launch_seconds
-        gradients = sum(i.grad for i in inputs)
-        return Seconds(forward, forward * min(gradients, 2) if gradients else 0.0)
-    forward = moved + device.launch_seconds
-    return Seconds(forward, forward if record.grad else 0.0)
+
+    flops: Any
+    bytes: Any
+    rate: Any
+    again: Any
+    runs: Any
+
+
+def work_seconds(work: Work, device: Device) -> Seconds:
+    """Roofline time: max(FLOPs / rate, bytes / bandwidth) + launch (Williams, Waterman, Patterson 2009)."""
+    moved = work.bytes / (device.bandwidth * BANDWIDTH_EFFICIENCY)
+    forward = work.runs * (np.maximum(work.flops / work.rate, moved) + device.launch_seconds)
+    return Seconds(forward, forward * work.again)
+
+
+def rate_of(record: Info, device: Device) -> float:
+    """FLOP/s that an operator reaches: `Work.rate`."""
+    return peak(device, record.dtype) * MATMUL_EFFICIENCY if record.product else math.inf
+
+
+def again_of(record: Info, inputs: Iterable[Info]) -> int:
+    """`Work.again`: a product's two gradients cost a forward each, one where only one operand has a gradient; other
+    operators move the same bytes again."""
+    return min(sum(i.grad for i in inputs), 2) if record.product else int(record.grad)
 
 
 def peak(device: Device, dtype: torch.dtype) -> float:
@@ -69,27 +84,48 @@ OPTIMIZER_STATES = {"sgd": 0, "momentum": 1, "adagrad": 1, "rmsprop": 1, "adam":
 
 @dataclass(frozen=True)
 class Training:
-    """What is kept for each parameter: one of OPTIMIZER_STATES; ZeRO level; ranks that share its states."""
+    """What is kept for each parameter, and what its gradient costs.
 
-    optimizer: str = "adamw"
-    zero: int = 0
-    shared_by: int = 1
+    optimizer      one of OPTIMIZER_STATES
+    zero           ZeRO level (Rajbhandari et al., arXiv 1910.02054, section 5): what the ranks of the data-parallel
+                   axis share: 1 optimizer states, 2 gradients too, 3 parameters too
+    ranks          of that axis;  link: between them
+    micro_batches  of a step
+    """
 
-    def gradient_bytes(self, dtype: torch.dtype) -> float:
-        """Bytes of an element's gradient."""
-        return float(dtype.itemsize)
+    optimizer: str
+    zero: int
+    ranks: int
+    link: Link
+    micro_batches: int
 
-    def state_bytes(self, dtype: torch.dtype) -> float:
-        """Bytes of an element with its gradient and optimizer states (ZeRO-1: arXiv 1910.02054, section 5.1)."""
-        states = OPTIMIZER_STATES[self.optimizer] * dtype.itemsize
-        return 2 * dtype.itemsize + states / (self.shared_by if self.zero >= 1 else 1)
+    def memory(self, nbytes: float, grad: bool, shared: bool) -> tuple[float, float, float]:
+        """Bytes of a parameter of `nbytes` on a rank, its gradient and its optimizer's states; `shared` says whether
+        the data-parallel axis can share them: whether it holds partial sums of the gradient."""
+        states = OPTIMIZER_STATES[self.optimizer]
+        share = [self.ranks if shared and grad and self.zero >= level else 1 for level in (3, 2, 1)]
+        return nbytes / share[0], nbytes * grad / share[1], nbytes * grad * states / share[2]
+
+    def gathered(self, nbytes: float, shared: bool) -> float:
+        """Bytes of a parameter's whole that exist only while it is used."""
+        return nbytes if self.zero >= 3 and shared and self.ranks > 1 else 0.0
+
+    def sync_seconds(self, nbytes: float, shared: bool) -> float:
+        """Seconds a step takes to bring the gradient of a parameter of `nbytes` together and the parameter back, over
+        the data-parallel axis. Many parameters travel in one message, so that no latency is counted.
+
+        Level 0: all-reduce. Level 1: reduce-scatter, all-gather of the new parameter. Level 2: reduce-scatter for every
+        micro-batch. Level 3: for every micro-batch all-gather forward and backward, and reduce-scatter.
+        """
+        if not shared or self.ranks == 1:
+            return 0.0
+        link = replace(self.link, latency_seconds=0.0)
+        gather = all_gather_seconds(nbytes, self.ranks, link)
+        scatter = reduce_scatter_seconds(nbytes, self.ranks, link)
+        m = self.micro_batches
+        return (gather + scatter, gather + scatter, gather + m * scatter, m * (2 * gather + scatter))[self.zero]
 
 
-def sync_seconds(record: Info, placement: Placement, size: int, link: Link, shards: int, training: Training) -> float:
-    """Seconds to add up a parameter's gradients over an axis of `size` ranks, once a step: where they are partial
-    sums. Many parameters travel in one message, so no latency is counted; `shards` is how finely other axes
-    split the parameter."""
-    if record.kind != "parameter" or placement != C or not record.grad:
-        return 0.0
-    nbytes = torch.Size(record.shape).numel() * training.gradient_bytes(record.dtype) / shards
+def partial_sync_seconds(nbytes: float, size: int, link: Link) -> float:
+    """Seconds a step takes to add up a gradient that is a partial sum over another axis: one all-reduce."""
     return all_reduce_seconds(nbytes, size, replace(link, latency_seconds=0.0))

@@ -55,10 +55,11 @@ class Folded:
         """The nodes to decide about, in graph order; picks of outputs are none of them."""
         return [n for n in self.traced.graph.nodes if n in self.same and self.same[n] is n and not is_pick(n)]
 
-    @cached_property
-    def kept(self) -> set[str]:
-        """Names of the nodes whose memory some backward keeps."""
-        return {name for n in self.traced.graph.nodes if n.op != "output" for name in info(n).keeps}
+    def parameter_at(self, position: int, parameter: fx.Node) -> str:
+        """The name of a parameter that the run at a position reads: a block's own are named after the block."""
+        name, label = info(parameter).name, self.runs[self.sequence[position]].label
+        own = bool(label) and name.startswith(label + ".")
+        return self.labels[position] + name.removeprefix(label) if own else name
 
 
 def parameters_of(node: fx.Node) -> list[fx.Node]:

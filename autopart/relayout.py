@@ -7,7 +7,7 @@ section 3; Korthikanti et al., arXiv 2205.05198, section 4.2.2). `function` is t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,21 +65,37 @@ def possible(have: Placement, want: Placement) -> bool:
     return have == want or (have.kind, want.kind) in RELAYOUTS
 
 
-def relayout_seconds(
-    have: Placement, want: Placement, nbytes: float, size: int, link: Link, grad: bool, launch: float
-) -> float:
+@dataclass(frozen=True)
+class Step:
+    """One change along one axis (its index) of a value's placements: `before` it and `after` it."""
+
+    axis: int
+    row: Relayout
+    before: tuple[Placement, ...]
+    after: tuple[Placement, ...]
+
+
+def steps(have: tuple[Placement, ...], want: tuple[Placement, ...], grad: bool) -> Iterator[Step]:
+    """The changes from one placement along all axes to another, one axis after the other: what sums and gathers comes
+    before what splits. A dim that another axis holds, or whose parts differ, is gathered before it is split anew."""
+    now = list(have)
+    for axis in sorted(range(len(want)), key=lambda a: (want[a].kind == "S", a)):
+        target = want[axis]
+        stops = [target]
+        if now[axis].kind == target.kind == "S" and now[axis] != target:
+            clash = any(now[b].kind == "S" and now[b].dim == target.dim for b in range(len(want)) if b != axis)
+            if now[axis].parts or target.parts or clash:
+                stops = [Placement("R"), target]
+        for stop in stops:
+            row = relayout(now[axis], stop, grad)
+            if row is not None:
+                before, now[axis] = tuple(now), stop
+                yield Step(axis, row, before, tuple(now))
+
+
+def row_seconds(row: Relayout, nbytes: float, size: int, link: Link, grad: bool, launch: float) -> tuple[float, float]:
     """Seconds, forward and backward, to change a tensor of `nbytes` bytes (whole along this axis); `launch` is the
-    overhead of one kernel."""
-    return sum(relayout_directions(have, want, nbytes, size, link, grad, launch))
-
-
-def relayout_directions(
-    have: Placement, want: Placement, nbytes: float, size: int, link: Link, grad: bool, launch: float
-) -> tuple[float, float]:
-    """`relayout_seconds`, forward and backward apart."""
-    row = relayout(have, want, grad)
-    if row is None:
-        return 0.0, 0.0
+    overhead of one kernel. What costs nothing forward or backward is still one kernel."""
     forward, backward = (
         COLLECTIVE_SECONDS[name](nbytes, size, link) + launch if name else 0.0
         for name in (row.forward, row.backward if grad else "")

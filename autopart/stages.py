@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
 from autopart.folded import Folded
+from autopart.graph import Info, info
 from autopart.notation import Placement
-from autopart.rules import Shape, Strategy
+from autopart.rules import Shape, Strategy, local_shape
 
 Value = tuple[fx.Node, int]
 Placements = tuple[Placement, ...]
@@ -25,7 +27,7 @@ OWNED = ("parameter", "buffer", "stream")
 
 @dataclass(frozen=True)
 class Crossing:
-    """A value sent between stages: its name, shape on a rank, and who makes and takes it."""
+    """A value sent between stages: its name, shape and bytes on a rank, and who makes and takes it."""
 
     name: str
     producer: int
@@ -33,6 +35,16 @@ class Crossing:
     shape: Shape
     dtype: torch.dtype
     grad: bool
+    size: float = 0.0
+
+
+@dataclass
+class Kept:
+    """Memory that autograd keeps for a micro-batch: bytes, and the runs (in the folded graph; -1: what blocks share)
+    that keep it."""
+
+    size: float
+    runs: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -57,13 +69,8 @@ class StageGraph:
     received: list[Crossing] = field(default_factory=list)
     sent: list[Crossing] = field(default_factory=list)
     valid: list[Valid] = field(default_factory=list)
-    kept: dict[str, int] = field(default_factory=dict)
-    """Run label -> bytes autograd keeps for one micro-batch on one rank."""
-
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes autograd keeps for one micro-batch on one rank."""
-        return sum(self.kept.values())
+    kept: dict[tuple[str, Placements], Kept] = field(default_factory=dict)
+    """(node whose memory it is, its placement) -> what autograd keeps for one micro-batch on one rank."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +80,39 @@ class Choices:
     axes        (name, size) of the axes inside a stage
     strategies  of each stage: axis -> the key of a representative -> its strategy
     starts      the first position of each stage
+    scale       samples of the planned micro-batch over those traced
+    thin        axes that split samples, of which too few are traced to cut shapes: they count in sizes alone
     """
 
     axes: tuple[tuple[str, int], ...]
     strategies: tuple[Splits, ...]
     starts: tuple[int, ...]
+    scale: float = 1.0
+    thin: frozenset[str] = frozenset()
+
+    def local(self, shape: Shape, placements: Placements) -> Shape:
+        """The shape of a value on a rank."""
+        for placement, (axis, size) in zip(placements, self.axes, strict=True):
+            shape = local_shape(shape, placement, 1 if axis in self.thin else size)
+        return shape
+
+    def size(self, value: Value, placements: Placements) -> float:
+        """Bytes of a value on a rank, at the planned micro-batch."""
+        record = info(value[0])
+        nbytes = math.prod(record.shapes[value[1]]) * record.dtypes[value[1]].itemsize
+        return nbytes * self.grow(record) / self.parts(placements)
+
+    def grow(self, record: Info) -> float:
+        """How many times larger a value is than traced."""
+        return self.scale if record.batch is not None else 1.0
+
+    def parts(self, placements: Placements) -> int:
+        """Into how many pieces a value is cut."""
+        return math.prod(size for p, (_, size) in zip(placements, self.axes, strict=True) if p.kind == "S")
+
+    def shares(self, chosen: Sequence[Strategy]) -> int:
+        """How many ranks share an operator's work."""
+        return math.prod(size for s, (_, size) in zip(chosen, self.axes, strict=True) if s.shards_work)
 
     def of(self, folded: Folded, node: fx.Node, stage: int) -> tuple[Strategy, ...]:
         """A node's strategy along every axis in a stage."""

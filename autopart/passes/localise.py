@@ -17,9 +17,9 @@ from autopart.folded import Folded
 from autopart.graph import KEY, Info, info, is_pick, loss_of, operands, updates_of, value_of
 from autopart.instead import Call, instead
 from autopart.notation import P, Placement, R
-from autopart.relayout import relayout, runtime_function
-from autopart.rules import Shape, Strategy, flatten, is_contraction, local_args, local_shape
-from autopart.stages import SETUP, Choices, Crossing, Placements, StageGraph, Value
+from autopart.relayout import runtime_function, steps
+from autopart.rules import Shape, Strategy, flatten, is_contraction, local_args
+from autopart.stages import SETUP, Choices, Crossing, Kept, Placements, StageGraph, Value
 
 Uses = dict[Value, list[tuple[fx.Node, int]]]
 
@@ -70,14 +70,13 @@ def _crossings(
             wants = {choices.of(folded, user, stage_of[user])[axis].inputs[i] for user, i in away}
             only = next(iter(wants)) if len(wants) == 1 else None
             placements.append(have if have != P or P in wants else only or R)
-        shape = info(node).shapes[index]
-        for placement, (_, size) in zip(placements, choices.axes, strict=True):
-            shape = local_shape(shape, placement, size)
+        placed = tuple(placements)
+        shape, size = choices.local(info(node).shapes[index], placed), choices.size(value, placed)
         consumers = tuple(sorted({stage_of[user] for user, _ in away}))
         record = info(node)
         name = node.name if len(record.shapes) == 1 else f"{node.name}_{index}"
-        crossing = Crossing(name, home, consumers, shape, record.dtypes[index], record.grad)
-        crossings[value] = crossing, tuple(placements)
+        crossing = Crossing(name, home, consumers, shape, record.dtypes[index], record.grad, size)
+        crossings[value] = crossing, placed
     return crossings
 
 
@@ -98,7 +97,6 @@ class _Localiser:
         self.made: dict[tuple[Value, Placements], fx.Node] = {}
         self.moved: dict[tuple[fx.Node, Placements, int], fx.Node] = {}
         self.streams: dict[str, fx.Node] = {}
-        self.kept: set[tuple[str, Placements]] = set()
         self.runs: dict[int, tuple[str, list[fx.Node]]] = {-1: (SETUP, [])}
         self.uses = uses
         run_of = folded.run_of()
@@ -143,7 +141,8 @@ class _Localiser:
             buffer = homes[name]
             placements = self._given((buffer, 0))
             value = self._place(value_of(node), placements, self.home[node])
-            record = replace(info(buffer), kind="op", name="runtime.update")
+            size = self._size((buffer, 0), placements)
+            record = replace(info(buffer), kind="op", name="runtime.update", size=size)
             args = (self.made[(buffer, 0), placements], value)
             self._add(self.home[node], runtime_function("update"), args, {}, record)
 
@@ -184,9 +183,10 @@ class _Localiser:
         return self.choices.placements(self.folded, value, self.stage.index)
 
     def _local(self, shape: Shape, placements: Placements) -> Shape:
-        for placement, (_, size) in zip(placements, self.choices.axes, strict=True):
-            shape = local_shape(shape, placement, size)
-        return shape
+        return self.choices.local(shape, placements)
+
+    def _size(self, value: Value, placements: Placements) -> float:
+        return self.choices.size(value, placements)
 
     def _placeholder(self, value: Value, placements: Placements, kind: str, name: str) -> fx.Node:
         source, index = value
@@ -198,6 +198,7 @@ class _Localiser:
             name=name,
             shapes=(self._local(record.shapes[index], placements),),
             dtypes=(record.dtypes[index],),
+            size=self._size(value, placements),
             placed=tuple((axis, str(p)) for p, (axis, _) in zip(placements, self.choices.axes, strict=True)),
             whole=record.shapes[index],
         )
@@ -212,49 +213,38 @@ class _Localiser:
 
     def _place(self, value: Value, want: Placements, run: int) -> fx.Node:
         """The value in another placement; the change is made once in a run, or where the value is made if
-        several runs need it."""
+        several runs need it or it is a partial sum."""
         have = self._given(value)
         users = {
             self.home[u] for u, _ in self.uses[value] if self.stage_of.get(u, self.stage.index) == self.stage.index
         }
-        at = run if len(users) <= 1 else self.home[value[0]]
+        at = run if len(users) <= 1 and P not in have else self.home[value[0]]
         node, record = self.made[value, have], info(value[0])
         shape = record.shapes[value[1]]
-        now = list(have)
-        order = sorted(range(len(want)), key=lambda a: (want[a].kind == "S", a))
-        for axis in order:
-            target = want[axis]
-            steps = [target]
-            direct = now[axis].kind == target.kind == "S"
-            clash = any(now[b].kind == "S" and now[b].dim == target.dim for b in range(len(want)) if b != axis)
-            if direct and now[axis] != target and (now[axis].parts or target.parts or clash):
-                steps = [R, target]
-            for step in steps:
-                row = relayout(now[axis], step, record.grad)
-                if row is None:
-                    continue
-                name, _ = self.choices.axes[axis]
-                args = _arguments(row.function, now[axis], step)
-                before, now[axis] = now[axis], step
-                key = (node, tuple(now), at)
-                if key not in self.moved:
-                    note = " ".join(
-                        f"{way}: {what.replace('_', '-')} over {name}."
-                        for way, what in (("forward", row.forward), ("backward", row.backward if record.grad else ""))
-                        if what
-                    )
-                    local = replace(
-                        record,
-                        kind="op",
-                        name=f"runtime.{row.function}",
-                        shapes=(self._local(shape, tuple(now)),),
-                        dtypes=(record.dtypes[value[1]],),
-                        note=note.rstrip(".") or f"{before} to {step} over {name}",
-                        flops=0.0,
-                        view=False,
-                    )
-                    self.moved[key] = self._add(at, runtime_function(row.function), (node, name, *args), {}, local)
-                node = self.moved[key]
+        for step in steps(have, want, record.grad):
+            key = (node, step.after, at)
+            if key not in self.moved:
+                name, _ = self.choices.axes[step.axis]
+                before, after, row = step.before[step.axis], step.after[step.axis], step.row
+                note = " ".join(
+                    f"{way}: {what.replace('_', '-')} over {name}."
+                    for way, what in (("forward", row.forward), ("backward", row.backward if record.grad else ""))
+                    if what
+                )
+                local = replace(
+                    record,
+                    kind="op",
+                    name=f"runtime.{row.function}",
+                    shapes=(self._local(shape, step.after),),
+                    dtypes=(record.dtypes[value[1]],),
+                    size=self._size(value, step.after),
+                    note=note.rstrip(".") or f"{before} to {after} over {name}",
+                    flops=0.0,
+                    view=False,
+                )
+                args = (node, name, *_arguments(row.function, before, after))
+                self.moved[key] = self._add(at, runtime_function(row.function), args, {}, local)
+            node = self.moved[key]
         return node
 
     def _call(self, node: fx.Node) -> None:
@@ -270,11 +260,12 @@ class _Localiser:
         outputs = [self._local(shape, tuple(s.outputs[i] for s in chosen)) for i, shape in enumerate(record.shapes)]
         replaced = _replace_operands(tuple(node.args), local_inputs)
         args = local_args(record.name, replaced, outputs)
-        share = 1
-        for strategy, (_, size) in zip(chosen, self.choices.axes, strict=True):
-            share *= size if strategy.shards_work else 1
+        share = self.choices.shares(chosen)
         note = _note(chosen, self.choices.axes, record)
-        local = replace(record, shapes=tuple(outputs), flops=record.flops / share, note=note)
+        placed = [tuple(s.outputs[i] for s in chosen) for i in range(len(record.shapes))]
+        sizes = [self._size((node, i), p) for i, p in enumerate(placed)]
+        grow = max(self.choices.grow(info(n)) for n in (node, *node.all_input_nodes))
+        local = replace(record, shapes=tuple(outputs), size=sum(sizes), flops=record.flops * grow / share, note=note)
         target, kwargs = node.target, dict(node.kwargs)
         along = [(axis, s) for s, (axis, _) in zip(chosen, self.choices.axes, strict=True)]
         found = instead(Call(node, args, along, self.stage, self.streams))
@@ -286,44 +277,40 @@ class _Localiser:
         for strategy, (_, size) in zip(chosen, self.choices.axes, strict=True):
             parts *= size if strategy.local == "mean" else 1
         if parts > 1:
-            result = self._add(
-                run, torch.ops.aten.div.Tensor, (result, parts), {}, replace(local, name="aten.div.Tensor")
-            )
+            mean = replace(local, name="aten.div.Tensor", product=False)
+            result = self._add(run, torch.ops.aten.div.Tensor, (result, parts), {}, mean)
         for index in range(len(record.shapes)):
-            placed = tuple(s.outputs[index] for s in chosen)
             picked = result
             if len(record.shapes) > 1:
                 one = replace(
-                    local, name="autopart.getitem", shapes=(outputs[index],), dtypes=(record.dtypes[index],), view=True
+                    local,
+                    name="autopart.getitem",
+                    shapes=(outputs[index],),
+                    dtypes=(record.dtypes[index],),
+                    size=sizes[index],
+                    view=True,
                 )
                 picked = self._add(run, operator.getitem, (result, index), {}, one)
-            self.made[(node, index), placed] = picked
+            self.made[(node, index), placed[index]] = picked
 
     def _keep(self, nodes: list[fx.Node]) -> None:
-        """Count what autograd keeps for these nodes: every root once for each placement it is kept in."""
+        """Note what autograd keeps for these nodes: every root once for each placement it is kept in."""
         by_name = {n.name: n for n in self.folded.traced.graph.nodes}
         for node in nodes:
             record = info(node)
             if node.op != "call_function" or is_pick(node):
                 continue
             chosen = self.choices.of(self.folded, node, self.stage.index)
-            share = 1
-            for strategy, (_, size) in zip(chosen, self.choices.axes, strict=True):
-                share *= size if strategy.shards_work else 1
-            nbytes = record.inner // share
+            inner = record.inner * self.choices.grow(record) / self.choices.shares(chosen)
+            kept = [(node.name, (), inner)]
             for root in record.keeps:
                 made = by_name[root]
                 placements = self._kept_as(node, made, chosen)
-                if (root, placements) in self.kept:
-                    continue
-                self.kept.add((root, placements))
-                parts = 1
-                for placement, (_, size) in zip(placements, self.choices.axes, strict=True):
-                    parts *= size if placement.kind == "S" else 1
-                nbytes += info(made).bytes // parts
-            run = self.home[node]
-            label = self.folded.runs[run].label if run >= 0 else SETUP
-            self.stage.kept[label] = self.stage.kept.get(label, 0) + nbytes
+                size = info(made).bytes * self.choices.grow(info(made)) / self.choices.parts(placements)
+                kept.append((root, placements, size))
+            for name, placements, size in kept:
+                entry = self.stage.kept.setdefault((name, placements), Kept(size))
+                entry.runs.add(self.home[node])
 
     def _kept_as(self, node: fx.Node, root: fx.Node, chosen: Sequence[Strategy]) -> Placements:
         """The placement in which `node` keeps memory that `root` made: that of the operand it reads it through."""

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from autopart.comm import COLLECTIVE_SECONDS
-from autopart.cost import Seconds, node_seconds
+from autopart.cost import Seconds, Work, again_of, rate_of, work_seconds
 from autopart.graph import info
 from autopart.mesh import Device, Link
 from autopart.plan import PlanLine, shortened
-from autopart.relayout import RELAYOUTS
+from autopart.relayout import RELAYOUTS, row_seconds
 from autopart.stages import StageGraph
 
 BY_FUNCTION = {f"runtime.{row.function}": row for row in RELAYOUTS.values()}
@@ -20,34 +19,36 @@ BY_FUNCTION = {f"runtime.{row.function}": row for row in RELAYOUTS.values()}
 
 @dataclass(frozen=True)
 class PricedRun:
-    """A run of a stage: its label, seconds forward and backward for one micro-batch, and its lines."""
+    """A run of a stage: its label, seconds forward and backward for one micro-batch, and its lines; `cheap` are those
+    of the forward pass that matrix products do not take."""
 
     label: str
     forward: float
     backward: float
+    cheap: float
     lines: tuple[PlanLine, ...]
 
 
 @dataclass(frozen=True)
 class Prices:
-    """What prices depend on: the device, and each axis's size and link; `scale` as in `formulate.Settings`."""
+    """What prices depend on: the device, and each axis's size and link."""
 
     device: Device
     axes: Mapping[str, tuple[int, Link]]
-    scale: float = 1.0
 
 
 def price(stage: StageGraph, prices: Prices) -> list[PricedRun]:
     """Price every run of a stage."""
     runs = []
     for label, nodes in stage.runs:
-        forward = backward = 0.0
+        forward = backward = cheap = 0.0
         lines = []
         for node in nodes:
             compute, comm = _node(node, prices)
             forward += compute.forward + comm.forward
             backward += compute.backward + comm.backward
             record = info(node)
+            cheap += comm.forward + (0.0 if record.product else compute.forward)
             lines.append(
                 PlanLine(
                     record.module.removeprefix(label).lstrip("."),
@@ -58,24 +59,20 @@ def price(stage: StageGraph, prices: Prices) -> list[PricedRun]:
                     record.source,
                 )
             )
-        runs.append(PricedRun(label, forward, backward, tuple(lines)))
+        runs.append(PricedRun(label, forward, backward, cheap, tuple(lines)))
     return runs
 
 
 def _node(node: fx.Node, prices: Prices) -> tuple[Seconds, Seconds]:
     """Seconds of compute and of communication."""
     record, nothing = info(node), Seconds(0.0, 0.0)
+    inputs = [info(n) for n in node.all_input_nodes]
     row = BY_FUNCTION.get(record.name)
     if row is None:
-        return node_seconds(node, prices.device, 1, prices.scale), nothing
+        moved = record.size + sum(i.size for i in inputs)
+        rate, again = rate_of(record, prices.device), again_of(record, inputs)
+        return work_seconds(Work(record.flops, moved, rate, again, int(not record.view)), prices.device), nothing
     axis = node.args[1]
     assert isinstance(axis, str)
-    size, link = prices.axes[axis]
-    whole = max(record.bytes, *(info(n).bytes for n in node.all_input_nodes))
-    nbytes = whole * (prices.scale if record.batch is not None else 1.0)
-    launch = prices.device.launch_seconds
-    forward, backward = (
-        COLLECTIVE_SECONDS[name](nbytes, size, link) + launch if name else 0.0
-        for name in (row.forward, row.backward if record.grad else "")
-    )
-    return nothing, Seconds(max(forward, 0.0 if backward else launch), backward)
+    whole = max(record.size, *(i.size for i in inputs))
+    return nothing, Seconds(*row_seconds(row, whole, *prices.axes[axis], record.grad, prices.device.launch_seconds))
