@@ -1,85 +1,118 @@
-"""The planner's problems and answers as plain data: what `formulate` writes and `solve` reads."""
+"""The planner's problem as plain data: what `formulate` writes, `weigh` prices and `solve` solves.
+
+A model is a row of positions, runs of operators that stay together; equal blocks are one class, so that a table has
+as many variables for 126 layers as for two. What is priced at a position is told by lists of positions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from autopart.notation import Placement
+from autopart.relayout import Step
 from autopart.rules import Strategy
 
+Placements = tuple[Placement, ...]
+Chain = tuple[Step, ...]
+
 
 @dataclass(frozen=True)
-class Edge:
-    """One use of a value: output `output` of node `source` is operand `operand` of node `target`."""
+class Value:
+    """One output of a node: bytes as traced, whether they count samples, whether a gradient flows."""
 
-    source: str
+    bytes: float
+    batch: bool
+    grad: bool
+
+
+@dataclass
+class Node:
+    """An operator, parameter or input to decide about.
+
+    key       its name in plans;  kind: "op", "parameter", "input", "buffer" or "end" for what takes the loss
+    options   strategies to choose from, one along every axis
+    values    its outputs;  operands: (node, output) of every operand, None for what is no tensor
+    batch     whether its work grows with samples;  product: whether matrix units do it
+    rate, again, runs   as in `cost.Work`
+    inner     bytes autograd keeps besides its operands and outputs
+    group     the class of its run; -1 for what every stage makes for itself
+    """
+
+    key: str
+    kind: str
+    options: list[tuple[Strategy, ...]]
+    values: list[Value]
+    operands: list[tuple[int, int] | None] = field(default_factory=list)
+    flops: float = 0.0
+    batch: bool = False
+    product: bool = False
+    rate: float = float("inf")
+    again: int = 0
+    runs: int = 1
+    inner: float = 0.0
+    grad: bool = False
+    group: int = -1
+
+    def given(self, option: int, output: int = 0) -> Placements:
+        """The placement of an output under an option."""
+        return tuple(s.outputs[output] for s in self.options[option])
+
+    def taken(self, option: int, operand: int) -> Placements:
+        """The placement an operand is taken in."""
+        return tuple(p if (p := s.inputs[operand]) is not None else Placement("R") for s in self.options[option])
+
+
+@dataclass
+class Flow:
+    """A value with all its uses, for all places in the model where the pattern is the same.
+
+    uses     (node, operand) of every use;  inside: whether a use is in the run that makes the value
+    homes    position that makes the value at each place, -1 for what every stage makes for itself
+    users    position of every use, at each place
+    chains   (have, want) -> what has to run, for each change that is possible
+    """
+
+    source: int
     output: int
-    target: str
-    operand: int
+    uses: tuple[tuple[int, int], ...]
+    inside: tuple[bool, ...]
+    homes: list[int] = field(default_factory=list)
+    users: list[tuple[int, ...]] = field(default_factory=list)
+    chains: dict[tuple[Placements, Placements], Chain] = field(default_factory=dict)
 
 
 @dataclass
-class SplitProblem:
-    """Choose one strategy for every node along one mesh axis (section "Splits" of `passes.formulate`).
+class Keep:
+    """Memory of one node that autograd keeps for others, for all places where the pattern is the same.
 
-    seconds   node -> cost of each strategy, for all the nodes it stands for and all micro-batches
-    state     node -> bytes of parameters, gradients and optimizer state under each strategy
-    kept      node -> bytes autograd keeps under each strategy, per micro-batch, in all stages together
-    changes   (source, output) -> {(have, want): seconds} for each change of placement that is possible
-    tied      groups of nodes that take the same strategy
+    keepers  (node, operand it reads the memory through; -1: it made it, -2: as it was made)
+    places   position of every keeper, at each place
     """
 
-    axis: str
-    size: int
-    strategies: dict[str, list[Strategy]] = field(default_factory=dict)
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    state: dict[str, list[float]] = field(default_factory=dict)
-    kept: dict[str, list[float]] = field(default_factory=dict)
-    edges: list[Edge] = field(default_factory=list)
-    changes: dict[tuple[str, int], dict[tuple[Placement, Placement], float]] = field(default_factory=dict)
-    tied: list[list[str]] = field(default_factory=list)
-    budget: float | None = None
-    """Bytes for state + kept x in-flight, over all stages; None for no limit."""
-    in_flight: float = 1.0
-
-
-@dataclass(frozen=True)
-class SplitSolution:
-    """node -> the chosen strategy, with the objective in seconds and the proven bound below it."""
-
-    chosen: Mapping[str, Strategy]
-    seconds: float
-    bound: float
-    status: str
+    root: int
+    keepers: tuple[tuple[int, int], ...]
+    places: list[tuple[int, ...]] = field(default_factory=list)
 
 
 @dataclass
-class CutProblem:
-    """Cut a row of units into stages (section "Cuts" of `passes.formulate`).
+class Table:
+    """All there is to decide for one size of the tensor-parallel axis.
 
-    seconds    of each unit, forward and backward, per micro-batch
-    state      bytes of each unit; `shared` bytes are those of a parameter several units use: counted once a stage
-    kept       bytes of each unit per micro-batch in flight
-    cut_seconds  the cost of a cut before unit i
+    axes        names of the axes inside a stage;  tp: ranks of the tensor-parallel one
+    labels      of every position;  group: its class;  block: whether it is a numbered block
+    state       parameter's node -> the positions that hold it, at each place
+    shared      node that every stage makes for itself -> the positions that need it
+    tied        nodes that take the same option
     """
 
-    stages: int
-    micro_batches: int
-    seconds: Sequence[float]
-    state: Sequence[float]
-    kept: Sequence[float]
-    transient: Sequence[float]
-    shared: Sequence[tuple[Sequence[int], float]]
-    cut_seconds: Sequence[float]
-    in_flight: Sequence[int]
-    limit: float
-
-
-@dataclass(frozen=True)
-class CutSolution:
-    """The first unit of every stage, and the objective sum(f) + (m - 1) max(f) in seconds."""
-
-    starts: tuple[int, ...]
-    seconds: float
-    bound: float
+    axes: tuple[str, ...]
+    tp: int
+    nodes: list[Node]
+    flows: list[Flow]
+    keeps: list[Keep]
+    labels: tuple[str, ...]
+    group: tuple[int, ...]
+    block: tuple[bool, ...]
+    state: dict[int, list[tuple[int, ...]]]
+    shared: dict[int, tuple[int, ...]]
+    tied: list[list[int]]

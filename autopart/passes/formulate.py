@@ -1,100 +1,270 @@
-"""fx.Graph, Mesh -> Problem: the planner's equations, one function each.
+"""fx.Graph -> Table: everything there is to decide, for one size of the tensor-parallel axis.
 
-Splits. For one mesh axis, one binary x[v, s] for each node v of a class and each of its strategies s:
+One binary x[v, s] for each node v of a class of equal blocks and each of its strategies s (one along every axis):
 
     (1)  sum_s x[v, s] = 1
-    (2)  e[u, v, p, q] moves u's value from placement p to the placement q that v takes; its marginals are
-         the x of u that give p, and the x of v that take q
-    (3)  c[u, p, q] >= e[u, v, p, q] for every v: a change is paid once however many use it
-    (4)  minimise  sum x * seconds + sum c * change seconds
-    (5)  sum x * state + in-flight * sum x * kept <= budget
+    (2)  e[f, u, p, q] moves the value of flow f from placement p to the placement q that its use u takes; its
+         marginals are the x of the source that give p, and the x of the user that take q
+    (3)  c[f, w] >= sum of e[f, u, p, q] whose chain of changes begins with w, for every use u: a change is paid once
+         however many use it
+    (4)  k[m, p] >= x of every strategy that keeps the memory m in placement p: what is kept is held once
+    (5)  minimise  sum x * seconds + sum c * change seconds + price of a byte * (sum x * state + sum k * kept)
 
-Equal blocks are one class, so the number of variables does not grow with depth. The axes are decided one after
-the other: `dp` takes the letter that counts samples wherever the rules allow it, `tp` any letter that `dp`
-left whole.
-
-Cuts. Units are the runs of the folded graph; f[s, i, j] is the time of stage s with units i..j-1:
-
-    (6)  minimise sum_s f_s + (m - 1) max_s f_s over all ways to cut, each stage within its memory
+`dp` splits samples wherever an operator's rule allows it; `tp` any other letter. This file lists nodes, strategies,
+flows and kept memory; `weigh` prices them and `solve` writes the equations.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
-from autopart.cost import Training, node_seconds, sync_seconds
+from autopart.cost import again_of, rate_of
 from autopart.folded import Folded
-from autopart.graph import info, is_pick, loss_of, operands, shape_args, value_of
-from autopart.mesh import Device, Link
+from autopart.graph import Info, info, is_pick, loss_of, operands, shape_args, updates_of, value_of
+from autopart.mesh import Device
 from autopart.notation import C, Placement, R, S, splits
-from autopart.problem import Edge, SplitProblem
-from autopart.relayout import possible, relayout_seconds
+from autopart.problem import Flow, Keep, Node, Table, Value
+from autopart.relayout import possible, steps
 from autopart.rules import Strategy, is_contraction, strategies
 
-LOSS = "loss"
-"""The pseudo-node that takes the loss, whole on every rank."""
+END = "loss"
+"""The key of the pseudo-node that takes the loss, whole on every rank."""
+
+Hints = Mapping[tuple[fx.Node, int], set[Placement]]
+
+
+def formulate(folded: Folded, device: Device, dp: bool, tp: int, forced: bool = False) -> Table:
+    """The table for `tp` ranks along the tensor-parallel axis and, if `dp`, any number along the data-parallel one.
+    With `forced`, every product's weights have to be split over `tp`."""
+    axes = (*(["dp"] if dp else []), *(["tp"] if tp > 1 else []))
+    return _Builder(folded, device, axes, tp, forced).table()
 
 
 @dataclass(frozen=True)
-class Axis:
-    """A mesh axis inside a stage: its name, size and slowest link."""
+class _Use:
+    """One use of a value at one place: by `node` (its index) as `operand`, at a position."""
 
-    name: str
-    size: int
-    link: Link
-
-    @property
-    def shards(self) -> int:
-        """Into how many pieces shapes are cut: `dp` takes samples, which `Settings.scale` counts, so none."""
-        return 1 if self.name == "dp" else self.size
+    node: int
+    operand: int
+    position: int
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a split problem depends on besides the graph.
-
-    passes     how often the time of all stages together counts in a step: 1 + (micro-batches - 1) / stages
-    stages     over which gradient sums run side by side
-    scale      samples of one data-parallel rank's micro-batch over samples traced
-    forced     whether the user asked for this axis's degree: then products must use it
-    """
-
-    device: Device
-    training: Training
-    passes: float
-    stages: int
-    scale: float
-    forced: bool = False
+Used = dict[tuple[fx.Node, int, int, str], list[_Use]]
+"""(node, output, position that makes it, a parameter's name there) -> its uses."""
 
 
-def formulate_splits(
-    folded: Folded,
-    axis: Axis,
-    settings: Settings,
-    before: Mapping[str, Strategy],
-) -> SplitProblem:
-    """The split problem along `axis`; `before` holds what `dp` chose, if it was solved before."""
-    problem = SplitProblem(axis.name, axis.size)
-    nodes = folded.representatives()
-    hints = _hints(folded, nodes, axis.shards)
-    for node in nodes:
-        problem.strategies[node.name] = _allowed(node, axis, settings, before, hints)
-        _price(problem, folded, node, axis, settings, before)
-    _connect(problem, folded, axis, settings, before)
-    problem.tied = [[n.name for n in nodes if info(n).kind == "input"]]
-    return problem
+class _Builder:
+    """Collects nodes, flows and kept memory; holds who is who."""
+
+    def __init__(self, folded: Folded, device: Device, axes: tuple[str, ...], tp: int, forced: bool) -> None:
+        self.folded, self.device, self.axes, self.tp, self.forced = folded, device, axes, tp, forced
+        self.reps = folded.representatives()
+        self.index = {node: i for i, node in enumerate(self.reps)}
+        self.run_of = folded.run_of()
+        self.last = {run: position for position, run in enumerate(folded.sequence)}
+        self.region = _regions(folded.sequence)
+        self.nodes: list[Node] = []
+        self.flows: dict[object, Flow] = {}
+
+    def table(self) -> Table:
+        folded, graph = self.folded, self.folded.traced.graph
+        hints = _hints(folded, self.reps, self.tp)
+        self.nodes = [self._node(node, hints) for node in self.reps]
+        used = self._used()
+        for (source, output, home, _), uses in used.items():
+            self._flow(source, output, home, uses)
+        self._end(loss_of(graph))
+        tied = [[self.index[n] for n in self.reps if info(n).kind == "input"]]
+        for name, node in updates_of(folded.traced).items():
+            buffer = next(n for n in self.reps if info(n).kind == "buffer" and info(n).name == name)
+            tied.append([self.index[buffer], len(self.nodes)])
+            self._update(buffer, node)
+        for flow in self.flows.values():
+            self._chains(flow)
+        return Table(
+            axes=self.axes,
+            tp=self.tp,
+            nodes=self.nodes,
+            flows=list(self.flows.values()),
+            keeps=self._keeps(),
+            labels=folded.labels,
+            group=tuple(folded.runs[r].kind for r in folded.sequence),
+            block=tuple(label.rpartition(".")[2].isdigit() for label in folded.labels),
+            state=self._state(),
+            shared=self._shared(used),
+            tied=[group for group in tied if len(group) > 1],
+        )
+
+    def _node(self, node: fx.Node, hints: Hints) -> Node:
+        record = info(node)
+        inputs = [info(n) for n in node.all_input_nodes]
+        is_op = record.kind == "op"
+        run = self.run_of.get(node)
+        return Node(
+            key=self.folded.keys[node],
+            kind=record.kind,
+            options=self._options(node, hints),
+            values=[Value(_bytes(record, i), record.batch is not None, record.grad) for i in range(len(record.shapes))],
+            operands=[self._operand(n) for n in operands(node)] if is_op else [],
+            flops=record.flops,
+            batch=record.batch is not None or any(i.batch is not None for i in inputs),
+            product=record.product,
+            rate=rate_of(record, self.device) if is_op else float("inf"),
+            again=again_of(record, inputs),
+            runs=int(is_op and not record.view),
+            inner=float(record.inner),
+            grad=record.grad,
+            group=-1 if run is None else self.folded.runs[run].kind,
+        )
+
+    def _operand(self, argument: fx.Node | None) -> tuple[int, int] | None:
+        if argument is None:
+            return None
+        source, output = value_of(argument)
+        return self.index[self.folded.same[source]], output
+
+    def _options(self, node: fx.Node, hints: Hints) -> list[tuple[Strategy, ...]]:
+        """The strategies along every axis that go together: no dim of a tensor is split twice."""
+        wanted = tuple(sorted(hints.get((node, 0), ()), key=str))
+        along = [_samples(node) if axis == "dp" else _letters(node, self.tp, wanted, self.forced) for axis in self.axes]
+        return [pair for pair in itertools.product(*along) if not _collide(pair)]
+
+    def _position(self, source: fx.Node, run: int, position: int) -> int:
+        """Where the value that a node of `run` reads at `position` is made; -1 for what stages make for themselves."""
+        made = self.run_of.get(source)
+        if made is None:
+            return -1
+        first = self.region.get(run)
+        return position - (run - made) if first is not None and made >= first else self.last[made]
+
+    def _name(self, source: fx.Node, position: int) -> str:
+        """A parameter's name at a position; "" for other nodes."""
+        is_parameter = position >= 0 and info(source).kind == "parameter"
+        return self.folded.parameter_at(position, source) if is_parameter else ""
+
+    def _used(self) -> Used:
+        """Every value at every place, with its uses."""
+        used: Used = defaultdict(list)
+        places = [(n, run, p) for p, run in enumerate(self.folded.sequence) for n in self.folded.runs[run].nodes]
+        for node, run, position in [*places, *((n, -1, -1) for n in self.folded.free)]:
+            for operand, argument in enumerate(operands(node)) if not is_pick(node) else ():
+                if argument is not None:
+                    source, output = value_of(argument)
+                    key = source, output, self._position(source, run, position), self._name(source, position)
+                    used[key].append(_Use(self.index[self.folded.same[node]], operand, position))
+        return used
+
+    def _flow(self, source: fx.Node, output: int, home: int, uses: Sequence[_Use]) -> None:
+        index = self.index[self.folded.same[source]]
+        inside = tuple(u.position == home for u in uses)
+        several = len({u.position for u in uses}) > 1
+        pairs = tuple((u.node, u.operand) for u in uses)
+        flow = self.flows.setdefault((index, output, pairs, inside, several), Flow(index, output, pairs, inside))
+        flow.homes.append(home)
+        flow.users.append(tuple(u.position for u in uses))
+
+    def _end(self, loss: fx.Node) -> None:
+        """A pseudo-node that takes the loss whole."""
+        source, output = value_of(loss)
+        home = self.last[self.run_of[source]]
+        whole = (Strategy("R", (R,), ()),) * len(self.axes)
+        self._flow(source, output, home, [_Use(len(self.nodes), 0, home)])
+        self.nodes.append(Node(END, "end", [whole], []))
+
+    def _update(self, buffer: fx.Node, value: fx.Node) -> None:
+        """A pseudo-operator that writes a buffer's new value, in the placement of the buffer."""
+        known, (source, output) = self.nodes[self.index[buffer]], value_of(value)
+        run = self.run_of.get(source)
+        home = -1 if run is None else self.last[run]
+        self._flow(source, output, home, [_Use(len(self.nodes), 1, home)])
+        options = [tuple(Strategy(s.name, s.outputs * 2, s.outputs) for s in option) for option in known.options]
+        taken = [(self.index[buffer], 0), (self.index[self.folded.same[source]], output)]
+        group = -1 if run is None else self.folded.runs[run].kind
+        self.nodes.append(Node(f"{known.key}/update", "op", options, known.values, [*taken], group=group))
+
+    def _chains(self, flow: Flow) -> None:
+        source = self.nodes[flow.source]
+        grad = source.values[flow.output].grad
+        haves = {source.given(o, flow.output): None for o in range(len(source.options))}
+        for node, operand in flow.uses:
+            target = self.nodes[node]
+            for want in {target.taken(o, operand): None for o in range(len(target.options))}:
+                for have in haves:
+                    if (have, want) not in flow.chains and all(map(possible, have, want)):
+                        flow.chains[have, want] = tuple(steps(have, want, grad))
+
+    def _keeps(self) -> list[Keep]:
+        """Who keeps whose memory, at every place."""
+        by_name = {n.name: n for n in self.folded.traced.graph.nodes}
+        kept: dict[tuple[str, int], list[_Use]] = defaultdict(list)
+        for position, run in enumerate(self.folded.sequence):
+            for node in self.folded.runs[run].nodes:
+                for root in () if is_pick(node) else info(node).keeps:
+                    through = [i for i, n in enumerate(operands(node)) if n is not None and info(n).root == root]
+                    operand = -1 if root == node.name else next(iter(through), -2)
+                    home = self._position(by_name[root], run, position)
+                    kept[root, home].append(_Use(self.index[self.folded.same[node]], operand, position))
+        keeps: dict[object, Keep] = {}
+        for (root, _), uses in kept.items():
+            keepers = tuple((u.node, u.operand) for u in uses)
+            several = len({u.position for u in uses}) > 1
+            rep = self.index[self.folded.same[value_of(by_name[root])[0]]]
+            keep = keeps.setdefault((rep, keepers, several), Keep(rep, keepers))
+            keep.places.append(tuple(u.position for u in uses))
+        return list(keeps.values())
+
+    def _state(self) -> dict[int, list[tuple[int, ...]]]:
+        """Parameters: the positions that hold each, by name."""
+        where: dict[tuple[int, str], dict[int, None]] = defaultdict(dict)
+        for position, run in enumerate(self.folded.sequence):
+            for node in self.folded.runs[run].nodes:
+                for parameter in node.all_input_nodes:
+                    if info(parameter).kind == "parameter":
+                        name = self._name(parameter, position)
+                        where[self.index[self.folded.same[parameter]], name][position] = None
+        state: dict[int, list[tuple[int, ...]]] = defaultdict(list)
+        for (index, _), positions in where.items():
+            state[index].append(tuple(positions))
+        return dict(state)
+
+    def _shared(self, used: Used) -> dict[int, tuple[int, ...]]:
+        """Nodes that every stage computes for itself, with the positions that need them, at second hand too."""
+        needed: dict[fx.Node, set[int]] = defaultdict(set)
+        for (source, _, home, _), uses in used.items():
+            if home == -1:
+                needed[source] |= {u.position for u in uses if u.position >= 0}
+        for node in reversed(self.folded.free):
+            for source in node.all_input_nodes:
+                needed[value_of(source)[0]] |= needed[value_of(node)[0]]
+        return {self.index[n]: tuple(sorted(needed[n])) for n in self.folded.free if n in self.index}
 
 
-def _hints(folded: Folded, nodes: list[fx.Node], size: int) -> dict[tuple[fx.Node, int], set[Placement]]:
+def _regions(sequence: Sequence[int]) -> dict[int, int]:
+    """Run that stands at several positions -> the first run of the traced blocks it continues."""
+    regions: dict[int, int] = {}
+    for here, following in itertools.pairwise(sequence):
+        if following <= here:
+            regions |= dict.fromkeys(range(following, here + 1), following - (here + 1 - following))
+    return regions
+
+
+def _bytes(record: Info, output: int) -> float:
+    size = float(record.dtypes[output].itemsize)
+    for extent in record.shapes[output]:
+        size *= extent
+    return size
+
+
+def _hints(folded: Folded, nodes: list[fx.Node], size: int) -> Hints:
     """Placements with parts that consumers would like, walked from the end: a fused q, k, v product learns from
     the split behind it."""
     hints: dict[tuple[fx.Node, int], set[Placement]] = defaultdict(set)
-    for node in reversed(nodes):
+    for node in reversed(nodes) if size > 1 else ():
         if info(node).kind != "op":
             continue
         wanted = tuple(hints[node, 0])
@@ -108,131 +278,55 @@ def _hints(folded: Folded, nodes: list[fx.Node], size: int) -> dict[tuple[fx.Nod
     return hints
 
 
-def _allowed(
-    node: fx.Node,
-    axis: Axis,
-    settings: Settings,
-    before: Mapping[str, Strategy],
-    hints: Mapping[tuple[fx.Node, int], set[Placement]],
-) -> list[Strategy]:
-    """The strategies of a node that suit the axis."""
+def _samples(node: fx.Node) -> list[Strategy]:
+    """Strategies along `dp`: those that split samples, or else none. Too few samples are traced to divide, so that
+    they are taken to be split into one piece."""
+    options = _known(node, 1, ())
+    if info(node).kind == "parameter":
+        return [o for o in options if o.name in "RC"]
+    return [o for o in options if _counts_samples(node, o)] or [o for o in options if o.name in "RCP"]
+
+
+def _letters(node: fx.Node, size: int, wanted: Sequence[Placement], forced: bool) -> list[Strategy]:
+    """Strategies along `tp`: those that do not split samples."""
+    options = [o for o in _known(node, size, wanted) if not _counts_samples(node, o)]
+    if forced and is_contraction(info(node).name):
+        weights = [i for i, n in enumerate(operands(node)) if n is not None and info(n).kind == "parameter"]
+        split = [o for o in options if all(_is_split(o.inputs[i]) for i in weights) and o.shards_work]
+        return split or options
+    return options
+
+
+def _known(node: fx.Node, size: int, wanted: Sequence[Placement]) -> list[Strategy]:
+    """All strategies of a node along one axis."""
     record = info(node)
-    wanted = tuple(sorted(hints.get((node, 0), ()), key=str))
     if record.kind == "op":
-        options = strategies(record.name, shape_args(node), record.shapes, axis.shards, wanted)
+        options = strategies(record.name, shape_args(node), record.shapes, size, wanted)
     else:
-        options = [Strategy(p.kind, (), (p,)) for p in (R, *((C,) if record.kind == "parameter" else ()))] + [
+        options = [Strategy(p.kind, (), (p,)) for p in (R, *((C,) if record.kind == "parameter" else ()))]
+        options += [
             Strategy(f"d{p.dim}", (), (p,))
             for p in (*map(S, range(len(record.shape))), *wanted)
-            if (record.kind == "parameter" or p == S(0)) and splits(p, record.shape, axis.shards)
+            if (record.kind == "parameter" or p == S(0)) and splits(p, record.shape, size)
         ]
-    if not record.dtype.is_floating_point:
-        options = [o for o in options if o.name != "P"]
-    earlier = before.get(node.name)
-    if earlier is not None:
-        options = [o for o in options if not _collides(o, earlier)]
-    places = [info(n).batch if n is not None else None for n in operands(node)]
+    return options if record.dtype.is_floating_point else [o for o in options if o.name != "P"]
 
-    def counts_samples(option: Strategy) -> bool:
-        pairs = [*zip(option.inputs, places, strict=True), *zip(option.outputs, [record.batch], strict=False)]
-        return any(p is not None and p.kind == "S" and p.dim == b for p, b in pairs if b is not None)
 
-    if axis.name == "dp":
-        by_sample = [o for o in options if counts_samples(o)]
-        if record.kind == "parameter":
-            return [o for o in options if o.name in "RC"]
-        return by_sample or [o for o in options if o.name in "RCP"]
-    if settings.forced or before:
-        options = [o for o in options if not counts_samples(o)]
-    weights = [i for i, n in enumerate(operands(node)) if n is not None and info(n).kind == "parameter"]
-    if settings.forced and is_contraction(record.name):
-        split = [o for o in options if all(_is_split(o.inputs[i]) for i in weights) and o.shards_work]
-        options = split or options
-    return options
+def _counts_samples(node: fx.Node, option: Strategy) -> bool:
+    record = info(node)
+    places = [info(n).batch if n is not None else None for n in operands(node)] if record.kind == "op" else []
+    pairs = [*zip(option.inputs, places, strict=True), *zip(option.outputs, [record.batch], strict=False)]
+    return any(p is not None and p.kind == "S" and p.dim == b for p, b in pairs if b is not None)
 
 
 def _is_split(placement: Placement | None) -> bool:
     return placement is not None and placement.kind == "S"
 
 
-def _collides(option: Strategy, earlier: Strategy) -> bool:
-    """Whether both split the same dim of the same tensor."""
-    mine, theirs = (*option.inputs, *option.outputs), (*earlier.inputs, *earlier.outputs)
-    return any(
-        a is not None and b is not None and a.kind == b.kind == "S" and a.dim == b.dim
-        for a, b in zip(mine, theirs, strict=True)
-    )
-
-
-def _price(
-    problem: SplitProblem,
-    folded: Folded,
-    node: fx.Node,
-    axis: Axis,
-    settings: Settings,
-    before: Mapping[str, Strategy],
-) -> None:
-    """Equations (4) and (5): seconds, state and kept bytes of every strategy of a node."""
-    record, count = info(node), folded.count[node]
-    seconds, state, kept = [], [], []
-    for option in problem.strategies[node.name]:
-        share = axis.shards if option.shards_work else 1
-        parts = axis.shards if option.outputs[0].kind == "S" else 1
-        if record.kind == "op":
-            work = node_seconds(node, settings.device, share, settings.scale)
-            seconds.append(count * settings.passes * (work.forward + work.backward))
-        else:
-            sync = sync_seconds(record, option.outputs[0], axis.size, axis.link, 1, settings.training)
-            seconds.append(count * sync / settings.stages)
-        elements = torch.Size(record.shape).numel() / parts
-        is_parameter = record.kind == "parameter"
-        state.append(count * elements * settings.training.state_bytes(record.dtype) if is_parameter else 0.0)
-        scale = settings.scale if record.batch is not None or record.inner else 1.0
-        kept.append(count * scale * (_kept_here(folded, node) / parts + record.inner / share))
-    problem.seconds[node.name], problem.state[node.name], problem.kept[node.name] = seconds, state, kept
-
-
-def _kept_here(folded: Folded, node: fx.Node) -> float:
-    """Bytes of the node's own outputs that some backward keeps."""
-    if info(node).kind != "op" or node.name not in folded.kept:
-        return 0.0
-    return float(info(node).bytes)
-
-
-def _connect(
-    problem: SplitProblem,
-    folded: Folded,
-    axis: Axis,
-    settings: Settings,
-    before: Mapping[str, Strategy],
-) -> None:
-    """Equations (2) and (3): every use of a value once for each pair of classes, and the price of changes."""
-    edges: dict[Edge, None] = {}
-    for node in folded.traced.graph.nodes:
-        if node.op != "call_function" or is_pick(node):
-            continue
-        for index, operand in enumerate(operands(node)):
-            if operand is not None:
-                source, output = value_of(operand)
-                edges[Edge(folded.same[source].name, output, folded.same[node].name, index)] = None
-    loss, output = value_of(loss_of(folded.traced.graph))
-    edges[Edge(folded.same[loss].name, output, LOSS, 0)] = None
-    problem.strategies[LOSS] = [Strategy("R", (R,), ())]
-    problem.seconds[LOSS], problem.state[LOSS], problem.kept[LOSS] = [0.0], [0.0], [0.0]
-    problem.edges = list(edges)
-    by_name = {n.name: n for n in folded.representatives()}
-    for edge in problem.edges:
-        record = info(by_name[edge.source])
-        scale = settings.scale if record.batch is not None else 1.0
-        scale *= axis.size // axis.shards
-        nbytes = torch.Size(record.shapes[edge.output]).numel() * record.dtypes[edge.output].itemsize * scale
-        weight = folded.count[by_name[edge.source]] * settings.passes
-        changes = problem.changes.setdefault((edge.source, edge.output), {})
-        for given in problem.strategies[edge.source]:
-            for taken in problem.strategies[edge.target]:
-                have, want = given.outputs[edge.output], taken.inputs[edge.operand]
-                if want is None or (have, want) in changes or not possible(have, want):
-                    continue
-                changes[have, want] = weight * relayout_seconds(
-                    have, want, nbytes, axis.size, axis.link, record.grad, settings.device.launch_seconds
-                )
+def _collide(pair: Sequence[Strategy]) -> bool:
+    """Whether two axes split the same dim of the same tensor."""
+    for one, other in itertools.combinations(pair, 2):
+        for a, b in zip((*one.inputs, *one.outputs), (*other.inputs, *other.outputs), strict=True):
+            if a is not None and b is not None and a.kind == b.kind == "S" and a.dim == b.dim:
+                return True
+    return False
