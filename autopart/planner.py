@@ -15,20 +15,19 @@ from dataclasses import replace
 import torch
 
 from autopart.comm import p2p_seconds
-from autopart.cost import Training, node_seconds
+from autopart.cost import Training
 from autopart.errors import PartitionError
 from autopart.folded import Folded, crossing, used_parameters
 from autopart.graph import info, placeholders
 from autopart.mesh import Mesh
-from autopart.passes.formulate import LOSS, Axis, Settings, formulate_splits
+from autopart.passes.formulate import formulate
 from autopart.passes.localise import localise
 from autopart.passes.price import PricedRun, Prices, price
-from autopart.passes.solve import solve_cuts, solve_splits
 from autopart.plan import (
     bytes_text,
     usable_bytes,
 )
-from autopart.problem import CutProblem, SplitSolution
+
 from autopart.report import sync_by_stage
 from autopart.request import Candidate, Found, Request, axes_of, divisors, is_block
 from autopart.rules import Strategy, is_contraction

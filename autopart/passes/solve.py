@@ -1,181 +1,177 @@
-"""Problem -> solution, through PuLP and HiGHS. The only module that knows the solver."""
+"""Table -> choice, through HiGHS. The only module that knows the solver.
+
+The matrix of a table depends on no price: it is passed once, in bulk, and solved again and again for other objectives,
+each from the last one's basis. The linear relaxation comes first; it is integral for most models, and only where it is
+not are the strategies made binary.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-import pulp
+import highspy
+import numpy as np
 
-from autopart.errors import PartitionError
-from autopart.notation import Placement
-from autopart.problem import CutProblem, CutSolution, SplitProblem, SplitSolution
-from autopart.rules import Strategy
+from autopart.problem import Flow, Placements
+from autopart.weigh import Array, Sizes, paths
 
-
-def solve_splits(problem: SplitProblem, time_limit: float | None = None) -> SplitSolution:
-    """Solve equations (1) to (5). Raises PartitionError where no choice fits the budget."""
-    model = pulp.LpProblem("splits", pulp.LpMinimize)
-    chosen = {
-        name: [_variable(f"x_{i}_{k}", "Binary") for k in range(len(options))]
-        for i, (name, options) in enumerate(problem.strategies.items())
-    }
-    costs: list[tuple[pulp.LpVariable, float]] = []
-    for name, variables in chosen.items():
-        _add(model, [(v, 1.0) for v in variables], "==", 1.0)
-        costs += zip(variables, problem.seconds[name], strict=True)
-    for group in problem.tied:
-        for name in group[1:]:
-            for here, there in zip(chosen[group[0]], chosen[name], strict=False):
-                _add(model, [(here, 1.0), (there, -1.0)], "==", 0.0)
-    costs += _moves(model, problem, chosen)
-    if problem.budget is not None:
-        bytes_ = [
-            (v, (s + problem.in_flight * k) / 2**20)
-            for name, variables in chosen.items()
-            for v, s, k in zip(variables, problem.state[name], problem.kept[name], strict=True)
-        ]
-        _add(model, bytes_, "<=", problem.budget / 2**20)
-    scale = 1.0 / max((c for _, c in costs), default=1.0) * 1e3
-    model.setObjective(pulp.LpAffineExpression([(v, c * scale) for v, c in costs if c]))
-    options = {} if time_limit is None else {"timeLimit": time_limit}
-    model.solve(pulp.HiGHS(msg=False, threads=1, gapRel=1e-6, **options))
-    if model.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
-        raise PartitionError("no choice of splits fits", pulp.LpStatus[model.status])
-    bound = model.solverModel.getInfo().mip_dual_bound / scale
-    seconds = (pulp.value(model.objective) or 0.0) / scale
-    picked: dict[str, Strategy] = {
-        name: problem.strategies[name][max(range(len(vs)), key=lambda k: vs[k].value() or 0.0)]
-        for name, vs in chosen.items()
-    }
-    return SplitSolution(picked, seconds, min(bound, seconds), pulp.LpSolution[model.sol_status])
+INTEGRAL = 1e-6
+"""How far from a whole number a solution may be."""
 
 
-def _variable(name: str, category: str = "Continuous") -> pulp.LpVariable:
-    return pulp.LpVariable(name, lowBound=0, upBound=1 if category == "Binary" else None, cat=category)
+@dataclass(frozen=True)
+class Solution:
+    """The index of every node's option, the objective, and the proven bound below it."""
+
+    chosen: tuple[int, ...]
+    objective: float
+    bound: float
 
 
-def _add(model: pulp.LpProblem, terms: list[tuple[pulp.LpVariable, float]], sense: str, right: float) -> None:
-    left = pulp.LpAffineExpression(terms)
-    model.addConstraint(left == right if sense == "==" else left <= right)
+class Solver:
+    """The equations (1) to (4) of a table, ready for any objective.
 
-
-def _moves(
-    model: pulp.LpProblem, problem: SplitProblem, chosen: dict[str, list[pulp.LpVariable]]
-) -> list[tuple[pulp.LpVariable, float]]:
-    """Equations (2) and (3); returns the priced changes."""
-    costs = []
-    paid: dict[tuple[str, int, Placement, Placement], pulp.LpVariable] = {}
-    for number, edge in enumerate(problem.edges):
-        give: dict[Placement, list[pulp.LpVariable]] = defaultdict(list)
-        take: dict[Placement, list[pulp.LpVariable]] = defaultdict(list)
-        for strategy, variable in zip(problem.strategies[edge.source], chosen[edge.source], strict=True):
-            give[strategy.outputs[edge.output]].append(variable)
-        for strategy, variable in zip(problem.strategies[edge.target], chosen[edge.target], strict=True):
-            wanted = strategy.inputs[edge.operand]
-            assert wanted is not None
-            take[wanted].append(variable)
-        changes = problem.changes[edge.source, edge.output]
-        leaving: dict[Placement, list[tuple[pulp.LpVariable, float]]] = defaultdict(list)
-        arriving: dict[Placement, list[tuple[pulp.LpVariable, float]]] = defaultdict(list)
-        for have in give:
-            for want in take:
-                if (have, want) not in changes:
-                    continue
-                move = _variable(f"e_{number}_{have}_{want}")
-                leaving[have].append((move, -1.0))
-                arriving[want].append((move, -1.0))
-                if changes[have, want] > 0:
-                    key = (edge.source, edge.output, have, want)
-                    if key not in paid:
-                        paid[key] = _variable(f"c_{len(paid)}")
-                        costs.append((paid[key], changes[have, want]))
-                    _add(model, [(move, 1.0), (paid[key], -1.0)], "<=", 0.0)
-        for have, variables in give.items():
-            _add(model, [(v, 1.0) for v in variables] + leaving[have], "==", 0.0)
-        for want, variables in take.items():
-            _add(model, [(v, 1.0) for v in variables] + arriving[want], "==", 0.0)
-    return costs
-
-
-def solve_cuts(problem: CutProblem) -> CutSolution | None:
-    """Solve equation (6) exactly; None where no cut fits the memory.
-
-    For a threshold T, the cheapest path through columns with f <= T is a network flow, whose LP is integral; T runs
-    upward over the columns' costs until no larger one can win (the design's columns, flow and threshold).
+    Variables are the strategies, then the changes of placement, then the kept memory, in the order of `Sizes` (the
+    ones with a price), then the moves of equation (2).
     """
-    columns = _columns(problem)
-    if not columns:
-        return None
-    best: CutSolution | None = None
-    loosest = _cheapest_path(columns, problem)
-    if loosest is None:
-        return None
-    floor = sum(columns[c] for c in loosest)
-    fill = problem.micro_batches - 1
-    thresholds = sorted(set(columns.values()))
-    low, high = 0, len(thresholds) - 1
-    while low < high:
-        middle = (low + high) // 2
-        feasible = _cheapest_path({c: f for c, f in columns.items() if f <= thresholds[middle]}, problem)
-        low, high = (low, middle) if feasible else (middle + 1, high)
-    while low < len(thresholds):
-        limit = thresholds[low]
-        if best is not None and floor + fill * limit >= best.seconds:
-            break
-        path = _cheapest_path({c: f for c, f in columns.items() if f <= limit}, problem)
-        assert path is not None
-        times = [columns[c] for c in path]
-        seconds = sum(times) + fill * max(times)
-        if best is None or seconds < best.seconds:
-            best = CutSolution(tuple(c[1] for c in path), seconds, seconds)
-        low += 1
-    return best
 
+    def __init__(self, sizes: Sizes) -> None:
+        self.sizes, self.table = sizes, sizes.table
+        self.strategies = int(sizes.first[-1])
+        self.priced = self.strategies + len(sizes.changes) + len(sizes.kept)
+        self.columns = self.priced
+        self.rows: list[tuple[list[int], list[float], float, float]] = []
+        for node in range(len(self.table.nodes)):
+            self.rows.append((self.options(node), [1.0] * len(self.options(node)), 1.0, 1.0))
+        for group in self.table.tied:
+            for node in group[1:]:
+                for here, there in zip(self.options(group[0]), self.options(node), strict=True):
+                    self._equal([here], [there])
+        for index, flow in enumerate(self.table.flows):
+            self._moves(index, flow)
+        self._kept()
+        self.highs = self._pass()
+        self.narrowed: list[int] = []
 
-Column = tuple[int, int, int]
+    def options(self, node: int) -> list[int]:
+        """The variables of a node."""
+        return list(range(int(self.sizes.first[node]), int(self.sizes.first[node + 1])))
 
+    def minimise(self, costs: Array, allowed: Mapping[int, Iterable[int]] | None = None) -> Solution | None:
+        """The best choice for a cost of every priced variable; None where there is none. `allowed` narrows the options
+        of some nodes."""
+        self._narrow(allowed or {})
+        scale = 1.0 / max(float(np.abs(costs).max(initial=0.0)), 1e-300)
+        every = np.zeros(self.columns)
+        every[: self.priced] = costs * scale
+        self.highs.changeColsCost(self.columns, np.arange(self.columns, dtype=np.int32), every)
+        self.highs.run()
+        if self.highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+            return None
+        values = np.array(self.highs.getSolution().col_value)
+        objective = bound = self.highs.getInfo().objective_function_value
+        strategies = values[: self.strategies]
+        if np.abs(strategies - strategies.round()).max(initial=0.0) > INTEGRAL:
+            values, objective, bound = self._branch()
+        chosen = tuple(int(np.argmax(values[self.options(n)])) for n in range(len(self.table.nodes)))
+        return Solution(chosen, objective / scale, bound / scale)
 
-def _columns(problem: CutProblem) -> dict[Column, float]:
-    """f[s, i, j] of every stage s and every range of units i..j-1 that fits its memory."""
-    units, stages = len(problem.seconds), problem.stages
-    columns: dict[Column, float] = {}
-    for stage in range(stages):
-        for start in [0] if stage == 0 else range(stage, units - (stages - stage) + 1):
-            seconds, state, kept, transient = problem.cut_seconds[start] if start else 0.0, 0.0, 0.0, 0.0
-            seen: set[int] = set()
-            for end in range(start + 1, units - (stages - stage - 1) + 1):
-                unit = end - 1
-                seconds += problem.seconds[unit]
-                state += problem.state[unit]
-                kept += problem.kept[unit]
-                transient = max(transient, problem.transient[unit])
-                for number, (users, nbytes) in enumerate(problem.shared):
-                    if unit in users:
-                        state += nbytes if number not in seen else 0.0
-                        seen.add(number)
-                if state + problem.in_flight[stage] * kept + transient > problem.limit:
-                    break
-                if stage < stages - 1 or end == units:
-                    columns[stage, start, end] = seconds + (problem.cut_seconds[end] if end < units else 0.0)
-    return columns
+    def _branch(self) -> tuple[Array, float, float]:
+        """Solve with binary strategies."""
+        indices = np.arange(self.strategies, dtype=np.int32)
+        kinds = (highspy.HighsVarType.kInteger, highspy.HighsVarType.kContinuous)
+        integer, continuous = (np.full(self.strategies, k, dtype=object).tolist() for k in kinds)
+        for i, kind in zip(indices.tolist(), integer, strict=True):
+            self.highs.changeColIntegrality(i, kind)
+        self.highs.run()
+        info = self.highs.getInfo()
+        found = np.array(self.highs.getSolution().col_value), info.objective_function_value, info.mip_dual_bound
+        for i, kind in zip(indices.tolist(), continuous, strict=True):
+            self.highs.changeColIntegrality(i, kind)
+        return found
 
+    def _narrow(self, allowed: Mapping[int, Iterable[int]]) -> None:
+        for node in self.narrowed:
+            self._bound(node, range(len(self.table.nodes[node].options)))
+        for node, options in allowed.items():
+            self._bound(node, options)
+        self.narrowed = list(allowed)
 
-def _cheapest_path(columns: dict[Column, float], problem: CutProblem) -> list[Column] | None:
-    """The path 0 -> last unit through all stages with the least sum, or None."""
-    model = pulp.LpProblem("cuts", pulp.LpMinimize)
-    flow = {c: _variable(f"y_{c[0]}_{c[1]}_{c[2]}") for c in columns}
-    balance: dict[tuple[int, int], list[tuple[pulp.LpVariable, float]]] = defaultdict(list)
-    for (stage, start, end), variable in flow.items():
-        balance[stage, start].append((variable, 1.0))
-        balance[stage + 1, end].append((variable, -1.0))
-    first, last = (0, 0), (problem.stages, len(problem.seconds))
-    if first not in balance or last not in balance:
-        return None
-    for place, terms in balance.items():
-        _add(model, terms, "==", 1.0 if place == first else -1.0 if place == last else 0.0)
-    scale = 1.0 / max(columns.values())
-    model.setObjective(pulp.LpAffineExpression([(v, columns[c] * scale) for c, v in flow.items()]))
-    model.solve(pulp.HiGHS(msg=False, threads=1))
-    if model.sol_status != pulp.LpSolutionOptimal:
-        return None
-    return sorted(c for c, v in flow.items() if (v.value() or 0.0) > 0.5)
+    def _bound(self, node: int, options: Iterable[int]) -> None:
+        variables = np.array(self.options(node), dtype=np.int32)
+        upper = np.zeros(len(variables))
+        upper[list(options)] = 1.0
+        self.highs.changeColsBounds(len(variables), variables, np.zeros(len(variables)), upper)
+
+    def _equal(self, left: Sequence[int], right: Sequence[int]) -> None:
+        self.rows.append(([*left, *right], [1.0] * len(left) + [-1.0] * len(right), 0.0, 0.0))
+
+    def _covers(self, column: int, variables: Sequence[int]) -> None:
+        """column >= sum(variables)."""
+        self.rows.append(([column, *variables], [1.0] + [-1.0] * len(variables), 0.0, highspy.kHighsInf))
+
+    def _moves(self, index: int, flow: Flow) -> None:
+        """Equations (2) and (3) of one flow; all uses outside of a run take a partial sum in the same placement."""
+        source = self.table.nodes[flow.source]
+        give: dict[Placements, list[int]] = defaultdict(list)
+        for option, variable in enumerate(self.options(flow.source)):
+            give[source.given(option, flow.output)].append(variable)
+        outside: dict[tuple[Placements, Placements], list[int]] = defaultdict(list)
+        for use, (node, operand) in enumerate(flow.uses):
+            take: dict[Placements, list[int]] = defaultdict(list)
+            for option, variable in enumerate(self.options(node)):
+                take[self.table.nodes[node].taken(option, operand)].append(variable)
+            leaving: dict[Placements, list[int]] = defaultdict(list)
+            arriving: dict[Placements, list[int]] = defaultdict(list)
+            paying: dict[int, list[int]] = defaultdict(list)
+            for have, want in ((h, w) for h in give for w in take if (h, w) in flow.chains):
+                move, self.columns = self.columns, self.columns + 1
+                leaving[have].append(move)
+                arriving[want].append(move)
+                for key in paths(flow.chains[have, want]):
+                    paying[self.strategies + self.sizes.change_index[index, have, key]].append(move)
+                if any(p.kind == "P" for p in have) and not flow.inside[use]:
+                    outside[have, want].append(move)
+            for have, variables in give.items():
+                self._equal(variables, leaving[have])
+            for want, variables in take.items():
+                self._equal(variables, arriving[want])
+            for change, moves in paying.items():
+                self._covers(change, moves)
+        users = len(flow.uses) - sum(flow.inside)
+        for moves in outside.values():
+            for other in moves[1:]:
+                self._equal([moves[0]], [other])
+            if len(moves) < users:
+                self.rows.append(([moves[0]], [1.0], 0.0, 0.0))
+
+    def _kept(self) -> None:
+        """Equation (4)."""
+        start = self.strategies + len(self.sizes.changes)
+        for index, keep in enumerate(self.table.keeps):
+            for keeper, (node, operand) in enumerate(keep.keepers):
+                by: dict[Placements, list[int]] = defaultdict(list)
+                options = self.options(keep.root if operand == -2 else node)
+                for placed, variable in zip(self.sizes.keeps(keep, keeper), options, strict=True):
+                    by[placed].append(variable)
+                for placed, variables in by.items():
+                    self._covers(start + self.sizes.kept[index, placed], variables)
+
+    def _pass(self) -> highspy.Highs:
+        model = highspy.HighsLp()
+        model.num_col_, model.num_row_ = self.columns, len(self.rows)
+        model.col_cost_ = np.zeros(self.columns)
+        model.col_lower_, model.col_upper_ = np.zeros(self.columns), np.ones(self.columns)
+        model.row_lower_ = np.array([lower for _, _, lower, _ in self.rows])
+        model.row_upper_ = np.array([upper for _, _, _, upper in self.rows])
+        model.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+        model.a_matrix_.start_ = np.cumsum([0, *(len(c) for c, _, _, _ in self.rows)]).astype(np.int32)
+        model.a_matrix_.index_ = np.concatenate([c for c, _, _, _ in self.rows]).astype(np.int32)
+        model.a_matrix_.value_ = np.concatenate([v for _, v, _, _ in self.rows])
+        highs = highspy.Highs()
+        for name, setting in (("output_flag", False), ("threads", 1), ("mip_rel_gap", 0.0)):
+            highs.setOptionValue(name, setting)
+        highs.passModel(model)
+        return highs

@@ -1,0 +1,364 @@
+"""Table -> numbers: seconds and bytes of every strategy, and of a whole choice at every position.
+
+A size is four numbers: of what neither samples nor the data-parallel axis change, what that axis cuts, what grows with
+samples, and what does both. So one table serves every micro-batch and every data-parallel degree: `Terms.basis` holds
+the four factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopart.cost import Training, Work, partial_sync_seconds, work_seconds
+from autopart.mesh import Device, Link
+from autopart.notation import Placement
+from autopart.problem import Chain, Flow, Keep, Node, Placements, Table, Value
+from autopart.relayout import Step, row_seconds
+
+Array = NDArray[np.float64]
+Path = tuple[Placements, ...]
+"""What a value passes through on the way to a placement."""
+
+MODES = ("none", "selective", "full")
+"""What a block keeps for its backward: everything; its inputs and what its matrix products give; its inputs alone."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What prices depend on besides the table.
+
+    sizes     (ranks, link) of every axis;  scale: samples of the micro-batch over those traced
+    """
+
+    device: Device
+    sizes: Mapping[str, tuple[int, Link]]
+    scale: float
+    training: Training
+
+    @property
+    def basis(self) -> Array:
+        """What the four numbers of a size are multiplied by."""
+        dp = self.sizes["dp"][0] if "dp" in self.sizes else 1
+        return np.array([1.0, 1.0 / dp, self.scale, self.scale / dp])
+
+
+class Sizes:
+    """A table's sizes, four numbers each: of every strategy, every change of placement and every kept memory.
+
+    first     index of a node's first strategy among all
+    changes   (flow, placement as made, path to where it is then) of every change that can be paid
+    kept      (keep, placement) -> index of every memory that can be kept
+    """
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.first = np.cumsum([0, *(len(n.options) for n in table.nodes)])
+        options = [(n, o) for n in table.nodes for o in range(len(n.options))]
+        self.flops = np.array([self._flops(n, o) for n, o in options])
+        self.moved = np.array([self._moved(n, o) for n, o in options])
+        self.made = np.array([self._made(n, o) for n, o in options])
+        self.inner = np.array([self._inner(n, o) for n, o in options])
+        self.rate = np.array([n.rate for n, _ in options])
+        self.again = np.array([float(n.again) for n, _ in options])
+        self.runs = np.array([float(n.runs) for n, _ in options])
+        self.means = np.array([float(any(s.local == "mean" for s in n.options[o])) for n, o in options])
+        self.grad = np.array([float(n.grad) for n, _ in options])
+        self.product = np.array([float(n.product) for n, _ in options])
+        self.weight = np.array([self._weight(n, o) for n, o in options])
+        self.sums = np.array([[self._sums(n, o, axis) for axis in ("dp", "tp")] for n, o in options], dtype=bool)
+        self.changes: dict[tuple[int, Placements, Path], tuple[Step, Value]] = {}
+        for index, flow in enumerate(table.flows):
+            value = table.nodes[flow.source].values[flow.output]
+            for (have, _), chain in flow.chains.items():
+                for key, step in zip(paths(chain), chain, strict=True):
+                    self.changes[index, have, key] = step, value
+        self.whole = np.array([self._whole(s, v) for s, v in self.changes.values()]).reshape(-1, 4)
+        self.after = np.array([self.four(v, s.after) for s, v in self.changes.values()]).reshape(-1, 4)
+        self.kept: dict[tuple[int, Placements], int] = {}
+        for index, keep in enumerate(table.keeps):
+            for placed in dict.fromkeys(p for k in range(len(keep.keepers)) for p in self.keeps(keep, k)):
+                self.kept[index, placed] = len(self.kept)
+        self.memory = np.array([self._root(table.keeps[k], placed) for k, placed in self.kept]).reshape(-1, 4)
+
+    @cached_property
+    def change_index(self) -> dict[tuple[int, Placements, Path], int]:
+        """Index of every change among all."""
+        return {key: i for i, key in enumerate(self.changes)}
+
+    def four(self, value: Value, placed: Placements) -> Array:
+        """A value's bytes on a rank."""
+        return self._cut(value.bytes, value.batch, [p.kind == "S" for p in placed])
+
+    def keeps(self, keep: Keep, keeper: int) -> list[Placements]:
+        """The placement in which a keeper keeps memory, under each of its strategies: whole or split."""
+        node, operand = keep.keepers[keeper]
+        user, root = self.table.nodes[node], self.table.nodes[keep.root]
+        if operand == -2:
+            return [_merged(root.given(o)) for o in range(len(root.options))]
+        return [_merged(user.given(o) if operand == -1 else user.taken(o, operand)) for o in range(len(user.options))]
+
+    def _cut(self, amount: float, batch: bool, split: Iterable[bool]) -> Array:
+        numbers, at = np.zeros(4), 2 * batch
+        for axis, cut in zip(self.table.axes, split, strict=True):
+            if cut and axis == "dp":
+                at += 1
+            elif cut:
+                amount /= self.table.tp
+        numbers[at] = amount
+        return numbers
+
+    def _flops(self, node: Node, option: int) -> Array:
+        return self._cut(node.flops, node.batch, [s.shards_work for s in node.options[option]])
+
+    def _inner(self, node: Node, option: int) -> Array:
+        batch = bool(node.values) and node.values[0].batch
+        return self._cut(node.inner, batch, [s.shards_work for s in node.options[option]])
+
+    def _made(self, node: Node, option: int) -> Array:
+        made = np.zeros(4)
+        for i, value in enumerate(node.values if node.kind == "op" else ()):
+            made += self.four(value, node.given(option, i))
+        return made
+
+    def _moved(self, node: Node, option: int) -> Array:
+        moved = self._made(node, option)
+        read = {(operand, node.taken(option, i)): None for i, operand in enumerate(node.operands) if operand}
+        for (source, output), placed in read:
+            moved += self.four(self.table.nodes[source].values[output], placed)
+        return moved
+
+    def _weight(self, node: Node, option: int) -> float:
+        return float(self.four(node.values[0], node.given(option))[0]) if node.kind == "parameter" else 0.0
+
+    def _sums(self, node: Node, option: int, axis: str) -> bool:
+        """Whether a parameter's gradient is a partial sum over an axis."""
+        if node.kind != "parameter" or not node.grad or axis not in self.table.axes:
+            return False
+        return node.given(option)[self.table.axes.index(axis)].kind == "C"
+
+    def _whole(self, step: Step, value: Value) -> Array:
+        """Bytes that a change moves: those of the value, whole along its axis."""
+        return self._cut(value.bytes, value.batch, [p.kind == "S" and i != step.axis for i, p in enumerate(step.before)])
+
+    def _root(self, keep: Keep, placed: Placements) -> Array:
+        values = self.table.nodes[keep.root].values
+        return np.array([self.four(v, placed) for v in values]).sum(0)
+
+
+def _merged(placed: Placements) -> Placements:
+    """Whole is whole: all but a split take the same memory."""
+    return tuple(Placement("S") if p.kind == "S" else Placement("R") for p in placed)
+
+
+def paths(chain: Chain) -> list[Path]:
+    """The path to each step of a chain."""
+    after = tuple(step.after for step in chain)
+    return [after[: i + 1] for i in range(len(after))]
+
+
+class Prices:
+    """Seconds and bytes of everything in a table, for one data-parallel degree, micro-batch and way to train.
+
+    forward, backward  seconds of every strategy and (`change_...`) every change of placement
+    inner, memory      bytes kept per micro-batch: a strategy's own, and every kept memory
+    results            bytes of what matrix products give, with what they keep
+    state, sync        bytes of a parameter with gradient and optimizer states; seconds a step takes to sum its gradient
+    gathered           bytes of a parameter and its gradient that exist only while it is used
+    """
+
+    def __init__(self, sizes: Sizes, terms: Terms) -> None:
+        self.sizes, self.terms = sizes, terms
+        basis, device, training = terms.basis, terms.device, terms.training
+        self.made, self.inner = sizes.made @ basis, sizes.inner @ basis
+        work = Work(sizes.flops @ basis, sizes.moved @ basis, sizes.rate, sizes.again, sizes.runs)
+        seconds = work_seconds(work, device)
+        mean = work_seconds(Work(0.0, 2 * self.made, np.inf, sizes.grad, sizes.means), device)
+        self.forward, self.backward = seconds.forward + mean.forward, seconds.backward + mean.backward
+        self.product = sizes.product * seconds.forward
+        self.results = sizes.product * (self.made + self.inner)
+        self.memory, self.after = sizes.memory @ basis, sizes.after @ basis
+        nbytes, launch = sizes.whole @ basis, device.launch_seconds
+        pairs = [
+            row_seconds(step.row, nbytes[i], *terms.sizes[sizes.table.axes[step.axis]], value.grad, launch)
+            for i, (step, value) in enumerate(sizes.changes.values())
+        ]
+        self.change_forward, self.change_backward = np.array(pairs).reshape(-1, 2).T
+        count = len(sizes.weight)
+        self.parts, self.sync, self.gathered = np.zeros((count, 3)), np.zeros(count), np.zeros(count)
+        for i in np.flatnonzero(sizes.weight):
+            weight, (over_dp, over_tp) = sizes.weight[i], sizes.sums[i].tolist()
+            self.parts[i] = training.memory(weight, bool(sizes.grad[i]), over_dp)
+            self.gathered[i] = 2 * training.gathered(weight, over_dp)
+            self.sync[i] = training.sync_seconds(weight, over_dp)
+            if over_tp:
+                self.sync[i] += partial_sync_seconds(weight, *terms.sizes["tp"])
+        self.state = self.parts.sum(1)
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a stage pays once if it has any of the positions: seconds forward and backward, bytes kept per micro-batch,
+    bytes of parameters, gradients and optimizer states, seconds of gradient sync, bytes of the largest tensor.
+
+    entered   whether it is what a block takes, kept where one of the positions is run again
+    """
+
+    positions: tuple[int, ...]
+    forward: float = 0.0
+    backward: float = 0.0
+    kept: float = 0.0
+    parts: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    sync: float = 0.0
+    largest: float = 0.0
+    entered: bool = False
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """A value that crosses cuts: the position that makes it, those that use it, seconds to send it and its gradient."""
+
+    home: int
+    users: tuple[int, ...]
+    seconds: float
+
+
+@dataclass
+class Weighed:
+    """What a choice costs at every position, per micro-batch.
+
+    forward, backward  seconds, nothing run again
+    again              seconds of backward that each of MODES adds
+    kept               bytes under each of MODES
+    parts              bytes of parameters, gradients and optimizer states
+    sync               seconds of gradient sync, a step
+    largest            bytes of the largest tensor;  gathered: of parameters that exist only while they are used
+    items              what stages pay once;  crossings: values that may be sent
+    """
+
+    forward: Array
+    backward: Array
+    again: Array
+    kept: Array
+    parts: Array
+    sync: Array
+    largest: Array
+    gathered: Array
+    items: list[Item] = field(default_factory=list)
+    crossings: list[Crossing] = field(default_factory=list)
+
+
+def weigh(prices: Prices, chosen: Sequence[int], link: Link | None) -> Weighed:
+    """Price a choice (the index of every node's option); `link` is the one between stages, None where there is one."""
+    table = prices.sizes.table
+    n = len(table.labels)
+    at = prices.sizes.first[:-1] + np.array(chosen)
+    found = Weighed(*(np.zeros(s) for s in (n, n, (3, n), (3, n), (3, n), n, n, n)))
+    _weigh_nodes(found, prices, at)
+    _weigh_parameters(found, prices, at)
+    for index, flow in enumerate(table.flows):
+        _weigh_flow(found, prices, chosen, index, flow, link)
+    for index, keep in enumerate(table.keeps):
+        _weigh_keep(found, prices, chosen, index, keep)
+    found.again[2] = found.forward
+    return found
+
+
+def _weigh_nodes(found: Weighed, prices: Prices, at: NDArray[np.int_]) -> None:
+    """Operators, by the class of their run."""
+    table = prices.sizes.table
+    groups, where = np.array([n.group for n in table.nodes]), np.array(table.group)
+    for group in sorted(set(table.group)):
+        mine, positions = at[groups == group], where == group
+        forward = prices.forward[mine].sum()
+        found.forward[positions] = forward
+        found.backward[positions] = prices.backward[mine].sum()
+        found.again[1][positions] = forward - prices.product[mine].sum()
+        found.kept[0][positions] = prices.inner[mine].sum()
+        found.kept[1][positions] = prices.results[mine].sum()
+        found.largest[positions] = prices.made[mine].max(initial=0.0)
+    for index, users in table.shared.items():
+        i = at[index]
+        seconds = float(prices.forward[i]), float(prices.backward[i])
+        found.items.append(Item(users, *seconds, float(prices.inner[i]), largest=float(prices.made[i])))
+
+
+def _weigh_parameters(found: Weighed, prices: Prices, at: NDArray[np.int_]) -> None:
+    for index, places in prices.sizes.table.state.items():
+        i = at[index]
+        for positions in places:
+            found.gathered[list(positions)] += prices.gathered[i]
+            if len(positions) == 1:
+                found.parts[:, positions[0]] += prices.parts[i]
+                found.sync[positions[0]] += prices.sync[i]
+            else:
+                held, sync = prices.parts[i].tolist(), float(prices.sync[i])
+                found.items.append(Item(positions, parts=tuple(held), sync=sync))
+
+
+def _weigh_flow(
+    found: Weighed, prices: Prices, chosen: Sequence[int], index: int, flow: Flow, link: Link | None
+) -> None:
+    """The changes of a value's placement, what blocks take of it, and what sending it costs."""
+    sizes, table = prices.sizes, prices.sizes.table
+    source = table.nodes[flow.source]
+    value = source.values[flow.output]
+    have = source.given(chosen[flow.source], flow.output)
+    wants = [table.nodes[n].taken(chosen[n], operand) for n, operand in flow.uses]
+    summed = any(p.kind == "P" for p in have)
+    paid: dict[Path, list[int]] = {}
+    for use, want in enumerate(wants):
+        for key in paths(flow.chains[have, want]):
+            paid.setdefault(key, []).append(use)
+    changes = {key: sizes.change_index[index, have, key] for key in paid}
+    for home, users in zip(flow.homes, flow.users, strict=True):
+        several = len(set(users)) > 1
+        at = home if summed else users[0]
+        for key, uses in paid.items():
+            i = changes[key]
+            forward, backward = float(prices.change_forward[i]), float(prices.change_backward[i])
+            if at < 0 or (several and not summed):
+                positions = tuple(sorted({users[u] for u in uses} - {-1})) or _needing(table, flow)
+                found.items.append(Item(positions, forward, backward, largest=float(prices.after[i])))
+                continue
+            found.forward[at] += forward
+            found.backward[at] += backward
+            found.again[1][at] += forward
+            found.largest[at] = max(found.largest[at], prices.after[i])
+        outside = [u for u, position in enumerate(users) if position not in (home, -1)]
+        if source.kind in ("parameter", "buffer") or not outside:
+            continue
+        for placed in dict.fromkeys(wants[u] if several or summed else have for u in outside):
+            takers = {users[u] for u in outside if wants[u] == placed or not (several or summed)}
+            enters = tuple(sorted(p for p in takers if table.block[p]))
+            if enters:
+                held = float(sizes.four(value, placed) @ prices.terms.basis)
+                found.items.append(Item(enters, kept=held, entered=True))
+        if home >= 0 and link is not None:
+            size = float(sizes.four(value, wants[outside[0]] if summed else have) @ prices.terms.basis)
+            seconds = (link.latency_seconds + size / link.bandwidth) * (1 + value.grad)
+            found.crossings.append(Crossing(home, tuple(sorted({users[u] for u in outside})), seconds))
+
+
+def _needing(table: Table, flow: Flow) -> tuple[int, ...]:
+    """Positions that need what a stage's own nodes make of a flow."""
+    return tuple(sorted({p for node, _ in flow.uses for p in table.shared.get(node, ())}))
+
+
+def _weigh_keep(found: Weighed, prices: Prices, chosen: Sequence[int], index: int, keep: Keep) -> None:
+    placed = [
+        prices.sizes.keeps(keep, k)[chosen[keep.root if operand == -2 else node]]
+        for k, (node, operand) in enumerate(keep.keepers)
+    ]
+    for places in keep.places:
+        for kind in dict.fromkeys(placed):
+            held = float(prices.memory[prices.sizes.kept[index, kind]])
+            positions = tuple(sorted({p for p, k in zip(places, placed, strict=True) if k == kind}))
+            if len(positions) == 1:
+                found.kept[0][positions[0]] += held
+            else:
+                found.items.append(Item(positions, kept=held))
