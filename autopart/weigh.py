@@ -203,10 +203,8 @@ class Prices:
 @dataclass(frozen=True)
 class Item:
     """What a stage pays once if it has any of the positions: seconds forward and backward, bytes kept per micro-batch,
-    bytes of parameters, gradients and optimizer states, seconds of gradient sync, bytes of the largest tensor.
-
-    entered   whether it is what a block takes, kept where one of the positions is run again
-    """
+    bytes of parameters, gradients and optimizer states, seconds of gradient sync, bytes of the largest tensor; bytes
+    `entered` are what several blocks take, kept where one of them is run again."""
 
     positions: tuple[int, ...]
     forward: float = 0.0
@@ -215,7 +213,7 @@ class Item:
     parts: tuple[float, float, float] = (0.0, 0.0, 0.0)
     sync: float = 0.0
     largest: float = 0.0
-    entered: bool = False
+    entered: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -233,7 +231,7 @@ class Weighed:
 
     forward, backward  seconds, nothing run again
     again              seconds of backward that each of MODES adds
-    kept               bytes under each of MODES
+    kept               bytes under each of MODES;  entered: of what the position alone takes, kept if it is run again
     parts              bytes of parameters, gradients and optimizer states
     sync               seconds of gradient sync, a step
     largest            bytes of the largest tensor;  gathered: of parameters that exist only while they are used
@@ -244,6 +242,7 @@ class Weighed:
     backward: Array
     again: Array
     kept: Array
+    entered: Array
     parts: Array
     sync: Array
     largest: Array
@@ -257,7 +256,7 @@ def weigh(prices: Prices, chosen: Sequence[int], link: Link | None) -> Weighed:
     table = prices.sizes.table
     n = len(table.labels)
     at = prices.sizes.first[:-1] + np.array(chosen)
-    found = Weighed(*(np.zeros(s) for s in (n, n, (3, n), (3, n), (3, n), n, n, n)))
+    found = Weighed(*(np.zeros(s) for s in (n, n, (3, n), (3, n), n, (3, n), n, n, n)))
     _weigh_nodes(found, prices, at)
     _weigh_parameters(found, prices, at)
     for index, flow in enumerate(table.flows):
@@ -335,9 +334,11 @@ def _weigh_flow(
         for placed in dict.fromkeys(wants[u] if several or summed else have for u in outside):
             takers = {users[u] for u in outside if wants[u] == placed or not (several or summed)}
             enters = tuple(sorted(p for p in takers if table.block[p]))
-            if enters:
-                held = float(sizes.four(value, placed) @ prices.terms.basis)
-                found.items.append(Item(enters, kept=held, entered=True))
+            held = float(sizes.four(value, placed) @ prices.terms.basis) if enters else 0.0
+            if len(enters) == 1:
+                found.entered[enters[0]] += held
+            elif enters:
+                found.items.append(Item(enters, entered=held))
         if home >= 0 and link is not None:
             size = float(sizes.four(value, wants[outside[0]] if summed else have) @ prices.terms.basis)
             seconds = (link.latency_seconds + size / link.bandwidth) * (1 + value.grad)

@@ -1,0 +1,224 @@
+"""Where to cut a row of positions into stages, exactly: columns, paths and thresholds.
+
+f[s, i, j] is the least time of stage s with positions i..j-1 within its memory. For a threshold T the cheapest path
+0 -> n through columns with f <= T is a shortest path in a graph without cycles; the best of sum(f) + (m - 1) max(f)
+over all paths is found by lowering T from the largest value that could still win to the least one that any path meets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopart.weigh import MODES, Array, Crossing, Weighed
+
+NEVER = float("inf")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The first position of every stage, and sum(f) + (m - 1) max(f) in seconds."""
+
+    starts: tuple[int, ...]
+    seconds: float
+
+
+def best_cut(columns: Callable[[int], Array], stages: int, micro_batches: int) -> Cut | None:
+    """The best way to cut; `columns(s)` holds f[s, i, j] for all i, j (infinite where j <= i or what does not fit).
+    None where no way fits."""
+    fill = micro_batches - 1
+    loosest = _path(columns, stages, NEVER)
+    if loosest is None:
+        return None
+    best, floor = _cut(loosest, fill), sum(loosest[1])
+    least = _least_maximum(columns, stages)
+    tight = _path(columns, stages, least)
+    assert tight is not None
+    best = min(best, _cut(tight, fill), key=lambda c: c.seconds)
+    limit = (best.seconds - floor) / fill if fill else 0.0
+    while limit > least:
+        found = _path(columns, stages, limit)
+        assert found is not None
+        best = min(best, _cut(found, fill), key=lambda c: c.seconds)
+        if sum(found[1]) + fill * least >= best.seconds:
+            break
+        limit = min(np.nextafter(max(found[1]), 0.0), (best.seconds - floor) / fill)
+    return best
+
+
+Path = tuple[tuple[int, ...], tuple[float, ...]]
+"""The first position of every stage, and its seconds."""
+
+
+def _cut(path: Path, fill: int) -> Cut:
+    starts, times = path
+    return Cut(starts, sum(times) + fill * max(times))
+
+
+def _path(columns: Callable[[int], Array], stages: int, limit: float) -> Path | None:
+    """The path with the least sum, of columns no larger than `limit`."""
+    n = columns(0).shape[0] - 1
+    reach = np.full(n + 1, NEVER)
+    reach[0] = 0.0
+    back: list[NDArray[np.int_]] = []
+    for stage in range(stages):
+        f = columns(stage)
+        total = reach[:, None] + np.where(f <= limit, f, NEVER)
+        back.append(total.argmin(0))
+        reach = total.min(0)
+    if not np.isfinite(reach[n]):
+        return None
+    starts, end = [], n
+    for stage in range(stages - 1, -1, -1):
+        starts.append(int(back[stage][end]))
+        end = starts[-1]
+    starts.reverse()
+    ends = [*starts[1:], n]
+    return tuple(starts), tuple(float(columns(s)[i, j]) for s, (i, j) in enumerate(zip(starts, ends, strict=True)))
+
+
+def _least_maximum(columns: Callable[[int], Array], stages: int) -> float:
+    """The least largest column of any path."""
+    reach = np.full(columns(0).shape[0], NEVER)
+    reach[0] = 0.0
+    for stage in range(stages):
+        reach = np.maximum(reach[:, None], columns(stage)).min(0)
+    return float(reach[-1])
+
+
+@dataclass
+class Ranges:
+    """What every range of positions i..j-1 costs under one choice of splits, as matrices over (i, j).
+
+    seconds   forward, backward, the share of gradient sync in a micro-batch, messages; nothing run again
+    state     bytes of parameters, gradients and optimizer states
+    kept      bytes per micro-batch, nothing run again;  transient: bytes that exist for a moment
+    entered   bytes that several blocks take, kept if one of them is run again
+    blocks    kind of block -> how many there are;  savings: what running one of the kind again costs and saves
+    """
+
+    seconds: Array
+    state: Array
+    kept: Array
+    transient: Array
+    entered: Array
+    blocks: dict[int, Array] = field(default_factory=dict)
+    savings: dict[int, list[Saving]] = field(default_factory=dict)
+
+    def least(self, in_flight: int, limit: float, modes: Sequence[str]) -> Array:
+        """f[i, j] with that many micro-batches in flight: blocks are run again, those that save most a second first,
+        until the range fits."""
+        short = self.state + in_flight * self.kept + self.transient - limit
+        f = np.where(short <= 0, self.seconds, NEVER)
+        where = np.nonzero((short > 0) & np.isfinite(self.seconds))
+        if not len(where[0]) or not self.savings:
+            return f
+        steps = sorted(
+            (s for group in self.savings.values() for s in group if s.mode in modes), key=lambda s: s.seconds / s.bytes
+        )
+        seconds, needed = self.seconds[where].copy(), short[where] + in_flight * self.entered[where]
+        needed += max((s.transient for s in steps), default=0.0)
+        for step in steps:
+            count = np.clip(np.ceil(needed / (in_flight * step.bytes)), 0, self.blocks[step.kind][where])
+            seconds += count * step.seconds
+            needed -= count * in_flight * step.bytes
+        f[where] = np.where(needed <= 0, seconds, NEVER)
+        return f
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What a block saves, per micro-batch in flight, when it goes from `before` to `mode`: bytes, for seconds; and the
+    bytes that exist while it is run again."""
+
+    kind: int
+    before: str
+    mode: str
+    seconds: float
+    bytes: float
+    transient: float
+
+
+def ranges(found: Weighed, group: Sequence[int], block: Sequence[bool], micro_batches: int) -> Ranges:
+    """All ranges of a weighed choice."""
+    n = len(group)
+    seconds = _sums(found.forward + found.backward + found.sync / micro_batches)
+    state, kept = _sums(found.parts.sum(0)), _sums(found.kept[0])
+    largest, gathered, entered = _maxima(found.largest), _maxima(found.gathered), np.zeros((n + 1, n + 1))
+    for item in found.items:
+        has = _has(item.positions, n)
+        seconds += has * (item.forward + item.backward + item.sync / micro_batches)
+        state += has * sum(item.parts)
+        kept += has * item.kept
+        entered += has * item.entered
+        largest = np.maximum(largest, has * item.largest)
+    for crossing in found.crossings:
+        _send(seconds, crossing)
+    seconds[np.tril_indices(n + 1)] = NEVER
+    kinds = sorted({g for g, b in zip(group, block, strict=True) if b})
+    where = {k: np.array([g == k and b for g, b in zip(group, block, strict=True)]) for k in kinds}
+    blocks = {k: _sums(where[k].astype(float)) for k in kinds}
+    return Ranges(
+        seconds, state, kept, 2 * largest + gathered, entered, blocks,
+        {k: _savings(found, k, where[k]) for k in kinds},
+    )  # fmt: skip
+
+
+def _savings(found: Weighed, kind: int, where: NDArray[np.bool_]) -> list[Saving]:
+    """The steps of one kind of block towards keeping less, each dearer than the one before; those that another beats
+    are left out. Of blocks that differ at their edges the least saving counts."""
+    again = found.again[:, where].max(1)
+    whole = found.kept[0, where]
+    kept = [whole.min(), *((found.kept[m, where] + found.entered[where] - whole).max() + whole.min() for m in (1, 2))]
+    points = [(0, 0.0, kept[0])] + [(m, float(again[m]), float(kept[m])) for m in (1, 2)]
+    hull = [points[0]]
+    for point in points[1:]:
+        if point[2] >= hull[-1][2]:
+            continue
+        while len(hull) > 1 and _slope(hull[-1], point) <= _slope(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(point)
+    return [
+        Saving(kind, MODES[a[0]], MODES[b[0]], b[1] - a[1], a[2] - b[2], float(found.kept[0, where].max()))
+        for a, b in zip(hull, hull[1:], strict=False)
+    ]
+
+
+def _slope(one: tuple[int, float, float], other: tuple[int, float, float]) -> float:
+    return (other[1] - one[1]) / (one[2] - other[2])
+
+
+def _sums(values: Array) -> Array:
+    """sum(values[i:j]) for all i, j."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    return total[None, :] - total[:, None]
+
+
+def _maxima(values: Array) -> Array:
+    """max(values[i:j]) for all i, j; 0 where the range is empty."""
+    n = len(values)
+    result = np.zeros((n + 1, n + 1))
+    for i in range(n):
+        result[i, i + 1 :] = np.maximum.accumulate(values[i:])
+    return result
+
+
+def _has(positions: Sequence[int], n: int) -> NDArray[np.bool_]:
+    """Whether a range has one of the positions."""
+    following = np.full(n + 1, n)
+    for p in sorted(positions, reverse=True):
+        following[: p + 1] = p
+    return following[:, None] < np.arange(n + 1)[None, :]
+
+
+def _send(seconds: Array, crossing: Crossing) -> None:
+    """A range pays for a value that it takes from an earlier one, and for one that it gives to a later one."""
+    n = seconds.shape[0] - 1
+    takes = _has(crossing.users, n)
+    takes[: crossing.home + 1] = False
+    gives = np.zeros_like(takes)
+    gives[: crossing.home + 1, crossing.home + 1 : max(crossing.users) + 1] = True
+    seconds += (takes.astype(float) + gives) * crossing.seconds
