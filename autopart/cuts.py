@@ -97,6 +97,8 @@ class Ranges:
     state     bytes of parameters, gradients and optimizer states
     kept      bytes per micro-batch, nothing run again;  transient: bytes that exist for a moment
     entered   bytes that several blocks take, kept if one of them is run again
+    again     seconds that each of MODES adds at every position
+    group     class of every position;  block: whether it is a numbered block;  forced: what all blocks have to do
     blocks    kind of block -> how many there are;  savings: what running one of the kind again costs and saves
     """
 
@@ -105,6 +107,10 @@ class Ranges:
     kept: Array
     transient: Array
     entered: Array
+    again: Array
+    group: Sequence[int]
+    block: Sequence[bool]
+    forced: str | None
     blocks: dict[int, Array] = field(default_factory=dict)
     savings: dict[int, list[Saving]] = field(default_factory=dict)
 
@@ -114,19 +120,47 @@ class Ranges:
         short = self.state + in_flight * self.kept + self.transient - limit
         f = np.where(short <= 0, self.seconds, NEVER)
         where = np.nonzero((short > 0) & np.isfinite(self.seconds))
-        if not len(where[0]) or not self.savings:
-            return f
-        steps = sorted(
-            (s for group in self.savings.values() for s in group if s.mode in modes), key=lambda s: s.seconds / s.bytes
-        )
-        seconds, needed = self.seconds[where].copy(), short[where] + in_flight * self.entered[where]
-        needed += max((s.transient for s in steps), default=0.0)
+        if len(where[0]) and self._steps(modes):
+            seconds, needed, _ = self._run_again(where, short[where], in_flight, modes)
+            f[where] = np.where(needed <= 0, seconds, NEVER)
+        return f
+
+    def modes(self, i: int, j: int, in_flight: int, limit: float, modes: Sequence[str]) -> list[str]:
+        """What every position of a range does where it takes its least time: the first blocks of a kind are run
+        again."""
+        result = ["none" if self.forced is None or not b else self.forced for b in self.block[i:j]]
+        short = self.state[i, j] + in_flight * self.kept[i, j] + self.transient[i, j] - limit
+        if short > 0 and self._steps(modes):
+            where = np.array([i]), np.array([j])
+            _, _, counts = self._run_again(where, np.array([short]), in_flight, modes)
+            for step, count in zip(self._steps(modes), counts, strict=True):
+                mine = [p for p in range(i, j) if self.block[p] and self.group[p] == step.kind]
+                for p in mine[: int(count[0])]:
+                    result[p - i] = step.mode
+        return result
+
+    def exact(self, i: int, j: int, modes: Sequence[str]) -> float:
+        """Seconds of a range whose positions do as `modes` say."""
+        extra = 0.0 if self.forced else sum(self.again[MODES.index(m), i + k] for k, m in enumerate(modes))
+        return float(self.seconds[i, j] + extra)
+
+    def _steps(self, modes: Sequence[str]) -> list[Saving]:
+        steps = (s for group in self.savings.values() for s in group if s.mode in modes)
+        return sorted(steps, key=lambda s: s.seconds / s.bytes)
+
+    def _run_again(
+        self, where: tuple[NDArray[np.int_], ...], short: Array, in_flight: int, modes: Sequence[str]
+    ) -> tuple[Array, Array, list[Array]]:
+        """Run blocks again until nothing is short: seconds, bytes still short, blocks that take each step."""
+        steps = self._steps(modes)
+        needed = short + in_flight * self.entered[where] + max(s.transient for s in steps)
+        seconds, counts = self.seconds[where].copy(), []
         for step in steps:
             count = np.clip(np.ceil(needed / (in_flight * step.bytes)), 0, self.blocks[step.kind][where])
             seconds += count * step.seconds
-            needed -= count * in_flight * step.bytes
-        f[where] = np.where(needed <= 0, seconds, NEVER)
-        return f
+            needed = needed - count * in_flight * step.bytes
+            counts.append(count)
+        return seconds, needed, counts
 
 
 @dataclass(frozen=True)
@@ -142,18 +176,23 @@ class Saving:
     transient: float
 
 
-def ranges(found: Weighed, group: Sequence[int], block: Sequence[bool], micro_batches: int) -> Ranges:
-    """All ranges of a weighed choice."""
-    n = len(group)
-    seconds = _sums(found.forward + found.backward + found.sync / micro_batches)
-    state, kept = _sums(found.parts.sum(0)), _sums(found.kept[0])
+def ranges(
+    found: Weighed, group: Sequence[int], block: Sequence[bool], micro_batches: int, forced: str | None = None
+) -> Ranges:
+    """All ranges of a weighed choice. With `forced`, all blocks recompute so."""
+    n, mode, isblock = len(group), MODES.index(forced or "none"), np.array(block)
+    again = found.again[mode] * isblock
+    each = np.where(isblock & (mode > 0), found.kept[mode] + found.entered, found.kept[0])
+    seconds = _sums(found.forward + found.backward + again + found.sync / micro_batches)
+    state, kept = _sums(found.parts.sum(0)), _sums(each)
     largest, gathered, entered = _maxima(found.largest), _maxima(found.gathered), np.zeros((n + 1, n + 1))
+    rerun = _maxima(found.kept[0] * isblock) if mode else np.zeros((n + 1, n + 1))
     for item in found.items:
         has = _has(item.positions, n)
         seconds += has * (item.forward + item.backward + item.sync / micro_batches)
         state += has * sum(item.parts)
         kept += has * item.kept
-        entered += has * item.entered
+        kept, entered = kept + has * item.entered * (mode > 0), entered + has * item.entered * (mode == 0)
         largest = np.maximum(largest, has * item.largest)
     for crossing in found.crossings:
         _send(seconds, crossing)
@@ -162,8 +201,8 @@ def ranges(found: Weighed, group: Sequence[int], block: Sequence[bool], micro_ba
     where = {k: np.array([g == k and b for g, b in zip(group, block, strict=True)]) for k in kinds}
     blocks = {k: _sums(where[k].astype(float)) for k in kinds}
     return Ranges(
-        seconds, state, kept, 2 * largest + gathered, entered, blocks,
-        {k: _savings(found, k, where[k]) for k in kinds},
+        seconds, state, kept, 2 * largest + gathered + rerun, entered, found.again, group, block, forced, blocks,
+        {} if forced else {k: _savings(found, k, where[k]) for k in kinds},
     )  # fmt: skip
 
 

@@ -55,6 +55,15 @@ class Folded:
         """The nodes to decide about, in graph order; picks of outputs are none of them."""
         return [n for n in self.traced.graph.nodes if n in self.same and self.same[n] is n and not is_pick(n)]
 
+    @cached_property
+    def keepers(self) -> dict[str, set[int]]:
+        """Node -> the runs that keep its memory for their backward."""
+        keepers: dict[str, set[int]] = {}
+        for node, run in self.run_of().items():
+            for root in info(node).keeps:
+                keepers.setdefault(root, set()).add(run)
+        return keepers
+
     def parameter_at(self, position: int, parameter: fx.Node) -> str:
         """The name of a parameter that the run at a position reads: a block's own are named after the block."""
         name, label = info(parameter).name, self.runs[self.sequence[position]].label

@@ -37,7 +37,7 @@ class Info:
     keeps    the roots whose memory autograd keeps for this node's backward
     inner    bytes autograd keeps besides (a softmax's statistics)
     view     whether the output is memory of an input, so that making it costs nothing
-    size     of a stage's value: bytes on a rank, at the planned micro-batch
+    size     of a stage's value: bytes on a rank, at the planned micro-batch;  several: whether several runs use it
     note     what a reader of the emitted line should know
     placed   of a stage's parameter: its placement along every axis, and its whole shape
     """
@@ -55,9 +55,10 @@ class Info:
     product: bool = False
     root: str = ""
     keeps: tuple[str, ...] = ()
-    inner: int = 0
+    inner: float = 0
     view: bool = False
     size: float = 0.0
+    several: bool = False
     note: str = ""
     placed: tuple[tuple[str, str], ...] = ()
     whole: Shape = ()

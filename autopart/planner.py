@@ -1,79 +1,226 @@
-"""The search over what the ILPs leave open: degrees, micro-batch size, ZeRO level, recompute.
+"""The search over what the tables leave open: degrees, micro-batch size, ZeRO level, recompute, cuts.
 
-Every candidate has a lower bound, the time of its work at the device's speed with nothing between devices; candidates
-are taken by rising bound, and those whose bound reaches the best plan found are never solved. For the others the
-split ILP gives a bound of its own. The least of all these is the bound the plan's gap is proven against: no plan of
-this search space is faster by this cost model.
+Every point (degrees, micro-batch, ZeRO level) has a lower bound that rises as more is asked of it:
+
+    work     the operators' time, each in its fastest strategy, nothing between them
+    splits   the best splits, changes of placement and gradient sync paid, memory without end
+    memory   the same with a price on bytes (Lagrange), each class of blocks in its best way to recompute
+
+Points are taken from a queue by least bound. One whose splits are known is cut into stages exactly (`autopart.cuts`),
+which gives a plan; the search ends when no bound is below the best plan's time. The least bound that was left is what
+the plan's gap is proven against: no plan of this space is faster by this cost model.
 """
 
 from __future__ import annotations
 
+import heapq
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
-import torch
+import numpy as np
 
-from autopart.comm import p2p_seconds
-from autopart.cost import Training
+from autopart.cuts import NEVER, Ranges, best_cut, ranges
 from autopart.errors import PartitionError
-from autopart.folded import Folded, crossing, used_parameters
-from autopart.graph import info, placeholders
-from autopart.mesh import Mesh
-from autopart.passes.formulate import formulate
-from autopart.passes.localise import localise
-from autopart.passes.price import PricedRun, Prices, price
-from autopart.plan import (
-    bytes_text,
-    usable_bytes,
-)
-
-from autopart.report import sync_by_stage
-from autopart.request import Candidate, Found, Request, axes_of, divisors, is_block
-from autopart.rules import Strategy, is_contraction
-from autopart.schedules import in_flight
-from autopart.stages import Choices, StageGraph
+from autopart.passes.solve import Solution
+from autopart.request import Point, Request, divisors
+from autopart.space import Space
+from autopart.weigh import MODES, Array, Weighed, weigh
 
 Say = Callable[[str], None]
+TOLERANCE = 1e-9
+"""Relative difference below which two times are the same."""
 
 
-def search(folded: Folded, mesh: Mesh, request: Request, say: Say = lambda text: None) -> Found:
-    """The best candidate. Raises PartitionError where none fits."""
-    started = time.monotonic()
-    candidates = sorted(_candidates(folded, mesh, request), key=lambda c: c.bound)
+@dataclass(frozen=True)
+class Found:
+    """A plan before it is written out.
+
+    chosen     the option of every node, in each stage
+    starts     the first position of every stage;  recompute: what every position does
+    seconds    of a step;  bound: no plan of the search space is faster
+    """
+
+    point: Point
+    chosen: tuple[tuple[int, ...], ...]
+    starts: tuple[int, ...]
+    recompute: tuple[str, ...]
+    stage_seconds: tuple[float, ...]
+    seconds: float
+    bound: float = 0.0
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to split, with what every range of positions costs under it."""
+
+    solution: Solution
+    weighed: Weighed
+    ranges: Ranges
+    interface: tuple[object, ...]
+
+
+@dataclass
+class Search:
+    """The queue, the best plan so far, and the least bound of all points that are done with."""
+
+    space: Space
+    say: Say
     best: Found | None = None
-    proven: list[float] = []
-    refusals: list[PartitionError] = []
-    for number, candidate in enumerate(candidates):
-        late = request.time_limit is not None and time.monotonic() - started > request.time_limit
-        if best is not None and (candidate.bound >= best.seconds or late):
-            proven += [c.bound for c in candidates[number:]]
-            break
-        try:
-            found = solve_candidate(folded, mesh, request, candidate)
-        except PartitionError as error:
-            refusals.append(error)
-            continue
-        proven.append(found.bound)
-        if best is None or found.seconds < best.seconds:
-            best = found
-            say(f"{number + 1}/{len(candidates)}: pp={candidate.pp} dp={candidate.dp} tp={candidate.tp} "
-                f"micro-batch {candidate.micro_batch}: {found.seconds * 1e3:.3g} ms")  # fmt: skip
-    if best is None:
-        raise _nothing_fits(refusals, mesh)
-    return replace(best, bound=min([best.seconds, *proven]))
+    closed: float = NEVER
+    ways: dict[Point, list[Way]] = field(default_factory=dict)
+    solutions: dict[Point, Solution] = field(default_factory=dict)
+    """Of points whose ways are not looked at yet."""
+    queue: list[tuple[float, int, Point]] = field(default_factory=list)
+    number: int = 0
+
+    def run(self) -> Found:
+        """The best plan. Raises PartitionError where none fits."""
+        request = self.space.request
+        started = time.monotonic()
+        for point in points(self.space):
+            heapq.heappush(self.queue, (self._passes(point) * self.space.least_work(point), 0, point))
+        while self.queue and self.queue[0][0] < self._time() * (1 - TOLERANCE):
+            late = request.time_limit is not None and time.monotonic() - started > request.time_limit
+            if self.best is not None and (late or (request.nodes is not None and self.number >= request.nodes)):
+                break
+            self.number += 1
+            bound, level, point = heapq.heappop(self.queue)
+            following = (self._splits, self._cut, self._memory)[level](point, bound)
+            for raised, at in following:
+                if level == 2:
+                    self.closed = min(self.closed, raised)
+                else:
+                    heapq.heappush(self.queue, (max(bound, raised), level + 1, at))
+        if self.best is None:
+            raise _nothing_fits(self.space, list(self.ways))
+        bound = min(self.closed, self.queue[0][0] if self.queue else NEVER, self.best.seconds)
+        return replace(self.best, bound=bound)
+
+    def _time(self) -> float:
+        return self.best.seconds if self.best else NEVER
+
+    def _passes(self, point: Point) -> float:
+        return point.passes(self.space.request.global_batch)
+
+    def _splits(self, point: Point, bound: float) -> Iterator[tuple[float, Point]]:
+        """The best splits with memory without end, and from them the bound of every ZeRO level."""
+        levels = zero_levels(self.space.request, point)
+        point = replace(point, zero=levels[0])
+        way = self._way(point, self.space.solve(point))
+        self.ways[point] = [way]
+        for zero in levels:
+            at = replace(point, zero=zero)
+            more = self._least_sync(at) - self._least_sync(point)
+            yield self._passes(point) * (way.solution.bound + more), at
+            self.solutions[at] = way.solution
+
+    def _least_sync(self, point: Point) -> float:
+        """Seconds of gradient sync that every plan of a point has, as a share of a micro-batch."""
+        model, prices = self.space.model(point), self.space.priced(point)
+        each = prices.sync * model.places[: len(prices.sync)] / self.space.micro_batches(point)
+        return float(np.minimum.reduceat(each, model.sizes.first[:-1]).sum())
+
+    def _way(self, point: Point, solution: Solution | None) -> Way:
+        assert solution is not None
+        space, model = self.space, self.space.model(point)
+        weighed = weigh(space.priced(point), solution.chosen, space.between_stages(point))
+        nodes = model.table.nodes
+        interface = tuple(nodes[n].given(solution.chosen[n], output) for n, output in model.interface)
+        table, m = model.table, space.micro_batches(point)
+        forced = space.request.recompute
+        return Way(solution, weighed, ranges(weighed, table.group, table.block, m, forced), interface)
+
+    def _cut(self, point: Point, bound: float) -> Iterator[tuple[float, Point]]:
+        """The best cut with the splits known; the point is done with if that reaches its bound."""
+        if point not in self.ways:
+            self.ways[point] = [self._way(point, self.solutions[point])]
+        found = self._best(point)
+        if found is None or found.seconds > bound * (1 + TOLERANCE):
+            yield bound, point
+        else:
+            self.closed = min(self.closed, bound)
+
+    def _memory(self, point: Point, bound: float) -> Iterator[tuple[float, Point]]:
+        """Better bounds, and splits that take less memory."""
+        space, model = self.space, self.space.model(point)
+        if not np.isfinite(space.limit):
+            yield bound, point
+            return
+        passes, ways = self._passes(point), self.ways[point]
+        for price in self._price_list(ways[0]):
+            if bound >= self._time():
+                break
+            bound = max(bound, passes * space.memory_bound(point, price, model.blocks))
+            for mode in space.modes if bound < self._time() else ():
+                solution = space.solve(point, price, dict.fromkeys(model.blocks, mode))
+                if solution and all(solution.chosen != w.solution.chosen for w in ways):
+                    ways.append(self._way(point, solution))
+        self._best(point)
+        yield bound, point
+
+    def _price_list(self, way: Way) -> list[float]:
+        """Prices of a byte at which blocks begin to be run again, and above."""
+        ratios = sorted(s.seconds / s.bytes for group in way.ranges.savings.values() for s in group)
+        ratios = ratios or [way.ranges.seconds[0, -1] / max(way.ranges.kept[0, -1], 1.0)]
+        return [*ratios, *(ratios[-1] * factor for factor in (3, 30, 1000))]
+
+    def _best(self, point: Point) -> Found | None:
+        """The best plan of the ways known for a point."""
+        best: Found | None = None
+        by_interface: dict[tuple[object, ...], list[Way]] = {}
+        for way in self.ways[point]:
+            by_interface.setdefault(way.interface, []).append(way)
+        for ways in by_interface.values():
+            found = self._stages(point, ways)
+            if found and (best is None or found.seconds < best.seconds):
+                best = found
+        if best and best.seconds < self._time():
+            self.best = best
+            self.say(f"{point}: {best.seconds * 1e3:.4g} ms")
+        return best
+
+    def _stages(self, point: Point, ways: Sequence[Way]) -> Found | None:
+        """The best cut where every stage takes any of some ways that agree on what passes between them."""
+        space = self.space
+        held: dict[int, Array] = {}
+
+        def columns(stage: int) -> Array:
+            flights = space.in_flight(point, stage)
+            if flights not in held:
+                held[flights] = np.minimum.reduce([w.ranges.least(flights, space.limit, space.modes) for w in ways])
+            return held[flights]
+
+        cut = best_cut(columns, point.pp, space.micro_batches(point))
+        if cut is None:
+            return None
+        ends = (*cut.starts[1:], len(space.folded.labels))
+        chosen, modes, times = [], [], []
+        for stage, (i, j) in enumerate(zip(cut.starts, ends, strict=True)):
+            flights = space.in_flight(point, stage)
+            way = min(ways, key=lambda w: w.ranges.least(flights, space.limit, space.modes)[i, j])
+            mine = way.ranges.modes(i, j, flights, space.limit, space.modes)
+            chosen.append(way.solution.chosen)
+            modes += mine
+            times.append(way.ranges.exact(i, j, mine))
+        seconds = sum(times) + (space.micro_batches(point) - 1) * max(times)
+        return Found(point, tuple(chosen), cut.starts, tuple(modes), tuple(times), seconds)
 
 
-def _nothing_fits(refusals: Sequence[PartitionError], mesh: Mesh) -> PartitionError:
-    closest = min(refusals, key=lambda e: getattr(e, "missing", float("inf")), default=None)
-    if closest is None:
-        return PartitionError(f"no way to use {mesh}", "no degrees divide the mesh and the batch")
-    return closest
+def search(space: Space, say: Say = lambda text: None) -> Found:
+    """The best plan of a space. Raises PartitionError where none fits."""
+    return Search(space, say).run()
 
 
-def _candidates(folded: Folded, mesh: Mesh, request: Request) -> Iterator[Candidate]:
+def zero_levels(request: Request, point: Point) -> list[int]:
+    """The ZeRO levels to try: without a data-parallel axis they are all the same."""
+    return [request.zero or 0] if request.zero is not None else [0, 1, 2, 3] if point.dp > 1 else [0]
+
+
+def points(space: Space) -> Iterator[Point]:
     """Every combination of degrees and micro-batch that divides; PartitionError if there is none."""
-    units, rejected = len(folded.runs), []
+    mesh, request, folded = space.mesh, space.request, space.folded
+    units, rejected = len(folded.labels), []
     found = False
     for pp in [request.pp] if request.pp else divisors(mesh.size):
         if pp > units:
@@ -93,8 +240,7 @@ def _candidates(folded: Folded, mesh: Mesh, request: Request) -> Iterator[Candid
                     rejected.append(f"{size} samples do not divide over dp={dp} ranks")
                     continue
                 found = True
-                candidate = Candidate(pp, dp, tp, size)
-                yield replace(candidate, bound=_work(folded, mesh, candidate) * candidate.passes(request))
+                yield Point(pp, dp, tp, size)
             if not sizes:
                 rejected.append(f"{request.global_batch} samples do not divide over dp={dp} ranks")
     if not found:
@@ -115,207 +261,5 @@ def _micro_batches(global_batch: int, dp: int) -> list[int]:
     return sizes
 
 
-def _work(folded: Folded, mesh: Mesh, candidate: Candidate) -> float:
-    """Seconds of a micro-batch's operators, perfectly divided, without communication."""
-    scale = candidate.micro_batch / candidate.dp / folded.traced.micro_batch
-    total = 0.0
-    for node in folded.representatives():
-        if info(node).kind == "op":
-            work = node_seconds(node, mesh.device, candidate.tp, scale)
-            total += folded.count[node] * (work.forward + work.backward)
-    return total
-
-
-def solve_candidate(folded: Folded, mesh: Mesh, request: Request, candidate: Candidate) -> Found:
-    """The best plan of a candidate: cheapest in memory options first that fit. Raises PartitionError."""
-    refused: PartitionError | None = None
-    zeros = [request.zero] if request.zero is not None else [0, 1] if candidate.dp > 1 else [0]
-    if folded.traced.updated and request.recompute == "full":
-        raise PartitionError(
-            f"the forward pass changes {folded.traced.updated[0]}",
-            "recompute would change it twice a step",
-            'recompute="none"',
-        )
-    recomputes = [request.recompute] if request.recompute else ["none"] if folded.traced.updated else ["none", "full"]
-    for recompute in recomputes:
-        for zero in zeros:
-            training = Training(request.optimizer, zero, candidate.dp)
-            for budget in (None, 1.0, 0.7):
-                try:
-                    return _solve(folded, mesh, request, candidate, training, recompute, budget)
-                except PartitionError as error:
-                    refused = error
-                    if not hasattr(error, "missing"):
-                        break
-                if candidate.tp == 1 or not request.must_fit:
-                    break
-    assert refused is not None
-    raise refused
-
-
-def _solve(
-    folded: Folded,
-    mesh: Mesh,
-    request: Request,
-    candidate: Candidate,
-    training: Training,
-    recompute: str,
-    budget: float | None,
-) -> Found:
-    scale = candidate.micro_batch / candidate.dp / folded.traced.micro_batch
-    settings = Settings(mesh.device, training, candidate.passes(request), candidate.pp, scale)
-    axes = axes_of(mesh, candidate.dp, candidate.tp)
-    strategies: dict[str, dict[str, Strategy]] = {}
-    keyed: dict[str, dict[str, Strategy]] = {}
-    before: dict[str, Strategy] = {}
-    solution: SplitSolution | None = None
-    extra = 0.0
-    for axis in axes:
-        forced = replace(settings, forced=axis.name == "tp" and (request.tp or 1) > 1)
-        if axis.name == "dp":
-            solution = _solve_dp(folded, axis, forced, request.time_limit)
-        else:
-            problem = formulate_splits(folded, axis, forced, before)
-            if budget is not None:
-                problem.budget = budget * request.memory_share * usable_bytes(mesh) * candidate.pp
-                problem.in_flight = (candidate.pp + 1) / 2
-            solution = solve_splits(problem, request.time_limit)
-        strategies[axis.name] = {n: s for n, s in solution.chosen.items() if n != LOSS}
-        keyed[axis.name] = {folded.keys[n]: strategies[axis.name][n.name] for n in folded.representatives()}
-        if forced.forced:
-            _check_splits(folded, axis, strategies[axis.name])
-        if axis.name == "dp":
-            before = strategies["dp"]
-            extra = solution.bound
-    work = _work(folded, mesh, candidate) * settings.passes
-    bound = solution.bound if solution is not None else work
-    if len(axes) == 2:
-        shared = _work(folded, mesh, replace(candidate, tp=1)) * settings.passes
-        bound += max(0.0, extra - shared) / candidate.tp
-    choices = Choices(tuple((a.name, a.shards) for a in axes), (keyed,), (0,))
-    whole = localise(folded, choices)[0]
-    prices = Prices(mesh.device, {a.name: (a.size, a.link) for a in axes}, scale)
-    priced = price(whole, prices)
-    cuts = _cut_problem(folded, mesh, request, candidate, training, recompute, whole, priced, scale)
-    if not request.must_fit:
-        cuts = replace(cuts, limit=float("inf"))
-    else:
-        cuts = replace(cuts, limit=cuts.limit * request.memory_share)
-    cut = solve_cuts(cuts)
-    if cut is None:
-        raise _too_big(cuts, candidate, mesh, folded, request)
-    split = replace(choices, strategies=(keyed,) * candidate.pp)
-    syncs = sync_by_stage(folded, split, axes, training, cut.starts)
-    seconds = cut.seconds + max(syncs)
-    choices = replace(choices, starts=cut.starts, strategies=(keyed,) * candidate.pp)
-    return Found(candidate, choices, training, recompute, seconds, min(bound, seconds))
-
-
-def _check_splits(folded: Folded, axis: Axis, chosen: Mapping[str, Strategy]) -> None:
-    """Raise PartitionError where an axis that was asked for would leave every product whole."""
-    products = [n for n in folded.representatives() if is_contraction(info(n).name)]
-    if not products or any(chosen[n.name].shards_work for n in products):
-        return
-    sizes = sorted({s for n in products for o in n.all_input_nodes for s in info(o).shape if s > 1})
-    fits = [d for d in range(2, 65) if sum(s % d == 0 for s in sizes) > 1]
-    raise PartitionError(
-        f"{axis.name}={axis.size} splits nothing",
-        f"no matrix product has a dim that {axis.size} divides and that may be split; the sizes are "
-        f"{', '.join(map(str, sizes))}",
-        f"{axis.name}={', '.join(map(str, fits[:6]))}" if fits else "pp or dp",
-    )
-
-
-def _solve_dp(folded: Folded, axis: Axis, settings: Settings, time_limit: float | None) -> SplitSolution:
-    """The split along `dp`, which does not depend on the other axes: solved once for equal settings."""
-    key = (axis, repr(settings))
-    if key not in folded.solved:
-        folded.solved[key] = solve_splits(formulate_splits(folded, axis, settings, {}), time_limit)
-    return folded.solved[key]
-
-
-def _cut_problem(
-    folded: Folded,
-    mesh: Mesh,
-    request: Request,
-    candidate: Candidate,
-    training: Training,
-    recompute: str,
-    whole: StageGraph,
-    priced: Sequence[PricedRun],
-    scale: float,
-) -> CutProblem:
-    """Units, their times and bytes on one rank, from the graph localised as one stage."""
-    index_of = {id(nodes): i for i, nodes in enumerate(whole.runs)}
-    offset = 1 if whole.runs[0][0] == "" and len(whole.runs) == len(folded.runs) + 1 else 0
-    assert len(index_of) - offset == len(folded.runs)
-    units = priced[offset:]
-    setup = sum(r.forward for r in priced[:offset])
-    again = recompute == "full"
-    seconds = [
-        r.forward * (2 if again and is_block(r.label) else 1) + r.backward + (setup if i == 0 else 0.0)
-        for i, r in enumerate(units)
-    ]
-    local = {info(n).name: info(n) for n in placeholders(whole.graph, "parameter")}
-    users: dict[str, list[int]] = {}
-    for i, run in enumerate(folded.runs):
-        for parameter in used_parameters(run):
-            users.setdefault(info(parameter).name, []).append(i)
-    state = [0.0] * len(units)
-    shared = []
-    for name, where in users.items():
-        record = local[name]
-        nbytes = torch.Size(record.shape).numel() * training.state_bytes(record.dtype)
-        if len(where) == 1:
-            state[where[0]] += nbytes
-        else:
-            shared.append((tuple(where), nbytes))
-    kept = _kept_by_unit(folded, whole, scale, again)
-    transient = [2.0 * scale * max((info(n).bytes for n in nodes), default=0) for _, nodes in whole.runs[offset:]]
-    transient = [t + (k if again else 0.0) for t, k in zip(transient, kept[1], strict=True)]
-    cross = crossing(folded)
-    link = mesh.link(candidate.dp * candidate.tp, candidate.pp)
-    cut_seconds = []
-    for values in cross[:-1]:
-        sent = [info(n).bytes / len(info(n).shapes) * scale * (2 if info(n).grad else 1) for n, _ in values]
-        cut_seconds.append(sum(p2p_seconds(s, link) for s in sent) if candidate.pp > 1 else 0.0)
-    m = request.global_batch // candidate.micro_batch
-    flights = [in_flight(request.schedule or "1f1b", s, candidate.pp, m) for s in range(candidate.pp)]
-    return CutProblem(
-        candidate.pp, m, seconds, state, kept[0], transient, shared, cut_seconds, flights, usable_bytes(mesh)
-    )
-
-
-def _kept_by_unit(folded: Folded, whole: StageGraph, scale: float, again: bool) -> tuple[list[float], list[float]]:
-    """Bytes each unit keeps per micro-batch, and those it keeps only while it is run again."""
-    kept, inside = [], []
-    for run, values in zip(folded.runs, crossing(folded), strict=False):
-        nbytes = whole.kept.get(run.label, 0) * scale
-        if again and is_block(run.label):
-            kept.append(sum(info(n).bytes for n, _ in values) * scale)
-            inside.append(nbytes)
-        else:
-            kept.append(nbytes)
-            inside.append(0.0)
-    return kept, inside
-
-
-def _too_big(cuts: CutProblem, candidate: Candidate, mesh: Mesh, folded: Folded, request: Request) -> PartitionError:
-    """Say how many bytes the best even cut lacks, and where."""
-    total = sum(cuts.state) + sum(b for _, b in cuts.shared) + sum(k * cuts.in_flight[0] for k in cuts.kept)
-    largest_unit = max(range(len(cuts.state)), key=lambda i: cuts.state[i] + cuts.kept[i] + cuts.transient[i])
-    unit = cuts.state[largest_unit] + cuts.kept[largest_unit] + cuts.transient[largest_unit]
-    need = max(total / candidate.pp, unit) + max(cuts.transient)
-    missing = max(need - cuts.limit, 1.0)
-    smaller = "a smaller micro_batch"
-    if not folded.traced.mean_of_samples and request.micro_batch is None:
-        smaller += f" (the batch is one, because of {folded.traced.mixed_at})"
-    error = PartitionError(
-        f"no plan fits {mesh} with pp={candidate.pp} dp={candidate.dp} tp={candidate.tp} "
-        f"micro-batch {candidate.micro_batch}",
-        f"a stage needs about {bytes_text(need)} of the {bytes_text(cuts.limit)} a {mesh.device.name} can give: "
-        f"{bytes_text(missing)} short; largest: {folded.runs[largest_unit].label or 'the loss'} {bytes_text(unit)}",
-        f'more devices, recompute="full", zero=1, {smaller}, or precision="bfloat16"',
-    )
-    error.missing = missing  # type: ignore[attr-defined]
-    return error
+def _nothing_fits(space: Space, tried: Sequence[Point]) -> PartitionError:
+    raise NotImplementedError

@@ -101,7 +101,7 @@ class Table:
     axes        names of the axes inside a stage;  tp: ranks of the tensor-parallel one
     labels      of every position;  group: its class;  block: whether it is a numbered block
     state       parameter's node -> the positions that hold it, at each place
-    shared      node that every stage makes for itself -> the positions that need it
+    shared      node that every stage makes for itself -> the positions that need it, for each of its class
     tied        nodes that take the same option
     """
 
@@ -114,5 +114,5 @@ class Table:
     group: tuple[int, ...]
     block: tuple[bool, ...]
     state: dict[int, list[tuple[int, ...]]]
-    shared: dict[int, tuple[int, ...]]
+    shared: dict[int, list[tuple[int, ...]]]
     tied: list[list[int]]

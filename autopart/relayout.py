@@ -93,11 +93,12 @@ def steps(have: tuple[Placement, ...], want: tuple[Placement, ...], grad: bool) 
                 yield Step(axis, row, before, tuple(now))
 
 
-def row_seconds(row: Relayout, nbytes: float, size: int, link: Link, grad: bool, launch: float) -> tuple[float, float]:
-    """Seconds, forward and backward, to change a tensor of `nbytes` bytes (whole along this axis); `launch` is the
-    overhead of one kernel. What costs nothing forward or backward is still one kernel."""
+def row_seconds(row: Relayout, nbytes: Any, size: int, link: Link, grad: bool, launch: float) -> tuple[Any, Any]:
+    """Seconds, forward and backward, to change a tensor (or an array of them) of `nbytes` bytes (whole along this
+    axis); `launch` is the overhead of one kernel. What costs nothing forward or backward is still one kernel."""
     forward, backward = (
-        COLLECTIVE_SECONDS[name](nbytes, size, link) + launch if name else 0.0
+        COLLECTIVE_SECONDS[name](nbytes, size, link) + launch if name else 0.0 * nbytes
         for name in (row.forward, row.backward if grad else "")
     )
-    return max(forward, 0.0 if backward else launch), backward
+    free = not row.forward and not (grad and row.backward)
+    return forward + launch if free else forward, backward

@@ -1,189 +1,276 @@
-"""A decided plan in full: every stage localised and priced again, the schedule simulated."""
+"""A decided plan in full: every stage localised and priced again, node by node, and held against the search."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
-import torch
+from torch import fx
 
 from autopart.comm import p2p_seconds
-from autopart.cost import OPTIMIZER_STATES, Training, sync_seconds
+from autopart.cost import partial_sync_seconds
 from autopart.folded import Folded, used_parameters
-from autopart.graph import info, placeholders
-from autopart.mesh import Mesh
+from autopart.graph import Info, info
 from autopart.notation import Placement
-from autopart.passes.formulate import Axis
 from autopart.passes.localise import localise
 from autopart.passes.price import PricedRun, Prices, price
-from autopart.plan import (
-    Plan,
-    PlanRun,
-    PlanStage,
-    Signature,
-    shortened,
-)
-from autopart.request import Found, Request, axes_of, is_block
-from autopart.rules import has_rule, is_contraction
-from autopart.schedules import in_flight, instructions, simulate
-from autopart.stages import OWNED, Choices, Splits, StageGraph
+from autopart.plan import Plan, PlanRun, PlanStage, Signature, shortened, usable_bytes
+from autopart.planner import Found
+from autopart.request import is_block
+from autopart.rules import has_rule
+from autopart.space import Space
+from autopart.stages import OWNED, SETUP, SETUP_RUN, Choices, Splits, StageGraph
+
+EQUAL = 1e-6
+"""Relative difference of two sums of the same numbers."""
 
 
-def sync_by_stage(
-    folded: Folded, choices: Choices, axes: Sequence[Axis], training: Training, starts: Sequence[int]
-) -> list[float]:
-    """Seconds each stage needs to add up its gradients."""
-    ends = (*starts[1:], len(folded.runs))
-    result = []
-    for stage, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        parameters = dict.fromkeys(p for run in folded.runs[start:end] for p in used_parameters(run))
-        total = 0.0
-        for parameter in parameters:
-            placed = choices.placements(folded, (parameter, 0), stage)
-            shards = _shards(placed, [a.shards for a in axes])
-            for placement, axis in zip(placed, axes, strict=True):
-                total += sync_seconds(info(parameter), placement, axis.size, axis.link, shards, training)
-        result.append(total)
-    return result
-
-
-def _shards(placements: Sequence[Placement], sizes: Sequence[int]) -> int:
-    shards = 1
-    for placement, size in zip(placements, sizes, strict=True):
-        shards *= size if placement.kind == "S" else 1
-    return shards
-
-
-def write_out(folded: Folded, mesh: Mesh, request: Request, found: Found, started: float, model: str) -> Plan:
-    """The plan in full: every stage localised and priced again, the schedule simulated."""
-    candidate = found.candidate
-    axes = axes_of(mesh, candidate.dp, candidate.tp)
-    choices = replace(found.choices, axes=tuple((a.name, a.size) for a in axes))
-    graphs = localise(folded, choices)
-    prices = Prices(mesh.device, {a.name: (a.size, a.link) for a in axes})
-    syncs = sync_by_stage(folded, choices, axes, found.training, choices.starts)
-    m = request.global_batch // candidate.micro_batch
-    schedule = request.schedule or "1f1b"
-    stages: list[PlanStage] = []
-    distinct: list[Splits] = []
-    for graph, start, sync in zip(graphs, choices.starts, syncs, strict=True):
-        flights = in_flight(schedule, graph.index, candidate.pp, m)
-        index = next((i for i, d in enumerate(distinct) if d is choices.strategies[graph.index]), len(distinct))
-        distinct += [choices.strategies[graph.index]] if index == len(distinct) else []
-        end = choices.starts[graph.index + 1] if graph.index + 1 < candidate.pp else len(folded.runs)
-        modes = tuple(found.recompute if is_block(label) else "none" for label in folded.labels[start:end])
-        stages.append(_stage(folded, graph, price(graph, prices), start, index, modes, sync, found, flights))
-    link = mesh.link(candidate.dp * candidate.tp, candidate.pp)
-    edges = sorted({(c.producer, to) for g in graphs for c in g.sent for to in c.consumers})
-    latency = {(a, b): p2p_seconds(dict(stages[a].sends)[b], link) for a, b in edges}
-    timeline = simulate(
-        instructions(schedule, candidate.pp, m, edges),
-        [s.forward_seconds for s in stages],
-        [s.backward_seconds for s in stages],
-        latency,
-        [s.sync_seconds for s in stages],
-    )
+def write_out(space: Space, found: Found, started: float, model: str) -> Plan:
+    """The plan in full. Raises AssertionError where its price, node by node, is not what the search said."""
+    request, folded, point = space.request, space.folded, found.point
+    m = space.micro_batches(point)
+    distinct = list(dict.fromkeys(found.chosen))
+    splits = [_splits(space, found, chosen) for chosen in distinct]
+    stages = []
+    for index, start in enumerate(found.starts):
+        end = found.starts[index + 1] if index + 1 < point.pp else len(folded.labels)
+        at = distinct.index(found.chosen[index])
+        modes = found.recompute[start:end]
+        stages.append(price_stage(space, found, splits[at], at, index, (start, end), modes))
+    times = [s.forward_seconds + s.backward_seconds + s.sync_seconds / m + s.send_seconds for s in stages]
+    step = sum(times) + (m - 1) * max(times)
+    for index, (mine, theirs) in enumerate(zip(times, found.stage_seconds, strict=True)):
+        assert math.isclose(mine, theirs, rel_tol=EQUAL), f"stage {index} is {mine} s written out, {theirs} s searched"
+    if space.request.must_fit:
+        most = max(s.memory_bytes for s in stages)
+        assert most <= usable_bytes(space.mesh) * (1 + EQUAL), f"{most} bytes written out, searched to fit"
     missing = sorted({info(n).name for n in folded.representatives() if info(n).kind == "op"} - {"autopart.getitem"})
+    blocks = {mode for mode, label in zip(found.recompute, folded.labels, strict=True) if is_block(label)}
     return Plan(
         model=model,
-        mesh=mesh,
-        pp=candidate.pp,
-        dp=candidate.dp,
-        tp=candidate.tp,
-        micro_batch=candidate.micro_batch,
+        mesh=space.mesh,
+        pp=point.pp,
+        dp=point.dp,
+        tp=point.tp,
+        micro_batch=point.micro_batch,
         global_batch=request.global_batch,
-        schedule=schedule,
-        zero=found.training.zero,
-        recompute=found.recompute,
+        schedule=space.schedule,
+        zero=point.zero,
+        recompute=next(iter(blocks), "none") if len(blocks) < 2 else "mixed",
         precision=request.precision,
         optimizer=request.optimizer,
-        splits=tuple(distinct),
+        splits=tuple(splits),
         stages=tuple(stages),
-        step_seconds=timeline.seconds,
+        step_seconds=step,
         gap=max(0.0, 1.0 - found.bound / found.seconds),
         bound_seconds=found.bound,
-        status="optimal" if found.bound >= found.seconds * (1 - 1e-4) else "feasible",
+        status="optimal" if found.bound >= found.seconds * (1 - 1e-6) else "feasible",
         planning_seconds=time.monotonic() - started,
-        signature=Signature.of(folded.traced),
+        signature=Signature.of(folded),
         replicated=tuple(n for n in missing if not has_rule(n)),
-        notes=tuple(_notes(folded, choices, m)),
+        notes=tuple(_notes(space, found)),
     )
 
 
-def _notes(folded: Folded, choices: Choices, micro_batches: int) -> Iterator[str]:
-    if micro_batches > 1 and not folded.traced.mean_of_samples:
-        yield (
-            f"the loss mixes samples ({folded.traced.mixed_at}): it is the mean of {micro_batches} micro-batches' "
-            "losses, as in gradient accumulation, not that of the batch"
-        )
-    if any(name == "tp" for name, _ in choices.axes):
-        products = [n for n in folded.representatives() if is_contraction(info(n).name)]
-        work = {n: info(n).flops * folded.count[n] for n in products}
-        whole = [n for n in products if not choices.strategies[0]["tp"][folded.keys[n]].shards_work]
-        share = sum(work[n] for n in whole) / (sum(work.values()) or 1.0)
-        if share > 1e-3:
-            names = ", ".join(dict.fromkeys(info(n).module or shortened(info(n).name) for n in whole))
-            yield f"tp splits {1 - share:.1%} of the FLOPs of products; whole on every rank: {names}"
-
-
-def _stage(
-    folded: Folded,
-    graph: StageGraph,
-    priced: Sequence[PricedRun],
-    start: int,
-    splits: int,
-    recompute: tuple[str, ...],
-    sync: float,
-    found: Found,
-    flights: int,
-) -> PlanStage:
-    """One stage's report; equal neighbours are printed once."""
-    training = found.training
-    again = found.recompute == "full"
-    parameters = [info(n) for n in placeholders(graph.graph, "parameter")]
-    elements = {p.name: torch.Size(p.shape).numel() for p in parameters}
-    states = OPTIMIZER_STATES[training.optimizer]
-    shared = training.shared_by if training.zero else 1
-    memory = {
-        "parameters": sum(elements[p.name] * p.dtype.itemsize for p in parameters),
-        "gradients": sum(elements[p.name] * p.dtype.itemsize for p in parameters if p.grad),
-        "optimizer": sum(elements[p.name] * p.dtype.itemsize * states for p in parameters if p.grad) // shared,
-        "activations": flights * graph.kept_bytes,
-        "transient": 2 * max((info(n).bytes for _, nodes in graph.runs for n in nodes), default=0),
+def _splits(space: Space, found: Found, chosen: Sequence[int]) -> Splits:
+    """Axis -> key -> strategy, for the axes that have more than one rank."""
+    table = space.model(found.point).table
+    return {
+        axis: {
+            n.key: n.options[option][place]
+            for n, option in zip(table.nodes, chosen, strict=True)
+            if n.kind != "end" and not n.key.endswith("/update")
+        }
+        for place, axis in enumerate(table.axes)
+        if getattr(found.point, axis) > 1
     }
-    forward = sum(r.forward for r in priced)
-    backward = sum(r.backward for r in priced)
-    if again:
-        backward += sum(r.forward for r in priced if is_block(r.label))
-        memory["activations"] = flights * _recomputed_bytes(graph)
-        memory["transient"] += graph.kept_bytes // max(1, sum(is_block(r.label) for r in priced))
-    runs = []
-    shape = [
-        (r.label if not is_block(r.label) else r.label.rpartition(".")[0], len(r.lines), r.forward) for r in priced
+
+
+def choices_of(space: Space, found: Found, splits: Splits, starts: tuple[int, ...]) -> Choices:
+    """The choices under which a stage is localised: the same in every piece."""
+    point = found.point
+    axes = tuple((axis, getattr(point, axis)) for axis in ("dp", "tp") if axis in splits)
+    scale = point.micro_batch / space.folded.traced.micro_batch
+    return Choices(axes, (splits,) * len(starts), starts, scale, frozenset({"dp"}))
+
+
+def price_stage(
+    space: Space,
+    found: Found,
+    splits: Splits,
+    at: int,
+    index: int,
+    span: tuple[int, int],
+    modes: Sequence[str],
+) -> PlanStage:
+    """One stage from its runs, localised: those that stand at several of its positions are written once, and counted."""
+    folded, point = space.folded, found.point
+    runs = folded.sequence[slice(*span)]
+    pieces = sorted({0, min(runs), max(runs) + 1} - {len(folded.runs)})
+    choices = choices_of(space, found, splits, tuple(pieces))
+    (graph,) = localise(folded, choices, [pieces.index(min(runs))])
+    links = {axis: (size, space.priced(point).terms.sizes[axis][1]) for axis, size in choices.axes}
+    prices = price(graph, Prices(space.mesh.device, links))
+    priced = dict(zip(graph.indices, prices, strict=True))
+    counts = Counter((run, mode) for run, mode in zip(runs, modes, strict=True) if run in priced)
+    counts += Counter({(run, "none"): 1 for run in priced if run == SETUP_RUN})
+    link = space.between_stages(point)
+    crossings = [*graph.received, *graph.sent] if link is not None else []
+    return PlanStage(
+        first_run=span[0],
+        splits=at,
+        recompute=tuple(modes),
+        forward_seconds=sum(priced[run].forward * n for (run, _), n in counts.items()),
+        backward_seconds=sum((priced[run].backward + again(priced[run], mode)) * n for (run, mode), n in counts.items()),
+        sync_seconds=sum(_sync(space, found, choices, *held) for held in _parameters(folded, choices, span)),
+        send_seconds=sum(p2p_seconds(c.size, link) * (1 + c.grad) for c in crossings if link is not None),
+        memory=_memory(space, found, choices, graph, span, modes, index),
+        runs=tuple(_printed(folded, priced, span, modes)),
+        sends=tuple(_sends(space, found, graph, index)),
+    )
+
+
+def again(run: PricedRun, mode: str) -> float:
+    """Seconds that running a block again adds to its backward."""
+    return {"none": 0.0, "selective": run.cheap, "full": run.forward}[mode]
+
+
+Held = tuple[Info, tuple[Placement, ...], float]
+"""A parameter, its placement along every axis, its bytes on a rank."""
+
+
+def _parameters(folded: Folded, choices: Choices, span: tuple[int, int]) -> Iterator[Held]:
+    """The parameters of a stage, each once."""
+    seen = set()
+    for position in range(*span):
+        for node in used_parameters(folded.runs[folded.sequence[position]]):
+            name = folded.parameter_at(position, node)
+            if name not in seen:
+                seen.add(name)
+                placed = choices.placements(folded, (node, 0), 0)
+                yield info(node), placed, choices.size((node, 0), placed)
+
+
+def _sums(choices: Choices, record: Info, placed: Sequence[Placement], axis: str) -> bool:
+    """Whether a parameter's gradient is a partial sum over an axis."""
+    names = [name for name, _ in choices.axes]
+    return record.grad and axis in names and placed[names.index(axis)].kind == "C"
+
+
+def _sync(
+    space: Space, found: Found, choices: Choices, record: Info, placed: Sequence[Placement], nbytes: float
+) -> float:
+    training, sizes = space.training(found.point), space.priced(found.point).terms.sizes
+    over_tp = _sums(choices, record, placed, "tp")
+    partial = partial_sync_seconds(nbytes, *sizes["tp"]) if over_tp else 0.0
+    return training.sync_seconds(nbytes, _sums(choices, record, placed, "dp")) + partial
+
+
+def _memory(
+    space: Space,
+    found: Found,
+    choices: Choices,
+    graph: StageGraph,
+    span: tuple[int, int],
+    modes: Sequence[str],
+    index: int,
+) -> dict[str, float]:
+    """Bytes of one rank of a stage."""
+    folded, training = space.folded, space.training(found.point)
+    parts, gathered = [0.0, 0.0, 0.0], Counter[int]()
+    for record, placed, nbytes in _parameters(folded, choices, span):
+        shared = _sums(choices, record, placed, "dp")
+        parts = [a + b for a, b in zip(parts, training.memory(nbytes, record.grad, shared), strict=True)]
+    for run in set(folded.sequence[slice(*span)]):
+        for node in used_parameters(folded.runs[run]):
+            placed = choices.placements(folded, (node, 0), 0)
+            nbytes = choices.size((node, 0), placed)
+            gathered[run] += 2 * training.gathered(nbytes, _sums(choices, info(node), placed, "dp"))
+    counts = Counter(zip(folded.sequence[slice(*span)], modes, strict=True))
+    flights = space.in_flight(found.point, index)
+    inside = Counter[int]()
+    for kept in graph.kept.values():
+        for run in kept.runs if not kept.shared else ():
+            inside[run] += kept.size
+    rerun = [run for run, mode in counts if mode != "none"]
+    nodes = dict(zip(graph.indices, (nodes for _, nodes in graph.runs), strict=True))
+    kept = sum(kept.size for kept in graph.kept.values() if kept.shared) + inside[-1]
+    kept += sum((_kept(nodes[run], mode) if mode != "none" else inside[run]) * n for (run, mode), n in counts.items())
+    if rerun:
+        blocks = {run for position, run in enumerate(folded.sequence) if is_block(folded.labels[position])}
+        taken = {n for run in blocks & nodes.keys() for n in _taken(nodes[run]) if info(n).several}
+        kept += sum(info(n).size for n in taken)
+    largest = max((info(n).size for _, nodes in graph.runs for n in nodes), default=0.0)
+    transient = 2 * largest + max(gathered.values(), default=0.0) + max((inside[run] for run in rerun), default=0.0)
+    names = ("parameters", "gradients", "optimizer", "activations", "transient")
+    return dict(zip(names, (*parts, flights * kept, transient), strict=True))
+
+
+def _kept(nodes: Sequence[fx.Node], mode: str) -> float:
+    """Bytes that a block keeps for a micro-batch where it is run again, besides what other blocks take too."""
+    products = [info(n) for n in nodes if mode == "selective" and info(n).product and not info(n).view]
+    taken = [info(n) for n in _taken(nodes)]
+    return sum(r.size + r.inner for r in products) + sum(r.size for r in taken if not r.several)
+
+
+def _taken(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The values that a run takes from outside; parameters and buffers are there anyway."""
+    inside = set(nodes)
+    taken = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside)
+    return [n for n in taken if info(n).kind not in OWNED]
+
+
+def _sends(space: Space, found: Found, graph: StageGraph, index: int) -> Iterator[tuple[int, int]]:
+    """(stage, bytes) of what a stage sends, for each that takes it."""
+    starts, total = found.starts, Counter[int]()
+    for crossing in graph.sent:
+        node, output = crossing.value
+        users = space.folded.user_positions(node, output, starts[index + 1] - 1 if index + 1 < len(starts) else 0)
+        for to in {bisect_right(starts, position) - 1 for position in users} - {index}:
+            total[to] += round(crossing.size)
+    yield from sorted(total.items())
+
+
+def _printed(
+    folded: Folded, priced: Mapping[int, PricedRun], span: tuple[int, int], modes: Sequence[str]
+) -> Iterator[PlanRun]:
+    """What is printed of a stage: equal neighbours once."""
+    if SETUP_RUN in priced:
+        run = priced[SETUP_RUN]
+        yield PlanRun((SETUP,), run.forward + run.backward, run.lines)
+    rows = [
+        (folded.labels[p], priced[folded.sequence[p]], mode)
+        for p, mode in zip(range(*span), modes, strict=True)
+        if folded.sequence[p] in priced
     ]
-    for _, group in groupby(zip(shape, priced, strict=True), key=lambda pair: pair[0]):
-        members = [run for _, run in group]
-        each = members[0].forward + members[0].backward
-        runs.append(PlanRun(tuple(r.label for r in members), each, members[0].lines))
-    sends: dict[int, int] = {}
-    for c in graph.sent:
-        for to in c.consumers:
-            sends[to] = sends.get(to, 0) + torch.Size(c.shape).numel() * c.dtype.itemsize
-    return PlanStage(start, splits, recompute, forward, backward, sync, memory, tuple(runs), tuple(sorted(sends.items())))
+
+    def shape(row: tuple[str, PricedRun, str]) -> tuple[object, ...]:
+        label, run, mode = row
+        return label.rpartition(".")[0] if is_block(label) else label, len(run.lines), run.forward, mode
+
+    for _, group in groupby(rows, key=shape):
+        members = list(group)
+        _, run, mode = members[0]
+        yield PlanRun(tuple(label for label, _, _ in members), run.forward + run.backward + again(run, mode), run.lines)
 
 
-def _recomputed_bytes(graph: StageGraph) -> int:
-    """Bytes kept per micro-batch when numbered blocks keep their inputs alone."""
-    total = 0
-    for label, nodes in graph.runs:
-        if not is_block(label):
-            continue
-        inside = set(nodes)
-        total += sum(
-            info(n).bytes
-            for n in dict.fromkeys(i for node in nodes for i in node.all_input_nodes)
-            if n not in inside and info(n).kind not in OWNED
+def _notes(space: Space, found: Found) -> Iterator[str]:
+    folded, m = space.folded, space.micro_batches(found.point)
+    if m > 1 and not folded.traced.mean_of_samples:
+        yield (
+            f"the loss mixes samples ({folded.traced.mixed_at}): it is the mean of {m} micro-batches' losses, as in "
+            "gradient accumulation, not that of the batch"
         )
-    return total
+    if found.point.tp > 1:
+        table = space.model(found.point).table
+        tp = table.axes.index("tp")
+        work = {i: n.flops * max(1, table.group.count(n.group)) for i, n in enumerate(table.nodes) if n.product}
+        whole = [i for i in work if not table.nodes[i].options[found.chosen[0][i]][tp].shards_work]
+        share = sum(work[i] for i in whole) / (sum(work.values()) or 1.0)
+        if share > 1e-3:
+            names = ", ".join(dict.fromkeys(table.nodes[i].key.partition("/")[0] or table.nodes[i].key for i in whole))
+            yield f"tp splits {1 - share:.1%} of the FLOPs of products; whole on every rank: {names}"

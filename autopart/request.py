@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from autopart.cost import OPTIMIZER_STATES, Training
+from autopart.cost import OPTIMIZER_STATES
 from autopart.errors import PartitionError
 from autopart.mesh import Mesh
-from autopart.passes.formulate import Axis
 from autopart.schedules import SCHEDULES
-from autopart.stages import Choices
 
 
 @dataclass(frozen=True)
@@ -27,9 +25,9 @@ class Request:
     precision: str = "float32"
     optimizer: str = "adamw"
     time_limit: float | None = None
+    nodes: int | None = None
+    """Points of the search that are looked at; unlike a time limit it gives the same plan every time."""
     must_fit: bool = True
-    memory_share: float = 1.0
-    """Of what a device can give; lowered where a plan, written out, took more than the search had reckoned."""
 
     @property
     def first_micro_batch(self) -> int:
@@ -41,8 +39,8 @@ class Request:
         for name, value, known in (
             ("schedule", self.schedule, SCHEDULES),
             ("optimizer", self.optimizer, OPTIMIZER_STATES),
-            ("recompute", self.recompute, ("none", "full")),
-            ("zero", self.zero, (0, 1)),
+            ("recompute", self.recompute, ("none", "selective", "full")),
+            ("zero", self.zero, (0, 1, 2, 3)),
         ):
             if value is not None and value not in known:
                 raise PartitionError(f"{name}={value!r} is not known", try_=f"one of {', '.join(map(str, known))}")
@@ -78,31 +76,22 @@ class Request:
         return request
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One point of the outer search, with the least time it could take."""
+@dataclass(frozen=True, order=True)
+class Point:
+    """One point of the outer search: degrees, samples of a micro-batch over all ranks, ZeRO level."""
 
     pp: int
     dp: int
     tp: int
     micro_batch: int
-    bound: float = 0.0
+    zero: int = 0
 
-    def passes(self, request: Request) -> float:
+    def passes(self, global_batch: int) -> float:
         """How often the time of all stages together counts: sum(f) + (m - 1) max(f) >= sum(f) (1 + (m - 1) / pp)."""
-        return 1 + (request.global_batch // self.micro_batch - 1) / self.pp
+        return 1 + (global_batch // self.micro_batch - 1) / self.pp
 
-
-@dataclass(frozen=True)
-class Found:
-    """A candidate's best plan so far, before it is written out."""
-
-    candidate: Candidate
-    choices: Choices
-    training: Training
-    recompute: str
-    seconds: float
-    bound: float
+    def __str__(self) -> str:
+        return f"pp={self.pp} dp={self.dp} tp={self.tp} micro-batch {self.micro_batch} zero {self.zero}"
 
 
 def divisors(number: int) -> list[int]:
@@ -111,14 +100,3 @@ def divisors(number: int) -> list[int]:
 
 def divisor_near(number: int, wanted: int) -> int:
     return min(divisors(number), key=lambda d: abs(d - wanted))
-
-
-def axes_of(mesh: Mesh, dp: int, tp: int) -> list[Axis]:
-    """The axes inside a stage that have more than one rank."""
-    strides = {"dp": tp, "tp": 1}
-    return [Axis(name, size, mesh.link(strides[name], size)) for name, size in (("dp", dp), ("tp", tp)) if size > 1]
-
-
-def is_block(label: str) -> bool:
-    """Whether a run is a numbered block, the kind that is recomputed."""
-    return label.rpartition(".")[2].isdigit()

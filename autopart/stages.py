@@ -17,8 +17,8 @@ from autopart.rules import Shape, Strategy, local_shape
 Value = tuple[fx.Node, int]
 Placements = tuple[Placement, ...]
 Splits = Mapping[str, Mapping[str, Strategy]]
-SETUP = ""
-"""The label of the run that holds what every block of a stage shares."""
+SETUP, SETUP_RUN = "", -1
+"""Label and index of the run that holds what every block of a stage shares."""
 
 
 OWNED = ("parameter", "buffer", "stream")
@@ -27,7 +27,8 @@ OWNED = ("parameter", "buffer", "stream")
 
 @dataclass(frozen=True)
 class Crossing:
-    """A value sent between stages: its name, shape and bytes on a rank, and who makes and takes it."""
+    """A value sent between stages: its name, shape and bytes on a rank, who makes and takes it, and what it is in the
+    folded graph."""
 
     name: str
     producer: int
@@ -35,15 +36,17 @@ class Crossing:
     shape: Shape
     dtype: torch.dtype
     grad: bool
-    size: float = 0.0
+    value: Value
+    size: float
 
 
 @dataclass
 class Kept:
-    """Memory that autograd keeps for a micro-batch: bytes, and the runs (in the folded graph; -1: what blocks share)
-    that keep it."""
+    """Memory that autograd keeps for a micro-batch: bytes, whether several runs keep it, and the runs (in the folded
+    graph; -1: what blocks share) of this stage that do."""
 
     size: float
+    shared: bool
     runs: set[int] = field(default_factory=set)
 
 
@@ -65,6 +68,8 @@ class StageGraph:
     index: int
     graph: fx.Graph = field(default_factory=fx.Graph)
     runs: list[tuple[str, list[fx.Node]]] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    """Of every run in the folded graph."""
     inputs: list[str] = field(default_factory=list)
     received: list[Crossing] = field(default_factory=list)
     sent: list[Crossing] = field(default_factory=list)

@@ -18,7 +18,7 @@ from autopart.cost import Training, Work, partial_sync_seconds, work_seconds
 from autopart.mesh import Device, Link
 from autopart.notation import Placement
 from autopart.problem import Chain, Flow, Keep, Node, Placements, Table, Value
-from autopart.relayout import Step, row_seconds
+from autopart.relayout import Relayout, Step, row_seconds
 
 Array = NDArray[np.float64]
 Path = tuple[Placements, ...]
@@ -66,7 +66,7 @@ class Sizes:
         self.rate = np.array([n.rate for n, _ in options])
         self.again = np.array([float(n.again) for n, _ in options])
         self.runs = np.array([float(n.runs) for n, _ in options])
-        self.means = np.array([float(any(s.local == "mean" for s in n.options[o])) for n, o in options])
+        self.means = np.array([[self._mean(n, o, axis) for axis in ("dp", "tp")] for n, o in options])
         self.grad = np.array([float(n.grad) for n, _ in options])
         self.product = np.array([float(n.product) for n, _ in options])
         self.weight = np.array([self._weight(n, o) for n, o in options])
@@ -77,6 +77,9 @@ class Sizes:
             for (have, _), chain in flow.chains.items():
                 for key, step in zip(paths(chain), chain, strict=True):
                     self.changes[index, have, key] = step, value
+        self.kinds: dict[tuple[str, Relayout, bool], list[int]] = {}
+        for i, (step, value) in enumerate(self.changes.values()):
+            self.kinds.setdefault((table.axes[step.axis], step.row, value.grad), []).append(i)
         self.whole = np.array([self._whole(s, v) for s, v in self.changes.values()]).reshape(-1, 4)
         self.after = np.array([self.four(v, s.after) for s, v in self.changes.values()]).reshape(-1, 4)
         self.kept: dict[tuple[int, Placements], int] = {}
@@ -141,6 +144,10 @@ class Sizes:
             return False
         return node.given(option)[self.table.axes.index(axis)].kind == "C"
 
+    def _mean(self, node: Node, option: int, axis: str) -> bool:
+        """Whether ranks of an axis each take a mean, so that their results are divided by their number."""
+        return axis in self.table.axes and node.options[option][self.table.axes.index(axis)].local == "mean"
+
     def _whole(self, step: Step, value: Value) -> Array:
         """Bytes that a change moves: those of the value, whole along its axis."""
         return self._cut(value.bytes, value.batch, [p.kind == "S" and i != step.axis for i, p in enumerate(step.before)])
@@ -177,17 +184,19 @@ class Prices:
         self.made, self.inner = sizes.made @ basis, sizes.inner @ basis
         work = Work(sizes.flops @ basis, sizes.moved @ basis, sizes.rate, sizes.again, sizes.runs)
         seconds = work_seconds(work, device)
-        mean = work_seconds(Work(0.0, 2 * self.made, np.inf, sizes.grad, sizes.means), device)
+        ranks = {axis: count for axis, (count, _) in terms.sizes.items()}
+        divided = sizes.means @ [ranks.get("dp", 1) > 1, ranks.get("tp", 1) > 1]
+        mean = work_seconds(Work(0.0, 2 * self.made, np.inf, sizes.grad, np.minimum(divided, 1.0)), device)
         self.forward, self.backward = seconds.forward + mean.forward, seconds.backward + mean.backward
         self.product = sizes.product * seconds.forward
         self.results = sizes.product * (self.made + self.inner)
         self.memory, self.after = sizes.memory @ basis, sizes.after @ basis
         nbytes, launch = sizes.whole @ basis, device.launch_seconds
-        pairs = [
-            row_seconds(step.row, nbytes[i], *terms.sizes[sizes.table.axes[step.axis]], value.grad, launch)
-            for i, (step, value) in enumerate(sizes.changes.values())
-        ]
-        self.change_forward, self.change_backward = np.array(pairs).reshape(-1, 2).T
+        self.change_forward, self.change_backward = np.zeros(len(nbytes)), np.zeros(len(nbytes))
+        for (axis, row, grad), where in sizes.kinds.items():
+            if ranks[axis] > 1:
+                seconds_of = row_seconds(row, nbytes[where], *terms.sizes[axis], grad, launch)
+                self.change_forward[where], self.change_backward[where] = seconds_of
         count = len(sizes.weight)
         self.parts, self.sync, self.gathered = np.zeros((count, 3)), np.zeros(count), np.zeros(count)
         for i in np.flatnonzero(sizes.weight):
@@ -280,10 +289,11 @@ def _weigh_nodes(found: Weighed, prices: Prices, at: NDArray[np.int_]) -> None:
         found.kept[0][positions] = prices.inner[mine].sum()
         found.kept[1][positions] = prices.results[mine].sum()
         found.largest[positions] = prices.made[mine].max(initial=0.0)
-    for index, users in table.shared.items():
+    for index, places in table.shared.items():
         i = at[index]
         seconds = float(prices.forward[i]), float(prices.backward[i])
-        found.items.append(Item(users, *seconds, float(prices.inner[i]), largest=float(prices.made[i])))
+        for users in places:
+            found.items.append(Item(users, *seconds, float(prices.inner[i]), largest=float(prices.made[i])))
 
 
 def _weigh_parameters(found: Weighed, prices: Prices, at: NDArray[np.int_]) -> None:
@@ -335,10 +345,10 @@ def _weigh_flow(
             takers = {users[u] for u in outside if wants[u] == placed or not (several or summed)}
             enters = tuple(sorted(p for p in takers if table.block[p]))
             held = float(sizes.four(value, placed) @ prices.terms.basis) if enters else 0.0
-            if len(enters) == 1:
-                found.entered[enters[0]] += held
-            elif enters:
+            if enters and several:
                 found.items.append(Item(enters, entered=held))
+            elif enters:
+                found.entered[enters[0]] += held
         if home >= 0 and link is not None:
             size = float(sizes.four(value, wants[outside[0]] if summed else have) @ prices.terms.basis)
             seconds = (link.latency_seconds + size / link.bandwidth) * (1 + value.grad)
@@ -347,7 +357,7 @@ def _weigh_flow(
 
 def _needing(table: Table, flow: Flow) -> tuple[int, ...]:
     """Positions that need what a stage's own nodes make of a flow."""
-    return tuple(sorted({p for node, _ in flow.uses for p in table.shared.get(node, ())}))
+    return tuple(sorted({p for node, _ in flow.uses for users in table.shared.get(node, ()) for p in users}))
 
 
 def _weigh_keep(found: Weighed, prices: Prices, chosen: Sequence[int], index: int, keep: Keep) -> None:
@@ -359,7 +369,7 @@ def _weigh_keep(found: Weighed, prices: Prices, chosen: Sequence[int], index: in
         for kind in dict.fromkeys(placed):
             held = float(prices.memory[prices.sizes.kept[index, kind]])
             positions = tuple(sorted({p for p, k in zip(places, placed, strict=True) if k == kind}))
-            if len(positions) == 1:
+            if len(set(places)) == 1:
                 found.kept[0][positions[0]] += held
             else:
                 found.items.append(Item(positions, kept=held))

@@ -38,10 +38,10 @@ END = "loss"
 Hints = Mapping[tuple[fx.Node, int], set[Placement]]
 
 
-def formulate(folded: Folded, device: Device, dp: bool, tp: int, forced: bool = False) -> Table:
-    """The table for `tp` ranks along the tensor-parallel axis and, if `dp`, any number along the data-parallel one.
-    With `forced`, every product's weights have to be split over `tp`."""
-    axes = (*(["dp"] if dp else []), *(["tp"] if tp > 1 else []))
+def formulate(folded: Folded, device: Device, tp: int, forced: bool = False) -> Table:
+    """The table for `tp` ranks along the tensor-parallel axis and any number along the data-parallel one. With
+    `forced`, every product's weights have to be split over `tp`."""
+    axes = ("dp", "tp") if tp > 1 else ("dp",)
     return _Builder(folded, device, axes, tp, forced).table()
 
 
@@ -232,7 +232,7 @@ class _Builder:
             state[index].append(tuple(positions))
         return dict(state)
 
-    def _shared(self, used: Used) -> dict[int, tuple[int, ...]]:
+    def _shared(self, used: Used) -> dict[int, list[tuple[int, ...]]]:
         """Nodes that every stage computes for itself, with the positions that need them, at second hand too."""
         needed: dict[fx.Node, set[int]] = defaultdict(set)
         for (source, _, home, _), uses in used.items():
@@ -241,7 +241,11 @@ class _Builder:
         for node in reversed(self.folded.free):
             for source in node.all_input_nodes:
                 needed[value_of(source)[0]] |= needed[value_of(node)[0]]
-        return {self.index[n]: tuple(sorted(needed[n])) for n in self.folded.free if n in self.index}
+        shared: dict[int, list[tuple[int, ...]]] = defaultdict(list)
+        for node in self.folded.free:
+            if not is_pick(node):
+                shared[self.index[self.folded.same[node]]].append(tuple(sorted(needed[node])))
+        return dict(shared)
 
 
 def _regions(sequence: Sequence[int]) -> dict[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,17 +19,18 @@ from autopart.instead import Call, instead
 from autopart.notation import P, Placement, R
 from autopart.relayout import runtime_function, steps
 from autopart.rules import Shape, Strategy, flatten, is_contraction, local_args
-from autopart.stages import SETUP, Choices, Crossing, Kept, Placements, StageGraph, Value
+from autopart.stages import SETUP, SETUP_RUN, Choices, Crossing, Kept, Placements, StageGraph, Value
 
 Uses = dict[Value, list[tuple[fx.Node, int]]]
 
 
-def localise(folded: Folded, choices: Choices) -> list[StageGraph]:
-    """Cut the graph into stages and rewrite each for one rank."""
+def localise(folded: Folded, choices: Choices, indices: Iterable[int] | None = None) -> list[StageGraph]:
+    """Cut the graph into stages and rewrite each (those of `indices`, else all) for one rank."""
     stage_of = _stages(folded, choices)
     uses = _uses(folded)
     crossings = _crossings(folded, choices, stage_of, uses)
-    return [_Localiser(folded, choices, stage_of, crossings, uses, s).run() for s in range(len(choices.starts))]
+    wanted = range(len(choices.starts)) if indices is None else indices
+    return [_Localiser(folded, choices, stage_of, crossings, uses, s).run() for s in wanted]
 
 
 def _stages(folded: Folded, choices: Choices) -> dict[fx.Node, int]:
@@ -75,7 +76,7 @@ def _crossings(
         consumers = tuple(sorted({stage_of[user] for user, _ in away}))
         record = info(node)
         name = node.name if len(record.shapes) == 1 else f"{node.name}_{index}"
-        crossing = Crossing(name, home, consumers, shape, record.dtypes[index], record.grad, size)
+        crossing = Crossing(name, home, consumers, shape, record.dtypes[index], record.grad, value, size)
         crossings[value] = crossing, placed
     return crossings
 
@@ -97,9 +98,9 @@ class _Localiser:
         self.made: dict[tuple[Value, Placements], fx.Node] = {}
         self.moved: dict[tuple[fx.Node, Placements, int], fx.Node] = {}
         self.streams: dict[str, fx.Node] = {}
-        self.runs: dict[int, tuple[str, list[fx.Node]]] = {-1: (SETUP, [])}
+        self.runs: dict[int, tuple[str, list[fx.Node]]] = {SETUP_RUN: (SETUP, [])}
         self.uses = uses
-        run_of = folded.run_of()
+        self.run_of = run_of = folded.run_of()
         self.home = {n: run_of[n] if n in run_of and stage_of[n] == index else -1 for n in folded.same}
 
     def run(self) -> StageGraph:
@@ -120,7 +121,8 @@ class _Localiser:
         if self.stage_of[loss] == stage.index:
             results = [self._place(value_of(loss), (R,) * len(self.choices.axes), self.home[loss])]
         graph.output(results[0] if len(results) == 1 else tuple(results))
-        stage.runs = [self.runs[i] for i in sorted(self.runs) if self.runs[i][1]]
+        stage.indices = [i for i in sorted(self.runs) if self.runs[i][1]]
+        stage.runs = [self.runs[i] for i in stage.indices]
         _reorder(stage)
         self._keep([*needed, *mine])
         return stage
@@ -182,6 +184,10 @@ class _Localiser:
             return crossed[1]
         return self.choices.placements(self.folded, value, self.stage.index)
 
+    def _several(self, value: Value) -> bool:
+        """Whether several runs of the model use a value."""
+        return len({self.run_of.get(user, SETUP_RUN) for user, _ in self.uses[value]}) > 1
+
     def _local(self, shape: Shape, placements: Placements) -> Shape:
         return self.choices.local(shape, placements)
 
@@ -199,6 +205,7 @@ class _Localiser:
             shapes=(self._local(record.shapes[index], placements),),
             dtypes=(record.dtypes[index],),
             size=self._size(value, placements),
+            several=self._several(value),
             placed=tuple((axis, str(p)) for p, (axis, _) in zip(placements, self.choices.axes, strict=True)),
             whole=record.shapes[index],
         )
@@ -212,13 +219,10 @@ class _Localiser:
         return node
 
     def _place(self, value: Value, want: Placements, run: int) -> fx.Node:
-        """The value in another placement; the change is made once in a run, or where the value is made if
-        several runs need it or it is a partial sum."""
+        """The value in another placement; the change is made in the run that needs it, or where the value is made if
+        several runs do or it is a partial sum."""
         have = self._given(value)
-        users = {
-            self.home[u] for u, _ in self.uses[value] if self.stage_of.get(u, self.stage.index) == self.stage.index
-        }
-        at = run if len(users) <= 1 and P not in have else self.home[value[0]]
+        at = self.home[value[0]] if self._several(value) or P in have else run
         node, record = self.made[value, have], info(value[0])
         shape = record.shapes[value[1]]
         for step in steps(have, want, record.grad):
@@ -238,6 +242,7 @@ class _Localiser:
                     shapes=(self._local(shape, step.after),),
                     dtypes=(record.dtypes[value[1]],),
                     size=self._size(value, step.after),
+                    several=self._several(value),
                     note=note.rstrip(".") or f"{before} to {after} over {name}",
                     flops=0.0,
                     view=False,
@@ -265,7 +270,15 @@ class _Localiser:
         placed = [tuple(s.outputs[i] for s in chosen) for i in range(len(record.shapes))]
         sizes = [self._size((node, i), p) for i, p in enumerate(placed)]
         grow = max(self.choices.grow(info(n)) for n in (node, *node.all_input_nodes))
-        local = replace(record, shapes=tuple(outputs), size=sum(sizes), flops=record.flops * grow / share, note=note)
+        local = replace(
+            record,
+            shapes=tuple(outputs),
+            size=sum(sizes),
+            several=self._several((node, 0)),
+            flops=record.flops * grow / share,
+            inner=record.inner * self.choices.grow(record) / share,
+            note=note,
+        )
         target, kwargs = node.target, dict(node.kwargs)
         along = [(axis, s) for s, (axis, _) in zip(chosen, self.choices.axes, strict=True)]
         found = instead(Call(node, args, along, self.stage, self.streams))
@@ -288,6 +301,7 @@ class _Localiser:
                     shapes=(outputs[index],),
                     dtypes=(record.dtypes[index],),
                     size=sizes[index],
+                    several=self._several((node, index)),
                     view=True,
                 )
                 picked = self._add(run, operator.getitem, (result, index), {}, one)
@@ -302,14 +316,14 @@ class _Localiser:
                 continue
             chosen = self.choices.of(self.folded, node, self.stage.index)
             inner = record.inner * self.choices.grow(record) / self.choices.shares(chosen)
-            kept = [(node.name, (), inner)]
+            kept: list[tuple[str, Placements, float, bool]] = [(node.name, (), inner, False)]
             for root in record.keeps:
                 made = by_name[root]
                 placements = self._kept_as(node, made, chosen)
                 size = info(made).bytes * self.choices.grow(info(made)) / self.choices.parts(placements)
-                kept.append((root, placements, size))
-            for name, placements, size in kept:
-                entry = self.stage.kept.setdefault((name, placements), Kept(size))
+                kept.append((root, placements, size, len(self.folded.keepers[root]) > 1))
+            for name, placements, size, shared in kept:
+                entry = self.stage.kept.setdefault((name, placements), Kept(size, shared))
                 entry.runs.add(self.home[node])
 
     def _kept_as(self, node: fx.Node, root: fx.Node, chosen: Sequence[Strategy]) -> Placements:

@@ -17,6 +17,9 @@ import numpy as np
 from autopart.problem import Flow, Placements
 from autopart.weigh import Array, Sizes, paths
 
+PRIMAL = 4
+"""HiGHS's name for the primal simplex method: the last basis stays feasible when the objective changes."""
+
 INTEGRAL = 1e-6
 """How far from a whole number a solution may be."""
 
@@ -54,6 +57,7 @@ class Solver:
         self._kept()
         self.highs = self._pass()
         self.narrowed: list[int] = []
+        self.solved = False
 
     def options(self, node: int) -> list[int]:
         """The variables of a node."""
@@ -66,6 +70,9 @@ class Solver:
         scale = 1.0 / max(float(np.abs(costs).max(initial=0.0)), 1e-300)
         every = np.zeros(self.columns)
         every[: self.priced] = costs * scale
+        if self.solved:
+            self.highs.setOptionValue("simplex_strategy", PRIMAL)
+        self.solved = True
         self.highs.changeColsCost(self.columns, np.arange(self.columns, dtype=np.int32), every)
         self.highs.run()
         if self.highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
