@@ -27,8 +27,8 @@ from autopart.passes.fuse import fuse
 from autopart.passes.localise import localise
 from autopart.passes.simplify import simplify
 from autopart.passes.trace import trace
-from autopart.plan import Estimate, Plan, usable_bytes
-from autopart.planner import search, solve_candidate
+from autopart.plan import Estimate, Plan
+from autopart.planner import search
 from autopart.report import write_out
 from autopart.request import Request
 from autopart.runtime.compiled import Compiled, Program
@@ -38,6 +38,7 @@ from autopart.runtime.simulated import run_simulated
 from autopart.runtime.watchdog import start_watchdog
 from autopart.schedules import instructions
 from autopart.schedules import verify as verify_schedule
+from autopart.space import Space
 from autopart.stages import Choices, StageGraph
 
 if TYPE_CHECKING:
@@ -303,19 +304,8 @@ def make_plan(source: Source, mesh: Mesh, request: Request, say: Callable[[str],
     started = time.monotonic()
     request = request.check(mesh)
     peak(mesh.device, source.dtype)
-    samples = request.first_micro_batch
-    folded = source.at(samples, mesh)
-    while True:
-        found = search(folded, mesh, request, say)
-        size = found.candidate.micro_batch
-        if size != samples:
-            again = solve_candidate(source.at(size, mesh), mesh, request, found.candidate)
-            found = replace(again, bound=min(found.bound, again.seconds))
-        plan = write_out(source.at(size, mesh), mesh, request, found, started, type(source.model).__name__)
-        if plan.fits or not request.must_fit:
-            return plan
-        over = max(plan.memory_bytes) / usable_bytes(mesh)
-        request = replace(request, memory_share=request.memory_share / over * 0.98)
+    space = Space(source.at(min(2, request.global_batch), mesh), mesh, request)
+    return write_out(space, search(space, say), started, type(source.model).__name__)
 
 
 def _agreed(given: Plan | None, seed: int | None, make: Callable[[], Plan]) -> tuple[Plan, int]:

@@ -50,6 +50,7 @@ class PlanStage:
                       products alone ("selective") or its inputs alone ("full") and compute the others again
     forward_seconds   per micro-batch, communication included; backward_seconds likewise
     sync_seconds      to add up gradients, once a step
+    send_seconds      for what it sends and receives, per micro-batch
     memory            what takes how many bytes: parameters, gradients, optimizer, activations, transient
     sends             (stage, bytes per micro-batch) for every stage it sends to
     """
@@ -60,14 +61,15 @@ class PlanStage:
     forward_seconds: float
     backward_seconds: float
     sync_seconds: float
-    memory: Mapping[str, int]
+    send_seconds: float
+    memory: Mapping[str, float]
     runs: tuple[PlanRun, ...]
     sends: tuple[tuple[int, int], ...] = ()
 
     @property
     def memory_bytes(self) -> int:
         """All of `memory`."""
-        return sum(self.memory.values())
+        return round(sum(self.memory.values()))
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,9 @@ class Plan:
     micro_batch       samples of one micro-batch, over all data-parallel ranks; global_batch those of a step
     recompute         "none", "selective" or "full" where all blocks do so, else "mixed"; each stage says it for its runs
     splits            the ways stages are split: axis -> node -> strategy, for one node of every class of equal blocks
-    step_seconds      predicted by simulating the schedule;  bound_seconds: no plan of the search space is faster
-    gap               proven: 1 - bound / what the solver's objective says of this plan
+    step_seconds      predicted: sum(f) + (m - 1) max(f) over the stages' seconds f for each of m micro-batches
+    bound_seconds     no plan of the search space is faster
+    gap               proven: 1 - bound_seconds / step_seconds
     """
 
     model: str
@@ -160,7 +163,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether every stage's bytes are within its device's usable memory."""
-        return max(self.memory_bytes) <= usable_bytes(self.mesh)
+        return max(self.memory_bytes) <= usable_bytes(self.mesh) * (1 + 1e-9)
 
     @property
     def degrees(self) -> str:

@@ -24,6 +24,7 @@ from autopart.request import is_block
 from autopart.rules import has_rule
 from autopart.space import Space
 from autopart.stages import OWNED, SETUP, SETUP_RUN, Choices, Splits, StageGraph
+from autopart.weigh import weigh
 
 EQUAL = 1e-6
 """Relative difference of two sums of the same numbers."""
@@ -70,7 +71,7 @@ def write_out(space: Space, found: Found, started: float, model: str) -> Plan:
         bound_seconds=found.bound,
         status="optimal" if found.bound >= found.seconds * (1 - 1e-6) else "feasible",
         planning_seconds=time.monotonic() - started,
-        signature=Signature.of(folded),
+        signature=Signature.of(folded.traced),
         replicated=tuple(n for n in missing if not has_rule(n)),
         notes=tuple(_notes(space, found)),
     )
@@ -130,7 +131,7 @@ def price_stage(
         send_seconds=sum(p2p_seconds(c.size, link) * (1 + c.grad) for c in crossings if link is not None),
         memory=_memory(space, found, choices, graph, span, modes, index),
         runs=tuple(_printed(folded, priced, span, modes)),
-        sends=tuple(_sends(space, found, graph, index)),
+        sends=tuple(_sends(space, found, index, span)),
     )
 
 
@@ -224,15 +225,15 @@ def _taken(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     return [n for n in taken if info(n).kind not in OWNED]
 
 
-def _sends(space: Space, found: Found, graph: StageGraph, index: int) -> Iterator[tuple[int, int]]:
+def _sends(space: Space, found: Found, index: int, span: tuple[int, int]) -> list[tuple[int, int]]:
     """(stage, bytes) of what a stage sends, for each that takes it."""
-    starts, total = found.starts, Counter[int]()
-    for crossing in graph.sent:
-        node, output = crossing.value
-        users = space.folded.user_positions(node, output, starts[index + 1] - 1 if index + 1 < len(starts) else 0)
-        for to in {bisect_right(starts, position) - 1 for position in users} - {index}:
-            total[to] += round(crossing.size)
-    yield from sorted(total.items())
+    total: Counter[int] = Counter()
+    weighed = weigh(space.priced(found.point), found.chosen[index], space.between_stages(found.point))
+    for crossing in weighed.crossings:
+        if span[0] <= crossing.home < span[1]:
+            for to in {bisect_right(found.starts, p) - 1 for p in crossing.users} - {index}:
+                total[to] += round(crossing.size)
+    return sorted(total.items())
 
 
 def _printed(

@@ -100,3 +100,8 @@ def divisors(number: int) -> list[int]:
 
 def divisor_near(number: int, wanted: int) -> int:
     return min(divisors(number), key=lambda d: abs(d - wanted))
+
+
+def is_block(label: str) -> bool:
+    """Whether a run is a numbered block, the kind that is recomputed."""
+    return label.rpartition(".")[2].isdigit()

@@ -27,8 +27,7 @@ OWNED = ("parameter", "buffer", "stream")
 
 @dataclass(frozen=True)
 class Crossing:
-    """A value sent between stages: its name, shape and bytes on a rank, who makes and takes it, and what it is in the
-    folded graph."""
+    """A value sent between stages: its name, shape and bytes on a rank, and who makes and takes it."""
 
     name: str
     producer: int
@@ -36,8 +35,7 @@ class Crossing:
     shape: Shape
     dtype: torch.dtype
     grad: bool
-    value: Value
-    size: float
+    size: float = 0.0
 
 
 @dataclass

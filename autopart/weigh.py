@@ -149,8 +149,11 @@ class Sizes:
         return axis in self.table.axes and node.options[option][self.table.axes.index(axis)].local == "mean"
 
     def _whole(self, step: Step, value: Value) -> Array:
-        """Bytes that a change moves: those of the value, whole along its axis."""
-        return self._cut(value.bytes, value.batch, [p.kind == "S" and i != step.axis for i, p in enumerate(step.before)])
+        """The size that a change is priced by: the value's, whole along the axis of the change; for an exchange, which
+        never makes it whole, that of a rank's share."""
+        part = step.row.forward == "all_to_all"
+        split = [p.kind == "S" and (part or i != step.axis) for i, p in enumerate(step.before)]
+        return self._cut(value.bytes, value.batch, split)
 
     def _root(self, keep: Keep, placed: Placements) -> Array:
         values = self.table.nodes[keep.root].values
@@ -227,10 +230,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Crossing:
-    """A value that crosses cuts: the position that makes it, those that use it, seconds to send it and its gradient."""
+    """A value that crosses cuts: the position that makes it, those that use it, its bytes, seconds to send it and its
+    gradient."""
 
     home: int
     users: tuple[int, ...]
+    size: float
     seconds: float
 
 
@@ -352,7 +357,7 @@ def _weigh_flow(
         if home >= 0 and link is not None:
             size = float(sizes.four(value, wants[outside[0]] if summed else have) @ prices.terms.basis)
             seconds = (link.latency_seconds + size / link.bandwidth) * (1 + value.grad)
-            found.crossings.append(Crossing(home, tuple(sorted({users[u] for u in outside})), seconds))
+            found.crossings.append(Crossing(home, tuple(sorted({users[u] for u in outside})), size, seconds))
 
 
 def _needing(table: Table, flow: Flow) -> tuple[int, ...]:

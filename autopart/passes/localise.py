@@ -76,7 +76,7 @@ def _crossings(
         consumers = tuple(sorted({stage_of[user] for user, _ in away}))
         record = info(node)
         name = node.name if len(record.shapes) == 1 else f"{node.name}_{index}"
-        crossing = Crossing(name, home, consumers, shape, record.dtypes[index], record.grad, value, size)
+        crossing = Crossing(name, home, consumers, shape, record.dtypes[index], record.grad, size)
         crossings[value] = crossing, placed
     return crossings
 
