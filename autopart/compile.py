@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from autopart.collector import paused
 from autopart.cost import peak
 from autopart.errors import PartitionError
 from autopart.folded import Folded
@@ -25,6 +26,7 @@ from autopart.passes.emit import emit
 from autopart.passes.fold import fold
 from autopart.passes.fuse import fuse
 from autopart.passes.localise import localise
+from autopart.passes.repeat import repeat
 from autopart.passes.simplify import simplify
 from autopart.passes.trace import trace
 from autopart.plan import Estimate, Plan, usable_bytes
@@ -38,6 +40,7 @@ from autopart.runtime.simulated import run_simulated
 from autopart.runtime.watchdog import start_watchdog
 from autopart.schedules import instructions
 from autopart.schedules import verify as verify_schedule
+from autopart.shortened import Shortened, Unlike, longer, shortenable
 from autopart.stages import Choices, StageGraph
 
 if TYPE_CHECKING:
@@ -209,7 +212,8 @@ def programs(folded: Folded, plan: Plan, indices: Iterable[int] | None = None) -
 
 def emit_stage(stage: StageGraph, plan: Plan, classes: Mapping[str, str]) -> str:
     """The source text of one stage of a plan; `classes` as in `Traced`."""
-    return emit(stage, plan.pp, plan.model, plan.degrees, plan.recompute == "full", classes)
+    modes = plan.stages[stage.index].recompute
+    return emit(stage, plan.pp, plan.model, plan.degrees, modes, plan.zero >= 3, classes)
 
 
 def sources(model: nn.Module, batch: Batch, plan: Plan) -> list[str]:
@@ -262,23 +266,58 @@ class Source:
     batch: Batch
     dtype: torch.dtype
     prepared: dict[tuple[int, str], Folded] = field(default_factory=dict)
+    planned: dict[tuple[int, str], Folded] = field(default_factory=dict)
+    """Those of which only the first of equal blocks were traced."""
 
     def at(self, samples: int, mesh: Mesh) -> Folded:
         """The folded graph of a micro-batch of `samples`."""
         key = samples, mesh.device.name
         if key not in self.prepared:
-            self.prepared[key] = prepare(self.model, take(self.batch, samples), mesh, self.dtype)
+            with paused():
+                self.prepared[key] = prepare(self.model, take(self.batch, samples), mesh, self.dtype)
         return self.prepared[key]
 
+    def short(self, samples: int, mesh: Mesh) -> Folded:
+        """The same to plan with, whose graph has only the first of equal blocks where they stand for all."""
+        key = samples, mesh.device.name
+        if key not in self.planned:
+            with paused():
+                self.planned[key] = self._shortest(samples, mesh)
+        return self.planned[key]
 
-def prepare(model: nn.Module, batch: Batch, mesh: Mesh, dtype: torch.dtype) -> Folded:
-    """Trace to fold, each pass verified and, if AUTOPART_DUMP names a folder, written there."""
-    traced = _pass("trace", None, lambda: trace(model, batch, dtype))
+    def _shortest(self, samples: int, mesh: Mesh) -> Folded:
+        """With as many lists shortened as can be; where the model does not run so, the longest alone, then none."""
+        shortened = shortenable(self.model)
+        walked: dict[str, str] = {}
+        while shortened:
+            try:
+                folded = prepare(self.model, take(self.batch, samples), mesh, self.dtype, shortened)
+                return replace(folded, walked="; ".join(walked.values()))
+            except Unlike as unlike:
+                shortened, path = longer(shortened, unlike.short), unlike.short.path
+                if all(short.path != path for short in shortened):
+                    walked[path] = str(unlike)
+            except PartitionError as error:
+                most = max(short.blocks for short in shortened)
+                rest = tuple(short for short in shortened if short.blocks == most)
+                lost = shortened if rest == shortened else [short for short in shortened if short not in rest]
+                walked |= {short.path: f"{short.path}: {error.what} ({error.why})" for short in lost}
+                shortened = () if rest == shortened else rest
+        full = self.at(samples, mesh)
+        return replace(full, walked="; ".join(walked.values())) if walked else full
+
+
+def prepare(
+    model: nn.Module, batch: Batch, mesh: Mesh, dtype: torch.dtype, shortened: Sequence[Shortened] = ()
+) -> Folded:
+    """Trace to fold, each pass verified and, if AUTOPART_DUMP names a folder, written there. Raises Unlike where the
+    first blocks of a list in `shortened` do not stand for all."""
+    traced = _pass("trace", None, lambda: trace(model, batch, dtype, shortened))
     _pass("simplify", traced, lambda: simplify(traced))
     _pass("draw", traced, lambda: draw(traced))
     _pass("fuse", traced, lambda: fuse(traced))
     _pass("annotate", traced, lambda: annotate_costs(traced, mesh.device.name))
-    return fold(traced)
+    return repeat(fold(traced), shortened)
 
 
 def _pass(name: str, before: Traced | None, run: Callable[[], Traced]) -> Traced:

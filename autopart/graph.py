@@ -32,10 +32,12 @@ class Info:
     source   the user's line, "modeling_llama.py:88"
     batch    the dim that counts samples, or None
     flops    of the forward pass
+    product  whether matrix units do the work
     root     the node whose memory this node's (first) output is a view of; its own name if none
     keeps    the roots whose memory autograd keeps for this node's backward
     inner    bytes autograd keeps besides (a softmax's statistics)
     view     whether the output is memory of an input, so that making it costs nothing
+    size     of a stage's value: bytes on a rank, at the planned micro-batch
     note     what a reader of the emitted line should know
     placed   of a stage's parameter: its placement along every axis, and its whole shape
     """
@@ -50,10 +52,12 @@ class Info:
     source: str = ""
     batch: int | None = None
     flops: float = 0.0
+    product: bool = False
     root: str = ""
     keeps: tuple[str, ...] = ()
     inner: int = 0
     view: bool = False
+    size: float = 0.0
     note: str = ""
     placed: tuple[tuple[str, str], ...] = ()
     whole: Shape = ()
@@ -84,6 +88,8 @@ class Traced:
     micro_batch: int
     classes: dict[str, str]
     """Every module's path -> the name of its class."""
+    parameters: dict[str, Shape]
+    """Every parameter's first name -> its shape: of the whole model, whatever the graph reads of it."""
     updated: tuple[str, ...] = ()
     """The buffers that the forward pass changes; the graph's outputs behind the loss are their new values."""
     mixed_at: str = ""

@@ -10,7 +10,7 @@ from torch import fx
 from autopart.draws import uniform_of
 from autopart.graph import Traced, annotate, calls, info, operands, run_on_meta, shape_args, value_of
 from autopart.means import mixing
-from autopart.rules import flops, strategies
+from autopart.rules import flops, is_contraction, strategies
 from autopart.torch_private import StorageWeakRef
 
 
@@ -28,7 +28,8 @@ def annotate_costs(traced: Traced, device: str) -> Traced:
         if node.target is uniform_of and record.shape and record.shape[0] == traced.micro_batch:
             dims = [0]
         batch |= {(node, i): d for i, d in enumerate(dims)}
-        annotate(node, batch=dims[0], flops=flops(record.name, shape_args(node), record.shapes))
+        work = flops(record.name, shape_args(node), record.shapes)
+        annotate(node, batch=dims[0], flops=work, product=is_contraction(record.name))
     mixes = mixing(traced.graph)
     traced.mixed_at = "" if mixes is None else info(mixes).source or info(mixes).name
     if traced.updated and not traced.mixed_at:
