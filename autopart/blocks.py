@@ -1,4 +1,4 @@
-"""Repeated blocks of a stage: found by structure, to be written once."""
+"""Numbered blocks of a stage that are written as classes: equal ones, by structure, as one."""
 
 from __future__ import annotations
 
@@ -17,61 +17,73 @@ from autopart.stages import OWNED, Named, StageGraph
 
 @dataclass(frozen=True)
 class Block:
-    """Runs of a stage that are the same program: their labels, nodes, and the values from outside."""
+    """A run of a stage that is a call of a module.
 
-    name: str
-    labels: tuple[str, ...]
-    runs: tuple[tuple[fx.Node, ...], ...]
-    outside: tuple[tuple[fx.Node, ...], ...]
-    outputs: tuple[tuple[fx.Node, ...], ...]
+    kind       its class, which blocks of the same program share
+    recompute  "none", "selective" or "full"
+    outside    the values it takes, among them weights that other runs read too;  outputs: those it gives
+    """
+
+    kind: str
+    label: str
+    recompute: str
+    nodes: tuple[fx.Node, ...]
+    outside: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
 
 
 def plural(label: str) -> str:
     return re.sub(r"\W", "_", label.rpartition(".")[0]) or "layers"
 
 
-def find_blocks(stage: StageGraph, least: int, classes: Mapping[str, str]) -> list[Block]:
-    """Consecutive numbered runs that are the same program, `least` or more, each with weights of its own."""
-    groups: list[list[tuple[str, list[fx.Node]]]] = []
-    previous: Any = None
+def find_blocks(stage: StageGraph, modes: Sequence[str], sliced: bool, classes: Mapping[str, str]) -> dict[int, Block]:
+    """The blocks by the index of their run: the numbered runs of a program that several share, those that are
+    recomputed (`modes` says it of every run) and, with `sliced`, those that have weights to gather."""
     users = Counter(weight for _, nodes in stage.runs for weight in _weights(nodes))
-    for label, nodes in stage.runs:
-        alone = all(users[weight] == 1 for weight in _weights(nodes)) and not any(map(_counts_valid, nodes))
-        signature = _program(label, nodes) if alone and re.search(r"\.\d+$", label) else None
-        if signature is not None and signature == previous:
-            groups[-1].append((label, nodes))
-        elif signature is not None:
-            groups.append([(label, nodes)])
-        previous = signature
-    blocks: list[Block] = []
-    counts: Counter[str] = Counter()
-    for group in groups:
-        stem = plural(group[0][0])
-        if len(group) < least:
+    shared = {weight for weight, count in users.items() if count > 1}
+    programs = {
+        index: _program(label, nodes, shared)
+        for index, (label, nodes) in enumerate(stage.runs)
+        if re.search(r"\.\d+$", label) and not any(map(_counts_valid, nodes))
+    }
+    times = Counter(programs.values())
+    kinds: dict[Any, str] = {}
+    blocks: dict[int, Block] = {}
+    for index, program in programs.items():
+        label, nodes = stage.runs[index]
+        gathers = sliced and bool(_weights(nodes) - shared)
+        if times[program] < 2 and modes[index] == "none" and not gathers:
             continue
-        counts[stem] += 1
-        if counts[stem] > 1:
-            continue
-        name = _class_name(classes.get(group[0][0], "Layer"), {b.name for b in blocks})
-        outside: list[tuple[fx.Node, ...]] = []
-        outputs: list[tuple[fx.Node, ...]] = []
-        for _, nodes in group:
-            inside = set(nodes)
-            outside.append(
-                tuple(
-                    dict.fromkeys(
-                        n
-                        for node in nodes
-                        for n in node.all_input_nodes
-                        if n not in inside and info(n).kind not in OWNED
-                    )
-                )
+        if program not in kinds:
+            kinds[program] = _class_name(classes.get(label, "Layer"), set(kinds.values()))
+        inside = set(nodes)
+        outside = tuple(
+            dict.fromkeys(
+                n
+                for node in nodes
+                for n in node.all_input_nodes
+                if n not in inside and (n in shared or info(n).kind not in OWNED)
             )
-            outputs.append(tuple(n for n in nodes if any(u not in inside for u in n.users)))
-        blocks.append(
-            Block(name, tuple(g[0] for g in group), tuple(tuple(g[1]) for g in group), tuple(outside), tuple(outputs))
         )
+        outputs = tuple(n for n in nodes if any(u not in inside for u in n.users))
+        blocks[index] = Block(kinds[program], label, modes[index], tuple(nodes), outside, outputs)
     return blocks
+
+
+def segments(stage: StageGraph, blocks: Mapping[int, Block]) -> list[list[int]]:
+    """The blocks' runs in rows that a loop can go over: neighbours of one list that are recomputed alike."""
+    rows: list[list[int]] = []
+    for index, block in blocks.items():
+        before = blocks.get(index - 1)
+        alike = before is not None and (
+            (plural(before.label), before.recompute, len(before.outside), len(before.outputs))
+            == (plural(block.label), block.recompute, len(block.outside), len(block.outputs))
+        )
+        if alike:
+            rows[-1].append(index)
+        else:
+            rows.append([index])
+    return rows
 
 
 def _counts_valid(node: fx.Node) -> bool:
@@ -89,7 +101,7 @@ def _class_name(wanted: str, taken: set[str]) -> str:
     return next(name for name in names if name not in {*taken, "Stage"})
 
 
-def _program(label: str, nodes: Sequence[fx.Node]) -> tuple[Any, ...]:
+def _program(label: str, nodes: Sequence[fx.Node], shared: set[fx.Node]) -> tuple[Any, ...]:
     """What a run does, without its names."""
     local = {n: i for i, n in enumerate(nodes)}
     others: dict[fx.Node, int] = {}
@@ -98,7 +110,7 @@ def _program(label: str, nodes: Sequence[fx.Node]) -> tuple[Any, ...]:
         if node in local:
             return f"%{local[node]}"
         record = info(node)
-        if record.kind in OWNED:
+        if record.kind in OWNED and node not in shared:
             return f"{record.name.removeprefix(label)} {record.placed} {record.whole} {record.dtypes} {record.grad}"
         return f"${others.setdefault(node, len(others))}"
 

@@ -1,4 +1,4 @@
-"""The shell: autopart plan | show | estimate | emit | run."""
+"""The shell: autopart plan | show | estimate | emit | export | run."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from autopart import models
 from autopart.check import check
 from autopart.compile import DTYPES, compile, estimate, plan, prepare, programs, samples_of, take
 from autopart.errors import PartitionError
+from autopart.exports import SYSTEMS, export
 from autopart.plan import Estimate, Plan, bytes_text, missing, seconds_text
 from autopart.runtime.launch import launch
 from autopart.runtime.standalone import train, write
@@ -212,6 +213,27 @@ def emit_command(
 
 
 @command
+def export_command(
+    file: Annotated[Path, typer.Argument(metavar="PLAN.json", help="a saved plan")],
+    to: Annotated[str, typer.Option("--to", help=", ".join(SYSTEMS))],
+    out: Annotated[Path | None, typer.Option(help="write to this file instead of printing")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a saved plan as another system's settings, and say on stderr what they cannot.
+
+    Example: autopart export plan.json --to torchtitan --out train.toml
+    """
+    made = export(Plan.load(file), to)
+    for what, lines in (("differs", made.differences), ("by hand", made.by_hand)):
+        for line in lines:
+            _note(f"{what}: {line}")
+    if out:
+        _write(made.text, out)
+    if as_json or not out:
+        _print(vars(made) if as_json else made.text.rstrip("\n"))
+
+
+@command
 def run_command(
     model: Model,
     options: Options,
@@ -311,6 +333,13 @@ def _needed(mesh: str | None) -> str:
 def _save(made: Plan, file: Path) -> None:
     try:
         made.save(file)
+    except OSError as error:
+        raise PartitionError(f"cannot write {file}", str(error)) from error
+
+
+def _write(text: str, file: Path) -> None:
+    try:
+        file.write_text(text)
     except OSError as error:
         raise PartitionError(f"cannot write {file}", str(error)) from error
 

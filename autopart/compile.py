@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from autopart.collector import paused
 from autopart.cost import peak
 from autopart.errors import PartitionError
 from autopart.folded import Folded
@@ -25,10 +26,11 @@ from autopart.passes.emit import emit
 from autopart.passes.fold import fold
 from autopart.passes.fuse import fuse
 from autopart.passes.localise import localise
+from autopart.passes.repeat import repeat
 from autopart.passes.simplify import simplify
 from autopart.passes.trace import trace
 from autopart.plan import Estimate, Plan
-from autopart.planner import search
+from autopart.planner import Say, search, silent
 from autopart.report import write_out
 from autopart.request import Request
 from autopart.runtime.compiled import Compiled, Program
@@ -39,6 +41,7 @@ from autopart.runtime.watchdog import start_watchdog
 from autopart.schedules import instructions
 from autopart.schedules import verify as verify_schedule
 from autopart.space import Space
+from autopart.shortened import Shortened, Unlike, longer, shortenable
 from autopart.stages import Choices, StageGraph
 
 if TYPE_CHECKING:
@@ -64,7 +67,7 @@ def plan(
     precision: str | None = None,
     optimizer: str = "adamw",
     time_limit: float | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = silent,
 ) -> Plan:
     """Find the fastest way to train `model` on `mesh` that fits its memory. Needs no devices and no memory: the model
     may be on meta.
@@ -99,9 +102,6 @@ def plan(
     return make_plan(Source(model, batch, DTYPES[request.precision]), Mesh.of(mesh), request, say)
 
 
-_make_plan = plan
-
-
 def estimate(model: nn.Module, mesh: str | Mesh | DeviceMesh, batch: Batch, **settings: Any) -> Estimate:
     """What the configuration in `settings` (see `plan`) would cost, whether it fits or not."""
     request = _request(model, batch, **settings)
@@ -131,15 +131,15 @@ def compile(
     if plan is not None and plan.mesh.size != mesh.size:
         raise PartitionError(f"the plan is for {plan.mesh.size} ranks, the mesh has {mesh.size}")
     start_processes(mesh.size)
-    say = settings.pop("say", lambda text: None)
+    say = settings.pop("say", silent)
     request = _request(model, batch, **settings)
     source = Source(model, batch, DTYPES[plan.precision if plan else request.precision])
     if plan is None and dist.is_initialized() and dist.get_rank():
         with suppress(PartitionError):  # which rank 0 raises for all
-            source.at(request.first_micro_batch, mesh)
-    plan, seed = _agreed(plan, seed, lambda: make_plan(source, mesh, request, say))
+            source.at(min(2, request.global_batch), mesh)
+    plan, seed = _agreed(plan, seed, lambda: make_plan(source, mesh, request, say, to_run=True))
     folded = source.at(plan.micro_batch, plan.mesh)
-    plan.check(folded.traced)
+    plan.check(folded)
     _check_trainable(model)
     groups = make_groups(plan.pp, plan.dp, plan.tp)
     groups.draws.seed = seed
@@ -172,14 +172,15 @@ def simulate(
 ) -> Simulated:
     """One step with all ranks as threads of this process, on the CPU: what `compile` would run there, to check a plan
     without its devices. Raises PartitionError as `compile` does."""
-    plan = plan or _make_plan(model, mesh, batch, **settings)
-    return simulate_plan(Source(model, batch, DTYPES[plan.precision]), plan, seed)
+    request = _request(model, batch, **settings)
+    source = Source(model, batch, DTYPES[plan.precision if plan else request.precision])
+    return simulate_plan(source, plan or make_plan(source, Mesh.of(mesh), request, to_run=True), seed)
 
 
 def simulate_plan(source: Source, plan: Plan, seed: int | None = None) -> Simulated:
     """`simulate` of a plan for a model that is traced already."""
     folded = source.at(plan.micro_batch, plan.mesh)
-    plan.check(folded.traced)
+    plan.check(folded)
     _check_trainable(source.model)
     stages = programs(folded, plan)
 
@@ -210,13 +211,14 @@ def programs(folded: Folded, plan: Plan, indices: Iterable[int] | None = None) -
 
 def emit_stage(stage: StageGraph, plan: Plan, classes: Mapping[str, str]) -> str:
     """The source text of one stage of a plan; `classes` as in `Traced`."""
-    return emit(stage, plan.pp, plan.model, plan.degrees, plan.recompute == "full", classes)
+    modes = plan.stages[stage.index].recompute
+    return emit(stage, plan.pp, plan.model, plan.degrees, modes, plan.zero >= 3, classes)
 
 
 def sources(model: nn.Module, batch: Batch, plan: Plan) -> list[str]:
     """The source text of every stage."""
     folded = Source(model, batch, DTYPES[plan.precision]).at(plan.micro_batch, plan.mesh)
-    plan.check(folded.traced)
+    plan.check(folded)
     return [emit_stage(stage, plan, folded.traced.classes) for stage in stage_graphs(folded, plan)]
 
 
@@ -263,23 +265,58 @@ class Source:
     batch: Batch
     dtype: torch.dtype
     prepared: dict[tuple[int, str], Folded] = field(default_factory=dict)
+    planned: dict[tuple[int, str], Folded] = field(default_factory=dict)
+    """Those of which only the first of equal blocks were traced."""
 
     def at(self, samples: int, mesh: Mesh) -> Folded:
         """The folded graph of a micro-batch of `samples`."""
         key = samples, mesh.device.name
         if key not in self.prepared:
-            self.prepared[key] = prepare(self.model, take(self.batch, samples), mesh, self.dtype)
+            with paused():
+                self.prepared[key] = prepare(self.model, take(self.batch, samples), mesh, self.dtype)
         return self.prepared[key]
 
+    def short(self, samples: int, mesh: Mesh) -> Folded:
+        """The same to plan with, whose graph has only the first of equal blocks where they stand for all."""
+        key = samples, mesh.device.name
+        if key not in self.planned:
+            with paused():
+                self.planned[key] = self._shortest(samples, mesh)
+        return self.planned[key]
 
-def prepare(model: nn.Module, batch: Batch, mesh: Mesh, dtype: torch.dtype) -> Folded:
-    """Trace to fold, each pass verified and, if AUTOPART_DUMP names a folder, written there."""
-    traced = _pass("trace", None, lambda: trace(model, batch, dtype))
+    def _shortest(self, samples: int, mesh: Mesh) -> Folded:
+        """With as many lists shortened as can be; where the model does not run so, the longest alone, then none."""
+        shortened = shortenable(self.model)
+        walked: dict[str, str] = {}
+        while shortened:
+            try:
+                folded = prepare(self.model, take(self.batch, samples), mesh, self.dtype, shortened)
+                return replace(folded, walked="; ".join(walked.values()))
+            except Unlike as unlike:
+                shortened, path = longer(shortened, unlike.short), unlike.short.path
+                if all(short.path != path for short in shortened):
+                    walked[path] = str(unlike)
+            except PartitionError as error:
+                most = max(short.blocks for short in shortened)
+                rest = tuple(short for short in shortened if short.blocks == most)
+                lost = shortened if rest == shortened else [short for short in shortened if short not in rest]
+                walked |= {short.path: f"{short.path}: {error.what} ({error.why})" for short in lost}
+                shortened = () if rest == shortened else rest
+        full = self.at(samples, mesh)
+        return replace(full, walked="; ".join(walked.values())) if walked else full
+
+
+def prepare(
+    model: nn.Module, batch: Batch, mesh: Mesh, dtype: torch.dtype, shortened: Sequence[Shortened] = ()
+) -> Folded:
+    """Trace to fold, each pass verified and, if AUTOPART_DUMP names a folder, written there. Raises Unlike where the
+    first blocks of a list in `shortened` do not stand for all."""
+    traced = _pass("trace", None, lambda: trace(model, batch, dtype, shortened))
     _pass("simplify", traced, lambda: simplify(traced))
     _pass("draw", traced, lambda: draw(traced))
     _pass("fuse", traced, lambda: fuse(traced))
     _pass("annotate", traced, lambda: annotate_costs(traced, mesh.device.name))
-    return fold(traced)
+    return repeat(fold(traced), shortened)
 
 
 def _pass(name: str, before: Traced | None, run: Callable[[], Traced]) -> Traced:
@@ -299,12 +336,20 @@ def _pass(name: str, before: Traced | None, run: Callable[[], Traced]) -> Traced
     return traced
 
 
-def make_plan(source: Source, mesh: Mesh, request: Request, say: Callable[[str], None] = lambda text: None) -> Plan:
-    """`plan` for a model that may be traced already."""
+def make_plan(source: Source, mesh: Mesh, request: Request, say: Say = silent, to_run: bool = False) -> Plan:
+    """`plan` for a model that may be traced already; one `to_run` is of a graph whose every block was traced, or one
+    equal to it."""
     started = time.monotonic()
     request = request.check(mesh)
     peak(mesh.device, source.dtype)
-    space = Space(source.at(min(2, request.global_batch), mesh), mesh, request)
+    folded = source.short(min(2, request.global_batch), mesh)
+    plan = _plan_of(Space(folded, mesh, request), say, started, source)
+    if to_run and source.at(plan.micro_batch, mesh).hash != folded.hash:
+        plan = _plan_of(Space(source.at(min(2, request.global_batch), mesh), mesh, request), say, started, source)
+    return plan
+
+
+def _plan_of(space: Space, say: Say, started: float, source: Source) -> Plan:
     return write_out(space, search(space, say), started, type(source.model).__name__)
 
 

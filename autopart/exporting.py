@@ -14,7 +14,7 @@ import random
 import re
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from io import StringIO
 from typing import Any
@@ -26,21 +26,29 @@ from torch import fx, nn
 
 from autopart.custom import CustomFunction
 from autopart.errors import PartitionError
+from autopart.shortened import Dropped, Shortened
 from autopart.torch_private import FakeTensor, FakeTensorMode
 
 PACKAGES = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.abspath(__file__)) + os.sep)
 """Where lines that are not the user's come from."""
 
 
-def export(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype | None) -> torch.export.ExportedProgram:
-    """Export the forward pass of a copy of the model whose tensors are fake. Raises PartitionError with the user's line
-    and, where another attention of transformers can be traced, its name."""
+def export(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    shortened: Sequence[Shortened] = (),
+) -> torch.export.ExportedProgram:
+    """Export the forward pass of a copy of the model whose tensors are fake, and whose lists of blocks end where
+    `shortened` says. Raises PartitionError with the user's line and, where another attention of transformers can be
+    traced, its name."""
     try:
-        return _export(model, inputs, dtype)
+        return _export(model, inputs, dtype, shortened)
     except PartitionError:
         raise
     except Exception as error:  # whatever a forward pass may raise
-        other = next((name for name in ("sdpa", "eager") if _traces_with(model, inputs, dtype, name)), "")
+        names = ("sdpa", "eager") if not shortened else ()
+        other = next((name for name in names if _traces_with(model, inputs, dtype, name)), "")
         raise _untraceable(error, other) from error
 
 
@@ -48,11 +56,12 @@ def _export(
     model: nn.Module,
     inputs: Mapping[str, Any],
     dtype: torch.dtype | None,
+    shortened: Sequence[Shortened] = (),
     attention: str = "",
     drawn: float | None = None,
 ) -> torch.export.ExportedProgram:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    skeleton: Any = _skeleton(model, mode, dtype)
+    skeleton: Any = _skeleton(model, mode, dtype, shortened)
     kwargs = {k: _fake(v, mode) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     _gather_experts(skeleton)
     if attention:
@@ -74,7 +83,7 @@ def _export(
         exported = exported.run_decompositions({})
     for function in custom:
         function.check()
-    if drawn is None and _foreign_random() != before and not _never_matters(model, inputs, dtype):
+    if drawn is None and _foreign_random() != before and not _never_matters(model, inputs, dtype, shortened):
         raise PartitionError(
             "the forward pass draws from Python's or numpy's random",
             "a trace would keep the one outcome it saw",
@@ -130,9 +139,11 @@ def _drawing(value: float) -> Iterator[None]:
         yield
 
 
-def _never_matters(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype | None) -> bool:
+def _never_matters(
+    model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype | None, shortened: Sequence[Shortened]
+) -> bool:
     """Whether the trace is the same for the least and the largest number that can be drawn, as with layerdrop 0."""
-    least, largest = (_export(model, inputs, dtype, drawn=value) for value in (0.0, 1.0 - 2.0**-53))
+    least, largest = (_export(model, inputs, dtype, shortened, drawn=value) for value in (0.0, 1.0 - 2.0**-53))
     return str(least.graph) == str(largest.graph)
 
 
@@ -142,7 +153,7 @@ def _traces_with(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype
     if current in (None, attention) or not hasattr(model, "set_attn_implementation"):
         return False
     try:
-        _export(model, inputs, dtype, attention)
+        _export(model, inputs, dtype, attention=attention)
     except Exception:
         return False
     return True
@@ -173,16 +184,35 @@ def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
-def _skeleton(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
-    """A copy of the model whose tensors are fake: the same structure and tied weights, no memory."""
+def _skeleton(
+    model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None, shortened: Sequence[Shortened]
+) -> nn.Module:
+    """A copy of the model whose tensors are fake: the same structure and tied weights, no memory; without the blocks
+    that `shortened` drops."""
     memo: dict[int, Any] = {}
+    for short in shortened:
+        blocks = list(model.get_submodule(short.path).children())
+        memo |= {id(block): Dropped() for block in blocks[short.kept :]}
     with mode:
-        for tensor in [*model.parameters(), *model.buffers()]:
-            is_parameter = isinstance(tensor, nn.Parameter)
-            wanted = dtype if dtype and is_parameter and tensor.is_floating_point() else tensor.dtype
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=wanted, device="cpu")
-            memo[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
-    return copy.deepcopy(model, memo)
+        for module in _kept_modules(model, frozenset(memo)):
+            for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+                if id(tensor) in memo:
+                    continue
+                is_parameter = isinstance(tensor, nn.Parameter)
+                wanted = dtype if dtype and is_parameter and tensor.is_floating_point() else tensor.dtype
+                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=wanted, device="cpu")
+                memo[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
+    skeleton = copy.deepcopy(model, memo)
+    for short in shortened:
+        del skeleton.get_submodule(short.path)[short.kept :]  # type: ignore[operator]
+    return skeleton
+
+
+def _kept_modules(module: nn.Module, dropped: frozenset[int]) -> Iterator[nn.Module]:
+    yield module
+    for child in module.children():
+        if id(child) not in dropped:
+            yield from _kept_modules(child, dropped)
 
 
 def _gather_experts(model: nn.Module) -> None:

@@ -89,6 +89,8 @@ class Traced:
     micro_batch: int
     classes: dict[str, str]
     """Every module's path -> the name of its class."""
+    parameters: dict[str, Shape]
+    """Every parameter's first name -> its shape: of the whole model, whatever the graph reads of it."""
     updated: tuple[str, ...] = ()
     """The buffers that the forward pass changes; the graph's outputs behind the loss are their new values."""
     mixed_at: str = ""

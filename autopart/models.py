@@ -14,80 +14,100 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autopart.collector import paused
 from autopart.errors import PartitionError
 
 LONGEST = 1024
 """Tokens of a sequence where the user names none: the config's maximum, but no more than this."""
 
+
+def _gpt(layers: int, hidden: int, heads: int, tokens: int, words: int = 51200) -> tuple[str, Mapping[str, Any]]:
+    """A GPT as the config of transformers' GPT-2 has it."""
+    return "gpt2", {"n_layer": layers, "n_embd": hidden, "n_head": heads, "n_positions": tokens, "vocab_size": words}
+
+
+def _llama(
+    layers: int, hidden: int, inner: int, heads: int, shared: int, **settings: Any
+) -> tuple[str, Mapping[str, Any]]:
+    """A Llama, or what names the sizes of its config alike; `shared` heads have keys and values."""
+    return "llama", {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_key_value_heads": shared,
+        "max_position_embeddings": 4096,
+        **settings,
+    }
+
+
+def _llama_3(layers: int, hidden: int, inner: int, heads: int) -> tuple[str, Mapping[str, Any]]:
+    theta = {"rope_type": "default", "rope_theta": 500000.0}
+    return _llama(
+        layers, hidden, inner, heads, 8, vocab_size=128256, max_position_embeddings=8192, rope_parameters=theta
+    )
+
+
+def _t5(inner: int, each: int, heads: int) -> tuple[str, Mapping[str, Any]]:
+    return "t5", {"d_model": 1024, "d_ff": inner, "d_kv": each, "num_heads": heads, "num_layers": 24}
+
+
+def _encoder(kind: str, layers: int, hidden: int, heads: int, **settings: Any) -> tuple[str, Mapping[str, Any]]:
+    return kind, {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_attention_heads": heads,
+        **settings,
+    }
+
+
 SIZES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     # Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), table 2.
-    "gpt2-medium": ("gpt2", {"n_embd": 1024, "n_layer": 24, "n_head": 16}),
-    "gpt2-large": ("gpt2", {"n_embd": 1280, "n_layer": 36, "n_head": 20}),
-    "gpt2-xl": ("gpt2", {"n_embd": 1600, "n_layer": 48, "n_head": 25}),
+    "gpt2-medium": _gpt(24, 1024, 16, 1024, 50257),
+    "gpt2-large": _gpt(36, 1280, 20, 1024, 50257),
+    "gpt2-xl": _gpt(48, 1600, 25, 1024, 50257),
+    # Brown et al., GPT-3, arXiv 2005.14165, table 2.1; the vocabulary is GPT-2's.
+    "gpt3-175b": _gpt(96, 12288, 96, 2048, 50257),
+    # Narayanan et al., arXiv 2104.04473, table 1: sequences of 2,048 tokens of 51,200.
+    "gpt-1.7b": _gpt(24, 2304, 24, 2048),
+    "gpt-3.6b": _gpt(30, 3072, 32, 2048),
+    "gpt-7.5b": _gpt(36, 4096, 32, 2048),
+    "gpt-18b": _gpt(40, 6144, 48, 2048),
+    "gpt-39b": _gpt(48, 8192, 64, 2048),
+    "gpt-76b": _gpt(60, 10240, 80, 2048),
+    "gpt-145b": _gpt(80, 12288, 96, 2048),
+    "gpt-310b": _gpt(96, 16384, 128, 2048),
+    "gpt-530b": _gpt(105, 20480, 128, 2048),
+    "gpt-1t": _gpt(128, 25600, 160, 2048),
     # Touvron et al., Llama 2, arXiv 2307.09288, section 2.2 and table 1.
-    "llama-2-7b": ("llama", {"max_position_embeddings": 4096}),
-    "llama-2-13b": (
-        "llama",
-        {
-            "hidden_size": 5120,
-            "intermediate_size": 13824,
-            "num_hidden_layers": 40,
-            "num_attention_heads": 40,
-            "num_key_value_heads": 40,
-            "max_position_embeddings": 4096,
-        },
-    ),
+    "llama-2-7b": _llama(32, 4096, 11008, 32, 32),
+    "llama-2-13b": _llama(40, 5120, 13824, 40, 40),
     # The Llama 3 Herd of Models, arXiv 2407.21783, table 3; 8,192 tokens of context before it is extended.
-    "llama-3-8b": (
-        "llama",
+    "llama-3-8b": _llama_3(32, 4096, 14336, 32),
+    "llama-3-70b": _llama_3(80, 8192, 28672, 64),
+    "llama-3-405b": _llama_3(126, 16384, 53248, 128),
+    # Jiang et al., Mixtral of Experts, arXiv 2401.04088, table 1.
+    "mixtral-8x7b": (
+        "mixtral",
         {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 128256,
-            "max_position_embeddings": 8192,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-        },
-    ),
-    "llama-3-70b": (
-        "llama",
-        {
-            "hidden_size": 8192,
-            "intermediate_size": 28672,
-            "num_hidden_layers": 80,
-            "num_attention_heads": 64,
-            "num_key_value_heads": 8,
-            "vocab_size": 128256,
-            "max_position_embeddings": 8192,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+            **_llama(32, 4096, 14336, 32, 8)[1],
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "vocab_size": 32000,
+            "max_position_embeddings": 32768,
+            "sliding_window": None,
         },
     ),
     # Devlin et al., BERT, arXiv 1810.04805, section 3.
-    "bert-large": (
-        "bert",
-        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
-    ),
+    "bert-large": _encoder("bert", 24, 1024, 16),
     # Raffel et al., T5, arXiv 1910.10683, section 3.7.
-    "t5-large": ("t5", {"d_model": 1024, "d_ff": 4096, "d_kv": 64, "num_heads": 16, "num_layers": 24}),
-    "t5-3b": ("t5", {"d_model": 1024, "d_ff": 16384, "d_kv": 128, "num_heads": 32, "num_layers": 24}),
-    "t5-11b": ("t5", {"d_model": 1024, "d_ff": 65536, "d_kv": 128, "num_heads": 128, "num_layers": 24}),
+    "t5-large": _t5(4096, 64, 16),
+    "t5-3b": _t5(16384, 128, 32),
+    "t5-11b": _t5(65536, 128, 128),
     # Dosovitskiy et al., ViT, arXiv 2010.11929, table 1.
-    "vit-large": (
-        "vit",
-        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
-    ),
-    "vit-huge": (
-        "vit",
-        {
-            "hidden_size": 1280,
-            "intermediate_size": 5120,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 16,
-            "patch_size": 14,
-        },
-    ),
+    "vit-large": _encoder("vit", 24, 1024, 16),
+    "vit-huge": _encoder("vit", 32, 1280, 16, patch_size=14),
 }
 """Name -> transformers model type, and what its config says otherwise than by default."""
 
@@ -114,13 +134,14 @@ def load(
     """
     if ":" in spec:
         return _from_function(spec, meta)
-    config = _config(spec)
-    config.use_cache = False
-    if not dropout:
-        _drop_dropout(config, say)
-    model_class, make_batch = _head(config)
-    model = _build(model_class, config, meta)
-    return model, make_batch(config, batch_size, sequence)
+    with paused():
+        config = _config(spec)
+        config.use_cache = False
+        if not dropout:
+            _drop_dropout(config, say)
+        model_class, make_batch = _head(config)
+        model = _build(model_class, config, meta)
+        return model, make_batch(config, batch_size, sequence)
 
 
 def _config(spec: str) -> Any:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from autopart.errors import PartitionError
-from autopart.graph import Traced, calls, info, placeholders
+from autopart.folded import Folded
+from autopart.graph import info, placeholders
 from autopart.mesh import Mesh
 from autopart.notation import Placement
 from autopart.rules import Strategy
@@ -74,7 +75,7 @@ class PlanStage:
 
 @dataclass(frozen=True)
 class Signature:
-    """What a plan belongs to, in a form that can name a difference."""
+    """What a plan belongs to, in a form that can name a difference; shapes of inputs are those of one sample."""
 
     hash: str
     parameters: Mapping[str, tuple[int, ...]]
@@ -83,15 +84,16 @@ class Signature:
     dtype: str
 
     @staticmethod
-    def of(traced: Traced) -> Signature:
+    def of(folded: Folded) -> Signature:
         """The signature of a traced model."""
-        parameters = placeholders(traced.graph, "parameter")
+        graph = folded.traced.graph
+        dtypes = [info(n).dtype for n in placeholders(graph, "parameter")]
         return Signature(
-            traced.hash,
-            {info(n).name: info(n).shape for n in parameters},
-            {info(n).name: info(n).shape for n in placeholders(traced.graph, "input")},
-            len(calls(traced.graph)),
-            str(info(parameters[0]).dtype).removeprefix("torch.") if parameters else "",
+            folded.hash,
+            folded.parameters(),
+            {info(n).name: info(n).shape[1:] for n in placeholders(graph, "input")},
+            folded.operators,
+            str(dtypes[0]).removeprefix("torch.") if dtypes else "",
         )
 
     def difference(self, other: Signature) -> str:
@@ -229,9 +231,9 @@ class Plan:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PartitionError("the plan file is damaged", f"{type(error).__name__}: {error}") from error
 
-    def check(self, traced: Traced) -> None:
+    def check(self, folded: Folded) -> None:
         """Raise PartitionError, naming the difference, unless the plan was made for this traced model."""
-        difference = self.signature.difference(Signature.of(traced))
+        difference = self.signature.difference(Signature.of(folded))
         if difference:
             raise PartitionError("the plan is for another model", difference, "plan again with autopart.plan(...)")
 

@@ -28,6 +28,13 @@ from autopart.space import Space
 from autopart.weigh import MODES, Array, Weighed, weigh
 
 Say = Callable[[str], None]
+"""Told of every better plan."""
+
+
+def silent(text: str) -> None:
+    """Say nothing."""
+
+
 TOLERANCE = 1e-9
 """Relative difference below which two times are the same."""
 
@@ -207,7 +214,7 @@ class Search:
         return Found(point, tuple(chosen), cut.starts, tuple(modes), tuple(times), seconds)
 
 
-def search(space: Space, say: Say = lambda text: None) -> Found:
+def search(space: Space, say: Say = silent) -> Found:
     """The best plan of a space. Raises PartitionError where none fits."""
     return Search(space, say).run()
 

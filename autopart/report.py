@@ -71,7 +71,7 @@ def write_out(space: Space, found: Found, started: float, model: str) -> Plan:
         bound_seconds=found.bound,
         status="optimal" if found.bound >= found.seconds * (1 - 1e-6) else "feasible",
         planning_seconds=time.monotonic() - started,
-        signature=Signature.of(folded.traced),
+        signature=Signature.of(folded),
         replicated=tuple(n for n in missing if not has_rule(n)),
         notes=tuple(_notes(space, found)),
     )
@@ -261,6 +261,8 @@ def _printed(
 
 def _notes(space: Space, found: Found) -> Iterator[str]:
     folded, m = space.folded, space.micro_batches(found.point)
+    if folded.walked:
+        yield f"every block was traced: {folded.walked}"
     if m > 1 and not folded.traced.mean_of_samples:
         yield (
             f"the loss mixes samples ({folded.traced.mixed_at}): it is the mean of {m} micro-batches' losses, as in "

@@ -6,6 +6,8 @@ argv: model, the table (a list of dtypes with keywords) as JSON, the file for th
 from __future__ import annotations
 
 import copy
+import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -25,7 +27,15 @@ STEPS = 5
 Tensors = dict[str, torch.Tensor]
 
 
-def train(model: nn.Module, batch: Tensors) -> tuple[torch.Tensor, Tensors, Tensors]:
+PLANS: dict[str, autopart.Plan] = {}
+"""Plans that are changed more than once, by what was asked for."""
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float]]] = {
+    "SGD": (torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9}),
+    "AdamW": (torch.optim.AdamW, {"lr": 1e-3}),
+}
+
+
+def train(model: nn.Module, batch: Tensors, name: str) -> tuple[torch.Tensor, Tensors, Tensors]:
     """One process, the unmodified model: its loss and gradients, and its state after STEPS steps."""
     model = copy.deepcopy(model)
 
@@ -38,7 +48,8 @@ def train(model: nn.Module, batch: Tensors) -> tuple[torch.Tensor, Tensors, Tens
 
     loss = backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+    kind, settings = OPTIMIZERS[name]
+    optimizer: torch.optim.Optimizer = kind(model.parameters(), **settings)  # type: ignore[arg-type]
     for _ in range(STEPS):
         backward()
         optimizer.step()
@@ -59,12 +70,36 @@ def share(compiled: Any, batch: Tensors) -> Tensors:
     return {k: v[rows[:, compiled.data_rank].flatten()] for k, v in batch.items()}
 
 
+def force(plan: autopart.Plan, zero: int, modes: list[str]) -> autopart.Plan:
+    """The plan with another ZeRO level, whose blocks are recomputed as `modes` says, by turns."""
+    turns = itertools.cycle(modes)
+    stages = [
+        dataclasses.replace(stage, recompute=tuple("none" if m == "none" else next(turns) for m in stage.recompute))
+        for stage in plan.stages
+    ]
+    return dataclasses.replace(plan, zero=zero, recompute=" ".join(modes), stages=tuple(stages))
+
+
+def compiled_for(model: nn.Module, mesh: str, batch: Tensors, settings: dict[str, Any]) -> Any:
+    """`autopart.compile`, of a plan that is changed as `forced` in the settings says."""
+    forced = settings.get("forced")
+    if forced is None:
+        return autopart.compile(model, mesh, batch, **settings)
+    asked = {**{k: v for k, v in settings.items() if k != "forced"}, "recompute": "full"}
+    if os.environ["RANK"] != "0":
+        return autopart.compile(model, mesh, batch, **asked)
+    key = f"{asked} {next(model.parameters()).dtype}"
+    if key not in PLANS:
+        PLANS[key] = autopart.plan(model, mesh, batch, **asked)
+    return autopart.compile(model, mesh, batch, plan=force(PLANS[key], forced["zero"], forced["modes"]))
+
+
 def run(model: nn.Module, batch: Tensors, right: tuple[Any, ...] | None, settings: dict[str, Any]) -> dict[str, Any]:
     """Train under one configuration; the errors against `right`, one process's results, on the rank that has them."""
     started = time.monotonic()
     world = int(os.environ["WORLD_SIZE"])
     try:
-        compiled = autopart.compile(model, f"{world}:cpu", batch, **settings)
+        compiled = compiled_for(model, f"{world}:cpu", batch, settings)
     except autopart.PartitionError as error:
         return {"refused": str(error)}
     loss = compiled.step(batch)
@@ -72,7 +107,8 @@ def run(model: nn.Module, batch: Tensors, right: tuple[Any, ...] | None, setting
     losses = torch.zeros(world, dtype=torch.float64)
     dist.all_gather(list(losses.split(1)), loss.double().reshape(1))
     local = float(compiled.step(share(compiled, batch), local=True))
-    compiled.optimizer(torch.optim.SGD, lr=1e-2, momentum=0.9)
+    kind, options = OPTIMIZERS[optimizer_of(settings)]
+    compiled.optimizer(kind, **options)
     for _ in range(STEPS):
         compiled.step(batch)
     state = compiled.full_state_dict()
@@ -90,16 +126,25 @@ def run(model: nn.Module, batch: Tensors, right: tuple[Any, ...] | None, setting
     }
 
 
+def optimizer_of(settings: dict[str, Any]) -> str:
+    """The name of the optimizer of a configuration."""
+    name: str = settings.get("forced", {}).get("optimizer", "SGD")
+    return name
+
+
 def main() -> None:
     """Run the table; rank 0 writes what it found after each line, so that a failure leaves the rest."""
     name, table, path = sys.argv[1:]
     torch.set_num_threads(1)
-    results, made = [], {}
+    results: list[dict[str, Any]] = []
+    made: dict[Any, tuple[Any, ...]] = {}
     for dtype, settings in json.loads(table):
-        if dtype not in made:
+        optimizer = optimizer_of(settings)
+        if (dtype, optimizer) not in made:
             model, batch = build(name, getattr(torch, dtype))
-            made[dtype] = model, batch, train(model, batch) if os.environ["RANK"] == "0" else None
-        results.append({"dtype": dtype, "settings": settings, **run(*made[dtype], settings)})
+            right = train(model, batch, optimizer) if os.environ["RANK"] == "0" else None
+            made[dtype, optimizer] = model, batch, right
+        results.append({"dtype": dtype, "settings": settings, **run(*made[dtype, optimizer], settings)})
         if os.environ["RANK"] == "0":
             Path(path).write_text(json.dumps(results))
 

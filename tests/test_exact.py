@@ -24,14 +24,38 @@ Row = tuple[str, dict[str, Any]]
 def table(name: str, ranks: int) -> list[Row]:
     """The configurations of a model; {} is the solver's own choice."""
     if ranks == 2:
-        return [("float32", s) for s in ({"tp": 2}, {"pp": 2, "micro_batch": 2}, {"dp": 2}, {})]
+        rows = [("float32", s) for s in ({"tp": 2}, {"pp": 2, "micro_batch": 2}, {"dp": 2}, {})]
+        levels = [1, 2, 3] if name == "gpt2" else [3] if name == "llama" else []
+        return rows + [("float32", {"dp": 2, "micro_batch": 4, "forced": forced(i, "none", "SGD")}) for i in levels]
     # Llama with tp=4: more ranks than heads of keys and values.
     deep = {"tp": 4} if name in ("gpt2", "llama") else {"pp": 4, "micro_batch": 2}
     gpipe = {"dp": 2, "pp": 2, "micro_batch": 4, "schedule": "gpipe"}
     return [
         *(("float64", s) for s in ({**SPLIT, "recompute": "full"}, {"dp": 2, "tp": 2}, gpipe, deep)),
+        *(("float64", s) for s in shared(name)),
         *(("float32", s) for s in (SPLIT, {"dp": 2, "tp": 2}, {"dp": 4, "zero": 1}, {})),
     ]
+
+
+def shared(name: str) -> list[dict[str, Any]]:
+    """Configurations whose data-parallel ranks share states, gradients or weights, with some blocks recomputed."""
+    by_tp, by_pp = ({"dp": 2, axis: 2, "micro_batch": 4} for axis in ("tp", "pp"))
+    if name not in ("gpt2", "llama"):
+        return [{**by_pp, "forced": forced(3, "full selective none")}]
+    return [
+        {**by_tp, "forced": forced(1, "none selective")},
+        {**by_tp, "forced": forced(2, "selective")},
+        {**by_tp, "forced": forced(3, "full selective")},
+        {**by_pp, "forced": forced(1, "full")},
+        {**by_pp, "forced": forced(2, "none")},
+        {**by_pp, "forced": forced(3, "selective none")},
+    ]
+
+
+def forced(zero: int, modes: str, optimizer: str = "AdamW") -> dict[str, Any]:
+    """What the worker changes in a plan: the ZeRO level, and what its blocks do by turns; and an optimizer of its
+    own."""
+    return {"zero": zero, "modes": modes.split(), "optimizer": optimizer}
 
 
 Results = tuple[int, list[dict[str, Any]]]

@@ -6,6 +6,7 @@ split or a collective stands behind it. Equal blocks are written once, as a clas
 
 from __future__ import annotations
 
+import itertools
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -13,39 +14,71 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx
 
-from autopart.blocks import Block, find_blocks, plural
+from autopart.blocks import Block, find_blocks, plural, segments
 from autopart.graph import info
 from autopart.naming import ATOM, UNARY, Scope, Text, output_name, wanted_name
 from autopart.spelling import INLINE, Speller, joins_bias, scalar_infix
 from autopart.stages import OWNED, StageGraph
 
 WIDTH = 100
+AGAIN = {"none": "", "selective": "recomputed_selectively", "full": "recomputed"}
+"""What a block is called through, so that backward computes again what it does not keep."""
+SLICED = [
+    "Of a weight_slice a rank keeps one of dp equal parts. gathered(...) is the whole while it is used, and once more in",
+    "backward, which leaves to each rank the summed gradient of its part.",
+]
 
 
-def emit(stage: StageGraph, stages: int, title: str, mesh: str, recompute: bool, classes: Mapping[str, str]) -> str:
-    """The source of one stage's module; `classes` gives the user's class of every module by its path."""
-    return _Emitter(stage, stages, title, mesh, recompute, classes).text()
+def emit(
+    stage: StageGraph,
+    stages: int,
+    title: str,
+    mesh: str,
+    recompute: Sequence[str],
+    sliced: bool,
+    classes: Mapping[str, str],
+) -> str:
+    """The source of one stage's module.
+
+    recompute  the mode of each of the stage's runs, the setup not among them
+    sliced     whether a rank holds a slice alone of every weight that dp leaves whole (ZeRO 3)
+    classes    the user's class of every module by its path
+    """
+    return _Emitter(stage, stages, title, mesh, recompute, sliced, classes).text()
 
 
 class _Emitter:
     def __init__(
-        self, stage: StageGraph, stages: int, title: str, mesh: str, recompute: bool, classes: Mapping[str, str]
+        self,
+        stage: StageGraph,
+        stages: int,
+        title: str,
+        mesh: str,
+        recompute: Sequence[str],
+        sliced: bool,
+        classes: Mapping[str, str],
     ) -> None:
         self.stage, self.stages, self.title, self.mesh = stage, stages, title, mesh
-        self.recompute, self.classes = recompute, classes
+        self.modes = ["none"] * (len(stage.runs) - len(recompute)) + list(recompute)
+        self.sliced, self.classes = sliced, classes
+        self.results: set[fx.Node] = set()
         self.speller = Speller(set(re.findall(r"(\w+)=", mesh)))
 
     def text(self) -> str:
         stage = self.stage
-        blocks = find_blocks(stage, 1 if self.recompute else 2, self.classes)
-        classes = [part for block in blocks for part in ["", "", *self._block(block)]]
+        blocks = find_blocks(stage, self.modes, self.sliced, self.classes)
+        kinds: dict[str, list[Block]] = {}
+        for block in blocks.values():
+            kinds.setdefault(block.kind, []).append(block)
+        classes = [part for alike in kinds.values() for part in ["", "", *self._block(alike)]]
         body = self._stage(blocks)
-        runtime = sorted({"Groups", "weight", *self.speller.used})
+        runtime = sorted({"Groups", *self.speller.used})
         header = [
             f'"""{self.title}, stage {stage.index} of {self.stages} on {self.mesh}. Written by autopart.',
             "",
             "Placements of a weight along an axis: S0 split along dim 0; R whole, with whole gradients; C whole, with",
             "gradients that the runtime sums over the axis at the end of a step.",
+            *(SLICED if "weight_slice" in runtime else []),
             '"""',
             "",
             "import torch",
@@ -133,28 +166,41 @@ class _Emitter:
                 self.speller.used.add("stream")
                 lines.append(f"self.{attribute} = stream(groups, {quoted})")
                 continue
-            kind = "weight" if record.kind == "parameter" else "buffer"
+            kind = "buffer" if record.kind == "buffer" else "weight_slice" if self._is_sliced(node) else "weight"
             self.speller.used.add(kind)
+            if kind == "weight_slice":
+                self.speller.used.add("gathered")
+                scope.names[node] = Text(f"weights.{attribute}" if prefix else f"gathered(self.{attribute})")
             dtype = "" if record.dtype == torch.float32 else f", dtype={record.dtype}"
             frozen = "" if record.grad or kind == "buffer" else ", requires_grad=False"
             lines.append(_comment(f"self.{attribute} = {kind}(groups, {quoted}, {shape}{dtype}{frozen}{placed})"))
         return lines
 
-    def _block(self, block: Block) -> list[str]:
-        scope = Scope()
-        nodes = block.runs[0]
-        used = dict.fromkeys(n for node in nodes for n in node.all_input_nodes)
-        parameters = [n for n in used if info(n).kind in OWNED]
-        weights = self._weights(parameters, scope, block.labels[0], "name")
+    def _is_sliced(self, node: fx.Node) -> bool:
+        record = info(node)
+        return self.sliced and record.kind == "parameter" and record.grad and ("dp", "C") in record.placed
+
+    def _block(self, alike: Sequence[Block]) -> list[str]:
+        """The class of blocks that are the same program."""
+        scope, block = Scope(), alike[0]
+        used = dict.fromkeys(n for node in block.nodes for n in node.all_input_nodes)
+        parameters = [n for n in used if info(n).kind in OWNED and n not in block.outside]
+        weights = self._weights(parameters, scope, block.label, "name")
         arguments = []
-        for outside in block.outside[0]:
+        for outside in block.outside:
             arguments.append(scope.name(outside, _argument(outside)))
-        self._write(scope, nodes, set(block.outputs[0]))
-        results = [scope.names[o].code for o in block.outputs[0]]
-        names = f"{block.labels[0]} .. {block.labels[-1]}" if len(block.labels) > 1 else block.labels[0]
+            if self._is_sliced(outside):
+                self.speller.used.add("gathered")
+                scope.names[outside] = Text(f"gathered({arguments[-1]})")
+        if any(map(self._is_sliced, parameters)):
+            scope.taken.add("weights")
+            note = "forward: all-gather over dp. backward: all-gather, reduce-scatter over dp"
+            scope.lines.append(_comment("weights = gathered(self)", note))
+        self._write(scope, block.nodes, set(block.outputs))
+        results = [scope.names[o].code for o in block.outputs]
         return [
-            f"class {block.name}(nn.Module):",
-            f'    """{names}"""',
+            f"class {block.kind}(nn.Module):",
+            f'    """{_names([block.label for block in alike])}"""',
             "",
             *_init("groups: Groups, name: str", weights, scope.lines),
             "",
@@ -163,11 +209,11 @@ class _Emitter:
             f"        return {', '.join(results)}",
         ]
 
-    def _stage(self, blocks: Sequence[Block]) -> list[str]:
+    def _stage(self, blocks: Mapping[int, Block]) -> list[str]:
         stage, scope = self.stage, Scope()
-        of_run = {nodes: (block, i) for block in blocks for i, nodes in enumerate(block.runs)}
-        flat = [n for label, nodes in stage.runs if tuple(nodes) not in of_run for n in nodes]
+        flat = [n for i, (_, nodes) in enumerate(stage.runs) if i not in blocks for n in nodes]
         used = dict.fromkeys(n for node in flat for n in node.all_input_nodes)
+        used |= dict.fromkeys(n for block in blocks.values() for n in block.outside)
         placeholders = [n for n in stage.graph.nodes if n.op == "placeholder"]
         parameters = [n for n in placeholders if n in used and info(n).kind in OWNED]
         weights = self._weights(parameters, scope, "", "")
@@ -180,28 +226,24 @@ class _Emitter:
         output = stage.graph.output_node().args[0]
         results = list(output) if isinstance(output, (list, tuple)) else [output]
         needed = {r for r in results if isinstance(r, fx.Node)}
-        made = []
-        for block in blocks:
-            attribute = plural(block.labels[0])
-            made.append(
-                f"self.{attribute} = nn.ModuleList({block.name}(groups, name) for name in {_table_name(block)})"
-            )
+        lists: dict[str, list[Block]] = {}
+        for block in blocks.values():
+            lists.setdefault(plural(block.label), []).append(block)
+        made = [_module_list(attribute, members) for attribute, members in lists.items()]
         valid = self._valid(scope)
-        written: set[Block] = set()
+        rows = {row[0]: row for row in segments(stage, blocks)}
         pending: list[fx.Node] = []
-        for _, nodes in stage.runs:
-            found = of_run.get(tuple(nodes))
-            if found is None:
+        for index, (_, nodes) in enumerate(stage.runs):
+            if index not in blocks:
                 pending += nodes
-                continue
-            self._write(scope, pending, needed | _used_outside(pending))
-            pending = []
-            if found[0] not in written:
-                written.add(found[0])
-                self._loop(scope, found[0], needed)
+            elif index in rows:
+                self._write(scope, pending, needed | _used_outside(pending))
+                pending = []
+                row = [blocks[i] for i in rows[index]]
+                self._calls(scope, row, lists[plural(row[0].label)])
         self._write(scope, pending, needed | _used_outside(pending))
         returned = ", ".join(self.speller.value(scope, r).code for r in results)
-        tables = [line for block in blocks for line in _table(_table_name(block), block.labels)]
+        tables = [line for attribute, members in lists.items() for line in _table(attribute.upper(), members)]
         return [
             *tables,
             *(["", ""] if tables else []),
@@ -220,45 +262,60 @@ class _Emitter:
             *valid[0],
         ]
 
-    def _loop(self, scope: Scope, block: Block, needed: set[fx.Node]) -> None:
-        """Calls of a block's modules: a loop where the output of one is the input of the next."""
-        attribute = plural(block.labels[0])
-        self_call = "layer"
+    def _calls(self, scope: Scope, row: Sequence[Block], members: Sequence[Block]) -> None:
+        """Calls of neighbours out of a list of modules: a loop where the output of one is the input of the next."""
+        attribute, place = plural(row[0].label), members.index(row[0])
         chained = [
             j
-            for j in range(len(block.outside[0]))
-            if len(block.runs) > 1
-            and all(block.outside[i][j] in block.outputs[i - 1] for i in range(1, len(block.runs)))
+            for j in range(len(row[0].outside))
+            if all(block.outside[j] in before.outputs for before, block in itertools.pairwise(row))
         ]
-        first = [self.speller.value(scope, n).code for n in block.outside[0]]
         same = all(
-            j in chained or all(outside[j] is block.outside[0][j] for outside in block.outside)
-            for j in range(len(block.outside[0]))
+            j in chained or all(block.outside[j] is row[0].outside[j] for block in row)
+            for j in range(len(row[0].outside))
         )
         passed_on = all(
-            set(o.users) <= set(run)
-            for outputs, run in zip(block.outputs, block.runs[1:], strict=False)
-            for o in outputs
+            set(output.users) <= set(block.nodes)
+            for before, block in itertools.pairwise(row)
+            for output in before.outputs
         )
-        if same and passed_on and len(block.outputs[0]) == 1 and len(chained) == 1:
-            name = scope.name(block.outputs[-1][0], "hidden")
-            arguments = [name if j in chained else f for j, f in enumerate(first)]
+        if len(row) > 1 and same and passed_on and len(row[0].outputs) == 1 and len(chained) == 1:
+            first = [self._given(scope, n) for n in row[0].outside]
+            name = self._result(scope, row[0], row[-1].outputs[0])
             if first[chained[0]] != name:
                 scope.lines.append(f"{name} = {first[chained[0]]}")
-            call = self._checkpointed(self_call, arguments)
-            scope.lines += [f"for layer in self.{attribute}:", f"    {name} = {call}"]
+            arguments = [name if j in chained else f for j, f in enumerate(first)]
+            start, end = place or "", place + len(row)
+            part = f"[{start}:{end if end < len(members) else ''}]" if len(row) < len(members) else ""
+            call = self._call(row[0], "layer", arguments)
+            scope.lines += [f"for layer in self.{attribute}{part}:", f"    {name} = {call}"]
             return
-        for i, outputs in enumerate(block.outputs):
-            arguments = [self.speller.value(scope, n).code for n in block.outside[i]]
-            names = [scope.name(o, "hidden") for o in outputs]
-            call = self._checkpointed(f"self.{attribute}[{i}]", arguments)
+        for i, block in enumerate(row, place):
+            arguments = [self._given(scope, n) for n in block.outside]
+            names = [self._result(scope, block, o) for o in block.outputs]
+            call = self._call(block, f"self.{attribute}[{i}]", arguments)
             scope.lines.append(f"{', '.join(names)} = {call}")
 
-    def _checkpointed(self, function: str, arguments: Sequence[str]) -> str:
-        if not self.recompute:
+    def _given(self, scope: Scope, node: fx.Node) -> str:
+        """A value as an argument of a block: of a weight in slices, the slice."""
+        code = self.speller.value(scope, node).code
+        return code.removeprefix("gathered(").removesuffix(")") if self._is_sliced(node) else code
+
+    def _result(self, scope: Scope, block: Block, output: fx.Node) -> str:
+        """The name of a block's result: that of what another block gave to it alone, where there is one."""
+        given = [n for n in block.outside if n in self.results and set(n.users) <= set(block.nodes)]
+        self.results.add(output)
+        if len(block.outputs) == len(given) == 1:
+            scope.names[output] = scope.names[given[0]]
+            return scope.names[output].code
+        return scope.name(output, "hidden")
+
+    def _call(self, block: Block, function: str, arguments: Sequence[str]) -> str:
+        again = AGAIN[block.recompute]
+        if not again:
             return f"{function}({', '.join(arguments)})"
-        self.speller.used.add("recomputed")
-        return f"recomputed({', '.join([function, *arguments])})"
+        self.speller.used.add(again)
+        return f"{again}({', '.join([function, *arguments])})"
 
     def _valid(self, outer: Scope) -> tuple[list[str], list[str]]:
         """A method that counts the valid targets of a micro-batch."""
@@ -298,19 +355,40 @@ def _indent(lines: Sequence[str]) -> list[str]:
     return [f"        {part}" for line in lines for part in line.split("\n")]
 
 
-def _table_name(block: Block) -> str:
-    return plural(block.labels[0]).upper()
+def _names(labels: Sequence[str]) -> str:
+    """``layers.0 .. layers.5``, or ``layers.0, layers.2 .. layers.10``."""
+    if _in_row(labels):
+        return " .. ".join(dict.fromkeys([labels[0], labels[-1]]))
+    return ", ".join(labels) if len(labels) < 3 else f"{labels[0]}, {labels[1]} .. {labels[-1]}"
 
 
-def _table(name: str, labels: Sequence[str]) -> list[str]:
-    stem, numbers = labels[0].rpartition(".")[0], [label.rpartition(".")[2] for label in labels]
-    in_row = [int(n) for n in numbers] == list(range(int(numbers[0]), int(numbers[0]) + len(numbers)))
-    if in_row and all(label.rpartition(".")[0] == stem for label in labels):
-        return [f'{name} = [f"{stem}.{{i}}" for i in range({numbers[0]}, {int(numbers[0]) + len(numbers)})]']
-    return [f"{name} = {list(labels)!r}"]
+def _in_row(labels: Sequence[str]) -> bool:
+    """Whether these are one list's modules, one after the other."""
+    stem, _, first = labels[0].rpartition(".")
+    return list(labels) == [f"{stem}.{i}" for i in range(int(first), int(first) + len(labels))]
+
+
+def _module_list(attribute: str, members: Sequence[Block]) -> str:
+    kinds = list(dict.fromkeys(block.kind for block in members))
+    if len(kinds) == 1:
+        return f"self.{attribute} = nn.ModuleList({kinds[0]}(groups, name) for name in {attribute.upper()})"
+    return f"self.{attribute} = nn.ModuleList(kind(groups, name) for name, kind in {attribute.upper()}.items())"
+
+
+def _table(name: str, members: Sequence[Block]) -> list[str]:
+    """What a list's modules are in the model: their names and, where they are of several kinds, their classes."""
+    labels = [block.label for block in members]
+    if len({block.kind for block in members}) > 1:
+        return [f"{name} = {{", *(f'    "{block.label}": {block.kind},' for block in members), "}"]
+    if not _in_row(labels):
+        return [f"{name} = {labels!r}"]
+    stem, _, first = labels[0].rpartition(".")
+    return [f'{name} = [f"{stem}.{{i}}" for i in range({first}, {int(first) + len(labels)})]']
 
 
 def _argument(node: fx.Node) -> str:
+    if info(node).kind in OWNED:
+        return info(node).name
     return "hidden" if info(node).grad else wanted_name(node)
 
 

@@ -8,14 +8,13 @@ decides once for each class; cuts fall between runs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
 from autopart.draws import relative
-from autopart.folded import Folded, Run, parameters_of
+from autopart.fingerprint import Fingerprints, Token, is_own, parameter_token
+from autopart.folded import Folded, Run, node_keys, parameters_of
 from autopart.graph import Traced, calls, info, loss_of
 
 
@@ -34,6 +33,7 @@ def fold(traced: Traced) -> Folded:
     _merge_returning(runs)
     same: dict[fx.Node, fx.Node] = {}
     classes: dict[Any, tuple[int, Run]] = {}
+    prints = Fingerprints(traced.micro_batch)
     for run in runs:
         signature = _signature(run)
         run.kind, first = classes.setdefault(signature, (len(classes), run))
@@ -41,6 +41,8 @@ def fold(traced: Traced) -> Folded:
             for mine, other in zip(parameters_of(node), parameters_of(twin), strict=True):
                 same.setdefault(mine, other)
             same[node] = twin
+        for node, twin in zip(run.externals, first.externals, strict=True):
+            _pair_own(node, run.label, twin, first.label, prints, same)
     for node in graph.nodes:
         if node.op != "output":
             same.setdefault(node, node)
@@ -53,22 +55,25 @@ def fold(traced: Traced) -> Folded:
         [n for n in graph.nodes if n in free],
         same,
         Counter(same.values()),
-        _keys(n for n in graph.nodes if same.get(n) is n),
+        node_keys(n for n in graph.nodes if n in same and same[n] is n),
         tuple(range(len(runs))),
         tuple(run.label for run in runs),
     )
 
 
-def _keys(nodes: Iterable[fx.Node]) -> dict[fx.Node, str]:
-    """A name of its own for every node, which does not depend on what else the graph holds."""
-    keys: dict[fx.Node, str] = {}
-    seen: Counter[str] = Counter()
-    for node in nodes:
-        record = info(node)
-        name = record.name if record.kind != "op" else f"{record.module}/{record.name.rpartition('aten.')[2]}"
-        seen[name] += 1
-        keys[node] = name if seen[name] == 1 else f"{name}#{seen[name]}"
-    return keys
+def _pair_own(
+    node: fx.Node, label: str, twin: fx.Node, first: str, prints: Fingerprints, same: dict[fx.Node, fx.Node]
+) -> None:
+    """What a block makes of its buffers and of inputs is of one class with what its twin makes of its own."""
+    todo = [(node, twin)]
+    while todo:
+        mine, other = todo.pop()
+        outside = not info(mine).grad and info(mine).kind != "parameter"
+        if mine is other or mine in same or not outside or not (is_own(mine, label) and is_own(other, first)):
+            continue
+        if prints.outside(mine, label) == prints.outside(other, first):
+            same[mine] = other
+            todo += zip(mine.all_input_nodes, other.all_input_nodes, strict=True)
 
 
 def _free(graph: fx.Graph) -> set[fx.Node]:
@@ -83,10 +88,11 @@ def _free(graph: fx.Graph) -> set[fx.Node]:
 
 def _merge_returning(runs: list[Run]) -> None:
     """A layer left and entered again (code between its parts) is one run where order allows it: the nodes in
-    between join it."""
+    between join it. What is no layer may come again anywhere: the dropout before and after all layers."""
     i = 0
     while i < len(runs):
-        again = next((j for j in range(len(runs) - 1, i, -1) if runs[j].label == runs[i].label and runs[i].label), i)
+        layer = info(runs[i].nodes[0]).layer
+        again = next((j for j in range(len(runs) - 1, i, -1) if layer and runs[j].label == layer), i)
         if again > i:
             for run in runs[i + 1 : again + 1]:
                 runs[i].nodes += run.nodes
@@ -104,16 +110,14 @@ def _signature(run: Run) -> tuple[Any, ...]:
             return local[node]
         record = info(node)
         if record.kind == "parameter":
-            own = bool(run.label) and record.name.startswith(run.label + ".")
-            name = record.name.removeprefix(run.label + ".") if own else record.name
-            return ("parameter", name, record.shapes, record.dtypes, record.grad)
+            return parameter_token(record, run.label)
         if node not in externals:
             externals.append(node)
         return ("external", externals.index(node), record.shapes, record.dtypes, record.grad)
 
     lines: list[Any] = []
     for node in run.nodes:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _Token(token(n)))  # type: ignore[arg-type,return-value]
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: Token(token(n)))  # type: ignore[arg-type,return-value]
         lines.append(
             (info(node).name, repr(relative(args, run.label)), repr(kwargs), info(node).shapes, info(node).dtypes)
         )
@@ -121,10 +125,3 @@ def _signature(run: Run) -> tuple[Any, ...]:
     outputs = tuple(i for i, n in enumerate(run.nodes) if any(u not in inside for u in n.users))
     run.externals = tuple(externals)
     return (*lines, outputs)
-
-
-@dataclass(frozen=True)
-class _Token:
-    """Stands for a node in a signature."""
-
-    what: tuple[Any, ...]

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from autopart.cost import again_of, rate_of
+from autopart.fingerprint import is_own
 from autopart.folded import Folded
 from autopart.graph import Info, info, is_pick, loss_of, operands, shape_args, updates_of, value_of
 from autopart.mesh import Device
@@ -55,7 +56,7 @@ class _Use:
 
 
 Used = dict[tuple[fx.Node, int, int, str], list[_Use]]
-"""(node, output, position that makes it, a parameter's name there) -> its uses."""
+"""(node, output, position that makes it, what tells its places apart) -> its uses."""
 
 
 class _Builder:
@@ -143,9 +144,13 @@ class _Builder:
         return position - (run - made) if first is not None and made >= first else self.last[made]
 
     def _name(self, source: fx.Node, position: int) -> str:
-        """A parameter's name at a position; "" for other nodes."""
-        is_parameter = position >= 0 and info(source).kind == "parameter"
-        return self.folded.parameter_at(position, source) if is_parameter else ""
+        """What tells apart the places of a value that is made in no run: a parameter's name there, or where a block
+        alone has it; "" for all others."""
+        if position < 0 or source in self.run_of:
+            return ""
+        if info(source).kind == "parameter":
+            return self.folded.parameter_at(position, source)
+        return str(position) if is_own(source, self.folded.runs[self.folded.sequence[position]].label) else ""
 
     def _used(self) -> Used:
         """Every value at every place, with its uses."""

@@ -27,6 +27,7 @@ def simplify(traced: Traced) -> Traced:
     """Simplify the graph in place."""
     graph = traced.graph
     constants = Constants(traced.buffers)
+    graph.eliminate_dead_code()
     for node in calls(graph):
         _positional(node)
     for _ in range(4):
@@ -68,7 +69,8 @@ def _rewrite(
             node.replace_all_uses_with(new)
             graph.erase_node(node)
             changed = True
-    graph.eliminate_dead_code()
+    if changed:
+        graph.eliminate_dead_code()
     return changed
 
 
@@ -78,12 +80,21 @@ class Constants:
     def __init__(self, buffers: Mapping[str, torch.Tensor | None]) -> None:
         self.buffers = buffers
         self.known: dict[fx.Node, torch.Tensor | None] = {}
+        self.patterns: dict[fx.Node, str] = {}
 
     def value(self, node: fx.Node) -> torch.Tensor | None:
         """The node's value, or None where it depends on data or is too large."""
         if node not in self.known:
             self.known[node] = self._compute(node)
         return self.known[node]
+
+    def pattern(self, node: fx.Node) -> str:
+        """Of a mask: "all" where it is true everywhere, "causal" where it is lower-triangular, "" where it is another
+        or not known."""
+        if node not in self.patterns:
+            values = self.value(node) if info(node).dtype == torch.bool else None
+            self.patterns[node] = "" if values is None else _pattern(collapse(values))
+        return self.patterns[node]
 
     def _compute(self, node: fx.Node) -> torch.Tensor | None:
         record = info(node)
@@ -112,6 +123,23 @@ def collapse(values: torch.Tensor) -> torch.Tensor:
         if stride == 0:
             values = values.narrow(dim, 0, min(1, values.shape[dim]))
     return values
+
+
+def _pattern(mask: torch.Tensor) -> str:
+    """`Constants.pattern` of a mask that is not empty; its corners tell most others apart at once."""
+    if not mask.numel():
+        return "all"
+    if mask.dim() < 2 or mask[..., 0, -1].all():
+        return "all" if bool(mask.all()) else ""
+    rows, columns = mask.shape[-2:]
+    if rows != columns or mask[..., 0, -1].any() or not mask[..., -1, 0].all():
+        return ""
+    places = torch.arange(rows)
+    for some in places.split(256):
+        strip = mask[..., some[0] : some[-1] + 1, :]
+        if not torch.equal(strip, (places <= some[:, None]).expand_as(strip)):
+            return ""
+    return "causal"
 
 
 def _repeat(values: torch.Tensor) -> torch.Tensor:
@@ -350,14 +378,11 @@ def _attention_mask(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.
     if not isinstance(mask, fx.Node):
         return None
     head, tail = node.args[:3], list(node.args[4:])
-    values = constants.value(mask) if info(mask).dtype == torch.bool else None
-    values = None if values is None else collapse(values)
-    if values is not None and bool(values.all()):
+    pattern = constants.pattern(mask)
+    if pattern == "all":
         return new_call(graph, node.target, (*head, None, *tail), node, dict(node.kwargs))  # type: ignore[arg-type]
-    if values is not None and values.dim() >= 2 and values.shape[-1] == values.shape[-2]:
-        causal = torch.ones(values.shape[-2:], dtype=torch.bool).tril()
-        if torch.equal(values, causal.expand_as(values)):
-            return new_call(graph, node.target, (*head, None, tail[0] if tail else 0.0, True), node, dict(node.kwargs))  # type: ignore[arg-type]
+    if pattern == "causal":
+        return new_call(graph, node.target, (*head, None, tail[0] if tail else 0.0, True), node, dict(node.kwargs))  # type: ignore[arg-type]
     if info(mask).name == "aten.expand" and len(info(mask.args[0]).shape) == len(info(mask).shape):  # type: ignore[arg-type]
         return new_call(graph, node.target, (*head, mask.args[0], *tail), node, dict(node.kwargs))  # type: ignore[arg-type]
     return None

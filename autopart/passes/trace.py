@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,21 +13,28 @@ from autopart.errors import PartitionError
 from autopart.exporting import export, source_line
 from autopart.graph import KEY, Info, Traced, placeholders
 from autopart.rules import op_name
+from autopart.shortened import Shortened
 from autopart.torch_private import tree_unflatten
 
 
-def trace(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None = None) -> Traced:
+def trace(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    shortened: Sequence[Shortened] = (),
+) -> Traced:
     """Trace one micro-batch's forward pass.
 
     `batch` holds the model's keyword arguments, samples in dim 0 of every tensor; its size becomes the
-    micro-batch. `dtype`, if given, is what floating-point parameters are taken to be. No parameter is read:
-    models on meta work. Raises PartitionError naming the user's line where torch.export fails.
+    micro-batch. `dtype`, if given, is what floating-point parameters are taken to be. Of the lists of blocks in
+    `shortened`, the graph has the first alone. No parameter is read: models on meta work. Raises PartitionError
+    naming the user's line where torch.export fails.
     """
     sizes = {k: v.shape[0] for k, v in batch.items() if isinstance(v, torch.Tensor) and v.dim()}
     if not sizes or len(set(sizes.values())) != 1:
         raise PartitionError("the batch has no common size", f"samples in dim 0: {sizes}", "equal sizes in dim 0")
     inputs = {k: v for k, v in batch.items() if v is not None}
-    exported = export(model, inputs, dtype)
+    exported = export(model, inputs, dtype, shortened)
     signature = exported.graph_signature
     if signature.user_inputs_to_mutate:
         raise PartitionError(
@@ -67,7 +74,9 @@ def trace(model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None 
         node.meta[KEY] = _record(node, kind, name)
     buffers = _buffers(model, exported, placeholders(graph, "buffer"))
     classes = {path: type(module).__name__ for path, module in model.named_modules()}
-    return Traced(graph, type(model).__name__, buffers, aliases, next(iter(sizes.values())), classes, updated)
+    parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    samples = next(iter(sizes.values()))
+    return Traced(graph, type(model).__name__, buffers, aliases, samples, classes, parameters, updated)
 
 
 def _keep_loss(graph: fx.Graph, exported: torch.export.ExportedProgram) -> tuple[str, ...]:

@@ -13,9 +13,11 @@ from autopart.runtime.collectives import (
     slice_of,
 )
 from autopart.runtime.experts import expert_linear
-from autopart.runtime.functions import mean_cross_entropy, recomputed, vocab_cross_entropy, vocab_embedding
-from autopart.runtime.groups import Group, Groups, buffer, load, make_groups, weight
+from autopart.runtime.functions import mean_cross_entropy, vocab_cross_entropy, vocab_embedding
+from autopart.runtime.groups import Group, Groups, buffer, load, make_groups, weight, weight_slice
 from autopart.runtime.random import dropout, stream, uniform
+from autopart.runtime.recompute import recomputed, recomputed_selectively
+from autopart.runtime.slices import gathered
 
 __all__ = [
     "Group",
@@ -28,10 +30,12 @@ __all__ = [
     "expert_linear",
     "gather_from",
     "gather_to",
+    "gathered",
     "load",
     "make_groups",
     "mean_cross_entropy",
     "recomputed",
+    "recomputed_selectively",
     "reduce_from",
     "reduce_scatter_to",
     "scatter_to",
@@ -42,4 +46,5 @@ __all__ = [
     "vocab_cross_entropy",
     "vocab_embedding",
     "weight",
+    "weight_slice",
 ]

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
+from autopart.errors import PartitionError
 from autopart.plan import Plan
 from autopart.runtime.executor import Executor, Message
 from autopart.runtime.groups import Group, Groups, load, origins
@@ -19,6 +19,10 @@ from autopart.runtime.whole import assemble, micro_batches, shares_of
 from autopart.schedules import Instruction
 
 Tensor = torch.Tensor
+NOT_ELEMENTWISE = tuple(
+    kind for name in ("LBFGS", "Muon", "Adafactor") if (kind := getattr(torch.optim, name, None)) is not None
+)
+"""Optimizers whose update of one element depends on others; not every torch has them all."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,9 @@ class Compiled:
         known = {name: value for name, value in constants.items() if value is not None}
         load(self.stage, groups, {**known, **dict(model.named_parameters())})
         self.origins = origins(self.stage)
+        tied = _tie(program.tied, groups)
         self.executor = Executor(
-            self.stage, program.stage, groups, program.instructions, program.messages, _tie(program.tied, groups)
+            self.stage, program.stage, groups, program.instructions, program.messages, tied, plan.zero
         )
 
     @property
@@ -83,27 +88,28 @@ class Compiled:
         return self.executor.run(shares)
 
     def optimizer(self, cls: type[torch.optim.Optimizer], **settings: Any) -> torch.optim.Optimizer:
-        """Use a torch optimizer from now on, at the end of every step; under ZeRO its states are shared over `dp`.
+        """Use a torch optimizer from now on, at the end of every step; under ZeRO it trains this rank's slices.
 
-        A stage without parameters gets an empty one, since torch's optimizers refuse none.
+        A stage without parameters gets an empty one, since torch's optimizers refuse none. Raises PartitionError for
+        one that does something else to slices than to the whole.
         """
-        parameters = [p for p in self.stage.parameters() if p.requires_grad]
-        parameters = parameters or [nn.Parameter(torch.empty(0))]
-        if self.plan.zero and self.groups.dp.size > 1:
-            self.executor.optimizer = ZeroRedundancyOptimizer(
-                parameters, cls, process_group=self.groups.dp.handle, **settings
+        trained = self.executor.shared.trained
+        if any(p.origin.sliced for p in trained) and issubclass(cls, NOT_ELEMENTWISE):
+            raise PartitionError(
+                f"{cls.__name__} cannot train slices of parameters",
+                f"under ZeRO {self.plan.zero} a rank has a part of each, and this optimizer needs all of it",
+                "zero=0, or an optimizer that treats every element alone, such as AdamW",
             )
-        else:
-            self.executor.optimizer = cls(parameters, **settings)
+        self.executor.optimizer = cls(trained or [nn.Parameter(torch.empty(0))], **settings)
         return self.executor.optimizer
 
     def full_gradients(self) -> dict[str, Tensor]:
         """The last step's gradients, whole, on the CPU, by the model's own names: on rank 0; {} elsewhere."""
-        return self._collect({path: p.grad for path, p in self.stage.named_parameters() if p.grad is not None})
+        return self._collect(self.executor.shared.gradients())
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """The model's state dict with weights and buffers as trained, whole, on the CPU: on rank 0; {} elsewhere."""
-        whole = self._collect({**dict(self.stage.named_parameters()), **dict(self.stage.named_buffers())})
+        whole = self._collect({**self.executor.shared.weights(), **dict(self.stage.named_buffers())})
         if self.rank:
             return {}
         return {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 
 from autopart.runtime.groups import Group, Groups, Work
+from autopart.runtime.slices import sum_together
+from autopart.runtime.zero import Shared
 from autopart.schedules import Instruction, Op
 
 Tensor = torch.Tensor
@@ -52,9 +55,11 @@ class Executor:
         program: Sequence[Instruction],
         messages: Sequence[Message],
         tied: Mapping[str, Group],
+        zero: int = 0,
     ) -> None:
         self.index, self.groups, self.program, self.tied = index, groups, program, tied
         self.stage: Any = stage
+        self.shared = Shared(stage, groups, zero)
         self.incoming = [m for m in messages if index in m.consumers]
         self.outgoing = [m for m in messages if m.producer == index]
         self.last = not self.outgoing
@@ -77,7 +82,7 @@ class Executor:
         self.flights: dict[int, _Flight] = defaultdict(_Flight)
         self.works: list[tuple[Work, Tensor]] = []
         self.losses: list[Tensor] = []
-        self.stage.zero_grad(set_to_none=True)
+        self.shared.zero_grad()
         self._count_valid()
         draws = self.groups.draws
         for instruction in self.program:
@@ -114,13 +119,18 @@ class Executor:
     def _forward(self, at: Instruction) -> None:
         flight = self.flights[at.micro_batch]
         received = [flight.received[m.name] for m in self.incoming]
-        results = self.stage(*self._inputs(at.micro_batch), *received)
+        with self._keeping():
+            results = self.stage(*self._inputs(at.micro_batch), *received)
         if self.last:
             flight.loss = results / len(self.micro_batches)
             self.losses.append(flight.loss.detach())
             return
         results = results if isinstance(results, tuple) else (results,)
         flight.sent = {m.name: r for m, r in zip(self.outgoing, results, strict=True)}
+
+    def _keeping(self) -> AbstractContextManager[None]:
+        """What a forward pass keeps: of weights that lie in slices, those."""
+        return self.groups.gathered.forward() if self.shared.level >= 3 else nullcontext()
 
     def _backward(self, at: Instruction) -> None:
         flight = self.flights[at.micro_batch]
@@ -129,6 +139,7 @@ class Executor:
         else:
             names = [m.name for m in self.outgoing if m.grad]
             torch.autograd.backward([flight.sent[n] for n in names], [flight.gradients[n] for n in names])
+        self.shared.backward_ended()
         gradients = {
             m.name: g if (g := flight.received[m.name].grad) is not None else torch.zeros_like(flight.received[m.name])
             for m in self.incoming
@@ -177,29 +188,24 @@ class Executor:
         return tensor
 
     def _reduce(self) -> None:
-        """Add up gradients that are partial sums over an axis, in one message an axis and dtype, then those of weights
-        that live on several stages."""
+        """Add up gradients that are partial sums over an axis, then those of weights that live on several stages."""
+        self.shared.reduce()
         for axis in ("dp", "tp"):
             group = self.groups.along(axis)
-            partial = [p for p in self._with_gradients() if group.size > 1 and p.origin.placed[axis].kind == "C"]
-            _sum_together([p.grad for p in partial], group)
+            if group.size > 1:
+                partial = [p for p in self.shared.trained if p.origin.placed[axis].kind == "C"]
+                sum_together([p.grad for p in partial if axis != "dp" or not p.origin.sliced], group)
         by_group: dict[Group, list[Tensor]] = defaultdict(list)
-        for share in sorted(self._with_gradients(), key=lambda p: p.origin.name):
+        for share in sorted(self.shared.trained, key=lambda p: p.origin.name):
             if share.origin.name in self.tied:
                 by_group[self.tied[share.origin.name]].append(share.grad)
         for group, gradients in by_group.items():
-            _sum_together(gradients, group)
-
-    def _with_gradients(self) -> list[Any]:
-        shares = [p for p in self.stage.parameters() if p.requires_grad]
-        for share in shares:
-            if share.grad is None:
-                share.grad = torch.zeros_like(share)
-        return shares
+            sum_together(gradients, group)
 
     def _step(self) -> None:
         if self.optimizer is not None:
             self.optimizer.step()
+            self.shared.stepped()
 
     def _shared_loss(self) -> Tensor:
         loss = torch.stack(self.losses).sum() if self.losses else None
@@ -209,28 +215,3 @@ class Executor:
         value = loss.double() if loss is not None else torch.zeros((), dtype=torch.float64, device=self.groups.device)
         self.groups.pp.broadcast(value, self.groups.pp.size - 1)
         return value
-
-
-BUCKET_BYTES = 64 * 2**20
-
-
-def _sum_together(gradients: Iterable[Tensor], group: Group) -> None:
-    """All-reduce tensors in place, flattened together into messages of about BUCKET_BYTES."""
-    buckets: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-
-    def flush(bucket: list[Tensor]) -> None:
-        if not bucket:
-            return
-        flat = torch.cat([g.flatten() for g in bucket])
-        group.all_reduce(flat)
-        for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-            gradient.copy_(summed.view_as(gradient))
-        bucket.clear()
-
-    for gradient in gradients:
-        bucket = buckets[gradient.dtype]
-        bucket.append(gradient)
-        if sum(g.nbytes for g in bucket) >= BUCKET_BYTES:
-            flush(bucket)
-    for bucket in buckets.values():
-        flush(bucket)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from autopart.runtime.groups import Group
 
@@ -67,8 +65,3 @@ def vocab_embedding(ids: Tensor, weight: Tensor, group: Group, padding_idx: int 
     padding = padding_idx - first if first <= padding_idx < first + weight.shape[0] else None
     rows = F.embedding(torch.where(here, ids - first, 0), weight, padding)
     return rows * here[..., None]
-
-
-def recomputed(layer: nn.Module, *args: Tensor) -> Any:
-    """Call a layer, keep its inputs alone, and run it again for backward."""
-    return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)

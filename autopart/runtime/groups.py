@@ -16,6 +16,7 @@ from autopart.errors import PartitionError
 from autopart.notation import Placement
 from autopart.runtime.random import Draws
 from autopart.runtime.shards import shard
+from autopart.runtime.slices import Gathered, Slicing, rows, slice_length
 
 AXES = ("pp", "dp", "tp")
 """From the outermost to the innermost: ranks next to each other share a tensor-parallel group."""
@@ -90,10 +91,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's group along every axis, its device, the groups that are no axis, and what random numbers depend on.
+    """This rank's group along every axis, its device, the groups that are no axis, and what belongs to a rank besides.
 
     activations, gradients   all ranks, one group for each direction of a pipeline
     host                     all ranks, for values on the CPU
+    draws                    what random numbers depend on
+    gathered                 weights that lie in slices and are whole now
     """
 
     pp: Group
@@ -104,6 +107,7 @@ class Groups:
     gradients: Group
     host: Group
     draws: Draws = field(default_factory=Draws, kw_only=True)
+    gathered: Gathered = field(default_factory=Gathered, kw_only=True)
 
     def along(self, axis: str) -> Group:
         """The group of an axis by its name."""
@@ -174,11 +178,13 @@ def _device() -> torch.device:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a rank's tensor comes from: its name and whole shape in the model, and its placement along every axis."""
+    """Where a rank's tensor comes from: its name and whole shape in the model, its placement along every axis, and
+    whether it is a slice, over dp, of what lies there."""
 
     name: str
     whole: tuple[int, ...]
     placed: Mapping[str, Placement]
+    sliced: bool = False
 
 
 def weight(
@@ -195,6 +201,19 @@ def weight(
     share = nn.Parameter(torch.empty(_local(origin, groups), dtype=dtype, device=groups.device), requires_grad)
     share.origin = origin  # type: ignore[attr-defined]
     return share
+
+
+def weight_slice(
+    groups: Groups, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32, **placed: str
+) -> nn.Parameter:
+    """This rank's slice over dp, flat and not yet filled, of what `weight` gives."""
+    origin = Origin(name, tuple(shape), {axis: Placement.parse(text) for axis, text in placed.items()}, sliced=True)
+    local = torch.Size(_local(origin, groups))
+    length = slice_length(local.numel(), groups.dp.size)
+    share: Any = nn.Parameter(torch.empty(length, dtype=dtype, device=groups.device))
+    share.origin, share.slicing = origin, Slicing(local, groups.dp, groups.gathered)
+    mine: nn.Parameter = share
+    return mine
 
 
 def buffer(
@@ -232,4 +251,6 @@ def load(stage: nn.Module, groups: Groups, tensors: Mapping[str, torch.Tensor]) 
                 group = groups.along(axis)
                 if placement.kind == "S":
                     whole = shard(whole, placement.dim, placement.parts, group.size, group.rank)
+            if origin.sliced:
+                whole = rows(whole, groups.dp.size)[groups.dp.rank]
             shares[path].copy_(whole)

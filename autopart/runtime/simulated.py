@@ -65,6 +65,7 @@ class _Meeting:
         self.barrier.wait(PATIENCE)
         everyone = list(self.brought)
         self.barrier.wait(PATIENCE)
+        self.brought[rank] = None
         return everyone
 
 
@@ -98,7 +99,7 @@ class SimulatedGroup(Group):
         return [share.clone() for share in self._exchange(x.detach())]
 
     def reduce_scatter(self, shares: Tensor) -> Tensor:
-        return torch.stack([each[self.rank] for each in self._exchange(shares.detach())]).sum(0)
+        return torch.stack([each[self.rank] for each in self._exchange(shares.detach().clone())]).sum(0)
 
     def all_to_all(self, shares: list[Tensor]) -> list[Tensor]:
         return [each[self.rank].clone() for each in self._exchange(shares)]

@@ -1,0 +1,202 @@
+"""Tensors in slices over the ranks of a group, and weights that are whole only while they are used.
+
+A tensor's slices are equal parts of it, flat; zeros fill up the last. Messages hold several tensors of one dtype, about
+BUCKET_BYTES together, so that the extra memory they take is bounded.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from autopart.runtime.groups import Group
+
+Tensor = torch.Tensor
+BUCKET_BYTES = 64 * 2**20
+
+
+def buckets(tensors: Sequence[Tensor], times: int = 1) -> Iterator[list[int]]:
+    """Which tensors travel together: indices of one dtype, of at most BUCKET_BYTES or a single one, if each takes
+    `times` its bytes."""
+    waiting: dict[torch.dtype, list[int]] = defaultdict(list)
+    size: dict[torch.dtype, int] = defaultdict(int)
+    for index, tensor in enumerate(tensors):
+        nbytes, dtype = tensor.nbytes * times, tensor.dtype
+        if waiting[dtype] and size[dtype] + nbytes > BUCKET_BYTES:
+            yield waiting.pop(dtype)
+            size[dtype] = 0
+        waiting[dtype].append(index)
+        size[dtype] += nbytes
+    yield from waiting.values()
+
+
+def fill_a_message(tensors: Sequence[Tensor]) -> bool:
+    """Whether these are enough to be sent."""
+    return sum(tensor.nbytes for tensor in tensors) >= BUCKET_BYTES
+
+
+def sum_together(tensors: Sequence[Tensor], group: Group) -> None:
+    """All-reduce tensors in place."""
+    for bucket in buckets(tensors):
+        flat = torch.cat([tensors[i].flatten() for i in bucket])
+        group.all_reduce(flat)
+        for i, summed in zip(bucket, flat.split([tensors[i].numel() for i in bucket]), strict=True):
+            tensors[i].copy_(summed.view_as(tensors[i]))
+
+
+def slice_length(elements: int, size: int) -> int:
+    """Elements of each of `size` slices."""
+    return -(-elements // size)
+
+
+def rows(x: Tensor, size: int) -> Tensor:
+    """The slices of `x`, one a row; in its own memory where they need no zeros."""
+    length = slice_length(x.numel(), size)
+    lacking = length * size - x.numel()
+    flat = x.reshape(-1)
+    return (F.pad(flat, (0, lacking)) if lacking else flat).view(size, length)
+
+
+def gather(slices: Sequence[Tensor], shapes: Sequence[torch.Size], group: Group) -> list[Tensor]:
+    """The whole tensors that these are this rank's slices of, each in memory of its own."""
+    wholes: dict[int, Tensor] = {}
+    for bucket in buckets(slices, group.size):
+        shares = group.all_gather(_joined([slices[i].detach() for i in bucket], 0))
+        parts = [share.split([slices[i].numel() for i in bucket]) for share in shares]
+        for i, pieces in zip(bucket, zip(*parts, strict=True), strict=True):
+            wholes[i] = torch.cat(pieces)[: shapes[i].numel()].view(shapes[i])
+    return [wholes[i] for i in range(len(slices))]
+
+
+def scatter_sum(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
+    """This rank's slice of the ranks' sum of each tensor."""
+    slices: dict[int, Tensor] = {}
+    for bucket in buckets(tensors):
+        parts = [rows(tensors[i], group.size) for i in bucket]
+        if group.scatters:
+            mine = group.reduce_scatter(_joined(parts, 1))
+        else:
+            message = torch.cat(parts, 1)
+            group.all_reduce(message)
+            mine = message[group.rank].clone()
+        slices.update(zip(bucket, mine.split([part.shape[1] for part in parts]), strict=True))
+    return [slices[i] for i in range(len(tensors))]
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+# ---- weights that are whole only while they are used -----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """What a weight in slices (`groups.weight_slice`) is a slice of: the whole's shape, the ranks that have the other
+    slices, and the wholes that exist on this rank."""
+
+    shape: torch.Size
+    group: Group
+    gathered: Gathered
+
+
+class _Gather:
+    """Weights that are gathered together, forward and, those that backward needs, again when it needs the first; there
+    each is let go after the last of its `uses`."""
+
+    def __init__(self, slices: Sequence[Any]) -> None:
+        self.slices = slices
+        self.uses = [0] * len(slices)
+        self.again: dict[int, Tensor] = {}
+
+    def whole_again(self, index: int) -> Tensor:
+        if not self.again:
+            needed = [i for i, uses in enumerate(self.uses) if uses]
+            self.again = dict(zip(needed, _gather_all([self.slices[i] for i in needed]), strict=True))
+        self.uses[index] -= 1
+        return self.again[index] if self.uses[index] else self.again.pop(index)
+
+
+def _gather_all(slices: Sequence[Any]) -> list[Tensor]:
+    return gather(slices, [s.slicing.shape for s in slices], slices[0].slicing.group)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Stands, until backward, for a view of a whole weight."""
+
+    gather: _Gather
+    index: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class Gathered:
+    """The whole weights of a forward pass. Autograd keeps none of them: where it would, it keeps how to gather it."""
+
+    def __init__(self) -> None:
+        self.known: dict[StorageWeakRef, tuple[_Gather, int]] | None = None
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """A forward pass. Blocks that are recomputed keep nothing of their weights anyway, and gather them in their
+        second run."""
+        self.known = {}
+        try:
+            with saved_tensors_hooks(self._pack, _unpack):
+                yield
+        finally:
+            self.known = None
+
+    def add(self, gather: _Gather, wholes: Sequence[Tensor]) -> None:
+        """Know these as the wholes of `gather`; a weak reference to memory keeps its address from being used again."""
+        if self.known is not None:
+            self.known.update({StorageWeakRef(w.untyped_storage()): (gather, i) for i, w in enumerate(wholes)})
+
+    def _pack(self, saved: Tensor) -> Tensor | _Kept:
+        found = self.known.get(StorageWeakRef(saved.untyped_storage())) if self.known else None
+        if found is None:
+            return saved
+        found[0].uses[found[1]] += 1
+        return _Kept(*found, saved.size(), saved.stride(), int(saved.storage_offset()))
+
+
+def _unpack(kept: Tensor | _Kept) -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
+    return kept.gather.whole_again(kept.index).as_strided(kept.size, kept.stride, kept.offset)
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gather: _Gather, *slices: Tensor) -> tuple[Tensor, ...]:
+        wholes = _gather_all(gather.slices)
+        ctx.group = gather.slices[0].slicing.group
+        gather.slices[0].slicing.gathered.add(gather, wholes)
+        return tuple(wholes)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *scatter_sum(gradients, ctx.group)
+
+
+def gathered(owner: Any) -> Any:
+    """A weight that lies in slices over ranks, whole; of a module, all such weights, as attributes. Gathered again for
+    backward, which gives every rank the sum of the gradients of its slice."""
+    if isinstance(owner, nn.Module):
+        slices = {n: p for n, p in owner.named_parameters(recurse=False) if hasattr(p, "slicing")}
+        wholes = _Whole.apply(_Gather(list(slices.values())), *slices.values())
+        return SimpleNamespace(**dict(zip(slices, wholes, strict=True)))
+    return _Whole.apply(_Gather([owner]), owner)[0]
