@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from autopart.compile import DTYPES, Batch, Source, simulate_plan, take
-from autopart.compile import plan as make_plan
+from autopart.compile import DTYPES, Batch, Source, make_plan, request_of, simulate_plan, take
 from autopart.draws import Stream
 from autopart.graph import calls
 from autopart.mesh import Mesh
@@ -54,14 +53,17 @@ def check(
 
     Arguments and errors as `autopart.compile`.
     """
-    plan = plan or make_plan(model, mesh, batch, **settings)
+    if plan is None:
+        request = request_of(model, batch, **settings)
+        plan = make_plan(Source(model, batch, DTYPES[request.precision]), Mesh.of(mesh), request, to_run=True)
     batch = take(batch, plan.global_batch)
     source = Source(model, batch, DTYPES[plan.precision])
     split = simulate_plan(source, plan, seed)
     graph = source.at(plan.micro_batch, plan.mesh).traced.graph
     draws = any(isinstance(argument, Stream) for node in calls(graph) for argument in node.args)
     if draws:
-        alone = make_plan(model, "1:cpu", batch, micro_batch=plan.micro_batch, precision=plan.precision)
+        request = request_of(model, batch, micro_batch=plan.micro_batch, precision=plan.precision)
+        alone = make_plan(source, Mesh.of("1:cpu"), request, to_run=True)
         whole = simulate_plan(source, alone, seed)
         loss, gradients = whole.loss, whole.gradients
     else:

@@ -84,7 +84,7 @@ def plan(
 
     Raises PartitionError for a model that cannot be traced, a batch that does not divide, a mesh that is too small.
     """
-    request = _request(
+    request = request_of(
         model,
         batch,
         global_batch=global_batch,
@@ -104,7 +104,7 @@ def plan(
 
 def estimate(model: nn.Module, mesh: str | Mesh | DeviceMesh, batch: Batch, **settings: Any) -> Estimate:
     """What the configuration in `settings` (see `plan`) would cost, whether it fits or not."""
-    request = _request(model, batch, **settings)
+    request = request_of(model, batch, **settings)
     source = Source(model, batch, DTYPES[request.precision])
     return Estimate.of(make_plan(source, Mesh.of(mesh), replace(request, must_fit=False)))
 
@@ -132,7 +132,7 @@ def compile(
         raise PartitionError(f"the plan is for {plan.mesh.size} ranks, the mesh has {mesh.size}")
     start_processes(mesh.size)
     say = settings.pop("say", silent)
-    request = _request(model, batch, **settings)
+    request = request_of(model, batch, **settings)
     source = Source(model, batch, DTYPES[plan.precision if plan else request.precision])
     if plan is None and dist.is_initialized() and dist.get_rank():
         with suppress(PartitionError):  # which rank 0 raises for all
@@ -172,7 +172,7 @@ def simulate(
 ) -> Simulated:
     """One step with all ranks as threads of this process, on the CPU: what `compile` would run there, to check a plan
     without its devices. Raises PartitionError as `compile` does."""
-    request = _request(model, batch, **settings)
+    request = request_of(model, batch, **settings)
     source = Source(model, batch, DTYPES[plan.precision if plan else request.precision])
     return simulate_plan(source, plan or make_plan(source, Mesh.of(mesh), request, to_run=True), seed)
 
@@ -228,9 +228,10 @@ def stage_graphs(folded: Folded, plan: Plan) -> list[StageGraph]:
     return localise(folded, Choices(axes, tuple(plan.splits[s.splits] for s in plan.stages), plan.starts))
 
 
-def _request(
+def request_of(
     model: nn.Module, batch: Batch, *, global_batch: int | None = None, precision: str | None = None, **settings: Any
 ) -> Request:
+    """The settings of `plan` as data."""
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     name = precision or str(own).removeprefix("torch.")
     if name not in DTYPES:

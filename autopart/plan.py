@@ -75,7 +75,7 @@ class PlanStage:
 
 @dataclass(frozen=True)
 class Signature:
-    """What a plan belongs to, in a form that can name a difference; shapes of inputs are those of one sample."""
+    """What a plan belongs to, in a form that can name a difference; the number of samples in inputs is -1."""
 
     hash: str
     parameters: Mapping[str, tuple[int, ...]]
@@ -91,7 +91,7 @@ class Signature:
         return Signature(
             folded.hash,
             folded.parameters(),
-            {info(n).name: info(n).shape[1:] for n in placeholders(graph, "input")},
+            {info(n).name: (-1, *info(n).shape[1:]) for n in placeholders(graph, "input")},
             folded.operators,
             str(dtypes[0]).removeprefix("torch.") if dtypes else "",
         )

@@ -269,7 +269,8 @@ class _Localiser:
         note = _note(chosen, self.choices.axes, record)
         placed = [tuple(s.outputs[i] for s in chosen) for i in range(len(record.shapes))]
         sizes = [self._size((node, i), p) for i, p in enumerate(placed)]
-        grow = max(self.choices.grow(info(n)) for n in (node, *node.all_input_nodes))
+        counts = any(info(n).batch is not None for n in (node, *node.all_input_nodes))
+        grow = self.choices.scale if counts else 1.0
         local = replace(
             record,
             shapes=tuple(outputs),
