@@ -24,7 +24,7 @@ WIDTH = 100
 AGAIN = {"none": "", "selective": "recomputed_selectively", "full": "recomputed"}
 """What a block is called through, so that backward computes again what it does not keep."""
 SLICED = [
-    "Of a weight_slice a rank keeps one of dp equal parts. gathered(...) is the whole while it is used, and once more in",
+    "Of a weight_slice a rank keeps one of dp equal parts. gathered(...) is the whole while it is used, and again in",
     "backward, which leaves to each rank the summed gradient of its part.",
 ]
 
