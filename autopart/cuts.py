@@ -20,10 +20,11 @@ NEVER = float("inf")
 
 @dataclass(frozen=True)
 class Cut:
-    """The first position of every stage, and sum(f) + (m - 1) max(f) in seconds."""
+    """The first position of every stage, sum(f) + (m - 1) max(f) in seconds, and the least max(f) of any cut."""
 
     starts: tuple[int, ...]
     seconds: float
+    largest: float
 
 
 def best_cut(columns: Callable[[int], Array], stages: int, micro_batches: int) -> Cut | None:
@@ -33,16 +34,15 @@ def best_cut(columns: Callable[[int], Array], stages: int, micro_batches: int) -
     loosest = _path(columns, stages, NEVER)
     if loosest is None:
         return None
-    best, floor = _cut(loosest, fill), sum(loosest[1])
-    least = _least_maximum(columns, stages)
+    floor, least = sum(loosest[1]), _least_maximum(columns, stages)
     tight = _path(columns, stages, least)
     assert tight is not None
-    best = min(best, _cut(tight, fill), key=lambda c: c.seconds)
+    best = min((_cut(path, fill, least) for path in (loosest, tight)), key=lambda c: c.seconds)
     limit = (best.seconds - floor) / fill if fill else 0.0
     while limit > least:
         found = _path(columns, stages, limit)
         assert found is not None
-        best = min(best, _cut(found, fill), key=lambda c: c.seconds)
+        best = min(best, _cut(found, fill, least), key=lambda c: c.seconds)
         if sum(found[1]) + fill * least >= best.seconds:
             break
         limit = min(np.nextafter(max(found[1]), 0.0), (best.seconds - floor) / fill)
@@ -53,9 +53,9 @@ Path = tuple[tuple[int, ...], tuple[float, ...]]
 """The first position of every stage, and its seconds."""
 
 
-def _cut(path: Path, fill: int) -> Cut:
+def _cut(path: Path, fill: int, least: float) -> Cut:
     starts, times = path
-    return Cut(starts, sum(times) + fill * max(times))
+    return Cut(starts, sum(times) + fill * max(times), least)
 
 
 def _path(columns: Callable[[int], Array], stages: int, limit: float) -> Path | None:

@@ -114,7 +114,7 @@ class Search:
         """The best splits with memory without end, and from them the bound of every ZeRO level."""
         levels = zero_levels(self.space.request, point)
         point = replace(point, zero=levels[0])
-        way = self._way(point, self.space.solve(point))
+        way = self._way(point, self.space.solve(point, 0.0, self.space.forced(point)))
         self.ways[point] = [way]
         for zero in levels:
             at = replace(point, zero=zero)
@@ -150,24 +150,29 @@ class Search:
 
     def _memory(self, point: Point, bound: float) -> Iterator[tuple[float, Point]]:
         """Better bounds, and splits that take less memory."""
-        space, model = self.space, self.space.model(point)
-        if not np.isfinite(space.limit):
-            yield bound, point
-            return
-        passes, ways = self._passes(point), self.ways[point]
-        for price in self._price_list(ways[0]):
+        space, ways, m = self.space, self.ways[point], self.space.micro_batches(point)
+        least = bound / self._passes(point)
+        columns: dict[int, Array] = {}
+        for price in [0.0, *self._price_list(ways[0])]:
+            for flights, f in space.least_columns(point, price).items():
+                columns[flights] = np.maximum(columns.get(flights, f), f)
+            found = best_cut(lambda stage: columns[space.in_flight(point, stage)], point.pp, m)
+            assert found is not None
+            bound = max(bound, found.seconds, least + (m - 1) * found.largest)
             if bound >= self._time():
                 break
-            bound = max(bound, passes * space.memory_bound(point, price, model.blocks))
-            for mode in space.modes if bound < self._time() else ():
-                solution = space.solve(point, price, dict.fromkeys(model.blocks, mode))
+            for mode in space.modes if price else ():
+                solution = space.solve(point, price, dict.fromkeys(space.model(point).blocks, mode))
                 if solution and all(solution.chosen != w.solution.chosen for w in ways):
                     ways.append(self._way(point, solution))
-        self._best(point)
+        if len(ways) > 1 and bound < self._time():
+            self._best(point)
         yield bound, point
 
     def _price_list(self, way: Way) -> list[float]:
-        """Prices of a byte at which blocks begin to be run again, and above."""
+        """Prices of a byte at which blocks begin to be run again, and above; none where memory is without end."""
+        if not np.isfinite(self.space.limit):
+            return []
         ratios = sorted(s.seconds / s.bytes for group in way.ranges.savings.values() for s in group)
         ratios = ratios or [way.ranges.seconds[0, -1] / max(way.ranges.kept[0, -1], 1.0)]
         return [*ratios, *(ratios[-1] * factor for factor in (3, 30, 1000))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
@@ -32,6 +32,7 @@ class Model:
     def __init__(self, table: Table) -> None:
         self.table = table
         self.sizes = Sizes(table)
+        self.parts: dict[int, Solver] = {}
         many = {g: table.group.count(g) for g in set(table.group)}
         nodes = [
             len(table.state.get(i, ())) if n.kind == "parameter" else many.get(n.group, 1)
@@ -56,6 +57,12 @@ class Model:
     def solver(self) -> Solver:
         """Made when first asked for."""
         return Solver(self.sizes)
+
+    def part(self, group: int) -> Solver:
+        """Of one class of runs alone."""
+        if group not in self.parts:
+            self.parts[group] = Solver(self.sizes, group)
+        return self.parts[group]
 
     @cached_property
     def blocks(self) -> list[int]:
@@ -137,7 +144,7 @@ class Space:
         """Of equal time, 1F1B holds least."""
         return self.request.schedule or "1f1b"
 
-    def costs(self, point: Point, modes: Mapping[int, str] = {}) -> Costs:  # noqa: B006
+    def costs(self, point: Point, modes: Mapping[int, str]) -> Costs:
         """What everything at a point costs, in all its places; `modes` says which classes of blocks are run again."""
         model, prices = self.model(point), self.priced(point)
         again = np.concatenate([prices.forward - prices.product, prices.change_forward, 0.0 * prices.memory])
@@ -163,7 +170,7 @@ class Space:
         each = (prices.forward + prices.backward) * model.places[: len(prices.forward)]
         return float(np.minimum.reduceat(each, model.sizes.first[:-1]).sum())
 
-    def solve(self, point: Point, price: float = 0.0, modes: Mapping[int, str] = {}) -> Solution | None:  # noqa: B006
+    def solve(self, point: Point, price: float, modes: Mapping[int, str]) -> Solution | None:
         """The best splits where a byte kept costs `price` seconds and a byte of state as many as its least share."""
         return self.model(point).solver.minimise(self.objective(point, price, modes))
 
@@ -172,21 +179,30 @@ class Space:
         costs = self.costs(point, modes)
         return costs.seconds + price * (costs.kept + costs.state / self.in_flight(point, 0))
 
-    def memory_bound(self, point: Point, price: float, groups: Iterable[int]) -> float:
-        """Seconds that all stages together need at least for a micro-batch, given their memory (Lagrange): every class
-        of blocks in its best mode, on its own."""
-        model, total = self.model(point), 0.0
-        rest = ~np.isin(model.group, list(groups))
-        parts = [(rest, [{}])] + [(model.group == g, [{g: mode} for mode in self.modes]) for g in groups]
-        for mine, choices in parts:
-            solved = [model.solver.minimise(np.where(mine, self.objective(point, price, c), 0.0)) for c in choices]
-            total += min(s.bound for s in solved if s is not None)
-        free = sum(price / self.in_flight(point, s) for s in range(point.pp)) * self.limit
-        return total - free
+    def least_columns(self, point: Point, price: float) -> dict[int, Array]:
+        """For every number of micro-batches in flight, a bound below f[i, j] of all ranges, given their memory
+        (Lagrange): every class of runs in its best splits and its best mode of recompute, each for itself."""
+        model = self.model(point)
+        many = {g: model.table.group.count(g) for g in set(model.table.group)}
+        each = {}
+        for group, count in many.items():
+            modes = self.modes if group in model.blocks else ("none",)
+            mine = model.group == group
+            objectives = (np.where(mine, self.objective(point, price, {group: mode}), 0.0) for mode in modes)
+            each[group] = min(model.part(group).bound(o) for o in objectives) / count
+        total = np.concatenate([[0.0], np.cumsum([each[g] for g in model.table.group])])
+        whole = total[None, :] - total[:, None]
+        whole[np.tril_indices(len(total))] = float("inf")
+        numbers = {self.in_flight(point, stage) for stage in range(point.pp)}
+        return {f: whole - (price / f * self.limit if price else 0.0) for f in numbers}
+
+    def forced(self, point: Point) -> dict[int, str]:
+        """The mode of every class of blocks, where the request fixes it."""
+        return dict.fromkeys(self.model(point).blocks, self.request.recompute) if self.request.recompute else {}
 
     @property
     def modes(self) -> tuple[str, ...]:
         """What blocks may keep."""
         if self.request.recompute:
             return (self.request.recompute,)
-        return MODES[:1] if self.folded.traced.updated else MODES
+        return MODES

@@ -20,6 +20,9 @@ from autopart.weigh import Array, Sizes, paths
 PRIMAL = 4
 """HiGHS's name for the primal simplex method: the last basis stays feasible when the objective changes."""
 
+NODES = 200
+"""Of a branch-and-bound tree; where it is not done by then, the bound says how far it is off."""
+
 INTEGRAL = 1e-6
 """How far from a whole number a solution may be."""
 
@@ -40,21 +43,24 @@ class Solver:
     ones with a price), then the moves of equation (2).
     """
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: Sizes, group: int | None = None) -> None:
+        """With `group`, only what a class of runs decides is constrained: enough to bound what it costs."""
         self.sizes, self.table = sizes, sizes.table
+        held = self._held(group)
         self.strategies = int(sizes.first[-1])
         self.priced = self.strategies + len(sizes.changes) + len(sizes.kept)
         self.columns = self.priced
         self.rows: list[tuple[list[int], list[float], float, float]] = []
-        for node in range(len(self.table.nodes)):
+        for node in sorted(held):
             self.rows.append((self.options(node), [1.0] * len(self.options(node)), 1.0, 1.0))
         for group in self.table.tied:
             for node in group[1:]:
-                for here, there in zip(self.options(group[0]), self.options(node), strict=True):
+                for here, there in zip(self.options(group[0]), self.options(node), strict=True) if node in held else ():
                     self._equal([here], [there])
         for index, flow in enumerate(self.table.flows):
-            self._moves(index, flow)
-        self._kept()
+            if flow.source in held and all(node in held for node, _ in flow.uses):
+                self._moves(index, flow)
+        self._kept(held)
         self.highs = self._pass()
         self.narrowed: list[int] = []
         self.solved = False
@@ -63,17 +69,27 @@ class Solver:
         """The variables of a node."""
         return list(range(int(self.sizes.first[node]), int(self.sizes.first[node + 1])))
 
+    def _held(self, group: int | None) -> set[int]:
+        """The nodes of a class of runs with those that exchange values with them; all if there is none."""
+        nodes = range(len(self.table.nodes))
+        if group is None:
+            return set(nodes)
+        inside = {n for n in nodes if self.table.nodes[n].group == group}
+        ends = [{f.source, *(node for node, _ in f.uses)} for f in self.table.flows]
+        near = inside.union(*(e for e in ends if e & inside))
+        return near.union(*(set(t) for t in self.table.tied if near & set(t)))
+
+    def bound(self, costs: Array) -> float:
+        """A bound below every choice's cost: the linear relaxation."""
+        self._price(costs)
+        self.highs.run()
+        return float(self.highs.getInfo().objective_function_value) / self.scale
+
     def minimise(self, costs: Array, allowed: Mapping[int, Iterable[int]] | None = None) -> Solution | None:
         """The best choice for a cost of every priced variable; None where there is none. `allowed` narrows the options
         of some nodes."""
         self._narrow(allowed or {})
-        scale = 1.0 / max(float(np.abs(costs).max(initial=0.0)), 1e-300)
-        every = np.zeros(self.columns)
-        every[: self.priced] = costs * scale
-        if self.solved:
-            self.highs.setOptionValue("simplex_strategy", PRIMAL)
-        self.solved = True
-        self.highs.changeColsCost(self.columns, np.arange(self.columns, dtype=np.int32), every)
+        self._price(costs)
         self.highs.run()
         if self.highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
             return None
@@ -83,7 +99,16 @@ class Solver:
         if np.abs(strategies - strategies.round()).max(initial=0.0) > INTEGRAL:
             values, objective, bound = self._branch()
         chosen = tuple(int(np.argmax(values[self.options(n)])) for n in range(len(self.table.nodes)))
-        return Solution(chosen, objective / scale, bound / scale)
+        return Solution(chosen, objective / self.scale, bound / self.scale)
+
+    def _price(self, costs: Array) -> None:
+        self.scale = scale = 1.0 / max(float(np.abs(costs).max(initial=0.0)), 1e-300)
+        every = np.zeros(self.columns)
+        every[: self.priced] = costs * scale
+        if self.solved:
+            self.highs.setOptionValue("simplex_strategy", PRIMAL)
+        self.solved = True
+        self.highs.changeColsCost(self.columns, np.arange(self.columns, dtype=np.int32), every)
 
     def _branch(self) -> tuple[Array, float, float]:
         """Solve with binary strategies."""
@@ -154,12 +179,14 @@ class Solver:
             if len(moves) < users:
                 self.rows.append(([moves[0]], [1.0], 0.0, 0.0))
 
-    def _kept(self) -> None:
+    def _kept(self, held: set[int]) -> None:
         """Equation (4)."""
         start = self.strategies + len(self.sizes.changes)
         for index, keep in enumerate(self.table.keeps):
-            for keeper, (node, operand) in enumerate(keep.keepers):
+            for keeper, (node, operand) in enumerate(keep.keepers if keep.root in held else ()):
                 by: dict[Placements, list[int]] = defaultdict(list)
+                if node not in held:
+                    continue
                 options = self.options(keep.root if operand == -2 else node)
                 for placed, variable in zip(self.sizes.keeps(keep, keeper), options, strict=True):
                     by[placed].append(variable)
@@ -178,7 +205,7 @@ class Solver:
         model.a_matrix_.index_ = np.concatenate([c for c, _, _, _ in self.rows]).astype(np.int32)
         model.a_matrix_.value_ = np.concatenate([v for _, v, _, _ in self.rows])
         highs = highspy.Highs()
-        for name, setting in (("output_flag", False), ("threads", 1), ("mip_rel_gap", 0.0)):
+        for name, setting in (("output_flag", False), ("threads", 1), ("mip_rel_gap", 1e-6), ("mip_max_nodes", NODES)):
             highs.setOptionValue(name, setting)
         highs.passModel(model)
         return highs
