@@ -61,12 +61,13 @@ PLAN_OPTIONS: Mapping[str, tuple[type, Any, str]] = {
     "pp": (int, None, "pipeline-parallel degree"),
     "tp": (int, None, "tensor-parallel degree"),
     "dp": (int, None, "data-parallel degree"),
-    "zero": (int, None, "ZeRO level: 0 or 1"),
-    "recompute": (str, None, "none or full"),
+    "zero": (int, None, "ZeRO level: 0, 1, 2 or 3"),
+    "recompute": (str, None, "none, selective or full, in all blocks"),
     "schedule": (str, None, "gpipe or 1f1b"),
     "precision": (str, None, "of the parameters: float32, bfloat16, float16 or float64"),
     "optimizer": (str, "adamw", "sgd, momentum, adagrad, rmsprop, adam or adamw"),
     "time_limit": (float, None, "seconds after which the best plan so far is taken"),
+    "nodes": (int, None, "points of the search after which the best plan so far is taken"),
 }
 OPTIONS = {**BATCH_OPTIONS, **PLAN_OPTIONS}
 """Shared options: name -> type, default, help. A command with an argument `options` has them all."""
@@ -275,7 +276,7 @@ def write_folder(model: nn.Module, batch: models.Batch, made: Plan, folder: Path
     Raises PartitionError where the plan is for another model.
     """
     folded = prepare(model, take(batch, made.micro_batch), made.mesh, DTYPES[made.precision])
-    made.check(folded.traced)
+    made.check(folded)
     return write(folder, made, programs(folded, made), folded.traced.aliases, folded.traced.buffers, batch)
 
 

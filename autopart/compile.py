@@ -40,8 +40,8 @@ from autopart.runtime.simulated import run_simulated
 from autopart.runtime.watchdog import start_watchdog
 from autopart.schedules import instructions
 from autopart.schedules import verify as verify_schedule
-from autopart.space import Space
 from autopart.shortened import Shortened, Unlike, longer, shortenable
+from autopart.space import Space
 from autopart.stages import Choices, StageGraph
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def plan(
     precision: str | None = None,
     optimizer: str = "adamw",
     time_limit: float | None = None,
+    nodes: int | None = None,
     say: Say = silent,
 ) -> Plan:
     """Find the fastest way to train `model` on `mesh` that fits its memory. Needs no devices and no memory: the model
@@ -76,10 +77,10 @@ def plan(
     mesh          "hosts x devices:device", as "4x8:h100-80gb"; a Mesh; or a DeviceMesh, whose axes pp, dp, tp are kept
     batch         the model's keyword arguments, samples in dim 0 of every tensor
     global_batch  samples of a step (default: those of `batch`);  micro_batch: of a micro-batch, over all ranks
-    pp, tp, dp    degrees, where you want to decide them; so for zero (0, 1), recompute ("none", "full"), schedule
-                  ("gpipe", "1f1b") and precision ("float32", "bfloat16", "float64", "float16": of the parameters)
+    pp, tp, dp    degrees, where you want to decide them; so for zero (0 to 3), recompute ("none", "selective", "full":
+                  in all blocks), schedule ("gpipe", "1f1b") and precision ("float32", "bfloat16", "float64", "float16": of the parameters)
     optimizer     for its memory: "sgd", "momentum", "adam", "adamw", ...
-    time_limit    seconds after which the best plan so far is taken
+    time_limit    seconds after which the best plan so far is taken;  nodes: points of the search likewise
     say           is told of every better plan found
 
     Raises PartitionError for a model that cannot be traced, a batch that does not divide, a mesh that is too small.
@@ -98,6 +99,7 @@ def plan(
         precision=precision,
         optimizer=optimizer,
         time_limit=time_limit,
+        nodes=nodes,
     )
     return make_plan(Source(model, batch, DTYPES[request.precision]), Mesh.of(mesh), request, say)
 

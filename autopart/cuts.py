@@ -125,6 +125,17 @@ class Ranges:
             f[where] = np.where(needed <= 0, seconds, NEVER)
         return f
 
+    def lacks(self, in_flight: int, limit: float, modes: Sequence[str]) -> Array:
+        """Bytes that every range [i, j] is above the limit at its smallest; infinite where it is empty."""
+        short = self.state + in_flight * self.kept + self.transient - limit
+        where = np.nonzero(np.isfinite(self.seconds))
+        result = np.full_like(short, NEVER)
+        result[where] = short[where]
+        if self._steps(modes):
+            _, needed, _ = self._run_again(where, np.maximum(short[where], 0.0), in_flight, modes)
+            result[where] = np.minimum(short[where], needed)
+        return result
+
     def modes(self, i: int, j: int, in_flight: int, limit: float, modes: Sequence[str]) -> list[str]:
         """What every position of a range does where it takes its least time: the first blocks of a kind are run
         again."""

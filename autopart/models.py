@@ -164,7 +164,10 @@ def _config(spec: str) -> Any:
             "it is no file, no size known here and no model type of transformers",
             f"{' or '.join(close) or 'gpt2, llama-3-8b, ...'}, a config.json, or module:function",
         )
-    return AutoConfig.for_model(kind, **changes)
+    config = AutoConfig.for_model(kind, **changes)
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = config.pad_token_id
+    return config
 
 
 def _drop_dropout(config: Any, say: Callable[[str], None]) -> None:

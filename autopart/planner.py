@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -23,9 +23,10 @@ import numpy as np
 from autopart.cuts import NEVER, Ranges, best_cut, ranges
 from autopart.errors import PartitionError
 from autopart.passes.solve import Solution
+from autopart.plan import bytes_text
 from autopart.request import Point, Request, divisors
 from autopart.space import Space
-from autopart.weigh import MODES, Array, Weighed, weigh
+from autopart.weigh import Array, Weighed, weigh
 
 Say = Callable[[str], None]
 """Told of every better plan."""
@@ -100,7 +101,7 @@ class Search:
                 else:
                     heapq.heappush(self.queue, (max(bound, raised), level + 1, at))
         if self.best is None:
-            raise _nothing_fits(self.space, list(self.ways))
+            raise _nothing_fits(self.space, self.ways)
         bound = min(self.closed, self.queue[0][0] if self.queue else NEVER, self.best.seconds)
         return replace(self.best, bound=bound)
 
@@ -273,5 +274,49 @@ def _micro_batches(global_batch: int, dp: int) -> list[int]:
     return sizes
 
 
-def _nothing_fits(space: Space, tried: Sequence[Point]) -> PartitionError:
-    raise NotImplementedError
+def _nothing_fits(space: Space, tried: Mapping[Point, Sequence[Way]]) -> PartitionError:
+    """What the point that comes closest lacks: the stage, its bytes, who takes most."""
+    short = min((_shortage(space, point, way) for point, ways in tried.items() for way in ways), key=lambda s: s.bytes)
+    device, limit = space.mesh.device.name, space.limit
+    tenants = ", ".join(f"{name} {bytes_text(size)}" for name, size in short.tenants)
+    return PartitionError(
+        f"no plan fits {space.mesh}; the closest has {short.point}",
+        f"stage {short.stage} needs {bytes_text(short.bytes + limit)} at its smallest of the {bytes_text(limit)} a "
+        f"{device} can give: {bytes_text(short.bytes)} short; largest: {tenants}",
+        'more devices, a smaller micro_batch, or precision="bfloat16"',
+    )
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """How many bytes a stage lacks at its smallest, and its largest tenants."""
+
+    point: Point
+    stage: int
+    bytes: float
+    tenants: tuple[tuple[str, float], ...]
+
+
+def _shortage(space: Space, point: Point, way: Way) -> Shortage:
+    """Of the cut that leaves the most crowded stage the most room."""
+    lacks = {
+        flights: way.ranges.lacks(flights, space.limit, space.modes)
+        for flights in {space.in_flight(point, s) for s in range(point.pp)}
+    }
+    offset = min(f.min() for f in lacks.values())
+    cut = best_cut(lambda s: lacks[space.in_flight(point, s)] - offset, point.pp, 10**6)
+    assert cut is not None
+    ends = (*cut.starts[1:], len(space.folded.labels))
+    spans = list(zip(cut.starts, ends, strict=True))
+    stage = max(range(point.pp), key=lambda s: lacks[space.in_flight(point, s)][spans[s]])
+    i, j = spans[stage]
+    parts = {
+        "parameters, gradients and optimizer states": way.ranges.state[i, j],
+        "kept activations": space.in_flight(point, stage) * way.ranges.kept[i, j],
+        "the largest tensors of the moment": way.ranges.transient[i, j],
+    }
+    crowded = int(np.argmax(way.weighed.parts.sum(0)[i:j])) + i
+    label = space.folded.labels[crowded] or "the loss"
+    parts[f"parameters of {label}"] = float(way.weighed.parts[:, crowded].sum())
+    tenants = sorted(parts.items(), key=lambda item: -item[1])[:3]
+    return Shortage(point, stage, float(lacks[space.in_flight(point, stage)][i, j]), tuple(tenants))

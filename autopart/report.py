@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
@@ -18,7 +18,7 @@ from autopart.graph import Info, info
 from autopart.notation import Placement
 from autopart.passes.localise import localise
 from autopart.passes.price import PricedRun, Prices, price
-from autopart.plan import Plan, PlanRun, PlanStage, Signature, shortened, usable_bytes
+from autopart.plan import Plan, PlanRun, PlanStage, Signature, usable_bytes
 from autopart.planner import Found
 from autopart.request import is_block
 from autopart.rules import has_rule
@@ -182,7 +182,7 @@ def _memory(
 ) -> dict[str, float]:
     """Bytes of one rank of a stage."""
     folded, training = space.folded, space.training(found.point)
-    parts, gathered = [0.0, 0.0, 0.0], Counter[int]()
+    parts, gathered = [0.0, 0.0, 0.0], defaultdict[int, float](float)
     for record, placed, nbytes in _parameters(folded, choices, span):
         shared = _sums(choices, record, placed, "dp")
         parts = [a + b for a, b in zip(parts, training.memory(nbytes, record.grad, shared), strict=True)]
@@ -193,13 +193,13 @@ def _memory(
             gathered[run] += 2 * training.gathered(nbytes, _sums(choices, info(node), placed, "dp"))
     counts = Counter(zip(folded.sequence[slice(*span)], modes, strict=True))
     flights = space.in_flight(found.point, index)
-    inside = Counter[int]()
-    for kept in graph.kept.values():
-        for run in kept.runs if not kept.shared else ():
-            inside[run] += kept.size
+    inside: dict[int, float] = defaultdict(float)
+    for memory in graph.kept.values():
+        for run in memory.runs if not memory.shared else ():
+            inside[run] += memory.size
     rerun = [run for run, mode in counts if mode != "none"]
     nodes = dict(zip(graph.indices, (nodes for _, nodes in graph.runs), strict=True))
-    kept = sum(kept.size for kept in graph.kept.values() if kept.shared) + inside[-1]
+    kept = sum(memory.size for memory in graph.kept.values() if memory.shared) + inside[SETUP_RUN]
     kept += sum((_kept(nodes[run], mode) if mode != "none" else inside[run]) * n for (run, mode), n in counts.items())
     if rerun:
         blocks = {run for position, run in enumerate(folded.sequence) if is_block(folded.labels[position])}
