@@ -3,21 +3,29 @@
 from autopart.check import Check, check
 from autopart.compile import Simulated, compile, estimate, plan, simulate
 from autopart.errors import PartitionError
+from autopart.explain import Explanation, explain
 from autopart.mesh import Mesh
+from autopart.meshes import MeshChoice, search_mesh
 from autopart.plan import Estimate, Plan
+from autopart.reprice import reprice
 from autopart.runtime.compiled import Compiled
 
 __all__ = [
     "Check",
     "Compiled",
     "Estimate",
+    "Explanation",
     "Mesh",
+    "MeshChoice",
     "PartitionError",
     "Plan",
     "Simulated",
     "check",
     "compile",
     "estimate",
+    "explain",
     "plan",
+    "reprice",
+    "search_mesh",
     "simulate",
 ]

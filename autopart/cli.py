@@ -1,15 +1,18 @@
-"""The shell: autopart plan | show | estimate | emit | export | run."""
+"""The shell: autopart plan | mesh | show | estimate | emit | export | run."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import json
+import math
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,9 +28,13 @@ from torch import nn
 from autopart import models
 from autopart.check import check
 from autopart.compile import DTYPES, compile, estimate, plan, prepare, programs, samples_of, take
+from autopart.constraints import forbidden, parse
 from autopart.errors import PartitionError
+from autopart.explain import explain
 from autopart.exports import SYSTEMS, export
+from autopart.meshes import PER_HOST, MeshChoice, search_mesh
 from autopart.plan import Estimate, Plan, bytes_text, missing, seconds_text
+from autopart.reprice import reprice
 from autopart.runtime.launch import launch
 from autopart.runtime.standalone import train, write
 from autopart.runtime.watchdog import report_failure
@@ -48,6 +55,9 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Mesh = Annotated[str, typer.Argument(metavar="MESH", help=MESH_HELP)]
 MaybeMesh = Annotated[str | None, typer.Argument(metavar="[MESH]", help=MESH_HELP)]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="take this plan instead of making one")]
+ModelOf = Annotated[
+    str | None, typer.Option("--model", metavar="MODEL", help="the plan's model, where the file does not say it")
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 BATCH_OPTIONS: Mapping[str, tuple[type, Any, str]] = {
@@ -69,7 +79,11 @@ PLAN_OPTIONS: Mapping[str, tuple[type, Any, str]] = {
     "time_limit": (float, None, "seconds after which the best plan so far is taken"),
     "nodes": (int, None, "points of the search after which the best plan so far is taken"),
 }
-OPTIONS = {**BATCH_OPTIONS, **PLAN_OPTIONS}
+CONSTRAINT_OPTIONS: Mapping[str, tuple[type, Any, str]] = {
+    "force": (list[str], [], 'what has to be so, as "stage 2 starts at layers.10"; may be repeated'),
+    "forbid": (list[str], [], 'what may not be so, as "split lm_head.weight over tp"; may be repeated'),
+}
+OPTIONS = {**BATCH_OPTIONS, **PLAN_OPTIONS, **CONSTRAINT_OPTIONS}
 """Shared options: name -> type, default, help. A command with an argument `options` has them all."""
 
 Options = dict[str, Any]
@@ -118,10 +132,79 @@ def plan_command(
 
     Example: autopart plan llama-3-8b 2x8:h100-80gb --global-batch 64 --precision bfloat16 --save plan.json
     """
-    made = _plan(*_load(model, options), mesh, options)
+    made = _asked(_plan(*_load(model, options), mesh, options), model, options)
     if save:
         _save(made, save)
     _print(made.to_json() if as_json else str(made))
+
+
+@command
+def mesh_command(
+    model: Model,
+    options: Options,
+    devices: Annotated[list[str], typer.Option(help="COUNT:DEVICE or a mesh; may be repeated")],
+    target: Annotated[float | None, typer.Option(help="seconds of a step: the fewest devices that meet it")] = None,
+    price: Annotated[list[str] | None, typer.Option(help="DEVICE=PRICE of one for an hour; may be repeated")] = None,
+    per_host: Annotated[list[int] | None, typer.Option(help="devices of a host (default: 8); may be repeated")] = None,
+    save: Annotated[Path | None, typer.Option(help="write the best mesh's plan to this file")] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the fastest, cheapest or smallest mesh for a model.
+
+    Example: autopart mesh llama-3-8b --devices 64:h100-80gb --devices 128:a100-80gb --price h100-80gb=2.5
+    --price a100-80gb=1.5 --global-batch 64 --precision bfloat16
+    """
+    loaded, batch = _load(model, options)
+    with _stderr().status("planning") as status:
+        found = search_mesh(
+            loaded,
+            batch,
+            devices=devices,
+            target_seconds=target,
+            prices=_prices(price) if price else None,
+            per_host=per_host or PER_HOST,
+            say=lambda text: status.update(Text(f"planning, done: {text}")),
+            **_settings(options),
+        )
+    best = found[0].plan
+    if save and best:
+        _save(best, save)
+    if as_json:
+        _print({"choices": [choice.to_json() for choice in found], "plan": best.to_json() if best else None})
+    else:
+        _print(_choices_text(found, target))
+
+
+def _prices(given: list[str]) -> dict[str, float]:
+    """Device -> price, from DEVICE=PRICE."""
+    found = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise PartitionError(f"not a price: {text!r}", try_="h100-80gb=2.5") from None
+    return found
+
+
+def _choices_text(choices: list[MeshChoice], target: float | None) -> str:
+    """A line a mesh, the best first; * marks those that nothing beats in time and cost (in devices, without prices)."""
+    missed = target is not None and not choices[0].meets
+    lines = [f"no mesh takes at most {seconds_text(target or 0.0)} a step; the fastest is first"] if missed else []
+    for choice in choices:
+        head = f"{'*' if choice.front else ' '} {choice.mesh!s:<20}"
+        if choice.plan is None:
+            lines.append(f"{head} {choice.problem}")
+            continue
+        cost = (
+            ""
+            if choice.cost is None
+            else f"{choice.cost:>12.6g} a step {choice.cost_per_million_tokens:>10.4g} a M tokens"
+        )
+        rate = f"{seconds_text(choice.step_seconds):>10} {choice.tokens_per_second:>14,.0f} tokens/s"
+        late = "  misses the target" if target is not None and not choice.meets else ""
+        lines.append(f"{head} {rate} {cost}  {choice.plan.degrees} zero {choice.plan.zero}{late}")
+    return "\n".join(lines)
 
 
 @command
@@ -130,18 +213,76 @@ def show_command(
     without_rule: Annotated[
         bool, typer.Option("--missing", help="the operators that no rule splits, the costliest first")
     ] = False,
+    why: Annotated[bool, typer.Option("--why", help="what every other strategy would cost")] = False,
+    why_not: Annotated[
+        list[str] | None, typer.Option(help='what the step would be with a constraint, as "tp=8"; may be repeated')
+    ] = None,
+    prices: Annotated[bool, typer.Option("--prices", help="what more memory and faster links would bring")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="with --why: of every operator and parameter")] = False,
+    model: ModelOf = None,
     as_json: Json = False,
 ) -> None:
-    """Print a saved plan.
+    """Print a saved plan, or why it is as it is: then the model is traced again.
 
-    Example: autopart show plan.json --missing
+    Example: autopart show plan.json --why-not tp=4 --why-not "stage 1 starts at h.8"
     """
     saved = Plan.load(file)
-    if without_rule:
+    if why or why_not or prices:
+        _explain(saved, model, why, everything, why_not or [], prices, as_json)
+    elif without_rule:
         rows = missing(saved)
         _print([{"operator": n, "calls": c, "seconds": s} for n, c, s in rows] if as_json else _missing_text(rows))
     else:
         _print(saved.to_json() if as_json else str(saved))
+
+
+def _explain(
+    saved: Plan, spec: str | None, why: bool, everything: bool, why_not: list[str], prices: bool, as_json: bool
+) -> None:
+    """Print what is asked of a saved plan; the time it takes once the model is planned again goes to stderr."""
+    started = time.monotonic()
+    with _planning() as say:
+        loaded, batch, options = _of_plan(saved, spec)
+        found = explain(loaded, saved.mesh, batch, **_settings(options), say=say)
+    if not math.isclose(found.plan.step_seconds, saved.step_seconds, rel_tol=1e-6):
+        _note(f"planned again the step takes {seconds_text(found.plan.step_seconds)}, which the answers go by")
+    _note(f"traced and planned again in {time.monotonic() - started:.2f} s")
+    started = time.process_time()
+    answers = [found.why_not(text) for text in why_not]
+    reasons = found.why(everything) if why else []
+    changes = found.prices() if prices else []
+    taken = time.process_time() - started
+    if as_json:
+        told: dict[str, list[Any]] = {
+            "why_not": [replace(a, plan=None) for a in answers],
+            "why": reasons,
+            "prices": changes,
+        }
+        _print({name: [asdict(row) for row in rows] for name, rows in told.items()})
+    else:
+        slack = [f"{bytes_text(found.slack)} of memory are left on the fullest device"] if prices else []
+        _print("\n".join(map(str, [*answers, *reasons, *slack, *changes])))
+    _note(f"answered in {taken:.2f} s of CPU")
+
+
+def _of_plan(saved: Plan, spec: str | None) -> tuple[nn.Module, models.Batch, Options]:
+    """The model and batch of a saved plan, and the options it was made with."""
+    spec = spec or saved.request.get("model")
+    if spec is None:
+        raise PartitionError(
+            "the plan does not say which model it is for", f"only that its class is {saved.model}", "--model MODEL"
+        )
+    known = {name: saved.request[name] for name in OPTIONS if name in saved.request}
+    sequence = next((s[1] for s in saved.signature.inputs.values() if len(s) == 2), None)
+    options = {name: row[1] for name, row in OPTIONS.items()} | {"sequence": sequence} | known
+    options |= {"precision": saved.precision, "force": saved.request.get("constraints", [])}
+    return *_load(spec, options), options
+
+
+def _asked(made: Plan, model: str, options: Options) -> Plan:
+    """A plan that remembers which model and batch it was asked for."""
+    given = {name: options[name] for name in BATCH_OPTIONS if options[name]}
+    return replace(made, request={**made.request, "model": model, **given})
 
 
 def _missing_text(rows: list[tuple[str, int, float]]) -> str:
@@ -176,21 +317,32 @@ def estimate_command(
     model: Annotated[str, typer.Argument(metavar="MODEL|PLAN.json", help=f"{MODEL_HELP}; or a saved plan")],
     options: Options,
     mesh: MaybeMesh = None,
+    of: ModelOf = None,
     as_json: Json = False,
 ) -> None:
-    """What a configuration costs, whether it fits or not; without MESH, what a saved plan costs.
+    """What a configuration costs, whether it fits or not; without MESH, what a saved plan costs: its decisions, edited
+    by hand as they may be, are priced again.
 
     Example: autopart estimate gpt2-xl 8:a100-80gb --tp 8 --global-batch 32
     """
     if mesh is None:
         if not model.endswith(".json"):
             raise PartitionError(f"on which mesh is {model} to be estimated?", try_=f"autopart estimate {model} 4:cpu")
-        made = Estimate.of(Plan.load(model))
+        made = Estimate.of(_repriced(Plan.load(model), of))
     else:
         loaded, batch = _load(model, options)
         with _planning():
             made = estimate(loaded, mesh, batch, **_settings(options))
     _print(_estimate_to_json(made) if as_json else _estimate_text(made))
+
+
+def _repriced(saved: Plan, spec: str | None) -> Plan:
+    """A saved plan, priced again where it is known for which model."""
+    if spec is None and "model" not in saved.request:
+        _note("the plan does not say which model it is for: these are the numbers in the file; --model prices it again")
+        return saved
+    loaded, batch, _ = _of_plan(saved, spec)
+    return reprice(saved, loaded, batch)
 
 
 @command
@@ -308,7 +460,8 @@ def _plan(model: nn.Module, batch: models.Batch, mesh: str, options: Options) ->
 
 
 def _settings(options: Options) -> Options:
-    return {name: options[name] for name in PLAN_OPTIONS}
+    forced, without = options["force"], [forbidden(parse(text)).text for text in options["forbid"]]
+    return {name: options[name] for name in PLAN_OPTIONS} | {"constraints": [*forced, *without]}
 
 
 def _saved(file: Path | None, options: Options) -> Plan | None:
@@ -371,9 +524,9 @@ def _print(what: Any) -> None:
 
 @contextmanager
 def _planning() -> Iterator[Callable[[str], None]]:
-    """A spinner on stderr; what is yielded shows the best plan so far beside it."""
+    """A spinner on stderr; what is yielded shows beside it how far the search is."""
     with _stderr().status("planning") as status:
-        yield lambda text: status.update(Text(f"planning, best so far: {text}"))
+        yield lambda text: status.update(Text(f"planning: {text}"))
 
 
 @contextmanager

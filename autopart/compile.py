@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from autopart.advice import advice
 from autopart.collector import paused
 from autopart.cost import peak
 from autopart.errors import PartitionError
@@ -30,9 +31,9 @@ from autopart.passes.repeat import repeat
 from autopart.passes.simplify import simplify
 from autopart.passes.trace import trace
 from autopart.plan import Estimate, Plan
-from autopart.planner import Say, search, silent
+from autopart.planner import Found, Say, Search, silent
 from autopart.report import write_out
-from autopart.request import Request
+from autopart.request import Request, read_constraints
 from autopart.runtime.compiled import Compiled, Program
 from autopart.runtime.executor import Message
 from autopart.runtime.groups import Groups, make_groups, start_processes
@@ -68,6 +69,7 @@ def plan(
     optimizer: str = "adamw",
     time_limit: float | None = None,
     nodes: int | None = None,
+    constraints: Sequence[str] = (),
     say: Say = silent,
 ) -> Plan:
     """Find the fastest way to train `model` on `mesh` that fits its memory. Needs no devices and no memory: the model
@@ -81,7 +83,10 @@ def plan(
                   in all blocks), schedule ("gpipe", "1f1b") and precision ("float32", "bfloat16", "float64", "float16": of the parameters)
     optimizer     for its memory: "sgd", "momentum", "adam", "adamw", ...
     time_limit    seconds after which the best plan so far is taken;  nodes: points of the search likewise
-    say           is told of every better plan found
+    constraints   what to fix or forbid by hand: "tp=8", "stage 2 starts at layers.10", "no cut before layers.3",
+                  "split layers.*.up_proj.weight dim 0 over tp", ... (see autopart/constraints.py); the plan is proven
+                  against all that do as they say
+    say           is told how far the search is: the best plan's time, the bound, the gap
 
     Raises PartitionError for a model that cannot be traced, a batch that does not divide, a mesh that is too small.
     """
@@ -100,6 +105,7 @@ def plan(
         optimizer=optimizer,
         time_limit=time_limit,
         nodes=nodes,
+        constraints=constraints,
     )
     return make_plan(Source(model, batch, DTYPES[request.precision]), Mesh.of(mesh), request, say)
 
@@ -231,9 +237,16 @@ def stage_graphs(folded: Folded, plan: Plan) -> list[StageGraph]:
 
 
 def request_of(
-    model: nn.Module, batch: Batch, *, global_batch: int | None = None, precision: str | None = None, **settings: Any
+    model: nn.Module,
+    batch: Batch,
+    *,
+    global_batch: int | None = None,
+    precision: str | None = None,
+    constraints: Sequence[str] = (),
+    **settings: Any,
 ) -> Request:
     """The settings of `plan` as data."""
+    settings["constraints"] = read_constraints(constraints)
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     name = precision or str(own).removeprefix("torch.")
     if name not in DTYPES:
@@ -339,21 +352,47 @@ def _pass(name: str, before: Traced | None, run: Callable[[], Traced]) -> Traced
     return traced
 
 
-def make_plan(source: Source, mesh: Mesh, request: Request, say: Say = silent, to_run: bool = False) -> Plan:
+def make_plan(
+    source: Source, mesh: Mesh, request: Request, say: Say = silent, to_run: bool = False, advise: bool = True
+) -> Plan:
     """`plan` for a model that may be traced already; one `to_run` is of a graph whose every block was traced, or one
-    equal to it."""
+    equal to it. Where nothing fits, what would is looked for if it is to `advise`."""
+    return explored(source, mesh, request, say, to_run, advise)[0]
+
+
+def explored(
+    source: Source, mesh: Mesh, request: Request, say: Say = silent, to_run: bool = False, advise: bool = True
+) -> tuple[Plan, Search, Found]:
+    """`make_plan`, with the search that found the plan."""
     started = time.monotonic()
     request = request.check(mesh)
     peak(mesh.device, source.dtype)
     folded = source.short(min(2, request.global_batch), mesh)
-    plan = _plan_of(Space(folded, mesh, request), say, started, source)
-    if to_run and source.at(plan.micro_batch, mesh).hash != folded.hash:
-        plan = _plan_of(Space(source.at(min(2, request.global_batch), mesh), mesh, request), say, started, source)
-    return plan
+    if folded.traced.updated and request.recompute not in (None, "none"):
+        raise PartitionError(
+            f"the forward pass changes {folded.traced.updated[0]}",
+            "recompute would change it twice a step",
+            'recompute="none"',
+        )
+    made = _searched(Space(folded, mesh, request), say, started, source, advise)
+    if to_run and source.at(made[0].micro_batch, mesh).hash != folded.hash:
+        full = Space(source.at(min(2, request.global_batch), mesh), mesh, request)
+        made = _searched(full, say, started, source, advise)
+    return made
 
 
-def _plan_of(space: Space, say: Say, started: float, source: Source) -> Plan:
-    return write_out(space, search(space, say), started, type(source.model).__name__)
+def _searched(
+    space: Space, say: Say, started: float, source: Source, advise: bool
+) -> tuple[Plan, Search, Found]:
+    search = Search(space, say)
+    try:
+        found = search.run()
+    except PartitionError as error:
+        if search.short is None or not advise:
+            raise
+        way_out = advice(space, lambda mesh, dtype: Source(source.model, source.batch, DTYPES[dtype]).short(2, mesh))
+        raise PartitionError(error.what, error.why, way_out or error.try_) from None
+    return write_out(space, found, started, type(source.model).__name__), search, found
 
 
 def _agreed(given: Plan | None, seed: int | None, make: Callable[[], Plan]) -> tuple[Plan, int]:

@@ -7,13 +7,14 @@ over all paths is found by lowering T from the largest value that could still wi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autopart.weigh import MODES, Array, Crossing, Weighed
+from autopart.weigh import MODES, Array, Weighed
 
 NEVER = float("inf")
 
@@ -30,17 +31,17 @@ class Cut:
 def best_cut(columns: Callable[[int], Array], stages: int, micro_batches: int) -> Cut | None:
     """The best way to cut; `columns(s)` holds f[s, i, j] for all i, j (infinite where j <= i or what does not fit).
     None where no way fits."""
-    fill = micro_batches - 1
-    loosest = _path(columns, stages, NEVER)
+    fill, bands = micro_batches - 1, _bands([columns(s) for s in range(stages)])
+    loosest = _path(bands, NEVER)
     if loosest is None:
         return None
-    floor, least = sum(loosest[1]), _least_maximum(columns, stages)
-    tight = _path(columns, stages, least)
+    floor, least = sum(loosest[1]), _least_maximum(bands)
+    tight = _path(bands, least)
     assert tight is not None
     best = min((_cut(path, fill, least) for path in (loosest, tight)), key=lambda c: c.seconds)
     limit = (best.seconds - floor) / fill if fill else 0.0
     while limit > least:
-        found = _path(columns, stages, limit)
+        found = _path(bands, limit)
         assert found is not None
         best = min(best, _cut(found, fill, least), key=lambda c: c.seconds)
         if sum(found[1]) + fill * least >= best.seconds:
@@ -58,34 +59,48 @@ def _cut(path: Path, fill: int, least: float) -> Cut:
     return Cut(starts, sum(times) + fill * max(times), least)
 
 
-def _path(columns: Callable[[int], Array], stages: int, limit: float) -> Path | None:
+def _bands(columns: Sequence[Array]) -> list[Array]:
+    """band[j, l] = f[j - l - 1, j]: ranges by where they end and how long they are, none longer than any that fits."""
+    distinct = {id(f): f for f in columns}
+    longest = max((int(np.max(j - i, initial=1)) for i, j in (np.nonzero(np.isfinite(f)) for f in distinct.values())))
+    ends = np.arange(columns[0].shape[0])[:, None]
+    starts = ends - 1 - np.arange(longest)[None, :]
+    bands = {key: np.where(starts >= 0, f[np.maximum(starts, 0), ends], NEVER) for key, f in distinct.items()}
+    return [bands[id(f)] for f in columns]
+
+
+def _before(reach: Array, longest: int) -> Array:
+    """before[j, l] = reach[j - l - 1], infinite where there is none."""
+    padded = np.concatenate([np.full(longest, NEVER), reach])
+    return np.lib.stride_tricks.sliding_window_view(padded, longest)[: len(reach), ::-1]
+
+
+def _path(bands: Sequence[Array], limit: float) -> Path | None:
     """The path with the least sum, of columns no larger than `limit`."""
-    n = columns(0).shape[0] - 1
+    n, longest = bands[0].shape[0] - 1, bands[0].shape[1]
     reach = np.full(n + 1, NEVER)
     reach[0] = 0.0
     back: list[NDArray[np.int_]] = []
-    for stage in range(stages):
-        f = columns(stage)
-        total = reach[:, None] + np.where(f <= limit, f, NEVER)
-        back.append(total.argmin(0))
-        reach = total.min(0)
+    for band in bands:
+        total = _before(reach, longest) + np.where(band <= limit, band, NEVER)
+        back.append(total.argmin(1))
+        reach = total.min(1)
     if not np.isfinite(reach[n]):
         return None
-    starts, end = [], n
-    for stage in range(stages - 1, -1, -1):
-        starts.append(int(back[stage][end]))
-        end = starts[-1]
-    starts.reverse()
-    ends = [*starts[1:], n]
-    return tuple(starts), tuple(float(columns(s)[i, j]) for s, (i, j) in enumerate(zip(starts, ends, strict=True)))
+    starts, times, end = [], [], n
+    for band, length in zip(reversed(bands), reversed(back), strict=True):
+        times.append(float(band[end, length[end]]))
+        end -= int(length[end]) + 1
+        starts.append(end)
+    return tuple(reversed(starts)), tuple(reversed(times))
 
 
-def _least_maximum(columns: Callable[[int], Array], stages: int) -> float:
+def _least_maximum(bands: Sequence[Array]) -> float:
     """The least largest column of any path."""
-    reach = np.full(columns(0).shape[0], NEVER)
+    reach = np.full(bands[0].shape[0], NEVER)
     reach[0] = 0.0
-    for stage in range(stages):
-        reach = np.maximum(reach[:, None], columns(stage)).min(0)
+    for band in bands:
+        reach = np.maximum(_before(reach, band.shape[1]), band).min(1)
     return float(reach[-1])
 
 
@@ -98,7 +113,8 @@ class Ranges:
     kept      bytes per micro-batch, nothing run again;  transient: bytes that exist for a moment
     entered   bytes that several blocks take, kept if one of them is run again
     again     seconds that each of MODES adds at every position
-    group     class of every position;  block: whether it is a numbered block;  forced: what all blocks have to do
+    group     class of every position: equal ones cost the same and may do the same;  least_modes: the one of MODES that
+              keeps most of those it may do
     blocks    kind of block -> how many there are;  savings: what running one of the kind again costs and saves
     """
 
@@ -109,20 +125,22 @@ class Ranges:
     entered: Array
     again: Array
     group: Sequence[int]
-    block: Sequence[bool]
-    forced: str | None
+    least_modes: Sequence[str]
     blocks: dict[int, Array] = field(default_factory=dict)
     savings: dict[int, list[Saving]] = field(default_factory=dict)
 
-    def least(self, in_flight: int, limit: float, modes: Sequence[str]) -> Array:
+    def least(self, in_flight: int, limit: float, modes: Sequence[str], most: float) -> Array:
         """f[i, j] with that many micro-batches in flight: blocks are run again, those that save most a second first,
-        until the range fits."""
-        short = self.state + in_flight * self.kept + self.transient - limit
-        f = np.where(short <= 0, self.seconds, NEVER)
-        where = np.nonzero((short > 0) & np.isfinite(self.seconds))
-        if len(where[0]) and self._steps(modes):
-            seconds, needed, _ = self._run_again(where, short[where], in_flight, modes)
-            f[where] = np.where(needed <= 0, seconds, NEVER)
+        until the range fits. Ranges that take more than `most` seconds are left out."""
+        f = np.full_like(self.seconds, NEVER)
+        where = np.nonzero(self.seconds <= most)
+        short = self.state[where] + in_flight * self.kept[where] + self.transient[where] - limit
+        f[where] = np.where(short <= 0, self.seconds[where], NEVER)
+        over = short > 0
+        if over.any() and self._steps(modes):
+            where, short = (where[0][over], where[1][over]), short[over]
+            seconds, needed, _ = self._run_again(where, short, in_flight, modes)
+            f[where] = np.where((needed <= 0) & (seconds <= most), seconds, NEVER)
         return f
 
     def lacks(self, in_flight: int, limit: float, modes: Sequence[str]) -> Array:
@@ -139,20 +157,21 @@ class Ranges:
     def modes(self, i: int, j: int, in_flight: int, limit: float, modes: Sequence[str]) -> list[str]:
         """What every position of a range does where it takes its least time: the first blocks of a kind are run
         again."""
-        result = ["none" if self.forced is None or not b else self.forced for b in self.block[i:j]]
+        result = list(self.least_modes[i:j])
         short = self.state[i, j] + in_flight * self.kept[i, j] + self.transient[i, j] - limit
         if short > 0 and self._steps(modes):
             where = np.array([i]), np.array([j])
             _, _, counts = self._run_again(where, np.array([short]), in_flight, modes)
             for step, count in zip(self._steps(modes), counts, strict=True):
-                mine = [p for p in range(i, j) if self.block[p] and self.group[p] == step.kind]
+                mine = [p for p in range(i, j) if self.group[p] == step.kind]
                 for p in mine[: int(count[0])]:
                     result[p - i] = step.mode
         return result
 
     def exact(self, i: int, j: int, modes: Sequence[str]) -> float:
         """Seconds of a range whose positions do as `modes` say."""
-        extra = 0.0 if self.forced else sum(self.again[MODES.index(m), i + k] for k, m in enumerate(modes))
+        pairs = enumerate(zip(modes, self.least_modes[i:j], strict=True), start=i)
+        extra = sum(self.again[MODES.index(m), p] - self.again[MODES.index(least), p] for p, (m, least) in pairs)
         return float(self.seconds[i, j] + extra)
 
     def _steps(self, modes: Sequence[str]) -> list[Saving]:
@@ -188,52 +207,67 @@ class Saving:
 
 
 def ranges(
-    found: Weighed, group: Sequence[int], block: Sequence[bool], micro_batches: int, forced: str | None = None
+    found: Weighed, group: Sequence[int], block: Sequence[bool], micro_batches: int, allowed: Sequence[tuple[str, ...]]
 ) -> Ranges:
-    """All ranges of a weighed choice. With `forced`, all blocks recompute so."""
-    n, mode, isblock = len(group), MODES.index(forced or "none"), np.array(block)
-    again = found.again[mode] * isblock
-    each = np.where(isblock & (mode > 0), found.kept[mode] + found.entered, found.kept[0])
-    seconds = _sums(found.forward + found.backward + again + found.sync / micro_batches)
+    """All ranges of a weighed choice. `allowed` says which of MODES every position may do; the class of blocks that
+    may not do the same is not the same either."""
+    n, everywhere = len(group), np.arange(len(group))
+    least = [MODES.index(modes[0]) for modes in allowed]
+    rerun = np.array([mode > 0 for mode in least])
+    each = np.where(rerun, found.kept[least, everywhere] + found.entered, found.kept[0])
+    seconds = _sums(found.forward + found.backward + found.again[least, everywhere] + found.sync / micro_batches)
     state, kept = _sums(found.parts.sum(0)), _sums(each)
     largest, gathered, entered = _maxima(found.largest), _maxima(found.gathered), np.zeros((n + 1, n + 1))
-    rerun = _maxima(found.kept[0] * isblock) if mode else np.zeros((n + 1, n + 1))
+    alive = _maxima(found.kept[0] * rerun)
     for item in found.items:
         has = _has(item.positions, n)
         seconds += has * (item.forward + item.backward + item.sync / micro_batches)
         state += has * sum(item.parts)
         kept += has * item.kept
-        kept, entered = kept + has * item.entered * (mode > 0), entered + has * item.entered * (mode == 0)
+        if item.entered:
+            entering = _has([p for p in item.positions if rerun[p]], n)
+            kept, entered = kept + entering * item.entered, entered + (has & ~entering) * item.entered
         largest = np.maximum(largest, has * item.largest)
-    for crossing in found.crossings:
-        _send(seconds, crossing)
+    following = np.zeros(n + 1)
+    following = np.zeros(n + 1)
+    for crossings in found.crossings:
+        near = (crossings.users == crossings.homes + 1) & (not crossings.one)
+        np.add.at(following, crossings.users[near], crossings.seconds)
+        far = np.flatnonzero(~near)
+        for where in [far] if crossings.one else far[:, None]:
+            _send(seconds, int(crossings.homes[where[0]]), crossings.users[where].tolist(), crossings.seconds)
+    seconds += following[:, None] + following[None, :]
     seconds[np.tril_indices(n + 1)] = NEVER
-    kinds = sorted({g for g, b in zip(group, block, strict=True) if b})
-    where = {k: np.array([g == k and b for g, b in zip(group, block, strict=True)]) for k in kinds}
-    blocks = {k: _sums(where[k].astype(float)) for k in kinds}
+    classes: dict[tuple[int, bool, tuple[str, ...]], int] = {}
+    kind = [classes.setdefault(key, len(classes)) for key in zip(group, block, allowed, strict=True)]
+    where = {number: np.array(kind) == number for (_, isblock, _), number in classes.items() if isblock}
+    modes = {number: may for (_, _, may), number in classes.items()}
     return Ranges(
-        seconds, state, kept, 2 * largest + gathered + rerun, entered, found.again, group, block, forced, blocks,
-        {} if forced else {k: _savings(found, k, where[k]) for k in kinds},
+        seconds, state, kept, 2 * largest + gathered + alive, entered, found.again, kind,
+        [MODES[mode] for mode in least], {k: _sums(mine.astype(float)) for k, mine in where.items()},
+        {k: _savings(found, k, mine, modes[k]) for k, mine in where.items()},
     )  # fmt: skip
 
 
-def _savings(found: Weighed, kind: int, where: NDArray[np.bool_]) -> list[Saving]:
-    """The steps of one kind of block towards keeping less, each dearer than the one before; those that another beats
-    are left out. Of blocks that differ at their edges the least saving counts."""
-    again = found.again[:, where].max(1)
+def _savings(found: Weighed, kind: int, where: NDArray[np.bool_], modes: Sequence[str]) -> list[Saving]:
+    """The steps of one kind of block from the first of the modes it may do towards keeping less, each dearer than the
+    one before; those that another beats are left out. Of blocks that differ at their edges the least saving counts."""
+    first, *more = [MODES.index(mode) for mode in modes]
     whole = found.kept[0, where]
-    kept = [whole.min(), *((found.kept[m, where] + found.entered[where] - whole).max() + whole.min() for m in (1, 2))]
-    points = [(0, 0.0, kept[0])] + [(m, float(again[m]), float(kept[m])) for m in (1, 2)]
-    hull = [points[0]]
-    for point in points[1:]:
+    start = found.kept[first, where] + found.entered[where] * (first > 0)
+    hull = [(first, 0.0, float(start.min()))]
+    for mode in more:
+        less = found.kept[mode, where] + found.entered[where] - start
+        again = (found.again[mode, where] - found.again[first, where]).max()
+        point = (mode, float(again), float(less.max() + start.min()))
         if point[2] >= hull[-1][2]:
             continue
         while len(hull) > 1 and _slope(hull[-1], point) <= _slope(hull[-2], hull[-1]):
             hull.pop()
         hull.append(point)
     return [
-        Saving(kind, MODES[a[0]], MODES[b[0]], b[1] - a[1], a[2] - b[2], float(found.kept[0, where].max()))
-        for a, b in zip(hull, hull[1:], strict=False)
+        Saving(kind, MODES[a[0]], MODES[b[0]], b[1] - a[1], a[2] - b[2], float(whole.max()))
+        for a, b in itertools.pairwise(hull)
     ]
 
 
@@ -264,11 +298,11 @@ def _has(positions: Sequence[int], n: int) -> NDArray[np.bool_]:
     return following[:, None] < np.arange(n + 1)[None, :]
 
 
-def _send(seconds: Array, crossing: Crossing) -> None:
+def _send(seconds: Array, home: int, users: Sequence[int], cost: float) -> None:
     """A range pays for a value that it takes from an earlier one, and for one that it gives to a later one."""
     n = seconds.shape[0] - 1
-    takes = _has(crossing.users, n)
-    takes[: crossing.home + 1] = False
+    takes = _has(users, n)
+    takes[: home + 1] = False
     gives = np.zeros_like(takes)
-    gives[: crossing.home + 1, crossing.home + 1 : max(crossing.users) + 1] = True
-    seconds += (takes.astype(float) + gives) * crossing.seconds
+    gives[: home + 1, home + 1 : max(users) + 1] = True
+    seconds += (takes.astype(float) + gives) * cost

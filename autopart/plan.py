@@ -151,6 +151,9 @@ class Plan:
     """Operators without a rule, which every rank runs whole."""
     notes: tuple[str, ...] = ()
     """What a user should know of this plan: products that no rank is spared, a loss that is not the batch's."""
+    request: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """How it was asked for: the settings that are not the default, the texts of constraints, and from the shell what
+    names the model ("model") and its batch ("batch", "sequence", "dropout")."""
 
     @property
     def micro_batches(self) -> int:
@@ -227,6 +230,7 @@ class Plan:
             fields["stages"] = tuple(_stage_from_json(s) for s in data["stages"])
             fields["replicated"] = tuple(data["replicated"])
             fields["notes"] = tuple(data.get("notes", ()))
+            fields["request"] = dict(data.get("request", {}))
             return Plan(**fields)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PartitionError("the plan file is damaged", f"{type(error).__name__}: {error}") from error

@@ -14,27 +14,36 @@ the plan's gap is proven against: no plan of this space is faster by this cost m
 from __future__ import annotations
 
 import heapq
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autopart.cuts import NEVER, Ranges, best_cut, ranges
 from autopart.errors import PartitionError
 from autopart.passes.solve import Solution
-from autopart.plan import bytes_text
+from autopart.plan import bytes_text, seconds_text
 from autopart.request import Point, Request, divisors
-from autopart.space import Space
-from autopart.weigh import Array, Weighed, weigh
+from autopart.space import Model, Space
+from autopart.weigh import Array, Weighed
 
 Say = Callable[[str], None]
-"""Told of every better plan."""
+"""Told how far the search is: the best plan's time, the bound, the gap between them."""
+
+OFTEN = 0.5
+"""Seconds between two words where no better plan is found."""
 
 
 def silent(text: str) -> None:
     """Say nothing."""
 
+
+FEW = 12
+"""Runs of a model that is small enough to try every range on its own."""
 
 TOLERANCE = 1e-9
 """Relative difference below which two times are the same."""
@@ -77,33 +86,81 @@ class Search:
     best: Found | None = None
     closed: float = NEVER
     ways: dict[Point, list[Way]] = field(default_factory=dict)
-    solutions: dict[Point, Solution] = field(default_factory=dict)
-    """Of points whose ways are not looked at yet."""
+    reached: dict[Point, float] = field(default_factory=dict)
+    """The best time of a point's plans."""
     queue: list[tuple[float, int, Point]] = field(default_factory=list)
     number: int = 0
+    quick: bool = False
+    """Whether to leave out what only brings bounds nearer, and splits for less memory where a plan is known."""
+    short: Shortage | None = None
+    """What is lacking where nothing fits."""
+    said: tuple[float, float] = (0.0, NEVER)
+    """When something was said last, and the time of the best plan then."""
 
     def run(self) -> Found:
         """The best plan. Raises PartitionError where none fits."""
         request = self.space.request
         started = time.monotonic()
         for point in points(self.space):
-            heapq.heappush(self.queue, (self._passes(point) * self.space.least_work(point), 0, point))
+            levels = zero_levels(request, point)
+            if levels and all(self.space.options(point).values()):
+                least = max(self.space.least_work(point), self.space.known_bound(point))
+                self._push(self._passes(point) * least, 0, replace(point, zero=levels[0]))
         while self.queue and self.queue[0][0] < self._time() * (1 - TOLERANCE):
             late = request.time_limit is not None and time.monotonic() - started > request.time_limit
             if self.best is not None and (late or (request.nodes is not None and self.number >= request.nodes)):
                 break
             self.number += 1
             bound, level, point = heapq.heappop(self.queue)
-            following = (self._splits, self._cut, self._memory)[level](point, bound)
-            for raised, at in following:
-                if level == 2:
-                    self.closed = min(self.closed, raised)
-                else:
-                    heapq.heappush(self.queue, (max(bound, raised), level + 1, at))
+            if level == 2 and self.quick and self.best is not None:
+                self._close(bound)
+                continue
+            (self._splits, self._cut, self._memory)[level](point, bound)
+            self._tell()
         if self.best is None:
-            raise _nothing_fits(self.space, self.ways)
-        bound = min(self.closed, self.queue[0][0] if self.queue else NEVER, self.best.seconds)
-        return replace(self.best, bound=bound)
+            self.short = _closest(self.space, self.ways)
+            raise _nothing_fits(self.space, self.short)
+        return replace(self.best, bound=self._bound())
+
+    def begin(self, near: Sequence[Point]) -> None:
+        """Look at some points first, with their fastest splits: what they give the search need not look below. `near`
+        is in the order of known bounds."""
+        known, started = set(points(self.space)), time.monotonic()
+        for point in near:
+            late = time.monotonic() - started > (self.space.request.time_limit or NEVER)
+            if self.best and (late or self._passes(point) * self.space.known_bound(point) >= self._time()):
+                break
+            levels = zero_levels(self.space.request, point) if point in known else []
+            if not levels or not all(self.space.options(point).values()):
+                continue
+            at = replace(point, zero=levels[0])
+            solution = self.space.solve(at, 0.0, self.space.forced(at))
+            if solution is None:
+                continue
+            for at in (replace(point, zero=zero) for zero in levels):
+                self.ways[at] = [self._way(at, solution)]
+                if self._best(at):
+                    break
+
+    def _bound(self) -> float:
+        """No plan that was or will be looked at is faster."""
+        return min(self.closed, self.queue[0][0] if self.queue else NEVER, self._time())
+
+    def _push(self, bound: float, level: int, point: Point) -> None:
+        heapq.heappush(self.queue, (bound, level, point))
+
+    def _close(self, bound: float) -> None:
+        self.closed = min(self.closed, bound)
+
+
+    def _tell(self) -> None:
+        """Say how far the search is, where the best plan is new, or it is time to."""
+        if self.best is None or (self.best.seconds >= self.said[1] and time.monotonic() - self.said[0] < OFTEN):
+            return
+        self.said = time.monotonic(), self.best.seconds
+        best, bound = self.best.seconds, self._bound()
+        gap = max(0.0, 1 - bound / best)
+        self.say(f"best {seconds_text(best)}, bound {seconds_text(bound)}, gap {gap:.1%}, {self.number} points")
 
     def _time(self) -> float:
         return self.best.seconds if self.best else NEVER
@@ -111,54 +168,47 @@ class Search:
     def _passes(self, point: Point) -> float:
         return point.passes(self.space.request.global_batch)
 
-    def _splits(self, point: Point, bound: float) -> Iterator[tuple[float, Point]]:
-        """The best splits with memory without end, and from them the bound of every ZeRO level."""
-        levels = zero_levels(self.space.request, point)
-        point = replace(point, zero=levels[0])
-        way = self._way(point, self.space.solve(point, 0.0, self.space.forced(point)))
-        self.ways[point] = [way]
-        for zero in levels:
-            at = replace(point, zero=zero)
-            more = self._least_sync(at) - self._least_sync(point)
-            yield self._passes(point) * (way.solution.bound + more), at
-            self.solutions[at] = way.solution
+    def _splits(self, point: Point, bound: float) -> None:
+        """The best splits with memory without end."""
+        solution = self.space.solve(point, 0.0, self.space.forced(point))
+        if solution is not None:
+            self._push(max(bound, self._passes(point) * solution.bound), 1, point)
 
-    def _least_sync(self, point: Point) -> float:
-        """Seconds of gradient sync that every plan of a point has, as a share of a micro-batch."""
-        model, prices = self.space.model(point), self.space.priced(point)
-        each = prices.sync * model.places[: len(prices.sync)] / self.space.micro_batches(point)
-        return float(np.minimum.reduceat(each, model.sizes.first[:-1]).sum())
-
-    def _way(self, point: Point, solution: Solution | None) -> Way:
-        assert solution is not None
+    def _way(self, point: Point, solution: Solution) -> Way:
         space, model = self.space, self.space.model(point)
-        weighed = weigh(space.priced(point), solution.chosen, space.between_stages(point))
+        weighed = space.weigh(point, solution.chosen)
         nodes = model.table.nodes
         interface = tuple(nodes[n].given(solution.chosen[n], output) for n, output in model.interface)
         table, m = model.table, space.micro_batches(point)
-        forced = space.request.recompute
-        return Way(solution, weighed, ranges(weighed, table.group, table.block, m, forced), interface)
+        return Way(solution, weighed, ranges(weighed, table.group, table.block, m, space.allowed_modes), interface)
 
-    def _cut(self, point: Point, bound: float) -> Iterator[tuple[float, Point]]:
-        """The best cut with the splits known; the point is done with if that reaches its bound."""
-        if point not in self.ways:
-            self.ways[point] = [self._way(point, self.solutions[point])]
+    def _cut(self, point: Point, bound: float) -> None:
+        """The best cut with the splits known. If it reaches its bound, the point is done with, and so are higher ZeRO
+        levels, which take no less time."""
+        solution = self.space.solve(point, 0.0, self.space.forced(point))
+        assert solution is not None
+        self.ways[point] = [self._way(point, solution)]
         found = self._best(point)
-        if found is None or found.seconds > bound * (1 + TOLERANCE):
-            yield bound, point
-        else:
-            self.closed = min(self.closed, bound)
+        if found is not None and found.seconds <= bound * (1 + TOLERANCE):
+            self._close(bound)
+            return
+        self._push(bound, 2, point)
+        following = [level for level in zero_levels(self.space.request, point) if level > point.zero]
+        if following:
+            self._push(bound, 0, replace(point, zero=following[0]))
 
-    def _memory(self, point: Point, bound: float) -> Iterator[tuple[float, Point]]:
+    def _memory(self, point: Point, bound: float) -> None:
         """Better bounds, and splits that take less memory."""
         space, ways, m = self.space, self.ways[point], self.space.micro_batches(point)
         least = bound / self._passes(point)
         columns: dict[int, Array] = {}
-        for price in [0.0, *self._price_list(ways[0])]:
+        allowed = space.stages(point)
+        for price in [0.0, *self._price_list(point, ways[0])]:
             for flights, f in space.least_columns(point, price).items():
                 columns[flights] = np.maximum(columns.get(flights, f), f)
-            found = best_cut(lambda stage: columns[space.in_flight(point, stage)], point.pp, m)
-            assert found is not None
+            found = best_cut(_masked(columns, space, point, allowed), point.pp, m)
+            if found is None:
+                return
             bound = max(bound, found.seconds, least + (m - 1) * found.largest)
             if bound >= self._time():
                 break
@@ -168,11 +218,45 @@ class Search:
                     ways.append(self._way(point, solution))
         if len(ways) > 1 and bound < self._time():
             self._best(point)
-        yield bound, point
+        if len(space.folded.labels) <= FEW and bound < min(self._time(), self.reached.get(point, NEVER)):
+            self._squeeze(point, columns)
+        self._close(bound)
 
-    def _price_list(self, way: Way) -> list[float]:
-        """Prices of a byte at which blocks begin to be run again, and above; none where memory is without end."""
-        if not np.isfinite(self.space.limit):
+    def _squeeze(self, point: Point, least: Mapping[int, Array]) -> None:
+        """The last step, for small models: wherever memory makes a range slower than its bound, the fastest splits that
+        fit, for every way to pass values between stages that is known and every number of blocks run again."""
+        space, ways = self.space, self.ways[point]
+        model, blocks = space.model(point), set(space.model(point).blocks)
+        stages = sorted({(s, space.in_flight(point, s)) for s in range(point.pp)})
+
+        def rounds() -> Iterator[tuple[Way | None, tuple[int, int]]]:
+            """Without regard to other stages first, then again so that stages agree."""
+            yield from itertools.product([None], stages)
+            alone = {way.interface: way for way in ways}.values() if point.pp > 1 else ()
+            yield from itertools.product(list(alone), stages)
+
+        for near, (stage, flights) in rounds():
+            alike = {} if near is None else _alike(model, near)
+            same = [w for w in ways if near is None or w.interface == near.interface]
+            known = np.minimum.reduce([w.ranges.least(flights, space.limit, space.modes, NEVER) for w in same])
+            open_ = (least[flights] < self._time()) & (known > least[flights] * (1 + TOLERANCE))
+            for i, j in np.argwhere(open_ & space.stages(point)[stage]).tolist():
+                if (i == 0) != (stage == 0) or (j == len(space.folded.labels)) != (stage == point.pp - 1):
+                    continue
+                many = {g: model.table.group[i:j].count(g) for g in blocks & set(model.table.group[i:j])}
+                for counts in _counts(many, space.modes):
+                    allowed = {**alike, **space.options(point)}
+                    found = space.squeezed(point, (i, j), space.limit, counts, flights, allowed)
+                    if found and all(found.chosen != w.solution.chosen for w in ways):
+                        ways.append(self._way(point, found))
+        self._best(point)
+
+    def _price_list(self, point: Point, way: Way) -> list[float]:
+        """Prices of a byte at which blocks begin to be run again, and above; none where memory does not bind."""
+        space = self.space
+        held = {space.in_flight(point, stage): way.ranges.seconds for stage in range(point.pp)}
+        free = best_cut(_masked(held, space, point, space.stages(point)), point.pp, space.micro_batches(point))
+        if free and self.reached.get(point, NEVER) <= free.seconds * (1 + TOLERANCE):
             return []
         ratios = sorted(s.seconds / s.bytes for group in way.ranges.savings.values() for s in group)
         ratios = ratios or [way.ranges.seconds[0, -1] / max(way.ranges.kept[0, -1], 1.0)]
@@ -188,36 +272,66 @@ class Search:
             found = self._stages(point, ways)
             if found and (best is None or found.seconds < best.seconds):
                 best = found
-        if best and best.seconds < self._time():
+        self.reached[point] = best.seconds if best else NEVER
+        if best and best.seconds < self._time() * (1 - TOLERANCE):
             self.best = best
-            self.say(f"{point}: {best.seconds * 1e3:.4g} ms")
         return best
 
     def _stages(self, point: Point, ways: Sequence[Way]) -> Found | None:
         """The best cut where every stage takes any of some ways that agree on what passes between them."""
-        space = self.space
-        held: dict[int, Array] = {}
-
-        def columns(stage: int) -> Array:
-            flights = space.in_flight(point, stage)
-            if flights not in held:
-                held[flights] = np.minimum.reduce([w.ranges.least(flights, space.limit, space.modes) for w in ways])
-            return held[flights]
-
-        cut = best_cut(columns, point.pp, space.micro_batches(point))
+        space, m = self.space, self.space.micro_batches(point)
+        total = min(w.solution.bound for w in ways[:1])
+        most = (self._time() - total) / (m - 1) if m > 1 else self._time()
+        numbers = {space.in_flight(point, stage) for stage in range(point.pp)}
+        each = {f: [w.ranges.least(f, space.limit, space.modes, most) for w in ways] for f in numbers}
+        held = {f: np.minimum.reduce(columns) for f, columns in each.items()}
+        cut = best_cut(_masked(held, space, point, space.stages(point)), point.pp, m)
         if cut is None:
             return None
         ends = (*cut.starts[1:], len(space.folded.labels))
         chosen, modes, times = [], [], []
         for stage, (i, j) in enumerate(zip(cut.starts, ends, strict=True)):
             flights = space.in_flight(point, stage)
-            way = min(ways, key=lambda w: w.ranges.least(flights, space.limit, space.modes)[i, j])
+            way = ways[min(range(len(ways)), key=lambda w: each[flights][w][i, j])]
             mine = way.ranges.modes(i, j, flights, space.limit, space.modes)
             chosen.append(way.solution.chosen)
             modes += mine
             times.append(way.ranges.exact(i, j, mine))
-        seconds = sum(times) + (space.micro_batches(point) - 1) * max(times)
+        seconds = sum(times) + (m - 1) * max(times)
         return Found(point, tuple(chosen), cut.starts, tuple(modes), tuple(times), seconds)
+
+
+def _alike(model: Model, near: Way) -> dict[int, list[int]]:
+    """The options of nodes that pass values between stages in the same way as another choice."""
+    nodes, allowed = model.table.nodes, {}
+    for (node, output), wanted in zip(model.interface, near.interface, strict=True):
+        left = allowed.get(node, range(len(nodes[node].options)))
+        allowed[node] = [o for o in left if nodes[node].given(o, output) == wanted]
+    return allowed
+
+
+def _counts(many: Mapping[int, int], modes: Sequence[str]) -> Iterator[dict[int, dict[str, int]]]:
+    """All ways to have so many blocks of every class do as each of the modes says."""
+
+    def of(count: int) -> list[dict[str, int]]:
+        picks = itertools.combinations_with_replacement(modes, count)
+        return [{mode: pick.count(mode) for mode in set(pick)} for pick in picks]
+
+    for chosen in itertools.product(*(of(count) for count in many.values())):
+        yield dict(zip(many, chosen, strict=True))
+
+
+def _masked(
+    columns: Mapping[int, Array], space: Space, point: Point, allowed: Sequence[NDArray[np.bool_]]
+) -> Callable[[int], Array]:
+    """f[s, i, j] from that of every number of micro-batches in flight, infinite where constraints say no."""
+    every = all(mask.all() for mask in {id(mask): mask for mask in allowed}.values())
+
+    def column(stage: int) -> Array:
+        f = columns[space.in_flight(point, stage)]
+        return f if every else np.where(allowed[stage], f, NEVER)
+
+    return column
 
 
 def search(space: Space, say: Say = silent) -> Found:
@@ -227,28 +341,31 @@ def search(space: Space, say: Say = silent) -> Found:
 
 def zero_levels(request: Request, point: Point) -> list[int]:
     """The ZeRO levels to try: without a data-parallel axis they are all the same."""
-    return [request.zero or 0] if request.zero is not None else [0, 1, 2, 3] if point.dp > 1 else [0]
+    levels = [zero for zero in (0, 1, 2, 3) if request.zero in (None, zero) and request.allows("zero", zero)]
+    return levels if point.dp > 1 else levels[:1]
 
 
 def points(space: Space) -> Iterator[Point]:
     """Every combination of degrees and micro-batch that divides; PartitionError if there is none."""
     mesh, request, folded = space.mesh, space.request, space.folded
-    units, rejected = len(folded.labels), []
-    found = False
-    for pp in [request.pp] if request.pp else divisors(mesh.size):
+    units, rejected = len(folded.labels), [f"asked for: {c.text}" for c in request.constraints]
+    if not space.schedule:
+        raise PartitionError("no schedule is left", "; ".join(rejected))
+    found, within = False, divisors(mesh.devices_per_host)
+    for pp in filter(partial(request.allows, "pp"), [request.pp] if request.pp else divisors(mesh.size)):
         if pp > units:
             rejected.append(f"pp={pp} stages but the model has {units} places to cut")
             continue
-        for tp in [request.tp] if request.tp else divisors(mesh.size // pp):
+        for tp in filter(partial(request.allows, "tp"), [request.tp] if request.tp else divisors(mesh.size // pp)):
             dp = mesh.size // pp // tp
-            if request.dp not in (None, dp) or pp * dp * tp != mesh.size:
+            if request.dp not in (None, dp) or pp * dp * tp != mesh.size or not request.allows("dp", dp):
                 continue
-            if tp > mesh.devices_per_host and not request.tp:
+            if tp > mesh.devices_per_host and not request.tp and any(map(partial(request.allows, "tp"), within)):
                 continue
             sizes = [request.micro_batch] if request.micro_batch else _micro_batches(request.global_batch, dp)
             if not request.micro_batch and not folded.traced.mean_of_samples:
                 sizes = [request.global_batch]
-            for size in sizes:
+            for size in filter(partial(request.allows, "micro_batch"), _all_sizes(request, sizes, dp)):
                 if size % dp or request.global_batch % size:
                     rejected.append(f"{size} samples do not divide over dp={dp} ranks")
                     continue
@@ -264,6 +381,13 @@ def points(space: Space) -> Iterator[Point]:
         )  # fmt: skip
 
 
+def _all_sizes(request: Request, sizes: list[int], dp: int) -> list[int]:
+    """The sizes to try; where constraints leave none of them, every one that divides."""
+    if any(request.allows("micro_batch", size) for size in sizes):
+        return sizes
+    return [size for size in divisors(request.global_batch) if size % dp == 0]
+
+
 def _micro_batches(global_batch: int, dp: int) -> list[int]:
     """dp x 1, 2, 4, ... samples, as far as they divide the batch."""
     sizes, size = [], dp
@@ -274,13 +398,25 @@ def _micro_batches(global_batch: int, dp: int) -> list[int]:
     return sizes
 
 
-def _nothing_fits(space: Space, tried: Mapping[Point, Sequence[Way]]) -> PartitionError:
-    """What the point that comes closest lacks: the stage, its bytes, who takes most."""
-    short = min((_shortage(space, point, way) for point, ways in tried.items() for way in ways), key=lambda s: s.bytes)
+def _closest(space: Space, tried: Mapping[Point, Sequence[Way]]) -> Shortage | None:
+    """What the point that comes closest lacks; None where it is not memory that keeps all from being a plan."""
+    short = [_shortage(space, point, way) for point, ways in tried.items() for way in ways]
+    found = min((s for s in short if s), key=lambda s: s.bytes, default=None)
+    return found if found and found.bytes > 0 else None
+
+
+def _nothing_fits(space: Space, short: Shortage | None) -> PartitionError:
+    """The stage that lacks bytes, and who takes most; or the constraints that leave nothing."""
+    asked = "; ".join(c.text for c in space.request.constraints)
+    if short is None:
+        nodes = {f"{n} has no strategy left" for model in space.models.values() for n in space.stuck(model)}
+        why = "; ".join(sorted(nodes)) or "no cut, or no change of placement between operators, is left"
+        return PartitionError(f"no plan does what is asked: {asked}", why, "fewer constraints")
     device, limit = space.mesh.device.name, space.limit
     tenants = ", ".join(f"{name} {bytes_text(size)}" for name, size in short.tenants)
     return PartitionError(
-        f"no plan fits {space.mesh}; the closest has {short.point}",
+        f"no plan fits {space.mesh}{f' that does what is asked ({asked})' if asked else ''}; "
+        f"the closest has {short.point}",
         f"stage {short.stage} needs {bytes_text(short.bytes + limit)} at its smallest of the {bytes_text(limit)} a "
         f"{device} can give: {bytes_text(short.bytes)} short; largest: {tenants}",
         'more devices, a smaller micro_batch, or precision="bfloat16"',
@@ -297,26 +433,41 @@ class Shortage:
     tenants: tuple[tuple[str, float], ...]
 
 
-def _shortage(space: Space, point: Point, way: Way) -> Shortage:
-    """Of the cut that leaves the most crowded stage the most room."""
+def _shortage(space: Space, point: Point, way: Way) -> Shortage | None:
+    """Of the cut that leaves the most crowded stage the most room; None where there is no cut."""
     lacks = {
         flights: way.ranges.lacks(flights, space.limit, space.modes)
         for flights in {space.in_flight(point, s) for s in range(point.pp)}
     }
-    offset = min(f.min() for f in lacks.values())
-    cut = best_cut(lambda s: lacks[space.in_flight(point, s)] - offset, point.pp, 10**6)
-    assert cut is not None
+    offset, allowed = min(f.min() for f in lacks.values()), space.stages(point)
+    cut = best_cut(
+        lambda s: np.where(allowed[s], lacks[space.in_flight(point, s)] - offset, NEVER), point.pp, 10**6
+    )
+    if cut is None:
+        return None
     ends = (*cut.starts[1:], len(space.folded.labels))
     spans = list(zip(cut.starts, ends, strict=True))
     stage = max(range(point.pp), key=lambda s: lacks[space.in_flight(point, s)][spans[s]])
     i, j = spans[stage]
+    flights = space.in_flight(point, stage)
     parts = {
-        "parameters, gradients and optimizer states": way.ranges.state[i, j],
-        "kept activations": space.in_flight(point, stage) * way.ranges.kept[i, j],
+        "all parameters, gradients and optimizer states": way.ranges.state[i, j],
+        f"activations of {flights} micro-batches before any is recomputed": flights * way.ranges.kept[i, j],
         "the largest tensors of the moment": way.ranges.transient[i, j],
     }
-    crowded = int(np.argmax(way.weighed.parts.sum(0)[i:j])) + i
-    label = space.folded.labels[crowded] or "the loss"
-    parts[f"parameters of {label}"] = float(way.weighed.parts[:, crowded].sum())
-    tenants = sorted(parts.items(), key=lambda item: -item[1])[:3]
-    return Shortage(point, stage, float(lacks[space.in_flight(point, stage)][i, j]), tuple(tenants))
+    for name, size in sorted(_parameters(space, point, way, (i, j)).items(), key=lambda item: -item[1])[:2]:
+        parts[f"{name} with gradient and states"] = size
+    tenants = sorted(parts.items(), key=lambda item: -item[1])[:5]
+    return Shortage(point, stage, float(lacks[flights][i, j]), tuple(tenants))
+
+
+def _parameters(space: Space, point: Point, way: Way, span: tuple[int, int]) -> dict[str, float]:
+    """Bytes of every parameter of a stage with its gradient and optimizer states; of equal blocks together."""
+    table, prices = space.model(point).table, space.priced(point)
+    found = {}
+    for index, places in table.state.items():
+        here = sum(any(span[0] <= p < span[1] for p in holders) for holders in places)
+        times = f" ({here} times)" if here > 1 else ""
+        each = prices.state[space.model(point).sizes.first[index] + way.solution.chosen[index]]
+        found[f"{table.nodes[index].key}{times}"] = here * float(each)
+    return found

@@ -6,7 +6,9 @@ as many variables for 126 layers as for two. What is priced at a position is tol
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from autopart.notation import Placement
 from autopart.relayout import Step
@@ -32,6 +34,7 @@ class Node:
     key       its name in plans;  kind: "op", "parameter", "input", "buffer" or "end" for what takes the loss
     options   strategies to choose from, one along every axis
     values    its outputs;  operands: (node, output) of every operand, None for what is no tensor
+    firsts    for every operand the first that is the same value: two of one class may be two
     batch     whether its work grows with samples;  product: whether matrix units do it
     rate, again, runs   as in `cost.Work`
     inner     bytes autograd keeps besides its operands and outputs
@@ -43,6 +46,7 @@ class Node:
     options: list[tuple[Strategy, ...]]
     values: list[Value]
     operands: list[tuple[int, int] | None] = field(default_factory=list)
+    firsts: list[int] = field(default_factory=list)
     flops: float = 0.0
     batch: bool = False
     product: bool = False
@@ -80,6 +84,16 @@ class Flow:
     users: list[tuple[int, ...]] = field(default_factory=list)
     chains: dict[tuple[Placements, Placements], Chain] = field(default_factory=dict)
 
+    @cached_property
+    def several(self) -> bool:
+        """Whether several positions use the value, at each place."""
+        return len(set(self.users[0])) > 1
+
+    @cached_property
+    def spots(self) -> list[dict[tuple[int, int], tuple[int, ...]]]:
+        """At each place, every (node, operand) that uses the value and the positions where it does."""
+        return [_grouped(self.uses, users) for users in self.users]
+
 
 @dataclass
 class Keep:
@@ -92,6 +106,23 @@ class Keep:
     root: int
     keepers: tuple[tuple[int, int], ...]
     places: list[tuple[int, ...]] = field(default_factory=list)
+
+    @cached_property
+    def several(self) -> bool:
+        """Whether several positions keep the memory, at each place."""
+        return len(set(self.places[0])) > 1
+
+    @cached_property
+    def spots(self) -> list[dict[tuple[int, int], tuple[int, ...]]]:
+        """At each place, every keeper and the positions where it keeps."""
+        return [_grouped(self.keepers, places) for places in self.places]
+
+
+def _grouped(keys: Sequence[tuple[int, int]], positions: Sequence[int]) -> dict[tuple[int, int], tuple[int, ...]]:
+    found: dict[tuple[int, int], list[int]] = {}
+    for key, position in zip(keys, positions, strict=True):
+        found.setdefault(key, []).append(position)
+    return {key: tuple(sorted(set(where))) for key, where in found.items()}
 
 
 @dataclass

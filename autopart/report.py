@@ -24,7 +24,6 @@ from autopart.request import is_block
 from autopart.rules import has_rule
 from autopart.space import Space
 from autopart.stages import OWNED, SETUP, SETUP_RUN, Choices, Splits, StageGraph
-from autopart.weigh import weigh
 
 EQUAL = 1e-6
 """Relative difference of two sums of the same numbers."""
@@ -36,12 +35,12 @@ def write_out(space: Space, found: Found, started: float, model: str) -> Plan:
     m = space.micro_batches(point)
     distinct = list(dict.fromkeys(found.chosen))
     splits = [_splits(space, found, chosen) for chosen in distinct]
-    stages = []
+    stages, known = [], Known()
     for index, start in enumerate(found.starts):
         end = found.starts[index + 1] if index + 1 < point.pp else len(folded.labels)
         at = distinct.index(found.chosen[index])
         modes = found.recompute[start:end]
-        stages.append(price_stage(space, found, splits[at], at, index, (start, end), modes))
+        stages.append(price_stage(space, found, splits[at], at, index, (start, end), modes, known))
     times = [s.forward_seconds + s.backward_seconds + s.sync_seconds / m + s.send_seconds for s in stages]
     step = sum(times) + (m - 1) * max(times)
     for index, (mine, theirs) in enumerate(zip(times, found.stage_seconds, strict=True)):
@@ -74,6 +73,7 @@ def write_out(space: Space, found: Found, started: float, model: str) -> Plan:
         signature=Signature.of(folded),
         replicated=tuple(n for n in missing if not has_rule(n)),
         notes=tuple(_notes(space, found)),
+        request=request.to_json(),
     )
 
 
@@ -99,6 +99,10 @@ def choices_of(space: Space, found: Found, splits: Splits, starts: tuple[int, ..
     return Choices(axes, (splits,) * len(starts), starts, scale, frozenset({"dp"}))
 
 
+Known = dict[tuple[int, int, int], tuple[Choices, StageGraph, dict[int, PricedRun]]]
+"""(index of the splits, first run, last run) -> how a stage of these runs is localised, and its prices."""
+
+
 def price_stage(
     space: Space,
     found: Found,
@@ -107,16 +111,20 @@ def price_stage(
     index: int,
     span: tuple[int, int],
     modes: Sequence[str],
+    known: Known,
 ) -> PlanStage:
     """One stage from its runs, localised: those that stand at several of its positions are written once, and counted."""
     folded, point = space.folded, found.point
     runs = folded.sequence[slice(*span)]
-    pieces = sorted({0, min(runs), max(runs) + 1} - {len(folded.runs)})
-    choices = choices_of(space, found, splits, tuple(pieces))
-    (graph,) = localise(folded, choices, [pieces.index(min(runs))])
-    links = {axis: (size, space.priced(point).terms.sizes[axis][1]) for axis, size in choices.axes}
-    prices = price(graph, Prices(space.mesh.device, links))
-    priced = dict(zip(graph.indices, prices, strict=True))
+    key = at, min(runs), max(runs)
+    if key not in known:
+        pieces = sorted({0, min(runs), max(runs) + 1} - {len(folded.runs)})
+        choices = choices_of(space, found, splits, tuple(pieces))
+        (graph,) = localise(folded, choices, [pieces.index(min(runs))])
+        links = {axis: (size, space.priced(point).terms.sizes[axis][1]) for axis, size in choices.axes}
+        prices = price(graph, Prices(space.mesh.device, links))
+        known[key] = choices, graph, dict(zip(graph.indices, prices, strict=True))
+    choices, graph, priced = known[key]
     counts = Counter((run, mode) for run, mode in zip(runs, modes, strict=True) if run in priced)
     counts += Counter({(run, "none"): 1 for run in priced if run == SETUP_RUN})
     link = space.between_stages(point)
@@ -228,11 +236,14 @@ def _taken(nodes: Sequence[fx.Node]) -> list[fx.Node]:
 def _sends(space: Space, found: Found, index: int, span: tuple[int, int]) -> list[tuple[int, int]]:
     """(stage, bytes) of what a stage sends, for each that takes it."""
     total: Counter[int] = Counter()
-    weighed = weigh(space.priced(found.point), found.chosen[index], space.between_stages(found.point))
-    for crossing in weighed.crossings:
-        if span[0] <= crossing.home < span[1]:
-            for to in {bisect_right(found.starts, p) - 1 for p in crossing.users} - {index}:
-                total[to] += round(crossing.size)
+    weighed = space.weigh(found.point, found.chosen[index])
+    for crossings in weighed.crossings:
+        pairs = {(home, bisect_right(found.starts, user) - 1) if crossings.one else (home, user)
+                 for home, user in zip(crossings.homes.tolist(), crossings.users.tolist(), strict=True)}  # fmt: skip
+        for home, user in pairs:
+            to = user if crossings.one else bisect_right(found.starts, user) - 1
+            if span[0] <= home < span[1] and to != index:
+                total[to] += round(crossings.size)
     return sorted(total.items())
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+from autopart.constraints import Constraint, parse
 from autopart.cost import OPTIMIZER_STATES
 from autopart.errors import PartitionError
 from autopart.mesh import Mesh
@@ -28,6 +31,17 @@ class Request:
     nodes: int | None = None
     """Points of the search that are looked at; unlike a time limit it gives the same plan every time."""
     must_fit: bool = True
+    constraints: tuple[Constraint, ...] = ()
+    """What was fixed or forbidden by hand."""
+
+    def allows(self, name: str, value: int | str) -> bool:
+        """Whether constraints leave a setting this value."""
+        return all(c.allows_setting(name, value) for c in self.constraints)
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings that are not the default, as plain data; constraints are their texts."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return given | ({"constraints": [c.text for c in self.constraints]} if self.constraints else {})
 
     @property
     def first_micro_batch(self) -> int:
@@ -92,6 +106,11 @@ class Point:
 
     def __str__(self) -> str:
         return f"pp={self.pp} dp={self.dp} tp={self.tp} micro-batch {self.micro_batch} zero {self.zero}"
+
+
+def read_constraints(texts: Sequence[str]) -> tuple[Constraint, ...]:
+    """Constraints from their texts. Raises PartitionError for one that cannot be read."""
+    return tuple(parse(text) for text in texts)
 
 
 def divisors(number: int) -> list[int]:

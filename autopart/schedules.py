@@ -79,6 +79,13 @@ def one_f_one_b(stage: int, stages: int, micro_batches: int) -> Order:
 SCHEDULES: dict[str, Callable[[int, int, int], Order]] = {"gpipe": gpipe, "1f1b": one_f_one_b}
 
 
+HELD: dict[str, Callable[[int, int, int], int]] = {
+    "gpipe": lambda stage, stages, micro_batches: micro_batches,
+    "1f1b": lambda stage, stages, micro_batches: min(micro_batches, stages - stage),
+}
+"""(stage, stages, micro-batches) -> how many micro-batches a stage holds at most."""
+
+
 def compute_order(schedule: str, stage: int, stages: int, micro_batches: int) -> Order:
     """The forwards and backwards of `stage` under the named schedule.
 
@@ -96,8 +103,11 @@ def compute_order(schedule: str, stage: int, stages: int, micro_batches: int) ->
 def in_flight(schedule: str, stage: int, stages: int, micro_batches: int) -> int:
     """Most micro-batches whose activations `stage` holds at once, counted along its compute order.
 
+    A second turn of a pipeline holds no more than the first, so that of many micro-batches HELD says the number.
     Raises PartitionError as `compute_order` does.
     """
+    if schedule in HELD and micro_batches > 2 * stages:
+        return HELD[schedule](stage, stages, micro_batches)
     return _peak(op for op, _ in compute_order(schedule, stage, stages, micro_batches))
 
 

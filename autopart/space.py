@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
+from autopart.allowed import Options, modes_of, options_of, positions_of, stages_of
+from autopart.constraints import Cuts, check
 from autopart.cost import Training
 from autopart.folded import Folded
 from autopart.mesh import Link, Mesh
@@ -15,9 +18,9 @@ from autopart.passes.formulate import formulate
 from autopart.passes.solve import Solution, Solver
 from autopart.plan import usable_bytes
 from autopart.problem import Table
-from autopart.request import Point, Request
-from autopart.schedules import in_flight
-from autopart.weigh import MODES, Array, Prices, Sizes, Terms
+from autopart.request import Point, Request, is_block
+from autopart.schedules import SCHEDULES, in_flight
+from autopart.weigh import MODES, Array, Prices, Sizes, Terms, Weighed, weigh
 
 flights = lru_cache(maxsize=None)(in_flight)
 
@@ -33,25 +36,83 @@ class Model:
         self.table = table
         self.sizes = Sizes(table)
         self.parts: dict[int, Solver] = {}
-        many = {g: table.group.count(g) for g in set(table.group)}
-        nodes = [
-            len(table.state.get(i, ())) if n.kind == "parameter" else many.get(n.group, 1)
-            for i, n in enumerate(table.nodes)
-        ]
-        of_state = [table.group[table.state[i][0][0]] if i in table.state else n.group for i, n in enumerate(table.nodes)]
-        counts = np.diff(self.sizes.first)
-        places, groups = list(np.repeat(nodes, counts)), list(np.repeat(of_state, counts))
+        state, nodes = table.state, enumerate(table.nodes)
+        held = [table.group[state[i][0][0]] if i in state else node.group for i, node in nodes]
+        groups = list(np.repeat(held, np.diff(self.sizes.first)))
         for index, have, _ in self.sizes.changes:
             flow = table.flows[index]
             summed, several = any(p.kind == "P" for p in have), len(set(flow.users[0])) > 1
             at = flow.homes[0] if summed else -1 if several else flow.users[0][0]
-            places.append(len(flow.homes))
             groups.append(table.group[at] if at >= 0 else -1)
         for index, _ in self.sizes.kept:
             keep = table.keeps[index]
-            places.append(len(keep.places))
             groups.append(table.group[keep.places[0][0]] if len(set(keep.places[0])) == 1 else -1)
-        self.places, self.group = np.array(places, dtype=float), np.array(groups)
+        self.places, self.group = self.places_in(0, len(table.labels)), np.array(groups)
+
+    def places_in(self, i: int, j: int) -> Array:
+        """How many places of everything positions i..j-1 pay for."""
+        table, counts = self.table, np.diff(self.sizes.first)
+
+        def inside(positions: Iterable[int]) -> bool:
+            return any(i <= p < j for p in positions)
+
+        many = {g: table.group[i:j].count(g) for g in set(table.group)}
+        nodes = [
+            sum(map(inside, table.state.get(n, ()))) if node.kind == "parameter"
+            else many.get(node.group, sum(map(inside, table.shared.get(n, ()))))
+            for n, node in enumerate(table.nodes)
+        ]  # fmt: skip
+        places = list(np.repeat(nodes, counts))
+        for index, have, _ in self.sizes.changes:
+            flow = table.flows[index]
+            summed = any(p.kind == "P" for p in have)
+            places.append(sum(inside([h] if summed else u) for h, u in zip(flow.homes, flow.users, strict=True)))
+        places += [sum(map(inside, table.keeps[index].places)) for index, _ in self.sizes.kept]
+        return np.array(places, dtype=float)
+
+    def entering(self, prices: Prices, group: int) -> Array:
+        """Bytes that one block of a class takes from other runs, by the strategy that makes them."""
+        sizes, table, bytes_ = self.sizes, self.table, np.zeros(len(self.places))
+        for flow in table.flows:
+            source = table.nodes[flow.source]
+            inside = flow.homes[0] == flow.users[0][0] or flow.users[0][0] < 0
+            if flow.several or inside or source.kind in ("parameter", "buffer"):
+                continue
+            if group in {table.group[u[0]] for u in flow.users}:
+                for option in range(len(source.options)):
+                    four = sizes.four(source.values[flow.output], source.given(option, flow.output))
+                    bytes_[sizes.first[flow.source] + option] += four @ prices.terms.basis
+        return bytes_
+
+    def sent(self, prices: Prices, span: tuple[int, int], link: Link) -> Array:
+        """Seconds to send what a range of positions takes from others and gives to others, by the strategy that makes
+        it."""
+        sizes, table, seconds = self.sizes, self.table, np.zeros(len(self.places))
+        for flow in table.flows:
+            inside = [span[0] <= home < span[1] for home in flow.homes]
+            crossing = sum(
+                home >= 0 and any(p >= 0 and (span[0] <= p < span[1]) != here for p in users)
+                for home, users, here in zip(flow.homes, flow.users, inside, strict=True)
+            )
+            value = table.nodes[flow.source].values[flow.output] if crossing else None
+            for option in range(len(table.nodes[flow.source].options)) if value else ():
+                size = sizes.four(value, table.nodes[flow.source].given(option, flow.output)) @ prices.terms.basis
+                cost = (link.latency_seconds + float(size) / link.bandwidth) * (1 + value.grad)
+                seconds[sizes.first[flow.source] + option] += crossing * cost
+        return seconds
+
+    def one_by_one(self, amounts: Array) -> Array:
+        """Rows of a peak: of every node its strategies, of every change itself."""
+        first, rows = self.sizes.first, []
+        for node in range(len(self.table.nodes)):
+            row = np.zeros(len(amounts))
+            row[first[node] : first[node + 1]] = amounts[first[node] : first[node + 1]]
+            rows.append(row)
+        for change in np.flatnonzero(amounts[first[-1] :]) + first[-1]:
+            row = np.zeros(len(amounts))
+            row[change] = amounts[change]
+            rows.append(row)
+        return np.array([row for row in rows if row.any()]).reshape(-1, len(amounts))
 
     @cached_property
     def solver(self) -> Solver:
@@ -80,7 +141,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of every priced variable: seconds of a micro-batch with its share of gradient sync, bytes of state, bytes kept."""
+    """Of every priced variable: seconds of a micro-batch with its share of gradient sync, bytes of state and kept."""
 
     seconds: Array
     state: Array
@@ -89,13 +150,66 @@ class Costs:
 
 @dataclass
 class Space:
-    """All plans of a model on a mesh that a request allows, as numbers."""
+    """All plans of a model on a mesh that a request allows, as numbers.
+
+    What constraints change is none of what is kept in `models`, `prices`, `solved` and `weights`: a space with others
+    may share them. Only links and devices change prices, only devices and a degree of `tp` that is asked for the
+    models.
+    """
 
     folded: Folded
     mesh: Mesh
     request: Request
     models: dict[int, Model] = field(default_factory=dict)
     prices: dict[Point, Prices] = field(default_factory=dict)
+    solved: dict[object, Solution | None] = field(default_factory=dict)
+    bounds: dict[object, float] = field(default_factory=dict)
+    weights: dict[tuple[Point, tuple[int, ...]], Weighed] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise PartitionError where constraints name what the model does not have."""
+        self._options: dict[int, Options] = {}
+        self._stages: dict[object, list[NDArray[np.bool_]]] = {}
+        check(self.request.constraints, self.folded.labels, self.folded.keys.values())
+
+    def options(self, point: Point) -> Options:
+        """The options that constraints leave, of those nodes where they leave not all."""
+        if point.tp not in self._options:
+            found = options_of(self.model(point).table, self.request.constraints) if self.request.constraints else {}
+            self._options[point.tp] = found
+        return self._options[point.tp]
+
+    def stuck(self, model: Model) -> list[str]:
+        """The nodes for which constraints leave no option."""
+        found = options_of(model.table, self.request.constraints)
+        return [model.table.nodes[node].key for node, left in found.items() if not left]
+
+    @cached_property
+    def allowed_modes(self) -> tuple[tuple[str, ...], ...]:
+        """What every position may keep; none is run again where the forward pass changes buffers: it would do so
+        twice."""
+        labels = self.folded.labels
+        recompute = self.request.recompute or ("none" if self.folded.traced.updated else None)
+        return modes_of(labels, [is_block(x) for x in labels], self.request.constraints, recompute)
+
+    def stages(self, point: Point) -> list[NDArray[np.bool_]]:
+        """For every stage, whether it may be the runs i to j - 1. Cuts by time or bytes go by what the fastest splits
+        of the point take."""
+        weighs = any(isinstance(c, Cuts) and c.method in ("time", "memory") for c in self.request.constraints)
+        key = point if weighs else point.pp
+        if key not in self._stages:
+            solution = self.solve(point, 0.0, self.forced(point)) if weighs else None
+            weighed = self.weigh(point, solution.chosen) if solution else None
+            labels, classes = self.folded.labels, self.folded.traced.classes
+            row = positions_of(labels, classes, self.model(point).table, weighed)
+            self._stages[key] = stages_of(self.request.constraints, point.pp, row)
+        return self._stages[key]
+
+    def weigh(self, point: Point, chosen: tuple[int, ...]) -> Weighed:
+        """What a choice costs at every position."""
+        if (point, chosen) not in self.weights:
+            self.weights[point, chosen] = weigh(self.priced(point), chosen, self.between_stages(point))
+        return self.weights[point, chosen]
 
     @property
     def limit(self) -> float:
@@ -142,7 +256,8 @@ class Space:
     @property
     def schedule(self) -> str:
         """Of equal time, 1F1B holds least."""
-        return self.request.schedule or "1f1b"
+        known = sorted(SCHEDULES, key="1f1b".__ne__)
+        return self.request.schedule or next((s for s in known if self.request.allows("schedule", s)), "")
 
     def costs(self, point: Point, modes: Mapping[int, str]) -> Costs:
         """What everything at a point costs, in all its places; `modes` says which classes of blocks are run again."""
@@ -164,15 +279,57 @@ class Space:
             seconds, kept = np.where(mine, seconds + extra, seconds), np.where(mine, held, kept)
         return Costs(seconds * model.places, state * model.places, kept * model.places)
 
+    def squeezed(
+        self, point: Point, span: tuple[int, int], room: float, counts: Mapping[int, Mapping[str, int]],
+        in_flight: int, allowed: Options,
+    ) -> Solution | None:  # fmt: skip
+        """The fastest splits of a range of positions that fit, memory and all, where of every class of blocks so many
+        do as each of MODES says."""
+        model, prices = self.model(point), self.priced(point)
+        there = model.places_in(*span)
+        nothing = np.zeros(len(prices.change_forward) + len(prices.memory))
+        seconds, held = np.zeros(len(there)), np.zeros(len(there))
+        for group in {*model.table.group, -1}:
+            total = sum(counts.get(group, {}).values()) or 1
+            for mode, count in (counts.get(group) or {"none": 1}).items():
+                costs = self.costs(point, {group: mode} if group >= 0 else {})
+                share = np.where(model.group == group, count / total, 0.0)
+                seconds += share * costs.seconds
+                held += share * in_flight * costs.kept
+                if mode != "none":
+                    held += count * in_flight * model.entering(prices, group)
+        places, link = np.maximum(model.places, 1.0), self.between_stages(point)
+        sent = model.sent(prices, span, link) if link is not None else 0.0
+        state = np.concatenate([prices.state, nothing]) * there
+        gathered = np.concatenate([prices.gathered, nothing]) * (there > 0)
+        largest = 2 * np.concatenate([prices.made, prices.after, 0.0 * prices.memory]) * (there > 0)
+        rerun = [g for g, modes in counts.items() if any(n for m, n in modes.items() if m != "none")]
+        alive = self.costs(point, {}).kept / places
+        peaks = [
+            model.one_by_one(largest),
+            np.array([np.where(model.group == g, gathered, 0.0) for g in {*model.table.group}]),
+            np.array([np.where(model.group == g, alive, 0.0) for g in rerun]).reshape(-1, len(there)),
+        ]
+        here = there / places
+        return model.solver.squeeze(seconds * here + sent, allowed, peaks, held * here + state, room)
+
     def least_work(self, point: Point) -> float:
         """Seconds that the operators of a micro-batch take at least, whatever is done between them."""
         model, prices = self.model(point), self.priced(point)
         each = (prices.forward + prices.backward) * model.places[: len(prices.forward)]
+        for node, left in self.options(point).items():
+            start, end = model.sizes.first[node : node + 2]
+            each[list(set(range(start, end)).difference(start + o for o in left))] = np.inf
         return float(np.minimum.reduceat(each, model.sizes.first[:-1]).sum())
 
     def solve(self, point: Point, price: float, modes: Mapping[int, str]) -> Solution | None:
         """The best splits where a byte kept costs `price` seconds and a byte of state as many as its least share."""
-        return self.model(point).solver.minimise(self.objective(point, price, modes))
+        options = self.options(point)
+        key = point, price, tuple(sorted(modes.items())), tuple(options.items())
+        if key not in self.solved:
+            objective = self.objective(point, price, modes)
+            self.solved[key] = self.model(point).solver.minimise(objective, options)
+        return self.solved[key]
 
     def objective(self, point: Point, price: float, modes: Mapping[int, str]) -> Array:
         """What `solve` minimises."""
@@ -184,25 +341,43 @@ class Space:
         (Lagrange): every class of runs in its best splits and its best mode of recompute, each for itself."""
         model = self.model(point)
         many = {g: model.table.group.count(g) for g in set(model.table.group)}
-        each = {}
-        for group, count in many.items():
-            modes = self.modes if group in model.blocks else ("none",)
-            mine = model.group == group
-            objectives = (np.where(mine, self.objective(point, price, {group: mode}), 0.0) for mode in modes)
-            each[group] = min(model.part(group).bound(o) for o in objectives) / count
-        total = np.concatenate([[0.0], np.cumsum([each[g] for g in model.table.group])])
+        table, bounds = model.table, {}
+        kinds = zip(table.group, self.allowed_modes, strict=True)
+        for group, mode in sorted({(g, m) for g, modes in kinds for m in modes}):
+            bounds[group, mode] = self._least(point, price, group, mode) / many[group]
+        rows = zip(table.group, self.allowed_modes, strict=True)
+        each = [min(bounds[group, mode] for mode in modes) for group, modes in rows]
+        total = np.concatenate([[0.0], np.cumsum(each)])
         whole = total[None, :] - total[:, None]
         whole[np.tril_indices(len(total))] = float("inf")
         numbers = {self.in_flight(point, stage) for stage in range(point.pp)}
         return {f: whole - (price / f * self.limit if price else 0.0) for f in numbers}
 
-    def forced(self, point: Point) -> dict[int, str]:
-        """The mode of every class of blocks, where the request fixes it."""
-        return dict.fromkeys(self.model(point).blocks, self.request.recompute) if self.request.recompute else {}
+    def known_bound(self, point: Point) -> float:
+        """The least time of any splits, where it is known already: no constraint makes it less."""
+        known = self.solved.get((point, 0.0, (), ()))
+        return known.bound if known else 0.0
 
-    @property
+    def _least(self, point: Point, price: float, group: int, mode: str) -> float:
+        """A bound below what a class of runs costs where its blocks do as `mode` says."""
+        options = self.options(point)
+        key = point, price, group, mode, tuple(options.items())
+        if key not in self.bounds:
+            model = self.model(point)
+            costs = np.where(model.group == group, self.objective(point, price, {group: mode}), 0.0)
+            self.bounds[key] = model.part(group).bound(costs, options)
+        return self.bounds[key]
+
+    def forced(self, point: Point) -> dict[int, str]:
+        """The mode of every class of blocks that may not keep everything: the one that keeps most."""
+        least: dict[int, int] = {}
+        for group, modes in zip(self.model(point).table.group, self.allowed_modes, strict=True):
+            least[group] = min(least.get(group, len(MODES)), MODES.index(modes[0]))
+        return {group: MODES[mode] for group, mode in least.items() if mode}
+
+    @cached_property
     def modes(self) -> tuple[str, ...]:
         """What blocks may keep."""
-        if self.request.recompute:
-            return (self.request.recompute,)
-        return MODES
+        labels = self.folded.labels
+        found = {m for modes, x in zip(self.allowed_modes, labels, strict=True) if is_block(x) for m in modes}
+        return tuple(m for m in MODES if m in found)

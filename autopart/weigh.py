@@ -84,7 +84,7 @@ class Sizes:
         self.after = np.array([self.four(v, s.after) for s, v in self.changes.values()]).reshape(-1, 4)
         self.kept: dict[tuple[int, Placements], int] = {}
         for index, keep in enumerate(table.keeps):
-            for placed in dict.fromkeys(p for k in range(len(keep.keepers)) for p in self.keeps(keep, k)):
+            for placed in dict.fromkeys(p for k in range(len(set(keep.keepers))) for p in self.keeps(keep, k)):
                 self.kept[index, placed] = len(self.kept)
         self.memory = np.array([self._root(table.keeps[k], placed) for k, placed in self.kept]).reshape(-1, 4)
 
@@ -98,8 +98,9 @@ class Sizes:
         return self._cut(value.bytes, value.batch, [p.kind == "S" for p in placed])
 
     def keeps(self, keep: Keep, keeper: int) -> list[Placements]:
-        """The placement in which a keeper keeps memory, under each of its strategies: whole or split."""
-        node, operand = keep.keepers[keeper]
+        """The placement in which a keeper (one of the distinct ones) keeps memory, under each of its strategies: whole
+        or split."""
+        node, operand = list(dict.fromkeys(keep.keepers))[keeper]
         user, root = self.table.nodes[node], self.table.nodes[keep.root]
         if operand == -2:
             return [_merged(root.given(o)) for o in range(len(root.options))]
@@ -130,8 +131,9 @@ class Sizes:
 
     def _moved(self, node: Node, option: int) -> Array:
         moved = self._made(node, option)
-        read = {(operand, node.taken(option, i)): None for i, operand in enumerate(node.operands) if operand}
-        for (source, output), placed in read:
+        read = {(first, node.taken(option, i)): None for i, first in enumerate(node.firsts) if node.operands[i]}
+        for first, placed in read:
+            source, output = node.operands[first]  # type: ignore[misc]
             moved += self.four(self.table.nodes[source].values[output], placed)
         return moved
 
@@ -229,14 +231,18 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Crossing:
-    """A value that crosses cuts: the position that makes it, those that use it, its bytes, seconds to send it and its
-    gradient."""
+class Crossings:
+    """Values of one kind that cross cuts: the positions that make them and those that use them, in pairs, the bytes of
+    each, seconds to send one and its gradient.
 
-    home: int
-    users: tuple[int, ...]
+    one   whether the pairs are of one value
+    """
+
+    homes: NDArray[np.int_]
+    users: NDArray[np.int_]
     size: float
     seconds: float
+    one: bool = False
 
 
 @dataclass
@@ -262,7 +268,7 @@ class Weighed:
     largest: Array
     gathered: Array
     items: list[Item] = field(default_factory=list)
-    crossings: list[Crossing] = field(default_factory=list)
+    crossings: list[Crossings] = field(default_factory=list)
 
 
 def weigh(prices: Prices, chosen: Sequence[int], link: Link | None) -> Weighed:
@@ -304,12 +310,12 @@ def _weigh_nodes(found: Weighed, prices: Prices, at: NDArray[np.int_]) -> None:
 def _weigh_parameters(found: Weighed, prices: Prices, at: NDArray[np.int_]) -> None:
     for index, places in prices.sizes.table.state.items():
         i = at[index]
-        for positions in places:
-            found.gathered[list(positions)] += prices.gathered[i]
-            if len(positions) == 1:
-                found.parts[:, positions[0]] += prices.parts[i]
-                found.sync[positions[0]] += prices.sync[i]
-            else:
+        own = np.array([positions[0] for positions in places if len(positions) == 1], dtype=int)
+        np.add.at(found.parts, (slice(None), own), prices.parts[i][:, None])
+        np.add.at(found.sync, own, prices.sync[i])
+        np.add.at(found.gathered, np.concatenate([np.array(p) for p in places]), prices.gathered[i])
+        for positions in places if len(own) < len(places) else ():
+            if len(positions) > 1:
                 held, sync = prices.parts[i].tolist(), float(prices.sync[i])
                 found.items.append(Item(positions, parts=tuple(held), sync=sync))
 
@@ -322,42 +328,54 @@ def _weigh_flow(
     source = table.nodes[flow.source]
     value = source.values[flow.output]
     have = source.given(chosen[flow.source], flow.output)
-    wants = [table.nodes[n].taken(chosen[n], operand) for n, operand in flow.uses]
+    wants = {use: table.nodes[use[0]].taken(chosen[use[0]], use[1]) for use in dict.fromkeys(flow.uses)}
     summed = any(p.kind == "P" for p in have)
-    paid: dict[Path, list[int]] = {}
-    for use, want in enumerate(wants):
+    paid: dict[Path, list[tuple[int, int]]] = {}
+    for use, want in wants.items():
         for key in paths(flow.chains[have, want]):
             paid.setdefault(key, []).append(use)
-    changes = {key: sizes.change_index[index, have, key] for key in paid}
-    for home, users in zip(flow.homes, flow.users, strict=True):
-        several = len(set(users)) > 1
-        at = home if summed else users[0]
-        for key, uses in paid.items():
-            i = changes[key]
-            forward, backward = float(prices.change_forward[i]), float(prices.change_backward[i])
-            if at < 0 or (several and not summed):
-                positions = tuple(sorted({users[u] for u in uses} - {-1})) or _needing(table, flow)
+    homes, users = np.array(flow.homes), np.array([u[0] for u in flow.users])
+    at = homes if summed else users
+    for key, uses in paid.items():
+        i = sizes.change_index[index, have, key]
+        forward, backward = float(prices.change_forward[i]), float(prices.change_backward[i])
+        if at[0] < 0 or (flow.several and not summed):
+            for spots in flow.spots:
+                positions = tuple(sorted({p for use in uses for p in spots[use]} - {-1})) or _needing(table, flow)
                 found.items.append(Item(positions, forward, backward, largest=float(prices.after[i])))
-                continue
-            found.forward[at] += forward
-            found.backward[at] += backward
-            found.again[1][at] += forward
-            found.largest[at] = max(found.largest[at], prices.after[i])
-        outside = [u for u, position in enumerate(users) if position not in (home, -1)]
-        if source.kind in ("parameter", "buffer") or not outside:
             continue
-        for placed in dict.fromkeys(wants[u] if several or summed else have for u in outside):
-            takers = {users[u] for u in outside if wants[u] == placed or not (several or summed)}
-            enters = tuple(sorted(p for p in takers if table.block[p]))
-            held = float(sizes.four(value, placed) @ prices.terms.basis) if enters else 0.0
-            if enters and several:
-                found.items.append(Item(enters, entered=held))
-            elif enters:
-                found.entered[enters[0]] += held
-        if home >= 0 and link is not None:
-            size = float(sizes.four(value, wants[outside[0]] if summed else have) @ prices.terms.basis)
-            seconds = (link.latency_seconds + size / link.bandwidth) * (1 + value.grad)
-            found.crossings.append(Crossing(home, tuple(sorted({users[u] for u in outside})), size, seconds))
+        np.add.at(found.forward, at, forward)
+        np.add.at(found.backward, at, backward)
+        np.add.at(found.again[1], at, forward)
+        np.maximum.at(found.largest, at, prices.after[i])
+    outside = (users != homes) & (users >= 0)
+    if source.kind in ("parameter", "buffer") or not (flow.several or outside.any()):
+        return
+
+    def held(placed: Placements) -> float:
+        return float(sizes.four(value, placed) @ prices.terms.basis)
+
+    def seconds(size: float) -> float:
+        return (link.latency_seconds + size / link.bandwidth) * (1 + value.grad) if link is not None else 0.0
+
+    if not flow.several:
+        size = held(wants[flow.uses[0]] if summed else have)
+        np.add.at(found.entered, users[outside & np.array(table.block)[users]], size)
+        made = outside & (homes >= 0)
+        found.crossings.append(Crossings(homes[made], users[made], size, seconds(size)))
+        return
+    for home, spots in zip(flow.homes, flow.spots, strict=True):
+        away = {use: [p for p in where if p not in (home, -1)] for use, where in spots.items()}
+        takers = {use: where for use, where in away.items() if where}
+        for placed in dict.fromkeys(wants[use] for use in takers):
+            taking = {p for use, where in takers.items() if wants[use] == placed for p in where}
+            enters = tuple(sorted(p for p in taking if table.block[p]))
+            if enters:
+                found.items.append(Item(enters, entered=held(placed)))
+        if takers and home >= 0:
+            size = held(wants[next(iter(takers))] if summed else have)
+            everyone = np.array(sorted({p for where in takers.values() for p in where}))
+            found.crossings.append(Crossings(np.full(len(everyone), home), everyone, size, seconds(size), True))
 
 
 def _needing(table: Table, flow: Flow) -> tuple[int, ...]:
@@ -366,15 +384,15 @@ def _needing(table: Table, flow: Flow) -> tuple[int, ...]:
 
 
 def _weigh_keep(found: Weighed, prices: Prices, chosen: Sequence[int], index: int, keep: Keep) -> None:
-    placed = [
-        prices.sizes.keeps(keep, k)[chosen[keep.root if operand == -2 else node]]
-        for k, (node, operand) in enumerate(keep.keepers)
-    ]
-    for places in keep.places:
-        for kind in dict.fromkeys(placed):
-            held = float(prices.memory[prices.sizes.kept[index, kind]])
-            positions = tuple(sorted({p for p, k in zip(places, placed, strict=True) if k == kind}))
-            if len(set(places)) == 1:
-                found.kept[0][positions[0]] += held
-            else:
-                found.items.append(Item(positions, kept=held))
+    placed = {
+        keeper: prices.sizes.keeps(keep, k)[chosen[keep.root if keeper[1] == -2 else keeper[0]]]
+        for k, keeper in enumerate(dict.fromkeys(keep.keepers))
+    }
+    for kind in dict.fromkeys(placed.values()):
+        held = float(prices.memory[prices.sizes.kept[index, kind]])
+        if not keep.several:
+            np.add.at(found.kept[0], np.array([places[0] for places in keep.places]), held)
+            continue
+        for spots in keep.spots:
+            positions = tuple(sorted({p for keeper, where in spots.items() if placed[keeper] == kind for p in where}))
+            found.items.append(Item(positions, kept=held))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from exact_worker import worst
@@ -15,19 +16,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from autopart.compile import Source, simulate_plan
-from autopart.cost import Training
 from autopart.folded import Folded
 from autopart.graph import info
 from autopart.mesh import Mesh
-from autopart.notation import P
-from autopart.passes.formulate import LOSS, Axis, Settings, formulate_splits
+from autopart.passes.formulate import formulate
 from autopart.plan import Plan, PlanStage, Signature
-from autopart.problem import SplitProblem
-from autopart.rules import Strategy
+from autopart.problem import Node, Table
+from autopart.request import is_block
+from autopart.space import Model as Split
+from autopart.stages import Splits
+from autopart.weigh import MODES
 
 Tensor = torch.Tensor
 Sizes = Mapping[str, int]
 SAMPLES = 4
+MESH = Mesh.of("1x8:cpu")
 STEPS: dict[str, Step] = {}
 """Every step a block may take: from [batch, seq, width] to the same."""
 
@@ -67,15 +70,6 @@ class Recipe:
     twins: bool
     loss: str
     frozen: int = -1
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model with a plan of it: degrees, samples of a micro-batch, schedule, recomputation, starts of the stages and
-    strategies by axis and node."""
-
-    recipe: Recipe
-    plan: Plan
 
 
 def step(buffers: Mapping[str, str] | None = None, **parameters: str) -> Callable[[Callable[..., Tensor]], Any]:
@@ -739,101 +733,123 @@ def recipes(draw: st.DrawFn) -> Recipe:
 
 
 def draw_plan(draw: st.DrawFn, source: Source) -> Plan:
-    """A random plan out of those the planner may choose from."""
+    """A random plan out of those the planner may choose from: every stage split in a way of its own, as far as ways
+    agree on what passes between stages."""
     dp, tp = draw(st.sampled_from(((1, 2), (2, 1), (1, 4), (2, 2), (1, 1))))
     micro_batch = draw(st.sampled_from((SAMPLES, SAMPLES // 2, dp)))
-    mesh = Mesh.of("1x8:cpu")
-    folded = source.at(micro_batch, mesh)
+    folded = source.at(micro_batch, MESH)
     if not folded.traced.mean_of_samples:
         micro_batch = SAMPLES
-        folded = source.at(micro_batch, mesh)
-    pp = draw(st.integers(1, min(3 if dp * tp < 4 else 2, len(folded.runs))))
-    cuts = draw(st.lists(st.integers(1, len(folded.runs) - 1), min_size=pp - 1, max_size=pp - 1, unique=True)
+        folded = source.at(micro_batch, MESH)
+    positions = len(folded.labels)
+    pp = draw(st.integers(1, min(3 if dp * tp < 4 else 2, positions)))
+    cuts = draw(st.lists(st.integers(1, positions - 1), min_size=pp - 1, max_size=pp - 1, unique=True)
                 if pp > 1 else st.just([]))  # fmt: skip
-    recompute = "none" if folded.traced.updated else draw(st.sampled_from(("none", "full")))
+    mode = st.sampled_from(("none",) if folded.traced.updated else MODES)
+    modes = [draw(mode) if is_block(label) else "none" for label in folded.labels]
     schedule = draw(st.sampled_from(("gpipe", "1f1b")))
-    strategies: dict[str, dict[str, Strategy]] = {}
-    forced = draw(st.booleans())
-    settings = Settings(mesh.device, Training("sgd", 0, dp), 1.0, pp, 1.0 / dp)
-    for name, size in (("dp", dp), ("tp", tp)):
-        if size > 1:
-            axis = Axis(name, size, mesh.link(1, size))
-            tight = replace(settings, forced=forced and name == "tp")
-            problem = formulate_splits(folded, axis, tight, strategies.get("dp", {}))
-            strategies[name] = draw_strategies(draw, problem)
-    return make_plan(folded, mesh, (pp, dp, tp), micro_batch, (0, *sorted(cuts)), strategies, schedule, recompute)
+    zero = draw(st.integers(0, 3))
+    model = Split(formulate(folded, MESH.device, tp, draw(st.booleans())))
+    first = draw_choice(draw, model, {})
+    alike = {
+        n: [o for o, _ in enumerate(node.options) if all(node.given(o, i) == node.given(first[n], i) for i in outputs)]
+        for n, outputs in interface(model).items()
+        for node in [model.table.nodes[n]]
+    }
+    chosen = [first if stage == 0 or draw(st.booleans()) else draw_choice(draw, model, alike) for stage in range(pp)]
+    starts = (0, *sorted(cuts))
+    return make_plan(folded, (pp, dp, tp), micro_batch, starts, model.table, chosen, schedule, modes, zero)
+
+
+def draw_choice(draw: st.DrawFn, model: Split, allowed: Mapping[int, list[int]]) -> tuple[int, ...]:
+    """The index of an option for every node, so that every change of placement is possible: what is best under random
+    costs. Changes of placement cost little or much, partial sums likewise."""
+    numbers = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    near, passing = draw(st.sampled_from((0.0, 0.1, 0.5, 2.0))), draw(st.sampled_from((0.0, 1.0)))
+    sums = [
+        passing * any(p is not None and p.kind == "P" for s in option for p in s.inputs)
+        for node in model.table.nodes
+        for option in node.options
+    ]
+    count = len(model.sizes.changes)
+    costs = np.concatenate(
+        [numbers.random(len(sums)) - sums, near * numbers.random(count), np.zeros(len(model.sizes.kept))]
+    )
+    found = model.solver.minimise(costs, allowed)
+    assert found is not None
+    assert is_possible(model.table, found.chosen)
+    return found.chosen
+
+
+def interface(model: Split) -> dict[int, list[int]]:
+    """Nodes whose outputs all stages have to place alike -> those outputs."""
+    outputs: dict[int, list[int]] = {}
+    for node, output in model.interface:
+        outputs.setdefault(node, []).append(output)
+    return outputs
+
+
+def is_possible(table: Table, chosen: Sequence[int]) -> bool:
+    """Whether every change of placement of a choice is possible, whoever uses a partial sum outside of its run takes it
+    in the same placement, and what is tied is alike."""
+    for flow in table.flows:
+        have = table.nodes[flow.source].given(chosen[flow.source], flow.output)
+        wants = [table.nodes[node].taken(chosen[node], operand) for node, operand in flow.uses]
+        if any((have, want) not in flow.chains for want in wants):
+            return False
+        outside = {want for want, inside in zip(wants, flow.inside, strict=True) if not inside}
+        if any(p.kind == "P" for p in have) and len(outside) > 1:
+            return False
+    return all(len({chosen[node] for node in group}) == 1 for group in table.tied)
 
 
 def make_plan(
     folded: Folded,
-    mesh: Mesh,
     degrees: tuple[int, int, int],
     micro_batch: int,
     starts: tuple[int, ...],
-    strategies: Mapping[str, Mapping[str, Strategy]],
+    table: Table,
+    chosen: Sequence[Sequence[int]],
     schedule: str = "1f1b",
-    recompute: str = "none",
+    modes: Sequence[str] = (),
+    zero: int = 0,
 ) -> Plan:
-    """A plan with these decisions and no predictions."""
-    stages = tuple(PlanStage(start, 0.0, 0.0, 0.0, {}, ()) for start in starts)
+    """A plan with these decisions (`chosen`: the option of every node, in each stage) and no predictions."""
     pp, dp, tp = degrees
+    modes, ends = modes or ["none"] * len(folded.labels), (*starts[1:], len(folded.labels))
     return Plan(
-        "Model", mesh, pp, dp, tp, micro_batch, SAMPLES, schedule, 0, recompute, "float64", "sgd", strategies, stages,
-        0.0, 0.0, 0.0, "feasible", 0.0, Signature.of(folded.traced),
+        "Model", MESH, pp, dp, tp, micro_batch, SAMPLES, schedule, zero, "mixed", "float64", "sgd",
+        tuple(splits_of(table, c, {"dp": dp, "tp": tp}) for c in chosen),
+        tuple(
+            PlanStage(start, stage, tuple(modes[start:end]), 0.0, 0.0, 0.0, 0.0, {}, ())
+            for stage, (start, end) in enumerate(zip(starts, ends, strict=True))
+        ),
+        0.0, 0.0, 0.0, "feasible", 0.0, Signature.of(folded),
     )  # fmt: skip
 
 
-def draw_strategies(draw: st.DrawFn, problem: SplitProblem) -> dict[str, Strategy]:
-    """One strategy for every node, so that every change of placement is possible: nodes in order, each any of those
-    that suit what is chosen already, or of those that change least."""
-    chosen: dict[str, Strategy] = {LOSS: problem.strategies[LOSS][0]}
-    near = draw(st.integers(0, 4))
-    for name, options in problem.strategies.items():
-        group = next((g for g in problem.tied if name in g), [name])
-        if name in chosen:
-            continue
-        fitting = [o for o in options if conflicts(problem, {**chosen, name: o}) == 0] or options
-        if draw(st.integers(0, 4)) < near:
-            least = min(changes(problem, {**chosen, name: o}, name) for o in fitting)
-            fitting = [o for o in fitting if changes(problem, {**chosen, name: o}, name) == least]
-        passing = [o for o in fitting if P in o.inputs]
-        fitting = passing if passing and draw(st.booleans()) else fitting
-        index = options.index(draw(st.sampled_from(fitting)))
-        chosen |= {member: problem.strategies[member][index] for member in group}
-    mended = mend(problem, chosen)
-    return {name: strategy for name, strategy in mended.items() if name != LOSS}
+def splits_of(table: Table, chosen: Sequence[int], degrees: Mapping[str, int]) -> Splits:
+    """Axis -> node -> strategy, along the axes that have more than one rank."""
+    return {
+        axis: {n.key: n.options[o][i] for n, o in zip(table.nodes, chosen, strict=True) if is_decided(n)}
+        for i, axis in enumerate(table.axes)
+        if degrees[axis] > 1
+    }
 
 
-def mend(problem: SplitProblem, chosen: dict[str, Strategy]) -> dict[str, Strategy]:
-    """Replace strategies that take what their producers cannot give."""
-    while conflicts(problem, chosen):
-        edge = next(e for e in problem.edges if not fits(problem, chosen, e))
-        chosen = {**chosen, edge.target: next(
-            o for o in problem.strategies[edge.target] if fits(problem, {**chosen, edge.target: o}, edge)
-        )}  # fmt: skip
-    return chosen
+def is_decided(node: Node) -> bool:
+    """Whether a node is one of the model's."""
+    return node.kind != "end" and not node.key.endswith("/update")
 
 
-def fits(problem: SplitProblem, chosen: Mapping[str, Strategy], edge: Any) -> bool:
-    """Whether the change along an edge is possible; True where an end is not decided yet."""
-    if edge.source not in chosen or edge.target not in chosen:
-        return True
-    pair = chosen[edge.source].outputs[edge.output], chosen[edge.target].inputs[edge.operand]
-    return pair in problem.changes[edge.source, edge.output]
-
-
-def conflicts(problem: SplitProblem, chosen: Mapping[str, Strategy]) -> int:
-    """How many edges change a placement as nothing can."""
-    return sum(not fits(problem, chosen, edge) for edge in problem.edges)
-
-
-def changes(problem: SplitProblem, chosen: Mapping[str, Strategy], name: str) -> int:
-    """How many operands of a node come in another placement than it takes."""
-    return sum(
-        chosen[e.source].outputs[e.output] != chosen[name].inputs[e.operand]
-        for e in problem.edges
-        if e.target == name and e.source in chosen
-    )
+def first_choice(model: Split, allowed: Mapping[int, list[int]] | None = None) -> tuple[int, ...]:
+    """The option of every node that comes first, as far as the others allow: samples over dp where operators allow it,
+    all whole over tp."""
+    order = [float(o) for node in model.table.nodes for o, _ in enumerate(node.options)]
+    costs = np.array(order + [0.0] * (len(model.sizes.changes) + len(model.sizes.kept)))
+    found = model.solver.minimise(costs, allowed)
+    assert found is not None
+    return found.chosen
 
 
 def whole(model: nn.Module, batch: Mapping[str, Tensor], parts: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
@@ -862,8 +878,9 @@ def error_of(source: Source, plan: Plan) -> tuple[float, str]:
     that of a plan for one rank."""
     found = _simulated(source, plan)
     if "dropout" in {name for block in source.model.recipe.blocks for name, _ in block}:
-        starts, one = (0,), plan.micro_batch
-        plain = make_plan(source.at(one, plan.mesh), plan.mesh, (1, 1, 1), one, starts, {})
+        folded = source.at(plan.micro_batch, MESH)
+        alone = Split(formulate(folded, MESH.device, 1))
+        plain = make_plan(folded, (1, 1, 1), plan.micro_batch, (0,), alone.table, [first_choice(alone)])
         wanted = _simulated(source, plain)
     else:
         loss, values = whole(source.model, source.batch, plan.micro_batches)
@@ -906,9 +923,10 @@ def sensitivity(source: Source) -> float:
 
 def used(folded: Folded, plan: Plan) -> list[tuple[str, str, str]]:
     """(operator, axis, strategy) of every decision of a plan."""
-    kinds = {n.name: info(n) for n in folded.representatives()}
+    kinds = {folded.keys[n]: info(n) for n in folded.representatives()}
     return [
         (kinds[name].name if kinds[name].kind == "op" else kinds[name].kind, axis, strategy.name)
-        for axis, chosen in plan.strategies.items()
+        for splits in plan.splits
+        for axis, chosen in splits.items()
         for name, strategy in chosen.items()
     ]

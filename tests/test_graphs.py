@@ -7,17 +7,28 @@ from dataclasses import replace
 
 import pytest
 import torch
-from graphs import LOSSES, SAMPLES, STEPS, Recipe, build, draw_plan, error_of, make_plan, recipes, sensitivity
+from graphs import (
+    LOSSES,
+    MESH,
+    SAMPLES,
+    STEPS,
+    Recipe,
+    Split,
+    build,
+    draw_plan,
+    error_of,
+    first_choice,
+    make_plan,
+    recipes,
+    sensitivity,
+)
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from autopart.compile import Source
-from autopart.cost import Training
-from autopart.folded import Folded
 from autopart.graph import info
-from autopart.mesh import Mesh
 from autopart.notation import P, Placement, R, S
-from autopart.passes.formulate import LOSS, Axis, Settings, formulate_splits
+from autopart.passes.formulate import formulate
 from autopart.plan import Plan
 from autopart.rules import Strategy
 
@@ -25,7 +36,6 @@ EXAMPLES = int(os.environ.get("AUTOPART_EXAMPLES", "40"))
 PLANS = 4
 """Plans of every model: to trace one takes longer than to run it."""
 TOLERANCE = 1e-9
-MESH = Mesh.of("1x8:cpu")
 SIZES = (("s", 4), ("w", 8), ("n", 2), ("h", 4), ("v", 12))
 
 
@@ -49,7 +59,8 @@ def test_random_models_under_random_plans(recipe: Recipe, data: st.DataObject) -
         plan = draw_plan(data.draw, source)
         error, name = error_of(source, plan)
         if not error <= TOLERANCE and not sensitivity(source) > TOLERANCE / 100:
-            note(f"{plan.degrees} starts {plan.starts} micro-batch {plan.micro_batch} {plan.strategies}")
+            note(f"{plan.degrees} starts {plan.starts} micro-batch {plan.micro_batch} zero {plan.zero} {plan.splits}")
+            note([stage.recompute for stage in plan.stages])
             raise AssertionError(f"{name} is off by {error}")
 
 
@@ -103,14 +114,16 @@ def test_two_losses_of_the_same_split_targets() -> None:
     block = (("auxiliary_loss", 0),)
     source = source_of(recipe_of(block, block))
     folded = source.at(SAMPLES, MESH)
-    kinds = {n.name: info(n).name for n in folded.representatives()}
+    model = Split(formulate(folded, MESH.device, 1))
+    kinds = {folded.keys[n]: info(n).name for n in folded.representatives()}
     split = {"aten.reshape": S(0), "aten.embedding": S(0)}
-    chosen = {
-        node: next((o for o in options if o.outputs[0] == split.get(kinds[node], R)), options[0])
-        for node, options in options_of(folded, "tp", 2).items()
-        if node != LOSS
+    allowed = {
+        i: [o for o, _ in enumerate(node.options) if node.given(o) == (split.get(kinds.get(node.key, ""), R),)]
+        for i, node in enumerate(model.table.nodes)
+        if node.values
     }
-    error, of = error_of(source, make_plan(folded, MESH, (1, 1, 2), SAMPLES, (0,), {"tp": chosen}))
+    chosen = first_choice(model, {i: options for i, options in allowed.items() if options})
+    error, of = error_of(source, make_plan(folded, (1, 2, 1), SAMPLES, (0,), model.table, [chosen]))
     assert error <= TOLERANCE, of
 
 
@@ -143,13 +156,14 @@ def test_a_wrong_strategy_shows(operator: str, given: Placement, wrong: Placemen
     plan = plan_of(source, (1, 1, 2))
     folded = source.at(SAMPLES, MESH)
     node = next(n for n in folded.representatives() if info(n).name == operator)
-    inputs = tuple(
-        None if p is None else wrong if i == 0 else R for i, p in enumerate(plan.strategies["tp"][node.name].inputs)
-    )
-    chosen = {**plan.strategies["tp"], node.name: Strategy("wrong", inputs, (wrong,), shards_work=True)}
+    chosen = dict(plan.splits[0]["tp"])
+    before, key = folded.keys[folded.same[node.all_input_nodes[0]]], folded.keys[node]
+    inputs = tuple(None if p is None else wrong if i == 0 else R for i, p in enumerate(chosen[key].inputs))
+    chosen[key] = Strategy("wrong", inputs, (wrong,), shards_work=True)
     if given == P:
-        chosen[node.all_input_nodes[0].name] = partial_sums(folded, node.all_input_nodes[0].name)
-    error, _ = error_of(source, make_plan(folded, MESH, (1, 1, 2), SAMPLES, (0,), {"tp": chosen}))
+        product = next(n for n in formulate(folded, MESH.device, 2).nodes if n.key == before)
+        chosen[before] = next(s for _, s in product.options if s.outputs[0] == P and s.inputs[0] != P)
+    error, _ = error_of(source, replace(plan, splits=({"tp": chosen},)))
     assert not error <= 1e-3
 
 
@@ -165,20 +179,6 @@ def recipe_of(*blocks: tuple[tuple[str, int], ...], loss: str = "cross_entropy",
 def plan_of(source: Source, degrees: tuple[int, int, int], starts: tuple[int, ...] = (0,)) -> Plan:
     """A plan of first strategies: samples over dp where the operators allow it, all whole over tp."""
     folded = source.at(SAMPLES, MESH)
-    strategies = {
-        name: {node: options[0] for node, options in options_of(folded, name, size).items() if node != LOSS}
-        for name, size in zip(("dp", "tp"), degrees[1:], strict=True)
-        if size > 1
-    }
-    return make_plan(folded, MESH, degrees, SAMPLES, starts, strategies)
-
-
-def options_of(folded: Folded, name: str, size: int) -> dict[str, list[Strategy]]:
-    """The strategies of every node along one axis."""
-    settings = Settings(MESH.device, Training("sgd", 0, 1), 1.0, 1, 1.0)
-    return formulate_splits(folded, Axis(name, size, MESH.link(1, size)), settings, {}).strategies
-
-
-def partial_sums(folded: Folded, node: str) -> Strategy:
-    """A product's strategy that gives partial sums."""
-    return next(s for s in options_of(folded, "tp", 2)[node] if s.outputs[0] == P and s.inputs[0] != P)
+    model = Split(formulate(folded, MESH.device, degrees[2]))
+    chosen = first_choice(model)
+    return make_plan(folded, degrees, SAMPLES, starts, model.table, [chosen] * degrees[0])

@@ -113,7 +113,8 @@ def _signature(run: Run) -> tuple[Any, ...]:
             return parameter_token(record, run.label)
         if node not in externals:
             externals.append(node)
-        return ("external", externals.index(node), record.shapes, record.dtypes, record.grad)
+        samples = record.batch is not None
+        return ("external", externals.index(node), record.shapes, record.dtypes, record.grad, samples)
 
     lines: list[Any] = []
     for node in run.nodes:

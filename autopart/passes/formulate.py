@@ -24,12 +24,13 @@ from dataclasses import dataclass
 from torch import fx
 
 from autopart.cost import again_of, rate_of
+from autopart.errors import PartitionError
 from autopart.fingerprint import is_own
 from autopart.folded import Folded
 from autopart.graph import Info, info, is_pick, loss_of, operands, shape_args, updates_of, value_of
 from autopart.mesh import Device
 from autopart.notation import C, Placement, R, S, splits
-from autopart.problem import Flow, Keep, Node, Table, Value
+from autopart.problem import Flow, Keep, Node, Placements, Table, Value
 from autopart.relayout import possible, steps
 from autopart.rules import Strategy, is_contraction, strategies
 
@@ -41,7 +42,7 @@ Hints = Mapping[tuple[fx.Node, int], set[Placement]]
 
 def formulate(folded: Folded, device: Device, tp: int, forced: bool = False) -> Table:
     """The table for `tp` ranks along the tensor-parallel axis and any number along the data-parallel one. With
-    `forced`, every product's weights have to be split over `tp`."""
+    `forced`, every product's weights have to be split over `tp`; PartitionError where none can be."""
     axes = ("dp", "tp") if tp > 1 else ("dp",)
     return _Builder(folded, device, axes, tp, forced).table()
 
@@ -69,22 +70,31 @@ class _Builder:
         self.run_of = folded.run_of()
         self.last = {run: position for position, run in enumerate(folded.sequence)}
         self.region = _regions(folded.sequence)
+        self.readers: dict[fx.Node, set[int]] = defaultdict(set)
+        """Runs that read a value of a node; -1 for what is in none."""
+        for node in folded.traced.graph.nodes:
+            if node.op == "call_function" and not is_pick(node):
+                for source in node.all_input_nodes:
+                    self.readers[value_of(source)[0]].add(self.run_of.get(node, -1))
         self.nodes: list[Node] = []
         self.flows: dict[object, Flow] = {}
+        self.places: dict[fx.Node, set[int]] = defaultdict(set)
+        """Positions for which stages make a value themselves, besides those that read it."""
+        self.writes: dict[int, list[int]] = defaultdict(list)
+        """Update of a buffer by such a value -> the position of its module, for each of its class."""
 
     def table(self) -> Table:
         folded, graph = self.folded, self.folded.traced.graph
         hints = _hints(folded, self.reps, self.tp)
         self.nodes = [self._node(node, hints) for node in self.reps]
+        if self.forced and self.tp > 1:
+            self._check_splits()
         used = self._used()
+        updates = self._updates(used)
         for (source, output, home, _), uses in used.items():
             self._flow(source, output, home, uses)
         self._end(loss_of(graph))
-        tied = [[self.index[n] for n in self.reps if info(n).kind == "input"]]
-        for name, node in updates_of(folded.traced).items():
-            buffer = next(n for n in self.reps if info(n).kind == "buffer" and info(n).name == name)
-            tied.append([self.index[buffer], len(self.nodes)])
-            self._update(buffer, node)
+        tied = [[self.index[n] for n in self.reps if info(n).kind == "input"], *updates]
         for flow in self.flows.values():
             self._chains(flow)
         return Table(
@@ -112,6 +122,7 @@ class _Builder:
             options=self._options(node, hints),
             values=[Value(_bytes(record, i), record.batch is not None, record.grad) for i in range(len(record.shapes))],
             operands=[self._operand(n) for n in operands(node)] if is_op else [],
+            firsts=_firsts(operands(node)) if is_op else [],
             flops=record.flops,
             batch=record.batch is not None or any(i.batch is not None for i in inputs),
             product=record.product,
@@ -121,6 +132,20 @@ class _Builder:
             inner=float(record.inner),
             grad=record.grad,
             group=-1 if run is None else self.folded.runs[run].kind,
+        )
+
+    def _check_splits(self) -> None:
+        """Raise PartitionError where an axis that was asked for would leave every product whole."""
+        products = [i for i, n in enumerate(self.reps) if is_contraction(info(n).name)]
+        if not products or any(option[1].shards_work for i in products for option in self.nodes[i].options):
+            return
+        sizes = sorted({s for i in products for n in self.reps[i].all_input_nodes for s in info(n).shape if s > 1})
+        fits = [d for d in range(2, 65) if sum(s % d == 0 for s in sizes) > 1]
+        raise PartitionError(
+            f"tp={self.tp} splits nothing",
+            f"no matrix product has a dim that {self.tp} divides and that may be split; the sizes are "
+            f"{', '.join(map(str, sizes))}",
+            f"tp={', '.join(map(str, fits[:6]))}" if fits else "pp or dp",
         )
 
     def _operand(self, argument: fx.Node | None) -> tuple[int, int] | None:
@@ -150,7 +175,9 @@ class _Builder:
             return ""
         if info(source).kind == "parameter":
             return self.folded.parameter_at(position, source)
-        return str(position) if is_own(source, self.folded.runs[self.folded.sequence[position]].label) else ""
+        run = self.folded.sequence[position]
+        own = is_own(source, self.folded.runs[run].label) and self.readers[source] == {run}
+        return str(position) if own else ""
 
     def _used(self) -> Used:
         """Every value at every place, with its uses."""
@@ -181,16 +208,34 @@ class _Builder:
         self._flow(source, output, home, [_Use(len(self.nodes), 0, home)])
         self.nodes.append(Node(END, "end", [whole], []))
 
-    def _update(self, buffer: fx.Node, value: fx.Node) -> None:
-        """A pseudo-operator that writes a buffer's new value, in the placement of the buffer."""
-        known, (source, output) = self.nodes[self.index[buffer]], value_of(value)
-        run = self.run_of.get(source)
-        home = -1 if run is None else self.last[run]
-        self._flow(source, output, home, [_Use(len(self.nodes), 1, home)])
+    def _updates(self, used: Used) -> list[list[int]]:
+        """Pseudo-operators that write buffers' new values, one for each class of them, each in the placement of its
+        buffer: the nodes that take the same option."""
+        buffers = {info(n).name: n for n in self.folded.same if info(n).kind == "buffer"}
+        modules = {info(n).module: self.last[run] for n, run in self.run_of.items()}
+        known: dict[tuple[int, int, int], int] = {}
+        for name, node in updates_of(self.folded.traced).items():
+            source, output = value_of(node)
+            buffer, run = self.index[self.folded.same[buffers[name]]], self.run_of.get(source)
+            taken = self.index[self.folded.same[source]], output
+            if (buffer, *taken) not in known:
+                known[buffer, *taken] = len(self.nodes)
+                self._update(buffer, taken, -1 if run is None else self.folded.runs[run].kind)
+            home = -1 if run is None else self.last[run]
+            use = _Use(known[buffer, *taken], 1, home)
+            others = used.get((source, output, home, ""), [])
+            alone = home < 0 or any(u.position != home for u in others)
+            used[source, output, home, name if alone else ""].append(use)
+            if run is None:
+                self.places[source].add(modules.get(name.rpartition(".")[0], 0))
+                self.writes[use.node].append(modules.get(name.rpartition(".")[0], 0))
+        return [[buffer, update] for (buffer, *_), update in known.items()]
+
+    def _update(self, buffer: int, taken: tuple[int, int], group: int) -> None:
+        known = self.nodes[buffer]
         options = [tuple(Strategy(s.name, s.outputs * 2, s.outputs) for s in option) for option in known.options]
-        taken = [(self.index[buffer], 0), (self.index[self.folded.same[source]], output)]
-        group = -1 if run is None else self.folded.runs[run].kind
-        self.nodes.append(Node(f"{known.key}/update", "op", options, known.values, [*taken], group=group))
+        reads: list[tuple[int, int] | None] = [(buffer, 0), taken]
+        self.nodes.append(Node(f"{known.key}/update", "op", options, known.values, reads, [0, 1], group=group))
 
     def _chains(self, flow: Flow) -> None:
         source = self.nodes[flow.source]
@@ -202,6 +247,22 @@ class _Builder:
                 for have in haves:
                     if (have, want) not in flow.chains and all(map(possible, have, want)):
                         flow.chains[have, want] = tuple(steps(have, want, grad))
+        if len(flow.uses) == 1 and flow.inside == (True,):
+            self._let_through(flow)
+
+    def _let_through(self, flow: Flow) -> None:
+        """Leave out changes before a view of the same size that can take the value as it is made: the same change
+        behind the view costs as much."""
+        ((node, operand),) = flow.uses
+        view, value = self.nodes[node], self.nodes[flow.source].values[flow.output]
+        if view.runs or view.kind != "op" or len(view.values) != 1 or view.values[0].bytes != value.bytes:
+            return
+        out = {view.taken(o, operand): view.given(o) for o in range(len(view.options))}
+        flow.chains = {
+            (have, want): chain
+            for (have, want), chain in flow.chains.items()
+            if have == want or have not in out or not _alike(out[have], out[want], have, want)
+        }
 
     def _keeps(self) -> list[Keep]:
         """Who keeps whose memory, at every place."""
@@ -240,6 +301,8 @@ class _Builder:
     def _shared(self, used: Used) -> dict[int, list[tuple[int, ...]]]:
         """Nodes that every stage computes for itself, with the positions that need them, at second hand too."""
         needed: dict[fx.Node, set[int]] = defaultdict(set)
+        for source, positions in self.places.items():
+            needed[source] |= positions
         for (source, _, home, _), uses in used.items():
             if home == -1:
                 needed[source] |= {u.position for u in uses if u.position >= 0}
@@ -250,7 +313,16 @@ class _Builder:
         for node in self.folded.free:
             if not is_pick(node):
                 shared[self.index[self.folded.same[node]]].append(tuple(sorted(needed[node])))
+        for update, places in self.writes.items():
+            shared[update] += [(p,) for p in places]
         return dict(shared)
+
+
+def _alike(have: Placements, want: Placements, before: Placements, after: Placements) -> bool:
+    """Whether a change behind a view is the change before it."""
+    kinds = [tuple(p.kind for p in placed) for placed in (have, want, before, after)]
+    parted = any(p.parts for placed in (have, want, before, after) for p in placed)
+    return kinds[0] == kinds[2] and kinds[1] == kinds[3] and not parted and all(map(possible, have, want))
 
 
 def _regions(sequence: Sequence[int]) -> dict[int, int]:
@@ -260,6 +332,12 @@ def _regions(sequence: Sequence[int]) -> dict[int, int]:
         if following <= here:
             regions |= dict.fromkeys(range(following, here + 1), following - (here + 1 - following))
     return regions
+
+
+def _firsts(arguments: Sequence[fx.Node | None]) -> list[int]:
+    """For every operand the first that is the same value."""
+    values = [None if n is None else value_of(n) for n in arguments]
+    return [values.index(v) for v in values]
 
 
 def _bytes(record: Info, output: int) -> float:

@@ -17,8 +17,14 @@ import numpy as np
 from autopart.problem import Flow, Placements
 from autopart.weigh import Array, Sizes, paths
 
-PRIMAL = 4
-"""HiGHS's name for the primal simplex method: the last basis stays feasible when the objective changes."""
+UNIT, DEAREST = 1e3, 1e2
+"""About what a solution costs in the solver's unit, and how many times that a single price may be."""
+
+DUAL = 1
+"""The dual one: the best basis stays as good as the objective allows when options are narrowed."""
+
+DUAL = 1
+"""The dual one: the best basis stays as good as the objective allows when options are narrowed."""
 
 NODES = 200
 """Of a branch-and-bound tree; where it is not done by then, the bound says how far it is off."""
@@ -51,19 +57,23 @@ class Solver:
         self.priced = self.strategies + len(sizes.changes) + len(sizes.kept)
         self.columns = self.priced
         self.rows: list[tuple[list[int], list[float], float, float]] = []
+        self.paid: list[tuple[int, int]] = []
+        """(move, change) where a value has one use, so that its moves are priced themselves."""
         for node in sorted(held):
             self.rows.append((self.options(node), [1.0] * len(self.options(node)), 1.0, 1.0))
-        for group in self.table.tied:
-            for node in group[1:]:
-                for here, there in zip(self.options(group[0]), self.options(node), strict=True) if node in held else ():
+        for tied in self.table.tied:
+            for node in tied[1:]:
+                for here, there in zip(self.options(tied[0]), self.options(node), strict=True) if node in held else ():
                     self._equal([here], [there])
         for index, flow in enumerate(self.table.flows):
             if flow.source in held and all(node in held for node, _ in flow.uses):
                 self._moves(index, flow)
         self._kept(held)
+        self.moves, self.changes = np.array(self.paid, dtype=np.int64).reshape(-1, 2).T
         self.highs = self._pass()
         self.narrowed: list[int] = []
-        self.solved = False
+        self.bases: dict[int, highspy.HighsBasis] = {}
+        """Best bases by a hash of the costs, to begin with where options are narrowed."""
 
     def options(self, node: int) -> list[int]:
         """The variables of a node."""
@@ -79,10 +89,13 @@ class Solver:
         near = inside.union(*(e for e in ends if e & inside))
         return near.union(*(set(t) for t in self.table.tied if near & set(t)))
 
-    def bound(self, costs: Array) -> float:
-        """A bound below every choice's cost: the linear relaxation."""
+    def bound(self, costs: Array, allowed: Mapping[int, Iterable[int]] | None = None) -> float:
+        """A bound below every choice's cost: the linear relaxation; infinite where there is no choice."""
+        self._narrow(allowed or {})
         self._price(costs)
         self.highs.run()
+        if self.highs.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
+            return float("inf")
         return float(self.highs.getInfo().objective_function_value) / self.scale
 
     def minimise(self, costs: Array, allowed: Mapping[int, Iterable[int]] | None = None) -> Solution | None:
@@ -90,9 +103,15 @@ class Solver:
         of some nodes."""
         self._narrow(allowed or {})
         self._price(costs)
+        known = hash(costs.tobytes())
+        if allowed and known in self.bases:
+            self.highs.setBasis(self.bases[known])
+            self.highs.setOptionValue("simplex_strategy", DUAL)
         self.highs.run()
         if self.highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
             return None
+        if not allowed:
+            self.bases[known] = self.highs.getBasis()
         values = np.array(self.highs.getSolution().col_value)
         objective = bound = self.highs.getInfo().objective_function_value
         strategies = values[: self.strategies]
@@ -101,13 +120,50 @@ class Solver:
         chosen = tuple(int(np.argmax(values[self.options(n)])) for n in range(len(self.table.nodes)))
         return Solution(chosen, objective / self.scale, bound / self.scale)
 
-    def _price(self, costs: Array) -> None:
-        self.scale = scale = 1.0 / max(float(np.abs(costs).max(initial=0.0)), 1e-300)
+    def squeeze(
+        self, costs: Array, allowed: Mapping[int, Iterable[int]], peaks: Sequence[Array], held: Array, room: float
+    ) -> Solution | None:
+        """`minimise` where held * v + sum of the peaks <= room: a peak is the largest of some sums (rows of an array
+        over the priced variables)."""
+        highs, rows, columns = self.highs, self.highs.getNumRow(), self.columns
+        unit = max(room, 1.0)
+        for peak in peaks:
+            highs.addCol(0.0, 0.0, highspy.kHighsInf, 0, [], [])
+            for row in peak:
+                index, value = self._spread(row / unit)
+                highs.addRow(0.0, highspy.kHighsInf, len(index) + 1, [highs.getNumCol() - 1, *index], [1.0, *(-value)])
+        index, value = self._spread(held / unit)
+        last = list(range(columns, highs.getNumCol()))
+        terms = [*index, *last], [*value, *[1.0] * len(last)]
+        highs.addRow(-highspy.kHighsInf, room / unit, len(terms[0]), *terms)
+        highs.setOptionValue("mip_max_nodes", 100 * NODES)
+        found = self.minimise(costs, allowed)
+        highs.setOptionValue("mip_max_nodes", NODES)
+        highs.deleteRows(highs.getNumRow() - rows, np.arange(rows, highs.getNumRow(), dtype=np.int32))
+        highs.deleteCols(len(last), np.array(last, dtype=np.int32))
+        return found
+
+    def _spread(self, priced: Array) -> tuple[list[int], Array]:
+        """The variables that stand for some priced ones: moves for the changes of values with one use."""
         every = np.zeros(self.columns)
-        every[: self.priced] = costs * scale
-        if self.solved:
-            self.highs.setOptionValue("simplex_strategy", PRIMAL)
-        self.solved = True
+        every[: self.priced] = priced
+        np.add.at(every, self.moves, priced[self.changes])
+        every[self.changes] = 0.0
+        index = np.flatnonzero(every)
+        return index.tolist(), every[index]
+
+    def _price(self, costs: Array) -> None:
+        """Set the objective, in a unit in which a solution costs about UNIT: what costs far more is never taken, and
+        what is far below HiGHS's tolerance would not be seen."""
+        first = self.sizes.first
+        usual = float(np.minimum.reduceat(costs[: self.strategies], first[:-1]).sum())
+        usual = usual or float(costs.max(initial=0.0)) or 1.0
+        self.scale = UNIT / usual
+        every = np.zeros(self.columns)
+        every[: self.priced] = costs
+        np.add.at(every, self.moves, costs[self.changes])
+        every[self.changes] = 0.0
+        every = np.minimum(every * self.scale, UNIT * DEAREST)
         self.highs.changeColsCost(self.columns, np.arange(self.columns, dtype=np.int32), every)
 
     def _branch(self) -> tuple[Array, float, float]:
@@ -151,7 +207,10 @@ class Solver:
         for option, variable in enumerate(self.options(flow.source)):
             give[source.given(option, flow.output)].append(variable)
         outside: dict[tuple[Placements, Placements], list[int]] = defaultdict(list)
-        for use, (node, operand) in enumerate(flow.uses):
+        uses: dict[tuple[int, int], bool] = {}
+        for use, inside in zip(flow.uses, flow.inside, strict=True):
+            uses[use] = uses.get(use, True) and inside
+        for (node, operand), inside in uses.items():
             take: dict[Placements, list[int]] = defaultdict(list)
             for option, variable in enumerate(self.options(node)):
                 take[self.table.nodes[node].taken(option, operand)].append(variable)
@@ -163,8 +222,12 @@ class Solver:
                 leaving[have].append(move)
                 arriving[want].append(move)
                 for key in paths(flow.chains[have, want]):
-                    paying[self.strategies + self.sizes.change_index[index, have, key]].append(move)
-                if any(p.kind == "P" for p in have) and not flow.inside[use]:
+                    change = self.strategies + self.sizes.change_index[index, have, key]
+                    if len(uses) == 1:
+                        self.paid.append((move, change))
+                    else:
+                        paying[change].append(move)
+                if any(p.kind == "P" for p in have) and not inside:
                     outside[have, want].append(move)
             for have, variables in give.items():
                 self._equal(variables, leaving[have])
@@ -172,7 +235,7 @@ class Solver:
                 self._equal(variables, arriving[want])
             for change, moves in paying.items():
                 self._covers(change, moves)
-        users = len(flow.uses) - sum(flow.inside)
+        users = sum(not inside for inside in uses.values())
         for moves in outside.values():
             for other in moves[1:]:
                 self._equal([moves[0]], [other])
@@ -183,7 +246,8 @@ class Solver:
         """Equation (4)."""
         start = self.strategies + len(self.sizes.changes)
         for index, keep in enumerate(self.table.keeps):
-            for keeper, (node, operand) in enumerate(keep.keepers if keep.root in held else ()):
+            keepers = dict.fromkeys(keep.keepers) if keep.root in held else {}
+            for keeper, (node, operand) in enumerate(keepers):
                 by: dict[Placements, list[int]] = defaultdict(list)
                 if node not in held:
                     continue
