@@ -80,7 +80,8 @@ def plan(
     batch         the model's keyword arguments, samples in dim 0 of every tensor
     global_batch  samples of a step (default: those of `batch`);  micro_batch: of a micro-batch, over all ranks
     pp, tp, dp    degrees, where you want to decide them; so for zero (0 to 3), recompute ("none", "selective", "full":
-                  in all blocks), schedule ("gpipe", "1f1b") and precision ("float32", "bfloat16", "float64", "float16": of the parameters)
+                  in all blocks), schedule ("gpipe", "1f1b") and precision (of the parameters: "float32", "bfloat16",
+                  "float64", "float16")
     optimizer     for its memory: "sgd", "momentum", "adam", "adamw", ...
     time_limit    seconds after which the best plan so far is taken;  nodes: points of the search likewise
     constraints   what to fix or forbid by hand: "tp=8", "stage 2 starts at layers.10", "no cut before layers.3",
@@ -381,9 +382,7 @@ def explored(
     return made
 
 
-def _searched(
-    space: Space, say: Say, started: float, source: Source, advise: bool
-) -> tuple[Plan, Search, Found]:
+def _searched(space: Space, say: Say, started: float, source: Source, advise: bool) -> tuple[Plan, Search, Found]:
     search = Search(space, say)
     try:
         found = search.run()

@@ -120,7 +120,7 @@ class Plan:
 
     pp, dp, tp        degrees: pipeline, data, tensor
     micro_batch       samples of one micro-batch, over all data-parallel ranks; global_batch those of a step
-    recompute         "none", "selective" or "full" where all blocks do so, else "mixed"; each stage says it for its runs
+    recompute         "none", "selective" or "full" where all blocks do so, else "mixed"; stages say it for their runs
     splits            the ways stages are split: axis -> node -> strategy, for one node of every class of equal blocks
     step_seconds      predicted: sum(f) + (m - 1) max(f) over the stages' seconds f for each of m micro-batches
     bound_seconds     no plan of the search space is faster

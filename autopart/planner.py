@@ -28,7 +28,7 @@ from autopart.errors import PartitionError
 from autopart.passes.solve import Solution
 from autopart.plan import bytes_text, seconds_text
 from autopart.request import Point, Request, divisors
-from autopart.space import Model, Space
+from autopart.space import FEW, Model, Space
 from autopart.weigh import Array, Weighed
 
 Say = Callable[[str], None]
@@ -41,9 +41,6 @@ OFTEN = 0.5
 def silent(text: str) -> None:
     """Say nothing."""
 
-
-FEW = 12
-"""Runs of a model that is small enough to try every range on its own."""
 
 TOLERANCE = 1e-9
 """Relative difference below which two times are the same."""
@@ -212,8 +209,8 @@ class Search:
             bound = max(bound, found.seconds, least + (m - 1) * found.largest)
             if bound >= self._time():
                 break
-            for mode in space.modes if price else ():
-                solution = space.solve(point, price, dict.fromkeys(space.model(point).blocks, mode))
+            for modes in space.best_modes(point, price) if price else ():
+                solution = space.solve(point, price, modes)
                 if solution and all(solution.chosen != w.solution.chosen for w in ways):
                     ways.append(self._way(point, solution))
         if len(ways) > 1 and bound < self._time():

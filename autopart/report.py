@@ -113,7 +113,7 @@ def price_stage(
     modes: Sequence[str],
     known: Known,
 ) -> PlanStage:
-    """One stage from its runs, localised: those that stand at several of its positions are written once, and counted."""
+    """One stage from its runs, localised: what stands at several of its positions is written once, and counted."""
     folded, point = space.folded, found.point
     runs = folded.sequence[slice(*span)]
     key = at, min(runs), max(runs)
@@ -134,7 +134,9 @@ def price_stage(
         splits=at,
         recompute=tuple(modes),
         forward_seconds=sum(priced[run].forward * n for (run, _), n in counts.items()),
-        backward_seconds=sum((priced[run].backward + again(priced[run], mode)) * n for (run, mode), n in counts.items()),
+        backward_seconds=sum(
+            (priced[run].backward + again(priced[run], mode)) * n for (run, mode), n in counts.items()
+        ),
         sync_seconds=sum(_sync(space, found, choices, *held) for held in _parameters(folded, choices, span)),
         send_seconds=sum(p2p_seconds(c.size, link) * (1 + c.grad) for c in crossings if link is not None),
         memory=_memory(space, found, choices, graph, span, modes, index),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,9 @@ from autopart.schedules import SCHEDULES, in_flight
 from autopart.weigh import MODES, Array, Prices, Sizes, Terms, Weighed, weigh
 
 flights = lru_cache(maxsize=None)(in_flight)
+
+FEW = 12
+"""Runs of a model that is small enough to try every range of them on its own."""
 
 
 class Model:
@@ -357,6 +360,13 @@ class Space:
         """The least time of any splits, where it is known already: no constraint makes it less."""
         known = self.solved.get((point, 0.0, (), ()))
         return known.bound if known else 0.0
+
+    def best_modes(self, point: Point, price: float) -> list[dict[int, str]]:
+        """What blocks may do at a price of a byte: all the same, and each class what costs it least."""
+        blocks = self.model(point).blocks
+        alike = [dict.fromkeys(blocks, mode) for mode in self.modes]
+        best = {g: min(self.modes, key=partial(self._least, point, price, g)) for g in blocks}
+        return alike if best in alike else [best, *alike]
 
     def _least(self, point: Point, price: float, group: int, mode: str) -> float:
         """A bound below what a class of runs costs where its blocks do as `mode` says."""

@@ -276,7 +276,9 @@ def weigh(prices: Prices, chosen: Sequence[int], link: Link | None) -> Weighed:
     table = prices.sizes.table
     n = len(table.labels)
     at = prices.sizes.first[:-1] + np.array(chosen)
-    found = Weighed(*(np.zeros(s) for s in (n, n, (3, n), (3, n), n, (3, n), n, n, n)))
+    forward, backward, entered, sync, largest, gathered = (np.zeros(n) for _ in range(6))
+    again, kept, parts = (np.zeros((3, n)) for _ in range(3))
+    found = Weighed(forward, backward, again, kept, entered, parts, sync, largest, gathered)
     _weigh_nodes(found, prices, at)
     _weigh_parameters(found, prices, at)
     for index, flow in enumerate(table.flows):
@@ -311,7 +313,7 @@ def _weigh_parameters(found: Weighed, prices: Prices, at: NDArray[np.int_]) -> N
     for index, places in prices.sizes.table.state.items():
         i = at[index]
         own = np.array([positions[0] for positions in places if len(positions) == 1], dtype=int)
-        np.add.at(found.parts, (slice(None), own), prices.parts[i][:, None])
+        np.add.at(found.parts.T, own, prices.parts[i])
         np.add.at(found.sync, own, prices.sync[i])
         np.add.at(found.gathered, np.concatenate([np.array(p) for p in places]), prices.gathered[i])
         for positions in places if len(own) < len(places) else ():

@@ -133,7 +133,8 @@ class Judge:
         mesh = Mesh.of(f"{math.prod(degrees.values())}:cpu")
         size = SAMPLES // 2 if self.source.at(SAMPLES // 2, mesh).traced.mean_of_samples else SAMPLES
         precision = str(self.source.dtype).removeprefix("torch.")
-        return make_plan(self.source, mesh, Request(SAMPLES, micro_batch=size, precision=precision, **degrees))
+        request = Request(SAMPLES, micro_batch=size, precision=precision, **degrees)
+        return make_plan(self.source, mesh, request, to_run=True)
 
     def judge(self, plan: Any) -> tuple[float, str]:
         """A plan's largest error, and what has it."""

@@ -162,7 +162,8 @@ def problem(seed: int) -> Problem:
     batch = draw.choice([1, 2, 2, 3, 4, 4, 6, 8, 8])
     asked: dict[str, Any] = {}
     if draw.random() < 0.25:
-        asked["pp"] = draw.choice([d for d in (1, 2, 3, 4) if size % d == 0])
+        places = len(traced(seed // SHARED, min(2, batch)).labels)
+        asked["pp"] = draw.choice([d for d in (1, 2, 3, 4) if size % d == 0 and d <= places])
     if draw.random() < 0.2:
         asked["recompute"] = draw.choice(MODES)
     if draw.random() < 0.2:

@@ -24,7 +24,7 @@ from autopart.plan import usable_bytes
 from autopart.reprice import repriced
 from autopart.request import is_block
 
-from tests.models import build
+from models import build
 
 LAYERS = 4
 MESH = "4:cpu"

@@ -245,6 +245,8 @@ class _Localiser:
                     several=self._several(value),
                     note=note.rstrip(".") or f"{before} to {after} over {name}",
                     flops=0.0,
+                    product=False,
+                    inner=0.0,
                     view=False,
                 )
                 args = (node, name, *_arguments(row.function, before, after))

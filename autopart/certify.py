@@ -1,0 +1,360 @@
+"""A plan checked by other means than made it: is it one that can run, and does it cost what it says?
+
+Nothing here asks the solver, the table or the sums of the search. The whole model is traced, every stage localised from
+the plan alone and priced node by node; what has to hold of strategies is looked up in the rules.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from autopart.comm import p2p_seconds
+from autopart.compile import DTYPES, Batch, Source
+from autopart.cost import OPTIMIZER_STATES, Training, partial_sync_seconds
+from autopart.errors import PartitionError
+from autopart.folded import Folded, used_parameters
+from autopart.graph import Info, info, is_pick, operands, shape_args, value_of
+from autopart.notation import Placement, splits
+from autopart.passes.localise import localise
+from autopart.passes.price import PricedRun, Prices, price
+from autopart.plan import Plan, PlanStage, Signature, usable_bytes
+from autopart.relayout import possible
+from autopart.rules import Strategy, has_rule, strategies
+from autopart.schedules import SCHEDULES, in_flight
+from autopart.stages import OWNED, SETUP_RUN, Choices, StageGraph
+
+EQUAL = 1e-6
+"""Relative difference of two sums of the same numbers."""
+
+MODES = ("none", "selective", "full")
+
+
+def certify(plan: Plan, model: nn.Module, batch: Batch) -> None:
+    """Raise PartitionError with everything that is wrong with a plan for a model; `batch` as it was planned with."""
+    folded = Source(model, batch, DTYPES[plan.precision]).at(plan.micro_batch, plan.mesh)
+    wrong = findings(plan, folded)
+    if wrong:
+        raise PartitionError("the plan does not hold", "; ".join(wrong), "plan again with autopart.plan(...)")
+
+
+def findings(plan: Plan, folded: Folded) -> list[str]:
+    """What is wrong with a plan for a model, all of which was traced with the plan's micro-batch. What is looked at
+    later presumes what is looked at first."""
+    for check in (_settings, _strategies, _numbers):
+        found = list(check(plan, folded))
+        if found:
+            return found
+    return []
+
+
+# ---- the settings -----------------------------------------------------------------------------------------
+
+
+def _settings(plan: Plan, folded: Folded) -> Iterator[str]:
+    """Degrees, batch, cuts, recompute, bound."""
+    if plan.signature != Signature.of(folded):
+        yield f"signature: {plan.signature.difference(Signature.of(folded)) or 'it is not that of the model'}"
+    if min(plan.pp, plan.dp, plan.tp) < 1 or plan.pp * plan.dp * plan.tp != plan.mesh.size:
+        yield f"degrees: {plan.degrees} does not fill {plan.mesh.size} devices"
+    for axis, degree in plan.mesh.axes:
+        if getattr(plan, axis) != degree:
+            yield f"degrees: {axis}={getattr(plan, axis)}, the mesh has {degree}"
+    if plan.micro_batch < 1 or plan.global_batch % plan.micro_batch or plan.micro_batch % plan.dp:
+        yield f"micro-batch: {plan.micro_batch} does not divide {plan.global_batch}, or dp={plan.dp} not that"
+    if plan.zero not in range(4):
+        yield f"zero: {plan.zero} is no level"
+    for name, known in (("schedule", SCHEDULES), ("optimizer", OPTIMIZER_STATES), ("precision", DTYPES)):
+        if getattr(plan, name) not in known:
+            yield f"{name}: {getattr(plan, name)!r} is not known"
+    for name in ("pp", "dp", "tp", "micro_batch", "global_batch", "zero", "schedule", "precision", "optimizer"):
+        asked = plan.request.get(name)
+        if asked is not None and asked != getattr(plan, name):
+            yield f"{name}: {getattr(plan, name)}, asked for {asked}"
+    missing = {info(n).name for n in folded.representatives() if info(n).kind == "op"} - {"autopart.getitem"}
+    if plan.replicated != tuple(sorted(n for n in missing if not has_rule(n))):
+        yield "replicated: not the operators without a rule"
+    yield from _cuts(plan, folded)
+    yield from _bound(plan)
+
+
+def _cuts(plan: Plan, folded: Folded) -> Iterator[str]:
+    """Where stages start, and what their positions do."""
+    starts, count = plan.starts, len(folded.labels)
+    rising = all(a < b for a, b in zip(starts, (*starts[1:], count), strict=True))
+    if len(starts) != plan.pp or not starts or starts[0] != 0 or not rising:
+        yield f"starts: {starts} are not {plan.pp} stages of {count} runs"
+        return
+    if any(s.splits not in range(len(plan.splits)) for s in plan.stages):
+        yield "splits: a stage's are not there"
+    modes: list[str] = []
+    for index, (stage, span) in enumerate(zip(plan.stages, _spans(plan, folded), strict=True)):
+        if len(stage.recompute) != len(span):
+            yield f"recompute: stage {index} has {len(span)} runs, {len(stage.recompute)} say what they keep"
+            return
+        modes += stage.recompute
+    if not set(modes) <= set(MODES):
+        yield f"recompute: {sorted(set(modes) - set(MODES))} is not known"
+    if any(mode != "none" and not _is_block(label) for mode, label in zip(modes, folded.labels, strict=True)):
+        yield "recompute: a run that is no numbered block is run again"
+    if folded.traced.updated and set(modes) != {"none"}:
+        yield "recompute: buffers would be changed twice"
+    kinds = {mode for mode, label in zip(modes, folded.labels, strict=True) if _is_block(label)}
+    told = next(iter(kinds), "none") if len(kinds) < 2 else "mixed"
+    if plan.recompute != told:
+        yield f"recompute: {plan.recompute!r}, the stages say {told!r}"
+
+
+def _bound(plan: Plan) -> Iterator[str]:
+    """What is said to be proven."""
+    if not 0.0 <= plan.bound_seconds <= plan.step_seconds * (1 + EQUAL):
+        yield f"bound: {plan.bound_seconds} s is not below the step's {plan.step_seconds} s"
+    gap = max(0.0, 1 - plan.bound_seconds / plan.step_seconds) if plan.step_seconds > 0 else 0.0
+    if not math.isclose(plan.gap, gap, abs_tol=EQUAL):
+        yield f"gap: {plan.gap}, the bound says {gap}"
+    if plan.status not in ("optimal", "feasible") or (plan.status == "optimal") != (gap <= 1e-6):
+        yield f"status: {plan.status!r} with a gap of {gap}"
+
+
+def _spans(plan: Plan, folded: Folded) -> list[range]:
+    """The runs of every stage."""
+    ends = (*plan.starts[1:], len(folded.labels))
+    return [range(start, end) for start, end in zip(plan.starts, ends, strict=True)]
+
+
+def _is_block(label: str) -> bool:
+    return label.rpartition(".")[2].isdigit()
+
+
+# ---- the strategies ---------------------------------------------------------------------------------------
+
+
+def _choices(plan: Plan) -> Choices:
+    axes = tuple((axis, size) for axis, size in (("dp", plan.dp), ("tp", plan.tp)) if size > 1)
+    return Choices(axes, tuple(plan.splits[s.splits] for s in plan.stages), plan.starts)
+
+
+def _strategies(plan: Plan, folded: Folded) -> Iterator[str]:
+    """Whether operators have the strategies, and these go together."""
+    choices, nodes = _choices(plan), folded.representatives()
+    for number, chosen in enumerate(plan.splits):
+        if set(chosen) != {axis for axis, _ in choices.axes}:
+            yield f"splits: those of number {number} are along {sorted(chosen)}"
+            return
+        for axis, size in choices.axes:
+            if set(chosen[axis]) != {folded.keys[n] for n in nodes}:
+                yield f"splits: those along {axis} are not of the model's operators"
+                return
+            for node in nodes:
+                strategy = chosen[axis][folded.keys[node]]
+                if strategy not in _known(node, strategy, size):
+                    yield f"strategy: {folded.keys[node]} has no {strategy.name!r} along {axis}"
+            inputs = {chosen[axis][folded.keys[n]] for n in nodes if info(n).kind == "input"}
+            if len(inputs) > 1:
+                yield f"inputs: they are placed differently along {axis}"
+    found = [*_clashes(choices, folded), *_uses(choices, folded, plan)]
+    yield from dict.fromkeys(found)
+
+
+def _known(node: fx.Node, strategy: Strategy, size: int) -> list[Strategy]:
+    """The strategies of a node along one axis, with those in the parts that the chosen one is in."""
+    record = info(node)
+    if record.kind == "op":
+        hints = [p for p in strategy.outputs[:1] if p.parts or p.kind == "M"]
+        options = strategies(record.name, shape_args(node), record.shapes, size, hints)
+        return [o for o in options if record.dtype.is_floating_point or o.name != "P"]
+    placed = strategy.outputs[0] if len(strategy.outputs) == 1 else Placement("P")
+    if placed.kind == "S":
+        fits = splits(placed, record.shape, size)
+        return [Strategy(f"d{placed.dim}", (), (placed,))] if fits else []
+    kinds = "RC" if record.kind == "parameter" else "R"
+    return [Strategy(kind, (), (Placement(kind),)) for kind in kinds]
+
+
+def _clashes(choices: Choices, folded: Folded) -> Iterator[str]:
+    """Dims that two axes split."""
+    for stage in range(len(choices.starts)):
+        for node in folded.representatives():
+            along = [(*s.inputs, *s.outputs) for s in choices.of(folded, node, stage)]
+            for tensor in zip(*along, strict=True):
+                dims = [p.dim for p in tensor if p is not None and p.kind == "S"]
+                if len(dims) != len(set(dims)):
+                    yield f"strategy: two axes split one dim at {folded.keys[node]}"
+
+
+def _uses(choices: Choices, folded: Folded, plan: Plan) -> Iterator[str]:
+    """Uses that cannot get their operands in the placement they take; values that stages place differently."""
+    spans, run_of = _spans(plan, folded), folded.run_of()
+    stage_of = {run: stage for stage, span in enumerate(spans) for run in span}
+    stages: dict[fx.Node, set[int]] = defaultdict(set)
+    for node in folded.traced.graph.nodes:
+        if node.op != "call_function" or is_pick(node):
+            continue
+        at = stage_of.get(run_of.get(node, -1))
+        for operand, argument in enumerate(operands(node)):
+            if argument is None:
+                continue
+            source, output = value_of(argument)
+            home = stage_of.get(run_of.get(source, -1))
+            for stage in range(plan.pp) if at is None else [at]:
+                have = choices.placements(folded, (source, output), stage)
+                want = [s.inputs[operand] for s in choices.of(folded, node, stage)]
+                if not all(w is None or possible(h, w) for h, w in zip(have, want, strict=True)):
+                    yield f"placement: {folded.keys[folded.same[node]]} cannot take operand {operand} as it wants it"
+                if home is not None and have != choices.placements(folded, (source, output), home):
+                    yield f"placement: {folded.keys[folded.same[source]]} lies differently in stages {home} and {stage}"
+                if info(source).kind in ("parameter", "input"):
+                    stages[source].add(stage)
+    for source, where in stages.items():
+        if len({choices.placements(folded, (source, 0), stage) for stage in where}) > 1:
+            yield f"placement: {info(source).name} lies differently in stages {sorted(where)}"
+
+
+# ---- the numbers ------------------------------------------------------------------------------------------
+
+
+def _numbers(plan: Plan, folded: Folded) -> Iterator[str]:
+    """Seconds and bytes."""
+    choices, m = _choices(plan), plan.micro_batches
+    seconds = []
+    for graph, stage, span in zip(localise(folded, choices), plan.stages, _spans(plan, folded), strict=True):
+        name = f"stage {graph.index}"
+        sizes = {"dp": plan.mesh.link(plan.tp, plan.dp), "tp": plan.mesh.link(1, plan.tp)}
+        priced = price(graph, Prices(plan.mesh.device, {axis: (size, sizes[axis]) for axis, size in choices.axes}))
+        runs = dict(zip(graph.indices, priced, strict=True))
+        times = _seconds(plan, folded, choices, graph, runs, span)
+        for part, value in times.items():
+            if not _same(getattr(stage, part), value):
+                yield f"{name}: {part} are {value}, the plan says {getattr(stage, part)}"
+        held = _bytes(plan, folded, choices, graph, span)
+        for part in {**held, **stage.memory}:
+            if not _same(stage.memory.get(part, -1.0), held.get(part, -1.0)):
+                yield f"{name}: memory of {part} is {held.get(part)} bytes, the plan says {stage.memory.get(part)}"
+        if plan.request.get("must_fit", True) and sum(held.values()) > usable_bytes(plan.mesh) * (1 + EQUAL):
+            yield f"{name}: memory of {sum(held.values())} bytes is more than the device's {usable_bytes(plan.mesh)}"
+        yield from _printed(stage, folded, runs, span, name)
+        sends = Counter({(to): 0 for crossing in graph.sent for to in crossing.consumers})
+        for crossing in graph.sent:
+            sends.update(dict.fromkeys(crossing.consumers, round(crossing.size)))
+        if stage.sends != tuple(sorted(sends.items())):
+            yield f"{name}: sends {sorted(sends.items())}, the plan says {list(stage.sends)}"
+        seconds.append(times["forward_seconds"] + times["backward_seconds"] + times["send_seconds"])
+        seconds[-1] += times["sync_seconds"] / m
+    step = sum(seconds) + (m - 1) * max(seconds)
+    if not _same(plan.step_seconds, step):
+        yield f"step: {step} s, the plan says {plan.step_seconds}"
+
+
+def _same(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=EQUAL, abs_tol=1e-15)
+
+
+def _seconds(
+    plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, runs: dict[int, PricedRun], span: range
+) -> dict[str, float]:
+    """Of a stage, by the names they have in plans."""
+    modes = dict(zip(span, plan.stages[graph.index].recompute, strict=True))
+    again = 0.0
+    for run, priced in runs.items():
+        mode = modes.get(run, "none")
+        again += priced.forward if mode == "full" else priced.cheap if mode == "selective" else 0.0
+    sync = 0.0
+    for record, placed, nbytes in _parameters(folded, choices, span, graph.index):
+        sync += _training(plan).sync_seconds(nbytes, _summed(choices, record, placed, "dp"))
+        if _summed(choices, record, placed, "tp"):
+            sync += partial_sync_seconds(nbytes, plan.tp, plan.mesh.link(1, plan.tp))
+    send = 0.0
+    for crossing in [*graph.received, *graph.sent]:
+        send += p2p_seconds(crossing.size, plan.mesh.link(plan.dp * plan.tp, plan.pp)) * (1 + crossing.grad)
+    return {
+        "forward_seconds": sum(r.forward for r in runs.values()),
+        "backward_seconds": sum(r.backward for r in runs.values()) + again,
+        "sync_seconds": sync,
+        "send_seconds": send,
+    }
+
+
+def _training(plan: Plan) -> Training:
+    return Training(plan.optimizer, plan.zero, plan.dp, plan.mesh.link(plan.tp, plan.dp), plan.micro_batches)
+
+
+def _parameters(
+    folded: Folded, choices: Choices, span: Sequence[int], stage: int
+) -> list[tuple[Info, tuple[Placement, ...], float]]:
+    """The parameters that some runs read, each once, with their placement and bytes on a rank."""
+    found = dict.fromkeys(p for run in span for p in used_parameters(folded.runs[run]))
+    placed = [choices.placements(folded, (p, 0), stage) for p in found]
+    return [(info(p), at, choices.size((p, 0), at)) for p, at in zip(found, placed, strict=True)]
+
+
+def _summed(choices: Choices, record: Info, placed: Sequence[Placement], axis: str) -> bool:
+    """Whether each rank of an axis has but a share of a parameter's gradient."""
+    return record.grad and any(name == axis and p.kind == "C" for (name, _), p in zip(choices.axes, placed, strict=True))
+
+
+def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span: range) -> dict[str, float]:
+    """Of a rank of a stage, by the names they have in plans."""
+    training, parts = _training(plan), [0.0, 0.0, 0.0]
+    for record, placed, nbytes in _parameters(folded, choices, span, graph.index):
+        held = training.memory(nbytes, record.grad, _summed(choices, record, placed, "dp"))
+        parts = [a + b for a, b in zip(parts, held, strict=True)]
+    gathered = [
+        sum(2 * training.gathered(n, _summed(choices, r, p, "dp")) for r, p, n in _parameters(folded, choices, [run], graph.index))
+        for run in span
+    ]
+    modes = dict(zip(span, plan.stages[graph.index].recompute, strict=True))
+    nodes = dict(zip(graph.indices, (mine for _, mine in graph.runs), strict=True))
+    rerun = [run for run in nodes if modes.get(run, "none") != "none"]
+    whole: dict[int, float] = defaultdict(float)
+    kept = 0.0
+    for memory in graph.kept.values():
+        (run, *_) = memory.runs
+        if memory.shared:
+            kept += memory.size
+        else:
+            whole[run] += memory.size
+    for run, size in whole.items():
+        kept += 0.0 if run in rerun else size
+    shared: set[fx.Node] = set()
+    for run in nodes if rerun else ():
+        taken = _taken(nodes[run]) if run != SETUP_RUN and _is_block(folded.labels[run]) else []
+        shared.update(n for n in taken if info(n).several)
+        kept += sum(info(n).size for n in taken if run in rerun and not info(n).several)
+        if modes.get(run) == "selective":
+            products = [info(n) for n in nodes[run] if info(n).product and not info(n).view]
+            kept += sum(r.size + r.inner for r in products)
+    kept += sum(info(n).size for n in shared)
+    largest = max((info(n).size for mine in nodes.values() for n in mine), default=0.0)
+    transient = 2 * largest + max(gathered) + max((whole[run] for run in rerun), default=0.0)
+    flights = in_flight(plan.schedule, graph.index, plan.pp, plan.micro_batches)
+    names = ("parameters", "gradients", "optimizer", "activations", "transient")
+    return dict(zip(names, (*parts, flights * kept, transient), strict=True))
+
+
+def _taken(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The values a run reads that others make."""
+    inside = set(nodes)
+    read = dict.fromkeys(n for node in nodes for n in node.all_input_nodes)
+    return [n for n in read if n not in inside and info(n).kind not in OWNED]
+
+
+def _printed(
+    stage: PlanStage, folded: Folded, runs: dict[int, PricedRun], span: range, name: str
+) -> Iterator[str]:
+    """Whether what is printed of a stage is all of it."""
+    labels = [label for run in stage.runs for label in run.labels]
+    if Counter(labels) != Counter([""] * (SETUP_RUN in runs) + [folded.labels[p] for p in span if p in runs]):
+        yield f"{name}: the runs printed are not those it has"
+        return
+    total = sum(run.seconds * len(run.labels) for run in stage.runs)
+    if not _same(total, stage.forward_seconds + stage.backward_seconds):
+        yield f"{name}: the runs printed take {total} s, not what the stage does"
+    lines = sum((line.seconds + line.comm_seconds) * len(run.labels) for run in stage.runs for line in run.lines)
+    if not _same(lines, sum(run.forward + run.backward for run in runs.values())):
+        yield f"{name}: the operators printed take {lines} s, not what they do"
+
+
