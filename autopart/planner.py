@@ -28,7 +28,7 @@ from autopart.errors import PartitionError
 from autopart.passes.solve import Solution
 from autopart.plan import bytes_text, seconds_text
 from autopart.request import Point, Request, divisors
-from autopart.space import FEW, Model, Space
+from autopart.space import Model, Space
 from autopart.weigh import Array, Weighed
 
 Say = Callable[[str], None]
@@ -41,6 +41,9 @@ OFTEN = 0.5
 def silent(text: str) -> None:
     """Say nothing."""
 
+
+MOST = 500
+"""Ranges that a search solves on their own."""
 
 TOLERANCE = 1e-9
 """Relative difference below which two times are the same."""
@@ -87,6 +90,8 @@ class Search:
     """The best time of a point's plans."""
     queue: list[tuple[float, int, Point]] = field(default_factory=list)
     number: int = 0
+    tries: int = 0
+    """Ranges that were solved on their own."""
     quick: bool = False
     """Whether to leave out what only brings bounds nearer, and splits for less memory where a plan is known."""
     short: Shortage | None = None
@@ -148,7 +153,6 @@ class Search:
 
     def _close(self, bound: float) -> None:
         self.closed = min(self.closed, bound)
-
 
     def _tell(self) -> None:
         """Say how far the search is, where the best plan is new, or it is time to."""
@@ -215,7 +219,7 @@ class Search:
                     ways.append(self._way(point, solution))
         if len(ways) > 1 and bound < self._time():
             self._best(point)
-        if len(space.folded.labels) <= FEW and bound < min(self._time(), self.reached.get(point, NEVER)):
+        if space.is_small(point) and bound < min(self._time(), self.reached.get(point, NEVER)):
             self._squeeze(point, columns)
         self._close(bound)
 
@@ -233,7 +237,7 @@ class Search:
             yield from itertools.product(list(alone), stages)
 
         for near, (stage, flights) in rounds():
-            alike = {} if near is None else _alike(model, near)
+            alike: dict[int, tuple[int, ...]] = {} if near is None else _alike(model, near)
             same = [w for w in ways if near is None or w.interface == near.interface]
             known = np.minimum.reduce([w.ranges.least(flights, space.limit, space.modes, NEVER) for w in same])
             open_ = (least[flights] < self._time()) & (known > least[flights] * (1 + TOLERANCE))
@@ -242,11 +246,32 @@ class Search:
                     continue
                 many = {g: model.table.group[i:j].count(g) for g in blocks & set(model.table.group[i:j])}
                 for counts in _counts(many, space.modes):
+                    if self.tries >= MOST:
+                        break
+                    self.tries += 1
                     allowed = {**alike, **space.options(point)}
-                    found = space.squeezed(point, (i, j), space.limit, counts, flights, allowed)
-                    if found and all(found.chosen != w.solution.chosen for w in ways):
-                        ways.append(self._way(point, found))
+                    self._squeeze_range(point, (i, j), counts, flights, allowed)
         self._best(point)
+
+    def _squeeze_range(
+        self, point: Point, span: tuple[int, int], counts: Mapping[int, Mapping[str, int]], flights: int,
+        allowed: Mapping[int, Sequence[int]],
+    ) -> None:  # fmt: skip
+        """The fastest splits of a range that fit. What stages make for themselves is not among the solver's bytes:
+        where it is too much, there is so much less room."""
+        space, ways, room = self.space, self.ways[point], self.space.limit
+        for _ in range(4):
+            found = space.squeezed(point, span, room, counts, flights, allowed)
+            if found is None:
+                return
+            way = next((w for w in ways if w.solution.chosen == found.chosen), None)
+            if way is None:
+                way = self._way(point, found)
+                ways.append(way)
+            lack = way.ranges.lacks(flights, space.limit, space.modes)[span]
+            if lack <= 0:
+                return
+            room -= lack
 
     def _price_list(self, point: Point, way: Way) -> list[float]:
         """Prices of a byte at which blocks begin to be run again, and above; none where memory does not bind."""
@@ -298,12 +323,13 @@ class Search:
         return Found(point, tuple(chosen), cut.starts, tuple(modes), tuple(times), seconds)
 
 
-def _alike(model: Model, near: Way) -> dict[int, list[int]]:
+def _alike(model: Model, near: Way) -> dict[int, tuple[int, ...]]:
     """The options of nodes that pass values between stages in the same way as another choice."""
-    nodes, allowed = model.table.nodes, {}
+    nodes = model.table.nodes
+    allowed: dict[int, tuple[int, ...]] = {}
     for (node, output), wanted in zip(model.interface, near.interface, strict=True):
         left = allowed.get(node, range(len(nodes[node].options)))
-        allowed[node] = [o for o in left if nodes[node].given(o, output) == wanted]
+        allowed[node] = tuple(o for o in left if nodes[node].given(o, output) == wanted)
     return allowed
 
 
@@ -437,9 +463,7 @@ def _shortage(space: Space, point: Point, way: Way) -> Shortage | None:
         for flights in {space.in_flight(point, s) for s in range(point.pp)}
     }
     offset, allowed = min(f.min() for f in lacks.values()), space.stages(point)
-    cut = best_cut(
-        lambda s: np.where(allowed[s], lacks[space.in_flight(point, s)] - offset, NEVER), point.pp, 10**6
-    )
+    cut = best_cut(lambda s: np.where(allowed[s], lacks[space.in_flight(point, s)] - offset, NEVER), point.pp, 10**6)
     if cut is None:
         return None
     ends = (*cut.starts[1:], len(space.folded.labels))

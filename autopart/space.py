@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 
@@ -24,8 +24,8 @@ from autopart.weigh import MODES, Array, Prices, Sizes, Terms, Weighed, weigh
 
 flights = lru_cache(maxsize=None)(in_flight)
 
-FEW = 12
-"""Runs of a model that is small enough to try every range of them on its own."""
+SMALL = 12, 1000
+"""Runs and solver's variables of a model that is small enough to try every range of its runs on its own."""
 
 
 class Model:
@@ -97,8 +97,8 @@ class Model:
                 home >= 0 and any(p >= 0 and (span[0] <= p < span[1]) != here for p in users)
                 for home, users, here in zip(flow.homes, flow.users, inside, strict=True)
             )
-            value = table.nodes[flow.source].values[flow.output] if crossing else None
-            for option in range(len(table.nodes[flow.source].options)) if value else ():
+            value = table.nodes[flow.source].values[flow.output]
+            for option in range(len(table.nodes[flow.source].options)) if crossing else ():
                 size = sizes.four(value, table.nodes[flow.source].given(option, flow.output)) @ prices.terms.basis
                 cost = (link.latency_seconds + float(size) / link.bandwidth) * (1 + value.grad)
                 seconds[sizes.first[flow.source] + option] += crossing * cost
@@ -284,7 +284,7 @@ class Space:
 
     def squeezed(
         self, point: Point, span: tuple[int, int], room: float, counts: Mapping[int, Mapping[str, int]],
-        in_flight: int, allowed: Options,
+        in_flight: int, allowed: Mapping[int, Sequence[int]],
     ) -> Solution | None:  # fmt: skip
         """The fastest splits of a range of positions that fit, memory and all, where of every class of blocks so many
         do as each of MODES says."""
@@ -315,6 +315,11 @@ class Space:
         ]
         here = there / places
         return model.solver.squeeze(seconds * here + sent, allowed, peaks, held * here + state, room)
+
+    def is_small(self, point: Point) -> bool:
+        """Whether every range of runs can be tried on its own."""
+        runs, variables = SMALL
+        return len(self.folded.labels) <= runs and self.model(point).solver.columns <= variables
 
     def least_work(self, point: Point) -> float:
         """Seconds that the operators of a micro-batch take at least, whatever is done between them."""

@@ -120,8 +120,7 @@ class Sizes:
         return self._cut(node.flops, node.batch, [s.shards_work for s in node.options[option]])
 
     def _inner(self, node: Node, option: int) -> Array:
-        batch = bool(node.values) and node.values[0].batch
-        return self._cut(node.inner, batch, [s.shards_work for s in node.options[option]])
+        return self._cut(node.inner, node.batch, [s.shards_work for s in node.options[option]])
 
     def _made(self, node: Node, option: int) -> Array:
         made = np.zeros(4)

@@ -94,7 +94,9 @@ class Small(nn.Module):
                 kinds = self._kinds(draw)
             made.append(Block(kinds, width, bias, residual))
         self.layers = nn.ModuleList(made)
-        self.head = nn.Linear(width, draw.choice([2, 4]), bias=draw.random() < 0.3) if draw.random() < 0.6 or not made else None
+        self.head = (
+            nn.Linear(width, draw.choice([2, 4]), bias=draw.random() < 0.3) if draw.random() < 0.6 or not made else None
+        )
         self.out = self.head.out_features if self.head else width
         if tied and self.embed is not None:
             self.head = nn.Linear(width, self.words, bias=False)
@@ -105,7 +107,10 @@ class Small(nn.Module):
 
     def _kinds(self, draw: random.Random) -> list[str]:
         first = draw.choice(["linear", "linear", "norm", "linear"])
-        return [first, *draw.choices(["relu", "gelu", "norm", "softmax", "matmul", "linear"], k=draw.choice([0, 1, 1, 2]))]
+        return [
+            first,
+            *draw.choices(["relu", "gelu", "norm", "softmax", "matmul", "linear"], k=draw.choice([0, 1, 1, 2])),
+        ]
 
     def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         if self.embed is not None:
@@ -221,9 +226,7 @@ class Structure:
     def __init__(self, table: Table, interface: Sequence[tuple[int, int]]) -> None:
         self.table = table
         nodes = table.nodes
-        self.factors: list[Factor] = [
-            Factor("node", i, [i], [np.arange(len(n.options))]) for i, n in enumerate(nodes)
-        ]
+        self.factors: list[Factor] = [Factor("node", i, [i], [np.arange(len(n.options))]) for i, n in enumerate(nodes)]
         self.pairs: dict[tuple[int, int], NDArray[np.bool_]] = {}
         for index, flow in enumerate(table.flows):
             self._flow(index)
@@ -239,7 +242,7 @@ class Structure:
             seen = []
             for node in who:
                 parts = []
-                for k, (n, o) in enumerate(keep.keepers):
+                for n, o in keep.keepers:
                     if (keep.root if o == -2 else n) == node:
                         parts.append(_kinds(table, keep.root, n, o))
                 seen.append(_numbered(list(zip(*parts, strict=True))))
@@ -271,7 +274,11 @@ class Structure:
             seen.append(_numbered([tuple(p) for p in parts]))
         self.factors.append(Factor("flow", index, who, seen))
         outside = [u for u, inside in zip(flow.uses, flow.inside, strict=True) if not inside]
-        summed = any(p.kind == "P" for o in range(len(nodes[flow.source].options)) for p in nodes[flow.source].given(o, flow.output))
+        summed = any(
+            p.kind == "P"
+            for o in range(len(nodes[flow.source].options))
+            for p in nodes[flow.source].given(o, flow.output)
+        )
         if summed and outside and max(flow.homes) >= 0:
             self.factors.append(Factor("wanted", index, who, seen))
 
@@ -606,7 +613,9 @@ class Stage:
         for b in range(blocks):
             again, whole, kept, results, entered = more[:, self.totals.at + 5 * b : self.totals.at + 5 * b + 5].T
             seconds += np.min([[0.0 * again, again, whole][m] for m in self.modes], axis=0)
-            held += self.totals.span.in_flight * np.min([[kept, results + entered, entered][m] for m in self.modes], axis=0)
+            held += self.totals.span.in_flight * np.min(
+                [[kept, results + entered, entered][m] for m in self.modes], axis=0
+            )
         return np.stack([seconds, held], 1)
 
     @property
@@ -736,9 +745,7 @@ class Judge:
         n, pp = priced.n, point.pp
         flights = [space.in_flight(point, s) for s in range(pp)]
         cuts = [(0, *c) for c in itertools.combinations(range(1, n), pp - 1)]
-        spans = {
-            c: [Span(i, j, f) for i, j, f in zip(c, (*c[1:], n), flights, strict=True)] for c in cuts
-        }
+        spans = {c: [Span(i, j, f) for i, j, f in zip(c, (*c[1:], n), flights, strict=True)] for c in cuts}
         light = {s: Stage(priced, s, self.modes, False).least for s in {s for row in spans.values() for s in row}}
 
         def times(row: Sequence[Span]) -> list[float]:
@@ -814,4 +821,3 @@ class Judge:
 def steps_of(seconds: Sequence[float], micro_batches: int) -> float:
     """A step's time from its stages'."""
     return sum(seconds) + (micro_batches - 1) * max(seconds)
-

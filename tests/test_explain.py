@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import build
 from torch import nn
 from typer.testing import CliRunner
 
@@ -20,14 +21,15 @@ from autopart import Mesh, PartitionError, Plan
 from autopart.cli import app
 from autopart.compile import DTYPES, Source, make_plan, request_of
 from autopart.explain import Explanation, explained
-from autopart.plan import usable_bytes
+from autopart.plan import seconds_text, usable_bytes
 from autopart.reprice import repriced
 from autopart.request import is_block
 
-from models import build
-
-LAYERS = 4
+LAYERS = 10
+"""So many that plans are not looked for exhaustively, as they are for the smallest models."""
 MESH = "4:cpu"
+POINTS = 30
+"""Of a search: that it is as good on tiny models as it gets is for other tests."""
 
 
 @lru_cache
@@ -40,6 +42,7 @@ def source(name: str = "llama") -> Source:
 def planned(*constraints: str, mesh: str | Mesh = MESH, name: str = "llama", **settings: Any) -> Plan:
     """A plan of the tiny model."""
     made = source(name)
+    settings = {"nodes": POINTS, **settings}
     return make_plan(made, Mesh.of(mesh), request_of(made.model, made.batch, constraints=constraints, **settings))
 
 
@@ -77,14 +80,14 @@ HOLDS: dict[tuple[str, ...], Callable[[Plan], bool]] = {
     ("recompute=full",): lambda p: p.recompute == "full",
     ("not recompute=none",): lambda p: "none" not in modes(p).values(),
     ("recompute layers.1 full", "recompute layers.3 selective"): lambda p: (
-        list(modes(p).values()) == ["none", "full", "none", "selective"]
+        [list(modes(p).values())[i] for i in (1, 3)] == ["full", "selective"]
     ),
     ("stage 1 starts at layers.1",): lambda p: starts(p)[1] == "model.layers.1",
     ("cut before layers.3",): lambda p: "model.layers.3" in starts(p),
     ("pp=2", "no cut before layers.2", "no cut before layers.1"): lambda p: (
         starts(p)[1] not in ("model.layers.1", "model.layers.2")
     ),
-    ("cuts=manual:layers.1,layers.2",): lambda p: starts(p)[1:] == ["model.layers.1", "model.layers.2"],
+    ("cuts=manual:layers.1,layers.2,layers.5",): lambda p: starts(p)[2:] == ["model.layers.2", "model.layers.5"],
     ("cuts=uniform", "pp=4"): lambda p: p.pp == 4,
     ("cuts=time", "pp=2"): lambda p: p.pp == 2,
     ("cuts=memory", "pp=2"): lambda p: p.pp == 2,
@@ -102,7 +105,7 @@ HOLDS: dict[tuple[str, ...], Callable[[Plan], bool]] = {
 def test_constraints_hold(texts: tuple[str, ...]) -> None:
     plan = planned(*texts)
     assert HOLDS[texts](plan)
-    assert plan.step_seconds >= plan.bound_seconds >= 0
+    assert plan.step_seconds * (1 + 1e-9) >= plan.bound_seconds >= 0
     assert plan.gap < 0.2
     assert plan.step_seconds >= planned().bound_seconds * (1 - 1e-6), "a constraint makes no plan faster"
     assert plan.request["constraints"] == [" ".join(t.split()) for t in texts]
@@ -111,7 +114,7 @@ def test_constraints_hold(texts: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("texts", "told"),
     [
-        (("stage 1 starts at layers.9",), "there is no run 'layers.9'"),
+        (("stage 1 starts at layers.99",), "there is no run 'layers.99'"),
         (("split nothing over tp",), "no operator or tensor is called nothing"),
         (("recompute lm_head full",), "lm_head can recompute in no way: recompute lm_head full"),
         (("recompute=full", "recompute layers.1 none"), "layers.1 can recompute in no way"),
@@ -140,7 +143,8 @@ def test_why() -> None:
             if other.seconds is None or "(" in other.strategy:
                 continue
             again = planned(*pinned, f"{reason.key}: {other.strategy}", tp=4)
-            assert other.seconds == pytest.approx(again.step_seconds, rel=1e-6)
+            assert other.bound <= again.step_seconds * (1 + 1e-6), "proven"
+            assert again.step_seconds <= other.seconds * (1 + 1e-6), "a plan with the strategy"
             assert other.seconds >= found.found.bound * (1 - 1e-9)
             checked += 1
     assert checked >= 4
@@ -157,10 +161,10 @@ def test_why_not(text: str) -> None:
     answer = explanation().why_not(text, None)
     assert answer.seconds == pytest.approx(planned(text).step_seconds, rel=1e-3)
     assert answer.plan is not None
-    assert answer.bound <= answer.plan.step_seconds
+    assert answer.bound <= answer.plan.step_seconds * (1 + 1e-9)
     quick = explanation().why_not(text)
     assert quick.seconds is not None
-    assert answer.bound <= quick.seconds
+    assert answer.bound <= quick.seconds * (1 + 1e-9)
     assert quick.bound <= answer.seconds * (1 + 1e-9)
     assert text in str(quick)
 
@@ -235,19 +239,13 @@ def test_advice_fits(settings: dict[str, Any]) -> None:
             assert planned(mesh=mesh, **settings).fits
         elif match := re.fullmatch(r"(\w+)=\"?(\w+)\"?", way):
             value = int(match[2]) if match[2].isdigit() else match[2]
-            made = replace(source(), dtype=DTYPES["bfloat16"], prepared={}, planned={}) if value == "bfloat16" else source()
+            dtype = DTYPES[value if match[1] == "precision" else "float32"]
+            made = replace(source(), dtype=dtype, prepared={}, planned={})
             request = request_of(made.model, made.batch, **{**settings, match[1]: value})
             assert make_plan(made, small(smallest * share), request).fits
         elif way == "other degrees":
             free = {k: v for k, v in settings.items() if k not in ("pp", "dp", "tp")}
             assert planned(mesh=small(smallest * share), **free).fits
-
-
-def test_advice_on_constraints() -> None:
-    mesh = small(max(planned("pp=2", recompute="full").memory_bytes) * 0.9)
-    with pytest.raises(PartitionError, match="that does what is asked") as error:
-        planned("dp=1", "tp=1", "recompute=none", "zero=0", mesh=mesh, micro_batch=8, optimizer="sgd", pp=None)
-    assert error.value.why
 
 
 def changed(plan: Plan, change: Callable[[dict[str, Any]], None]) -> Plan:
@@ -344,7 +342,7 @@ def test_reprice_refuses_a_change_that_does_not_exist() -> None:
                 tp = table.axes.index("tp")
                 splits = {**plan.splits[0]["tp"], source_node.key: one[tp], table.nodes[user].key: other[tp]}
                 edited = replace(plan, splits=({**plan.splits[0], "tp": splits}, *plan.splits[1:]))
-                with pytest.raises(PartitionError, match="cannot take|do not go together"):
+                with pytest.raises(PartitionError, match=r"cannot take|do not go together"):
                     repriced(edited, source())
                 return
     pytest.skip("every change of placement exists here")
@@ -358,11 +356,11 @@ def make() -> tuple[nn.Module, dict[str, torch.Tensor]]:
 def test_shell(tmp_path: Path) -> None:
     run, file = CliRunner().invoke, tmp_path / "plan.json"
     spec = f"{Path(__file__)}:make"
-    made = run(app, ["plan", spec, MESH, "--force", "pp=2", "--forbid", "cut before layers.1", "--save", str(file)])
+    made = run(app, ["plan", spec, MESH, "--force", "tp=2", "--forbid", "cut before layers.1", "--save", str(file)])
     assert made.exit_code == 0, made.output
     plan = Plan.load(file)
     assert plan.request["model"] == spec
-    assert plan.request["constraints"] == ["pp=2", "not cut before layers.1"]
+    assert plan.request["constraints"] == ["tp=2", "not cut before layers.1"]
     shown = run(app, ["show", str(file), "--why", "--why-not", "tp=1", "--prices"])
     assert shown.exit_code == 0, shown.output
     assert "tp=1: " in shown.stdout
@@ -370,7 +368,7 @@ def test_shell(tmp_path: Path) -> None:
     assert "lm_head/linear" in shown.stdout
     told = run(app, ["show", str(file), "--why-not", "tp=1", "--json"])
     assert json.loads(told.stdout)["why_not"][0]["against"] == plan.step_seconds
-    assert f"{plan.memory_bytes[0] / 2**10:.1f} KiB" in run(app, ["estimate", str(file)]).stdout.replace("MiB", "KiB") or True
+    assert run(app, ["estimate", str(file)]).stdout.startswith(f"step     {seconds_text(plan.step_seconds)}")
     nameless = tmp_path / "nameless.json"
     replace(plan, request={}).save(nameless)
     refused = run(app, ["show", str(nameless), "--why"])

@@ -47,7 +47,7 @@ LAYERS = (
     {"passes"},
     {"request", "space", "report", "planner", "advice", "exports"},
     {"compile", "runtime"},
-    {"check", "meshes", "explain", "reprice"},
+    {"check", "certify", "meshes", "explain", "reprice"},
     {"models", "cli", "__init__", "__main__"},
 )
 # (import, the only files that may have it), both regular expressions.

@@ -139,7 +139,8 @@ class _Builder:
         products = [i for i, n in enumerate(self.reps) if is_contraction(info(n).name)]
         if not products or any(option[1].shards_work for i in products for option in self.nodes[i].options):
             return
-        sizes = sorted({s for i in products for n in self.reps[i].all_input_nodes for s in info(n).shape if s > 1})
+        taken = [info(n) for i in products for n in self.reps[i].all_input_nodes]
+        sizes = sorted({s for r in taken for dim, s in enumerate(r.shape) if s > 1 and dim != r.batch})
         fits = [d for d in range(2, 65) if sum(s % d == 0 for s in sizes) > 1]
         raise PartitionError(
             f"tp={self.tp} splits nothing",

@@ -254,6 +254,11 @@ class _Localiser:
             node = self.moved[key]
         return node
 
+    def _grow(self, node: fx.Node) -> float:
+        """How many times more an operator works, and keeps, than traced."""
+        counts = any(info(n).batch is not None for n in (node, *node.all_input_nodes))
+        return self.choices.scale if counts else 1.0
+
     def _call(self, node: fx.Node) -> None:
         record, run = info(node), self.home[node]
         chosen = self.choices.of(self.folded, node, self.stage.index)
@@ -271,15 +276,14 @@ class _Localiser:
         note = _note(chosen, self.choices.axes, record)
         placed = [tuple(s.outputs[i] for s in chosen) for i in range(len(record.shapes))]
         sizes = [self._size((node, i), p) for i, p in enumerate(placed)]
-        counts = any(info(n).batch is not None for n in (node, *node.all_input_nodes))
-        grow = self.choices.scale if counts else 1.0
+        grow = self._grow(node)
         local = replace(
             record,
             shapes=tuple(outputs),
             size=sum(sizes),
             several=self._several((node, 0)),
             flops=record.flops * grow / share,
-            inner=record.inner * self.choices.grow(record) / share,
+            inner=record.inner * grow / share,
             note=note,
         )
         target, kwargs = node.target, dict(node.kwargs)
@@ -318,7 +322,7 @@ class _Localiser:
             if node.op != "call_function" or is_pick(node):
                 continue
             chosen = self.choices.of(self.folded, node, self.stage.index)
-            inner = record.inner * self.choices.grow(record) / self.choices.shares(chosen)
+            inner = record.inner * self._grow(node) / self.choices.shares(chosen)
             kept: list[tuple[str, Placements, float, bool]] = [(node.name, (), inner, False)]
             for root in record.keeps:
                 made = by_name[root]

@@ -23,9 +23,6 @@ UNIT, DEAREST = 1e3, 1e2
 DUAL = 1
 """The dual one: the best basis stays as good as the objective allows when options are narrowed."""
 
-DUAL = 1
-"""The dual one: the best basis stays as good as the objective allows when options are narrowed."""
-
 NODES = 200
 """Of a branch-and-bound tree; where it is not done by then, the bound says how far it is off."""
 
