@@ -16,6 +16,8 @@ from autopart.rules import RULES
 from autopart.rules.base import replaced
 from autopart.rules.factories import BY_PLACE
 
+LARGE = 8.0
+
 PLACED = frozenset(f"aten.{name}" for name in BY_PLACE)
 
 
@@ -71,7 +73,7 @@ class Fingerprints:
     def call(self, node: fx.Node, tokens: Mapping[fx.Node, tuple[Any, ...]], label: str) -> str:
         """Of an operator's call, its operands called by their tokens."""
         record = info(node)
-        given = _without_sizes(record.name, tuple(node.args))
+        given = tuple(map(_without_counts, _without_sizes(record.name, tuple(node.args))))
         args, kwargs = fx.map_arg((given, node.kwargs), lambda n: Token(tokens[n]))  # type: ignore[arg-type,return-value]
         about = (record.name, relative(args, label), kwargs, self.sizes(record), record.dtypes, record.grad)
         return repr(about)
@@ -97,6 +99,11 @@ def _without_sizes(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     if rule is None or callable(rule.resize) or name in PLACED:
         return tuple(_without_numbers(a) for a in args)
     return args if rule.resize is None else replaced(args, rule.resize, "size")
+
+
+def _without_counts(value: Any) -> Any:
+    """A large whole number is a count, as of the tokens that a mean divides by, and grows with the batch."""
+    return "count" if isinstance(value, float) and value.is_integer() and abs(value) >= LARGE else value
 
 
 def _without_numbers(value: Any) -> Any:
