@@ -1,5 +1,6 @@
 """autopart: hand it a model and a mesh, get back the fastest correct way to train the model there."""
 
+from autopart.certify import certify
 from autopart.check import Check, check
 from autopart.compile import Simulated, compile, estimate, plan, simulate
 from autopart.errors import PartitionError
@@ -20,6 +21,7 @@ __all__ = [
     "PartitionError",
     "Plan",
     "Simulated",
+    "certify",
     "check",
     "compile",
     "estimate",

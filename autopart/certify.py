@@ -30,6 +30,10 @@ from autopart.stages import OWNED, SETUP_RUN, Choices, StageGraph
 EQUAL = 1e-6
 """Relative difference of two sums of the same numbers."""
 
+SECONDS = 1e-4
+"""Of seconds: the plan is of a graph of two samples, this of a whole micro-batch, where a few small values that no dim of
+samples is known of have another size."""
+
 BYTES = 1e-3
 """Of bytes: what an operator keeps besides values is taken to grow with samples, though a few bytes of it do not."""
 
@@ -252,7 +256,7 @@ def _numbers(plan: Plan, folded: Folded) -> Iterator[str]:
 
 
 def _same(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=EQUAL, abs_tol=1e-15)
+    return math.isclose(one, other, rel_tol=SECONDS, abs_tol=1e-15)
 
 
 def _seconds(

@@ -38,6 +38,8 @@ class Info:
     inner    bytes autograd keeps besides (a softmax's statistics)
     view     whether the output is memory of an input, so that making it costs nothing
     size     of a stage's value: bytes on a rank, at the planned micro-batch;  several: whether several runs use it
+    moved    of a stage's operator: bytes read and written on a rank
+    again    how many times the forward's time its backward takes
     note     what a reader of the emitted line should know
     placed   of a stage's parameter: its placement along every axis, and its whole shape
     """
@@ -59,6 +61,8 @@ class Info:
     view: bool = False
     size: float = 0.0
     several: bool = False
+    moved: float = 0.0
+    again: int = 0
     note: str = ""
     placed: tuple[tuple[str, str], ...] = ()
     whole: Shape = ()

@@ -274,7 +274,8 @@ class Search:
             room -= lack
 
     def _price_list(self, point: Point, way: Way) -> list[float]:
-        """Prices of a byte at which blocks begin to be run again, and above; none where memory does not bind."""
+        """A price of a byte that only tells splits of equal time apart, those at which blocks begin to be run again,
+        and above; none where memory does not bind."""
         space = self.space
         held = {space.in_flight(point, stage): way.ranges.seconds for stage in range(point.pp)}
         free = best_cut(_masked(held, space, point, space.stages(point)), point.pp, space.micro_batches(point))
@@ -282,7 +283,8 @@ class Search:
             return []
         ratios = sorted(s.seconds / s.bytes for group in way.ranges.savings.values() for s in group)
         ratios = ratios or [way.ranges.seconds[0, -1] / max(way.ranges.kept[0, -1], 1.0)]
-        return [*ratios, *(ratios[-1] * factor for factor in (3, 30, 1000))]
+        least = 1e-6 * way.ranges.seconds[0, -1] / max(way.ranges.kept[0, -1] + way.ranges.state[0, -1], 1.0)
+        return [min(least, ratios[0]), *ratios, *(ratios[-1] * factor for factor in (3, 30, 1000))]
 
     def _best(self, point: Point) -> Found | None:
         """The best plan of the ways known for a point."""

@@ -72,7 +72,8 @@ class Flow:
 
     uses     (node, operand) of every use;  inside: whether a use is in the run that makes the value
     homes    position that makes the value at each place, -1 for what every stage makes for itself
-    users    position of every use, at each place
+    users    position of every use, at each place, -1 for a use by what every stage makes for itself
+    needs    the positions that need what is made of the value by such uses, at each place
     chains   (have, want) -> what has to run, for each change that is possible
     """
 
@@ -82,6 +83,7 @@ class Flow:
     inside: tuple[bool, ...]
     homes: list[int] = field(default_factory=list)
     users: list[tuple[int, ...]] = field(default_factory=list)
+    needs: list[tuple[int, ...]] = field(default_factory=list)
     chains: dict[tuple[Placements, Placements], Chain] = field(default_factory=dict)
 
     @cached_property

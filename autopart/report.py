@@ -11,7 +11,6 @@ from itertools import groupby
 
 from torch import fx
 
-from autopart.comm import p2p_seconds
 from autopart.cost import partial_sync_seconds
 from autopart.folded import Folded, used_parameters
 from autopart.graph import Info, info
@@ -127,8 +126,6 @@ def price_stage(
     choices, graph, priced = known[key]
     counts = Counter((run, mode) for run, mode in zip(runs, modes, strict=True) if run in priced)
     counts += Counter({(run, "none"): 1 for run in priced if run == SETUP_RUN})
-    link = space.between_stages(point)
-    crossings = [*graph.received, *graph.sent] if link is not None else []
     return PlanStage(
         first_run=span[0],
         splits=at,
@@ -138,7 +135,7 @@ def price_stage(
             (priced[run].backward + again(priced[run], mode)) * n for (run, mode), n in counts.items()
         ),
         sync_seconds=sum(_sync(space, found, choices, *held) for held in _parameters(folded, choices, span)),
-        send_seconds=sum(p2p_seconds(c.size, link) * (1 + c.grad) for c in crossings if link is not None),
+        send_seconds=_message_seconds(space, found, index, span),
         memory=_memory(space, found, choices, graph, span, modes, index),
         runs=tuple(_printed(folded, priced, span, modes)),
         sends=tuple(_sends(space, found, index, span)),
@@ -233,6 +230,18 @@ def _taken(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     inside = set(nodes)
     taken = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside)
     return [n for n in taken if info(n).kind not in OWNED]
+
+
+def _message_seconds(space: Space, found: Found, index: int, span: tuple[int, int]) -> float:
+    """Seconds of a micro-batch for what a stage takes from others and gives to others, each value once."""
+    first, end = span
+    total = 0.0
+    for crossings in space.weigh(found.point, found.chosen[index]).crossings:
+        pairs = zip(crossings.homes.tolist(), crossings.users.tolist(), strict=True)
+        times = [(first <= user < end and home < first, first <= home < end <= user) for home, user in pairs]
+        takes, gives = (sum(t) for t in zip(*times, strict=True)) if times else (0, 0)
+        total += crossings.seconds * (bool(takes) + bool(gives) if crossings.one else takes + gives)
+    return total
 
 
 def _sends(space: Space, found: Found, index: int, span: tuple[int, int]) -> list[tuple[int, int]]:

@@ -24,7 +24,7 @@ from autopart.weigh import MODES, Array, Prices, Sizes, Terms, Weighed, weigh
 
 flights = lru_cache(maxsize=None)(in_flight)
 
-SMALL = 12, 1000
+SMALL = 12, 2500
 """Runs and solver's variables of a model that is small enough to try every range of its runs on its own."""
 
 

@@ -341,8 +341,9 @@ def _weigh_flow(
         i = sizes.change_index[index, have, key]
         forward, backward = float(prices.change_forward[i]), float(prices.change_backward[i])
         if at[0] < 0 or (flow.several and not summed):
-            for spots in flow.spots:
-                positions = tuple(sorted({p for use in uses for p in spots[use]} - {-1})) or _needing(table, flow)
+            for spots, needs in zip(flow.spots, flow.needs, strict=True):
+                users_at = {p for use in uses for p in spots[use]}
+                positions = tuple(sorted(users_at.union(needs if -1 in users_at else ()) - {-1}))
                 found.items.append(Item(positions, forward, backward, largest=float(prices.after[i])))
             continue
         np.add.at(found.forward, at, forward)
@@ -377,11 +378,6 @@ def _weigh_flow(
             size = held(wants[next(iter(takers))] if summed else have)
             everyone = np.array(sorted({p for where in takers.values() for p in where}))
             found.crossings.append(Crossings(np.full(len(everyone), home), everyone, size, seconds(size), True))
-
-
-def _needing(table: Table, flow: Flow) -> tuple[int, ...]:
-    """Positions that need what a stage's own nodes make of a flow."""
-    return tuple(sorted({p for node, _ in flow.uses for users in table.shared.get(node, ()) for p in users}))
 
 
 def _weigh_keep(found: Weighed, prices: Prices, chosen: Sequence[int], index: int, keep: Keep) -> None:

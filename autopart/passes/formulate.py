@@ -54,6 +54,7 @@ class _Use:
     node: int
     operand: int
     position: int
+    by: fx.Node | None = None
 
 
 Used = dict[tuple[fx.Node, int, int, str], list[_Use]]
@@ -78,6 +79,7 @@ class _Builder:
                     self.readers[value_of(source)[0]].add(self.run_of.get(node, -1))
         self.nodes: list[Node] = []
         self.flows: dict[object, Flow] = {}
+        self.needed: dict[fx.Node, set[int]] = {}
         self.places: dict[fx.Node, set[int]] = defaultdict(set)
         """Positions for which stages make a value themselves, besides those that read it."""
         self.writes: dict[int, list[int]] = defaultdict(list)
@@ -91,6 +93,7 @@ class _Builder:
             self._check_splits()
         used = self._used()
         updates = self._updates(used)
+        self.needed = self._needed(used)
         for (source, output, home, _), uses in used.items():
             self._flow(source, output, home, uses)
         self._end(loss_of(graph))
@@ -107,7 +110,7 @@ class _Builder:
             group=tuple(folded.runs[r].kind for r in folded.sequence),
             block=tuple(label.rpartition(".")[2].isdigit() for label in folded.labels),
             state=self._state(),
-            shared=self._shared(used),
+            shared=self._shared(),
             tied=[group for group in tied if len(group) > 1],
         )
 
@@ -189,7 +192,7 @@ class _Builder:
                 if argument is not None:
                     source, output = value_of(argument)
                     key = source, output, self._position(source, run, position), self._name(source, position)
-                    used[key].append(_Use(self.index[self.folded.same[node]], operand, position))
+                    used[key].append(_Use(self.index[self.folded.same[node]], operand, position, node))
         return used
 
     def _flow(self, source: fx.Node, output: int, home: int, uses: Sequence[_Use]) -> None:
@@ -200,6 +203,7 @@ class _Builder:
         flow = self.flows.setdefault((index, output, pairs, inside, several), Flow(index, output, pairs, inside))
         flow.homes.append(home)
         flow.users.append(tuple(u.position for u in uses))
+        flow.needs.append(tuple(sorted({p for u in uses if u.position < 0 and u.by for p in self.needed[u.by]})))
 
     def _end(self, loss: fx.Node) -> None:
         """A pseudo-node that takes the loss whole."""
@@ -299,8 +303,8 @@ class _Builder:
             state[index].append(tuple(positions))
         return dict(state)
 
-    def _shared(self, used: Used) -> dict[int, list[tuple[int, ...]]]:
-        """Nodes that every stage computes for itself, with the positions that need them, at second hand too."""
+    def _needed(self, used: Used) -> dict[fx.Node, set[int]]:
+        """The positions that need what a stage computes for itself, at second hand too."""
         needed: dict[fx.Node, set[int]] = defaultdict(set)
         for source, positions in self.places.items():
             needed[source] |= positions
@@ -310,10 +314,14 @@ class _Builder:
         for node in reversed(self.folded.free):
             for source in node.all_input_nodes:
                 needed[value_of(source)[0]] |= needed[value_of(node)[0]]
+        return needed
+
+    def _shared(self) -> dict[int, list[tuple[int, ...]]]:
+        """Nodes that every stage computes for itself, with the positions that need them."""
         shared: dict[int, list[tuple[int, ...]]] = defaultdict(list)
         for node in self.folded.free:
             if not is_pick(node):
-                shared[self.index[self.folded.same[node]]].append(tuple(sorted(needed[node])))
+                shared[self.index[self.folded.same[node]]].append(tuple(sorted(self.needed[node])))
         for update, places in self.writes.items():
             shared[update] += [(p,) for p in places]
         return dict(shared)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from autopart.cost import again_of
 from autopart.draws import Stream
 from autopart.folded import Folded
 from autopart.graph import KEY, Info, info, is_pick, loss_of, operands, updates_of, value_of
@@ -144,7 +145,8 @@ class _Localiser:
             placements = self._given((buffer, 0))
             value = self._place(value_of(node), placements, self.home[node])
             size = self._size((buffer, 0), placements)
-            record = replace(info(buffer), kind="op", name="runtime.update", size=size)
+            moved = 2 * size + self._size(value_of(node), placements)
+            record = replace(info(buffer), kind="op", name="runtime.update", size=size, moved=moved)
             args = (self.made[(buffer, 0), placements], value)
             self._add(self.home[node], runtime_function("update"), args, {}, record)
 
@@ -263,12 +265,14 @@ class _Localiser:
         record, run = info(node), self.home[node]
         chosen = self.choices.of(self.folded, node, self.stage.index)
         local_inputs: list[Any] = []
+        reads: dict[tuple[Value, Placements], None] = {}
         for index, operand in enumerate(operands(node)):
             if operand is None:
                 local_inputs.append(None)
                 continue
             want = tuple(w if (w := s.inputs[index]) is not None else R for s in chosen)
             local_inputs.append(self._place(value_of(operand), want, run))
+            reads[value_of(operand), want] = None
         outputs = [self._local(shape, tuple(s.outputs[i] for s in chosen)) for i, shape in enumerate(record.shapes)]
         replaced = _replace_operands(tuple(node.args), local_inputs)
         args = local_args(record.name, replaced, outputs)
@@ -282,6 +286,8 @@ class _Localiser:
             shapes=tuple(outputs),
             size=sum(sizes),
             several=self._several((node, 0)),
+            moved=sum(sizes) + sum(self._size(*read) for read in reads),
+            again=again_of(record, [info(n) for n in node.all_input_nodes]),
             flops=record.flops * grow / share,
             inner=record.inner * grow / share,
             note=note,
@@ -297,7 +303,8 @@ class _Localiser:
         for strategy, (_, size) in zip(chosen, self.choices.axes, strict=True):
             parts *= size if strategy.local == "mean" else 1
         if parts > 1:
-            mean = replace(local, name="aten.div.Tensor", product=False)
+            moved, again = 2 * local.size, int(record.grad)
+            mean = replace(local, name="aten.div.Tensor", product=False, moved=moved, again=again)
             result = self._add(run, torch.ops.aten.div.Tensor, (result, parts), {}, mean)
         for index in range(len(record.shapes)):
             picked = result

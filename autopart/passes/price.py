@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from autopart.cost import Seconds, Work, again_of, rate_of, work_seconds
+from autopart.cost import Seconds, Work, rate_of, work_seconds
 from autopart.graph import info
 from autopart.mesh import Device, Link
 from autopart.plan import PlanLine, shortened
@@ -69,9 +69,8 @@ def _node(node: fx.Node, prices: Prices) -> tuple[Seconds, Seconds]:
     inputs = [info(n) for n in node.all_input_nodes]
     row = BY_FUNCTION.get(record.name)
     if row is None:
-        moved = record.size + sum(i.size for i in inputs)
-        rate, again = rate_of(record, prices.device), again_of(record, inputs)
-        return work_seconds(Work(record.flops, moved, rate, again, int(not record.view)), prices.device), nothing
+        work = Work(record.flops, record.moved, rate_of(record, prices.device), record.again, int(not record.view))
+        return work_seconds(work, prices.device), nothing
     axis = node.args[1]
     assert isinstance(axis, str)
     whole = max(record.size, *(i.size for i in inputs))
