@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
