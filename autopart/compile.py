@@ -369,6 +369,8 @@ def explored(
     request = request.check(mesh)
     peak(mesh.device, source.dtype)
     folded = source.short(min(2, request.global_batch), mesh)
+    if not folded.traced.mean_of_samples:  # what samples do with each other may depend on how many there are
+        folded = source.short(request.micro_batch or request.global_batch, mesh)
     if folded.traced.updated and request.recompute not in (None, "none"):
         raise PartitionError(
             f"the forward pass changes {folded.traced.updated[0]}",
@@ -377,7 +379,7 @@ def explored(
         )
     made = _searched(Space(folded, mesh, request), say, started, source, advise)
     if to_run and source.at(made[0].micro_batch, mesh).hash != folded.hash:
-        full = Space(source.at(min(2, request.global_batch), mesh), mesh, request)
+        full = Space(source.at(folded.traced.micro_batch, mesh), mesh, request)
         made = _searched(full, say, started, source, advise)
     return made
 

@@ -118,7 +118,7 @@ class Executor:
 
     def _forward(self, at: Instruction) -> None:
         flight = self.flights[at.micro_batch]
-        received = [flight.received[m.name] for m in self.incoming]
+        received = [flight.received[name] for name in self.stage.received]
         with self._keeping():
             results = self.stage(*self._inputs(at.micro_batch), *received)
         if self.last:
