@@ -229,7 +229,6 @@ def ranges(
             kept, entered = kept + entering * item.entered, entered + (has & ~entering) * item.entered
         largest = np.maximum(largest, has * item.largest)
     following = np.zeros(n + 1)
-    following = np.zeros(n + 1)
     for crossings in found.crossings:
         near = (crossings.users == crossings.homes + 1) & (not crossings.one)
         np.add.at(following, crossings.users[near], crossings.seconds)

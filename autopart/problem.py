@@ -73,7 +73,8 @@ class Flow:
     uses     (node, operand) of every use;  inside: whether a use is in the run that makes the value
     homes    position that makes the value at each place, -1 for what every stage makes for itself
     users    position of every use, at each place, -1 for a use by what every stage makes for itself
-    needs    the positions that need what is made of the value by such uses, at each place
+    needs    for every use the positions that need it, at each place: its own, or for what every stage makes for itself
+             those that need that
     chains   (have, want) -> what has to run, for each change that is possible
     """
 
@@ -83,7 +84,7 @@ class Flow:
     inside: tuple[bool, ...]
     homes: list[int] = field(default_factory=list)
     users: list[tuple[int, ...]] = field(default_factory=list)
-    needs: list[tuple[int, ...]] = field(default_factory=list)
+    needs: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)
     chains: dict[tuple[Placements, Placements], Chain] = field(default_factory=dict)
 
     @cached_property
@@ -94,7 +95,12 @@ class Flow:
     @cached_property
     def spots(self) -> list[dict[tuple[int, int], tuple[int, ...]]]:
         """At each place, every (node, operand) that uses the value and the positions where it does."""
-        return [_grouped(self.uses, users) for users in self.users]
+        return [_grouped(self.uses, [(p,) for p in users]) for users in self.users]
+
+    @cached_property
+    def needed(self) -> list[dict[tuple[int, int], tuple[int, ...]]]:
+        """At each place, every (node, operand) that uses the value and the positions that need it."""
+        return [_grouped(self.uses, needs) for needs in self.needs]
 
 
 @dataclass
@@ -117,14 +123,16 @@ class Keep:
     @cached_property
     def spots(self) -> list[dict[tuple[int, int], tuple[int, ...]]]:
         """At each place, every keeper and the positions where it keeps."""
-        return [_grouped(self.keepers, places) for places in self.places]
+        return [_grouped(self.keepers, [(p,) for p in places]) for places in self.places]
 
 
-def _grouped(keys: Sequence[tuple[int, int]], positions: Sequence[int]) -> dict[tuple[int, int], tuple[int, ...]]:
-    found: dict[tuple[int, int], list[int]] = {}
-    for key, position in zip(keys, positions, strict=True):
-        found.setdefault(key, []).append(position)
-    return {key: tuple(sorted(set(where))) for key, where in found.items()}
+def _grouped(
+    keys: Sequence[tuple[int, int]], positions: Sequence[tuple[int, ...]]
+) -> dict[tuple[int, int], tuple[int, ...]]:
+    found: dict[tuple[int, int], set[int]] = {}
+    for key, where in zip(keys, positions, strict=True):
+        found.setdefault(key, set()).update(where)
+    return {key: tuple(sorted(where)) for key, where in found.items()}
 
 
 @dataclass

@@ -341,9 +341,8 @@ def _weigh_flow(
         i = sizes.change_index[index, have, key]
         forward, backward = float(prices.change_forward[i]), float(prices.change_backward[i])
         if at[0] < 0 or (flow.several and not summed):
-            for spots, needs in zip(flow.spots, flow.needs, strict=True):
-                users_at = {p for use in uses for p in spots[use]}
-                positions = tuple(sorted(users_at.union(needs if -1 in users_at else ()) - {-1}))
+            for needed in flow.needed:
+                positions = tuple(sorted({p for use in uses for p in needed[use]}))
                 found.items.append(Item(positions, forward, backward, largest=float(prices.after[i])))
             continue
         np.add.at(found.forward, at, forward)

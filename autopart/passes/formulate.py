@@ -49,12 +49,14 @@ def formulate(folded: Folded, device: Device, tp: int, forced: bool = False) -> 
 
 @dataclass(frozen=True)
 class _Use:
-    """One use of a value at one place: by `node` (its index) as `operand`, at a position."""
+    """One use of a value at one place: by `node` (its index) as `operand`, at a position. In no run (-1) it is `by` an
+    operator that stages run for themselves, or to write a buffer of the module at the position `written`."""
 
     node: int
     operand: int
     position: int
     by: fx.Node | None = None
+    written: int = -1
 
 
 Used = dict[tuple[fx.Node, int, int, str], list[_Use]]
@@ -203,7 +205,13 @@ class _Builder:
         flow = self.flows.setdefault((index, output, pairs, inside, several), Flow(index, output, pairs, inside))
         flow.homes.append(home)
         flow.users.append(tuple(u.position for u in uses))
-        flow.needs.append(tuple(sorted({p for u in uses if u.position < 0 and u.by for p in self.needed[u.by]})))
+        flow.needs.append(tuple(self._needs(u) for u in uses))
+
+    def _needs(self, use: _Use) -> tuple[int, ...]:
+        """The positions that need what a use makes."""
+        if use.position >= 0:
+            return (use.position,)
+        return tuple(sorted(self.needed[use.by])) if use.by is not None else (use.written,)
 
     def _end(self, loss: fx.Node) -> None:
         """A pseudo-node that takes the loss whole."""
@@ -226,14 +234,14 @@ class _Builder:
             if (buffer, *taken) not in known:
                 known[buffer, *taken] = len(self.nodes)
                 self._update(buffer, taken, -1 if run is None else self.folded.runs[run].kind)
-            home = -1 if run is None else self.last[run]
-            use = _Use(known[buffer, *taken], 1, home)
+            home, module = -1 if run is None else self.last[run], modules.get(name.rpartition(".")[0], 0)
+            use = _Use(known[buffer, *taken], 1, home, written=module)
             others = used.get((source, output, home, ""), [])
             alone = home < 0 or any(u.position != home for u in others)
             used[source, output, home, name if alone else ""].append(use)
             if run is None:
-                self.places[source].add(modules.get(name.rpartition(".")[0], 0))
-                self.writes[use.node].append(modules.get(name.rpartition(".")[0], 0))
+                self.places[source].add(module)
+                self.writes[use.node].append(module)
         return [[buffer, update] for (buffer, *_), update in known.items()]
 
     def _update(self, buffer: int, taken: tuple[int, int], group: int) -> None:
