@@ -23,6 +23,12 @@ def asks(constraints: Sequence[Constraint], method: str) -> list[Constraint]:
     return [c for c in constraints if getattr(type(c), method) is not getattr(Constraint, method)]
 
 
+def both(one: Options, other: Options) -> Options:
+    """The options that two restrictions leave."""
+    common = {node: tuple(o for o in one[node] if o in other[node]) for node in one.keys() & other.keys()}
+    return {**one, **other, **common}
+
+
 def options_of(table: Table, constraints: Sequence[Constraint]) -> Options:
     """The options that constraints leave; a node along an axis that the table does not have is whole."""
     found: Options = {}

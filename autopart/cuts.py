@@ -195,11 +195,10 @@ class Ranges:
 
 @dataclass(frozen=True)
 class Saving:
-    """What a block saves, per micro-batch in flight, when it goes from `before` to `mode`: bytes, for seconds; and the
+    """What a block saves, per micro-batch in flight, when it takes the step to `mode`: bytes, for seconds; and the
     bytes that exist while it is run again."""
 
     kind: int
-    before: str
     mode: str
     seconds: float
     bytes: float
@@ -265,8 +264,7 @@ def _savings(found: Weighed, kind: int, where: NDArray[np.bool_], modes: Sequenc
             hull.pop()
         hull.append(point)
     return [
-        Saving(kind, MODES[a[0]], MODES[b[0]], b[1] - a[1], a[2] - b[2], float(whole.max()))
-        for a, b in itertools.pairwise(hull)
+        Saving(kind, MODES[b[0]], b[1] - a[1], a[2] - b[2], float(whole.max())) for a, b in itertools.pairwise(hull)
     ]
 
 

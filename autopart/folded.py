@@ -49,8 +49,6 @@ class Folded:
     keys: dict[fx.Node, str]
     sequence: tuple[int, ...]
     labels: tuple[str, ...]
-    solved: dict[Any, Any] = field(default_factory=dict)
-    """Solutions of problems on this graph that come up again, by what they depend on."""
     repeated: dict[int, range] = field(default_factory=dict)
     walked: str = ""
 

@@ -23,16 +23,25 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from autopart.cuts import NEVER, Ranges, best_cut, ranges
+from autopart.allowed import Options, both
+from autopart.cuts import NEVER, best_cut
 from autopart.errors import PartitionError
-from autopart.passes.solve import Solution
-from autopart.plan import bytes_text, seconds_text
+from autopart.plan import seconds_text
 from autopart.request import Point, Request, divisors
-from autopart.space import Model, Space
-from autopart.weigh import Array, Weighed
+from autopart.shortage import Shortage, closest, nothing_fits
+from autopart.space import Space
+from autopart.squeeze import is_small, squeeze
+from autopart.ways import Way, way_of
+from autopart.weigh import Array
 
 Say = Callable[[str], None]
 """Told how far the search is: the best plan's time, the bound, the gap between them."""
+
+MOST = 500
+"""Ranges that a search solves on their own."""
+
+TOLERANCE = 1e-9
+"""Relative difference below which two times are the same."""
 
 OFTEN = 0.5
 """Seconds between two words where no better plan is found."""
@@ -40,13 +49,6 @@ OFTEN = 0.5
 
 def silent(text: str) -> None:
     """Say nothing."""
-
-
-MOST = 500
-"""Ranges that a search solves on their own."""
-
-TOLERANCE = 1e-9
-"""Relative difference below which two times are the same."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,6 @@ class Found:
     stage_seconds: tuple[float, ...]
     seconds: float
     bound: float = 0.0
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to split, with what every range of positions costs under it."""
-
-    solution: Solution
-    weighed: Weighed
-    ranges: Ranges
-    interface: tuple[object, ...]
 
 
 @dataclass
@@ -120,8 +112,8 @@ class Search:
             (self._splits, self._cut, self._memory)[level](point, bound)
             self._tell()
         if self.best is None:
-            self.short = _closest(self.space, self.ways)
-            raise _nothing_fits(self.space, self.short)
+            self.short = closest(self.space, self.ways)
+            raise nothing_fits(self.space, self.short)
         return replace(self.best, bound=self._bound())
 
     def begin(self, near: Sequence[Point]) -> None:
@@ -140,7 +132,7 @@ class Search:
             if solution is None:
                 continue
             for at in (replace(point, zero=zero) for zero in levels):
-                self.ways[at] = [self._way(at, solution)]
+                self.ways[at] = [way_of(self.space, at, solution)]
                 if self._best(at):
                     break
 
@@ -175,20 +167,12 @@ class Search:
         if solution is not None:
             self._push(max(bound, self._passes(point) * solution.bound), 1, point)
 
-    def _way(self, point: Point, solution: Solution) -> Way:
-        space, model = self.space, self.space.model(point)
-        weighed = space.weigh(point, solution.chosen)
-        nodes = model.table.nodes
-        interface = tuple(nodes[n].given(solution.chosen[n], output) for n, output in model.interface)
-        table, m = model.table, space.micro_batches(point)
-        return Way(solution, weighed, ranges(weighed, table.group, table.block, m, space.allowed_modes), interface)
-
     def _cut(self, point: Point, bound: float) -> None:
         """The best cut with the splits known. If it reaches its bound, the point is done with, and so are higher ZeRO
         levels, which take no less time."""
         solution = self.space.solve(point, 0.0, self.space.forced(point))
         assert solution is not None
-        self.ways[point] = [self._way(point, solution)]
+        self.ways[point] = [way_of(self.space, point, solution)]
         found = self._best(point)
         if found is not None and found.seconds <= bound * (1 + TOLERANCE):
             self._close(bound)
@@ -216,10 +200,10 @@ class Search:
             for modes in space.best_modes(point, price) if price else ():
                 solution = space.solve(point, price, modes)
                 if solution and all(solution.chosen != w.solution.chosen for w in ways):
-                    ways.append(self._way(point, solution))
+                    ways.append(way_of(space, point, solution))
         if len(ways) > 1 and bound < self._time():
             self._best(point)
-        if space.is_small(point) and bound < min(self._time(), self.reached.get(point, NEVER)):
+        if is_small(space, point) and bound < min(self._time(), self.reached.get(point, NEVER)):
             self._squeeze(point, columns)
         self._close(bound)
 
@@ -237,7 +221,9 @@ class Search:
             yield from itertools.product(list(alone), stages)
 
         for near, (stage, flights) in rounds():
-            alike: dict[int, tuple[int, ...]] = {} if near is None else _alike(model, near)
+            allowed = space.options(point)
+            if near is not None:
+                allowed = both(allowed, model.agreeing(near.interface))
             same = [w for w in ways if near is None or w.interface == near.interface]
             known = np.minimum.reduce([w.ranges.least(flights, space.limit, space.modes, NEVER) for w in same])
             open_ = (least[flights] < self._time()) & (known > least[flights] * (1 + TOLERANCE))
@@ -249,24 +235,23 @@ class Search:
                     if self.tries >= MOST:
                         break
                     self.tries += 1
-                    allowed = {**alike, **space.options(point)}
                     self._squeeze_range(point, (i, j), counts, flights, allowed)
         self._best(point)
 
     def _squeeze_range(
         self, point: Point, span: tuple[int, int], counts: Mapping[int, Mapping[str, int]], flights: int,
-        allowed: Mapping[int, Sequence[int]],
+        allowed: Options,
     ) -> None:  # fmt: skip
         """The fastest splits of a range that fit. What stages make for themselves is not among the solver's bytes:
         where it is too much, there is so much less room."""
         space, ways, room = self.space, self.ways[point], self.space.limit
         for _ in range(4):
-            found = space.squeezed(point, span, room, counts, flights, allowed)
+            found = squeeze(space, point, span, room, counts, flights, allowed)
             if found is None:
                 return
             way = next((w for w in ways if w.solution.chosen == found.chosen), None)
             if way is None:
-                way = self._way(point, found)
+                way = way_of(space, point, found)
                 ways.append(way)
             lack = way.ranges.lacks(flights, space.limit, space.modes)[span]
             if lack <= 0:
@@ -304,7 +289,7 @@ class Search:
     def _stages(self, point: Point, ways: Sequence[Way]) -> Found | None:
         """The best cut where every stage takes any of some ways that agree on what passes between them."""
         space, m = self.space, self.space.micro_batches(point)
-        total = min(w.solution.bound for w in ways[:1])
+        total = ways[0].solution.bound
         most = (self._time() - total) / (m - 1) if m > 1 else self._time()
         numbers = {space.in_flight(point, stage) for stage in range(point.pp)}
         each = {f: [w.ranges.least(f, space.limit, space.modes, most) for w in ways] for f in numbers}
@@ -323,16 +308,6 @@ class Search:
             times.append(way.ranges.exact(i, j, mine))
         seconds = sum(times) + (m - 1) * max(times)
         return Found(point, tuple(chosen), cut.starts, tuple(modes), tuple(times), seconds)
-
-
-def _alike(model: Model, near: Way) -> dict[int, tuple[int, ...]]:
-    """The options of nodes that pass values between stages in the same way as another choice."""
-    nodes = model.table.nodes
-    allowed: dict[int, tuple[int, ...]] = {}
-    for (node, output), wanted in zip(model.interface, near.interface, strict=True):
-        left = allowed.get(node, range(len(nodes[node].options)))
-        allowed[node] = tuple(o for o in left if nodes[node].given(o, output) == wanted)
-    return allowed
 
 
 def _counts(many: Mapping[int, int], modes: Sequence[str]) -> Iterator[dict[int, dict[str, int]]]:
@@ -421,76 +396,3 @@ def _micro_batches(global_batch: int, dp: int) -> list[int]:
             sizes.append(size)
         size *= 2
     return sizes
-
-
-def _closest(space: Space, tried: Mapping[Point, Sequence[Way]]) -> Shortage | None:
-    """What the point that comes closest lacks; None where it is not memory that keeps all from being a plan."""
-    short = [_shortage(space, point, way) for point, ways in tried.items() for way in ways]
-    found = min((s for s in short if s), key=lambda s: s.bytes, default=None)
-    return found if found and found.bytes > 0 else None
-
-
-def _nothing_fits(space: Space, short: Shortage | None) -> PartitionError:
-    """The stage that lacks bytes, and who takes most; or the constraints that leave nothing."""
-    asked = "; ".join(c.text for c in space.request.constraints)
-    if short is None:
-        nodes = {f"{n} has no strategy left" for model in space.models.values() for n in space.stuck(model)}
-        why = "; ".join(sorted(nodes)) or "no cut, or no change of placement between operators, is left"
-        return PartitionError(f"no plan does what is asked: {asked}", why, "fewer constraints")
-    device, limit = space.mesh.device.name, space.limit
-    tenants = ", ".join(f"{name} {bytes_text(size)}" for name, size in short.tenants)
-    return PartitionError(
-        f"no plan fits {space.mesh}{f' that does what is asked ({asked})' if asked else ''}; "
-        f"the closest has {short.point}",
-        f"stage {short.stage} needs {bytes_text(short.bytes + limit)} at its smallest of the {bytes_text(limit)} a "
-        f"{device} can give: {bytes_text(short.bytes)} short; largest: {tenants}",
-        'more devices, a smaller micro_batch, or precision="bfloat16"',
-    )
-
-
-@dataclass(frozen=True)
-class Shortage:
-    """How many bytes a stage lacks at its smallest, and its largest tenants."""
-
-    point: Point
-    stage: int
-    bytes: float
-    tenants: tuple[tuple[str, float], ...]
-
-
-def _shortage(space: Space, point: Point, way: Way) -> Shortage | None:
-    """Of the cut that leaves the most crowded stage the most room; None where there is no cut."""
-    lacks = {
-        flights: way.ranges.lacks(flights, space.limit, space.modes)
-        for flights in {space.in_flight(point, s) for s in range(point.pp)}
-    }
-    offset, allowed = min(f.min() for f in lacks.values()), space.stages(point)
-    cut = best_cut(lambda s: np.where(allowed[s], lacks[space.in_flight(point, s)] - offset, NEVER), point.pp, 10**6)
-    if cut is None:
-        return None
-    ends = (*cut.starts[1:], len(space.folded.labels))
-    spans = list(zip(cut.starts, ends, strict=True))
-    stage = max(range(point.pp), key=lambda s: lacks[space.in_flight(point, s)][spans[s]])
-    i, j = spans[stage]
-    flights = space.in_flight(point, stage)
-    parts = {
-        "all parameters, gradients and optimizer states": way.ranges.state[i, j],
-        f"activations of {flights} micro-batches before any is recomputed": flights * way.ranges.kept[i, j],
-        "the largest tensors of the moment": way.ranges.transient[i, j],
-    }
-    for name, size in sorted(_parameters(space, point, way, (i, j)).items(), key=lambda item: -item[1])[:2]:
-        parts[f"{name} with gradient and states"] = size
-    tenants = sorted(parts.items(), key=lambda item: -item[1])[:5]
-    return Shortage(point, stage, float(lacks[flights][i, j]), tuple(tenants))
-
-
-def _parameters(space: Space, point: Point, way: Way, span: tuple[int, int]) -> dict[str, float]:
-    """Bytes of every parameter of a stage with its gradient and optimizer states; of equal blocks together."""
-    table, prices = space.model(point).table, space.priced(point)
-    found = {}
-    for index, places in table.state.items():
-        here = sum(any(span[0] <= p < span[1] for p in holders) for holders in places)
-        times = f" ({here} times)" if here > 1 else ""
-        each = prices.state[space.model(point).sizes.first[index] + way.solution.chosen[index]]
-        found[f"{table.nodes[index].key}{times}"] = here * float(each)
-    return found

@@ -144,8 +144,9 @@ def _check_flows(table: Table, allowed: dict[int, list[int]]) -> None:
 def _check_interface(space: Space, point: Point, chosen: Sequence[Chosen]) -> None:
     """Raise PartitionError where stages do not agree on what passes between them."""
     model = space.model(point)
-    for index, output in model.interface:
-        node = model.table.nodes[index]
-        placed = [", ".join(map(str, node.given(mine[index], output))) for mine in chosen]
+    keys = [model.table.nodes[index].key for index, _ in model.passing]
+    keys += [model.table.nodes[flow.source].key for flow, _ in model.awaited]
+    for key, *placed in zip(keys, *map(model.interface, chosen), strict=True):
         if len(set(placed)) > 1:
-            raise PartitionError(f"the stages place {node.key} differently", " and ".join(dict.fromkeys(placed)))
+            texts = [", ".join(map(str, p)) if p is not None else "no partial sum" for p in placed]
+            raise PartitionError(f"the stages place {key} differently", " and ".join(dict.fromkeys(texts)))

@@ -9,7 +9,7 @@ from functools import cached_property, lru_cache, partial
 import numpy as np
 from numpy.typing import NDArray
 
-from autopart.allowed import Options, modes_of, options_of, positions_of, stages_of
+from autopart.allowed import Options, both, modes_of, options_of, positions_of, stages_of
 from autopart.constraints import Cuts, check
 from autopart.cost import Training
 from autopart.folded import Folded
@@ -17,15 +17,14 @@ from autopart.mesh import Link, Mesh
 from autopart.passes.formulate import formulate
 from autopart.passes.solve import Solution, Solver
 from autopart.plan import usable_bytes
-from autopart.problem import Table
+from autopart.problem import Flow, Placements, Table
 from autopart.request import Point, Request, is_block
 from autopart.schedules import SCHEDULES, in_flight
 from autopart.weigh import MODES, Array, Prices, Sizes, Terms, Weighed, weigh
 
 flights = lru_cache(maxsize=None)(in_flight)
 
-SMALL = 12, 2500
-"""Runs and solver's variables of a model that is small enough to try every range of its runs on its own."""
+Interface = tuple[Placements | None, ...]
 
 
 class Model:
@@ -44,12 +43,12 @@ class Model:
         groups = list(np.repeat(held, np.diff(self.sizes.first)))
         for index, have, _ in self.sizes.changes:
             flow = table.flows[index]
-            summed, several = any(p.kind == "P" for p in have), len(set(flow.users[0])) > 1
+            summed, several = any(p.kind == "P" for p in have), flow.several
             at = flow.homes[0] if summed else -1 if several else flow.users[0][0]
             groups.append(table.group[at] if at >= 0 else -1)
         for index, _ in self.sizes.kept:
             keep = table.keeps[index]
-            groups.append(table.group[keep.places[0][0]] if len(set(keep.places[0])) == 1 else -1)
+            groups.append(table.group[keep.places[0][0]] if not keep.several else -1)
         self.places, self.group = self.places_in(0, len(table.labels)), np.array(groups)
 
     def places_in(self, i: int, j: int) -> Array:
@@ -73,50 +72,6 @@ class Model:
         places += [sum(map(inside, table.keeps[index].places)) for index, _ in self.sizes.kept]
         return np.array(places, dtype=float)
 
-    def entering(self, prices: Prices, group: int) -> Array:
-        """Bytes that one block of a class takes from other runs, by the strategy that makes them."""
-        sizes, table, bytes_ = self.sizes, self.table, np.zeros(len(self.places))
-        for flow in table.flows:
-            source = table.nodes[flow.source]
-            inside = flow.homes[0] == flow.users[0][0] or flow.users[0][0] < 0
-            if flow.several or inside or source.kind in ("parameter", "buffer"):
-                continue
-            if group in {table.group[u[0]] for u in flow.users}:
-                for option in range(len(source.options)):
-                    four = sizes.four(source.values[flow.output], source.given(option, flow.output))
-                    bytes_[sizes.first[flow.source] + option] += four @ prices.terms.basis
-        return bytes_
-
-    def sent(self, prices: Prices, span: tuple[int, int], link: Link) -> Array:
-        """Seconds to send what a range of positions takes from others and gives to others, by the strategy that makes
-        it."""
-        sizes, table, seconds = self.sizes, self.table, np.zeros(len(self.places))
-        for flow in table.flows:
-            inside = [span[0] <= home < span[1] for home in flow.homes]
-            crossing = sum(
-                home >= 0 and any(p >= 0 and (span[0] <= p < span[1]) != here for p in users)
-                for home, users, here in zip(flow.homes, flow.users, inside, strict=True)
-            )
-            value = table.nodes[flow.source].values[flow.output]
-            for option in range(len(table.nodes[flow.source].options)) if crossing else ():
-                size = sizes.four(value, table.nodes[flow.source].given(option, flow.output)) @ prices.terms.basis
-                cost = (link.latency_seconds + float(size) / link.bandwidth) * (1 + value.grad)
-                seconds[sizes.first[flow.source] + option] += crossing * cost
-        return seconds
-
-    def one_by_one(self, amounts: Array) -> Array:
-        """Rows of a peak: of every node its strategies, of every change itself."""
-        first, rows = self.sizes.first, []
-        for node in range(len(self.table.nodes)):
-            row = np.zeros(len(amounts))
-            row[first[node] : first[node + 1]] = amounts[first[node] : first[node + 1]]
-            rows.append(row)
-        for change in np.flatnonzero(amounts[first[-1] :]) + first[-1]:
-            row = np.zeros(len(amounts))
-            row[change] = amounts[change]
-            rows.append(row)
-        return np.array([row for row in rows if row.any()]).reshape(-1, len(amounts))
-
     @cached_property
     def solver(self) -> Solver:
         """Made when first asked for."""
@@ -134,12 +89,44 @@ class Model:
         return sorted({g for g, b in zip(self.table.group, self.table.block, strict=True) if b})
 
     @cached_property
-    def interface(self) -> list[tuple[int, int]]:
+    def passing(self) -> list[tuple[int, int]]:
         """The values that all stages must place alike, so that each may be split in its own way: those that pass from
         run to run, parameters that several runs use, inputs."""
         outside = {(f.source, f.output) for f in self.table.flows if not all(f.inside) and max(f.homes) >= 0}
         outside |= {(i, 0) for i, places in self.table.state.items() if any(len(p) > 1 for p in places)}
         return sorted(outside | {(i, 0) for i, n in enumerate(self.table.nodes) if n.kind == "input"})
+
+    @cached_property
+    def awaited(self) -> list[tuple[Flow, list[tuple[int, int]]]]:
+        """The flows that pass from run to run and may be partial sums, with the uses that all take such a sum alike."""
+        flows = [f for f in self.table.flows if not all(f.inside) and max(f.homes) >= 0]
+        summed = [f for f in flows if any(p.kind == "P" for have, _ in f.chains for p in have)]
+        return [(f, [use for use, inside in zip(f.uses, f.inside, strict=True) if not inside]) for f in summed]
+
+    def interface(self, chosen: Sequence[int]) -> Interface:
+        """What all stages must agree on under a choice: how `passing` lies, and how partial sums are taken, None for
+        what is none."""
+        nodes = self.table.nodes
+        given = [nodes[n].given(chosen[n], output) for n, output in self.passing]
+        taken = [
+            nodes[n].taken(chosen[n], operand) if any(p.kind == "P" for p in have) else None
+            for flow, ((n, operand), *_) in self.awaited
+            for have in [nodes[flow.source].given(chosen[flow.source], flow.output)]
+        ]
+        return tuple([*given, *taken])
+
+    def agreeing(self, interface: Interface) -> Options:
+        """The options of nodes that agree with an interface."""
+        given, taken = interface[: len(self.passing)], interface[len(self.passing) :]
+        wanted = [(n, output, False, placed) for (n, output), placed in zip(self.passing, given, strict=True)]
+        for (_, uses), placed in zip(self.awaited, taken, strict=True):
+            wanted += [(n, operand, True, placed) for n, operand in uses if placed is not None]
+        left: Options = {}
+        for n, i, takes, placed in wanted:
+            node = self.table.nodes[n]
+            lies = node.taken if takes else node.given
+            left = both(left, {n: tuple(o for o in range(len(node.options)) if lies(o, i) == placed)})
+        return left
 
 
 @dataclass(frozen=True)
@@ -281,45 +268,6 @@ class Space:
             extra, held = {"none": (0.0, kept), "selective": (again, results), "full": (whole, 0.0 * kept)}[mode]
             seconds, kept = np.where(mine, seconds + extra, seconds), np.where(mine, held, kept)
         return Costs(seconds * model.places, state * model.places, kept * model.places)
-
-    def squeezed(
-        self, point: Point, span: tuple[int, int], room: float, counts: Mapping[int, Mapping[str, int]],
-        in_flight: int, allowed: Mapping[int, Sequence[int]],
-    ) -> Solution | None:  # fmt: skip
-        """The fastest splits of a range of positions that fit, memory and all, where of every class of blocks so many
-        do as each of MODES says."""
-        model, prices = self.model(point), self.priced(point)
-        there = model.places_in(*span)
-        nothing = np.zeros(len(prices.change_forward) + len(prices.memory))
-        seconds, held = np.zeros(len(there)), np.zeros(len(there))
-        for group in {*model.table.group, -1}:
-            total = sum(counts.get(group, {}).values()) or 1
-            for mode, count in (counts.get(group) or {"none": 1}).items():
-                costs = self.costs(point, {group: mode} if group >= 0 else {})
-                share = np.where(model.group == group, count / total, 0.0)
-                seconds += share * costs.seconds
-                held += share * in_flight * costs.kept
-                if mode != "none":
-                    held += count * in_flight * model.entering(prices, group)
-        places, link = np.maximum(model.places, 1.0), self.between_stages(point)
-        sent = model.sent(prices, span, link) if link is not None else 0.0
-        state = np.concatenate([prices.state, nothing]) * there
-        gathered = np.concatenate([prices.gathered, nothing]) * (there > 0)
-        largest = 2 * np.concatenate([prices.made, prices.after, 0.0 * prices.memory]) * (there > 0)
-        rerun = [g for g, modes in counts.items() if any(n for m, n in modes.items() if m != "none")]
-        alive = self.costs(point, {}).kept / places
-        peaks = [
-            model.one_by_one(largest),
-            np.array([np.where(model.group == g, gathered, 0.0) for g in {*model.table.group}]),
-            np.array([np.where(model.group == g, alive, 0.0) for g in rerun]).reshape(-1, len(there)),
-        ]
-        here = there / places
-        return model.solver.squeeze(seconds * here + sent, allowed, peaks, held * here + state, room)
-
-    def is_small(self, point: Point) -> bool:
-        """Whether every range of runs can be tried on its own."""
-        runs, variables = SMALL
-        return len(self.folded.labels) <= runs and self.model(point).solver.columns <= variables
 
     def least_work(self, point: Point) -> float:
         """Seconds that the operators of a micro-batch take at least, whatever is done between them."""

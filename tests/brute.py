@@ -148,7 +148,7 @@ def traced(seed: int, samples: int) -> Folded:
         folded = Source(model, model.batch(samples), torch.float32).short(samples, Mesh.parse("1:cpu"))
         looked_at = Model(formulate(folded, DEVICES["cpu"], 2))
         try:
-            Structure(looked_at.table, looked_at.interface).graph(True)
+            Structure(looked_at.table, looked_at.passing).graph(True)
         except TooLarge:
             continue
         return folded
@@ -712,7 +712,7 @@ class Judge:
     def structure(self, point: Point) -> Structure:
         if point.tp not in self.structures:
             model = self.space.model(point)
-            self.structures[point.tp] = Structure(model.table, model.interface)
+            self.structures[point.tp] = Structure(model.table, model.passing)
         return self.structures[point.tp]
 
     def all_points(self) -> Iterator[Point]:

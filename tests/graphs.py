@@ -784,7 +784,7 @@ def draw_choice(draw: st.DrawFn, model: Split, allowed: Mapping[int, list[int]])
 def interface(model: Split) -> dict[int, list[int]]:
     """Nodes whose outputs all stages have to place alike -> those outputs."""
     outputs: dict[int, list[int]] = {}
-    for node, output in model.interface:
+    for node, output in model.passing:
         outputs.setdefault(node, []).append(output)
     return outputs
 

@@ -45,7 +45,7 @@ LAYERS = (
     {"exporting", "instead"},
     {"plan"},
     {"passes"},
-    {"request", "space", "report", "planner", "advice", "exports"},
+    {"request", "space", "squeeze", "ways", "shortage", "report", "planner", "advice", "exports"},
     {"compile", "runtime"},
     {"check", "certify", "meshes", "explain", "reprice"},
     {"models", "cli", "__init__", "__main__"},

@@ -1,0 +1,88 @@
+"""Where nothing fits: the stage that lacks bytes, how many, and who takes most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autopart.cuts import NEVER, best_cut
+from autopart.errors import PartitionError
+from autopart.plan import bytes_text
+from autopart.request import Point
+from autopart.space import Space
+from autopart.ways import Way
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """How many bytes a stage lacks at its smallest, and its largest tenants."""
+
+    point: Point
+    stage: int
+    bytes: float
+    tenants: tuple[tuple[str, float], ...]
+
+
+def closest(space: Space, tried: Mapping[Point, Sequence[Way]]) -> Shortage | None:
+    """What the point that comes closest lacks; None where it is not memory that keeps all from being a plan."""
+    short = [_shortage(space, point, way) for point, ways in tried.items() for way in ways]
+    found = min((s for s in short if s), key=lambda s: s.bytes, default=None)
+    return found if found and found.bytes > 0 else None
+
+
+def nothing_fits(space: Space, short: Shortage | None) -> PartitionError:
+    """The stage that lacks bytes, and who takes most; or the constraints that leave nothing."""
+    asked = "; ".join(c.text for c in space.request.constraints)
+    if short is None:
+        nodes = {f"{n} has no strategy left" for model in space.models.values() for n in space.stuck(model)}
+        why = "; ".join(sorted(nodes)) or "no cut, or no change of placement between operators, is left"
+        return PartitionError(f"no plan does what is asked: {asked}", why, "fewer constraints")
+    device, limit = space.mesh.device.name, space.limit
+    tenants = ", ".join(f"{name} {bytes_text(size)}" for name, size in short.tenants)
+    return PartitionError(
+        f"no plan fits {space.mesh}{f' that does what is asked ({asked})' if asked else ''}; "
+        f"the closest has {short.point}",
+        f"stage {short.stage} needs {bytes_text(short.bytes + limit)} at its smallest of the {bytes_text(limit)} a "
+        f"{device} can give: {bytes_text(short.bytes)} short; largest: {tenants}",
+        'more devices, a smaller micro_batch, or precision="bfloat16"',
+    )
+
+
+def _shortage(space: Space, point: Point, way: Way) -> Shortage | None:
+    """Of the cut that leaves the most crowded stage the most room; None where there is no cut."""
+    lacks = {
+        flights: way.ranges.lacks(flights, space.limit, space.modes)
+        for flights in {space.in_flight(point, s) for s in range(point.pp)}
+    }
+    offset, allowed = min(f.min() for f in lacks.values()), space.stages(point)
+    cut = best_cut(lambda s: np.where(allowed[s], lacks[space.in_flight(point, s)] - offset, NEVER), point.pp, 10**6)
+    if cut is None:
+        return None
+    ends = (*cut.starts[1:], len(space.folded.labels))
+    spans = list(zip(cut.starts, ends, strict=True))
+    stage = max(range(point.pp), key=lambda s: lacks[space.in_flight(point, s)][spans[s]])
+    i, j = spans[stage]
+    flights = space.in_flight(point, stage)
+    parts = {
+        "all parameters, gradients and optimizer states": way.ranges.state[i, j],
+        f"activations of {flights} micro-batches before any is recomputed": flights * way.ranges.kept[i, j],
+        "the largest tensors of the moment": way.ranges.transient[i, j],
+    }
+    for name, size in sorted(_parameters(space, point, way, (i, j)).items(), key=lambda item: -item[1])[:2]:
+        parts[f"{name} with gradient and states"] = size
+    tenants = sorted(parts.items(), key=lambda item: -item[1])[:5]
+    return Shortage(point, stage, float(lacks[flights][i, j]), tuple(tenants))
+
+
+def _parameters(space: Space, point: Point, way: Way, span: tuple[int, int]) -> dict[str, float]:
+    """Bytes of every parameter of a stage with its gradient and optimizer states; of equal blocks together."""
+    table, prices = space.model(point).table, space.priced(point)
+    found = {}
+    for index, places in table.state.items():
+        here = sum(any(span[0] <= p < span[1] for p in holders) for holders in places)
+        times = f" ({here} times)" if here > 1 else ""
+        each = prices.state[space.model(point).sizes.first[index] + way.solution.chosen[index]]
+        found[f"{table.nodes[index].key}{times}"] = here * float(each)
+    return found

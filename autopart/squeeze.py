@@ -1,0 +1,108 @@
+"""The fastest splits of one range of positions under real bytes: memory is a row of the equations, and peaks are rows.
+
+The search takes this last, exact step where a model is small enough to try every range of its runs on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from autopart.allowed import Options
+from autopart.mesh import Link
+from autopart.passes.solve import Solution
+from autopart.request import Point
+from autopart.space import Model, Space
+from autopart.weigh import Array, Prices
+
+SMALL = 12, 2500
+"""Runs and solver's variables of a model that is small enough."""
+
+
+def is_small(space: Space, point: Point) -> bool:
+    """Whether every range of runs can be tried on its own."""
+    runs, variables = SMALL
+    return len(space.folded.labels) <= runs and space.model(point).solver.columns <= variables
+
+
+def squeeze(
+    space: Space, point: Point, span: tuple[int, int], room: float, counts: Mapping[int, Mapping[str, int]],
+    in_flight: int, allowed: Options,
+) -> Solution | None:  # fmt: skip
+    """The fastest splits of the positions `span` that fit `room` bytes, where of every class of blocks so many do as
+    each of MODES says; None where there are none."""
+    model, prices = space.model(point), space.priced(point)
+    there = model.places_in(*span)
+    nothing = np.zeros(len(prices.change_forward) + len(prices.memory))
+    seconds, held = np.zeros(len(there)), np.zeros(len(there))
+    for group in {*model.table.group, -1}:
+        total = sum(counts.get(group, {}).values()) or 1
+        for mode, count in (counts.get(group) or {"none": 1}).items():
+            costs = space.costs(point, {group: mode} if group >= 0 else {})
+            share = np.where(model.group == group, count / total, 0.0)
+            seconds += share * costs.seconds
+            held += share * in_flight * costs.kept
+            if mode != "none":
+                held += count * in_flight * _entering(model, prices, group)
+    places, link = np.maximum(model.places, 1.0), space.between_stages(point)
+    sent = _sent(model, prices, span, link) if link is not None else 0.0
+    state = np.concatenate([prices.state, nothing]) * there
+    gathered = np.concatenate([prices.gathered, nothing]) * (there > 0)
+    largest = 2 * np.concatenate([prices.made, prices.after, 0.0 * prices.memory]) * (there > 0)
+    rerun = [g for g, modes in counts.items() if any(n for m, n in modes.items() if m != "none")]
+    alive = space.costs(point, {}).kept / places
+    peaks = [
+        _one_by_one(model, largest),
+        np.array([np.where(model.group == g, gathered, 0.0) for g in {*model.table.group}]),
+        np.array([np.where(model.group == g, alive, 0.0) for g in rerun]).reshape(-1, len(there)),
+    ]
+    here = there / places
+    return model.solver.squeeze(seconds * here + sent, allowed, peaks, held * here + state, room)
+
+
+def _entering(model: Model, prices: Prices, group: int) -> Array:
+    """Bytes that one block of a class takes from other runs, by the strategy that makes them."""
+    sizes, table, bytes_ = model.sizes, model.table, np.zeros(len(model.places))
+    for flow in table.flows:
+        source = table.nodes[flow.source]
+        inside = flow.homes[0] == flow.users[0][0] or flow.users[0][0] < 0
+        if flow.several or inside or source.kind in ("parameter", "buffer"):
+            continue
+        if group in {table.group[u[0]] for u in flow.users}:
+            for option in range(len(source.options)):
+                four = sizes.four(source.values[flow.output], source.given(option, flow.output))
+                bytes_[sizes.first[flow.source] + option] += four @ prices.terms.basis
+    return bytes_
+
+
+def _sent(model: Model, prices: Prices, span: tuple[int, int], link: Link) -> Array:
+    """Seconds to send what a range of positions takes from others and gives to others, by the strategy that makes
+    it."""
+    sizes, table, seconds = model.sizes, model.table, np.zeros(len(model.places))
+    for flow in table.flows:
+        inside = [span[0] <= home < span[1] for home in flow.homes]
+        crossing = sum(
+            home >= 0 and any(p >= 0 and (span[0] <= p < span[1]) != here for p in users)
+            for home, users, here in zip(flow.homes, flow.users, inside, strict=True)
+        )
+        value = table.nodes[flow.source].values[flow.output]
+        for option in range(len(table.nodes[flow.source].options)) if crossing else ():
+            size = sizes.four(value, table.nodes[flow.source].given(option, flow.output)) @ prices.terms.basis
+            cost = (link.latency_seconds + float(size) / link.bandwidth) * (1 + value.grad)
+            seconds[sizes.first[flow.source] + option] += crossing * cost
+    return seconds
+
+
+def _one_by_one(model: Model, amounts: Array) -> Array:
+    """Rows of a peak: of every node its strategies, of every change itself."""
+    first, rows = model.sizes.first, []
+    for node in range(len(model.table.nodes)):
+        row = np.zeros(len(amounts))
+        row[first[node] : first[node + 1]] = amounts[first[node] : first[node + 1]]
+        rows.append(row)
+    for change in np.flatnonzero(amounts[first[-1] :]) + first[-1]:
+        row = np.zeros(len(amounts))
+        row[change] = amounts[change]
+        rows.append(row)
+    return np.array([row for row in rows if row.any()]).reshape(-1, len(amounts))
