@@ -165,17 +165,16 @@ class Solver:
 
     def _branch(self) -> tuple[Array, float, float]:
         """Solve with binary strategies."""
-        indices = np.arange(self.strategies, dtype=np.int32)
-        kinds = (highspy.HighsVarType.kInteger, highspy.HighsVarType.kContinuous)
-        integer, continuous = (np.full(self.strategies, k, dtype=object).tolist() for k in kinds)
-        for i, kind in zip(indices.tolist(), integer, strict=True):
-            self.highs.changeColIntegrality(i, kind)
+        self._integral(highspy.HighsVarType.kInteger)
         self.highs.run()
         info = self.highs.getInfo()
         found = np.array(self.highs.getSolution().col_value), info.objective_function_value, info.mip_dual_bound
-        for i, kind in zip(indices.tolist(), continuous, strict=True):
-            self.highs.changeColIntegrality(i, kind)
+        self._integral(highspy.HighsVarType.kContinuous)
         return found
+
+    def _integral(self, kind: highspy.HighsVarType) -> None:
+        indices = np.arange(self.strategies, dtype=np.int32)
+        self.highs.changeColsIntegrality(len(indices), indices, np.full(len(indices), int(kind), dtype=np.uint8))
 
     def _narrow(self, allowed: Mapping[int, Iterable[int]]) -> None:
         for node in self.narrowed:
