@@ -188,7 +188,7 @@ class Search:
         least = bound / self._passes(point)
         columns: dict[int, Array] = {}
         allowed = space.stages(point)
-        for price in [0.0, *self._price_list(point, ways[0])]:
+        for price in [NEVER, 0.0, *self._price_list(point, ways[0])]:
             for flights, f in space.least_columns(point, price).items():
                 columns[flights] = np.maximum(columns.get(flights, f), f)
             found = best_cut(_masked(columns, space, point, allowed), point.pp, m)
@@ -197,7 +197,7 @@ class Search:
             bound = max(bound, found.seconds, least + (m - 1) * found.largest)
             if bound >= self._time():
                 break
-            for modes in space.best_modes(point, price) if price else ():
+            for modes in space.best_modes(point, price) if 0.0 < price < NEVER else ():
                 solution = space.solve(point, price, modes)
                 if solution and all(solution.chosen != w.solution.chosen for w in ways):
                     ways.append(way_of(space, point, solution))

@@ -12,7 +12,10 @@ from autopart.errors import PartitionError
 from autopart.plan import bytes_text
 from autopart.request import Point
 from autopart.space import Space
-from autopart.ways import Way
+from autopart.ways import Way, way_of
+
+LOOKED_AT = 8
+"""Degrees, those that come closest, that are looked at closer."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,18 @@ class Shortage:
 
 
 def closest(space: Space, tried: Mapping[Point, Sequence[Way]]) -> Shortage | None:
-    """What the point that comes closest lacks; None where it is not memory that keeps all from being a plan."""
-    short = [_shortage(space, point, way) for point, ways in tried.items() for way in ways]
-    found = min((s for s in short if s), key=lambda s: s.bytes, default=None)
+    """What the point that comes closest lacks, in the splits that take least memory; None where it is not memory that
+    keeps all from being a plan."""
+    short = [s for point, ways in tried.items() for way in ways if (s := _shortage(space, point, way))]
+    near: dict[tuple[int, int, int], Point] = {}
+    for s in sorted(short, key=lambda s: s.bytes):
+        near.setdefault((s.point.pp, s.point.dp, s.point.tp), s.point)
+    for point in list(near.values())[:LOOKED_AT]:
+        for modes in space.best_modes(point, NEVER):
+            solution = space.solve(point, NEVER, modes)
+            found = _shortage(space, point, way_of(space, point, solution)) if solution else None
+            short += [found] if found else []
+    found = min(short, key=lambda s: s.bytes, default=None)
     return found if found and found.bytes > 0 else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from autopart.allowed import Options, both, modes_of, options_of, positions_of, stages_of
 from autopart.constraints import Cuts, check
 from autopart.cost import Training
+from autopart.cuts import NEVER
 from autopart.folded import Folded
 from autopart.mesh import Link, Mesh
 from autopart.passes.formulate import formulate
@@ -23,6 +25,9 @@ from autopart.schedules import SCHEDULES, in_flight
 from autopart.weigh import MODES, Array, Prices, Sizes, Terms, Weighed, weigh
 
 flights = lru_cache(maxsize=None)(in_flight)
+
+SLACK = 1e-6
+"""Relative error of a solver's bound on bytes."""
 
 Interface = tuple[Placements | None, ...]
 
@@ -288,25 +293,27 @@ class Space:
         return self.solved[key]
 
     def objective(self, point: Point, price: float, modes: Mapping[int, str]) -> Array:
-        """What `solve` minimises."""
+        """What `solve` minimises; at an endless price bytes alone."""
         costs = self.costs(point, modes)
-        return costs.seconds + price * (costs.kept + costs.state / self.in_flight(point, 0))
+        held = costs.kept + costs.state / self.in_flight(point, 0)
+        return held if price == NEVER else costs.seconds + price * held
 
     def least_columns(self, point: Point, price: float) -> dict[int, Array]:
         """For every number of micro-batches in flight, a bound below f[i, j] of all ranges, given their memory
-        (Lagrange): every class of runs in its best splits and its best mode of recompute, each for itself."""
+        (Lagrange): every class of runs in its best splits and its best mode of recompute, each for itself. At an
+        endless price of a byte, infinite for ranges that cannot fit, else 0."""
         model = self.model(point)
-        many = {g: model.table.group.count(g) for g in set(model.table.group)}
-        table, bounds = model.table, {}
-        kinds = zip(table.group, self.allowed_modes, strict=True)
-        for group, mode in sorted({(g, m) for g, modes in kinds for m in modes}):
+        table, many, bounds = model.table, Counter(model.table.group), {}
+        rows = list(zip(table.group, self.allowed_modes, strict=True))
+        for group, mode in sorted({(g, m) for g, modes in rows for m in modes}):
             bounds[group, mode] = self._least(point, price, group, mode) / many[group]
-        rows = zip(table.group, self.allowed_modes, strict=True)
         each = [min(bounds[group, mode] for mode in modes) for group, modes in rows]
         total = np.concatenate([[0.0], np.cumsum(each)])
         whole = total[None, :] - total[:, None]
-        whole[np.tril_indices(len(total))] = float("inf")
+        whole[np.tril_indices(len(total))] = NEVER
         numbers = {self.in_flight(point, stage) for stage in range(point.pp)}
+        if price == NEVER:
+            return {f: np.where(whole > self.limit / f * (1 + SLACK), NEVER, 0.0) for f in numbers}
         return {f: whole - (price / f * self.limit if price else 0.0) for f in numbers}
 
     def known_bound(self, point: Point) -> float:
