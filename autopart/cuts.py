@@ -8,13 +8,13 @@ over all paths is found by lowering T from the largest value that could still wi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autopart.weigh import MODES, Array, Weighed
+from autopart.weigh import MODES, Array, Crossings, Weighed
 
 NEVER = float("inf")
 
@@ -227,14 +227,7 @@ def ranges(
             entering = _has([p for p in item.positions if rerun[p]], n)
             kept, entered = kept + entering * item.entered, entered + (has & ~entering) * item.entered
         largest = np.maximum(largest, has * item.largest)
-    following = np.zeros(n + 1)
-    for crossings in found.crossings:
-        near = (crossings.users == crossings.homes + 1) & (not crossings.one)
-        np.add.at(following, crossings.users[near], crossings.seconds)
-        far = np.flatnonzero(~near)
-        for where in [far] if crossings.one else far[:, None]:
-            _send(seconds, int(crossings.homes[where[0]]), crossings.users[where].tolist(), crossings.seconds)
-    seconds += following[:, None] + following[None, :]
+    seconds += message_seconds(found.crossings, n)
     seconds[np.tril_indices(n + 1)] = NEVER
     classes: dict[tuple[int, bool, tuple[str, ...]], int] = {}
     kind = [classes.setdefault(key, len(classes)) for key in zip(group, block, allowed, strict=True)]
@@ -293,6 +286,18 @@ def _has(positions: Sequence[int], n: int) -> NDArray[np.bool_]:
     for p in sorted(positions, reverse=True):
         following[: p + 1] = p
     return following[:, None] < np.arange(n + 1)[None, :]
+
+
+def message_seconds(crossings: Iterable[Crossings], n: int) -> Array:
+    """What every range of n positions pays for what it takes from earlier ones and gives to later ones."""
+    seconds, following = np.zeros((n + 1, n + 1)), np.zeros(n + 1)
+    for values in crossings:
+        near = (values.users == values.homes + 1) & (not values.one)
+        np.add.at(following, values.users[near], values.seconds)
+        far = np.flatnonzero(~near)
+        for where in [far] if values.one else far[:, None]:
+            _send(seconds, int(values.homes[where[0]]), values.users[where].tolist(), values.seconds)
+    return seconds + following[:, None] + following[None, :]
 
 
 def _send(seconds: Array, home: int, users: Sequence[int], cost: float) -> None:

@@ -27,7 +27,7 @@ class Run:
     """Values from other runs, in order of first use."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Folded:
     """The graph in runs.
 

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopart.allowed import Options, both
+from autopart.bounds import Bounds
 from autopart.cuts import NEVER, best_cut
 from autopart.errors import PartitionError
 from autopart.plan import seconds_text
@@ -186,11 +187,10 @@ class Search:
         """Better bounds, and splits that take less memory."""
         space, ways, m = self.space, self.ways[point], self.space.micro_batches(point)
         least = bound / self._passes(point)
-        columns: dict[int, Array] = {}
-        allowed = space.stages(point)
-        for price in [NEVER, 0.0, *self._price_list(point, ways[0])]:
-            for flights, f in space.least_columns(point, price).items():
-                columns[flights] = np.maximum(columns.get(flights, f), f)
+        bounds, allowed = Bounds(space, point), space.stages(point)
+        for price in itertools.chain([NEVER, 0.0], self._price_list(point, ways[0])):
+            bounds.look(price)
+            columns = bounds.columns(self._most(point))
             found = best_cut(_masked(columns, space, point, allowed), point.pp, m)
             if found is None:
                 return
@@ -258,18 +258,18 @@ class Search:
                 return
             room -= lack
 
-    def _price_list(self, point: Point, way: Way) -> list[float]:
+    def _price_list(self, point: Point, way: Way) -> Iterator[float]:
         """A price of a byte that only tells splits of equal time apart, those at which blocks begin to be run again,
         and above; none where memory does not bind."""
         space = self.space
         held = {space.in_flight(point, stage): way.ranges.seconds for stage in range(point.pp)}
         free = best_cut(_masked(held, space, point, space.stages(point)), point.pp, space.micro_batches(point))
         if free and self.reached.get(point, NEVER) <= free.seconds * (1 + TOLERANCE):
-            return []
+            return
         ratios = sorted(s.seconds / s.bytes for group in way.ranges.savings.values() for s in group)
         ratios = ratios or [way.ranges.seconds[0, -1] / max(way.ranges.kept[0, -1], 1.0)]
         least = 1e-6 * way.ranges.seconds[0, -1] / max(way.ranges.kept[0, -1] + way.ranges.state[0, -1], 1.0)
-        return [min(least, ratios[0]), *ratios, *(ratios[-1] * factor for factor in (3, 30, 1000))]
+        yield from (min(least, ratios[0]), *ratios, *(ratios[-1] * factor for factor in (3, 30, 1000)))
 
     def _best(self, point: Point) -> Found | None:
         """The best plan of the ways known for a point."""
@@ -286,11 +286,14 @@ class Search:
             self.best = best
         return best
 
+    def _most(self, point: Point) -> float:
+        """Seconds of a micro-batch above which no stage is part of a better plan."""
+        m, total = self.space.micro_batches(point), self.ways[point][0].solution.bound
+        return (self._time() - total) / (m - 1) if m > 1 else self._time()
+
     def _stages(self, point: Point, ways: Sequence[Way]) -> Found | None:
         """The best cut where every stage takes any of some ways that agree on what passes between them."""
-        space, m = self.space, self.space.micro_batches(point)
-        total = ways[0].solution.bound
-        most = (self._time() - total) / (m - 1) if m > 1 else self._time()
+        space, m, most = self.space, self.space.micro_batches(point), self._most(point)
         numbers = {space.in_flight(point, stage) for stage in range(point.pp)}
         each = {f: [w.ranges.least(f, space.limit, space.modes, most) for w in ways] for f in numbers}
         held = {f: np.minimum.reduce(columns) for f, columns in each.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
@@ -25,9 +24,6 @@ from autopart.schedules import SCHEDULES, in_flight
 from autopart.weigh import MODES, Array, Prices, Sizes, Terms, Weighed, weigh
 
 flights = lru_cache(maxsize=None)(in_flight)
-
-SLACK = 1e-6
-"""Relative error of a solver's bound on bytes."""
 
 Interface = tuple[Placements | None, ...]
 
@@ -298,24 +294,6 @@ class Space:
         held = costs.kept + costs.state / self.in_flight(point, 0)
         return held if price == NEVER else costs.seconds + price * held
 
-    def least_columns(self, point: Point, price: float) -> dict[int, Array]:
-        """For every number of micro-batches in flight, a bound below f[i, j] of all ranges, given their memory
-        (Lagrange): every class of runs in its best splits and its best mode of recompute, each for itself. At an
-        endless price of a byte, infinite for ranges that cannot fit, else 0."""
-        model = self.model(point)
-        table, many, bounds = model.table, Counter(model.table.group), {}
-        rows = list(zip(table.group, self.allowed_modes, strict=True))
-        for group, mode in sorted({(g, m) for g, modes in rows for m in modes}):
-            bounds[group, mode] = self._least(point, price, group, mode) / many[group]
-        each = [min(bounds[group, mode] for mode in modes) for group, modes in rows]
-        total = np.concatenate([[0.0], np.cumsum(each)])
-        whole = total[None, :] - total[:, None]
-        whole[np.tril_indices(len(total))] = NEVER
-        numbers = {self.in_flight(point, stage) for stage in range(point.pp)}
-        if price == NEVER:
-            return {f: np.where(whole > self.limit / f * (1 + SLACK), NEVER, 0.0) for f in numbers}
-        return {f: whole - (price / f * self.limit if price else 0.0) for f in numbers}
-
     def known_bound(self, point: Point) -> float:
         """The least time of any splits, where it is known already: no constraint makes it less."""
         known = self.solved.get((point, 0.0, (), ()))
@@ -325,10 +303,10 @@ class Space:
         """What blocks may do at a price of a byte: all the same, and each class what costs it least."""
         blocks = self.model(point).blocks
         alike = [dict.fromkeys(blocks, mode) for mode in self.modes]
-        best = {g: min(self.modes, key=partial(self._least, point, price, g)) for g in blocks}
+        best = {g: min(self.modes, key=partial(self.least, point, price, g)) for g in blocks}
         return alike if best in alike else [best, *alike]
 
-    def _least(self, point: Point, price: float, group: int, mode: str) -> float:
+    def least(self, point: Point, price: float, group: int, mode: str) -> float:
         """A bound below what a class of runs costs where its blocks do as `mode` says."""
         options = self.options(point)
         key = point, price, group, mode, tuple(options.items())

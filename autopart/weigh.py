@@ -7,7 +7,7 @@ the four factors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -356,27 +356,46 @@ def _weigh_flow(
     def held(placed: Placements) -> float:
         return float(sizes.four(value, placed) @ prices.terms.basis)
 
-    def seconds(size: float) -> float:
-        return (link.latency_seconds + size / link.bandwidth) * (1 + value.grad) if link is not None else 0.0
+    if flow.several:
+        for home, spots in zip(flow.homes, flow.spots, strict=True):
+            for placed in dict.fromkeys(wants[use] for use in spots):
+                taking = {p for use, where in spots.items() if wants[use] == placed for p in where}
+                enters = tuple(sorted(p for p in taking if p not in (home, -1) and table.block[p]))
+                if enters:
+                    found.items.append(Item(enters, entered=held(placed)))
+    else:
+        blocks = outside & np.array(table.block)[users]
+        np.add.at(found.entered, users[blocks], held(wants[flow.uses[0]] if summed else have))
+    taken = next(wants[use] for use, inside in zip(flow.uses, flow.inside, strict=True) if not inside)
+    found.crossings += _crossings(flow, held(taken if summed else have), value.grad, link)
 
+
+def _crossings(flow: Flow, size: float, grad: bool, link: Link | None) -> Iterator[Crossings]:
+    """Where a value of a size crosses cuts."""
+    seconds = (link.latency_seconds + size / link.bandwidth) * (1 + grad) if link is not None else 0.0
     if not flow.several:
-        size = held(wants[flow.uses[0]] if summed else have)
-        np.add.at(found.entered, users[outside & np.array(table.block)[users]], size)
-        made = outside & (homes >= 0)
-        found.crossings.append(Crossings(homes[made], users[made], size, seconds(size)))
+        homes, users = np.array(flow.homes), np.array([u[0] for u in flow.users])
+        away = (users != homes) & (users >= 0) & (homes >= 0)
+        yield Crossings(homes[away], users[away], size, seconds)
         return
-    for home, spots in zip(flow.homes, flow.spots, strict=True):
-        away = {use: [p for p in where if p not in (home, -1)] for use, where in spots.items()}
-        takers = {use: where for use, where in away.items() if where}
-        for placed in dict.fromkeys(wants[use] for use in takers):
-            taking = {p for use, where in takers.items() if wants[use] == placed for p in where}
-            enters = tuple(sorted(p for p in taking if table.block[p]))
-            if enters:
-                found.items.append(Item(enters, entered=held(placed)))
-        if takers and home >= 0:
-            size = held(wants[next(iter(takers))] if summed else have)
-            everyone = np.array(sorted({p for where in takers.values() for p in where}))
-            found.crossings.append(Crossings(np.full(len(everyone), home), everyone, size, seconds(size), True))
+    for home, at in zip(flow.homes, flow.users, strict=True):
+        taking = np.array(sorted(set(at) - {home, -1}), dtype=int)
+        if len(taking) and home >= 0:
+            yield Crossings(np.full(len(taking), home), taking, size, seconds, True)
+
+
+def least_crossings(prices: Prices, link: Link | None) -> list[Crossings]:
+    """Where values cross cuts, each in the fewest bytes of any placement."""
+    table, found = prices.sizes.table, list[Crossings]()
+    for flow in table.flows:
+        source = table.nodes[flow.source]
+        if source.kind in ("parameter", "buffer") or all(flow.inside):
+            continue
+        value = source.values[flow.output]
+        placements = {placed for chain in flow.chains for placed in chain}
+        least = min(float(prices.sizes.four(value, p) @ prices.terms.basis) for p in placements)
+        found += _crossings(flow, least, value.grad, link)
+    return found
 
 
 def _weigh_keep(found: Weighed, prices: Prices, chosen: Sequence[int], index: int, keep: Keep) -> None:

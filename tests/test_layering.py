@@ -31,6 +31,7 @@ LAYERS = (
     {
         "folded",
         "problem",
+        "places",
         "weigh",
         "cuts",
         "stages",
@@ -45,7 +46,7 @@ LAYERS = (
     {"exporting", "instead"},
     {"plan"},
     {"passes"},
-    {"request", "space", "squeeze", "ways", "shortage", "report", "planner", "advice", "exports"},
+    {"request", "space", "squeeze", "bounds", "ways", "shortage", "report", "planner", "advice", "exports"},
     {"compile", "runtime"},
     {"check", "certify", "meshes", "explain", "reprice"},
     {"models", "cli", "__init__", "__main__"},

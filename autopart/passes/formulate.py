@@ -10,8 +10,8 @@ One binary x[v, s] for each node v of a class of equal blocks and each of its st
     (4)  k[m, p] >= x of every strategy that keeps the memory m in placement p: what is kept is held once
     (5)  minimise  sum x * seconds + sum c * change seconds + price of a byte * (sum x * state + sum k * kept)
 
-`dp` splits samples wherever an operator's rule allows it; `tp` any other letter. This file lists nodes, strategies,
-flows and kept memory; `weigh` prices them and `solve` writes the equations.
+`dp` splits samples wherever an operator's rule allows it; `tp` any other letter. This file lists nodes, strategies
+and changes of placement; `weigh` prices them and `solve` writes the equations.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 from torch import fx
 
 from autopart.cost import again_of, rate_of
 from autopart.errors import PartitionError
-from autopart.fingerprint import is_own
 from autopart.folded import Folded
-from autopart.graph import Info, info, is_pick, loss_of, operands, shape_args, updates_of, value_of
+from autopart.graph import Info, info, operands, shape_args, value_of
 from autopart.mesh import Device
 from autopart.notation import C, Placement, R, S, splits
-from autopart.problem import Flow, Keep, Node, Placements, Table, Value
+from autopart.places import Write, places_of
+from autopart.problem import Flow, Node, Placements, Table, Value
 from autopart.relayout import possible, steps
 from autopart.rules import Strategy, is_contraction, strategies
 
@@ -47,73 +47,37 @@ def formulate(folded: Folded, device: Device, tp: int, forced: bool = False) -> 
     return _Builder(folded, device, axes, tp, forced).table()
 
 
-@dataclass(frozen=True)
-class _Use:
-    """One use of a value at one place: by `node` (its index) as `operand`, at a position. In no run (-1) it is `by` an
-    operator that stages run for themselves, or to write a buffer of the module at the position `written`."""
-
-    node: int
-    operand: int
-    position: int
-    by: fx.Node | None = None
-    written: int = -1
-
-
-Used = dict[tuple[fx.Node, int, int, str], list[_Use]]
-"""(node, output, position that makes it, what tells its places apart) -> its uses."""
-
-
 class _Builder:
-    """Collects nodes, flows and kept memory; holds who is who."""
+    """Writes nodes with their strategies, and flows with the changes between them."""
 
     def __init__(self, folded: Folded, device: Device, axes: tuple[str, ...], tp: int, forced: bool) -> None:
         self.folded, self.device, self.axes, self.tp, self.forced = folded, device, axes, tp, forced
-        self.reps = folded.representatives()
-        self.index = {node: i for i, node in enumerate(self.reps)}
+        self.places = places_of(folded)
         self.run_of = folded.run_of()
-        self.last = {run: position for position, run in enumerate(folded.sequence)}
-        self.region = _regions(folded.sequence)
-        self.readers: dict[fx.Node, set[int]] = defaultdict(set)
-        """Runs that read a value of a node; -1 for what is in none."""
-        for node in folded.traced.graph.nodes:
-            if node.op == "call_function" and not is_pick(node):
-                for source in node.all_input_nodes:
-                    self.readers[value_of(source)[0]].add(self.run_of.get(node, -1))
         self.nodes: list[Node] = []
-        self.flows: dict[object, Flow] = {}
-        self.needed: dict[fx.Node, set[int]] = {}
-        self.places: dict[fx.Node, set[int]] = defaultdict(set)
-        """Positions for which stages make a value themselves, besides those that read it."""
-        self.writes: dict[int, list[int]] = defaultdict(list)
-        """Update of a buffer by such a value -> the position of its module, for each of its class."""
 
     def table(self) -> Table:
-        folded, graph = self.folded, self.folded.traced.graph
-        hints = _hints(folded, self.reps, self.tp)
-        self.nodes = [self._node(node, hints) for node in self.reps]
+        folded, places = self.folded, self.places
+        hints = _hints(folded, places.nodes, self.tp)
+        self.nodes = [self._node(node, hints) for node in places.nodes]
         if self.forced and self.tp > 1:
             self._check_splits()
-        used = self._used()
-        updates = self._updates(used)
-        self.needed = self._needed(used)
-        for (source, output, home, _), uses in used.items():
-            self._flow(source, output, home, uses)
-        self._end(loss_of(graph))
-        tied = [[self.index[n] for n in self.reps if info(n).kind == "input"], *updates]
-        for flow in self.flows.values():
-            self._chains(flow)
+        self.nodes += [self._write(write) for write in places.writes]
+        self.nodes.append(Node(END, "end", [(Strategy("R", (R,), ()),) * len(self.axes)], []))
+        inputs = [i for i, n in enumerate(places.nodes) if info(n).kind == "input"]
+        written = [[write.buffer, len(places.nodes) + i] for i, write in enumerate(places.writes)]
         return Table(
             axes=self.axes,
             tp=self.tp,
             nodes=self.nodes,
-            flows=list(self.flows.values()),
-            keeps=self._keeps(),
+            flows=[self._chains(replace(flow, chains={})) for flow in places.flows],
+            keeps=places.keeps,
             labels=folded.labels,
             group=tuple(folded.runs[r].kind for r in folded.sequence),
             block=tuple(label.rpartition(".")[2].isdigit() for label in folded.labels),
-            state=self._state(),
-            shared=self._shared(),
-            tied=[group for group in tied if len(group) > 1],
+            state=places.state,
+            shared=places.shared,
+            tied=[tied for tied in (inputs, *written) if len(tied) > 1],
         )
 
     def _node(self, node: fx.Node, hints: Hints) -> Node:
@@ -141,10 +105,10 @@ class _Builder:
 
     def _check_splits(self) -> None:
         """Raise PartitionError where an axis that was asked for would leave every product whole."""
-        products = [i for i, n in enumerate(self.reps) if is_contraction(info(n).name)]
+        products = [i for i, n in enumerate(self.places.nodes) if is_contraction(info(n).name)]
         if not products or any(option[1].shards_work for i in products for option in self.nodes[i].options):
             return
-        taken = [info(n) for i in products for n in self.reps[i].all_input_nodes]
+        taken = [info(n) for i in products for n in self.places.nodes[i].all_input_nodes]
         sizes = sorted({s for r in taken for dim, s in enumerate(r.shape) if s > 1 and dim != r.batch})
         fits = [d for d in range(2, 65) if sum(s % d == 0 for s in sizes) > 1]
         raise PartitionError(
@@ -158,7 +122,7 @@ class _Builder:
         if argument is None:
             return None
         source, output = value_of(argument)
-        return self.index[self.folded.same[source]], output
+        return self.places.index[self.folded.same[source]], output
 
     def _options(self, node: fx.Node, hints: Hints) -> list[tuple[Strategy, ...]]:
         """The strategies along every axis that go together: no dim of a tensor is split twice."""
@@ -166,91 +130,15 @@ class _Builder:
         along = [_samples(node) if axis == "dp" else _letters(node, self.tp, wanted, self.forced) for axis in self.axes]
         return [pair for pair in itertools.product(*along) if not _collide(pair)]
 
-    def _position(self, source: fx.Node, run: int, position: int) -> int:
-        """Where the value that a node of `run` reads at `position` is made; -1 for what stages make for themselves."""
-        made = self.run_of.get(source)
-        if made is None:
-            return -1
-        first = self.region.get(run)
-        return position - (run - made) if first is not None and made >= first else self.last[made]
-
-    def _name(self, source: fx.Node, position: int) -> str:
-        """What tells apart the places of a value that is made in no run: a parameter's name there, or where a block
-        alone has it; "" for all others."""
-        if position < 0 or source in self.run_of:
-            return ""
-        if info(source).kind == "parameter":
-            return self.folded.parameter_at(position, source)
-        run = self.folded.sequence[position]
-        own = is_own(source, self.folded.runs[run].label) and self.readers[source] == {run}
-        return str(position) if own else ""
-
-    def _used(self) -> Used:
-        """Every value at every place, with its uses."""
-        used: Used = defaultdict(list)
-        places = [(n, run, p) for p, run in enumerate(self.folded.sequence) for n in self.folded.runs[run].nodes]
-        for node, run, position in [*places, *((n, -1, -1) for n in self.folded.free)]:
-            for operand, argument in enumerate(operands(node)) if not is_pick(node) else ():
-                if argument is not None:
-                    source, output = value_of(argument)
-                    key = source, output, self._position(source, run, position), self._name(source, position)
-                    used[key].append(_Use(self.index[self.folded.same[node]], operand, position, node))
-        return used
-
-    def _flow(self, source: fx.Node, output: int, home: int, uses: Sequence[_Use]) -> None:
-        index = self.index[self.folded.same[source]]
-        inside = tuple(u.position == home for u in uses)
-        several = len({u.position for u in uses}) > 1
-        pairs = tuple((u.node, u.operand) for u in uses)
-        flow = self.flows.setdefault((index, output, pairs, inside, several), Flow(index, output, pairs, inside))
-        flow.homes.append(home)
-        flow.users.append(tuple(u.position for u in uses))
-        flow.needs.append(tuple(self._needs(u) for u in uses))
-
-    def _needs(self, use: _Use) -> tuple[int, ...]:
-        """The positions that need what a use makes."""
-        if use.position >= 0:
-            return (use.position,)
-        return tuple(sorted(self.needed[use.by])) if use.by is not None else (use.written,)
-
-    def _end(self, loss: fx.Node) -> None:
-        """A pseudo-node that takes the loss whole."""
-        source, output = value_of(loss)
-        home = self.last[self.run_of[source]]
-        whole = (Strategy("R", (R,), ()),) * len(self.axes)
-        self._flow(source, output, home, [_Use(len(self.nodes), 0, home)])
-        self.nodes.append(Node(END, "end", [whole], []))
-
-    def _updates(self, used: Used) -> list[list[int]]:
-        """Pseudo-operators that write buffers' new values, one for each class of them, each in the placement of its
-        buffer: the nodes that take the same option."""
-        buffers = {info(n).name: n for n in self.folded.same if info(n).kind == "buffer"}
-        modules = {info(n).module: self.last[run] for n, run in self.run_of.items()}
-        known: dict[tuple[int, int, int], int] = {}
-        for name, node in updates_of(self.folded.traced).items():
-            source, output = value_of(node)
-            buffer, run = self.index[self.folded.same[buffers[name]]], self.run_of.get(source)
-            taken = self.index[self.folded.same[source]], output
-            if (buffer, *taken) not in known:
-                known[buffer, *taken] = len(self.nodes)
-                self._update(buffer, taken, -1 if run is None else self.folded.runs[run].kind)
-            home, module = -1 if run is None else self.last[run], modules.get(name.rpartition(".")[0], 0)
-            use = _Use(known[buffer, *taken], 1, home, written=module)
-            others = used.get((source, output, home, ""), [])
-            alone = home < 0 or any(u.position != home for u in others)
-            used[source, output, home, name if alone else ""].append(use)
-            if run is None:
-                self.places[source].add(module)
-                self.writes[use.node].append(module)
-        return [[buffer, update] for (buffer, *_), update in known.items()]
-
-    def _update(self, buffer: int, taken: tuple[int, int], group: int) -> None:
-        known = self.nodes[buffer]
+    def _write(self, write: Write) -> Node:
+        """A pseudo-operator that writes the new value of buffers, in the placement of its buffer."""
+        known = self.nodes[write.buffer]
         options = [tuple(Strategy(s.name, s.outputs * 2, s.outputs) for s in option) for option in known.options]
-        reads: list[tuple[int, int] | None] = [(buffer, 0), taken]
-        self.nodes.append(Node(f"{known.key}/update", "op", options, known.values, reads, [0, 1], group=group))
+        reads: list[tuple[int, int] | None] = [(write.buffer, 0), write.taken]
+        return Node(f"{known.key}/update", "op", options, known.values, reads, [0, 1], group=write.group)
 
-    def _chains(self, flow: Flow) -> None:
+    def _chains(self, flow: Flow) -> Flow:
+        """Fill in the changes of placement that are possible."""
         source = self.nodes[flow.source]
         grad = source.values[flow.output].grad
         haves = {source.given(o, flow.output): None for o in range(len(source.options))}
@@ -262,6 +150,7 @@ class _Builder:
                         flow.chains[have, want] = tuple(steps(have, want, grad))
         if len(flow.uses) == 1 and flow.inside == (True,):
             self._let_through(flow)
+        return flow
 
     def _let_through(self, flow: Flow) -> None:
         """Leave out changes before a view of the same size that can take the value as it is made: the same change
@@ -277,78 +166,12 @@ class _Builder:
             if have == want or have not in out or not _alike(out[have], out[want], have, want)
         }
 
-    def _keeps(self) -> list[Keep]:
-        """Who keeps whose memory, at every place."""
-        by_name = {n.name: n for n in self.folded.traced.graph.nodes}
-        kept: dict[tuple[str, int], list[_Use]] = defaultdict(list)
-        for position, run in enumerate(self.folded.sequence):
-            for node in self.folded.runs[run].nodes:
-                for root in () if is_pick(node) else info(node).keeps:
-                    through = [i for i, n in enumerate(operands(node)) if n is not None and info(n).root == root]
-                    operand = -1 if root == node.name else next(iter(through), -2)
-                    home = self._position(by_name[root], run, position)
-                    kept[root, home].append(_Use(self.index[self.folded.same[node]], operand, position))
-        keeps: dict[object, Keep] = {}
-        for (root, _), uses in kept.items():
-            keepers = tuple((u.node, u.operand) for u in uses)
-            several = len({u.position for u in uses}) > 1
-            rep = self.index[self.folded.same[value_of(by_name[root])[0]]]
-            keep = keeps.setdefault((rep, keepers, several), Keep(rep, keepers))
-            keep.places.append(tuple(u.position for u in uses))
-        return list(keeps.values())
-
-    def _state(self) -> dict[int, list[tuple[int, ...]]]:
-        """Parameters: the positions that hold each, by name."""
-        where: dict[tuple[int, str], dict[int, None]] = defaultdict(dict)
-        for position, run in enumerate(self.folded.sequence):
-            for node in self.folded.runs[run].nodes:
-                for parameter in node.all_input_nodes:
-                    if info(parameter).kind == "parameter":
-                        name = self._name(parameter, position)
-                        where[self.index[self.folded.same[parameter]], name][position] = None
-        state: dict[int, list[tuple[int, ...]]] = defaultdict(list)
-        for (index, _), positions in where.items():
-            state[index].append(tuple(positions))
-        return dict(state)
-
-    def _needed(self, used: Used) -> dict[fx.Node, set[int]]:
-        """The positions that need what a stage computes for itself, at second hand too."""
-        needed: dict[fx.Node, set[int]] = defaultdict(set)
-        for source, positions in self.places.items():
-            needed[source] |= positions
-        for (source, _, home, _), uses in used.items():
-            if home == -1:
-                needed[source] |= {u.position for u in uses if u.position >= 0}
-        for node in reversed(self.folded.free):
-            for source in node.all_input_nodes:
-                needed[value_of(source)[0]] |= needed[value_of(node)[0]]
-        return needed
-
-    def _shared(self) -> dict[int, list[tuple[int, ...]]]:
-        """Nodes that every stage computes for itself, with the positions that need them."""
-        shared: dict[int, list[tuple[int, ...]]] = defaultdict(list)
-        for node in self.folded.free:
-            if not is_pick(node):
-                shared[self.index[self.folded.same[node]]].append(tuple(sorted(self.needed[node])))
-        for update, places in self.writes.items():
-            shared[update] += [(p,) for p in places]
-        return dict(shared)
-
 
 def _alike(have: Placements, want: Placements, before: Placements, after: Placements) -> bool:
     """Whether a change behind a view is the change before it."""
     kinds = [tuple(p.kind for p in placed) for placed in (have, want, before, after)]
     parted = any(p.parts for placed in (have, want, before, after) for p in placed)
     return kinds[0] == kinds[2] and kinds[1] == kinds[3] and not parted and all(map(possible, have, want))
-
-
-def _regions(sequence: Sequence[int]) -> dict[int, int]:
-    """Run that stands at several positions -> the first run of the traced blocks it continues."""
-    regions: dict[int, int] = {}
-    for here, following in itertools.pairwise(sequence):
-        if following <= here:
-            regions |= dict.fromkeys(range(following, here + 1), following - (here + 1 - following))
-    return regions
 
 
 def _firsts(arguments: Sequence[fx.Node | None]) -> list[int]:

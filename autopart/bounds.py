@@ -1,0 +1,112 @@
+"""Bounds below the time of every range of positions under its memory, whatever its splits and its recompute.
+
+A byte is given a price (Lagrange): at any price, seconds + price * (bytes - limit) of the best splits is below the time
+of every plan that fits. Every class of runs is taken for itself, so that a range's bound depends on nothing but how
+many runs of each kind it has, and on what it must take and give. How many of them do as each of MODES says is a whole
+number: where there are few ways to give it, all are listed, and a range's bound is the least over them, each at its
+best price.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from autopart.cuts import NEVER, message_seconds
+from autopart.request import Point
+from autopart.space import Space
+from autopart.weigh import Array, least_crossings
+
+LISTED = 400
+"""Ways to give the blocks of a range their modes, above which they are not listed."""
+
+SLACK = 1e-6
+"""Relative error of a solver's bound on bytes."""
+
+
+class Bounds:
+    """The bounds of one point, better with every price that is looked at.
+
+    kinds   of position: the class of a run, and what it may do of MODES
+    counts  how many of each kind a range has, once for all ranges that are alike;  alike: [i, j] -> the row of `counts`
+    terms   for every price the bound of one run of each kind in each of its modes, in a row;  bytes: the same of bytes
+    """
+
+    def __init__(self, space: Space, point: Point) -> None:
+        self.space, self.point = space, point
+        group = space.model(point).table.group
+        rows = list(zip(group, space.allowed_modes, strict=True))
+        self.kinds, self.many = sorted(set(rows)), Counter(group)
+        stands = np.array([[row == kind for kind in self.kinds] for row in rows], dtype=np.int64)
+        total = np.concatenate([np.zeros((1, len(self.kinds)), dtype=np.int64), np.cumsum(stands, axis=0)])
+        self.ranges = np.triu_indices(len(total), 1)
+        every = total[self.ranges[1]] - total[self.ranges[0]]
+        self.counts, self.alike = np.unique(every, axis=0, return_inverse=True)
+        self.size = len(total)
+        self.flights = np.array(sorted({space.in_flight(point, stage) for stage in range(point.pp)}))
+        self.first = np.cumsum([0, *(len(modes) for _, modes in self.kinds)])[:-1]
+        crossings = least_crossings(space.priced(point), space.between_stages(point))
+        self.messages = message_seconds(crossings, len(rows))[self.ranges]
+        self.prices: list[float] = []
+        self.terms: list[Array] = []
+        self.bytes = np.zeros(sum(len(modes) for _, modes in self.kinds))
+
+    def look(self, price: float) -> None:
+        """Look at a price of a byte, in seconds; at an endless one at bytes alone."""
+        space, point = self.space, self.point
+        terms = [space.least(point, price, group, m) / self.many[group] for group, modes in self.kinds for m in modes]
+        if price == NEVER:
+            self.bytes = np.array(terms)
+        else:
+            self.prices.append(price)
+            self.terms.append(np.array(terms))
+
+    def columns(self, most: float) -> dict[int, Array]:
+        """For every number of micro-batches in flight a bound below f[i, j] of all ranges; infinite where it is above
+        `most`, or where a range cannot fit."""
+        best = [np.minimum.reduceat(terms, self.first) for terms in (self.bytes, *self.terms)]
+        bounds = self._bounds(*(self.counts @ least for least in best))
+        for row in np.flatnonzero((bounds <= most).any(0)).tolist():
+            counts = tuple(zip(self.counts[row].tolist(), (len(modes) for _, modes in self.kinds), strict=True))
+            if _many(counts) <= LISTED:
+                listed = _listed(counts)
+                bounds[:, row] = self._bounds(*(listed @ terms for terms in (self.bytes, *self.terms))).min(1)
+        columns = {}
+        for flights, bound in zip(self.flights.tolist(), bounds, strict=True):
+            found = bound[self.alike] + self.messages
+            columns[flights] = np.full((self.size, self.size), NEVER)
+            columns[flights][self.ranges] = np.where(found <= most, found, NEVER)
+        return columns
+
+    def _bounds(self, held: Array, *seconds: Array) -> Array:
+        """[flights, ways]: the best bound of any price for ways that take so many bytes and cost so much at each."""
+        limit = self.space.limit / self.flights[:, None]
+        best = np.zeros((len(self.flights), len(held)))
+        for price, each in zip(self.prices, seconds, strict=True):
+            best = np.maximum(best, each - (price * limit if price else 0.0))
+        return np.where(held <= limit * (1 + SLACK), best, NEVER)
+
+
+Counts = tuple[tuple[int, int], ...]
+"""Of every kind: how many there are, and how many modes each of them may take."""
+
+
+def _many(counts: Counts) -> int:
+    """How many ways there are to give all their modes."""
+    return math.prod(math.comb(count + modes - 1, modes - 1) for count, modes in counts)
+
+
+@lru_cache(maxsize=4096)
+def _listed(counts: Counts) -> Array:
+    """All ways to give every run its mode: how many of each kind take each mode."""
+
+    def of(count: int, modes: int) -> Sequence[tuple[int, ...]]:
+        bars = itertools.combinations(range(count + modes - 1), modes - 1)
+        return [tuple(b - a - 1 for a, b in itertools.pairwise((-1, *bar, count + modes - 1))) for bar in bars]
+
+    return np.array([sum(way, ()) for way in itertools.product(*(of(*kind) for kind in counts))], dtype=float)
