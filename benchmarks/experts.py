@@ -37,9 +37,6 @@ FILES = ("megatron_sc21_table1_a100.csv", "torchtitan_llama3.csv")
 SLOW = 20.0
 """Seconds of one search above which a row is named slow."""
 
-LONGEST = 65536
-"""Tokens of a sequence above which a row is left out: tracing computes the causal mask whole, a byte for each pair."""
-
 EQUAL = 1e-6
 """Relative difference of two predictions that are the same."""
 
@@ -127,15 +124,13 @@ def expert_of(row: Row, name: str) -> Expert:
     tp, pp, dp, cp = (int(row[k] or 1) for k in ("tp", "pp", "dp", "cp"))
     size = model_of(row["model"])
     forced = {"pp": pp, "dp": dp, "tp": tp * cp, "zero": int(row["zero"] or 0), "recompute": recompute_of(row)}
-    fills, length = pp * dp * tp * cp == count, int(row["seq_len"])
+    fills = pp * dp * tp * cp == count
     skipped = "" if fills else f"pp {pp} x dp {dp} x tp {tp} x cp {cp} is not {count} devices"
-    if length > LONGEST:
-        skipped = f"{length} tokens: their causal mask of {length**2 / 2**30:.0f} GiB would be computed while tracing"
     micro = int("".join(c for c in row["micro_batch"].split("(")[0] if c.isdigit()) or 1)
     return Expert(
         name=name,
         model=size,
-        sequence=length,
+        sequence=int(row["seq_len"]),
         mesh=f"{count // per_host}x{per_host}:{device}",
         global_batch=int(row["global_batch"]),
         forced=forced,

@@ -27,6 +27,7 @@ LAYERS = (
         "fingerprint",
         "shortened",
         "collector",
+        "constants",
     },
     {
         "folded",

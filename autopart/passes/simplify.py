@@ -8,19 +8,17 @@ all-true one is dropped, a causal one becomes `is_causal=True`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
+from autopart.constants import Constants
 from autopart.experts import expert_linear
 from autopart.graph import Traced, call_args, calls, info, loss_of, new_call
-from autopart.rules import RULES
 
 aten = torch.ops.aten
-LARGEST_MASK = 2**28
-"""Elements: larger masks are not looked at."""
 
 
 def simplify(traced: Traced) -> Traced:
@@ -72,85 +70,6 @@ def _rewrite(
     if changed:
         graph.eliminate_dead_code()
     return changed
-
-
-class Constants:
-    """Values of nodes that depend on shapes and buffers alone, computed when asked for."""
-
-    def __init__(self, buffers: Mapping[str, torch.Tensor | None]) -> None:
-        self.buffers = buffers
-        self.known: dict[fx.Node, torch.Tensor | None] = {}
-        self.patterns: dict[fx.Node, str] = {}
-
-    def value(self, node: fx.Node) -> torch.Tensor | None:
-        """The node's value, or None where it depends on data or is too large."""
-        if node not in self.known:
-            self.known[node] = self._compute(node)
-        return self.known[node]
-
-    def pattern(self, node: fx.Node) -> str:
-        """Of a mask: "all" where it is true everywhere, "causal" where it is lower-triangular, "" where it is another
-        or not known."""
-        if node not in self.patterns:
-            values = self.value(node) if info(node).dtype == torch.bool else None
-            self.patterns[node] = "" if values is None else _pattern(collapse(values))
-        return self.patterns[node]
-
-    def _compute(self, node: fx.Node) -> torch.Tensor | None:
-        record = info(node)
-        if record.kind == "buffer":
-            value = self.buffers.get(record.name)
-            return value if value is None else value.cpu()
-        if record.kind != "op" or len(record.shapes) > 1 or record.dtype.is_floating_point:
-            return None
-        values = {n: self.value(n) for n in node.all_input_nodes}
-        if any(v is None for v in values.values()):
-            return None
-        rule = RULES.get(record.name)
-        pointwise = rule is not None and rule.row in ("... -> ...", "..., ... -> ...")
-        if pointwise:
-            values = {n: collapse(v) for n, v in values.items() if v is not None}
-        if not pointwise and torch.Size(record.shape).numel() > LARGEST_MASK:
-            return None
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-        result: torch.Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
-        return _repeat(result).expand(record.shape)
-
-
-def collapse(values: torch.Tensor) -> torch.Tensor:
-    """One element of every dim along which the tensor only repeats itself in memory."""
-    for dim, stride in enumerate(values.stride()):
-        if stride == 0:
-            values = values.narrow(dim, 0, min(1, values.shape[dim]))
-    return values
-
-
-def _pattern(mask: torch.Tensor) -> str:
-    """`Constants.pattern` of a mask that is not empty; its corners tell most others apart at once."""
-    if not mask.numel():
-        return "all"
-    if mask.dim() < 2 or mask[..., 0, -1].all():
-        return "all" if bool(mask.all()) else ""
-    rows, columns = mask.shape[-2:]
-    if rows != columns or mask[..., 0, -1].any() or not mask[..., -1, 0].all():
-        return ""
-    places = torch.arange(rows)
-    for some in places.split(256):
-        strip = mask[..., some[0] : some[-1] + 1, :]
-        if not torch.equal(strip, (places <= some[:, None]).expand_as(strip)):
-            return ""
-    return "causal"
-
-
-def _repeat(values: torch.Tensor) -> torch.Tensor:
-    """A small tensor with the dims along which all elements are equal reduced to one element."""
-    if not 0 < values.numel() <= 2**22:
-        return values
-    for dim, size in enumerate(values.shape):
-        first = values.narrow(dim, 0, 1)
-        if size > 1 and torch.equal(values, first.expand_as(values)):
-            values = first
-    return values
 
 
 def _positional(node: fx.Node) -> None:
@@ -362,10 +281,7 @@ def _true_conditions(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx
     for condition, kept in pairs:
         if not isinstance(condition, fx.Node) or not isinstance(kept, fx.Node):
             continue
-        values = constants.value(condition)
-        if values is None or values.dtype != torch.bool or not bool(collapse(values).all()):
-            continue
-        if info(kept).dtype == info(node).dtype:
+        if constants.pattern(condition) == "all" and info(kept).dtype == info(node).dtype:
             return new_call(graph, aten.expand.default, (kept, list(info(node).shape)), node)
     return None
 
