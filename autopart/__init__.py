@@ -5,7 +5,7 @@ from autopart.check import Check, check
 from autopart.compile import Simulated, compile, estimate, plan, simulate
 from autopart.errors import PartitionError
 from autopart.explain import Explanation, explain
-from autopart.mesh import Mesh
+from autopart.mesh import Mesh, load_hardware
 from autopart.meshes import MeshChoice, search_mesh
 from autopart.plan import Estimate, Plan
 from autopart.reprice import reprice
@@ -26,6 +26,7 @@ __all__ = [
     "compile",
     "estimate",
     "explain",
+    "load_hardware",
     "plan",
     "reprice",
     "search_mesh",

@@ -9,7 +9,8 @@ from itertools import islice
 from autopart.cost import OPTIMIZER_STATES
 from autopart.errors import PartitionError
 from autopart.folded import Folded
-from autopart.mesh import DEVICES, INTER, LINKS, Mesh
+from autopart.hardware import DEVICES
+from autopart.mesh import Mesh
 from autopart.planner import Search, silent
 from autopart.request import Request, divisors
 from autopart.space import Space
@@ -70,15 +71,16 @@ def _changes(space: Space) -> Iterator[Try]:
 
 
 def _machines(mesh: Mesh, request: Request) -> Iterator[Try]:
-    """Larger meshes of the same devices, with the degrees left open but for what is asked for, and larger devices."""
+    """Larger meshes of the same devices, with the degrees left open but for what is asked for, and
+    larger devices, the first in the table of each size."""
     open_ = replace(request, dp=None) if request.pp and request.tp and request.dp else request
     for times in (2, 4, 8):
         inside = mesh.hosts == 1 and mesh.devices_per_host * times <= 8
         name = "devices_per_host" if inside else "hosts"
         more = replace(mesh, **{name: getattr(mesh, name) * times})
         yield f"{more.size} devices ({more})", more, open_
-    larger = [d for d in DEVICES.values() if d.memory_bytes > mesh.device.memory_bytes and d.name in INTER]
-    for device in sorted(larger, key=lambda d: d.memory_bytes):
-        if request.precision in device.flops and device.name != "cpu":
-            other = Mesh(mesh.hosts, mesh.devices_per_host, device, LINKS[device.link], LINKS[INTER[device.name]])
-            yield str(other), other, request
+    able = [d for d in DEVICES.values() if request.precision in d.flops and d.name != "cpu"]
+    sizes = {d.memory_bytes: d for d in reversed(able) if d.memory_bytes > mesh.device.memory_bytes}
+    for size in sorted(sizes):
+        other = Mesh.usual(mesh.hosts, mesh.devices_per_host, sizes[size])
+        yield str(other), other, request

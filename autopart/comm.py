@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from .mesh import Link
+from autopart.hardware.rows import Link
 
 
 def p2p_seconds(nbytes: float, link: Link) -> float:

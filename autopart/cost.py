@@ -13,7 +13,7 @@ import torch
 from autopart.comm import all_gather_seconds, all_reduce_seconds, reduce_scatter_seconds
 from autopart.errors import PartitionError
 from autopart.graph import Info
-from autopart.mesh import Device, Link
+from autopart.hardware.rows import Device, Link
 
 MATMUL_EFFICIENCY = 0.7
 """Share of the peak that large matrix products reach. Megatron-LM reports 52 % of the A100's peak end to end

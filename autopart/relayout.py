@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autopart.comm import COLLECTIVE_SECONDS
-from autopart.mesh import Link
+from autopart.hardware.rows import Link
 from autopart.notation import Placement
 
 

@@ -14,7 +14,8 @@ from autopart.constraints import Cuts, check
 from autopart.cost import Training
 from autopart.cuts import NEVER
 from autopart.folded import Folded
-from autopart.mesh import Link, Mesh
+from autopart.hardware.rows import Link
+from autopart.mesh import Mesh
 from autopart.passes.formulate import formulate
 from autopart.passes.solve import Solution, Solver
 from autopart.plan import usable_bytes

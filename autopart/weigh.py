@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopart.cost import Training, Work, partial_sync_seconds, work_seconds
-from autopart.mesh import Device, Link
+from autopart.hardware.rows import Device, Link
 from autopart.notation import Placement
 from autopart.problem import Chain, Flow, Keep, Node, Placements, Table, Value
 from autopart.relayout import Relayout, Step, row_seconds

@@ -24,7 +24,9 @@ from torch.nn import functional as F
 
 from autopart.compile import Source
 from autopart.folded import Folded
-from autopart.mesh import DEVICES, Device, Link, Mesh
+from autopart.hardware import DEVICES
+from autopart.hardware.rows import Device, Link
+from autopart.mesh import Mesh
 from autopart.passes.formulate import _Builder, formulate
 from autopart.planner import Found, points, zero_levels
 from autopart.problem import Table

@@ -21,7 +21,8 @@ import autopart
 from autopart import PartitionError, Plan
 from autopart.cli import app
 from autopart.exports import SYSTEMS, Exported, export
-from autopart.mesh import Device, Link, Mesh
+from autopart.hardware.rows import Device, Link
+from autopart.mesh import Mesh
 from autopart.notation import C, R, S, Strategy
 from autopart.plan import PlanLine, PlanRun, PlanStage, Signature
 

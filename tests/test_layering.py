@@ -11,7 +11,7 @@ import pytest
 
 # Lowest first: a module imports from its own layer and those before it.
 LAYERS = (
-    {"errors", "mesh"},
+    {"errors", "hardware", "mesh"},
     {
         "notation",
         "rules",

@@ -14,7 +14,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from autopart.comm import COLLECTIVE_SECONDS, p2p_seconds
 from autopart.errors import PartitionError
-from autopart.mesh import DEVICES, INTER, LINKS, Mesh, _of_cuda
+from autopart.hardware import DEVICES, LINKS
+from autopart.mesh import Mesh
 
 GOOD = {  # text: hosts, devices per host, device, intra, inter, the text str() gives back
     "4x8:h100-80gb": (4, 8, "h100-80gb", "nvlink4", "ib-ndr", "4x8:h100-80gb"),
@@ -22,8 +23,9 @@ GOOD = {  # text: hosts, devices per host, device, intra, inter, the text str() 
     "1x4:cpu": (1, 4, "cpu", "shared-memory", "ethernet", "4:cpu"),
     "2x8:a100-80gb@ib-hdr": (2, 8, "a100-80gb", "nvlink3", "ib-hdr", "2x8:a100-80gb"),
     "2x8:a100-40gb@ethernet": (2, 8, "a100-40gb", "nvlink3", "ethernet", "2x8:a100-40gb@ethernet"),
-    " 2X8:V100-32GB ": (2, 8, "v100-32gb", "nvlink2", "ib-hdr", "2x8:v100-32gb"),
+    " 2X8:V100-32GB ": (2, 8, "v100-32gb", "nvlink2", "ib-edr", "2x8:v100-32gb"),
     "16x8:b200": (16, 8, "b200", "nvlink5", "ib-ndr", "16x8:b200"),
+    "2x8:a10g@ethernet-25": (2, 8, "a10g", "pcie4", "ethernet-25", "2x8:a10g@ethernet-25"),
     "8:h200": (1, 8, "h200", "nvlink4", "ib-ndr", "8:h200"),
 }
 
@@ -76,13 +78,6 @@ def test_error_parts() -> None:
     assert (copy.what, copy.why, copy.try_, str(copy)) == ("no", "because", "this", str(error))
 
 
-@pytest.mark.parametrize("device", DEVICES.values(), ids=lambda row: row.name)
-def test_tables_are_whole(device) -> None:
-    assert LINKS[device.link].bandwidth < device.bandwidth
-    assert LINKS[INTER[device.name]].bandwidth < LINKS[device.link].bandwidth
-    assert {"float64", "float32"} <= device.flops.keys() and device.source
-
-
 @pytest.mark.parametrize(
     ("axes", "says"),
     [
@@ -115,7 +110,7 @@ def test_json_keeps_custom_rows() -> None:
     )
     data = json.loads(json.dumps(mesh.to_json()))
     assert Mesh.from_json(data) == mesh
-    assert str(mesh) == "2x4:mine@ib-ndr"
+    assert str(mesh) == "2x4:mine"
 
 
 @pytest.mark.parametrize("change", [{"hosts": None}, {"device": {"name": "x"}}, {"colour": 1}, {"axes": 3}])
@@ -224,27 +219,6 @@ def test_cuda_device_mesh(present: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     else:
         with pytest.raises(PartitionError, match="finds no device"):
             Mesh.of(device_mesh)
-
-
-@pytest.mark.parametrize(
-    ("name", "gigabytes", "row", "exact"),
-    [
-        ("Tesla V100-SXM2-32GB", 34, "v100-32gb", True),
-        ("NVIDIA A100-SXM4-40GB", 42, "a100-40gb", True),
-        ("NVIDIA A100-SXM4-80GB", 85, "a100-80gb", True),
-        ("NVIDIA H100 80GB HBM3", 85, "h100-80gb", True),
-        ("NVIDIA H200", 150, "h200", True),
-        ("NVIDIA B200", 192, "b200", True),
-        ("NVIDIA A100 80GB PCIe", 85, "a100-80gb", False),
-        ("NVIDIA H100 PCIe", 85, "h100-80gb", False),
-        ("NVIDIA GH200 480GB", 102, "h100-80gb", False),
-        ("NVIDIA H200 MIG 1g.18gb", 17, "v100-32gb", False),
-        ("NVIDIA GeForce RTX 4090", 25, "v100-32gb", False),
-    ],
-)
-def test_cuda_row(name: str, gigabytes: int, row: str, exact: bool, recwarn: pytest.WarningsRecorder) -> None:
-    assert _of_cuda(name, gigabytes * 10**9).name == row
-    assert [name in str(warning.message) for warning in recwarn] == ([] if exact else [True])
 
 
 LINK = LINKS["nvlink4"]

@@ -27,7 +27,7 @@ from autopart.cost import again_of, rate_of
 from autopart.errors import PartitionError
 from autopart.folded import Folded
 from autopart.graph import Info, info, operands, shape_args, value_of
-from autopart.mesh import Device
+from autopart.hardware.rows import Device
 from autopart.notation import C, Placement, R, S, splits
 from autopart.places import Write, places_of
 from autopart.problem import Flow, Node, Placements, Table, Value

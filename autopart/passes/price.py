@@ -9,7 +9,7 @@ from torch import fx
 
 from autopart.cost import Seconds, Work, rate_of, work_seconds
 from autopart.graph import info
-from autopart.mesh import Device, Link
+from autopart.hardware.rows import Device, Link
 from autopart.plan import PlanLine, shortened
 from autopart.relayout import RELAYOUTS, row_seconds
 from autopart.stages import StageGraph

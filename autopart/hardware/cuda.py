@@ -1,0 +1,33 @@
+"""Which row of the table a CUDA device is."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+
+from autopart.hardware import CUDA_NAMES, DEVICES, load_environment
+
+from .rows import Device
+
+
+def of_cuda(name: str, memory_bytes: int) -> Device:
+    """The row for what the CUDA driver calls `name`, or, with a warning, the one nearest in memory.
+
+    Of rows with equal memory the one whose model is part of the name is taken, then one that is a PCIe card if the name
+    says so and none if not, then the newest. Rows whose name the driver's is not known for are not among them.
+    """
+    load_environment()
+    rows = list(CUDA_NAMES.items())[::-1]
+    for pattern, row in rows:
+        if re.fullmatch(pattern, name):
+            return DEVICES[row]
+
+    def distance(row: str) -> tuple[float, bool, bool]:
+        model, said = row.partition("-")[0], name.lower()
+        nearness = abs(math.log(memory_bytes / DEVICES[row].memory_bytes))
+        return nearness, model not in said, ("pcie" in row) != ("pcie" in said)
+
+    nearest = min((row for _, row in rows), key=distance)
+    warnings.warn(f"unknown CUDA device {name!r}: taken for the nearest known one, {nearest}", stacklevel=5)
+    return DEVICES[nearest]
