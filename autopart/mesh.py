@@ -36,6 +36,7 @@ class Mesh:
     inter          the link between hosts
     axes           degrees the user has fixed, outermost first, e.g. ``(("pp", 2), ("dp", 2), ("tp", 2))``; empty leaves
                    all to the planner. Their product divides `size`, and equals it if all are given
+    nics_per_host  network cards of a host; None: as many for each device as the device's row says (see `nics`)
 
     Raises PartitionError if a number is below 1 or `axes` does not fit.
     """
@@ -46,6 +47,7 @@ class Mesh:
     intra: Link
     inter: Link
     axes: tuple[tuple[str, int], ...] = ()
+    nics_per_host: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.hosts, self.devices_per_host) < 1:
@@ -53,6 +55,8 @@ class Mesh:
                 f"a mesh of {self.hosts} x {self.devices_per_host} devices is empty",
                 try_="at least 1 host of 1 device",
             )
+        if self.nics_per_host is not None and self.nics_per_host < 1:
+            raise PartitionError(f"hosts with {self.nics_per_host} network cards", try_="at least 1")
         _check_axes(self.axes, self.size)
 
     @staticmethod
@@ -73,6 +77,31 @@ class Mesh:
         """The memory of one device in bytes, which every rank has to get by with."""
         return self.device.memory_bytes
 
+    @property
+    def nics(self) -> int:
+        """The network cards of one host: `nics_per_host`, or where that is None as many for each device as the usual
+        host of the device's row has, rounded up: one a device, if the row does not say."""
+        if self.nics_per_host is not None:
+            return self.nics_per_host
+        return math.ceil(self.devices_per_host * self.device.nics_per_host / self.device.devices_per_host)
+
+    def shared(self, link: Link, senders: int | None = None) -> Link:
+        """`link` as each device has it while `senders` devices of every host send at once; None: all of them.
+
+        The link between hosts has the bandwidth of one network card, of which a host has `nics`: each sender gets
+        min(1, nics / senders) of it, at the same latency. More cards than senders make none faster: what a device can
+        send is the link's row. The link inside a host is a device's own and comes back as it is, and so does `inter`
+        where there are cards enough. Where both are one row, it is that between hosts if there are several.
+
+        Raises PartitionError if a host has not so many devices.
+        """
+        senders = self.devices_per_host if senders is None else senders
+        if not 1 <= senders <= self.devices_per_host:
+            raise PartitionError(f"{senders} devices of a host cannot send at once", f"{self} has other hosts")
+        if self.hosts == 1 or link != self.inter or senders <= self.nics:
+            return link
+        return replace(link, bandwidth=link.bandwidth * self.nics / senders)
+
     def link(self, stride: int, size: int) -> Link:
         """The slowest link within the groups of `size` ranks spaced `stride` apart that tile the mesh.
 
@@ -86,7 +115,7 @@ class Mesh:
         return self.intra if within else self.inter
 
     def __str__(self) -> str:
-        """The text `parse` reads; `axes` and a custom `intra` are not part of it (see `to_json`)."""
+        """The text `parse` reads; `axes`, a custom `intra` and `nics_per_host` are not part of it (see `to_json`)."""
         hosts = f"{self.hosts}x" if self.hosts > 1 else ""
         link = f"@{self.inter.name}" if self.inter.name != self.device.inter else ""
         return f"{hosts}{self.devices_per_host}:{self.device.name}{link}"

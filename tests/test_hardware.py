@@ -162,6 +162,7 @@ def test_a_row_of_all_fields(written: Callable[[str], Path]) -> None:
     """
     load_hardware(written(text))
     assert find_device("whole") == Device("whole", {"float32": 1e12}, 10**9, 1e11, 0.0, "pcie3", "none")
+    assert Mesh.parse("2x8:whole").nics == 8
 
 
 def test_a_row_takes_the_place_of_one(written: Callable[[str], Path]) -> None:

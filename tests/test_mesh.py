@@ -107,6 +107,7 @@ def test_json_keeps_custom_rows() -> None:
         device=replace(mesh.device, name="mine", flops={"float32": 1e12}),
         intra=replace(mesh.intra, name="wire", bandwidth=1.5e9),
         axes=(("dp", 4), ("tp", 2)),
+        nics_per_host=2,
     )
     data = json.loads(json.dumps(mesh.to_json()))
     assert Mesh.from_json(data) == mesh
@@ -157,6 +158,75 @@ def test_link_against_enumeration(hosts: int, per_host: int) -> None:
             firsts = [rank for rank in range(mesh.size - last) if rank // stride % size == 0]
             crosses = any(rank // per_host != (rank + last) // per_host for rank in firsts)
             assert (mesh.link(stride, size) is mesh.inter) == crosses, (stride, size)
+
+
+def test_json_before_hosts_were_known() -> None:
+    """A mesh written without the usual host of its device has a network card for each device."""
+    data = Mesh.parse("2x8:v100-32gb").to_json()
+    del data["nics_per_host"]
+    data["device"] = {
+        k: v for k, v in data["device"].items() if k not in ("inter", "devices_per_host", "nics_per_host")
+    }
+    mesh = Mesh.from_json(data)
+    assert mesh.nics == 8 and mesh.inter == LINKS["ib-edr"] and mesh.shared(mesh.inter) is mesh.inter
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "nics"),
+    [
+        ("2x8:h100-80gb", None, 8),
+        ("2x4:h100-80gb", None, 4),
+        ("2x16:v100-32gb", None, 8),
+        ("2x8:v100-32gb", None, 4),
+        ("2x1:v100-32gb", None, 1),
+        ("2x3:v100-32gb", None, 2),
+        ("2x8:a10g", None, 1),
+        ("2x16:a10g", None, 2),
+        ("2x4:cpu", None, 4),
+        ("2x8:a10g", 4, 4),
+    ],
+)
+def test_nics(text: str, given: int | None, nics: int) -> None:
+    assert replace(Mesh.parse(text), nics_per_host=given).nics == nics
+
+
+def test_no_nics() -> None:
+    with pytest.raises(PartitionError, match="0 network cards"):
+        replace(Mesh.parse("2x8:a10g"), nics_per_host=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "senders", "share"),
+    [
+        ("2x8:h100-80gb", None, 1),
+        ("2x16:v100-32gb", None, 1 / 2),
+        ("2x16:v100-32gb", 8, 1),
+        ("2x16:v100-32gb", 12, 2 / 3),
+        ("2x8:a10g", None, 1 / 8),
+        ("2x8:a10g", 1, 1),
+        ("2x1:a10g", None, 1),
+        ("8:a10g", None, 1),
+    ],
+)
+def test_shared(text: str, senders: int | None, share: float) -> None:
+    mesh = Mesh.parse(text)
+    link = mesh.shared(mesh.inter, senders)
+    assert link.bandwidth == pytest.approx(mesh.inter.bandwidth * share)
+    assert replace(link, bandwidth=mesh.inter.bandwidth) == mesh.inter
+    assert (link is mesh.inter) == (share == 1)
+    assert mesh.shared(mesh.intra, senders) is mesh.intra
+
+
+def test_cards_beyond_the_senders_add_nothing() -> None:
+    mesh = replace(Mesh.parse("2x8:h100-80gb"), nics_per_host=32)
+    assert mesh.shared(mesh.inter) is mesh.inter
+
+
+@pytest.mark.parametrize("senders", [0, 9])
+def test_too_many_senders(senders: int) -> None:
+    mesh = Mesh.parse("2x8:a10g")
+    with pytest.raises(PartitionError, match=f"{senders} devices"):
+        mesh.shared(mesh.inter, senders)
 
 
 @pytest.fixture
