@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from autopart.allowed import Options
-from autopart.mesh import Link
+from autopart.hardware.rows import Link
 from autopart.passes.solve import Solution
 from autopart.request import Point
 from autopart.space import Model, Space
