@@ -17,6 +17,8 @@ LAYERS = (
         "rules",
         "graph",
         "comm",
+        "efficiency",
+        "traffic",
         "schedules",
         "kernels",
         "torch_private",
