@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import json
 import math
@@ -97,6 +98,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def run(**given: Any) -> None:
         if "options" in own:
             given["options"] = {name: given.pop(name) for name in OPTIONS}
+        gc.freeze()
         try:
             function(**given)
         except PartitionError as error:

@@ -361,6 +361,7 @@ def make_plan(
     return explored(source, mesh, request, say, to_run, advise)[0]
 
 
+@paused()
 def explored(
     source: Source, mesh: Mesh, request: Request, say: Say = silent, to_run: bool = False, advise: bool = True
 ) -> tuple[Plan, Search, Found]:

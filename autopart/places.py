@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 from torch import fx
@@ -17,6 +17,7 @@ from autopart.fingerprint import is_own
 from autopart.folded import Folded
 from autopart.graph import info, is_pick, loss_of, operands, updates_of, value_of
 from autopart.problem import Flow, Keep
+from autopart.rules import Strategy
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Places:
     writes: list[Write]
     state: dict[int, list[tuple[int, ...]]]
     shared: dict[int, list[tuple[int, ...]]]
+    samples: dict[fx.Node, list[Strategy]] = field(default_factory=dict)
+    """Strategies along the data-parallel axis, by node, as far as they were asked for."""
 
 
 _KNOWN: WeakKeyDictionary[Folded, Places] = WeakKeyDictionary()

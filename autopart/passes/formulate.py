@@ -127,7 +127,10 @@ class _Builder:
     def _options(self, node: fx.Node, hints: Hints) -> list[tuple[Strategy, ...]]:
         """The strategies along every axis that go together: no dim of a tensor is split twice."""
         wanted = tuple(sorted(hints.get((node, 0), ()), key=str))
-        along = [_samples(node) if axis == "dp" else _letters(node, self.tp, wanted, self.forced) for axis in self.axes]
+        samples = self.places.samples
+        if node not in samples:
+            samples[node] = _samples(node)
+        along = [samples[node] if axis == "dp" else _letters(node, self.tp, wanted, self.forced) for axis in self.axes]
         return [pair for pair in itertools.product(*along) if not _collide(pair)]
 
     def _write(self, write: Write) -> Node:
