@@ -1,8 +1,10 @@
 """Pipeline schedules against hand-written lists, tampered lists and closed forms."""
 
+import csv
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -21,6 +23,9 @@ from autopart.schedules import (
 )
 
 Lists = list[list[Instruction]]
+
+DATA = Path(__file__).parents[1] / "benchmarks" / "data"
+PROFILED = list(csv.DictReader((DATA / "zero_bubble_2401.10241_profiled_FBW_bubbles.csv").open()))
 
 TWO_STAGES_FOUR_BATCHES = (
     "F0 S0 F1 S1 G0 B0 F2 S2 G1 B1 F3 S3 G2 B2 G3 B3 reduce step",
@@ -149,6 +154,17 @@ def test_equal_stages_without_communication_take_the_closed_form(
     slots = micro_batches + stages - 1
     assert timeline.seconds == slots * (2 + 3)
     assert timeline.bubble == pytest.approx((stages - 1) / slots)
+
+
+@pytest.mark.parametrize("row", PROFILED, ids=lambda row: f"{row['model']}-{row['microbatches_m']}")
+def test_the_published_bubble_rates(row: dict[str, str]) -> None:
+    """The profiled times of Qi et al., arXiv 2401.10241, table 9, give the 1F1B bubble rates of their table 5."""
+    stages, micro_batches = int(row["stages_p"]), int(row["microbatches_m"])
+    forward, inputs, weights, message = (float(row[f"T_{name}_ms"]) for name in ("F", "B", "W", "comm"))
+    edges = chain(stages)
+    lists = instructions("1f1b", stages, micro_batches, edges)
+    timeline = simulate(lists, [forward] * stages, [inputs + weights] * stages, dict.fromkeys(edges, message))
+    assert timeline.bubble == pytest.approx(float(row["bubble_1F1B"]), abs=1e-3)
 
 
 def test_latencies_and_unequal_stages_add_up() -> None:
