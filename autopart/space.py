@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,7 +71,8 @@ class Model:
         for index, have, _ in self.sizes.changes:
             flow = table.flows[index]
             summed = any(p.kind == "P" for p in have)
-            places.append(sum(inside([h] if summed else u) for h, u in zip(flow.homes, flow.users, strict=True)))
+            pays = zip(flow.homes, flow.needs, strict=True)
+            places.append(sum(inside([h] if summed and h >= 0 else chain(*needs)) for h, needs in pays))
         places += [sum(map(inside, table.keeps[index].places)) for index, _ in self.sizes.kept]
         return np.array(places, dtype=float)
 
