@@ -143,9 +143,9 @@ def compile(
     say = settings.pop("say", silent)
     request = request_of(model, batch, **settings)
     source = Source(model, batch, DTYPES[plan.precision if plan else request.precision])
-    if plan is None and dist.is_initialized() and dist.get_rank():
+    if plan is None and request.micro_batch and dist.is_initialized() and dist.get_rank():
         with suppress(PartitionError):  # which rank 0 raises for all
-            source.at(min(2, request.global_batch), mesh)
+            source.at(request.micro_batch, mesh)
     plan, seed = _agreed(plan, seed, lambda: make_plan(source, mesh, request, say, to_run=True))
     folded = source.at(plan.micro_batch, plan.mesh)
     plan.check(folded)

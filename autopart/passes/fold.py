@@ -119,9 +119,8 @@ def _signature(run: Run) -> tuple[Any, ...]:
     lines: list[Any] = []
     for node in run.nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: Token(token(n)))  # type: ignore[arg-type,return-value]
-        lines.append(
-            (info(node).name, repr(relative(args, run.label)), repr(kwargs), info(node).shapes, info(node).dtypes)
-        )
+        record, does = info(node), (repr(relative(args, run.label)), repr(kwargs))
+        lines.append((record.name, *does, record.shapes, record.dtypes, record.view, record.inner))
     inside = set(run.nodes)
     outputs = tuple(i for i, n in enumerate(run.nodes) if any(u not in inside for u in n.users))
     run.externals = tuple(externals)
