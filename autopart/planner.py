@@ -81,6 +81,8 @@ class Search:
     ways: dict[Point, list[Way]] = field(default_factory=dict)
     reached: dict[Point, float] = field(default_factory=dict)
     """The best time of a point's plans."""
+    hopeless: list[Point] = field(default_factory=list)
+    """Points at which parameters and their states alone are too much."""
     queue: list[tuple[float, int, Point]] = field(default_factory=list)
     number: int = 0
     tries: int = 0
@@ -113,7 +115,7 @@ class Search:
             (self._splits, self._cut, self._memory)[level](point, bound)
             self._tell()
         if self.best is None:
-            self.short = closest(self.space, self.ways)
+            self.short = closest(self.space, self.ways, self.hopeless)
             raise nothing_fits(self.space, self.short)
         return replace(self.best, bound=self._bound())
 
@@ -163,7 +165,12 @@ class Search:
         return point.passes(self.space.request.global_batch)
 
     def _splits(self, point: Point, bound: float) -> None:
-        """The best splits with memory without end."""
+        """The best splits with memory without end. A point without room is left for higher ZeRO levels, and to be told
+        of where nothing fits."""
+        if not self.space.has_room(point):
+            self.hopeless.append(point)
+            self._more_zero(point, bound)
+            return
         solution = self.space.solve(point, 0.0, self.space.forced(point))
         if solution is not None:
             self._push(max(bound, self._passes(point) * solution.bound), 1, point)
@@ -179,6 +186,9 @@ class Search:
             self._close(bound)
             return
         self._push(bound, 2, point)
+        self._more_zero(point, bound)
+
+    def _more_zero(self, point: Point, bound: float) -> None:
         following = [level for level in zero_levels(self.space.request, point) if level > point.zero]
         if following:
             self._push(bound, 0, replace(point, zero=following[0]))

@@ -28,20 +28,26 @@ class Shortage:
     tenants: tuple[tuple[str, float], ...]
 
 
-def closest(space: Space, tried: Mapping[Point, Sequence[Way]]) -> Shortage | None:
+def closest(space: Space, tried: Mapping[Point, Sequence[Way]], hopeless: Sequence[Point]) -> Shortage | None:
     """What the point that comes closest lacks, in the splits that take least memory; None where it is not memory that
-    keeps all from being a plan."""
+    keeps all from being a plan. Of points that are `hopeless` none was tried."""
     short = [s for point, ways in tried.items() for way in ways if (s := _shortage(space, point, way))]
-    near: dict[tuple[int, int, int], Point] = {}
-    for s in sorted(short, key=lambda s: s.bytes):
-        near.setdefault((s.point.pp, s.point.dp, s.point.tp), s.point)
-    for point in list(near.values())[:LOOKED_AT]:
+    near = [s.point for s in sorted(short, key=lambda s: s.bytes)]
+    for point in (*_distinct(near), *_distinct(sorted(hopeless, key=lambda p: (-p.zero, p.micro_batch)))):
         for modes in space.best_modes(point, NEVER):
             solution = space.solve(point, NEVER, modes)
             found = _shortage(space, point, way_of(space, point, solution)) if solution else None
             short += [found] if found else []
     found = min(short, key=lambda s: s.bytes, default=None)
     return found if found and found.bytes > 0 else None
+
+
+def _distinct(points: Sequence[Point]) -> list[Point]:
+    """The first points of different degrees."""
+    near: dict[tuple[int, int, int], Point] = {}
+    for point in points:
+        near.setdefault((point.pp, point.dp, point.tp), point)
+    return list(near.values())[:LOOKED_AT]
 
 
 def nothing_fits(space: Space, short: Shortage | None) -> PartitionError:

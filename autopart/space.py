@@ -282,6 +282,12 @@ class Space:
             each[list(set(range(start, end)).difference(start + o for o in left))] = np.inf
         return float(np.minimum.reduceat(each, model.sizes.first[:-1]).sum())
 
+    def has_room(self, point: Point) -> bool:
+        """Whether the states of all parameters, spread evenly over the stages, leave any room."""
+        model, prices = self.model(point), self.priced(point)
+        each = prices.state * model.places[: len(prices.state)]
+        return float(np.minimum.reduceat(each, model.sizes.first[:-1]).sum()) <= point.pp * self.limit
+
     def solve(self, point: Point, price: float, modes: Mapping[int, str]) -> Solution | None:
         """The best splits where a byte kept costs `price` seconds and a byte of state as many as its least share."""
         options = self.options(point)
