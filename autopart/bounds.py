@@ -22,6 +22,9 @@ from autopart.request import Point
 from autopart.space import Space
 from autopart.weigh import Array, least_crossings
 
+Counts = tuple[tuple[int, int], ...]
+"""Of every kind: how many there are, and how many modes each of them may take."""
+
 LISTED = 400
 """Ways to give the blocks of a range their modes, above which they are not listed."""
 
@@ -34,6 +37,7 @@ class Bounds:
 
     kinds   of position: the class of a run, and what it may do of MODES
     counts  how many of each kind a range has, once for all ranges that are alike;  alike: [i, j] -> the row of `counts`
+    ways    the same with how many modes each kind may take
     terms   for every price the bound of one run of each kind in each of its modes, in a row;  bytes: the same of bytes
     """
 
@@ -48,6 +52,8 @@ class Bounds:
         every = total[self.ranges[1]] - total[self.ranges[0]]
         self.counts, self.alike = np.unique(every, axis=0, return_inverse=True)
         self.size = len(total)
+        chosen_from = [len(modes) for _, modes in self.kinds]
+        self.ways: list[Counts] = [tuple(zip(row, chosen_from, strict=True)) for row in self.counts.tolist()]
         self.flights = np.array(sorted({space.in_flight(point, stage) for stage in range(point.pp)}))
         self.first = np.cumsum([0, *(len(modes) for _, modes in self.kinds)])[:-1]
         crossings = least_crossings(space.priced(point), space.between_stages(point))
@@ -72,9 +78,8 @@ class Bounds:
         best = [np.minimum.reduceat(terms, self.first) for terms in (self.bytes, *self.terms)]
         bounds = self._bounds(*(self.counts @ least for least in best))
         for row in np.flatnonzero((bounds <= most).any(0)).tolist():
-            counts = tuple(zip(self.counts[row].tolist(), (len(modes) for _, modes in self.kinds), strict=True))
-            if _many(counts) <= LISTED:
-                listed = _listed(counts)
+            if _many(self.ways[row]) <= LISTED:
+                listed = _listed(self.ways[row])
                 bounds[:, row] = self._bounds(*(listed @ terms for terms in (self.bytes, *self.terms))).min(1)
         columns = {}
         for flights, bound in zip(self.flights.tolist(), bounds, strict=True):
@@ -92,10 +97,7 @@ class Bounds:
         return np.where(held <= limit * (1 + SLACK), best, NEVER)
 
 
-Counts = tuple[tuple[int, int], ...]
-"""Of every kind: how many there are, and how many modes each of them may take."""
-
-
+@lru_cache(maxsize=4096)
 def _many(counts: Counts) -> int:
     """How many ways there are to give all their modes."""
     return math.prod(math.comb(count + modes - 1, modes - 1) for count, modes in counts)

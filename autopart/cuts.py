@@ -104,6 +104,10 @@ def _least_maximum(bands: Sequence[Array]) -> float:
     return float(reach[-1])
 
 
+Where = tuple[NDArray[np.int_], ...]
+"""Ranges i..j-1: all i, all j."""
+
+
 @dataclass
 class Ranges:
     """What every range of positions i..j-1 costs under one choice of splits, as matrices over (i, j).
@@ -129,18 +133,19 @@ class Ranges:
     blocks: dict[int, Array] = field(default_factory=dict)
     savings: dict[int, list[Saving]] = field(default_factory=dict)
 
-    def least(self, in_flight: int, limit: float, modes: Sequence[str], most: float) -> Array:
-        """f[i, j] with that many micro-batches in flight: blocks are run again, those that save most a second first,
-        until the range fits. Ranges that take more than `most` seconds are left out."""
-        f = np.full_like(self.seconds, NEVER)
-        where = np.nonzero(self.seconds <= most)
+    def within(self, most: float) -> Where:
+        """The ranges that take at most so many seconds, nothing run again."""
+        return np.nonzero(self.seconds <= most)
+
+    def least(self, where: Where, in_flight: int, limit: float, modes: Sequence[str]) -> Array:
+        """f of some ranges [i, j] with that many micro-batches in flight: blocks are run again, those that save most a
+        second first, until the range fits."""
+        seconds = self.seconds[where]
         short = self.state[where] + in_flight * self.kept[where] + self.transient[where] - limit
-        f[where] = np.where(short <= 0, self.seconds[where], NEVER)
-        over = short > 0
-        if over.any() and self._steps(modes):
-            where, short = (where[0][over], where[1][over]), short[over]
-            seconds, needed, _ = self._run_again(where, short, in_flight, modes)
-            f[where] = np.where((needed <= 0) & (seconds <= most), seconds, NEVER)
+        f, over = np.where(short <= 0, seconds, NEVER), np.flatnonzero(short > 0)
+        if len(over) and self._steps(modes):
+            again, needed, _ = self._run_again((where[0][over], where[1][over]), short[over], in_flight, modes)
+            f[over] = np.where(needed <= 0, again, NEVER)
         return f
 
     def lacks(self, in_flight: int, limit: float, modes: Sequence[str]) -> Array:
@@ -179,7 +184,7 @@ class Ranges:
         return sorted(steps, key=lambda s: s.seconds / s.bytes)
 
     def _run_again(
-        self, where: tuple[NDArray[np.int_], ...], short: Array, in_flight: int, modes: Sequence[str]
+        self, where: Where, short: Array, in_flight: int, modes: Sequence[str]
     ) -> tuple[Array, Array, list[Array]]:
         """Run blocks again until nothing is short: seconds, bytes still short, blocks that take each step."""
         steps = self._steps(modes)

@@ -48,6 +48,13 @@ class Placement:
     kind: str
     dim: int = -1
     parts: tuple[int, ...] = ()
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((ord(self.kind), self.dim, self.parts)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def __str__(self) -> str:
         parts = f"[{'+'.join(map(str, self.parts))}]" if self.parts else ""

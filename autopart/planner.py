@@ -16,7 +16,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -235,7 +235,7 @@ class Search:
             if near is not None:
                 allowed = both(allowed, model.agreeing(near.interface))
             same = [w for w in ways if near is None or w.interface == near.interface]
-            known = np.minimum.reduce([w.ranges.least(flights, space.limit, space.modes, NEVER) for w in same])
+            known = self._fastest(same, [flights], NEVER)[flights]
             open_ = (least[flights] < self._time()) & (known > least[flights] * (1 + TOLERANCE))
             for i, j in np.argwhere(open_ & space.stages(point)[stage]).tolist():
                 if (i == 0) != (stage == 0) or (j == len(space.folded.labels)) != (stage == point.pp - 1):
@@ -301,20 +301,31 @@ class Search:
         m, total = self.space.micro_batches(point), self.ways[point][0].solution.bound
         return (self._time() - total) / (m - 1) if m > 1 else self._time()
 
+    def _fastest(self, ways: Sequence[Way], flights: Iterable[int], most: float) -> dict[int, Array]:
+        """For every number of micro-batches in flight f[i, j] of the best of some ways, as far as it is at most
+        `most`."""
+        space, columns = self.space, dict[int, Array]()
+        places = [(way.ranges, way.ranges.within(most)) for way in ways]
+        for number in flights:
+            columns[number] = column = np.full_like(ways[0].ranges.seconds, NEVER)
+            for ranges, where in places:
+                f = ranges.least(where, number, space.limit, space.modes)
+                column[where] = np.minimum(column[where], np.where(f <= most, f, NEVER))
+        return columns
+
     def _stages(self, point: Point, ways: Sequence[Way]) -> Found | None:
         """The best cut where every stage takes any of some ways that agree on what passes between them."""
         space, m, most = self.space, self.space.micro_batches(point), self._most(point)
-        numbers = {space.in_flight(point, stage) for stage in range(point.pp)}
-        each = {f: [w.ranges.least(f, space.limit, space.modes, most) for w in ways] for f in numbers}
-        held = {f: np.minimum.reduce(columns) for f, columns in each.items()}
+        held = self._fastest(ways, {space.in_flight(point, stage) for stage in range(point.pp)}, most)
         cut = best_cut(_masked(held, space, point, space.stages(point)), point.pp, m)
         if cut is None:
             return None
         ends = (*cut.starts[1:], len(space.folded.labels))
         chosen, modes, times = [], [], []
         for stage, (i, j) in enumerate(zip(cut.starts, ends, strict=True)):
-            flights = space.in_flight(point, stage)
-            way = ways[min(range(len(ways)), key=lambda w: each[flights][w][i, j])]
+            flights, where = space.in_flight(point, stage), (np.array([i]), np.array([j]))
+            times_of = [way.ranges.least(where, flights, space.limit, space.modes)[0] for way in ways]
+            way = ways[int(np.argmin(times_of))]
             mine = way.ranges.modes(i, j, flights, space.limit, space.modes)
             chosen.append(way.solution.chosen)
             modes += mine

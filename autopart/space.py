@@ -68,12 +68,16 @@ class Model:
             for n, node in enumerate(table.nodes)
         ]  # fmt: skip
         places = list(np.repeat(nodes, counts))
+        paid: dict[tuple[int, bool], int] = {}
         for index, have, _ in self.sizes.changes:
             flow = table.flows[index]
             summed = any(p.kind == "P" for p in have)
-            pays = zip(flow.homes, flow.needs, strict=True)
-            places.append(sum(inside([h] if summed and h >= 0 else chain(*needs)) for h, needs in pays))
-        places += [sum(map(inside, table.keeps[index].places)) for index, _ in self.sizes.kept]
+            if (index, summed) not in paid:
+                pays = zip(flow.homes, flow.needs, strict=True)
+                paid[index, summed] = sum(inside([h] if summed and h >= 0 else chain(*needs)) for h, needs in pays)
+            places.append(paid[index, summed])
+        keeping = [sum(map(inside, keep.places)) for keep in table.keeps]
+        places += [keeping[index] for index, _ in self.sizes.kept]
         return np.array(places, dtype=float)
 
     @cached_property
