@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from autopart.cuts import NEVER, message_seconds
+from autopart.cuts import NEVER, message_seconds, spans
 from autopart.request import Point
 from autopart.space import Space
 from autopart.weigh import Array, least_crossings
@@ -36,7 +36,8 @@ class Bounds:
     """The bounds of one point, better with every price that is looked at.
 
     kinds   of position: the class of a run, and what it may do of MODES
-    counts  how many of each kind a range has, once for all ranges that are alike;  alike: [i, j] -> the row of `counts`
+    counts  how many of each kind a range has, once for all ranges that are alike
+    alike   of every range the row of `counts`
     ways    the same with how many modes each kind may take
     terms   for every price the bound of one run of each kind in each of its modes, in a row;  bytes: the same of bytes
     """
@@ -48,16 +49,15 @@ class Bounds:
         self.kinds, self.many = sorted(set(rows)), Counter(group)
         stands = np.array([[row == kind for kind in self.kinds] for row in rows], dtype=np.int64)
         total = np.concatenate([np.zeros((1, len(self.kinds)), dtype=np.int64), np.cumsum(stands, axis=0)])
-        self.ranges = np.triu_indices(len(total), 1)
-        every = total[self.ranges[1]] - total[self.ranges[0]]
+        starts, ends = spans(len(rows))
+        every = total[ends] - total[starts]
         self.counts, self.alike = np.unique(every, axis=0, return_inverse=True)
-        self.size = len(total)
         chosen_from = [len(modes) for _, modes in self.kinds]
         self.ways: list[Counts] = [tuple(zip(row, chosen_from, strict=True)) for row in self.counts.tolist()]
         self.flights = np.array(sorted({space.in_flight(point, stage) for stage in range(point.pp)}))
         self.first = np.cumsum([0, *(len(modes) for _, modes in self.kinds)])[:-1]
         crossings = least_crossings(space.priced(point), space.between_stages(point))
-        self.messages = message_seconds(crossings, len(rows))[self.ranges]
+        self.messages = message_seconds(crossings, len(rows))
         self.prices: list[float] = []
         self.terms: list[Array] = []
         self.bytes = np.zeros(sum(len(modes) for _, modes in self.kinds))
@@ -73,7 +73,7 @@ class Bounds:
             self.terms.append(np.array(terms))
 
     def columns(self, most: float) -> dict[int, Array]:
-        """For every number of micro-batches in flight a bound below f[i, j] of all ranges; infinite where it is above
+        """For every number of micro-batches in flight a bound below f of all ranges; infinite where it is above
         `most`, or where a range cannot fit."""
         best = [np.minimum.reduceat(terms, self.first) for terms in (self.bytes, *self.terms)]
         bounds = self._bounds(*(self.counts @ least for least in best))
@@ -84,8 +84,7 @@ class Bounds:
         columns = {}
         for flights, bound in zip(self.flights.tolist(), bounds, strict=True):
             found = bound[self.alike] + self.messages
-            columns[flights] = np.full((self.size, self.size), NEVER)
-            columns[flights][self.ranges] = np.where(found <= most, found, NEVER)
+            columns[flights] = np.where(found <= most, found, NEVER)
         return columns
 
     def _bounds(self, held: Array, *seconds: Array) -> Array:

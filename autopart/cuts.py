@@ -3,13 +3,17 @@
 f[s, i, j] is the least time of stage s with positions i..j-1 within its memory. For a threshold T the cheapest path
 0 -> n through columns with f <= T is a shortest path in a graph without cycles; the best of sum(f) + (m - 1) max(f)
 over all paths is found by lowering T from the largest value that could still win to the least one that any path meets.
+
+What is told of all ranges of n positions is a row of n (n + 1) / 2 numbers, in the order of `spans`.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +21,18 @@ from numpy.typing import NDArray
 from autopart.weigh import MODES, Array, Crossings, Weighed
 
 NEVER = float("inf")
+
+
+@lru_cache(maxsize=64)
+def spans(n: int) -> tuple[NDArray[np.int_], NDArray[np.int_]]:
+    """All ranges i..j-1 of n positions: every i, every j."""
+    starts, ends = np.triu_indices(n + 1, 1)
+    return starts, ends
+
+
+def place(i: int, j: int, n: int) -> int:
+    """Where the range i..j-1 stands among all."""
+    return i * n - i * (i - 1) // 2 + j - i - 1
 
 
 @dataclass(frozen=True)
@@ -29,8 +45,8 @@ class Cut:
 
 
 def best_cut(columns: Callable[[int], Array], stages: int, micro_batches: int) -> Cut | None:
-    """The best way to cut; `columns(s)` holds f[s, i, j] for all i, j (infinite where j <= i or what does not fit).
-    None where no way fits."""
+    """The best way to cut; `columns(s)` holds f[s, i, j] for all ranges, infinite for what does not fit. None where no
+    way fits."""
     fill, bands = micro_batches - 1, _bands([columns(s) for s in range(stages)])
     loosest = _path(bands, NEVER)
     if loosest is None:
@@ -61,11 +77,16 @@ def _cut(path: Path, fill: int, least: float) -> Cut:
 
 def _bands(columns: Sequence[Array]) -> list[Array]:
     """band[j, l] = f[j - l - 1, j]: ranges by where they end and how long they are, none longer than any that fits."""
-    distinct = {id(f): f for f in columns}
-    longest = max((int(np.max(j - i, initial=1)) for i, j in (np.nonzero(np.isfinite(f)) for f in distinct.values())))
-    ends = np.arange(columns[0].shape[0])[:, None]
-    starts = ends - 1 - np.arange(longest)[None, :]
-    bands = {key: np.where(starts >= 0, f[np.maximum(starts, 0), ends], NEVER) for key, f in distinct.items()}
+    n = (math.isqrt(8 * len(columns[0]) + 1) - 1) // 2
+    starts, ends = spans(n)
+    distinct, lengths = {id(f): f for f in columns}, ends - starts
+    longest = max(int(np.max(lengths[np.isfinite(f)], initial=1)) for f in distinct.values())
+    short = np.flatnonzero(lengths <= longest)
+    at = ends[short], lengths[short] - 1
+    bands = {}
+    for key, f in distinct.items():
+        bands[key] = np.full((n + 1, longest), NEVER)
+        bands[key][at] = f[short]
     return [bands[id(f)] for f in columns]
 
 
@@ -104,13 +125,9 @@ def _least_maximum(bands: Sequence[Array]) -> float:
     return float(reach[-1])
 
 
-Where = tuple[NDArray[np.int_], ...]
-"""Ranges i..j-1: all i, all j."""
-
-
 @dataclass
 class Ranges:
-    """What every range of positions i..j-1 costs under one choice of splits, as matrices over (i, j).
+    """What every range of positions costs under one choice of splits.
 
     seconds   forward, backward, the share of gradient sync in a micro-batch, messages; nothing run again
     state     bytes of parameters, gradients and optimizer states
@@ -133,40 +150,40 @@ class Ranges:
     blocks: dict[int, Array] = field(default_factory=dict)
     savings: dict[int, list[Saving]] = field(default_factory=dict)
 
-    def within(self, most: float) -> Where:
-        """The ranges that take at most so many seconds, nothing run again."""
-        return np.nonzero(self.seconds <= most)
+    def place(self, i: int, j: int) -> int:
+        """Where a range stands among all."""
+        return place(i, j, len(self.group))
 
-    def least(self, where: Where, in_flight: int, limit: float, modes: Sequence[str]) -> Array:
-        """f of some ranges [i, j] with that many micro-batches in flight: blocks are run again, those that save most a
+    def within(self, most: float) -> NDArray[np.int_]:
+        """The ranges that take at most so many seconds, nothing run again."""
+        return np.flatnonzero(self.seconds <= most)
+
+    def least(self, where: NDArray[np.int_], in_flight: int, limit: float, modes: Sequence[str]) -> Array:
+        """f of some ranges with that many micro-batches in flight: blocks are run again, those that save most a
         second first, until the range fits."""
         seconds = self.seconds[where]
         short = self.state[where] + in_flight * self.kept[where] + self.transient[where] - limit
         f, over = np.where(short <= 0, seconds, NEVER), np.flatnonzero(short > 0)
         if len(over) and self._steps(modes):
-            again, needed, _ = self._run_again((where[0][over], where[1][over]), short[over], in_flight, modes)
+            again, needed, _ = self._run_again(where[over], short[over], in_flight, modes)
             f[over] = np.where(needed <= 0, again, NEVER)
         return f
 
     def lacks(self, in_flight: int, limit: float, modes: Sequence[str]) -> Array:
-        """Bytes that every range [i, j] is above the limit at its smallest; infinite where it is empty."""
+        """Bytes that every range is above the limit at its smallest."""
         short = self.state + in_flight * self.kept + self.transient - limit
-        where = np.nonzero(np.isfinite(self.seconds))
-        result = np.full_like(short, NEVER)
-        result[where] = short[where]
-        if self._steps(modes):
-            _, needed, _ = self._run_again(where, np.maximum(short[where], 0.0), in_flight, modes)
-            result[where] = np.minimum(short[where], needed)
-        return result
+        if not self._steps(modes):
+            return short
+        _, needed, _ = self._run_again(np.arange(len(short)), np.maximum(short, 0.0), in_flight, modes)
+        return np.minimum(short, needed)
 
     def modes(self, i: int, j: int, in_flight: int, limit: float, modes: Sequence[str]) -> list[str]:
         """What every position of a range does where it takes its least time: the first blocks of a kind are run
         again."""
-        result = list(self.least_modes[i:j])
-        short = self.state[i, j] + in_flight * self.kept[i, j] + self.transient[i, j] - limit
-        if short > 0 and self._steps(modes):
-            where = np.array([i]), np.array([j])
-            _, _, counts = self._run_again(where, np.array([short]), in_flight, modes)
+        result, where = list(self.least_modes[i:j]), np.array([self.place(i, j)])
+        short = self.state[where] + in_flight * self.kept[where] + self.transient[where] - limit
+        if short[0] > 0 and self._steps(modes):
+            _, _, counts = self._run_again(where, short, in_flight, modes)
             for step, count in zip(self._steps(modes), counts, strict=True):
                 mine = [p for p in range(i, j) if self.group[p] == step.kind]
                 for p in mine[: int(count[0])]:
@@ -177,14 +194,14 @@ class Ranges:
         """Seconds of a range whose positions do as `modes` say."""
         pairs = enumerate(zip(modes, self.least_modes[i:j], strict=True), start=i)
         extra = sum(self.again[MODES.index(m), p] - self.again[MODES.index(least), p] for p, (m, least) in pairs)
-        return float(self.seconds[i, j] + extra)
+        return float(self.seconds[self.place(i, j)] + extra)
 
     def _steps(self, modes: Sequence[str]) -> list[Saving]:
         steps = (s for group in self.savings.values() for s in group if s.mode in modes)
         return sorted(steps, key=lambda s: s.seconds / s.bytes)
 
     def _run_again(
-        self, where: Where, short: Array, in_flight: int, modes: Sequence[str]
+        self, where: NDArray[np.int_], short: Array, in_flight: int, modes: Sequence[str]
     ) -> tuple[Array, Array, list[Array]]:
         """Run blocks again until nothing is short: seconds, bytes still short, blocks that take each step."""
         steps = self._steps(modes)
@@ -221,7 +238,7 @@ def ranges(
     each = np.where(rerun, found.kept[least, everywhere] + found.entered, found.kept[0])
     seconds = _sums(found.forward + found.backward + found.again[least, everywhere] + found.sync / micro_batches)
     state, kept = _sums(found.parts.sum(0)), _sums(each)
-    largest, gathered, entered = _maxima(found.largest), _maxima(found.gathered), np.zeros((n + 1, n + 1))
+    largest, gathered, entered = _maxima(found.largest), _maxima(found.gathered), np.zeros(len(seconds))
     alive = _maxima(found.kept[0] * rerun)
     for item in found.items:
         has = _has(item.positions, n)
@@ -233,7 +250,6 @@ def ranges(
             kept, entered = kept + entering * item.entered, entered + (has & ~entering) * item.entered
         largest = np.maximum(largest, has * item.largest)
     seconds += message_seconds(found.crossings, n)
-    seconds[np.tril_indices(n + 1)] = NEVER
     classes: dict[tuple[int, bool, tuple[str, ...]], int] = {}
     kind = [classes.setdefault(key, len(classes)) for key in zip(group, block, allowed, strict=True)]
     where = {number: np.array(kind) == number for (_, isblock, _), number in classes.items() if isblock}
@@ -271,18 +287,15 @@ def _slope(one: tuple[int, float, float], other: tuple[int, float, float]) -> fl
 
 
 def _sums(values: Array) -> Array:
-    """sum(values[i:j]) for all i, j."""
+    """The sum of every range."""
+    starts, ends = spans(len(values))
     total = np.concatenate([[0.0], np.cumsum(values)])
-    return total[None, :] - total[:, None]
+    return total[ends] - total[starts]
 
 
 def _maxima(values: Array) -> Array:
-    """max(values[i:j]) for all i, j; 0 where the range is empty."""
-    n = len(values)
-    result = np.zeros((n + 1, n + 1))
-    for i in range(n):
-        result[i, i + 1 :] = np.maximum.accumulate(values[i:])
-    return result
+    """The maximum of every range."""
+    return np.concatenate([np.maximum.accumulate(values[i:]) for i in range(len(values))])
 
 
 def _has(positions: Sequence[int], n: int) -> NDArray[np.bool_]:
@@ -290,26 +303,21 @@ def _has(positions: Sequence[int], n: int) -> NDArray[np.bool_]:
     following = np.full(n + 1, n)
     for p in sorted(positions, reverse=True):
         following[: p + 1] = p
-    return following[:, None] < np.arange(n + 1)[None, :]
+    starts, ends = spans(n)
+    return following[starts] < ends
 
 
 def message_seconds(crossings: Iterable[Crossings], n: int) -> Array:
     """What every range of n positions pays for what it takes from earlier ones and gives to later ones."""
-    seconds, following = np.zeros((n + 1, n + 1)), np.zeros(n + 1)
+    starts, ends = spans(n)
+    seconds, following = np.zeros(len(starts)), np.zeros(n + 1)
     for values in crossings:
         near = (values.users == values.homes + 1) & (not values.one)
         np.add.at(following, values.users[near], values.seconds)
         far = np.flatnonzero(~near)
         for where in [far] if values.one else far[:, None]:
-            _send(seconds, int(values.homes[where[0]]), values.users[where].tolist(), values.seconds)
-    return seconds + following[:, None] + following[None, :]
-
-
-def _send(seconds: Array, home: int, users: Sequence[int], cost: float) -> None:
-    """A range pays for a value that it takes from an earlier one, and for one that it gives to a later one."""
-    n = seconds.shape[0] - 1
-    takes = _has(users, n)
-    takes[: home + 1] = False
-    gives = np.zeros_like(takes)
-    gives[: home + 1, home + 1 : max(users) + 1] = True
-    seconds += (takes.astype(float) + gives) * cost
+            home, users = int(values.homes[where[0]]), values.users[where].tolist()
+            takes = _has(users, n) & (starts > home)
+            gives = (starts <= home) & (home < ends) & (ends <= max(users))
+            seconds += (takes.astype(float) + gives) * values.seconds
+    return seconds + following[starts] + following[ends]

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from autopart.allowed import Options, both
 from autopart.bounds import Bounds
-from autopart.cuts import NEVER, best_cut
+from autopart.cuts import NEVER, best_cut, spans
 from autopart.errors import PartitionError
 from autopart.plan import seconds_text
 from autopart.request import Point, Request, divisors
@@ -237,7 +237,7 @@ class Search:
             same = [w for w in ways if near is None or w.interface == near.interface]
             known = self._fastest(same, [flights], NEVER)[flights]
             open_ = (least[flights] < self._time()) & (known > least[flights] * (1 + TOLERANCE))
-            for i, j in np.argwhere(open_ & space.stages(point)[stage]).tolist():
+            for i, j in np.transpose(spans(len(space.folded.labels)))[open_ & space.stages(point)[stage]].tolist():
                 if (i == 0) != (stage == 0) or (j == len(space.folded.labels)) != (stage == point.pp - 1):
                     continue
                 many = {g: model.table.group[i:j].count(g) for g in blocks & set(model.table.group[i:j])}
@@ -263,7 +263,7 @@ class Search:
             if way is None:
                 way = way_of(space, point, found)
                 ways.append(way)
-            lack = way.ranges.lacks(flights, space.limit, space.modes)[span]
+            lack = way.ranges.lacks(flights, space.limit, space.modes)[way.ranges.place(*span)]
             if lack <= 0:
                 return
             room -= lack
@@ -277,8 +277,10 @@ class Search:
         if free and self.reached.get(point, NEVER) <= free.seconds * (1 + TOLERANCE):
             return
         ratios = sorted(s.seconds / s.bytes for group in way.ranges.savings.values() for s in group)
-        ratios = ratios or [way.ranges.seconds[0, -1] / max(way.ranges.kept[0, -1], 1.0)]
-        least = 1e-6 * way.ranges.seconds[0, -1] / max(way.ranges.kept[0, -1] + way.ranges.state[0, -1], 1.0)
+        whole = way.ranges.place(0, len(space.folded.labels))
+        seconds, kept, state = (float(row[whole]) for row in (way.ranges.seconds, way.ranges.kept, way.ranges.state))
+        ratios = ratios or [seconds / max(kept, 1.0)]
+        least = 1e-6 * seconds / max(kept + state, 1.0)
         yield from (min(least, ratios[0]), *ratios, *(ratios[-1] * factor for factor in (3, 30, 1000)))
 
     def _best(self, point: Point) -> Found | None:
@@ -302,7 +304,7 @@ class Search:
         return (self._time() - total) / (m - 1) if m > 1 else self._time()
 
     def _fastest(self, ways: Sequence[Way], flights: Iterable[int], most: float) -> dict[int, Array]:
-        """For every number of micro-batches in flight f[i, j] of the best of some ways, as far as it is at most
+        """For every number of micro-batches in flight f of the best of some ways, as far as it is at most
         `most`."""
         space, columns = self.space, dict[int, Array]()
         places = [(way.ranges, way.ranges.within(most)) for way in ways]
@@ -323,7 +325,7 @@ class Search:
         ends = (*cut.starts[1:], len(space.folded.labels))
         chosen, modes, times = [], [], []
         for stage, (i, j) in enumerate(zip(cut.starts, ends, strict=True)):
-            flights, where = space.in_flight(point, stage), (np.array([i]), np.array([j]))
+            flights, where = space.in_flight(point, stage), np.array([ways[0].ranges.place(i, j)])
             times_of = [way.ranges.least(where, flights, space.limit, space.modes)[0] for way in ways]
             way = ways[int(np.argmin(times_of))]
             mine = way.ranges.modes(i, j, flights, space.limit, space.modes)

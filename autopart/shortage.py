@@ -79,19 +79,18 @@ def _shortage(space: Space, point: Point, way: Way) -> Shortage | None:
     if cut is None:
         return None
     ends = (*cut.starts[1:], len(space.folded.labels))
-    spans = list(zip(cut.starts, ends, strict=True))
-    stage = max(range(point.pp), key=lambda s: lacks[space.in_flight(point, s)][spans[s]])
-    i, j = spans[stage]
-    flights = space.in_flight(point, stage)
+    stages = list(zip(cut.starts, ends, strict=True))
+    stage = max(range(point.pp), key=lambda s: lacks[space.in_flight(point, s)][way.ranges.place(*stages[s])])
+    here, flights = way.ranges.place(*stages[stage]), space.in_flight(point, stage)
     parts = {
-        "all parameters, gradients and optimizer states": way.ranges.state[i, j],
-        f"activations of {flights} micro-batches before any is recomputed": flights * way.ranges.kept[i, j],
-        "the largest tensors of the moment": way.ranges.transient[i, j],
+        "all parameters, gradients and optimizer states": way.ranges.state[here],
+        f"activations of {flights} micro-batches before any is recomputed": flights * way.ranges.kept[here],
+        "the largest tensors of the moment": way.ranges.transient[here],
     }
-    for name, size in sorted(_parameters(space, point, way, (i, j)).items(), key=lambda item: -item[1])[:2]:
+    for name, size in sorted(_parameters(space, point, way, stages[stage]).items(), key=lambda item: -item[1])[:2]:
         parts[f"{name} with gradient and states"] = size
     tenants = sorted(parts.items(), key=lambda item: -item[1])[:5]
-    return Shortage(point, stage, float(lacks[flights][i, j]), tuple(tenants))
+    return Shortage(point, stage, float(lacks[flights][here]), tuple(tenants))
 
 
 def _parameters(space: Space, point: Point, way: Way, span: tuple[int, int]) -> dict[str, float]:

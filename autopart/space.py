@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from autopart.allowed import Options, both, modes_of, options_of, positions_of, stages_of
 from autopart.constraints import Cuts, check
 from autopart.cost import Training
-from autopart.cuts import NEVER
+from autopart.cuts import NEVER, spans
 from autopart.folded import Folded
 from autopart.hardware.rows import Link
 from autopart.mesh import Mesh
@@ -191,7 +191,7 @@ class Space:
         return modes_of(labels, [is_block(x) for x in labels], self.request.constraints, recompute)
 
     def stages(self, point: Point) -> list[NDArray[np.bool_]]:
-        """For every stage, whether it may be the runs i to j - 1. Cuts by time or bytes go by what the fastest splits
+        """For every stage, whether it may be each of the ranges. Cuts by time or bytes go by what the fastest splits
         of the point take."""
         weighs = any(isinstance(c, Cuts) and c.method in ("time", "memory") for c in self.request.constraints)
         key = point if weighs else point.pp
@@ -200,7 +200,8 @@ class Space:
             weighed = self.weigh(point, solution.chosen) if solution else None
             labels, classes = self.folded.labels, self.folded.traced.classes
             row = positions_of(labels, classes, self.model(point).table, weighed)
-            self._stages[key] = stages_of(self.request.constraints, point.pp, row)
+            masks = stages_of(self.request.constraints, point.pp, row)
+            self._stages[key] = [mask[spans(len(labels))] for mask in masks]
         return self._stages[key]
 
     def weigh(self, point: Point, chosen: tuple[int, ...]) -> Weighed:

@@ -23,7 +23,7 @@ from torch import nn
 import autopart
 from autopart import PartitionError, Plan
 from autopart.compile import Source, sources
-from autopart.cuts import best_cut
+from autopart.cuts import best_cut, place, spans
 from autopart.mesh import Mesh
 from autopart.notation import P
 from autopart.passes.formulate import formulate
@@ -356,6 +356,11 @@ def column_sets(draw: st.DrawFn) -> tuple[list[NDArray[np.float64]], int]:
     return columns, draw(st.integers(1, 9))
 
 
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_ranges_are_told_in_order(n: int) -> None:
+    assert [place(i, j, n) for i, j in zip(*spans(n), strict=True)] == list(range(n * (n + 1) // 2))
+
+
 @settings(max_examples=200, deadline=None)
 @given(column_sets())
 def test_the_cuts_are_the_best_of_all(case: tuple[list[NDArray[np.float64]], int]) -> None:
@@ -366,7 +371,7 @@ def test_the_cuts_are_the_best_of_all(case: tuple[list[NDArray[np.float64]], int
         times = [float(columns[s][i, j]) for s, (i, j) in enumerate(itertools.pairwise((0, *inner, units)))]
         seconds = min(seconds, sum(times) + (micro_batches - 1) * max(times))
         largest = min(largest, max(times))
-    found = best_cut(columns.__getitem__, stages, micro_batches)
+    found = best_cut([f[spans(units)] for f in columns].__getitem__, stages, micro_batches)
     if found is None:
         assert seconds == math.inf
     else:
