@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,7 @@ class Bounds:
     kinds   of position: the class of a run, and what it may do of MODES
     counts  how many of each kind a range has, once for all ranges that are alike
     alike   of every range the row of `counts`
+    room    what the largest tensor leaves of a device's bytes
     ways    the same with how many modes each kind may take
     terms   for every price the bound of one run of each kind in each of its modes, in a row;  bytes: the same of bytes
     """
@@ -54,6 +56,12 @@ class Bounds:
         self.counts, self.alike = np.unique(every, axis=0, return_inverse=True)
         chosen_from = [len(modes) for _, modes in self.kinds]
         self.ways: list[Counts] = [tuple(zip(row, chosen_from, strict=True)) for row in self.counts.tolist()]
+        prices, nodes = space.priced(point), space.model(point).table.nodes
+        made = np.minimum.reduceat(2 * prices.made, prices.sizes.first[:-1])
+        largest = [
+            max((m for m, n in zip(made, nodes, strict=True) if n.group == g), default=0.0) for g, _ in self.kinds
+        ]
+        self.room = space.limit - ((self.counts > 0) * largest).max(1)
         self.flights = np.array(sorted({space.in_flight(point, stage) for stage in range(point.pp)}))
         self.first = np.cumsum([0, *(len(modes) for _, modes in self.kinds)])[:-1]
         crossings = least_crossings(space.priced(point), space.between_stages(point))
@@ -76,20 +84,23 @@ class Bounds:
         """For every number of micro-batches in flight a bound below f of all ranges; infinite where it is above
         `most`, or where a range cannot fit."""
         best = [np.minimum.reduceat(terms, self.first) for terms in (self.bytes, *self.terms)]
-        bounds = self._bounds(*(self.counts @ least for least in best))
+        bounds = self._bounds(self.room, *(self.counts @ least for least in best))
         for row in np.flatnonzero((bounds <= most).any(0)).tolist():
             if _many(self.ways[row]) <= LISTED:
                 listed = _listed(self.ways[row])
-                bounds[:, row] = self._bounds(*(listed @ terms for terms in (self.bytes, *self.terms))).min(1)
+                bounds[:, row] = self._bounds(
+                    self.room[row], *(listed @ terms for terms in (self.bytes, *self.terms))
+                ).min(1)
         columns = {}
         for flights, bound in zip(self.flights.tolist(), bounds, strict=True):
             found = bound[self.alike] + self.messages
             columns[flights] = np.where(found <= most, found, NEVER)
         return columns
 
-    def _bounds(self, held: Array, *seconds: Array) -> Array:
-        """[flights, ways]: the best bound of any price for ways that take so many bytes and cost so much at each."""
-        limit = self.space.limit / self.flights[:, None]
+    def _bounds(self, room: Any, held: Array, *seconds: Array) -> Array:
+        """[flights, ways]: the best bound of any price for ways that take so many bytes and cost so much at each, in so
+        many bytes of room."""
+        limit = room / self.flights[:, None]
         best = np.zeros((len(self.flights), len(held)))
         for price, each in zip(self.prices, seconds, strict=True):
             best = np.maximum(best, each - (price * limit if price else 0.0))
