@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from autopart.comm import all_gather_seconds, all_reduce_seconds, reduce_scatter_seconds
+from autopart.efficiency import attention_seconds, memory_seconds, product_seconds
 from autopart.errors import PartitionError
 from autopart.graph import Info
 from autopart.hardware.rows import Device, Link
 
+Array = NDArray[np.float64]
+
 MATMUL_EFFICIENCY = 0.7
-"""Share of the peak that large matrix products reach. Megatron-LM reports 52 % of the A100's peak end to end
-(Narayanan et al., arXiv 2104.04473, table 1), with its products alone above that."""
+"""Share of the peak that matrix products reach on a device without `silicon`: an assumption."""
 
 BANDWIDTH_EFFICIENCY = 0.8
-"""Share of the memory bandwidth that elementwise kernels reach."""
+"""Share of the memory bandwidth that elementwise kernels reach there: an assumption."""
+
+
+NO_SIZES = (0.0,) * 6
+"""Of what is no matrix product."""
 
 
 @dataclass(frozen=True)
@@ -33,32 +40,106 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Work:
-    """What an operator does on one rank; every field may be an array, of one element an operator.
+    """What operators do on one rank; every field is an array, of one element (or row) an operator.
 
     flops     of the forward pass
     bytes     read and written by it
-    rate      FLOP/s it reaches; infinite where matrix units have no part
+    peak      FLOP/s of the matrix units; infinite where they have no part
     again     how many times the forward's time its backward takes
     runs      1, or 0 for what costs nothing: views
+    sizes     rows as `rules.Sizes` of the matrix product that it is; zeros where it is none
+    grads     rows of two: whether gradients flow to the product's first factor, and to another
     """
 
-    flops: Any
-    bytes: Any
-    rate: Any
-    again: Any
-    runs: Any
+    flops: Array
+    bytes: Array
+    peak: Array
+    again: Array
+    runs: Array
+    sizes: Array
+    grads: Array
+
+
+def work_of(records: Sequence[Info], device: Device) -> Work:
+    """The work of operators as a stage's graph tells it."""
+    rows = [[r.flops, r.moved, peak_of(r, device), r.again, not r.view, *_sizes(r), *r.grads] for r in records]
+    return work_in(np.array(rows, dtype=float).reshape(len(rows), -1))
+
+
+def _sizes(record: Info) -> tuple[float, ...]:
+    return record.matrix.sizes if record.matrix else NO_SIZES
+
+
+def work_in(rows: Array) -> Work:
+    """The work that rows of its numbers tell."""
+    flops, nbytes, peaks, again, runs = rows[:, :5].T
+    return Work(flops, nbytes, peaks, again, runs, rows[:, 5:11], rows[:, 11:13])
 
 
 def work_seconds(work: Work, device: Device) -> Seconds:
-    """Roofline time: max(FLOPs / rate, bytes / bandwidth) + launch (Williams, Waterman, Patterson 2009)."""
-    moved = work.bytes / (device.bandwidth * BANDWIDTH_EFFICIENCY)
-    forward = work.runs * (np.maximum(work.flops / work.rate, moved) + device.launch_seconds)
-    return Seconds(forward, forward * work.again)
+    """What operators take.
+
+    On a device with `silicon`, products and attention by `autopart.efficiency` from their sizes, the gradients of both
+    factors as products of their own; everything else by its bytes, and by its FLOPs where it is several products; no
+    kernel less than its launch. On another the roofline: max(FLOPs / rate, bytes / bandwidth) + launch (Williams,
+    Waterman, Patterson 2009), `again` times as long backward.
+    """
+    if device.silicon is None:
+        moved = work.bytes / (device.bandwidth * BANDWIDTH_EFFICIENCY)
+        computed = work.flops / (work.peak * MATMUL_EFFICIENCY)
+        forward = work.runs * (np.maximum(computed, moved) + device.launch_seconds)
+        return Seconds(forward, forward * work.again)
+    streamed = stream_seconds(work.bytes, work.again, work.runs, device).forward
+    forward = np.maximum(streamed, work.runs * work.flops / (work.peak * device.silicon.sustained))
+    backward = forward * work.again
+    for which, seconds in (
+        ((work.sizes[:, 0] > 0) & (work.sizes[:, 4] == 0), _product_seconds),
+        (work.sizes[:, 4] > 0, _attention_seconds),
+    ):
+        own = np.flatnonzero(which)
+        if len(own):
+            found = seconds(work.sizes[own].T, work.bytes[own], work.peak[own], work.grads[own].T, device)
+            forward[own], backward[own] = work.runs[own] * found.forward, work.runs[own] * found.backward
+    return Seconds(forward, backward)
 
 
-def rate_of(record: Info, device: Device) -> float:
-    """FLOP/s that an operator reaches: `Work.rate`."""
-    return peak(device, record.dtype) * MATMUL_EFFICIENCY if record.product else math.inf
+def stream_seconds(nbytes: Any, again: Any, runs: Any, device: Device) -> Seconds:
+    """What kernels take that read and write `nbytes` and compute next to nothing."""
+    if device.silicon is None:
+        each = nbytes / (device.bandwidth * BANDWIDTH_EFFICIENCY) + device.launch_seconds
+    else:
+        each = np.maximum(memory_seconds(nbytes, device.bandwidth, device.silicon), device.launch_seconds)
+    return Seconds(runs * each, runs * each * again)
+
+
+def _product_seconds(sizes: Array, nbytes: Array, peak: Array, grads: Array, device: Device) -> Seconds:
+    """m x k by k x n forward; backward m x n by n x k for the first factor, k x m by m x n for the second."""
+    assert device.silicon is not None
+    batch, m, n, k = sizes[:4]
+    high, wide, deep = np.array([[m, m, k], [n, k, n], [k, n, m]])
+    each = product_seconds(batch, high, wide, deep, nbytes, peak, device.bandwidth, device.silicon)
+    forward, first, second = np.maximum(each, device.launch_seconds)
+    return Seconds(forward, grads[0] * first + grads[1] * second)
+
+
+def _attention_seconds(sizes: Array, nbytes: Array, peak: Array, grads: Array, device: Device) -> Seconds:
+    """One fused kernel, which moves twice the bytes backward."""
+    assert device.silicon is not None
+    batch, queries, keys, head, value, causal = sizes
+    forward, backward = (
+        attention_seconds(
+            batch, 1.0, queries, keys, head, value, causal, nbytes * (1 + back), peak, device.bandwidth,
+            device.silicon, back,
+        )
+        for back in (False, True)
+    )  # fmt: skip
+    floor = device.launch_seconds
+    return Seconds(np.maximum(forward, floor), grads.max(0) * np.maximum(backward, floor))
+
+
+def peak_of(record: Info, device: Device) -> float:
+    """FLOP/s of the matrix units for an operator: `Work.peak`."""
+    return peak(device, record.dtype) if record.product else math.inf
 
 
 def again_of(record: Info, inputs: Iterable[Info]) -> int:

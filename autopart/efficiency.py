@@ -19,12 +19,13 @@ Everything is vectorised over numpy arrays: sizes may be numbers or arrays. Size
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from autopart.hardware.rows import Silicon
 
 Floats = NDArray[np.float64]
 
@@ -37,47 +38,6 @@ SPLITS = (1, 2, 4, 8)
 STEP = 32
 """Elements of k that a tile advances by at least."""
 
-RAMP = 120.0
-"""Elements of k that starting and finishing a tile costs. Fitted on 183 products of an A100 80GB PCIe, and held for all
-other devices, on which the form then errs as little: `benchmarks/data/simumax_gemm_sdp_efficiency.csv`."""
-
-FEED = 60.0
-"""Intensity tm tn / (tm + tn) of the tile that is fed half as fast as an endless one computes. Fitted with RAMP."""
-
-MEMORY = 0.813
-"""Share of the memory bandwidth that streaming kernels reach. Fitted on 4768 operators of a V100, and held for all
-other devices: `benchmarks/data/aceso_v100_gpt_op_profile.csv`."""
-
-KERNEL_SECONDS = 2.8e-6
-"""Of a kernel that does nothing, on the device. Fitted with MEMORY."""
-
-
-@dataclass(frozen=True)
-class Silicon:
-    """The physical constants of one kind of device.
-
-    processors      multiprocessors: datasheet
-    issue           share of the peak that the inner loop of the largest tile reaches
-    sustained       share of the peak that all multiprocessors together sustain under the power limit
-    attention       share of `issue` that fused attention reaches, forward and backward: its exponentials run between
-                    its products
-    rows            queries that one block of fused attention takes
-    ramp, feed, memory, kernel_seconds
-                    see RAMP, FEED, MEMORY and KERNEL_SECONDS
-    tiles           output tiles of products
-    """
-
-    processors: int
-    issue: float
-    sustained: float
-    attention: tuple[float, float]
-    rows: int = 128
-    ramp: float = RAMP
-    feed: float = FEED
-    memory: float = MEMORY
-    kernel_seconds: float = KERNEL_SECONDS
-    tiles: tuple[tuple[int, int], ...] = TILES
-
 
 def product_bytes(batch: Any, m: Any, n: Any, k: Any, itemsize: Any) -> Any:
     """Bytes of both operands and the result, each moved once."""
@@ -89,17 +49,15 @@ def product_seconds(
 ) -> Any:
     """Seconds of `batch` products of m x k by k x n that move `nbytes` (see `product_bytes`) on a device of `peak`
     FLOP/s and `bandwidth` bytes/s."""
-    batch, m, n, k = (np.asarray(size, dtype=float) for size in (batch, m, n, k))
-    streamed = bandwidth * silicon.memory
-    best = np.inf
-    for tm, tn in silicon.tiles:
-        blocks = batch * np.ceil(m / tm) * np.ceil(n / tn)
-        rate = peak * silicon.issue * _fed(tm, tn, silicon) / silicon.processors
-        for splits in SPLITS:
-            deep = np.ceil(k / (splits * STEP)) * STEP if splits > 1 else k
-            waves = np.ceil(blocks * splits / silicon.processors)
-            sums = 8.0 * splits * batch * m * n / streamed if splits > 1 else 0.0
-            best = np.minimum(best, waves * 2.0 * tm * tn * (deep + silicon.ramp) / rate + sums)
+    batch, m, n, k = np.broadcast_arrays(*(np.asarray(size, dtype=float) for size in (batch, m, n, k)))
+    streamed, empty = bandwidth * silicon.memory, (1,) * batch.ndim
+    high, wide, fed, splits = (x.reshape(*x.shape, *empty) for x in (*_tiles(silicon.feed), np.array(SPLITS)))
+    blocks = batch * _whole(m / high) * _whole(n / wide)
+    rate = peak * silicon.issue * fed / silicon.processors
+    deep = np.where(splits > 1, _whole(k / (splits * STEP)) * STEP, k)
+    sums = np.where(splits > 1, 8.0 * splits * batch * m * n / streamed, 0.0)
+    waves = _whole(blocks * splits / silicon.processors)
+    best = (waves * (2.0 * high * wide * (deep + silicon.ramp) / rate) + sums).min((0, 1))
     compute = np.maximum(best, 2.0 * batch * m * n * k / (peak * silicon.sustained))
     return np.hypot(compute, nbytes / streamed) + silicon.kernel_seconds
 
@@ -111,7 +69,7 @@ def attention_seconds(
     keys: Any,
     head: Any,
     value: Any,
-    causal: bool,
+    causal: Any,
     nbytes: Any,
     peak: Any,
     bandwidth: float,
@@ -126,7 +84,7 @@ def attention_seconds(
     17(2), 1969), and no less than the longest.
     """
     deep = 2.0 * (3.0 * head + 2.0 * value if backward else head + value)
-    work = batch * heads * queries * keys * deep * (0.5 if causal else 1.0)
+    work = batch * heads * queries * keys * deep * np.where(causal, 0.5, 1.0)
     taken = np.minimum(silicon.rows / 2, keys) * queries if backward else np.minimum(silicon.rows, queries) * keys
     longest = np.minimum(taken * deep, work)
     rate = peak * silicon.issue * silicon.attention[backward]
@@ -141,31 +99,14 @@ def memory_seconds(nbytes: Any, bandwidth: float, silicon: Silicon, kernels: Any
     return nbytes / (bandwidth * silicon.memory) + kernels * silicon.kernel_seconds
 
 
-def _fed(tm: int, tn: int, silicon: Silicon) -> float:
-    """What a tile's rate is to that of the largest one."""
-    most = max(a * b / (a + b) for a, b in silicon.tiles)
-    own = tm * tn / (tm + tn)
-    return own / (own + silicon.feed) * (most + silicon.feed) / most
+def _whole(number: Any) -> Any:
+    """The next whole number; what is above one by rounding alone is that one."""
+    return np.ceil(number * (1 - 1e-12))
 
 
-_A100_PCIE = Silicon(108, 0.80, 0.744, (0.71, 0.60))
-_A100 = replace(_A100_PCIE, sustained=0.80)
-_H100 = replace(_A100_PCIE, processors=132)
-
-SILICON: Mapping[str, Silicon] = {
-    "cpu": Silicon(1, 0.7, 0.7, (0.7, 0.6), ramp=0.0, feed=0.0, memory=0.8, kernel_seconds=0.0, tiles=((16, 16),)),
-    "v100-32gb": Silicon(80, 0.845, 0.845, _A100.attention),
-    "a100-40gb": _A100,
-    "a100-80gb": _A100,
-    "a100-80gb-pcie": _A100_PCIE,
-    "h100-80gb": _H100,
-    "h200": _H100,
-    "b200": Silicon(148, 0.80, 0.494, (0.60, 0.53), rows=256),
-}
-"""Constants by device name.
-
-Multiprocessors are from NVIDIA's white papers of the architectures. Fitted on measurements: v100-32gb, a100-80gb-pcie
-and b200; see `benchmarks/fit.py`. The power limit shows on the PCIe A100 (300 W) and the B200, not on the V100. The
-other A100s (400 W) are taken for the PCIe one without it, because that foretells measured layers of Llama-7B within
-2 %. Nothing was measured on the H100 and the H200: the PCIe A100's shares. "cpu" is an assumption.
-"""
+@lru_cache
+def _tiles(feed: float) -> tuple[Floats, Floats, Floats]:
+    """Rows and columns of every tile, and what its rate is to that of the largest; a column, for the splits of k."""
+    high, wide = np.array(TILES, dtype=float).T[:, :, None]
+    own = high * wide / (high + wide)
+    return high, wide, own / (own + feed) * (own.max() + feed) / own.max()

@@ -267,7 +267,7 @@ def _faster(model: Model, rate: float) -> Model:
     model.solver  # noqa: B018  made once, for both
     other = copy.copy(model)
     other.sizes = copy.copy(model.sizes)
-    other.sizes.rate = model.sizes.rate * rate
+    other.sizes.peak = model.sizes.peak * rate
     return other
 
 

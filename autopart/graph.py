@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from autopart.errors import PartitionError
-from autopart.rules import Args, Shape, flatten, op_name
+from autopart.rules import Args, Product, Shape, flatten, op_name
 
 KEY = "autopart"
 
@@ -33,6 +33,8 @@ class Info:
     batch    the dim that counts samples, or None
     flops    of the forward pass
     product  whether matrix units do the work
+    matrix   the matrix product it is, if it is one; in a stage's graph, that of a rank
+    grads    whether gradients flow to the matrix product's first factor, and to another
     root     the node whose memory this node's (first) output is a view of; its own name if none
     keeps    the roots whose memory autograd keeps for this node's backward
     inner    bytes autograd keeps besides (a softmax's statistics)
@@ -55,6 +57,8 @@ class Info:
     batch: int | None = None
     flops: float = 0.0
     product: bool = False
+    matrix: Product | None = None
+    grads: tuple[bool, bool] = (False, False)
     root: str = ""
     keeps: tuple[str, ...] = ()
     inner: float = 0

@@ -17,7 +17,7 @@ from autopart.errors import PartitionError
 from autopart.hardware import find_device, find_link
 from autopart.hardware import load_hardware as load_hardware
 from autopart.hardware.cuda import of_cuda
-from autopart.hardware.rows import Device, Link
+from autopart.hardware.rows import Device, Link, Silicon
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -172,7 +172,7 @@ class Mesh:
             return Mesh(
                 **{
                     **data,
-                    "device": Device(**data["device"]),
+                    "device": _device(data["device"]),
                     "intra": Link(**data["intra"]),
                     "inter": Link(**data["inter"]),
                     "axes": tuple((name, degree) for name, degree in data["axes"]),
@@ -180,6 +180,13 @@ class Mesh:
             )
         except (KeyError, TypeError) as error:
             raise PartitionError("not a mesh in JSON", why=f"{type(error).__name__}: {error}") from error
+
+
+def _device(data: Mapping[str, Any]) -> Device:
+    silicon = data.get("silicon")
+    if silicon is not None:
+        silicon = Silicon(**{**silicon, "attention": tuple(silicon["attention"])})
+    return Device(**{**data, "silicon": silicon})
 
 
 def _check_axes(axes: Iterable[tuple[str, int]], size: int) -> None:

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from autopart.notation import Placement
 from autopart.relayout import Step
-from autopart.rules import Strategy
+from autopart.rules import Product, Strategy
 
 Placements = tuple[Placement, ...]
 Chain = tuple[Step, ...]
@@ -36,7 +36,7 @@ class Node:
     values    its outputs;  operands: (node, output) of every operand, None for what is no tensor
     firsts    for every operand the first that is the same value: two of one class may be two
     batch     whether its work grows with samples;  product: whether matrix units do it
-    rate, again, runs   as in `cost.Work`
+    peak, again, runs   as in `cost.Work`;  matrix, grads: as in `graph.Info`
     inner     bytes autograd keeps besides its operands and outputs
     group     the class of its run; -1 for what every stage makes for itself
     """
@@ -50,7 +50,9 @@ class Node:
     flops: float = 0.0
     batch: bool = False
     product: bool = False
-    rate: float = float("inf")
+    matrix: Product | None = None
+    grads: tuple[bool, bool] = (False, False)
+    peak: float = float("inf")
     again: int = 0
     runs: int = 1
     inner: float = 0.0

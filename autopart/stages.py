@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -12,7 +12,7 @@ from torch import fx
 from autopart.folded import Folded
 from autopart.graph import Info, info
 from autopart.notation import Placement
-from autopart.rules import Shape, Strategy, local_shape
+from autopart.rules import Product, Shape, Strategy, local_shape
 
 Value = tuple[fx.Node, int]
 Placements = tuple[Placement, ...]
@@ -116,6 +116,17 @@ class Choices:
     def shares(self, chosen: Sequence[Strategy]) -> int:
         """How many ranks share an operator's work."""
         return math.prod(size for s, (_, size) in zip(chosen, self.axes, strict=True) if s.shards_work)
+
+    def matrix(self, product: Product | None, chosen: Sequence[Strategy], grow: float) -> Product | None:
+        """The matrix product of a rank, of an operator that works `grow` times more than traced."""
+        if product is None:
+            return None
+        four = [size * (grow if grows else 1.0) for size, grows in zip(product.sizes, product.grows, strict=False)]
+        for strategy, (_, ranks) in zip(chosen, self.axes, strict=True):
+            if (role := product.role(strategy)) is not None:
+                four[role] /= ranks
+        batch, m, n, k = four
+        return replace(product, sizes=product.sizes._replace(batch=batch, m=m, n=n, k=k))
 
     def of(self, folded: Folded, node: fx.Node, stage: int) -> tuple[Strategy, ...]:
         """A node's strategy along every axis in a stage."""

@@ -14,13 +14,16 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from autopart.cost import Training, Work, partial_sync_seconds, work_seconds
+from autopart.cost import NO_SIZES, Seconds, Training, partial_sync_seconds, stream_seconds, work_in, work_seconds
 from autopart.hardware.rows import Device, Link
 from autopart.notation import Placement
 from autopart.problem import Chain, Flow, Keep, Node, Placements, Table, Value
 from autopart.relayout import Relayout, Step, row_seconds
 
 Array = NDArray[np.float64]
+FOUR = slice(2, 6)
+"""Where `Sizes.rest` has batch, m, n and k."""
+
 Path = tuple[Placements, ...]
 """What a value passes through on the way to a placement."""
 
@@ -51,6 +54,10 @@ class Sizes:
     """A table's sizes, four numbers each: of every strategy, every change of placement and every kept memory.
 
     first     index of a node's first strategy among all
+    which     of every strategy, the row that says what the operator does: strategies that do the same share it
+    flops, moved, peak, rest, factors
+              of these rows: FLOPs and bytes moved, peak, then again, runs, sizes and grads as in `cost.Work`, and which
+              of the four factors batch, m, n and k have
     changes   (flow, placement as made, path to where it is then) of every change that can be paid
     kept      (keep, placement) -> index of every memory that can be kept
     """
@@ -59,13 +66,11 @@ class Sizes:
         self.table = table
         self.first = np.cumsum([0, *(len(n.options) for n in table.nodes)])
         options = [(n, o) for n in table.nodes for o in range(len(n.options))]
-        self.flops = np.array([self._flops(n, o) for n, o in options])
-        self.moved = np.array([self._moved(n, o) for n, o in options])
+        rows, self.which = np.unique([self._work(n, o) for n, o in options], axis=0, return_inverse=True)
+        self.flops, self.moved, self.peak, self.rest, factors = np.split(rows, [4, 8, 9, -4], axis=1)
+        self.factors = factors.astype(int)
         self.made = np.array([self._made(n, o) for n, o in options])
         self.inner = np.array([self._inner(n, o) for n, o in options])
-        self.rate = np.array([n.rate for n, _ in options])
-        self.again = np.array([float(n.again) for n, _ in options])
-        self.runs = np.array([float(n.runs) for n, _ in options])
         self.means = np.array([[self._mean(n, o, axis) for axis in ("dp", "tp")] for n, o in options])
         self.grad = np.array([float(n.grad) for n, _ in options])
         self.product = np.array([float(n.product) for n, _ in options])
@@ -116,8 +121,24 @@ class Sizes:
         numbers[at] = amount
         return numbers
 
-    def _flops(self, node: Node, option: int) -> Array:
-        return self._cut(node.flops, node.batch, [s.shards_work for s in node.options[option]])
+    def _work(self, node: Node, option: int) -> Array:
+        """What an operator does, as a row."""
+        flops = self._cut(node.flops, node.batch, [s.shards_work for s in node.options[option]])
+        sizes, factors = self._matrix(node, option)
+        rest = [node.peak, node.again, node.runs, *sizes, *node.grads, *factors]
+        return np.concatenate([flops, self._moved(node, option), rest])
+
+    def _matrix(self, node: Node, option: int) -> tuple[tuple[float, ...], list[int]]:
+        if node.matrix is None:
+            return NO_SIZES, [0] * 4
+        four, factors = list(node.matrix.sizes[:4]), [2 * grows for grows in node.matrix.grows]
+        for axis, strategy in zip(self.table.axes, node.options[option], strict=True):
+            role = node.matrix.role(strategy)
+            if role is not None and axis == "dp":
+                factors[role] += 1
+            elif role is not None:
+                four[role] /= self.table.tp
+        return (*four, *node.matrix.sizes[4:]), factors
 
     def _inner(self, node: Node, option: int) -> Array:
         return self._cut(node.inner, node.batch, [s.shards_work for s in node.options[option]])
@@ -186,11 +207,10 @@ class Prices:
         self.sizes, self.terms = sizes, terms
         basis, device, training = terms.basis, terms.device, terms.training
         self.made, self.inner = sizes.made @ basis, sizes.inner @ basis
-        work = Work(sizes.flops @ basis, sizes.moved @ basis, sizes.rate, sizes.again, sizes.runs)
-        seconds = work_seconds(work, device)
+        seconds = self._computed(sizes, basis, device)
         ranks = {axis: count for axis, (count, _) in terms.sizes.items()}
         divided = sizes.means @ [ranks.get("dp", 1) > 1, ranks.get("tp", 1) > 1]
-        mean = work_seconds(Work(0.0, 2 * self.made, np.inf, sizes.grad, np.minimum(divided, 1.0)), device)
+        mean = stream_seconds(2 * self.made, sizes.grad, np.minimum(divided, 1.0), device)
         self.forward, self.backward = seconds.forward + mean.forward, seconds.backward + mean.backward
         self.product = sizes.product * seconds.forward
         self.results = sizes.product * (self.made + self.inner)
@@ -211,6 +231,15 @@ class Prices:
             if over_tp:
                 self.sync[i] += partial_sync_seconds(weight, *terms.sizes["tp"])
         self.state = self.parts.sum(1)
+
+    @staticmethod
+    def _computed(sizes: Sizes, basis: Array, device: Device) -> Seconds:
+        """What the operators take under every strategy."""
+        rest = sizes.rest.copy()
+        rest[:, FOUR] *= basis[sizes.factors]
+        rows = np.column_stack([sizes.flops @ basis, sizes.moved @ basis, sizes.peak, rest])
+        found = work_seconds(work_in(rows), device)
+        return Seconds(found.forward[sizes.which], found.backward[sizes.which])
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autopart.efficiency import (
-    SILICON,
-    Silicon,
-    attention_seconds,
-    memory_seconds,
-    product_bytes,
-    product_seconds,
-)
-from autopart.mesh import DEVICES, LINKS
+from autopart.efficiency import attention_seconds, memory_seconds, product_bytes, product_seconds
+from autopart.hardware import DEVICES, LINKS
+from autopart.hardware.rows import Silicon
 from autopart.traffic import COLLECTIVES, WIRES, Group, Wire, all_reduce_seconds, p2p_seconds
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -38,6 +32,13 @@ FAILED = 1e8
 
 PCIE_BANDWIDTH = 1935e9
 """Bytes/s of the A100 80GB PCIe: NVIDIA A100 datasheet."""
+
+
+def silicon_of(name: str) -> Silicon:
+    """The constants of a device, which has them."""
+    found = DEVICES[name].silicon
+    assert found is not None
+    return found
 
 
 def rows(name: str) -> list[dict[str, str]]:
@@ -334,7 +335,7 @@ class Collectives:
 
     def errors(self, wire: Wire, wait: float) -> Floats:
         """Relative errors of every row; `wait` is the seconds that starting one and waiting for it takes the host."""
-        device, silicon, link = DEVICES["v100-32gb"], SILICON["v100-32gb"], LINKS["nvlink2"]
+        device, silicon, link = DEVICES["v100-32gb"], silicon_of("v100-32gb"), LINKS["nvlink2"]
         found = memory_seconds(self.copied, device.bandwidth, silicon, self.launched) + wait
         for name, collective in COLLECTIVES.items():
             for p in (2, 4, 8):
@@ -477,7 +478,7 @@ def fit_operators(profile: Profile, which: NDArray[np.bool_], turns: int) -> tup
     """The V100's constants, those that stream, and the profiler's on the rows of `which`; no power limit shows."""
 
     def made(x: Floats) -> tuple[Silicon, Host]:
-        own = replace(SILICON["v100-32gb"], issue=x[0], sustained=x[0], memory=x[1], kernel_seconds=x[2])
+        own = replace(silicon_of("v100-32gb"), issue=x[0], sustained=x[0], memory=x[1], kernel_seconds=x[2])
         return own, Host(*x[3:])
 
     start = (0.8, 0.8, 3e-6, 15e-6, 25e-6, 25e-6)
@@ -549,7 +550,7 @@ def line(label: str, errors: Floats) -> str:
 def report(profile: Profile, collectives: Collectives, fabric: Fabric) -> None:
     """Errors of the constants as frozen."""
     print("Operators, V100, float16 (aceso_v100_gpt_op_profile.csv)")
-    e = profile.errors(SILICON["v100-32gb"], PROFILER)
+    e = profile.errors(silicon_of("v100-32gb"), PROFILER)
     print(line("all", e))
     print(line("all but what the profiler adds", e[profile.sound]))
     for direction, mine in (("forward", ~profile.backward), ("backward", profile.backward)):
@@ -562,7 +563,7 @@ def report(profile: Profile, collectives: Collectives, fabric: Fabric) -> None:
 
     for hardware, name, peak, band in DATASETS:
         print(f"Products and attention, {name}, bfloat16 (simumax_gemm_sdp_efficiency.csv)")
-        measured, silicon = products(hardware), SILICON[name]
+        measured, silicon = products(hardware), silicon_of(name)
         e = measured.errors(silicon, peak, band)
         print(line("products", e[~measured.grouped]))
         print(line("products of experts, in no fit", e[measured.grouped]))
@@ -570,9 +571,9 @@ def report(profile: Profile, collectives: Collectives, fabric: Fabric) -> None:
             print(line(label, attention_errors(hardware, silicon, peak, band, backward)))
 
     print("Layers, in no fit (that the A100-SXM shows no power limit was chosen on the first)")
-    print(line("Llama-7B forward, A100", layer_errors(SILICON["a100-80gb"])))
+    print(line("Llama-7B forward, A100", layer_errors(silicon_of("a100-80gb"))))
     for label, found, published in zip(
-        ("22B forward", "22B backward"), megatron_layer(SILICON["a100-80gb"]), published_layer(), strict=True
+        ("22B forward", "22B backward"), megatron_layer(silicon_of("a100-80gb")), published_layer(), strict=True
     ):
         print(f"  {label}, 8 A100: {found * 1e3:.1f} ms, measured {published * 1e3:.1f} ms (seqsel_2205.05198)")
 
@@ -638,12 +639,12 @@ def refit(profile: Profile, collectives: Collectives, fabric: Fabric, turns: int
         even = (np.cumsum(plain) // 3) % 2 == 0
         print(f"{name}: fit on, judged on")
         for label, own in (("all", plain), ("every other layer", plain & even), ("the rest", plain & ~even)):
-            silicon = fit_products(measured, own, SILICON[name], peak, band, hardware == "A100", turns)
+            silicon = fit_products(measured, own, silicon_of(name), peak, band, hardware == "A100", turns)
             e = measured.errors(silicon, peak, band)
             print(f"  {label}: {judged(e, own, plain)}; experts {mape(e[~plain]):.1%}")
             print(f"    {shown(silicon)}")
             if label == "all":
-                found = fit_attention(hardware, SILICON[name], peak, band).attention
+                found = fit_attention(hardware, silicon_of(name), peak, band).attention
                 print(f"    attention {found[0]:.3f} forward, {found[1]:.3f} backward")
     ok = collectives.aligned
     mib = np.round(collectives.nbytes / MIB).astype(int)

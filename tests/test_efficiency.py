@@ -7,8 +7,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from autopart.efficiency import SILICON, attention_seconds, memory_seconds, product_bytes, product_seconds
-from autopart.mesh import DEVICES, LINKS
+from autopart.cost import NO_SIZES, Seconds, work_in, work_seconds
+from autopart.efficiency import attention_seconds, memory_seconds, product_bytes, product_seconds
+from autopart.hardware import DEVICES, LINKS
 from autopart.traffic import (
     COLLECTIVES,
     WIRES,
@@ -21,6 +22,7 @@ from autopart.traffic import (
     ring_bandwidth,
 )
 from benchmarks import fit
+from benchmarks.fit import silicon_of
 
 GPUS = [name for name in DEVICES if name != "cpu"]
 
@@ -28,7 +30,7 @@ GPUS = [name for name in DEVICES if name != "cpu"]
 def product(name: str, batch: float, m: float, n: float, k: float) -> float:
     device = DEVICES[name]
     nbytes, peak = product_bytes(batch, m, n, k, 2), device.flops["float16"]
-    return float(product_seconds(batch, m, n, k, nbytes, peak, device.bandwidth, SILICON[name]))
+    return float(product_seconds(batch, m, n, k, nbytes, peak, device.bandwidth, silicon_of(name)))
 
 
 def share(name: str, m: int, n: int, k: int) -> float:
@@ -45,29 +47,29 @@ def two_level(hosts: int, per_host: int, nics: float = 1.0) -> Group:
 
 
 def test_every_device_and_link_has_constants() -> None:
-    assert set(DEVICES) <= set(SILICON)
-    assert set(LINKS) == set(WIRES)
+    assert all((device.silicon is not None) == (device.name in GPUS) for device in DEVICES.values())
+    assert set(WIRES) <= set(LINKS)
 
 
 @pytest.mark.parametrize("name", GPUS)
 def test_a_huge_square_product_reaches_the_sustained_share(name: str) -> None:
-    silicon = SILICON[name]
+    silicon = silicon_of(name)
     assert share(name, 2**16, 2**16, 2**16) == pytest.approx(min(silicon.issue, silicon.sustained), rel=0.03)
 
 
-@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("name", GPUS)
 def test_no_product_beats_the_peak_or_the_memory(name: str) -> None:
     device = DEVICES[name]
     draws = np.random.default_rng(0)
     b, m, n, k = 2.0 ** draws.integers(0, [[5], [15], [15], [15]], (4, 500)) + draws.integers(0, 7, (4, 500))
     nbytes = product_bytes(b, m, n, k, 2)
-    seconds = product_seconds(b, m, n, k, nbytes, device.flops["float16"], device.bandwidth, SILICON[name])
+    seconds = product_seconds(b, m, n, k, nbytes, device.flops["float16"], device.bandwidth, silicon_of(name))
     assert (seconds >= 2 * b * m * n * k / device.flops["float16"]).all()
     assert (seconds >= nbytes / device.bandwidth).all()
     assert seconds.shape == (500,) and np.isfinite(seconds).all()
 
 
-@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("name", GPUS)
 @pytest.mark.parametrize("grown", range(4))
 def test_a_product_takes_no_less_when_a_size_grows(name: str, grown: int) -> None:
     for shape in ([1, 96, 96, 96], [8, 2048, 2048, 64], [1, 4096, 1, 4096], [2, 300, 5000, 700]):
@@ -94,15 +96,15 @@ def test_a_short_k_reaches_less() -> None:
 
 def test_a_skinny_product_is_bound_by_memory() -> None:
     device = DEVICES["a100-80gb"]
-    moved = product_bytes(1, 1, 16384, 16384, 2) / (device.bandwidth * SILICON["a100-80gb"].memory)
+    moved = product_bytes(1, 1, 16384, 16384, 2) / (device.bandwidth * silicon_of("a100-80gb").memory)
     assert moved < product("a100-80gb", 1, 1, 16384, 16384) < 1.5 * moved
 
 
 def test_sizes_may_be_arrays() -> None:
     k = np.array([128.0, 256.0])
     device = DEVICES["h200"]
-    both = product_seconds(1, 512, 512, k, 0.0, device.flops["bfloat16"], device.bandwidth, SILICON["h200"])
-    alone = product_seconds(1, 512, 512, 256, 0.0, device.flops["bfloat16"], device.bandwidth, SILICON["h200"])
+    both = product_seconds(1, 512, 512, k, 0.0, device.flops["bfloat16"], device.bandwidth, silicon_of("h200"))
+    alone = product_seconds(1, 512, 512, 256, 0.0, device.flops["bfloat16"], device.bandwidth, silicon_of("h200"))
     assert both[1] == alone
 
 
@@ -114,11 +116,11 @@ def test_attention(name: str, backward: bool) -> None:
     def seconds(heads: int, length: int, causal: bool) -> float:
         sizes = (1, heads, length, length, 128, 128, causal, 0.0)
         peak = device.flops["float16"]
-        return float(attention_seconds(*sizes, peak, device.bandwidth, SILICON[name], backward))
+        return float(attention_seconds(*sizes, peak, device.bandwidth, silicon_of(name), backward))
 
     full = (10 if backward else 4) * 64 * 32768**2 * 128 / device.flops["float16"]
     reached = full / seconds(64, 32768, False)
-    assert reached == pytest.approx(SILICON[name].issue * SILICON[name].attention[backward], rel=0.03)
+    assert reached == pytest.approx(silicon_of(name).issue * silicon_of(name).attention[backward], rel=0.03)
     assert seconds(64, 32768, True) == pytest.approx(seconds(64, 32768, False) / 2, rel=0.05)
     times = [seconds(heads, 4096, True) for heads in (1, 2, 4, 16, 64, 256)]
     assert times == sorted(times)
@@ -126,11 +128,60 @@ def test_attention(name: str, backward: bool) -> None:
 
 
 def test_small_streams_do_not_reach_the_bandwidth() -> None:
-    device, silicon = DEVICES["a100-80gb"], SILICON["a100-80gb"]
+    device, silicon = DEVICES["a100-80gb"], silicon_of("a100-80gb")
     reached = [n / memory_seconds(n, device.bandwidth, silicon) / device.bandwidth for n in (1e4, 1e6, 1e8, 1e10)]
     assert reached == sorted(reached)
     assert reached[0] < 0.01 and reached[-1] == pytest.approx(silicon.memory, rel=0.01)
     assert memory_seconds(0.0, device.bandwidth, silicon, 3) == 3 * silicon.kernel_seconds
+
+
+def seconds_of(
+    name: str, flops: float, nbytes: float, sizes: tuple[float, ...] = NO_SIZES, grads: tuple[bool, bool] = (True, True)
+) -> Seconds:
+    peak = DEVICES[name].flops["bfloat16"] if flops else math.inf
+    row = [flops, nbytes, peak, sum(grads) if flops else 1, 1, *sizes, *grads]
+    found = work_seconds(work_in(np.array([row], dtype=float)), DEVICES[name])
+    return Seconds(float(found.forward[0]), float(found.backward[0]))
+
+
+def test_a_product_has_a_backward_for_each_factor_with_a_gradient() -> None:
+    m, n, k = 4096, 1000, 64
+    nbytes = product_bytes(1, m, n, k, 2)
+    times = [
+        seconds_of("h100-80gb", 2 * m * n * k, nbytes, (1, m, n, k, 0, 0), grads)
+        for grads in ((False, False), (True, False), (False, True), (True, True))
+    ]
+    device = DEVICES["h100-80gb"]
+    forward, first, second = (
+        float(product_seconds(1, *shape, nbytes, device.flops["bfloat16"], device.bandwidth, silicon_of("h100-80gb")))
+        for shape in ((m, n, k), (m, k, n), (k, n, m))
+    )
+    assert min(forward, first, second) > device.launch_seconds and len({forward, first, second}) == 3
+    assert {t.forward for t in times} == {forward}
+    assert [t.backward for t in times] == pytest.approx([0.0, first, second, first + second])
+
+
+def test_a_launch_is_hidden_behind_a_longer_kernel_and_bounds_a_shorter_one() -> None:
+    device, silicon = DEVICES["a100-80gb"], silicon_of("a100-80gb")
+    assert seconds_of("a100-80gb", 0.0, 10.0).forward == device.launch_seconds
+    assert seconds_of("a100-80gb", 2.0 * 64**3, 10.0, (1, 64, 64, 64, 0, 0)).forward >= device.launch_seconds
+    long = seconds_of("a100-80gb", 0.0, 1e9)
+    assert long.forward == long.backward == memory_seconds(1e9, device.bandwidth, silicon)
+
+
+def test_several_products_take_their_flops() -> None:
+    device, silicon = DEVICES["a100-80gb"], silicon_of("a100-80gb")
+    found = seconds_of("a100-80gb", 1e12, 10.0)
+    assert found.forward == 1e12 / device.flops["bfloat16"] / silicon.sustained
+    assert found.backward == 2 * found.forward
+
+
+def test_a_device_without_constants_has_a_roofline() -> None:
+    device = DEVICES["cpu"]
+    found = seconds_of("cpu", 1e9, 1e3, (1, 1000, 1000, 500, 0, 0))
+    assert found.forward == pytest.approx(1e9 / (0.7 * device.flops["bfloat16"]) + device.launch_seconds)
+    assert found.backward == 2 * found.forward
+    assert seconds_of("cpu", 0.0, 1e9).forward == pytest.approx(1e9 / (0.8 * device.bandwidth) + device.launch_seconds)
 
 
 @pytest.mark.parametrize("name", COLLECTIVES)
@@ -211,7 +262,7 @@ def test_measured_points_are_interpolated() -> None:
 
 def test_operators_of_a_v100() -> None:
     profile = fit.Profile()
-    errors = profile.errors(SILICON["v100-32gb"], fit.PROFILER)
+    errors = profile.errors(silicon_of("v100-32gb"), fit.PROFILER)
     assert len(errors) == 5120 and profile.sound.sum() == 4768
     assert fit.mape(errors) < 0.13
     for direction in (profile.backward, ~profile.backward):
@@ -229,16 +280,16 @@ def test_operators_of_a_v100() -> None:
 def test_products_and_attention(which: int, products: float, experts: float, attention: float) -> None:
     hardware, name, peak, band = fit.DATASETS[which]
     measured = fit.products(hardware)
-    errors = measured.errors(SILICON[name], peak, band)
+    errors = measured.errors(silicon_of(name), peak, band)
     assert fit.mape(errors[~measured.grouped]) < products
     assert fit.mape(errors[measured.grouped]) < experts
     for backward in (False, True):
-        assert fit.mape(fit.attention_errors(hardware, SILICON[name], peak, band, backward)) < attention
+        assert fit.mape(fit.attention_errors(hardware, silicon_of(name), peak, band, backward)) < attention
 
 
 def test_layers() -> None:
-    assert fit.mape(fit.layer_errors(SILICON["a100-80gb"])) < 0.03
-    forward, backward = fit.megatron_layer(SILICON["a100-80gb"])
+    assert fit.mape(fit.layer_errors(silicon_of("a100-80gb"))) < 0.03
+    forward, backward = fit.megatron_layer(silicon_of("a100-80gb"))
     published = fit.published_layer()
     assert published == (pytest.approx(7.7e-3), pytest.approx(11.9e-3))
     assert forward == pytest.approx(published[0], rel=0.15) and backward == pytest.approx(published[1], rel=0.2)

@@ -18,8 +18,8 @@ from autopart.cli import app
 from autopart.errors import PartitionError
 from autopart.hardware import CUDA_NAMES, DEVICES, LINKS, find_device, find_link, load_hardware
 from autopart.hardware.cuda import of_cuda
-from autopart.hardware.files import NAME, TAKES
-from autopart.hardware.rows import DTYPES, Device, Link
+from autopart.hardware.files import CONSTANTS, NAME, TAKES
+from autopart.hardware.rows import DTYPES, Device, Link, Silicon
 from autopart.mesh import Mesh
 
 GPUS = [device for device in DEVICES.values() if device.name != "cpu"]
@@ -115,6 +115,7 @@ def test_cards_of_a_family(slower: str, faster: str) -> None:
 def test_fields_are_those_of_rows() -> None:
     for kind, takes in TAKES.items():
         assert takes.keys() - {"like", "cuda"} == kind.__annotations__.keys() - {"name"}
+    assert CONSTANTS.keys() == Silicon.__annotations__.keys()
 
 
 MINE = """
@@ -163,6 +164,23 @@ def test_a_row_of_all_fields(written: Callable[[str], Path]) -> None:
     load_hardware(written(text))
     assert find_device("whole") == Device("whole", {"float32": 1e12}, 10**9, 1e11, 0.0, "pcie3", "none")
     assert Mesh.parse("2x8:whole").nics == 8
+
+
+def test_constants_of_kernels(written: Callable[[str], Path]) -> None:
+    """They are taken over from the row that one is like, as a whole; a row of one's own needs none."""
+    text = """
+    [devices.taken]
+    like = "h100-80gb"
+    [devices.given]
+    like = "h100-80gb"
+    silicon = { processors = 78, issue = 0.8, sustained = 0.7, attention = [0.6, 0.5], source = "measured" }
+    """
+    load_hardware(written(text))
+    assert find_device("taken").silicon is DEVICES["h100-80gb"].silicon
+    assert find_device("given").silicon == Silicon(78, 0.8, 0.7, (0.6, 0.5), "measured")
+    for name in ("taken", "given", "cpu"):
+        mesh = Mesh.parse(f"2x8:{name}")
+        assert Mesh.from_json(json.loads(json.dumps(mesh.to_json()))) == mesh
 
 
 def test_a_row_takes_the_place_of_one(written: Callable[[str], Path]) -> None:
@@ -227,6 +245,9 @@ BAD = {  # file: what the error says
     LIKE + "flops = { bf16 = 1e15 }": r"flops = .*\n.*among float64, .*, float8",
     LIKE + "flops = { bfloat16 = -1 }": "flops = ",
     LIKE + "flops = 1e15": "flops = 1000",
+    LIKE + "silicon = { processors = 78 }": r"silicon = .*\n.*a table of processors",
+    LIKE + "silicon = { processors = 78, issue = 0.8, sustained = 0.7, attention = [0.6], source = 'x' }": "silicon = ",
+    LIKE + "silicon = { processors = 0, issue = 0.8, sustained = 0.7, attention = [1, 1], source = 'x' }": "silicon = ",
     LIKE + "cuda = '('": r"cuda = '\('\n.*a regular expression",
     LIKE + "link = 'nvlink'": r"devices\.mine: link = 'nvlink'\n.*no such link(?s:.*)'nvlink4'",
     LIKE + "inter = 'ib-nrd'": r"devices\.mine: inter = 'ib-nrd'\n(?s:.*)try: 'ib-ndr'",

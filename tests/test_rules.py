@@ -17,12 +17,12 @@ import torch
 import transformers.integrations.moe  # noqa: F401  registers its operators
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from proof import RANDOM, Sample, f, i, prove, resolve, ways
+from proof import RANDOM, Sample, called, f, i, prove, resolve, swapped, tensors_of, ways
 
 from autopart import rules
 from autopart.draws import Stream
 from autopart.notation import Placement, S
-from autopart.rules import RULES, op_name
+from autopart.rules import ROLES, RULES, Product, Sizes, flatten, flops, local_args, local_shape, op_name, product_of
 from autopart.rules.pointwise import LINEAR_BINARY
 
 SHARDS = (2, 3, 4)
@@ -616,3 +616,87 @@ def test_wrong_linearity_fails(sample: Sample, monkeypatch: pytest.MonkeyPatch) 
     (partial,) = (s for s in ways(sample, 2) if s.name == "P")
     with pytest.raises(AssertionError, match="not close"):
         prove(sample, partial, 2)
+
+
+PRODUCTS: dict[str, tuple[Sample, tuple[float, ...] | None]] = {
+    "mm": (call("aten.mm", f(4, 6), f(6, 8)), (1, 4, 8, 6)),
+    "bmm": (call("aten.bmm", f(3, 4, 6), f(3, 6, 8)), (3, 4, 8, 6)),
+    "matmul": (call("aten.matmul", f(2, 3, 4, 6), f(2, 3, 6, 8)), (6, 4, 8, 6)),
+    "matmul that broadcasts": (call("aten.matmul", f(2, 3, 6), f(6, 8)), (1, 6, 8, 6)),
+    "linear": (call("aten.linear", f(2, 3, 6), f(8, 6)), (1, 6, 8, 6)),
+    "linear with bias": (call("aten.linear", f(2, 3, 6), f(8, 6), f(8)), (1, 6, 8, 6)),
+    "addmm": (call("aten.addmm", f(8), f(4, 6), f(6, 8)), (1, 4, 8, 6)),
+    "baddbmm": (call("aten.baddbmm", f(3, 4, 8), f(3, 4, 6), f(3, 6, 8)), (3, 4, 8, 6)),
+    "einsum": (call("aten.einsum", "bqhd,bkhd->bhqk", [f(2, 4, 3, 6), f(2, 5, 3, 6)]), (6, 4, 5, 6)),
+    "einsum of three": (call("aten.einsum", "ij,jk,kl->il", [f(2, 3), f(3, 4), f(4, 5)]), (1, 2, 5, 12)),
+    "vector": (call("aten.mv", f(4, 6), f(6)), (1, 4, 1, 6)),
+    "numbers": (call("aten.dot", f(6), f(6)), None),
+    "nothing summed": (call("aten.einsum", "ij,ij->ij", [f(2, 3), f(2, 3)]), None),
+    "no product": (call("aten.add.Tensor", f(2), f(2)), None),
+    "experts": (call("autopart.expert_linear", f(24, 6), f(4, 8, 6), i(4, 24), False), (4, 6, 8, 6)),
+    "grouped": (
+        call("transformers.grouped_mm_fallback", f(24, 6), f(3, 6, 8), torch.tensor([5, 5, 24])),
+        (3, 8, 8, 6),
+    ),
+    "attention": (
+        call(ATTENTION, f(2, 3, 4, 8), f(2, 3, 5, 8), f(2, 3, 5, 6), some(b(3, 4, 5))),
+        (6, 4, 5, 8, 6, False),
+    ),
+    "causal attention": (call(ATTENTION, *[f(2, 3, 4, 8)] * 3, None, 0.0, True), (6, 4, 4, 8, 8, True)),
+    "grouped queries": (
+        call(ATTENTION, f(2, 4, 4, 8), *[f(2, 2, 4, 8)] * 2, None, 0.0, False, enable_gqa=True),
+        (8, 4, 4, 8, 8, False),
+    ),
+    "convolution": (call("aten.conv2d", f(2, 4, 5, 5), f(6, 4, 3, 3)), (1, 18, 6, 36)),
+    "convolution of every channel": (
+        call("aten.conv2d", f(2, 4, 5, 5), f(4, 1, 3, 3), None, [1, 1], [0, 0], [1, 1], 4),
+        (4, 18, 1, 9),
+    ),
+    "transposed convolution": (call("aten.conv_transpose2d.input", f(2, 4, 5, 5), f(4, 6, 3, 3)), (1, 50, 54, 4)),
+}
+"""A call, and the sizes of the product that it is."""
+
+
+def product(sample: Sample, counted: Sequence[int | None] | None = None) -> Product | None:
+    shapes = swapped(sample.args, (t.shape for t in tensors_of(sample)))
+    outputs = [tuple(o.shape) for o in called(sample.op, sample.args, sample.kwargs)]
+    return product_of(sample.name, shapes, outputs, counted or [None] * len(flatten(shapes)))
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_sizes_of_products(name: str) -> None:
+    sample, expected = PRODUCTS[name]
+    found = product(sample)
+    assert (found and found.sizes) == (expected and Sizes(*expected))
+
+
+CONTRACTIONS = [s for s in SAMPLES if product(s) is not None]
+
+
+@pytest.mark.parametrize("sample", CONTRACTIONS, ids=identified(CONTRACTIONS))
+def test_a_share_of_a_product_is_the_product_of_shares(sample: Sample) -> None:
+    """As large as its FLOPs say, and cut by a split as the shapes of a rank's operands say."""
+    whole = product(sample)
+    assert whole is not None
+    shapes = swapped(sample.args, (t.shape for t in tensors_of(sample)))
+    outputs = [tuple(o.shape) for o in called(sample.op, sample.args, sample.kwargs)]
+    if sample.name != ATTENTION:
+        assert 2 * math.prod(whole.sizes[:4]) == pytest.approx(flops(sample.name, shapes, outputs))
+    for strategy in ways(sample, 2):
+        if strategy.local or not strategy.shards_work:
+            continue
+        placed = zip(flatten(shapes), strategy.inputs, strict=True)
+        local = [torch.Size(local_shape(a, p, 2)) for a, p in placed if p is not None]
+        given = [local_shape(o, p, 2) for o, p in zip(outputs, strategy.outputs, strict=True)]
+        args = local_args(sample.name, swapped(sample.args, iter(local)), given)
+        share = product_of(sample.name, args, given, [None] * len(flatten(shapes)))
+        role = whole.role(strategy)
+        assert role is not None
+        cut = whole.sizes._replace(**{ROLES[role]: whole.sizes[role] / 2})
+        assert (share is None and max(cut.m, cut.n) <= 1) or (share is not None and share.sizes == cut)
+
+
+def test_sizes_that_count_samples() -> None:
+    linear, scores = PRODUCTS["linear"][0], PRODUCTS["bmm"][0]
+    found = [product(linear, [0, None]), product(linear, [None, None]), product(scores, [0, 0])]
+    assert [p and p.grows for p in found] == [(False, True, False, False), (False,) * 4, (True, False, False, False)]

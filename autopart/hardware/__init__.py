@@ -16,10 +16,10 @@ as PATH is); then they can be named wherever a device or a link can:
     source = "measured"
 
 A row without `like` needs every field of `Device` or `Link` that has no default, by the units told there. What a row
-gives replaces the field of the row it is like, `flops` as a whole; a `source` that is not given names that row and what
-was changed. `like` looks at the rows above it and at the tables. `cuda`, in a device's row alone and never taken over,
-is a regular expression for the whole of what the CUDA driver calls the device. Of rows with one name the last read is
-taken, so that a file can put a measured a100-80gb in the place of the datasheet's.
+gives replaces the field of the row it is like, `flops` and `silicon` as a whole; a `source` that is not given names
+that row and what was changed. `like` looks at the rows above it and at the tables. `cuda`, in a device's row alone and
+never taken over, is a regular expression for the whole of what the CUDA driver calls the device. Of rows with one name
+the last read is taken, so that a file can put a measured a100-80gb in the place of the datasheet's.
 """
 
 from __future__ import annotations

@@ -7,13 +7,13 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from autopart.errors import PartitionError
 
-from .rows import DTYPES, Device, Link
+from .rows import DTYPES, Device, Link, Silicon
 
 _Row = TypeVar("_Row", Device, Link)
 
@@ -72,12 +72,47 @@ def _pattern(value: Any) -> str | None:
         return None
 
 
+def _pair(value: Any) -> tuple[float, float] | None:
+    rates = [_rate(rate) for rate in value] if isinstance(value, list) and len(value) == 2 else [None]
+    return tuple(rates) if all(rates) else None  # type: ignore[return-value]
+
+
 RATE = _Kind("a number above 0", _rate)
 SECONDS = _Kind("a number of seconds, at least 0", _seconds)
 COUNT = _Kind("a whole number above 0", _count)
 TEXT = _Kind("a text that is not empty", _text)
 RATES = _Kind(f"a table of dtype = FLOP/s, each above 0, the dtypes among {', '.join(DTYPES)}", _rates)
 PATTERN = _Kind("a regular expression", _pattern)
+PAIR = _Kind("two numbers above 0", _pair)
+
+CONSTANTS: Mapping[str, _Kind] = {
+    "processors": COUNT,
+    "issue": RATE,
+    "sustained": RATE,
+    "attention": PAIR,
+    "source": TEXT,
+    "rows": COUNT,
+    "ramp": SECONDS,
+    "feed": SECONDS,
+    "memory": RATE,
+    "kernel_seconds": SECONDS,
+}
+"""The fields of a device's `silicon`."""
+
+
+def _silicon(value: Any) -> Silicon | None:
+    if not isinstance(value, dict) or not value.keys() <= CONSTANTS.keys():
+        return None
+    read = {key: CONSTANTS[key].read(given) for key, given in value.items()}
+    needed = {f.name for f in fields(Silicon) if f.default is MISSING}
+    return None if None in read.values() or needed - read.keys() else Silicon(**read)
+
+
+SILICON = _Kind(
+    "a table of processors, issue, sustained, attention = [forward, backward] and source, and if they are other than "
+    "usual rows, ramp, feed, memory, kernel_seconds, all above 0",
+    _silicon,
+)
 
 BESIDES: Mapping[str, _Kind] = {"like": TEXT, "cuda": PATTERN}
 """Fields of a row in a file that are not of the row it makes."""
@@ -92,6 +127,7 @@ TAKES: Mapping[type[Any], Mapping[str, _Kind]] = {
         "inter": TEXT,
         "devices_per_host": COUNT,
         "nics_per_host": COUNT,
+        "silicon": SILICON,
         "source": TEXT,
         **BESIDES,
     },
@@ -157,7 +193,7 @@ def _made(where: str, name: str, given: Mapping[str, Any], kind: type[_Row], kno
     if base := values.get("like"):
         if base not in known:
             raise _unknown(f"{where}: like = {base!r}", "row", base, known)
-        taken = asdict(known[base])
+        taken = {f.name: getattr(known[base], f.name) for f in fields(kind)}
         changed = f" but for {', '.join(own)}" if own else ""
         own = {**taken, "source": f"as {base}{changed}: {taken['source']}", **own}
     own["name"] = name

@@ -9,6 +9,49 @@ DTYPES = ("float64", "float32", "tf32", "float16", "bfloat16", "float8")
 """The dtypes a device may have a peak for."""
 
 
+RAMP = 120.0
+"""Elements of k that starting and finishing a tile of a product costs. Fitted on 183 products of an A100 80GB PCIe, and
+held for all other devices, on which the form then errs as little:
+`benchmarks/data/simumax_gemm_sdp_efficiency.csv`."""
+
+FEED = 60.0
+"""Intensity tm tn / (tm + tn) of the tile that is fed half as fast as an endless one computes. Fitted with RAMP."""
+
+MEMORY = 0.813
+"""Share of the memory bandwidth that streaming kernels reach. Fitted on 4768 operators of a V100, and held for all
+other devices: `benchmarks/data/aceso_v100_gpt_op_profile.csv`."""
+
+KERNEL_SECONDS = 2.8e-6
+"""Of a kernel that does nothing, on the device. Fitted with MEMORY."""
+
+
+@dataclass(frozen=True)
+class Silicon:
+    """The physical constants by which `autopart.efficiency` tells the seconds of kernels.
+
+    processors      multiprocessors
+    issue           share of the peak that the inner loop of the largest tile reaches
+    sustained       share of the peak that all multiprocessors together sustain under the power limit
+    attention       share of `issue` that fused attention reaches, forward and backward: its exponentials run between
+                    its products
+    source          where the numbers are from
+    rows            queries that one block of fused attention takes
+    ramp, feed, memory, kernel_seconds
+                    see RAMP, FEED, MEMORY and KERNEL_SECONDS
+    """
+
+    processors: int
+    issue: float
+    sustained: float
+    attention: tuple[float, float]
+    source: str
+    rows: int = 128
+    ramp: float = RAMP
+    feed: float = FEED
+    memory: float = MEMORY
+    kernel_seconds: float = KERNEL_SECONDS
+
+
 @dataclass(frozen=True)
 class Device:
     """One kind of device, and the host it usually sits in.
@@ -17,13 +60,15 @@ class Device:
                       that of matrix products, hence of tensor cores where the type has them
     memory_bytes      capacity in bytes: the datasheet's, at 1e9 bytes to the GB
     bandwidth         bytes/s of device memory
-    launch_seconds    fixed overhead of one kernel, in seconds
+    launch_seconds    fixed overhead of one kernel, in seconds: without `silicon` every kernel's, on top; with it what
+                      a kernel takes at least, because a queue of kernels hides the launches behind longer ones
     link              name of the link between devices of one host
     source            where the numbers are from
     inter             name of the link between hosts, where the user names none
     devices_per_host  how many such devices a usual host has, and
     nics_per_host     how many network cards for them; hosts of another size have as many a device. The defaults are
                       one card for each device
+    silicon           constants of its kernels; None where nothing was fitted: then a plain roofline tells their seconds
     """
 
     name: str
@@ -36,6 +81,7 @@ class Device:
     inter: str = "ethernet"
     devices_per_host: int = 1
     nics_per_host: int = 1
+    silicon: Silicon | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import fx
 from autopart.draws import uniform_of
 from autopart.graph import Traced, annotate, calls, info, operands, run_on_meta, shape_args, value_of
 from autopart.means import mixing
-from autopart.rules import flops, is_contraction, strategies
+from autopart.rules import flops, is_contraction, product_of, strategies
 from autopart.torch_private import StorageWeakRef
 
 
@@ -30,12 +30,24 @@ def annotate_costs(traced: Traced, device: str) -> Traced:
         batch |= {(node, i): d for i, d in enumerate(dims)}
         work = flops(record.name, shape_args(node), record.shapes)
         annotate(node, batch=dims[0], flops=work, product=is_contraction(record.name))
+        if is_contraction(record.name):
+            _matrix(node, batch)
     mixes = mixing(traced.graph)
     traced.mixed_at = "" if mixes is None else info(mixes).source or info(mixes).name
     if traced.updated and not traced.mixed_at:
         traced.mixed_at = f"the buffer {traced.updated[0]}, which changes once a micro-batch"
     _saved(traced.graph, device)
     return traced
+
+
+def _matrix(node: fx.Node, batch: dict[tuple[fx.Node, int], int | None]) -> None:
+    """Note what matrix product the node is."""
+    record, taken = info(node), operands(node)
+    counted = [batch.get(value_of(n)) if n is not None else None for n in taken]
+    matrix = product_of(record.name, shape_args(node), record.shapes, counted)
+    if matrix is not None:
+        first, *others = (info(n).grad for i in matrix.factors if (n := taken[i]) is not None)
+        annotate(node, matrix=matrix, grads=(first, any(others)))
 
 
 def _batch_dims(node: fx.Node, batch: dict[tuple[fx.Node, int], int | None]) -> list[int | None]:

@@ -23,7 +23,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from autopart.cost import again_of, rate_of
+from autopart.cost import again_of, peak_of
 from autopart.errors import PartitionError
 from autopart.folded import Folded
 from autopart.graph import Info, info, operands, shape_args, value_of
@@ -95,7 +95,9 @@ class _Builder:
             flops=record.flops,
             batch=record.batch is not None or any(i.batch is not None for i in inputs),
             product=record.product,
-            rate=rate_of(record, self.device) if is_op else float("inf"),
+            matrix=record.matrix,
+            grads=record.grads,
+            peak=peak_of(record, self.device) if is_op else float("inf"),
             again=again_of(record, inputs),
             runs=int(is_op and not record.view),
             inner=float(record.inner),

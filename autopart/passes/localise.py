@@ -248,6 +248,7 @@ class _Localiser:
                     note=note.rstrip(".") or f"{before} to {after} over {name}",
                     flops=0.0,
                     product=False,
+                    matrix=None,
                     inner=0.0,
                     view=False,
                 )
@@ -289,6 +290,7 @@ class _Localiser:
             moved=sum(sizes) + sum(self._size(*read) for read in reads),
             again=again_of(record, [info(n) for n in node.all_input_nodes]),
             flops=record.flops * grow / share,
+            matrix=self.choices.matrix(record.matrix, chosen, grow),
             inner=record.inner * grow / share,
             note=note,
         )
@@ -304,7 +306,7 @@ class _Localiser:
             parts *= size if strategy.local == "mean" else 1
         if parts > 1:
             moved, again = 2 * local.size, int(record.grad)
-            mean = replace(local, name="aten.div.Tensor", product=False, moved=moved, again=again)
+            mean = replace(local, name="aten.div.Tensor", product=False, matrix=None, moved=moved, again=again)
             result = self._add(run, torch.ops.aten.div.Tensor, (result, parts), {}, mean)
         for index in range(len(record.shapes)):
             picked = result

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
-from autopart.cost import Seconds, Work, rate_of, work_seconds
+from autopart.cost import Seconds, work_of, work_seconds
 from autopart.graph import info
 from autopart.hardware.rows import Device, Link
 from autopart.plan import PlanLine, shortened
 from autopart.relayout import RELAYOUTS, row_seconds
 from autopart.stages import StageGraph
 
+NOTHING = Seconds(0.0, 0.0)
 BY_FUNCTION = {f"runtime.{row.function}": row for row in RELAYOUTS.values()}
 
 
@@ -39,12 +40,13 @@ class Prices:
 
 def price(stage: StageGraph, prices: Prices) -> list[PricedRun]:
     """Price every run of a stage."""
+    computed = _computed([n for _, nodes in stage.runs for n in nodes], prices.device)
     runs = []
     for label, nodes in stage.runs:
         forward = backward = cheap = 0.0
         lines = []
         for node in nodes:
-            compute, comm = _node(node, prices)
+            compute, comm = computed.get(node, NOTHING), _moved(node, prices)
             forward += compute.forward + comm.forward
             backward += compute.backward + comm.backward
             record = info(node)
@@ -63,15 +65,21 @@ def price(stage: StageGraph, prices: Prices) -> list[PricedRun]:
     return runs
 
 
-def _node(node: fx.Node, prices: Prices) -> tuple[Seconds, Seconds]:
-    """Seconds of compute and of communication."""
-    record, nothing = info(node), Seconds(0.0, 0.0)
-    inputs = [info(n) for n in node.all_input_nodes]
+def _computed(nodes: Sequence[fx.Node], device: Device) -> dict[fx.Node, Seconds]:
+    """Seconds of everything that is no change of placement."""
+    operators = [n for n in nodes if info(n).name not in BY_FUNCTION]
+    seconds = work_seconds(work_of([info(n) for n in operators], device), device)
+    each = zip(operators, seconds.forward.tolist(), seconds.backward.tolist(), strict=True)
+    return {node: Seconds(forward, backward) for node, forward, backward in each}
+
+
+def _moved(node: fx.Node, prices: Prices) -> Seconds:
+    """Seconds of a change of placement."""
+    record = info(node)
     row = BY_FUNCTION.get(record.name)
     if row is None:
-        work = Work(record.flops, record.moved, rate_of(record, prices.device), record.again, int(not record.view))
-        return work_seconds(work, prices.device), nothing
+        return NOTHING
     axis = node.args[1]
     assert isinstance(axis, str)
-    whole = max(record.size, *(i.size for i in inputs))
-    return nothing, Seconds(*row_seconds(row, whole, *prices.axes[axis], record.grad, prices.device.launch_seconds))
+    whole = max(record.size, *(info(n).size for n in node.all_input_nodes))
+    return Seconds(*row_seconds(row, whole, *prices.axes[axis], record.grad, prices.device.launch_seconds))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from autopart.notation import (
     Bound,
     C,
+    Dim,
     M,
     P,
     Placement,
@@ -41,7 +42,7 @@ from autopart.rules import (
     shapes,
     vision,
 )
-from autopart.rules.base import Args, Local, Rule, opaque, replaced
+from autopart.rules.base import Args, Local, Rule, Sizes, opaque, replaced
 from autopart.rules.pointwise import BINARY, LINEAR_BINARY, POINTWISE
 
 __all__ = [
@@ -51,8 +52,10 @@ __all__ = [
     "RULES",
     "Args",
     "Local",
+    "Product",
     "Rule",
     "Shape",
+    "Sizes",
     "Strategy",
     "flatten",
     "flops",
@@ -61,6 +64,7 @@ __all__ = [
     "local_args",
     "local_shape",
     "op_name",
+    "product_of",
     "strategies",
 ]
 
@@ -219,6 +223,76 @@ def is_contraction(name: str) -> bool:
     """Whether matrix units do the work."""
     rule = RULES.get(name)
     return rule is not None and rule.contraction
+
+
+ROLES = ("batch", "m", "n", "k")
+"""The first four of `Sizes`."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """The matrix product that an operator is.
+
+    sizes    of all of it
+    roles    every letter of its row -> which of the sizes counts it
+    factors  its operands, by their places: the first factor, and what is behind it
+    grows    of ROLES, whether it counts samples
+    """
+
+    sizes: Sizes
+    roles: tuple[tuple[str, int], ...]
+    factors: tuple[int, ...]
+    grows: tuple[bool, bool, bool, bool]
+
+    def role(self, strategy: Strategy) -> int | None:
+        """Which of the sizes a strategy splits."""
+        return dict(self.roles)[strategy.name.partition("+")[0]] if strategy.shards_work else None
+
+
+def product_of(name: str, args: Args, outputs: Sequence[Shape], counted: Sequence[int | None]) -> Product | None:
+    """The matrix product that an operator is; `counted` tells for every operand which dim counts samples.
+
+    A letter of the output is `batch` where every factor has it, m where the first has it, else n; one that the output
+    does not have is k. Factors are the operands that have such a letter: a bias has none. None for what matrix units
+    do not do or do in several products (recurrent layers), for products of numbers in place of matrices (no letter of
+    their own) and for those that sum nothing up.
+    """
+    rule = RULES.get(name)
+    if rule is None or not rule.contraction or (rule.flops and not rule.sizes):
+        return None
+    _, bound = _bound(name, args, outputs)
+
+    def letters_of(dims: Sequence[Dim | None] | None) -> set[str]:
+        return {f.name for dim in dims or () if dim for f in dim.factors if f.size is None}
+
+    held, given = [letters_of(dims) for dims in bound.inputs], set[str]().union(*map(letters_of, bound.outputs))
+    factors = (0, 1) if rule.sizes else tuple(i for i, names in enumerate(held) if names - given)
+    if len(factors) < 2:
+        return None
+    first, *behind = (held[i] for i in factors)
+
+    def role(letter: str) -> int:
+        if letter in rule.groups:
+            return 0
+        if letter not in given:
+            return 3
+        return 0 if letter in first.intersection(*behind) else 1 if letter in first else 2
+
+    roles = {letter: role(letter) for letter in bound.sizes}
+    if rule.sizes:
+        sizes = rule.sizes(args, outputs)
+    else:
+        batch, m, n, k = (math.prod(s for x, s in bound.sizes.items() if roles[x] == at) for at in range(len(ROLES)))
+        sizes = Sizes(batch, m, n, k)
+    if max(sizes.m, sizes.n) <= 1:
+        return None
+    grows = {
+        roles[dim.factors[0].name]
+        for dims, at in zip(bound.inputs, counted, strict=True)
+        if dims and at is not None and (dim := dims[at]) and dim.factors[0].name in roles
+    }
+    grows |= {0} if not grows and any(at is not None for at in counted) else set()
+    return Product(sizes, tuple(roles.items()), factors, tuple(at in grows for at in range(4)))  # type: ignore[arg-type]
 
 
 def local_shape(shape: Sequence[int], placement: Placement, shards: int) -> Shape:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,6 +30,19 @@ class Local:
     chained: bool = False
 
 
+class Sizes(NamedTuple):
+    """`batch` matrix products of m x k by k x n. In attention, `batch` counts samples and heads, m queries, n keys and
+    k elements of a query; `value` are the elements of a value, 0 in other operators, and `causal` says whether half
+    the pairs are masked."""
+
+    batch: float
+    m: float
+    n: float
+    k: float
+    value: float = 0.0
+    causal: bool = False
+
+
 @dataclass(frozen=True)
 class Rule:
     """How an operator may be split, and what it costs.
@@ -42,6 +55,9 @@ class Rule:
     resize       which argument is the output's size, or a function (args, local output shapes) -> args on a shard
     flops        (args, output shapes) -> FLOPs of the forward pass; default: see `flops`
     contraction  whether matrix units do the work
+    sizes        (args, output shapes) -> the sizes of the products of the first two operands, where the letters do not
+                 tell (see `product_of`)
+    groups       letters that count products, even if not all operands have them: experts, heads
     """
 
     row: str | Text
@@ -50,6 +66,8 @@ class Rule:
     resize: int | Callable[[Args, Sequence[Shape]], Args] | None = None
     flops: Callable[[Args, Sequence[Shape]], float] | None = None
     contraction: bool = False
+    sizes: Callable[[Args, Sequence[Shape]], Sizes] | None = None
+    groups: tuple[str, ...] = ()
 
 
 def argument(args: Args, at: int, default: Any = None) -> Any:

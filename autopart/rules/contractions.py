@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from autopart.notation import Shape
-from autopart.rules.base import Args, Local, Rule, argument, letters, opaque, replaced, row
+from autopart.rules.base import Args, Local, Rule, Sizes, argument, letters, opaque, replaced, row
 
 
 def _linear(args: Args, outputs: Sequence[Shape]) -> str:
@@ -108,6 +108,12 @@ def _expert_flops(args: Args, outputs: Sequence[Shape]) -> float:
     return 2.0 * math.prod(outputs[0]) * args[0][-1]
 
 
+def _expert_sizes(args: Args, outputs: Sequence[Shape]) -> Sizes:
+    """A product for each expert, of its share of the rows."""
+    n, k, experts = outputs[0][-1], args[0][-1], args[1][0] if len(args[1]) == 3 else 1
+    return Sizes(experts, math.prod(outputs[0]) / n / experts, n, k)
+
+
 def _experts(args: Args, outputs: Sequence[Shape]) -> str:
     """(rows, weights, experts' numbers, whether the weights are transposed)"""
     return f"s k, e {'k n' if args[3] else 'n k'}, s -> s n"
@@ -133,6 +139,11 @@ def _attention_flops(args: Args, outputs: Sequence[Shape]) -> float:
     *batch, q, d = args[0]
     causal = len(args) > 5 and bool(args[5])
     return 2.0 * math.prod(batch) * q * args[1][-2] * (d + args[2][-1]) * (0.5 if causal else 1.0)
+
+
+def _attention_sizes(args: Args, outputs: Sequence[Shape]) -> Sizes:
+    *batch, q, d = args[0]
+    return Sizes(math.prod(batch), q, args[1][-2], d, args[2][-1], bool(argument(args, 5, False)))
 
 
 def _space(shape: Shape, count: int) -> tuple[str, ...]:
@@ -165,6 +176,12 @@ def _conv_flops(args: Args, outputs: Sequence[Shape]) -> float:
     return 2.0 * math.prod(outputs[0]) * math.prod(args[1][1:])
 
 
+def _conv_sizes(args: Args, outputs: Sequence[Shape]) -> Sizes:
+    """The product of windows, laid out as rows, by the weight."""
+    groups, (channels, *window) = argument(args, 6, 1), args[1]
+    return Sizes(groups, math.prod(outputs[0]) / channels, channels / groups, math.prod(window))
+
+
 def _conv_transpose(args: Args, outputs: Sequence[Shape]) -> str:
     """(input, weight, bias, stride, padding, output padding, groups, dilation)"""
     b, a, w, z = _space(args[0], len(args[1]) - 2)
@@ -178,6 +195,12 @@ def _conv_transpose_flops(args: Args, outputs: Sequence[Shape]) -> float:
     return 2.0 * math.prod(args[0]) * math.prod(args[1][1:])
 
 
+def _conv_transpose_sizes(args: Args, outputs: Sequence[Shape]) -> Sizes:
+    """The product of the input by the weight, whose rows are then added up at their places."""
+    groups, (channels, *window) = argument(args, 6, 1), args[1]
+    return Sizes(groups, math.prod(args[0]) / channels, math.prod(window), channels / groups)
+
+
 def _convolution(args: Args, outputs: Sequence[Shape]) -> str:
     """(input, weight, bias, stride, padding, dilation, transposed, output padding, groups)"""
     text = _conv_transpose if args[6] else _conv
@@ -186,6 +209,11 @@ def _convolution(args: Args, outputs: Sequence[Shape]) -> str:
 
 def _convolution_flops(args: Args, outputs: Sequence[Shape]) -> float:
     return (_conv_transpose_flops if args[6] else _conv_flops)(args, outputs)
+
+
+def _convolution_sizes(args: Args, outputs: Sequence[Shape]) -> Sizes:
+    text = _conv_transpose_sizes if args[6] else _conv_sizes
+    return text((*args[:3], None, None, None, args[8]), outputs)
 
 
 RULES: dict[str, Rule] = {
@@ -211,18 +239,27 @@ RULES: dict[str, Rule] = {
     "aten.linalg_multi_dot": Rule(_chain, contraction=True),
     "aten.bilinear": Rule(_bilinear, contraction=True),
     "autopart.expert_linear": Rule(
-        _experts, local={"e": Local("expert_linear", chained=True)}, flops=_expert_flops, contraction=True
+        _experts,
+        local={"e": Local("expert_linear", chained=True)},
+        flops=_expert_flops,
+        contraction=True,
+        sizes=_expert_sizes,
+        groups=("e",),
     ),
-    "aten._grouped_mm": Rule(_grouped, flops=_grouped_flops, contraction=True),
-    "transformers.grouped_mm_fallback": Rule(_grouped, flops=_grouped_flops, contraction=True),
-    "aten.scaled_dot_product_attention": Rule(_attention, flops=_attention_flops, contraction=True),
-    "aten.convolution": Rule(_convolution, flops=_convolution_flops, contraction=True),
+    "aten.scaled_dot_product_attention": Rule(
+        _attention, flops=_attention_flops, contraction=True, sizes=_attention_sizes, groups=("b", "h", "g")
+    ),
+    "aten.convolution": Rule(_convolution, flops=_convolution_flops, contraction=True, sizes=_convolution_sizes),
 }
+for _name in ("aten._grouped_mm", "transformers.grouped_mm_fallback"):
+    RULES[_name] = Rule(_grouped, flops=_grouped_flops, contraction=True, sizes=_expert_sizes, groups=("e",))
 for _n in (1, 2, 3):
     RULES |= {
-        f"aten.conv{_n}d{_padding}": Rule(_conv, resize=_conv_groups(_n), flops=_conv_flops, contraction=True)
+        f"aten.conv{_n}d{_padding}": Rule(
+            _conv, resize=_conv_groups(_n), flops=_conv_flops, contraction=True, sizes=_conv_sizes
+        )
         for _padding in ("", ".padding")
     }
     RULES[f"aten.conv_transpose{_n}d{'' if _n == 1 else '.input'}"] = Rule(
-        _conv_transpose, flops=_conv_transpose_flops, contraction=True
+        _conv_transpose, flops=_conv_transpose_flops, contraction=True, sizes=_conv_transpose_sizes
     )
