@@ -230,8 +230,8 @@ def _numbers(plan: Plan, folded: Folded) -> Iterator[str]:
     seconds = []
     for graph, stage, span in zip(localise(folded, choices), plan.stages, _spans(plan, folded), strict=True):
         name = f"stage {graph.index}"
-        sizes = {"dp": plan.mesh.link(plan.tp, plan.dp), "tp": plan.mesh.link(1, plan.tp)}
-        priced = price(graph, Prices(plan.mesh.device, {axis: (size, sizes[axis]) for axis, size in choices.axes}))
+        groups = {"dp": plan.mesh.group(plan.tp, plan.dp), "tp": plan.mesh.group(1, plan.tp)}
+        priced = price(graph, Prices(plan.mesh.device, {axis: groups[axis] for axis, _ in choices.axes}))
         runs = dict(zip(graph.indices, priced, strict=True))
         times = _seconds(plan, folded, choices, graph, runs, span)
         for part, value in times.items():
@@ -274,10 +274,10 @@ def _seconds(
     for record, placed, nbytes in _parameters(folded, choices, span, graph.index):
         sync += _training(plan).sync_seconds(nbytes, _summed(choices, record, placed, "dp"))
         if _summed(choices, record, placed, "tp"):
-            sync += partial_sync_seconds(nbytes, plan.tp, plan.mesh.link(1, plan.tp))
-    send = 0.0
+            sync += partial_sync_seconds(nbytes, plan.mesh.group(1, plan.tp))
+    send, link = 0.0, plan.mesh.between(plan.dp * plan.tp, plan.pp)
     for crossing in [*graph.received, *graph.sent]:
-        send += p2p_seconds(crossing.size, plan.mesh.link(plan.dp * plan.tp, plan.pp)) * (1 + crossing.grad)
+        send += float(p2p_seconds(crossing.size, link)) * (1 + crossing.grad)
     return {
         "forward_seconds": sum(r.forward for r in runs.values()),
         "backward_seconds": sum(r.backward for r in runs.values()) + again,
@@ -287,7 +287,7 @@ def _seconds(
 
 
 def _training(plan: Plan) -> Training:
-    return Training(plan.optimizer, plan.zero, plan.dp, plan.mesh.link(plan.tp, plan.dp), plan.micro_batches)
+    return Training(plan.optimizer, plan.zero, plan.mesh.group(plan.tp, plan.dp), plan.micro_batches)
 
 
 def _parameters(

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from autopart.comm import all_gather_seconds, all_reduce_seconds, reduce_scatter_seconds
+from autopart.comm import merged_seconds
 from autopart.efficiency import attention_seconds, memory_seconds, product_seconds
 from autopart.errors import PartitionError
 from autopart.graph import Info
-from autopart.hardware.rows import Device, Link
+from autopart.hardware.rows import Device
+from autopart.mesh import Group
 
 Array = NDArray[np.float64]
 
@@ -106,10 +107,11 @@ def work_seconds(work: Work, device: Device) -> Seconds:
 def stream_seconds(nbytes: Any, again: Any, runs: Any, device: Device) -> Seconds:
     """What kernels take that read and write `nbytes` and compute next to nothing."""
     if device.silicon is None:
-        each = nbytes / (device.bandwidth * BANDWIDTH_EFFICIENCY) + device.launch_seconds
+        each = nbytes / (device.bandwidth * BANDWIDTH_EFFICIENCY)
     else:
-        each = np.maximum(memory_seconds(nbytes, device.bandwidth, device.silicon), device.launch_seconds)
-    return Seconds(runs * each, runs * each * again)
+        each = memory_seconds(nbytes, device.bandwidth, device.silicon)
+    forward = runs * with_launch(each, device)
+    return Seconds(forward, forward * again)
 
 
 def _product_seconds(sizes: Array, nbytes: Array, peak: Array, grads: Array, device: Device) -> Seconds:
@@ -118,7 +120,7 @@ def _product_seconds(sizes: Array, nbytes: Array, peak: Array, grads: Array, dev
     batch, m, n, k = sizes[:4]
     high, wide, deep = np.array([[m, m, k], [n, k, n], [k, n, m]])
     each = product_seconds(batch, high, wide, deep, nbytes, peak, device.bandwidth, device.silicon)
-    forward, first, second = np.maximum(each, device.launch_seconds)
+    forward, first, second = with_launch(each, device)
     return Seconds(forward, grads[0] * first + grads[1] * second)
 
 
@@ -133,8 +135,7 @@ def _attention_seconds(sizes: Array, nbytes: Array, peak: Array, grads: Array, d
         )
         for back in (False, True)
     )  # fmt: skip
-    floor = device.launch_seconds
-    return Seconds(np.maximum(forward, floor), grads.max(0) * np.maximum(backward, floor))
+    return Seconds(with_launch(forward, device), grads.max(0) * with_launch(backward, device))
 
 
 def peak_of(record: Info, device: Device) -> float:
@@ -170,15 +171,19 @@ class Training:
     optimizer      one of OPTIMIZER_STATES
     zero           ZeRO level (Rajbhandari et al., arXiv 1910.02054, section 5): what the ranks of the data-parallel
                    axis share: 1 optimizer states, 2 gradients too, 3 parameters too
-    ranks          of that axis;  link: between them
+    group          the ranks of that axis
     micro_batches  of a step
     """
 
     optimizer: str
     zero: int
-    ranks: int
-    link: Link
+    group: Group
     micro_batches: int
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks share."""
+        return self.group.ranks
 
     def memory(self, nbytes: float, grad: bool, shared: bool) -> tuple[float, float, float]:
         """Bytes of a parameter of `nbytes` on a rank, its gradient and its optimizer's states; `shared` says whether
@@ -200,13 +205,16 @@ class Training:
         """
         if not shared or self.ranks == 1:
             return 0.0
-        link = replace(self.link, latency_seconds=0.0)
-        gather = all_gather_seconds(nbytes, self.ranks, link)
-        scatter = reduce_scatter_seconds(nbytes, self.ranks, link)
+        gather = scatter = merged_seconds(nbytes, self.group)
         m = self.micro_batches
         return (gather + scatter, gather + scatter, gather + m * scatter, m * (2 * gather + scatter))[self.zero]
 
 
-def partial_sync_seconds(nbytes: float, size: int, link: Link) -> float:
+def partial_sync_seconds(nbytes: float, group: Group) -> float:
     """Seconds a step takes to add up a gradient that is a partial sum over another axis: one all-reduce."""
-    return all_reduce_seconds(nbytes, size, replace(link, latency_seconds=0.0))
+    return 2 * float(merged_seconds(nbytes, group))
+
+
+def with_launch(seconds: Any, device: Device) -> Any:
+    """What kernels take that take `seconds` once they run: see `Device.launch_seconds`."""
+    return seconds + device.launch_seconds if device.silicon is None else np.maximum(seconds, device.launch_seconds)

@@ -29,6 +29,27 @@ _GRAMMAR = re.compile(r"(?:(\d+)x)?(\d+):([\w.-]+)(?:@([\w.-]+))?")
 
 
 @dataclass(frozen=True)
+class Group:
+    """Where the ranks of a group sit that communicates while all others of its kind do.
+
+    ranks     of the group;  per_host: of them on one host
+    intra     the link between devices of one host;  inter: between hosts
+    nics      network cards that each rank has for itself
+    """
+
+    ranks: int
+    per_host: int
+    intra: Link
+    inter: Link
+    nics: float = 1.0
+
+    @property
+    def hosts(self) -> int:
+        """Hosts the group spans."""
+        return -(-self.ranks // self.per_host)
+
+
+@dataclass(frozen=True)
 class Mesh:
     """`hosts` hosts of `devices_per_host` equal devices each.
 
@@ -113,6 +134,23 @@ class Mesh:
             raise PartitionError(f"{self} has no group of {size} ranks spaced {stride} apart")
         within = size == 1 or self.hosts == 1 or self.devices_per_host % (stride * size) == 0
         return self.intra if within else self.inter
+
+    def group(self, stride: int, size: int) -> Group:
+        """The groups of `size` ranks spaced `stride` apart that tile the mesh (see `link`).
+
+        Where they cross hosts and do not fill them evenly, `per_host` is the most that every group could be made of in
+        equal parts, so that none is faster than said. All ranks communicate at once: of the network cards of a host
+        each has its share, and no more than one.
+        """
+        per_host = size
+        if self.link(stride, size) is not self.intra:
+            aligned = self.devices_per_host % stride == 0
+            per_host = math.gcd(size, self.devices_per_host // stride) if aligned else 1
+        return Group(size, per_host, self.intra, self.inter, min(1.0, self.nics / self.devices_per_host))
+
+    def between(self, stride: int, size: int) -> Link:
+        """The link on which ranks of such groups send to the next while as many of a host do as can."""
+        return self.shared(self.link(stride, size), min(stride, self.devices_per_host))
 
     def __str__(self) -> str:
         """The text `parse` reads; `axes`, a custom `intra` and `nics_per_host` are not part of it (see `to_json`)."""

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from autopart.comm import COLLECTIVE_SECONDS
-from autopart.hardware.rows import Link
+from autopart.comm import COLLECTIVES
+from autopart.cost import with_launch
+from autopart.hardware.rows import Device
+from autopart.mesh import Group
 from autopart.notation import Placement
 
 
@@ -93,12 +95,12 @@ def steps(have: tuple[Placement, ...], want: tuple[Placement, ...], grad: bool) 
                 yield Step(axis, row, before, tuple(now))
 
 
-def row_seconds(row: Relayout, nbytes: Any, size: int, link: Link, grad: bool, launch: float) -> tuple[Any, Any]:
+def row_seconds(row: Relayout, nbytes: Any, group: Group, grad: bool, device: Device) -> tuple[Any, Any]:
     """Seconds, forward and backward, to change a tensor (or an array of them) of `nbytes` bytes (whole along this
-    axis); `launch` is the overhead of one kernel. What costs nothing forward or backward is still one kernel."""
+    axis). What costs nothing forward or backward is still one kernel."""
     forward, backward = (
-        COLLECTIVE_SECONDS[name](nbytes, size, link) + launch if name else 0.0 * nbytes
+        with_launch(COLLECTIVES[name](nbytes, group), device) if name else 0.0 * nbytes
         for name in (row.forward, row.backward if grad else "")
     )
     free = not row.forward and not (grad and row.backward)
-    return forward + launch if free else forward, backward
+    return forward + device.launch_seconds if free else forward, backward

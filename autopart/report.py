@@ -120,8 +120,8 @@ def price_stage(
         pieces = sorted({0, min(runs), max(runs) + 1} - {len(folded.runs)})
         choices = choices_of(space, found, splits, tuple(pieces))
         (graph,) = localise(folded, choices, [pieces.index(min(runs))])
-        links = {axis: (size, space.priced(point).terms.sizes[axis][1]) for axis, size in choices.axes}
-        prices = price(graph, Prices(space.mesh.device, links))
+        groups = {axis: space.priced(point).terms.sizes[axis] for axis, _ in choices.axes}
+        prices = price(graph, Prices(space.mesh.device, groups))
         known[key] = choices, graph, dict(zip(graph.indices, prices, strict=True))
     choices, graph, priced = known[key]
     counts = Counter((run, mode) for run, mode in zip(runs, modes, strict=True) if run in priced)
@@ -174,7 +174,7 @@ def _sync(
 ) -> float:
     training, sizes = space.training(found.point), space.priced(found.point).terms.sizes
     over_tp = _sums(choices, record, placed, "tp")
-    partial = partial_sync_seconds(nbytes, *sizes["tp"]) if over_tp else 0.0
+    partial = partial_sync_seconds(nbytes, sizes["tp"]) if over_tp else 0.0
     return training.sync_seconds(nbytes, _sums(choices, record, placed, "dp")) + partial
 
 

@@ -224,8 +224,8 @@ class Space:
 
     def training(self, point: Point) -> Training:
         """What the parameters of a point cost."""
-        link = self.mesh.link(point.tp, point.dp)
-        return Training(self.request.optimizer, point.zero, point.dp, link, self.micro_batches(point))
+        group = self.mesh.group(point.tp, point.dp)
+        return Training(self.request.optimizer, point.zero, group, self.micro_batches(point))
 
     def micro_batches(self, point: Point) -> int:
         """Micro-batches of a step."""
@@ -236,17 +236,14 @@ class Space:
         if point not in self.prices:
             strides = {"dp": point.tp, "tp": 1}
             model = self.model(point)
-            sizes = {
-                axis: (getattr(point, axis), self.mesh.link(strides[axis], getattr(point, axis)))
-                for axis in model.table.axes
-            }
+            sizes = {axis: self.mesh.group(strides[axis], getattr(point, axis)) for axis in model.table.axes}
             scale = point.micro_batch / self.folded.traced.micro_batch
             self.prices[point] = Prices(model.sizes, Terms(self.mesh.device, sizes, scale, self.training(point)))
         return self.prices[point]
 
     def between_stages(self, point: Point) -> Link | None:
         """The link between stages; None where there is one stage."""
-        return self.mesh.link(point.dp * point.tp, point.pp) if point.pp > 1 else None
+        return self.mesh.between(point.dp * point.tp, point.pp) if point.pp > 1 else None
 
     def in_flight(self, point: Point, stage: int) -> int:
         """Micro-batches whose activations a stage holds."""

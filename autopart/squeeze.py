@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from autopart.allowed import Options
+from autopart.comm import p2p_seconds
 from autopart.hardware.rows import Link
 from autopart.passes.solve import Solution
 from autopart.request import Point
@@ -89,7 +90,7 @@ def _sent(model: Model, prices: Prices, span: tuple[int, int], link: Link) -> Ar
         value = table.nodes[flow.source].values[flow.output]
         for option in range(len(table.nodes[flow.source].options)) if crossing else ():
             size = sizes.four(value, table.nodes[flow.source].given(option, flow.output)) @ prices.terms.basis
-            cost = (link.latency_seconds + float(size) / link.bandwidth) * (1 + value.grad)
+            cost = float(p2p_seconds(size, link)) * (1 + value.grad)
             seconds[sizes.first[flow.source] + option] += crossing * cost
     return seconds
 

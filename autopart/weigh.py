@@ -14,8 +14,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from autopart.comm import p2p_seconds
 from autopart.cost import NO_SIZES, Seconds, Training, partial_sync_seconds, stream_seconds, work_in, work_seconds
 from autopart.hardware.rows import Device, Link
+from autopart.mesh import Group
 from autopart.notation import Placement
 from autopart.problem import Chain, Flow, Keep, Node, Placements, Table, Value
 from autopart.relayout import Relayout, Step, row_seconds
@@ -35,18 +37,18 @@ MODES = ("none", "selective", "full")
 class Terms:
     """What prices depend on besides the table.
 
-    sizes     (ranks, link) of every axis;  scale: samples of the micro-batch over those traced
+    sizes     the ranks of every axis;  scale: samples of the micro-batch over those traced
     """
 
     device: Device
-    sizes: Mapping[str, tuple[int, Link]]
+    sizes: Mapping[str, Group]
     scale: float
     training: Training
 
     @property
     def basis(self) -> Array:
         """What the four numbers of a size are multiplied by."""
-        dp = self.sizes["dp"][0] if "dp" in self.sizes else 1
+        dp = self.sizes["dp"].ranks if "dp" in self.sizes else 1
         return np.array([1.0, 1.0 / dp, self.scale, self.scale / dp])
 
 
@@ -208,18 +210,18 @@ class Prices:
         basis, device, training = terms.basis, terms.device, terms.training
         self.made, self.inner = sizes.made @ basis, sizes.inner @ basis
         seconds = self._computed(sizes, basis, device)
-        ranks = {axis: count for axis, (count, _) in terms.sizes.items()}
+        ranks = {axis: group.ranks for axis, group in terms.sizes.items()}
         divided = sizes.means @ [ranks.get("dp", 1) > 1, ranks.get("tp", 1) > 1]
         mean = stream_seconds(2 * self.made, sizes.grad, np.minimum(divided, 1.0), device)
         self.forward, self.backward = seconds.forward + mean.forward, seconds.backward + mean.backward
         self.product = sizes.product * seconds.forward
         self.results = sizes.product * (self.made + self.inner)
         self.memory, self.after = sizes.memory @ basis, sizes.after @ basis
-        nbytes, launch = sizes.whole @ basis, device.launch_seconds
+        nbytes = sizes.whole @ basis
         self.change_forward, self.change_backward = np.zeros(len(nbytes)), np.zeros(len(nbytes))
         for (axis, row, grad), where in sizes.kinds.items():
             if ranks[axis] > 1:
-                seconds_of = row_seconds(row, nbytes[where], *terms.sizes[axis], grad, launch)
+                seconds_of = row_seconds(row, nbytes[where], terms.sizes[axis], grad, device)
                 self.change_forward[where], self.change_backward[where] = seconds_of
         count = len(sizes.weight)
         self.parts, self.sync, self.gathered = np.zeros((count, 3)), np.zeros(count), np.zeros(count)
@@ -229,7 +231,7 @@ class Prices:
             self.gathered[i] = 2 * training.gathered(weight, over_dp)
             self.sync[i] = training.sync_seconds(weight, over_dp)
             if over_tp:
-                self.sync[i] += partial_sync_seconds(weight, *terms.sizes["tp"])
+                self.sync[i] += partial_sync_seconds(weight, terms.sizes["tp"])
         self.state = self.parts.sum(1)
 
     @staticmethod
@@ -401,7 +403,7 @@ def _weigh_flow(
 
 def _crossings(flow: Flow, size: float, grad: bool, link: Link | None) -> Iterator[Crossings]:
     """Where a value of a size crosses cuts."""
-    seconds = (link.latency_seconds + size / link.bandwidth) * (1 + grad) if link is not None else 0.0
+    seconds = float(p2p_seconds(size, link)) * (1 + grad) if link is not None else 0.0
     if not flow.several:
         homes, users = np.array(flow.homes), np.array([u[0] for u in flow.users])
         away = (users != homes) & (users >= 0) & (homes >= 0)

@@ -1,6 +1,6 @@
 """The cost model's constants against published measurements of kernels and collectives.
 
-Without arguments: the errors of the constants as frozen in `autopart/efficiency.py` and `autopart/traffic.py`. With
+Without arguments: the errors of the constants as frozen in `autopart/hardware`. With
 `--fit`: fits them anew, cross-validates, and prints both side by side. Every fit minimises the mean relative error of
 seconds; an error is predicted / measured - 1. The tables of `benchmarks/data` name the sources.
 """
@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from autopart.comm import COLLECTIVES, all_reduce_seconds, p2p_seconds
 from autopart.efficiency import attention_seconds, memory_seconds, product_bytes, product_seconds
 from autopart.hardware import DEVICES, LINKS
-from autopart.hardware.rows import Silicon
-from autopart.traffic import COLLECTIVES, WIRES, Group, Wire, all_reduce_seconds, p2p_seconds
+from autopart.hardware.rows import Link, Silicon
+from autopart.mesh import Group
 
 DATA = Path(__file__).resolve().parent / "data"
 Floats = NDArray[np.float64]
@@ -308,7 +309,7 @@ class Profile:
 class Collectives:
     """The rows of `aceso_v100_collectives.csv` that ran.
 
-    nbytes   as the functions of `autopart.traffic` count them: the whole. The source counts a rank's part of an
+    nbytes   as the functions of `autopart.comm` count them: the whole. The source counts a rank's part of an
              all-gather
     copied   bytes read and written by copies between lists of tensors and one buffer, one kernel a rank
     aligned  sizes that are whole KiB; the source's profiles hold some odd numbers of elements, which copy and exchange
@@ -333,14 +334,14 @@ class Collectives:
         self.launched = np.where(self.name == "all_reduce", 0, self.ranks)
         self.aligned = (sent % 1024 == 0) | (self.name == "all_reduce")
 
-    def errors(self, wire: Wire, wait: float) -> Floats:
+    def errors(self, link: Link, wait: float) -> Floats:
         """Relative errors of every row; `wait` is the seconds that starting one and waiting for it takes the host."""
-        device, silicon, link = DEVICES["v100-32gb"], silicon_of("v100-32gb"), LINKS["nvlink2"]
+        device, silicon = DEVICES["v100-32gb"], silicon_of("v100-32gb")
         found = memory_seconds(self.copied, device.bandwidth, silicon, self.launched) + wait
         for name, collective in COLLECTIVES.items():
             for p in (2, 4, 8):
                 mine = (self.name == name) & (self.ranks == p)
-                found[mine] += collective(self.nbytes[mine], Group(p, p, link, link, wires={link.name: wire}))
+                found[mine] += collective(self.nbytes[mine], Group(p, p, link, link))
         return np.asarray(found / self.seconds - 1)
 
 
@@ -382,11 +383,10 @@ class Fabric:
                 found.append((names[name], int(ranks), int(size) * MIB, float(row["value"]) * 1e-3))
         return Fabric(found)
 
-    def errors(self, wire: Wire, wait: float) -> Floats:
+    def errors(self, link: Link, wait: float) -> Floats:
         """Relative errors of every row."""
-        link = LINKS["nvlink3"]
         errors = [
-            float(COLLECTIVES[name](size, Group(p, p, link, link, wires={link.name: wire})) + wait) / seconds - 1
+            float(COLLECTIVES[name](size, Group(p, p, link, link)) + wait) / seconds - 1
             for name, p, size, seconds in self.found
         ]
         return np.array(errors)
@@ -511,20 +511,20 @@ def fit_attention(hardware: str, base: Silicon, peak: float, bandwidth: float) -
     return replace(base, attention=(found[0], found[1]))
 
 
-def fit_collectives(measured: Collectives, which: NDArray[np.bool_], turns: int) -> tuple[Wire, float]:
+def fit_collectives(measured: Collectives, which: NDArray[np.bool_], turns: int) -> tuple[Link, float]:
     """The V100 node's shares and the profiler's wait."""
 
-    def made(x: Floats) -> tuple[Wire, float]:
-        return Wire("nvlink", x[0], x[1], 8), x[2]
+    def made(x: Floats) -> tuple[Link, float]:
+        return replace(LINKS["nvlink2"], share=x[0], exchange=x[1]), x[2]
 
     return made(minimum(lambda x: mape(measured.errors(*made(x))[which]), (0.8, 0.3, 50e-6), turns))
 
 
-def fit_fabric(measured: Fabric, which: NDArray[np.bool_], turns: int) -> tuple[Wire, float]:
+def fit_fabric(measured: Fabric, which: NDArray[np.bool_], turns: int) -> tuple[Link, float]:
     """The A100 node's shares and its profiler's wait."""
 
-    def made(x: Floats) -> tuple[Wire, float]:
-        return Wire("nvlink", x[0], x[1]), x[2]
+    def made(x: Floats) -> tuple[Link, float]:
+        return replace(LINKS["nvlink3"], share=x[0], exchange=x[1]), x[2]
 
     return made(minimum(lambda x: mape(measured.errors(*made(x))[which]), (0.75, 0.6, 50e-6), turns))
 
@@ -578,7 +578,7 @@ def report(profile: Profile, collectives: Collectives, fabric: Fabric) -> None:
         print(f"  {label}, 8 A100: {found * 1e3:.1f} ms, measured {published * 1e3:.1f} ms (seqsel_2205.05198)")
 
     print("Collectives, 2 to 8 V100 (aceso_v100_collectives.csv)")
-    e = collectives.errors(WIRES["nvlink2"], WAIT)
+    e = collectives.errors(LINKS["nvlink2"], WAIT)
     print(line("all", e))
     print(line("sizes of whole KiB", e[collectives.aligned]))
     print(line("odd numbers of elements", e[~collectives.aligned]))
@@ -587,7 +587,7 @@ def report(profile: Profile, collectives: Collectives, fabric: Fabric) -> None:
             mine = (collectives.name == name) & (collectives.ranks == p) & collectives.aligned
             if mine.any():
                 print(line(f"  {name} of {p}", e[mine]))
-    e = fabric.errors(WIRES["nvlink3"], FABRIC_WAIT)
+    e = fabric.errors(LINKS["nvlink3"], FABRIC_WAIT)
     print("Collectives, 2 to 8 A100 (galvatron_profiles.csv)")
     for name in ("all_reduce", "all_to_all"):
         print(line(f"  {name}", e[[f[0] == name for f in fabric.found]]))
@@ -614,9 +614,9 @@ def shown(silicon: Silicon) -> str:
     return ", ".join(f"{name} {getattr(silicon, name):.3g}" for name in names)
 
 
-def shown_wire(wire: Wire, wait: float) -> str:
+def shown_link(link: Link, wait: float) -> str:
     """What fits change of a link."""
-    return f"share {wire.share:.3f}, exchange {wire.exchange:.3f}, host {wait * 1e6:.0f} us"
+    return f"share {link.share:.3f}, exchange {link.exchange:.3f}, host {wait * 1e6:.0f} us"
 
 
 def judged(errors: Floats, own: NDArray[np.bool_], everything: NDArray[np.bool_]) -> str:
@@ -657,15 +657,15 @@ def refit(profile: Profile, collectives: Collectives, fabric: Fabric, turns: int
         ("multiples of 2 MiB", ok & (mib % 2 == 0)),
         ("up to 100 MB", ok & (collectives.nbytes < 1e8)),
     ):
-        wire, wait = fit_collectives(collectives, own, turns)
-        e = collectives.errors(wire, wait)
-        print(f"  {label}: {judged(e, own, ok)}; {shown_wire(wire, wait)}")
+        link, wait = fit_collectives(collectives, own, turns)
+        e = collectives.errors(link, wait)
+        print(f"  {label}: {judged(e, own, ok)}; {shown_link(link, wait)}")
     ranks = np.array([f[1] for f in fabric.found])
     print("A100 node: fit on, judged on")
     for label, own in (("all", ranks > 0), ("2 and 8 ranks", ranks != 4), ("2 and 4 ranks", ranks != 8)):
-        wire, wait = fit_fabric(fabric, own, turns)
-        e = fabric.errors(wire, wait)
-        print(f"  {label}: {judged(e, own, ranks > 0)}; {shown_wire(wire, wait)}")
+        link, wait = fit_fabric(fabric, own, turns)
+        e = fabric.errors(link, wait)
+        print(f"  {label}: {judged(e, own, ranks > 0)}; {shown_link(link, wait)}")
 
 
 def main() -> None:

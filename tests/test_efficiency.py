@@ -1,19 +1,13 @@
 """Seconds of kernels and collectives: their limits, their steps, and how far they are from measurements."""
 
 import math
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from autopart.cost import NO_SIZES, Seconds, work_in, work_seconds
-from autopart.efficiency import attention_seconds, memory_seconds, product_bytes, product_seconds
-from autopart.hardware import DEVICES, LINKS
-from autopart.traffic import (
+from autopart.comm import (
     COLLECTIVES,
-    WIRES,
-    Group,
     all_gather_seconds,
     all_reduce_seconds,
     all_to_all_seconds,
@@ -21,6 +15,11 @@ from autopart.traffic import (
     p2p_seconds,
     ring_bandwidth,
 )
+from autopart.cost import NO_SIZES, Seconds, work_in, work_seconds
+from autopart.efficiency import attention_seconds, memory_seconds, product_bytes, product_seconds
+from autopart.hardware import DEVICES, LINKS
+from autopart.hardware.rows import Link
+from autopart.mesh import Group
 from benchmarks import fit
 from benchmarks.fit import silicon_of
 
@@ -46,9 +45,8 @@ def two_level(hosts: int, per_host: int, nics: float = 1.0) -> Group:
     return Group(hosts * per_host, per_host, LINKS["nvlink3"], LINKS["ib-hdr"], nics)
 
 
-def test_every_device_and_link_has_constants() -> None:
+def test_every_device_has_constants() -> None:
     assert all((device.silicon is not None) == (device.name in GPUS) for device in DEVICES.values())
-    assert set(WIRES) <= set(LINKS)
 
 
 @pytest.mark.parametrize("name", GPUS)
@@ -206,7 +204,7 @@ def test_an_all_reduce_is_twice_an_all_gather_of_large_tensors() -> None:
 
 def test_large_rings_reach_the_links_share() -> None:
     bus = 2 * 7 / 8 * 1e11 / all_reduce_seconds(1e11, one_host(8))
-    assert bus == pytest.approx(LINKS["nvlink3"].bandwidth * WIRES["nvlink3"].share, rel=0.01)
+    assert bus == pytest.approx(LINKS["nvlink3"].bandwidth * LINKS["nvlink3"].share, rel=0.01)
 
 
 def test_more_nics_make_rings_between_hosts_faster_up_to_the_links_inside() -> None:
@@ -243,8 +241,8 @@ def test_links_without_nccl_follow_the_alpha_beta_model() -> None:
     assert p2p_seconds(1e6, link) == pytest.approx(link.latency_seconds + 1e6 / link.bandwidth)
 
 
-def test_a_link_of_another_name_is_taken_at_its_word() -> None:
-    link = replace(LINKS["nvlink3"], name="mine", latency_seconds=3e-6)
+def test_a_link_without_a_kind_is_taken_at_its_word() -> None:
+    link = Link("mine", 300e9, 3e-6, "own")
     assert all_reduce_seconds(8e9, Group(8, 8, link, link)) == pytest.approx(14 * 3e-6 + 2 * 7e9 / link.bandwidth)
 
 
@@ -297,9 +295,9 @@ def test_layers() -> None:
 
 def test_collectives_of_a_node() -> None:
     measured = fit.Collectives()
-    errors = measured.errors(WIRES["nvlink2"], fit.WAIT)
+    errors = measured.errors(LINKS["nvlink2"], fit.WAIT)
     assert measured.aligned.sum() == 1443 and len(errors) == 1818
     assert fit.mape(errors[measured.aligned]) < 0.08
     fabric = fit.Fabric.read()
     assert len(fabric.found) == 66
-    assert fit.mape(fabric.errors(WIRES["nvlink3"], fit.FABRIC_WAIT)) < 0.085
+    assert fit.mape(fabric.errors(LINKS["nvlink3"], fit.FABRIC_WAIT)) < 0.085

@@ -18,7 +18,6 @@ LAYERS = (
         "graph",
         "comm",
         "efficiency",
-        "traffic",
         "schedules",
         "kernels",
         "torch_private",

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -12,10 +13,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from autopart.comm import COLLECTIVE_SECONDS, p2p_seconds
+from autopart.comm import COLLECTIVES, merged_seconds, p2p_seconds
 from autopart.errors import PartitionError
 from autopart.hardware import DEVICES, LINKS
-from autopart.mesh import Mesh
+from autopart.hardware.rows import Link
+from autopart.mesh import Group, Mesh
 
 GOOD = {  # text: hosts, devices per host, device, intra, inter, the text str() gives back
     "4x8:h100-80gb": (4, 8, "h100-80gb", "nvlink4", "ib-ndr", "4x8:h100-80gb"),
@@ -291,33 +293,85 @@ def test_cuda_device_mesh(present: bool, monkeypatch: pytest.MonkeyPatch) -> Non
             Mesh.of(device_mesh)
 
 
-LINK = LINKS["nvlink4"]
+LINK = Link("mine", 450e9, 1.9e-6, "own")
 
 
-@pytest.mark.parametrize("name", COLLECTIVE_SECONDS)
+def of(size: int, link: Link = LINK) -> Group:
+    return Group(size, size, link, link)
+
+
+@pytest.mark.parametrize("name", COLLECTIVES)
 def test_collective(name: str) -> None:
-    seconds = COLLECTIVE_SECONDS[name]
-    assert seconds(1e9, 1, LINK) == 0
-    by_bytes = [seconds(nbytes, 8, LINK) for nbytes in (0, 1, 1e3, 1e6, 1e9)]
-    by_size = [seconds(1e6, size, LINK) for size in range(1, 20)]
-    by_link = [seconds(1e6, 8, LINKS[link]) for link in ("nvlink5", "nvlink4", "pcie4", "ethernet")]
+    seconds = COLLECTIVES[name]
+    assert seconds(1e9, of(1)) == 0
+    by_bytes = [seconds(nbytes, of(8)) for nbytes in (0, 1, 1e3, 1e6, 1e9)]
+    by_size = [seconds(1e6, of(size)) for size in range(1, 20)]
+    by_link = [seconds(1e6, of(8, LINKS[link])) for link in ("nvlink5", "nvlink4", "pcie4", "ethernet")]
     for row in (by_bytes, by_size, by_link):
         assert all(a < b for a, b in pairwise(row))
     assert by_bytes[0] >= LINK.latency_seconds
-    assert seconds(1e6, 8, LINK) == pytest.approx(
-        seconds(0, 8, LINK) + seconds(1e6, 8, replace(LINK, latency_seconds=0.0))
+    assert seconds(1e6, of(8)) == pytest.approx(
+        seconds(0, of(8)) + seconds(1e6, of(8, replace(LINK, latency_seconds=0.0)))
     )
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 64])
 @pytest.mark.parametrize("nbytes", [0, 10, 10**9])
 def test_all_reduce_is_reduce_scatter_and_all_gather(nbytes: int, size: int) -> None:
-    cost = {name: seconds(nbytes, size, LINK) for name, seconds in COLLECTIVE_SECONDS.items()}
+    cost = {name: seconds(nbytes, of(size)) for name, seconds in COLLECTIVES.items()}
     assert cost["all_reduce"] == pytest.approx(cost["reduce_scatter"] + cost["all_gather"])
+    free = replace(LINK, latency_seconds=0.0)
+    assert merged_seconds(nbytes, of(size)) == pytest.approx(COLLECTIVES["all_gather"](nbytes, of(size, free)))
 
 
 def test_two_ranks_by_hand() -> None:
     link = replace(LINK, bandwidth=100.0, latency_seconds=1.0)
-    cost = {name: seconds(1000, 2, link) for name, seconds in COLLECTIVE_SECONDS.items()}
-    expected = {"all_reduce": 12, "all_gather": 6, "reduce_scatter": 6, "all_to_all": 6, "broadcast": 12}
+    cost = {name: seconds(1000, of(2, link)) for name, seconds in COLLECTIVES.items()}
+    expected = {"all_reduce": 12, "all_gather": 6, "reduce_scatter": 6, "all_to_all": 6, "broadcast": 11}
     assert cost == expected and p2p_seconds(1000, link) == 11
+
+
+@pytest.mark.parametrize(
+    ("text", "stride", "size", "per_host", "nics"),
+    [
+        ("4x8:h100-80gb", 1, 8, 8, 1),
+        ("4x8:h100-80gb", 1, 16, 8, 1),
+        ("4x8:h100-80gb", 2, 16, 4, 1),
+        ("4x8:h100-80gb", 8, 4, 1, 1),
+        ("4x8:h100-80gb", 16, 2, 1, 1),
+        ("8:h100-80gb", 2, 4, 4, 1),
+        ("2x16:v100-32gb", 4, 8, 4, 1 / 2),
+        ("2x8:a10g", 1, 16, 8, 1 / 8),
+        ("2x6:b200", 1, 4, 2, 1),
+        ("2x6:b200", 4, 3, 1, 1),
+        ("8:b200", 4, 1, 1, 1),
+    ],
+)
+def test_group(text: str, stride: int, size: int, per_host: int, nics: float) -> None:
+    mesh = Mesh.parse(text)
+    found = mesh.group(stride, size)
+    assert (found.ranks, found.per_host, found.intra, found.inter) == (size, per_host, mesh.intra, mesh.inter)
+    assert found.nics == pytest.approx(nics)
+
+
+@pytest.mark.parametrize("per_host", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("hosts", [1, 2, 3])
+def test_no_group_sits_worse_than_said(hosts: int, per_host: int) -> None:
+    """Of every group each host that holds any holds as many as said, or a multiple."""
+    mesh = Mesh.parse(f"{hosts}x{per_host}:cpu")
+    for stride in range(1, mesh.size + 1):
+        for size in range(1, mesh.size // stride + 1):
+            if mesh.size % (stride * size):
+                continue
+            found = mesh.group(stride, size)
+            assert size % found.per_host == 0 and (found.hosts > 1) == (mesh.link(stride, size) is not mesh.intra)
+            for first in (rank for rank in range(mesh.size) if rank // stride % size == 0):
+                held = Counter((first + k * stride) // per_host for k in range(size))
+                assert all(count % found.per_host == 0 for count in held.values()), (stride, size)
+
+
+def test_stages_share_the_cards_of_a_host() -> None:
+    mesh = Mesh.parse("2x8:a10g")
+    assert mesh.between(8, 2).bandwidth == mesh.inter.bandwidth / 8
+    assert mesh.between(2, 8).bandwidth == mesh.inter.bandwidth / 2
+    assert replace(mesh, hosts=1).between(4, 2) is mesh.intra

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from autopart.errors import PartitionError
 
-from .rows import DTYPES, Device, Link, Silicon
+from .rows import DTYPES, KINDS, Device, Link, Silicon
 
 _Row = TypeVar("_Row", Device, Link)
 
@@ -83,6 +83,7 @@ COUNT = _Kind("a whole number above 0", _count)
 TEXT = _Kind("a text that is not empty", _text)
 RATES = _Kind(f"a table of dtype = FLOP/s, each above 0, the dtypes among {', '.join(DTYPES)}", _rates)
 PATTERN = _Kind("a regular expression", _pattern)
+KIND = _Kind(f"one of {', '.join(KINDS)}", lambda value: value if value in KINDS else None)
 PAIR = _Kind("two numbers above 0", _pair)
 
 CONSTANTS: Mapping[str, _Kind] = {
@@ -131,7 +132,16 @@ TAKES: Mapping[type[Any], Mapping[str, _Kind]] = {
         "source": TEXT,
         **BESIDES,
     },
-    Link: {"bandwidth": RATE, "latency_seconds": SECONDS, "source": TEXT, "like": TEXT},
+    Link: {
+        "bandwidth": RATE,
+        "latency_seconds": SECONDS,
+        "source": TEXT,
+        "kind": KIND,
+        "share": RATE,
+        "exchange": RATE,
+        "wired": COUNT,
+        "like": TEXT,
+    },
 }
 """The fields that a row in a file may have."""
 

@@ -84,6 +84,10 @@ class Device:
     silicon: Silicon | None = None
 
 
+KINDS = ("nvlink", "pci", "network", "host")
+"""Kinds of links: those that NCCL tells apart, and what it does not drive."""
+
+
 @dataclass(frozen=True)
 class Link:
     """One kind of link.
@@ -91,9 +95,19 @@ class Link:
     bandwidth        bytes/s, one direction, of one device; between hosts, of one network card
     latency_seconds  of a message, in seconds
     source           where the numbers are from
+    kind             of KINDS: the first three have the latencies of NCCL's protocols (see `autopart.comm`), "host" has
+                     its own for every message
+    share            share of the bandwidth that rings reach
+    exchange         share that an all-to-all reaches
+    wired            devices that are wired to each other without a switch, a group of p of which has log p / log wired
+                     of a device's links; 0 behind a switch
     """
 
     name: str
     bandwidth: float
     latency_seconds: float
     source: str
+    kind: str = "host"
+    share: float = 1.0
+    exchange: float = 1.0
+    wired: int = 0

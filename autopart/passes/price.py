@@ -9,7 +9,8 @@ from torch import fx
 
 from autopart.cost import Seconds, work_of, work_seconds
 from autopart.graph import info
-from autopart.hardware.rows import Device, Link
+from autopart.hardware.rows import Device
+from autopart.mesh import Group
 from autopart.plan import PlanLine, shortened
 from autopart.relayout import RELAYOUTS, row_seconds
 from autopart.stages import StageGraph
@@ -32,10 +33,10 @@ class PricedRun:
 
 @dataclass(frozen=True)
 class Prices:
-    """What prices depend on: the device, and each axis's size and link."""
+    """What prices depend on: the device, and the ranks of each axis."""
 
     device: Device
-    axes: Mapping[str, tuple[int, Link]]
+    axes: Mapping[str, Group]
 
 
 def price(stage: StageGraph, prices: Prices) -> list[PricedRun]:
@@ -82,4 +83,4 @@ def _moved(node: fx.Node, prices: Prices) -> Seconds:
     axis = node.args[1]
     assert isinstance(axis, str)
     whole = max(record.size, *(info(n).size for n in node.all_input_nodes))
-    return Seconds(*row_seconds(row, whole, *prices.axes[axis], record.grad, prices.device.launch_seconds))
+    return Seconds(*row_seconds(row, whole, prices.axes[axis], record.grad, prices.device))
