@@ -1,0 +1,311 @@
+"""The cost model against published step times: predicted and published seconds of every run that can be expressed here.
+
+Each row is planned with what its authors chose: degrees, ZeRO level, recompute, micro-batch, 1F1B, and as many blocks
+in every stage where they divide so; the splits of operators are the planner's. It is priced whether it fits or not. An
+error is predicted / published - 1. Nothing is fitted on these rows. A row whose computation is another one (8 bits,
+context parallelism, asynchronous tensor parallelism) is named and not scored.
+
+`--memory` prints the predicted bytes of the fullest stage beside what was published. The runs held states in float32
+and computed in 16 bits, a plan holds all in one precision: that difference is open, and no score is made of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from autopart import Estimate, PartitionError, Plan
+from benchmarks.published import Bench, Published, read
+
+FILES = {
+    "megatron_sc21_table1_a100.csv": "Megatron-LM SC21, A100",
+    "megatron_jan2021_tp_dp.csv": "Megatron-LM January 2021, V100 and A100",
+    "seqsel_2205.05198_iter_time_a100.csv": "Selective recompute, A100",
+    "torchtitan_llama3.csv": "torchtitan Llama 3, H100",
+}
+"""Table -> what it is called."""
+
+WORST = 3
+"""Rows of a source that are named with where their time goes."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A row with its prediction.
+
+    predicted  seconds of a step
+    shares     of it, by `Estimate.breakdown`
+    memory     bytes of a device of the fullest stage, by what takes them
+    """
+
+    row: Published
+    predicted: float
+    shares: Mapping[str, float]
+    memory: Mapping[str, float]
+    fits: bool
+
+    @property
+    def error(self) -> float:
+        """Relative error of the seconds; nan where none are published."""
+        return self.predicted / self.row.measured - 1 if self.row.measured else math.nan
+
+
+@dataclass(frozen=True)
+class Score:
+    """How far a source's rows are off: mean and median of absolute relative errors, and Kendall's tau-b."""
+
+    source: str
+    rows: int
+    mape: float
+    median: float
+    mean: float
+    tau: float
+
+    @staticmethod
+    def of(source: str, scored: Sequence[Scored]) -> Score:
+        """Of some rows, at least one."""
+        errors = [s.error for s in scored]
+        absolute = [abs(e) for e in errors]
+        tau = kendall([s.predicted for s in scored], [s.row.measured or math.nan for s in scored])
+        return Score(source, len(scored), fmean(absolute), median(absolute), fmean(errors), tau)
+
+
+def kendall(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Kendall's tau-b of two rankings (Biometrika 33, 1945): 1 where they agree, -1 where they are opposite; nan where
+    one of them ranks nothing."""
+    signs = [(sign(a - b), sign(c - d)) for (a, c), (b, d) in combinations(zip(xs, ys, strict=True), 2)]
+    ranked = math.sqrt(sum(x != 0 for x, _ in signs) * sum(y != 0 for _, y in signs))
+    return sum(x * y for x, y in signs) / ranked if ranked else math.nan
+
+
+def sign(x: float) -> int:
+    """-1, 0 or 1."""
+    return int(x > 0) - int(x < 0)
+
+
+def step_seconds(
+    work: Sequence[float], sync: Sequence[float], send: Sequence[float], micro_batches: int, pieces: int = 1
+) -> float:
+    """Seconds of a step under 1F1B whose stages are each in some interleaved pieces.
+
+    By stage, `work` is forward and backward of a micro-batch, `sync` of a step, `send` what it sends and receives for a
+    micro-batch when it is whole. The slowest stage takes all micro-batches; filling and draining the pipeline takes a
+    piece of each other stage, a v-th of its time (Narayanan et al., arXiv 2104.04473, section 2.2). Each of v pieces
+    has a stage's messages; the first and the last stage, which have a neighbour on one side alone, become neighbours,
+    so that of their 2 v sides all but one have messages. With one piece this is what a plan says:
+    sum(f) + (m - 1) max(f).
+    """
+    ends = {0, len(work) - 1}
+    times = [2 * pieces - 1 if i in ends else pieces for i in range(len(work))]
+    each = [w + s / micro_batches + t * m for w, s, t, m in zip(work, sync, times, send, strict=True)]
+    return micro_batches * max(each) + (sum(each) - max(each)) / pieces
+
+
+def predicted_seconds(plan: Plan, pieces: int) -> float:
+    """Seconds of a plan's step, its stages interleaved in pieces."""
+    if pieces == 1:
+        return plan.step_seconds
+    stages = plan.stages
+    return step_seconds(
+        [s.forward_seconds + s.backward_seconds for s in stages],
+        [s.sync_seconds for s in stages],
+        [s.send_seconds for s in stages],
+        plan.micro_batches,
+        pieces,
+    )
+
+
+def plan_of(bench: Bench, row: Published) -> Plan:
+    """The plan that stands for a row. ZeRO shares what is a partial sum over dp, which is then asked of the weights:
+    where memory is no matter, gradients may else be summed block by block and nothing is shared."""
+    cuts = ["cuts=uniform"] if row.even else []
+    shared = ["strategy *.weight C over dp"] if row.forced["zero"] and row.forced["dp"] > 1 else []
+    settings = {**row.forced, "schedule": "1f1b", "micro_batch": row.micro_batch, "must_fit": False}
+    return bench.plan(row, cuts + shared, **settings)[0]
+
+
+def score(bench: Bench, row: Published) -> Scored:
+    """A row with its prediction. Raises PartitionError where it has no plan."""
+    plan = plan_of(bench, row)
+    seconds = predicted_seconds(plan, row.pieces)
+    parts = dict(Estimate.of(plan).breakdown)
+    parts["bubble"] += seconds - plan.step_seconds
+    fullest = max(plan.stages, key=lambda s: s.memory_bytes)
+    return Scored(row, seconds, {k: v / seconds for k, v in parts.items()}, fullest.memory, plan.fits)
+
+
+def why_not(row: Published) -> str:
+    """Why a row is not scored; "" for one that is."""
+    return "; ".join(row.apart) or row.skipped or ("" if row.measured else "no time is published")
+
+
+def what(row: Published) -> str:
+    """What is forced on a row, in short."""
+    settings = {**row.forced, "micro_batch": row.micro_batch, "batch": row.global_batch}
+    return " ".join(f"{k} {v}" for k, v in settings.items() if k in ("pp", "dp", "tp") or v not in (0, "none"))
+
+
+def largest(scored: Scored) -> str:
+    """Where most of the predicted time goes."""
+    name, share = max(scored.shares.items(), key=lambda item: item[1])
+    return f"{name} {share:.0%}"
+
+
+def rows_table(title: str, scored: Sequence[Scored]) -> Table:
+    """A source's rows, the largest error first."""
+    made = Table("row", "model", "mesh", "forced", "predicted s", "published s", "error", "most of it", "left out")
+    made.title = title
+    for s in sorted(scored, key=lambda s: -abs(s.error)):
+        made.add_row(
+            s.row.name,
+            f"{s.row.model} {s.row.sequence}",
+            s.row.mesh,
+            what(s.row) + (f", interleaved in {s.row.pieces}" if s.row.pieces > 1 else ""),
+            f"{s.predicted:.4g}",
+            f"{s.row.measured:.4g}",
+            f"{s.error:+.1%}",
+            largest(s),
+            "; ".join(s.row.left_out),
+        )
+    return made
+
+
+def scores_table(scores: Sequence[Score]) -> Table:
+    """The sources, one a line."""
+    made = Table("source", "rows", "mean error", "median error", "mean, signed", "Kendall's tau", title="Step time")
+    for s in scores:
+        made.add_row(s.source, str(s.rows), f"{s.mape:.1%}", f"{s.median:.1%}", f"{s.mean:+.1%}", f"{s.tau:.2f}")
+    return made
+
+
+def worst(scored: Sequence[Scored]) -> Iterator[str]:
+    """The rows that are off most, with the parts of their predicted time."""
+    for s in sorted(scored, key=lambda s: -abs(s.error))[:WORST]:
+        parts = ", ".join(f"{k} {v:.0%}" for k, v in sorted(s.shares.items(), key=lambda item: -item[1]) if v > 0.005)
+        yield f"  {s.row.name} {s.row.model} on {s.row.mesh}: {s.error:+.1%} ({parts})"
+
+
+def memory_table(scored: Sequence[Scored]) -> Table:
+    """Predicted memory beside what was published."""
+    made = Table("row", "model", "mesh", "forced", "predicted GiB", "published GiB", "fits", "most of it", "left out")
+    made.title = "Memory of the fullest device: an open difference, not a score"
+    for s in scored:
+        made.add_row(
+            s.row.name,
+            f"{s.row.model} {s.row.sequence}",
+            s.row.mesh,
+            what(s.row),
+            f"{sum(s.memory.values()) / 2**30:.1f}",
+            f"{s.row.memory:.1f}" if s.row.memory else "out of memory",
+            "yes" if s.fits else "no",
+            ", ".join(f"{k} {v / 2**30:.1f}" for k, v in Counter(s.memory).most_common(2)),
+            "; ".join(s.row.left_out),
+        )
+    return made
+
+
+def memory(bench: Bench, rows: Sequence[Published], console: Console) -> list[Scored]:
+    """Print and return the rows with published memory, context parallelism apart, and those out of memory."""
+    asked = [r for r in rows if (r.memory or r.out) and not r.skipped and not any("cp " in a for a in r.apart)]
+    scored = [score(bench, row) for row in asked]
+    console.print(memory_table(scored))
+    out = [s for s in scored if s.row.out]
+    console.print(
+        f"Published as out of memory: {len(out)} rows, of which {sum(s.fits for s in out)} are called fitting."
+        if out
+        else "No row was published as out of memory."
+    )
+    return scored
+
+
+def plot(groups: Mapping[str, Sequence[Scored]], path: Path) -> None:
+    """Predicted against published seconds on logarithmic axes, a colour a source."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 7))
+    for title, scored in groups.items():
+        axes.loglog([s.row.measured for s in scored], [s.predicted for s in scored], "o", label=title, alpha=0.7)
+    seconds = [t for scored in groups.values() for s in scored for t in (s.row.measured or s.predicted, s.predicted)]
+    ends = [min(seconds) / 1.2, max(seconds) * 1.2]
+    axes.plot(ends, ends, color="grey", linewidth=1, label="equal")
+    axes.fill_between(
+        ends, [e / 1.2 for e in ends], [e * 1.2 for e in ends], color="grey", alpha=0.15, label="within a factor of 1.2"
+    )
+    axes.set(xlabel="published seconds of a step", ylabel="predicted seconds", xlim=ends, ylim=ends)
+    axes.legend()
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def to_json(scored: Scored) -> dict[str, Any]:
+    """A row as plain data."""
+    return {**asdict(scored), "error": scored.error}
+
+
+def main() -> int:
+    """Score the rows asked for; the exit status is 1 where one that should have a plan has none."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="TEXT", help="rows whose name, model or mesh has TEXT in it")
+    parser.add_argument("--memory", action="store_true", help="print predicted and published memory too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write scores and rows to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw predicted against published seconds")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    console = Console(width=None if sys.stdout.isatty() else 220)
+    bench, groups, failed = Bench(), dict[str, list[Scored]](), list[str]()
+    rows = {
+        title: [r for r in read(file) if not options.only or options.only in f"{r.name} {r.model} {r.mesh}"]
+        for file, title in FILES.items()
+    }
+    for title, asked in rows.items():
+        scored = list[Scored]()
+        for row in (r for r in asked if not why_not(r)):
+            try:
+                scored.append(score(bench, row))
+            except (PartitionError, AssertionError) as error:
+                failed.append(f"{row.name} {row.model} on {row.mesh}: {error}")
+        if scored:
+            groups[title] = scored
+            console.print(rows_table(title, scored))
+            console.print("off most:", *worst(scored), sep="\n", markup=False, highlight=False)
+        for row in asked:
+            if why_not(row):
+                console.print(f"not scored: {row.name} {row.model}: {why_not(row)}", markup=False, highlight=False)
+    everything = [s for scored in groups.values() for s in scored]
+    scores = [Score.of(title, scored) for title, scored in groups.items()]
+    scores += [Score.of("all", everything)] if everything else []
+    console.print(scores_table(scores))
+    held = memory(bench, [r for asked in rows.values() for r in asked], console) if options.memory else []
+    for line in failed:
+        console.print(f"no plan: {line}", markup=False, highlight=False)
+    if options.json:
+        run = {"torch": torch.__version__, "python": platform.python_version(), "command": shlex.join(sys.argv)}
+        data = {**run, "scores": [asdict(s) for s in scores], "rows": [to_json(s) for s in everything]}
+        data |= {"memory": [to_json(s) for s in held]} if options.memory else {}
+        options.json.write_text(json.dumps(data, indent=1) + "\n")
+    if options.plot:
+        plot(groups, options.plot)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""Training runs that others published, as configurations of this project, and plans with them forced.
+
+A row of `benchmarks/data` becomes a mesh of the device it names with that device's usual links, which are those of
+every row so far (HDR for A100, 400 Gb/s for H100 and H200; the V100 are of one host), and degrees, ZeRO level,
+recompute and micro-batch as they were. What this project cannot express is named in each row, and the nearest taken: a
+context-parallel degree is made part of the tensor-parallel one.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from autopart import Mesh, PartitionError, Plan, models
+from autopart.compile import DTYPES, Source, make_plan
+from autopart.request import Request, read_constraints
+
+DATA = Path(__file__).resolve().parent / "data"
+DEVICES = (("V100-32GB", "v100-32gb"), ("A100", "a100-80gb"), ("H100-96GB", "h100-96gb"), ("H200", "h200"))
+"""What hardware is called in the rows -> a device of the tables."""
+
+Row = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published configuration in this project's terms.
+
+    model        a named size, or what the row calls it, which `config` then describes as transformers does
+    precision    of parameters and states: the row's of computing, bfloat16 for 8 bits
+    forced       degrees, ZeRO level and recompute
+    micro_batch  theirs, over all ranks
+    pieces       of a stage, interleaved; 1 where stages are whole
+    even         whether every stage has as many blocks
+    measured     seconds of a step as published; None where it is not
+    memory       GiB of the fullest device as published; None where it is not
+    out          whether it was published as out of memory
+    left_out     what they did that cannot be expressed here, or is different here
+    apart        that of it which makes the row another computation
+    skipped      why there is no such plan
+    """
+
+    name: str
+    model: str
+    config: Mapping[str, Any] = field(repr=False)
+    sequence: int
+    mesh: str
+    precision: str
+    global_batch: int
+    forced: Mapping[str, Any]
+    micro_batch: int
+    pieces: int
+    even: bool
+    measured: float | None
+    memory: float | None
+    out: bool
+    left_out: tuple[str, ...]
+    apart: tuple[str, ...]
+    skipped: str = ""
+
+
+def read(file: str) -> Iterator[Published]:
+    """The rows of a table of `benchmarks/data`."""
+    with (DATA / file).open() as lines:
+        for number, row in enumerate(csv.DictReader(lines), 1):
+            yield published(row, f"{row['source_id']}:{number}")
+
+
+def published(row: Row, name: str) -> Published:
+    """One row in this project's terms."""
+    count, per_host = int(row["num_gpus"]), int(row["gpus_per_node"])
+    hosts, each = max(1, count // per_host), min(count, per_host)
+    device = next(device for key, device in DEVICES if key in row["hardware"])
+    tp, pp, dp, cp = (whole(row[k], 1) for k in ("tp", "pp", "dp", "cp"))
+    model, config = model_of(row)
+    return Published(
+        name=name,
+        model=model,
+        config=config,
+        sequence=int(row["seq_len"]),
+        mesh=f"{hosts}x{each}:{device}",
+        precision="float16" if row["dtype"] == "fp16" else "bfloat16",
+        global_batch=whole(row["global_batch"], 0),
+        forced={"pp": pp, "dp": dp, "tp": tp * cp, "zero": whole(row["zero"], 0), "recompute": recompute_of(row)},
+        micro_batch=whole(row["micro_batch"], 1) * dp,
+        pieces=whole(row["vpp"], 1),
+        even=pp > 1 and int(row["layers"]) % pp == 0,
+        measured=measured_seconds(row),
+        memory=float(row["metric_mem_gb"]) if row["metric_mem_gb"] else None,
+        out="out of memory" in row["notes"].lower(),
+        left_out=tuple(left_out(row)),
+        apart=tuple(apart(row)),
+        skipped=next(reasons(row), ""),
+    )
+
+
+def whole(text: str, default: int) -> int:
+    """A number out of a cell: 51200 of "51200?", 1 of "1 (pp microbatch; local batch 32)"."""
+    return int("".join(c for c in text.partition("(")[0] if c.isdigit()) or default)
+
+
+def model_of(row: Row) -> tuple[str, Mapping[str, Any]]:
+    """A model's name in the table of sizes: GPT-1.7B is gpt-1.7b, Llama-3.1-8B is llama-3-8b. A GPT that is not there
+    is a config of GPT-2's architecture, as those there are, with the row's sizes."""
+    name = row["model"].lower().replace("llama-3.1", "llama-3")
+    if name in models.SIZES:
+        return name, {}
+    assert row["arch"] == "gpt", name
+    sizes = {
+        "n_layer": "layers",
+        "n_embd": "hidden",
+        "n_head": "heads",
+        "n_positions": "seq_len",
+        "vocab_size": "vocab",
+    }
+    return name, {"model_type": "gpt2", **{ours: whole(row[theirs], 0) for ours, theirs in sizes.items()}}
+
+
+def recompute_of(row: Row) -> str:
+    """What all blocks do; "selective(per-op)" is what is called selective here."""
+    return row["recompute"].partition("(")[0] or "none"
+
+
+def reasons(row: Row) -> Iterator[str]:
+    """Why a row has no plan."""
+    if not row["global_batch"]:
+        yield "the batch is not published"
+    tp, pp, dp, cp = (whole(row[k], 1) for k in ("tp", "pp", "dp", "cp"))
+    if pp * dp * tp * cp != int(row["num_gpus"]):
+        yield f"pp {pp} x dp {dp} x tp {tp} x cp {cp} is not {row['num_gpus']} devices"
+
+
+def apart(row: Row) -> Iterator[str]:
+    """What a row did that makes it another computation than the plan that stands for it."""
+    if whole(row["cp"], 1) > 1:
+        yield f"cp {row['cp']} made part of tp"
+    if row["dtype"].startswith("float8"):
+        yield f"{row['dtype']}, here bf16"
+    if "async" in row["notes"].lower():
+        yield "async TP"
+
+
+def left_out(row: Row) -> Iterator[str]:
+    """What a row did that is not in the plan that stands for it. Megatron-LM had no fused attention then, and its
+    selective recompute is of attention (Korthikanti et al., arXiv 2205.05198, section 5); torchtitan's keeps every
+    other product (pytorch/torchtitan, `activation_checkpoint.py`)."""
+    if whole(row["vpp"], 1) > 1:
+        yield f"{row['vpp']} interleaved pieces a stage"
+    elif "interleaved" in row["schedule"]:
+        yield "interleaved schedule"
+    yield from apart(row)
+    if row["dtype"] in ("fp16", "bf16"):
+        yield f"fp32 states, here {row['dtype']}"
+    if row["arch"] == "gpt":
+        yield "attention of several kernels, here of one"
+    if recompute_of(row) == "selective":
+        again = "attention alone" if row["arch"] == "gpt" else "every second product too"
+        yield f"selective runs {again} again, here all but products"
+    if row["sp"] != "1" and whole(row["tp"], 1) > 1:
+        yield "no sequence parallelism, here where it pays"
+    if "compile" in row["notes"]:
+        yield "torch.compile"
+    if "500W" in row["hardware"]:
+        yield "500 W, here the FLOP/s of 700 W"
+    if row["hardware"].startswith("A100 "):
+        yield "40 or 80 GB not named, here 80"
+
+
+def measured_seconds(row: Row) -> float | None:
+    """Seconds of a step: as they are, from tokens/s, or from TFLOP/s by the formula they were counted with (Narayanan
+    et al., arXiv 2104.04473, equation 3). None where nothing of it is published."""
+    if row["metric_iter_s"]:
+        return float(row["metric_iter_s"])
+    batch, length, count = whole(row["global_batch"], 0), int(row["seq_len"]), int(row["num_gpus"])
+    if row["metric_tokens_s_gpu"]:
+        return batch * length / (float(row["metric_tokens_s_gpu"]) * count)
+    if not row["metric_tflops_per_gpu"]:
+        return None
+    layers, width, words = int(row["layers"]), int(row["hidden"]), int(row["vocab"])
+    flops = 96 * batch * length * layers * width**2 * (1 + length / 6 / width + words / 16 / layers / width)
+    return flops / (float(row["metric_tflops_per_gpu"]) * 1e12 * count)
+
+
+@dataclass
+class Bench:
+    """Plans, each made once: rows that differ only in what is left out here share them."""
+
+    time_limit: float | None = None
+    sources: dict[tuple[str, int, int, str], Source] = field(default_factory=dict)
+    plans: dict[str, tuple[Plan, float] | Exception] = field(default_factory=dict)
+
+    def source(self, row: Published) -> Source:
+        """The traced model of a row; a batch of one is traced for itself."""
+        key = row.model, row.sequence, min(2, row.global_batch), row.precision
+        if key not in self.sources:
+            with TemporaryDirectory() as folder:
+                (Path(folder) / "config.json").write_text(json.dumps(row.config))
+                spec = folder if row.config else row.model
+                model, batch = models.load(spec, key[2], row.sequence, meta=True, dropout=False)
+            self.sources[key] = Source(model, batch, DTYPES[row.precision])
+        return self.sources[key]
+
+    def plan(self, row: Published, constraints: Sequence[str] = (), **settings: Any) -> tuple[Plan, float]:
+        """The plan of a row under some settings, and the CPU seconds of its search. Raises PartitionError, and
+        AssertionError where the planner contradicts itself."""
+        what = [row.model, row.sequence, row.mesh, row.precision, row.global_batch, list(constraints), settings]
+        key = json.dumps(what, sort_keys=True)
+        if key not in self.plans:
+            try:
+                self.plans[key] = self._search(row, constraints, settings)
+            except (PartitionError, AssertionError) as error:
+                self.plans[key] = error
+        found = self.plans[key]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _search(self, row: Published, constraints: Sequence[str], settings: Mapping[str, Any]) -> tuple[Plan, float]:
+        request = Request(
+            row.global_batch,
+            precision=row.precision,
+            time_limit=self.time_limit,
+            constraints=read_constraints(constraints),
+            **settings,
+        )
+        source, mesh = self.source(row), Mesh.parse(row.mesh)
+        source.short(min(2, row.global_batch), mesh)
+        started = time.process_time()
+        try:
+            plan = make_plan(source, mesh, request)
+        except AssertionError as error:
+            taken = time.process_time() - started
+            raise AssertionError(f"{error} (under {dict(settings) or 'no settings'}, after {taken:.1f} s)") from error
+        return plan, time.process_time() - started

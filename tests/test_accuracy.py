@@ -1,0 +1,108 @@
+"""The scoreboard of the cost model: how rows are read, and how they are scored."""
+
+import math
+
+import pytest
+
+from autopart import Mesh
+from autopart.schedules import instructions, simulate
+from benchmarks.accuracy import FILES, kendall, plan_of, predicted_seconds, score, step_seconds, why_not
+from benchmarks.published import Bench, Published, read
+
+ROWS = {file: list(read(file)) for file in FILES}
+
+
+def row_of(name: str) -> Published:
+    """The row of a name."""
+    return next(row for rows in ROWS.values() for row in rows if row.name == name)
+
+
+@pytest.mark.parametrize(
+    ("xs", "ys", "tau"),
+    [
+        ([1, 2, 3, 4], [10, 20, 30, 40], 1.0),
+        ([1, 2, 3, 4], [4, 3, 2, 1], -1.0),
+        ([1, 2, 3], [1, 3, 2], 1 / 3),
+        ([1, 2, 2], [1, 2, 3], 2 / math.sqrt(6)),
+    ],
+)
+def test_kendall(xs: list[float], ys: list[float], tau: float) -> None:
+    assert kendall(xs, ys) == pytest.approx(tau)
+
+
+def test_kendall_of_equals() -> None:
+    assert math.isnan(kendall([1, 1, 1], [1, 2, 3]))
+
+
+@pytest.mark.parametrize("stages", [2, 4, 7])
+def test_whole_stages_are_what_the_simulator_says(stages: int) -> None:
+    lists = instructions("1f1b", stages, 16, [(i, i + 1) for i in range(stages - 1)])
+    links = {(i, i + 1): 0.0 for i in range(stages - 1)}
+    found = simulate(lists, [1.0] * stages, [2.0] * stages, links)
+    assert step_seconds([3.0] * stages, [0.0] * stages, [0.0] * stages, 16) == pytest.approx(found.seconds)
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3])
+def test_interleaving_divides_the_bubble(pieces: int) -> None:
+    """The bubble is (p - 1) / (v m) of the ideal time: Narayanan et al., arXiv 2104.04473, section 2.2."""
+    found = step_seconds([3.0] * 4, [0.0] * 4, [0.0] * 4, 8, pieces)
+    assert found / (8 * 3.0) - 1 == pytest.approx((4 - 1) / (pieces * 8))
+
+
+def test_interleaving_multiplies_the_messages() -> None:
+    """Of 3 stages in 2 pieces, the middle one has 8 messages for one micro-batch, the others 6: each sends or receives
+    at 2 pieces' 2 sides, forward and backward, but for the model's two ends."""
+    whole = step_seconds([0.0] * 3, [0.0] * 3, [2.0, 4.0, 2.0], 1)
+    pieces = step_seconds([0.0] * 3, [0.0] * 3, [2.0, 4.0, 2.0], 1, 2)
+    assert (whole, pieces) == (2 + 4 + 2, 8 + (6 + 6) / 2)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_rows_are_read(file: str) -> None:
+    for row in ROWS[file]:
+        if not row.skipped:
+            degrees = row.forced["pp"] * row.forced["dp"] * row.forced["tp"]
+            assert degrees == Mesh.parse(row.mesh).size and row.global_batch % row.micro_batch == 0, row.name
+        assert row.skipped or row.measured or row.apart, row.name
+
+
+def test_counts_of_rows() -> None:
+    counts = [(len(rows), sum(not why_not(row) for row in rows)) for rows in ROWS.values()]
+    assert counts == [(10, 10), (12, 12), (10, 9), (32, 6)]
+
+
+def test_seconds_of_rows() -> None:
+    """TFLOP/s as Megatron-LM counts them give the iteration times it publishes beside them, to their digits."""
+    flops = 96 * 8 * 1024 * 24 * 1920**2 * (1 + 1024 / 6 / 1920 + 51200 / 16 / 24 / 1920)
+    assert row_of("megatron_jan2021:1").measured == pytest.approx(flops / 71.9e12, rel=2e-3)
+    assert row_of("torchtitan_2024_12:1").measured == pytest.approx(2 * 8192 / 5762)
+
+
+def test_models_that_are_not_in_the_table_of_sizes() -> None:
+    row = row_of("seqsel_t5:1")
+    sizes = {"n_layer": 48, "n_embd": 6144, "n_head": 64, "n_positions": 2048, "vocab_size": 51200}
+    assert row.model == "gpt-22b" and row.config == {"model_type": "gpt2", **sizes}
+    assert row_of("megatron_sc21_t1:1").config == {}
+
+
+def test_a_small_row_from_end_to_end() -> None:
+    found = score(Bench(), row_of("megatron_jan2021:1"))
+    assert abs(math.log2(found.predicted / 1.121)) < 1
+    assert sum(found.shares.values()) == pytest.approx(1)
+
+
+def test_a_pipeline_is_interleaved() -> None:
+    """A plan's own stages: in one piece its step, in several a shorter one where messages are few."""
+    row = row_of("seqsel_t5:3")
+    plan = plan_of(Bench(), row)
+    stages = plan.stages
+    work = [s.forward_seconds + s.backward_seconds for s in stages]
+    again = step_seconds(work, [s.sync_seconds for s in stages], [s.send_seconds for s in stages], plan.micro_batches)
+    assert again == pytest.approx(plan.step_seconds)
+    assert predicted_seconds(plan, row.pieces) < predicted_seconds(plan, 1) == plan.step_seconds
+
+
+def test_zero_is_shared() -> None:
+    """8 ranks hold an eighth of Llama-3-8B each, though all of it would be faster and need not fit."""
+    plan = plan_of(Bench(), row_of("torchtitan_2024_12:1"))
+    assert plan.stages[0].memory["parameters"] == pytest.approx(2 * 8.03e9 / 8, rel=1e-2)
