@@ -98,7 +98,6 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def run(**given: Any) -> None:
         if "options" in own:
             given["options"] = {name: given.pop(name) for name in OPTIONS}
-        gc.freeze()
         try:
             function(**given)
         except PartitionError as error:
@@ -562,7 +561,8 @@ def _run_text(result: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    """The entry point of ``python -m autopart.cli``."""
+    """The entry point of the shell; what was imported is not looked at again for garbage."""
+    gc.freeze()
     app()
 
 

@@ -291,12 +291,14 @@ class Space:
         return float(np.minimum.reduceat(each, model.sizes.first[:-1]).sum()) <= point.pp * self.limit
 
     def solve(self, point: Point, price: float, modes: Mapping[int, str]) -> Solution | None:
-        """The best splits where a byte kept costs `price` seconds and a byte of state as many as its least share."""
+        """The best splits where a byte kept costs `price` seconds and a byte of state as many as its least share. At a
+        price between none and an endless one they are one way among many: None where it takes branching to find them.
+        """
         options = self.options(point)
         key = point, price, tuple(sorted(modes.items())), tuple(options.items())
         if key not in self.solved:
             objective = self.objective(point, price, modes)
-            self.solved[key] = self.model(point).solver.minimise(objective, options)
+            self.solved[key] = self.model(point).solver.minimise(objective, options, price in (0.0, NEVER))
         return self.solved[key]
 
     def objective(self, point: Point, price: float, modes: Mapping[int, str]) -> Array:

@@ -83,4 +83,4 @@ def _moved(node: fx.Node, prices: Prices) -> Seconds:
     axis = node.args[1]
     assert isinstance(axis, str)
     whole = max(record.size, *(info(n).size for n in node.all_input_nodes))
-    return Seconds(*row_seconds(row, whole, prices.axes[axis], record.grad, prices.device))
+    return Seconds(*map(float, row_seconds(row, whole, prices.axes[axis], record.grad, prices.device)))

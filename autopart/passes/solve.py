@@ -95,9 +95,11 @@ class Solver:
             return float("inf")
         return float(self.highs.getInfo().objective_function_value) / self.scale
 
-    def minimise(self, costs: Array, allowed: Mapping[int, Iterable[int]] | None = None) -> Solution | None:
-        """The best choice for a cost of every priced variable; None where there is none. `allowed` narrows the options
-        of some nodes."""
+    def minimise(
+        self, costs: Array, allowed: Mapping[int, Iterable[int]] | None = None, branch: bool = True
+    ) -> Solution | None:
+        """The best choice for a cost of every priced variable; None where there is none, or it takes branching to find
+        and is not to `branch`. `allowed` narrows the options of some nodes."""
         self._narrow(allowed or {})
         self._price(costs)
         known = hash(costs.tobytes())
@@ -113,6 +115,8 @@ class Solver:
         objective = bound = self.highs.getInfo().objective_function_value
         strategies = values[: self.strategies]
         if np.abs(strategies - strategies.round()).max(initial=0.0) > INTEGRAL:
+            if not branch:
+                return None
             values, objective, bound = self._branch()
         chosen = tuple(int(np.argmax(values[self.options(n)])) for n in range(len(self.table.nodes)))
         return Solution(chosen, objective / self.scale, bound / self.scale)
