@@ -221,6 +221,23 @@ class Remembered(Stack):
         return x
 
 
+class Flat(Residual):
+    """A block that takes two rows a sample as one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, 1)).unflatten(0, (-1, 2))
+
+
+class Widened(Stack):
+    """Blocks that flatten what they get, of which the first has to copy it."""
+
+    def __init__(self) -> None:
+        super().__init__(Flat, 4)
+
+    def run(self, x: Tensor) -> Tensor:
+        return super().run(x.unsqueeze(1).expand(-1, 2, -1)).mean(1)
+
+
 class Streams(Stack):
     """Three tensors from block to block."""
 
@@ -234,7 +251,7 @@ class Streams(Stack):
         return a + b + c
 
 
-@pytest.mark.parametrize("kind", [Shared, Recurrent, Masks, GivenMasks, Remembered, Streams])
+@pytest.mark.parametrize("kind", [Shared, Recurrent, Masks, GivenMasks, Remembered, Widened, Streams])
 @pytest.mark.parametrize("degrees", [{"tp": 2}, {"dp": 2}, {"pp": 3}, {"tp": 2, "pp": 2}])
 def test_values_and_weights_are_where_they_are_used(kind: type[Stack], degrees: dict[str, int]) -> None:
     torch.manual_seed(0)
