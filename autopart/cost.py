@@ -26,7 +26,6 @@ MATMUL_EFFICIENCY = 0.7
 BANDWIDTH_EFFICIENCY = 0.8
 """Share of the memory bandwidth that elementwise kernels reach there: an assumption."""
 
-
 NO_SIZES = (0.0,) * 6
 """Of what is no matrix product."""
 
@@ -85,19 +84,15 @@ def work_seconds(work: Work, device: Device) -> Seconds:
     kernel less than its launch. On another the roofline: max(FLOPs / rate, bytes / bandwidth) + launch (Williams,
     Waterman, Patterson 2009), `again` times as long backward.
     """
-    if device.silicon is None:
-        moved = work.bytes / (device.bandwidth * BANDWIDTH_EFFICIENCY)
-        computed = work.flops / (work.peak * MATMUL_EFFICIENCY)
-        forward = work.runs * (np.maximum(computed, moved) + device.launch_seconds)
-        return Seconds(forward, forward * work.again)
-    streamed = stream_seconds(work.bytes, work.again, work.runs, device).forward
-    forward = np.maximum(streamed, work.runs * work.flops / (work.peak * device.silicon.sustained))
+    share = device.silicon.sustained if device.silicon else MATMUL_EFFICIENCY
+    each = np.maximum(_streamed(work.bytes, device), work.flops / (work.peak * share))
+    forward = work.runs * with_launch(each, device)
     backward = forward * work.again
     for which, seconds in (
         ((work.sizes[:, 0] > 0) & (work.sizes[:, 4] == 0), _product_seconds),
         (work.sizes[:, 4] > 0, _attention_seconds),
     ):
-        own = np.flatnonzero(which)
+        own = np.flatnonzero(which) if device.silicon else ()
         if len(own):
             found = seconds(work.sizes[own].T, work.bytes[own], work.peak[own], work.grads[own].T, device)
             forward[own], backward[own] = work.runs[own] * found.forward, work.runs[own] * found.backward
@@ -106,12 +101,14 @@ def work_seconds(work: Work, device: Device) -> Seconds:
 
 def stream_seconds(nbytes: Any, again: Any, runs: Any, device: Device) -> Seconds:
     """What kernels take that read and write `nbytes` and compute next to nothing."""
-    if device.silicon is None:
-        each = nbytes / (device.bandwidth * BANDWIDTH_EFFICIENCY)
-    else:
-        each = memory_seconds(nbytes, device.bandwidth, device.silicon)
-    forward = runs * with_launch(each, device)
+    forward = runs * with_launch(_streamed(nbytes, device), device)
     return Seconds(forward, forward * again)
+
+
+def _streamed(nbytes: Any, device: Device) -> Any:
+    if device.silicon is None:
+        return nbytes / (device.bandwidth * BANDWIDTH_EFFICIENCY)
+    return memory_seconds(nbytes, device.bandwidth, device.silicon)
 
 
 def _product_seconds(sizes: Array, nbytes: Array, peak: Array, grads: Array, device: Device) -> Seconds:

@@ -197,6 +197,12 @@ def test_a_collective_takes_no_less_when_bytes_grow(name: str, link: str) -> Non
         assert float(COLLECTIVES[name](float(sizes[7]), group)) == seconds[7]
 
 
+@pytest.mark.parametrize("link", LINKS)
+def test_a_send_takes_no_less_when_bytes_grow(link: str) -> None:
+    seconds = p2p_seconds(np.logspace(0, 10, 50), LINKS[link])
+    assert (np.diff(seconds) > 0).all() and seconds[0] > 0
+
+
 def test_an_all_reduce_is_twice_an_all_gather_of_large_tensors() -> None:
     for group in (one_host(8), two_level(2, 8), two_level(4, 1)):
         assert all_reduce_seconds(1e10, group) == pytest.approx(2 * all_gather_seconds(1e10, group), rel=0.01)
