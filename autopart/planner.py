@@ -372,7 +372,8 @@ def zero_levels(request: Request, point: Point) -> list[int]:
 
 
 def points(space: Space) -> Iterator[Point]:
-    """Every combination of degrees and micro-batch that divides; PartitionError if there is none."""
+    """Every combination of degrees and micro-batch that divides; PartitionError if there is none. `tp` stays inside a
+    host, unless constraints want it otherwise or there are fewer samples than hosts."""
     mesh, request, folded = space.mesh, space.request, space.folded
     units, rejected = len(folded.labels), [f"asked for: {c.text}" for c in request.constraints]
     if not space.schedule:
@@ -386,7 +387,8 @@ def points(space: Space) -> Iterator[Point]:
             dp = mesh.size // pp // tp
             if request.dp not in (None, dp) or pp * dp * tp != mesh.size or not request.allows("dp", dp):
                 continue
-            if tp > mesh.devices_per_host and not request.tp and any(map(partial(request.allows, "tp"), within)):
+            narrow = any(map(partial(request.allows, "tp"), within)) and request.global_batch >= mesh.hosts
+            if tp > mesh.devices_per_host and not request.tp and narrow:
                 continue
             sizes = [request.micro_batch] if request.micro_batch else _micro_batches(request.global_batch, dp)
             if not request.micro_batch and not folded.traced.mean_of_samples:
