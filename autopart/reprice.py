@@ -62,7 +62,7 @@ def repriced(plan: Plan, source: Source) -> Plan:
     times = []
     for mine, (start, end) in zip(chosen, pairwise((*plan.starts, len(modes))), strict=True):
         found = ranges(space.weigh(point, mine), table.group, table.block, m, [(mode,) for mode in modes])
-        times.append(float(found.seconds[start, end]))
+        times.append(float(found.seconds[found.place(start, end)]))
     step = sum(times) + (m - 1) * max(times)
     decided = Found(point, chosen, plan.starts, modes, tuple(times), step, min(plan.bound_seconds, step))
     return replace(write_out(space, decided, started, plan.model), request=plan.request)
