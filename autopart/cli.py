@@ -402,6 +402,7 @@ def run_command(
 
     Example: autopart run gpt2 4:cpu --pp 2 --tp 2 --sequence 128 --steps 5
     """
+    gc.enable()
     made = _saved(plan_file, options)
     started = "RANK" in os.environ
     world = int(os.environ.get("WORLD_SIZE", processes))
@@ -561,8 +562,9 @@ def _run_text(result: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    """The entry point of the shell; what was imported is not looked at again for garbage."""
-    gc.freeze()
+    """The entry point of the shell. Its commands are short, so that garbage in cycles is left to the system; training
+    is not: `run` collects it."""
+    gc.disable()
     app()
 
 
