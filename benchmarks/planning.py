@@ -135,6 +135,14 @@ def run(row: Row, limit: int) -> Run:
         return Run(usage.ru_utime, usage.ru_stime, wall, usage.ru_maxrss * 1024, plan, problem)
 
 
+def yardstick() -> float:
+    """CPU seconds that `import torch` takes in a process of its own."""
+    child = subprocess.Popen([sys.executable, "-c", "import torch"])
+    _, _, usage = os.wait4(child.pid, 0)
+    child.returncode = 0
+    return usage.ru_utime + usage.ru_stime
+
+
 def figures(plan: Mapping[str, Any]) -> dict[str, Any]:
     """What is reported of a saved plan."""
     names = ("pp", "dp", "tp", "micro_batch", "zero", "recompute", "step_seconds", "gap", "status", "planning_seconds")
@@ -160,7 +168,19 @@ def report(row: Row, runs: Sequence[Run]) -> dict[str, Any]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The rows as a table."""
-    made = Table("row", "mesh", "CPU s", "target", "memory", "gap", "step", "plan", "search s", title="cold planning")
+    made = Table(
+        "row",
+        "mesh",
+        "CPU s",
+        "import torch",
+        "target",
+        "memory",
+        "gap",
+        "step",
+        "plan",
+        "search s",
+        title="cold planning",
+    )
     for row in rows:
         plan = row["plan"]
         colour = "green" if row["met"] else "red"
@@ -168,6 +188,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
             row["name"],
             row["mesh"],
             f"[{colour}]{row['cpu']:.2f}[/]",
+            f"{row['import_torch']:.2f}",
             " ".join(targets(row)),
             f"{row['memory'] / 2**30:.2f} GiB",
             *(
@@ -226,7 +247,11 @@ def main() -> int:
     for row in ROWS:
         if options.rows and row.name not in options.rows:
             continue
-        rows.append(report(row, [run(row, options.limit) for _ in range(options.repeat)]))
+        torch_seconds, runs = [], []
+        for _ in range(options.repeat):
+            torch_seconds.append(yardstick())
+            runs.append(run(row, options.limit))
+        rows.append({**report(row, runs), "import_torch": statistics.median(torch_seconds)})
         console.print(f"{row.name}: {rows[-1]['cpu']:.2f} CPU s {rows[-1]['problem']}", markup=False, highlight=False)
     console.print(table(rows))
     ratio = depth_ratio(rows)
