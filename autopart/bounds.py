@@ -39,8 +39,8 @@ class Bounds:
     kinds   of position: the class of a run, and what it may do of MODES
     counts  how many of each kind a range has, once for all ranges that are alike
     alike   of every range the row of `counts`
-    room    what the largest tensor leaves of a device's bytes
-    ways    the same with how many modes each kind may take
+    ways    `counts`, with how many modes each kind may take
+    room    what the largest tensor leaves of a device's bytes, for every row of `counts`
     terms   for every price the bound of one run of each kind in each of its modes, in a row;  bytes: the same of bytes
     """
 
@@ -64,7 +64,7 @@ class Bounds:
         self.room = space.limit - ((self.counts > 0) * largest).max(1)
         self.flights = np.array(sorted({space.in_flight(point, stage) for stage in range(point.pp)}))
         self.first = np.cumsum([0, *(len(modes) for _, modes in self.kinds)])[:-1]
-        crossings = least_crossings(space.priced(point), space.between_stages(point))
+        crossings = least_crossings(prices, space.between_stages(point))
         self.messages = message_seconds(crossings, len(rows))
         self.prices: list[float] = []
         self.terms: list[Array] = []

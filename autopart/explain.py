@@ -264,8 +264,8 @@ class Explanation:
 
 def _faster(model: Model, rate: float) -> Model:
     """A model whose products run faster; the equations are the same."""
-    model.solver  # noqa: B018  made once, for both
     other = copy.copy(model)
+    other.solver = model.solver
     other.sizes = copy.copy(model.sizes)
     other.sizes.peak = model.sizes.peak * rate
     return other

@@ -17,6 +17,7 @@ from autopart.rules.base import replaced
 from autopart.rules.factories import BY_PLACE
 
 LARGE = 8.0
+"""From here on a whole number among the arguments is taken for a count."""
 
 PLACED = frozenset(f"aten.{name}" for name in BY_PLACE)
 

@@ -43,11 +43,6 @@ class Request:
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         return given | ({"constraints": [c.text for c in self.constraints]} if self.constraints else {})
 
-    @property
-    def first_micro_batch(self) -> int:
-        """The size that is traced before any is chosen."""
-        return self.micro_batch or min(2, self.global_batch)
-
     def check(self, mesh: Mesh) -> Request:
         """Raise PartitionError for what no planner could do; degrees that `mesh` fixes are taken over."""
         for name, value, known in (
