@@ -13,10 +13,12 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autopart.cuts import NEVER, message_seconds, spans
 from autopart.request import Point
@@ -33,13 +35,40 @@ SLACK = 1e-6
 """Relative error of a solver's bound on bytes."""
 
 
-class Bounds:
-    """The bounds of one point, better with every price that is looked at.
+@dataclass(frozen=True)
+class Row:
+    """A row of positions and its ranges.
 
-    kinds   of position: the class of a run, and what it may do of MODES
+    kinds   of position: the class of a run, and what it may do of MODES;  first: the first mode of each among all
     counts  how many of each kind a range has, once for all ranges that are alike
     alike   of every range the row of `counts`
     ways    `counts`, with how many modes each kind may take
+    """
+
+    kinds: tuple[tuple[int, tuple[str, ...]], ...]
+    first: NDArray[np.int_]
+    counts: NDArray[Any]
+    alike: NDArray[np.int_]
+    ways: tuple[Counts, ...]
+
+
+@lru_cache(maxsize=8)
+def row_of(group: tuple[int, ...], allowed: tuple[tuple[str, ...], ...]) -> Row:
+    """The row of positions of these classes, each of which may do what is `allowed` it."""
+    rows = list(zip(group, allowed, strict=True))
+    kinds = tuple(sorted(set(rows)))
+    stands = np.array([[row == kind for kind in kinds] for row in rows], dtype=np.int64)
+    total = np.concatenate([np.zeros((1, len(kinds)), dtype=np.int64), np.cumsum(stands, axis=0)])
+    starts, ends = spans(len(rows))
+    counts, alike = np.unique(total[ends] - total[starts], axis=0, return_inverse=True)
+    many = [len(modes) for _, modes in kinds]
+    ways = tuple(tuple(zip(row, many, strict=True)) for row in counts.tolist())
+    return Row(kinds, np.cumsum([0, *many])[:-1], counts, alike, ways)
+
+
+class Bounds:
+    """The bounds of one point, better with every price that is looked at.
+
     room    what the largest tensor leaves of a device's bytes, for every row of `counts`
     terms   for every price the bound of one run of each kind in each of its modes, in a row;  bytes: the same of bytes
     """
@@ -47,33 +76,26 @@ class Bounds:
     def __init__(self, space: Space, point: Point) -> None:
         self.space, self.point = space, point
         group = space.model(point).table.group
-        rows = list(zip(group, space.allowed_modes, strict=True))
-        self.kinds, self.many = sorted(set(rows)), Counter(group)
-        stands = np.array([[row == kind for kind in self.kinds] for row in rows], dtype=np.int64)
-        total = np.concatenate([np.zeros((1, len(self.kinds)), dtype=np.int64), np.cumsum(stands, axis=0)])
-        starts, ends = spans(len(rows))
-        every = total[ends] - total[starts]
-        self.counts, self.alike = np.unique(every, axis=0, return_inverse=True)
-        chosen_from = [len(modes) for _, modes in self.kinds]
-        self.ways: list[Counts] = [tuple(zip(row, chosen_from, strict=True)) for row in self.counts.tolist()]
+        self.row, self.many = row_of(tuple(group), space.allowed_modes), Counter(group)
         prices, nodes = space.priced(point), space.model(point).table.nodes
         made = np.minimum.reduceat(2 * prices.made, prices.sizes.first[:-1])
         largest = [
-            max((m for m, n in zip(made, nodes, strict=True) if n.group == g), default=0.0) for g, _ in self.kinds
+            max((m for m, n in zip(made, nodes, strict=True) if n.group == g), default=0.0) for g, _ in self.row.kinds
         ]
-        self.room = space.limit - ((self.counts > 0) * largest).max(1)
+        self.room = space.limit - ((self.row.counts > 0) * largest).max(1)
         self.flights = np.array(sorted({space.in_flight(point, stage) for stage in range(point.pp)}))
-        self.first = np.cumsum([0, *(len(modes) for _, modes in self.kinds)])[:-1]
         crossings = least_crossings(prices, space.between_stages(point))
-        self.messages = message_seconds(crossings, len(rows))
+        self.messages = message_seconds(crossings, len(group))
         self.prices: list[float] = []
         self.terms: list[Array] = []
-        self.bytes = np.zeros(sum(len(modes) for _, modes in self.kinds))
+        self.bytes = np.zeros(sum(len(modes) for _, modes in self.row.kinds))
 
     def look(self, price: float) -> None:
         """Look at a price of a byte, in seconds; at an endless one at bytes alone."""
         space, point = self.space, self.point
-        terms = [space.least(point, price, group, m) / self.many[group] for group, modes in self.kinds for m in modes]
+        terms = [
+            space.least(point, price, group, m) / self.many[group] for group, modes in self.row.kinds for m in modes
+        ]
         if price == NEVER:
             self.bytes = np.array(terms)
         else:
@@ -83,17 +105,17 @@ class Bounds:
     def columns(self, most: float) -> dict[int, Array]:
         """For every number of micro-batches in flight a bound below f of all ranges; infinite where it is above
         `most`, or where a range cannot fit."""
-        best = [np.minimum.reduceat(terms, self.first) for terms in (self.bytes, *self.terms)]
-        bounds = self._bounds(self.room, *(self.counts @ least for least in best))
+        best = [np.minimum.reduceat(terms, self.row.first) for terms in (self.bytes, *self.terms)]
+        bounds = self._bounds(self.room, *(self.row.counts @ least for least in best))
         for row in np.flatnonzero((bounds <= most).any(0)).tolist():
-            if _many(self.ways[row]) <= LISTED:
-                listed = _listed(self.ways[row])
+            if _many(self.row.ways[row]) <= LISTED:
+                listed = _listed(self.row.ways[row])
                 bounds[:, row] = self._bounds(
                     self.room[row], *(listed @ terms for terms in (self.bytes, *self.terms))
                 ).min(1)
         columns = {}
         for flights, bound in zip(self.flights.tolist(), bounds, strict=True):
-            found = bound[self.alike] + self.messages
+            found = bound[self.row.alike] + self.messages
             columns[flights] = np.where(found <= most, found, NEVER)
         return columns
 

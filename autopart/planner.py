@@ -7,7 +7,8 @@ Every point (degrees, micro-batch, ZeRO level) has a lower bound that rises as m
     memory   the same with a price on bytes (Lagrange), each class of blocks in its best way to recompute
 
 Points are taken from a queue by least bound. One whose splits are known is cut into stages exactly (`autopart.cuts`),
-which gives a plan; the search ends when no bound is below the best plan's time. The least bound that was left is what
+which gives a plan; where the bound that knows of memory is still below the best, splits for less memory are tried. The
+search ends when no bound is below the best plan's time. The least bound that was left is what
 the plan's gap is proven against: no plan of this space is faster by this cost model.
 """
 
@@ -81,6 +82,8 @@ class Search:
     ways: dict[Point, list[Way]] = field(default_factory=dict)
     reached: dict[Point, float] = field(default_factory=dict)
     """The best time of a point's plans."""
+    open: dict[Point, tuple[list[float], dict[int, Array]]] = field(default_factory=dict)
+    """Prices of a byte to try and bounds of all ranges, at points whose splits for less memory wait for their turn."""
     hopeless: list[Point] = field(default_factory=list)
     """Points at which parameters and their states alone are too much."""
     queue: list[tuple[float, int, Point]] = field(default_factory=list)
@@ -109,10 +112,10 @@ class Search:
                 break
             self.number += 1
             bound, level, point = heapq.heappop(self.queue)
-            if level == 2 and self.quick and self.best is not None:
+            if level >= 2 and self.quick and self.best is not None:
                 self._close(bound)
                 continue
-            (self._splits, self._cut, self._memory)[level](point, bound)
+            (self._splits, self._cut, self._memory, self._others)[level](point, bound)
             self._tell()
         if self.best is None:
             self.short = closest(self.space, self.ways, self.hopeless)
@@ -171,15 +174,14 @@ class Search:
             self.hopeless.append(point)
             self._more_zero(point, bound)
             return
-        solution = self.space.solve(point, 0.0, self.space.forced(point))
-        if solution is not None:
-            self._push(max(bound, self._passes(point) * solution.bound), 1, point)
+        self._push(max(bound, self._passes(point) * self.space.relaxed(point)), 1, point)
 
     def _cut(self, point: Point, bound: float) -> None:
         """The best cut with the splits known. If it reaches its bound, the point is done with, and so are higher ZeRO
         levels, which take no less time."""
         solution = self.space.solve(point, 0.0, self.space.forced(point))
         assert solution is not None
+        bound = max(bound, self._passes(point) * solution.bound)
         self.ways[point] = [way_of(self.space, point, solution)]
         found = self._best(point)
         if found is not None and found.seconds <= bound * (1 + TOLERANCE):
@@ -194,11 +196,12 @@ class Search:
             self._push(bound, 0, replace(point, zero=following[0]))
 
     def _memory(self, point: Point, bound: float) -> None:
-        """Better bounds, and splits that take less memory."""
-        space, ways, m = self.space, self.ways[point], self.space.micro_batches(point)
-        least = bound / self._passes(point)
-        bounds, allowed = Bounds(space, point), space.stages(point)
-        for price in itertools.chain([NEVER, 0.0], self._price_list(point, ways[0])):
+        """Better bounds, as long as a higher price of a byte brings any."""
+        space, m = self.space, self.space.micro_batches(point)
+        least, before = bound / self._passes(point), NEVER
+        bounds, allowed, prices = Bounds(space, point), space.stages(point), self._price_list(point)
+        bounds.look(NEVER)
+        for price in (0.0, *prices[1:]):
             bounds.look(price)
             columns = bounds.columns(self._most(point))
             found = best_cut(_masked(columns, space, point, allowed), point.pp, m)
@@ -206,16 +209,33 @@ class Search:
                 return
             bound = max(bound, found.seconds, least + (m - 1) * found.largest)
             if bound >= self._time():
+                self._close(bound)
+                return
+            if found.seconds <= before * (1 + TOLERANCE) and before < NEVER:
                 break
-            for modes in space.best_modes(point, price) if 0.0 < price < NEVER else ():
-                solution = space.solve(point, price, modes)
-                if solution and all(solution.chosen != w.solution.chosen for w in ways):
-                    ways.append(way_of(space, point, solution))
-        if len(ways) > 1 and bound < self._time():
-            self._best(point)
+            before = found.seconds
+        self.open[point] = prices, columns
+        self._push(bound, 3, point)
+
+    def _others(self, point: Point, bound: float) -> None:
+        """Splits that take less memory; where not even those that take least fit, and a plan is known, no others."""
+        space, ways, (prices, columns) = self.space, self.ways[point], self.open.pop(point)
+        self._add(point, NEVER, {group: mode for group in space.model(point).blocks for mode in space.modes[-1:]})
+        if self._best(point) or self.best is None:
+            for price in prices:
+                for modes in space.best_modes(point, price):
+                    self._add(point, price, modes)
+            if len(ways) > 2:
+                self._best(point)
         if is_small(space, point) and bound < min(self._time(), self.reached.get(point, NEVER)):
             self._squeeze(point, columns)
         self._close(bound)
+
+    def _add(self, point: Point, price: float, modes: Mapping[int, str]) -> None:
+        """One more way, if there is one at a price of a byte."""
+        solution = self.space.solve(point, price, modes)
+        if solution and all(solution.chosen != way.solution.chosen for way in self.ways[point]):
+            self.ways[point].append(way_of(self.space, point, solution))
 
     def _squeeze(self, point: Point, least: Mapping[int, Array]) -> None:
         """The last step, for small models: wherever memory makes a range slower than its bound, the fastest splits that
@@ -268,20 +288,22 @@ class Search:
                 return
             room -= lack
 
-    def _price_list(self, point: Point, way: Way) -> Iterator[float]:
+    def _price_list(self, point: Point) -> list[float]:
         """A price of a byte that only tells splits of equal time apart, those at which blocks begin to be run again,
         and above; none where memory does not bind."""
-        space = self.space
-        held = {space.in_flight(point, stage): way.ranges.seconds for stage in range(point.pp)}
-        free = best_cut(_masked(held, space, point, space.stages(point)), point.pp, space.micro_batches(point))
-        if free and self.reached.get(point, NEVER) <= free.seconds * (1 + TOLERANCE):
-            return
+        space, way = self.space, self.ways[point][0]
+        reached = self.reached.get(point, NEVER)
+        if reached < NEVER:
+            held = {space.in_flight(point, stage): way.ranges.seconds for stage in range(point.pp)}
+            free = best_cut(_masked(held, space, point, space.stages(point)), point.pp, space.micro_batches(point))
+            if free and reached <= free.seconds * (1 + TOLERANCE):
+                return []
         ratios = sorted(s.seconds / s.bytes for group in way.ranges.savings.values() for s in group)
         whole = way.ranges.place(0, len(space.folded.labels))
         seconds, kept, state = (float(row[whole]) for row in (way.ranges.seconds, way.ranges.kept, way.ranges.state))
         ratios = ratios or [seconds / max(kept, 1.0)]
         least = 1e-6 * seconds / max(kept + state, 1.0)
-        yield from (min(least, ratios[0]), *ratios, *(ratios[-1] * factor for factor in (3, 30, 1000)))
+        return [min(least, ratios[0]), *ratios, *(ratios[-1] * factor for factor in (3, 30, 1000))]
 
     def _best(self, point: Point) -> Found | None:
         """The best plan of the ways known for a point."""

@@ -279,16 +279,13 @@ class Space:
         """Seconds that the operators of a micro-batch take at least, whatever is done between them."""
         model, prices = self.model(point), self.priced(point)
         each = (prices.forward + prices.backward) * model.places[: len(prices.forward)]
-        for node, left in self.options(point).items():
-            start, end = model.sizes.first[node : node + 2]
-            each[list(set(range(start, end)).difference(start + o for o in left))] = np.inf
-        return float(np.minimum.reduceat(each, model.sizes.first[:-1]).sum())
+        return model.sizes.apart(each, self.options(point))
 
     def has_room(self, point: Point) -> bool:
         """Whether the states of all parameters, spread evenly over the stages, leave any room."""
         model, prices = self.model(point), self.priced(point)
         each = prices.state * model.places[: len(prices.state)]
-        return float(np.minimum.reduceat(each, model.sizes.first[:-1]).sum()) <= point.pp * self.limit
+        return model.sizes.apart(each, {}) <= point.pp * self.limit
 
     def solve(self, point: Point, price: float, modes: Mapping[int, str]) -> Solution | None:
         """The best splits where a byte kept costs `price` seconds and a byte of state as many as its least share. At a
@@ -300,6 +297,21 @@ class Space:
             objective = self.objective(point, price, modes)
             self.solved[key] = self.model(point).solver.minimise(objective, options, price in (0.0, NEVER))
         return self.solved[key]
+
+    def relaxed(self, point: Point) -> float:
+        """A bound below the time of the best splits, memory without end; infinite where there are none. It is
+        `solve`'s wherever that takes no branching."""
+        options, modes = self.options(point), self.forced(point)
+        key = point, 0.0, tuple(sorted(modes.items())), tuple(options.items())
+        if key not in self.solved and key not in self.bounds:
+            bound, solution = self.model(point).solver.relax(self.objective(point, 0.0, modes), options)
+            self.bounds[key] = bound
+            if solution is not None or bound == NEVER:
+                self.solved[key] = solution
+        if key in self.bounds:
+            return self.bounds[key]
+        known = self.solved[key]
+        return known.bound if known else NEVER
 
     def objective(self, point: Point, price: float, modes: Mapping[int, str]) -> Array:
         """What `solve` minimises; at an endless price bytes alone."""
@@ -326,7 +338,8 @@ class Space:
         if key not in self.bounds:
             model = self.model(point)
             costs = np.where(model.group == group, self.objective(point, price, {group: mode}), 0.0)
-            self.bounds[key] = model.part(group).bound(costs, options)
+            bound = model.sizes.apart if price == NEVER else model.part(group).bound
+            self.bounds[key] = bound(costs, options)
         return self.bounds[key]
 
     def forced(self, point: Point) -> dict[int, str]:

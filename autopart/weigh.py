@@ -95,6 +95,27 @@ class Sizes:
                 self.kept[index, placed] = len(self.kept)
         self.memory = np.array([self._root(table.keeps[k], placed) for k, placed in self.kept]).reshape(-1, 4)
 
+    def apart(self, costs: Array, allowed: Mapping[int, Iterable[int]]) -> float:
+        """A bound below every choice's cost: each node in its cheapest strategy (of those `allowed`, where a node is
+        named), each memory in its least placement, no change of placement paid. `costs` may end after the
+        strategies."""
+        each = costs[: self.first[-1]]
+        if allowed:
+            each = each.copy()
+            for node, left in allowed.items():
+                start, end = self.first[node : node + 2]
+                each[list(set(range(start, end)).difference(start + o for o in left))] = np.inf
+        bound = np.minimum.reduceat(each, self.first[:-1]).sum()
+        kept = costs[len(each) + len(self.changes) :]
+        if len(kept):
+            bound += np.minimum.reduceat(kept, self.keep_first).sum()
+        return float(bound)
+
+    @cached_property
+    def keep_first(self) -> NDArray[np.int_]:
+        """Index of the first memory of every keep among `kept`."""
+        return np.unique([keep for keep, _ in self.kept], return_index=True)[1]
+
     @cached_property
     def change_index(self) -> dict[tuple[int, Placements, Path], int]:
         """Index of every change among all."""

@@ -95,11 +95,9 @@ class Solver:
             return float("inf")
         return float(self.highs.getInfo().objective_function_value) / self.scale
 
-    def minimise(
-        self, costs: Array, allowed: Mapping[int, Iterable[int]] | None = None, branch: bool = True
-    ) -> Solution | None:
-        """The best choice for a cost of every priced variable; None where there is none, or it takes branching to find
-        and is not to `branch`. `allowed` narrows the options of some nodes."""
+    def relax(self, costs: Array, allowed: Mapping[int, Iterable[int]] | None = None) -> tuple[float, Solution | None]:
+        """The linear relaxation: a bound below every choice's cost, infinite where there is no choice; and the best
+        choice, where the relaxation is one. `allowed` narrows the options of some nodes."""
         self._narrow(allowed or {})
         self._price(costs)
         known = hash(costs.tobytes())
@@ -108,16 +106,26 @@ class Solver:
             self.highs.setOptionValue("simplex_strategy", DUAL)
         self.highs.run()
         if self.highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
-            return None
+            return float("inf"), None
         if not allowed:
             self.bases[known] = self.highs.getBasis()
         values = np.array(self.highs.getSolution().col_value)
-        objective = bound = self.highs.getInfo().objective_function_value
+        objective = self.highs.getInfo().objective_function_value
         strategies = values[: self.strategies]
-        if np.abs(strategies - strategies.round()).max(initial=0.0) > INTEGRAL:
-            if not branch:
-                return None
-            values, objective, bound = self._branch()
+        whole = np.abs(strategies - strategies.round()).max(initial=0.0) <= INTEGRAL
+        return objective / self.scale, self._solution(values, objective, objective) if whole else None
+
+    def minimise(
+        self, costs: Array, allowed: Mapping[int, Iterable[int]] | None = None, branch: bool = True
+    ) -> Solution | None:
+        """The best choice for a cost of every priced variable; None where there is none, or it takes branching to find
+        and is not to `branch`."""
+        bound, found = self.relax(costs, allowed)
+        if found is None and branch and bound < float("inf"):
+            return self._solution(*self._branch())
+        return found
+
+    def _solution(self, values: Array, objective: float, bound: float) -> Solution:
         chosen = tuple(int(np.argmax(values[self.options(n)])) for n in range(len(self.table.nodes)))
         return Solution(chosen, objective / self.scale, bound / self.scale)
 
