@@ -20,8 +20,9 @@ from autopart.weigh import Array, Sizes, paths
 UNIT, DEAREST = 1e3, 1e2
 """About what a solution costs in the solver's unit, and how many times that a single price may be."""
 
-DUAL = 1
-"""The dual one: the best basis stays as good as the objective allows when options are narrowed."""
+CHOOSE, DUAL = 0, 1
+"""Simplex strategies. After another objective the last basis still is a vertex, from which HiGHS chooses to go on; the
+best basis for an objective stays as good as it allows when options are narrowed, which is for the dual one."""
 
 NODES = 200
 """Of a branch-and-bound tree; where it is not done by then, the bound says how far it is off."""
@@ -101,9 +102,10 @@ class Solver:
         self._narrow(allowed or {})
         self._price(costs)
         known = hash(costs.tobytes())
-        if allowed and known in self.bases:
+        narrowed = bool(allowed) and known in self.bases
+        if narrowed:
             self.highs.setBasis(self.bases[known])
-            self.highs.setOptionValue("simplex_strategy", DUAL)
+        self.highs.setOptionValue("simplex_strategy", DUAL if narrowed else CHOOSE)
         self.highs.run()
         if self.highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
             return float("inf"), None
@@ -277,7 +279,10 @@ class Solver:
         model.a_matrix_.index_ = np.concatenate([c for c, _, _, _ in self.rows]).astype(np.int32)
         model.a_matrix_.value_ = np.concatenate([v for _, v, _, _ in self.rows])
         highs = highspy.Highs()
-        for name, setting in (("output_flag", False), ("threads", 1), ("mip_rel_gap", 1e-6), ("mip_max_nodes", NODES)):
+        settings = {
+            "output_flag": False, "threads": 1, "mip_rel_gap": 1e-6, "mip_max_nodes": NODES, "simplex_strategy": CHOOSE,
+        }  # fmt: skip
+        for name, setting in settings.items():
             highs.setOptionValue(name, setting)
         highs.passModel(model)
         return highs
