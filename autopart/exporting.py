@@ -27,7 +27,7 @@ from torch import fx, nn
 from autopart.custom import CustomFunction
 from autopart.errors import PartitionError
 from autopart.shortened import Dropped, Shortened
-from autopart.torch_private import FakeTensor, FakeTensorMode
+from autopart.torch_private import FakeTensor, FakeTensorMode, lazy_graph_modules
 
 PACKAGES = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.abspath(__file__)) + os.sep)
 """Where lines that are not the user's come from."""
@@ -70,6 +70,7 @@ def _export(
     before = _foreign_random()
     with (
         mode,
+        lazy_graph_modules(True),
         warnings.catch_warnings(),
         _custom_functions(custom),
         _no_inference_mode(),

@@ -1,7 +1,8 @@
 """Every private name of torch that autopart uses, in one place. Tried on torch 2.13."""
 
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx._lazy_graph_module import _use_lazy_graph_module as lazy_graph_modules
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_unflatten
 
-__all__ = ["FakeTensor", "FakeTensorMode", "StorageWeakRef", "tree_unflatten"]
+__all__ = ["FakeTensor", "FakeTensorMode", "StorageWeakRef", "lazy_graph_modules", "tree_unflatten"]

@@ -48,7 +48,8 @@ class Solver:
     """
 
     def __init__(self, sizes: Sizes, group: int | None = None) -> None:
-        """With `group`, only what a class of runs decides is constrained: enough to bound what it costs."""
+        """With `group`, only what a class of runs decides: enough to bound what it costs, where all else costs
+        nothing."""
         self.sizes, self.table = sizes, sizes.table
         held = self._held(group)
         self.strategies = int(sizes.first[-1])
@@ -68,6 +69,9 @@ class Solver:
                 self._moves(index, flow)
         self._kept(held)
         self.moves, self.changes = np.array(self.paid, dtype=np.int64).reshape(-1, 2).T
+        self.used = np.arange(self.columns) if group is None else np.unique(np.concatenate([c for c, *_ in self.rows]))
+        self.place = np.full(self.columns, -1)
+        self.place[self.used] = np.arange(len(self.used))
         self.highs = self._pass()
         self.narrowed: list[int] = []
         self.bases: dict[int, highspy.HighsBasis] = {}
@@ -174,8 +178,8 @@ class Solver:
         every[: self.priced] = costs
         np.add.at(every, self.moves, costs[self.changes])
         every[self.changes] = 0.0
-        every = np.minimum(every * self.scale, UNIT * DEAREST)
-        self.highs.changeColsCost(self.columns, np.arange(self.columns, dtype=np.int32), every)
+        every = np.minimum(every[self.used] * self.scale, UNIT * DEAREST)
+        self.highs.changeColsCost(len(every), np.arange(len(every), dtype=np.int32), every)
 
     def _branch(self) -> tuple[Array, float, float]:
         """Solve with binary strategies."""
@@ -198,7 +202,9 @@ class Solver:
         self.narrowed = list(allowed)
 
     def _bound(self, node: int, options: Iterable[int]) -> None:
-        variables = np.array(self.options(node), dtype=np.int32)
+        variables = self.place[self.options(node)].astype(np.int32)
+        if variables[0] < 0:
+            return
         upper = np.zeros(len(variables))
         upper[list(options)] = 1.0
         self.highs.changeColsBounds(len(variables), variables, np.zeros(len(variables)), upper)
@@ -269,14 +275,15 @@ class Solver:
 
     def _pass(self) -> highspy.Highs:
         model = highspy.HighsLp()
-        model.num_col_, model.num_row_ = self.columns, len(self.rows)
-        model.col_cost_ = np.zeros(self.columns)
-        model.col_lower_, model.col_upper_ = np.zeros(self.columns), np.ones(self.columns)
+        columns = len(self.used)
+        model.num_col_, model.num_row_ = columns, len(self.rows)
+        model.col_cost_ = np.zeros(columns)
+        model.col_lower_, model.col_upper_ = np.zeros(columns), np.ones(columns)
         model.row_lower_ = np.array([lower for _, _, lower, _ in self.rows])
         model.row_upper_ = np.array([upper for _, _, _, upper in self.rows])
         model.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
         model.a_matrix_.start_ = np.cumsum([0, *(len(c) for c, _, _, _ in self.rows)]).astype(np.int32)
-        model.a_matrix_.index_ = np.concatenate([c for c, _, _, _ in self.rows]).astype(np.int32)
+        model.a_matrix_.index_ = self.place[np.concatenate([c for c, _, _, _ in self.rows])].astype(np.int32)
         model.a_matrix_.value_ = np.concatenate([v for _, v, _, _ in self.rows])
         highs = highspy.Highs()
         settings = {
