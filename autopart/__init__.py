@@ -13,6 +13,7 @@ with paused():
     from autopart.plan import Estimate, Plan
     from autopart.reprice import reprice
     from autopart.runtime.compiled import Compiled
+    from autopart.timeline import Timeline, timeline
 
 __all__ = [
     "Check",
@@ -24,6 +25,7 @@ __all__ = [
     "PartitionError",
     "Plan",
     "Simulated",
+    "Timeline",
     "certify",
     "check",
     "compile",
@@ -34,4 +36,5 @@ __all__ = [
     "reprice",
     "search_mesh",
     "simulate",
+    "timeline",
 ]

@@ -39,6 +39,7 @@ from autopart.reprice import reprice
 from autopart.runtime.launch import launch
 from autopart.runtime.standalone import train, write
 from autopart.runtime.watchdog import report_failure
+from autopart.timeline import timeline
 
 app = typer.Typer(
     help="Find the fastest way to train a model on a mesh of devices, and train it so.",
@@ -60,6 +61,9 @@ ModelOf = Annotated[
     str | None, typer.Option("--model", metavar="MODEL", help="the plan's model, where the file does not say it")
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+BESIDE = 90
+"""Characters that a timeline's rows have beside their charts."""
 
 BATCH_OPTIONS: Mapping[str, tuple[type, Any, str]] = {
     "batch": (int, None, "samples of the example batch (default: --global-batch, else 8)"),
@@ -219,22 +223,38 @@ def show_command(
         list[str] | None, typer.Option(help='what the step would be with a constraint, as "tp=8"; may be repeated')
     ] = None,
     prices: Annotated[bool, typer.Option("--prices", help="what more memory and faster links would bring")] = False,
+    clock: Annotated[bool, typer.Option("--timeline", help="what every stage does when, simulated")] = False,
+    trace: Annotated[Path | None, typer.Option(help="write the timeline for Chrome's tracing or Perfetto")] = None,
     everything: Annotated[bool, typer.Option("--all", help="with --why: of every operator and parameter")] = False,
     model: ModelOf = None,
     as_json: Json = False,
 ) -> None:
-    """Print a saved plan, or why it is as it is: then the model is traced again.
+    """Print a saved plan, its timeline, or why it is as it is: then the model is traced again.
 
     Example: autopart show plan.json --why-not tp=4 --why-not "stage 1 starts at h.8"
     """
     saved = Plan.load(file)
     if why or why_not or prices:
         _explain(saved, model, why, everything, why_not or [], prices, as_json)
+    elif clock or trace:
+        _timeline(saved, trace, as_json)
     elif without_rule:
         rows = missing(saved)
         _print([{"operator": n, "calls": c, "seconds": s} for n, c, s in rows] if as_json else _missing_text(rows))
     else:
         _print(saved.to_json() if as_json else str(saved))
+
+
+def _timeline(saved: Plan, trace: Path | None, as_json: bool) -> None:
+    """Print a plan's timeline, a row a stage as wide as the terminal allows, and write its trace."""
+    made = timeline(saved)
+    if trace:
+        _write(json.dumps(made.trace()), trace)
+    if as_json:
+        _print(made.to_json())
+    else:
+        console = Console()
+        console.print(made.chart(max(40, console.width - BESIDE)), soft_wrap=True)
 
 
 def _explain(

@@ -15,7 +15,7 @@ from autopart.mesh import Mesh
 from autopart.notation import Placement
 from autopart.rules import Strategy
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the JSON; a plan of another version is refused."""
 
 
@@ -53,7 +53,8 @@ class PlanStage:
     sync_seconds      to add up gradients, once a step
     send_seconds      for what it sends and receives, per micro-batch
     memory            what takes how many bytes: parameters, gradients, optimizer, activations, transient
-    sends             (stage, bytes per micro-batch) for every stage it sends to
+    sends             (stage, bytes, seconds) for every stage it sends to: of a micro-batch, the seconds there and, of
+                      gradients, back
     """
 
     first_run: int
@@ -65,7 +66,7 @@ class PlanStage:
     send_seconds: float
     memory: Mapping[str, float]
     runs: tuple[PlanRun, ...]
-    sends: tuple[tuple[int, int], ...] = ()
+    sends: tuple[tuple[int, int, float], ...] = ()
 
     @property
     def memory_bytes(self) -> int:
@@ -274,7 +275,7 @@ def _stage_from_json(data: Mapping[str, Any]) -> PlanStage:
     runs = tuple(
         PlanRun(tuple(r["labels"]), r["seconds"], tuple(PlanLine(**line) for line in r["lines"])) for r in data["runs"]
     )
-    sends, recompute = tuple((s, b) for s, b in data["sends"]), tuple(data["recompute"])
+    sends, recompute = tuple((s, b, t) for s, b, t in data["sends"]), tuple(data["recompute"])
     return PlanStage(**{**data, "runs": runs, "sends": sends, "recompute": recompute})
 
 
@@ -305,7 +306,7 @@ def describe(plan: Plan) -> str:
                 time = seconds_text(line.seconds + line.comm_seconds)
                 what = f"{line.name} {line.operator}".strip()
                 lines.append(f"    {what:<44} {line.note:<60} {time:>10}   {line.source}".rstrip())
-        lines += [f"  send to stage {to}   {bytes_text(size)} a micro-batch" for to, size in stage.sends]
+        lines += [f"  send to stage {to}   {bytes_text(size)} a micro-batch" for to, size, _ in stage.sends]
     if plan.replicated:
         lines.append(f"without a rule, run whole on every rank: {', '.join(plan.replicated)}")
     lines += [f"note: {note}" for note in plan.notes]

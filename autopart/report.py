@@ -244,9 +244,9 @@ def _message_seconds(space: Space, found: Found, index: int, span: tuple[int, in
     return total
 
 
-def _sends(space: Space, found: Found, index: int, span: tuple[int, int]) -> list[tuple[int, int]]:
-    """(stage, bytes) of what a stage sends, for each that takes it."""
-    total: Counter[int] = Counter()
+def _sends(space: Space, found: Found, index: int, span: tuple[int, int]) -> list[tuple[int, int, float]]:
+    """(stage, bytes, seconds there and back) of what a stage sends, for each that takes it."""
+    total, seconds = Counter[int](), defaultdict[int, float](float)
     weighed = space.weigh(found.point, found.chosen[index])
     for crossings in weighed.crossings:
         pairs = {(home, bisect_right(found.starts, user) - 1) if crossings.one else (home, user)
@@ -255,7 +255,8 @@ def _sends(space: Space, found: Found, index: int, span: tuple[int, int]) -> lis
             to = user if crossings.one else bisect_right(found.starts, user) - 1
             if span[0] <= home < span[1] and to != index:
                 total[to] += round(crossings.size)
-    return sorted(total.items())
+                seconds[to] += crossings.seconds
+    return [(to, size, seconds[to]) for to, size in sorted(total.items())]
 
 
 def _printed(

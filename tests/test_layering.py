@@ -48,7 +48,7 @@ LAYERS = (
     {"exporting", "instead"},
     {"plan"},
     {"passes"},
-    {"request", "space", "squeeze", "bounds", "ways", "shortage", "report", "planner", "advice", "exports"},
+    {"request", "space", "squeeze", "bounds", "ways", "shortage", "report", "planner", "advice", "exports", "timeline"},
     {"compile", "runtime"},
     {"check", "certify", "meshes", "explain", "reprice"},
     {"models", "cli", "__init__", "__main__"},
