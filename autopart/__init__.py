@@ -7,10 +7,11 @@ with paused():
     from autopart.check import Check, check
     from autopart.compile import Simulated, compile, estimate, plan, simulate
     from autopart.errors import PartitionError
+    from autopart.estimates import Estimate
     from autopart.explain import Explanation, explain
     from autopart.mesh import Mesh, load_hardware
     from autopart.meshes import MeshChoice, search_mesh
-    from autopart.plan import Estimate, Plan
+    from autopart.plan import Plan
     from autopart.reprice import reprice
     from autopart.runtime.compiled import Compiled
     from autopart.timeline import Timeline, timeline

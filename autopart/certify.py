@@ -17,7 +17,7 @@ from autopart.compile import DTYPES, Batch, Source
 from autopart.cost import OPTIMIZER_STATES, Training, partial_sync_seconds
 from autopart.errors import PartitionError
 from autopart.folded import Folded, used_parameters
-from autopart.graph import Info, info, is_pick, operands, shape_args, value_of
+from autopart.graph import Info, calls, info, is_pick, operands, shape_args, value_of
 from autopart.notation import Placement, splits
 from autopart.passes.localise import localise
 from autopart.passes.price import PricedRun, Prices, price
@@ -227,6 +227,9 @@ def _uses(choices: Choices, folded: Folded, plan: Plan) -> Iterator[str]:
 def _numbers(plan: Plan, folded: Folded) -> Iterator[str]:
     """Seconds and bytes."""
     choices, m = _choices(plan), plan.micro_batches
+    flops = m * sum(info(node).model_flops for node in calls(folded.traced.graph))
+    if not _same(plan.forward_flops, flops):
+        yield f"forward_flops: {flops}, the plan says {plan.forward_flops}"
     seconds = []
     for graph, stage, span in zip(localise(folded, choices), plan.stages, _spans(plan, folded), strict=True):
         name = f"stage {graph.index}"

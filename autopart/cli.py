@@ -31,10 +31,11 @@ from autopart.check import check
 from autopart.compile import DTYPES, compile, estimate, plan, prepare, programs, samples_of, take
 from autopart.constraints import forbidden, parse
 from autopart.errors import PartitionError
+from autopart.estimates import Estimate
 from autopart.explain import explain
 from autopart.exports import SYSTEMS, export
 from autopart.meshes import PER_HOST, MeshChoice, search_mesh
-from autopart.plan import Estimate, Plan, bytes_text, missing, seconds_text
+from autopart.plan import Plan, bytes_text, missing, seconds_text
 from autopart.reprice import reprice
 from autopart.runtime.launch import launch
 from autopart.runtime.standalone import train, write
@@ -354,7 +355,7 @@ def estimate_command(
         loaded, batch = _load(model, options)
         with _planning():
             made = estimate(loaded, mesh, batch, **_settings(options))
-    _print(_estimate_to_json(made) if as_json else _estimate_text(made))
+    _print(made.to_json() if as_json else str(made))
 
 
 def _repriced(saved: Plan, spec: str | None) -> Plan:
@@ -558,22 +559,6 @@ def _steps(steps: int, quiet: bool) -> Iterator[Callable[[int, float], None]]:
     with Progress(*columns, TimeElapsedColumn(), console=_stderr(), disable=quiet) as progress:
         task = progress.add_task("", total=steps)
         yield lambda number, loss: progress.update(task, completed=number, description=f"loss {loss:.4f}")
-
-
-def _estimate_to_json(made: Estimate) -> dict[str, Any]:
-    return {name: getattr(made, name) for name in made.__dataclass_fields__ if name != "plan"}
-
-
-def _estimate_text(made: Estimate) -> str:
-    memory = ", ".join(map(bytes_text, made.memory_bytes))
-    parts = ", ".join(f"{name} {seconds_text(value)}" for name, value in made.breakdown.items())
-    return "\n".join(
-        [
-            f"step     {seconds_text(made.step_seconds)}, {made.tokens_per_second:,.0f} tokens/s",
-            f"of this  {parts}",
-            f"memory   {memory} a rank of each stage: {'fits' if made.fits else 'does not fit'}",
-        ]
-    )
 
 
 def _run_text(result: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from autopart.advice import advice
 from autopart.collector import paused
 from autopart.cost import peak
 from autopart.errors import PartitionError
+from autopart.estimates import Estimate
 from autopart.folded import Folded
 from autopart.graph import Traced, info, show, verify
 from autopart.mesh import Mesh
@@ -30,7 +31,7 @@ from autopart.passes.localise import localise
 from autopart.passes.repeat import repeat
 from autopart.passes.simplify import simplify
 from autopart.passes.trace import trace
-from autopart.plan import Estimate, Plan
+from autopart.plan import Plan
 from autopart.planner import Found, Say, Search, silent
 from autopart.report import write_out
 from autopart.request import Request, read_constraints

@@ -80,6 +80,12 @@ class Info:
         return self.dtypes[0]
 
     @property
+    def model_flops(self) -> float:
+        """FLOPs of a matrix product, 0 of other operators; attention counts whole, causal or not."""
+        causal = self.matrix is not None and self.matrix.sizes.causal
+        return self.flops * (2 if causal else 1) if self.product else 0.0
+
+    @property
     def bytes(self) -> int:
         """Size of all outputs."""
         return sum(torch.Size(s).numel() * d.itemsize for s, d in zip(self.shapes, self.dtypes, strict=True))

@@ -11,8 +11,9 @@ from torch import nn
 
 from autopart.compile import DTYPES, Batch, Source, make_plan, request_of
 from autopart.errors import PartitionError
+from autopart.estimates import Estimate
 from autopart.mesh import Mesh
-from autopart.plan import Estimate, Plan
+from autopart.plan import Plan
 from autopart.planner import Say, silent
 from autopart.request import Request
 
@@ -47,8 +48,9 @@ class MeshChoice:
 
     @property
     def tokens_per_second(self) -> float:
-        """Predicted tokens (samples where there is no sequence) a second."""
-        return Estimate.of(self.plan).tokens_per_second if self.plan else 0.0
+        """Predicted tokens (samples where there is no known sequence) a second."""
+        made = Estimate.of(self.plan) if self.plan else None
+        return made.tokens_per_second or made.samples_per_second if made else 0.0
 
     @property
     def cost(self) -> float | None:

@@ -97,6 +97,12 @@ class Signature:
             str(dtypes[0]).removeprefix("torch.") if dtypes else "",
         )
 
+    @property
+    def tokens(self) -> int | None:
+        """Tokens of a sample: the second dim of `input_ids`; None where there is no such input of two dims."""
+        shape = self.inputs.get("input_ids", ())
+        return shape[1] if len(shape) == 2 else None
+
     def difference(self, other: Signature) -> str:
         """The first difference from another signature, in words; "" if there is none."""
         if self.hash == other.hash:
@@ -126,6 +132,8 @@ class Plan:
     step_seconds      predicted: sum(f) + (m - 1) max(f) over the stages' seconds f for each of m micro-batches
     bound_seconds     no plan of the search space is faster
     gap               proven: 1 - bound_seconds / step_seconds
+    forward_flops     of the matrix products of a step's forward pass over the whole batch, none twice; causal attention
+                      counts whole
     """
 
     model: str
@@ -147,6 +155,7 @@ class Plan:
     bound_seconds: float
     status: str
     planning_seconds: float
+    forward_flops: float
     signature: Signature = field(repr=False)
     replicated: tuple[str, ...] = ()
     """Operators without a rule, which every rank runs whole."""
@@ -170,6 +179,15 @@ class Plan:
     def fits(self) -> bool:
         """Whether every stage's bytes are within its device's usable memory."""
         return max(self.memory_bytes) <= usable_bytes(self.mesh) * (1 + 1e-9)
+
+    @property
+    def head(self) -> str:
+        """The configuration in one line."""
+        return (
+            f"plan {self.model} on {self.mesh}, {self.degrees}  schedule {self.schedule}  "
+            f"micro-batches {self.micro_batches} of {self.micro_batch}  zero {self.zero}  recompute {self.recompute}  "
+            f"{self.precision}"
+        )
 
     @property
     def degrees(self) -> str:
@@ -282,9 +300,7 @@ def _stage_from_json(data: Mapping[str, Any]) -> PlanStage:
 def describe(plan: Plan) -> str:
     """The plan as text: a head, then every stage with its blocks once each."""
     lines = [
-        f"plan {plan.model} on {plan.mesh}, {plan.degrees}  schedule {plan.schedule}  "
-        f"micro-batches {plan.micro_batches} of {plan.micro_batch}  zero {plan.zero}  recompute {plan.recompute}  "
-        f"{plan.precision}",
+        plan.head,
         f"step {seconds_text(plan.step_seconds)}, {plan.global_batch / plan.step_seconds:,.1f} samples/s   "
         f"# {plan.status}, gap {plan.gap:.2%}, planned in {plan.planning_seconds:.1f} s",
     ]
@@ -345,39 +361,3 @@ def seconds_text(value: float) -> str:
         if value >= scale:
             return f"{value / scale:.2f} {unit}"
     return f"{value * 1e6:.2f} us" if value else "0"
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a configuration would cost.
-
-    step_seconds       one step of the whole batch
-    tokens_per_second  elements of the first integer input with a sequence (samples where there is none) per second
-    memory_bytes       of a rank of each stage
-    fits               whether that is within what the device can give
-    breakdown          seconds of the slowest stage: compute, communication, gradient sync, and the rest: bubble
-    """
-
-    step_seconds: float
-    tokens_per_second: float
-    memory_bytes: tuple[int, ...]
-    fits: bool
-    breakdown: Mapping[str, float]
-    plan: Plan = field(repr=False)
-
-    @staticmethod
-    def of(plan: Plan) -> Estimate:
-        """The estimate a plan carries."""
-        tokens = next((s[1] for s in plan.signature.inputs.values() if len(s) == 2), 1)
-        slowest = max(plan.stages, key=lambda s: s.forward_seconds + s.backward_seconds)
-        comm = sum(len(r.labels) * line.comm_seconds for r in slowest.runs for line in r.lines) * plan.micro_batches
-        busy = (slowest.forward_seconds + slowest.backward_seconds) * plan.micro_batches
-        parts = {"compute": busy - comm, "communication": comm, "gradient sync": slowest.sync_seconds}
-        return Estimate(
-            plan.step_seconds,
-            plan.global_batch * tokens / plan.step_seconds,
-            plan.memory_bytes,
-            plan.fits,
-            {**parts, "bubble": max(0.0, plan.step_seconds - sum(parts.values()))},
-            plan,
-        )

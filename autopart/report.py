@@ -69,10 +69,23 @@ def write_out(space: Space, found: Found, started: float, model: str) -> Plan:
         bound_seconds=found.bound,
         status="optimal" if found.bound >= found.seconds * (1 - 1e-6) else "feasible",
         planning_seconds=time.monotonic() - started,
+        forward_flops=_forward_flops(space, m),
         signature=Signature.of(folded),
         replicated=tuple(n for n in missing if not has_rule(n)),
         notes=tuple(_notes(space, found)),
         request=request.to_json(),
+    )
+
+
+def _forward_flops(space: Space, micro_batches: int) -> float:
+    """What works on samples counts for each of the batch, what does not for each micro-batch."""
+    folded = space.folded
+    times = Counter(folded.sequence)
+    samples = space.request.global_batch / folded.traced.micro_batch
+    return sum(
+        info(node).model_flops * times[index] * (micro_batches if info(node).batch is None else samples)
+        for index, run in enumerate(folded.runs)
+        for node in run.nodes
     )
 
 

@@ -132,6 +132,7 @@ TAMPERED: list[tuple[str, Change, str]] = [
     ("parameters of another", having(signature=lambda s: replace(s, parameters={})), "signature"),
     ("operators of another", having(signature=lambda s: replace(s, operators=1)), "signature"),
     ("replicated", having(replicated=("aten.linear",)), "replicated"),
+    ("fewer FLOPs", having(forward_flops=lambda v: v * 0.99), "forward_flops"),
     ("sends dropped", stage(0, sends=()), "sends"),
     ("sends less", stage(0, sends=lambda s: tuple((to, n - 1, t) for to, n, t in s)), "sends"),
     ("sends faster", stage(0, sends=lambda s: tuple((to, n, t / 2) for to, n, t in s)), "sends"),

@@ -46,7 +46,7 @@ LAYERS = (
         "allowed",
     },
     {"exporting", "instead"},
-    {"plan"},
+    {"plan", "estimates"},
     {"passes"},
     {"request", "space", "squeeze", "bounds", "ways", "shortage", "report", "planner", "advice", "exports", "timeline"},
     {"compile", "runtime"},

@@ -215,8 +215,8 @@ def random_batch(folder: Path, plan: Plan, seed: int) -> dict[str, Tensor]:
 def train(compiled: Compiled, batch: Mapping[str, Any], steps: int, lr: float, say: Say) -> dict[str, Any]:
     """Train on one batch over and over: the losses, the seconds of every step, tokens/s.
 
-    The plan's optimizer is used with `lr`; `say` is told every step's number, from 1, and loss. Tokens are those of
-    the first input of two dims (samples where there is none) over the median step.
+    The plan's optimizer is used with `lr`; `say` is told every step's number, from 1, and loss. Tokens are
+    `Signature.tokens` a sample (one where these are not known) over the median step.
     """
     plan = compiled.plan
     kind, settings = OPTIMIZERS[plan.optimizer]
@@ -228,7 +228,7 @@ def train(compiled: Compiled, batch: Mapping[str, Any], steps: int, lr: float, s
         seconds.append(time.perf_counter() - started)
         say(number, losses[-1])
     median = sorted(seconds)[len(seconds) // 2] if seconds else float("inf")
-    tokens = plan.global_batch * next((s[1] for s in plan.signature.inputs.values() if len(s) == 2), 1)
+    tokens = plan.global_batch * (plan.signature.tokens or 1)
     return {"losses": losses, "step_seconds": seconds, "tokens_per_second": tokens / median}
 
 
