@@ -13,3 +13,4 @@ fi
 "$python" -m pytest -o addopts= -m gpu -v tests
 "$python" benchmarks/rms_norm.py
 "$python" benchmarks/dropout.py
+"$python" benchmarks/gpu.py --json benchmarks/results/gpu.json
