@@ -31,7 +31,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from autopart import Estimate, PartitionError, Plan
+from autopart import Estimate, PartitionError, Plan, timeline
 from benchmarks.published import Bench, Published, read
 
 FILES = {
@@ -53,6 +53,7 @@ class Scored:
     predicted  seconds of a step
     shares     of it, by `Estimate.breakdown`
     memory     bytes of a device of the fullest stage, by what takes them
+    clock      how far the plan's simulated step is from the one it says, relatively; its stages whole
     """
 
     row: Published
@@ -60,6 +61,7 @@ class Scored:
     shares: Mapping[str, float]
     memory: Mapping[str, float]
     fits: bool
+    clock: float = 0.0
 
     @property
     def error(self) -> float:
@@ -148,7 +150,8 @@ def score(bench: Bench, row: Published) -> Scored:
     parts = dict(Estimate.of(plan).breakdown)
     parts["bubble"] += seconds - plan.step_seconds
     fullest = max(plan.stages, key=lambda s: s.memory_bytes)
-    return Scored(row, seconds, {k: v / seconds for k, v in parts.items()}, fullest.memory, plan.fits)
+    clock = timeline(plan).seconds / plan.step_seconds - 1
+    return Scored(row, seconds, {k: v / seconds for k, v in parts.items()}, fullest.memory, plan.fits, clock)
 
 
 def why_not(row: Published) -> str:
@@ -235,25 +238,35 @@ def memory(bench: Bench, rows: Sequence[Published], console: Console) -> list[Sc
     return scored
 
 
-def plot(groups: Mapping[str, Sequence[Scored]], path: Path) -> None:
-    """Predicted against published seconds on logarithmic axes, a colour a source."""
-    import matplotlib
+def figure_of(groups: Mapping[str, Sequence[Scored]]) -> Any:
+    """Predicted against published seconds of all sources, on logarithmic axes; and for every source its runs in the
+    order of their published seconds, which the predicted ones keep where they rise too."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 7))
-    for title, scored in groups.items():
-        axes.loglog([s.row.measured for s in scored], [s.predicted for s in scored], "o", label=title, alpha=0.7)
+    figure = Figure(figsize=(14, 3.5 * max(2, -(-len(groups) // 2))), layout="constrained")
+    left, right = figure.subfigures(1, 2)
+    axes = left.subplots()
     seconds = [t for scored in groups.values() for s in scored for t in (s.row.measured or s.predicted, s.predicted)]
     ends = [min(seconds) / 1.2, max(seconds) * 1.2]
+    for title, scored in groups.items():
+        axes.loglog([s.row.measured for s in scored], [s.predicted for s in scored], "o", label=title, alpha=0.7)
     axes.plot(ends, ends, color="grey", linewidth=1, label="equal")
     axes.fill_between(
         ends, [e / 1.2 for e in ends], [e * 1.2 for e in ends], color="grey", alpha=0.15, label="within a factor of 1.2"
     )
     axes.set(xlabel="published seconds of a step", ylabel="predicted seconds", xlim=ends, ylim=ends)
     axes.legend()
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    panels = right.subplots(-(-len(groups) // 2), 2, squeeze=False).flat
+    for number, (panel, (title, scored)) in enumerate(zip(panels, groups.items(), strict=False)):
+        ordered = sorted(scored, key=lambda s: s.row.measured or math.nan)
+        panel.semilogy([s.row.measured for s in ordered], "-", color="grey", label="published")
+        panel.semilogy([s.predicted for s in ordered], "o", color=f"C{number}", label="predicted")
+        panel.set_title(f"{title}\ntau {Score.of(title, scored).tau:.2f}", fontsize="small")
+        panel.set(xlabel="runs by published seconds", xticks=[])
+        panel.legend(fontsize="small")
+    for panel in list(panels)[len(groups) :]:
+        panel.set_visible(False)
+    return figure
 
 
 def to_json(scored: Scored) -> dict[str, Any]:
@@ -267,7 +280,9 @@ def main() -> int:
     parser.add_argument("--only", metavar="TEXT", help="rows whose name, model or mesh has TEXT in it")
     parser.add_argument("--memory", action="store_true", help="print predicted and published memory too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write scores and rows to FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw predicted against published seconds")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw predicted against published seconds, as PNG, SVG or PDF"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     console = Console(width=None if sys.stdout.isatty() else 220)
@@ -294,6 +309,12 @@ def main() -> int:
     scores = [Score.of(title, scored) for title, scored in groups.items()]
     scores += [Score.of("all", everything)] if everything else []
     console.print(scores_table(scores))
+    clocks = [s.clock for s in everything if s.row.forced["pp"] > 1]
+    if clocks:
+        console.print(
+            f"{len(clocks)} pipelines simulated with their stages whole: {min(clocks):+.1%} to {max(clocks):+.1%} "
+            "from what their plans say"
+        )
     held = memory(bench, [r for asked in rows.values() for r in asked], console) if options.memory else []
     for line in failed:
         console.print(f"no plan: {line}", markup=False, highlight=False)
@@ -302,8 +323,8 @@ def main() -> int:
         data = {**run, "scores": [asdict(s) for s in scores], "rows": [to_json(s) for s in everything]}
         data |= {"memory": [to_json(s) for s in held]} if options.memory else {}
         options.json.write_text(json.dumps(data, indent=1) + "\n")
-    if options.plot:
-        plot(groups, options.plot)
+    if options.plot and groups:
+        figure_of(groups).savefig(options.plot, dpi=150)
     return 1 if failed else 0
 
 

@@ -1,12 +1,23 @@
 """The scoreboard of the cost model: how rows are read, and how they are scored."""
 
 import math
+from pathlib import Path
 
 import pytest
 
 from autopart import Mesh
 from autopart.schedules import instructions, simulate
-from benchmarks.accuracy import FILES, kendall, plan_of, predicted_seconds, score, step_seconds, why_not
+from benchmarks.accuracy import (
+    FILES,
+    Scored,
+    figure_of,
+    kendall,
+    plan_of,
+    predicted_seconds,
+    score,
+    step_seconds,
+    why_not,
+)
 from benchmarks.published import Bench, Published, read
 
 ROWS = {file: list(read(file)) for file in FILES}
@@ -89,6 +100,7 @@ def test_a_small_row_from_end_to_end() -> None:
     found = score(Bench(), row_of("megatron_jan2021:1"))
     assert abs(math.log2(found.predicted / 1.121)) < 1
     assert sum(found.shares.values()) == pytest.approx(1)
+    assert found.clock == pytest.approx(0, abs=1e-9)
 
 
 def test_a_pipeline_is_interleaved() -> None:
@@ -106,3 +118,27 @@ def test_zero_is_shared() -> None:
     """8 ranks hold an eighth of Llama-3-8B each, though all of it would be faster and need not fit."""
     plan = plan_of(Bench(), row_of("torchtitan_2024_12:1"))
     assert plan.stages[0].memory["parameters"] == pytest.approx(2 * 8.03e9 / 8, rel=1e-2)
+
+
+def test_every_source_is_drawn(tmp_path: Path) -> None:
+    """All runs of all sources beside the line of equals, and each source in the order of its published seconds."""
+    groups = {
+        title: [Scored(r, 1.5 * (r.measured or 0), {}, {}, True) for r in ROWS[file] if not why_not(r)]
+        for file, title in FILES.items()
+    }
+    pytest.importorskip("matplotlib")
+    figure = figure_of(groups)
+    scatter, *panels = figure.get_axes()
+    lines = {line.get_label(): line for line in scatter.get_lines()}
+    assert set(lines) == {*groups, "equal"}
+    assert lines["equal"].get_xdata().tolist() == lines["equal"].get_ydata().tolist()
+    for panel, (title, scored) in zip(panels, groups.items(), strict=True):
+        published = lines[title].get_xdata()
+        assert published.tolist() == [s.row.measured for s in scored]
+        assert lines[title].get_ydata().tolist() == pytest.approx((1.5 * published).tolist())
+        drawn, predicted = panel.get_lines()
+        assert drawn.get_ydata().tolist() == sorted(published)
+        assert predicted.get_ydata().tolist() == pytest.approx([1.5 * t for t in sorted(published)])
+        assert panel.get_title() == f"{title}\ntau 1.00"
+    figure.savefig(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
