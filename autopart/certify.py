@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from autopart.comm import p2p_seconds
 from autopart.compile import DTYPES, Batch, Source
-from autopart.cost import OPTIMIZER_STATES, Training, partial_sync_seconds
+from autopart.cost import MASTERS, OPTIMIZER_STATES, Training, widening
 from autopart.errors import PartitionError
 from autopart.folded import Folded, used_parameters
 from autopart.graph import Info, calls, info, is_pick, operands, shape_args, value_of
@@ -39,6 +39,11 @@ BYTES, ABOVE = 1e-3, 0.05
 though a few bytes of it do not; what several blocks keep is taken to be kept where one of them is run again, too."""
 
 MODES = ("none", "selective", "full")
+ASKED = (
+    *("pp", "dp", "tp", "micro_batch", "global_batch", "zero", "schedule"),
+    *("precision", "master", "optimizer"),
+)
+"""Settings that a plan has as they were asked for."""
 
 
 def certify(plan: Plan, model: nn.Module, batch: Batch) -> None:
@@ -78,7 +83,9 @@ def _settings(plan: Plan, folded: Folded) -> Iterator[str]:
     for name, known in (("schedule", SCHEDULES), ("optimizer", OPTIMIZER_STATES), ("precision", DTYPES)):
         if getattr(plan, name) not in known:
             yield f"{name}: {getattr(plan, name)!r} is not known"
-    for name in ("pp", "dp", "tp", "micro_batch", "global_batch", "zero", "schedule", "precision", "optimizer"):
+    if plan.master is not None and (plan.master not in MASTERS or widening(plan.precision, plan.master) <= 1):
+        yield f"master: {plan.master!r} is not wider than {plan.precision}"
+    for name in ASKED:
         asked = plan.request.get(name)
         if asked is not None and asked != getattr(plan, name):
             yield f"{name}: {getattr(plan, name)}, asked for {asked}"
@@ -275,9 +282,10 @@ def _seconds(
         again += priced.forward if mode == "full" else priced.cheap if mode == "selective" else 0.0
     sync = 0.0
     for record, placed, nbytes in _parameters(folded, choices, span, graph.index):
-        sync += _training(plan).sync_seconds(nbytes, _summed(choices, record, placed, "dp"))
+        training = _training(plan)
+        sync += training.sync_seconds(nbytes, _summed(choices, record, placed, "dp"))
         if _summed(choices, record, placed, "tp"):
-            sync += partial_sync_seconds(nbytes, plan.mesh.group(1, plan.tp))
+            sync += training.partial_sync_seconds(nbytes, plan.mesh.group(1, plan.tp))
     return {
         "forward_seconds": sum(r.forward for r in runs.values()),
         "backward_seconds": sum(r.backward for r in runs.values()) + again,
@@ -302,7 +310,8 @@ def _there_and_back(plan: Plan, crossing: Crossing) -> float:
 
 
 def _training(plan: Plan) -> Training:
-    return Training(plan.optimizer, plan.zero, plan.mesh.group(plan.tp, plan.dp), plan.micro_batches)
+    group, wide = plan.mesh.group(plan.tp, plan.dp), widening(plan.precision, plan.master)
+    return Training(plan.optimizer, plan.zero, group, plan.micro_batches, wide)
 
 
 def _parameters(

@@ -81,6 +81,7 @@ PLAN_OPTIONS: Mapping[str, tuple[type, Any, str]] = {
     "recompute": (str, None, "none, selective or full, in all blocks"),
     "schedule": (str, None, "gpipe or 1f1b"),
     "precision": (str, None, "of the parameters: float32, bfloat16, float16 or float64"),
+    "master": (str, None, "of gradients, optimizer states and its copy of the parameters, as float32 (default: none)"),
     "optimizer": (str, "adamw", "sgd, momentum, adagrad, rmsprop, adam or adamw"),
     "time_limit": (float, None, "seconds after which the best plan so far is taken"),
     "nodes": (int, None, "points of the search after which the best plan so far is taken"),
@@ -297,7 +298,7 @@ def _of_plan(saved: Plan, spec: str | None) -> tuple[nn.Module, models.Batch, Op
     known = {name: saved.request[name] for name in OPTIONS if name in saved.request}
     sequence = next((s[1] for s in saved.signature.inputs.values() if len(s) == 2), None)
     options = {name: row[1] for name, row in OPTIONS.items()} | {"sequence": sequence} | known
-    options |= {"precision": saved.precision, "force": saved.request.get("constraints", [])}
+    options |= {"precision": saved.precision, "master": saved.master, "force": saved.request.get("constraints", [])}
     return *_load(spec, options), options
 
 
@@ -495,6 +496,7 @@ def _saved(file: Path | None, options: Options) -> Plan | None:
     sequence = next((s[1] for s in saved.signature.inputs.values() if len(s) == 2), None)
     options.update(
         precision=saved.precision,
+        master=saved.master,
         global_batch=saved.global_batch,
         sequence=options["sequence"] or sequence,
     )

@@ -67,6 +67,7 @@ def plan(
     recompute: str | None = None,
     schedule: str | None = None,
     precision: str | None = None,
+    master: str | None = None,
     optimizer: str = "adamw",
     time_limit: float | None = None,
     nodes: int | None = None,
@@ -83,6 +84,8 @@ def plan(
     pp, tp, dp    degrees, where you want to decide them; so for zero (0 to 3), recompute ("none", "selective", "full":
                   in all blocks), schedule ("gpipe", "1f1b") and precision (of the parameters: "float32", "bfloat16",
                   "float64", "float16")
+    master        dtype ("float32" with a precision of 16 bits) in which gradients add up and the optimizer keeps its
+                  states and a copy of the parameters, from which they are written back; None: all in `precision`
     optimizer     for its memory: "sgd", "momentum", "adam", "adamw", ...
     time_limit    seconds after which the best plan so far is taken;  nodes: points of the search likewise
     constraints   what to fix or forbid by hand: "tp=8", "stage 2 starts at layers.10", "no cut before layers.3",
@@ -104,6 +107,7 @@ def plan(
         recompute=recompute,
         schedule=schedule,
         precision=precision,
+        master=master,
         optimizer=optimizer,
         time_limit=time_limit,
         nodes=nodes,
@@ -222,7 +226,7 @@ def programs(folded: Folded, plan: Plan, indices: Iterable[int] | None = None) -
 def emit_stage(stage: StageGraph, plan: Plan, classes: Mapping[str, str]) -> str:
     """The source text of one stage of a plan; `classes` as in `Traced`."""
     modes = plan.stages[stage.index].recompute
-    return emit(stage, plan.pp, plan.model, plan.degrees, modes, plan.zero >= 3, classes)
+    return emit(stage, plan.pp, plan.model, plan.degrees, modes, plan.zero >= 3, plan.master, classes)
 
 
 def sources(model: nn.Module, batch: Batch, plan: Plan) -> list[str]:

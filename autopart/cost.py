@@ -161,6 +161,23 @@ OPTIMIZER_STATES = {"sgd": 0, "momentum": 1, "adagrad": 1, "rmsprop": 1, "adam":
 """Tensors of a parameter's size that torch.optim keeps for it."""
 
 
+MASTERS = ("float32", "float64")
+"""Dtypes that a master copy may have: those wider than another."""
+
+
+def widening(precision: str, master: str | None) -> float:
+    """Bytes of a number in the master dtype over those of one in `precision`; 1 where there is no master copy."""
+    return getattr(torch, master).itemsize / getattr(torch, precision).itemsize if master else 1.0
+
+
+def messages(zero: int, micro_batches: int) -> tuple[int, int]:
+    """How often a step all-gathers a parameter, and reduce-scatters its gradient, over the data-parallel axis. Level 0
+    all-reduces it, in twice the time of a reduce-scatter. Level 1: reduce-scatter, all-gather of the new parameter.
+    Level 2: reduce-scatter for every micro-batch. Level 3: for every micro-batch all-gather forward and backward, and
+    reduce-scatter."""
+    return ((0, 2), (1, 1), (1, micro_batches), (2 * micro_batches, micro_batches))[zero]
+
+
 @dataclass(frozen=True)
 class Training:
     """What is kept for each parameter, and what its gradient costs.
@@ -170,12 +187,30 @@ class Training:
                    axis share: 1 optimizer states, 2 gradients too, 3 parameters too
     group          the ranks of that axis
     micro_batches  of a step
+    widening       bytes of a number in the master dtype over those of one of a parameter; 1: there is no master copy
+
+    With a master copy, the model computes in the parameters' precision, and everything that adds up is in the master
+    dtype: gradients, over micro-batches and over ranks, the optimizer's states, and a copy of every parameter that the
+    optimizer steps, from which the parameter is written back. The copy counts to the optimizer and is shared like its
+    states. Of a parameter of p bytes, m in the master dtype, and k states, a rank of d has
+
+        level   parameters   gradient   optimizer
+        0       p            m          (1 + k) m
+        1       p            m          (1 + k) m / d
+        2       p            m / d      (1 + k) m / d
+        3       m / d        m / d      k m / d
+
+    At level 3 the slice of the copy is the parameter: it is gathered in its precision while it is used, and no slice in
+    that precision is kept. With bfloat16, float32 and Adam, level 0 is 18 bytes a parameter and level 1 is 6 + 12 / d,
+    as in Megatron-LM (Megatron Core's guide, "Distributed Optimizer": bf16 parameters, fp32 gradients); level 3 is
+    16 / d, as in torchtitan's FSDP2 (param_dtype bfloat16, reduce_dtype float32).
     """
 
     optimizer: str
     zero: int
     group: Group
     micro_batches: int
+    widening: float = 1.0
 
     @property
     def ranks(self) -> int:
@@ -185,31 +220,36 @@ class Training:
     def memory(self, nbytes: float, grad: bool, shared: bool) -> tuple[float, float, float]:
         """Bytes of a parameter of `nbytes` on a rank, its gradient and its optimizer's states; `shared` says whether
         the data-parallel axis can share them: whether it holds partial sums of the gradient."""
-        states = OPTIMIZER_STATES[self.optimizer]
+        sliced = grad and self.sliced(shared)
+        copies = OPTIMIZER_STATES[self.optimizer] + (self.widening > 1 and not sliced)
         share = [self.ranks if shared and grad and self.zero >= level else 1 for level in (3, 2, 1)]
-        return nbytes / share[0], nbytes * grad / share[1], nbytes * grad * states / share[2]
+        wide = nbytes * self.widening
+        return (wide if sliced else nbytes) / share[0], wide * grad / share[1], wide * grad * copies / share[2]
+
+    def sliced(self, shared: bool) -> bool:
+        """Whether a rank keeps but a slice of a parameter."""
+        return self.zero >= 3 and shared and self.ranks > 1
 
     def gathered(self, nbytes: float, shared: bool) -> float:
         """Bytes of a parameter's whole that exist only while it is used."""
-        return nbytes if self.zero >= 3 and shared and self.ranks > 1 else 0.0
+        return nbytes if self.sliced(shared) else 0.0
 
     def sync_seconds(self, nbytes: float, shared: bool) -> float:
         """Seconds a step takes to bring the gradient of a parameter of `nbytes` together and the parameter back, over
         the data-parallel axis. Many parameters travel in one message, so that no latency is counted.
 
-        Level 0: all-reduce. Level 1: reduce-scatter, all-gather of the new parameter. Level 2: reduce-scatter for every
-        micro-batch. Level 3: for every micro-batch all-gather forward and backward, and reduce-scatter.
+        Gradients are in the master dtype, parameters in their own: with a master copy level 1 takes less than level 0.
         """
         if not shared or self.ranks == 1:
             return 0.0
-        gather = scatter = merged_seconds(nbytes, self.group)
-        m = self.micro_batches
-        return (gather + scatter, gather + scatter, gather + m * scatter, m * (2 * gather + scatter))[self.zero]
+        gathers, scatters = messages(self.zero, self.micro_batches)
+        wide = nbytes * self.widening
+        return float(gathers * merged_seconds(nbytes, self.group) + scatters * merged_seconds(wide, self.group))
 
-
-def partial_sync_seconds(nbytes: float, group: Group) -> float:
-    """Seconds a step takes to add up a gradient that is a partial sum over another axis: one all-reduce."""
-    return 2 * float(merged_seconds(nbytes, group))
+    def partial_sync_seconds(self, nbytes: float, group: Group) -> float:
+        """Seconds a step takes to add up the gradient of a parameter of `nbytes` that is a partial sum over another
+        axis: one all-reduce."""
+        return 2 * float(merged_seconds(nbytes * self.widening, group))
 
 
 def with_launch(seconds: Any, device: Device) -> Any:

@@ -127,6 +127,8 @@ class Plan:
 
     pp, dp, tp        degrees: pipeline, data, tensor
     micro_batch       samples of one micro-batch, over all data-parallel ranks; global_batch those of a step
+    master            dtype of gradients, optimizer states and the optimizer's copy of the parameters; None where all is
+                      in `precision` (see `autopart.cost.Training`)
     recompute         "none", "selective" or "full" where all blocks do so, else "mixed"; stages say it for their runs
     splits            the ways stages are split: axis -> node -> strategy, for one node of every class of equal blocks
     step_seconds      predicted: sum(f) + (m - 1) max(f) over the stages' seconds f for each of m micro-batches
@@ -148,6 +150,7 @@ class Plan:
     recompute: str
     precision: str
     optimizer: str
+    master: str | None
     splits: tuple[Mapping[str, Mapping[str, Strategy]], ...] = field(repr=False)
     stages: tuple[PlanStage, ...] = field(repr=False)
     step_seconds: float
@@ -186,7 +189,7 @@ class Plan:
         return (
             f"plan {self.model} on {self.mesh}, {self.degrees}  schedule {self.schedule}  "
             f"micro-batches {self.micro_batches} of {self.micro_batch}  zero {self.zero}  recompute {self.recompute}  "
-            f"{self.precision}"
+            f"{self.precision}{f', master {self.master}' if self.master else ''}"
         )
 
     @property

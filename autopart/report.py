@@ -11,7 +11,6 @@ from itertools import groupby
 
 from torch import fx
 
-from autopart.cost import partial_sync_seconds
 from autopart.folded import Folded, used_parameters
 from autopart.graph import Info, info
 from autopart.notation import Placement
@@ -61,6 +60,7 @@ def write_out(space: Space, found: Found, started: float, model: str) -> Plan:
         zero=point.zero,
         recompute=next(iter(blocks), "none") if len(blocks) < 2 else "mixed",
         precision=request.precision,
+        master=request.master,
         optimizer=request.optimizer,
         splits=tuple(splits),
         stages=tuple(stages),
@@ -187,7 +187,7 @@ def _sync(
 ) -> float:
     training, sizes = space.training(found.point), space.priced(found.point).terms.sizes
     over_tp = _sums(choices, record, placed, "tp")
-    partial = partial_sync_seconds(nbytes, sizes["tp"]) if over_tp else 0.0
+    partial = training.partial_sync_seconds(nbytes, sizes["tp"]) if over_tp else 0.0
     return training.sync_seconds(nbytes, _sums(choices, record, placed, "dp")) + partial
 
 

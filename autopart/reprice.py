@@ -43,6 +43,7 @@ def repriced(plan: Plan, source: Source) -> Plan:
         zero=plan.zero,
         schedule=plan.schedule,
         precision=plan.precision,
+        master=plan.master,
         optimizer=plan.optimizer,
         must_fit=False,
     )

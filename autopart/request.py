@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from autopart.constraints import Constraint, parse
-from autopart.cost import OPTIMIZER_STATES
+from autopart.cost import MASTERS, OPTIMIZER_STATES, widening
 from autopart.errors import PartitionError
 from autopart.mesh import Mesh
 from autopart.schedules import SCHEDULES
@@ -26,6 +26,8 @@ class Request:
     recompute: str | None = None
     schedule: str | None = None
     precision: str = "float32"
+    master: str | None = None
+    """Dtype of gradients, optimizer states and the optimizer's copy of the parameters; None: all in `precision`."""
     optimizer: str = "adamw"
     time_limit: float | None = None
     nodes: int | None = None
@@ -50,9 +52,16 @@ class Request:
             ("optimizer", self.optimizer, OPTIMIZER_STATES),
             ("recompute", self.recompute, ("none", "selective", "full")),
             ("zero", self.zero, (0, 1, 2, 3)),
+            ("master", self.master, MASTERS),
         ):
             if value is not None and value not in known:
                 raise PartitionError(f"{name}={value!r} is not known", try_=f"one of {', '.join(map(str, known))}")
+        if self.master is not None and widening(self.precision, self.master) <= 1:
+            raise PartitionError(
+                f"master={self.master!r} is no wider than precision={self.precision!r}",
+                "a master copy is for what 16 bits would lose",
+                'precision="bfloat16", or no master',
+            )
         for name in ("pp", "dp", "tp", "micro_batch", "global_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:

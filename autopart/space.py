@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from autopart.allowed import Options, both, modes_of, options_of, positions_of, stages_of
 from autopart.constraints import Cuts, check
-from autopart.cost import Training
+from autopart.cost import Training, widening
 from autopart.cuts import NEVER, spans
 from autopart.folded import Folded
 from autopart.hardware.rows import Link
@@ -225,7 +225,8 @@ class Space:
     def training(self, point: Point) -> Training:
         """What the parameters of a point cost."""
         group = self.mesh.group(point.tp, point.dp)
-        return Training(self.request.optimizer, point.zero, group, self.micro_batches(point))
+        wide = widening(self.request.precision, self.request.master)
+        return Training(self.request.optimizer, point.zero, group, self.micro_batches(point), wide)
 
     def micro_batches(self, point: Point) -> int:
         """Micro-batches of a step."""

@@ -73,7 +73,8 @@ class StageGraph:
     sent: list[Crossing] = field(default_factory=list)
     valid: list[Valid] = field(default_factory=list)
     kept: dict[tuple[str, Placements], Kept] = field(default_factory=dict)
-    """(node whose memory it is, its placement) -> what autograd keeps for one micro-batch on one rank."""
+    """(node whose memory it is, its placement) -> what autograd keeps for one micro-batch on one rank; "... inside" is
+    what an operator keeps besides values."""
 
 
 @dataclass(frozen=True)

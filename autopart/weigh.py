@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopart.comm import p2p_seconds
-from autopart.cost import NO_SIZES, Seconds, Training, partial_sync_seconds, stream_seconds, work_in, work_seconds
+from autopart.cost import NO_SIZES, Seconds, Training, stream_seconds, work_in, work_seconds
 from autopart.hardware.rows import Device, Link
 from autopart.mesh import Group
 from autopart.notation import Placement
@@ -252,7 +252,7 @@ class Prices:
             self.gathered[i] = 2 * training.gathered(weight, over_dp)
             self.sync[i] = training.sync_seconds(weight, over_dp)
             if over_tp:
-                self.sync[i] += partial_sync_seconds(weight, terms.sizes["tp"])
+                self.sync[i] += training.partial_sync_seconds(weight, terms.sizes["tp"])
         self.state = self.parts.sum(1)
 
     @staticmethod

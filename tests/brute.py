@@ -28,7 +28,7 @@ from autopart.hardware import DEVICES
 from autopart.hardware.rows import Device, Link
 from autopart.mesh import Mesh
 from autopart.passes.formulate import _Builder, formulate
-from autopart.planner import Found, points, zero_levels
+from autopart.planner import Found, points
 from autopart.problem import Table
 from autopart.request import Point, Request
 from autopart.space import Model, Space
@@ -180,6 +180,8 @@ def problem(seed: int) -> Problem:
     if draw.random() < 0.1 and seed // SHARED >= TIED and "pp" not in asked:
         asked["tp"] = draw.choice([d for d in (1, 2, 4) if size % d == 0])
     optimizer = draw.choice(["sgd", "momentum", "adamw"])
+    if draw.random() < 0.25:
+        asked["master"] = "float64"
     request = Request(batch, optimizer=optimizer, **asked).check(mesh)
     return Problem(Space(traced(seed // SHARED, min(2, batch)), mesh, request), seed)
 
@@ -719,7 +721,8 @@ class Judge:
 
     def all_points(self) -> Iterator[Point]:
         for point in points(self.space):
-            for zero in zero_levels(self.space.request, point):
+            asked = self.space.request.zero
+            for zero in range(4) if asked is None and point.dp > 1 else [asked or 0]:
                 yield Point(point.pp, point.dp, point.tp, point.micro_batch, zero)
 
     def best(self, known: float) -> Best:

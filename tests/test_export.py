@@ -208,6 +208,10 @@ FULL = {"--recompute-granularity": "full", "--recompute-method": "uniform", "--r
         (changed(dp=2, zero=3), {"--data-parallel-sharding-strategy": "optim_grads_params"}),
         (changed(zero=1), {"--use-distributed-optimizer": None}),
         (changed(precision="bfloat16"), {"--bf16": True, "--fp16": None}),
+        (
+            changed(precision="float16", master="float32"),
+            {"--fp16": True, "--accumulate-allreduce-grads-in-fp32": True},
+        ),
         (blocks([2, 2], recompute="full"), FULL),
         (blocks([2, 2], ["full", "none"]), {**FULL, "--recompute-method": "block"}),
         (blocks([2, 2], recompute="selective"), {"--recompute-granularity": "selective", "--recompute-method": None}),
@@ -229,6 +233,19 @@ def test_torchtitan_shards_by_zero_level(plans: dict[str, Plan], zero: int, pp: 
     made = toml(export(replace(plans["llama"], dp=2, zero=zero, pp=pp), "torchtitan"))["parallelism"]
     assert (made["data_parallel_replicate_degree"], made["data_parallel_shard_degree"]) == (1, 2)
     assert made["fsdp_reshard_after_forward"] == expected
+
+
+MIXED = {"dp": 2, "zero": 3, "precision": "bfloat16", "master": "float32"}
+
+
+def test_a_master_copy_is_no_difference(plans: dict[str, Plan]) -> None:
+    made = {system: export(replace(plans["llama"], **MIXED), system) for system in SYSTEMS}
+    assert not [d for e in made.values() for d in e.differences if "float32" in d or "bfloat16" in d]
+    training = toml(made["torchtitan"])["training"]
+    assert (training["dtype"], training["mixed_precision_param"]) == ("float32", "bfloat16")
+    assert training["mixed_precision_reduce"] == "float32"
+    speed = json.loads(made["deepspeed"].text)
+    assert speed["bf16"]["enabled"] and speed["data_types"] == {"grad_accum_dtype": "fp32"}
 
 
 UP, NORM = "model.layers.0.mlp.up_proj/linear", "model.norm/autopart.rms_norm"
@@ -381,6 +398,7 @@ def test_plans_are_of_the_schema(plans: dict[str, Plan], schema: dict[str, Any],
         lambda data: data.pop("tp"),
         lambda data: data.update(tp=0),
         lambda data: data.update(schema=1),
+        lambda data: data.update(master="bfloat16"),
         lambda data: data.update(recompute="some"),
         lambda data: data["stages"][0].update(surprise=1),
         lambda data: data["stages"][0].pop("memory"),

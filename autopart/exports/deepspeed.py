@@ -74,8 +74,11 @@ def _precision(plan: Plan, differences: list[str]) -> dict[str, Any]:
     section = PRECISIONS[plan.precision]
     if not section:
         return {}
-    differences.append(f"all states are {plan.precision}; DeepSpeed keeps float32 copies of the parameters too")
-    return {section: {"enabled": True}}
+    if plan.master != "float32":
+        states = plan.master or plan.precision
+        differences.append(f"all states are {states}; DeepSpeed keeps float32 copies of the parameters too")
+        return {section: {"enabled": True}}
+    return {section: {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
 
 
 def _tensor(plan: Plan, differences: list[str]) -> dict[str, Any]:

@@ -164,10 +164,12 @@ def _training(plan: Plan, differences: list[str]) -> Flags:
         yield from ((flag,) for flag in PRECISIONS[plan.precision])
     else:
         differences.append(f"precision {plan.precision}; Megatron has {', '.join(PRECISIONS)}")
-    if plan.precision in ("bfloat16", "float16"):
+    if plan.precision in ("bfloat16", "float16") and plan.master != "float32":
         differences.append(
-            f"all states are {plan.precision}; Megatron keeps float32 copies of parameters and gradients too"
+            f"all states are {plan.master or plan.precision}; Megatron keeps float32 copies of parameters and gradients"
         )
+    if plan.precision == "float16" and plan.master:
+        yield ("--accumulate-allreduce-grads-in-fp32",)
     if plan.optimizer in OPTIMIZERS:
         yield "--optimizer", OPTIMIZERS[plan.optimizer]
     else:

@@ -29,6 +29,7 @@ from autopart.plan import Plan
 SCHEDULES = {"gpipe": "GPipe", "1f1b": "1F1B"}
 OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW"}
 PRECISIONS = ("float32", "bfloat16")
+MASTERS = (None, "float32")
 NAMES = (
     (r"(?:.*\.)?(?:embed_tokens|wte|tok_embeddings)", "tok_embeddings"),
     (r"(?:.*\.)?(?:layers|h|blocks?)\.(\d+)", r"layers.\1"),
@@ -76,12 +77,16 @@ def _training(plan: Plan, differences: list[str], by_hand: list[str]) -> dict[st
         by_hand.append("seq_len: the plan's inputs are no tokens")
     else:
         rows["seq_len"] = tokens
-    if plan.precision not in PRECISIONS:
-        differences.append(f"precision {plan.precision}; torchtitan has {' and '.join(PRECISIONS)}")
+    if plan.precision not in PRECISIONS or plan.master not in MASTERS:
+        what = f"precision {plan.precision}{f' with a master copy in {plan.master}' if plan.master else ''}"
+        differences.append(f"{what}; torchtitan has {' and '.join(PRECISIONS)}, and copies in float32")
         return rows
-    if plan.precision == "bfloat16" and plan.dp > 1:
+    if plan.precision == "bfloat16" and plan.dp > 1 and not plan.master:
         differences.append("gradients are added up in bfloat16; FSDP adds them up in float32")
-    return {**rows, "dtype": plan.precision, "mixed_precision_param": plan.precision}
+    if plan.master and plan.dp == 1:
+        differences.append("one data-parallel rank keeps two copies of parameters; torchtitan casts them, by autocast")
+    reduced = {"mixed_precision_reduce": plan.master} if plan.master else {}
+    return {**rows, "dtype": plan.master or plan.precision, "mixed_precision_param": plan.precision, **reduced}
 
 
 def _data(plan: Plan, differences: list[str]) -> dict[str, Any]:

@@ -23,6 +23,9 @@ from autopart.stages import OWNED, StageGraph
 WIDTH = 100
 AGAIN = {"none": "", "selective": "recomputed_selectively", "full": "recomputed"}
 """What a block is called through, so that backward computes again what it does not keep."""
+WIDE = [
+    "Slices are kept in a dtype wider than the one that the model computes in (used=), and the gradients there too.",
+]
 SLICED = [
     "Of a weight_slice a rank keeps one of dp equal parts. gathered(...) is the whole while it is used, and again in",
     "backward, which leaves to each rank the summed gradient of its part.",
@@ -36,15 +39,17 @@ def emit(
     mesh: str,
     recompute: Sequence[str],
     sliced: bool,
+    master: str | None,
     classes: Mapping[str, str],
 ) -> str:
     """The source of one stage's module.
 
     recompute  the mode of each of the stage's runs, the setup not among them
     sliced     whether a rank holds a slice alone of every weight that dp leaves whole (ZeRO 3)
+    master     the dtype of such slices, where they are kept in a wider one
     classes    the user's class of every module by its path
     """
-    return _Emitter(stage, stages, title, mesh, recompute, sliced, classes).text()
+    return _Emitter(stage, stages, title, mesh, recompute, sliced, master, classes).text()
 
 
 class _Emitter:
@@ -56,11 +61,12 @@ class _Emitter:
         mesh: str,
         recompute: Sequence[str],
         sliced: bool,
+        master: str | None,
         classes: Mapping[str, str],
     ) -> None:
         self.stage, self.stages, self.title, self.mesh = stage, stages, title, mesh
         self.modes = ["none"] * (len(stage.runs) - len(recompute)) + list(recompute)
-        self.sliced, self.classes = sliced, classes
+        self.sliced, self.master, self.classes = sliced, master, classes
         self.results: set[fx.Node] = set()
         self.speller = Speller(set(re.findall(r"(\w+)=", mesh)))
 
@@ -79,6 +85,7 @@ class _Emitter:
             "Placements of a weight along an axis: S0 split along dim 0; R whole, with whole gradients; C whole, with",
             "gradients that the runtime sums over the axis at the end of a step.",
             *(SLICED if "weight_slice" in runtime else []),
+            *(WIDE if "weight_slice" in runtime and self.master else []),
             '"""',
             "",
             "import torch",
@@ -172,6 +179,8 @@ class _Emitter:
                 self.speller.used.add("gathered")
                 scope.names[node] = Text(f"weights.{attribute}" if prefix else f"gathered(self.{attribute})")
             dtype = "" if record.dtype == torch.float32 else f", dtype={record.dtype}"
+            if kind == "weight_slice" and self.master:
+                dtype = f", dtype=torch.{self.master}, used={record.dtype}"
             frozen = "" if record.grad or kind == "buffer" else ", requires_grad=False"
             lines.append(_comment(f"self.{attribute} = {kind}(groups, {quoted}, {shape}{dtype}{frozen}{placed})"))
         return lines

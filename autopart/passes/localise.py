@@ -332,7 +332,7 @@ class _Localiser:
                 continue
             chosen = self.choices.of(self.folded, node, self.stage.index)
             inner = record.inner * self._grow(node) / self.choices.shares(chosen)
-            kept: list[tuple[str, Placements, float, bool]] = [(node.name, (), inner, False)]
+            kept: list[tuple[str, Placements, float, bool]] = [(f"{node.name} inside", (), inner, False)]
             for root in record.keeps:
                 made = by_name[root]
                 placements = self._kept_as(node, made, chosen)

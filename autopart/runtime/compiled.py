@@ -53,13 +53,17 @@ class Compiled:
         self.model, self.aliases, self.sample_axes = model, aliases, program.sample_axes
         module = run_source(program.source, f"stage_{program.stage}.py")
         self.stage: nn.Module = module.Stage(groups)
-        known = {name: value for name, value in constants.items() if value is not None}
-        load(self.stage, groups, {**known, **dict(model.named_parameters())})
         self.origins = origins(self.stage)
-        tied = _tie(program.tied, groups)
+        tied, master = _tie(program.tied, groups), getattr(torch, plan.master) if plan.master else None
         self.executor = Executor(
-            self.stage, program.stage, groups, program.instructions, program.messages, tied, plan.zero
+            self.stage, program.stage, groups, program.instructions, program.messages, tied, plan.zero, master
         )
+        known = {name: value for name, value in constants.items() if value is not None}
+        self.load({**known, **dict(model.named_parameters())})
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill this rank's weights, with the optimizer's copies, and buffers from the model's own, whole, by name."""
+        load([*self.stage.parameters(), *self.stage.buffers(), *self.executor.shared.copies], self.groups, tensors)
 
     @property
     def data_ranks(self) -> int:
@@ -104,11 +108,14 @@ class Compiled:
         return self.executor.optimizer
 
     def full_gradients(self) -> dict[str, Tensor]:
-        """The last step's gradients, whole, on the CPU, by the model's own names: on rank 0; {} elsewhere."""
+        """The last step's gradients, whole, on the CPU, by the model's own names: on rank 0; {} elsewhere. They are of
+        the master dtype, where the plan has one."""
         return self._collect(self.executor.shared.gradients())
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """The model's state dict with weights and buffers as trained, whole, on the CPU: on rank 0; {} elsewhere."""
+        """The model's state dict with weights and buffers as trained, whole, on the CPU: on rank 0; {} elsewhere.
+        Weights that are trained are the optimizer's copies, of the master dtype, where the plan has one: they hold what
+        the precision of computing would lose."""
         whole = self._collect({**self.executor.shared.weights(), **dict(self.stage.named_buffers())})
         if self.rank:
             return {}

@@ -56,10 +56,11 @@ class Executor:
         messages: Sequence[Message],
         tied: Mapping[str, Group],
         zero: int = 0,
+        master: torch.dtype | None = None,
     ) -> None:
         self.index, self.groups, self.program, self.tied = index, groups, program, tied
         self.stage: Any = stage
-        self.shared = Shared(stage, groups, zero)
+        self.shared = Shared(stage, groups, zero, master)
         self.incoming = [m for m in messages if index in m.consumers]
         self.outgoing = [m for m in messages if m.producer == index]
         self.last = not self.outgoing

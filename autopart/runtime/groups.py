@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -204,14 +204,19 @@ def weight(
 
 
 def weight_slice(
-    groups: Groups, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32, **placed: str
+    groups: Groups,
+    name: str,
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    used: torch.dtype | None = None,
+    **placed: str,
 ) -> nn.Parameter:
-    """This rank's slice over dp, flat and not yet filled, of what `weight` gives."""
+    """This rank's slice over dp, flat and not yet filled, of what `weight` gives; its whole is of the dtype `used`."""
     origin = Origin(name, tuple(shape), {axis: Placement.parse(text) for axis, text in placed.items()}, sliced=True)
     local = torch.Size(_local(origin, groups))
     length = slice_length(local.numel(), groups.dp.size)
     share: Any = nn.Parameter(torch.empty(length, dtype=dtype, device=groups.device))
-    share.origin, share.slicing = origin, Slicing(local, groups.dp, groups.gathered)
+    share.origin, share.slicing = origin, Slicing(local, used or dtype, groups.dp, groups.gathered)
     mine: nn.Parameter = share
     return mine
 
@@ -241,16 +246,15 @@ def origins(stage: nn.Module) -> dict[str, Origin]:
     return {path: share.origin for path, share in shares}
 
 
-def load(stage: nn.Module, groups: Groups, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Fill a stage's weights and buffers from the model's own, by name."""
+def load(shares: Iterable[Any], groups: Groups, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Fill a rank's shares of weights and buffers, as they were made, from the model's own, by name."""
     with torch.no_grad():
-        shares = {**dict(stage.named_parameters()), **dict(stage.named_buffers())}
-        for path, origin in origins(stage).items():
-            whole = tensors[origin.name]
-            for axis, placement in origin.placed.items():
+        for share in shares:
+            whole = tensors[share.origin.name]
+            for axis, placement in share.origin.placed.items():
                 group = groups.along(axis)
                 if placement.kind == "S":
                     whole = shard(whole, placement.dim, placement.parts, group.size, group.rank)
-            if origin.sliced:
+            if share.origin.sliced:
                 whole = rows(whole, groups.dp.size)[groups.dp.rank]
-            shares[path].copy_(whole)
+            share.copy_(whole)

@@ -68,22 +68,24 @@ def rows(x: Tensor, size: int) -> Tensor:
     return (F.pad(flat, (0, lacking)) if lacking else flat).view(size, length)
 
 
-def gather(slices: Sequence[Tensor], shapes: Sequence[torch.Size], group: Group) -> list[Tensor]:
-    """The whole tensors that these are this rank's slices of, each in memory of its own."""
+def gather(
+    slices: Sequence[Tensor], shapes: Sequence[torch.Size], group: Group, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """The whole tensors, of a dtype, that these are this rank's slices of, each in memory of its own."""
     wholes: dict[int, Tensor] = {}
     for bucket in buckets(slices, group.size):
-        shares = group.all_gather(_joined([slices[i].detach() for i in bucket], 0))
+        shares = group.all_gather(_joined([slices[i].detach().to(dtype or slices[i].dtype) for i in bucket], 0))
         parts = [share.split([slices[i].numel() for i in bucket]) for share in shares]
         for i, pieces in zip(bucket, zip(*parts, strict=True), strict=True):
             wholes[i] = torch.cat(pieces)[: shapes[i].numel()].view(shapes[i])
     return [wholes[i] for i in range(len(slices))]
 
 
-def scatter_sum(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
-    """This rank's slice of the ranks' sum of each tensor."""
+def scatter_sum(tensors: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """This rank's slice of the ranks' sum, in a dtype, of each tensor."""
     slices: dict[int, Tensor] = {}
     for bucket in buckets(tensors):
-        parts = [rows(tensors[i], group.size) for i in bucket]
+        parts = [rows(tensors[i].to(dtype or tensors[i].dtype), group.size) for i in bucket]
         if group.scatters:
             mine = group.reduce_scatter(_joined(parts, 1))
         else:
@@ -103,10 +105,11 @@ def _joined(parts: list[Tensor], dim: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Slicing:
-    """What a weight in slices (`groups.weight_slice`) is a slice of: the whole's shape, the ranks that have the other
-    slices, and the wholes that exist on this rank."""
+    """What a weight in slices (`groups.weight_slice`) is a slice of: the whole's shape and dtype, the ranks that have
+    the other slices, and the wholes that exist on this rank."""
 
     shape: torch.Size
+    dtype: torch.dtype
     group: Group
     gathered: Gathered
 
@@ -129,7 +132,8 @@ class _Gather:
 
 
 def _gather_all(slices: Sequence[Any]) -> list[Tensor]:
-    return gather(slices, [s.slicing.shape for s in slices], slices[0].slicing.group)
+    first = slices[0].slicing
+    return gather(slices, [s.slicing.shape for s in slices], first.group, first.dtype)
 
 
 @dataclass(frozen=True)
@@ -183,13 +187,13 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gather: _Gather, *slices: Tensor) -> tuple[Tensor, ...]:
         wholes = _gather_all(gather.slices)
-        ctx.group = gather.slices[0].slicing.group
+        ctx.group, ctx.dtype = gather.slices[0].slicing.group, slices[0].dtype
         gather.slices[0].slicing.gathered.add(gather, wholes)
         return tuple(wholes)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *scatter_sum(gradients, ctx.group)
+        return None, *scatter_sum(gradients, ctx.group, ctx.dtype)
 
 
 def gathered(owner: Any) -> Any:

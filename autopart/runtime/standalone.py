@@ -28,7 +28,7 @@ from autopart.errors import PartitionError
 from autopart.plan import Plan
 from autopart.runtime.compiled import Compiled, Program
 from autopart.runtime.executor import Message
-from autopart.runtime.groups import load, make_groups
+from autopart.runtime.groups import make_groups
 from autopart.runtime.launch import launch
 from autopart.runtime.watchdog import report_failure, start_watchdog
 from autopart.schedules import Instruction, Op, verify
@@ -159,7 +159,7 @@ def read(folder: Path, weights: Path | None = None) -> Compiled:
     values = {name: random_weight(name, shape) for name, shape in here.items()}
     if weights is not None:
         values = _given(weights, here, json.loads((folder / "program.json").read_text())["aliases"])
-    load(compiled.stage, groups, {**constants, **values})
+    compiled.load({**constants, **values})
     start_watchdog(lambda: compiled.executor.doing)
     return compiled
 

@@ -1,8 +1,10 @@
 """ZeRO (Rajbhandari et al., arXiv 1910.02054): data-parallel ranks share optimizer states (level 1), gradients too
-(level 2), weights too (level 3).
+(level 2), weights too (level 3); and master copies of weights, which the optimizer steps in a wider dtype.
 
 Of every weight whose gradient is a partial sum over dp, each rank trains one slice. Levels 1 and 2 keep the weight
-whole, in the memory its slices lie in; at level 3 the emitted code holds slices alone (`groups.weight_slice`).
+whole, in the memory its slices lie in; at level 3 the emitted code holds slices alone (`groups.weight_slice`). With a
+master dtype what is trained is a copy in that dtype, of the slice or of the whole weight; gradients are added up in it,
+over micro-batches and ranks, and weights are written back after a step. At level 3 the slices are of that dtype anyway.
 """
 
 from __future__ import annotations
@@ -20,28 +22,33 @@ Tensor = torch.Tensor
 
 
 class Shared:
-    """What one rank trains of a stage: `trained`, slices among it, in the order of the stage's weights."""
+    """What one rank trains of a stage: `trained`, slices and copies among it, in the order of the stage's weights."""
 
-    def __init__(self, stage: nn.Module, groups: Groups, level: int) -> None:
+    def __init__(self, stage: nn.Module, groups: Groups, level: int, master: torch.dtype | None = None) -> None:
         self.stage, self.group, self.level = stage, groups.dp, level
         self.slice_of: dict[Any, Any] = {}
+        self.copy_of: dict[Any, Any] = {}
         self.waiting: list[Any] = []
         weights: list[Any] = [p for p in stage.parameters() if p.requires_grad]
         for weight in weights:
             shared = groups.dp.size > 1 and weight.origin.placed["dp"].kind == "C"
             if level >= 1 and shared and not weight.origin.sliced:
-                self.slice_of[weight] = self._cut(weight)
+                self.slice_of[weight] = self._cut(weight, master or weight.dtype)
                 if level >= 2:
                     weight.register_post_accumulate_grad_hook(self._accumulated)
-        self.trained = [self.slice_of.get(weight, weight) for weight in weights]
+            elif master not in (None, weight.dtype):
+                self.copy_of[weight] = _like(weight, weight.detach().to(master))
+            weight.grad_dtype = master or weight.dtype
+        self.share_of = {**self.slice_of, **self.copy_of}
+        self.trained = [self.share_of.get(weight, weight) for weight in weights]
+        self.copies = list(self.share_of.values()) if master else []
+        """Those of `trained` that have memory of their own."""
 
-    def _cut(self, weight: Any) -> nn.Parameter:
-        """Move a weight to where its slices are rows; this rank's."""
+    def _cut(self, weight: Any, dtype: torch.dtype) -> nn.Parameter:
+        """Move a weight to where its slices are rows; this rank's, of a dtype."""
         slices = rows(weight.detach(), self.group.size).clone()
         weight.data = slices.view(-1)[: weight.numel()].view(weight.shape)
-        mine = nn.Parameter(slices[self.group.rank])
-        mine.origin = replace(weight.origin, sliced=True)  # type: ignore[attr-defined]
-        return mine
+        return _like(weight, slices[self.group.rank].to(dtype), sliced=True)
 
     def zero_grad(self) -> None:
         """Forget the last step's gradients."""
@@ -53,7 +60,7 @@ class Shared:
     def _accumulated(self, weight: Any) -> None:
         """Level 2: a micro-batch's gradient is there; it goes out with others as soon as they make a message."""
         self.waiting.append(weight)
-        if fill_a_message(self.waiting):
+        if fill_a_message([w.grad for w in self.waiting]):
             self.backward_ended()
 
     def backward_ended(self) -> None:
@@ -68,12 +75,14 @@ class Shared:
             weights = list(self.slice_of)
             for bucket in buckets(weights):
                 self._sum_slices([weights[i] for i in bucket])
+        for weight, copy in self.copy_of.items():
+            copy.grad, weight.grad = weight.grad, None
         for share in self.trained:
             if share.grad is None:
                 share.grad = torch.zeros_like(share)
 
     def _sum_slices(self, weights: list[Any]) -> None:
-        gradients = [w.grad if w.grad is not None else torch.zeros_like(w) for w in weights]
+        gradients = [w.grad if w.grad is not None else torch.zeros_like(w, dtype=w.grad_dtype) for w in weights]
         for weight in weights:
             weight.grad = None
         for weight, summed in zip(weights, scatter_sum(gradients, self.group), strict=True):
@@ -81,28 +90,35 @@ class Shared:
             mine.grad = summed if mine.grad is None else mine.grad.add_(summed)
 
     def stepped(self) -> None:
-        """The slices have new values: share them with the ranks that keep the weights whole."""
+        """What is trained has new values: bring them into the weights, slices from all ranks that have them."""
         weights = list(self.slice_of)
         for bucket in buckets(weights):
             some = [weights[i] for i in bucket]
-            wholes = gather([self.slice_of[w] for w in some], [w.shape for w in some], self.group)
+            shapes, dtype = [w.shape for w in some], some[0].dtype
+            wholes = gather([self.slice_of[w] for w in some], shapes, self.group, dtype)
             for weight, value in zip(some, wholes, strict=True):
                 weight.data.copy_(value)
+        for weight, copy in self.copy_of.items():
+            weight.data.copy_(copy.detach())
 
     def gradients(self) -> dict[str, Tensor]:
         """The stage's gradients, whole, by the weights' paths; of slices on the first rank of dp alone. All ranks call
         it."""
         found = {}
         for path, weight in self.stage.named_parameters():
-            share = self.slice_of.get(weight, weight)
+            share = self.share_of.get(weight, weight)
             if share.grad is not None and (whole := self._whole(weight, share, share.grad)) is not None:
                 found[path] = whole
         return found
 
     def weights(self) -> dict[str, Tensor]:
-        """The stage's weights likewise."""
-        weights = self.stage.named_parameters()
-        return {path: whole for path, w in weights if (whole := self._whole(w, w, w.detach())) is not None}
+        """The stage's weights likewise: their copies in the master dtype, where there are such."""
+        found = {}
+        for path, weight in self.stage.named_parameters():
+            share = self.share_of.get(weight, weight) if self.copies else weight
+            if (whole := self._whole(weight, share, share.detach())) is not None:
+                found[path] = whole
+        return found
 
     def _whole(self, weight: Any, share: Any, value: Tensor) -> Tensor | None:
         """The whole of `value`, which lies as `share` does."""
@@ -111,3 +127,10 @@ class Shared:
         shape = weight.slicing.shape if weight.origin.sliced else weight.shape
         whole = gather([value], [shape], self.group)[0].cpu()
         return None if self.group.rank else whole
+
+
+def _like(weight: Any, value: Tensor, **where: Any) -> nn.Parameter:
+    """A parameter of some value, which comes from where a weight does but for `where`."""
+    made = nn.Parameter(value)
+    made.origin = replace(weight.origin, **where)  # type: ignore[attr-defined]
+    return made
