@@ -287,7 +287,7 @@ def _printed(
 
     def shape(row: tuple[str, PricedRun, str]) -> tuple[object, ...]:
         label, run, mode = row
-        return label.rpartition(".")[0] if is_block(label) else label, len(run.lines), run.forward, mode
+        return label.rpartition(".")[0] if is_block(label) else label, len(run.lines), run.forward, run.backward, mode
 
     for _, group in groupby(rows, key=shape):
         members = list(group)

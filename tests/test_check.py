@@ -138,6 +138,28 @@ def test_the_costliest_missing_rule_comes_first(unruly: autopart.Check, tmp_path
     assert [line.split()[:3] for line in lines] == [[name, str(calls), "calls"] for name, calls, _ in rows]
 
 
+class Numbered(nn.Module):
+    """Blocks whose layers are called by numbers; no gradient flows into the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("settings", [{"pp": 2, "dp": 1, "tp": 1}, {"pp": 1, "dp": 2, "tp": 1}])
+def test_layers_called_by_numbers(settings: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    model, batch = Numbered(), {"x": torch.randn(4, 8)}
+    found = autopart.check(model, "2:cpu", batch, **settings)
+    assert max(found.loss_error, found.gradient_error) < 1e-5
+    autopart.certify(found.plan, model, batch)
+
+
 def test_no_missing_rules_are_told(tiny: str, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     assert shell("plan", tiny, "2:cpu", "--tp", 2, "--batch", 4, "--micro-batch", 4, "--save", file).exit_code == 0

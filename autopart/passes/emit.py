@@ -164,7 +164,7 @@ class _Emitter:
             within = bool(prefix) and re.match(rf"{re.escape(prefix)}(?!\w)", record.name) is not None
             rest = record.name.removeprefix(prefix) if within else ""
             own = (f"draws{rest}" if rest[:1] != "." else rest[1:]) if within else record.name
-            attribute = re.sub(r"\W", "_", own)
+            attribute = re.sub(r"\W|^(?=\d)", "_", own)
             scope.names[node] = Text(f"self.{attribute}")
             shape = list(record.whole)
             placed = "".join(f', {axis}="{p}"' for axis, p in record.placed)
