@@ -3,6 +3,7 @@
 from autopart.collector import paused
 
 with paused():
+    from autopart.calibrate.run import calibrate
     from autopart.certify import certify
     from autopart.check import Check, check
     from autopart.compile import Simulated, compile, estimate, plan, simulate
@@ -27,6 +28,7 @@ __all__ = [
     "Plan",
     "Simulated",
     "Timeline",
+    "calibrate",
     "certify",
     "check",
     "compile",

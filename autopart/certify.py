@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from autopart.comm import p2p_seconds
 from autopart.compile import DTYPES, Batch, Source
-from autopart.cost import MASTERS, OPTIMIZER_STATES, Training, widening
+from autopart.cost import MASTERS, OPTIMIZER_STATES, Training, update_seconds, widening
 from autopart.errors import PartitionError
 from autopart.folded import Folded, used_parameters
 from autopart.graph import Info, calls, info, is_pick, operands, shape_args, value_of
@@ -241,7 +241,8 @@ def _numbers(plan: Plan, folded: Folded) -> Iterator[str]:
     for graph, stage, span in zip(localise(folded, choices), plan.stages, _spans(plan, folded), strict=True):
         name = f"stage {graph.index}"
         groups = {"dp": plan.mesh.group(plan.tp, plan.dp), "tp": plan.mesh.group(1, plan.tp)}
-        priced = price(graph, Prices(plan.mesh.device, {axis: groups[axis] for axis, _ in choices.axes}))
+        device = plan.mesh.busy_device(plan.pp, m)
+        priced = price(graph, Prices(device, {axis: groups[axis] for axis, _ in choices.axes}))
         runs = dict(zip(graph.indices, priced, strict=True))
         times = _seconds(plan, folded, choices, graph, runs, span)
         for part, value in times.items():
@@ -280,10 +281,11 @@ def _seconds(
     for run, priced in runs.items():
         mode = modes.get(run, "none")
         again += priced.forward if mode == "full" else priced.cheap if mode == "selective" else 0.0
-    sync = 0.0
+    sync, device = 0.0, plan.mesh.busy_device(plan.pp, plan.micro_batches)
     for record, placed, nbytes in _parameters(folded, choices, span, graph.index):
-        training = _training(plan)
-        sync += training.sync_seconds(nbytes, _summed(choices, record, placed, "dp"))
+        training, over_dp = _training(plan), _summed(choices, record, placed, "dp")
+        sync += training.sync_seconds(nbytes, over_dp)
+        sync += update_seconds(nbytes, record.grad, over_dp, training, device)
         if _summed(choices, record, placed, "tp"):
             sync += training.partial_sync_seconds(nbytes, plan.mesh.group(1, plan.tp))
     return {

@@ -1,4 +1,4 @@
-"""The shell: autopart plan | mesh | show | estimate | emit | export | run."""
+"""The shell: autopart plan | mesh | show | estimate | emit | export | run | calibrate."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from rich.text import Text
 from torch import nn
 
 from autopart import models
+from autopart.calibrate.command import calibrate_command
 from autopart.check import check
 from autopart.compile import DTYPES, compile, estimate, plan, prepare, programs, samples_of, take
 from autopart.constraints import forbidden, parse
@@ -444,6 +445,9 @@ def run_command(
         _print(result if as_json else _run_text(result))
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+command(calibrate_command)
 
 
 def write_folder(model: nn.Module, batch: models.Batch, made: Plan, folder: Path) -> list[Path]:

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autopart.hardware.rows import Link
 from autopart.mesh import Group
@@ -86,6 +88,13 @@ def _ring(wire: Any, rounds: int, group: Group) -> Any:
     return _sent(wire, rounds * (group.ranks - 1 - far), rounds * far, group, ring_bandwidth(group))
 
 
+def _measured(name: str, nbytes: Any, group: Group) -> Any | None:
+    """The seconds of a collective where they were measured for groups of this size: inside a host."""
+    wire = group.intra.measured if group.hosts == 1 else None
+    rows = wire.collectives.get(name, {}).get(str(group.ranks)) if wire else None
+    return None if rows is None else measured_seconds(nbytes, rows)
+
+
 def all_gather_seconds(nbytes: Any, group: Group) -> Any:
     """Give every rank the whole of `nbytes`, of which each holds 1/p."""
     return _ring((group.ranks - 1) / group.ranks * nbytes, 1, group)
@@ -129,28 +138,47 @@ def broadcast_seconds(nbytes: Any, group: Group) -> Any:
 
 def p2p_seconds(nbytes: Any, link: Link) -> Any:
     """Send `nbytes` from one rank to another. Unswitched devices have one pair's links between them."""
+    if link.measured:
+        return measured_seconds(nbytes, link.measured.p2p)
     pair = Group(2, 2, link, link)
     return _sent(1.0 * nbytes, 1, 0, pair, _inside(pair))
 
 
-def merged_seconds(nbytes: Any, group: Group) -> Any:
-    """What `nbytes` add to an all-gather or a reduce-scatter of so many that its latency counts for nothing: gradients
-    of many parameters travel in one message."""
-    return (group.ranks - 1) / group.ranks * nbytes / ring_bandwidth(group) if group.ranks > 1 else 0.0 * nbytes
+def merged_seconds(nbytes: Any, group: Group, name: str = "all_gather") -> Any:
+    """What `nbytes` add to a collective of so many that its latency counts for nothing: gradients of many parameters
+    travel in one message."""
+    wire = group.intra.measured if group.hosts == 1 else None
+    rows = wire.collectives.get(f"merged_{name}", {}).get(str(group.ranks)) if wire else None
+    if rows is not None:
+        return nbytes * (rows[-1][1] / rows[-1][0])
+    times = 2 if name == "all_reduce" else 1
+    return times * (group.ranks - 1) / group.ranks * nbytes / ring_bandwidth(group) if group.ranks > 1 else 0.0 * nbytes
 
 
-COLLECTIVES: Mapping[str, Callable[[Any, Group], Any]] = {
+FORMULAS: Mapping[str, Callable[[Any, Group], Any]] = {
     "all_reduce": all_reduce_seconds,
     "all_gather": all_gather_seconds,
     "reduce_scatter": reduce_scatter_seconds,
     "all_to_all": all_to_all_seconds,
     "broadcast": broadcast_seconds,
 }
+"""What each collective takes on links of which only latency and bandwidth are known."""
 
 
-def measured_seconds(nbytes: Any, points: Sequence[tuple[float, float]]) -> Any:
-    """Seconds at `nbytes` between measured (bytes, seconds) of one collective and group, sorted by bytes: straight in
-    the logarithms of both; below the first point as long as that, beyond the last at that one's bandwidth."""
-    sizes, seconds = np.asarray(points, dtype=float).T
+def collective_seconds(name: str, nbytes: Any, group: Group) -> Any:
+    """What a collective takes: as measured, where it was for groups like this, else by its formula."""
+    found = _measured(name, nbytes, group)
+    return FORMULAS[name](nbytes, group) if found is None else found
+
+
+COLLECTIVES: Mapping[str, Callable[[Any, Group], Any]] = {name: partial(collective_seconds, name) for name in FORMULAS}
+
+
+def measured_seconds(nbytes: Any, points: Sequence[Sequence[float]] | NDArray[np.float64]) -> Any:
+    """Seconds at `nbytes` between measured (bytes, seconds, ...), sorted by bytes: straight in the logarithms of both;
+    below the first point as long as that, beyond the last at that one's bandwidth. Where nothing takes any time, 0."""
+    sizes, seconds = np.asarray(points, dtype=float)[:, :2].T
+    if not seconds.all():
+        return 0.0 * nbytes
     inside = np.interp(np.log(np.maximum(nbytes, 1.0)), np.log(sizes), np.log(seconds))
     return np.exp(inside) * np.maximum(1.0, nbytes / sizes[-1])

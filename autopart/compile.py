@@ -292,7 +292,7 @@ class Source:
 
     def at(self, samples: int, mesh: Mesh) -> Folded:
         """The folded graph of a micro-batch of `samples`."""
-        key = samples, mesh.device.name
+        key = samples, mesh.device.type
         if key not in self.prepared:
             with paused():
                 self.prepared[key] = prepare(self.model, take(self.batch, samples), mesh, self.dtype)
@@ -300,7 +300,7 @@ class Source:
 
     def short(self, samples: int, mesh: Mesh) -> Folded:
         """The same to plan with, whose graph has only the first of equal blocks where they stand for all."""
-        key = samples, mesh.device.name
+        key = samples, mesh.device.type
         if key not in self.planned:
             with paused():
                 self.planned[key] = self._shortest(samples, mesh)
@@ -337,7 +337,7 @@ def prepare(
     _pass("simplify", traced, lambda: simplify(traced))
     _pass("draw", traced, lambda: draw(traced))
     _pass("fuse", traced, lambda: fuse(traced))
-    _pass("annotate", traced, lambda: annotate_costs(traced, mesh.device.name))
+    _pass("annotate", traced, lambda: annotate_costs(traced, mesh.device.type))
     return repeat(fold(traced), shortened)
 
 

@@ -11,11 +11,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from autopart.comm import merged_seconds
+from autopart.comm import measured_seconds, merged_seconds
 from autopart.efficiency import attention_seconds, memory_seconds, product_seconds
 from autopart.errors import PartitionError
 from autopart.graph import Info
+from autopart.hardware.measured import Measured
 from autopart.hardware.rows import Device
+from autopart.measured import KIND_OF, operator_seconds
+from autopart.measured import attention_seconds as attention_tables
+from autopart.measured import product_seconds as product_tables
 from autopart.mesh import Group
 
 Array = NDArray[np.float64]
@@ -47,6 +51,7 @@ class Work:
     peak      FLOP/s of the matrix units; infinite where they have no part
     again     how many times the forward's time its backward takes
     runs      1, or 0 for what costs nothing: views
+    kind      index of its kind in `autopart.measured.KINDS`
     sizes     rows as `rules.Sizes` of the matrix product that it is; zeros where it is none
     grads     rows of two: whether gradients flow to the product's first factor, and to another
     """
@@ -56,13 +61,16 @@ class Work:
     peak: Array
     again: Array
     runs: Array
+    kind: Array
     sizes: Array
     grads: Array
 
 
 def work_of(records: Sequence[Info], device: Device) -> Work:
     """The work of operators as a stage's graph tells it."""
-    rows = [[r.flops, r.moved, peak_of(r, device), r.again, not r.view, *_sizes(r), *r.grads] for r in records]
+    rows = [
+        [r.flops, r.moved, peak_of(r, device), r.again, not r.view, kind_of(r), *_sizes(r), *r.grads] for r in records
+    ]
     return work_in(np.array(rows, dtype=float).reshape(len(rows), -1))
 
 
@@ -72,8 +80,8 @@ def _sizes(record: Info) -> tuple[float, ...]:
 
 def work_in(rows: Array) -> Work:
     """The work that rows of its numbers tell."""
-    flops, nbytes, peaks, again, runs = rows[:, :5].T
-    return Work(flops, nbytes, peaks, again, runs, rows[:, 5:11], rows[:, 11:13])
+    flops, nbytes, peaks, again, runs, kind = rows[:, :6].T
+    return Work(flops, nbytes, peaks, again, runs, kind, rows[:, 6:12], rows[:, 12:14])
 
 
 def work_seconds(work: Work, device: Device) -> Seconds:
@@ -82,8 +90,11 @@ def work_seconds(work: Work, device: Device) -> Seconds:
     On a device with `silicon`, products and attention by `autopart.efficiency` from their sizes, the gradients of both
     factors as products of their own; everything else by its bytes, and by its FLOPs where it is several products; no
     kernel less than its launch. On another the roofline: max(FLOPs / rate, bytes / bandwidth) + launch (Williams,
-    Waterman, Patterson 2009), `again` times as long backward.
+    Waterman, Patterson 2009), `again` times as long backward. On one that was measured by its tables: products and
+    attention by their sizes, everything else by its kind and bytes.
     """
+    if device.measured:
+        return _measured_seconds(work, device, device.measured)
     share = device.silicon.sustained if device.silicon else MATMUL_EFFICIENCY
     each = np.maximum(_streamed(work.bytes, device), work.flops / (work.peak * share))
     forward = work.runs * with_launch(each, device)
@@ -99,8 +110,35 @@ def work_seconds(work: Work, device: Device) -> Seconds:
     return Seconds(forward, backward)
 
 
+def _measured_seconds(work: Work, device: Device, measured: Measured) -> Seconds:
+    """As told by the tables; `again` only says whether there is a backward. Several products at once, whose sizes are
+    not known, run at their peak."""
+    own, flows = operator_seconds(work.kind, work.bytes, measured), np.minimum(work.again, 1.0)
+    forward, backward = own[0], own[1] * flows
+    several = np.isfinite(work.peak) & (work.sizes[:, 0] == 0)
+    forward = np.where(several, np.maximum(forward, work.flops / work.peak), forward)
+    backward = np.where(several, np.maximum(backward, work.again * work.flops / work.peak), backward)
+    products = np.flatnonzero((work.sizes[:, 0] > 0) & (work.sizes[:, 4] == 0))
+    if len(products):
+        each = [
+            product_tables(work.sizes[products, 0], m, n, k, work.peak[products], device.flops, measured)
+            for m, n, k in _three(*work.sizes[products, 1:4].T)
+        ]
+        alone, (first, second) = device.launch_seconds * measured.pace, work.grads[products].T
+        forward[products] = each[0] + alone
+        backward[products] = first * (each[1] + alone) + second * (each[2] + alone)
+    fused = np.flatnonzero(work.sizes[:, 4] > 0)
+    if len(fused):
+        there, back = attention_tables(work.sizes[fused].T, work.peak[fused], device.flops, measured)
+        forward[fused], backward[fused] = there, back * work.grads[fused].max(1)
+    return Seconds(forward * work.runs, backward * work.runs)
+
+
 def stream_seconds(nbytes: Any, again: Any, runs: Any, device: Device) -> Seconds:
     """What kernels take that read and write `nbytes` and compute next to nothing."""
+    if device.measured:
+        there, back = operator_seconds(0, nbytes, device.measured)
+        return Seconds(runs * there, runs * back * again)
     forward = runs * with_launch(_streamed(nbytes, device), device)
     return Seconds(forward, forward * again)
 
@@ -115,10 +153,15 @@ def _product_seconds(sizes: Array, nbytes: Array, peak: Array, grads: Array, dev
     """m x k by k x n forward; backward m x n by n x k for the first factor, k x m by m x n for the second."""
     assert device.silicon is not None
     batch, m, n, k = sizes[:4]
-    high, wide, deep = np.array([[m, m, k], [n, k, n], [k, n, m]])
+    high, wide, deep = np.swapaxes(_three(m, n, k), 0, 1)
     each = product_seconds(batch, high, wide, deep, nbytes, peak, device.bandwidth, device.silicon)
     forward, first, second = with_launch(each, device)
     return Seconds(forward, grads[0] * first + grads[1] * second)
+
+
+def _three(m: Array, n: Array, k: Array) -> Array:
+    """m, n and k of a product and of those that give the gradients of its factors."""
+    return np.array([[m, n, k], [m, k, n], [k, n, m]])
 
 
 def _attention_seconds(sizes: Array, nbytes: Array, peak: Array, grads: Array, device: Device) -> Seconds:
@@ -138,6 +181,11 @@ def _attention_seconds(sizes: Array, nbytes: Array, peak: Array, grads: Array, d
 def peak_of(record: Info, device: Device) -> float:
     """FLOP/s of the matrix units for an operator: `Work.peak`."""
     return peak(device, record.dtype) if record.product else math.inf
+
+
+def kind_of(record: Info) -> int:
+    """`Work.kind` of an operator."""
+    return KIND_OF.get(record.kernel or record.name, 0)
 
 
 def again_of(record: Info, inputs: Iterable[Info]) -> int:
@@ -242,16 +290,39 @@ class Training:
         """
         if not shared or self.ranks == 1:
             return 0.0
-        gathers, scatters = messages(self.zero, self.micro_batches)
         wide = nbytes * self.widening
-        return float(gathers * merged_seconds(nbytes, self.group) + scatters * merged_seconds(wide, self.group))
+        if self.zero == 0:
+            return float(merged_seconds(wide, self.group, "all_reduce"))
+        gathers, scatters = messages(self.zero, self.micro_batches)
+        gather = merged_seconds(nbytes, self.group, "all_gather")
+        return float(gathers * gather + scatters * merged_seconds(wide, self.group, "reduce_scatter"))
 
     def partial_sync_seconds(self, nbytes: float, group: Group) -> float:
         """Seconds a step takes to add up the gradient of a parameter of `nbytes` that is a partial sum over another
         axis: one all-reduce."""
-        return 2 * float(merged_seconds(nbytes * self.widening, group))
+        return float(merged_seconds(nbytes * self.widening, group, "all_reduce"))
+
+
+def update_seconds(nbytes: float, grad: bool, shared: bool, training: Training, device: Device) -> float:
+    """Seconds a step takes to add up the gradients of micro-batches and to update a parameter of `nbytes`, or this
+    rank's slice of it; 0 on a device of which that was not measured. An optimizer that was not is taken for the
+    measured one with as many states at least, else for the costliest."""
+    measured = device.measured
+    if measured is None or not grad:
+        return 0.0
+    held = nbytes * training.widening
+    seconds = (training.micro_batches - 1) * measured_seconds(held, measured.accumulate)
+    rows = measured.updates.get(training.optimizer)
+    if rows is None:
+        states = OPTIMIZER_STATES[training.optimizer]
+        known = sorted(measured.updates, key=lambda name: (OPTIMIZER_STATES[name] < states, OPTIMIZER_STATES[name]))
+        rows = measured.updates[known[0]] if known else ((1.0, 0.0, 0.0),)
+    slices = training.ranks if shared and training.zero >= 1 else 1
+    return float(seconds + measured_seconds(held / slices, rows)) * measured.pace
 
 
 def with_launch(seconds: Any, device: Device) -> Any:
-    """What kernels take that take `seconds` once they run: see `Device.launch_seconds`."""
+    """What kernels take that take `seconds` once they run: see `Device.launch_seconds`. What was measured has it."""
+    if device.measured:
+        return seconds
     return seconds + device.launch_seconds if device.silicon is None else np.maximum(seconds, device.launch_seconds)

@@ -33,6 +33,7 @@ class Info:
     batch    the dim that counts samples, or None
     flops    of the forward pass
     product  whether matrix units do the work
+    kernel   the operator whose kernels do it, if the name is not that
     matrix   the matrix product it is, if it is one; in a stage's graph, that of a rank
     grads    whether gradients flow to the matrix product's first factor, and to another
     root     the node whose memory this node's (first) output is a view of; its own name if none
@@ -57,6 +58,7 @@ class Info:
     batch: int | None = None
     flops: float = 0.0
     product: bool = False
+    kernel: str = ""
     matrix: Product | None = None
     grads: tuple[bool, bool] = (False, False)
     root: str = ""

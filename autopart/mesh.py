@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from autopart.errors import PartitionError
 from autopart.hardware import find_device, find_link
 from autopart.hardware import load_hardware as load_hardware
 from autopart.hardware.cuda import of_cuda
+from autopart.hardware.measured import read_measured, read_wire
 from autopart.hardware.rows import Device, Link, Silicon
 
 if TYPE_CHECKING:
@@ -152,6 +153,20 @@ class Mesh:
         """The link on which ranks of such groups send to the next while as many of a host do as can."""
         return self.shared(self.link(stride, size), min(stride, self.devices_per_host))
 
+    def busy_device(self, stages: int, micro_batches: int) -> Device:
+        """The device as ranks have it in a pipeline of so many stages and micro-batches.
+
+        Where ranks share cores (see `Measured.alone`), those that wait in the bubble leave theirs to others. Of the
+        (m + p - 1) turns that a step takes each rank computes m, so that m / (m + p - 1) of the ranks are busy at a
+        time, and each is as much faster than all are together, though none faster than alone. Any other device is as
+        it is.
+        """
+        measured = self.device.measured
+        if measured is None or stages == 1:
+            return self.device
+        busy = micro_batches / (micro_batches + stages - 1)
+        return replace(self.device, measured=replace(measured, pace=min(1.0, max(busy, 1 / measured.alone))))
+
     def __str__(self) -> str:
         """The text `parse` reads; `axes`, a custom `intra` and `nics_per_host` are not part of it (see `to_json`)."""
         hosts = f"{self.hosts}x" if self.hosts > 1 else ""
@@ -211,8 +226,8 @@ class Mesh:
                 **{
                     **data,
                     "device": _device(data["device"]),
-                    "intra": Link(**data["intra"]),
-                    "inter": Link(**data["inter"]),
+                    "intra": _link(data["intra"]),
+                    "inter": _link(data["inter"]),
                     "axes": tuple((name, degree) for name, degree in data["axes"]),
                 }
             )
@@ -224,7 +239,18 @@ def _device(data: Mapping[str, Any]) -> Device:
     silicon = data.get("silicon")
     if silicon is not None:
         silicon = Silicon(**{**silicon, "attention": tuple(silicon["attention"])})
-    return Device(**{**data, "silicon": silicon})
+    return Device(**{**data, "silicon": silicon, "measured": _tables(data, read_measured)})
+
+
+def _link(data: Mapping[str, Any]) -> Link:
+    return Link(**{**data, "measured": _tables(data, read_wire)})
+
+
+def _tables(data: Mapping[str, Any], read: Callable[[Any], Any]) -> Any:
+    given = data.get("measured")
+    if given is not None and (given := read(given)) is None:
+        raise TypeError("`measured` is not what autopart calibrate writes")
+    return given
 
 
 def _check_axes(axes: Iterable[tuple[str, int]], size: int) -> None:

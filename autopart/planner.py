@@ -106,7 +106,8 @@ class Search:
             levels = zero_levels(request, point)
             if levels and all(self.space.options(point).values()):
                 least = max(self.space.least_work(point), self.space.known_bound(point))
-                self._push(self._passes(point) * least, 0, replace(point, zero=levels[0]))
+                for zero in levels[: None if self._updates else 1]:
+                    self._push(self._passes(point) * least, 0, replace(point, zero=zero))
         while self.queue and self.queue[0][0] < self._time() * (1 - TOLERANCE):
             late = request.time_limit is not None and time.monotonic() - started > request.time_limit
             if self.best is not None and (late or (request.nodes is not None and self.number >= request.nodes)):
@@ -142,6 +143,12 @@ class Search:
                 self.ways[at] = [way_of(self.space, at, solution)]
                 if self._best(at):
                     break
+
+    @property
+    def _updates(self) -> bool:
+        """Whether the optimizer's step is counted, which higher ZeRO levels make shorter: then each is a point of its
+        own from the start."""
+        return self.space.mesh.device.measured is not None
 
     def _bound(self) -> float:
         """No plan that was or will be looked at is faster."""
@@ -194,7 +201,7 @@ class Search:
     def _more_zero(self, point: Point, bound: float) -> None:
         levels = zero_levels(self.space.request, point)
         following = levels[levels.index(point.zero) + 1 :]
-        if following:
+        if following and not self._updates:
             self._push(bound, 0, replace(point, zero=following[0]))
 
     def _memory(self, point: Point, bound: float) -> None:

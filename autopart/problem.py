@@ -36,7 +36,7 @@ class Node:
     values    its outputs;  operands: (node, output) of every operand, None for what is no tensor
     firsts    for every operand the first that is the same value: two of one class may be two
     batch     whether its work grows with samples;  product: whether matrix units do it
-    peak, again, runs   as in `cost.Work`;  matrix, grads: as in `graph.Info`
+    peak, again, runs, kind_index (kind)  as in `cost.Work`;  matrix, grads: as in `graph.Info`
     inner     bytes autograd keeps besides its operands and outputs
     group     the class of its run; -1 for what every stage makes for itself
     """
@@ -55,6 +55,7 @@ class Node:
     peak: float = float("inf")
     again: int = 0
     runs: int = 1
+    kind_index: int = 0
     inner: float = 0.0
     grad: bool = False
     group: int = -1

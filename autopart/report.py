@@ -11,6 +11,7 @@ from itertools import groupby
 
 from torch import fx
 
+from autopart.cost import update_seconds
 from autopart.folded import Folded, used_parameters
 from autopart.graph import Info, info
 from autopart.notation import Placement
@@ -134,7 +135,7 @@ def price_stage(
         choices = choices_of(space, found, splits, tuple(pieces))
         (graph,) = localise(folded, choices, [pieces.index(min(runs))])
         groups = {axis: space.priced(point).terms.sizes[axis] for axis, _ in choices.axes}
-        prices = price(graph, Prices(space.mesh.device, groups))
+        prices = price(graph, Prices(space.device(point), groups))
         known[key] = choices, graph, dict(zip(graph.indices, prices, strict=True))
     choices, graph, priced = known[key]
     counts = Counter((run, mode) for run, mode in zip(runs, modes, strict=True) if run in priced)
@@ -187,8 +188,10 @@ def _sync(
 ) -> float:
     training, sizes = space.training(found.point), space.priced(found.point).terms.sizes
     over_tp = _sums(choices, record, placed, "tp")
+    over_dp = _sums(choices, record, placed, "dp")
     partial = training.partial_sync_seconds(nbytes, sizes["tp"]) if over_tp else 0.0
-    return training.sync_seconds(nbytes, _sums(choices, record, placed, "dp")) + partial
+    update = update_seconds(nbytes, record.grad, over_dp, training, space.device(found.point))
+    return training.sync_seconds(nbytes, over_dp) + partial + update
 
 
 def _memory(

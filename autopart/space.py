@@ -15,7 +15,7 @@ from autopart.constraints import Cuts, check
 from autopart.cost import Training, widening
 from autopart.cuts import NEVER, spans
 from autopart.folded import Folded
-from autopart.hardware.rows import Link
+from autopart.hardware.rows import Device, Link
 from autopart.mesh import Mesh
 from autopart.passes.formulate import formulate
 from autopart.passes.solve import Solution, Solver
@@ -228,6 +228,10 @@ class Space:
         wide = widening(self.request.precision, self.request.master)
         return Training(self.request.optimizer, point.zero, group, self.micro_batches(point), wide)
 
+    def device(self, point: Point) -> Device:
+        """The device as busy as a point has it."""
+        return self.mesh.busy_device(point.pp, self.micro_batches(point))
+
     def micro_batches(self, point: Point) -> int:
         """Micro-batches of a step."""
         return self.request.global_batch // point.micro_batch
@@ -239,7 +243,7 @@ class Space:
             model = self.model(point)
             sizes = {axis: self.mesh.group(strides[axis], getattr(point, axis)) for axis in model.table.axes}
             scale = point.micro_batch / self.folded.traced.micro_batch
-            self.prices[point] = Prices(model.sizes, Terms(self.mesh.device, sizes, scale, self.training(point)))
+            self.prices[point] = Prices(model.sizes, Terms(self.device(point), sizes, scale, self.training(point)))
         return self.prices[point]
 
     def between_stages(self, point: Point) -> Link | None:

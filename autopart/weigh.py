@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopart.comm import p2p_seconds
-from autopart.cost import NO_SIZES, Seconds, Training, stream_seconds, work_in, work_seconds
+from autopart.cost import NO_SIZES, Seconds, Training, stream_seconds, update_seconds, work_in, work_seconds
 from autopart.hardware.rows import Device, Link
 from autopart.mesh import Group
 from autopart.notation import Placement
@@ -23,7 +23,7 @@ from autopart.problem import Chain, Flow, Keep, Node, Placements, Table, Value
 from autopart.relayout import Relayout, Step, row_seconds
 
 Array = NDArray[np.float64]
-FOUR = slice(2, 6)
+FOUR = slice(3, 7)
 """Where `Sizes.rest` has batch, m, n and k."""
 
 Path = tuple[Placements, ...]
@@ -58,8 +58,8 @@ class Sizes:
     first     index of a node's first strategy among all
     which     of every strategy, the row that says what the operator does: strategies that do the same share it
     flops, moved, peak, rest, factors
-              of these rows: FLOPs and bytes moved, peak, then again, runs, sizes and grads as in `cost.Work`, and which
-              of the four factors batch, m, n and k have
+              of these rows: FLOPs and bytes moved, peak, then again, runs, kind, sizes and grads as in `cost.Work`, and
+              which of the four factors batch, m, n and k have
     changes   (flow, placement as made, path to where it is then) of every change that can be paid
     kept      (keep, placement) -> index of every memory that can be kept
     """
@@ -148,7 +148,7 @@ class Sizes:
         """What an operator does, as a row."""
         flops = self._cut(node.flops, node.batch, [s.shards_work for s in node.options[option]])
         sizes, factors = self._matrix(node, option)
-        rest = [node.peak, node.again, node.runs, *sizes, *node.grads, *factors]
+        rest = [node.peak, node.again, node.runs, node.kind_index, *sizes, *node.grads, *factors]
         return np.concatenate([flops, self._moved(node, option), rest])
 
     def _matrix(self, node: Node, option: int) -> tuple[tuple[float, ...], list[int]]:
@@ -251,6 +251,7 @@ class Prices:
             self.parts[i] = training.memory(weight, bool(sizes.grad[i]), over_dp)
             self.gathered[i] = 2 * training.gathered(weight, over_dp)
             self.sync[i] = training.sync_seconds(weight, over_dp)
+            self.sync[i] += update_seconds(weight, bool(sizes.grad[i]), over_dp, training, device)
             if over_tp:
                 self.sync[i] += training.partial_sync_seconds(weight, terms.sizes["tp"])
         self.state = self.parts.sum(1)

@@ -137,7 +137,7 @@ def seconds_of(
     name: str, flops: float, nbytes: float, sizes: tuple[float, ...] = NO_SIZES, grads: tuple[bool, bool] = (True, True)
 ) -> Seconds:
     peak = DEVICES[name].flops["bfloat16"] if flops else math.inf
-    row = [flops, nbytes, peak, sum(grads) if flops else 1, 1, *sizes, *grads]
+    row = [flops, nbytes, peak, sum(grads) if flops else 1, 1, 0, *sizes, *grads]
     found = work_seconds(work_in(np.array([row], dtype=float)), DEVICES[name])
     return Seconds(float(found.forward[0]), float(found.backward[0]))
 

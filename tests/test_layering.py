@@ -18,6 +18,7 @@ LAYERS = (
         "graph",
         "comm",
         "efficiency",
+        "measured",
         "schedules",
         "kernels",
         "torch_private",
@@ -50,7 +51,7 @@ LAYERS = (
     {"passes"},
     {"request", "space", "squeeze", "bounds", "ways", "shortage", "report", "planner", "advice", "exports", "timeline"},
     {"compile", "runtime"},
-    {"check", "certify", "meshes", "explain", "reprice"},
+    {"check", "certify", "meshes", "explain", "reprice", "calibrate"},
     {"models", "cli", "__init__", "__main__"},
 )
 # (import, the only files that may have it), both regular expressions.

@@ -13,12 +13,17 @@ from typing import Any, TypeVar
 
 from autopart.errors import PartitionError
 
+from .measured import read_measured, read_wire
 from .rows import DTYPES, KINDS, Device, Link, Silicon
 
 _Row = TypeVar("_Row", Device, Link)
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 """What a row may be called: what the text of a mesh can name."""
+
+
+SHOWN = 200
+"""Characters that are shown of a value that is refused."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,11 @@ SILICON = _Kind(
     _silicon,
 )
 
+MEASURED = _Kind(
+    "the tables that `autopart calibrate` writes, of rows of numbers (autopart/hardware/measured.py)", read_measured
+)
+WIRE = _Kind(MEASURED.says, read_wire)
+
 BESIDES: Mapping[str, _Kind] = {"like": TEXT, "cuda": PATTERN}
 """Fields of a row in a file that are not of the row it makes."""
 
@@ -129,6 +139,7 @@ TAKES: Mapping[type[Any], Mapping[str, _Kind]] = {
         "devices_per_host": COUNT,
         "nics_per_host": COUNT,
         "silicon": SILICON,
+        "measured": MEASURED,
         "source": TEXT,
         **BESIDES,
     },
@@ -140,6 +151,7 @@ TAKES: Mapping[type[Any], Mapping[str, _Kind]] = {
         "share": RATE,
         "exchange": RATE,
         "wired": COUNT,
+        "measured": WIRE,
         "like": TEXT,
     },
 }
@@ -219,7 +231,9 @@ def _made(where: str, name: str, given: Mapping[str, Any], kind: type[_Row], kno
 def _value(where: str, key: str, value: Any, kind: _Kind) -> Any:
     read = kind.read(value)
     if read is None:
-        raise PartitionError(f"{where}: {key} = {value!r}", f"it must be {kind.says}")
+        text = repr(value)
+        shown = text[:SHOWN] + "..." * (len(text) > SHOWN)
+        raise PartitionError(f"{where}: {key} = {shown}", f"it must be {kind.says}")
     return read
 
 

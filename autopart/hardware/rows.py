@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from .measured import Measured, Wire
+
 DTYPES = ("float64", "float32", "tf32", "float16", "bfloat16", "float8")
 """The dtypes a device may have a peak for."""
 
@@ -69,6 +71,7 @@ class Device:
     nics_per_host     how many network cards for them; hosts of another size have as many a device. The defaults are
                       one card for each device
     silicon           constants of its kernels; None where nothing was fitted: then a plain roofline tells their seconds
+    measured          what `autopart.calibrate` measured of it, which then tells all seconds instead
     """
 
     name: str
@@ -82,6 +85,12 @@ class Device:
     devices_per_host: int = 1
     nics_per_host: int = 1
     silicon: Silicon | None = None
+    measured: Measured | None = None
+
+    @property
+    def type(self) -> str:
+        """What torch calls such devices: "cpu" or "cuda"."""
+        return self.measured.type if self.measured else "cpu" if self.name == "cpu" else "cuda"
 
 
 KINDS = ("nvlink", "pci", "network", "host")
@@ -101,6 +110,7 @@ class Link:
     exchange         share that an all-to-all reaches
     wired            devices that are wired to each other without a switch, a group of p of which has log p / log wired
                      of a device's links; 0 behind a switch
+    measured         what `autopart.calibrate` measured of it inside a host: the seconds of those groups and of messages
     """
 
     name: str
@@ -111,3 +121,4 @@ class Link:
     share: float = 1.0
     exchange: float = 1.0
     wired: int = 0
+    measured: Wire | None = None

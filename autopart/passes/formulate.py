@@ -23,7 +23,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from autopart.cost import again_of, peak_of
+from autopart.cost import again_of, kind_of, peak_of
 from autopart.errors import PartitionError
 from autopart.folded import Folded
 from autopart.graph import Info, info, operands, shape_args, value_of
@@ -100,6 +100,7 @@ class _Builder:
             peak=peak_of(record, self.device) if is_op else float("inf"),
             again=again_of(record, inputs),
             runs=int(is_op and not record.view),
+            kind_index=kind_of(record) if is_op else 0,
             inner=float(record.inner),
             grad=record.grad,
             group=-1 if run is None else self.folded.runs[run].kind,

@@ -299,14 +299,16 @@ class _Localiser:
         found = instead(Call(node, args, along, self.stage, self.streams))
         if found is not None:
             target, args, kwargs = found
-            local = replace(local, name=f"runtime.{found[0].__name__}")
+            local = replace(local, name=f"runtime.{found[0].__name__}", kernel=record.name)
         result = self._add(run, target, args, kwargs, local)
         parts = 1
         for strategy, (_, size) in zip(chosen, self.choices.axes, strict=True):
             parts *= size if strategy.local == "mean" else 1
         if parts > 1:
             moved, again = 2 * local.size, int(record.grad)
-            mean = replace(local, name="aten.div.Tensor", product=False, matrix=None, moved=moved, again=again)
+            mean = replace(
+                local, name="aten.div.Tensor", kernel="", product=False, matrix=None, moved=moved, again=again
+            )
             result = self._add(run, torch.ops.aten.div.Tensor, (result, parts), {}, mean)
         for index in range(len(record.shapes)):
             picked = result

@@ -1,0 +1,140 @@
+"""What was measured of a device and of a link, as rows of numbers: the third way, beside a plain roofline and the
+constants of `Silicon`, in which a row of the tables says how long things take.
+
+`autopart.calibrate` writes such rows. Every row of numbers ends with the spread of its measurement, the greatest
+relative distance of a round's seconds from the seconds given, which are the median of the rounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+Rows = tuple[tuple[float, ...], ...]
+Tables = Mapping[str, Rows]
+
+TYPES = ("cpu", "cuda")
+"""What torch calls the devices that can be measured."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What takes how many seconds on a device while all ranks of a host are as busy.
+
+    type        of TYPES
+    ranks       that measured at once;  threads: of each
+    alone       how many times as fast a rank computes while the others idle: more than 1 where ranks share cores
+    overlap     how many times as long a product takes beside an all-reduce
+    products    dtype -> rows (m, n, k, seconds, spread) of products of m x k by k x n, values alone
+    attention   dtype -> rows (sequence, elements of a head, causal, seconds of a forward FLOP, of a backward one,
+                spread), FLOPs being those of the forward pass
+    operators   kind of operator, of `autopart.measured.KINDS` -> rows (bytes, forward, backward, spread): seconds of a
+                call under autograd by the bytes that it reads and writes
+    updates     optimizer -> rows (bytes, seconds, spread) of its step on one parameter of so many bytes
+    accumulate  rows (bytes, seconds, spread) of adding a micro-batch's gradient to that of those before
+    pace        what all seconds of computing are multiplied by; not part of a file (see `Mesh.busy_device`)
+    """
+
+    type: str
+    ranks: int
+    threads: int
+    alone: float
+    overlap: float
+    products: Tables = field(hash=False)
+    attention: Tables = field(hash=False)
+    operators: Tables = field(hash=False)
+    updates: Tables = field(hash=False)
+    accumulate: Rows = field(hash=False)
+    pace: float = 1.0
+
+
+@dataclass(frozen=True)
+class Wire:
+    """What takes how many seconds on a link.
+
+    collectives  name -> ranks of the group, as text -> rows (bytes, seconds, spread). The names are those of
+                 `autopart.comm.COLLECTIVES` as the runtime runs them, with the bytes that are counted there, and with
+                 "merged_" before them for the bytes of many parameters that travel in one message
+    p2p          rows (bytes, seconds, spread) of a message
+    """
+
+    collectives: Mapping[str, Tables] = field(hash=False)
+    p2p: Rows = field(hash=False)
+
+
+def read_measured(value: Any) -> Measured | None:
+    """The `measured` of a device's row in a file, or in JSON; None for anything else."""
+    return _read(Measured, value)
+
+
+def read_wire(value: Any) -> Wire | None:
+    """The `measured` of a link's row."""
+    return _read(Wire, value)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _rows(value: Any, width: int, times: int) -> Rows | None:
+    """At least one row of `width` numbers, none below 0, in rising order; the `times` before the last are above 0."""
+    if not isinstance(value, list | tuple) or not value:
+        return None
+    for row in value:
+        if not isinstance(row, list | tuple) or len(row) != width or not all(_number(x) and x >= 0 for x in row):
+            return None
+        if not all(x > 0 for x in row[-1 - times : -1]):
+            return None
+    return tuple(sorted(tuple(map(float, row)) for row in value))
+
+
+def _tables(value: Any, width: int, times: int) -> Tables | None:
+    if not isinstance(value, Mapping):
+        return None
+    read = {str(key): _rows(rows, width, times) for key, rows in value.items()}
+    return None if None in read.values() else read  # type: ignore[return-value]
+
+
+def _collectives(value: Any) -> Mapping[str, Tables] | None:
+    if not isinstance(value, Mapping):
+        return None
+    read = {str(name): _tables(tables, 3, 1) for name, tables in value.items()}
+    whole = all(tables and all(ranks.isdecimal() for ranks in tables) for tables in read.values())
+    return read if whole else None  # type: ignore[return-value]
+
+
+def _above_zero(value: Any) -> float | None:
+    return float(value) if _number(value) and value > 0 else None
+
+
+def _count(value: Any) -> int | None:
+    return int(value) if _number(value) and value >= 1 and value == int(value) else None
+
+
+READ: Mapping[str, Callable[[Any], Any]] = {
+    "type": lambda value: value if value in TYPES else None,
+    "ranks": _count,
+    "threads": _count,
+    "alone": _above_zero,
+    "overlap": _above_zero,
+    "products": lambda value: _tables(value, 5, 1),
+    "attention": lambda value: _tables(value, 6, 2),
+    "operators": lambda value: _tables(value, 4, 1) if value else None,
+    "updates": lambda value: _tables(value, 3, 1),
+    "accumulate": lambda value: _rows(value, 3, 1),
+    "pace": _above_zero,
+    "collectives": _collectives,
+    "p2p": lambda value: _rows(value, 3, 1),
+}
+"""What a field takes: a function that gives None for anything else."""
+
+
+def _read(kind: type[Any], value: Any) -> Any:
+    names = {f.name for f in fields(kind)}
+    if not isinstance(value, Mapping) or not value.keys() <= names:
+        return None
+    read = {key: READ[key](given) for key, given in value.items()}
+    needed = {f.name for f in fields(kind) if f.default is MISSING}
+    return None if any(found is None for found in read.values()) or needed - read.keys() else kind(**read)

@@ -1,0 +1,187 @@
+"""What benchmarks on real ranks share: small models, a profile of this machine, steps timed in turns.
+
+Rows take turns, a step each, round after round, so that whatever else the machine does falls on all alike; a step's
+time is that of the slowest rank, and a row's the median over rounds. Beside every round a yardstick is timed, a product
+that the profile knows: how much faster or slower the machine is than when it was calibrated.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import autopart
+from autopart.calibrate import calibrate
+from autopart.runtime.launch import launch
+
+WORDS = 4096
+YARDSTICK = (1024, 256, 1024)
+"""m, n and k of a product of the sweep."""
+
+
+class Mlp(nn.Module):
+    """Equal layers with a residual, and a mean squared error."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+            for _ in range(layers)
+        )
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The loss of samples x, y of (batch, width)."""
+        for layer in self.layers:
+            x = x + layer(x)
+        return nn.functional.mse_loss(x, y)
+
+
+Made = tuple[nn.Module, dict[str, Tensor]]
+
+
+def make_gpt2(width: int, layers: int, sequence: int, batch: int) -> Made:
+    """GPT-2 without dropout, and a batch."""
+    config = GPT2Config(
+        vocab_size=WORDS, n_positions=sequence, n_embd=width, n_layer=layers, n_head=width // 64, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config), _tokens(batch, sequence)
+
+
+def make_llama(width: int, layers: int, sequence: int, batch: int) -> Made:
+    """Llama, and a batch."""
+    config = LlamaConfig(
+        vocab_size=WORDS, max_position_embeddings=sequence, hidden_size=width, num_hidden_layers=layers,
+        intermediate_size=-(-width * 8 // (3 * 64)) * 64, num_attention_heads=width // 64,
+        num_key_value_heads=width // 64, tie_word_embeddings=False, use_cache=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config), _tokens(batch, sequence)
+
+
+def make_mlp(width: int, layers: int, sequence: int, batch: int) -> Made:
+    """Plain layers, and a batch of `sequence` times `batch` samples."""
+    x = torch.randn(batch * sequence, width, generator=torch.Generator().manual_seed(0))
+    return Mlp(width, layers), {"x": x, "y": x.roll(1, 0)}
+
+
+def _tokens(batch: int, sequence: int) -> dict[str, Tensor]:
+    tokens = torch.randint(WORDS, (batch, sequence), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": tokens, "labels": tokens.clone()}
+
+
+MODELS: Mapping[str, Callable[[int, int, int, int], Made]] = {"gpt2": make_gpt2, "llama": make_llama, "mlp": make_mlp}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model of `sizes` (width, layers, sequence, batch) and the settings it is planned with."""
+
+    model: str
+    sizes: tuple[int, int, int, int]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def make(self) -> Made:
+        """The model with the same weights everywhere, and its batch."""
+        torch.manual_seed(0)
+        model, batch = MODELS[self.model](*self.sizes)
+        return model.train(), batch
+
+    @property
+    def name(self) -> str:
+        """The job in words."""
+        width, layers, sequence, batch = self.sizes
+        asked = " ".join(f"{key}={value}" for key, value in self.settings.items()) or "planned"
+        return f"{self.model} {layers}x{width}, batch {batch}x{sequence}: {asked}"
+
+
+def profiled(ranks: int, file: Path, rounds: int) -> str:
+    """Calibrate so many CPU ranks into a file; the mesh."""
+    name = calibrate(f"{ranks}:cpu", file, rounds=rounds)
+    return f"{ranks}:{name}"
+
+
+def on_ranks(script: str, ranks: int, arguments: Sequence[str]) -> None:
+    """Run a script as so many ranks; ends this process where they fail."""
+    status = launch([sys.executable, script, *arguments], ranks)
+    if status:
+        sys.exit(status)
+
+
+def begin() -> None:
+    """Join the other ranks."""
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore")
+    dist.init_process_group("gloo")
+
+
+def time_jobs(jobs: Sequence[Job], mesh: autopart.Mesh, rounds: int, warm_up: int = 2) -> list[dict[str, Any]]:
+    """Every job's plan, predicted and measured seconds; on every rank."""
+    rows: list[dict[str, Any]] = []
+    steps: list[Callable[[], Any]] = []
+    for job in jobs:
+        model, batch = job.make()
+        compiled = autopart.compile(model, mesh, batch, optimizer="adamw", **job.settings)
+        compiled.optimizer(torch.optim.AdamW, lr=1e-4)
+        plan = compiled.plan
+        degrees = f"pp={plan.pp} dp={plan.dp} tp={plan.tp} zero={plan.zero} recompute={plan.recompute}"
+        told = f"{degrees} {plan.micro_batches}x{plan.micro_batch}"
+        rows.append({"job": job.name, "plan": told, "predicted": plan.step_seconds})
+        steps.append(lambda c=compiled, b=batch: c.step(b))
+        if dist.get_rank() == 0:
+            print(f"{job.name}: {told}", file=sys.stderr, flush=True)
+    gc.collect()
+    gc.freeze()
+    yards: list[float] = []
+    times: list[list[float]] = [[] for _ in steps]
+    for number in range(warm_up + rounds):
+        yards.append(yardstick(mesh))
+        for step, mine in zip(steps, times, strict=True):
+            dist.barrier()
+            started = time.perf_counter()
+            step()
+            taken = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
+            dist.all_reduce(taken, dist.ReduceOp.MAX)
+            if number >= warm_up:
+                mine.append(taken.item())
+    drift = statistics.median(yards[warm_up:])
+    for row, mine in zip(rows, times, strict=True):
+        row |= {"measured": statistics.median(mine), "spread": (max(mine) - min(mine)) / statistics.median(mine)}
+        row |= {"drift": drift, "ranks": mesh.size, "seconds": [round(s, 5) for s in mine]}
+    return rows
+
+
+def yardstick(mesh: autopart.Mesh) -> float:
+    """How many times as long as the profile says the yardstick takes now, on all ranks at once."""
+    assert mesh.device.measured is not None
+    m, n, k = YARDSTICK
+    known = next(row[3] for row in mesh.device.measured.products["float32"] if row[:3] == (m, n, k))
+    x, w = torch.randn(m, k), torch.randn(k, n)
+    dist.barrier()
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < 0.1:
+        torch.mm(x, w)
+        count += 1
+    ratio = torch.tensor((time.perf_counter() - started) / count / known, dtype=torch.float64)
+    dist.all_reduce(ratio)
+    return ratio.item() / dist.get_world_size()
+
+
+def merge(path: Path, rows: Sequence[Mapping[str, Any]], key: Sequence[str]) -> list[dict[str, Any]]:
+    """Put rows into a file in the place of those with the same `key`; all that are there then."""
+    known = json.loads(path.read_text())["rows"] if path.exists() else []
+    merged = {tuple(row[k] for k in key): row for row in [*known, *rows]}
+    return list(merged.values())

@@ -1,0 +1,135 @@
+"""What the planner's choice costs against the best there is: every uniform configuration is run, and its choice too.
+
+For every model and batch on 2 and on 4 CPU ranks (real processes, gloo), all degrees of pipeline, data and tensor
+parallelism that fill the ranks are run with several micro-batches, each as fast as the planner can make it, and beside
+them what the planner takes when it is asked for nothing, on the profile that `autopart calibrate` wrote in the same
+run. Regret is by how much its measured time is above the least measured.
+
+    python benchmarks/regret.py                              # all: about 20 minutes
+    python benchmarks/regret.py --ranks 4 --pairs 0 1        # a part; results of others stay in the file
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ranks import Job, begin, merge, on_ranks, profiled, time_jobs
+from rich.console import Console
+from rich.table import Table
+
+import autopart
+
+RESULTS = Path(__file__).parent / "results" / "regret.json"
+KEY = ("ranks", "pair", "job")
+PAIRS: list[tuple[str, tuple[int, int, int, int]]] = [
+    ("gpt2", (256, 4, 128, 8)),
+    ("gpt2", (384, 4, 64, 16)),
+    ("llama", (256, 4, 128, 8)),
+    ("llama", (512, 4, 128, 4)),
+    ("mlp", (512, 4, 64, 8)),
+    ("mlp", (256, 8, 256, 8)),
+]
+
+
+def main() -> None:
+    """Calibrate, start the ranks, and judge; or be a rank."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", choices=(2, 4), default=[2, 4])
+    parser.add_argument("--pairs", type=int, nargs="+", choices=range(len(PAIRS)), default=list(range(len(PAIRS))))
+    parser.add_argument("--steps", type=int, default=9, help="that count, of every configuration")
+    parser.add_argument("--rounds", type=int, default=2, help="of the calibration")
+    parser.add_argument("--profile", type=Path, help="of an earlier calibration, instead of one now")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="where results are kept")
+    options = parser.parse_args()
+    if "RANK" in os.environ:
+        run_rank(options)
+        return
+    for ranks in options.ranks:
+        with tempfile.TemporaryDirectory() as folder:
+            file = options.profile or Path(folder) / "profile.toml"
+            if not options.profile:
+                profiled(ranks, file, options.rounds)
+            given = ["--steps", str(options.steps), "--json", str(options.json), "--profile", str(file)]
+            on_ranks(__file__, ranks, ["--ranks", str(ranks), "--pairs", *map(str, options.pairs), *given])
+    show(json.loads(options.json.read_text()))
+
+
+def configurations(ranks: int, model: str, sizes: tuple[int, int, int, int]) -> Iterator[Job]:
+    """All degrees with micro-batches of the whole, a half and a quarter of the batch (a pipeline's: a half, a quarter,
+    an eighth), and the planner's own."""
+    samples = sizes[3] * (sizes[2] if model == "mlp" else 1)
+    yield Job(model, sizes)
+    for pp in (1, 2, 4):
+        for tp in (1, 2, 4):
+            dp = ranks // (pp * tp)
+            if dp < 1 or pp * dp * tp != ranks:
+                continue
+            for parts in (1, 2) if pp == 1 else (2, 4, 8):
+                if samples % (parts * dp) == 0:
+                    yield Job(model, sizes, {"pp": pp, "dp": dp, "tp": tp, "micro_batch": samples // parts})
+
+
+def run_rank(options: argparse.Namespace) -> None:
+    """Time every configuration of every pair; rank 0 keeps them."""
+    begin()
+    (ranks,) = options.ranks
+    autopart.load_hardware(options.profile)
+    mesh = autopart.Mesh.of(f"{ranks}:cpu-{ranks}")
+    for pair in options.pairs:
+        model, sizes = PAIRS[pair]
+        rows = time_jobs(list(configurations(ranks, model, sizes)), mesh, options.steps)
+        if dist.get_rank() == 0:
+            keep(options.json, [{**row, "pair": pair, "planned": i == 0} for i, row in enumerate(rows)])
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def keep(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Put rows into the file, with the regret of every pair."""
+    merged = merge(path, rows, KEY)
+    pairs = sorted({(row["ranks"], row["pair"]) for row in merged})
+    record = {"torch": torch.__version__, "cores": os.cpu_count(), "regret": [regret(merged, *at) for at in pairs]}
+    path.write_text(json.dumps({**record, "rows": merged}, indent=1) + "\n")
+
+
+def regret(rows: list[dict[str, Any]], ranks: int, pair: int) -> dict[str, Any]:
+    """The planner's choice of one pair against the best; a configuration that is the same plan as its own is timed
+    twice, and both times are one."""
+    own = [row for row in rows if (row["ranks"], row["pair"]) == (ranks, pair)]
+    (choice,) = (row for row in own if row["planned"])
+    best = min(own, key=lambda row: row["measured"])
+    same = [row["measured"] for row in own if row["plan"] == choice["plan"]]
+    taken = sum(same) / len(same)
+    return {
+        "ranks": ranks, "pair": pair, "model": choice["job"].partition(":")[0], "configurations": len(own) - 1,
+        "choice": choice["plan"], "best": best["plan"], "seconds": taken, "best_seconds": best["measured"],
+        "worst_seconds": max(row["measured"] for row in own),
+        "regret": max(0.0, taken / best["measured"] - 1) if best["plan"] != choice["plan"] else 0.0,
+    }  # fmt: skip
+
+
+def show(record: dict[str, Any]) -> None:
+    """Print the regrets."""
+    table = Table(title="what the planner chose against the best of all configurations run")
+    for name in ("ranks", "model", "runs", "choice", "ms", "best", "best ms", "worst ms", "regret"):
+        table.add_column(name, overflow="fold")
+    for row in record["regret"]:
+        table.add_row(
+            str(row["ranks"]), row["model"], str(row["configurations"]), row["choice"], f"{row['seconds'] * 1e3:.0f}",
+            row["best"], f"{row['best_seconds'] * 1e3:.0f}", f"{row['worst_seconds'] * 1e3:.0f}",
+            f"{row['regret']:.1%}",
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 190).print(table)
+
+
+if __name__ == "__main__":
+    main()
