@@ -241,11 +241,13 @@ class Explanation:
             link = getattr(mesh, name)
             if (mesh.hosts if name == "inter" else mesh.devices_per_host) == 1:
                 continue
-            faster = replace(link, bandwidth=link.bandwidth * FASTER)
+            wire = link.measured.faster(FASTER) if link.measured else None
+            faster = replace(link, bandwidth=link.bandwidth * FASTER, measured=wire)
             yield f"links between {between} 10 % faster ({link.name})", self._on(replace(mesh, **{name: faster}))
         flops = {dtype: rate * FASTER for dtype, rate in device.flops.items()}
         yield "products 10 % faster", self._on(replace(mesh, device=replace(device, flops=flops)), FASTER)
-        moved = replace(device, bandwidth=device.bandwidth * FASTER)
+        measured = device.measured.faster_memory(FASTER) if device.measured else None
+        moved = replace(device, bandwidth=device.bandwidth * FASTER, measured=measured)
         yield "memory of the devices 10 % faster", self._on(replace(mesh, device=moved))
 
     def _memory(self, more: float) -> Space:

@@ -331,6 +331,13 @@ def test_a_profile_plans(settings: dict[str, Any], tmp_path: Path) -> None:
     assert every.bound_seconds <= plan.step_seconds * (1 + 1e-9)
 
 
+def test_what_is_faster_makes_the_step_so(tmp_path: Path) -> None:
+    mesh = mesh_of(tmp_path)
+    prices = {p.what: p for p in autopart.explain(Blocks(), mesh, BATCH, tp=2).prices()}
+    for what in ("links between devices of a host 10 % faster (mine)", "memory of the devices 10 % faster"):
+        assert (prices[what].seconds or 1.0) < prices[what].against
+
+
 @pytest.mark.processes
 def test_a_quick_calibration_plans_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE"):
