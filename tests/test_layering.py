@@ -52,7 +52,7 @@ LAYERS = (
     {"request", "space", "squeeze", "bounds", "ways", "shortage", "report", "planner", "advice", "exports", "timeline"},
     {"compile", "runtime"},
     {"check", "certify", "meshes", "explain", "reprice", "calibrate"},
-    {"models", "cli", "__init__", "__main__"},
+    {"models", "shell", "show", "cli", "__init__", "__main__"},
 )
 # (import, the only files that may have it), both regular expressions.
 ONLY_IN = (
