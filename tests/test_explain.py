@@ -358,7 +358,7 @@ def test_shell(tmp_path: Path) -> None:
     assert "lm_head/linear" in shown.stdout
     told = run(app, ["show", str(file), "--why-not", "tp=1", "--json"])
     assert json.loads(told.stdout)["why_not"][0]["against"] == plan.step_seconds
-    assert run(app, ["estimate", str(file)]).stdout.startswith(f"step     {seconds_text(plan.step_seconds)}")
+    assert f"\nstep     {seconds_text(plan.step_seconds)}, " in run(app, ["estimate", str(file)]).stdout
     nameless = tmp_path / "nameless.json"
     replace(plan, request={}).save(nameless)
     refused = run(app, ["show", str(nameless), "--why"])
