@@ -32,14 +32,17 @@ RESULTS = Path(__file__).parent / "results" / "measured.json"
 KEY = ("ranks", "job")
 
 GPT2 = "gpt2", (512, 4, 128, 8)
+NARROW = "gpt2", (256, 4, 128, 8)
 LLAMA = "llama", (512, 4, 128, 8)
+LONG = "llama", (512, 4, 256, 8)
 MLP = "mlp", (512, 6, 256, 8)
 
 ROWS: dict[int, list[Job]] = {
     1: [
         Job(*GPT2, {"micro_batch": 8}),
-        Job(*LLAMA, {"micro_batch": 4}),
+        Job(*NARROW, {"micro_batch": 4}),
         Job(*LLAMA, {"micro_batch": 4, "recompute": "full"}),
+        Job(*LONG, {"micro_batch": 4}),
         Job(*MLP, {"micro_batch": 2048}),
     ],
     2: [
@@ -55,12 +58,12 @@ ROWS: dict[int, list[Job]] = {
     ],
     4: [
         Job(*GPT2, {"dp": 4, "micro_batch": 8}),
-        Job(*GPT2, {"dp": 2, "tp": 2, "micro_batch": 8}),
+        Job(*NARROW, {"dp": 2, "tp": 2, "micro_batch": 8}),
         Job(*GPT2, {"pp": 2, "tp": 2, "micro_batch": 2}),
         Job(*LLAMA, {"pp": 4, "micro_batch": 2}),
-        Job(*LLAMA, {"pp": 2, "dp": 2, "micro_batch": 2}),
+        Job(*LONG, {"pp": 2, "dp": 2, "micro_batch": 2}),
         Job(*LLAMA, {"tp": 4, "micro_batch": 8}),
-        Job(*LLAMA, {"dp": 4, "micro_batch": 8, "zero": 2}),
+        Job(*NARROW, {"dp": 4, "micro_batch": 8, "zero": 2}),
         Job(*MLP, {"pp": 4, "micro_batch": 512}),
     ],
 }

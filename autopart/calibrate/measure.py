@@ -57,7 +57,7 @@ FULL: Mapping[str, Sizes] = {
     "cpu": Sizes(
         products=(16, 64, 256, 1024, 4096), flops=2.2e9, sequences=(64, 256, 1024), heads=(32, 64, 128),
         flops_attention=1.5e8, streams=(4 * KIB, 64 * KIB, MIB, 8 * MIB, 32 * MIB),
-        messages=(4 * KIB, 64 * KIB, 512 * KIB, 2 * MIB, 8 * MIB), parameters=(4 * KIB, 256 * KIB, 4 * MIB, 16 * MIB),
+        messages=(4 * KIB, 128 * KIB, MIB, 8 * MIB, 32 * MIB), parameters=(4 * KIB, 256 * KIB, 4 * MIB, 16 * MIB),
         held=64 * MIB, window=0.04,
     ),
     "cuda": Sizes(
@@ -277,8 +277,13 @@ class Bench:
         yield Case("overlap", "", (), self._overlap)
 
     def _collective(self, run: Callable[[Tensor, Group], Any], group: Group, nbytes: int) -> Callable[[], Seconds]:
-        x = self._randn(group.size, nbytes // 4 // group.size)
-        return self._equally(lambda: run(x, group))
+        """One after the other, or what each adds to a product before it, whichever is longer: ranks that share cores
+        do not reach a collective at the same time."""
+        x, work = self._randn(group.size, nbytes // 4 // group.size), self._work()
+        alone, before, without = (
+            self._equally(each) for each in (lambda: run(x, group), lambda: (work(), run(x, group)), work)
+        )
+        return lambda: (max(alone()[0], before()[0] - without()[0]),)
 
     def _message(self, nbytes: int) -> Callable[[], Seconds]:
         """Back and forth between ranks in pairs; one left over idles."""
@@ -301,8 +306,8 @@ class Bench:
     def _work(self) -> Callable[[], Any]:
         """A product that takes a while, for what else there is to be compared."""
         size = self.sizes.products[-1] // 4 if len(self.sizes.products) > 2 else self.sizes.products[-1]
-        x = self._randn(size, size)
-        return lambda: x @ x
+        x, y = self._randn(size, size), self._randn(size, size // 4)
+        return lambda: x @ y
 
     def _alone(self) -> Callable[[], Seconds]:
         """How many times as fast rank 0 computes while the others wait; every rank says the same."""
