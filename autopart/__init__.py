@@ -15,6 +15,7 @@ with paused():
     from autopart.plan import Plan
     from autopart.reprice import reprice
     from autopart.runtime.compiled import Compiled
+    from autopart.tenants import Tenants, tenants
     from autopart.timeline import Timeline, timeline
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "PartitionError",
     "Plan",
     "Simulated",
+    "Tenants",
     "Timeline",
     "calibrate",
     "certify",
@@ -39,5 +41,6 @@ __all__ = [
     "reprice",
     "search_mesh",
     "simulate",
+    "tenants",
     "timeline",
 ]

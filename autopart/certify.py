@@ -338,13 +338,13 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
     for record, placed, nbytes in _parameters(folded, choices, span, graph.index):
         held = training.memory(nbytes, record.grad, _summed(choices, record, placed, "dp"))
         parts = [a + b for a, b in zip(parts, held, strict=True)]
-    gathered = [
-        sum(
-            2 * training.gathered(n, _summed(choices, r, p, "dp"))
+    gathered = {
+        run: sum(
+            training.gathered(n, _summed(choices, r, p, "dp"))
             for r, p, n in _parameters(folded, choices, [run], graph.index)
         )
         for run in span
-    ]
+    }
     modes = dict(zip(span, plan.stages[graph.index].recompute, strict=True))
     nodes = dict(zip(graph.indices, (mine for _, mine in graph.runs), strict=True))
     rerun = [run for run in nodes if modes.get(run, "none") != "none"]
@@ -367,8 +367,11 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
             products = [info(n) for n in nodes[run] if info(n).product and not info(n).view]
             kept += sum(r.size + r.inner for r in products)
     kept += sum(info(n).size for n in shared)
-    largest = max((info(n).size for mine in nodes.values() for n in mine), default=0.0)
-    transient = 2 * largest + max(gathered) + max((whole[run] for run in rerun), default=0.0)
+    transient = 0.0
+    for run, mine in nodes.items():
+        largest = max((info(n).size for n in mine), default=0.0)
+        moment = largest + max(largest, gathered.get(run, 0.0))
+        transient = max(transient, moment + (whole[run] if run in rerun else 0.0))
     flights = in_flight(plan.schedule, graph.index, plan.pp, plan.micro_batches)
     names = ("parameters", "gradients", "optimizer", "activations", "transient")
     return dict(zip(names, (*parts, flights * kept, transient), strict=True))

@@ -279,8 +279,9 @@ class Training:
         return self.zero >= 3 and shared and self.ranks > 1
 
     def gathered(self, nbytes: float, shared: bool) -> float:
-        """Bytes of a parameter's whole that exist only while it is used."""
-        return nbytes if self.sliced(shared) else 0.0
+        """Bytes that exist only while a parameter in slices is used: its whole with its gradient or, if that is more,
+        the gradient with the message of it in the master dtype."""
+        return nbytes * max(2.0, 1.0 + self.widening) if self.sliced(shared) else 0.0
 
     def sync_seconds(self, nbytes: float, shared: bool) -> float:
         """Seconds a step takes to bring the gradient of a parameter of `nbytes` together and the parameter back, over

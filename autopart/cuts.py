@@ -205,7 +205,8 @@ class Ranges:
     ) -> tuple[Array, Array, list[Array]]:
         """Run blocks again until nothing is short: seconds, bytes still short, blocks that take each step."""
         steps = self._steps(modes)
-        needed = short + in_flight * self.entered[where] + max(s.transient for s in steps)
+        rerun = np.maximum(max(s.transient for s in steps) - self.transient[where], 0.0)
+        needed = short + in_flight * self.entered[where] + rerun
         seconds, counts = self.seconds[where].copy(), []
         for step in steps:
             count = np.clip(np.ceil(needed / (in_flight * step.bytes)), 0, self.blocks[step.kind][where])
@@ -218,7 +219,7 @@ class Ranges:
 @dataclass(frozen=True)
 class Saving:
     """What a block saves, per micro-batch in flight, when it takes the step to `mode`: bytes, for seconds; and the
-    bytes that exist while it is run again."""
+    bytes that exist for a moment while it is run again."""
 
     kind: int
     mode: str
@@ -238,8 +239,11 @@ def ranges(
     each = np.where(rerun, found.kept[least, everywhere] + found.entered, found.kept[0])
     seconds = _sums(found.forward + found.backward + found.again[least, everywhere] + found.sync / micro_batches)
     state, kept = _sums(found.parts.sum(0)), _sums(each)
-    largest, gathered, entered = _maxima(found.largest), _maxima(found.gathered), np.zeros(len(seconds))
-    alive = _maxima(found.kept[0] * rerun)
+    largest = found.largest.copy()
+    for item in found.items:
+        np.maximum.at(largest, list(item.positions), item.largest)
+    moment = largest + np.maximum(largest, found.gathered)
+    transient, entered = _maxima(moment + found.kept[0] * rerun), np.zeros(len(seconds))
     for item in found.items:
         has = _has(item.positions, n)
         seconds += has * (item.forward + item.backward + item.sync / micro_batches)
@@ -248,24 +252,23 @@ def ranges(
         if item.entered:
             entering = _has([p for p in item.positions if rerun[p]], n)
             kept, entered = kept + entering * item.entered, entered + (has & ~entering) * item.entered
-        largest = np.maximum(largest, has * item.largest)
     seconds += message_seconds(found.crossings, n)
     classes: dict[tuple[int, bool, tuple[str, ...]], int] = {}
     kind = [classes.setdefault(key, len(classes)) for key in zip(group, block, allowed, strict=True)]
     where = {number: np.array(kind) == number for (_, isblock, _), number in classes.items() if isblock}
     modes = {number: may for (_, _, may), number in classes.items()}
     return Ranges(
-        seconds, state, kept, 2 * largest + gathered + alive, entered, found.again, kind,
+        seconds, state, kept, transient, entered, found.again, kind,
         [MODES[mode] for mode in least], {k: _sums(mine.astype(float)) for k, mine in where.items()},
-        {k: _savings(found, k, mine, modes[k]) for k, mine in where.items()},
+        {k: _savings(found, k, mine, modes[k], moment) for k, mine in where.items()},
     )  # fmt: skip
 
 
-def _savings(found: Weighed, kind: int, where: NDArray[np.bool_], modes: Sequence[str]) -> list[Saving]:
+def _savings(found: Weighed, kind: int, where: NDArray[np.bool_], modes: Sequence[str], moment: Array) -> list[Saving]:
     """The steps of one kind of block from the first of the modes it may do towards keeping less, each dearer than the
     one before; those that another beats are left out. Of blocks that differ at their edges the least saving counts."""
     first, *more = [MODES.index(mode) for mode in modes]
-    whole = found.kept[0, where]
+    again_at_once = float((found.kept[0] + moment)[where].max())
     start = found.kept[first, where] + found.entered[where] * (first > 0)
     hull = [(first, 0.0, float(start.min()))]
     for mode in more:
@@ -277,9 +280,7 @@ def _savings(found: Weighed, kind: int, where: NDArray[np.bool_], modes: Sequenc
         while len(hull) > 1 and _slope(hull[-1], point) <= _slope(hull[-2], hull[-1]):
             hull.pop()
         hull.append(point)
-    return [
-        Saving(kind, MODES[b[0]], b[1] - a[1], a[2] - b[2], float(whole.max())) for a, b in itertools.pairwise(hull)
-    ]
+    return [Saving(kind, MODES[b[0]], b[1] - a[1], a[2] - b[2], again_at_once) for a, b in itertools.pairwise(hull)]
 
 
 def _slope(one: tuple[int, float, float], other: tuple[int, float, float]) -> float:

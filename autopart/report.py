@@ -9,11 +9,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
-from torch import fx
-
 from autopart.cost import update_seconds
-from autopart.folded import Folded, used_parameters
+from autopart.folded import Folded
 from autopart.graph import Info, info
+from autopart.held import leaves, parameters, sums, totals
 from autopart.notation import Placement
 from autopart.passes.localise import localise
 from autopart.passes.price import PricedRun, Prices, price
@@ -22,7 +21,7 @@ from autopart.planner import Found
 from autopart.request import is_block
 from autopart.rules import has_rule
 from autopart.space import Space
-from autopart.stages import OWNED, SETUP, SETUP_RUN, Choices, Splits, StageGraph
+from autopart.stages import SETUP, SETUP_RUN, Choices, Splits, StageGraph
 
 EQUAL = 1e-6
 """Relative difference of two sums of the same numbers."""
@@ -131,9 +130,7 @@ def price_stage(
     runs = folded.sequence[slice(*span)]
     key = at, min(runs), max(runs)
     if key not in known:
-        pieces = sorted({0, min(runs), max(runs) + 1} - {len(folded.runs)})
-        choices = choices_of(space, found, splits, tuple(pieces))
-        (graph,) = localise(folded, choices, [pieces.index(min(runs))])
+        choices, graph = localised(space, found, splits, span)
         groups = {axis: space.priced(point).terms.sizes[axis] for axis, _ in choices.axes}
         prices = price(graph, Prices(space.device(point), groups))
         known[key] = choices, graph, dict(zip(graph.indices, prices, strict=True))
@@ -148,12 +145,22 @@ def price_stage(
         backward_seconds=sum(
             (priced[run].backward + again(priced[run], mode)) * n for (run, mode), n in counts.items()
         ),
-        sync_seconds=sum(_sync(space, found, choices, *held) for held in _parameters(folded, choices, span)),
+        sync_seconds=sum(_sync(space, found, choices, *held[2:]) for held in parameters(folded, choices, span)),
         send_seconds=_message_seconds(space, found, index, span),
-        memory=_memory(space, found, choices, graph, span, modes, index),
+        memory=totals(leaves(space, found, choices, graph, span, modes, index)),
         runs=tuple(_printed(folded, priced, span, modes)),
         sends=tuple(_sends(space, found, index, span)),
     )
+
+
+def localised(space: Space, found: Found, splits: Splits, span: tuple[int, int]) -> tuple[Choices, StageGraph]:
+    """A stage of some positions for one rank, every run of it once."""
+    folded = space.folded
+    runs = folded.sequence[slice(*span)]
+    pieces = sorted({0, min(runs), max(runs) + 1} - {len(folded.runs)})
+    choices = choices_of(space, found, splits, tuple(pieces))
+    (graph,) = localise(folded, choices, [pieces.index(min(runs))])
+    return choices, graph
 
 
 def again(run: PricedRun, mode: str) -> float:
@@ -161,91 +168,14 @@ def again(run: PricedRun, mode: str) -> float:
     return {"none": 0.0, "selective": run.cheap, "full": run.forward}[mode]
 
 
-Held = tuple[Info, tuple[Placement, ...], float]
-"""A parameter, its placement along every axis, its bytes on a rank."""
-
-
-def _parameters(folded: Folded, choices: Choices, span: tuple[int, int]) -> Iterator[Held]:
-    """The parameters of a stage, each once."""
-    seen = set()
-    for position in range(*span):
-        for node in used_parameters(folded.runs[folded.sequence[position]]):
-            name = folded.parameter_at(position, node)
-            if name not in seen:
-                seen.add(name)
-                placed = choices.placements(folded, (node, 0), 0)
-                yield info(node), placed, choices.size((node, 0), placed)
-
-
-def _sums(choices: Choices, record: Info, placed: Sequence[Placement], axis: str) -> bool:
-    """Whether a parameter's gradient is a partial sum over an axis."""
-    names = [name for name, _ in choices.axes]
-    return record.grad and axis in names and placed[names.index(axis)].kind == "C"
-
-
 def _sync(
     space: Space, found: Found, choices: Choices, record: Info, placed: Sequence[Placement], nbytes: float
 ) -> float:
     training, sizes = space.training(found.point), space.priced(found.point).terms.sizes
-    over_tp = _sums(choices, record, placed, "tp")
-    over_dp = _sums(choices, record, placed, "dp")
+    over_dp, over_tp = sums(choices, record, placed, "dp"), sums(choices, record, placed, "tp")
     partial = training.partial_sync_seconds(nbytes, sizes["tp"]) if over_tp else 0.0
     update = update_seconds(nbytes, record.grad, over_dp, training, space.device(found.point))
     return training.sync_seconds(nbytes, over_dp) + partial + update
-
-
-def _memory(
-    space: Space,
-    found: Found,
-    choices: Choices,
-    graph: StageGraph,
-    span: tuple[int, int],
-    modes: Sequence[str],
-    index: int,
-) -> dict[str, float]:
-    """Bytes of one rank of a stage."""
-    folded, training = space.folded, space.training(found.point)
-    parts, gathered = [0.0, 0.0, 0.0], defaultdict[int, float](float)
-    for record, placed, nbytes in _parameters(folded, choices, span):
-        shared = _sums(choices, record, placed, "dp")
-        parts = [a + b for a, b in zip(parts, training.memory(nbytes, record.grad, shared), strict=True)]
-    for run in set(folded.sequence[slice(*span)]):
-        for node in used_parameters(folded.runs[run]):
-            placed = choices.placements(folded, (node, 0), 0)
-            nbytes = choices.size((node, 0), placed)
-            gathered[run] += 2 * training.gathered(nbytes, _sums(choices, info(node), placed, "dp"))
-    counts = Counter(zip(folded.sequence[slice(*span)], modes, strict=True))
-    flights = space.in_flight(found.point, index)
-    inside: dict[int, float] = defaultdict(float)
-    for memory in graph.kept.values():
-        for run in memory.runs if not memory.shared else ():
-            inside[run] += memory.size
-    rerun = [run for run, mode in counts if mode != "none"]
-    nodes = dict(zip(graph.indices, (nodes for _, nodes in graph.runs), strict=True))
-    kept = sum(memory.size for memory in graph.kept.values() if memory.shared) + inside[SETUP_RUN]
-    kept += sum((_kept(nodes[run], mode) if mode != "none" else inside[run]) * n for (run, mode), n in counts.items())
-    if rerun:
-        blocks = {run for position, run in enumerate(folded.sequence) if is_block(folded.labels[position])}
-        taken = {n for run in blocks & nodes.keys() for n in _taken(nodes[run]) if info(n).several}
-        kept += sum(info(n).size for n in taken)
-    largest = max((info(n).size for _, nodes in graph.runs for n in nodes), default=0.0)
-    transient = 2 * largest + max(gathered.values(), default=0.0) + max((inside[run] for run in rerun), default=0.0)
-    names = ("parameters", "gradients", "optimizer", "activations", "transient")
-    return dict(zip(names, (*parts, flights * kept, transient), strict=True))
-
-
-def _kept(nodes: Sequence[fx.Node], mode: str) -> float:
-    """Bytes that a block keeps for a micro-batch where it is run again, besides what other blocks take too."""
-    products = [info(n) for n in nodes if mode == "selective" and info(n).product and not info(n).view]
-    taken = [info(n) for n in _taken(nodes)]
-    return sum(r.size + r.inner for r in products) + sum(r.size for r in taken if not r.several)
-
-
-def _taken(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """The values that a run takes from outside; parameters and buffers are there anyway."""
-    inside = set(nodes)
-    taken = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside)
-    return [n for n in taken if info(n).kind not in OWNED]
 
 
 def _message_seconds(space: Space, found: Found, index: int, span: tuple[int, int]) -> float:

@@ -37,6 +37,12 @@ def reprice(plan: Plan, model: nn.Module, batch: Batch) -> Plan:
 def repriced(plan: Plan, source: Source) -> Plan:
     """`reprice` for a model that may be traced already."""
     started = time.monotonic()
+    space, found = decided(plan, source)
+    return replace(write_out(space, found, started, plan.model), request=plan.request)
+
+
+def decided(plan: Plan, source: Source) -> tuple[Space, Found]:
+    """A plan's decisions as the search finds them. Raises PartitionError as `reprice` does."""
     request = Request(
         plan.global_batch,
         plan.micro_batch,
@@ -65,8 +71,7 @@ def repriced(plan: Plan, source: Source) -> Plan:
         found = ranges(space.weigh(point, mine), table.group, table.block, m, [(mode,) for mode in modes])
         times.append(float(found.seconds[found.place(start, end)]))
     step = sum(times) + (m - 1) * max(times)
-    decided = Found(point, chosen, plan.starts, modes, tuple(times), step, min(plan.bound_seconds, step))
-    return replace(write_out(space, decided, started, plan.model), request=plan.request)
+    return space, Found(point, chosen, plan.starts, modes, tuple(times), step, min(plan.bound_seconds, step))
 
 
 def _check_stages(plan: Plan, labels: Sequence[str], updated: Sequence[str]) -> None:

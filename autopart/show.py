@@ -15,6 +15,7 @@ from rich.console import Console
 from autopart.explain import explain
 from autopart.plan import Plan, bytes_text, missing, seconds_text
 from autopart.shell import Json, ModelOf, note, of_plan, planning, settings_of, tell, write_file
+from autopart.tenants import tenants
 from autopart.timeline import timeline
 
 BESIDE = 90
@@ -33,11 +34,12 @@ def show_command(
     prices: Annotated[bool, typer.Option("--prices", help="what more memory and faster links would bring")] = False,
     clock: Annotated[bool, typer.Option("--timeline", help="what every stage does when, simulated")] = False,
     trace: Annotated[Path | None, typer.Option(help="write the timeline for Chrome's tracing or Perfetto")] = None,
+    memory: Annotated[bool, typer.Option("--memory", help="whose the bytes of every stage are")] = False,
     everything: Annotated[bool, typer.Option("--all", help="with --why: of every operator and parameter")] = False,
     model: ModelOf = None,
     as_json: Json = False,
 ) -> None:
-    """Print a saved plan, its timeline, or why it is as it is: then the model is traced again.
+    """Print a saved plan, its timeline, whose its bytes are, or why it is as it is: then the model is traced again.
 
     Example: autopart show plan.json --why-not tp=4 --why-not "stage 1 starts at h.8"
     """
@@ -46,6 +48,10 @@ def show_command(
         _explain(saved, model, why, everything, why_not or [], prices, as_json)
     elif clock or trace:
         _timeline(saved, trace, as_json)
+    elif memory:
+        loaded, batch, _ = of_plan(saved, model)
+        stages = tenants(saved, loaded, batch)
+        tell([asdict(stage) for stage in stages] if as_json else "\n".join(map(str, stages)))
     elif without_rule:
         rows = missing(saved)
         tell([{"operator": n, "calls": c, "seconds": s} for n, c, s in rows] if as_json else _missing_text(rows))

@@ -50,16 +50,17 @@ def squeeze(
     sent = _sent(model, prices, span, link) if link is not None else 0.0
     state = np.concatenate([prices.state, nothing]) * there
     gathered = np.concatenate([prices.gathered, nothing]) * (there > 0)
-    largest = 2 * np.concatenate([prices.made, prices.after, 0.0 * prices.memory]) * (there > 0)
+    largest = np.concatenate([prices.made, prices.after, 0.0 * prices.memory]) * (there > 0)
     rerun = [g for g, modes in counts.items() if any(n for m, n in modes.items() if m != "none")]
     alive = space.costs(point, {}).kept / places
-    peaks = [
-        _one_by_one(model, largest),
-        np.array([np.where(model.group == g, gathered, 0.0) for g in {*model.table.group}]),
-        np.array([np.where(model.group == g, alive, 0.0) for g in rerun]).reshape(-1, len(there)),
-    ]
+    peak = [*_one_by_one(model, np.where(model.group < 0, 2 * largest, 0.0))]
+    for group in {*model.table.group}:
+        mine = model.group == group
+        again = np.where(mine, alive * (group in rerun), 0.0)
+        for row in (*_one_by_one(model, np.where(mine, largest, 0.0)), np.zeros(len(there))):
+            peak += [2 * row + again, row + np.where(mine, gathered, 0.0) + again]
     here = there / places
-    return model.solver.squeeze(seconds * here + sent, allowed, peaks, held * here + state, room)
+    return model.solver.squeeze(seconds * here + sent, allowed, [np.array(peak)], held * here + state, room)
 
 
 def _entering(model: Model, prices: Prices, group: int) -> Array:

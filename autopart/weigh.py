@@ -249,7 +249,7 @@ class Prices:
         for i in np.flatnonzero(sizes.weight):
             weight, (over_dp, over_tp) = sizes.weight[i], sizes.sums[i].tolist()
             self.parts[i] = training.memory(weight, bool(sizes.grad[i]), over_dp)
-            self.gathered[i] = 2 * training.gathered(weight, over_dp)
+            self.gathered[i] = training.gathered(weight, over_dp)
             self.sync[i] = training.sync_seconds(weight, over_dp)
             self.sync[i] += update_seconds(weight, bool(sizes.grad[i]), over_dp, training, device)
             if over_tp:

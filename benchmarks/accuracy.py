@@ -5,8 +5,9 @@ in every stage where they divide so; the splits of operators are the planner's. 
 error is predicted / published - 1. Nothing is fitted on these rows. A row whose computation is another one (8 bits,
 context parallelism, asynchronous tensor parallelism) is named and not scored.
 
-`--memory` prints the predicted bytes of the fullest stage beside what was published. The runs held states in float32
-and computed in 16 bits, a plan holds all in one precision: that difference is open, and no score is made of it.
+`--memory` prints the predicted bytes of the fullest stage beside what was published, of plans with master copies in
+float32, as the runs had them. What torchtitan publishes is what the allocator reserved at most, more than what tensors
+took, and it has its own way to recompute selectively: the differences are named, and no score is made of them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean, median
@@ -134,18 +135,19 @@ def predicted_seconds(plan: Plan, pieces: int) -> float:
     )
 
 
-def plan_of(bench: Bench, row: Published) -> Plan:
-    """The plan that stands for a row. ZeRO shares what is a partial sum over dp, which is then asked of the weights:
-    where memory is no matter, gradients may else be summed block by block and nothing is shared."""
+def plan_of(bench: Bench, row: Published, master: str | None = None) -> Plan:
+    """The plan that stands for a row, with master copies of a dtype. ZeRO shares what is a partial sum over dp, which
+    is then asked of the weights: where memory is no matter, gradients may else be summed block by block and nothing is
+    shared."""
     cuts = ["cuts=uniform"] if row.even else []
     shared = ["strategy *.weight C over dp"] if row.forced["zero"] and row.forced["dp"] > 1 else []
-    settings = {**row.forced, "schedule": "1f1b", "micro_batch": row.micro_batch, "must_fit": False}
+    settings = {**row.forced, "schedule": "1f1b", "micro_batch": row.micro_batch, "must_fit": False, "master": master}
     return bench.plan(row, cuts + shared, **settings)[0]
 
 
-def score(bench: Bench, row: Published) -> Scored:
+def score(bench: Bench, row: Published, master: str | None = None) -> Scored:
     """A row with its prediction. Raises PartitionError where it has no plan."""
-    plan = plan_of(bench, row)
+    plan = plan_of(bench, row, master)
     seconds = predicted_seconds(plan, row.pieces)
     parts = dict(Estimate.of(plan).breakdown)
     parts["bubble"] += seconds - plan.step_seconds
@@ -207,8 +209,9 @@ def worst(scored: Sequence[Scored]) -> Iterator[str]:
 
 def memory_table(scored: Sequence[Scored]) -> Table:
     """Predicted memory beside what was published."""
-    made = Table("row", "model", "mesh", "forced", "predicted GiB", "published GiB", "fits", "most of it", "left out")
-    made.title = "Memory of the fullest device: an open difference, not a score"
+    columns = ("predicted GiB", "published GiB", "difference", "fits", "most of it", "left out")
+    made = Table("row", "model", "mesh", "forced", *columns)
+    made.title = "Memory of the fullest device: tensors predicted, what the allocator reserved published"
     for s in scored:
         made.add_row(
             s.row.name,
@@ -217,17 +220,26 @@ def memory_table(scored: Sequence[Scored]) -> Table:
             what(s.row),
             f"{sum(s.memory.values()) / 2**30:.1f}",
             f"{s.row.memory:.1f}" if s.row.memory else "out of memory",
+            f"{sum(s.memory.values()) / 2**30 / s.row.memory - 1:+.0%}" if s.row.memory else "",
             "yes" if s.fits else "no",
             ", ".join(f"{k} {v / 2**30:.1f}" for k, v in Counter(s.memory).most_common(2)),
-            "; ".join(s.row.left_out),
+            "; ".join(t for t in s.row.left_out if not t.startswith("fp32 states")),
         )
     return made
+
+
+def as_held(row: Published) -> Published:
+    """A row with the ZeRO level that tells what it held. Under a pipeline FSDP2 leaves parameters gathered and sums
+    gradients once a step (torchtitan's `reshard_after_forward_policy`, `stage.py` of torch.distributed.pipelining), so
+    that both are whole on every rank: that is level 1."""
+    level = 1 if row.forced["pp"] > 1 and row.forced["zero"] == 3 else row.forced["zero"]
+    return replace(row, forced={**row.forced, "zero": level})
 
 
 def memory(bench: Bench, rows: Sequence[Published], console: Console) -> list[Scored]:
     """Print and return the rows with published memory, context parallelism apart, and those out of memory."""
     asked = [r for r in rows if (r.memory or r.out) and not r.skipped and not any("cp " in a for a in r.apart)]
-    scored = [score(bench, row) for row in asked]
+    scored = [score(bench, as_held(row), "float32") for row in asked]
     console.print(memory_table(scored))
     out = [s for s in scored if s.row.out]
     console.print(

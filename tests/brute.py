@@ -517,16 +517,17 @@ class Span:
 
 
 class Totals:
-    """What a stage costs, from what its combinations add, in columns: seconds, bytes, the largest tensor, what several
-    blocks take, bytes gathered at every position; then for every block: seconds that running it again takes, cheap
-    operators alone and all; bytes it keeps whole, of products, of what it takes."""
+    """What a stage costs, from what its combinations add, in columns: seconds, bytes, what several blocks take, the
+    largest tensor at every position, bytes gathered there; then for every block: seconds that running it again takes,
+    cheap operators alone and all; bytes it keeps whole, of products, of what it takes."""
 
     def __init__(self, priced: Priced, span: Span) -> None:
         self.priced, self.span = priced, span
         self.positions = range(span.i, span.j)
         self.blocks = [p for p in self.positions if priced.table.block[p]]
         self.plain = [p - span.i for p in self.positions if not priced.table.block[p]]
-        self.at = 4 + len(self.positions)
+        self.count = len(self.positions)
+        self.largest, self.at = slice(3, 3 + self.count), 3 + 2 * self.count
 
     def of(self, atoms: Sequence[Atom]) -> Array:
         """The columns of every atom."""
@@ -536,8 +537,8 @@ class Totals:
         numbers = np.zeros((len(atoms), self.at))
         numbers[:, 0] = time.sum(1)
         numbers[:, 1] = state.sum(1) + span.in_flight * kept[:, self.plain].sum(1)
-        numbers[:, 2] = largest.max(1, initial=0.0)
-        numbers[:, 4:] = gathered
+        numbers[:, self.largest] = largest
+        numbers[:, 3 + self.count :] = gathered
         for row, atom in zip(numbers, atoms, strict=True):
             self._once(row, atom)
         blocks = [p - span.i for p in self.blocks]
@@ -551,8 +552,9 @@ class Totals:
             if any(span.i <= p < span.j for p in item.positions):
                 row[0] += item.forward + item.backward + item.sync / m
                 row[1] += sum(item.parts) + span.in_flight * item.kept
-                row[2] = max(row[2], item.largest)
-                row[3] += span.in_flight * item.entered
+                row[2] += span.in_flight * item.entered
+                for p in {*item.positions}.intersection(self.positions):
+                    row[3 + p - span.i] = max(row[3 + p - span.i], item.largest)
         for many in atom.crossings:
             pairs = list(zip(many.homes.tolist(), many.users.tolist(), strict=True))
             for values in [pairs] if many.one else [[pair] for pair in pairs]:
@@ -564,29 +566,28 @@ class Totals:
     def add(self, total: Array, more: Array) -> Array:
         """Sums, and the largest of the largest."""
         both = total + more
-        both[:, 2] = np.maximum(total[:, 2], more[:, 2])
+        both[:, self.largest] = np.maximum(total[:, self.largest], more[:, self.largest])
         return both
 
     def under(self, numbers: Array, modes: Whole) -> Array:
-        """Seconds, bytes, the largest tensor, bytes gathered at positions and of blocks to run again, of every row
-        under its own modes."""
-        count = len(self.positions)
-        found = np.zeros((len(numbers), 3 + count + len(self.blocks)))
-        found[:, :3], found[:, 3 : 3 + count] = numbers[:, :3], numbers[:, 4 : 4 + count]
-        found[:, 1] += numbers[:, 3] * (modes > 0).any(1)
+        """Seconds, bytes, the largest tensor at every position, bytes gathered there, and those of a block to run
+        again, of every row under its own modes."""
+        found = np.zeros((len(numbers), 2 + 3 * self.count))
+        found[:, :2], found[:, 2 : 2 + 2 * self.count] = numbers[:, :2], numbers[:, 3 : self.at]
+        found[:, 1] += numbers[:, 2] * (modes > 0).any(1)
         rows = np.arange(len(numbers))
         for b in range(len(self.blocks)):
             again, whole, kept, results, entered = numbers[:, self.at + 5 * b : self.at + 5 * b + 5].T
             mode = modes[:, b]
             found[:, 0] += np.stack([0.0 * again, again, whole])[mode, rows]
             found[:, 1] += self.span.in_flight * np.stack([kept, results + entered, entered])[mode, rows]
-            found[:, 3 + count + b] = kept * (mode > 0)
+            found[:, 2 + 2 * self.count + self.blocks[b] - self.span.i] = kept * (mode > 0)
         return found
 
     def bytes(self, found: Array) -> Array:
         """Bytes on a rank, of what `under` gives."""
-        at = 3 + len(self.positions)
-        return found[:, 1] + 2 * found[:, 2] + found[:, 3:at].max(1, initial=0.0) + found[:, at:].max(1, initial=0.0)
+        largest, gathered, again = np.split(found[:, 2:], 3, axis=1)
+        return found[:, 1] + (largest + np.maximum(largest, gathered) + again).max(1, initial=0.0)
 
 
 class Stage:

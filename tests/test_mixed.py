@@ -74,7 +74,7 @@ def test_bytes_of_a_parameter(zero: int, held: tuple[float, float, float]) -> No
     assert training.memory(2.0, True, True) == pytest.approx(held)
     assert training.memory(2.0, True, False) == pytest.approx((2, 4, 12))
     assert training.memory(2.0, False, False) == (2, 0, 0)
-    assert training.gathered(2.0, True) == (2.0 if zero == 3 else 0.0)
+    assert training.gathered(2.0, True) == (2.0 + 4.0 if zero == 3 else 0.0)
 
 
 def test_a_plan_says_so_and_holds() -> None:

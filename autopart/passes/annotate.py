@@ -111,11 +111,14 @@ def _flash(name: str, device: str) -> bool:
 
 
 class _Attention(torch.autograd.Function):
-    """What a flash kernel keeps: query, key, value, mask, output and one log-sum-exp (float32) a query."""
+    """What a flash kernel keeps: query, key, value, mask, output and one log-sum-exp (float32) a query. The output lies
+    as (samples, queries, heads, width), so that to bring the heads together again takes no copy."""
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, mask: Any = None, *rest: Any) -> Any:
-        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        *batch, heads, queries, _ = query.shape if query.dim() > 3 else (1, *query.shape)
+        out = query.new_empty(*batch, queries, heads, value.shape[-1]).transpose(-2, -3)
+        out = out if query.dim() > 3 else out[0]
         statistics = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, *([] if mask is None else [mask]), out, statistics)
         return out

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 
 from autopart.runtime.groups import Group, Groups, Work
 from autopart.runtime.slices import sum_together
@@ -33,10 +34,13 @@ class Message:
 
 @dataclass
 class _Flight:
-    """What a stage holds of one micro-batch between its forward and its backward."""
+    """What a stage holds of one micro-batch between its forward and its backward. Values that are sent are let go of
+    when no stage is `waiting` for them any more: backward starts from their `roots` in autograd's graph."""
 
     received: dict[str, Tensor] = field(default_factory=dict)
     sent: dict[str, Tensor] = field(default_factory=dict)
+    roots: dict[str, Any] = field(default_factory=dict)
+    waiting: set[int] = field(default_factory=set)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     loss: Tensor | None = None
 
@@ -128,6 +132,8 @@ class Executor:
             return
         results = results if isinstance(results, tuple) else (results,)
         flight.sent = {m.name: r for m, r in zip(self.outgoing, results, strict=True)}
+        flight.roots = {m.name: get_gradient_edge(flight.sent[m.name]) for m in self.outgoing if m.grad}
+        flight.waiting = {to for m in self.outgoing for to in m.consumers}
 
     def _keeping(self) -> AbstractContextManager[None]:
         """What a forward pass keeps: of weights that lie in slices, those."""
@@ -138,8 +144,7 @@ class Executor:
         if flight.loss is not None:
             flight.loss.backward()
         else:
-            names = [m.name for m in self.outgoing if m.grad]
-            torch.autograd.backward([flight.sent[n] for n in names], [flight.gradients[n] for n in names])
+            torch.autograd.backward(list(flight.roots.values()), [flight.gradients[n] for n in flight.roots])
         self.shared.backward_ended()
         gradients = {
             m.name: g if (g := flight.received[m.name].grad) is not None else torch.zeros_like(flight.received[m.name])
@@ -153,6 +158,9 @@ class Executor:
         for m in self.outgoing:
             if at.peer in m.consumers:
                 self._post(flight.sent[m.name].detach(), at.peer, self.groups.activations)
+        flight.waiting.discard(at.peer)
+        if not flight.waiting:
+            flight.sent = {}
 
     def _receive(self, at: Instruction) -> None:
         flight = self.flights[at.micro_batch]

@@ -46,9 +46,9 @@ class _VocabCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         shifted, total, local, here, counted = ctx.saved_tensors
-        gradient = shifted.exp() / total[:, None]
+        gradient = shifted.exp().div_(total[:, None])
         gradient.scatter_add_(1, local[:, None], -here[:, None].to(gradient.dtype))
-        return gradient * counted[:, None] * gradients[0], None, None, None
+        return gradient.mul_((counted * gradients[0])[:, None]), None, None, None
 
 
 def vocab_cross_entropy(logits: Tensor, targets: Tensor, valid: float, ignore_index: int, group: Group) -> Tensor:

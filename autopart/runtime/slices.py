@@ -74,9 +74,10 @@ def gather(
     """The whole tensors, of a dtype, that these are this rank's slices of, each in memory of its own."""
     wholes: dict[int, Tensor] = {}
     for bucket in buckets(slices, group.size):
-        shares = group.all_gather(_joined([slices[i].detach().to(dtype or slices[i].dtype) for i in bucket], 0))
-        parts = [share.split([slices[i].numel() for i in bucket]) for share in shares]
-        for i, pieces in zip(bucket, zip(*parts, strict=True), strict=True):
+        parts = [slices[i].detach().to(dtype or slices[i].dtype) for i in bucket]
+        shares = group.all_gather(parts[0] if len(parts) == 1 else torch.cat(parts))
+        split = [share.split([slices[i].numel() for i in bucket]) for share in shares]
+        for i, pieces in zip(bucket, zip(*split, strict=True), strict=True):
             wholes[i] = torch.cat(pieces)[: shapes[i].numel()].view(shapes[i])
     return [wholes[i] for i in range(len(slices))]
 
@@ -85,19 +86,17 @@ def scatter_sum(tensors: Sequence[Tensor], group: Group, dtype: torch.dtype | No
     """This rank's slice of the ranks' sum, in a dtype, of each tensor."""
     slices: dict[int, Tensor] = {}
     for bucket in buckets(tensors):
-        parts = [rows(tensors[i].to(dtype or tensors[i].dtype), group.size) for i in bucket]
+        lengths = [slice_length(tensors[i].numel(), group.size) for i in bucket]
+        message = tensors[bucket[0]].new_empty(group.size, sum(lengths), dtype=dtype)
+        for i, part in zip(bucket, message.split(lengths, 1), strict=True):
+            part.copy_(rows(tensors[i], group.size))
         if group.scatters:
-            mine = group.reduce_scatter(_joined(parts, 1))
+            mine = group.reduce_scatter(message)
         else:
-            message = torch.cat(parts, 1)
             group.all_reduce(message)
             mine = message[group.rank].clone()
-        slices.update(zip(bucket, mine.split([part.shape[1] for part in parts]), strict=True))
+        slices.update(zip(bucket, mine.split(lengths), strict=True))
     return [slices[i] for i in range(len(tensors))]
-
-
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 # ---- weights that are whole only while they are used -----------------------------------------------------

@@ -1,0 +1,175 @@
+"""Whose a stage's bytes are: every parameter's, every value's that backward needs, and those of the moment when most is
+alive. What a plan says of a stage's memory is the sum of these.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from autopart.cost import OPTIMIZER_STATES
+from autopart.folded import Folded, used_parameters
+from autopart.graph import Info, info
+from autopart.notation import Placement
+from autopart.plan import shortened
+from autopart.planner import Found
+from autopart.request import is_block
+from autopart.space import Space
+from autopart.stages import OWNED, SETUP, SETUP_RUN, Choices, StageGraph
+
+KINDS = ("parameters", "gradients", "optimizer", "activations", "transient")
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """Bytes on a rank of a stage: the label of the run that has them ("" for what several share), the parameter or
+    operator, and one of KINDS."""
+
+    block: str
+    name: str
+    kind: str
+    bytes: float
+
+
+Held = tuple[str, str, Info, tuple[Placement, ...], float]
+"""A parameter: the label of the first run that reads it, its name there, its record, its placement along every axis,
+its bytes on a rank."""
+
+
+def totals(leaves: Iterable[Leaf]) -> dict[str, float]:
+    """Bytes of every kind."""
+    found = dict.fromkeys(KINDS, 0.0)
+    for leaf in leaves:
+        found[leaf.kind] += leaf.bytes
+    return found
+
+
+def parameters(folded: Folded, choices: Choices, span: tuple[int, int]) -> Iterator[Held]:
+    """The parameters of a stage, each once."""
+    seen = set()
+    for position in range(*span):
+        for node in used_parameters(folded.runs[folded.sequence[position]]):
+            name = folded.parameter_at(position, node)
+            if name not in seen:
+                seen.add(name)
+                placed = choices.placements(folded, (node, 0), 0)
+                yield folded.labels[position], name, info(node), placed, choices.size((node, 0), placed)
+
+
+def sums(choices: Choices, record: Info, placed: Sequence[Placement], axis: str) -> bool:
+    """Whether a parameter's gradient is a partial sum over an axis."""
+    names = [name for name, _ in choices.axes]
+    return record.grad and axis in names and placed[names.index(axis)].kind == "C"
+
+
+def leaves(
+    space: Space,
+    found: Found,
+    choices: Choices,
+    graph: StageGraph,
+    span: tuple[int, int],
+    modes: Sequence[str],
+    index: int,
+) -> list[Leaf]:
+    """All bytes of a stage: the `index`-th, of the runs at the positions `span`, which do as `modes` say."""
+    flights = space.in_flight(found.point, index)
+    kept = (Leaf(k.block, k.name, k.kind, flights * k.bytes) for k in _kept(space.folded, graph, span, modes))
+    return [*_owned(space, found, choices, span), *kept, *_moment(space, found, choices, graph, span, modes)]
+
+
+def _owned(space: Space, found: Found, choices: Choices, span: tuple[int, int]) -> Iterator[Leaf]:
+    """Parameters, their gradients, and what the optimizer keeps for them."""
+    training = space.training(found.point)
+    states = OPTIMIZER_STATES[training.optimizer]
+    for block, name, record, placed, nbytes in parameters(space.folded, choices, span):
+        shared = sums(choices, record, placed, "dp")
+        weight, gradient, optimizer = training.memory(nbytes, record.grad, shared)
+        yield Leaf(block, name, "parameters", weight)
+        yield Leaf(block, name, "gradients", gradient)
+        copies = states + (training.widening > 1 and not training.sliced(shared))
+        if copies > states:
+            yield Leaf(block, f"{name}, master copy", "optimizer", optimizer / copies)
+        yield Leaf(block, f"{name}, states", "optimizer", optimizer * states / max(copies, 1))
+
+
+def _kept(folded: Folded, graph: StageGraph, span: tuple[int, int], modes: Sequence[str]) -> Iterator[Leaf]:
+    """What is kept for backward, of one micro-batch."""
+    named = {node.name: _operator(node) for node in folded.traced.graph.nodes if node.op != "output"}
+    nodes = dict(zip(graph.indices, (mine for _, mine in graph.runs), strict=True))
+    inside: dict[int, list[tuple[str, float]]] = defaultdict(list)
+    for (key, _), memory in graph.kept.items():
+        name = named.get(key, "") or f"{named[key.removesuffix(' inside')]}, its own"
+        if memory.shared:
+            yield Leaf(SETUP, name, "activations", memory.size)
+        for run in memory.runs if not memory.shared else ():
+            inside[run].append((name, memory.size))
+    for name, size in inside[SETUP_RUN]:
+        yield Leaf(SETUP, name, "activations", size)
+    for position, mode in zip(range(*span), modes, strict=True):
+        run = folded.sequence[position]
+        rows = inside[run] if mode == "none" else _kept_again(nodes[run], mode)
+        for name, size in rows:
+            yield Leaf(folded.labels[position], _within(name, folded, run), "activations", size)
+    if any(mode != "none" for mode in modes):
+        blocks = {run for position, run in enumerate(folded.sequence) if is_block(folded.labels[position])}
+        several = {n: None for run in sorted(blocks & nodes.keys()) for n in _taken(nodes[run]) if info(n).several}
+        for node in several:
+            yield Leaf(SETUP, f"{_operator(node)}, taken by blocks", "activations", info(node).size)
+
+
+def _kept_again(nodes: Sequence[fx.Node], mode: str) -> Iterator[tuple[str, float]]:
+    """What a block keeps for a micro-batch where it is run again, besides what other blocks take too."""
+    for node in nodes if mode == "selective" else ():
+        record = info(node)
+        if record.product and not record.view:
+            yield _operator(node), record.size + record.inner
+    for node in _taken(nodes):
+        if not info(node).several:
+            yield f"{_operator(node)}, taken", info(node).size
+
+
+def _taken(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The values that a run takes from outside; parameters and buffers are there anyway."""
+    inside = set(nodes)
+    taken = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside)
+    return [n for n in taken if info(n).kind not in OWNED]
+
+
+def _moment(
+    space: Space, found: Found, choices: Choices, graph: StageGraph, span: tuple[int, int], modes: Sequence[str]
+) -> list[Leaf]:
+    """What exists at the moment of a run's backward when most does: its largest tensor, and with it another as large
+    (of a loss: the gradients of logits and of their log-softmax) or the run's whole parameters with their gradients,
+    where it gathers them; and what a block that is run again keeps until it is done."""
+    folded, training = space.folded, space.training(found.point)
+    label_of = {run: folded.labels[p] for p, run in reversed([*enumerate(folded.sequence)]) if span[0] <= p < span[1]}
+    rerun = {folded.sequence[p] for p, mode in zip(range(*span), modes, strict=True) if mode != "none"}
+    most: list[Leaf] = []
+    for run, (_, nodes) in zip(graph.indices, graph.runs, strict=True):
+        label, whole = label_of.get(run, SETUP), 0.0
+        for node in used_parameters(folded.runs[run]) if run != SETUP_RUN else ():
+            placed = choices.placements(folded, (node, 0), 0)
+            whole += training.gathered(choices.size((node, 0), placed), sums(choices, info(node), placed, "dp"))
+        largest = max(nodes, key=lambda n: info(n).size, default=None)
+        size = info(largest).size if largest is not None else 0.0
+        again = sum(m.size for m in graph.kept.values() if not m.shared and run in m.runs) if run in rerun else 0.0
+        name = _within(_operator(largest), folded, run) if largest is not None else ""
+        other = ("another as large", size) if size >= whole else ("parameters gathered, with gradients", whole)
+        rows = [(name, size), other, ("what it keeps once it is run again", again)]
+        here = [Leaf(label, name, "transient", nbytes) for name, nbytes in rows if nbytes]
+        most = max(most, here, key=lambda leaves: sum(leaf.bytes for leaf in leaves))
+    return most
+
+
+def _within(name: str, folded: Folded, run: int) -> str:
+    """A name without that of the run it is in."""
+    return name.removeprefix(folded.runs[run].label).lstrip(". ") if run != SETUP_RUN else name
+
+
+def _operator(node: fx.Node) -> str:
+    """A node as a reader knows it: its module and operator, or its name."""
+    record = info(node)
+    return f"{record.module} {shortened(record.name)}".strip() if record.kind == "op" else record.name

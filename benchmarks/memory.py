@@ -1,0 +1,355 @@
+"""Predicted memory against measured: the peak of the tensors' bytes of every stage, of a step of its first rank.
+
+Every configuration of a table is planned as its row says, whether it fits or not, and its emitted code runs for three
+steps with an optimizer on simulated ranks, threads of this process. A dispatch mode counts what every operator of a
+rank makes until it is let go of; what simulated collectives need beyond their results is not counted. The peak is that
+of the last step. Weights of the model itself and the batch are apart.
+
+    python benchmarks/memory.py [--only TEXT] [--json FILE]
+
+`--layers` holds the activations of one layer of the GPTs of Korthikanti et al., arXiv 2205.05198, against the paper's
+formulas instead. They are per layer, with tokens sb of width h over t ranks: 34 sbh / t where attention's scores are
+not kept and the sequence is split, 2 sbh / t where a layer is run again. Of the 34, 2 are masks of dropout, which is
+off here. The whole inputs of the products that split columns are kept here, 2 x 2 sbh, where Megatron-LM keeps its
+ranks' parts and gathers them again for backward: 4 (t - 1) sbh / t more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from autopart import Mesh, Plan
+from autopart.compile import DTYPES, Source, make_plan, programs, request_of
+from autopart.runtime.compiled import Compiled
+from autopart.runtime.groups import Groups
+from autopart.runtime.simulated import SimulatedGroup, run_simulated
+from autopart.runtime.standalone import OPTIMIZERS
+from autopart.tenants import found_in
+
+LAYERS_FILE = Path(__file__).with_name("data") / "seqsel_2205.05198_activation_memory.csv"
+RESULTS = Path(__file__).with_name("results") / "memory.json"
+STEPS = 3
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send", "receive")
+Batch = Mapping[str, torch.Tensor]
+
+
+class Memory(TorchDispatchMode):
+    """Counts the bytes of all tensors made in this thread that are still alive, and their peak; `others` are not."""
+
+    def __init__(self, others: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.made = {StorageWeakRef(tensor.untyped_storage()): 0 for tensor in others}
+        self.peak, self.hidden = 0, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not self.hidden:
+            self.see(out)
+        return out
+
+    def see(self, out: Any) -> None:
+        """Count what is in `out`."""
+        new = False
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = StorageWeakRef(storage)
+                if key not in self.made:
+                    self.made[key], new = storage.nbytes(), True
+        if new:
+            self.peak = max(self.peak, self.alive)
+
+    @property
+    def alive(self) -> int:
+        """Bytes alive now."""
+        for gone in [storage for storage in self.made if storage.expired()]:
+            del self.made[gone]
+        return sum(self.made.values())
+
+    def watch(self, groups: Groups) -> None:
+        """Count of the collectives of simulated groups their results alone."""
+        for group in (groups.pp, groups.dp, groups.tp, groups.activations, groups.gradients):
+            assert isinstance(group, SimulatedGroup)
+            for name in COLLECTIVES:
+                object.__setattr__(group, name, self._quiet(getattr(group, name)))
+
+    def _quiet(self, collective: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(collective)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.hidden = True
+            try:
+                out = collective(*args, **kwargs)
+            finally:
+                self.hidden = False
+            self.see(out)
+            return out
+
+        return run
+
+
+def measured(source: Source, plan: Plan) -> list[int]:
+    """Peak bytes of the first rank of every stage in a step of a plan."""
+    folded = source.at(plan.micro_batch, plan.mesh)
+    stages = programs(folded, plan)
+    kind, settings = OPTIMIZERS[plan.optimizer]
+
+    def one(groups: Groups) -> int:
+        with Memory([*source.model.parameters(), *source.model.buffers(), *source.batch.values()]) as memory:
+            memory.watch(groups)
+            program = stages[groups.pp.rank]
+            compiled = Compiled(source.model, plan, groups, program, folded.traced.aliases, folded.traced.buffers)
+            compiled.optimizer(kind, lr=1e-3, **settings)
+            for _ in range(STEPS):
+                memory.peak = 0
+                compiled.step(source.batch)
+            return memory.peak
+
+    each = plan.dp * plan.tp
+    return run_simulated(plan.pp, plan.dp, plan.tp, one)[::each]
+
+
+# ---- what is measured --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """A configuration: a model of the table, ranks, the settings of `autopart.plan`."""
+
+    model: str
+    ranks: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """In short."""
+        return " ".join([self.model, *(f"{k}={v}" for k, v in self.settings.items())])
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A row, with bytes of every stage."""
+
+    name: str
+    predicted: tuple[int, ...]
+    measured: tuple[int, ...]
+    memory: tuple[Mapping[str, float], ...]
+
+    @property
+    def errors(self) -> tuple[float, ...]:
+        """predicted / measured - 1 of every stage."""
+        return tuple(p / m - 1 for p, m in zip(self.predicted, self.measured, strict=True))
+
+
+SAMPLES, TOKENS, WIDTH, WORDS, LAYERS = 8, 128, 128, 2048, 4
+MODELS: Mapping[str, Callable[[], nn.Module]] = {
+    "gpt2": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(
+            n_embd=WIDTH, n_head=4, n_layer=LAYERS, vocab_size=WORDS, n_positions=TOKENS, use_cache=False,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+        )
+    ),
+    "llama": lambda: hf.LlamaForCausalLM(
+        hf.LlamaConfig(
+            hidden_size=WIDTH, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=LAYERS,
+            intermediate_size=3 * WIDTH, vocab_size=WORDS, max_position_embeddings=TOKENS, use_cache=False,
+            bos_token_id=0, eos_token_id=0, pad_token_id=None,
+        )
+    ),
+}  # fmt: skip
+MIXED = {"precision": "bfloat16", "master": "float32"}
+SPLITS: Sequence[tuple[int, Mapping[str, Any]]] = (
+    (1, {}),
+    (1, {"micro_batch": 2}),
+    (1, {"micro_batch": 2, "recompute": "full"}),
+    (1, {"micro_batch": 2, "recompute": "selective"}),
+    (1, {"micro_batch": 4, **MIXED}),
+    (2, {"tp": 2, "micro_batch": 4}),
+    (2, {"pp": 2, "micro_batch": 2}),
+    (2, {"pp": 2, "micro_batch": 2, "recompute": "full"}),
+    *((2, {"dp": 2, "micro_batch": 4, "zero": zero}) for zero in range(4)),
+    *((2, {"dp": 2, "micro_batch": 4, "zero": zero, **MIXED}) for zero in range(4)),
+    (4, {"pp": 4, "micro_batch": 1}),
+    (4, {"pp": 2, "tp": 2, "micro_batch": 2}),
+    (4, {"dp": 2, "tp": 2, "micro_batch": 4, "zero": 1}),
+    (4, {"pp": 2, "dp": 2, "micro_batch": 2, "zero": 3, "recompute": "full", **MIXED}),
+)
+ROWS = [Row(model, ranks, settings) for model in MODELS for ranks, settings in SPLITS]
+
+
+def built(name: str) -> tuple[nn.Module, Batch]:
+    """A model of the table with random weights, and a batch."""
+    torch.manual_seed(0)
+    tokens = torch.randint(WORDS, (SAMPLES, TOKENS))
+    return MODELS[name](), {"input_ids": tokens, "labels": tokens.clone()}
+
+
+class Bench:
+    """Rows share what is traced."""
+
+    def __init__(self) -> None:
+        self.sources: dict[tuple[str, str], Source] = {}
+
+    def compared(self, row: Row) -> Compared:
+        """A row planned, run and compared. Raises PartitionError where it has no plan."""
+        precision = row.settings.get("precision", "float32")
+        key = row.model, precision
+        if key not in self.sources:
+            self.sources[key] = Source(*built(row.model), DTYPES[precision])
+        source = self.sources[key]
+        shared = ["strategy *.weight C over dp"] if row.settings.get("zero") else []
+        request = request_of(source.model, source.batch, constraints=shared, must_fit=False, **row.settings)
+        plan = make_plan(source, Mesh.parse(f"{row.ranks}:cpu"), request, to_run=True)
+        memory = tuple(dict(stage.memory) for stage in plan.stages)
+        return Compared(row.name, plan.memory_bytes, tuple(measured(source, plan)), memory)
+
+
+# ---- against the formulas -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Bytes that one layer keeps for a micro-batch on a rank: as predicted, by the paper's formula without masks, and
+    what is more here because whole inputs are kept."""
+
+    model: str
+    mode: str
+    predicted: float
+    formula: float
+    whole: float
+
+    @property
+    def error(self) -> float:
+        """Relative."""
+        return self.predicted / (self.formula + self.whole) - 1
+
+
+FORMULAS: Mapping[str, tuple[str, float, float]] = {
+    "TP+SP+selective": ("none", 34 - 2, 4),
+    "TP+full recompute": ("full", 2, 0),
+}
+"""Mode of a row -> what blocks do here (attention is one kernel, which keeps no scores), bytes of sbh / t by the
+formula, and of whole inputs of sbh (t - 1) / t."""
+COLUMNS, ROWS_OF = ("attn.c_attn", "mlp.c_fc"), ("attn.c_proj", "mlp.c_proj")
+MEGATRON = [
+    *(f"split transformer.h.*.{name}.weight dim 1 over tp" for name in COLUMNS),
+    *(f"split transformer.h.*.{name}.weight dim 0 over tp" for name in ROWS_OF),
+]
+"""Products split as in Megatron-LM; the sequence is split between them where that is faster, which it is."""
+
+
+def layers(models_asked: Sequence[str] = ()) -> Iterator[Layer]:
+    """The rows of the paper whose formula can be held against a plan; of some models, if they are named."""
+    with LAYERS_FILE.open() as lines:
+        rows = [r for r in csv.DictReader(lines) if r["mode"] in FORMULAS]
+    for row in rows:
+        if not models_asked or row["model"] in models_asked:
+            yield layer(row)
+
+
+def layer(row: Mapping[str, str]) -> Layer:
+    """One row: its model cut to 3 layers, tensor-parallel over a host."""
+    hidden, heads, length, tp, samples = (int(row[k]) for k in ("hidden", "heads", "seq_len", "tp", "micro_batch"))
+    config = hf.GPT2Config(
+        n_embd=hidden, n_head=heads, n_layer=3, n_positions=length, vocab_size=51200, activation_function="gelu",
+        use_cache=False, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = hf.GPT2LMHeadModel(config)
+        tokens = torch.zeros(samples, length, dtype=torch.long)
+    batch = {"input_ids": tokens, "labels": tokens}
+    mode, each, whole = FORMULAS[row["mode"]]
+    settings = {"tp": tp, "micro_batch": samples, "recompute": mode, "must_fit": False, **MIXED}
+    request = request_of(model, batch, constraints=MEGATRON, **settings)
+    source = Source(model, batch, torch.bfloat16)
+    plan = make_plan(source, Mesh.parse(f"{tp}:a100-80gb"), request)
+    (stage,) = found_in(plan, source)
+    (block,) = (b for b in stage.blocks if b.label == "transformer.h.1")
+    kept = sum(leaf.bytes for leaf in block.leaves if leaf.kind == "activations")
+    unit = length * samples * hidden / tp
+    return Layer(row["model"], row["mode"], kept, each * unit, whole * (tp - 1) * unit)
+
+
+def layers_table(found: Sequence[Layer]) -> Table:
+    """All rows, one a line."""
+    columns = ("predicted MiB", "formula MiB", "inputs kept whole MiB", "error")
+    made = Table("model", "mode", *columns, title="Activations of a layer")
+    for row in found:
+        numbers = (f"{x / 2**20:.1f}" for x in (row.predicted, row.formula, row.whole))
+        made.add_row(row.model, row.mode, *numbers, f"{row.error:+.2%}")
+    return made
+
+
+# ---- told ---------------------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[Compared]) -> Table:
+    """All stages, one a line."""
+    made = Table("configuration", "stage", "predicted MiB", "measured MiB", "error", "of it", title="Peak tensor bytes")
+    for row in rows:
+        for stage, error in enumerate(row.errors):
+            parts = ", ".join(f"{k} {v / 2**20:.2f}" for k, v in row.memory[stage].items() if v)
+            predicted, found = (f"{x[stage] / 2**20:.2f}" for x in (row.predicted, row.measured))
+            made.add_row(row.name if not stage else "", str(stage), predicted, found, f"{error:+.2%}", parts)
+    return made
+
+
+def summary(rows: Sequence[Compared]) -> str:
+    """How far all are off."""
+    errors = [abs(e) for row in rows for e in row.errors]
+    within = sum(e <= 0.02 for e in errors)
+    return (
+        f"{len(errors)} stages: {within} within 2 %, mean {math.fsum(errors) / len(errors):.2%}, most {max(errors):.2%}"
+    )
+
+
+def asked(only: str | None) -> Iterator[Row]:
+    """The rows whose name has a text in it."""
+    return (row for row in ROWS if not only or only in row.name)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="TEXT", help="rows with TEXT in their name")
+    parser.add_argument("--json", type=Path, metavar="FILE", help=f"write to FILE (without --only: {RESULTS.name})")
+    parser.add_argument("--layers", action="store_true", help="a layer's activations against published formulas")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    bench, console = Bench(), Console(width=None if sys.stdout.isatty() else 200)
+    if options.layers:
+        console.print(layers_table(list(layers())))
+        return
+    rows = [bench.compared(row) for row in asked(options.only)]
+    console.print(table(rows))
+    console.print(summary(rows))
+    if file := options.json or (None if options.only else RESULTS):
+        run = {"torch": torch.__version__, "python": platform.python_version(), "command": shlex.join(sys.argv)}
+        file.write_text(
+            json.dumps({**run, "summary": summary(rows), "rows": [asdict(r) for r in rows]}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
