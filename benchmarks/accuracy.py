@@ -121,11 +121,23 @@ def step_seconds(
     return micro_batches * max(each) + (sum(each) - max(each)) / pieces
 
 
-def predicted_seconds(plan: Plan, pieces: int) -> float:
-    """Seconds of a plan's step, its stages interleaved in pieces."""
-    if pieces == 1:
-        return plan.step_seconds
+def again_seconds(plan: Plan, share: float) -> float:
+    """Seconds of a step to run a share of the products of blocks again: forward is a third of a product."""
+    products = (
+        line.seconds * sum(label.rpartition(".")[2].isdigit() for label in run.labels)
+        for run in plan.stages[0].runs
+        for line in run.lines
+        if line.operator == "linear"
+    )
+    return share * sum(products) / 3 * plan.micro_batches if share else 0.0
+
+
+def predicted_seconds(plan: Plan, pieces: int, again: float = 0.0) -> float:
+    """Seconds of a plan's step, its stages interleaved in pieces, a share of the products of blocks run again, which is
+    known for plans of one stage."""
     stages = plan.stages
+    if pieces == 1:
+        return plan.step_seconds + again_seconds(plan, again)
     return step_seconds(
         [s.forward_seconds + s.backward_seconds for s in stages],
         [s.sync_seconds for s in stages],
@@ -147,10 +159,11 @@ def plan_of(bench: Bench, row: Published, master: str | None = None) -> Plan:
 
 def score(bench: Bench, row: Published, master: str | None = None) -> Scored:
     """A row with its prediction. Raises PartitionError where it has no plan."""
-    plan = plan_of(bench, row, master)
-    seconds = predicted_seconds(plan, row.pieces)
+    plan = plan_of(bench, row, master or row.master)
+    seconds, again = predicted_seconds(plan, row.pieces, row.again), again_seconds(plan, row.again)
     parts = dict(Estimate.of(plan).breakdown)
-    parts["bubble"] += seconds - plan.step_seconds
+    parts["recompute"] += again
+    parts["bubble"] += seconds - again - plan.step_seconds
     fullest = max(plan.stages, key=lambda s: s.memory_bytes)
     clock = timeline(plan).seconds / plan.step_seconds - 1
     return Scored(row, seconds, {k: v / seconds for k, v in parts.items()}, fullest.memory, plan.fits, clock)
@@ -298,7 +311,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     console = Console(width=None if sys.stdout.isatty() else 220)
-    bench, groups, failed = Bench(), dict[str, list[Scored]](), list[str]()
+    bench, groups, failed = Bench(as_run=True), dict[str, list[Scored]](), list[str]()
     rows = {
         title: [r for r in read(file) if not options.only or options.only in f"{r.name} {r.model} {r.mesh}"]
         for file, title in FILES.items()

@@ -125,7 +125,7 @@ def table(rows: Sequence[Compared]) -> Table:
             f"{row.expert.measured or math.nan:.3g}",
         )
         if row.theirs is None or row.own is None:
-            made.add_row(*head, "", "", "", "", "", row.problem, "; ".join(row.expert.left_out))
+            made.add_row(*head, "", "", "", "", "", row.problem, "; ".join(row.expert.besides))
             continue
         fits = "" if row.theirs.fits else " (does not fit)"
         made.add_row(
@@ -136,7 +136,7 @@ def table(rows: Sequence[Compared]) -> Table:
             f"{row.own.gap:.1%}",
             f"{row.theirs.search_seconds:.1f} + {row.own.search_seconds:.1f}",
             "; ".join(row.why),
-            "; ".join(row.expert.left_out),
+            "; ".join(row.expert.besides),
         )
     return made
 

@@ -17,6 +17,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
 from autopart import Mesh, PartitionError, Plan, models
 from autopart.compile import DTYPES, Source, make_plan
 from autopart.request import Request, read_constraints
@@ -38,6 +43,9 @@ class Published:
     micro_batch  theirs, over all ranks
     pieces       of a stage, interleaved; 1 where stages are whole
     even         whether every stage has as many blocks
+    master       dtype of what adds up, where a sharded run is known to have added up in it
+    unfused      whether attention was of several kernels, with dropout
+    again        share of the products of blocks that selective recompute ran again
     measured     seconds of a step as published; None where it is not
     memory       GiB of the fullest device as published; None where it is not
     out          whether it was published as out of memory
@@ -57,12 +65,22 @@ class Published:
     micro_batch: int
     pieces: int
     even: bool
+    master: str | None
+    unfused: bool
+    again: float
     measured: float | None
     memory: float | None
     out: bool
     left_out: tuple[str, ...]
     apart: tuple[str, ...]
     skipped: str = ""
+
+    @property
+    def besides(self) -> tuple[str, ...]:
+        """What is left out where the model is not traced as it was run."""
+        fused = ("attention of several kernels, here of one",) if self.unfused else ()
+        kept = ("selective runs every second product too again, here all but products",) if self.again else ()
+        return (*self.left_out, *fused, *kept)
 
 
 def read(file: str) -> Iterator[Published]:
@@ -91,6 +109,9 @@ def published(row: Row, name: str) -> Published:
         micro_batch=whole(row["micro_batch"], 1) * dp,
         pieces=whole(row["vpp"], 1),
         even=pp > 1 and int(row["layers"]) % pp == 0,
+        master="float32" if row["arch"] == "llama" else None,
+        unfused=row["arch"] == "gpt",
+        again=0.5 if row["arch"] == "llama" and recompute_of(row) == "selective" else 0.0,
         measured=measured_seconds(row),
         memory=float(row["metric_mem_gb"]) if row["metric_mem_gb"] else None,
         out="out of memory" in row["notes"].lower(),
@@ -98,6 +119,17 @@ def published(row: Row, name: str) -> Published:
         apart=tuple(apart(row)),
         skipped=next(reasons(row), ""),
     )
+
+
+def several_kernels(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, None]:
+    """Attention as Megatron-LM ran it before there were fused ones: two batched products with the scores in memory
+    between them, a kernel that scales, masks and takes the softmax, which moves what a softmax alone does (Narayanan et
+    al., arXiv 2104.04473, section 4.2), and dropout. The mask is left out: no time depends on it."""
+    scores = torch.softmax(torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(2, 3)), -1)
+    scores = F.dropout(scores, settings.get("dropout", 0.0), module.training)
+    return torch.matmul(scores, value).transpose(1, 2).contiguous(), None
 
 
 def whole(text: str, default: int) -> int:
@@ -147,27 +179,21 @@ def apart(row: Row) -> Iterator[str]:
 
 
 def left_out(row: Row) -> Iterator[str]:
-    """What a row did that is not in the plan that stands for it. Megatron-LM had no fused attention then, and its
-    selective recompute is of attention (Korthikanti et al., arXiv 2205.05198, section 5); torchtitan's keeps every
-    other product (pytorch/torchtitan, `activation_checkpoint.py`)."""
+    """What a row did that is not in the plan that stands for it. Megatron-LM's selective recompute is of attention
+    (Korthikanti et al., arXiv 2205.05198, section 5)."""
     if whole(row["vpp"], 1) > 1:
         yield f"{row['vpp']} interleaved pieces a stage"
     elif "interleaved" in row["schedule"]:
         yield "interleaved schedule"
     yield from apart(row)
-    if row["dtype"] in ("fp16", "bf16"):
+    if row["dtype"] in ("fp16", "bf16") and row["arch"] == "gpt":
         yield f"fp32 states, here {row['dtype']}"
-    if row["arch"] == "gpt":
-        yield "attention of several kernels, here of one"
-    if recompute_of(row) == "selective":
-        again = "attention alone" if row["arch"] == "gpt" else "every second product too"
-        yield f"selective runs {again} again, here all but products"
+    if recompute_of(row) == "selective" and row["arch"] == "gpt":
+        yield "selective runs attention alone again, here all but products"
     if row["sp"] != "1" and whole(row["tp"], 1) > 1:
         yield "no sequence parallelism, here where it pays"
     if "compile" in row["notes"]:
         yield "torch.compile"
-    if "500W" in row["hardware"]:
-        yield "500 W, here the FLOP/s of 700 W"
     if row["hardware"].startswith("A100 "):
         yield "40 or 80 GB not named, here 80"
 
@@ -189,9 +215,11 @@ def measured_seconds(row: Row) -> float | None:
 
 @dataclass
 class Bench:
-    """Plans, each made once: rows that differ only in what is left out here share them."""
+    """Plans, each made once: rows that differ only in what is left out here share them. `as_run` says whether the model
+    is traced with the attention and the dropout that its authors ran; else with what is fastest today."""
 
     time_limit: float | None = None
+    as_run: bool = False
     sources: dict[tuple[str, int, int, str], Source] = field(default_factory=dict)
     plans: dict[str, tuple[Plan, float] | Exception] = field(default_factory=dict)
 
@@ -202,7 +230,11 @@ class Bench:
             with TemporaryDirectory() as folder:
                 (Path(folder) / "config.json").write_text(json.dumps(row.config))
                 spec = folder if row.config else row.model
-                model, batch = models.load(spec, key[2], row.sequence, meta=True, dropout=False)
+                unfused = self.as_run and row.unfused
+                model, batch = models.load(spec, key[2], row.sequence, meta=True, dropout=unfused)
+                if unfused:
+                    AttentionInterface.register("several_kernels", several_kernels)
+                    model.set_attn_implementation("several_kernels")
             self.sources[key] = Source(model, batch, DTYPES[row.precision])
         return self.sources[key]
 
