@@ -86,14 +86,20 @@ class Score:
         """Of some rows, at least one."""
         errors = [s.error for s in scored]
         absolute = [abs(e) for e in errors]
-        tau = kendall([s.predicted for s in scored], [s.row.measured or math.nan for s in scored])
+        tau = kendall([(sweep(s.row), s.predicted, s.row.measured or math.nan) for s in scored])
         return Score(source, len(scored), fmean(absolute), median(absolute), fmean(errors), tau)
 
 
-def kendall(xs: Sequence[float], ys: Sequence[float]) -> float:
-    """Kendall's tau-b of two rankings (Biometrika 33, 1945): 1 where they agree, -1 where they are opposite; nan where
-    one of them ranks nothing."""
-    signs = [(sign(a - b), sign(c - d)) for (a, c), (b, d) in combinations(zip(xs, ys, strict=True), 2)]
+def sweep(row: Published) -> str:
+    """What one experiment varied nothing of: its source, and the device, the replicas and the recompute."""
+    source = row.name.partition(":")[0]
+    return f"{source} {row.mesh.rpartition(':')[2]} {row.forced['recompute']} {row.forced['dp'] > 1}"
+
+
+def kendall(rows: Sequence[tuple[str, float, float]]) -> float:
+    """Kendall's tau-b (Biometrika 33, 1945) of two rankings of (sweep, x, y), over the pairs within each sweep: 1 where
+    they agree, -1 where they are opposite; nan where one of them ranks nothing."""
+    signs = [(sign(a - b), sign(c - d)) for (one, a, c), (other, b, d) in combinations(rows, 2) if one == other]
     ranked = math.sqrt(sum(x != 0 for x, _ in signs) * sum(y != 0 for _, y in signs))
     return sum(x * y for x, y in signs) / ranked if ranked else math.nan
 
@@ -152,9 +158,10 @@ def plan_of(bench: Bench, row: Published, master: str | None = None) -> Plan:
     is then asked of the weights: where memory is no matter, gradients may else be summed block by block and nothing is
     shared."""
     cuts = ["cuts=uniform"] if row.even else []
+    whole = [f"not split *.ln_{i}/layer_norm over tp" for i in (1, 2)] if row.whole_norms else []
     shared = ["strategy *.weight C over dp"] if row.forced["zero"] and row.forced["dp"] > 1 else []
     settings = {**row.forced, "schedule": "1f1b", "micro_batch": row.micro_batch, "must_fit": False, "master": master}
-    return bench.plan(row, cuts + shared, **settings)[0]
+    return bench.plan(row, cuts + shared + whole, **settings)[0]
 
 
 def score(bench: Bench, row: Published, master: str | None = None) -> Scored:

@@ -45,6 +45,7 @@ class Published:
     even         whether every stage has as many blocks
     master       dtype of what adds up, where a sharded run is known to have added up in it
     unfused      whether attention was of several kernels, with dropout
+    whole_norms  whether layer norms were of the whole sequence on every rank
     again        share of the products of blocks that selective recompute ran again
     measured     seconds of a step as published; None where it is not
     memory       GiB of the fullest device as published; None where it is not
@@ -67,6 +68,7 @@ class Published:
     even: bool
     master: str | None
     unfused: bool
+    whole_norms: bool
     again: float
     measured: float | None
     memory: float | None
@@ -79,8 +81,9 @@ class Published:
     def besides(self) -> tuple[str, ...]:
         """What is left out where the model is not traced as it was run."""
         fused = ("attention of several kernels, here of one",) if self.unfused else ()
+        norms = ("no sequence parallelism, here where it pays",) if self.whole_norms else ()
         kept = ("selective runs every second product too again, here all but products",) if self.again else ()
-        return (*self.left_out, *fused, *kept)
+        return (*self.left_out, *fused, *norms, *kept)
 
 
 def read(file: str) -> Iterator[Published]:
@@ -111,6 +114,7 @@ def published(row: Row, name: str) -> Published:
         even=pp > 1 and int(row["layers"]) % pp == 0,
         master="float32" if row["arch"] == "llama" else None,
         unfused=row["arch"] == "gpt",
+        whole_norms=row["arch"] == "gpt" and row["sp"] != "1" and tp > 1,
         again=0.5 if row["arch"] == "llama" and recompute_of(row) == "selective" else 0.0,
         measured=measured_seconds(row),
         memory=float(row["metric_mem_gb"]) if row["metric_mem_gb"] else None,
@@ -190,7 +194,7 @@ def left_out(row: Row) -> Iterator[str]:
         yield f"fp32 states, here {row['dtype']}"
     if recompute_of(row) == "selective" and row["arch"] == "gpt":
         yield "selective runs attention alone again, here all but products"
-    if row["sp"] != "1" and whole(row["tp"], 1) > 1:
+    if row["sp"] != "1" and whole(row["tp"], 1) > 1 and row["arch"] != "gpt":
         yield "no sequence parallelism, here where it pays"
     if "compile" in row["notes"]:
         yield "torch.compile"
