@@ -72,7 +72,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Score:
-    """How far a source's rows are off: mean and median of absolute relative errors, and Kendall's tau-b."""
+    """How far a source's rows are off: mean and median of absolute relative errors, and Kendall's tau-b in sweeps."""
 
     source: str
     rows: int

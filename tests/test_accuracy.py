@@ -38,11 +38,16 @@ def row_of(name: str) -> Published:
     ],
 )
 def test_kendall(xs: list[float], ys: list[float], tau: float) -> None:
-    assert kendall(xs, ys) == pytest.approx(tau)
+    assert kendall([("one", x, y) for x, y in zip(xs, ys, strict=True)]) == pytest.approx(tau)
+
+
+def test_kendall_looks_at_pairs_of_one_sweep() -> None:
+    rows = [("one", 1.0, 1.0), ("one", 2.0, 2.0), ("other", 9.0, 0.1), ("other", 8.0, 0.2)]
+    assert kendall(rows) == 0
 
 
 def test_kendall_of_equals() -> None:
-    assert math.isnan(kendall([1, 1, 1], [1, 2, 3]))
+    assert math.isnan(kendall([("one", 1, y) for y in (1, 2, 3)]))
 
 
 @pytest.mark.parametrize("stages", [2, 4, 7])
