@@ -7,6 +7,7 @@ that the profile knows: how much faster or slower the machine is than when it wa
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import statistics
@@ -26,6 +27,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import autopart
 from autopart.calibrate import calibrate
+from autopart.compile import Source, make_plan, programs, request_of
+from autopart.runtime.compiled import Compiled
+from autopart.runtime.groups import make_groups
 from autopart.runtime.launch import launch
 
 WORDS = 4096
@@ -128,19 +132,34 @@ def begin() -> None:
     dist.init_process_group("gloo")
 
 
+def build(job: Job, mesh: autopart.Mesh, source: Source) -> Compiled:
+    """`autopart.compile` of a model that may be traced already."""
+    request = request_of(source.model, source.batch, optimizer="adamw", **job.settings)
+    if request.micro_batch:
+        source.at(request.micro_batch, mesh)
+    box = [make_plan(source, mesh, request, to_run=True).to_json() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, 0)
+    plan = autopart.Plan.from_json(box[0])
+    folded = source.at(plan.micro_batch, mesh)
+    groups = make_groups(plan.pp, plan.dp, plan.tp)
+    (program,) = programs(folded, plan, [groups.pp.rank])
+    model = copy.deepcopy(source.model)
+    return Compiled(model, plan, groups, program, folded.traced.aliases, folded.traced.buffers)
+
+
 def time_jobs(jobs: Sequence[Job], mesh: autopart.Mesh, rounds: int, warm_up: int = 2) -> list[dict[str, Any]]:
     """Every job's plan, predicted and measured seconds; on every rank."""
     rows: list[dict[str, Any]] = []
     steps: list[Callable[[], Any]] = []
+    sources = {key: Source(*job.make(), torch.float32) for key, job in {(j.model, j.sizes): j for j in jobs}.items()}
     for job in jobs:
-        model, batch = job.make()
-        compiled = autopart.compile(model, mesh, batch, optimizer="adamw", **job.settings)
+        compiled = build(job, mesh, sources[job.model, job.sizes])
         compiled.optimizer(torch.optim.AdamW, lr=1e-4)
         plan = compiled.plan
         degrees = f"pp={plan.pp} dp={plan.dp} tp={plan.tp} zero={plan.zero} recompute={plan.recompute}"
         told = f"{degrees} {plan.micro_batches}x{plan.micro_batch}"
         rows.append({"job": job.name, "plan": told, "predicted": plan.step_seconds})
-        steps.append(lambda c=compiled, b=batch: c.step(b))
+        steps.append(lambda c=compiled, b=sources[job.model, job.sizes].batch: c.step(b))
         if dist.get_rank() == 0:
             print(f"{job.name}: {told}", file=sys.stderr, flush=True)
     gc.collect()

@@ -38,7 +38,7 @@ SIZES = (16, 64, 256, 1024)
 
 def found(ranks: int = 2) -> Found:
     """Measurements of a machine that is as simple as can be: products of bfloat16 at twice the rate of float32's."""
-    made = Found(ranks, 1)
+    made = Found(ranks, 1, 2)
 
     def add(table: str, entry: str, sizes: tuple[float, ...], *seconds: float) -> None:
         made.cases[table, entry, sizes] = [tuple(s * noise for s in seconds) for noise in (1.0, 0.9, 1.5)]
@@ -58,7 +58,7 @@ def found(ranks: int = 2) -> Found:
         add(name, str(size), (nbytes,), 1e-4 + size * nbytes / 1e9)
     for nbytes in (1e4, 1e6) if ranks > 1 else ():
         add("p2p", "", (nbytes,), 5e-5 + nbytes / 1e9)
-    add("alone", "", (), ranks / 2)
+    add("alone", "", (), 1.1 * ranks / 2)
     add("overlap", "", (), 1.2)
     return made
 

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from autopart.request import divisors
 from autopart.runtime import collectives
 from autopart.runtime.groups import Group
+from autopart.runtime.launch import cores_here
 from autopart.runtime.slices import gather, scatter_sum, sum_together
 
 Tensor = torch.Tensor
@@ -93,11 +94,12 @@ class Found:
     """What was measured.
 
     cases   (table, entry, sizes) -> the seconds of every round, each the mean over ranks
-    ranks, threads   as in `Measured`
+    ranks, threads   as in `Measured`;  cores: that the ranks share
     """
 
     ranks: int
     threads: int
+    cores: int
     cases: dict[tuple[str, str, tuple[float, ...]], list[Seconds]] = field(default_factory=lambda: defaultdict(list))
 
 
@@ -105,7 +107,7 @@ def measure(sizes: Sizes, dtypes: tuple[str, ...], rounds: int, device: torch.de
     """Time every case in every round."""
     bench = Bench(sizes, device)
     cases = [*bench.compute(dtypes), *bench.together()]
-    found = Found(dist.get_world_size(), torch.get_num_threads())
+    found = Found(dist.get_world_size(), torch.get_num_threads(), cores_here())
     for case in (case for _ in range(rounds) for case in cases):
         timed = case.make()
         dist.barrier()

@@ -68,7 +68,7 @@ def profile(found: Found, mesh: Mesh, name: str, type_: str) -> tuple[Row, Row]:
             "type": type_,
             "ranks": found.ranks,
             "threads": found.threads,
-            "alone": tables["alone"][""][0][0],
+            "alone": min(tables["alone"][""][0][0], max(1.0, found.ranks * found.threads / found.cores)),
             "overlap": tables["overlap"][""][0][0],
             **{table: tables[table] for table in ("products", "attention", "operators", "updates")},
             "accumulate": tables["accumulate"][""],

@@ -25,7 +25,8 @@ class Measured:
 
     type        of TYPES
     ranks       that measured at once;  threads: of each
-    alone       how many times as fast a rank computes while the others idle: more than 1 where ranks share cores
+    alone       how many times as fast a rank computes while enough others idle that none shares its cores; more than 1
+                where there are fewer cores than ranks have threads
     overlap     how many times as long a product takes beside an all-reduce
     products    dtype -> rows (m, n, k, seconds, spread) of products of m x k by k x n, values alone
     attention   dtype -> rows (sequence, elements of a head, causal, seconds of a forward FLOP, of a backward one,

@@ -64,10 +64,14 @@ def launch(command: Sequence[str], processes: int, env: Mapping[str, str] | None
             _end(children)
 
 
+def cores_here() -> int:
+    """The cores that processes started here have between them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _environment(base: Mapping[str, str], rank: int, processes: int, port: int) -> dict[str, str]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
-        "OMP_NUM_THREADS": str(max(1, cores // processes)),
+        "OMP_NUM_THREADS": str(max(1, cores_here() // processes)),
         **base,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
