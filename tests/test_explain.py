@@ -253,7 +253,7 @@ def moved_cut(data: dict[str, Any]) -> None:
 
 
 def test_reprice() -> None:
-    plan = planned("pp=2", "tp=2", "stage 1 starts at layers.2")
+    plan = planned("pp=2", "tp=2", "micro_batch=2", "stage 1 starts at layers.2")
     again = repriced(plan, source())
     assert again.step_seconds == pytest.approx(plan.step_seconds, rel=1e-9)
     assert [s.memory for s in again.stages] == [s.memory for s in plan.stages]
