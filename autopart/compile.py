@@ -363,7 +363,20 @@ def make_plan(
 ) -> Plan:
     """`plan` for a model that may be traced already; one `to_run` is of a graph whose every block was traced, or one
     equal to it. Where nothing fits, what would is looked for if it is to `advise`."""
-    return explored(source, mesh, request, say, to_run, advise)[0]
+    made, search, _ = explored(source, mesh, request, say, to_run, advise)
+    if made.micro_batch > 1 or search.space.folded.traced.micro_batch == 1:
+        return made
+    return _of_one_sample(source, mesh, search.space.request, made, say, to_run)
+
+
+def _of_one_sample(source: Source, mesh: Mesh, request: Request, made: Plan, say: Say, to_run: bool) -> Plan:
+    """A plan that takes one sample at a time, made anew of a trace of one: that may be another graph (an `expand` to one
+    is nothing), and strategies have other names where a dim has one element."""
+    started = time.monotonic()
+    space = Space((source.at if to_run else source.short)(1, mesh), mesh, replace(request, micro_batch=1))
+    found = Search(space, say).run()
+    found = replace(found, bound=min(found.bound, made.bound_seconds))
+    return replace(write_out(space, found, started, type(source.model).__name__), request=made.request)
 
 
 @paused()
@@ -384,7 +397,8 @@ def explored(
             'recompute="none"',
         )
     made = _searched(Space(folded, mesh, request), say, started, source, advise)
-    if to_run and source.at(made[0].micro_batch, mesh).hash != folded.hash:
+    several = made[0].micro_batch > 1 or folded.traced.micro_batch == 1
+    if to_run and several and source.at(made[0].micro_batch, mesh).hash != folded.hash:
         full = Space(source.at(folded.traced.micro_batch, mesh), mesh, request)
         made = _searched(full, say, started, source, advise)
     return made

@@ -56,7 +56,7 @@ def decided(plan: Plan, source: Source) -> tuple[Space, Found]:
     replace(request, pp=plan.pp, dp=plan.dp, tp=plan.tp).check(plan.mesh)
     if plan.micro_batch % plan.dp:
         raise PartitionError(f"{plan.micro_batch} samples do not divide over dp={plan.dp} ranks")
-    folded = source.short(min(2, plan.global_batch), plan.mesh)
+    folded = source.short(min(2, plan.micro_batch, plan.global_batch), plan.mesh)
     plan.check(folded)
     space = Space(folded, plan.mesh, request)
     point = Point(plan.pp, plan.dp, plan.tp, plan.micro_batch, plan.zero)

@@ -18,6 +18,7 @@ from autopart.cli import app
 from autopart.plan import Plan, missing
 from autopart.runtime.groups import Groups
 from autopart.runtime.simulated import run_simulated
+from tests.models import MODELS, build
 
 Tensor = torch.Tensor
 TINY = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64, "n_positions": 16}
@@ -45,6 +46,20 @@ def test_check_tells_how_far_a_plan_is_off(tiny: str, tmp_path: Path) -> None:
     assert shell("plan", tiny, "4:cpu", *degrees, "--save", tmp_path / "plan.json").exit_code == 0
     saved = shell("check", tiny, "--plan", tmp_path / "plan.json")
     assert saved.stdout.startswith(f"{told['loss']:.6g} is the loss, off by "), saved.output
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_sample_at_a_time(name: str, tmp_path: Path) -> None:
+    """One sample may be traced as another graph than several, of which the planner thinks."""
+    model, batch = build(name)
+    plan = autopart.plan(model, "4:cpu", batch, pp=2, tp=2, micro_batch=1)
+    assert plan.micro_batches == len(next(iter(batch.values())))
+    plan.save(tmp_path / "plan.json")
+    saved = Plan.load(tmp_path / "plan.json")
+    autopart.certify(saved, model, batch)
+    assert autopart.reprice(saved, model, batch).step_seconds == pytest.approx(plan.step_seconds, rel=1e-9)
+    found = autopart.check(model, "4:cpu", batch, plan=saved)
+    assert found.loss_error < 1e-5 and found.gradient_error < 1e-5
 
 
 class Moody(nn.Module):

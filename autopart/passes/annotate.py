@@ -14,6 +14,10 @@ from autopart.rules import flops, is_contraction, product_of, strategies
 from autopart.torch_private import StorageWeakRef
 
 
+VIEWS = ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten.using_ints", "aten.expand")
+"""Operators whose rule has no letter for a dim of one element. A single sample in dim 0 stays there, as more would."""
+
+
 def annotate_costs(traced: Traced, device: str) -> Traced:
     """Fill in the records, in place. `device` ("cpu" or another) says whose kernels keep what."""
     batch: dict[tuple[fx.Node, int], int | None] = {
@@ -56,6 +60,9 @@ def _batch_dims(node: fx.Node, batch: dict[tuple[fx.Node, int], int | None]) -> 
     places = [batch.get(value_of(n)) if n is not None else None for n in operands(node)]
     if all(p is None for p in places):
         return [None] * len(record.shapes)
+    taken = shape_args(node)[0]
+    if record.name in VIEWS and places[0] == 0 and taken[0] == 1:
+        return [len(record.shape) - len(taken) if record.name == "aten.expand" else 0]
     for strategy in strategies(record.name, shape_args(node), record.shapes, 1):
         hit = any(
             place is not None and wanted is not None and wanted.kind == "S" and wanted.dim == place
