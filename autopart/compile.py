@@ -370,8 +370,8 @@ def make_plan(
 
 
 def _of_one_sample(source: Source, mesh: Mesh, request: Request, made: Plan, say: Say, to_run: bool) -> Plan:
-    """A plan that takes one sample at a time, made anew of a trace of one: that may be another graph (an `expand` to one
-    is nothing), and strategies have other names where a dim has one element."""
+    """A plan that takes one sample at a time, made anew of a trace of one: that may be another graph (an `expand` to
+    one is nothing), and strategies have other names where a dim has one element."""
     started = time.monotonic()
     space = Space((source.at if to_run else source.short)(1, mesh), mesh, replace(request, micro_batch=1))
     found = Search(space, say).run()

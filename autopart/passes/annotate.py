@@ -13,7 +13,6 @@ from autopart.means import mixing
 from autopart.rules import flops, is_contraction, product_of, strategies
 from autopart.torch_private import StorageWeakRef
 
-
 VIEWS = ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten.using_ints", "aten.expand")
 """Operators whose rule has no letter for a dim of one element. A single sample in dim 0 stays there, as more would."""
 
