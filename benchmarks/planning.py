@@ -235,7 +235,7 @@ def main() -> int:
     """Time the rows asked for; the exit status is 1 where one misses what it may cost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(r.name for r in ROWS)} (default: all)")
-    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="medians of N runs")
+    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="medians of N runs, in rounds over all rows")
     parser.add_argument("--limit", type=int, default=120, metavar="SECONDS", help="CPU seconds of one run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     options = parser.parse_args()
@@ -243,16 +243,15 @@ def main() -> int:
     if unknown:
         parser.error(f"no such row: {', '.join(sorted(unknown))}")
     console = Console(width=None if sys.stdout.isatty() else 200)
-    rows = []
-    for row in ROWS:
-        if options.rows and row.name not in options.rows:
-            continue
-        torch_seconds, runs = [], []
-        for _ in range(options.repeat):
-            torch_seconds.append(yardstick())
-            runs.append(run(row, options.limit))
-        rows.append({**report(row, runs), "import_torch": statistics.median(torch_seconds)})
-        console.print(f"{row.name}: {rows[-1]['cpu']:.2f} CPU s {rows[-1]['problem']}", markup=False, highlight=False)
+    asked = [row for row in ROWS if not options.rows or row.name in options.rows]
+    runs: dict[str, list[Run]] = {row.name: [] for row in asked}
+    torch_seconds: dict[str, list[float]] = {row.name: [] for row in asked}
+    for row in asked * options.repeat:
+        torch_seconds[row.name].append(yardstick())
+        runs[row.name].append(run(row, options.limit))
+        told = report(row, runs[row.name][-1:])
+        console.print(f"{row.name}: {told['cpu']:.2f} CPU s {told['problem']}", markup=False, highlight=False)
+    rows = [{**report(r, runs[r.name]), "import_torch": statistics.median(torch_seconds[r.name])} for r in asked]
     console.print(table(rows))
     ratio = depth_ratio(rows)
     if ratio is not None:
