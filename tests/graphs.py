@@ -818,13 +818,13 @@ def make_plan(
     pp, dp, tp = degrees
     modes, ends = modes or ["none"] * len(folded.labels), (*starts[1:], len(folded.labels))
     return Plan(
-        "Model", MESH, pp, dp, tp, micro_batch, SAMPLES, schedule, zero, "mixed", "float64", "sgd",
+        "Model", MESH, pp, dp, tp, micro_batch, SAMPLES, schedule, zero, "mixed", "float64", "sgd", None,
         tuple(splits_of(table, c, {"dp": dp, "tp": tp}) for c in chosen),
         tuple(
             PlanStage(start, stage, tuple(modes[start:end]), 0.0, 0.0, 0.0, 0.0, {}, ())
             for stage, (start, end) in enumerate(zip(starts, ends, strict=True))
         ),
-        0.0, 0.0, 0.0, "feasible", 0.0, Signature.of(folded),
+        0.0, 0.0, 0.0, "feasible", 0.0, 0.0, Signature.of(folded),
     )  # fmt: skip
 
 
