@@ -90,22 +90,23 @@ def _bands(columns: Sequence[Array]) -> list[Array]:
     return [bands[id(f)] for f in columns]
 
 
-def _before(reach: Array, longest: int) -> Array:
-    """before[j, l] = reach[j - l - 1], infinite where there is none."""
-    padded = np.concatenate([np.full(longest, NEVER), reach])
-    return np.lib.stride_tricks.sliding_window_view(padded, longest)[: len(reach), ::-1]
+def _reach(n: int, longest: int) -> tuple[Array, Array]:
+    """reach, 0 at the first of n + 1 places and infinite at others, and before[j, l] = reach[j - l - 1], infinite where
+    there is none: a view of it."""
+    padded = np.full(longest + n + 1, NEVER)
+    padded[longest] = 0.0
+    return padded[longest:], np.lib.stride_tricks.sliding_window_view(padded, longest)[: n + 1, ::-1]
 
 
 def _path(bands: Sequence[Array], limit: float) -> Path | None:
     """The path with the least sum, of columns no larger than `limit`."""
-    n, longest = bands[0].shape[0] - 1, bands[0].shape[1]
-    reach = np.full(n + 1, NEVER)
-    reach[0] = 0.0
+    n, every = bands[0].shape[0] - 1, np.arange(bands[0].shape[0])
+    reach, before = _reach(n, bands[0].shape[1])
     back: list[NDArray[np.int_]] = []
     for band in bands:
-        total = _before(reach, longest) + np.where(band <= limit, band, NEVER)
+        total = before + (band if limit == NEVER else np.where(band <= limit, band, NEVER))
         back.append(total.argmin(1))
-        reach = total.min(1)
+        reach[:] = total[every, back[-1]]
     if not np.isfinite(reach[n]):
         return None
     starts, times, end = [], [], n
@@ -118,10 +119,9 @@ def _path(bands: Sequence[Array], limit: float) -> Path | None:
 
 def _least_maximum(bands: Sequence[Array]) -> float:
     """The least largest column of any path."""
-    reach = np.full(bands[0].shape[0], NEVER)
-    reach[0] = 0.0
+    reach, before = _reach(bands[0].shape[0] - 1, bands[0].shape[1])
     for band in bands:
-        reach = np.maximum(_before(reach, band.shape[1]), band).min(1)
+        reach[:] = np.maximum(before, band).min(1)
     return float(reach[-1])
 
 
