@@ -308,15 +308,15 @@ class Space:
         `solve`'s wherever that takes no branching."""
         options, modes = self.options(point), self.forced(point)
         key = point, 0.0, tuple(sorted(modes.items())), tuple(options.items())
-        if key not in self.solved and key not in self.bounds:
+        if key not in self.bounds and key in self.solved:
+            known = self.solved[key]
+            self.bounds[key] = known.bound if known else NEVER
+        elif key not in self.bounds:
             bound, solution = self.model(point).solver.relax(self.objective(point, 0.0, modes), options)
             self.bounds[key] = bound
             if solution is not None or bound == NEVER:
                 self.solved[key] = solution
-        if key in self.bounds:
-            return self.bounds[key]
-        known = self.solved[key]
-        return known.bound if known else NEVER
+        return self.bounds[key]
 
     def objective(self, point: Point, price: float, modes: Mapping[int, str]) -> Array:
         """What `solve` minimises; at an endless price bytes alone."""

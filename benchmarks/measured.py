@@ -11,18 +11,17 @@ runs stay in the file for rows that are not run.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks import Job, begin, merge, on_ranks, profiled, time_jobs
+from accuracy import kendall
+from ranks import Job, begin, merge, on_all_ranks, parsed, time_jobs
 from rich.console import Console
 from rich.table import Table
 
@@ -72,22 +71,11 @@ ROWS: dict[int, list[Job]] = {
 def main() -> None:
     """Calibrate, start the ranks, and judge; or be a rank."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--steps", type=int, default=7, help="that count, of every row")
-    parser.add_argument("--rounds", type=int, default=2, help="of the calibration")
-    parser.add_argument("--profile", type=Path, help="of an earlier calibration, instead of one now")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="where results are kept")
-    options = parser.parse_args()
+    options = parsed(parser, list(ROWS), 7, RESULTS)
     if "RANK" in os.environ:
         run_rank(options)
         return
-    for ranks in options.ranks:
-        with tempfile.TemporaryDirectory() as folder:
-            file = options.profile or Path(folder) / "profile.toml"
-            if not options.profile:
-                profiled(ranks, file, options.rounds)
-            given = ["--ranks", str(ranks), "--steps", str(options.steps), "--json", str(options.json)]
-            on_ranks(__file__, ranks, [*given, "--profile", str(file)])
+    on_all_ranks(__file__, options)
     show(json.loads(options.json.read_text()))
 
 
@@ -110,14 +98,10 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     for row in rows:
         row["error"] = row["predicted"] / row["measured"] - 1
         row["error_at_speed"] = row["predicted"] * row["drift"] / row["measured"] - 1
-    pairs = [
-        (a["predicted"] * a["drift"] - b["predicted"] * b["drift"]) * (a["measured"] - b["measured"])
-        for a, b in itertools.combinations(rows, 2)
-    ]
     return {
         "mape": sum(abs(row["error"]) for row in rows) / len(rows),
         "mape_at_speed": sum(abs(row["error_at_speed"]) for row in rows) / len(rows),
-        "tau": sum((p > 0) - (p < 0) for p in pairs) / max(1, len(pairs)),
+        "tau": kendall([("", row["predicted"] * row["drift"], row["measured"]) for row in rows]),
     }
 
 

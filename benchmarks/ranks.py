@@ -7,11 +7,13 @@ that the profile knows: how much faster or slower the machine is than when it wa
 
 from __future__ import annotations
 
+import argparse
 import copy
 import gc
 import json
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -123,6 +125,27 @@ def on_ranks(script: str, ranks: int, arguments: Sequence[str]) -> None:
     status = launch([sys.executable, script, *arguments], ranks)
     if status:
         sys.exit(status)
+
+
+def parsed(parser: argparse.ArgumentParser, known: Sequence[int], steps: int, results: Path) -> argparse.Namespace:
+    """The options that such benchmarks share, with what `parser` has already; `known` numbers of ranks."""
+    parser.add_argument("--ranks", type=int, nargs="+", choices=known, default=list(known))
+    parser.add_argument("--steps", type=int, default=steps, help="that count, of every row")
+    parser.add_argument("--rounds", type=int, default=2, help="of the calibration")
+    parser.add_argument("--profile", type=Path, help="of an earlier calibration, instead of one now")
+    parser.add_argument("--json", type=Path, default=results, help="where results are kept")
+    return parser.parse_args()
+
+
+def on_all_ranks(script: str, options: argparse.Namespace, arguments: Sequence[str] = ()) -> None:
+    """Run a script as every number of ranks asked for, each with a profile of its own where none is given."""
+    for ranks in options.ranks:
+        with tempfile.TemporaryDirectory() as folder:
+            file = options.profile or Path(folder) / "profile.toml"
+            if not options.profile:
+                profiled(ranks, file, options.rounds)
+            given = ["--ranks", str(ranks), "--steps", str(options.steps), "--json", str(options.json)]
+            on_ranks(script, ranks, [*given, "--profile", str(file), *arguments])
 
 
 def begin() -> None:

@@ -15,14 +15,13 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks import Job, begin, merge, on_ranks, profiled, time_jobs
+from ranks import Job, begin, merge, on_all_ranks, parsed, time_jobs
 from rich.console import Console
 from rich.table import Table
 
@@ -43,23 +42,12 @@ PAIRS: list[tuple[str, tuple[int, int, int, int]]] = [
 def main() -> None:
     """Calibrate, start the ranks, and judge; or be a rank."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", choices=(2, 4), default=[2, 4])
     parser.add_argument("--pairs", type=int, nargs="+", choices=range(len(PAIRS)), default=list(range(len(PAIRS))))
-    parser.add_argument("--steps", type=int, default=9, help="that count, of every configuration")
-    parser.add_argument("--rounds", type=int, default=2, help="of the calibration")
-    parser.add_argument("--profile", type=Path, help="of an earlier calibration, instead of one now")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="where results are kept")
-    options = parser.parse_args()
+    options = parsed(parser, (2, 4), 9, RESULTS)
     if "RANK" in os.environ:
         run_rank(options)
         return
-    for ranks in options.ranks:
-        with tempfile.TemporaryDirectory() as folder:
-            file = options.profile or Path(folder) / "profile.toml"
-            if not options.profile:
-                profiled(ranks, file, options.rounds)
-            given = ["--steps", str(options.steps), "--json", str(options.json), "--profile", str(file)]
-            on_ranks(__file__, ranks, ["--ranks", str(ranks), "--pairs", *map(str, options.pairs), *given])
+    on_all_ranks(__file__, options, ["--pairs", *map(str, options.pairs)])
     show(json.loads(options.json.read_text()))
 
 
