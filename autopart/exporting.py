@@ -26,6 +26,7 @@ from torch import fx, nn
 
 from autopart.custom import CustomFunction
 from autopart.errors import PartitionError
+from autopart.functional import functional
 from autopart.shortened import Dropped, Shortened
 from autopart.torch_private import FakeTensor, FakeTensorMode, lazy_graph_modules
 
@@ -81,7 +82,7 @@ def _export(
         exported = torch.export.export(skeleton, (), kwargs, strict=False)
         _refuse_hidden_tensors(exported)
         _cut_gradients(exported)
-        exported = exported.run_decompositions({})
+        exported = functional(exported)
     for function in custom:
         function.check()
     if drawn is None and _foreign_random() != before and not _never_matters(model, inputs, dtype, shortened):

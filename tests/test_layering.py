@@ -46,7 +46,7 @@ LAYERS = (
         "constraints",
         "allowed",
     },
-    {"exporting", "instead"},
+    {"exporting", "functional", "instead"},
     {"plan", "estimates"},
     {"passes"},
     {
