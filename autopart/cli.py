@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -327,10 +327,18 @@ def _run_text(result: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    """The entry point of the shell. Its commands are short, so that garbage in cycles is left to the system; training
-    is not: `run` collects it."""
+    """The entry point of the shell. Its commands are short, so that garbage in cycles is left to the system, and so is
+    the end, at which Python would look through all that was ever made. Training is not short: `run` collects."""
     gc.disable()
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if gc.isenabled() or not isinstance(end.code, (int, type(None))):
+            raise
+        with suppress(BrokenPipeError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(end.code or 0)
 
 
 if __name__ == "__main__":

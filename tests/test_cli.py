@@ -225,3 +225,11 @@ def test_run_trains_on_two_processes(tiny: str) -> None:
     assert len(told["losses"]) == len(told["step_seconds"]) == 3
     assert told["losses"][-1] < told["losses"][0] and told["tokens_per_second"] > 0
     assert Plan.from_json(told["plan"]).tp == 2
+
+
+@pytest.mark.processes
+def test_the_process_ends_with_all_told_and_its_exit_status(tiny: str) -> None:
+    planned = process("-m", "autopart.cli", "plan", tiny, "2:cpu", "--json")
+    assert planned.returncode == 0 and Plan.from_json(json.loads(planned.stdout)).stages
+    refused = process("-m", "autopart.cli", "plan", tiny, "2:cpu", "--tp", 3)
+    assert refused.returncode == 2 and "tp" in refused.stderr and not refused.stdout
