@@ -42,14 +42,16 @@ class Row:
     kinds   of position: the class of a run, and what it may do of MODES;  first: the first mode of each among all
     counts  how many of each kind a range has, once for all ranges that are alike
     alike   of every range the row of `counts`
-    ways    `counts`, with how many modes each kind may take
+    many    of every row of `counts`, the ways to give all their modes that are listed: 0 where there are too many
+    ways    these, one row after the other: how many of each kind take each mode
     """
 
     kinds: tuple[tuple[int, tuple[str, ...]], ...]
     first: NDArray[np.int_]
     counts: NDArray[Any]
     alike: NDArray[np.int_]
-    ways: tuple[Counts, ...]
+    many: NDArray[np.int_]
+    ways: Array
 
 
 @lru_cache(maxsize=8)
@@ -61,9 +63,10 @@ def row_of(group: tuple[int, ...], allowed: tuple[tuple[str, ...], ...]) -> Row:
     total = np.concatenate([np.zeros((1, len(kinds)), dtype=np.int64), np.cumsum(stands, axis=0)])
     starts, ends = spans(len(rows))
     counts, alike = np.unique(total[ends] - total[starts], axis=0, return_inverse=True)
-    many = [len(modes) for _, modes in kinds]
-    ways = tuple(tuple(zip(row, many, strict=True)) for row in counts.tolist())
-    return Row(kinds, np.cumsum([0, *many])[:-1], counts, alike, ways)
+    modes = [len(modes) for _, modes in kinds]
+    ways = [_listed(tuple(zip(row, modes, strict=True))) for row in counts.tolist()]
+    many = np.array([len(listed) for listed in ways])
+    return Row(kinds, np.cumsum([0, *modes])[:-1], counts, alike, many, np.concatenate(ways))
 
 
 class Bounds:
@@ -107,12 +110,12 @@ class Bounds:
         `most`, or where a range cannot fit."""
         best = [np.minimum.reduceat(terms, self.row.first) for terms in (self.bytes, *self.terms)]
         bounds = self._bounds(self.room, *(self.row.counts @ least for least in best))
-        for row in np.flatnonzero((bounds <= most).any(0)).tolist():
-            if _many(self.row.ways[row]) <= LISTED:
-                listed = _listed(self.row.ways[row])
-                bounds[:, row] = self._bounds(
-                    self.room[row], *(listed @ terms for terms in (self.bytes, *self.terms))
-                ).min(1)
+        rows = (bounds <= most).any(0) & (self.row.many > 0)
+        if rows.any():
+            many = self.row.many[rows]
+            listed = self.row.ways[np.repeat(rows, self.row.many)]
+            each = self._bounds(np.repeat(self.room[rows], many), *(listed @ t for t in (self.bytes, *self.terms)))
+            bounds[:, rows] = np.minimum.reduceat(each, np.cumsum([0, *many[:-1]]), axis=1)
         columns = {}
         for flights, bound in zip(self.flights.tolist(), bounds, strict=True):
             found = bound[self.row.alike] + self.messages
@@ -130,17 +133,13 @@ class Bounds:
 
 
 @lru_cache(maxsize=4096)
-def _many(counts: Counts) -> int:
-    """How many ways there are to give all their modes."""
-    return math.prod(math.comb(count + modes - 1, modes - 1) for count, modes in counts)
-
-
-@lru_cache(maxsize=4096)
 def _listed(counts: Counts) -> Array:
-    """All ways to give every run its mode: how many of each kind take each mode."""
+    """All ways to give every run its mode: how many of each kind take each mode. None where they are too many."""
 
     def of(count: int, modes: int) -> Sequence[tuple[int, ...]]:
         bars = itertools.combinations(range(count + modes - 1), modes - 1)
         return [tuple(b - a - 1 for a, b in itertools.pairwise((-1, *bar, count + modes - 1))) for bar in bars]
 
+    if math.prod(math.comb(count + modes - 1, modes - 1) for count, modes in counts) > LISTED:
+        return np.zeros((0, sum(modes for _, modes in counts)))
     return np.array([sum(way, ()) for way in itertools.product(*(of(*kind) for kind in counts))], dtype=float)

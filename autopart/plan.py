@@ -204,7 +204,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        Path(path).write_text(_written(self.to_json()) + "\n")
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data."""
@@ -270,6 +270,20 @@ class Plan:
 def usable_bytes(mesh: Mesh) -> float:
     """Bytes of a device that a plan may fill: the rest is the context, the allocator's slack and libraries."""
     return mesh.device.memory_bytes * 0.92
+
+
+def _written(value: Any, indent: str = "") -> str:
+    """JSON in which what holds nothing nested stands on one line."""
+    nested = isinstance(value, (dict, list, tuple))
+    inside = (value.values() if isinstance(value, dict) else value) if nested else ()
+    if not any(v and isinstance(v, (dict, list, tuple)) for v in inside):
+        return json.dumps(value)
+    deeper = indent + " "
+    if isinstance(value, dict):
+        rows, ends = [f"{json.dumps(k)}: {_written(v, deeper)}" for k, v in value.items()], "{}"
+    else:
+        rows, ends = [_written(v, deeper) for v in value], "[]"
+    return f"{ends[0]}\n{deeper}" + f",\n{deeper}".join(rows) + f"\n{indent}{ends[1]}"
 
 
 def _strategy_to_json(strategy: Strategy) -> dict[str, Any]:

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
+
 from autopart.notation import Placement
 from autopart.relayout import Step
 from autopart.rules import Product, Strategy
@@ -96,6 +99,11 @@ class Flow:
         return len(set(self.users[0])) > 1
 
     @cached_property
+    def ends(self) -> tuple[NDArray[np.int_], NDArray[np.int_]]:
+        """At each place, the position that makes the value and the first that uses it."""
+        return np.array(self.homes), np.array([users[0] for users in self.users])
+
+    @cached_property
     def spots(self) -> list[dict[tuple[int, int], tuple[int, ...]]]:
         """At each place, every (node, operand) that uses the value and the positions where it does."""
         return [_grouped(self.uses, [(p,) for p in users]) for users in self.users]
@@ -117,6 +125,11 @@ class Keep:
     root: int
     keepers: tuple[tuple[int, int], ...]
     places: list[tuple[int, ...]] = field(default_factory=list)
+
+    @cached_property
+    def first(self) -> NDArray[np.int_]:
+        """The position of the first keeper, at each place."""
+        return np.array([places[0] for places in self.places])
 
     @cached_property
     def several(self) -> bool:

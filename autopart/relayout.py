@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from autopart.comm import COLLECTIVES
@@ -77,9 +78,14 @@ class Step:
     after: tuple[Placement, ...]
 
 
-def steps(have: tuple[Placement, ...], want: tuple[Placement, ...], grad: bool) -> Iterator[Step]:
+@lru_cache(maxsize=2**16)
+def steps(have: tuple[Placement, ...], want: tuple[Placement, ...], grad: bool) -> tuple[Step, ...]:
     """The changes from one placement along all axes to another, one axis after the other: what sums and gathers comes
     before what splits. A dim that another axis holds, or whose parts differ, is gathered before it is split anew."""
+    return tuple(_steps(have, want, grad))
+
+
+def _steps(have: tuple[Placement, ...], want: tuple[Placement, ...], grad: bool) -> Iterator[Step]:
     now = list(have)
     for axis in sorted(range(len(want)), key=lambda a: (want[a].kind == "S", a)):
         target = want[axis]

@@ -150,8 +150,8 @@ class Costs:
 class Space:
     """All plans of a model on a mesh that a request allows, as numbers.
 
-    What constraints change is none of what is kept in `models`, `prices`, `solved` and `weights`: a space with others
-    may share them. Only links and devices change prices, only devices and a degree of `tp` that is asked for the
+    What constraints change is none of what is kept in `models`, `prices`, `solved` and what follows them: a space with
+    others may share it. Only links and devices change prices, only devices and a degree of `tp` that is asked for the
     models.
     """
 
@@ -163,6 +163,8 @@ class Space:
     solved: dict[object, Solution | None] = field(default_factory=dict)
     bounds: dict[object, float] = field(default_factory=dict)
     weights: dict[tuple[Point, tuple[int, ...]], Weighed] = field(default_factory=dict)
+    costs_of: dict[Point, tuple[Costs, ...]] = field(default_factory=dict)
+    relaxations: dict[object, tuple[float, Solution | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise PartitionError where constraints name what the model does not have."""
@@ -262,23 +264,34 @@ class Space:
 
     def costs(self, point: Point, modes: Mapping[int, str]) -> Costs:
         """What everything at a point costs, in all its places; `modes` says which classes of blocks are run again."""
-        model, prices = self.model(point), self.priced(point)
-        again = np.concatenate([prices.forward - prices.product, prices.change_forward, 0.0 * prices.memory])
-        whole = np.concatenate([prices.forward, prices.change_forward, 0.0 * prices.memory])
-        seconds = np.concatenate([
-            prices.forward + prices.backward + prices.sync / self.micro_batches(point),
-            prices.change_forward + prices.change_backward,
-            0.0 * prices.memory,
-        ])  # fmt: skip
-        nothing = np.zeros(len(prices.change_forward))
-        kept = np.concatenate([prices.inner, nothing, prices.memory])
-        results = np.concatenate([prices.results, nothing, 0.0 * prices.memory])
-        state = np.concatenate([prices.state, nothing, 0.0 * prices.memory])
+        model, (usual, *others) = self.model(point), self._usual(point)
+        seconds, kept = usual.seconds, usual.kept
         for group, mode in modes.items():
-            mine = model.group == group
-            extra, held = {"none": (0.0, kept), "selective": (again, results), "full": (whole, 0.0 * kept)}[mode]
-            seconds, kept = np.where(mine, seconds + extra, seconds), np.where(mine, held, kept)
-        return Costs(seconds * model.places, state * model.places, kept * model.places)
+            if mode != "none":
+                mine, other = model.group == group, others[MODES.index(mode) - 1]
+                seconds, kept = np.where(mine, other.seconds, seconds), np.where(mine, other.kept, kept)
+        return Costs(seconds, usual.state, kept)
+
+    def _usual(self, point: Point) -> tuple[Costs, ...]:
+        """What everything costs where all do as each of MODES says."""
+        if point not in self.costs_of:
+            model, prices = self.model(point), self.priced(point)
+            places, nothing = model.places, np.zeros(len(prices.change_forward) + len(prices.memory))
+            seconds = np.concatenate([
+                prices.forward + prices.backward + prices.sync / self.micro_batches(point),
+                prices.change_forward + prices.change_backward,
+                0.0 * prices.memory,
+            ])  # fmt: skip
+            again = np.concatenate([prices.forward - prices.product, prices.change_forward, 0.0 * prices.memory])
+            whole = np.concatenate([prices.forward, prices.change_forward, 0.0 * prices.memory])
+            kept = np.concatenate([prices.inner, 0.0 * prices.change_forward, prices.memory])
+            results = np.concatenate([prices.results, nothing])
+            state = np.concatenate([prices.state, nothing]) * places
+            self.costs_of[point] = tuple(
+                Costs((seconds + extra) * places, state, held * places)
+                for extra, held in ((0.0, kept), (again, results), (whole, 0.0 * kept))
+            )
+        return self.costs_of[point]
 
     def least_work(self, point: Point) -> float:
         """Seconds that the operators of a micro-batch take at least, whatever is done between them."""
@@ -312,7 +325,11 @@ class Space:
             known = self.solved[key]
             self.bounds[key] = known.bound if known else NEVER
         elif key not in self.bounds:
-            bound, solution = self.model(point).solver.relax(self.objective(point, 0.0, modes), options)
+            objective = self.objective(point, 0.0, modes)
+            same = point.tp, objective.tobytes(), *key[2:]  # of ZeRO level 1 as of level 0, without updates
+            if same not in self.relaxations:
+                self.relaxations[same] = self.model(point).solver.relax(objective, options)
+            bound, solution = self.relaxations[same]
             self.bounds[key] = bound
             if solution is not None or bound == NEVER:
                 self.solved[key] = solution
@@ -341,10 +358,15 @@ class Space:
         options = self.options(point)
         key = point, price, group, mode, tuple(options.items())
         if key not in self.bounds:
-            model = self.model(point)
+            model, usual = self.model(point), self.modes[0]
             costs = np.where(model.group == group, self.objective(point, price, {group: mode}), 0.0)
-            bound = model.sizes.apart if price == NEVER else model.part(group).bound
-            self.bounds[key] = bound(costs, options)
+            if price == NEVER:
+                self.bounds[key] = model.sizes.apart(costs, options)
+            elif price == 0.0 and mode != usual:
+                more = costs - np.where(model.group == group, self.objective(point, price, {group: usual}), 0.0)
+                self.bounds[key] = self.least(point, price, group, usual) + model.sizes.apart(more, options)
+            else:
+                self.bounds[key] = model.part(group).bound(costs, options)
         return self.bounds[key]
 
     def forced(self, point: Point) -> dict[int, str]:

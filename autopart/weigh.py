@@ -60,7 +60,11 @@ class Sizes:
     flops, moved, peak, rest, factors
               of these rows: FLOPs and bytes moved, peak, then again, runs, kind, sizes and grads as in `cost.Work`, and
               which of the four factors batch, m, n and k have
+    holdings  what parameters cost by: bytes, if there is a gradient, if that is a partial sum over dp, if over tp
+    holds     of every strategy, the row of these
     changes   (flow, placement as made, path to where it is then) of every change that can be paid
+    keeps     of every keep and each of its distinct keepers, the placement of the memory under each of the keeper's
+              strategies (of the root's, where it is kept as made): whole or split
     kept      (keep, placement) -> index of every memory that can be kept
     """
 
@@ -77,7 +81,9 @@ class Sizes:
         self.grad = np.array([float(n.grad) for n, _ in options])
         self.product = np.array([float(n.product) for n, _ in options])
         self.weight = np.array([self._weight(n, o) for n, o in options])
-        self.sums = np.array([[self._sums(n, o, axis) for axis in ("dp", "tp")] for n, o in options], dtype=bool)
+        sums = np.array([[self._sums(n, o, axis) for axis in ("dp", "tp")] for n, o in options])
+        held = np.column_stack([self.weight, self.grad, sums])
+        self.holdings, self.holds = np.unique(held, axis=0, return_inverse=True)
         self.changes: dict[tuple[int, Placements, Path], tuple[Step, Value]] = {}
         for index, flow in enumerate(table.flows):
             value = table.nodes[flow.source].values[flow.output]
@@ -89,9 +95,10 @@ class Sizes:
             self.kinds.setdefault((table.axes[step.axis], step.row, value.grad), []).append(i)
         self.whole = np.array([self._whole(s, v) for s, v in self.changes.values()]).reshape(-1, 4)
         self.after = np.array([self.four(v, s.after) for s, v in self.changes.values()]).reshape(-1, 4)
+        self.keeps = [[self._keeps(keep, *keeper) for keeper in dict.fromkeys(keep.keepers)] for keep in table.keeps]
         self.kept: dict[tuple[int, Placements], int] = {}
-        for index, keep in enumerate(table.keeps):
-            for placed in dict.fromkeys(p for k in range(len(set(keep.keepers))) for p in self.keeps(keep, k)):
+        for index, keepers in enumerate(self.keeps):
+            for placed in dict.fromkeys(p for options in keepers for p in options):
                 self.kept[index, placed] = len(self.kept)
         self.memory = np.array([self._root(table.keeps[k], placed) for k, placed in self.kept]).reshape(-1, 4)
 
@@ -117,6 +124,17 @@ class Sizes:
         return np.unique([keep for keep, _ in self.kept], return_index=True)[1]
 
     @cached_property
+    def holders(self) -> dict[int, tuple[NDArray[np.int_], NDArray[np.int_]]]:
+        """Of every parameter the positions that hold one for themselves, and all that hold one."""
+        return {
+            index: (
+                np.array([p for p, *more in places if not more], dtype=int),
+                np.array([p for at in places for p in at]),
+            )
+            for index, places in self.table.state.items()
+        }
+
+    @cached_property
     def change_index(self) -> dict[tuple[int, Placements, Path], int]:
         """Index of every change among all."""
         return {key: i for i, key in enumerate(self.changes)}
@@ -125,10 +143,7 @@ class Sizes:
         """A value's bytes on a rank."""
         return self._cut(value.bytes, value.batch, [p.kind == "S" for p in placed])
 
-    def keeps(self, keep: Keep, keeper: int) -> list[Placements]:
-        """The placement in which a keeper (one of the distinct ones) keeps memory, under each of its strategies: whole
-        or split."""
-        node, operand = list(dict.fromkeys(keep.keepers))[keeper]
+    def _keeps(self, keep: Keep, node: int, operand: int) -> list[Placements]:
         user, root = self.table.nodes[node], self.table.nodes[keep.root]
         if operand == -2:
             return [_merged(root.given(o)) for o in range(len(root.options))]
@@ -228,7 +243,7 @@ class Prices:
 
     def __init__(self, sizes: Sizes, terms: Terms) -> None:
         self.sizes, self.terms = sizes, terms
-        basis, device, training = terms.basis, terms.device, terms.training
+        basis, device = terms.basis, terms.device
         self.made, self.inner = sizes.made @ basis, sizes.inner @ basis
         seconds = self._computed(sizes, basis, device)
         ranks = {axis: group.ranks for axis, group in terms.sizes.items()}
@@ -236,25 +251,70 @@ class Prices:
         mean = stream_seconds(2 * self.made, sizes.grad, np.minimum(divided, 1.0), device)
         self.forward, self.backward = seconds.forward + mean.forward, seconds.backward + mean.backward
         self.product = sizes.product * seconds.forward
-        self.results = sizes.product * (self.made + self.inner)
-        self.memory, self.after = sizes.memory @ basis, sizes.after @ basis
-        nbytes = sizes.whole @ basis
-        self.change_forward, self.change_backward = np.zeros(len(nbytes)), np.zeros(len(nbytes))
-        for (axis, row, grad), where in sizes.kinds.items():
-            if ranks[axis] > 1:
-                seconds_of = row_seconds(row, nbytes[where], terms.sizes[axis], grad, device)
-                self.change_forward[where], self.change_backward[where] = seconds_of
-        count = len(sizes.weight)
-        self.parts, self.sync, self.gathered = np.zeros((count, 3)), np.zeros(count), np.zeros(count)
-        for i in np.flatnonzero(sizes.weight):
-            weight, (over_dp, over_tp) = sizes.weight[i], sizes.sums[i].tolist()
-            self.parts[i] = training.memory(weight, bool(sizes.grad[i]), over_dp)
-            self.gathered[i] = training.gathered(weight, over_dp)
-            self.sync[i] = training.sync_seconds(weight, over_dp)
-            self.sync[i] += update_seconds(weight, bool(sizes.grad[i]), over_dp, training, device)
-            if over_tp:
-                self.sync[i] += training.partial_sync_seconds(weight, terms.sizes["tp"])
-        self.state = self.parts.sum(1)
+
+    @cached_property
+    def results(self) -> Array:
+        return self.sizes.product * (self.made + self.inner)
+
+    @cached_property
+    def memory(self) -> Array:
+        return self.sizes.memory @ self.terms.basis
+
+    @cached_property
+    def after(self) -> Array:
+        """Bytes that every change of placement makes."""
+        return self.sizes.after @ self.terms.basis
+
+    @cached_property
+    def _changes(self) -> Array:
+        """[2, changes]: seconds forward and backward."""
+        nbytes = self.sizes.whole @ self.terms.basis
+        found = np.zeros((2, len(nbytes)))
+        for (axis, row, grad), where in self.sizes.kinds.items():
+            group = self.terms.sizes[axis]
+            if group.ranks > 1:
+                found[:, where] = row_seconds(row, nbytes[where], group, grad, self.terms.device)
+        return found
+
+    @property
+    def change_forward(self) -> Array:
+        return self._changes[0]
+
+    @property
+    def change_backward(self) -> Array:
+        return self._changes[1]
+
+    @cached_property
+    def _holdings(self) -> Array:
+        """[strategies, 5]: of a parameter its `parts`, `sync` and `gathered`."""
+        return np.array([self._holding(*row) for row in self.sizes.holdings.tolist()])[self.sizes.holds]
+
+    def _holding(self, weight: float, grad: bool, over_dp: bool, over_tp: bool) -> tuple[float, ...]:
+        training = self.terms.training
+        if not weight:
+            return (0.0,) * 5
+        sync = training.sync_seconds(weight, over_dp)
+        sync += update_seconds(weight, grad, over_dp, training, self.terms.device)
+        if over_tp:
+            sync += training.partial_sync_seconds(weight, self.terms.sizes["tp"])
+        return (*training.memory(weight, grad, over_dp), sync, training.gathered(weight, over_dp))
+
+    @property
+    def parts(self) -> Array:
+        """[strategies, 3]: bytes of a parameter, its gradient, its optimizer states."""
+        return self._holdings[:, :3]
+
+    @cached_property
+    def state(self) -> Array:
+        return self.parts.sum(1)
+
+    @property
+    def sync(self) -> Array:
+        return self._holdings[:, 3]
+
+    @property
+    def gathered(self) -> Array:
+        return self._holdings[:, 4]
 
     @staticmethod
     def _computed(sizes: Sizes, basis: Array, device: Device) -> Seconds:
@@ -364,10 +424,10 @@ def _weigh_nodes(found: Weighed, prices: Prices, at: NDArray[np.int_]) -> None:
 def _weigh_parameters(found: Weighed, prices: Prices, at: NDArray[np.int_]) -> None:
     for index, places in prices.sizes.table.state.items():
         i = at[index]
-        own = np.array([positions[0] for positions in places if len(positions) == 1], dtype=int)
+        own, every = prices.sizes.holders[index]
         np.add.at(found.parts.T, own, prices.parts[i])
         np.add.at(found.sync, own, prices.sync[i])
-        np.add.at(found.gathered, np.concatenate([np.array(p) for p in places]), prices.gathered[i])
+        np.add.at(found.gathered, every, prices.gathered[i])
         for positions in places if len(own) < len(places) else ():
             if len(positions) > 1:
                 held, sync = prices.parts[i].tolist(), float(prices.sync[i])
@@ -388,7 +448,7 @@ def _weigh_flow(
     for use, want in wants.items():
         for key in paths(flow.chains[have, want]):
             paid.setdefault(key, []).append(use)
-    homes, users = np.array(flow.homes), np.array([u[0] for u in flow.users])
+    homes, users = flow.ends
     at = homes if summed else users
     for key, uses in paid.items():
         i = sizes.change_index[index, have, key]
@@ -427,7 +487,7 @@ def _crossings(flow: Flow, size: float, grad: bool, link: Link | None) -> Iterat
     """Where a value of a size crosses cuts."""
     seconds = float(p2p_seconds(size, link)) * (1 + grad) if link is not None else 0.0
     if not flow.several:
-        homes, users = np.array(flow.homes), np.array([u[0] for u in flow.users])
+        homes, users = flow.ends
         away = (users != homes) & (users >= 0) & (homes >= 0)
         yield Crossings(homes[away], users[away], size, seconds)
         return
@@ -453,13 +513,13 @@ def least_crossings(prices: Prices, link: Link | None) -> list[Crossings]:
 
 def _weigh_keep(found: Weighed, prices: Prices, chosen: Sequence[int], index: int, keep: Keep) -> None:
     placed = {
-        keeper: prices.sizes.keeps(keep, k)[chosen[keep.root if keeper[1] == -2 else keeper[0]]]
-        for k, keeper in enumerate(dict.fromkeys(keep.keepers))
+        keeper: options[chosen[keep.root if keeper[1] == -2 else keeper[0]]]
+        for keeper, options in zip(dict.fromkeys(keep.keepers), prices.sizes.keeps[index], strict=True)
     }
     for kind in dict.fromkeys(placed.values()):
         held = float(prices.memory[prices.sizes.kept[index, kind]])
         if not keep.several:
-            np.add.at(found.kept[0], np.array([places[0] for places in keep.places]), held)
+            np.add.at(found.kept[0], keep.first, held)
             continue
         for spots in keep.spots:
             positions = tuple(sorted({p for keeper, where in spots.items() if placed[keeper] == kind for p in where}))

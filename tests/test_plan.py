@@ -284,8 +284,8 @@ def paid(made: Split, chosen: Sequence[int]) -> set[int]:
             columns |= {start + sizes.change_index[index, have, path] for path in paths(chain)}
     start += len(sizes.changes)
     for index, keep in enumerate(table.keeps):
-        for keeper, (node, operand) in enumerate(keep.keepers):
-            placed = sizes.keeps(keep, keeper)[chosen[keep.root if operand == -2 else node]]
+        for keeper, (node, operand) in enumerate(dict.fromkeys(keep.keepers)):
+            placed = sizes.keeps[index][keeper][chosen[keep.root if operand == -2 else node]]
             columns.add(start + sizes.kept[index, placed])
     return columns
 

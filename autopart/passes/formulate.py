@@ -153,7 +153,7 @@ class _Builder:
             for want in {target.taken(o, operand): None for o in range(len(target.options))}:
                 for have in haves:
                     if (have, want) not in flow.chains and all(map(possible, have, want)):
-                        flow.chains[have, want] = tuple(steps(have, want, grad))
+                        flow.chains[have, want] = steps(have, want, grad)
         if len(flow.uses) == 1 and flow.inside == (True,):
             self._let_through(flow)
         return flow

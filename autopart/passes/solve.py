@@ -268,7 +268,7 @@ class Solver:
                 if node not in held:
                     continue
                 options = self.options(keep.root if operand == -2 else node)
-                for placed, variable in zip(self.sizes.keeps(keep, keeper), options, strict=True):
+                for placed, variable in zip(self.sizes.keeps[index][keeper], options, strict=True):
                     by[placed].append(variable)
                 for placed, variables in by.items():
                     self._covers(start + self.sizes.kept[index, placed], variables)
