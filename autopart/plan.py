@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -315,7 +315,9 @@ def _stage_from_json(data: Mapping[str, Any]) -> PlanStage:
 
 
 def describe(plan: Plan) -> str:
-    """The plan as text: a head, then every stage with its blocks once each."""
+    """The plan as text: a head, then every stage with its blocks once each; operators that stand above already are
+    not told again."""
+    shown: dict[tuple[PlanLine, ...], str] = {}
     lines = [
         plan.head,
         f"step {seconds_text(plan.step_seconds)}, {plan.global_batch / plan.step_seconds:,.1f} samples/s   "
@@ -329,21 +331,32 @@ def describe(plan: Plan) -> str:
             f"gradient sync {seconds_text(stage.sync_seconds)}"
         )
         for run in stage.runs:
-            name = run.labels[0] if len(run.labels) == 1 else f"{run.labels[0]} .. {run.labels[-1]}"
-            times = f" x {len(run.labels)}" if len(run.labels) > 1 else ""
-            if name:
-                lines.append(f"  {name}{times}   {seconds_text(run.seconds)}{' each' if times else ''}")
-            for line in run.lines:
-                if not (line.note or line.seconds + line.comm_seconds > 0.02 * run.seconds):
-                    continue
-                time = seconds_text(line.seconds + line.comm_seconds)
-                what = f"{line.name} {line.operator}".strip()
-                lines.append(f"    {what:<44} {line.note:<60} {time:>10}   {line.source}".rstrip())
+            lines += _described(run, index, shown)
         lines += [f"  send to stage {to}   {bytes_text(size)} a micro-batch" for to, size, _ in stage.sends]
     if plan.replicated:
         lines.append(f"without a rule, run whole on every rank: {', '.join(plan.replicated)}")
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(lines)
+
+
+def _described(run: PlanRun, stage: int, shown: dict[tuple[PlanLine, ...], str]) -> Iterator[str]:
+    """A run's name and seconds, then its operators, or of what run it has the same."""
+    name = run.labels[0] if len(run.labels) == 1 else f"{run.labels[0]} .. {run.labels[-1]}"
+    times = f" x {len(run.labels)}" if len(run.labels) > 1 else ""
+    known = shown.get(run.lines, "")
+    if name:
+        as_known = f"   as {known}" if known else ""
+        yield f"  {name}{times}   {seconds_text(run.seconds)}{' each' if times else ''}{as_known}"
+    elif known:
+        yield f"    as {known}"
+    if known or not run.lines:
+        return
+    shown[run.lines] = run.labels[0] or f"in stage {stage}"
+    for line in run.lines:
+        if line.note or line.seconds + line.comm_seconds > 0.02 * run.seconds:
+            time = seconds_text(line.seconds + line.comm_seconds)
+            what = f"{line.name} {line.operator}".strip()
+            yield f"    {what:<44} {line.note:<60} {time:>10}   {line.source}".rstrip()
 
 
 def missing(plan: Plan) -> list[tuple[str, int, float]]:
