@@ -53,16 +53,16 @@ def main() -> None:
 
 def configurations(ranks: int, model: str, sizes: tuple[int, int, int, int]) -> Iterator[Job]:
     """The planner's own, and all degrees: without a pipeline with the whole batch at once, which takes no longer than
-    parts of it, with one in 2 and 4 micro-batches. A micro-batch of one sample is left out on both sides."""
+    parts of it, with one in 2 and 4 micro-batches."""
     samples = sizes[3] * (sizes[2] if model == "mlp" else 1)
-    yield Job(model, sizes, {"constraints": ("micro_batch!=1",)})
+    yield Job(model, sizes, {})
     for pp in (1, 2, 4):
         for tp in (1, 2, 4):
             dp = ranks // (pp * tp)
             if dp < 1 or pp * dp * tp != ranks:
                 continue
             for parts in (1,) if pp == 1 else (2, 4):
-                if samples % (parts * dp) == 0 and samples > parts:
+                if samples % (parts * dp) == 0:
                     yield Job(model, sizes, {"pp": pp, "dp": dp, "tp": tp, "micro_batch": samples // parts})
 
 
