@@ -209,6 +209,11 @@ OPTIMIZER_STATES = {"sgd": 0, "momentum": 1, "adagrad": 1, "rmsprop": 1, "adam":
 """Tensors of a parameter's size that torch.optim keeps for it."""
 
 
+STEP_PASSES = {"sgd": 3, "momentum": 8, "adagrad": 13, "rmsprop": 13, "adam": 18, "adamw": 20}
+"""Tensors of a parameter's size that a step reads and writes: counted in torch.optim's `_multi_tensor_*`, which it takes
+for parameters on CUDA. Adam: lerp 3, mul 2, addcmul 3, sqrt 2, div 2, add 2, addcdiv 4; AdamW decays with a mul more."""
+
+
 MASTERS = ("float32", "float64")
 """Dtypes that a master copy may have: those wider than another."""
 
@@ -306,20 +311,42 @@ class Training:
 
 def update_seconds(nbytes: float, grad: bool, shared: bool, training: Training, device: Device) -> float:
     """Seconds a step takes to add up the gradients of micro-batches and to update a parameter of `nbytes`, or this
-    rank's slice of it; 0 on a device of which that was not measured. An optimizer that was not is taken for the
-    measured one with as many states at least, else for the costliest."""
-    measured = device.measured
-    if measured is None or not grad:
+    rank's slice of it: as measured; on a device with `silicon` by the bytes they move (`summing_seconds` and
+    STEP_PASSES); on another 0. An optimizer that was not measured is taken for the measured one with as many states at
+    least, else for the costliest."""
+    if not grad:
         return 0.0
     held = nbytes * training.widening
+    slices = training.ranks if shared and training.zero >= 1 else 1
+    measured = device.measured
+    if measured is None:
+        if device.silicon is None:
+            return 0.0
+        copied = held + nbytes if training.widening > 1 and not training.sliced(shared) else 0.0
+        step = (STEP_PASSES[training.optimizer] * held + copied) / slices
+        return summing_seconds(nbytes, training, device) + stream_rate_seconds(step, device)
     seconds = (training.micro_batches - 1) * measured_seconds(held, measured.accumulate)
     rows = measured.updates.get(training.optimizer)
     if rows is None:
         states = OPTIMIZER_STATES[training.optimizer]
         known = sorted(measured.updates, key=lambda name: (OPTIMIZER_STATES[name] < states, OPTIMIZER_STATES[name]))
         rows = measured.updates[known[0]] if known else ((1.0, 0.0, 0.0),)
-    slices = training.ranks if shared and training.zero >= 1 else 1
     return float(seconds + measured_seconds(held / slices, rows)) * measured.pace
+
+
+def summing_seconds(nbytes: float, training: Training, device: Device) -> float:
+    """Seconds a step takes to add up the gradients of its micro-batches of a parameter of `nbytes`, on a device with
+    `silicon`: each is read, and the sum read and written; the first is the sum, or written in the master dtype."""
+    held = nbytes * training.widening
+    first = nbytes + held if training.widening > 1 else 0.0
+    return stream_rate_seconds(first + (training.micro_batches - 1) * (nbytes + 2 * held), device)
+
+
+def stream_rate_seconds(nbytes: float, device: Device) -> float:
+    """Seconds to move `nbytes` in kernels that are so large, or of so many tensors at once, that none is launched
+    anew."""
+    assert device.silicon is not None
+    return float(memory_seconds(nbytes, device.bandwidth, device.silicon, 0))
 
 
 def with_launch(seconds: Any, device: Device) -> Any:

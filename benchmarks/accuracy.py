@@ -32,7 +32,9 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from autopart import Estimate, PartitionError, Plan, timeline
+from autopart import Estimate, Mesh, PartitionError, Plan, timeline
+from autopart.cost import stream_rate_seconds
+from autopart.plan import PlanStage
 from benchmarks.published import Bench, Published, read
 
 FILES = {
@@ -42,6 +44,13 @@ FILES = {
     "torchtitan_llama3.csv": "torchtitan Llama 3, H100",
 }
 """Table -> what it is called."""
+
+WHOLE = (
+    *("*.ln_1/layer_norm", "*.ln_2/layer_norm", "*.c_proj/add.Tensor"),
+    *("*.resid_dropout/autopart.dropout", "*.mlp.dropout/autopart.dropout", "*.h.0/add.Tensor", "*.h.0/add.Tensor#2"),
+)
+"""What every rank of tensor parallelism does in full without sequence parallelism: all between the products that end in
+an all-reduce and those that begin (Korthikanti et al., arXiv 2205.05198, section 4.2.2)."""
 
 WORST = 3
 """Rows of a source that are named with where their time goes."""
@@ -127,29 +136,56 @@ def step_seconds(
     return micro_batches * max(each) + (sum(each) - max(each)) / pieces
 
 
-def again_seconds(plan: Plan, share: float) -> float:
-    """Seconds of a step to run a share of the products of blocks again: forward is a third of a product."""
+def differences(plan: Plan, stage: PlanStage, row: Published) -> dict[str, float]:
+    """Seconds of a step, by where they show in a breakdown, that a stage takes more than its plan says because of what
+    its authors are known to have done otherwise.
+
+    recompute      every second product of a block is run again
+    communication  collectives of tensor parallelism backward, as many as forward, run beside products that give weight
+                   gradients (`Published.overlapped`)
+    gradient sync  and those products add to the sum of the gradients themselves
+    p2p            every rank sends its part of a message to another host, where the ranks gather it
+    """
+    m, held = plan.micro_batches, stage.memory["parameters"]
+    comm = sum(len(run.labels) * line.comm_seconds for run in stage.runs for line in run.lines)
+    return {
+        "recompute": m * again_seconds(stage) if row.again else 0.0,
+        "communication": -m * comm / 2 if row.overlapped else 0.0,
+        "gradient sync": -stream_rate_seconds(3 * (m - 1) * held, plan.mesh.device) if row.overlapped else 0.0,
+        "p2p": m * stage.send_seconds * (scattered(plan.mesh, row.forced["tp"]) - 1) if row.replicated else 0.0,
+    }
+
+
+def scattered(mesh: Mesh, ranks: int) -> float:
+    """What a message between hosts takes to what it takes whole, where each of some ranks that have it sends a part
+    and those that want it gather the parts (Narayanan et al., arXiv 2104.04473, section 4.1)."""
+    inside = mesh.intra.bandwidth * mesh.intra.share
+    return 1 / ranks + (ranks - 1) / ranks * mesh.inter.bandwidth * mesh.inter.share / inside
+
+
+def again_seconds(stage: PlanStage) -> float:
+    """Seconds of a micro-batch to run every second product of a block again: forward is a third of a product."""
     products = (
-        line.seconds * sum(label.rpartition(".")[2].isdigit() for label in run.labels)
-        for run in plan.stages[0].runs
-        for line in run.lines
-        if line.operator == "linear"
+        len(run.labels) * line.seconds / 3
+        for run in stage.runs
+        if run.labels[0].rpartition(".")[2].isdigit()
+        for line in [line for line in run.lines if line.operator == "linear"][1::2]
     )
-    return share * sum(products) / 3 * plan.micro_batches if share else 0.0
+    return sum(products)
 
 
-def predicted_seconds(plan: Plan, pieces: int, again: float = 0.0) -> float:
-    """Seconds of a plan's step, its stages interleaved in pieces, a share of the products of blocks run again, which is
-    known for plans of one stage."""
-    stages = plan.stages
-    if pieces == 1:
-        return plan.step_seconds + again_seconds(plan, again)
+def predicted_seconds(plan: Plan, row: Published) -> float:
+    """Seconds of a plan's step, as a row ran it."""
+    m, others = plan.micro_batches, [differences(plan, stage, row) for stage in plan.stages]
     return step_seconds(
-        [s.forward_seconds + s.backward_seconds for s in stages],
-        [s.sync_seconds for s in stages],
-        [s.send_seconds for s in stages],
-        plan.micro_batches,
-        pieces,
+        [
+            s.forward_seconds + s.backward_seconds + (d["recompute"] + d["communication"]) / m
+            for s, d in zip(plan.stages, others, strict=True)
+        ],
+        [s.sync_seconds + d["gradient sync"] for s, d in zip(plan.stages, others, strict=True)],
+        [s.send_seconds + d["p2p"] / m for s, d in zip(plan.stages, others, strict=True)],
+        m,
+        row.pieces,
     )
 
 
@@ -158,7 +194,7 @@ def plan_of(bench: Bench, row: Published, master: str | None = None) -> Plan:
     is then asked of the weights: where memory is no matter, gradients may else be summed block by block and nothing is
     shared."""
     cuts = ["cuts=uniform"] if row.even else []
-    whole = [f"not split *.ln_{i}/layer_norm over tp" for i in (1, 2)] if row.whole_norms else []
+    whole = [f"not split {each} over tp" for each in WHOLE] if row.replicated else []
     shared = ["strategy *.weight C over dp"] if row.forced["zero"] and row.forced["dp"] > 1 else []
     settings = {**row.forced, "schedule": "1f1b", "micro_batch": row.micro_batch, "must_fit": False, "master": master}
     return bench.plan(row, cuts + shared + whole, **settings)[0]
@@ -167,10 +203,11 @@ def plan_of(bench: Bench, row: Published, master: str | None = None) -> Plan:
 def score(bench: Bench, row: Published, master: str | None = None) -> Scored:
     """A row with its prediction. Raises PartitionError where it has no plan."""
     plan = plan_of(bench, row, master or row.master)
-    seconds, again = predicted_seconds(plan, row.pieces, row.again), again_seconds(plan, row.again)
-    parts = dict(Estimate.of(plan).breakdown)
-    parts["recompute"] += again
-    parts["bubble"] += seconds - again - plan.step_seconds
+    seconds, parts = predicted_seconds(plan, row), dict(Estimate.of(plan).breakdown)
+    slowest = max(plan.stages, key=lambda s: s.forward_seconds + s.backward_seconds)
+    for name, more in differences(plan, slowest, row).items():
+        parts[name] += more
+    parts["bubble"] += seconds - sum(parts.values())
     fullest = max(plan.stages, key=lambda s: s.memory_bytes)
     clock = timeline(plan).seconds / plan.step_seconds - 1
     return Scored(row, seconds, {k: v / seconds for k, v in parts.items()}, fullest.memory, plan.fits, clock)

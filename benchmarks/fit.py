@@ -149,6 +149,58 @@ def attention_errors(hardware: str, silicon: Silicon, peak: float, bandwidth: fl
     return np.array(errors)
 
 
+# Products and attention: H100
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A row of `hopper_kernels.csv`: products, linear layers forward and backward, or fused attention in bfloat16."""
+
+    source: str
+    device: str
+    op: str
+    sizes: dict[str, float]
+    seconds: float
+
+    def predicted(self, silicon: Silicon) -> float:
+        """Seconds by a device's constants."""
+        device, f = DEVICES[self.device], self.sizes
+        peak, band = device.flops["bfloat16"], device.bandwidth
+        if self.op.startswith("attention"):
+            b, h, s, d, back = f["b"], f["h"], f["s"], f["d"], self.op.endswith("backward")
+            nbytes = 2 * 4 * b * s * h * d * (1 + back)
+            return float(attention_seconds(b, h, s, s, d, d, f["causal"] > 0, nbytes, peak, band, silicon, back))
+        m, k, n = f["m"], f["k"], f["n"]
+        orders = ((m, n, k), (m, k, n), (k, n, m))[: 1 if self.op == "product" else 3]
+        return sum(
+            float(product_seconds(1, *order, product_bytes(1, *order, 2), peak, band, silicon)) for order in orders
+        )
+
+
+def hopper(device: str, op: str) -> list[Kernel]:
+    """The rows of a device and an operator. FLOP/s count half of causal attention, and 2.5 times as many backward
+    (Shah et al., arXiv 2407.08608, section 4.1)."""
+    found = []
+    for row in rows("hopper_kernels.csv"):
+        if (row["device"], row["op"]) != (device, op):
+            continue
+        f = {name: float(size) for name, size in _fields(row["shape"]).items()}
+        if row["seconds"]:
+            seconds = float(row["seconds"])
+        elif op == "product":
+            seconds = 2 * f["m"] * f["k"] * f["n"] / float(row["tflops"]) / 1e12
+        else:
+            flops = 4 * f["b"] * f["h"] * f["s"] ** 2 * f["d"] * (2.5 if op.endswith("backward") else 1)
+            seconds = flops / (1 + f["causal"]) / float(row["tflops"]) / 1e12
+        found.append(Kernel(row["source_id"], device, op, f, seconds))
+    return found
+
+
+def kernel_errors(found: Sequence[Kernel], silicon: Silicon) -> Floats:
+    """Relative errors of some rows."""
+    return np.array([row.predicted(silicon) / row.seconds - 1 for row in found])
+
+
 # Operators: V100 (Megatron-LM v2.4 in float16)
 
 

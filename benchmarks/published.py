@@ -27,7 +27,7 @@ from autopart.compile import DTYPES, Source, make_plan
 from autopart.request import Request, read_constraints
 
 DATA = Path(__file__).resolve().parent / "data"
-DEVICES = (("V100-32GB", "v100-32gb"), ("A100", "a100-80gb"), ("H100-96GB", "h100-96gb"), ("H200", "h200"))
+DEVICES = (("DGX-2", "v100-32gb-dgx2"), ("A100 (DGX-A100)", "a100-40gb"), ("A100", "a100-80gb"), ("H100-96GB", "h100-96gb"), ("H200", "h200"))
 """What hardware is called in the rows -> a device of the tables."""
 
 Row = Mapping[str, str]
@@ -45,8 +45,9 @@ class Published:
     even         whether every stage has as many blocks
     master       dtype of what adds up, where a sharded run is known to have added up in it
     unfused      whether attention was of several kernels, with dropout
-    whole_norms  whether layer norms were of the whole sequence on every rank
-    again        share of the products of blocks that selective recompute ran again
+    replicated   whether what is between tensor-parallel products was of the whole sequence on every rank
+    again        whether selective recompute ran every second product of a block again
+    overlapped   whether backward hid tensor parallelism's collectives and added weight gradients up in their products
     measured     seconds of a step as published; None where it is not
     memory       GiB of the fullest device as published; None where it is not
     out          whether it was published as out of memory
@@ -68,8 +69,9 @@ class Published:
     even: bool
     master: str | None
     unfused: bool
-    whole_norms: bool
-    again: float
+    replicated: bool
+    again: bool
+    overlapped: bool
     measured: float | None
     memory: float | None
     out: bool
@@ -81,7 +83,7 @@ class Published:
     def besides(self) -> tuple[str, ...]:
         """What is left out where the model is not traced as it was run."""
         fused = ("attention of several kernels, here of one",) if self.unfused else ()
-        norms = ("no sequence parallelism, here where it pays",) if self.whole_norms else ()
+        norms = ("no sequence parallelism, here where it pays",) if self.replicated else ()
         kept = ("selective runs every second product too again, here all but products",) if self.again else ()
         return (*self.left_out, *fused, *norms, *kept)
 
@@ -114,8 +116,9 @@ def published(row: Row, name: str) -> Published:
         even=pp > 1 and int(row["layers"]) % pp == 0,
         master="float32" if row["arch"] == "llama" else None,
         unfused=row["arch"] == "gpt",
-        whole_norms=row["arch"] == "gpt" and row["sp"] != "1" and tp > 1,
-        again=0.5 if row["arch"] == "llama" and recompute_of(row) == "selective" else 0.0,
+        replicated=row["arch"] == "gpt" and row["sp"] != "1" and tp > 1,
+        again=row["arch"] == "llama" and recompute_of(row) == "selective",
+        overlapped=row["source_id"].startswith("seqsel"),
         measured=measured_seconds(row),
         memory=float(row["metric_mem_gb"]) if row["metric_mem_gb"] else None,
         out="out of memory" in row["notes"].lower(),
@@ -237,6 +240,8 @@ class Bench:
                 unfused = self.as_run and row.unfused
                 model, batch = models.load(spec, key[2], row.sequence, meta=True, dropout=unfused)
                 if unfused:
+                    for block in model.transformer.h:
+                        block.mlp.act = nn.GELU(approximate="tanh")
                     AttentionInterface.register("several_kernels", several_kernels)
                     model.set_attn_implementation("several_kernels")
             self.sources[key] = Source(model, batch, DTYPES[row.precision])

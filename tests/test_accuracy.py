@@ -1,6 +1,7 @@
 """The scoreboard of the cost model: how rows are read, and how they are scored."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,13 @@ from autopart.schedules import instructions, simulate
 from benchmarks.accuracy import (
     FILES,
     Scored,
+    again_seconds,
+    differences,
     figure_of,
     kendall,
     plan_of,
     predicted_seconds,
+    scattered,
     score,
     step_seconds,
     why_not,
@@ -110,13 +114,32 @@ def test_a_small_row_from_end_to_end() -> None:
 
 def test_a_pipeline_is_interleaved() -> None:
     """A plan's own stages: in one piece its step, in several a shorter one where messages are few."""
-    row = row_of("seqsel_t5:3")
+    row = replace(row_of("seqsel_t5:3"), overlapped=False, replicated=False)
     plan = plan_of(Bench(), row)
-    stages = plan.stages
-    work = [s.forward_seconds + s.backward_seconds for s in stages]
-    again = step_seconds(work, [s.sync_seconds for s in stages], [s.send_seconds for s in stages], plan.micro_batches)
-    assert again == pytest.approx(plan.step_seconds)
-    assert predicted_seconds(plan, row.pieces) < predicted_seconds(plan, 1) == plan.step_seconds
+    assert predicted_seconds(plan, replace(row, pieces=1)) == pytest.approx(plan.step_seconds)
+    assert predicted_seconds(plan, row) < plan.step_seconds
+    stage = plan.stages[0]
+    assert not any(differences(plan, stage, row).values())
+    later = differences(plan, stage, replace(row, overlapped=True, replicated=True))
+    comm = sum(len(run.labels) * line.comm_seconds for run in stage.runs for line in run.lines)
+    assert later["communication"] == pytest.approx(-plan.micro_batches * comm / 2)
+    assert -stage.sync_seconds < later["gradient sync"] < -0.5 * stage.sync_seconds
+    assert later["p2p"] < 0 == later["recompute"]
+
+
+def test_a_scattered_message_is_sent_in_parts() -> None:
+    """8 ranks each send an eighth, then gather over links that are twelve times as fast as a card."""
+    assert 1 / 8 < scattered(Mesh.parse("2x8:a100-80gb"), 8) < 1 / 4
+    assert scattered(Mesh.parse("2x8:a100-80gb"), 1) == 1
+
+
+def test_every_second_product_is_run_again() -> None:
+    """Of a Llama's seven, k, o and up: a third of forward and backward each."""
+    stage = plan_of(Bench(), row_of("torchtitan_2024_12:1")).stages[0]
+    (blocks,) = (run for run in stage.runs if len(run.labels) > 1)
+    found = {line.name: line.seconds for line in blocks.lines if line.operator == "linear"}
+    again = found["self_attn.k_proj"] + found["self_attn.o_proj"] + found["mlp.up_proj"]
+    assert again_seconds(stage) == pytest.approx(32 * again / 3)
 
 
 def test_zero_is_shared() -> None:
