@@ -33,8 +33,9 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from autopart import Estimate, Mesh, PartitionError, Plan, timeline
+from autopart.comm import collective_seconds, merged_seconds
 from autopart.cost import stream_rate_seconds
-from autopart.plan import PlanStage
+from autopart.plan import PlanRun, PlanStage
 from benchmarks.published import Bench, Published, read
 
 FILES = {
@@ -64,6 +65,7 @@ class Scored:
     shares     of it, by `Estimate.breakdown`
     memory     bytes of a device of the fullest stage, by what takes them
     clock      how far the plan's simulated step is from the one it says, relatively; its stages whole
+    sharing    share of the seconds that gathers and scatters of ZeRO 3 take, none of them hidden behind products
     """
 
     row: Published
@@ -72,6 +74,7 @@ class Scored:
     memory: Mapping[str, float]
     fits: bool
     clock: float = 0.0
+    sharing: float = 0.0
 
     @property
     def error(self) -> float:
@@ -143,17 +146,50 @@ def differences(plan: Plan, stage: PlanStage, row: Published) -> dict[str, float
     recompute      every second product of a block is run again
     communication  collectives of tensor parallelism backward, as many as forward, run beside products that give weight
                    gradients (`Published.overlapped`)
-    gradient sync  and those products add to the sum of the gradients themselves
+    gradient sync  and those products add to the sum of the gradients themselves; what FSDP2 gathers and scatters goes
+                   block by block, through buffers (`fsdp`)
     p2p            every rank sends its part of a message to another host, where the ranks gather it
     """
     m, held = plan.micro_batches, stage.memory["parameters"]
     comm = sum(len(run.labels) * line.comm_seconds for run in stage.runs for line in run.lines)
+    summed = -stream_rate_seconds(3 * (m - 1) * held, plan.mesh.device) if row.overlapped else 0.0
     return {
         "recompute": m * again_seconds(stage) if row.again else 0.0,
         "communication": -m * comm / 2 if row.overlapped else 0.0,
-        "gradient sync": -stream_rate_seconds(3 * (m - 1) * held, plan.mesh.device) if row.overlapped else 0.0,
+        "gradient sync": sum(fsdp(plan, stage)) if row.forced["zero"] == 3 else summed,
         "p2p": m * stage.send_seconds * (scattered(plan.mesh, row.forced["tp"]) - 1) if row.replicated else 0.0,
     }
+
+
+def fsdp(plan: Plan, stage: PlanStage) -> tuple[float, float]:
+    """Seconds of a step that FSDP2 takes more than messages of any length would: those of every block have a latency,
+    twice for its parameters and once for their gradients; and parameters are copied out of what was gathered, gradients
+    into what is scattered, in the master dtype (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py)."""
+    wide, narrow = (getattr(torch, dtype or plan.precision).itemsize for dtype in (plan.master, None))
+    elements, group = stage.memory["parameters"] * plan.dp / wide, plan.mesh.group(plan.tp, plan.dp)
+    blocks = sum(len(run.labels) for run in stage.runs if blocks_of(run))
+    late = 0.0
+    for times, name, nbytes in ((2, "all_gather", narrow * elements), (1, "reduce_scatter", wide * elements)):
+        each = collective_seconds(name, nbytes / blocks, group) - merged_seconds(nbytes / blocks, group, name)
+        late += times * blocks * float(each)
+    return late, stream_rate_seconds((2 * 2 * narrow + narrow + wide) * elements, plan.mesh.device)
+
+
+def sharing_seconds(plan: Plan) -> float:
+    """Seconds of a step that gathers and scatters of ZeRO 3 take, if nothing hides them."""
+    if plan.zero < 3:
+        return 0.0
+    (stage,) = plan.stages
+    wide, narrow = (getattr(torch, dtype or plan.precision).itemsize for dtype in (plan.master, None))
+    elements, group = stage.memory["parameters"] * plan.dp / wide, plan.mesh.group(plan.tp, plan.dp)
+    gather = merged_seconds(narrow * elements, group, "all_gather")
+    scatter = merged_seconds(wide * elements, group, "reduce_scatter")
+    return float(2 * gather + scatter) * plan.micro_batches + fsdp(plan, stage)[0]
+
+
+def blocks_of(run: PlanRun) -> bool:
+    """Whether a run is of numbered blocks."""
+    return run.labels[0].rpartition(".")[2].isdigit()
 
 
 def scattered(mesh: Mesh, ranks: int) -> float:
@@ -168,7 +204,7 @@ def again_seconds(stage: PlanStage) -> float:
     products = (
         len(run.labels) * line.seconds / 3
         for run in stage.runs
-        if run.labels[0].rpartition(".")[2].isdigit()
+        if blocks_of(run)
         for line in [line for line in run.lines if line.operator == "linear"][1::2]
     )
     return sum(products)
@@ -210,7 +246,8 @@ def score(bench: Bench, row: Published, master: str | None = None) -> Scored:
     parts["bubble"] += seconds - sum(parts.values())
     fullest = max(plan.stages, key=lambda s: s.memory_bytes)
     clock = timeline(plan).seconds / plan.step_seconds - 1
-    return Scored(row, seconds, {k: v / seconds for k, v in parts.items()}, fullest.memory, plan.fits, clock)
+    shares, sharing = {k: v / seconds for k, v in parts.items()}, sharing_seconds(plan) / seconds
+    return Scored(row, seconds, shares, fullest.memory, plan.fits, clock, sharing)
 
 
 def why_not(row: Published) -> str:

@@ -45,6 +45,7 @@ class Published:
     even         whether every stage has as many blocks
     master       dtype of what adds up, where a sharded run is known to have added up in it
     unfused      whether attention was of several kernels, with dropout
+    eager        whether RMSNorm was of several kernels
     replicated   whether what is between tensor-parallel products was of the whole sequence on every rank
     again        whether selective recompute ran every second product of a block again
     overlapped   whether backward hid tensor parallelism's collectives and added weight gradients up in their products
@@ -69,6 +70,7 @@ class Published:
     even: bool
     master: str | None
     unfused: bool
+    eager: bool
     replicated: bool
     again: bool
     overlapped: bool
@@ -116,6 +118,7 @@ def published(row: Row, name: str) -> Published:
         even=pp > 1 and int(row["layers"]) % pp == 0,
         master="float32" if row["arch"] == "llama" else None,
         unfused=row["arch"] == "gpt",
+        eager=row["arch"] == "llama" and "compile" not in row["notes"],
         replicated=row["arch"] == "gpt" and row["sp"] != "1" and tp > 1,
         again=row["arch"] == "llama" and recompute_of(row) == "selective",
         overlapped=row["source_id"].startswith("seqsel"),
@@ -137,6 +140,29 @@ def several_kernels(
     scores = torch.softmax(torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(2, 3)), -1)
     scores = F.dropout(scores, settings.get("dropout", 0.0), module.training)
     return torch.matmul(scores, value).transpose(1, 2).contiguous(), None
+
+
+class SeveralKernels(nn.Module):
+    """RMSNorm as torchtitan runs it outside of torch.compile: casts, a square, a mean, and products, each a kernel.
+    The square is a product here, which `autopart.passes.fuse` does not take for its own kernel's."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., width) -> (..., width)."""
+        wide = x.float()
+        normed = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight
+
+
+def eagerly(model: nn.Module) -> None:
+    """Put SeveralKernels in place of every RMSNorm of a Llama."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "LlamaRMSNorm":
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, SeveralKernels(module))
 
 
 def whole(text: str, default: int) -> int:
@@ -227,12 +253,13 @@ class Bench:
 
     time_limit: float | None = None
     as_run: bool = False
-    sources: dict[tuple[str, int, int, str], Source] = field(default_factory=dict)
+    sources: dict[tuple[str, int, int, str, bool], Source] = field(default_factory=dict)
     plans: dict[str, tuple[Plan, float] | Exception] = field(default_factory=dict)
 
     def source(self, row: Published) -> Source:
         """The traced model of a row; a batch of one is traced for itself."""
-        key = row.model, row.sequence, min(2, row.global_batch), row.precision
+        eager = self.as_run and row.eager
+        key = row.model, row.sequence, min(2, row.global_batch), row.precision, eager
         if key not in self.sources:
             with TemporaryDirectory() as folder:
                 (Path(folder) / "config.json").write_text(json.dumps(row.config))
@@ -244,13 +271,16 @@ class Bench:
                         block.mlp.act = nn.GELU(approximate="tanh")
                     AttentionInterface.register("several_kernels", several_kernels)
                     model.set_attn_implementation("several_kernels")
+                if eager:
+                    eagerly(model)
             self.sources[key] = Source(model, batch, DTYPES[row.precision])
         return self.sources[key]
 
     def plan(self, row: Published, constraints: Sequence[str] = (), **settings: Any) -> tuple[Plan, float]:
         """The plan of a row under some settings, and the CPU seconds of its search. Raises PartitionError, and
         AssertionError where the planner contradicts itself."""
-        what = [row.model, row.sequence, row.mesh, row.precision, row.global_batch, list(constraints), settings]
+        ran = self.as_run and row.eager
+        what = [row.model, row.sequence, row.mesh, row.precision, row.global_batch, ran, list(constraints), settings]
         key = json.dumps(what, sort_keys=True)
         if key not in self.plans:
             try:
