@@ -210,6 +210,24 @@ def again_seconds(stage: PlanStage) -> float:
     return sum(products)
 
 
+PLANNED_LOGITS = 2
+"""Float32 tensors of the logits that a plan counts: the logits and their gradient."""
+
+
+def held_besides(plan: Plan, row: Published) -> dict[str, float]:
+    """Bytes of a rank that its authors are known to have held more than a plan of one stage says, by what takes them:
+    outputs of products that were run again, less; tensors of logits, more or less."""
+    tokens, (stage, *others) = row.micro_batch * row.sequence / plan.dp / plan.tp, plan.stages
+    if others:
+        return {}
+    blocks = sum(len(run.labels) for run in stage.runs if blocks_of(run))
+    logits = row.logits - PLANNED_LOGITS if row.logits is not None else 0.0
+    return {
+        "activations": -getattr(torch, plan.precision).itemsize * row.again * tokens * blocks,
+        "transient": 4 * logits * tokens * row.words,
+    }
+
+
 def predicted_seconds(plan: Plan, row: Published) -> float:
     """Seconds of a plan's step, as a row ran it."""
     m, others = plan.micro_batches, [differences(plan, stage, row) for stage in plan.stages]
@@ -245,9 +263,12 @@ def score(bench: Bench, row: Published, master: str | None = None) -> Scored:
         parts[name] += more
     parts["bubble"] += seconds - sum(parts.values())
     fullest = max(plan.stages, key=lambda s: s.memory_bytes)
+    held = dict(fullest.memory)
+    for name, more in held_besides(plan, row).items():
+        held[name] += more
     clock = timeline(plan).seconds / plan.step_seconds - 1
     shares, sharing = {k: v / seconds for k, v in parts.items()}, sharing_seconds(plan) / seconds
-    return Scored(row, seconds, shares, fullest.memory, plan.fits, clock, sharing)
+    return Scored(row, seconds, shares, held, plan.fits, clock, sharing)
 
 
 def why_not(row: Published) -> str:

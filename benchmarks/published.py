@@ -38,6 +38,7 @@ class Published:
     """One published configuration in this project's terms.
 
     model        a named size, or what the row calls it, which `config` then describes as transformers does
+    words        of the vocabulary
     precision    of parameters and states: the row's of computing, bfloat16 for 8 bits
     forced       degrees, ZeRO level and recompute
     micro_batch  theirs, over all ranks
@@ -47,7 +48,8 @@ class Published:
     unfused      whether attention was of several kernels, with dropout
     eager        whether RMSNorm was of several kernels
     replicated   whether what is between tensor-parallel products was of the whole sequence on every rank
-    again        whether selective recompute ran every second product of a block again
+    again        elements a token that every second product of a block makes, where selective recompute ran those again
+    logits       float32 tensors of a micro-batch's logits that a rank held at once; None where it is not known
     overlapped   whether backward hid tensor parallelism's collectives and added weight gradients up in their products
     measured     seconds of a step as published; None where it is not
     memory       GiB of the fullest device as published; None where it is not
@@ -61,6 +63,7 @@ class Published:
     model: str
     config: Mapping[str, Any] = field(repr=False)
     sequence: int
+    words: int
     mesh: str
     precision: str
     global_batch: int
@@ -72,7 +75,8 @@ class Published:
     unfused: bool
     eager: bool
     replicated: bool
-    again: bool
+    again: int
+    logits: float | None
     overlapped: bool
     measured: float | None
     memory: float | None
@@ -109,6 +113,7 @@ def published(row: Row, name: str) -> Published:
         model=model,
         config=config,
         sequence=int(row["seq_len"]),
+        words=whole(row["vocab"], 0),
         mesh=f"{hosts}x{each}:{device}",
         precision="float16" if row["dtype"] == "fp16" else "bfloat16",
         global_batch=whole(row["global_batch"], 0),
@@ -118,9 +123,10 @@ def published(row: Row, name: str) -> Published:
         even=pp > 1 and int(row["layers"]) % pp == 0,
         master="float32" if row["arch"] == "llama" else None,
         unfused=row["arch"] == "gpt",
-        eager=row["arch"] == "llama" and "compile" not in row["notes"],
+        eager=row["arch"] == "llama" and not compiled(row),
         replicated=row["arch"] == "gpt" and row["sp"] != "1" and tp > 1,
-        again=row["arch"] == "llama" and recompute_of(row) == "selective",
+        again=second_products(row) if row["arch"] == "llama" and recompute_of(row) == "selective" else 0,
+        logits=logits_of(row) if row["arch"] == "llama" else None,
         overlapped=row["source_id"].startswith("seqsel"),
         measured=measured_seconds(row),
         memory=float(row["metric_mem_gb"]) if row["metric_mem_gb"] else None,
@@ -185,6 +191,27 @@ def model_of(row: Row) -> tuple[str, Mapping[str, Any]]:
         "vocab_size": "vocab",
     }
     return name, {"model_type": "gpt2", **{ours: whole(row[theirs], 0) for ours, theirs in sizes.items()}}
+
+
+def compiled(row: Row) -> bool:
+    """Whether blocks ran under torch.compile: the page of the H200 says so in its command."""
+    return "compile" in row["notes"] or row["source_id"] == "torchtitan_h200"
+
+
+def second_products(row: Row) -> int:
+    """Elements a token of the outputs of every second product of a Llama's block: k, o and up (torchtitan's policy of
+    selective checkpointing at 9dec370, parallelize_llama.py)."""
+    width = int(row["hidden"])
+    return width // int(row["heads"]) * int(row["kv_heads"]) + width + int(row["ffn"])
+
+
+def logits_of(row: Row) -> float:
+    """`Published.logits` of torchtitan. Its loss of 2024 is eager: the logarithms of the softmax, the gradient of those
+    and of the logits; split over tensor parallelism, one more (torch/distributed/tensor/parallel/loss.py). Compiled, as
+    in the runs on H200 of 2025, it keeps the bfloat16 logits and their gradient alone."""
+    if row["source_id"] == "torchtitan_h200":
+        return 1.0
+    return 4.0 if whole(row["tp"], 1) > 1 else 3.0
 
 
 def recompute_of(row: Row) -> str:
