@@ -210,8 +210,8 @@ OPTIMIZER_STATES = {"sgd": 0, "momentum": 1, "adagrad": 1, "rmsprop": 1, "adam":
 
 
 STEP_PASSES = {"sgd": 3, "momentum": 8, "adagrad": 13, "rmsprop": 13, "adam": 18, "adamw": 20}
-"""Tensors of a parameter's size that a step reads and writes: counted in torch.optim's `_multi_tensor_*`, which it takes
-for parameters on CUDA. Adam: lerp 3, mul 2, addcmul 3, sqrt 2, div 2, add 2, addcdiv 4; AdamW decays with a mul more."""
+"""Tensors of a parameter's size that a step reads and writes: counted in torch.optim's `_multi_tensor_*`, which it
+takes for parameters on CUDA. Adam: lerp 3, mul 2, addcmul 3, sqrt 2, div 2, add 2, addcdiv 4; AdamW has a mul more."""
 
 
 MASTERS = ("float32", "float64")

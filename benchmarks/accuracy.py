@@ -5,9 +5,12 @@ in every stage where they divide so; the splits of operators are the planner's. 
 error is predicted / published - 1. Nothing is fitted on these rows. A row whose computation is another one (8 bits,
 context parallelism, asynchronous tensor parallelism) is named and not scored.
 
+What is known of how a row ran and no plan says is added or taken away by formula, which `differences` and
+`held_besides` tell with their sources.
+
 `--memory` prints the predicted bytes of the fullest stage beside what was published, of plans with master copies in
 float32, as the runs had them. What torchtitan publishes is what the allocator reserved at most, more than what tensors
-took, and it has its own way to recompute selectively: the differences are named, and no score is made of them.
+took. `--cross` fits the constants on parts of their sources and judges them on the rest.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from autopart import Estimate, Mesh, PartitionError, Plan, timeline
 from autopart.comm import collective_seconds, merged_seconds
 from autopart.cost import stream_rate_seconds
 from autopart.plan import PlanRun, PlanStage
+from benchmarks.fit import Collectives, Fabric, Fitted, Profile, refits
 from benchmarks.published import Bench, Published, read
 
 FILES = {
@@ -52,6 +56,9 @@ WHOLE = (
 )
 """What every rank of tensor parallelism does in full without sequence parallelism: all between the products that end in
 an all-reduce and those that begin (Korthikanti et al., arXiv 2205.05198, section 4.2.2)."""
+
+TURNS = 60
+"""Of the simplex of every fit that is cross-validated."""
 
 WORST = 3
 """Rows of a source that are named with where their time goes."""
@@ -396,6 +403,19 @@ def figure_of(groups: Mapping[str, Sequence[Scored]]) -> Any:
     return figure
 
 
+def fits() -> list[Fitted]:
+    """Everything that is fitted, on parts of its sources and judged on the others."""
+    return [f for f in refits(Profile(), Collectives(), Fabric.read(), TURNS) if not math.isnan(f.others)]
+
+
+def fits_table(fitted: Sequence[Fitted]) -> Table:
+    """Constants fitted on one part of their source and judged on the rest, one a line."""
+    made = Table("constants", "fitted on", "error there", "error on the rest", "found", title="Cross-validation")
+    for f in fitted:
+        made.add_row(f.constants, f.on, f"{f.own:.1%}", f"{f.others:.1%}", f.found)
+    return made
+
+
 def to_json(scored: Scored) -> dict[str, Any]:
     """A row as plain data."""
     return {**asdict(scored), "error": scored.error}
@@ -406,6 +426,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="TEXT", help="rows whose name, model or mesh has TEXT in it")
     parser.add_argument("--memory", action="store_true", help="print predicted and published memory too")
+    parser.add_argument(
+        "--cross", action="store_true", help="fit constants on parts of their sources, judge on the rest"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write scores and rows to FILE")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw predicted against published seconds, as PNG, SVG or PDF"
@@ -443,12 +466,16 @@ def main() -> int:
             "from what their plans say"
         )
     held = memory(bench, [r for asked in rows.values() for r in asked], console) if options.memory else []
+    fitted = fits() if options.cross else []
+    if fitted:
+        console.print(fits_table(fitted))
     for line in failed:
         console.print(f"no plan: {line}", markup=False, highlight=False)
     if options.json:
         run = {"torch": torch.__version__, "python": platform.python_version(), "command": shlex.join(sys.argv)}
         data = {**run, "scores": [asdict(s) for s in scores], "rows": [to_json(s) for s in everything]}
         data |= {"memory": [to_json(s) for s in held]} if options.memory else {}
+        data |= {"cross": [asdict(f) for f in fitted]} if fitted else {}
         options.json.write_text(json.dumps(data, indent=1) + "\n")
     if options.plot and groups:
         figure_of(groups).savefig(options.plot, dpi=150)

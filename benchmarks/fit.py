@@ -11,7 +11,7 @@ import argparse
 import csv
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -365,7 +365,7 @@ class Collectives:
              all-gather
     copied   bytes read and written by copies between lists of tensors and one buffer, one kernel a rank
     aligned  sizes that are whole KiB; the source's profiles hold some odd numbers of elements, which copy and exchange
-             without vector instructions and take up to 1.6 times as long
+             without vector instructions (UNALIGNED) and take up to 1.6 times as long
     """
 
     def __init__(self) -> None:
@@ -386,14 +386,16 @@ class Collectives:
         self.launched = np.where(self.name == "all_reduce", 0, self.ranks)
         self.aligned = (sent % 1024 == 0) | (self.name == "all_reduce")
 
-    def errors(self, link: Link, wait: float) -> Floats:
-        """Relative errors of every row; `wait` is the seconds that starting one and waiting for it takes the host."""
+    def errors(self, link: Link, wait: float, unaligned: float | None = None) -> Floats:
+        """Relative errors of every row; `wait` is the seconds that starting one and waiting for it takes the host,
+        `unaligned` UNALIGNED or what stands for it."""
         device, silicon = DEVICES["v100-32gb"], silicon_of("v100-32gb")
-        found = memory_seconds(self.copied, device.bandwidth, silicon, self.launched) + wait
+        found = memory_seconds(self.copied, device.bandwidth, silicon, self.launched)
         for name, collective in COLLECTIVES.items():
             for p in (2, 4, 8):
                 mine = (self.name == name) & (self.ranks == p)
                 found[mine] += collective(self.nbytes[mine], Group(p, p, link, link))
+        found = found / np.where(self.aligned, 1.0, UNALIGNED if unaligned is None else unaligned) + wait
         return np.asarray(found / self.seconds - 1)
 
 
@@ -413,6 +415,10 @@ def _measured_sizes() -> dict[int, float]:
                     found.setdefault(int(2 * elements / MIB), 2.0 * elements)
     return found
 
+
+UNALIGNED = 0.71
+"""Share of its rate that a collective of an odd number of elements reaches: fitted on the 375 rows of such. Of the
+measurement alone: tensors of real models are whole vectors."""
 
 WAIT = 65e-6
 """Seconds of the host in the collectives' profiles."""
@@ -572,6 +578,20 @@ def fit_collectives(measured: Collectives, which: NDArray[np.bool_], turns: int)
     return made(minimum(lambda x: mape(measured.errors(*made(x))[which]), (0.8, 0.3, 50e-6), turns))
 
 
+def fit_unaligned(measured: Collectives, which: NDArray[np.bool_], turns: int) -> float:
+    """UNALIGNED on some rows, with all else as frozen."""
+
+    def error(x: Floats) -> float:
+        return mape(measured.errors(LINKS["nvlink2"], WAIT, float(x[0]))[which])
+
+    return float(minimum(error, (0.8,), turns)[0])
+
+
+def fit_kernels(found: Sequence[Kernel], made: Callable[[float], Silicon], start: float) -> Silicon:
+    """A device's constants of which one is fitted on some rows of `hopper_kernels.csv`."""
+    return made(float(minimum(lambda x: mape(kernel_errors(found, made(float(x[0])))), (start,), 25)[0]))
+
+
 def fit_fabric(measured: Fabric, which: NDArray[np.bool_], turns: int) -> tuple[Link, float]:
     """The A100 node's shares and its profiler's wait."""
 
@@ -622,6 +642,13 @@ def report(profile: Profile, collectives: Collectives, fabric: Fabric) -> None:
         for label, backward in (("attention forward", False), ("attention backward", True)):
             print(line(label, attention_errors(hardware, silicon, peak, band, backward)))
 
+    print("Products and attention, H100, bfloat16 (hopper_kernels.csv)")
+    for name, op in (
+        *(("h100-96gb", "product"), ("h100-96gb", "linear"), ("h100-80gb", "product")),
+        *(("h100-80gb", "attention forward"), ("h100-80gb", "attention backward")),
+    ):
+        print(line(f"{op} {name}", kernel_errors(hopper(name, op), silicon_of(name))))
+
     print("Layers, in no fit (that the A100-SXM shows no power limit was chosen on the first)")
     print(line("Llama-7B forward, A100", layer_errors(silicon_of("a100-80gb"))))
     for label, found, published in zip(
@@ -671,36 +698,53 @@ def shown_link(link: Link, wait: float) -> str:
     return f"share {link.share:.3f}, exchange {link.exchange:.3f}, host {wait * 1e6:.0f} us"
 
 
-def judged(errors: Floats, own: NDArray[np.bool_], everything: NDArray[np.bool_]) -> str:
-    """Mean error on the rows fitted on, and on the others."""
-    others = errors[everything & ~own]
-    return f"{mape(errors[own]):.1%}" + (f", the others {mape(others):.1%}" if len(others) else "")
+@dataclass(frozen=True)
+class Fitted:
+    """Constants fitted on some rows, and judged there and on those rows of the source that were left out.
+
+    own, others   mean of the absolute relative errors; nan where nothing was left out
+    """
+
+    constants: str
+    on: str
+    own: float
+    others: float
+    found: str
+
+    def __str__(self) -> str:
+        others = "" if math.isnan(self.others) else f", the others {self.others:.1%}"
+        return f"{self.constants}, fitted on {self.on}: {self.own:.1%}{others}; {self.found}"
 
 
-def refit(profile: Profile, collectives: Collectives, fabric: Fabric, turns: int) -> None:
-    """Fit anew and cross-validate."""
+def judged(constants: str, on: str, errors: Floats, own: NDArray[np.bool_], every: Any, found: str) -> Fitted:
+    """What a fit on the rows of `own` says of `every` row that could have been taken."""
+    return Fitted(constants, on, mape(errors[own]), mape(errors[every & ~own]), found)
+
+
+def refits(profile: Profile, collectives: Collectives, fabric: Fabric, turns: int) -> Iterator[Fitted]:
+    """Everything that is fitted: on all rows, and on parts of them, judged on the others."""
     small = np.isin(profile.model, ("gpt-1_3B", "gpt-13B"))
-    print("V100: fit on, judged on")
     for label, own in (("all", small | ~small), ("1.3B and 13B", small), ("350M, 2.6B and 6.7B", ~small)):
         silicon, host = fit_operators(profile, own & profile.sound, turns)
-        print(f"  {label}: {judged(profile.errors(silicon, host), own & profile.sound, profile.sound)}")
-        print(f"    {shown(silicon)}; host {host.forward:.1e}, {host.backward:.1e}, {host.launch:.1e} s")
+        text = f"{shown(silicon)}; host {host.forward:.1e}, {host.backward:.1e}, {host.launch:.1e} s"
+        e = profile.errors(silicon, host)
+        yield judged("operators of a V100", label, e, own & profile.sound, profile.sound, text)
     for hardware, name, peak, band in DATASETS:
         measured = products(hardware)
         plain = ~measured.grouped
         even = (np.cumsum(plain) // 3) % 2 == 0
-        print(f"{name}: fit on, judged on")
         for label, own in (("all", plain), ("every other layer", plain & even), ("the rest", plain & ~even)):
             silicon = fit_products(measured, own, silicon_of(name), peak, band, hardware == "A100", turns)
             e = measured.errors(silicon, peak, band)
-            print(f"  {label}: {judged(e, own, plain)}; experts {mape(e[~plain]):.1%}")
-            print(f"    {shown(silicon)}")
-            if label == "all":
-                found = fit_attention(hardware, silicon_of(name), peak, band).attention
-                print(f"    attention {found[0]:.3f} forward, {found[1]:.3f} backward")
+            text = f"experts {mape(e[~plain]):.1%}; {shown(silicon)}"
+            yield judged(f"products of {name}", label, e, own, plain, text)
+        found = fit_attention(hardware, silicon_of(name), peak, band).attention
+        e = np.concatenate([attention_errors(hardware, silicon_of(name), peak, band, back) for back in (False, True)])
+        text = f"attention {found[0]:.3f} forward, {found[1]:.3f} backward"
+        yield judged(f"attention of {name}", "all", e, np.full(len(e), True), True, text)
+    yield from refit_hopper()
     ok = collectives.aligned
     mib = np.round(collectives.nbytes / MIB).astype(int)
-    print("V100 node: fit on, judged on")
     for label, own in (
         ("all", ok),
         ("2 and 8 ranks", ok & (collectives.ranks != 4)),
@@ -711,13 +755,55 @@ def refit(profile: Profile, collectives: Collectives, fabric: Fabric, turns: int
     ):
         link, wait = fit_collectives(collectives, own, turns)
         e = collectives.errors(link, wait)
-        print(f"  {label}: {judged(e, own, ok)}; {shown_link(link, wait)}")
+        yield judged("collectives of V100", label, e, own, ok, shown_link(link, wait))
+    for label, own in (("all", ~ok), ("multiples of 2 MiB", ~ok & (mib % 2 == 0)), ("the rest", ~ok & (mib % 2 == 1))):
+        share = fit_unaligned(collectives, own, 25)
+        e = collectives.errors(LINKS["nvlink2"], WAIT, share)
+        yield judged("collectives of odd sizes", label, e, own, ~ok, f"unaligned {share:.2f}")
     ranks = np.array([f[1] for f in fabric.found])
-    print("A100 node: fit on, judged on")
     for label, own in (("all", ranks > 0), ("2 and 8 ranks", ranks != 4), ("2 and 4 ranks", ranks != 8)):
         link, wait = fit_fabric(fabric, own, turns)
         e = fabric.errors(link, wait)
-        print(f"  {label}: {judged(e, own, ranks > 0)}; {shown_link(link, wait)}")
+        yield judged("collectives of A100", label, e, own, ranks > 0, shown_link(link, wait))
+
+
+def refit_hopper() -> Iterator[Fitted]:
+    """What is fitted on `hopper_kernels.csv`."""
+    one, two = silicon_of("h100-80gb"), silicon_of("h100-96gb")
+    forward, backward = (hopper("h100-80gb", f"attention {way}") for way in ("forward", "backward"))
+    for constants, found, made, halves in (
+        (
+            "products of h100-96gb",
+            hopper("h100-96gb", "product") + hopper("h100-96gb", "linear"),
+            lambda x: replace(two, sustained=x),
+            ("products alone", lambda k: k.op == "product", "layers, forward and backward"),
+        ),
+        (
+            "products of h100-80gb",
+            hopper("h100-80gb", "product"),
+            lambda x: replace(one, sustained=x),
+            ("k of 8192", lambda k: k.sizes["k"] == 8192, "the rest"),
+        ),
+        (
+            "attention of h100-80gb forward",
+            forward,
+            lambda x: replace(one, attention=(x, x)),
+            ("causal", lambda k: k.sizes["causal"] > 0, "the rest"),
+        ),
+        (
+            "attention of h100-80gb backward",
+            backward,
+            lambda x: replace(one, attention=(x, x)),
+            ("heads of 128", lambda k: k.sizes["d"] == 128, "heads of 64"),
+        ),
+    ):
+        first, picks, second = halves
+        mine = np.array([picks(kernel) for kernel in found])
+        for label, own in (("all", mine | ~mine), (first, mine), (second, ~mine)):
+            silicon = fit_kernels([k for k, taken in zip(found, own, strict=True) if taken], made, 0.5)
+            e = kernel_errors(found, silicon)
+            value = silicon.sustained if constants.startswith("products") else silicon.attention[0]
+            yield judged(constants, label, e, own, True, f"share {value:.3f}")
 
 
 def main() -> None:
@@ -727,7 +813,8 @@ def main() -> None:
     arguments: Any = parser.parse_args()
     profile, collectives, fabric = Profile(), Collectives(), Fabric.read()
     if arguments.fit:
-        refit(profile, collectives, fabric, arguments.turns)
+        for found in refits(profile, collectives, fabric, arguments.turns):
+            print(found)
     report(profile, collectives, fabric)
 
 

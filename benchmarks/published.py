@@ -1,7 +1,7 @@
 """Training runs that others published, as configurations of this project, and plans with them forced.
 
 A row of `benchmarks/data` becomes a mesh of the device it names with that device's usual links, which are those of
-every row so far (HDR for A100, 400 Gb/s for H100 and H200; the V100 are of one host), and degrees, ZeRO level,
+every row so far (HDR for A100, 400 Gb/s for H100 and H200; the V100 are of one DGX-2), and degrees, ZeRO level,
 recompute and micro-batch as they were. What this project cannot express is named in each row, and the nearest taken: a
 context-parallel degree is made part of the tensor-parallel one.
 """
@@ -27,8 +27,15 @@ from autopart.compile import DTYPES, Source, make_plan
 from autopart.request import Request, read_constraints
 
 DATA = Path(__file__).resolve().parent / "data"
-DEVICES = (("DGX-2", "v100-32gb-dgx2"), ("A100 (DGX-A100)", "a100-40gb"), ("A100", "a100-80gb"), ("H100-96GB", "h100-96gb"), ("H200", "h200"))
-"""What hardware is called in the rows -> a device of the tables."""
+DEVICES = (
+    ("DGX-2", "v100-32gb-dgx2"),
+    ("A100 (DGX-A100)", "a100-40gb"),
+    ("A100", "a100-80gb"),
+    ("H100-96GB", "h100-96gb"),
+    ("H200", "h200"),
+)
+"""What hardware is called in the rows -> a device of the tables. A DGX-A100 of January 2021 has 40 GB a device: the
+batch of 16 is twice that of the V100's 32 GB, and as much as fits."""
 
 Row = Mapping[str, str]
 
@@ -255,7 +262,9 @@ def left_out(row: Row) -> Iterator[str]:
     if "compile" in row["notes"]:
         yield "torch.compile"
     if row["hardware"].startswith("A100 "):
-        yield "40 or 80 GB not named, here 80"
+        yield "40 or 80 GB not named, here 40"
+    if whole(row["zero"], 0) == 3:
+        yield "messages of FSDP beside products, here none hidden"
 
 
 def measured_seconds(row: Row) -> float | None:

@@ -14,11 +14,14 @@ from benchmarks.accuracy import (
     again_seconds,
     differences,
     figure_of,
+    fsdp,
+    held_besides,
     kendall,
     plan_of,
     predicted_seconds,
     scattered,
     score,
+    sharing_seconds,
     step_seconds,
     why_not,
 )
@@ -140,6 +143,39 @@ def test_every_second_product_is_run_again() -> None:
     found = {line.name: line.seconds for line in blocks.lines if line.operator == "linear"}
     again = found["self_attn.k_proj"] + found["self_attn.o_proj"] + found["mlp.up_proj"]
     assert again_seconds(stage) == pytest.approx(32 * again / 3)
+
+
+def test_bytes_besides_a_plan() -> None:
+    """Llama-3-8B, two samples of 8192 a rank: 32 blocks keep no k, o and up; its loss has a third float32 tensor."""
+    row = row_of("torchtitan_2024_12:1")
+    plan = plan_of(Bench(), row)
+    found = held_besides(plan, row)
+    assert found["activations"] == -2 * (1024 + 4096 + 14336) * 16384 * 32
+    assert found["transient"] == 4 * 128256 * 16384
+    compiled = held_besides(plan, replace(row, again=0, logits=1.0))
+    assert compiled == {"activations": 0, "transient": -4 * 128256 * 16384}
+    assert row_of("torchtitan_2024_12:11").logits == 4 and row_of("torchtitan_h200:31").logits == 1
+
+
+def test_messages_of_fsdp() -> None:
+    """They cost a latency a block, more on more hosts, and copies through buffers: 14 bytes an element."""
+    small, large = (row_of(f"torchtitan_2024_12:{n}") for n in (1, 4))
+    bench = Bench()
+    near, far = (plan_of(bench, row, "float32") for row in (small, large))
+    (late, copied), (later, same) = (fsdp(plan, plan.stages[0]) for plan in (near, far))
+    assert 0 < 10 * late < later
+    assert copied == pytest.approx(14 * 8.03e9 / 2.4e12 / 0.92, rel=1e-2) == pytest.approx(same, rel=1e-2)
+    assert late < sharing_seconds(near) < sharing_seconds(far) < far.step_seconds / 5
+
+
+def test_a_norm_of_several_kernels_takes_longer() -> None:
+    """Without torch.compile RMSNorm is not one kernel, though the model is the same."""
+    row, bench = row_of("torchtitan_2024_12:1"), Bench(as_run=True)
+    assert row.eager and not row_of("torchtitan_2024_12:2").eager
+    several, one = (plan_of(bench, replace(row, eager=eager)) for eager in (True, False))
+    names = [{line.operator for run in plan.stages[0].runs for line in run.lines} for plan in (several, one)]
+    assert "rms_norm" in names[1] - names[0] and "mean.dim" in names[0] - names[1]
+    assert 1.03 < several.step_seconds / one.step_seconds < 1.15
 
 
 def test_zero_is_shared() -> None:
