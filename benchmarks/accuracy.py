@@ -88,6 +88,11 @@ class Scored:
         """Relative error of the seconds; nan where none are published."""
         return self.predicted / self.row.measured - 1 if self.row.measured else math.nan
 
+    @property
+    def hidden(self) -> float:
+        """The error that it would have if products hid all messages of ZeRO 3 and took no longer for it."""
+        return (1 + self.error) * (1 - self.sharing) - 1
+
 
 @dataclass(frozen=True)
 class Score:
@@ -323,10 +328,13 @@ def scores_table(scores: Sequence[Score]) -> Table:
 
 
 def worst(scored: Sequence[Scored]) -> Iterator[str]:
-    """The rows that are off most, with the parts of their predicted time."""
+    """The rows that are off most, with the parts of their predicted time; and what hiding messages would change."""
     for s in sorted(scored, key=lambda s: -abs(s.error))[:WORST]:
         parts = ", ".join(f"{k} {v:.0%}" for k, v in sorted(s.shares.items(), key=lambda item: -item[1]) if v > 0.005)
         yield f"  {s.row.name} {s.row.model} on {s.row.mesh}: {s.error:+.1%} ({parts})"
+    for s in scored:
+        if s.sharing:
+            yield f"  {s.row.name}: {s.error:+.1%}, with all messages of ZeRO 3 hidden {s.hidden:+.1%}"
 
 
 def memory_table(scored: Sequence[Scored]) -> Table:
@@ -418,7 +426,7 @@ def fits_table(fitted: Sequence[Fitted]) -> Table:
 
 def to_json(scored: Scored) -> dict[str, Any]:
     """A row as plain data."""
-    return {**asdict(scored), "error": scored.error}
+    return {**asdict(scored), "error": scored.error, "hidden": scored.hidden}
 
 
 def main() -> int:

@@ -165,6 +165,7 @@ def test_messages_of_fsdp() -> None:
     (late, copied), (later, same) = (fsdp(plan, plan.stages[0]) for plan in (near, far))
     assert 0 < 10 * late < later
     assert copied == pytest.approx(14 * 8.03e9 / 2.4e12 / 0.92, rel=1e-2) == pytest.approx(same, rel=1e-2)
+    assert Scored(small, 3.0, {}, {}, True, sharing=0.1).hidden == pytest.approx(2.7 / (small.measured or 0) - 1)
     assert late < sharing_seconds(near) < sharing_seconds(far) < far.step_seconds / 5
 
 
