@@ -34,8 +34,8 @@ DEVICES = (
     ("H100-96GB", "h100-96gb"),
     ("H200", "h200"),
 )
-"""What hardware is called in the rows -> a device of the tables. A DGX-A100 of January 2021 has 40 GB a device: the
-batch of 16 is twice that of the V100's 32 GB, and as much as fits."""
+"""What hardware is called in the rows -> a device of the tables. The DGX-A100 of January 2021, whose memory is not
+named, is taken for that of 40 GB a device: its batch, twice that of the V100's 32 GB, is about as much as fits."""
 
 Row = Mapping[str, str]
 
@@ -134,7 +134,7 @@ def published(row: Row, name: str) -> Published:
         replicated=row["arch"] == "gpt" and row["sp"] != "1" and tp > 1,
         again=second_products(row) if row["arch"] == "llama" and recompute_of(row) == "selective" else 0,
         logits=logits_of(row) if row["arch"] == "llama" else None,
-        overlapped=row["source_id"].startswith("seqsel"),
+        overlapped=overlapped(row),
         measured=measured_seconds(row),
         memory=float(row["metric_mem_gb"]) if row["metric_mem_gb"] else None,
         out="out of memory" in row["notes"].lower(),
@@ -203,6 +203,13 @@ def model_of(row: Row) -> tuple[str, Mapping[str, Any]]:
 def compiled(row: Row) -> bool:
     """Whether blocks ran under torch.compile: the page of the H200 says so in its command."""
     return "compile" in row["notes"] or row["source_id"] == "torchtitan_h200"
+
+
+def overlapped(row: Row) -> bool:
+    """`Published.overlapped`: Megatron-LM of 2022, whose linear layers all-reduce or gather beside the product that
+    gives the weight's gradient, by which recompute takes 39 % there and not a third (Korthikanti et al., arXiv
+    2205.05198, table 4), and add to the float32 sum in that product (NVIDIA/apex, fused_weight_gradient_mlp_cuda)."""
+    return row["source_id"].startswith("seqsel")
 
 
 def second_products(row: Row) -> int:
