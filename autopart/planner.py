@@ -103,7 +103,7 @@ class Search:
         request = self.space.request
         started = time.monotonic()
         for point in points(self.space):
-            levels = zero_levels(request, point)
+            levels = zero_levels(self.space, point)
             if levels and all(self.space.options(point).values()):
                 least = max(self.space.least_work(point), self.space.known_bound(point))
                 for zero in levels[: None if self._updates else 1]:
@@ -132,7 +132,7 @@ class Search:
             late = time.monotonic() - started > (self.space.request.time_limit or NEVER)
             if self.best and (late or self._passes(point) * self.space.known_bound(point) >= self._time()):
                 break
-            levels = zero_levels(self.space.request, point) if point in known else []
+            levels = zero_levels(self.space, point) if point in known else []
             if not levels or not all(self.space.options(point).values()):
                 continue
             at = replace(point, zero=levels[0])
@@ -146,8 +146,8 @@ class Search:
 
     @property
     def _updates(self) -> bool:
-        """Whether the optimizer's step is counted, which higher ZeRO levels make shorter: then each is a point of its
-        own from the start."""
+        """Whether the optimizer's step was measured, which higher ZeRO levels make shorter by so much or so little that
+        each is a point of its own from the start."""
         return self.space.mesh.device.measured is not None
 
     def _bound(self) -> float:
@@ -199,7 +199,7 @@ class Search:
         self._more_zero(point, bound)
 
     def _more_zero(self, point: Point, bound: float) -> None:
-        levels = zero_levels(self.space.request, point)
+        levels = zero_levels(self.space, point)
         following = levels[levels.index(point.zero) + 1 :]
         if following and not self._updates:
             self._push(bound, 0, replace(point, zero=following[0]))
@@ -396,13 +396,16 @@ def search(space: Space, say: Say = silent) -> Found:
     return Search(space, say).run()
 
 
-def zero_levels(request: Request, point: Point) -> list[int]:
-    """The ZeRO levels to try, by the time they take: without a data-parallel axis they are all the same, and with a
-    master copy level 1 takes less time than level 0, and less memory."""
+def zero_levels(space: Space, point: Point) -> list[int]:
+    """The ZeRO levels to try, by the time they take: without a data-parallel axis they are all the same; with a master
+    copy, or where the optimizer's step is counted, level 1 takes less time than level 0, and less memory."""
+    request = space.request
     levels = [zero for zero in (0, 1, 2, 3) if request.zero in (None, zero) and request.allows("zero", zero)]
-    if point.dp == 1 or not request.master:
-        return levels if point.dp > 1 else levels[:1]
-    m, wide = request.global_batch // point.micro_batch, widening(request.precision, request.master)
+    if point.dp == 1:
+        return levels[:1]
+    if not request.master and space.mesh.device.silicon is None:
+        return levels
+    m, wide = space.micro_batches(point), widening(request.precision, request.master)
     seconds = {zero: gathers + wide * scatters for zero in levels for gathers, scatters in [messages(zero, m)]}
     return sorted((z for z in levels if z or 1 not in levels), key=lambda z: seconds[z])
 

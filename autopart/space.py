@@ -358,13 +358,13 @@ class Space:
         options = self.options(point)
         key = point, price, group, mode, tuple(options.items())
         if key not in self.bounds:
-            model, usual = self.model(point), self.modes[0]
+            model = self.model(point)
             costs = np.where(model.group == group, self.objective(point, price, {group: mode}), 0.0)
             if price == NEVER:
                 self.bounds[key] = model.sizes.apart(costs, options)
-            elif price == 0.0 and mode != usual:
-                more = costs - np.where(model.group == group, self.objective(point, price, {group: usual}), 0.0)
-                self.bounds[key] = self.least(point, price, group, usual) + model.sizes.apart(more, options)
+            elif price == 0.0 and mode != "none":
+                more = costs - np.where(model.group == group, self.objective(point, price, {}), 0.0)
+                self.bounds[key] = self.least(point, price, group, "none") + model.sizes.apart(more, options)
             else:
                 self.bounds[key] = model.part(group).bound(costs, options)
         return self.bounds[key]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
 from unittest import mock
@@ -182,6 +182,8 @@ def problem(seed: int) -> Problem:
     optimizer = draw.choice(["sgd", "momentum", "adamw"])
     if draw.random() < 0.25:
         asked["master"] = "float64"
+    if draw.random() < 0.2:  # the optimizer's step has a price then
+        mesh = replace(mesh, device=replace(device, silicon=DEVICES["h100-80gb"].silicon))
     request = Request(batch, optimizer=optimizer, **asked).check(mesh)
     return Problem(Space(traced(seed // SHARED, min(2, batch)), mesh, request), seed)
 
