@@ -105,9 +105,13 @@ class _Emitter:
     # ---- lines -------------------------------------------------------------------------------------------
 
     def _write(self, scope: Scope, nodes: Sequence[fx.Node], needed: set[fx.Node]) -> None:
-        """Lines for `nodes`; `needed` are those whose values are used elsewhere."""
+        """Lines for `nodes`; `needed` are those whose values are used elsewhere. What backward does not keep is let go
+        of once the user's line that used it last is done, if it is of samples: the rest is small."""
         inside = set(nodes)
         last_source = ""
+        kept = {root for root, _ in self.stage.kept}
+        alive: dict[str, fx.Node] = {}
+        done: set[fx.Node] = set()
         for node in nodes:
             record = info(node)
             if record.name == "autopart.getitem" and node in scope.names:
@@ -138,7 +142,24 @@ class _Emitter:
             name = scope.follow(node, first, wanted_name(node)) if follows else scope.name(node, wanted_name(node))  # type: ignore[arg-type]
             source = record.source if record.source != last_source else ""
             last_source = record.source or last_source
+            if source and (over := [n for n, value in alive.items() if done.issuperset(value.users)]):
+                scope.lines.append(_comment(f"del {', '.join(over)}"))
+                alive = {n: value for n, value in alive.items() if n not in over}
             scope.lines.append(_comment(f"{name} = {text.code}", record.note, source))
+            done |= self._read(scope, node)
+            alive.pop(name, None)
+            if record.batch is not None and record.root not in kept and node not in needed:
+                alive[name] = node
+
+    def _read(self, scope: Scope, node: fx.Node) -> set[fx.Node]:
+        """A node that is written, with those that are part of its line."""
+        found, todo = {node}, list(node.all_input_nodes)
+        while todo:
+            part = todo.pop()
+            if part.op == "call_function" and (part not in scope.names or scope.names[part].code not in scope.taken):
+                found.add(part)
+                todo += part.all_input_nodes
+        return found
 
     def _inlined(self, scope: Scope, node: fx.Node) -> bool:
         """Whether the node has no line of its own."""
