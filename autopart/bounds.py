@@ -72,7 +72,8 @@ def row_of(group: tuple[int, ...], allowed: tuple[tuple[str, ...], ...]) -> Row:
 class Bounds:
     """The bounds of one point, better with every price that is looked at.
 
-    room    what the largest tensor leaves of a device's bytes, for every row of `counts`
+    room    what the largest tensor of the last run leaves of a device's bytes, for every row of `counts`: when its
+            backward starts nothing is gone yet. Gradients may not be there: then all bytes
     terms   for every price the bound of one run of each kind in each of its modes, in a row;  bytes: the same of bytes
     """
 
@@ -85,7 +86,8 @@ class Bounds:
         largest = [
             max((m for m, n in zip(made, nodes, strict=True) if n.group == g), default=0.0) for g, _ in self.row.kinds
         ]
-        self.room = space.limit - ((self.row.counts > 0) * largest).max(1)
+        last = np.where(self.row.counts > 0, largest, np.inf).min(1)
+        self.room = space.limit - last * (space.micro_batches(point) > 1)
         self.flights = np.array(sorted({space.in_flight(point, stage) for stage in range(point.pp)}))
         crossings = least_crossings(prices, space.between_stages(point))
         self.messages = message_seconds(crossings, len(group))

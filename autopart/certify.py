@@ -36,7 +36,8 @@ samples is not known have another size."""
 
 BYTES, ABOVE = 1e-3, 0.05
 """Of bytes, how far a plan may be below and above: what an operator keeps besides values is taken to grow with samples,
-though a few bytes of it do not; what several blocks keep is taken to be kept where one of them is run again, too."""
+though a few bytes of it do not; what several blocks keep is taken to be kept where one of them is run again, too.
+What is transient is less what is gone: it may be off by as many bytes as activations are, too."""
 
 MODES = ("none", "selective", "full")
 ASKED = (
@@ -249,9 +250,11 @@ def _numbers(plan: Plan, folded: Folded) -> Iterator[str]:
             if not _same(getattr(stage, part), value):
                 yield f"{name}: {part} are {value}, the plan says {getattr(stage, part)}"
         held = _bytes(plan, folded, choices, graph, span)
+        net = abs(stage.memory.get("activations", 0.0) - held["activations"]) + BYTES * held["activations"]
         for part in {**held, **stage.memory}:
             told, found = stage.memory.get(part, -1.0), held.get(part, -1.0)
-            if not found * (1 - BYTES) <= told <= found * (1 + ABOVE):
+            spare = net if part == "transient" else 0.0
+            if not found * (1 - BYTES) - spare <= told <= found * (1 + ABOVE) + spare:
                 yield f"{name}: memory of {part} is {held.get(part)} bytes, the plan says {stage.memory.get(part)}"
         if plan.request.get("must_fit", True) and sum(held.values()) > usable_bytes(plan.mesh) * (1 + EQUAL):
             yield f"{name}: memory of {sum(held.values())} bytes is more than the device's {usable_bytes(plan.mesh)}"
@@ -313,7 +316,8 @@ def _there_and_back(plan: Plan, crossing: Crossing) -> float:
 
 def _training(plan: Plan) -> Training:
     group, wide = plan.mesh.group(plan.tp, plan.dp), widening(plan.precision, plan.master)
-    return Training(plan.optimizer, plan.zero, group, plan.micro_batches, wide)
+    together = plan.mesh.device.type != "cpu"
+    return Training(plan.optimizer, plan.zero, group, plan.micro_batches, wide, together)
 
 
 def _parameters(
@@ -367,14 +371,35 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
             products = [info(n) for n in nodes[run] if info(n).product and not info(n).view]
             kept += sum(r.size + r.inner for r in products)
     kept += sum(info(n).size for n in shared)
-    transient = 0.0
-    for run, mine in nodes.items():
-        largest = max((info(n).size for n in mine), default=0.0)
-        moment = largest + max(largest, gathered.get(run, 0.0))
-        transient = max(transient, moment + (whole[run] if run in rerun else 0.0))
     flights = in_flight(plan.schedule, graph.index, plan.pp, plan.micro_batches)
+    stepped = [
+        training.stepping(n, r.grad, _summed(choices, r, p, "dp"))
+        for r, p, n in _parameters(folded, choices, span, graph.index)
+    ]
+    made = sum(stepped) if training.together else max(stepped, default=0.0)
+    transient = max(0.0, made - flights * kept)
+    absent = _gradients(plan, folded, choices, span, graph.index) if plan.micro_batches == 1 else {}
+    for run in (*span, SETUP_RUN):
+        largest = max((info(n).size for n in nodes.get(run, ())), default=0.0)
+        moment = largest + max(largest, gathered.get(run, 0.0)) + (whole[run] if run in rerun else 0.0)
+        moment -= sum(size for r, size in whole.items() if r > run and not _is_block(folded.labels[r]))
+        moment -= sum(size for r, size in absent.items() if r < run != SETUP_RUN)
+        transient = max(transient, moment)
     names = ("parameters", "gradients", "optimizer", "activations", "transient")
     return dict(zip(names, (*parts, flights * kept, transient), strict=True))
+
+
+def _gradients(plan: Plan, folded: Folded, choices: Choices, span: range, stage: int) -> dict[int, float]:
+    """Bytes of the gradients of every run's parameters that no other run of the model reads."""
+    training, readers = _training(plan), Counter(p for run in folded.runs for p in used_parameters(run))
+    found: dict[int, float] = defaultdict(float)
+    for run in span:
+        for node in used_parameters(folded.runs[run]):
+            if readers[node] == 1:
+                placed = choices.placements(folded, (node, 0), stage)
+                over_dp = _summed(choices, info(node), placed, "dp")
+                found[run] += training.memory(choices.size((node, 0), placed), info(node).grad, over_dp)[1]
+    return found
 
 
 def _taken(nodes: Sequence[fx.Node]) -> list[fx.Node]:

@@ -208,6 +208,10 @@ def peak(device: Device, dtype: torch.dtype) -> float:
 OPTIMIZER_STATES = {"sgd": 0, "momentum": 1, "adagrad": 1, "rmsprop": 1, "adam": 2, "adamw": 2}
 """Tensors of a parameter's size that torch.optim keeps for it."""
 
+STEPPING = {"rmsprop": (1, 1), "adagrad": (1, 2), "adam": (2, 1), "adamw": (2, 1)}
+"""Tensors of a parameter's size that torch.optim makes while it steps: one parameter after another, as on CPUs, and all
+at once, as elsewhere (`_single_tensor_adamw` and `_multi_tensor_adamw` of torch 2.13, and so on; others make none)."""
+
 
 STEP_PASSES = {"sgd": 3, "momentum": 8, "adagrad": 13, "rmsprop": 13, "adam": 18, "adamw": 20}
 """Tensors of a parameter's size that a step reads and writes: counted in torch.optim's `_multi_tensor_*`, which it
@@ -241,6 +245,7 @@ class Training:
     group          the ranks of that axis
     micro_batches  of a step
     widening       bytes of a number in the master dtype over those of one of a parameter; 1: there is no master copy
+    together       whether the optimizer steps all parameters at once, as torch.optim does wherever it can: not on CPUs
 
     With a master copy, the model computes in the parameters' precision, and everything that adds up is in the master
     dtype: gradients, over micro-batches and over ranks, the optimizer's states, and a copy of every parameter that the
@@ -264,6 +269,7 @@ class Training:
     group: Group
     micro_batches: int
     widening: float = 1.0
+    together: bool = False
 
     @property
     def ranks(self) -> int:
@@ -278,6 +284,11 @@ class Training:
         share = [self.ranks if shared and grad and self.zero >= level else 1 for level in (3, 2, 1)]
         wide = nbytes * self.widening
         return (wide if sliced else nbytes) / share[0], wide * grad / share[1], wide * grad * copies / share[2]
+
+    def stepping(self, nbytes: float, grad: bool, shared: bool) -> float:
+        """Bytes that the optimizer makes for a parameter of `nbytes` while it steps it."""
+        share = self.ranks if shared and self.zero >= 1 else 1
+        return nbytes * self.widening * grad / share * STEPPING.get(self.optimizer, (0, 0))[self.together]
 
     def sliced(self, shared: bool) -> bool:
         """Whether a rank keeps but a slice of a parameter."""

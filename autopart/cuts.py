@@ -131,7 +131,9 @@ class Ranges:
 
     seconds   forward, backward, the share of gradient sync in a micro-batch, messages; nothing run again
     state     bytes of parameters, gradients and optimizer states
-    kept      bytes per micro-batch, nothing run again;  transient: bytes that exist for a moment
+    kept      bytes per micro-batch, nothing run again
+    transient bytes that exist for a moment besides, less what is gone by then;  rerun: likewise if blocks are run again
+    stepping  bytes that the optimizer makes while it steps, when nothing is kept
     entered   bytes that several blocks take, kept if one of them is run again
     again     seconds that each of MODES adds at every position
     group     class of every position: equal ones cost the same and may do the same;  least_modes: the one of MODES that
@@ -143,6 +145,8 @@ class Ranges:
     state: Array
     kept: Array
     transient: Array
+    rerun: Array
+    stepping: Array
     entered: Array
     again: Array
     group: Sequence[int]
@@ -161,9 +165,9 @@ class Ranges:
     def least(self, where: NDArray[np.int_], in_flight: int, limit: float, modes: Sequence[str]) -> Array:
         """f of some ranges with that many micro-batches in flight: blocks are run again, those that save most a
         second first, until the range fits."""
-        seconds = self.seconds[where]
+        seconds, steps = self.seconds[where], self.state[where] + self.stepping[where] <= limit
         short = self.state[where] + in_flight * self.kept[where] + self.transient[where] - limit
-        f, over = np.where(short <= 0, seconds, NEVER), np.flatnonzero(short > 0)
+        f, over = np.where((short <= 0) & steps, seconds, NEVER), np.flatnonzero((short > 0) & steps)
         if len(over) and self._steps(modes):
             again, needed, _ = self._run_again(where[over], short[over], in_flight, modes)
             f[over] = np.where(needed <= 0, again, NEVER)
@@ -172,10 +176,10 @@ class Ranges:
     def lacks(self, in_flight: int, limit: float, modes: Sequence[str]) -> Array:
         """Bytes that every range is above the limit at its smallest."""
         short = self.state + in_flight * self.kept + self.transient - limit
-        if not self._steps(modes):
-            return short
-        _, needed, _ = self._run_again(np.arange(len(short)), np.maximum(short, 0.0), in_flight, modes)
-        return np.minimum(short, needed)
+        if self._steps(modes):
+            _, needed, _ = self._run_again(np.arange(len(short)), np.maximum(short, 0.0), in_flight, modes)
+            short = np.minimum(short, needed)
+        return np.maximum(short, self.state + self.stepping - limit)
 
     def modes(self, i: int, j: int, in_flight: int, limit: float, modes: Sequence[str]) -> list[str]:
         """What every position of a range does where it takes its least time: the first blocks of a kind are run
@@ -205,8 +209,7 @@ class Ranges:
     ) -> tuple[Array, Array, list[Array]]:
         """Run blocks again until nothing is short: seconds, bytes still short, blocks that take each step."""
         steps = self._steps(modes)
-        rerun = np.maximum(max(s.transient for s in steps) - self.transient[where], 0.0)
-        needed = short + in_flight * self.entered[where] + rerun
+        needed = short + in_flight * self.entered[where] + (self.rerun[where] - self.transient[where])
         seconds, counts = self.seconds[where].copy(), []
         for step in steps:
             count = np.clip(np.ceil(needed / (in_flight * step.bytes)), 0, self.blocks[step.kind][where])
@@ -218,14 +221,12 @@ class Ranges:
 
 @dataclass(frozen=True)
 class Saving:
-    """What a block saves, per micro-batch in flight, when it takes the step to `mode`: bytes, for seconds; and the
-    bytes that exist for a moment while it is run again."""
+    """What a block saves, per micro-batch in flight, when it takes the step to `mode`: bytes, for seconds."""
 
     kind: int
     mode: str
     seconds: float
     bytes: float
-    transient: float
 
 
 def ranges(
@@ -239,13 +240,18 @@ def ranges(
     each = np.where(rerun, found.kept[least, everywhere] + found.entered, found.kept[0])
     seconds = _sums(found.forward + found.backward + found.again[least, everywhere] + found.sync / micro_batches)
     state, kept = _sums(found.parts.sum(0)), _sums(each)
-    largest = found.largest.copy()
+    largest, alone = found.largest.copy(), micro_batches == 1
     for item in found.items:
         np.maximum.at(largest, list(item.positions), item.largest)
     moment = largest + np.maximum(largest, found.gathered)
-    transient, entered = _maxima(moment + found.kept[0] * rerun), np.zeros(len(seconds))
+    again = rerun | (np.array(block) & np.array([len(modes) > 1 for modes in allowed]))
+    transient, possible = (_moments(found, moment + found.kept[0] * mine, block, alone) for mine in (rerun, again))
+    later = _sums(np.where(block, 0.0, found.kept[0]))
+    stepping, entered = (_sums if found.together else _maxima)(found.stepping), np.zeros(len(seconds))
     for item in found.items:
         has = _has(item.positions, n)
+        transient, possible = (np.maximum(x, has * 2 * item.largest - later) for x in (transient, possible))
+        stepping = stepping + has * item.stepping if found.together else np.maximum(stepping, has * item.stepping)
         seconds += has * (item.forward + item.backward + item.sync / micro_batches)
         state += has * sum(item.parts)
         kept += has * item.kept
@@ -258,17 +264,27 @@ def ranges(
     where = {number: np.array(kind) == number for (_, isblock, _), number in classes.items() if isblock}
     modes = {number: may for (_, _, may), number in classes.items()}
     return Ranges(
-        seconds, state, kept, transient, entered, found.again, kind,
+        seconds, state, kept, transient, possible, stepping, entered, found.again, kind,
         [MODES[mode] for mode in least], {k: _sums(mine.astype(float)) for k, mine in where.items()},
-        {k: _savings(found, k, mine, modes[k], moment) for k, mine in where.items()},
+        {k: _savings(found, k, mine, modes[k]) for k, mine in where.items()},
     )  # fmt: skip
 
 
-def _savings(found: Weighed, kind: int, where: NDArray[np.bool_], modes: Sequence[str], moment: Array) -> list[Saving]:
+def _moments(found: Weighed, moment: Array, block: Sequence[bool], alone: bool) -> Array:
+    """Of every range the most that exists for a moment, less what is not there then: what later positions kept, other
+    than blocks, is gone when a position's backward runs, and of a micro-batch that is `alone` in a step the earlier
+    positions have no gradients yet. At least nothing."""
+    starts, ends = spans(len(moment))
+    kept = np.concatenate([[0.0], np.cumsum(np.where(block, 0.0, found.kept[0]))])
+    gradients = np.concatenate([[0.0], np.cumsum(found.parts[1] * alone)])
+    most = _maxima(moment + kept[1:] - gradients[:-1]) - kept[ends] + gradients[starts]
+    return np.maximum(most, 0.0)
+
+
+def _savings(found: Weighed, kind: int, where: NDArray[np.bool_], modes: Sequence[str]) -> list[Saving]:
     """The steps of one kind of block from the first of the modes it may do towards keeping less, each dearer than the
     one before; those that another beats are left out. Of blocks that differ at their edges the least saving counts."""
     first, *more = [MODES.index(mode) for mode in modes]
-    again_at_once = float((found.kept[0] + moment)[where].max())
     start = found.kept[first, where] + found.entered[where] * (first > 0)
     hull = [(first, 0.0, float(start.min()))]
     for mode in more:
@@ -280,7 +296,7 @@ def _savings(found: Weighed, kind: int, where: NDArray[np.bool_], modes: Sequenc
         while len(hull) > 1 and _slope(hull[-1], point) <= _slope(hull[-2], hull[-1]):
             hull.pop()
         hull.append(point)
-    return [Saving(kind, MODES[b[0]], b[1] - a[1], a[2] - b[2], again_at_once) for a, b in itertools.pairwise(hull)]
+    return [Saving(kind, MODES[b[0]], b[1] - a[1], a[2] - b[2]) for a, b in itertools.pairwise(hull)]
 
 
 def _slope(one: tuple[int, float, float], other: tuple[int, float, float]) -> float:

@@ -4,7 +4,7 @@ alive. What a plan says of a stage's memory is the sum of these.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -76,8 +76,9 @@ def leaves(
 ) -> list[Leaf]:
     """All bytes of a stage: the `index`-th, of the runs at the positions `span`, which do as `modes` say."""
     flights = space.in_flight(found.point, index)
-    kept = (Leaf(k.block, k.name, k.kind, flights * k.bytes) for k in _kept(space.folded, graph, span, modes))
-    return [*_owned(space, found, choices, span), *kept, *_moment(space, found, choices, graph, span, modes)]
+    kept = [Leaf(k.block, k.name, k.kind, flights * k.bytes) for k in _kept(space.folded, graph, span, modes)]
+    moment = _moment(space, found, choices, graph, span, modes, _bytes(kept))
+    return [*_owned(space, found, choices, span), *kept, *moment]
 
 
 def _owned(space: Space, found: Found, choices: Choices, span: tuple[int, int]) -> Iterator[Leaf]:
@@ -139,29 +140,86 @@ def _taken(nodes: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def _moment(
+    space: Space, found: Found, choices: Choices, graph: StageGraph, span: tuple[int, int], modes: Sequence[str],
+    kept: float,
+) -> list[Leaf]:  # fmt: skip
+    """What exists at the moment when most does, besides what is kept: in a run's backward or while the optimizer steps,
+    less what is gone by then (`kept` is all of it, in bytes) or not there yet."""
+    stepping = _stepping(space, found, choices, span)
+    moments = [*_backward(space, found, choices, graph, span, modes)]
+    moments.append([Leaf(SETUP, "made by the optimizer while it steps", "transient", stepping)])
+    moments[-1].append(Leaf(SETUP, "activations, gone by then", "transient", -kept))
+    most = max(moments, key=_bytes)
+    return most if _bytes(most) > 0 else []
+
+
+def _bytes(some: Sequence[Leaf]) -> float:
+    return sum(leaf.bytes for leaf in some)
+
+
+def _stepping(space: Space, found: Found, choices: Choices, span: tuple[int, int]) -> float:
+    """Bytes that the optimizer makes while it steps."""
+    training = space.training(found.point)
+    each = [
+        training.stepping(nbytes, record.grad, sums(choices, record, placed, "dp"))
+        for _, _, record, placed, nbytes in parameters(space.folded, choices, span)
+    ]
+    return sum(each) if training.together else max(each, default=0.0)
+
+
+def _backward(
     space: Space, found: Found, choices: Choices, graph: StageGraph, span: tuple[int, int], modes: Sequence[str]
-) -> list[Leaf]:
-    """What exists at the moment of a run's backward when most does: its largest tensor, and with it another as large
-    (of a loss: the gradients of logits and of their log-softmax) or the run's whole parameters with their gradients,
-    where it gathers them; and what a block that is run again keeps until it is done."""
+) -> Iterator[list[Leaf]]:
+    """What exists in the backward of every run: its largest tensor, and with it another as large (of a loss: the
+    gradients of logits and of their log-softmax) or the run's whole parameters with their gradients, where it gathers
+    them; and what a block that is run again keeps until it is done. Gone by then is what later runs kept; of blocks,
+    which may be run again, that is not counted. In a step of one micro-batch earlier runs have no gradients yet."""
     folded, training = space.folded, space.training(found.point)
-    label_of = {run: folded.labels[p] for p, run in reversed([*enumerate(folded.sequence)]) if span[0] <= p < span[1]}
-    rerun = {folded.sequence[p] for p, mode in zip(range(*span), modes, strict=True) if mode != "none"}
-    most: list[Leaf] = []
-    for run, (_, nodes) in zip(graph.indices, graph.runs, strict=True):
-        label, whole = label_of.get(run, SETUP), 0.0
+    nodes = dict(zip(graph.indices, (mine for _, mine in graph.runs), strict=True))
+    inside: dict[int, float] = defaultdict(float)
+    for memory in graph.kept.values():
+        for run in memory.runs if not memory.shared else ():
+            inside[run] += memory.size
+    own = _own_gradients(space, found, choices, span)
+    early, late = sum(own.values()), 0.0
+    positions = [(p, folded.sequence[p], mode) for p, mode in zip(range(*span), modes, strict=True)]
+    for position, run, mode in [*reversed(positions), (-1, SETUP_RUN, "none")]:
+        whole = 0.0
         for node in used_parameters(folded.runs[run]) if run != SETUP_RUN else ():
             placed = choices.placements(folded, (node, 0), 0)
             whole += training.gathered(choices.size((node, 0), placed), sums(choices, info(node), placed, "dp"))
-        largest = max(nodes, key=lambda n: info(n).size, default=None)
+        largest = max(nodes.get(run, ()), key=lambda n: info(n).size, default=None)
         size = info(largest).size if largest is not None else 0.0
-        again = sum(m.size for m in graph.kept.values() if not m.shared and run in m.runs) if run in rerun else 0.0
-        name = _within(_operator(largest), folded, run) if largest is not None else ""
-        other = ("another as large", size) if size >= whole else ("parameters gathered, with gradients", whole)
-        rows = [(name, size), other, ("what it keeps once it is run again", again)]
-        here = [Leaf(label, name, "transient", nbytes) for name, nbytes in rows if nbytes]
-        most = max(most, here, key=lambda leaves: sum(leaf.bytes for leaf in leaves))
-    return most
+        early -= own.get(position, 0.0)
+        rows = [
+            (_within(_operator(largest), folded, run) if largest is not None else "", size),
+            ("another as large", size) if size >= whole else ("parameters gathered, with gradients", whole),
+            ("what it keeps once it is run again", inside[run] if mode != "none" else 0.0),
+            ("what later runs kept, gone by then", -late),
+            ("gradients that are not there yet", -early if run != SETUP_RUN else 0.0),
+        ]
+        label = folded.labels[position] if run != SETUP_RUN else SETUP
+        yield [Leaf(label, name, "transient", nbytes) for name, nbytes in rows if nbytes]
+        late += inside[run] if run != SETUP_RUN and not is_block(label) else 0.0
+
+
+def _own_gradients(space: Space, found: Found, choices: Choices, span: tuple[int, int]) -> dict[int, float]:
+    """Position -> bytes of the gradients of the parameters that it alone reads, in a step of one micro-batch."""
+    folded, training = space.folded, space.training(found.point)
+    if training.micro_batches > 1:
+        return {}
+    read = [
+        (position, folded.parameter_at(position, node), node)
+        for position, run in enumerate(folded.sequence)
+        for node in dict.fromkeys(used_parameters(folded.runs[run]))
+    ]
+    readers, own = Counter(name for _, name, _ in read), defaultdict[int, float](float)
+    for position, name, node in read:
+        if readers[name] == 1 and span[0] <= position < span[1]:
+            placed = choices.placements(folded, (node, 0), 0)
+            shared = sums(choices, info(node), placed, "dp")
+            own[position] += training.memory(choices.size((node, 0), placed), info(node).grad, shared)[1]
+    return own
 
 
 def _within(name: str, folded: Folded, run: int) -> str:

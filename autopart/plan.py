@@ -52,7 +52,8 @@ class PlanStage:
     forward_seconds   per micro-batch, communication included; backward_seconds likewise
     sync_seconds      to add up gradients, once a step
     send_seconds      for what it sends and receives, per micro-batch
-    memory            what takes how many bytes: parameters, gradients, optimizer, activations, transient
+    memory            what takes how many bytes: parameters, gradients, optimizer, activations, and transient, what is
+                      more than these at the moment when most is alive
     sends             (stage, bytes, seconds) for every stage it sends to: of a micro-batch, the seconds there and, of
                       gradients, back
     """

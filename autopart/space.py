@@ -228,7 +228,8 @@ class Space:
         """What the parameters of a point cost."""
         group = self.mesh.group(point.tp, point.dp)
         wide = widening(self.request.precision, self.request.master)
-        return Training(self.request.optimizer, point.zero, group, self.micro_batches(point), wide)
+        together = self.mesh.device.type != "cpu"
+        return Training(self.request.optimizer, point.zero, group, self.micro_batches(point), wide, together)
 
     def device(self, point: Point) -> Device:
         """The device as busy as a point has it."""

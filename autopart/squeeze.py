@@ -52,15 +52,33 @@ def squeeze(
     gathered = np.concatenate([prices.gathered, nothing]) * (there > 0)
     largest = np.concatenate([prices.made, prices.after, 0.0 * prices.memory]) * (there > 0)
     rerun = [g for g, modes in counts.items() if any(n for m, n in modes.items() if m != "none")]
-    alive = space.costs(point, {}).kept / places
-    peak = [*_one_by_one(model, np.where(model.group < 0, 2 * largest, 0.0))]
-    for group in {*model.table.group}:
-        mine = model.group == group
-        again = np.where(mine, alive * (group in rerun), 0.0)
+    alive, kept = space.costs(point, {}).kept / places, held * there / places
+    plain = {p: np.where(model.group == model.table.group[p], alive, 0.0)
+             for p in range(*span) if not model.table.block[p]}  # fmt: skip
+    peak = [row - sum(plain.values()) for row in _one_by_one(model, np.where(model.group < 0, 2 * largest, 0.0))]
+    stepping = np.concatenate([prices.stepping, nothing]) * (there if space.training(point).together else there > 0)
+    peak += [row - kept for row in ([stepping] if space.training(point).together else _one_by_one(model, stepping))]
+    seen, early = set(), np.zeros(len(there))
+    for p in range(*span):
+        mine, gone = model.group == model.table.group[p], sum((k for q, k in plain.items() if q > p), early)
+        early = early + _own_gradients(model, prices, p) * (space.micro_batches(point) == 1)
+        if (at := (model.table.group[p], gone.tobytes())) in seen:
+            continue
+        seen.add(at)
+        others = np.where(mine, alive * (model.table.group[p] in rerun), 0.0) - gone
         for row in (*_one_by_one(model, np.where(mine, largest, 0.0)), np.zeros(len(there))):
-            peak += [2 * row + again, row + np.where(mine, gathered, 0.0) + again]
-    here = there / places
-    return model.solver.squeeze(seconds * here + sent, allowed, [np.array(peak)], held * here + state, room)
+            peak += [2 * row + others, row + np.where(mine, gathered, 0.0) + others]
+    return model.solver.squeeze(seconds * there / places + sent, allowed, [np.array(peak)], kept + state, room)
+
+
+def _own_gradients(model: Model, prices: Prices, position: int) -> Array:
+    """Bytes of the gradients of the parameters that a position alone reads, by their strategies."""
+    bytes_ = np.zeros(len(model.places))
+    for index, places in model.table.state.items():
+        if (position,) in places:
+            mine = slice(*model.sizes.first[index : index + 2])
+            bytes_[mine] = prices.parts[mine, 1]
+    return bytes_
 
 
 def _entering(model: Model, prices: Prices, group: int) -> Array:

@@ -35,7 +35,8 @@ class Block:
 class Tenants:
     """A stage of a plan on one rank: its blocks in order. The kinds of their leaves are the parts of
     `PlanStage.memory`, and sum to them: parameters, gradients, optimizer (states and master copies), activations (of
-    all micro-batches in flight) and transient (of the moment when most is alive)."""
+    all micro-batches in flight) and transient (of the moment when most is alive: what exists besides, and, below zero,
+    what of all that is gone by then or not there yet)."""
 
     stage: int
     blocks: tuple[Block, ...]
@@ -84,9 +85,9 @@ def _lines(stage: Tenants) -> Iterator[str]:
         yield f"  {name or 'shared'}   {bytes_text(blocks[0].bytes)}{each}"
         least = TOLD * total / len(blocks)
         for (text, kind), size in sorted(alike, key=lambda row: -row[1]):
-            if size >= least:
+            if abs(size) >= least:
                 yield f"    {text:<64} {kind:<12} {bytes_text(size):>10}"
-        rest = sum(size for _, size in alike if size < least)
+        rest = sum(size for _, size in alike if abs(size) < least)
         if rest:
             yield f"    {'the rest':<64} {'':<12} {bytes_text(rest):>10}"
 

@@ -239,6 +239,7 @@ class Prices:
     results            bytes of what matrix products give, with what they keep
     state, sync        bytes of a parameter with gradient and optimizer states; seconds a step takes to sum its gradient
     gathered           bytes of a parameter and its gradient that exist only while it is used
+    stepping           bytes that the optimizer makes while it steps a parameter
     """
 
     def __init__(self, sizes: Sizes, terms: Terms) -> None:
@@ -286,18 +287,19 @@ class Prices:
 
     @cached_property
     def _holdings(self) -> Array:
-        """[strategies, 5]: of a parameter its `parts`, `sync` and `gathered`."""
+        """[strategies, 6]: of a parameter its `parts`, `sync`, `gathered` and `stepping`."""
         return np.array([self._holding(*row) for row in self.sizes.holdings.tolist()])[self.sizes.holds]
 
     def _holding(self, weight: float, grad: bool, over_dp: bool, over_tp: bool) -> tuple[float, ...]:
         training = self.terms.training
         if not weight:
-            return (0.0,) * 5
+            return (0.0,) * 6
         sync = training.sync_seconds(weight, over_dp)
         sync += update_seconds(weight, grad, over_dp, training, self.terms.device)
         if over_tp:
             sync += training.partial_sync_seconds(weight, self.terms.sizes["tp"])
-        return (*training.memory(weight, grad, over_dp), sync, training.gathered(weight, over_dp))
+        gathered, stepping = training.gathered(weight, over_dp), training.stepping(weight, bool(grad), over_dp)
+        return (*training.memory(weight, grad, over_dp), sync, gathered, stepping)
 
     @property
     def parts(self) -> Array:
@@ -316,6 +318,10 @@ class Prices:
     def gathered(self) -> Array:
         return self._holdings[:, 4]
 
+    @property
+    def stepping(self) -> Array:
+        return self._holdings[:, 5]
+
     @staticmethod
     def _computed(sizes: Sizes, basis: Array, device: Device) -> Seconds:
         """What the operators take under every strategy."""
@@ -330,7 +336,7 @@ class Prices:
 class Item:
     """What a stage pays once if it has any of the positions: seconds forward and backward, bytes kept per micro-batch,
     bytes of parameters, gradients and optimizer states, seconds of gradient sync, bytes of the largest tensor; bytes
-    `entered` are what several blocks take, kept where one of them is run again."""
+    `entered` are what several blocks take, kept where one of them is run again; `stepping` as in Weighed."""
 
     positions: tuple[int, ...]
     forward: float = 0.0
@@ -340,6 +346,7 @@ class Item:
     sync: float = 0.0
     largest: float = 0.0
     entered: float = 0.0
+    stepping: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -367,6 +374,8 @@ class Weighed:
     parts              bytes of parameters, gradients and optimizer states
     sync               seconds of gradient sync, a step
     largest            bytes of the largest tensor;  gathered: of parameters that exist only while they are used
+    stepping           bytes that the optimizer makes for the parameters while it steps them, for all of them if they
+                       are stepped `together`, else for the largest
     items              what stages pay once;  crossings: values that may be sent
     """
 
@@ -379,6 +388,8 @@ class Weighed:
     sync: Array
     largest: Array
     gathered: Array
+    stepping: Array
+    together: bool = False
     items: list[Item] = field(default_factory=list)
     crossings: list[Crossings] = field(default_factory=list)
 
@@ -388,9 +399,10 @@ def weigh(prices: Prices, chosen: Sequence[int], link: Link | None) -> Weighed:
     table = prices.sizes.table
     n = len(table.labels)
     at = prices.sizes.first[:-1] + np.array(chosen)
-    forward, backward, entered, sync, largest, gathered = (np.zeros(n) for _ in range(6))
+    forward, backward, entered, sync, largest, gathered, stepping = (np.zeros(n) for _ in range(7))
     again, kept, parts = (np.zeros((3, n)) for _ in range(3))
-    found = Weighed(forward, backward, again, kept, entered, parts, sync, largest, gathered)
+    together = prices.terms.training.together
+    found = Weighed(forward, backward, again, kept, entered, parts, sync, largest, gathered, stepping, together)
     _weigh_nodes(found, prices, at)
     _weigh_parameters(found, prices, at)
     for index, flow in enumerate(table.flows):
@@ -427,11 +439,13 @@ def _weigh_parameters(found: Weighed, prices: Prices, at: NDArray[np.int_]) -> N
         own, every = prices.sizes.holders[index]
         np.add.at(found.parts.T, own, prices.parts[i])
         np.add.at(found.sync, own, prices.sync[i])
+        (np.add if found.together else np.maximum).at(found.stepping, own, prices.stepping[i])
         np.add.at(found.gathered, every, prices.gathered[i])
         for positions in places if len(own) < len(places) else ():
             if len(positions) > 1:
                 held, sync = prices.parts[i].tolist(), float(prices.sync[i])
-                found.items.append(Item(positions, parts=tuple(held), sync=sync))
+                stepping = float(prices.stepping[i])
+                found.items.append(Item(positions, parts=tuple(held), sync=sync, stepping=stepping))
 
 
 def _weigh_flow(

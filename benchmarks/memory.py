@@ -43,8 +43,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from autopart import Mesh, Plan
 from autopart.compile import DTYPES, Source, make_plan, programs, request_of
 from autopart.runtime.compiled import Compiled
-from autopart.runtime.groups import Groups
-from autopart.runtime.simulated import SimulatedGroup, run_simulated
+from autopart.runtime.groups import Group, Groups
+from autopart.runtime.simulated import run_simulated
 from autopart.runtime.standalone import OPTIMIZERS
 from autopart.tenants import found_in
 
@@ -91,9 +91,14 @@ class Memory(TorchDispatchMode):
     def watch(self, groups: Groups) -> None:
         """Count of the collectives of simulated groups their results alone."""
         for group in (groups.pp, groups.dp, groups.tp, groups.activations, groups.gradients):
-            assert isinstance(group, SimulatedGroup)
-            for name in COLLECTIVES:
-                object.__setattr__(group, name, self._quiet(getattr(group, name)))
+            self._watched(group)
+        tied = groups.tied
+        object.__setattr__(groups, "tied", lambda stages: self._watched(tied(stages)))
+
+    def _watched(self, group: Group | None) -> Group | None:
+        for name in COLLECTIVES if group is not None else ():
+            object.__setattr__(group, name, self._quiet(getattr(group, name)))
+        return group
 
     def _quiet(self, collective: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(collective)

@@ -430,7 +430,10 @@ class Graph:
 # ---- what it costs ----------------------------------------------------------------------------------------
 
 
-FIELDS = ("time", "again", "whole", "kept", "results", "entered", "state", "largest", "gathered")
+FIELDS = (
+    *("time", "again", "whole", "kept", "results", "entered", "state", "largest", "gathered"),
+    *("stepping", "gradients"),
+)
 
 
 @dataclass
@@ -450,6 +453,7 @@ class Priced:
         self.table = structure.table
         self.prices: Prices = space.priced(point)
         self.m = space.micro_batches(point)
+        assert space.training(point).together, "what optimizers make is summed here"
         self.n = len(self.table.labels)
         self.known: dict[tuple[bool, int], list[Atom]] = {}
 
@@ -477,6 +481,7 @@ class Priced:
         each = np.stack([
             found.forward + found.backward + found.sync / self.m, found.again[1], whole,
             found.kept[0], found.kept[1], found.entered, found.parts.sum(0), found.largest, found.gathered,
+            found.stepping, found.parts[1],
         ])  # fmt: skip
         return Atom(each, found.items, found.crossings)
 
@@ -498,15 +503,17 @@ class Priced:
             found.gathered[list(users)] += prices.gathered[i]
             if len(users) == 1:
                 found.parts[:, users[0]] += prices.parts[i]
+                found.stepping[users[0]] += prices.stepping[i]
                 found.sync[users[0]] += prices.sync[i]
             else:
                 held = tuple(prices.parts[i].tolist())
-                found.items.append(Item(users, parts=held, sync=float(prices.sync[i])))
+                sync, stepping = float(prices.sync[i]), float(prices.stepping[i])
+                found.items.append(Item(users, parts=held, sync=sync, stepping=stepping))
 
 
 def empty(n: int) -> Weighed:
     """Nothing weighed yet."""
-    return Weighed(*(np.zeros(s) for s in (n, n, (3, n), (3, n), n, (3, n), n, n, n)))
+    return Weighed(*(np.zeros(s) for s in (n, n, (3, n), (3, n), n, (3, n), n, n, n, n)), together=True)
 
 
 @dataclass(frozen=True)
@@ -519,9 +526,11 @@ class Span:
 
 
 class Totals:
-    """What a stage costs, from what its combinations add, in columns: seconds, bytes, what several blocks take, the
-    largest tensor at every position, bytes gathered there; then for every block: seconds that running it again takes,
-    cheap operators alone and all; bytes it keeps whole, of products, of what it takes."""
+    """What a stage costs, from what its combinations add, in columns: seconds, bytes, what several blocks take, state
+    with what the optimizer makes while it steps, the largest tensor of what stages make for themselves; at every
+    position the largest tensor, bytes gathered, kept if it is no block, gradients of its own; then for every block:
+    seconds that running it again takes, cheap operators alone and all; bytes it keeps whole, of products, of what it
+    takes."""
 
     def __init__(self, priced: Priced, span: Span) -> None:
         self.priced, self.span = priced, span
@@ -529,18 +538,22 @@ class Totals:
         self.blocks = [p for p in self.positions if priced.table.block[p]]
         self.plain = [p - span.i for p in self.positions if not priced.table.block[p]]
         self.count = len(self.positions)
-        self.largest, self.at = slice(3, 3 + self.count), 3 + 2 * self.count
+        self.largest, self.at = slice(4, 5 + self.count), 5 + 4 * self.count
 
     def of(self, atoms: Sequence[Atom]) -> Array:
         """The columns of every atom."""
         span = self.span
         each = np.stack([a.each[:, span.i : span.j] for a in atoms])
-        time, again, whole, kept, results, entered, state, largest, gathered = each.transpose(1, 0, 2)
+        time, again, whole, kept, results, entered, state, largest, gathered, stepping, gradients = each.transpose(
+            1, 0, 2
+        )
         numbers = np.zeros((len(atoms), self.at))
         numbers[:, 0] = time.sum(1)
         numbers[:, 1] = state.sum(1) + span.in_flight * kept[:, self.plain].sum(1)
-        numbers[:, self.largest] = largest
-        numbers[:, 3 + self.count :] = gathered
+        numbers[:, 3] = (state + stepping).sum(1)
+        plain = np.zeros(kept.shape)
+        plain[:, self.plain] = kept[:, self.plain]
+        numbers[:, 5:] = np.concatenate([largest, gathered, plain, gradients * (self.priced.m == 1)], 1)
         for row, atom in zip(numbers, atoms, strict=True):
             self._once(row, atom)
         blocks = [p - span.i for p in self.blocks]
@@ -555,8 +568,10 @@ class Totals:
                 row[0] += item.forward + item.backward + item.sync / m
                 row[1] += sum(item.parts) + span.in_flight * item.kept
                 row[2] += span.in_flight * item.entered
+                row[3] += sum(item.parts) + item.stepping
+                row[4] = max(row[4], item.largest)
                 for p in {*item.positions}.intersection(self.positions):
-                    row[3 + p - span.i] = max(row[3 + p - span.i], item.largest)
+                    row[5 + p - span.i] = max(row[5 + p - span.i], item.largest)
         for many in atom.crossings:
             pairs = list(zip(many.homes.tolist(), many.users.tolist(), strict=True))
             for values in [pairs] if many.one else [[pair] for pair in pairs]:
@@ -572,10 +587,13 @@ class Totals:
         return both
 
     def under(self, numbers: Array, modes: Whole) -> Array:
-        """Seconds, bytes, the largest tensor at every position, bytes gathered there, and those of a block to run
-        again, of every row under its own modes."""
-        found = np.zeros((len(numbers), 2 + 3 * self.count))
-        found[:, :2], found[:, 2 : 2 + 2 * self.count] = numbers[:, :2], numbers[:, 3 : self.at]
+        """Seconds, bytes, those while the optimizer steps, the largest tensor of what stages make for themselves and of
+        every position, bytes gathered there, all that are there besides, those of a block to run again among them, and
+        all besides what stages make for themselves: of every row under its own modes. More of anything is no column
+        less."""
+        count = self.count
+        found = np.zeros((len(numbers), 5 + 3 * count))
+        found[:, :2], found[:, 2 : 4 + 2 * count] = numbers[:, :2], numbers[:, 3 : 5 + 2 * count]
         found[:, 1] += numbers[:, 2] * (modes > 0).any(1)
         rows = np.arange(len(numbers))
         for b in range(len(self.blocks)):
@@ -583,13 +601,25 @@ class Totals:
             mode = modes[:, b]
             found[:, 0] += np.stack([0.0 * again, again, whole])[mode, rows]
             found[:, 1] += self.span.in_flight * np.stack([kept, results + entered, entered])[mode, rows]
-            found[:, 2 + 2 * self.count + self.blocks[b] - self.span.i] = kept * (mode > 0)
+            found[:, 4 + 2 * count + self.blocks[b] - self.span.i] = kept * (mode > 0)
+        plain, gradients = np.split(numbers[:, 5 + 2 * count : self.at], 2, axis=1)
+        later, earlier = plain[:, ::-1].cumsum(1)[:, ::-1] - plain, gradients.cumsum(1) - gradients
+        found[:, 4 + 2 * count : -1] += found[:, 1:2] - later - earlier
+        found[:, -1] = found[:, 1] - plain.sum(1)
         return found
 
     def bytes(self, found: Array) -> Array:
         """Bytes on a rank, of what `under` gives."""
-        largest, gathered, again = np.split(found[:, 2:], 3, axis=1)
-        return found[:, 1] + (largest + np.maximum(largest, gathered) + again).max(1, initial=0.0)
+        largest, gathered, there = np.split(found[:, 4:-1], 3, axis=1)
+        moments = there + largest + np.maximum(largest, gathered)
+        alone = found[:, -1] + 2 * found[:, 3]
+        return np.maximum.reduce([found[:, 1], found[:, 2], alone, moments.max(1, initial=0.0)])
+
+    def least_bytes(self, found: Array, ahead: Array) -> Array:
+        """Bytes on a rank at least, if so many are still to come: nothing is gone when the last backward starts."""
+        largest, gathered = found[:, 3 + self.count], found[:, 3 + 2 * self.count]
+        moment = (largest + np.maximum(largest, gathered)) * (self.priced.m > 1)
+        return np.maximum(self.bytes(found), found[:, 1] + ahead + moment)
 
 
 class Stage:
@@ -653,7 +683,7 @@ class Stage:
             rows.chosen[:, layer.node] = layer.option[arrow]
             rows.numbers = totals.add(rows.numbers, more[arrow])
             found, ahead = totals.under(rows.numbers, rows.modes), self.ahead[number + 1][rows.state]
-            fits = (found[:, 0] + ahead[:, 0] <= most) & (totals.bytes(found) + ahead[:, 1] <= limit)
+            fits = (found[:, 0] + ahead[:, 0] <= most) & (totals.least_bytes(found, ahead[:, 1]) <= limit)
             rows, found = rows.pick(fits), found[fits]
             if not len(rows.state):
                 break

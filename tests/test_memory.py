@@ -27,9 +27,13 @@ def bench() -> Bench:
 @pytest.mark.parametrize(
     "row",
     [
+        Row("gpt2", 1),
+        Row("gpt2", 1, {"micro_batch": 2, "recompute": "full"}),
         Row("llama", 1, {"micro_batch": 2}),
         Row("llama", 1, {"micro_batch": 2, "recompute": "selective"}),
         Row("llama", 2, {"pp": 2, "micro_batch": 2}),
+        Row("llama", 4, {"pp": 4, "micro_batch": 1}),
+        Row("llama", 4, {"pp": 2, "tp": 2, "micro_batch": 2}),
         Row("llama", 2, {**ZERO, "zero": 1}),
         Row("llama", 2, {**ZERO, "zero": 3}),
     ],
