@@ -7,12 +7,17 @@ from pathlib import Path
 
 import models
 import pytest
+import torch
+from torch import nn
 from typer.testing import CliRunner
 
 import autopart
 from autopart.cli import app
+from autopart.cost import Training
+from autopart.mesh import Mesh
+from autopart.runtime.standalone import OPTIMIZERS
 from benchmarks.accuracy import as_held
-from benchmarks.memory import MIXED, Bench, Row, layers
+from benchmarks.memory import MIXED, Bench, Memory, Row, layers
 from benchmarks.published import read
 
 ZERO = {"dp": 2, "micro_batch": 4, **MIXED}
@@ -42,6 +47,24 @@ def bench() -> Bench:
 def test_bytes_are_those_of_the_tensors(bench: Bench, row: Row) -> None:
     found = bench.compared(row)
     assert all(abs(error) <= NEAR for error in found.errors), found
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_makes_what_is_said_of_it(name: str, together: bool) -> None:
+    """Of parameters one after another; what is left of the one before, its root, is not counted."""
+    kind, settings = OPTIMIZERS[name]
+    weights = [nn.Parameter(torch.ones(size)) for size in (10, 3000)]
+    optimizer = kind(weights, lr=1e-3, foreach=together, **settings)
+    with Memory(weights) as memory:
+        for _ in range(2):
+            for weight in weights:
+                weight.grad = torch.ones_like(weight)
+            before, memory.peak = memory.alive, 0
+            optimizer.step()
+    training = Training(name, 0, Mesh.parse("1:cpu").group(1, 1), 1, together=together)
+    each = [training.stepping(weight.nbytes, True, False) for weight in weights]
+    assert max(memory.peak - before, 0) == pytest.approx(sum(each) if together else max(each), abs=64)
 
 
 @pytest.mark.parametrize(
