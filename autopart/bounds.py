@@ -86,7 +86,9 @@ class Bounds:
         largest = [
             max((m for m, n in zip(made, nodes, strict=True) if n.group == g), default=0.0) for g, _ in self.row.kinds
         ]
-        last = np.where(self.row.counts > 0, largest, np.inf).min(1)
+        counts, end = self.row.counts, self.row.kinds.index((group[-1], space.allowed_modes[-1]))
+        ends = (counts[:, end] > 0) & (counts[:, end].max() == 1)
+        last = np.where(ends, largest[end], np.where(counts > 0, largest, np.inf).min(1))
         self.room = space.limit - last * (space.micro_batches(point) > 1)
         self.flights = np.array(sorted({space.in_flight(point, stage) for stage in range(point.pp)}))
         crossings = least_crossings(prices, space.between_stages(point))

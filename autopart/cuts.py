@@ -250,7 +250,8 @@ def ranges(
     stepping, entered = (_sums if found.together else _maxima)(found.stepping), np.zeros(len(seconds))
     for item in found.items:
         has = _has(item.positions, n)
-        transient, possible = (np.maximum(x, has * 2 * item.largest - later) for x in (transient, possible))
+        if item.largest:
+            transient, possible = (np.maximum(x, has * 2 * item.largest - later) for x in (transient, possible))
         stepping = stepping + has * item.stepping if found.together else np.maximum(stepping, has * item.stepping)
         seconds += has * (item.forward + item.backward + item.sync / micro_batches)
         state += has * sum(item.parts)
