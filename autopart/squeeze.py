@@ -68,7 +68,9 @@ def squeeze(
         others = np.where(mine, alive * (model.table.group[p] in rerun), 0.0) - gone
         for row in (*_one_by_one(model, np.where(mine, largest, 0.0)), np.zeros(len(there))):
             peak += [2 * row + others, row + np.where(mine, gathered, 0.0) + others]
-    return model.solver.squeeze(seconds * there / places + sent, allowed, [np.array(peak)], kept + state, room)
+    rows = np.array(peak)
+    entries = (*np.nonzero(rows), rows[np.nonzero(rows)])
+    return model.solver.squeeze(seconds * there / places + sent, allowed, entries, kept + state, room)
 
 
 def _own_gradients(model: Model, prices: Prices, position: int) -> Array:

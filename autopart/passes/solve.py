@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import highspy
 import numpy as np
+import numpy.typing as npt
 
 from autopart.problem import Flow, Placements
 from autopart.weigh import Array, Sizes, paths
@@ -23,6 +24,10 @@ UNIT, DEAREST = 1e3, 1e2
 CHOOSE, DUAL = 0, 1
 """Simplex strategies. After another objective the last basis still is a vertex, from which HiGHS chooses to go on; the
 best basis for an objective stays as good as it allows when options are narrowed, which is for the dual one."""
+
+Integers = npt.NDArray[np.int64]
+Entries = tuple[Integers, Integers, Array]
+"""Row, variable and number of a matrix's entries; what is given for one place twice adds up."""
 
 NODES = 200
 """Of a branch-and-bound tree; where it is not done by then, the bound says how far it is off."""
@@ -69,6 +74,11 @@ class Solver:
                 self._moves(index, flow)
         self._kept(held)
         self.moves, self.changes = np.array(self.paid, dtype=np.int64).reshape(-1, 2).T
+        own = np.setdiff1d(np.arange(self.priced), self.changes)
+        priced, stand = np.concatenate([own, self.changes]), np.concatenate([own, self.moves])
+        self.stand = stand[np.argsort(priced, kind="stable")]
+        """The variables that stand for the first priced one, for the second, and so on; where each's begin:"""
+        self.first = np.searchsorted(np.sort(priced), np.arange(self.priced + 1))
         self.used = np.arange(self.columns) if group is None else np.unique(np.concatenate([c for c, *_ in self.rows]))
         self.place = np.full(self.columns, -1)
         self.place[self.used] = np.arange(len(self.used))
@@ -136,36 +146,39 @@ class Solver:
         return Solution(chosen, objective / self.scale, bound / self.scale)
 
     def squeeze(
-        self, costs: Array, allowed: Mapping[int, Iterable[int]], peaks: Sequence[Array], held: Array, room: float
+        self, costs: Array, allowed: Mapping[int, Iterable[int]], peak: Entries, held: Array, room: float
     ) -> Solution | None:
-        """`minimise` where held * v + sum of the peaks <= room: a peak is the largest of some sums (rows of an array
-        over the priced variables)."""
-        highs, rows, columns = self.highs, self.highs.getNumRow(), self.columns
-        unit = max(room, 1.0)
-        for peak in peaks:
-            highs.addCol(0.0, 0.0, highspy.kHighsInf, 0, [], [])
-            for row in peak:
-                index, value = self._spread(row / unit)
-                highs.addRow(0.0, highspy.kHighsInf, len(index) + 1, [highs.getNumCol() - 1, *index], [1.0, *(-value)])
-        index, value = self._spread(held / unit)
-        last = list(range(columns, highs.getNumCol()))
-        terms = [*index, *last], [*value, *[1.0] * len(last)]
-        highs.addRow(-highspy.kHighsInf, room / unit, len(terms[0]), *terms)
+        """`minimise` where held * v + the largest of some sums, the rows of `peak`, <= room."""
+        highs, rows, last, unit = self.highs, self.highs.getNumRow(), self.columns, max(room, 1.0)
+        highs.addCol(0.0, 0.0, highspy.kHighsInf, 0, [], [])
+        row, index, value = self._spread(*peak[:2], peak[2] / unit)
+        every = np.arange(row.max(initial=-1) + 1)
+        row = np.concatenate([every, row])
+        order = np.argsort(row, kind="stable")
+        index = np.concatenate([np.full(len(every), last), index])[order].astype(np.int32)
+        value = np.concatenate([np.ones(len(every)), -value])[order]
+        starts, infinite = np.searchsorted(row[order], every).astype(np.int32), np.full(len(every), highspy.kHighsInf)
+        highs.addRows(len(every), np.zeros(len(every)), infinite, len(index), starts, index, value)
+        given = np.flatnonzero(held)
+        _, index, value = self._spread(0 * given, given, held[given] / unit)
+        highs.addRow(-highspy.kHighsInf, room / unit, len(index) + 1, [*index, last], [*value, 1.0])
         highs.setOptionValue("mip_max_nodes", 100 * NODES)
         found = self.minimise(costs, allowed)
         highs.setOptionValue("mip_max_nodes", NODES)
         highs.deleteRows(highs.getNumRow() - rows, np.arange(rows, highs.getNumRow(), dtype=np.int32))
-        highs.deleteCols(len(last), np.array(last, dtype=np.int32))
+        highs.deleteCols(1, np.array([last], dtype=np.int32))
         return found
 
-    def _spread(self, priced: Array) -> tuple[list[int], Array]:
-        """The variables that stand for some priced ones: moves for the changes of values with one use."""
-        every = np.zeros(self.columns)
-        every[: self.priced] = priced
-        np.add.at(every, self.moves, priced[self.changes])
-        every[self.changes] = 0.0
-        index = np.flatnonzero(every)
-        return index.tolist(), every[index]
+    def _spread(self, row: Integers, priced: Integers, number: Array) -> Entries:
+        """Entries over the variables that stand for priced ones, moves for the changes of values with one use: sorted,
+        and one for each place."""
+        count = self.first[priced + 1] - self.first[priced]
+        entry = np.repeat(np.arange(len(row)), count)
+        turn = np.arange(len(entry)) - np.repeat(np.cumsum(count) - count, count)
+        places = row[entry] * self.columns + self.stand[self.first[priced[entry]] + turn]
+        places, same = np.unique(places, return_inverse=True)
+        total = np.bincount(same, number[entry]).astype(np.float64)
+        return places // self.columns, places % self.columns, total
 
     def _price(self, costs: Array) -> None:
         """Set the objective, in a unit in which a solution costs about UNIT: what costs far more is never taken, and
