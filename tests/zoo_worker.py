@@ -1,4 +1,5 @@
-"""One rank of tests/test_zoo.py: trains architectures one after the other with tp=2 x pp=2; rank 0 compares.
+"""One rank of tests/test_zoo.py: trains architectures one after the other with tp=2 x pp=2, two micro-batches;
+rank 0 compares.
 
 argv: architectures as "task:model_type,...", the file for the results.
 """
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import autopart
 from autopart.check import one_process, worst_error
@@ -25,7 +27,8 @@ SAMPLES = 4
 def train(task: str, model_type: str) -> dict[str, Any]:
     """The errors of a step, on rank 0."""
     model, batch = build(task, model_type, SAMPLES)
-    compiled = autopart.compile(model, "4:cpu", batch, tp=2, pp=2)
+    whole = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())  # whose means are a micro-batch's
+    compiled = autopart.compile(model, "4:cpu", batch, tp=2, pp=2, micro_batch=SAMPLES if whole else SAMPLES // 2)
     loss = float(compiled.step(batch))
     gradients = compiled.full_gradients()
     if dist.get_rank():
