@@ -1,6 +1,6 @@
-"""One rank of tests/test_exact.py: trains one model under every configuration of a table; rank 0 compares.
+"""One rank of tests/test_exact.py: trains models, each under every configuration of its table; rank 0 compares.
 
-argv: model, the table (a list of dtypes with keywords) as JSON, the file for the results.
+argv: the tables (model -> list of dtypes with keywords) as JSON, the file for the results.
 """
 
 from __future__ import annotations
@@ -140,21 +140,24 @@ def trace_once() -> None:
 
 
 def main() -> None:
-    """Run the table; rank 0 writes what it found after each line, so that a failure leaves the rest."""
-    name, table, path = sys.argv[1:]
+    """Run the tables; rank 0 writes what it found after each line, so that a failure leaves the rest."""
+    tables, path = sys.argv[1:]
     torch.set_num_threads(1)
     trace_once()
-    results: list[dict[str, Any]] = []
-    made: dict[Any, tuple[Any, ...]] = {}
-    for dtype, settings in json.loads(table):
-        optimizer = optimizer_of(settings)
-        if (dtype, optimizer) not in made:
-            model, batch = build(name, getattr(torch, dtype))
-            right = train(model, batch, optimizer) if os.environ["RANK"] == "0" else None
-            made[dtype, optimizer] = model, batch, right
-        results.append({"dtype": dtype, "settings": settings, **run(*made[dtype, optimizer], settings)})
-        if os.environ["RANK"] == "0":
-            Path(path).write_text(json.dumps(results))
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name, table in json.loads(tables).items():
+        made = {dtype: build(name, getattr(torch, dtype)) for dtype in dict(table)}
+        right: dict[Any, tuple[Any, ...]] = {}
+        PLANS.clear()
+        results[name] = []
+        for dtype, settings in table:
+            optimizer = optimizer_of(settings)
+            if os.environ["RANK"] == "0" and (dtype, optimizer) not in right:
+                right[dtype, optimizer] = train(*made[dtype], optimizer)
+            found = run(*made[dtype], right.get((dtype, optimizer)), settings)
+            results[name].append({"dtype": dtype, "settings": settings, **found})
+            if os.environ["RANK"] == "0":
+                Path(path).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
