@@ -1,7 +1,7 @@
-"""One rank of tests/test_mixed.py: trains one model with master copies under every configuration of a table, and rank 0
-holds it against one process that does so by hand.
+"""One rank of tests/test_mixed.py: trains models with master copies, each under every configuration of its table, and
+rank 0 holds them against one process that does so by hand.
 
-argv: model, the table (a list of keywords) as JSON, the file for the results.
+argv: the tables (model -> list of keywords) as JSON, the file for the results.
 """
 
 from __future__ import annotations
@@ -97,14 +97,16 @@ def run(model: nn.Module, batch: Tensors, settings: dict[str, Any]) -> dict[str,
 
 
 def main() -> None:
-    """Run the table; rank 0 writes what it found after each line."""
-    name, table, path = sys.argv[1:]
+    """Run the tables; rank 0 writes what it found after each model."""
+    tables, path = sys.argv[1:]
     torch.set_num_threads(1)
     trace_once()
-    model, batch = build(name, torch.float32)
-    results: list[dict[str, Any]] = []
-    for settings in json.loads(table):
-        results.append({"settings": dict(settings), **run(model, batch, dict(settings))})
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name, table in json.loads(tables).items():
+        model, batch = build(name, torch.float32)
+        PLANS.clear()
+        RIGHT.clear()
+        results[name] = [{"settings": dict(settings), **run(model, batch, dict(settings))} for settings in table]
         if os.environ["RANK"] == "0":
             Path(path).write_text(json.dumps(results))
 

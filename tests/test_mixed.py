@@ -31,16 +31,20 @@ TABLE: dict[str, list[dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=TABLE)
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """A model, trained under every configuration on 2 ranks."""
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Every model, trained under every configuration on the same 2 ranks."""
     file = tmp_path_factory.mktemp("mixed") / "results.json"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[1])}
-    assert (
-        launch([sys.executable, str(WORKER), request.param, json.dumps(TABLE[request.param]), str(file)], 2, env) == 0
-    )
-    found: list[dict[str, Any]] = json.loads(file.read_text())
+    assert launch([sys.executable, str(WORKER), json.dumps(TABLE), str(file)], 2, env) == 0
+    found: dict[str, list[dict[str, Any]]] = json.loads(file.read_text())
     return found
+
+
+@pytest.fixture(params=TABLE)
+def results(request: pytest.FixtureRequest, trained: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One model's."""
+    return trained[request.param]
 
 
 @pytest.mark.processes
