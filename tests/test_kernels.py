@@ -115,21 +115,18 @@ def interpreted() -> dict[str, dict[str, float]]:
     return json.loads(child.stdout)
 
 
-@pytest.mark.xdist_group("interpreted")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_interpreted_kernels_meet_the_float64_reference(case, interpreted):
     found = interpreted[case.name]
     assert max(found.values()) <= case.tolerance(INTERPRETED_ROUNDING), found
 
 
-@pytest.mark.xdist_group("interpreted")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", DROPPED)
 def test_interpreted_dropout_is_plain_torch_s_bit_for_bit(name, dtype, interpreted):
     assert interpreted[f"dropout {name} {dtype}"] is True
 
 
-@pytest.mark.xdist_group("interpreted")
 @pytest.mark.parametrize("case", WRONG, ids=lambda case: case.name)
 def test_a_wrong_eps_is_caught(case, interpreted):
     found = interpreted[case.name]

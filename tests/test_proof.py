@@ -15,7 +15,6 @@ from test_rules import SAMPLES
 
 from autopart.rules import RULES
 
-pytestmark = pytest.mark.xdist_group("proof")
 CALLS = 24
 """How many of PyTorch's calls a row is proven on."""
 LIMIT = 40

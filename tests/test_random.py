@@ -353,7 +353,6 @@ SPLITS = ("one-by-one", "tp-micro", "dp-micro")
 CASES = [(name, plan) for name in MODELS for plan in PLANS if name in ("gpt2", "t5", "noisy") or plan in SPLITS]
 
 
-@pytest.mark.xdist_group("random")
 @pytest.mark.parametrize(("name", "plan"), CASES)
 def test_every_plan_draws_the_same(name: str, plan: str) -> None:
     ranks, how = PLANS[plan]
@@ -366,7 +365,6 @@ def test_every_plan_draws_the_same(name: str, plan: str) -> None:
         )
 
 
-@pytest.mark.xdist_group("random")
 @pytest.mark.parametrize("name", MODELS)
 def test_another_seed_gives_another_loss(name: str) -> None:
     assert abs(float(step(name, 1, seed=6, tp=1).loss - alone(name).loss)) > 1e-4
