@@ -9,7 +9,6 @@ import random
 from functools import cache
 
 import pytest
-from opinfo import chosen
 from proof import Case, Mutant, fate, mutants, prove
 from test_rules import SAMPLES
 
@@ -26,6 +25,8 @@ MUTANTS = 16
 @cache
 def cases(name: str) -> list[Case]:
     """PyTorch's calls of a row's operator."""
+    from opinfo import chosen  # seconds of import, which one worker of two needs
+
     return [Case(sample) for sample in chosen(name, CALLS, LIMIT)]
 
 
