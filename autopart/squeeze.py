@@ -69,7 +69,8 @@ def squeeze(
         for row in (*_one_by_one(model, np.where(mine, largest, 0.0)), np.zeros(len(there))):
             peak += [2 * row + others, row + np.where(mine, gathered, 0.0) + others]
     rows = np.array(peak)
-    entries = (*np.nonzero(rows), rows[np.nonzero(rows)])
+    row, variable = np.nonzero(rows)
+    entries = row, variable, rows[row, variable]
     return model.solver.squeeze(seconds * there / places + sent, allowed, entries, kept + state, room)
 
 
