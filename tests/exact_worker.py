@@ -71,14 +71,16 @@ def share(compiled: Any, batch: Tensors) -> Tensors:
     return {k: v[rows[:, compiled.data_rank].flatten()] for k, v in batch.items()}
 
 
-def force(plan: autopart.Plan, zero: int, modes: list[str]) -> autopart.Plan:
-    """The plan with another ZeRO level, whose blocks are recomputed as `modes` says, by turns."""
+def force(plan: autopart.Plan, zero: int, modes: list[str], device: str) -> autopart.Plan:
+    """The plan with another ZeRO level and for another device, whose blocks are recomputed as `modes` says, by
+    turns."""
     turns = itertools.cycle(modes)
     stages = [
         dataclasses.replace(stage, recompute=tuple("none" if m == "none" else next(turns) for m in stage.recompute))
         for stage in plan.stages
     ]
-    return dataclasses.replace(plan, zero=zero, recompute=" ".join(modes), stages=tuple(stages))
+    mesh = autopart.Mesh.of(f"{plan.mesh.size}:{device}")
+    return dataclasses.replace(plan, mesh=mesh, zero=zero, recompute=" ".join(modes), stages=tuple(stages))
 
 
 def compiled_for(model: nn.Module, mesh: str, batch: Tensors, settings: dict[str, Any]) -> Any:
@@ -92,7 +94,9 @@ def compiled_for(model: nn.Module, mesh: str, batch: Tensors, settings: dict[str
     key = f"{asked} {next(model.parameters()).dtype}"
     if key not in PLANS:
         PLANS[key] = autopart.plan(model, mesh, batch, **asked)
-    return autopart.compile(model, mesh, batch, plan=force(PLANS[key], forced["zero"], forced["modes"]))
+    return autopart.compile(
+        model, mesh, batch, plan=force(PLANS[key], *(forced[k] for k in ("zero", "modes", "device")))
+    )
 
 
 def run(model: nn.Module, batch: Tensors, right: tuple[Any, ...] | None, settings: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,9 @@ def table(name: str, ranks: int) -> list[Row]:
     if ranks == 2:
         rows = [("float32", s) for s in ({"tp": 2}, {"pp": 2, "micro_batch": 2}, {"dp": 2}, {})]
         levels = [1, 2, 3] if name == "gpt2" else [3] if name == "llama" else []
-        return rows + [("float32", {"dp": 2, "micro_batch": 4, "forced": forced(i, "none", "SGD")}) for i in levels]
+        beside = [forced(i, "none", "SGD", "h100-80gb") for i in (0, 1, 2)] if name == "gpt2" else []
+        changes = [forced(i, "none", "SGD") for i in levels] + beside
+        return rows + [("float32", {"dp": 2, "micro_batch": 4, "forced": change}) for change in changes]
     # Llama with tp=4: more ranks than heads of keys and values.
     deep = {"tp": 4, "micro_batch": 4} if name in ("gpt2", "llama") else {"pp": 4, "micro_batch": 2}
     gpipe = {"dp": 2, "pp": 2, "micro_batch": 4, "schedule": "gpipe"}
@@ -52,10 +54,10 @@ def shared(name: str) -> list[dict[str, Any]]:
     ]
 
 
-def forced(zero: int, modes: str, optimizer: str = "AdamW") -> dict[str, Any]:
-    """What the worker changes in a plan: the ZeRO level, and what its blocks do by turns; and an optimizer of its
-    own."""
-    return {"zero": zero, "modes": modes.split(), "optimizer": optimizer}
+def forced(zero: int, modes: str, optimizer: str = "AdamW", device: str = "cpu") -> dict[str, Any]:
+    """What the worker changes in a plan: the ZeRO level, what its blocks do by turns, and the device, of which some sum
+    gradients beside the backward; and an optimizer of its own."""
+    return {"zero": zero, "modes": modes.split(), "optimizer": optimizer, "device": device}
 
 
 TOGETHER = {2: [("gpt2", "llama", "bert", "t5", "vit", "mlp")], 4: [("gpt2", "vit"), ("llama", "mlp"), ("bert", "t5")]}

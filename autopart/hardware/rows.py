@@ -27,6 +27,11 @@ KERNEL_SECONDS = 2.8e-6
 """Of a kernel that does nothing, on the device. Fitted with MEMORY."""
 
 
+BESIDE = 1.189
+"""How many times as long a GPU takes to compute while a collective is on its way: the mean over A100, H100, MI210 and
+MI250 of Lee et al., Characterizing Compute-Communication Overlap, arXiv 2507.03114."""
+
+
 @dataclass(frozen=True)
 class Silicon:
     """The physical constants by which `autopart.efficiency` tells the seconds of kernels.
@@ -91,6 +96,15 @@ class Device:
     def type(self) -> str:
         """What torch calls such devices: "cpu" or "cuda"."""
         return self.measured.type if self.measured else "cpu" if self.name == "cpu" else "cuda"
+
+    @property
+    def beside(self) -> float:
+        """How much of a second of a collective is hidden where the device computes beside it, which then takes
+        BESIDE times as long, or what was measured: 1 / that. 0 on CPUs, whose cores move the messages: there gradients
+        are summed after the backward."""
+        if self.type == "cpu":
+            return 0.0
+        return 1 / max(1.0, self.measured.overlap if self.measured else BESIDE)
 
 
 KINDS = ("nvlink", "pci", "network", "host")

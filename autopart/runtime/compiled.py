@@ -56,8 +56,9 @@ class Compiled:
         self.origins = origins(self.stage)
         tied, master = _tie(program.tied, groups), getattr(torch, plan.master) if plan.master else None
         self.executor = Executor(
-            self.stage, program.stage, groups, program.instructions, program.messages, tied, plan.zero, master
-        )
+            self.stage, program.stage, groups, program.instructions, program.messages, tied, plan.zero, master,
+            overlap=plan.mesh.device.beside > 0,
+        )  # fmt: skip
         known = {name: value for name, value in constants.items() if value is not None}
         self.load({**known, **dict(model.named_parameters())})
 

@@ -61,10 +61,13 @@ class Executor:
         tied: Mapping[str, Group],
         zero: int = 0,
         master: torch.dtype | None = None,
+        overlap: bool = False,
     ) -> None:
+        """With `overlap`, gradients are summed over dp while the last backward still computes others."""
         self.index, self.groups, self.program, self.tied = index, groups, program, tied
         self.stage: Any = stage
-        self.shared = Shared(stage, groups, zero, master)
+        self.shared = Shared(stage, groups, zero, master, overlap)
+        self.closing = max((at.micro_batch for at in program if at.op is Op.BACKWARD), default=-1)
         self.incoming = [m for m in messages if index in m.consumers]
         self.outgoing = [m for m in messages if m.producer == index]
         self.last = not self.outgoing
@@ -141,6 +144,7 @@ class Executor:
 
     def _backward(self, at: Instruction) -> None:
         flight = self.flights[at.micro_batch]
+        self.shared.backward_begins(last=at.micro_batch == self.closing)
         if flight.loss is not None:
             flight.loss.backward()
         else:
@@ -199,11 +203,9 @@ class Executor:
     def _reduce(self) -> None:
         """Add up gradients that are partial sums over an axis, then those of weights that live on several stages."""
         self.shared.reduce()
-        for axis in ("dp", "tp"):
-            group = self.groups.along(axis)
-            if group.size > 1:
-                partial = [p for p in self.shared.trained if p.origin.placed[axis].kind == "C"]
-                sum_together([p.grad for p in partial if axis != "dp" or not p.origin.sliced], group)
+        if self.groups.tp.size > 1:
+            partial = [p.grad for p in self.shared.trained if p.origin.placed["tp"].kind == "C"]
+            sum_together(partial, self.groups.tp)
         by_group: dict[Group, list[Tensor]] = defaultdict(list)
         for share in sorted(self.shared.trained, key=lambda p: p.origin.name):
             if share.origin.name in self.tied:

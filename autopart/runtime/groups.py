@@ -48,6 +48,12 @@ class Group:
         """Sum (or "max") in place."""
         dist.all_reduce(x, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], group=self.handle)
 
+    def start_all_reduce(self, x: torch.Tensor) -> Work:
+        """Sum in place without waiting; `x` must live until the work is done."""
+        work = dist.all_reduce(x, group=self.handle, async_op=True)
+        assert work is not None
+        return work
+
     def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Every rank's `x`, in order."""
         shares = [torch.empty_like(x) for _ in range(self.size)]
@@ -59,6 +65,13 @@ class Group:
         mine = torch.empty_like(shares[0])
         dist.reduce_scatter_tensor(mine, shares, group=self.handle)
         return mine
+
+    def start_reduce_scatter(self, shares: torch.Tensor) -> tuple[torch.Tensor, Work]:
+        """`reduce_scatter` without waiting: the sum is there, and `shares` is free, once the work is done."""
+        mine = torch.empty_like(shares[0])
+        work = dist.reduce_scatter_tensor(mine, shares, group=self.handle, async_op=True)
+        assert work is not None
+        return mine, work
 
     def all_to_all(self, shares: list[torch.Tensor]) -> list[torch.Tensor]:
         """From every rank, the share it has for this one."""

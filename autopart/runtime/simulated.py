@@ -71,7 +71,7 @@ class _Meeting:
 
 class _Sent:
     def wait(self) -> None:
-        """Nothing to wait for: the message was copied."""
+        """Nothing to wait for: ranks that meet in memory have met."""
 
     def is_completed(self) -> bool:
         return True
@@ -95,11 +95,18 @@ class SimulatedGroup(Group):
         everyone = torch.stack(self._exchange(x.detach().clone()))
         x.detach().copy_(everyone.sum(0) if op == "sum" else everyone.amax(0))
 
+    def start_all_reduce(self, x: Tensor) -> _Sent:
+        self.all_reduce(x)
+        return _Sent()
+
     def all_gather(self, x: Tensor) -> list[Tensor]:
         return [share.clone() for share in self._exchange(x.detach())]
 
     def reduce_scatter(self, shares: Tensor) -> Tensor:
         return torch.stack([each[self.rank] for each in self._exchange(shares.detach().clone())]).sum(0)
+
+    def start_reduce_scatter(self, shares: Tensor) -> tuple[Tensor, _Sent]:
+        return self.reduce_scatter(shares), _Sent()
 
     def all_to_all(self, shares: list[Tensor]) -> list[Tensor]:
         return [each[self.rank].clone() for each in self._exchange(shares)]

@@ -7,7 +7,7 @@ BUCKET_BYTES together, so that the extra memory they take is bounded.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -46,13 +46,23 @@ def fill_a_message(tensors: Sequence[Tensor]) -> bool:
     return sum(tensor.nbytes for tensor in tensors) >= BUCKET_BYTES
 
 
+def start_sum(tensors: Sequence[Tensor], group: Group) -> Callable[[], None]:
+    """Start to all-reduce tensors, in one message; what is returned waits for it and puts the sums in their place."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    work = group.start_all_reduce(flat)
+
+    def finish() -> None:
+        work.wait()
+        for tensor, summed in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(summed.view_as(tensor))
+
+    return finish
+
+
 def sum_together(tensors: Sequence[Tensor], group: Group) -> None:
     """All-reduce tensors in place."""
     for bucket in buckets(tensors):
-        flat = torch.cat([tensors[i].flatten() for i in bucket])
-        group.all_reduce(flat)
-        for i, summed in zip(bucket, flat.split([tensors[i].numel() for i in bucket]), strict=True):
-            tensors[i].copy_(summed.view_as(tensors[i]))
+        start_sum([tensors[i] for i in bucket], group)()
 
 
 def slice_length(elements: int, size: int) -> int:
@@ -82,20 +92,29 @@ def gather(
     return [wholes[i] for i in range(len(slices))]
 
 
+def start_scatter(
+    tensors: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None
+) -> Callable[[], Sequence[Tensor]]:
+    """Start to sum tensors over ranks, in one message; what is returned waits for this rank's slice of each sum, in a
+    dtype. The tensors themselves are not needed any more."""
+    lengths = [slice_length(tensor.numel(), group.size) for tensor in tensors]
+    message = tensors[0].new_empty(group.size, sum(lengths), dtype=dtype)
+    for tensor, part in zip(tensors, message.split(lengths, 1), strict=True):
+        part.copy_(rows(tensor, group.size))
+    mine, work = group.start_reduce_scatter(message) if group.scatters else (None, group.start_all_reduce(message))
+
+    def finish() -> Sequence[Tensor]:
+        work.wait()
+        return (message[group.rank].clone() if mine is None else mine).split(lengths)
+
+    return finish
+
+
 def scatter_sum(tensors: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None) -> list[Tensor]:
     """This rank's slice of the ranks' sum, in a dtype, of each tensor."""
     slices: dict[int, Tensor] = {}
     for bucket in buckets(tensors):
-        lengths = [slice_length(tensors[i].numel(), group.size) for i in bucket]
-        message = tensors[bucket[0]].new_empty(group.size, sum(lengths), dtype=dtype)
-        for i, part in zip(bucket, message.split(lengths, 1), strict=True):
-            part.copy_(rows(tensors[i], group.size))
-        if group.scatters:
-            mine = group.reduce_scatter(message)
-        else:
-            group.all_reduce(message)
-            mine = message[group.rank].clone()
-        slices.update(zip(bucket, mine.split(lengths), strict=True))
+        slices.update(zip(bucket, start_scatter([tensors[i] for i in bucket], group, dtype)(), strict=True))
     return [slices[i] for i in range(len(tensors))]
 
 

@@ -5,10 +5,15 @@ Of every weight whose gradient is a partial sum over dp, each rank trains one sl
 whole, in the memory its slices lie in; at level 3 the emitted code holds slices alone (`groups.weight_slice`). With a
 master dtype what is trained is a copy in that dtype, of the slice or of the whole weight; gradients are added up in it,
 over micro-batches and ranks, and weights are written back after a step. At level 3 the slices are of that dtype anyway.
+
+With `overlap` gradients travel while the backward goes on: a message starts as soon as those that are final fill it.
+Ranks run the same program, so that gradients become final in the same order on all.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,26 +21,37 @@ import torch
 from torch import nn
 
 from autopart.runtime.groups import Groups
-from autopart.runtime.slices import buckets, fill_a_message, gather, rows, scatter_sum
+from autopart.runtime.slices import buckets, fill_a_message, gather, rows, start_scatter, start_sum
 
 Tensor = torch.Tensor
+AHEAD = 2
+"""Messages of gradients on their way at most, so that the memory they take is bounded."""
 
 
 class Shared:
     """What one rank trains of a stage: `trained`, slices and copies among it, in the order of the stage's weights."""
 
-    def __init__(self, stage: nn.Module, groups: Groups, level: int, master: torch.dtype | None = None) -> None:
-        self.stage, self.group, self.level = stage, groups.dp, level
+    def __init__(
+        self, stage: nn.Module, groups: Groups, level: int, master: torch.dtype | None = None, overlap: bool = False
+    ) -> None:
+        self.stage, self.group, self.level, self.overlap = stage, groups.dp, level, overlap
         self.slice_of: dict[Any, Any] = {}
         self.copy_of: dict[Any, Any] = {}
+        self.summed: dict[Any, bool] = {}
+        """Weights whose gradients are partial sums over dp -> whether one has gone out in this step."""
         self.waiting: list[Any] = []
+        self.started: deque[Callable[[], None]] = deque()
+        self.sends = level >= 2
+        """Whether this backward's gradients go out while it runs."""
         weights: list[Any] = [p for p in stage.parameters() if p.requires_grad]
         for weight in weights:
             shared = groups.dp.size > 1 and weight.origin.placed["dp"].kind == "C"
-            if level >= 1 and shared and not weight.origin.sliced:
-                self.slice_of[weight] = self._cut(weight, master or weight.dtype)
-                if level >= 2:
+            if shared and not weight.origin.sliced:
+                self.summed[weight] = False
+                if level >= 2 or overlap:
                     weight.register_post_accumulate_grad_hook(self._accumulated)
+            if level >= 1 and weight in self.summed:
+                self.slice_of[weight] = self._cut(weight, master or weight.dtype)
             elif master not in (None, weight.dtype):
                 self.copy_of[weight] = _like(weight, weight.detach().to(master))
             weight.grad_dtype = master or weight.dtype
@@ -52,42 +68,66 @@ class Shared:
 
     def zero_grad(self) -> None:
         """Forget the last step's gradients."""
-        self.waiting = []
+        self.waiting, self.summed = [], dict.fromkeys(self.summed, False)
         self.stage.zero_grad(set_to_none=True)
         for share in self.trained:
             share.grad = None
 
+    def backward_begins(self, last: bool) -> None:
+        """Gradients become final in the last backward of a step; at level 2 in every one."""
+        self.sends = self.level >= 2 or (self.overlap and last)
+
     def _accumulated(self, weight: Any) -> None:
-        """Level 2: a micro-batch's gradient is there; it goes out with others as soon as they make a message."""
-        self.waiting.append(weight)
-        if fill_a_message([w.grad for w in self.waiting]):
-            self.backward_ended()
+        """A gradient is there; where it is final, it goes out with others as soon as they make a message."""
+        if self.sends:
+            self.waiting.append(weight)
+            if fill_a_message([w.grad for w in self.waiting]):
+                self.backward_ended()
 
     def backward_ended(self) -> None:
         """A micro-batch's gradients are all there."""
-        self._sum_slices(self.waiting)
+        if self.waiting:
+            self._start(self.waiting)
         self.waiting = []
 
     def reduce(self) -> None:
-        """All micro-batches' gradients are there: bring the sums over dp into the slices. Afterwards every weight that
-        is trained has a gradient."""
-        if self.level == 1:
-            weights = list(self.slice_of)
-            for bucket in buckets(weights):
-                self._sum_slices([weights[i] for i in bucket])
+        """All micro-batches' gradients are there: bring the sums over dp into them, or into the slices. Afterwards
+        every weight that is trained has a gradient."""
+        self._start([weight for weight, gone in self.summed.items() if not gone])
+        while self.started:
+            self.started.popleft()()
         for weight, copy in self.copy_of.items():
             copy.grad, weight.grad = weight.grad, None
         for share in self.trained:
             if share.grad is None:
                 share.grad = torch.zeros_like(share)
 
-    def _sum_slices(self, weights: list[Any]) -> None:
-        gradients = [w.grad if w.grad is not None else torch.zeros_like(w, dtype=w.grad_dtype) for w in weights]
+    def _start(self, weights: list[Any]) -> None:
+        """Send gradients; zeros for those of weights that had none."""
+        for weight in weights:
+            self.summed[weight] = True
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
+        for bucket in buckets([weight.grad for weight in weights]):
+            self.started.append(self._message([weights[i] for i in bucket]))
+            while len(self.started) > AHEAD * self.overlap:
+                self.started.popleft()()
+
+    def _message(self, weights: list[Any]) -> Callable[[], None]:
+        """Start one message; what is returned brings the sums to where they belong."""
+        gradients = [weight.grad for weight in weights]
+        if self.level == 0:
+            return start_sum(gradients, self.group)
+        finish = start_scatter(gradients, self.group)
         for weight in weights:
             weight.grad = None
-        for weight, summed in zip(weights, scatter_sum(gradients, self.group), strict=True):
-            mine = self.slice_of[weight]
-            mine.grad = summed if mine.grad is None else mine.grad.add_(summed)
+
+        def add() -> None:
+            for weight, summed in zip(weights, finish(), strict=True):
+                mine = self.slice_of[weight]
+                mine.grad = summed if mine.grad is None else mine.grad.add_(summed)
+
+        return add
 
     def stepped(self) -> None:
         """What is trained has new values: bring them into the weights, slices from all ranks that have them."""

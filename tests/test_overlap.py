@@ -1,0 +1,119 @@
+"""Gradients that travel while the backward goes on: the same sums, in the same order on all ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import autopart
+from autopart.check import one_process, worst_error
+from autopart.compile import Source, programs
+from autopart.hardware import find_device
+from autopart.runtime.compiled import Compiled
+from autopart.runtime.groups import Groups
+from autopart.runtime.simulated import run_simulated
+from tests.models import batch_for, build
+
+Tensors = dict[str, torch.Tensor]
+Sent = list[tuple[str, list[tuple[int, ...]]]]
+"""What a rank was doing when it sent gradients of these shapes."""
+
+
+class Unused(nn.Module):
+    """A weight that gets no gradient, and one that two layers share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(32, 32) for _ in range(3))
+        self.third.weight = self.first.weight
+        self.scale = nn.Parameter(torch.ones(32))
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        x = self.second(F.gelu(self.first(x))) * self.scale.detach()
+        return F.mse_loss(self.third(x)[:, :8], target)
+
+
+def model_of(name: str) -> tuple[nn.Module, Tensors]:
+    torch.manual_seed(0)
+    return (Unused(), batch_for("mlp", torch.float32)) if name == "unused" else build(name)
+
+
+def train(source: Source, plan: autopart.Plan) -> list[tuple[Tensors, Sent, bool]]:
+    """A step on simulated ranks: of every rank the gradients (on rank 0), what was sent when, whether all has come."""
+    folded = source.at(plan.micro_batch, plan.mesh)
+    stages = programs(folded, plan)
+
+    def one(groups: Groups) -> tuple[Tensors, Sent, bool]:
+        stage = stages[groups.pp.rank]
+        compiled = Compiled(source.model, plan, groups, stage, folded.traced.aliases, folded.traced.buffers)
+        shared, sent = compiled.executor.shared, Sent()
+        message = shared._message
+
+        def told(weights: list[Any]) -> Any:
+            sent.append((compiled.executor.doing, [tuple(w.shape) for w in weights]))
+            return message(weights)
+
+        shared._message = told  # type: ignore[method-assign]
+        compiled.step(source.batch)
+        return compiled.full_gradients(), sent, not shared.started
+
+    return run_simulated(plan.pp, plan.dp, plan.tp, one)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("gpt2", {"dp": 2, "zero": 0}),
+        ("gpt2", {"dp": 2, "zero": 1}),
+        ("gpt2", {"dp": 2, "zero": 2}),
+        ("gpt2", {"dp": 2, "zero": 3}),
+        ("gpt2", {"dp": 2, "pp": 2, "zero": 0}),
+        ("llama", {"dp": 2, "tp": 2, "zero": 1, "recompute": "full"}),
+        ("gpt2", {"dp": 2, "zero": 1, "precision": "bfloat16", "master": "float32"}),
+        ("gpt2", {"dp": 2, "zero": 0, "precision": "bfloat16", "master": "float32"}),
+        ("unused", {"dp": 4, "zero": 0, "micro_batch": 4}),
+        ("unused", {"dp": 4, "zero": 2, "micro_batch": 4}),
+    ],
+    ids=str,
+)
+def test_gradients_that_overlap_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, name: str, settings: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(import_module("autopart.runtime.slices"), "BUCKET_BYTES", 2**13)
+    settings = {"micro_batch": 4, **settings}
+    model, batch = model_of(name)
+    size = settings["dp"] * settings.get("pp", 1) * settings.get("tp", 1)
+    after = autopart.plan(model, f"{size}:cpu", batch, **settings)
+    beside = dataclasses.replace(after, mesh=autopart.Mesh.of(f"{size}:h100-80gb"))
+    source = Source(model, batch, getattr(torch, after.precision))
+    at_end, overlapped = train(source, after), train(source, beside)
+
+    wanted = at_end[0][0]
+    assert overlapped[0][0].keys() == wanted.keys()
+    assert all(torch.equal(found, wanted[key]) for key, found in overlapped[0][0].items())
+    if after.precision == "float32":
+        assert worst_error(wanted, one_process(model, batch)[1])[0] < 1e-5
+
+    ranks = after.dp * after.tp
+    for stage in range(after.pp):
+        mine = [sent for _, sent, _ in overlapped[stage * ranks : (stage + 1) * ranks]]
+        assert all(sent == mine[0] for sent in mine[:: after.tp]), "ranks of a group send in different orders"
+    assert all(done for *_, done in overlapped)
+    doing = {what for _, sent, _ in overlapped for what, _ in sent}
+    last = {f"stage {s} BACKWARD micro-batch {after.micro_batches - 1}" for s in range(after.pp)}
+    if settings["zero"] < 2:
+        assert last < doing | {""} and all(what in last or "REDUCE" in what for what in doing)
+        assert all("REDUCE" in what for _, sent, _ in at_end for what, _ in sent)
+    elif settings["zero"] == 2:
+        assert {f"stage 0 BACKWARD micro-batch {m}" for m in range(after.micro_batches)} <= doing
+
+
+def test_devices_that_move_messages_themselves_hide_nothing() -> None:
+    assert find_device("cpu").beside == 0.0
+    assert 0.5 < find_device("h100-80gb").beside < 1.0
