@@ -67,7 +67,7 @@ class Executor:
         self.index, self.groups, self.program, self.tied = index, groups, program, tied
         self.stage: Any = stage
         self.shared = Shared(stage, groups, zero, master, overlap)
-        self.closing = max((at.micro_batch for at in program if at.op is Op.BACKWARD), default=-1)
+        self.closing = [at.micro_batch for at in program if at.op is Op.BACKWARD][-1]
         self.incoming = [m for m in messages if index in m.consumers]
         self.outgoing = [m for m in messages if m.producer == index]
         self.last = not self.outgoing
