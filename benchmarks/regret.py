@@ -21,14 +21,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks import Job, begin, merge, on_all_ranks, parsed, time_jobs
+from ranks import Job, begin, on_all_ranks, parsed, time_jobs
 from rich.console import Console
 from rich.table import Table
 
 import autopart
 
 RESULTS = Path(__file__).parent / "results" / "regret.json"
-KEY = ("ranks", "pair", "job")
 PAIRS: list[tuple[str, tuple[int, int, int, int]]] = [
     ("gpt2", (256, 4, 128, 8)),
     ("gpt2", (384, 4, 64, 16)),
@@ -82,9 +81,14 @@ def run_rank(options: argparse.Namespace) -> None:
 
 
 def keep(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Put rows into the file, with the regret of every pair."""
-    merged = merge(path, rows, KEY)
-    pairs = sorted({(row["ranks"], row["pair"]) for row in merged})
+    """Put rows into the file, in the place of all that are there of the same pairs, with the regret of every pair."""
+
+    def pair_of(row: dict[str, Any]) -> tuple[int, int]:
+        return row["ranks"], row["pair"]
+
+    known, new = json.loads(path.read_text())["rows"] if path.exists() else [], set(map(pair_of, rows))
+    merged = [row for row in known if pair_of(row) not in new] + rows
+    pairs = sorted(set(map(pair_of, merged)))
     record = {"torch": torch.__version__, "cores": os.cpu_count(), "regret": [regret(merged, *at) for at in pairs]}
     path.write_text(json.dumps({**record, "rows": merged}, indent=1) + "\n")
 
