@@ -80,9 +80,9 @@ class Sizes:
         self.means = np.array([[self._mean(n, o, axis) for axis in ("dp", "tp")] for n, o in options])
         self.grad = np.array([float(n.grad) for n, _ in options])
         self.product = np.array([float(n.product) for n, _ in options])
-        self.weight = np.array([self._weight(n, o) for n, o in options])
+        weight = [self._weight(n, o) for n, o in options]
         sums = np.array([[self._sums(n, o, axis) for axis in ("dp", "tp")] for n, o in options])
-        held = np.column_stack([self.weight, self.grad, sums])
+        held = np.column_stack([weight, self.grad, sums])
         self.holdings, self.holds = np.unique(held, axis=0, return_inverse=True)
         self.changes: dict[tuple[int, Placements, Path], tuple[Step, Value]] = {}
         for index, flow in enumerate(table.flows):
