@@ -73,7 +73,8 @@ class Bounds:
     """The bounds of one point, better with every price that is looked at.
 
     room    what the largest tensor of the last run leaves of a device's bytes, for every row of `counts`: when its
-            backward starts nothing is gone yet. Gradients may not be there: then all bytes
+            backward starts nothing is gone yet. Gradients may not be there: then all bytes. Nothing has room that
+            leaves other stages no position
     terms   for every price the bound of one run of each kind in each of its modes, in a row;  bytes: the same of bytes
     """
 
@@ -89,7 +90,8 @@ class Bounds:
         counts, end = self.row.counts, self.row.kinds.index((group[-1], space.allowed_modes[-1]))
         ends = (counts[:, end] > 0) & (counts[:, end].max() == 1)
         last = np.where(ends, largest[end], np.where(counts > 0, largest, np.inf).min(1))
-        self.room = space.limit - last * (space.micro_batches(point) > 1)
+        room = space.limit - last * (space.micro_batches(point) > 1)
+        self.room = np.where(counts.sum(1) > len(group) - point.pp + 1, -np.inf, room)
         self.flights = np.array(sorted({space.in_flight(point, stage) for stage in range(point.pp)}))
         crossings = least_crossings(prices, space.between_stages(point))
         self.messages = message_seconds(crossings, len(group))

@@ -4,12 +4,13 @@ Every point (degrees, micro-batch, ZeRO level) has a lower bound that rises as m
 
     work     the operators' time, each in its fastest strategy, nothing between them
     splits   the best splits, changes of placement and gradient sync paid, memory without end
+    room     stages whose bytes fit in the splits and the recompute that take least of them
     memory   the same with a price on bytes (Lagrange), each class of blocks in its best way to recompute
 
-Points are taken from a queue by least bound. One whose splits are known is cut into stages exactly (`autopart.cuts`),
-which gives a plan; where the bound that knows of memory is still below the best, splits for less memory are tried. The
-search ends when no bound is below the best plan's time. The least bound that was left is what
-the plan's gap is proven against: no plan of this space is faster by this cost model.
+Points are taken from a queue by least bound. One that has room is cut into stages exactly (`autopart.cuts`), which
+gives a plan; where the bound that knows of memory is still below the best, splits for less memory are tried. The search
+ends when no bound is below the best plan's time. The least bound that was left is what the plan's gap is proven
+against: no plan of this space is faster by this cost model.
 """
 
 from __future__ import annotations
@@ -81,6 +82,10 @@ class Search:
     best: Found | None = None
     closed: float = NEVER
     ways: dict[Point, list[Way]] = field(default_factory=dict)
+    bounds: dict[Point, Bounds] = field(default_factory=dict)
+    """Of points that have room and wait for prices of a byte."""
+    higher: set[Point] = field(default_factory=set)
+    """Points of which the next ZeRO level is in the queue, or was."""
     reached: dict[Point, float] = field(default_factory=dict)
     """The best time of a point's plans."""
     open: dict[Point, tuple[list[float], dict[int, Array]]] = field(default_factory=dict)
@@ -114,10 +119,10 @@ class Search:
                 break
             self.number += 1
             bound, level, point = heapq.heappop(self.queue)
-            if level >= 2 and self.quick and self.best is not None:
+            if level >= 3 and self.quick and self.best is not None:
                 self._close(bound)
                 continue
-            (self._splits, self._cut, self._memory, self._others)[level](point, bound)
+            (self._splits, self._room, self._cut, self._memory, self._others)[level](point, bound)
             self._tell()
         if self.best is None:
             self.short = closest(self.space, self.ways, self.hopeless)
@@ -176,13 +181,27 @@ class Search:
         return point.passes(self.space.request.global_batch)
 
     def _splits(self, point: Point, bound: float) -> None:
-        """The best splits with memory without end. A point without room is left for higher ZeRO levels, and to be told
-        of where nothing fits."""
+        """The best splits with memory without end, unless what was learnt from other points' says that others are to
+        come first. A point without room is left for higher ZeRO levels, and to be told of where nothing fits."""
+        below = self._passes(point) * self.space.below(point)
+        if below > bound and below > self._bound():
+            self._push(below, 0, point)
+            return
         if not self.space.has_room(point):
             self.hopeless.append(point)
             self._more_zero(point, bound)
             return
-        self._push(max(bound, self._passes(point) * self.space.relaxed(point)), 1, point)
+        self._push(max(bound, self._passes(point) * self.space.relaxed(point)), 1 + self.quick, point)
+
+    def _room(self, point: Point, bound: float) -> None:
+        """A better bound where not all stages have room for all that the fastest splits keep."""
+        least, _ = self._least(point, self._bounds(point))
+        if least > bound * (1 + TOLERANCE):
+            self._more_zero(point, bound)
+        if least < self._time():
+            self._push(max(bound, least), 2, point)
+        elif self.best is None:
+            self._push(bound, 2, point)  # to be told of where nothing fits
 
     def _cut(self, point: Point, bound: float) -> None:
         """The best cut with the splits known. If it reaches its bound, the point is done with, and so are higher ZeRO
@@ -195,36 +214,49 @@ class Search:
         if found is not None and found.seconds <= bound * (1 + TOLERANCE):
             self._close(bound)
             return
-        self._push(bound, 2, point)
+        self._push(bound, 3, point)
         self._more_zero(point, bound)
 
     def _more_zero(self, point: Point, bound: float) -> None:
+        """Put the point in the queue that has the next ZeRO level, once."""
         levels = zero_levels(self.space, point)
         following = levels[levels.index(point.zero) + 1 :]
-        if following and not self._updates:
+        if following and not self._updates and point not in self.higher:
+            self.higher.add(point)
             self._push(bound, 0, replace(point, zero=following[0]))
 
     def _memory(self, point: Point, bound: float) -> None:
         """Better bounds, as long as a higher price of a byte brings any."""
-        space, m = self.space, self.space.micro_batches(point)
-        least, before = bound / self._passes(point), NEVER
-        bounds, allowed, prices = Bounds(space, point), space.stages(point), self._price_list(point)
-        bounds.look(NEVER)
-        for price in (0.0, *prices[1:]):
+        bounds, prices = self._bounds(point), self._price_list(point)
+        least, columns = self._least(point, bounds)
+        for price in prices[1:] if least < self._time() else ():
+            before = least
             bounds.look(price)
-            columns = bounds.columns(self._most(point))
-            found = best_cut(_masked(columns, space, point, allowed), point.pp, m)
-            if found is None:
-                return
-            bound = max(bound, found.seconds, least + (m - 1) * found.largest)
-            if bound >= self._time():
-                self._close(bound)
-                return
-            if found.seconds <= before * (1 + TOLERANCE) and before < NEVER:
+            least, columns = self._least(point, bounds)
+            if least >= self._time() or least <= before * (1 + TOLERANCE):
                 break
-            before = found.seconds
+        bound = max(bound, least)
+        if bound >= self._time():
+            return
         self.open[point] = prices, columns
-        self._push(bound, 3, point)
+        self._push(bound, 4, point)
+
+    def _bounds(self, point: Point) -> Bounds:
+        """The bounds of a point, at first of bytes alone and of time alone."""
+        if point not in self.bounds:
+            self.bounds[point] = bounds = Bounds(self.space, point)
+            bounds.look(NEVER)
+            bounds.look(0.0)
+        return self.bounds[point]
+
+    def _least(self, point: Point, bounds: Bounds) -> tuple[float, dict[int, Array]]:
+        """A bound below the best cut, endless where none can be better than the best plan; and that of every range."""
+        space, m = self.space, self.space.micro_batches(point)
+        columns = bounds.columns(self._most(point))
+        found = best_cut(_masked(columns, space, point, space.stages(point)), point.pp, m)
+        if found is None:
+            return NEVER, columns
+        return max(found.seconds, space.relaxed(point) + (m - 1) * found.largest), columns
 
     def _others(self, point: Point, bound: float) -> None:
         """Splits that take less memory; where not even those that take least fit, and a plan is known, no others."""
@@ -331,7 +363,7 @@ class Search:
 
     def _most(self, point: Point) -> float:
         """Seconds of a micro-batch above which no stage is part of a better plan."""
-        m, total = self.space.micro_batches(point), self.ways[point][0].solution.bound
+        m, total = self.space.micro_batches(point), self.space.relaxed(point)
         return (self._time() - total) / (m - 1) if m > 1 else self._time()
 
     def _fastest(self, ways: Sequence[Way], flights: Iterable[int], most: float) -> dict[int, Array]:

@@ -27,6 +27,7 @@ from autopart.cuts import best_cut, place, spans
 from autopart.mesh import Mesh
 from autopart.notation import P
 from autopart.passes.formulate import formulate
+from autopart.passes.solve import Solver
 from autopart.problem import Table
 from autopart.space import Model as Split
 from autopart.weigh import paths
@@ -329,6 +330,24 @@ def test_options_may_be_ruled_out(model: type[nn.Module], tp: int, forced: bool)
     assert found.objective == pytest.approx((left @ costs).min(), abs=1e-6)
     assert made.solver.minimise(costs, {node: []}) is None
     assert made.solver.minimise(costs) == before
+
+
+@pytest.mark.parametrize(("model", "tp", "forced"), TABLES)
+def test_what_was_learnt_bounds_other_costs(model: type[nn.Module], tp: int, forced: bool) -> None:
+    """The nearer they are to costs that were solved for, the better: it is the relaxation's own for these."""
+    made, numbers = split(model, tp, forced), np.random.default_rng(2)
+    solver = Solver(made.sizes)
+    learnt = numbers.random(len(made.places))
+    assert solver.below(learnt) == 0.0
+    least, _ = solver.relax(learnt)
+    assert solver.below(learnt) == pytest.approx(least, rel=1e-6)
+    ratios = []
+    for distance in (0.01, 0.1, 1.0) * 10:
+        costs = learnt + distance * numbers.random(len(made.places))
+        least, _ = Solver(made.sizes).relax(costs)
+        ratios.append(solver.below(costs) / least)
+    assert max(ratios) <= 1 + 1e-6
+    assert min(ratios[::3]) > 0.9
 
 
 def test_forced_products_have_split_weights() -> None:

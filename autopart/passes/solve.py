@@ -86,6 +86,8 @@ class Solver:
         self.narrowed: list[int] = []
         self.bases: dict[int, highspy.HighsBasis] = {}
         """Best bases by a hash of the costs, to begin with where options are narrowed."""
+        self.worth: list[Array] = []
+        """Of relaxations solved before what the equations save every variable (A'y, without those that choose)."""
 
     def options(self, node: int) -> list[int]:
         """The variables of a node."""
@@ -113,6 +115,12 @@ class Solver:
     def relax(self, costs: Array, allowed: Mapping[int, Iterable[int]] | None = None) -> tuple[float, Solution | None]:
         """The linear relaxation: a bound below every choice's cost, infinite where there is no choice; and the best
         choice, where the relaxation is one. `allowed` narrows the options of some nodes."""
+        bound, found = self._relax(costs, allowed)
+        if bound < float("inf"):
+            self._learn()
+        return bound, found
+
+    def _relax(self, costs: Array, allowed: Mapping[int, Iterable[int]] | None) -> tuple[float, Solution | None]:
         self._narrow(allowed or {})
         self._price(costs)
         known = hash(costs.tobytes())
@@ -131,12 +139,21 @@ class Solver:
         whole = np.abs(strategies - strategies.round()).max(initial=0.0) <= INTEGRAL
         return objective / self.scale, self._solution(values, objective, objective) if whole else None
 
+    def below(self, costs: Array) -> float:
+        """A bound below `relax`'s in a small part of its time: the best by weak duality with the multipliers of
+        relaxations solved before, each variable at most one and each node one strategy."""
+        if not self.worth:
+            return 0.0
+        left = self._priced(costs) - np.array(self.worth)
+        chosen = np.minimum.reduceat(left[:, : self.strategies], self.sizes.first[:-1], axis=1).sum(1)
+        return float((chosen + np.minimum(left[:, self.strategies :], 0.0).sum(1)).max()) / self.scale
+
     def minimise(
         self, costs: Array, allowed: Mapping[int, Iterable[int]] | None = None, branch: bool = True
     ) -> Solution | None:
         """The best choice for a cost of every priced variable; None where there is none, or it takes branching to find
         and is not to `branch`."""
-        bound, found = self.relax(costs, allowed)
+        bound, found = self._relax(costs, allowed)
         if found is None and branch and bound < float("inf"):
             return self._rounded(allowed or {}) or self._solution(*self._branch())
         return found
@@ -201,9 +218,22 @@ class Solver:
         total = np.bincount(same, number[entry]).astype(np.float64)
         return places // self.columns, places % self.columns, total
 
+    def _learn(self) -> None:
+        """Keep the multipliers of the relaxation that was solved last."""
+        solution = self.highs.getSolution()
+        worth = self.objective - np.array(solution.col_dual)
+        choose = np.array(solution.row_dual[: len(self.table.nodes)])
+        worth[: self.strategies] -= np.repeat(choose, np.diff(self.sizes.first))
+        self.worth.append(worth)
+
     def _price(self, costs: Array) -> None:
-        """Set the objective, in a unit in which a solution costs about UNIT: what costs far more is never taken, and
-        what is far below HiGHS's tolerance would not be seen."""
+        """Set the objective."""
+        self.objective = self._priced(costs)
+        self.highs.changeColsCost(len(self.objective), np.arange(len(self.objective), dtype=np.int32), self.objective)
+
+    def _priced(self, costs: Array) -> Array:
+        """What every variable costs in a unit in which a solution costs about UNIT: what costs far more is never taken,
+        and what is far below HiGHS's tolerance would not be seen."""
         first = self.sizes.first
         usual = float(np.minimum.reduceat(costs[: self.strategies], first[:-1]).sum())
         usual = usual or float(costs.max(initial=0.0)) or 1.0
@@ -212,8 +242,7 @@ class Solver:
         every[: self.priced] = costs
         np.add.at(every, self.moves, costs[self.changes])
         every[self.changes] = 0.0
-        every = np.minimum(every[self.used] * self.scale, UNIT * DEAREST)
-        self.highs.changeColsCost(len(every), np.arange(len(every), dtype=np.int32), every)
+        return np.minimum(every[self.used] * self.scale, UNIT * DEAREST)
 
     def _branch(self) -> tuple[Array, float, float]:
         """Solve with binary strategies."""
