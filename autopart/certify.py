@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from torch import fx, nn
 
@@ -18,7 +19,7 @@ from autopart.cost import MASTERS, OPTIMIZER_STATES, Training, update_seconds, w
 from autopart.errors import PartitionError
 from autopart.folded import Folded, used_parameters
 from autopart.graph import Info, calls, info, is_pick, operands, shape_args, value_of
-from autopart.notation import Placement, splits
+from autopart.notation import C, G, Placement, splits
 from autopart.passes.localise import localise
 from autopart.passes.price import PricedRun, Prices, price
 from autopart.plan import Plan, PlanStage, Signature, usable_bytes
@@ -178,6 +179,10 @@ def _strategies(plan: Plan, folded: Folded) -> Iterator[str]:
 def _known(node: fx.Node, strategy: Strategy, size: int) -> list[Strategy]:
     """The strategies of a node along one axis, with those in the parts that the chosen one is in."""
     record = info(node)
+    if record.kind == "op" and G in strategy.inputs:
+        plain = _kept_whole(strategy)
+        fits = G not in strategy.outputs or (record.view and strategy.inputs == strategy.outputs)
+        return [strategy] if fits and plain in _known(node, plain, size) else []
     if record.kind == "op":
         hints = [p for p in strategy.outputs[:1] if p.parts or p.kind == "M"]
         options = strategies(record.name, shape_args(node), record.shapes, size, hints)
@@ -188,6 +193,13 @@ def _known(node: fx.Node, strategy: Strategy, size: int) -> list[Strategy]:
         return [Strategy(f"d{placed.dim}", (), (placed,))] if fits else []
     kinds = "RC" if record.kind == "parameter" else "R"
     return [Strategy(kind, (), (Placement(kind),)) for kind in kinds]
+
+
+def _kept_whole(strategy: Strategy) -> Strategy:
+    """The strategy that keeps whole what this one gathers again: ranks do the same."""
+    inputs, outputs = (tuple(C if p == G else p for p in placed) for placed in (strategy.inputs, strategy.outputs))
+    name = "C" if strategy.name == "G" else strategy.split
+    return replace(strategy, name=name, inputs=inputs, outputs=outputs)  # type: ignore[arg-type]
 
 
 def _clashes(choices: Choices, folded: Folded) -> Iterator[str]:
@@ -283,7 +295,7 @@ def _seconds(
     again = 0.0
     for run, priced in runs.items():
         mode = modes.get(run, "none")
-        again += priced.forward if mode == "full" else priced.cheap if mode == "selective" else 0.0
+        again += priced.again if mode == "full" else priced.cheap if mode == "selective" else 0.0
     sync, device = 0.0, plan.mesh.busy_device(plan.pp, plan.micro_batches)
     for record, placed, nbytes in _parameters(folded, choices, span, graph.index):
         training, over_dp = _training(plan), _summed(choices, record, placed, "dp")
@@ -353,8 +365,11 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
     nodes = dict(zip(graph.indices, (mine for _, mine in graph.runs), strict=True))
     rerun = [run for run in nodes if modes.get(run, "none") != "none"]
     whole: dict[int, float] = defaultdict(float)
+    wide: dict[int, float] = defaultdict(float)
     kept = 0.0
     for memory in graph.kept.values():
+        for run, size in memory.wide.items():
+            wide[run] += size
         (run, *_) = memory.runs
         if memory.shared:
             kept += memory.size
@@ -381,7 +396,7 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
     absent = _gradients(plan, folded, choices, span, graph.index) if plan.micro_batches == 1 else {}
     for run in (*span, SETUP_RUN):
         largest = max((info(n).size for n in nodes.get(run, ())), default=0.0)
-        moment = largest + max(largest, gathered.get(run, 0.0)) + (whole[run] if run in rerun else 0.0)
+        moment = largest + max(largest, gathered.get(run, 0.0)) + (whole[run] + wide[run] if run in rerun else 0.0)
         moment -= sum(size for r, size in whole.items() if r > run and not _is_block(folded.labels[r]))
         moment -= sum(size for r, size in absent.items() if r < run != SETUP_RUN)
         transient = max(transient, moment)

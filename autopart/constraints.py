@@ -253,7 +253,7 @@ class Layout(Constraint):
 CONDITIONS: Mapping[str, Callable[[Strategy, str], bool]] = {
     "split": lambda s, dim: any(o.kind == "S" and dim in ("", str(o.dim)) for o in s.outputs),
     "keep": lambda s, _: all(o.kind in "RC" for o in s.outputs),
-    "strategy": lambda s, name: s.name == name,
+    "strategy": lambda s, name: name in (s.name, s.split),
 }
 
 

@@ -245,7 +245,9 @@ def ranges(
         np.maximum.at(largest, list(item.positions), item.largest)
     moment = largest + np.maximum(largest, found.gathered)
     again = rerun | (np.array(block) & np.array([len(modes) > 1 for modes in allowed]))
-    transient, possible = (_moments(found, moment + found.kept[0] * mine, block, alone) for mine in (rerun, again))
+    transient, possible = (
+        _moments(found, moment + (found.kept[0] + found.wide) * mine, block, alone) for mine in (rerun, again)
+    )
     later = _sums(np.where(block, 0.0, found.kept[0]))
     stepping, entered = (_sums if found.together else _maxima)(found.stepping), np.zeros(len(seconds))
     for item in found.items:

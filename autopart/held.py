@@ -177,9 +177,12 @@ def _backward(
     folded, training = space.folded, space.training(found.point)
     nodes = dict(zip(graph.indices, (mine for _, mine in graph.runs), strict=True))
     inside: dict[int, float] = defaultdict(float)
+    wide: dict[int, float] = defaultdict(float)
     for memory in graph.kept.values():
         for run in memory.runs if not memory.shared else ():
             inside[run] += memory.size
+        for run, size in memory.wide.items():
+            wide[run] += size
     own = _own_gradients(space, found, choices, span)
     early, late = sum(own.values()), 0.0
     positions = [(p, folded.sequence[p], mode) for p, mode in zip(range(*span), modes, strict=True)]
@@ -194,7 +197,7 @@ def _backward(
         rows = [
             (_within(_operator(largest), folded, run) if largest is not None else "", size),
             ("another as large", size) if size >= whole else ("parameters gathered, with gradients", whole),
-            ("what it keeps once it is run again", inside[run] if mode != "none" else 0.0),
+            ("what it keeps once it is run again", inside[run] + wide[run] if mode != "none" else 0.0),
             ("what later runs kept, gone by then", -late),
             ("gradients that are not there yet", -early if run != SETUP_RUN else 0.0),
         ]

@@ -38,6 +38,7 @@ class Placement:
 
     R  whole on every rank, gradient whole on every rank
     C  whole on every rank, gradient a partial sum ("copied" into a split region)
+    G  like C, made from a split tensor, of which each rank keeps its part alone: gathered again for backward
     S  split along `dim`; gradient split alike. `parts`, if given, are the sizes of the segments
        the dim consists of; each segment is split on its own
     P  a partial sum, gradient whole on every rank
@@ -63,7 +64,7 @@ class Placement:
     @staticmethod
     def parse(text: str) -> Placement:
         """The inverse of ``str``: ``"S1[64+64]"``."""
-        match = re.fullmatch(r"([RCP])|([SM])(\d+)(?:\[(\d+(?:\+\d+)*)\])?", text)
+        match = re.fullmatch(r"([RCPG])|([SM])(\d+)(?:\[(\d+(?:\+\d+)*)\])?", text)
         if match is None:
             raise ValueError(f"not a placement: {text!r}")
         if match[1]:
@@ -71,7 +72,7 @@ class Placement:
         return Placement(match[2], int(match[3]), tuple(map(int, match[4].split("+"))) if match[4] else ())
 
 
-R, C, P = Placement("R"), Placement("C"), Placement("P")
+R, C, P, G = Placement("R"), Placement("C"), Placement("P"), Placement("G")
 
 
 def M(dim: int) -> Placement:
@@ -82,6 +83,14 @@ def M(dim: int) -> Placement:
 def S(dim: int, parts: Sequence[int] = ()) -> Placement:
     """Split along `dim`, each of `parts` on its own."""
     return Placement("S", dim, tuple(parts) if len(parts) > 1 else ())
+
+
+AGAIN = "+again"
+
+
+def kept_as(placement: Placement) -> Placement:
+    """How memory lies that is kept for backward, told apart by the bytes it takes: a part, or the whole."""
+    return Placement("S") if placement.kind in "SG" else R
 
 
 def splits(placement: Placement, shape: Shape, shards: int) -> bool:
@@ -178,7 +187,8 @@ def parse(text: str) -> Row:
 class Strategy:
     """One way to run one operator along one mesh axis: what it takes and what it gives.
 
-    `name` is the split letter, or R, C or P where nothing is split. `local` names the function that replaces
+    `name` is the split letter, or R, C or P where nothing is split; AGAIN behind it says that of an operand a part is
+    kept, which is gathered again for backward. `local` names the function that replaces
     the operator on a shard, where the plain operator would be wrong. `shards_work` says whether each rank
     does a share of the work (else all of it).
     """
@@ -188,6 +198,11 @@ class Strategy:
     outputs: tuple[Placement, ...]
     local: str = ""
     shards_work: bool = False
+
+    @property
+    def split(self) -> str:
+        """The name without what is kept of operands."""
+        return self.name.removesuffix(AGAIN)
 
 
 @dataclass

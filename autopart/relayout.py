@@ -21,11 +21,13 @@ from autopart.notation import Placement
 
 @dataclass(frozen=True)
 class Relayout:
-    """One row: the function, and the collectives it runs forward and backward ("" for none)."""
+    """One row: the function, the collectives it runs forward and backward ("" for none), and whether that of forward
+    runs once more in backward, where the whole is needed and not kept."""
 
     function: str
     forward: str
     backward: str
+    again: bool = False
 
 
 def runtime_function(name: str) -> Callable[..., Any]:
@@ -45,11 +47,16 @@ RELAYOUTS: dict[tuple[str, str], Relayout] = {
     ("C", "S"): Relayout("slice_of", "", ""),
     ("S", "R"): Relayout("gather_from", "all_gather", ""),
     ("S", "C"): Relayout("gather_to", "all_gather", "reduce_scatter"),
+    ("S", "G"): Relayout("gather_again", "all_gather", "reduce_scatter", again=True),
     ("S", "S"): Relayout("exchange", "all_to_all", "all_to_all"),
     ("P", "R"): Relayout("reduce_from", "all_reduce", ""),
     ("P", "C"): Relayout("all_reduce", "all_reduce", "all_reduce"),
     ("P", "S"): Relayout("reduce_scatter_to", "reduce_scatter", "all_gather"),
 }
+
+
+GATHERED_AGAIN = {f"runtime.{row.function}" for row in RELAYOUTS.values() if row.again}
+"""Changes whose collective backward runs once more anyway, also where their run is run again."""
 
 
 def relayout(have: Placement, want: Placement, grad: bool) -> Relayout | None:
@@ -109,4 +116,4 @@ def row_seconds(row: Relayout, nbytes: Any, group: Group, grad: bool, device: De
         for name in (row.forward, row.backward if grad else "")
     )
     free = not row.forward and not (grad and row.backward)
-    return forward + device.launch_seconds if free else forward, backward
+    return forward + device.launch_seconds if free else forward, backward + forward if row.again else backward

@@ -165,7 +165,7 @@ def localised(space: Space, found: Found, splits: Splits, span: tuple[int, int])
 
 def again(run: PricedRun, mode: str) -> float:
     """Seconds that running a block again adds to its backward."""
-    return {"none": 0.0, "selective": run.cheap, "full": run.forward}[mode]
+    return {"none": 0.0, "selective": run.cheap, "full": run.again}[mode]
 
 
 def _sync(

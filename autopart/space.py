@@ -283,8 +283,8 @@ class Space:
                 prices.change_forward + prices.change_backward,
                 0.0 * prices.memory,
             ])  # fmt: skip
-            again = np.concatenate([prices.forward - prices.product, prices.change_forward, 0.0 * prices.memory])
-            whole = np.concatenate([prices.forward, prices.change_forward, 0.0 * prices.memory])
+            again = np.concatenate([prices.forward - prices.product, prices.change_rerun, 0.0 * prices.memory])
+            whole = np.concatenate([prices.forward, prices.change_rerun, 0.0 * prices.memory])
             kept = np.concatenate([prices.inner, 0.0 * prices.change_forward, prices.memory])
             results = np.concatenate([prices.results, nothing])
             state = np.concatenate([prices.state, nothing]) * places

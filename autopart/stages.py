@@ -41,11 +41,15 @@ class Crossing:
 @dataclass
 class Kept:
     """Memory that autograd keeps for a micro-batch: bytes, whether several runs keep it, and the runs (in the folded
-    graph; -1: what blocks share) of this stage that do."""
+    graph; -1: what blocks share) of this stage that do.
+
+    wide   run -> bytes that it would keep besides where it is run again: there, what is gathered again is whole
+    """
 
     size: float
     shared: bool
     runs: set[int] = field(default_factory=set)
+    wide: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from autopart.comm import p2p_seconds
 from autopart.cost import NO_SIZES, Seconds, Training, stream_seconds, update_seconds, work_in, work_seconds
 from autopart.hardware.rows import Device, Link
 from autopart.mesh import Group
-from autopart.notation import Placement
+from autopart.notation import G, R, kept_as
 from autopart.problem import Chain, Flow, Keep, Node, Placements, Table, Value
 from autopart.relayout import Relayout, Step, row_seconds
 
@@ -100,7 +100,7 @@ class Sizes:
         for index, keepers in enumerate(self.keeps):
             for placed in dict.fromkeys(p for options in keepers for p in options):
                 self.kept[index, placed] = len(self.kept)
-        self.memory = np.array([self._root(table.keeps[k], placed) for k, placed in self.kept]).reshape(-1, 4)
+        self.memory = np.array([self.root(table.keeps[k], placed) for k, placed in self.kept]).reshape(-1, 4)
 
     def apart(self, costs: Array, allowed: Mapping[int, Iterable[int]]) -> float:
         """A bound below every choice's cost: each node in its cheapest strategy (of those `allowed`, where a node is
@@ -146,8 +146,8 @@ class Sizes:
     def _keeps(self, keep: Keep, node: int, operand: int) -> list[Placements]:
         user, root = self.table.nodes[node], self.table.nodes[keep.root]
         if operand == -2:
-            return [_merged(root.given(o)) for o in range(len(root.options))]
-        return [_merged(user.given(o) if operand == -1 else user.taken(o, operand)) for o in range(len(user.options))]
+            return [_kept(root.given(o)) for o in range(len(root.options))]
+        return [_kept(user.given(o) if operand == -1 else user.taken(o, operand)) for o in range(len(user.options))]
 
     def _cut(self, amount: float, batch: bool, split: Iterable[bool]) -> Array:
         numbers, at = np.zeros(4), 2 * batch
@@ -215,14 +215,13 @@ class Sizes:
         split = [p.kind == "S" and (part or i != step.axis) for i, p in enumerate(step.before)]
         return self._cut(value.bytes, value.batch, split)
 
-    def _root(self, keep: Keep, placed: Placements) -> Array:
+    def root(self, keep: Keep, placed: Placements) -> Array:
         values = self.table.nodes[keep.root].values
         return np.array([self.four(v, placed) for v in values]).sum(0)
 
 
-def _merged(placed: Placements) -> Placements:
-    """Whole is whole: all but a split take the same memory."""
-    return tuple(Placement("S") if p.kind == "S" else Placement("R") for p in placed)
+def _kept(placed: Placements) -> Placements:
+    return tuple(map(kept_as, placed))
 
 
 def paths(chain: Chain) -> list[Path]:
@@ -234,7 +233,8 @@ def paths(chain: Chain) -> list[Path]:
 class Prices:
     """Seconds and bytes of everything in a table, for one data-parallel degree, micro-batch and way to train.
 
-    forward, backward  seconds of every strategy and (`change_...`) every change of placement
+    forward, backward  seconds of every strategy and (`change_...`) every change of placement;  change_rerun: that a
+                       change adds where its run is run again
     inner, memory      bytes kept per micro-batch: a strategy's own, and every kept memory
     results            bytes of what matrix products give, with what they keep
     state, sync        bytes of a parameter with gradient and optimizer states; seconds a step takes to sum its gradient
@@ -267,23 +267,29 @@ class Prices:
         return self.sizes.after @ self.terms.basis
 
     @cached_property
-    def _changes(self) -> Array:
-        """[2, changes]: seconds forward and backward."""
+    def changes(self) -> Array:
+        """[3, changes]: seconds forward, backward, and added where they are run again, which does what a change that
+        gathers again does anyway."""
         nbytes = self.sizes.whole @ self.terms.basis
-        found = np.zeros((2, len(nbytes)))
+        found = np.zeros((3, len(nbytes)))
         for (axis, row, grad), where in self.sizes.kinds.items():
             group = self.terms.sizes[axis]
             if group.ranks > 1:
-                found[:, where] = row_seconds(row, nbytes[where], group, grad, self.terms.device)
+                forward, backward = row_seconds(row, nbytes[where], group, grad, self.terms.device)
+                found[:, where] = forward, backward, 0.0 * forward if row.again else forward
         return found
 
     @property
     def change_forward(self) -> Array:
-        return self._changes[0]
+        return self.changes[0]
 
     @property
     def change_backward(self) -> Array:
-        return self._changes[1]
+        return self.changes[1]
+
+    @property
+    def change_rerun(self) -> Array:
+        return self.changes[2]
 
     @cached_property
     def _holdings(self) -> Array:
@@ -371,6 +377,7 @@ class Weighed:
     forward, backward  seconds, nothing run again
     again              seconds of backward that each of MODES adds
     kept               bytes under each of MODES;  entered: of what the position alone takes, kept if it is run again
+    wide               bytes by which all it keeps is more once it is run again: there, what is gathered again is whole
     parts              bytes of parameters, gradients and optimizer states
     sync               seconds of gradient sync, a step
     largest            bytes of the largest tensor;  gathered: of parameters that exist only while they are used
@@ -384,6 +391,7 @@ class Weighed:
     again: Array
     kept: Array
     entered: Array
+    wide: Array
     parts: Array
     sync: Array
     largest: Array
@@ -399,17 +407,16 @@ def weigh(prices: Prices, chosen: Sequence[int], link: Link | None) -> Weighed:
     table = prices.sizes.table
     n = len(table.labels)
     at = prices.sizes.first[:-1] + np.array(chosen)
-    forward, backward, entered, sync, largest, gathered, stepping = (np.zeros(n) for _ in range(7))
+    forward, backward, entered, wide, sync, largest, gathered, stepping = (np.zeros(n) for _ in range(8))
     again, kept, parts = (np.zeros((3, n)) for _ in range(3))
     together = prices.terms.training.together
-    found = Weighed(forward, backward, again, kept, entered, parts, sync, largest, gathered, stepping, together)
+    found = Weighed(forward, backward, again, kept, entered, wide, parts, sync, largest, gathered, stepping, together)
     _weigh_nodes(found, prices, at)
     _weigh_parameters(found, prices, at)
     for index, flow in enumerate(table.flows):
         _weigh_flow(found, prices, chosen, index, flow, link)
     for index, keep in enumerate(table.keeps):
         _weigh_keep(found, prices, chosen, index, keep)
-    found.again[2] = found.forward
     return found
 
 
@@ -423,6 +430,7 @@ def _weigh_nodes(found: Weighed, prices: Prices, at: NDArray[np.int_]) -> None:
         found.forward[positions] = forward
         found.backward[positions] = prices.backward[mine].sum()
         found.again[1][positions] = forward - prices.product[mine].sum()
+        found.again[2][positions] = forward
         found.kept[0][positions] = prices.inner[mine].sum()
         found.kept[1][positions] = prices.results[mine].sum()
         found.largest[positions] = prices.made[mine].max(initial=0.0)
@@ -466,7 +474,7 @@ def _weigh_flow(
     at = homes if summed else users
     for key, uses in paid.items():
         i = sizes.change_index[index, have, key]
-        forward, backward = float(prices.change_forward[i]), float(prices.change_backward[i])
+        forward, backward, rerun = prices.changes[:, i].tolist()
         if at[0] < 0 or (flow.several and not summed):
             for needed in flow.needed:
                 positions = tuple(sorted({p for use in uses for p in needed[use]}))
@@ -474,7 +482,7 @@ def _weigh_flow(
             continue
         np.add.at(found.forward, at, forward)
         np.add.at(found.backward, at, backward)
-        np.add.at(found.again[1], at, forward)
+        np.add.at(found.again.T, at, [0.0, rerun, rerun])
         np.maximum.at(found.largest, at, prices.after[i])
     outside = (users != homes) & (users >= 0)
     if source.kind in ("parameter", "buffer") or not (flow.several or outside.any()):
@@ -530,6 +538,7 @@ def _weigh_keep(found: Weighed, prices: Prices, chosen: Sequence[int], index: in
         keeper: options[chosen[keep.root if keeper[1] == -2 else keeper[0]]]
         for keeper, options in zip(dict.fromkeys(keep.keepers), prices.sizes.keeps[index], strict=True)
     }
+    _weigh_wide(found, prices, chosen, keep)
     for kind in dict.fromkeys(placed.values()):
         held = float(prices.memory[prices.sizes.kept[index, kind]])
         if not keep.several:
@@ -538,3 +547,18 @@ def _weigh_keep(found: Weighed, prices: Prices, chosen: Sequence[int], index: in
         for spots in keep.spots:
             positions = tuple(sorted({p for keeper, where in spots.items() if placed[keeper] == kind for p in where}))
             found.items.append(Item(positions, kept=held))
+
+
+def _weigh_wide(found: Weighed, prices: Prices, chosen: Sequence[int], keep: Keep) -> None:
+    """What of a memory is gathered again, at every position that does so once."""
+    nodes, wide = prices.sizes.table.nodes, dict[int, Placements]()
+    for i, (node, operand) in enumerate(keep.keepers):
+        taken = nodes[node].taken(chosen[node], operand) if operand >= 0 else ()
+        if G in taken:
+            wide[i] = taken
+    for places in keep.places if wide else ():
+        for position, taken in {places[i]: taken for i, taken in wide.items()}.items():
+            whole = tuple(R if p == G else p for p in taken)
+            found.wide[position] += (prices.sizes.root(keep, whole) - prices.sizes.root(keep, _kept(taken))) @ (
+                prices.terms.basis
+            )

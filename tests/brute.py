@@ -432,7 +432,7 @@ class Graph:
 
 FIELDS = (
     *("time", "again", "whole", "kept", "results", "entered", "state", "largest", "gathered"),
-    *("stepping", "gradients"),
+    *("stepping", "gradients", "wide"),
 )
 
 
@@ -477,11 +477,10 @@ class Priced:
 
     def atom(self, found: Weighed) -> Atom:
         """The numbers that count of what is weighed."""
-        whole = found.forward
         each = np.stack([
-            found.forward + found.backward + found.sync / self.m, found.again[1], whole,
+            found.forward + found.backward + found.sync / self.m, found.again[1], found.again[2],
             found.kept[0], found.kept[1], found.entered, found.parts.sum(0), found.largest, found.gathered,
-            found.stepping, found.parts[1],
+            found.stepping, found.parts[1], found.wide,
         ])  # fmt: skip
         return Atom(each, found.items, found.crossings)
 
@@ -493,6 +492,7 @@ class Priced:
                 found.forward[p] += prices.forward[i]
                 found.backward[p] += prices.backward[i]
                 found.again[1][p] += prices.forward[i] - prices.product[i]
+                found.again[2][p] += prices.forward[i]
                 found.kept[0][p] += prices.inner[i]
                 found.kept[1][p] += prices.results[i]
                 found.largest[p] = max(found.largest[p], prices.made[i])
@@ -513,7 +513,7 @@ class Priced:
 
 def empty(n: int) -> Weighed:
     """Nothing weighed yet."""
-    return Weighed(*(np.zeros(s) for s in (n, n, (3, n), (3, n), n, (3, n), n, n, n, n)), together=True)
+    return Weighed(*(np.zeros(s) for s in (n, n, (3, n), (3, n), n, n, (3, n), n, n, n, n)), together=True)
 
 
 @dataclass(frozen=True)
@@ -525,12 +525,15 @@ class Span:
     in_flight: int
 
 
+PER_BLOCK = 6
+
+
 class Totals:
     """What a stage costs, from what its combinations add, in columns: seconds, bytes, what several blocks take, state
     with what the optimizer makes while it steps, the largest tensor of what stages make for themselves; at every
     position the largest tensor, bytes gathered, kept if it is no block, gradients of its own; then for every block:
     seconds that running it again takes, cheap operators alone and all; bytes it keeps whole, of products, of what it
-    takes."""
+    takes, and more than whole once it is run again (`PER_BLOCK` columns)."""
 
     def __init__(self, priced: Priced, span: Span) -> None:
         self.priced, self.span = priced, span
@@ -544,9 +547,8 @@ class Totals:
         """The columns of every atom."""
         span = self.span
         each = np.stack([a.each[:, span.i : span.j] for a in atoms])
-        time, again, whole, kept, results, entered, state, largest, gathered, stepping, gradients = each.transpose(
-            1, 0, 2
-        )
+        time, again, whole, kept, results, entered, state, largest, gathered, *more = each.transpose(1, 0, 2)
+        stepping, gradients, wide = more
         numbers = np.zeros((len(atoms), self.at))
         numbers[:, 0] = time.sum(1)
         numbers[:, 1] = state.sum(1) + span.in_flight * kept[:, self.plain].sum(1)
@@ -557,7 +559,7 @@ class Totals:
         for row, atom in zip(numbers, atoms, strict=True):
             self._once(row, atom)
         blocks = [p - span.i for p in self.blocks]
-        rerun = np.stack([again, whole, kept, results, entered], 2)[:, blocks].reshape(len(atoms), -1)
+        rerun = np.stack([again, whole, kept, results, entered, wide], 2)[:, blocks].reshape(len(atoms), -1)
         return np.concatenate([numbers, rerun], 1)
 
     def _once(self, row: Array, atom: Atom) -> None:
@@ -580,6 +582,10 @@ class Totals:
                 takes = home < span.i and any(span.i <= p < span.j for p in users)
                 row[0] += (gives + takes) * many.seconds
 
+    def block(self, numbers: Array, b: int) -> Array:
+        """The columns of a block."""
+        return numbers[:, self.at + PER_BLOCK * b :][:, :PER_BLOCK]
+
     def add(self, total: Array, more: Array) -> Array:
         """Sums, and the largest of the largest."""
         both = total + more
@@ -597,11 +603,11 @@ class Totals:
         found[:, 1] += numbers[:, 2] * (modes > 0).any(1)
         rows = np.arange(len(numbers))
         for b in range(len(self.blocks)):
-            again, whole, kept, results, entered = numbers[:, self.at + 5 * b : self.at + 5 * b + 5].T
+            again, whole, kept, results, entered, wide = self.block(numbers, b).T
             mode = modes[:, b]
             found[:, 0] += np.stack([0.0 * again, again, whole])[mode, rows]
             found[:, 1] += self.span.in_flight * np.stack([kept, results + entered, entered])[mode, rows]
-            found[:, 4 + 2 * count + self.blocks[b] - self.span.i] = kept * (mode > 0)
+            found[:, 4 + 2 * count + self.blocks[b] - self.span.i] = (kept + wide) * (mode > 0)
         plain, gradients = np.split(numbers[:, 5 + 2 * count : self.at], 2, axis=1)
         later, earlier = plain[:, ::-1].cumsum(1)[:, ::-1] - plain, gradients.cumsum(1) - gradients
         found[:, 4 + 2 * count : -1] += found[:, 1:2] - later - earlier
@@ -631,7 +637,7 @@ class Stage:
         columns = {f: self.totals.of(priced.atoms(alike, f)) for layer in self.graph.layers for f, _ in layer.closing}
         self.arrows: list[Array] = []
         for layer in self.graph.layers:
-            more = np.zeros((len(layer.parent), self.totals.at + 5 * len(self.totals.blocks)))
+            more = np.zeros((len(layer.parent), self.totals.at + PER_BLOCK * len(self.totals.blocks)))
             for f, which in layer.closing:
                 more = self.totals.add(more, columns[f][which])
             self.arrows.append(more)
@@ -648,7 +654,7 @@ class Stage:
         blocks = len(self.totals.blocks)
         seconds, held = more[:, 0].copy(), more[:, 1].copy()
         for b in range(blocks):
-            again, whole, kept, results, entered = more[:, self.totals.at + 5 * b : self.totals.at + 5 * b + 5].T
+            again, whole, kept, results, entered, _ = self.totals.block(more, b).T
             seconds += np.min([[0.0 * again, again, whole][m] for m in self.modes], axis=0)
             held += self.totals.span.in_flight * np.min(
                 [[kept, results + entered, entered][m] for m in self.modes], axis=0
@@ -669,7 +675,7 @@ class Stage:
             np.zeros(count, dtype=np.int64),
             np.zeros((count, len(graph.structure.table.nodes)), dtype=np.int64),
             start.reshape(count, -1),
-            np.zeros((count, totals.at + 5 * len(totals.blocks))),
+            np.zeros((count, totals.at + PER_BLOCK * len(totals.blocks))),
         )
         for number, (layer, more) in enumerate(zip(graph.layers, self.arrows, strict=True)):
             order = np.argsort(layer.parent, kind="stable")
@@ -848,7 +854,6 @@ class Judge:
             assert all(structure.summed_alike(f, chosen) for f in range(len(table.flows)))
             totals = Totals(priced, Span(i, j, space.in_flight(point, stage)))
             weighed = weigh(priced.prices, chosen, space.between_stages(point))
-            weighed.again[2] = weighed.forward
             modes = np.array([[MODES.index(plan.recompute[p]) for p in totals.blocks]], dtype=np.int64)
             numbers = totals.under(totals.of([priced.atom(weighed)]), modes)
             seconds.append(float(numbers[0, 0]))

@@ -125,7 +125,7 @@ def _spec(module: str, strategy: Strategy, weight: Strategy | None) -> tuple[dic
     """How AutoTP treats one weight of every block, and where that is not what the plan says. The parts of a weight
     that is several in one are split one by one."""
     pattern = r"(.*\.)?" + re.sub(r"(?<=\\.)\d+(?=\\.)", r"\\d+", re.escape(f"{module}.weight")) + "$"
-    kind = TYPES.get(strategy.name, "skip")
+    kind = TYPES.get(strategy.split, "skip")
     spec: dict[str, Any] = {"patterns": [pattern], "partition_type": kind}
     if kind == "skip":
         return spec, f"{said(strategy)} in the plan; AutoTP leaves it whole" if strategy.shards_work else ""

@@ -17,6 +17,7 @@ from torch import fx
 from autopart.blocks import Block, find_blocks, plural, segments
 from autopart.graph import info
 from autopart.naming import ATOM, UNARY, Scope, Text, output_name, wanted_name
+from autopart.relayout import GATHERED_AGAIN
 from autopart.spelling import INLINE, Speller, joins_bias, scalar_infix
 from autopart.stages import OWNED, StageGraph
 
@@ -283,6 +284,11 @@ class _Emitter:
             f"    inputs = {stage.inputs!r}",
             f"    received = {[c.name for c in stage.received]!r}",
             f"    sent = {[c.name for c in stage.sent]!r}",
+            *(
+                ["    gathers_again = True"]
+                if any(info(n).name in GATHERED_AGAIN for n in stage.graph.nodes if n.op == "call_function")
+                else []
+            ),
             "",
             *_init("groups: Groups", [*weights, *made], [*scope.lines, *valid[1]], bool(stage.valid)),
             "",

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from torch import fx
@@ -28,7 +28,7 @@ from autopart.errors import PartitionError
 from autopart.folded import Folded
 from autopart.graph import Info, info, operands, shape_args, value_of
 from autopart.hardware.rows import Device
-from autopart.notation import C, Placement, R, S, splits
+from autopart.notation import AGAIN, C, G, Placement, R, S, splits
 from autopart.places import Write, places_of
 from autopart.problem import Flow, Node, Placements, Table, Value
 from autopart.relayout import possible, steps
@@ -194,19 +194,20 @@ def _bytes(record: Info, output: int) -> float:
 
 
 def _hints(folded: Folded, nodes: list[fx.Node], size: int) -> Hints:
-    """Placements with parts that consumers would like, walked from the end: a fused q, k, v product learns from
-    the split behind it."""
+    """Placements that consumers would like, walked from the end: with parts, as a fused q, k, v product learns from the
+    split behind it; gathered again, as a view learns from the product behind it."""
     hints: dict[tuple[fx.Node, int], set[Placement]] = defaultdict(set)
     for node in reversed(nodes) if size > 1 else ():
         if info(node).kind != "op":
             continue
         wanted = tuple(hints[node, 0])
         options = strategies(info(node).name, shape_args(node), info(node).shapes, size, wanted)
+        options += [again for o in options for again in _gathered_again(node, o, wanted)]
         for index, operand in enumerate(operands(node)):
             if operand is not None:
                 source, output = value_of(operand)
                 hints[folded.same[source], output] |= {
-                    p for s in options if (p := s.inputs[index]) is not None and (p.parts or p.kind == "M")
+                    p for s in options if (p := s.inputs[index]) is not None and (p.parts or p.kind in "MG")
                 }
     return hints
 
@@ -223,11 +224,25 @@ def _samples(node: fx.Node) -> list[Strategy]:
 def _letters(node: fx.Node, size: int, wanted: Sequence[Placement], forced: bool) -> list[Strategy]:
     """Strategies along `tp`: those that do not split samples."""
     options = [o for o in _known(node, size, wanted) if not _counts_samples(node, o)]
+    options += [again for o in options for again in _gathered_again(node, o, wanted)]
     if forced and is_contraction(info(node).name):
         weights = [i for i, n in enumerate(operands(node)) if n is not None and info(n).kind == "parameter"]
         split = [o for o in options if all(_is_split(o.inputs[i]) for i in weights) and o.shards_work]
         return split or options
     return options
+
+
+def _gathered_again(node: fx.Node, option: Strategy, wanted: Sequence[Placement]) -> Iterator[Strategy]:
+    """A product's split where it keeps a part of an operand that it takes whole, which backward gathers again; and the
+    views before it."""
+    record = info(node)
+    if record.view and G in wanted and option.outputs == option.inputs == (C,):
+        yield Strategy("G", (G,), (G,))
+    for i, operand in enumerate(operands(node) if record.product and option.shards_work else ()):
+        kept = operand is not None and info(operand).kind != "parameter" and info(operand).root in record.keeps
+        if kept and option.inputs[i] == C:
+            inputs = tuple(G if j == i else p for j, p in enumerate(option.inputs))
+            yield replace(option, name=option.name + AGAIN, inputs=inputs)
 
 
 def _known(node: fx.Node, size: int, wanted: Sequence[Placement]) -> list[Strategy]:

@@ -17,7 +17,7 @@ from autopart.draws import Stream
 from autopart.folded import Folded
 from autopart.graph import KEY, Info, info, is_pick, loss_of, operands, updates_of, value_of
 from autopart.instead import Call, instead
-from autopart.notation import P, Placement, R
+from autopart.notation import P, Placement, R, kept_as
 from autopart.relayout import runtime_function, steps
 from autopart.rules import Shape, Strategy, flatten, is_contraction, local_args
 from autopart.stages import SETUP, SETUP_RUN, Choices, Crossing, Kept, Placements, StageGraph, Value
@@ -232,9 +232,10 @@ class _Localiser:
             if key not in self.moved:
                 name, _ = self.choices.axes[step.axis]
                 before, after, row = step.before[step.axis], step.after[step.axis], step.row
+                back = [row.forward] * row.again + [row.backward] * bool(record.grad and row.backward)
                 note = " ".join(
                     f"{way}: {what.replace('_', '-')} over {name}."
-                    for way, what in (("forward", row.forward), ("backward", row.backward if record.grad else ""))
+                    for way, what in (("forward", row.forward), ("backward", ", ".join(back)))
                     if what
                 )
                 local = replace(
@@ -334,29 +335,28 @@ class _Localiser:
                 continue
             chosen = self.choices.of(self.folded, node, self.stage.index)
             inner = record.inner * self._grow(node) / self.choices.shares(chosen)
-            kept: list[tuple[str, Placements, float, bool]] = [(f"{node.name} inside", (), inner, False)]
+            kept: list[tuple[str, Placements, float, bool, float]] = [(f"{node.name} inside", (), inner, False, 0.0)]
             for root in record.keeps:
                 made = by_name[root]
-                placements = self._kept_as(node, made, chosen)
-                size = info(made).bytes * self.choices.grow(info(made)) / self.choices.parts(placements)
-                kept.append((root, placements, size, len(self.folded.keepers[root]) > 1))
-            for name, placements, size, shared in kept:
+                taken = self._read_as(node, made, chosen)
+                placements = tuple(map(kept_as, taken))
+                total = info(made).bytes * self.choices.grow(info(made))
+                size, whole = total / self.choices.parts(placements), total / self.choices.parts(taken)
+                kept.append((root, placements, size, len(self.folded.keepers[root]) > 1, whole - size))
+            for name, placements, size, shared, wide in kept:
                 entry = self.stage.kept.setdefault((name, placements), Kept(size, shared))
                 entry.runs.add(self.home[node])
+                if wide:
+                    entry.wide[self.home[node]] = wide
 
-    def _kept_as(self, node: fx.Node, root: fx.Node, chosen: Sequence[Strategy]) -> Placements:
+    def _read_as(self, node: fx.Node, root: fx.Node, chosen: Sequence[Strategy]) -> Placements:
         """The placement in which `node` keeps memory that `root` made: that of the operand it reads it through."""
         if root is node:
-            return tuple(_merge(s.outputs[0]) for s in chosen)
+            return tuple(s.outputs[0] for s in chosen)
         for index, operand in enumerate(operands(node)):
             if operand is not None and info(operand).root == root.name:
-                return tuple(_merge(s.inputs[index] or R) for s in chosen)
-        return tuple(_merge(p) for p in self._given((root, 0)))
-
-
-def _merge(placement: Placement) -> Placement:
-    """Whole is whole: all but a split take the same memory."""
-    return Placement("S") if placement.kind == "S" else R
+                return tuple(s.inputs[index] or R for s in chosen)
+        return self._given((root, 0))
 
 
 def _arguments(function: str, have: Placement, want: Placement) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ from autopart.graph import info
 from autopart.hardware.rows import Device
 from autopart.mesh import Group
 from autopart.plan import PlanLine, shortened
-from autopart.relayout import RELAYOUTS, row_seconds
+from autopart.relayout import GATHERED_AGAIN, RELAYOUTS, row_seconds
 from autopart.stages import StageGraph
 
 NOTHING = Seconds(0.0, 0.0)
@@ -21,12 +21,13 @@ BY_FUNCTION = {f"runtime.{row.function}": row for row in RELAYOUTS.values()}
 
 @dataclass(frozen=True)
 class PricedRun:
-    """A run of a stage: its label, seconds forward and backward for one micro-batch, and its lines; `cheap` are those
-    of the forward pass that matrix products do not take."""
+    """A run of a stage: its label, seconds forward and backward for one micro-batch, and its lines; `again` is what it
+    adds where all of it is run again, `cheap` where all but matrix products is."""
 
     label: str
     forward: float
     backward: float
+    again: float
     cheap: float
     lines: tuple[PlanLine, ...]
 
@@ -44,14 +45,16 @@ def price(stage: StageGraph, prices: Prices) -> list[PricedRun]:
     computed = _computed([n for _, nodes in stage.runs for n in nodes], prices.device)
     runs = []
     for label, nodes in stage.runs:
-        forward = backward = cheap = 0.0
+        forward = backward = again = cheap = 0.0
         lines = []
         for node in nodes:
             compute, comm = computed.get(node, NOTHING), _moved(node, prices)
             forward += compute.forward + comm.forward
             backward += compute.backward + comm.backward
             record = info(node)
-            cheap += comm.forward + (0.0 if record.product else compute.forward)
+            moved = 0.0 if record.name in GATHERED_AGAIN else comm.forward
+            again += moved + compute.forward
+            cheap += moved + (0.0 if record.product else compute.forward)
             lines.append(
                 PlanLine(
                     record.module.removeprefix(label).lstrip("."),
@@ -62,7 +65,7 @@ def price(stage: StageGraph, prices: Prices) -> list[PricedRun]:
                     record.source,
                 )
             )
-        runs.append(PricedRun(label, forward, backward, cheap, tuple(lines)))
+        runs.append(PricedRun(label, forward, backward, again, cheap, tuple(lines)))
     return runs
 
 

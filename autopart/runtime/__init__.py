@@ -4,6 +4,7 @@ from autopart.runtime.collectives import (
     all_reduce,
     copy_to,
     exchange,
+    gather_again,
     gather_from,
     gather_to,
     reduce_from,
@@ -14,10 +15,10 @@ from autopart.runtime.collectives import (
 )
 from autopart.runtime.experts import expert_linear
 from autopart.runtime.functions import mean_cross_entropy, vocab_cross_entropy, vocab_embedding
+from autopart.runtime.gathered import gathered
 from autopart.runtime.groups import Group, Groups, buffer, load, make_groups, weight, weight_slice
 from autopart.runtime.random import dropout, stream, uniform
 from autopart.runtime.recompute import recomputed, recomputed_selectively
-from autopart.runtime.slices import gathered
 
 __all__ = [
     "Group",
@@ -28,6 +29,7 @@ __all__ = [
     "dropout",
     "exchange",
     "expert_linear",
+    "gather_again",
     "gather_from",
     "gather_to",
     "gathered",

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from autopart.runtime.gathered import Gather
 from autopart.runtime.groups import Group
 from autopart.runtime.shards import shard, unshard
 
@@ -114,6 +115,25 @@ def gather_from(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
 def gather_to(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
     """Put the shares together for different work on each rank; backward sums and scatters."""
     return _move(x, _gather, _sum_slice, group, dim, parts)
+
+
+class _GatherAgain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, dim: int, parts: Parts) -> Tensor:
+        ctx.back = group, dim, parts
+        share = x.detach()
+        (whole,) = Gather(1, lambda _: [_gather(share, group, dim, parts)]).forward()
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return _sum_slice(gradients[0], *ctx.back), None, None, None
+
+
+def gather_again(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
+    """`gather_to` where what backward needs of the whole is gathered again there: `x` alone is kept."""
+    whole: Tensor = _GatherAgain.apply(x, group, dim, parts)
+    return whole
 
 
 def reduce_scatter_to(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
+from autopart.runtime.gathered import keeping_parts
 from autopart.runtime.groups import Group, Groups, Work
 from autopart.runtime.slices import sum_together
 from autopart.runtime.zero import Shared
@@ -139,8 +140,9 @@ class Executor:
         flight.waiting = {to for m in self.outgoing for to in m.consumers}
 
     def _keeping(self) -> AbstractContextManager[None]:
-        """What a forward pass keeps: of weights that lie in slices, those."""
-        return self.groups.gathered.forward() if self.shared.level >= 3 else nullcontext()
+        """What a forward pass keeps: of what it gathers to gather it again, parts."""
+        parts = self.shared.level >= 3 or getattr(self.stage, "gathers_again", False)
+        return keeping_parts() if parts else nullcontext()
 
     def _backward(self, at: Instruction) -> None:
         flight = self.flights[at.micro_batch]

@@ -14,9 +14,10 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from autopart.errors import PartitionError
 from autopart.notation import Placement
+from autopart.runtime.gathered import Slicing
 from autopart.runtime.random import Draws
 from autopart.runtime.shards import shard
-from autopart.runtime.slices import Gathered, Slicing, rows, slice_length
+from autopart.runtime.slices import rows, slice_length
 
 AXES = ("pp", "dp", "tp")
 """From the outermost to the innermost: ranks next to each other share a tensor-parallel group."""
@@ -109,7 +110,6 @@ class Groups:
     activations, gradients   all ranks, one group for each direction of a pipeline
     host                     all ranks, for values on the CPU
     draws                    what random numbers depend on
-    gathered                 weights that lie in slices and are whole now
     """
 
     pp: Group
@@ -120,7 +120,6 @@ class Groups:
     gradients: Group
     host: Group
     draws: Draws = field(default_factory=Draws, kw_only=True)
-    gathered: Gathered = field(default_factory=Gathered, kw_only=True)
 
     def along(self, axis: str) -> Group:
         """The group of an axis by its name."""
@@ -229,7 +228,7 @@ def weight_slice(
     local = torch.Size(_local(origin, groups))
     length = slice_length(local.numel(), groups.dp.size)
     share: Any = nn.Parameter(torch.empty(length, dtype=dtype, device=groups.device))
-    share.origin, share.slicing = origin, Slicing(local, used or dtype, groups.dp, groups.gathered)
+    share.origin, share.slicing = origin, Slicing(local, used or dtype, groups.dp)
     mine: nn.Parameter = share
     return mine
 

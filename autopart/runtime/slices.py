@@ -1,4 +1,4 @@
-"""Tensors in slices over the ranks of a group, and weights that are whole only while they are used.
+"""Tensors in slices over the ranks of a group.
 
 A tensor's slices are equal parts of it, flat; zeros fill up the last. Messages hold several tensors of one dtype, about
 BUCKET_BYTES together, so that the extra memory they take is bounded.
@@ -8,15 +8,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
@@ -116,109 +110,3 @@ def scatter_sum(tensors: Sequence[Tensor], group: Group, dtype: torch.dtype | No
     for bucket in buckets(tensors):
         slices.update(zip(bucket, start_scatter([tensors[i] for i in bucket], group, dtype)(), strict=True))
     return [slices[i] for i in range(len(tensors))]
-
-
-# ---- weights that are whole only while they are used -----------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Slicing:
-    """What a weight in slices (`groups.weight_slice`) is a slice of: the whole's shape and dtype, the ranks that have
-    the other slices, and the wholes that exist on this rank."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    group: Group
-    gathered: Gathered
-
-
-class _Gather:
-    """Weights that are gathered together, forward and, those that backward needs, again when it needs the first; there
-    each is let go after the last of its `uses`."""
-
-    def __init__(self, slices: Sequence[Any]) -> None:
-        self.slices = slices
-        self.uses = [0] * len(slices)
-        self.again: dict[int, Tensor] = {}
-
-    def whole_again(self, index: int) -> Tensor:
-        if not self.again:
-            needed = [i for i, uses in enumerate(self.uses) if uses]
-            self.again = dict(zip(needed, _gather_all([self.slices[i] for i in needed]), strict=True))
-        self.uses[index] -= 1
-        return self.again[index] if self.uses[index] else self.again.pop(index)
-
-
-def _gather_all(slices: Sequence[Any]) -> list[Tensor]:
-    first = slices[0].slicing
-    return gather(slices, [s.slicing.shape for s in slices], first.group, first.dtype)
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """Stands, until backward, for a view of a whole weight."""
-
-    gather: _Gather
-    index: int
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-
-
-class Gathered:
-    """The whole weights of a forward pass. Autograd keeps none of them: where it would, it keeps how to gather it."""
-
-    def __init__(self) -> None:
-        self.known: dict[StorageWeakRef, tuple[_Gather, int]] | None = None
-
-    @contextmanager
-    def forward(self) -> Iterator[None]:
-        """A forward pass. Blocks that are recomputed keep nothing of their weights anyway, and gather them in their
-        second run."""
-        self.known = {}
-        try:
-            with saved_tensors_hooks(self._pack, _unpack):
-                yield
-        finally:
-            self.known = None
-
-    def add(self, gather: _Gather, wholes: Sequence[Tensor]) -> None:
-        """Know these as the wholes of `gather`; a weak reference to memory keeps its address from being used again."""
-        if self.known is not None:
-            self.known.update({StorageWeakRef(w.untyped_storage()): (gather, i) for i, w in enumerate(wholes)})
-
-    def _pack(self, saved: Tensor) -> Tensor | _Kept:
-        found = self.known.get(StorageWeakRef(saved.untyped_storage())) if self.known else None
-        if found is None:
-            return saved
-        found[0].uses[found[1]] += 1
-        return _Kept(*found, saved.size(), saved.stride(), int(saved.storage_offset()))
-
-
-def _unpack(kept: Tensor | _Kept) -> Tensor:
-    if isinstance(kept, Tensor):
-        return kept
-    return kept.gather.whole_again(kept.index).as_strided(kept.size, kept.stride, kept.offset)
-
-
-class _Whole(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gather: _Gather, *slices: Tensor) -> tuple[Tensor, ...]:
-        wholes = _gather_all(gather.slices)
-        ctx.group, ctx.dtype = gather.slices[0].slicing.group, slices[0].dtype
-        gather.slices[0].slicing.gathered.add(gather, wholes)
-        return tuple(wholes)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *scatter_sum(gradients, ctx.group, ctx.dtype)
-
-
-def gathered(owner: Any) -> Any:
-    """A weight that lies in slices over ranks, whole; of a module, all such weights, as attributes. Gathered again for
-    backward, which gives every rank the sum of the gradients of its slice."""
-    if isinstance(owner, nn.Module):
-        slices = {n: p for n, p in owner.named_parameters(recurse=False) if hasattr(p, "slicing")}
-        wholes = _Whole.apply(_Gather(list(slices.values())), *slices.values())
-        return SimpleNamespace(**dict(zip(slices, wholes, strict=True)))
-    return _Whole.apply(_Gather([owner]), owner)[0]

@@ -1,0 +1,132 @@
+"""Tensors that are whole only while they are used: of what backward needs of them, autograd keeps how to gather it.
+
+Weights lie in slices over the data-parallel ranks, activations in parts over the tensor-parallel ones. Either is
+gathered once forward and, where backward reads it, once there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from autopart.runtime.slices import gather, scatter_sum
+
+if TYPE_CHECKING:
+    from autopart.runtime.groups import Group
+
+Tensor = torch.Tensor
+
+
+class Gather:
+    """Tensors that are gathered together, forward and, those that backward needs, again when it needs the first; there
+    each is let go after the last of its `uses`. `run` gathers those of the given indices."""
+
+    def __init__(self, count: int, run: Callable[[Sequence[int]], Sequence[Tensor]]) -> None:
+        self.run = run
+        self.uses = [0] * count
+        self.again: dict[int, Tensor] = {}
+
+    def forward(self) -> Sequence[Tensor]:
+        """All of them; a weak reference to memory keeps its address from being used again."""
+        wholes = self.run(range(len(self.uses)))
+        known = _KNOWN.get()
+        if known is not None:
+            known.update({StorageWeakRef(w.untyped_storage()): (self, i) for i, w in enumerate(wholes)})
+        return wholes
+
+    def whole_again(self, index: int) -> Tensor:
+        """One of them, in backward."""
+        if not self.again:
+            needed = [i for i, uses in enumerate(self.uses) if uses]
+            self.again = dict(zip(needed, self.run(needed), strict=True))
+        self.uses[index] -= 1
+        return self.again[index] if self.uses[index] else self.again.pop(index)
+
+
+_KNOWN: ContextVar[dict[StorageWeakRef, tuple[Gather, int]] | None] = ContextVar("known", default=None)
+"""The memory of what a forward pass has gathered."""
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Stands, until backward, for a view of a whole tensor."""
+
+    gather: Gather
+    index: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+@contextmanager
+def keeping_parts() -> Iterator[None]:
+    """A forward pass that keeps nothing whole of what it gathers. Blocks that are recomputed keep nothing of it anyway,
+    and gather it in their second run."""
+    token = _KNOWN.set({})
+    try:
+        with saved_tensors_hooks(_pack, _unpack):
+            yield
+    finally:
+        _KNOWN.reset(token)
+
+
+def _pack(saved: Tensor) -> Tensor | _Kept:
+    known = _KNOWN.get()
+    found = known.get(StorageWeakRef(saved.untyped_storage())) if known else None
+    if found is None:
+        return saved
+    found[0].uses[found[1]] += 1
+    return _Kept(*found, saved.size(), saved.stride(), int(saved.storage_offset()))
+
+
+def _unpack(kept: Tensor | _Kept) -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
+    return kept.gather.whole_again(kept.index).as_strided(kept.size, kept.stride, kept.offset)
+
+
+# ---- weights in slices -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """What a weight in slices (`groups.weight_slice`) is a slice of: the whole's shape and dtype, and the ranks that
+    have the other slices."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    group: Group
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, slicings: Sequence[Slicing], *slices: Tensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.dtype = slicings[0].group, slices[0].dtype
+
+        def run(some: Sequence[int]) -> Sequence[Tensor]:
+            return gather([slices[i] for i in some], [slicings[i].shape for i in some], ctx.group, slicings[0].dtype)
+
+        return tuple(Gather(len(slices), run).forward())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *scatter_sum(gradients, ctx.group, ctx.dtype)
+
+
+def gathered(owner: Any) -> Any:
+    """A weight that lies in slices over ranks, whole; of a module, all such weights, as attributes. Gathered again for
+    backward, which gives every rank the sum of the gradients of its slice."""
+    if isinstance(owner, nn.Module):
+        slices = {n: p for n, p in owner.named_parameters(recurse=False) if hasattr(p, "slicing")}
+        wholes = _Whole.apply([p.slicing for p in slices.values()], *slices.values())
+        return SimpleNamespace(**dict(zip(slices, wholes, strict=True)))
+    return _Whole.apply([owner.slicing], owner)[0]
