@@ -8,10 +8,9 @@ of the last step. Weights of the model itself and the batch are apart.
     python benchmarks/memory.py [--only TEXT] [--json FILE]
 
 `--layers` holds the activations of one layer of the GPTs of Korthikanti et al., arXiv 2205.05198, against the paper's
-formulas instead. They are per layer, with tokens sb of width h over t ranks: 34 sbh / t where attention's scores are
-not kept and the sequence is split, 2 sbh / t where a layer is run again. Of the 34, 2 are masks of dropout, which is
-off here. The whole inputs of the products that split columns are kept here, 2 x 2 sbh, where Megatron-LM keeps its
-ranks' parts and gathers them again for backward: 4 (t - 1) sbh / t more.
+formulas instead. They are per layer, with tokens sb of width h over t ranks: sbh (10 + 24 / t + 5 as / (ht)), of
+which 34 sbh / t is left where attention's scores are not kept and the sequence is split, and 2 sbh / t where a layer is
+run again. Masks of dropout are not in what is compared (2 of the 34, 1 of the 5): here they are drawn again.
 """
 
 from __future__ import annotations
@@ -197,9 +196,16 @@ SPLITS: Sequence[tuple[int, Mapping[str, Any]]] = (
     *((2, {"dp": 2, "micro_batch": 4, "zero": zero, **MIXED}) for zero in range(4)),
     (4, {"pp": 4, "micro_batch": 1}),
     (4, {"pp": 2, "tp": 2, "micro_batch": 2}),
+    *((2, {"tp": 2, "micro_batch": 4, "recompute": mode}) for mode in ("selective", "full")),
+    *((2, {"tp": 2, "micro_batch": 4, "again": True, "recompute": mode}) for mode in ("none", "selective", "full")),
     (4, {"dp": 2, "tp": 2, "micro_batch": 4, "zero": 1}),
     (4, {"pp": 2, "dp": 2, "micro_batch": 2, "zero": 3, "recompute": "full", **MIXED}),
 )
+AGAIN = {
+    "gpt2": ("*.c_attn/matmul", "*.c_fc/matmul"),
+    "llama": ("*.[qkv]_proj/linear", "*.gate_proj/linear", "*.up_proj/linear"),
+}
+"""Products whose operands are gathered again for backward."""
 ROWS = [Row(model, ranks, settings) for model in MODELS for ranks, settings in SPLITS]
 
 
@@ -223,8 +229,11 @@ class Bench:
         if key not in self.sources:
             self.sources[key] = Source(*built(row.model), DTYPES[precision])
         source = self.sources[key]
-        shared = ["strategy *.weight C over dp"] if row.settings.get("zero") else []
-        request = request_of(source.model, source.batch, constraints=shared, must_fit=False, **row.settings)
+        forced = ["strategy *.weight C over dp"] if row.settings.get("zero") else []
+        if row.settings.get("again"):
+            forced += [f"strategy {name} n+again over tp" for name in AGAIN[row.model]]
+        settings = {name: value for name, value in row.settings.items() if name != "again"}
+        request = request_of(source.model, source.batch, constraints=forced, must_fit=False, **settings)
         plan = make_plan(source, Mesh.parse(f"{row.ranks}:cpu"), request, to_run=True)
         memory = tuple(dict(stage.memory) for stage in plan.stages)
         return Compared(row.name, plan.memory_bytes, tuple(measured(source, plan)), memory)
@@ -235,39 +244,67 @@ class Bench:
 
 @dataclass(frozen=True)
 class Layer:
-    """Bytes that one layer keeps for a micro-batch on a rank: as predicted, by the paper's formula without masks, and
-    what is more here because whole inputs are kept."""
+    """Bytes that one layer keeps for a micro-batch on a rank: as predicted, and by the paper's formula without masks of
+    dropout."""
 
     model: str
     mode: str
     predicted: float
     formula: float
-    whole: float
 
     @property
     def error(self) -> float:
         """Relative."""
-        return self.predicted / (self.formula + self.whole) - 1
+        return self.predicted / self.formula - 1
 
 
-FORMULAS: Mapping[str, tuple[str, float, float]] = {
-    "TP+SP+selective": ("none", 34 - 2, 4),
-    "TP+full recompute": ("full", 2, 0),
+@dataclass(frozen=True)
+class Formula:
+    """How a row runs here, and what it keeps: so many bytes of sbh that tensor parallelism does not split, that it
+    splits, and of the scores' as^2 b, which it splits too.
+
+    scores    whether attention is written out; else it is one kernel, which keeps none
+    sequence  whether the sequence is split between products, whose whole inputs are gathered again
+    """
+
+    recompute: str
+    scores: bool
+    sequence: bool
+    whole: float
+    split: float
+
+    def bytes(self, tokens: int, hidden: int, scores: float, tp: int) -> float:
+        """Of a layer; `scores` is as / h."""
+        written = 5 - 1 if self.scores else 0
+        return tokens * hidden * (self.whole + (self.split + written * scores) / tp)
+
+
+FORMULAS: Mapping[str, Formula] = {
+    "TP only, no recompute": Formula("none", True, False, 10 - 2, 24),
+    "TP+SP": Formula("none", True, True, 0, 34 - 2),
+    "TP+selective": Formula("none", False, False, 10 - 2, 24),
+    "TP+SP+selective": Formula("none", False, True, 0, 34 - 2),
+    "TP+full recompute": Formula("full", False, True, 0, 2),
 }
-"""Mode of a row -> what blocks do here (attention is one kernel, which keeps no scores), bytes of sbh / t by the
-formula, and of whole inputs of sbh (t - 1) / t."""
+"""Table 2 of the paper without masks: 2 of the 34 (or of the 10) and 1 of the 5 bytes. Selective recompute of attention
+is here a kernel that keeps no scores. What is run again keeps its input in parts here."""
 COLUMNS, ROWS_OF = ("attn.c_attn", "mlp.c_fc"), ("attn.c_proj", "mlp.c_proj")
 MEGATRON = [
     *(f"split transformer.h.*.{name}.weight dim 1 over tp" for name in COLUMNS),
     *(f"split transformer.h.*.{name}.weight dim 0 over tp" for name in ROWS_OF),
 ]
-"""Products split as in Megatron-LM; the sequence is split between them where that is faster, which it is."""
+"""Products split as in Megatron-LM."""
+SEQUENCE = {
+    True: [f"strategy transformer.h.*.{name}/matmul n+again over tp" for name in COLUMNS],
+    False: ["not split transformer.h.*.ln_* over tp", "not split transformer.h.*/add* over tp"],
+}
+"""What is between products: split, or whole on every rank."""
 
 
 def layers(models_asked: Sequence[str] = ()) -> Iterator[Layer]:
-    """The rows of the paper whose formula can be held against a plan; of some models, if they are named."""
+    """The rows of the paper; of some models, if they are named."""
     with LAYERS_FILE.open() as lines:
-        rows = [r for r in csv.DictReader(lines) if r["mode"] in FORMULAS]
+        rows = list(csv.DictReader(lines))
     for row in rows:
         if not models_asked or row["model"] in models_asked:
             yield layer(row)
@@ -276,32 +313,30 @@ def layers(models_asked: Sequence[str] = ()) -> Iterator[Layer]:
 def layer(row: Mapping[str, str]) -> Layer:
     """One row: its model cut to 3 layers, tensor-parallel over a host."""
     hidden, heads, length, tp, samples = (int(row[k]) for k in ("hidden", "heads", "seq_len", "tp", "micro_batch"))
+    formula = FORMULAS[row["mode"]]
     config = hf.GPT2Config(
         n_embd=hidden, n_head=heads, n_layer=3, n_positions=length, vocab_size=51200, activation_function="gelu",
-        use_cache=False, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        use_cache=False, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1 * formula.scores,
     )  # fmt: skip
     with torch.device("meta"):
         model = hf.GPT2LMHeadModel(config)
         tokens = torch.zeros(samples, length, dtype=torch.long)
     batch = {"input_ids": tokens, "labels": tokens}
-    mode, each, whole = FORMULAS[row["mode"]]
-    settings = {"tp": tp, "micro_batch": samples, "recompute": mode, "must_fit": False, **MIXED}
-    request = request_of(model, batch, constraints=MEGATRON, **settings)
+    settings = {"tp": tp, "micro_batch": samples, "recompute": formula.recompute, "must_fit": False, **MIXED}
+    request = request_of(model, batch, constraints=MEGATRON + SEQUENCE[formula.sequence], **settings)
     source = Source(model, batch, torch.bfloat16)
     plan = make_plan(source, Mesh.parse(f"{tp}:a100-80gb"), request)
     (stage,) = found_in(plan, source)
     (block,) = (b for b in stage.blocks if b.label == "transformer.h.1")
     kept = sum(leaf.bytes for leaf in block.leaves if leaf.kind == "activations")
-    unit = length * samples * hidden / tp
-    return Layer(row["model"], row["mode"], kept, each * unit, whole * (tp - 1) * unit)
+    return Layer(row["model"], row["mode"], kept, formula.bytes(length * samples, hidden, heads * length / hidden, tp))
 
 
 def layers_table(found: Sequence[Layer]) -> Table:
     """All rows, one a line."""
-    columns = ("predicted MiB", "formula MiB", "inputs kept whole MiB", "error")
-    made = Table("model", "mode", *columns, title="Activations of a layer")
+    made = Table("model", "mode", "predicted MiB", "formula MiB", "error", title="Activations of a layer")
     for row in found:
-        numbers = (f"{x / 2**20:.1f}" for x in (row.predicted, row.formula, row.whole))
+        numbers = (f"{x / 2**20:.1f}" for x in (row.predicted, row.formula))
         made.add_row(row.model, row.mode, *numbers, f"{row.error:+.2%}")
     return made
 

@@ -80,8 +80,14 @@ def keeping_parts() -> Iterator[None]:
 
 
 def _pack(saved: Tensor) -> Tensor | _Kept:
+    """What stands for a tensor until backward. Of what nobody has whole any more, what it was gathered from goes too.
+    """
     known = _KNOWN.get()
-    found = known.get(StorageWeakRef(saved.untyped_storage())) if known else None
+    if not known:
+        return saved
+    for gone in [memory for memory in known if memory.expired()]:
+        del known[gone]
+    found = known.get(StorageWeakRef(saved.untyped_storage()))
     if found is None:
         return saved
     found[0].uses[found[1]] += 1
