@@ -16,7 +16,7 @@ import autopart
 from autopart import Plan
 from autopart.certify import findings
 from autopart.compile import Source
-from autopart.notation import Placement
+from autopart.notation import G, Placement
 from autopart.rules import Strategy
 
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
@@ -90,6 +90,10 @@ def split(axis: str, key: str, strategy: Callable[[Strategy], Strategy | None]) 
     return change
 
 
+def gathered_again(s: Strategy) -> Strategy:
+    return replace(s, name="G", inputs=(G, *s.inputs[1:]), outputs=(G, *s.outputs[1:]))
+
+
 S0, R = Placement("S", 0), Placement("R")
 TAMPERED: list[tuple[str, Change, str]] = [
     *((f"{part} of stage {i} x {x}", stage(i, **{part: lambda v, x=x: v * x}), part)
@@ -146,6 +150,9 @@ TAMPERED: list[tuple[str, Change, str]] = [
      "splits"),
     ("strategy unknown", split("tp", "/layer_norm", lambda s: replace(s, name="nothing")), "strategy"),
     ("partial sum of a norm", split("tp", "/layer_norm", lambda s: replace(s, outputs=(Placement("P"),))), "strategy"),
+    ("gathered again what is split", split("tp", ".c_proj/matmul", lambda s: replace(s, inputs=(G, *s.inputs[1:]))),
+     "strategy"),
+    ("gathered again what nobody split", split("tp", ".ln_f/layer_norm", gathered_again), "strategy"),
     ("parameter summed", split("tp", "wte.weight", lambda s: Strategy("P", (), (Placement("P"),))), "strategy"),
     ("input split", split("tp", "input_ids", lambda s: Strategy("d1", (), (Placement("S", 9),))), "strategy"),
     ("sizes of the mesh", having(mesh=lambda m: replace(m, devices_per_host=8)), "degrees"),

@@ -44,7 +44,9 @@ def shared(name: str) -> list[dict[str, Any]]:
     by_tp, by_pp = ({"dp": 2, axis: 2, "micro_batch": 4} for axis in ("tp", "pp"))
     if name not in ("gpt2", "llama"):
         return [{**by_pp, "forced": forced(3, "full selective none")}]
+    again = {"constraints": [f"strategy {name} n+again over tp" for name in AGAIN[name]]}
     return [
+        {**by_tp, **again, "forced": forced(3, "none selective full")},
         {**by_tp, "forced": forced(1, "none selective")},
         {**by_tp, "forced": forced(2, "selective")},
         {**by_tp, "forced": forced(3, "full selective")},
@@ -52,6 +54,10 @@ def shared(name: str) -> list[dict[str, Any]]:
         {**by_pp, "forced": forced(2, "none")},
         {**by_pp, "forced": forced(3, "selective none")},
     ]
+
+
+AGAIN = {"gpt2": ["*.c_attn/matmul", "*.c_fc/matmul"], "llama": ["*.[qkv]_proj/linear", "*.gate_proj/linear"]}
+"""Products whose operands are gathered again for backward."""
 
 
 def forced(zero: int, modes: str, optimizer: str = "AdamW", device: str = "cpu") -> dict[str, Any]:

@@ -101,9 +101,9 @@ def test_the_shell_tells_whose_bytes_are(tmp_path: Path) -> None:
 
 
 def test_a_layer_keeps_what_the_formulas_say() -> None:
-    """Korthikanti et al., arXiv 2205.05198: attention without scores, and a layer that is run again."""
-    found = list(layers(["GPT-22B", "GPT-1T"]))
-    assert len(found) == 4
+    """Korthikanti et al., arXiv 2205.05198: with and without scores, the sequence split or not, and run again."""
+    found = list(layers(["GPT-22B"]))
+    assert len(found) == 5
     assert all(abs(row.error) <= NEAR for row in found), found
 
 
