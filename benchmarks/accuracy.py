@@ -6,11 +6,11 @@ error is predicted / published - 1. Nothing is fitted on these rows. A row whose
 context parallelism, asynchronous tensor parallelism) is named and not scored.
 
 What is known of how a row ran and no plan says is added or taken away by formula, which `differences` and
-`held_besides` tell with their sources.
+`benchmarks/reserved.py` tell with their sources.
 
 `--memory` prints the predicted bytes of the fullest stage beside what was published, of plans with master copies in
-float32, as the runs had them. What torchtitan publishes is what the allocator reserved at most, more than what tensors
-took. `--cross` fits the constants on parts of their sources and judges them on the rest.
+float32, as the runs had them: what the allocator reserved at most, more than what tensors took. `--cross` fits the
+constants on parts of their sources and judges them on the rest.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from autopart.cost import stream_rate_seconds
 from autopart.plan import PlanRun, PlanStage
 from benchmarks.fit import Collectives, Fabric, Fitted, Profile, refits
 from benchmarks.published import Bench, Published, read
+from benchmarks.reserved import reserved
 
 FILES = {
     "megatron_sc21_table1_a100.csv": "Megatron-LM SC21, A100",
@@ -70,7 +71,7 @@ class Scored:
 
     predicted  seconds of a step
     shares     of it, by `Estimate.breakdown`
-    memory     bytes of a device of the fullest stage, by what takes them
+    memory     bytes of a device of the fullest stage, by what takes them; see `held`
     clock      how far the plan's simulated step is from the one it says, relatively; its stages whole
     sharing    share of the seconds that gathers and scatters of ZeRO 3 take, none of them hidden behind products
     """
@@ -87,6 +88,11 @@ class Scored:
     def error(self) -> float:
         """Relative error of the seconds; nan where none are published."""
         return self.predicted / self.row.measured - 1 if self.row.measured else math.nan
+
+    @property
+    def excess(self) -> float:
+        """Relative error of the bytes; nan where none are published."""
+        return sum(self.memory.values()) / 2**30 / self.row.memory - 1 if self.row.memory else math.nan
 
     @property
     def hidden(self) -> float:
@@ -222,24 +228,6 @@ def again_seconds(stage: PlanStage) -> float:
     return sum(products)
 
 
-PLANNED_LOGITS = 2
-"""Float32 tensors of the logits that a plan counts: the logits and their gradient."""
-
-
-def held_besides(plan: Plan, row: Published) -> dict[str, float]:
-    """Bytes of a rank that its authors are known to have held more than a plan of one stage says, by what takes them:
-    outputs of products that were run again, less; tensors of logits, more or less."""
-    tokens, (stage, *others) = row.micro_batch * row.sequence / plan.dp / plan.tp, plan.stages
-    if others:
-        return {}
-    blocks = sum(len(run.labels) for run in stage.runs if blocks_of(run))
-    logits = row.logits - PLANNED_LOGITS if row.logits is not None else 0.0
-    return {
-        "activations": -getattr(torch, plan.precision).itemsize * row.again * tokens * blocks,
-        "transient": 4 * logits * tokens * row.words,
-    }
-
-
 def predicted_seconds(plan: Plan, row: Published) -> float:
     """Seconds of a plan's step, as a row ran it."""
     m, others = plan.micro_batches, [differences(plan, stage, row) for stage in plan.stages]
@@ -260,6 +248,8 @@ def plan_of(bench: Bench, row: Published, master: str | None = None) -> Plan:
     is then asked of the weights: where memory is no matter, gradients may else be summed block by block and nothing is
     shared."""
     cuts = ["cuts=uniform"] if row.even else []
+    if row.cuts:
+        cuts = [f"cuts=manual:{','.join(f'model.layers.{n}' for n in row.cuts)}"]
     whole = [f"not split {each} over tp" for each in WHOLE] if row.replicated else []
     shared = ["strategy *.weight C over dp"] if row.forced["zero"] and row.forced["dp"] > 1 else []
     settings = {**row.forced, "schedule": "1f1b", "micro_batch": row.micro_batch, "must_fit": False, "master": master}
@@ -275,12 +265,9 @@ def score(bench: Bench, row: Published, master: str | None = None) -> Scored:
         parts[name] += more
     parts["bubble"] += seconds - sum(parts.values())
     fullest = max(plan.stages, key=lambda s: s.memory_bytes)
-    held = dict(fullest.memory)
-    for name, more in held_besides(plan, row).items():
-        held[name] += more
     clock = timeline(plan).seconds / plan.step_seconds - 1
     shares, sharing = {k: v / seconds for k, v in parts.items()}, sharing_seconds(plan) / seconds
-    return Scored(row, seconds, shares, held, plan.fits, clock, sharing)
+    return Scored(row, seconds, shares, fullest.memory, plan.fits, clock, sharing)
 
 
 def why_not(row: Published) -> str:
@@ -341,7 +328,7 @@ def memory_table(scored: Sequence[Scored]) -> Table:
     """Predicted memory beside what was published."""
     columns = ("predicted GiB", "published GiB", "difference", "fits", "most of it", "left out")
     made = Table("row", "model", "mesh", "forced", *columns)
-    made.title = "Memory of the fullest device: tensors predicted, what the allocator reserved published"
+    made.title = "Memory of the fullest device: what the allocator reserved"
     for s in scored:
         made.add_row(
             s.row.name,
@@ -350,7 +337,7 @@ def memory_table(scored: Sequence[Scored]) -> Table:
             what(s.row),
             f"{sum(s.memory.values()) / 2**30:.1f}",
             f"{s.row.memory:.1f}" if s.row.memory else "out of memory",
-            f"{sum(s.memory.values()) / 2**30 / s.row.memory - 1:+.0%}" if s.row.memory else "",
+            f"{s.excess:+.1%}" if s.row.memory else "",
             "yes" if s.fits else "no",
             ", ".join(f"{k} {v / 2**30:.1f}" for k, v in Counter(s.memory).most_common(2)),
             "; ".join(t for t in s.row.left_out if not t.startswith("fp32 states")),
@@ -366,11 +353,26 @@ def as_held(row: Published) -> Published:
     return replace(row, forced={**row.forced, "zero": level})
 
 
+def held(bench: Bench, row: Published) -> Scored:
+    """A row with what it reserved (`benchmarks.reserved`), of a plan with master copies in float32."""
+    plan = plan_of(bench, row, "float32")
+    return replace(score(bench, row, "float32"), memory=reserved(plan, row, bench.source(row)))
+
+
 def memory(bench: Bench, rows: Sequence[Published], console: Console) -> list[Scored]:
     """Print and return the rows with published memory, context parallelism apart, and those out of memory."""
     asked = [r for r in rows if (r.memory or r.out) and not r.skipped and not any("cp " in a for a in r.apart)]
-    scored = [score(bench, as_held(row), "float32") for row in asked]
+    scored = [held(bench, as_held(row)) for row in asked]
     console.print(memory_table(scored))
+    for name, some in (
+        ("without", [s for s in scored if s.row.forced["pp"] == 1]),
+        ("with", [s for s in scored if s.row.forced["pp"] > 1]),
+    ):
+        errors = [abs(s.excess) for s in some if s.row.memory]
+        if errors:
+            console.print(
+                f"{len(errors)} rows {name} a pipeline: {fmean(errors):.1%} off on average, {max(errors):.1%} most"
+            )
     out = [s for s in scored if s.row.out]
     console.print(
         f"Published as out of memory: {len(out)} rows, of which {sum(s.fits for s in out)} are called fitting."

@@ -51,12 +51,15 @@ class Published:
     micro_batch  theirs, over all ranks
     pieces       of a stage, interleaved; 1 where stages are whole
     even         whether every stage has as many blocks
+    cuts         the first block of every stage but the first, where that is known
     master       dtype of what adds up, where a sharded run is known to have added up in it
     unfused      whether attention was of several kernels, with dropout
     eager        whether RMSNorm was of several kernels
     replicated   whether what is between tensor-parallel products was of the whole sequence on every rank
-    again        elements a token that every second product of a block makes, where selective recompute ran those again
-    logits       float32 tensors of a micro-batch's logits that a rank held at once; None where it is not known
+    width        of what blocks pass on
+    again        elements a token of a block's products that selective recompute did not keep
+    freed        elements a token that a block's forward makes at most and frees
+    logits       float32 tensors of a micro-batch's logits that a rank had room for; None where it is not known
     overlapped   whether backward hid tensor parallelism's collectives and added weight gradients up in their products
     measured     seconds of a step as published; None where it is not
     memory       GiB of the fullest device as published; None where it is not
@@ -78,11 +81,14 @@ class Published:
     micro_batch: int
     pieces: int
     even: bool
+    cuts: tuple[int, ...]
     master: str | None
     unfused: bool
     eager: bool
     replicated: bool
+    width: int
     again: int
+    freed: int
     logits: float | None
     overlapped: bool
     measured: float | None
@@ -128,11 +134,14 @@ def published(row: Row, name: str) -> Published:
         micro_batch=whole(row["micro_batch"], 1) * dp,
         pieces=whole(row["vpp"], 1),
         even=pp > 1 and int(row["layers"]) % pp == 0,
+        cuts=cuts_of(row) if row["arch"] == "llama" else (),
         master="float32" if row["arch"] == "llama" else None,
         unfused=row["arch"] == "gpt",
         eager=row["arch"] == "llama" and not compiled(row),
         replicated=row["arch"] == "gpt" and row["sp"] != "1" and tp > 1,
+        width=whole(row["hidden"], 0),
         again=second_products(row) if row["arch"] == "llama" and recompute_of(row) == "selective" else 0,
+        freed=freed_of(row) if row["arch"] == "llama" else 0,
         logits=logits_of(row) if row["arch"] == "llama" else None,
         overlapped=overlapped(row),
         measured=measured_seconds(row),
@@ -212,20 +221,52 @@ def overlapped(row: Row) -> bool:
     return row["source_id"].startswith("seqsel")
 
 
+def cuts_of(row: Row) -> tuple[int, ...]:
+    """`Published.cuts` of torchtitan: as many blocks in every stage, and those left over one each from the second stage
+    on (`generate_split_points`, pipelining_utils.py at 9dec370)."""
+    each, left = divmod(int(row["layers"]), stages := whole(row["pp"], 1))
+    return tuple(n * each + min(n - 1, left) for n in range(1, stages))
+
+
 def second_products(row: Row) -> int:
     """Elements a token of the outputs of every second product of a Llama's block: k, o and up (torchtitan's policy of
-    selective checkpointing at 9dec370, parallelize_llama.py)."""
+    selective checkpointing at 9dec370, parallelize_llama.py). The last one's, down, is kept by a policy but read by no
+    backward: torch.compile, which cuts the graph of both passes, leaves it out (torch/_functorch/partitioners.py)."""
     width = int(row["hidden"])
-    return width // int(row["heads"]) * int(row["kv_heads"]) + width + int(row["ffn"])
+    second = width // int(row["heads"]) * int(row["kv_heads"]) + width + int(row["ffn"])
+    return second + width if compiled(row) else second
+
+
+def freed_of(row: Row) -> int:
+    """`Published.freed` of a Llama's block, by whichever of its moments takes most, a rank's own tokens counted.
+
+    The feed-forward makes silu(gate), up and their product; one kernel makes it where compiled, and reads gate, which
+    may be kept. Tensor parallelism gathers the whole input. Its collectives along the sequence, which is not the first
+    dim, copy: what is gathered, after which one copy is left, and what is scattered, the whole output
+    (torch/distributed/_functional_collectives.py); asynchronous ones copy what the product before a scatter reads
+    (torch/distributed/_symmetric_memory). Besides, the stream and the normalised input are there.
+    """
+    width, inner, tp = (whole(row[k], 1) for k in ("hidden", "ffn", "tp"))
+    moments = [(2 if compiled(row) and recompute_of(row) == "selective" else 3) * inner]
+    if tp > 1:
+        moments += [width * tp + 2 * inner, width * tp + inner + (inner if asynchronous(row) else width * tp)]
+    return max(moments) + 2 * width
+
+
+def asynchronous(row: Row) -> bool:
+    """Whether tensor parallelism ran beside its products."""
+    return "async" in row["notes"].lower()
 
 
 def logits_of(row: Row) -> float:
-    """`Published.logits` of torchtitan. Its loss of 2024 is eager: the logarithms of the softmax, the gradient of those
-    and of the logits; split over tensor parallelism, one more (torch/distributed/tensor/parallel/loss.py). Compiled, as
-    in the runs on H200 of 2025, it keeps the bfloat16 logits and their gradient alone."""
+    """`Published.logits` of torchtitan. Its loss of December 2024 is eager (pytorch/pytorch #143774): the logarithms of
+    the softmax, the gradient of those and of the logits; split over tensor parallelism, one more
+    (torch/distributed/tensor/parallel/loss.py). The bfloat16 logits were freed by then, but none of these fits into
+    their room, half of theirs, which stays reserved. Compiled, as in the runs on H200 of 2025, it keeps the bfloat16
+    logits and their gradient alone."""
     if row["source_id"] == "torchtitan_h200":
         return 1.0
-    return 4.0 if whole(row["tp"], 1) > 1 else 3.0
+    return 4.5 if whole(row["tp"], 1) > 1 else 3.5
 
 
 def recompute_of(row: Row) -> str:
@@ -248,7 +289,7 @@ def apart(row: Row) -> Iterator[str]:
         yield f"cp {row['cp']} made part of tp"
     if row["dtype"].startswith("float8"):
         yield f"{row['dtype']}, here bf16"
-    if "async" in row["notes"].lower():
+    if asynchronous(row):
         yield "async TP"
 
 

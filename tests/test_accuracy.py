@@ -15,7 +15,6 @@ from benchmarks.accuracy import (
     differences,
     figure_of,
     fsdp,
-    held_besides,
     kendall,
     plan_of,
     predicted_seconds,
@@ -143,18 +142,6 @@ def test_every_second_product_is_run_again() -> None:
     found = {line.name: line.seconds for line in blocks.lines if line.operator == "linear"}
     again = found["self_attn.k_proj"] + found["self_attn.o_proj"] + found["mlp.up_proj"]
     assert again_seconds(stage) == pytest.approx(32 * again / 3)
-
-
-def test_bytes_besides_a_plan() -> None:
-    """Llama-3-8B, two samples of 8192 a rank: 32 blocks keep no k, o and up; its loss has a third float32 tensor."""
-    row = row_of("torchtitan_2024_12:1")
-    plan = plan_of(Bench(), row)
-    found = held_besides(plan, row)
-    assert found["activations"] == -2 * (1024 + 4096 + 14336) * 16384 * 32
-    assert found["transient"] == 4 * 128256 * 16384
-    compiled = held_besides(plan, replace(row, again=0, logits=1.0))
-    assert compiled == {"activations": 0, "transient": -4 * 128256 * 16384}
-    assert row_of("torchtitan_2024_12:11").logits == 4 and row_of("torchtitan_h200:31").logits == 1
 
 
 def test_messages_of_fsdp() -> None:

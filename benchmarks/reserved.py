@@ -1,0 +1,107 @@
+"""What torchtitan's runs reserve on a device besides what a plan of theirs says, by formula; nothing is fitted.
+
+What is published is the most that torch's caching allocator had reserved (torchtitan/metrics.py, `max_reserved_gib`).
+It gives what a stream has freed to that stream alone (c10/cuda/CUDACachingAllocator.cpp), so that the most of every
+stream adds up, whenever it was. Sources are pytorch 1963fc8 and torchtitan 9dec370, which ran in December 2024, if not
+said otherwise.
+
+again      every second product of a block is run again (`Published.again`)
+logits     float32 tensors of the logits, against a plan's (`Published.logits`)
+freed      what a block's forward frees before the loss (`Published.freed`): no float32 tensor of the logits, and no
+           bfloat16 one, fits into the room that it leaves among what is kept
+scattered  gradients' slices are of a stream of their own (pytorch/pytorch #129721): there at every moment, where a plan
+           says that they are not there yet. Under a pipeline they are besides the whole ones
+gathered   the root's parameters, embedding and head, are whole from forward to backward, and the last block's, which
+           is not sliced after forward (torchtitan, parallelize_llama.py; `_lazy_init` of fully_shard)
+buffers    gathers of FSDP are of a stream of their own, two at a time (`AllGatherState`): the root's or a block's and
+           the next block's. Every piece of a pipeline has such streams (pytorch/pytorch #165024)
+messages   pipelining receives every micro-batch's input and gradient in a buffer of its own, all made before the first
+           (torch/distributed/pipelining/stage.py); inputs of those in flight are what a plan keeps of blocks
+outputs    it keeps every micro-batch's output until the step ends (`output_chunks`, of all stages until
+           pytorch/pytorch #153383), of the last stage logits
+in flight  pieces of micro-batches whose activations are alive once gradients are (`alive`)
+pieces     whole gradients of one piece at a time, where every piece has one round of micro-batches: a piece's are
+           scattered after its last backward, before another's first (`number_of_rounds` of ScheduleInterleaved1F1B)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from autopart import Plan
+from autopart.compile import Source
+from autopart.schedules import in_flight
+from autopart.tenants import Tenants, found_in
+from benchmarks.published import Published
+
+PLANNED_LOGITS = 3
+"""Float32 tensors of the logits that a plan counts: log-softmax, its gradient, the logits'."""
+
+
+def reserved(plan: Plan, row: Published, source: Source) -> dict[str, float]:
+    """Bytes of the fullest rank, by what takes them: a plan's kinds and this module's."""
+    stages = [
+        {**dict(plan.stages[n].memory), **besides(plan, row, n, one)} for n, one in enumerate(found_in(plan, source))
+    ]
+    return max(stages, key=lambda held: sum(held.values()))
+
+
+def besides(plan: Plan, row: Published, stage: int, held: Tenants) -> dict[str, float]:
+    """Bytes of a stage that are more than the plan's, by the names above; `held` says whose those are."""
+    wide, narrow = (getattr(torch, dtype or plan.precision).itemsize for dtype in (plan.master, None))
+    memory, stages = plan.stages[stage].memory, len(plan.stages)
+    blocks, root = elements(plan, held)
+    tokens = row.micro_batch * row.sequence / plan.dp / plan.tp
+    found = {"again": -narrow * row.again * tokens * len(blocks)}
+    if stage == stages - 1 and row.logits is not None:
+        found["logits"] = 4 * (row.logits - PLANNED_LOGITS) * tokens * row.words
+    if plan.zero == 3:
+        found["freed"] = narrow * row.freed * tokens
+        found["scattered"] = memory["gradients"] if plan.micro_batches == 1 else 0.0
+        found["gathered"] = narrow * (root + blocks[-1])
+        return {**found, "buffers": narrow * (root + blocks[0]) * (1 + 1 / plan.dp)}
+    m, v, each = plan.micro_batches, row.pieces, narrow * tokens * row.width
+    found["scattered"] = wide * (root + sum(blocks)) / plan.dp
+    found["buffers"] = narrow * (blocks[0] + max(root, blocks[0]) + (v - 1) * 2 * blocks[0])
+    now, planned = alive(stage, stages, m, v), in_flight(plan.schedule, stage, stages, m)
+    found["in flight"] = each * len(blocks) * (now / v - planned)
+    received = v - (stage == 0)
+    found["messages"] = each * (max(0.0, m * received - now * received / v) + m * (v - (stage == stages - 1)))
+    found["outputs"] = each * m * (v - (stage == stages - 1))
+    found["outputs"] += narrow * tokens * row.words * m if stage == stages - 1 else 0.0
+    found["pieces"] = -memory["gradients"] * (1 - 1 / v) if m <= stages else 0.0
+    return found
+
+
+def alive(stage: int, stages: int, micro_batches: int, pieces: int) -> int:
+    """Pieces of micro-batches whose activations a rank of 1F1B holds at most once there are gradients.
+
+    Before its first backward it does one forward more than min(v m, (v - 1) p + 2 (p - 1 - s)), in one piece
+    min(m, p - 1 - s) (`_get_warmup_ops` of torch/distributed/pipelining/schedules.py; Megatron-LM's interleaved
+    schedule). Where these are all, no forward follows the first backward, and one piece less is alive with gradients.
+    """
+    left = stages - 1 - stage
+    most = (pieces - 1) * min(stages, micro_batches) + 2 * left if pieces > 1 else left
+    return min(pieces * micro_batches - 1, most + 1)
+
+
+def elements(plan: Plan, held: Tenants) -> tuple[list[float], float]:
+    """Parameters of every block of a stage and of all that is outside of blocks, whole on a rank of dp."""
+    blocks, root = list[float](), 0.0
+    for label, count in _elements(plan, held):
+        if label.rpartition(".")[2].isdigit():
+            blocks.append(count)
+        else:
+            root += count
+    return blocks, root
+
+
+def _elements(plan: Plan, held: Tenants) -> Iterator[tuple[str, float]]:
+    sliced = plan.zero == 3
+    size = getattr(torch, (sliced and plan.master) or plan.precision).itemsize / (plan.dp if sliced else 1)
+    for block in held.blocks:
+        nbytes = sum(leaf.bytes for leaf in block.leaves if leaf.kind == "parameters")
+        if nbytes:
+            yield block.label, nbytes / size

@@ -1,0 +1,112 @@
+"""What torchtitan's runs reserve besides what their plans say."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from autopart.schedules import Op, compute_order
+from autopart.tenants import found_in
+from benchmarks.accuracy import as_held, held, plan_of
+from benchmarks.published import Bench, Published, read
+from benchmarks.reserved import alive, besides, elements
+
+ROWS = {row.name: row for row in read("torchtitan_llama3.csv")}
+BENCH = Bench(as_run=True)
+BLOCK, ROOT = 218_112_000, 2 * 128256 * 4096 + 4096
+"""Parameters of Llama-3-8B: of a block; of embedding, norm and head."""
+
+
+def more(row: Published, stage: int = 0) -> tuple[dict[str, float], dict[str, float]]:
+    """What a stage of a row holds by its plan, and besides."""
+    row = as_held(row)
+    plan = plan_of(BENCH, row, "float32")
+    whose = found_in(plan, BENCH.source(row))[stage]
+    return dict(plan.stages[stage].memory), besides(plan, row, stage, whose)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4, 8, 20])
+@pytest.mark.parametrize("stage", [0, 1, 5, 7])
+def test_what_is_alive_once_there_are_gradients(stage: int, micro_batches: int) -> None:
+    order = [op for op, _ in compute_order("1f1b", stage, 8, micro_batches)]
+    first = order.index(Op.BACKWARD) + 1
+    counts = [order[:n].count(Op.FORWARD) - order[:n].count(Op.BACKWARD) for n in range(first, len(order))]
+    assert alive(stage, 8, micro_batches, 1) == max(counts, default=0)
+
+
+@pytest.mark.parametrize(("stage", "count"), [(0, 15), (4, 15), (6, 11), (7, 9)])
+def test_interleaved_pieces_that_are_alive(stage: int, count: int) -> None:
+    """Of 8 micro-batches in 2 pieces on 8 ranks: 8 + 2 (7 - s) forwards before the first pair, 16 at most."""
+    assert alive(stage, 8, 8, 2) == count
+
+
+def test_stages_of_torchtitan() -> None:
+    """126 blocks in 8 stages: 15, 16 six times, 15."""
+    row = ROWS["torchtitan_2024_12:13"]
+    assert [b - a for a, b in pairwise((0, *row.cuts, 126))] == [15, 16, 16, 16, 16, 16, 16, 15]
+    assert (row.micro_batch / row.forced["dp"], row.pieces, ROWS["torchtitan_2024_12:14"].pieces) == (4, 1, 2)
+
+
+def test_without_a_pipeline() -> None:
+    """Llama-3-8B on 8 ranks, two samples of 8192 each: slices of a stream of their own, a root that stays whole."""
+    plan, found = more(ROWS["torchtitan_2024_12:1"])
+    tokens = 2 * 8192
+    assert found == pytest.approx(
+        {
+            "again": -2 * (1024 + 4096 + 14336) * tokens * 32,
+            "logits": 4 * 0.5 * 128256 * tokens,
+            "freed": 2 * (3 * 14336 + 2 * 4096) * tokens,
+            "scattered": plan["gradients"],
+            "gathered": 2 * (ROOT + BLOCK),
+            "buffers": 2 * (ROOT + BLOCK) * 9 / 8,
+        }
+    )
+
+
+def test_compiled_blocks_keep_and_free_less() -> None:
+    _, eager = more(ROWS["torchtitan_2024_12:4"])
+    _, compiled = more(ROWS["torchtitan_2024_12:5"])
+    tokens = 2 * 8192
+    assert eager["again"] - compiled["again"] == 2 * 4096 * tokens * 32
+    assert eager["freed"] - compiled["freed"] == 2 * 14336 * tokens
+
+
+@pytest.mark.parametrize(("name", "freed"), [(11, 2 * 8 * 8192 + 28672), (12, 8 * 8192 + 2 * 28672)])
+def test_collectives_along_the_sequence_copy(name: int, freed: int) -> None:
+    row = ROWS[f"torchtitan_2024_12:{name}"]
+    assert row.freed == freed + 2 * 8192 and row.logits == 4.5
+
+
+def test_pieces_have_their_gradients_one_after_another() -> None:
+    """The second stage of Llama-3-405B: 16 blocks, whole or in two pieces of 8."""
+    row = ROWS["torchtitan_2024_12:14"]
+    plan, pieces = more(row, 1)
+    _, whole = more(replace(row, pieces=1), 1)
+    each, block = 2 * 4 * 8192 / 8 * 16384, 2 * 16384 * (16384 + 1024 + 3 * 53248 / 2) / 8
+    assert (whole["pieces"], pieces["pieces"]) == (0, -plan["gradients"] / 2)
+    assert (whole["in flight"], pieces["in flight"]) == (0, 16 * each * (15 / 2 - 7))
+    assert (whole["outputs"], pieces["outputs"]) == (8 * each, 16 * each)
+    assert (whole["messages"], pieces["messages"]) == ((1 + 8) * each, (1 + 16) * each)
+    assert whole["scattered"] == pytest.approx(4 * 16 * block / 8, rel=1e-3)
+    assert (whole["buffers"], pieces["buffers"]) == pytest.approx((2 * 2 * block, 4 * 2 * block), rel=1e-3)
+
+
+def test_the_last_stage_keeps_all_logits() -> None:
+    _, found = more(ROWS["torchtitan_2024_12:15"], 7)
+    tensor = 32768 * 128256 / 8
+    assert found["outputs"] == 2 * 8 * tensor and found["logits"] == 4 * 1.5 * tensor
+
+
+def test_elements_of_a_sliced_model() -> None:
+    row = ROWS["torchtitan_h200:31"]
+    plan = plan_of(BENCH, row, "float32")
+    blocks, root = elements(plan, found_in(plan, BENCH.source(row))[0])
+    assert blocks == pytest.approx([BLOCK] * 32, rel=1e-3) and root == pytest.approx(ROOT, rel=1e-3)
+
+
+@pytest.mark.parametrize("number", [1, 5, 15])
+def test_what_was_published(number: int) -> None:
+    """Nothing is fitted on these: one of eager blocks, one of compiled ones, one of a pipeline."""
+    found = held(BENCH, as_held(ROWS[f"torchtitan_2024_12:{number}"]))
+    assert found.row.memory is not None
+    assert sum(found.memory.values()) / 2**30 == pytest.approx(found.row.memory, rel=0.05)
