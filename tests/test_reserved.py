@@ -110,3 +110,9 @@ def test_what_was_published(number: int) -> None:
     found = held(BENCH, as_held(ROWS[f"torchtitan_2024_12:{number}"]))
     assert found.row.memory is not None
     assert sum(found.memory.values()) / 2**30 == pytest.approx(found.row.memory, rel=0.05)
+
+
+def test_a_run_that_no_formula_was_made_from() -> None:
+    """Llama-3-8B compiled on 8 H100, one sample a rank: 47.65 GiB (pytorch/torchtitan #808, January 2025)."""
+    row = replace(ROWS["torchtitan_2024_12:2"], micro_batch=8, global_batch=8)
+    assert sum(held(BENCH, as_held(row)).memory.values()) / 2**30 == pytest.approx(47.65, rel=0.01)
