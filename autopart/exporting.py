@@ -65,6 +65,7 @@ def _export(
     skeleton: Any = _skeleton(model, mode, dtype, shortened)
     kwargs = {k: _fake(v, mode) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     _gather_experts(skeleton)
+    _without_caches(skeleton)
     if attention:
         skeleton.set_attn_implementation(attention)
     custom: list[CustomFunction] = []
@@ -223,6 +224,14 @@ def _gather_experts(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "_is_expert_parallel"):
             module.config._experts_implementation = "batched_mm"  # type: ignore[union-attr]
+
+
+def _without_caches(model: nn.Module) -> None:
+    """Have transformers' models give no keys and values for the next token, which training has none of and torch.export
+    cannot return."""
+    for config in (getattr(module, "config", None) for module in model.modules()):
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # type: ignore[union-attr]
 
 
 @contextmanager

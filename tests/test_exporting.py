@@ -425,3 +425,15 @@ def test_hidden_states_and_attentions_are_left_out() -> None:
     model.config.output_hidden_states = True
     found = autopart.check(model, "2:cpu", given, tp=2, micro_batch=8)
     assert found.gradient_error < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+def test_caches_for_generation_are_left_out(name: str) -> None:
+    """As transformers makes its models: with a cache in what they give. The user's own model keeps its own."""
+    plain, cached = models.MODELS[name](1), models.MODELS[name](1)
+    cached.config.use_cache = True  # type: ignore[union-attr]
+    batch, mesh = models.batch_for(name, torch.float32), Mesh.parse("2:cpu")
+    hashes = {Source(model, batch, torch.float32).at(models.SAMPLES, mesh).hash for model in (plain, cached)}
+    assert len(hashes) == 1
+    assert cached.config.use_cache  # type: ignore[union-attr]
+    assert autopart.check(cached, mesh, batch, tp=2).gradient_error < 1e-5

@@ -80,7 +80,7 @@ def keeping_parts() -> Iterator[None]:
 
 
 def _pack(saved: Tensor) -> Tensor | _Kept:
-    """What stands for a tensor until backward. Of what nobody has whole any more, what it was gathered from goes too."""
+    """What stands for a tensor until backward. What nobody has whole any more is let go, with what it came from."""
     known = _KNOWN.get()
     if not known:
         return saved
