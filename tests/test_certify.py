@@ -11,6 +11,8 @@ from typing import Any
 import models
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import autopart
 from autopart import Plan
@@ -25,6 +27,9 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("3:cpu", {"pp": 3, "recompute": "selective"}),
     ("2:h100-80gb", {"zero": 1, "dp": 2}),
 ]
+
+
+TOKENS, WIDTH = 6, 16
 
 
 @functools.cache
@@ -51,6 +56,32 @@ def wrong(plan: Plan, name: str = "gpt2") -> list[str]:
 def test_a_plan_of_the_planner_is_accepted(name: str, number: int) -> None:
     plan = planned(name, number)
     assert not findings(plan, source(name).at(plan.micro_batch, plan.mesh))
+
+
+class Made(nn.Module):
+    """Makes masks, positions and a state of nothing but the number of samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.down = nn.Embedding(TOKENS, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        n = x.shape[0]
+        places = torch.arange(TOKENS).unsqueeze(0).expand(n, TOKENS)
+        causal = (places[:, None, :] <= places[:, :, None]).float()
+        state = torch.zeros(n * 2, WIDTH).view(n, 2, WIDTH).sum(1, keepdim=True)
+        x = causal @ self.down(x + self.places(places) + state)
+        return F.mse_loss(x * torch.ones(n, TOKENS).unsqueeze(-1), target)
+
+
+@pytest.mark.parametrize("settings", [{"tp": 2}, {"dp": 2}], ids=str)
+def test_what_is_made_for_every_sample_is_counted(settings: dict[str, int]) -> None:
+    """A plan is made of a trace of two samples and holds for eight."""
+    torch.manual_seed(0)
+    model, batch = Made(), {name: torch.randn(8, TOKENS, WIDTH) for name in ("x", "target")}
+    plan = autopart.plan(model, "2:cpu", batch, micro_batch=8, **settings)
+    autopart.certify(plan, model, batch)
+    assert autopart.check(model, "2:cpu", batch, plan=plan).gradient_error < 1e-5
 
 
 Change = Callable[[Plan], Plan]

@@ -10,6 +10,7 @@ from torch import fx
 from autopart.draws import uniform_of
 from autopart.graph import Traced, annotate, calls, info, operands, run_on_meta, shape_args, value_of
 from autopart.means import mixing
+from autopart.notation import Placement
 from autopart.rules import flops, is_contraction, product_of, strategies
 from autopart.torch_private import StorageWeakRef
 
@@ -17,22 +18,20 @@ VIEWS = ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten.using_i
 """Operators whose rule has no letter for a dim of one element. A single sample in dim 0 stays there, as more would."""
 
 
+Batch = dict[tuple[fx.Node, int], int | None]
+"""Value -> the dim of it that counts samples."""
+
+
 def annotate_costs(traced: Traced, device: str) -> Traced:
     """Fill in the records, in place. `device` ("cpu" or another) says whose kernels keep what."""
-    batch: dict[tuple[fx.Node, int], int | None] = {
-        (n, 0): info(n).batch for n in traced.graph.nodes if n.op == "placeholder"
-    }
+    batch = _counting(traced)
     for node in calls(traced.graph):
         record = info(node)
+        annotate(node, batch=batch.get(value_of(node)))
         if record.name == "autopart.getitem":
-            annotate(node, batch=batch.get(value_of(node)))
             continue
-        dims = _batch_dims(node, batch)
-        if node.target is uniform_of and record.shape and record.shape[0] == traced.micro_batch:
-            dims = [0]
-        batch |= {(node, i): d for i, d in enumerate(dims)}
         work = flops(record.name, shape_args(node), record.shapes)
-        annotate(node, batch=dims[0], flops=work, product=is_contraction(record.name))
+        annotate(node, flops=work, product=is_contraction(record.name))
         if is_contraction(record.name):
             _matrix(node, batch)
     mixes = mixing(traced.graph)
@@ -43,7 +42,45 @@ def annotate_costs(traced: Traced, device: str) -> Traced:
     return traced
 
 
-def _matrix(node: fx.Node, batch: dict[tuple[fx.Node, int], int | None]) -> None:
+def _counting(traced: Traced) -> Batch:
+    """The dim of every value that counts samples. What is made of nothing, as masks and positions are, counts them
+    where its users take it with what does."""
+    nodes = [n for n in calls(traced.graph) if info(n).name != "autopart.getitem"]
+    batch: Batch = {(n, 0): info(n).batch for n in traced.graph.nodes if n.op == "placeholder"}
+    for node in nodes:
+        dims = _batch_dims(node, batch)
+        if node.target is uniform_of and info(node).shape[:1] == (traced.micro_batch,):
+            dims = [0]
+        batch |= {(node, i): d for i, d in enumerate(dims)}
+    sizes = {n: info(n).shape[0] for n in nodes if batch[n, 0] is None and info(n).shape}
+    unknown = {n for n, size in sizes.items() if size % traced.micro_batch == 0}
+    if traced.micro_batch > 1 and unknown:
+        for node in reversed(nodes):
+            if any(n is not None and value_of(n)[0] in unknown for n in operands(node)):
+                batch |= _asked(node, batch, unknown)
+        for node in nodes:
+            if batch[node, 0] is None:
+                batch |= {(node, i): d for i, d in enumerate(_batch_dims(node, batch))}
+    return batch
+
+
+def _asked(node: fx.Node, batch: Batch, unknown: set[fx.Node]) -> Batch:
+    """The dims of operands that are not known to count samples, by the letter that counts them elsewhere in a node."""
+    places = [*(batch.get(value_of(n)) if n is not None else None for n in operands(node)), batch.get((node, 0))]
+    for strategy in strategies(info(node).name, shape_args(node), info(node).shapes, 1):
+        wanted = [*strategy.inputs, strategy.outputs[0]]
+        if any(_is_dim(p, place) for p, place in zip(wanted, places, strict=True)):
+            pairs = zip(operands(node), strategy.inputs, strict=True)
+            split = [(value_of(n), p.dim) for n, p in pairs if n is not None and p is not None and p.kind == "S"]
+            return {value: dim for value, dim in split if value[0] in unknown and value[1] == 0}
+    return {}
+
+
+def _is_dim(placement: Placement | None, place: int | None) -> bool:
+    return place is not None and placement is not None and placement.kind == "S" and placement.dim == place
+
+
+def _matrix(node: fx.Node, batch: Batch) -> None:
     """Note what matrix product the node is."""
     record, taken = info(node), operands(node)
     counted = [batch.get(value_of(n)) if n is not None else None for n in taken]
@@ -53,7 +90,7 @@ def _matrix(node: fx.Node, batch: dict[tuple[fx.Node, int], int | None]) -> None
         annotate(node, matrix=matrix, grads=(first, any(others)))
 
 
-def _batch_dims(node: fx.Node, batch: dict[tuple[fx.Node, int], int | None]) -> list[int | None]:
+def _batch_dims(node: fx.Node, batch: Batch) -> list[int | None]:
     """The dims of the outputs that count samples: where a letter that counts them in an input ends up."""
     record = info(node)
     places = [batch.get(value_of(n)) if n is not None else None for n in operands(node)]
@@ -63,11 +100,7 @@ def _batch_dims(node: fx.Node, batch: dict[tuple[fx.Node, int], int | None]) -> 
     if record.name in VIEWS and places[0] == 0 and taken[0] == 1:
         return [len(record.shape) - len(taken) if record.name == "aten.expand" else 0]
     for strategy in strategies(record.name, shape_args(node), record.shapes, 1):
-        hit = any(
-            place is not None and wanted is not None and wanted.kind == "S" and wanted.dim == place
-            for place, wanted in zip(places, strategy.inputs, strict=True)
-        )
-        if hit:
+        if any(_is_dim(wanted, place) for place, wanted in zip(places, strategy.inputs, strict=True)):
             return [o.dim if o.kind == "S" else None for o in strategy.outputs]
     return [None] * len(record.shapes)
 
