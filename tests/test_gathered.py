@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import models
 import pytest
 import torch
 
-import autopart
 from autopart import Plan
-from autopart.compile import sources
+from autopart.certify import findings
+from autopart.check import one_process, worst_error
+from autopart.compile import Source, emit_stage, make_plan, request_of, simulate_plan, stage_graphs
 from autopart.mesh import Mesh
 from autopart.notation import AGAIN
 from autopart.plan import usable_bytes
@@ -27,11 +30,17 @@ PRODUCTS = {
 }
 
 
+@cache
+def source(name: str) -> Source:
+    return Source(models.MODELS[name](LAYERS), models.batch_for(name, torch.float32), torch.float32)
+
+
 def planned(name: str, behind: str, mesh: str = "2:cpu", **settings: Any) -> Plan:
     """A plan whose first products of attention and of the MLP split columns, with this behind their letter."""
     forced = [f"strategy {product} n{behind} over tp" for product in PRODUCTS[name]]
-    batch = models.batch_for(name, torch.float32)
-    return autopart.plan(models.MODELS[name](LAYERS), mesh, batch, constraints=forced, **{**TWICE, **settings})
+    model, batch = source(name).model, source(name).batch
+    request = request_of(model, batch, constraints=forced, **{**TWICE, **settings})
+    return make_plan(source(name), Mesh.parse(mesh), request, to_run=True)
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
@@ -48,12 +57,15 @@ def planned(name: str, behind: str, mesh: str = "2:cpu", **settings: Any) -> Pla
 )
 def test_it_trains_like_one_process(name: str, settings: dict[str, Any]) -> None:
     """With whatever else is run or gathered again; the certificate knows it."""
-    plan, model = planned(name, AGAIN, **settings), models.MODELS[name](LAYERS)
-    batch = models.batch_for(name, torch.float32)
-    assert all("= gather_again(" in text for text in sources(model, batch, plan))
-    found = autopart.check(model, plan.mesh, batch, plan=plan)
-    assert max(found.loss_error, found.gradient_error) < 1e-5
-    autopart.certify(Plan.from_json(plan.to_json()), model, batch)
+    plan = planned(name, AGAIN, **settings)
+    folded = source(name).at(plan.micro_batch, plan.mesh)
+    emitted = [emit_stage(stage, plan, folded.traced.classes) for stage in stage_graphs(folded, plan)]
+    assert all("= gather_again(" in text for text in emitted)
+    assert not findings(Plan.from_json(plan.to_json()), folded)
+    found = simulate_plan(source(name), plan)
+    loss, gradients = one_process(deepcopy(source(name).model), source(name).batch)
+    assert float(found.loss) == pytest.approx(float(loss), rel=1e-5)
+    assert worst_error(found.gradients, gradients)[0] < 1e-5
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
@@ -73,8 +85,7 @@ def test_products_of_one_value_share_its_gather(name: str, monkeypatch: pytest.M
             super().__init__(count, lambda some: (runs.append(some), run(some))[1])
 
     monkeypatch.setattr(collectives, "Gather", Counted)
-    batch = models.batch_for(name, torch.float32)
-    autopart.simulate(models.MODELS[name](LAYERS), "2:cpu", batch, plan=planned(name, AGAIN))
+    simulate_plan(source(name), planned(name, AGAIN))
     assert len(runs) == 2 * (2 * LAYERS) * MICRO_BATCHES * 2
 
 
@@ -82,6 +93,6 @@ def test_it_is_chosen_where_memory_is_short() -> None:
     parts, mesh = planned("gpt2", AGAIN, recompute="none"), Mesh.parse("2:cpu")
     share = usable_bytes(mesh) / mesh.device.memory_bytes
     short = replace(mesh, device=replace(mesh.device, memory_bytes=round(0.93 * parts.memory_bytes[0] / share)))
-    batch = models.batch_for("gpt2", torch.float32)
-    found = autopart.plan(models.MODELS["gpt2"](LAYERS), short, batch, recompute="none", **TWICE)
+    request = request_of(source("gpt2").model, source("gpt2").batch, recompute="none", **TWICE)
+    found = make_plan(source("gpt2"), short, request)
     assert any(s.name.endswith(AGAIN) for chosen in found.splits for s in chosen["tp"].values())
