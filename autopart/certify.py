@@ -296,19 +296,36 @@ def _seconds(
     for run, priced in runs.items():
         mode = modes.get(run, "none")
         again += priced.again if mode == "full" else priced.cheap if mode == "selective" else 0.0
-    sync, device = 0.0, plan.mesh.busy_device(plan.pp, plan.micro_batches)
+    sync, device, training = 0.0, plan.mesh.busy_device(plan.pp, plan.micro_batches), _training(plan)
     for record, placed, nbytes in _parameters(folded, choices, span, graph.index):
-        training, over_dp = _training(plan), _summed(choices, record, placed, "dp")
+        over_dp = _summed(choices, record, placed, "dp")
         sync += training.sync_seconds(nbytes, over_dp)
         sync += update_seconds(nbytes, record.grad, over_dp, training, device)
         if _summed(choices, record, placed, "tp"):
             sync += training.partial_sync_seconds(nbytes, plan.mesh.group(1, plan.tp))
+    sync -= training.backwards * device.beside * _hidden(plan, folded, choices, runs, span, graph.index)
     return {
         "forward_seconds": sum(r.forward for r in runs.values()),
         "backward_seconds": sum(r.backward for r in runs.values()) + again,
         "sync_seconds": sync,
         "send_seconds": sum(_there_and_back(plan, crossing) for crossing in [*graph.received, *graph.sent]),
     }
+
+
+def _hidden(plan: Plan, folded: Folded, choices: Choices, runs: dict[int, PricedRun], span: range, stage: int) -> float:
+    """Seconds that gradients travel beside a stage's backward: while some are ready and it goes on, which then takes
+    1 / `Device.beside` times as long. Those of parameters that several runs read do not."""
+    readers = Counter(p for run in folded.runs for p in used_parameters(run))
+    training, ready, hidden, share = _training(plan), 0.0, 0.0, plan.mesh.device.beside
+    alone = {p for p, many in readers.items() if many == 1}
+    for run in reversed(span):
+        takes = (runs[run].backward if run in runs else 0.0) / share if share else 0.0
+        hidden, ready = hidden + min(ready, takes), max(0.0, ready - takes)
+        for node in alone.intersection(used_parameters(folded.runs[run])):
+            placed = choices.placements(folded, (node, 0), stage)
+            summed = _summed(choices, info(node), placed, "dp")
+            ready += training.beside_seconds(choices.size((node, 0), placed), summed)
+    return hidden
 
 
 def _sends(plan: Plan, graph: StageGraph) -> list[tuple[int, int, float]]:

@@ -129,7 +129,7 @@ def _least_maximum(bands: Sequence[Array]) -> float:
 class Ranges:
     """What every range of positions costs under one choice of splits.
 
-    seconds   forward, backward, the share of gradient sync in a micro-batch, messages; nothing run again
+    seconds   forward, backward, the share of exposed gradient sync in a micro-batch, messages; nothing run again
     state     bytes of parameters, gradients and optimizer states
     kept      bytes per micro-batch, nothing run again
     transient bytes that exist for a moment besides, less what is gone by then;  rerun: likewise if blocks are run again
@@ -239,6 +239,7 @@ def ranges(
     rerun = np.array([mode > 0 for mode in least])
     each = np.where(rerun, found.kept[least, everywhere] + found.entered, found.kept[0])
     seconds = _sums(found.forward + found.backward + found.again[least, everywhere] + found.sync / micro_batches)
+    seconds += exposed(found.beside, found.backward) * (found.backwards / micro_batches)
     state, kept = _sums(found.parts.sum(0)), _sums(each)
     largest, alone = found.largest.copy(), micro_batches == 1
     for item in found.items:
@@ -271,6 +272,31 @@ def ranges(
         [MODES[mode] for mode in least], {k: _sums(mine.astype(float)) for k, mine in where.items()},
         {k: _savings(found, k, mine, modes[k]) for k, mine in where.items()},
     )  # fmt: skip
+
+
+def exposed(beside: Array, backward: Array) -> Array:
+    """Of every range, for how long gradients still travel when its backward is done.
+
+    Backward goes from the last position to the first. When that of p is done, its gradients start to travel, which
+    takes beside[p], behind those of later positions: they have come max over p of (sum of beside up to p - sum of
+    backward before p) after the end. What positions run again is not counted to their backward. `beside` is
+    `Device.beside` times the seconds of the messages: what is left of these is the slowdown of computing meanwhile, and
+    is paid in any case. The runtime sends when a message is full, so that the last one may hold more than a position's.
+    """
+    starts, _ = spans(len(beside))
+    if not beside.any():
+        return np.zeros(len(starts))
+    sent, done = (np.concatenate([[0.0], np.cumsum(each)]) for each in (beside, backward))
+    return _maxima(sent[1:] - done[:-1]) - (sent - done)[starts]
+
+
+def after(beside: Sequence[float], backward: Sequence[float]) -> float:
+    """`exposed` of one range, on a clock."""
+    now = arrived = 0.0
+    for travels, takes in zip(reversed(beside), reversed(backward), strict=True):
+        now += takes
+        arrived = max(arrived, now) + travels
+    return arrived - now
 
 
 def _moments(found: Weighed, moment: Array, block: Sequence[bool], alone: bool) -> Array:

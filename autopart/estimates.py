@@ -26,8 +26,9 @@ class Estimate:
     fits                whether no stage takes more than its device can give
     breakdown           seconds of the slowest stage, which add up to the step: compute, recompute (with its
                         collectives), communication (collectives in a micro-batch: tensor parallelism, as a rule), p2p
-                        (messages between stages), gradient sync (with sums of gradients and the optimizer's step,
-                        where those are priced: see `autopart.cost.update_seconds`), and bubble: the rest
+                        (messages between stages), gradient sync (what the backward does not hide, with sums of
+                        gradients and the optimizer's step, where those are priced: see
+                        `autopart.cost.update_seconds`), and bubble: the rest
     """
 
     step_seconds: float

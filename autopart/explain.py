@@ -21,7 +21,7 @@ from autopart.constraints import Constraint, parse
 from autopart.errors import PartitionError
 from autopart.mesh import Mesh
 from autopart.plan import Plan, bytes_text, seconds_text, usable_bytes
-from autopart.planner import Found, Say, Search, points, silent
+from autopart.planner import Found, Say, Search, points, silent, zero_levels
 from autopart.problem import Node
 from autopart.report import write_out
 from autopart.request import Point, Request
@@ -329,6 +329,7 @@ def explained(source: Source, mesh: Mesh, request: Request, say: Say = silent) -
     """`explain` for a model that may be traced already."""
     plan, search, found = explored(source, mesh, request, say)
     space, samples = search.space, request.global_batch
-    tried = [point for point in points(space) if space.known_bound(point)]
+    levels = (replace(point, zero=zero) for point in points(space) for zero in zero_levels(space, point))
+    tried = [at for at in levels if space.known_bound(at)]
     near = sorted(tried, key=lambda p: (space.known_bound(p) * p.passes(samples), p))
     return Explanation(space, found, plan, tuple(near))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -82,6 +82,15 @@ class Folded:
         """What a parameter that the run at a position reads is called there."""
         label, name = self.runs[self.sequence[position]].label, info(node).name
         return self.labels[position] + name[len(label) :] if is_own_name(name, label) else name
+
+    @cached_property
+    def readers(self) -> dict[str, list[int]]:
+        """Parameter -> the positions that read it."""
+        found = defaultdict[str, list[int]](list)
+        for position, run in enumerate(self.sequence):
+            for name in dict.fromkeys(self.parameter_at(position, n) for n in used_parameters(self.runs[run])):
+                found[name].append(position)
+        return found
 
     @cached_property
     def places(self) -> dict[fx.Node, tuple[int, int]]:

@@ -50,7 +50,8 @@ class PlanStage:
     recompute         what each of its runs does: keep its values for backward ("none"), keep the outputs of matrix
                       products alone ("selective") or its inputs alone ("full") and compute the others again
     forward_seconds   per micro-batch, communication included; backward_seconds likewise
-    sync_seconds      to add up gradients, once a step
+    sync_seconds      a step's, to add up gradients and update parameters: what the backward does not hide
+                      (`autopart.cuts.exposed`), with the slowdown of computing meanwhile
     send_seconds      for what it sends and receives, per micro-batch
     memory            what takes how many bytes: parameters, gradients, optimizer, activations, and transient, what is
                       more than these at the moment when most is alive

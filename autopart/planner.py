@@ -3,7 +3,7 @@
 Every point (degrees, micro-batch, ZeRO level) has a lower bound that rises as more is asked of it:
 
     work     the operators' time, each in its fastest strategy, nothing between them
-    splits   the best splits, changes of placement and gradient sync paid, memory without end
+    splits   the best splits, changes of placement and what no backward hides of gradient sync paid, memory without end
     room     stages whose bytes fit in the splits and the recompute that take least of them
     memory   the same with a price on bytes (Lagrange), each class of blocks in its best way to recompute
 
@@ -110,9 +110,9 @@ class Search:
         for point in points(self.space):
             levels = zero_levels(self.space, point)
             if levels and all(self.space.options(point).values()):
-                least = max(self.space.least_work(point), self.space.known_bound(point))
-                for zero in levels[: None if self._updates else 1]:
-                    self._push(self._passes(point) * least, 0, replace(point, zero=zero))
+                work = self.space.least_work(point)
+                for at in (replace(point, zero=zero) for zero in self._heads(levels)):
+                    self._push(self._passes(point) * max(work, self.space.known_bound(at)), 0, at)
         while self.queue and self.queue[0][0] < self._time() * (1 - TOLERANCE):
             late = request.time_limit is not None and time.monotonic() - started > request.time_limit
             if self.best is not None and (late or (request.nodes is not None and self.number >= request.nodes)):
@@ -130,14 +130,15 @@ class Search:
         return replace(self.best, bound=self._bound())
 
     def begin(self, near: Sequence[Point]) -> None:
-        """Look at some points first, with their fastest splits: what they give the search need not look below. `near`
-        is in the order of known bounds."""
+        """Look at some points first, with their fastest splits, from their ZeRO level on: what they give the search
+        need not look below. `near` is in the order of known bounds."""
         known, started = set(points(self.space)), time.monotonic()
         for point in near:
             late = time.monotonic() - started > (self.space.request.time_limit or NEVER)
             if self.best and (late or self._passes(point) * self.space.known_bound(point) >= self._time()):
                 break
-            levels = zero_levels(self.space, point) if point in known else []
+            levels = zero_levels(self.space, point) if replace(point, zero=0) in known else []
+            levels = levels[levels.index(point.zero) if point.zero in levels else 0 :]
             if not levels or not all(self.space.options(point).values()):
                 continue
             at = replace(point, zero=levels[0])
@@ -154,6 +155,15 @@ class Search:
         """Whether the optimizer's step was measured, which higher ZeRO levels make shorter by so much or so little that
         each is a point of its own from the start."""
         return self.space.mesh.device.measured is not None
+
+    def _heads(self, levels: Sequence[int]) -> Sequence[int]:
+        """The levels that are a point of their own from the start: those that the one before does not bound. Level 0
+        hides all its messages behind the backward, level 1 half of them, but shares the optimizer's step, or gathers in
+        a narrower dtype than that of the master copy."""
+        if self._updates:
+            return levels
+        unsure = levels[0] == 0 and _saves(self.space) and self.space.mesh.device.beside > 0
+        return levels[: 1 + unsure]
 
     def _bound(self) -> float:
         """No plan that was or will be looked at is faster."""
@@ -221,7 +231,7 @@ class Search:
         """Put the point in the queue that has the next ZeRO level, once."""
         levels = zero_levels(self.space, point)
         following = levels[levels.index(point.zero) + 1 :]
-        if following and not self._updates and point not in self.higher:
+        if following and following[0] not in self._heads(levels) and point not in self.higher:
             self.higher.add(point)
             self._push(bound, 0, replace(point, zero=following[0]))
 
@@ -430,16 +440,22 @@ def search(space: Space, say: Say = silent) -> Found:
 
 def zero_levels(space: Space, point: Point) -> list[int]:
     """The ZeRO levels to try, by the time they take: without a data-parallel axis they are all the same; with a master
-    copy, or where the optimizer's step is counted, level 1 takes less time than level 0, and less memory."""
+    copy, or where the optimizer's step is counted, level 1 takes less time than level 0, and less memory, unless the
+    backward hides messages: then either may take less."""
     request = space.request
     levels = [zero for zero in (0, 1, 2, 3) if request.zero in (None, zero) and request.allows("zero", zero)]
     if point.dp == 1:
         return levels[:1]
-    if not request.master and space.mesh.device.silicon is None:
+    if not _saves(space) or space.mesh.device.beside > 0:
         return levels
     m, wide = space.micro_batches(point), widening(request.precision, request.master)
     seconds = {zero: gathers + wide * scatters for zero in levels for gathers, scatters in [messages(zero, m)]}
     return sorted((z for z in levels if z or 1 not in levels), key=lambda z: seconds[z])
+
+
+def _saves(space: Space) -> bool:
+    """Whether ZeRO level 1 saves time that level 0 pays: with a master copy, or where the optimizer's step counts."""
+    return bool(space.request.master) or space.mesh.device.silicon is not None
 
 
 def points(space: Space) -> Iterator[Point]:

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 from autopart.cost import update_seconds
+from autopart.cuts import after
 from autopart.folded import Folded
-from autopart.graph import Info, info
+from autopart.graph import info
 from autopart.held import leaves, parameters, sums, totals
-from autopart.notation import Placement
 from autopart.passes.localise import localise
 from autopart.passes.price import PricedRun, Prices, price
 from autopart.plan import Plan, PlanRun, PlanStage, Signature, usable_bytes
@@ -145,7 +145,9 @@ def price_stage(
         backward_seconds=sum(
             (priced[run].backward + again(priced[run], mode)) * n for (run, mode), n in counts.items()
         ),
-        sync_seconds=sum(_sync(space, found, choices, *held[2:]) for held in parameters(folded, choices, span)),
+        sync_seconds=_sync(
+            space, found, choices, span, [priced[run].backward if run in priced else 0.0 for run in runs]
+        ),
         send_seconds=_message_seconds(space, found, index, span),
         memory=totals(leaves(space, found, choices, graph, span, modes, index)),
         runs=tuple(_printed(folded, priced, span, modes)),
@@ -168,14 +170,21 @@ def again(run: PricedRun, mode: str) -> float:
     return {"none": 0.0, "selective": run.cheap, "full": run.again}[mode]
 
 
-def _sync(
-    space: Space, found: Found, choices: Choices, record: Info, placed: Sequence[Placement], nbytes: float
-) -> float:
+def _sync(space: Space, found: Found, choices: Choices, span: tuple[int, int], backward: Sequence[float]) -> float:
+    """Seconds of a step in which a stage waits for gradients, `backward` being what its positions take: all but what
+    goes on beside the backward of positions before, where no other position reads the parameter."""
     training, sizes = space.training(found.point), space.priced(found.point).terms.sizes
-    over_dp, over_tp = sums(choices, record, placed, "dp"), sums(choices, record, placed, "tp")
-    partial = training.partial_sync_seconds(nbytes, sizes["tp"]) if over_tp else 0.0
-    update = update_seconds(nbytes, record.grad, over_dp, training, space.device(found.point))
-    return training.sync_seconds(nbytes, over_dp) + partial + update
+    device, readers = space.device(found.point), space.folded.readers
+    seconds, beside = 0.0, [0.0] * len(backward)
+    for _, name, record, placed, nbytes in parameters(space.folded, choices, span):
+        over_dp, over_tp = sums(choices, record, placed, "dp"), sums(choices, record, placed, "tp")
+        seconds += training.sync_seconds(nbytes, over_dp)
+        seconds += training.partial_sync_seconds(nbytes, sizes["tp"]) if over_tp else 0.0
+        seconds += update_seconds(nbytes, record.grad, over_dp, training, device)
+        first, *more = readers[name]
+        if not more:
+            beside[first - span[0]] += device.beside * training.beside_seconds(nbytes, over_dp)
+    return seconds + training.backwards * (after(beside, backward) - sum(beside))
 
 
 def _message_seconds(space: Space, found: Found, index: int, span: tuple[int, int]) -> float:

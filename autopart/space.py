@@ -81,6 +81,22 @@ class Model:
         return np.array(places, dtype=float)
 
     @cached_property
+    def own(self) -> Array:
+        """How often every position pays for everything by itself, in a row for each."""
+        table, sizes, group = self.table, self.sizes, np.array(self.table.group)
+        found = np.zeros((len(group), len(self.places)))
+        for n, node in enumerate(table.nodes):
+            mine = sizes.holders[n][0] if n in sizes.holders else np.flatnonzero(group == node.group)
+            found[mine, sizes.first[n] : sizes.first[n + 1]] = 1.0
+        for i, (index, have, _) in enumerate(sizes.changes, start=int(sizes.first[-1])):
+            flow, summed = table.flows[index], any(p.kind == "P" for p in have)
+            homes, users = flow.ends
+            mine = homes if summed else users
+            if mine[0] >= 0 and (summed or not flow.several):
+                np.add.at(found[:, i], mine, 1.0)
+        return found
+
+    @cached_property
     def solver(self) -> Solver:
         """Made when first asked for."""
         return Solver(self.sizes)
@@ -139,7 +155,8 @@ class Model:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of every priced variable: seconds of a micro-batch with its share of gradient sync, bytes of state and kept."""
+    """Of every priced variable: seconds of a micro-batch with its share of gradient sync but what can be hidden, bytes
+    of state and kept."""
 
     seconds: Array
     state: Array
@@ -165,6 +182,7 @@ class Space:
     weights: dict[tuple[Point, tuple[int, ...]], Weighed] = field(default_factory=dict)
     costs_of: dict[Point, tuple[Costs, ...]] = field(default_factory=dict)
     relaxations: dict[object, tuple[float, Solution | None]] = field(default_factory=dict)
+    late_of: dict[Point, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise PartitionError where constraints name what the model does not have."""
@@ -294,6 +312,40 @@ class Space:
             )
         return self.costs_of[point]
 
+    def _hides(self, point: Point) -> bool:
+        """Whether the backward hides gradients on their way."""
+        return point.dp > 1 and self.mesh.device.beside > 0
+
+    def windows(self, point: Point) -> tuple[Array, Array]:
+        """By priced variable, seconds of a micro-batch that the gradients of a place travel and computing can hide, and
+        that the backward of a place takes which can hide them (see `cuts.exposed`)."""
+        prices, nothing = self.priced(point), np.zeros(len(self.priced(point).memory))
+        share = self.training(point).backwards / self.micro_batches(point)
+        backward = np.concatenate([prices.backward, prices.change_backward, nothing])
+        return share * np.concatenate([prices.beside, 0.0 * prices.change_backward, nothing]), share * backward
+
+    def early(self, point: Point) -> tuple[Array, Array]:
+        """Two bounds below the share of a micro-batch of gradients that travel after the backward, by priced variable,
+        both with all of those that several positions add to: what the first position sends, and all that is sent but
+        what the backward of all positions but the last takes. The first and the last count where no other is of their
+        class, so that no range pays for one that it has not."""
+        model, group = self.model(point), self.model(point).table.group
+        beside, backward = self.windows(point)
+        first, last = (group.count(group[end]) == 1 for end in (0, -1))
+        alone = model.own.sum(0)
+        begun = beside * (model.places - alone + first * model.own[0])
+        return begun, beside * model.places - backward * (alone - last * model.own[-1])
+
+    def late(self, point: Point) -> Array:
+        """The mean of `early`'s two bounds by the weights that make the best splits' time most: then it is what it
+        would be with the larger of them."""
+        if point not in self.late_of:
+            begun, done = self.early(point)
+            costs, more = self.costs(point, {}).seconds, done - begun
+            share = self.model(point).solver.share(costs + begun, more)
+            self.late_of[point] = begun + share * more
+        return self.late_of[point]
+
     def least_work(self, point: Point) -> float:
         """Seconds that the operators of a micro-batch take at least, whatever is done between them."""
         model, prices = self.model(point), self.priced(point)
@@ -338,13 +390,17 @@ class Space:
 
     def below(self, point: Point) -> float:
         """A bound below `relaxed`, in a small part of its time."""
-        return self.model(point).solver.below(self.objective(point, 0.0, self.forced(point)))
+        seconds = self.costs(point, self.forced(point)).seconds
+        return self.model(point).solver.below(seconds + self.early(point)[0] if self._hides(point) else seconds)
 
     def objective(self, point: Point, price: float, modes: Mapping[int, str]) -> Array:
         """What `solve` minimises; at an endless price bytes alone."""
         costs = self.costs(point, modes)
         held = costs.kept + costs.state / self.in_flight(point, 0)
-        return held if price == NEVER else costs.seconds + price * held
+        if price == NEVER:
+            return held
+        seconds = costs.seconds + price * held
+        return seconds + self.late(point) if self._hides(point) else seconds
 
     def known_bound(self, point: Point) -> float:
         """The least time of any splits, where it is known already: no constraint makes it less."""

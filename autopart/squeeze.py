@@ -12,7 +12,7 @@ import numpy as np
 from autopart.allowed import Options
 from autopart.comm import p2p_seconds
 from autopart.hardware.rows import Link
-from autopart.passes.solve import Solution
+from autopart.passes.solve import Entries, Solution
 from autopart.request import Point
 from autopart.space import Model, Space
 from autopart.weigh import Array, Prices
@@ -71,7 +71,19 @@ def squeeze(
     rows = np.array(peak)
     row, variable = np.nonzero(rows)
     entries = row, variable, rows[row, variable]
-    return model.solver.squeeze(seconds * there / places + sent, allowed, entries, kept + state, room)
+    beside, backward = space.windows(point)
+    late = _late(model.own[slice(*span)], beside, backward)
+    alone = model.own[slice(*span)].sum(0)
+    seconds = seconds * there / places + sent + beside * (there - alone)
+    return model.solver.squeeze(seconds, late, allowed, entries, kept + state, room)
+
+
+def _late(own: Array, beside: Array, backward: Array) -> Entries:
+    """Sums of which the largest is for how long gradients travel after the backward of positions (`cuts.exposed`)."""
+    done = np.cumsum(own, 0) - own
+    rows = (beside * (done + own) - backward * done) * beside.any()
+    row, variable = np.nonzero(rows)
+    return row, variable, rows[row, variable]
 
 
 def _own_gradients(model: Model, prices: Prices, position: int) -> Array:

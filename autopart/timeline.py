@@ -2,12 +2,13 @@
 
 A plan's step is predicted as sum(f) + (m - 1) max(f) over the seconds f that stages take for one of m micro-batches: in
 f a message holds both its ends, and the gradient sync is spread evenly over micro-batches. Here forward and backward
-stand apart, a message is a latency (half of its seconds in either direction) that overlaps with work, and a stage sums
-its gradients after its last backward. For equal stages without messages and sync both give (m + p - 1) f. Without sync
-and with backward in the same proportion to forward in all stages, 1F1B takes no longer than predicted; the less, the
-more of f are messages. Where that proportion differs it can take longer, and so can GPipe, whose forwards and backwards
-have each their own slowest stage: without messages it takes sum(F) + sum(B) + (m - 1) (max(F) + max(B)), a bubble of
-(p - 1) / (m + p - 1) where stages are equal (Huang et al., arXiv 1811.06965, section 2.3).
+stand apart, a message is a latency (half of its seconds in either direction) that overlaps with work, and what no
+backward hides of a stage's gradient sync comes after its last one. For equal stages without messages and sync both give
+(m + p - 1) f. Without sync and with backward in the same proportion to forward in all stages, 1F1B takes no longer than
+predicted; the less, the more of f are messages. Where that proportion differs it can take longer, and so can GPipe,
+whose forwards and backwards have each their own slowest stage: without messages it takes sum(F) + sum(B) + (m - 1)
+(max(F) + max(B)), a bubble of (p - 1) / (m + p - 1) where stages are equal (Huang et al., arXiv 1811.06965, section
+2.3).
 """
 
 from __future__ import annotations

@@ -238,6 +238,9 @@ class Prices:
     inner, memory      bytes kept per micro-batch: a strategy's own, and every kept memory
     results            bytes of what matrix products give, with what they keep
     state, sync        bytes of a parameter with gradient and optimizer states; seconds a step takes to sum its gradient
+                       and to update it that nothing hides
+    beside             seconds of the sum of its gradient that computing beside it can hide, in each of so many
+                       backwards: `Training.backwards`
     gathered           bytes of a parameter and its gradient that exist only while it is used
     stepping           bytes that the optimizer makes while it steps a parameter
     """
@@ -293,19 +296,20 @@ class Prices:
 
     @cached_property
     def _holdings(self) -> Array:
-        """[strategies, 6]: of a parameter its `parts`, `sync`, `gathered` and `stepping`."""
+        """[strategies, 7]: of a parameter its `parts`, `sync`, `gathered`, `stepping` and `beside`."""
         return np.array([self._holding(*row) for row in self.sizes.holdings.tolist()])[self.sizes.holds]
 
     def _holding(self, weight: float, grad: bool, over_dp: bool, over_tp: bool) -> tuple[float, ...]:
         training = self.terms.training
         if not weight:
-            return (0.0,) * 6
-        sync = training.sync_seconds(weight, over_dp)
+            return (0.0,) * 7
+        beside = self.terms.device.beside * training.beside_seconds(weight, over_dp)
+        sync = training.sync_seconds(weight, over_dp) - training.backwards * beside
         sync += update_seconds(weight, grad, over_dp, training, self.terms.device)
         if over_tp:
             sync += training.partial_sync_seconds(weight, self.terms.sizes["tp"])
         gathered, stepping = training.gathered(weight, over_dp), training.stepping(weight, bool(grad), over_dp)
-        return (*training.memory(weight, grad, over_dp), sync, gathered, stepping)
+        return (*training.memory(weight, grad, over_dp), sync, gathered, stepping, beside)
 
     @property
     def parts(self) -> Array:
@@ -327,6 +331,10 @@ class Prices:
     @property
     def stepping(self) -> Array:
         return self._holdings[:, 5]
+
+    @property
+    def beside(self) -> Array:
+        return self._holdings[:, 6]
 
     @staticmethod
     def _computed(sizes: Sizes, basis: Array, device: Device) -> Seconds:
@@ -379,7 +387,8 @@ class Weighed:
     kept               bytes under each of MODES;  entered: of what the position alone takes, kept if it is run again
     wide               bytes by which all it keeps is more once it is run again: there, what is gathered again is whole
     parts              bytes of parameters, gradients and optimizer states
-    sync               seconds of gradient sync, a step
+    sync, beside       seconds of gradient sync, a step, that nothing hides; that the backward of positions before can
+                       hide, in each of `backwards` of a step
     largest            bytes of the largest tensor;  gathered: of parameters that exist only while they are used
     stepping           bytes that the optimizer makes for the parameters while it steps them, for all of them if they
                        are stepped `together`, else for the largest
@@ -394,10 +403,12 @@ class Weighed:
     wide: Array
     parts: Array
     sync: Array
+    beside: Array
     largest: Array
     gathered: Array
     stepping: Array
     together: bool = False
+    backwards: int = 1
     items: list[Item] = field(default_factory=list)
     crossings: list[Crossings] = field(default_factory=list)
 
@@ -407,10 +418,13 @@ def weigh(prices: Prices, chosen: Sequence[int], link: Link | None) -> Weighed:
     table = prices.sizes.table
     n = len(table.labels)
     at = prices.sizes.first[:-1] + np.array(chosen)
-    forward, backward, entered, wide, sync, largest, gathered, stepping = (np.zeros(n) for _ in range(8))
+    forward, backward, entered, wide, sync, beside, largest, gathered, stepping = (np.zeros(n) for _ in range(9))
     again, kept, parts = (np.zeros((3, n)) for _ in range(3))
-    together = prices.terms.training.together
-    found = Weighed(forward, backward, again, kept, entered, wide, parts, sync, largest, gathered, stepping, together)
+    training = prices.terms.training
+    found = Weighed(
+        forward, backward, again, kept, entered, wide, parts, sync, beside, largest, gathered, stepping,
+        training.together, training.backwards,
+    )  # fmt: skip
     _weigh_nodes(found, prices, at)
     _weigh_parameters(found, prices, at)
     for index, flow in enumerate(table.flows):
@@ -447,11 +461,12 @@ def _weigh_parameters(found: Weighed, prices: Prices, at: NDArray[np.int_]) -> N
         own, every = prices.sizes.holders[index]
         np.add.at(found.parts.T, own, prices.parts[i])
         np.add.at(found.sync, own, prices.sync[i])
+        np.add.at(found.beside, own, prices.beside[i])
         (np.add if found.together else np.maximum).at(found.stepping, own, prices.stepping[i])
         np.add.at(found.gathered, every, prices.gathered[i])
         for positions in places if len(own) < len(places) else ():
             if len(positions) > 1:
-                held, sync = prices.parts[i].tolist(), float(prices.sync[i])
+                held, sync = prices.parts[i].tolist(), float(prices.sync[i] + found.backwards * prices.beside[i])
                 stepping = float(prices.stepping[i])
                 found.items.append(Item(positions, parts=tuple(held), sync=sync, stepping=stepping))
 

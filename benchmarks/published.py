@@ -12,7 +12,7 @@ import csv
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -60,6 +60,7 @@ class Published:
     again        elements a token of a block's products that selective recompute did not keep
     freed        elements a token that a block's forward makes at most and frees
     logits       float32 tensors of a micro-batch's logits that a rank had room for; None where it is not known
+    after        whether gradients were summed over dp after the backward, not beside it
     overlapped   whether backward hid tensor parallelism's collectives and added weight gradients up in their products
     measured     seconds of a step as published; None where it is not
     memory       GiB of the fullest device as published; None where it is not
@@ -90,6 +91,7 @@ class Published:
     again: int
     freed: int
     logits: float | None
+    after: bool
     overlapped: bool
     measured: float | None
     memory: float | None
@@ -104,7 +106,8 @@ class Published:
         fused = ("attention of several kernels, here of one",) if self.unfused else ()
         norms = ("no sequence parallelism, here where it pays",) if self.replicated else ()
         kept = ("selective runs every second product too again, here all but products",) if self.again else ()
-        return (*self.left_out, *fused, *norms, *kept)
+        summed = ("gradients summed after the backward, here beside it",) if self.after else ()
+        return (*self.left_out, *fused, *norms, *kept, *summed)
 
 
 def read(file: str) -> Iterator[Published]:
@@ -143,6 +146,7 @@ def published(row: Row, name: str) -> Published:
         again=second_products(row) if row["arch"] == "llama" and recompute_of(row) == "selective" else 0,
         freed=freed_of(row) if row["arch"] == "llama" else 0,
         logits=logits_of(row) if row["arch"] == "llama" else None,
+        after=row["arch"] == "gpt",
         overlapped=overlapped(row),
         measured=measured_seconds(row),
         memory=float(row["metric_mem_gb"]) if row["metric_mem_gb"] else None,
@@ -333,7 +337,8 @@ def measured_seconds(row: Row) -> float | None:
 @dataclass
 class Bench:
     """Plans, each made once: rows that differ only in what is left out here share them. `as_run` says whether the model
-    is traced with the attention and the dropout that its authors ran; else with what is fastest today."""
+    is traced with the attention and the dropout that its authors ran, and its gradients summed when theirs were; else
+    with what is fastest today."""
 
     time_limit: float | None = None
     as_run: bool = False
@@ -360,10 +365,16 @@ class Bench:
             self.sources[key] = Source(model, batch, DTYPES[row.precision])
         return self.sources[key]
 
+    def mesh(self, row: Published) -> Mesh:
+        """The mesh of a row; as it was run, Megatron-LM's DDP of 2021 and 2022 all-reduces gradients after the last
+        backward (`allreduce_gradients` of its megatron/model/distributed.py, called by megatron/training.py)."""
+        mesh = Mesh.parse(row.mesh)
+        return replace(mesh, device=replace(mesh.device, overlap=0.0)) if self.as_run and row.after else mesh
+
     def plan(self, row: Published, constraints: Sequence[str] = (), **settings: Any) -> tuple[Plan, float]:
         """The plan of a row under some settings, and the CPU seconds of its search. Raises PartitionError, and
         AssertionError where the planner contradicts itself."""
-        ran = self.as_run and row.eager
+        ran = self.as_run and [row.eager, row.after]
         what = [row.model, row.sequence, row.mesh, row.precision, row.global_batch, ran, list(constraints), settings]
         key = json.dumps(what, sort_keys=True)
         if key not in self.plans:
@@ -384,7 +395,7 @@ class Bench:
             constraints=read_constraints(constraints),
             **settings,
         )
-        source, mesh = self.source(row), Mesh.parse(row.mesh)
+        source, mesh = self.source(row), self.mesh(row)
         source.short(min(2, row.global_batch), mesh)
         started = time.process_time()
         try:

@@ -184,6 +184,7 @@ def problem(seed: int) -> Problem:
         asked["master"] = "float64"
     if draw.random() < 0.2:  # the optimizer's step has a price then
         mesh = replace(mesh, device=replace(device, silicon=DEVICES["h100-80gb"].silicon))
+    mesh = replace(mesh, device=replace(mesh.device, overlap=draw.choice([0.0, None, 1.0])))
     request = Request(batch, optimizer=optimizer, **asked).check(mesh)
     return Problem(Space(traced(seed // SHARED, min(2, batch)), mesh, request), seed)
 
@@ -430,12 +431,6 @@ class Graph:
 # ---- what it costs ----------------------------------------------------------------------------------------
 
 
-FIELDS = (
-    *("time", "again", "whole", "kept", "results", "entered", "state", "largest", "gathered"),
-    *("stepping", "gradients", "wide"),
-)
-
-
 @dataclass
 class Atom:
     """What one combination adds: (field, position) -> number, and what is paid once."""
@@ -454,6 +449,7 @@ class Priced:
         self.prices: Prices = space.priced(point)
         self.m = space.micro_batches(point)
         assert space.training(point).together, "what optimizers make is summed here"
+        self.share = space.training(point).backwards / self.m
         self.n = len(self.table.labels)
         self.known: dict[tuple[bool, int], list[Atom]] = {}
 
@@ -478,7 +474,8 @@ class Priced:
     def atom(self, found: Weighed) -> Atom:
         """The numbers that count of what is weighed."""
         each = np.stack([
-            found.forward + found.backward + found.sync / self.m, found.again[1], found.again[2],
+            found.forward + found.backward + found.sync / self.m, self.share * found.beside,
+            self.share * found.backward * self.prices.beside.any(), found.again[1], found.again[2],
             found.kept[0], found.kept[1], found.entered, found.parts.sum(0), found.largest, found.gathered,
             found.stepping, found.parts[1], found.wide,
         ])  # fmt: skip
@@ -505,15 +502,16 @@ class Priced:
                 found.parts[:, users[0]] += prices.parts[i]
                 found.stepping[users[0]] += prices.stepping[i]
                 found.sync[users[0]] += prices.sync[i]
+                found.beside[users[0]] += prices.beside[i]
             else:
-                held = tuple(prices.parts[i].tolist())
-                sync, stepping = float(prices.sync[i]), float(prices.stepping[i])
+                held, stepping = tuple(prices.parts[i].tolist()), float(prices.stepping[i])
+                sync = float(prices.sync[i] + self.m * self.share * prices.beside[i])
                 found.items.append(Item(users, parts=held, sync=sync, stepping=stepping))
 
 
 def empty(n: int) -> Weighed:
     """Nothing weighed yet."""
-    return Weighed(*(np.zeros(s) for s in (n, n, (3, n), (3, n), n, n, (3, n), n, n, n, n)), together=True)
+    return Weighed(*(np.zeros(s) for s in (n, n, (3, n), (3, n), n, n, (3, n), n, n, n, n, n)), together=True)
 
 
 @dataclass(frozen=True)
@@ -529,9 +527,10 @@ PER_BLOCK = 6
 
 
 class Totals:
-    """What a stage costs, from what its combinations add, in columns: seconds, bytes, what several blocks take, state
-    with what the optimizer makes while it steps, the largest tensor of what stages make for themselves; at every
-    position the largest tensor, bytes gathered, kept if it is no block, gradients of its own; then for every block:
+    """What a stage costs, from what its combinations add, in columns: bytes, what several blocks take, state with what
+    the optimizer makes while it steps, the largest tensor of what stages make for themselves; at every position the
+    largest tensor, bytes gathered, kept if it is no block, gradients of its own, seconds of the stage if the link is
+    busy from the end of the position's backward until the gradients of all before it have come; then for every block:
     seconds that running it again takes, cheap operators alone and all; bytes it keeps whole, of products, of what it
     takes, and more than whole once it is run again (`PER_BLOCK` columns)."""
 
@@ -541,21 +540,22 @@ class Totals:
         self.blocks = [p for p in self.positions if priced.table.block[p]]
         self.plain = [p - span.i for p in self.positions if not priced.table.block[p]]
         self.count = len(self.positions)
-        self.largest, self.at = slice(4, 5 + self.count), 5 + 4 * self.count
+        self.largest, self.at = slice(3, 4 + self.count), 4 + 5 * self.count
+        self.times = slice(4 + 4 * self.count, self.at)
 
     def of(self, atoms: Sequence[Atom]) -> Array:
         """The columns of every atom."""
         span = self.span
         each = np.stack([a.each[:, span.i : span.j] for a in atoms])
-        time, again, whole, kept, results, entered, state, largest, gathered, *more = each.transpose(1, 0, 2)
-        stepping, gradients, wide = more
+        time, beside, hides, again, whole, kept, results, entered, state, *rest = each.transpose(1, 0, 2)
+        largest, gathered, stepping, gradients, wide = rest
         numbers = np.zeros((len(atoms), self.at))
-        numbers[:, 0] = time.sum(1)
-        numbers[:, 1] = state.sum(1) + span.in_flight * kept[:, self.plain].sum(1)
-        numbers[:, 3] = (state + stepping).sum(1)
+        numbers[:, 0] = state.sum(1) + span.in_flight * kept[:, self.plain].sum(1)
+        numbers[:, 2] = (state + stepping).sum(1)
         plain = np.zeros(kept.shape)
         plain[:, self.plain] = kept[:, self.plain]
-        numbers[:, 5:] = np.concatenate([largest, gathered, plain, gradients * (self.priced.m == 1)], 1)
+        times = time.sum(1)[:, None] + beside.cumsum(1) - (hides.cumsum(1) - hides)
+        numbers[:, 4:] = np.concatenate([largest, gathered, plain, gradients * (self.priced.m == 1), times], 1)
         for row, atom in zip(numbers, atoms, strict=True):
             self._once(row, atom)
         blocks = [p - span.i for p in self.blocks]
@@ -567,20 +567,20 @@ class Totals:
         span, m = self.span, self.priced.m
         for item in atom.items:
             if any(span.i <= p < span.j for p in item.positions):
-                row[0] += item.forward + item.backward + item.sync / m
-                row[1] += sum(item.parts) + span.in_flight * item.kept
-                row[2] += span.in_flight * item.entered
-                row[3] += sum(item.parts) + item.stepping
-                row[4] = max(row[4], item.largest)
+                row[self.times] += item.forward + item.backward + item.sync / m
+                row[0] += sum(item.parts) + span.in_flight * item.kept
+                row[1] += span.in_flight * item.entered
+                row[2] += sum(item.parts) + item.stepping
+                row[3] = max(row[3], item.largest)
                 for p in {*item.positions}.intersection(self.positions):
-                    row[5 + p - span.i] = max(row[5 + p - span.i], item.largest)
+                    row[4 + p - span.i] = max(row[4 + p - span.i], item.largest)
         for many in atom.crossings:
             pairs = list(zip(many.homes.tolist(), many.users.tolist(), strict=True))
             for values in [pairs] if many.one else [[pair] for pair in pairs]:
                 home, users = values[0][0], [user for _, user in values]
                 gives = span.i <= home < span.j <= max(users)
                 takes = home < span.i and any(span.i <= p < span.j for p in users)
-                row[0] += (gives + takes) * many.seconds
+                row[self.times] += (gives + takes) * many.seconds
 
     def block(self, numbers: Array, b: int) -> Array:
         """The columns of a block."""
@@ -594,31 +594,35 @@ class Totals:
 
     def under(self, numbers: Array, modes: Whole) -> Array:
         """Seconds, bytes, those while the optimizer steps, the largest tensor of what stages make for themselves and of
-        every position, bytes gathered there, all that are there besides, those of a block to run again among them, and
-        all besides what stages make for themselves: of every row under its own modes. More of anything is no column
-        less."""
+        every position, bytes gathered there, all that are there besides, those of a block to run again among them, all
+        besides what stages make for themselves, and seconds as in `times`: of every row under its own modes. More of
+        anything is no column less."""
         count = self.count
-        found = np.zeros((len(numbers), 5 + 3 * count))
-        found[:, :2], found[:, 2 : 4 + 2 * count] = numbers[:, :2], numbers[:, 3 : 5 + 2 * count]
-        found[:, 1] += numbers[:, 2] * (modes > 0).any(1)
+        found = np.zeros((len(numbers), 5 + 4 * count))
+        alone, times = 4 + 3 * count, slice(5 + 3 * count, None)
+        found[:, 1], found[:, 2 : 4 + 2 * count] = numbers[:, 0], numbers[:, 2 : 4 + 2 * count]
+        found[:, times] = numbers[:, self.times]
+        found[:, 1] += numbers[:, 1] * (modes > 0).any(1)
         rows = np.arange(len(numbers))
         for b in range(len(self.blocks)):
             again, whole, kept, results, entered, wide = self.block(numbers, b).T
             mode = modes[:, b]
-            found[:, 0] += np.stack([0.0 * again, again, whole])[mode, rows]
+            found[:, times] += np.stack([0.0 * again, again, whole])[mode, rows][:, None]
             found[:, 1] += self.span.in_flight * np.stack([kept, results + entered, entered])[mode, rows]
             found[:, 4 + 2 * count + self.blocks[b] - self.span.i] = (kept + wide) * (mode > 0)
-        plain, gradients = np.split(numbers[:, 5 + 2 * count : self.at], 2, axis=1)
+        found[:, 0] = found[:, times].max(1)
+        plain, gradients = np.split(numbers[:, 4 + 2 * count : 4 + 4 * count], 2, axis=1)
         later, earlier = plain[:, ::-1].cumsum(1)[:, ::-1] - plain, gradients.cumsum(1) - gradients
-        found[:, 4 + 2 * count : -1] += found[:, 1:2] - later - earlier
-        found[:, -1] = found[:, 1] - plain.sum(1)
+        found[:, 4 + 2 * count : alone] += found[:, 1:2] - later - earlier
+        found[:, alone] = found[:, 1] - plain.sum(1)
         return found
 
     def bytes(self, found: Array) -> Array:
         """Bytes on a rank, of what `under` gives."""
-        largest, gathered, there = np.split(found[:, 4:-1], 3, axis=1)
+        columns = found[:, 4 : 5 + 3 * self.count]
+        largest, gathered, there = np.split(columns[:, :-1], 3, axis=1)
         moments = there + largest + np.maximum(largest, gathered)
-        alone = found[:, -1] + 2 * found[:, 3]
+        alone = columns[:, -1] + 2 * found[:, 3]
         return np.maximum.reduce([found[:, 1], found[:, 2], alone, moments.max(1, initial=0.0)])
 
     def least_bytes(self, found: Array, ahead: Array) -> Array:
@@ -641,30 +645,30 @@ class Stage:
             for f, which in layer.closing:
                 more = self.totals.add(more, columns[f][which])
             self.arrows.append(more)
-        ahead = np.zeros((len(self.graph.last), 2))
+        ahead = np.zeros((len(self.graph.last), self.totals.count + 1))
         self.ahead = [ahead]
         for layer, more in zip(reversed(self.graph.layers), reversed(self.arrows), strict=True):
             least = self._least(more) + ahead[layer.child]
-            ahead = np.full((layer.states, 2), NEVER)
+            ahead = np.full((layer.states, self.totals.count + 1), NEVER)
             np.minimum.at(ahead, layer.parent, least)
             self.ahead.insert(0, ahead)
 
     def _least(self, more: Array) -> Array:
-        """Seconds and bytes that arrows add at least, whatever blocks do."""
+        """Seconds, as in `Totals.times`, and bytes that arrows add at least, whatever blocks do."""
         blocks = len(self.totals.blocks)
-        seconds, held = more[:, 0].copy(), more[:, 1].copy()
+        seconds, held = more[:, self.totals.times].copy(), more[:, 0].copy()
         for b in range(blocks):
             again, whole, kept, results, entered, _ = self.totals.block(more, b).T
-            seconds += np.min([[0.0 * again, again, whole][m] for m in self.modes], axis=0)
+            seconds += np.min([[0.0 * again, again, whole][m] for m in self.modes], axis=0)[:, None]
             held += self.totals.span.in_flight * np.min(
                 [[kept, results + entered, entered][m] for m in self.modes], axis=0
             )
-        return np.stack([seconds, held], 1)
+        return np.column_stack([seconds, held])
 
     @property
     def least(self) -> float:
         """Seconds of the stage at least, with memory without end."""
-        return float(self.ahead[0][0, 0])
+        return float(self.ahead[0][0, :-1].max())
 
     def choices(self, most: float, limit: float) -> Rows:
         """The choices of at most so many seconds and bytes that none beats."""
@@ -689,7 +693,8 @@ class Stage:
             rows.chosen[:, layer.node] = layer.option[arrow]
             rows.numbers = totals.add(rows.numbers, more[arrow])
             found, ahead = totals.under(rows.numbers, rows.modes), self.ahead[number + 1][rows.state]
-            fits = (found[:, 0] + ahead[:, 0] <= most) & (totals.least_bytes(found, ahead[:, 1]) <= limit)
+            seconds = (found[:, -totals.count :] + ahead[:, :-1]).max(1)
+            fits = (seconds <= most) & (totals.least_bytes(found, ahead[:, -1]) <= limit)
             rows, found = rows.pick(fits), found[fits]
             if not len(rows.state):
                 break

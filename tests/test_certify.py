@@ -18,6 +18,7 @@ import autopart
 from autopart import Plan
 from autopart.certify import findings
 from autopart.compile import Source
+from autopart.cost import Training, update_seconds
 from autopart.notation import G, Placement
 from autopart.rules import Strategy
 
@@ -26,6 +27,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("4:cpu", {"dp": 2, "tp": 2, "zero": 3, "recompute": "full"}),
     ("3:cpu", {"pp": 3, "recompute": "selective"}),
     ("2:h100-80gb", {"zero": 1, "dp": 2}),
+    ("4:h100-80gb", {"zero": 2, "dp": 2, "pp": 2, "micro_batch": 4}),
 ]
 
 
@@ -51,7 +53,7 @@ def wrong(plan: Plan, name: str = "gpt2") -> list[str]:
 
 @pytest.mark.parametrize(
     ("name", "number"),
-    [*itertools.product(["gpt2", "llama"], range(len(SETTINGS))), ("vit", 2), ("bert", 3)],
+    [*itertools.product(["gpt2", "llama"], range(len(SETTINGS))), ("vit", 2), ("bert", 3), ("vit", 4)],
 )
 def test_a_plan_of_the_planner_is_accepted(name: str, number: int) -> None:
     plan = planned(name, number)
@@ -189,6 +191,18 @@ TAMPERED: list[tuple[str, Change, str]] = [
     ("sizes of the mesh", having(mesh=lambda m: replace(m, devices_per_host=8)), "degrees"),
     ("asked otherwise", having(request={"zero": 3}), "zero"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", [0.0, 0.9, 1.1])
+def test_gradients_that_are_hidden_are_counted(part: float) -> None:
+    plan = planned("llama", 4)
+    training = Training("adamw", 2, plan.mesh.group(1, 2), plan.micro_batches)
+    sizes, device = [p.nbytes for p in source("llama").model.parameters()], plan.mesh.device
+    whole = sum(training.sync_seconds(size, True) for size in sizes)
+    updates = sum(update_seconds(size, True, True, training, device) for size in sizes)
+    assert 0 < sum(s.sync_seconds for s in plan.stages) - updates < 0.9 * whole
+    changed = stage(0, sync_seconds=lambda v: v * part)(plan)
+    assert any("sync_seconds" in text for text in wrong(changed, "llama"))
 
 
 @pytest.mark.parametrize(("name", "change", "named"), TAMPERED, ids=[t[0] for t in TAMPERED])

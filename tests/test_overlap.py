@@ -6,6 +6,7 @@ import dataclasses
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,7 +15,10 @@ from torch.nn import functional as F
 import autopart
 from autopart.check import one_process, worst_error
 from autopart.compile import Source, programs
+from autopart.cost import Training, update_seconds
+from autopart.cuts import after, exposed, spans
 from autopart.hardware import find_device
+from autopart.hardware.rows import Device
 from autopart.runtime.compiled import Compiled
 from autopart.runtime.groups import Groups
 from autopart.runtime.simulated import run_simulated
@@ -117,3 +121,35 @@ def test_gradients_that_overlap_are_the_same(
 def test_devices_that_move_messages_themselves_hide_nothing() -> None:
     assert find_device("cpu").beside == 0.0
     assert 0.5 < find_device("h100-80gb").beside < 1.0
+    assert dataclasses.replace(find_device("h100-80gb"), overlap=0.0).beside == 0.0
+    assert dataclasses.replace(find_device("cpu"), overlap=2.0).beside == 0.5
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_range_exposes_what_a_clock_says(seed: int) -> None:
+    draw, n = np.random.default_rng(seed), 9
+    sent, backward = draw.uniform(0, [0.2, 1, 1, 3, 10][seed], n), draw.uniform(0, 1, n)
+    sent[draw.uniform(size=n) < 0.3] = 0.0
+    found, ends = exposed(sent, backward), np.transpose(spans(n)).tolist()
+    for late, (i, j) in zip(found, ends, strict=True):
+        assert late == pytest.approx(after(sent[i:j].tolist(), backward[i:j].tolist()), abs=1e-12)
+        assert max(sent[i], sent[i:j].sum() - backward[i:j].sum()) - 1e-12 <= late <= sent[i:j].sum() + 1e-12
+
+
+def test_the_price_is_between_nothing_hidden_and_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = build("llama", layers=4)
+    prices = []
+    for beside in (0.0, 0.5, 0.9):
+        monkeypatch.setattr(Device, "beside", beside)
+        plan = autopart.plan(model, "2x2:a100-80gb", batch, dp=4, zero=0, micro_batch=4)
+        prices.append(plan.stages[0].sync_seconds)
+    training = Training("adamw", 0, plan.mesh.group(1, 4), plan.micro_batches)
+    prices = [
+        p - sum(update_seconds(w.nbytes, True, True, training, plan.mesh.device) for w in model.parameters())
+        for p in prices
+    ]
+    whole = sum(training.sync_seconds(p.nbytes, True) for p in model.parameters())
+    first = training.sync_seconds(model.model.embed_tokens.weight.nbytes, True)
+    assert prices[0] == pytest.approx(whole)
+    assert prices[1] == pytest.approx(0.5 * whole + 0.5 * first)
+    assert prices[2] == pytest.approx(0.1 * whole + 0.9 * first)

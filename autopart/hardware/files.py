@@ -84,6 +84,7 @@ def _pair(value: Any) -> tuple[float, float] | None:
 
 RATE = _Kind("a number above 0", _rate)
 SECONDS = _Kind("a number of seconds, at least 0", _seconds)
+TIMES = _Kind("a number, at least 0", _seconds)
 COUNT = _Kind("a whole number above 0", _count)
 TEXT = _Kind("a text that is not empty", _text)
 RATES = _Kind(f"a table of dtype = FLOP/s, each above 0, the dtypes among {', '.join(DTYPES)}", _rates)
@@ -138,6 +139,7 @@ TAKES: Mapping[type[Any], Mapping[str, _Kind]] = {
         "inter": TEXT,
         "devices_per_host": COUNT,
         "nics_per_host": COUNT,
+        "overlap": TIMES,
         "silicon": SILICON,
         "measured": MEASURED,
         "source": TEXT,

@@ -27,7 +27,7 @@ class Measured:
     ranks       that measured at once;  threads: of each
     alone       how many times as fast a rank computes while enough others idle that none shares its cores; more than 1
                 where there are fewer cores than ranks have threads
-    overlap     how many times as long a product takes beside an all-reduce
+    overlap     how many times as long a product takes beside an all-reduce (see `Device.beside`)
     products    dtype -> rows (m, n, k, seconds, spread) of products of m x k by k x n, values alone
     attention   dtype -> rows (sequence, elements of a head, causal, seconds of a forward FLOP, of a backward one,
                 spread), FLOPs being those of the forward pass

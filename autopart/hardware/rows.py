@@ -77,6 +77,8 @@ class Device:
                       one card for each device
     silicon           constants of its kernels; None where nothing was fitted: then a plain roofline tells their seconds
     measured          what `autopart.calibrate` measured of it, which then tells all seconds instead
+    overlap           how many times as long it computes while gradients are summed beside it; 0: they are summed after
+                      the backward. None: as was measured, else BESIDE; on CPUs, whose cores move the messages, 0
     """
 
     name: str
@@ -91,6 +93,7 @@ class Device:
     nics_per_host: int = 1
     silicon: Silicon | None = None
     measured: Measured | None = None
+    overlap: float | None = None
 
     @property
     def type(self) -> str:
@@ -99,12 +102,11 @@ class Device:
 
     @property
     def beside(self) -> float:
-        """How much of a second of a collective is hidden where the device computes beside it, which then takes
-        BESIDE times as long, or what was measured: 1 / that. 0 on CPUs, whose cores move the messages: there gradients
-        are summed after the backward."""
-        if self.type == "cpu":
-            return 0.0
-        return 1 / max(1.0, self.measured.overlap if self.measured else BESIDE)
+        """How much of a second of a collective is hidden where the device computes beside it: 1 / `overlap`, 0 where it
+        does not."""
+        usual = 0.0 if self.type == "cpu" else self.measured.overlap if self.measured else BESIDE
+        times = usual if self.overlap is None else self.overlap
+        return 1 / max(1.0, times) if times else 0.0
 
 
 KINDS = ("nvlink", "pci", "network", "host")

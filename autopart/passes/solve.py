@@ -32,6 +32,9 @@ Entries = tuple[Integers, Integers, Array]
 NODES = 200
 """Of a branch-and-bound tree; where it is not done by then, the bound says how far it is off."""
 
+CUTS, CLOSE = 4, 1e-3
+"""How often, and how near, `Solver.share` looks for a maximum."""
+
 INTEGRAL = 1e-6
 """How far from a whole number a solution may be."""
 
@@ -148,6 +151,31 @@ class Solver:
         chosen = np.minimum.reduceat(left[:, : self.strategies], self.sizes.first[:-1], axis=1).sum(1)
         return float((chosen + np.minimum(left[:, self.strategies :], 0.0).sum(1)).max()) / self.scale
 
+    def share(self, costs: Array, more: Array) -> float:
+        """Between 0 and 1, the share of some more costs with which the relaxation's best choice costs most, but for a
+        few per mille: it is a concave function of the share, made of straight lines. At 0 at once where no choice has
+        more costs above 0."""
+        if np.maximum.reduceat(more[: self.strategies], self.sizes.first[:-1]).sum() <= 0:
+            return 0.0
+        moved = self._moved(more)
+
+        def at(share: float) -> tuple[float, float, float]:
+            """The share, what the best choice costs, and how much more with a larger share."""
+            best, _ = self._relax(costs + share * more, None)
+            return share, best, float(moved @ np.array(self.highs.getSolution().col_value))
+
+        left = at(0.0)
+        if left[2] <= 0:
+            return 0.0
+        right = at(1.0)
+        for _ in range(CUTS if right[2] < 0 else 0):
+            (low, below, rising), (high, above, falling) = left, right
+            found = at((above - below + rising * low - falling * high) / (rising - falling))
+            left, right = (found, right) if found[2] > 0 else (left, found)
+            if below + rising * (found[0] - low) <= found[1] * (1 + CLOSE):
+                break
+        return max(left, right, key=lambda point: point[1])[0]
+
     def minimise(
         self, costs: Array, allowed: Mapping[int, Iterable[int]] | None = None, branch: bool = True
     ) -> Solution | None:
@@ -184,19 +212,14 @@ class Solver:
         return Solution(chosen, objective / self.scale, bound / self.scale)
 
     def squeeze(
-        self, costs: Array, allowed: Mapping[int, Iterable[int]], peak: Entries, held: Array, room: float
+        self, costs: Array, late: Entries, allowed: Mapping[int, Iterable[int]], peak: Entries, held: Array, room: float
     ) -> Solution | None:
-        """`minimise` where held * v + the largest of some sums, the rows of `peak`, <= room."""
-        highs, rows, last, unit = self.highs, self.highs.getNumRow(), self.columns, max(room, 1.0)
-        highs.addCol(0.0, 0.0, highspy.kHighsInf, 0, [], [])
-        row, index, value = self._spread(*peak[:2], peak[2] / unit)
-        every = np.arange(row.max(initial=-1) + 1)
-        row = np.concatenate([every, row])
-        order = np.argsort(row, kind="stable")
-        index = np.concatenate([np.full(len(every), last), index])[order].astype(np.int32)
-        value = np.concatenate([np.ones(len(every)), -value])[order]
-        starts, infinite = np.searchsorted(row[order], every).astype(np.int32), np.full(len(every), highspy.kHighsInf)
-        highs.addRows(len(every), np.zeros(len(every)), infinite, len(index), starts, index, value)
+        """`minimise` with the largest of some sums, the rows of `late`, among the costs, where held * v + the largest
+        of others, the rows of `peak`, <= room."""
+        highs, rows, unit = self.highs, self.highs.getNumRow(), max(room, 1.0)
+        self._priced(costs)
+        self._largest(late, self.scale, 1.0)
+        last = self._largest(peak, 1 / unit, 0.0)
         given = np.flatnonzero(held)
         _, index, value = self._spread(0 * given, given, held[given] / unit)
         highs.addRow(-highspy.kHighsInf, room / unit, len(index) + 1, [*index, last], [*value, 1.0])
@@ -204,8 +227,22 @@ class Solver:
         found = self.minimise(costs, allowed)
         highs.setOptionValue("mip_max_nodes", NODES)
         highs.deleteRows(highs.getNumRow() - rows, np.arange(rows, highs.getNumRow(), dtype=np.int32))
-        highs.deleteCols(1, np.array([last], dtype=np.int32))
+        highs.deleteCols(2, np.array([last - 1, last], dtype=np.int32))
         return found
+
+    def _largest(self, sums: Entries, unit: float, cost: float) -> int:
+        """Add a variable that is at least 0 and each of some sums, times a unit; its place."""
+        last = self.highs.getNumCol()
+        self.highs.addCol(cost, 0.0, highspy.kHighsInf, 0, [], [])
+        row, index, value = self._spread(*sums[:2], sums[2] * unit)
+        every = np.arange(row.max(initial=-1) + 1)
+        row = np.concatenate([every, row])
+        order = np.argsort(row, kind="stable")
+        index = np.concatenate([np.full(len(every), last), index])[order].astype(np.int32)
+        value = np.concatenate([np.ones(len(every)), -value])[order]
+        starts, infinite = np.searchsorted(row[order], every).astype(np.int32), np.full(len(every), highspy.kHighsInf)
+        self.highs.addRows(len(every), np.zeros(len(every)), infinite, len(index), starts, index, value)
+        return last
 
     def _spread(self, row: Integers, priced: Integers, number: Array) -> Entries:
         """Entries over the variables that stand for priced ones, moves for the changes of values with one use: sorted,
@@ -238,11 +275,15 @@ class Solver:
         usual = float(np.minimum.reduceat(costs[: self.strategies], first[:-1]).sum())
         usual = usual or float(costs.max(initial=0.0)) or 1.0
         self.scale = UNIT / usual
+        return np.minimum(self._moved(costs) * self.scale, UNIT * DEAREST)
+
+    def _moved(self, costs: Array) -> Array:
+        """What every variable costs, moves where they stand for changes."""
         every = np.zeros(self.columns)
         every[: self.priced] = costs
         np.add.at(every, self.moves, costs[self.changes])
         every[self.changes] = 0.0
-        return np.minimum(every[self.used] * self.scale, UNIT * DEAREST)
+        return every[self.used]
 
     def _branch(self) -> tuple[Array, float, float]:
         """Solve with binary strategies."""
