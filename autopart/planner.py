@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from autopart.allowed import Options, both
 from autopart.bounds import Bounds
-from autopart.cost import messages, widening
+from autopart.cost import update_seconds
 from autopart.cuts import NEVER, best_cut, spans
 from autopart.errors import PartitionError
 from autopart.plan import seconds_text
@@ -111,7 +111,7 @@ class Search:
             levels = zero_levels(self.space, point)
             if levels and all(self.space.options(point).values()):
                 work = self.space.least_work(point)
-                for at in (replace(point, zero=zero) for zero in self._heads(levels)):
+                for at in (replace(point, zero=zero) for zero in self._heads(point, levels)):
                     self._push(self._passes(point) * max(work, self.space.known_bound(at)), 0, at)
         while self.queue and self.queue[0][0] < self._time() * (1 - TOLERANCE):
             late = request.time_limit is not None and time.monotonic() - started > request.time_limit
@@ -156,13 +156,11 @@ class Search:
         each is a point of its own from the start."""
         return self.space.mesh.device.measured is not None
 
-    def _heads(self, levels: Sequence[int]) -> Sequence[int]:
-        """The levels that are a point of their own from the start: those that the one before does not bound. Level 0
-        hides all its messages behind the backward, level 1 half of them, but shares the optimizer's step, or gathers in
-        a narrower dtype than that of the master copy."""
+    def _heads(self, point: Point, levels: Sequence[int]) -> Sequence[int]:
+        """The levels that are a point of their own from the start: those that the one before does not bound."""
         if self._updates:
             return levels
-        unsure = levels[0] == 0 and _saves(self.space) and self.space.mesh.device.beside > 0
+        unsure = point.dp > 1 and levels[0] == 0 and slower(self.space, point, 0, 1) > TOLERANCE
         return levels[: 1 + unsure]
 
     def _bound(self) -> float:
@@ -231,7 +229,7 @@ class Search:
         """Put the point in the queue that has the next ZeRO level, once."""
         levels = zero_levels(self.space, point)
         following = levels[levels.index(point.zero) + 1 :]
-        if following and following[0] not in self._heads(levels) and point not in self.higher:
+        if following and following[0] not in self._heads(point, levels) and point not in self.higher:
             self.higher.add(point)
             self._push(bound, 0, replace(point, zero=following[0]))
 
@@ -439,23 +437,27 @@ def search(space: Space, say: Say = silent) -> Found:
 
 
 def zero_levels(space: Space, point: Point) -> list[int]:
-    """The ZeRO levels to try, by the time they take: without a data-parallel axis they are all the same; with a master
-    copy, or where the optimizer's step is counted, level 1 takes less time than level 0, and less memory, unless the
-    backward hides messages: then either may take less."""
+    """The ZeRO levels to try, by the time they take: without a data-parallel axis they are all the same; level 1 takes
+    less memory than level 0, and often less time: with a master copy, or where the optimizer's step is counted. Where
+    the backward hides enough of level 0's messages, either may take less."""
     request = space.request
     levels = [zero for zero in (0, 1, 2, 3) if request.zero in (None, zero) and request.allows("zero", zero)]
     if point.dp == 1:
         return levels[:1]
-    if not _saves(space) or space.mesh.device.beside > 0:
-        return levels
-    m, wide = space.micro_batches(point), widening(request.precision, request.master)
-    seconds = {zero: gathers + wide * scatters for zero in levels for gathers, scatters in [messages(zero, m)]}
-    return sorted((z for z in levels if z or 1 not in levels), key=lambda z: seconds[z])
+    return levels[1:] if levels[:2] == [0, 1] and slower(space, point, 1, 0) < -TOLERANCE else levels
 
 
-def _saves(space: Space) -> bool:
-    """Whether ZeRO level 1 saves time that level 0 pays: with a master copy, or where the optimizer's step counts."""
-    return bool(space.request.master) or space.mesh.device.silicon is not None
+def slower(space: Space, point: Point, one: int, other: int) -> float:
+    """Of ZeRO levels 0 and 1, how many seconds longer parameters take at `one` than at `other` at most, whatever the
+    backward hides of either, to those they take where it hides nothing: the messages that it can hide count as far as
+    those of one are more."""
+    seconds, device = [], space.device(point)
+    for training in (space.training(replace(point, zero=zero)) for zero in (one, other)):
+        beside = device.beside * training.beside_seconds(1.0, True)
+        whole = training.sync_seconds(1.0, True) + update_seconds(1.0, True, True, training, device)
+        seconds.append((whole, beside))
+    (mine, hidden), (theirs, others) = seconds
+    return (mine - hidden - (theirs - others) + max(0.0, hidden - others)) / theirs
 
 
 def points(space: Space) -> Iterator[Point]:
