@@ -315,16 +315,16 @@ class Training:
         return float(gathers * gather + scatters * merged_seconds(wide, self.group, "reduce_scatter"))
 
     def beside_seconds(self, nbytes: float, shared: bool) -> float:
-        """Of `sync_seconds`, those that go on beside one backward: the sum of the gradient, but at level 3."""
-        if not shared or self.ranks == 1 or self.zero == 3:
+        """Of `sync_seconds`, those that go on beside one backward: the sum of the gradient."""
+        if not shared or self.ranks == 1:
             return 0.0
         name = "all_reduce" if self.zero == 0 else "reduce_scatter"
         return float(merged_seconds(nbytes * self.widening, self.group, name))
 
     @property
     def backwards(self) -> int:
-        """Backwards of a step beside which gradients are summed: the last, at level 2 every one."""
-        return self.micro_batches if self.zero == 2 else 1
+        """Backwards of a step beside which gradients are summed: the last, from level 2 every one."""
+        return self.micro_batches if self.zero >= 2 else 1
 
     def partial_sync_seconds(self, nbytes: float, group: Group) -> float:
         """Seconds a step takes to add up the gradient of a parameter of `nbytes` that is a partial sum over another

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from autopart import Estimate, Mesh, PartitionError, Plan, timeline
 from autopart.comm import collective_seconds, merged_seconds
-from autopart.cost import stream_rate_seconds
+from autopart.cost import Training, stream_rate_seconds, update_seconds
 from autopart.plan import PlanRun, PlanStage
 from benchmarks.fit import Collectives, Fabric, Fitted, Profile, refits
 from benchmarks.published import Bench, Published, read
@@ -73,7 +73,8 @@ class Scored:
     shares     of it, by `Estimate.breakdown`
     memory     bytes of a device of the fullest stage, by what takes them; see `held`
     clock      how far the plan's simulated step is from the one it says, relatively; its stages whole
-    sharing    share of the seconds that gathers and scatters of ZeRO 3 take, none of them hidden behind products
+    sharing    share of the seconds that gathers of ZeRO 3 take, none of them hidden behind products, and scatters, as
+               far as they are not hidden or slow products down
     """
 
     row: Published
@@ -181,28 +182,31 @@ def differences(plan: Plan, stage: PlanStage, row: Published) -> dict[str, float
 
 def fsdp(plan: Plan, stage: PlanStage) -> tuple[float, float]:
     """Seconds of a step that FSDP2 takes more than messages of any length would: those of every block have a latency,
-    twice for its parameters and once for their gradients; and parameters are copied out of what was gathered, gradients
-    into what is scattered, in the master dtype (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py)."""
+    twice for its parameters and once for their gradients, which computing hides; and parameters are copied out of what
+    was gathered, gradients into what is scattered, in the master dtype
+    (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py)."""
     wide, narrow = (getattr(torch, dtype or plan.precision).itemsize for dtype in (plan.master, None))
     elements, group = stage.memory["parameters"] * plan.dp / wide, plan.mesh.group(plan.tp, plan.dp)
     blocks = sum(len(run.labels) for run in stage.runs if blocks_of(run))
     late = 0.0
     for times, name, nbytes in ((2, "all_gather", narrow * elements), (1, "reduce_scatter", wide * elements)):
         each = collective_seconds(name, nbytes / blocks, group) - merged_seconds(nbytes / blocks, group, name)
-        late += times * blocks * float(each)
+        shown = 1.0 if name == "all_gather" else 1 - plan.mesh.device.beside
+        late += times * blocks * float(each) * shown
     return late, stream_rate_seconds((2 * 2 * narrow + narrow + wide) * elements, plan.mesh.device)
 
 
 def sharing_seconds(plan: Plan) -> float:
-    """Seconds of a step that gathers and scatters of ZeRO 3 take, if nothing hides them."""
+    """Seconds of a step that gathers and scatters of ZeRO 3 are priced at: all of its gradient sync but the optimizer's
+    step and sums of gradients."""
     if plan.zero < 3:
         return 0.0
-    (stage,) = plan.stages
+    (stage,), m = plan.stages, plan.micro_batches
     wide, narrow = (getattr(torch, dtype or plan.precision).itemsize for dtype in (plan.master, None))
-    elements, group = stage.memory["parameters"] * plan.dp / wide, plan.mesh.group(plan.tp, plan.dp)
-    gather = merged_seconds(narrow * elements, group, "all_gather")
-    scatter = merged_seconds(wide * elements, group, "reduce_scatter")
-    return float(2 * gather + scatter) * plan.micro_batches + fsdp(plan, stage)[0]
+    training = Training(plan.optimizer, 3, plan.mesh.group(plan.tp, plan.dp), m, wide / narrow, True)
+    nbytes = stage.memory["parameters"] * plan.dp * narrow / wide
+    update = update_seconds(nbytes, True, True, training, plan.mesh.busy_device(plan.pp, m))
+    return stage.sync_seconds - update + fsdp(plan, stage)[0]
 
 
 def blocks_of(run: PlanRun) -> bool:

@@ -316,7 +316,7 @@ def left_out(row: Row) -> Iterator[str]:
     if row["hardware"].startswith("A100 "):
         yield "40 or 80 GB not named, here 40"
     if whole(row["zero"], 0) == 3:
-        yield "messages of FSDP beside products, here none hidden"
+        yield "gathers of FSDP beside products, here none hidden"
 
 
 def measured_seconds(row: Row) -> float | None:

@@ -26,7 +26,7 @@ def table(name: str, ranks: int) -> list[Row]:
     if ranks == 2:
         rows = [("float32", s) for s in ({"tp": 2}, {"pp": 2, "micro_batch": 2}, {"dp": 2}, {})]
         levels = [1, 2, 3] if name == "gpt2" else [3] if name == "llama" else []
-        beside = [forced(i, "none", "SGD", "h100-80gb") for i in (0, 1, 2)] if name == "gpt2" else []
+        beside = [forced(i, "none", "SGD", "h100-80gb") for i in range(4)] if name == "gpt2" else []
         changes = [forced(i, "none", "SGD") for i in levels] + beside
         return rows + [("float32", {"dp": 2, "micro_batch": 4, "forced": change}) for change in changes]
     # Llama with tp=4: more ranks than heads of keys and values.

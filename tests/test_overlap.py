@@ -59,9 +59,9 @@ def train(source: Source, plan: autopart.Plan) -> list[tuple[Tensors, Sent, bool
         shared, sent = compiled.executor.shared, Sent()
         message = shared._message
 
-        def told(weights: list[Any]) -> Any:
-            sent.append((compiled.executor.doing, [tuple(w.shape) for w in weights]))
-            return message(weights)
+        def told(weights: list[Any], gradients: list[torch.Tensor]) -> Any:
+            sent.append((compiled.executor.doing, [tuple(g.shape) for g in gradients]))
+            return message(weights, gradients)
 
         shared._message = told  # type: ignore[method-assign]
         compiled.step(source.batch)
@@ -100,7 +100,9 @@ def test_gradients_that_overlap_are_the_same(
 
     wanted = at_end[0][0]
     assert overlapped[0][0].keys() == wanted.keys()
-    assert all(torch.equal(found, wanted[key]) for key, found in overlapped[0][0].items())
+    if settings["zero"] < 3:
+        assert all(torch.equal(found, wanted[key]) for key, found in overlapped[0][0].items())
+    assert worst_error(overlapped[0][0], wanted)[0] < 1e-6, "uses of a slice are added up in another order alone"
     if after.precision == "float32":
         assert worst_error(wanted, one_process(model, batch)[1])[0] < 1e-5
 
@@ -114,7 +116,7 @@ def test_gradients_that_overlap_are_the_same(
     if settings["zero"] < 2:
         assert last < doing | {""} and all(what in last or "REDUCE" in what for what in doing)
         assert all("REDUCE" in what for _, sent, _ in at_end for what, _ in sent)
-    elif settings["zero"] == 2:
+    else:
         assert {f"stage 0 BACKWARD micro-batch {m}" for m in range(after.micro_batches)} <= doing
 
 

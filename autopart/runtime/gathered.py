@@ -105,26 +105,34 @@ def _unpack(kept: Tensor | _Kept) -> Tensor:
 @dataclass(frozen=True)
 class Slicing:
     """What a weight in slices (`groups.weight_slice`) is a slice of: the whole's shape and dtype, and the ranks that
-    have the other slices."""
+    have the other slices.
+
+    send   what takes the gradients of whole weights, instead of autograd, and adds up the ranks' in its own time
+    """
 
     shape: torch.Size
     dtype: torch.dtype
     group: Group
+    send: Callable[[Sequence[Any], Sequence[Tensor]], None] | None = None
 
 
 class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, slicings: Sequence[Slicing], *slices: Tensor) -> tuple[Tensor, ...]:
-        ctx.group, ctx.dtype = slicings[0].group, slices[0].dtype
+        first = ctx.slicing = slicings[0]
+        ctx.slices = slices
 
         def run(some: Sequence[int]) -> Sequence[Tensor]:
-            return gather([slices[i] for i in some], [slicings[i].shape for i in some], ctx.group, slicings[0].dtype)
+            return gather([slices[i] for i in some], [slicings[i].shape for i in some], first.group, first.dtype)
 
         return tuple(Gather(len(slices), run).forward())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *scatter_sum(gradients, ctx.group, ctx.dtype)
+        if ctx.slicing.send is not None:
+            ctx.slicing.send(ctx.slices, gradients)
+            return None, *[None] * len(gradients)
+        return None, *scatter_sum(gradients, ctx.slicing.group, ctx.slices[0].dtype)
 
 
 def gathered(owner: Any) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -143,6 +144,15 @@ class Groups:
             handle = dist.new_group(ranks)
             if self.rank in ranks:
                 mine = Group("tied", len(ranks), ranks.index(self.rank), handle)
+        return mine
+
+    def apart(self) -> Group:
+        """The ranks along dp with a channel of their own. Every rank must call it."""
+        mine = self.dp
+        for pp, tp in itertools.product(range(self.pp.size), range(self.tp.size)):
+            handle = dist.new_group([(pp * self.dp.size + dp) * self.tp.size + tp for dp in range(self.dp.size)])
+            if (pp, tp) == (self.pp.rank, self.tp.rank):
+                mine = replace(self.dp, handle=handle)
         return mine
 
 

@@ -141,6 +141,9 @@ class SimulatedGroups(Groups):
         key = ("tied", *stages, self.dp.rank, self.tp.rank)
         return SimulatedGroup("tied", len(stages), list(stages).index(self.pp.rank), None, self.world, key)
 
+    def apart(self) -> Group:
+        return self.dp
+
 
 def simulated_groups(world: World, pp: int, dp: int, tp: int, rank: int) -> SimulatedGroups:
     """What `make_groups` makes, for one thread."""

@@ -41,7 +41,10 @@ def fill_a_message(tensors: Sequence[Tensor]) -> bool:
 
 
 def start_sum(tensors: Sequence[Tensor], group: Group) -> Callable[[], None]:
-    """Start to all-reduce tensors, in one message; what is returned waits for it and puts the sums in their place."""
+    """Start to all-reduce tensors, in one message; what is returned waits for it and puts the sums in their place. One
+    tensor alone is its own message."""
+    if len(tensors) == 1 and tensors[0].is_contiguous():
+        return group.start_all_reduce(tensors[0]).wait
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     work = group.start_all_reduce(flat)
 
@@ -90,11 +93,15 @@ def start_scatter(
     tensors: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None
 ) -> Callable[[], Sequence[Tensor]]:
     """Start to sum tensors over ranks, in one message; what is returned waits for this rank's slice of each sum, in a
-    dtype. The tensors themselves are not needed any more."""
+    dtype. The tensors themselves are not needed any more; one alone is its own message, where that leaves it as it
+    is."""
     lengths = [slice_length(tensor.numel(), group.size) for tensor in tensors]
-    message = tensors[0].new_empty(group.size, sum(lengths), dtype=dtype)
-    for tensor, part in zip(tensors, message.split(lengths, 1), strict=True):
-        part.copy_(rows(tensor, group.size))
+    if len(tensors) == 1 and group.scatters and dtype in (None, tensors[0].dtype):
+        message = rows(tensors[0], group.size)
+    else:
+        message = tensors[0].new_empty(group.size, sum(lengths), dtype=dtype)
+        for tensor, part in zip(tensors, message.split(lengths, 1), strict=True):
+            part.copy_(rows(tensor, group.size))
     mine, work = group.start_reduce_scatter(message) if group.scatters else (None, group.start_all_reduce(message))
 
     def finish() -> Sequence[Tensor]:

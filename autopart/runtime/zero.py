@@ -7,13 +7,14 @@ master dtype what is trained is a copy in that dtype, of the slice or of the who
 over micro-batches and ranks, and weights are written back after a step. At level 3 the slices are of that dtype anyway.
 
 With `overlap` gradients travel while the backward goes on: a message starts as soon as those that are final fill it.
-Ranks run the same program, so that gradients become final in the same order on all.
+Ranks run the same program, so that gradients become final in the same order on all. At level 3 they have a channel of
+their own, so that no weight that is gathered waits for them.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,6 +56,12 @@ class Shared:
             elif master not in (None, weight.dtype):
                 self.copy_of[weight] = _like(weight, weight.detach().to(master))
             weight.grad_dtype = master or weight.dtype
+        self.channel = self.group
+        if overlap and level >= 3 and self.group.size > 1:
+            self.channel = groups.apart()
+            for weight in weights:
+                if hasattr(weight, "slicing"):
+                    weight.slicing = replace(weight.slicing, send=self._send)
         self.share_of = {**self.slice_of, **self.copy_of}
         self.trained = [self.share_of.get(weight, weight) for weight in weights]
         self.copies = list(self.share_of.values()) if master else []
@@ -108,23 +115,26 @@ class Shared:
             self.summed[weight] = True
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
-        for bucket in buckets([weight.grad for weight in weights]):
-            self.started.append(self._message([weights[i] for i in bucket]))
+        self._send(weights, [weight.grad for weight in weights])
+
+    def _send(self, weights: Sequence[Any], gradients: Sequence[Tensor]) -> None:
+        """Send the gradients of weights, or of slices at level 3."""
+        for bucket in buckets(gradients):
+            self.started.append(self._message([weights[i] for i in bucket], [gradients[i] for i in bucket]))
             while len(self.started) > AHEAD * self.overlap:
                 self.started.popleft()()
 
-    def _message(self, weights: list[Any]) -> Callable[[], None]:
+    def _message(self, weights: Sequence[Any], gradients: Sequence[Tensor]) -> Callable[[], None]:
         """Start one message; what is returned brings the sums to where they belong."""
-        gradients = [weight.grad for weight in weights]
         if self.level == 0:
             return start_sum(gradients, self.group)
-        finish = start_scatter(gradients, self.group)
-        for weight in weights:
+        slices = [self.slice_of.get(weight, weight) for weight in weights]
+        finish = start_scatter(gradients, self.channel, slices[0].dtype)
+        for weight in self.slice_of.keys() & set(weights):
             weight.grad = None
 
         def add() -> None:
-            for weight, summed in zip(weights, finish(), strict=True):
-                mine = self.slice_of[weight]
+            for mine, summed in zip(slices, finish(), strict=True):
                 mine.grad = summed if mine.grad is None else mine.grad.add_(summed)
 
         return add
