@@ -41,6 +41,9 @@ from autopart.weigh import Array
 Say = Callable[[str], None]
 """Told how far the search is: the best plan's time, the bound, the gap between them."""
 
+SPLITS, ROOM, CUT, MEMORY, OTHERS = range(5)
+"""What is next for a point: its bounds by rising level, its first cut in between, last splits for less memory."""
+
 MOST = 500
 """Ranges that a search solves on their own."""
 
@@ -112,14 +115,14 @@ class Search:
             if levels and all(self.space.options(point).values()):
                 work = self.space.least_work(point)
                 for at in (replace(point, zero=zero) for zero in self._heads(point, levels)):
-                    self._push(self._passes(point) * max(work, self.space.known_bound(at)), 0, at)
+                    self._push(self._passes(point) * max(work, self.space.known_bound(at)), SPLITS, at)
         while self.queue and self.queue[0][0] < self._time() * (1 - TOLERANCE):
             late = request.time_limit is not None and time.monotonic() - started > request.time_limit
             if self.best is not None and (late or (request.nodes is not None and self.number >= request.nodes)):
                 break
             self.number += 1
             bound, level, point = heapq.heappop(self.queue)
-            if level >= 3 and self.quick and self.best is not None:
+            if level >= MEMORY and self.quick and self.best is not None:
                 self._close(bound)
                 continue
             (self._splits, self._room, self._cut, self._memory, self._others)[level](point, bound)
@@ -193,13 +196,13 @@ class Search:
         come first. A point without room is left for higher ZeRO levels, and to be told of where nothing fits."""
         below = self._passes(point) * self.space.below(point)
         if below > bound and below > self._bound():
-            self._push(below, 0, point)
+            self._push(below, SPLITS, point)
             return
         if not self.space.has_room(point):
             self.hopeless.append(point)
             self._more_zero(point, bound)
             return
-        self._push(max(bound, self._passes(point) * self.space.relaxed(point)), 1 + self.quick, point)
+        self._push(max(bound, self._passes(point) * self.space.relaxed(point)), CUT if self.quick else ROOM, point)
 
     def _room(self, point: Point, bound: float) -> None:
         """A better bound where not all stages have room for all that the fastest splits keep."""
@@ -207,9 +210,9 @@ class Search:
         if least > bound * (1 + TOLERANCE):
             self._more_zero(point, bound)
         if least < self._time():
-            self._push(max(bound, least), 2, point)
+            self._push(max(bound, least), CUT, point)
         elif self.best is None:
-            self._push(bound, 2, point)  # to be told of where nothing fits
+            self._push(bound, CUT, point)  # to be told of where nothing fits
 
     def _cut(self, point: Point, bound: float) -> None:
         """The best cut with the splits known. If it reaches its bound, the point is done with, and so are higher ZeRO
@@ -222,7 +225,7 @@ class Search:
         if found is not None and found.seconds <= bound * (1 + TOLERANCE):
             self._close(bound)
             return
-        self._push(bound, 3, point)
+        self._push(bound, MEMORY, point)
         self._more_zero(point, bound)
 
     def _more_zero(self, point: Point, bound: float) -> None:
@@ -231,7 +234,7 @@ class Search:
         following = levels[levels.index(point.zero) + 1 :]
         if following and following[0] not in self._heads(point, levels) and point not in self.higher:
             self.higher.add(point)
-            self._push(bound, 0, replace(point, zero=following[0]))
+            self._push(bound, SPLITS, replace(point, zero=following[0]))
 
     def _memory(self, point: Point, bound: float) -> None:
         """Better bounds, as long as a higher price of a byte brings any."""
@@ -247,7 +250,7 @@ class Search:
         if bound >= self._time():
             return
         self.open[point] = prices, columns
-        self._push(bound, 4, point)
+        self._push(bound, OTHERS, point)
 
     def _bounds(self, point: Point) -> Bounds:
         """The bounds of a point, at first of bytes alone and of time alone."""
