@@ -86,6 +86,7 @@ def S(dim: int, parts: Sequence[int] = ()) -> Placement:
 
 
 AGAIN = "+again"
+"""Behind the name of a strategy that keeps a part of an operand it takes whole."""
 
 
 def kept_as(placement: Placement) -> Placement:
@@ -188,9 +189,8 @@ class Strategy:
     """One way to run one operator along one mesh axis: what it takes and what it gives.
 
     `name` is the split letter, or R, C or P where nothing is split; AGAIN behind it says that of an operand a part is
-    kept, which is gathered again for backward. `local` names the function that replaces
-    the operator on a shard, where the plain operator would be wrong. `shards_work` says whether each rank
-    does a share of the work (else all of it).
+    kept, which is gathered again for backward. `local` names the function that replaces the operator on a shard, where
+    the plain operator would be wrong. `shards_work` says whether each rank does a share of the work (else all of it).
     """
 
     name: str

@@ -86,7 +86,7 @@ class Search:
     closed: float = NEVER
     ways: dict[Point, list[Way]] = field(default_factory=dict)
     bounds: dict[Point, Bounds] = field(default_factory=dict)
-    """Of points that have room and wait for prices of a byte."""
+    """Of points whose room was looked at."""
     higher: set[Point] = field(default_factory=set)
     """Points of which the next ZeRO level is in the queue, or was."""
     reached: dict[Point, float] = field(default_factory=dict)

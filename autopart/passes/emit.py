@@ -263,6 +263,7 @@ class _Emitter:
         made = [_module_list(attribute, members) for attribute, members in lists.items()]
         valid = self._valid(scope)
         rows = {row[0]: row for row in segments(stage, blocks)}
+        again = any(info(n).name in GATHERED_AGAIN for _, nodes in stage.runs for n in nodes)
         pending: list[fx.Node] = []
         for index, (_, nodes) in enumerate(stage.runs):
             if index not in blocks:
@@ -284,11 +285,7 @@ class _Emitter:
             f"    inputs = {stage.inputs!r}",
             f"    received = {[c.name for c in stage.received]!r}",
             f"    sent = {[c.name for c in stage.sent]!r}",
-            *(
-                ["    gathers_again = True"]
-                if any(info(n).name in GATHERED_AGAIN for n in stage.graph.nodes if n.op == "call_function")
-                else []
-            ),
+            *(["    gathers_again = True"] if again else []),
             "",
             *_init("groups: Groups", [*weights, *made], [*scope.lines, *valid[1]], bool(stage.valid)),
             "",

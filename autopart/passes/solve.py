@@ -217,8 +217,7 @@ class Solver:
         """`minimise` with the largest of some sums, the rows of `late`, among the costs, where held * v + the largest
         of others, the rows of `peak`, <= room."""
         highs, rows, unit = self.highs, self.highs.getNumRow(), max(room, 1.0)
-        self._priced(costs)
-        self._largest(late, self.scale, 1.0)
+        self._largest(late, self._unit(costs), 1.0)
         last = self._largest(peak, 1 / unit, 0.0)
         given = np.flatnonzero(held)
         _, index, value = self._spread(0 * given, given, held[given] / unit)
@@ -268,13 +267,15 @@ class Solver:
         self.objective = self._priced(costs)
         self.highs.changeColsCost(len(self.objective), np.arange(len(self.objective), dtype=np.int32), self.objective)
 
+    def _unit(self, costs: Array) -> float:
+        """What to multiply costs by, so that a solution costs about UNIT."""
+        usual = float(np.minimum.reduceat(costs[: self.strategies], self.sizes.first[:-1]).sum())
+        return UNIT / (usual or float(costs.max(initial=0.0)) or 1.0)
+
     def _priced(self, costs: Array) -> Array:
-        """What every variable costs in a unit in which a solution costs about UNIT: what costs far more is never taken,
-        and what is far below HiGHS's tolerance would not be seen."""
-        first = self.sizes.first
-        usual = float(np.minimum.reduceat(costs[: self.strategies], first[:-1]).sum())
-        usual = usual or float(costs.max(initial=0.0)) or 1.0
-        self.scale = UNIT / usual
+        """What every variable costs, in a unit in which a solution costs about UNIT: what costs far more is never
+        taken, and what is far below HiGHS's tolerance would not be seen."""
+        self.scale = self._unit(costs)
         return np.minimum(self._moved(costs) * self.scale, UNIT * DEAREST)
 
     def _moved(self, costs: Array) -> Array:
