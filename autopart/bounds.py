@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autopart.cuts import NEVER, message_seconds, spans
+from autopart.cuts import NEVER, crossed, spans
 from autopart.request import Point
 from autopart.space import Space
 from autopart.weigh import Array, least_crossings
@@ -94,7 +94,7 @@ class Bounds:
         self.room = np.where(counts.sum(1) > len(group) - point.pp + 1, -np.inf, room)
         self.flights = np.array(sorted({space.in_flight(point, stage) for stage in range(point.pp)}))
         crossings = least_crossings(prices, space.between_stages(point))
-        self.messages = message_seconds(crossings, len(group))
+        self.messages, _ = crossed(crossings, len(group))
         self.prices: list[float] = []
         self.terms: list[Array] = []
         self.bytes = np.zeros(sum(len(modes) for _, modes in self.row.kinds))

@@ -25,7 +25,7 @@ from autopart.passes.price import PricedRun, Prices, price
 from autopart.plan import Plan, PlanStage, Signature, usable_bytes
 from autopart.relayout import possible
 from autopart.rules import Strategy, has_rule, strategies
-from autopart.schedules import SCHEDULES, in_flight
+from autopart.schedules import SCHEDULES, in_flight, on_its_way
 from autopart.stages import OWNED, SETUP_RUN, Choices, Crossing, StageGraph
 
 EQUAL = 1e-6
@@ -409,7 +409,8 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
         for r, p, n in _parameters(folded, choices, span, graph.index)
     ]
     made = sum(stepped) if training.together else max(stepped, default=0.0)
-    transient = max(0.0, made - flights * kept)
+    arriving = on_its_way(sum(crossing.size for crossing in graph.received), flights, plan.micro_batches)
+    transient = max(0.0, made - flights * kept - arriving)
     absent = _gradients(plan, folded, choices, span, graph.index) if plan.micro_batches == 1 else {}
     for run in (*span, SETUP_RUN):
         largest = max((info(n).size for n in nodes.get(run, ())), default=0.0)
@@ -417,8 +418,8 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
         moment -= sum(size for r, size in whole.items() if r > run and not _is_block(folded.labels[r]))
         moment -= sum(size for r, size in absent.items() if r < run != SETUP_RUN)
         transient = max(transient, moment)
-    names = ("parameters", "gradients", "optimizer", "activations", "transient")
-    return dict(zip(names, (*parts, flights * kept, transient), strict=True))
+    names = ("parameters", "gradients", "optimizer", "activations", "messages", "transient")
+    return dict(zip(names, (*parts, flights * kept, arriving, transient), strict=True))
 
 
 def _gradients(plan: Plan, folded: Folded, choices: Choices, span: range, stage: int) -> dict[int, float]:

@@ -18,6 +18,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from autopart.schedules import on_its_way
 from autopart.weigh import MODES, Array, Crossings, Weighed
 
 NEVER = float("inf")
@@ -132,6 +133,7 @@ class Ranges:
     seconds   forward, backward, the share of exposed gradient sync in a micro-batch, messages; nothing run again
     state     bytes of parameters, gradients and optimizer states
     kept      bytes per micro-batch, nothing run again
+    takes     bytes of a micro-batch's values that come from earlier ranges
     transient bytes that exist for a moment besides, less what is gone by then;  rerun: likewise if blocks are run again
     stepping  bytes that the optimizer makes while it steps, when nothing is kept
     entered   bytes that several blocks take, kept if one of them is run again
@@ -144,6 +146,7 @@ class Ranges:
     seconds: Array
     state: Array
     kept: Array
+    takes: Array
     transient: Array
     rerun: Array
     stepping: Array
@@ -151,12 +154,22 @@ class Ranges:
     again: Array
     group: Sequence[int]
     least_modes: Sequence[str]
+    micro_batches: int
     blocks: dict[int, Array] = field(default_factory=dict)
     savings: dict[int, list[Saving]] = field(default_factory=dict)
 
     def place(self, i: int, j: int) -> int:
         """Where a range stands among all."""
         return place(i, j, len(self.group))
+
+    def held(self, in_flight: int) -> Array:
+        """Bytes when most is alive, nothing run again, with that many micro-batches in flight."""
+        return self.state + in_flight * self.kept + self.arriving(in_flight) + self.transient
+
+    def arriving(self, in_flight: int) -> Array:
+        """Bytes of messages that are on their way then."""
+        found: Array = on_its_way(self.takes, in_flight, self.micro_batches)
+        return found
 
     def within(self, most: float) -> NDArray[np.int_]:
         """The ranges that take at most so many seconds, nothing run again."""
@@ -166,7 +179,7 @@ class Ranges:
         """f of some ranges with that many micro-batches in flight: blocks are run again, those that save most a
         second first, until the range fits."""
         seconds, steps = self.seconds[where], self.state[where] + self.stepping[where] <= limit
-        short = self.state[where] + in_flight * self.kept[where] + self.transient[where] - limit
+        short = self.held(in_flight)[where] - limit
         f, over = np.where((short <= 0) & steps, seconds, NEVER), np.flatnonzero((short > 0) & steps)
         if len(over) and self._steps(modes):
             again, needed, _ = self._run_again(where[over], short[over], in_flight, modes)
@@ -175,7 +188,7 @@ class Ranges:
 
     def lacks(self, in_flight: int, limit: float, modes: Sequence[str]) -> Array:
         """Bytes that every range is above the limit at its smallest."""
-        short = self.state + in_flight * self.kept + self.transient - limit
+        short = self.held(in_flight) - limit
         if self._steps(modes):
             _, needed, _ = self._run_again(np.arange(len(short)), np.maximum(short, 0.0), in_flight, modes)
             short = np.minimum(short, needed)
@@ -185,7 +198,7 @@ class Ranges:
         """What every position of a range does where it takes its least time: the first blocks of a kind are run
         again."""
         result, where = list(self.least_modes[i:j]), np.array([self.place(i, j)])
-        short = self.state[where] + in_flight * self.kept[where] + self.transient[where] - limit
+        short = self.held(in_flight)[where] - limit
         if short[0] > 0 and self._steps(modes):
             _, _, counts = self._run_again(where, short, in_flight, modes)
             for step, count in zip(self._steps(modes), counts, strict=True):
@@ -262,14 +275,15 @@ def ranges(
         if item.entered:
             entering = _has([p for p in item.positions if rerun[p]], n)
             kept, entered = kept + entering * item.entered, entered + (has & ~entering) * item.entered
-    seconds += message_seconds(found.crossings, n)
+    messages, takes = crossed(found.crossings, n)
+    seconds += messages
     classes: dict[tuple[int, bool, tuple[str, ...]], int] = {}
     kind = [classes.setdefault(key, len(classes)) for key in zip(group, block, allowed, strict=True)]
     where = {number: np.array(kind) == number for (_, isblock, _), number in classes.items() if isblock}
     modes = {number: may for (_, _, may), number in classes.items()}
     return Ranges(
-        seconds, state, kept, transient, possible, stepping, entered, found.again, kind,
-        [MODES[mode] for mode in least], {k: _sums(mine.astype(float)) for k, mine in where.items()},
+        seconds, state, kept, takes, transient, possible, stepping, entered, found.again, kind,
+        [MODES[mode] for mode in least], micro_batches, {k: _sums(mine.astype(float)) for k, mine in where.items()},
         {k: _savings(found, k, mine, modes[k]) for k, mine in where.items()},
     )  # fmt: skip
 
@@ -353,17 +367,20 @@ def _has(positions: Sequence[int], n: int) -> NDArray[np.bool_]:
     return following[starts] < ends
 
 
-def message_seconds(crossings: Iterable[Crossings], n: int) -> Array:
-    """What every range of n positions pays for what it takes from earlier ones and gives to later ones."""
+def crossed(crossings: Iterable[Crossings], n: int) -> tuple[Array, Array]:
+    """Of every range of n positions: seconds of the messages of what it takes from earlier ones and gives to later
+    ones, and bytes of what it takes."""
     starts, ends = spans(n)
-    seconds, following = np.zeros(len(starts)), np.zeros(n + 1)
+    seconds, takes, following = np.zeros(len(starts)), np.zeros(len(starts)), np.zeros((2, n + 1))
     for values in crossings:
         near = (values.users == values.homes + 1) & (not values.one)
-        np.add.at(following, values.users[near], values.seconds)
+        for row, amount in zip(following, (values.seconds, values.size), strict=True):
+            np.add.at(row, values.users[near], amount)
         far = np.flatnonzero(~near)
         for where in [far] if values.one else far[:, None]:
             home, users = int(values.homes[where[0]]), values.users[where].tolist()
-            takes = _has(users, n) & (starts > home)
-            gives = (starts <= home) & (home < ends) & (ends <= max(users))
-            seconds += (takes.astype(float) + gives) * values.seconds
-    return seconds + following[starts] + following[ends]
+            taken = _has(users, n) & (starts > home)
+            given = (starts <= home) & (home < ends) & (ends <= max(users))
+            seconds += (taken.astype(float) + given) * values.seconds
+            takes += taken * values.size
+    return seconds + following[0, starts] + following[0, ends], takes + following[1, starts]

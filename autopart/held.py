@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from torch import fx
 
 from autopart.cost import OPTIMIZER_STATES
+from autopart.cuts import crossed, place
 from autopart.folded import Folded, used_parameters
 from autopart.graph import Info, info
 from autopart.notation import Placement
 from autopart.plan import shortened
 from autopart.planner import Found
 from autopart.request import is_block
+from autopart.schedules import on_its_way
 from autopart.space import Space
 from autopart.stages import OWNED, SETUP, SETUP_RUN, Choices, StageGraph
 
-KINDS = ("parameters", "gradients", "optimizer", "activations", "transient")
+KINDS = ("parameters", "gradients", "optimizer", "activations", "messages", "transient")
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,20 @@ def leaves(
     """All bytes of a stage: the `index`-th, of the runs at the positions `span`, which do as `modes` say."""
     flights = space.in_flight(found.point, index)
     kept = [Leaf(k.block, k.name, k.kind, flights * k.bytes) for k in _kept(space.folded, graph, span, modes)]
+    _, takes = messages(space, found, span, index)
+    arriving = on_its_way(takes, flights, space.micro_batches(found.point))
+    kept += [Leaf(SETUP, "of other stages, on its way", "messages", arriving)] if arriving else []
     moment = _moment(space, found, choices, graph, span, modes, _bytes(kept))
     return [*_owned(space, found, choices, span), *kept, *moment]
+
+
+def messages(space: Space, found: Found, span: tuple[int, int], index: int) -> tuple[float, float]:
+    """Of the `index`-th stage, of the positions `span`: seconds of a micro-batch's messages, and bytes of the values
+    that it takes from others."""
+    n = len(space.folded.labels)
+    rows = crossed(space.weigh(found.point, found.chosen[index]).crossings, n)
+    seconds, takes = (float(row[place(*span, n)]) for row in rows)
+    return seconds, takes
 
 
 def _owned(space: Space, found: Found, choices: Choices, span: tuple[int, int]) -> Iterator[Leaf]:
@@ -148,7 +162,7 @@ def _moment(
     stepping = _stepping(space, found, choices, span)
     moments = [*_backward(space, found, choices, graph, span, modes)]
     moments.append([Leaf(SETUP, "made by the optimizer while it steps", "transient", stepping)])
-    moments[-1].append(Leaf(SETUP, "activations, gone by then", "transient", -kept))
+    moments[-1].append(Leaf(SETUP, "activations and messages, gone by then", "transient", -kept))
     most = max(moments, key=_bytes)
     return most if _bytes(most) > 0 else []
 

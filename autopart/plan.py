@@ -53,8 +53,8 @@ class PlanStage:
     sync_seconds      a step's, to add up gradients and update parameters: what the backward does not hide
                       (`autopart.cuts.exposed`), with the slowdown of computing meanwhile
     send_seconds      for what it sends and receives, per micro-batch
-    memory            what takes how many bytes: parameters, gradients, optimizer, activations, and transient, what is
-                      more than these at the moment when most is alive
+    memory            what takes how many bytes: parameters, gradients, optimizer, activations, messages on their way
+                      from other stages, and transient, what is more than these at the moment when most is alive
     sends             (stage, bytes, seconds) for every stage it sends to: of a micro-batch, the seconds there and, of
                       gradients, back
     """

@@ -13,7 +13,7 @@ from autopart.cost import update_seconds
 from autopart.cuts import after
 from autopart.folded import Folded
 from autopart.graph import info
-from autopart.held import leaves, parameters, sums, totals
+from autopart.held import leaves, messages, parameters, sums, totals
 from autopart.passes.localise import localise
 from autopart.passes.price import PricedRun, Prices, price
 from autopart.plan import Plan, PlanRun, PlanStage, Signature, usable_bytes
@@ -148,7 +148,7 @@ def price_stage(
         sync_seconds=_sync(
             space, found, choices, span, [priced[run].backward if run in priced else 0.0 for run in runs]
         ),
-        send_seconds=_message_seconds(space, found, index, span),
+        send_seconds=messages(space, found, span, index)[0],
         memory=totals(leaves(space, found, choices, graph, span, modes, index)),
         runs=tuple(_printed(folded, priced, span, modes)),
         sends=tuple(_sends(space, found, index, span)),
@@ -185,18 +185,6 @@ def _sync(space: Space, found: Found, choices: Choices, span: tuple[int, int], b
         if not more:
             beside[first - span[0]] += device.beside * training.beside_seconds(nbytes, over_dp)
     return seconds + training.backwards * (after(beside, backward) - sum(beside))
-
-
-def _message_seconds(space: Space, found: Found, index: int, span: tuple[int, int]) -> float:
-    """Seconds of a micro-batch for what a stage takes from others and gives to others, each value once."""
-    first, end = span
-    total = 0.0
-    for crossings in space.weigh(found.point, found.chosen[index]).crossings:
-        pairs = zip(crossings.homes.tolist(), crossings.users.tolist(), strict=True)
-        times = [(first <= user < end and home < first, first <= home < end <= user) for home, user in pairs]
-        takes, gives = (sum(t) for t in zip(*times, strict=True)) if times else (0, 0)
-        total += crossings.seconds * (bool(takes) + bool(gives) if crossings.one else takes + gives)
-    return total
 
 
 def _sends(space: Space, found: Found, index: int, span: tuple[int, int]) -> list[tuple[int, int, float]]:

@@ -8,6 +8,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from autopart.errors import PartitionError
 
@@ -111,14 +112,22 @@ def in_flight(schedule: str, stage: int, stages: int, micro_batches: int) -> int
     return _peak(op for op, _ in compute_order(schedule, stage, stages, micro_batches))
 
 
+def on_its_way(takes: Any, in_flight: int, micro_batches: int) -> Any:
+    """Bytes that a stage has ready for messages when most is alive, of those that it takes from others for a
+    micro-batch: most is alive in a backward, and where not all micro-batches are in flight a forward is next (`ahead`).
+    """
+    return takes * (micro_batches > in_flight)
+
+
 def instructions(
     schedule: str, stages: int, micro_batches: int, edges: Iterable[tuple[int, int]]
 ) -> list[list[Instruction]]:
     """The instruction list of every stage.
 
     `edges` are (producer stage, consumer stage) pairs with producer < consumer, which may skip stages; a
-    repeated pair counts once. A forward receives from every producer and sends to every consumer; its
-    backward does the reverse; REDUCE and STEP close the list.
+    repeated pair counts once. A forward receives from every producer and sends to every consumer, from
+    the first stage on; its backward does the reverse, from the last stage on: what is there first goes first.
+    REDUCE and STEP close the list.
 
     Raises PartitionError for fewer than one stage, an edge that does not lead to a later stage of the
     pipeline, and as `compute_order` does.
@@ -140,7 +149,7 @@ def instructions(
     for stage in range(stages):
         messages = {
             Op.FORWARD: (Op.RECV, inputs[stage], Op.SEND, outputs[stage]),
-            Op.BACKWARD: (Op.RECV_GRAD, outputs[stage], Op.SEND_GRAD, inputs[stage]),
+            Op.BACKWARD: (Op.RECV_GRAD, outputs[stage][::-1], Op.SEND_GRAD, inputs[stage][::-1]),
         }
         program: list[Instruction] = []
         for op, batch in compute_order(schedule, stage, stages, micro_batches):
@@ -150,6 +159,21 @@ def instructions(
             program += [Instruction(send, stage, batch, peer) for peer in targets]
         lists.append(program + [Instruction(op, stage) for op in _CLOSING])
     return lists
+
+
+def ahead(program: Sequence[Instruction]) -> dict[Instruction, list[Instruction]]:
+    """Every computation of a stage -> the receives that the next one waits for, where it goes the other way: what to be
+    ready for when it begins. Of the same way, what it sends must go first: where messages of one way go one after the
+    other, as on one communicator of NCCL, stages would wait for each other."""
+    found: dict[Instruction, list[Instruction]] = {}
+    computation = None
+    for at in program:
+        if at.op in _HELD:
+            computation = at
+            found[at] = []
+        elif computation and at.op in _SEND_OF and _PRECEDES[at.op] != computation.op:
+            found[computation].append(at)
+    return found
 
 
 def verify(lists: Sequence[Sequence[Instruction]]) -> None:

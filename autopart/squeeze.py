@@ -14,6 +14,7 @@ from autopart.comm import p2p_seconds
 from autopart.hardware.rows import Link
 from autopart.passes.solve import Entries, Solution
 from autopart.request import Point
+from autopart.schedules import on_its_way
 from autopart.space import Model, Space
 from autopart.weigh import Array, Prices
 
@@ -47,12 +48,13 @@ def squeeze(
             if mode != "none":
                 held += count * in_flight * _entering(model, prices, group)
     places, link = np.maximum(model.places, 1.0), space.between_stages(point)
-    sent = _sent(model, prices, span, link) if link is not None else 0.0
+    sent, takes = _messages(model, prices, span, link) if link is not None else np.zeros((2, len(there)))
     state = np.concatenate([prices.state, nothing]) * there
     gathered = np.concatenate([prices.gathered, nothing]) * (there > 0)
     largest = np.concatenate([prices.made, prices.after, 0.0 * prices.memory]) * (there > 0)
     rerun = [g for g, modes in counts.items() if any(n for m, n in modes.items() if m != "none")]
     alive, kept = space.costs(point, {}).kept / places, held * there / places
+    kept = kept + on_its_way(takes, in_flight, space.micro_batches(point))
     plain = {p: np.where(model.group == model.table.group[p], alive, 0.0)
              for p in range(*span) if not model.table.block[p]}  # fmt: skip
     peak = [row - sum(plain.values()) for row in _one_by_one(model, np.where(model.group < 0, 2 * largest, 0.0))]
@@ -111,22 +113,23 @@ def _entering(model: Model, prices: Prices, group: int) -> Array:
     return bytes_
 
 
-def _sent(model: Model, prices: Prices, span: tuple[int, int], link: Link) -> Array:
-    """Seconds to send what a range of positions takes from others and gives to others, by the strategy that makes
-    it."""
-    sizes, table, seconds = model.sizes, model.table, np.zeros(len(model.places))
+def _messages(model: Model, prices: Prices, span: tuple[int, int], link: Link) -> Array:
+    """By the strategy that makes it: seconds to send what a range of positions takes from others and gives to others,
+    and bytes of what it takes."""
+    sizes, table, found = model.sizes, model.table, np.zeros((2, len(model.places)))
     for flow in table.flows:
         inside = [span[0] <= home < span[1] for home in flow.homes]
-        crossing = sum(
-            home >= 0 and any(p >= 0 and (span[0] <= p < span[1]) != here for p in users)
-            for home, users, here in zip(flow.homes, flow.users, inside, strict=True)
-        )
+        given = [
+            here for home, users, here in zip(flow.homes, flow.users, inside, strict=True)
+            if home >= 0 and any(p >= 0 and (span[0] <= p < span[1]) != here for p in users)
+        ]  # fmt: skip
         value = table.nodes[flow.source].values[flow.output]
-        for option in range(len(table.nodes[flow.source].options)) if crossing else ():
+        for option in range(len(table.nodes[flow.source].options)) if given else ():
             size = sizes.four(value, table.nodes[flow.source].given(option, flow.output)) @ prices.terms.basis
             cost = float(p2p_seconds(size, link)) * (1 + value.grad)
-            seconds[sizes.first[flow.source] + option] += crossing * cost
-    return seconds
+            at = sizes.first[flow.source] + option
+            found[:, at] += np.array([len(given) * cost, given.count(False) * size])
+    return found
 
 
 def _one_by_one(model: Model, amounts: Array) -> Array:

@@ -35,8 +35,8 @@ class Block:
 class Tenants:
     """A stage of a plan on one rank: its blocks in order. The kinds of their leaves are the parts of
     `PlanStage.memory`, and sum to them: parameters, gradients, optimizer (states and master copies), activations (of
-    all micro-batches in flight) and transient (of the moment when most is alive: what exists besides, and, below zero,
-    what of all that is gone by then or not there yet)."""
+    all micro-batches in flight), messages (on their way from other stages) and transient (of the moment when most is
+    alive: what exists besides, and, below zero, what of all that is gone by then or not there yet)."""
 
     stage: int
     blocks: tuple[Block, ...]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -137,9 +138,10 @@ def parsed(parser: argparse.ArgumentParser, known: Sequence[int], steps: int, re
     return parser.parse_args()
 
 
-def on_all_ranks(script: str, options: argparse.Namespace, arguments: Sequence[str] = ()) -> None:
-    """Run a script as every number of ranks asked for, each with a profile of its own where none is given."""
-    for ranks in options.ranks:
+def on_all_ranks(script: str, options: argparse.Namespace, parts: Sequence[Sequence[str]] = ((),)) -> None:
+    """Run a script as every number of ranks asked for, once with the arguments of every part, each time with a profile
+    of its own where none is given: machines change."""
+    for ranks, arguments in itertools.product(options.ranks, parts):
         with tempfile.TemporaryDirectory() as folder:
             file = options.profile or Path(folder) / "profile.toml"
             if not options.profile:

@@ -2,10 +2,10 @@
 
 For every model and batch on 2 and on 4 CPU ranks (real processes, gloo), all degrees of pipeline, data and tensor
 parallelism that fill the ranks are run with several micro-batches, each as fast as the planner can make it, and beside
-them what the planner takes when it is asked for nothing, on the profile that `autopart calibrate` wrote in the same
-run. Regret is by how much its measured time is above the least measured.
+them what the planner takes when it is asked for nothing, on a profile that `autopart calibrate` wrote right before.
+Regret is by how much its measured time is above the least measured.
 
-    python benchmarks/regret.py                              # all: about 20 minutes
+    python benchmarks/regret.py                              # all: half an hour
     python benchmarks/regret.py --ranks 4 --pairs 0 1        # a part; results of others stay in the file
 """
 
@@ -46,7 +46,7 @@ def main() -> None:
     if "RANK" in os.environ:
         run_rank(options)
         return
-    on_all_ranks(__file__, options, ["--pairs", *map(str, options.pairs)])
+    on_all_ranks(__file__, options, [["--pairs", str(pair)] for pair in options.pairs])
     show(json.loads(options.json.read_text()))
 
 

@@ -581,6 +581,7 @@ class Totals:
                 gives = span.i <= home < span.j <= max(users)
                 takes = home < span.i and any(span.i <= p < span.j for p in users)
                 row[self.times] += (gives + takes) * many.seconds
+                row[0] += takes * many.size * (m > span.in_flight)
 
     def block(self, numbers: Array, b: int) -> Array:
         """The columns of a block."""

@@ -133,6 +133,8 @@ TAMPERED: list[tuple[str, Change, str]] = [
       for part in ("forward_seconds", "backward_seconds", "send_seconds") for i in (0, 1) for x in (0.999, 1.01)),
     *((f"{part} x {x}", memory(part, x), part)
       for part in ("parameters", "gradients", "optimizer", "activations", "transient") for x in (0.9, 1.1)),
+    *((f"messages x {x}", stage(1, memory=lambda m, x=x: {**m, "messages": m["messages"] * x}), "messages")
+      for x in (0.9, 1.1)),
     ("no activations", stage(0, memory=lambda m: {k: v for k, v in m.items() if k != "activations"}), "activations"),
     ("more memory", stage(0, memory=lambda m: {**m, "slack": 1.0}), "slack"),
     ("gradient sync", stage(0, sync_seconds=lambda v: v + 1e-3), "sync_seconds"),

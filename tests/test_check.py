@@ -192,7 +192,7 @@ def in_a_collective(groups: Groups) -> None:
 
 
 def in_a_receive(groups: Groups) -> None:
-    groups.pp.receive(torch.ones(2), 1 - groups.pp.rank)
+    groups.pp.receive(torch.ones(2), 1 - groups.pp.rank).wait()
 
 
 def late(groups: Groups) -> None:

@@ -15,6 +15,7 @@ from autopart.schedules import (
     SCHEDULES,
     Instruction,
     Op,
+    ahead,
     compute_order,
     in_flight,
     instructions,
@@ -91,8 +92,8 @@ def test_a_skip_edge_orders_its_messages_by_stage() -> None:
         "stage 2 RECV micro-batch 0 from stage 1",
         "stage 2 FORWARD micro-batch 0",
         "stage 2 BACKWARD micro-batch 0",
-        "stage 2 SEND_GRAD micro-batch 0 to stage 0",
         "stage 2 SEND_GRAD micro-batch 0 to stage 1",
+        "stage 2 SEND_GRAD micro-batch 0 to stage 0",
         "stage 2 REDUCE",
         "stage 2 STEP",
     ]
@@ -307,3 +308,64 @@ def test_a_large_pipeline_verifies_within_two_seconds() -> None:
     start = time.process_time()
     verify(lists)
     assert time.process_time() - start < 2
+
+
+def test_receives_are_asked_for_a_computation_ahead() -> None:
+    asked = [{str(at): [str(r) for r in early] for at, early in ahead(program).items()} for program in two_stages()]
+    expected = [
+        {"F0": [], "F1": ["G0"], "B0": [], "F2": ["G1"], "B1": [], "F3": ["G2"], "B2": [], "B3": []},
+        {"F0": [], "B0": ["R1"], "F1": [], "B1": ["R2"], "F2": [], "B2": ["R3"], "F3": [], "B3": []},
+    ]
+    for stage, rows in enumerate(expected):
+        named = {str(spelled(stage, k)[0]): [str(r) for r in spelled(stage, " ".join(v))] for k, v in rows.items()}
+        assert asked[stage] == named
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("stages", [2, 3, 4, 6])
+@pytest.mark.parametrize("skips", [False, True])
+def test_receives_asked_ahead_block_no_channel(schedule: str, stages: int, skips: bool) -> None:
+    """Even where a rank's sends and receives of one direction wait for each other in the order in which they were
+    posted, as on one communicator of NCCL."""
+    edges = [*pairwise(range(stages)), *([(0, stages - 1)] if skips else [])]
+    for micro_batches in range(1, 2 * stages + 2):
+        assert finishes(instructions(schedule, stages, micro_batches, edges))
+
+
+def finishes(lists: Lists) -> bool:
+    """Whether ranks come to their ends whose messages of one direction go one after the other, as posted."""
+    early = [ahead(program) for program in lists]
+    towards = {Op.SEND: "a", Op.RECV: "a", Op.SEND_GRAD: "g", Op.RECV_GRAD: "g"}
+    posted: list[dict[str, list[Instruction]]] = [{"a": [], "g": []} for _ in lists]
+    known: list[set[Instruction]] = [set() for _ in lists]
+    at, moved = [0] * len(lists), True
+
+    def post(entry: Instruction) -> None:
+        if entry not in known[entry.stage]:
+            known[entry.stage].add(entry)
+            posted[entry.stage][towards[entry.op]].append(entry)
+
+    while moved:
+        moved = False
+        for stage, program in enumerate(lists):
+            while at[stage] < len(program):
+                entry = program[at[stage]]
+                for receive in early[stage].get(entry, ()):
+                    post(receive)
+                if entry.op in towards:
+                    post(entry)
+                if entry.op in (Op.RECV, Op.RECV_GRAD) and entry in posted[stage][towards[entry.op]]:
+                    break
+                at[stage], moved = at[stage] + 1, True
+        for here, channels in enumerate(posted):
+            for name, queue in channels.items():
+                while queue and (other := posted[queue[0].peer][name]) and is_pair(queue[0], other[0], here):
+                    queue.pop(0)
+                    other.pop(0)
+                    moved = True
+    return at == [len(program) for program in lists]
+
+
+def is_pair(one: Instruction, other: Instruction, stage: int) -> bool:
+    """Whether a message's two ends are these."""
+    return other.peer == stage and one.micro_batch == other.micro_batch and one.op != other.op

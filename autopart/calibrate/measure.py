@@ -288,22 +288,29 @@ class Bench:
         return lambda: (max(alone()[0], before()[0] - without()[0]),)
 
     def _message(self, nbytes: int) -> Callable[[], Seconds]:
-        """Back and forth between ranks in pairs; one left over idles."""
-        other, paired = self.rank ^ 1, self.rank < self.ranks - self.ranks % 2
-        sent = self._randn(nbytes // 4)
+        """Half of what an exchange between ranks in pairs takes, alone or beside the product that they compute before
+        it, whichever is longer: as stages of a pipeline exchange a value and a gradient. One left over computes."""
+        other, pairs = self.rank ^ 1, self.ranks - self.ranks % 2
+        sent, work = self._randn(nbytes // 4), self._work()
+        received = torch.empty_like(sent)
 
-        def run() -> None:
-            for sender in (0, 1) if paired else ():
-                if self.rank % 2 == sender:
-                    work = dist.isend(sent, other)
-                    assert work is not None
-                    work.wait()
-                else:
-                    dist.recv(torch.empty_like(sent), other)
+        def exchange(before: Callable[[], Any]) -> None:
+            messages = [dist.irecv(received, other)] if self.rank < pairs else []
+            before()
+            messages += [dist.isend(sent, other)] if self.rank < pairs else []
+            for message in messages:
+                assert message is not None
+                message.wait()
 
-        timed = self._equally(run)
-        pairs = self.ranks - self.ranks % 2
-        return lambda: (timed()[0] / 2 * self.ranks / pairs if paired else 0.0 * timed()[0],)
+        alone, beside, without = (
+            self._equally(each) for each in (lambda: exchange(lambda: None), lambda: exchange(work), work)
+        )
+
+        def half() -> Seconds:
+            seconds = max(alone()[0], beside()[0] - without()[0]) / 2
+            return (seconds * self.ranks / pairs if self.rank < pairs else 0.0,)
+
+        return half
 
     def _work(self) -> Callable[[], Any]:
         """A product that takes a while, for what else there is to be compared."""

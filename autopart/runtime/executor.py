@@ -1,9 +1,13 @@
-"""Runs a stage's list of instructions for one step."""
+"""Runs a stage's list of instructions for one step.
+
+What a computation needs from other stages is asked for before the computation before it begins, so that it travels
+meanwhile: a message that both ends are ready for is on its way at once.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +20,7 @@ from autopart.runtime.gathered import keeping_parts
 from autopart.runtime.groups import Group, Groups, Work
 from autopart.runtime.slices import sum_together
 from autopart.runtime.zero import Shared
-from autopart.schedules import Instruction, Op
+from autopart.schedules import Instruction, Op, ahead
 
 Tensor = torch.Tensor
 
@@ -46,6 +50,10 @@ class _Flight:
     loss: Tensor | None = None
 
 
+Arrival = tuple[Message, Tensor, Work]
+"""A message that is asked for, and the buffer it comes in."""
+
+
 class Executor:
     """One rank's stage with its instructions.
 
@@ -72,6 +80,7 @@ class Executor:
         self.incoming = [m for m in messages if index in m.consumers]
         self.outgoing = [m for m in messages if m.producer == index]
         self.last = not self.outgoing
+        self.ahead = ahead(program)
         self.doing = "starting"
         self.optimizer: torch.optim.Optimizer | None = None
         self.actions: dict[Op, Callable[[Instruction], None]] = {
@@ -90,6 +99,7 @@ class Executor:
         self.micro_batches = micro_batches
         self.flights: dict[int, _Flight] = defaultdict(_Flight)
         self.works: list[tuple[Work, Tensor]] = []
+        self.arrivals: dict[Instruction, list[Arrival]] = {}
         self.losses: list[Tensor] = []
         self.shared.zero_grad()
         self._count_valid()
@@ -97,6 +107,9 @@ class Executor:
         for instruction in self.program:
             draws.micro_batch = instruction.micro_batch
             self.doing = str(instruction)
+            self.works = [(work, held) for work, held in self.works if not work.is_completed()]
+            for receive in self.ahead.get(instruction, ()):
+                self.arrivals[receive] = self._ask(receive)
             self.actions[instruction.op](instruction)
         draws.step += 1
         for work, _ in self.works:
@@ -170,10 +183,8 @@ class Executor:
 
     def _receive(self, at: Instruction) -> None:
         flight = self.flights[at.micro_batch]
-        for m in self.incoming:
-            if m.producer == at.peer:
-                tensor = self._take(m, at.peer, self.groups.activations)
-                flight.received[m.name] = tensor.requires_grad_(m.grad)
+        for m, tensor in self._take(at):
+            flight.received[m.name] = tensor.requires_grad_(m.grad)
 
     def _send_gradients(self, at: Instruction) -> None:
         flight = self.flights[at.micro_batch]
@@ -185,22 +196,30 @@ class Executor:
 
     def _receive_gradients(self, at: Instruction) -> None:
         flight = self.flights[at.micro_batch]
-        for m in self.outgoing:
-            if at.peer in m.consumers and m.grad:
-                gradient = self._take(m, at.peer, self.groups.gradients)
-                known = flight.gradients.get(m.name)
-                flight.gradients[m.name] = gradient if known is None else known + gradient
+        for m, gradient in self._take(at):
+            known = flight.gradients.get(m.name)
+            flight.gradients[m.name] = gradient if known is None else known + gradient
 
     def _post(self, tensor: Tensor, stage: int, channel: Group) -> None:
         """Send without waiting; the buffer is held until the message is out."""
-        self.works = [(work, held) for work, held in self.works if not work.is_completed()]
         tensor = tensor.contiguous()
         self.works.append((channel.send(tensor, self.groups.rank_at(stage)), tensor))
 
-    def _take(self, message: Message, stage: int, channel: Group) -> Tensor:
-        tensor = torch.empty(message.shape, dtype=message.dtype, device=self.groups.device)
-        channel.receive(tensor, self.groups.rank_at(stage))
-        return tensor
+    def _ask(self, at: Instruction) -> list[Arrival]:
+        """Be ready for what a receive is of."""
+        if at.op is Op.RECV:
+            channel, expected = self.groups.activations, [m for m in self.incoming if m.producer == at.peer]
+        else:
+            channel, expected = self.groups.gradients, [m for m in self.outgoing if at.peer in m.consumers and m.grad]
+        buffers = [torch.empty(m.shape, dtype=m.dtype, device=self.groups.device) for m in expected]
+        source = self.groups.rank_at(at.peer)
+        return [(m, x, channel.receive(x, source)) for m, x in zip(expected, buffers, strict=True)]
+
+    def _take(self, at: Instruction) -> Iterator[tuple[Message, Tensor]]:
+        """What a receive is of, once it is there."""
+        for message, tensor, work in self.arrivals.pop(at, None) or self._ask(at):
+            work.wait()
+            yield message, tensor
 
     def _reduce(self) -> None:
         """Add up gradients that are partial sums over an axis, then those of weights that live on several stages."""

@@ -91,9 +91,11 @@ class Group:
         assert work is not None
         return work
 
-    def receive(self, x: torch.Tensor, source: int) -> None:
-        """Wait for a message, in place."""
-        dist.recv(x, group_src=source, group=self.handle)
+    def receive(self, x: torch.Tensor, source: int) -> Work:
+        """Be ready for a message, which is in `x` once the work is done."""
+        work = dist.irecv(x, group_src=source, group=self.handle)
+        assert work is not None
+        return work
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's picklable value, on rank 0; [] elsewhere."""

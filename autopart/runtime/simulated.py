@@ -78,6 +78,22 @@ class _Sent:
 
 
 @dataclass(frozen=True)
+class _Received:
+    world: World
+    key: tuple[Any, ...]
+    into: Tensor
+
+    def wait(self) -> None:
+        message = self.world.box(self.key).get(timeout=PATIENCE)
+        if message is None or self.world.failed:
+            raise threading.BrokenBarrierError
+        self.into.copy_(message)
+
+    def is_completed(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
 class SimulatedGroup(Group):
     """A group whose ranks are threads; `key` tells it from other groups of its world."""
 
@@ -118,11 +134,8 @@ class SimulatedGroup(Group):
         self.world.box((*self.key, self.rank, to)).put(x.detach().clone())
         return _Sent()
 
-    def receive(self, x: Tensor, source: int) -> None:
-        message = self.world.box((*self.key, source, self.rank)).get(timeout=PATIENCE)
-        if message is None or self.world.failed:
-            raise threading.BrokenBarrierError
-        x.copy_(message)
+    def receive(self, x: Tensor, source: int) -> _Received:
+        return _Received(self.world, (*self.key, source, self.rank), x)
 
     def gather(self, value: Any) -> list[Any]:
         everyone = self._exchange(value)
