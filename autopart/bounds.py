@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from autopart.cost import Array
 from autopart.cuts import NEVER, crossed, spans
 from autopart.request import Point
 from autopart.space import Space
-from autopart.weigh import Array, least_crossings
+from autopart.weigh import least_crossings
 
 Counts = tuple[tuple[int, int], ...]
 """Of every kind: how many there are, and how many modes each of them may take."""

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from autopart.comm import p2p_seconds
 from autopart.compile import DTYPES, Batch, Source
-from autopart.cost import MASTERS, OPTIMIZER_STATES, Training, update_seconds, widening
+from autopart.cost import MASTERS, OPTIMIZER_STATES, Training, turns, update_seconds, widening
 from autopart.errors import PartitionError
 from autopart.folded import Folded, used_parameters
 from autopart.graph import Info, calls, info, is_pick, operands, shape_args, value_of
@@ -277,7 +277,7 @@ def _numbers(plan: Plan, folded: Folded) -> Iterator[str]:
         if len(stage.sends) != len(sends) or not alike:
             yield f"{name}: sends {sends}, the plan says {list(stage.sends)}"
         seconds.append(times["forward_seconds"] + times["backward_seconds"] + times["send_seconds"])
-        seconds[-1] += times["sync_seconds"] / m
+        seconds[-1] += times["sync_seconds"] / turns(plan.zero, m, plan.pp)
     step = sum(seconds) + (m - 1) * max(seconds)
     if not _same(plan.step_seconds, step):
         yield f"step: {step} s, the plan says {plan.step_seconds}"

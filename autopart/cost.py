@@ -235,6 +235,15 @@ def messages(zero: int, micro_batches: int) -> tuple[int, int]:
     return ((0, 2), (1, 1), (1, micro_batches), (2 * micro_batches, micro_batches))[zero]
 
 
+def turns(zero: int, micro_batches: int, stages: int) -> int:
+    """How many turns of a pipeline share what a stage does for its parameters in a step.
+
+    Stages do that side by side. In sum(f) + (m - 1) max(f), the time of m micro-batches, equal stages have m + p - 1
+    turns: a share in each counts it once. From ZeRO 2 on most of it is done for every micro-batch, so that m share it.
+    """
+    return micro_batches + (stages - 1) * (zero < 2)
+
+
 @dataclass(frozen=True)
 class Training:
     """What is kept for each parameter, and what its gradient costs.

@@ -18,8 +18,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from autopart.cost import Array
 from autopart.schedules import on_its_way
-from autopart.weigh import MODES, Array, Crossings, Weighed
+from autopart.weigh import MODES, Crossings, Weighed
 
 NEVER = float("inf")
 
@@ -130,7 +131,7 @@ def _least_maximum(bands: Sequence[Array]) -> float:
 class Ranges:
     """What every range of positions costs under one choice of splits.
 
-    seconds   forward, backward, the share of exposed gradient sync in a micro-batch, messages; nothing run again
+    seconds   forward, backward, the share of exposed gradient sync in a turn, messages; nothing run again
     state     bytes of parameters, gradients and optimizer states
     kept      bytes per micro-batch, nothing run again
     takes     bytes of a micro-batch's values that come from earlier ranges
@@ -162,14 +163,14 @@ class Ranges:
         """Where a range stands among all."""
         return place(i, j, len(self.group))
 
-    def held(self, in_flight: int) -> Array:
-        """Bytes when most is alive, nothing run again, with that many micro-batches in flight."""
-        return self.state + in_flight * self.kept + self.arriving(in_flight) + self.transient
+    def held(self, where: NDArray[np.int_] | slice, in_flight: int) -> Array:
+        """Bytes of some ranges when most is alive, nothing run again, with that many micro-batches in flight."""
+        kept = self.state[where] + in_flight * self.kept[where] + self.transient[where]
+        return kept + self.arriving(where, in_flight)
 
-    def arriving(self, in_flight: int) -> Array:
+    def arriving(self, where: NDArray[np.int_] | slice, in_flight: int) -> Array:
         """Bytes of messages that are on their way then."""
-        found: Array = on_its_way(self.takes, in_flight, self.micro_batches)
-        return found
+        return np.asarray(on_its_way(self.takes[where], in_flight, self.micro_batches))
 
     def within(self, most: float) -> NDArray[np.int_]:
         """The ranges that take at most so many seconds, nothing run again."""
@@ -179,7 +180,7 @@ class Ranges:
         """f of some ranges with that many micro-batches in flight: blocks are run again, those that save most a
         second first, until the range fits."""
         seconds, steps = self.seconds[where], self.state[where] + self.stepping[where] <= limit
-        short = self.held(in_flight)[where] - limit
+        short = self.held(where, in_flight) - limit
         f, over = np.where((short <= 0) & steps, seconds, NEVER), np.flatnonzero((short > 0) & steps)
         if len(over) and self._steps(modes):
             again, needed, _ = self._run_again(where[over], short[over], in_flight, modes)
@@ -188,7 +189,7 @@ class Ranges:
 
     def lacks(self, in_flight: int, limit: float, modes: Sequence[str]) -> Array:
         """Bytes that every range is above the limit at its smallest."""
-        short = self.held(in_flight) - limit
+        short = self.held(slice(None), in_flight) - limit
         if self._steps(modes):
             _, needed, _ = self._run_again(np.arange(len(short)), np.maximum(short, 0.0), in_flight, modes)
             short = np.minimum(short, needed)
@@ -198,7 +199,7 @@ class Ranges:
         """What every position of a range does where it takes its least time: the first blocks of a kind are run
         again."""
         result, where = list(self.least_modes[i:j]), np.array([self.place(i, j)])
-        short = self.held(in_flight)[where] - limit
+        short = self.held(where, in_flight) - limit
         if short[0] > 0 and self._steps(modes):
             _, _, counts = self._run_again(where, short, in_flight, modes)
             for step, count in zip(self._steps(modes), counts, strict=True):
@@ -243,16 +244,21 @@ class Saving:
 
 
 def ranges(
-    found: Weighed, group: Sequence[int], block: Sequence[bool], micro_batches: int, allowed: Sequence[tuple[str, ...]]
+    found: Weighed,
+    group: Sequence[int],
+    block: Sequence[bool],
+    micro_batches: int,
+    turns: int,
+    allowed: Sequence[tuple[str, ...]],
 ) -> Ranges:
-    """All ranges of a weighed choice. `allowed` says which of MODES every position may do; the class of blocks that
-    may not do the same is not the same either."""
+    """All ranges of a weighed choice; `turns` is as in `cost.turns`. `allowed` says which of MODES every position may
+    do; the class of blocks that may not do the same is not the same either."""
     n, everywhere = len(group), np.arange(len(group))
     least = [MODES.index(modes[0]) for modes in allowed]
     rerun = np.array([mode > 0 for mode in least])
     each = np.where(rerun, found.kept[least, everywhere] + found.entered, found.kept[0])
-    seconds = _sums(found.forward + found.backward + found.again[least, everywhere] + found.sync / micro_batches)
-    seconds += exposed(found.beside, found.backward) * (found.backwards / micro_batches)
+    seconds = _sums(found.forward + found.backward + found.again[least, everywhere] + found.sync / turns)
+    seconds += exposed(found.beside, found.backward) * (found.backwards / turns)
     state, kept = _sums(found.parts.sum(0)), _sums(each)
     largest, alone = found.largest.copy(), micro_batches == 1
     for item in found.items:
@@ -269,7 +275,7 @@ def ranges(
         if item.largest:
             transient, possible = (np.maximum(x, has * 2 * item.largest - later) for x in (transient, possible))
         stepping = stepping + has * item.stepping if found.together else np.maximum(stepping, has * item.stepping)
-        seconds += has * (item.forward + item.backward + item.sync / micro_batches)
+        seconds += has * (item.forward + item.backward + item.sync / turns)
         state += has * sum(item.parts)
         kept += has * item.kept
         if item.entered:

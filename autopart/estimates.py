@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from autopart.plan import Plan, PlanStage, bytes_text, seconds_text, usable_bytes
+from autopart.cost import turns
+from autopart.plan import Plan, bytes_text, seconds_text, usable_bytes
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ class Estimate:
 
 
 def _breakdown(plan: Plan) -> dict[str, float]:
-    m = plan.micro_batches
-    slowest = max(plan.stages, key=lambda s: _busy(s, m))
+    m, shared = plan.micro_batches, turns(plan.zero, plan.micro_batches, plan.pp)
+    slowest = max(plan.stages, key=lambda stage: stage.turn_seconds(shared))
     lines = [(len(run.labels), line) for run in slowest.runs for line in run.lines]
     compute = m * sum(times * line.seconds for times, line in lines)
     comm = m * sum(times * line.comm_seconds for times, line in lines)
@@ -98,11 +99,5 @@ def _breakdown(plan: Plan) -> dict[str, float]:
         "communication": comm,
         "p2p": m * slowest.send_seconds,
         "gradient sync": slowest.sync_seconds,
-        "bubble": max(0.0, plan.step_seconds - m * _busy(slowest, m)),
+        "bubble": max(0.0, plan.step_seconds - m * slowest.turn_seconds(m)),
     }
-
-
-def _busy(stage: PlanStage, micro_batches: int) -> float:
-    """Seconds that a stage takes for a micro-batch: f of the plan."""
-    passes = stage.forward_seconds + stage.backward_seconds
-    return passes + stage.sync_seconds / micro_batches + stage.send_seconds

@@ -70,6 +70,10 @@ class PlanStage:
     runs: tuple[PlanRun, ...]
     sends: tuple[tuple[int, int, float], ...] = ()
 
+    def turn_seconds(self, turns: int) -> float:
+        """f: seconds of a turn, if so many share what is done once a step (`autopart.cost.turns`)."""
+        return self.forward_seconds + self.backward_seconds + self.sync_seconds / turns + self.send_seconds
+
     @property
     def memory_bytes(self) -> int:
         """All of `memory`."""

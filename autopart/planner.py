@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from autopart.allowed import Options, both
 from autopart.bounds import Bounds
-from autopart.cost import update_seconds
+from autopart.cost import Array, update_seconds
 from autopart.cuts import NEVER, best_cut, spans
 from autopart.errors import PartitionError
 from autopart.plan import seconds_text
@@ -36,7 +36,6 @@ from autopart.shortage import Shortage, closest, nothing_fits
 from autopart.space import Space
 from autopart.squeeze import is_small, squeeze
 from autopart.ways import Way, way_of
-from autopart.weigh import Array
 
 Say = Callable[[str], None]
 """Told how far the search is: the best plan's time, the bound, the gap between them."""

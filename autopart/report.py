@@ -39,7 +39,7 @@ def write_out(space: Space, found: Found, started: float, model: str) -> Plan:
         at = distinct.index(found.chosen[index])
         modes = found.recompute[start:end]
         stages.append(price_stage(space, found, splits[at], at, index, (start, end), modes, known))
-    times = [s.forward_seconds + s.backward_seconds + s.sync_seconds / m + s.send_seconds for s in stages]
+    times = [stage.turn_seconds(space.turns(point)) for stage in stages]
     step = sum(times) + (m - 1) * max(times)
     for index, (mine, theirs) in enumerate(zip(times, found.stage_seconds, strict=True)):
         assert math.isclose(mine, theirs, rel_tol=EQUAL), f"stage {index} is {mine} s written out, {theirs} s searched"

@@ -68,7 +68,9 @@ def decided(plan: Plan, source: Source) -> tuple[Space, Found]:
     table, m = space.model(point).table, space.micro_batches(point)
     times = []
     for mine, (start, end) in zip(chosen, pairwise((*plan.starts, len(modes))), strict=True):
-        found = ranges(space.weigh(point, mine), table.group, table.block, m, [(mode,) for mode in modes])
+        found = ranges(
+            space.weigh(point, mine), table.group, table.block, m, space.turns(point), [(mode,) for mode in modes]
+        )
         times.append(float(found.seconds[found.place(start, end)]))
     step = sum(times) + (m - 1) * max(times)
     return space, Found(point, chosen, plan.starts, modes, tuple(times), step, min(plan.bound_seconds, step))

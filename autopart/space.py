@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from autopart.allowed import Options, both, modes_of, options_of, positions_of, stages_of
 from autopart.constraints import Cuts, check
-from autopart.cost import Training, widening
+from autopart.cost import Array, Training, turns, widening
 from autopart.cuts import NEVER, spans
 from autopart.folded import Folded
 from autopart.hardware.rows import Device, Link
@@ -20,10 +20,12 @@ from autopart.mesh import Mesh
 from autopart.passes.formulate import formulate
 from autopart.passes.solve import Solution, Solver
 from autopart.plan import usable_bytes
+from autopart.prices import Prices, Terms
 from autopart.problem import Flow, Placements, Table
 from autopart.request import Point, Request, is_block
 from autopart.schedules import SCHEDULES, in_flight
-from autopart.weigh import MODES, Array, Prices, Sizes, Terms, Weighed, weigh
+from autopart.sizes import Sizes
+from autopart.weigh import MODES, Weighed, weigh
 
 flights = lru_cache(maxsize=None)(in_flight)
 
@@ -257,6 +259,10 @@ class Space:
         """Micro-batches of a step."""
         return self.request.global_batch // point.micro_batch
 
+    def turns(self, point: Point) -> int:
+        """See `cost.turns`."""
+        return turns(point.zero, self.micro_batches(point), point.pp)
+
     def priced(self, point: Point) -> Prices:
         """The prices of a point."""
         if point not in self.prices:
@@ -297,7 +303,7 @@ class Space:
             model, prices = self.model(point), self.priced(point)
             places, nothing = model.places, np.zeros(len(prices.change_forward) + len(prices.memory))
             seconds = np.concatenate([
-                prices.forward + prices.backward + prices.sync / self.micro_batches(point),
+                prices.forward + prices.backward + prices.sync / self.turns(point),
                 prices.change_forward + prices.change_backward,
                 0.0 * prices.memory,
             ])  # fmt: skip
@@ -317,15 +323,15 @@ class Space:
         return point.dp > 1 and self.mesh.device.beside > 0
 
     def windows(self, point: Point) -> tuple[Array, Array]:
-        """By priced variable, seconds of a micro-batch that the gradients of a place travel and computing can hide, and
-        that the backward of a place takes which can hide them (see `cuts.exposed`)."""
+        """By priced variable, seconds of a turn that the gradients of a place travel and computing can hide, and that
+        the backward of a place takes which can hide them (see `cuts.exposed`)."""
         prices, nothing = self.priced(point), np.zeros(len(self.priced(point).memory))
-        share = self.training(point).backwards / self.micro_batches(point)
+        share = self.training(point).backwards / self.turns(point)
         backward = np.concatenate([prices.backward, prices.change_backward, nothing])
         return share * np.concatenate([prices.beside, 0.0 * prices.change_backward, nothing]), share * backward
 
     def early(self, point: Point) -> tuple[Array, Array]:
-        """Two bounds below the share of a micro-batch of gradients that travel after the backward, by priced variable,
+        """Two bounds below the share of a turn of gradients that travel after the backward, by priced variable,
         both with all of those that several positions add to: what the first position sends, and all that is sent but
         what the backward of all positions but the last takes. The first and the last count where no other is of their
         class, so that no range pays for one that it has not."""

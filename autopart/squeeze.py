@@ -11,12 +11,13 @@ import numpy as np
 
 from autopart.allowed import Options
 from autopart.comm import p2p_seconds
+from autopart.cost import Array
 from autopart.hardware.rows import Link
 from autopart.passes.solve import Entries, Solution
+from autopart.prices import Prices
 from autopart.request import Point
 from autopart.schedules import on_its_way
 from autopart.space import Model, Space
-from autopart.weigh import Array, Prices
 
 SMALL = 12, 2500
 """Runs and solver's variables of a model that is small enough."""

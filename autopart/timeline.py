@@ -1,9 +1,9 @@
 """A plan on a clock: what every stage does when, as its schedule runs with the plan's own prices.
 
 A plan's step is predicted as sum(f) + (m - 1) max(f) over the seconds f that stages take for one of m micro-batches: in
-f a message holds both its ends, and the gradient sync is spread evenly over micro-batches. Here forward and backward
-stand apart, a message is a latency (half of its seconds in either direction) that overlaps with work, and what no
-backward hides of a stage's gradient sync comes after its last one. For equal stages without messages and sync both give
+f a message holds both its ends, and the gradient sync is spread evenly over turns (`cost.turns`). Here forward and
+backward stand apart, a message is a latency (half of its seconds in either direction) that overlaps with work, and what
+no backward hides of a stage's gradient sync comes after its last one. For equal stages without messages both give
 (m + p - 1) f. Without sync and with backward in the same proportion to forward in all stages, 1F1B takes no longer than
 predicted; the less, the more of f are messages. Where that proportion differs it can take longer, and so can GPipe,
 whose forwards and backwards have each their own slowest stage: without messages it takes sum(F) + sum(B) + (m - 1)

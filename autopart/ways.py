@@ -23,5 +23,5 @@ def way_of(space: Space, point: Point, solution: Solution) -> Way:
     """Price a solution at every range of positions."""
     model = space.model(point)
     weighed, m = space.weigh(point, solution.chosen), space.micro_batches(point)
-    priced = ranges(weighed, model.table.group, model.table.block, m, space.allowed_modes)
+    priced = ranges(weighed, model.table.group, model.table.block, m, space.turns(point), space.allowed_modes)
     return Way(solution, priced, model.interface(solution.chosen))

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from autopart import Estimate, Mesh, PartitionError, Plan, timeline
 from autopart.comm import collective_seconds, merged_seconds
-from autopart.cost import Training, stream_rate_seconds, update_seconds
+from autopart.cost import Training, stream_rate_seconds, turns, update_seconds
 from autopart.plan import PlanRun, PlanStage
 from benchmarks.fit import Collectives, Fabric, Fitted, Profile, refits
 from benchmarks.published import Bench, Published, read
@@ -141,7 +141,12 @@ def sign(x: float) -> int:
 
 
 def step_seconds(
-    work: Sequence[float], sync: Sequence[float], send: Sequence[float], micro_batches: int, pieces: int = 1
+    work: Sequence[float],
+    sync: Sequence[float],
+    send: Sequence[float],
+    micro_batches: int,
+    pieces: int = 1,
+    zero: int = 0,
 ) -> float:
     """Seconds of a step under 1F1B whose stages are each in some interleaved pieces.
 
@@ -149,12 +154,13 @@ def step_seconds(
     micro-batch when it is whole. The slowest stage takes all micro-batches; filling and draining the pipeline takes a
     piece of each other stage, a v-th of its time (Narayanan et al., arXiv 2104.04473, section 2.2). Each of v pieces
     has a stage's messages; the first and the last stage, which have a neighbour on one side alone, become neighbours,
-    so that of their 2 v sides all but one have messages. With one piece this is what a plan says:
-    sum(f) + (m - 1) max(f).
+    so that of their 2 v sides all but one have messages. What is done once a step has its share in all these turns
+    (`cost.turns`). With one piece this is what a plan says: sum(f) + (m - 1) max(f).
     """
     ends = {0, len(work) - 1}
     times = [2 * pieces - 1 if i in ends else pieces for i in range(len(work))]
-    each = [w + s / micro_batches + t * m for w, s, t, m in zip(work, sync, times, send, strict=True)]
+    shared = micro_batches + (turns(zero, micro_batches, len(work)) - micro_batches) / pieces
+    each = [w + s / shared + t * m for w, s, t, m in zip(work, sync, times, send, strict=True)]
     return micro_batches * max(each) + (sum(each) - max(each)) / pieces
 
 
@@ -244,6 +250,7 @@ def predicted_seconds(plan: Plan, row: Published) -> float:
         [s.send_seconds + d["p2p"] / m for s, d in zip(plan.stages, others, strict=True)],
         m,
         row.pieces,
+        plan.zero,
     )
 
 

@@ -29,10 +29,11 @@ from autopart.hardware.rows import Device, Link
 from autopart.mesh import Mesh
 from autopart.passes.formulate import _Builder, formulate
 from autopart.planner import Found, points
+from autopart.prices import Prices
 from autopart.problem import Table
 from autopart.request import Point, Request
 from autopart.space import Model, Space
-from autopart.weigh import MODES, Item, Prices, Weighed, _weigh_flow, _weigh_keep, weigh
+from autopart.weigh import MODES, Item, Weighed, _weigh_flow, _weigh_keep, weigh
 
 Array = NDArray[np.float64]
 Whole = NDArray[np.int64]
@@ -449,7 +450,8 @@ class Priced:
         self.prices: Prices = space.priced(point)
         self.m = space.micro_batches(point)
         assert space.training(point).together, "what optimizers make is summed here"
-        self.share = space.training(point).backwards / self.m
+        self.turns = space.turns(point)
+        self.share = space.training(point).backwards / self.turns
         self.n = len(self.table.labels)
         self.known: dict[tuple[bool, int], list[Atom]] = {}
 
@@ -474,7 +476,7 @@ class Priced:
     def atom(self, found: Weighed) -> Atom:
         """The numbers that count of what is weighed."""
         each = np.stack([
-            found.forward + found.backward + found.sync / self.m, self.share * found.beside,
+            found.forward + found.backward + found.sync / self.turns, self.share * found.beside,
             self.share * found.backward * self.prices.beside.any(), found.again[1], found.again[2],
             found.kept[0], found.kept[1], found.entered, found.parts.sum(0), found.largest, found.gathered,
             found.stepping, found.parts[1], found.wide,
@@ -505,7 +507,7 @@ class Priced:
                 found.beside[users[0]] += prices.beside[i]
             else:
                 held, stepping = tuple(prices.parts[i].tolist()), float(prices.stepping[i])
-                sync = float(prices.sync[i] + self.m * self.share * prices.beside[i])
+                sync = float(prices.sync[i] + self.turns * self.share * prices.beside[i])
                 found.items.append(Item(users, parts=held, sync=sync, stepping=stepping))
 
 
@@ -567,7 +569,7 @@ class Totals:
         span, m = self.span, self.priced.m
         for item in atom.items:
             if any(span.i <= p < span.j for p in item.positions):
-                row[self.times] += item.forward + item.backward + item.sync / m
+                row[self.times] += item.forward + item.backward + item.sync / self.priced.turns
                 row[0] += sum(item.parts) + span.in_flight * item.kept
                 row[1] += span.in_flight * item.entered
                 row[2] += sum(item.parts) + item.stepping

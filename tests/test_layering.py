@@ -35,6 +35,8 @@ LAYERS = (
         "folded",
         "problem",
         "places",
+        "sizes",
+        "prices",
         "weigh",
         "cuts",
         "stages",

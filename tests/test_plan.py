@@ -29,8 +29,8 @@ from autopart.notation import P
 from autopart.passes.formulate import formulate
 from autopart.passes.solve import Solver
 from autopart.problem import Table
+from autopart.sizes import paths
 from autopart.space import Model as Split
-from autopart.weigh import paths
 
 MESH = "4:cpu"
 DEGREES = {"tp": 2, "pp": 2, "micro_batch": 4}

@@ -1,7 +1,7 @@
 """Runs a stage's list of instructions for one step.
 
-What a computation needs from other stages is asked for before the computation before it begins, so that it travels
-meanwhile: a message that both ends are ready for is on its way at once.
+What a computation needs from other stages is asked for before the one before it begins (`schedules.ahead`), so that it
+travels meanwhile: a message that both ends are ready for is on its way at once.
 """
 
 from __future__ import annotations
