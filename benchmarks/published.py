@@ -60,6 +60,8 @@ class Published:
     again        elements a token of a block's products that selective recompute did not keep
     freed        elements a token that a block's forward makes at most and frees
     logits       float32 tensors of a micro-batch's logits that a rank had room for; None where it is not known
+    widest       bytes an element of the widest of the logits' tensors
+    gathered     bytes an element of blocks' parameters as FSDP gathers them
     after        whether gradients were summed over dp after the backward, not beside it
     overlapped   whether backward hid tensor parallelism's collectives and added weight gradients up in their products
     measured     seconds of a step as published; None where it is not
@@ -91,6 +93,8 @@ class Published:
     again: int
     freed: int
     logits: float | None
+    widest: int
+    gathered: int
     after: bool
     overlapped: bool
     measured: float | None
@@ -146,6 +150,8 @@ def published(row: Row, name: str) -> Published:
         again=second_products(row) if row["arch"] == "llama" and recompute_of(row) == "selective" else 0,
         freed=freed_of(row) if row["arch"] == "llama" else 0,
         logits=logits_of(row) if row["arch"] == "llama" else None,
+        widest=2 if fused_loss(row) else 4,
+        gathered=1 if gathered_in_8_bits(row) else 2,
         after=row["arch"] == "gpt",
         overlapped=overlapped(row),
         measured=measured_seconds(row),
@@ -268,9 +274,20 @@ def logits_of(row: Row) -> float:
     (torch/distributed/tensor/parallel/loss.py). The bfloat16 logits were freed by then, but none of these fits into
     their room, half of theirs, which stays reserved. Compiled, as in the runs on H200 of 2025, it keeps the bfloat16
     logits and their gradient alone."""
-    if row["source_id"] == "torchtitan_h200":
+    if fused_loss(row):
         return 1.0
     return 4.5 if whole(row["tp"], 1) > 1 else 3.5
+
+
+def fused_loss(row: Row) -> bool:
+    """Whether the loss was compiled, as --training.compile does in 2025: it makes no float32 tensor of the logits."""
+    return row["source_id"] == "torchtitan_h200"
+
+
+def gathered_in_8_bits(row: Row) -> bool:
+    """Whether FSDP gathered the blocks' parameters in 8 bits: the command of the runs on H200 has
+    --float8.enable_fsdp_float8_all_gather; those of December 2024 are not published."""
+    return row["source_id"] == "torchtitan_h200"
 
 
 def recompute_of(row: Row) -> str:

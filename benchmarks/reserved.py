@@ -12,13 +12,17 @@ freed      what a block's forward frees before the loss (`Published.freed`): no 
 scattered  gradients' slices are of a stream of their own (pytorch/pytorch #129721): there at every moment, where a plan
            says that they are not there yet. Under a pipeline they are besides the whole ones
 gathered   the root's parameters, embedding and head, are whole from forward to backward, and the last block's, which
-           is not sliced after forward (torchtitan, parallelize_llama.py; `_lazy_init` of fully_shard)
+           is not sliced after forward (torchtitan, parallelize_llama.py; `_lazy_init` of fully_shard); the blocks' in 8
+           bits where they were gathered so (`Published.gathered`)
 buffers    gathers of FSDP are of a stream of their own, two at a time (`AllGatherState`): the root's or a block's and
            the next block's. Every piece of a pipeline has such streams (pytorch/pytorch #165024)
 messages   pipelining receives every micro-batch's input and gradient in a buffer of its own, all made before the first
            (torch/distributed/pipelining/stage.py); inputs of those in flight are what a plan keeps of blocks
 outputs    it keeps every micro-batch's output until the step ends (`output_chunks`, of all stages until
            pytorch/pytorch #153383), of the last stage logits
+kept       gradients of a stage's inputs, of all that went backward, until the next step (`clear_runtime_states`,
+           stage.py; pytorch/pytorch #164329)
+late       a tensor after the backward that is larger than all before it (`late`)
 in flight  pieces of micro-batches whose activations are alive once gradients are (`alive`)
 pieces     whole gradients of one piece at a time, where every piece has one round of micro-batches: a piece's are
            scattered after its last backward, before another's first (`number_of_rounds` of ScheduleInterleaved1F1B)
@@ -38,6 +42,8 @@ from benchmarks.published import Published
 
 PLANNED_LOGITS = 3
 """Float32 tensors of the logits that a plan counts: log-softmax, its gradient, the logits'."""
+STATES = 2
+"""Float32 tensors as large as a rank's slices of parameters that AdamW makes in its first step."""
 
 
 def reserved(plan: Plan, row: Published, source: Source) -> dict[str, float]:
@@ -55,24 +61,44 @@ def besides(plan: Plan, row: Published, stage: int, held: Tenants) -> dict[str, 
     blocks, root = elements(plan, held)
     tokens = row.micro_batch * row.sequence / plan.dp / plan.tp
     found = {"again": -narrow * row.again * tokens * len(blocks)}
+    slices = wide * (root + sum(blocks)) / plan.dp
     if stage == stages - 1 and row.logits is not None:
         found["logits"] = 4 * (row.logits - PLANNED_LOGITS) * tokens * row.words
+        merged = narrow * tokens * row.words * plan.micro_batches if stages > 1 else 0.0
+        largest = row.widest * tokens * row.words
+        found["late"] = late(max(merged, wide * root), largest, STATES * slices)
     if plan.zero == 3:
         found["freed"] = narrow * row.freed * tokens
         found["scattered"] = memory["gradients"] if plan.micro_batches == 1 else 0.0
-        found["gathered"] = narrow * (root + blocks[-1])
-        return {**found, "buffers": narrow * (root + blocks[0]) * (1 + 1 / plan.dp)}
+        found["gathered"] = narrow * root + row.gathered * blocks[-1]
+        return {**found, "buffers": (narrow * root + row.gathered * blocks[0]) * (1 + 1 / plan.dp)}
     m, v, each = plan.micro_batches, row.pieces, narrow * tokens * row.width
-    found["scattered"] = wide * (root + sum(blocks)) / plan.dp
+    found["scattered"] = slices
     found["buffers"] = narrow * (blocks[0] + max(root, blocks[0]) + (v - 1) * 2 * blocks[0])
     now, planned = alive(stage, stages, m, v), in_flight(plan.schedule, stage, stages, m)
     found["in flight"] = each * len(blocks) * (now / v - planned)
     received = v - (stage == 0)
+    found["kept"] = each * (v * m - now) if received else 0.0
     found["messages"] = each * (max(0.0, m * received - now * received / v) + m * (v - (stage == stages - 1)))
     found["outputs"] = each * m * (v - (stage == stages - 1))
     found["outputs"] += narrow * tokens * row.words * m if stage == stages - 1 else 0.0
     found["pieces"] = -memory["gradients"] * (1 - 1 / v) if m <= stages else 0.0
     return found
+
+
+def late(last: float, largest: float, states: float) -> float:
+    """Bytes that a tensor after the backward adds, given the largest tensor before it and the optimizer's states.
+
+    The allocator joins no two segments, each as large as what it was made for (c10/cuda/CUDACachingAllocator.cpp), so
+    that the first step makes one for `last` if it is larger than all before it. It is free at every other time. The
+    states are made after it, in room that the next step then misses and has there. This is without expandable segments:
+    the command of the runs on H200 asks for none, those of December 2024 are not published.
+
+    Such tensors are the root's gradients in float32, scattered all at once (`foreach_reduce` of _fsdp_collectives.py),
+    and the outputs that a last stage puts together (`_merge_outputs` of torch/distributed/pipelining/schedules.py;
+    pytorch/pytorch #159251).
+    """
+    return max(0.0, last - states) if last > largest else 0.0
 
 
 def alive(stage: int, stages: int, micro_batches: int, pieces: int) -> int:
