@@ -172,10 +172,21 @@ def build(job: Job, mesh: autopart.Mesh, source: Source) -> Compiled:
     return Compiled(model, plan, groups, program, folded.traced.aliases, folded.traced.buffers)
 
 
-def time_jobs(jobs: Sequence[Job], mesh: autopart.Mesh, rounds: int, warm_up: int = 2) -> list[dict[str, Any]]:
+Row = dict[str, Any]
+Step = Callable[[], Any]
+
+
+def time_jobs(jobs: Sequence[Job], mesh: autopart.Mesh, rounds: int) -> list[Row]:
     """Every job's plan, predicted and measured seconds; on every rank."""
-    rows: list[dict[str, Any]] = []
-    steps: list[Callable[[], Any]] = []
+    rows, steps = prepared(jobs, mesh)
+    time_steps(rows, steps, mesh, rounds)
+    return rows
+
+
+def prepared(jobs: Sequence[Job], mesh: autopart.Mesh) -> tuple[list[Row], list[Step]]:
+    """Every job's plan with predicted seconds, and its step; on every rank."""
+    rows: list[Row] = []
+    steps: list[Step] = []
     sources = {key: Source(*job.make(), torch.float32) for key, job in {(j.model, j.sizes): j for j in jobs}.items()}
     for job in jobs:
         compiled = build(job, mesh, sources[job.model, job.sizes])
@@ -183,12 +194,17 @@ def time_jobs(jobs: Sequence[Job], mesh: autopart.Mesh, rounds: int, warm_up: in
         plan = compiled.plan
         degrees = f"pp={plan.pp} dp={plan.dp} tp={plan.tp} zero={plan.zero} recompute={plan.recompute}"
         told = f"{degrees} {plan.micro_batches}x{plan.micro_batch}"
-        rows.append({"job": job.name, "plan": told, "predicted": plan.step_seconds})
+        rows.append({"job": job.name, "plan": told, "predicted": plan.step_seconds, "ranks": mesh.size})
         steps.append(lambda c=compiled, b=sources[job.model, job.sizes].batch: c.step(b))
         if dist.get_rank() == 0:
             print(f"{job.name}: {told}", file=sys.stderr, flush=True)
     gc.collect()
     gc.freeze()
+    return rows, steps
+
+
+def time_steps(rows: Sequence[Row], steps: Sequence[Step], mesh: autopart.Mesh, rounds: int, warm_up: int = 2) -> None:
+    """Put into every row what its step takes, the spread of that, and the machine's drift from the profile."""
     yards: list[float] = []
     times: list[list[float]] = [[] for _ in steps]
     for number in range(warm_up + rounds):
@@ -204,8 +220,7 @@ def time_jobs(jobs: Sequence[Job], mesh: autopart.Mesh, rounds: int, warm_up: in
     drift = statistics.median(yards[warm_up:])
     for row, mine in zip(rows, times, strict=True):
         row |= {"measured": statistics.median(mine), "spread": (max(mine) - min(mine)) / statistics.median(mine)}
-        row |= {"drift": drift, "ranks": mesh.size, "seconds": [round(s, 5) for s in mine]}
-    return rows
+        row |= {"drift": drift, "seconds": [round(s, 5) for s in mine]}
 
 
 def yardstick(mesh: autopart.Mesh) -> float:
