@@ -340,7 +340,8 @@ def _sends(plan: Plan, graph: StageGraph) -> list[tuple[int, int, float]]:
 
 def _there_and_back(plan: Plan, crossing: Crossing) -> float:
     """Seconds of a value from one stage to another, and of its gradient if it has one."""
-    return float(p2p_seconds(crossing.size, plan.mesh.between(plan.dp * plan.tp, plan.pp))) * (1 + crossing.grad)
+    link = plan.mesh.between(plan.dp * plan.tp, plan.pp, plan.micro_batches)
+    return float(p2p_seconds(crossing.size, link)) * (1 + crossing.grad)
 
 
 def _training(plan: Plan) -> Training:

@@ -363,7 +363,7 @@ def update_seconds(nbytes: float, grad: bool, shared: bool, training: Training, 
         states = OPTIMIZER_STATES[training.optimizer]
         known = sorted(measured.updates, key=lambda name: (OPTIMIZER_STATES[name] < states, OPTIMIZER_STATES[name]))
         rows = measured.updates[known[0]] if known else ((1.0, 0.0, 0.0),)
-    return float(seconds + measured_seconds(held / slices, rows)) * measured.pace
+    return float(seconds * measured.pace + measured_seconds(held / slices, rows))
 
 
 def summing_seconds(nbytes: float, training: Training, device: Device) -> float:

@@ -149,9 +149,12 @@ class Mesh:
             per_host = math.gcd(size, self.devices_per_host // stride) if aligned else 1
         return Group(size, per_host, self.intra, self.inter, min(1.0, self.nics / self.devices_per_host))
 
-    def between(self, stride: int, size: int) -> Link:
-        """The link on which ranks of such groups send to the next while as many of a host do as can."""
-        return self.shared(self.link(stride, size), min(stride, self.devices_per_host))
+    def between(self, stride: int, stages: int, micro_batches: int) -> Link:
+        """The link on which ranks `stride` apart in a pipeline send to the next while as many of a host do as can, and
+        as `busy_device` has them."""
+        link = self.shared(self.link(stride, stages), min(stride, self.devices_per_host))
+        pace = self._pace(stages, micro_batches)
+        return link if pace == 1 or not link.measured else replace(link, measured=link.measured.faster(1 / pace))
 
     def busy_device(self, stages: int, micro_batches: int) -> Device:
         """The device as ranks have it in a pipeline of so many stages and micro-batches.
@@ -161,11 +164,12 @@ class Mesh:
         time, and each is as much faster than all are together, though none faster than alone. Any other device is as
         it is.
         """
-        measured = self.device.measured
-        if measured is None or stages == 1:
-            return self.device
-        busy = micro_batches / (micro_batches + stages - 1)
-        return replace(self.device, measured=replace(measured, pace=min(1.0, max(busy, 1 / measured.alone))))
+        measured, pace = self.device.measured, self._pace(stages, micro_batches)
+        return self.device if pace == 1 or not measured else replace(self.device, measured=replace(measured, pace=pace))
+
+    def _pace(self, stages: int, micro_batches: int) -> float:
+        measured, busy = self.device.measured, micro_batches / (micro_batches + stages - 1)
+        return min(1.0, max(busy, 1 / measured.alone)) if measured else 1.0
 
     def __str__(self) -> str:
         """The text `parse` reads; `axes`, a custom `intra` and `nics_per_host` are not part of it (see `to_json`)."""

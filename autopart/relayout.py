@@ -111,8 +111,9 @@ def _steps(have: tuple[Placement, ...], want: tuple[Placement, ...], grad: bool)
 def row_seconds(row: Relayout, nbytes: Any, group: Group, grad: bool, device: Device) -> tuple[Any, Any]:
     """Seconds, forward and backward, to change a tensor (or an array of them) of `nbytes` bytes (whole along this
     axis). What costs nothing forward or backward is still one kernel."""
+    pace = device.measured.pace if device.measured else 1.0
     forward, backward = (
-        with_launch(COLLECTIVES[name](nbytes, group), device) if name else 0.0 * nbytes
+        pace * with_launch(COLLECTIVES[name](nbytes, group), device) if name else 0.0 * nbytes
         for name in (row.forward, row.backward if grad else "")
     )
     free = not row.forward and not (grad and row.backward)

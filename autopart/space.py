@@ -275,7 +275,7 @@ class Space:
 
     def between_stages(self, point: Point) -> Link | None:
         """The link between stages; None where there is one stage."""
-        return self.mesh.between(point.dp * point.tp, point.pp) if point.pp > 1 else None
+        return self.mesh.between(point.dp * point.tp, point.pp, self.micro_batches(point)) if point.pp > 1 else None
 
     def in_flight(self, point: Point, stage: int) -> int:
         """Micro-batches whose activations a stage holds."""

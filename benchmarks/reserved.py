@@ -16,8 +16,9 @@ gathered   the root's parameters, embedding and head, are whole from forward to 
            bits where they were gathered so (`Published.gathered`)
 buffers    gathers of FSDP are of a stream of their own, two at a time (`AllGatherState`): the root's or a block's and
            the next block's. Every piece of a pipeline has such streams (pytorch/pytorch #165024)
-messages   pipelining receives every micro-batch's input and gradient in a buffer of its own, all made before the first
-           (torch/distributed/pipelining/stage.py); inputs of those in flight are what a plan keeps of blocks
+messages   in place of a plan's: pipelining receives every micro-batch's input and gradient in a buffer of its own, all
+           made before the first (torch/distributed/pipelining/stage.py); inputs of those in flight are what a plan
+           keeps of blocks
 outputs    it keeps every micro-batch's output until the step ends (`output_chunks`, of all stages until
            pytorch/pytorch #153383), of the last stage logits
 kept       gradients of a stage's inputs, of all that went backward, until the next step (`clear_runtime_states`,

@@ -30,6 +30,7 @@ from autopart.hardware import load_hardware
 from autopart.hardware.measured import Measured, Wire, read_measured, read_wire
 from autopart.measured import KIND_OF, KINDS, attention_seconds, grid_of, operator_seconds, product_seconds
 from autopart.mesh import Mesh
+from autopart.relayout import RELAYOUTS, row_seconds
 from autopart.rules import has_rule
 
 RATE, BANDWIDTH, STEP = 1e11, 2e10, 1e-6
@@ -299,6 +300,13 @@ def test_ranks_that_wait_leave_their_cores_to_others(
     assert busy.measured is not None and busy.measured.pace == pytest.approx(pace)
     found = [product_seconds(1, 64, 64, 64, RATE, d.flops, d.measured) for d in (mesh.device, busy)]  # type: ignore[arg-type]
     assert found[1] == pytest.approx(pace * found[0])
+    links = mesh.intra, mesh.between(1, stages, micro_batches)
+    assert p2p_seconds(1e5, links[1]) == pytest.approx(pace * p2p_seconds(1e5, links[0]))
+    group, row = mesh.group(1, 2), RELAYOUTS["P", "R"]
+    sums = [row_seconds(row, 1e5, group, True, device)[0] for device in (mesh.device, busy)]
+    assert sums[1] == pytest.approx(pace * sums[0])
+    steps = [update_seconds(1e6, True, True, Training("adamw", 0, group, 1), device) for device in (mesh.device, busy)]
+    assert steps[1] == steps[0]
     assert Mesh.of("4:cpu").busy_device(4, 4) is Mesh.of("4:cpu").device
 
 

@@ -372,6 +372,6 @@ def test_no_group_sits_worse_than_said(hosts: int, per_host: int) -> None:
 
 def test_stages_share_the_cards_of_a_host() -> None:
     mesh = Mesh.parse("2x8:a10g")
-    assert mesh.between(8, 2).bandwidth == mesh.inter.bandwidth / 8
-    assert mesh.between(2, 8).bandwidth == mesh.inter.bandwidth / 2
-    assert replace(mesh, hosts=1).between(4, 2) is mesh.intra
+    assert mesh.between(8, 2, 4).bandwidth == mesh.inter.bandwidth / 8
+    assert mesh.between(2, 8, 4).bandwidth == mesh.inter.bandwidth / 2
+    assert replace(mesh, hosts=1).between(4, 2, 4) is mesh.intra

@@ -125,6 +125,7 @@ class Bench:
         self.sizes, self.device = sizes, device
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.groups = {size: self._group(size) for size in divisors(self.ranks) if size > 1}
+        self.up, self.down = (dist.new_group() for _ in range(2))
 
     def _group(self, size: int) -> Group:
         """This rank's group of so many neighbours."""
@@ -289,15 +290,17 @@ class Bench:
 
     def _message(self, nbytes: int) -> Callable[[], Seconds]:
         """Half of what an exchange between ranks in pairs takes, alone or beside the product that they compute before
-        it, whichever is longer: as stages of a pipeline exchange a value and a gradient. One left over computes."""
+        it, whichever is longer: as stages of a pipeline exchange a value and a gradient, in a group for either
+        direction. One left over computes."""
         other, pairs = self.rank ^ 1, self.ranks - self.ranks % 2
+        there, back = (self.up, self.down) if self.rank < other else (self.down, self.up)
         sent, work = self._randn(nbytes // 4), self._work()
         received = torch.empty_like(sent)
 
         def exchange(before: Callable[[], Any]) -> None:
-            messages = [dist.irecv(received, other)] if self.rank < pairs else []
+            messages = [dist.irecv(received, other, group=back)] if self.rank < pairs else []
             before()
-            messages += [dist.isend(sent, other)] if self.rank < pairs else []
+            messages += [dist.isend(sent, other, group=there)] if self.rank < pairs else []
             for message in messages:
                 assert message is not None
                 message.wait()

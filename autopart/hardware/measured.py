@@ -35,7 +35,7 @@ class Measured:
                 call under autograd by the bytes that it reads and writes
     updates     optimizer -> rows (bytes, seconds, spread) of its step on one parameter of so many bytes
     accumulate  rows (bytes, seconds, spread) of adding a micro-batch's gradient to that of those before
-    pace        what all seconds of computing are multiplied by; not part of a file (see `Mesh.busy_device`)
+    pace        what all seconds of a micro-batch are multiplied by; not part of a file (see `Mesh.busy_device`)
     """
 
     type: str
