@@ -94,14 +94,15 @@ def run_rank(options: argparse.Namespace) -> None:
 
 
 def score(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Mean absolute relative errors as predicted and at the machine's speed of the moment, and Kendall's tau."""
+    """Mean absolute relative errors and Kendall's tau, as predicted and at the machine's speed of the moment."""
     for row in rows:
         row["error"] = row["predicted"] / row["measured"] - 1
         row["error_at_speed"] = row["predicted"] * row["drift"] / row["measured"] - 1
     return {
         "mape": sum(abs(row["error"]) for row in rows) / len(rows),
         "mape_at_speed": sum(abs(row["error_at_speed"]) for row in rows) / len(rows),
-        "tau": kendall([("", row["predicted"] * row["drift"], row["measured"]) for row in rows]),
+        "tau": kendall([("", row["predicted"], row["measured"]) for row in rows]),
+        "tau_at_speed": kendall([("", row["predicted"] * row["drift"], row["measured"]) for row in rows]),
     }
 
 
@@ -109,7 +110,7 @@ def show(record: dict[str, Any]) -> None:
     """Print the results."""
     table = Table(
         title=f"mean error {record['mape']:.1%}, at the machine's speed {record['mape_at_speed']:.1%}, "
-        f"Kendall's tau {record['tau']:.2f}"
+        f"Kendall's tau {record['tau']:.2f}, {record['tau_at_speed']:.2f}"
     )
     for name in ("ranks", "job", "predicted ms", "measured ms", "spread", "drift", "error", "at speed"):
         table.add_column(name, justify="left" if name == "job" else "right", no_wrap=True)
