@@ -168,6 +168,7 @@ class Mesh:
         return self.device if pace == 1 or not measured else replace(self.device, measured=replace(measured, pace=pace))
 
     def _pace(self, stages: int, micro_batches: int) -> float:
+        """`Measured.pace` in such a pipeline."""
         measured, busy = self.device.measured, micro_batches / (micro_batches + stages - 1)
         return min(1.0, max(busy, 1 / measured.alone)) if measured else 1.0
 
