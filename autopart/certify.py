@@ -372,11 +372,11 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
     for record, placed, nbytes in _parameters(folded, choices, span, graph.index):
         held = training.memory(nbytes, record.grad, _summed(choices, record, placed, "dp"))
         parts = [a + b for a, b in zip(parts, held, strict=True)]
-    gathered = {
-        run: sum(
-            training.gathered(n, _summed(choices, r, p, "dp"))
+    summed = {
+        run: [
+            training.summed(n, r.grad, _summed(choices, r, p, "dp"))
             for r, p, n in _parameters(folded, choices, [run], graph.index)
-        )
+        ]
         for run in span
     }
     modes = dict(zip(span, plan.stages[graph.index].recompute, strict=True))
@@ -405,17 +405,19 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
             kept += sum(r.size + r.inner for r in products)
     kept += sum(info(n).size for n in shared)
     flights = in_flight(plan.schedule, graph.index, plan.pp, plan.micro_batches)
-    stepped = [
-        training.stepping(n, r.grad, _summed(choices, r, p, "dp"))
-        for r, p, n in _parameters(folded, choices, span, graph.index)
-    ]
+    held = [(n, r.grad, _summed(choices, r, p, "dp")) for r, p, n in _parameters(folded, choices, span, graph.index)]
+    stepped, messages = ([each(*row) for row in held] for each in (training.stepping, training.summed))
     made = sum(stepped) if training.together else max(stepped, default=0.0)
+    made = max(made, training.ending(sum(messages), max(messages, default=0.0)))
     arriving = on_its_way(sum(crossing.size for crossing in graph.received), flights, plan.micro_batches)
     transient = max(0.0, made - flights * kept - arriving)
     absent = _gradients(plan, folded, choices, span, graph.index) if plan.micro_batches == 1 else {}
     for run in (*span, SETUP_RUN):
         largest = max((info(n).size for n in nodes.get(run, ())), default=0.0)
-        moment = largest + max(largest, gathered.get(run, 0.0)) + (whole[run] + wide[run] if run in rerun else 0.0)
+        own = summed.get(run) or [0.0]
+        again = whole[run] + wide[run] if run in rerun else 0.0
+        moment = largest + training.gathered(sum(own)) + again
+        moment = largest + max(moment, training.summing(sum(own), max(own), len(own) == 1))
         moment -= sum(size for r, size in whole.items() if r > run and not _is_block(folded.labels[r]))
         moment -= sum(size for r, size in absent.items() if r < run != SETUP_RUN)
         transient = max(transient, moment)

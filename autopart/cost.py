@@ -21,6 +21,7 @@ from autopart.measured import KIND_OF, operator_seconds
 from autopart.measured import attention_seconds as attention_tables
 from autopart.measured import product_seconds as product_tables
 from autopart.mesh import Group
+from autopart.runtime.slices import BUCKET_BYTES
 
 Array = NDArray[np.float64]
 
@@ -303,10 +304,38 @@ class Training:
         """Whether a rank keeps but a slice of a parameter."""
         return self.zero >= 3 and shared and self.ranks > 1
 
-    def gathered(self, nbytes: float, shared: bool) -> float:
-        """Bytes that exist only while a parameter in slices is used: its whole with its gradient or, if that is more,
-        the gradient with the message of it in the master dtype."""
-        return nbytes * max(2.0, 1.0 + self.widening) if self.sliced(shared) else 0.0
+    def summed(self, nbytes: float, grad: bool, shared: bool) -> float:
+        """`nbytes` of a parameter whose gradient the ranks sum, else 0."""
+        return nbytes if shared and grad and self.ranks > 1 else 0.0
+
+    def gathered(self, summed: Any) -> Any:
+        """Bytes of parameters that are whole while they are used: all, `summed` bytes, where ranks keep slices."""
+        return summed * (self.zero >= 3)
+
+    def summing(self, summed: Any, most: Any, alone: Any) -> Any:
+        """Bytes that exist while ranks sum the gradients of a run's parameters, `summed` bytes and the largest `most`:
+        gradients, whole though slices are kept, in the master dtype or, at level 3, in the parameters'; a message of
+        them in the master dtype, which one that is `alone` may be itself; this rank's slices of their sums."""
+        if self.zero < 2:
+            return 0.0 * summed
+        first = self.widening if self.zero == 2 else 1.0
+        copied = 1.0 - alone * (first == self.widening)
+        return first * summed + self.widening * self._in_a_message(summed, most, first) * (copied + 1.0 / self.ranks)
+
+    def ending(self, summed: Any, most: Any) -> Any:
+        """Bytes that exist at the end of a step besides what is held, for parameters of a stage of `summed` bytes, the
+        largest `most`: a message of gradients, at level 1 with this rank's slices of the sums; or, where slices are
+        trained of whole parameters, a message of new ones with this rank's."""
+        if self.zero >= 3:
+            return 0.0 * summed
+        message = self._in_a_message(summed, most, self.widening)
+        both = 1.0 + (self.zero >= 1) / self.ranks
+        return message * both * (self.widening if self.zero < 2 else 1.0)
+
+    @staticmethod
+    def _in_a_message(summed: Any, most: Any, wide: float) -> Any:
+        """Bytes of the parameters whose gradients, `wide` times as large, travel together."""
+        return np.minimum(summed, np.maximum(most, BUCKET_BYTES / wide))
 
     def sync_seconds(self, nbytes: float, shared: bool) -> float:
         """Seconds a step takes to bring the gradient of a parameter of `nbytes` together and the parameter back, over

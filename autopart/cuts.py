@@ -136,7 +136,7 @@ class Ranges:
     kept      bytes per micro-batch, nothing run again
     takes     bytes of a micro-batch's values that come from earlier ranges
     transient bytes that exist for a moment besides, less what is gone by then;  rerun: likewise if blocks are run again
-    stepping  bytes that the optimizer makes while it steps, when nothing is kept
+    stepping  bytes that are made at the end of a step, when nothing is kept
     entered   bytes that several blocks take, kept if one of them is run again
     again     seconds that each of MODES adds at every position
     group     class of every position: equal ones cost the same and may do the same;  least_modes: the one of MODES that
@@ -252,41 +252,48 @@ def ranges(
     allowed: Sequence[tuple[str, ...]],
 ) -> Ranges:
     """All ranges of a weighed choice; `turns` is as in `cost.turns`. `allowed` says which of MODES every position may
-    do; the class of blocks that may not do the same is not the same either."""
+    do; the class of blocks that may not do the same, or keep as much, is not the same either."""
     n, everywhere = len(group), np.arange(len(group))
     least = [MODES.index(modes[0]) for modes in allowed]
     rerun = np.array([mode > 0 for mode in least])
     each = np.where(rerun, found.kept[least, everywhere] + found.entered, found.kept[0])
     seconds = _sums(found.forward + found.backward + found.again[least, everywhere] + found.sync / turns)
-    seconds += exposed(found.beside, found.backward) * (found.backwards / turns)
+    seconds += exposed(found.beside, found.backward) * (found.training.backwards / turns)
     state, kept = _sums(found.parts.sum(0)), _sums(each)
-    largest, alone = found.largest.copy(), micro_batches == 1
+    largest, alone, training = found.largest.copy(), micro_batches == 1, found.training
     for item in found.items:
         np.maximum.at(largest, list(item.positions), item.largest)
-    moment = largest + np.maximum(largest, found.gathered)
+    gathered, summing = training.gathered(found.summed[0]), training.summing(*found.summed[:2], found.alone)
     again = rerun | (np.array(block) & np.array([len(modes) > 1 for modes in allowed]))
+    whole = found.kept[0] + found.wide
     transient, possible = (
-        _moments(found, moment + (found.kept[0] + found.wide) * mine, block, alone) for mine in (rerun, again)
+        _moments(found, largest + np.maximum(largest + gathered + whole * mine, summing), block, alone)
+        for mine in (rerun, again)
     )
     later = _sums(np.where(block, 0.0, found.kept[0]))
-    stepping, entered = (_sums if found.together else _maxima)(found.stepping), np.zeros(len(seconds))
+    stepping, entered = (_sums if training.together else _maxima)(found.stepping), np.zeros(len(seconds))
+    summed = _sums(found.summed[2])
     for item in found.items:
         has = _has(item.positions, n)
         if item.largest:
             transient, possible = (np.maximum(x, has * 2 * item.largest - later) for x in (transient, possible))
-        stepping = stepping + has * item.stepping if found.together else np.maximum(stepping, has * item.stepping)
+        stepping = stepping + has * item.stepping if training.together else np.maximum(stepping, has * item.stepping)
+        summed += has * item.summed
         seconds += has * (item.forward + item.backward + item.sync / turns)
         state += has * sum(item.parts)
         kept += has * item.kept
         if item.entered:
             entering = _has([p for p in item.positions if rerun[p]], n)
             kept, entered = kept + entering * item.entered, entered + (has & ~entering) * item.entered
+    stepping = np.maximum(stepping, training.ending(summed, _maxima(found.summed[1])))
     messages, takes = crossed(found.crossings, n)
     seconds += messages
-    classes: dict[tuple[int, bool, tuple[str, ...]], int] = {}
-    kind = [classes.setdefault(key, len(classes)) for key in zip(group, block, allowed, strict=True)]
-    where = {number: np.array(kind) == number for (_, isblock, _), number in classes.items() if isblock}
-    modes = {number: may for (_, _, may), number in classes.items()}
+    classes: dict[tuple[int, bool, tuple[str, ...], tuple[float, ...]], int] = {}
+    saves = np.column_stack([*found.kept, found.entered]).round().tolist()
+    rows = zip(group, block, allowed, map(tuple, saves), strict=True)
+    kind = [classes.setdefault(row, len(classes)) for row in rows]
+    where = {number: np.array(kind) == number for (_, isblock, *_), number in classes.items() if isblock}
+    modes = {number: may for (_, _, may, _), number in classes.items()}
     return Ranges(
         seconds, state, kept, takes, transient, possible, stepping, entered, found.again, kind,
         [MODES[mode] for mode in least], micro_batches, {k: _sums(mine.astype(float)) for k, mine in where.items()},
@@ -332,7 +339,8 @@ def _moments(found: Weighed, moment: Array, block: Sequence[bool], alone: bool) 
 
 def _savings(found: Weighed, kind: int, where: NDArray[np.bool_], modes: Sequence[str]) -> list[Saving]:
     """The steps of one kind of block from the first of the modes it may do towards keeping less, each dearer than the
-    one before; those that another beats are left out. Of blocks that differ at their edges the least saving counts."""
+    one before; those that another beats are left out. Blocks that take other values may take other times: the longest
+    counts."""
     first, *more = [MODES.index(mode) for mode in modes]
     start = found.kept[first, where] + found.entered[where] * (first > 0)
     hull = [(first, 0.0, float(start.min()))]

@@ -159,9 +159,9 @@ def _moment(
 ) -> list[Leaf]:  # fmt: skip
     """What exists at the moment when most does, besides what is kept: in a run's backward or while the optimizer steps,
     less what is gone by then (`kept` is all of it, in bytes) or not there yet."""
-    stepping = _stepping(space, found, choices, span)
+    stepping = _ending(space, found, choices, span)
     moments = [*_backward(space, found, choices, graph, span, modes)]
-    moments.append([Leaf(SETUP, "made by the optimizer while it steps", "transient", stepping)])
+    moments.append([Leaf(SETUP, "made at the end of a step", "transient", stepping)])
     moments[-1].append(Leaf(SETUP, "activations and messages, gone by then", "transient", -kept))
     most = max(moments, key=_bytes)
     return most if _bytes(most) > 0 else []
@@ -171,23 +171,26 @@ def _bytes(some: Sequence[Leaf]) -> float:
     return sum(leaf.bytes for leaf in some)
 
 
-def _stepping(space: Space, found: Found, choices: Choices, span: tuple[int, int]) -> float:
-    """Bytes that the optimizer makes while it steps."""
+def _ending(space: Space, found: Found, choices: Choices, span: tuple[int, int]) -> float:
+    """Bytes that are made at the end of a step: by the optimizer, or of messages of gradients and parameters."""
     training = space.training(found.point)
-    each = [
-        training.stepping(nbytes, record.grad, sums(choices, record, placed, "dp"))
+    held = [
+        (nbytes, record.grad, sums(choices, record, placed, "dp"))
         for _, _, record, placed, nbytes in parameters(space.folded, choices, span)
     ]
-    return sum(each) if training.together else max(each, default=0.0)
+    stepping, summed = ([each(*row) for row in held] for each in (training.stepping, training.summed))
+    made = sum(stepping) if training.together else max(stepping, default=0.0)
+    return max(made, float(training.ending(sum(summed), max(summed, default=0.0))))
 
 
 def _backward(
     space: Space, found: Found, choices: Choices, graph: StageGraph, span: tuple[int, int], modes: Sequence[str]
 ) -> Iterator[list[Leaf]]:
-    """What exists in the backward of every run: its largest tensor, and with it another as large (of a loss: the
-    gradients of logits and of their log-softmax) or the run's whole parameters with their gradients, where it gathers
-    them; and what a block that is run again keeps until it is done. Gone by then is what later runs kept; of blocks,
-    which may be run again, that is not counted. In a step of one micro-batch earlier runs have no gradients yet."""
+    """What exists in the backward of every run: its largest tensor and another as large (of a loss: the gradients of
+    logits and of their log-softmax), its parameters, where it gathers them, and what a block that is run again keeps
+    until it is done; or, when that is gone and ranks sum its gradients, these. Gone by then is what later runs kept; of
+    blocks, which may be run again, that is not counted. In a step of one micro-batch earlier runs have no gradients
+    yet."""
     folded, training = space.folded, space.training(found.point)
     nodes = dict(zip(graph.indices, (mine for _, mine in graph.runs), strict=True))
     inside: dict[int, float] = defaultdict(float)
@@ -201,17 +204,25 @@ def _backward(
     early, late = sum(own.values()), 0.0
     positions = [(p, folded.sequence[p], mode) for p, mode in zip(range(*span), modes, strict=True)]
     for position, run, mode in [*reversed(positions), (-1, SETUP_RUN, "none")]:
-        whole = 0.0
-        for node in used_parameters(folded.runs[run]) if run != SETUP_RUN else ():
+        summed, read = [0.0], used_parameters(folded.runs[run]) if run != SETUP_RUN else []
+        for node in read:
             placed = choices.placements(folded, (node, 0), 0)
-            whole += training.gathered(choices.size((node, 0), placed), sums(choices, info(node), placed, "dp"))
+            shared = sums(choices, info(node), placed, "dp")
+            summed.append(training.summed(choices.size((node, 0), placed), info(node).grad, shared))
+        summing = float(training.summing(sum(summed), max(summed), len(read) == 1))
         largest = max(nodes.get(run, ()), key=lambda n: info(n).size, default=None)
         size = info(largest).size if largest is not None else 0.0
         early -= own.get(position, 0.0)
+        backward = [
+            ("another as large", size),
+            ("parameters gathered", float(training.gathered(sum(summed)))),
+            ("what it keeps once it is run again", inside[run] + wide[run] if mode != "none" else 0.0),
+        ]
+        if sum(nbytes for _, nbytes in backward) < summing:
+            backward = [("gradients that ranks sum, with messages", summing)]
         rows = [
             (_within(_operator(largest), folded, run) if largest is not None else "", size),
-            ("another as large", size) if size >= whole else ("parameters gathered, with gradients", whole),
-            ("what it keeps once it is run again", inside[run] + wide[run] if mode != "none" else 0.0),
+            *backward,
             ("what later runs kept, gone by then", -late),
             ("gradients that are not there yet", -early if run != SETUP_RUN else 0.0),
         ]

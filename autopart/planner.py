@@ -440,13 +440,20 @@ def search(space: Space, say: Say = silent) -> Found:
 
 def zero_levels(space: Space, point: Point) -> list[int]:
     """The ZeRO levels to try, by the time they take: without a data-parallel axis they are all the same; level 1 takes
-    less memory than level 0, and often less time: with a master copy, or where the optimizer's step is counted. Where
-    the backward hides enough of level 0's messages, either may take less."""
+    less memory than level 0 where an optimizer keeps states, and often less time: with a master copy, or where the
+    optimizer's step is counted. Where the backward hides enough of level 0's messages, either may take less."""
     request = space.request
     levels = [zero for zero in (0, 1, 2, 3) if request.zero in (None, zero) and request.allows("zero", zero)]
     if point.dp == 1:
         return levels[:1]
-    return levels[1:] if levels[:2] == [0, 1] and slower(space, point, 1, 0) < -TOLERANCE else levels
+    faster = levels[:2] == [0, 1] and slower(space, point, 1, 0) < -TOLERANCE
+    return levels[1:] if faster and _held_at_end(space, point, 1) <= _held_at_end(space, point, 0) else levels
+
+
+def _held_at_end(space: Space, point: Point, zero: int) -> float:
+    """Bytes a byte of parameters takes at the end of a step at a ZeRO level, all in one message."""
+    training = space.training(replace(point, zero=zero))
+    return sum(training.memory(1.0, True, True)) + float(training.ending(1.0, 1.0))
 
 
 def slower(space: Space, point: Point, one: int, other: int) -> float:

@@ -48,7 +48,7 @@ class Prices:
                        and to update it that nothing hides
     beside             seconds of the sum of its gradient that computing beside it can hide, in each of so many
                        backwards: `Training.backwards`
-    gathered           bytes of a parameter and its gradient that exist only while it is used
+    summed             bytes of a parameter whose gradient ranks sum
     stepping           bytes that the optimizer makes while it steps a parameter
     """
 
@@ -103,7 +103,7 @@ class Prices:
 
     @cached_property
     def _holdings(self) -> Array:
-        """[strategies, 7]: of a parameter its `parts`, `sync`, `gathered`, `stepping` and `beside`."""
+        """[strategies, 7]: of a parameter its `parts`, `sync`, `summed`, `stepping` and `beside`."""
         return np.array([self._holding(*row) for row in self.sizes.holdings.tolist()])[self.sizes.holds]
 
     def _holding(self, weight: float, grad: bool, over_dp: bool, over_tp: bool) -> tuple[float, ...]:
@@ -115,8 +115,8 @@ class Prices:
         sync += update_seconds(weight, grad, over_dp, training, self.terms.device)
         if over_tp:
             sync += training.partial_sync_seconds(weight, self.terms.sizes["tp"])
-        gathered, stepping = training.gathered(weight, over_dp), training.stepping(weight, bool(grad), over_dp)
-        return (*training.memory(weight, grad, over_dp), sync, gathered, stepping, beside)
+        summed, stepping = (each(weight, bool(grad), over_dp) for each in (training.summed, training.stepping))
+        return (*training.memory(weight, grad, over_dp), sync, summed, stepping, beside)
 
     @property
     def parts(self) -> Array:
@@ -132,7 +132,7 @@ class Prices:
         return self._holdings[:, 3]
 
     @property
-    def gathered(self) -> Array:
+    def summed(self) -> Array:
         return self._holdings[:, 4]
 
     @property

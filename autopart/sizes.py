@@ -94,6 +94,14 @@ class Sizes:
         return np.unique([keep for keep, _ in self.kept], return_index=True)[1]
 
     @cached_property
+    def alone(self) -> NDArray[np.bool_]:
+        """Positions that read one parameter and no more."""
+        read = np.zeros(len(self.table.labels), dtype=int)
+        for _, every in self.holders.values():
+            np.add.at(read, every, 1)
+        return read == 1
+
+    @cached_property
     def holders(self) -> dict[int, tuple[NDArray[np.int_], NDArray[np.int_]]]:
         """Of every parameter the positions that hold one for themselves, and all that hold one."""
         return {

@@ -1,4 +1,5 @@
 """The fastest splits of one range of positions under real bytes: memory is a row of the equations, and peaks are rows.
+All gradients that ranks sum together count as one message, which is more than it is where they are many.
 
 The search takes this last, exact step where a model is small enough to try every range of its runs on its own.
 """
@@ -51,7 +52,7 @@ def squeeze(
     places, link = np.maximum(model.places, 1.0), space.between_stages(point)
     sent, takes = _messages(model, prices, span, link) if link is not None else np.zeros((2, len(there)))
     state = np.concatenate([prices.state, nothing]) * there
-    gathered = np.concatenate([prices.gathered, nothing]) * (there > 0)
+    training, summed = space.training(point), np.concatenate([prices.summed, nothing]) * (there > 0)
     largest = np.concatenate([prices.made, prices.after, 0.0 * prices.memory]) * (there > 0)
     rerun = [g for g, modes in counts.items() if any(n for m, n in modes.items() if m != "none")]
     alive, kept = space.costs(point, {}).kept / places, held * there / places
@@ -59,8 +60,9 @@ def squeeze(
     plain = {p: np.where(model.group == model.table.group[p], alive, 0.0)
              for p in range(*span) if not model.table.block[p]}  # fmt: skip
     peak = [row - sum(plain.values()) for row in _one_by_one(model, np.where(model.group < 0, 2 * largest, 0.0))]
-    stepping = np.concatenate([prices.stepping, nothing]) * (there if space.training(point).together else there > 0)
-    peak += [row - kept for row in ([stepping] if space.training(point).together else _one_by_one(model, stepping))]
+    stepping = np.concatenate([prices.stepping, nothing]) * (there if training.together else there > 0)
+    peak += [row - kept for row in ([stepping] if training.together else _one_by_one(model, stepping))]
+    peak.append(training.ending(summed, summed) * there - kept)
     seen, early = set(), np.zeros(len(there))
     for p in range(*span):
         mine, gone = model.group == model.table.group[p], sum((k for q, k in plain.items() if q > p), early)
@@ -68,9 +70,11 @@ def squeeze(
         if (at := (model.table.group[p], gone.tobytes())) in seen:
             continue
         seen.add(at)
-        others = np.where(mine, alive * (model.table.group[p] in rerun), 0.0) - gone
+        again = np.where(mine, alive * (model.table.group[p] in rerun), 0.0)
+        whole = np.where(mine, training.gathered(summed), 0.0) + again - gone
+        summing = np.where(mine, training.summing(summed, summed, model.sizes.alone[p]), 0.0) - gone
         for row in (*_one_by_one(model, np.where(mine, largest, 0.0)), np.zeros(len(there))):
-            peak += [2 * row + others, row + np.where(mine, gathered, 0.0) + others]
+            peak += [2 * row + whole, row + summing]
     rows = np.array(peak)
     row, variable = np.nonzero(rows)
     entries = row, variable, rows[row, variable]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopart.comm import p2p_seconds
-from autopart.cost import Array
+from autopart.cost import Array, Training
 from autopart.hardware.rows import Link
 from autopart.notation import G, R
 from autopart.prices import Prices
@@ -24,7 +24,8 @@ MODES = ("none", "selective", "full")
 class Item:
     """What a stage pays once if it has any of the positions: seconds forward and backward, bytes kept per micro-batch,
     bytes of parameters, gradients and optimizer states, seconds of gradient sync, bytes of the largest tensor; bytes
-    `entered` are what several blocks take, kept where one of them is run again; `stepping` as in Weighed."""
+    `entered` are what several blocks take, kept where one of them is run again; `stepping` as in Weighed, and `summed`
+    as in Prices."""
 
     positions: tuple[int, ...]
     forward: float = 0.0
@@ -35,6 +36,7 @@ class Item:
     largest: float = 0.0
     entered: float = 0.0
     stepping: float = 0.0
+    summed: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,12 @@ class Weighed:
     wide               bytes by which all it keeps is more once it is run again: there, what is gathered again is whole
     parts              bytes of parameters, gradients and optimizer states
     sync, beside       seconds of gradient sync, a step, that nothing hides; that the backward of positions before can
-                       hide, in each of `backwards` of a step
-    largest            bytes of the largest tensor;  gathered: of parameters that exist only while they are used
+                       hide, in each of `Training.backwards`
+    largest            bytes of the largest tensor
+    summed             bytes of parameters whose gradients ranks sum, in three rows: of those it reads, the largest of
+                       them, those that it alone reads in any stage;  alone: where it reads one
     stepping           bytes that the optimizer makes for the parameters while it steps them, for all of them if they
-                       are stepped `together`, else for the largest
+                       are stepped `Training.together`, else for the largest
     items              what stages pay once;  crossings: values that may be sent
     """
 
@@ -79,26 +83,30 @@ class Weighed:
     sync: Array
     beside: Array
     largest: Array
-    gathered: Array
+    summed: Array
     stepping: Array
-    together: bool = False
-    backwards: int = 1
+    training: Training
+    alone: NDArray[np.bool_]
     items: list[Item] = field(default_factory=list)
     crossings: list[Crossings] = field(default_factory=list)
+
+
+def nothing_weighed(prices: Prices) -> Weighed:
+    """Of all positions."""
+    n = len(prices.sizes.table.labels)
+    forward, backward, entered, wide, sync, beside, largest, stepping = (np.zeros(n) for _ in range(8))
+    again, kept, parts, summed = (np.zeros((3, n)) for _ in range(4))
+    return Weighed(
+        forward, backward, again, kept, entered, wide, parts, sync, beside, largest, summed, stepping,
+        prices.terms.training, prices.sizes.alone,
+    )  # fmt: skip
 
 
 def weigh(prices: Prices, chosen: Sequence[int], link: Link | None) -> Weighed:
     """Price a choice (the index of every node's option); `link` is the one between stages, None where there is one."""
     table = prices.sizes.table
-    n = len(table.labels)
     at = prices.sizes.first[:-1] + np.array(chosen)
-    forward, backward, entered, wide, sync, beside, largest, gathered, stepping = (np.zeros(n) for _ in range(9))
-    again, kept, parts = (np.zeros((3, n)) for _ in range(3))
-    training = prices.terms.training
-    found = Weighed(
-        forward, backward, again, kept, entered, wide, parts, sync, beside, largest, gathered, stepping,
-        training.together, training.backwards,
-    )  # fmt: skip
+    found = nothing_weighed(prices)
     _weigh_nodes(found, prices, at)
     _weigh_parameters(found, prices, at)
     for index, flow in enumerate(table.flows):
@@ -136,13 +144,16 @@ def _weigh_parameters(found: Weighed, prices: Prices, at: NDArray[np.int_]) -> N
         np.add.at(found.parts.T, own, prices.parts[i])
         np.add.at(found.sync, own, prices.sync[i])
         np.add.at(found.beside, own, prices.beside[i])
-        (np.add if found.together else np.maximum).at(found.stepping, own, prices.stepping[i])
-        np.add.at(found.gathered, every, prices.gathered[i])
+        (np.add if found.training.together else np.maximum).at(found.stepping, own, prices.stepping[i])
+        summed = float(prices.summed[i])
+        np.add.at(found.summed[0], every, summed)
+        np.maximum.at(found.summed[1], every, summed)
+        np.add.at(found.summed[2], own, summed)
         for positions in places if len(own) < len(places) else ():
             if len(positions) > 1:
-                held, sync = prices.parts[i].tolist(), float(prices.sync[i] + found.backwards * prices.beside[i])
-                stepping = float(prices.stepping[i])
-                found.items.append(Item(positions, parts=tuple(held), sync=sync, stepping=stepping))
+                sync = float(prices.sync[i] + found.training.backwards * prices.beside[i])
+                held, stepping = prices.parts[i].tolist(), float(prices.stepping[i])
+                found.items.append(Item(positions, parts=tuple(held), sync=sync, stepping=stepping, summed=summed))
 
 
 def _weigh_flow(

@@ -199,7 +199,9 @@ SPLITS: Sequence[tuple[int, Mapping[str, Any]]] = (
     *((2, {"tp": 2, "micro_batch": 4, "recompute": mode}) for mode in ("selective", "full")),
     *((2, {"tp": 2, "micro_batch": 4, "again": True, "recompute": mode}) for mode in ("none", "selective", "full")),
     (4, {"dp": 2, "tp": 2, "micro_batch": 4, "zero": 1}),
-    (4, {"pp": 2, "dp": 2, "micro_batch": 2, "zero": 3, "recompute": "full", **MIXED}),
+    *((2, {"dp": 2, "micro_batch": 2, "zero": zero, "recompute": "full"}) for zero in (2, 3)),
+    *((2, {"dp": 2, "micro_batch": 2, "zero": zero, "recompute": "full", **MIXED}) for zero in (1, 2, 3)),
+    *((4, {"pp": 2, "dp": 2, "micro_batch": 2, "zero": zero, "recompute": "full", **MIXED}) for zero in (2, 3)),
 )
 AGAIN = {
     "gpt2": ("*.c_attn/matmul", "*.c_fc/matmul"),

@@ -33,7 +33,7 @@ from autopart.prices import Prices
 from autopart.problem import Table
 from autopart.request import Point, Request
 from autopart.space import Model, Space
-from autopart.weigh import MODES, Item, Weighed, _weigh_flow, _weigh_keep, weigh
+from autopart.weigh import MODES, Item, Weighed, _weigh_flow, _weigh_keep, nothing_weighed, weigh
 
 Array = NDArray[np.float64]
 Whole = NDArray[np.int64]
@@ -463,7 +463,7 @@ class Priced:
         return self.known[alike, factor]
 
     def _atom(self, factor: Factor, chosen: Sequence[int]) -> Atom:
-        found = empty(self.n)
+        found = nothing_weighed(self.prices)
         if factor.kind == "node":
             self._node(found, factor.index, chosen[factor.index])
         elif factor.kind == "flow":
@@ -478,7 +478,7 @@ class Priced:
         each = np.stack([
             found.forward + found.backward + found.sync / self.turns, self.share * found.beside,
             self.share * found.backward * self.prices.beside.any(), found.again[1], found.again[2],
-            found.kept[0], found.kept[1], found.entered, found.parts.sum(0), found.largest, found.gathered,
+            found.kept[0], found.kept[1], found.entered, found.parts.sum(0), found.largest, *found.summed,
             found.stepping, found.parts[1], found.wide,
         ])  # fmt: skip
         return Atom(each, found.items, found.crossings)
@@ -499,8 +499,11 @@ class Priced:
             seconds = float(prices.forward[i]), float(prices.backward[i])
             found.items.append(Item(users, *seconds, float(prices.inner[i]), largest=float(prices.made[i])))
         for users in self.table.state.get(index, ()):
-            found.gathered[list(users)] += prices.gathered[i]
+            summed = float(prices.summed[i])
+            found.summed[0, list(users)] += summed
+            found.summed[1, list(users)] = np.maximum(found.summed[1, list(users)], summed)
             if len(users) == 1:
+                found.summed[2, users[0]] += summed
                 found.parts[:, users[0]] += prices.parts[i]
                 found.stepping[users[0]] += prices.stepping[i]
                 found.sync[users[0]] += prices.sync[i]
@@ -508,12 +511,7 @@ class Priced:
             else:
                 held, stepping = tuple(prices.parts[i].tolist()), float(prices.stepping[i])
                 sync = float(prices.sync[i] + self.turns * self.share * prices.beside[i])
-                found.items.append(Item(users, parts=held, sync=sync, stepping=stepping))
-
-
-def empty(n: int) -> Weighed:
-    """Nothing weighed yet."""
-    return Weighed(*(np.zeros(s) for s in (n, n, (3, n), (3, n), n, n, (3, n), n, n, n, n, n)), together=True)
+                found.items.append(Item(users, parts=held, sync=sync, stepping=stepping, summed=summed))
 
 
 @dataclass(frozen=True)
@@ -530,9 +528,10 @@ PER_BLOCK = 6
 
 class Totals:
     """What a stage costs, from what its combinations add, in columns: bytes, what several blocks take, state with what
-    the optimizer makes while it steps, the largest tensor of what stages make for themselves; at every position the
-    largest tensor, bytes gathered, kept if it is no block, gradients of its own, seconds of the stage if the link is
-    busy from the end of the position's backward until the gradients of all before it have come; then for every block:
+    the optimizer makes while it steps, state, parameters whose gradients ranks sum, the largest tensor of what stages
+    make for themselves; at every position the largest tensor, the largest parameter whose gradient ranks sum, bytes of
+    all such, kept if it is no block, gradients of its own, seconds of the stage if the link is busy from the end of the
+    position's backward until the gradients of all before it have come; then for every block:
     seconds that running it again takes, cheap operators alone and all; bytes it keeps whole, of products, of what it
     takes, and more than whole once it is run again (`PER_BLOCK` columns)."""
 
@@ -542,22 +541,24 @@ class Totals:
         self.blocks = [p for p in self.positions if priced.table.block[p]]
         self.plain = [p - span.i for p in self.positions if not priced.table.block[p]]
         self.count = len(self.positions)
-        self.largest, self.at = slice(3, 4 + self.count), 4 + 5 * self.count
-        self.times = slice(4 + 4 * self.count, self.at)
+        self.training = priced.prices.terms.training
+        self.alone = priced.prices.sizes.alone[span.i : span.j]
+        self.largest, self.at = slice(5, 6 + 2 * self.count), 6 + 6 * self.count
+        self.times = slice(6 + 5 * self.count, self.at)
 
     def of(self, atoms: Sequence[Atom]) -> Array:
         """The columns of every atom."""
         span = self.span
         each = np.stack([a.each[:, span.i : span.j] for a in atoms])
         time, beside, hides, again, whole, kept, results, entered, state, *rest = each.transpose(1, 0, 2)
-        largest, gathered, stepping, gradients, wide = rest
+        largest, summed, most, own, stepping, gradients, wide = rest
         numbers = np.zeros((len(atoms), self.at))
         numbers[:, 0] = state.sum(1) + span.in_flight * kept[:, self.plain].sum(1)
-        numbers[:, 2] = (state + stepping).sum(1)
+        numbers[:, 2:5] = np.stack([state + stepping, state, own]).sum(2).T
         plain = np.zeros(kept.shape)
         plain[:, self.plain] = kept[:, self.plain]
         times = time.sum(1)[:, None] + beside.cumsum(1) - (hides.cumsum(1) - hides)
-        numbers[:, 4:] = np.concatenate([largest, gathered, plain, gradients * (self.priced.m == 1), times], 1)
+        numbers[:, 6:] = np.concatenate([largest, most, summed, plain, gradients * (self.priced.m == 1), times], 1)
         for row, atom in zip(numbers, atoms, strict=True):
             self._once(row, atom)
         blocks = [p - span.i for p in self.blocks]
@@ -572,10 +573,10 @@ class Totals:
                 row[self.times] += item.forward + item.backward + item.sync / self.priced.turns
                 row[0] += sum(item.parts) + span.in_flight * item.kept
                 row[1] += span.in_flight * item.entered
-                row[2] += sum(item.parts) + item.stepping
-                row[3] = max(row[3], item.largest)
+                row[2:5] += sum(item.parts) + item.stepping, sum(item.parts), item.summed
+                row[5] = max(row[5], item.largest)
                 for p in {*item.positions}.intersection(self.positions):
-                    row[4 + p - span.i] = max(row[4 + p - span.i], item.largest)
+                    row[6 + p - span.i] = max(row[6 + p - span.i], item.largest)
         for many in atom.crossings:
             pairs = list(zip(many.homes.tolist(), many.users.tolist(), strict=True))
             for values in [pairs] if many.one else [[pair] for pair in pairs]:
@@ -596,14 +597,14 @@ class Totals:
         return both
 
     def under(self, numbers: Array, modes: Whole) -> Array:
-        """Seconds, bytes, those while the optimizer steps, the largest tensor of what stages make for themselves and of
-        every position, bytes gathered there, all that are there besides, those of a block to run again among them, all
-        besides what stages make for themselves, and seconds as in `times`: of every row under its own modes. More of
-        anything is no column less."""
+        """Seconds and bytes, the next four columns of `numbers`; of every position the largest tensor, the largest
+        parameter whose gradient ranks sum, bytes of all such, those of a block to run again, all that are there
+        besides; all besides what stages make for themselves, and seconds as in `times`: of every row under its own
+        modes. More of anything is no column less."""
         count = self.count
-        found = np.zeros((len(numbers), 5 + 4 * count))
-        alone, times = 4 + 3 * count, slice(5 + 3 * count, None)
-        found[:, 1], found[:, 2 : 4 + 2 * count] = numbers[:, 0], numbers[:, 2 : 4 + 2 * count]
+        found = np.zeros((len(numbers), 7 + 6 * count))
+        again_at, alone, times = 6 + 3 * count, 6 + 5 * count, slice(7 + 5 * count, None)
+        found[:, 1], found[:, 2:again_at] = numbers[:, 0], numbers[:, 2:again_at]
         found[:, times] = numbers[:, self.times]
         found[:, 1] += numbers[:, 1] * (modes > 0).any(1)
         rows = np.arange(len(numbers))
@@ -612,26 +613,31 @@ class Totals:
             mode = modes[:, b]
             found[:, times] += np.stack([0.0 * again, again, whole])[mode, rows][:, None]
             found[:, 1] += self.span.in_flight * np.stack([kept, results + entered, entered])[mode, rows]
-            found[:, 4 + 2 * count + self.blocks[b] - self.span.i] = (kept + wide) * (mode > 0)
+            found[:, again_at + self.blocks[b] - self.span.i] = (kept + wide) * (mode > 0)
         found[:, 0] = found[:, times].max(1)
-        plain, gradients = np.split(numbers[:, 4 + 2 * count : 4 + 4 * count], 2, axis=1)
+        plain, gradients = np.split(numbers[:, again_at : again_at + 2 * count], 2, axis=1)
         later, earlier = plain[:, ::-1].cumsum(1)[:, ::-1] - plain, gradients.cumsum(1) - gradients
-        found[:, 4 + 2 * count : alone] += found[:, 1:2] - later - earlier
+        found[:, again_at + count : alone] = found[:, 1:2] - later - earlier
         found[:, alone] = found[:, 1] - plain.sum(1)
         return found
 
     def bytes(self, found: Array) -> Array:
         """Bytes on a rank, of what `under` gives."""
-        columns = found[:, 4 : 5 + 3 * self.count]
-        largest, gathered, there = np.split(columns[:, :-1], 3, axis=1)
-        moments = there + largest + np.maximum(largest, gathered)
-        alone = columns[:, -1] + 2 * found[:, 3]
-        return np.maximum.reduce([found[:, 1], found[:, 2], alone, moments.max(1, initial=0.0)])
+        columns = found[:, 6 : 7 + 5 * self.count]
+        largest, most, summed, again, there = np.split(columns[:, :-1], 5, axis=1)
+        ending = found[:, 3] + self.training.ending(found[:, 4], most.max(1, initial=0.0))
+        moments = there + self._moment(largest, most, summed, again, self.alone)
+        alone = columns[:, -1] + 2 * found[:, 5]
+        return np.maximum.reduce([found[:, 1], found[:, 2], ending, alone, moments.max(1, initial=0.0)])
+
+    def _moment(self, largest: Array, most: Array, summed: Array, again: Array | float, alone: Any) -> Array:
+        backward = largest + self.training.gathered(summed) + again
+        return largest + np.maximum(backward, self.training.summing(summed, most, alone))
 
     def least_bytes(self, found: Array, ahead: Array) -> Array:
         """Bytes on a rank at least, if so many are still to come: nothing is gone when the last backward starts."""
-        largest, gathered = found[:, 3 + self.count], found[:, 3 + 2 * self.count]
-        moment = (largest + np.maximum(largest, gathered)) * (self.priced.m > 1)
+        largest, most, summed = (found[:, 5 + k * self.count] for k in (1, 2, 3))
+        moment = self._moment(largest, most, summed, 0.0, self.alone[-1]) * (self.priced.m > 1)
         return np.maximum(self.bytes(found), found[:, 1] + ahead + moment)
 
 

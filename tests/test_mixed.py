@@ -17,6 +17,7 @@ from autopart.cost import Training
 from autopart.errors import PartitionError
 from autopart.mesh import Mesh
 from autopart.runtime.launch import launch
+from autopart.runtime.slices import BUCKET_BYTES
 
 WORKER = Path(__file__).with_name("mixed_worker.py")
 MIXED = {"precision": "bfloat16", "master": "float32"}
@@ -78,7 +79,25 @@ def test_bytes_of_a_parameter(zero: int, held: tuple[float, float, float]) -> No
     assert training.memory(2.0, True, True) == pytest.approx(held)
     assert training.memory(2.0, True, False) == pytest.approx((2, 4, 12))
     assert training.memory(2.0, False, False) == (2, 0, 0)
-    assert training.gathered(2.0, True) == (2.0 + 4.0 if zero == 3 else 0.0)
+    assert training.summed(2.0, True, True) == 2.0
+    assert training.summed(2.0, False, True) == training.summed(2.0, True, False) == 0.0
+    assert training.gathered(2.0) == (2.0 if zero == 3 else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("zero", "summing", "ending"),
+    [(0, 0, 4), (1, 0, 4 + 4 / 8), (2, 4 + 4 + 4 / 8, 2 + 2 / 8), (3, 2 + 4 + 4 / 8, 0)],
+)
+def test_bytes_of_messages(zero: int, summing: float, ending: float) -> None:
+    """Of a parameter of 2 bytes that travels in one message; and of many of which a message holds few."""
+    training = Training("adamw", zero, Mesh.parse("8:h100-80gb").group(1, 8), 4, 2.0)
+    assert (training.summing(2.0, 2.0, False), training.ending(2.0, 2.0)) == pytest.approx((summing, ending))
+    few, many, message = 2.0**10, 2.0**40, {3: BUCKET_BYTES}.get(zero, BUCKET_BYTES / 2)
+    assert training.ending(many, few) == pytest.approx(ending / 2 * message)
+    sent = (4 + 4 / 8) / 2 * (zero >= 2)
+    assert training.summing(many, few, False) == pytest.approx((summing / 2 - sent) * many + sent * message)
+    assert training.summing(many, many / 4, False) > training.summing(many, few, False) or zero < 2
+    assert training.summing(2.0, 2.0, True) == pytest.approx(summing - 4 * (zero == 2))
 
 
 def test_a_plan_says_so_and_holds() -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from autopart.runtime.slices import gather, scatter_sum
+from autopart.runtime.slices import gather
 
 if TYPE_CHECKING:
     from autopart.runtime.groups import Group
@@ -107,7 +107,7 @@ class Slicing:
     """What a weight in slices (`groups.weight_slice`) is a slice of: the whole's shape and dtype, and the ranks that
     have the other slices.
 
-    send   what takes the gradients of whole weights, instead of autograd, and adds up the ranks' in its own time
+    send   what takes the gradients of whole weights, instead of autograd, and adds up the ranks' (`zero.Shared`)
     """
 
     shape: torch.Size
@@ -123,21 +123,20 @@ class _Whole(torch.autograd.Function):
         ctx.slices = slices
 
         def run(some: Sequence[int]) -> Sequence[Tensor]:
-            return gather([slices[i] for i in some], [slicings[i].shape for i in some], first.group, first.dtype)
+            wholes = [slices[i].new_empty(slicings[i].shape, dtype=first.dtype) for i in some]
+            return gather([slices[i] for i in some], wholes, first.group)
 
         return tuple(Gather(len(slices), run).forward())
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.slicing.send is not None:
-            ctx.slicing.send(ctx.slices, gradients)
-            return None, *[None] * len(gradients)
-        return None, *scatter_sum(gradients, ctx.slicing.group, ctx.slices[0].dtype)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        ctx.slicing.send(ctx.slices, gradients)
+        return None, *[None] * len(gradients)
 
 
 def gathered(owner: Any) -> Any:
     """A weight that lies in slices over ranks, whole; of a module, all such weights, as attributes. Gathered again for
-    backward, which gives every rank the sum of the gradients of its slice."""
+    backward, which sums the gradients of every rank's slice."""
     if isinstance(owner, nn.Module):
         slices = {n: p for n, p in owner.named_parameters(recurse=False) if hasattr(p, "slicing")}
         wholes = _Whole.apply([p.slicing for p in slices.values()], *slices.values())

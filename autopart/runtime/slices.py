@@ -75,18 +75,18 @@ def rows(x: Tensor, size: int) -> Tensor:
     return (F.pad(flat, (0, lacking)) if lacking else flat).view(size, length)
 
 
-def gather(
-    slices: Sequence[Tensor], shapes: Sequence[torch.Size], group: Group, dtype: torch.dtype | None = None
-) -> list[Tensor]:
-    """The whole tensors, of a dtype, that these are this rank's slices of, each in memory of its own."""
-    wholes: dict[int, Tensor] = {}
+def gather(slices: Sequence[Tensor], wholes: Sequence[Tensor], group: Group) -> Sequence[Tensor]:
+    """Bring tensors that these are this rank's slices of together, in their own dtype: into `wholes`, which it
+    returns."""
     for bucket in buckets(slices, group.size):
-        parts = [slices[i].detach().to(dtype or slices[i].dtype) for i in bucket]
-        shares = group.all_gather(parts[0] if len(parts) == 1 else torch.cat(parts))
-        split = [share.split([slices[i].numel() for i in bucket]) for share in shares]
-        for i, pieces in zip(bucket, zip(*split, strict=True), strict=True):
-            wholes[i] = torch.cat(pieces)[: shapes[i].numel()].view(shapes[i])
-    return [wholes[i] for i in range(len(slices))]
+        parts = [slices[i].detach().to(wholes[i].dtype) for i in bucket]
+        lengths, message = [len(part) for part in parts], parts[0] if len(parts) == 1 else torch.cat(parts)
+        del parts
+        for rank, share in enumerate(group.all_gather(message)):
+            for i, part in zip(bucket, share.split(lengths), strict=True):
+                mine = wholes[i].view(-1)[rank * len(part) :][: len(part)]
+                mine.copy_(part[: len(mine)])
+    return wholes
 
 
 def start_scatter(

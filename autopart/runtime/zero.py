@@ -7,13 +7,14 @@ master dtype what is trained is a copy in that dtype, of the slice or of the who
 over micro-batches and ranks, and weights are written back after a step. At level 3 the slices are of that dtype anyway.
 
 With `overlap` gradients travel while the backward goes on: a message starts as soon as those that are final fill it.
-Ranks run the same program, so that gradients become final in the same order on all. At level 3 they have a channel of
-their own, so that no weight that is gathered waits for them.
+At level 2 those of a block go out together at the latest, so that no more than a block's are whole at once. Ranks run
+the same program, so that gradients become final in the same order on all. At level 3 they have a channel of their own,
+so that no weight that is gathered waits for them.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -40,7 +41,8 @@ class Shared:
         self.copy_of: dict[Any, Any] = {}
         self.summed: dict[Any, bool] = {}
         """Weights whose gradients are partial sums over dp -> whether one has gone out in this step."""
-        self.waiting: list[Any] = []
+        self.waiting: dict[Any, list[Any]] = defaultdict(list)
+        """Gradients that go out together, by what `together` says of their weights."""
         self.started: deque[Callable[[], None]] = deque()
         self.sends = level >= 2
         """Whether this backward's gradients go out while it runs."""
@@ -56,12 +58,18 @@ class Shared:
             elif master not in (None, weight.dtype):
                 self.copy_of[weight] = _like(weight, weight.detach().to(master))
             weight.grad_dtype = master or weight.dtype
+        self.together = {
+            weight: None if level < 2 else weight if module is stage else module
+            for module in stage.modules()
+            for weight in module.parameters(recurse=False)
+        }
+        self.many = Counter(self.together[weight] for weight in self.summed)
         self.channel = self.group
         if overlap and level >= 3 and self.group.size > 1:
             self.channel = groups.apart()
-            for weight in weights:
-                if hasattr(weight, "slicing"):
-                    weight.slicing = replace(weight.slicing, send=self._send)
+        for weight in weights:
+            if hasattr(weight, "slicing"):
+                weight.slicing = replace(weight.slicing, send=self._send)
         self.share_of = {**self.slice_of, **self.copy_of}
         self.trained = [self.share_of.get(weight, weight) for weight in weights]
         self.copies = list(self.share_of.values()) if master else []
@@ -75,7 +83,8 @@ class Shared:
 
     def zero_grad(self) -> None:
         """Forget the last step's gradients."""
-        self.waiting, self.summed = [], dict.fromkeys(self.summed, False)
+        self.waiting.clear()
+        self.summed = dict.fromkeys(self.summed, False)
         self.stage.zero_grad(set_to_none=True)
         for share in self.trained:
             share.grad = None
@@ -87,15 +96,16 @@ class Shared:
     def _accumulated(self, weight: Any) -> None:
         """A gradient is there; where it is final, it goes out with others as soon as they make a message."""
         if self.sends:
-            self.waiting.append(weight)
-            if fill_a_message([w.grad for w in self.waiting]):
-                self.backward_ended()
+            place = self.together[weight]
+            self.waiting[place].append(weight)
+            if len(self.waiting[place]) == self.many[place] or fill_a_message([w.grad for w in self.waiting[place]]):
+                self._start(self.waiting.pop(place))
 
     def backward_ended(self) -> None:
         """A micro-batch's gradients are all there."""
-        if self.waiting:
-            self._start(self.waiting)
-        self.waiting = []
+        for weights in self.waiting.values():
+            self._start(weights)
+        self.waiting.clear()
 
     def reduce(self) -> None:
         """All micro-batches' gradients are there: bring the sums over dp into them, or into the slices. Afterwards
@@ -141,13 +151,7 @@ class Shared:
 
     def stepped(self) -> None:
         """What is trained has new values: bring them into the weights, slices from all ranks that have them."""
-        weights = list(self.slice_of)
-        for bucket in buckets(weights):
-            some = [weights[i] for i in bucket]
-            shapes, dtype = [w.shape for w in some], some[0].dtype
-            wholes = gather([self.slice_of[w] for w in some], shapes, self.group, dtype)
-            for weight, value in zip(some, wholes, strict=True):
-                weight.data.copy_(value)
+        gather(list(self.slice_of.values()), [weight.data for weight in self.slice_of], self.group)
         for weight, copy in self.copy_of.items():
             weight.data.copy_(copy.detach())
 
@@ -175,7 +179,7 @@ class Shared:
         if not share.origin.sliced:
             return value
         shape = weight.slicing.shape if weight.origin.sliced else weight.shape
-        whole = gather([value], [shape], self.group)[0].cpu()
+        whole = gather([value], [value.new_empty(shape)], self.group)[0].cpu()
         return None if self.group.rank else whole
 
 
