@@ -32,21 +32,21 @@ class _VocabCrossEntropy(torch.autograd.Function):
         highest = logits.max(dim=-1).values
         group.all_reduce(highest, "max")
         shifted = logits - highest[:, None]
-        total = shifted.exp().sum(dim=-1)
         here = (targets >= first) & (targets < first + logits.shape[-1])
         local = torch.where(here, targets - first, 0)
         wanted = torch.where(here, shifted.gather(1, local[:, None])[:, 0], 0.0)
-        both = torch.stack([total, wanted])
+        each = shifted.exp_()
+        both = torch.stack([each.sum(dim=-1), wanted])
         group.all_reduce(both)
         total, wanted = both
         counted = targets != ignore_index
-        ctx.save_for_backward(shifted, total, local, here & counted, counted)
+        ctx.save_for_backward(each, total, local, here & counted, counted)
         return torch.where(counted, total.log() - wanted, 0.0).sum()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        shifted, total, local, here, counted = ctx.saved_tensors
-        gradient = shifted.exp().div_(total[:, None])
+        each, total, local, here, counted = ctx.saved_tensors
+        gradient = each / total[:, None]
         gradient.scatter_add_(1, local[:, None], -here[:, None].to(gradient.dtype))
         return gradient.mul_((counted * gradients[0])[:, None]), None, None, None
 
