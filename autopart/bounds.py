@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopart.cost import Array
-from autopart.cuts import NEVER, crossed, spans
+from autopart.cuts import NEVER, spans
+from autopart.ranges import crossed
 from autopart.request import Point
 from autopart.space import Space
 from autopart.weigh import least_crossings
@@ -84,7 +85,7 @@ class Bounds:
         group = space.model(point).table.group
         self.row, self.many = row_of(tuple(group), space.allowed_modes), Counter(group)
         prices, nodes = space.priced(point), space.model(point).table.nodes
-        made = np.minimum.reduceat(2 * prices.made, prices.sizes.first[:-1])
+        made = np.minimum.reduceat(2 * prices.half, prices.sizes.first[:-1])
         largest = [
             max((m for m, n in zip(made, nodes, strict=True) if n.group == g), default=0.0) for g, _ in self.row.kinds
         ]

@@ -26,7 +26,7 @@ from autopart.plan import Plan, PlanStage, Signature, usable_bytes
 from autopart.relayout import possible
 from autopart.rules import Strategy, has_rule, strategies
 from autopart.schedules import SCHEDULES, in_flight, on_its_way
-from autopart.stages import OWNED, SETUP_RUN, Choices, Crossing, StageGraph
+from autopart.stages import OWNED, SETUP_RUN, Choices, Crossing, StageGraph, half_in_backward
 
 EQUAL = 1e-6
 """Relative difference of two sums of the same numbers."""
@@ -266,7 +266,7 @@ def _numbers(plan: Plan, folded: Folded) -> Iterator[str]:
         for part in {**held, **stage.memory}:
             told, found = stage.memory.get(part, -1.0), held.get(part, -1.0)
             spare = net if part == "transient" else 0.0
-            if not found * (1 - BYTES) - spare <= told <= found * (1 + ABOVE) + spare:
+            if not -BYTES * abs(found) - spare <= told - found <= ABOVE * abs(found) + spare:
                 yield f"{name}: memory of {part} is {held.get(part)} bytes, the plan says {stage.memory.get(part)}"
         if plan.request.get("must_fit", True) and sum(held.values()) > usable_bytes(plan.mesh) * (1 + EQUAL):
             yield f"{name}: memory of {sum(held.values())} bytes is more than the device's {usable_bytes(plan.mesh)}"
@@ -393,33 +393,37 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
             kept += memory.size
         else:
             whole[run] += memory.size
-    for run, size in whole.items():
-        kept += 0.0 if run in rerun else size
+    of_run = {run: 0.0 if run in rerun else size for run, size in whole.items()}
+    results: dict[int, float] = defaultdict(float)
     shared: set[fx.Node] = set()
     for run in nodes if rerun else ():
         taken = _taken(nodes[run]) if run != SETUP_RUN and _is_block(folded.labels[run]) else []
         shared.update(n for n in taken if info(n).several)
-        kept += sum(info(n).size for n in taken if run in rerun and not info(n).several)
+        entered = sum(info(n).size for n in taken if run in rerun and not info(n).several)
         if modes.get(run) == "selective":
             products = [info(n) for n in nodes[run] if info(n).product and not info(n).view]
-            kept += sum(r.size + r.inner for r in products)
-    kept += sum(info(n).size for n in shared)
+            results[run] = sum(r.size + r.inner for r in products)
+        of_run[run] = of_run.get(run, 0.0) + entered + results[run]
+    kept += sum(of_run.values()) + sum(info(n).size for n in shared)
     flights = in_flight(plan.schedule, graph.index, plan.pp, plan.micro_batches)
     held = [(n, r.grad, _summed(choices, r, p, "dp")) for r, p, n in _parameters(folded, choices, span, graph.index)]
     stepped, messages = ([each(*row) for row in held] for each in (training.stepping, training.summed))
     made = sum(stepped) if training.together else max(stepped, default=0.0)
     made = max(made, training.ending(sum(messages), max(messages, default=0.0)))
     arriving = on_its_way(sum(crossing.size for crossing in graph.received), flights, plan.micro_batches)
-    transient = max(0.0, made - flights * kept - arriving)
     absent = _gradients(plan, folded, choices, span, graph.index) if plan.micro_batches == 1 else {}
+    transient = max(-sum(absent.values()), made - flights * kept - arriving)
+    of_blocks = [run for run in span if _is_block(folded.labels[run])]
     for run in (*span, SETUP_RUN):
-        largest = max((info(n).size for n in nodes.get(run, ())), default=0.0)
+        largest = max((half_in_backward(n) for n in nodes.get(run, ())), default=0.0)
         own = summed.get(run) or [0.0]
-        again = whole[run] + wide[run] if run in rerun else 0.0
+        again = whole[run] + wide[run] - results[run] if run in rerun else 0.0
         moment = largest + training.gathered(sum(own)) + again
         moment = largest + max(moment, training.summing(sum(own), max(own), len(own) == 1))
         moment -= sum(size for r, size in whole.items() if r > run and not _is_block(folded.labels[r]))
         moment -= sum(size for r, size in absent.items() if r < run != SETUP_RUN)
+        if all(run < block for block in of_blocks):
+            moment -= sum(of_run.get(block, 0.0) for block in of_blocks)
         transient = max(transient, moment)
     names = ("parameters", "gradients", "optimizer", "activations", "messages", "transient")
     return dict(zip(names, (*parts, flights * kept, arriving, transient), strict=True))

@@ -189,6 +189,25 @@ def kind_of(record: Info) -> int:
     return KIND_OF.get(record.kernel or record.name, 0)
 
 
+def is_loss(record: Info) -> bool:
+    """Whether an operator is a cross-entropy of logits."""
+    return kind_of(record) == LOSS
+
+
+LOSS = KIND_OF["aten.cross_entropy_loss"]
+SPLIT_LOSS = "vocab_cross_entropy"
+"""What computes it where logits are split by the words."""
+
+
+def half_of_backward(made: Any, taken: Any, record: Any, loss: bool, split: bool) -> Any:
+    """Half of the bytes that exist in an operator's backward besides what is kept, by what it makes and what it takes
+    first: most make as much as they take. On logits' way into a loss, which are large, gradients of both are counted;
+    of a loss two as large as the logits, or one where they are split (`runtime.functions`)."""
+    if loss:
+        return taken / 2 if split else taken
+    return (made + taken * (not record.view)) / 2 if record.logits else made
+
+
 def again_of(record: Info, inputs: Iterable[Info]) -> int:
     """`Work.again`: a product's two gradients cost a forward each, one where only one operand has a gradient; other
     operators move the same bytes again."""

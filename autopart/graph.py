@@ -40,6 +40,7 @@ class Info:
     keeps    the roots whose memory autograd keeps for this node's backward
     inner    bytes autograd keeps besides (a softmax's statistics)
     view     whether the output is memory of an input, so that making it costs nothing
+    logits   whether all it makes goes into a cross-entropy, on its way
     size     of a stage's value: bytes on a rank, at the planned micro-batch;  several: whether several runs use it
     moved    of a stage's operator: bytes read and written on a rank
     again    how many times the forward's time its backward takes
@@ -65,6 +66,7 @@ class Info:
     keeps: tuple[str, ...] = ()
     inner: float = 0
     view: bool = False
+    logits: bool = False
     size: float = 0.0
     several: bool = False
     moved: float = 0.0

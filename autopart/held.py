@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from torch import fx
 
 from autopart.cost import OPTIMIZER_STATES
-from autopart.cuts import crossed, place
+from autopart.cuts import place
 from autopart.folded import Folded, used_parameters
 from autopart.graph import Info, info
 from autopart.notation import Placement
 from autopart.plan import shortened
 from autopart.planner import Found
+from autopart.ranges import crossed
 from autopart.request import is_block
 from autopart.schedules import on_its_way
 from autopart.space import Space
-from autopart.stages import OWNED, SETUP, SETUP_RUN, Choices, StageGraph
+from autopart.stages import OWNED, SETUP, SETUP_RUN, Choices, StageGraph, half_in_backward
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "messages", "transient")
 
@@ -137,13 +138,18 @@ def _kept(folded: Folded, graph: StageGraph, span: tuple[int, int], modes: Seque
 
 def _kept_again(nodes: Sequence[fx.Node], mode: str) -> Iterator[tuple[str, float]]:
     """What a block keeps for a micro-batch where it is run again, besides what other blocks take too."""
-    for node in nodes if mode == "selective" else ():
-        record = info(node)
-        if record.product and not record.view:
-            yield _operator(node), record.size + record.inner
+    yield from _results(nodes) if mode == "selective" else ()
     for node in _taken(nodes):
         if not info(node).several:
             yield f"{_operator(node)}, taken", info(node).size
+
+
+def _results(nodes: Sequence[fx.Node]) -> Iterator[tuple[str, float]]:
+    """What matrix products give, with what they keep."""
+    for node in nodes:
+        record = info(node)
+        if record.product and not record.view:
+            yield _operator(node), record.size + record.inner
 
 
 def _taken(nodes: Sequence[fx.Node]) -> list[fx.Node]:
@@ -164,11 +170,15 @@ def _moment(
     moments.append([Leaf(SETUP, "made at the end of a step", "transient", stepping)])
     moments[-1].append(Leaf(SETUP, "activations and messages, gone by then", "transient", -kept))
     most = max(moments, key=_bytes)
-    return most if _bytes(most) > 0 else []
+    return most if _bytes(most) else []
 
 
-def _bytes(some: Sequence[Leaf]) -> float:
+def _bytes(some: Iterable[Leaf]) -> float:
     return sum(leaf.bytes for leaf in some)
+
+
+def _bytes_of(rows: Iterable[tuple[str, float]]) -> float:
+    return sum(nbytes for _, nbytes in rows)
 
 
 def _ending(space: Space, found: Found, choices: Choices, span: tuple[int, int]) -> float:
@@ -189,8 +199,8 @@ def _backward(
     """What exists in the backward of every run: its largest tensor and another as large (of a loss: the gradients of
     logits and of their log-softmax), its parameters, where it gathers them, and what a block that is run again keeps
     until it is done; or, when that is gone and ranks sum its gradients, these. Gone by then is what later runs kept; of
-    blocks, which may be run again, that is not counted. In a step of one micro-batch earlier runs have no gradients
-    yet."""
+    blocks, only before the first of them. In a step of one micro-batch earlier runs have no gradients yet, and none has
+    before backward."""
     folded, training = space.folded, space.training(found.point)
     nodes = dict(zip(graph.indices, (mine for _, mine in graph.runs), strict=True))
     inside: dict[int, float] = defaultdict(float)
@@ -201,34 +211,41 @@ def _backward(
         for run, size in memory.wide.items():
             wide[run] += size
     own = _own_gradients(space, found, choices, span)
-    early, late = sum(own.values()), 0.0
+    early, late, of_blocks = sum(own.values()), 0.0, 0.0
     positions = [(p, folded.sequence[p], mode) for p, mode in zip(range(*span), modes, strict=True)]
+    yield [Leaf(SETUP, "gradients that are not there yet", "transient", -early)]
     for position, run, mode in [*reversed(positions), (-1, SETUP_RUN, "none")]:
+        label = folded.labels[position] if run != SETUP_RUN else SETUP
+        left = not any(is_block(folded.labels[p]) for p in range(span[0], position + 1))
         summed, read = [0.0], used_parameters(folded.runs[run]) if run != SETUP_RUN else []
         for node in read:
             placed = choices.placements(folded, (node, 0), 0)
             shared = sums(choices, info(node), placed, "dp")
             summed.append(training.summed(choices.size((node, 0), placed), info(node).grad, shared))
         summing = float(training.summing(sum(summed), max(summed), len(read) == 1))
-        largest = max(nodes.get(run, ()), key=lambda n: info(n).size, default=None)
-        size = info(largest).size if largest is not None else 0.0
+        largest = max(nodes.get(run, ()), key=half_in_backward, default=None)
+        size = half_in_backward(largest) if largest is not None else 0.0
         early -= own.get(position, 0.0)
+        kept = inside[run] if mode == "none" else _bytes_of(_kept_again(nodes.get(run, ()), mode))
+        results = _bytes_of(_results(nodes.get(run, ()))) if mode == "selective" else 0.0
         backward = [
             ("another as large", size),
             ("parameters gathered", float(training.gathered(sum(summed)))),
-            ("what it keeps once it is run again", inside[run] + wide[run] if mode != "none" else 0.0),
+            ("what is run again", inside[run] + wide[run] - results if mode != "none" else 0.0),
         ]
-        if sum(nbytes for _, nbytes in backward) < summing:
+        if _bytes_of(backward) < summing:
             backward = [("gradients that ranks sum, with messages", summing)]
         rows = [
             (_within(_operator(largest), folded, run) if largest is not None else "", size),
             *backward,
-            ("what later runs kept, gone by then", -late),
+            ("what later runs kept, gone by then", -late - of_blocks * left),
             ("gradients that are not there yet", -early if run != SETUP_RUN else 0.0),
         ]
-        label = folded.labels[position] if run != SETUP_RUN else SETUP
         yield [Leaf(label, name, "transient", nbytes) for name, nbytes in rows if nbytes]
-        late += inside[run] if run != SETUP_RUN and not is_block(label) else 0.0
+        if run != SETUP_RUN and is_block(label):
+            of_blocks += kept
+        elif run != SETUP_RUN:
+            late += inside[run]
 
 
 def _own_gradients(space: Space, found: Found, choices: Choices, span: tuple[int, int]) -> dict[int, float]:

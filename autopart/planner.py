@@ -349,7 +349,7 @@ class Search:
             free = best_cut(_masked(held, space, point, space.stages(point)), point.pp, space.micro_batches(point))
             if free and reached <= free.seconds * (1 + TOLERANCE):
                 return []
-        ratios = sorted(s.seconds / s.bytes for group in way.ranges.savings.values() for s in group)
+        ratios = sorted(s.seconds / s.bytes for group in way.ranges.savings[-1].values() for s in group)
         whole = way.ranges.place(0, len(space.folded.labels))
         seconds, kept, state = (float(row[whole]) for row in (way.ranges.seconds, way.ranges.kept, way.ranges.state))
         ratios = ratios or [seconds / max(kept, 1.0)]

@@ -55,7 +55,7 @@ class Prices:
     def __init__(self, sizes: Sizes, terms: Terms) -> None:
         self.sizes, self.terms = sizes, terms
         basis, device = terms.basis, terms.device
-        self.made, self.inner = sizes.made @ basis, sizes.inner @ basis
+        self.made, self.half, self.inner = sizes.made @ basis, sizes.half @ basis, sizes.inner @ basis
         seconds = self._computed(sizes, basis, device)
         ranks = {axis: group.ranks for axis, group in terms.sizes.items()}
         divided = sizes.means @ [ranks.get("dp", 1) > 1, ranks.get("tp", 1) > 1]

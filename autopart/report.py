@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 from autopart.cost import update_seconds
-from autopart.cuts import after
 from autopart.folded import Folded
 from autopart.graph import info
 from autopart.held import leaves, messages, parameters, sums, totals
@@ -18,6 +17,7 @@ from autopart.passes.localise import localise
 from autopart.passes.price import PricedRun, Prices, price
 from autopart.plan import Plan, PlanRun, PlanStage, Signature, usable_bytes
 from autopart.planner import Found
+from autopart.ranges import after
 from autopart.request import is_block
 from autopart.rules import has_rule
 from autopart.space import Space

@@ -10,11 +10,11 @@ from itertools import pairwise
 from torch import nn
 
 from autopart.compile import DTYPES, Batch, Source
-from autopart.cuts import ranges
 from autopart.errors import PartitionError
 from autopart.plan import Plan
 from autopart.planner import Found
 from autopart.problem import Table
+from autopart.ranges import ranges
 from autopart.report import write_out
 from autopart.request import Point, Request, is_block
 from autopart.space import Space

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from autopart.cost import NO_SIZES, Array
+from autopart.cost import LOSS, NO_SIZES, SPLIT_LOSS, Array, half_of_backward
 from autopart.notation import kept_as
 from autopart.problem import Chain, Keep, Node, Placements, Table, Value
 from autopart.relayout import Relayout, Step
@@ -46,6 +46,7 @@ class Sizes:
         self.flops, self.moved, self.peak, self.rest, factors = np.split(rows, [4, 8, 9, -4], axis=1)
         self.factors = factors.astype(int)
         self.made = np.array([self._made(n, o) for n, o in options])
+        self.half = np.array([self._half(n, o) for n, o in options])
         self.inner = np.array([self._inner(n, o) for n, o in options])
         self.means = np.array([[self._mean(n, o, axis) for axis in ("dp", "tp")] for n, o in options])
         self.grad = np.array([float(n.grad) for n, _ in options])
@@ -164,6 +165,15 @@ class Sizes:
         for i, value in enumerate(node.values if node.kind == "op" else ()):
             made += self.four(value, node.given(option, i))
         return made
+
+    def _half(self, node: Node, option: int) -> Array:
+        made, loss = self._made(node, option), node.kind_index == LOSS
+        if not (loss or node.logits) or not node.operands or node.operands[0] is None:
+            return made
+        source, output = node.operands[0]
+        taken = self.four(self.table.nodes[source].values[output], node.taken(option, 0))
+        split = any(strategy.local == SPLIT_LOSS for strategy in node.options[option])
+        return half_of_backward(made, taken, node, loss, split)  # type: ignore[no-any-return]
 
     def _moved(self, node: Node, option: int) -> Array:
         moved = self._made(node, option)

@@ -158,7 +158,7 @@ class Model:
 @dataclass(frozen=True)
 class Costs:
     """Of every priced variable: seconds of a micro-batch with its share of gradient sync but what can be hidden, bytes
-    of state and kept."""
+    of state and kept. In a step of one micro-batch gradients are no state: there are none yet when most is kept."""
 
     seconds: Array
     state: Array
@@ -311,7 +311,8 @@ class Space:
             whole = np.concatenate([prices.forward, prices.change_rerun, 0.0 * prices.memory])
             kept = np.concatenate([prices.inner, 0.0 * prices.change_forward, prices.memory])
             results = np.concatenate([prices.results, nothing])
-            state = np.concatenate([prices.state, nothing]) * places
+            alone = self.micro_batches(point) == 1
+            state = np.concatenate([prices.state - alone * prices.parts[:, 1], nothing]) * places
             self.costs_of[point] = tuple(
                 Costs((seconds + extra) * places, state, held * places)
                 for extra, held in ((0.0, kept), (again, results), (whole, 0.0 * kept))

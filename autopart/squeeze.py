@@ -39,39 +39,49 @@ def squeeze(
     model, prices = space.model(point), space.priced(point)
     there = model.places_in(*span)
     nothing = np.zeros(len(prices.change_forward) + len(prices.memory))
-    seconds, held = np.zeros(len(there)), np.zeros(len(there))
+    seconds, held, of_blocks = (np.zeros(len(there)) for _ in range(3))
+    again: dict[int, Array] = {}
     for group in {*model.table.group, -1}:
         total = sum(counts.get(group, {}).values()) or 1
         for mode, count in (counts.get(group) or {"none": 1}).items():
-            costs = space.costs(point, {group: mode} if group >= 0 else {})
-            share = np.where(model.group == group, count / total, 0.0)
+            costs, mine = space.costs(point, {group: mode} if group >= 0 else {}), model.group == group
+            share = np.where(mine, count / total, 0.0)
             seconds += share * costs.seconds
-            held += share * in_flight * costs.kept
+            kept = share * costs.kept
             if mode != "none":
-                held += count * in_flight * _entering(model, prices, group)
+                kept += count * _entering(model, prices, group)
+                whole = np.where(mine, space.costs(point, {}).kept - (mode == "selective") * costs.kept, 0.0)
+                again[group] = np.maximum(again.get(group, 0.0), whole) if count else again.get(group, 0.0 * whole)
+            held += in_flight * kept
+            of_blocks += kept * (group in model.blocks)
     places, link = np.maximum(model.places, 1.0), space.between_stages(point)
     sent, takes = _messages(model, prices, span, link) if link is not None else np.zeros((2, len(there)))
-    state = np.concatenate([prices.state, nothing]) * there
+    own = {p: _own_gradients(model, prices, p) * (space.micro_batches(point) == 1) for p in range(*span)}
+    gradients = sum(own.values())
+    state = np.concatenate([prices.state, nothing]) * there - gradients
     training, summed = space.training(point), np.concatenate([prices.summed, nothing]) * (there > 0)
-    largest = np.concatenate([prices.made, prices.after, 0.0 * prices.memory]) * (there > 0)
-    rerun = [g for g, modes in counts.items() if any(n for m, n in modes.items() if m != "none")]
+    largest = np.concatenate([prices.half, prices.after, 0.0 * prices.memory]) * (there > 0)
     alive, kept = space.costs(point, {}).kept / places, held * there / places
     kept = kept + on_its_way(takes, in_flight, space.micro_batches(point))
     plain = {p: np.where(model.group == model.table.group[p], alive, 0.0)
              for p in range(*span) if not model.table.block[p]}  # fmt: skip
-    peak = [row - sum(plain.values()) for row in _one_by_one(model, np.where(model.group < 0, 2 * largest, 0.0))]
+    first = min((p for p in range(*span) if model.table.block[p]), default=span[1])
+    gone = sum(plain.values()) + of_blocks * there / places - gradients
+    peak = [row - gone for row in _one_by_one(model, np.where(model.group < 0, 2 * largest, 0.0))]
     stepping = np.concatenate([prices.stepping, nothing]) * (there if training.together else there > 0)
-    peak += [row - kept for row in ([stepping] if training.together else _one_by_one(model, stepping))]
-    peak.append(training.ending(summed, summed) * there - kept)
-    seen, early = set(), np.zeros(len(there))
+    ends = [
+        *([stepping] if training.together else _one_by_one(model, stepping)),
+        training.ending(summed, summed) * there,
+    ]
+    peak += [row - kept + gradients for row in ends]
+    seen = set()
     for p in range(*span):
-        mine, gone = model.group == model.table.group[p], sum((k for q, k in plain.items() if q > p), early)
-        early = early + _own_gradients(model, prices, p) * (space.micro_batches(point) == 1)
+        mine, later = model.group == model.table.group[p], (k for q, k in plain.items() if q > p)
+        gone = sum(later) - sum(own[q] for q in range(p, span[1])) + of_blocks * there / places * (p < first)
         if (at := (model.table.group[p], gone.tobytes())) in seen:
             continue
         seen.add(at)
-        again = np.where(mine, alive * (model.table.group[p] in rerun), 0.0)
-        whole = np.where(mine, training.gathered(summed), 0.0) + again - gone
+        whole = np.where(mine, training.gathered(summed), 0.0) + again.get(model.table.group[p], 0.0) / places - gone
         summing = np.where(mine, training.summing(summed, summed, model.sizes.alone[p]), 0.0) - gone
         for row in (*_one_by_one(model, np.where(mine, largest, 0.0)), np.zeros(len(there))):
             peak += [2 * row + whole, row + summing]

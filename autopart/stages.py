@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
+from autopart.cost import SPLIT_LOSS, half_of_backward, is_loss
 from autopart.folded import Folded
-from autopart.graph import Info, info
+from autopart.graph import Info, info, operands
 from autopart.notation import Placement
 from autopart.rules import Product, Shape, Strategy, local_shape
 
@@ -150,3 +151,10 @@ class Named(str):
 
     def __repr__(self) -> str:
         return str(self)
+
+
+def half_in_backward(node: fx.Node) -> float:
+    """`half_of_backward` of a node of a stage's graph, in bytes."""
+    record, first = info(node), next(iter(operands(node)), None) if info(node).kind == "op" else None
+    taken = info(first).size if first is not None else 0.0
+    return float(half_of_backward(record.size, taken, record, is_loss(record), SPLIT_LOSS in record.name))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from autopart.cuts import Ranges, ranges
 from autopart.passes.solve import Solution
+from autopart.ranges import Ranges, ranges
 from autopart.request import Point
 from autopart.space import Interface, Space
 

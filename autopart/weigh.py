@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,6 +91,11 @@ class Weighed:
     items: list[Item] = field(default_factory=list)
     crossings: list[Crossings] = field(default_factory=list)
 
+    def run_again(self, modes: Any) -> Array:
+        """Bytes that every position makes again for its backward if it does as one of MODES says: what it keeps
+        otherwise, all of it whole, less what it has kept."""
+        return np.where(modes > 0, self.kept[0] + self.wide - self.kept[1] * (modes == 1), 0.0)
+
 
 def nothing_weighed(prices: Prices) -> Weighed:
     """Of all positions."""
@@ -129,12 +135,12 @@ def _weigh_nodes(found: Weighed, prices: Prices, at: NDArray[np.int_]) -> None:
         found.again[2][positions] = forward
         found.kept[0][positions] = prices.inner[mine].sum()
         found.kept[1][positions] = prices.results[mine].sum()
-        found.largest[positions] = prices.made[mine].max(initial=0.0)
+        found.largest[positions] = prices.half[mine].max(initial=0.0)
     for index, places in table.shared.items():
         i = at[index]
         seconds = float(prices.forward[i]), float(prices.backward[i])
         for users in places:
-            found.items.append(Item(users, *seconds, float(prices.inner[i]), largest=float(prices.made[i])))
+            found.items.append(Item(users, *seconds, float(prices.inner[i]), largest=float(prices.half[i])))
 
 
 def _weigh_parameters(found: Weighed, prices: Prices, at: NDArray[np.int_]) -> None:

@@ -494,10 +494,10 @@ class Priced:
                 found.again[2][p] += prices.forward[i]
                 found.kept[0][p] += prices.inner[i]
                 found.kept[1][p] += prices.results[i]
-                found.largest[p] = max(found.largest[p], prices.made[i])
+                found.largest[p] = max(found.largest[p], prices.half[i])
         for users in self.table.shared.get(index, ()):
             seconds = float(prices.forward[i]), float(prices.backward[i])
-            found.items.append(Item(users, *seconds, float(prices.inner[i]), largest=float(prices.made[i])))
+            found.items.append(Item(users, *seconds, float(prices.inner[i]), largest=float(prices.half[i])))
         for users in self.table.state.get(index, ()):
             summed = float(prices.summed[i])
             found.summed[0, list(users)] += summed
@@ -527,13 +527,13 @@ PER_BLOCK = 6
 
 
 class Totals:
-    """What a stage costs, from what its combinations add, in columns: bytes, what several blocks take, state with what
-    the optimizer makes while it steps, state, parameters whose gradients ranks sum, the largest tensor of what stages
-    make for themselves; at every position the largest tensor, the largest parameter whose gradient ranks sum, bytes of
-    all such, kept if it is no block, gradients of its own, seconds of the stage if the link is busy from the end of the
-    position's backward until the gradients of all before it have come; then for every block:
-    seconds that running it again takes, cheap operators alone and all; bytes it keeps whole, of products, of what it
-    takes, and more than whole once it is run again (`PER_BLOCK` columns)."""
+    """What a stage costs, from what its combinations add, in columns: bytes before backward, what several blocks take,
+    state with what the optimizer makes while it steps, state, parameters whose gradients ranks sum, the largest tensor
+    of what stages make for themselves; at every position the largest tensor, the largest parameter whose gradient ranks
+    sum, bytes of all such, kept if it is no block, gradients that were not there before backward, seconds of the stage
+    if the link is busy from the end of the position's backward until the gradients of all before it have come; then for
+    every block: seconds that running it again takes, cheap operators alone and all; bytes it keeps whole, of products,
+    of what it takes, and more than whole once it is run again (`PER_BLOCK` columns)."""
 
     def __init__(self, priced: Priced, span: Span) -> None:
         self.priced, self.span = priced, span
@@ -553,12 +553,13 @@ class Totals:
         time, beside, hides, again, whole, kept, results, entered, state, *rest = each.transpose(1, 0, 2)
         largest, summed, most, own, stepping, gradients, wide = rest
         numbers = np.zeros((len(atoms), self.at))
-        numbers[:, 0] = state.sum(1) + span.in_flight * kept[:, self.plain].sum(1)
+        gradients = gradients * (self.priced.m == 1)
+        numbers[:, 0] = (state - gradients).sum(1) + span.in_flight * kept[:, self.plain].sum(1)
         numbers[:, 2:5] = np.stack([state + stepping, state, own]).sum(2).T
         plain = np.zeros(kept.shape)
         plain[:, self.plain] = kept[:, self.plain]
         times = time.sum(1)[:, None] + beside.cumsum(1) - (hides.cumsum(1) - hides)
-        numbers[:, 6:] = np.concatenate([largest, most, summed, plain, gradients * (self.priced.m == 1), times], 1)
+        numbers[:, 6:] = np.concatenate([largest, most, summed, plain, gradients, times], 1)
         for row, atom in zip(numbers, atoms, strict=True):
             self._once(row, atom)
         blocks = [p - span.i for p in self.blocks]
@@ -597,8 +598,8 @@ class Totals:
         return both
 
     def under(self, numbers: Array, modes: Whole) -> Array:
-        """Seconds and bytes, the next four columns of `numbers`; of every position the largest tensor, the largest
-        parameter whose gradient ranks sum, bytes of all such, those of a block to run again, all that are there
+        """Seconds, bytes before backward, the next four columns of `numbers`; of every position the largest tensor, the
+        largest parameter whose gradient ranks sum, bytes of all such, those of a block to run again, all that are there
         besides; all besides what stages make for themselves, and seconds as in `times`: of every row under its own
         modes. More of anything is no column less."""
         count = self.count
@@ -607,18 +608,21 @@ class Totals:
         found[:, 1], found[:, 2:again_at] = numbers[:, 0], numbers[:, 2:again_at]
         found[:, times] = numbers[:, self.times]
         found[:, 1] += numbers[:, 1] * (modes > 0).any(1)
-        rows = np.arange(len(numbers))
+        rows, of_blocks = np.arange(len(numbers)), np.zeros(len(numbers))
         for b in range(len(self.blocks)):
             again, whole, kept, results, entered, wide = self.block(numbers, b).T
-            mode = modes[:, b]
+            mode, place = modes[:, b], again_at + self.blocks[b] - self.span.i
             found[:, times] += np.stack([0.0 * again, again, whole])[mode, rows][:, None]
-            found[:, 1] += self.span.in_flight * np.stack([kept, results + entered, entered])[mode, rows]
-            found[:, again_at + self.blocks[b] - self.span.i] = (kept + wide) * (mode > 0)
+            of_blocks += np.stack([kept, results + entered, entered])[mode, rows]
+            found[:, place] = np.stack([0.0 * kept, kept + wide - results, kept + wide])[mode, rows]
         found[:, 0] = found[:, times].max(1)
+        found[:, 1] += self.span.in_flight * of_blocks
         plain, gradients = np.split(numbers[:, again_at : again_at + 2 * count], 2, axis=1)
-        later, earlier = plain[:, ::-1].cumsum(1)[:, ::-1] - plain, gradients.cumsum(1) - gradients
-        found[:, again_at + count : alone] = found[:, 1:2] - later - earlier
-        found[:, alone] = found[:, 1] - plain.sum(1)
+        later, there = plain[:, ::-1].cumsum(1)[:, ::-1] - plain, gradients[:, ::-1].cumsum(1)[:, ::-1]
+        before = self.blocks[0] - self.span.i if self.blocks else 0
+        found[:, again_at + count : alone] = found[:, 1:2] - later + there
+        found[:, again_at + count :][:, :before] -= of_blocks[:, None]
+        found[:, alone] = found[:, 1] - plain.sum(1) - of_blocks + gradients.sum(1)
         return found
 
     def bytes(self, found: Array) -> Array:

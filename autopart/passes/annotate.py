@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from autopart.cost import is_loss
 from autopart.draws import uniform_of
 from autopart.graph import Traced, annotate, calls, info, operands, run_on_meta, shape_args, value_of
 from autopart.means import mixing
@@ -34,12 +35,21 @@ def annotate_costs(traced: Traced, device: str) -> Traced:
         annotate(node, flops=work, product=is_contraction(record.name))
         if is_contraction(record.name):
             _matrix(node, batch)
+    _logits(traced.graph)
     mixes = mixing(traced.graph)
     traced.mixed_at = "" if mixes is None else info(mixes).source or info(mixes).name
     if traced.updated and not traced.mixed_at:
         traced.mixed_at = f"the buffer {traced.updated[0]}, which changes once a micro-batch"
     _saved(traced.graph, device)
     return traced
+
+
+def _logits(graph: fx.Graph) -> None:
+    """Mark what is on its way into a cross-entropy, back to the product that makes it."""
+    for node in reversed(list(calls(graph))):
+        users = [user for user in node.users if user.op != "output"]
+        into = [user for user in users if operands(user)[0] is node and (info(user).logits or is_loss(info(user)))]
+        annotate(node, logits=bool(users) and len(into) == len(node.users) and not info(users[0]).product)
 
 
 def _counting(traced: Traced) -> Batch:

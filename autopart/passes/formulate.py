@@ -103,6 +103,8 @@ class _Builder:
             kind_index=kind_of(record) if is_op else 0,
             inner=float(record.inner),
             grad=record.grad,
+            view=record.view,
+            logits=record.logits,
             group=-1 if run is None else self.folded.runs[run].kind,
         )
 

@@ -252,6 +252,7 @@ class _Localiser:
                     matrix=None,
                     inner=0.0,
                     view=False,
+                    logits=False,
                 )
                 args = (node, name, *_arguments(row.function, before, after))
                 self.moved[key] = self._add(at, runtime_function(row.function), args, {}, local)
