@@ -406,14 +406,15 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
         of_run[run] = of_run.get(run, 0.0) + entered + results[run]
     kept += sum(of_run.values()) + sum(info(n).size for n in shared)
     flights = in_flight(plan.schedule, graph.index, plan.pp, plan.micro_batches)
-    held = [(n, r.grad, _summed(choices, r, p, "dp")) for r, p, n in _parameters(folded, choices, span, graph.index)]
-    stepped, messages = ([each(*row) for row in held] for each in (training.stepping, training.summed))
+    every = [(n, r.grad, _summed(choices, r, p, "dp")) for r, p, n in _parameters(folded, choices, span, graph.index)]
+    stepped, messages = ([each(*row) for row in every] for each in (training.stepping, training.summed))
     made = sum(stepped) if training.together else max(stepped, default=0.0)
     made = max(made, training.ending(sum(messages), max(messages, default=0.0)))
     arriving = on_its_way(sum(crossing.size for crossing in graph.received), flights, plan.micro_batches)
     absent = _gradients(plan, folded, choices, span, graph.index) if plan.micro_batches == 1 else {}
     transient = max(-sum(absent.values()), made - flights * kept - arriving)
     of_blocks = [run for run in span if _is_block(folded.labels[run])]
+    waits = _waiting(plan, folded, choices, span, graph.index)
     for run in (*span, SETUP_RUN):
         largest = max((half_in_backward(n) for n in nodes.get(run, ())), default=0.0)
         own = summed.get(run) or [0.0]
@@ -422,6 +423,7 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
         moment = largest + max(moment, training.summing(sum(own), max(own), len(own) == 1))
         moment -= sum(size for r, size in whole.items() if r > run and not _is_block(folded.labels[r]))
         moment -= sum(size for r, size in absent.items() if r < run != SETUP_RUN)
+        moment += sum(waits.values()) if SETUP_RUN < run < max(waits, default=0) else 0.0
         if all(run < block for block in of_blocks):
             moment -= sum(of_run.get(block, 0.0) for block in of_blocks)
         transient = max(transient, moment)
@@ -440,6 +442,19 @@ def _gradients(plan: Plan, folded: Folded, choices: Choices, span: range, stage:
                 over_dp = _summed(choices, info(node), placed, "dp")
                 found[run] += training.memory(choices.size((node, 0), placed), info(node).grad, over_dp)[1]
     return found
+
+
+def _waiting(plan: Plan, folded: Folded, choices: Choices, span: range, stage: int) -> dict[int, float]:
+    """Last run of a stage that reads a parameter which an earlier one reads too -> bytes of the gradients that wait."""
+    training, found = _training(plan), defaultdict[int, float](float)
+    readers = {node: run for run in reversed(span) for node in used_parameters(folded.runs[run])}
+    for run in reversed(span):
+        for node in used_parameters(folded.runs[run]):
+            if readers.pop(node, run) != run:
+                placed = choices.placements(folded, (node, 0), stage)
+                shared = _summed(choices, info(node), placed, "dp")
+                found[run] += training.waiting(choices.size((node, 0), placed), info(node).grad, shared)
+    return {run: size for run, size in found.items() if size}
 
 
 def _taken(nodes: Sequence[fx.Node]) -> list[fx.Node]:

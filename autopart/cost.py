@@ -200,9 +200,9 @@ SPLIT_LOSS = "vocab_cross_entropy"
 
 
 def half_of_backward(made: Any, taken: Any, record: Any, loss: bool, split: bool) -> Any:
-    """Half of the bytes that exist in an operator's backward besides what is kept, by what it makes and what it takes
-    first: most make as much as they take. On logits' way into a loss, which are large, gradients of both are counted;
-    of a loss two as large as the logits, or one where they are split (`runtime.functions`)."""
+    """Half of the bytes that exist in an operator's backward besides what is kept, by what it makes and takes (of what
+    is no product, first): most make as much as they take. On the way of logits, which are large, into a loss gradients
+    of both are counted; of a loss two as large as the logits, or one where they are split (`runtime.functions`)."""
     if loss:
         return taken / 2 if split else taken
     return (made + taken * (not record.view)) / 2 if record.logits else made
@@ -326,6 +326,12 @@ class Training:
     def summed(self, nbytes: float, grad: bool, shared: bool) -> float:
         """`nbytes` of a parameter whose gradient the ranks sum, else 0."""
         return nbytes if shared and grad and self.ranks > 1 else 0.0
+
+    def waiting(self, nbytes: float, grad: bool, shared: bool) -> float:
+        """Bytes of the gradient of a parameter that several runs read, from the backward of the last of them on until
+        that of the first: autograd adds it to those of micro-batches before when it is whole. Those of slices are added
+        at once."""
+        return nbytes if grad and self.micro_batches > 1 and not self.sliced(shared) else 0.0
 
     def gathered(self, summed: Any) -> Any:
         """Bytes of parameters that are whole while they are used: all, `summed` bytes, where ranks keep slices."""

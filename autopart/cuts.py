@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +30,8 @@ def spans(n: int) -> tuple[NDArray[np.int_], NDArray[np.int_]]:
     return starts, ends
 
 
-def place(i: int, j: int, n: int) -> int:
-    """Where the range i..j-1 stands among all."""
+def place(i: Any, j: Any, n: int) -> Any:
+    """Where the range i..j-1 stands among all; of arrays of them likewise."""
     return i * n - i * (i - 1) // 2 + j - i - 1
 
 

@@ -213,6 +213,7 @@ def _backward(
     own = _own_gradients(space, found, choices, span)
     early, late, of_blocks = sum(own.values()), 0.0, 0.0
     positions = [(p, folded.sequence[p], mode) for p, mode in zip(range(*span), modes, strict=True)]
+    last, waiting = _waiting(space, found, choices, span)
     yield [Leaf(SETUP, "gradients that are not there yet", "transient", -early)]
     for position, run, mode in [*reversed(positions), (-1, SETUP_RUN, "none")]:
         label = folded.labels[position] if run != SETUP_RUN else SETUP
@@ -240,12 +241,30 @@ def _backward(
             *backward,
             ("what later runs kept, gone by then", -late - of_blocks * left),
             ("gradients that are not there yet", -early if run != SETUP_RUN else 0.0),
+            ("gradients of shared parameters, waiting", waiting if -1 < position < last else 0.0),
         ]
         yield [Leaf(label, name, "transient", nbytes) for name, nbytes in rows if nbytes]
         if run != SETUP_RUN and is_block(label):
             of_blocks += kept
         elif run != SETUP_RUN:
             late += inside[run]
+
+
+def _waiting(space: Space, found: Found, choices: Choices, span: tuple[int, int]) -> tuple[int, float]:
+    """The last position of a stage that reads a parameter which an earlier one reads too, and bytes of the gradients of
+    all such."""
+    folded, last, waiting = space.folded, span[0], 0.0
+    read: dict[str, list[tuple[int, fx.Node]]] = defaultdict(list)
+    for position in range(*span):
+        for node in dict.fromkeys(used_parameters(folded.runs[folded.sequence[position]])):
+            read[folded.parameter_at(position, node)].append((position, node))
+    for (_, node), *more in read.values():
+        placed = choices.placements(folded, (node, 0), 0)
+        shared = sums(choices, info(node), placed, "dp")
+        nbytes = space.training(found.point).waiting(choices.size((node, 0), placed), info(node).grad, shared)
+        if more and nbytes:
+            last, waiting = max(last, more[-1][0]), waiting + nbytes
+    return last, waiting
 
 
 def _own_gradients(space: Space, found: Found, choices: Choices, span: tuple[int, int]) -> dict[int, float]:

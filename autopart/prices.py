@@ -49,7 +49,7 @@ class Prices:
     beside             seconds of the sum of its gradient that computing beside it can hide, in each of so many
                        backwards: `Training.backwards`
     summed             bytes of a parameter whose gradient ranks sum
-    stepping           bytes that the optimizer makes while it steps a parameter
+    stepping, waiting  bytes that the optimizer makes while it steps a parameter; of its gradient if it is shared
     """
 
     def __init__(self, sizes: Sizes, terms: Terms) -> None:
@@ -103,20 +103,22 @@ class Prices:
 
     @cached_property
     def _holdings(self) -> Array:
-        """[strategies, 7]: of a parameter its `parts`, `sync`, `summed`, `stepping` and `beside`."""
+        """[strategies, 8]: of a parameter its `parts`, `sync`, `summed`, `stepping`, `beside` and `waiting`."""
         return np.array([self._holding(*row) for row in self.sizes.holdings.tolist()])[self.sizes.holds]
 
     def _holding(self, weight: float, grad: bool, over_dp: bool, over_tp: bool) -> tuple[float, ...]:
         training = self.terms.training
         if not weight:
-            return (0.0,) * 7
+            return (0.0,) * 8
         beside = self.terms.device.beside * training.beside_seconds(weight, over_dp)
         sync = training.sync_seconds(weight, over_dp) - training.backwards * beside
         sync += update_seconds(weight, grad, over_dp, training, self.terms.device)
         if over_tp:
             sync += training.partial_sync_seconds(weight, self.terms.sizes["tp"])
-        summed, stepping = (each(weight, bool(grad), over_dp) for each in (training.summed, training.stepping))
-        return (*training.memory(weight, grad, over_dp), sync, summed, stepping, beside)
+        summed, stepping, waiting = (
+            each(weight, bool(grad), over_dp) for each in (training.summed, training.stepping, training.waiting)
+        )
+        return (*training.memory(weight, grad, over_dp), sync, summed, stepping, beside, waiting)
 
     @property
     def parts(self) -> Array:
@@ -142,6 +144,10 @@ class Prices:
     @property
     def beside(self) -> Array:
         return self._holdings[:, 6]
+
+    @property
+    def waiting(self) -> Array:
+        return self._holdings[:, 7]
 
     @staticmethod
     def _computed(sizes: Sizes, basis: Array, device: Device) -> Seconds:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from autopart.cost import Array
 from autopart.cuts import NEVER, place, spans
 from autopart.schedules import on_its_way
-from autopart.weigh import MODES, Crossings, Weighed
+from autopart.weigh import MODES, Crossings, Item, Weighed
 
 Rows = NDArray[np.int_] | slice
 
@@ -168,7 +168,8 @@ def ranges(
     largest, alone, training = found.largest.copy(), micro_batches == 1, found.training
     for item in found.items:
         np.maximum.at(largest, list(item.positions), item.largest)
-    gathered, summing = training.gathered(found.summed[0]), training.summing(*found.summed[:2], found.alone)
+    summed, most, _ = found.summed
+    gathered, summing = training.gathered(summed), training.summing(summed, most, found.alone)
     first = _next(np.flatnonzero(block), n)
     depth = 1 + max(
         (MODES.index(m) for modes, mine in zip(allowed, block, strict=True) if mine for m in modes), default=0
@@ -182,20 +183,20 @@ def ranges(
         early, row[:] = _moments(found, moment, first, block, alone)
     later = _sums(np.where(block, 0.0, found.kept[0]))
     stepping, entered = (_sums if training.together else _maxima)(found.stepping), np.zeros(len(seconds))
-    summed = _sums(found.summed[2])
+    sent = _sums(found.summed[2])
     for item in found.items:
         has = _has(item.positions, n)
         if item.largest:
             early = np.maximum(early, has * 2 * item.largest - later)
         stepping = stepping + has * item.stepping if training.together else np.maximum(stepping, has * item.stepping)
-        summed += has * item.summed
+        sent += has * item.summed
         seconds += has * (item.forward + item.backward + item.sync / turns)
         state += has * sum(item.parts)
         kept += has * item.kept
         if item.entered:
             entering = _has([p for p in item.positions if rerun[p]], n)
             kept, entered = kept + entering * item.entered, entered + (has & ~entering) * item.entered
-    stepping = np.maximum(stepping, training.ending(summed, _maxima(found.summed[1])))
+    stepping = np.maximum(stepping, training.ending(sent, _maxima(most)))
     messages, takes = crossed(found.crossings, n)
     seconds += messages
     classes: dict[tuple[int, bool, tuple[str, ...], tuple[float, ...]], int] = {}
@@ -246,19 +247,43 @@ def _moments(
     found: Weighed, moment: Array, first: NDArray[np.int_], block: Sequence[bool], alone: bool
 ) -> tuple[Array, Array]:
     """Of every range the most that exists for a moment before its first block (`first` of every position: the block
-    that follows or is there) and from there on, less what is not there then: what later positions kept, other than
-    blocks, is gone when a position's backward runs, and of a micro-batch that is `alone` in a step the earlier
-    positions have no gradients yet, and none has before backward."""
-    starts, ends = spans(len(moment))
+    that follows or is there) and from there on, with gradients that wait, less what is not there then: what later
+    positions kept, other than blocks, is gone when a position's backward runs, and of a micro-batch that is `alone` in
+    a step the earlier positions have no gradients yet, and none has before backward."""
+    n = len(moment)
+    starts, ends = spans(n)
     kept = np.concatenate([[0.0], np.cumsum(np.where(block, 0.0, found.kept[0]))])
     gradients = np.concatenate([[0.0], np.cumsum(found.parts[1] * alone)])
     most, less = _maxima(moment + kept[1:] - gradients[:-1]), kept[ends] - gradients[starts]
-    middle, n = first[starts], len(moment)
-    head, tail = middle > starts, middle < ends
-    before, after_ = np.full(len(most), -NEVER), np.full(len(most), -NEVER)
-    before[head] = most[place(starts, np.minimum(middle, ends), n)[head]]
-    after_[tail] = most[place(middle, ends, n)[tail]]
-    return before - less, np.maximum(after_ - less, gradients[starts] - gradients[ends])
+    (last, waiting), middle = _waiting(found.items, n), np.minimum(first[starts], ends)
+
+    def within(i: NDArray[np.int_], j: NDArray[np.int_]) -> Array:
+        """The most between two positions."""
+        found = np.full(len(most), -NEVER)
+        some = i < j
+        found[some] = most[place(i[some], j[some], n)]
+        return found
+
+    def between(i: NDArray[np.int_], j: NDArray[np.int_]) -> Array:
+        """Likewise, with what waits before `last`."""
+        return np.maximum(within(i, np.minimum(j, last)) + waiting, within(np.maximum(i, last), j))
+
+    before, after_ = between(starts, middle) - less, between(middle, ends) - less
+    return before, np.maximum(after_, gradients[starts] - gradients[ends])
+
+
+def _waiting(items: Sequence[Item], n: int) -> tuple[NDArray[np.int_], Array]:
+    """Of every range the last position that reads a parameter which an earlier one reads too, and bytes of the
+    gradients of all such."""
+    starts, ends = spans(n)
+    last, waiting = starts.copy(), np.zeros(len(starts))
+    for item in items:
+        if item.waiting:
+            inside = np.array([(starts <= p) & (p < ends) for p in item.positions])
+            several = inside.sum(0) > 1
+            waiting += several * item.waiting
+            last = np.maximum(last, several * (inside * np.array(item.positions)[:, None]).max(0))
+    return last, waiting
 
 
 def _savings(found: Weighed, kind: int, where: NDArray[np.bool_], modes: Sequence[str], furthest: int) -> list[Saving]:

@@ -167,13 +167,14 @@ class Sizes:
         return made
 
     def _half(self, node: Node, option: int) -> Array:
-        made, loss = self._made(node, option), node.kind_index == LOSS
-        if not (loss or node.logits) or not node.operands or node.operands[0] is None:
-            return made
-        source, output = node.operands[0]
-        taken = self.four(self.table.nodes[source].values[output], node.taken(option, 0))
+        made, taken = self._made(node, option), np.zeros(4)
+        for i, operand in enumerate(node.operands if node.product else node.operands[:1]):
+            if operand is not None:
+                source, output = operand
+                taken += self.four(self.table.nodes[source].values[output], node.taken(option, i))
         split = any(strategy.local == SPLIT_LOSS for strategy in node.options[option])
-        return half_of_backward(made, taken, node, loss, split)  # type: ignore[no-any-return]
+        half: Array = half_of_backward(made, taken, node, node.kind_index == LOSS, split)
+        return half
 
     def _moved(self, node: Node, option: int) -> Array:
         moved = self._made(node, option)

@@ -74,10 +74,12 @@ def squeeze(
         training.ending(summed, summed) * there,
     ]
     peak += [row - kept + gradients for row in ends]
+    last, waiting = _waiting(model, prices, span)
     seen = set()
     for p in range(*span):
         mine, later = model.group == model.table.group[p], (k for q, k in plain.items() if q > p)
         gone = sum(later) - sum(own[q] for q in range(p, span[1])) + of_blocks * there / places * (p < first)
+        gone = gone - waiting * (p < last)
         if (at := (model.table.group[p], gone.tobytes())) in seen:
             continue
         seen.add(at)
@@ -101,6 +103,19 @@ def _late(own: Array, beside: Array, backward: Array) -> Entries:
     rows = (beside * (done + own) - backward * done) * beside.any()
     row, variable = np.nonzero(rows)
     return row, variable, rows[row, variable]
+
+
+def _waiting(model: Model, prices: Prices, span: tuple[int, int]) -> tuple[int, Array]:
+    """The last position of a range that reads a parameter which an earlier one reads too, and bytes of the gradients of
+    all such by their strategies."""
+    last, bytes_ = span[0], np.zeros(len(model.places))
+    for index, places in model.table.state.items():
+        mine = slice(*model.sizes.first[index : index + 2])
+        for inside in ([p for p in positions if span[0] <= p < span[1]] for positions in places):
+            if len(inside) > 1 and prices.waiting[mine].any():
+                bytes_[mine] += prices.waiting[mine]
+                last = max(last, *inside)
+    return last, bytes_
 
 
 def _own_gradients(model: Model, prices: Prices, position: int) -> Array:

@@ -155,6 +155,7 @@ class Named(str):
 
 def half_in_backward(node: fx.Node) -> float:
     """`half_of_backward` of a node of a stage's graph, in bytes."""
-    record, first = info(node), next(iter(operands(node)), None) if info(node).kind == "op" else None
-    taken = info(first).size if first is not None else 0.0
+    record = info(node)
+    takes = operands(node) if record.kind == "op" else []
+    taken = sum(info(operand).size for operand in (takes if record.product else takes[:1]) if operand is not None)
     return float(half_of_backward(record.size, taken, record, is_loss(record), SPLIT_LOSS in record.name))

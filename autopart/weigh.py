@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,8 @@ MODES = ("none", "selective", "full")
 class Item:
     """What a stage pays once if it has any of the positions: seconds forward and backward, bytes kept per micro-batch,
     bytes of parameters, gradients and optimizer states, seconds of gradient sync, bytes of the largest tensor; bytes
-    `entered` are what several blocks take, kept where one of them is run again; `stepping` as in Weighed, and `summed`
-    as in Prices."""
+    `entered` are what several blocks take, kept where one of them is run again; `stepping` as in Weighed, `summed` and
+    `waiting` as in Prices."""
 
     positions: tuple[int, ...]
     forward: float = 0.0
@@ -38,6 +38,7 @@ class Item:
     entered: float = 0.0
     stepping: float = 0.0
     summed: float = 0.0
+    waiting: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,8 @@ def _weigh_parameters(found: Weighed, prices: Prices, at: NDArray[np.int_]) -> N
             if len(positions) > 1:
                 sync = float(prices.sync[i] + found.training.backwards * prices.beside[i])
                 held, stepping = prices.parts[i].tolist(), float(prices.stepping[i])
-                found.items.append(Item(positions, parts=tuple(held), sync=sync, stepping=stepping, summed=summed))
+                shared = Item(positions, parts=tuple(held), sync=sync, stepping=stepping, summed=summed)
+                found.items.append(replace(shared, waiting=float(prices.waiting[i])))
 
 
 def _weigh_flow(

@@ -511,7 +511,10 @@ class Priced:
             else:
                 held, stepping = tuple(prices.parts[i].tolist()), float(prices.stepping[i])
                 sync = float(prices.sync[i] + self.turns * self.share * prices.beside[i])
-                found.items.append(Item(users, parts=held, sync=sync, stepping=stepping, summed=summed))
+                waiting = float(prices.waiting[i])
+                found.items.append(
+                    Item(users, parts=held, sync=sync, stepping=stepping, summed=summed, waiting=waiting)
+                )
 
 
 @dataclass(frozen=True)
@@ -528,12 +531,13 @@ PER_BLOCK = 6
 
 class Totals:
     """What a stage costs, from what its combinations add, in columns: bytes before backward, what several blocks take,
-    state with what the optimizer makes while it steps, state, parameters whose gradients ranks sum, the largest tensor
-    of what stages make for themselves; at every position the largest tensor, the largest parameter whose gradient ranks
-    sum, bytes of all such, kept if it is no block, gradients that were not there before backward, seconds of the stage
-    if the link is busy from the end of the position's backward until the gradients of all before it have come; then for
-    every block: seconds that running it again takes, cheap operators alone and all; bytes it keeps whole, of products,
-    of what it takes, and more than whole once it is run again (`PER_BLOCK` columns)."""
+    state with what the optimizer makes while it steps, state, parameters whose gradients ranks sum, gradients that wait
+    for those of an earlier position, the largest tensor of what stages make for themselves; at every position the
+    largest tensor, the largest parameter whose gradient ranks sum, bytes of all such, kept if it is no block, gradients
+    that were not there before backward, seconds of the stage if the link is busy from the end of the position's
+    backward until the gradients of all before it have come; then for every block: seconds that running it again takes,
+    cheap operators alone and all; bytes it keeps whole, of products, of what it takes, and more than whole once it is
+    run again (`PER_BLOCK` columns)."""
 
     def __init__(self, priced: Priced, span: Span) -> None:
         self.priced, self.span = priced, span
@@ -543,8 +547,11 @@ class Totals:
         self.count = len(self.positions)
         self.training = priced.prices.terms.training
         self.alone = priced.prices.sizes.alone[span.i : span.j]
-        self.largest, self.at = slice(5, 6 + 2 * self.count), 6 + 6 * self.count
-        self.times = slice(6 + 5 * self.count, self.at)
+        places = itertools.chain.from_iterable(priced.table.state.values())
+        shared = [[p for p in users if p in self.positions] for users in places]
+        self.last = max((p for inside in shared if len(inside) > 1 for p in inside), default=span.i)
+        self.largest, self.at = slice(6, 7 + 2 * self.count), 7 + 6 * self.count
+        self.times = slice(7 + 5 * self.count, self.at)
 
     def of(self, atoms: Sequence[Atom]) -> Array:
         """The columns of every atom."""
@@ -559,7 +566,7 @@ class Totals:
         plain = np.zeros(kept.shape)
         plain[:, self.plain] = kept[:, self.plain]
         times = time.sum(1)[:, None] + beside.cumsum(1) - (hides.cumsum(1) - hides)
-        numbers[:, 6:] = np.concatenate([largest, most, summed, plain, gradients, times], 1)
+        numbers[:, 7:] = np.concatenate([largest, most, summed, plain, gradients, times], 1)
         for row, atom in zip(numbers, atoms, strict=True):
             self._once(row, atom)
         blocks = [p - span.i for p in self.blocks]
@@ -575,9 +582,11 @@ class Totals:
                 row[0] += sum(item.parts) + span.in_flight * item.kept
                 row[1] += span.in_flight * item.entered
                 row[2:5] += sum(item.parts) + item.stepping, sum(item.parts), item.summed
-                row[5] = max(row[5], item.largest)
-                for p in {*item.positions}.intersection(self.positions):
-                    row[6 + p - span.i] = max(row[6 + p - span.i], item.largest)
+                row[6] = max(row[6], item.largest)
+                inside = {*item.positions}.intersection(self.positions)
+                row[5] += item.waiting * (len(inside) > 1)
+                for p in inside:
+                    row[7 + p - span.i] = max(row[7 + p - span.i], item.largest)
         for many in atom.crossings:
             pairs = list(zip(many.homes.tolist(), many.users.tolist(), strict=True))
             for values in [pairs] if many.one else [[pair] for pair in pairs]:
@@ -598,13 +607,13 @@ class Totals:
         return both
 
     def under(self, numbers: Array, modes: Whole) -> Array:
-        """Seconds, bytes before backward, the next four columns of `numbers`; of every position the largest tensor, the
+        """Seconds, bytes before backward, the next five columns of `numbers`; of every position the largest tensor, the
         largest parameter whose gradient ranks sum, bytes of all such, those of a block to run again, all that are there
         besides; all besides what stages make for themselves, and seconds as in `times`: of every row under its own
         modes. More of anything is no column less."""
         count = self.count
-        found = np.zeros((len(numbers), 7 + 6 * count))
-        again_at, alone, times = 6 + 3 * count, 6 + 5 * count, slice(7 + 5 * count, None)
+        found = np.zeros((len(numbers), 8 + 6 * count))
+        again_at, alone, times = 7 + 3 * count, 7 + 5 * count, slice(8 + 5 * count, None)
         found[:, 1], found[:, 2:again_at] = numbers[:, 0], numbers[:, 2:again_at]
         found[:, times] = numbers[:, self.times]
         found[:, 1] += numbers[:, 1] * (modes > 0).any(1)
@@ -622,16 +631,17 @@ class Totals:
         before = self.blocks[0] - self.span.i if self.blocks else 0
         found[:, again_at + count : alone] = found[:, 1:2] - later + there
         found[:, again_at + count :][:, :before] -= of_blocks[:, None]
+        found[:, again_at + count :][:, : max(self.last - self.span.i, 0)] += numbers[:, 5:6]
         found[:, alone] = found[:, 1] - plain.sum(1) - of_blocks + gradients.sum(1)
         return found
 
     def bytes(self, found: Array) -> Array:
         """Bytes on a rank, of what `under` gives."""
-        columns = found[:, 6 : 7 + 5 * self.count]
+        columns = found[:, 7 : 8 + 5 * self.count]
         largest, most, summed, again, there = np.split(columns[:, :-1], 5, axis=1)
         ending = found[:, 3] + self.training.ending(found[:, 4], most.max(1, initial=0.0))
         moments = there + self._moment(largest, most, summed, again, self.alone)
-        alone = columns[:, -1] + 2 * found[:, 5]
+        alone = columns[:, -1] + 2 * found[:, 6]
         return np.maximum.reduce([found[:, 1], found[:, 2], ending, alone, moments.max(1, initial=0.0)])
 
     def _moment(self, largest: Array, most: Array, summed: Array, again: Array | float, alone: Any) -> Array:
@@ -640,7 +650,7 @@ class Totals:
 
     def least_bytes(self, found: Array, ahead: Array) -> Array:
         """Bytes on a rank at least, if so many are still to come: nothing is gone when the last backward starts."""
-        largest, most, summed = (found[:, 5 + k * self.count] for k in (1, 2, 3))
+        largest, most, summed = (found[:, 6 + k * self.count] for k in (1, 2, 3))
         moment = self._moment(largest, most, summed, 0.0, self.alone[-1]) * (self.priced.m > 1)
         return np.maximum(self.bytes(found), found[:, 1] + ahead + moment)
 

@@ -448,10 +448,8 @@ def _split(x: Tensor, group: Group) -> list[Tensor]:
 
 
 def _gathered(x: Tensor, group: Group) -> None:
-    slices = [part.chunk(group.size)[group.rank] for part in _split(x, group)]
-    wholes = gather(slices, [torch.Size((part.numel() * group.size,)) for part in slices], group)
-    for part, whole in zip(_split(x, group), wholes, strict=True):
-        part[: whole.numel()].copy_(whole[: part.numel()])
+    parts = _split(x, group)
+    gather([part.chunk(group.size)[group.rank] for part in parts], parts, group)
 
 
 COLLECTIVES: Mapping[str, Callable[[Tensor, Group], Any]] = {
