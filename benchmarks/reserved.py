@@ -41,8 +41,9 @@ from autopart.schedules import in_flight
 from autopart.tenants import Tenants, found_in
 from benchmarks.published import Published
 
-PLANNED_LOGITS = 3
-"""Float32 tensors of the logits that a plan counts: log-softmax, its gradient, the logits'."""
+PLANNED_LOGITS = {False: 3.0, True: 2.5}
+"""Float32 tensors of the logits that a plan counts: log-softmax, its gradient, the logits'; where logits are split:
+exponentials, the logits' gradient, in float32 and, half as large, in bfloat16."""
 STATES = 2
 """Float32 tensors as large as a rank's slices of parameters that AdamW makes in its first step."""
 
@@ -64,7 +65,7 @@ def besides(plan: Plan, row: Published, stage: int, held: Tenants) -> dict[str, 
     found = {"again": -narrow * row.again * tokens * len(blocks)}
     slices = wide * (root + sum(blocks)) / plan.dp
     if stage == stages - 1 and row.logits is not None:
-        found["logits"] = 4 * (row.logits - PLANNED_LOGITS) * tokens * row.words
+        found["logits"] = 4 * (row.logits - PLANNED_LOGITS[plan.tp > 1]) * tokens * row.words
         merged = narrow * tokens * row.words * plan.micro_batches if stages > 1 else 0.0
         largest = row.widest * tokens * row.words
         found["late"] = late(max(merged, wide * root), largest, STATES * slices)
