@@ -21,7 +21,6 @@ from autopart.measured import KIND_OF, operator_seconds
 from autopart.measured import attention_seconds as attention_tables
 from autopart.measured import product_seconds as product_tables
 from autopart.mesh import Group
-from autopart.runtime.slices import BUCKET_BYTES
 
 Array = NDArray[np.float64]
 
@@ -224,6 +223,10 @@ def peak(device: Device, dtype: torch.dtype) -> float:
         )
     return found
 
+
+BUCKET_BYTES = 64 * 2**20
+"""Bytes that tensors which travel in one message of the data-parallel axis have together at most; one alone may have
+more."""
 
 OPTIMIZER_STATES = {"sgd": 0, "momentum": 1, "adagrad": 1, "rmsprop": 1, "adam": 2, "adamw": 2}
 """Tensors of a parameter's size that torch.optim keeps for it."""

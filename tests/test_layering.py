@@ -39,6 +39,7 @@ LAYERS = (
         "prices",
         "weigh",
         "cuts",
+        "ranges",
         "stages",
         "naming",
         "spelling",

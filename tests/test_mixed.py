@@ -13,11 +13,10 @@ import pytest
 from torch import nn
 
 import autopart
-from autopart.cost import Training
+from autopart.cost import BUCKET_BYTES, Training
 from autopart.errors import PartitionError
 from autopart.mesh import Mesh
 from autopart.runtime.launch import launch
-from autopart.runtime.slices import BUCKET_BYTES
 
 WORKER = Path(__file__).with_name("mixed_worker.py")
 MIXED = {"precision": "bfloat16", "master": "float32"}

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
+from autopart.cost import BUCKET_BYTES
+
 if TYPE_CHECKING:
     from autopart.runtime.groups import Group
 
 Tensor = torch.Tensor
-BUCKET_BYTES = 64 * 2**20
 
 
 def buckets(tensors: Sequence[Tensor], times: int = 1) -> Iterator[list[int]]:
