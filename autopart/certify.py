@@ -411,22 +411,25 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
     made = sum(stepped) if training.together else max(stepped, default=0.0)
     made = max(made, training.ending(sum(messages), max(messages, default=0.0)))
     arriving = on_its_way(sum(crossing.size for crossing in graph.received), flights, plan.micro_batches)
-    absent = _gradients(plan, folded, choices, span, graph.index) if plan.micro_batches == 1 else {}
-    transient = max(-sum(absent.values()), made - flights * kept - arriving)
+    own = _gradients(plan, folded, choices, span, graph.index)
+    backwards = [(own, 0.0), ({}, kept)][:flights] if flights == plan.micro_batches else [({}, 0.0)]
+    transient = made - flights * kept - arriving
     of_blocks = [run for run in span if _is_block(folded.labels[run])]
     waits = _waiting(plan, folded, choices, span, graph.index)
-    for run in (*span, SETUP_RUN):
-        largest = max((half_in_backward(n) for n in nodes.get(run, ())), default=0.0)
-        own = summed.get(run) or [0.0]
-        again = whole[run] + wide[run] - results[run] if run in rerun else 0.0
-        moment = largest + training.gathered(sum(own)) + again
-        moment = largest + max(moment, training.summing(sum(own), max(own), len(own) == 1))
-        moment -= sum(size for r, size in whole.items() if r > run and not _is_block(folded.labels[r]))
-        moment -= sum(size for r, size in absent.items() if r < run != SETUP_RUN)
-        moment += sum(waits.values()) if SETUP_RUN < run < max(waits, default=0) else 0.0
-        if all(run < block for block in of_blocks):
-            moment -= sum(of_run.get(block, 0.0) for block in of_blocks)
-        transient = max(transient, moment)
+    for absent, gone in backwards:
+        transient = max(transient, -sum(absent.values()) - gone)
+        for run in (*span, SETUP_RUN):
+            largest = max((half_in_backward(n) for n in nodes.get(run, ())), default=0.0)
+            read = summed.get(run) or [0.0]
+            again = whole[run] + wide[run] - results[run] if run in rerun else 0.0
+            moment = largest + training.gathered(sum(read)) + again
+            moment = largest + max(moment, training.summing(sum(read), max(read), len(read) == 1)) - gone
+            moment -= sum(size for r, size in whole.items() if r > run and not _is_block(folded.labels[r]))
+            moment -= sum(size for r, size in absent.items() if r < run != SETUP_RUN)
+            moment += sum(waits.values()) if SETUP_RUN < run < max(waits, default=0) else 0.0
+            if all(run < block for block in of_blocks):
+                moment -= sum(of_run.get(block, 0.0) for block in of_blocks)
+            transient = max(transient, moment)
     names = ("parameters", "gradients", "optimizer", "activations", "messages", "transient")
     return dict(zip(names, (*parts, flights * kept, arriving, transient), strict=True))
 

@@ -5,7 +5,7 @@ alive. What a plan says of a stage's memory is the sum of these.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -82,9 +82,13 @@ def leaves(
     kept = [Leaf(k.block, k.name, k.kind, flights * k.bytes) for k in _kept(space.folded, graph, span, modes)]
     _, takes = messages(space, found, span, index)
     arriving = on_its_way(takes, flights, space.micro_batches(found.point))
+    moments = [*_backwards(space, found, choices, graph, span, modes, flights, _bytes(kept) / flights)]
     kept += [Leaf(SETUP, "of other stages, on its way", "messages", arriving)] if arriving else []
-    moment = _moment(space, found, choices, graph, span, modes, _bytes(kept))
-    return [*_owned(space, found, choices, span), *kept, *moment]
+    gone = Leaf(SETUP, "activations and messages, gone by then", "transient", -_bytes(kept))
+    made = _ending(space, found, choices, span)
+    moments.append([Leaf(SETUP, "made at the end of a step", "transient", made), gone])
+    most = max(moments, key=_bytes)
+    return [*_owned(space, found, choices, span), *kept, *(most if _bytes(most) else ())]
 
 
 def messages(space: Space, found: Found, span: tuple[int, int], index: int) -> tuple[float, float]:
@@ -159,20 +163,6 @@ def _taken(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     return [n for n in taken if info(n).kind not in OWNED]
 
 
-def _moment(
-    space: Space, found: Found, choices: Choices, graph: StageGraph, span: tuple[int, int], modes: Sequence[str],
-    kept: float,
-) -> list[Leaf]:  # fmt: skip
-    """What exists at the moment when most does, besides what is kept: in a run's backward or while the optimizer steps,
-    less what is gone by then (`kept` is all of it, in bytes) or not there yet."""
-    stepping = _ending(space, found, choices, span)
-    moments = [*_backward(space, found, choices, graph, span, modes)]
-    moments.append([Leaf(SETUP, "made at the end of a step", "transient", stepping)])
-    moments[-1].append(Leaf(SETUP, "activations and messages, gone by then", "transient", -kept))
-    most = max(moments, key=_bytes)
-    return most if _bytes(most) else []
-
-
 def _bytes(some: Iterable[Leaf]) -> float:
     return sum(leaf.bytes for leaf in some)
 
@@ -193,14 +183,31 @@ def _ending(space: Space, found: Found, choices: Choices, span: tuple[int, int])
     return max(made, float(training.ending(sum(summed), max(summed, default=0.0))))
 
 
+def _backwards(
+    space: Space, found: Found, choices: Choices, graph: StageGraph, span: tuple[int, int], modes: Sequence[str],
+    flights: int, one: float,
+) -> Iterator[list[Leaf]]:  # fmt: skip
+    """What exists at the moments of a step's backwards besides what is kept, less what is gone or not there yet. Where
+    all micro-batches are in flight before the first backward there are no gradients then, and one micro-batch, which
+    keeps `one` bytes, less afterwards."""
+    own = _own_gradients(space, found, choices, span)
+    if flights < space.micro_batches(found.point):
+        yield from _backward(space, found, choices, graph, span, modes, {})
+        return
+    yield from _backward(space, found, choices, graph, span, modes, own)
+    gone = Leaf(SETUP, "activations of a micro-batch, gone by then", "transient", -one)
+    for moment in _backward(space, found, choices, graph, span, modes, {}) if flights > 1 else ():
+        yield [*moment, gone]
+
+
 def _backward(
-    space: Space, found: Found, choices: Choices, graph: StageGraph, span: tuple[int, int], modes: Sequence[str]
-) -> Iterator[list[Leaf]]:
+    space: Space, found: Found, choices: Choices, graph: StageGraph, span: tuple[int, int], modes: Sequence[str],
+    own: Mapping[int, float],
+) -> Iterator[list[Leaf]]:  # fmt: skip
     """What exists in the backward of every run: its largest tensor and another as large (of a loss: the gradients of
     logits and of their log-softmax), its parameters, where it gathers them, and what a block that is run again keeps
     until it is done; or, when that is gone and ranks sum its gradients, these. Gone by then is what later runs kept; of
-    blocks, only before the first of them. In a step of one micro-batch earlier runs have no gradients yet, and none has
-    before backward."""
+    blocks, only before the first of them; not there yet are those of `own`, gradients by position, that come later."""
     folded, training = space.folded, space.training(found.point)
     nodes = dict(zip(graph.indices, (mine for _, mine in graph.runs), strict=True))
     inside: dict[int, float] = defaultdict(float)
@@ -210,7 +217,6 @@ def _backward(
             inside[run] += memory.size
         for run, size in memory.wide.items():
             wide[run] += size
-    own = _own_gradients(space, found, choices, span)
     early, late, of_blocks = sum(own.values()), 0.0, 0.0
     positions = [(p, folded.sequence[p], mode) for p, mode in zip(range(*span), modes, strict=True)]
     last, waiting = _waiting(space, found, choices, span)
@@ -268,10 +274,8 @@ def _waiting(space: Space, found: Found, choices: Choices, span: tuple[int, int]
 
 
 def _own_gradients(space: Space, found: Found, choices: Choices, span: tuple[int, int]) -> dict[int, float]:
-    """Position -> bytes of the gradients of the parameters that it alone reads, in a step of one micro-batch."""
+    """Position -> bytes of the gradients of the parameters that it alone reads."""
     folded, training = space.folded, space.training(found.point)
-    if training.micro_batches > 1:
-        return {}
     read = [
         (position, folded.parameter_at(position, node), node)
         for position, run in enumerate(folded.sequence)

@@ -21,6 +21,19 @@ Rows = NDArray[np.int_] | slice
 
 
 @dataclass
+class Moments:
+    """Bytes of every range that exist for a moment of a backward besides what is held, less what is gone by then or not
+    there yet.
+
+    late   from the first block on: a row for each of MODES, the furthest that blocks are run again
+    early  at the positions before, where no block keeps anything of that micro-batch
+    """
+
+    late: Array
+    early: Array
+
+
+@dataclass
 class Ranges:
     """What every range of positions costs under one choice of splits.
 
@@ -28,9 +41,7 @@ class Ranges:
     state     bytes of parameters, gradients and optimizer states
     kept      bytes per micro-batch, nothing run again;  blocks_kept: of them what blocks keep
     takes     bytes of a micro-batch's values that come from earlier ranges
-    late      bytes that exist for a moment besides, less what is gone by then or not there yet: a row for each of
-              MODES, the furthest that blocks are run again
-    early     likewise at the positions before the first block, where no block keeps anything of that micro-batch
+    first     what exists besides in a step's first backward, before which there are no gradients;  others: in others
     stepping  bytes that are made at the end of a step, when nothing is kept
     entered   bytes that several blocks take, kept if one of them is run again
     again     seconds that each of MODES adds at every position
@@ -45,8 +56,8 @@ class Ranges:
     kept: Array
     blocks_kept: Array
     takes: Array
-    late: Array
-    early: Array
+    first: Moments
+    others: Moments
     stepping: Array
     entered: Array
     again: Array
@@ -62,8 +73,19 @@ class Ranges:
 
     def held(self, where: Rows, in_flight: int) -> Array:
         """Bytes of some ranges when most is alive, nothing run again, with that many micro-batches in flight."""
-        kept = self.state[where] + in_flight * self.kept[where] + self.arriving(where, in_flight)
-        return kept + np.maximum(self.late[0, where], self.early[where] - self.blocks_kept[where])
+        state = self.state[where] + self.arriving(where, in_flight)
+        each = [
+            flights * self.kept[where] + np.maximum(m.late[0, where], m.early[where] - self.blocks_kept[where])
+            for m, flights in self._backwards(in_flight)
+        ]
+        return np.asarray(state + np.maximum.reduce(each))
+
+    def _backwards(self, in_flight: int) -> list[tuple[Moments, int]]:
+        """The moments that count, with the micro-batches in flight then. Where all are in flight before the first
+        backward, there are no gradients then, and one micro-batch less afterwards."""
+        if in_flight < self.micro_batches:
+            return [(self.others, in_flight)]
+        return [(self.first, in_flight), (self.others, in_flight - 1)][:in_flight]
 
     def arriving(self, where: Rows, in_flight: int) -> Array:
         """Bytes of messages that are on their way then."""
@@ -112,21 +134,22 @@ class Ranges:
 
     def _ways_to_run_again(self, where: Rows, in_flight: int, limit: float, modes: Sequence[str]) -> Iterator[Again]:
         """Run blocks again until some ranges fit, as far as each of MODES."""
-        base = self.state[where] + in_flight * (self.kept[where] + self.entered[where])
-        base += self.arriving(where, in_flight) - limit
-        for late, savings in zip(self.late, self.savings, strict=True):
+        base, each = self.state[where] + self.arriving(where, in_flight) - limit, self.kept[where] + self.entered[where]
+        for furthest, savings in enumerate(self.savings):
             steps = [s for group in savings.values() for s in group if s.mode in modes]
-            seconds, counts = self.seconds[where].copy(), []
-            short, before = base + late[where], base + self.early[where] - self.blocks_kept[where]
+            seconds, counts, short = self.seconds[where].copy(), [], []
+            for moments, flights in self._backwards(in_flight):
+                held = base + flights * each
+                short.append((held + moments.late[furthest, where], flights))
+                short.append((held + moments.early[where] - self.blocks_kept[where], flights - 1))
             for step in sorted(steps, key=lambda s: s.seconds / s.bytes):
-                needed = np.maximum(short / in_flight, before / (in_flight - 1) if in_flight > 1 else -NEVER)
+                needed = np.maximum.reduce([lacks / flights for lacks, flights in short if flights])
                 count = np.clip(np.ceil(needed / step.bytes), 0, self.blocks[step.kind][where])
                 seconds += count * step.seconds
-                short = short - count * in_flight * step.bytes
-                before = before - count * (in_flight - 1) * step.bytes
+                short = [(lacks - count * flights * step.bytes, flights) for lacks, flights in short]
                 counts.append((step, count))
             if steps:
-                yield Again(seconds, np.maximum(short, before), counts)
+                yield Again(seconds, np.maximum.reduce([lacks for lacks, _ in short]), counts)
 
 
 @dataclass(frozen=True)
@@ -165,29 +188,32 @@ def ranges(
     seconds = _sums(found.forward + found.backward + found.again[least, everywhere] + found.sync / turns)
     seconds += exposed(found.beside, found.backward) * (found.training.backwards / turns)
     state, kept, blocks_kept = (_sums(x) for x in (found.parts.sum(0), each, np.where(block, each, 0.0)))
-    largest, alone, training = found.largest.copy(), micro_batches == 1, found.training
+    largest, training = found.largest.copy(), found.training
     for item in found.items:
         np.maximum.at(largest, list(item.positions), item.largest)
     summed, most, _ = found.summed
     gathered, summing = training.gathered(summed), training.summing(summed, most, found.alone)
-    first = _next(np.flatnonzero(block), n)
     depth = 1 + max(
         (MODES.index(m) for modes, mine in zip(allowed, block, strict=True) if mine for m in modes), default=0
     )
-    late, early = np.empty((depth, len(seconds))), np.empty(len(seconds))
-    for furthest, row in enumerate(late):
-        again = found.run_again(
-            np.array([_furthest(modes, furthest * mine) for modes, mine in zip(allowed, block, strict=True)])
+    moment = [
+        largest + np.maximum(largest + gathered + found.run_again(np.array(modes)), summing)
+        for modes in (
+            [_furthest(modes, furthest * mine) for modes, mine in zip(allowed, block, strict=True)]
+            for furthest in range(depth)
         )
-        moment = largest + np.maximum(largest + gathered + again, summing)
-        early, row[:] = _moments(found, moment, first, block, alone)
+    ]
+    first, others = (
+        _moments(found, moment, _next(np.flatnonzero(block), n), block, begins) for begins in (True, False)
+    )
     later = _sums(np.where(block, 0.0, found.kept[0]))
     stepping, entered = (_sums if training.together else _maxima)(found.stepping), np.zeros(len(seconds))
     sent = _sums(found.summed[2])
     for item in found.items:
         has = _has(item.positions, n)
         if item.largest:
-            early = np.maximum(early, has * 2 * item.largest - later)
+            for moments in (first, others):
+                moments.early = np.maximum(moments.early, has * 2 * item.largest - later)
         stepping = stepping + has * item.stepping if training.together else np.maximum(stepping, has * item.stepping)
         sent += has * item.summed
         seconds += has * (item.forward + item.backward + item.sync / turns)
@@ -206,7 +232,7 @@ def ranges(
     where = {number: np.array(kind) == number for (_, isblock, *_), number in classes.items() if isblock}
     modes = {number: may for (_, _, may, _), number in classes.items()}
     return Ranges(
-        seconds, state, kept, blocks_kept, takes, late, early, stepping, entered, found.again, kind,
+        seconds, state, kept, blocks_kept, takes, first, others, stepping, entered, found.again, kind,
         [MODES[mode] for mode in least], micro_batches, {k: _sums(mine.astype(float)) for k, mine in where.items()},
         [{k: _savings(found, k, mine, modes[k], furthest) for k, mine in where.items()} for furthest in range(depth)],
     )  # fmt: skip
@@ -244,32 +270,31 @@ def after(beside: Sequence[float], backward: Sequence[float]) -> float:
 
 
 def _moments(
-    found: Weighed, moment: Array, first: NDArray[np.int_], block: Sequence[bool], alone: bool
-) -> tuple[Array, Array]:
-    """Of every range the most that exists for a moment before its first block (`first` of every position: the block
-    that follows or is there) and from there on, with gradients that wait, less what is not there then: what later
-    positions kept, other than blocks, is gone when a position's backward runs, and of a micro-batch that is `alone` in
-    a step the earlier positions have no gradients yet, and none has before backward."""
-    n = len(moment)
+    found: Weighed, each: Sequence[Array], block_at: NDArray[np.int_], block: Sequence[bool], begins: bool
+) -> Moments:
+    """Of every range the most that exists for a moment, by `each` position's as far as blocks are run again
+    (`block_at`: of every position the block that follows or is there), with gradients that wait, less what is not there
+    then: what later positions kept, other than blocks, is gone when a position's backward runs, and in the backward
+    that `begins` a step the earlier positions have no gradients yet, and none has before it."""
+    n = len(block)
     starts, ends = spans(n)
     kept = np.concatenate([[0.0], np.cumsum(np.where(block, 0.0, found.kept[0]))])
-    gradients = np.concatenate([[0.0], np.cumsum(found.parts[1] * alone)])
-    most, less = _maxima(moment + kept[1:] - gradients[:-1]), kept[ends] - gradients[starts]
-    (last, waiting), middle = _waiting(found.items, n), np.minimum(first[starts], ends)
+    gradients = np.concatenate([[0.0], np.cumsum(found.parts[1] * begins)])
+    less, (last, waiting), middle = kept[ends] - gradients[starts], _waiting(found.items, n), block_at[starts]
+    middle = np.minimum(middle, ends)
 
-    def within(i: NDArray[np.int_], j: NDArray[np.int_]) -> Array:
-        """The most between two positions."""
-        found = np.full(len(most), -NEVER)
-        some = i < j
+    def between(most: Array, i: NDArray[np.int_], j: NDArray[np.int_]) -> Array:
+        """The most between two positions, with what waits before `last`."""
+        return np.maximum(within(most, i, np.minimum(j, last)) + waiting, within(most, np.maximum(i, last), j))
+
+    def within(most: Array, i: NDArray[np.int_], j: NDArray[np.int_]) -> Array:
+        found, some = np.full(len(most), -NEVER), i < j
         found[some] = most[place(i[some], j[some], n)]
         return found
 
-    def between(i: NDArray[np.int_], j: NDArray[np.int_]) -> Array:
-        """Likewise, with what waits before `last`."""
-        return np.maximum(within(i, np.minimum(j, last)) + waiting, within(np.maximum(i, last), j))
-
-    before, after_ = between(starts, middle) - less, between(middle, ends) - less
-    return before, np.maximum(after_, gradients[starts] - gradients[ends])
+    most = [_maxima(moment + kept[1:] - gradients[:-1]) for moment in each]
+    late = [np.maximum(between(m, middle, ends) - less, gradients[starts] - gradients[ends]) for m in most]
+    return Moments(np.array(late), between(most[0], starts, middle) - less)
 
 
 def _waiting(items: Sequence[Item], n: int) -> tuple[NDArray[np.int_], Array]:

@@ -86,7 +86,7 @@ def _shortage(space: Space, point: Point, way: Way) -> Shortage | None:
         "all parameters, gradients and optimizer states": way.ranges.state[here],
         f"activations of {flights} micro-batches before any is recomputed": flights * way.ranges.kept[here],
         "messages on their way": float(way.ranges.arriving(np.array([here]), flights)[0]),
-        "the largest tensors of the moment": way.ranges.late[0, here],
+        "the largest tensors of the moment": way.ranges.others.late[0, here],
     }
     for name, size in sorted(_parameters(space, point, way, stages[stage]).items(), key=lambda item: -item[1])[:2]:
         parts[f"{name} with gradient and states"] = size

@@ -158,7 +158,8 @@ class Model:
 @dataclass(frozen=True)
 class Costs:
     """Of every priced variable: seconds of a micro-batch with its share of gradient sync but what can be hidden, bytes
-    of state and kept. In a step of one micro-batch gradients are no state: there are none yet when most is kept."""
+    of state and kept. Where all micro-batches are in flight at once gradients are no state: there are none when most is
+    kept."""
 
     seconds: Array
     state: Array
@@ -311,8 +312,8 @@ class Space:
             whole = np.concatenate([prices.forward, prices.change_rerun, 0.0 * prices.memory])
             kept = np.concatenate([prices.inner, 0.0 * prices.change_forward, prices.memory])
             results = np.concatenate([prices.results, nothing])
-            alone = self.micro_batches(point) == 1
-            state = np.concatenate([prices.state - alone * prices.parts[:, 1], nothing]) * places
+            none_yet = self.in_flight(point, 0) == self.micro_batches(point)
+            state = np.concatenate([prices.state - none_yet * prices.parts[:, 1], nothing]) * places
             self.costs_of[point] = tuple(
                 Costs((seconds + extra) * places, state, held * places)
                 for extra, held in ((0.0, kept), (again, results), (whole, 0.0 * kept))

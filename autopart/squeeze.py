@@ -56,37 +56,44 @@ def squeeze(
             of_blocks += kept * (group in model.blocks)
     places, link = np.maximum(model.places, 1.0), space.between_stages(point)
     sent, takes = _messages(model, prices, span, link) if link is not None else np.zeros((2, len(there)))
-    own = {p: _own_gradients(model, prices, p) * (space.micro_batches(point) == 1) for p in range(*span)}
-    gradients = sum(own.values())
+    own = {p: _own_gradients(model, prices, p) for p in range(*span)}
+    begins = in_flight == space.micro_batches(point)
+    gradients = sum(own.values()) * begins
     state = np.concatenate([prices.state, nothing]) * there - gradients
     training, summed = space.training(point), np.concatenate([prices.summed, nothing]) * (there > 0)
     largest = np.concatenate([prices.half, prices.after, 0.0 * prices.memory]) * (there > 0)
     alive, kept = space.costs(point, {}).kept / places, held * there / places
-    kept = kept + on_its_way(takes, in_flight, space.micro_batches(point))
+    one, kept = kept / in_flight, kept + on_its_way(takes, in_flight, space.micro_batches(point))
     plain = {p: np.where(model.group == model.table.group[p], alive, 0.0)
              for p in range(*span) if not model.table.block[p]}  # fmt: skip
     first = min((p for p in range(*span) if model.table.block[p]), default=span[1])
-    gone = sum(plain.values()) + of_blocks * there / places - gradients
-    peak = [row - gone for row in _one_by_one(model, np.where(model.group < 0, 2 * largest, 0.0))]
+    last, waiting = _waiting(model, prices, span)
     stepping = np.concatenate([prices.stepping, nothing]) * (there if training.together else there > 0)
     ends = [
         *([stepping] if training.together else _one_by_one(model, stepping)),
         training.ending(summed, summed) * there,
     ]
-    peak += [row - kept + gradients for row in ends]
-    last, waiting = _waiting(model, prices, span)
-    seen = set()
-    for p in range(*span):
-        mine, later = model.group == model.table.group[p], (k for q, k in plain.items() if q > p)
-        gone = sum(later) - sum(own[q] for q in range(p, span[1])) + of_blocks * there / places * (p < first)
-        gone = gone - waiting * (p < last)
-        if (at := (model.table.group[p], gone.tobytes())) in seen:
-            continue
-        seen.add(at)
-        whole = np.where(mine, training.gathered(summed), 0.0) + again.get(model.table.group[p], 0.0) / places - gone
-        summing = np.where(mine, training.summing(summed, summed, model.sizes.alone[p]), 0.0) - gone
-        for row in (*_one_by_one(model, np.where(mine, largest, 0.0)), np.zeros(len(there))):
-            peak += [2 * row + whole, row + summing]
+    peak = [row - kept + gradients for row in ends]
+    of_stage = _one_by_one(model, np.where(model.group < 0, 2 * largest, 0.0))
+    backwards = [(True, 0.0 * one), (False, one)][:in_flight] if begins else [(False, 0.0 * one)]
+    for first_one, gone_before in backwards:
+        gone = sum(plain.values()) + of_blocks * there / places + gone_before - gradients
+        peak += [row - gone for row in of_stage]
+        peak.append((gradients - gone_before) * (not first_one))
+        seen = set()
+        for p in range(*span):
+            mine, later = model.group == model.table.group[p], (k for q, k in plain.items() if q > p)
+            come = sum(own[q] for q in range(p, span[1])) if first_one else gradients
+            gone = sum(later) + of_blocks * there / places * (p < first) + gone_before - come - waiting * (p < last)
+            if (at := (model.table.group[p], gone.tobytes())) in seen:
+                continue
+            seen.add(at)
+            whole = (
+                np.where(mine, training.gathered(summed), 0.0) + again.get(model.table.group[p], 0.0) / places - gone
+            )
+            summing = np.where(mine, training.summing(summed, summed, model.sizes.alone[p]), 0.0) - gone
+            for row in (*_one_by_one(model, np.where(mine, largest, 0.0)), np.zeros(len(there))):
+                peak += [2 * row + whole, row + summing]
     rows = np.array(peak)
     row, variable = np.nonzero(rows)
     entries = row, variable, rows[row, variable]

@@ -532,12 +532,12 @@ PER_BLOCK = 6
 class Totals:
     """What a stage costs, from what its combinations add, in columns: bytes before backward, what several blocks take,
     state with what the optimizer makes while it steps, state, parameters whose gradients ranks sum, gradients that wait
-    for those of an earlier position, the largest tensor of what stages make for themselves; at every position the
-    largest tensor, the largest parameter whose gradient ranks sum, bytes of all such, kept if it is no block, gradients
-    that were not there before backward, seconds of the stage if the link is busy from the end of the position's
-    backward until the gradients of all before it have come; then for every block: seconds that running it again takes,
-    cheap operators alone and all; bytes it keeps whole, of products, of what it takes, and more than whole once it is
-    run again (`PER_BLOCK` columns)."""
+    for those of an earlier position, what several positions keep, the largest tensor of what stages make for
+    themselves; at every position the largest tensor, the largest parameter whose gradient ranks sum, bytes of all such,
+    kept if it is no block, gradients that were not there before backward, seconds of the stage if the link is busy from
+    the end of the position's backward until the gradients of all before it have come; then for every block: seconds
+    that running it again takes, cheap operators alone and all; bytes it keeps whole, of products, of what it takes, and
+    more than whole once it is run again (`PER_BLOCK` columns)."""
 
     def __init__(self, priced: Priced, span: Span) -> None:
         self.priced, self.span = priced, span
@@ -550,8 +550,11 @@ class Totals:
         places = itertools.chain.from_iterable(priced.table.state.values())
         shared = [[p for p in users if p in self.positions] for users in places]
         self.last = max((p for inside in shared if len(inside) > 1 for p in inside), default=span.i)
-        self.largest, self.at = slice(6, 7 + 2 * self.count), 7 + 6 * self.count
-        self.times = slice(7 + 5 * self.count, self.at)
+        self.largest, self.at = slice(7, 8 + 2 * self.count), 8 + 6 * self.count
+        self.times = slice(8 + 5 * self.count, self.at)
+        self.begins = span.in_flight == priced.m
+        self.backwards = [True, False][: span.in_flight] if self.begins else [False]
+        self.seconds_at = 8 + 4 * self.count + len(self.backwards) * (self.count + 2)
 
     def of(self, atoms: Sequence[Atom]) -> Array:
         """The columns of every atom."""
@@ -560,13 +563,13 @@ class Totals:
         time, beside, hides, again, whole, kept, results, entered, state, *rest = each.transpose(1, 0, 2)
         largest, summed, most, own, stepping, gradients, wide = rest
         numbers = np.zeros((len(atoms), self.at))
-        gradients = gradients * (self.priced.m == 1)
+        gradients = gradients * self.begins
         numbers[:, 0] = (state - gradients).sum(1) + span.in_flight * kept[:, self.plain].sum(1)
         numbers[:, 2:5] = np.stack([state + stepping, state, own]).sum(2).T
         plain = np.zeros(kept.shape)
         plain[:, self.plain] = kept[:, self.plain]
         times = time.sum(1)[:, None] + beside.cumsum(1) - (hides.cumsum(1) - hides)
-        numbers[:, 7:] = np.concatenate([largest, most, summed, plain, gradients, times], 1)
+        numbers[:, 8:] = np.concatenate([largest, most, summed, plain, gradients, times], 1)
         for row, atom in zip(numbers, atoms, strict=True):
             self._once(row, atom)
         blocks = [p - span.i for p in self.blocks]
@@ -582,11 +585,12 @@ class Totals:
                 row[0] += sum(item.parts) + span.in_flight * item.kept
                 row[1] += span.in_flight * item.entered
                 row[2:5] += sum(item.parts) + item.stepping, sum(item.parts), item.summed
-                row[6] = max(row[6], item.largest)
+                row[6] += item.kept
+                row[7] = max(row[7], item.largest)
                 inside = {*item.positions}.intersection(self.positions)
                 row[5] += item.waiting * (len(inside) > 1)
                 for p in inside:
-                    row[7 + p - span.i] = max(row[7 + p - span.i], item.largest)
+                    row[8 + p - span.i] = max(row[8 + p - span.i], item.largest)
         for many in atom.crossings:
             pairs = list(zip(many.homes.tolist(), many.users.tolist(), strict=True))
             for values in [pairs] if many.one else [[pair] for pair in pairs]:
@@ -607,50 +611,56 @@ class Totals:
         return both
 
     def under(self, numbers: Array, modes: Whole) -> Array:
-        """Seconds, bytes before backward, the next five columns of `numbers`; of every position the largest tensor, the
-        largest parameter whose gradient ranks sum, bytes of all such, those of a block to run again, all that are there
-        besides; all besides what stages make for themselves, and seconds as in `times`: of every row under its own
-        modes. More of anything is no column less."""
+        """Seconds, bytes before backward, the next six columns of `numbers`; of every position the largest tensor, the
+        largest parameter whose gradient ranks sum, bytes of all such, those of a block to run again; for every of
+        `backwards` all that are there at every position besides, all besides what stages make for themselves, and all
+        before it; and seconds as in `times`: of every row under its own modes. More of anything is no column less."""
         count = self.count
-        found = np.zeros((len(numbers), 8 + 6 * count))
-        again_at, alone, times = 7 + 3 * count, 7 + 5 * count, slice(8 + 5 * count, None)
+        found = np.zeros((len(numbers), self.seconds_at + count))
+        again_at, before = 8 + 3 * count, self.blocks[0] - self.span.i if self.blocks else 0
         found[:, 1], found[:, 2:again_at] = numbers[:, 0], numbers[:, 2:again_at]
-        found[:, times] = numbers[:, self.times]
-        found[:, 1] += numbers[:, 1] * (modes > 0).any(1)
-        rows, of_blocks = np.arange(len(numbers)), np.zeros(len(numbers))
+        times = numbers[:, self.times].copy()
+        rows, of_blocks, several = np.arange(len(numbers)), np.zeros(len(numbers)), numbers[:, 1] * (modes > 0).any(1)
         for b in range(len(self.blocks)):
             again, whole, kept, results, entered, wide = self.block(numbers, b).T
             mode, place = modes[:, b], again_at + self.blocks[b] - self.span.i
-            found[:, times] += np.stack([0.0 * again, again, whole])[mode, rows][:, None]
+            times += np.stack([0.0 * again, again, whole])[mode, rows][:, None]
             of_blocks += np.stack([kept, results + entered, entered])[mode, rows]
             found[:, place] = np.stack([0.0 * kept, kept + wide - results, kept + wide])[mode, rows]
-        found[:, 0] = found[:, times].max(1)
-        found[:, 1] += self.span.in_flight * of_blocks
+        found[:, 0], found[:, self.seconds_at :] = times.max(1), times
+        found[:, 1] += several + self.span.in_flight * of_blocks
         plain, gradients = np.split(numbers[:, again_at : again_at + 2 * count], 2, axis=1)
-        later, there = plain[:, ::-1].cumsum(1)[:, ::-1] - plain, gradients[:, ::-1].cumsum(1)[:, ::-1]
-        before = self.blocks[0] - self.span.i if self.blocks else 0
-        found[:, again_at + count : alone] = found[:, 1:2] - later + there
-        found[:, again_at + count :][:, :before] -= of_blocks[:, None]
-        found[:, again_at + count :][:, : max(self.last - self.span.i, 0)] += numbers[:, 5:6]
-        found[:, alone] = found[:, 1] - plain.sum(1) - of_blocks + gradients.sum(1)
+        later = plain[:, ::-1].cumsum(1)[:, ::-1] - plain
+        one = (plain.sum(1) + of_blocks + numbers[:, 6] + several / self.span.in_flight)[:, None]
+        for k, first in enumerate(self.backwards):
+            come = gradients[:, ::-1].cumsum(1)[:, ::-1] if first else gradients.sum(1, keepdims=True)
+            held = found[:, 1:2] - (one if self.begins and not first else 0.0)
+            there, at = held - later + come, again_at + count + k * (count + 2)
+            there[:, :before] -= of_blocks[:, None]
+            there[:, : max(self.last - self.span.i, 0)] += numbers[:, 5:6]
+            found[:, at : at + count] = there
+            found[:, at + count] = held[:, 0] - plain.sum(1) - of_blocks + gradients.sum(1)
+            found[:, at + count + 1] = held[:, 0] + (0.0 if first else gradients.sum(1))
         return found
 
     def bytes(self, found: Array) -> Array:
         """Bytes on a rank, of what `under` gives."""
-        columns = found[:, 7 : 8 + 5 * self.count]
-        largest, most, summed, again, there = np.split(columns[:, :-1], 5, axis=1)
-        ending = found[:, 3] + self.training.ending(found[:, 4], most.max(1, initial=0.0))
-        moments = there + self._moment(largest, most, summed, again, self.alone)
-        alone = columns[:, -1] + 2 * found[:, 6]
-        return np.maximum.reduce([found[:, 1], found[:, 2], ending, alone, moments.max(1, initial=0.0)])
+        count = self.count
+        largest, most, summed, again = np.split(found[:, 8 : 8 + 4 * count], 4, axis=1)
+        each = [found[:, 1], found[:, 2], found[:, 3] + self.training.ending(found[:, 4], most.max(1, initial=0.0))]
+        for k in range(len(self.backwards)):
+            there = found[:, 8 + 4 * count + k * (count + 2) :][:, : count + 2]
+            moments = there[:, :count] + self._moment(largest, most, summed, again, self.alone)
+            each += [moments.max(1, initial=0.0), there[:, count] + 2 * found[:, 7], there[:, count + 1]]
+        return np.maximum.reduce(each)
 
     def _moment(self, largest: Array, most: Array, summed: Array, again: Array | float, alone: Any) -> Array:
         backward = largest + self.training.gathered(summed) + again
         return largest + np.maximum(backward, self.training.summing(summed, most, alone))
 
     def least_bytes(self, found: Array, ahead: Array) -> Array:
-        """Bytes on a rank at least, if so many are still to come: nothing is gone when the last backward starts."""
-        largest, most, summed = (found[:, 6 + k * self.count] for k in (1, 2, 3))
+        """Bytes on a rank at least, if so many are still to come: nothing is gone when the first backward starts."""
+        largest, most, summed = (found[:, 7 + k * self.count] for k in (1, 2, 3))
         moment = self._moment(largest, most, summed, 0.0, self.alone[-1]) * (self.priced.m > 1)
         return np.maximum(self.bytes(found), found[:, 1] + ahead + moment)
 
