@@ -384,6 +384,7 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
     rerun = [run for run in nodes if modes.get(run, "none") != "none"]
     whole: dict[int, float] = defaultdict(float)
     wide: dict[int, float] = defaultdict(float)
+    products: dict[int, float] = defaultdict(float)
     kept = 0.0
     for memory in graph.kept.values():
         for run, size in memory.wide.items():
@@ -393,17 +394,16 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
             kept += memory.size
         else:
             whole[run] += memory.size
+            products[run] += memory.size * memory.product
     of_run = {run: 0.0 if run in rerun else size for run, size in whole.items()}
-    results: dict[int, float] = defaultdict(float)
     shared: set[fx.Node] = set()
     for run in nodes if rerun else ():
         taken = _taken(nodes[run]) if run != SETUP_RUN and _is_block(folded.labels[run]) else []
         shared.update(n for n in taken if info(n).several)
         entered = sum(info(n).size for n in taken if run in rerun and not info(n).several)
-        if modes.get(run) == "selective":
-            products = [info(n) for n in nodes[run] if info(n).product and not info(n).view]
-            results[run] = sum(r.size + r.inner for r in products)
-        of_run[run] = of_run.get(run, 0.0) + entered + results[run]
+        by_products = [info(n) for n in nodes[run] if info(n).product and not info(n).view]
+        results = sum(r.size + r.inner for r in by_products) if modes.get(run) == "selective" else 0.0
+        of_run[run] = of_run.get(run, 0.0) + entered + results
     kept += sum(of_run.values()) + sum(info(n).size for n in shared)
     flights = in_flight(plan.schedule, graph.index, plan.pp, plan.micro_batches)
     every = [(n, r.grad, _summed(choices, r, p, "dp")) for r, p, n in _parameters(folded, choices, span, graph.index)]
@@ -421,7 +421,8 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
         for run in (*span, SETUP_RUN):
             largest = max((half_in_backward(n) for n in nodes.get(run, ())), default=0.0)
             read = summed.get(run) or [0.0]
-            again = whole[run] + wide[run] - results[run] if run in rerun else 0.0
+            there = products[run] if modes.get(run) == "selective" else 0.0
+            again = whole[run] + wide[run] - there if run in rerun else 0.0
             moment = largest + training.gathered(sum(read)) + again
             moment = largest + max(moment, training.summing(sum(read), max(read), len(read) == 1)) - gone
             moment -= sum(size for r, size in whole.items() if r > run and not _is_block(folded.labels[r]))

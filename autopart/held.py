@@ -142,18 +142,13 @@ def _kept(folded: Folded, graph: StageGraph, span: tuple[int, int], modes: Seque
 
 def _kept_again(nodes: Sequence[fx.Node], mode: str) -> Iterator[tuple[str, float]]:
     """What a block keeps for a micro-batch where it is run again, besides what other blocks take too."""
-    yield from _results(nodes) if mode == "selective" else ()
-    for node in _taken(nodes):
-        if not info(node).several:
-            yield f"{_operator(node)}, taken", info(node).size
-
-
-def _results(nodes: Sequence[fx.Node]) -> Iterator[tuple[str, float]]:
-    """What matrix products give, with what they keep."""
-    for node in nodes:
+    for node in nodes if mode == "selective" else ():
         record = info(node)
         if record.product and not record.view:
             yield _operator(node), record.size + record.inner
+    for node in _taken(nodes):
+        if not info(node).several:
+            yield f"{_operator(node)}, taken", info(node).size
 
 
 def _taken(nodes: Sequence[fx.Node]) -> list[fx.Node]:
@@ -212,9 +207,11 @@ def _backward(
     nodes = dict(zip(graph.indices, (mine for _, mine in graph.runs), strict=True))
     inside: dict[int, float] = defaultdict(float)
     wide: dict[int, float] = defaultdict(float)
+    products: dict[int, float] = defaultdict(float)
     for memory in graph.kept.values():
         for run in memory.runs if not memory.shared else ():
             inside[run] += memory.size
+            products[run] += memory.size * memory.product
         for run, size in memory.wide.items():
             wide[run] += size
     early, late, of_blocks = sum(own.values()), 0.0, 0.0
@@ -234,11 +231,11 @@ def _backward(
         size = half_in_backward(largest) if largest is not None else 0.0
         early -= own.get(position, 0.0)
         kept = inside[run] if mode == "none" else _bytes_of(_kept_again(nodes.get(run, ()), mode))
-        results = _bytes_of(_results(nodes.get(run, ()))) if mode == "selective" else 0.0
+        there = products[run] if mode == "selective" else 0.0
         backward = [
             ("another as large", size),
             ("parameters gathered", float(training.gathered(sum(summed)))),
-            ("what is run again", inside[run] + wide[run] - results if mode != "none" else 0.0),
+            ("what is run again", inside[run] + wide[run] - there if mode != "none" else 0.0),
         ]
         if _bytes_of(backward) < summing:
             backward = [("gradients that ranks sum, with messages", summing)]

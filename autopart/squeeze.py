@@ -41,6 +41,9 @@ def squeeze(
     nothing = np.zeros(len(prices.change_forward) + len(prices.memory))
     seconds, held, of_blocks = (np.zeros(len(there)) for _ in range(3))
     again: dict[int, Array] = {}
+    roots = np.array([model.table.nodes[model.table.keeps[keep].root].product for keep, _ in model.sizes.kept])
+    products = np.concatenate([model.sizes.product * prices.inner, 0.0 * prices.change_forward, roots * prices.memory])
+    products *= model.places
     for group in {*model.table.group, -1}:
         total = sum(counts.get(group, {}).values()) or 1
         for mode, count in (counts.get(group) or {"none": 1}).items():
@@ -50,7 +53,7 @@ def squeeze(
             kept = share * costs.kept
             if mode != "none":
                 kept += count * _entering(model, prices, group)
-                whole = np.where(mine, space.costs(point, {}).kept - (mode == "selective") * costs.kept, 0.0)
+                whole = np.where(mine, space.costs(point, {}).kept - (mode == "selective") * products, 0.0)
                 again[group] = np.maximum(again.get(group, 0.0), whole) if count else again.get(group, 0.0 * whole)
             held += in_flight * kept
             of_blocks += kept * (group in model.blocks)

@@ -44,11 +44,13 @@ class Kept:
     """Memory that autograd keeps for a micro-batch: bytes, whether several runs keep it, and the runs (in the folded
     graph; -1: what blocks share) of this stage that do.
 
-    wide   run -> bytes that it would keep besides where it is run again: there, what is gathered again is whole
+    product  whether a matrix product gave it or keeps it
+    wide     run -> bytes that it would keep besides where it is run again: there, what is gathered again is whole
     """
 
     size: float
     shared: bool
+    product: bool
     runs: set[int] = field(default_factory=set)
     wide: dict[int, float] = field(default_factory=dict)
 

@@ -63,6 +63,7 @@ class Weighed:
     forward, backward  seconds, nothing run again
     again              seconds of backward that each of MODES adds
     kept               bytes under each of MODES;  entered: of what the position alone takes, kept if it is run again
+    products           bytes of kept[0] that matrix products give or keep
     wide               bytes by which all it keeps is more once it is run again: there, what is gathered again is whole
     parts              bytes of parameters, gradients and optimizer states
     sync, beside       seconds of gradient sync, a step, that nothing hides; that the backward of positions before can
@@ -80,6 +81,7 @@ class Weighed:
     again: Array
     kept: Array
     entered: Array
+    products: Array
     wide: Array
     parts: Array
     sync: Array
@@ -95,16 +97,16 @@ class Weighed:
     def run_again(self, modes: Any) -> Array:
         """Bytes that every position makes again for its backward if it does as one of MODES says: what it keeps
         otherwise, all of it whole, less what it has kept."""
-        return np.where(modes > 0, self.kept[0] + self.wide - self.kept[1] * (modes == 1), 0.0)
+        return np.where(modes > 0, self.kept[0] + self.wide - self.products * (modes == 1), 0.0)
 
 
 def nothing_weighed(prices: Prices) -> Weighed:
     """Of all positions."""
     n = len(prices.sizes.table.labels)
-    forward, backward, entered, wide, sync, beside, largest, stepping = (np.zeros(n) for _ in range(8))
+    forward, backward, entered, products, wide, sync, beside, largest, stepping = (np.zeros(n) for _ in range(9))
     again, kept, parts, summed = (np.zeros((3, n)) for _ in range(4))
     return Weighed(
-        forward, backward, again, kept, entered, wide, parts, sync, beside, largest, summed, stepping,
+        forward, backward, again, kept, entered, products, wide, parts, sync, beside, largest, summed, stepping,
         prices.terms.training, prices.sizes.alone,
     )  # fmt: skip
 
@@ -136,6 +138,7 @@ def _weigh_nodes(found: Weighed, prices: Prices, at: NDArray[np.int_]) -> None:
         found.again[2][positions] = forward
         found.kept[0][positions] = prices.inner[mine].sum()
         found.kept[1][positions] = prices.results[mine].sum()
+        found.products[positions] = (prices.sizes.product * prices.inner)[mine].sum()
         found.largest[positions] = prices.half[mine].max(initial=0.0)
     for index, places in table.shared.items():
         i = at[index]
@@ -251,6 +254,7 @@ def _weigh_keep(found: Weighed, prices: Prices, chosen: Sequence[int], index: in
         held = float(prices.memory[prices.sizes.kept[index, kind]])
         if not keep.several:
             np.add.at(found.kept[0], keep.first, held)
+            np.add.at(found.products, keep.first, held * prices.sizes.table.nodes[keep.root].product)
             continue
         for spots in keep.spots:
             positions = tuple(sorted({p for keeper, where in spots.items() if placed[keeper] == kind for p in where}))

@@ -479,7 +479,7 @@ class Priced:
             found.forward + found.backward + found.sync / self.turns, self.share * found.beside,
             self.share * found.backward * self.prices.beside.any(), found.again[1], found.again[2],
             found.kept[0], found.kept[1], found.entered, found.parts.sum(0), found.largest, *found.summed,
-            found.stepping, found.parts[1], found.wide,
+            found.stepping, found.parts[1], found.wide, found.products,
         ])  # fmt: skip
         return Atom(each, found.items, found.crossings)
 
@@ -494,6 +494,7 @@ class Priced:
                 found.again[2][p] += prices.forward[i]
                 found.kept[0][p] += prices.inner[i]
                 found.kept[1][p] += prices.results[i]
+                found.products[p] += prices.sizes.product[i] * prices.inner[i]
                 found.largest[p] = max(found.largest[p], prices.half[i])
         for users in self.table.shared.get(index, ()):
             seconds = float(prices.forward[i]), float(prices.backward[i])
@@ -526,7 +527,7 @@ class Span:
     in_flight: int
 
 
-PER_BLOCK = 6
+PER_BLOCK = 7
 
 
 class Totals:
@@ -536,8 +537,8 @@ class Totals:
     themselves; at every position the largest tensor, the largest parameter whose gradient ranks sum, bytes of all such,
     kept if it is no block, gradients that were not there before backward, seconds of the stage if the link is busy from
     the end of the position's backward until the gradients of all before it have come; then for every block: seconds
-    that running it again takes, cheap operators alone and all; bytes it keeps whole, of products, of what it takes, and
-    more than whole once it is run again (`PER_BLOCK` columns)."""
+    that running it again takes, cheap operators alone and all; bytes it keeps whole, of products, of what it takes,
+    more than whole once it is run again, and whole besides products (`PER_BLOCK` columns)."""
 
     def __init__(self, priced: Priced, span: Span) -> None:
         self.priced, self.span = priced, span
@@ -561,7 +562,7 @@ class Totals:
         span = self.span
         each = np.stack([a.each[:, span.i : span.j] for a in atoms])
         time, beside, hides, again, whole, kept, results, entered, state, *rest = each.transpose(1, 0, 2)
-        largest, summed, most, own, stepping, gradients, wide = rest
+        largest, summed, most, own, stepping, gradients, wide, products = rest
         numbers = np.zeros((len(atoms), self.at))
         gradients = gradients * self.begins
         numbers[:, 0] = (state - gradients).sum(1) + span.in_flight * kept[:, self.plain].sum(1)
@@ -573,7 +574,9 @@ class Totals:
         for row, atom in zip(numbers, atoms, strict=True):
             self._once(row, atom)
         blocks = [p - span.i for p in self.blocks]
-        rerun = np.stack([again, whole, kept, results, entered, wide], 2)[:, blocks].reshape(len(atoms), -1)
+        rerun = np.stack([again, whole, kept, results, entered, wide, kept - products], 2)[:, blocks].reshape(
+            len(atoms), -1
+        )
         return np.concatenate([numbers, rerun], 1)
 
     def _once(self, row: Array, atom: Atom) -> None:
@@ -622,11 +625,11 @@ class Totals:
         times = numbers[:, self.times].copy()
         rows, of_blocks, several = np.arange(len(numbers)), np.zeros(len(numbers)), numbers[:, 1] * (modes > 0).any(1)
         for b in range(len(self.blocks)):
-            again, whole, kept, results, entered, wide = self.block(numbers, b).T
+            again, whole, kept, results, entered, wide, rest = self.block(numbers, b).T
             mode, place = modes[:, b], again_at + self.blocks[b] - self.span.i
             times += np.stack([0.0 * again, again, whole])[mode, rows][:, None]
             of_blocks += np.stack([kept, results + entered, entered])[mode, rows]
-            found[:, place] = np.stack([0.0 * kept, kept + wide - results, kept + wide])[mode, rows]
+            found[:, place] = np.stack([0.0 * kept, rest + wide, kept + wide])[mode, rows]
         found[:, 0], found[:, self.seconds_at :] = times.max(1), times
         found[:, 1] += several + self.span.in_flight * of_blocks
         plain, gradients = np.split(numbers[:, again_at : again_at + 2 * count], 2, axis=1)
@@ -691,7 +694,7 @@ class Stage:
         blocks = len(self.totals.blocks)
         seconds, held = more[:, self.totals.times].copy(), more[:, 0].copy()
         for b in range(blocks):
-            again, whole, kept, results, entered, _ = self.totals.block(more, b).T
+            again, whole, kept, results, entered, *_ = self.totals.block(more, b).T
             seconds += np.min([[0.0 * again, again, whole][m] for m in self.modes], axis=0)[:, None]
             held += self.totals.span.in_flight * np.min(
                 [[kept, results + entered, entered][m] for m in self.modes], axis=0

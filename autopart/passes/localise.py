@@ -336,19 +336,19 @@ class _Localiser:
                 continue
             chosen = self.choices.of(self.folded, node, self.stage.index)
             inner = record.inner * self._grow(node) / self.choices.shares(chosen)
-            kept: list[tuple[str, Placements, float, bool, float]] = [(f"{node.name} inside", (), inner, False, 0.0)]
+            entry = self.stage.kept.setdefault((f"{node.name} inside", ()), Kept(inner, False, record.product))
+            entry.runs.add(self.home[node])
             for root in record.keeps:
                 made = by_name[root]
                 taken = self._read_as(node, made, chosen)
                 placements = tuple(map(kept_as, taken))
                 total = info(made).bytes * self.choices.grow(info(made))
                 size, whole = total / self.choices.parts(placements), total / self.choices.parts(taken)
-                kept.append((root, placements, size, len(self.folded.keepers[root]) > 1, whole - size))
-            for name, placements, size, shared, wide in kept:
-                entry = self.stage.kept.setdefault((name, placements), Kept(size, shared))
+                memory = Kept(size, len(self.folded.keepers[root]) > 1, info(made).product)
+                entry = self.stage.kept.setdefault((root, placements), memory)
                 entry.runs.add(self.home[node])
-                if wide:
-                    entry.wide[self.home[node]] = wide
+                if whole > size:
+                    entry.wide[self.home[node]] = whole - size
 
     def _read_as(self, node: fx.Node, root: fx.Node, chosen: Sequence[Strategy]) -> Placements:
         """The placement in which `node` keeps memory that `root` made: that of the operand it reads it through."""
