@@ -51,10 +51,11 @@ class PlanStage:
                       products alone ("selective") or its inputs alone ("full") and compute the others again
     forward_seconds   per micro-batch, communication included; backward_seconds likewise
     sync_seconds      a step's, to add up gradients and update parameters: what the backward does not hide
-                      (`autopart.cuts.exposed`), with the slowdown of computing meanwhile
+                      (`autopart.ranges.exposed`), with the slowdown of computing meanwhile
     send_seconds      for what it sends and receives, per micro-batch
     memory            what takes how many bytes: parameters, gradients, optimizer, activations, messages on their way
-                      from other stages, and transient, what is more than these at the moment when most is alive
+                      from other stages, and transient, what is more than these at the moment when most is alive: less
+                      than nothing where gradients come as activations go
     sends             (stage, bytes, seconds) for every stage it sends to: of a micro-batch, the seconds there and, of
                       gradients, back
     """

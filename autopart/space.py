@@ -326,7 +326,7 @@ class Space:
 
     def windows(self, point: Point) -> tuple[Array, Array]:
         """By priced variable, seconds of a turn that the gradients of a place travel and computing can hide, and that
-        the backward of a place takes which can hide them (see `cuts.exposed`)."""
+        the backward of a place takes which can hide them (see `ranges.exposed`)."""
         prices, nothing = self.priced(point), np.zeros(len(self.priced(point).memory))
         share = self.training(point).backwards / self.turns(point)
         backward = np.concatenate([prices.backward, prices.change_backward, nothing])

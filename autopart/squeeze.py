@@ -108,7 +108,7 @@ def squeeze(
 
 
 def _late(own: Array, beside: Array, backward: Array) -> Entries:
-    """Sums of which the largest is for how long gradients travel after the backward of positions (`cuts.exposed`)."""
+    """Sums of which the largest is for how long gradients travel after the backward of positions (`ranges.exposed`)."""
     done = np.cumsum(own, 0) - own
     rows = (beside * (done + own) - backward * done) * beside.any()
     row, variable = np.nonzero(rows)

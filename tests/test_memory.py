@@ -21,6 +21,7 @@ from benchmarks.memory import MIXED, Bench, Memory, Row, layers
 from benchmarks.published import read
 
 ZERO = {"dp": 2, "micro_batch": 4, **MIXED}
+SUMMED = {"dp": 2, "micro_batch": 2, "recompute": "full", **MIXED}
 NEAR = 0.02
 
 
@@ -41,6 +42,9 @@ def bench() -> Bench:
         Row("llama", 4, {"pp": 2, "tp": 2, "micro_batch": 2}),
         Row("llama", 2, {**ZERO, "zero": 1}),
         Row("llama", 2, {**ZERO, "zero": 3}),
+        *(Row(model, 2, {**SUMMED, "zero": level}) for model, level in (("llama", 1), ("gpt2", 2), ("llama", 2))),
+        Row("gpt2", 4, {**SUMMED, "zero": 3, "pp": 2}),
+        Row("gpt2", 2, {"tp": 2, "micro_batch": 4, "recompute": "full"}),
     ],
     ids=lambda row: row.name,
 )
