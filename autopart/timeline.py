@@ -166,11 +166,13 @@ def _seconds(events: list[Event], whole: float) -> dict[str, float]:
 
 def _memory(events: list[Event], stage: PlanStage, each: float) -> Iterator[tuple[float, float]]:
     """(second, bytes) of a rank: `each` from a micro-batch's forward to the end of its backward, what is transient
-    while it computes, the rest always."""
-    changes = {0.0: 0.0}
+    while it computes, the rest always; where less than that is there, from the end of the first backward on."""
+    transient = stage.memory.get("transient", 0.0)
+    lacking, transient = min(transient, 0.0), max(transient, 0.0)
+    begun = min((end for entry, _, end in events if entry.op is Op.BACKWARD), default=0.0)
+    changes = {0.0: lacking, begun: -lacking} if begun else {0.0: 0.0}
     for entry, start, end in events:
         if entry.op in COMPUTE:
-            transient = stage.memory.get("transient", 0.0)
             forward = entry.op is Op.FORWARD
             changes[start] = changes.get(start, 0.0) + transient + each * forward
             changes[end] = changes.get(end, 0.0) - transient - each * (not forward)

@@ -150,7 +150,7 @@ def test_the_last_stage_keeps_all_logits() -> None:
     _, found = more(ROWS["torchtitan_2024_12:15"], 7)
     tensor, block = 32768 * 128256 / 8, 2 * 16384 * (16384 + 1024 + 3 * 53248 / 2) / 8
     states = 2 * 4 * (15 * block + 128256 / 8 * 16384) / 8
-    assert found["outputs"] == 2 * 8 * tensor and found["logits"] == 4 * 1.5 * tensor
+    assert found["outputs"] == 2 * 8 * tensor and found["logits"] == 4 * 2.0 * tensor
     assert found["late"] == pytest.approx(2 * 8 * tensor - states, rel=1e-3)
 
 
