@@ -196,13 +196,10 @@ def ranges(
     depth = 1 + max(
         (MODES.index(m) for modes, mine in zip(allowed, block, strict=True) if mine for m in modes), default=0
     )
-    moment = [
-        largest + np.maximum(largest + gathered + found.run_again(np.array(modes)), summing)
-        for modes in (
-            [_furthest(modes, furthest * mine) for modes, mine in zip(allowed, block, strict=True)]
-            for furthest in range(depth)
-        )
-    ]
+    moment = []
+    for furthest in range(depth):
+        chosen = [_furthest(modes, furthest * mine) for modes, mine in zip(allowed, block, strict=True)]
+        moment.append(largest + np.maximum(largest + gathered + found.run_again(np.array(chosen)), summing))
     first, others = (
         _moments(found, moment, _next(np.flatnonzero(block), n), block, begins) for begins in (True, False)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -162,9 +162,11 @@ def _weigh_parameters(found: Weighed, prices: Prices, at: NDArray[np.int_]) -> N
         for positions in places if len(own) < len(places) else ():
             if len(positions) > 1:
                 sync = float(prices.sync[i] + found.training.backwards * prices.beside[i])
-                held, stepping = prices.parts[i].tolist(), float(prices.stepping[i])
-                shared = Item(positions, parts=tuple(held), sync=sync, stepping=stepping, summed=summed)
-                found.items.append(replace(shared, waiting=float(prices.waiting[i])))
+                held, stepping, waiting = prices.parts[i].tolist(), float(prices.stepping[i]), float(prices.waiting[i])
+                shared = Item(
+                    positions, parts=tuple(held), sync=sync, stepping=stepping, summed=summed, waiting=waiting
+                )
+                found.items.append(shared)
 
 
 def _weigh_flow(

@@ -47,9 +47,14 @@ def annotate_costs(traced: Traced, device: str) -> Traced:
 def _logits(graph: fx.Graph) -> None:
     """Mark what is on its way into a cross-entropy, back to the product that makes it."""
     for node in reversed(list(calls(graph))):
-        users = [user for user in node.users if user.op != "output"]
-        into = [user for user in users if operands(user)[0] is node and (info(user).logits or is_loss(info(user)))]
-        annotate(node, logits=bool(users) and len(into) == len(node.users) and not info(users[0]).product)
+        into = [
+            user.op != "output"
+            and operands(user)[0] is node
+            and not info(user).product
+            and (info(user).logits or is_loss(info(user)))
+            for user in node.users
+        ]
+        annotate(node, logits=bool(into) and all(into))
 
 
 def _counting(traced: Traced) -> Batch:
