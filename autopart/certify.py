@@ -396,14 +396,15 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
             whole[run] += memory.size
             products[run] += memory.size * memory.product
     of_run = {run: 0.0 if run in rerun else size for run, size in whole.items()}
+    results: dict[int, float] = {}
     shared: set[fx.Node] = set()
     for run in nodes if rerun else ():
         taken = _taken(nodes[run]) if run != SETUP_RUN and _is_block(folded.labels[run]) else []
         shared.update(n for n in taken if info(n).several)
         entered = sum(info(n).size for n in taken if run in rerun and not info(n).several)
         by_products = [info(n) for n in nodes[run] if info(n).product and not info(n).view]
-        results = sum(r.size + r.inner for r in by_products) if modes.get(run) == "selective" else 0.0
-        of_run[run] = of_run.get(run, 0.0) + entered + results
+        results[run] = sum(r.size + r.inner for r in by_products) if modes.get(run) == "selective" else 0.0
+        of_run[run] = of_run.get(run, 0.0) + entered + results[run]
     kept += sum(of_run.values()) + sum(info(n).size for n in shared)
     flights = in_flight(plan.schedule, graph.index, plan.pp, plan.micro_batches)
     every = [(n, r.grad, _summed(choices, r, p, "dp")) for r, p, n in _parameters(folded, choices, span, graph.index)]
@@ -415,20 +416,25 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
     backwards = [(own, 0.0), ({}, kept)][:flights] if flights == plan.micro_batches else [({}, 0.0)]
     transient = made - flights * kept - arriving
     of_blocks = [run for run in span if _is_block(folded.labels[run])]
+    leaving = {r: size for r, size in whole.items() if r not in of_blocks or not rerun}
     waits = _waiting(plan, folded, choices, span, graph.index)
     for absent, gone in backwards:
         transient = max(transient, -sum(absent.values()) - gone)
         for run in (*span, SETUP_RUN):
             largest = max((half_in_backward(n) for n in nodes.get(run, ())), default=0.0)
             read = summed.get(run) or [0.0]
-            there = products[run] if modes.get(run) == "selective" else 0.0
-            again = whole[run] + wide[run] - there if run in rerun else 0.0
-            moment = largest + training.gathered(sum(read)) + again
-            moment = largest + max(moment, training.summing(sum(read), max(read), len(read) == 1)) - gone
-            moment -= sum(size for r, size in whole.items() if r > run and not _is_block(folded.labels[r]))
+            moments = [largest + training.gathered(sum(read))]
+            if run in rerun:
+                moments[0] += whole[run] + wide[run] - results[run]
+            if modes.get(run) == "selective":
+                moments.append(training.gathered(sum(read)) + whole[run] + wide[run] - products[run])
+            moments.append(training.summing(sum(read), max(read), len(read) == 1))
+            moments[-1] -= leaving.get(run, 0.0) if run in of_blocks else 0.0
+            moment = largest + max(moments) - gone
+            moment -= sum(size for r, size in leaving.items() if r > run)
             moment -= sum(size for r, size in absent.items() if r < run != SETUP_RUN)
             moment += sum(waits.values()) if SETUP_RUN < run < max(waits, default=0) else 0.0
-            if all(run < block for block in of_blocks):
+            if rerun and all(run < block for block in of_blocks):
                 moment -= sum(of_run.get(block, 0.0) for block in of_blocks)
             transient = max(transient, moment)
     names = ("parameters", "gradients", "optimizer", "activations", "messages", "transient")

@@ -142,13 +142,18 @@ def _kept(folded: Folded, graph: StageGraph, span: tuple[int, int], modes: Seque
 
 def _kept_again(nodes: Sequence[fx.Node], mode: str) -> Iterator[tuple[str, float]]:
     """What a block keeps for a micro-batch where it is run again, besides what other blocks take too."""
-    for node in nodes if mode == "selective" else ():
-        record = info(node)
-        if record.product and not record.view:
-            yield _operator(node), record.size + record.inner
+    yield from _results(nodes) if mode == "selective" else ()
     for node in _taken(nodes):
         if not info(node).several:
             yield f"{_operator(node)}, taken", info(node).size
+
+
+def _results(nodes: Sequence[fx.Node]) -> Iterator[tuple[str, float]]:
+    """What products give, with what they keep."""
+    for node in nodes:
+        record = info(node)
+        if record.product and not record.view:
+            yield _operator(node), record.size + record.inner
 
 
 def _taken(nodes: Sequence[fx.Node]) -> list[fx.Node]:
@@ -201,8 +206,10 @@ def _backward(
 ) -> Iterator[list[Leaf]]:  # fmt: skip
     """What exists in the backward of every run: its largest tensor and another as large (of a loss: the gradients of
     logits and of their log-softmax), its parameters, where it gathers them, and what a block that is run again keeps
-    until it is done; or, when that is gone and ranks sum its gradients, these. Gone by then is what later runs kept; of
-    blocks, only before the first of them; not there yet are those of `own`, gradients by position, that come later."""
+    until it is done, at one of two moments where that lets go of products' results on the way; or, when that is gone
+    and ranks sum its gradients, these. Gone by then is what later runs kept; of blocks that are run again, or stand
+    beside such, only before the first of them; not there yet are those of `own`, gradients by position, that come
+    later."""
     folded, training = space.folded, space.training(found.point)
     nodes = dict(zip(graph.indices, (mine for _, mine in graph.runs), strict=True))
     inside: dict[int, float] = defaultdict(float)
@@ -216,10 +223,12 @@ def _backward(
             wide[run] += size
     early, late, of_blocks = sum(own.values()), 0.0, 0.0
     positions = [(p, folded.sequence[p], mode) for p, mode in zip(range(*span), modes, strict=True)]
+    none_again = all(mode == "none" for mode in modes)
     last, waiting = _waiting(space, found, choices, span)
     yield [Leaf(SETUP, "gradients that are not there yet", "transient", -early)]
     for position, run, mode in [*reversed(positions), (-1, SETUP_RUN, "none")]:
         label = folded.labels[position] if run != SETUP_RUN else SETUP
+        block = run != SETUP_RUN and is_block(label)
         left = not any(is_block(folded.labels[p]) for p in range(span[0], position + 1))
         summed, read = [0.0], used_parameters(folded.runs[run]) if run != SETUP_RUN else []
         for node in read:
@@ -231,26 +240,26 @@ def _backward(
         size = half_in_backward(largest) if largest is not None else 0.0
         early -= own.get(position, 0.0)
         kept = inside[run] if mode == "none" else _bytes_of(_kept_again(nodes.get(run, ()), mode))
-        there = products[run] if mode == "selective" else 0.0
-        backward = [
-            ("another as large", size),
-            ("parameters gathered", float(training.gathered(sum(summed)))),
-            ("what is run again", inside[run] + wide[run] - there if mode != "none" else 0.0),
-        ]
-        if _bytes_of(backward) < summing:
-            backward = [("gradients that ranks sum, with messages", summing)]
+        other, whole = ("another as large", size), inside[run] + wide[run]
+        gathered = ("parameters gathered", float(training.gathered(sum(summed))))
+        results = _bytes_of(_results(nodes.get(run, ()))) if mode == "selective" else 0.0
+        ways = [[other, gathered, ("what is run again", whole - results if mode != "none" else 0.0)]]
+        if mode == "selective":
+            ways.append([gathered, ("what was run again", whole - products[run])])
+        own_kept = kept * (block and none_again)
+        ways.append([("gradients that ranks sum, with messages", summing), ("what it kept, gone by then", -own_kept)])
         rows = [
             (_within(_operator(largest), folded, run) if largest is not None else "", size),
-            *backward,
+            *max(ways, key=_bytes_of),
             ("what later runs kept, gone by then", -late - of_blocks * left),
             ("gradients that are not there yet", -early if run != SETUP_RUN else 0.0),
             ("gradients of shared parameters, waiting", waiting if -1 < position < last else 0.0),
         ]
         yield [Leaf(label, name, "transient", nbytes) for name, nbytes in rows if nbytes]
-        if run != SETUP_RUN and is_block(label):
+        if block and not none_again:
             of_blocks += kept
         elif run != SETUP_RUN:
-            late += inside[run]
+            late += kept
 
 
 def _waiting(space: Space, found: Found, choices: Choices, span: tuple[int, int]) -> tuple[int, float]:

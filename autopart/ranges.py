@@ -25,7 +25,8 @@ class Moments:
     """Bytes of every range that exist for a moment of a backward besides what is held, less what is gone by then or not
     there yet.
 
-    late   from the first block on: a row for each of MODES, the furthest that blocks are run again
+    late   from the first block on: a row for each of MODES, the furthest that blocks are run again; in the first row
+           what later blocks kept is gone by then, in the others it is taken to be there
     early  at the positions before, where no block keeps anything of that micro-batch
     """
 
@@ -196,14 +197,16 @@ def ranges(
     depth = 1 + max(
         (MODES.index(m) for modes, mine in zip(allowed, block, strict=True) if mine for m in modes), default=0
     )
-    moment = []
+    plain, moment = np.where(block, 0.0, found.kept[0]), []
     for furthest in range(depth):
         chosen = [_furthest(modes, furthest * mine) for modes, mine in zip(allowed, block, strict=True)]
-        moment.append(largest + np.maximum(largest + gathered + found.run_again(np.array(chosen)), summing))
+        moment.append(largest + np.maximum(gathered + found.besides(np.array(chosen), largest), summing))
+    none_again = largest + np.maximum(gathered + largest, summing - np.where(block, found.kept[0], 0.0))
     first, others = (
-        _moments(found, moment, _next(np.flatnonzero(block), n), block, begins) for begins in (True, False)
+        _moments(found, moment, none_again, rerun, _next(np.flatnonzero(block), n), plain, begins)
+        for begins in (True, False)
     )
-    later = _sums(np.where(block, 0.0, found.kept[0]))
+    later = _sums(plain)
     stepping, entered = (_sums if training.together else _maxima)(found.stepping), np.zeros(len(seconds))
     sent = _sums(found.summed[2])
     for item in found.items:
@@ -267,31 +270,34 @@ def after(beside: Sequence[float], backward: Sequence[float]) -> float:
 
 
 def _moments(
-    found: Weighed, each: Sequence[Array], block_at: NDArray[np.int_], block: Sequence[bool], begins: bool
-) -> Moments:
+    found: Weighed, each: Sequence[Array], none_again: Array, rerun: NDArray[np.bool_], block_at: NDArray[np.int_],
+    plain: Array, begins: bool,
+) -> Moments:  # fmt: skip
     """Of every range the most that exists for a moment, by `each` position's as far as blocks are run again
     (`block_at`: of every position the block that follows or is there), with gradients that wait, less what is not there
-    then: what later positions kept, other than blocks, is gone when a position's backward runs, and in the backward
-    that `begins` a step the earlier positions have no gradients yet, and none has before it."""
-    n = len(block)
+    then: what later positions kept, of blocks only where a range runs none again (`none_again`), is gone when a
+    position's backward runs, and in the backward that `begins` a step the earlier positions have no gradients yet, and
+    none has before it."""
+    n = len(plain)
     starts, ends = spans(n)
-    kept = np.concatenate([[0.0], np.cumsum(np.where(block, 0.0, found.kept[0]))])
     gradients = np.concatenate([[0.0], np.cumsum(found.parts[1] * begins)])
-    less, (last, waiting), middle = kept[ends] - gradients[starts], _waiting(found.items, n), block_at[starts]
-    middle = np.minimum(middle, ends)
-
-    def between(most: Array, i: NDArray[np.int_], j: NDArray[np.int_]) -> Array:
-        """The most between two positions, with what waits before `last`."""
-        return np.maximum(within(most, i, np.minimum(j, last)) + waiting, within(most, np.maximum(i, last), j))
+    (last, waiting), middle = _waiting(found.items, n), np.minimum(block_at[starts], ends)
 
     def within(most: Array, i: NDArray[np.int_], j: NDArray[np.int_]) -> Array:
-        found, some = np.full(len(most), -NEVER), i < j
-        found[some] = most[place(i[some], j[some], n)]
-        return found
+        inside, some = np.full(len(most), -NEVER), i < j
+        inside[some] = most[place(i[some], j[some], n)]
+        return inside
 
-    most = [_maxima(moment + kept[1:] - gradients[:-1]) for moment in each]
-    late = [np.maximum(between(m, middle, ends) - less, gradients[starts] - gradients[ends]) for m in most]
-    return Moments(np.array(late), between(most[0], starts, middle) - less)
+    def most(moment: Array, kept: Array, i: NDArray[np.int_], j: NDArray[np.int_]) -> Array:
+        """Between two positions, with what waits before `last`, if what every position `kept` is gone before it."""
+        gone = np.concatenate([[0.0], np.cumsum(kept)])
+        there = _maxima(moment + gone[1:] - gradients[:-1])
+        waits = np.maximum(within(there, i, np.minimum(j, last)) + waiting, within(there, np.maximum(i, last), j))
+        return np.asarray(waits - gone[ends] + gradients[starts])
+
+    late = [most(moment, plain, middle, ends) for moment in each]
+    late[0] = np.where(_sums(rerun.astype(float)) > 0, late[0], most(none_again, found.kept[0], middle, ends))
+    return Moments(np.maximum(late, gradients[starts] - gradients[ends]), most(each[0], plain, starts, middle))
 
 
 def _waiting(items: Sequence[Item], n: int) -> tuple[NDArray[np.int_], Array]:

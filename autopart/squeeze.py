@@ -40,7 +40,7 @@ def squeeze(
     there = model.places_in(*span)
     nothing = np.zeros(len(prices.change_forward) + len(prices.memory))
     seconds, held, of_blocks = (np.zeros(len(there)) for _ in range(3))
-    again: dict[int, Array] = {}
+    again: dict[int, list[Array]] = {}
     roots = np.array([model.table.nodes[model.table.keeps[keep].root].product for keep, _ in model.sizes.kept])
     products = np.concatenate([model.sizes.product * prices.inner, 0.0 * prices.change_forward, roots * prices.memory])
     products *= model.places
@@ -53,8 +53,12 @@ def squeeze(
             kept = share * costs.kept
             if mode != "none":
                 kept += count * _entering(model, prices, group)
-                whole = np.where(mine, space.costs(point, {}).kept - (mode == "selective") * products, 0.0)
-                again[group] = np.maximum(again.get(group, 0.0), whole) if count else again.get(group, 0.0 * whole)
+                whole = np.where(mine, space.costs(point, {}).kept, 0.0)
+                results = np.where(mine, costs.kept, 0.0)
+                ways = [whole - products * mine, whole - results] if mode == "selective" else [whole, whole]
+                if count:
+                    known = again.get(group, ways)
+                    again[group] = [np.maximum(a, b) for a, b in zip(known, ways, strict=True)]
             held += in_flight * kept
             of_blocks += kept * (group in model.blocks)
     places, link = np.maximum(model.places, 1.0), space.between_stages(point)
@@ -67,8 +71,9 @@ def squeeze(
     largest = np.concatenate([prices.half, prices.after, 0.0 * prices.memory]) * (there > 0)
     alive, kept = space.costs(point, {}).kept / places, held * there / places
     one, kept = kept / in_flight, kept + on_its_way(takes, in_flight, space.micro_batches(point))
-    plain = {p: np.where(model.group == model.table.group[p], alive, 0.0)
-             for p in range(*span) if not model.table.block[p]}  # fmt: skip
+    leaving = {p: np.where(model.group == model.table.group[p], alive, 0.0)
+               for p in range(*span) if not (again and model.table.block[p])}  # fmt: skip
+    of_blocks *= bool(again)
     first = min((p for p in range(*span) if model.table.block[p]), default=span[1])
     last, waiting = _waiting(model, prices, span)
     stepping = np.concatenate([prices.stepping, nothing]) * (there if training.together else there > 0)
@@ -80,23 +85,23 @@ def squeeze(
     of_stage = _one_by_one(model, np.where(model.group < 0, 2 * largest, 0.0))
     backwards = [(True, 0.0 * one), (False, one)][:in_flight] if begins else [(False, 0.0 * one)]
     for first_one, gone_before in backwards:
-        gone = sum(plain.values()) + of_blocks * there / places + gone_before - gradients
+        gone = sum(leaving.values()) + of_blocks * there / places + gone_before - gradients
         peak += [row - gone for row in of_stage]
         peak.append((gradients - gone_before) * (not first_one))
         seen = set()
         for p in range(*span):
-            mine, later = model.group == model.table.group[p], (k for q, k in plain.items() if q > p)
+            mine, later = model.group == model.table.group[p], (k for q, k in leaving.items() if q > p)
             come = sum(own[q] for q in range(p, span[1])) if first_one else gradients
             gone = sum(later) + of_blocks * there / places * (p < first) + gone_before - come - waiting * (p < last)
             if (at := (model.table.group[p], gone.tobytes())) in seen:
                 continue
             seen.add(at)
-            whole = (
-                np.where(mine, training.gathered(summed), 0.0) + again.get(model.table.group[p], 0.0) / places - gone
-            )
+            gathered = np.where(mine, training.gathered(summed), 0.0) - gone
+            after, within = (gathered + way / places for way in again.get(model.table.group[p], np.zeros((2, 1))))
             summing = np.where(mine, training.summing(summed, summed, model.sizes.alone[p]), 0.0) - gone
+            summing -= leaving.get(p, 0.0 * gone) * model.table.block[p]
             for row in (*_one_by_one(model, np.where(mine, largest, 0.0)), np.zeros(len(there))):
-                peak += [2 * row + whole, row + summing]
+                peak += [row + after, 2 * row + within, row + summing]
     rows = np.array(peak)
     row, variable = np.nonzero(rows)
     entries = row, variable, rows[row, variable]

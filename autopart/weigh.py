@@ -94,10 +94,14 @@ class Weighed:
     items: list[Item] = field(default_factory=list)
     crossings: list[Crossings] = field(default_factory=list)
 
-    def run_again(self, modes: Any) -> Array:
-        """Bytes that every position makes again for its backward if it does as one of MODES says: what it keeps
-        otherwise, all of it whole, less what it has kept."""
-        return np.where(modes > 0, self.kept[0] + self.wide - self.products * (modes == 1), 0.0)
+    def besides(self, modes: Any, largest: Array) -> Array:
+        """Bytes that exist in every position's backward besides its `largest` tensor, if it does as one of MODES says:
+        another as large, and what it keeps otherwise, all of it whole, if it is run again. Selectively, what products
+        gave is let go of on the way: right after the second run it is all there, but nothing as large as the largest.
+        """
+        whole = self.kept[0] + self.wide
+        selective = np.maximum(whole - self.products, whole - self.kept[1] + largest)
+        return np.select([modes == 0, modes == 1], [largest, selective], whole + largest)
 
 
 def nothing_weighed(prices: Prices) -> Weighed:

@@ -537,8 +537,8 @@ class Totals:
     themselves; at every position the largest tensor, the largest parameter whose gradient ranks sum, bytes of all such,
     kept if it is no block, gradients that were not there before backward, seconds of the stage if the link is busy from
     the end of the position's backward until the gradients of all before it have come; then for every block: seconds
-    that running it again takes, cheap operators alone and all; bytes it keeps whole, of products, of what it takes,
-    more than whole once it is run again, and whole besides products (`PER_BLOCK` columns)."""
+    that running it again takes, cheap operators alone and all; bytes it keeps whole, of what products give, of what it
+    takes, more than whole once it is run again, and whole besides products (`PER_BLOCK` columns)."""
 
     def __init__(self, priced: Priced, span: Span) -> None:
         self.priced, self.span = priced, span
@@ -555,7 +555,7 @@ class Totals:
         self.times = slice(8 + 5 * self.count, self.at)
         self.begins = span.in_flight == priced.m
         self.backwards = [True, False][: span.in_flight] if self.begins else [False]
-        self.seconds_at = 8 + 4 * self.count + len(self.backwards) * (self.count + 2)
+        self.seconds_at = 8 + 3 * self.count + len(self.backwards) * (3 * self.count + 2)
 
     def of(self, atoms: Sequence[Atom]) -> Array:
         """The columns of every atom."""
@@ -615,56 +615,60 @@ class Totals:
 
     def under(self, numbers: Array, modes: Whole) -> Array:
         """Seconds, bytes before backward, the next six columns of `numbers`; of every position the largest tensor, the
-        largest parameter whose gradient ranks sum, bytes of all such, those of a block to run again; for every of
-        `backwards` all that are there at every position besides, all besides what stages make for themselves, and all
-        before it; and seconds as in `times`: of every row under its own modes. More of anything is no column less."""
+        largest parameter whose gradient ranks sum, bytes of all such; for every of `backwards` all that are there
+        besides at every position right after its second run, in its backward, and while ranks sum its gradients, all
+        besides what stages make for themselves, and all before it; and seconds as in `times`: of every row under its
+        own modes. More of anything is no column less."""
         count = self.count
         found = np.zeros((len(numbers), self.seconds_at + count))
-        again_at, before = 8 + 3 * count, self.blocks[0] - self.span.i if self.blocks else 0
-        found[:, 1], found[:, 2:again_at] = numbers[:, 0], numbers[:, 2:again_at]
-        times = numbers[:, self.times].copy()
-        rows, of_blocks, several = np.arange(len(numbers)), np.zeros(len(numbers)), numbers[:, 1] * (modes > 0).any(1)
+        base, before = 8 + 3 * count, self.blocks[0] - self.span.i if self.blocks else 0
+        found[:, 1], found[:, 2:base] = numbers[:, 0], numbers[:, 2:base]
+        times, none_again = numbers[:, self.times].copy(), (modes == 0).all(1)
+        rows, of_blocks, several = np.arange(len(numbers)), np.zeros(len(numbers)), numbers[:, 1] * ~none_again
+        rerun, in_backward, leaves = np.zeros((3, len(numbers), count))
         for b in range(len(self.blocks)):
             again, whole, kept, results, entered, wide, rest = self.block(numbers, b).T
-            mode, place = modes[:, b], again_at + self.blocks[b] - self.span.i
+            mode, place = modes[:, b], self.blocks[b] - self.span.i
             times += np.stack([0.0 * again, again, whole])[mode, rows][:, None]
             of_blocks += np.stack([kept, results + entered, entered])[mode, rows]
-            found[:, place] = np.stack([0.0 * kept, rest + wide, kept + wide])[mode, rows]
+            rerun[:, place] = np.stack([0.0 * kept, rest + wide, kept + wide])[mode, rows]
+            in_backward[:, place] = np.stack([0.0 * kept, kept + wide - results, kept + wide])[mode, rows]
+            leaves[:, place] = kept * none_again
         found[:, 0], found[:, self.seconds_at :] = times.max(1), times
         found[:, 1] += several + self.span.in_flight * of_blocks
-        plain, gradients = np.split(numbers[:, again_at : again_at + 2 * count], 2, axis=1)
-        later = plain[:, ::-1].cumsum(1)[:, ::-1] - plain
+        plain, gradients = np.split(numbers[:, base : base + 2 * count], 2, axis=1)
+        later = (plain + leaves)[:, ::-1].cumsum(1)[:, ::-1] - plain - leaves
         one = (plain.sum(1) + of_blocks + numbers[:, 6] + several / self.span.in_flight)[:, None]
         for k, first in enumerate(self.backwards):
             come = gradients[:, ::-1].cumsum(1)[:, ::-1] if first else gradients.sum(1, keepdims=True)
             held = found[:, 1:2] - (one if self.begins and not first else 0.0)
-            there, at = held - later + come, again_at + count + k * (count + 2)
-            there[:, :before] -= of_blocks[:, None]
+            there, at = held - later + come, base + k * (3 * count + 2)
+            there[:, :before] -= (of_blocks * ~none_again)[:, None]
             there[:, : max(self.last - self.span.i, 0)] += numbers[:, 5:6]
-            found[:, at : at + count] = there
-            found[:, at + count] = held[:, 0] - plain.sum(1) - of_blocks + gradients.sum(1)
-            found[:, at + count + 1] = held[:, 0] + (0.0 if first else gradients.sum(1))
+            moments = np.concatenate([there + rerun, there + in_backward, there - leaves], 1)
+            found[:, at : at + 3 * count] = moments
+            found[:, at + 3 * count] = held[:, 0] - plain.sum(1) - of_blocks + gradients.sum(1)
+            found[:, at + 3 * count + 1] = held[:, 0] + (0.0 if first else gradients.sum(1))
         return found
 
     def bytes(self, found: Array) -> Array:
         """Bytes on a rank, of what `under` gives."""
-        count = self.count
-        largest, most, summed, again = np.split(found[:, 8 : 8 + 4 * count], 4, axis=1)
-        each = [found[:, 1], found[:, 2], found[:, 3] + self.training.ending(found[:, 4], most.max(1, initial=0.0))]
+        count, training = self.count, self.training
+        largest, most, summed = np.split(found[:, 8 : 8 + 3 * count], 3, axis=1)
+        each = [found[:, 1], found[:, 2], found[:, 3] + training.ending(found[:, 4], most.max(1, initial=0.0))]
+        gathered, summing = training.gathered(summed), training.summing(summed, most, self.alone)
+        beside = np.concatenate([gathered, largest + gathered, summing], 1) + np.tile(largest, 3)
         for k in range(len(self.backwards)):
-            there = found[:, 8 + 4 * count + k * (count + 2) :][:, : count + 2]
-            moments = there[:, :count] + self._moment(largest, most, summed, again, self.alone)
-            each += [moments.max(1, initial=0.0), there[:, count] + 2 * found[:, 7], there[:, count + 1]]
+            there = found[:, 8 + 3 * count + k * (3 * count + 2) :][:, : 3 * count + 2]
+            moments = there[:, :-2] + beside
+            each += [moments.max(1, initial=0.0), there[:, -2] + 2 * found[:, 7], there[:, -1]]
         return np.maximum.reduce(each)
 
-    def _moment(self, largest: Array, most: Array, summed: Array, again: Array | float, alone: Any) -> Array:
-        backward = largest + self.training.gathered(summed) + again
-        return largest + np.maximum(backward, self.training.summing(summed, most, alone))
-
     def least_bytes(self, found: Array, ahead: Array) -> Array:
-        """Bytes on a rank at least, if so many are still to come: nothing is gone when the first backward starts."""
-        largest, most, summed = (found[:, 7 + k * self.count] for k in (1, 2, 3))
-        moment = self._moment(largest, most, summed, 0.0, self.alone[-1]) * (self.priced.m > 1)
+        """Bytes on a rank at least, if so many are still to come: nothing is gone when the first backward starts, and
+        of what its position makes there are a largest tensor and its parameters, where it gathers them."""
+        largest, summed = (found[:, 7 + k * self.count] for k in (1, 3))
+        moment = (largest + self.training.gathered(summed)) * (self.priced.m > 1)
         return np.maximum(self.bytes(found), found[:, 1] + ahead + moment)
 
 
