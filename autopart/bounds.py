@@ -74,9 +74,9 @@ def row_of(group: tuple[int, ...], allowed: tuple[tuple[str, ...], ...]) -> Row:
 class Bounds:
     """The bounds of one point, better with every price that is looked at.
 
-    room    what the largest tensor of the last run leaves of a device's bytes, for every row of `counts`: when its
-            backward starts nothing is gone yet. Gradients may not be there: then all bytes. Nothing has room that
-            leaves other stages no position
+    room    what the backward of the last run, or its largest gradient if it may let go of products' results, leaves of
+            a device's bytes, for every row of `counts`: when its backward starts nothing is gone yet. Gradients may not
+            be there: then all bytes. Nothing has room that leaves other stages no position
     terms   for every price the bound of one run of each kind in each of its modes, in a row;  bytes: the same of bytes
     """
 
@@ -85,9 +85,11 @@ class Bounds:
         group = space.model(point).table.group
         self.row, self.many = row_of(tuple(group), space.allowed_modes), Counter(group)
         prices, nodes = space.priced(point), space.model(point).table.nodes
-        made = np.minimum.reduceat(2 * prices.half, prices.sizes.first[:-1])
+        each = prices.in_backward[0], prices.largest
+        least = [np.minimum.reduceat(row, prices.sizes.first[:-1]) for row in each]
         largest = [
-            max((m for m, n in zip(made, nodes, strict=True) if n.group == g), default=0.0) for g, _ in self.row.kinds
+            max((b for b, n in zip(least["selective" in modes], nodes, strict=True) if n.group == group), default=0.0)
+            for group, modes in self.row.kinds
         ]
         counts, end = self.row.counts, self.row.kinds.index((group[-1], space.allowed_modes[-1]))
         ends = (counts[:, end] > 0) & (counts[:, end].max() == 1)

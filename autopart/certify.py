@@ -26,7 +26,7 @@ from autopart.plan import Plan, PlanStage, Signature, usable_bytes
 from autopart.relayout import possible
 from autopart.rules import Strategy, has_rule, strategies
 from autopart.schedules import SCHEDULES, in_flight, on_its_way
-from autopart.stages import OWNED, SETUP_RUN, Choices, Crossing, StageGraph, half_in_backward
+from autopart.stages import OWNED, SETUP_RUN, Choices, Crossing, StageGraph, backward_of
 
 EQUAL = 1e-6
 """Relative difference of two sums of the same numbers."""
@@ -413,24 +413,27 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
     made = max(made, training.ending(sum(messages), max(messages, default=0.0)))
     arriving = on_its_way(sum(crossing.size for crossing in graph.received), flights, plan.micro_batches)
     own = _gradients(plan, folded, choices, span, graph.index)
-    backwards = [(own, 0.0), ({}, kept)][:flights] if flights == plan.micro_batches else [({}, 0.0)]
+    backwards: list[tuple[dict[int, float], bool, float]] = [({}, False, 0.0)]
+    if flights == plan.micro_batches:
+        backwards = [(own, True, 0.0), ({}, False, kept)][:flights]
     transient = made - flights * kept - arriving
     of_blocks = [run for run in span if _is_block(folded.labels[run])]
     leaving = {r: size for r, size in whole.items() if r not in of_blocks or not rerun}
     waits = _waiting(plan, folded, choices, span, graph.index)
-    for absent, gone in backwards:
+    for absent, first, gone in backwards:
         transient = max(transient, -sum(absent.values()) - gone)
         for run in (*span, SETUP_RUN):
-            largest = max((half_in_backward(n) for n in nodes.get(run, ())), default=0.0)
+            gradients = [backward_of(n, training.anew(first)) for n in nodes.get(run, ())]
+            largest, backward = (max(row) for row in zip(*gradients, (0.0, 0.0), strict=True))
             read = summed.get(run) or [0.0]
-            moments = [largest + training.gathered(sum(read))]
+            moments = [backward + training.gathered(sum(read))]
             if run in rerun:
                 moments[0] += whole[run] + wide[run] - results[run]
             if modes.get(run) == "selective":
-                moments.append(training.gathered(sum(read)) + whole[run] + wide[run] - products[run])
-            moments.append(training.summing(sum(read), max(read), len(read) == 1))
+                moments.append(largest + training.gathered(sum(read)) + whole[run] + wide[run] - products[run])
+            moments.append(largest + training.summing(sum(read), max(read), len(read) == 1))
             moments[-1] -= leaving.get(run, 0.0) if run in of_blocks else 0.0
-            moment = largest + max(moments) - gone
+            moment = max(moments) - gone
             moment -= sum(size for r, size in leaving.items() if r > run)
             moment -= sum(size for r, size in absent.items() if r < run != SETUP_RUN)
             moment += sum(waits.values()) if SETUP_RUN < run < max(waits, default=0) else 0.0

@@ -198,13 +198,22 @@ SPLIT_LOSS = "vocab_cross_entropy"
 """What computes it where logits are split by the words."""
 
 
-def half_of_backward(made: Any, taken: Any, record: Any, loss: bool, split: bool) -> Any:
-    """Half of the bytes that exist in an operator's backward besides what is kept, by what it makes and takes (of what
-    is no product, first): most make as much as they take. On the way of logits, which are large, into a loss gradients
-    of both are counted; of a loss two as large as the logits, or one where they are split (`runtime.functions`)."""
+def largest_of(made: Any, taken: Any, record: Any, loss: bool, split: bool) -> Any:
+    """Bytes of the largest gradient of an operator, by what it makes and what it takes besides parameters (of what is
+    no product, first): most make as much as they take. On the way of logits, which are large, into a loss half of both
+    gradients; of a loss as much as the logits, or half where they are split (`runtime.functions`)."""
     if loss:
         return taken / 2 if split else taken
     return (made + taken * (not record.view)) / 2 if record.logits else made
+
+
+def bytes_of_backward(made: Any, taken: Any, weights: Any, record: Any, loss: bool, split: bool) -> Any:
+    """Bytes that exist in an operator's backward besides what is kept: gradients of what it makes, takes, and of
+    parameters, of which `weights` bytes are made, where it is a product or looks rows up; of others two as large as the
+    largest."""
+    if not loss and (record.product or 0 in record.weights):
+        return made + taken + weights
+    return 2 * largest_of(made, taken, record, loss, split)
 
 
 def again_of(record: Info, inputs: Iterable[Info]) -> int:
@@ -321,6 +330,14 @@ class Training:
         """Bytes that the optimizer makes for a parameter of `nbytes` while it steps it."""
         share = self.ranks if shared and self.zero >= 1 else 1
         return nbytes * self.widening * grad / share * STEPPING.get(self.optimizer, (0, 0))[self.together]
+
+    def anew(self, first: bool) -> float:
+        """Bytes that a parameter's gradient takes when it is made, over those of the parameter: in the parameter's
+        dtype, then in the master dtype, as a wider copy, before it is added up; the `first` of a step is kept, which
+        counts to the state, unless ranks keep slices of it."""
+        sliced = self.zero if self.ranks > 1 else 0
+        kept = first and sliced < 2
+        return 1.0 if sliced >= 3 else (self.widening > 1) + self.widening * (not kept)
 
     def sliced(self, shared: bool) -> bool:
         """Whether a rank keeps but a slice of a parameter."""

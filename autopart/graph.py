@@ -41,6 +41,7 @@ class Info:
     inner    bytes autograd keeps besides (a softmax's statistics)
     view     whether the output is memory of an input, so that making it costs nothing
     logits   whether all it makes goes into a cross-entropy, on its way
+    weights  its operands that are parameters which get gradients, or views of such
     size     of a stage's value: bytes on a rank, at the planned micro-batch;  several: whether several runs use it
     moved    of a stage's operator: bytes read and written on a rank
     again    how many times the forward's time its backward takes
@@ -67,6 +68,7 @@ class Info:
     inner: float = 0
     view: bool = False
     logits: bool = False
+    weights: tuple[int, ...] = ()
     size: float = 0.0
     several: bool = False
     moved: float = 0.0

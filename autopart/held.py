@@ -21,7 +21,7 @@ from autopart.ranges import crossed
 from autopart.request import is_block
 from autopart.schedules import on_its_way
 from autopart.space import Space
-from autopart.stages import OWNED, SETUP, SETUP_RUN, Choices, StageGraph, half_in_backward
+from autopart.stages import OWNED, SETUP, SETUP_RUN, Choices, StageGraph, backward_of
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "messages", "transient")
 
@@ -192,24 +192,23 @@ def _backwards(
     keeps `one` bytes, less afterwards."""
     own = _own_gradients(space, found, choices, span)
     if flights < space.micro_batches(found.point):
-        yield from _backward(space, found, choices, graph, span, modes, {})
+        yield from _backward(space, found, choices, graph, span, modes, {}, False)
         return
-    yield from _backward(space, found, choices, graph, span, modes, own)
+    yield from _backward(space, found, choices, graph, span, modes, own, True)
     gone = Leaf(SETUP, "activations of a micro-batch, gone by then", "transient", -one)
-    for moment in _backward(space, found, choices, graph, span, modes, {}) if flights > 1 else ():
+    for moment in _backward(space, found, choices, graph, span, modes, {}, False) if flights > 1 else ():
         yield [*moment, gone]
 
 
 def _backward(
     space: Space, found: Found, choices: Choices, graph: StageGraph, span: tuple[int, int], modes: Sequence[str],
-    own: Mapping[int, float],
+    own: Mapping[int, float], first: bool,
 ) -> Iterator[list[Leaf]]:  # fmt: skip
-    """What exists in the backward of every run: its largest tensor and another as large (of a loss: the gradients of
-    logits and of their log-softmax), its parameters, where it gathers them, and what a block that is run again keeps
-    until it is done, at one of two moments where that lets go of products' results on the way; or, when that is gone
-    and ranks sum its gradients, these. Gone by then is what later runs kept; of blocks that are run again, or stand
-    beside such, only before the first of them; not there yet are those of `own`, gradients by position, that come
-    later."""
+    """What exists in the backward of every run, the `first` of a step or another: gradients of an operator, its
+    parameters, where it gathers them, and what a block that is run again keeps until it is done, at one of two moments
+    where that lets go of products' results on the way; or, when that is gone and ranks sum its gradients, these. Gone
+    by then is what later runs kept; of blocks that are run again, or stand beside such, only before the first of them;
+    not there yet are those of `own`, gradients by position, that come later."""
     folded, training = space.folded, space.training(found.point)
     nodes = dict(zip(graph.indices, (mine for _, mine in graph.runs), strict=True))
     inside: dict[int, float] = defaultdict(float)
@@ -236,20 +235,24 @@ def _backward(
             shared = sums(choices, info(node), placed, "dp")
             summed.append(training.summed(choices.size((node, 0), placed), info(node).grad, shared))
         summing = float(training.summing(sum(summed), max(summed), len(read) == 1))
-        largest = max(nodes.get(run, ()), key=half_in_backward, default=None)
-        size = half_in_backward(largest) if largest is not None else 0.0
+        gradients = [
+            (backward_of(node, training.anew(first)), _within(_operator(node), folded, run))
+            for node in nodes.get(run, ())
+        ]
+        (largest, _), its_name = max(gradients, key=lambda row: row[0][0], default=((0.0, 0.0), ""))
+        (_, backward), name = max(gradients, key=lambda row: row[0][1], default=((0.0, 0.0), ""))
         early -= own.get(position, 0.0)
         kept = inside[run] if mode == "none" else _bytes_of(_kept_again(nodes.get(run, ()), mode))
-        other, whole = ("another as large", size), inside[run] + wide[run]
+        whole, gradient = inside[run] + wide[run], (f"{its_name}, gradient", largest)
         gathered = ("parameters gathered", float(training.gathered(sum(summed))))
         results = _bytes_of(_results(nodes.get(run, ()))) if mode == "selective" else 0.0
-        ways = [[other, gathered, ("what is run again", whole - results if mode != "none" else 0.0)]]
+        again = whole - results if mode != "none" else 0.0
+        ways = [[(f"{name}, gradients", backward), gathered, ("what is run again", again)]]
         if mode == "selective":
-            ways.append([gathered, ("what was run again", whole - products[run])])
-        own_kept = kept * (block and none_again)
-        ways.append([("gradients that ranks sum, with messages", summing), ("what it kept, gone by then", -own_kept)])
+            ways.append([gradient, gathered, ("what was run again", whole - products[run])])
+        gone = ("what it kept, gone by then", -kept * (block and none_again))
+        ways.append([gradient, ("gradients that ranks sum, with messages", summing), gone])
         rows = [
-            (_within(_operator(largest), folded, run) if largest is not None else "", size),
             *max(ways, key=_bytes_of),
             ("what later runs kept, gone by then", -late - of_blocks * left),
             ("gradients that are not there yet", -early if run != SETUP_RUN else 0.0),

@@ -42,6 +42,8 @@ class Prices:
 
     forward, backward  seconds of every strategy and (`change_...`) every change of placement;  change_rerun: that a
                        change adds where its run is run again
+    largest, in_backward  bytes of every strategy's largest gradient; that exist in its backward besides what is kept,
+                       in the first of a step and in others
     inner, memory      bytes kept per micro-batch: a strategy's own, and every kept memory
     results            bytes of what matrix products give, with what they keep
     state, sync        bytes of a parameter with gradient and optimizer states; seconds a step takes to sum its gradient
@@ -55,13 +57,19 @@ class Prices:
     def __init__(self, sizes: Sizes, terms: Terms) -> None:
         self.sizes, self.terms = sizes, terms
         basis, device = terms.basis, terms.device
-        self.made, self.half, self.inner = sizes.made @ basis, sizes.half @ basis, sizes.inner @ basis
+        self.made, self.largest, self.inner = sizes.made @ basis, sizes.largest @ basis, sizes.inner @ basis
         seconds = self._computed(sizes, basis, device)
         ranks = {axis: group.ranks for axis, group in terms.sizes.items()}
         divided = sizes.means @ [ranks.get("dp", 1) > 1, ranks.get("tp", 1) > 1]
         mean = stream_seconds(2 * self.made, sizes.grad, np.minimum(divided, 1.0), device)
         self.forward, self.backward = seconds.forward + mean.forward, seconds.backward + mean.backward
         self.product = sizes.product * seconds.forward
+
+    @cached_property
+    def in_backward(self) -> Array:
+        anew = self.terms.training.anew
+        activations, weights = self.sizes.backward @ self.terms.basis, self.sizes.weights @ self.terms.basis
+        return np.array([activations + anew(first) * weights for first in (True, False)])
 
     @cached_property
     def results(self) -> Array:

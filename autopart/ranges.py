@@ -189,24 +189,25 @@ def ranges(
     seconds = _sums(found.forward + found.backward + found.again[least, everywhere] + found.sync / turns)
     seconds += exposed(found.beside, found.backward) * (found.training.backwards / turns)
     state, kept, blocks_kept = (_sums(x) for x in (found.parts.sum(0), each, np.where(block, each, 0.0)))
-    largest, training = found.largest.copy(), found.training
-    for item in found.items:
-        np.maximum.at(largest, list(item.positions), item.largest)
+    training = found.training
     summed, most, _ = found.summed
     gathered, summing = training.gathered(summed), training.summing(summed, most, found.alone)
     depth = 1 + max(
         (MODES.index(m) for modes, mine in zip(allowed, block, strict=True) if mine for m in modes), default=0
     )
-    plain, moment = np.where(block, 0.0, found.kept[0]), []
-    for furthest in range(depth):
-        chosen = [_furthest(modes, furthest * mine) for modes, mine in zip(allowed, block, strict=True)]
-        moment.append(largest + np.maximum(gathered + found.besides(np.array(chosen), largest), summing))
-    none_again = largest + np.maximum(gathered + largest, summing - np.where(block, found.kept[0], 0.0))
-    first, others = (
-        _moments(found, moment, none_again, rerun, _next(np.flatnonzero(block), n), plain, begins)
-        for begins in (True, False)
-    )
-    later = _sums(plain)
+    plain = np.where(block, 0.0, found.kept[0])
+    far = [
+        np.array([_furthest(modes, furthest * mine) for modes, mine in zip(allowed, block, strict=True)])
+        for furthest in range(depth)
+    ]
+
+    def backward(begins: bool) -> Moments:
+        each = [np.maximum(gathered + found.alive(modes, begins), found.largest + summing) for modes in far]
+        kept_all = gathered + found.in_backward[0 if begins else 1]
+        none_again = np.maximum(kept_all, found.largest + summing - found.kept[0] + plain)
+        return _moments(found, each, none_again, rerun, _next(np.flatnonzero(block), n), plain, begins)
+
+    first, others, later = backward(True), backward(False), _sums(plain)
     stepping, entered = (_sums if training.together else _maxima)(found.stepping), np.zeros(len(seconds))
     sent = _sums(found.summed[2])
     for item in found.items:

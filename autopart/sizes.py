@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from autopart.cost import LOSS, NO_SIZES, SPLIT_LOSS, Array, half_of_backward
+from autopart.cost import LOSS, NO_SIZES, SPLIT_LOSS, Array, bytes_of_backward, largest_of
 from autopart.notation import kept_as
 from autopart.problem import Chain, Keep, Node, Placements, Table, Value
 from autopart.relayout import Relayout, Step
@@ -46,7 +46,7 @@ class Sizes:
         self.flops, self.moved, self.peak, self.rest, factors = np.split(rows, [4, 8, 9, -4], axis=1)
         self.factors = factors.astype(int)
         self.made = np.array([self._made(n, o) for n, o in options])
-        self.half = np.array([self._half(n, o) for n, o in options])
+        self.largest, self.backward, self.weights = np.array([self._backward(n, o) for n, o in options]).swapaxes(0, 1)
         self.inner = np.array([self._inner(n, o) for n, o in options])
         self.means = np.array([[self._mean(n, o, axis) for axis in ("dp", "tp")] for n, o in options])
         self.grad = np.array([float(n.grad) for n, _ in options])
@@ -166,15 +166,22 @@ class Sizes:
             made += self.four(value, node.given(option, i))
         return made
 
-    def _half(self, node: Node, option: int) -> Array:
-        made, taken = self._made(node, option), np.zeros(4)
+    def _backward(self, node: Node, option: int) -> tuple[Array, Array, Array]:
+        """`largest_of`, `bytes_of_backward` but for gradients of parameters, and bytes of these parameters."""
+        made, taken, weights = self._made(node, option), np.zeros(4), np.zeros(4)
         for i, operand in enumerate(node.operands if node.product else node.operands[:1]):
             if operand is not None:
                 source, output = operand
-                taken += self.four(self.table.nodes[source].values[output], node.taken(option, i))
+                value = self.table.nodes[source].values[output]
+                some = weights if i in node.weights else taken
+                some += self.four(value, node.taken(option, i)) * value.grad
         split = any(strategy.local == SPLIT_LOSS for strategy in node.options[option])
-        half: Array = half_of_backward(made, taken, node, node.kind_index == LOSS, split)
-        return half
+        loss = node.kind_index == LOSS
+        return (
+            largest_of(made, taken, node, loss, split),
+            bytes_of_backward(made, taken, 0.0 * weights, node, loss, split),
+            weights * (node.product or 0 in node.weights),
+        )
 
     def _moved(self, node: Node, option: int) -> Array:
         moved = self._made(node, option)

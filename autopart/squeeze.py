@@ -68,7 +68,10 @@ def squeeze(
     gradients = sum(own.values()) * begins
     state = np.concatenate([prices.state, nothing]) * there - gradients
     training, summed = space.training(point), np.concatenate([prices.summed, nothing]) * (there > 0)
-    largest = np.concatenate([prices.half, prices.after, 0.0 * prices.memory]) * (there > 0)
+    largest, *in_backward = (
+        np.concatenate([first, times * prices.after, 0.0 * prices.memory]) * (there > 0)
+        for times, first in zip((1, 2, 2), (prices.largest, *prices.in_backward), strict=True)
+    )
     alive, kept = space.costs(point, {}).kept / places, held * there / places
     one, kept = kept / in_flight, kept + on_its_way(takes, in_flight, space.micro_batches(point))
     leaving = {p: np.where(model.group == model.table.group[p], alive, 0.0)
@@ -82,7 +85,7 @@ def squeeze(
         training.ending(summed, summed) * there,
     ]
     peak = [row - kept + gradients for row in ends]
-    of_stage = _one_by_one(model, np.where(model.group < 0, 2 * largest, 0.0))
+    of_stage = _one_by_one(model, np.where(model.group < 0, in_backward[1], 0.0))
     backwards = [(True, 0.0 * one), (False, one)][:in_flight] if begins else [(False, 0.0 * one)]
     for first_one, gone_before in backwards:
         gone = sum(leaving.values()) + of_blocks * there / places + gone_before - gradients
@@ -100,8 +103,10 @@ def squeeze(
             after, within = (gathered + way / places for way in again.get(model.table.group[p], np.zeros((2, 1))))
             summing = np.where(mine, training.summing(summed, summed, model.sizes.alone[p]), 0.0) - gone
             summing -= leaving.get(p, 0.0 * gone) * model.table.block[p]
-            for row in (*_one_by_one(model, np.where(mine, largest, 0.0)), np.zeros(len(there))):
-                peak += [row + after, 2 * row + within, row + summing]
+            backward = in_backward[0 if first_one else 1]
+            for amounts, besides in ((largest, (after, summing)), (backward, (within,))):
+                for row in (*_one_by_one(model, np.where(mine, amounts, 0.0)), np.zeros(len(there))):
+                    peak += [row + beside for beside in besides]
     rows = np.array(peak)
     row, variable = np.nonzero(rows)
     entries = row, variable, rows[row, variable]

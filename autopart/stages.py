@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from autopart.cost import SPLIT_LOSS, half_of_backward, is_loss
+from autopart.cost import SPLIT_LOSS, bytes_of_backward, is_loss, largest_of
 from autopart.folded import Folded
 from autopart.graph import Info, info, operands
 from autopart.notation import Placement
@@ -155,9 +155,13 @@ class Named(str):
         return str(self)
 
 
-def half_in_backward(node: fx.Node) -> float:
-    """`half_of_backward` of a node of a stage's graph, in bytes."""
+def backward_of(node: fx.Node, anew: float) -> tuple[float, float]:
+    """`largest_of` and `bytes_of_backward` of a node of a stage's graph; `anew` is of `Training`."""
     record = info(node)
-    takes = operands(node) if record.kind == "op" else []
-    taken = sum(info(operand).size for operand in (takes if record.product else takes[:1]) if operand is not None)
-    return float(half_of_backward(record.size, taken, record, is_loss(record), SPLIT_LOSS in record.name))
+    taken = dict.fromkeys((True, False), 0.0)
+    for i, operand in enumerate(operands(node) if record.kind == "op" else []):
+        if operand is not None and (record.product or i == 0) and info(operand).grad:
+            taken[i in record.weights] += info(operand).size
+    what = record, is_loss(record), SPLIT_LOSS in record.name
+    largest = largest_of(record.size, taken[False], *what)
+    return float(largest), float(bytes_of_backward(record.size, taken[False], anew * taken[True], *what))

@@ -68,7 +68,8 @@ class Weighed:
     parts              bytes of parameters, gradients and optimizer states
     sync, beside       seconds of gradient sync, a step, that nothing hides; that the backward of positions before can
                        hide, in each of `Training.backwards`
-    largest            bytes of the largest tensor
+    largest            bytes of the largest gradient;  in_backward: that exist in an operator's backward besides what
+                       is kept, in the first of a step and in others
     summed             bytes of parameters whose gradients ranks sum, in three rows: of those it reads, the largest of
                        them, those that it alone reads in any stage;  alone: where it reads one
     stepping           bytes that the optimizer makes for the parameters while it steps them, for all of them if they
@@ -87,6 +88,7 @@ class Weighed:
     sync: Array
     beside: Array
     largest: Array
+    in_backward: Array
     summed: Array
     stepping: Array
     training: Training
@@ -94,14 +96,13 @@ class Weighed:
     items: list[Item] = field(default_factory=list)
     crossings: list[Crossings] = field(default_factory=list)
 
-    def besides(self, modes: Any, largest: Array) -> Array:
-        """Bytes that exist in every position's backward besides its `largest` tensor, if it does as one of MODES says:
-        another as large, and what it keeps otherwise, all of it whole, if it is run again. Selectively, what products
-        gave is let go of on the way: right after the second run it is all there, but nothing as large as the largest.
-        """
-        whole = self.kept[0] + self.wide
-        selective = np.maximum(whole - self.products, whole - self.kept[1] + largest)
-        return np.select([modes == 0, modes == 1], [largest, selective], whole + largest)
+    def alive(self, modes: Any, first: bool) -> Array:
+        """Bytes that exist in every position's backward, the `first` of a step or another, besides what is held, if it
+        does as one of MODES says: where it is run again what it keeps otherwise, all of it whole. Selectively, what
+        products gave is let go of on the way: right after the second run it is all there, with one gradient."""
+        whole, backward = self.kept[0] + self.wide, self.in_backward[0 if first else 1]
+        selective = np.maximum(self.largest + whole - self.products, backward + whole - self.kept[1])
+        return np.select([modes == 0, modes == 1], [backward, selective], backward + whole)
 
 
 def nothing_weighed(prices: Prices) -> Weighed:
@@ -109,9 +110,10 @@ def nothing_weighed(prices: Prices) -> Weighed:
     n = len(prices.sizes.table.labels)
     forward, backward, entered, products, wide, sync, beside, largest, stepping = (np.zeros(n) for _ in range(9))
     again, kept, parts, summed = (np.zeros((3, n)) for _ in range(4))
+    in_backward = np.zeros((2, n))
     return Weighed(
-        forward, backward, again, kept, entered, products, wide, parts, sync, beside, largest, summed, stepping,
-        prices.terms.training, prices.sizes.alone,
+        forward, backward, again, kept, entered, products, wide, parts, sync, beside, largest, in_backward, summed,
+        stepping, prices.terms.training, prices.sizes.alone,
     )  # fmt: skip
 
 
@@ -126,6 +128,9 @@ def weigh(prices: Prices, chosen: Sequence[int], link: Link | None) -> Weighed:
         _weigh_flow(found, prices, chosen, index, flow, link)
     for index, keep in enumerate(table.keeps):
         _weigh_keep(found, prices, chosen, index, keep)
+    for item in found.items:
+        np.maximum.at(found.largest, list(item.positions), item.largest)
+        np.maximum.at(found.in_backward.T, list(item.positions), 2 * item.largest)
     return found
 
 
@@ -143,12 +148,15 @@ def _weigh_nodes(found: Weighed, prices: Prices, at: NDArray[np.int_]) -> None:
         found.kept[0][positions] = prices.inner[mine].sum()
         found.kept[1][positions] = prices.results[mine].sum()
         found.products[positions] = (prices.sizes.product * prices.inner)[mine].sum()
-        found.largest[positions] = prices.half[mine].max(initial=0.0)
+        found.largest[positions] = prices.largest[mine].max(initial=0.0)
+        found.in_backward[:, positions] = prices.in_backward[:, mine].max(1, initial=0.0, keepdims=True)
     for index, places in table.shared.items():
         i = at[index]
         seconds = float(prices.forward[i]), float(prices.backward[i])
         for users in places:
-            found.items.append(Item(users, *seconds, float(prices.inner[i]), largest=float(prices.half[i])))
+            found.items.append(
+                Item(users, *seconds, float(prices.inner[i]), largest=float(prices.in_backward[1, i] / 2))
+            )
 
 
 def _weigh_parameters(found: Weighed, prices: Prices, at: NDArray[np.int_]) -> None:
@@ -201,6 +209,7 @@ def _weigh_flow(
         np.add.at(found.backward, at, backward)
         np.add.at(found.again.T, at, [0.0, rerun, rerun])
         np.maximum.at(found.largest, at, prices.after[i])
+        np.maximum.at(found.in_backward.T, at, 2 * prices.after[i])
     outside = (users != homes) & (users >= 0)
     if source.kind in ("parameter", "buffer") or not (flow.several or outside.any()):
         return

@@ -478,8 +478,8 @@ class Priced:
         each = np.stack([
             found.forward + found.backward + found.sync / self.turns, self.share * found.beside,
             self.share * found.backward * self.prices.beside.any(), found.again[1], found.again[2],
-            found.kept[0], found.kept[1], found.entered, found.parts.sum(0), found.largest, *found.summed,
-            found.stepping, found.parts[1], found.wide, found.products,
+            found.kept[0], found.kept[1], found.entered, found.parts.sum(0), found.largest, *found.in_backward,
+            *found.summed, found.stepping, found.parts[1], found.wide, found.products,
         ])  # fmt: skip
         return Atom(each, found.items, found.crossings)
 
@@ -495,10 +495,13 @@ class Priced:
                 found.kept[0][p] += prices.inner[i]
                 found.kept[1][p] += prices.results[i]
                 found.products[p] += prices.sizes.product[i] * prices.inner[i]
-                found.largest[p] = max(found.largest[p], prices.half[i])
+                found.largest[p] = max(found.largest[p], prices.largest[i])
+                found.in_backward[:, p] = np.maximum(found.in_backward[:, p], prices.in_backward[:, i])
         for users in self.table.shared.get(index, ()):
             seconds = float(prices.forward[i]), float(prices.backward[i])
-            found.items.append(Item(users, *seconds, float(prices.inner[i]), largest=float(prices.half[i])))
+            found.items.append(
+                Item(users, *seconds, float(prices.inner[i]), largest=float(prices.in_backward[1, i] / 2))
+            )
         for users in self.table.state.get(index, ()):
             summed = float(prices.summed[i])
             found.summed[0, list(users)] += summed
@@ -534,11 +537,12 @@ class Totals:
     """What a stage costs, from what its combinations add, in columns: bytes before backward, what several blocks take,
     state with what the optimizer makes while it steps, state, parameters whose gradients ranks sum, gradients that wait
     for those of an earlier position, what several positions keep, the largest tensor of what stages make for
-    themselves; at every position the largest tensor, the largest parameter whose gradient ranks sum, bytes of all such,
-    kept if it is no block, gradients that were not there before backward, seconds of the stage if the link is busy from
-    the end of the position's backward until the gradients of all before it have come; then for every block: seconds
-    that running it again takes, cheap operators alone and all; bytes it keeps whole, of what products give, of what it
-    takes, more than whole once it is run again, and whole besides products (`PER_BLOCK` columns)."""
+    themselves; at every position the largest gradient, those of an operator's backward, a step's first and others, the
+    largest parameter whose gradient ranks sum, bytes of all such, kept if it is no block, gradients that were not there
+    before backward, seconds of the stage if the link is busy from the end of the position's backward until the
+    gradients of all before it have come; then for every block: seconds that running it again takes, cheap operators
+    alone and all; bytes it keeps whole, of what products give, of what it takes, more than whole once it is run again,
+    and whole besides products (`PER_BLOCK` columns)."""
 
     def __init__(self, priced: Priced, span: Span) -> None:
         self.priced, self.span = priced, span
@@ -551,18 +555,18 @@ class Totals:
         places = itertools.chain.from_iterable(priced.table.state.values())
         shared = [[p for p in users if p in self.positions] for users in places]
         self.last = max((p for inside in shared if len(inside) > 1 for p in inside), default=span.i)
-        self.largest, self.at = slice(7, 8 + 2 * self.count), 8 + 6 * self.count
-        self.times = slice(8 + 5 * self.count, self.at)
+        self.largest, self.at = slice(7, 8 + 4 * self.count), 8 + 8 * self.count
+        self.times = slice(8 + 7 * self.count, self.at)
         self.begins = span.in_flight == priced.m
         self.backwards = [True, False][: span.in_flight] if self.begins else [False]
-        self.seconds_at = 8 + 3 * self.count + len(self.backwards) * (3 * self.count + 2)
+        self.seconds_at = 8 + 5 * self.count + len(self.backwards) * (3 * self.count + 2)
 
     def of(self, atoms: Sequence[Atom]) -> Array:
         """The columns of every atom."""
         span = self.span
         each = np.stack([a.each[:, span.i : span.j] for a in atoms])
         time, beside, hides, again, whole, kept, results, entered, state, *rest = each.transpose(1, 0, 2)
-        largest, summed, most, own, stepping, gradients, wide, products = rest
+        largest, begun, others, summed, most, own, stepping, gradients, wide, products = rest
         numbers = np.zeros((len(atoms), self.at))
         gradients = gradients * self.begins
         numbers[:, 0] = (state - gradients).sum(1) + span.in_flight * kept[:, self.plain].sum(1)
@@ -570,7 +574,7 @@ class Totals:
         plain = np.zeros(kept.shape)
         plain[:, self.plain] = kept[:, self.plain]
         times = time.sum(1)[:, None] + beside.cumsum(1) - (hides.cumsum(1) - hides)
-        numbers[:, 8:] = np.concatenate([largest, most, summed, plain, gradients, times], 1)
+        numbers[:, 8:] = np.concatenate([largest, begun, others, most, summed, plain, gradients, times], 1)
         for row, atom in zip(numbers, atoms, strict=True):
             self._once(row, atom)
         blocks = [p - span.i for p in self.blocks]
@@ -593,7 +597,9 @@ class Totals:
                 inside = {*item.positions}.intersection(self.positions)
                 row[5] += item.waiting * (len(inside) > 1)
                 for p in inside:
-                    row[8 + p - span.i] = max(row[8 + p - span.i], item.largest)
+                    for k, size in enumerate((1, 2, 2)):
+                        at = 8 + k * self.count + p - span.i
+                        row[at] = max(row[at], size * item.largest)
         for many in atom.crossings:
             pairs = list(zip(many.homes.tolist(), many.users.tolist(), strict=True))
             for values in [pairs] if many.one else [[pair] for pair in pairs]:
@@ -621,7 +627,7 @@ class Totals:
         own modes. More of anything is no column less."""
         count = self.count
         found = np.zeros((len(numbers), self.seconds_at + count))
-        base, before = 8 + 3 * count, self.blocks[0] - self.span.i if self.blocks else 0
+        base, before = 8 + 5 * count, self.blocks[0] - self.span.i if self.blocks else 0
         found[:, 1], found[:, 2:base] = numbers[:, 0], numbers[:, 2:base]
         times, none_again = numbers[:, self.times].copy(), (modes == 0).all(1)
         rows, of_blocks, several = np.arange(len(numbers)), np.zeros(len(numbers)), numbers[:, 1] * ~none_again
@@ -654,20 +660,20 @@ class Totals:
     def bytes(self, found: Array) -> Array:
         """Bytes on a rank, of what `under` gives."""
         count, training = self.count, self.training
-        largest, most, summed = np.split(found[:, 8 : 8 + 3 * count], 3, axis=1)
+        largest, begun, others, most, summed = np.split(found[:, 8 : 8 + 5 * count], 5, axis=1)
         each = [found[:, 1], found[:, 2], found[:, 3] + training.ending(found[:, 4], most.max(1, initial=0.0))]
         gathered, summing = training.gathered(summed), training.summing(summed, most, self.alone)
-        beside = np.concatenate([gathered, largest + gathered, summing], 1) + np.tile(largest, 3)
-        for k in range(len(self.backwards)):
-            there = found[:, 8 + 3 * count + k * (3 * count + 2) :][:, : 3 * count + 2]
-            moments = there[:, :-2] + beside
+        for k, first in enumerate(self.backwards):
+            there = found[:, 8 + 5 * count + k * (3 * count + 2) :][:, : 3 * count + 2]
+            gradients = [largest + gathered, (begun if first else others) + gathered, largest + summing]
+            moments = there[:, :-2] + np.concatenate(gradients, 1)
             each += [moments.max(1, initial=0.0), there[:, -2] + 2 * found[:, 7], there[:, -1]]
         return np.maximum.reduce(each)
 
     def least_bytes(self, found: Array, ahead: Array) -> Array:
         """Bytes on a rank at least, if so many are still to come: nothing is gone when the first backward starts, and
         of what its position makes there are a largest tensor and its parameters, where it gathers them."""
-        largest, summed = (found[:, 7 + k * self.count] for k in (1, 3))
+        largest, summed = (found[:, 7 + k * self.count] for k in (1, 5))
         moment = (largest + self.training.gathered(summed)) * (self.priced.m > 1)
         return np.maximum(self.bytes(found), found[:, 1] + ahead + moment)
 

@@ -41,6 +41,7 @@ def annotate_costs(traced: Traced, device: str) -> Traced:
     if traced.updated and not traced.mixed_at:
         traced.mixed_at = f"the buffer {traced.updated[0]}, which changes once a micro-batch"
     _saved(traced.graph, device)
+    _weights(traced.graph)
     return traced
 
 
@@ -157,6 +158,14 @@ def _saved(graph: fx.Graph, device: str) -> None:
             keeps=tuple(dict.fromkeys(owner[s] for s in stored if s in owner)),
             inner=sum(t.untyped_storage().nbytes() for s, t in stored.items() if s not in owner),
         )
+
+
+def _weights(graph: fx.Graph) -> None:
+    """Note which operands are parameters that get gradients, or views of such."""
+    parameters = {node.name for node in graph.find_nodes(op="placeholder") if info(node).kind == "parameter"}
+    for node in calls(graph):
+        taken = [(i, info(n)) for i, n in enumerate(operands(node)) if n is not None]
+        annotate(node, weights=tuple(i for i, record in taken if record.grad and record.root in parameters))
 
 
 def _flash(name: str, device: str) -> bool:

@@ -105,6 +105,7 @@ class _Builder:
             grad=record.grad,
             view=record.view,
             logits=record.logits,
+            weights=record.weights,
             group=-1 if run is None else self.folded.runs[run].kind,
         )
 

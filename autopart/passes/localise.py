@@ -253,6 +253,7 @@ class _Localiser:
                     inner=0.0,
                     view=False,
                     logits=False,
+                    weights=(),
                 )
                 args = (node, name, *_arguments(row.function, before, after))
                 self.moved[key] = self._add(at, runtime_function(row.function), args, {}, local)
