@@ -209,11 +209,11 @@ def largest_of(made: Any, taken: Any, record: Any, loss: bool, split: bool) -> A
 
 def bytes_of_backward(made: Any, taken: Any, weights: Any, record: Any, loss: bool, split: bool) -> Any:
     """Bytes that exist in an operator's backward besides what is kept: gradients of what it makes, takes, and of
-    parameters, of which `weights` bytes are made, where it is a product or looks rows up; of others two as large as the
-    largest."""
+    parameters, of which `weights` bytes are made, where it is a product or looks rows up; of others some as large as
+    the largest."""
     if not loss and (record.product or 0 in record.weights):
         return made + taken + weights
-    return 2 * largest_of(made, taken, record, loss, split)
+    return record.times * largest_of(made, taken, record, loss, split)
 
 
 def again_of(record: Info, inputs: Iterable[Info]) -> int:

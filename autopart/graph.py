@@ -42,6 +42,7 @@ class Info:
     view     whether the output is memory of an input, so that making it costs nothing
     logits   whether all it makes goes into a cross-entropy, on its way
     weights  its operands that are parameters which get gradients, or views of such
+    times    how many tensors as large as its largest gradient exist in its backward, if it is no product
     size     of a stage's value: bytes on a rank, at the planned micro-batch;  several: whether several runs use it
     moved    of a stage's operator: bytes read and written on a rank
     again    how many times the forward's time its backward takes
@@ -69,6 +70,7 @@ class Info:
     view: bool = False
     logits: bool = False
     weights: tuple[int, ...] = ()
+    times: float = 2.0
     size: float = 0.0
     several: bool = False
     moved: float = 0.0

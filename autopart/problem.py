@@ -41,7 +41,7 @@ class Node:
     batch     whether its work grows with samples;  product: whether matrix units do it
     peak, again, runs, kind_index (kind)  as in `cost.Work`;  matrix, grads: as in `graph.Info`
     inner     bytes autograd keeps besides its operands and outputs
-    view, logits, weights  as in `graph.Info`
+    view, logits, weights, times  as in `graph.Info`
     group     the class of its run; -1 for what every stage makes for itself
     """
 
@@ -65,6 +65,7 @@ class Node:
     view: bool = False
     logits: bool = False
     weights: tuple[int, ...] = ()
+    times: float = 2.0
     group: int = -1
 
     def given(self, option: int, output: int = 0) -> Placements:

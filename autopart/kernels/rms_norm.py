@@ -30,6 +30,10 @@ FORWARD_FLOPS = 4
 BACKWARD_FLOPS = 9
 """Operations an element: w*dy, x*rstd, their dot product (2), subtract c*xhat (2), *rstd, dweight (2)."""
 
+REFERENCE_GRADIENTS = 5
+"""Tensors of x's shape, in the dtype it computes in, that exist at once in the backward of ``reference``, besides what
+autograd keeps: counted on torch 2.13, at the product with x in the gradient of the square."""
+
 _TRITON_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 

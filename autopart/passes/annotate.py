@@ -10,6 +10,7 @@ from torch import fx
 from autopart.cost import is_loss
 from autopart.draws import uniform_of
 from autopart.graph import Traced, annotate, calls, info, operands, run_on_meta, shape_args, value_of
+from autopart.kernels.rms_norm import REFERENCE_GRADIENTS
 from autopart.means import mixing
 from autopart.notation import Placement
 from autopart.rules import flops, is_contraction, product_of, strategies
@@ -41,7 +42,7 @@ def annotate_costs(traced: Traced, device: str) -> Traced:
     if traced.updated and not traced.mixed_at:
         traced.mixed_at = f"the buffer {traced.updated[0]}, which changes once a micro-batch"
     _saved(traced.graph, device)
-    _weights(traced.graph)
+    _gradients(traced.graph, device)
     return traced
 
 
@@ -141,7 +142,7 @@ def _saved(graph: fx.Graph, device: str) -> None:
                 parameters.add(_storage(value))
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-            run = _KERNELS.get(record.name, node.target) if _flash(record.name, device) else node.target
+            run = _KERNELS.get(record.name, node.target) if _is_kernel(record.name, device) else node.target
             hooks = torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t)  # type: ignore[misc]
             with hooks:
                 value = run_on_meta(run, args, kwargs)
@@ -160,15 +161,19 @@ def _saved(graph: fx.Graph, device: str) -> None:
         )
 
 
-def _weights(graph: fx.Graph) -> None:
-    """Note which operands are parameters that get gradients, or views of such."""
+def _gradients(graph: fx.Graph, device: str) -> None:
+    """Note which operands are parameters that get gradients, or views of such, and what is no kernel's backward."""
     parameters = {node.name for node in graph.find_nodes(op="placeholder") if info(node).kind == "parameter"}
     for node in calls(graph):
         taken = [(i, info(n)) for i, n in enumerate(operands(node)) if n is not None]
         annotate(node, weights=tuple(i for i, record in taken if record.grad and record.root in parameters))
+        if info(node).name == "autopart.rms_norm" and not _is_kernel(info(node).name, device):
+            x, _, _, dtype = node.args
+            computed: Any = dtype or info(x).dtype  # type: ignore[arg-type]
+            annotate(node, times=REFERENCE_GRADIENTS * computed.itemsize / info(node).dtype.itemsize)
 
 
-def _flash(name: str, device: str) -> bool:
+def _is_kernel(name: str, device: str) -> bool:
     """Attention keeps no scores on any device; the fused norms are kernels on GPUs alone."""
     return name == "aten.scaled_dot_product_attention" or device != "cpu"
 

@@ -106,6 +106,7 @@ class _Builder:
             view=record.view,
             logits=record.logits,
             weights=record.weights,
+            times=record.times,
             group=-1 if run is None else self.folded.runs[run].kind,
         )
 

@@ -254,6 +254,7 @@ class _Localiser:
                     view=False,
                     logits=False,
                     weights=(),
+                    times=2.0,
                 )
                 args = (node, name, *_arguments(row.function, before, after))
                 self.moved[key] = self._add(at, runtime_function(row.function), args, {}, local)
