@@ -418,7 +418,8 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
         backwards = [(own, True, 0.0), ({}, False, kept)][:flights]
     transient = made - flights * kept - arriving
     of_blocks = [run for run in span if _is_block(folded.labels[run])]
-    leaving = {r: size for r, size in whole.items() if r not in of_blocks or not rerun}
+    alike = len({modes[run] for run in of_blocks}) <= 1
+    leaving = {r: size for r, size in of_run.items() if r not in of_blocks or alike}
     waits = _waiting(plan, folded, choices, span, graph.index)
     for absent, first, gone in backwards:
         transient = max(transient, -sum(absent.values()) - gone)
@@ -437,7 +438,7 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
             moment -= sum(size for r, size in leaving.items() if r > run)
             moment -= sum(size for r, size in absent.items() if r < run != SETUP_RUN)
             moment += sum(waits.values()) if SETUP_RUN < run < max(waits, default=0) else 0.0
-            if rerun and all(run < block for block in of_blocks):
+            if not alike and all(run < block for block in of_blocks):
                 moment -= sum(of_run.get(block, 0.0) for block in of_blocks)
             transient = max(transient, moment)
     names = ("parameters", "gradients", "optimizer", "activations", "messages", "transient")

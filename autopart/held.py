@@ -207,8 +207,8 @@ def _backward(
     """What exists in the backward of every run, the `first` of a step or another: gradients of an operator, its
     parameters, where it gathers them, and what a block that is run again keeps until it is done, at one of two moments
     where that lets go of products' results on the way; or, when that is gone and ranks sum its gradients, these. Gone
-    by then is what later runs kept; of blocks that are run again, or stand beside such, only before the first of them;
-    not there yet are those of `own`, gradients by position, that come later."""
+    by then is what later runs kept; of blocks that do not all do the same only before the first of them; not there yet
+    are those of `own`, gradients by position, that come later."""
     folded, training = space.folded, space.training(found.point)
     nodes = dict(zip(graph.indices, (mine for _, mine in graph.runs), strict=True))
     inside: dict[int, float] = defaultdict(float)
@@ -222,7 +222,7 @@ def _backward(
             wide[run] += size
     early, late, of_blocks = sum(own.values()), 0.0, 0.0
     positions = [(p, folded.sequence[p], mode) for p, mode in zip(range(*span), modes, strict=True)]
-    none_again = all(mode == "none" for mode in modes)
+    alike = len({mode for p, _, mode in positions if is_block(folded.labels[p])}) <= 1
     last, waiting = _waiting(space, found, choices, span)
     yield [Leaf(SETUP, "gradients that are not there yet", "transient", -early)]
     for position, run, mode in [*reversed(positions), (-1, SETUP_RUN, "none")]:
@@ -250,7 +250,7 @@ def _backward(
         ways = [[(f"{name}, gradients", backward), gathered, ("what is run again", again)]]
         if mode == "selective":
             ways.append([gradient, gathered, ("what was run again", whole - products[run])])
-        gone = ("what it kept, gone by then", -kept * (block and none_again))
+        gone = ("what it kept, gone by then", -kept * (block and alike))
         ways.append([gradient, ("gradients that ranks sum, with messages", summing), gone])
         rows = [
             *max(ways, key=_bytes_of),
@@ -259,7 +259,7 @@ def _backward(
             ("gradients of shared parameters, waiting", waiting if -1 < position < last else 0.0),
         ]
         yield [Leaf(label, name, "transient", nbytes) for name, nbytes in rows if nbytes]
-        if block and not none_again:
+        if block and not alike:
             of_blocks += kept
         elif run != SETUP_RUN:
             late += kept

@@ -25,13 +25,24 @@ class Moments:
     """Bytes of every range that exist for a moment of a backward besides what is held, less what is gone by then or not
     there yet.
 
-    late   from the first block on: a row for each of MODES, the furthest that blocks are run again; in the first row
-           what later blocks kept is gone by then, in the others it is taken to be there
+    late   from the first block on: a row for each of MODES, the furthest that blocks are run again, where they may do
+           differently: what later ones kept is taken to be there;  alike: where all do as that mode says: it is gone
     early  at the positions before, where no block keeps anything of that micro-batch
     """
 
     late: Array
+    alike: Array
     early: Array
+
+
+@dataclass
+class Alike:
+    """All blocks of every range as one of MODES says: where they may, seconds more, and bytes less per micro-batch,
+    than as the first that they may."""
+
+    possible: NDArray[np.bool_]
+    seconds: Array
+    bytes: Array
 
 
 @dataclass
@@ -49,7 +60,7 @@ class Ranges:
     group     class of every position: equal ones cost the same and may do the same;  least_modes: the one of MODES that
               keeps most of those it may do
     blocks    kind of block -> how many there are;  savings: for each of MODES as the furthest that blocks are run
-              again, kind of block -> what running one of it again costs and saves
+              again, kind of block -> what running one of it again costs and saves;  alike: of each of MODES
     """
 
     seconds: Array
@@ -67,6 +78,7 @@ class Ranges:
     micro_batches: int
     blocks: dict[int, Array] = field(default_factory=dict)
     savings: Sequence[dict[int, list[Saving]]] = ()
+    alike: Sequence[Alike] = ()
 
     def place(self, i: int, j: int) -> int:
         """Where a range stands among all."""
@@ -151,6 +163,17 @@ class Ranges:
                 counts.append((step, count))
             if steps:
                 yield Again(seconds, np.maximum.reduce([lacks for lacks, _ in short]), counts)
+        for mode, alike in enumerate(self.alike):
+            if MODES[mode] in modes:
+                all_lack = []
+                for moments, flights in self._backwards(in_flight):
+                    held = base + flights * (each - alike.bytes[where])
+                    early = moments.early[where] - self.blocks_kept[where] + alike.bytes[where]
+                    all_lack.append(held + np.maximum(moments.alike[mode, where], early))
+                lack = np.where(alike.possible[where], np.maximum.reduce(all_lack), NEVER)
+                steps = [Saving(kind, MODES[mode], 0.0, 0.0) for kind in self.blocks]
+                counts = [(step, self.blocks[step.kind][where]) for step in steps]
+                yield Again(self.seconds[where] + alike.seconds[where], lack, counts)
 
 
 @dataclass(frozen=True)
@@ -201,11 +224,34 @@ def ranges(
         for furthest in range(depth)
     ]
 
+    every, start = [np.where(block, mode, 0) for mode in range(depth)], np.array(least)
+    held = [np.where(block, found.kept[mode] + found.entered * (mode > 0), found.kept[0]) for mode in range(depth)]
+    may = [
+        [not mine or MODES[mode] in modes for modes, mine in zip(allowed, block, strict=True)] for mode in range(depth)
+    ]
+    alike = [
+        Alike(
+            _sums(1.0 - np.array(may[mode])) == 0,
+            _sums(np.where(block, found.again[mode] - found.again[least, everywhere], 0.0)),
+            _sums(each - held[mode]),
+        )
+        for mode in range(depth)
+    ]
+
     def backward(begins: bool) -> Moments:
-        each = [np.maximum(gathered + found.alive(modes, begins), found.largest + summing) for modes in far]
-        kept_all = gathered + found.in_backward[0 if begins else 1]
-        none_again = np.maximum(kept_all, found.largest + summing - found.kept[0] + plain)
-        return _moments(found, each, none_again, rerun, _next(np.flatnonzero(block), n), plain, begins)
+        summed = found.largest + summing
+        mixed = [
+            np.maximum(gathered + np.maximum(found.alive(start, begins), found.alive(modes, begins)), summed)
+            for modes in far
+        ]
+        same = [
+            np.maximum(gathered + found.alive(modes, begins), summed - np.where(block, kept, 0.0))
+            for modes, kept in zip(every, held, strict=True)
+        ]
+        moments = _moments(found, mixed, same, held, _next(np.flatnonzero(block), n), plain, begins)
+        alone = [_sums(1.0 * (block & (start != mode))) == 0 for mode in range(depth)]
+        moments.late[0] = np.select(alone, list(moments.alike), moments.late[0])
+        return moments
 
     first, others, later = backward(True), backward(False), _sums(plain)
     stepping, entered = (_sums if training.together else _maxima)(found.stepping), np.zeros(len(seconds))
@@ -236,6 +282,7 @@ def ranges(
         seconds, state, kept, blocks_kept, takes, first, others, stepping, entered, found.again, kind,
         [MODES[mode] for mode in least], micro_batches, {k: _sums(mine.astype(float)) for k, mine in where.items()},
         [{k: _savings(found, k, mine, modes[k], furthest) for k, mine in where.items()} for furthest in range(depth)],
+        alike,
     )  # fmt: skip
 
 
@@ -271,14 +318,14 @@ def after(beside: Sequence[float], backward: Sequence[float]) -> float:
 
 
 def _moments(
-    found: Weighed, each: Sequence[Array], none_again: Array, rerun: NDArray[np.bool_], block_at: NDArray[np.int_],
+    found: Weighed, mixed: Sequence[Array], alike: Sequence[Array], held: Sequence[Array], block_at: NDArray[np.int_],
     plain: Array, begins: bool,
 ) -> Moments:  # fmt: skip
-    """Of every range the most that exists for a moment, by `each` position's as far as blocks are run again
-    (`block_at`: of every position the block that follows or is there), with gradients that wait, less what is not there
-    then: what later positions kept, of blocks only where a range runs none again (`none_again`), is gone when a
-    position's backward runs, and in the backward that `begins` a step the earlier positions have no gradients yet, and
-    none has before it."""
+    """Of every range the most that exists for a moment, by every position's as far as blocks are run again, where they
+    may do differently (`mixed`) and where they do alike, when they keep `held` (`block_at`: of every position the block
+    that follows or is there), with gradients that wait, less what is not there then: what later positions kept, of
+    blocks only where they do alike, is gone when a position's backward runs, and in the backward that `begins` a step
+    the earlier positions have no gradients yet, and none has before it."""
     n = len(plain)
     starts, ends = spans(n)
     gradients = np.concatenate([[0.0], np.cumsum(found.parts[1] * begins)])
@@ -296,9 +343,10 @@ def _moments(
         waits = np.maximum(within(there, i, np.minimum(j, last)) + waiting, within(there, np.maximum(i, last), j))
         return np.asarray(waits - gone[ends] + gradients[starts])
 
-    late = [most(moment, plain, middle, ends) for moment in each]
-    late[0] = np.where(_sums(rerun.astype(float)) > 0, late[0], most(none_again, found.kept[0], middle, ends))
-    return Moments(np.maximum(late, gradients[starts] - gradients[ends]), most(each[0], plain, starts, middle))
+    none = gradients[starts] - gradients[ends]
+    late = [np.maximum(most(moment, plain, middle, ends), none) for moment in mixed]
+    same = [np.maximum(most(m, kept, middle, ends), none) for m, kept in zip(alike, held, strict=True)]
+    return Moments(np.array(late), np.array(same), most(mixed[0], plain, starts, middle))
 
 
 def _waiting(items: Sequence[Item], n: int) -> tuple[NDArray[np.int_], Array]:

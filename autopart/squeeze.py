@@ -72,11 +72,12 @@ def squeeze(
         np.concatenate([first, times * prices.after, 0.0 * prices.memory]) * (there > 0)
         for times, first in zip((1, 2, 2), (prices.largest, *prices.in_backward), strict=True)
     )
-    alive, kept = space.costs(point, {}).kept / places, held * there / places
+    kept = held * there / places
     one, kept = kept / in_flight, kept + on_its_way(takes, in_flight, space.micro_batches(point))
-    leaving = {p: np.where(model.group == model.table.group[p], alive, 0.0)
-               for p in range(*span) if not (again and model.table.block[p])}  # fmt: skip
-    of_blocks *= bool(again)
+    alike = len(used := {m for g in model.blocks for m, count in counts.get(g, {}).items() if count}) <= 1
+    mode = min(used, default="none")
+    leaving = {p: _left(space, point, p, mode) for p in range(*span) if alike or not model.table.block[p]}
+    of_blocks *= not alike
     first = min((p for p in range(*span) if model.table.block[p]), default=span[1])
     last, waiting = _waiting(model, prices, span)
     stepping = np.concatenate([prices.stepping, nothing]) * (there if training.together else there > 0)
@@ -123,6 +124,15 @@ def _late(own: Array, beside: Array, backward: Array) -> Entries:
     rows = (beside * (done + own) - backward * done) * beside.any()
     row, variable = np.nonzero(rows)
     return row, variable, rows[row, variable]
+
+
+def _left(space: Space, point: Point, position: int, mode: str) -> Array:
+    """Bytes that a position keeps for a micro-batch; a block that does as one of MODES says."""
+    model, group = space.model(point), space.model(point).table.group[position]
+    again = model.table.block[position] and mode != "none"
+    kept = np.where(model.group == group, space.costs(point, {group: mode} if again else {}).kept, 0.0)
+    taken = _entering(model, space.priced(point), group) if again else 0.0
+    return np.asarray(kept / np.maximum(model.places, 1.0) + taken)
 
 
 def _waiting(model: Model, prices: Prices, span: tuple[int, int]) -> tuple[int, Array]:

@@ -629,17 +629,18 @@ class Totals:
         found = np.zeros((len(numbers), self.seconds_at + count))
         base, before = 8 + 5 * count, self.blocks[0] - self.span.i if self.blocks else 0
         found[:, 1], found[:, 2:base] = numbers[:, 0], numbers[:, 2:base]
-        times, none_again = numbers[:, self.times].copy(), (modes == 0).all(1)
-        rows, of_blocks, several = np.arange(len(numbers)), np.zeros(len(numbers)), numbers[:, 1] * ~none_again
+        times, alike = numbers[:, self.times].copy(), (modes == modes[:, :1]).all(1)
+        rows, of_blocks, several = np.arange(len(numbers)), np.zeros(len(numbers)), numbers[:, 1] * (modes > 0).any(1)
         rerun, in_backward, leaves = np.zeros((3, len(numbers), count))
         for b in range(len(self.blocks)):
             again, whole, kept, results, entered, wide, rest = self.block(numbers, b).T
             mode, place = modes[:, b], self.blocks[b] - self.span.i
             times += np.stack([0.0 * again, again, whole])[mode, rows][:, None]
-            of_blocks += np.stack([kept, results + entered, entered])[mode, rows]
+            holds = np.stack([kept, results + entered, entered])[mode, rows]
+            of_blocks += holds
             rerun[:, place] = np.stack([0.0 * kept, rest + wide, kept + wide])[mode, rows]
             in_backward[:, place] = np.stack([0.0 * kept, kept + wide - results, kept + wide])[mode, rows]
-            leaves[:, place] = kept * none_again
+            leaves[:, place] = holds * alike
         found[:, 0], found[:, self.seconds_at :] = times.max(1), times
         found[:, 1] += several + self.span.in_flight * of_blocks
         plain, gradients = np.split(numbers[:, base : base + 2 * count], 2, axis=1)
@@ -649,7 +650,7 @@ class Totals:
             come = gradients[:, ::-1].cumsum(1)[:, ::-1] if first else gradients.sum(1, keepdims=True)
             held = found[:, 1:2] - (one if self.begins and not first else 0.0)
             there, at = held - later + come, base + k * (3 * count + 2)
-            there[:, :before] -= (of_blocks * ~none_again)[:, None]
+            there[:, :before] -= (of_blocks * ~alike)[:, None]
             there[:, : max(self.last - self.span.i, 0)] += numbers[:, 5:6]
             moments = np.concatenate([there + rerun, there + in_backward, there - leaves], 1)
             found[:, at : at + 3 * count] = moments
