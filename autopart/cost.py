@@ -348,10 +348,10 @@ class Training:
         return nbytes if shared and grad and self.ranks > 1 else 0.0
 
     def waiting(self, nbytes: float, grad: bool, shared: bool) -> float:
-        """Bytes of the gradient of a parameter that several runs read, from the backward of the last of them on until
-        that of the first: autograd adds it to those of micro-batches before when it is whole. Those of slices are added
-        at once."""
-        return nbytes if grad and self.micro_batches > 1 and not self.sliced(shared) else 0.0
+        """Bytes of the gradient of a parameter that several runs read, in the master dtype, from the backward of the
+        last of them on until that of the first: autograd adds it to those of micro-batches before when it is whole.
+        Those of slices are added at once."""
+        return nbytes * self.widening if grad and self.micro_batches > 1 and not self.sliced(shared) else 0.0
 
     def gathered(self, summed: Any) -> Any:
         """Bytes of parameters that are whole while they are used: all, `summed` bytes, where ranks keep slices."""

@@ -6,7 +6,7 @@ The search takes this last, exact step where a model is small enough to try ever
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -36,94 +36,145 @@ def squeeze(
 ) -> Solution | None:  # fmt: skip
     """The fastest splits of the positions `span` that fit `room` bytes, where of every class of blocks so many do as
     each of MODES says; None where there are none."""
-    model, prices = space.model(point), space.priced(point)
-    there = model.places_in(*span)
-    nothing = np.zeros(len(prices.change_forward) + len(prices.memory))
-    seconds, held, of_blocks = (np.zeros(len(there)) for _ in range(3))
-    again: dict[int, list[Array]] = {}
-    roots = np.array([model.table.nodes[model.table.keeps[keep].root].product for keep, _ in model.sizes.kept])
-    products = np.concatenate([model.sizes.product * prices.inner, 0.0 * prices.change_forward, roots * prices.memory])
-    products *= model.places
-    for group in {*model.table.group, -1}:
-        total = sum(counts.get(group, {}).values()) or 1
-        for mode, count in (counts.get(group) or {"none": 1}).items():
-            costs, mine = space.costs(point, {group: mode} if group >= 0 else {}), model.group == group
-            share = np.where(mine, count / total, 0.0)
-            seconds += share * costs.seconds
-            kept = share * costs.kept
-            if mode != "none":
-                kept += count * _entering(model, prices, group)
-                whole = np.where(mine, space.costs(point, {}).kept, 0.0)
-                results = np.where(mine, costs.kept, 0.0)
-                ways = [whole - products * mine, whole - results] if mode == "selective" else [whole, whole]
-                if count:
-                    known = again.get(group, ways)
-                    again[group] = [np.maximum(a, b) for a, b in zip(known, ways, strict=True)]
-            held += in_flight * kept
-            of_blocks += kept * (group in model.blocks)
-    places, link = np.maximum(model.places, 1.0), space.between_stages(point)
-    sent, takes = _messages(model, prices, span, link) if link is not None else np.zeros((2, len(there)))
-    own = {p: _own_gradients(model, prices, p) for p in range(*span)}
-    begins = in_flight == space.micro_batches(point)
-    gradients = sum(own.values()) * begins
-    state = np.concatenate([prices.state, nothing]) * there - gradients
-    training, summed = space.training(point), np.concatenate([prices.summed, nothing]) * (there > 0)
-    largest, *in_backward = (
-        np.concatenate([first, times * prices.after, 0.0 * prices.memory]) * (there > 0)
-        for times, first in zip((1, 2, 2), (prices.largest, *prices.in_backward), strict=True)
-    )
-    kept = held * there / places
-    one, kept = kept / in_flight, kept + on_its_way(takes, in_flight, space.micro_batches(point))
-    alike = len(used := {m for g in model.blocks for m, count in counts.get(g, {}).items() if count}) <= 1
-    mode = min(used, default="none")
-    leaving = {p: _left(space, point, p, mode) for p in range(*span) if alike or not model.table.block[p]}
-    of_blocks *= not alike
-    first = min((p for p in range(*span) if model.table.block[p]), default=span[1])
-    last, waiting = _waiting(model, prices, span)
-    stepping = np.concatenate([prices.stepping, nothing]) * (there if training.together else there > 0)
-    ends = [
-        *([stepping] if training.together else _one_by_one(model, stepping)),
-        training.ending(summed, summed) * there,
-    ]
-    peak = [row - kept + gradients for row in ends]
-    of_stage = _one_by_one(model, np.where(model.group < 0, in_backward[1], 0.0))
-    backwards = [(True, 0.0 * one), (False, one)][:in_flight] if begins else [(False, 0.0 * one)]
-    for first_one, gone_before in backwards:
-        gone = sum(leaving.values()) + of_blocks * there / places + gone_before - gradients
-        peak += [row - gone for row in of_stage]
-        peak.append((gradients - gone_before) * (not first_one))
-        seen = set()
-        for p in range(*span):
-            mine, later = model.group == model.table.group[p], (k for q, k in leaving.items() if q > p)
-            come = sum(own[q] for q in range(p, span[1])) if first_one else gradients
-            gone = sum(later) + of_blocks * there / places * (p < first) + gone_before - come - waiting * (p < last)
-            if (at := (model.table.group[p], gone.tobytes())) in seen:
-                continue
-            seen.add(at)
-            gathered = np.where(mine, training.gathered(summed), 0.0) - gone
-            after, within = (gathered + way / places for way in again.get(model.table.group[p], np.zeros((2, 1))))
-            summing = np.where(mine, training.summing(summed, summed, model.sizes.alone[p]), 0.0) - gone
-            summing -= leaving.get(p, 0.0 * gone) * model.table.block[p]
-            backward = in_backward[0 if first_one else 1]
-            for amounts, besides in ((largest, (after, summing)), (backward, (within,))):
-                for row in (*_one_by_one(model, np.where(mine, amounts, 0.0)), np.zeros(len(there))):
-                    peak += [row + beside for beside in besides]
-    rows = np.array(peak)
-    row, variable = np.nonzero(rows)
-    entries = row, variable, rows[row, variable]
+    found = _Stretch(space, point, span, counts, in_flight)
+    model, there, link = found.model, found.there, space.between_stages(point)
+    sent, takes = _messages(model, found.prices, span, link) if link is not None else np.zeros((2, len(there)))
+    held = in_flight * found.kept + on_its_way(takes, in_flight, space.micro_batches(point))
     beside, backward = space.windows(point)
     late = _late(model.own[slice(*span)], beside, backward)
     alone = model.own[slice(*span)].sum(0)
-    seconds = seconds * there / places + sent + beside * (there - alone)
-    return model.solver.squeeze(seconds, late, allowed, entries, kept + state, room)
+    seconds = found.seconds + sent + beside * (there - alone)
+    peaks = _entries(np.array([*_ends(found, held), *_backwards(found)]))
+    return model.solver.squeeze(seconds, late, allowed, peaks, held + found.state, room)
+
+
+class _Stretch:
+    """What the positions of a span cost, by priced variable.
+
+    there            how many of its places are in the span;  share: of all
+    seconds, kept    of a micro-batch;  of_blocks: of the bytes kept those of blocks that do not all do the same
+    again            class of blocks that are run again -> bytes that exist because of it, right after the second run
+                     and in its backward
+    leaving          position -> bytes it keeps for a micro-batch, where they are taken to be gone afterwards
+    own, gradients   bytes of the gradients of the parameters that a position alone reads, and of all of these, where
+                     there are none before backward;  state: bytes of state besides
+    largest, in_backward, summed  as in `Prices`, of what is in the span
+    """
+
+    def __init__(
+        self, space: Space, point: Point, span: tuple[int, int], counts: Mapping[int, Mapping[str, int]], in_flight: int
+    ) -> None:
+        self.space, self.point, self.span, self.in_flight = space, point, span, in_flight
+        self.model, self.prices, self.training = space.model(point), space.priced(point), space.training(point)
+        self.there = self.model.places_in(*span)
+        self.share = self.there / np.maximum(self.model.places, 1.0)
+        self.begins = in_flight == space.micro_batches(point)
+        used = {mode for g in self.model.blocks for mode, count in counts.get(g, {}).items() if count}
+        self.seconds, self.kept, self.of_blocks = (np.zeros(len(self.there)) for _ in range(3))
+        self.again: dict[int, list[Array]] = {}
+        for group in {*self.model.table.group, -1}:
+            self._count(group, counts.get(group) or {"none": 1}, len(used) > 1)
+        self.leaving = {
+            p: _left(space, point, p, min(used, default="none"))
+            for p in range(*span)
+            if len(used) <= 1 or not self.model.table.block[p]
+        }
+        self.own = {p: _own_gradients(self.model, self.prices, p) for p in range(*span)}
+        self.gradients = sum(self.own.values()) * self.begins
+        self.state = self.of_nodes(self.prices.state) * self.there - self.gradients
+        self.summed = self.of_nodes(self.prices.summed) * (self.there > 0)
+        self.largest = self._existing(self.prices.largest, 1)
+        self.in_backward = [self._existing(each, 2) for each in self.prices.in_backward]
+
+    def of_nodes(self, amounts: Array) -> Array:
+        """What strategies have and nothing else."""
+        return np.concatenate([amounts, np.zeros(len(self.there) - len(amounts))])
+
+    def _existing(self, amounts: Array, times: int) -> Array:
+        after = self.prices.after
+        return np.concatenate([amounts, times * after, 0.0 * self.prices.memory]) * (self.there > 0)
+
+    def _count(self, group: int, counts: Mapping[str, int], differ: bool) -> None:
+        """Count what a class of runs costs of which so many do as each of MODES says."""
+        space, point, model = self.space, self.point, self.model
+        mine, whole = model.group == group, space.costs(point, {}).kept
+        for mode, count in counts.items():
+            costs = space.costs(point, {group: mode} if group >= 0 else {})
+            part = np.where(mine, count / (sum(counts.values()) or 1), 0.0) * self.share
+            taken = count * _entering(model, self.prices, group) * self.share if mode != "none" else 0.0
+            self.seconds += part * costs.seconds
+            self.kept += part * costs.kept + taken
+            self.of_blocks += (part * costs.kept + taken) * (group in model.blocks and differ)
+            if mode != "none" and count:
+                gone = (self._products(), costs.kept) if mode == "selective" else (0.0, 0.0)
+                ways = [np.where(mine, (whole - results) / np.maximum(model.places, 1.0), 0.0) for results in gone]
+                known = self.again.get(group, ways)
+                self.again[group] = [np.maximum(a, b) for a, b in zip(known, ways, strict=True)]
+
+    def _products(self) -> Array:
+        """Bytes kept that matrix products give or keep."""
+        sizes, prices, table = self.model.sizes, self.prices, self.model.table
+        roots = np.array([table.nodes[table.keeps[keep].root].product for keep, _ in sizes.kept])
+        rows = [sizes.product * prices.inner, 0.0 * prices.change_forward, roots * prices.memory]
+        return np.concatenate(rows) * self.model.places
+
+
+def _ends(found: _Stretch, held: Array) -> Iterator[Array]:
+    """What exists at the end of a step, less what is held in backward, in rows that are sums."""
+    training = found.training
+    stepping = found.of_nodes(found.prices.stepping) * (found.there if training.together else found.there > 0)
+    for row in [stepping] if training.together else _one_by_one(found.model, stepping):
+        yield row - held + found.gradients
+    yield training.ending(found.summed, found.summed) * found.there - held + found.gradients
+
+
+def _backwards(found: _Stretch) -> Iterator[Array]:
+    """What exists besides in the backwards of a step, less what is gone or not there yet, likewise."""
+    one = found.kept
+    if not found.begins:
+        yield from _backward(found, False, 0.0 * one)
+        return
+    for first in (True, False)[: found.in_flight]:
+        yield from _backward(found, first, 0.0 * one if first else one)
+
+
+def _backward(found: _Stretch, first: bool, gone_before: Array) -> Iterator[Array]:
+    """In the `first` backward of a step, or in others, where so much is gone before."""
+    model, table, training, span = found.model, found.model.table, found.training, range(*found.span)
+    backward, gradients = found.in_backward[0 if first else 1], found.gradients
+    all_gone = sum(found.leaving.values()) + found.of_blocks + gone_before - gradients
+    for row in _one_by_one(model, np.where(model.group < 0, found.in_backward[1], 0.0)):
+        yield row - all_gone
+    yield (gradients - gone_before) * (not first)
+    block = min((p for p in span if table.block[p]), default=span.stop)
+    last, waiting = _waiting(model, found.prices, found.span)
+    seen = set()
+    for p in span:
+        group, later = table.group[p], (kept for q, kept in found.leaving.items() if q > p)
+        come = sum(found.own[q] for q in span if q >= p) if first else gradients
+        gone = sum(later) + found.of_blocks * (p < block) + gone_before - come - waiting * (p < last)
+        if (group, gone.tobytes()) in seen:
+            continue
+        seen.add((group, gone.tobytes()))
+        mine = model.group == group
+        gathered = np.where(mine, training.gathered(found.summed), 0.0) - gone
+        after, within = (gathered + again for again in found.again.get(group, [0.0 * gone] * 2))
+        summing = np.where(mine, training.summing(found.summed, found.summed, model.sizes.alone[p]), 0.0) - gone
+        summing -= found.leaving.get(p, 0.0 * gone) * table.block[p]
+        for amounts, besides in ((found.largest, (after, summing)), (backward, (within,))):
+            for row in (*_one_by_one(model, np.where(mine, amounts, 0.0)), 0.0 * gone):
+                yield from (row + beside for beside in besides)
+
+
+def _entries(rows: Array) -> Entries:
+    row, variable = np.nonzero(rows)
+    return row, variable, rows[row, variable]
 
 
 def _late(own: Array, beside: Array, backward: Array) -> Entries:
     """Sums of which the largest is for how long gradients travel after the backward of positions (`ranges.exposed`)."""
     done = np.cumsum(own, 0) - own
-    rows = (beside * (done + own) - backward * done) * beside.any()
-    row, variable = np.nonzero(rows)
-    return row, variable, rows[row, variable]
+    return _entries((beside * (done + own) - backward * done) * beside.any())
 
 
 def _left(space: Space, point: Point, position: int, mode: str) -> Array:
