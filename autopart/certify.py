@@ -433,7 +433,6 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
             if modes.get(run) == "selective":
                 moments.append(largest + training.gathered(sum(read)) + whole[run] + wide[run] - products[run])
             moments.append(largest + training.summing(sum(read), max(read), len(read) == 1))
-            moments[-1] -= leaving.get(run, 0.0) if run in of_blocks else 0.0
             moment = max(moments) - gone
             moment -= sum(size for r, size in leaving.items() if r > run)
             moment -= sum(size for r, size in absent.items() if r < run != SETUP_RUN)

@@ -250,8 +250,7 @@ def _backward(
         ways = [[(f"{name}, gradients", backward), gathered, ("what is run again", again)]]
         if mode == "selective":
             ways.append([gradient, gathered, ("what was run again", whole - products[run])])
-        gone = ("what it kept, gone by then", -kept * (block and alike))
-        ways.append([gradient, ("gradients that ranks sum, with messages", summing), gone])
+        ways.append([gradient, ("gradients that ranks sum, with messages", summing)])
         rows = [
             *max(ways, key=_bytes_of),
             ("what later runs kept, gone by then", -late - of_blocks * left),

@@ -239,15 +239,11 @@ def ranges(
     ]
 
     def backward(begins: bool) -> Moments:
-        summed = found.largest + summing
-        mixed = [
-            np.maximum(gathered + np.maximum(found.alive(start, begins), found.alive(modes, begins)), summed)
-            for modes in far
-        ]
-        same = [
-            np.maximum(gathered + found.alive(modes, begins), summed - np.where(block, kept, 0.0))
-            for modes, kept in zip(every, held, strict=True)
-        ]
+        def most(*ways: NDArray[np.int_]) -> Array:
+            each = [gathered + found.alive(modes, begins) for modes in ways]
+            return np.maximum.reduce([*each, found.largest + summing])
+
+        mixed, same = [most(start, modes) for modes in far], [most(modes) for modes in every]
         moments = _moments(found, mixed, same, held, _next(np.flatnonzero(block), n), plain, begins)
         alone = [_sums(1.0 * (block & (start != mode))) == 0 for mode in range(depth)]
         moments.late[0] = np.select(alone, list(moments.alike), moments.late[0])

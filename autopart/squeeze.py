@@ -160,7 +160,6 @@ def _backward(found: _Stretch, first: bool, gone_before: Array) -> Iterator[Arra
         gathered = np.where(mine, training.gathered(found.summed), 0.0) - gone
         after, within = (gathered + again for again in found.again.get(group, [0.0 * gone] * 2))
         summing = np.where(mine, training.summing(found.summed, found.summed, model.sizes.alone[p]), 0.0) - gone
-        summing -= found.leaving.get(p, 0.0 * gone) * table.block[p]
         for amounts, besides in ((found.largest, (after, summing)), (backward, (within,))):
             for row in (*_one_by_one(model, np.where(mine, amounts, 0.0)), 0.0 * gone):
                 yield from (row + beside for beside in besides)

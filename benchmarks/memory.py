@@ -169,22 +169,35 @@ class Compared:
         return tuple(p / m - 1 for p, m in zip(self.predicted, self.measured, strict=True))
 
 
-SAMPLES, TOKENS, WIDTH, WORDS, LAYERS = 8, 128, 128, 2048, 4
-MODELS: Mapping[str, Callable[[], nn.Module]] = {
-    "gpt2": lambda: hf.GPT2LMHeadModel(
+SAMPLES, WORDS, LAYERS = 8, 2048, 4
+SHAPES = {"": (128, 128), "wide ": (64, 512)}
+"""Tokens of a sample and width: where values are larger than weights, and where weights are."""
+
+
+def gpt2(tokens: int, width: int) -> nn.Module:
+    """A GPT-2 without dropout."""
+    return hf.GPT2LMHeadModel(
         hf.GPT2Config(
-            n_embd=WIDTH, n_head=4, n_layer=LAYERS, vocab_size=WORDS, n_positions=TOKENS, use_cache=False,
+            n_embd=width, n_head=4, n_layer=LAYERS, vocab_size=WORDS, n_positions=tokens, use_cache=False,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
         )
-    ),
-    "llama": lambda: hf.LlamaForCausalLM(
+    )  # fmt: skip
+
+
+def llama(tokens: int, width: int) -> nn.Module:
+    """A Llama with a head of its own."""
+    return hf.LlamaForCausalLM(
         hf.LlamaConfig(
-            hidden_size=WIDTH, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=LAYERS,
-            intermediate_size=3 * WIDTH, vocab_size=WORDS, max_position_embeddings=TOKENS, use_cache=False,
+            hidden_size=width, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=LAYERS,
+            intermediate_size=3 * width, vocab_size=WORDS, max_position_embeddings=tokens, use_cache=False,
             bos_token_id=0, eos_token_id=0, pad_token_id=None,
         )
-    ),
-}  # fmt: skip
+    )  # fmt: skip
+
+
+MODELS: Mapping[str, tuple[Callable[[int, int], nn.Module], tuple[int, int]]] = {
+    f"{name}{build.__name__}": (build, shape) for name, shape in SHAPES.items() for build in (gpt2, llama)
+}
 MIXED = {"precision": "bfloat16", "master": "float32"}
 SPLITS: Sequence[tuple[int, Mapping[str, Any]]] = (
     (1, {}),
@@ -235,8 +248,9 @@ def drawn(count: int, seed: int) -> Iterator[Row]:
 def built(name: str) -> tuple[nn.Module, Batch]:
     """A model of the table with random weights, and a batch."""
     torch.manual_seed(0)
-    tokens = torch.randint(WORDS, (SAMPLES, TOKENS))
-    return MODELS[name](), {"input_ids": tokens, "labels": tokens.clone()}
+    build, (length, width) = MODELS[name]
+    tokens = torch.randint(WORDS, (SAMPLES, length))
+    return build(length, width), {"input_ids": tokens, "labels": tokens.clone()}
 
 
 class Bench:
@@ -254,7 +268,7 @@ class Bench:
         source = self.sources[key]
         forced = ["strategy *.weight C over dp"] if row.settings.get("zero") else []
         if row.settings.get("again"):
-            forced += [f"strategy {name} n+again over tp" for name in AGAIN[row.model]]
+            forced += [f"strategy {name} n+again over tp" for name in AGAIN[row.model.split()[-1]]]
         settings = {name: value for name, value in row.settings.items() if name != "again"}
         request = request_of(source.model, source.batch, constraints=forced, must_fit=False, **settings)
         plan = make_plan(source, Mesh.parse(f"{row.ranks}:cpu"), request, to_run=True)

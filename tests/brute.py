@@ -652,7 +652,7 @@ class Totals:
             there, at = held - later + come, base + k * (3 * count + 2)
             there[:, :before] -= (of_blocks * ~alike)[:, None]
             there[:, : max(self.last - self.span.i, 0)] += numbers[:, 5:6]
-            moments = np.concatenate([there + rerun, there + in_backward, there - leaves], 1)
+            moments = np.concatenate([there + rerun, there + in_backward, there], 1)
             found[:, at : at + 3 * count] = moments
             found[:, at + 3 * count] = held[:, 0] - plain.sum(1) - of_blocks + gradients.sum(1)
             found[:, at + 3 * count + 1] = held[:, 0] + (0.0 if first else gradients.sum(1))
