@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopart.cost import Array
-from autopart.cuts import NEVER, spans
 from autopart.ranges import crossed
 from autopart.request import Point
+from autopart.rows import NEVER, spans
 from autopart.space import Space
 from autopart.weigh import least_crossings
 

@@ -3,8 +3,6 @@
 f[s, i, j] is the least time of stage s with positions i..j-1 within its memory. For a threshold T the cheapest path
 0 -> n through columns with f <= T is a shortest path in a graph without cycles; the best of sum(f) + (m - 1) max(f)
 over all paths is found by lowering T from the largest value that could still win to the least one that any path meets.
-
-What is told of all ranges of n positions is a row of n (n + 1) / 2 numbers, in the order of `spans`.
 """
 
 from __future__ import annotations
@@ -12,27 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autopart.cost import Array
-
-NEVER = float("inf")
-
-
-@lru_cache(maxsize=64)
-def spans(n: int) -> tuple[NDArray[np.int_], NDArray[np.int_]]:
-    """All ranges i..j-1 of n positions: every i, every j."""
-    starts, ends = np.triu_indices(n + 1, 1)
-    return starts, ends
-
-
-def place(i: Any, j: Any, n: int) -> Any:
-    """Where the range i..j-1 stands among all; of arrays of them likewise."""
-    return i * n - i * (i - 1) // 2 + j - i - 1
+from autopart.rows import NEVER, spans
 
 
 @dataclass(frozen=True)

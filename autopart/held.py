@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from torch import fx
 
 from autopart.cost import OPTIMIZER_STATES
-from autopart.cuts import place
 from autopart.folded import Folded, used_parameters
 from autopart.graph import Info, info
 from autopart.notation import Placement
@@ -19,6 +18,7 @@ from autopart.plan import shortened
 from autopart.planner import Found
 from autopart.ranges import crossed
 from autopart.request import is_block
+from autopart.rows import place
 from autopart.schedules import on_its_way
 from autopart.space import Space
 from autopart.stages import OWNED, SETUP, SETUP_RUN, Choices, StageGraph, backward_of

@@ -28,10 +28,11 @@ from numpy.typing import NDArray
 from autopart.allowed import Options, both
 from autopart.bounds import Bounds
 from autopart.cost import Array, update_seconds
-from autopart.cuts import NEVER, best_cut, spans
+from autopart.cuts import best_cut
 from autopart.errors import PartitionError
 from autopart.plan import seconds_text
 from autopart.request import Point, Request, divisors
+from autopart.rows import NEVER, spans
 from autopart.shortage import Shortage, closest, nothing_fits
 from autopart.space import Space
 from autopart.squeeze import is_small, squeeze

@@ -1,6 +1,6 @@
 """What every range of positions costs under one choice of splits: seconds, and bytes when most is alive.
 
-What is told of all ranges of n positions is a row of n (n + 1) / 2 numbers, in the order of `cuts.spans`.
+What is told of all ranges of n positions is a row of n (n + 1) / 2 numbers, in the order of `rows.spans`.
 """
 
 from __future__ import annotations
@@ -13,26 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopart.cost import Array
-from autopart.cuts import NEVER, place, spans
+from autopart.moments import Moments, moments
+from autopart.rows import NEVER, has, maxima, place, spans, sums
 from autopart.schedules import on_its_way
-from autopart.weigh import MODES, Crossings, Item, Weighed
+from autopart.weigh import MODES, Crossings, Weighed
 
 Rows = NDArray[np.int_] | slice
-
-
-@dataclass
-class Moments:
-    """Bytes of every range that exist for a moment of a backward besides what is held, less what is gone by then or not
-    there yet.
-
-    late   from the first block on: a row for each of MODES, the furthest that blocks are run again, where they may do
-           differently: what later ones kept is taken to be there;  alike: where all do as that mode says: it is gone
-    early  at the positions before, where no block keeps anything of that micro-batch
-    """
-
-    late: Array
-    alike: Array
-    early: Array
 
 
 @dataclass
@@ -146,15 +132,15 @@ class Ranges:
         return float(self.seconds[self.place(i, j)] + extra)
 
     def _ways_to_run_again(self, where: Rows, in_flight: int, limit: float, modes: Sequence[str]) -> Iterator[Again]:
-        """Run blocks again until some ranges fit, as far as each of MODES."""
+        """Run blocks again until some ranges fit, as far as each of MODES; and all of them alike."""
         base, each = self.state[where] + self.arriving(where, in_flight) - limit, self.kept[where] + self.entered[where]
         for furthest, savings in enumerate(self.savings):
             steps = [s for group in savings.values() for s in group if s.mode in modes]
             seconds, counts, short = self.seconds[where].copy(), [], []
-            for moments, flights in self._backwards(in_flight):
+            for moment, flights in self._backwards(in_flight):
                 held = base + flights * each
-                short.append((held + moments.late[furthest, where], flights))
-                short.append((held + moments.early[where] - self.blocks_kept[where], flights - 1))
+                short.append((held + moment.late[furthest, where], flights))
+                short.append((held + moment.early[where] - self.blocks_kept[where], flights - 1))
             for step in sorted(steps, key=lambda s: s.seconds / s.bytes):
                 needed = np.maximum.reduce([lacks / flights for lacks, flights in short if flights])
                 count = np.clip(np.ceil(needed / step.bytes), 0, self.blocks[step.kind][where])
@@ -165,14 +151,13 @@ class Ranges:
                 yield Again(seconds, np.maximum.reduce([lacks for lacks, _ in short]), counts)
         for mode, alike in enumerate(self.alike):
             if MODES[mode] in modes:
-                all_lack = []
-                for moments, flights in self._backwards(in_flight):
+                short = []
+                for moment, flights in self._backwards(in_flight):
                     held = base + flights * (each - alike.bytes[where])
-                    early = moments.early[where] - self.blocks_kept[where] + alike.bytes[where]
-                    all_lack.append(held + np.maximum(moments.alike[mode, where], early))
-                lack = np.where(alike.possible[where], np.maximum.reduce(all_lack), NEVER)
-                steps = [Saving(kind, MODES[mode], 0.0, 0.0) for kind in self.blocks]
-                counts = [(step, self.blocks[step.kind][where]) for step in steps]
+                    early = moment.early[where] - self.blocks_kept[where] + alike.bytes[where]
+                    short.append((held + np.maximum(moment.alike[mode, where], early), flights))
+                lack = np.where(alike.possible[where], np.maximum.reduce([lacks for lacks, _ in short]), NEVER)
+                counts = [(Saving(k, MODES[mode], 0.0, 0.0), many[where]) for k, many in self.blocks.items()]
                 yield Again(self.seconds[where] + alike.seconds[where], lack, counts)
 
 
@@ -209,63 +194,24 @@ def ranges(
     least = [MODES.index(modes[0]) for modes in allowed]
     rerun = np.array([mode > 0 for mode in least])
     each = np.where(rerun, found.kept[least, everywhere] + found.entered, found.kept[0])
-    seconds = _sums(found.forward + found.backward + found.again[least, everywhere] + found.sync / turns)
+    seconds = sums(found.forward + found.backward + found.again[least, everywhere] + found.sync / turns)
     seconds += exposed(found.beside, found.backward) * (found.training.backwards / turns)
-    state, kept, blocks_kept = (_sums(x) for x in (found.parts.sum(0), each, np.where(block, each, 0.0)))
-    training = found.training
-    summed, most, _ = found.summed
-    gathered, summing = training.gathered(summed), training.summing(summed, most, found.alone)
-    depth = 1 + max(
-        (MODES.index(m) for modes, mine in zip(allowed, block, strict=True) if mine for m in modes), default=0
-    )
-    plain = np.where(block, 0.0, found.kept[0])
-    far = [
-        np.array([_furthest(modes, furthest * mine) for modes, mine in zip(allowed, block, strict=True)])
-        for furthest in range(depth)
-    ]
-
-    every, start = [np.where(block, mode, 0) for mode in range(depth)], np.array(least)
-    held = [np.where(block, found.kept[mode] + found.entered * (mode > 0), found.kept[0]) for mode in range(depth)]
-    may = [
-        [not mine or MODES[mode] in modes for modes, mine in zip(allowed, block, strict=True)] for mode in range(depth)
-    ]
-    alike = [
-        Alike(
-            _sums(1.0 - np.array(may[mode])) == 0,
-            _sums(np.where(block, found.again[mode] - found.again[least, everywhere], 0.0)),
-            _sums(each - held[mode]),
-        )
-        for mode in range(depth)
-    ]
-
-    def backward(begins: bool) -> Moments:
-        def most(*ways: NDArray[np.int_]) -> Array:
-            each = [gathered + found.alive(modes, begins) for modes in ways]
-            return np.maximum.reduce([*each, found.largest + summing])
-
-        mixed, same = [most(start, modes) for modes in far], [most(modes) for modes in every]
-        moments = _moments(found, mixed, same, held, _next(np.flatnonzero(block), n), plain, begins)
-        alone = [_sums(1.0 * (block & (start != mode))) == 0 for mode in range(depth)]
-        moments.late[0] = np.select(alone, list(moments.alike), moments.late[0])
-        return moments
-
-    first, others, later = backward(True), backward(False), _sums(plain)
-    stepping, entered = (_sums if training.together else _maxima)(found.stepping), np.zeros(len(seconds))
-    sent = _sums(found.summed[2])
+    state, kept, blocks_kept = (sums(x) for x in (found.parts.sum(0), each, np.where(block, each, 0.0)))
+    first, others = (moments(found, allowed, block, begins) for begins in (True, False))
+    depth, training = len(first.late), found.training
+    stepping, entered = (sums if training.together else maxima)(found.stepping), np.zeros(len(seconds))
+    sent = sums(found.summed[2])
     for item in found.items:
-        has = _has(item.positions, n)
-        if item.largest:
-            for moments in (first, others):
-                moments.early = np.maximum(moments.early, has * 2 * item.largest - later)
-        stepping = stepping + has * item.stepping if training.together else np.maximum(stepping, has * item.stepping)
-        sent += has * item.summed
-        seconds += has * (item.forward + item.backward + item.sync / turns)
-        state += has * sum(item.parts)
-        kept += has * item.kept
+        inside = has(item.positions, n)
+        stepping = (np.add if training.together else np.maximum)(stepping, inside * item.stepping)
+        sent += inside * item.summed
+        seconds += inside * (item.forward + item.backward + item.sync / turns)
+        state += inside * sum(item.parts)
+        kept += inside * item.kept
         if item.entered:
-            entering = _has([p for p in item.positions if rerun[p]], n)
-            kept, entered = kept + entering * item.entered, entered + (has & ~entering) * item.entered
-    stepping = np.maximum(stepping, training.ending(sent, _maxima(most)))
+            entering = has([p for p in item.positions if rerun[p]], n)
+            kept, entered = kept + entering * item.entered, entered + (inside & ~entering) * item.entered
+    stepping = np.maximum(stepping, training.ending(sent, maxima(found.summed[1])))
     messages, takes = crossed(found.crossings, n)
     seconds += messages
     classes: dict[tuple[int, bool, tuple[str, ...], tuple[float, ...]], int] = {}
@@ -276,16 +222,21 @@ def ranges(
     modes = {number: may for (_, _, may, _), number in classes.items()}
     return Ranges(
         seconds, state, kept, blocks_kept, takes, first, others, stepping, entered, found.again, kind,
-        [MODES[mode] for mode in least], micro_batches, {k: _sums(mine.astype(float)) for k, mine in where.items()},
+        [MODES[mode] for mode in least], micro_batches, {k: sums(mine.astype(float)) for k, mine in where.items()},
         [{k: _savings(found, k, mine, modes[k], furthest) for k, mine in where.items()} for furthest in range(depth)],
-        alike,
+        [_alike(found, allowed, block, each, mode) for mode in range(depth)],
     )  # fmt: skip
 
 
-def _furthest(modes: Sequence[str], furthest: int) -> int:
-    """Which of MODES keeps least of some, none of them further than another but the first."""
-    first, *more = map(MODES.index, modes)
-    return max([first, *(mode for mode in more if mode <= furthest)])
+def _alike(found: Weighed, allowed: Sequence[tuple[str, ...]], block: Sequence[bool], each: Array, mode: int) -> Alike:
+    """All blocks as one of MODES says; `each` position keeps so much as the first that it may."""
+    cannot = [mine and MODES[mode] not in modes for modes, mine in zip(allowed, block, strict=True)]
+    least = [MODES.index(modes[0]) for modes in allowed]
+    more = found.again[mode] - found.again[least, np.arange(len(block))]
+    less = each - found.kept[mode] - found.entered * (mode > 0)
+    return Alike(
+        sums(np.array(cannot, dtype=float)) == 0, sums(np.where(block, more, 0.0)), sums(np.where(block, less, 0.0))
+    )
 
 
 def exposed(beside: Array, backward: Array) -> Array:
@@ -301,7 +252,7 @@ def exposed(beside: Array, backward: Array) -> Array:
     if not beside.any():
         return np.zeros(len(starts))
     sent, done = (np.concatenate([[0.0], np.cumsum(each)]) for each in (beside, backward))
-    return _maxima(sent[1:] - done[:-1]) - (sent - done)[starts]
+    return maxima(sent[1:] - done[:-1]) - (sent - done)[starts]
 
 
 def after(beside: Sequence[float], backward: Sequence[float]) -> float:
@@ -311,52 +262,6 @@ def after(beside: Sequence[float], backward: Sequence[float]) -> float:
         now += takes
         arrived = max(arrived, now) + travels
     return arrived - now
-
-
-def _moments(
-    found: Weighed, mixed: Sequence[Array], alike: Sequence[Array], held: Sequence[Array], block_at: NDArray[np.int_],
-    plain: Array, begins: bool,
-) -> Moments:  # fmt: skip
-    """Of every range the most that exists for a moment, by every position's as far as blocks are run again, where they
-    may do differently (`mixed`) and where they do alike, when they keep `held` (`block_at`: of every position the block
-    that follows or is there), with gradients that wait, less what is not there then: what later positions kept, of
-    blocks only where they do alike, is gone when a position's backward runs, and in the backward that `begins` a step
-    the earlier positions have no gradients yet, and none has before it."""
-    n = len(plain)
-    starts, ends = spans(n)
-    gradients = np.concatenate([[0.0], np.cumsum(found.parts[1] * begins)])
-    (last, waiting), middle = _waiting(found.items, n), np.minimum(block_at[starts], ends)
-
-    def within(most: Array, i: NDArray[np.int_], j: NDArray[np.int_]) -> Array:
-        inside, some = np.full(len(most), -NEVER), i < j
-        inside[some] = most[place(i[some], j[some], n)]
-        return inside
-
-    def most(moment: Array, kept: Array, i: NDArray[np.int_], j: NDArray[np.int_]) -> Array:
-        """Between two positions, with what waits before `last`, if what every position `kept` is gone before it."""
-        gone = np.concatenate([[0.0], np.cumsum(kept)])
-        there = _maxima(moment + gone[1:] - gradients[:-1])
-        waits = np.maximum(within(there, i, np.minimum(j, last)) + waiting, within(there, np.maximum(i, last), j))
-        return np.asarray(waits - gone[ends] + gradients[starts])
-
-    none = gradients[starts] - gradients[ends]
-    late = [np.maximum(most(moment, plain, middle, ends), none) for moment in mixed]
-    same = [np.maximum(most(m, kept, middle, ends), none) for m, kept in zip(alike, held, strict=True)]
-    return Moments(np.array(late), np.array(same), most(mixed[0], plain, starts, middle))
-
-
-def _waiting(items: Sequence[Item], n: int) -> tuple[NDArray[np.int_], Array]:
-    """Of every range the last position that reads a parameter which an earlier one reads too, and bytes of the
-    gradients of all such."""
-    starts, ends = spans(n)
-    last, waiting = starts.copy(), np.zeros(len(starts))
-    for item in items:
-        if item.waiting:
-            inside = np.array([(starts <= p) & (p < ends) for p in item.positions])
-            several = inside.sum(0) > 1
-            waiting += several * item.waiting
-            last = np.maximum(last, several * (inside * np.array(item.positions)[:, None]).max(0))
-    return last, waiting
 
 
 def _savings(found: Weighed, kind: int, where: NDArray[np.bool_], modes: Sequence[str], furthest: int) -> list[Saving]:
@@ -382,32 +287,6 @@ def _slope(one: tuple[int, float, float], other: tuple[int, float, float]) -> fl
     return (other[1] - one[1]) / (one[2] - other[2])
 
 
-def _sums(values: Array) -> Array:
-    """The sum of every range."""
-    starts, ends = spans(len(values))
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    return total[ends] - total[starts]
-
-
-def _maxima(values: Array) -> Array:
-    """The maximum of every range."""
-    return np.concatenate([np.maximum.accumulate(values[i:]) for i in range(len(values))])
-
-
-def _next(positions: Iterable[int], n: int) -> NDArray[np.int_]:
-    """Of n places and the end the first of some positions that is there or follows; n where there is none."""
-    following = np.full(n + 1, n)
-    for p in sorted(positions, reverse=True):
-        following[: p + 1] = p
-    return following
-
-
-def _has(positions: Iterable[int], n: int) -> NDArray[np.bool_]:
-    """Whether a range has one of the positions."""
-    starts, ends = spans(n)
-    return _next(positions, n)[starts] < ends
-
-
 def crossed(crossings: Iterable[Crossings], n: int) -> tuple[Array, Array]:
     """Of every range of n positions: seconds of the messages of what it takes from earlier ones and gives to later
     ones, and bytes of what it takes."""
@@ -420,7 +299,7 @@ def crossed(crossings: Iterable[Crossings], n: int) -> tuple[Array, Array]:
         far = np.flatnonzero(~near)
         for where in [far] if values.one else far[:, None]:
             home, users = int(values.homes[where[0]]), values.users[where].tolist()
-            taken = _has(users, n) & (starts > home)
+            taken = has(users, n) & (starts > home)
             given = (starts <= home) & (home < ends) & (ends <= max(users))
             seconds += (taken.astype(float) + given) * values.seconds
             takes += taken * values.size

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopart.cuts import NEVER, best_cut
+from autopart.cuts import best_cut
 from autopart.errors import PartitionError
 from autopart.plan import bytes_text
 from autopart.request import Point
+from autopart.rows import NEVER
 from autopart.space import Space
 from autopart.ways import Way, way_of
 

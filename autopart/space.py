@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from autopart.allowed import Options, both, modes_of, options_of, positions_of, stages_of
 from autopart.constraints import Cuts, check
 from autopart.cost import Array, Training, turns, widening
-from autopart.cuts import NEVER, spans
 from autopart.folded import Folded
 from autopart.hardware.rows import Device, Link
 from autopart.mesh import Mesh
@@ -23,6 +22,7 @@ from autopart.plan import usable_bytes
 from autopart.prices import Prices, Terms
 from autopart.problem import Flow, Placements, Table
 from autopart.request import Point, Request, is_block
+from autopart.rows import NEVER, spans
 from autopart.schedules import SCHEDULES, in_flight
 from autopart.sizes import Sizes
 from autopart.weigh import MODES, Weighed, weigh

@@ -38,6 +38,8 @@ LAYERS = (
         "sizes",
         "prices",
         "weigh",
+        "rows",
+        "moments",
         "cuts",
         "ranges",
         "stages",

@@ -16,10 +16,10 @@ import autopart
 from autopart.check import one_process, worst_error
 from autopart.compile import Source, programs
 from autopart.cost import Training, update_seconds
-from autopart.cuts import spans
 from autopart.hardware import find_device
 from autopart.hardware.rows import Device
 from autopart.ranges import after, exposed
+from autopart.rows import spans
 from autopart.runtime.compiled import Compiled
 from autopart.runtime.groups import Groups
 from autopart.runtime.simulated import run_simulated

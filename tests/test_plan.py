@@ -23,12 +23,13 @@ from torch import nn
 import autopart
 from autopart import PartitionError, Plan
 from autopart.compile import Source, sources
-from autopart.cuts import best_cut, place, spans
+from autopart.cuts import best_cut
 from autopart.mesh import Mesh
 from autopart.notation import P
 from autopart.passes.formulate import formulate
 from autopart.passes.solve import Solver
 from autopart.problem import Table
+from autopart.rows import place, spans
 from autopart.sizes import paths
 from autopart.space import Model as Split
 
