@@ -177,11 +177,8 @@ class Sizes:
                 some += self.four(value, node.taken(option, i)) * value.grad
         split = any(strategy.local == SPLIT_LOSS for strategy in node.options[option])
         loss = node.kind_index == LOSS
-        return (
-            largest_of(made, taken, node, loss, split),
-            bytes_of_backward(made, taken, 0.0 * weights, node, loss, split),
-            weights * (node.product or 0 in node.weights),
-        )
+        backward = bytes_of_backward(made, taken, 0.0 * weights, node, loss, split)
+        return largest_of(made, taken, node, loss, split), backward, weights
 
     def _moved(self, node: Node, option: int) -> Array:
         moved = self._made(node, option)
