@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +33,22 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"autopart {version('autopart')}")
+        raise typer.Exit
+
+
+@app.callback()
+def shared_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """What every command has."""
+
 
 MODEL_HELP = (
     "a model type or size (gpt2, llama-3-8b), a config.json or its folder, or module:function that returns model, batch"

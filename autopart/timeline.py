@@ -16,12 +16,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
-
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from autopart.plan import Plan, PlanStage, bytes_text, seconds_text
 from autopart.schedules import Instruction, Op, in_flight, instructions, simulate, verify
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 Event = tuple[Instruction, float, float]
 """What a stage does, from when to when: a receive from when it is posted, a send until its message arrives."""
@@ -100,6 +101,8 @@ class Timeline:
 
     def chart(self, width: int = 100) -> Text:
         """A row a stage, `width` characters of time, and what the marks mean."""
+        from rich.text import Text
+
         lines = [
             Text(
                 f"step {seconds_text(self.seconds)} simulated, {seconds_text(self.predicted_seconds)} predicted   "
@@ -185,6 +188,8 @@ def _memory(events: list[Event], stage: PlanStage, each: float) -> Iterator[tupl
 
 def _row(stage: StageTimeline, whole: float, width: int) -> Text:
     """A stage's step in marks: what it does at the middle of every slice of time."""
+    from rich.text import Text
+
     events = [(entry, start, end) for entry, start, end in stage.events if entry.op not in SENDS and end > start]
     starts = [start for _, start, _ in events]
     row = Text()

@@ -347,7 +347,9 @@ def test_what_is_faster_makes_the_step_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.processes
-def test_a_quick_calibration_plans_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quick_calibration_plans_and_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(
@@ -357,6 +359,7 @@ def test_a_quick_calibration_plans_and_runs(tmp_path: Path, monkeypatch: pytest.
     result = CliRunner().invoke(app, ["calibrate", "2:cpu", "--to", str(file), "--quick", "--rounds", "1", "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == {"name": "cpu-2", "file": str(file)}
+    assert capfd.readouterr().out == "", "a rank printed"
     mesh = Mesh.of("2:cpu-2")
     measured, wire = tables_of(mesh)
     assert measured.ranks == 2 and {"2"} == set(wire.collectives["all_gather"]) and "1 thread" in mesh.device.source

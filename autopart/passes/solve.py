@@ -49,6 +49,14 @@ class Solution:
     bound: float
 
 
+class Quiet(highspy.Highs):
+    """HiGHS without its banner, which it prints on stdout as soon as it enables callbacks."""
+
+    def enableCallbacks(self) -> None:
+        self.setOptionValue("output_flag", False)
+        super().enableCallbacks()
+
+
 class Solver:
     """The equations (1) to (4) of a table, ready for any objective.
 
@@ -391,9 +399,9 @@ class Solver:
         model.a_matrix_.start_ = np.cumsum([0, *(len(c) for c, _, _, _ in self.rows)]).astype(np.int32)
         model.a_matrix_.index_ = self.place[np.concatenate([c for c, _, _, _ in self.rows])].astype(np.int32)
         model.a_matrix_.value_ = np.concatenate([v for _, v, _, _ in self.rows])
-        highs = highspy.Highs()
+        highs = Quiet()
         settings = {
-            "output_flag": False, "threads": 1, "mip_rel_gap": 1e-6, "mip_max_nodes": NODES, "simplex_strategy": CHOOSE,
+            "threads": 1, "mip_rel_gap": 1e-6, "mip_max_nodes": NODES, "simplex_strategy": CHOOSE,
         }  # fmt: skip
         for name, setting in settings.items():
             highs.setOptionValue(name, setting)
