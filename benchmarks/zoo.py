@@ -55,7 +55,7 @@ def trial(task: str, model_type: str) -> Row:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     try:
-        model, batch = build(task, model_type, SAMPLES)
+        model, batch = build(task, model_type)
     except Unbuildable as error:
         return {**row, "outcomes": dict.fromkeys(SETTINGS, f"not built: {error}")}
     row |= {"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}

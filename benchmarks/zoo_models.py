@@ -1,15 +1,18 @@
-"""Tiny random models of every architecture in four of the auto-class mappings of ``transformers``, with batches.
+"""Random models of every architecture in four of the auto-class mappings of ``transformers``, with batches.
 
-``build`` makes a model and a batch with labels for one architecture; the tables say what an architecture needs
-beside the common sizes. Models of text with images or sound get text alone where they take that, so their other
-towers get no gradient. Nothing is downloaded, and the model is not run.
+``build`` makes a tiny model and a batch with labels for one architecture, ``drawn`` one of sizes drawn at random, and
+``published`` one of the sizes that its configuration has by default, on meta. The tables say what a tiny architecture
+needs beside the common sizes. Models of text with images or sound get text alone where they take that, so their other
+towers get no gradient. Nothing is downloaded.
 """
 
 import copy
 import dataclasses
 import inspect
+import random
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,6 +71,21 @@ _NAMES_BY_SIZE: tuple[tuple[int, str], ...] = (
     (16, "mamba_d_state state_size ssm_state_size"),
 )
 SIZES: dict[str, int] = {name: size for size, names in _NAMES_BY_SIZE for name in names.split()}
+
+
+def _alike(*firsts: str) -> frozenset[str]:
+    """The names of the rows of _NAMES_BY_SIZE that begin with one of these names."""
+    rows = (names.split() for _, names in _NAMES_BY_SIZE)
+    return frozenset(name for names in rows if names[0] in firsts for name in names)
+
+
+WIDTHS = _alike(
+    *("hidden_size", "embedding_size", "intermediate_size", "intermediate_size_mlp"),
+    "moe_shared_expert_intermediate_size",
+)
+"""Widths of the residual stream and of what lies inside an MLP."""
+HEADS = _alike("num_attention_heads", "num_encoder_attention_heads")
+HEAD_WIDTHS = _alike("head_dim")
 LAYER_COUNTS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers"}
 LAYER_KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")
 KEEP_IF_SMALLER = {"n_group", "topk_group", "patch_size", "n_shared_experts", "first_k_dense_replace"}
@@ -330,6 +348,38 @@ WITH_DECODER_INPUTS = {"fsmt", "prophetnet"}
 """Encoder-decoders that cannot be traced where they make the inputs of the decoder themselves."""
 
 
+@dataclass(frozen=True)
+class Size:
+    """How large a model and its batch are.
+
+    samples, sequence   samples of the batch, tokens of a sample;  image: height and width of an image
+    widths              times the widths of SIZES;  heads: times as many heads, where the heads are not wider instead
+    layers              layers besides those that a tiny model has
+    """
+
+    samples: int = 4
+    sequence: int = SEQUENCE
+    image: int = IMAGE
+    widths: int = 1
+    heads: int = 1
+    layers: int = 0
+
+    def of(self, name: str) -> int:
+        """What a field of a configuration is set to."""
+        if name in ("image_size", "img_size"):
+            return self.image
+        if name in WIDTHS:
+            return SIZES[name] * self.widths
+        if name in HEADS:
+            return SIZES[name] * self.heads
+        if name in HEAD_WIDTHS:
+            return SIZES[name] * (self.widths // self.heads)
+        return SIZES[name]
+
+
+TINY = Size()
+
+
 class Unbuildable(Exception):
     """An architecture has no tiny model here; the message is one line that says why."""
 
@@ -354,10 +404,10 @@ def architectures() -> list[tuple[str, str]]:
     return [(task, model_type) for task, mapping in TASKS.items() for model_type in getattr(modeling_auto, mapping)]
 
 
-def build(task: str, model_type: str, samples: int = 4, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
+def build(task: str, model_type: str, size: Size = TINY, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
     """A model in training mode without randomness, and the keyword arguments of a training step.
 
-    Every tensor of the batch has ``samples`` in dimension 0. Raises ``Unbuildable``.
+    Every tensor of the batch has ``size.samples`` in dimension 0. Raises ``Unbuildable``.
     """
     if reason := UNBUILDABLE.get((task, model_type)):
         raise Unbuildable(reason)
@@ -365,14 +415,76 @@ def build(task: str, model_type: str, samples: int = 4, seed: int = 0) -> tuple[
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model: nn.Module = model_class(_accepted(model_class, configuration(task, model_type)))
+            model: nn.Module = model_class(_accepted(model_class, configuration(task, model_type, size)))
             _no_randomness(model)
             _no_zeros(model)
-        inputs = batch(task, model_type, model, samples, seed)
+        inputs = batch(task, model_type, model, size, seed)
     except Exception as error:
         cause = error.__cause__ or error
         line = " ".join(str(cause).split())
         raise Unbuildable(f"{type(cause).__name__}: {line}"[:200]) from error
+    if model_type in WITHOUT_LOSS:
+        model = WithLoss(model, WITHOUT_LOSS[model_type])
+    return model.train(), inputs
+
+
+def drawn(task: str, model_type: str, seed: int) -> tuple[nn.Module, dict[str, Any], Size]:
+    """``build`` at a size drawn at random: widths, heads, layers, samples and tokens as far as the architecture runs
+    with them, else without other widths, else with another batch alone. Raises ``Unbuildable``."""
+    draw = random.Random(f"{task}:{model_type}:{seed}")
+    widths = draw.choice((2, 3))
+    most = Size(
+        samples=draw.choice((2, 6, 8)),
+        sequence=draw.choice((8, 12, 20, 24)),
+        image=draw.choice((48, 64)),
+        widths=widths,
+        heads=draw.choice((1, widths)),
+        layers=draw.choice((1, 2, 3)),
+    )
+    batch_alone = Size(most.samples, most.sequence)
+    for size in (
+        most,
+        dataclasses.replace(most, image=IMAGE),
+        dataclasses.replace(most, widths=1, heads=1),
+        dataclasses.replace(batch_alone, layers=most.layers),
+        dataclasses.replace(most, layers=0),
+        batch_alone,
+        Size(most.samples),
+    ):
+        try:
+            model, inputs = build(task, model_type, size, seed)
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                copy.deepcopy(model)(**inputs)
+            return model, inputs, size
+        except Exception as error:  # whatever a size that does not fit may raise
+            last = error
+    raise Unbuildable(" ".join(f"{type(last).__name__}: {last}".split())[:200])
+
+
+def published(task: str, model_type: str, samples: int, longest: int) -> tuple[nn.Module, dict[str, Any]]:
+    """A model on meta of the sizes that its configuration has by default, and a batch whose samples have as many tokens
+    as it takes, at most ``longest``. Raises ``Unbuildable``."""
+    if reason := UNBUILDABLE.get((task, model_type)):
+        raise Unbuildable(reason)
+    model_class = _model_class(task, model_type)
+    try:
+        config = _accepted(model_class, _for_training(task, model_type, _config_class(model_type)()))
+        text: Any = config.get_text_config()
+        positions = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
+        known = [number for number in positions if isinstance(number, int) and number > 2]
+        size = Size(samples, min([longest, *(number - number % 2 for number in known)]))
+        with torch.device("meta"):
+            model: nn.Module = model_class(config)
+        for module in model.modules():
+            buffers = {name: b for name, b in module.named_buffers(recurse=False) if b.is_meta}
+            for name, buffer in buffers.items():
+                setattr(module, name, torch.zeros_like(buffer, device="cpu"))
+            if buffers:
+                model._init_weights(module)  # type: ignore[operator]
+        inputs = batch(task, model_type, model, size, seed=0)
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise Unbuildable(" ".join(f"{type(cause).__name__}: {cause}".split())[:200]) from error
     if model_type in WITHOUT_LOSS:
         model = WithLoss(model, WITHOUT_LOSS[model_type])
     return model.train(), inputs
@@ -391,15 +503,24 @@ def with_batched_experts(model: nn.Module) -> bool:
     return changed
 
 
-def configuration(task: str, model_type: str) -> PreTrainedConfig:
+def configuration(task: str, model_type: str, size: Size = TINY) -> PreTrainedConfig:
     """The configuration of a tiny model."""
-    config_class = CONFIG_MAPPING[CONFIG_NAMES.get(model_type, model_type)]
-    default = config_class()
-    settings = _settings(default)
+    config_class = _config_class(model_type)
+    settings = _settings(config_class(), size)
     _merge(settings, TASK_SETTINGS.get((task, model_type), {}))
-    config = config_class(**copy.deepcopy(settings))
+    config = _for_training(task, model_type, config_class(**copy.deepcopy(settings)))
     for part in _parts(config):
         _zero_randomness(part)
+    return config
+
+
+def _config_class(model_type: str) -> type[PreTrainedConfig]:
+    return CONFIG_MAPPING[CONFIG_NAMES.get(model_type, model_type)]
+
+
+def _for_training(task: str, model_type: str, config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration, without caches of keys and values, for the head that a task trains."""
+    for part in _parts(config):
         if hasattr(part, "use_cache"):
             part.use_cache = False
     if task == "s2s" and getattr(config, "decoder_start_token_id", None) is None:
@@ -409,58 +530,59 @@ def configuration(task: str, model_type: str) -> PreTrainedConfig:
     return config
 
 
-def batch(task: str, model_type: str, model: nn.Module, samples: int, seed: int) -> dict[str, Any]:
+def batch(task: str, model_type: str, model: nn.Module, size: Size, seed: int) -> dict[str, Any]:
     """The keyword arguments of a training step of a model."""
     generator = torch.Generator().manual_seed(seed)
     config: Any = model.config
     accepted = inspect.signature(model.forward).parameters
     if task == "img":
-        inputs = _images(model_type, config, accepted, samples, generator)
+        inputs = _images(model_type, config, accepted, size, generator)
     else:
-        tokens = _tokens((samples, SEQUENCE), generator)
-        wanted = tokens if task == "clm" else _tokens((samples, SEQUENCE), generator)
+        tokens = _tokens((size.samples, size.sequence), generator)
+        wanted = tokens if task == "clm" else _tokens((size.samples, size.sequence), generator)
         inputs = {"input_ids" if "input_ids" in accepted else "inputs": tokens, "labels": _labels(wanted, generator)}
-    inputs.update(_additional_inputs(model_type, config, samples, generator))
+    inputs.update(_additional_inputs(model_type, config, size, generator))
     if model_type in WITH_MASK:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if task == "s2s" and model_type in WITH_DECODER_INPUTS:
-        inputs["decoder_input_ids"] = _tokens((samples, SEQUENCE), generator)
-        inputs["decoder_attention_mask"] = torch.ones(samples, SEQUENCE, dtype=torch.long)
+        inputs["decoder_input_ids"] = _tokens((size.samples, size.sequence), generator)
+        inputs["decoder_attention_mask"] = torch.ones(size.samples, size.sequence, dtype=torch.long)
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     return inputs
 
 
 def _additional_inputs(
-    model_type: str, config: PreTrainedConfig, samples: int, generator: torch.Generator
+    model_type: str, config: PreTrainedConfig, size: Size, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
     """What an architecture takes beside tokens or images and labels, or instead of them."""
+    samples, sequence = size.samples, size.sequence
     if model_type.startswith("musicgen"):
         books = config.num_codebooks
-        tokens = _tokens((samples, books, SEQUENCE), generator)
+        tokens = _tokens((samples, books, sequence), generator)
         return {"input_ids": tokens, "labels": _labels(tokens.transpose(1, 2), generator)}
     if model_type == "git":
         side = config.vision_config.image_size
         return {"pixel_values": torch.rand((samples, 3, side, side), generator=generator)}
     if model_type == "siglip2":
         side = 4
-        size = 3 * config.vision_config.patch_size**2
+        patch = 3 * config.vision_config.patch_size**2
         return {
-            "pixel_values": torch.rand((samples, side * side, size), generator=generator),
+            "pixel_values": torch.rand((samples, side * side, patch), generator=generator),
             "pixel_attention_mask": torch.ones(samples, side * side, dtype=torch.long),
             "spatial_shapes": torch.full((samples, 2), side),
         }
     if model_type == "voxtral_realtime":
-        size = (samples, config.audio_config.num_mel_bins, SEQUENCE * config.audio_length_per_tok)
-        return {"input_features": torch.rand(size, generator=generator)}
+        shape = (samples, config.audio_config.num_mel_bins, sequence * config.audio_length_per_tok)
+        return {"input_features": torch.rand(shape, generator=generator)}
     if model_type == "roc_bert":
         names = "input_shape_ids", "input_pronunciation_ids"
-        return {name: _tokens((samples, SEQUENCE), generator) for name in names}
+        return {name: _tokens((samples, sequence), generator) for name in names}
     if model_type == "luke":
         entities = _tokens((samples, 4), generator)
         return {
             "entity_ids": entities,
-            "entity_position_ids": torch.randint(0, SEQUENCE, (samples, 4, 2), generator=generator),
+            "entity_position_ids": torch.randint(0, sequence, (samples, 4, 2), generator=generator),
             "entity_labels": _labels(entities, generator),
         }
     return {}
@@ -479,17 +601,19 @@ def _labels(tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return labels
 
 
-def _images(model_type: str, config: Any, accepted: Any, samples: int, generator: torch.Generator) -> dict[str, Any]:
+def _images(model_type: str, config: Any, accepted: Any, size: Size, generator: torch.Generator) -> dict[str, Any]:
     """Images, or the tokens that stand for one, and a class for each."""
-    vision = getattr(config, "vision_config", config)
-    size: Any = PIXELS.get(model_type) or getattr(vision, "image_size", IMAGE)
-    height, width = (size, size) if isinstance(size, int) else size
+    vision, samples = getattr(config, "vision_config", config), size.samples
+    pixels: Any = getattr(vision, "image_size", size.image)
+    if model_type in PIXELS:
+        pixels = PIXELS[model_type] * size.image // IMAGE
+    height, width = (pixels, pixels) if isinstance(pixels, int) else pixels
     labels = torch.randint(0, config.num_labels, (samples,), generator=generator)
     if model_type != "shieldgemma2" and ("pixel_values" in accepted or "inputs" in accepted):
         channels = getattr(vision, "num_channels", 3)
-        pixels = torch.rand((samples, channels, height, width), generator=generator)
-        return {"pixel_values" if "pixel_values" in accepted else "inputs": pixels, "labels": labels}
-    return {"input_ids": _tokens((samples, SEQUENCE), generator), "labels": labels}
+        images = torch.rand((samples, channels, height, width), generator=generator)
+        return {"pixel_values" if "pixel_values" in accepted else "inputs": images, "labels": labels}
+    return {"input_ids": _tokens((samples, size.sequence), generator), "labels": labels}
 
 
 def _model_class(task: str, model_type: str) -> type[transformers.PreTrainedModel]:
@@ -524,9 +648,9 @@ def _layers(config: PreTrainedConfig) -> int:
     return min(needed, 10)
 
 
-def _settings(default: PreTrainedConfig) -> dict[str, Any]:
+def _settings(default: PreTrainedConfig, size: Size) -> dict[str, Any]:
     """The settings that make a configuration tiny, by the names of its fields, parts included."""
-    layers = _layers(default)
+    layers = _layers(default) + size.layers
     settings: dict[str, Any] = {}
     placeholders = 0
     for name in sorted(field.name for field in dataclasses.fields(type(default))):
@@ -536,10 +660,10 @@ def _settings(default: PreTrainedConfig) -> dict[str, Any]:
             value = SIZES.get(name)
         if name in default.sub_configs:
             if isinstance(value, PreTrainedConfig):
-                settings[name] = {**_settings(value), "model_type": value.model_type}
+                settings[name] = {**_settings(value, size), "model_type": value.model_type}
         elif name in SIZES:
             if isinstance(value, int) and not _keeps(name, value):
-                settings[name] = layers if name in LAYER_COUNTS else SIZES[name]
+                settings[name] = layers if name in LAYER_COUNTS else size.of(name)
         elif name == "pad_token_id":
             settings[name] = 0
         elif name == "decoder_start_token_id" or (name == "bos_token_id" and value is not None):

@@ -26,7 +26,7 @@ SAMPLES = 4
 
 def train(task: str, model_type: str) -> dict[str, Any]:
     """The errors of a step, on rank 0."""
-    model, batch = build(task, model_type, SAMPLES)
+    model, batch = build(task, model_type)
     whole = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())  # whose means are a micro-batch's
     compiled = autopart.compile(model, "4:cpu", batch, tp=2, pp=2, micro_batch=SAMPLES if whole else SAMPLES // 2)
     loss = float(compiled.step(batch))
