@@ -29,6 +29,7 @@ class Check:
     loss            the plan's
     loss_error      relative
     gradient_error  the largest of `worst_error`, and in `worst` whose it is
+    buffer_error    likewise of the buffers that the state dict has, after the step, and in `worst_buffer` whose it is
     against         what it was held against: the model itself or, where it draws random numbers, its one-rank program
     """
 
@@ -37,6 +38,8 @@ class Check:
     loss_error: float
     gradient_error: float
     worst: str
+    buffer_error: float
+    worst_buffer: str
     against: str
 
 
@@ -65,12 +68,16 @@ def check(
         request = request_of(model, batch, micro_batch=plan.micro_batch, precision=plan.precision)
         alone = make_plan(source, Mesh.of("1:cpu"), request, to_run=True)
         whole = simulate_plan(source, alone, seed)
-        loss, gradients = whole.loss, whole.gradients
+        loss, gradients, state = whole.loss, whole.gradients, whole.state
     else:
-        loss, gradients = one_process(copy.deepcopy(model), batch)
+        trained = copy.deepcopy(model)
+        loss, gradients = one_process(trained, batch)
+        state = trained.state_dict()
     error, worst = worst_error(split.gradients, gradients)
+    buffer_error, worst_buffer = worst_error(*(_buffers(model, every) for every in (split.state, state)))
     off = abs(float(split.loss) - float(loss)) / max(abs(float(loss)), 1e-30)
-    return Check(plan, float(split.loss), off, error, worst, "its one-rank program" if draws else "the model")
+    against = "its one-rank program" if draws else "the model"
+    return Check(plan, float(split.loss), off, error, worst, buffer_error, worst_buffer, against)
 
 
 def one_process(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -80,6 +87,12 @@ def one_process(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str,
     loss = output if isinstance(output, torch.Tensor) else output["loss"] if "loss" in output else output[0]
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _buffers(model: nn.Module, state: Tensors) -> dict[str, torch.Tensor]:
+    """The buffers in a state dict of a model, as tensors that can be subtracted."""
+    found = {name: state[name] for name, _ in model.named_buffers() if name in state}
+    return {name: value.float() if value.dtype == torch.bool else value for name, value in found.items()}
 
 
 def worst_error(found: Tensors, wanted: Tensors) -> tuple[float, str]:

@@ -172,7 +172,7 @@ def check_command(
     text = (
         "{loss:.6g} is the loss, off by {loss_error:.1e} from {against}; "
         "gradients are off by at most {gradient_error:.1e} ({worst})"
-    )
+    ) + ("; buffers by at most {buffer_error:.1e} ({worst_buffer})" if found.worst_buffer else "")
     tell(result if as_json else text.format(**result))
 
 

@@ -274,7 +274,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "feed_forward_size": 128,
         "axial_pos_shape": [4, SEQUENCE // 4],
         "axial_pos_embds_dim": [32, 32],
-        "is_decoder": True,
     },
     "regnet": {**STAGES, "embedding_size": 16, "groups_width": 8},
     "resnet": {**STAGES, "embedding_size": 16},
@@ -284,6 +283,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "shape_embed_dim": 8,
         "shape_vocab_size": VOCABULARY,
     },
+    "sarvam_mla": LATENT_ATTENTION,
     "segformer": {**STAGES, **PYRAMID_HEADS, "decoder_hidden_size": 64},
     "shieldgemma2": {"yes_token_index": 10, "no_token_index": 11},
     "solar_open": {"num_key_value_heads": 2},
@@ -314,7 +314,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """What an architecture, or the part of one, needs beside SIZES; None keeps the architecture's own default."""
 TASK_SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
-    ("mlm", "reformer"): {"is_decoder": False},
     ("img", "perceiver"): {"max_position_embeddings": 64},
 }
 """The same for one task of an architecture only."""
@@ -323,7 +322,7 @@ CONFIG_NAMES = {"musicgen": "musicgen_decoder", "musicgen_melody": "musicgen_mel
 """Architectures whose configuration goes by another name."""
 ENCODERS_AS_DECODERS = set(
     "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta "
-    "roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod".split()
+    "reformer roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod".split()
 )
 """Encoders that are causal only where the configuration says so."""
 PIXELS = dict.fromkeys(

@@ -41,7 +41,8 @@ def test_check_tells_how_far_a_plan_is_off(tiny: str, tmp_path: Path) -> None:
     result = shell("check", tiny, "4:cpu", *degrees, "--json")
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
-    assert set(told) == {"loss", "loss_error", "gradient_error", "worst", "against"}
+    errors = {"loss_error", "gradient_error", "worst", "buffer_error", "worst_buffer"}
+    assert set(told) == {"loss", "against", *errors}
     assert told["against"] == "the model" and told["loss_error"] < 1e-5 and told["gradient_error"] < 1e-5
     assert shell("plan", tiny, "4:cpu", *degrees, "--save", tmp_path / "plan.json").exit_code == 0
     saved = shell("check", tiny, "--plan", tmp_path / "plan.json")
