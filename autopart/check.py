@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from autopart.compile import DTYPES, Batch, Source, make_plan, request_of, simulate_plan, take
+from autopart.compile import DTYPES, Batch, Source, check_plan, make_plan, request_of, simulate_plan, take
 from autopart.draws import Stream
 from autopart.graph import calls
 from autopart.mesh import Mesh
+from autopart.passes.trace import loss_of
 from autopart.plan import Plan
+from autopart.torch_private import tree_leaves
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -56,9 +58,10 @@ def check(
 
     Arguments and errors as `autopart.compile`.
     """
-    if plan is None:
-        request = request_of(model, batch, **settings)
-        plan = make_plan(Source(model, batch, DTYPES[request.precision]), Mesh.of(mesh), request, to_run=True)
+    mesh = Mesh.of(mesh)
+    check_plan(plan, mesh)
+    request = request_of(model, batch, **settings)
+    plan = plan or make_plan(Source(model, batch, DTYPES[request.precision]), mesh, request, to_run=True)
     batch = take(batch, plan.global_batch)
     source = Source(model, batch, DTYPES[plan.precision])
     split = simulate_plan(source, plan, seed)
@@ -83,9 +86,10 @@ def check(
 def one_process(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The unmodified model's loss and gradients, after one step in this process."""
     model.zero_grad()
-    output = model(**batch)
-    loss = output if isinstance(output, torch.Tensor) else output["loss"] if "loss" in output else output[0]
-    loss.backward()
+    with torch.enable_grad():
+        output = model(**batch)
+        loss = loss_of(output, tree_leaves(output), lambda value: isinstance(value, torch.Tensor) and not value.dim())
+        loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 

@@ -17,10 +17,11 @@ from torch import nn
 from autopart.advice import advice
 from autopart.collector import paused
 from autopart.cost import peak
-from autopart.errors import PartitionError
+from autopart.errors import PartitionError, not_known
 from autopart.estimates import Estimate
 from autopart.folded import Folded
 from autopart.graph import Traced, info, show, verify
+from autopart.inputs import check_inputs, main_dtype
 from autopart.mesh import Mesh
 from autopart.passes.annotate import annotate_costs
 from autopart.passes.draw import draw
@@ -34,7 +35,7 @@ from autopart.passes.trace import trace
 from autopart.plan import Plan
 from autopart.planner import Found, Say, Search, silent
 from autopart.report import write_out
-from autopart.request import Request, read_constraints
+from autopart.request import Request, read_settings
 from autopart.runtime.compiled import Compiled, Program
 from autopart.runtime.executor import Message
 from autopart.runtime.groups import Groups, make_groups, start_processes
@@ -66,7 +67,7 @@ def plan(
     zero: int | None = None,
     recompute: str | None = None,
     schedule: str | None = None,
-    precision: str | None = None,
+    precision: str | torch.dtype | None = None,
     master: str | None = None,
     optimizer: str = "adamw",
     time_limit: float | None = None,
@@ -142,8 +143,7 @@ def compile(
     does what training cannot yet reproduce on several ranks.
     """
     mesh = Mesh.of(mesh)
-    if plan is not None and plan.mesh.size != mesh.size:
-        raise PartitionError(f"the plan is for {plan.mesh.size} ranks, the mesh has {mesh.size}")
+    check_plan(plan, mesh)
     start_processes(mesh.size)
     say = settings.pop("say", silent)
     request = request_of(model, batch, **settings)
@@ -162,6 +162,14 @@ def compile(
     if "MASTER_ADDR" in os.environ:
         start_watchdog(lambda: compiled.executor.doing)
     return compiled
+
+
+def check_plan(plan: Any, mesh: Mesh) -> None:
+    """Raise PartitionError for a plan that is none, or is for other ranks."""
+    if plan is not None and not isinstance(plan, Plan):
+        raise PartitionError(f"plan={plan!r} is no Plan", try_='autopart.Plan.load("plan.json")')
+    if plan is not None and plan.mesh.size != mesh.size:
+        raise PartitionError(f"the plan is for {plan.mesh.size} ranks, the mesh has {mesh.size}")
 
 
 @dataclass(frozen=True)
@@ -186,9 +194,11 @@ def simulate(
 ) -> Simulated:
     """One step with all ranks as threads of this process, on the CPU: what `compile` would run there, to check a plan
     without its devices. Raises PartitionError as `compile` does."""
+    mesh = Mesh.of(mesh)
+    check_plan(plan, mesh)
     request = request_of(model, batch, **settings)
     source = Source(model, batch, DTYPES[plan.precision if plan else request.precision])
-    return simulate_plan(source, plan or make_plan(source, Mesh.of(mesh), request, to_run=True), seed)
+    return simulate_plan(source, plan or make_plan(source, mesh, request, to_run=True), seed)
 
 
 def simulate_plan(source: Source, plan: Plan, seed: int | None = None) -> Simulated:
@@ -247,30 +257,39 @@ def request_of(
     batch: Batch,
     *,
     global_batch: int | None = None,
-    precision: str | None = None,
+    precision: str | torch.dtype | None = None,
     constraints: Sequence[str] = (),
     **settings: Any,
 ) -> Request:
-    """The settings of `plan` as data."""
-    settings["constraints"] = read_constraints(constraints)
-    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    name = precision or str(own).removeprefix("torch.")
+    """The settings of `plan` as data. Raises PartitionError for a model, a batch or a setting that no plan can be made
+    for."""
+    check_inputs(model, batch)
+    name = str(precision or main_dtype(model)).removeprefix("torch.")
     if name not in DTYPES:
-        raise PartitionError(f"precision={name!r} is not known", try_=f"one of {', '.join(DTYPES)}")
-    return Request(samples_of(batch) if global_batch is None else global_batch, precision=name, **settings)
+        raise not_known("precision", name, DTYPES)
+    samples = samples_of(batch) if global_batch is None else global_batch
+    return read_settings({**settings, "global_batch": samples, "precision": name, "constraints": constraints})
 
 
 def samples_of(batch: Batch) -> int:
     """The size of dim 0, which every tensor of a batch shares. Raises PartitionError."""
-    sizes = {k: v.shape[0] if v.dim() else 0 for k, v in batch.items() if isinstance(v, torch.Tensor)}
+    tensors = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}
+    if flat := [k for k, v in tensors.items() if not v.dim()]:
+        raise PartitionError(
+            f"batch[{flat[0]!r}] has no dims", "samples are in dim 0 of every tensor", "a Python number"
+        )
+    sizes = {k: v.shape[0] for k, v in tensors.items()}
     if len(set(sizes.values())) != 1:
         raise PartitionError("the batch has no common size", f"samples in dim 0: {sizes}", "equal sizes in dim 0")
-    return next(iter(sizes.values()))
+    (samples,) = set(sizes.values())
+    if samples == 0:
+        raise PartitionError("the batch has no samples", f"samples in dim 0: {sizes}", "at least one sample")
+    return samples
 
 
 def take(batch: Batch, samples: int) -> dict[str, Any]:
     """The batch with `samples` samples: its first, again from the start where it has too few."""
-    index = torch.arange(samples) % max(1, samples_of(batch))
+    index = torch.arange(samples, device="cpu") % samples_of(batch)
     return {
         k: v[index.to(v.device)] if isinstance(v, torch.Tensor) and v.device.type != "meta"
         else v[:1].expand(samples, *v.shape[1:]) if isinstance(v, torch.Tensor)

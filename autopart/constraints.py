@@ -40,7 +40,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
-from autopart.errors import PartitionError
+from autopart.errors import PartitionError, closest
 from autopart.notation import Strategy
 from autopart.schedules import SCHEDULES
 
@@ -383,6 +383,13 @@ def _near(wanted: str, known: Sequence[str]) -> str:
     return ", ".join(difflib.get_close_matches(wanted, known, 3, 0.4) or known[:3])
 
 
+def _meant(value: str, known: Iterable[str]) -> tuple[str, str]:
+    """What there is, and what of it may have been meant."""
+    every = f"one of {', '.join(known)}"
+    near = " or ".join(closest(value, known))
+    return (every, near) if near else ("", every)
+
+
 def _like(text: str) -> str:
     """The form whose first word, or else all of it, is most like what was written."""
     words = {form.example.split()[0]: form.example for form in FORMS}
@@ -407,7 +414,7 @@ def _setting(text: str, holds: bool, match: re.Match[str]) -> Constraint:
         return Setting(text, holds, name, comparison, int(value))
     known = {str(each): each for each in VALUES[name]}
     if value not in known:
-        raise PartitionError(f"{text}: {name} cannot be {value}", try_=f"one of {', '.join(known)}")
+        raise PartitionError(f"{text}: {name} cannot be {value}", *_meant(value, known))
     if isinstance(known[value], str) and comparison not in ("=", "!="):
         raise PartitionError(f"{text}: {name} is no number", "it only compares by = and !=", f"{name}={value}")
     return Setting(text, holds, name, comparison, known[value])
@@ -447,7 +454,7 @@ def _layout(text: str, holds: bool, match: re.Match[str], condition: str) -> Con
 
 def _recompute(text: str, holds: bool, match: re.Match[str]) -> Constraint:
     if match["mode"] not in MODES:
-        raise PartitionError(f"{text}: there is no mode {match['mode']}", try_=f"one of {', '.join(MODES)}")
+        raise PartitionError(f"{text}: there is no mode {match['mode']}", *_meant(match["mode"], MODES))
     return Recompute(text, holds, match["glob"], match["mode"])
 
 

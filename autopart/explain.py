@@ -24,7 +24,7 @@ from autopart.plan import Plan, bytes_text, seconds_text, usable_bytes
 from autopart.planner import Found, Say, Search, points, silent, zero_levels
 from autopart.problem import Node
 from autopart.report import write_out
-from autopart.request import Point, Request
+from autopart.request import Point, Request, read_constraints
 from autopart.rules import Strategy
 from autopart.space import Model, Space
 
@@ -36,6 +36,9 @@ QUICK = 0.4
 
 TELLING = re.compile(r"embedding|norm|attention")
 """Operators that are told about, besides products."""
+
+SETTINGS = ("pp", "dp", "tp", "micro_batch", "zero", "recompute", "schedule")
+"""The settings of a request that a constraint could contradict."""
 
 GIB = 2**30
 FASTER = 1.1
@@ -90,6 +93,7 @@ class Answer:
     seconds   of the best plan found with it, None where there is none;  bound: no plan with it is faster
     against   of the plan that is asked about;  differs: in what the plans do, in words
     why       nothing can be so
+    asked     what the plan was asked for, which holds too
     took      seconds it took to answer
     """
 
@@ -100,14 +104,17 @@ class Answer:
     differs: tuple[str, ...]
     why: str
     took: float
+    asked: tuple[str, ...]
     plan: Plan | None = field(repr=False)
 
     def __str__(self) -> str:
+        text = f"{self.text} (with {', '.join(self.asked)} as asked)" if self.asked else self.text
         if self.seconds is None:
-            return f"{self.text}: not possible\n  {self.why}"
+            free = "\n  try: a plan that is not asked for so, and then why not" if self.asked else ""
+            return f"{text}: not possible\n  {self.why}{free}"
         told = _proven(self.seconds, self.bound, self.against)
         lines = [f"  {line}" for line in self.differs] or ["  the plan does so already, or what is as fast"]
-        return "\n".join([f"{self.text}: {told}", *lines])
+        return "\n".join([f"{text}: {told}", *lines])
 
 
 @dataclass(frozen=True)
@@ -194,7 +201,7 @@ class Explanation:
         """What the step would be if a constraint held. After some `seconds` the best plan so far is told, with what is
         proven; None waits for the whole search. Raises PartitionError for text that says nothing of this model."""
         started = time.process_time()
-        constraint = parse(text)
+        (constraint,) = read_constraints([text])
         space = self._with([constraint], time_limit=seconds, nodes=None)
         against = self.plan.step_seconds
         search = Search(space, silent, quick=seconds is not None)
@@ -203,11 +210,19 @@ class Explanation:
             found = search.run()
         except PartitionError as error:
             took = time.process_time() - started
-            return Answer(text, None, float("inf"), against, (), f"{error.what}: {error.why}", took, None)
+            return Answer(text, None, float("inf"), against, (), f"{error.what}: {error.why}", took, self.asked, None)
         plan = write_out(space, found, time.monotonic(), self.plan.model)
         took = time.process_time() - started
         differs = tuple(differences(self.plan, plan, self.space.folded.labels))
-        return Answer(text, plan.step_seconds, found.bound, against, differs, "", took, plan)
+        return Answer(text, plan.step_seconds, found.bound, against, differs, "", took, self.asked, plan)
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The settings and constraints that the plan was asked for, as texts."""
+        request = self.space.request
+        settings = {name: getattr(request, name) for name in SETTINGS}
+        given = [f"{name}={value}" for name, value in settings.items() if value is not None]
+        return (*given, *(constraint.text for constraint in request.constraints))
 
     def prices(self) -> list[Price]:
         """What more memory, room for another micro-batch, faster links and faster devices would make of the step."""

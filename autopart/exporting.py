@@ -22,16 +22,21 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from torch import fx, nn
 
 from autopart.custom import CustomFunction
 from autopart.errors import PartitionError
 from autopart.functional import functional
+from autopart.inputs import main_dtype
 from autopart.shortened import Dropped, Shortened
 from autopart.torch_private import FakeTensor, FakeTensorMode, lazy_graph_modules
 
 PACKAGES = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.abspath(__file__)) + os.sep)
 """Where lines that are not the user's come from."""
+
+PYTHON = os.path.dirname(os.__file__) + os.sep
+"""Where Python's own modules lie, and inside of it the packages that are installed."""
 
 
 def export(
@@ -76,6 +81,9 @@ def _export(
         warnings.catch_warnings(),
         _custom_functions(custom),
         _no_inference_mode(),
+        _open_checkpoints(),
+        _no_tensor_hooks(),
+        torch.enable_grad(),
         _silence(),
         nullcontext() if drawn is None else _drawing(drawn),
     ):
@@ -126,6 +134,35 @@ def _no_inference_mode() -> Iterator[None]:
         torch.inference_mode.__enter__, torch.inference_mode.__exit__ = own  # type: ignore[method-assign]
 
 
+@contextmanager
+def _open_checkpoints() -> Iterator[None]:
+    """A reentrant checkpoint runs its function without gradients, and again in a backward that a trace does not see.
+    What it computes is its function; without gradients only where no argument has one."""
+
+    def run(function: Any, preserve: bool, *args: Any) -> Any:
+        wanted = any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
+            return function(*args)
+
+    with mock.patch.object(torch.utils.checkpoint.CheckpointFunction, "apply", run):
+        yield
+
+
+@contextmanager
+def _no_tensor_hooks() -> Iterator[None]:
+    """Refuse hooks on gradients, which leave no mark in a trace."""
+
+    def register(tensor: torch.Tensor, hook: Any) -> Any:
+        raise PartitionError(
+            f"the forward pass puts a hook on a gradient ({_user_line(traceback.extract_stack())})",
+            "a trace does not see it, and gradients would be others if it changes them",
+            "a scale or a clamp of the loss, or of gradients after backward",
+        )
+
+    with mock.patch.object(torch.Tensor, "register_hook", register):
+        yield
+
+
 def _foreign_random() -> bytes:
     """The states of the random numbers that no trace follows."""
     return pickle.dumps((random.getstate(), np.random.get_state()))
@@ -163,15 +200,25 @@ def _traces_with(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype
 
 
 def _untraceable(error: Exception, attention: str) -> PartitionError:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(PACKAGES)]
-    where = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}: {frames[-1].line}" if frames else "?"
+    where = _user_line(traceback.extract_tb(error.__traceback__))
     reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+    advice = "see whether model(**batch) runs by itself; if it does, other operators in that line"
     if "DataDependent" in reason:
         reason = "what it does depends on the values of tensors"
-    advice = "take values that depend on data (.item(), if x.sum() > 0, nonzero) out of the forward pass"
+        advice = "take values that depend on data (.item(), if x.sum() > 0, nonzero) out of the forward pass"
     if attention:
         advice = f'model.set_attn_implementation("{attention}"): the same function, and it can be traced'
     return PartitionError("torch.export cannot trace the model", f"{where}  {reason}", advice)
+
+
+def _user_line(frames: traceback.StackSummary) -> str:
+    """The innermost line that is neither torch's, Python's nor autopart's, "model.py:88: y = f(x)"."""
+    own = [f for f in frames if not f.filename.startswith((*PACKAGES, "<")) and not _is_pythons(f.filename)]
+    return f"{os.path.basename(own[-1].filename)}:{own[-1].lineno}: {own[-1].line}" if own else "?"
+
+
+def _is_pythons(filename: str) -> bool:
+    return filename.startswith(PYTHON) and "site-packages" not in filename
 
 
 def source_line(stack: str) -> str:
@@ -191,7 +238,8 @@ def _skeleton(
     model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None, shortened: Sequence[Shortened]
 ) -> nn.Module:
     """A copy of the model whose tensors are fake: the same structure and tied weights, no memory; without the blocks
-    that `shortened` drops."""
+    that `shortened` drops. Parameters of its main dtype are of `dtype`, if one is given; others keep theirs."""
+    own = main_dtype(model)
     memo: dict[int, Any] = {}
     for short in shortened:
         blocks = list(model.get_submodule(short.path).children())
@@ -202,7 +250,7 @@ def _skeleton(
                 if id(tensor) in memo:
                     continue
                 is_parameter = isinstance(tensor, nn.Parameter)
-                wanted = dtype if dtype and is_parameter and tensor.is_floating_point() else tensor.dtype
+                wanted = dtype if dtype and is_parameter and tensor.dtype == own else tensor.dtype
                 fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=wanted, device="cpu")
                 memo[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
     skeleton = copy.deepcopy(model, memo)

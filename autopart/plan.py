@@ -8,12 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autopart.errors import PartitionError
+from autopart.cost import MASTERS, OPTIMIZER_STATES
+from autopart.errors import PartitionError, not_known
 from autopart.folded import Folded
 from autopart.graph import info, placeholders
 from autopart.mesh import Mesh
 from autopart.notation import Placement
 from autopart.rules import Strategy
+from autopart.schedules import SCHEDULES
+from autopart.typecheck import mistyped
 
 SCHEMA = 3
 """Version of the JSON; a plan of another version is refused."""
@@ -233,7 +236,7 @@ class Plan:
         """Read a plan that `save` wrote. Raises PartitionError for anything else."""
         try:
             data = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise PartitionError(f"cannot read the plan {path}", str(error)) from error
         return Plan.from_json(data)
 
@@ -260,9 +263,12 @@ class Plan:
             fields["replicated"] = tuple(data["replicated"])
             fields["notes"] = tuple(data.get("notes", ()))
             fields["request"] = dict(data.get("request", {}))
-            return Plan(**fields)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            plan = Plan(**fields)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise PartitionError("the plan file is damaged", f"{type(error).__name__}: {error}") from error
+        if wrong := mistyped(plan, Plan) or next(_inconsistent(plan), ""):
+            raise PartitionError("the plan file is damaged", wrong)
+        return plan
 
     def check(self, folded: Folded) -> None:
         """Raise PartitionError, naming the difference, unless the plan was made for this traced model."""
@@ -272,6 +278,31 @@ class Plan:
 
     def __str__(self) -> str:
         return describe(self)
+
+
+def _inconsistent(plan: Plan) -> Iterator[str]:
+    """What of a plan's decisions contradicts the others, or is none that is known."""
+    for name, known in (
+        ("schedule", SCHEDULES),
+        ("zero", (0, 1, 2, 3)),
+        ("precision", ("float64", "float32", "bfloat16", "float16")),
+        ("master", (None, *MASTERS)),
+        ("optimizer", OPTIMIZER_STATES),
+    ):
+        if getattr(plan, name) not in known:
+            yield str(not_known(name, getattr(plan, name), known))
+    for name in ("pp", "dp", "tp", "micro_batch", "global_batch", "step_seconds"):
+        if not getattr(plan, name) > 0:
+            yield f"{name} is {getattr(plan, name)}"
+    if plan.pp * plan.dp * plan.tp != plan.mesh.size:
+        yield f"{plan.degrees} does not fill {plan.mesh}"
+    if plan.global_batch % plan.micro_batch:
+        yield f"{plan.global_batch} samples are no multiple of micro_batch={plan.micro_batch}"
+    if len(plan.stages) != plan.pp:
+        yield f"{plan.degrees} has {len(plan.stages)} stages"
+    for index, stage in enumerate(plan.stages):
+        if not 0 <= stage.splits < len(plan.splits):
+            yield f"stage {index} is split as {stage.splits}, there are {len(plan.splits)} ways"
 
 
 def usable_bytes(mesh: Mesh) -> float:

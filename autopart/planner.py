@@ -19,8 +19,10 @@ import heapq
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +31,7 @@ from autopart.allowed import Options, both
 from autopart.bounds import Bounds
 from autopart.cost import Array, update_seconds
 from autopart.cuts import best_cut
-from autopart.errors import PartitionError
+from autopart.errors import PartitionError, few
 from autopart.plan import seconds_text
 from autopart.request import Point, Request, divisors
 from autopart.rows import NEVER, spans
@@ -501,11 +503,20 @@ def points(space: Space) -> Iterator[Point]:
             if not sizes:
                 rejected.append(f"{request.global_batch} samples do not divide over dp={dp} ranks")
     if not found:
-        near = divisors(request.global_batch)
-        raise PartitionError(
-            "no degrees fit the batch and the mesh", "; ".join(dict.fromkeys(rejected)),
-            f"a dp of {', '.join(map(str, near[:8]))}, or fewer stages",
-        )  # fmt: skip
+        why = few(list(dict.fromkeys(rejected)), joint="; ")
+        raise PartitionError("no degrees fit the batch and the mesh", why, _instead(space))
+
+
+def _instead(space: Space) -> str:
+    """Every setting that is asked for, with the values at which there would be points, all else as it is."""
+    ways = []
+    for name in ("dp", "tp", "pp", "micro_batch"):
+        if getattr(space.request, name) is not None and name not in dict(space.mesh.axes):
+            left: dict[str, Any] = {name: None}
+            free = replace(space, request=replace(space.request, **left))
+            with suppress(PartitionError):
+                ways.append(f"{name}={' or '.join(map(str, sorted({getattr(p, name) for p in points(free)})))}")
+    return "; ".join(ways) or "other degrees, or another batch"
 
 
 def _all_sizes(request: Request, sizes: list[int], dp: int) -> list[int]:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, SupportsIndex
 
 from autopart.constraints import Constraint, parse
 from autopart.cost import MASTERS, OPTIMIZER_STATES, widening
-from autopart.errors import PartitionError
+from autopart.errors import PartitionError, closest, not_known
 from autopart.mesh import Mesh
 from autopart.schedules import SCHEDULES
+from autopart.typecheck import mistyped
+
+WHOLE = ("global_batch", "micro_batch", "pp", "tp", "dp", "zero", "nodes")
+"""Settings that are whole numbers."""
+
+MOST = 2**31 - 1
+"""No whole number is larger: sizes of tensors and of messages are products of them."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +64,19 @@ class Request:
             ("master", self.master, MASTERS),
         ):
             if value is not None and value not in known:
-                raise PartitionError(f"{name}={value!r} is not known", try_=f"one of {', '.join(map(str, known))}")
+                raise not_known(name, value, known)
         if self.master is not None and widening(self.precision, self.master) <= 1:
             raise PartitionError(
                 f"master={self.master!r} is no wider than precision={self.precision!r}",
                 "a master copy is for what 16 bits would lose",
                 'precision="bfloat16", or no master',
             )
-        for name in ("pp", "dp", "tp", "micro_batch", "global_batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise PartitionError(f"{name}={value} is not positive")
+        if self.time_limit is not None and self.time_limit < 0:
+            raise PartitionError(f"time_limit={self.time_limit} is not positive", try_="time_limit=10")
+        for name in WHOLE:
+            value, least = getattr(self, name), 0 if name in ("zero", "nodes") else 1
+            if value is not None and value < least:
+                raise PartitionError(f"{name}={value} is not positive", try_=f"{name}={least} or more")
         fixed = dict(mesh.axes)
         asked = {n: getattr(self, n) for n in ("pp", "dp", "tp") if getattr(self, n)}
         for name, degree in asked.items():
@@ -83,13 +94,13 @@ class Request:
             raise PartitionError(
                 f"{degrees} does not fill the mesh",
                 f"{product} ranks of {mesh.size}",
-                "degrees whose product is the mesh",
+                _filling(request, mesh.size),
             )
         if request.micro_batch and request.global_batch % request.micro_batch:
             raise PartitionError(
                 "the batch does not divide",
                 f"{request.global_batch} samples are no multiple of micro_batch={request.micro_batch}",
-                f"micro_batch={divisor_near(request.global_batch, request.micro_batch)}",
+                f"micro_batch={divisor_near(request.global_batch, request.micro_batch, request.dp or 1)}",
             )
         return request
 
@@ -112,17 +123,60 @@ class Point:
         return f"pp={self.pp} dp={self.dp} tp={self.tp} micro-batch {self.micro_batch} zero {self.zero}"
 
 
-def read_constraints(texts: Sequence[str]) -> tuple[Constraint, ...]:
-    """Constraints from their texts. Raises PartitionError for one that cannot be read."""
-    return tuple(parse(text) for text in texts)
+def read_constraints(texts: str | Sequence[str]) -> tuple[Constraint, ...]:
+    """Constraints from their texts, or from that of one. Raises PartitionError for one that cannot be read."""
+    given = [texts] if isinstance(texts, str) else texts
+    if not isinstance(given, (list, tuple)) or not all(isinstance(text, str) for text in given):
+        raise PartitionError(f"constraints={texts!r} is no list of texts", try_='constraints=["tp=2"]')
+    return tuple(parse(text) for text in given)
+
+
+def read_settings(settings: Mapping[str, Any]) -> Request:
+    """The settings of `autopart.plan` as data. Raises PartitionError for a name that is none, and for a value of
+    another type."""
+    known = [f.name for f in fields(Request) if f.name != "must_fit"]
+    for name, value in settings.items():
+        if name not in known:
+            near = " or ".join(closest(name, known))
+            raise PartitionError(f"there is no setting {name!r}", f"known are {', '.join(known)}", near)
+        whole = isinstance(value, SupportsIndex) and not isinstance(value, bool)
+        if name in WHOLE and value is not None and not (whole and abs(operator.index(value)) <= MOST):
+            raise PartitionError(f"{name}={value!r} is no whole number up to {MOST:,}", try_=f"{name}=2")
+    master = settings.get("master")
+    numbers = {name: operator.index(settings[name]) for name in WHOLE if settings.get(name) is not None}
+    read = {
+        "master": None if master is None else str(master).removeprefix("torch."),
+        "constraints": read_constraints(settings.get("constraints", ())),
+    }
+    request = Request(**{**settings, **numbers, **read})
+    if wrong := mistyped(request, Request):
+        raise PartitionError(f"a setting is of another type: {wrong}")
+    return request
 
 
 def divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+    """Ascending."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
 
 
-def divisor_near(number: int, wanted: int) -> int:
-    return min(divisors(number), key=lambda d: abs(d - wanted))
+def divisor_near(number: int, wanted: int, ranks: int) -> int:
+    """The divisor closest to what was wanted, of those that divide over `ranks` if there are any."""
+    known = divisors(number)
+    return min([d for d in known if d % ranks == 0] or known, key=lambda d: abs(d - wanted))
+
+
+def _filling(request: Request, size: int) -> str:
+    """For each degree that is given, those with which the others fill a mesh; what all have to do where none alone
+    can."""
+    given = {name: degree for name in ("pp", "dp", "tp") if (degree := getattr(request, name))}
+    ways = []
+    for name in given:
+        others = math.prod(degree for other, degree in given.items() if other != name)
+        if size % others == 0:
+            fits = [size // others] if len(given) == 3 else divisors(size // others)
+            ways.append(f"{name}={' or '.join(map(str, fits))}")
+    return "; ".join(ways) or f"degrees whose product {'is' if len(given) == 3 else 'divides'} {size}"
 
 
 def is_block(label: str) -> bool:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from autopart.cuts import best_cut
-from autopart.errors import PartitionError
+from autopart.errors import PartitionError, few
 from autopart.plan import bytes_text
-from autopart.request import Point
+from autopart.request import Point, Request
 from autopart.rows import NEVER
 from autopart.space import Space
 from autopart.ways import Way, way_of
@@ -56,7 +58,7 @@ def nothing_fits(space: Space, short: Shortage | None) -> PartitionError:
     asked = "; ".join(c.text for c in space.request.constraints)
     if short is None:
         nodes = {f"{n} has no strategy left" for model in space.models.values() for n in space.stuck(model)}
-        why = "; ".join(sorted(nodes)) or "no cut, or no change of placement between operators, is left"
+        why = few(sorted(nodes), joint="; ") or "no cut, or no change of placement between operators, is left"
         return PartitionError(f"no plan does what is asked: {asked}", why, "fewer constraints")
     device, limit = space.mesh.device.name, space.limit
     tenants = ", ".join(f"{name} {bytes_text(size)}" for name, size in short.tenants)
@@ -65,8 +67,19 @@ def nothing_fits(space: Space, short: Shortage | None) -> PartitionError:
         f"the closest has {short.point}",
         f"stage {short.stage} needs {bytes_text(short.bytes + limit)} at its smallest of the {bytes_text(limit)} a "
         f"{device} can give: {bytes_text(short.bytes)} short; largest: {tenants}",
-        'more devices, a smaller micro_batch, or precision="bfloat16"',
+        ", ".join(_ways_out(space.request, short.point)),
     )
+
+
+def _ways_out(request: Request, point: Point) -> Iterator[str]:
+    """What takes less memory and is not so already."""
+    yield "more devices"
+    if request.recompute not in (None, "full"):
+        yield 'recompute="full"'
+    if point.micro_batch > point.dp:
+        yield "a smaller micro_batch"
+    if request.precision not in ("bfloat16", "float16"):
+        yield 'precision="bfloat16"'
 
 
 def _shortage(space: Space, point: Point, way: Way) -> Shortage | None:
@@ -90,18 +103,25 @@ def _shortage(space: Space, point: Point, way: Way) -> Shortage | None:
         "the largest tensors of the moment": way.ranges.others.late[0, here],
     }
     for name, size in sorted(_parameters(space, point, way, stages[stage]).items(), key=lambda item: -item[1])[:2]:
-        parts[f"{name} with gradient and states"] = size
+        parts[f"of these {name}"] = size
     tenants = sorted(parts.items(), key=lambda item: -item[1])[:5]
     return Shortage(point, stage, float(lacks[flights][here]), tuple(tenants))
 
 
 def _parameters(space: Space, point: Point, way: Way, span: tuple[int, int]) -> dict[str, float]:
-    """Bytes of every parameter of a stage with its gradient and optimizer states; of equal blocks together."""
+    """Bytes of a stage's parameters with their gradients and optimizer states, one sum for names that differ in the
+    numbers of blocks alone: "layers.*.up_proj.weight x 80"."""
     table, prices = space.model(point).table, space.priced(point)
-    found = {}
+    sizes: dict[str, float] = defaultdict(float)
+    names: dict[str, list[str]] = defaultdict(list)
     for index, places in table.state.items():
         here = sum(any(span[0] <= p < span[1] for p in holders) for holders in places)
-        times = f" ({here} times)" if here > 1 else ""
         each = prices.state[space.model(point).sizes.first[index] + way.solution.chosen[index]]
-        found[f"{table.nodes[index].key}{times}"] = here * float(each)
-    return found
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", table.nodes[index].key)
+        sizes[pattern] += here * float(each)
+        names[pattern] += [table.nodes[index].key] * here
+    return {
+        f"{pattern} x {len(names[pattern])}" if len(names[pattern]) > 1 else names[pattern][0]: size
+        for pattern, size in sizes.items()
+        if names[pattern]
+    }

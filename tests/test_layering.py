@@ -11,7 +11,7 @@ import pytest
 
 # Lowest first: a module imports from its own layer and those before it.
 LAYERS = (
-    {"errors", "hardware", "mesh"},
+    {"errors", "typecheck", "hardware", "mesh"},
     {
         "notation",
         "rules",
@@ -48,6 +48,7 @@ LAYERS = (
         "blocks",
         "means",
         "custom",
+        "inputs",
         "constraints",
         "allowed",
     },

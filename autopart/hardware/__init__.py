@@ -30,9 +30,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from autopart.errors import PartitionError
+from autopart.errors import PartitionError, closest
 
-from .files import closest, read_rows
+from .files import read_rows
 from .rows import Device, Link
 
 _Row = TypeVar("_Row")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 import tomllib
@@ -11,7 +10,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from autopart.errors import PartitionError
+from autopart.errors import PartitionError, closest
 
 from .measured import read_measured, read_wire
 from .rows import DTYPES, KINDS, Device, Link, Silicon
@@ -245,12 +244,3 @@ def _unknown(what: str, kind: str, name: str, known: Iterable[str]) -> Partition
     return PartitionError(
         what, f"no such {kind}; known are {', '.join(known)}", " or ".join(map(repr, closest(name, known)))
     )
-
-
-def closest(name: str, known: Iterable[str]) -> list[str]:
-    """What may have been meant by a name: those that begin with it, else the one most alike.
-
-    Names that begin alike go before difflib's, to which "h200" is closer to "h100" than "h100-80gb" is.
-    """
-    known = list(known)
-    return [other for other in known if other.startswith(name)] or difflib.get_close_matches(name, known, n=1)

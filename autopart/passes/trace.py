@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.export.graph_signature import OutputKind, TensorArgument
 
 from autopart.errors import PartitionError
 from autopart.exporting import export, source_line
 from autopart.graph import KEY, Info, Traced, placeholders
-from autopart.rules import op_name
+from autopart.rules import flatten, is_contraction, op_name
 from autopart.shortened import Shortened
 from autopart.torch_private import tree_unflatten
 
@@ -72,6 +73,8 @@ def trace(
         else:
             kind, name = "op", op_name(node.target)
         node.meta[KEY] = _record(node, kind, name)
+    _check_dtypes(graph)
+    _check_gradient(graph.output_node().args[0], model)
     buffers = _buffers(model, exported, placeholders(graph, "buffer"))
     classes = {path: type(module).__name__ for path, module in model.named_modules()}
     parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -84,12 +87,11 @@ def _keep_loss(graph: fx.Graph, exported: torch.export.ExportedProgram) -> tuple
     the buffers that the forward pass changes, whose names it returns."""
     output = graph.output_node()
     nodes = {n.name: n for n in graph.nodes}
-    values = [nodes[name] if isinstance(name, str) else None for name in exported.graph_signature.user_outputs]
+    specs = [spec for spec in exported.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
+    values = [nodes[spec.arg.name] if isinstance(spec.arg, TensorArgument) else None for spec in specs]
     assert exported.call_spec.out_spec is not None
     tree = tree_unflatten(values, exported.call_spec.out_spec)
-    loss = tree.get("loss") if isinstance(tree, dict) else getattr(tree, "loss", None)
-    scalars = [v for v in values if v is not None and v.meta["val"].dim() == 0]
-    loss = loss if loss is not None else next(iter(scalars), None)
+    loss = loss_of(tree, values, lambda value: value is not None and value.meta["val"].dim() == 0)
     if loss is None or loss.meta["val"].dim() or not loss.meta["val"].is_floating_point():
         raise PartitionError(
             "the model returns no scalar loss",
@@ -102,12 +104,51 @@ def _keep_loss(graph: fx.Graph, exported: torch.export.ExportedProgram) -> tuple
     return tuple(changes.values())
 
 
+def loss_of(output: Any, leaves: Sequence[Any], is_scalar: Callable[[Any], bool]) -> Any:
+    """Of what a model returns the loss: what is called `loss`, else the first scalar of its leaves; None if there is
+    none."""
+    loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+    return loss if loss is not None else next(filter(is_scalar, leaves), None)
+
+
 def _drop_assertions(graph: fx.Graph) -> None:
     """Assertions on data go, and the numbers that only they read."""
     for node in reversed(graph.nodes):
         unread = node.op == "call_function" and not node.users
         if unread and ("_assert" in str(node.target) or _is_number(node)):
             graph.erase_node(node)
+
+
+def _check_dtypes(graph: fx.Graph) -> None:
+    """Raise PartitionError for a product of two dtypes, which torch refuses where tensors are not fake."""
+    for node in graph.nodes:
+        if KEY in node.meta and is_contraction(node.meta[KEY].name):
+            dtypes: dict[str, str] = {}
+            for factor in flatten(node.args)[:3]:
+                if isinstance(factor, fx.Node) and factor.meta[KEY].dtypes:
+                    dtypes.setdefault(str(factor.meta[KEY].dtype).removeprefix("torch."), factor.meta[KEY].name)
+            if len(dtypes) > 1:
+                raise PartitionError(
+                    f"a product of {' and '.join(dtypes)} ({node.meta[KEY].source or node.name})",
+                    f"they are of {' and '.join(dtypes.values())}",
+                    "the batch and the parameters of one dtype, or x.to(weight.dtype) in forward",
+                )
+
+
+def _check_gradient(loss: fx.Node, model: nn.Module) -> None:
+    """Raise PartitionError where nothing can be trained by the loss."""
+    if loss.meta[KEY].grad:
+        return
+    parameters = list(model.parameters())
+    trained = sum(p.requires_grad for p in parameters)
+    why = "it comes from no trained parameter but through detach, torch.no_grad or integers"
+    if not trained:
+        why = f"none of the model's {len(parameters)} parameters is trained" if parameters else "it has no parameters"
+    raise PartitionError(
+        f"the loss has no gradient ({loss.meta[KEY].source or 'an input'})",
+        why,
+        "the loss as the first scalar that is returned, or called loss" if trained else "parameters that are trained",
+    )
 
 
 def _is_number(node: fx.Node) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from autopart.errors import PartitionError
+from autopart.inputs import check_modes
 from autopart.plan import Plan
 from autopart.runtime.executor import Executor, Message
 from autopart.runtime.groups import Group, Groups, load, origins
@@ -89,8 +90,10 @@ class Compiled:
         `batch` is the whole batch on every rank or, with `local`, this rank's share: rows `data_rank` of `data_ranks`
         of every micro-batch. Raises PartitionError where its size is not the plan's.
         """
+        check_modes("a step")
         shares = micro_batches(self.plan, batch, self.data_ranks, self.data_rank, local, self.groups.device)
-        return self.executor.run(shares)
+        with torch.enable_grad():
+            return self.executor.run(shares)
 
     def optimizer(self, cls: type[torch.optim.Optimizer], **settings: Any) -> torch.optim.Optimizer:
         """Use a torch optimizer from now on, at the end of every step; under ZeRO it trains this rank's slices.
