@@ -314,7 +314,7 @@ class Source:
         key = samples, mesh.device.type
         if key not in self.prepared:
             with paused():
-                self.prepared[key] = prepare(self.model, take(self.batch, samples), mesh, self.dtype)
+                self.prepared[key] = self._traced(samples, mesh)
         return self.prepared[key]
 
     def short(self, samples: int, mesh: Mesh) -> Folded:
@@ -325,13 +325,31 @@ class Source:
                 self.planned[key] = self._shortest(samples, mesh)
         return self.planned[key]
 
+    def like(self, plan: Plan) -> Folded:
+        """The smallest graph that a plan is for. Raises PartitionError where it is for none of this model's."""
+        sizes = sorted({min(2, plan.micro_batch), plan.micro_batch})
+        for folded in (self.short(samples, plan.mesh) for samples in sizes):
+            if plan.signature.hash == folded.hash:
+                return folded
+        folded = self.at(plan.micro_batch, plan.mesh)
+        plan.check(folded)
+        return folded
+
+    def _traced(self, samples: int, mesh: Mesh, shortened: Sequence[Shortened] = ()) -> Folded:
+        """What samples do with each other is told by two of them: one has nobody to do it with."""
+        folded = prepare(self.model, take(self.batch, samples), mesh, self.dtype, shortened)
+        several = self.planned.get((2, mesh.device.type))
+        if samples == 1 and several is not None:
+            folded.traced.mixed_at = several.traced.mixed_at
+        return folded
+
     def _shortest(self, samples: int, mesh: Mesh) -> Folded:
         """With as many lists shortened as can be; where the model does not run so, the longest alone, then none."""
         shortened = shortenable(self.model)
         walked: dict[str, str] = {}
         while shortened:
             try:
-                folded = prepare(self.model, take(self.batch, samples), mesh, self.dtype, shortened)
+                folded = self._traced(samples, mesh, shortened)
                 return replace(folded, walked="; ".join(walked.values()))
             except Unlike as unlike:
                 shortened, path = longer(shortened, unlike.short), unlike.short.path
@@ -380,29 +398,32 @@ def _pass(name: str, before: Traced | None, run: Callable[[], Traced]) -> Traced
 def make_plan(
     source: Source, mesh: Mesh, request: Request, say: Say = silent, to_run: bool = False, advise: bool = True
 ) -> Plan:
-    """`plan` for a model that may be traced already; one `to_run` is of a graph whose every block was traced, or one
-    equal to it. Where nothing fits, what would is looked for if it is to `advise`."""
-    made, search, _ = explored(source, mesh, request, say, to_run, advise)
-    if made.micro_batch > 1 or search.space.folded.traced.micro_batch == 1:
-        return made
-    return _of_one_sample(source, mesh, search.space.request, made, say, to_run)
-
-
-def _of_one_sample(source: Source, mesh: Mesh, request: Request, made: Plan, say: Say, to_run: bool) -> Plan:
-    """A plan that takes one sample at a time, made anew of a trace of one: that may be another graph (an `expand` to
-    one is nothing), and strategies have other names where a dim has one element."""
+    """`plan` for a model that may be traced already. It is for the graph of its own micro-batch; one `to_run` is of the
+    graph whose every block was traced. Where nothing fits, what would is looked for if it is to `advise`."""
     started = time.monotonic()
-    space = Space((source.at if to_run else source.short)(1, mesh), mesh, replace(request, micro_batch=1))
+    made, search, _ = explored(source, mesh, request, say, advise)
+    planned = search.space.folded
+    folded = (source.at if to_run else source.short)(made.micro_batch, mesh)
+    if folded.hash == planned.hash:
+        return made
+    return _made_for(folded, made, search, say, started)
+
+
+def _made_for(folded: Folded, made: Plan, search: Search, say: Say, started: float) -> Plan:
+    """A plan's micro-batch planned anew from the trace that runs, where that is another graph than the one that was
+    planned: an `expand` to one sample is nothing, the strategies of a dim of one element have other names, and a model
+    may do what it likes with the number of samples."""
+    space = Space(folded, made.mesh, replace(search.space.request, micro_batch=made.micro_batch))
     found = Search(space, say).run()
     found = replace(found, bound=min(found.bound, made.bound_seconds))
-    return replace(write_out(space, found, started, type(source.model).__name__), request=made.request)
+    return replace(write_out(space, found, started, made.model), request=made.request)
 
 
 @paused()
 def explored(
-    source: Source, mesh: Mesh, request: Request, say: Say = silent, to_run: bool = False, advise: bool = True
+    source: Source, mesh: Mesh, request: Request, say: Say = silent, advise: bool = True
 ) -> tuple[Plan, Search, Found]:
-    """`make_plan`, with the search that found the plan."""
+    """The plan from a trace of two samples, where samples do nothing with each other, and the search that found it."""
     started = time.monotonic()
     request = request.check(mesh)
     peak(mesh.device, source.dtype)
@@ -415,12 +436,7 @@ def explored(
             "recompute would change it twice a step",
             'recompute="none"',
         )
-    made = _searched(Space(folded, mesh, request), say, started, source, advise)
-    several = made[0].micro_batch > 1 or folded.traced.micro_batch == 1
-    if to_run and several and source.at(made[0].micro_batch, mesh).hash != folded.hash:
-        full = Space(source.at(folded.traced.micro_batch, mesh), mesh, request)
-        made = _searched(full, say, started, source, advise)
-    return made
+    return _searched(Space(folded, mesh, request), say, started, source, advise)
 
 
 def _searched(space: Space, say: Say, started: float, source: Source, advise: bool) -> tuple[Plan, Search, Found]:

@@ -11,8 +11,8 @@ from typing import Any
 from torch import fx
 
 from autopart.draws import relative
-from autopart.graph import Info, info
-from autopart.rules import RULES
+from autopart.graph import Info, calls, info, shape_args
+from autopart.rules import RULES, row_of
 from autopart.rules.base import replaced
 from autopart.rules.factories import BY_PLACE
 
@@ -54,8 +54,13 @@ def is_own(node: fx.Node, label: str) -> bool:
 class Fingerprints:
     """Texts of values and calls without sizes that depend on the batch's."""
 
-    def __init__(self, samples: int) -> None:
+    def __init__(self, graph: fx.Graph, samples: int) -> None:
         self.samples = samples
+        self.constant: set[fx.Node] = set()
+        """Operators that no input, buffer or parameter reaches: positions, masks, zeros."""
+        for node in calls(graph):
+            if self.constant.issuperset(node.all_input_nodes):
+                self.constant.add(node)
         self.known: dict[tuple[fx.Node, str], str] = {}
 
     def outside(self, node: fx.Node, label: str) -> str:
@@ -67,22 +72,28 @@ class Fingerprints:
                 text = self.call(node, {n: ("outside", self.outside(n, label)) for n in node.all_input_nodes}, label)
             else:
                 name = own_name(record.name, label) if record.kind == "buffer" else record.name
-                text = repr((record.kind, name, self.sizes(record), record.dtypes))
+                text = repr((record.kind, name, self.sizes(node), record.dtypes))
             found = self.known[node, label] = hashlib.sha256(text.encode()).hexdigest()[:16]
         return found
 
     def call(self, node: fx.Node, tokens: Mapping[fx.Node, tuple[Any, ...]], label: str) -> str:
-        """Of an operator's call, its operands called by their tokens."""
+        """Of an operator's call, its operands called by their tokens, and the row by which it may be split: what is
+        copied once a sample has as many segments as there are samples."""
         record = info(node)
         given = tuple(map(_without_counts, _without_sizes(record.name, tuple(node.args))))
         args, kwargs = fx.map_arg((given, node.kwargs), lambda n: Token(tokens[n]))  # type: ignore[arg-type,return-value]
-        about = (record.name, relative(args, label), kwargs, self.sizes(record), record.dtypes, record.grad)
+        about = (
+            *(record.name, relative(args, label), kwargs, self.sizes(node), record.dtypes, record.grad),
+            row_of(record.name, shape_args(node), record.shapes),
+        )
         return repr(about)
 
-    def sizes(self, record: Info) -> Any:
+    def sizes(self, node: fx.Node) -> Any:
         """What the shape tells that no batch size changes: of a buffer all, of attention all but the samples; of other
         values the rank, and the elements of a sample where a dim counts samples. Which dim it is may depend on the
-        sizes, where tokens are counted with samples."""
+        sizes, where tokens are counted with samples; whether there is one does, in constants: as many heads as samples
+        look like samples."""
+        record = info(node)
         if record.kind == "buffer":
             return record.shapes
         if len(record.shapes) != 1:
@@ -90,7 +101,8 @@ class Fingerprints:
         if record.name == "aten.scaled_dot_product_attention":
             return record.shape[1:]
         elements = math.prod(record.shape)
-        each = elements // self.samples if record.batch is not None and elements % self.samples == 0 else None
+        counted = record.batch is not None and node not in self.constant and elements % self.samples == 0
+        each = elements // self.samples if counted else None
         return len(record.shape), each
 
 

@@ -121,7 +121,7 @@ class Folded:
     def hash(self) -> str:
         """Identifies what the whole model computes: the same for every size of a micro-batch, and for a graph of which
         only a part was traced."""
-        prints = Fingerprints(self.traced.micro_batch)
+        prints = Fingerprints(self.traced.graph, self.traced.micro_batch)
         texts = [_text(run, prints) for run in self.runs]
         kinds: dict[int, int] = {}
         latest: dict[int, int] = {}

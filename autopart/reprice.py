@@ -56,8 +56,7 @@ def decided(plan: Plan, source: Source) -> tuple[Space, Found]:
     replace(request, pp=plan.pp, dp=plan.dp, tp=plan.tp).check(plan.mesh)
     if plan.micro_batch % plan.dp:
         raise PartitionError(f"{plan.micro_batch} samples do not divide over dp={plan.dp} ranks")
-    folded = source.short(min(2, plan.micro_batch, plan.global_batch), plan.mesh)
-    plan.check(folded)
+    folded = source.like(plan)
     space = Space(folded, plan.mesh, request)
     point = Point(plan.pp, plan.dp, plan.tp, plan.micro_batch, plan.zero)
     _check_stages(plan, folded.labels, folded.traced.updated)

@@ -37,7 +37,7 @@ def annotate_costs(traced: Traced, device: str) -> Traced:
         if is_contraction(record.name):
             _matrix(node, batch)
     _logits(traced.graph)
-    mixes = mixing(traced.graph)
+    mixes = mixing(traced.graph) if traced.micro_batch > 1 else None
     traced.mixed_at = "" if mixes is None else info(mixes).source or info(mixes).name
     if traced.updated and not traced.mixed_at:
         traced.mixed_at = f"the buffer {traced.updated[0]}, which changes once a micro-batch"
@@ -69,8 +69,7 @@ def _counting(traced: Traced) -> Batch:
         if node.target is uniform_of and info(node).shape[:1] == (traced.micro_batch,):
             dims = [0]
         batch |= {(node, i): d for i, d in enumerate(dims)}
-    sizes = {n: info(n).shape[0] for n in nodes if batch[n, 0] is None and info(n).shape}
-    unknown = {n for n, size in sizes.items() if size % traced.micro_batch == 0}
+    unknown = {n for n in nodes if batch[n, 0] is None and any(s % traced.micro_batch == 0 for s in info(n).shape)}
     if traced.micro_batch > 1 and unknown:
         for node in reversed(nodes):
             if any(n is not None and value_of(n)[0] in unknown for n in operands(node)):

@@ -33,7 +33,7 @@ def fold(traced: Traced) -> Folded:
     _merge_returning(runs)
     same: dict[fx.Node, fx.Node] = {}
     classes: dict[Any, tuple[int, Run]] = {}
-    prints = Fingerprints(traced.micro_batch)
+    prints = Fingerprints(graph, traced.micro_batch)
     for run in runs:
         signature = _signature(run)
         run.kind, first = classes.setdefault(signature, (len(classes), run))

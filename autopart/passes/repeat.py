@@ -113,7 +113,7 @@ def _works_for(run: Run, short: Shortened) -> bool:
 
 def _difference(folded: Folded, pair: _Pair, begin: int) -> str:
     """What keeps the second period from doing as the first, in words; `begin` is the first run of all periods."""
-    prints = Fingerprints(folded.traced.micro_batch)
+    prints = Fingerprints(folded.traced.graph, folded.traced.micro_batch)
     length = len(pair.first)
     for i, k in zip(pair.first, pair.second, strict=True):
         one, two = folded.runs[i], folded.runs[k]

@@ -65,6 +65,7 @@ __all__ = [
     "local_shape",
     "op_name",
     "product_of",
+    "row_of",
     "strategies",
 ]
 
@@ -103,11 +104,16 @@ def flatten(args: Args) -> list[Any]:
     return flat
 
 
+def row_of(name: str, args: Args, outputs: Sequence[Shape]) -> str:
+    """The row of an operator's call."""
+    row = RULES[name].row if name in RULES else opaque
+    return row if isinstance(row, str) else row(args, outputs)
+
+
 def _bound(name: str, args: Args, outputs: Sequence[Shape]) -> tuple[Rule, Bound]:
     rule = RULES.get(name, Rule(opaque))
     operands = [tuple(a) if isinstance(a, torch.Size) else None for a in flatten(args)]
-    text = rule.row if isinstance(rule.row, str) else rule.row(args, outputs)
-    row = parse(text)
+    row = parse(row_of(name, args, outputs))
     row = replace(row, inputs=row.inputs[: len(operands)], outputs=row.outputs[: len(outputs)])
     return rule, bind(row, operands, outputs)
 
