@@ -1,10 +1,13 @@
 """autograd.Functions of the user's own: a trace sees their forward alone.
 
-So one may be traced only if its backward is the derivative of its forward, which is tried on random numbers.
+So one may be traced only if its backward is the derivative of its forward, which is tried on random numbers: of its own
+sizes where these are few, else of small sizes in their place, as many different ones.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +18,17 @@ from autopart.errors import PartitionError
 TOLERANCE = 1e-6
 """Relative, in float64: hand-written derivatives round their constants."""
 
+FEW = 2**18
+"""Elements of all arguments up to which they are tried as they are."""
+
+MOST = 2**24
+"""Elements beyond which they are not, even where no small sizes will do."""
+
+LEAST = 8
+"""Sizes up to this one stay: they count heads, or parts."""
+
+Sizes = Mapping[int, int]
+"""Size of a dim -> the one that is tried in its place."""
 
 SCALES = (1.0, 0.01)
 """Of the random inputs: the first at which both derivatives are numbers counts."""
@@ -30,12 +44,15 @@ class CustomFunction:
 
     def check(self) -> None:
         """Raise PartitionError unless backward is the derivative of forward here."""
-        try:
-            error = next((e for scale in SCALES if (e := self._error(scale)) == e), float("nan"))
-            right = error <= TOLERANCE
-            why = "" if right else f"its backward is not the derivative of its forward: off by {error:.1e}"
-        except Exception as failure:
-            why = f"its backward could not be held against its forward: {type(failure).__name__}: {failure}"
+        own, why = {s: s for s in self._sizes()}, ""
+        if self._elements(own) > FEW:
+            wrong, failed = self._tried(self._smaller())
+            if not (wrong or failed):
+                return
+            why = wrong or f"{failed}, at sizes smaller than its own {self._elements(own):,} elements"
+        if self._elements(own) <= MOST:
+            wrong, failed = self._tried([own])
+            why = wrong or failed
         if why:
             raise PartitionError(
                 f"the forward pass calls an autograd.Function, {self.function.__name__} ({self.where})",
@@ -43,26 +60,72 @@ class CustomFunction:
                 "plain torch operators, or another implementation of the layer if the model has one",
             )
 
-    def _error(self, scale: float) -> float:
+    def _tried(self, every: Iterable[Sizes]) -> tuple[str, str]:
+        """In words, what is wrong at some of these sizes, and why none could be tried; "" for neither."""
+        failed, ran = "its backward could not be held against its forward: there are too many elements", False
+        for sizes in every:
+            try:
+                error = next((e for scale in SCALES if (e := self._error(scale, sizes)) == e), float("nan"))
+            except Exception as failure:
+                failed = f"its backward could not be held against its forward: {type(failure).__name__}: {failure}"
+                continue
+            if not error <= TOLERANCE:
+                return f"its backward is not the derivative of its forward: off by {error:.1e}", ""
+            ran = True
+        return "", "" if ran else failed
+
+    def _sizes(self) -> list[int]:
+        """Of the dims of all arguments, each once."""
+        return sorted({s for a in self.args if isinstance(a, torch.Tensor) for s in a.shape})
+
+    def _elements(self, sizes: Sizes) -> int:
+        """Of all arguments."""
+        shapes = [a.shape for a in self.args if isinstance(a, torch.Tensor)]
+        return sum(math.prod(sizes[s] for s in shape) for shape in shapes)
+
+    def _smaller(self) -> Iterator[Sizes]:
+        """Sizes to try instead, different ones for different ones: in the same ratios; each twice the one before;
+        multiples of the smallest."""
+        large = [s for s in self._sizes() if s > LEAST]
+        if not large:
+            return
+        rest = {s: s for s in self._sizes() if s <= LEAST}
+        common = math.gcd(*large)
+        by = next(d for d in range(max(1, large[0] // LEAST), 0, -1) if common % d == 0)
+        for chosen in (
+            [s // by for s in large],
+            [2 * LEAST * 2**i for i in range(len(large))],
+            [(LEAST + 4) * (i + 1) for i in range(len(large))],
+        ):
+            sizes = rest | dict(zip(large, chosen, strict=True))
+            if self._elements(sizes) <= FEW:
+                yield sizes
+
+    def _error(self, scale: float, sizes: Sizes) -> float:
         """The largest error of a gradient, relative to the largest of all; not a number where one is none."""
         forward: Any = self.function.forward
-        own = self._gradients(self.function.apply, scale)
+        own = self._gradients(self.function.apply, scale, sizes)
         apart = self.function.setup_context is not torch.autograd.Function.setup_context
-        derived = self._gradients(forward if apart else lambda *args: forward(_Context(), *args), scale)
+        derived = self._gradients(forward if apart else lambda *args: forward(_Context(), *args), scale, sizes)
         if not own:
             return 0.0
         mine, right = (torch.cat([g.flatten().double() for g in gradients]) for gradients in (own, derived))
         return float((mine - right).abs().max() / right.abs().max().clamp(min=1e-30))
 
-    def _gradients(self, run: Any, scale: float) -> list[torch.Tensor]:
+    def _gradients(self, run: Any, scale: float, sizes: Sizes) -> list[torch.Tensor]:
         random = torch.Generator().manual_seed(0)
 
         def real(value: Any) -> Any:
+            if type(value) is int and value > LEAST:
+                return sizes.get(value, value)
+            if isinstance(value, (list, tuple)):
+                return type(value)(map(real, value))
             if not isinstance(value, torch.Tensor):
                 return value
+            shape = [sizes[s] for s in value.shape]
             if not value.is_floating_point():
-                return torch.ones(value.shape, dtype=value.dtype)
-            drawn = torch.randn(value.shape, generator=random, dtype=torch.float64) * scale
+                return torch.ones(shape, dtype=value.dtype)
+            drawn = torch.randn(shape, generator=random, dtype=torch.float64) * scale
             return drawn.requires_grad_(value.requires_grad)
 
         with torch.enable_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ import autopart
 from autopart import PartitionError
 from autopart.check import one_process, worst_error
 from autopart.compile import Source, make_plan, simulate_plan
+from autopart.custom import CustomFunction
 from autopart.mesh import Mesh
 from autopart.passes.trace import trace
 from autopart.request import Request
@@ -243,6 +245,54 @@ def test_other_derivatives_are_refused(kind: type[torch.autograd.Function], kept
     with pytest.raises(PartitionError, match=rf"{kind.__name__} \(test_exporting\.py:\d+\)") as caught:
         trace(model, batch())
     assert "its backward is not the derivative of its forward" in caught.value.why
+
+
+class Headed(torch.autograd.Function):
+    """Scales every `width` elements of the last dim, with the right derivative; `least` elements of it are needed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, width: int, least: int = 0) -> Tensor:
+        assert x.shape[-1] >= least
+        ctx.save_for_backward(x, scale)
+        return (x.view(*x.shape[:-1], -1, width) * scale).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, scale = ctx.saved_tensors
+        parts, turned = x.view(*x.shape[:-1], -1, len(scale)), gradients[0].view(*x.shape[:-1], -1, len(scale))
+        return (turned * scale).view(x.shape), (turned * parts).flatten(0, -2).sum(0), None, None
+
+
+class Doubled(Straight):
+    """Lets gradients through as they are."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+
+LARGE = (64, 4096, 14336)
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes", "rest", "error"),
+    [
+        (Square, [LARGE], (2.5,), ""),
+        (Headed, [LARGE, (128,)], (128,), ""),
+        (Headed, [(1, 512, 4096), (128,)], (128, 1000), ""),
+        (Headed, [LARGE, (128,)], (128, 1000), "AssertionError: .* at sizes smaller than its own [0-9,]+ elements"),
+        (Doubled, [LARGE], (), "is not the derivative"),
+        (Doubled, [(50257, 5, 4099)], (), "is not the derivative"),
+        (Straight, [(8,) * 9], (), "too many elements"),
+    ],
+)
+def test_functions_are_tried_at_small_sizes(
+    function: Any, shapes: list[tuple[int, ...]], rest: tuple[Any, ...], error: str
+) -> None:
+    given = [torch.empty(shape, device="meta", requires_grad=True) for shape in shapes]
+    call = CustomFunction(function, (*given, *rest), "here:1")
+    with nullcontext() if not error else pytest.raises(PartitionError, match=error):
+        call.check()
 
 
 def test_functions_are_let_alone_again() -> None:
