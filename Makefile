@@ -1,34 +1,60 @@
-TORCH ?= torch==2.13.0
-PYTHONS := python3.11 python3.12 python3
-SUITABLE := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
-BIN := .venv/bin
-STAMP := .venv/.installed
+PYTHONS ?= 3.11 3.12 3.13 3.14
+VENV ?= .venv
+TORCH ?= torch
+TESTS ?=
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.installed
+LOCKED := constraints/locked.txt
+OLDEST := constraints/oldest.txt
+SUITABLE := import ensurepip, sys; sys.exit("%d.%d" % sys.version_info[:2] != sys.argv[1])
+LOCK := $(BIN)/uv pip compile --quiet --no-header --upgrade --universal --python-version 3.11 --fork-strategy fewest \
+    --all-extras pyproject.toml
+
+# $(call environment,FOLDER,OPTIONS OF PIP): autopart and its tools in an environment, which is made with the first
+# Python of $(PYTHONS) that is here. What builds autopart is installed first, within the constraints too.
+define environment
+	@test -x $(1)/bin/python || { \
+	    for version in $(PYTHONS); do \
+	        for python in python$$version $$HOME/.pyenv/versions/$$version*/bin/python python3; do \
+	            if $$python -c '$(SUITABLE)' $$version 2>/dev/null; then break 2; fi; python=; \
+	        done; \
+	    done; \
+	    test -n "$$python" || { echo "autopart needs Python with venv, one of: $(PYTHONS)" >&2; exit 1; }; \
+	    echo "Creating $(1) with $$($$python --version)"; \
+	    $$python -m venv $(1); \
+	}
+	@echo "Installing autopart and its tools into $(1) (some minutes)"
+	@$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2) "$(TORCH)" setuptools
+	@$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2) --no-build-isolation -e ".[dev]"
+	@touch $(1)/.installed
+endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check golden gpu clean
+.PHONY: help setup demo test latest oldest check golden lock gpu clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
 
-setup: $(STAMP)
+setup: $(SETUP)
 
-$(STAMP): pyproject.toml
-	@for python in $(PYTHONS); do \
-	    if $$python -c '$(SUITABLE)' 2>/dev/null; then break; fi; python=; \
-	done; \
-	test -n "$$python" || { echo "autopart needs Python 3.11 or 3.12 with venv" >&2; exit 1; }; \
-	echo "Creating .venv with $$python"; \
-	$$python -m venv .venv
-	@echo "Installing $(TORCH), then autopart and its tools, into .venv (some minutes)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
-	@touch $@
+$(SETUP): pyproject.toml $(LOCKED)
+	$(call environment,$(VENV),-c $(LOCKED))
+
+.venv-oldest/.installed: pyproject.toml $(OLDEST)
+	$(call environment,.venv-oldest,-c $(OLDEST))
 
 demo: setup  ## partition and train a small model
 	@$(BIN)/python examples/demo.py
 
 test: setup  ## run every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TESTS)
+
+latest:  ## run every test on the newest versions that pyproject.toml allows
+	$(call environment,.venv-latest,--upgrade --upgrade-strategy eager)
+	.venv-latest/bin/python -m pytest $(TESTS)
+
+oldest: .venv-oldest/.installed  ## run every test on the oldest versions that pyproject.toml allows
+	.venv-oldest/bin/python -m pytest $(TESTS)
 
 check: setup  ## lint, format, types and import layering
 	$(BIN)/ruff check
@@ -39,9 +65,13 @@ check: setup  ## lint, format, types and import layering
 golden: setup  ## renew the golden files
 	AUTOPART_GOLDEN=renew $(BIN)/python -m pytest -n 0 tests/test_golden.py
 
+lock: setup  ## renew constraints/: the newest versions that are allowed, with the torch that was measured, and the oldest
+	echo torch==2.13.0 | $(LOCK) -c - -o $(LOCKED)
+	$(LOCK) -o $(OLDEST) --resolution lowest-direct
+
 gpu: setup  ## run the GPU tests and benchmarks, where there is a GPU
 	scripts/gpu.sh
 
 clean:  ## remove the environment and all caches
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-latest .venv-oldest .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find autopart examples tests -name __pycache__ -prune -exec rm -rf {} +
