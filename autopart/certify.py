@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from torch import fx, nn
 
@@ -18,15 +17,15 @@ from autopart.compile import DTYPES, Batch, Source
 from autopart.cost import MASTERS, OPTIMIZER_STATES, Training, turns, update_seconds, widening
 from autopart.errors import PartitionError
 from autopart.folded import Folded, used_parameters
-from autopart.graph import Info, calls, info, is_pick, operands, shape_args, value_of
-from autopart.notation import C, G, Placement, splits
+from autopart.graph import Info, calls, info
+from autopart.notation import Placement
 from autopart.passes.localise import localise
 from autopart.passes.price import PricedRun, Prices, price
 from autopart.plan import Plan, PlanStage, Signature, usable_bytes
-from autopart.relayout import possible
-from autopart.rules import Strategy, has_rule, strategies
+from autopart.rules import has_rule
 from autopart.schedules import SCHEDULES, in_flight, on_its_way
 from autopart.stages import OWNED, SETUP_RUN, Choices, Crossing, StageGraph, backward_of
+from autopart.validate import choices_of, cut_findings, is_block, spans_of, strategy_findings
 
 EQUAL = 1e-6
 """Relative difference of two sums of the same numbers."""
@@ -59,7 +58,7 @@ def certify(plan: Plan, model: nn.Module, batch: Batch) -> None:
 def findings(plan: Plan, folded: Folded) -> list[str]:
     """What is wrong with a plan for a model, all of which was traced with the plan's micro-batch. What is looked at
     later presumes what is looked at first."""
-    for check in (_settings, _strategies, _numbers):
+    for check in (_settings, strategy_findings, _numbers):
         found = list(check(plan, folded))
         if found:
             return found
@@ -94,32 +93,15 @@ def _settings(plan: Plan, folded: Folded) -> Iterator[str]:
     missing = {info(n).name for n in folded.representatives() if info(n).kind == "op"} - {"autopart.getitem"}
     if plan.replicated != tuple(sorted(n for n in missing if not has_rule(n))):
         yield "replicated: not the operators without a rule"
-    yield from _cuts(plan, folded)
+    cuts = list(cut_findings(plan, folded))
+    yield from cuts or _modes(plan, folded)
     yield from _bound(plan)
 
 
-def _cuts(plan: Plan, folded: Folded) -> Iterator[str]:
-    """Where stages start, and what their positions do."""
-    starts, count = plan.starts, len(folded.labels)
-    rising = all(a < b for a, b in zip(starts, (*starts[1:], count), strict=True))
-    if len(starts) != plan.pp or not starts or starts[0] != 0 or not rising:
-        yield f"starts: {starts} are not {plan.pp} stages of {count} runs"
-        return
-    if any(s.splits not in range(len(plan.splits)) for s in plan.stages):
-        yield "splits: a stage's are not there"
-    modes: list[str] = []
-    for index, (stage, span) in enumerate(zip(plan.stages, _spans(plan, folded), strict=True)):
-        if len(stage.recompute) != len(span):
-            yield f"recompute: stage {index} has {len(span)} runs, {len(stage.recompute)} say what they keep"
-            return
-        modes += stage.recompute
-    if not set(modes) <= set(MODES):
-        yield f"recompute: {sorted(set(modes) - set(MODES))} is not known"
-    if any(mode != "none" and not _is_block(label) for mode, label in zip(modes, folded.labels, strict=True)):
-        yield "recompute: a run that is no numbered block is run again"
-    if folded.traced.updated and set(modes) != {"none"}:
-        yield "recompute: buffers would be changed twice"
-    kinds = {mode for mode, label in zip(modes, folded.labels, strict=True) if _is_block(label)}
+def _modes(plan: Plan, folded: Folded) -> Iterator[str]:
+    """What the plan says of all blocks."""
+    modes = [mode for stage in plan.stages for mode in stage.recompute]
+    kinds = {mode for mode, label in zip(modes, folded.labels, strict=True) if is_block(label)}
     told = next(iter(kinds), "none") if len(kinds) < 2 else "mixed"
     if plan.recompute != told:
         yield f"recompute: {plan.recompute!r}, the stages say {told!r}"
@@ -136,122 +118,17 @@ def _bound(plan: Plan) -> Iterator[str]:
         yield f"status: {plan.status!r} with a gap of {gap}"
 
 
-def _spans(plan: Plan, folded: Folded) -> list[range]:
-    """The runs of every stage."""
-    ends = (*plan.starts[1:], len(folded.labels))
-    return [range(start, end) for start, end in zip(plan.starts, ends, strict=True)]
-
-
-def _is_block(label: str) -> bool:
-    return label.rpartition(".")[2].isdigit()
-
-
-# ---- the strategies ---------------------------------------------------------------------------------------
-
-
-def _choices(plan: Plan) -> Choices:
-    axes = tuple((axis, size) for axis, size in (("dp", plan.dp), ("tp", plan.tp)) if size > 1)
-    return Choices(axes, tuple(plan.splits[s.splits] for s in plan.stages), plan.starts)
-
-
-def _strategies(plan: Plan, folded: Folded) -> Iterator[str]:
-    """Whether operators have the strategies, and these go together."""
-    choices, nodes = _choices(plan), folded.representatives()
-    for number, chosen in enumerate(plan.splits):
-        if set(chosen) != {axis for axis, _ in choices.axes}:
-            yield f"splits: those of number {number} are along {sorted(chosen)}"
-            return
-        for axis, size in choices.axes:
-            if set(chosen[axis]) != {folded.keys[n] for n in nodes}:
-                yield f"splits: those along {axis} are not of the model's operators"
-                return
-            for node in nodes:
-                strategy = chosen[axis][folded.keys[node]]
-                if strategy not in _known(node, strategy, size):
-                    yield f"strategy: {folded.keys[node]} has no {strategy.name!r} along {axis}"
-            inputs = {chosen[axis][folded.keys[n]] for n in nodes if info(n).kind == "input"}
-            if len(inputs) > 1:
-                yield f"inputs: they are placed differently along {axis}"
-    found = [*_clashes(choices, folded), *_uses(choices, folded, plan)]
-    yield from dict.fromkeys(found)
-
-
-def _known(node: fx.Node, strategy: Strategy, size: int) -> list[Strategy]:
-    """The strategies of a node along one axis, with those in the parts that the chosen one is in."""
-    record = info(node)
-    if record.kind == "op" and G in strategy.inputs:
-        plain = _kept_whole(strategy)
-        fits = G not in strategy.outputs or (record.view and strategy.inputs == strategy.outputs)
-        return [strategy] if fits and plain in _known(node, plain, size) else []
-    if record.kind == "op":
-        hints = [p for p in strategy.outputs[:1] if p.parts or p.kind == "M"]
-        options = strategies(record.name, shape_args(node), record.shapes, size, hints)
-        return [o for o in options if record.dtype.is_floating_point or o.name != "P"]
-    placed = strategy.outputs[0] if len(strategy.outputs) == 1 else Placement("P")
-    if placed.kind == "S":
-        fits = 0 <= placed.dim < len(record.shape) and splits(placed, record.shape, size)
-        return [Strategy(f"d{placed.dim}", (), (placed,))] if fits else []
-    kinds = "RC" if record.kind == "parameter" else "R"
-    return [Strategy(kind, (), (Placement(kind),)) for kind in kinds]
-
-
-def _kept_whole(strategy: Strategy) -> Strategy:
-    """The strategy that keeps whole what this one gathers again: ranks do the same."""
-    inputs, outputs = (tuple(C if p == G else p for p in placed) for placed in (strategy.inputs, strategy.outputs))
-    name = "C" if strategy.name == "G" else strategy.split
-    return replace(strategy, name=name, inputs=inputs, outputs=outputs)  # type: ignore[arg-type]
-
-
-def _clashes(choices: Choices, folded: Folded) -> Iterator[str]:
-    """Dims that two axes split."""
-    for stage in range(len(choices.starts)):
-        for node in folded.representatives():
-            along = [(*s.inputs, *s.outputs) for s in choices.of(folded, node, stage)]
-            for tensor in zip(*along, strict=True):
-                dims = [p.dim for p in tensor if p is not None and p.kind == "S"]
-                if len(dims) != len(set(dims)):
-                    yield f"strategy: two axes split one dim at {folded.keys[node]}"
-
-
-def _uses(choices: Choices, folded: Folded, plan: Plan) -> Iterator[str]:
-    """Uses that cannot get their operands in the placement they take; values that stages place differently."""
-    spans, run_of = _spans(plan, folded), folded.run_of()
-    stage_of = {run: stage for stage, span in enumerate(spans) for run in span}
-    stages: dict[fx.Node, set[int]] = defaultdict(set)
-    for node in folded.traced.graph.nodes:
-        if node.op != "call_function" or is_pick(node):
-            continue
-        at = stage_of.get(run_of.get(node, -1))
-        for operand, argument in enumerate(operands(node)):
-            if argument is None:
-                continue
-            source, output = value_of(argument)
-            home = stage_of.get(run_of.get(source, -1))
-            for stage in range(plan.pp) if at is None else [at]:
-                have = choices.placements(folded, (source, output), stage)
-                want = [s.inputs[operand] for s in choices.of(folded, node, stage)]
-                if not all(w is None or possible(h, w) for h, w in zip(have, want, strict=True)):
-                    yield f"placement: {folded.keys[folded.same[node]]} cannot take operand {operand} as it wants it"
-                if home is not None and have != choices.placements(folded, (source, output), home):
-                    yield f"placement: {folded.keys[folded.same[source]]} lies differently in stages {home} and {stage}"
-                if info(source).kind in ("parameter", "input"):
-                    stages[source].add(stage)
-    for source, where in stages.items():
-        if len({choices.placements(folded, (source, 0), stage) for stage in where}) > 1:
-            yield f"placement: {info(source).name} lies differently in stages {sorted(where)}"
-
-
 # ---- the numbers ------------------------------------------------------------------------------------------
 
 
 def _numbers(plan: Plan, folded: Folded) -> Iterator[str]:
     """Seconds and bytes."""
-    choices, m = _choices(plan), plan.micro_batches
+    choices, m = choices_of(plan), plan.micro_batches
     flops = m * sum(info(node).model_flops for node in calls(folded.traced.graph))
     if not _same(plan.forward_flops, flops):
         yield f"forward_flops: {flops}, the plan says {plan.forward_flops}"
     seconds = []
-    for graph, stage, span in zip(localise(folded, choices), plan.stages, _spans(plan, folded), strict=True):
+    for graph, stage, span in zip(localise(folded, choices), plan.stages, spans_of(plan, folded), strict=True):
         name = f"stage {graph.index}"
         groups = {"dp": plan.mesh.group(plan.tp, plan.dp), "tp": plan.mesh.group(1, plan.tp)}
         device = plan.mesh.busy_device(plan.pp, m)
@@ -399,7 +276,7 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
     results: dict[int, float] = {}
     shared: set[fx.Node] = set()
     for run in nodes if rerun else ():
-        taken = _taken(nodes[run]) if run != SETUP_RUN and _is_block(folded.labels[run]) else []
+        taken = _taken(nodes[run]) if run != SETUP_RUN and is_block(folded.labels[run]) else []
         shared.update(n for n in taken if info(n).several)
         entered = sum(info(n).size for n in taken if run in rerun and not info(n).several)
         by_products = [info(n) for n in nodes[run] if info(n).product and not info(n).view]
@@ -417,7 +294,7 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
     if flights == plan.micro_batches:
         backwards = [(own, True, 0.0), ({}, False, kept)][:flights]
     transient = made - flights * kept - arriving
-    of_blocks = [run for run in span if _is_block(folded.labels[run])]
+    of_blocks = [run for run in span if is_block(folded.labels[run])]
     alike = len({modes[run] for run in of_blocks}) <= 1
     leaving = {r: size for r, size in of_run.items() if r not in of_blocks or alike}
     waits = _waiting(plan, folded, choices, span, graph.index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import sys
 import tempfile
@@ -57,6 +58,7 @@ from autopart.shell import (
     write_file,
 )
 from autopart.show import show_command
+from autopart.validate import validate
 
 
 @command
@@ -266,6 +268,8 @@ def run_command(
     Example: autopart run gpt2 4:cpu --pp 2 --tp 2 --sequence 128 --steps 5
     """
     gc.enable()
+    if not (lr >= 0 and math.isfinite(lr) and steps >= 0):
+        raise PartitionError(f"{steps} steps at a learning rate of {lr}", try_="--steps 10 --lr 1e-3")
     made = saved_plan(plan_file, options)
     started = "RANK" in os.environ
     world = int(os.environ.get("WORLD_SIZE", processes))
@@ -296,8 +300,11 @@ def write_folder(model: nn.Module, batch: models.Batch, made: Plan, folder: Path
     Raises PartitionError where the plan is for another model.
     """
     folded = prepare(model, take(batch, made.micro_batch), made.mesh, DTYPES[made.precision])
-    made.check(folded)
-    return write(folder, made, programs(folded, made), folded.traced.aliases, folded.traced.buffers, batch)
+    validate(made, folded)
+    try:
+        return write(folder, made, programs(folded, made), folded.traced.aliases, folded.traced.buffers, batch)
+    except OSError as error:
+        raise PartitionError(f"cannot write {folder}", str(error)) from error
 
 
 def _launch(model: str, made: Plan, options: Options, steps: int, lr: float, as_json: bool) -> int:

@@ -45,7 +45,8 @@ from autopart.schedules import instructions
 from autopart.schedules import verify as verify_schedule
 from autopart.shortened import Shortened, Unlike, longer, shortenable
 from autopart.space import Space
-from autopart.stages import Choices, StageGraph
+from autopart.stages import StageGraph
+from autopart.validate import choices_of, validate
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -153,7 +154,7 @@ def compile(
             source.at(request.micro_batch, mesh)
     plan, seed = _agreed(plan, seed, lambda: make_plan(source, mesh, request, say, to_run=True))
     folded = source.at(plan.micro_batch, plan.mesh)
-    plan.check(folded)
+    validate(plan, folded)
     _check_trainable(model)
     groups = make_groups(plan.pp, plan.dp, plan.tp)
     groups.draws.seed = seed
@@ -204,7 +205,7 @@ def simulate(
 def simulate_plan(source: Source, plan: Plan, seed: int | None = None) -> Simulated:
     """`simulate` of a plan for a model that is traced already."""
     folded = source.at(plan.micro_batch, plan.mesh)
-    plan.check(folded)
+    validate(plan, folded)
     _check_trainable(source.model)
     stages = programs(folded, plan)
 
@@ -242,14 +243,13 @@ def emit_stage(stage: StageGraph, plan: Plan, classes: Mapping[str, str]) -> str
 def sources(model: nn.Module, batch: Batch, plan: Plan) -> list[str]:
     """The source text of every stage."""
     folded = Source(model, batch, DTYPES[plan.precision]).at(plan.micro_batch, plan.mesh)
-    plan.check(folded)
+    validate(plan, folded)
     return [emit_stage(stage, plan, folded.traced.classes) for stage in stage_graphs(folded, plan)]
 
 
 def stage_graphs(folded: Folded, plan: Plan) -> list[StageGraph]:
     """Every stage's graph under a plan."""
-    axes = tuple((name, size) for name, size in (("dp", plan.dp), ("tp", plan.tp)) if size > 1)
-    return localise(folded, Choices(axes, tuple(plan.splits[s.splits] for s in plan.stages), plan.starts))
+    return localise(folded, choices_of(plan))
 
 
 def request_of(

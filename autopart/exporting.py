@@ -154,7 +154,7 @@ def _no_tensor_hooks() -> Iterator[None]:
 
     def register(tensor: torch.Tensor, hook: Any) -> Any:
         raise PartitionError(
-            f"the forward pass puts a hook on a gradient ({_user_line(traceback.extract_stack())})",
+            f"the forward pass puts a hook on a gradient ({user_line(traceback.extract_stack())})",
             "a trace does not see it, and gradients would be others if it changes them",
             "a scale or a clamp of the loss, or of gradients after backward",
         )
@@ -200,7 +200,7 @@ def _traces_with(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype
 
 
 def _untraceable(error: Exception, attention: str) -> PartitionError:
-    where = _user_line(traceback.extract_tb(error.__traceback__))
+    where = user_line(traceback.extract_tb(error.__traceback__))
     reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
     advice = "see whether model(**batch) runs by itself; if it does, other operators in that line"
     if "DataDependent" in reason:
@@ -211,7 +211,7 @@ def _untraceable(error: Exception, attention: str) -> PartitionError:
     return PartitionError("torch.export cannot trace the model", f"{where}  {reason}", advice)
 
 
-def _user_line(frames: traceback.StackSummary) -> str:
+def user_line(frames: traceback.StackSummary) -> str:
     """The innermost line that is neither torch's, Python's nor autopart's, "model.py:88: y = f(x)"."""
     own = [f for f in frames if not f.filename.startswith((*PACKAGES, "<")) and not _is_pythons(f.filename)]
     return f"{os.path.basename(own[-1].filename)}:{own[-1].lineno}: {own[-1].line}" if own else "?"

@@ -112,6 +112,8 @@ def search_mesh(
     asked = [devices] if isinstance(devices, str) else list(devices)
     request = request_of(model, batch, **settings)
     source = Source(model, batch, DTYPES[request.precision])
+    if not all(isinstance(size, int) and size > 0 for size in per_host):
+        raise PartitionError(f"per_host={list(per_host)!r} are no numbers of devices", try_="per_host=[8]")
     groups = [group for text in asked for group in _groups(text, per_host, target_seconds is not None)]
     if not groups:
         raise PartitionError("no devices to train on", try_='devices="64:h100-80gb"')

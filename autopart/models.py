@@ -6,7 +6,9 @@ import difflib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from autopart.collector import paused
 from autopart.errors import PartitionError
+from autopart.exporting import user_line
 
 LONGEST = 1024
 """Tokens of a sequence where the user names none: the config's maximum, but no more than this."""
@@ -132,6 +135,9 @@ def load(
 
     A function's own batch is taken as it is. Raises PartitionError for a spec that names nothing.
     """
+    for name, size in (("batch", batch_size), ("sequence", sequence)):
+        if size is not None and size < 1:
+            raise PartitionError(f"{name}={size} is not positive", try_=f"{name}=8")
     if ":" in spec:
         return _from_function(spec, meta)
     with paused():
@@ -140,8 +146,21 @@ def load(
         if not dropout:
             _drop_dropout(config, say)
         model_class, make_batch = _head(config)
-        model = _build(model_class, config, meta)
-        return model, make_batch(config, batch_size, sequence)
+        with _told(f"no model can be made of {spec}"):
+            return _build(model_class, config, meta), make_batch(config, batch_size, sequence)
+
+
+@contextmanager
+def _told(what: str, try_: str = "") -> Iterator[None]:
+    """Whatever code that is not autopart's raises, as a PartitionError with its line."""
+    try:
+        yield
+    except PartitionError:
+        raise
+    except Exception as error:
+        line = next(iter(str(error).strip().splitlines()), "")
+        where = user_line(traceback.extract_tb(error.__traceback__))
+        raise PartitionError(what, f"{where}  {type(error).__name__}: {line}", try_) from error
 
 
 def _config(spec: str) -> Any:
@@ -151,11 +170,9 @@ def _config(spec: str) -> Any:
 
     transformers_logging.set_verbosity_error()
     path = Path(spec)
-    try:
-        if path.exists():
+    if path.exists():
+        with _told(f"{spec} is no config of transformers"):
             return AutoConfig.from_pretrained(spec, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise PartitionError(f"{spec} is no config of transformers", str(error).splitlines()[0]) from error
     kind, changes = SIZES.get(spec, (spec, {}))
     if kind not in CONFIG_MAPPING:
         close = difflib.get_close_matches(spec, [*SIZES, *CONFIG_MAPPING], 3)
@@ -253,10 +270,13 @@ def _from_function(spec: str, meta: bool) -> tuple[nn.Module, Batch]:
     function = getattr(_module(where, spec), name, None)
     if not callable(function):
         raise PartitionError(f"{where} has no function {name}", f"asked for by {spec!r}")
-    made = function()
-    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
+    with _told(f"{spec} cannot be called", "a function without arguments that returns model, batch"):
+        made = function()
+    pair = isinstance(made, tuple) and len(made) == 2
+    if not (pair and isinstance(made[0], nn.Module) and isinstance(made[1], Mapping)):
+        given = f"({type(made[0]).__name__}, {type(made[1]).__name__})" if pair else type(made).__name__
         raise PartitionError(
-            f"{spec} returned {type(made).__name__}",
+            f"{spec} returned {given}",
             "the shell trains a model on a batch",
             "return model, batch",
         )
@@ -265,7 +285,7 @@ def _from_function(spec: str, meta: bool) -> tuple[nn.Module, Batch]:
 
 
 def _module(where: str, spec: str) -> ModuleType:
-    try:
+    with _told(f"cannot import {where}", f"{spec!r} is read as module:function"):
         if not where.endswith(".py"):
             sys.path.insert(0, "")
             return importlib.import_module(where)
@@ -274,9 +294,3 @@ def _module(where: str, spec: str) -> ModuleType:
         module = importlib.util.module_from_spec(found)
         found.loader.exec_module(module)
         return module
-    except (ImportError, OSError) as error:
-        raise PartitionError(
-            f"cannot import {where}",
-            f"{type(error).__name__}: {error}",
-            f"{spec!r} is read as module:function",
-        ) from error

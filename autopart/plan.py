@@ -298,6 +298,8 @@ def _inconsistent(plan: Plan) -> Iterator[str]:
         yield f"{plan.degrees} does not fill {plan.mesh}"
     if plan.global_batch % plan.micro_batch:
         yield f"{plan.global_batch} samples are no multiple of micro_batch={plan.micro_batch}"
+    if plan.micro_batch % plan.dp:
+        yield f"{plan.micro_batch} samples do not divide over dp={plan.dp} ranks"
     if len(plan.stages) != plan.pp:
         yield f"{plan.degrees} has {len(plan.stages)} stages"
     for index, stage in enumerate(plan.stages):

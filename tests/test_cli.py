@@ -39,6 +39,12 @@ def make():
 
 def nothing():
     return None
+
+def no_batch():
+    return Line(), 3
+
+def fails():
+    raise RuntimeError("in my own words")
 """
 
 
@@ -96,12 +102,19 @@ def test_a_saved_plan_is_shown_and_estimated(tiny: str, tmp_path: Path) -> None:
         (["show", "nowhere.json"], ["cannot read the plan nowhere.json"]),
         (["plan", "nowhere.py:make", "4:cpu"], ["cannot import nowhere.py"]),
         (["plan", "math:cosine", "4:cpu"], ["math has no function cosine"]),
+        (["plan", "torch.nn:Linear", "4:cpu"], ["torch.nn:Linear cannot be called", "TypeError: "]),
+        (["plan", ":make", "4:cpu"], ["cannot import", "module:function"]),
+        (["plan", "gpt2", "4:cpu", "--sequence", "-1"], ["sequence=-1 is not positive"]),
+        (["plan", "gpt2", "4:cpu", "--sequence", "8", "--precision", "fp16"], ["precision='float16'"]),
+        (["mesh", "gpt2", "--sequence", "8", "--devices", "4:cpu", "--per-host", "0"], ["per_host=[0]"]),
+        (["run", "gpt2", "1:cpu", "--lr", "nan"], ["learning rate of nan"]),
     ],
 )
 def test_an_error_is_told_without_a_traceback(arguments: list[str], texts: list[str]) -> None:
     result = shell(*arguments)
     assert result.exit_code == 2
     assert all(text in result.stderr for text in texts), result.stderr
+    assert not result.stdout
     assert "Traceback" not in result.output
 
 
@@ -177,6 +190,13 @@ def test_a_function_makes_the_model(tmp_path: Path) -> None:
     assert list(json.loads(result.stdout)["signature"]["inputs"]) == ["x", "y"]
     with pytest.raises(PartitionError, match="returned NoneType"):
         models.load(f"{file}:nothing", 1)
+    with pytest.raises(PartitionError, match=r"returned \(Line, int\)"):
+        models.load(f"{file}:no_batch", 1)
+    with pytest.raises(PartitionError, match=r"mine.py:\d+: raise .*RuntimeError: in my own words"):
+        models.load(f"{file}:fails", 1)
+    file.write_text("def make(:")
+    with pytest.raises(PartitionError, match=r"cannot import .*\n.*SyntaxError"):
+        models.load(f"{file}:make", 1)
 
 
 def test_random_weights_depend_on_the_name_alone() -> None:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import autopart
 from autopart import Mesh, PartitionError, Plan
+from autopart.check import one_process, worst_error
 from autopart.compile import Source, make_plan
 from autopart.errors import closest
 from autopart.request import Request, divisors
@@ -267,8 +268,8 @@ def test_why_not_tells_what_was_asked_too() -> None:
 
 
 @lru_cache
-def saved() -> str:
-    return json.dumps(plan(tp=2).to_json())
+def saved(**settings: int) -> str:
+    return json.dumps(plan(**settings).to_json())
 
 
 def places(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -277,10 +278,37 @@ def places(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *(deeper for key, value in items for deeper in places(value, (*path, key)))]
 
 
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("settings", [{"tp": 2}, {"dp": 2, "zero": 3}, {"pp": 2}], ids=str)
+def test_a_plan_edited_by_hand_runs_exactly_or_is_refused(seed: int, settings: dict[str, int]) -> None:
+    """A strategy is put where another was, a placement is changed, or a stage's first run or what it recomputes."""
+    draw, data = random.Random(seed), json.loads(saved(**settings))
+    splits, stage = data["splits"][0], draw.choice(data["stages"])
+    axis = next(iter(splits), None)
+    if axis:
+        node, other = draw.choice(list(splits[axis])), draw.choice(list(splits[axis].values()))
+        if seed % 3:
+            splits[axis][node] = other
+        else:
+            splits[axis][node]["outputs"] = [draw.choice(["R", "C", "G", "P", "S0", "S1"])]
+    elif seed % 2:
+        stage["first_run"] = draw.choice([-1, 0, 1, 2, 9])
+    else:
+        stage["recompute"] = draw.choice([[], ["full"] * 2, ["none"] * 9, ["some"]])
+    model, given = Model(), batch()
+    try:
+        found = autopart.simulate(model, "2:cpu", given, plan=Plan.from_json(data))
+    except PartitionError as error:
+        assert re.search("the plan cannot run|damaged", error.what)
+    else:
+        _, gradients = one_process(model, given)
+        assert worst_error(found.gradients, gradients)[0] < 1e-6
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_a_damaged_plan_is_refused_or_shown(seed: int) -> None:
     """Whatever stands at a random place of the file, it is told of as damaged, or read and shown."""
-    draw, data = random.Random(seed), json.loads(saved())
+    draw, data = random.Random(seed), json.loads(saved(tp=2))
     *path, last = draw.choice([p for p in places(data) if 0 < len(p) <= draw.choice([1, 2, 9])])
     inside = data
     for key in path:

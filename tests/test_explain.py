@@ -353,7 +353,7 @@ def test_shell(tmp_path: Path) -> None:
     assert plan.request["constraints"] == ["tp=2", "not cut before layers.1"]
     shown = run(app, ["show", str(file), "--why", "--why-not", "tp=1", "--prices"])
     assert shown.exit_code == 0, shown.output
-    assert "tp=1: " in shown.stdout
+    assert "tp=1 (with tp=2, not cut before layers.1 as asked): not possible" in shown.stdout
     assert "products 10 % faster" in shown.stdout
     assert "lm_head/linear" in shown.stdout
     told = run(app, ["show", str(file), "--why-not", "tp=1", "--json"])

@@ -64,6 +64,7 @@ LAYERS = (
         "shortage",
         "held",
         "report",
+        "validate",
         "planner",
         "advice",
         "exports",

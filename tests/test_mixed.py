@@ -117,5 +117,5 @@ def test_a_plan_says_so_and_holds() -> None:
 def test_what_is_no_master_copy_is_refused(master: str) -> None:
     with pytest.raises(PartitionError, match="master="):
         autopart.plan(
-            nn.Linear(2, 2), "1:cpu", {"x": nn.Parameter()}, global_batch=1, precision="float32", master=master
+            nn.Linear(2, 2), "1:cpu", {"input": nn.Parameter()}, global_batch=1, precision="float32", master=master
         )
