@@ -23,7 +23,7 @@ from torch import nn
 from autopart import models
 from autopart.calibrate.command import calibrate_command
 from autopart.check import check
-from autopart.compile import DTYPES, compile, estimate, prepare, programs, take
+from autopart.compile import DTYPES, compile, estimate, outline, prepare, programs, take
 from autopart.errors import PartitionError
 from autopart.estimates import Estimate
 from autopart.exports import SYSTEMS, export
@@ -299,7 +299,7 @@ def write_folder(model: nn.Module, batch: models.Batch, made: Plan, folder: Path
 
     Raises PartitionError where the plan is for another model.
     """
-    folded = prepare(model, take(batch, made.micro_batch), made.mesh, DTYPES[made.precision])
+    folded = prepare(model, outline(batch, made.micro_batch), made.mesh, DTYPES[made.precision])
     validate(made, folded)
     try:
         return write(folder, made, programs(folded, made), folded.traced.aliases, folded.traced.buffers, batch)

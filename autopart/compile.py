@@ -298,6 +298,15 @@ def take(batch: Batch, samples: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def outline(batch: Batch, samples: int) -> dict[str, Any]:
+    """A batch of `samples` samples on meta: what a trace looks at."""
+    samples_of(batch)
+    return {
+        k: torch.empty((samples, *v.shape[1:]), dtype=v.dtype, device="meta") if isinstance(v, torch.Tensor) else v
+        for k, v in batch.items()
+    }
+
+
 @dataclass
 class Source:
     """A model with its batch, traced once for every micro-batch size and kind of device that is asked for."""
@@ -337,7 +346,7 @@ class Source:
 
     def _traced(self, samples: int, mesh: Mesh, shortened: Sequence[Shortened] = ()) -> Folded:
         """What samples do with each other is told by two of them: one has nobody to do it with."""
-        folded = prepare(self.model, take(self.batch, samples), mesh, self.dtype, shortened)
+        folded = prepare(self.model, outline(self.batch, samples), mesh, self.dtype, shortened)
         several = self.planned.get((2, mesh.device.type))
         if samples == 1 and several is not None:
             folded.traced.mixed_at = several.traced.mixed_at

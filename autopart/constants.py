@@ -10,17 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import fx
 
-from autopart.graph import info
-from autopart.rules import RULES
+from autopart.graph import info, operands, shape_args
+from autopart.rules import RULES, strategies
+from autopart.rules.base import replaced
 
 Tensor = torch.Tensor
 Take = Callable[[Tensor, bool], Tensor]
 """Takes, of numbers in rows and columns, one block or the least or most of every block."""
-LARGEST = 2**28
+LARGEST = 2**24
 """Elements: larger values are not computed."""
 BLOCK = 128
 """Rows, and columns, of a block."""
@@ -74,13 +76,10 @@ class Constants:
         values = {n: v for n in node.all_input_nodes if (v := self.value(n)) is not None}
         if len(values) < len(node.all_input_nodes):
             return None
-        rule, shape = RULES.get(record.name), torch.Size(record.shape)
-        if rule is not None and rule.row in ("... -> ...", "..., ... -> ..."):
-            values = {n: _collapse(v) for n, v in values.items()}
-            shape = torch.broadcast_shapes(*(v.shape for v in values.values()))
+        given, values, shape = _once(node, values)
         if shape.numel() > LARGEST:
             return None
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+        args, kwargs = fx.map_arg((given, node.kwargs), lambda n: values[n])
         result: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
         return _repeat(result).expand(record.shape)
 
@@ -133,6 +132,26 @@ class Constants:
             for a, sign in zip(node.args, signs, strict=True)
         ]
         return None if any(a is None for a in args) else node.target(*args)  # type: ignore[operator]
+
+
+def _once(node: fx.Node, values: Mapping[fx.Node, Tensor]) -> tuple[Any, dict[fx.Node, Tensor], torch.Size]:
+    """The arguments, operands and shape with which the node gives one element of every dim along which its value
+    repeats: the operands that have the dim repeat along it in memory, and its row lets it pass."""
+    record, rule, found, shape = info(node), RULES.get(info(node).name), dict(values), list(info(node).shape)
+    if rule is None or callable(rule.resize):
+        return node.args, found, torch.Size(shape)
+    for strategy in strategies(record.name, shape_args(node), record.shapes, 1):
+        out, pairs = strategy.outputs[0], list(zip(operands(node), strategy.inputs, strict=True))
+        taken = [(n, p) for n, p in pairs if n is not None and p is not None and p.kind == "S"]
+        if out.kind != "S" or strategy.local or any(p.parts for p in (out, *(p for _, p in taken))):
+            continue
+        size = record.shape[out.dim]
+        if all(values[n].stride(p.dim) == 0 and values[n].shape[p.dim] == size for n, p in taken):
+            shape[out.dim] = min(1, size)
+            for n, p in taken:
+                found[n] = found[n].narrow(p.dim, 0, min(1, size))
+    args = node.args if rule.resize is None else replaced(tuple(node.args), rule.resize, shape)
+    return args, found, torch.Size(shape)
 
 
 def _bound(numbers: Tensor, most: bool) -> Tensor:

@@ -92,6 +92,9 @@ OPTIONS = {**BATCH_OPTIONS, **PLAN_OPTIONS, **CONSTRAINT_OPTIONS}
 
 Options = dict[str, Any]
 
+EXAMPLE = 8
+"""Samples of an example batch where the user names no number, and at most where it is planned for alone."""
+
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Make a command of a function: with the shared options if it takes `options`, and PartitionError told in red."""
@@ -127,7 +130,10 @@ def _option(name: str, kind: type, default: Any, text: str) -> Parameter:
 def load(
     model: str, options: Options, meta: bool = True, say: Callable[[str], None] | None = None
 ) -> tuple[nn.Module, models.Batch]:
-    samples = options["batch"] or options["global_batch"] or 8
+    samples = options["batch"] or options["global_batch"] or EXAMPLE
+    if meta and ":" not in model:  # a plan needs the number of samples, not the samples
+        options["global_batch"] = options["global_batch"] or samples
+        samples = min(samples, EXAMPLE)
     loaded, batch = models.load(
         model,
         samples,

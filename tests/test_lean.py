@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import autopart
+from autopart import models
 
 GIB = 2**30
 
@@ -60,10 +61,18 @@ def custom() -> autopart.Plan:
     return autopart.plan(model, "8x8:h100-80gb", {"x": x.bfloat16()})
 
 
-PLANS: dict[str, Callable[[], autopart.Plan]] = {"custom": custom}
+def devices() -> autopart.Plan:
+    """100,000 devices, and a micro-batch of as many samples of 1,024 tokens; the mask is not that of a packed batch,
+    which takes a look at all tokens."""
+    model, batch = models.load("llama-3-8b", 2, meta=True)
+    settings: dict[str, Any] = {"global_batch": 100_000, "micro_batch": 100_000, "precision": "bfloat16"}
+    return autopart.plan(model, "12500x8:h100-80gb", batch, **settings)
 
 
-@pytest.mark.parametrize(("name", "bytes_", "seconds"), [("custom", 1 * GIB, 60)])
+PLANS: dict[str, Callable[[], autopart.Plan]] = {"custom": custom, "devices": devices}
+
+
+@pytest.mark.parametrize(("name", "bytes_", "seconds"), [("custom", 1 * GIB, 60), ("devices", 2 * GIB, 60)])
 def test_lean(name: str, bytes_: int, seconds: float) -> None:
     command = [sys.executable, __file__, name]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
