@@ -223,8 +223,9 @@ def again_of(record: Info, inputs: Iterable[Info]) -> int:
 
 
 def peak(device: Device, dtype: torch.dtype) -> float:
-    """FLOP/s of matrix products; PartitionError where the device has none for the dtype."""
-    name = str(dtype).removeprefix("torch.")
+    """FLOP/s of real matrix products, of which a complex one is several (`passes.annotate`); PartitionError where the
+    device has none for the dtype."""
+    name = str(dtype.to_real()).removeprefix("torch.")
     found = device.flops.get(name)
     if found is None:
         raise PartitionError(

@@ -25,6 +25,7 @@ import torch
 import torch.utils.checkpoint
 from torch import fx, nn
 
+from autopart.ctc import ctc_loss
 from autopart.custom import CustomFunction
 from autopart.errors import PartitionError
 from autopart.functional import functional
@@ -85,6 +86,7 @@ def _export(
         _no_tensor_hooks(),
         torch.enable_grad(),
         _silence(),
+        mock.patch.object(torch, "ctc_loss", ctc_loss),
         nullcontext() if drawn is None else _drawing(drawn),
     ):
         warnings.simplefilter("ignore", FutureWarning)
@@ -256,7 +258,42 @@ def _skeleton(
     skeleton = copy.deepcopy(model, memo)
     for short in shortened:
         del skeleton.get_submodule(short.path)[short.kept :]  # type: ignore[operator]
+    _renew_aliases(skeleton)
     return skeleton
+
+
+def _renew_aliases(skeleton: nn.Module) -> None:
+    """Where a module keeps parameters or buffers in a plain list, tuple or dict too, fill that anew for the forward
+    pass: torch.export puts other tensors into modules, and into nothing else."""
+    modules = list(skeleton.modules())
+    tensors = [(m, n, t) for m in modules for n, t in [*m._parameters.items(), *m._buffers.items()] if t is not None]
+    owners = {id(t): (m, n) for m, n, t in tensors}
+
+    def renewed(value: Any) -> Any:
+        if id(value) in owners:
+            return getattr(*owners[id(value)])
+        if type(value) in (list, tuple):
+            return type(value)(map(renewed, value))
+        return {k: renewed(v) for k, v in value.items()} if type(value) is dict else value
+
+    def holds(value: Any) -> bool:
+        inner = value.values() if type(value) is dict else value if type(value) in (list, tuple) else ()
+        return id(value) in owners or any(map(holds, inner))
+
+    own = vars(nn.Module()).keys()
+    held = [(vars(m), k, v) for m in modules for k, v in vars(m).items() if k not in own and holds(v)]
+
+    def renew(*_: object) -> None:
+        for attributes, name, value in held:
+            attributes[name] = renewed(value)
+
+    def restore(*_: object) -> None:
+        for attributes, name, value in held:
+            attributes[name] = value
+
+    if held:
+        skeleton.register_forward_pre_hook(renew)
+        skeleton.register_forward_hook(restore)
 
 
 def _kept_modules(module: nn.Module, dropped: frozenset[int]) -> Iterator[nn.Module]:
@@ -358,7 +395,7 @@ def _has_gradient(node: Any, parameters: Mapping[str, str]) -> bool:
         if node.name in parameters:
             return True
         value, target = node.meta.get("val"), str(node.target)
-        fixed = isinstance(value, torch.Tensor) and not value.is_floating_point()
+        fixed = isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex())
         if fixed or target.startswith("aten.detach") or "_like." in target or target.startswith("aten.new_"):
             continue
         if target == "wrap_with_set_grad_enabled" and node.args[0] is False:

@@ -136,6 +136,11 @@ def info(node: fx.Node) -> Info:
     return record
 
 
+def has_gradient(dtype: torch.dtype) -> bool:
+    """Whether tensors of this dtype can have gradients."""
+    return dtype.is_floating_point or dtype.is_complex
+
+
 def annotate(node: fx.Node, **changes: Any) -> None:
     """Put changed fields into a node's record."""
     node.meta[KEY] = replace(node.meta[KEY], **changes)
@@ -220,7 +225,7 @@ def new_call(
         name=op_name(target),
         shapes=tuple(tuple(o.shape) for o in outputs),
         dtypes=tuple(o.dtype for o in outputs),
-        grad=grad and outputs[0].is_floating_point(),
+        grad=grad and has_gradient(outputs[0].dtype),
     )
     return node
 

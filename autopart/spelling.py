@@ -92,7 +92,8 @@ class Speller:
             return self.infix(scope, INFIX[name], *args)
         if family == "aten" and name in METHODS and not kwargs:
             self_text = self.value(scope, args[0]).within(ATOM)
-            rest = args[1] if name in ("reshape", "view", "expand", "permute") else args[1:]
+            sizes = name in ("reshape", "view", "expand", "permute") and args[1]  # none: the empty list is spelt out
+            rest = args[1] if sizes else args[1:]
             return Text(f"{self_text}.{METHODS[name]}({', '.join(self.value(scope, a).code for a in rest)})")
         if family == "aten" and name in FUNCTIONAL:
             return self.call(scope, f"F.{name.split('.')[0]}", args, kwargs)

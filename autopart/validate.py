@@ -11,7 +11,7 @@ from torch import fx
 
 from autopart.errors import PartitionError, few
 from autopart.folded import Folded
-from autopart.graph import info, is_pick, operands, shape_args, value_of
+from autopart.graph import has_gradient, info, is_pick, operands, shape_args, value_of
 from autopart.notation import C, G, Placement, splits
 from autopart.plan import Plan
 from autopart.relayout import possible
@@ -94,7 +94,7 @@ def _known(node: fx.Node, strategy: Strategy, size: int) -> list[Strategy]:
     if record.kind == "op":
         hints = [p for p in strategy.outputs[:1] if p.parts or p.kind == "M"]
         options = strategies(record.name, shape_args(node), record.shapes, size, hints)
-        return [o for o in options if record.dtype.is_floating_point or o.name != "P"]
+        return [o for o in options if has_gradient(record.dtype) or o.name != "P"]
     placed = strategy.outputs[0] if len(strategy.outputs) == 1 else Placement("P")
     if placed.kind == "S":
         fits = 0 <= placed.dim < len(record.shape) and splits(placed, record.shape, size)

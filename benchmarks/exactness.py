@@ -47,8 +47,10 @@ def error_of(found: autopart.Check) -> tuple[float, str]:
 
 
 def in_float64(model: nn.Module, batch: Batch) -> tuple[nn.Module, dict[str, Any]]:
-    """A copy of a model and its batch whose floating-point tensors are float64."""
+    """A copy of a model and its batch whose floating-point tensors are float64, and complex ones complex128."""
     wide = copy.deepcopy(model).double()
+    for tensor in [*wide.parameters(), *wide.buffers()]:
+        tensor.data = tensor.data.to(torch.complex128) if tensor.is_complex() else tensor.data
     for module in wide.modules():
         if hasattr(module, "_is_expert_parallel"):  # transformers' grouped products have no float64
             module.config._experts_implementation = "batched_mm"  # type: ignore[union-attr]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from autopart.draws import dropout
+from autopart.graph import has_gradient
 from autopart.kernels.rms_norm import rms_norm
 from autopart.notation import Dim, Factor, Operand, Placement, Shape, Strategy, parse
 from autopart.rules import RULES, Args, Rule, flatten, local_args, local_shape, strategies
@@ -77,6 +78,10 @@ def f(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=RANDOM, dtype=torch.float64)
 
 
+def z(*shape: int) -> torch.Tensor:
+    return torch.complex(f(*shape), f(*shape))
+
+
 def i(high: int, *shape: int) -> torch.Tensor:
     return torch.randint(high, shape, generator=RANDOM)
 
@@ -122,7 +127,8 @@ def joined(pieces: Tensors, placement: Placement) -> torch.Tensor:
 
 def partial_sums(whole: torch.Tensor, shards: int) -> Tensors:
     """Random tensors that sum to `whole`."""
-    draw = f if whole.is_floating_point() else lambda *shape: i(9, *shape).to(whole.dtype)
+    integers = lambda *shape: i(9, *shape).to(whole.dtype)  # noqa: E731
+    draw = z if whole.is_complex() else f if whole.is_floating_point() else integers
     rest = [draw(*whole.shape) for _ in range(shards - 1)]
     return [whole - sum(rest), *rest]
 
@@ -212,7 +218,7 @@ def differentiable(tensors: Sequence[torch.Tensor]) -> list[int]:
 
 
 def leaves(tensors: Sequence[torch.Tensor], constants: Sequence[int]) -> Tensors:
-    wants = [t.is_floating_point() and k not in constants for k, t in enumerate(tensors)]
+    wants = [has_gradient(t.dtype) and k not in constants for k, t in enumerate(tensors)]
     return [t.detach().clone().requires_grad_(w) for t, w in zip(tensors, wants, strict=True)]
 
 
@@ -241,7 +247,7 @@ def prove(sample: Sample, strategy: Strategy, shards: int) -> None:
         check([o[k].detach() for o in gave], whole.detach(), placement, f"{what}, output {k}")
     if not differentiable(outputs) or not differentiable(inputs):
         return
-    cotangents = [f(*o.shape) for o in outputs]
+    cotangents = [(z if o.is_complex() else f)(*o.shape) for o in outputs]
     expected = gradients(outputs, inputs, cotangents)
     given = [placed(g, gradient(p), shards) for g, p in zip(cotangents, strategy.outputs, strict=True)]
     found = [gradients(gave[r], local_inputs[r], [g[r] for g in given]) for r in range(shards)]
@@ -252,14 +258,14 @@ def prove(sample: Sample, strategy: Strategy, shards: int) -> None:
 def settled(sample: Sample) -> Sample | None:
     """The call, with the tensors that have no gradient found; None where it is random or gives no exact tensors."""
     tensors = tensors_of(sample)
-    floating = [k for k, t in enumerate(tensors) if t.is_floating_point()]
+    floating = [k for k, t in enumerate(tensors) if has_gradient(t.dtype)]
     for constants in ((), *((k,) for k in floating), tuple(floating)):
         try:
             first, second = (run(sample._replace(constants=constants)) for _ in range(2))
         except Exception:
             continue
         if all(map(exact, first)):
-            same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True))
+            same = all(torch.allclose(a, b, 0.0, 0.0, equal_nan=True) for a, b in zip(first, second, strict=True))
             return sample._replace(constants=constants) if same else None
     return None
 
@@ -280,13 +286,14 @@ def run(sample: Sample) -> Tensors:
 
 
 def exact(tensor: torch.Tensor) -> bool:
-    """Whether its values can be compared: strided, and float64 where they are no integers."""
-    numbers = tensor.dtype is torch.float64 or not (tensor.is_floating_point() or tensor.is_complex())
+    """Whether its values can be compared: strided, and of double precision where they are no integers."""
+    numbers = tensor.dtype in (torch.float64, torch.complex128) or not has_gradient(tensor.dtype)
     return numbers and type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_quantized
 
 
 def varied(tensor: torch.Tensor) -> bool:
     """Whether a tensor has numbers in it that differ, or a single one that is not about zero."""
+    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     numbers = tensor[tensor.isfinite()].double()
     if tensor.numel() > 1:
         return len(numbers) > 0 and bool(numbers.max() - numbers.min() > TELLING)
@@ -336,7 +343,7 @@ class Case:
         took = (placement for placement in strategy.inputs if placement is not None)
         partial = [t for t, placement in zip(tensors_of(self.sample), took, strict=True) if placement.kind == "P"]
         return not partial or (
-            all(o.is_floating_point() for o in self.results[:1]) and all(t.dtype is not torch.bool for t in partial)
+            all(has_gradient(o.dtype) for o in self.results[:1]) and all(t.dtype is not torch.bool for t in partial)
         )
 
     @cached_property
@@ -417,7 +424,7 @@ ALLOWED = {
 """What may be done to a row and leaves it right: (row, kind) -> why the row does not say so."""
 
 
-UNCHECKED = ("aten.native_batch_norm", "aten._native_batch_norm")
+UNCHECKED = ("aten.native_batch_norm", "aten._native_batch_norm", "aten._weight_norm")
 """Operators, by how their names begin, that write past the end of tensors whose sizes do not agree: no mutants."""
 
 

@@ -26,6 +26,7 @@ LAYERS = (
         "cost",
         "draws",
         "experts",
+        "ctc",
         "fingerprint",
         "shortened",
         "collector",

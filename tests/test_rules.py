@@ -17,8 +17,9 @@ import torch
 import transformers.integrations.moe  # noqa: F401  registers its operators
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from proof import RANDOM, Sample, called, f, i, prove, resolve, swapped, tensors_of, ways
+from proof import RANDOM, Sample, called, f, i, prove, resolve, swapped, tensors_of, ways, z
 
+import autopart.ctc  # noqa: F401  registers its operator
 from autopart import rules
 from autopart.draws import Stream
 from autopart.notation import Placement, S
@@ -41,10 +42,6 @@ def b(*shape: int) -> torch.Tensor:
 def normed(name: str, *args: Any) -> Sample:
     """A batch norm: its running mean and variance have no gradient."""
     return Sample(f"aten.{name}", args, {}, (), (3, 4))
-
-
-def z(*shape: int) -> torch.Tensor:
-    return torch.complex(f(*shape), f(*shape))
 
 
 def some(mask: torch.Tensor) -> torch.Tensor:
@@ -413,17 +410,30 @@ SAMPLES += [  # what PyTorch's own tests do not call, or only with shapes too sm
       for k, n in (("linear1d", 1), ("bilinear2d", 2), ("bicubic2d", 2), ("trilinear3d", 3))),
     call("aten._upsample_bicubic2d_aa", f(12, 12, 4, 4), [2, 2], False),
     call("aten._upsample_bicubic2d_aa.vec", f(12, 12, 4, 4), [2, 2], False, None),
-    # complex: without gradients
-    *(Sample(f"aten.{n}", (f(12, 24), f(12, 24)), {}, (), (0, 1)) for n in ("complex", "polar")),
-    *(call(f"aten.fft_{n}", f(12, 12, 6), constant=0) for n in ("rfft", "ihfft", "rfft2", "rfftn")),
+    # complex
+    *(call(f"aten.{n}", f(12, 24), f(12, 24)) for n in ("complex", "polar")),
+    *(call(f"aten.fft_{n}", f(12, 12, 6)) for n in ("rfft", "ihfft", "rfft2", "rfftn")),
     *(call(f"aten.fft_{n}", z(12, 12, 6)) for n in (
         "fft", "ifft", "irfft", "hfft", "fft2", "ifft2", "irfft2", "fftn", "ifftn", "irfftn", "fftshift")),
     *(call(f"aten.fft_{n}n", z(12, 12, 6), None, [1]) for n in ("fft", "ifft", "irfft")),
     call("aten._fft_c2c", z(12, 12, 6), [1], 0, True),
-    call("aten._fft_c2r", z(12, 12, 6), [1], 0, 12),
-    call("aten._fft_r2c", f(12, 12, 6), [1], 0, True, constant=0),
-    *(call(f"aten.{n}", z(12, 24)) for n in ("view_as_real", "real", "imag", "angle", "abs")),
-    call("aten.view_as_complex", f(12, 24, 2), constant=0),
+    call("aten._fft_c2r", z(12, 7, 6), [1], 0, 12),
+    call("aten._fft_r2c", f(12, 12, 6), [1], 0, True),
+    *(call(f"aten.{n}", z(12, 24)) for n in ("view_as_real", "real", "imag", "angle", "abs", "conj_physical", "sum")),
+    call("aten.view_as_complex", f(12, 24, 2)),
+    call("aten.einsum", "bix,iox->box", [z(12, 4, 3), z(4, 24, 3)]),
+    call("aten.mm", z(12, 24), z(24, 12)),
+    *(call(f"aten.{n}.Tensor", z(12, 24), z(12, 24)) for n in ("add", "mul", "div")),
+    # one step of recurrent layers, lengths of rows, bags of rows
+    call("aten.lstm_cell", f(12, 4), [f(12, 6), f(12, 6)], f(24, 4), f(24, 6), f(24), f(24)),
+    *(call(f"aten.{n}_cell", f(12, 4), f(12, 6), f(k * 6, 4), f(k * 6, 6), f(k * 6), f(k * 6))
+      for n, k in (("gru", 3), ("rnn_tanh", 1), ("rnn_relu", 1))),
+    call("aten.lstm_cell", f(12, 4), [f(12, 6), f(12, 6)], f(24, 4), f(24, 6), None, None),
+    *(call("aten._weight_norm", f(12, 4, 12), f(*(12 if i == d else 1 for i in range(3))), d) for d in (0, 2)),
+    call("aten._weight_norm", f(12, 24), f(1, 1), -1),
+    call("autopart.ctc_losses", f(8, 12, 5).log_softmax(-1), i(4, 12, 3) + 1, i(3, 12) + 6, i(3, 12) + 1, 0, True),
+    call("aten.embedding_bag", f(24, 12), i(24, 36), torch.arange(0, 36, 3), False, 2),
+    call("aten.embedding_bag.padding_idx", f(24, 12), i(24, 12), torch.arange(12), False, 0, False, None, False, 5),
     # random: with nothing to draw
     *(call(f"aten.{n}", [0]) for n in ("rand", "randn")),
     call("aten.randperm", 1),

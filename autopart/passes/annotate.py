@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ VIEWS = ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten.using_i
 """Operators whose rule has no letter for a dim of one element. A single sample in dim 0 stays there, as more would."""
 
 
+COMPLEX_PRODUCTS = 4
+"""Real matrix products that a complex one is: (a + ib)(c + id) = ac - bd + i(ad + bc)."""
+
 Batch = dict[tuple[fx.Node, int], int | None]
 """Value -> the dim of it that counts samples."""
 
@@ -33,6 +37,7 @@ def annotate_costs(traced: Traced, device: str) -> Traced:
         if record.name == "autopart.getitem":
             continue
         work = flops(record.name, shape_args(node), record.shapes)
+        work *= COMPLEX_PRODUCTS if record.dtype.is_complex and is_contraction(record.name) else 1
         annotate(node, flops=work, product=is_contraction(record.name))
         if is_contraction(record.name):
             _matrix(node, batch)
@@ -103,6 +108,9 @@ def _matrix(node: fx.Node, batch: Batch) -> None:
     matrix = product_of(record.name, shape_args(node), record.shapes, counted)
     if matrix is not None:
         first, *others = (info(n).grad for i in matrix.factors if (n := taken[i]) is not None)
+        if record.dtype.is_complex:
+            sizes = matrix.sizes._replace(batch=COMPLEX_PRODUCTS * matrix.sizes.batch)
+            matrix = replace(matrix, sizes=sizes)
         annotate(node, matrix=matrix, grads=(first, any(others)))
 
 

@@ -26,7 +26,7 @@ from torch import fx
 from autopart.cost import again_of, kind_of, peak_of
 from autopart.errors import PartitionError
 from autopart.folded import Folded
-from autopart.graph import Info, info, operands, shape_args, value_of
+from autopart.graph import Info, has_gradient, info, operands, shape_args, value_of
 from autopart.hardware.rows import Device
 from autopart.notation import AGAIN, C, G, Placement, R, S, splits
 from autopart.places import Write, places_of
@@ -117,12 +117,14 @@ class _Builder:
             return
         taken = [info(n) for i in products for n in self.places.nodes[i].all_input_nodes]
         sizes = sorted({s for r in taken for dim, s in enumerate(r.shape) if s > 1 and dim != r.batch})
-        fits = [d for d in range(2, 65) if sum(s % d == 0 for s in sizes) > 1]
+        nodes = [self.places.nodes[i] for i in products]
+        able = (d for d in range(2, 65) if any(o.shards_work for n in nodes for o in _letters(n, d, (), False)))
+        fits = list(itertools.islice(able, 6))
         raise PartitionError(
             f"tp={self.tp} splits nothing",
             f"no matrix product has a dim that {self.tp} divides and that may be split; the sizes are "
             f"{', '.join(map(str, sizes))}",
-            f"tp={', '.join(map(str, fits[:6]))}" if fits else "pp or dp",
+            f"tp={', '.join(map(str, fits))}" if fits else "pp or dp: no tp splits them",
         )
 
     def _operand(self, argument: fx.Node | None) -> tuple[int, int] | None:
@@ -261,7 +263,7 @@ def _known(node: fx.Node, size: int, wanted: Sequence[Placement]) -> list[Strate
             for p in (*map(S, range(len(record.shape))), *wanted)
             if (record.kind == "parameter" or p == S(0)) and splits(p, record.shape, size)
         ]
-    return options if record.dtype.is_floating_point else [o for o in options if o.name != "P"]
+    return options if has_gradient(record.dtype) else [o for o in options if o.name != "P"]
 
 
 def _counts_samples(node: fx.Node, option: Strategy) -> bool:

@@ -161,7 +161,9 @@ class _Localiser:
         return [n for n in self.folded.free if n in needed]
 
     def _placeholders(self, nodes: list[fx.Node]) -> None:
+        updates = self._updates()
         used = {value_of(n) for node in nodes for n in node.all_input_nodes}
+        used |= {(n, 0) for n in self.folded.traced.graph.find_nodes(op="placeholder") if info(n).name in updates}
         for value, (crossing, placements) in self.crossings.items():
             if value in used and self.stage.index in crossing.consumers:
                 self.stage.received.append(crossing)

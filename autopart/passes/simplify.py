@@ -34,7 +34,7 @@ def simplify(traced: Traced) -> Traced:
     _merge_equal(graph)
     graph.eliminate_dead_code()
     for node in list(graph.nodes):
-        if node.op == "placeholder" and not node.users:
+        if node.op == "placeholder" and not node.users and info(node).name not in traced.updated:
             graph.erase_node(node)
     graph.lint()
     return traced
@@ -123,6 +123,21 @@ def _only_piece(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node
     return whole if info(pieces).name in ("aten.split.Tensor", "aten.split_with_sizes", "aten.chunk") else None  # type: ignore[return-value]
 
 
+def _grid(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+    """A part of a mesh grid is a vector along one of its dims, repeated along the others; "xy" swaps the first two."""
+    if info(node).name != "autopart.getitem" or info(node.args[0]).name not in (
+        "aten.meshgrid",
+        "aten.meshgrid.indexing",
+    ):  # type: ignore[arg-type]
+        return None
+    grid, which = node.args
+    shape, (vectors,) = info(node).shape, grid.args  # type: ignore[union-attr]
+    dim = 1 - which if grid.kwargs.get("indexing") == "xy" and len(shape) > 1 and which < 2 else which  # type: ignore[union-attr, operator]
+    sizes = [n if i == dim else 1 for i, n in enumerate(shape)]
+    along = new_call(graph, aten.reshape.default, (vectors[which], sizes), node)
+    return new_call(graph, aten.expand.default, (along, list(shape)), node)
+
+
 def _experts(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
     """Rows times the weights gathered for each of them: no weight need be gathered."""
     squeezed = call_args(node, "aten.squeeze.dim") or call_args(node, "aten.squeeze.dims")
@@ -149,6 +164,25 @@ def _copy(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | Non
     if info(source).dtype != info(target).dtype:
         source = new_call(graph, aten._to_copy.default, (source,), node, {"dtype": info(target).dtype})
     return new_call(graph, aten.expand.default, (source, list(info(target).shape)), node)
+
+
+def _complex_write(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+    """A write into a part of a complex tensor, which torch cannot differentiate, is one into pairs of reals."""
+    if info(node).name not in ("aten.slice_scatter", "aten.select_scatter") or not info(node).dtype.is_complex:
+        return None
+    whole, part, *where = node.args
+    dim = (where[0] if where else 0) % len(info(node).shape)  # type: ignore[operator]
+    pairs = (new_call(graph, aten.view_as_real.default, (x,), node) for x in (whole, part))
+    written = new_call(graph, node.target, (*pairs, dim, *where[1:]), node)  # type: ignore[arg-type]
+    return new_call(graph, aten.view_as_complex.default, (written,), node)
+
+
+def _conjugate(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+    """A conjugate is computed where it stands: views of lazy ones are not allowed everywhere."""
+    if info(node).name in ("aten.resolve_conj", "aten.resolve_neg"):
+        return node.args[0]  # type: ignore[return-value]
+    lazy = info(node).name in ("aten._conj", "aten.conj")
+    return new_call(graph, aten.conj_physical.default, tuple(node.args), node) if lazy else None
 
 
 EMPTY = {
@@ -334,8 +368,11 @@ def _learned(node: fx.Node) -> bool:
 REWRITES = (
     _drop,
     _only_piece,
+    _grid,
     _copy,
     _cast,
+    _complex_write,
+    _conjugate,
     _initialised,
     _interleave,
     _experts,

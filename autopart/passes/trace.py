@@ -12,7 +12,7 @@ from torch.export.graph_signature import OutputKind, TensorArgument
 
 from autopart.errors import PartitionError
 from autopart.exporting import export, source_line
-from autopart.graph import KEY, Info, Traced, placeholders
+from autopart.graph import KEY, Info, Traced, has_gradient, placeholders
 from autopart.rules import flatten, is_contraction, op_name
 from autopart.shortened import Shortened
 from autopart.torch_private import tree_unflatten
@@ -177,7 +177,7 @@ def _record(node: fx.Node, kind: str, name: str) -> Info:
             "take x[mask], nonzero(), .item() and .tolist() out of the forward pass; torch.where has a fixed shape",
         )
     inputs = [n for n in node.all_input_nodes if KEY in n.meta]
-    differentiable = bool(tensors) and tensors[0].is_floating_point()
+    differentiable = bool(tensors) and has_gradient(tensors[0].dtype)
     return Info(
         kind=kind,
         name=name,

@@ -163,6 +163,8 @@ def _isin(args: Args, outputs: Sequence[Shape]) -> str:
 
 RULES: dict[str, Rule] = {
     "aten.embedding": Rule(_embedding, linear=(0,), local={"v": Local("vocab_embedding")}),
+    "aten.embedding_bag": Rule(opaque),
+    "aten.embedding_bag.padding_idx": Rule(opaque),
     "aten.gather": Rule(_gather, linear=(0,)),
     "aten.take_along_dim": Rule(_take_along, linear=(0,)),
     "aten.take": Rule(_take, linear=(0,)),

@@ -44,12 +44,27 @@ ELEMENTWISE = {  # operands, and which argument is the reduction
     "poisson_nll_loss": (2, 5), "hinge_embedding_loss": (2, 3), "margin_ranking_loss": (3, 4),
 }  # fmt: skip
 
+
+def _triplet(args: Args, outputs: Sequence[Shape]) -> str:
+    """(anchor, near, far, margin, p, eps, swap, reduction): distances are along the last dim."""
+    return f"... d!, ... d!, ... d! -> {'...' if argument(args, 7, 1) == 0 else ''}"
+
+
+def _cosine(args: Args, outputs: Sequence[Shape]) -> str:
+    """(x, y, sign, margin, reduction)"""
+    return f"... d!, ... d!, ... -> {'...' if argument(args, 4, 1) == 0 else ''}"
+
+
 RULES: dict[str, Rule] = {
     "aten.cross_entropy_loss": Rule(
         _cross_entropy,
         local=_if_mean(3, {"b": Local("cross_entropy_sum"), "v": Local("vocab_cross_entropy", R)}),
     ),
     "aten.nll_loss_nd": Rule(_negative_log),
+    "aten.triplet_margin_loss": Rule(_triplet, local=_if_mean(7, MEAN)),
+    "aten.cosine_embedding_loss": Rule(_cosine, local=_if_mean(4, MEAN)),
+    "aten.ctc_loss.IntList": Rule(opaque),
+    "autopart.ctc_losses": Rule("t! b c!, b s!, b, b -> b, t! b c!"),
 }
 RULES |= {
     f"aten.{name}": Rule(_by_element(at, operands), local=_if_mean(at, MEAN))

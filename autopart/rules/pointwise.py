@@ -15,7 +15,7 @@ POINTWISE = """abs absolute arccos arccosh arcsin arcsinh arctan arctanh clip fi
     bitwise_left_shift.Tensor_Scalar bitwise_right_shift.Tensor_Scalar __and__.Scalar __or__.Scalar
     __xor__.Scalar copysign.Scalar greater.Scalar greater_equal.Scalar less.Scalar less_equal.Scalar
     not_equal.Scalar subtract.Scalar divide.Scalar_mode remainder.Scalar fmod.Scalar floor_divide.Scalar
-    div.Scalar_mode zeros_like ones_like full_like""".split()
+    div.Scalar_mode zeros_like ones_like full_like zero""".split()
 BINARY = """add.Tensor sub.Tensor mul.Tensor div.Tensor pow.Tensor_Tensor float_power.Tensor_Tensor maximum
     minimum min.other max.other fmax fmin eq.Tensor ne.Tensor lt.Tensor le.Tensor gt.Tensor ge.Tensor
     __and__.Tensor __or__.Tensor __xor__.Tensor bitwise_and.Tensor bitwise_or.Tensor bitwise_xor.Tensor

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 from autopart.notation import Shape
 from autopart.rules.base import (
@@ -24,7 +26,7 @@ from autopart.rules.base import (
 MEAN = {"*": Local("mean")}
 
 
-def reduction(at: int | None = 1, default: int | None = None, whole: bool = True) -> Text:
+def reduction(at: int | None = 1, default: int | list[int] | None = None, whole: bool = True) -> Text:
     """The dims in argument `at` (none: all of them) are reduced; `whole` says that their values do not add up."""
 
     def text(args: Args, outputs: Sequence[Shape]) -> str:
@@ -56,11 +58,22 @@ def _histc(args: Args, outputs: Sequence[Shape]) -> str:
     return row([letters(len(args[0]))], [["z!"]]) if low < high else opaque(args, outputs)
 
 
-def _fft_dims(args: Args, outputs: Sequence[Shape]) -> str:
-    """(x, sizes, dims, ...)"""
-    rank, sizes = len(args[0]), argument(args, 1)
-    last = None if sizes is None else list(range(rank - len(sizes), rank))
-    return whole_dims(args[:1], outputs, dims_of(argument(args, 2, last), rank))
+def _transform(at: int, default: Any = None, real: bool = False) -> Rule:
+    """A Fourier transform along the dims in argument `at`, or else `default`, or else those that sizes are given for,
+    or else all. It takes 5 n log2 n FLOPs over n places, half as many where one side is real: what Cooley and Tukey's
+    algorithm of radix 2 takes, and FFTW's benchmarks count."""
+
+    def dims(args: Args) -> list[int]:
+        rank, sizes = len(args[0]), argument(args, 1)
+        last = list(range(rank - len(sizes), rank)) if default is None and isinstance(sizes, (list, tuple)) else default
+        return dims_of(argument(args, at, last), rank)
+
+    def flops(args: Args, outputs: Sequence[Shape]) -> float:
+        sizes = [max(pair) for pair in zip(args[0], outputs[0], strict=True)]
+        places = math.prod(sizes[d] for d in dims(args))
+        return (2.5 if real else 5.0) * math.prod(sizes) * math.log2(max(places, 1))
+
+    return Rule(lambda args, outputs: whole_dims(args[:1], outputs, dims(args)), linear=-1, flops=flops)
 
 
 def _shift(args: Args, outputs: Sequence[Shape]) -> str:
@@ -105,6 +118,10 @@ RULES: dict[str, Rule] = {
     "aten.histc": Rule(_histc),
     "aten.linalg_vector_norm": Rule(_norm(1, 2)),
     "aten.norm.ScalarOpt_dim": Rule(_norm(1, 2)),
+    "aten.linalg_norm": Rule(reduction(2)),
+    "aten.linalg_norm.ord_str": Rule(reduction(2)),
+    "aten.linalg_matrix_norm": Rule(reduction(2, [-2, -1])),
+    "aten.linalg_matrix_norm.str_ord": Rule(reduction(2, [-2, -1])),
     "aten.kthvalue": Rule(reduction(2, -1)),
     "aten.mode": Rule(reduction(1, -1)),
     "aten.cumsum": Rule(whole_at(1), linear=-1),
@@ -113,15 +130,17 @@ RULES: dict[str, Rule] = {
     "aten.cdist": Rule("... m d!, ... n d! -> ... m n"),
     "aten.linalg_det": Rule("... a! b! -> ..."),
     "aten.logdet": Rule("... a! b! -> ..."),
-    "aten._fft_c2c": Rule(whole_at(1), linear=-1),
-    "aten._fft_r2c": Rule(whole_at(1), linear=-1),
-    "aten._fft_c2r": Rule(whole_at(1), linear=-1),
+    "aten._fft_c2c": _transform(1),
+    "aten._fft_r2c": _transform(1, real=True),
+    "aten._fft_c2r": _transform(1, real=True),
     "aten.fft_fftshift": Rule(_shift, linear=-1),
     "aten.fft_ifftshift": Rule(_shift, linear=-1),
 }
 RULES |= {f"aten.{n}": Rule(reduction(at)) for n, at in WHOLE.items()}
 RULES |= {f"aten.{n}": Rule(whole_at(1)) for n in ALONG}
-RULES |= {f"aten.fft_{n}": Rule(whole_at(2, -1), linear=-1) for n in FFT}
-RULES |= {f"aten.fft_{n}2": Rule(whole_at(2, [-2, -1]), linear=-1) for n in FFT[:4]}
-RULES |= {f"aten.fft_{n}n": Rule(_fft_dims, linear=-1) for n in FFT[:4]}
+for _n in FFT:
+    _real = _n not in ("fft", "ifft")
+    RULES[f"aten.fft_{_n}"] = _transform(2, -1, _real)
+    if not _n.startswith(("h", "ih")):
+        RULES |= {f"aten.fft_{_n}2": _transform(2, [-2, -1], _real), f"aten.fft_{_n}n": _transform(2, real=_real)}
 RULES |= {f"aten.{n}": Rule(whole_last(2)) for n in MATRIX}

@@ -75,6 +75,14 @@ def _native_groups(args: Args, outputs: Sequence[Shape]) -> Args:
     return (*args[:3], b, c, args[5], args[6] * c // args[4], *args[7:])
 
 
+def _weight_norm(args: Args, outputs: Sequence[Shape]) -> str:
+    """(directions, lengths, dim): a length for every place along dim (-1: one for all)."""
+    dim = argument(args, 2, 0)
+    names = [n if i == dim else f"{n}!" for i, n in enumerate(letters(len(args[0])))]
+    lengths = [n if size == args[0][i] != 1 else "1" for i, (n, size) in enumerate(zip(names, args[1], strict=False))]
+    return row([names, lengths], [names])
+
+
 def _prelu(args: Args, outputs: Sequence[Shape]) -> str:
     names = letters(len(args[0]))
     one = not args[1] or args[1][0] == 1
@@ -141,6 +149,7 @@ RULES: dict[str, Rule] = {
     "aten.instance_norm": Rule(_instance_norm),
     "aten.group_norm": Rule(_group_norm, resize=_groups),
     "aten.native_group_norm": Rule(_native_group_norm, resize=_native_groups),
+    "aten._weight_norm": Rule(_weight_norm, linear=(1,)),
     "aten.prelu": Rule(_prelu),
     "aten.im2col": Rule(_im2col, linear=-1),
     "aten.col2im": Rule(_col2im, linear=-1),

@@ -1,5 +1,6 @@
 """What emitted code calls, and what runs it. Knows nothing of planning."""
 
+import autopart.ctc  # noqa: F401  the operator that emitted code may call
 from autopart.runtime.collectives import (
     all_reduce,
     copy_to,

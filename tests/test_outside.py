@@ -1,0 +1,67 @@
+"""Models as users write them, of sizes drawn at random, train split as they do on one process.
+
+They are those of benchmarks/handwritten.py whose operators transformers' models do not have: complex numbers,
+recurrent cells, norms of weights, buffers that are written and never read. `benchmarks/zoo.py --outside` tries more.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import autopart
+from benchmarks.exactness import TOLERANCE, error_of, verdict
+from benchmarks.handwritten import MODELS, build
+
+NAMES = """cells distilled fourier_mixer fourier_operator implicit_field kolmogorov_arnold recommender residual_mlp
+    spectral_norm transcriber weight_norm""".split()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_trains_split(name: str) -> None:
+    model, batch = build(name)
+    found = autopart.check(model, "4:cpu", batch, tp=2, pp=2)
+    assert error_of(found)[0] <= TOLERANCE
+    assert found.plan.tp == found.plan.pp == 2 and not found.plan.replicated
+
+
+@pytest.mark.parametrize("name", ["fourier_operator", "graph_attention"])
+def test_the_planner_decides(name: str) -> None:
+    model, batch = build(name, seed=1)
+    assert verdict(model, "2:cpu", batch)[0] == "exact"
+
+
+def test_sizes_are_drawn() -> None:
+    sizes = {tuple(p.shape for p in build("lstm", seed)[0].parameters()) for seed in range(8)}
+    assert len(sizes) > 4 and len(MODELS) >= 20
+
+
+class Scaled(torch.nn.Module):
+    """A parameter of one element that becomes a scalar in four ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.gain = torch.nn.Linear(8, 8), torch.nn.Parameter(torch.full((1,), 0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gains = self.gain.reshape(()) * self.gain.view([]) * self.gain.squeeze() * self.gain.sum().permute([])
+        return (self.line(x) * gains.expand([])).square().mean()
+
+
+def test_a_scalar_of_a_parameter() -> None:
+    assert verdict(Scaled(), "2:cpu", {"x": torch.randn(4, 8)}, tp=2)[0] == "exact"
+
+
+class Recurrent(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)[0].square().mean()
+
+
+def test_a_degree_that_splits_nothing_is_not_advised() -> None:
+    with pytest.raises(autopart.PartitionError, match="tp=2 splits nothing") as caught:
+        autopart.plan(Recurrent(), "2:cpu", {"x": torch.randn(4, 6, 8)}, tp=2)
+    assert "tp=2" not in caught.value.try_
