@@ -267,6 +267,9 @@ def request_of(
     name = str(precision or main_dtype(model)).removeprefix("torch.")
     if name not in DTYPES:
         raise not_known("precision", name, DTYPES)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and p.is_complex()]
+    if settings.get("master") and trained:
+        raise PartitionError(f"{trained[0]} is complex", "a master copy of it would be of real numbers", "master=None")
     samples = samples_of(batch) if global_batch is None else global_batch
     return read_settings({**settings, "global_batch": samples, "precision": name, "constraints": constraints})
 

@@ -51,12 +51,6 @@ def _check_model(model: Any) -> None:
             raise PartitionError(
                 f"{name} has no shape yet", "a lazy module makes its weights at its first call", "model(**batch) once"
             )
-        if tensor.requires_grad and tensor.is_complex():
-            raise PartitionError(
-                f"{name} is complex",
-                f"gradients of {tensor.dtype} parameters are not split over ranks",
-                "a real parameter with a last dim of 2, and torch.view_as_complex in forward",
-            )
         if tensor.requires_grad and (tensor._backward_hooks or tensor._post_accumulate_grad_hooks):
             raise _hooked(name)
     for path, module in model.named_modules():

@@ -130,7 +130,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "b has a hook on its backward pass",
     ),
     "lazy": (lambda: plan(changed(lambda m: setattr(m, "a", nn.LazyLinear(8)))), "a.weight has no shape yet"),
-    "complex": (lambda: plan(changed(lambda m: setattr(m, "c", nn.Parameter(torch.ones(2) * 1j)))), "c is complex"),
+    "complex": (
+        lambda: plan(
+            changed(lambda m: setattr(m, "c", nn.Parameter(torch.ones(2) * 1j))), precision="bfloat16", master="float32"
+        ),
+        "c is complex\n  why: a master copy",
+    ),
     "no module": (lambda: plan(lambda x, y: x.mean()), "the model is a function"),
     "a class": (lambda: plan(Model), r"the model is the class Model.*\n  try: Model\("),
     "*args": (lambda: plan(Rest()), r"forward\(\*args.*without names"),

@@ -65,13 +65,13 @@ class Group:
     def reduce_scatter(self, shares: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's shares[rank]."""
         mine = torch.empty_like(shares[0])
-        dist.reduce_scatter_tensor(mine, shares, group=self.handle)
+        dist.reduce_scatter_tensor(_real(mine), _real(shares), group=self.handle)
         return mine
 
     def start_reduce_scatter(self, shares: torch.Tensor) -> tuple[torch.Tensor, Work]:
         """`reduce_scatter` without waiting: the sum is there, and `shares` is free, once the work is done."""
         mine = torch.empty_like(shares[0])
-        work = dist.reduce_scatter_tensor(mine, shares, group=self.handle, async_op=True)
+        work = dist.reduce_scatter_tensor(_real(mine), _real(shares), group=self.handle, async_op=True)
         assert work is not None
         return mine, work
 
@@ -104,6 +104,11 @@ class Group:
         everyone: list[Any] = [None] * self.size
         dist.gather_object(value, everyone if self.rank == 0 else None, group_dst=0, group=self.handle)
         return [] if self.rank else everyone
+
+
+def _real(x: torch.Tensor) -> torch.Tensor:
+    """A complex tensor as pairs of real numbers, which torch makes of it in other collectives."""
+    return torch.view_as_real(x) if x.is_complex() else x
 
 
 @dataclass(frozen=True)
