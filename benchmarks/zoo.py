@@ -7,6 +7,7 @@ sample on real ones, over gloo. Each model has a process of its own, so that non
 
     python benchmarks/zoo.py                        # all, about an hour on two cores
     python benchmarks/zoo.py --only clm:gpt2,mlm:bert --seed 3
+    python benchmarks/zoo.py --outside              # models of other packages (extra `zoo`), and some written by hand
     python benchmarks/zoo.py --readme               # writes the table into README.md from the last results
 """
 
@@ -31,6 +32,7 @@ from alone import Row, alone, cpu_seconds
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
+OUTSIDE = ROOT / "benchmarks" / "results" / "zoo_outside.json"
 MESH = "4:cpu"
 SETTINGS: dict[str, dict[str, int]] = {"tp=2 x pp=2": {"tp": 2, "pp": 2}, "own choice": {}}
 SIZES = ("tiny", "drawn")
@@ -39,17 +41,15 @@ CPU_LIMIT = 600
 SLOW = 20
 """CPU seconds above which a trial is named: planning, the split step and one process's."""
 TITLES = {"clm": "causal LM", "mlm": "masked LM", "s2s": "seq2seq", "img": "image classification"}
+TITLES |= {name: name for name in ("torchvision", "timm", "diffusers", "x-transformers", "peft")}
+TITLES["hand"] = "written by hand"
 
 
 def trial(task: str, model_type: str, seed: int) -> Row:
     """Build one architecture in both sizes, and train it under every setting."""
-    import torch
-    from exactness import verdict
     from zoo_models import TINY, Unbuildable, build, drawn
 
     row: Row = {"outcomes": {}, "seconds": {}, "plans": {}, "split": {}}
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
     for size in SIZES:
         try:
             model, batch, drawn_size = drawn(task, model_type, seed) if size == "drawn" else (
@@ -60,16 +60,40 @@ def trial(task: str, model_type: str, seed: int) -> Row:
             continue
         parameters = sum(p.numel() for p in model.parameters())
         row[size] = {**asdict(drawn_size), "parameters": parameters, "class": type(model).__name__}
-        for setting, degrees in SETTINGS.items():
-            name, started = f"{size}, {setting}", cpu_seconds()
-            row["outcomes"][name], plan = verdict(model, MESH, batch, **degrees)
-            row["seconds"][name] = round(cpu_seconds() - started, 1)
-            if plan is not None:
-                row["plans"][name] = f"{plan.degrees} micro-batches {plan.micro_batches} zero {plan.zero}"
-                row["replicated"] = list(plan.replicated)
-            if plan is not None and plan.tp > 1 and name == TRIALS[0]:
-                row["split"] = round(share_split(model, batch, plan), 3)
+        train(row, model, batch, f"{size}, ")
     return row
+
+
+def trial_outside(package: str, name: str) -> Row:
+    """Build one model of another package, or one written by hand, and train it under every setting."""
+    from zoo_outside import build
+
+    row: Row = {"outcomes": {}, "seconds": {}, "plans": {}, "split": {}}
+    try:
+        model, batch = build(f"{package}:{name}")
+    except ImportError as error:
+        return {**row, "outcomes": dict.fromkeys(SETTINGS, f"not built: {error}")}
+    row |= {"parameters": sum(p.numel() for p in model.parameters())}
+    train(row, model, batch)
+    return row
+
+
+def train(row: Row, model: Any, batch: Any, prefix: str = "") -> None:
+    """Train a model under every setting, and note in its row what came of it."""
+    import torch
+    from exactness import verdict
+
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    for setting, degrees in SETTINGS.items():
+        name, started = f"{prefix}{setting}", cpu_seconds()
+        row["outcomes"][name], plan = verdict(model, MESH, batch, **degrees)
+        row["seconds"][name] = round(cpu_seconds() - started, 1)
+        if plan is not None:
+            row["plans"][name] = f"{plan.degrees} micro-batches {plan.micro_batches} zero {plan.zero}"
+            row["replicated"] = list(plan.replicated)
+        if plan is not None and plan.tp > 1 and not row["split"]:
+            row["split"] = round(share_split(model, batch, plan), 3)
 
 
 def share_split(model: Any, batch: Any, plan: Any) -> float:
@@ -88,10 +112,10 @@ def share_split(model: Any, batch: Any, plan: Any) -> float:
     return split / total if total else 0.0
 
 
-def failed(row: Row) -> Row:
+def failed(row: Row, trials: Sequence[str]) -> Row:
     """A row whose process failed has that for every outcome."""
     if "failed" in row:
-        row["outcomes"] = dict.fromkeys(TRIALS, "failed: " + re.sub(r"\s+", " ", row["failed"])[:300])
+        row["outcomes"] = dict.fromkeys(trials, "failed: " + re.sub(r"\s+", " ", row["failed"])[:300])
     return row
 
 
@@ -109,11 +133,13 @@ def reason(outcome: str) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """The results as Markdown: by task, then whatever was not exact in float32 in every trial, with the reason."""
-    headings = [*(f"exact: {trial}" for trial in TRIALS), "exact in all, or in float64", "wrong or failed"]
+    trials = list(rows[0]["outcomes"])
+    headings = [*(f"exact: {trial}" for trial in trials), "exact in all, or in float64", "wrong or failed"]
     lines = [f"| mapping | architectures | {' | '.join(headings)} |", "|---" * (len(headings) + 2) + "|"]
-    groups = [*((TITLES[t], [r for r in rows if r["task"] == t]) for t in TITLES), ("all", list(rows))]
+    found = dict.fromkeys(row["task"] for row in rows)
+    groups = [*((TITLES[t], [r for r in rows if r["task"] == t]) for t in TITLES if t in found), ("all", list(rows))]
     for title, group in groups:
-        exact = [str(sum(kind(r["outcomes"][t]).startswith("exact") for r in group)) for t in TRIALS]
+        exact = [str(sum(kind(r["outcomes"][t]).startswith("exact") for r in group)) for t in trials]
         every = [{kind(outcome) for outcome in r["outcomes"].values()} for r in group]
         whole = sum(kinds <= {"exact", "exact in float64"} for kinds in every)
         broken = sum(bool(kinds & {"wrong", "failed"}) for kinds in every)
@@ -126,7 +152,7 @@ def table(rows: Sequence[Row]) -> str:
                 of_model.append(name)
     lines += ["", "| not exact in float32 | which |", "|---|---|"]
     for text, models in sorted(reasons.items(), key=lambda item: (-len(item[1]), item[0])):
-        told = [m if len(names) == len(TRIALS) else f"{m} ({'; '.join(names)})" for m, names in models.items()]
+        told = [m if len(names) == len(trials) else f"{m} ({'; '.join(names)})" for m, names in models.items()]
         lines.append(f"| {text.replace('|', '/')} | {', '.join(told)} |")
     lines += ["", *notes(rows)]
     return "\n".join(lines)
@@ -158,10 +184,16 @@ def into_readme(text: str) -> None:
     readme.write_text(f"{before}{start}\n{text}\n{end}{after}")
 
 
-def wanted(only: str) -> Iterator[tuple[str, str]]:
-    from zoo_models import architectures
+def wanted(only: str, outside: bool) -> Iterator[tuple[str, str]]:
+    if outside:
+        from zoo_outside import MODELS
 
-    for task, model_type in architectures():
+        every: Iterator[tuple[str, str]] = (tuple(name.split(":")) for name in MODELS)  # type: ignore[misc]
+    else:
+        from zoo_models import architectures
+
+        every = architectures()
+    for task, model_type in every:
         if not only or f"{task}:{model_type}" in only.split(","):
             yield task, model_type
 
@@ -171,9 +203,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help="task:model_type, comma-separated")
     parser.add_argument("--seed", type=int, default=1, help="of the drawn sizes")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--json", type=Path, default=RESULTS, help="where the results go")
+    parser.add_argument("--outside", action="store_true", help="models of other packages and written by hand")
+    parser.add_argument("--json", type=Path, help="where the results go")
     parser.add_argument("--readme", action="store_true", help="write the table of the last results into README.md")
     arguments = parser.parse_args()
+    arguments.json = arguments.json or (OUTSIDE if arguments.outside else RESULTS)
     if arguments.readme:
         into_readme(table(json.loads(arguments.json.read_text())["rows"]))
         return
@@ -183,12 +217,13 @@ def main() -> None:
 
     import autopart  # noqa: F401
 
-    todo = list(wanted(arguments.only))
+    todo = list(wanted(arguments.only, arguments.outside))
     rows = []
 
     def tried(pair: tuple[str, str]) -> Row:
-        row = alone(functools.partial(trial, *pair, arguments.seed), CPU_LIMIT)
-        return {"task": pair[0], "model": pair[1], **failed(row)}
+        run = trial_outside if arguments.outside else functools.partial(trial, seed=arguments.seed)
+        row = alone(functools.partial(run, *pair), CPU_LIMIT)
+        return {"task": pair[0], "model": pair[1], **failed(row, list(SETTINGS) if arguments.outside else TRIALS)}
 
     with ThreadPoolExecutor(arguments.workers) as pool:
         for row in pool.map(tried, todo):

@@ -135,8 +135,8 @@ MODELS |= {
         "regnet_y_400mf": vision("regnet_y_400mf"),
         "googlenet": vision("googlenet", 64, aux_logits=False, init_weights=False),
         "vit": vision(
-            "vision_transformer.VisionTransformer", image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=32,
-            mlp_dim=64,
+            "vision_transformer.VisionTransformer", image_size=32, patch_size=8, num_layers=2, num_heads=4,
+            hidden_dim=32, mlp_dim=64,
         ),
         "swin": vision_blocks("swin_transformer.SwinTransformer", 32, _swin("SwinTransformerBlock")),
         "swin_v2": vision_blocks("swin_transformer.SwinTransformer", 32, _swin("SwinTransformerBlockV2")),
@@ -162,7 +162,20 @@ def timm(name: str, side: int = 32, **settings: Any) -> Callable[[], Built]:
     return made
 
 
+def timm_class(path: str, block: str = "", **settings: Any) -> Callable[[], Built]:
+    """A classifier of timm by its class, with blocks of another."""
+
+    def made() -> Built:
+        module, _, name = path.rpartition(".")
+        package = importlib.import_module(f"timm.models.{module}")
+        blocks = {"block_layer": getattr(package, block)} if block else {}
+        return wrapped(getattr(package, name)(num_classes=CLASSES, **blocks, **settings), {"x": image(32)})
+
+    return made
+
+
 THIN = {"embed_dim": 32, "depth": 2, "num_heads": 4}
+MIXER = {"img_size": 32, "patch_size": 8, "num_blocks": 2, "embed_dim": 32}
 TIMM = """test_byobnet test_convnext test_convnext2 test_convnext3 test_efficientnet test_efficientnet_evos
     test_efficientnet_gn test_efficientnet_ln test_mambaout test_nfnet test_resnet ghostnet_050 lcnet_050
     mobilenetv4_conv_small_035 edgenext_xx_small starnet_s1 fastvit_t8""".split()
@@ -178,11 +191,11 @@ MODELS |= {
     "timm:beit": timm("beit_base_patch16_224", img_size=32, patch_size=8, **THIN),
     "timm:eva02": timm("eva02_tiny_patch14_224", 28, img_size=28, **THIN),
     "timm:convit": timm("convit_tiny", img_size=32, patch_size=8, **THIN),
-    "timm:mixer": timm("mixer_s32_224", 64, img_size=64, num_blocks=2, embed_dim=32),
-    "timm:gmlp": timm("gmlp_ti16_224", 64, img_size=64, num_blocks=2, embed_dim=32),
-    "timm:resmlp": timm("resmlp_12_224", 64, img_size=64, num_blocks=2, embed_dim=32),
+    "timm:mixer": timm_class("mlp_mixer.MlpMixer", **MIXER),
+    "timm:gmlp": timm_class("mlp_mixer.MlpMixer", "SpatialGatingBlock", **MIXER),
+    "timm:resmlp": timm_class("mlp_mixer.MlpMixer", "ResBlock", **MIXER),
+    "timm:convmixer": timm_class("convmixer.ConvMixer", dim=32, depth=2, patch_size=4),
     "timm:pvt_v2": timm("pvt_v2_b0", 64, depths=(1, 1, 1, 1)),
-    "timm:convmixer": timm("convmixer_768_32", depth=2),
 }
 
 
@@ -230,7 +243,9 @@ MODELS |= {
         "AutoencoderTiny", lambda: {"sample": image(16)}, 3, 16, 16, encoder_block_out_channels=(8, 8),
         decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
     ),
-    "diffusers:vq": diffusion("VQModel", lambda: {"sample": image(16)}, 3, 16, 16, **LATENT, **GROUPS, num_vq_embeddings=16),
+    "diffusers:vq": diffusion(
+        "VQModel", lambda: {"sample": image(16)}, 3, 16, 16, **LATENT, **GROUPS, num_vq_embeddings=16
+    ),
     "diffusers:dit": diffusion(
         "DiTTransformer2DModel",
         lambda: {"hidden_states": image(8, 4), "timestep": steps(), "class_labels": torch.randint(8, (SAMPLES,))},
@@ -243,7 +258,7 @@ MODELS |= {
             "hidden_states": image(8, 4), "timestep": steps(), "encoder_hidden_states": torch.randn(SAMPLES, 5, 16),
             "pooled_projections": torch.randn(SAMPLES, 16),
         },
-        4, 8, 8, num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=2, sample_size=8,
+        4, 8, 8, **HEADS, in_channels=4, out_channels=4, num_layers=2, sample_size=8,
         joint_attention_dim=16, caption_projection_dim=32, pooled_projection_dim=16, pos_embed_max_size=8,
     ),
     "diffusers:prior": diffusion(
