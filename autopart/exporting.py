@@ -54,6 +54,13 @@ def export(
     except PartitionError:
         raise
     except Exception as error:  # whatever a forward pass may raise
+        own = [*model._modules, *model._parameters, *model._buffers]
+        if taken := [name for name in own if hasattr(fx.GraphModule, name) and not hasattr(nn.Module, name)]:
+            raise PartitionError(
+                f"torch.export cannot trace an attribute of the model that is called {taken[0]!r}",
+                "torch.fx's graph modules have another of that name",
+                "another name for it, or this model inside of another module",
+            ) from error
         names = ("sdpa", "eager") if not shortened else ()
         other = next((name for name in names if _traces_with(model, inputs, dtype, name)), "")
         raise _untraceable(error, other) from error

@@ -592,11 +592,11 @@ class Vae(nn.Module):
 
     def __init__(self, d: int, hidden: int, code: int) -> None:
         super().__init__()
-        self.enter, self.code = nn.Linear(d, hidden), nn.Linear(hidden, 2 * code)
+        self.enter, self.narrow = nn.Linear(d, hidden), nn.Linear(hidden, 2 * code)
         self.back, self.leave = nn.Linear(code, hidden), nn.Linear(hidden, d)
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        mean, spread = self.code(F.relu(self.enter(x))).chunk(2, -1)
+        mean, spread = self.narrow(F.relu(self.enter(x))).chunk(2, -1)
         found = torch.sigmoid(self.leave(F.relu(self.back(mean + noise * (spread / 2).exp()))))
         apart = -0.5 * (1 + spread - mean.square() - spread.exp()).sum(-1).mean()
         return F.binary_cross_entropy(found, x) + 0.1 * apart, found

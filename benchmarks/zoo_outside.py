@@ -175,7 +175,7 @@ def timm_class(path: str, block: str = "", **settings: Any) -> Callable[[], Buil
 
 
 THIN = {"embed_dim": 32, "depth": 2, "num_heads": 4}
-MIXER = {"img_size": 32, "patch_size": 8, "num_blocks": 2, "embed_dim": 32}
+MIXER = {"img_size": 32, "patch_size": 8, "num_blocks": 2, "embed_dim": 32, "mlp_ratio": 4}
 TIMM = """test_byobnet test_convnext test_convnext2 test_convnext3 test_efficientnet test_efficientnet_evos
     test_efficientnet_gn test_efficientnet_ln test_mambaout test_nfnet test_resnet ghostnet_050 lcnet_050
     mobilenetv4_conv_small_035 edgenext_xx_small starnet_s1 fastvit_t8""".split()
@@ -191,7 +191,7 @@ MODELS |= {
     "timm:beit": timm("beit_base_patch16_224", img_size=32, patch_size=8, **THIN),
     "timm:eva02": timm("eva02_tiny_patch14_224", 28, img_size=28, **THIN),
     "timm:convit": timm("convit_tiny", img_size=32, patch_size=8, **THIN),
-    "timm:mixer": timm_class("mlp_mixer.MlpMixer", **MIXER),
+    "timm:mixer": timm_class("mlp_mixer.MlpMixer", **MIXER | {"mlp_ratio": (0.5, 4.0)}),
     "timm:gmlp": timm_class("mlp_mixer.MlpMixer", "SpatialGatingBlock", **MIXER),
     "timm:resmlp": timm_class("mlp_mixer.MlpMixer", "ResBlock", **MIXER),
     "timm:convmixer": timm_class("convmixer.ConvMixer", dim=32, depth=2, patch_size=4),

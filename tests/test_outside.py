@@ -52,6 +52,20 @@ def test_a_scalar_of_a_parameter() -> None:
     assert verdict(Scaled(), "2:cpu", {"x": torch.randn(4, 8)}, tp=2)[0] == "exact"
 
 
+class Coded(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.code = torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.elu(self.code(x)).mean()
+
+
+def test_a_name_that_torch_cannot_trace_is_told() -> None:
+    with pytest.raises(autopart.PartitionError, match="attribute of the model that is called 'code'"):
+        autopart.plan(Coded(), "2:cpu", {"x": torch.randn(4, 8)})
+
+
 class Recurrent(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
