@@ -9,14 +9,14 @@ all-true one is dropped, a causal one becomes `is_causal=True`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 
 from autopart.constants import Constants
 from autopart.experts import expert_linear
-from autopart.graph import Traced, call_args, calls, info, loss_of, new_call
+from autopart.graph import Traced, call_args, calls, info, is_pick, loss_of, new_call
 
 aten = torch.ops.aten
 
@@ -125,16 +125,17 @@ def _only_piece(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node
 
 def _grid(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
     """A part of a mesh grid is a vector along one of its dims, repeated along the others; "xy" swaps the first two."""
-    if info(node).name != "autopart.getitem" or info(node.args[0]).name not in (
-        "aten.meshgrid",
-        "aten.meshgrid.indexing",
-    ):  # type: ignore[arg-type]
+    if not is_pick(node):
         return None
-    grid, which = node.args
-    shape, (vectors,) = info(node).shape, grid.args  # type: ignore[union-attr]
-    dim = 1 - which if grid.kwargs.get("indexing") == "xy" and len(shape) > 1 and which < 2 else which  # type: ignore[union-attr, operator]
-    sizes = [n if i == dim else 1 for i, n in enumerate(shape)]
-    along = new_call(graph, aten.reshape.default, (vectors[which], sizes), node)
+    grid, which = cast("tuple[Any, Any]", node.args)
+    if info(grid).name not in ("aten.meshgrid", "aten.meshgrid.indexing"):
+        return None
+    shape, (vectors,) = info(node).shape, grid.args
+    swapped = grid.kwargs.get("indexing") == "xy" and len(shape) > 1 and which < 2
+    dim = 1 - which if swapped else which
+    along = new_call(
+        graph, aten.reshape.default, (vectors[which], [n if i == dim else 1 for i, n in enumerate(shape)]), node
+    )
     return new_call(graph, aten.expand.default, (along, list(shape)), node)
 
 
