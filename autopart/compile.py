@@ -73,6 +73,7 @@ def plan(
     optimizer: str = "adamw",
     time_limit: float | None = None,
     nodes: int | None = None,
+    exact: bool = False,
     constraints: Sequence[str] = (),
     say: Say = silent,
 ) -> Plan:
@@ -90,6 +91,9 @@ def plan(
                   states and a copy of the parameters, from which they are written back; None: all in `precision`
     optimizer     for its memory: "sgd", "momentum", "adam", "adamw", ...
     time_limit    seconds after which the best plan so far is taken;  nodes: points of the search likewise
+    exact         whether a small model's splits are refined to the optimum: every range of its blocks is solved by
+                  itself under real bytes, which takes minutes; otherwise only where memory binds and the gap is worth
+                  it, within a limit
     constraints   what to fix or forbid by hand: "tp=8", "stage 2 starts at layers.10", "no cut before layers.3",
                   "split layers.*.up_proj.weight dim 0 over tp", ... (see autopart/constraints.py); the plan is proven
                   against all that do as they say
@@ -113,6 +117,7 @@ def plan(
         optimizer=optimizer,
         time_limit=time_limit,
         nodes=nodes,
+        exact=exact,
         constraints=constraints,
     )
     return make_plan(Source(model, batch, DTYPES[request.precision]), Mesh.of(mesh), request, say)

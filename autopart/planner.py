@@ -6,9 +6,12 @@ Every point (degrees, micro-batch, ZeRO level) has a lower bound that rises as m
     splits   the best splits, changes of placement and what no backward hides of gradient sync paid, memory without end
     room     stages whose bytes fit in the splits and the recompute that take least of them
     memory   the same with a price on bytes (Lagrange), each class of blocks in its best way to recompute
+    stages   the splits of every stage by itself, with its messages, in the cuts that could win
 
 Points are taken from a queue by least bound. One that has room is cut into stages exactly (`autopart.cuts`), which
-gives a plan; where the bound that knows of memory is still below the best, splits for less memory are tried. The search
+gives a plan; where the bound that knows of memory is still below the best, splits for less memory are tried, and those
+made for its cuts. Last, where memory binds and enough may be won, a small model's stages are refined one by one
+(`autopart.exact_refinement`) within a limit; `Request.exact` asks for all of that. The search
 ends when no bound is below the best plan's time. The least bound that was left is what the plan's gap is proven
 against: no plan of this space is faster by this cost model.
 """
@@ -32,12 +35,23 @@ from autopart.bounds import Bounds
 from autopart.cost import Array, update_seconds
 from autopart.cuts import best_cut
 from autopart.errors import PartitionError, few
+from autopart.exact_refinement import fastest_that_fit, is_small
+from autopart.passes.solve import Solution
 from autopart.plan import seconds_text
 from autopart.request import Point, Request, divisors
-from autopart.rows import NEVER, spans
+from autopart.rows import NEVER, place, spans
 from autopart.shortage import Shortage, closest, nothing_fits
 from autopart.space import Space
-from autopart.squeeze import is_small, squeeze
+from autopart.stage_bounds import (
+    VARIABLES,
+    Span,
+    Starts,
+    cuts_by_bound,
+    few_cuts,
+    relaxed_cut,
+    relaxed_stages,
+    spans_of,
+)
 from autopart.ways import Way, way_of
 
 Say = Callable[[str], None]
@@ -46,8 +60,11 @@ Say = Callable[[str], None]
 SPLITS, ROOM, CUT, MEMORY, OTHERS = range(5)
 """What is next for a point: its bounds by rising level, its first cut in between, last splits for less memory."""
 
-MOST = 500
-"""Ranges that a search solves on their own."""
+EXACT_TRIES, TRIES = 500, 24
+"""Ranges of positions that a search refines at most: where the optimum is asked for, and else."""
+
+WORTH = 0.01
+"""Share of a step that refining must be able to win where the optimum is not asked for."""
 
 TOLERANCE = 1e-9
 """Relative difference below which two times are the same."""
@@ -76,6 +93,9 @@ class Found:
     stage_seconds: tuple[float, ...]
     seconds: float
     bound: float = 0.0
+    refined: int = 0
+    """Ranges of positions whose splits were refined;  stopped: whether a limit left others that could win."""
+    stopped: bool = False
 
 
 @dataclass
@@ -100,7 +120,10 @@ class Search:
     queue: list[tuple[float, int, Point]] = field(default_factory=list)
     number: int = 0
     tries: int = 0
-    """Ranges that were solved on their own."""
+    """Ranges that were refined;  stopped: whether others were left for there were too many."""
+    stopped: bool = False
+    variables: int = 0
+    """Of all relaxations of single cuts that were solved."""
     quick: bool = False
     """Whether to leave out what only brings bounds nearer, and splits for less memory where a plan is known."""
     short: Shortage | None = None
@@ -132,7 +155,7 @@ class Search:
         if self.best is None:
             self.short = closest(self.space, self.ways, self.hopeless)
             raise nothing_fits(self.space, self.short)
-        return replace(self.best, bound=self._bound())
+        return replace(self.best, bound=self._bound(), refined=self.tries, stopped=self.stopped)
 
     def begin(self, near: Sequence[Point]) -> None:
         """Look at some points first, with their fastest splits, from their ZeRO level on: what they give the search
@@ -281,17 +304,82 @@ class Search:
                     self._add(point, price, modes)
             if len(ways) > 2:
                 self._best(point)
-        if is_small(space, point) and bound < min(self._time(), self.reached.get(point, NEVER)):
-            self._squeeze(point, columns)
+        if few_cuts(space, point):
+            bound = max(bound, self._bound_stages(point, columns))
+        if self._may_refine(point, bound, bool(prices)):
+            self._refine(point, columns)
         self._close(bound)
+
+    def _bound_stages(self, point: Point, columns: Mapping[int, Array]) -> float:
+        """A bound on the plans of a point, better with every stage that is bounded by itself, as far as the limit on
+        variables allows; endless where no cut can win. The splits of the best cut are tried. Raises `columns`."""
+        space, m, solved = self.space, self.space.micro_batches(point), set[Span]()
+        masked, positions = _masked(columns, space, point, space.stages(point)), len(space.folded.labels)
+        while (cut := best_cut(masked, point.pp, m)) and cut.seconds < self._time():
+            spans = spans_of(cut.starts, positions)
+            left = [span for span in spans if span not in solved]
+            if not left or not self._may_relax(point):
+                self._split_for(point, spans)
+                break
+            for span in left:
+                bound, _ = relaxed_stages(space, point, [span], space.options(point))
+                for column in columns.values():
+                    at = place(*span, positions)
+                    column[at] = max(column[at], bound)
+            solved.update(left)
+            self.variables += len(left) * space.model(point).solver.columns
+        if cut is None or cut.seconds >= self._time():
+            return cut.seconds if cut else NEVER
+        return max(cut.seconds, self._bound_cuts(point, [masked(stage) for stage in range(point.pp)]))
+
+    def _bound_cuts(self, point: Point, columns: Sequence[Array]) -> float:
+        """The same by cuts that are bounded whole, whose splits are tried."""
+        space, m, solved = self.space, self.space.micro_batches(point), set[Starts]()
+        cuts = cuts_by_bound(columns, len(space.folded.labels), m)
+        while cuts and cuts[0][0] < self._time() and cuts[0][2] not in solved and self._may_relax(point):
+            bound, largest, starts = cuts[0]
+            self.variables += point.pp * space.model(point).solver.columns
+            solved.add(starts)
+            total, choices = relaxed_cut(space, point, starts)
+            if sum(self._take(point, Solution(chosen, 0.0, 0.0)) for chosen in choices):
+                self._best(point)
+            heapq.heapreplace(cuts, (max(bound, total + (m - 1) * max(largest, total / point.pp)), largest, starts))
+        return cuts[0][0] if cuts else NEVER
+
+    def _may_relax(self, point: Point) -> bool:
+        """Whether the limit leaves the relaxations of one more cut."""
+        return self.variables + point.pp * self.space.model(point).solver.columns <= VARIABLES
+
+    def _split_for(self, point: Point, spans: Sequence[Span]) -> None:
+        """Try the splits that are best for a cut: the same in all stages, then of each where it agrees with these."""
+        space, model = self.space, self.space.model(point)
+        _, whole = relaxed_stages(space, point, spans, space.options(point))
+        if whole is not None:
+            self._take(point, whole)
+            agreeing = both(space.options(point), model.agreeing(model.interface(whole.chosen)))
+            for span in spans:
+                self._take(point, relaxed_stages(space, point, [span], agreeing)[1])
+        self._best(point)
+
+    def _may_refine(self, point: Point, bound: float, binds: bool) -> bool:
+        """Whether a small model's stages are refined one by one: where that can win, and the optimum is asked for or
+        memory `binds` and the gap is worth it."""
+        if not is_small(self.space, point) or bound >= min(self._time(), self.reached.get(point, NEVER)):
+            return False
+        return self.space.request.exact or (binds and bound < self._time() * (1 - WORTH))
 
     def _add(self, point: Point, price: float, modes: Mapping[int, str]) -> None:
         """One more way, if there is one at a price of a byte."""
-        solution = self.space.solve(point, price, modes)
-        if solution and all(solution.chosen != way.solution.chosen for way in self.ways[point]):
-            self.ways[point].append(way_of(self.space, point, solution))
+        self._take(point, self.space.solve(point, price, modes))
 
-    def _squeeze(self, point: Point, least: Mapping[int, Array]) -> None:
+    def _take(self, point: Point, solution: Solution | None) -> bool:
+        """Keep a solution as one more way of a point, if there is one and it is new."""
+        if solution is None or any(solution.chosen == way.solution.chosen for way in self.ways[point]):
+            return False
+        self.ways[point].append(way_of(self.space, point, solution))
+        return True
+
+    def _refine(self, point: Point, least: Mapping[int, Array]) -> None:
         """The last step, for small models: wherever memory makes a range slower than its bound, the fastest splits that
         fit, for every way to pass values between stages that is known and every number of blocks run again."""
         space, ways = self.space, self.ways[point]
@@ -316,13 +404,14 @@ class Search:
                     continue
                 many = {g: model.table.group[i:j].count(g) for g in blocks & set(model.table.group[i:j])}
                 for counts in _counts(many, space.modes):
-                    if self.tries >= MOST:
+                    if self.tries >= (EXACT_TRIES if space.request.exact else TRIES):
+                        self.stopped = True
                         break
                     self.tries += 1
-                    self._squeeze_range(point, (i, j), counts, flights, allowed)
+                    self._refine_range(point, (i, j), counts, flights, allowed)
         self._best(point)
 
-    def _squeeze_range(
+    def _refine_range(
         self, point: Point, span: tuple[int, int], counts: Mapping[int, Mapping[str, int]], flights: int,
         allowed: Options,
     ) -> None:  # fmt: skip
@@ -330,7 +419,7 @@ class Search:
         where it is too much, there is so much less room."""
         space, ways, room = self.space, self.ways[point], self.space.limit
         for _ in range(4):
-            found = squeeze(space, point, span, room, counts, flights, allowed)
+            found = fastest_that_fit(space, point, span, room, counts, flights, allowed)
             if found is None:
                 return
             way = next((w for w in ways if w.solution.chosen == found.chosen), None)

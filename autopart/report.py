@@ -227,6 +227,9 @@ def _printed(
 
 def _notes(space: Space, found: Found) -> Iterator[str]:
     folded, m = space.folded, space.micro_batches(found.point)
+    if found.refined:
+        left = "; a limit left others that might be faster: exact=True looks further" if found.stopped else ""
+        yield f"memory binds: the splits of {found.refined} ranges of runs were refined under their bytes{left}"
     if folded.walked:
         yield f"every block was traced: {folded.walked}"
     if m > 1 and not folded.traced.mean_of_samples:

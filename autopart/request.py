@@ -41,6 +41,8 @@ class Request:
     time_limit: float | None = None
     nodes: int | None = None
     """Points of the search that are looked at; unlike a time limit it gives the same plan every time."""
+    exact: bool = False
+    """Whether to look for the optimum at any cost: see `autopart.exact_refinement`."""
     must_fit: bool = True
     constraints: tuple[Constraint, ...] = ()
     """What was fixed or forbidden by hand."""

@@ -82,6 +82,7 @@ PLAN_OPTIONS: Mapping[str, tuple[type, Any, str]] = {
     "optimizer": (str, "adamw", "sgd, momentum, adagrad, rmsprop, adam or adamw"),
     "time_limit": (float, None, "seconds after which the best plan so far is taken"),
     "nodes": (int, None, "points of the search after which the best plan so far is taken"),
+    "exact": (bool, False, "refine a small model's splits to the optimum, which takes minutes"),
 }
 CONSTRAINT_OPTIONS: Mapping[str, tuple[type, Any, str]] = {
     "force": (list[str], [], 'what has to be so, as "stage 2 starts at layers.10"; may be repeated'),

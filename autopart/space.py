@@ -17,7 +17,7 @@ from autopart.folded import Folded
 from autopart.hardware.rows import Device, Link
 from autopart.mesh import Mesh
 from autopart.passes.formulate import formulate
-from autopart.passes.solve import Solution, Solver
+from autopart.passes.solve import Coupled, Solution, Solver
 from autopart.plan import usable_bytes
 from autopart.prices import Prices, Terms
 from autopart.problem import Flow, Placements, Table
@@ -43,6 +43,7 @@ class Model:
         self.table = table
         self.sizes = Sizes(table)
         self.parts: dict[int, Solver] = {}
+        self.pipelines: dict[int, Coupled] = {}
         state, nodes = table.state, enumerate(table.nodes)
         held = [table.group[state[i][0][0]] if i in state else node.group for i, node in nodes]
         groups = list(np.repeat(held, np.diff(self.sizes.first)))
@@ -108,6 +109,17 @@ class Model:
         if group not in self.parts:
             self.parts[group] = Solver(self.sizes, group)
         return self.parts[group]
+
+    def pipeline(self, stages: int) -> Coupled:
+        """Of so many stages, each with splits of its own that agree on how `passing` lies."""
+        if stages not in self.pipelines:
+            alike: dict[object, list[int]] = {}
+            for n, output in self.passing:
+                for option in range(len(self.table.nodes[n].options)):
+                    key = n, output, self.table.nodes[n].given(option, output)
+                    alike.setdefault(key, []).append(int(self.sizes.first[n]) + option)
+            self.pipelines[stages] = Coupled(self.solver, stages, list(alike.values()))
+        return self.pipelines[stages]
 
     @cached_property
     def blocks(self) -> list[int]:

@@ -59,7 +59,8 @@ LAYERS = (
     {
         "request",
         "space",
-        "squeeze",
+        "stage_bounds",
+        "exact_refinement",
         "bounds",
         "ways",
         "shortage",

@@ -75,6 +75,8 @@ class Solver:
         self.rows: list[tuple[list[int], list[float], float, float]] = []
         self.paid: list[tuple[int, int]] = []
         """(move, change) where a value has one use, so that its moves are priced themselves."""
+        self.awaited: list[int] = []
+        """A move for every way to take a partial sum that passes from run to run."""
         for node in sorted(held):
             self.rows.append((self.options(node), [1.0] * len(self.options(node)), 1.0, 1.0))
         for tied in self.table.tied:
@@ -220,7 +222,7 @@ class Solver:
         chosen = tuple(int(np.argmax(values[self.options(n)])) for n in range(len(self.table.nodes)))
         return Solution(chosen, objective / self.scale, bound / self.scale)
 
-    def squeeze(
+    def minimise_in_room(
         self, costs: Array, late: Entries, allowed: Mapping[int, Iterable[int]], peak: Entries, held: Array, room: float
     ) -> Solution | None:
         """`minimise` with the largest of some sums, the rows of `late`, among the costs, where held * v + the largest
@@ -366,6 +368,8 @@ class Solver:
             for change, moves in paying.items():
                 self._covers(change, moves)
         users = sum(not inside for inside in uses.values())
+        if max(flow.homes, default=-1) >= 0:
+            self.awaited += [moves[0] for moves in outside.values()]
         for moves in outside.values():
             for other in moves[1:]:
                 self._equal([moves[0]], [other])
@@ -399,11 +403,72 @@ class Solver:
         model.a_matrix_.start_ = np.cumsum([0, *(len(c) for c, _, _, _ in self.rows)]).astype(np.int32)
         model.a_matrix_.index_ = self.place[np.concatenate([c for c, _, _, _ in self.rows])].astype(np.int32)
         model.a_matrix_.value_ = np.concatenate([v for _, v, _, _ in self.rows])
-        highs = Quiet()
-        settings = {
-            "threads": 1, "mip_rel_gap": 1e-6, "mip_max_nodes": NODES, "simplex_strategy": CHOOSE,
-        }  # fmt: skip
-        for name, setting in settings.items():
-            highs.setOptionValue(name, setting)
-        highs.passModel(model)
-        return highs
+        return _highs(model)
+
+
+class Coupled:
+    """The equations of a solver once for every stage of a pipeline, each with splits of its own that agree on what
+    passes between stages, and on how they take partial sums."""
+
+    def __init__(self, solver: Solver, stages: int, agreeing: Sequence[Sequence[int]]) -> None:
+        """Every one of `agreeing` are strategies of one node: all stages take them as often."""
+        self.solver, self.stages, columns = solver, stages, solver.columns
+        agreeing = [*agreeing, *([move] for move in solver.awaited)]
+        counts = np.array([len(variables) for variables, *_ in solver.rows])
+        index = np.concatenate([variables for variables, *_ in solver.rows])
+        value = np.concatenate([numbers for _, numbers, *_ in solver.rows])
+        links = [
+            ([*variables, *(v + stage * columns for v in variables)], [1.0] * len(variables) + [-1.0] * len(variables))
+            for stage in range(1, stages)
+            for variables in agreeing
+        ]
+        lower, upper = ([row[side] for row in solver.rows] * stages + [0.0] * len(links) for side in (2, 3))
+        model = highspy.HighsLp()
+        model.num_col_, model.num_row_ = stages * columns, len(lower)
+        model.col_cost_ = np.zeros(stages * columns)
+        model.col_lower_, model.col_upper_ = np.zeros(stages * columns), np.ones(stages * columns)
+        model.row_lower_, model.row_upper_ = np.array(lower), np.array(upper)
+        model.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+        lengths = np.concatenate([np.tile(counts, stages), [len(variables) for variables, _ in links]])
+        model.a_matrix_.start_ = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        rows = [index + stage * columns for stage in range(stages)]
+        model.a_matrix_.index_ = np.concatenate([*rows, *(variables for variables, _ in links)]).astype(np.int32)
+        model.a_matrix_.value_ = np.concatenate([*([value] * stages), *(numbers for _, numbers in links)])
+        self.highs = _highs(model)
+
+    def relax(
+        self, costs: Sequence[Array], allowed: Mapping[int, Iterable[int]]
+    ) -> tuple[float, list[tuple[int, ...]]]:
+        """A bound below what all stages cost together, infinite where there is no choice; and every stage's choice,
+        where the relaxation is one."""
+        solver = self.solver
+        unit = solver._unit(np.sum(costs, axis=0))
+        objective = np.concatenate([np.minimum(solver._moved(each) * unit, UNIT * DEAREST) for each in costs])
+        every = np.arange(len(objective), dtype=np.int32)
+        self.highs.changeColsCost(len(objective), every, objective)
+        upper = np.ones(solver.columns)
+        for node, options in allowed.items():
+            upper[solver.options(node)] = 0.0
+            upper[solver.options(node)[0] + np.array(list(options), dtype=int)] = 1.0
+        self.highs.changeColsBounds(len(objective), every, np.zeros(len(objective)), np.tile(upper, self.stages))
+        self.highs.run()
+        status = self.highs.getModelStatus()
+        if status != highspy.HighsModelStatus.kOptimal:  # what was not solved to its end bounds nothing
+            return float("inf") if status == highspy.HighsModelStatus.kInfeasible else 0.0, []
+        bound = self.highs.getInfo().objective_function_value / unit
+        values = np.array(self.highs.getSolution().col_value).reshape(self.stages, -1)
+        strategies = values[:, : solver.strategies]
+        whole = np.abs(strategies - strategies.round()).max(initial=0.0) <= INTEGRAL
+        return bound, [solver._solution(row, 0.0, 0.0).chosen for row in values] if whole else []
+
+
+def _highs(model: highspy.HighsLp) -> highspy.Highs:
+    """The solver of a model, with the settings that all have."""
+    highs = Quiet()
+    settings = {
+        "threads": 1, "mip_rel_gap": 1e-6, "mip_max_nodes": NODES, "simplex_strategy": CHOOSE,
+    }  # fmt: skip
+    for name, setting in settings.items():
+        highs.setOptionValue(name, setting)
+    highs.passModel(model)
+    return highs

@@ -11,14 +11,13 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from autopart.allowed import Options
-from autopart.comm import p2p_seconds
 from autopart.cost import Array
-from autopart.hardware.rows import Link
 from autopart.passes.solve import Entries, Solution
 from autopart.prices import Prices
 from autopart.request import Point
 from autopart.schedules import on_its_way
 from autopart.space import Model, Space
+from autopart.stage_bounds import messages
 
 SMALL = 12, 2500
 """Runs and solver's variables of a model that is small enough."""
@@ -30,7 +29,7 @@ def is_small(space: Space, point: Point) -> bool:
     return len(space.folded.labels) <= runs and space.model(point).solver.columns <= variables
 
 
-def squeeze(
+def fastest_that_fit(
     space: Space, point: Point, span: tuple[int, int], room: float, counts: Mapping[int, Mapping[str, int]],
     in_flight: int, allowed: Options,
 ) -> Solution | None:  # fmt: skip
@@ -38,14 +37,14 @@ def squeeze(
     each of MODES says; None where there are none."""
     found = _Stretch(space, point, span, counts, in_flight)
     model, there, link = found.model, found.there, space.between_stages(point)
-    sent, takes = _messages(model, found.prices, span, link) if link is not None else np.zeros((2, len(there)))
+    sent, takes = messages(model, found.prices, span, link) if link is not None else np.zeros((2, len(there)))
     held = in_flight * found.kept + on_its_way(takes, in_flight, space.micro_batches(point))
     beside, backward = space.windows(point)
     late = _late(model.own[slice(*span)], beside, backward)
     alone = model.own[slice(*span)].sum(0)
     seconds = found.seconds + sent + beside * (there - alone)
     peaks = _entries(np.array([*_ends(found, held), *_backwards(found)]))
-    return model.solver.squeeze(seconds, late, allowed, peaks, held + found.state, room)
+    return model.solver.minimise_in_room(seconds, late, allowed, peaks, held + found.state, room)
 
 
 class _Stretch:
@@ -221,25 +220,6 @@ def _entering(model: Model, prices: Prices, group: int) -> Array:
                 four = sizes.four(source.values[flow.output], source.given(option, flow.output))
                 bytes_[sizes.first[flow.source] + option] += four @ prices.terms.basis
     return bytes_
-
-
-def _messages(model: Model, prices: Prices, span: tuple[int, int], link: Link) -> Array:
-    """By the strategy that makes it: seconds to send what a range of positions takes from others and gives to others,
-    and bytes of what it takes."""
-    sizes, table, found = model.sizes, model.table, np.zeros((2, len(model.places)))
-    for flow in table.flows:
-        inside = [span[0] <= home < span[1] for home in flow.homes]
-        given = [
-            here for home, users, here in zip(flow.homes, flow.users, inside, strict=True)
-            if home >= 0 and any(p >= 0 and (span[0] <= p < span[1]) != here for p in users)
-        ]  # fmt: skip
-        value = table.nodes[flow.source].values[flow.output]
-        for option in range(len(table.nodes[flow.source].options)) if given else ():
-            size = sizes.four(value, table.nodes[flow.source].given(option, flow.output)) @ prices.terms.basis
-            cost = float(p2p_seconds(size, link)) * (1 + value.grad)
-            at = sizes.first[flow.source] + option
-            found[:, at] += np.array([len(given) * cost, given.count(False) * size])
-    return found
 
 
 def _one_by_one(model: Model, amounts: Array) -> Array:
