@@ -143,8 +143,7 @@ class _Kinds:
     def _digest(self, buffer: torch.Tensor) -> str:
         """Of a buffer's values, on which what is traced may depend."""
         if id(buffer) not in self.digests:
-            plain = buffer.detach().cpu().contiguous().flatten().view(torch.uint8)
-            self.digests[id(buffer)] = hashlib.sha256(plain.numpy().tobytes()).hexdigest()
+            self.digests[id(buffer)] = digest(buffer)
         return self.digests[id(buffer)]
 
     def _aliases(self, names: Sequence[str], name: str, path: str) -> tuple[str, ...]:
@@ -191,6 +190,12 @@ class _Kinds:
                 continue
         self.values.append(value)
         return len(self.values) - 1
+
+
+def digest(tensor: torch.Tensor, *about: object) -> str:
+    """Of a tensor's values, and of what else is said."""
+    plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(repr(about).encode() + plain.numpy().tobytes()).hexdigest()
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -354,3 +354,24 @@ def test_as_few_blocks_are_kept_as_show_every_kind_twice(kinds_of_blocks: str, k
     model = Stack([Block(i, 16 if kind == "a" else 24) for i, kind in enumerate(kinds_of_blocks)])
     (short,) = shortenable(model)
     assert short.kept == kept
+
+
+def test_equal_constants_are_one() -> None:
+    """Every block makes tensors of Python's numbers: those of equal values do not keep blocks from being equal."""
+
+    class Counting(nn.Module):
+        def __init__(self, numbers: list[int]) -> None:
+            super().__init__()
+            self.line, self.numbers = nn.Linear(WIDTH, WIDTH), numbers
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.line(x) * torch.tensor(self.numbers, dtype=torch.float32)
+
+    def folded(*kinds: list[int]) -> Folded:
+        return Source(Stack([Counting(kind) for kind in kinds]), numbers(), torch.float32).short(2, MESH)
+
+    ones, twos = [1] * WIDTH, [2] * WIDTH
+    same, other = folded(*[ones] * 6), folded(*[ones, twos] * 3)
+    assert same.walked == "" and len(same.traced.buffers) == 1 and len(same.runs) < 6
+    assert len(other.traced.buffers) == 2
+    assert len({same.hash, other.hash, folded(*[twos] * 6).hash}) == 3

@@ -14,7 +14,7 @@ from autopart.errors import PartitionError
 from autopart.exporting import export, source_line
 from autopart.graph import KEY, Info, Traced, has_gradient, placeholders
 from autopart.rules import flatten, is_contraction, op_name
-from autopart.shortened import Shortened
+from autopart.shortened import Shortened, digest
 from autopart.torch_private import tree_unflatten
 
 
@@ -47,7 +47,7 @@ def trace(
     updated = _keep_loss(graph, exported)
     _drop_assertions(graph)
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    lifted = signature.inputs_to_lifted_tensor_constants
+    lifted = _merge_constants(graph, exported)
     users = iter(signature.user_inputs)
     aliases = _aliases(model)
     by_user = {name: key for name, key in zip(users, inputs, strict=True) if isinstance(name, str)}
@@ -63,7 +63,7 @@ def trace(
                 else "input"
             )
             name = named.get(node.name, "")
-            name = aliases.get(name, name) or lifted.get(node.name) or by_user.get(node.name, node.name)
+            name = aliases.get(name, name) or lifted.get(node.name, ("",))[0] or by_user.get(node.name, node.name)
             if not isinstance(node.meta.get("val"), torch.Tensor):
                 graph.erase_node(node)
                 continue
@@ -75,7 +75,7 @@ def trace(
         node.meta[KEY] = _record(node, kind, name)
     _check_dtypes(graph)
     _check_gradient(graph.output_node().args[0], model)
-    buffers = _buffers(model, exported, placeholders(graph, "buffer"))
+    buffers = _buffers(model, dict(lifted.values()), placeholders(graph, "buffer"))
     classes = {path: type(module).__name__ for path, module in model.named_modules()}
     parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     samples = next(iter(sizes.values()))
@@ -109,6 +109,25 @@ def loss_of(output: Any, leaves: Sequence[Any], is_scalar: Callable[[Any], bool]
     none."""
     loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
     return loss if loss is not None else next(filter(is_scalar, leaves), None)
+
+
+def _merge_constants(graph: fx.Graph, exported: torch.export.ExportedProgram) -> dict[str, tuple[str, Any]]:
+    """Tensors that the forward pass makes of Python's numbers: those of equal values become one, named by its value.
+    Placeholder -> name and value."""
+    found: dict[str, tuple[str, Any]] = {}
+    first: dict[str, fx.Node] = {}
+    lifted = exported.graph_signature.inputs_to_lifted_tensor_constants
+    for node in graph.find_nodes(op="placeholder"):
+        if node.name in lifted:
+            value = exported.constants.get(lifted[node.name])
+            name = lifted[node.name]
+            if isinstance(value, torch.Tensor) and not value.is_meta:
+                name = f"constant_{digest(value, value.dtype, *value.shape)[:8]}"
+            found[node.name] = name, value
+            if first.setdefault(name, node) is not node:
+                node.replace_all_uses_with(first[name])
+                graph.erase_node(node)
+    return found
 
 
 def _drop_assertions(graph: fx.Graph) -> None:
@@ -196,16 +215,14 @@ def _record(node: fx.Node, kind: str, name: str) -> Info:
     )
 
 
-def _buffers(
-    model: nn.Module, exported: torch.export.ExportedProgram, nodes: list[fx.Node]
-) -> dict[str, torch.Tensor | None]:
+def _buffers(model: nn.Module, constants: Mapping[str, Any], nodes: list[fx.Node]) -> dict[str, torch.Tensor | None]:
     own = dict(model.named_buffers(remove_duplicate=False))
     values: dict[str, torch.Tensor | None] = {}
     for node in nodes:
         name = node.meta[KEY].name
         value = own.get(name)
         if value is None:
-            value = exported.constants.get(name)
+            value = constants.get(name)
         known = isinstance(value, torch.Tensor) and value.device.type != "meta" and not hasattr(value, "fake_mode")
         values[name] = value if known else None
     return values
