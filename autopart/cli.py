@@ -23,7 +23,7 @@ from torch import nn
 from autopart import models
 from autopart.calibrate.command import calibrate_command
 from autopart.check import check
-from autopart.compile import DTYPES, compile, estimate, outline, prepare, programs, take
+from autopart.compile import DTYPES, Source, compile, estimate, outline, prepare, programs, take
 from autopart.errors import PartitionError
 from autopart.estimates import Estimate
 from autopart.exports import SYSTEMS, export
@@ -275,7 +275,10 @@ def run_command(
     world = int(os.environ.get("WORLD_SIZE", processes))
     mesh = str(made.mesh) if made else mesh or f"{world}:cpu"
     if not started:
-        made = made or make_plan(*load(model, options), mesh, options)
+        outlined = load(model, options)
+        if made:  # which is told before weights are made
+            Source(*outlined, DTYPES[made.precision]).like(made)
+        made = made or make_plan(*outlined, mesh, options)
         if made.mesh.size > 1:
             raise typer.Exit(_launch(model, made, options, steps, lr, as_json))
     torch.manual_seed(0)

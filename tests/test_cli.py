@@ -266,3 +266,17 @@ def test_run_trains_on_two_processes(tiny: str) -> None:
 def test_a_refusal_is_the_exit_status_of_the_process(tiny: str) -> None:
     refused = process("-m", "autopart.cli", "plan", tiny, "2:cpu", "--tp", 3)
     assert refused.returncode == 2 and "tp" in refused.stderr and not refused.stdout
+
+
+def test_a_plan_for_another_model_is_told_before_weights_are_made(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, other = tmp_path / "plan.json", tmp_path / "other"
+    assert shell("plan", tiny, "1:cpu", "--batch", 2, "--save", file).exit_code == 0
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps({**TINY, "n_embd": 64}))
+    monkeypatch.setattr(
+        torch.nn.Linear, "reset_parameters", lambda self: pytest.fail("weights") if not self.weight.is_meta else None
+    )
+    told = shell("run", other / "config.json", "--plan", file)
+    assert told.exit_code == 2 and "another model" in told.stderr, told.output
