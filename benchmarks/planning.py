@@ -7,6 +7,9 @@ blocks, so it should cost little.
 
 AutoParallel and Galvatron are beside them as they were measured earlier on a machine of this kind; neither is installed
 here, and their searches are for other spaces: AutoParallel takes the mesh's shape as given, which is chosen here.
+
+`--zoo` plans every architecture of transformers at the sizes that its configuration has by default, and large models at
+the sizes that their authors published, on 8x8:h100-80gb, in bfloat16, through the public API: `planning_zoo.py`.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import planning_zoo
 from rich.console import Console
 from rich.table import Table
 
@@ -238,7 +242,10 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="medians of N runs, in rounds over all rows")
     parser.add_argument("--limit", type=int, default=120, metavar="SECONDS", help="CPU seconds of one run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+    parser.add_argument("--zoo", action="store_true", help="every architecture and large models; rows: task:model_type")
     options = parser.parse_args()
+    if options.zoo:
+        return planning_zoo.main(options.rows, options.limit, options.json)
     unknown = set(options.rows) - {r.name for r in ROWS}
     if unknown:
         parser.error(f"no such row: {', '.join(sorted(unknown))}")

@@ -11,8 +11,9 @@ import dataclasses
 import inspect
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -460,14 +461,16 @@ def drawn(task: str, model_type: str, seed: int) -> tuple[nn.Module, dict[str, A
     raise Unbuildable(" ".join(f"{type(last).__name__}: {last}".split())[:200])
 
 
-def published(task: str, model_type: str, samples: int, longest: int) -> tuple[nn.Module, dict[str, Any]]:
-    """A model on meta of the sizes that its configuration has by default, and a batch whose samples have as many tokens
-    as it takes, at most ``longest``. Raises ``Unbuildable``."""
+def published(
+    task: str, model_type: str, samples: int, longest: int, settings: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A model on meta of the sizes that its configuration has by default, but for ``settings``, and a batch whose
+    samples have as many tokens as it takes, at most ``longest``. Raises ``Unbuildable``."""
     if reason := UNBUILDABLE.get((task, model_type)):
         raise Unbuildable(reason)
     model_class = _model_class(task, model_type)
     try:
-        config = _accepted(model_class, _for_training(task, model_type, _config_class(model_type)()))
+        config = _accepted(model_class, _for_training(task, model_type, _config_class(model_type)(**settings)))
         text: Any = config.get_text_config()
         positions = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
         known = [number for number in positions if isinstance(number, int) and number > 2]
