@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,9 +61,10 @@ def check(
     mesh = Mesh.of(mesh)
     check_plan(plan, mesh)
     request = request_of(model, batch, **settings)
-    plan = plan or make_plan(Source(model, batch, DTYPES[request.precision]), mesh, request, to_run=True)
+    source = Source(model, batch, DTYPES[plan.precision if plan else request.precision])
+    plan = plan or make_plan(source, mesh, request, to_run=True)
     batch = take(batch, plan.global_batch)
-    source = Source(model, batch, DTYPES[plan.precision])
+    source = replace(source, batch=batch)
     split = simulate_plan(source, plan, seed)
     graph = source.at(plan.micro_batch, plan.mesh).traced.graph
     draws = any(isinstance(argument, Stream) for node in calls(graph) for argument in node.args)
