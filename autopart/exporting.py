@@ -91,6 +91,8 @@ def _export(
         _no_inference_mode(),
         _open_checkpoints(),
         _no_tensor_hooks(),
+        _casts_that_change_nothing(),
+        _no_validation(),
         torch.enable_grad(),
         _silence(),
         mock.patch.object(torch, "ctc_loss", ctc_loss),
@@ -122,6 +124,28 @@ def _silence() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def _casts_that_change_nothing() -> Iterator[None]:
+    """`module.to(dtype)` in a forward pass, of a module that has this dtype, puts new parameters in its place where
+    tensors are fake, which torch.export refuses; it is to do nothing, as it does with real ones."""
+    own: Any = nn.Module.to
+
+    def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        floats = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+        same = floats and all(t.to(*args, **kwargs) is t for t in floats)
+        return module if same else own(module, *args, **kwargs)
+
+    with mock.patch.object(nn.Module, "to", to):
+        yield
+
+
+@contextmanager
+def _no_validation() -> Iterator[None]:
+    """torch.distributions look at the values that they are given, which a trace has none of."""
+    with mock.patch.object(torch.distributions.Distribution, "_validate_args", False):
+        yield
 
 
 @contextmanager

@@ -487,3 +487,21 @@ def test_caches_for_generation_are_left_out(name: str) -> None:
     assert len(hashes) == 1
     assert cached.config.use_cache  # type: ignore[union-attr]
     assert autopart.check(cached, mesh, batch, tp=2).gradient_error < 1e-5
+
+
+class Variational(nn.Module):
+    """A head that is cast to what it is already, as routers of experts do; a loss of torch.distributions, which look at
+    the values that they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        self.head = self.head.to(x.dtype)
+        mean, spread = self.head(x).chunk(2, -1)
+        return -torch.distributions.Normal(mean, F.softplus(spread) + 0.1).log_prob(target).mean()
+
+
+def test_casts_that_change_nothing_and_distributions() -> None:
+    assert_exact(Variational())
