@@ -737,10 +737,9 @@ def draw_plan(draw: st.DrawFn, source: Source) -> Plan:
     agree on what passes between stages."""
     dp, tp = draw(st.sampled_from(((1, 2), (2, 1), (1, 4), (2, 2), (1, 1))))
     micro_batch = draw(st.sampled_from((SAMPLES, SAMPLES // 2, dp)))
-    folded = source.at(micro_batch, MESH)
-    if not folded.traced.mean_of_samples:
+    if not source.at(max(2, micro_batch), MESH).traced.mean_of_samples:  # one sample shows nothing of it
         micro_batch = SAMPLES
-        folded = source.at(micro_batch, MESH)
+    folded = source.at(micro_batch, MESH)
     positions = len(folded.labels)
     pp = draw(st.integers(1, min(3 if dp * tp < 4 else 2, positions)))
     cuts = draw(st.lists(st.integers(1, positions - 1), min_size=pp - 1, max_size=pp - 1, unique=True)

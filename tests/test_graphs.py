@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from importlib import import_module
+from unittest import mock
 
 import pytest
 import torch
@@ -25,12 +27,15 @@ from graphs import (
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
+from autopart import PartitionError
 from autopart.compile import Source
 from autopart.graph import info
 from autopart.notation import P, Placement, R, S
 from autopart.passes.formulate import formulate
 from autopart.plan import Plan
 from autopart.rules import Strategy
+
+compiler = import_module("autopart.compile")  # the package's own name for it is a function
 
 EXAMPLES = int(os.environ.get("AUTOPART_EXAMPLES", "40"))
 PLANS = 4
@@ -145,7 +150,8 @@ def test_a_frozen_block_among_equal_ones(frozen: int) -> None:
     ],
 )
 def test_a_wrong_strategy_shows(operator: str, given: Placement, wrong: Placement) -> None:
-    """The comparison fails where an operator is split along a dim it may not be, or passes partial sums it may not."""
+    """The comparison fails where an operator is split along a dim it may not be, or passes partial sums it may not; it
+    is refused before it runs, unless nobody looks."""
     steps = {
         "aten.softmax.int": "softmax",
         "aten.layer_norm": "layer_norm",
@@ -163,7 +169,11 @@ def test_a_wrong_strategy_shows(operator: str, given: Placement, wrong: Placemen
     if given == P:
         product = next(n for n in formulate(folded, MESH.device, 2).nodes if n.key == before)
         chosen[before] = next(s for _, s in product.options if s.outputs[0] == P and s.inputs[0] != P)
-    error, _ = error_of(source, replace(plan, splits=({"tp": chosen},)))
+    tampered = replace(plan, splits=({"tp": chosen},))
+    with pytest.raises(PartitionError):
+        error_of(source, tampered)
+    with mock.patch.object(compiler, "validate"):
+        error, _ = error_of(source, tampered)
     assert not error <= 1e-3
 
 
