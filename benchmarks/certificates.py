@@ -8,24 +8,27 @@ of planning (user and system, tracing counted) and the proven gaps, beside those
     python benchmarks/certificates.py --only clm:gpt2,img:vit
     python benchmarks/certificates.py --every 12 --json FILE    # a sample
     python benchmarks/certificates.py --degrees tp=2,pp=2       # degrees that are asked for
+
+A baseline is an earlier file of results, of the same settings: --baseline FILE.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from alone import Row, alone, cpu_seconds
 
 RESULTS = Path(__file__).parent / "results"
 CPU_LIMIT = 3.0
@@ -33,13 +36,6 @@ CPU_LIMIT = 3.0
 GIVEN_UP = 300
 """CPU seconds after which a model's process is ended."""
 FIGURES = ("pp", "dp", "tp", "micro_batch", "zero", "recompute", "step_seconds", "bound_seconds", "gap", "status")
-Row = dict[str, Any]
-
-
-def cpu_seconds() -> float:
-    """Of this process, user and system."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 def trial(task: str, model_type: str, settings: Mapping[str, Any]) -> Row:
@@ -59,37 +55,14 @@ def trial(task: str, model_type: str, settings: Mapping[str, Any]) -> Row:
     try:
         plan = autopart.plan(model, "4:cpu", batch, **settings)
     except autopart.PartitionError as error:
-        return {"outcome": f"refused: {error}", "cpu": cpu_seconds() - started}
+        return {"outcome": f"refused: {error}", "planning_cpu": cpu_seconds() - started}
     told = plan.to_json()
-    row = {"cpu": cpu_seconds() - started, **{name: told[name] for name in FIGURES}}
+    row = {"planning_cpu": cpu_seconds() - started, **{name: told[name] for name in FIGURES}}
     try:
         autopart.certify(plan, model, batch)
     except autopart.PartitionError as error:
         return {**row, "outcome": f"not certified: {error}"}
     return {**row, "outcome": "certified"}
-
-
-def in_process(task: str, model_type: str, settings: Mapping[str, Any]) -> Row:
-    """`trial` in a process of its own, so that none counts what another has cached."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reading)
-        resource.setrlimit(resource.RLIMIT_CPU, (GIVEN_UP, GIVEN_UP))
-        try:
-            row = trial(task, model_type, settings)
-        except BaseException as error:
-            where = traceback.format_exc()[-2000:]
-            row = {"outcome": f"failed: {type(error).__name__}: {error}", "traceback": where}
-        with os.fdopen(writing, "w") as pipe:
-            json.dump(row, pipe)
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        text = pipe.read()
-    os.waitpid(child, 0)
-    row = json.loads(text) if text else {"outcome": f"failed: not done after {GIVEN_UP} CPU s, or killed"}
-    return {"model": f"{task}:{model_type}", **row}
 
 
 def summary(rows: Sequence[Row], before: Mapping[str, Row]) -> list[str]:
@@ -100,15 +73,15 @@ def summary(rows: Sequence[Row], before: Mapping[str, Row]) -> list[str]:
     lines += [f"  {row['model']}: {row['outcome']}" for row in rows if row["outcome"] != "certified"]
     if not planned:
         return lines
-    cpu, gaps = [row["cpu"] for row in planned], [row["gap"] for row in planned]
-    slow = [f"{row['model']} {row['cpu']:.1f}" for row in planned if row["cpu"] > CPU_LIMIT]
+    cpu, gaps = [row["planning_cpu"] for row in planned], [row["gap"] for row in planned]
+    slow = [f"{row['model']} {row['planning_cpu']:.1f}" for row in planned if row["planning_cpu"] > CPU_LIMIT]
     lines.append(f"CPU s to plan: median {statistics.median(cpu):.2f}, max {max(cpu):.2f}")
     lines.append(f"  above {CPU_LIMIT:g}: {', '.join(slow) or 'none'}")
     lines.append(f"gap: median {statistics.median(gaps):.2%}, max {max(gaps):.2%}")
     pairs = [(before[row["model"]], row) for row in planned if "gap" in before.get(row["model"], {})]
     if pairs:
         lines.append(f"{len(pairs)} of them in the baseline:")
-        for name, unit in (("cpu", "{:.2f}"), ("gap", "{:.2%}")):
+        for name, unit in (("planning_cpu", "{:.2f}"), ("gap", "{:.2%}")):
             both = [[pair[i][name] for pair in pairs] for i in range(2)]
             told = [f"median {unit.format(statistics.median(x))}, max {unit.format(max(x))}" for x in both]
             lines.append(f"  {name}: {told[0]} before; {told[1]} now")
@@ -150,8 +123,10 @@ def main() -> None:
     rows: list[Row] = []
     started = time.monotonic()
     for task, model_type in todo:
-        rows.append(row := in_process(task, model_type, settings_of(arguments.degrees)))
-        told = f"gap {row['gap']:.2%}, {row['cpu']:.2f} CPU s" if "gap" in row else ""
+        run = functools.partial(trial, task, model_type, settings_of(arguments.degrees))
+        row = {"model": f"{task}:{model_type}", **alone(run, GIVEN_UP)}
+        rows.append(row := {"outcome": f"failed: {row.get('failed')}", **row})
+        told = f"gap {row['gap']:.2%}, {row['planning_cpu']:.2f} CPU s" if "gap" in row else ""
         print(f"{len(rows)}/{len(todo)} {row['model']}: {row['outcome']}", told, flush=True)
         machine = {"python": platform.python_version(), "seconds": round(time.monotonic() - started)}
         command = " ".join(["python", "benchmarks/certificates.py", *sys.argv[1:]])
