@@ -216,6 +216,15 @@ def _convolution_sizes(args: Args, outputs: Sequence[Shape]) -> Sizes:
     return text((*args[:3], None, None, None, args[8]), outputs)
 
 
+def _solve(args: Args, outputs: Sequence[Shape]) -> str:
+    """(matrices, right sides, whether these are matrices' left): each column of a right side is a system of its own."""
+    left = argument(args, 2, True)
+    columns = len(args[0]) == len(args[1]) and tuple(args[1][-2:]) == tuple(outputs[0][-2:]) and len(args[0]) > 1
+    if not columns or not left or tuple(args[0][:-2]) != tuple(args[1][:-2]):
+        return opaque(args, outputs)
+    return "... m! k!, ... k! n -> ... m! n"
+
+
 RULES: dict[str, Rule] = {
     "aten.mm": Rule("m k, k n -> m n", contraction=True),
     "aten.bmm": Rule("b m k, b k n -> b m n", contraction=True),
@@ -235,6 +244,7 @@ RULES: dict[str, Rule] = {
     "aten.tensordot": Rule(_tensordot, contraction=True),
     "aten.inner": Rule(_inner, contraction=True),
     "aten.kron": Rule(_kron),
+    "aten.linalg_solve": Rule(_solve, linear=(1,)),
     "aten.chain_matmul": Rule(_chain, contraction=True),
     "aten.linalg_multi_dot": Rule(_chain, contraction=True),
     "aten.bilinear": Rule(_bilinear, contraction=True),

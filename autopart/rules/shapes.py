@@ -363,6 +363,7 @@ RULES: dict[str, Rule] = {
     "aten.diagonal": Rule(_diagonal, linear=-1),
     "aten.diag_embed": Rule(_diag_embed, linear=-1),
     "aten.diag": Rule(opaque, linear=-1),
+    "aten.block_diag": Rule(opaque, linear=-1),
     "aten.unfold": Rule(_unfold, linear=-1),
     "aten.diff": Rule(_diff, linear=-1),
     "aten.glu": Rule(_glu),
