@@ -30,7 +30,7 @@ define environment
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test latest oldest check golden lock gpu clean
+.PHONY: help setup demo quick test latest oldest check golden lock gpu clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -45,6 +45,9 @@ $(SETUP): pyproject.toml $(LOCKED)
 
 demo: setup  ## partition and train a small model
 	@$(BIN)/python examples/demo.py
+
+quick: setup  ## run the tests that catch most, in a minute and a half
+	$(BIN)/python -m pytest --quick $(TESTS)
 
 test: setup  ## run every test
 	$(BIN)/python -m pytest $(TESTS)

@@ -1,10 +1,20 @@
 """Settings of the whole test suite, made before anything imports torch or transformers."""
 
 import os
+import random
+from collections import defaultdict
 
 import pytest
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+SAMPLE = 8
+"""Cases of a parametrised test that --quick runs at most."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The option of `make quick`."""
+    parser.addoption("--quick", action="store_true", help=f"no slow tests, at most {SAMPLE} cases of every table")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -18,6 +28,23 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     item.add_marker(pytest.mark.xdist_group("processes" if processes else item.path.stem))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The tests that start processes come first: they are the longest group, which is to leave no worker idle."""
+    if config.getoption("quick"):
+        kept = _quick(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
     items.sort(key=lambda item: item.get_closest_marker("processes") is None)
+
+
+def _quick(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Tests without the markers `slow` and `processes`; of every test's cases a few, always the same."""
+    tables: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if not any(map(item.get_closest_marker, ("slow", "processes", "gpu"))):
+            tables[item.nodeid.partition("[")[0]].append(item)
+    return {item for name, cases in tables.items() for item in _some(name, cases)}
+
+
+def _some(name: str, cases: list[pytest.Item]) -> list[pytest.Item]:
+    return cases if len(cases) <= SAMPLE else random.Random(name).sample(cases, SAMPLE)
