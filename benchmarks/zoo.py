@@ -1,7 +1,7 @@
 """Trains a model of every architecture in four of transformers' mappings on four ranks, against one process.
 
-Through the public API alone: `autopart.check(model, "4:cpu", batch, ...)`, with tp=2 and pp=2 and with what the planner
-chooses by itself, of a tiny model and of one of sizes drawn at random (`zoo_models.drawn`). The loss, every gradient
+Through the public API alone: `autopart.check(model, "4:cpu", batch, ...)`, a tiny model with tp=2 and pp=2 and with
+what the planner chooses by itself, and one of sizes drawn at random (`zoo_models.drawn`) with either. The loss, every gradient
 and every buffer of a step must be one process's to 1e-5, relative. Ranks are threads of one process here; tests run a
 sample on real ones, over gloo. Each model has a process of its own, so that none can stop the others.
 
@@ -18,11 +18,12 @@ import collections
 import functools
 import json
 import os
+import random
 import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -35,8 +36,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
 OUTSIDE = ROOT / "benchmarks" / "results" / "zoo_outside.json"
 MESH = "4:cpu"
 SETTINGS: dict[str, dict[str, int]] = {"tp=2 x pp=2": {"tp": 2, "pp": 2}, "own choice": {}}
-SIZES = ("tiny", "drawn")
-TRIALS = tuple(f"{size}, {setting}" for size in SIZES for setting in SETTINGS)
+TRIALS = (*(f"tiny, {setting}" for setting in SETTINGS), "drawn size, one of the two")
 CPU_LIMIT = 600
 SLOW = 20
 """CPU seconds above which a trial is named: planning, the split step and one process's."""
@@ -46,21 +46,24 @@ TITLES["hand"] = "written by hand"
 
 
 def trial(task: str, model_type: str, seed: int) -> Row:
-    """Build one architecture in both sizes, and train it under every setting."""
+    """Build one architecture tiny, and train it under every setting; and in a drawn size, under a drawn one."""
     from zoo_models import TINY, Unbuildable, build, drawn
 
     row: Row = {"outcomes": {}, "seconds": {}, "plans": {}, "split": {}}
-    for size in SIZES:
+    *tiny, other = TRIALS
+    one_setting = random.Random(f"{task}:{model_type}:{seed}").choice(list(SETTINGS.values()))
+    for make, trials in (
+        (lambda: (*build(task, model_type), TINY), dict(zip(tiny, SETTINGS.values(), strict=True))),
+        (lambda: drawn(task, model_type, seed), {other: one_setting}),
+    ):
         try:
-            model, batch, drawn_size = drawn(task, model_type, seed) if size == "drawn" else (
-                *build(task, model_type), TINY,
-            )  # fmt: skip
+            model, batch, size = make()
         except Unbuildable as error:
-            row["outcomes"] |= {f"{size}, {setting}": f"not built: {error}" for setting in SETTINGS}
+            row["outcomes"] |= dict.fromkeys(trials, f"not built: {error}")
             continue
         parameters = sum(p.numel() for p in model.parameters())
-        row[size] = {**asdict(drawn_size), "parameters": parameters, "class": type(model).__name__}
-        train(row, model, batch, f"{size}, ")
+        row["sizes"] = [*row.get("sizes", ()), {**asdict(size), "parameters": parameters}]
+        train(row, model, batch, trials)
     return row
 
 
@@ -74,19 +77,19 @@ def trial_outside(package: str, name: str) -> Row:
     except ImportError as error:
         return {**row, "outcomes": dict.fromkeys(SETTINGS, f"not built: {error}")}
     row |= {"parameters": sum(p.numel() for p in model.parameters())}
-    train(row, model, batch)
+    train(row, model, batch, SETTINGS)
     return row
 
 
-def train(row: Row, model: Any, batch: Any, prefix: str = "") -> None:
-    """Train a model under every setting, and note in its row what came of it."""
+def train(row: Row, model: Any, batch: Any, trials: Mapping[str, Mapping[str, int]]) -> None:
+    """Train a model under the degrees of every trial, and note in its row what came of it."""
     import torch
     from exactness import verdict
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    for setting, degrees in SETTINGS.items():
-        name, started = f"{prefix}{setting}", cpu_seconds()
+    for name, degrees in trials.items():
+        started = cpu_seconds()
         row["outcomes"][name], plan = verdict(model, MESH, batch, **degrees)
         row["seconds"][name] = round(cpu_seconds() - started, 1)
         if plan is not None:
