@@ -1,9 +1,9 @@
 """Trains a model of every architecture in four of transformers' mappings on four ranks, against one process.
 
 Through the public API alone: `autopart.check(model, "4:cpu", batch, ...)`, a tiny model with tp=2 and pp=2 and with
-what the planner chooses by itself, and one of sizes drawn at random (`zoo_models.drawn`) with either. The loss, every gradient
-and every buffer of a step must be one process's to 1e-5, relative. Ranks are threads of one process here; tests run a
-sample on real ones, over gloo. Each model has a process of its own, so that none can stop the others.
+what the planner chooses by itself, and one of sizes drawn at random (`zoo_models.drawn`) with either. The loss, every
+gradient and every buffer of a step must be one process's to 1e-5, relative. Ranks are threads of one process here;
+tests run a sample on real ones, over gloo. Each model has a process of its own, so that none can stop the others.
 
     python benchmarks/zoo.py                        # all, about an hour on two cores
     python benchmarks/zoo.py --only clm:gpt2,mlm:bert --seed 3
