@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from alone import Row, alone
+from documents import DOCS, write_between
 
 RESULTS = Path(__file__).parent / "results" / "planning_zoo.json"
 MESH = "8x8:h100-80gb"
@@ -200,6 +201,11 @@ def main(only: Sequence[str], limit: int, path: Path | None) -> int:
         found = {"command": command, "python": platform.python_version(), "rows": rows}
         (path or RESULTS).write_text(json.dumps(found, indent=1) + "\n")
     return 0 if met(rows) else 1
+
+
+def into_docs(path: Path | None) -> None:
+    """Write the table of the last results into docs/zoo.md."""
+    write_between(DOCS / "zoo.md", "planning-zoo", table(json.loads((path or RESULTS).read_text())["rows"]))
 
 
 def met(rows: Sequence[Row]) -> bool:

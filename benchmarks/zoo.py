@@ -8,7 +8,8 @@ tests run a sample on real ones, over gloo. Each model has a process of its own,
     python benchmarks/zoo.py                        # all, about an hour on two cores
     python benchmarks/zoo.py --only clm:gpt2,mlm:bert --seed 3
     python benchmarks/zoo.py --outside              # models of other packages (extra `zoo`), and some written by hand
-    python benchmarks/zoo.py --readme               # writes the table into README.md from the last results
+    python benchmarks/zoo.py --docs                 # writes the table of the last results into docs/zoo.md
+    python benchmarks/zoo.py --outside --docs       # likewise
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from alone import Row, alone, cpu_seconds
+from documents import DOCS, write_between
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
@@ -179,14 +181,6 @@ def notes(rows: Sequence[Row]) -> Iterator[str]:
         yield f"Operators without a rule: {', '.join(f'{op} ({n})' for op, n in replicated.most_common())}."
 
 
-def into_readme(text: str) -> None:
-    readme = ROOT / "README.md"
-    old = readme.read_text()
-    start, end = "<!-- zoo -->", "<!-- /zoo -->"
-    before, after = old.split(start)[0], old.split(end)[1]
-    readme.write_text(f"{before}{start}\n{text}\n{end}{after}")
-
-
 def wanted(only: str, outside: bool) -> Iterator[tuple[str, str]]:
     if outside:
         from zoo_outside import MODELS
@@ -208,11 +202,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--outside", action="store_true", help="models of other packages and written by hand")
     parser.add_argument("--json", type=Path, help="where the results go")
-    parser.add_argument("--readme", action="store_true", help="write the table of the last results into README.md")
+    parser.add_argument("--docs", action="store_true", help="write the table of the last results into docs/zoo.md")
     arguments = parser.parse_args()
     arguments.json = arguments.json or (OUTSIDE if arguments.outside else RESULTS)
-    if arguments.readme:
-        into_readme(table(json.loads(arguments.json.read_text())["rows"]))
+    if arguments.docs:
+        marker = "outside" if arguments.outside else "zoo"
+        write_between(DOCS / "zoo.md", marker, table(json.loads(arguments.json.read_text())["rows"]))
         return
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}
     started = time.monotonic()

@@ -1,0 +1,104 @@
+"""The documents name files, sections, commands and options that exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from autopart.cli import app
+from benchmarks.documents import DOCS, write_between
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+DOCUMENTS = [README, *sorted(DOCS.glob("*.md"))]
+FOLDERS = (ROOT, ROOT / "autopart")
+EMITTED = re.compile(r"stage_\d\.py|run\.py|plan\.json|modeling_\w+\.py")
+"""Files of the emitted folder, and of transformers."""
+documents = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+
+
+def anchors(path: Path) -> set[str]:
+    """What a link to a section of a document may end in."""
+    headings = re.findall(r"^#+ (.*)", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def commands(path: Path, program: str) -> list[list[str]]:
+    """The words of every command of a program in a document, in code blocks and in backticks."""
+    text = path.read_text()
+    lines = [
+        *re.findall(rf"^    (?:\w+=\S+ )*{program} (.*)", text, re.MULTILINE),
+        *re.findall(rf"`{program} ([^`]*)`", text),
+    ]
+    return [shlex.split(line.split("  ")[0]) for line in lines]
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text().splitlines()) < 200
+
+
+@documents
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+        file, _, section = target.partition("#")
+        there = path.parent / file if file else path
+        assert there.exists(), target
+        assert not section or section in anchors(there), target
+
+
+@documents
+def test_files_exist(path: Path) -> None:
+    names = re.findall(r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|toml|json|txt|md)|(?:[\w.-]+/)+)`", path.read_text())
+    lost = [n for n in names if not EMITTED.fullmatch(n) and not any((folder / n).exists() for folder in FOLDERS)]
+    assert not lost
+
+
+@documents
+def test_commands_of_the_shell_have_their_options(path: Path) -> None:
+    group = typer.main.get_command(app)
+    for words in commands(path, "autopart"):
+        name, *rest = words
+        known = {option for p in group.commands[name].params for option in p.opts} if name in group.commands else None
+        assert known is not None or name == "--help", words
+        assert not {w for w in rest if w.startswith("--")} - (known or set()), words
+
+
+@documents
+def test_benchmarks_have_their_options(path: Path) -> None:
+    for file, *rest in commands(path, "python"):
+        if file.startswith("benchmarks/"):
+            source = (ROOT / file).read_text()
+            assert all(f'"{word}"' in source for word in rest if word.startswith("--")), (file, rest)
+
+
+@documents
+def test_targets_of_make_exist(path: Path) -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {words[0] for words in commands(path, "make")} <= targets
+
+
+@documents
+def test_python_is_python(path: Path) -> None:
+    for code in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL):
+        ast.parse(code)
+
+
+def test_a_table_is_written_between_its_markers(tmp_path: Path) -> None:
+    file = tmp_path / "table.md"
+    file.write_text("a\n<!-- x -->\nold\n<!-- /x -->\nb\n<!-- y -->\n<!-- /y -->\n")
+    for text in ("first", "second"):
+        write_between(file, "x", text)
+    assert file.read_text() == "a\n<!-- x -->\nsecond\n<!-- /x -->\nb\n<!-- y -->\n<!-- /y -->\n"
+
+
+@pytest.mark.parametrize("marker", ["zoo", "outside", "planning-zoo"])
+def test_the_zoo_has_a_place_for_every_table(tmp_path: Path, marker: str) -> None:
+    file = tmp_path / "zoo.md"
+    file.write_text((DOCS / "zoo.md").read_text())
+    write_between(file, marker, "a new table")
+    assert f"<!-- {marker} -->\na new table\n<!-- /{marker} -->" in file.read_text()
