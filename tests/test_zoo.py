@@ -1,4 +1,4 @@
-"""Tiny models of twenty architectures on four processes train as one process does: a sample of benchmarks/zoo.py."""
+"""Tiny models of ten architectures on four processes train as one process does: a sample of benchmarks/zoo.py."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import pytest
 from autopart.runtime.launch import launch
 
 WORKER = Path(__file__).with_name("zoo_worker.py")
-SAMPLE = """clm:bloom clm:deepseek_v3 clm:falcon clm:gemma2 clm:gpt_neox clm:gpt_oss clm:hrm_text clm:mamba clm:mixtral
-    clm:opt clm:phi3 mlm:albert mlm:deberta-v2 mlm:distilbert s2s:bart s2s:t5gemma img:convnext
-    img:dinov2 img:regnet img:resnet""".split()
+SAMPLE = """clm:bloom clm:deepseek_v3 clm:falcon clm:gpt_oss clm:mamba clm:mixtral mlm:deberta-v2 s2s:t5gemma
+    img:convnext img:resnet""".split()
 
 
 @pytest.fixture(scope="module")
