@@ -364,9 +364,8 @@ def describe(plan: Plan) -> str:
         f"# {plan.status}, gap {plan.gap:.2%}, planned in {plan.planning_seconds:.1f} s",
     ]
     for index, stage in enumerate(plan.stages):
-        parts = ", ".join(f"{k} {bytes_text(v)}" for k, v in stage.memory.items() if v)
         lines.append(
-            f"stage {index}   {bytes_text(stage.memory_bytes)} ({parts})   "
+            f"stage {index}   {bytes_text(stage.memory_bytes)} ({', '.join(_parts(stage.memory))})   "
             f"forward {seconds_text(stage.forward_seconds)}  backward {seconds_text(stage.backward_seconds)}  "
             f"gradient sync {seconds_text(stage.sync_seconds)}"
         )
@@ -377,6 +376,16 @@ def describe(plan: Plan) -> str:
         lines.append(f"without a rule, run whole on every rank: {', '.join(plan.replicated)}")
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(lines)
+
+
+def _parts(memory: Mapping[str, float]) -> Iterator[str]:
+    """The kinds of bytes of a stage; what is transient may be less than nothing, where the others are not all alive at
+    the peak."""
+    for kind, number in memory.items():
+        if number > 0:
+            yield f"{kind} {bytes_text(number)}"
+        elif number < 0:
+            yield f"less {bytes_text(-number)} not alive at the peak"
 
 
 def _described(run: PlanRun, stage: int, shown: dict[tuple[PlanLine, ...], str]) -> Iterator[str]:
