@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autopart.graph import info
+from autopart.graph import has_gradient, info
 from autopart.naming import ATOM, BINARY, UNARY, Scope, Text
 
 INFIX = {
@@ -161,6 +161,7 @@ def _linear_bias(speller: Speller, scope: Scope, node: fx.Node, args: list[Any],
 def _embedding(speller: Speller, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Text:
     weight, ids, *rest = args
     extra = {"padding_idx": rest[0]} if rest and rest[0] != -1 else {}
+    extra |= {"scale_grad_by_freq": True} if len(rest) > 1 and rest[1] else {}
     return speller.call(scope, "F.embedding", [ids, weight], extra)
 
 
@@ -207,7 +208,10 @@ def _neg(speller: Speller, scope: Scope, node: fx.Node, args: list[Any], kwargs:
 
 
 def _pad(speller: Speller, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Text:
-    named = {"value": int(args[3]) if not info(node).dtype.is_floating_point else args[3]} if len(args) > 3 else {}
+    mode, value = [*args[2:], *("constant", None)[len(args) - 2 :]]
+    named = {"mode": mode} if mode != "constant" else {}
+    if value is not None:
+        named["value"] = value if has_gradient(info(node).dtype) else int(value)
     return speller.call(scope, "F.pad", args[:2], named)
 
 

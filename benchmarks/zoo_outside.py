@@ -7,7 +7,7 @@ a user would write it. Nothing is downloaded.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -162,13 +162,13 @@ def timm(name: str, side: int = 32, **settings: Any) -> Callable[[], Built]:
     return made
 
 
-def timm_class(path: str, block: str = "", **settings: Any) -> Callable[[], Built]:
-    """A classifier of timm by its class, with blocks of another."""
+def timm_class(path: str, parts: Mapping[str, str] | None = None, **settings: Any) -> Callable[[], Built]:
+    """A classifier of timm by its class, with classes of the same module as arguments."""
 
     def made() -> Built:
         module, _, name = path.rpartition(".")
         package = importlib.import_module(f"timm.models.{module}")
-        blocks = {"block_layer": getattr(package, block)} if block else {}
+        blocks = {argument: getattr(package, part) for argument, part in (parts or {}).items()}
         return wrapped(getattr(package, name)(num_classes=CLASSES, **blocks, **settings), {"x": image(32)})
 
     return made
@@ -192,8 +192,10 @@ MODELS |= {
     "timm:eva02": timm("eva02_tiny_patch14_224", 28, img_size=28, **THIN),
     "timm:convit": timm("convit_tiny", img_size=32, patch_size=8, **THIN),
     "timm:mixer": timm_class("mlp_mixer.MlpMixer", **MIXER | {"mlp_ratio": (0.5, 4.0)}),
-    "timm:gmlp": timm_class("mlp_mixer.MlpMixer", "SpatialGatingBlock", **MIXER),
-    "timm:resmlp": timm_class("mlp_mixer.MlpMixer", "ResBlock", **MIXER),
+    "timm:gmlp": timm_class(
+        "mlp_mixer.MlpMixer", {"block_layer": "SpatialGatingBlock", "mlp_layer": "GatedMlp"}, **MIXER
+    ),
+    "timm:resmlp": timm_class("mlp_mixer.MlpMixer", {"block_layer": "ResBlock"}, **MIXER),
     "timm:convmixer": timm_class("convmixer.ConvMixer", dim=32, depth=2, patch_size=4),
     "timm:pvt_v2": timm("pvt_v2_b0", 64, depths=(1, 1, 1, 1)),
 }

@@ -66,6 +66,25 @@ def test_a_name_that_torch_cannot_trace_is_told() -> None:
         autopart.plan(Coded(), "2:cpu", {"x": torch.randn(4, 8)})
 
 
+class Spelled(torch.nn.Module):
+    """Operators whose emitted call has arguments that are seldom given."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.rows, self.mode = torch.nn.Embedding(8, 8, padding_idx=1, scale_grad_by_freq=True), mode
+        self.line = torch.nn.Linear(8, 8)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        value = 0.5 if self.mode == "constant" else None
+        padded = torch.nn.functional.pad(self.rows(ids), (2, 1), self.mode, value)
+        return self.line(padded[..., :8]).square().mean()
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect", "replicate", "circular"])
+def test_emitted_calls_have_all_arguments(mode: str) -> None:
+    assert verdict(Spelled(mode), "2:cpu", {"ids": torch.randint(3, (4, 6))}, tp=2, micro_batch=4)[0] == "exact"
+
+
 class Recurrent(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
