@@ -208,8 +208,8 @@ def _neg(speller: Speller, scope: Scope, node: fx.Node, args: list[Any], kwargs:
 
 
 def _pad(speller: Speller, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Text:
-    mode, value = [*args[2:], *("constant", None)[len(args) - 2 :]]
-    named = {"mode": mode} if mode != "constant" else {}
+    mode, value = (*args[2:], *("constant", None)[len(args) - 2 :])
+    named: dict[str, Any] = {"mode": mode} if mode != "constant" else {}
     if value is not None:
         named["value"] = value if has_gradient(info(node).dtype) else int(value)
     return speller.call(scope, "F.pad", args[:2], named)
