@@ -208,7 +208,7 @@ def _neg(speller: Speller, scope: Scope, node: fx.Node, args: list[Any], kwargs:
 
 
 def _pad(speller: Speller, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Text:
-    mode, value = (*args[2:], *("constant", None)[len(args) - 2 :])
+    mode, value = args[2] if len(args) > 2 else "constant", args[3] if len(args) > 3 else None
     named: dict[str, Any] = {"mode": mode} if mode != "constant" else {}
     if value is not None:
         named["value"] = value if has_gradient(info(node).dtype) else int(value)
