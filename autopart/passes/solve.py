@@ -36,6 +36,10 @@ NODES = 200
 CUTS, CLOSE = 4, 1e-3
 """How often, and how near, `Solver.share` looks for a maximum."""
 
+WARM, FREE = 0.1, 1000
+"""The simplex iterations after which a last basis is given up for HiGHS's own start: such a share of what the first
+relaxation took, and no fewer than so many. Far from the optimum it takes several times as long."""
+
 INTEGRAL = 1e-6
 """How far from a whole number a solution may be."""
 
@@ -97,6 +101,8 @@ class Solver:
         self.place = np.full(self.columns, -1)
         self.place[self.used] = np.arange(len(self.used))
         self.highs = self._pass()
+        self.iterations = 0
+        """Simplex iterations of the first relaxation."""
         self.narrowed: list[int] = []
         self.bases: dict[int, highspy.HighsBasis] = {}
         """Best bases by a hash of the costs, to begin with where options are narrowed."""
@@ -142,7 +148,7 @@ class Solver:
         if narrowed:
             self.highs.setBasis(self.bases[known])
         self.highs.setOptionValue("simplex_strategy", DUAL if narrowed else CHOOSE)
-        self.highs.run()
+        self._run()
         if self.highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
             return float("inf"), None
         if not allowed:
@@ -152,6 +158,18 @@ class Solver:
         strategies = values[: self.strategies]
         whole = np.abs(strategies - strategies.round()).max(initial=0.0) <= INTEGRAL
         return objective / self.scale, self._solution(values, objective, objective) if whole else None
+
+    def _run(self) -> None:
+        """Solve from the last basis, or from none where that is far from the optimum."""
+        limit = max(FREE, round(WARM * self.iterations))
+        if self.iterations:
+            self.highs.setOptionValue("simplex_iteration_limit", limit)
+        self.highs.run()
+        self.highs.setOptionValue("simplex_iteration_limit", highspy.kHighsIInf)
+        if self.highs.getModelStatus() == highspy.HighsModelStatus.kIterationLimit:
+            self.highs.clearSolver()
+            self.highs.run()
+        self.iterations = self.iterations or self.highs.getInfo().simplex_iteration_count
 
     def below(self, costs: Array) -> float:
         """A bound below `relax`'s in a small part of its time: the best by weak duality with the multipliers of
