@@ -99,7 +99,6 @@ def _export(
         nullcontext() if drawn is None else _drawing(drawn),
     ):
         warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings("ignore", r"(?s).*_flat_weights", UserWarning)  # what a recurrent module reads anew
         exported = torch.export.export(skeleton, (), kwargs, strict=False)
         _refuse_hidden_tensors(exported)
         _cut_gradients(exported)
