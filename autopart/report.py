@@ -28,7 +28,11 @@ EQUAL = 1e-6
 
 
 def write_out(space: Space, found: Found, started: float, model: str) -> Plan:
-    """The plan in full. Raises AssertionError where its price, node by node, is not what the search said."""
+    """The plan in full. Raises AssertionError where its price, node by node, is not what the search said.
+
+    Where a backward hides gradient sync, the price may be less: the search counts no change of placement that several
+    positions share to what hides.
+    """
     request, folded, point = space.request, space.folded, found.point
     m = space.micro_batches(point)
     distinct = list(dict.fromkeys(found.chosen))
@@ -41,8 +45,11 @@ def write_out(space: Space, found: Found, started: float, model: str) -> Plan:
         stages.append(price_stage(space, found, splits[at], at, index, (start, end), modes, known))
     times = [stage.turn_seconds(space.turns(point)) for stage in stages]
     step = sum(times) + (m - 1) * max(times)
+    hides = space.device(point).beside > 0
     for index, (mine, theirs) in enumerate(zip(times, found.stage_seconds, strict=True)):
-        assert math.isclose(mine, theirs, rel_tol=EQUAL), f"stage {index} is {mine} s written out, {theirs} s searched"
+        equal = math.isclose(mine, theirs, rel_tol=EQUAL) or (hides and mine < theirs)
+        assert equal, f"stage {index} is {mine} s written out, {theirs} s searched"
+    bound = min(found.bound, step)
     if space.request.must_fit:
         most = max(s.memory_bytes for s in stages)
         assert most <= usable_bytes(space.mesh) * (1 + EQUAL), f"{most} bytes written out, searched to fit"
@@ -65,9 +72,9 @@ def write_out(space: Space, found: Found, started: float, model: str) -> Plan:
         splits=tuple(splits),
         stages=tuple(stages),
         step_seconds=step,
-        gap=max(0.0, 1.0 - found.bound / found.seconds),
-        bound_seconds=found.bound,
-        status="optimal" if found.bound >= found.seconds * (1 - 1e-6) else "feasible",
+        gap=max(0.0, 1.0 - bound / step),
+        bound_seconds=bound,
+        status="optimal" if bound >= step * (1 - 1e-6) else "feasible",
         planning_seconds=time.monotonic() - started,
         forward_flops=_forward_flops(space, m),
         signature=Signature.of(folded),

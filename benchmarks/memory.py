@@ -26,7 +26,7 @@ import random
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -270,7 +270,7 @@ class Bench:
         if row.settings.get("again"):
             forced += [f"strategy {name} n+again over tp" for name in AGAIN[row.model.split()[-1]]]
         settings = {name: value for name, value in row.settings.items() if name != "again"}
-        request = request_of(source.model, source.batch, constraints=forced, must_fit=False, **settings)
+        request = replace(request_of(source.model, source.batch, constraints=forced, **settings), must_fit=False)
         plan = make_plan(source, Mesh.parse(f"{row.ranks}:cpu"), request, to_run=True)
         memory = tuple(dict(stage.memory) for stage in plan.stages)
         return Compared(row.name, plan.memory_bytes, tuple(measured(source, plan)), memory)
@@ -359,8 +359,9 @@ def layer(row: Mapping[str, str]) -> Layer:
         model = hf.GPT2LMHeadModel(config)
         tokens = torch.zeros(samples, length, dtype=torch.long)
     batch = {"input_ids": tokens, "labels": tokens}
-    settings = {"tp": tp, "micro_batch": samples, "recompute": formula.recompute, "must_fit": False, **MIXED}
+    settings = {"tp": tp, "micro_batch": samples, "recompute": formula.recompute, **MIXED}
     request = request_of(model, batch, constraints=MEGATRON + SEQUENCE[formula.sequence], **settings)
+    request = replace(request, must_fit=False)
     source = Source(model, batch, torch.bfloat16)
     plan = make_plan(source, Mesh.parse(f"{tp}:a100-80gb"), request)
     (stage,) = found_in(plan, source)

@@ -244,13 +244,14 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=120, metavar="SECONDS", help="CPU seconds of one run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     parser.add_argument("--zoo", action="store_true", help="every architecture and large models; rows: task:model_type")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="with --zoo: one of N architectures")
     parser.add_argument("--docs", action="store_true", help="write the last table of --zoo into docs/zoo.md")
     options = parser.parse_args()
     if options.docs:
         planning_zoo.into_docs(options.json)
         return 0
     if options.zoo:
-        return planning_zoo.main(options.rows, options.limit, options.json)
+        return planning_zoo.main(options.rows, options.every, options.limit, options.json)
     unknown = set(options.rows) - {r.name for r in ROWS}
     if unknown:
         parser.error(f"no such row: {', '.join(sorted(unknown))}")

@@ -173,16 +173,16 @@ def trial(task: str, name: str) -> Row:
     }
 
 
-def main(only: Sequence[str], limit: int, path: Path | None) -> int:
-    """Plan the models asked for ("large:llama-3-8b", "clm:gpt2"; none: all), print the table, write the figures; the
-    exit status is 1 where the goals are missed."""
+def main(only: Sequence[str], every: int, limit: int, path: Path | None) -> int:
+    """Plan the models asked for ("large:llama-3-8b", "clm:gpt2"; none: the large ones and one of `every` so many
+    architectures), print the table, write the figures; the exit status is 1 where the goals are missed."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical", "OMP_NUM_THREADS": "1"}
     import transformers  # noqa: F401  # imported once, before the forks
     from zoo_models import architectures
 
     import autopart  # noqa: F401
 
-    names = [*(("large", name) for name in LARGE), *architectures()]
+    names = [*(("large", name) for name in LARGE), *architectures()[:: 1 if only else every]]
     todo = [pair for pair in names if not only or ":".join(pair) in only]
     rows = []
 
@@ -205,7 +205,8 @@ def main(only: Sequence[str], limit: int, path: Path | None) -> int:
 
 def into_docs(path: Path | None) -> None:
     """Write the table of the last results into docs/zoo.md."""
-    write_between(DOCS / "zoo.md", "planning-zoo", table(json.loads((path or RESULTS).read_text())["rows"]))
+    found = json.loads((path or RESULTS).read_text())
+    write_between(DOCS / "zoo.md", "planning-zoo", f"`{found['command']}`:\n\n{table(found['rows'])}")
 
 
 def met(rows: Sequence[Row]) -> bool:

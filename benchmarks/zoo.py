@@ -198,6 +198,7 @@ def wanted(only: str, outside: bool) -> Iterator[tuple[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="task:model_type, comma-separated")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="one of N models")
     parser.add_argument("--seed", type=int, default=1, help="of the drawn sizes")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--outside", action="store_true", help="models of other packages and written by hand")
@@ -207,7 +208,8 @@ def main() -> None:
     arguments.json = arguments.json or (OUTSIDE if arguments.outside else RESULTS)
     if arguments.docs:
         marker = "outside" if arguments.outside else "zoo"
-        write_between(DOCS / "zoo.md", marker, table(json.loads(arguments.json.read_text())["rows"]))
+        found = json.loads(arguments.json.read_text())
+        write_between(DOCS / "zoo.md", marker, f"`{found['command']}`:\n\n{table(found['rows'])}")
         return
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}
     started = time.monotonic()
@@ -215,7 +217,7 @@ def main() -> None:
 
     import autopart  # noqa: F401
 
-    todo = list(wanted(arguments.only, arguments.outside))
+    todo = list(wanted(arguments.only, arguments.outside))[:: arguments.every]
     rows = []
 
     def tried(pair: tuple[str, str]) -> Row:

@@ -293,8 +293,8 @@ def edit(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 
 WHOLE = {"name": "R", "inputs": [], "outputs": ["R"], "local": "", "shards_work": False}
 REFUSED = {
-    "degrees": (edit("tp", 4), "does not fill the mesh"),
-    "micro-batch": (edit("micro_batch", 3), "the batch does not divide"),
+    "degrees": (edit("tp", 4), "does not fill 4:cpu"),
+    "micro-batch": (edit("micro_batch", 3), "8 samples are no multiple of micro_batch=3"),
     "stages": (edit("stages|1|first_run", 0), "the first starts at 0, each behind"),
     "modes": (edit("stages|1|recompute", []), "one mode for every run"),
     "no block": (edit("stages|0|recompute|0", "full"), "numbered blocks alone"),

@@ -201,7 +201,8 @@ def _block(d: int) -> int:
 
 
 def _warps(d: int) -> int:
-    """Sixteen elements a thread, more past 8192: the backward spills nothing up to 16384."""
+    """Sixteen elements a thread, more past 8192: the backward of rows whose length 16 divides spills nothing up to
+    16384."""
     return 32 if _block(d) > 16384 else min(max(_block(d) // 512, 1), 16)
 
 
