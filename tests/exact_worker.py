@@ -24,7 +24,7 @@ import autopart
 from autopart.check import worst_error
 from autopart.compile import Source
 
-STEPS = 5
+STEPS = 3
 Tensors = dict[str, torch.Tensor]
 
 
