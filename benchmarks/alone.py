@@ -47,7 +47,7 @@ def alone(run: Callable[[], Row], cpu_limit: int) -> Row:
     cpu = usage.ru_utime + usage.ru_stime
     if text:
         row = json.loads(text)
-    elif os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL) and cpu >= cpu_limit - 1:
+    elif os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL) and cpu >= 0.95 * cpu_limit:
         row = {"failed": f"not done after {cpu_limit} CPU s"}
     else:
         row = {"failed": f"the process ended with status {status}"}
