@@ -208,6 +208,7 @@ def test_memory_price() -> None:
     assert free.step_seconds * (1 - 1e-6) <= more.seconds <= found.plan.step_seconds * (1 + 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{"recompute": "none", "zero": 0, "pp": 1, "tp": 1}, {"micro_batch": 8, "recompute": "none"}, {}],

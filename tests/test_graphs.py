@@ -49,6 +49,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60 + 20 * EXAMPLES)
 @settings(
     max_examples=EXAMPLES,

@@ -50,6 +50,7 @@ def some(name: str) -> list[Mutant]:
     return random.Random(name).sample(found, min(MUTANTS, len(found)))
 
 
+@pytest.mark.slow
 def test_wrong_rows_are_caught() -> None:
     fates = [(mutant, fate(mutant, [*own(name), *cases(name)])) for name in RULES for mutant in some(name)]
     caught = sum(found == "disproven" for _, found in fates)
