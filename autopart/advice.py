@@ -24,9 +24,14 @@ TOLD = 2
 Try = tuple[str, Mesh, Request]
 
 
-def advice(space: Space, fold: Fold) -> str:
-    """The first changes after which there is a plan that fits, each found by searching again; "" if there are none."""
-    fits = (text for text, mesh, request in _changes(space) if _fits(space, mesh, request, fold))
+def advice(space: Space, fold: Fold, plans: Callable[[Mesh, Request], object]) -> str:
+    """The first changes after which there is a plan that fits, each found by searching again, then by `plans`, which
+    raises PartitionError where the graph that would run does not fit; "" if there are none."""
+    fits = (
+        text
+        for text, mesh, request in _changes(space)
+        if _fits(space, mesh, request, fold) and _planned(plans, mesh, request)
+    )
     found = list(islice(fits, TOLD))
     return f"what fits: {', or '.join(found)}" if found else ""
 
@@ -40,6 +45,14 @@ def _fits(space: Space, mesh: Mesh, request: Request, fold: Fold) -> bool:
         tables = same and ((request.tp or 1) > 1) == ((space.request.tp or 1) > 1)
         models = space.models if tables else {}
         Search(Space(folded, mesh, request, models), silent).run()
+    except PartitionError:
+        return False
+    return True
+
+
+def _planned(plans: Callable[[Mesh, Request], object], mesh: Mesh, request: Request) -> bool:
+    try:
+        plans(mesh, request)
     except PartitionError:
         return False
     return True

@@ -35,7 +35,7 @@ from autopart.passes.trace import trace
 from autopart.plan import Plan
 from autopart.planner import Found, Say, Search, silent
 from autopart.report import write_out
-from autopart.request import Request, read_settings
+from autopart.request import Request, read_constraints, read_settings
 from autopart.runtime.compiled import Compiled, Program
 from autopart.runtime.executor import Message
 from autopart.runtime.groups import Groups, make_groups, start_processes
@@ -416,14 +416,26 @@ def make_plan(
     source: Source, mesh: Mesh, request: Request, say: Say = silent, to_run: bool = False, advise: bool = True
 ) -> Plan:
     """`plan` for a model that may be traced already. It is for the graph of its own micro-batch; one `to_run` is of the
-    graph whose every block was traced. Where nothing fits, what would is looked for if it is to `advise`."""
+    graph whose every block was traced. Where a micro-batch that seemed to fit does not in its own graph, others are
+    tried. Where nothing fits, what would is looked for if it is to `advise`."""
     started = time.monotonic()
     made, search, _ = explored(source, mesh, request, say, advise)
     planned = search.space.folded
     folded = (source.at if to_run else source.short)(made.micro_batch, mesh)
     if folded.hash == planned.hash:
         return made
-    return _made_for(folded, made, search, say, started)
+    try:
+        return _made_for(folded, made, search, say, started)
+    except PartitionError:
+        if request.micro_batch:
+            raise
+        others = read_constraints(f"micro_batch!={made.micro_batch}")
+        with suppress(PartitionError):
+            other = replace(request, constraints=(*request.constraints, *others))
+            plan = make_plan(source, mesh, other, say, to_run, advise=False)
+            bound = min(plan.bound_seconds, made.bound_seconds)
+            return replace(plan, request=made.request, bound_seconds=bound, gap=1.0 - bound / plan.step_seconds)
+        raise
 
 
 def _made_for(folded: Folded, made: Plan, search: Search, say: Say, started: float) -> Plan:
@@ -463,7 +475,16 @@ def _searched(space: Space, say: Say, started: float, source: Source, advise: bo
     except PartitionError as error:
         if search.short is None or not advise:
             raise
-        way_out = advice(space, lambda mesh, dtype: Source(source.model, source.batch, DTYPES[dtype]).short(2, mesh))
+
+        def of(dtype: str) -> Source:
+            wanted = DTYPES[dtype]
+            return source if wanted == source.dtype else Source(source.model, source.batch, wanted)
+
+        way_out = advice(
+            space,
+            lambda mesh, dtype: of(dtype).short(2, mesh),
+            lambda mesh, request: make_plan(of(request.precision), mesh, request, advise=False),
+        )
         raise PartitionError(error.what, error.why, way_out or error.try_) from None
     return write_out(space, found, started, type(source.model).__name__), search, found
 
