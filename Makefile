@@ -46,7 +46,7 @@ $(SETUP): pyproject.toml $(LOCKED)
 demo: setup  ## partition and train a small model
 	@$(BIN)/python examples/demo.py
 
-quick: setup  ## run the tests that catch most, in a minute and a half
+quick: setup  ## run a sample of every table of tests, nothing slow
 	$(BIN)/python -m pytest --quick $(TESTS)
 
 test: setup  ## run every test

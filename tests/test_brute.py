@@ -38,6 +38,7 @@ def check_found(judge: Judge, found: Found) -> None:
     assert plan.step_seconds == pytest.approx(found.seconds, rel=EQUAL)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # of ten problems, one of which alone may take a minute
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_no_plan_is_faster(chunk: int) -> None:
