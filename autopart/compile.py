@@ -34,7 +34,7 @@ from autopart.passes.simplify import simplify
 from autopart.passes.trace import trace
 from autopart.plan import Plan
 from autopart.planner import Found, Say, Search, silent
-from autopart.report import write_out
+from autopart.report import bounded, write_out
 from autopart.request import Request, read_constraints, read_settings
 from autopart.runtime.compiled import Compiled, Program
 from autopart.runtime.executor import Message
@@ -434,7 +434,7 @@ def make_plan(
             other = replace(request, constraints=(*request.constraints, *others))
             plan = make_plan(source, mesh, other, say, to_run, advise=False)
             bound = min(plan.bound_seconds, made.bound_seconds)
-            return replace(plan, request=made.request, bound_seconds=bound, gap=1.0 - bound / plan.step_seconds)
+            return bounded(replace(plan, request=made.request), bound)
         raise
 
 

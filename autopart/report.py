@@ -7,6 +7,7 @@ import time
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 from autopart.cost import update_seconds
@@ -49,13 +50,12 @@ def write_out(space: Space, found: Found, started: float, model: str) -> Plan:
     for index, (mine, theirs) in enumerate(zip(times, found.stage_seconds, strict=True)):
         equal = math.isclose(mine, theirs, rel_tol=EQUAL) or (hides and mine < theirs)
         assert equal, f"stage {index} is {mine} s written out, {theirs} s searched"
-    bound = min(found.bound, step)
     if space.request.must_fit:
         most = max(s.memory_bytes for s in stages)
         assert most <= usable_bytes(space.mesh) * (1 + EQUAL), f"{most} bytes written out, searched to fit"
     missing = sorted({info(n).name for n in folded.representatives() if info(n).kind == "op"} - {"autopart.getitem"})
     blocks = {mode for mode, label in zip(found.recompute, folded.labels, strict=True) if is_block(label)}
-    return Plan(
+    plan = Plan(
         model=model,
         mesh=space.mesh,
         pp=point.pp,
@@ -72,9 +72,9 @@ def write_out(space: Space, found: Found, started: float, model: str) -> Plan:
         splits=tuple(splits),
         stages=tuple(stages),
         step_seconds=step,
-        gap=max(0.0, 1.0 - bound / step),
-        bound_seconds=bound,
-        status="optimal" if bound >= step * (1 - 1e-6) else "feasible",
+        gap=0.0,
+        bound_seconds=step,
+        status="optimal",
         planning_seconds=time.monotonic() - started,
         forward_flops=_forward_flops(space, m),
         signature=Signature.of(folded),
@@ -82,6 +82,14 @@ def write_out(space: Space, found: Found, started: float, model: str) -> Plan:
         notes=tuple(_notes(space, found)),
         request=request.to_json(),
     )
+    return bounded(plan, found.bound)
+
+
+def bounded(plan: Plan, bound: float) -> Plan:
+    """The plan with a lower bound of its step in seconds: gap = 1 - bound / step."""
+    bound = min(bound, plan.step_seconds)
+    status = "optimal" if bound >= plan.step_seconds * (1 - 1e-6) else "feasible"
+    return replace(plan, bound_seconds=bound, gap=1.0 - bound / plan.step_seconds, status=status)
 
 
 def _forward_flops(space: Space, micro_batches: int) -> float:
