@@ -22,10 +22,11 @@ from autopart.notation import Placement
 from autopart.passes.localise import localise
 from autopart.passes.price import PricedRun, Prices, price
 from autopart.plan import Plan, PlanStage, Signature, usable_bytes
+from autopart.request import is_block
 from autopart.rules import has_rule
 from autopart.schedules import SCHEDULES, in_flight, on_its_way
 from autopart.stages import OWNED, SETUP_RUN, Choices, Crossing, StageGraph, backward_of
-from autopart.validate import choices_of, cut_findings, is_block, spans_of, strategy_findings
+from autopart.validate import choices_of, cut_findings, spans_of, strategy_findings
 
 EQUAL = 1e-6
 """Relative difference of two sums of the same numbers."""
@@ -39,7 +40,6 @@ BYTES, ABOVE = 1e-3, 0.05
 though a few bytes of it do not; what several blocks keep is taken to be kept where one of them is run again, too.
 What is transient is less what is gone: it may be off by as many bytes as activations are, too."""
 
-MODES = ("none", "selective", "full")
 ASKED = (
     *("pp", "dp", "tp", "micro_batch", "global_batch", "zero", "schedule"),
     *("precision", "master", "optimizer"),

@@ -15,6 +15,7 @@ from autopart.graph import has_gradient, info, is_pick, operands, shape_args, va
 from autopart.notation import C, G, Placement, splits
 from autopart.plan import Plan
 from autopart.relayout import possible
+from autopart.request import is_block
 from autopart.rules import Strategy, strategies
 from autopart.stages import Choices
 
@@ -153,8 +154,3 @@ def spans_of(plan: Plan, folded: Folded) -> list[range]:
     """The runs of every stage."""
     ends = (*plan.starts[1:], len(folded.labels))
     return [range(start, end) for start, end in zip(plan.starts, ends, strict=True)]
-
-
-def is_block(label: str) -> bool:
-    """Whether a run is a numbered block."""
-    return label.rpartition(".")[2].isdigit()
