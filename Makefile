@@ -66,7 +66,7 @@ check: setup  ## lint, format, types and import layering
 	$(BIN)/python -m pytest -q -n 0 tests/test_layering.py
 
 golden: setup  ## renew the golden files
-	AUTOPART_GOLDEN=renew $(BIN)/python -m pytest -n 0 tests/test_golden.py
+	AUTOPART_GOLDEN=renew $(BIN)/python -m pytest -n 0 tests/passes/test_golden.py
 
 lock: setup  ## renew constraints/: the newest versions that are allowed, with the torch that was measured, and the oldest
 	echo torch==2.13.0 | $(LOCK) -c - -o $(LOCKED)

@@ -1,22 +1,23 @@
 """autopart: hand it a model and a mesh, get back the fastest correct way to train the model there."""
 
-from autopart.collector import paused
+from autopart.ir.gc_pause import paused
 
 with paused():
-    from autopart.calibrate.run import calibrate
-    from autopart.certify import certify
-    from autopart.check import Check, check
-    from autopart.compile import Simulated, compile, estimate, plan, simulate
+    from autopart.compile.api import compile, estimate, plan
+    from autopart.compile.check import Check, check
+    from autopart.compile.simulate import Simulated, simulate
     from autopart.errors import PartitionError
-    from autopart.estimates import Estimate
-    from autopart.explain import Explanation, explain
-    from autopart.mesh import Mesh, load_hardware
-    from autopart.meshes import MeshChoice, search_mesh
-    from autopart.plan import Plan
-    from autopart.reprice import reprice
+    from autopart.hardware.mesh import Mesh, load_hardware
+    from autopart.plan.data import Plan
+    from autopart.plan.estimate import Estimate
+    from autopart.plan.timeline import Timeline, timeline
+    from autopart.planner.explain.certificate import certify
+    from autopart.planner.explain.memory_report import Tenants, tenants
+    from autopart.planner.explain.mesh_search import MeshChoice, search_mesh
+    from autopart.planner.explain.reprice import reprice
+    from autopart.planner.explain.why import Explanation, explain
+    from autopart.runtime.calibrate.run import calibrate
     from autopart.runtime.compiled import Compiled
-    from autopart.tenants import Tenants, tenants
-    from autopart.timeline import Timeline, timeline
 
 __all__ = [
     "Check",

@@ -36,9 +36,10 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from autopart import Estimate, Mesh, PartitionError, Plan, timeline
-from autopart.comm import collective_seconds, merged_seconds
-from autopart.cost import Training, stream_rate_seconds, turns, update_seconds
-from autopart.plan import PlanRun, PlanStage
+from autopart.cost.collectives import collective_seconds, merged_seconds
+from autopart.cost.compute import stream_rate_seconds
+from autopart.cost.training_state import Training, turns, update_seconds
+from autopart.plan.data import PlanRun, PlanStage
 from benchmarks.fit import Collectives, Fabric, Fitted, Profile, refits
 from benchmarks.published import Bench, Published, read
 from benchmarks.reserved import reserved

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import autopart
-from autopart.check import one_process, worst_error
+from autopart.compile.check import one_process, worst_error
 
 TOLERANCE = 1e-5
 """Relative error of the loss, of every gradient and of every buffer that is exact, in float32 and in float64."""

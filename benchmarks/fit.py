@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autopart.comm import COLLECTIVES, all_reduce_seconds, p2p_seconds
-from autopart.efficiency import attention_seconds, memory_seconds, product_bytes, product_seconds
+from autopart.cost.collectives import COLLECTIVES, all_reduce_seconds, p2p_seconds
+from autopart.cost.kernel_efficiency import attention_seconds, memory_seconds, product_bytes, product_seconds
 from autopart.hardware import DEVICES, LINKS
+from autopart.hardware.mesh import Group
 from autopart.hardware.rows import Link, Silicon
-from autopart.mesh import Group
 
 DATA = Path(__file__).resolve().parent / "data"
 Floats = NDArray[np.float64]
@@ -361,8 +361,8 @@ class Profile:
 class Collectives:
     """The rows of `aceso_v100_collectives.csv` that ran.
 
-    nbytes   as the functions of `autopart.comm` count them: the whole. The source counts a rank's part of an
-             all-gather
+    nbytes   as the functions of `autopart.cost.collectives` count them: the whole. The source counts a rank's part of
+             an all-gather
     copied   bytes read and written by copies between lists of tensors and one buffer, one kernel a rank
     aligned  sizes that are whole KiB; the source's profiles hold some odd numbers of elements, which copy and exchange
              without vector instructions (UNALIGNED) and take up to 1.6 times as long

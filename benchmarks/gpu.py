@@ -36,8 +36,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import autopart
-from autopart import PartitionError, Plan, models
-from autopart.compile import DTYPES
+from autopart import PartitionError, Plan
+from autopart.cli import models as models
+from autopart.frontend.batch import DTYPES
 from autopart.hardware.cuda import of_cuda
 from autopart.runtime.launch import launch
 

@@ -43,12 +43,16 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from autopart import Mesh, Plan
-from autopart.compile import DTYPES, Source, make_plan, programs, request_of
+from autopart.compile.programs import programs
+from autopart.frontend.batch import DTYPES
+from autopart.passes.source import Source
+from autopart.planner.explain.memory_report import found_in
+from autopart.planner.make_plan import make_plan, request_of
 from autopart.runtime.compiled import Compiled
-from autopart.runtime.groups import Group, Groups
+from autopart.runtime.groups import Groups
+from autopart.runtime.process_group import Group
 from autopart.runtime.simulated import run_simulated
 from autopart.runtime.standalone import OPTIMIZERS
-from autopart.tenants import found_in
 
 LAYERS_FILE = Path(__file__).with_name("data") / "seqsel_2205.05198_activation_memory.csv"
 RESULTS = Path(__file__).with_name("results") / "memory.json"

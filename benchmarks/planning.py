@@ -98,12 +98,12 @@ def command(row: Row, folder: Path) -> list[str]:
     model = row.model if row.layers is None else str(shortened(row, folder))
     settings = [f"--sequence={row.sequence}", f"--global-batch={row.global_batch}", "--precision=bfloat16"]
     line = ["plan", model, row.mesh, "--batch=2", *settings, f"--save={folder / 'plan.json'}"]
-    return [sys.executable, "-m", "autopart.cli", *line]
+    return [sys.executable, "-m", "autopart.cli.main", *line]
 
 
 def shortened(row: Row, folder: Path) -> Path:
     """A config.json of a row's model with its own number of layers."""
-    from autopart.models import SIZES
+    from autopart.cli.models import SIZES
 
     kind, settings = SIZES[row.model]
     file = folder / "config.json"

@@ -128,7 +128,7 @@ def large(name: str) -> tuple[Any, dict[str, Any]]:
     import torch
     from zoo_models import published
 
-    from autopart.models import SIZES
+    from autopart.cli.models import SIZES
 
     task, model_type, settings = LARGE[name]
     settings = settings or SIZES[name][1]

@@ -1,6 +1,6 @@
 """How well the op table is proven: on how many calls, in how many ways, and how many wrong rows that catches.
 
-The calls are those of PyTorch's own operator tests and those of this project's; see `tests/proof.py`.
+The calls are those of PyTorch's own operator tests and those of this project's; see `tests/support/proof.py`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 
 import torch
 from opinfo import chosen
 from proof import Case, fate, mutants, prove
 from rich.console import Console
 from rich.table import Table
-from test_rules import SAMPLES
+from samples import SAMPLES
 
-from autopart.rules import RULES
+from autopart.sharding.rules import RULES
 
 LIMIT, CALLS = 40, 24
 EVERYTHING = 10**6

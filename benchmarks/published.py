@@ -22,9 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from autopart import Mesh, PartitionError, Plan, models
-from autopart.compile import DTYPES, Source, make_plan
-from autopart.request import Request, read_constraints
+from autopart import Mesh, PartitionError, Plan
+from autopart.cli import models as models
+from autopart.frontend.batch import DTYPES
+from autopart.passes.source import Source
+from autopart.planner.make_plan import make_plan
+from autopart.planner.request import Request, read_constraints
 
 DATA = Path(__file__).resolve().parent / "data"
 DEVICES = (

@@ -29,8 +29,10 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import autopart
-from autopart.calibrate import calibrate
-from autopart.compile import Source, make_plan, programs, request_of
+from autopart.compile.programs import programs
+from autopart.passes.source import Source
+from autopart.planner.make_plan import make_plan, request_of
+from autopart.runtime.calibrate import calibrate
 from autopart.runtime.compiled import Compiled
 from autopart.runtime.groups import make_groups
 from autopart.runtime.launch import launch

@@ -36,9 +36,9 @@ from collections.abc import Iterator
 import torch
 
 from autopart import Plan
-from autopart.compile import Source
-from autopart.schedules import in_flight
-from autopart.tenants import Tenants, found_in
+from autopart.passes.source import Source
+from autopart.plan.schedules import in_flight
+from autopart.planner.explain.memory_report import Tenants, found_in
 from benchmarks.published import Published
 
 PLANNED_LOGITS = {False: 3.0, True: 2.5}

@@ -103,9 +103,10 @@ def train(row: Row, model: Any, batch: Any, trials: Mapping[str, Mapping[str, in
 
 def share_split(model: Any, batch: Any, plan: Any) -> float:
     """The share of the FLOPs of matrix products and convolutions that tp splits."""
-    from autopart.compile import DTYPES, Source
-    from autopart.graph import info
-    from autopart.rules import is_contraction
+    from autopart.frontend.batch import DTYPES
+    from autopart.ir.graph import info
+    from autopart.passes.source import Source
+    from autopart.sharding.rules import is_contraction
 
     folded = Source(model, batch, DTYPES[plan.precision]).at(plan.micro_batch, plan.mesh)
     split = total = 0.0

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import typer
 
-from autopart.cli import app
+from autopart.cli.main import app
 from benchmarks.documents import DOCS, write_between
 
 ROOT = Path(__file__).parents[1]
@@ -102,3 +104,9 @@ def test_the_zoo_has_a_place_for_every_table(tmp_path: Path, marker: str) -> Non
     file.write_text((DOCS / "zoo.md").read_text())
     write_between(file, marker, "a new table")
     assert f"<!-- {marker} -->\na new table\n<!-- /{marker} -->" in file.read_text()
+
+
+def test_the_table_of_files_is_what_the_files_say() -> None:
+    """`python scripts/rooms.py` renews it."""
+    done = subprocess.run([sys.executable, "scripts/rooms.py", "--check"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -31,8 +31,8 @@ class Measured:
     products    dtype -> rows (m, n, k, seconds, spread) of products of m x k by k x n, values alone
     attention   dtype -> rows (sequence, elements of a head, causal, seconds of a forward FLOP, of a backward one,
                 spread), FLOPs being those of the forward pass
-    operators   kind of operator, of `autopart.measured.KINDS` -> rows (bytes, forward, backward, spread): seconds of a
-                call under autograd by the bytes that it reads and writes
+    operators   kind of operator, of `autopart.cost.measured_tables.KINDS` -> rows (bytes, forward, backward,
+                spread): seconds of a call under autograd by the bytes that it reads and writes
     updates     optimizer -> rows (bytes, seconds, spread) of its step on one parameter of so many bytes
     accumulate  rows (bytes, seconds, spread) of adding a micro-batch's gradient to that of those before
     pace        what all seconds of a micro-batch are multiplied by; not part of a file (see `Mesh.busy_device`)
@@ -61,8 +61,8 @@ class Wire:
     """What takes how many seconds on a link.
 
     collectives  name -> ranks of the group, as text -> rows (bytes, seconds, spread). The names are those of
-                 `autopart.comm.COLLECTIVES` as the runtime runs them, with the bytes that are counted there, and with
-                 "merged_" before them for the bytes of many parameters that travel in one message
+                 `autopart.cost.collectives.COLLECTIVES` as the runtime runs them, with the bytes that are counted
+                 there, and with "merged_" before them for the bytes of many parameters that travel in one message
     p2p          rows (bytes, seconds, spread) of a message
     """
 

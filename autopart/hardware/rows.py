@@ -34,7 +34,7 @@ MI250 of Lee et al., Characterizing Compute-Communication Overlap, arXiv 2507.03
 
 @dataclass(frozen=True)
 class Silicon:
-    """The physical constants by which `autopart.efficiency` tells the seconds of kernels.
+    """The physical constants by which `autopart.cost.kernel_efficiency` tells the seconds of kernels.
 
     processors      multiprocessors
     issue           share of the peak that the inner loop of the largest tile reaches
@@ -120,8 +120,8 @@ class Link:
     bandwidth        bytes/s, one direction, of one device; between hosts, of one network card
     latency_seconds  of a message, in seconds
     source           where the numbers are from
-    kind             of KINDS: the first three have the latencies of NCCL's protocols (see `autopart.comm`), "host" has
-                     its own for every message
+    kind             of KINDS: the first three have the latencies of NCCL's protocols (see `autopart.cost.collectives`),
+                     "host" has its own for every message
     share            share of the bandwidth that rings reach
     exchange         share that an all-to-all reaches
     wired            devices that are wired to each other without a switch, a group of p of which has log p / log wired

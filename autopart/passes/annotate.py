@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from autopart.cost import is_loss
-from autopart.draws import uniform_of
-from autopart.graph import Traced, annotate, calls, info, operands, run_on_meta, shape_args, value_of
+from autopart.cost.compute import is_loss
+from autopart.frontend.torch_private import StorageWeakRef
+from autopart.ir.graph import Traced, annotate, calls, info, operands, run_on_meta, shape_args, value_of
+from autopart.ir.random_ops import uniform_of
 from autopart.kernels.rms_norm import REFERENCE_GRADIENTS
-from autopart.means import mixing
-from autopart.notation import Placement
-from autopart.rules import flops, is_contraction, product_of, strategies
-from autopart.torch_private import StorageWeakRef
+from autopart.passes.mean_loss import mixing
+from autopart.sharding.notation import Placement
+from autopart.sharding.rules import flops, is_contraction, product_of, strategies
 
 VIEWS = ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten.using_ints", "aten.expand")
 """Operators whose rule has no letter for a dim of one element. A single sample in dim 0 stays there, as more would."""

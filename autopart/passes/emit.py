@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx
 
-from autopart.blocks import Block, find_blocks, plural, segments
-from autopart.graph import info
-from autopart.naming import ATOM, UNARY, Scope, Text, output_name, wanted_name
-from autopart.relayout import GATHERED_AGAIN
-from autopart.spelling import INLINE, Speller, joins_bias, scalar_infix
-from autopart.stages import OWNED, StageGraph
+from autopart.ir.graph import info
+from autopart.passes.codegen.blocks import Block, find_blocks, plural, segments
+from autopart.passes.codegen.naming import ATOM, UNARY, Scope, Text, output_name, wanted_name
+from autopart.passes.codegen.spelling import INLINE, Speller, joins_bias, scalar_infix
+from autopart.passes.stage_graph import OWNED, StageGraph
+from autopart.sharding.resharding import GATHERED_AGAIN
 
 WIDTH = 100
 AGAIN = {"none": "", "selective": "recomputed_selectively", "full": "recomputed"}

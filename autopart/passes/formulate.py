@@ -23,16 +23,16 @@ from dataclasses import replace
 
 from torch import fx
 
-from autopart.cost import again_of, kind_of, peak_of
+from autopart.cost.compute import again_of, kind_of, peak_of
 from autopart.errors import PartitionError
-from autopart.folded import Folded
-from autopart.graph import Info, has_gradient, info, operands, shape_args, value_of
 from autopart.hardware.rows import Device
-from autopart.notation import AGAIN, C, G, Placement, R, S, splits
-from autopart.places import Write, places_of
-from autopart.problem import Flow, Node, Placements, Table, Value
-from autopart.relayout import possible, steps
-from autopart.rules import Strategy, is_contraction, strategies
+from autopart.ir.graph import Info, has_gradient, info, operands, shape_args, value_of
+from autopart.ir.layered_graph import Folded
+from autopart.passes.value_positions import Write, places_of
+from autopart.sharding.notation import AGAIN, C, G, Placement, R, S, splits
+from autopart.sharding.resharding import possible, steps
+from autopart.sharding.rules import Strategy, is_contraction, strategies
+from autopart.sharding.strategy_table import Flow, Node, Placements, Table, Value
 
 END = "loss"
 """The key of the pseudo-node that takes the loss, whole on every rank."""

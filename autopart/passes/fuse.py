@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from autopart.graph import Traced, call_args, calls, info, new_call
+from autopart.ir.graph import Traced, call_args, calls, info, new_call
 from autopart.kernels.rms_norm import rms_norm
 
 

@@ -14,9 +14,9 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from autopart.constants import Constants
-from autopart.experts import expert_linear
-from autopart.graph import Traced, call_args, calls, info, is_pick, loss_of, new_call
+from autopart.ir.expert_ops import expert_linear
+from autopart.ir.graph import Traced, call_args, calls, info, is_pick, loss_of, new_call
+from autopart.passes.constant_values import Constants
 
 aten = torch.ops.aten
 

@@ -15,9 +15,9 @@ import highspy
 import numpy as np
 import numpy.typing as npt
 
-from autopart.cost import Array
-from autopart.problem import Flow, Placements
-from autopart.sizes import Sizes, paths
+from autopart.cost.compute import Array
+from autopart.cost.sizes import Sizes, paths
+from autopart.sharding.strategy_table import Flow, Placements
 
 UNIT, DEAREST = 1e3, 1e2
 """About what a solution costs in the solver's unit, and how many times that a single price may be."""

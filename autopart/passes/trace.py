@@ -1,4 +1,4 @@
-"""nn.Module + batch -> fx.Graph: what `autopart.exporting` gives, with a record on every node."""
+"""nn.Module + batch -> fx.Graph: what `autopart.frontend.export` gives, with a record on every node."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import fx, nn
 from torch.export.graph_signature import OutputKind, TensorArgument
 
 from autopart.errors import PartitionError
-from autopart.exporting import export, source_line
-from autopart.graph import KEY, Info, Traced, has_gradient, placeholders
-from autopart.rules import flatten, is_contraction, op_name
-from autopart.shortened import Shortened, digest
-from autopart.torch_private import tree_unflatten
+from autopart.frontend.export import export, source_line
+from autopart.frontend.layer_sampling import Shortened, digest
+from autopart.frontend.torch_private import tree_unflatten
+from autopart.ir.graph import KEY, Info, Traced, has_gradient, placeholders
+from autopart.sharding.rules import flatten, is_contraction, op_name
 
 
 def trace(

@@ -1,6 +1,6 @@
 """What emitted code calls, and what runs it. Knows nothing of planning."""
 
-import autopart.ctc  # noqa: F401  the operator that emitted code may call
+import autopart.ir.ctc  # noqa: F401  the operator that emitted code may call
 from autopart.runtime.collectives import (
     all_reduce,
     copy_to,
@@ -17,7 +17,9 @@ from autopart.runtime.collectives import (
 from autopart.runtime.experts import expert_linear
 from autopart.runtime.functions import mean_cross_entropy, vocab_cross_entropy, vocab_embedding
 from autopart.runtime.gathered import gathered
-from autopart.runtime.groups import Group, Groups, buffer, load, make_groups, weight, weight_slice
+from autopart.runtime.groups import Groups, make_groups
+from autopart.runtime.parameters import buffer, load, weight, weight_slice
+from autopart.runtime.process_group import Group
 from autopart.runtime.random import dropout, stream, uniform
 from autopart.runtime.recompute import recomputed, recomputed_selectively
 

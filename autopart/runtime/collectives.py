@@ -1,7 +1,7 @@
 """Changes of placement along one axis: each a collective forward and its conjugate backward.
 
-The names say what happens forward; `autopart.relayout` lists both directions. `group` is one of the fields of
-`autopart.runtime.Groups`, `dim` a tensor dim, `parts` the sizes of the segments that are split each on its own.
+The names say what happens forward; `autopart.sharding.resharding` lists both directions. `group` is one of the fields
+of `autopart.runtime.Groups`, `dim` a tensor dim, `parts` the sizes of the segments that are split each on its own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from autopart.runtime.gathered import Gather
-from autopart.runtime.groups import Group
+from autopart.runtime.process_group import Group
 from autopart.runtime.shards import shard, unshard
 
 Tensor = torch.Tensor

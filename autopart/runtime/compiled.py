@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from autopart.errors import PartitionError
-from autopart.inputs import check_modes
-from autopart.plan import Plan
+from autopart.frontend.inputs import check_modes
+from autopart.plan.data import Plan
+from autopart.plan.schedules import Instruction
 from autopart.runtime.executor import Executor, Message
-from autopart.runtime.groups import Group, Groups, load, origins
+from autopart.runtime.groups import Groups
+from autopart.runtime.parameters import load, origins
+from autopart.runtime.process_group import Group
 from autopart.runtime.whole import assemble, micro_batches, shares_of
-from autopart.schedules import Instruction
 
 Tensor = torch.Tensor
 NOT_ELEMENTWISE = tuple(

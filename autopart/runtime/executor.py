@@ -16,11 +16,12 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
+from autopart.plan.schedules import Instruction, Op, ahead
 from autopart.runtime.gathered import keeping_parts
-from autopart.runtime.groups import Group, Groups, Work
+from autopart.runtime.groups import Groups
+from autopart.runtime.process_group import Group, Work
 from autopart.runtime.slices import sum_together
 from autopart.runtime.zero import Shared
-from autopart.schedules import Instruction, Op, ahead
 
 Tensor = torch.Tensor
 

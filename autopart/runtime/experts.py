@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from autopart.runtime.groups import Group
+from autopart.runtime.process_group import Group
 
 Tensor = torch.Tensor
 ALIGNMENT = 16

@@ -11,17 +11,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from autopart.runtime.process_group import Group
 from autopart.runtime.slices import gather
-
-if TYPE_CHECKING:
-    from autopart.runtime.groups import Group
 
 Tensor = torch.Tensor
 

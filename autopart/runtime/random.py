@@ -13,14 +13,12 @@ import hashlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from autopart.runtime.groups import Groups
-
 from autopart.kernels import dropout as kernel
+from autopart.runtime.groups import Groups
 from autopart.runtime.shards import shard
 
 Tensor = torch.Tensor
@@ -33,15 +31,6 @@ WHOLE_NUMBERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By their size in bytes."""
 Split = Any
 """The dim that an axis splits; where it has parts, (dim, sizes)."""
-
-
-@dataclass
-class Draws:
-    """What every stream depends on; the executor keeps the step and the micro-batch."""
-
-    seed: int = 0
-    step: int = 0
-    micro_batch: int = 0
 
 
 @dataclass

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from autopart.runtime.groups import Group, Groups
+from autopart.runtime.groups import Groups
+from autopart.runtime.process_group import Group
 
 Tensor = torch.Tensor
 T = TypeVar("T")

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
 
-from autopart.cost import BUCKET_BYTES
-
-if TYPE_CHECKING:
-    from autopart.runtime.groups import Group
+from autopart.cost.training_state import BUCKET_BYTES
+from autopart.runtime.process_group import Group
 
 Tensor = torch.Tensor
 

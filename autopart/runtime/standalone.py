@@ -25,13 +25,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from autopart.errors import PartitionError
-from autopart.plan import Plan
+from autopart.plan.data import Plan
+from autopart.plan.schedules import Instruction, Op, verify
 from autopart.runtime.compiled import Compiled, Program
 from autopart.runtime.executor import Message
 from autopart.runtime.groups import make_groups
 from autopart.runtime.launch import launch
 from autopart.runtime.watchdog import report_failure, start_watchdog
-from autopart.schedules import Instruction, Op, verify
 
 RUN = '''"""{model} on {degrees}: python run.py --help. Written by autopart."""
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from autopart.errors import PartitionError
-from autopart.notation import Placement
-from autopart.plan import Plan
-from autopart.runtime.groups import Groups, Origin
+from autopart.plan.data import Plan
+from autopart.runtime.groups import Groups
+from autopart.runtime.parameters import Origin
 from autopart.runtime.shards import shard, unshard
+from autopart.sharding.notation import Placement
 
 Tensor = torch.Tensor
 Place = tuple[int, int]

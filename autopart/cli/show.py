@@ -1,0 +1,106 @@
+"""autopart show: a saved plan, its timeline, and why it is as it is."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from autopart.cli.shared import Json, ModelOf, note, of_plan, planning, settings_of, tell, write_file
+from autopart.plan.data import Plan, bytes_text, missing, seconds_text
+from autopart.plan.timeline import timeline
+from autopart.planner.explain.memory_report import tenants
+from autopart.planner.explain.why import explain
+
+BESIDE = 90
+"""Characters that a timeline's rows have beside their charts."""
+
+
+def show_command(
+    file: Annotated[Path, typer.Argument(metavar="PLAN.json", help="a saved plan")],
+    without_rule: Annotated[
+        bool, typer.Option("--missing", help="the operators that no rule splits, the costliest first")
+    ] = False,
+    why: Annotated[bool, typer.Option("--why", help="what every other strategy would cost")] = False,
+    why_not: Annotated[
+        list[str] | None, typer.Option(help='what the step would be with a constraint, as "tp=8"; may be repeated')
+    ] = None,
+    prices: Annotated[bool, typer.Option("--prices", help="what more memory and faster links would bring")] = False,
+    clock: Annotated[bool, typer.Option("--timeline", help="what every stage does when, simulated")] = False,
+    trace: Annotated[Path | None, typer.Option(help="write the timeline for Chrome's tracing or Perfetto")] = None,
+    memory: Annotated[bool, typer.Option("--memory", help="whose the bytes of every stage are")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="with --why: of every operator and parameter")] = False,
+    model: ModelOf = None,
+    as_json: Json = False,
+) -> None:
+    """Print a saved plan, its timeline, whose its bytes are, or why it is as it is: then the model is traced again.
+
+    Example: autopart show plan.json --why-not tp=4 --why-not "stage 1 starts at h.8"
+    """
+    saved = Plan.load(file)
+    if why or why_not or prices:
+        _explain(saved, model, why, everything, why_not or [], prices, as_json)
+    elif clock or trace:
+        _timeline(saved, trace, as_json)
+    elif memory:
+        loaded, batch, _ = of_plan(saved, model)
+        stages = tenants(saved, loaded, batch)
+        tell([asdict(stage) for stage in stages] if as_json else "\n".join(map(str, stages)))
+    elif without_rule:
+        rows = missing(saved)
+        tell([{"operator": n, "calls": c, "seconds": s} for n, c, s in rows] if as_json else _missing_text(rows))
+    else:
+        tell(saved.to_json() if as_json else str(saved))
+
+
+def _timeline(saved: Plan, trace: Path | None, as_json: bool) -> None:
+    """Print a plan's timeline, a row a stage as wide as the terminal allows, and write its trace."""
+    made = timeline(saved)
+    if trace:
+        write_file(json.dumps(made.trace()), trace)
+    if as_json:
+        tell(made.to_json())
+    else:
+        console = Console()
+        console.print(made.chart(max(40, console.width - BESIDE)), soft_wrap=True)
+
+
+def _explain(
+    saved: Plan, spec: str | None, why: bool, everything: bool, why_not: list[str], prices: bool, as_json: bool
+) -> None:
+    """Print what is asked of a saved plan; the time it takes once the model is planned again goes to stderr."""
+    started = time.monotonic()
+    with planning() as say:
+        loaded, batch, options = of_plan(saved, spec)
+        found = explain(loaded, saved.mesh, batch, **settings_of(options), say=say)
+    if not math.isclose(found.plan.step_seconds, saved.step_seconds, rel_tol=1e-6):
+        note(f"planned again the step takes {seconds_text(found.plan.step_seconds)}, which the answers go by")
+    note(f"traced and planned again in {time.monotonic() - started:.2f} s")
+    started = time.process_time()
+    answers = [found.why_not(text) for text in why_not]
+    reasons = found.why(everything) if why else []
+    changes = found.prices() if prices else []
+    taken = time.process_time() - started
+    if as_json:
+        told: dict[str, list[Any]] = {
+            "why_not": [replace(a, plan=None) for a in answers],
+            "why": reasons,
+            "prices": changes,
+        }
+        tell({name: [asdict(row) for row in rows] for name, rows in told.items()})
+    else:
+        slack = [f"{bytes_text(found.slack)} of memory are left on the fullest device"] if prices else []
+        tell("\n".join(map(str, [*answers, *reasons, *slack, *changes])))
+    note(f"answered in {taken:.2f} s of CPU")
+
+
+def _missing_text(rows: list[tuple[str, int, float]]) -> str:
+    if not rows:
+        return "every operator has a rule"
+    return "\n".join(f"{name:<48} {calls:>5} calls   {seconds_text(seconds)}" for name, calls, seconds in rows)

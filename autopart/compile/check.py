@@ -1,0 +1,123 @@
+"""Is a plan exact? One step of it on simulated ranks, held against one process."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from autopart.compile.api import check_plan
+from autopart.compile.simulate import simulate_plan
+from autopart.frontend.batch import DTYPES, Batch, take
+from autopart.frontend.torch_private import tree_leaves
+from autopart.hardware.mesh import Mesh
+from autopart.ir.graph import calls
+from autopart.ir.random_ops import Stream
+from autopart.passes.source import Source
+from autopart.passes.trace import loss_of
+from autopart.plan.data import Plan
+from autopart.planner.make_plan import make_plan, request_of
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Check:
+    """How far a plan's step is from one process's.
+
+    loss            the plan's
+    loss_error      relative
+    gradient_error  the largest of `worst_error`, and in `worst` whose it is
+    buffer_error    likewise of the buffers that the state dict has, after the step, and in `worst_buffer` whose it is
+    against         what it was held against: the model itself or, where it draws random numbers, its one-rank program
+    """
+
+    plan: Plan
+    loss: float
+    loss_error: float
+    gradient_error: float
+    worst: str
+    buffer_error: float
+    worst_buffer: str
+    against: str
+
+
+def check(
+    model: nn.Module,
+    mesh: str | Mesh | DeviceMesh,
+    batch: Batch,
+    *,
+    plan: Plan | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> Check:
+    """Plan (unless a `plan` is given), run one step with every rank a thread of this process, and compare.
+
+    Arguments and errors as `autopart.compile`.
+    """
+    mesh = Mesh.of(mesh)
+    check_plan(plan, mesh)
+    request = request_of(model, batch, **settings)
+    source = Source(model, batch, DTYPES[plan.precision if plan else request.precision])
+    plan = plan or make_plan(source, mesh, request, to_run=True)
+    batch = take(batch, plan.global_batch)
+    source = replace(source, batch=batch)
+    split = simulate_plan(source, plan, seed)
+    graph = source.at(plan.micro_batch, plan.mesh).traced.graph
+    draws = any(isinstance(argument, Stream) for node in calls(graph) for argument in node.args)
+    if draws:
+        request = request_of(model, batch, micro_batch=plan.micro_batch, precision=plan.precision)
+        alone = make_plan(source, Mesh.of("1:cpu"), request, to_run=True)
+        whole = simulate_plan(source, alone, seed)
+        loss, gradients, state = whole.loss, whole.gradients, whole.state
+    else:
+        trained = copy.deepcopy(model)
+        loss, gradients = one_process(trained, batch)
+        state = trained.state_dict()
+    error, worst = worst_error(split.gradients, gradients)
+    buffer_error, worst_buffer = worst_error(*(_buffers(model, every) for every in (split.state, state)))
+    off = abs(float(split.loss) - float(loss)) / max(abs(float(loss)), 1e-30)
+    against = "its one-rank program" if draws else "the model"
+    return Check(plan, float(split.loss), off, error, worst, buffer_error, worst_buffer, against)
+
+
+def one_process(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The unmodified model's loss and gradients, after one step in this process."""
+    model.zero_grad()
+    with torch.enable_grad():
+        output = model(**batch)
+        loss = loss_of(output, tree_leaves(output), lambda value: isinstance(value, torch.Tensor) and not value.dim())
+        loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _buffers(model: nn.Module, state: Tensors) -> dict[str, torch.Tensor]:
+    """The buffers in a state dict of a model, as tensors that can be subtracted."""
+    found = {name: state[name] for name, _ in model.named_buffers() if name in state}
+    return {name: value.float() if value.dtype == torch.bool else value for name, value in found.items()}
+
+
+def worst_error(found: Tensors, wanted: Tensors) -> tuple[float, str]:
+    """The largest error of a tensor, and which.
+
+    Relative to its tensor's largest element, or to a thousandth of the largest of all tensors if that is more: some
+    gradients are zero but for rounding (that of a key's bias in attention: softmax ignores what all scores share), and
+    the ratio of two roundings says nothing. A tensor that one side lacks counts as zeros there.
+    """
+    largest = {n: float(t.abs().max()) if t.numel() else 0.0 for n, t in wanted.items()}
+    floor = max(1e-3 * max(largest.values(), default=0.0), torch.finfo(torch.float32).tiny)
+    errors = {"": 0.0}
+    for name in {*found, *wanted}:
+        zeros = torch.zeros_like(found[name] if name in found else wanted[name])
+        difference = found.get(name, zeros) - wanted.get(name, zeros)
+        if difference.numel():
+            errors[name] = float(difference.abs().max()) / max(largest.get(name, 0.0), floor)
+    name = max(errors, key=lambda n: float("inf") if errors[n] != errors[n] else errors[n])
+    return errors[name], name

@@ -1,0 +1,77 @@
+"""A plan -> what every rank runs: source text, instructions, messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from autopart.frontend.batch import DTYPES, Batch
+from autopart.ir.graph import info
+from autopart.ir.layered_graph import Folded
+from autopart.passes.emit import emit
+from autopart.passes.partition import localise
+from autopart.passes.source import Source
+from autopart.passes.stage_graph import StageGraph
+from autopart.plan.data import Plan
+from autopart.plan.schedules import instructions
+from autopart.plan.schedules import verify as verify_schedule
+from autopart.planner.validate import choices_of, validate
+from autopart.runtime.compiled import Program
+from autopart.runtime.executor import Message
+
+if TYPE_CHECKING:
+    pass
+
+
+def programs(folded: Folded, plan: Plan, indices: Iterable[int] | None = None) -> list[Program]:
+    """What the stages (those of `indices`, else all) run."""
+    stages = stage_graphs(folded, plan)
+    messages = [Message(c.name, c.producer, c.consumers, c.shape, c.dtype, c.grad) for s in stages for c in s.sent]
+    edges = sorted({(m.producer, to) for m in messages for to in m.consumers})
+    lists = instructions(plan.schedule, plan.pp, plan.micro_batches, edges)
+    verify_schedule(lists)
+    tied, axes = _tied(stages), _sample_axes(folded, plan)
+    wanted = range(plan.pp) if indices is None else indices
+    return [
+        Program(emit_stage(stages[i], plan, folded.traced.classes), i, lists[i], messages, tied, axes) for i in wanted
+    ]
+
+
+def emit_stage(stage: StageGraph, plan: Plan, classes: Mapping[str, str]) -> str:
+    """The source text of one stage of a plan; `classes` as in `Traced`."""
+    modes = plan.stages[stage.index].recompute
+    return emit(stage, plan.pp, plan.model, plan.degrees, modes, plan.zero >= 3, plan.master, classes)
+
+
+def sources(model: nn.Module, batch: Batch, plan: Plan) -> list[str]:
+    """The source text of every stage."""
+    folded = Source(model, batch, DTYPES[plan.precision]).at(plan.micro_batch, plan.mesh)
+    validate(plan, folded)
+    return [emit_stage(stage, plan, folded.traced.classes) for stage in stage_graphs(folded, plan)]
+
+
+def stage_graphs(folded: Folded, plan: Plan) -> list[StageGraph]:
+    """Every stage's graph under a plan."""
+    return localise(folded, choices_of(plan))
+
+
+def _tied(stages: list[StageGraph]) -> dict[str, tuple[int, ...]]:
+    """Parameters that live on several stages -> those stages."""
+    where: dict[str, list[int]] = {}
+    for stage in stages:
+        for node in stage.graph.nodes:
+            if node.op == "placeholder" and info(node).kind == "parameter":
+                where.setdefault(info(node).name, []).append(stage.index)
+    return {name: tuple(at) for name, at in where.items() if len(at) > 1}
+
+
+def _sample_axes(folded: Folded, plan: Plan) -> tuple[str, ...]:
+    """The axes over which a batch's samples are split."""
+    inputs = [n for n in folded.representatives() if info(n).kind == "input"]
+    return tuple(
+        axis
+        for axis, size in (("dp", plan.dp), ("tp", plan.tp))
+        if size > 1 and inputs and plan.splits[0][axis][folded.keys[inputs[0]]].outputs[0].kind == "S"
+    )

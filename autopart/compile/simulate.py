@@ -1,0 +1,71 @@
+"""One step of a plan with all ranks as threads of one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from autopart.compile.programs import programs
+from autopart.frontend.batch import DTYPES, Batch
+from autopart.hardware.mesh import Mesh
+from autopart.passes.source import Source
+from autopart.plan.data import Plan
+from autopart.planner.make_plan import make_plan, request_of
+from autopart.planner.validate import validate
+from autopart.runtime.compiled import Compiled
+from autopart.runtime.groups import Groups
+from autopart.runtime.simulated import run_simulated
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+from autopart.compile.api import _check_trainable, check_plan
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """One step of a plan on simulated ranks: the loss of the whole batch, every parameter's gradient, whole, and the
+    state dict after it (weights unchanged, buffers as the forward pass left them)."""
+
+    plan: Plan
+    loss: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+    state: dict[str, torch.Tensor]
+
+
+def simulate(
+    model: nn.Module,
+    mesh: str | Mesh | DeviceMesh,
+    batch: Batch,
+    *,
+    plan: Plan | None = None,
+    seed: int | None = None,
+    **settings: Any,
+) -> Simulated:
+    """One step with all ranks as threads of this process, on the CPU: what `compile` would run there, to check a plan
+    without its devices. Raises PartitionError as `compile` does."""
+    mesh = Mesh.of(mesh)
+    check_plan(plan, mesh)
+    request = request_of(model, batch, **settings)
+    source = Source(model, batch, DTYPES[plan.precision if plan else request.precision])
+    return simulate_plan(source, plan or make_plan(source, mesh, request, to_run=True), seed)
+
+
+def simulate_plan(source: Source, plan: Plan, seed: int | None = None) -> Simulated:
+    """`simulate` of a plan for a model that is traced already."""
+    folded = source.at(plan.micro_batch, plan.mesh)
+    validate(plan, folded)
+    _check_trainable(source.model)
+    stages = programs(folded, plan)
+
+    def one(groups: Groups) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        groups.draws.seed = torch.initial_seed() if seed is None else seed
+        stage = stages[groups.pp.rank]
+        compiled = Compiled(source.model, plan, groups, stage, folded.traced.aliases, folded.traced.buffers)
+        loss = compiled.step(source.batch)
+        return loss, compiled.full_gradients(), compiled.full_state_dict()
+
+    results = run_simulated(plan.pp, plan.dp, plan.tp, one)
+    return Simulated(plan, *results[0])

@@ -1,0 +1,184 @@
+"""Seconds of a collective, by where its ranks sit: rings over hosts and the devices in them.
+
+A ring of p ranks passes (p - 1) / p of the bytes in p - 1 steps (all-gather, reduce-scatter) or twice (all-reduce).
+Its bandwidth is that of the slowest stretch: the links of a device inside a host, or the NICs of a host between hosts;
+each ring crosses every host's boundary once, and rings use all NICs of the host's ranks.
+
+NCCL sends by one of three protocols, whichever is fastest; their latencies and shares of the bandwidth are those of
+its own model (NVIDIA/nccl, src/graph/tuning.cc at 01afd20): flags in every 8 bytes (LL), in every 128 (LL128), or none.
+
+All sizes are in bytes, all results in seconds; sizes may be numpy arrays. A group of one costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopart.hardware.mesh import Group
+from autopart.hardware.rows import Link
+
+BASES = (3.6e-6, 10e-6, 8.4e-6)
+"""Seconds before the first step: LL, LL128 and simple (nccl `baseLat`)."""
+
+SHARES = (1 / 4, 0.92, 1.0)
+"""Of the bandwidth, by protocol."""
+
+STEPS: Mapping[str, tuple[float, float, float]] = {
+    "nvlink": (0.47e-6, 1.9e-6, 3.4e-6),
+    "pci": (1.0e-6, 2.5e-6, 5.7e-6),
+    "network": (2.7e-6, 4.0e-6, 9.6e-6),
+}
+"""Seconds of a ring's step, by kind of wire and protocol (nccl `hwLat`)."""
+
+TREE_STEPS: Mapping[str, tuple[float, float, float]] = {
+    "nvlink": (0.52e-6, 1.2e-6, 28e-6),
+    "pci": (1.0e-6, 1.9e-6, 28e-6),
+    "network": (5.0e-6, 8.5e-6, 50e-6),
+}
+"""Seconds of a tree's step."""
+
+TREE = 0.9
+"""Share of a ring's bandwidth that a tree reaches (nccl)."""
+
+
+def ring_bandwidth(group: Group) -> float:
+    """Bytes/s that every rank of a ring sends."""
+    found = _inside(group) if group.per_host > 1 else math.inf
+    if group.hosts > 1:
+        found = min(found, group.inter.bandwidth * group.inter.share * group.nics * group.per_host)
+    return found
+
+
+def _inside(group: Group) -> float:
+    """Bytes/s that every rank of a ring sends inside a host."""
+    link = group.intra
+    lanes = min(1.0, math.log(group.per_host) / math.log(link.wired)) if link.wired else 1.0
+    return link.bandwidth * link.share * lanes
+
+
+def _latencies(link: Link, tree: bool) -> tuple[float, ...]:
+    return (link.latency_seconds,) * 3 if link.kind == "host" else (TREE_STEPS if tree else STEPS)[link.kind]
+
+
+def _nccl(group: Group) -> bool:
+    return (group.inter if group.hosts > 1 else group.intra).kind != "host"
+
+
+def _sent(wire: Any, near: float, far: float, group: Group, bandwidth: float, tree: bool = False) -> Any:
+    """Seconds of `wire` bytes a rank, in `near` steps inside hosts and `far` between them: the fastest protocol's."""
+    best = np.inf
+    own, other = (_latencies(link, tree) for link in (group.intra, group.inter))
+    for base, share, a, b in zip(BASES, SHARES, own, other, strict=True):
+        if not _nccl(group):
+            base, share = 0.0, 1.0
+        best = np.minimum(best, base + near * a + far * b + wire / (bandwidth * share))
+    return best
+
+
+def _ring(wire: Any, rounds: int, group: Group) -> Any:
+    if group.ranks == 1:
+        return 0.0 * wire
+    far = group.hosts - 1
+    return _sent(wire, rounds * (group.ranks - 1 - far), rounds * far, group, ring_bandwidth(group))
+
+
+def _measured(name: str, nbytes: Any, group: Group) -> Any | None:
+    """The seconds of a collective where they were measured for groups of this size: inside a host."""
+    wire = group.intra.measured if group.hosts == 1 else None
+    rows = wire.collectives.get(name, {}).get(str(group.ranks)) if wire else None
+    return None if rows is None else measured_seconds(nbytes, rows)
+
+
+def all_gather_seconds(nbytes: Any, group: Group) -> Any:
+    """Give every rank the whole of `nbytes`, of which each holds 1/p."""
+    return _ring((group.ranks - 1) / group.ranks * nbytes, 1, group)
+
+
+def reduce_scatter_seconds(nbytes: Any, group: Group) -> Any:
+    """Leave each rank 1/p of the sum of p tensors of `nbytes`."""
+    return all_gather_seconds(nbytes, group)
+
+
+def all_reduce_seconds(nbytes: Any, group: Group) -> Any:
+    """Leave every rank the sum of p tensors of `nbytes`: a ring, or between hosts the double binary tree whose latency
+    grows with the logarithm of the hosts (Sanders, Speck and Traff, Parallel Computing 35(12), 2009)."""
+    ring = _ring(2 * (group.ranks - 1) / group.ranks * nbytes, 2, group)
+    if group.hosts == 1 or not _nccl(group):
+        return ring
+    far = 2 * math.ceil(math.log2(group.hosts))
+    tree = _sent(2.0 * nbytes, 2 * (group.per_host - 1), far, group, ring_bandwidth(group) * TREE, tree=True)
+    return np.minimum(ring, tree)
+
+
+def all_to_all_seconds(nbytes: Any, group: Group) -> Any:
+    """Exchange the p parts of the `nbytes` each rank holds, in p - 1 steps."""
+    p, local = group.ranks, group.per_host
+    if p == 1:
+        return 0.0 * nbytes
+    rates = []
+    if local > 1:
+        most = group.intra.bandwidth * group.intra.exchange
+        rates.append((local - 1) / p / min(_inside(group), most))
+    if group.hosts > 1:
+        most = group.inter.bandwidth * group.inter.exchange * group.nics
+        rates.append((p - local) / p / most)
+    return _sent(max(rates) * nbytes, local - 1, p - local, group, 1.0)
+
+
+def broadcast_seconds(nbytes: Any, group: Group) -> Any:
+    """Copy `nbytes` from one rank to all, passed along the ring in pieces."""
+    return _ring(1.0 * nbytes, 1, group)
+
+
+def p2p_seconds(nbytes: Any, link: Link) -> Any:
+    """Send `nbytes` from one rank to another. Unswitched devices have one pair's links between them."""
+    if link.measured:
+        return measured_seconds(nbytes, link.measured.p2p)
+    pair = Group(2, 2, link, link)
+    return _sent(1.0 * nbytes, 1, 0, pair, _inside(pair))
+
+
+def merged_seconds(nbytes: Any, group: Group, name: str = "all_gather") -> Any:
+    """What `nbytes` add to a collective of so many that its latency counts for nothing: gradients of many parameters
+    travel in one message."""
+    wire = group.intra.measured if group.hosts == 1 else None
+    rows = wire.collectives.get(f"merged_{name}", {}).get(str(group.ranks)) if wire else None
+    if rows is not None:
+        return nbytes * (rows[-1][1] / rows[-1][0])
+    times = 2 if name == "all_reduce" else 1
+    return times * (group.ranks - 1) / group.ranks * nbytes / ring_bandwidth(group) if group.ranks > 1 else 0.0 * nbytes
+
+
+FORMULAS: Mapping[str, Callable[[Any, Group], Any]] = {
+    "all_reduce": all_reduce_seconds,
+    "all_gather": all_gather_seconds,
+    "reduce_scatter": reduce_scatter_seconds,
+    "all_to_all": all_to_all_seconds,
+    "broadcast": broadcast_seconds,
+}
+"""What each collective takes on links of which only latency and bandwidth are known."""
+
+
+def collective_seconds(name: str, nbytes: Any, group: Group) -> Any:
+    """What a collective takes: as measured, where it was for groups like this, else by its formula."""
+    found = _measured(name, nbytes, group)
+    return FORMULAS[name](nbytes, group) if found is None else found
+
+
+COLLECTIVES: Mapping[str, Callable[[Any, Group], Any]] = {name: partial(collective_seconds, name) for name in FORMULAS}
+
+
+def measured_seconds(nbytes: Any, points: Sequence[Sequence[float]] | NDArray[np.float64]) -> Any:
+    """Seconds at `nbytes` between measured (bytes, seconds, ...), sorted by bytes: straight in the logarithms of both;
+    below the first point as long as that, beyond the last at that one's bandwidth. Where nothing takes any time, 0."""
+    sizes, seconds = np.asarray(points, dtype=float)[:, :2].T
+    if not seconds.all():
+        return 0.0 * nbytes
+    inside = np.interp(np.log(np.maximum(nbytes, 1.0)), np.log(sizes), np.log(seconds))
+    return np.exp(inside) * np.maximum(1.0, nbytes / sizes[-1])

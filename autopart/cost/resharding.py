@@ -1,0 +1,23 @@
+"""Seconds of a change of placement."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from autopart.cost.collectives import COLLECTIVES
+from autopart.cost.compute import with_launch
+from autopart.hardware.mesh import Group
+from autopart.hardware.rows import Device
+from autopart.sharding.resharding import Relayout
+
+
+def row_seconds(row: Relayout, nbytes: Any, group: Group, grad: bool, device: Device) -> tuple[Any, Any]:
+    """Seconds, forward and backward, to change a tensor (or an array of them) of `nbytes` bytes (whole along this
+    axis). What costs nothing forward or backward is still one kernel."""
+    pace = device.measured.pace if device.measured else 1.0
+    forward, backward = (
+        pace * with_launch(COLLECTIVES[name](nbytes, group), device) if name else 0.0 * nbytes
+        for name in (row.forward, row.backward if grad else "")
+    )
+    free = not row.forward and not (grad and row.backward)
+    return forward + device.launch_seconds if free else forward, backward + forward if row.again else backward

@@ -1,0 +1,224 @@
+"""Table -> sizes: bytes and FLOPs of every strategy, every change of placement and every kept memory.
+
+A size is four numbers: of what neither samples nor the data-parallel axis change, what that axis cuts, what grows with
+samples, and what does both. So one table serves every micro-batch and every data-parallel degree: `Terms.basis`, of
+`autopart.cost.prices`, holds the four factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopart.cost.compute import LOSS, NO_SIZES, SPLIT_LOSS, Array, bytes_of_backward, largest_of
+from autopart.sharding.notation import kept_as
+from autopart.sharding.resharding import Relayout, Step
+from autopart.sharding.strategy_table import Chain, Keep, Node, Placements, Table, Value
+
+Path = tuple[Placements, ...]
+"""What a value passes through on the way to a placement."""
+
+
+class Sizes:
+    """A table's sizes, four numbers each: of every strategy, every change of placement and every kept memory.
+
+    first     index of a node's first strategy among all
+    which     of every strategy, the row that says what the operator does: strategies that do the same share it
+    flops, moved, peak, rest, factors
+              of these rows: FLOPs and bytes moved, peak, then again, runs, kind, sizes and grads as in `cost.Work`, and
+              which of the four factors batch, m, n and k have
+    holdings  what parameters cost by: bytes, if there is a gradient, if that is a partial sum over dp, if over tp
+    holds     of every strategy, the row of these
+    changes   (flow, placement as made, path to where it is then) of every change that can be paid
+    keeps     of every keep and each of its distinct keepers, the placement of the memory under each of the keeper's
+              strategies (of the root's, where it is kept as made): whole or split
+    kept      (keep, placement) -> index of every memory that can be kept
+    """
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.first = np.cumsum([0, *(len(n.options) for n in table.nodes)])
+        options = [(n, o) for n in table.nodes for o in range(len(n.options))]
+        rows, self.which = np.unique([self._work(n, o) for n, o in options], axis=0, return_inverse=True)
+        self.flops, self.moved, self.peak, self.rest, factors = np.split(rows, [4, 8, 9, -4], axis=1)
+        self.factors = factors.astype(int)
+        self.made = np.array([self._made(n, o) for n, o in options])
+        self.largest, self.backward, self.weights = np.array([self._backward(n, o) for n, o in options]).swapaxes(0, 1)
+        self.inner = np.array([self._inner(n, o) for n, o in options])
+        self.means = np.array([[self._mean(n, o, axis) for axis in ("dp", "tp")] for n, o in options])
+        self.grad = np.array([float(n.grad) for n, _ in options])
+        self.product = np.array([float(n.product) for n, _ in options])
+        weight = [self._weight(n, o) for n, o in options]
+        sums = np.array([[self._sums(n, o, axis) for axis in ("dp", "tp")] for n, o in options])
+        held = np.column_stack([weight, self.grad, sums])
+        self.holdings, self.holds = np.unique(held, axis=0, return_inverse=True)
+        self.changes: dict[tuple[int, Placements, Path], tuple[Step, Value]] = {}
+        for index, flow in enumerate(table.flows):
+            value = table.nodes[flow.source].values[flow.output]
+            for (have, _), chain in flow.chains.items():
+                for key, step in zip(paths(chain), chain, strict=True):
+                    self.changes[index, have, key] = step, value
+        self.kinds: dict[tuple[str, Relayout, bool], list[int]] = {}
+        for i, (step, value) in enumerate(self.changes.values()):
+            self.kinds.setdefault((table.axes[step.axis], step.row, value.grad), []).append(i)
+        self.whole = np.array([self._whole(s, v) for s, v in self.changes.values()]).reshape(-1, 4)
+        self.after = np.array([self.four(v, s.after) for s, v in self.changes.values()]).reshape(-1, 4)
+        self.keeps = [[self._keeps(keep, *keeper) for keeper in dict.fromkeys(keep.keepers)] for keep in table.keeps]
+        self.kept: dict[tuple[int, Placements], int] = {}
+        for index, keepers in enumerate(self.keeps):
+            for placed in dict.fromkeys(p for options in keepers for p in options):
+                self.kept[index, placed] = len(self.kept)
+        self.memory = np.array([self.root(table.keeps[k], placed) for k, placed in self.kept]).reshape(-1, 4)
+
+    def apart(self, costs: Array, allowed: Mapping[int, Iterable[int]]) -> float:
+        """A bound below every choice's cost: each node in its cheapest strategy (of those `allowed`, where a node is
+        named), each memory in its least placement, no change of placement paid. `costs` may end after the
+        strategies."""
+        each = costs[: self.first[-1]]
+        if allowed:
+            each = each.copy()
+            for node, left in allowed.items():
+                start, end = self.first[node : node + 2]
+                each[list(set(range(start, end)).difference(start + o for o in left))] = np.inf
+        bound = np.minimum.reduceat(each, self.first[:-1]).sum()
+        kept = costs[len(each) + len(self.changes) :]
+        if len(kept):
+            bound += np.minimum.reduceat(kept, self.keep_first).sum()
+        return float(bound)
+
+    @cached_property
+    def keep_first(self) -> NDArray[np.int_]:
+        """Index of the first memory of every keep among `kept`."""
+        return np.unique([keep for keep, _ in self.kept], return_index=True)[1]
+
+    @cached_property
+    def alone(self) -> NDArray[np.bool_]:
+        """Positions that read one parameter and no more."""
+        read = np.zeros(len(self.table.labels), dtype=int)
+        for _, every in self.holders.values():
+            np.add.at(read, every, 1)
+        return read == 1
+
+    @cached_property
+    def holders(self) -> dict[int, tuple[NDArray[np.int_], NDArray[np.int_]]]:
+        """Of every parameter the positions that hold one for themselves, and all that hold one."""
+        return {
+            index: (
+                np.array([p for p, *more in places if not more], dtype=int),
+                np.array([p for at in places for p in at]),
+            )
+            for index, places in self.table.state.items()
+        }
+
+    @cached_property
+    def change_index(self) -> dict[tuple[int, Placements, Path], int]:
+        """Index of every change among all."""
+        return {key: i for i, key in enumerate(self.changes)}
+
+    def four(self, value: Value, placed: Placements) -> Array:
+        """A value's bytes on a rank."""
+        return self._cut(value.bytes, value.batch, [p.kind == "S" for p in placed])
+
+    def _keeps(self, keep: Keep, node: int, operand: int) -> list[Placements]:
+        user, root = self.table.nodes[node], self.table.nodes[keep.root]
+        if operand == -2:
+            return [as_kept(root.given(o)) for o in range(len(root.options))]
+        return [as_kept(user.given(o) if operand == -1 else user.taken(o, operand)) for o in range(len(user.options))]
+
+    def _cut(self, amount: float, batch: bool, split: Iterable[bool]) -> Array:
+        numbers, at = np.zeros(4), 2 * batch
+        for axis, cut in zip(self.table.axes, split, strict=True):
+            if cut and axis == "dp":
+                at += 1
+            elif cut:
+                amount /= self.table.tp
+        numbers[at] = amount
+        return numbers
+
+    def _work(self, node: Node, option: int) -> Array:
+        """What an operator does, as a row."""
+        flops = self._cut(node.flops, node.batch, [s.shards_work for s in node.options[option]])
+        sizes, factors = self._matrix(node, option)
+        rest = [node.peak, node.again, node.runs, node.kind_index, *sizes, *node.grads, *factors]
+        return np.concatenate([flops, self._moved(node, option), rest])
+
+    def _matrix(self, node: Node, option: int) -> tuple[tuple[float, ...], list[int]]:
+        if node.matrix is None:
+            return NO_SIZES, [0] * 4
+        four, factors = list(node.matrix.sizes[:4]), [2 * grows for grows in node.matrix.grows]
+        for axis, strategy in zip(self.table.axes, node.options[option], strict=True):
+            role = node.matrix.role(strategy)
+            if role is not None and axis == "dp":
+                factors[role] += 1
+            elif role is not None:
+                four[role] /= self.table.tp
+        return (*four, *node.matrix.sizes[4:]), factors
+
+    def _inner(self, node: Node, option: int) -> Array:
+        return self._cut(node.inner, node.batch, [s.shards_work for s in node.options[option]])
+
+    def _made(self, node: Node, option: int) -> Array:
+        made = np.zeros(4)
+        for i, value in enumerate(node.values if node.kind == "op" else ()):
+            made += self.four(value, node.given(option, i))
+        return made
+
+    def _backward(self, node: Node, option: int) -> tuple[Array, Array, Array]:
+        """`largest_of`, `bytes_of_backward` but for gradients of parameters, and bytes of these parameters."""
+        made, taken, weights = self._made(node, option), np.zeros(4), np.zeros(4)
+        for i, operand in enumerate(node.operands if node.product else node.operands[:1]):
+            if operand is not None:
+                source, output = operand
+                value = self.table.nodes[source].values[output]
+                some = weights if i in node.weights else taken
+                some += self.four(value, node.taken(option, i)) * value.grad
+        split = any(strategy.local == SPLIT_LOSS for strategy in node.options[option])
+        loss = node.kind_index == LOSS
+        backward = bytes_of_backward(made, taken, 0.0 * weights, node, loss, split)
+        return largest_of(made, taken, node, loss, split), backward, weights
+
+    def _moved(self, node: Node, option: int) -> Array:
+        moved = self._made(node, option)
+        read = {(first, node.taken(option, i)): None for i, first in enumerate(node.firsts) if node.operands[i]}
+        for first, placed in read:
+            source, output = node.operands[first]  # type: ignore[misc]
+            moved += self.four(self.table.nodes[source].values[output], placed)
+        return moved
+
+    def _weight(self, node: Node, option: int) -> float:
+        return float(self.four(node.values[0], node.given(option))[0]) if node.kind == "parameter" else 0.0
+
+    def _sums(self, node: Node, option: int, axis: str) -> bool:
+        """Whether a parameter's gradient is a partial sum over an axis."""
+        if node.kind != "parameter" or not node.grad or axis not in self.table.axes:
+            return False
+        return node.given(option)[self.table.axes.index(axis)].kind == "C"
+
+    def _mean(self, node: Node, option: int, axis: str) -> bool:
+        """Whether ranks of an axis each take a mean, so that their results are divided by their number."""
+        return axis in self.table.axes and node.options[option][self.table.axes.index(axis)].local == "mean"
+
+    def _whole(self, step: Step, value: Value) -> Array:
+        """The size that a change is priced by: the value's, whole along the axis of the change; for an exchange, which
+        never makes it whole, that of a rank's share."""
+        part = step.row.forward == "all_to_all"
+        split = [p.kind == "S" and (part or i != step.axis) for i, p in enumerate(step.before)]
+        return self._cut(value.bytes, value.batch, split)
+
+    def root(self, keep: Keep, placed: Placements) -> Array:
+        values = self.table.nodes[keep.root].values
+        return np.array([self.four(v, placed) for v in values]).sum(0)
+
+
+def as_kept(placed: Placements) -> Placements:
+    """Where a value lies in memory that backward keeps of it."""
+    return tuple(map(kept_as, placed))
+
+
+def paths(chain: Chain) -> list[Path]:
+    """The path to each step of a chain."""
+    after = tuple(step.after for step in chain)
+    return [after[: i + 1] for i in range(len(after))]

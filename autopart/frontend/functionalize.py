@@ -1,0 +1,282 @@
+"""An exported program -> the same without side effects, by rewriting its graph where that is enough.
+
+torch.export's `run_decompositions({})` runs a program twice more to find it, which for most transformers costs more
+than the export itself. A program of operators known here is rewritten instead, to the
+graph that torch would give (tests/frontend/test_functional.py compares them).
+
+A change in place becomes a new value, and what reads the tensor afterwards reads that; a buffer's last value becomes an
+output. This is so where no other view of the tensor is read after the change; a program with one is left to torch.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export.graph_signature import OutputKind, OutputSpec, TensorArgument
+
+aten = torch.ops.aten
+
+KEPT = frozenset(
+    """
+    __and__ __or__ _assert_tensor_metadata abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d add addmm
+    alias amax amin any arange argmax avg_pool1d avg_pool2d bitwise_and bitwise_not bitwise_or bmm cat ceil celu
+    clamp clamp_min clone constant_pad_nd conv1d conv2d conv3d conv_transpose2d cos cross_entropy_loss cumsum detach
+    diff div einsum elu embedding eq erf exp expand fill flip floor full full_like gather ge gelu glu group_norm gt
+    hardsigmoid hardswish hardtanh index isin layer_norm le leaky_relu lift_fresh_copy linalg_vector_norm linear log
+    log1p log_sigmoid log_softmax logical_and logical_not logical_or lt masked_fill matmul max max_pool1d max_pool2d
+    maximum mean min minimum mish mm mse_loss mul ne neg new_empty new_full new_ones new_zeros nll_loss_nd ones
+    ones_like pad permute pixel_shuffle pixel_unshuffle pow prelu reciprocal relu relu6 repeat repeat_interleave
+    roll rsqrt rsub scalar_tensor scaled_dot_product_attention select sigmoid sign silu sin slice softmax softplus
+    split_with_sizes sqrt square squeeze stack sub sum tanh topk transpose tril triu unbind unsqueeze
+    upsample_bilinear2d upsample_nearest2d view where zeros zeros_like
+    """.split()
+)
+"""Operators that `run_decompositions({})` leaves as they are."""
+
+
+def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program without changes in place, without regions that switch gradients off, and without operators that
+    give sometimes a view and sometimes a copy."""
+    module, signature = exported.graph_module, exported.graph_signature
+    if not (_known(module) and _changes_known(module.graph, signature.inputs_to_buffers)):
+        return exported.run_decompositions({})
+    graph = module.graph
+    for node in graph.find_nodes(op="call_function", target=torch.ops.higher_order.wrap_with_set_grad_enabled):
+        _inline(exported, node)
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    buffer_of = {node: node for node in graph.find_nodes(op="placeholder")}
+    newest: dict[fx.Node, fx.Node] = {}
+    for node in order:
+        with graph.inserting_before(node):
+            new, *values = _rewritten(graph, node)
+        for old, value in zip(_changed(node), values, strict=True):
+            for user in [user for user in old.users if order.get(user, -1) > order[node]]:
+                user.replace_input_with(old, value)
+            _now_given(signature, old, value)
+            if buffer := buffer_of.get(old):
+                buffer_of[value], newest[buffer] = buffer, value
+        if new is not node:
+            node.replace_all_uses_with(new)
+            _now_given(signature, node, new)
+            graph.erase_node(node)
+    _give_back(exported, [(node, newest[node]) for node in order if node in newest])
+    graph.eliminate_dead_code()
+    return exported
+
+
+def _known(module: Any) -> bool:
+    for node in module.graph.nodes:
+        if node.op != "call_function" or getattr(node.target, "__name__", "") == "getitem":
+            continue
+        if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+            region = getattr(module, node.args[1].target)
+            if not _known(region) or any(map(_changed, region.graph.nodes)):
+                return False
+        elif not (_in_place(node) or _rewritable(node) or (_name(node) in KEPT and not node.target._schema.is_mutable)):
+            return False
+    return True
+
+
+def _changes_known(graph: fx.Graph, buffers: Mapping[str, str]) -> bool:
+    """Whether every tensor that is changed is a buffer or made here, and no other view of it is read afterwards."""
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    sharing = defaultdict[int, list[fx.Node]](list)
+    for node in order:
+        for memory in _memory(node):
+            sharing[memory].append(node)
+    for node in order:
+        for changed in map(_tensor, _changed(node)):
+            if changed.op == "placeholder" and changed.name not in buffers:
+                return False
+            sharers = [n for memory in _memory(changed) for n in sharing[memory] if order[n] < order[node]]
+            others = [n for n in sharers if _tensor(n) is not changed]
+            if any(n.op == "placeholder" or any(order[u] > order[node] for u in n.users) for n in others):
+                return False
+    return True
+
+
+def _memory(node: Any) -> set[int]:
+    """What stands for the memories that a node's outputs lie in."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, (list, tuple)) else (value,)
+    return {v.untyped_storage()._cdata for v in values if isinstance(v, torch.Tensor)}
+
+
+def _changed(node: Any) -> Sequence[fx.Node]:
+    """The tensors that a call changes."""
+    if _in_place(node):
+        return node.args[:1]
+    return [s for s in node.args[3:5] if s is not None] if _name(node) == "batch_norm" and node.args[5] else ()
+
+
+def _tensor(node: Any) -> Any:
+    """The node that made the tensor which changes in place gave back."""
+    while _in_place(node):
+        node = node.args[0]
+    return node
+
+
+def _in_place(node: Any) -> bool:
+    """Whether a call is relu_, add_, ..., of a tensor whose dtype it would keep out of place."""
+    name = _name(node)
+    if name[-1:] != "_" or name[:-1] not in KEPT or _functional_of(node) is None:
+        return False
+    dtypes = {n.meta["val"].dtype for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)}
+    return dtypes <= {node.meta["val"].dtype, torch.bool}
+
+
+def _functional_of(node: Any) -> Any:
+    """aten.relu.default of aten.relu_.default."""
+    packet = getattr(aten, _name(node).removesuffix("_"))
+    return getattr(packet, node.target._overloadname, None)
+
+
+def _now_given(signature: torch.export.ExportGraphSignature, old: fx.Node, new: fx.Node) -> None:
+    """Name the outputs that were `old`."""
+    for spec in signature.output_specs:
+        if getattr(spec.arg, "name", None) == old.name:
+            spec.arg.name = new.name
+
+
+def _give_back(exported: torch.export.ExportedProgram, changes: Sequence[tuple[fx.Node, fx.Node]]) -> None:
+    """Make the new values of buffers the first outputs."""
+    signature, output = exported.graph_signature, exported.graph_module.graph.output_node()
+    output.args = ((*(value for _, value in changes), *output.args[0]),)
+    signature.output_specs[:0] = [
+        OutputSpec(OutputKind.BUFFER_MUTATION, TensorArgument(value.name), signature.inputs_to_buffers[buffer.name])
+        for buffer, value in changes
+    ]
+
+
+def _name(node: Any) -> str:
+    """ "view" of aten.view.default; operators that are not torch's keep their package's name."""
+    schema = getattr(node.target, "_schema", None)
+    return schema.name.removeprefix("aten::") if schema else ""
+
+
+def _rewritable(node: Any) -> bool:
+    moved = _name(node) == "to" and node.args[0].meta["val"].device != node.meta["val"].device
+    return (_name(node) in REWRITES or _name(node) == "batch_norm") and not moved
+
+
+def _inline(exported: torch.export.ExportedProgram, call: Any) -> None:
+    """Put a region's operators where it is called. What it makes has been detached by those who export."""
+    graph = call.graph
+    region = getattr(exported.graph_module, call.args[1].target).graph
+    values = dict(zip(region.find_nodes(op="placeholder"), call.args[2:], strict=True))
+    with graph.inserting_before(call):
+        for node in region.nodes:
+            if node.op == "call_function":
+                values[node] = graph.node_copy(node, values.__getitem__)
+    (results,) = region.output_node().args
+    for pick in list(call.users):
+        value = values[results[pick.args[1]]]
+        pick.replace_all_uses_with(value)
+        _now_given(exported.graph_signature, pick, value)
+        graph.erase_node(pick)
+    graph.erase_node(call)
+
+
+def _call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    values: Any = fx.map_arg(args, lambda n: n.meta["val"])
+    with values[0].fake_mode:
+        made = target(*values, **kwargs)
+    node = graph.call_function(target, args, kwargs)
+    node.meta = like.meta | {"val": made}
+    return node
+
+
+def _pick(graph: fx.Graph, several: fx.Node, place: int) -> fx.Node:
+    node = graph.call_function(operator.getitem, (several, place))
+    node.meta = several.meta | {"val": several.meta["val"][place]}
+    return node
+
+
+def _rewritten(graph: fx.Graph, node: Any) -> Sequence[Any]:
+    """What stands for a node, and then the new values of the tensors that it changes."""
+    if _in_place(node):
+        new = _call(graph, node, _functional_of(node), *node.args, **node.kwargs)
+        return new, new
+    if _name(node) == "batch_norm":
+        return _batch_norm(graph, node)
+    become = REWRITES.get(_name(node))
+    return (become(graph, node) if become else node,)
+
+
+def _batch_norm(graph: fx.Graph, node: Any) -> list[Any]:
+    """The output, and new running statistics where there are some."""
+    *tensors, mean, variance, training, momentum, eps, _ = node.args
+    if training and mean is None:
+        made = _call(graph, node, aten._native_batch_norm_legit.no_stats, *tensors, True, momentum, eps)
+        return [_pick(graph, made, 0)]
+    if training:
+        target = aten._native_batch_norm_legit_functional.default
+        made = _call(graph, node, target, *tensors, mean, variance, True, momentum, eps)
+        return [_pick(graph, made, place) for place in (0, 3, 4)]
+    target = aten._native_batch_norm_legit_no_training.default
+    return [_pick(graph, _call(graph, node, target, *tensors, mean, variance, momentum, eps), 0)]
+
+
+def _cast(graph: fx.Graph, node: Any) -> Any:
+    source, dtype = node.args[0], node.meta["val"].dtype
+    if source.meta["val"].dtype == dtype:
+        return source
+    return _call(graph, node, aten._to_copy.default, source, dtype=dtype)
+
+
+def _contiguous(graph: fx.Graph, node: Any) -> Any:
+    source = node.args[0]
+    if source.meta["val"].is_contiguous():
+        return source
+    return _call(graph, node, aten.clone.default, source, memory_format=torch.contiguous_format)
+
+
+def _reshape(graph: fx.Graph, node: Any) -> Any:
+    source, shape = node.args[0], list(node.meta["val"].shape)
+    try:
+        return _call(graph, node, aten.view.default, source, shape)
+    except (RuntimeError, ValueError):  # the strides allow no view
+        copy = _call(graph, node, aten.clone.default, source, memory_format=torch.contiguous_format)
+        return _call(graph, node, aten._unsafe_view.default, copy, shape)
+
+
+def _expand(graph: fx.Graph, node: Any) -> Any:
+    return _call(graph, node, aten.expand.default, node.args[0], list(node.meta["val"].shape))
+
+
+def _chunk(graph: fx.Graph, node: Any) -> Any:
+    source, chunks, dim = (*node.args, 0)[:3]
+    size = -(-source.meta["val"].shape[dim] // chunks)
+    return _call(graph, node, aten.split.Tensor, source, size, dim)
+
+
+def _split(graph: fx.Graph, node: Any) -> Any:
+    by_sizes = isinstance(node.args[1], (list, tuple))
+    return _call(graph, node, aten.split_with_sizes.default if by_sizes else aten.split.Tensor, *node.args)
+
+
+def _dropout(graph: fx.Graph, node: Any) -> Any:
+    source, probability, training = node.args
+    if not (probability and training):
+        return source
+    return _pick(graph, _call(graph, node, aten.native_dropout.default, source, probability, True), 0)
+
+
+REWRITES: Mapping[str, Callable[[fx.Graph, fx.Node], Any]] = {
+    "chunk": _chunk,
+    "contiguous": _contiguous,
+    "dropout": _dropout,
+    "reshape": _reshape,
+    "split": _split,
+    "to": _cast,
+    "expand_as": _expand,
+    "flatten": _reshape,
+    "reshape_as": _reshape,
+    "type_as": _cast,
+    "view_as": _reshape,
+}

@@ -1,0 +1,226 @@
+"""Which blocks of a deep model need be traced: equal ones in a row repeat what a few of them show.
+
+Blocks are compared by what can be seen of them before a trace: structure, tensors, attributes, hooks. What they do with
+it shows in the trace alone, which `autopart.passes.fold_layers` looks at before it takes a few for all.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+LONGEST_PERIOD = 8
+"""Blocks, after which a pattern of kinds begins again."""
+INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+HOOKS = tuple(sorted(n for n in INTERNAL if n.endswith("hooks")))
+PLAIN = (str, int, float, bool, complex, bytes, type(None), torch.dtype, torch.device, torch.layout)
+
+
+@dataclass(frozen=True)
+class Shortened:
+    """A list of blocks that a trace holds only the first of.
+
+    path     of the list, "model.layers";  blocks: how many it has
+    start    the first block from which on kinds repeat;  period: after how many blocks
+    windows  periods that are traced
+    """
+
+    path: str
+    blocks: int
+    start: int
+    period: int
+    windows: int = 2
+
+    @property
+    def kept(self) -> int:
+        """How many blocks, from the first, are traced: all kinds end where they end in the whole list."""
+        return self.start + self.windows * self.period + (self.blocks - self.start) % self.period
+
+    @property
+    def dropped(self) -> int:
+        """How many are not."""
+        return self.blocks - self.kept
+
+    def index(self, name: str) -> int | None:
+        """The number of the block that a module's or tensor's name lies in."""
+        found = re.match(rf"{re.escape(self.path)}\.(\d+)(?:\.|$)", name)
+        return int(found[1]) if found else None
+
+    def moved(self, name: str, by: int, at_least: int = 0) -> str:
+        """The name `by` blocks further on, if it lies in block `at_least` or one behind it."""
+        index = self.index(name)
+        if index is None or index < at_least:
+            return name
+        return f"{self.path}.{index + by}{name[len(f'{self.path}.{index}') :]}"
+
+
+def shortenable(model: nn.Module) -> tuple[Shortened, ...]:
+    """The lists of blocks that may be shortened, in the model's order."""
+    found = []
+    kinds_of = _Kinds(model)
+    for path, module in model.named_modules():
+        if type(module) not in (nn.ModuleList, nn.Sequential) or len(module) < 4:
+            continue
+        if not re.fullmatch(r"[^.].*", path) or re.search(r"(^|\.)\d+(\.|$)", path):
+            continue
+        short = _shortest(path, kinds_of.blocks(path, list(module.children())))
+        if short is not None and short.kept < short.blocks:
+            found.append(short)
+    return tuple(found)
+
+
+def _shortest(path: str, kinds: Sequence[object]) -> Shortened | None:
+    """The list of blocks of these kinds, with the start and period that keep least."""
+    every = []
+    for period in range(1, LONGEST_PERIOD + 1):
+        start = max((i + 1 for i in range(len(kinds) - period) if kinds[i] != kinds[i + period]), default=0)
+        every.append(Shortened(path, len(kinds), start, period))
+    return min(every, key=lambda short: short.kept, default=None)
+
+
+class _Kinds:
+    """Tells the blocks of lists apart; tensors of the whole model are known by all their names."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names: dict[int, list[str]] = {}
+        for name, tensor in _tensors(model):
+            self.names.setdefault(id(tensor), []).append(name)
+        self.modules: dict[int, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            self.modules.setdefault(id(module), []).append(name)
+        self.values: list[Any] = []
+        self.digests: dict[int, str] = {}
+
+    def blocks(self, path: str, blocks: Sequence[nn.Module]) -> list[object]:
+        """A value for each block, equal for those that look alike."""
+        traits = [dict(self._traits(f"{path}.{i}", block)) for i, block in enumerate(blocks)]
+        numbers: dict[object, set[int]] = {}
+        for i, own in enumerate(traits):
+            for key, value in own.items():
+                if value[0] is int:
+                    numbers.setdefault(key, set()).add(value[1] - i)
+                else:
+                    numbers.setdefault(key, set()).update((0, 1))
+        counting = {key for key, offsets in numbers.items() if len(offsets) == 1}
+        kinds: dict[tuple[object, ...], int] = {}
+        return [
+            kinds.setdefault(tuple((k, v) for k, v in own.items() if k not in counting), len(kinds)) for own in traits
+        ]
+
+    def _traits(self, path: str, block: nn.Module) -> Iterator[tuple[object, tuple[Any, ...]]]:
+        """What can be seen of a block, by where it is; integers as (int, value)."""
+        for name, module in block.named_modules(remove_duplicate=False):
+            here = f"{path}.{name}" if name else path
+            others = self._aliases(self.modules[id(module)], here, path)
+            yield (name, "is"), (type(module), module.training, others)
+            for kind in HOOKS:
+                hooks = getattr(module, kind)
+                if hooks:
+                    yield (name, kind), ("hooks", *(self._token(h, path) for h in hooks.values()))
+            for key, value in vars(module).items():
+                if key not in INTERNAL and key != "training":
+                    plain = type(value) is int
+                    yield (name, "." + key), (int, value) if plain else ("value", self._token(value, path))
+            for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                yield (name, key), self._tensor(tensor, f"{here}.{key}", path)
+
+    def _tensor(self, tensor: torch.Tensor | None, name: str, path: str) -> tuple[Any, ...]:
+        if tensor is None:
+            return ("none",)
+        others = self._aliases(self.names[id(tensor)], name, path)
+        value = "" if isinstance(tensor, nn.Parameter) or tensor.is_meta else self._digest(tensor)
+        about = (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad, tensor.device)
+        return ("tensor", type(tensor), *about, others, value)
+
+    def _digest(self, buffer: torch.Tensor) -> str:
+        """Of a buffer's values, on which what is traced may depend."""
+        if id(buffer) not in self.digests:
+            self.digests[id(buffer)] = digest(buffer)
+        return self.digests[id(buffer)]
+
+    def _aliases(self, names: Sequence[str], name: str, path: str) -> tuple[str, ...]:
+        """What else a module or tensor is called: all of it for the block that has it first, else that first name."""
+        told = [self._relative(n, path) for n in names if n != name]
+        return tuple(told if self._relative(names[0], path)[:1] != "/" else told[:1])
+
+    def _relative(self, name: str, path: str) -> str:
+        """A name told from the block on, if it lies inside."""
+        return name.removeprefix(path) if name == path or name.startswith(path + ".") else f"/{name}"
+
+    def _token(self, value: Any, path: str, depth: int = 0) -> object:
+        """Something that is equal for values that do the same; those of which nothing is known, by what they are."""
+        if isinstance(value, PLAIN):
+            return (type(value), value)
+        if isinstance(value, nn.Module) and id(value) in self.modules:
+            return ("module", *(self._relative(n, path) for n in self.modules[id(value)]))
+        if isinstance(value, torch.Tensor):
+            names = self.names.get(id(value))
+            return ("tensor", *(self._relative(n, path) for n in names)) if names else ("object", id(value))
+        if depth > 5:
+            return ("object", id(value))
+        if isinstance(value, (list, tuple)):
+            return (type(value), *(self._token(v, path, depth + 1) for v in value))
+        if isinstance(value, dict):
+            return (type(value), *((str(k), self._token(v, path, depth + 1)) for k, v in value.items()))
+        if isinstance(value, functools.partial):
+            parts = (value.func, value.args, value.keywords)
+            return ("partial", *(self._token(v, path, depth + 1) for v in parts))
+        if isinstance(value, types.MethodType):
+            return ("method", value.__func__.__qualname__, self._token(value.__self__, path, depth + 1))
+        return ("equal", self._interned(value))
+
+    def _interned(self, value: Any) -> int:
+        """A number for each value that equals no other one seen."""
+        for i, other in enumerate(self.values):
+            if other is value:
+                return i
+        for i, other in enumerate(self.values):
+            try:
+                if type(other) is type(value) and bool(other == value):
+                    return i
+            except Exception:  # what a comparison may raise
+                continue
+        self.values.append(value)
+        return len(self.values) - 1
+
+
+def digest(tensor: torch.Tensor, *about: object) -> str:
+    """Of a tensor's values, and of what else is said."""
+    plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(repr(about).encode() + plain.numpy().tobytes()).hexdigest()
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+class Unlike(Exception):
+    """A list of blocks that a few of them do not stand for."""
+
+    def __init__(self, short: Shortened, why: str) -> None:
+        super().__init__(f"{short.path}: {why}")
+        self.short = short
+
+
+def longer(shortened: Sequence[Shortened], unlike: Shortened) -> tuple[Shortened, ...]:
+    """What to try next where one list was not like its first periods: four, of which the first and the last may be
+    different; then all."""
+    again = replace(unlike, windows=4) if unlike.windows < 4 else None
+    rest = [again if short == unlike else short for short in shortened]
+    return tuple(short for short in rest if short is not None and short.dropped > 0)
+
+
+class Dropped(nn.Module):
+    """Stands where a block is not traced; a model that runs it cannot be shortened."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("a block that was left out of the trace runs")

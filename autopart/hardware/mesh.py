@@ -1,0 +1,331 @@
+"""The machines a plan is made for: the mesh of hosts that devices form.
+
+Ranks fill hosts one after the other: rank r sits on host ``r // devices_per_host``. The devices and links are rows of
+the tables in `autopart.hardware`, to which a user's file adds more.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from autopart.errors import PartitionError
+from autopart.hardware import find_device, find_link
+from autopart.hardware import load_hardware as load_hardware
+from autopart.hardware.cuda import of_cuda
+from autopart.hardware.measured import read_measured, read_wire
+from autopart.hardware.rows import Device, Link, Silicon
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+AXES = ("pp", "dp", "tp")
+"""The axes whose degrees a user may fix: pipeline, data and tensor parallelism."""
+
+MOST = 2**31 - 1
+"""Devices of the largest mesh."""
+
+_GRAMMAR = re.compile(r"(?:(\d+)x)?(\d+):([\w.-]+)(?:@([\w.-]+))?")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Where the ranks of a group sit that communicates while all others of its kind do.
+
+    ranks     of the group;  per_host: of them on one host
+    intra     the link between devices of one host;  inter: between hosts
+    nics      network cards that each rank has for itself
+    """
+
+    ranks: int
+    per_host: int
+    intra: Link
+    inter: Link
+    nics: float = 1.0
+
+    @property
+    def hosts(self) -> int:
+        """Hosts the group spans."""
+        return -(-self.ranks // self.per_host)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """`hosts` hosts of `devices_per_host` equal devices each.
+
+    intra          the link between devices of one host
+    inter          the link between hosts
+    axes           degrees the user has fixed, outermost first, e.g. ``(("pp", 2), ("dp", 2), ("tp", 2))``; empty leaves
+                   all to the planner. Their product divides `size`, and equals it if all are given
+    nics_per_host  network cards of a host; None: as many for each device as the device's row says (see `nics`)
+
+    Raises PartitionError if a number is below 1 or `axes` does not fit.
+    """
+
+    hosts: int
+    devices_per_host: int
+    device: Device
+    intra: Link
+    inter: Link
+    axes: tuple[tuple[str, int], ...] = ()
+    nics_per_host: int | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.hosts, self.devices_per_host) < 1:
+            raise PartitionError(
+                f"a mesh of {self.hosts} x {self.devices_per_host} devices is empty",
+                try_="at least 1 host of 1 device",
+            )
+        if self.size > MOST:
+            raise PartitionError(f"a mesh of {self.size:,} devices", f"ranks are numbered up to {MOST:,}")
+        if self.nics_per_host is not None and self.nics_per_host < 1:
+            raise PartitionError(f"hosts with {self.nics_per_host} network cards", try_="at least 1")
+        _check_axes(self.axes, self.size)
+
+    @staticmethod
+    def usual(hosts: int, devices_per_host: int, device: Device) -> Mesh:
+        """The mesh of such devices with the links that the device's row names.
+
+        Raises PartitionError for a link that is not in the table.
+        """
+        return Mesh(hosts, devices_per_host, device, find_link(device.link), find_link(device.inter))
+
+    @property
+    def size(self) -> int:
+        """The number of devices, which is that of ranks."""
+        return self.hosts * self.devices_per_host
+
+    @property
+    def memory_bytes(self) -> int:
+        """The memory of one device in bytes, which every rank has to get by with."""
+        return self.device.memory_bytes
+
+    @property
+    def nics(self) -> int:
+        """The network cards of one host: `nics_per_host`, or where that is None as many for each device as the usual
+        host of the device's row has, rounded up: one a device, if the row does not say."""
+        if self.nics_per_host is not None:
+            return self.nics_per_host
+        return math.ceil(self.devices_per_host * self.device.nics_per_host / self.device.devices_per_host)
+
+    def shared(self, link: Link, senders: int | None = None) -> Link:
+        """`link` as each device has it while `senders` devices of every host send at once; None: all of them.
+
+        The link between hosts has the bandwidth of one network card, of which a host has `nics`: each sender gets
+        min(1, nics / senders) of it, at the same latency. More cards than senders make none faster: what a device can
+        send is the link's row. The link inside a host is a device's own and comes back as it is, and so does `inter`
+        where there are cards enough. Where both are one row, it is that between hosts if there are several.
+
+        Raises PartitionError if a host has not so many devices.
+        """
+        senders = self.devices_per_host if senders is None else senders
+        if not 1 <= senders <= self.devices_per_host:
+            raise PartitionError(f"{senders} devices of a host cannot send at once", f"{self} has other hosts")
+        if self.hosts == 1 or link != self.inter or senders <= self.nics:
+            return link
+        return replace(link, bandwidth=link.bandwidth * self.nics / senders)
+
+    def link(self, stride: int, size: int) -> Link:
+        """The slowest link within the groups of `size` ranks spaced `stride` apart that tile the mesh.
+
+        The groups interleave in blocks of ``stride * size`` ranks, so that a host boundary inside a block
+        parts at least one of them; the link is then `inter`. Raises PartitionError if the mesh has no such
+        group.
+        """
+        if min(stride, size) < 1 or (size - 1) * stride >= self.size:
+            raise PartitionError(f"{self} has no group of {size} ranks spaced {stride} apart")
+        within = size == 1 or self.hosts == 1 or self.devices_per_host % (stride * size) == 0
+        return self.intra if within else self.inter
+
+    def group(self, stride: int, size: int) -> Group:
+        """The groups of `size` ranks spaced `stride` apart that tile the mesh (see `link`).
+
+        Where they cross hosts and do not fill them evenly, `per_host` is the most that every group could be made of in
+        equal parts, so that none is faster than said. All ranks communicate at once: of the network cards of a host
+        each has its share, and no more than one.
+        """
+        per_host = size
+        if self.link(stride, size) is not self.intra:
+            aligned = self.devices_per_host % stride == 0
+            per_host = math.gcd(size, self.devices_per_host // stride) if aligned else 1
+        return Group(size, per_host, self.intra, self.inter, min(1.0, self.nics / self.devices_per_host))
+
+    def between(self, stride: int, stages: int, micro_batches: int) -> Link:
+        """The link on which ranks `stride` apart in a pipeline send to the next while as many of a host do as can, and
+        as `busy_device` has them."""
+        link = self.shared(self.link(stride, stages), min(stride, self.devices_per_host))
+        pace = self._pace(stages, micro_batches)
+        return link if pace == 1 or not link.measured else replace(link, measured=link.measured.faster(1 / pace))
+
+    def busy_device(self, stages: int, micro_batches: int) -> Device:
+        """The device as ranks have it in a pipeline of so many stages and micro-batches.
+
+        Where ranks share cores (see `Measured.alone`), those that wait in the bubble leave theirs to others. Of the
+        (m + p - 1) turns that a step takes each rank computes m, so that m / (m + p - 1) of the ranks are busy at a
+        time, and each is as much faster than all are together, though none faster than alone. Any other device is as
+        it is.
+        """
+        measured, pace = self.device.measured, self._pace(stages, micro_batches)
+        return self.device if pace == 1 or not measured else replace(self.device, measured=replace(measured, pace=pace))
+
+    def _pace(self, stages: int, micro_batches: int) -> float:
+        """`Measured.pace` in such a pipeline."""
+        measured, busy = self.device.measured, micro_batches / (micro_batches + stages - 1)
+        return min(1.0, max(busy, 1 / measured.alone)) if measured else 1.0
+
+    def __str__(self) -> str:
+        """The text `parse` reads; `axes`, a custom `intra` and `nics_per_host` are not part of it (see `to_json`)."""
+        hosts = f"{self.hosts}x" if self.hosts > 1 else ""
+        link = f"@{self.inter.name}" if self.inter.name != self.device.inter else ""
+        return f"{hosts}{self.devices_per_host}:{self.device.name}{link}"
+
+    @staticmethod
+    def parse(text: str) -> Mesh:
+        """Read ``"[HOSTSx]DEVICES:DEVICE[@LINK]"``, LINK being the one between hosts.
+
+        ``"4x8:h100-80gb"`` is 4 hosts of 8, ``"4:cpu"`` one host of 4, ``"2x8:a100-80gb@ib-hdr"`` names
+        the link. Raises PartitionError on other text, zero sizes and names not in the tables.
+        """
+        match = _GRAMMAR.fullmatch(text.strip().lower())
+        if match is None:
+            raise PartitionError(
+                f"not a mesh: {text!r}",
+                why='the form is "[HOSTSx]DEVICES:DEVICE[@LINK]"',
+                try_='"4x8:h100-80gb", "4:cpu" or "2x8:a100-80gb@ib-hdr"',
+            )
+        hosts, devices, name, link = match.groups()
+        mesh = Mesh.usual(int(hosts or 1), int(devices), find_device(name))
+        return replace(mesh, inter=find_link(link)) if link else mesh
+
+    @staticmethod
+    def of(obj: str | Mesh | DeviceMesh) -> Mesh:
+        """The mesh `obj` describes: text for `parse`, a Mesh (returned as it is) or a torch DeviceMesh.
+
+        A DeviceMesh fixes `axes` by its dim names, which must be among AXES; its ranks must be 0, 1, ...
+        in order. A cpu one gets the cpu row, a cuda one the row of the current device, with a warning if
+        that is only the nearest. LOCAL_WORLD_SIZE tells the devices per host; unset, there is one host.
+
+        Raises PartitionError on anything else.
+        """
+        if isinstance(obj, Mesh):
+            return obj
+        if isinstance(obj, str):
+            return Mesh.parse(obj)
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if isinstance(obj, DeviceMesh):
+            return _of_device_mesh(obj)
+        raise PartitionError(
+            f"not a mesh: {obj!r}",
+            try_='text such as "4x8:h100-80gb", an autopart Mesh or a torch DeviceMesh',
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists, numbers and text; device and links go by full row, known or custom."""
+        return asdict(self) | {"axes": [list(axis) for axis in self.axes]}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Mesh:
+        """The inverse of `to_json`. Raises PartitionError if a field is missing or unknown."""
+        try:
+            return Mesh(
+                **{
+                    **data,
+                    "device": _device(data["device"]),
+                    "intra": _link(data["intra"]),
+                    "inter": _link(data["inter"]),
+                    "axes": tuple((name, degree) for name, degree in data["axes"]),
+                }
+            )
+        except (KeyError, TypeError) as error:
+            raise PartitionError("not a mesh in JSON", why=f"{type(error).__name__}: {error}") from error
+
+
+def _device(data: Mapping[str, Any]) -> Device:
+    silicon = data.get("silicon")
+    if silicon is not None:
+        silicon = Silicon(**{**silicon, "attention": tuple(silicon["attention"])})
+    return Device(**{**data, "silicon": silicon, "measured": _tables(data, read_measured)})
+
+
+def _link(data: Mapping[str, Any]) -> Link:
+    return Link(**{**data, "measured": _tables(data, read_wire)})
+
+
+def _tables(data: Mapping[str, Any], read: Callable[[Any], Any]) -> Any:
+    given = data.get("measured")
+    if given is not None and (given := read(given)) is None:
+        raise TypeError("`measured` is not what autopart calibrate writes")
+    return given
+
+
+def _check_axes(axes: Iterable[tuple[str, int]], size: int) -> None:
+    names, degrees = [name for name, _ in axes], [degree for _, degree in axes]
+    if len(set(names)) < len(names) or not set(names) <= set(AXES):
+        raise PartitionError(f"bad mesh axes {names}", why=f"each must be one of {', '.join(AXES)}, once")
+    product = math.prod(degrees)
+    complete = len(names) == len(AXES)
+    if min(degrees, default=1) < 1 or size % product or (complete and product != size):
+        given = ", ".join(f"{name}={degree}" for name, degree in axes)
+        raise PartitionError(
+            f"the degrees {given} do not fit {size} devices",
+            why=f"their product {product} must {'equal' if complete else 'divide'} {size}",
+        )
+
+
+def _of_device_mesh(device_mesh: DeviceMesh) -> Mesh:
+    names = device_mesh.mesh_dim_names
+    if names is None:
+        raise PartitionError(
+            "the DeviceMesh has no dim names",
+            why="they tell which degree each dim fixes",
+            try_=f"mesh_dim_names out of {AXES}",
+        )
+    ranks = device_mesh.mesh.flatten().tolist()
+    if ranks != list(range(len(ranks))):
+        raise PartitionError(
+            f"the DeviceMesh holds the ranks {ranks}",
+            why="a plan is made for all ranks, in order",
+            try_="the root mesh, as init_device_mesh makes it",
+        )
+    device = _of_device_type(device_mesh.device_type)
+    per_host = _devices_per_host(len(ranks))
+    mesh = Mesh.usual(len(ranks) // per_host, per_host, device)
+    return replace(mesh, axes=tuple(zip(names, device_mesh.shape, strict=True)))
+
+
+def _devices_per_host(size: int) -> int:
+    """LOCAL_WORLD_SIZE, as torchrun sets it, for a mesh of `size` ranks; `size` if unset or larger."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", str(size))
+    local = min(int(text), size) if text.isdecimal() else 0
+    if local < 1 or size % local:
+        raise PartitionError(
+            f"LOCAL_WORLD_SIZE={text} does not divide the {size} ranks of the DeviceMesh",
+            why="every host must hold as many ranks",
+        )
+    return local
+
+
+def _of_device_type(device_type: str) -> Device:
+    import torch
+
+    if device_type == "cpu":
+        return find_device("cpu")
+    if device_type == "cuda" and torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return of_cuda(torch.cuda.get_device_name(), properties.total_memory)
+    raise PartitionError(
+        f"no device row for a DeviceMesh on {device_type!r}",
+        why="CUDA finds no device here" if device_type == "cuda" else "only cpu and cuda are known",
+        try_='text that names the device, such as "4x8:h100-80gb", or a Mesh with a Device of your own',
+    )
+
+
+def divisors(number: int) -> list[int]:
+    """Ascending."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]

@@ -1,0 +1,273 @@
+"""The intermediate representation: a torch.fx graph whose nodes each carry one frozen `Info`.
+
+A graph is straight: placeholders (parameters, buffers, inputs), operator calls, and one output, the loss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from autopart.errors import PartitionError
+from autopart.sharding.rules import Args, Product, Shape, flatten, op_name
+
+KEY = "autopart"
+
+
+@dataclass(frozen=True)
+class Info:
+    """What the passes know of one node.
+
+    kind     "parameter", "buffer", "input" or "op"
+    name     the parameter's or buffer's name in the model, the batch's key, or the operator's name
+    shapes   of each output;  dtypes likewise
+    grad     whether gradients flow through it
+    layer    the outermost numbered module it was traced in ("model.layers.3"), or ""
+    module   the innermost module ("model.layers.3.mlp.up_proj")
+    source   the user's line, "modeling_llama.py:88"
+    batch    the dim that counts samples, or None
+    flops    of the forward pass
+    product  whether matrix units do the work
+    kernel   the operator whose kernels do it, if the name is not that
+    matrix   the matrix product it is, if it is one; in a stage's graph, that of a rank
+    grads    whether gradients flow to the matrix product's first factor, and to another
+    root     the node whose memory this node's (first) output is a view of; its own name if none
+    keeps    the roots whose memory autograd keeps for this node's backward
+    inner    bytes autograd keeps besides (a softmax's statistics)
+    view     whether the output is memory of an input, so that making it costs nothing
+    logits   whether all it makes goes into a cross-entropy, on its way
+    weights  its operands that are parameters which get gradients, or views of such
+    times    how many tensors as large as its largest gradient exist in its backward, if it is no product
+    size     of a stage's value: bytes on a rank, at the planned micro-batch;  several: whether several runs use it
+    moved    of a stage's operator: bytes read and written on a rank
+    again    how many times the forward's time its backward takes
+    note     what a reader of the emitted line should know
+    placed   of a stage's parameter: its placement along every axis, and its whole shape
+    """
+
+    kind: str
+    name: str
+    shapes: tuple[Shape, ...]
+    dtypes: tuple[torch.dtype, ...]
+    grad: bool = False
+    layer: str = ""
+    module: str = ""
+    source: str = ""
+    batch: int | None = None
+    flops: float = 0.0
+    product: bool = False
+    kernel: str = ""
+    matrix: Product | None = None
+    grads: tuple[bool, bool] = (False, False)
+    root: str = ""
+    keeps: tuple[str, ...] = ()
+    inner: float = 0
+    view: bool = False
+    logits: bool = False
+    weights: tuple[int, ...] = ()
+    times: float = 2.0
+    size: float = 0.0
+    several: bool = False
+    moved: float = 0.0
+    again: int = 0
+    note: str = ""
+    placed: tuple[tuple[str, str], ...] = ()
+    whole: Shape = ()
+
+    @property
+    def shape(self) -> Shape:
+        return self.shapes[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.dtypes[0]
+
+    @property
+    def model_flops(self) -> float:
+        """FLOPs of a matrix product, 0 of other operators; attention counts whole, causal or not."""
+        causal = self.matrix is not None and self.matrix.sizes.causal
+        return self.flops * (2 if causal else 1) if self.product else 0.0
+
+    @property
+    def bytes(self) -> int:
+        """Size of all outputs."""
+        return sum(torch.Size(s).numel() * d.itemsize for s, d in zip(self.shapes, self.dtypes, strict=True))
+
+
+@dataclass
+class Traced:
+    """A traced model: the graph, and the values of its buffers (None where the model is on meta)."""
+
+    graph: fx.Graph
+    name: str
+    buffers: dict[str, torch.Tensor | None]
+    aliases: dict[str, str]
+    """Every further name of a tied parameter -> its first, which the graph uses."""
+    micro_batch: int
+    classes: dict[str, str]
+    """Every module's path -> the name of its class."""
+    parameters: dict[str, Shape]
+    """Every parameter's first name -> its shape: of the whole model, whatever the graph reads of it."""
+    updated: tuple[str, ...] = ()
+    """The buffers that the forward pass changes; the graph's outputs behind the loss are their new values."""
+    mixed_at: str = ""
+    """The line that makes the loss something else than a mean over samples, or the buffer that changes with every
+    micro-batch; "" where neither is there."""
+
+    @property
+    def mean_of_samples(self) -> bool:
+        """Whether the losses of micro-batches average to that of the batch."""
+        return not self.mixed_at
+
+    @property
+    def hash(self) -> str:
+        """Identifies the graph: operators, arguments, shapes, dtypes and parameter names."""
+        return hashlib.sha256(show(self.graph).encode()).hexdigest()[:16]
+
+
+def info(node: fx.Node) -> Info:
+    """The record of a node."""
+    record: Info = node.meta[KEY]
+    return record
+
+
+def has_gradient(dtype: torch.dtype) -> bool:
+    """Whether tensors of this dtype can have gradients."""
+    return dtype.is_floating_point or dtype.is_complex
+
+
+def annotate(node: fx.Node, **changes: Any) -> None:
+    """Put changed fields into a node's record."""
+    node.meta[KEY] = replace(node.meta[KEY], **changes)
+
+
+def calls(graph: fx.Graph) -> list[fx.Node]:
+    """The operator nodes, in order."""
+    return [n for n in graph.nodes if n.op == "call_function"]
+
+
+def placeholders(graph: fx.Graph, kind: str = "") -> list[fx.Node]:
+    """The placeholder nodes (of one kind)."""
+    return [n for n in graph.nodes if n.op == "placeholder" and kind in ("", info(n).kind)]
+
+
+def loss_of(graph: fx.Graph) -> fx.Node:
+    """The node whose value the graph returns."""
+    node = graph.output_node().args[0]
+    assert isinstance(node, fx.Node)
+    return node
+
+
+def updates_of(traced: Traced) -> dict[str, fx.Node]:
+    """Every buffer that the forward pass changes -> the node of its new value."""
+    return dict(zip(traced.updated, traced.graph.output_node().args[1:], strict=True))  # type: ignore[arg-type]
+
+
+def call_args(node: object, name: str) -> tuple[Any, ...]:
+    """The arguments of `node` if it is a call of that operator; else nothing."""
+    found = isinstance(node, fx.Node) and node.op == "call_function" and info(node).name == name
+    return tuple(node.args) if found else ()  # type: ignore[attr-defined]
+
+
+def is_pick(node: fx.Node) -> bool:
+    """Whether the node only picks one output of an operator that has several."""
+    return info(node).name == "autopart.getitem"
+
+
+def value_of(node: fx.Node) -> tuple[fx.Node, int]:
+    """The operator and the index of its output that `node` stands for."""
+    return (node.args[0], node.args[1]) if is_pick(node) else (node, 0)  # type: ignore[return-value]
+
+
+def shape_args(node: fx.Node) -> Args:
+    """A node's positional arguments with the size of each tensor in its place, as the rules take them."""
+    return tuple(fx.map_arg(tuple(node.args), lambda n: torch.Size(info(n).shape)))
+
+
+def operands(node: fx.Node) -> list[fx.Node | None]:
+    """A node's tensor arguments, in the places that a rule's operands have."""
+    return [a if isinstance(a, fx.Node) else None for a in flatten(tuple(node.args))]
+
+
+def meta_of(node: fx.Node) -> Any:
+    """An empty meta tensor (or a tuple of them) shaped as the node's output."""
+    record = info(node)
+    values = tuple(torch.empty(s, dtype=d, device="meta") for s, d in zip(record.shapes, record.dtypes, strict=True))
+    return values[0] if len(values) == 1 else values
+
+
+def run_on_meta(target: Any, args: Args, kwargs: dict[str, Any]) -> Any:
+    """Call an operator on meta tensors; one that makes a tensor from nothing makes it there."""
+    if isinstance(target, torch._ops.OpOverload) and any(a.name == "device" for a in target._schema.arguments):
+        kwargs = {**kwargs, "device": "meta"}
+    return target(*args, **kwargs)
+
+
+def new_call(
+    graph: fx.Graph, target: Callable[..., Any], args: Args, like: fx.Node, kwargs: dict[str, Any] | None = None
+) -> fx.Node:
+    """Add an operator call at the insertion point; place and source come from `like`, shapes from running it
+    on meta tensors."""
+    node = graph.call_function(target, args, kwargs or {})
+    meta_args, meta_kwargs = fx.map_arg((args, kwargs or {}), meta_of)
+    with torch.no_grad():
+        result = run_on_meta(target, meta_args, meta_kwargs)
+    outputs = result if isinstance(result, (tuple, list)) else (result,)
+    grad = any(info(n).grad for n in node.all_input_nodes)
+    node.meta[KEY] = replace(
+        info(like),
+        kind="op",
+        name=op_name(target),
+        shapes=tuple(tuple(o.shape) for o in outputs),
+        dtypes=tuple(o.dtype for o in outputs),
+        grad=grad and has_gradient(outputs[0].dtype),
+    )
+    return node
+
+
+def show(graph: fx.Graph) -> str:
+    """One line a node: what runs, on what, and what comes out."""
+
+    def lines() -> Iterator[str]:
+        for node in graph.nodes:
+            if node.op == "output":
+                yield f"return {', '.join(map(str, node.args))}"
+                continue
+            record = info(node)
+            shapes = ", ".join(
+                f"{str(d).removeprefix('torch.')}{list(s)}" for s, d in zip(record.shapes, record.dtypes, strict=True)
+            )
+            if node.op == "placeholder":
+                yield f"{node.name} = {record.kind} {record.name}: {shapes}"
+            else:
+                kwargs = "".join(f", {k}={v}" for k, v in node.kwargs.items())
+                yield f"{node.name} = {record.name}({', '.join(map(str, node.args))}{kwargs}): {shapes}"
+
+    return "\n".join(lines())
+
+
+def verify(graph: fx.Graph) -> None:
+    """Raise PartitionError unless every node has a record that running it on meta tensors confirms."""
+    graph.lint()
+    for node in graph.nodes:
+        if node.op == "output":
+            continue
+        if KEY not in node.meta:
+            raise PartitionError(f"node {node.name} has no record", "a pass made it and did not say what it is")
+        if node.op != "call_function":
+            continue
+        args, kwargs = fx.map_arg((node.args, node.kwargs), meta_of)
+        try:
+            with torch.no_grad():
+                result = run_on_meta(node.target, args, kwargs)
+        except Exception as error:
+            raise PartitionError(f"node {node.name} does not run", f"{info(node).name}: {error}") from error
+        outputs = result if isinstance(result, (tuple, list)) else (result,)
+        shapes = tuple(tuple(o.shape) for o in outputs)
+        if shapes != info(node).shapes:
+            raise PartitionError(f"node {node.name} has shapes {shapes}", f"its record says {info(node).shapes}")

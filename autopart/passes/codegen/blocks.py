@@ -1,0 +1,122 @@
+"""Numbered blocks of a stage that are written as classes: equal ones, by structure, as one."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from autopart.ir.graph import info
+from autopart.passes.stage_graph import OWNED, Named, StageGraph
+
+
+@dataclass(frozen=True)
+class Block:
+    """A run of a stage that is a call of a module.
+
+    kind       its class, which blocks of the same program share
+    recompute  "none", "selective" or "full"
+    outside    the values it takes, among them weights that other runs read too;  outputs: those it gives
+    """
+
+    kind: str
+    label: str
+    recompute: str
+    nodes: tuple[fx.Node, ...]
+    outside: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+
+
+def plural(label: str) -> str:
+    return re.sub(r"\W", "_", label.rpartition(".")[0]) or "layers"
+
+
+def find_blocks(stage: StageGraph, modes: Sequence[str], sliced: bool, classes: Mapping[str, str]) -> dict[int, Block]:
+    """The blocks by the index of their run: the numbered runs of a program that several share, those that are
+    recomputed (`modes` says it of every run) and, with `sliced`, those that have weights to gather."""
+    users = Counter(weight for _, nodes in stage.runs for weight in _weights(nodes))
+    shared = {weight for weight, count in users.items() if count > 1}
+    programs = {
+        index: _program(label, nodes, shared)
+        for index, (label, nodes) in enumerate(stage.runs)
+        if re.search(r"\.\d+$", label) and not any(map(_counts_valid, nodes))
+    }
+    times = Counter(programs.values())
+    kinds: dict[Any, str] = {}
+    blocks: dict[int, Block] = {}
+    for index, program in programs.items():
+        label, nodes = stage.runs[index]
+        gathers = sliced and bool(_weights(nodes) - shared)
+        if times[program] < 2 and modes[index] == "none" and not gathers:
+            continue
+        if program not in kinds:
+            kinds[program] = _class_name(classes.get(label, "Layer"), set(kinds.values()))
+        inside = set(nodes)
+        outside = tuple(
+            dict.fromkeys(
+                n
+                for node in nodes
+                for n in node.all_input_nodes
+                if n not in inside and (n in shared or info(n).kind not in OWNED)
+            )
+        )
+        outputs = tuple(n for n in nodes if any(u not in inside for u in n.users))
+        blocks[index] = Block(kinds[program], label, modes[index], tuple(nodes), outside, outputs)
+    return blocks
+
+
+def segments(stage: StageGraph, blocks: Mapping[int, Block]) -> list[list[int]]:
+    """The blocks' runs in rows that a loop can go over: neighbours of one list that are recomputed alike."""
+    rows: list[list[int]] = []
+    for index, block in blocks.items():
+        before = blocks.get(index - 1)
+        alike = before is not None and (
+            (plural(before.label), before.recompute, len(before.outside), len(before.outputs))
+            == (plural(block.label), block.recompute, len(block.outside), len(block.outputs))
+        )
+        if alike:
+            rows[-1].append(index)
+        else:
+            rows.append([index])
+    return rows
+
+
+def _counts_valid(node: fx.Node) -> bool:
+    """Whether the node reads how many targets count, which the stage knows and its blocks do not."""
+    return info(node).name in ("runtime.mean_cross_entropy", "runtime.vocab_cross_entropy")
+
+
+def _weights(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    return {n for node in nodes for n in node.all_input_nodes if info(n).kind == "parameter"}
+
+
+def _class_name(wanted: str, taken: set[str]) -> str:
+    """The user's class name; numbered where two kinds of block go by one."""
+    names = itertools.chain([wanted], (f"{wanted}{i}" for i in itertools.count(2)))
+    return next(name for name in names if name not in {*taken, "Stage"})
+
+
+def _program(label: str, nodes: Sequence[fx.Node], shared: set[fx.Node]) -> tuple[Any, ...]:
+    """What a run does, without its names."""
+    local = {n: i for i, n in enumerate(nodes)}
+    others: dict[fx.Node, int] = {}
+
+    def token(node: fx.Node) -> str:
+        if node in local:
+            return f"%{local[node]}"
+        record = info(node)
+        if record.kind in OWNED and node not in shared:
+            return f"{record.name.removeprefix(label)} {record.placed} {record.whole} {record.dtypes} {record.grad}"
+        return f"${others.setdefault(node, len(others))}"
+
+    lines = []
+    for node in nodes:
+        plain = fx.map_arg((node.args, node.kwargs), lambda n: Named(token(n)))
+        used_outside = any(u not in local for u in node.users)
+        lines.append((info(node).name, repr(plain), info(node).shapes, used_outside))
+    return tuple(lines)

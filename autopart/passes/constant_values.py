@@ -1,0 +1,190 @@
+"""Values that depend on shapes and buffers alone, and what the masks made of them look like.
+
+Values are tensors, computed when asked for. The mask of a long sequence would take a byte for each pair of tokens, so
+it is looked at in blocks: a comparison rises or falls with each of its sides, and the least and largest numbers of a
+block's rows and columns tell where it is true, or false, in all of the block. The blocks of which they do not tell,
+such as those on the diagonal of a causal mask, are computed one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+
+from autopart.ir.graph import info, operands, shape_args
+from autopart.sharding.rules import RULES, strategies
+from autopart.sharding.rules.base import replaced
+
+Tensor = torch.Tensor
+Take = Callable[[Tensor, bool], Tensor]
+"""Takes, of numbers in rows and columns, one block or the least or most of every block."""
+LARGEST = 2**24
+"""Elements: larger values are not computed."""
+BLOCK = 128
+"""Rows, and columns, of a block."""
+
+COMPARISONS = {"aten.le": "-+", "aten.lt": "-+", "aten.ge": "+-", "aten.gt": "+-"}
+"""Operators -> for each argument, whether the result never falls (+) or never rises (-) as that rises. A NaN does not
+rise, so none of these takes floating-point tensors."""
+LOGIC = {
+    **dict.fromkeys(("aten.__and__", "aten.bitwise_and", "aten.logical_and"), "++"),
+    **dict.fromkeys(("aten.__or__", "aten.bitwise_or", "aten.logical_or"), "++"),
+    **dict.fromkeys(("aten.bitwise_not", "aten.logical_not"), "-"),
+}
+"""The same, where the arguments are booleans."""
+RESHAPES = ("aten.reshape", "aten.unsqueeze")
+
+PATTERNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "all": lambda row, column: row >= 0 * column,
+    "causal": lambda row, column: row >= column,
+}
+"""What a mask is at a row and a column; none falls as the row rises, or rises as the column does."""
+
+
+class Constants:
+    """What is known of the nodes of a graph that depend on shapes and buffers alone."""
+
+    def __init__(self, buffers: Mapping[str, Tensor | None]) -> None:
+        self.buffers = buffers
+        self.known: dict[fx.Node, Tensor | None] = {}
+        self.patterns: dict[fx.Node, str] = {}
+
+    def value(self, node: fx.Node) -> Tensor | None:
+        """The node's value, or None where it depends on data or is too large."""
+        if node not in self.known:
+            self.known[node] = self._compute(node)
+        return self.known[node]
+
+    def pattern(self, node: fx.Node) -> str:
+        """Of a mask: "all" where it is true everywhere, "causal" where it is lower-triangular, "" where it is another
+        or not known."""
+        if node not in self.patterns:
+            self.patterns[node] = self._pattern(node) if info(node).dtype == torch.bool else ""
+        return self.patterns[node]
+
+    def _compute(self, node: fx.Node) -> Tensor | None:
+        record = info(node)
+        if record.kind == "buffer":
+            value = self.buffers.get(record.name)
+            return value if value is None else value.cpu()
+        if record.kind != "op" or len(record.shapes) > 1 or record.dtype.is_floating_point:
+            return None
+        values = {n: v for n in node.all_input_nodes if (v := self.value(n)) is not None}
+        if len(values) < len(node.all_input_nodes):
+            return None
+        given, values, shape = _once(node, values)
+        if shape.numel() > LARGEST:
+            return None
+        args, kwargs = fx.map_arg((given, node.kwargs), lambda n: values[n])
+        result: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+        return _repeat(result).expand(record.shape)
+
+    def _pattern(self, mask: fx.Node) -> str:
+        shape = torch.Size((1, 1, *info(mask).shape))
+        if not shape.numel():
+            return "all"
+        least, most = self._taken(mask, _bound, False), self._taken(mask, _bound, True)
+        if least is None or most is None:
+            return ""
+        rows, columns = torch.arange(shape[-2])[:, None], torch.arange(shape[-1])[None]
+
+        def wanted(name: str, take: Take, most: bool) -> Tensor:
+            return PATTERNS[name](take(rows, most), take(columns, not most))
+
+        names = PATTERNS if shape[-2] == shape[-1] else ("all",)
+        return next((name for name in names if self._is(partial(wanted, name), mask, least, most)), "")
+
+    def _is(self, wanted: Callable[[Take, bool], Tensor], mask: fx.Node, least: Tensor, most: Tensor) -> bool:
+        """Whether a mask that is at least and at most this in each block is the wanted one everywhere."""
+        lowest, highest = wanted(_bound, False), wanted(_bound, True)
+        if bool((least & ~lowest | ~most & highest).any()):
+            return False
+        unsure = (least ^ most) | torch.zeros_like(lowest)
+        for place in unsure.reshape(-1, *lowest.shape).any(0).nonzero().tolist():
+            block = partial(_block, place)
+            taken = self._taken(mask, block, True)
+            if taken is None or bool((taken ^ wanted(block, True)).any()):
+                return False
+        return True
+
+    def _taken(self, node: fx.Node, take: Take, most: bool) -> Tensor | None:
+        """What `take` takes of the node's value; None where that is not known."""
+        record, inputs = info(node), node.all_input_nodes
+        name = ".".join(record.name.split(".")[:2])
+        if name == "aten.expand":
+            return self._taken(inputs[0], take, most)
+        if name in RESHAPES and info(inputs[0]).shape[-2:] == record.shape[-2:]:
+            taken = self._taken(inputs[0], take, most)
+            if taken is not None and taken.shape[:-2].numel() == 1:
+                return taken
+        dtypes = {info(n).dtype for n in inputs}
+        table = LOGIC if dtypes == {torch.bool} else COMPARISONS
+        signs = None if any(d.is_floating_point for d in dtypes) else table.get(name)
+        if signs is None:
+            value = self.value(node)
+            return None if value is None else take(torch.atleast_2d(_collapse(value)), most)
+        args = [
+            self._taken(a, take, most == (sign == "+")) if isinstance(a, fx.Node) else a
+            for a, sign in zip(node.args, signs, strict=True)
+        ]
+        return None if any(a is None for a in args) else node.target(*args)  # type: ignore[operator]
+
+
+def _once(node: fx.Node, values: Mapping[fx.Node, Tensor]) -> tuple[Any, dict[fx.Node, Tensor], torch.Size]:
+    """The arguments, operands and shape with which the node gives one element of every dim along which its value
+    repeats: the operands that have the dim repeat along it in memory, and its row lets it pass."""
+    record, rule, found, shape = info(node), RULES.get(info(node).name), dict(values), list(info(node).shape)
+    if rule is None or callable(rule.resize):
+        return node.args, found, torch.Size(shape)
+    for strategy in strategies(record.name, shape_args(node), record.shapes, 1):
+        out, pairs = strategy.outputs[0], list(zip(operands(node), strategy.inputs, strict=True))
+        taken = [(n, p) for n, p in pairs if n is not None and p is not None and p.kind == "S"]
+        if out.kind != "S" or strategy.local or any(p.parts for p in (out, *(p for _, p in taken))):
+            continue
+        size = record.shape[out.dim]
+        if all(values[n].stride(p.dim) == 0 and values[n].shape[p.dim] == size for n, p in taken):
+            shape[out.dim] = min(1, size)
+            for n, p in taken:
+                found[n] = found[n].narrow(p.dim, 0, min(1, size))
+    args = node.args if rule.resize is None else replaced(tuple(node.args), rule.resize, shape)
+    return args, found, torch.Size(shape)
+
+
+def _bound(numbers: Tensor, most: bool) -> Tensor:
+    """The least or largest number of the rows of each block, and of its columns."""
+    for dim in (-2, -1):
+        parts = numbers.split(BLOCK, dim)
+        numbers = torch.cat([p.amax(dim, True) if most else p.amin(dim, True) for p in parts], dim)
+    return numbers
+
+
+def _block(place: list[int], numbers: Tensor, most: bool) -> Tensor:
+    """The numbers of one block; those that are the same in all rows or columns are there once."""
+    for dim, number in zip((-2, -1), place, strict=True):
+        if numbers.shape[dim] > 1:
+            start = number * BLOCK
+            numbers = numbers.narrow(dim, start, min(BLOCK, numbers.shape[dim] - start))
+    return numbers
+
+
+def _collapse(values: Tensor) -> Tensor:
+    """One element of every dim along which the tensor only repeats itself in memory."""
+    for dim, stride in enumerate(values.stride()):
+        if stride == 0:
+            values = values.narrow(dim, 0, min(1, values.shape[dim]))
+    return values
+
+
+def _repeat(values: Tensor) -> Tensor:
+    """A small tensor with the dims along which all elements are equal reduced to one element."""
+    if not 0 < values.numel() <= 2**22:
+        return values
+    for dim, size in enumerate(values.shape):
+        first = values.narrow(dim, 0, 1)
+        if size > 1 and torch.equal(values, first.expand_as(values)):
+            values = first
+    return values

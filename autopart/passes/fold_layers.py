@@ -1,0 +1,127 @@
+"""fx.Graph -> Folded: the graph as a row of runs, equal ones recognised by structure.
+
+A run is the nodes of one numbered module ("model.layers.3"), or of one other module between them. Two runs are
+of one class when they compute the same thing from the same kinds of values, whatever their names. Planning
+decides once for each class; cuts fall between runs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch import fx
+
+from autopart.ir.fingerprint import Fingerprints, Token, is_own, parameter_token
+from autopart.ir.graph import Traced, calls, info, loss_of
+from autopart.ir.layered_graph import Folded, Run, node_keys, parameters_of
+from autopart.ir.random_ops import relative
+
+
+def fold(traced: Traced) -> Folded:
+    """Find the runs and their classes."""
+    graph = traced.graph
+    free = _free(graph)
+    runs: list[Run] = []
+    for node in calls(graph):
+        if node in free:
+            continue
+        label = info(node).layer or info(node).module
+        if not runs or runs[-1].label != label:
+            runs.append(Run(label, []))
+        runs[-1].nodes.append(node)
+    _merge_returning(runs)
+    same: dict[fx.Node, fx.Node] = {}
+    classes: dict[Any, tuple[int, Run]] = {}
+    prints = Fingerprints(graph, traced.micro_batch)
+    for run in runs:
+        signature = _signature(run)
+        run.kind, first = classes.setdefault(signature, (len(classes), run))
+        for node, twin in zip(run.nodes, first.nodes, strict=True):
+            for mine, other in zip(parameters_of(node), parameters_of(twin), strict=True):
+                same.setdefault(mine, other)
+            same[node] = twin
+        for node, twin in zip(run.externals, first.externals, strict=True):
+            _pair_own(node, run.label, twin, first.label, prints, same)
+    for node in graph.nodes:
+        if node.op != "output":
+            same.setdefault(node, node)
+    for node in list(same):
+        while same[node] is not same[same[node]]:
+            same[node] = same[same[node]]
+    return Folded(
+        traced,
+        runs,
+        [n for n in graph.nodes if n in free],
+        same,
+        Counter(same.values()),
+        node_keys(n for n in graph.nodes if n in same and same[n] is n),
+        tuple(range(len(runs))),
+        tuple(run.label for run in runs),
+    )
+
+
+def _pair_own(
+    node: fx.Node, label: str, twin: fx.Node, first: str, prints: Fingerprints, same: dict[fx.Node, fx.Node]
+) -> None:
+    """What a block makes of its buffers and of inputs is of one class with what its twin makes of its own."""
+    todo = [(node, twin)]
+    while todo:
+        mine, other = todo.pop()
+        outside = not info(mine).grad and info(mine).kind != "parameter"
+        if mine is other or mine in same or not outside or not (is_own(mine, label) and is_own(other, first)):
+            continue
+        if prints.outside(mine, label) == prints.outside(other, first):
+            same[mine] = other
+            todo += zip(mine.all_input_nodes, other.all_input_nodes, strict=True)
+
+
+def _free(graph: fx.Graph) -> set[fx.Node]:
+    """Operators outside numbered layers, or feeding such, that only inputs and buffers reach."""
+    loss, free = loss_of(graph), set()
+    for node in calls(graph):
+        clean = all(n in free or info(n).kind in ("input", "buffer") for n in node.all_input_nodes)
+        if clean and not info(node).grad and node is not loss:
+            free.add(node)
+    return free
+
+
+def _merge_returning(runs: list[Run]) -> None:
+    """A layer left and entered again (code between its parts) is one run where order allows it: the nodes in
+    between join it. What is no layer may come again anywhere: the dropout before and after all layers."""
+    i = 0
+    while i < len(runs):
+        layer = info(runs[i].nodes[0]).layer
+        again = next((j for j in range(len(runs) - 1, i, -1) if layer and runs[j].label == layer), i)
+        if again > i:
+            for run in runs[i + 1 : again + 1]:
+                runs[i].nodes += run.nodes
+            del runs[i + 1 : again + 1]
+        i += 1
+
+
+def _signature(run: Run) -> tuple[Any, ...]:
+    """What the run computes, with local numbers for names; sets its externals."""
+    local: dict[fx.Node, tuple[str, Any]] = {n: ("node", i) for i, n in enumerate(run.nodes)}
+    externals: list[fx.Node] = []
+
+    def token(node: fx.Node) -> tuple[Any, ...]:
+        if node in local:
+            return local[node]
+        record = info(node)
+        if record.kind == "parameter":
+            return parameter_token(record, run.label)
+        if node not in externals:
+            externals.append(node)
+        samples = record.batch is not None
+        return ("external", externals.index(node), record.shapes, record.dtypes, record.grad, samples)
+
+    lines: list[Any] = []
+    for node in run.nodes:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: Token(token(n)))  # type: ignore[arg-type,return-value]
+        record, does = info(node), (repr(relative(args, run.label)), repr(kwargs))
+        lines.append((record.name, *does, record.shapes, record.dtypes, record.view, record.inner))
+    inside = set(run.nodes)
+    outputs = tuple(i for i, n in enumerate(run.nodes) if any(u not in inside for u in n.users))
+    run.externals = tuple(externals)
+    return (*lines, outputs)

@@ -1,0 +1,106 @@
+"""Whether a loss is a mean over samples, so that micro-batches' losses average to the whole batch's.
+
+Every value is, in terms of the samples, one of
+    ONE      the same whatever the samples
+    int      a value for each sample, which this dim counts
+    MEAN     of the whole batch, the mean of what micro-batches of equal size give
+    SUM      likewise their sum
+    MIXED    anything else: a sort of all tokens, batch statistics, the product of two means
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import fx
+
+from autopart.ir.graph import calls, info, is_pick, loss_of, operands, shape_args, value_of
+from autopart.sharding.rules import Strategy, strategies
+
+ONE, MEAN, SUM, MIXED = "one", "mean", "sum", "mixed"
+State = str | int
+Value = tuple[fx.Node, int]
+
+ADDS = {"aten.add.Tensor", "aten.sub.Tensor", "aten.rsub.Scalar", "aten.cat", "aten.stack"}
+"""Of a mean and a constant they make a mean."""
+
+
+def mixing(graph: fx.Graph) -> fx.Node | None:
+    """The first operator behind which the loss is no mean over samples; None where it is one."""
+    states: dict[Value, State] = {
+        (n, 0): ONE if (batch := info(n).batch) is None else batch for n in graph.nodes if n.op == "placeholder"
+    }
+    for node in calls(graph):
+        if not is_pick(node):
+            for index, state in enumerate(_states(node, states)):
+                states[node, index] = state
+    loss = value_of(loss_of(graph))
+    if states[loss] in (MEAN, ONE):
+        return None
+    node = loss[0]
+    while blamed := [v for n in node.all_input_nodes if states[v := value_of(n)] == MIXED]:
+        node = blamed[0][0]
+    return node
+
+
+def _states(node: fx.Node, states: Mapping[Value, State]) -> Sequence[State]:
+    record = info(node)
+    sources = [None if n is None else value_of(n) for n in operands(node)]
+    given = [None if s is None else states[s] for s in sources]
+    kinds = {s for s in given if s is not None}
+    count = len(record.shapes)
+    if kinds <= {ONE}:
+        return [ONE if record.batch is None else record.batch] * count
+    if MIXED in kinds:
+        return [MIXED] * count
+    options = strategies(record.name, shape_args(node), record.shapes, 1)
+    if any(isinstance(k, int) for k in kinds):
+        for option in options:
+            if not kinds & {MEAN, SUM} and _by_sample(option, sources, given):
+                return [o.dim if o.kind == "S" else SUM if not option.local else MEAN for o in option.outputs]
+        return [MIXED] * count
+    return [_of_whole(record.name, kinds, given, options)] * count
+
+
+def _by_sample(option: Strategy, sources: Sequence[Value | None], given: Sequence[State | None]) -> bool:
+    """Whether the strategy splits every operand as its samples lie; constants may be split where they repeat."""
+    for wanted, source, state in zip(option.inputs, sources, given, strict=True):
+        if source is None or wanted is None:
+            continue
+        if isinstance(state, int):
+            if wanted.kind != "S" or wanted.dim != state:
+                return False
+        elif wanted.kind == "S" and not _repeats(source, wanted.dim):
+            return False
+    return True
+
+
+def _repeats(value: Value, dim: int) -> bool:
+    """Whether a constant may be cut along `dim` into equal pieces: a factory's, and what is made from such."""
+    node = value[0]
+    if node.op == "placeholder":
+        return False
+    record = info(node)
+    for option in strategies(record.name, shape_args(node), record.shapes, 1):
+        out = option.outputs[value[1]]
+        if out.kind == "S" and out.dim == dim:
+            pairs = zip(option.inputs, operands(node), strict=True)
+            return all(
+                _repeats(value_of(n), p.dim) for p, n in pairs if p is not None and n is not None and p.kind == "S"
+            )
+    return False
+
+
+def _of_whole(name: str, kinds: set[State], given: Sequence[State | None], options: Sequence[Strategy]) -> State:
+    """A function of means, sums and constants."""
+    total = kinds - {ONE}
+    if len(total) > 1:
+        return MIXED
+    (kind,) = total
+    if name in ADDS and kind == MEAN:
+        return MEAN
+    if ONE not in kinds:
+        return kind if any(o.name == "P" for o in options) else MIXED
+    if name == "aten.mul.Tensor" or (name == "aten.div.Tensor" and given[1] == ONE):
+        return kind
+    return MIXED

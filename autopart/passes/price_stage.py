@@ -1,0 +1,90 @@
+"""A stage's graph -> seconds: what the expanded plan costs, node by node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from autopart.cost.compute import Seconds, work_of, work_seconds
+from autopart.cost.resharding import row_seconds
+from autopart.hardware.mesh import Group
+from autopart.hardware.rows import Device
+from autopart.ir.graph import info
+from autopart.passes.stage_graph import StageGraph
+from autopart.plan.data import PlanLine, shortened
+from autopart.sharding.resharding import GATHERED_AGAIN, RELAYOUTS
+
+NOTHING = Seconds(0.0, 0.0)
+BY_FUNCTION = {f"runtime.{row.function}": row for row in RELAYOUTS.values()}
+
+
+@dataclass(frozen=True)
+class PricedRun:
+    """A run of a stage: its label, seconds forward and backward for one micro-batch, and its lines; `again` is what it
+    adds where all of it is run again, `cheap` where all but matrix products is."""
+
+    label: str
+    forward: float
+    backward: float
+    again: float
+    cheap: float
+    lines: tuple[PlanLine, ...]
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What prices depend on: the device, and the ranks of each axis."""
+
+    device: Device
+    axes: Mapping[str, Group]
+
+
+def price(stage: StageGraph, prices: Prices) -> list[PricedRun]:
+    """Price every run of a stage."""
+    computed = _computed([n for _, nodes in stage.runs for n in nodes], prices.device)
+    runs = []
+    for label, nodes in stage.runs:
+        forward = backward = again = cheap = 0.0
+        lines = []
+        for node in nodes:
+            compute, comm = computed.get(node, NOTHING), _moved(node, prices)
+            forward += compute.forward + comm.forward
+            backward += compute.backward + comm.backward
+            record = info(node)
+            moved = 0.0 if record.name in GATHERED_AGAIN else comm.forward
+            again += moved + compute.forward
+            cheap += moved + (0.0 if record.product else compute.forward)
+            lines.append(
+                PlanLine(
+                    record.module.removeprefix(label).lstrip("."),
+                    shortened(record.name),
+                    record.note,
+                    compute.forward + compute.backward,
+                    comm.forward + comm.backward,
+                    record.source,
+                )
+            )
+        runs.append(PricedRun(label, forward, backward, again, cheap, tuple(lines)))
+    return runs
+
+
+def _computed(nodes: Sequence[fx.Node], device: Device) -> dict[fx.Node, Seconds]:
+    """Seconds of everything that is no change of placement."""
+    operators = [n for n in nodes if info(n).name not in BY_FUNCTION]
+    seconds = work_seconds(work_of([info(n) for n in operators], device), device)
+    each = zip(operators, seconds.forward.tolist(), seconds.backward.tolist(), strict=True)
+    return {node: Seconds(forward, backward) for node, forward, backward in each}
+
+
+def _moved(node: fx.Node, prices: Prices) -> Seconds:
+    """Seconds of a change of placement."""
+    record = info(node)
+    row = BY_FUNCTION.get(record.name)
+    if row is None:
+        return NOTHING
+    axis = node.args[1]
+    assert isinstance(axis, str)
+    whole = max(record.size, *(info(n).size for n in node.all_input_nodes))
+    return Seconds(*map(float, row_seconds(row, whole, prices.axes[axis], record.grad, prices.device)))

@@ -1,0 +1,204 @@
+"""fx.Graph -> fx.Graph: every random operator draws from a stream of its own (`autopart.ir.random_ops`).
+
+Attention with dropout is written out, since no fused kernel draws such masks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from autopart.errors import PartitionError
+from autopart.ir.graph import Traced, calls, info, new_call
+from autopart.ir.random_ops import Stream, dropout, uniform, uniform_of
+
+aten = torch.ops.aten
+New = Callable[..., fx.Node]
+
+
+def draw(traced: Traced) -> Traced:
+    """Replace random operators, in place. PartitionError for those that have no counterpart."""
+    graph = traced.graph
+    drawn: Counter[str] = Counter()
+    for node in calls(graph):
+        if not _random(node):
+            continue
+        rewrite = REWRITES.get(info(node).name, _refused)
+        module = info(node).module or "model"
+        drawn[module] += 1
+        stream = Stream(module if drawn[module] == 1 else f"{module}#{drawn[module]}")
+        with graph.inserting_before(node):
+
+            def new(target: Any, *args: Any, like: fx.Node = node, kwargs: dict[str, Any] | None = None) -> fx.Node:
+                return new_call(graph, target, args, like, kwargs)
+
+            node.replace_all_uses_with(rewrite(new, node, stream))
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    return traced
+
+
+def _random(node: fx.Node) -> bool:
+    name, args = info(node).name, node.args
+    if name in ONLY_WITH:
+        return all(len(args) > at and bool(args[at]) for at in ONLY_WITH[name])
+    return name in REWRITES or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _filled(node: fx.Node, required: int, *defaults: Any) -> list[Any]:
+    """The arguments: those required, and the others, taken from `defaults` where they are left out."""
+    return [*node.args, *defaults[len(node.args) - required :]]
+
+
+def _dropout(new: New, node: fx.Node, stream: Stream) -> fx.Node:
+    x, p, _ = node.args
+    return new(aten.zeros_like.default, x) if p == 1.0 else new(dropout, x, p, stream)
+
+
+def _native_dropout(new: New, node: fx.Node, stream: Stream) -> fx.Node:
+    for pick in list(node.users):
+        if pick.args[1] == 1 and pick.users:
+            raise _refusal(node, "its mask is used")
+        if pick.args[1] == 0:
+            pick.replace_all_uses_with(_dropout(new, node, stream))
+    return node.args[0]  # type: ignore[return-value]
+
+
+def _feature_dropout(new: New, node: fx.Node, stream: Stream) -> fx.Node:
+    """One draw for each channel: dims 0 and 1."""
+    x, p, _ = node.args
+    shape = info(x).shape  # type: ignore[arg-type]
+    ones = new(aten.full.default, [*shape[:2], *[1] * (len(shape) - 2)], 1.0, kwargs={"dtype": info(node).dtype})
+    return new(aten.mul.Tensor, x, new(dropout, ones, p, stream))
+
+
+def _rand(new: New, node: fx.Node, stream: Stream) -> fx.Node:
+    """As precise as float32 or the node's dtype; of an empty tensor only the size counts."""
+    dtype = torch.promote_types(info(node).dtype, torch.float32)
+    if dtype.is_complex:
+        raise _refusal(node, f"it draws {dtype}")
+    like = node.args[0] if node.all_input_nodes else None
+    while isinstance(like, fx.Node) and info(like).name == "aten.zeros_like":
+        like = like.args[0]
+    if isinstance(like, fx.Node) and info(like).name not in ("aten.new_zeros", "aten.zeros"):
+        return new(uniform, like, stream, dtype)
+    return new(uniform_of, list(info(node).shape), dtype, stream)
+
+
+def _cast(new: New, node: fx.Node, drawn: fx.Node) -> fx.Node:
+    """In the node's dtype."""
+    dtype = info(node).dtype
+    return drawn if info(drawn).dtype == dtype else new(aten._to_copy.default, drawn, kwargs={"dtype": dtype})
+
+
+def _standard(new: New, node: fx.Node, stream: Stream) -> fx.Node:
+    """In the node's dtype, whose largest number below 1 is none of float32's."""
+    below = 1 - torch.finfo(info(node).dtype).eps / 2
+    drawn = _cast(new, node, _rand(new, node, stream))
+    exact = info(node).dtype in (torch.float32, torch.float64)
+    return drawn if exact else new(aten.clamp_max.default, drawn, below)
+
+
+def _uniform(new: New, node: fx.Node, stream: Stream) -> fx.Node:
+    _, low, high = _filled(node, 1, 0.0, 1.0)
+    return _scaled(new, node, _rand(new, node, stream), high - low, low)
+
+
+def _normal(new: New, node: fx.Node, stream: Stream) -> fx.Node:
+    """sqrt(2) erfinv(2 u - 1) is normal where u is uniform."""
+    mean, deviation = 0.0, 1.0
+    if info(node).name == "aten.normal_functional":
+        _, mean, deviation = _filled(node, 1, 0.0, 1.0)
+    drawn = _rand(new, node, stream)
+    centred = new(aten.sub.Tensor, new(aten.mul.Tensor, drawn, 2.0), 1.0)
+    return _scaled(new, node, new(aten.erfinv.default, centred), math.sqrt(2.0) * deviation, mean)
+
+
+def _scaled(new: New, node: fx.Node, drawn: fx.Node, factor: float, offset: float) -> fx.Node:
+    drawn = new(aten.mul.Tensor, drawn, factor) if factor != 1.0 else drawn
+    return _cast(new, node, new(aten.add.Tensor, drawn, offset) if offset else drawn)
+
+
+def _exponential(new: New, node: fx.Node, stream: Stream) -> fx.Node:
+    rate = node.args[1] if len(node.args) > 1 else 1.0
+    drawn = new(aten.neg.default, new(aten.log.default, _rand(new, node, stream)))
+    return _cast(new, node, new(aten.div.Tensor, drawn, rate))
+
+
+def _bernoulli(new: New, node: fx.Node, stream: Stream) -> fx.Node:
+    """With one probability for all (an argument), or one for each element (the input)."""
+    chance = node.args[1] if len(node.args) > 1 else node.args[0]
+    less = aten.lt.Tensor if isinstance(chance, fx.Node) else aten.lt.Scalar
+    return _cast(new, node, new(less, _rand(new, node, stream), chance))
+
+
+def _attention(new: New, node: fx.Node, stream: Stream) -> fx.Node:
+    query, key, value, mask, p, causal = _filled(node, 3, None, 0.0, False)
+    heads, served = info(query).shape[1], info(key).shape[1]
+    if node.kwargs.get("enable_gqa") and heads != served:
+        key, value = (_repeated(new, x, heads // served) for x in (key, value))
+    scale = node.kwargs.get("scale") or 1 / math.sqrt(info(query).shape[-1])
+    scores = new(aten.mul.Tensor, new(aten.matmul.default, query, new(aten.transpose.int, key, -2, -1)), scale)
+    if causal:
+        size = list(info(scores).shape[-2:])
+        mask = new(aten.tril.default, new(aten.ones.default, size, kwargs={"dtype": torch.bool}))
+    if isinstance(mask, fx.Node) and info(mask).dtype == torch.bool:
+        scores = new(aten.where.ScalarOther, mask, scores, float("-inf"))
+    elif isinstance(mask, fx.Node):
+        scores = new(aten.add.Tensor, scores, mask)
+    chances = new(aten._safe_softmax.default, scores, -1)
+    return new(aten.matmul.default, new(dropout, chances, p, stream), value)
+
+
+def _repeated(new: New, x: fx.Node, times: int) -> fx.Node:
+    """Every head (dim 1) `times` times."""
+    batch, heads, *rest = info(x).shape
+    spread = new(aten.expand.default, new(aten.unsqueeze.default, x, 2), [batch, heads, times, *rest])
+    return new(aten.reshape.default, spread, [batch, heads * times, *rest])
+
+
+def _refused(new: New, node: fx.Node, stream: Stream) -> fx.Node:
+    raise _refusal(node, f"{info(node).name} has no form that is the same under every plan")
+
+
+def _refusal(node: fx.Node, why: str) -> PartitionError:
+    return PartitionError(
+        f"the forward pass draws random numbers ({info(node).source or info(node).name})",
+        why,
+        "dropout, rand, randn, bernoulli and exponential can be drawn; or draw outside and put it into the batch",
+    )
+
+
+REWRITES: dict[str, Callable[[New, fx.Node, Stream], fx.Node]] = {
+    "aten.dropout": _dropout,
+    "aten.native_dropout": _native_dropout,
+    "aten.feature_dropout": _feature_dropout,
+    "aten.scaled_dot_product_attention": _attention,
+    "aten.rand": _standard,
+    "aten.rand_like": _standard,
+    "aten.uniform": _uniform,
+    "aten.randn": _normal,
+    "aten.randn_like": _normal,
+    "aten.normal_functional": _normal,
+    "aten.exponential": _exponential,
+    "aten.bernoulli": _bernoulli,
+    "aten.bernoulli.p": _bernoulli,
+}
+"""Random operators that have a counterpart; others are refused."""
+RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+ONLY_WITH: dict[str, tuple[int, ...]] = {
+    "aten.scaled_dot_product_attention": (4,),
+    "aten.dropout": (1, 2),
+    "aten.feature_dropout": (1, 2),
+    "aten.alpha_dropout": (1, 2),
+    "aten.feature_alpha_dropout": (1, 2),
+    "aten.rrelu": (3,),
+    **{f"aten.{name}.input": (5, 6) for name in RECURRENT},
+    **{f"aten.{name}.data": (6, 7) for name in RECURRENT},
+}
+"""The arguments that must all be true for the operator to draw."""

@@ -1,0 +1,101 @@
+"""What a stage calls in place of an operator that shards change, or that `autopart.runtime` knows better."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from autopart.ir.graph import info
+from autopart.ir.random_ops import Stream
+from autopart.passes.stage_graph import Named, StageGraph, Valid
+from autopart.sharding.resharding import runtime_function
+from autopart.sharding.rules import Strategy
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call with arguments on a rank: of `node` in the traced graph, under a strategy along every axis.
+
+    streams   the stage's sources of random numbers
+    """
+
+    node: fx.Node
+    args: tuple[Any, ...]
+    chosen: Sequence[tuple[str, Strategy]]
+    stage: StageGraph
+    streams: Mapping[str, fx.Node]
+
+    def axis_of(self, local: str) -> str:
+        """The axis along which `local` runs instead of the operator; "" where it does not."""
+        return next((axis for axis, strategy in self.chosen if strategy.local == local), "")
+
+
+Instead = tuple[str, tuple[Any, ...], dict[str, Any]]
+"""The name of a function of `autopart.runtime`, and its arguments."""
+
+
+def instead(call: Call) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None:
+    """The call to make; None where the operator itself will do."""
+    find = TABLE.get(info(call.node).name)
+    found = find(call) if find is not None else None
+    return None if found is None else (runtime_function(found[0]), *found[1:])
+
+
+def _loss(call: Call) -> Instead | None:
+    """A mean over valid targets becomes a sum over the number there is in the whole batch. It must be a mean over
+    targets that count alike: none by class, none that are probabilities."""
+    node, args = call.node, call.args
+    probabilities = info(node.args[1]).dtype.is_floating_point  # type: ignore[arg-type]
+    if probabilities or tuple(node.args[2:4]) not in ((), (None,), (None, 1)):
+        return None
+    ignored = args[4] if len(args) > 4 else -100
+    smoothing = args[5] if len(args) > 5 else 0.0
+    axes = tuple(axis for axis, strategy in call.chosen if strategy.local == "cross_entropy_sum")
+    call.stage.valid.append(Valid(node.name, args[1], ignored, axes))
+    given = (args[0], args[1], Named(f'self.valid["{node.name}"]'), ignored)
+    if axis := call.axis_of("vocab_cross_entropy"):
+        return "vocab_cross_entropy", (*given, axis), {}
+    return "mean_cross_entropy", (*given, smoothing) if smoothing else given, {}
+
+
+def _embedding(call: Call) -> Instead | None:
+    axis = call.axis_of("vocab_embedding")
+    weight, ids, *rest = call.args
+    return ("vocab_embedding", (ids, weight, axis, *rest[:1]), {}) if axis else None
+
+
+def _experts(call: Call) -> Instead:
+    axis = call.axis_of("expert_linear")
+    return "expert_linear", (*call.args, axis) if axis else call.args, {}
+
+
+def _where(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Random numbers follow the place in the whole tensor: its size, its dim of samples, and what of it is here."""
+    record = info(call.node)
+    split = {axis: p for axis, strategy in call.chosen if (p := strategy.outputs[0]).kind == "S"}
+    stream = call.streams[next(a for a in call.args if isinstance(a, Stream))]
+    axes = {axis: (p.dim, list(p.parts)) if p.parts else p.dim for axis, p in split.items()}
+    return (stream, list(record.shape), record.batch), axes
+
+
+def _dropout(call: Call) -> Instead:
+    where, axes = _where(call)
+    return "dropout", (*call.args[:2], *where), axes
+
+
+def _uniform(call: Call) -> Instead:
+    where, axes = _where(call)
+    return "uniform", (*where, info(call.node).dtype), axes
+
+
+TABLE: dict[str, Callable[[Call], Instead | None]] = {
+    "aten.cross_entropy_loss": _loss,
+    "aten.embedding": _embedding,
+    "autopart.expert_linear": _experts,
+    "autopart.dropout": _dropout,
+    "autopart.uniform": _uniform,
+    "autopart.uniform_of": _uniform,
+}

@@ -1,0 +1,103 @@
+"""What a plan says of its configuration: rates, MFU, bytes and room by stage, and where the seconds go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from autopart.cost.training_state import turns
+from autopart.plan.data import Plan, bytes_text, seconds_text, usable_bytes
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a configuration would cost.
+
+    step_seconds        one step of the whole batch
+    samples_per_second  of the whole mesh;  tokens_per_second: likewise, None where samples have no known sequence (see
+                        `Signature.tokens`)
+    mfu                 model FLOPs utilisation (Chowdhery et al., PaLM, arXiv 2204.02311, appendix B): the model's
+                        FLOPs over those that the mesh could do in the step at its peak. The model's are 3 times
+                        `Plan.forward_flops`, a product backward being two of its size: nothing recomputed counts, and
+                        attention counts whole, causal or not
+    peak_flops          FLOP/s of one device for products of `peak_dtype`, that of the parameters
+    memory_bytes        of a rank of each stage;  memory: the same by what takes them
+    headroom_bytes      of each stage: what its device could give more; below zero where it does not fit
+    fits                whether no stage takes more than its device can give
+    breakdown           seconds of the slowest stage, which add up to the step: compute, recompute (with its
+                        collectives), communication (collectives in a micro-batch: tensor parallelism, as a rule), p2p
+                        (messages between stages), gradient sync (what the backward does not hide, with sums of
+                        gradients and the optimizer's step, where those are priced: see
+                        `autopart.cost.training_state.update_seconds`), and bubble: the rest
+    """
+
+    step_seconds: float
+    samples_per_second: float
+    tokens_per_second: float | None
+    mfu: float
+    peak_flops: float
+    peak_dtype: str
+    memory_bytes: tuple[int, ...]
+    memory: tuple[Mapping[str, float], ...]
+    headroom_bytes: tuple[int, ...]
+    fits: bool
+    breakdown: Mapping[str, float]
+    plan: Plan = field(repr=False)
+
+    @staticmethod
+    def of(plan: Plan) -> Estimate:
+        """The estimate a plan carries."""
+        seconds, tokens = plan.step_seconds, plan.signature.tokens
+        peak = plan.mesh.device.flops[plan.precision]
+        return Estimate(
+            seconds,
+            plan.global_batch / seconds,
+            plan.global_batch * tokens / seconds if tokens else None,
+            3 * plan.forward_flops / (seconds * plan.mesh.size * peak),
+            peak,
+            plan.precision,
+            plan.memory_bytes,
+            tuple(s.memory for s in plan.stages),
+            tuple(round(usable_bytes(plan.mesh)) - held for held in plan.memory_bytes),
+            plan.fits,
+            _breakdown(plan),
+            plan,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the plan, as plain data."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "plan"}
+
+    def __str__(self) -> str:
+        plan, tokens = self.plan, self.tokens_per_second
+        rates = [f"{self.samples_per_second:,.1f} samples/s", *([f"{tokens:,.0f} tokens/s"] if tokens else [])]
+        peak = f"{plan.mesh.size} x {self.peak_flops / 1e12:,.4g} TFLOP/s ({self.peak_dtype})"
+        lines = [
+            plan.head,
+            f"step     {seconds_text(self.step_seconds)}, {', '.join(rates)}",
+            f"MFU      {self.mfu:.1%} of {peak}: 3 x {plan.forward_flops:.4g} FLOPs of the forward's products",
+            f"of this  {', '.join(f'{name} {seconds_text(value)}' for name, value in self.breakdown.items() if value)}",
+        ]
+        for index, (held, room) in enumerate(zip(self.memory_bytes, self.headroom_bytes, strict=True)):
+            parts = ", ".join(f"{k} {bytes_text(v)}" for k, v in self.memory[index].items() if v)
+            verdict = f"fits, {bytes_text(room)} left" if room >= 0 else f"does not fit, {bytes_text(-room)} lacking"
+            lines.append(f"stage {index:<2} {bytes_text(held)} a rank ({parts}): {verdict}")
+        return "\n".join(lines)
+
+
+def _breakdown(plan: Plan) -> dict[str, float]:
+    m, shared = plan.micro_batches, turns(plan.zero, plan.micro_batches, plan.pp)
+    slowest = max(plan.stages, key=lambda stage: stage.turn_seconds(shared))
+    lines = [(len(run.labels), line) for run in slowest.runs for line in run.lines]
+    compute = m * sum(times * line.seconds for times, line in lines)
+    comm = m * sum(times * line.comm_seconds for times, line in lines)
+    again = m * (slowest.forward_seconds + slowest.backward_seconds) - compute - comm
+    return {
+        "compute": compute,
+        "recompute": again if set(slowest.recompute) != {"none"} else 0.0,
+        "communication": comm,
+        "p2p": m * slowest.send_seconds,
+        "gradient sync": slowest.sync_seconds,
+        "bubble": max(0.0, plan.step_seconds - m * slowest.turn_seconds(m)),
+    }

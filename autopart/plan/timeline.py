@@ -1,0 +1,232 @@
+"""A plan on a clock: what every stage does when, as its schedule runs with the plan's own prices.
+
+A plan's step is predicted as sum(f) + (m - 1) max(f) over the seconds f that stages take for one of m micro-batches: in
+f a message holds both its ends, and the gradient sync is spread evenly over turns (`cost.turns`). Here forward and
+backward stand apart, a message is a latency (half of its seconds in either direction) that overlaps with work, and what
+no backward hides of a stage's gradient sync comes after its last one. For equal stages without messages both give
+(m + p - 1) f. Without sync and with backward in the same proportion to forward in all stages, 1F1B takes no longer than
+predicted; the less, the more of f are messages. Where that proportion differs it can take longer, and so can GPipe,
+whose forwards and backwards have each their own slowest stage: without messages it takes sum(F) + sum(B) + (m - 1)
+(max(F) + max(B)), a bubble of (p - 1) / (m + p - 1) where stages are equal (Huang et al., arXiv 1811.06965, section
+2.3).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from autopart.plan.data import Plan, PlanStage, bytes_text, seconds_text
+from autopart.plan.schedules import Instruction, Op, in_flight, instructions, simulate, verify
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+Event = tuple[Instruction, float, float]
+"""What a stage does, from when to when: a receive from when it is posted, a send until its message arrives."""
+
+COMPUTE = (Op.FORWARD, Op.BACKWARD)
+SENDS = (Op.SEND, Op.SEND_GRAD)
+MARKS = {
+    Op.FORWARD: ("Ff", "forward", "green"),
+    Op.BACKWARD: ("Bb", "backward", "blue"),
+    Op.RECV: ("--", "waits for a message", "red"),
+    Op.RECV_GRAD: ("--", "waits for a message", "red"),
+    Op.REDUCE: ("==", "gradient sync", "magenta"),
+    Op.STEP: ("oo", "optimizer", "yellow"),
+}
+"""Instruction -> its marks in the chart for even and odd micro-batches, what they mean, their colour."""
+
+
+@dataclass(frozen=True)
+class StageTimeline:
+    """One stage's step.
+
+    events          in order of their starts
+    seconds         of the step, by what they go to: forward, backward, waiting (for messages), gradient sync, optimizer
+                    (which plans do not price) and idle (before the first event and after the last)
+    peak_in_flight  the most micro-batches held at once
+    memory          (second, bytes) from where on a rank holds so many
+    """
+
+    events: tuple[Event, ...] = field(repr=False)
+    seconds: dict[str, float]
+    peak_in_flight: int
+    memory: tuple[tuple[float, float], ...] = field(repr=False)
+
+    @property
+    def peak_bytes(self) -> float:
+        """The most that a rank holds."""
+        return max(held for _, held in self.memory)
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A simulated step of a plan.
+
+    seconds            from the first instruction to the last end
+    predicted_seconds  what the plan says
+    bubble             1 - the stages' mean of seconds at work / the longest time from a stage's first work to its last
+    """
+
+    seconds: float
+    predicted_seconds: float
+    bubble: float
+    stages: tuple[StageTimeline, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        return {
+            "seconds": self.seconds,
+            "predicted_seconds": self.predicted_seconds,
+            "bubble": self.bubble,
+            "stages": [
+                {
+                    "seconds": stage.seconds,
+                    "peak_in_flight": stage.peak_in_flight,
+                    "peak_bytes": stage.peak_bytes,
+                    "memory": stage.memory,
+                    "events": [{**_named(entry), "start": start, "end": end} for entry, start, end in stage.events],
+                }
+                for stage in self.stages
+            ],
+        }
+
+    def trace(self) -> dict[str, Any]:
+        """The step as Chrome's Trace Event Format, which Perfetto reads too: a thread a stage, a slice a message
+        on its way, a counter of bytes a stage; times in microseconds."""
+        return {"displayTimeUnit": "ms", "traceEvents": list(_trace_events(self))}
+
+    def chart(self, width: int = 100) -> Text:
+        """A row a stage, `width` characters of time, and what the marks mean."""
+        from rich.text import Text
+
+        lines = [
+            Text(
+                f"step {seconds_text(self.seconds)} simulated, {seconds_text(self.predicted_seconds)} predicted   "
+                f"bubble {self.bubble:.1%}"
+            )
+        ]
+        for number, stage in enumerate(self.stages):
+            row = Text(f"stage {number:<3} ").append_text(_row(stage, self.seconds, width))
+            shares = ", ".join(f"{k} {v / self.seconds:.0%}" for k, v in stage.seconds.items() if v > 0)
+            lines.append(
+                row.append(f"  {shares}; {stage.peak_in_flight} in flight, at most {bytes_text(stage.peak_bytes)}")
+            )
+        legend = Text(" " * 10)
+        for marks, meaning, colour in dict.fromkeys(MARKS.values()):
+            legend.append("/".join(dict.fromkeys(marks)), colour).append(f" {meaning}   ")
+        return Text("\n").join([*lines, legend])
+
+    def __str__(self) -> str:
+        return self.chart().plain
+
+
+def timeline(plan: Plan) -> Timeline:
+    """Simulate a step of a plan.
+
+    Raises PartitionError where stages would wait for each other for ever, with who waits for whom, and for a schedule
+    that is not known.
+    """
+    edges = {(i, to): seconds / 2 for i, stage in enumerate(plan.stages) for to, _, seconds in stage.sends}
+    lists = instructions(plan.schedule, plan.pp, plan.micro_batches, edges)
+    verify(lists)
+    run = simulate(
+        lists,
+        [s.forward_seconds for s in plan.stages],
+        [s.backward_seconds for s in plan.stages],
+        edges,
+        [s.sync_seconds for s in plan.stages],
+    )
+    events: list[list[Event]] = [[] for _ in plan.stages]
+    for at, entry, start, end in run.events:
+        events[at].append((entry, start, end))
+    stages = []
+    for index, stage in enumerate(plan.stages):
+        each = stage.memory.get("activations", 0.0) / in_flight(plan.schedule, index, plan.pp, plan.micro_batches)
+        stages.append(
+            StageTimeline(
+                tuple(events[index]),
+                _seconds(events[index], run.seconds),
+                run.peak_in_flight[index],
+                tuple(_memory(events[index], stage, each)),
+            )
+        )
+    return Timeline(run.seconds, plan.step_seconds, run.bubble, tuple(stages))
+
+
+def _seconds(events: list[Event], whole: float) -> dict[str, float]:
+    """What a stage's time goes to."""
+    names = {"waits for a message": "waiting"}
+    found = {names.get(meaning, meaning): 0.0 for _, meaning, _ in MARKS.values()}
+    for entry, start, end in events:
+        if entry.op not in SENDS:
+            found[names.get(MARKS[entry.op][1], MARKS[entry.op][1])] += end - start
+    return {**found, "idle": whole - sum(found.values())}
+
+
+def _memory(events: list[Event], stage: PlanStage, each: float) -> Iterator[tuple[float, float]]:
+    """(second, bytes) of a rank: `each` from a micro-batch's forward to the end of its backward, what is transient
+    while it computes, the rest always; where less than that is there, from the end of the first backward on."""
+    transient = stage.memory.get("transient", 0.0)
+    lacking, transient = min(transient, 0.0), max(transient, 0.0)
+    begun = min((end for entry, _, end in events if entry.op is Op.BACKWARD), default=0.0)
+    changes = {0.0: lacking, begun: -lacking} if begun else {0.0: 0.0}
+    for entry, start, end in events:
+        if entry.op in COMPUTE:
+            forward = entry.op is Op.FORWARD
+            changes[start] = changes.get(start, 0.0) + transient + each * forward
+            changes[end] = changes.get(end, 0.0) - transient - each * (not forward)
+    held = sum(v for k, v in stage.memory.items() if k not in ("activations", "transient"))
+    for second, change in sorted(changes.items()):
+        held += change
+        if change or not second:
+            yield second, held
+
+
+def _row(stage: StageTimeline, whole: float, width: int) -> Text:
+    """A stage's step in marks: what it does at the middle of every slice of time."""
+    from rich.text import Text
+
+    events = [(entry, start, end) for entry, start, end in stage.events if entry.op not in SENDS and end > start]
+    starts = [start for _, start, _ in events]
+    row = Text()
+    for slot in range(width):
+        now = (slot + 0.5) / width * whole
+        at = bisect_right(starts, now) - 1
+        if at < 0 or events[at][2] <= now:
+            row.append(".")
+        else:
+            marks, _, colour = MARKS[events[at][0].op]
+            row.append(marks[events[at][0].micro_batch % 2], colour)
+    return row
+
+
+def _named(entry: Instruction) -> dict[str, Any]:
+    named: dict[str, Any] = {"op": entry.op.value}
+    if entry.micro_batch >= 0:
+        named["micro_batch"] = entry.micro_batch
+    if entry.peer >= 0:
+        named["peer"] = entry.peer
+    return named
+
+
+def _trace_events(made: Timeline) -> Iterator[dict[str, Any]]:
+    for number, stage in enumerate(made.stages):
+        here = {"pid": 0, "tid": number}
+        yield {"ph": "M", "name": "thread_name", **here, "args": {"name": f"stage {number}"}}
+        for entry, start, end in stage.events:
+            at, until = start * 1e6, end * 1e6
+            named = _named(entry)
+            if entry.op in SENDS:
+                message = {"name": str(entry), "cat": "message", "id": str(entry), **here}
+                yield {"ph": "b", **message, "ts": at, "args": named}
+                yield {"ph": "e", **message, "ts": until}
+            elif until > at:
+                of = f" {entry.micro_batch}" if entry.micro_batch >= 0 else ""
+                yield {"ph": "X", "name": f"{entry.op.value}{of}", "cat": entry.op.value, **here, "ts": at,
+                       "dur": until - at, "args": named}  # fmt: skip
+        for second, held in stage.memory:
+            yield {"ph": "C", "name": f"bytes of stage {number}", "pid": 0, "ts": second * 1e6, "args": {"bytes": held}}

@@ -1,0 +1,108 @@
+"""Where to cut a row of positions into stages, exactly: columns, paths and thresholds.
+
+f[s, i, j] is the least time of stage s with positions i..j-1 within its memory. For a threshold T the cheapest path
+0 -> n through columns with f <= T is a shortest path in a graph without cycles; the best of sum(f) + (m - 1) max(f)
+over all paths is found by lowering T from the largest value that could still win to the least one that any path meets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopart.cost.compute import Array
+from autopart.cost.intervals import NEVER, spans
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The first position of every stage, sum(f) + (m - 1) max(f) in seconds, and the least max(f) of any cut."""
+
+    starts: tuple[int, ...]
+    seconds: float
+    largest: float
+
+
+def best_cut(columns: Callable[[int], Array], stages: int, micro_batches: int) -> Cut | None:
+    """The best way to cut; `columns(s)` holds f[s, i, j] for all ranges, infinite for what does not fit. None where no
+    way fits."""
+    fill, bands = micro_batches - 1, _bands([columns(s) for s in range(stages)])
+    loosest = _path(bands, NEVER)
+    if loosest is None:
+        return None
+    floor, least = sum(loosest[1]), _least_maximum(bands)
+    tight = _path(bands, least)
+    assert tight is not None
+    best = min((_cut(path, fill, least) for path in (loosest, tight)), key=lambda c: c.seconds)
+    limit = (best.seconds - floor) / fill if fill else 0.0
+    while limit > least:
+        found = _path(bands, limit)
+        assert found is not None
+        best = min(best, _cut(found, fill, least), key=lambda c: c.seconds)
+        if sum(found[1]) + fill * least >= best.seconds:
+            break
+        limit = min(np.nextafter(max(found[1]), 0.0), (best.seconds - floor) / fill)
+    return best
+
+
+Path = tuple[tuple[int, ...], tuple[float, ...]]
+"""The first position of every stage, and its seconds."""
+
+
+def _cut(path: Path, fill: int, least: float) -> Cut:
+    starts, times = path
+    return Cut(starts, sum(times) + fill * max(times), least)
+
+
+def _bands(columns: Sequence[Array]) -> list[Array]:
+    """band[j, l] = f[j - l - 1, j]: ranges by where they end and how long they are, none longer than any that fits."""
+    n = (math.isqrt(8 * len(columns[0]) + 1) - 1) // 2
+    starts, ends = spans(n)
+    distinct, lengths = {id(f): f for f in columns}, ends - starts
+    longest = max(int(np.max(lengths[np.isfinite(f)], initial=1)) for f in distinct.values())
+    short = np.flatnonzero(lengths <= longest)
+    at = ends[short], lengths[short] - 1
+    bands = {}
+    for key, f in distinct.items():
+        bands[key] = np.full((n + 1, longest), NEVER)
+        bands[key][at] = f[short]
+    return [bands[id(f)] for f in columns]
+
+
+def _reach(n: int, longest: int) -> tuple[Array, Array]:
+    """reach, 0 at the first of n + 1 places and infinite at others, and before[j, l] = reach[j - l - 1], infinite where
+    there is none: a view of it."""
+    padded = np.full(longest + n + 1, NEVER)
+    padded[longest] = 0.0
+    return padded[longest:], np.lib.stride_tricks.sliding_window_view(padded, longest)[: n + 1, ::-1]
+
+
+def _path(bands: Sequence[Array], limit: float) -> Path | None:
+    """The path with the least sum, of columns no larger than `limit`."""
+    n, every = bands[0].shape[0] - 1, np.arange(bands[0].shape[0])
+    reach, before = _reach(n, bands[0].shape[1])
+    back: list[NDArray[np.int_]] = []
+    for band in bands:
+        total = before + (band if limit == NEVER else np.where(band <= limit, band, NEVER))
+        back.append(total.argmin(1))
+        reach[:] = total[every, back[-1]]
+    if not np.isfinite(reach[n]):
+        return None
+    starts, times, end = [], [], n
+    for band, length in zip(reversed(bands), reversed(back), strict=True):
+        times.append(float(band[end, length[end]]))
+        end -= int(length[end]) + 1
+        starts.append(end)
+    return tuple(reversed(starts)), tuple(reversed(times))
+
+
+def _least_maximum(bands: Sequence[Array]) -> float:
+    """The least largest column of any path."""
+    reach, before = _reach(bands[0].shape[0] - 1, bands[0].shape[1])
+    for band in bands:
+        reach[:] = np.maximum(before, band).min(1)
+    return float(reach[-1])

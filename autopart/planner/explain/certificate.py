@@ -1,0 +1,369 @@
+"""A plan checked by other means than made it: is it one that can run, and does it cost what it says?
+
+Nothing here asks the solver, the table or the sums of the search. The whole model is traced, every stage localised from
+the plan alone and priced node by node; what has to hold of strategies is looked up in the rules.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+
+from torch import fx, nn
+
+from autopart.cost.collectives import p2p_seconds
+from autopart.cost.training_state import MASTERS, OPTIMIZER_STATES, Training, turns, update_seconds, widening
+from autopart.errors import PartitionError
+from autopart.frontend.batch import DTYPES, Batch
+from autopart.ir.graph import Info, calls, info
+from autopart.ir.labels import is_block
+from autopart.ir.layered_graph import Folded, used_parameters
+from autopart.passes.partition import localise
+from autopart.passes.price_stage import PricedRun, Prices, price
+from autopart.passes.source import Source
+from autopart.passes.stage_graph import OWNED, SETUP_RUN, Choices, Crossing, StageGraph, backward_of
+from autopart.plan.data import Plan, PlanStage, Signature, usable_bytes
+from autopart.plan.schedules import SCHEDULES, in_flight, on_its_way
+from autopart.planner.validate import choices_of, cut_findings, spans_of, strategy_findings
+from autopart.sharding.notation import Placement
+from autopart.sharding.rules import has_rule
+
+EQUAL = 1e-6
+"""Relative difference of two sums of the same numbers."""
+
+SECONDS = 5e-4
+"""Of seconds: the plan is of a graph of two samples, this of a whole micro-batch, where a few small values whose dim of
+samples is not known have another size."""
+
+BYTES, ABOVE = 1e-3, 0.05
+"""Of bytes, how far a plan may be below and above: what an operator keeps besides values is taken to grow with samples,
+though a few bytes of it do not; what several blocks keep is taken to be kept where one of them is run again, too.
+What is transient is less what is gone: it may be off by as many bytes as activations are, too."""
+
+ASKED = (
+    *("pp", "dp", "tp", "micro_batch", "global_batch", "zero", "schedule"),
+    *("precision", "master", "optimizer"),
+)
+"""Settings that a plan has as they were asked for."""
+
+
+def certify(plan: Plan, model: nn.Module, batch: Batch) -> None:
+    """Raise PartitionError with everything that is wrong with a plan for a model; `batch` as it was planned with."""
+    folded = Source(model, batch, DTYPES[plan.precision]).at(plan.micro_batch, plan.mesh)
+    wrong = findings(plan, folded)
+    if wrong:
+        raise PartitionError("the plan does not hold", "; ".join(wrong), "plan again with autopart.plan(...)")
+
+
+def findings(plan: Plan, folded: Folded) -> list[str]:
+    """What is wrong with a plan for a model, all of which was traced with the plan's micro-batch. What is looked at
+    later presumes what is looked at first."""
+    for check in (_settings, strategy_findings, _numbers):
+        found = list(check(plan, folded))
+        if found:
+            return found
+    return []
+
+
+# ---- the settings -----------------------------------------------------------------------------------------
+
+
+def _settings(plan: Plan, folded: Folded) -> Iterator[str]:
+    """Degrees, batch, cuts, recompute, bound."""
+    if plan.signature != Signature.of(folded):
+        yield f"signature: {plan.signature.difference(Signature.of(folded)) or 'it is not that of the model'}"
+    if min(plan.pp, plan.dp, plan.tp) < 1 or plan.pp * plan.dp * plan.tp != plan.mesh.size:
+        yield f"degrees: {plan.degrees} does not fill {plan.mesh.size} devices"
+    for axis, degree in plan.mesh.axes:
+        if getattr(plan, axis) != degree:
+            yield f"degrees: {axis}={getattr(plan, axis)}, the mesh has {degree}"
+    if plan.micro_batch < 1 or plan.global_batch % plan.micro_batch or plan.micro_batch % plan.dp:
+        yield f"micro-batch: {plan.micro_batch} does not divide {plan.global_batch}, or dp={plan.dp} not that"
+    if plan.zero not in range(4):
+        yield f"zero: {plan.zero} is no level"
+    for name, known in (("schedule", SCHEDULES), ("optimizer", OPTIMIZER_STATES), ("precision", DTYPES)):
+        if getattr(plan, name) not in known:
+            yield f"{name}: {getattr(plan, name)!r} is not known"
+    if plan.master is not None and (plan.master not in MASTERS or widening(plan.precision, plan.master) <= 1):
+        yield f"master: {plan.master!r} is not wider than {plan.precision}"
+    for name in ASKED:
+        asked = plan.request.get(name)
+        if asked is not None and asked != getattr(plan, name):
+            yield f"{name}: {getattr(plan, name)}, asked for {asked}"
+    missing = {info(n).name for n in folded.representatives() if info(n).kind == "op"} - {"autopart.getitem"}
+    if plan.replicated != tuple(sorted(n for n in missing if not has_rule(n))):
+        yield "replicated: not the operators without a rule"
+    cuts = list(cut_findings(plan, folded))
+    yield from cuts or _modes(plan, folded)
+    yield from _bound(plan)
+
+
+def _modes(plan: Plan, folded: Folded) -> Iterator[str]:
+    """What the plan says of all blocks."""
+    modes = [mode for stage in plan.stages for mode in stage.recompute]
+    kinds = {mode for mode, label in zip(modes, folded.labels, strict=True) if is_block(label)}
+    told = next(iter(kinds), "none") if len(kinds) < 2 else "mixed"
+    if plan.recompute != told:
+        yield f"recompute: {plan.recompute!r}, the stages say {told!r}"
+
+
+def _bound(plan: Plan) -> Iterator[str]:
+    """What is said to be proven."""
+    if not 0.0 <= plan.bound_seconds <= plan.step_seconds * (1 + EQUAL):
+        yield f"bound: {plan.bound_seconds} s is not below the step's {plan.step_seconds} s"
+    gap = max(0.0, 1 - plan.bound_seconds / plan.step_seconds) if plan.step_seconds > 0 else 0.0
+    if not math.isclose(plan.gap, gap, abs_tol=EQUAL):
+        yield f"gap: {plan.gap}, the bound says {gap}"
+    if plan.status not in ("optimal", "feasible") or (plan.status == "optimal") != (gap <= 1e-6):
+        yield f"status: {plan.status!r} with a gap of {gap}"
+
+
+# ---- the numbers ------------------------------------------------------------------------------------------
+
+
+def _numbers(plan: Plan, folded: Folded) -> Iterator[str]:
+    """Seconds and bytes."""
+    choices, m = choices_of(plan), plan.micro_batches
+    flops = m * sum(info(node).model_flops for node in calls(folded.traced.graph))
+    if not _same(plan.forward_flops, flops):
+        yield f"forward_flops: {flops}, the plan says {plan.forward_flops}"
+    seconds = []
+    for graph, stage, span in zip(localise(folded, choices), plan.stages, spans_of(plan, folded), strict=True):
+        name = f"stage {graph.index}"
+        groups = {"dp": plan.mesh.group(plan.tp, plan.dp), "tp": plan.mesh.group(1, plan.tp)}
+        device = plan.mesh.busy_device(plan.pp, m)
+        priced = price(graph, Prices(device, {axis: groups[axis] for axis, _ in choices.axes}))
+        runs = dict(zip(graph.indices, priced, strict=True))
+        times = _seconds(plan, folded, choices, graph, runs, span)
+        for part, value in times.items():
+            if not _same(getattr(stage, part), value):
+                yield f"{name}: {part} are {value}, the plan says {getattr(stage, part)}"
+        held = _bytes(plan, folded, choices, graph, span)
+        net = abs(stage.memory.get("activations", 0.0) - held["activations"]) + BYTES * held["activations"]
+        for part in {**held, **stage.memory}:
+            told, found = stage.memory.get(part, -1.0), held.get(part, -1.0)
+            spare = net if part == "transient" else 0.0
+            if not -BYTES * abs(found) - spare <= told - found <= ABOVE * abs(found) + spare:
+                yield f"{name}: memory of {part} is {held.get(part)} bytes, the plan says {stage.memory.get(part)}"
+        if plan.request.get("must_fit", True) and sum(held.values()) > usable_bytes(plan.mesh) * (1 + EQUAL):
+            yield f"{name}: memory of {sum(held.values())} bytes is more than the device's {usable_bytes(plan.mesh)}"
+        yield from _printed(stage, folded, runs, span, name)
+        sends = _sends(plan, graph)
+        pairs = zip(stage.sends, sends, strict=False)
+        alike = all(told[:2] == made[:2] and _same(told[2], made[2]) for told, made in pairs)
+        if len(stage.sends) != len(sends) or not alike:
+            yield f"{name}: sends {sends}, the plan says {list(stage.sends)}"
+        seconds.append(times["forward_seconds"] + times["backward_seconds"] + times["send_seconds"])
+        seconds[-1] += times["sync_seconds"] / turns(plan.zero, m, plan.pp)
+    step = sum(seconds) + (m - 1) * max(seconds)
+    if not _same(plan.step_seconds, step):
+        yield f"step: {step} s, the plan says {plan.step_seconds}"
+
+
+def _same(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=SECONDS, abs_tol=1e-15)
+
+
+def _seconds(
+    plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, runs: dict[int, PricedRun], span: range
+) -> dict[str, float]:
+    """Of a stage, by the names they have in plans."""
+    modes = dict(zip(span, plan.stages[graph.index].recompute, strict=True))
+    again = 0.0
+    for run, priced in runs.items():
+        mode = modes.get(run, "none")
+        again += priced.again if mode == "full" else priced.cheap if mode == "selective" else 0.0
+    sync, device, training = 0.0, plan.mesh.busy_device(plan.pp, plan.micro_batches), _training(plan)
+    for record, placed, nbytes in _parameters(folded, choices, span, graph.index):
+        over_dp = _summed(choices, record, placed, "dp")
+        sync += training.sync_seconds(nbytes, over_dp)
+        sync += update_seconds(nbytes, record.grad, over_dp, training, device)
+        if _summed(choices, record, placed, "tp"):
+            sync += training.partial_sync_seconds(nbytes, plan.mesh.group(1, plan.tp))
+    sync -= training.backwards * device.beside * _hidden(plan, folded, choices, runs, span, graph.index)
+    return {
+        "forward_seconds": sum(r.forward for r in runs.values()),
+        "backward_seconds": sum(r.backward for r in runs.values()) + again,
+        "sync_seconds": sync,
+        "send_seconds": sum(_there_and_back(plan, crossing) for crossing in [*graph.received, *graph.sent]),
+    }
+
+
+def _hidden(plan: Plan, folded: Folded, choices: Choices, runs: dict[int, PricedRun], span: range, stage: int) -> float:
+    """Seconds that gradients travel beside a stage's backward: while some are ready and it goes on, which then takes
+    1 / `Device.beside` times as long. Those of parameters that several runs read do not."""
+    readers = Counter(p for run in folded.runs for p in used_parameters(run))
+    training, ready, hidden, share = _training(plan), 0.0, 0.0, plan.mesh.device.beside
+    alone = {p for p, many in readers.items() if many == 1}
+    for run in reversed(span):
+        takes = (runs[run].backward if run in runs else 0.0) / share if share else 0.0
+        hidden, ready = hidden + min(ready, takes), max(0.0, ready - takes)
+        for node in alone.intersection(used_parameters(folded.runs[run])):
+            placed = choices.placements(folded, (node, 0), stage)
+            summed = _summed(choices, info(node), placed, "dp")
+            ready += training.beside_seconds(choices.size((node, 0), placed), summed)
+    return hidden
+
+
+def _sends(plan: Plan, graph: StageGraph) -> list[tuple[int, int, float]]:
+    """(stage, bytes, seconds there and back) of what a stage sends, by stage."""
+    sizes, seconds = Counter[int](), defaultdict[int, float](float)
+    for crossing in graph.sent:
+        for to in crossing.consumers:
+            sizes[to] += round(crossing.size)
+            seconds[to] += _there_and_back(plan, crossing)
+    return [(to, size, seconds[to]) for to, size in sorted(sizes.items())]
+
+
+def _there_and_back(plan: Plan, crossing: Crossing) -> float:
+    """Seconds of a value from one stage to another, and of its gradient if it has one."""
+    link = plan.mesh.between(plan.dp * plan.tp, plan.pp, plan.micro_batches)
+    return float(p2p_seconds(crossing.size, link)) * (1 + crossing.grad)
+
+
+def _training(plan: Plan) -> Training:
+    group, wide = plan.mesh.group(plan.tp, plan.dp), widening(plan.precision, plan.master)
+    together = plan.mesh.device.type != "cpu"
+    return Training(plan.optimizer, plan.zero, group, plan.micro_batches, wide, together)
+
+
+def _parameters(
+    folded: Folded, choices: Choices, span: Sequence[int], stage: int
+) -> list[tuple[Info, tuple[Placement, ...], float]]:
+    """The parameters that some runs read, each once, with their placement and bytes on a rank."""
+    found = dict.fromkeys(p for run in span for p in used_parameters(folded.runs[run]))
+    placed = [choices.placements(folded, (p, 0), stage) for p in found]
+    return [(info(p), at, choices.size((p, 0), at)) for p, at in zip(found, placed, strict=True)]
+
+
+def _summed(choices: Choices, record: Info, placed: Sequence[Placement], axis: str) -> bool:
+    """Whether each rank of an axis has but a share of a parameter's gradient."""
+    return record.grad and any(
+        name == axis and p.kind == "C" for (name, _), p in zip(choices.axes, placed, strict=True)
+    )
+
+
+def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span: range) -> dict[str, float]:
+    """Of a rank of a stage, by the names they have in plans."""
+    training, parts = _training(plan), [0.0, 0.0, 0.0]
+    for record, placed, nbytes in _parameters(folded, choices, span, graph.index):
+        held = training.memory(nbytes, record.grad, _summed(choices, record, placed, "dp"))
+        parts = [a + b for a, b in zip(parts, held, strict=True)]
+    summed = {
+        run: [
+            training.summed(n, r.grad, _summed(choices, r, p, "dp"))
+            for r, p, n in _parameters(folded, choices, [run], graph.index)
+        ]
+        for run in span
+    }
+    modes = dict(zip(span, plan.stages[graph.index].recompute, strict=True))
+    nodes = dict(zip(graph.indices, (mine for _, mine in graph.runs), strict=True))
+    rerun = [run for run in nodes if modes.get(run, "none") != "none"]
+    whole: dict[int, float] = defaultdict(float)
+    wide: dict[int, float] = defaultdict(float)
+    products: dict[int, float] = defaultdict(float)
+    kept = 0.0
+    for memory in graph.kept.values():
+        for run, size in memory.wide.items():
+            wide[run] += size
+        (run, *_) = memory.runs
+        if memory.shared:
+            kept += memory.size
+        else:
+            whole[run] += memory.size
+            products[run] += memory.size * memory.product
+    of_run = {run: 0.0 if run in rerun else size for run, size in whole.items()}
+    results: dict[int, float] = {}
+    shared: set[fx.Node] = set()
+    for run in nodes if rerun else ():
+        taken = _taken(nodes[run]) if run != SETUP_RUN and is_block(folded.labels[run]) else []
+        shared.update(n for n in taken if info(n).several)
+        entered = sum(info(n).size for n in taken if run in rerun and not info(n).several)
+        by_products = [info(n) for n in nodes[run] if info(n).product and not info(n).view]
+        results[run] = sum(r.size + r.inner for r in by_products) if modes.get(run) == "selective" else 0.0
+        of_run[run] = of_run.get(run, 0.0) + entered + results[run]
+    kept += sum(of_run.values()) + sum(info(n).size for n in shared)
+    flights = in_flight(plan.schedule, graph.index, plan.pp, plan.micro_batches)
+    every = [(n, r.grad, _summed(choices, r, p, "dp")) for r, p, n in _parameters(folded, choices, span, graph.index)]
+    stepped, messages = ([each(*row) for row in every] for each in (training.stepping, training.summed))
+    made = sum(stepped) if training.together else max(stepped, default=0.0)
+    made = max(made, training.ending(sum(messages), max(messages, default=0.0)))
+    arriving = on_its_way(sum(crossing.size for crossing in graph.received), flights, plan.micro_batches)
+    own = _gradients(plan, folded, choices, span, graph.index)
+    backwards: list[tuple[dict[int, float], bool, float]] = [({}, False, 0.0)]
+    if flights == plan.micro_batches:
+        backwards = [(own, True, 0.0), ({}, False, kept)][:flights]
+    transient = made - flights * kept - arriving
+    of_blocks = [run for run in span if is_block(folded.labels[run])]
+    alike = len({modes[run] for run in of_blocks}) <= 1
+    leaving = {r: size for r, size in of_run.items() if r not in of_blocks or alike}
+    waits = _waiting(plan, folded, choices, span, graph.index)
+    for absent, first, gone in backwards:
+        transient = max(transient, -sum(absent.values()) - gone)
+        for run in (*span, SETUP_RUN):
+            gradients = [backward_of(n, training.anew(first)) for n in nodes.get(run, ())]
+            largest, backward = (max(row) for row in zip(*gradients, (0.0, 0.0), strict=True))
+            read = summed.get(run) or [0.0]
+            moments = [backward + training.gathered(sum(read))]
+            if run in rerun:
+                moments[0] += whole[run] + wide[run] - results[run]
+            if modes.get(run) == "selective":
+                moments.append(largest + training.gathered(sum(read)) + whole[run] + wide[run] - products[run])
+            moments.append(largest + training.summing(sum(read), max(read), len(read) == 1))
+            moment = max(moments) - gone
+            moment -= sum(size for r, size in leaving.items() if r > run)
+            moment -= sum(size for r, size in absent.items() if r < run != SETUP_RUN)
+            moment += sum(waits.values()) if SETUP_RUN < run < max(waits, default=0) else 0.0
+            if not alike and all(run < block for block in of_blocks):
+                moment -= sum(of_run.get(block, 0.0) for block in of_blocks)
+            transient = max(transient, moment)
+    names = ("parameters", "gradients", "optimizer", "activations", "messages", "transient")
+    return dict(zip(names, (*parts, flights * kept, arriving, transient), strict=True))
+
+
+def _gradients(plan: Plan, folded: Folded, choices: Choices, span: range, stage: int) -> dict[int, float]:
+    """Bytes of the gradients of every run's parameters that no other run of the model reads."""
+    training, readers = _training(plan), Counter(p for run in folded.runs for p in used_parameters(run))
+    found: dict[int, float] = defaultdict(float)
+    for run in span:
+        for node in used_parameters(folded.runs[run]):
+            if readers[node] == 1:
+                placed = choices.placements(folded, (node, 0), stage)
+                over_dp = _summed(choices, info(node), placed, "dp")
+                found[run] += training.memory(choices.size((node, 0), placed), info(node).grad, over_dp)[1]
+    return found
+
+
+def _waiting(plan: Plan, folded: Folded, choices: Choices, span: range, stage: int) -> dict[int, float]:
+    """Last run of a stage that reads a parameter which an earlier one reads too -> bytes of the gradients that wait."""
+    training, found = _training(plan), defaultdict[int, float](float)
+    readers = {node: run for run in reversed(span) for node in used_parameters(folded.runs[run])}
+    for run in reversed(span):
+        for node in used_parameters(folded.runs[run]):
+            if readers.pop(node, run) != run:
+                placed = choices.placements(folded, (node, 0), stage)
+                shared = _summed(choices, info(node), placed, "dp")
+                found[run] += training.waiting(choices.size((node, 0), placed), info(node).grad, shared)
+    return {run: size for run, size in found.items() if size}
+
+
+def _taken(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The values a run reads that others make."""
+    inside = set(nodes)
+    read = dict.fromkeys(n for node in nodes for n in node.all_input_nodes)
+    return [n for n in read if n not in inside and info(n).kind not in OWNED]
+
+
+def _printed(stage: PlanStage, folded: Folded, runs: dict[int, PricedRun], span: range, name: str) -> Iterator[str]:
+    """Whether what is printed of a stage is all of it."""
+    labels = [label for run in stage.runs for label in run.labels]
+    if Counter(labels) != Counter([""] * (SETUP_RUN in runs) + [folded.labels[p] for p in span if p in runs]):
+        yield f"{name}: the runs printed are not those it has"
+        return
+    total = sum(run.seconds * len(run.labels) for run in stage.runs)
+    if not _same(total, stage.forward_seconds + stage.backward_seconds):
+        yield f"{name}: the runs printed take {total} s, not what the stage does"
+    lines = sum((line.seconds + line.comm_seconds) * len(run.labels) for run in stage.runs for line in run.lines)
+    if not _same(lines, sum(run.forward + run.backward for run in runs.values())):
+        yield f"{name}: the operators printed take {lines} s, not what they do"

@@ -1,0 +1,106 @@
+"""Who takes the bytes of a plan's stages: a tree of stages, blocks, and their parameters and operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+
+from torch import nn
+
+from autopart.frontend.batch import DTYPES, Batch
+from autopart.passes.source import Source
+from autopart.plan.data import Plan, bytes_text
+from autopart.planner.explain.reprice import decided
+from autopart.planner.memory_tree import KINDS, Leaf, leaves, totals
+from autopart.planner.write_plan import localised
+
+TOLD = 0.01
+"""Share of a stage's bytes below which a leaf is not printed."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of a stage, "" for what several share, with its leaves."""
+
+    label: str
+    leaves: tuple[Leaf, ...]
+
+    @property
+    def bytes(self) -> float:
+        """All of it, on a rank."""
+        return sum(leaf.bytes for leaf in self.leaves)
+
+
+@dataclass(frozen=True)
+class Tenants:
+    """A stage of a plan on one rank: its blocks in order. The kinds of their leaves are the parts of
+    `PlanStage.memory`, and sum to them: parameters, gradients, optimizer (states and master copies), activations (of
+    all micro-batches in flight), messages (on their way from other stages) and transient (of the moment when most is
+    alive: what exists besides, and, below zero, what of all that is gone by then or not there yet)."""
+
+    stage: int
+    blocks: tuple[Block, ...]
+
+    @property
+    def memory(self) -> dict[str, float]:
+        """Bytes of every kind."""
+        return totals(leaf for block in self.blocks for leaf in block.leaves)
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def tenants(plan: Plan, model: nn.Module, batch: Batch) -> tuple[Tenants, ...]:
+    """Of every stage of a plan; `batch` as it was planned with. Raises PartitionError as `autopart.reprice` does."""
+    return found_in(plan, Source(model, batch, DTYPES[plan.precision]))
+
+
+def found_in(plan: Plan, source: Source) -> tuple[Tenants, ...]:
+    """`tenants` for a model that may be traced already."""
+    space, found = decided(plan, source)
+    stages, spans = [], pairwise((*plan.starts, len(space.folded.labels)))
+    for index, (stage, span) in enumerate(zip(plan.stages, spans, strict=True)):
+        choices, graph = localised(space, found, plan.splits[stage.splits], span)
+        stages.append(_tree(index, leaves(space, found, choices, graph, span, stage.recompute, index)))
+    return tuple(stages)
+
+
+def _tree(stage: int, leaves: Sequence[Leaf]) -> Tenants:
+    blocks: dict[str, list[Leaf]] = {}
+    for leaf in leaves:
+        if leaf.bytes:
+            blocks.setdefault(leaf.block, []).append(leaf)
+    return Tenants(stage, tuple(Block(label, tuple(mine)) for label, mine in blocks.items()))
+
+
+def _lines(stage: Tenants) -> Iterator[str]:
+    memory = stage.memory
+    total = sum(memory.values())
+    parts = ", ".join(f"{kind} {bytes_text(memory[kind])}" for kind in KINDS if memory[kind])
+    yield f"stage {stage.stage}   {bytes_text(total)} ({parts})"
+    for alike, group in groupby(stage.blocks, key=_alike):
+        blocks = list(group)
+        name = blocks[0].label if len(blocks) == 1 else f"{blocks[0].label} .. {blocks[-1].label} x {len(blocks)}"
+        each = " each" if len(blocks) > 1 else ""
+        yield f"  {name or 'shared'}   {bytes_text(blocks[0].bytes)}{each}"
+        least = TOLD * total / len(blocks)
+        for (text, kind), size in sorted(alike, key=lambda row: -row[1]):
+            if abs(size) >= least:
+                yield f"    {text:<64} {kind:<12} {bytes_text(size):>10}"
+        rest = sum(size for _, size in alike if abs(size) < least)
+        if rest:
+            yield f"    {'the rest':<64} {'':<12} {bytes_text(rest):>10}"
+
+
+def _alike(block: Block) -> tuple[tuple[tuple[str, str], float], ...]:
+    """What is printed of a block: leaves of the same name and kind together, without the block's own name."""
+    found: dict[tuple[str, str], float] = {}
+    for leaf in block.leaves:
+        key = _within(leaf.name, block.label), leaf.kind
+        found[key] = found.get(key, 0.0) + leaf.bytes
+    return tuple(found.items())
+
+
+def _within(name: str, label: str) -> str:
+    return name.removeprefix(label).lstrip(".") if label else name

@@ -1,0 +1,246 @@
+"""Which mesh to train on: the fastest shape of some devices, the cheapest of several kinds, the fewest for a target."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from autopart.errors import PartitionError
+from autopart.frontend.batch import DTYPES, Batch
+from autopart.hardware.mesh import Mesh
+from autopart.passes.source import Source
+from autopart.plan.data import Plan
+from autopart.plan.estimate import Estimate
+from autopart.planner.branch_and_bound import Say, silent
+from autopart.planner.make_plan import make_plan, request_of
+from autopart.planner.request import Request
+
+PER_HOST = (8,)
+"""Devices of a host where the user names none: what DGX and HGX boards have."""
+
+ODD = 7
+"""Host counts whose odd part is at most this are tried for a target; others seldom divide a batch or a model."""
+
+
+@dataclass(frozen=True)
+class MeshChoice:
+    """One mesh and what training on it takes.
+
+    plan     the fastest plan there; None where there is none, and then `problem` says why
+    price    of a device for an hour, in the user's currency; None where the user gave none
+    meets    whether a step takes no longer than the target; True where there is none
+    front    whether no other choice is at once as fast and as cheap, and better in one of the two
+    """
+
+    mesh: Mesh
+    plan: Plan | None
+    problem: str = ""
+    price: float | None = None
+    meets: bool = False
+    front: bool = False
+
+    @property
+    def step_seconds(self) -> float:
+        """Predicted seconds of a step; infinite without a plan."""
+        return self.plan.step_seconds if self.plan else float("inf")
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Predicted tokens (samples where there is no known sequence) a second."""
+        made = Estimate.of(self.plan) if self.plan else None
+        return made.tokens_per_second or made.samples_per_second if made else 0.0
+
+    @property
+    def cost(self) -> float | None:
+        """What a step costs; None where no price was given."""
+        return None if self.price is None else self.price * self.mesh.size * self.step_seconds / 3600
+
+    @property
+    def cost_per_million_tokens(self) -> float | None:
+        """What a million tokens cost; None where no price was given."""
+        if self.cost is None:
+            return None
+        return self.cost / (self.tokens_per_second * self.step_seconds) * 1e6 if self.plan else float("inf")
+
+    def to_json(self) -> dict[str, Any]:
+        """The choice as plain data, without its plan's stages."""
+        plan = self.plan
+        return {
+            "mesh": str(self.mesh),
+            "devices": self.mesh.size,
+            "meets": self.meets,
+            "front": self.front,
+            "problem": self.problem,
+            "price": self.price,
+            "cost": self.cost if plan else None,
+            "cost_per_million_tokens": self.cost_per_million_tokens if plan else None,
+            "step_seconds": plan.step_seconds if plan else None,
+            "tokens_per_second": self.tokens_per_second if plan else None,
+            "gap": plan.gap if plan else None,
+            "degrees": {"pp": plan.pp, "dp": plan.dp, "tp": plan.tp} if plan else None,
+        }
+
+
+def search_mesh(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    devices: str | Sequence[str],
+    target_seconds: float | None = None,
+    prices: Mapping[str, float] | None = None,
+    per_host: Sequence[int] = PER_HOST,
+    say: Say = silent,
+    **settings: Any,
+) -> list[MeshChoice]:
+    """Plan on every mesh that some devices can form; all of these meshes, the best first.
+
+    devices         "64:h100-80gb" for so many devices, whose hosts are chosen here, or "8x8:h100-80gb" for one mesh;
+                    one such text or several, each with @LINK where it is not the usual one
+    target_seconds  of a step: then the counts are the most there are, and the fewest that meet it are looked for, in
+                    powers of two and multiples of a host by 1 to 7 and their doubles
+    prices          device -> price of one for an hour, in any currency
+    per_host        how many devices a host may have; where several, each is tried
+    say             is told of every mesh that is done;  settings: those of `autopart.plan`
+
+    Best is: what meets the target, if there is one; then what costs least, with prices; else, with a target, what has
+    the fewest devices; then what is fastest. The model is traced once for each kind of device.
+
+    Raises PartitionError where no mesh has a plan, for devices that fill no hosts, for a device without a price.
+    """
+    asked = [devices] if isinstance(devices, str) else list(devices)
+    request = request_of(model, batch, **settings)
+    source = Source(model, batch, DTYPES[request.precision])
+    if not all(isinstance(size, int) and size > 0 for size in per_host):
+        raise PartitionError(f"per_host={list(per_host)!r} are no numbers of devices", try_="per_host=[8]")
+    groups = [group for text in asked for group in _groups(text, per_host, target_seconds is not None)]
+    if not groups:
+        raise PartitionError("no devices to train on", try_='devices="64:h100-80gb"')
+    if prices is not None:
+        _check_prices(prices, [mesh for group in groups for mesh in group])
+    known: dict[Mesh, MeshChoice] = {}
+
+    def choose(mesh: Mesh) -> MeshChoice:
+        if mesh not in known:
+            price = prices[mesh.device.name] if prices is not None else None
+            known[mesh] = _choice(source, mesh, request, price, target_seconds)
+            say(f"{mesh}: {known[mesh].problem or f'{known[mesh].step_seconds:.4g} s'}")
+        return known[mesh]
+
+    for group in groups:
+        if target_seconds is None:
+            choose(group[-1])
+        else:
+            fewest(group, choose)
+    found = list(known.values())
+    if all(choice.plan is None for choice in found):
+        raise PartitionError("no mesh of these devices has a plan", "; ".join(f"{c.mesh}: {c.problem}" for c in found))
+    return ranked(found, by_count=target_seconds is not None)
+
+
+def _groups(text: str, per_host: Sequence[int], smaller: bool) -> list[list[Mesh]]:
+    """The meshes of some devices for each size of hosts; PartitionError where they fill hosts of none."""
+    whole = Mesh.parse(text)
+    groups = [meshes_of(text, size, smaller) for size in per_host]
+    if any(groups):
+        return [group for group in groups if group]
+    raise PartitionError(
+        f"{whole.size} devices fill no hosts of {' or '.join(map(str, per_host))}",
+        try_=f"another number per host, or a mesh such as 1x{whole.size}:{whole.device.name}",
+    )
+
+
+def meshes_of(text: str, per_host: int, smaller: bool = False) -> list[Mesh]:
+    """The mesh that some devices form with so many a host: one host where they are no more than it holds, none where
+    they do not fill hosts. With `smaller`, before it those of fewer devices in sensible counts, in rising order."""
+    whole = Mesh.parse(text)
+    if re.match(r"\s*\d+x", text):
+        return [whole]
+    counts = sensible(whole.size, per_host) if smaller else [whole.size]
+    return [
+        replace(whole, hosts=max(1, count // per_host), devices_per_host=min(count, per_host))
+        for count in counts
+        if count <= per_host or count % per_host == 0
+    ]
+
+
+def sensible(most: int, per_host: int) -> list[int]:
+    """Counts of devices up to `most` that one would ask for: powers of two within a host, then whole hosts, as many as
+    1 to 7 and their doubles; and `most` itself."""
+    within = [2**k for k in range(per_host.bit_length()) if 2**k < per_host]
+    whole = [n * per_host for n in range(1, most // per_host + 1) if n // (n & -n) <= ODD]
+    return sorted({count for count in [*within, *whole, most] if count <= most})
+
+
+def fewest(meshes: Sequence[Mesh], choose: Callable[[Mesh], MeshChoice]) -> MeshChoice | None:
+    """The smallest of some meshes (in rising order) that meets the target, if any does.
+
+    More devices are faster where they are twice as many, not always where they are a few more, which may not divide a
+    batch. So halves are taken among the doublings, and between the last that misses and the first that meets, each
+    mesh is tried, the smallest first.
+    """
+    doubling = _doublings(meshes)
+    low, high = -1, len(doubling) - 1
+    if not choose(doubling[high]).meets:
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if choose(doubling[middle]).meets else (middle, high)
+    least = doubling[low].size if low >= 0 else 0
+    between = [mesh for mesh in meshes if least < mesh.size <= doubling[high].size]
+    return next((c for c in map(choose, between) if c.meets), None)
+
+
+def _doublings(meshes: Sequence[Mesh]) -> list[Mesh]:
+    """The first mesh, those at least twice as large as the one before, and the last."""
+    taken = [meshes[0]]
+    for mesh in meshes[1:]:
+        if mesh.size >= 2 * taken[-1].size:
+            taken.append(mesh)
+    return taken if taken[-1] is meshes[-1] else [*taken, meshes[-1]]
+
+
+def ranked(choices: Sequence[MeshChoice], by_count: bool = False) -> list[MeshChoice]:
+    """Choices with those on the front marked, the best first (see `search_mesh`)."""
+    marked = [replace(c, front=_on_front(c, choices)) for c in choices]
+
+    def order(choice: MeshChoice) -> tuple[bool, float, int, float]:
+        if not choice.meets:
+            return True, 0.0, 0, choice.step_seconds
+        return False, choice.cost or 0.0, choice.mesh.size if by_count else 0, choice.step_seconds
+
+    return sorted(marked, key=order)
+
+
+def _on_front(choice: MeshChoice, among: Sequence[MeshChoice]) -> bool:
+    """Whether none is at once as fast and as cheap, and better in one; without prices, devices count as their cost."""
+
+    def both(c: MeshChoice) -> tuple[float, float]:
+        return c.step_seconds, c.mesh.size if c.cost is None else c.cost
+
+    mine = both(choice)
+    return choice.plan is not None and not any(
+        other.plan is not None and both(other) != mine and both(other)[0] <= mine[0] and both(other)[1] <= mine[1]
+        for other in among
+    )
+
+
+def _choice(source: Source, mesh: Mesh, request: Request, price: float | None, target: float | None) -> MeshChoice:
+    """The best plan on a mesh, or why there is none."""
+    try:
+        plan = make_plan(source, mesh, request, advise=False)
+    except PartitionError as error:
+        return MeshChoice(mesh, None, " ".join(str(error).split()), price)
+    return MeshChoice(mesh, plan, "", price, target is None or plan.step_seconds <= target)
+
+
+def _check_prices(prices: Mapping[str, float], meshes: Sequence[Mesh]) -> None:
+    without = [name for name in dict.fromkeys(m.device.name for m in meshes) if name not in prices]
+    if without:
+        raise PartitionError(f"no price for {', '.join(without)}", "every kind of device needs one, or none")
+    bad = [name for name, price in prices.items() if not 0 < price < float("inf")]
+    if bad:
+        raise PartitionError(f"the price of {', '.join(bad)} is not a positive number")

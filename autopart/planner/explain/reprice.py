@@ -1,0 +1,161 @@
+"""A plan from its decisions alone: priced again, or refused with what is wrong in it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+from torch import nn
+
+from autopart.cost.position_costs import MODES
+from autopart.errors import PartitionError
+from autopart.frontend.batch import DTYPES, Batch
+from autopart.ir.labels import is_block
+from autopart.passes.source import Source
+from autopart.passes.stage_graph import Splits
+from autopart.plan.data import Plan
+from autopart.planner.branch_and_bound import Found
+from autopart.planner.interval_costs import ranges
+from autopart.planner.request import Point, Request
+from autopart.planner.search_space import Space
+from autopart.planner.write_plan import write_out
+from autopart.sharding.strategy_table import Table
+
+Chosen = tuple[int, ...]
+
+
+def reprice(plan: Plan, model: nn.Module, batch: Batch) -> Plan:
+    """What the decisions of a plan, edited by hand as they may be, cost: degrees, micro-batch, ZeRO level, splits, the
+    stages' first runs and what they recompute. All other numbers of `plan` are made anew but its bound, which stays
+    that of the search it comes from.
+
+    Raises PartitionError for decisions that are no plan of the model; one that does not fit is no error (`Plan.fits`).
+    """
+    return repriced(plan, Source(model, batch, DTYPES[plan.precision]))
+
+
+def repriced(plan: Plan, source: Source) -> Plan:
+    """`reprice` for a model that may be traced already."""
+    started = time.monotonic()
+    space, found = decided(plan, source)
+    return replace(write_out(space, found, started, plan.model), request=plan.request)
+
+
+def decided(plan: Plan, source: Source) -> tuple[Space, Found]:
+    """A plan's decisions as the search finds them. Raises PartitionError as `reprice` does."""
+    request = Request(
+        plan.global_batch,
+        plan.micro_batch,
+        zero=plan.zero,
+        schedule=plan.schedule,
+        precision=plan.precision,
+        master=plan.master,
+        optimizer=plan.optimizer,
+        must_fit=False,
+    )
+    replace(request, pp=plan.pp, dp=plan.dp, tp=plan.tp).check(plan.mesh)
+    if plan.micro_batch % plan.dp:
+        raise PartitionError(f"{plan.micro_batch} samples do not divide over dp={plan.dp} ranks")
+    folded = source.like(plan)
+    space = Space(folded, plan.mesh, request)
+    point = Point(plan.pp, plan.dp, plan.tp, plan.micro_batch, plan.zero)
+    _check_stages(plan, folded.labels, folded.traced.updated)
+    ways = [_chosen(space, point, splits) for splits in plan.splits]
+    chosen = tuple(ways[stage.splits] for stage in plan.stages)
+    _check_interface(space, point, chosen)
+    modes = tuple(mode for stage in plan.stages for mode in stage.recompute)
+    table, m = space.model(point).table, space.micro_batches(point)
+    times = []
+    for mine, (start, end) in zip(chosen, pairwise((*plan.starts, len(modes))), strict=True):
+        found = ranges(
+            space.weigh(point, mine), table.group, table.block, m, space.turns(point), [(mode,) for mode in modes]
+        )
+        times.append(float(found.seconds[found.place(start, end)]))
+    step = sum(times) + (m - 1) * max(times)
+    return space, Found(point, chosen, plan.starts, modes, tuple(times), step, min(plan.bound_seconds, step))
+
+
+def _check_stages(plan: Plan, labels: Sequence[str], updated: Sequence[str]) -> None:
+    """Raise PartitionError unless the stages are a row of runs, each with what it recomputes."""
+    starts, n = plan.starts, len(labels)
+    if len(starts) != plan.pp:
+        raise PartitionError(f"{plan.degrees} has {len(starts)} stages")
+    if starts[0] != 0 or any(b <= a for a, b in pairwise((*starts, n))):
+        raise PartitionError(
+            f"the stages start at runs {', '.join(map(str, starts))}",
+            f"the first starts at 0, each behind the one before it, none behind run {n - 1}",
+        )
+    for index, (stage, (start, end)) in enumerate(zip(plan.stages, pairwise((*starts, n)), strict=True)):
+        if not 0 <= stage.splits < len(plan.splits):
+            raise PartitionError(f"stage {index} is split as {stage.splits}", f"there are {len(plan.splits)} ways")
+        if len(stage.recompute) != end - start:
+            told = f"runs {start} to {end - 1}, recompute speaks of {len(stage.recompute)}"
+            raise PartitionError(f"stage {index} has {told}", "one mode for every run")
+        for label, mode in zip(labels[start:end], stage.recompute, strict=True):
+            if mode not in MODES or (mode != "none" and (updated or not is_block(label))):
+                why = f"the forward pass changes {updated[0]}" if updated else "numbered blocks alone are run again"
+                raise PartitionError(f"{label or 'the loss'} cannot recompute {mode!r}", why, f"of {', '.join(MODES)}")
+
+
+def _chosen(space: Space, point: Point, splits: Splits) -> Chosen:
+    """The option of every node that splits name. Raises PartitionError where there is none."""
+    model = space.model(point)
+    table = model.table
+    axes = [axis for axis in table.axes if getattr(point, axis) > 1]
+    if set(splits) != set(axes):
+        raise PartitionError(f"the plan splits over {', '.join(splits) or 'nothing'}", f"not over {', '.join(axes)}")
+    known = {n.key: i for i, n in enumerate(table.nodes) if n.kind != "end" and not n.key.endswith("/update")}
+    allowed = {}
+    for axis in axes:
+        for key in (*splits[axis].keys() - known.keys(), *known.keys() - splits[axis].keys()):
+            there = "the plan has no strategy of it" if key in known else "the model has no such operator or tensor"
+            raise PartitionError(f"{key} over {axis}: {there}")
+    for key, index in known.items():
+        options, wanted = table.nodes[index].options, {axis: splits[axis][key] for axis in axes}
+        allowed[index] = [
+            i for i, option in enumerate(options)
+            if all(option[table.axes.index(axis)] == strategy for axis, strategy in wanted.items())
+        ]  # fmt: skip
+        if not allowed[index]:
+            names = ", ".join(f"{strategy.name}/{axis}" for axis, strategy in wanted.items())
+            may = dict.fromkeys(
+                ", ".join(f"{option[table.axes.index(axis)].name}/{axis}" for axis in axes) for option in options
+            )
+            raise PartitionError(f"{key} cannot be {names}", try_="; ".join(may))
+    _check_flows(table, allowed)
+    solution = model.solver.minimise(space.objective(point, 0.0, {}), allowed)
+    if solution is None:
+        raise PartitionError("the splits do not go together", "what is tied takes the same strategy")
+    return solution.chosen
+
+
+def _check_flows(table: Table, allowed: dict[int, list[int]]) -> None:
+    """Raise PartitionError where a value cannot be changed into what a user takes."""
+
+    def options(node: int) -> Sequence[int]:
+        return allowed.get(node, range(len(table.nodes[node].options)))
+
+    for flow in table.flows:
+        source = table.nodes[flow.source]
+        haves = {source.given(o, flow.output) for o in options(flow.source)}
+        for index, operand in flow.uses:
+            user = table.nodes[index]
+            wants = {user.taken(o, operand) for o in options(index)}
+            if not any((have, want) in flow.chains for have in haves for want in wants):
+                have, want = (", ".join(map(str, next(iter(p)))) for p in (haves, wants))
+                raise PartitionError(
+                    f"{user.key} cannot take {source.key}", f"it is made as {have}, and {want} is taken"
+                )
+
+
+def _check_interface(space: Space, point: Point, chosen: Sequence[Chosen]) -> None:
+    """Raise PartitionError where stages do not agree on what passes between them."""
+    model = space.model(point)
+    keys = [model.table.nodes[index].key for index, _ in model.passing]
+    keys += [model.table.nodes[flow.source].key for flow, _ in model.awaited]
+    for key, *placed in zip(keys, *map(model.interface, chosen), strict=True):
+        if len(set(placed)) > 1:
+            texts = [", ".join(map(str, p)) if p is not None else "no partial sum" for p in placed]
+            raise PartitionError(f"the stages place {key} differently", " and ".join(dict.fromkeys(texts)))

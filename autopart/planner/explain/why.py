@@ -1,0 +1,352 @@
+"""Why a plan is as it is: every number here is that of another plan, found by solving again.
+
+why      what every strategy that was not taken would make of the step, all else decided anew around it
+why_not  what anything that a constraint can say would make of it, or why nothing can be so
+prices   what more memory, faster links and faster devices would make of it
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from autopart.errors import PartitionError
+from autopart.frontend.batch import DTYPES, Batch
+from autopart.hardware.mesh import Mesh
+from autopart.passes.source import Source
+from autopart.plan.data import Plan, bytes_text, seconds_text, usable_bytes
+from autopart.planner.branch_and_bound import Found, Say, Search, points, silent, zero_levels
+from autopart.planner.constraints import Constraint, parse
+from autopart.planner.make_plan import explored, request_of
+from autopart.planner.request import Point, Request, read_constraints
+from autopart.planner.search_space import Model, Space
+from autopart.planner.write_plan import write_out
+from autopart.sharding.rules import Strategy
+from autopart.sharding.strategy_table import Node
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+QUICK = 0.4
+"""Seconds after which a question is answered with the best plan so far, and the bound."""
+
+TELLING = re.compile(r"embedding|norm|attention")
+"""Operators that are told about, besides products."""
+
+SETTINGS = ("pp", "dp", "tp", "micro_batch", "zero", "recompute", "schedule")
+"""The settings of a request that a constraint could contradict."""
+
+GIB = 2**30
+FASTER = 1.1
+
+
+@dataclass(frozen=True)
+class Exactly(Constraint):
+    """One operator's or tensor's strategy, by all of it rather than by its name."""
+
+    axis: str
+    key: str
+    strategy: Strategy
+
+    def allows_strategy(self, axis: str, key: str, strategy: Strategy) -> bool:
+        return (axis, key) != (self.axis, self.key) or strategy == self.strategy
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A strategy, and seconds of the step with it; None where there is no plan with it, and why. No plan of the same
+    degrees with it is faster than `bound`."""
+
+    strategy: str
+    seconds: float | None
+    bound: float = 0.0
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """An operator of one class of equal blocks, what was chosen for it, and the others, the best first."""
+
+    key: str
+    times: int
+    chosen: str
+    seconds: float
+    others: tuple[Alternative, ...]
+
+    def __str__(self) -> str:
+        times = f" x {self.times}" if self.times > 1 else ""
+        lines = [f"{self.key}{times}: {self.chosen}"]
+        for other in self.others:
+            told = other.why if other.seconds is None else _proven(other.seconds, other.bound, self.seconds)
+            lines.append(f"    {other.strategy:<28} {told}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the step would be if a constraint held.
+
+    seconds   of the best plan found with it, None where there is none;  bound: no plan with it is faster
+    against   of the plan that is asked about;  differs: in what the plans do, in words
+    why       nothing can be so
+    asked     what the plan was asked for, which holds too
+    took      seconds it took to answer
+    """
+
+    text: str
+    seconds: float | None
+    bound: float
+    against: float
+    differs: tuple[str, ...]
+    why: str
+    took: float
+    asked: tuple[str, ...]
+    plan: Plan | None = field(repr=False)
+
+    def __str__(self) -> str:
+        text = f"{self.text} (with {', '.join(self.asked)} as asked)" if self.asked else self.text
+        if self.seconds is None:
+            free = "\n  try: a plan that is not asked for so, and then why not" if self.asked else ""
+            return f"{text}: not possible\n  {self.why}{free}"
+        told = _proven(self.seconds, self.bound, self.against)
+        lines = [f"  {line}" for line in self.differs] or ["  the plan does so already, or what is as fast"]
+        return "\n".join([f"{text}: {told}", *lines])
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a change of the machine makes of the step; `seconds` is None where nothing fits then."""
+
+    what: str
+    seconds: float | None
+    against: float
+
+    def __str__(self) -> str:
+        return f"{self.what:<52} {'nothing fits' if self.seconds is None else _against(self.seconds, self.against)}"
+
+
+def _against(seconds: float, before: float) -> str:
+    """``"906 ms, +44.6 ms, +5.2 %"``."""
+    more = seconds - before
+    if abs(more) < 1e-6 * before:
+        return f"{seconds_text(seconds)}, the same"
+    sign = "+" if more > 0 else "-"
+    return f"{seconds_text(seconds)}, {sign}{seconds_text(abs(more))}, {more / before:+.1%}"
+
+
+def _proven(seconds: float, bound: float, before: float) -> str:
+    """The same, with the bound where it is not as good as reached."""
+    far = bound < seconds * (1 - 1e-3)
+    return _against(seconds, before) + (f", proven at least {seconds_text(bound)}" if far else "")
+
+
+@dataclass
+class Explanation:
+    """A plan with all that it was chosen from."""
+
+    space: Space
+    found: Found
+    plan: Plan
+    near: tuple[Point, ...] = ()
+    """Points whose splits are known, the best first."""
+
+    def why(self, everything: bool = False) -> list[Reason]:
+        """What every other strategy would cost: for products, attention, embeddings and norms, or for everything."""
+        model = self.space.model(self.found.point)
+        told = [i for i, n in enumerate(model.table.nodes) if everything or n.product or TELLING.search(_operator(n))]
+        reasons = (self._reason(model, i) for i in told)
+        return [reason for reason in reasons if reason.others]
+
+    def _reason(self, model: Model, index: int) -> Reason:
+        node, chosen = model.table.nodes[index], self.found.chosen[0][index]
+        axes = [axis for axis in model.table.axes if getattr(self.found.point, axis) > 1]
+        columns = [model.table.axes.index(axis) for axis in axes]
+        ways = {tuple(option[c] for c in columns): None for option in node.options}
+        mine = tuple(node.options[chosen][c] for c in columns)
+        others = []
+        names = [_strategy(axes, way) for way in ways]
+        for way in ways:
+            if way != mine:
+                text = _strategy(axes, way)
+                text += f"  ({_placed(way)})" if names.count(text) > 1 else ""
+                exactly = [Exactly(text, True, axis, node.key, s) for axis, s in zip(axes, way, strict=True)]
+                others.append(self._alternative(text, exactly))
+        others.sort(key=lambda other: (other.seconds is None, other.seconds or 0.0))
+        places = model.table.group.count(node.group) or len(model.table.state.get(index, ()))
+        return Reason(node.key, max(1, places), _strategy(axes, mine), self.found.seconds, tuple(others))
+
+    def _alternative(self, text: str, constraints: Sequence[Constraint]) -> Alternative:
+        point = self.found.point
+        names = ("pp", "dp", "tp", "micro_batch", "zero")
+        pinned = [parse(f"{name}={getattr(point, name)}") for name in names]
+        try:
+            found = Search(self._with([*pinned, *constraints]), silent, quick=True).run()
+        except PartitionError as error:
+            return Alternative(
+                text, None, why="does not fit" if "no plan fits" in error.what else "no change of placement"
+            )
+        return Alternative(text, found.seconds, found.bound)
+
+    def _with(self, constraints: Sequence[Constraint], **changes: Any) -> Space:
+        """The space with more constraints; all that is known of it stays known."""
+        request = self.space.request
+        together = (*request.constraints, *constraints)
+        return replace(self.space, request=replace(request, constraints=together, **changes))
+
+    def why_not(self, text: str, seconds: float | None = QUICK) -> Answer:
+        """What the step would be if a constraint held. After some `seconds` the best plan so far is told, with what is
+        proven; None waits for the whole search. Raises PartitionError for text that says nothing of this model."""
+        started = time.process_time()
+        (constraint,) = read_constraints([text])
+        space = self._with([constraint], time_limit=seconds, nodes=None)
+        against = self.plan.step_seconds
+        search = Search(space, silent, quick=seconds is not None)
+        try:
+            search.begin(self.near)
+            found = search.run()
+        except PartitionError as error:
+            took = time.process_time() - started
+            return Answer(text, None, float("inf"), against, (), f"{error.what}: {error.why}", took, self.asked, None)
+        plan = write_out(space, found, time.monotonic(), self.plan.model)
+        took = time.process_time() - started
+        differs = tuple(differences(self.plan, plan, self.space.folded.labels))
+        return Answer(text, plan.step_seconds, found.bound, against, differs, "", took, self.asked, plan)
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The settings and constraints that the plan was asked for, as texts."""
+        request = self.space.request
+        settings = {name: getattr(request, name) for name in SETTINGS}
+        given = [f"{name}={value}" for name, value in settings.items() if value is not None]
+        return (*given, *(constraint.text for constraint in request.constraints))
+
+    def prices(self) -> list[Price]:
+        """What more memory, room for another micro-batch, faster links and faster devices would make of the step."""
+        return [self._price(what, space) for what, space in self._changes()]
+
+    @property
+    def slack(self) -> float:
+        """Bytes that are left on the fullest device."""
+        return usable_bytes(self.space.mesh) - max(self.plan.memory_bytes)
+
+    def _price(self, what: str, space: Space) -> Price:
+        search = Search(space, silent, quick=True)
+        try:
+            search.begin([replace(self.found.point, zero=0)])
+            return Price(what, search.run().seconds, self.plan.step_seconds)
+        except PartitionError:
+            return Price(what, None, self.plan.step_seconds)
+
+    def _changes(self) -> Iterator[tuple[str, Space]]:
+        """The changes that are tried, each with the space it makes."""
+        mesh, device = self.space.mesh, self.space.mesh.device
+        if self.space.request.must_fit:
+            for what, more in (("one more GiB per device", GIB), ("one GiB less per device", -GIB)):
+                yield what, self._memory(more)
+            fullest = max(range(self.plan.pp), key=lambda s: self.plan.memory_bytes[s])
+            flights = self.space.in_flight(self.found.point, fullest)
+            each = self.plan.stages[fullest].memory["activations"] / flights
+            yield f"room for one more micro-batch in flight ({bytes_text(each)})", self._memory(each / 0.92)
+        links = {"devices of a host": "intra", "hosts": "inter"}
+        for between, name in links.items():
+            link = getattr(mesh, name)
+            if (mesh.hosts if name == "inter" else mesh.devices_per_host) == 1:
+                continue
+            wire = link.measured.faster(FASTER) if link.measured else None
+            faster = replace(link, bandwidth=link.bandwidth * FASTER, measured=wire)
+            yield f"links between {between} 10 % faster ({link.name})", self._on(replace(mesh, **{name: faster}))
+        flops = {dtype: rate * FASTER for dtype, rate in device.flops.items()}
+        yield "products 10 % faster", self._on(replace(mesh, device=replace(device, flops=flops)), FASTER)
+        measured = device.measured.faster_memory(FASTER) if device.measured else None
+        moved = replace(device, bandwidth=device.bandwidth * FASTER, measured=measured)
+        yield "memory of the devices 10 % faster", self._on(replace(mesh, device=moved))
+
+    def _memory(self, more: float) -> Space:
+        device = self.space.mesh.device
+        size = replace(device, memory_bytes=round(device.memory_bytes + more))
+        return replace(self.space, mesh=replace(self.space.mesh, device=size))
+
+    def _on(self, mesh: Mesh, rate: float = 1.0) -> Space:
+        """The space of another mesh, with the same tables."""
+        models = {tp: _faster(model, rate) for tp, model in self.space.models.items()}
+        return Space(self.space.folded, mesh, self.space.request, models)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.why()))
+
+
+def _faster(model: Model, rate: float) -> Model:
+    """A model whose products run faster; the equations are the same."""
+    other = copy.copy(model)
+    other.solver = model.solver
+    other.sizes = copy.copy(model.sizes)
+    other.sizes.peak = model.sizes.peak * rate
+    return other
+
+
+def _operator(node: Node) -> str:
+    return node.key.rpartition("/")[2] if node.kind == "op" else ""
+
+
+def _strategy(axes: Sequence[str], chosen: Sequence[Strategy]) -> str:
+    return "  ".join(f"{s.name}/{axis}" for axis, s in zip(axes, chosen, strict=True)) or "whole"
+
+
+def _placed(way: Sequence[Strategy]) -> str:
+    """What strategies of the same name differ in: where they take and give."""
+    return "; ".join(f"{', '.join(map(str, s.inputs))} -> {', '.join(map(str, s.outputs))}" for s in way)
+
+
+def differences(before: Plan, after: Plan, labels: Sequence[str]) -> Iterator[str]:
+    """What two plans of a model decide differently, in words."""
+    for name in ("pp", "dp", "tp", "micro_batch", "zero", "schedule", "recompute"):
+        old, new = getattr(before, name), getattr(after, name)
+        if old != new:
+            yield f"{name} {new} instead of {old}"
+    if before.starts != after.starts:
+        starts = ", ".join(labels[s] or str(s) for s in after.starts[1:])
+        yield f"stages start at {starts}" if starts else "one stage"
+    modes = [sum((s.recompute for s in plan.stages), ()) for plan in (before, after)]
+    if before.recompute == after.recompute and modes[0] != modes[1]:
+        yield f"{sum(a != b for a, b in zip(*modes, strict=True))} blocks recompute otherwise"
+    moved = [f"{key}: {new}/{axis} instead of {old}/{axis}" for axis, key, old, new in _moved(before, after)]
+    if moved:
+        more = f" and {len(moved) - 3} more" if len(moved) > 3 else ""
+        yield f"split otherwise: {'; '.join(moved[:3])}{more}"
+    most = [max(plan.memory_bytes) for plan in (before, after)]
+    if round(most[0]) != round(most[1]):
+        yield f"{bytes_text(most[1])} on the fullest device instead of {bytes_text(most[0])}"
+
+
+def _moved(before: Plan, after: Plan) -> Iterator[tuple[str, str, str, str]]:
+    """What the first stages of two plans split otherwise, weights first, along the axes that both have."""
+    old, new = (plan.splits[plan.stages[0].splits] for plan in (before, after))
+    for axis in old.keys() & new.keys():
+        known: Mapping[str, Strategy] = new[axis]
+        for key, strategy in sorted(old[axis].items(), key=lambda item: not item[0].endswith("weight")):
+            if key in known and known[key].outputs != strategy.outputs and {known[key].name, strategy.name} != {*"RC"}:
+                yield axis, key, strategy.name, known[key].name
+
+
+def explain(
+    model: nn.Module, mesh: str | Mesh | DeviceMesh, batch: Batch, *, say: Say = silent, **settings: Any
+) -> Explanation:
+    """Plan, with the settings of `autopart.plan`, and keep what the plan was chosen from. Raises PartitionError."""
+    request = request_of(model, batch, **settings)
+    return explained(Source(model, batch, DTYPES[request.precision]), Mesh.of(mesh), request, say)
+
+
+def explained(source: Source, mesh: Mesh, request: Request, say: Say = silent) -> Explanation:
+    """`explain` for a model that may be traced already."""
+    plan, search, found = explored(source, mesh, request, say)
+    space, samples = search.space, request.global_batch
+    levels = (replace(point, zero=zero) for point in points(space) for zero in zero_levels(space, point))
+    tried = [at for at in levels if space.known_bound(at)]
+    near = sorted(tried, key=lambda p: (space.known_bound(p) * p.passes(samples), p))
+    return Explanation(space, found, plan, tuple(near))

@@ -1,0 +1,129 @@
+"""A request -> a plan of a model that may be traced already."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from autopart.cost.compute import peak
+from autopart.errors import PartitionError, not_known
+from autopart.frontend.batch import DTYPES, Batch, samples_of
+from autopart.frontend.inputs import check_inputs, main_dtype
+from autopart.hardware.mesh import Mesh
+from autopart.ir.gc_pause import paused
+from autopart.ir.layered_graph import Folded
+from autopart.passes.source import Source
+from autopart.plan.data import Plan
+from autopart.planner.advice import advice
+from autopart.planner.branch_and_bound import Found, Say, Search, silent
+from autopart.planner.request import Request, read_constraints, read_settings
+from autopart.planner.search_space import Space
+from autopart.planner.write_plan import bounded, write_out
+
+if TYPE_CHECKING:
+    pass
+
+
+def request_of(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    global_batch: int | None = None,
+    precision: str | torch.dtype | None = None,
+    constraints: Sequence[str] = (),
+    **settings: Any,
+) -> Request:
+    """The settings of `plan` as data. Raises PartitionError for a model, a batch or a setting that no plan can be made
+    for."""
+    check_inputs(model, batch)
+    name = str(precision or main_dtype(model)).removeprefix("torch.")
+    if name not in DTYPES:
+        raise not_known("precision", name, DTYPES)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and p.is_complex()]
+    if settings.get("master") and trained:
+        raise PartitionError(f"{trained[0]} is complex", "a master copy of it would be of real numbers", "master=None")
+    samples = samples_of(batch) if global_batch is None else global_batch
+    return read_settings({**settings, "global_batch": samples, "precision": name, "constraints": constraints})
+
+
+def make_plan(
+    source: Source, mesh: Mesh, request: Request, say: Say = silent, to_run: bool = False, advise: bool = True
+) -> Plan:
+    """`plan` for a model that may be traced already. It is for the graph of its own micro-batch; one `to_run` is of the
+    graph whose every block was traced. Where a micro-batch that seemed to fit does not in its own graph, others are
+    tried. Where nothing fits, what would is looked for if it is to `advise`."""
+    started = time.monotonic()
+    made, search, _ = explored(source, mesh, request, say, advise)
+    planned = search.space.folded
+    folded = (source.at if to_run else source.short)(made.micro_batch, mesh)
+    if folded.hash == planned.hash:
+        return made
+    try:
+        return _made_for(folded, made, search, say, started)
+    except PartitionError:
+        if request.micro_batch:
+            raise
+        others = read_constraints(f"micro_batch!={made.micro_batch}")
+        with suppress(PartitionError):
+            other = replace(request, constraints=(*request.constraints, *others))
+            plan = make_plan(source, mesh, other, say, to_run, advise=False)
+            bound = min(plan.bound_seconds, made.bound_seconds)
+            return bounded(replace(plan, request=made.request), bound)
+        raise
+
+
+def _made_for(folded: Folded, made: Plan, search: Search, say: Say, started: float) -> Plan:
+    """A plan's micro-batch planned anew from the trace that runs, where that is another graph than the one that was
+    planned: an `expand` to one sample is nothing, the strategies of a dim of one element have other names, and a model
+    may do what it likes with the number of samples."""
+    space = Space(folded, made.mesh, replace(search.space.request, micro_batch=made.micro_batch))
+    found = Search(space, say).run()
+    found = replace(found, bound=min(found.bound, made.bound_seconds))
+    return replace(write_out(space, found, started, made.model), request=made.request)
+
+
+@paused()
+def explored(
+    source: Source, mesh: Mesh, request: Request, say: Say = silent, advise: bool = True
+) -> tuple[Plan, Search, Found]:
+    """The plan from a trace of two samples, where samples do nothing with each other, and the search that found it."""
+    started = time.monotonic()
+    request = request.check(mesh)
+    peak(mesh.device, source.dtype)
+    folded = source.short(min(2, request.global_batch), mesh)
+    if not folded.traced.mean_of_samples:  # what samples do with each other may depend on how many there are
+        folded = source.short(request.micro_batch or request.global_batch, mesh)
+    if folded.traced.updated and request.recompute not in (None, "none"):
+        raise PartitionError(
+            f"the forward pass changes {folded.traced.updated[0]}",
+            "recompute would change it twice a step",
+            'recompute="none"',
+        )
+    return _searched(Space(folded, mesh, request), say, started, source, advise)
+
+
+def _searched(space: Space, say: Say, started: float, source: Source, advise: bool) -> tuple[Plan, Search, Found]:
+    search = Search(space, say)
+    try:
+        found = search.run()
+    except PartitionError as error:
+        if search.short is None or not advise:
+            raise
+
+        def of(dtype: str) -> Source:
+            wanted = DTYPES[dtype]
+            return source if wanted == source.dtype else Source(source.model, source.batch, wanted)
+
+        way_out = advice(
+            space,
+            lambda mesh, dtype: of(dtype).short(2, mesh),
+            lambda mesh, request: make_plan(of(request.precision), mesh, request, advise=False),
+        )
+        raise PartitionError(error.what, error.why, way_out or error.try_) from None
+    return write_out(space, found, started, type(source.model).__name__), search, found

@@ -1,0 +1,175 @@
+"""What a user asks of the planner, and the points of its outer search."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, SupportsIndex
+
+from autopart.cost.training_state import MASTERS, OPTIMIZER_STATES, widening
+from autopart.errors import PartitionError, closest, not_known
+from autopart.hardware.mesh import Mesh, divisors
+from autopart.plan.schedules import SCHEDULES
+from autopart.plan.typecheck import mistyped
+from autopart.planner.constraints import Constraint, parse
+
+WHOLE = ("global_batch", "micro_batch", "pp", "tp", "dp", "zero", "nodes")
+"""Settings that are whole numbers."""
+
+MOST = 2**31 - 1
+"""No whole number is larger: sizes of tensors and of messages are products of them."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; None leaves the choice to the planner."""
+
+    global_batch: int
+    micro_batch: int | None = None
+    pp: int | None = None
+    tp: int | None = None
+    dp: int | None = None
+    zero: int | None = None
+    recompute: str | None = None
+    schedule: str | None = None
+    precision: str = "float32"
+    master: str | None = None
+    """Dtype of gradients, optimizer states and the optimizer's copy of the parameters; None: all in `precision`."""
+    optimizer: str = "adamw"
+    time_limit: float | None = None
+    nodes: int | None = None
+    """Points of the search that are looked at; unlike a time limit it gives the same plan every time."""
+    exact: bool = False
+    """Whether to look for the optimum at any cost: see `autopart.planner.exact_refinement`."""
+    must_fit: bool = True
+    constraints: tuple[Constraint, ...] = ()
+    """What was fixed or forbidden by hand."""
+
+    def allows(self, name: str, value: int | str) -> bool:
+        """Whether constraints leave a setting this value."""
+        return all(c.allows_setting(name, value) for c in self.constraints)
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings that are not the default, as plain data; constraints are their texts."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return given | ({"constraints": [c.text for c in self.constraints]} if self.constraints else {})
+
+    def check(self, mesh: Mesh) -> Request:
+        """Raise PartitionError for what no planner could do; degrees that `mesh` fixes are taken over."""
+        for name, value, known in (
+            ("schedule", self.schedule, SCHEDULES),
+            ("optimizer", self.optimizer, OPTIMIZER_STATES),
+            ("recompute", self.recompute, ("none", "selective", "full")),
+            ("zero", self.zero, (0, 1, 2, 3)),
+            ("master", self.master, MASTERS),
+        ):
+            if value is not None and value not in known:
+                raise not_known(name, value, known)
+        if self.master is not None and widening(self.precision, self.master) <= 1:
+            raise PartitionError(
+                f"master={self.master!r} is no wider than precision={self.precision!r}",
+                "a master copy is for what 16 bits would lose",
+                'precision="bfloat16", or no master',
+            )
+        if self.time_limit is not None and self.time_limit < 0:
+            raise PartitionError(f"time_limit={self.time_limit} is not positive", try_="time_limit=10")
+        for name in WHOLE:
+            value, least = getattr(self, name), 0 if name in ("zero", "nodes") else 1
+            if value is not None and value < least:
+                raise PartitionError(f"{name}={value} is not positive", try_=f"{name}={least} or more")
+        fixed = dict(mesh.axes)
+        asked = {n: getattr(self, n) for n in ("pp", "dp", "tp") if getattr(self, n)}
+        for name, degree in asked.items():
+            if fixed.get(name, degree) != degree:
+                raise PartitionError(
+                    f"{name}={degree} contradicts the mesh", f"its axis {name} has {fixed[name]} ranks"
+                )
+        request = replace(self, **{**fixed, **asked})
+        product = 1
+        for name in ("pp", "dp", "tp"):
+            product *= getattr(request, name) or 1
+        whole = request.pp and request.dp and request.tp
+        if mesh.size % product or (whole and product != mesh.size):
+            degrees = " x ".join(f"{n}={getattr(request, n)}" for n in ("pp", "dp", "tp") if getattr(request, n))
+            raise PartitionError(
+                f"{degrees} does not fill the mesh",
+                f"{product} ranks of {mesh.size}",
+                _filling(request, mesh.size),
+            )
+        if request.micro_batch and request.global_batch % request.micro_batch:
+            raise PartitionError(
+                "the batch does not divide",
+                f"{request.global_batch} samples are no multiple of micro_batch={request.micro_batch}",
+                f"micro_batch={divisor_near(request.global_batch, request.micro_batch, request.dp or 1)}",
+            )
+        return request
+
+
+@dataclass(frozen=True, order=True)
+class Point:
+    """One point of the outer search: degrees, samples of a micro-batch over all ranks, ZeRO level."""
+
+    pp: int
+    dp: int
+    tp: int
+    micro_batch: int
+    zero: int = 0
+
+    def passes(self, global_batch: int) -> float:
+        """How often the time of all stages together counts: sum(f) + (m - 1) max(f) >= sum(f) (1 + (m - 1) / pp)."""
+        return 1 + (global_batch // self.micro_batch - 1) / self.pp
+
+    def __str__(self) -> str:
+        return f"pp={self.pp} dp={self.dp} tp={self.tp} micro-batch {self.micro_batch} zero {self.zero}"
+
+
+def read_constraints(texts: str | Sequence[str]) -> tuple[Constraint, ...]:
+    """Constraints from their texts, or from that of one. Raises PartitionError for one that cannot be read."""
+    given = [texts] if isinstance(texts, str) else texts
+    if not isinstance(given, (list, tuple)) or not all(isinstance(text, str) for text in given):
+        raise PartitionError(f"constraints={texts!r} is no list of texts", try_='constraints=["tp=2"]')
+    return tuple(parse(text) for text in given)
+
+
+def read_settings(settings: Mapping[str, Any]) -> Request:
+    """The settings of `autopart.plan` as data. Raises PartitionError for a name that is none, and for a value of
+    another type."""
+    known = [f.name for f in fields(Request) if f.name != "must_fit"]
+    for name, value in settings.items():
+        if name not in known:
+            near = " or ".join(closest(name, known))
+            raise PartitionError(f"there is no setting {name!r}", f"known are {', '.join(known)}", near)
+        whole = isinstance(value, SupportsIndex) and not isinstance(value, bool)
+        if name in WHOLE and value is not None and not (whole and abs(operator.index(value)) <= MOST):
+            raise PartitionError(f"{name}={value!r} is no whole number up to {MOST:,}", try_=f"{name}=2")
+    master = settings.get("master")
+    numbers = {name: operator.index(settings[name]) for name in WHOLE if settings.get(name) is not None}
+    read = {
+        "master": None if master is None else str(master).removeprefix("torch."),
+        "constraints": read_constraints(settings.get("constraints", ())),
+    }
+    request = Request(**{**settings, **numbers, **read})
+    if wrong := mistyped(request, Request):
+        raise PartitionError(f"a setting is of another type: {wrong}")
+    return request
+
+
+def divisor_near(number: int, wanted: int, ranks: int) -> int:
+    """The divisor closest to what was wanted, of those that divide over `ranks` if there are any."""
+    known = divisors(number)
+    return min([d for d in known if d % ranks == 0] or known, key=lambda d: abs(d - wanted))
+
+
+def _filling(request: Request, size: int) -> str:
+    """For each degree that is given, those with which the others fill a mesh; what all have to do where none alone
+    can."""
+    given = {name: degree for name in ("pp", "dp", "tp") if (degree := getattr(request, name))}
+    ways = []
+    for name in given:
+        others = math.prod(degree for other, degree in given.items() if other != name)
+        if size % others == 0:
+            fits = [size // others] if len(given) == 3 else divisors(size // others)
+            ways.append(f"{name}={' or '.join(map(str, fits))}")
+    return "; ".join(ways) or f"degrees whose product {'is' if len(given) == 3 else 'divides'} {size}"

@@ -1,0 +1,156 @@
+"""Can a plan run on a model? What has to hold of its cuts and strategies is looked up in the rules, not in the table of
+the search: a plan may have been edited by hand."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import fx
+
+from autopart.errors import PartitionError, few
+from autopart.ir.graph import has_gradient, info, is_pick, operands, shape_args, value_of
+from autopart.ir.labels import is_block
+from autopart.ir.layered_graph import Folded
+from autopart.passes.stage_graph import Choices
+from autopart.plan.data import Plan
+from autopart.sharding.notation import C, G, Placement, splits
+from autopart.sharding.resharding import possible
+from autopart.sharding.rules import Strategy, strategies
+
+MODES = ("none", "selective", "full")
+"""What a run may do with what its backward needs."""
+
+
+def validate(plan: Plan, folded: Folded) -> None:
+    """Raise PartitionError unless a plan is for this model, traced with the plan's micro-batch, and can run on it."""
+    plan.check(folded)
+    for check in (cut_findings, strategy_findings):
+        if wrong := list(check(plan, folded)):
+            raise PartitionError(
+                "the plan cannot run", few(wrong, joint="; "), "the plan as it was saved, or autopart.plan(...) again"
+            )
+
+
+def cut_findings(plan: Plan, folded: Folded) -> Iterator[str]:
+    """Where stages start, and what their positions do."""
+    starts, count = plan.starts, len(folded.labels)
+    rising = all(a < b for a, b in zip(starts, (*starts[1:], count), strict=True))
+    if len(starts) != plan.pp or not starts or starts[0] != 0 or not rising:
+        yield f"starts: {starts} are not {plan.pp} stages of {count} runs"
+        return
+    if any(s.splits not in range(len(plan.splits)) for s in plan.stages):
+        yield "splits: a stage's are not there"
+    modes: list[str] = []
+    for index, (stage, span) in enumerate(zip(plan.stages, spans_of(plan, folded), strict=True)):
+        if len(stage.recompute) != len(span):
+            yield f"recompute: stage {index} has {len(span)} runs, {len(stage.recompute)} say what they keep"
+            return
+        modes += stage.recompute
+    if not set(modes) <= set(MODES):
+        yield f"recompute: {sorted(set(modes) - set(MODES))} is not known"
+    if any(mode != "none" and not is_block(label) for mode, label in zip(modes, folded.labels, strict=True)):
+        yield "recompute: a run that is no numbered block is run again"
+    if folded.traced.updated and set(modes) != {"none"}:
+        yield "recompute: buffers would be changed twice"
+
+
+def choices_of(plan: Plan) -> Choices:
+    """What the plan decides, as stages are localised by."""
+    axes = tuple((axis, size) for axis, size in (("dp", plan.dp), ("tp", plan.tp)) if size > 1)
+    return Choices(axes, tuple(plan.splits[s.splits] for s in plan.stages), plan.starts)
+
+
+def strategy_findings(plan: Plan, folded: Folded) -> Iterator[str]:
+    """Whether operators have the strategies, and these go together."""
+    choices, nodes, known = choices_of(plan), folded.representatives(), True
+    for number, chosen in enumerate(plan.splits):
+        if set(chosen) != {axis for axis, _ in choices.axes}:
+            yield f"splits: those of number {number} are along {sorted(chosen)}"
+            return
+        for axis, size in choices.axes:
+            if set(chosen[axis]) != {folded.keys[n] for n in nodes}:
+                yield f"splits: those along {axis} are not of the model's operators"
+                return
+            for node in nodes:
+                strategy = chosen[axis][folded.keys[node]]
+                if strategy not in _known(node, strategy, size):
+                    known = False
+                    yield f"strategy: {folded.keys[node]} has no {strategy.name!r} along {axis}"
+            inputs = {chosen[axis][folded.keys[n]] for n in nodes if info(n).kind == "input"}
+            if len(inputs) > 1:
+                yield f"inputs: they are placed differently along {axis}"
+    if known:
+        yield from dict.fromkeys([*_clashes(choices, folded), *_uses(choices, folded, plan)])
+
+
+def _known(node: fx.Node, strategy: Strategy, size: int) -> list[Strategy]:
+    """The strategies of a node along one axis, with those in the parts that the chosen one is in."""
+    record = info(node)
+    if record.kind == "op" and G in strategy.inputs:
+        plain = _kept_whole(strategy)
+        fits = G not in strategy.outputs or (record.view and strategy.inputs == strategy.outputs)
+        return [strategy] if fits and plain in _known(node, plain, size) else []
+    if record.kind == "op":
+        hints = [p for p in strategy.outputs[:1] if p.parts or p.kind == "M"]
+        options = strategies(record.name, shape_args(node), record.shapes, size, hints)
+        return [o for o in options if has_gradient(record.dtype) or o.name != "P"]
+    placed = strategy.outputs[0] if len(strategy.outputs) == 1 else Placement("P")
+    if placed.kind == "S":
+        fits = 0 <= placed.dim < len(record.shape) and splits(placed, record.shape, size)
+        return [Strategy(f"d{placed.dim}", (), (placed,))] if fits else []
+    kinds = "RC" if record.kind == "parameter" else "R"
+    return [Strategy(kind, (), (Placement(kind),)) for kind in kinds]
+
+
+def _kept_whole(strategy: Strategy) -> Strategy:
+    """The strategy that keeps whole what this one gathers again: ranks do the same."""
+    inputs, outputs = (tuple(C if p == G else p for p in placed) for placed in (strategy.inputs, strategy.outputs))
+    name = "C" if strategy.name == "G" else strategy.split
+    return replace(strategy, name=name, inputs=inputs, outputs=outputs)  # type: ignore[arg-type]
+
+
+def _clashes(choices: Choices, folded: Folded) -> Iterator[str]:
+    """Dims that two axes split."""
+    for stage in range(len(choices.starts)):
+        for node in folded.representatives():
+            along = [(*s.inputs, *s.outputs) for s in choices.of(folded, node, stage)]
+            for tensor in zip(*along, strict=True):
+                dims = [p.dim for p in tensor if p is not None and p.kind == "S"]
+                if len(dims) != len(set(dims)):
+                    yield f"strategy: two axes split one dim at {folded.keys[node]}"
+
+
+def _uses(choices: Choices, folded: Folded, plan: Plan) -> Iterator[str]:
+    """Uses that cannot get their operands in the placement they take; values that stages place differently."""
+    spans, run_of = spans_of(plan, folded), folded.run_of()
+    stage_of = {run: stage for stage, span in enumerate(spans) for run in span}
+    stages: dict[fx.Node, set[int]] = defaultdict(set)
+    for node in folded.traced.graph.nodes:
+        if node.op != "call_function" or is_pick(node):
+            continue
+        at = stage_of.get(run_of.get(node, -1))
+        for operand, argument in enumerate(operands(node)):
+            if argument is None:
+                continue
+            source, output = value_of(argument)
+            home = stage_of.get(run_of.get(source, -1))
+            for stage in range(plan.pp) if at is None else [at]:
+                have = choices.placements(folded, (source, output), stage)
+                want = [s.inputs[operand] for s in choices.of(folded, node, stage)]
+                if not all(w is None or possible(h, w) for h, w in zip(have, want, strict=True)):
+                    yield f"placement: {folded.keys[folded.same[node]]} cannot take operand {operand} as it wants it"
+                if home is not None and have != choices.placements(folded, (source, output), home):
+                    yield f"placement: {folded.keys[folded.same[source]]} lies differently in stages {home} and {stage}"
+                if info(source).kind in ("parameter", "input"):
+                    stages[source].add(stage)
+    for source, where in stages.items():
+        if len({choices.placements(folded, (source, 0), stage) for stage in where}) > 1:
+            yield f"placement: {info(source).name} lies differently in stages {sorted(where)}"
+
+
+def spans_of(plan: Plan, folded: Folded) -> list[range]:
+    """The runs of every stage."""
+    ends = (*plan.starts[1:], len(folded.labels))
+    return [range(start, end) for start, end in zip(plan.starts, ends, strict=True)]

@@ -1,0 +1,263 @@
+"""A decided plan in full: every stage localised and priced again, node by node, and held against the search."""
+
+from __future__ import annotations
+
+import math
+import time
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+
+from autopart.cost.training_state import update_seconds
+from autopart.ir.graph import info
+from autopart.ir.labels import is_block
+from autopart.ir.layered_graph import Folded
+from autopart.passes.partition import localise
+from autopart.passes.price_stage import PricedRun, Prices, price
+from autopart.passes.stage_graph import SETUP, SETUP_RUN, Choices, Splits, StageGraph
+from autopart.plan.data import Plan, PlanRun, PlanStage, Signature, usable_bytes
+from autopart.planner.branch_and_bound import Found
+from autopart.planner.interval_costs import after
+from autopart.planner.memory_tree import leaves, messages, parameters, sums, totals
+from autopart.planner.search_space import Space
+from autopart.sharding.rules import has_rule
+
+EQUAL = 1e-6
+"""Relative difference of two sums of the same numbers."""
+
+
+def write_out(space: Space, found: Found, started: float, model: str) -> Plan:
+    """The plan in full. Raises AssertionError where its price, node by node, is not what the search said.
+
+    Where a backward hides gradient sync, the price may be less: the search counts no change of placement that several
+    positions share to what hides.
+    """
+    request, folded, point = space.request, space.folded, found.point
+    m = space.micro_batches(point)
+    distinct = list(dict.fromkeys(found.chosen))
+    splits = [_splits(space, found, chosen) for chosen in distinct]
+    stages, known = [], Known()
+    for index, start in enumerate(found.starts):
+        end = found.starts[index + 1] if index + 1 < point.pp else len(folded.labels)
+        at = distinct.index(found.chosen[index])
+        modes = found.recompute[start:end]
+        stages.append(price_stage(space, found, splits[at], at, index, (start, end), modes, known))
+    times = [stage.turn_seconds(space.turns(point)) for stage in stages]
+    step = sum(times) + (m - 1) * max(times)
+    hides = space.device(point).beside > 0
+    for index, (mine, theirs) in enumerate(zip(times, found.stage_seconds, strict=True)):
+        equal = math.isclose(mine, theirs, rel_tol=EQUAL) or (hides and mine < theirs)
+        assert equal, f"stage {index} is {mine} s written out, {theirs} s searched"
+    if space.request.must_fit:
+        most = max(s.memory_bytes for s in stages)
+        assert most <= usable_bytes(space.mesh) * (1 + EQUAL), f"{most} bytes written out, searched to fit"
+    missing = sorted({info(n).name for n in folded.representatives() if info(n).kind == "op"} - {"autopart.getitem"})
+    blocks = {mode for mode, label in zip(found.recompute, folded.labels, strict=True) if is_block(label)}
+    plan = Plan(
+        model=model,
+        mesh=space.mesh,
+        pp=point.pp,
+        dp=point.dp,
+        tp=point.tp,
+        micro_batch=point.micro_batch,
+        global_batch=request.global_batch,
+        schedule=space.schedule,
+        zero=point.zero,
+        recompute=next(iter(blocks), "none") if len(blocks) < 2 else "mixed",
+        precision=request.precision,
+        master=request.master,
+        optimizer=request.optimizer,
+        splits=tuple(splits),
+        stages=tuple(stages),
+        step_seconds=step,
+        gap=0.0,
+        bound_seconds=step,
+        status="optimal",
+        planning_seconds=time.monotonic() - started,
+        forward_flops=_forward_flops(space, m),
+        signature=Signature.of(folded),
+        replicated=tuple(n for n in missing if not has_rule(n)),
+        notes=tuple(_notes(space, found)),
+        request=request.to_json(),
+    )
+    return bounded(plan, found.bound)
+
+
+def bounded(plan: Plan, bound: float) -> Plan:
+    """The plan with a lower bound of its step in seconds: gap = 1 - bound / step."""
+    bound = min(bound, plan.step_seconds)
+    status = "optimal" if bound >= plan.step_seconds * (1 - 1e-6) else "feasible"
+    return replace(plan, bound_seconds=bound, gap=1.0 - bound / plan.step_seconds, status=status)
+
+
+def _forward_flops(space: Space, micro_batches: int) -> float:
+    """What works on samples counts for each of the batch, what does not for each micro-batch."""
+    folded = space.folded
+    times = Counter(folded.sequence)
+    samples = space.request.global_batch / folded.traced.micro_batch
+    return sum(
+        info(node).model_flops * times[index] * (micro_batches if info(node).batch is None else samples)
+        for index, run in enumerate(folded.runs)
+        for node in run.nodes
+    )
+
+
+def _splits(space: Space, found: Found, chosen: Sequence[int]) -> Splits:
+    """Axis -> key -> strategy, for the axes that have more than one rank."""
+    table = space.model(found.point).table
+    return {
+        axis: {
+            n.key: n.options[option][place]
+            for n, option in zip(table.nodes, chosen, strict=True)
+            if n.kind != "end" and not n.key.endswith("/update")
+        }
+        for place, axis in enumerate(table.axes)
+        if getattr(found.point, axis) > 1
+    }
+
+
+def choices_of(space: Space, found: Found, splits: Splits, starts: tuple[int, ...]) -> Choices:
+    """The choices under which a stage is localised: the same in every piece."""
+    point = found.point
+    axes = tuple((axis, getattr(point, axis)) for axis in ("dp", "tp") if axis in splits)
+    scale = point.micro_batch / space.folded.traced.micro_batch
+    return Choices(axes, (splits,) * len(starts), starts, scale, frozenset({"dp"}))
+
+
+Known = dict[tuple[int, int, int], tuple[Choices, StageGraph, dict[int, PricedRun]]]
+"""(index of the splits, first run, last run) -> how a stage of these runs is localised, and its prices."""
+
+
+def price_stage(
+    space: Space,
+    found: Found,
+    splits: Splits,
+    at: int,
+    index: int,
+    span: tuple[int, int],
+    modes: Sequence[str],
+    known: Known,
+) -> PlanStage:
+    """One stage from its runs, localised: what stands at several of its positions is written once, and counted."""
+    folded, point = space.folded, found.point
+    runs = folded.sequence[slice(*span)]
+    key = at, min(runs), max(runs)
+    if key not in known:
+        choices, graph = localised(space, found, splits, span)
+        groups = {axis: space.priced(point).terms.sizes[axis] for axis, _ in choices.axes}
+        prices = price(graph, Prices(space.device(point), groups))
+        known[key] = choices, graph, dict(zip(graph.indices, prices, strict=True))
+    choices, graph, priced = known[key]
+    counts = Counter((run, mode) for run, mode in zip(runs, modes, strict=True) if run in priced)
+    counts += Counter({(run, "none"): 1 for run in priced if run == SETUP_RUN})
+    return PlanStage(
+        first_run=span[0],
+        splits=at,
+        recompute=tuple(modes),
+        forward_seconds=sum(priced[run].forward * n for (run, _), n in counts.items()),
+        backward_seconds=sum(
+            (priced[run].backward + again(priced[run], mode)) * n for (run, mode), n in counts.items()
+        ),
+        sync_seconds=_sync(
+            space, found, choices, span, [priced[run].backward if run in priced else 0.0 for run in runs]
+        ),
+        send_seconds=messages(space, found, span, index)[0],
+        memory=totals(leaves(space, found, choices, graph, span, modes, index)),
+        runs=tuple(_printed(folded, priced, span, modes)),
+        sends=tuple(_sends(space, found, index, span)),
+    )
+
+
+def localised(space: Space, found: Found, splits: Splits, span: tuple[int, int]) -> tuple[Choices, StageGraph]:
+    """A stage of some positions for one rank, every run of it once."""
+    folded = space.folded
+    runs = folded.sequence[slice(*span)]
+    pieces = sorted({0, min(runs), max(runs) + 1} - {len(folded.runs)})
+    choices = choices_of(space, found, splits, tuple(pieces))
+    (graph,) = localise(folded, choices, [pieces.index(min(runs))])
+    return choices, graph
+
+
+def again(run: PricedRun, mode: str) -> float:
+    """Seconds that running a block again adds to its backward."""
+    return {"none": 0.0, "selective": run.cheap, "full": run.again}[mode]
+
+
+def _sync(space: Space, found: Found, choices: Choices, span: tuple[int, int], backward: Sequence[float]) -> float:
+    """Seconds of a step in which a stage waits for gradients, `backward` being what its positions take: all but what
+    goes on beside the backward of positions before, where no other position reads the parameter."""
+    training, sizes = space.training(found.point), space.priced(found.point).terms.sizes
+    device, readers = space.device(found.point), space.folded.readers
+    seconds, beside = 0.0, [0.0] * len(backward)
+    for _, name, record, placed, nbytes in parameters(space.folded, choices, span):
+        over_dp, over_tp = sums(choices, record, placed, "dp"), sums(choices, record, placed, "tp")
+        seconds += training.sync_seconds(nbytes, over_dp)
+        seconds += training.partial_sync_seconds(nbytes, sizes["tp"]) if over_tp else 0.0
+        seconds += update_seconds(nbytes, record.grad, over_dp, training, device)
+        first, *more = readers[name]
+        if not more:
+            beside[first - span[0]] += device.beside * training.beside_seconds(nbytes, over_dp)
+    return seconds + training.backwards * (after(beside, backward) - sum(beside))
+
+
+def _sends(space: Space, found: Found, index: int, span: tuple[int, int]) -> list[tuple[int, int, float]]:
+    """(stage, bytes, seconds there and back) of what a stage sends, for each that takes it."""
+    total, seconds = Counter[int](), defaultdict[int, float](float)
+    weighed = space.weigh(found.point, found.chosen[index])
+    for crossings in weighed.crossings:
+        pairs = {(home, bisect_right(found.starts, user) - 1) if crossings.one else (home, user)
+                 for home, user in zip(crossings.homes.tolist(), crossings.users.tolist(), strict=True)}  # fmt: skip
+        for home, user in pairs:
+            to = user if crossings.one else bisect_right(found.starts, user) - 1
+            if span[0] <= home < span[1] and to != index:
+                total[to] += round(crossings.size)
+                seconds[to] += crossings.seconds
+    return [(to, size, seconds[to]) for to, size in sorted(total.items())]
+
+
+def _printed(
+    folded: Folded, priced: Mapping[int, PricedRun], span: tuple[int, int], modes: Sequence[str]
+) -> Iterator[PlanRun]:
+    """What is printed of a stage: equal neighbours once."""
+    if SETUP_RUN in priced:
+        run = priced[SETUP_RUN]
+        yield PlanRun((SETUP,), run.forward + run.backward, run.lines)
+    rows = [
+        (folded.labels[p], priced[folded.sequence[p]], mode)
+        for p, mode in zip(range(*span), modes, strict=True)
+        if folded.sequence[p] in priced
+    ]
+
+    def shape(row: tuple[str, PricedRun, str]) -> tuple[object, ...]:
+        label, run, mode = row
+        return label.rpartition(".")[0] if is_block(label) else label, len(run.lines), run.forward, run.backward, mode
+
+    for _, group in groupby(rows, key=shape):
+        members = list(group)
+        _, run, mode = members[0]
+        yield PlanRun(tuple(label for label, _, _ in members), run.forward + run.backward + again(run, mode), run.lines)
+
+
+def _notes(space: Space, found: Found) -> Iterator[str]:
+    folded, m = space.folded, space.micro_batches(found.point)
+    if found.refined:
+        left = "; a limit left others that might be faster: exact=True looks further" if found.stopped else ""
+        yield f"memory binds: the splits of {found.refined} ranges of runs were refined under their bytes{left}"
+    if folded.walked:
+        yield f"every block was traced: {folded.walked}"
+    if m > 1 and not folded.traced.mean_of_samples:
+        yield (
+            f"the loss mixes samples ({folded.traced.mixed_at}): it is the mean of {m} micro-batches' losses, as in "
+            "gradient accumulation, not that of the batch"
+        )
+    if found.point.tp > 1:
+        table = space.model(found.point).table
+        tp = table.axes.index("tp")
+        work = {i: n.flops * max(1, table.group.count(n.group)) for i, n in enumerate(table.nodes) if n.product}
+        whole = [i for i in work if not table.nodes[i].options[found.chosen[0][i]][tp].shards_work]
+        share = sum(work[i] for i in whole) / (sum(work.values()) or 1.0)
+        if share > 1e-3:
+            names = ", ".join(dict.fromkeys(table.nodes[i].key.partition("/")[0] or table.nodes[i].key for i in whole))
+            yield f"tp splits {1 - share:.1%} of the FLOPs of products; whole on every rank: {names}"

@@ -1,0 +1,100 @@
+"""This rank's share of every weight: as a stage is built, and as it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from autopart.runtime.gathered import Slicing
+from autopart.runtime.groups import Groups
+from autopart.runtime.shards import shard
+from autopart.runtime.slices import rows, slice_length
+from autopart.sharding.notation import Placement
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a rank's tensor comes from: its name and whole shape in the model, its placement along every axis, and
+    whether it is a slice, over dp, of what lies there."""
+
+    name: str
+    whole: tuple[int, ...]
+    placed: Mapping[str, Placement]
+    sliced: bool = False
+
+
+def weight(
+    groups: Groups,
+    name: str,
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    requires_grad: bool = True,
+    **placed: str,
+) -> nn.Parameter:
+    """This rank's share, not yet filled, of the model's parameter `name` of `shape`; `placed` says, per axis, where it
+    lies: "S0" (split along dim 0), "R" or "C" (whole)."""
+    origin = Origin(name, tuple(shape), {axis: Placement.parse(text) for axis, text in placed.items()})
+    share = nn.Parameter(torch.empty(_local(origin, groups), dtype=dtype, device=groups.device), requires_grad)
+    share.origin = origin  # type: ignore[attr-defined]
+    return share
+
+
+def weight_slice(
+    groups: Groups,
+    name: str,
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    used: torch.dtype | None = None,
+    **placed: str,
+) -> nn.Parameter:
+    """This rank's slice over dp, flat and not yet filled, of what `weight` gives; its whole is of the dtype `used`."""
+    origin = Origin(name, tuple(shape), {axis: Placement.parse(text) for axis, text in placed.items()}, sliced=True)
+    local = torch.Size(_local(origin, groups))
+    length = slice_length(local.numel(), groups.dp.size)
+    share: Any = nn.Parameter(torch.empty(length, dtype=dtype, device=groups.device))
+    share.origin, share.slicing = origin, Slicing(local, used or dtype, groups.dp)
+    mine: nn.Parameter = share
+    return mine
+
+
+def buffer(
+    groups: Groups, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32, **placed: str
+) -> torch.Tensor:
+    """This rank's share, not yet filled, of the model's buffer `name`; otherwise as `weight`."""
+    origin = Origin(name, tuple(shape), {axis: Placement.parse(text) for axis, text in placed.items()})
+    share = nn.Buffer(torch.empty(_local(origin, groups), dtype=dtype, device=groups.device))
+    share.origin = origin  # type: ignore[attr-defined]
+    return share
+
+
+def _local(origin: Origin, groups: Groups) -> list[int]:
+    local = list(origin.whole)
+    for axis, placement in origin.placed.items():
+        if placement.kind == "S":
+            local[placement.dim] //= groups.along(axis).size
+    return local
+
+
+def origins(stage: nn.Module) -> dict[str, Origin]:
+    """Every weight and buffer of a stage, by its path there -> where it comes from. Of a new stage: a buffer that has
+    been updated has forgotten."""
+    shares: list[tuple[str, Any]] = [*stage.named_parameters(), *stage.named_buffers()]
+    return {path: share.origin for path, share in shares}
+
+
+def load(shares: Iterable[Any], groups: Groups, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Fill a rank's shares of weights and buffers, as they were made, from the model's own, by name."""
+    with torch.no_grad():
+        for share in shares:
+            whole = tensors[share.origin.name]
+            for axis, placement in share.origin.placed.items():
+                group = groups.along(axis)
+                if placement.kind == "S":
+                    whole = shard(whole, placement.dim, placement.parts, group.size, group.rank)
+            if share.origin.sliced:
+                whole = rows(whole, groups.dp.size)[groups.dp.rank]
+            share.copy_(whole)

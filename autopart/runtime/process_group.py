@@ -1,0 +1,96 @@
+"""The ranks along one mesh axis, and what they send each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+
+class Work(Protocol):
+    """A message on its way."""
+
+    def wait(self) -> Any: ...
+
+    def is_completed(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that work together, and this rank's place among them; `runtime.simulated` has one without processes."""
+
+    axis: str
+    size: int
+    rank: int
+    handle: dist.ProcessGroup | None = None
+
+    @property
+    def scatters(self) -> bool:
+        """Whether reduce-scatter and all-to-all are there for every dtype: gloo lacks them."""
+        return self.handle is not None and dist.get_backend(self.handle) == "nccl"
+
+    def all_reduce(self, x: torch.Tensor, op: str = "sum") -> None:
+        """Sum (or "max") in place."""
+        dist.all_reduce(x, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], group=self.handle)
+
+    def start_all_reduce(self, x: torch.Tensor) -> Work:
+        """Sum in place without waiting; `x` must live until the work is done."""
+        work = dist.all_reduce(x, group=self.handle, async_op=True)
+        assert work is not None
+        return work
+
+    def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's `x`, in order."""
+        shares = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(shares, x, group=self.handle)
+        return shares
+
+    def reduce_scatter(self, shares: torch.Tensor) -> torch.Tensor:
+        """The sum of every rank's shares[rank]."""
+        mine = torch.empty_like(shares[0])
+        dist.reduce_scatter_tensor(_real(mine), _real(shares), group=self.handle)
+        return mine
+
+    def start_reduce_scatter(self, shares: torch.Tensor) -> tuple[torch.Tensor, Work]:
+        """`reduce_scatter` without waiting: the sum is there, and `shares` is free, once the work is done."""
+        mine = torch.empty_like(shares[0])
+        work = dist.reduce_scatter_tensor(_real(mine), _real(shares), group=self.handle, async_op=True)
+        assert work is not None
+        return mine, work
+
+    def all_to_all(self, shares: list[torch.Tensor]) -> list[torch.Tensor]:
+        """From every rank, the share it has for this one."""
+        mine = [torch.empty_like(share) for share in shares]
+        dist.all_to_all(mine, shares, group=self.handle)
+        return mine
+
+    def broadcast(self, x: torch.Tensor, source: int) -> None:
+        """The value of rank `source` of this group, in place."""
+        dist.broadcast(x, group_src=source, group=self.handle)
+
+    def send(self, x: torch.Tensor, to: int) -> Work:
+        """Send without waiting; `x` must live until the work is done."""
+        work = dist.isend(x, group_dst=to, group=self.handle)
+        assert work is not None
+        return work
+
+    def receive(self, x: torch.Tensor, source: int) -> Work:
+        """Be ready for a message, which is in `x` once the work is done."""
+        work = dist.irecv(x, group_src=source, group=self.handle)
+        assert work is not None
+        return work
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's picklable value, on rank 0; [] elsewhere."""
+        if self.size == 1:
+            return [value]
+        everyone: list[Any] = [None] * self.size
+        dist.gather_object(value, everyone if self.rank == 0 else None, group_dst=0, group=self.handle)
+        return [] if self.rank else everyone
+
+
+def _real(x: torch.Tensor) -> torch.Tensor:
+    """A complex tensor as pairs of real numbers, which torch makes of it in other collectives."""
+    return torch.view_as_real(x) if x.is_complex() else x

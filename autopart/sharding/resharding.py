@@ -1,0 +1,104 @@
+"""Placement -> placement along one axis: what runs forward, what runs backward, and what it costs.
+
+A gradient moves the other way by the conjugate collective (Shoeybi et al., Megatron-LM, arXiv 1909.08053,
+section 3; Korthikanti et al., arXiv 2205.05198, section 4.2.2). `function` is the name in
+`autopart.runtime.collectives` that emitted code calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from autopart.sharding.notation import Placement
+
+
+@dataclass(frozen=True)
+class Relayout:
+    """One row: the function, the collectives it runs forward and backward ("" for none), and whether that of forward
+    runs once more in backward, where the whole is needed and not kept."""
+
+    function: str
+    forward: str
+    backward: str
+    again: bool = False
+
+
+def runtime_function(name: str) -> Callable[..., Any]:
+    """A call target that stands for a function of `autopart.runtime` in a stage's graph."""
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError(f"{name} runs in emitted code only")
+
+    stand_in.__name__ = name
+    return stand_in
+
+
+RELAYOUTS: dict[tuple[str, str], Relayout] = {
+    ("R", "C"): Relayout("copy_to", "", "all_reduce"),
+    ("R", "S"): Relayout("scatter_to", "", "all_gather"),
+    ("C", "R"): Relayout("share_gradient", "", ""),
+    ("C", "S"): Relayout("slice_of", "", ""),
+    ("S", "R"): Relayout("gather_from", "all_gather", ""),
+    ("S", "C"): Relayout("gather_to", "all_gather", "reduce_scatter"),
+    ("S", "G"): Relayout("gather_again", "all_gather", "reduce_scatter", again=True),
+    ("S", "S"): Relayout("exchange", "all_to_all", "all_to_all"),
+    ("P", "R"): Relayout("reduce_from", "all_reduce", ""),
+    ("P", "C"): Relayout("all_reduce", "all_reduce", "all_reduce"),
+    ("P", "S"): Relayout("reduce_scatter_to", "reduce_scatter", "all_gather"),
+}
+
+
+GATHERED_AGAIN = {f"runtime.{row.function}" for row in RELAYOUTS.values() if row.again}
+"""Changes whose collective backward runs once more anyway, also where their run is run again."""
+
+
+def relayout(have: Placement, want: Placement, grad: bool) -> Relayout | None:
+    """The row for a change of placement; None where nothing has to run.
+
+    A value without gradient is the same in R and C. Raises KeyError where there is no such change (a whole
+    value is never made a partial sum).
+    """
+    if have == want or (not grad and have.kind in "RC" and want.kind in "RC"):
+        return None
+    return RELAYOUTS[have.kind, want.kind]
+
+
+def possible(have: Placement, want: Placement) -> bool:
+    """Whether `relayout` has a row for it."""
+    return have == want or (have.kind, want.kind) in RELAYOUTS
+
+
+@dataclass(frozen=True)
+class Step:
+    """One change along one axis (its index) of a value's placements: `before` it and `after` it."""
+
+    axis: int
+    row: Relayout
+    before: tuple[Placement, ...]
+    after: tuple[Placement, ...]
+
+
+@lru_cache(maxsize=2**16)
+def steps(have: tuple[Placement, ...], want: tuple[Placement, ...], grad: bool) -> tuple[Step, ...]:
+    """The changes from one placement along all axes to another, one axis after the other: what sums and gathers comes
+    before what splits. A dim that another axis holds, or whose parts differ, is gathered before it is split anew."""
+    return tuple(_steps(have, want, grad))
+
+
+def _steps(have: tuple[Placement, ...], want: tuple[Placement, ...], grad: bool) -> Iterator[Step]:
+    now = list(have)
+    for axis in sorted(range(len(want)), key=lambda a: (want[a].kind == "S", a)):
+        target = want[axis]
+        stops = [target]
+        if now[axis].kind == target.kind == "S" and now[axis] != target:
+            clash = any(now[b].kind == "S" and now[b].dim == target.dim for b in range(len(want)) if b != axis)
+            if now[axis].parts or target.parts or clash:
+                stops = [Placement("R"), target]
+        for stop in stops:
+            row = relayout(now[axis], stop, grad)
+            if row is not None:
+                before, now[axis] = tuple(now), stop
+                yield Step(axis, row, before, tuple(now))

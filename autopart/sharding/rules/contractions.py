@@ -1,0 +1,275 @@
+"""Products: sums over a letter that two operands share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from autopart.sharding.notation import Shape
+from autopart.sharding.rules.base import Args, Local, Rule, Sizes, argument, letters, opaque, replaced, row
+
+
+def _linear(args: Args, outputs: Sequence[Shape]) -> str:
+    """(input, weight, bias): a bias would be added once a shard, so with one k stays whole."""
+    biased = len(args) > 2 and args[2] is not None
+    if len(args[1]) == 1:
+        return "... k!, k!, -> ..." if biased else "... k, k -> ..."
+    return "... k!, n k!, n -> ... n" if biased else "... k, n k -> ... n"
+
+
+def _matmul(args: Args, outputs: Sequence[Shape]) -> str:
+    left, right = len(args[0]), len(args[1])
+    if left > 2 and right == 2:
+        return "... k, k n -> ... n"
+    if right == 1:
+        return "... k, k -> ..."
+    return "k, ... k n -> ... n" if left == 1 else "... m k, ... k n -> ... m n"
+
+
+def _plus(letters_of_sum: str, product: str) -> Rule:
+    """A product added to a tensor that broadcasts: what is summed over would add that once a shard."""
+    left, right = product.split(" -> ")
+
+    def text(args: Args, outputs: Sequence[Shape]) -> str:
+        names = letters_of_sum.split()
+        added = names[len(names) - len(args[0]) :]
+        return f"{' '.join(added)}, {left} -> {right}"
+
+    return Rule(text, contraction=True)
+
+
+def _einsum(args: Args, outputs: Sequence[Shape]) -> str:
+    """(equation, operands): the equation is the row."""
+    equation = args[0].replace(" ", "")
+    left, arrow, right = equation.partition("->")
+    if not arrow:
+        used = left.replace(",", "").replace(".", "")
+        right = ("..." if "..." in left else "") + "".join(sorted(c for c in set(used) if used.count(c) == 1))
+    inputs = [_spaced(o) for o in left.split(",")]
+    return row([None, *inputs], [_spaced(right)])
+
+
+def _spaced(operand: str) -> list[str]:
+    return ["..." if letter == "." else letter for letter in operand.replace("...", ".")]
+
+
+def _tensordot(args: Args, outputs: Sequence[Shape]) -> str:
+    left, right = letters(len(args[0]), "m"), letters(len(args[1]), "n")
+    for k, (i, j) in enumerate(zip(args[2], args[3], strict=True)):
+        left[i], right[j] = f"k{k}", f"k{k}"
+    return row([left, right], [[n for n in (*left, *right) if not n.startswith("k")]])
+
+
+def _inner(args: Args, outputs: Sequence[Shape]) -> str:
+    if not args[0] or not args[1]:
+        return "..., ... -> ..."
+    left, right = letters(len(args[0]) - 1, "m"), letters(len(args[1]) - 1, "n")
+    return row([[*left, "k"], [*right, "k"]], [[*left, *right]])
+
+
+def _kron(args: Args, outputs: Sequence[Shape]) -> str:
+    if len(args[0]) != len(args[1]):
+        return opaque(args, outputs)
+    left, right = letters(len(args[0]), "m"), letters(len(args[1]), "n")
+    return row([left, [f"{n}!" for n in right]], [[f"({m} {n})" for m, n in zip(left, right, strict=True)]])
+
+
+def _chain(args: Args, outputs: Sequence[Shape]) -> str:
+    """Matrices in a list; the first and the last may be vectors."""
+    names = letters(len(args[0]) + 1)
+    pairs = [[names[i], names[i + 1]] for i in range(len(args[0]))]
+    pairs = [
+        p if len(s) == 2 else [p[1] if i == 0 else p[0]] for i, (p, s) in enumerate(zip(pairs, args[0], strict=True))
+    ]
+    out = [*([names[0]] if len(args[0][0]) == 2 else []), *([names[-1]] if len(args[0][-1]) == 2 else [])]
+    return row(pairs, [out])
+
+
+def _bilinear(args: Args, outputs: Sequence[Shape]) -> str:
+    if len(args) > 3 and args[3] is not None:
+        return "... i!, ... j!, o i! j!, o -> ... o"
+    return "... i, ... j, o i j -> ... o"
+
+
+def _grouped(args: Args, outputs: Sequence[Shape]) -> str:
+    """(tokens, experts' weights, ends): which token is whose expert's depends on all ends."""
+    ranks = len(args[0]), len(args[1])
+    if ranks != (2, 3) or len(args) < 3 or args[2] is None or argument(args, 3) is not None:
+        return opaque(args, outputs)
+    return "t! k, e! k n, e! -> t! n"
+
+
+def _grouped_flops(args: Args, outputs: Sequence[Shape]) -> float:
+    return 2.0 * math.prod(outputs[0]) * args[0][-1]
+
+
+def _expert_flops(args: Args, outputs: Sequence[Shape]) -> float:
+    """Every row meets one expert."""
+    return 2.0 * math.prod(outputs[0]) * args[0][-1]
+
+
+def _expert_sizes(args: Args, outputs: Sequence[Shape]) -> Sizes:
+    """A product for each expert, of its share of the rows."""
+    n, k, experts = outputs[0][-1], args[0][-1], args[1][0] if len(args[1]) == 3 else 1
+    return Sizes(experts, math.prod(outputs[0]) / n / experts, n, k)
+
+
+def _experts(args: Args, outputs: Sequence[Shape]) -> str:
+    """(rows, weights, experts' numbers, whether the weights are transposed)"""
+    return f"s k, e {'k n' if args[3] else 'n k'}, s -> s n"
+
+
+def _attention(args: Args, outputs: Sequence[Shape]) -> str:
+    """(query, key, value, mask, dropout, causal): the query dim splits only where no causal mask counts it.
+    With fewer key heads than query heads, each serves a group of g (`enable_gqa`)."""
+    q = "q!" if len(args) > 5 and args[5] else "q"
+    size = args[3] if len(args) > 3 else None
+    if len(args[0]) != 4:
+        mask = "" if size is None else f", ... {q} k!"
+        return f"... {q} d!, ... k! d!, ... k! e!{mask} -> ... {q} e!"
+    heads = "(h g)" if args[0][1] > args[1][1] > 1 else "h"
+    mask = ""
+    if size is not None:
+        names = ["b", heads, q, "k!"][-len(size) :]
+        mask = ", " + " ".join("1" if s == 1 else n for n, s in zip(names, size, strict=True))
+    return f"b {heads} {q} d!, b h k! d!, b h k! e!{mask} -> b {heads} {q} e!"
+
+
+def _attention_flops(args: Args, outputs: Sequence[Shape]) -> float:
+    *batch, q, d = args[0]
+    causal = len(args) > 5 and bool(args[5])
+    return 2.0 * math.prod(batch) * q * args[1][-2] * (d + args[2][-1]) * (0.5 if causal else 1.0)
+
+
+def _attention_sizes(args: Args, outputs: Sequence[Shape]) -> Sizes:
+    *batch, q, d = args[0]
+    return Sizes(math.prod(batch), q, args[1][-2], d, args[2][-1], bool(argument(args, 5, False)))
+
+
+def _space(shape: Shape, count: int) -> tuple[str, ...]:
+    """The letters of a batch, if there is one, and of the space in front of, under and behind a window."""
+    return ("b " if len(shape) == count + 2 else "", *(" ".join(f"{p}{i}!" for i in range(count)) for p in "awz"))
+
+
+def _conv(args: Args, outputs: Sequence[Shape]) -> str:
+    """(input, weight, bias, stride, padding, dilation, groups): space stays whole, and so do channels in groups,
+    but where each group is one channel."""
+    b, a, w, z = _space(args[0], len(args[1]) - 2)
+    groups, channels = argument(args, 6, 1), args[0][1 if b else 0]
+    biased = len(args) > 2 and args[2] is not None
+    o, c, i = "o", "c", "c"
+    if groups != 1 and groups == channels == args[1][0]:
+        c, i = "o", "1"
+    elif groups != 1:
+        o, c, i = "o!", "c!", "i!"
+    elif biased:
+        c = i = "c!"
+    return f"{b}{c} {a}, {o} {i} {w}{f', {o}' if biased else ''} -> {b}{o} {z}"
+
+
+def _conv_groups(space: int) -> Callable[[Args, Sequence[Shape]], Args]:
+    """Groups are split only where each is one channel of the output."""
+    return lambda args, outputs: replaced(args, 6, min(args[6], outputs[0][-1 - space])) if len(args) > 6 else args
+
+
+def _conv_flops(args: Args, outputs: Sequence[Shape]) -> float:
+    return 2.0 * math.prod(outputs[0]) * math.prod(args[1][1:])
+
+
+def _conv_sizes(args: Args, outputs: Sequence[Shape]) -> Sizes:
+    """The product of windows, laid out as rows, by the weight."""
+    groups, (channels, *window) = argument(args, 6, 1), args[1]
+    return Sizes(groups, math.prod(outputs[0]) / channels, channels / groups, math.prod(window))
+
+
+def _conv_transpose(args: Args, outputs: Sequence[Shape]) -> str:
+    """(input, weight, bias, stride, padding, output padding, groups, dilation)"""
+    b, a, w, z = _space(args[0], len(args[1]) - 2)
+    biased = len(args) > 2 and args[2] is not None
+    c, o, d = ("c", "o", "o") if argument(args, 6, 1) == 1 else ("c!", "o!", "d!")
+    c = "c!" if biased else c
+    return f"{b}{c} {a}, {c} {d} {w}{f', {o}' if biased else ''} -> {b}{o} {z}"
+
+
+def _conv_transpose_flops(args: Args, outputs: Sequence[Shape]) -> float:
+    return 2.0 * math.prod(args[0]) * math.prod(args[1][1:])
+
+
+def _conv_transpose_sizes(args: Args, outputs: Sequence[Shape]) -> Sizes:
+    """The product of the input by the weight, whose rows are then added up at their places."""
+    groups, (channels, *window) = argument(args, 6, 1), args[1]
+    return Sizes(groups, math.prod(args[0]) / channels, math.prod(window), channels / groups)
+
+
+def _convolution(args: Args, outputs: Sequence[Shape]) -> str:
+    """(input, weight, bias, stride, padding, dilation, transposed, output padding, groups)"""
+    text = _conv_transpose if args[6] else _conv
+    return text((*args[:3], None, None, None, 1 if args[8] == 1 else -1), outputs)
+
+
+def _convolution_flops(args: Args, outputs: Sequence[Shape]) -> float:
+    return (_conv_transpose_flops if args[6] else _conv_flops)(args, outputs)
+
+
+def _convolution_sizes(args: Args, outputs: Sequence[Shape]) -> Sizes:
+    text = _conv_transpose_sizes if args[6] else _conv_sizes
+    return text((*args[:3], None, None, None, args[8]), outputs)
+
+
+def _solve(args: Args, outputs: Sequence[Shape]) -> str:
+    """(matrices, right sides, whether these are matrices' left): each column of a right side is a system of its own."""
+    left = argument(args, 2, True)
+    columns = len(args[0]) == len(args[1]) and tuple(args[1][-2:]) == tuple(outputs[0][-2:]) and len(args[0]) > 1
+    if not columns or not left or tuple(args[0][:-2]) != tuple(args[1][:-2]):
+        return opaque(args, outputs)
+    return "... m! k!, ... k! n -> ... m! n"
+
+
+RULES: dict[str, Rule] = {
+    "aten.mm": Rule("m k, k n -> m n", contraction=True),
+    "aten.bmm": Rule("b m k, b k n -> b m n", contraction=True),
+    "aten.mv": Rule("m k, k -> m", contraction=True),
+    "aten.dot": Rule("k, k -> ", contraction=True),
+    "aten.vdot": Rule("k, k -> ", contraction=True),
+    "aten.outer": Rule("m, n -> m n"),
+    "aten.ger": Rule("m, n -> m n"),
+    "aten.matmul": Rule(_matmul, contraction=True),
+    "aten.linear": Rule(_linear, contraction=True),
+    "aten.addmm": _plus("m n", "m k!, k! n -> m n"),
+    "aten.addmv": _plus("m", "m k!, k! -> m"),
+    "aten.addr": _plus("m n", "m, n -> m n"),
+    "aten.baddbmm": _plus("b m n", "b m k!, b k! n -> b m n"),
+    "aten.addbmm": _plus("m n", "b! m k!, b! k! n -> m n"),
+    "aten.einsum": Rule(_einsum, contraction=True),
+    "aten.tensordot": Rule(_tensordot, contraction=True),
+    "aten.inner": Rule(_inner, contraction=True),
+    "aten.kron": Rule(_kron),
+    "aten.linalg_solve": Rule(_solve, linear=(1,)),
+    "aten.chain_matmul": Rule(_chain, contraction=True),
+    "aten.linalg_multi_dot": Rule(_chain, contraction=True),
+    "aten.bilinear": Rule(_bilinear, contraction=True),
+    "autopart.expert_linear": Rule(
+        _experts,
+        local={"e": Local("expert_linear", chained=True)},
+        flops=_expert_flops,
+        contraction=True,
+        sizes=_expert_sizes,
+        groups=("e",),
+    ),
+    "aten.scaled_dot_product_attention": Rule(
+        _attention, flops=_attention_flops, contraction=True, sizes=_attention_sizes, groups=("b", "h", "g")
+    ),
+    "aten.convolution": Rule(_convolution, flops=_convolution_flops, contraction=True, sizes=_convolution_sizes),
+}
+for _name in ("aten._grouped_mm", "transformers.grouped_mm_fallback"):
+    RULES[_name] = Rule(_grouped, flops=_grouped_flops, contraction=True, sizes=_expert_sizes, groups=("e",))
+for _n in (1, 2, 3):
+    RULES |= {
+        f"aten.conv{_n}d{_padding}": Rule(
+            _conv, resize=_conv_groups(_n), flops=_conv_flops, contraction=True, sizes=_conv_sizes
+        )
+        for _padding in ("", ".padding")
+    }
+    RULES[f"aten.conv_transpose{_n}d{'' if _n == 1 else '.input'}"] = Rule(
+        _conv_transpose, flops=_conv_transpose_flops, contraction=True, sizes=_conv_transpose_sizes
+    )

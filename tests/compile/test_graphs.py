@@ -1,0 +1,195 @@
+"""Random models under random legal plans: simulated ranks give what the unmodified model gives."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from importlib import import_module
+from unittest import mock
+
+import pytest
+import torch
+from graphs import (
+    LOSSES,
+    MESH,
+    SAMPLES,
+    STEPS,
+    Recipe,
+    Split,
+    build,
+    draw_plan,
+    error_of,
+    first_choice,
+    make_plan,
+    recipes,
+    sensitivity,
+)
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
+
+from autopart import PartitionError
+from autopart.ir.graph import info
+from autopart.passes.formulate import formulate
+from autopart.passes.source import Source
+from autopart.plan.data import Plan
+from autopart.sharding.notation import P, Placement, R, S
+from autopart.sharding.rules import Strategy
+
+compiler = import_module("autopart.compile.simulate")
+
+EXAMPLES = int(os.environ.get("AUTOPART_EXAMPLES", "40"))
+PLANS = 4
+"""Plans of every model: to trace one takes longer than to run it."""
+TOLERANCE = 1e-9
+SIZES = (("s", 4), ("w", 8), ("n", 2), ("h", 4), ("v", 12))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60 + 20 * EXAMPLES)
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize="AUTOPART_EXAMPLES" not in os.environ,
+    suppress_health_check=list(HealthCheck),
+    print_blob=True,
+)
+@given(recipes(), st.data())
+def test_random_models_under_random_plans(recipe: Recipe, data: st.DataObject) -> None:
+    source = source_of(recipe)
+    for _ in range(PLANS):
+        plan = draw_plan(data.draw, source)
+        error, name = error_of(source, plan)
+        if not error <= TOLERANCE and not sensitivity(source) > TOLERANCE / 100:
+            note(f"{plan.degrees} starts {plan.starts} micro-batch {plan.micro_batch} zero {plan.zero} {plan.splits}")
+            note([stage.recompute for stage in plan.stages])
+            raise AssertionError(f"{name} is off by {error}")
+
+
+@pytest.mark.parametrize("name", sorted(STEPS))
+def test_every_step_on_two_ranks(name: str) -> None:
+    """Each step by itself, cut between its two blocks and split as the planner's first choice is."""
+    source = source_of(recipe_of(((name, 0),), ((name, 0),)))
+    folded = source.at(SAMPLES, MESH)
+    starts = (0, next(i for i, run in enumerate(folded.runs) if run.label != folded.runs[0].label))
+    for degrees in ((1, 1, 1), (1, 2, 1), (2, 1, 1)):
+        error, of = error_of(source, plan_of(source, degrees, starts[: degrees[0]]))
+        assert error <= TOLERANCE, (degrees, of)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss(loss: str) -> None:
+    """Weighted targets, targets that are probabilities and targets that the model makes are no mean over valid ones."""
+    source = source_of(recipe_of((("linear", 0),), loss=loss))
+    for degrees in ((1, 1, 1), (1, 2, 1), (1, 1, 2)):
+        error, of = error_of(source, plan_of(source, degrees))
+        assert error <= TOLERANCE, (degrees, of)
+
+
+@pytest.mark.parametrize("tied", (False, True))
+def test_every_place_to_cut(tied: bool) -> None:
+    """Also right behind a product that stands alone."""
+    source = source_of(recipe_of((("linear_without_bias", 0),), (("linear", 0),), tied=tied))
+    for start in range(1, len(source.at(SAMPLES, MESH).runs)):
+        error, of = error_of(source, plan_of(source, (2, 1, 1), (0, start)))
+        assert error <= TOLERANCE, (start, of)
+
+
+def test_a_chain_of_blocks_whose_middle_is_read_later() -> None:
+    """A loop over equal blocks keeps the last one's output only."""
+    chain = (("linear_without_bias", 0),)
+    source = source_of(recipe_of(chain, chain, chain, (("difference", 0),)))
+    error, of = error_of(source, plan_of(source, (1, 1, 1)))
+    assert error <= TOLERANCE, of
+
+
+def test_a_loss_inside_of_equal_blocks() -> None:
+    """How many targets count is known to the stage, not to its blocks."""
+    block = (("auxiliary_loss", 0),)
+    source = source_of(recipe_of(block, block, block))
+    error, of = error_of(source, plan_of(source, (1, 2, 1)))
+    assert error <= TOLERANCE, of
+
+
+def test_two_losses_of_the_same_split_targets() -> None:
+    """What is done to targets before they are counted is done once."""
+    block = (("auxiliary_loss", 0),)
+    source = source_of(recipe_of(block, block))
+    folded = source.at(SAMPLES, MESH)
+    model = Split(formulate(folded, MESH.device, 1))
+    kinds = {folded.keys[n]: info(n).name for n in folded.representatives()}
+    split = {"aten.reshape": S(0), "aten.embedding": S(0)}
+    allowed = {
+        i: [o for o, _ in enumerate(node.options) if node.given(o) == (split.get(kinds.get(node.key, ""), R),)]
+        for i, node in enumerate(model.table.nodes)
+        if node.values
+    }
+    chosen = first_choice(model, {i: options for i, options in allowed.items() if options})
+    error, of = error_of(source, make_plan(folded, (1, 2, 1), SAMPLES, (0,), model.table, [chosen]))
+    assert error <= TOLERANCE, of
+
+
+@pytest.mark.parametrize("frozen", (0, 1))
+def test_a_frozen_block_among_equal_ones(frozen: int) -> None:
+    """It shares no class with those that train."""
+    block = (("linear", 0), ("gelu", 0))
+    source = source_of(replace(recipe_of(block, block, block), frozen=frozen))
+    error, of = error_of(source, plan_of(source, (1, 1, 1)))
+    assert error <= TOLERANCE, of
+
+
+@pytest.mark.parametrize(
+    ("operator", "given", "wrong"),
+    [
+        ("aten.softmax.int", R, S(2)),
+        ("aten.cumsum", R, S(1)),
+        ("aten.gelu", P, P),
+    ],
+)
+def test_a_wrong_strategy_shows(operator: str, given: Placement, wrong: Placement) -> None:
+    """The comparison fails where an operator is split along a dim it may not be, or passes partial sums it may not; it
+    is refused before it runs, unless nobody looks."""
+    steps = {
+        "aten.softmax.int": "softmax",
+        "aten.layer_norm": "layer_norm",
+        "aten.cumsum": "cumsum",
+        "aten.gelu": "gelu",
+    }
+    source = source_of(recipe_of((("linear_without_bias", 0), (steps[operator], 0), ("linear", 0))))
+    plan = plan_of(source, (1, 1, 2))
+    folded = source.at(SAMPLES, MESH)
+    node = next(n for n in folded.representatives() if info(n).name == operator)
+    chosen = dict(plan.splits[0]["tp"])
+    before, key = folded.keys[folded.same[node.all_input_nodes[0]]], folded.keys[node]
+    inputs = tuple(None if p is None else wrong if i == 0 else R for i, p in enumerate(chosen[key].inputs))
+    chosen[key] = Strategy("wrong", inputs, (wrong,), shards_work=True)
+    if given == P:
+        product = next(n for n in formulate(folded, MESH.device, 2).nodes if n.key == before)
+        chosen[before] = next(s for _, s in product.options if s.outputs[0] == P and s.inputs[0] != P)
+    tampered = replace(plan, splits=({"tp": chosen},))
+    with pytest.raises(PartitionError):
+        error_of(source, tampered)
+    with mock.patch.object(compiler, "validate"):
+        error, _ = error_of(source, tampered)
+    assert not error <= 1e-3
+
+
+def source_of(recipe: Recipe) -> Source:
+    model, batch = build(recipe)
+    return Source(model, batch, torch.float64)
+
+
+def recipe_of(*blocks: tuple[tuple[str, int], ...], loss: str = "cross_entropy", tied: bool = False) -> Recipe:
+    return Recipe(SIZES, "both", blocks, tied, False, loss)
+
+
+def plan_of(source: Source, degrees: tuple[int, int, int], starts: tuple[int, ...] = (0,)) -> Plan:
+    """A plan of first strategies: samples over dp where the operators allow it, all whole over tp."""
+    folded = source.at(SAMPLES, MESH)
+    model = Split(formulate(folded, MESH.device, degrees[2]))
+    chosen = first_choice(model)
+    return make_plan(folded, degrees, SAMPLES, starts, model.table, [chosen] * degrees[0])

@@ -1,0 +1,116 @@
+"""What plans say of memory, against tensors counted, against themselves and against published formulas."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import autopart
+from autopart.cli.main import app
+from autopart.cost.training_state import Training
+from autopart.hardware.mesh import Mesh
+from autopart.runtime.standalone import OPTIMIZERS
+from benchmarks.accuracy import as_held
+from benchmarks.memory import MIXED, Bench, Memory, Row, layers
+from benchmarks.published import read
+
+ZERO = {"dp": 2, "micro_batch": 4, **MIXED}
+SUMMED = {"dp": 2, "micro_batch": 2, "recompute": "full", **MIXED}
+NEAR = 0.02
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        Row("gpt2", 1),
+        Row("gpt2", 1, {"micro_batch": 2, "recompute": "full"}),
+        Row("llama", 1, {"micro_batch": 2}),
+        Row("llama", 1, {"micro_batch": 2, "recompute": "selective"}),
+        Row("llama", 2, {"pp": 2, "micro_batch": 2}),
+        Row("llama", 4, {"pp": 4, "micro_batch": 1}),
+        Row("llama", 4, {"pp": 2, "tp": 2, "micro_batch": 2}),
+        Row("llama", 2, {**ZERO, "zero": 1}),
+        Row("llama", 2, {**ZERO, "zero": 3}),
+        *(Row(model, 2, {**SUMMED, "zero": level}) for model, level in (("llama", 1), ("gpt2", 2), ("llama", 2))),
+        Row("gpt2", 4, {**SUMMED, "zero": 3, "pp": 2}),
+        Row("gpt2", 2, {"tp": 2, "micro_batch": 4, "recompute": "full"}),
+    ],
+    ids=lambda row: row.name,
+)
+def test_bytes_are_those_of_the_tensors(bench: Bench, row: Row) -> None:
+    found = bench.compared(row)
+    assert all(abs(error) <= NEAR for error in found.errors), found
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_makes_what_is_said_of_it(name: str, together: bool) -> None:
+    """Of parameters one after another; what is left of the one before, its root, is not counted."""
+    kind, settings = OPTIMIZERS[name]
+    weights = [nn.Parameter(torch.ones(size)) for size in (10, 3000)]
+    optimizer = kind(weights, lr=1e-3, foreach=together, **settings)
+    with Memory(weights) as memory:
+        for _ in range(2):
+            for weight in weights:
+                weight.grad = torch.ones_like(weight)
+            before, memory.peak = memory.alive, 0
+            optimizer.step()
+    training = Training(name, 0, Mesh.parse("1:cpu").group(1, 1), 1, together=together)
+    each = [training.stepping(weight.nbytes, True, False) for weight in weights]
+    assert max(memory.peak - before, 0) == pytest.approx(sum(each) if together else max(each), abs=64)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tp": 2, "pp": 2, "micro_batch": 4},
+        {"pp": 2, "dp": 2, "micro_batch": 4, "zero": 3, "recompute": "full", **MIXED},
+        {"dp": 4, "micro_batch": 4, "zero": 1, "recompute": "selective", **MIXED},
+    ],
+    ids=str,
+)
+def test_tenants_sum_to_what_the_plan_says(settings: dict[str, object]) -> None:
+    model, batch = models.build("gpt2")
+    plan = autopart.plan(model, "4:cpu", batch, **settings)  # type: ignore[arg-type]
+    stages = autopart.tenants(plan, model, batch)
+    assert [stage.memory for stage in stages] == [pytest.approx(stage.memory) for stage in plan.stages]
+    assert sum(len(stage.blocks) for stage in stages) >= 3
+    for stage in stages:
+        weights = {leaf.name for block in stage.blocks for leaf in block.leaves if leaf.kind == "parameters"}
+        assert weights <= dict(model.named_parameters()).keys()
+        copies = [leaf for block in stage.blocks for leaf in block.leaves if "master copy" in leaf.name]
+        assert bool(copies) == ("master" in settings and settings.get("zero") != 3)
+
+
+def test_the_shell_tells_whose_bytes_are(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    given = ["plan", "gpt2", "2:cpu", "--dp", "2", "--sequence", "32", "--precision", "bfloat16", "--save", str(file)]
+    assert CliRunner().invoke(app, [*given, "--master", "float32", "--zero", "1"]).exit_code == 0
+    shown = CliRunner().invoke(app, ["show", str(file), "--memory"])
+    assert shown.exit_code == 0 and "weight, master copy" in shown.stdout
+    told = json.loads(CliRunner().invoke(app, ["show", str(file), "--memory", "--json"]).stdout)
+    total = sum(leaf["bytes"] for stage in told for block in stage["blocks"] for leaf in block["leaves"])
+    assert total == pytest.approx(autopart.Plan.load(file).memory_bytes[0], rel=1e-6)
+
+
+def test_a_layer_keeps_what_the_formulas_say() -> None:
+    """Korthikanti et al., arXiv 2205.05198: with and without scores, the sequence split or not, and run again."""
+    found = list(layers(["GPT-22B"]))
+    assert len(found) == 5
+    assert all(abs(row.error) <= NEAR for row in found), found
+
+
+def test_fsdp_under_a_pipeline_keeps_whole_what_level_1_does() -> None:
+    rows = [as_held(row) for row in read("torchtitan_llama3.csv")]
+    assert {(row.forced["pp"] > 1, row.forced["zero"]) for row in rows} == {(True, 1), (False, 3)}

@@ -1,0 +1,124 @@
+"""Rewriting an exported program gives what torch's own way to make it functional gives."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import fx, nn
+from torch._export.utils import _is_cia_op, _is_preservable_cia_op
+
+from autopart.frontend import export as exporting
+from autopart.frontend.functionalize import KEPT, functional
+from autopart.ir.graph import info
+from autopart.passes.simplify import simplify
+from autopart.passes.trace import trace
+from benchmarks import zoo_models
+
+Program = torch.export.ExportedProgram
+REWRITTEN = """clm:gemma3_text clm:falcon_h1 clm:gpt_neo clm:hrm_text clm:qwen2_moe clm:roformer mlm:modernbert
+    mlm:perceiver clm:gpt2 img:convnext img:vit img:resnet""".split()
+LEFT_TO_TORCH = ["clm:bloom"]
+
+
+class Changes(nn.Module):
+    """A convolution, normalised with statistics of the batch, of training and of neither, and what `then` does."""
+
+    def __init__(self, then: Any) -> None:
+        super().__init__()
+        self.conv, self.then, self.drop = nn.Conv2d(3, 4, 3, padding="same", bias=False), then, nn.Dropout(0.1)
+        self.norm, self.fixed, self.plain = nn.BatchNorm2d(4), nn.BatchNorm2d(4).eval(), nn.BatchNorm2d(4, affine=False)
+        self.plain.running_mean = self.plain.running_var = None
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = self.norm(self.norm(self.conv(x)))
+        return self.drop(self.then(self.fixed(self.plain(y)), self.norm)).square().mean(), self.norm.running_mean
+
+
+def pooled(y: Any, norm: Any) -> Any:
+    return nn.functional.adaptive_avg_pool2d(nn.functional.max_pool2d(nn.functional.hardswish(y, inplace=True), 2), 1)
+
+
+def changed_half(y: Any, norm: Any) -> Any:
+    left, right = y[:, :2], y.flatten(2)[:, 2:]
+    left.relu_()
+    return right.sum() + left.clamp_(max=1.0)
+
+
+def changed_through_view(y: Any, norm: Any) -> Any:
+    y[:, 0].add_(1.0)
+    return y
+
+
+def changed_under_view(y: Any, norm: Any) -> Any:
+    flat = y.flatten(1)
+    y.mul_(2.0)
+    return flat
+
+
+def counted(y: Any, norm: Any) -> Any:
+    norm.num_batches_tracked += 1
+    return y * norm.running_var.detach().clone().view(1, -1, 1, 1).add_(norm.num_batches_tracked.float())
+
+
+CHANGES = [pooled, counted, lambda y, norm: (y + y).relu_().flatten(1).add_(1.0)]
+CHANGES_LEFT_TO_TORCH = [changed_half, changed_through_view, changed_under_view]
+
+
+run_decompositions = Program.run_decompositions
+
+
+def by_torch(exported: Program, table: Any = None) -> Program:
+    return run_decompositions(exported, table or {})
+
+
+def described(exported: Any, architecture: Any) -> tuple[list[Any], list[Any], tuple[str, ...]]:
+    """Placeholders, whose order means nothing, operators and the buffers that are outputs, of a simplified trace."""
+    if isinstance(architecture, str):
+        model, batch = zoo_models.build(*architecture.split(":"))
+    else:
+        model, batch = Changes(architecture), {"x": torch.randn(2, 3, 8, 8)}
+    with mock.patch.object(exporting, "functional", exported):
+        traced = simplify(trace(model, batch))
+    graph = traced.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    names = {node: info(node).name for node in placeholders}
+    operators = [node for node in graph.nodes if node.op != "placeholder"]
+    names |= {node: f"%{number}" for number, node in enumerate(operators)}
+    shown = [
+        (str(node.target), *fx.node.map_arg((node.args, node.kwargs), names.__getitem__), node.meta.get("val"))
+        for node in operators
+    ]
+    described = [
+        (target, str(args), str(kwargs), getattr(value, "shape", None), getattr(value, "dtype", None))
+        for target, args, kwargs, value in shown
+    ]
+    return sorted((info(n).name, info(n).kind, info(n).shapes) for n in placeholders), described, traced.updated
+
+
+@pytest.mark.parametrize("architecture", [*REWRITTEN, *CHANGES])
+def test_a_rewritten_program_is_the_one_that_torch_makes(architecture: Any) -> None:
+    with mock.patch.object(Program, "run_decompositions", side_effect=AssertionError("left to torch")):
+        rewritten = described(functional, architecture)
+    assert rewritten == described(by_torch, architecture)
+
+
+@pytest.mark.parametrize("architecture", [*LEFT_TO_TORCH, *CHANGES_LEFT_TO_TORCH])
+def test_a_program_whose_views_see_changes_is_left_to_torch(architecture: Any) -> None:
+    with mock.patch.object(Program, "run_decompositions", autospec=True, side_effect=by_torch) as made:
+        described(functional, architecture)
+    made.assert_called_once()
+
+
+@pytest.mark.parametrize("name", sorted(KEPT))
+def test_operators_that_are_kept_are_those_that_torch_keeps(name: str) -> None:
+    packet = getattr(torch.ops.aten, name)
+    overloads = [getattr(packet, overload) for overload in packet.overloads()]
+    overloads = [
+        op for op in overloads if op._overloadname.lower() != "dimname"
+    ]  # of named tensors: no program has one
+    in_program = [op for op in overloads if torch._C._dispatch_has_kernel(op.name()) and not op._schema.is_mutable]
+    assert in_program
+    assert all(not _is_cia_op(op) or _is_preservable_cia_op(op) for op in in_program)

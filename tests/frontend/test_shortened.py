@@ -1,0 +1,377 @@
+"""A trace of a model's first blocks says of the whole model what a trace of all its blocks says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from models import WIDTH, WORDS, Batch, batch_for, build
+from torch import Tensor, nn
+
+from autopart.frontend.layer_sampling import shortenable
+from autopart.hardware.mesh import Mesh
+from autopart.ir.layered_graph import Folded, used_parameters
+from autopart.passes.source import Source
+
+MESH = Mesh.of("4:cpu")
+LAYERS = 5
+TEXT = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": WORDS, "max_position_embeddings": 32, "use_cache": False,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+
+
+def mixtral() -> nn.Module:
+    return hf.MixtralForCausalLM(hf.MixtralConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2))
+
+
+def gemma() -> nn.Module:
+    """Sliding windows in all layers but every third."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 3
+    settings = {**TEXT, "num_hidden_layers": 9, "head_dim": 8, "layer_types": kinds, "sliding_window": 4}
+    return hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**settings))
+
+
+def deepseek() -> nn.Module:
+    """Two dense layers before those with experts."""
+    sizes = {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+             "topk_group": 1, "first_k_dense_replace": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4,
+             "qk_nope_head_dim": 4, "v_head_dim": 8, "head_dim": 4, "num_key_value_heads": 4}  # fmt: skip
+    return hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**{**TEXT, **sizes}))
+
+
+def bart() -> nn.Module:
+    """More layers in the encoder than in the decoder."""
+    return hf.BartForConditionalGeneration(
+        hf.BartConfig(d_model=WIDTH, encoder_layers=LAYERS, decoder_layers=LAYERS - 1, encoder_attention_heads=4,
+                      decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=WORDS, dropout=0.1,
+                      max_position_embeddings=32, use_cache=False)
+    )  # fmt: skip
+
+
+def mt5() -> nn.Module:
+    return hf.MT5ForConditionalGeneration(
+        hf.MT5Config(num_layers=LAYERS, d_model=WIDTH, num_heads=4, d_kv=8, vocab_size=WORDS, d_ff=64, use_cache=False,
+                     decoder_start_token_id=0)
+    )  # fmt: skip
+
+
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    f.__name__: f for f in (mixtral, gemma, deepseek, bart, mt5)
+}  # fmt: skip
+
+
+SEVERAL_BATCHES = ("gpt2", "llama", "bert", "t5", "vit", "mixtral")
+
+
+def family(name: str) -> tuple[nn.Module, Batch]:
+    """A model of that name with more layers than are traced, and a batch."""
+    if name not in FAMILIES:
+        return build(name, layers=LAYERS)
+    torch.manual_seed(0)
+    return FAMILIES[name]().train(), batch_for(name, torch.float32)
+
+
+class Block(nn.Module):
+    """A layer beside a sum."""
+
+    def __init__(self, number: int, inner: int = 16) -> None:
+        super().__init__()
+        self.number, self.scale = number, 1.0
+        self.up, self.down = nn.Linear(WIDTH, inner), nn.Linear(inner, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.down(torch.tanh(self.up(x)))
+
+
+class Stack(nn.Module):
+    """Blocks in a row under a mean squared error."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def run(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(self.run(x)[:, :8], target)
+
+
+class AllStates(Stack):
+    """The mean of what all blocks give."""
+
+    def run(self, x: Tensor) -> Tensor:
+        states = [x]
+        for block in self.blocks:
+            states.append(block(states[-1]))
+        return torch.stack(states).mean(0)
+
+
+class LastStates(Stack):
+    """What the last two blocks give."""
+
+    def run(self, x: Tensor) -> Tensor:
+        before = x
+        for block in self.blocks:
+            x, before = block(x), x
+        return x + before
+
+
+class Everywhere(Stack):
+    """Every block reads the first one's output too."""
+
+    def run(self, x: Tensor) -> Tensor:
+        first = self.blocks[0](x)
+        x = first
+        for block in self.blocks[1:]:
+            x = block(x + first)
+        return x
+
+
+class Counted(Stack):
+    """Runs as many blocks as there were at first."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__(blocks)
+        self.count = len(blocks)
+
+    def run(self, x: Tensor) -> Tensor:
+        for i in range(self.count):
+            x = self.blocks[i](x)
+        return x
+
+
+class Heads(Stack):
+    """Has a list of heads besides, as many as its number says."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__(blocks)
+        self.count = 4
+        self.heads = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(self.count))
+
+    def run(self, x: Tensor) -> Tensor:
+        x = super().run(x)
+        return torch.stack([self.heads[i](x) for i in range(self.count)]).mean(0)
+
+
+class Backward(Stack):
+    """From the last block to the first."""
+
+    def run(self, x: Tensor) -> Tensor:
+        for block in reversed(self.blocks):
+            x = block(x)
+        return x
+
+
+class Twice(Stack):
+    """All blocks, and all of them again."""
+
+    def run(self, x: Tensor) -> Tensor:
+        return super().run(super().run(x))
+
+
+class Idle(Stack):
+    """Has blocks that it does not run."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__(blocks)
+        self.others = nn.ModuleList(Block(i) for i in range(9))
+
+
+class Gated(Block):
+    """Does something else in one block of five, which nothing but its number tells."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (2.0 if self.number % 5 == 1 else 1.0)
+
+
+class Masked(Block):
+    """Has a buffer of its own."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.register_buffer("mask", torch.arange(WIDTH) % 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.where(self.mask * 2 > 0, x, 0.5 * x))
+
+
+def alternating() -> nn.Module:
+    blocks: list[nn.Module] = [Block(i) for i in range(12)]
+    for block in blocks[::2]:
+        block.scale = 0.5  # type: ignore[assignment]
+    return Stack(blocks)
+
+
+def shared() -> nn.Module:
+    """One matrix in all blocks, which is the first one's."""
+    blocks: list[nn.Module] = [Block(i) for i in range(7)]
+    for block in blocks:
+        block.up.weight = blocks[0].up.weight  # type: ignore[union-attr]
+    return Stack(blocks)
+
+
+def frozen() -> nn.Module:
+    """The last three of nine blocks train."""
+    model = Stack([Block(i) for i in range(9)])
+    for block in model.blocks[:6]:
+        block.requires_grad_(False)
+    return model
+
+
+def blocks(kind: Callable[[int], nn.Module] = Block, count: int = 9) -> list[nn.Module]:
+    return [kind(i) for i in range(count)]
+
+
+SHORT: dict[str, Callable[[], nn.Module]] = {
+    "a stack": lambda: Stack(blocks()),
+    "attributes in turns": alternating,
+    "a shared matrix": shared,
+    "the last two": lambda: LastStates(blocks()),
+    "the first everywhere": lambda: Everywhere(blocks()),
+    "others that do not run": lambda: Idle(blocks()),
+    "a buffer each": lambda: Stack(blocks(Masked)),
+}
+WHOLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "every block its width": (lambda: Stack([Block(i, 16 + i) for i in range(9)]), ""),
+    "frozen blocks": (frozen, r"blocks\.7 does something else than blocks\.6"),
+    "all states": (lambda: AllStates(blocks()), r"reads .* of blocks\.\d"),
+    "a number": (lambda: Stack(blocks(Gated)), r"blocks\.3 reads aten.add.Tensor of elsewhere"),
+    "a count": (lambda: Counted(blocks()), r"index \d is out of range"),
+    "twice": (lambda: Twice(blocks()), r"blocks\.0 does part of the work of other blocks"),
+    "backwards": (lambda: Backward(blocks()), "one after the other"),
+}
+
+
+def numbers() -> Batch:
+    return batch_for("mlp", torch.float32)
+
+
+def kinds(folded: Folded) -> list[int]:
+    """The class of every position, counted as they come."""
+    seen: dict[int, int] = {}
+    return [seen.setdefault(folded.runs[run].kind, len(seen)) for run in folded.sequence]
+
+
+def counts(folded: Folded) -> dict[str, int]:
+    return {key: folded.count[node] for node, key in folded.keys.items()}
+
+
+def names(folded: Folded) -> list[list[str]]:
+    """The parameters that each position reads."""
+    return [
+        [folded.parameter_at(position, p) for p in used_parameters(folded.runs[run])]
+        for position, run in enumerate(folded.sequence)
+    ]
+
+
+def sources(folded: Folded) -> list[object]:
+    return [folded.sources(position) for position in range(len(folded.sequence))]
+
+
+def both(model: nn.Module, batch: dict[str, Any]) -> tuple[Folded, Folded]:
+    """The folded graph of a short and of a whole trace, found to say the same."""
+    source = Source(model, batch, torch.float32)
+    short, full = source.short(2, MESH), source.at(2, MESH)
+    assert short.labels == full.labels
+    assert kinds(short) == kinds(full)
+    assert names(short) == names(full)
+    assert counts(short) == counts(full)
+    assert sources(short) == sources(full)
+    assert short.parameters() == full.parameters() == {n: tuple(p.shape) for n, p in model.named_parameters()}
+    assert short.operators == full.operators
+    assert short.hash == full.hash
+    return short, full
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5", "vit", *FAMILIES])
+def test_a_family_is_planned_from_its_first_layers_whatever_the_batch(name: str) -> None:
+    model, batch = family(name)
+    short, full = both(model, batch)
+    assert len(short.runs) < len(full.runs) == len(full.sequence)
+    assert not short.walked
+    for samples in (4, 16) if name in SEVERAL_BATCHES else ():
+        larger = Source(model, batch, torch.float32).short(samples, MESH)
+        assert larger.hash == full.hash
+        assert counts(larger) == counts(full)
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_blocks_that_do_the_same_stand_for_each_other(name: str) -> None:
+    short, full = both(SHORT[name](), numbers())
+    assert len(short.runs) < len(full.runs)
+    assert not short.walked
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_other_blocks_do_not_and_the_reason_is_told(name: str) -> None:
+    make, why = WHOLE[name]
+    short, full = both(make(), numbers())
+    assert len(short.runs) == len(full.runs)
+    assert bool(short.walked) == bool(why)
+    assert re.search(why, short.walked), short.walked
+
+
+def test_a_list_that_is_needed_whole_keeps_no_other_from_being_shortened() -> None:
+    short, full = both(Heads(blocks()), numbers())
+    assert len(short.runs) < len(full.runs)
+    assert short.walked.startswith("heads: torch.export cannot trace")
+
+
+def test_a_whole_trace_shows_what_a_short_one_could_not_see() -> None:
+    source = Source(Stack([Gated(i + 1) for i in range(9)]), numbers(), torch.float32)
+    short, full = source.short(2, MESH), source.at(2, MESH)
+    assert len(short.runs) < len(full.runs)
+    assert short.hash != full.hash
+
+
+def test_the_model_itself_keeps_all_its_blocks() -> None:
+    model = Stack(blocks())
+    parameters = dict(model.named_parameters())
+    Source(model, numbers(), torch.float32).short(2, MESH)
+    assert len(model.blocks) == 9
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+
+
+def test_a_hash_tells_models_apart() -> None:
+    made = [Stack(blocks()), Stack(blocks(count=10)), Stack([Block(i, 24) for i in range(9)]), alternating()]
+    found = {Source(model, numbers(), torch.float32).short(2, MESH).hash for model in made}
+    assert len(found) == len(made)
+
+
+@pytest.mark.parametrize(
+    ("kinds_of_blocks", "kept"),
+    [("aaaaaaaa", 2), ("baaaaaaa", 3), ("abababab", 4), ("ababababa", 5), ("aabaabaabaa", 8), ("bbaaaaaa", 4)],
+)
+def test_as_few_blocks_are_kept_as_show_every_kind_twice(kinds_of_blocks: str, kept: int) -> None:
+    model = Stack([Block(i, 16 if kind == "a" else 24) for i, kind in enumerate(kinds_of_blocks)])
+    (short,) = shortenable(model)
+    assert short.kept == kept
+
+
+def test_equal_constants_are_one() -> None:
+    """Every block makes tensors of Python's numbers: those of equal values do not keep blocks from being equal."""
+
+    class Counting(nn.Module):
+        def __init__(self, numbers: list[int]) -> None:
+            super().__init__()
+            self.line, self.numbers = nn.Linear(WIDTH, WIDTH), numbers
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.line(x) * torch.tensor(self.numbers, dtype=torch.float32)
+
+    def folded(*kinds: list[int]) -> Folded:
+        return Source(Stack([Counting(kind) for kind in kinds]), numbers(), torch.float32).short(2, MESH)
+
+    ones, twos = [1] * WIDTH, [2] * WIDTH
+    same, other = folded(*[ones] * 6), folded(*[ones, twos] * 3)
+    assert same.walked == "" and len(same.traced.buffers) == 1 and len(same.runs) < 6
+    assert len(other.traced.buffers) == 2
+    assert len({same.hash, other.hash, folded(*[twos] * 6).hash}) == 3

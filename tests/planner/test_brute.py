@@ -1,0 +1,79 @@
+"""The planner against all plans there are, and its solver against another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pulp
+import pytest
+from brute import EQUAL, NEVER, SHARED, Judge, problem, steps_of, whole
+
+from autopart.errors import PartitionError
+from autopart.planner.branch_and_bound import Found, search
+from autopart.planner.request import Point
+from autopart.planner.search_space import Space
+from autopart.planner.write_plan import write_out
+
+CHUNKS = 30
+
+
+def planned(space: Space) -> Found | None:
+    """The planner's plan; None where nothing fits."""
+    try:
+        return search(space)
+    except PartitionError as error:
+        assert "fits" in error.what, error
+        return None
+
+
+def check_found(judge: Judge, found: Found) -> None:
+    """A plan is in the space, fits, and takes the time it is said to, by `weigh` and node by node."""
+    seconds, held = judge.worth(found)
+    step = steps_of(seconds, judge.space.micro_batches(found.point))
+    assert step == pytest.approx(found.seconds, rel=EQUAL)
+    assert max(held) <= judge.space.limit * (1 + EQUAL)
+    plan = write_out(judge.space, replace(found, bound=min(found.bound, found.seconds)), 0.0, "small")
+    assert plan.step_seconds == pytest.approx(found.seconds, rel=EQUAL)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # of ten problems, one of which alone may take a minute
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_no_plan_is_faster(chunk: int) -> None:
+    for seed in range(chunk * SHARED, (chunk + 1) * SHARED):
+        space = problem(seed).space
+        judge, found = Judge(whole(space)), planned(space)
+        if found is not None:
+            check_found(judge, found)
+        best = judge.best(found.seconds * (1 - EQUAL) if found else NEVER)
+        if best.plan is not None:
+            check_found(judge, best.plan)
+        optimum = best.seconds if best.plan or not found else found.seconds
+        quick = planned(replace(space, request=replace(space.request, exact=False)))
+        for plan in filter(None, (found, quick)):
+            assert plan.bound <= optimum * (1 + EQUAL), f"seed {seed}: the bound is above the optimum"
+        told = f"{found.point}: {found.seconds} s" if found else "nothing"
+        assert best.plan is None, f"seed {seed}: the planner found {told}, but {best.plan.point} takes {best.seconds} s"
+
+
+@pytest.mark.parametrize("seed", range(0, 200, 10))
+def test_another_solver_finds_the_same(seed: int, tmp_path: Path) -> None:
+    """The equations of a table, written to a file and solved by CBC."""
+    space = problem(seed).space
+    space = Space(space.folded, replace(space.mesh, devices_per_host=4), space.request)
+    point = Point(1, 2, 1 + seed // SHARED % 2, 1)
+    solver, costs = space.model(point).solver, space.costs(point, {})
+    draw = np.random.default_rng(seed)
+    objective = costs.seconds + draw.uniform(0.0, 1.0, len(costs.seconds)) * costs.seconds.mean()
+    objective += draw.choice([0.0, 1e-6, 1e-3]) * (costs.kept + costs.state)
+    found = solver.minimise(objective)
+    assert found is not None
+    solver.highs.writeModel(str(tmp_path / "table.mps"))
+    variables, model = pulp.LpProblem.fromMPS(str(tmp_path / "table.mps"))
+    for number in range(solver.strategies):
+        variables[f"c{number}"].cat = pulp.LpInteger
+    model.solve(pulp.PULP_CBC_CMD(msg=False))
+    assert pulp.LpStatus[model.status] == "Optimal"
+    assert found.objective * solver.scale == pytest.approx(pulp.value(model.objective), rel=1e-5)

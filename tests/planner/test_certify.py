@@ -1,0 +1,213 @@
+"""The checker of plans: it takes what the planner makes, and finds whatever was changed."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import models
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import autopart
+from autopart import Plan
+from autopart.cost.training_state import Training, update_seconds
+from autopart.passes.source import Source
+from autopart.planner.explain.certificate import findings
+from autopart.sharding.notation import G, Placement
+from autopart.sharding.rules import Strategy
+
+SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    ("4:cpu", {"pp": 2, "tp": 2, "micro_batch": 4}),
+    ("4:cpu", {"dp": 2, "tp": 2, "zero": 3, "recompute": "full"}),
+    ("3:cpu", {"pp": 3, "recompute": "selective"}),
+    ("2:h100-80gb", {"zero": 1, "dp": 2}),
+    ("4:h100-80gb", {"zero": 2, "dp": 2, "pp": 2, "micro_batch": 4}),
+]
+
+
+TOKENS, WIDTH = 6, 16
+
+
+@functools.cache
+def source(name: str) -> Source:
+    return Source(*models.build(name), torch.float32)
+
+
+@functools.cache
+def planned(name: str, number: int) -> Plan:
+    mesh, settings = SETTINGS[number]
+    return autopart.plan(source(name).model, mesh, source(name).batch, **settings)
+
+
+def wrong(plan: Plan, name: str = "gpt2") -> list[str]:
+    return findings(
+        plan, source(name).at(4 if name == "gpt2" and plan.micro_batch != 4 else plan.micro_batch, plan.mesh)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [*itertools.product(["gpt2", "llama"], range(len(SETTINGS))), ("vit", 2), ("bert", 3), ("vit", 4)],
+)
+def test_a_plan_of_the_planner_is_accepted(name: str, number: int) -> None:
+    plan = planned(name, number)
+    assert not findings(plan, source(name).at(plan.micro_batch, plan.mesh))
+
+
+class Made(nn.Module):
+    """Makes masks, positions and a state of nothing but the number of samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.down = nn.Embedding(TOKENS, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        n = x.shape[0]
+        places = torch.arange(TOKENS).unsqueeze(0).expand(n, TOKENS)
+        causal = (places[:, None, :] <= places[:, :, None]).float()
+        state = torch.zeros(n * 2, WIDTH).view(n, 2, WIDTH).sum(1, keepdim=True)
+        x = causal @ self.down(x + self.places(places) + state)
+        return F.mse_loss(x * torch.ones(n, TOKENS).unsqueeze(-1), target)
+
+
+@pytest.mark.parametrize("settings", [{"tp": 2}, {"dp": 2}], ids=str)
+def test_what_is_made_for_every_sample_is_counted(settings: dict[str, int]) -> None:
+    """A plan is made of a trace of two samples and holds for eight."""
+    torch.manual_seed(0)
+    model, batch = Made(), {name: torch.randn(8, TOKENS, WIDTH) for name in ("x", "target")}
+    plan = autopart.plan(model, "2:cpu", batch, micro_batch=8, **settings)
+    autopart.certify(plan, model, batch)
+    assert autopart.check(model, "2:cpu", batch, plan=plan).gradient_error < 1e-5
+
+
+Change = Callable[[Plan], Plan]
+
+
+def stage(index: int, **fields: Any) -> Change:
+    """One stage with other fields; a function gets the old value."""
+
+    def change(plan: Plan) -> Plan:
+        stages = list(plan.stages)
+        old = stages[index]
+        new = {k: v(getattr(old, k)) if callable(v) else v for k, v in fields.items()}
+        stages[index] = replace(old, **new)
+        return replace(plan, stages=tuple(stages))
+
+    return change
+
+
+def memory(part: str, factor: float) -> Change:
+    return stage(0, memory=lambda old: {**old, part: old[part] * factor})
+
+
+def having(**fields: Any) -> Change:
+    return lambda plan: replace(plan, **{k: v(getattr(plan, k)) if callable(v) else v for k, v in fields.items()})
+
+
+def split(axis: str, key: str, strategy: Callable[[Strategy], Strategy | None]) -> Change:
+    """A strategy of the first node whose name ends in `key` replaced; left out for None."""
+
+    def change(plan: Plan) -> Plan:
+        (chosen, *more) = plan.splits
+        node = next(n for n in chosen[axis] if n.endswith(key))
+        new = strategy(chosen[axis][node])
+        row = {n: s for n, s in chosen[axis].items() if n != node} | ({node: new} if new else {})
+        return replace(plan, splits=({**chosen, axis: row}, *more))
+
+    return change
+
+
+def gathered_again(s: Strategy) -> Strategy:
+    return replace(s, name="G", inputs=(G, *s.inputs[1:]), outputs=(G, *s.outputs[1:]))
+
+
+S0, R = Placement("S", 0), Placement("R")
+TAMPERED: list[tuple[str, Change, str]] = [
+    *((f"{part} of stage {i} x {x}", stage(i, **{part: lambda v, x=x: v * x}), part)
+      for part in ("forward_seconds", "backward_seconds", "send_seconds") for i in (0, 1) for x in (0.999, 1.01)),
+    *((f"{part} x {x}", memory(part, x), part)
+      for part in ("parameters", "gradients", "optimizer", "activations", "transient") for x in (0.9, 1.1)),
+    *((f"messages x {x}", stage(1, memory=lambda m, x=x: {**m, "messages": m["messages"] * x}), "messages")
+      for x in (0.9, 1.1)),
+    ("no activations", stage(0, memory=lambda m: {k: v for k, v in m.items() if k != "activations"}), "activations"),
+    ("more memory", stage(0, memory=lambda m: {**m, "slack": 1.0}), "slack"),
+    ("gradient sync", stage(0, sync_seconds=lambda v: v + 1e-3), "sync_seconds"),
+    ("step lower", having(step_seconds=lambda v: v * 0.99, bound_seconds=0.0, gap=1.0, status="feasible"), "step"),
+    ("bound above step", having(bound_seconds=lambda v: v * 1.5), "bound"),
+    ("bound below nothing", having(bound_seconds=-1.0), "bound"),
+    ("gap 0 with a lower bound", having(bound_seconds=lambda v: v * 0.5, gap=0.0), "gap"),
+    ("gap too large", having(gap=0.5), "gap"),
+    ("optimal with a gap", having(bound_seconds=lambda v: v * 0.5, gap=0.5, status="optimal"), "status"),
+    ("status", having(status="perfect"), "status"),
+    ("start moved", stage(1, first_run=lambda v: v - 1), "recompute"),
+    ("start at zero", stage(1, first_run=0), "starts"),
+    ("first start", stage(0, first_run=1), "starts"),
+    ("start past the end", stage(1, first_run=1000), "starts"),
+    ("stage left out", having(stages=lambda s: s[:1]), "starts"),
+    ("stages turned", having(stages=lambda s: s[::-1]), "starts"),
+    ("recompute told", having(recompute="full"), "recompute"),
+    ("recompute of a run", stage(0, recompute=lambda r: ("full", *r[1:])), "recompute"),
+    ("recompute of all", stage(1, recompute=lambda r: ("full",) * len(r)), "recompute"),
+    ("recompute unknown", stage(0, recompute=lambda r: ("some", *r[1:])), "recompute"),
+    ("recompute short", stage(0, recompute=lambda r: r[1:]), "recompute"),
+    ("zero", having(zero=4), "zero"),
+    ("zero below", having(zero=-1), "zero"),
+    ("micro-batch", having(micro_batch=3), "micro-batch"),
+    ("micro-batch 0", having(global_batch=6), "micro-batch"),
+    ("degrees", having(tp=1), "degrees"),
+    ("degrees swapped", having(dp=2, tp=1, request={}), "splits"),
+    ("pp", having(pp=4), "degrees"),
+    ("schedule", having(schedule="zigzag"), "schedule"),
+    ("optimizer", having(optimizer="magic"), "optimizer"),
+    ("optimizer without states", having(optimizer="sgd"), "optimizer"),
+    ("precision", having(precision="float7"), "precision"),
+    ("hash", having(signature=lambda s: replace(s, hash="0" * 16)), "signature"),
+    ("parameters of another", having(signature=lambda s: replace(s, parameters={})), "signature"),
+    ("operators of another", having(signature=lambda s: replace(s, operators=1)), "signature"),
+    ("replicated", having(replicated=("aten.linear",)), "replicated"),
+    ("fewer FLOPs", having(forward_flops=lambda v: v * 0.99), "forward_flops"),
+    ("sends dropped", stage(0, sends=()), "sends"),
+    ("sends less", stage(0, sends=lambda s: tuple((to, n - 1, t) for to, n, t in s)), "sends"),
+    ("sends faster", stage(0, sends=lambda s: tuple((to, n, t / 2) for to, n, t in s)), "sends"),
+    ("sends elsewhere", stage(0, sends=lambda s: tuple((0, n, t) for _, n, t in s)), "sends"),
+    ("runs left out", stage(0, runs=lambda r: r[:-1]), "printed"),
+    ("run cheaper", stage(0, runs=lambda r: (*r[:-1], replace(r[-1], seconds=0.0))), "printed"),
+    ("operators left out", stage(0, runs=lambda r: (*r[:-1], replace(r[-1], lines=()))), "printed"),
+    ("splits not there", stage(0, splits=7), "splits"),
+    ("splits along nothing", having(splits=lambda s: ({}, *s[1:])), "splits"),
+    ("strategy left out", split("tp", "/layer_norm", lambda s: None),
+     "splits"),
+    ("strategy unknown", split("tp", "/layer_norm", lambda s: replace(s, name="nothing")), "strategy"),
+    ("partial sum of a norm", split("tp", "/layer_norm", lambda s: replace(s, outputs=(Placement("P"),))), "strategy"),
+    ("gathered again what is split", split("tp", ".c_proj/matmul", lambda s: replace(s, inputs=(G, *s.inputs[1:]))),
+     "strategy"),
+    ("gathered again what nobody split", split("tp", ".ln_f/layer_norm", gathered_again), "strategy"),
+    ("parameter summed", split("tp", "wte.weight", lambda s: Strategy("P", (), (Placement("P"),))), "strategy"),
+    ("input split", split("tp", "input_ids", lambda s: Strategy("d1", (), (Placement("S", 9),))), "strategy"),
+    ("sizes of the mesh", having(mesh=lambda m: replace(m, devices_per_host=8)), "degrees"),
+    ("asked otherwise", having(request={"zero": 3}), "zero"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", [0.0, 0.9, 1.1])
+def test_gradients_that_are_hidden_are_counted(part: float) -> None:
+    plan = planned("llama", 4)
+    training = Training("adamw", 2, plan.mesh.group(1, 2), plan.micro_batches)
+    sizes, device = [p.nbytes for p in source("llama").model.parameters()], plan.mesh.device
+    whole = sum(training.sync_seconds(size, True) for size in sizes)
+    updates = sum(update_seconds(size, True, True, training, device) for size in sizes)
+    assert 0 < sum(s.sync_seconds for s in plan.stages) - updates < 0.9 * whole
+    changed = stage(0, sync_seconds=lambda v: v * part)(plan)
+    assert any("sync_seconds" in text for text in wrong(changed, "llama"))
+
+
+@pytest.mark.parametrize(("name", "change", "named"), TAMPERED, ids=[t[0] for t in TAMPERED])
+def test_what_was_changed_is_found(name: str, change: Change, named: str) -> None:
+    found = wrong(change(planned("gpt2", 0)))
+    assert any(named in text for text in found), found

@@ -1,0 +1,90 @@
+"""Plans of large models, batches and meshes take little memory and time. Each is made in a process of its own: this
+file, run with the name of the plan."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import autopart
+from autopart.cli import models as models
+
+GIB = 2**30
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * gradients[0]
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(Cube.apply(self.up(x)))
+
+
+class Deep(nn.Module):
+    def __init__(self, blocks: int, width: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+def custom() -> autopart.Plan:
+    """100 B parameters, and an autograd.Function on 51 M elements a sample."""
+    with torch.device("meta"):
+        model, x = Deep(86, 12288 + 4096).bfloat16(), torch.empty(64, 2048, 12288 + 4096)
+    assert sum(p.numel() for p in model.parameters()) > 1e11
+    return autopart.plan(model, "8x8:h100-80gb", {"x": x.bfloat16()})
+
+
+def devices() -> autopart.Plan:
+    """100,000 devices, and a micro-batch of as many samples of 1,024 tokens; the mask is not that of a packed batch,
+    which takes a look at all tokens."""
+    model, batch = models.load("llama-3-8b", 2, meta=True)
+    settings: dict[str, Any] = {"global_batch": 100_000, "micro_batch": 100_000, "precision": "bfloat16"}
+    return autopart.plan(model, "12500x8:h100-80gb", batch, **settings)
+
+
+PLANS: dict[str, Callable[[], autopart.Plan]] = {"custom": custom, "devices": devices}
+
+
+@pytest.mark.parametrize(("name", "bytes_", "seconds"), [("custom", 1 * GIB, 60), ("devices", 2 * GIB, 60)])
+def test_lean(name: str, bytes_: int, seconds: float) -> None:
+    command = [sys.executable, __file__, name]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == 0, done.stderr
+    peak, taken = json.loads(done.stdout.splitlines()[-1])
+    assert peak < bytes_, f"{peak / GIB:.2f} GiB"
+    assert taken < seconds
+
+
+if __name__ == "__main__":
+    started = time.process_time()
+    PLANS[sys.argv[1]]()
+    taken = time.process_time() - started
+    (kib,) = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    print(json.dumps([int(kib) * 1024, taken]))

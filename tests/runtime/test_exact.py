@@ -1,0 +1,121 @@
+"""Training on several processes gives what one process gives."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autopart.runtime.launch import launch
+
+WORKER = Path(__file__).parents[1] / "support" / "exact_worker.py"
+LIMIT = {"float32": 1e-5, "float64": 1e-10}
+SPLIT = {"tp": 2, "pp": 2, "micro_batch": 4}
+Row = tuple[str, dict[str, Any]]
+
+
+def table(name: str, ranks: int) -> list[Row]:
+    """The configurations of a model; {} is the solver's own choice."""
+    if ranks == 2:
+        rows = [("float32", s) for s in ({"tp": 2}, {"pp": 2, "micro_batch": 2}, {"dp": 2}, {})]
+        levels = [1, 2, 3] if name == "gpt2" else [3] if name == "llama" else []
+        beside = [forced(i, "none", "SGD", "h100-80gb") for i in range(4)] if name == "gpt2" else []
+        changes = [forced(i, "none", "SGD") for i in levels] + beside
+        return rows + [("float32", {"dp": 2, "micro_batch": 4, "forced": change}) for change in changes]
+    # Llama with tp=4: more ranks than heads of keys and values.
+    deep = {"tp": 4, "micro_batch": 4} if name in ("gpt2", "llama") else {"pp": 4, "micro_batch": 2}
+    gpipe = {"dp": 2, "pp": 2, "micro_batch": 4, "schedule": "gpipe"}
+    return [
+        *(("float64", s) for s in ({**SPLIT, "recompute": "full"}, {"dp": 2, "tp": 2, "micro_batch": 4}, gpipe, deep)),
+        *(("float64", s) for s in shared(name)),
+        *(("float32", s) for s in (SPLIT, {"dp": 2, "tp": 2}, {"dp": 4, "zero": 1}, {})),
+    ]
+
+
+def shared(name: str) -> list[dict[str, Any]]:
+    """Configurations whose data-parallel ranks share states, gradients or weights, with some blocks recomputed."""
+    by_tp, by_pp = ({"dp": 2, axis: 2, "micro_batch": 4} for axis in ("tp", "pp"))
+    if name not in ("gpt2", "llama"):
+        return [{**by_pp, "forced": forced(3, "full selective none")}]
+    again = {"constraints": [f"strategy {name} n+again over tp" for name in AGAIN[name]]}
+    return [
+        {**by_tp, **again, "forced": forced(3, "none selective full")},
+        {**by_tp, "forced": forced(1, "none selective")},
+        {**by_tp, "forced": forced(2, "selective")},
+        {**by_tp, "forced": forced(3, "full selective")},
+        {**by_pp, "forced": forced(1, "full")},
+        {**by_pp, "forced": forced(2, "none")},
+        {**by_pp, "forced": forced(3, "selective none")},
+    ]
+
+
+AGAIN = {"gpt2": ["*.c_attn/matmul", "*.c_fc/matmul"], "llama": ["*.[qkv]_proj/linear", "*.gate_proj/linear"]}
+"""Products whose operands are gathered again for backward."""
+
+
+def forced(zero: int, modes: str, optimizer: str = "AdamW", device: str = "cpu") -> dict[str, Any]:
+    """What the worker changes in a plan: the ZeRO level, what its blocks do by turns, and the device, of which some sum
+    gradients beside the backward; and an optimizer of its own."""
+    return {"zero": zero, "modes": modes.split(), "optimizer": optimizer, "device": device}
+
+
+TOGETHER = {2: [("gpt2", "llama", "bert", "t5", "vit", "mlp")], 4: [("gpt2", "vit"), ("llama", "mlp"), ("bert", "t5")]}
+"""Models that the same ranks train, one after the other: to start ranks takes longer than most configurations."""
+Results = tuple[int, dict[str, list[dict[str, Any]]]]
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, ...], int], Results]:
+    """Trains models on so many ranks, once: the exit status and the results of every configuration of each."""
+
+    @cache
+    def train(names: tuple[str, ...], ranks: int) -> Results:
+        results = tmp_path_factory.mktemp("exact") / "results.json"
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
+        tables = json.dumps({name: table(name, ranks) for name in names})
+        status = launch([sys.executable, str(WORKER), tables, str(results)], ranks, env)
+        return status, json.loads(results.read_text()) if results.exists() else {}
+
+    return train
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(900)  # the first waits for all of the same ranks
+@pytest.mark.parametrize(("ranks", "dtype"), [(2, "float32"), (4, "float32"), (4, "float64")])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5", "vit", "mlp"])
+def test_several_processes_train_like_one(
+    train: Callable[[tuple[str, ...], int], Results], name: str, ranks: int, dtype: str
+) -> None:
+    names = next(names for names in TOGETHER[ranks] if name in names)
+    status, found = train(names, ranks)
+    results = found.get(name, [])
+    wrong = [f"{r['settings']}: {'; '.join(why)}" for r in results if r["dtype"] == dtype and (why := judge(r))]
+    assert not wrong, "\n".join(wrong)
+    missing = [row for row in table(name, ranks)[len(results) :] if row[0] == dtype]
+    assert not missing, f"status {status}, stopped before or in {missing[0]}, see stderr"
+    assert status == 0 or any(len(found.get(n, [])) < len(table(n, ranks)) for n in names), "failed after the last"
+
+
+def judge(result: dict[str, Any]) -> list[str]:
+    """What is wrong with a result of the worker, after the plan that it belongs to."""
+    if "refused" in result:
+        return [f"refused: {result['refused']}"]
+    limit, wrong = LIMIT[result["dtype"]], []
+    if not result["loss"] <= limit:
+        wrong.append(f"the loss is off by {result['loss']:.1e}")
+    if len(set(result["losses"])) > 1:
+        wrong.append(f"the ranks have different losses: {result['losses']}")
+    if not math.isclose(result["local"], result["losses"][0], rel_tol=limit):
+        wrong.append(f"ranks that bring their own share: loss {result['local']}, not {result['losses'][0]}")
+    for what in ("gradients", "state"):
+        error, tensor = result[what]
+        if not error <= limit:
+            wrong.append(f"{what} off by {error:.1e}, worst {tensor}")
+    return [result["plan"], *wrong] if wrong else []

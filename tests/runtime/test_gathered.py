@@ -1,0 +1,101 @@
+"""Activations that are whole only while they are used: kept in parts, and gathered again for backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import models
+import pytest
+import torch
+
+from autopart import Plan
+from autopart.compile.check import one_process, worst_error
+from autopart.compile.programs import emit_stage, stage_graphs
+from autopart.compile.simulate import simulate_plan
+from autopart.hardware.mesh import Mesh
+from autopart.passes.source import Source
+from autopart.plan.data import usable_bytes
+from autopart.planner.explain.certificate import findings
+from autopart.planner.make_plan import make_plan, request_of
+from autopart.runtime import collectives
+from autopart.runtime.gathered import Gather
+from autopart.sharding.notation import AGAIN
+
+LAYERS, MICRO_BATCHES = 2, 2
+TWICE = {"tp": 2, "micro_batch": models.SAMPLES // MICRO_BATCHES}
+PRODUCTS = {
+    "gpt2": ("*.c_attn/matmul", "*.c_fc/matmul"),
+    "llama": ("*.[qkv]_proj/linear", "*.gate_proj/linear", "*.up_proj/linear"),
+}
+
+
+@cache
+def source(name: str) -> Source:
+    return Source(models.MODELS[name](LAYERS), models.batch_for(name, torch.float32), torch.float32)
+
+
+def planned(name: str, behind: str, mesh: str = "2:cpu", **settings: Any) -> Plan:
+    """A plan whose first products of attention and of the MLP split columns, with this behind their letter."""
+    forced = [f"strategy {product} n{behind} over tp" for product in PRODUCTS[name]]
+    model, batch = source(name).model, source(name).batch
+    request = request_of(model, batch, constraints=forced, **{**TWICE, **settings})
+    return make_plan(source(name), Mesh.parse(mesh), request, to_run=True)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"recompute": "selective"},
+        {"recompute": "full"},
+        {"pp": 2, "mesh": "4:cpu"},
+        {"dp": 2, "zero": 3, "mesh": "4:cpu"},
+    ],
+    ids=str,
+)
+def test_it_trains_like_one_process(name: str, settings: dict[str, Any]) -> None:
+    """With whatever else is run or gathered again; the certificate knows it."""
+    plan = planned(name, AGAIN, **settings)
+    folded = source(name).at(plan.micro_batch, plan.mesh)
+    emitted = [emit_stage(stage, plan, folded.traced.classes) for stage in stage_graphs(folded, plan)]
+    assert all("= gather_again(" in text for text in emitted)
+    assert not findings(Plan.from_json(plan.to_json()), folded)
+    found = simulate_plan(source(name), plan)
+    loss, gradients = one_process(deepcopy(source(name).model), source(name).batch)
+    assert float(found.loss) == pytest.approx(float(loss), rel=1e-5)
+    assert worst_error(found.gradients, gradients)[0] < 1e-5
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_it_takes_less_memory_and_more_time(name: str) -> None:
+    whole, parts = planned(name, ""), planned(name, AGAIN)
+    assert parts.memory_bytes[0] < whole.memory_bytes[0]
+    assert parts.step_seconds > whole.step_seconds
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_of_one_value_share_its_gather(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The input of attention and that of the MLP are gathered twice on each rank, however many products read them."""
+    runs: list[Sequence[int]] = []
+
+    class Counted(Gather):
+        def __init__(self, count: int, run: Callable[[Sequence[int]], Sequence[torch.Tensor]]) -> None:
+            super().__init__(count, lambda some: (runs.append(some), run(some))[1])
+
+    monkeypatch.setattr(collectives, "Gather", Counted)
+    simulate_plan(source(name), planned(name, AGAIN))
+    assert len(runs) == 2 * (2 * LAYERS) * MICRO_BATCHES * 2
+
+
+def test_it_is_chosen_where_memory_is_short() -> None:
+    parts, mesh = planned("gpt2", AGAIN, recompute="none"), Mesh.parse("2:cpu")
+    share = usable_bytes(mesh) / mesh.device.memory_bytes
+    short = replace(mesh, device=replace(mesh.device, memory_bytes=round(0.93 * parts.memory_bytes[0] / share)))
+    request = request_of(source("gpt2").model, source("gpt2").batch, recompute="none", **TWICE)
+    found = make_plan(source("gpt2"), short, request)
+    assert any(s.name.endswith(AGAIN) for chosen in found.splits for s in chosen["tp"].values())

@@ -1,0 +1,115 @@
+"""One rank of tests/runtime/test_mixed.py: trains models with master copies, each under every configuration of its
+table, and rank 0 holds them against one process that does so by hand.
+
+argv: the tables (model -> list of keywords) as JSON, the file for the results.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from exact_worker import Tensors, share, trace_once, worst
+from models import build
+from torch import nn
+
+import autopart
+
+STEPS = 3
+PLANS: dict[str, autopart.Plan] = {}
+"""By what was asked for."""
+RIGHT: dict[int, tuple[torch.Tensor, Tensors, Tensors]] = {}
+"""What one process finds, by micro-batches."""
+SETTINGS = {"lr": 1e-2, "momentum": 0.9}
+
+
+def valid(batch: Tensors) -> int:
+    """Targets that a causal model's loss is the mean over."""
+    return int((batch["labels"][:, 1:] != -100).sum())
+
+
+def train(model: nn.Module, batch: Tensors, micro_batches: int) -> tuple[torch.Tensor, Tensors, Tensors]:
+    """One process: the loss and gradients of the first step, the float32 weights after STEPS. The model computes in
+    bfloat16; float32 are the sums of gradients over micro-batches, what the optimizer steps, and its states."""
+    low = copy.deepcopy(model).to(torch.bfloat16)
+    master = {name: nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(master.values(), **SETTINGS)
+    first: tuple[torch.Tensor, Tensors] | None = None
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        total = torch.zeros(())
+        for rows in torch.arange(len(next(iter(batch.values())))).chunk(micro_batches):
+            low.zero_grad()
+            part = {k: v[rows] for k, v in batch.items()}
+            loss = low(**part).loss * (valid(part) / valid(batch))
+            loss.backward()
+            total += loss.detach().float()
+            for name, p in low.named_parameters():
+                wide = p.grad.float()
+                known = master[name].grad
+                master[name].grad = wide if known is None else known + wide
+        first = first or (total, {name: p.grad.clone() for name, p in master.items()})
+        optimizer.step()
+        for name, p in low.named_parameters():
+            p.data.copy_(master[name].detach())
+    assert first is not None
+    return *first, {name: p.detach() for name, p in master.items()}
+
+
+def run(model: nn.Module, batch: Tensors, settings: dict[str, Any]) -> dict[str, Any]:
+    """Train under one configuration; what rank 0 found, against one process."""
+    zero, asked = settings.pop("as_zero", None), {"precision": "bfloat16", "master": "float32", **settings}
+    if os.environ["RANK"] == "0":
+        key = str(settings)
+        plan = PLANS[key] = PLANS[key] if key in PLANS else autopart.plan(model, "2:cpu", batch, **asked)
+        asked = {"plan": plan if zero is None else dataclasses.replace(plan, zero=zero)}
+    compiled = autopart.compile(model, "2:cpu", batch, **asked)
+    plan = compiled.plan
+    loss = compiled.step(batch)
+    gradients = compiled.full_gradients()
+    optimizer = compiled.optimizer(torch.optim.SGD, **SETTINGS)
+    for _ in range(STEPS):
+        compiled.step(share(compiled, batch), local=True)
+    state = compiled.full_state_dict()
+    trained = compiled.executor.shared.trained
+    kinds = {str(t.dtype) for p in trained for t in (p, p.grad, optimizer.state[p]["momentum_buffer"])}
+    kept = {str(p.dtype) for p in compiled.stage.parameters()}
+    if os.environ["RANK"] != "0":
+        return {}
+    right = RIGHT[plan.micro_batches] = RIGHT.get(plan.micro_batches) or train(model, batch, plan.micro_batches)
+    names = dict(model.named_parameters())
+    return {
+        "plan": f"{plan.degrees} zero {plan.zero} micro-batches {plan.micro_batches}",
+        "loss": abs(float(loss) / float(right[0]) - 1),
+        "gradients": worst(gradients, right[1]),
+        "state": worst({name: state[name] for name in names}, right[2]),
+        "moved": worst({name: p.detach() for name, p in names.items()}, right[2])[0],
+        "dtypes": sorted(kinds | {str(g.dtype) for g in gradients.values()} | {str(state[n].dtype) for n in names}),
+        "kept": sorted(kept),
+        "weights": {name: state[name].double().sum().item() for name in names},
+    }
+
+
+def main() -> None:
+    """Run the tables; rank 0 writes what it found after each model."""
+    tables, path = sys.argv[1:]
+    torch.set_num_threads(1)
+    trace_once()
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name, table in json.loads(tables).items():
+        model, batch = build(name, torch.float32)
+        PLANS.clear()
+        RIGHT.clear()
+        results[name] = [{"settings": dict(settings), **run(model, batch, dict(settings))} for settings in table]
+        if os.environ["RANK"] == "0":
+            Path(path).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
