@@ -39,7 +39,7 @@ from autopart import Estimate, Mesh, PartitionError, Plan, timeline
 from autopart.cost.collectives import collective_seconds, merged_seconds
 from autopart.cost.compute import stream_rate_seconds
 from autopart.cost.training_state import Training, turns, update_seconds
-from autopart.plan.data import PlanRun, PlanStage
+from autopart.plan.data import PlanSegment, PlanStage
 from benchmarks.fit import Collectives, Fabric, Fitted, Profile, refits
 from benchmarks.published import Bench, Published, read
 from benchmarks.reserved import reserved
@@ -216,7 +216,7 @@ def sharing_seconds(plan: Plan) -> float:
     return stage.sync_seconds - update + fsdp(plan, stage)[0]
 
 
-def blocks_of(run: PlanRun) -> bool:
+def blocks_of(run: PlanSegment) -> bool:
     """Whether a run is of numbered blocks."""
     return run.labels[0].rpartition(".")[2].isdigit()
 

@@ -19,7 +19,7 @@ from autopart.hardware.mesh import Mesh
 from autopart.passes.source import Source
 from autopart.plan.data import Plan
 from autopart.plan.estimate import Estimate
-from autopart.planner.branch_and_bound import Say, silent
+from autopart.planner.branch_and_bound import OnProgress, silent
 from autopart.planner.make_plan import make_plan, request_of
 from autopart.planner.validate import validate
 from autopart.runtime.compiled import Compiled
@@ -50,7 +50,7 @@ def plan(
     nodes: int | None = None,
     exact: bool = False,
     constraints: Sequence[str] = (),
-    say: Say = silent,
+    say: OnProgress = silent,
 ) -> Plan:
     """Find the fastest way to train `model` on `mesh` that fits its memory. Needs no devices and no memory: the model
     may be on meta.

@@ -9,7 +9,7 @@ from torch import nn
 
 from autopart.frontend.batch import DTYPES, Batch
 from autopart.ir.graph import info
-from autopart.ir.layered_graph import Folded
+from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.emit import emit
 from autopart.passes.partition import localise
 from autopart.passes.source import Source
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     pass
 
 
-def programs(folded: Folded, plan: Plan, indices: Iterable[int] | None = None) -> list[Program]:
+def programs(folded: LayeredGraph, plan: Plan, indices: Iterable[int] | None = None) -> list[Program]:
     """What the stages (those of `indices`, else all) run."""
     stages = stage_graphs(folded, plan)
     messages = [Message(c.name, c.producer, c.consumers, c.shape, c.dtype, c.grad) for s in stages for c in s.sent]
@@ -52,7 +52,7 @@ def sources(model: nn.Module, batch: Batch, plan: Plan) -> list[str]:
     return [emit_stage(stage, plan, folded.traced.classes) for stage in stage_graphs(folded, plan)]
 
 
-def stage_graphs(folded: Folded, plan: Plan) -> list[StageGraph]:
+def stage_graphs(folded: LayeredGraph, plan: Plan) -> list[StageGraph]:
     """Every stage's graph under a plan."""
     return localise(folded, choices_of(plan))
 
@@ -67,7 +67,7 @@ def _tied(stages: list[StageGraph]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(at) for name, at in where.items() if len(at) > 1}
 
 
-def _sample_axes(folded: Folded, plan: Plan) -> tuple[str, ...]:
+def _sample_axes(folded: LayeredGraph, plan: Plan) -> tuple[str, ...]:
     """The axes over which a batch's samples are split."""
     inputs = [n for n in folded.representatives() if info(n).kind == "input"]
     return tuple(

@@ -16,14 +16,14 @@ from autopart.cost.sizes import Path, as_kept, paths
 from autopart.cost.training_state import Training
 from autopart.hardware.rows import Link
 from autopart.sharding.notation import G, R
-from autopart.sharding.strategy_table import Flow, Keep, Placements
+from autopart.sharding.strategy_table import Placements, SavedTensor, ValueUses
 
 MODES = ("none", "selective", "full")
 """What a block keeps for its backward: everything; its inputs and what its matrix products give; its inputs alone."""
 
 
 @dataclass(frozen=True)
-class Item:
+class PerStageOnce:
     """What a stage pays once if it has any of the positions: seconds forward and backward, bytes kept per micro-batch,
     bytes of parameters, gradients and optimizer states, seconds of gradient sync, bytes of the largest tensor; bytes
     `entered` are what several blocks take, kept where one of them is run again; `stepping` as in Weighed, `summed` and
@@ -58,7 +58,7 @@ class Crossings:
 
 
 @dataclass
-class Weighed:
+class PositionCosts:
     """What a choice costs at every position, per micro-batch.
 
     forward, backward  seconds, nothing run again
@@ -94,7 +94,7 @@ class Weighed:
     stepping: Array
     training: Training
     alone: NDArray[np.bool_]
-    items: list[Item] = field(default_factory=list)
+    items: list[PerStageOnce] = field(default_factory=list)
     crossings: list[Crossings] = field(default_factory=list)
 
     def alive(self, modes: Any, first: bool) -> Array:
@@ -106,19 +106,19 @@ class Weighed:
         return np.select([modes == 0, modes == 1], [backward, selective], backward + whole)
 
 
-def nothing_weighed(prices: Prices) -> Weighed:
+def nothing_weighed(prices: Prices) -> PositionCosts:
     """Of all positions."""
     n = len(prices.sizes.table.labels)
     forward, backward, entered, products, wide, sync, beside, largest, stepping = (np.zeros(n) for _ in range(9))
     again, kept, parts, summed = (np.zeros((3, n)) for _ in range(4))
     in_backward = np.zeros((2, n))
-    return Weighed(
+    return PositionCosts(
         forward, backward, again, kept, entered, products, wide, parts, sync, beside, largest, in_backward, summed,
         stepping, prices.terms.training, prices.sizes.alone,
     )  # fmt: skip
 
 
-def weigh(prices: Prices, chosen: Sequence[int], link: Link | None) -> Weighed:
+def weigh(prices: Prices, chosen: Sequence[int], link: Link | None) -> PositionCosts:
     """Price a choice (the index of every node's option); `link` is the one between stages, None where there is one."""
     table = prices.sizes.table
     at = prices.sizes.first[:-1] + np.array(chosen)
@@ -135,7 +135,7 @@ def weigh(prices: Prices, chosen: Sequence[int], link: Link | None) -> Weighed:
     return found
 
 
-def _weigh_nodes(found: Weighed, prices: Prices, at: NDArray[np.int_]) -> None:
+def _weigh_nodes(found: PositionCosts, prices: Prices, at: NDArray[np.int_]) -> None:
     """Operators, by the class of their run."""
     table = prices.sizes.table
     groups, where = np.array([n.group for n in table.nodes]), np.array(table.group)
@@ -156,11 +156,11 @@ def _weigh_nodes(found: Weighed, prices: Prices, at: NDArray[np.int_]) -> None:
         seconds = float(prices.forward[i]), float(prices.backward[i])
         for users in places:
             found.items.append(
-                Item(users, *seconds, float(prices.inner[i]), largest=float(prices.in_backward[1, i] / 2))
+                PerStageOnce(users, *seconds, float(prices.inner[i]), largest=float(prices.in_backward[1, i] / 2))
             )
 
 
-def _weigh_parameters(found: Weighed, prices: Prices, at: NDArray[np.int_]) -> None:
+def _weigh_parameters(found: PositionCosts, prices: Prices, at: NDArray[np.int_]) -> None:
     for index, places in prices.sizes.table.state.items():
         i = at[index]
         own, every = prices.sizes.holders[index]
@@ -176,14 +176,14 @@ def _weigh_parameters(found: Weighed, prices: Prices, at: NDArray[np.int_]) -> N
             if len(positions) > 1:
                 sync = float(prices.sync[i] + found.training.backwards * prices.beside[i])
                 held, stepping, waiting = prices.parts[i].tolist(), float(prices.stepping[i]), float(prices.waiting[i])
-                shared = Item(
+                shared = PerStageOnce(
                     positions, parts=tuple(held), sync=sync, stepping=stepping, summed=summed, waiting=waiting
                 )
                 found.items.append(shared)
 
 
 def _weigh_flow(
-    found: Weighed, prices: Prices, chosen: Sequence[int], index: int, flow: Flow, link: Link | None
+    found: PositionCosts, prices: Prices, chosen: Sequence[int], index: int, flow: ValueUses, link: Link | None
 ) -> None:
     """The changes of a value's placement, what blocks take of it, and what sending it costs."""
     sizes, table = prices.sizes, prices.sizes.table
@@ -204,7 +204,7 @@ def _weigh_flow(
         if at[0] < 0 or (flow.several and not summed):
             for needed in flow.needed:
                 positions = tuple(sorted({p for use in uses for p in needed[use]}))
-                found.items.append(Item(positions, forward, backward, largest=float(prices.after[i])))
+                found.items.append(PerStageOnce(positions, forward, backward, largest=float(prices.after[i])))
             continue
         np.add.at(found.forward, at, forward)
         np.add.at(found.backward, at, backward)
@@ -224,7 +224,7 @@ def _weigh_flow(
                 taking = {p for use, where in spots.items() if wants[use] == placed for p in where}
                 enters = tuple(sorted(p for p in taking if p not in (home, -1) and table.block[p]))
                 if enters:
-                    found.items.append(Item(enters, entered=held(placed)))
+                    found.items.append(PerStageOnce(enters, entered=held(placed)))
     else:
         blocks = outside & np.array(table.block)[users]
         np.add.at(found.entered, users[blocks], held(wants[flow.uses[0]] if summed else have))
@@ -232,7 +232,7 @@ def _weigh_flow(
     found.crossings += _crossings(flow, held(taken if summed else have), value.grad, link)
 
 
-def _crossings(flow: Flow, size: float, grad: bool, link: Link | None) -> Iterator[Crossings]:
+def _crossings(flow: ValueUses, size: float, grad: bool, link: Link | None) -> Iterator[Crossings]:
     """Where a value of a size crosses cuts."""
     seconds = float(p2p_seconds(size, link)) * (1 + grad) if link is not None else 0.0
     if not flow.several:
@@ -260,7 +260,7 @@ def least_crossings(prices: Prices, link: Link | None) -> list[Crossings]:
     return found
 
 
-def _weigh_keep(found: Weighed, prices: Prices, chosen: Sequence[int], index: int, keep: Keep) -> None:
+def _weigh_keep(found: PositionCosts, prices: Prices, chosen: Sequence[int], index: int, keep: SavedTensor) -> None:
     placed = {
         keeper: options[chosen[keep.root if keeper[1] == -2 else keeper[0]]]
         for keeper, options in zip(dict.fromkeys(keep.keepers), prices.sizes.keeps[index], strict=True)
@@ -274,10 +274,10 @@ def _weigh_keep(found: Weighed, prices: Prices, chosen: Sequence[int], index: in
             continue
         for spots in keep.spots:
             positions = tuple(sorted({p for keeper, where in spots.items() if placed[keeper] == kind for p in where}))
-            found.items.append(Item(positions, kept=held))
+            found.items.append(PerStageOnce(positions, kept=held))
 
 
-def _weigh_wide(found: Weighed, prices: Prices, chosen: Sequence[int], keep: Keep) -> None:
+def _weigh_wide(found: PositionCosts, prices: Prices, chosen: Sequence[int], keep: SavedTensor) -> None:
     """What of a memory is gathered again, at every position that does so once."""
     nodes, wide = prices.sizes.table.nodes, dict[int, Placements]()
     for i, (node, operand) in enumerate(keep.keepers):

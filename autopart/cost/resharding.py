@@ -8,10 +8,10 @@ from autopart.cost.collectives import COLLECTIVES
 from autopart.cost.compute import with_launch
 from autopart.hardware.mesh import Group
 from autopart.hardware.rows import Device
-from autopart.sharding.resharding import Relayout
+from autopart.sharding.resharding import Reshard
 
 
-def row_seconds(row: Relayout, nbytes: Any, group: Group, grad: bool, device: Device) -> tuple[Any, Any]:
+def row_seconds(row: Reshard, nbytes: Any, group: Group, grad: bool, device: Device) -> tuple[Any, Any]:
     """Seconds, forward and backward, to change a tensor (or an array of them) of `nbytes` bytes (whole along this
     axis). What costs nothing forward or backward is still one kernel."""
     pace = device.measured.pace if device.measured else 1.0

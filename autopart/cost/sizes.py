@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from autopart.cost.compute import LOSS, NO_SIZES, SPLIT_LOSS, Array, bytes_of_backward, largest_of
 from autopart.sharding.notation import kept_as
-from autopart.sharding.resharding import Relayout, Step
-from autopart.sharding.strategy_table import Chain, Keep, Node, Placements, Table, Value
+from autopart.sharding.resharding import Reshard, Step
+from autopart.sharding.strategy_table import Chain, Node, Placements, SavedTensor, StrategyTable, Value
 
 Path = tuple[Placements, ...]
 """What a value passes through on the way to a placement."""
@@ -38,7 +38,7 @@ class Sizes:
     kept      (keep, placement) -> index of every memory that can be kept
     """
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: StrategyTable) -> None:
         self.table = table
         self.first = np.cumsum([0, *(len(n.options) for n in table.nodes)])
         options = [(n, o) for n in table.nodes for o in range(len(n.options))]
@@ -61,7 +61,7 @@ class Sizes:
             for (have, _), chain in flow.chains.items():
                 for key, step in zip(paths(chain), chain, strict=True):
                     self.changes[index, have, key] = step, value
-        self.kinds: dict[tuple[str, Relayout, bool], list[int]] = {}
+        self.kinds: dict[tuple[str, Reshard, bool], list[int]] = {}
         for i, (step, value) in enumerate(self.changes.values()):
             self.kinds.setdefault((table.axes[step.axis], step.row, value.grad), []).append(i)
         self.whole = np.array([self._whole(s, v) for s, v in self.changes.values()]).reshape(-1, 4)
@@ -122,7 +122,7 @@ class Sizes:
         """A value's bytes on a rank."""
         return self._cut(value.bytes, value.batch, [p.kind == "S" for p in placed])
 
-    def _keeps(self, keep: Keep, node: int, operand: int) -> list[Placements]:
+    def _keeps(self, keep: SavedTensor, node: int, operand: int) -> list[Placements]:
         user, root = self.table.nodes[node], self.table.nodes[keep.root]
         if operand == -2:
             return [as_kept(root.given(o)) for o in range(len(root.options))]
@@ -208,7 +208,7 @@ class Sizes:
         split = [p.kind == "S" and (part or i != step.axis) for i, p in enumerate(step.before)]
         return self._cut(value.bytes, value.batch, split)
 
-    def root(self, keep: Keep, placed: Placements) -> Array:
+    def root(self, keep: SavedTensor, placed: Placements) -> Array:
         values = self.table.nodes[keep.root].values
         return np.array([self.four(v, placed) for v in values]).sum(0)
 

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from autopart.cost.compute import Array
 from autopart.cost.intervals import NEVER, following, has, maxima, place, spans, sums
-from autopart.cost.position_costs import MODES, Item, Weighed
+from autopart.cost.position_costs import MODES, PerStageOnce, PositionCosts
 
 
 @dataclass
-class Moments:
+class TransientPeaks:
     """Bytes of every range that exist for a moment of a backward besides what is held, less what is gone by then or not
     there yet.
 
@@ -28,7 +28,9 @@ class Moments:
     early: Array
 
 
-def moments(found: Weighed, allowed: Sequence[tuple[str, ...]], block: Sequence[bool], begins: bool) -> Moments:
+def moments(
+    found: PositionCosts, allowed: Sequence[tuple[str, ...]], block: Sequence[bool], begins: bool
+) -> TransientPeaks:
     """Of a weighed choice, in the backward that `begins` a step or another. `allowed` says which of MODES every
     position may do."""
     rows = list(zip(allowed, block, strict=True))
@@ -46,7 +48,7 @@ def moments(found: Weighed, allowed: Sequence[tuple[str, ...]], block: Sequence[
     return result
 
 
-def _at_once(found: Weighed, begins: bool, *modes: NDArray[np.int_]) -> Array:
+def _at_once(found: PositionCosts, begins: bool, *modes: NDArray[np.int_]) -> Array:
     """The most that exists at every position, if it does as one of MODES says, by any of some choices of them."""
     training, (summed, most, _) = found.training, found.summed
     backward = training.gathered(summed) + np.maximum.reduce([found.alive(mode, begins) for mode in modes])
@@ -60,9 +62,9 @@ def _furthest(modes: Sequence[str], furthest: int) -> int:
 
 
 def _over_ranges(
-    found: Weighed, mixed: Sequence[Array], alike: Sequence[Array], held: Sequence[Array], block: Sequence[bool],
+    found: PositionCosts, mixed: Sequence[Array], alike: Sequence[Array], held: Sequence[Array], block: Sequence[bool],
     begins: bool,
-) -> Moments:  # fmt: skip
+) -> TransientPeaks:  # fmt: skip
     """Of every range the most of every position's, as far as blocks are run again, where they may do differently
     (`mixed`) and where they do alike, when they keep `held`: with gradients that wait, less what is not there then.
     What later positions kept, of blocks only where they do alike, is gone when a position's backward runs, and in the
@@ -92,10 +94,10 @@ def _over_ranges(
     for item in found.items:
         if item.largest:
             early = np.maximum(early, has(item.positions, n) * 2 * item.largest - later)
-    return Moments(np.array(late), np.array(same), early)
+    return TransientPeaks(np.array(late), np.array(same), early)
 
 
-def _waiting(items: Sequence[Item], n: int) -> tuple[NDArray[np.int_], Array]:
+def _waiting(items: Sequence[PerStageOnce], n: int) -> tuple[NDArray[np.int_], Array]:
     """Of every range the last position that reads a parameter which an earlier one reads too, and bytes of the
     gradients of all such."""
     starts, ends = spans(n)

@@ -29,7 +29,7 @@ from autopart.errors import PartitionError
 from autopart.frontend.autograd_functions import CustomFunction
 from autopart.frontend.functionalize import functional
 from autopart.frontend.inputs import main_dtype
-from autopart.frontend.layer_sampling import Dropped, Shortened
+from autopart.frontend.layer_sampling import Dropped, SampledLayers
 from autopart.frontend.torch_private import FakeTensor, FakeTensorMode, lazy_graph_modules
 from autopart.ir.ctc import ctc_loss
 
@@ -47,7 +47,7 @@ def export(
     model: nn.Module,
     inputs: Mapping[str, Any],
     dtype: torch.dtype | None,
-    shortened: Sequence[Shortened] = (),
+    shortened: Sequence[SampledLayers] = (),
 ) -> torch.export.ExportedProgram:
     """Export the forward pass of a copy of the model whose tensors are fake, and whose lists of blocks end where
     `shortened` says. Raises PartitionError with the user's line and, where another attention of transformers can be
@@ -73,7 +73,7 @@ def _export(
     model: nn.Module,
     inputs: Mapping[str, Any],
     dtype: torch.dtype | None,
-    shortened: Sequence[Shortened] = (),
+    shortened: Sequence[SampledLayers] = (),
     attention: str = "",
     drawn: float | None = None,
 ) -> torch.export.ExportedProgram:
@@ -216,7 +216,7 @@ def _drawing(value: float) -> Iterator[None]:
 
 
 def _never_matters(
-    model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype | None, shortened: Sequence[Shortened]
+    model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype | None, shortened: Sequence[SampledLayers]
 ) -> bool:
     """Whether the trace is the same for the least and the largest number that can be drawn, as with layerdrop 0."""
     least, largest = (_export(model, inputs, dtype, shortened, drawn=value) for value in (0.0, 1.0 - 2.0**-53))
@@ -271,7 +271,7 @@ def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
 
 
 def _skeleton(
-    model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None, shortened: Sequence[Shortened]
+    model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None, shortened: Sequence[SampledLayers]
 ) -> nn.Module:
     """A copy of the model whose tensors are fake: the same structure and tied weights, no memory; without the blocks
     that `shortened` drops. Parameters of its main dtype are of `dtype`, if one is given; others keep theirs."""

@@ -25,7 +25,7 @@ PLAIN = (str, int, float, bool, complex, bytes, type(None), torch.dtype, torch.d
 
 
 @dataclass(frozen=True)
-class Shortened:
+class SampledLayers:
     """A list of blocks that a trace holds only the first of.
 
     path     of the list, "model.layers";  blocks: how many it has
@@ -62,7 +62,7 @@ class Shortened:
         return f"{self.path}.{index + by}{name[len(f'{self.path}.{index}') :]}"
 
 
-def shortenable(model: nn.Module) -> tuple[Shortened, ...]:
+def shortenable(model: nn.Module) -> tuple[SampledLayers, ...]:
     """The lists of blocks that may be shortened, in the model's order."""
     found = []
     kinds_of = _Kinds(model)
@@ -77,12 +77,12 @@ def shortenable(model: nn.Module) -> tuple[Shortened, ...]:
     return tuple(found)
 
 
-def _shortest(path: str, kinds: Sequence[object]) -> Shortened | None:
+def _shortest(path: str, kinds: Sequence[object]) -> SampledLayers | None:
     """The list of blocks of these kinds, with the start and period that keep least."""
     every = []
     for period in range(1, LONGEST_PERIOD + 1):
         start = max((i + 1 for i in range(len(kinds) - period) if kinds[i] != kinds[i + period]), default=0)
-        every.append(Shortened(path, len(kinds), start, period))
+        every.append(SampledLayers(path, len(kinds), start, period))
     return min(every, key=lambda short: short.kept, default=None)
 
 
@@ -203,15 +203,15 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-class Unlike(Exception):
+class UnlikeLayers(Exception):
     """A list of blocks that a few of them do not stand for."""
 
-    def __init__(self, short: Shortened, why: str) -> None:
+    def __init__(self, short: SampledLayers, why: str) -> None:
         super().__init__(f"{short.path}: {why}")
         self.short = short
 
 
-def longer(shortened: Sequence[Shortened], unlike: Shortened) -> tuple[Shortened, ...]:
+def longer(shortened: Sequence[SampledLayers], unlike: SampledLayers) -> tuple[SampledLayers, ...]:
     """What to try next where one list was not like its first periods: four, of which the first and the last may be
     different; then all."""
     again = replace(unlike, windows=4) if unlike.windows < 4 else None

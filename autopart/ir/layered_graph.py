@@ -16,7 +16,7 @@ from autopart.ir.graph import Traced, info, is_pick, value_of
 
 
 @dataclass
-class Run:
+class Segment:
     """Consecutive nodes that stay together."""
 
     label: str
@@ -28,7 +28,7 @@ class Run:
 
 
 @dataclass(eq=False)
-class Folded:
+class LayeredGraph:
     """The graph in runs.
 
     free      nodes that carry no gradient and need no run's values: recomputed wherever they are needed
@@ -42,7 +42,7 @@ class Folded:
     """
 
     traced: Traced
-    runs: list[Run]
+    runs: list[Segment]
     free: list[fx.Node]
     same: dict[fx.Node, fx.Node]
     count: Counter[fx.Node]
@@ -143,7 +143,7 @@ class Folded:
         return total.hexdigest()[:16]
 
 
-def _text(run: Run, prints: Fingerprints) -> str:
+def _text(run: Segment, prints: Fingerprints) -> str:
     """What a run computes, with local numbers for names."""
     tokens: dict[fx.Node, tuple[Any, ...]] = {node: ("external", i) for i, node in enumerate(run.externals)}
     total = hashlib.sha256()
@@ -166,7 +166,7 @@ def node_keys(nodes: Iterable[fx.Node]) -> dict[fx.Node, str]:
     return keys
 
 
-def own_values(run: Run) -> list[fx.Node]:
+def own_values(run: Segment) -> list[fx.Node]:
     """What belongs to a run's block alone but is made in no run: its parameters, its buffers, what it makes of them
     and of inputs."""
     found = dict.fromkeys(p for p in used_parameters(run) if is_own_name(info(p).name, run.label))
@@ -184,7 +184,7 @@ def parameters_of(node: fx.Node) -> list[fx.Node]:
     return [n for n in node.all_input_nodes if info(n).kind == "parameter"]
 
 
-def crossing(folded: Folded) -> list[list[tuple[fx.Node, int]]]:
+def crossing(folded: LayeredGraph) -> list[list[tuple[fx.Node, int]]]:
     """For every place between run i-1 and run i: the values made before it that are needed after it."""
     run_of = folded.run_of()
     last: dict[tuple[fx.Node, int], int] = {}
@@ -199,6 +199,6 @@ def crossing(folded: Folded) -> list[list[tuple[fx.Node, int]]]:
     ]
 
 
-def used_parameters(run: Run) -> list[fx.Node]:
+def used_parameters(run: Segment) -> list[fx.Node]:
     """The parameters a run reads, each once."""
     return list(dict.fromkeys(p for n in run.nodes for p in parameters_of(n)))

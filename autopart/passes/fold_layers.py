@@ -14,25 +14,25 @@ from torch import fx
 
 from autopart.ir.fingerprint import Fingerprints, Token, is_own, parameter_token
 from autopart.ir.graph import Traced, calls, info, loss_of
-from autopart.ir.layered_graph import Folded, Run, node_keys, parameters_of
+from autopart.ir.layered_graph import LayeredGraph, Segment, node_keys, parameters_of
 from autopart.ir.random_ops import relative
 
 
-def fold(traced: Traced) -> Folded:
+def fold(traced: Traced) -> LayeredGraph:
     """Find the runs and their classes."""
     graph = traced.graph
     free = _free(graph)
-    runs: list[Run] = []
+    runs: list[Segment] = []
     for node in calls(graph):
         if node in free:
             continue
         label = info(node).layer or info(node).module
         if not runs or runs[-1].label != label:
-            runs.append(Run(label, []))
+            runs.append(Segment(label, []))
         runs[-1].nodes.append(node)
     _merge_returning(runs)
     same: dict[fx.Node, fx.Node] = {}
-    classes: dict[Any, tuple[int, Run]] = {}
+    classes: dict[Any, tuple[int, Segment]] = {}
     prints = Fingerprints(graph, traced.micro_batch)
     for run in runs:
         signature = _signature(run)
@@ -49,7 +49,7 @@ def fold(traced: Traced) -> Folded:
     for node in list(same):
         while same[node] is not same[same[node]]:
             same[node] = same[same[node]]
-    return Folded(
+    return LayeredGraph(
         traced,
         runs,
         [n for n in graph.nodes if n in free],
@@ -86,7 +86,7 @@ def _free(graph: fx.Graph) -> set[fx.Node]:
     return free
 
 
-def _merge_returning(runs: list[Run]) -> None:
+def _merge_returning(runs: list[Segment]) -> None:
     """A layer left and entered again (code between its parts) is one run where order allows it: the nodes in
     between join it. What is no layer may come again anywhere: the dropout before and after all layers."""
     i = 0
@@ -100,7 +100,7 @@ def _merge_returning(runs: list[Run]) -> None:
         i += 1
 
 
-def _signature(run: Run) -> tuple[Any, ...]:
+def _signature(run: Segment) -> tuple[Any, ...]:
     """What the run computes, with local numbers for names; sets its externals."""
     local: dict[fx.Node, tuple[str, Any]] = {n: ("node", i) for i, n in enumerate(run.nodes)}
     externals: list[fx.Node] = []

@@ -27,12 +27,12 @@ from autopart.cost.compute import again_of, kind_of, peak_of
 from autopart.errors import PartitionError
 from autopart.hardware.rows import Device
 from autopart.ir.graph import Info, has_gradient, info, operands, shape_args, value_of
-from autopart.ir.layered_graph import Folded
+from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.value_positions import Write, places_of
 from autopart.sharding.notation import AGAIN, C, G, Placement, R, S, splits
 from autopart.sharding.resharding import possible, steps
 from autopart.sharding.rules import Strategy, is_contraction, strategies
-from autopart.sharding.strategy_table import Flow, Node, Placements, Table, Value
+from autopart.sharding.strategy_table import Node, Placements, StrategyTable, Value, ValueUses
 
 END = "loss"
 """The key of the pseudo-node that takes the loss, whole on every rank."""
@@ -40,7 +40,7 @@ END = "loss"
 Hints = Mapping[tuple[fx.Node, int], set[Placement]]
 
 
-def formulate(folded: Folded, device: Device, tp: int, forced: bool = False) -> Table:
+def formulate(folded: LayeredGraph, device: Device, tp: int, forced: bool = False) -> StrategyTable:
     """The table for `tp` ranks along the tensor-parallel axis and any number along the data-parallel one. With
     `forced`, every product's weights have to be split over `tp`; PartitionError where none can be."""
     axes = ("dp", "tp") if tp > 1 else ("dp",)
@@ -50,13 +50,13 @@ def formulate(folded: Folded, device: Device, tp: int, forced: bool = False) -> 
 class _Builder:
     """Writes nodes with their strategies, and flows with the changes between them."""
 
-    def __init__(self, folded: Folded, device: Device, axes: tuple[str, ...], tp: int, forced: bool) -> None:
+    def __init__(self, folded: LayeredGraph, device: Device, axes: tuple[str, ...], tp: int, forced: bool) -> None:
         self.folded, self.device, self.axes, self.tp, self.forced = folded, device, axes, tp, forced
         self.places = places_of(folded)
         self.run_of = folded.run_of()
         self.nodes: list[Node] = []
 
-    def table(self) -> Table:
+    def table(self) -> StrategyTable:
         folded, places = self.folded, self.places
         hints = _hints(folded, places.nodes, self.tp)
         self.nodes = [self._node(node, hints) for node in places.nodes]
@@ -66,7 +66,7 @@ class _Builder:
         self.nodes.append(Node(END, "end", [(Strategy("R", (R,), ()),) * len(self.axes)], []))
         inputs = [i for i, n in enumerate(places.nodes) if info(n).kind == "input"]
         written = [[write.buffer, len(places.nodes) + i] for i, write in enumerate(places.writes)]
-        return Table(
+        return StrategyTable(
             axes=self.axes,
             tp=self.tp,
             nodes=self.nodes,
@@ -149,7 +149,7 @@ class _Builder:
         reads: list[tuple[int, int] | None] = [(write.buffer, 0), write.taken]
         return Node(f"{known.key}/update", "op", options, known.values, reads, [0, 1], group=write.group)
 
-    def _chains(self, flow: Flow) -> Flow:
+    def _chains(self, flow: ValueUses) -> ValueUses:
         """Fill in the changes of placement that are possible."""
         source = self.nodes[flow.source]
         grad = source.values[flow.output].grad
@@ -164,7 +164,7 @@ class _Builder:
             self._let_through(flow)
         return flow
 
-    def _let_through(self, flow: Flow) -> None:
+    def _let_through(self, flow: ValueUses) -> None:
         """Leave out changes before a view of the same size that can take the value as it is made: the same change
         behind the view costs as much."""
         ((node, operand),) = flow.uses
@@ -199,7 +199,7 @@ def _bytes(record: Info, output: int) -> float:
     return size
 
 
-def _hints(folded: Folded, nodes: list[fx.Node], size: int) -> Hints:
+def _hints(folded: LayeredGraph, nodes: list[fx.Node], size: int) -> Hints:
     """Placements that consumers would like, walked from the end: with parts, as a fused q, k, v product learns from the
     split behind it; gathered again, as a view learns from the product behind it."""
     hints: dict[tuple[fx.Node, int], set[Placement]] = defaultdict(set)

@@ -14,10 +14,19 @@ from torch import fx
 
 from autopart.cost.compute import again_of
 from autopart.ir.graph import KEY, Info, info, is_pick, loss_of, operands, updates_of, value_of
-from autopart.ir.layered_graph import Folded
+from autopart.ir.layered_graph import LayeredGraph
 from autopart.ir.random_ops import Stream
 from autopart.passes.sharded_calls import Call, instead
-from autopart.passes.stage_graph import SETUP, SETUP_RUN, Choices, Crossing, Kept, Placements, StageGraph, Value
+from autopart.passes.stage_graph import (
+    PRELUDE,
+    PRELUDE_SEGMENT,
+    Crossing,
+    Kept,
+    Placements,
+    ShardingAssignment,
+    StageGraph,
+    Value,
+)
 from autopart.sharding.notation import P, Placement, R, kept_as
 from autopart.sharding.resharding import runtime_function, steps
 from autopart.sharding.rules import Shape, Strategy, flatten, is_contraction, local_args
@@ -25,7 +34,9 @@ from autopart.sharding.rules import Shape, Strategy, flatten, is_contraction, lo
 Uses = dict[Value, list[tuple[fx.Node, int]]]
 
 
-def localise(folded: Folded, choices: Choices, indices: Iterable[int] | None = None) -> list[StageGraph]:
+def localise(
+    folded: LayeredGraph, choices: ShardingAssignment, indices: Iterable[int] | None = None
+) -> list[StageGraph]:
     """Cut the graph into stages and rewrite each (those of `indices`, else all) for one rank."""
     stage_of = _stages(folded, choices)
     uses = _uses(folded)
@@ -34,7 +45,7 @@ def localise(folded: Folded, choices: Choices, indices: Iterable[int] | None = N
     return [_Localiser(folded, choices, stage_of, crossings, uses, s).run() for s in wanted]
 
 
-def _stages(folded: Folded, choices: Choices) -> dict[fx.Node, int]:
+def _stages(folded: LayeredGraph, choices: ShardingAssignment) -> dict[fx.Node, int]:
     ends = (*choices.starts[1:], len(folded.runs))
     return {
         node: stage
@@ -44,7 +55,7 @@ def _stages(folded: Folded, choices: Choices) -> dict[fx.Node, int]:
     }
 
 
-def _uses(folded: Folded) -> Uses:
+def _uses(folded: LayeredGraph) -> Uses:
     """Every value's uses: (operator, operand)."""
     uses: Uses = defaultdict(list)
     for node in folded.traced.graph.nodes:
@@ -56,7 +67,7 @@ def _uses(folded: Folded) -> Uses:
 
 
 def _crossings(
-    folded: Folded, choices: Choices, stage_of: Mapping[fx.Node, int], uses_of: Uses
+    folded: LayeredGraph, choices: ShardingAssignment, stage_of: Mapping[fx.Node, int], uses_of: Uses
 ) -> dict[Value, tuple[Crossing, Placements]]:
     """The values that cross cuts, with the placement they cross in: as made, but partial sums only where a user takes
     them as such."""
@@ -87,8 +98,8 @@ class _Localiser:
 
     def __init__(
         self,
-        folded: Folded,
-        choices: Choices,
+        folded: LayeredGraph,
+        choices: ShardingAssignment,
         stage_of: Mapping[fx.Node, int],
         crossings: Mapping[Value, tuple[Crossing, Placements]],
         uses: Uses,
@@ -99,7 +110,7 @@ class _Localiser:
         self.made: dict[tuple[Value, Placements], fx.Node] = {}
         self.moved: dict[tuple[fx.Node, Placements, int], fx.Node] = {}
         self.streams: dict[str, fx.Node] = {}
-        self.runs: dict[int, tuple[str, list[fx.Node]]] = {SETUP_RUN: (SETUP, [])}
+        self.runs: dict[int, tuple[str, list[fx.Node]]] = {PRELUDE_SEGMENT: (PRELUDE, [])}
         self.uses = uses
         self.run_of = run_of = folded.run_of()
         self.home = {n: run_of[n] if n in run_of and stage_of[n] == index else -1 for n in folded.same}
@@ -190,7 +201,7 @@ class _Localiser:
 
     def _several(self, value: Value) -> bool:
         """Whether several runs of the model use a value."""
-        return len({self.run_of.get(user, SETUP_RUN) for user, _ in self.uses[value]}) > 1
+        return len({self.run_of.get(user, PRELUDE_SEGMENT) for user, _ in self.uses[value]}) > 1
 
     def _local(self, shape: Shape, placements: Placements) -> Shape:
         return self.choices.local(shape, placements)
@@ -218,7 +229,7 @@ class _Localiser:
     def _add(self, run: int, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], record: Info) -> fx.Node:
         node = self.stage.graph.call_function(target, args, kwargs)
         node.meta[KEY] = record
-        label = self.folded.runs[run].label if run >= 0 else SETUP
+        label = self.folded.runs[run].label if run >= 0 else PRELUDE
         self.runs.setdefault(run, (label, []))[1].append(node)
         return node
 

@@ -21,7 +21,7 @@ BY_FUNCTION = {f"runtime.{row.function}": row for row in RELAYOUTS.values()}
 
 
 @dataclass(frozen=True)
-class PricedRun:
+class PricedSegment:
     """A run of a stage: its label, seconds forward and backward for one micro-batch, and its lines; `again` is what it
     adds where all of it is run again, `cheap` where all but matrix products is."""
 
@@ -41,7 +41,7 @@ class Prices:
     axes: Mapping[str, Group]
 
 
-def price(stage: StageGraph, prices: Prices) -> list[PricedRun]:
+def price(stage: StageGraph, prices: Prices) -> list[PricedSegment]:
     """Price every run of a stage."""
     computed = _computed([n for _, nodes in stage.runs for n in nodes], prices.device)
     runs = []
@@ -66,7 +66,7 @@ def price(stage: StageGraph, prices: Prices) -> list[PricedRun]:
                     record.source,
                 )
             )
-        runs.append(PricedRun(label, forward, backward, again, cheap, tuple(lines)))
+        runs.append(PricedSegment(label, forward, backward, again, cheap, tuple(lines)))
     return runs
 
 

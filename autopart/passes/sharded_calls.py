@@ -68,8 +68,8 @@ def _embedding(call: Call) -> Instead | None:
 
 
 def _experts(call: Call) -> Instead:
-    axis = call.axis_of("expert_linear")
-    return "expert_linear", (*call.args, axis) if axis else call.args, {}
+    axis = call.axis_of("grouped_linear")
+    return "grouped_linear", (*call.args, axis) if axis else call.args, {}
 
 
 def _where(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -94,7 +94,7 @@ def _uniform(call: Call) -> Instead:
 TABLE: dict[str, Callable[[Call], Instead | None]] = {
     "aten.cross_entropy_loss": _loss,
     "aten.embedding": _embedding,
-    "autopart.expert_linear": _experts,
+    "autopart.grouped_linear": _experts,
     "autopart.dropout": _dropout,
     "autopart.uniform": _uniform,
     "autopart.uniform_of": _uniform,

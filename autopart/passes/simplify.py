@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from autopart.ir.expert_ops import expert_linear
+from autopart.ir.expert_ops import grouped_linear
 from autopart.ir.graph import Traced, call_args, calls, info, is_pick, loss_of, new_call
 from autopart.passes.constant_values import Constants
 
@@ -152,7 +152,7 @@ def _experts(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | 
             continue
         weights, ids = index[0], index[1][0]
         if len(info(weights).shape) == 3 and len(info(ids).shape) == 1:
-            return new_call(graph, expert_linear, (spread[0], weights, ids, transposed), node)
+            return new_call(graph, grouped_linear, (spread[0], weights, ids, transposed), node)
     return None
 
 

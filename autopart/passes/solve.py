@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from autopart.cost.compute import Array
 from autopart.cost.sizes import Sizes, paths
-from autopart.sharding.strategy_table import Flow, Placements
+from autopart.sharding.strategy_table import Placements, ValueUses
 
 UNIT, DEAREST = 1e3, 1e2
 """About what a solution costs in the solver's unit, and how many times that a single price may be."""
@@ -350,7 +350,7 @@ class Solver:
         """column >= sum(variables)."""
         self.rows.append(([column, *variables], [1.0] + [-1.0] * len(variables), 0.0, highspy.kHighsInf))
 
-    def _moves(self, index: int, flow: Flow) -> None:
+    def _moves(self, index: int, flow: ValueUses) -> None:
         """Equations (2) and (3) of one flow; all uses outside of a run take a partial sum in the same placement."""
         source = self.table.nodes[flow.source]
         give: dict[Placements, list[int]] = defaultdict(list)

@@ -14,11 +14,11 @@ from torch import nn
 
 from autopart.errors import PartitionError
 from autopart.frontend.batch import Batch, outline
-from autopart.frontend.layer_sampling import Shortened, Unlike, longer, shortenable
+from autopart.frontend.layer_sampling import SampledLayers, UnlikeLayers, longer, shortenable
 from autopart.hardware.mesh import Mesh
 from autopart.ir.gc_pause import paused
 from autopart.ir.graph import Traced, show, verify
-from autopart.ir.layered_graph import Folded
+from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.annotate import annotate_costs
 from autopart.passes.fold_layers import fold
 from autopart.passes.fuse import fuse
@@ -39,11 +39,11 @@ class Source:
     model: nn.Module
     batch: Batch
     dtype: torch.dtype
-    prepared: dict[tuple[int, str], Folded] = field(default_factory=dict)
-    planned: dict[tuple[int, str], Folded] = field(default_factory=dict)
+    prepared: dict[tuple[int, str], LayeredGraph] = field(default_factory=dict)
+    planned: dict[tuple[int, str], LayeredGraph] = field(default_factory=dict)
     """Those of which only the first of equal blocks were traced."""
 
-    def at(self, samples: int, mesh: Mesh) -> Folded:
+    def at(self, samples: int, mesh: Mesh) -> LayeredGraph:
         """The folded graph of a micro-batch of `samples`."""
         key = samples, mesh.device.type
         if key not in self.prepared:
@@ -51,7 +51,7 @@ class Source:
                 self.prepared[key] = self._traced(samples, mesh)
         return self.prepared[key]
 
-    def short(self, samples: int, mesh: Mesh) -> Folded:
+    def short(self, samples: int, mesh: Mesh) -> LayeredGraph:
         """The same to plan with, whose graph has only the first of equal blocks where they stand for all."""
         key = samples, mesh.device.type
         if key not in self.planned:
@@ -59,7 +59,7 @@ class Source:
                 self.planned[key] = self._shortest(samples, mesh)
         return self.planned[key]
 
-    def like(self, plan: Plan) -> Folded:
+    def like(self, plan: Plan) -> LayeredGraph:
         """The smallest graph that a plan is for. Raises PartitionError where it is for none of this model's."""
         sizes = sorted({min(2, plan.micro_batch), plan.micro_batch})
         for folded in (self.short(samples, plan.mesh) for samples in sizes):
@@ -69,7 +69,7 @@ class Source:
         plan.check(folded)
         return folded
 
-    def _traced(self, samples: int, mesh: Mesh, shortened: Sequence[Shortened] = ()) -> Folded:
+    def _traced(self, samples: int, mesh: Mesh, shortened: Sequence[SampledLayers] = ()) -> LayeredGraph:
         """What samples do with each other is told by two of them: one has nobody to do it with."""
         folded = prepare(self.model, outline(self.batch, samples), mesh, self.dtype, shortened)
         several = self.planned.get((2, mesh.device.type))
@@ -77,7 +77,7 @@ class Source:
             folded.traced.mixed_at = several.traced.mixed_at
         return folded
 
-    def _shortest(self, samples: int, mesh: Mesh) -> Folded:
+    def _shortest(self, samples: int, mesh: Mesh) -> LayeredGraph:
         """With as many lists shortened as can be; where the model does not run so, the longest alone, then none."""
         shortened = shortenable(self.model)
         walked: dict[str, str] = {}
@@ -85,7 +85,7 @@ class Source:
             try:
                 folded = self._traced(samples, mesh, shortened)
                 return replace(folded, walked="; ".join(walked.values()))
-            except Unlike as unlike:
+            except UnlikeLayers as unlike:
                 shortened, path = longer(shortened, unlike.short), unlike.short.path
                 if all(short.path != path for short in shortened):
                     walked[path] = str(unlike)
@@ -100,8 +100,8 @@ class Source:
 
 
 def prepare(
-    model: nn.Module, batch: Batch, mesh: Mesh, dtype: torch.dtype, shortened: Sequence[Shortened] = ()
-) -> Folded:
+    model: nn.Module, batch: Batch, mesh: Mesh, dtype: torch.dtype, shortened: Sequence[SampledLayers] = ()
+) -> LayeredGraph:
     """Trace to fold, each pass verified and, if AUTOPART_DUMP names a folder, written there. Raises Unlike where the
     first blocks of a list in `shortened` do not stand for all."""
     traced = _pass("trace", None, lambda: trace(model, batch, dtype, shortened))

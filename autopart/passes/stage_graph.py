@@ -11,14 +11,14 @@ from torch import fx
 
 from autopart.cost.compute import SPLIT_LOSS, bytes_of_backward, is_loss, largest_of
 from autopart.ir.graph import Info, info, operands
-from autopart.ir.layered_graph import Folded
+from autopart.ir.layered_graph import LayeredGraph
 from autopart.sharding.notation import Placement
 from autopart.sharding.rules import Product, Shape, Strategy, local_shape
 
 Value = tuple[fx.Node, int]
 Placements = tuple[Placement, ...]
 Splits = Mapping[str, Mapping[str, Strategy]]
-SETUP, SETUP_RUN = "", -1
+PRELUDE, PRELUDE_SEGMENT = "", -1
 """Label and index of the run that holds what every block of a stage shares."""
 
 
@@ -85,7 +85,7 @@ class StageGraph:
 
 
 @dataclass(frozen=True)
-class Choices:
+class ShardingAssignment:
     """What was decided.
 
     axes        (name, size) of the axes inside a stage
@@ -136,12 +136,12 @@ class Choices:
         batch, m, n, k = four
         return replace(product, sizes=product.sizes._replace(batch=batch, m=m, n=n, k=k))
 
-    def of(self, folded: Folded, node: fx.Node, stage: int) -> tuple[Strategy, ...]:
+    def of(self, folded: LayeredGraph, node: fx.Node, stage: int) -> tuple[Strategy, ...]:
         """A node's strategy along every axis in a stage."""
         key = folded.keys[folded.same[node]]
         return tuple(self.strategies[stage][axis][key] for axis, _ in self.axes)
 
-    def placements(self, folded: Folded, value: Value, stage: int) -> Placements:
+    def placements(self, folded: LayeredGraph, value: Value, stage: int) -> Placements:
         """Where a value lies as made in a stage."""
         return tuple(s.outputs[value[1]] for s in self.of(folded, value[0], stage))
 

@@ -12,7 +12,7 @@ from torch.export.graph_signature import OutputKind, TensorArgument
 
 from autopart.errors import PartitionError
 from autopart.frontend.export import export, source_line
-from autopart.frontend.layer_sampling import Shortened, digest
+from autopart.frontend.layer_sampling import SampledLayers, digest
 from autopart.frontend.torch_private import tree_unflatten
 from autopart.ir.graph import KEY, Info, Traced, has_gradient, placeholders
 from autopart.sharding.rules import flatten, is_contraction, op_name
@@ -22,7 +22,7 @@ def trace(
     model: nn.Module,
     batch: Mapping[str, Any],
     dtype: torch.dtype | None = None,
-    shortened: Sequence[Shortened] = (),
+    shortened: Sequence[SampledLayers] = (),
 ) -> Traced:
     """Trace one micro-batch's forward pass.
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from autopart.frontend.layer_sampling import Shortened, Unlike
+from autopart.frontend.layer_sampling import SampledLayers, UnlikeLayers
 from autopart.ir.fingerprint import Fingerprints
 from autopart.ir.graph import annotate, info
-from autopart.ir.layered_graph import Folded, Run, node_keys, own_values, used_parameters
+from autopart.ir.layered_graph import LayeredGraph, Segment, node_keys, own_values, used_parameters
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class _Pair:
     after          the number of the first block behind them, as the trace has it
     """
 
-    short: Shortened
+    short: SampledLayers
     first: range
     second: range
     after: int
@@ -38,7 +38,7 @@ class _Pair:
         return self.short.dropped // self.short.period
 
 
-def repeat(folded: Folded, shortened: Sequence[Shortened]) -> Folded:
+def repeat(folded: LayeredGraph, shortened: Sequence[SampledLayers]) -> LayeredGraph:
     """Have the second of two equal periods stand for those that were left out. Raises Unlike where there are none."""
     if not shortened:
         return folded
@@ -46,7 +46,7 @@ def repeat(folded: Folded, shortened: Sequence[Shortened]) -> Folded:
     pairs = sorted((pair for pair in found if pair is not None), key=lambda pair: pair.first.start)
     for pair, other in itertools.pairwise(pairs):
         if other.first.start < pair.second.stop:
-            raise Unlike(other.short, f"its blocks run in between those of {pair.short.path}")
+            raise UnlikeLayers(other.short, f"its blocks run in between those of {pair.short.path}")
     count = Counter(folded.count)
     for pair in pairs:
         _rename(folded, pair)
@@ -73,7 +73,7 @@ def repeat(folded: Folded, shortened: Sequence[Shortened]) -> Folded:
     )
 
 
-def _pair(folded: Folded, short: Shortened) -> _Pair | None:
+def _pair(folded: LayeredGraph, short: SampledLayers) -> _Pair | None:
     """The first two periods that are alike; None where the model runs none of the blocks. Raises Unlike."""
     first: dict[int, int] = {}
     for i, run in enumerate(folded.runs):
@@ -84,10 +84,10 @@ def _pair(folded: Folded, short: Shortened) -> _Pair | None:
         return None
     away = next((run for run in folded.runs if _works_for(run, short)), None)
     if away is not None:
-        raise Unlike(short, f"{away.label or 'what runs outside'} does part of the work of other blocks")
+        raise UnlikeLayers(short, f"{away.label or 'what runs outside'} does part of the work of other blocks")
     starts = [first.get(block, -1) for block in range(short.kept)]
     if -1 in starts or starts != sorted(starts):
-        raise Unlike(short, "its blocks do not run one after the other")
+        raise UnlikeLayers(short, "its blocks do not run one after the other")
     begin = starts[short.start]
     why = ""
     for window in range(short.windows - 1):
@@ -101,17 +101,17 @@ def _pair(folded: Folded, short: Shortened) -> _Pair | None:
         why = _difference(folded, pair, begin)
         if not why:
             return pair
-    raise Unlike(short, why)
+    raise UnlikeLayers(short, why)
 
 
-def _works_for(run: Run, short: Shortened) -> bool:
+def _works_for(run: Segment, short: SampledLayers) -> bool:
     """Whether a run has nodes or reads parameters of a repeated block that is another: one that runs again."""
     names = [*(info(n).layer for n in run.nodes), *(info(p).name for p in used_parameters(run))]
     blocks = {short.index(name) for name in names} - {None, short.index(run.label)}
     return any(block is not None and block >= short.start for block in blocks)
 
 
-def _difference(folded: Folded, pair: _Pair, begin: int) -> str:
+def _difference(folded: LayeredGraph, pair: _Pair, begin: int) -> str:
     """What keeps the second period from doing as the first, in words; `begin` is the first run of all periods."""
     prints = Fingerprints(folded.traced.graph, folded.traced.micro_batch)
     length = len(pair.first)
@@ -139,7 +139,7 @@ def _difference(folded: Folded, pair: _Pair, begin: int) -> str:
     return _late_reader(folded, pair)
 
 
-def _late_reader(folded: Folded, pair: _Pair) -> str:
+def _late_reader(folded: LayeredGraph, pair: _Pair) -> str:
     """What reads a value of the first period behind the second, in words."""
     for i in pair.first:
         for node in folded.runs[i].nodes:
@@ -151,11 +151,11 @@ def _late_reader(folded: Folded, pair: _Pair) -> str:
     return ""
 
 
-def _name(run: Run, node: fx.Node) -> str:
+def _name(run: Segment, node: fx.Node) -> str:
     return run.label or info(node).module or info(node).name
 
 
-def _rename(folded: Folded, pair: _Pair) -> None:
+def _rename(folded: LayeredGraph, pair: _Pair) -> None:
     """Give the blocks behind the pair, in place, the numbers they have in the whole model."""
     short, after = pair.short, pair.after
 

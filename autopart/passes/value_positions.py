@@ -15,9 +15,9 @@ from torch import fx
 
 from autopart.ir.fingerprint import is_own
 from autopart.ir.graph import info, is_pick, loss_of, operands, updates_of, value_of
-from autopart.ir.layered_graph import Folded
+from autopart.ir.layered_graph import LayeredGraph
 from autopart.sharding.rules import Strategy
-from autopart.sharding.strategy_table import Flow, Keep
+from autopart.sharding.strategy_table import SavedTensor, ValueUses
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Places:
 
     nodes: list[fx.Node]
     index: dict[fx.Node, int]
-    flows: list[Flow]
-    keeps: list[Keep]
+    flows: list[ValueUses]
+    keeps: list[SavedTensor]
     writes: list[Write]
     state: dict[int, list[tuple[int, ...]]]
     shared: dict[int, list[tuple[int, ...]]]
@@ -49,10 +49,10 @@ class Places:
     """Strategies along the data-parallel axis, by node, as far as they were asked for."""
 
 
-_KNOWN: WeakKeyDictionary[Folded, Places] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[LayeredGraph, Places] = WeakKeyDictionary()
 
 
-def places_of(folded: Folded) -> Places:
+def places_of(folded: LayeredGraph) -> Places:
     """Found once for a folded graph."""
     if folded not in _KNOWN:
         _KNOWN[folded] = _Finder(folded).places()
@@ -78,7 +78,7 @@ Used = dict[tuple[fx.Node, int, int, str], list[_Use]]
 class _Finder:
     """Walks every position of the model; holds who is who."""
 
-    def __init__(self, folded: Folded) -> None:
+    def __init__(self, folded: LayeredGraph) -> None:
         self.folded = folded
         self.nodes = folded.representatives()
         self.index = {node: i for i, node in enumerate(self.nodes)}
@@ -91,7 +91,7 @@ class _Finder:
             if node.op == "call_function" and not is_pick(node):
                 for source in node.all_input_nodes:
                     self.readers[value_of(source)[0]].add(self.run_of.get(node, -1))
-        self.flows: dict[object, Flow] = {}
+        self.flows: dict[object, ValueUses] = {}
         self.writes: list[Write] = []
         self.needed: dict[fx.Node, set[int]] = {}
         self.made_at: dict[fx.Node, set[int]] = defaultdict(set)
@@ -147,7 +147,7 @@ class _Finder:
         inside = tuple(u.position == home for u in uses)
         several = len({u.position for u in uses}) > 1
         pairs = tuple((u.node, u.operand) for u in uses)
-        flow = self.flows.setdefault((index, output, pairs, inside, several), Flow(index, output, pairs, inside))
+        flow = self.flows.setdefault((index, output, pairs, inside, several), ValueUses(index, output, pairs, inside))
         flow.homes.append(home)
         flow.users.append(tuple(u.position for u in uses))
         flow.needs.append(tuple(self._needs(u) for u in uses))
@@ -179,7 +179,7 @@ class _Finder:
                 self.made_at[source].add(module)
                 self.written[use.node].append(module)
 
-    def _keeps(self) -> list[Keep]:
+    def _keeps(self) -> list[SavedTensor]:
         """Who keeps whose memory, at every place."""
         by_name = {n.name: n for n in self.folded.traced.graph.nodes}
         kept: dict[tuple[str, int], list[_Use]] = defaultdict(list)
@@ -190,12 +190,12 @@ class _Finder:
                     operand = -1 if root == node.name else next(iter(through), -2)
                     home = self._position(by_name[root], run, position)
                     kept[root, home].append(_Use(self.index[self.folded.same[node]], operand, position))
-        keeps: dict[object, Keep] = {}
+        keeps: dict[object, SavedTensor] = {}
         for (root, _), uses in kept.items():
             keepers = tuple((u.node, u.operand) for u in uses)
             several = len({u.position for u in uses}) > 1
             rep = self.index[self.folded.same[value_of(by_name[root])[0]]]
-            keep = keeps.setdefault((rep, keepers, several), Keep(rep, keepers))
+            keep = keeps.setdefault((rep, keepers, several), SavedTensor(rep, keepers))
             keep.places.append(tuple(u.position for u in uses))
         return list(keeps.values())
 

@@ -12,7 +12,7 @@ from autopart.cost.training_state import MASTERS, OPTIMIZER_STATES
 from autopart.errors import PartitionError, not_known
 from autopart.hardware.mesh import Mesh
 from autopart.ir.graph import info, placeholders
-from autopart.ir.layered_graph import Folded
+from autopart.ir.layered_graph import LayeredGraph
 from autopart.plan.schedules import SCHEDULES
 from autopart.plan.typecheck import mistyped
 from autopart.sharding.notation import Placement
@@ -36,7 +36,7 @@ class PlanLine:
 
 
 @dataclass(frozen=True)
-class PlanRun:
+class PlanSegment:
     """Equal consecutive blocks of a stage, printed once."""
 
     labels: tuple[str, ...]
@@ -71,7 +71,7 @@ class PlanStage:
     sync_seconds: float
     send_seconds: float
     memory: Mapping[str, float]
-    runs: tuple[PlanRun, ...]
+    runs: tuple[PlanSegment, ...]
     sends: tuple[tuple[int, int, float], ...] = ()
 
     def turn_seconds(self, turns: int) -> float:
@@ -95,7 +95,7 @@ class Signature:
     dtype: str
 
     @staticmethod
-    def of(folded: Folded) -> Signature:
+    def of(folded: LayeredGraph) -> Signature:
         """The signature of a traced model."""
         graph = folded.traced.graph
         dtypes = [info(n).dtype for n in placeholders(graph, "parameter")]
@@ -270,7 +270,7 @@ class Plan:
             raise PartitionError("the plan file is damaged", wrong)
         return plan
 
-    def check(self, folded: Folded) -> None:
+    def check(self, folded: LayeredGraph) -> None:
         """Raise PartitionError, naming the difference, unless the plan was made for this traced model."""
         difference = self.signature.difference(Signature.of(folded))
         if difference:
@@ -348,7 +348,8 @@ def _strategy_from_json(data: Mapping[str, Any]) -> Strategy:
 
 def _stage_from_json(data: Mapping[str, Any]) -> PlanStage:
     runs = tuple(
-        PlanRun(tuple(r["labels"]), r["seconds"], tuple(PlanLine(**line) for line in r["lines"])) for r in data["runs"]
+        PlanSegment(tuple(r["labels"]), r["seconds"], tuple(PlanLine(**line) for line in r["lines"]))
+        for r in data["runs"]
     )
     sends, recompute = tuple((s, b, t) for s, b, t in data["sends"]), tuple(data["recompute"])
     return PlanStage(**{**data, "runs": runs, "sends": sends, "recompute": recompute})
@@ -388,7 +389,7 @@ def _parts(memory: Mapping[str, float]) -> Iterator[str]:
             yield f"less {bytes_text(-number)} not alive at the peak"
 
 
-def _described(run: PlanRun, stage: int, shown: dict[tuple[PlanLine, ...], str]) -> Iterator[str]:
+def _described(run: PlanSegment, stage: int, shown: dict[tuple[PlanLine, ...], str]) -> Iterator[str]:
     """A run's name and seconds, then its operators, or of what run it has the same."""
     name = run.labels[0] if len(run.labels) == 1 else f"{run.labels[0]} .. {run.labels[-1]}"
     times = f" x {len(run.labels)}" if len(run.labels) > 1 else ""

@@ -10,12 +10,12 @@ from autopart.cost.training_state import OPTIMIZER_STATES
 from autopart.errors import PartitionError
 from autopart.hardware import DEVICES
 from autopart.hardware.mesh import Mesh, divisors
-from autopart.ir.layered_graph import Folded
+from autopart.ir.layered_graph import LayeredGraph
 from autopart.planner.branch_and_bound import Search, silent
 from autopart.planner.request import Request
-from autopart.planner.search_space import Space
+from autopart.planner.search_space import SearchSpace
 
-Fold = Callable[[Mesh, str], Folded]
+Fold = Callable[[Mesh, str], LayeredGraph]
 """The folded graph of the model on a mesh, with parameters of a dtype."""
 
 TOLD = 2
@@ -24,7 +24,7 @@ TOLD = 2
 Try = tuple[str, Mesh, Request]
 
 
-def advice(space: Space, fold: Fold, plans: Callable[[Mesh, Request], object]) -> str:
+def advice(space: SearchSpace, fold: Fold, plans: Callable[[Mesh, Request], object]) -> str:
     """The first changes after which there is a plan that fits, each found by searching again, then by `plans`, which
     raises PartitionError where the graph that would run does not fit; "" if there are none."""
     fits = (
@@ -36,7 +36,7 @@ def advice(space: Space, fold: Fold, plans: Callable[[Mesh, Request], object]) -
     return f"what fits: {', or '.join(found)}" if found else ""
 
 
-def _fits(space: Space, mesh: Mesh, request: Request, fold: Fold) -> bool:
+def _fits(space: SearchSpace, mesh: Mesh, request: Request, fold: Fold) -> bool:
     """Whether any plan fits after a change; what does not change is taken over."""
     try:
         request = request.check(mesh)
@@ -44,7 +44,7 @@ def _fits(space: Space, mesh: Mesh, request: Request, fold: Fold) -> bool:
         folded = space.folded if same else fold(mesh, request.precision)
         tables = same and ((request.tp or 1) > 1) == ((space.request.tp or 1) > 1)
         models = space.models if tables else {}
-        Search(Space(folded, mesh, request, models), silent).run()
+        Search(SearchSpace(folded, mesh, request, models), silent).run()
     except PartitionError:
         return False
     return True
@@ -58,7 +58,7 @@ def _planned(plans: Callable[[Mesh, Request], object], mesh: Mesh, request: Requ
     return True
 
 
-def _changes(space: Space) -> Iterator[Try]:
+def _changes(space: SearchSpace) -> Iterator[Try]:
     """What may be changed, the smallest change first; the first plan that fits is enough."""
     mesh, request = space.mesh, replace(space.request, nodes=0)
     if request.recompute not in (None, "full"):

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from autopart.cost.position_costs import MODES, Weighed
+from autopart.cost.position_costs import MODES, PositionCosts
 from autopart.errors import PartitionError
 from autopart.planner.constraints import Constraint, Cuts, Positions, Setting
 from autopart.sharding.notation import R
 from autopart.sharding.rules import Strategy
-from autopart.sharding.strategy_table import Node, Table
+from autopart.sharding.strategy_table import Node, StrategyTable
 
 Options = dict[int, tuple[int, ...]]
 """Node -> the options it may take, for those that may not take all."""
@@ -29,7 +29,7 @@ def both(one: Options, other: Options) -> Options:
     return {**one, **other, **common}
 
 
-def options_of(table: Table, constraints: Sequence[Constraint]) -> Options:
+def options_of(table: StrategyTable, constraints: Sequence[Constraint]) -> Options:
     """The options that constraints leave; a node along an axis that the table does not have is whole."""
     found: Options = {}
     for constraint in asks(constraints, "allows_strategy"):
@@ -41,7 +41,7 @@ def options_of(table: Table, constraints: Sequence[Constraint]) -> Options:
     return found
 
 
-def _allows(constraint: Constraint, table: Table, node: Node, option: int) -> bool:
+def _allows(constraint: Constraint, table: StrategyTable, node: Node, option: int) -> bool:
     chosen = dict(zip(table.axes, node.options[option], strict=True))
     if "tp" not in chosen:
         one = node.options[option][0]
@@ -76,7 +76,7 @@ def _recomputes(constraint: Constraint, label: str, isblock: bool, mode: str) ->
 
 
 def positions_of(
-    labels: Sequence[str], classes: Mapping[str, str], table: Table, weighed: Weighed | None = None
+    labels: Sequence[str], classes: Mapping[str, str], table: StrategyTable, weighed: PositionCosts | None = None
 ) -> Positions:
     """The row of runs, and what cuts may go by."""
     parameters = [0.0] * len(labels)

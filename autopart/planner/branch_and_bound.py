@@ -38,13 +38,13 @@ from autopart.hardware.mesh import divisors
 from autopart.passes.solve import Solution
 from autopart.plan.data import seconds_text
 from autopart.planner.allowed_choices import Options, both
-from autopart.planner.candidate import Way, way_of
+from autopart.planner.candidate import Candidate, way_of
 from autopart.planner.cuts import best_cut
 from autopart.planner.exact_refinement import fastest_that_fit, is_small
 from autopart.planner.infeasibility import Shortage, closest, nothing_fits
 from autopart.planner.lower_bounds import Bounds
-from autopart.planner.request import Point, Request
-from autopart.planner.search_space import Space
+from autopart.planner.request import Request, SearchPoint
+from autopart.planner.search_space import SearchSpace
 from autopart.planner.stage_bounds import (
     VARIABLES,
     Span,
@@ -56,7 +56,7 @@ from autopart.planner.stage_bounds import (
     spans_of,
 )
 
-Say = Callable[[str], None]
+OnProgress = Callable[[str], None]
 """Told how far the search is: the best plan's time, the bound, the gap between them."""
 
 SPLITS, ROOM, CUT, MEMORY, OTHERS = range(5)
@@ -80,7 +80,7 @@ def silent(text: str) -> None:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """A plan before it is written out.
 
     chosen     the option of every node, in each stage
@@ -88,7 +88,7 @@ class Found:
     seconds    of a step;  bound: no plan of the search space is faster
     """
 
-    point: Point
+    point: SearchPoint
     chosen: tuple[tuple[int, ...], ...]
     starts: tuple[int, ...]
     recompute: tuple[str, ...]
@@ -104,22 +104,22 @@ class Found:
 class Search:
     """The queue, the best plan so far, and the least bound of all points that are done with."""
 
-    space: Space
-    say: Say
-    best: Found | None = None
+    space: SearchSpace
+    say: OnProgress
+    best: SearchResult | None = None
     closed: float = NEVER
-    ways: dict[Point, list[Way]] = field(default_factory=dict)
-    bounds: dict[Point, Bounds] = field(default_factory=dict)
+    ways: dict[SearchPoint, list[Candidate]] = field(default_factory=dict)
+    bounds: dict[SearchPoint, Bounds] = field(default_factory=dict)
     """Of points whose room was looked at."""
-    higher: set[Point] = field(default_factory=set)
+    higher: set[SearchPoint] = field(default_factory=set)
     """Points of which the next ZeRO level is in the queue, or was."""
-    reached: dict[Point, float] = field(default_factory=dict)
+    reached: dict[SearchPoint, float] = field(default_factory=dict)
     """The best time of a point's plans."""
-    open: dict[Point, tuple[list[float], dict[int, Array]]] = field(default_factory=dict)
+    open: dict[SearchPoint, tuple[list[float], dict[int, Array]]] = field(default_factory=dict)
     """Prices of a byte to try and bounds of all ranges, at points whose splits for less memory wait for their turn."""
-    hopeless: list[Point] = field(default_factory=list)
+    hopeless: list[SearchPoint] = field(default_factory=list)
     """Points at which parameters and their states alone are too much."""
-    queue: list[tuple[float, int, Point]] = field(default_factory=list)
+    queue: list[tuple[float, int, SearchPoint]] = field(default_factory=list)
     number: int = 0
     tries: int = 0
     """Ranges that were refined;  stopped: whether others were left for there were too many."""
@@ -133,7 +133,7 @@ class Search:
     said: tuple[float, float] = (0.0, NEVER)
     """When something was said last, and the time of the best plan then."""
 
-    def run(self) -> Found:
+    def run(self) -> SearchResult:
         """The best plan. Raises PartitionError where none fits."""
         request = self.space.request
         started = time.monotonic()
@@ -159,7 +159,7 @@ class Search:
             raise nothing_fits(self.space, self.short)
         return replace(self.best, bound=self._bound(), refined=self.tries, stopped=self.stopped)
 
-    def begin(self, near: Sequence[Point]) -> None:
+    def begin(self, near: Sequence[SearchPoint]) -> None:
         """Look at some points first, with their fastest splits, from their ZeRO level on: what they give the search
         need not look below. `near` is in the order of known bounds."""
         known, started = set(points(self.space)), time.monotonic()
@@ -186,7 +186,7 @@ class Search:
         each is a point of its own from the start."""
         return self.space.mesh.device.measured is not None
 
-    def _heads(self, point: Point, levels: Sequence[int]) -> Sequence[int]:
+    def _heads(self, point: SearchPoint, levels: Sequence[int]) -> Sequence[int]:
         """The levels that are a point of their own from the start: those that the one before does not bound."""
         if self._updates:
             return levels
@@ -197,7 +197,7 @@ class Search:
         """No plan that was or will be looked at is faster."""
         return min(self.closed, self.queue[0][0] if self.queue else NEVER, self._time())
 
-    def _push(self, bound: float, level: int, point: Point) -> None:
+    def _push(self, bound: float, level: int, point: SearchPoint) -> None:
         heapq.heappush(self.queue, (bound, level, point))
 
     def _close(self, bound: float) -> None:
@@ -215,10 +215,10 @@ class Search:
     def _time(self) -> float:
         return self.best.seconds if self.best else NEVER
 
-    def _passes(self, point: Point) -> float:
+    def _passes(self, point: SearchPoint) -> float:
         return point.passes(self.space.request.global_batch)
 
-    def _splits(self, point: Point, bound: float) -> None:
+    def _splits(self, point: SearchPoint, bound: float) -> None:
         """The best splits with memory without end, unless what was learnt from other points' says that others are to
         come first. A point without room is left for higher ZeRO levels, and to be told of where nothing fits."""
         below = self._passes(point) * self.space.below(point)
@@ -231,7 +231,7 @@ class Search:
             return
         self._push(max(bound, self._passes(point) * self.space.relaxed(point)), CUT if self.quick else ROOM, point)
 
-    def _room(self, point: Point, bound: float) -> None:
+    def _room(self, point: SearchPoint, bound: float) -> None:
         """A better bound where not all stages have room for all that the fastest splits keep."""
         least, _ = self._least(point, self._bounds(point))
         if least > bound * (1 + TOLERANCE):
@@ -241,7 +241,7 @@ class Search:
         elif self.best is None:
             self._push(bound, CUT, point)  # to be told of where nothing fits
 
-    def _cut(self, point: Point, bound: float) -> None:
+    def _cut(self, point: SearchPoint, bound: float) -> None:
         """The best cut with the splits known. If it reaches its bound, the point is done with, and so are higher ZeRO
         levels, which take no less time."""
         solution = self.space.solve(point, 0.0, self.space.forced(point))
@@ -255,7 +255,7 @@ class Search:
         self._push(bound, MEMORY, point)
         self._more_zero(point, bound)
 
-    def _more_zero(self, point: Point, bound: float) -> None:
+    def _more_zero(self, point: SearchPoint, bound: float) -> None:
         """Put the point in the queue that has the next ZeRO level, once."""
         levels = zero_levels(self.space, point)
         following = levels[levels.index(point.zero) + 1 :]
@@ -263,7 +263,7 @@ class Search:
             self.higher.add(point)
             self._push(bound, SPLITS, replace(point, zero=following[0]))
 
-    def _memory(self, point: Point, bound: float) -> None:
+    def _memory(self, point: SearchPoint, bound: float) -> None:
         """Better bounds, as long as a higher price of a byte brings any."""
         bounds, prices = self._bounds(point), self._price_list(point)
         least, columns = self._least(point, bounds)
@@ -279,7 +279,7 @@ class Search:
         self.open[point] = prices, columns
         self._push(bound, OTHERS, point)
 
-    def _bounds(self, point: Point) -> Bounds:
+    def _bounds(self, point: SearchPoint) -> Bounds:
         """The bounds of a point, at first of bytes alone and of time alone."""
         if point not in self.bounds:
             self.bounds[point] = bounds = Bounds(self.space, point)
@@ -287,7 +287,7 @@ class Search:
             bounds.look(0.0)
         return self.bounds[point]
 
-    def _least(self, point: Point, bounds: Bounds) -> tuple[float, dict[int, Array]]:
+    def _least(self, point: SearchPoint, bounds: Bounds) -> tuple[float, dict[int, Array]]:
         """A bound below the best cut, endless where none can be better than the best plan; and that of every range."""
         space, m = self.space, self.space.micro_batches(point)
         columns = bounds.columns(self._most(point))
@@ -296,7 +296,7 @@ class Search:
             return NEVER, columns
         return max(found.seconds, space.relaxed(point) + (m - 1) * found.largest), columns
 
-    def _others(self, point: Point, bound: float) -> None:
+    def _others(self, point: SearchPoint, bound: float) -> None:
         """Splits that take less memory; where not even those that take least fit, and a plan is known, no others."""
         space, ways, (prices, columns) = self.space, self.ways[point], self.open.pop(point)
         self._add(point, NEVER, {group: mode for group in space.model(point).blocks for mode in space.modes[-1:]})
@@ -312,7 +312,7 @@ class Search:
             self._refine(point, columns)
         self._close(bound)
 
-    def _bound_stages(self, point: Point, columns: Mapping[int, Array]) -> float:
+    def _bound_stages(self, point: SearchPoint, columns: Mapping[int, Array]) -> float:
         """A bound on the plans of a point, better with every stage that is bounded by itself, as far as the limit on
         variables allows; endless where no cut can win. The splits of the best cut are tried. Raises `columns`."""
         space, m, solved = self.space, self.space.micro_batches(point), set[Span]()
@@ -334,7 +334,7 @@ class Search:
             return cut.seconds if cut else NEVER
         return max(cut.seconds, self._bound_cuts(point, [masked(stage) for stage in range(point.pp)]))
 
-    def _bound_cuts(self, point: Point, columns: Sequence[Array]) -> float:
+    def _bound_cuts(self, point: SearchPoint, columns: Sequence[Array]) -> float:
         """The same by cuts that are bounded whole, whose splits are tried."""
         space, m, solved = self.space, self.space.micro_batches(point), set[Starts]()
         cuts = cuts_by_bound(columns, len(space.folded.labels), m)
@@ -348,11 +348,11 @@ class Search:
             heapq.heapreplace(cuts, (max(bound, total + (m - 1) * max(largest, total / point.pp)), largest, starts))
         return cuts[0][0] if cuts else NEVER
 
-    def _may_relax(self, point: Point) -> bool:
+    def _may_relax(self, point: SearchPoint) -> bool:
         """Whether the limit leaves the relaxations of one more cut."""
         return self.variables + point.pp * self.space.model(point).solver.columns <= VARIABLES
 
-    def _split_for(self, point: Point, spans: Sequence[Span]) -> None:
+    def _split_for(self, point: SearchPoint, spans: Sequence[Span]) -> None:
         """Try the splits that are best for a cut: the same in all stages, then of each where it agrees with these."""
         space, model = self.space, self.space.model(point)
         _, whole = relaxed_stages(space, point, spans, space.options(point))
@@ -363,32 +363,32 @@ class Search:
                 self._take(point, relaxed_stages(space, point, [span], agreeing)[1])
         self._best(point)
 
-    def _may_refine(self, point: Point, bound: float, binds: bool) -> bool:
+    def _may_refine(self, point: SearchPoint, bound: float, binds: bool) -> bool:
         """Whether a small model's stages are refined one by one: where that can win, and the optimum is asked for or
         memory `binds` and the gap is worth it."""
         if not is_small(self.space, point) or bound >= min(self._time(), self.reached.get(point, NEVER)):
             return False
         return self.space.request.exact or (binds and bound < self._time() * (1 - WORTH))
 
-    def _add(self, point: Point, price: float, modes: Mapping[int, str]) -> None:
+    def _add(self, point: SearchPoint, price: float, modes: Mapping[int, str]) -> None:
         """One more way, if there is one at a price of a byte."""
         self._take(point, self.space.solve(point, price, modes))
 
-    def _take(self, point: Point, solution: Solution | None) -> bool:
+    def _take(self, point: SearchPoint, solution: Solution | None) -> bool:
         """Keep a solution as one more way of a point, if there is one and it is new."""
         if solution is None or any(solution.chosen == way.solution.chosen for way in self.ways[point]):
             return False
         self.ways[point].append(way_of(self.space, point, solution))
         return True
 
-    def _refine(self, point: Point, least: Mapping[int, Array]) -> None:
+    def _refine(self, point: SearchPoint, least: Mapping[int, Array]) -> None:
         """The last step, for small models: wherever memory makes a range slower than its bound, the fastest splits that
         fit, for every way to pass values between stages that is known and every number of blocks run again."""
         space, ways = self.space, self.ways[point]
         model, blocks = space.model(point), set(space.model(point).blocks)
         stages = sorted({(s, space.in_flight(point, s)) for s in range(point.pp)})
 
-        def rounds() -> Iterator[tuple[Way | None, tuple[int, int]]]:
+        def rounds() -> Iterator[tuple[Candidate | None, tuple[int, int]]]:
             """Without regard to other stages first, then again so that stages agree."""
             yield from itertools.product([None], stages)
             alone = {way.interface: way for way in ways}.values() if point.pp > 1 else ()
@@ -414,7 +414,7 @@ class Search:
         self._best(point)
 
     def _refine_range(
-        self, point: Point, span: tuple[int, int], counts: Mapping[int, Mapping[str, int]], flights: int,
+        self, point: SearchPoint, span: tuple[int, int], counts: Mapping[int, Mapping[str, int]], flights: int,
         allowed: Options,
     ) -> None:  # fmt: skip
         """The fastest splits of a range that fit. What stages make for themselves is not among the solver's bytes:
@@ -433,7 +433,7 @@ class Search:
                 return
             room -= lack
 
-    def _price_list(self, point: Point) -> list[float]:
+    def _price_list(self, point: SearchPoint) -> list[float]:
         """A price of a byte that only tells splits of equal time apart, those at which blocks begin to be run again,
         and above; none where memory does not bind."""
         space, way = self.space, self.ways[point][0]
@@ -450,10 +450,10 @@ class Search:
         least = 1e-6 * seconds / max(kept + state, 1.0)
         return [min(least, ratios[0]), *ratios, *(ratios[-1] * factor for factor in (3, 30, 1000))]
 
-    def _best(self, point: Point) -> Found | None:
+    def _best(self, point: SearchPoint) -> SearchResult | None:
         """The best plan of the ways known for a point."""
-        best: Found | None = None
-        by_interface: dict[tuple[object, ...], list[Way]] = {}
+        best: SearchResult | None = None
+        by_interface: dict[tuple[object, ...], list[Candidate]] = {}
         for way in self.ways[point]:
             by_interface.setdefault(way.interface, []).append(way)
         for ways in by_interface.values():
@@ -465,12 +465,12 @@ class Search:
             self.best = best
         return best
 
-    def _most(self, point: Point) -> float:
+    def _most(self, point: SearchPoint) -> float:
         """Seconds of a micro-batch above which no stage is part of a better plan."""
         m, total = self.space.micro_batches(point), self.space.relaxed(point)
         return (self._time() - total) / (m - 1) if m > 1 else self._time()
 
-    def _fastest(self, ways: Sequence[Way], flights: Iterable[int], most: float) -> dict[int, Array]:
+    def _fastest(self, ways: Sequence[Candidate], flights: Iterable[int], most: float) -> dict[int, Array]:
         """For every number of micro-batches in flight f of the best of some ways, as far as it is at most
         `most`."""
         space, columns = self.space, dict[int, Array]()
@@ -482,7 +482,7 @@ class Search:
                 column[where] = np.minimum(column[where], np.where(f <= most, f, NEVER))
         return columns
 
-    def _stages(self, point: Point, ways: Sequence[Way]) -> Found | None:
+    def _stages(self, point: SearchPoint, ways: Sequence[Candidate]) -> SearchResult | None:
         """The best cut where every stage takes any of some ways that agree on what passes between them."""
         space, m, most = self.space, self.space.micro_batches(point), self._most(point)
         held = self._fastest(ways, {space.in_flight(point, stage) for stage in range(point.pp)}, most)
@@ -500,7 +500,7 @@ class Search:
             modes += mine
             times.append(way.ranges.exact(i, j, mine))
         seconds = sum(times) + (m - 1) * max(times)
-        return Found(point, tuple(chosen), cut.starts, tuple(modes), tuple(times), seconds)
+        return SearchResult(point, tuple(chosen), cut.starts, tuple(modes), tuple(times), seconds)
 
 
 def _counts(many: Mapping[int, int], modes: Sequence[str]) -> Iterator[dict[int, dict[str, int]]]:
@@ -515,7 +515,7 @@ def _counts(many: Mapping[int, int], modes: Sequence[str]) -> Iterator[dict[int,
 
 
 def _masked(
-    columns: Mapping[int, Array], space: Space, point: Point, allowed: Sequence[NDArray[np.bool_]]
+    columns: Mapping[int, Array], space: SearchSpace, point: SearchPoint, allowed: Sequence[NDArray[np.bool_]]
 ) -> Callable[[int], Array]:
     """f[s, i, j] from that of every number of micro-batches in flight, infinite where constraints say no."""
     every = all(mask.all() for mask in {id(mask): mask for mask in allowed}.values())
@@ -527,12 +527,12 @@ def _masked(
     return column
 
 
-def search(space: Space, say: Say = silent) -> Found:
+def search(space: SearchSpace, say: OnProgress = silent) -> SearchResult:
     """The best plan of a space. Raises PartitionError where none fits."""
     return Search(space, say).run()
 
 
-def zero_levels(space: Space, point: Point) -> list[int]:
+def zero_levels(space: SearchSpace, point: SearchPoint) -> list[int]:
     """The ZeRO levels to try, by the time they take: without a data-parallel axis they are all the same; level 1 takes
     less memory than level 0 where an optimizer keeps states, and often less time: with a master copy, or where the
     optimizer's step is counted. Where the backward hides enough of level 0's messages, either may take less."""
@@ -544,13 +544,13 @@ def zero_levels(space: Space, point: Point) -> list[int]:
     return levels[1:] if faster and _held_at_end(space, point, 1) <= _held_at_end(space, point, 0) else levels
 
 
-def _held_at_end(space: Space, point: Point, zero: int) -> float:
+def _held_at_end(space: SearchSpace, point: SearchPoint, zero: int) -> float:
     """Bytes a byte of parameters takes at the end of a step at a ZeRO level, all in one message."""
     training = space.training(replace(point, zero=zero))
     return sum(training.memory(1.0, True, True)) + float(training.ending(1.0, 1.0))
 
 
-def slower(space: Space, point: Point, one: int, other: int) -> float:
+def slower(space: SearchSpace, point: SearchPoint, one: int, other: int) -> float:
     """Of ZeRO levels 0 and 1, how many seconds longer parameters take at `one` than at `other` at most, whatever the
     backward hides of either, to those they take where it hides nothing: the messages that it can hide count as far as
     those of one are more."""
@@ -563,7 +563,7 @@ def slower(space: Space, point: Point, one: int, other: int) -> float:
     return (mine - hidden - (theirs - others) + max(0.0, hidden - others)) / theirs
 
 
-def points(space: Space) -> Iterator[Point]:
+def points(space: SearchSpace) -> Iterator[SearchPoint]:
     """Every combination of degrees and micro-batch that divides; PartitionError if there is none. `tp` stays inside a
     host, unless constraints want it otherwise or there are fewer samples than hosts."""
     mesh, request, folded = space.mesh, space.request, space.folded
@@ -590,7 +590,7 @@ def points(space: Space) -> Iterator[Point]:
                     rejected.append(f"{size} samples do not divide over dp={dp} ranks")
                     continue
                 found = True
-                yield Point(pp, dp, tp, size)
+                yield SearchPoint(pp, dp, tp, size)
             if not sizes:
                 rejected.append(f"{request.global_batch} samples do not divide over dp={dp} ranks")
     if not found:
@@ -598,7 +598,7 @@ def points(space: Space) -> Iterator[Point]:
         raise PartitionError("no degrees fit the batch and the mesh", why, _instead(space))
 
 
-def _instead(space: Space) -> str:
+def _instead(space: SearchSpace) -> str:
     """Every setting that is asked for, with the values at which there would be points, all else as it is."""
     ways = []
     for name in ("dp", "tp", "pp", "micro_batch"):

@@ -15,22 +15,22 @@ from autopart.cost.prices import Prices
 from autopart.passes.solve import Entries, Solution
 from autopart.plan.schedules import on_its_way
 from autopart.planner.allowed_choices import Options
-from autopart.planner.request import Point
-from autopart.planner.search_space import Model, Space
+from autopart.planner.request import SearchPoint
+from autopart.planner.search_space import Model, SearchSpace
 from autopart.planner.stage_bounds import messages
 
 SMALL = 12, 2500
 """Runs and solver's variables of a model that is small enough."""
 
 
-def is_small(space: Space, point: Point) -> bool:
+def is_small(space: SearchSpace, point: SearchPoint) -> bool:
     """Whether every range of runs can be tried on its own."""
     runs, variables = SMALL
     return len(space.folded.labels) <= runs and space.model(point).solver.columns <= variables
 
 
 def fastest_that_fit(
-    space: Space, point: Point, span: tuple[int, int], room: float, counts: Mapping[int, Mapping[str, int]],
+    space: SearchSpace, point: SearchPoint, span: tuple[int, int], room: float, counts: Mapping[int, Mapping[str, int]],
     in_flight: int, allowed: Options,
 ) -> Solution | None:  # fmt: skip
     """The fastest splits of the positions `span` that fit `room` bytes, where of every class of blocks so many do as
@@ -61,7 +61,12 @@ class _Stretch:
     """
 
     def __init__(
-        self, space: Space, point: Point, span: tuple[int, int], counts: Mapping[int, Mapping[str, int]], in_flight: int
+        self,
+        space: SearchSpace,
+        point: SearchPoint,
+        span: tuple[int, int],
+        counts: Mapping[int, Mapping[str, int]],
+        in_flight: int,
     ) -> None:
         self.space, self.point, self.span, self.in_flight = space, point, span, in_flight
         self.model, self.prices, self.training = space.model(point), space.priced(point), space.training(point)
@@ -175,7 +180,7 @@ def _late(own: Array, beside: Array, backward: Array) -> Entries:
     return _entries((beside * (done + own) - backward * done) * beside.any())
 
 
-def _left(space: Space, point: Point, position: int, mode: str) -> Array:
+def _left(space: SearchSpace, point: SearchPoint, position: int, mode: str) -> Array:
     """Bytes that a position keeps for a micro-batch; a block that does as one of MODES says."""
     model, group = space.model(point), space.model(point).table.group[position]
     again = model.table.block[position] and mode != "none"

@@ -12,10 +12,10 @@ import numpy as np
 from autopart.cost.intervals import NEVER
 from autopart.errors import PartitionError, few
 from autopart.plan.data import bytes_text
-from autopart.planner.candidate import Way, way_of
+from autopart.planner.candidate import Candidate, way_of
 from autopart.planner.cuts import best_cut
-from autopart.planner.request import Point, Request
-from autopart.planner.search_space import Space
+from autopart.planner.request import Request, SearchPoint
+from autopart.planner.search_space import SearchSpace
 
 LOOKED_AT = 8
 """Degrees, those that come closest, that are looked at closer."""
@@ -25,13 +25,15 @@ LOOKED_AT = 8
 class Shortage:
     """How many bytes a stage lacks at its smallest, and its largest tenants."""
 
-    point: Point
+    point: SearchPoint
     stage: int
     bytes: float
     tenants: tuple[tuple[str, float], ...]
 
 
-def closest(space: Space, tried: Mapping[Point, Sequence[Way]], hopeless: Sequence[Point]) -> Shortage | None:
+def closest(
+    space: SearchSpace, tried: Mapping[SearchPoint, Sequence[Candidate]], hopeless: Sequence[SearchPoint]
+) -> Shortage | None:
     """What the point that comes closest lacks, in the splits that take least memory; None where it is not memory that
     keeps all from being a plan. Of points that are `hopeless` none was tried."""
     short = [s for point, ways in tried.items() for way in ways if (s := _shortage(space, point, way))]
@@ -45,15 +47,15 @@ def closest(space: Space, tried: Mapping[Point, Sequence[Way]], hopeless: Sequen
     return found if found and found.bytes > 0 else None
 
 
-def _distinct(points: Sequence[Point]) -> list[Point]:
+def _distinct(points: Sequence[SearchPoint]) -> list[SearchPoint]:
     """The first points of different degrees."""
-    near: dict[tuple[int, int, int], Point] = {}
+    near: dict[tuple[int, int, int], SearchPoint] = {}
     for point in points:
         near.setdefault((point.pp, point.dp, point.tp), point)
     return list(near.values())[:LOOKED_AT]
 
 
-def nothing_fits(space: Space, short: Shortage | None) -> PartitionError:
+def nothing_fits(space: SearchSpace, short: Shortage | None) -> PartitionError:
     """The stage that lacks bytes, and who takes most; or the constraints that leave nothing."""
     asked = "; ".join(c.text for c in space.request.constraints)
     if short is None:
@@ -71,7 +73,7 @@ def nothing_fits(space: Space, short: Shortage | None) -> PartitionError:
     )
 
 
-def _ways_out(request: Request, point: Point) -> Iterator[str]:
+def _ways_out(request: Request, point: SearchPoint) -> Iterator[str]:
     """What takes less memory and is not so already."""
     yield "more devices"
     if request.recompute not in (None, "full"):
@@ -82,7 +84,7 @@ def _ways_out(request: Request, point: Point) -> Iterator[str]:
         yield 'precision="bfloat16"'
 
 
-def _shortage(space: Space, point: Point, way: Way) -> Shortage | None:
+def _shortage(space: SearchSpace, point: SearchPoint, way: Candidate) -> Shortage | None:
     """Of the cut that leaves the most crowded stage the most room; None where there is no cut."""
     lacks = {
         flights: way.ranges.lacks(flights, space.limit, space.modes)
@@ -108,7 +110,7 @@ def _shortage(space: Space, point: Point, way: Way) -> Shortage | None:
     return Shortage(point, stage, float(lacks[flights][here]), tuple(tenants))
 
 
-def _parameters(space: Space, point: Point, way: Way, span: tuple[int, int]) -> dict[str, float]:
+def _parameters(space: SearchSpace, point: SearchPoint, way: Candidate, span: tuple[int, int]) -> dict[str, float]:
     """Bytes of a stage's parameters with their gradients and optimizer states, one sum for names that differ in the
     numbers of blocks alone: "layers.*.up_proj.weight x 80"."""
     table, prices = space.model(point).table, space.priced(point)

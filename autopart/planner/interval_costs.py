@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 
 from autopart.cost.compute import Array
 from autopart.cost.intervals import NEVER, has, maxima, place, spans, sums
-from autopart.cost.position_costs import MODES, Crossings, Weighed
-from autopart.cost.transient_peaks import Moments, moments
+from autopart.cost.position_costs import MODES, Crossings, PositionCosts
+from autopart.cost.transient_peaks import TransientPeaks, moments
 from autopart.plan.schedules import on_its_way
 
 Rows = NDArray[np.int_] | slice
 
 
 @dataclass
-class Alike:
+class UniformCheckpointing:
     """All blocks of every range as one of MODES says: where they may, seconds more, and bytes less per micro-batch,
     than as the first that they may."""
 
@@ -32,7 +32,7 @@ class Alike:
 
 
 @dataclass
-class Ranges:
+class IntervalCosts:
     """What every range of positions costs under one choice of splits.
 
     seconds   forward, backward, the share of exposed gradient sync in a turn, messages; nothing run again
@@ -54,8 +54,8 @@ class Ranges:
     kept: Array
     blocks_kept: Array
     takes: Array
-    first: Moments
-    others: Moments
+    first: TransientPeaks
+    others: TransientPeaks
     stepping: Array
     entered: Array
     again: Array
@@ -63,8 +63,8 @@ class Ranges:
     least_modes: Sequence[str]
     micro_batches: int
     blocks: dict[int, Array] = field(default_factory=dict)
-    savings: Sequence[dict[int, list[Saving]]] = ()
-    alike: Sequence[Alike] = ()
+    savings: Sequence[dict[int, list[CheckpointStep]]] = ()
+    alike: Sequence[UniformCheckpointing] = ()
 
     def place(self, i: int, j: int) -> int:
         """Where a range stands among all."""
@@ -79,7 +79,7 @@ class Ranges:
         ]
         return np.asarray(state + np.maximum.reduce(each))
 
-    def _backwards(self, in_flight: int) -> list[tuple[Moments, int]]:
+    def _backwards(self, in_flight: int) -> list[tuple[TransientPeaks, int]]:
         """The moments that count, with the micro-batches in flight then. Where all are in flight before the first
         backward, there are no gradients then, and one micro-batch less afterwards."""
         if in_flight < self.micro_batches:
@@ -157,7 +157,7 @@ class Ranges:
                     early = moment.early[where] - self.blocks_kept[where] + alike.bytes[where]
                     short.append((held + np.maximum(moment.alike[mode, where], early), flights))
                 lack = np.where(alike.possible[where], np.maximum.reduce([lacks for lacks, _ in short]), NEVER)
-                counts = [(Saving(k, MODES[mode], 0.0, 0.0), many[where]) for k, many in self.blocks.items()]
+                counts = [(CheckpointStep(k, MODES[mode], 0.0, 0.0), many[where]) for k, many in self.blocks.items()]
                 yield Again(self.seconds[where] + alike.seconds[where], lack, counts)
 
 
@@ -167,11 +167,11 @@ class Again:
 
     seconds: Array
     short: Array
-    counts: Sequence[tuple[Saving, Array]]
+    counts: Sequence[tuple[CheckpointStep, Array]]
 
 
 @dataclass(frozen=True)
-class Saving:
+class CheckpointStep:
     """What a block saves, per micro-batch in flight, when it takes the step to `mode`: bytes, for seconds."""
 
     kind: int
@@ -181,13 +181,13 @@ class Saving:
 
 
 def ranges(
-    found: Weighed,
+    found: PositionCosts,
     group: Sequence[int],
     block: Sequence[bool],
     micro_batches: int,
     turns: int,
     allowed: Sequence[tuple[str, ...]],
-) -> Ranges:
+) -> IntervalCosts:
     """All ranges of a weighed choice; `turns` is as in `cost.turns`. `allowed` says which of MODES every position may
     do; the class of blocks that may not do the same, or keep as much, is not the same either."""
     n, everywhere = len(group), np.arange(len(group))
@@ -220,7 +220,7 @@ def ranges(
     kind = [classes.setdefault(row, len(classes)) for row in rows]
     where = {number: np.array(kind) == number for (_, isblock, *_), number in classes.items() if isblock}
     modes = {number: may for (_, _, may, _), number in classes.items()}
-    return Ranges(
+    return IntervalCosts(
         seconds, state, kept, blocks_kept, takes, first, others, stepping, entered, found.again, kind,
         [MODES[mode] for mode in least], micro_batches, {k: sums(mine.astype(float)) for k, mine in where.items()},
         [{k: _savings(found, k, mine, modes[k], furthest) for k, mine in where.items()} for furthest in range(depth)],
@@ -228,13 +228,15 @@ def ranges(
     )  # fmt: skip
 
 
-def _alike(found: Weighed, allowed: Sequence[tuple[str, ...]], block: Sequence[bool], each: Array, mode: int) -> Alike:
+def _alike(
+    found: PositionCosts, allowed: Sequence[tuple[str, ...]], block: Sequence[bool], each: Array, mode: int
+) -> UniformCheckpointing:
     """All blocks as one of MODES says; `each` position keeps so much as the first that it may."""
     cannot = [mine and MODES[mode] not in modes for modes, mine in zip(allowed, block, strict=True)]
     least = [MODES.index(modes[0]) for modes in allowed]
     more = found.again[mode] - found.again[least, np.arange(len(block))]
     less = each - found.kept[mode] - found.entered * (mode > 0)
-    return Alike(
+    return UniformCheckpointing(
         sums(np.array(cannot, dtype=float)) == 0, sums(np.where(block, more, 0.0)), sums(np.where(block, less, 0.0))
     )
 
@@ -264,7 +266,9 @@ def after(beside: Sequence[float], backward: Sequence[float]) -> float:
     return arrived - now
 
 
-def _savings(found: Weighed, kind: int, where: NDArray[np.bool_], modes: Sequence[str], furthest: int) -> list[Saving]:
+def _savings(
+    found: PositionCosts, kind: int, where: NDArray[np.bool_], modes: Sequence[str], furthest: int
+) -> list[CheckpointStep]:
     """The steps of one kind of block from the first of the modes it may do towards keeping less, each dearer than the
     one before; those that another beats are left out. Blocks that take other values may take other times: the longest
     counts."""
@@ -280,7 +284,7 @@ def _savings(found: Weighed, kind: int, where: NDArray[np.bool_], modes: Sequenc
         while len(hull) > 1 and _slope(hull[-1], point) <= _slope(hull[-2], hull[-1]):
             hull.pop()
         hull.append(point)
-    return [Saving(kind, MODES[b[0]], b[1] - a[1], a[2] - b[2]) for a, b in itertools.pairwise(hull)]
+    return [CheckpointStep(kind, MODES[b[0]], b[1] - a[1], a[2] - b[2]) for a, b in itertools.pairwise(hull)]
 
 
 def _slope(one: tuple[int, float, float], other: tuple[int, float, float]) -> float:

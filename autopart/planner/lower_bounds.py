@@ -24,8 +24,8 @@ from autopart.cost.compute import Array
 from autopart.cost.intervals import NEVER, spans
 from autopart.cost.position_costs import least_crossings
 from autopart.planner.interval_costs import crossed
-from autopart.planner.request import Point
-from autopart.planner.search_space import Space
+from autopart.planner.request import SearchPoint
+from autopart.planner.search_space import SearchSpace
 
 Counts = tuple[tuple[int, int], ...]
 """Of every kind: how many there are, and how many modes each of them may take."""
@@ -80,7 +80,7 @@ class Bounds:
     terms   for every price the bound of one run of each kind in each of its modes, in a row;  bytes: the same of bytes
     """
 
-    def __init__(self, space: Space, point: Point) -> None:
+    def __init__(self, space: SearchSpace, point: SearchPoint) -> None:
         self.space, self.point = space, point
         group = space.model(point).table.group
         self.row, self.many = row_of(tuple(group), space.allowed_modes), Counter(group)

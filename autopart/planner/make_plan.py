@@ -17,13 +17,13 @@ from autopart.frontend.batch import DTYPES, Batch, samples_of
 from autopart.frontend.inputs import check_inputs, main_dtype
 from autopart.hardware.mesh import Mesh
 from autopart.ir.gc_pause import paused
-from autopart.ir.layered_graph import Folded
+from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.source import Source
 from autopart.plan.data import Plan
 from autopart.planner.advice import advice
-from autopart.planner.branch_and_bound import Found, Say, Search, silent
+from autopart.planner.branch_and_bound import OnProgress, Search, SearchResult, silent
 from autopart.planner.request import Request, read_constraints, read_settings
-from autopart.planner.search_space import Space
+from autopart.planner.search_space import SearchSpace
 from autopart.planner.write_plan import bounded, write_out
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def request_of(
 
 
 def make_plan(
-    source: Source, mesh: Mesh, request: Request, say: Say = silent, to_run: bool = False, advise: bool = True
+    source: Source, mesh: Mesh, request: Request, say: OnProgress = silent, to_run: bool = False, advise: bool = True
 ) -> Plan:
     """`plan` for a model that may be traced already. It is for the graph of its own micro-batch; one `to_run` is of the
     graph whose every block was traced. Where a micro-batch that seemed to fit does not in its own graph, others are
@@ -78,11 +78,11 @@ def make_plan(
         raise
 
 
-def _made_for(folded: Folded, made: Plan, search: Search, say: Say, started: float) -> Plan:
+def _made_for(folded: LayeredGraph, made: Plan, search: Search, say: OnProgress, started: float) -> Plan:
     """A plan's micro-batch planned anew from the trace that runs, where that is another graph than the one that was
     planned: an `expand` to one sample is nothing, the strategies of a dim of one element have other names, and a model
     may do what it likes with the number of samples."""
-    space = Space(folded, made.mesh, replace(search.space.request, micro_batch=made.micro_batch))
+    space = SearchSpace(folded, made.mesh, replace(search.space.request, micro_batch=made.micro_batch))
     found = Search(space, say).run()
     found = replace(found, bound=min(found.bound, made.bound_seconds))
     return replace(write_out(space, found, started, made.model), request=made.request)
@@ -90,8 +90,8 @@ def _made_for(folded: Folded, made: Plan, search: Search, say: Say, started: flo
 
 @paused()
 def explored(
-    source: Source, mesh: Mesh, request: Request, say: Say = silent, advise: bool = True
-) -> tuple[Plan, Search, Found]:
+    source: Source, mesh: Mesh, request: Request, say: OnProgress = silent, advise: bool = True
+) -> tuple[Plan, Search, SearchResult]:
     """The plan from a trace of two samples, where samples do nothing with each other, and the search that found it."""
     started = time.monotonic()
     request = request.check(mesh)
@@ -105,10 +105,12 @@ def explored(
             "recompute would change it twice a step",
             'recompute="none"',
         )
-    return _searched(Space(folded, mesh, request), say, started, source, advise)
+    return _searched(SearchSpace(folded, mesh, request), say, started, source, advise)
 
 
-def _searched(space: Space, say: Say, started: float, source: Source, advise: bool) -> tuple[Plan, Search, Found]:
+def _searched(
+    space: SearchSpace, say: OnProgress, started: float, source: Source, advise: bool
+) -> tuple[Plan, Search, SearchResult]:
     search = Search(space, say)
     try:
         found = search.run()

@@ -14,13 +14,13 @@ from autopart.cost.intervals import place
 from autopart.cost.training_state import OPTIMIZER_STATES
 from autopart.ir.graph import Info, info
 from autopart.ir.labels import is_block
-from autopart.ir.layered_graph import Folded, used_parameters
-from autopart.passes.stage_graph import OWNED, SETUP, SETUP_RUN, Choices, StageGraph, backward_of
+from autopart.ir.layered_graph import LayeredGraph, used_parameters
+from autopart.passes.stage_graph import OWNED, PRELUDE, PRELUDE_SEGMENT, ShardingAssignment, StageGraph, backward_of
 from autopart.plan.data import shortened
 from autopart.plan.schedules import on_its_way
-from autopart.planner.branch_and_bound import Found
+from autopart.planner.branch_and_bound import SearchResult
 from autopart.planner.interval_costs import crossed
-from autopart.planner.search_space import Space
+from autopart.planner.search_space import SearchSpace
 from autopart.sharding.notation import Placement
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "messages", "transient")
@@ -50,7 +50,7 @@ def totals(leaves: Iterable[Leaf]) -> dict[str, float]:
     return found
 
 
-def parameters(folded: Folded, choices: Choices, span: tuple[int, int]) -> Iterator[Held]:
+def parameters(folded: LayeredGraph, choices: ShardingAssignment, span: tuple[int, int]) -> Iterator[Held]:
     """The parameters of a stage, each once."""
     seen = set()
     for position in range(*span):
@@ -62,16 +62,16 @@ def parameters(folded: Folded, choices: Choices, span: tuple[int, int]) -> Itera
                 yield folded.labels[position], name, info(node), placed, choices.size((node, 0), placed)
 
 
-def sums(choices: Choices, record: Info, placed: Sequence[Placement], axis: str) -> bool:
+def sums(choices: ShardingAssignment, record: Info, placed: Sequence[Placement], axis: str) -> bool:
     """Whether a parameter's gradient is a partial sum over an axis."""
     names = [name for name, _ in choices.axes]
     return record.grad and axis in names and placed[names.index(axis)].kind == "C"
 
 
 def leaves(
-    space: Space,
-    found: Found,
-    choices: Choices,
+    space: SearchSpace,
+    found: SearchResult,
+    choices: ShardingAssignment,
     graph: StageGraph,
     span: tuple[int, int],
     modes: Sequence[str],
@@ -83,15 +83,15 @@ def leaves(
     _, takes = messages(space, found, span, index)
     arriving = on_its_way(takes, flights, space.micro_batches(found.point))
     moments = [*_backwards(space, found, choices, graph, span, modes, flights, _bytes(kept) / flights)]
-    kept += [Leaf(SETUP, "of other stages, on its way", "messages", arriving)] if arriving else []
-    gone = Leaf(SETUP, "activations and messages, gone by then", "transient", -_bytes(kept))
+    kept += [Leaf(PRELUDE, "of other stages, on its way", "messages", arriving)] if arriving else []
+    gone = Leaf(PRELUDE, "activations and messages, gone by then", "transient", -_bytes(kept))
     made = _ending(space, found, choices, span)
-    moments.append([Leaf(SETUP, "made at the end of a step", "transient", made), gone])
+    moments.append([Leaf(PRELUDE, "made at the end of a step", "transient", made), gone])
     most = max(moments, key=_bytes)
     return [*_owned(space, found, choices, span), *kept, *(most if _bytes(most) else ())]
 
 
-def messages(space: Space, found: Found, span: tuple[int, int], index: int) -> tuple[float, float]:
+def messages(space: SearchSpace, found: SearchResult, span: tuple[int, int], index: int) -> tuple[float, float]:
     """Of the `index`-th stage, of the positions `span`: seconds of a micro-batch's messages, and bytes of the values
     that it takes from others."""
     n = len(space.folded.labels)
@@ -100,7 +100,9 @@ def messages(space: Space, found: Found, span: tuple[int, int], index: int) -> t
     return seconds, takes
 
 
-def _owned(space: Space, found: Found, choices: Choices, span: tuple[int, int]) -> Iterator[Leaf]:
+def _owned(
+    space: SearchSpace, found: SearchResult, choices: ShardingAssignment, span: tuple[int, int]
+) -> Iterator[Leaf]:
     """Parameters, their gradients, and what the optimizer keeps for them."""
     training = space.training(found.point)
     states = OPTIMIZER_STATES[training.optimizer]
@@ -115,7 +117,7 @@ def _owned(space: Space, found: Found, choices: Choices, span: tuple[int, int]) 
         yield Leaf(block, f"{name}, states", "optimizer", optimizer * states / max(copies, 1))
 
 
-def _kept(folded: Folded, graph: StageGraph, span: tuple[int, int], modes: Sequence[str]) -> Iterator[Leaf]:
+def _kept(folded: LayeredGraph, graph: StageGraph, span: tuple[int, int], modes: Sequence[str]) -> Iterator[Leaf]:
     """What is kept for backward, of one micro-batch."""
     named = {node.name: _operator(node) for node in folded.traced.graph.nodes if node.op != "output"}
     nodes = dict(zip(graph.indices, (mine for _, mine in graph.runs), strict=True))
@@ -123,11 +125,11 @@ def _kept(folded: Folded, graph: StageGraph, span: tuple[int, int], modes: Seque
     for (key, _), memory in graph.kept.items():
         name = named.get(key, "") or f"{named[key.removesuffix(' inside')]}, its own"
         if memory.shared:
-            yield Leaf(SETUP, name, "activations", memory.size)
+            yield Leaf(PRELUDE, name, "activations", memory.size)
         for run in memory.runs if not memory.shared else ():
             inside[run].append((name, memory.size))
-    for name, size in inside[SETUP_RUN]:
-        yield Leaf(SETUP, name, "activations", size)
+    for name, size in inside[PRELUDE_SEGMENT]:
+        yield Leaf(PRELUDE, name, "activations", size)
     for position, mode in zip(range(*span), modes, strict=True):
         run = folded.sequence[position]
         rows = inside[run] if mode == "none" else _kept_again(nodes[run], mode)
@@ -137,7 +139,7 @@ def _kept(folded: Folded, graph: StageGraph, span: tuple[int, int], modes: Seque
         blocks = {run for position, run in enumerate(folded.sequence) if is_block(folded.labels[position])}
         several = {n: None for run in sorted(blocks & nodes.keys()) for n in _taken(nodes[run]) if info(n).several}
         for node in several:
-            yield Leaf(SETUP, f"{_operator(node)}, taken by blocks", "activations", info(node).size)
+            yield Leaf(PRELUDE, f"{_operator(node)}, taken by blocks", "activations", info(node).size)
 
 
 def _kept_again(nodes: Sequence[fx.Node], mode: str) -> Iterator[tuple[str, float]]:
@@ -171,7 +173,7 @@ def _bytes_of(rows: Iterable[tuple[str, float]]) -> float:
     return sum(nbytes for _, nbytes in rows)
 
 
-def _ending(space: Space, found: Found, choices: Choices, span: tuple[int, int]) -> float:
+def _ending(space: SearchSpace, found: SearchResult, choices: ShardingAssignment, span: tuple[int, int]) -> float:
     """Bytes that are made at the end of a step: by the optimizer, or of messages of gradients and parameters."""
     training = space.training(found.point)
     held = [
@@ -184,9 +186,15 @@ def _ending(space: Space, found: Found, choices: Choices, span: tuple[int, int])
 
 
 def _backwards(
-    space: Space, found: Found, choices: Choices, graph: StageGraph, span: tuple[int, int], modes: Sequence[str],
-    flights: int, one: float,
-) -> Iterator[list[Leaf]]:  # fmt: skip
+    space: SearchSpace,
+    found: SearchResult,
+    choices: ShardingAssignment,
+    graph: StageGraph,
+    span: tuple[int, int],
+    modes: Sequence[str],
+    flights: int,
+    one: float,
+) -> Iterator[list[Leaf]]:
     """What exists at the moments of a step's backwards besides what is kept, less what is gone or not there yet. Where
     all micro-batches are in flight before the first backward there are no gradients then, and one micro-batch, which
     keeps `one` bytes, less afterwards."""
@@ -195,15 +203,21 @@ def _backwards(
         yield from _backward(space, found, choices, graph, span, modes, {}, False)
         return
     yield from _backward(space, found, choices, graph, span, modes, own, True)
-    gone = Leaf(SETUP, "activations of a micro-batch, gone by then", "transient", -one)
+    gone = Leaf(PRELUDE, "activations of a micro-batch, gone by then", "transient", -one)
     for moment in _backward(space, found, choices, graph, span, modes, {}, False) if flights > 1 else ():
         yield [*moment, gone]
 
 
 def _backward(
-    space: Space, found: Found, choices: Choices, graph: StageGraph, span: tuple[int, int], modes: Sequence[str],
-    own: Mapping[int, float], first: bool,
-) -> Iterator[list[Leaf]]:  # fmt: skip
+    space: SearchSpace,
+    found: SearchResult,
+    choices: ShardingAssignment,
+    graph: StageGraph,
+    span: tuple[int, int],
+    modes: Sequence[str],
+    own: Mapping[int, float],
+    first: bool,
+) -> Iterator[list[Leaf]]:
     """What exists in the backward of every run, the `first` of a step or another: gradients of an operator, its
     parameters, where it gathers them, and what a block that is run again keeps until it is done, at one of two moments
     where that lets go of products' results on the way; or, when that is gone and ranks sum its gradients, these. Gone
@@ -224,12 +238,12 @@ def _backward(
     positions = [(p, folded.sequence[p], mode) for p, mode in zip(range(*span), modes, strict=True)]
     alike = len({mode for p, _, mode in positions if is_block(folded.labels[p])}) <= 1
     last, waiting = _waiting(space, found, choices, span)
-    yield [Leaf(SETUP, "gradients that are not there yet", "transient", -early)]
-    for position, run, mode in [*reversed(positions), (-1, SETUP_RUN, "none")]:
-        label = folded.labels[position] if run != SETUP_RUN else SETUP
-        block = run != SETUP_RUN and is_block(label)
+    yield [Leaf(PRELUDE, "gradients that are not there yet", "transient", -early)]
+    for position, run, mode in [*reversed(positions), (-1, PRELUDE_SEGMENT, "none")]:
+        label = folded.labels[position] if run != PRELUDE_SEGMENT else PRELUDE
+        block = run != PRELUDE_SEGMENT and is_block(label)
         left = not any(is_block(folded.labels[p]) for p in range(span[0], position + 1))
-        summed, read = [0.0], used_parameters(folded.runs[run]) if run != SETUP_RUN else []
+        summed, read = [0.0], used_parameters(folded.runs[run]) if run != PRELUDE_SEGMENT else []
         for node in read:
             placed = choices.placements(folded, (node, 0), 0)
             shared = sums(choices, info(node), placed, "dp")
@@ -254,17 +268,19 @@ def _backward(
         rows = [
             *max(ways, key=_bytes_of),
             ("what later runs kept, gone by then", -late - of_blocks * left),
-            ("gradients that are not there yet", -early if run != SETUP_RUN else 0.0),
+            ("gradients that are not there yet", -early if run != PRELUDE_SEGMENT else 0.0),
             ("gradients of shared parameters, waiting", waiting if -1 < position < last else 0.0),
         ]
         yield [Leaf(label, name, "transient", nbytes) for name, nbytes in rows if nbytes]
         if block and not alike:
             of_blocks += kept
-        elif run != SETUP_RUN:
+        elif run != PRELUDE_SEGMENT:
             late += kept
 
 
-def _waiting(space: Space, found: Found, choices: Choices, span: tuple[int, int]) -> tuple[int, float]:
+def _waiting(
+    space: SearchSpace, found: SearchResult, choices: ShardingAssignment, span: tuple[int, int]
+) -> tuple[int, float]:
     """The last position of a stage that reads a parameter which an earlier one reads too, and bytes of the gradients of
     all such."""
     folded, last, waiting = space.folded, span[0], 0.0
@@ -281,7 +297,9 @@ def _waiting(space: Space, found: Found, choices: Choices, span: tuple[int, int]
     return last, waiting
 
 
-def _own_gradients(space: Space, found: Found, choices: Choices, span: tuple[int, int]) -> dict[int, float]:
+def _own_gradients(
+    space: SearchSpace, found: SearchResult, choices: ShardingAssignment, span: tuple[int, int]
+) -> dict[int, float]:
     """Position -> bytes of the gradients of the parameters that it alone reads."""
     folded, training = space.folded, space.training(found.point)
     read = [
@@ -298,9 +316,9 @@ def _own_gradients(space: Space, found: Found, choices: Choices, span: tuple[int
     return own
 
 
-def _within(name: str, folded: Folded, run: int) -> str:
+def _within(name: str, folded: LayeredGraph, run: int) -> str:
     """A name without that of the run it is in."""
-    return name.removeprefix(folded.runs[run].label).lstrip(". ") if run != SETUP_RUN else name
+    return name.removeprefix(folded.runs[run].label).lstrip(". ") if run != PRELUDE_SEGMENT else name
 
 
 def _operator(node: fx.Node) -> str:

@@ -108,7 +108,7 @@ class Request:
 
 
 @dataclass(frozen=True, order=True)
-class Point:
+class SearchPoint:
     """One point of the outer search: degrees, samples of a micro-batch over all ranks, ZeRO level."""
 
     pp: int

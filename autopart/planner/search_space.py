@@ -12,22 +12,22 @@ from numpy.typing import NDArray
 
 from autopart.cost.compute import Array
 from autopart.cost.intervals import NEVER, spans
-from autopart.cost.position_costs import MODES, Weighed, weigh
+from autopart.cost.position_costs import MODES, PositionCosts, weigh
 from autopart.cost.prices import Prices, Terms
 from autopart.cost.sizes import Sizes
 from autopart.cost.training_state import Training, turns, widening
 from autopart.hardware.mesh import Mesh
 from autopart.hardware.rows import Device, Link
 from autopart.ir.labels import is_block
-from autopart.ir.layered_graph import Folded
+from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.formulate import formulate
 from autopart.passes.solve import Coupled, Solution, Solver
 from autopart.plan.data import usable_bytes
 from autopart.plan.schedules import SCHEDULES, in_flight
 from autopart.planner.allowed_choices import Options, both, modes_of, options_of, positions_of, stages_of
 from autopart.planner.constraints import Cuts, check
-from autopart.planner.request import Point, Request
-from autopart.sharding.strategy_table import Flow, Placements, Table
+from autopart.planner.request import Request, SearchPoint
+from autopart.sharding.strategy_table import Placements, StrategyTable, ValueUses
 
 flights = lru_cache(maxsize=None)(in_flight)
 
@@ -41,7 +41,7 @@ class Model:
     group    the class of runs that pays; -1 for what stages pay once
     """
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: StrategyTable) -> None:
         self.table = table
         self.sizes = Sizes(table)
         self.parts: dict[int, Solver] = {}
@@ -137,7 +137,7 @@ class Model:
         return sorted(outside | {(i, 0) for i, n in enumerate(self.table.nodes) if n.kind == "input"})
 
     @cached_property
-    def awaited(self) -> list[tuple[Flow, list[tuple[int, int]]]]:
+    def awaited(self) -> list[tuple[ValueUses, list[tuple[int, int]]]]:
         """The flows that pass from run to run and may be partial sums, with the uses that all take such a sum alike."""
         flows = [f for f in self.table.flows if not all(f.inside) and max(f.homes) >= 0]
         summed = [f for f in flows if any(p.kind == "P" for have, _ in f.chains for p in have)]
@@ -181,7 +181,7 @@ class Costs:
 
 
 @dataclass
-class Space:
+class SearchSpace:
     """All plans of a model on a mesh that a request allows, as numbers.
 
     What constraints change is none of what is kept in `models`, `prices`, `solved` and what follows them: a space with
@@ -189,17 +189,17 @@ class Space:
     models.
     """
 
-    folded: Folded
+    folded: LayeredGraph
     mesh: Mesh
     request: Request
     models: dict[int, Model] = field(default_factory=dict)
-    prices: dict[Point, Prices] = field(default_factory=dict)
+    prices: dict[SearchPoint, Prices] = field(default_factory=dict)
     solved: dict[object, Solution | None] = field(default_factory=dict)
     bounds: dict[object, float] = field(default_factory=dict)
-    weights: dict[tuple[Point, tuple[int, ...]], Weighed] = field(default_factory=dict)
-    costs_of: dict[Point, tuple[Costs, ...]] = field(default_factory=dict)
+    weights: dict[tuple[SearchPoint, tuple[int, ...]], PositionCosts] = field(default_factory=dict)
+    costs_of: dict[SearchPoint, tuple[Costs, ...]] = field(default_factory=dict)
     relaxations: dict[object, tuple[float, Solution | None]] = field(default_factory=dict)
-    late_of: dict[Point, Array] = field(default_factory=dict)
+    late_of: dict[SearchPoint, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise PartitionError where constraints name what the model does not have."""
@@ -207,7 +207,7 @@ class Space:
         self._stages: dict[object, list[NDArray[np.bool_]]] = {}
         check(self.request.constraints, self.folded.labels, self.folded.keys.values())
 
-    def options(self, point: Point) -> Options:
+    def options(self, point: SearchPoint) -> Options:
         """The options that constraints leave, of those nodes where they leave not all."""
         if point.tp not in self._options:
             found = options_of(self.model(point).table, self.request.constraints) if self.request.constraints else {}
@@ -227,7 +227,7 @@ class Space:
         recompute = self.request.recompute or ("none" if self.folded.traced.updated else None)
         return modes_of(labels, [is_block(x) for x in labels], self.request.constraints, recompute)
 
-    def stages(self, point: Point) -> list[NDArray[np.bool_]]:
+    def stages(self, point: SearchPoint) -> list[NDArray[np.bool_]]:
         """For every stage, whether it may be each of the ranges. Cuts by time or bytes go by what the fastest splits
         of the point take."""
         weighs = any(isinstance(c, Cuts) and c.method in ("time", "memory") for c in self.request.constraints)
@@ -241,7 +241,7 @@ class Space:
             self._stages[key] = [mask[spans(len(labels))] for mask in masks]
         return self._stages[key]
 
-    def weigh(self, point: Point, chosen: tuple[int, ...]) -> Weighed:
+    def weigh(self, point: SearchPoint, chosen: tuple[int, ...]) -> PositionCosts:
         """What a choice costs at every position."""
         if (point, chosen) not in self.weights:
             self.weights[point, chosen] = weigh(self.priced(point), chosen, self.between_stages(point))
@@ -252,33 +252,33 @@ class Space:
         """Bytes of a device that a plan may fill."""
         return usable_bytes(self.mesh) if self.request.must_fit else float("inf")
 
-    def model(self, point: Point) -> Model:
+    def model(self, point: SearchPoint) -> Model:
         """The table and solver of a point."""
         if point.tp not in self.models:
             forced = (self.request.tp or 1) > 1
             self.models[point.tp] = Model(formulate(self.folded, self.mesh.device, point.tp, forced))
         return self.models[point.tp]
 
-    def training(self, point: Point) -> Training:
+    def training(self, point: SearchPoint) -> Training:
         """What the parameters of a point cost."""
         group = self.mesh.group(point.tp, point.dp)
         wide = widening(self.request.precision, self.request.master)
         together = self.mesh.device.type != "cpu"
         return Training(self.request.optimizer, point.zero, group, self.micro_batches(point), wide, together)
 
-    def device(self, point: Point) -> Device:
+    def device(self, point: SearchPoint) -> Device:
         """The device as busy as a point has it."""
         return self.mesh.busy_device(point.pp, self.micro_batches(point))
 
-    def micro_batches(self, point: Point) -> int:
+    def micro_batches(self, point: SearchPoint) -> int:
         """Micro-batches of a step."""
         return self.request.global_batch // point.micro_batch
 
-    def turns(self, point: Point) -> int:
+    def turns(self, point: SearchPoint) -> int:
         """See `cost.turns`."""
         return turns(point.zero, self.micro_batches(point), point.pp)
 
-    def priced(self, point: Point) -> Prices:
+    def priced(self, point: SearchPoint) -> Prices:
         """The prices of a point."""
         if point not in self.prices:
             strides = {"dp": point.tp, "tp": 1}
@@ -288,11 +288,11 @@ class Space:
             self.prices[point] = Prices(model.sizes, Terms(self.device(point), sizes, scale, self.training(point)))
         return self.prices[point]
 
-    def between_stages(self, point: Point) -> Link | None:
+    def between_stages(self, point: SearchPoint) -> Link | None:
         """The link between stages; None where there is one stage."""
         return self.mesh.between(point.dp * point.tp, point.pp, self.micro_batches(point)) if point.pp > 1 else None
 
-    def in_flight(self, point: Point, stage: int) -> int:
+    def in_flight(self, point: SearchPoint, stage: int) -> int:
         """Micro-batches whose activations a stage holds."""
         return flights(self.schedule, stage, point.pp, self.micro_batches(point))
 
@@ -302,7 +302,7 @@ class Space:
         known = sorted(SCHEDULES, key="1f1b".__ne__)
         return self.request.schedule or next((s for s in known if self.request.allows("schedule", s)), "")
 
-    def costs(self, point: Point, modes: Mapping[int, str]) -> Costs:
+    def costs(self, point: SearchPoint, modes: Mapping[int, str]) -> Costs:
         """What everything at a point costs, in all its places; `modes` says which classes of blocks are run again."""
         model, (usual, *others) = self.model(point), self._usual(point)
         seconds, kept = usual.seconds, usual.kept
@@ -312,7 +312,7 @@ class Space:
                 seconds, kept = np.where(mine, other.seconds, seconds), np.where(mine, other.kept, kept)
         return Costs(seconds, usual.state, kept)
 
-    def _usual(self, point: Point) -> tuple[Costs, ...]:
+    def _usual(self, point: SearchPoint) -> tuple[Costs, ...]:
         """What everything costs where all do as each of MODES says."""
         if point not in self.costs_of:
             model, prices = self.model(point), self.priced(point)
@@ -334,11 +334,11 @@ class Space:
             )
         return self.costs_of[point]
 
-    def _hides(self, point: Point) -> bool:
+    def _hides(self, point: SearchPoint) -> bool:
         """Whether the backward hides gradients on their way."""
         return point.dp > 1 and self.mesh.device.beside > 0
 
-    def windows(self, point: Point) -> tuple[Array, Array]:
+    def windows(self, point: SearchPoint) -> tuple[Array, Array]:
         """By priced variable, seconds of a turn that the gradients of a place travel and computing can hide, and that
         the backward of a place takes which can hide them (see `ranges.exposed`)."""
         prices, nothing = self.priced(point), np.zeros(len(self.priced(point).memory))
@@ -346,7 +346,7 @@ class Space:
         backward = np.concatenate([prices.backward, prices.change_backward, nothing])
         return share * np.concatenate([prices.beside, 0.0 * prices.change_backward, nothing]), share * backward
 
-    def early(self, point: Point) -> tuple[Array, Array]:
+    def early(self, point: SearchPoint) -> tuple[Array, Array]:
         """Two bounds below the share of a turn of gradients that travel after the backward, by priced variable,
         both with all of those that several positions add to: what the first position sends, and all that is sent but
         what the backward of all positions but the last takes. The first and the last count where no other is of their
@@ -358,7 +358,7 @@ class Space:
         begun = beside * (model.places - alone + first * model.own[0])
         return begun, beside * model.places - backward * (alone - last * model.own[-1])
 
-    def late(self, point: Point) -> Array:
+    def late(self, point: SearchPoint) -> Array:
         """The mean of `early`'s two bounds by the weights that make the best splits' time most: then it is what it
         would be with the larger of them."""
         if point not in self.late_of:
@@ -368,19 +368,19 @@ class Space:
             self.late_of[point] = begun + share * more
         return self.late_of[point]
 
-    def least_work(self, point: Point) -> float:
+    def least_work(self, point: SearchPoint) -> float:
         """Seconds that the operators of a micro-batch take at least, whatever is done between them."""
         model, prices = self.model(point), self.priced(point)
         each = (prices.forward + prices.backward) * model.places[: len(prices.forward)]
         return model.sizes.apart(each, self.options(point))
 
-    def has_room(self, point: Point) -> bool:
+    def has_room(self, point: SearchPoint) -> bool:
         """Whether the states of all parameters, spread evenly over the stages, leave any room."""
         model, prices = self.model(point), self.priced(point)
         each = prices.state * model.places[: len(prices.state)]
         return model.sizes.apart(each, {}) <= point.pp * self.limit
 
-    def solve(self, point: Point, price: float, modes: Mapping[int, str]) -> Solution | None:
+    def solve(self, point: SearchPoint, price: float, modes: Mapping[int, str]) -> Solution | None:
         """The best splits where a byte kept costs `price` seconds and a byte of state as many as its least share. At a
         price between none and an endless one they are one way among many: None where it takes branching to find them.
         """
@@ -391,7 +391,7 @@ class Space:
             self.solved[key] = self.model(point).solver.minimise(objective, options, price in (0.0, NEVER))
         return self.solved[key]
 
-    def relaxed(self, point: Point) -> float:
+    def relaxed(self, point: SearchPoint) -> float:
         """A bound below the time of the best splits, memory without end; infinite where there are none. It is
         `solve`'s wherever that takes no branching."""
         options, modes = self.options(point), self.forced(point)
@@ -410,12 +410,12 @@ class Space:
                 self.solved[key] = solution
         return self.bounds[key]
 
-    def below(self, point: Point) -> float:
+    def below(self, point: SearchPoint) -> float:
         """A bound below `relaxed`, in a small part of its time."""
         seconds = self.costs(point, self.forced(point)).seconds
         return self.model(point).solver.below(seconds + self.early(point)[0] if self._hides(point) else seconds)
 
-    def objective(self, point: Point, price: float, modes: Mapping[int, str]) -> Array:
+    def objective(self, point: SearchPoint, price: float, modes: Mapping[int, str]) -> Array:
         """What `solve` minimises; at an endless price bytes alone."""
         costs = self.costs(point, modes)
         held = costs.kept + costs.state / self.in_flight(point, 0)
@@ -424,19 +424,19 @@ class Space:
         seconds = costs.seconds + price * held
         return seconds + self.late(point) if self._hides(point) else seconds
 
-    def known_bound(self, point: Point) -> float:
+    def known_bound(self, point: SearchPoint) -> float:
         """The least time of any splits, where it is known already: no constraint makes it less."""
         known = self.solved.get((point, 0.0, (), ()))
         return known.bound if known else 0.0
 
-    def best_modes(self, point: Point, price: float) -> list[dict[int, str]]:
+    def best_modes(self, point: SearchPoint, price: float) -> list[dict[int, str]]:
         """What blocks may do at a price of a byte: all the same, and each class what costs it least."""
         blocks = self.model(point).blocks
         alike = [dict.fromkeys(blocks, mode) for mode in self.modes]
         best = {g: min(self.modes, key=partial(self.least, point, price, g)) for g in blocks}
         return alike if best in alike else [best, *alike]
 
-    def least(self, point: Point, price: float, group: int, mode: str) -> float:
+    def least(self, point: SearchPoint, price: float, group: int, mode: str) -> float:
         """A bound below what a class of runs costs where its blocks do as `mode` says."""
         options = self.options(point)
         key = point, price, group, mode, tuple(options.items())
@@ -452,7 +452,7 @@ class Space:
                 self.bounds[key] = model.part(group).bound(costs, options)
         return self.bounds[key]
 
-    def forced(self, point: Point) -> dict[int, str]:
+    def forced(self, point: SearchPoint) -> dict[int, str]:
         """The mode of every class of blocks that may not keep everything: the one that keeps most."""
         least: dict[int, int] = {}
         for group, modes in zip(self.model(point).table.group, self.allowed_modes, strict=True):

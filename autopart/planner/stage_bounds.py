@@ -30,8 +30,8 @@ from autopart.cost.prices import Prices
 from autopart.hardware.rows import Link
 from autopart.passes.solve import Solution
 from autopart.planner.allowed_choices import Options
-from autopart.planner.request import Point
-from autopart.planner.search_space import Model, Space
+from autopart.planner.request import SearchPoint
+from autopart.planner.search_space import Model, SearchSpace
 
 VARIABLES = 200_000
 """Solver's variables of all relaxations of a search together, at most: a limit that is the same on every machine."""
@@ -43,7 +43,7 @@ Span = tuple[int, int]
 Starts = tuple[int, ...]
 
 
-def few_cuts(space: Space, point: Point) -> bool:
+def few_cuts(space: SearchSpace, point: SearchPoint) -> bool:
     """Whether all cuts of a point can be listed."""
     return point.pp > 1 and math.comb(len(space.folded.labels) - 1, point.pp - 1) <= FEW
 
@@ -66,7 +66,7 @@ def spans_of(starts: Sequence[int], positions: int) -> list[Span]:
     return list(zip(starts, (*starts[1:], positions), strict=True))
 
 
-def stage_costs(space: Space, point: Point, span: Span) -> Array:
+def stage_costs(space: SearchSpace, point: SearchPoint, span: Span) -> Array:
     """By priced variable, seconds of a micro-batch in a stage: a bound below f that is linear in the splits."""
     model, modes, link = space.model(point), space.forced(point), space.between_stages(point)
     there, (beside, _) = model.places_in(*span), space.windows(point)
@@ -77,7 +77,7 @@ def stage_costs(space: Space, point: Point, span: Span) -> Array:
 
 
 def relaxed_stages(
-    space: Space, point: Point, spans: Sequence[Span], allowed: Options
+    space: SearchSpace, point: SearchPoint, spans: Sequence[Span], allowed: Options
 ) -> tuple[float, Solution | None]:
     """A bound below the seconds of some stages that all have the same splits, and these, where the relaxation is
     integral: of one stage it is a bound below f."""
@@ -85,7 +85,7 @@ def relaxed_stages(
     return space.model(point).solver.relax(costs, allowed)
 
 
-def relaxed_cut(space: Space, point: Point, starts: Starts) -> tuple[float, list[tuple[int, ...]]]:
+def relaxed_cut(space: SearchSpace, point: SearchPoint, starts: Starts) -> tuple[float, list[tuple[int, ...]]]:
     """A bound below the seconds of all stages of a cut together; and every stage's choice, where the relaxation is
     integral."""
     costs = [stage_costs(space, point, span) for span in spans_of(starts, len(space.folded.labels))]

@@ -12,8 +12,8 @@ from torch import fx
 from autopart.errors import PartitionError, few
 from autopart.ir.graph import has_gradient, info, is_pick, operands, shape_args, value_of
 from autopart.ir.labels import is_block
-from autopart.ir.layered_graph import Folded
-from autopart.passes.stage_graph import Choices
+from autopart.ir.layered_graph import LayeredGraph
+from autopart.passes.stage_graph import ShardingAssignment
 from autopart.plan.data import Plan
 from autopart.sharding.notation import C, G, Placement, splits
 from autopart.sharding.resharding import possible
@@ -23,7 +23,7 @@ MODES = ("none", "selective", "full")
 """What a run may do with what its backward needs."""
 
 
-def validate(plan: Plan, folded: Folded) -> None:
+def validate(plan: Plan, folded: LayeredGraph) -> None:
     """Raise PartitionError unless a plan is for this model, traced with the plan's micro-batch, and can run on it."""
     plan.check(folded)
     for check in (cut_findings, strategy_findings):
@@ -33,7 +33,7 @@ def validate(plan: Plan, folded: Folded) -> None:
             )
 
 
-def cut_findings(plan: Plan, folded: Folded) -> Iterator[str]:
+def cut_findings(plan: Plan, folded: LayeredGraph) -> Iterator[str]:
     """Where stages start, and what their positions do."""
     starts, count = plan.starts, len(folded.labels)
     rising = all(a < b for a, b in zip(starts, (*starts[1:], count), strict=True))
@@ -56,13 +56,13 @@ def cut_findings(plan: Plan, folded: Folded) -> Iterator[str]:
         yield "recompute: buffers would be changed twice"
 
 
-def choices_of(plan: Plan) -> Choices:
+def choices_of(plan: Plan) -> ShardingAssignment:
     """What the plan decides, as stages are localised by."""
     axes = tuple((axis, size) for axis, size in (("dp", plan.dp), ("tp", plan.tp)) if size > 1)
-    return Choices(axes, tuple(plan.splits[s.splits] for s in plan.stages), plan.starts)
+    return ShardingAssignment(axes, tuple(plan.splits[s.splits] for s in plan.stages), plan.starts)
 
 
-def strategy_findings(plan: Plan, folded: Folded) -> Iterator[str]:
+def strategy_findings(plan: Plan, folded: LayeredGraph) -> Iterator[str]:
     """Whether operators have the strategies, and these go together."""
     choices, nodes, known = choices_of(plan), folded.representatives(), True
     for number, chosen in enumerate(plan.splits):
@@ -111,7 +111,7 @@ def _kept_whole(strategy: Strategy) -> Strategy:
     return replace(strategy, name=name, inputs=inputs, outputs=outputs)  # type: ignore[arg-type]
 
 
-def _clashes(choices: Choices, folded: Folded) -> Iterator[str]:
+def _clashes(choices: ShardingAssignment, folded: LayeredGraph) -> Iterator[str]:
     """Dims that two axes split."""
     for stage in range(len(choices.starts)):
         for node in folded.representatives():
@@ -122,7 +122,7 @@ def _clashes(choices: Choices, folded: Folded) -> Iterator[str]:
                     yield f"strategy: two axes split one dim at {folded.keys[node]}"
 
 
-def _uses(choices: Choices, folded: Folded, plan: Plan) -> Iterator[str]:
+def _uses(choices: ShardingAssignment, folded: LayeredGraph, plan: Plan) -> Iterator[str]:
     """Uses that cannot get their operands in the placement they take; values that stages place differently."""
     spans, run_of = spans_of(plan, folded), folded.run_of()
     stage_of = {run: stage for stage, span in enumerate(spans) for run in span}
@@ -150,7 +150,7 @@ def _uses(choices: Choices, folded: Folded, plan: Plan) -> Iterator[str]:
             yield f"placement: {info(source).name} lies differently in stages {sorted(where)}"
 
 
-def spans_of(plan: Plan, folded: Folded) -> list[range]:
+def spans_of(plan: Plan, folded: LayeredGraph) -> list[range]:
     """The runs of every stage."""
     ends = (*plan.starts[1:], len(folded.labels))
     return [range(start, end) for start, end in zip(plan.starts, ends, strict=True)]

@@ -13,22 +13,22 @@ from itertools import groupby
 from autopart.cost.training_state import update_seconds
 from autopart.ir.graph import info
 from autopart.ir.labels import is_block
-from autopart.ir.layered_graph import Folded
+from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.partition import localise
-from autopart.passes.price_stage import PricedRun, Prices, price
-from autopart.passes.stage_graph import SETUP, SETUP_RUN, Choices, Splits, StageGraph
-from autopart.plan.data import Plan, PlanRun, PlanStage, Signature, usable_bytes
-from autopart.planner.branch_and_bound import Found
+from autopart.passes.price_stage import PricedSegment, Prices, price
+from autopart.passes.stage_graph import PRELUDE, PRELUDE_SEGMENT, ShardingAssignment, Splits, StageGraph
+from autopart.plan.data import Plan, PlanSegment, PlanStage, Signature, usable_bytes
+from autopart.planner.branch_and_bound import SearchResult
 from autopart.planner.interval_costs import after
 from autopart.planner.memory_tree import leaves, messages, parameters, sums, totals
-from autopart.planner.search_space import Space
+from autopart.planner.search_space import SearchSpace
 from autopart.sharding.rules import has_rule
 
 EQUAL = 1e-6
 """Relative difference of two sums of the same numbers."""
 
 
-def write_out(space: Space, found: Found, started: float, model: str) -> Plan:
+def write_out(space: SearchSpace, found: SearchResult, started: float, model: str) -> Plan:
     """The plan in full. Raises AssertionError where its price, node by node, is not what the search said.
 
     Where a backward hides gradient sync, the price may be less: the search counts no change of placement that several
@@ -92,7 +92,7 @@ def bounded(plan: Plan, bound: float) -> Plan:
     return replace(plan, bound_seconds=bound, gap=1.0 - bound / plan.step_seconds, status=status)
 
 
-def _forward_flops(space: Space, micro_batches: int) -> float:
+def _forward_flops(space: SearchSpace, micro_batches: int) -> float:
     """What works on samples counts for each of the batch, what does not for each micro-batch."""
     folded = space.folded
     times = Counter(folded.sequence)
@@ -104,7 +104,7 @@ def _forward_flops(space: Space, micro_batches: int) -> float:
     )
 
 
-def _splits(space: Space, found: Found, chosen: Sequence[int]) -> Splits:
+def _splits(space: SearchSpace, found: SearchResult, chosen: Sequence[int]) -> Splits:
     """Axis -> key -> strategy, for the axes that have more than one rank."""
     table = space.model(found.point).table
     return {
@@ -118,21 +118,21 @@ def _splits(space: Space, found: Found, chosen: Sequence[int]) -> Splits:
     }
 
 
-def choices_of(space: Space, found: Found, splits: Splits, starts: tuple[int, ...]) -> Choices:
+def choices_of(space: SearchSpace, found: SearchResult, splits: Splits, starts: tuple[int, ...]) -> ShardingAssignment:
     """The choices under which a stage is localised: the same in every piece."""
     point = found.point
     axes = tuple((axis, getattr(point, axis)) for axis in ("dp", "tp") if axis in splits)
     scale = point.micro_batch / space.folded.traced.micro_batch
-    return Choices(axes, (splits,) * len(starts), starts, scale, frozenset({"dp"}))
+    return ShardingAssignment(axes, (splits,) * len(starts), starts, scale, frozenset({"dp"}))
 
 
-Known = dict[tuple[int, int, int], tuple[Choices, StageGraph, dict[int, PricedRun]]]
+Known = dict[tuple[int, int, int], tuple[ShardingAssignment, StageGraph, dict[int, PricedSegment]]]
 """(index of the splits, first run, last run) -> how a stage of these runs is localised, and its prices."""
 
 
 def price_stage(
-    space: Space,
-    found: Found,
+    space: SearchSpace,
+    found: SearchResult,
     splits: Splits,
     at: int,
     index: int,
@@ -151,7 +151,7 @@ def price_stage(
         known[key] = choices, graph, dict(zip(graph.indices, prices, strict=True))
     choices, graph, priced = known[key]
     counts = Counter((run, mode) for run, mode in zip(runs, modes, strict=True) if run in priced)
-    counts += Counter({(run, "none"): 1 for run in priced if run == SETUP_RUN})
+    counts += Counter({(run, "none"): 1 for run in priced if run == PRELUDE_SEGMENT})
     return PlanStage(
         first_run=span[0],
         splits=at,
@@ -170,7 +170,9 @@ def price_stage(
     )
 
 
-def localised(space: Space, found: Found, splits: Splits, span: tuple[int, int]) -> tuple[Choices, StageGraph]:
+def localised(
+    space: SearchSpace, found: SearchResult, splits: Splits, span: tuple[int, int]
+) -> tuple[ShardingAssignment, StageGraph]:
     """A stage of some positions for one rank, every run of it once."""
     folded = space.folded
     runs = folded.sequence[slice(*span)]
@@ -180,12 +182,18 @@ def localised(space: Space, found: Found, splits: Splits, span: tuple[int, int])
     return choices, graph
 
 
-def again(run: PricedRun, mode: str) -> float:
+def again(run: PricedSegment, mode: str) -> float:
     """Seconds that running a block again adds to its backward."""
     return {"none": 0.0, "selective": run.cheap, "full": run.again}[mode]
 
 
-def _sync(space: Space, found: Found, choices: Choices, span: tuple[int, int], backward: Sequence[float]) -> float:
+def _sync(
+    space: SearchSpace,
+    found: SearchResult,
+    choices: ShardingAssignment,
+    span: tuple[int, int],
+    backward: Sequence[float],
+) -> float:
     """Seconds of a step in which a stage waits for gradients, `backward` being what its positions take: all but what
     goes on beside the backward of positions before, where no other position reads the parameter."""
     training, sizes = space.training(found.point), space.priced(found.point).terms.sizes
@@ -202,7 +210,7 @@ def _sync(space: Space, found: Found, choices: Choices, span: tuple[int, int], b
     return seconds + training.backwards * (after(beside, backward) - sum(beside))
 
 
-def _sends(space: Space, found: Found, index: int, span: tuple[int, int]) -> list[tuple[int, int, float]]:
+def _sends(space: SearchSpace, found: SearchResult, index: int, span: tuple[int, int]) -> list[tuple[int, int, float]]:
     """(stage, bytes, seconds there and back) of what a stage sends, for each that takes it."""
     total, seconds = Counter[int](), defaultdict[int, float](float)
     weighed = space.weigh(found.point, found.chosen[index])
@@ -218,29 +226,31 @@ def _sends(space: Space, found: Found, index: int, span: tuple[int, int]) -> lis
 
 
 def _printed(
-    folded: Folded, priced: Mapping[int, PricedRun], span: tuple[int, int], modes: Sequence[str]
-) -> Iterator[PlanRun]:
+    folded: LayeredGraph, priced: Mapping[int, PricedSegment], span: tuple[int, int], modes: Sequence[str]
+) -> Iterator[PlanSegment]:
     """What is printed of a stage: equal neighbours once."""
-    if SETUP_RUN in priced:
-        run = priced[SETUP_RUN]
-        yield PlanRun((SETUP,), run.forward + run.backward, run.lines)
+    if PRELUDE_SEGMENT in priced:
+        run = priced[PRELUDE_SEGMENT]
+        yield PlanSegment((PRELUDE,), run.forward + run.backward, run.lines)
     rows = [
         (folded.labels[p], priced[folded.sequence[p]], mode)
         for p, mode in zip(range(*span), modes, strict=True)
         if folded.sequence[p] in priced
     ]
 
-    def shape(row: tuple[str, PricedRun, str]) -> tuple[object, ...]:
+    def shape(row: tuple[str, PricedSegment, str]) -> tuple[object, ...]:
         label, run, mode = row
         return label.rpartition(".")[0] if is_block(label) else label, len(run.lines), run.forward, run.backward, mode
 
     for _, group in groupby(rows, key=shape):
         members = list(group)
         _, run, mode = members[0]
-        yield PlanRun(tuple(label for label, _, _ in members), run.forward + run.backward + again(run, mode), run.lines)
+        yield PlanSegment(
+            tuple(label for label, _, _ in members), run.forward + run.backward + again(run, mode), run.lines
+        )
 
 
-def _notes(space: Space, found: Found) -> Iterator[str]:
+def _notes(space: SearchSpace, found: SearchResult) -> Iterator[str]:
     folded, m = space.folded, space.micro_batches(found.point)
     if found.refined:
         left = "; a limit left others that might be faster: exact=True looks further" if found.stopped else ""

@@ -14,7 +14,7 @@ from autopart.runtime.collectives import (
     share_gradient,
     slice_of,
 )
-from autopart.runtime.experts import expert_linear
+from autopart.runtime.experts import grouped_linear
 from autopart.runtime.functions import mean_cross_entropy, vocab_cross_entropy, vocab_embedding
 from autopart.runtime.gathered import gathered
 from autopart.runtime.groups import Groups, make_groups
@@ -31,11 +31,11 @@ __all__ = [
     "copy_to",
     "dropout",
     "exchange",
-    "expert_linear",
     "gather_again",
     "gather_from",
     "gather_to",
     "gathered",
+    "grouped_linear",
     "load",
     "make_groups",
     "mean_cross_entropy",

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from autopart.runtime.gathered import Gather
+from autopart.runtime.gathered import DeferredGather
 from autopart.runtime.process_group import Group
 from autopart.runtime.shards import shard, unshard
 
@@ -122,7 +122,7 @@ class _GatherAgain(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, group: Group, dim: int, parts: Parts) -> Tensor:
         ctx.back = group, dim, parts
         share = x.detach()
-        (whole,) = Gather(1, lambda _: [_gather(share, group, dim, parts)]).forward()
+        (whole,) = DeferredGather(1, lambda _: [_gather(share, group, dim, parts)]).forward()
         return whole
 
     @staticmethod

@@ -21,7 +21,7 @@ from autopart.runtime.gathered import keeping_parts
 from autopart.runtime.groups import Groups
 from autopart.runtime.process_group import Group, Work
 from autopart.runtime.slices import sum_together
-from autopart.runtime.zero import Shared
+from autopart.runtime.zero import ShardedOptimizerState
 
 Tensor = torch.Tensor
 
@@ -76,7 +76,7 @@ class Executor:
         """With `overlap`, gradients are summed over dp while the last backward still computes others."""
         self.index, self.groups, self.program, self.tied = index, groups, program, tied
         self.stage: Any = stage
-        self.shared = Shared(stage, groups, zero, master, overlap)
+        self.shared = ShardedOptimizerState(stage, groups, zero, master, overlap)
         self.closing = [at.micro_batch for at in program if at.op is Op.BACKWARD][-1]
         self.incoming = [m for m in messages if index in m.consumers]
         self.outgoing = [m for m in messages if m.producer == index]

@@ -14,7 +14,7 @@ ALIGNMENT = 16
 """Bytes: torch's grouped product takes rows that start at multiples of this."""
 
 
-def expert_linear(x: Tensor, weight: Tensor, ids: Tensor, transposed: bool, group: Group | None = None) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, ids: Tensor, transposed: bool, group: Group | None = None) -> Tensor:
     """Every row of x (s, k) times the weight of the expert that ids (s,) names: (s, n).
 
     The weights are (e, n, k), or (e, k, n) where `transposed`. Where `group` splits the experts, rows of experts

@@ -24,7 +24,7 @@ from autopart.runtime.slices import gather
 Tensor = torch.Tensor
 
 
-class Gather:
+class DeferredGather:
     """Tensors that are gathered together, forward and, those that backward needs, again when it needs the first; there
     each is let go after the last of its `uses`. `run` gathers those of the given indices."""
 
@@ -50,7 +50,7 @@ class Gather:
         return self.again[index] if self.uses[index] else self.again.pop(index)
 
 
-_KNOWN: ContextVar[dict[StorageWeakRef, tuple[Gather, int]] | None] = ContextVar("known", default=None)
+_KNOWN: ContextVar[dict[StorageWeakRef, tuple[DeferredGather, int]] | None] = ContextVar("known", default=None)
 """The memory of what a forward pass has gathered."""
 
 
@@ -58,7 +58,7 @@ _KNOWN: ContextVar[dict[StorageWeakRef, tuple[Gather, int]] | None] = ContextVar
 class _Kept:
     """Stands, until backward, for a view of a whole tensor."""
 
-    gather: Gather
+    gather: DeferredGather
     index: int
     size: torch.Size
     stride: tuple[int, ...]
@@ -105,7 +105,8 @@ class Slicing:
     """What a weight in slices (`groups.weight_slice`) is a slice of: the whole's shape and dtype, and the ranks that
     have the other slices.
 
-    send   what takes the gradients of whole weights, instead of autograd, and adds up the ranks' (`zero.Shared`)
+    send   what takes the gradients of whole weights, instead of autograd, and adds up the ranks'
+           (`zero.ShardedOptimizerState`)
     """
 
     shape: torch.Size
@@ -124,7 +125,7 @@ class _Whole(torch.autograd.Function):
             wholes = [slices[i].new_empty(slicings[i].shape, dtype=first.dtype) for i in some]
             return gather([slices[i] for i in some], wholes, first.group)
 
-        return tuple(Gather(len(slices), run).forward())
+        return tuple(DeferredGather(len(slices), run).forward())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from autopart.errors import PartitionError
 from autopart.runtime.process_group import Group
-from autopart.runtime.rng_state import Draws
+from autopart.runtime.rng_state import RngState
 
 AXES = ("pp", "dp", "tp")
 """From the outermost to the innermost: ranks next to each other share a tensor-parallel group."""
@@ -35,7 +35,7 @@ class Groups:
     activations: Group
     gradients: Group
     host: Group
-    draws: Draws = field(default_factory=Draws, kw_only=True)
+    draws: RngState = field(default_factory=RngState, kw_only=True)
 
     def along(self, axis: str) -> Group:
         """The group of an axis by its name."""

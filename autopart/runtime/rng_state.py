@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass
-class Draws:
+class RngState:
     """What every stream depends on; the executor keeps the step and the micro-batch."""
 
     seed: int = 0

@@ -30,7 +30,7 @@ AHEAD = 2
 """Messages of gradients on their way at most, so that the memory they take is bounded."""
 
 
-class Shared:
+class ShardedOptimizerState:
     """What one rank trains of a stage: `trained`, slices and copies among it, in the order of the stage's weights."""
 
     def __init__(

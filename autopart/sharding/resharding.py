@@ -16,7 +16,7 @@ from autopart.sharding.notation import Placement
 
 
 @dataclass(frozen=True)
-class Relayout:
+class Reshard:
     """One row: the function, the collectives it runs forward and backward ("" for none), and whether that of forward
     runs once more in backward, where the whole is needed and not kept."""
 
@@ -36,18 +36,18 @@ def runtime_function(name: str) -> Callable[..., Any]:
     return stand_in
 
 
-RELAYOUTS: dict[tuple[str, str], Relayout] = {
-    ("R", "C"): Relayout("copy_to", "", "all_reduce"),
-    ("R", "S"): Relayout("scatter_to", "", "all_gather"),
-    ("C", "R"): Relayout("share_gradient", "", ""),
-    ("C", "S"): Relayout("slice_of", "", ""),
-    ("S", "R"): Relayout("gather_from", "all_gather", ""),
-    ("S", "C"): Relayout("gather_to", "all_gather", "reduce_scatter"),
-    ("S", "G"): Relayout("gather_again", "all_gather", "reduce_scatter", again=True),
-    ("S", "S"): Relayout("exchange", "all_to_all", "all_to_all"),
-    ("P", "R"): Relayout("reduce_from", "all_reduce", ""),
-    ("P", "C"): Relayout("all_reduce", "all_reduce", "all_reduce"),
-    ("P", "S"): Relayout("reduce_scatter_to", "reduce_scatter", "all_gather"),
+RELAYOUTS: dict[tuple[str, str], Reshard] = {
+    ("R", "C"): Reshard("copy_to", "", "all_reduce"),
+    ("R", "S"): Reshard("scatter_to", "", "all_gather"),
+    ("C", "R"): Reshard("share_gradient", "", ""),
+    ("C", "S"): Reshard("slice_of", "", ""),
+    ("S", "R"): Reshard("gather_from", "all_gather", ""),
+    ("S", "C"): Reshard("gather_to", "all_gather", "reduce_scatter"),
+    ("S", "G"): Reshard("gather_again", "all_gather", "reduce_scatter", again=True),
+    ("S", "S"): Reshard("exchange", "all_to_all", "all_to_all"),
+    ("P", "R"): Reshard("reduce_from", "all_reduce", ""),
+    ("P", "C"): Reshard("all_reduce", "all_reduce", "all_reduce"),
+    ("P", "S"): Reshard("reduce_scatter_to", "reduce_scatter", "all_gather"),
 }
 
 
@@ -55,7 +55,7 @@ GATHERED_AGAIN = {f"runtime.{row.function}" for row in RELAYOUTS.values() if row
 """Changes whose collective backward runs once more anyway, also where their run is run again."""
 
 
-def relayout(have: Placement, want: Placement, grad: bool) -> Relayout | None:
+def relayout(have: Placement, want: Placement, grad: bool) -> Reshard | None:
     """The row for a change of placement; None where nothing has to run.
 
     A value without gradient is the same in R and C. Raises KeyError where there is no such change (a whole
@@ -76,7 +76,7 @@ class Step:
     """One change along one axis (its index) of a value's placements: `before` it and `after` it."""
 
     axis: int
-    row: Relayout
+    row: Reshard
     before: tuple[Placement, ...]
     after: tuple[Placement, ...]
 

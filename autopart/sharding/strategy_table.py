@@ -78,7 +78,7 @@ class Node:
 
 
 @dataclass
-class Flow:
+class ValueUses:
     """A value with all its uses, for all places in the model where the pattern is the same.
 
     uses     (node, operand) of every use;  inside: whether a use is in the run that makes the value
@@ -120,7 +120,7 @@ class Flow:
 
 
 @dataclass
-class Keep:
+class SavedTensor:
     """Memory of one node that autograd keeps for others, for all places where the pattern is the same.
 
     keepers  (node, operand it reads the memory through; -1: it made it, -2: as it was made)
@@ -157,7 +157,7 @@ def _grouped(
 
 
 @dataclass
-class Table:
+class StrategyTable:
     """All there is to decide for one size of the tensor-parallel axis.
 
     axes        names of the axes inside a stage;  tp: ranks of the tensor-parallel one
@@ -170,8 +170,8 @@ class Table:
     axes: tuple[str, ...]
     tp: int
     nodes: list[Node]
-    flows: list[Flow]
-    keeps: list[Keep]
+    flows: list[ValueUses]
+    keeps: list[SavedTensor]
     labels: tuple[str, ...]
     group: tuple[int, ...]
     block: tuple[bool, ...]

@@ -22,7 +22,7 @@ from autopart.hardware.mesh import Mesh
 from autopart.passes.source import Source
 from autopart.planner.make_plan import make_plan
 from autopart.planner.request import Request
-from autopart.runtime.experts import expert_linear
+from autopart.runtime.experts import grouped_linear
 from autopart.runtime.process_group import Group
 
 Tensor = torch.Tensor
@@ -345,7 +345,7 @@ def words() -> Batch:
 def test_experts_are_split(degrees: dict[str, int], routers: bool) -> None:
     torch.manual_seed(0)
     plan = simulated(mixtral(routers).train(), words(), **degrees, micro_batch=4).plan
-    chosen = [s for name, s in plan.splits[0].get("tp", {}).items() if "expert_linear" in name]
+    chosen = [s for name, s in plan.splits[0].get("tp", {}).items() if "grouped_linear" in name]
     assert len(chosen) == (2 if "tp" in degrees else 0)
     assert [s.name for s in chosen] == ["e"] * len(chosen)
     assert [str(s.outputs[0]) for s in chosen] == ["M0", "P"][: len(chosen)]
@@ -385,7 +385,7 @@ def test_products_with_experts(ids: list[int], ranks: int, transposed: bool) -> 
     for rank, share in enumerate(weight.chunk(ranks)):
         share = share.detach().requires_grad_()
         group = Group("tp", ranks, rank, None) if ranks > 1 else None
-        part = expert_linear(x, share, index, transposed, group)
+        part = grouped_linear(x, share, index, transposed, group)
         gradients = torch.autograd.grad(part, (x, share), given)
         elsewhere = (index < rank * len(share)) | (index >= (rank + 1) * len(share))
         assert not part[elsewhere].any() and not gradients[0][elsewhere].any()
@@ -399,4 +399,4 @@ def test_products_with_experts(ids: list[int], ranks: int, transposed: bool) -> 
 @pytest.mark.parametrize("group", [None, Group("tp", 2, 1, None)])
 def test_derivatives_of_products_with_experts(transposed: bool, group: Group | None) -> None:
     x, weight, index = experts(ROWS["all"], transposed)
-    assert torch.autograd.gradcheck(lambda a, b: expert_linear(a, b, index, transposed, group), (x, weight))
+    assert torch.autograd.gradcheck(lambda a, b: grouped_linear(a, b, index, transposed, group), (x, weight))

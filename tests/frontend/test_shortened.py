@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from autopart.frontend.layer_sampling import shortenable
 from autopart.hardware.mesh import Mesh
-from autopart.ir.layered_graph import Folded, used_parameters
+from autopart.ir.layered_graph import LayeredGraph, used_parameters
 from autopart.passes.source import Source
 
 MESH = Mesh.of("4:cpu")
@@ -254,17 +254,17 @@ def numbers() -> Batch:
     return batch_for("mlp", torch.float32)
 
 
-def kinds(folded: Folded) -> list[int]:
+def kinds(folded: LayeredGraph) -> list[int]:
     """The class of every position, counted as they come."""
     seen: dict[int, int] = {}
     return [seen.setdefault(folded.runs[run].kind, len(seen)) for run in folded.sequence]
 
 
-def counts(folded: Folded) -> dict[str, int]:
+def counts(folded: LayeredGraph) -> dict[str, int]:
     return {key: folded.count[node] for node, key in folded.keys.items()}
 
 
-def names(folded: Folded) -> list[list[str]]:
+def names(folded: LayeredGraph) -> list[list[str]]:
     """The parameters that each position reads."""
     return [
         [folded.parameter_at(position, p) for p in used_parameters(folded.runs[run])]
@@ -272,11 +272,11 @@ def names(folded: Folded) -> list[list[str]]:
     ]
 
 
-def sources(folded: Folded) -> list[object]:
+def sources(folded: LayeredGraph) -> list[object]:
     return [folded.sources(position) for position in range(len(folded.sequence))]
 
 
-def both(model: nn.Module, batch: dict[str, Any]) -> tuple[Folded, Folded]:
+def both(model: nn.Module, batch: dict[str, Any]) -> tuple[LayeredGraph, LayeredGraph]:
     """The folded graph of a short and of a whole trace, found to say the same."""
     source = Source(model, batch, torch.float32)
     short, full = source.short(2, MESH), source.at(2, MESH)
@@ -367,7 +367,7 @@ def test_equal_constants_are_one() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x + self.line(x) * torch.tensor(self.numbers, dtype=torch.float32)
 
-    def folded(*kinds: list[int]) -> Folded:
+    def folded(*kinds: list[int]) -> LayeredGraph:
         return Source(Stack([Counting(kind) for kind in kinds]), numbers(), torch.float32).short(2, MESH)
 
     ones, twos = [1] * WIDTH, [2] * WIDTH

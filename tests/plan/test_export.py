@@ -22,7 +22,7 @@ from autopart import PartitionError, Plan
 from autopart.cli.main import app
 from autopart.hardware.mesh import Mesh
 from autopart.hardware.rows import Device, Link
-from autopart.plan.data import PlanLine, PlanRun, PlanStage, Signature
+from autopart.plan.data import PlanLine, PlanSegment, PlanStage, Signature
 from autopart.plan.export import SYSTEMS, Exported, export
 from autopart.sharding.notation import C, R, S, Strategy
 
@@ -61,7 +61,7 @@ def blocks(counts: Sequence[int], modes: Sequence[str] = (), recompute: str = "n
             each = [modes[(number + i) % len(modes)] if modes else recompute for i in range(count)]
             labels = [*["model.embed_tokens"] * (index == 0), *labels, *["lm_head"] * (index == len(counts) - 1)]
             each = [*["none"] * (index == 0), *each, *["none"] * (index == len(counts) - 1)]
-            runs = (PlanRun(("",), 0.0, ()), *(PlanRun((label,), 0.0, ()) for label in labels))
+            runs = (PlanSegment(("",), 0.0, ()), *(PlanSegment((label,), 0.0, ()) for label in labels))
             stages.append(replace(plan.stages[0], runs=runs, recompute=tuple(each)))
             number += count
         return replace(plan, pp=len(counts), stages=tuple(stages), recompute="mixed" if modes else recompute)
@@ -428,7 +428,7 @@ def test_others_are_not(plans: dict[str, Plan], schema: dict[str, Any], change: 
     [
         (Plan, "", {"schema"}),
         (PlanStage, "stage", set()),
-        (PlanRun, "run", set()),
+        (PlanSegment, "run", set()),
         (PlanLine, "line", set()),
         (Signature, "signature", set()),
         (Strategy, "strategy", set()),

@@ -11,15 +11,15 @@ import pytest
 from brute import EQUAL, NEVER, SHARED, Judge, problem, steps_of, whole
 
 from autopart.errors import PartitionError
-from autopart.planner.branch_and_bound import Found, search
-from autopart.planner.request import Point
-from autopart.planner.search_space import Space
+from autopart.planner.branch_and_bound import SearchResult, search
+from autopart.planner.request import SearchPoint
+from autopart.planner.search_space import SearchSpace
 from autopart.planner.write_plan import write_out
 
 CHUNKS = 30
 
 
-def planned(space: Space) -> Found | None:
+def planned(space: SearchSpace) -> SearchResult | None:
     """The planner's plan; None where nothing fits."""
     try:
         return search(space)
@@ -28,7 +28,7 @@ def planned(space: Space) -> Found | None:
         return None
 
 
-def check_found(judge: Judge, found: Found) -> None:
+def check_found(judge: Judge, found: SearchResult) -> None:
     """A plan is in the space, fits, and takes the time it is said to, by `weigh` and node by node."""
     seconds, held = judge.worth(found)
     step = steps_of(seconds, judge.space.micro_batches(found.point))
@@ -62,8 +62,8 @@ def test_no_plan_is_faster(chunk: int) -> None:
 def test_another_solver_finds_the_same(seed: int, tmp_path: Path) -> None:
     """The equations of a table, written to a file and solved by CBC."""
     space = problem(seed).space
-    space = Space(space.folded, replace(space.mesh, devices_per_host=4), space.request)
-    point = Point(1, 2, 1 + seed // SHARED % 2, 1)
+    space = SearchSpace(space.folded, replace(space.mesh, devices_per_host=4), space.request)
+    point = SearchPoint(1, 2, 1 + seed // SHARED % 2, 1)
     solver, costs = space.model(point).solver, space.costs(point, {})
     draw = np.random.default_rng(seed)
     objective = costs.seconds + draw.uniform(0.0, 1.0, len(costs.seconds)) * costs.seconds.mean()

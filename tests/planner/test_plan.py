@@ -32,7 +32,7 @@ from autopart.passes.source import Source
 from autopart.planner.cuts import best_cut
 from autopart.planner.search_space import Model as Split
 from autopart.sharding.notation import P
-from autopart.sharding.strategy_table import Table
+from autopart.sharding.strategy_table import StrategyTable
 
 MESH = "4:cpu"
 DEGREES = {"tp": 2, "pp": 2, "micro_batch": 4}
@@ -254,7 +254,7 @@ def every_choice(model: type[nn.Module], tp: int, forced: bool) -> NDArray[np.in
     return found
 
 
-def possible(table: Table, chosen: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+def possible(table: StrategyTable, chosen: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     """Every choice of options that begins so: all changes of placement can be made, whoever uses a partial sum outside
     of its run takes it in the same placement, and what is tied is alike."""
     if any(len({chosen[n] for n in group if n < len(chosen)}) > 1 for group in table.tied):

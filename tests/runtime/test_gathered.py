@@ -22,7 +22,7 @@ from autopart.plan.data import usable_bytes
 from autopart.planner.explain.certificate import findings
 from autopart.planner.make_plan import make_plan, request_of
 from autopart.runtime import collectives
-from autopart.runtime.gathered import Gather
+from autopart.runtime.gathered import DeferredGather
 from autopart.sharding.notation import AGAIN
 
 LAYERS, MICRO_BATCHES = 2, 2
@@ -83,7 +83,7 @@ def test_products_of_one_value_share_its_gather(name: str, monkeypatch: pytest.M
     """The input of attention and that of the MLP are gathered twice on each rank, however many products read them."""
     runs: list[Sequence[int]] = []
 
-    class Counted(Gather):
+    class Counted(DeferredGather):
         def __init__(self, count: int, run: Callable[[Sequence[int]], Sequence[torch.Tensor]]) -> None:
             super().__init__(count, lambda some: (runs.append(some), run(some))[1])
 

@@ -22,18 +22,26 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
-from autopart.cost.position_costs import MODES, Item, Weighed, _weigh_flow, _weigh_keep, nothing_weighed, weigh
+from autopart.cost.position_costs import (
+    MODES,
+    PerStageOnce,
+    PositionCosts,
+    _weigh_flow,
+    _weigh_keep,
+    nothing_weighed,
+    weigh,
+)
 from autopart.cost.prices import Prices
 from autopart.hardware import DEVICES
 from autopart.hardware.mesh import Mesh
 from autopart.hardware.rows import Device, Link
-from autopart.ir.layered_graph import Folded
+from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.formulate import _Builder, formulate
 from autopart.passes.source import Source
-from autopart.planner.branch_and_bound import Found, points
-from autopart.planner.request import Point, Request
-from autopart.planner.search_space import Model, Space
-from autopart.sharding.strategy_table import Table
+from autopart.planner.branch_and_bound import SearchResult, points
+from autopart.planner.request import Request, SearchPoint
+from autopart.planner.search_space import Model, SearchSpace
+from autopart.sharding.strategy_table import StrategyTable
 
 Array = NDArray[np.float64]
 Whole = NDArray[np.int64]
@@ -138,12 +146,12 @@ class Small(nn.Module):
 class Problem:
     """A model traced, a mesh, and what is asked for."""
 
-    space: Space
+    space: SearchSpace
     seed: int
 
 
 @lru_cache(maxsize=8)
-def traced(seed: int, samples: int) -> Folded:
+def traced(seed: int, samples: int) -> LayeredGraph:
     """A random model, traced; the same for the same seed. Those with too many choices are passed over."""
     for number in itertools.count(seed, 1000):
         torch.manual_seed(number)
@@ -187,12 +195,12 @@ def problem(seed: int) -> Problem:
         mesh = replace(mesh, device=replace(device, silicon=DEVICES["h100-80gb"].silicon))
     mesh = replace(mesh, device=replace(mesh.device, overlap=draw.choice([0.0, None, 1.0])))
     request = Request(batch, optimizer=optimizer, exact=True, **asked).check(mesh)
-    return Problem(Space(traced(seed // SHARED, min(2, batch)), mesh, request), seed)
+    return Problem(SearchSpace(traced(seed // SHARED, min(2, batch)), mesh, request), seed)
 
 
-def whole(space: Space) -> Space:
+def whole(space: SearchSpace) -> SearchSpace:
     """The same space, with every change of placement that there is: the planner leaves out some that bring nothing."""
-    found = Space(space.folded, space.mesh, space.request)
+    found = SearchSpace(space.folded, space.mesh, space.request)
     with mock.patch.object(_Builder, "_let_through", lambda self, flow: None):
         for point in points(space):
             found.model(point)
@@ -231,7 +239,7 @@ def _numbered(things: Sequence[object]) -> Whole:
 class Structure:
     """A table's factors, the pairs of options that go together, and an order to decide in."""
 
-    def __init__(self, table: Table, interface: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, table: StrategyTable, interface: Sequence[tuple[int, int]]) -> None:
         self.table = table
         nodes = table.nodes
         self.factors: list[Factor] = [Factor("node", i, [i], [np.arange(len(n.options))]) for i, n in enumerate(nodes)]
@@ -330,7 +338,7 @@ class Structure:
         return tuple(placed)
 
 
-def _kinds(table: Table, root: int, node: int, operand: int) -> list[object]:
+def _kinds(table: StrategyTable, root: int, node: int, operand: int) -> list[object]:
     """Where memory lies as a keeper keeps it, under each of its options: split or not, along each axis."""
     held = table.nodes[root if operand == -2 else node]
     options = range(len(held.options))
@@ -437,14 +445,14 @@ class Atom:
     """What one combination adds: (field, position) -> number, and what is paid once."""
 
     each: Array
-    items: list[Item]
+    items: list[PerStageOnce]
     crossings: list[Any]
 
 
 class Priced:
     """A table at one point: what every combination that factors see adds."""
 
-    def __init__(self, space: Space, structure: Structure, point: Point) -> None:
+    def __init__(self, space: SearchSpace, structure: Structure, point: SearchPoint) -> None:
         self.space, self.structure, self.point = space, structure, point
         self.table = structure.table
         self.prices: Prices = space.priced(point)
@@ -473,7 +481,7 @@ class Priced:
             _weigh_keep(found, self.prices, chosen, factor.index, self.table.keeps[factor.index])
         return self.atom(found)
 
-    def atom(self, found: Weighed) -> Atom:
+    def atom(self, found: PositionCosts) -> Atom:
         """The numbers that count of what is weighed."""
         each = np.stack([
             found.forward + found.backward + found.sync / self.turns, self.share * found.beside,
@@ -483,7 +491,7 @@ class Priced:
         ])  # fmt: skip
         return Atom(each, found.items, found.crossings)
 
-    def _node(self, found: Weighed, index: int, option: int) -> None:
+    def _node(self, found: PositionCosts, index: int, option: int) -> None:
         node, prices = self.table.nodes[index], self.prices
         i = int(prices.sizes.first[index]) + option
         for p in range(self.n) if node.group >= 0 else ():
@@ -500,7 +508,7 @@ class Priced:
         for users in self.table.shared.get(index, ()):
             seconds = float(prices.forward[i]), float(prices.backward[i])
             found.items.append(
-                Item(users, *seconds, float(prices.inner[i]), largest=float(prices.in_backward[1, i] / 2))
+                PerStageOnce(users, *seconds, float(prices.inner[i]), largest=float(prices.in_backward[1, i] / 2))
             )
         for users in self.table.state.get(index, ()):
             summed = float(prices.summed[i])
@@ -517,7 +525,7 @@ class Priced:
                 sync = float(prices.sync[i] + self.turns * self.share * prices.beside[i])
                 waiting = float(prices.waiting[i])
                 found.items.append(
-                    Item(users, parts=held, sync=sync, stepping=stepping, summed=summed, waiting=waiting)
+                    PerStageOnce(users, parts=held, sync=sync, stepping=stepping, summed=summed, waiting=waiting)
                 )
 
 
@@ -789,7 +797,7 @@ class Best:
     """The best plan found so far, below what was known before."""
 
     seconds: float = NEVER
-    plan: Found | None = None
+    plan: SearchResult | None = None
     looked_at: int = 0
 
 
@@ -797,24 +805,24 @@ class Best:
 class Judge:
     """Looks for plans faster than one that is known."""
 
-    space: Space
+    space: SearchSpace
     structures: dict[int, Structure] = field(default_factory=dict)
 
     @cached_property
     def modes(self) -> list[int]:
         return [MODES.index(m) for m in self.space.modes]
 
-    def structure(self, point: Point) -> Structure:
+    def structure(self, point: SearchPoint) -> Structure:
         if point.tp not in self.structures:
             model = self.space.model(point)
             self.structures[point.tp] = Structure(model.table, model.passing)
         return self.structures[point.tp]
 
-    def all_points(self) -> Iterator[Point]:
+    def all_points(self) -> Iterator[SearchPoint]:
         for point in points(self.space):
             asked = self.space.request.zero
             for zero in range(4) if asked is None and point.dp > 1 else [asked or 0]:
-                yield Point(point.pp, point.dp, point.tp, point.micro_batch, zero)
+                yield SearchPoint(point.pp, point.dp, point.tp, point.micro_batch, zero)
 
     def best(self, known: float) -> Best:
         """The best plan below `known` seconds."""
@@ -824,7 +832,7 @@ class Judge:
                 self._point(point, best)
         return best
 
-    def _at_least(self, point: Point) -> float:
+    def _at_least(self, point: SearchPoint) -> float:
         """A time that no plan of a point is below: every operator in its fastest option."""
         prices, table = self.space.priced(point), self.space.model(point).table
         total = 0.0
@@ -834,7 +842,7 @@ class Judge:
             total += places * float((prices.forward + prices.backward)[first:last].min())
         return total * (1 + (self.space.micro_batches(point) - 1) / point.pp)
 
-    def _point(self, point: Point, best: Best) -> None:
+    def _point(self, point: SearchPoint, best: Best) -> None:
         space, m = self.space, self.space.micro_batches(point)
         priced = Priced(space, self.structure(point), point)
         best.looked_at += 1
@@ -880,17 +888,17 @@ class Judge:
                         best.plan = self._found(priced, point, cut, row, found, parts, best.seconds)
 
     def _found(
-        self, priced: Priced, point: Point, cut: Sequence[int], row: Sequence[Span], found: Sequence[Any],
+        self, priced: Priced, point: SearchPoint, cut: Sequence[int], row: Sequence[Span], found: Sequence[Any],
         parts: Sequence[float], seconds: float,
-    ) -> Found:  # fmt: skip
+    ) -> SearchResult:  # fmt: skip
         modes = ["none"] * priced.n
         for span, (_, _, mine) in zip(row, found, strict=True):
             for p, mode in zip(Totals(priced, span).blocks, mine.tolist(), strict=True):
                 modes[p] = MODES[mode]
         chosen = tuple(tuple(c.tolist()) for _, c, _ in found)
-        return Found(point, chosen, tuple(cut), tuple(modes), tuple(parts), seconds)
+        return SearchResult(point, chosen, tuple(cut), tuple(modes), tuple(parts), seconds)
 
-    def worth(self, plan: Found) -> tuple[list[float], list[float]]:
+    def worth(self, plan: SearchResult) -> tuple[list[float], list[float]]:
         """Seconds and bytes of every stage of a plan, from the whole of what `weigh` says. Raises AssertionError for a
         plan that is not in the space."""
         space, point = self.space, plan.point

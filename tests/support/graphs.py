@@ -20,13 +20,13 @@ from autopart.cost.position_costs import MODES
 from autopart.hardware.mesh import Mesh
 from autopart.ir.graph import info
 from autopart.ir.labels import is_block
-from autopart.ir.layered_graph import Folded
+from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.formulate import formulate
 from autopart.passes.source import Source
 from autopart.passes.stage_graph import Splits
 from autopart.plan.data import Plan, PlanStage, Signature
 from autopart.planner.search_space import Model as Split
-from autopart.sharding.strategy_table import Node, Table
+from autopart.sharding.strategy_table import Node, StrategyTable
 
 Tensor = torch.Tensor
 Sizes = Mapping[str, int]
@@ -789,7 +789,7 @@ def interface(model: Split) -> dict[int, list[int]]:
     return outputs
 
 
-def is_possible(table: Table, chosen: Sequence[int]) -> bool:
+def is_possible(table: StrategyTable, chosen: Sequence[int]) -> bool:
     """Whether every change of placement of a choice is possible, whoever uses a partial sum outside of its run takes it
     in the same placement, and what is tied is alike."""
     for flow in table.flows:
@@ -804,11 +804,11 @@ def is_possible(table: Table, chosen: Sequence[int]) -> bool:
 
 
 def make_plan(
-    folded: Folded,
+    folded: LayeredGraph,
     degrees: tuple[int, int, int],
     micro_batch: int,
     starts: tuple[int, ...],
-    table: Table,
+    table: StrategyTable,
     chosen: Sequence[Sequence[int]],
     schedule: str = "1f1b",
     modes: Sequence[str] = (),
@@ -828,7 +828,7 @@ def make_plan(
     )  # fmt: skip
 
 
-def splits_of(table: Table, chosen: Sequence[int], degrees: Mapping[str, int]) -> Splits:
+def splits_of(table: StrategyTable, chosen: Sequence[int], degrees: Mapping[str, int]) -> Splits:
     """Axis -> node -> strategy, along the axes that have more than one rank."""
     return {
         axis: {n.key: n.options[o][i] for n, o in zip(table.nodes, chosen, strict=True) if is_decided(n)}
@@ -921,7 +921,7 @@ def sensitivity(source: Source) -> float:
     return max(errors)
 
 
-def used(folded: Folded, plan: Plan) -> list[tuple[str, str, str]]:
+def used(folded: LayeredGraph, plan: Plan) -> list[tuple[str, str, str]]:
     """(operator, axis, strategy) of every decision of a plan."""
     kinds = {folded.keys[n]: info(n) for n in folded.representatives()}
     return [

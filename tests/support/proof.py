@@ -49,7 +49,7 @@ class Sample(NamedTuple):
         return resolve(self.name)
 
 
-def expert_linear(x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, transposed: bool) -> torch.Tensor:
+def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, transposed: bool) -> torch.Tensor:
     weight = weight if transposed else weight.transpose(1, 2)
     return torch.einsum("sk,skn->sn", x, weight[ids])
 
@@ -63,7 +63,7 @@ def uniform_of(size: Sequence[int], dtype: torch.dtype, stream: str) -> torch.Te
     return torch.full(size, 0.5, dtype=dtype)
 
 
-OWN = {f"autopart.{k.__name__}": k for k in (rms_norm, dropout, expert_linear, uniform, uniform_of)}
+OWN = {f"autopart.{k.__name__}": k for k in (rms_norm, dropout, grouped_linear, uniform, uniform_of)}
 
 
 def resolve(name: str) -> Op:
@@ -210,7 +210,7 @@ def experts_of_rank(op: Op, ranks: list[Args], kwargs: Kwargs, whole: Args) -> l
 
 
 LOCAL = {"": plain} | {k.__name__: k for k in (mean, cross_entropy_sum, vocab_embedding, vocab_cross_entropy)}
-LOCAL["expert_linear"] = experts_of_rank
+LOCAL["grouped_linear"] = experts_of_rank
 
 
 def differentiable(tensors: Sequence[torch.Tensor]) -> list[int]:

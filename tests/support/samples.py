@@ -53,8 +53,8 @@ SAMPLES = [
     call("autopart.dropout", f(12, 24), 0.1, Stream("drop")),
     call("autopart.uniform", f(12, 24), Stream("drop"), torch.float64),
     call("autopart.uniform_of", [12, 24], torch.float64, Stream("drop")),
-    call("autopart.expert_linear", f(24, 12), f(12, 24, 12), i(12, 24), False),
-    call("autopart.expert_linear", f(24, 12), f(12, 12, 24), i(12, 24), True),
+    call("autopart.grouped_linear", f(24, 12), f(12, 24, 12), i(12, 24), False),
+    call("autopart.grouped_linear", f(24, 12), f(12, 12, 24), i(12, 24), True),
     # contractions
     call("aten.mm", f(12, 24), f(24, 12)),
     call("aten.bmm", f(12, 4, 12), f(12, 12, 3)),

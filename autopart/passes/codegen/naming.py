@@ -15,7 +15,7 @@ from autopart.sharding.resharding import RELAYOUTS
 
 RESERVED = {*keyword.kwlist, *dir(builtins), *(row.function for row in RELAYOUTS.values()), "torch", "nn", "F", "layer",
             "rms_norm", "weight", "weight_slice", "gathered", "buffer", "stream", "dropout", "uniform", "recomputed",
-            "recomputed_selectively", "expert_linear", "self", "groups", "name"}  # fmt: skip
+            "recomputed_selectively", "grouped_linear", "self", "groups", "name"}  # fmt: skip
 
 ATOM, UNARY, BINARY = 3, 2, 1
 """How tightly an expression binds."""

@@ -18,11 +18,11 @@ from autopart.errors import PartitionError
 from autopart.frontend.batch import DTYPES, Batch
 from autopart.ir.graph import Info, calls, info
 from autopart.ir.labels import is_block
-from autopart.ir.layered_graph import Folded, used_parameters
+from autopart.ir.layered_graph import LayeredGraph, used_parameters
 from autopart.passes.partition import localise
-from autopart.passes.price_stage import PricedRun, Prices, price
+from autopart.passes.price_stage import PricedSegment, Prices, price
 from autopart.passes.source import Source
-from autopart.passes.stage_graph import OWNED, SETUP_RUN, Choices, Crossing, StageGraph, backward_of
+from autopart.passes.stage_graph import OWNED, PRELUDE_SEGMENT, Crossing, ShardingAssignment, StageGraph, backward_of
 from autopart.plan.data import Plan, PlanStage, Signature, usable_bytes
 from autopart.plan.schedules import SCHEDULES, in_flight, on_its_way
 from autopart.planner.validate import choices_of, cut_findings, spans_of, strategy_findings
@@ -56,7 +56,7 @@ def certify(plan: Plan, model: nn.Module, batch: Batch) -> None:
         raise PartitionError("the plan does not hold", "; ".join(wrong), "plan again with autopart.plan(...)")
 
 
-def findings(plan: Plan, folded: Folded) -> list[str]:
+def findings(plan: Plan, folded: LayeredGraph) -> list[str]:
     """What is wrong with a plan for a model, all of which was traced with the plan's micro-batch. What is looked at
     later presumes what is looked at first."""
     for check in (_settings, strategy_findings, _numbers):
@@ -69,7 +69,7 @@ def findings(plan: Plan, folded: Folded) -> list[str]:
 # ---- the settings -----------------------------------------------------------------------------------------
 
 
-def _settings(plan: Plan, folded: Folded) -> Iterator[str]:
+def _settings(plan: Plan, folded: LayeredGraph) -> Iterator[str]:
     """Degrees, batch, cuts, recompute, bound."""
     if plan.signature != Signature.of(folded):
         yield f"signature: {plan.signature.difference(Signature.of(folded)) or 'it is not that of the model'}"
@@ -99,7 +99,7 @@ def _settings(plan: Plan, folded: Folded) -> Iterator[str]:
     yield from _bound(plan)
 
 
-def _modes(plan: Plan, folded: Folded) -> Iterator[str]:
+def _modes(plan: Plan, folded: LayeredGraph) -> Iterator[str]:
     """What the plan says of all blocks."""
     modes = [mode for stage in plan.stages for mode in stage.recompute]
     kinds = {mode for mode, label in zip(modes, folded.labels, strict=True) if is_block(label)}
@@ -122,7 +122,7 @@ def _bound(plan: Plan) -> Iterator[str]:
 # ---- the numbers ------------------------------------------------------------------------------------------
 
 
-def _numbers(plan: Plan, folded: Folded) -> Iterator[str]:
+def _numbers(plan: Plan, folded: LayeredGraph) -> Iterator[str]:
     """Seconds and bytes."""
     choices, m = choices_of(plan), plan.micro_batches
     flops = m * sum(info(node).model_flops for node in calls(folded.traced.graph))
@@ -166,7 +166,12 @@ def _same(one: float, other: float) -> bool:
 
 
 def _seconds(
-    plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, runs: dict[int, PricedRun], span: range
+    plan: Plan,
+    folded: LayeredGraph,
+    choices: ShardingAssignment,
+    graph: StageGraph,
+    runs: dict[int, PricedSegment],
+    span: range,
 ) -> dict[str, float]:
     """Of a stage, by the names they have in plans."""
     modes = dict(zip(span, plan.stages[graph.index].recompute, strict=True))
@@ -190,7 +195,14 @@ def _seconds(
     }
 
 
-def _hidden(plan: Plan, folded: Folded, choices: Choices, runs: dict[int, PricedRun], span: range, stage: int) -> float:
+def _hidden(
+    plan: Plan,
+    folded: LayeredGraph,
+    choices: ShardingAssignment,
+    runs: dict[int, PricedSegment],
+    span: range,
+    stage: int,
+) -> float:
     """Seconds that gradients travel beside a stage's backward: while some are ready and it goes on, which then takes
     1 / `Device.beside` times as long. Those of parameters that several runs read do not."""
     readers = Counter(p for run in folded.runs for p in used_parameters(run))
@@ -229,7 +241,7 @@ def _training(plan: Plan) -> Training:
 
 
 def _parameters(
-    folded: Folded, choices: Choices, span: Sequence[int], stage: int
+    folded: LayeredGraph, choices: ShardingAssignment, span: Sequence[int], stage: int
 ) -> list[tuple[Info, tuple[Placement, ...], float]]:
     """The parameters that some runs read, each once, with their placement and bytes on a rank."""
     found = dict.fromkeys(p for run in span for p in used_parameters(folded.runs[run]))
@@ -237,14 +249,16 @@ def _parameters(
     return [(info(p), at, choices.size((p, 0), at)) for p, at in zip(found, placed, strict=True)]
 
 
-def _summed(choices: Choices, record: Info, placed: Sequence[Placement], axis: str) -> bool:
+def _summed(choices: ShardingAssignment, record: Info, placed: Sequence[Placement], axis: str) -> bool:
     """Whether each rank of an axis has but a share of a parameter's gradient."""
     return record.grad and any(
         name == axis and p.kind == "C" for (name, _), p in zip(choices.axes, placed, strict=True)
     )
 
 
-def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span: range) -> dict[str, float]:
+def _bytes(
+    plan: Plan, folded: LayeredGraph, choices: ShardingAssignment, graph: StageGraph, span: range
+) -> dict[str, float]:
     """Of a rank of a stage, by the names they have in plans."""
     training, parts = _training(plan), [0.0, 0.0, 0.0]
     for record, placed, nbytes in _parameters(folded, choices, span, graph.index):
@@ -277,7 +291,7 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
     results: dict[int, float] = {}
     shared: set[fx.Node] = set()
     for run in nodes if rerun else ():
-        taken = _taken(nodes[run]) if run != SETUP_RUN and is_block(folded.labels[run]) else []
+        taken = _taken(nodes[run]) if run != PRELUDE_SEGMENT and is_block(folded.labels[run]) else []
         shared.update(n for n in taken if info(n).several)
         entered = sum(info(n).size for n in taken if run in rerun and not info(n).several)
         by_products = [info(n) for n in nodes[run] if info(n).product and not info(n).view]
@@ -301,7 +315,7 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
     waits = _waiting(plan, folded, choices, span, graph.index)
     for absent, first, gone in backwards:
         transient = max(transient, -sum(absent.values()) - gone)
-        for run in (*span, SETUP_RUN):
+        for run in (*span, PRELUDE_SEGMENT):
             gradients = [backward_of(n, training.anew(first)) for n in nodes.get(run, ())]
             largest, backward = (max(row) for row in zip(*gradients, (0.0, 0.0), strict=True))
             read = summed.get(run) or [0.0]
@@ -313,8 +327,8 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
             moments.append(largest + training.summing(sum(read), max(read), len(read) == 1))
             moment = max(moments) - gone
             moment -= sum(size for r, size in leaving.items() if r > run)
-            moment -= sum(size for r, size in absent.items() if r < run != SETUP_RUN)
-            moment += sum(waits.values()) if SETUP_RUN < run < max(waits, default=0) else 0.0
+            moment -= sum(size for r, size in absent.items() if r < run != PRELUDE_SEGMENT)
+            moment += sum(waits.values()) if PRELUDE_SEGMENT < run < max(waits, default=0) else 0.0
             if not alike and all(run < block for block in of_blocks):
                 moment -= sum(of_run.get(block, 0.0) for block in of_blocks)
             transient = max(transient, moment)
@@ -322,7 +336,9 @@ def _bytes(plan: Plan, folded: Folded, choices: Choices, graph: StageGraph, span
     return dict(zip(names, (*parts, flights * kept, arriving, transient), strict=True))
 
 
-def _gradients(plan: Plan, folded: Folded, choices: Choices, span: range, stage: int) -> dict[int, float]:
+def _gradients(
+    plan: Plan, folded: LayeredGraph, choices: ShardingAssignment, span: range, stage: int
+) -> dict[int, float]:
     """Bytes of the gradients of every run's parameters that no other run of the model reads."""
     training, readers = _training(plan), Counter(p for run in folded.runs for p in used_parameters(run))
     found: dict[int, float] = defaultdict(float)
@@ -335,7 +351,9 @@ def _gradients(plan: Plan, folded: Folded, choices: Choices, span: range, stage:
     return found
 
 
-def _waiting(plan: Plan, folded: Folded, choices: Choices, span: range, stage: int) -> dict[int, float]:
+def _waiting(
+    plan: Plan, folded: LayeredGraph, choices: ShardingAssignment, span: range, stage: int
+) -> dict[int, float]:
     """Last run of a stage that reads a parameter which an earlier one reads too -> bytes of the gradients that wait."""
     training, found = _training(plan), defaultdict[int, float](float)
     readers = {node: run for run in reversed(span) for node in used_parameters(folded.runs[run])}
@@ -355,10 +373,12 @@ def _taken(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     return [n for n in read if n not in inside and info(n).kind not in OWNED]
 
 
-def _printed(stage: PlanStage, folded: Folded, runs: dict[int, PricedRun], span: range, name: str) -> Iterator[str]:
+def _printed(
+    stage: PlanStage, folded: LayeredGraph, runs: dict[int, PricedSegment], span: range, name: str
+) -> Iterator[str]:
     """Whether what is printed of a stage is all of it."""
     labels = [label for run in stage.runs for label in run.labels]
-    if Counter(labels) != Counter([""] * (SETUP_RUN in runs) + [folded.labels[p] for p in span if p in runs]):
+    if Counter(labels) != Counter([""] * (PRELUDE_SEGMENT in runs) + [folded.labels[p] for p in span if p in runs]):
         yield f"{name}: the runs printed are not those it has"
         return
     total = sum(run.seconds * len(run.labels) for run in stage.runs)

@@ -15,7 +15,7 @@ from autopart.hardware.mesh import Mesh
 from autopart.passes.source import Source
 from autopart.plan.data import Plan
 from autopart.plan.estimate import Estimate
-from autopart.planner.branch_and_bound import Say, silent
+from autopart.planner.branch_and_bound import OnProgress, silent
 from autopart.planner.make_plan import make_plan, request_of
 from autopart.planner.request import Request
 
@@ -93,7 +93,7 @@ def search_mesh(
     target_seconds: float | None = None,
     prices: Mapping[str, float] | None = None,
     per_host: Sequence[int] = PER_HOST,
-    say: Say = silent,
+    say: OnProgress = silent,
     **settings: Any,
 ) -> list[MeshChoice]:
     """Plan on every mesh that some devices can form; all of these meshes, the best first.

@@ -16,12 +16,12 @@ from autopart.ir.labels import is_block
 from autopart.passes.source import Source
 from autopart.passes.stage_graph import Splits
 from autopart.plan.data import Plan
-from autopart.planner.branch_and_bound import Found
+from autopart.planner.branch_and_bound import SearchResult
 from autopart.planner.interval_costs import ranges
-from autopart.planner.request import Point, Request
-from autopart.planner.search_space import Space
+from autopart.planner.request import Request, SearchPoint
+from autopart.planner.search_space import SearchSpace
 from autopart.planner.write_plan import write_out
-from autopart.sharding.strategy_table import Table
+from autopart.sharding.strategy_table import StrategyTable
 
 Chosen = tuple[int, ...]
 
@@ -43,7 +43,7 @@ def repriced(plan: Plan, source: Source) -> Plan:
     return replace(write_out(space, found, started, plan.model), request=plan.request)
 
 
-def decided(plan: Plan, source: Source) -> tuple[Space, Found]:
+def decided(plan: Plan, source: Source) -> tuple[SearchSpace, SearchResult]:
     """A plan's decisions as the search finds them. Raises PartitionError as `reprice` does."""
     request = Request(
         plan.global_batch,
@@ -59,8 +59,8 @@ def decided(plan: Plan, source: Source) -> tuple[Space, Found]:
     if plan.micro_batch % plan.dp:
         raise PartitionError(f"{plan.micro_batch} samples do not divide over dp={plan.dp} ranks")
     folded = source.like(plan)
-    space = Space(folded, plan.mesh, request)
-    point = Point(plan.pp, plan.dp, plan.tp, plan.micro_batch, plan.zero)
+    space = SearchSpace(folded, plan.mesh, request)
+    point = SearchPoint(plan.pp, plan.dp, plan.tp, plan.micro_batch, plan.zero)
     _check_stages(plan, folded.labels, folded.traced.updated)
     ways = [_chosen(space, point, splits) for splits in plan.splits]
     chosen = tuple(ways[stage.splits] for stage in plan.stages)
@@ -74,7 +74,7 @@ def decided(plan: Plan, source: Source) -> tuple[Space, Found]:
         )
         times.append(float(found.seconds[found.place(start, end)]))
     step = sum(times) + (m - 1) * max(times)
-    return space, Found(point, chosen, plan.starts, modes, tuple(times), step, min(plan.bound_seconds, step))
+    return space, SearchResult(point, chosen, plan.starts, modes, tuple(times), step, min(plan.bound_seconds, step))
 
 
 def _check_stages(plan: Plan, labels: Sequence[str], updated: Sequence[str]) -> None:
@@ -99,7 +99,7 @@ def _check_stages(plan: Plan, labels: Sequence[str], updated: Sequence[str]) -> 
                 raise PartitionError(f"{label or 'the loss'} cannot recompute {mode!r}", why, f"of {', '.join(MODES)}")
 
 
-def _chosen(space: Space, point: Point, splits: Splits) -> Chosen:
+def _chosen(space: SearchSpace, point: SearchPoint, splits: Splits) -> Chosen:
     """The option of every node that splits name. Raises PartitionError where there is none."""
     model = space.model(point)
     table = model.table
@@ -131,7 +131,7 @@ def _chosen(space: Space, point: Point, splits: Splits) -> Chosen:
     return solution.chosen
 
 
-def _check_flows(table: Table, allowed: dict[int, list[int]]) -> None:
+def _check_flows(table: StrategyTable, allowed: dict[int, list[int]]) -> None:
     """Raise PartitionError where a value cannot be changed into what a user takes."""
 
     def options(node: int) -> Sequence[int]:
@@ -150,7 +150,7 @@ def _check_flows(table: Table, allowed: dict[int, list[int]]) -> None:
                 )
 
 
-def _check_interface(space: Space, point: Point, chosen: Sequence[Chosen]) -> None:
+def _check_interface(space: SearchSpace, point: SearchPoint, chosen: Sequence[Chosen]) -> None:
     """Raise PartitionError where stages do not agree on what passes between them."""
     model = space.model(point)
     keys = [model.table.nodes[index].key for index, _ in model.passing]

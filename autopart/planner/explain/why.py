@@ -21,11 +21,11 @@ from autopart.frontend.batch import DTYPES, Batch
 from autopart.hardware.mesh import Mesh
 from autopart.passes.source import Source
 from autopart.plan.data import Plan, bytes_text, seconds_text, usable_bytes
-from autopart.planner.branch_and_bound import Found, Say, Search, points, silent, zero_levels
+from autopart.planner.branch_and_bound import OnProgress, Search, SearchResult, points, silent, zero_levels
 from autopart.planner.constraints import Constraint, parse
 from autopart.planner.make_plan import explored, request_of
-from autopart.planner.request import Point, Request, read_constraints
-from autopart.planner.search_space import Model, Space
+from autopart.planner.request import Request, SearchPoint, read_constraints
+from autopart.planner.search_space import Model, SearchSpace
 from autopart.planner.write_plan import write_out
 from autopart.sharding.rules import Strategy
 from autopart.sharding.strategy_table import Node
@@ -150,10 +150,10 @@ def _proven(seconds: float, bound: float, before: float) -> str:
 class Explanation:
     """A plan with all that it was chosen from."""
 
-    space: Space
-    found: Found
+    space: SearchSpace
+    found: SearchResult
     plan: Plan
-    near: tuple[Point, ...] = ()
+    near: tuple[SearchPoint, ...] = ()
     """Points whose splits are known, the best first."""
 
     def why(self, everything: bool = False) -> list[Reason]:
@@ -193,7 +193,7 @@ class Explanation:
             )
         return Alternative(text, found.seconds, found.bound)
 
-    def _with(self, constraints: Sequence[Constraint], **changes: Any) -> Space:
+    def _with(self, constraints: Sequence[Constraint], **changes: Any) -> SearchSpace:
         """The space with more constraints; all that is known of it stays known."""
         request = self.space.request
         together = (*request.constraints, *constraints)
@@ -235,7 +235,7 @@ class Explanation:
         """Bytes that are left on the fullest device."""
         return usable_bytes(self.space.mesh) - max(self.plan.memory_bytes)
 
-    def _price(self, what: str, space: Space) -> Price:
+    def _price(self, what: str, space: SearchSpace) -> Price:
         search = Search(space, silent, quick=True)
         try:
             search.begin([replace(self.found.point, zero=0)])
@@ -243,7 +243,7 @@ class Explanation:
         except PartitionError:
             return Price(what, None, self.plan.step_seconds)
 
-    def _changes(self) -> Iterator[tuple[str, Space]]:
+    def _changes(self) -> Iterator[tuple[str, SearchSpace]]:
         """The changes that are tried, each with the space it makes."""
         mesh, device = self.space.mesh, self.space.mesh.device
         if self.space.request.must_fit:
@@ -267,15 +267,15 @@ class Explanation:
         moved = replace(device, bandwidth=device.bandwidth * FASTER, measured=measured)
         yield "memory of the devices 10 % faster", self._on(replace(mesh, device=moved))
 
-    def _memory(self, more: float) -> Space:
+    def _memory(self, more: float) -> SearchSpace:
         device = self.space.mesh.device
         size = replace(device, memory_bytes=round(device.memory_bytes + more))
         return replace(self.space, mesh=replace(self.space.mesh, device=size))
 
-    def _on(self, mesh: Mesh, rate: float = 1.0) -> Space:
+    def _on(self, mesh: Mesh, rate: float = 1.0) -> SearchSpace:
         """The space of another mesh, with the same tables."""
         models = {tp: _faster(model, rate) for tp, model in self.space.models.items()}
-        return Space(self.space.folded, mesh, self.space.request, models)
+        return SearchSpace(self.space.folded, mesh, self.space.request, models)
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.why()))
@@ -335,14 +335,14 @@ def _moved(before: Plan, after: Plan) -> Iterator[tuple[str, str, str, str]]:
 
 
 def explain(
-    model: nn.Module, mesh: str | Mesh | DeviceMesh, batch: Batch, *, say: Say = silent, **settings: Any
+    model: nn.Module, mesh: str | Mesh | DeviceMesh, batch: Batch, *, say: OnProgress = silent, **settings: Any
 ) -> Explanation:
     """Plan, with the settings of `autopart.plan`, and keep what the plan was chosen from. Raises PartitionError."""
     request = request_of(model, batch, **settings)
     return explained(Source(model, batch, DTYPES[request.precision]), Mesh.of(mesh), request, say)
 
 
-def explained(source: Source, mesh: Mesh, request: Request, say: Say = silent) -> Explanation:
+def explained(source: Source, mesh: Mesh, request: Request, say: OnProgress = silent) -> Explanation:
     """`explain` for a model that may be traced already."""
     plan, search, found = explored(source, mesh, request, say)
     space, samples = search.space, request.global_batch

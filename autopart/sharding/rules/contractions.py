@@ -248,9 +248,9 @@ RULES: dict[str, Rule] = {
     "aten.chain_matmul": Rule(_chain, contraction=True),
     "aten.linalg_multi_dot": Rule(_chain, contraction=True),
     "aten.bilinear": Rule(_bilinear, contraction=True),
-    "autopart.expert_linear": Rule(
+    "autopart.grouped_linear": Rule(
         _experts,
-        local={"e": Local("expert_linear", chained=True)},
+        local={"e": Local("grouped_linear", chained=True)},
         flops=_expert_flops,
         contraction=True,
         sizes=_expert_sizes,
