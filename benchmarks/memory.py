@@ -122,15 +122,15 @@ class Memory(TorchDispatchMode):
 
 def measured(source: Source, plan: Plan) -> list[int]:
     """Peak bytes of the first rank of every stage in a step of a plan."""
-    folded = source.at(plan.micro_batch, plan.mesh)
-    stages = programs(folded, plan)
+    layered = source.full(plan.micro_batch, plan.mesh)
+    stages = programs(layered, plan)
     kind, settings = OPTIMIZERS[plan.optimizer]
 
     def one(groups: Groups) -> int:
         with Memory([*source.model.parameters(), *source.model.buffers(), *source.batch.values()]) as memory:
             memory.watch(groups)
             program = stages[groups.pp.rank]
-            compiled = Compiled(source.model, plan, groups, program, folded.traced.aliases, folded.traced.buffers)
+            compiled = Compiled(source.model, plan, groups, program, layered.traced.aliases, layered.traced.buffers)
             compiled.optimizer(kind, lr=1e-3, **settings)
             for _ in range(STEPS):
                 memory.peak = 0

@@ -416,7 +416,7 @@ class Bench:
             **settings,
         )
         source, mesh = self.source(row), self.mesh(row)
-        source.short(min(2, row.global_batch), mesh)
+        source.sampled(min(2, row.global_batch), mesh)
         started = time.process_time()
         try:
             plan = make_plan(source, mesh, request)

@@ -163,15 +163,15 @@ def build(job: Job, mesh: autopart.Mesh, source: Source) -> Compiled:
     """`autopart.compile` of a model that may be traced already."""
     request = request_of(source.model, source.batch, optimizer="adamw", **job.settings)
     if request.micro_batch:
-        source.at(request.micro_batch, mesh)
+        source.full(request.micro_batch, mesh)
     box = [make_plan(source, mesh, request, to_run=True).to_json() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(box, 0)
     plan = autopart.Plan.from_json(box[0])
-    folded = source.at(plan.micro_batch, mesh)
+    layered = source.full(plan.micro_batch, mesh)
     groups = make_groups(plan.pp, plan.dp, plan.tp)
-    (program,) = programs(folded, plan, [groups.pp.rank])
+    (program,) = programs(layered, plan, [groups.pp.rank])
     model = copy.deepcopy(source.model)
-    return Compiled(model, plan, groups, program, folded.traced.aliases, folded.traced.buffers)
+    return Compiled(model, plan, groups, program, layered.traced.aliases, layered.traced.buffers)
 
 
 Row = dict[str, Any]

@@ -108,13 +108,13 @@ def share_split(model: Any, batch: Any, plan: Any) -> float:
     from autopart.passes.source import Source
     from autopart.sharding.rules import is_contraction
 
-    folded = Source(model, batch, DTYPES[plan.precision]).at(plan.micro_batch, plan.mesh)
+    layered = Source(model, batch, DTYPES[plan.precision]).full(plan.micro_batch, plan.mesh)
     split = total = 0.0
-    for node in folded.representatives():
+    for node in layered.representatives():
         if info(node).kind == "op" and is_contraction(info(node).name):
-            work = info(node).flops * folded.count[node]
+            work = info(node).flops * layered.count[node]
             total += work
-            split += work if plan.splits[0]["tp"][folded.keys[node]].shards_work else 0.0
+            split += work if plan.splits[0]["tp"][layered.keys[node]].shards_work else 0.0
     return split / total if total else 0.0
 
 

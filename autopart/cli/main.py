@@ -305,10 +305,10 @@ def write_folder(model: nn.Module, batch: models.Batch, made: Plan, folder: Path
 
     Raises PartitionError where the plan is for another model.
     """
-    folded = prepare(model, outline(batch, made.micro_batch), made.mesh, DTYPES[made.precision])
-    validate(made, folded)
+    layered = prepare(model, outline(batch, made.micro_batch), made.mesh, DTYPES[made.precision])
+    validate(made, layered)
     try:
-        return write(folder, made, programs(folded, made), folded.traced.aliases, folded.traced.buffers, batch)
+        return write(folder, made, programs(layered, made), layered.traced.aliases, layered.traced.buffers, batch)
     except OSError as error:
         raise PartitionError(f"cannot write {folder}", str(error)) from error
 

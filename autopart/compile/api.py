@@ -1,4 +1,4 @@
-"""The straight line from a model to a program: trace, simplify, fuse, annotate, fold, plan, localise, emit, load."""
+"""The straight line from a model to a program: the passes, the plan, the source text, the running ranks."""
 
 from __future__ import annotations
 
@@ -131,15 +131,15 @@ def compile(
     source = Source(model, batch, DTYPES[plan.precision if plan else request.precision])
     if plan is None and request.micro_batch and dist.is_initialized() and dist.get_rank():
         with suppress(PartitionError):  # which rank 0 raises for all
-            source.at(request.micro_batch, mesh)
+            source.full(request.micro_batch, mesh)
     plan, seed = _agreed(plan, seed, lambda: make_plan(source, mesh, request, say, to_run=True))
-    folded = source.at(plan.micro_batch, plan.mesh)
-    validate(plan, folded)
+    layered = source.full(plan.micro_batch, plan.mesh)
+    validate(plan, layered)
     _check_trainable(model)
     groups = make_groups(plan.pp, plan.dp, plan.tp)
     groups.draws.seed = seed
-    (program,) = programs(folded, plan, [groups.pp.rank])
-    compiled = Compiled(model, plan, groups, program, folded.traced.aliases, folded.traced.buffers)
+    (program,) = programs(layered, plan, [groups.pp.rank])
+    compiled = Compiled(model, plan, groups, program, layered.traced.aliases, layered.traced.buffers)
     if "MASTER_ADDR" in os.environ:
         start_watchdog(lambda: compiled.executor.doing)
     return compiled

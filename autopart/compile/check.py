@@ -70,7 +70,7 @@ def check(
     batch = take(batch, plan.global_batch)
     source = replace(source, batch=batch)
     split = simulate_plan(source, plan, seed)
-    graph = source.at(plan.micro_batch, plan.mesh).traced.graph
+    graph = source.full(plan.micro_batch, plan.mesh).traced.graph
     draws = any(isinstance(argument, Stream) for node in calls(graph) for argument in node.args)
     if draws:
         request = request_of(model, batch, micro_batch=plan.micro_batch, precision=plan.precision)

@@ -11,7 +11,7 @@ from autopart.frontend.batch import DTYPES, Batch
 from autopart.ir.graph import info
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.emit import emit
-from autopart.passes.partition import localise
+from autopart.passes.partition import partition
 from autopart.passes.source import Source
 from autopart.passes.stage_graph import StageGraph
 from autopart.plan.data import Plan
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     pass
 
 
-def programs(folded: LayeredGraph, plan: Plan, indices: Iterable[int] | None = None) -> list[Program]:
+def programs(layered: LayeredGraph, plan: Plan, indices: Iterable[int] | None = None) -> list[Program]:
     """What the stages (those of `indices`, else all) run."""
-    stages = stage_graphs(folded, plan)
+    stages = stage_graphs(layered, plan)
     messages = [Message(c.name, c.producer, c.consumers, c.shape, c.dtype, c.grad) for s in stages for c in s.sent]
     edges = sorted({(m.producer, to) for m in messages for to in m.consumers})
     lists = instructions(plan.schedule, plan.pp, plan.micro_batches, edges)
     verify_schedule(lists)
-    tied, axes = _tied(stages), _sample_axes(folded, plan)
+    tied, axes = _tied(stages), _sample_axes(layered, plan)
     wanted = range(plan.pp) if indices is None else indices
     return [
-        Program(emit_stage(stages[i], plan, folded.traced.classes), i, lists[i], messages, tied, axes) for i in wanted
+        Program(emit_stage(stages[i], plan, layered.traced.classes), i, lists[i], messages, tied, axes) for i in wanted
     ]
 
 
@@ -47,14 +47,14 @@ def emit_stage(stage: StageGraph, plan: Plan, classes: Mapping[str, str]) -> str
 
 def sources(model: nn.Module, batch: Batch, plan: Plan) -> list[str]:
     """The source text of every stage."""
-    folded = Source(model, batch, DTYPES[plan.precision]).at(plan.micro_batch, plan.mesh)
-    validate(plan, folded)
-    return [emit_stage(stage, plan, folded.traced.classes) for stage in stage_graphs(folded, plan)]
+    layered = Source(model, batch, DTYPES[plan.precision]).full(plan.micro_batch, plan.mesh)
+    validate(plan, layered)
+    return [emit_stage(stage, plan, layered.traced.classes) for stage in stage_graphs(layered, plan)]
 
 
-def stage_graphs(folded: LayeredGraph, plan: Plan) -> list[StageGraph]:
+def stage_graphs(layered: LayeredGraph, plan: Plan) -> list[StageGraph]:
     """Every stage's graph under a plan."""
-    return localise(folded, choices_of(plan))
+    return partition(layered, choices_of(plan))
 
 
 def _tied(stages: list[StageGraph]) -> dict[str, tuple[int, ...]]:
@@ -67,11 +67,11 @@ def _tied(stages: list[StageGraph]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(at) for name, at in where.items() if len(at) > 1}
 
 
-def _sample_axes(folded: LayeredGraph, plan: Plan) -> tuple[str, ...]:
+def _sample_axes(layered: LayeredGraph, plan: Plan) -> tuple[str, ...]:
     """The axes over which a batch's samples are split."""
-    inputs = [n for n in folded.representatives() if info(n).kind == "input"]
+    inputs = [n for n in layered.representatives() if info(n).kind == "input"]
     return tuple(
         axis
         for axis, size in (("dp", plan.dp), ("tp", plan.tp))
-        if size > 1 and inputs and plan.splits[0][axis][folded.keys[inputs[0]]].outputs[0].kind == "S"
+        if size > 1 and inputs and plan.splits[0][axis][layered.keys[inputs[0]]].outputs[0].kind == "S"
     )

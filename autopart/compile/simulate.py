@@ -55,15 +55,15 @@ def simulate(
 
 def simulate_plan(source: Source, plan: Plan, seed: int | None = None) -> Simulated:
     """`simulate` of a plan for a model that is traced already."""
-    folded = source.at(plan.micro_batch, plan.mesh)
-    validate(plan, folded)
+    layered = source.full(plan.micro_batch, plan.mesh)
+    validate(plan, layered)
     _check_trainable(source.model)
-    stages = programs(folded, plan)
+    stages = programs(layered, plan)
 
     def one(groups: Groups) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         groups.draws.seed = torch.initial_seed() if seed is None else seed
         stage = stages[groups.pp.rank]
-        compiled = Compiled(source.model, plan, groups, stage, folded.traced.aliases, folded.traced.buffers)
+        compiled = Compiled(source.model, plan, groups, stage, layered.traced.aliases, layered.traced.buffers)
         loss = compiled.step(source.batch)
         return loss, compiled.full_gradients(), compiled.full_state_dict()
 

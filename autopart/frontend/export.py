@@ -47,13 +47,13 @@ def export(
     model: nn.Module,
     inputs: Mapping[str, Any],
     dtype: torch.dtype | None,
-    shortened: Sequence[SampledLayers] = (),
+    sampled: Sequence[SampledLayers] = (),
 ) -> torch.export.ExportedProgram:
     """Export the forward pass of a copy of the model whose tensors are fake, and whose lists of blocks end where
-    `shortened` says. Raises PartitionError with the user's line and, where another attention of transformers can be
+    `sampled` says. Raises PartitionError with the user's line and, where another attention of transformers can be
     traced, its name."""
     try:
-        return _export(model, inputs, dtype, shortened)
+        return _export(model, inputs, dtype, sampled)
     except PartitionError:
         raise
     except Exception as error:  # whatever a forward pass may raise
@@ -64,7 +64,7 @@ def export(
                 "torch.fx's graph modules have another of that name",
                 "another name for it, or this model inside of another module",
             ) from error
-        names = ("sdpa", "eager") if not shortened else ()
+        names = ("sdpa", "eager") if not sampled else ()
         other = next((name for name in names if _traces_with(model, inputs, dtype, name)), "")
         raise _untraceable(error, other) from error
 
@@ -73,12 +73,12 @@ def _export(
     model: nn.Module,
     inputs: Mapping[str, Any],
     dtype: torch.dtype | None,
-    shortened: Sequence[SampledLayers] = (),
+    sampled: Sequence[SampledLayers] = (),
     attention: str = "",
     drawn: float | None = None,
 ) -> torch.export.ExportedProgram:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    skeleton: Any = _skeleton(model, mode, dtype, shortened)
+    skeleton: Any = _skeleton(model, mode, dtype, sampled)
     kwargs = {k: _fake(v, mode) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     _gather_experts(skeleton)
     _without_caches(skeleton)
@@ -108,7 +108,7 @@ def _export(
         exported = functional(exported)
     for function in custom:
         function.check()
-    if drawn is None and _foreign_random() != before and not _never_matters(model, inputs, dtype, shortened):
+    if drawn is None and _foreign_random() != before and not _never_matters(model, inputs, dtype, sampled):
         raise PartitionError(
             "the forward pass draws from Python's or numpy's random",
             "a trace would keep the one outcome it saw",
@@ -216,10 +216,10 @@ def _drawing(value: float) -> Iterator[None]:
 
 
 def _never_matters(
-    model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype | None, shortened: Sequence[SampledLayers]
+    model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype | None, sampled: Sequence[SampledLayers]
 ) -> bool:
     """Whether the trace is the same for the least and the largest number that can be drawn, as with layerdrop 0."""
-    least, largest = (_export(model, inputs, dtype, shortened, drawn=value) for value in (0.0, 1.0 - 2.0**-53))
+    least, largest = (_export(model, inputs, dtype, sampled, drawn=value) for value in (0.0, 1.0 - 2.0**-53))
     return str(least.graph) == str(largest.graph)
 
 
@@ -271,15 +271,15 @@ def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
 
 
 def _skeleton(
-    model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None, shortened: Sequence[SampledLayers]
+    model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None, sampled: Sequence[SampledLayers]
 ) -> nn.Module:
     """A copy of the model whose tensors are fake: the same structure and tied weights, no memory; without the blocks
-    that `shortened` drops. Parameters of its main dtype are of `dtype`, if one is given; others keep theirs."""
+    that `sampled` drops. Parameters of its main dtype are of `dtype`, if one is given; others keep theirs."""
     own = main_dtype(model)
     memo: dict[int, Any] = {}
-    for short in shortened:
-        blocks = list(model.get_submodule(short.path).children())
-        memo |= {id(block): Dropped() for block in blocks[short.kept :]}
+    for sample in sampled:
+        blocks = list(model.get_submodule(sample.path).children())
+        memo |= {id(block): Dropped() for block in blocks[sample.kept :]}
     with mode:
         for module in _kept_modules(model, frozenset(memo)):
             for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
@@ -290,8 +290,8 @@ def _skeleton(
                 fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=wanted, device="cpu")
                 memo[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
     skeleton = copy.deepcopy(model, memo)
-    for short in shortened:
-        del skeleton.get_submodule(short.path)[short.kept :]  # type: ignore[operator]
+    for sample in sampled:
+        del skeleton.get_submodule(sample.path)[sample.kept :]  # type: ignore[operator]
     _renew_aliases(skeleton)
     return skeleton
 

@@ -62,7 +62,7 @@ class SampledLayers:
         return f"{self.path}.{index + by}{name[len(f'{self.path}.{index}') :]}"
 
 
-def shortenable(model: nn.Module) -> tuple[SampledLayers, ...]:
+def sampled_layers(model: nn.Module) -> tuple[SampledLayers, ...]:
     """The lists of blocks that may be shortened, in the model's order."""
     found = []
     kinds_of = _Kinds(model)
@@ -71,19 +71,19 @@ def shortenable(model: nn.Module) -> tuple[SampledLayers, ...]:
             continue
         if not re.fullmatch(r"[^.].*", path) or re.search(r"(^|\.)\d+(\.|$)", path):
             continue
-        short = _shortest(path, kinds_of.blocks(path, list(module.children())))
-        if short is not None and short.kept < short.blocks:
-            found.append(short)
+        sample = _best_sample(path, kinds_of.blocks(path, list(module.children())))
+        if sample is not None and sample.kept < sample.blocks:
+            found.append(sample)
     return tuple(found)
 
 
-def _shortest(path: str, kinds: Sequence[object]) -> SampledLayers | None:
+def _best_sample(path: str, kinds: Sequence[object]) -> SampledLayers | None:
     """The list of blocks of these kinds, with the start and period that keep least."""
     every = []
     for period in range(1, LONGEST_PERIOD + 1):
         start = max((i + 1 for i in range(len(kinds) - period) if kinds[i] != kinds[i + period]), default=0)
         every.append(SampledLayers(path, len(kinds), start, period))
-    return min(every, key=lambda short: short.kept, default=None)
+    return min(every, key=lambda sample: sample.kept, default=None)
 
 
 class _Kinds:
@@ -206,17 +206,17 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 class UnlikeLayers(Exception):
     """A list of blocks that a few of them do not stand for."""
 
-    def __init__(self, short: SampledLayers, why: str) -> None:
-        super().__init__(f"{short.path}: {why}")
-        self.short = short
+    def __init__(self, sample: SampledLayers, why: str) -> None:
+        super().__init__(f"{sample.path}: {why}")
+        self.sample = sample
 
 
-def longer(shortened: Sequence[SampledLayers], unlike: SampledLayers) -> tuple[SampledLayers, ...]:
+def longer(sampled: Sequence[SampledLayers], unlike: SampledLayers) -> tuple[SampledLayers, ...]:
     """What to try next where one list was not like its first periods: four, of which the first and the last may be
     different; then all."""
     again = replace(unlike, windows=4) if unlike.windows < 4 else None
-    rest = [again if short == unlike else short for short in shortened]
-    return tuple(short for short in rest if short is not None and short.dropped > 0)
+    rest = [again if sample == unlike else sample for sample in sampled]
+    return tuple(sample for sample in rest if sample is not None and sample.dropped > 0)
 
 
 class Dropped(nn.Module):

@@ -141,7 +141,7 @@ def has_gradient(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point or dtype.is_complex
 
 
-def annotate(node: fx.Node, **changes: Any) -> None:
+def update_info(node: fx.Node, **changes: Any) -> None:
     """Put changed fields into a node's record."""
     node.meta[KEY] = replace(node.meta[KEY], **changes)
 

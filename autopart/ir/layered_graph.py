@@ -42,7 +42,7 @@ class LayeredGraph:
     """
 
     traced: Traced
-    runs: list[Segment]
+    segments: list[Segment]
     free: list[fx.Node]
     same: dict[fx.Node, fx.Node]
     count: Counter[fx.Node]
@@ -50,11 +50,11 @@ class LayeredGraph:
     sequence: tuple[int, ...]
     labels: tuple[str, ...]
     repeated: dict[int, range] = field(default_factory=dict)
-    walked: str = ""
+    traced_in_full: str = ""
 
-    def run_of(self) -> dict[fx.Node, int]:
+    def segment_of(self) -> dict[fx.Node, int]:
         """Node -> index of its run."""
-        return {n: i for i, run in enumerate(self.runs) for n in run.nodes}
+        return {n: i for i, segment in enumerate(self.segments) for n in segment.nodes}
 
     def representatives(self) -> list[fx.Node]:
         """The nodes to decide about, in graph order; picks of outputs are none of them."""
@@ -64,9 +64,9 @@ class LayeredGraph:
     def keepers(self) -> dict[str, set[int]]:
         """Node -> the runs that keep its memory for their backward."""
         keepers: dict[str, set[int]] = {}
-        for node, run in self.run_of().items():
+        for node, segment in self.segment_of().items():
             for root in info(node).keeps:
-                keepers.setdefault(root, set()).add(run)
+                keepers.setdefault(root, set()).add(segment)
         return keepers
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
@@ -80,22 +80,22 @@ class LayeredGraph:
 
     def parameter_at(self, position: int, node: fx.Node) -> str:
         """What a parameter that the run at a position reads is called there."""
-        label, name = self.runs[self.sequence[position]].label, info(node).name
+        label, name = self.segments[self.sequence[position]].label, info(node).name
         return self.labels[position] + name[len(label) :] if is_own_name(name, label) else name
 
     @cached_property
     def readers(self) -> dict[str, list[int]]:
         """Parameter -> the positions that read it."""
         found = defaultdict[str, list[int]](list)
-        for position, run in enumerate(self.sequence):
-            for name in dict.fromkeys(self.parameter_at(position, n) for n in used_parameters(self.runs[run])):
+        for position, segment in enumerate(self.sequence):
+            for name in dict.fromkeys(self.parameter_at(position, n) for n in used_parameters(self.segments[segment])):
                 found[name].append(position)
         return found
 
     @cached_property
-    def places(self) -> dict[fx.Node, tuple[int, int]]:
+    def locations(self) -> dict[fx.Node, tuple[int, int]]:
         """Node -> index of its run, and its own in there."""
-        return {node: (i, k) for i, run in enumerate(self.runs) for k, node in enumerate(run.nodes)}
+        return {node: (i, k) for i, segment in enumerate(self.segments) for k, node in enumerate(segment.nodes)}
 
     def sources(self, position: int) -> tuple[tuple[int, int] | None, ...]:
         """For each external of the run at a position: the position that makes the value and the index of the node
@@ -108,11 +108,11 @@ class LayeredGraph:
         found = []
         for position, index in enumerate(self.sequence):
             before = self.repeated.get(position, range(0))
-            places = [self.places.get(node) for node in self.runs[index].externals]
+            locations = [self.locations.get(node) for node in self.segments[index].externals]
             row = []
-            for place in places:
-                made = place and place[0] + (len(before) if place[0] in before else 0)
-                row.append(None if place is None or made is None else (latest[made], place[1]))
+            for location in locations:
+                made = location and location[0] + (len(before) if location[0] in before else 0)
+                row.append(None if location is None or made is None else (latest[made], location[1]))
             found.append(tuple(row))
             latest[index] = position
         return found
@@ -122,34 +122,34 @@ class LayeredGraph:
         """Identifies what the whole model computes: the same for every size of a micro-batch, and for a graph of which
         only a part was traced."""
         prints = Fingerprints(self.traced.graph, self.traced.micro_batch)
-        texts = [_text(run, prints) for run in self.runs]
+        texts = [_text(segment, prints) for segment in self.segments]
         kinds: dict[int, int] = {}
         latest: dict[int, int] = {}
         total = hashlib.sha256()
         for position, index in enumerate(self.sequence):
-            run, label = self.runs[index], self.labels[position]
+            segment, label = self.segments[index], self.labels[position]
             outside = [
-                source or prints.outside(node, run.label)
-                for node, source in zip(run.externals, self.sources(position), strict=True)
+                source or prints.outside(node, segment.label)
+                for node, source in zip(segment.externals, self.sources(position), strict=True)
             ]
-            number = kinds.setdefault(run.kind, len(kinds))
+            number = kinds.setdefault(segment.kind, len(kinds))
             total.update(repr((label, number, texts[index], outside)).encode())
             latest[index] = position
         for node in self.traced.graph.output_node().all_input_nodes:
-            place = self.places.get(node)
-            made = prints.outside(node, "") if place is None else (latest[place[0]], place[1])
+            location = self.locations.get(node)
+            made = prints.outside(node, "") if location is None else (latest[location[0]], location[1])
             total.update(repr(made).encode())
         total.update(repr((self.parameters(), self.traced.updated)).encode())
         return total.hexdigest()[:16]
 
 
-def _text(run: Segment, prints: Fingerprints) -> str:
+def _text(segment: Segment, prints: Fingerprints) -> str:
     """What a run computes, with local numbers for names."""
-    tokens: dict[fx.Node, tuple[Any, ...]] = {node: ("external", i) for i, node in enumerate(run.externals)}
+    tokens: dict[fx.Node, tuple[Any, ...]] = {node: ("external", i) for i, node in enumerate(segment.externals)}
     total = hashlib.sha256()
-    for i, node in enumerate(run.nodes):
-        tokens |= {p: parameter_token(info(p), run.label) for p in parameters_of(node)}
-        total.update(prints.call(node, tokens, run.label).encode())
+    for i, node in enumerate(segment.nodes):
+        tokens |= {p: parameter_token(info(p), segment.label) for p in parameters_of(node)}
+        total.update(prints.call(node, tokens, segment.label).encode())
         tokens[node] = ("node", i)
     return total.hexdigest()
 
@@ -166,14 +166,14 @@ def node_keys(nodes: Iterable[fx.Node]) -> dict[fx.Node, str]:
     return keys
 
 
-def own_values(run: Segment) -> list[fx.Node]:
+def own_values(segment: Segment) -> list[fx.Node]:
     """What belongs to a run's block alone but is made in no run: its parameters, its buffers, what it makes of them
     and of inputs."""
-    found = dict.fromkeys(p for p in used_parameters(run) if is_own_name(info(p).name, run.label))
-    todo = [n for n in run.externals if n not in set(run.nodes)]
+    found = dict.fromkeys(p for p in used_parameters(segment) if is_own_name(info(p).name, segment.label))
+    todo = [n for n in segment.externals if n not in set(segment.nodes)]
     while todo:
         node = todo.pop()
-        if info(node).kind != "parameter" and is_own(node, run.label) and not info(node).grad and node not in found:
+        if info(node).kind != "parameter" and is_own(node, segment.label) and not info(node).grad and node not in found:
             found[node] = None
             todo += node.all_input_nodes
     return list(found)
@@ -184,21 +184,21 @@ def parameters_of(node: fx.Node) -> list[fx.Node]:
     return [n for n in node.all_input_nodes if info(n).kind == "parameter"]
 
 
-def crossing(folded: LayeredGraph) -> list[list[tuple[fx.Node, int]]]:
+def crossing(layered: LayeredGraph) -> list[list[tuple[fx.Node, int]]]:
     """For every place between run i-1 and run i: the values made before it that are needed after it."""
-    run_of = folded.run_of()
+    segment_of = layered.segment_of()
     last: dict[tuple[fx.Node, int], int] = {}
-    for node, index in run_of.items():
+    for node, index in segment_of.items():
         for source in node.all_input_nodes:
-            if source in run_of:
+            if source in segment_of:
                 value = value_of(source)
                 last[value] = max(last.get(value, 0), index)
     return [
-        [value for value, end in last.items() if run_of[value[0]] < place <= end]
-        for place in range(len(folded.runs) + 1)
+        [value for value, end in last.items() if segment_of[value[0]] < location <= end]
+        for location in range(len(layered.segments) + 1)
     ]
 
 
-def used_parameters(run: Segment) -> list[fx.Node]:
+def used_parameters(segment: Segment) -> list[fx.Node]:
     """The parameters a run reads, each once."""
-    return list(dict.fromkeys(p for n in run.nodes for p in parameters_of(n)))
+    return list(dict.fromkeys(p for n in segment.nodes for p in parameters_of(n)))

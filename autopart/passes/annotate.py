@@ -10,10 +10,10 @@ from torch import fx
 
 from autopart.cost.compute import is_loss
 from autopart.frontend.torch_private import StorageWeakRef
-from autopart.ir.graph import Traced, annotate, calls, info, operands, run_on_meta, shape_args, value_of
+from autopart.ir.graph import Traced, calls, info, operands, run_on_meta, shape_args, update_info, value_of
 from autopart.ir.random_ops import uniform_of
 from autopart.kernels.rms_norm import REFERENCE_GRADIENTS
-from autopart.passes.mean_loss import mixing
+from autopart.passes.mean_loss import first_mixing
 from autopart.sharding.notation import Placement
 from autopart.sharding.rules import flops, is_contraction, product_of, strategies
 
@@ -28,21 +28,21 @@ Batch = dict[tuple[fx.Node, int], int | None]
 """Value -> the dim of it that counts samples."""
 
 
-def annotate_costs(traced: Traced, device: str) -> Traced:
+def annotate(traced: Traced, device: str) -> Traced:
     """Fill in the records, in place. `device` ("cpu" or another) says whose kernels keep what."""
     batch = _counting(traced)
     for node in calls(traced.graph):
         record = info(node)
-        annotate(node, batch=batch.get(value_of(node)))
+        update_info(node, batch=batch.get(value_of(node)))
         if record.name == "autopart.getitem":
             continue
         work = flops(record.name, shape_args(node), record.shapes)
         work *= COMPLEX_PRODUCTS if record.dtype.is_complex and is_contraction(record.name) else 1
-        annotate(node, flops=work, product=is_contraction(record.name))
+        update_info(node, flops=work, product=is_contraction(record.name))
         if is_contraction(record.name):
             _matrix(node, batch)
     _logits(traced.graph)
-    mixes = mixing(traced.graph) if traced.micro_batch > 1 else None
+    mixes = first_mixing(traced.graph) if traced.micro_batch > 1 else None
     traced.mixed_at = "" if mixes is None else info(mixes).source or info(mixes).name
     if traced.updated and not traced.mixed_at:
         traced.mixed_at = f"the buffer {traced.updated[0]}, which changes once a micro-batch"
@@ -61,7 +61,7 @@ def _logits(graph: fx.Graph) -> None:
             and (info(user).logits or is_loss(info(user)))
             for user in node.users
         ]
-        annotate(node, logits=bool(into) and all(into))
+        update_info(node, logits=bool(into) and all(into))
 
 
 def _counting(traced: Traced) -> Batch:
@@ -111,7 +111,7 @@ def _matrix(node: fx.Node, batch: Batch) -> None:
         if record.dtype.is_complex:
             sizes = matrix.sizes._replace(batch=COMPLEX_PRODUCTS * matrix.sizes.batch)
             matrix = replace(matrix, sizes=sizes)
-        annotate(node, matrix=matrix, grads=(first, any(others)))
+        update_info(node, matrix=matrix, grads=(first, any(others)))
 
 
 def _batch_dims(node: fx.Node, batch: Batch) -> list[int | None]:
@@ -159,7 +159,7 @@ def _saved(graph: fx.Graph, device: str) -> None:
         for output in value if isinstance(value, (tuple, list)) else ():
             owner.setdefault(_storage(output), node.name)
         stored = {_storage(t): t for t in kept if _storage(t) not in parameters}
-        annotate(
+        update_info(
             node,
             root=root,
             view=node.op == "call_function" and root != node.name,
@@ -173,11 +173,11 @@ def _gradients(graph: fx.Graph, device: str) -> None:
     parameters = {node.name for node in graph.find_nodes(op="placeholder") if info(node).kind == "parameter"}
     for node in calls(graph):
         taken = [(i, info(n)) for i, n in enumerate(operands(node)) if n is not None]
-        annotate(node, weights=tuple(i for i, record in taken if record.grad and record.root in parameters))
+        update_info(node, weights=tuple(i for i, record in taken if record.grad and record.root in parameters))
         if info(node).name == "autopart.rms_norm" and not _is_kernel(info(node).name, device):
             x, _, _, dtype = node.args
             computed: Any = dtype or info(x).dtype  # type: ignore[arg-type]
-            annotate(node, times=REFERENCE_GRADIENTS * computed.itemsize / info(node).dtype.itemsize)
+            update_info(node, times=REFERENCE_GRADIENTS * computed.itemsize / info(node).dtype.itemsize)
 
 
 def _is_kernel(name: str, device: str) -> bool:

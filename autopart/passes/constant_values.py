@@ -45,7 +45,7 @@ PATTERNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 """What a mask is at a row and a column; none falls as the row rises, or rises as the column does."""
 
 
-class Constants:
+class ConstantValues:
     """What is known of the nodes of a graph that depend on shapes and buffers alone."""
 
     def __init__(self, buffers: Mapping[str, Tensor | None]) -> None:

@@ -66,7 +66,7 @@ class _Emitter:
         classes: Mapping[str, str],
     ) -> None:
         self.stage, self.stages, self.title, self.mesh = stage, stages, title, mesh
-        self.modes = ["none"] * (len(stage.runs) - len(recompute)) + list(recompute)
+        self.modes = ["none"] * (len(stage.segments) - len(recompute)) + list(recompute)
         self.sliced, self.master, self.classes = sliced, master, classes
         self.results: set[fx.Node] = set()
         self.speller = Speller(set(re.findall(r"(\w+)=", mesh)))
@@ -242,7 +242,7 @@ class _Emitter:
 
     def _stage(self, blocks: Mapping[int, Block]) -> list[str]:
         stage, scope = self.stage, Scope()
-        flat = [n for i, (_, nodes) in enumerate(stage.runs) if i not in blocks for n in nodes]
+        flat = [n for i, (_, nodes) in enumerate(stage.segments) if i not in blocks for n in nodes]
         used = dict.fromkeys(n for node in flat for n in node.all_input_nodes)
         used |= dict.fromkeys(n for block in blocks.values() for n in block.outside)
         placeholders = [n for n in stage.graph.nodes if n.op == "placeholder"]
@@ -263,9 +263,9 @@ class _Emitter:
         made = [_module_list(attribute, members) for attribute, members in lists.items()]
         valid = self._valid(scope)
         rows = {row[0]: row for row in segments(stage, blocks)}
-        again = any(info(n).name in GATHERED_AGAIN for _, nodes in stage.runs for n in nodes)
+        again = any(info(n).name in GATHERED_AGAIN for _, nodes in stage.segments for n in nodes)
         pending: list[fx.Node] = []
-        for index, (_, nodes) in enumerate(stage.runs):
+        for index, (_, nodes) in enumerate(stage.segments):
             if index not in blocks:
                 pending += nodes
             elif index in rows:

@@ -1,4 +1,4 @@
-"""fx.Graph -> Folded: the graph as a row of runs, equal ones recognised by structure.
+"""fx.Graph -> LayeredGraph: the graph as a row of segments, equal ones recognised by structure.
 
 A run is the nodes of one numbered module ("model.layers.3"), or of one other module between them. Two runs are
 of one class when they compute the same thing from the same kinds of values, whatever their names. Planning
@@ -18,31 +18,31 @@ from autopart.ir.layered_graph import LayeredGraph, Segment, node_keys, paramete
 from autopart.ir.random_ops import relative
 
 
-def fold(traced: Traced) -> LayeredGraph:
+def fold_layers(traced: Traced) -> LayeredGraph:
     """Find the runs and their classes."""
     graph = traced.graph
     free = _free(graph)
-    runs: list[Segment] = []
+    segments: list[Segment] = []
     for node in calls(graph):
         if node in free:
             continue
         label = info(node).layer or info(node).module
-        if not runs or runs[-1].label != label:
-            runs.append(Segment(label, []))
-        runs[-1].nodes.append(node)
-    _merge_returning(runs)
+        if not segments or segments[-1].label != label:
+            segments.append(Segment(label, []))
+        segments[-1].nodes.append(node)
+    _merge_returning(segments)
     same: dict[fx.Node, fx.Node] = {}
     classes: dict[Any, tuple[int, Segment]] = {}
     prints = Fingerprints(graph, traced.micro_batch)
-    for run in runs:
-        signature = _signature(run)
-        run.kind, first = classes.setdefault(signature, (len(classes), run))
-        for node, twin in zip(run.nodes, first.nodes, strict=True):
+    for segment in segments:
+        signature = _signature(segment)
+        segment.kind, first = classes.setdefault(signature, (len(classes), segment))
+        for node, twin in zip(segment.nodes, first.nodes, strict=True):
             for mine, other in zip(parameters_of(node), parameters_of(twin), strict=True):
                 same.setdefault(mine, other)
             same[node] = twin
-        for node, twin in zip(run.externals, first.externals, strict=True):
-            _pair_own(node, run.label, twin, first.label, prints, same)
+        for node, twin in zip(segment.externals, first.externals, strict=True):
+            _pair_own(node, segment.label, twin, first.label, prints, same)
     for node in graph.nodes:
         if node.op != "output":
             same.setdefault(node, node)
@@ -51,13 +51,13 @@ def fold(traced: Traced) -> LayeredGraph:
             same[node] = same[same[node]]
     return LayeredGraph(
         traced,
-        runs,
+        segments,
         [n for n in graph.nodes if n in free],
         same,
         Counter(same.values()),
         node_keys(n for n in graph.nodes if n in same and same[n] is n),
-        tuple(range(len(runs))),
-        tuple(run.label for run in runs),
+        tuple(range(len(segments))),
+        tuple(segment.label for segment in segments),
     )
 
 
@@ -86,23 +86,23 @@ def _free(graph: fx.Graph) -> set[fx.Node]:
     return free
 
 
-def _merge_returning(runs: list[Segment]) -> None:
+def _merge_returning(segments: list[Segment]) -> None:
     """A layer left and entered again (code between its parts) is one run where order allows it: the nodes in
     between join it. What is no layer may come again anywhere: the dropout before and after all layers."""
     i = 0
-    while i < len(runs):
-        layer = info(runs[i].nodes[0]).layer
-        again = next((j for j in range(len(runs) - 1, i, -1) if layer and runs[j].label == layer), i)
+    while i < len(segments):
+        layer = info(segments[i].nodes[0]).layer
+        again = next((j for j in range(len(segments) - 1, i, -1) if layer and segments[j].label == layer), i)
         if again > i:
-            for run in runs[i + 1 : again + 1]:
-                runs[i].nodes += run.nodes
-            del runs[i + 1 : again + 1]
+            for segment in segments[i + 1 : again + 1]:
+                segments[i].nodes += segment.nodes
+            del segments[i + 1 : again + 1]
         i += 1
 
 
-def _signature(run: Segment) -> tuple[Any, ...]:
+def _signature(segment: Segment) -> tuple[Any, ...]:
     """What the run computes, with local numbers for names; sets its externals."""
-    local: dict[fx.Node, tuple[str, Any]] = {n: ("node", i) for i, n in enumerate(run.nodes)}
+    local: dict[fx.Node, tuple[str, Any]] = {n: ("node", i) for i, n in enumerate(segment.nodes)}
     externals: list[fx.Node] = []
 
     def token(node: fx.Node) -> tuple[Any, ...]:
@@ -110,18 +110,18 @@ def _signature(run: Segment) -> tuple[Any, ...]:
             return local[node]
         record = info(node)
         if record.kind == "parameter":
-            return parameter_token(record, run.label)
+            return parameter_token(record, segment.label)
         if node not in externals:
             externals.append(node)
         samples = record.batch is not None
         return ("external", externals.index(node), record.shapes, record.dtypes, record.grad, samples)
 
     lines: list[Any] = []
-    for node in run.nodes:
+    for node in segment.nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: Token(token(n)))  # type: ignore[arg-type,return-value]
-        record, does = info(node), (repr(relative(args, run.label)), repr(kwargs))
+        record, does = info(node), (repr(relative(args, segment.label)), repr(kwargs))
         lines.append((record.name, *does, record.shapes, record.dtypes, record.view, record.inner))
-    inside = set(run.nodes)
-    outputs = tuple(i for i, n in enumerate(run.nodes) if any(u not in inside for u in n.users))
-    run.externals = tuple(externals)
+    inside = set(segment.nodes)
+    outputs = tuple(i for i, n in enumerate(segment.nodes) if any(u not in inside for u in n.users))
+    segment.externals = tuple(externals)
     return (*lines, outputs)

@@ -28,7 +28,7 @@ from autopart.errors import PartitionError
 from autopart.hardware.rows import Device
 from autopart.ir.graph import Info, has_gradient, info, operands, shape_args, value_of
 from autopart.ir.layered_graph import LayeredGraph
-from autopart.passes.value_positions import Write, places_of
+from autopart.passes.value_positions import Write, value_positions
 from autopart.sharding.notation import AGAIN, C, G, Placement, R, S, splits
 from autopart.sharding.resharding import possible, steps
 from autopart.sharding.rules import Strategy, is_contraction, strategies
@@ -40,43 +40,43 @@ END = "loss"
 Hints = Mapping[tuple[fx.Node, int], set[Placement]]
 
 
-def formulate(folded: LayeredGraph, device: Device, tp: int, forced: bool = False) -> StrategyTable:
+def formulate(layered: LayeredGraph, device: Device, tp: int, forced: bool = False) -> StrategyTable:
     """The table for `tp` ranks along the tensor-parallel axis and any number along the data-parallel one. With
     `forced`, every product's weights have to be split over `tp`; PartitionError where none can be."""
     axes = ("dp", "tp") if tp > 1 else ("dp",)
-    return _Builder(folded, device, axes, tp, forced).table()
+    return _Builder(layered, device, axes, tp, forced).table()
 
 
 class _Builder:
     """Writes nodes with their strategies, and flows with the changes between them."""
 
-    def __init__(self, folded: LayeredGraph, device: Device, axes: tuple[str, ...], tp: int, forced: bool) -> None:
-        self.folded, self.device, self.axes, self.tp, self.forced = folded, device, axes, tp, forced
-        self.places = places_of(folded)
-        self.run_of = folded.run_of()
+    def __init__(self, layered: LayeredGraph, device: Device, axes: tuple[str, ...], tp: int, forced: bool) -> None:
+        self.layered, self.device, self.axes, self.tp, self.forced = layered, device, axes, tp, forced
+        self.positions = value_positions(layered)
+        self.segment_of = layered.segment_of()
         self.nodes: list[Node] = []
 
     def table(self) -> StrategyTable:
-        folded, places = self.folded, self.places
-        hints = _hints(folded, places.nodes, self.tp)
-        self.nodes = [self._node(node, hints) for node in places.nodes]
+        layered, positions = self.layered, self.positions
+        hints = _hints(layered, positions.nodes, self.tp)
+        self.nodes = [self._node(node, hints) for node in positions.nodes]
         if self.forced and self.tp > 1:
             self._check_splits()
-        self.nodes += [self._write(write) for write in places.writes]
+        self.nodes += [self._write(write) for write in positions.writes]
         self.nodes.append(Node(END, "end", [(Strategy("R", (R,), ()),) * len(self.axes)], []))
-        inputs = [i for i, n in enumerate(places.nodes) if info(n).kind == "input"]
-        written = [[write.buffer, len(places.nodes) + i] for i, write in enumerate(places.writes)]
+        inputs = [i for i, n in enumerate(positions.nodes) if info(n).kind == "input"]
+        written = [[write.buffer, len(positions.nodes) + i] for i, write in enumerate(positions.writes)]
         return StrategyTable(
             axes=self.axes,
             tp=self.tp,
             nodes=self.nodes,
-            flows=[self._chains(replace(flow, chains={})) for flow in places.flows],
-            keeps=places.keeps,
-            labels=folded.labels,
-            group=tuple(folded.runs[r].kind for r in folded.sequence),
-            block=tuple(label.rpartition(".")[2].isdigit() for label in folded.labels),
-            state=places.state,
-            shared=places.shared,
+            flows=[self._chains(replace(flow, chains={})) for flow in positions.flows],
+            keeps=positions.keeps,
+            labels=layered.labels,
+            group=tuple(layered.segments[r].kind for r in layered.sequence),
+            block=tuple(label.rpartition(".")[2].isdigit() for label in layered.labels),
+            state=positions.state,
+            shared=positions.shared,
             tied=[tied for tied in (inputs, *written) if len(tied) > 1],
         )
 
@@ -84,9 +84,9 @@ class _Builder:
         record = info(node)
         inputs = [info(n) for n in node.all_input_nodes]
         is_op = record.kind == "op"
-        run = self.run_of.get(node)
+        segment = self.segment_of.get(node)
         return Node(
-            key=self.folded.keys[node],
+            key=self.layered.keys[node],
             kind=record.kind,
             options=self._options(node, hints),
             values=[Value(_bytes(record, i), record.batch is not None, record.grad) for i in range(len(record.shapes))],
@@ -107,17 +107,17 @@ class _Builder:
             logits=record.logits,
             weights=record.weights,
             times=record.times,
-            group=-1 if run is None else self.folded.runs[run].kind,
+            group=-1 if segment is None else self.layered.segments[segment].kind,
         )
 
     def _check_splits(self) -> None:
         """Raise PartitionError where an axis that was asked for would leave every product whole."""
-        products = [i for i, n in enumerate(self.places.nodes) if is_contraction(info(n).name)]
+        products = [i for i, n in enumerate(self.positions.nodes) if is_contraction(info(n).name)]
         if not products or any(option[1].shards_work for i in products for option in self.nodes[i].options):
             return
-        taken = [info(n) for i in products for n in self.places.nodes[i].all_input_nodes]
+        taken = [info(n) for i in products for n in self.positions.nodes[i].all_input_nodes]
         sizes = sorted({s for r in taken for dim, s in enumerate(r.shape) if s > 1 and dim != r.batch})
-        nodes = [self.places.nodes[i] for i in products]
+        nodes = [self.positions.nodes[i] for i in products]
         able = (d for d in range(2, 65) if any(o.shards_work for n in nodes for o in _letters(n, d, (), False)))
         fits = list(itertools.islice(able, 6))
         raise PartitionError(
@@ -131,12 +131,12 @@ class _Builder:
         if argument is None:
             return None
         source, output = value_of(argument)
-        return self.places.index[self.folded.same[source]], output
+        return self.positions.index[self.layered.same[source]], output
 
     def _options(self, node: fx.Node, hints: Hints) -> list[tuple[Strategy, ...]]:
         """The strategies along every axis that go together: no dim of a tensor is split twice."""
         wanted = tuple(sorted(hints.get((node, 0), ()), key=str))
-        samples = self.places.samples
+        samples = self.positions.samples
         if node not in samples:
             samples[node] = _samples(node)
         along = [samples[node] if axis == "dp" else _letters(node, self.tp, wanted, self.forced) for axis in self.axes]
@@ -199,7 +199,7 @@ def _bytes(record: Info, output: int) -> float:
     return size
 
 
-def _hints(folded: LayeredGraph, nodes: list[fx.Node], size: int) -> Hints:
+def _hints(layered: LayeredGraph, nodes: list[fx.Node], size: int) -> Hints:
     """Placements that consumers would like, walked from the end: with parts, as a fused q, k, v product learns from the
     split behind it; gathered again, as a view learns from the product behind it."""
     hints: dict[tuple[fx.Node, int], set[Placement]] = defaultdict(set)
@@ -212,7 +212,7 @@ def _hints(folded: LayeredGraph, nodes: list[fx.Node], size: int) -> Hints:
         for index, operand in enumerate(operands(node)):
             if operand is not None:
                 source, output = value_of(operand)
-                hints[folded.same[source], output] |= {
+                hints[layered.same[source], output] |= {
                     p for s in options if (p := s.inputs[index]) is not None and (p.parts or p.kind in "MG")
                 }
     return hints
@@ -268,8 +268,8 @@ def _known(node: fx.Node, size: int, wanted: Sequence[Placement]) -> list[Strate
 
 def _counts_samples(node: fx.Node, option: Strategy) -> bool:
     record = info(node)
-    places = [info(n).batch if n is not None else None for n in operands(node)] if record.kind == "op" else []
-    pairs = [*zip(option.inputs, places, strict=True), *zip(option.outputs, [record.batch], strict=False)]
+    positions = [info(n).batch if n is not None else None for n in operands(node)] if record.kind == "op" else []
+    pairs = [*zip(option.inputs, positions, strict=True), *zip(option.outputs, [record.batch], strict=False)]
     return any(p is not None and p.kind == "S" and p.dim == b for p, b in pairs if b is not None)
 
 

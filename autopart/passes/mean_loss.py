@@ -25,7 +25,7 @@ ADDS = {"aten.add.Tensor", "aten.sub.Tensor", "aten.rsub.Scalar", "aten.cat", "a
 """Of a mean and a constant they make a mean."""
 
 
-def mixing(graph: fx.Graph) -> fx.Node | None:
+def first_mixing(graph: fx.Graph) -> fx.Node | None:
     """The first operator behind which the loss is no mean over samples; None where it is one."""
     states: dict[Value, State] = {
         (n, 0): ONE if (batch := info(n).batch) is None else batch for n in graph.nodes if n.op == "placeholder"

@@ -16,7 +16,7 @@ from autopart.cost.compute import again_of
 from autopart.ir.graph import KEY, Info, info, is_pick, loss_of, operands, updates_of, value_of
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.ir.random_ops import Stream
-from autopart.passes.sharded_calls import Call, instead
+from autopart.passes.sharded_calls import Call, sharded_call
 from autopart.passes.stage_graph import (
     PRELUDE,
     PRELUDE_SEGMENT,
@@ -34,31 +34,31 @@ from autopart.sharding.rules import Shape, Strategy, flatten, is_contraction, lo
 Uses = dict[Value, list[tuple[fx.Node, int]]]
 
 
-def localise(
-    folded: LayeredGraph, choices: ShardingAssignment, indices: Iterable[int] | None = None
+def partition(
+    layered: LayeredGraph, choices: ShardingAssignment, indices: Iterable[int] | None = None
 ) -> list[StageGraph]:
     """Cut the graph into stages and rewrite each (those of `indices`, else all) for one rank."""
-    stage_of = _stages(folded, choices)
-    uses = _uses(folded)
-    crossings = _crossings(folded, choices, stage_of, uses)
+    stage_of = _stages(layered, choices)
+    uses = _uses(layered)
+    crossings = _crossings(layered, choices, stage_of, uses)
     wanted = range(len(choices.starts)) if indices is None else indices
-    return [_Localiser(folded, choices, stage_of, crossings, uses, s).run() for s in wanted]
+    return [_Localiser(layered, choices, stage_of, crossings, uses, s).build() for s in wanted]
 
 
-def _stages(folded: LayeredGraph, choices: ShardingAssignment) -> dict[fx.Node, int]:
-    ends = (*choices.starts[1:], len(folded.runs))
+def _stages(layered: LayeredGraph, choices: ShardingAssignment) -> dict[fx.Node, int]:
+    ends = (*choices.starts[1:], len(layered.segments))
     return {
         node: stage
         for stage, (start, end) in enumerate(zip(choices.starts, ends, strict=True))
-        for run in folded.runs[start:end]
-        for node in run.nodes
+        for segment in layered.segments[start:end]
+        for node in segment.nodes
     }
 
 
-def _uses(folded: LayeredGraph) -> Uses:
+def _uses(layered: LayeredGraph) -> Uses:
     """Every value's uses: (operator, operand)."""
     uses: Uses = defaultdict(list)
-    for node in folded.traced.graph.nodes:
+    for node in layered.traced.graph.nodes:
         if node.op == "call_function" and not is_pick(node):
             for index, operand in enumerate(operands(node)):
                 if operand is not None:
@@ -67,7 +67,7 @@ def _uses(folded: LayeredGraph) -> Uses:
 
 
 def _crossings(
-    folded: LayeredGraph, choices: ShardingAssignment, stage_of: Mapping[fx.Node, int], uses_of: Uses
+    layered: LayeredGraph, choices: ShardingAssignment, stage_of: Mapping[fx.Node, int], uses_of: Uses
 ) -> dict[Value, tuple[Crossing, Placements]]:
     """The values that cross cuts, with the placement they cross in: as made, but partial sums only where a user takes
     them as such."""
@@ -79,8 +79,8 @@ def _crossings(
         if home is None or not away:
             continue
         placements = []
-        for axis, have in enumerate(choices.placements(folded, value, home)):
-            wants = {choices.of(folded, user, stage_of[user])[axis].inputs[i] for user, i in away}
+        for axis, have in enumerate(choices.placements(layered, value, home)):
+            wants = {choices.of(layered, user, stage_of[user])[axis].inputs[i] for user, i in away}
             only = next(iter(wants)) if len(wants) == 1 else None
             placements.append(have if have != P or P in wants else only or R)
         placed = tuple(placements)
@@ -98,26 +98,26 @@ class _Localiser:
 
     def __init__(
         self,
-        folded: LayeredGraph,
+        layered: LayeredGraph,
         choices: ShardingAssignment,
         stage_of: Mapping[fx.Node, int],
         crossings: Mapping[Value, tuple[Crossing, Placements]],
         uses: Uses,
         index: int,
     ) -> None:
-        self.folded, self.choices, self.stage_of, self.crossings = folded, choices, stage_of, crossings
+        self.layered, self.choices, self.stage_of, self.crossings = layered, choices, stage_of, crossings
         self.stage = StageGraph(index)
         self.made: dict[tuple[Value, Placements], fx.Node] = {}
         self.moved: dict[tuple[fx.Node, Placements, int], fx.Node] = {}
         self.streams: dict[str, fx.Node] = {}
-        self.runs: dict[int, tuple[str, list[fx.Node]]] = {PRELUDE_SEGMENT: (PRELUDE, [])}
+        self.segments: dict[int, tuple[str, list[fx.Node]]] = {PRELUDE_SEGMENT: (PRELUDE, [])}
         self.uses = uses
-        self.run_of = run_of = folded.run_of()
-        self.home = {n: run_of[n] if n in run_of and stage_of[n] == index else -1 for n in folded.same}
+        self.segment_of = segment_of = layered.segment_of()
+        self.home = {n: segment_of[n] if n in segment_of and stage_of[n] == index else -1 for n in layered.same}
 
-    def run(self) -> StageGraph:
+    def build(self) -> StageGraph:
         stage, graph = self.stage, self.stage.graph
-        mine = [n for n in self.folded.traced.graph.nodes if self.stage_of.get(n) == stage.index]
+        mine = [n for n in self.layered.traced.graph.nodes if self.stage_of.get(n) == stage.index]
         needed = self._needed_free(mine)
         self._placeholders([*needed, *mine])
         for node in [*needed, *mine]:
@@ -129,12 +129,12 @@ class _Localiser:
                 stage.sent.append(crossing)
                 results.append(self._place(value, placements, self.home[value[0]]))
         self._update_buffers()
-        loss = loss_of(self.folded.traced.graph)
+        loss = loss_of(self.layered.traced.graph)
         if self.stage_of[loss] == stage.index:
             results = [self._place(value_of(loss), (R,) * len(self.choices.axes), self.home[loss])]
         graph.output(results[0] if len(results) == 1 else tuple(results))
-        stage.indices = [i for i in sorted(self.runs) if self.runs[i][1]]
-        stage.runs = [self.runs[i] for i in stage.indices]
+        stage.indices = [i for i in sorted(self.segments) if self.segments[i][1]]
+        stage.segments = [self.segments[i] for i in stage.indices]
         _reorder(stage)
         self._keep([*needed, *mine])
         return stage
@@ -145,12 +145,12 @@ class _Localiser:
         where = {info(n).module: stage for n, stage in self.stage_of.items()}
         return {
             name: node
-            for name, node in updates_of(self.folded.traced).items()
+            for name, node in updates_of(self.layered.traced).items()
             if self.stage_of.get(node, where.get(name.rpartition(".")[0], 0)) == self.stage.index
         }
 
     def _update_buffers(self) -> None:
-        homes = {info(n).name: n for n in self.folded.traced.graph.nodes if n.op == "placeholder"}
+        homes = {info(n).name: n for n in self.layered.traced.graph.nodes if n.op == "placeholder"}
         for name, node in self._updates().items():
             buffer = homes[name]
             placements = self._given((buffer, 0))
@@ -162,25 +162,25 @@ class _Localiser:
             self._add(self.home[node], runtime_function("update"), args, {}, record)
 
     def _needed_free(self, mine: list[fx.Node]) -> list[fx.Node]:
-        free, needed = set(self.folded.free), set()
+        free, needed = set(self.layered.free), set()
         todo = [*self._updates().values(), *(n for node in mine for n in node.all_input_nodes)]
         while todo:
             node = todo.pop()
             if node in free and node not in needed:
                 needed.add(node)
                 todo += node.all_input_nodes
-        return [n for n in self.folded.free if n in needed]
+        return [n for n in self.layered.free if n in needed]
 
     def _placeholders(self, nodes: list[fx.Node]) -> None:
         updates = self._updates()
         used = {value_of(n) for node in nodes for n in node.all_input_nodes}
-        used |= {(n, 0) for n in self.folded.traced.graph.find_nodes(op="placeholder") if info(n).name in updates}
+        used |= {(n, 0) for n in self.layered.traced.graph.find_nodes(op="placeholder") if info(n).name in updates}
         for value, (crossing, placements) in self.crossings.items():
             if value in used and self.stage.index in crossing.consumers:
                 self.stage.received.append(crossing)
                 node = self._placeholder(value, placements, "received", crossing.name)
                 self.made[value, placements] = node
-        sources = [n for n in self.folded.traced.graph.nodes if n.op == "placeholder" and (n, 0) in used]
+        sources = [n for n in self.layered.traced.graph.nodes if n.op == "placeholder" and (n, 0) in used]
         for source in sorted(sources, key=lambda n: info(n).kind != "input"):
             value = (source, 0)
             placements = self._given(value)
@@ -197,11 +197,11 @@ class _Localiser:
         crossed = self.crossings.get(value)
         if crossed is not None and crossed[0].producer != self.stage.index:
             return crossed[1]
-        return self.choices.placements(self.folded, value, self.stage.index)
+        return self.choices.placements(self.layered, value, self.stage.index)
 
     def _several(self, value: Value) -> bool:
         """Whether several runs of the model use a value."""
-        return len({self.run_of.get(user, PRELUDE_SEGMENT) for user, _ in self.uses[value]}) > 1
+        return len({self.segment_of.get(user, PRELUDE_SEGMENT) for user, _ in self.uses[value]}) > 1
 
     def _local(self, shape: Shape, placements: Placements) -> Shape:
         return self.choices.local(shape, placements)
@@ -226,18 +226,18 @@ class _Localiser:
         )
         return node
 
-    def _add(self, run: int, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], record: Info) -> fx.Node:
+    def _add(self, segment: int, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], record: Info) -> fx.Node:
         node = self.stage.graph.call_function(target, args, kwargs)
         node.meta[KEY] = record
-        label = self.folded.runs[run].label if run >= 0 else PRELUDE
-        self.runs.setdefault(run, (label, []))[1].append(node)
+        label = self.layered.segments[segment].label if segment >= 0 else PRELUDE
+        self.segments.setdefault(segment, (label, []))[1].append(node)
         return node
 
-    def _place(self, value: Value, want: Placements, run: int) -> fx.Node:
+    def _place(self, value: Value, want: Placements, segment: int) -> fx.Node:
         """The value in another placement; the change is made in the run that needs it, or where the value is made if
         several runs do or it is a partial sum."""
         have = self._given(value)
-        at = self.home[value[0]] if self._several(value) or P in have else run
+        at = self.home[value[0]] if self._several(value) or P in have else segment
         node, record = self.made[value, have], info(value[0])
         shape = record.shapes[value[1]]
         for step in steps(have, want, record.grad):
@@ -280,8 +280,8 @@ class _Localiser:
         return self.choices.scale if counts else 1.0
 
     def _call(self, node: fx.Node) -> None:
-        record, run = info(node), self.home[node]
-        chosen = self.choices.of(self.folded, node, self.stage.index)
+        record, segment = info(node), self.home[node]
+        chosen = self.choices.of(self.layered, node, self.stage.index)
         local_inputs: list[Any] = []
         reads: dict[tuple[Value, Placements], None] = {}
         for index, operand in enumerate(operands(node)):
@@ -289,7 +289,7 @@ class _Localiser:
                 local_inputs.append(None)
                 continue
             want = tuple(w if (w := s.inputs[index]) is not None else R for s in chosen)
-            local_inputs.append(self._place(value_of(operand), want, run))
+            local_inputs.append(self._place(value_of(operand), want, segment))
             reads[value_of(operand), want] = None
         outputs = [self._local(shape, tuple(s.outputs[i] for s in chosen)) for i, shape in enumerate(record.shapes)]
         replaced = _replace_operands(tuple(node.args), local_inputs)
@@ -313,11 +313,11 @@ class _Localiser:
         )
         target, kwargs = node.target, dict(node.kwargs)
         along = [(axis, s) for s, (axis, _) in zip(chosen, self.choices.axes, strict=True)]
-        found = instead(Call(node, args, along, self.stage, self.streams))
+        found = sharded_call(Call(node, args, along, self.stage, self.streams))
         if found is not None:
             target, args, kwargs = found
             local = replace(local, name=f"runtime.{found[0].__name__}", kernel=record.name)
-        result = self._add(run, target, args, kwargs, local)
+        result = self._add(segment, target, args, kwargs, local)
         parts = 1
         for strategy, (_, size) in zip(chosen, self.choices.axes, strict=True):
             parts *= size if strategy.local == "mean" else 1
@@ -326,7 +326,7 @@ class _Localiser:
             mean = replace(
                 local, name="aten.div.Tensor", kernel="", product=False, matrix=None, moved=moved, again=again
             )
-            result = self._add(run, torch.ops.aten.div.Tensor, (result, parts), {}, mean)
+            result = self._add(segment, torch.ops.aten.div.Tensor, (result, parts), {}, mean)
         for index in range(len(record.shapes)):
             picked = result
             if len(record.shapes) > 1:
@@ -339,29 +339,29 @@ class _Localiser:
                     several=self._several((node, index)),
                     view=True,
                 )
-                picked = self._add(run, operator.getitem, (result, index), {}, one)
+                picked = self._add(segment, operator.getitem, (result, index), {}, one)
             self.made[(node, index), placed[index]] = picked
 
     def _keep(self, nodes: list[fx.Node]) -> None:
         """Note what autograd keeps for these nodes: every root once for each placement it is kept in."""
-        by_name = {n.name: n for n in self.folded.traced.graph.nodes}
+        by_name = {n.name: n for n in self.layered.traced.graph.nodes}
         for node in nodes:
             record = info(node)
             if node.op != "call_function" or is_pick(node):
                 continue
-            chosen = self.choices.of(self.folded, node, self.stage.index)
+            chosen = self.choices.of(self.layered, node, self.stage.index)
             inner = record.inner * self._grow(node) / self.choices.shares(chosen)
             entry = self.stage.kept.setdefault((f"{node.name} inside", ()), Kept(inner, False, record.product))
-            entry.runs.add(self.home[node])
+            entry.segments.add(self.home[node])
             for root in record.keeps:
                 made = by_name[root]
                 taken = self._read_as(node, made, chosen)
                 placements = tuple(map(kept_as, taken))
                 total = info(made).bytes * self.choices.grow(info(made))
                 size, whole = total / self.choices.parts(placements), total / self.choices.parts(taken)
-                memory = Kept(size, len(self.folded.keepers[root]) > 1, info(made).product)
+                memory = Kept(size, len(self.layered.keepers[root]) > 1, info(made).product)
                 entry = self.stage.kept.setdefault((root, placements), memory)
-                entry.runs.add(self.home[node])
+                entry.segments.add(self.home[node])
                 if whole > size:
                     entry.wide[self.home[node]] = whole - size
 
@@ -377,7 +377,7 @@ class _Localiser:
 
 def _arguments(function: str, have: Placement, want: Placement) -> tuple[Any, ...]:
     """What a change of placement is called with, after the tensor and the axis."""
-    if function == "exchange":
+    if function == "all_to_all":
         return (have.dim, want.dim)
     split = want if want.kind == "S" else have
     if split.kind != "S":
@@ -422,7 +422,7 @@ def _note(chosen: Sequence[Strategy], axes: Sequence[tuple[str, int]], record: I
 def _reorder(stage: StageGraph) -> None:
     """Bring the graph's nodes into the order of the runs."""
     anchor = stage.graph.output_node()
-    for _, nodes in stage.runs:
+    for _, nodes in stage.segments:
         for node in nodes:
             anchor.prepend(node)
     stage.graph.lint()

@@ -13,11 +13,11 @@ from autopart.hardware.mesh import Group
 from autopart.hardware.rows import Device
 from autopart.ir.graph import info
 from autopart.passes.stage_graph import StageGraph
-from autopart.plan.data import PlanLine, shortened
-from autopart.sharding.resharding import GATHERED_AGAIN, RELAYOUTS
+from autopart.plan.data import PlanLine, printed_name
+from autopart.sharding.resharding import GATHERED_AGAIN, RESHARDS
 
 NOTHING = Seconds(0.0, 0.0)
-BY_FUNCTION = {f"runtime.{row.function}": row for row in RELAYOUTS.values()}
+BY_FUNCTION = {f"runtime.{row.function}": row for row in RESHARDS.values()}
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Prices:
     axes: Mapping[str, Group]
 
 
-def price(stage: StageGraph, prices: Prices) -> list[PricedSegment]:
+def price_stage(stage: StageGraph, prices: Prices) -> list[PricedSegment]:
     """Price every run of a stage."""
-    computed = _computed([n for _, nodes in stage.runs for n in nodes], prices.device)
-    runs = []
-    for label, nodes in stage.runs:
+    computed = _computed([n for _, nodes in stage.segments for n in nodes], prices.device)
+    segments = []
+    for label, nodes in stage.segments:
         forward = backward = again = cheap = 0.0
         lines = []
         for node in nodes:
@@ -59,15 +59,15 @@ def price(stage: StageGraph, prices: Prices) -> list[PricedSegment]:
             lines.append(
                 PlanLine(
                     record.module.removeprefix(label).lstrip("."),
-                    shortened(record.name),
+                    printed_name(record.name),
                     record.note,
                     compute.forward + compute.backward,
                     comm.forward + comm.backward,
                     record.source,
                 )
             )
-        runs.append(PricedSegment(label, forward, backward, again, cheap, tuple(lines)))
-    return runs
+        segments.append(PricedSegment(label, forward, backward, again, cheap, tuple(lines)))
+    return segments
 
 
 def _computed(nodes: Sequence[fx.Node], device: Device) -> dict[fx.Node, Seconds]:

@@ -21,7 +21,7 @@ aten = torch.ops.aten
 New = Callable[..., fx.Node]
 
 
-def draw(traced: Traced) -> Traced:
+def randomness(traced: Traced) -> Traced:
     """Replace random operators, in place. PartitionError for those that have no counterpart."""
     graph = traced.graph
     drawn: Counter[str] = Counter()

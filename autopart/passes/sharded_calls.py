@@ -37,7 +37,7 @@ Instead = tuple[str, tuple[Any, ...], dict[str, Any]]
 """The name of a function of `autopart.runtime`, and its arguments."""
 
 
-def instead(call: Call) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None:
+def sharded_call(call: Call) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None:
     """The call to make; None where the operator itself will do."""
     find = TABLE.get(info(call.node).name)
     found = find(call) if find is not None else None

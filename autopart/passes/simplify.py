@@ -16,7 +16,7 @@ from torch import fx
 
 from autopart.ir.expert_ops import grouped_linear
 from autopart.ir.graph import Traced, call_args, calls, info, is_pick, loss_of, new_call
-from autopart.passes.constant_values import Constants
+from autopart.passes.constant_values import ConstantValues
 
 aten = torch.ops.aten
 
@@ -24,7 +24,7 @@ aten = torch.ops.aten
 def simplify(traced: Traced) -> Traced:
     """Simplify the graph in place."""
     graph = traced.graph
-    constants = Constants(traced.buffers)
+    constants = ConstantValues(traced.buffers)
     graph.eliminate_dead_code()
     for node in calls(graph):
         _positional(node)
@@ -55,7 +55,7 @@ def _merge_equal(graph: fx.Graph) -> None:
 
 
 def _rewrite(
-    graph: fx.Graph, rewrite: Callable[[fx.Graph, fx.Node, Constants], fx.Node | None], constants: Constants
+    graph: fx.Graph, rewrite: Callable[[fx.Graph, fx.Node, ConstantValues], fx.Node | None], constants: ConstantValues
 ) -> bool:
     changed = False
     for node in calls(graph):
@@ -90,7 +90,7 @@ def _positional(node: fx.Node) -> None:
     node.args, node.kwargs = tuple(args), {k: v for k, v in kwargs.items() if v is not None}
 
 
-def _drop(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+def _drop(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
     """Operators that change nothing."""
     if not node.args or not isinstance(node.args[0], fx.Node):
         return None
@@ -109,7 +109,7 @@ def _drop(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | Non
     return source if identity else None
 
 
-def _only_piece(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+def _only_piece(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
     """The one piece of a tensor that is not taken apart."""
     if info(node).name != "autopart.getitem":
         return None
@@ -123,7 +123,7 @@ def _only_piece(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node
     return whole if info(pieces).name in ("aten.split.Tensor", "aten.split_with_sizes", "aten.chunk") else None  # type: ignore[return-value]
 
 
-def _grid(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+def _grid(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
     """A part of a mesh grid is a vector along one of its dims, repeated along the others; "xy" swaps the first two."""
     if not is_pick(node):
         return None
@@ -139,7 +139,7 @@ def _grid(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | Non
     return new_call(graph, aten.expand.default, (along, list(shape)), node)
 
 
-def _experts(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+def _experts(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
     """Rows times the weights gathered for each of them: no weight need be gathered."""
     squeezed = call_args(node, "aten.squeeze.dim") or call_args(node, "aten.squeeze.dims")
     product = call_args(squeezed[0], "aten.bmm") if squeezed else None
@@ -156,7 +156,7 @@ def _experts(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | 
     return None
 
 
-def _copy(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+def _copy(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
     """What an in-place copy leaves: the source in the target's dtype and shape."""
     if info(node).name != "aten.copy":
         return None
@@ -167,7 +167,7 @@ def _copy(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | Non
     return new_call(graph, aten.expand.default, (source, list(info(target).shape)), node)
 
 
-def _complex_write(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+def _complex_write(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
     """A write into a part of a complex tensor, which torch cannot differentiate, is one into pairs of reals."""
     if info(node).name not in ("aten.slice_scatter", "aten.select_scatter") or not info(node).dtype.is_complex:
         return None
@@ -178,7 +178,7 @@ def _complex_write(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.N
     return new_call(graph, aten.view_as_complex.default, (written,), node)
 
 
-def _conjugate(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+def _conjugate(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
     """A conjugate is computed where it stands: views of lazy ones are not allowed everywhere."""
     if info(node).name in ("aten.resolve_conj", "aten.resolve_neg"):
         return node.args[0]  # type: ignore[return-value]
@@ -193,13 +193,13 @@ EMPTY = {
 }
 
 
-def _initialised(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+def _initialised(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
     """A tensor of any values may as well be of zeros, on every rank."""
     target = EMPTY.get(info(node).name)
     return None if target is None else new_call(graph, target, tuple(node.args), node, dict(node.kwargs))
 
 
-def _interleave(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+def _interleave(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
     """Repeating every element along a dim is a broadcast."""
     if info(node).name != "aten.repeat_interleave.self_int" or len(node.args) < 3 or node.args[2] is None:
         return None
@@ -212,14 +212,14 @@ def _interleave(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node
     return new_call(graph, aten.reshape.default, (spread, list(info(node).shape)), node)
 
 
-def _cast(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+def _cast(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
     """A cast names its dtype."""
     if info(node).name != "aten.type_as":
         return None
     return new_call(graph, aten._to_copy.default, (node.args[0],), node, {"dtype": info(node).dtype})
 
 
-def _reshape(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+def _reshape(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
     """Views become reshapes with every size spelt out; two in a row become one."""
     names = ("aten.view", "aten._unsafe_view", "aten.reshape", "aten.flatten.using_ints", "aten.squeeze")
     if info(node).name not in names:
@@ -235,7 +235,7 @@ def _reshape(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | 
     return new_call(graph, aten.reshape.default, (source, list(info(node).shape)), node)
 
 
-def _bias_apart(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+def _bias_apart(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
     """x w + b is two operators: the bias is added once, also where the product is a partial sum."""
     if info(node).name == "aten.addmm" and not node.kwargs:
         bias, left, right = node.args
@@ -248,7 +248,7 @@ def _bias_apart(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node
     return new_call(graph, aten.add.Tensor, (product, bias), node)
 
 
-def _unflatten(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+def _unflatten(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
     """reshape(op(reshape(x, [-1, d])), [..., n]) is op(x): true of products and of adding a bias."""
     if info(node).name != "aten.reshape":
         return None
@@ -281,7 +281,7 @@ def _is_arange(values: torch.Tensor, dim: int, size: int) -> bool:
     return list(values.shape) == shape and torch.equal(values.flatten(), torch.arange(size))
 
 
-def _index_everything(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+def _index_everything(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
     """x[arange[:, None], arange[None, :]] is x, reshaped."""
     if info(node).name != "aten.index.Tensor":
         return None
@@ -304,7 +304,7 @@ def _index_everything(graph: fx.Graph, node: fx.Node, constants: Constants) -> f
     return new_call(graph, aten.reshape.default, (source, list(info(node).shape)), node)
 
 
-def _true_conditions(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+def _true_conditions(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
     """where(all true, x, y) is x; a & all true is a."""
     name = info(node).name
     if name in ("aten.where.self", "aten.where.ScalarOther"):
@@ -321,7 +321,7 @@ def _true_conditions(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx
     return None
 
 
-def _attention_mask(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+def _attention_mask(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
     """An all-true mask is none, a lower-triangular one is causal, an expanded one broadcasts by itself."""
     if info(node).name != "aten.scaled_dot_product_attention" or len(node.args) < 4:
         return None
@@ -339,7 +339,7 @@ def _attention_mask(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.
     return None
 
 
-def _own_targets(graph: fx.Graph, node: fx.Node, constants: Constants) -> fx.Node | None:
+def _own_targets(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
     """A mean over targets that weights decide, whose number nobody knows before the forward pass: a sum by it."""
     if info(node).name != "aten.cross_entropy_loss":
         return None

@@ -14,18 +14,18 @@ from torch import nn
 
 from autopart.errors import PartitionError
 from autopart.frontend.batch import Batch, outline
-from autopart.frontend.layer_sampling import SampledLayers, UnlikeLayers, longer, shortenable
+from autopart.frontend.layer_sampling import SampledLayers, UnlikeLayers, longer, sampled_layers
 from autopart.hardware.mesh import Mesh
 from autopart.ir.gc_pause import paused
 from autopart.ir.graph import Traced, show, verify
 from autopart.ir.layered_graph import LayeredGraph
-from autopart.passes.annotate import annotate_costs
-from autopart.passes.fold_layers import fold
+from autopart.passes.annotate import annotate
+from autopart.passes.fold_layers import fold_layers
 from autopart.passes.fuse import fuse
-from autopart.passes.randomness import draw
+from autopart.passes.randomness import randomness
 from autopart.passes.simplify import simplify
 from autopart.passes.trace import trace
-from autopart.passes.unfold_layers import repeat
+from autopart.passes.unfold_layers import unfold_layers
 from autopart.plan.data import Plan
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Source:
     planned: dict[tuple[int, str], LayeredGraph] = field(default_factory=dict)
     """Those of which only the first of equal blocks were traced."""
 
-    def at(self, samples: int, mesh: Mesh) -> LayeredGraph:
+    def full(self, samples: int, mesh: Mesh) -> LayeredGraph:
         """The folded graph of a micro-batch of `samples`."""
         key = samples, mesh.device.type
         if key not in self.prepared:
@@ -51,65 +51,65 @@ class Source:
                 self.prepared[key] = self._traced(samples, mesh)
         return self.prepared[key]
 
-    def short(self, samples: int, mesh: Mesh) -> LayeredGraph:
+    def sampled(self, samples: int, mesh: Mesh) -> LayeredGraph:
         """The same to plan with, whose graph has only the first of equal blocks where they stand for all."""
         key = samples, mesh.device.type
         if key not in self.planned:
             with paused():
-                self.planned[key] = self._shortest(samples, mesh)
+                self.planned[key] = self._best_sample(samples, mesh)
         return self.planned[key]
 
     def like(self, plan: Plan) -> LayeredGraph:
         """The smallest graph that a plan is for. Raises PartitionError where it is for none of this model's."""
         sizes = sorted({min(2, plan.micro_batch), plan.micro_batch})
-        for folded in (self.short(samples, plan.mesh) for samples in sizes):
-            if plan.signature.hash == folded.hash:
-                return folded
-        folded = self.at(plan.micro_batch, plan.mesh)
-        plan.check(folded)
-        return folded
+        for layered in (self.sampled(samples, plan.mesh) for samples in sizes):
+            if plan.signature.hash == layered.hash:
+                return layered
+        layered = self.full(plan.micro_batch, plan.mesh)
+        plan.check(layered)
+        return layered
 
-    def _traced(self, samples: int, mesh: Mesh, shortened: Sequence[SampledLayers] = ()) -> LayeredGraph:
+    def _traced(self, samples: int, mesh: Mesh, sampled: Sequence[SampledLayers] = ()) -> LayeredGraph:
         """What samples do with each other is told by two of them: one has nobody to do it with."""
-        folded = prepare(self.model, outline(self.batch, samples), mesh, self.dtype, shortened)
+        layered = prepare(self.model, outline(self.batch, samples), mesh, self.dtype, sampled)
         several = self.planned.get((2, mesh.device.type))
         if samples == 1 and several is not None:
-            folded.traced.mixed_at = several.traced.mixed_at
-        return folded
+            layered.traced.mixed_at = several.traced.mixed_at
+        return layered
 
-    def _shortest(self, samples: int, mesh: Mesh) -> LayeredGraph:
+    def _best_sample(self, samples: int, mesh: Mesh) -> LayeredGraph:
         """With as many lists shortened as can be; where the model does not run so, the longest alone, then none."""
-        shortened = shortenable(self.model)
-        walked: dict[str, str] = {}
-        while shortened:
+        sampled = sampled_layers(self.model)
+        traced_in_full: dict[str, str] = {}
+        while sampled:
             try:
-                folded = self._traced(samples, mesh, shortened)
-                return replace(folded, walked="; ".join(walked.values()))
+                layered = self._traced(samples, mesh, sampled)
+                return replace(layered, traced_in_full="; ".join(traced_in_full.values()))
             except UnlikeLayers as unlike:
-                shortened, path = longer(shortened, unlike.short), unlike.short.path
-                if all(short.path != path for short in shortened):
-                    walked[path] = str(unlike)
+                sampled, path = longer(sampled, unlike.sample), unlike.sample.path
+                if all(sample.path != path for sample in sampled):
+                    traced_in_full[path] = str(unlike)
             except PartitionError as error:
-                most = max(short.blocks for short in shortened)
-                rest = tuple(short for short in shortened if short.blocks == most)
-                lost = shortened if rest == shortened else [short for short in shortened if short not in rest]
-                walked |= {short.path: f"{short.path}: {error.what} ({error.why})" for short in lost}
-                shortened = () if rest == shortened else rest
-        full = self.at(samples, mesh)
-        return replace(full, walked="; ".join(walked.values())) if walked else full
+                most = max(sample.blocks for sample in sampled)
+                rest = tuple(sample for sample in sampled if sample.blocks == most)
+                lost = sampled if rest == sampled else [sample for sample in sampled if sample not in rest]
+                traced_in_full |= {sample.path: f"{sample.path}: {error.what} ({error.why})" for sample in lost}
+                sampled = () if rest == sampled else rest
+        full = self.full(samples, mesh)
+        return replace(full, traced_in_full="; ".join(traced_in_full.values())) if traced_in_full else full
 
 
 def prepare(
-    model: nn.Module, batch: Batch, mesh: Mesh, dtype: torch.dtype, shortened: Sequence[SampledLayers] = ()
+    model: nn.Module, batch: Batch, mesh: Mesh, dtype: torch.dtype, sampled: Sequence[SampledLayers] = ()
 ) -> LayeredGraph:
     """Trace to fold, each pass verified and, if AUTOPART_DUMP names a folder, written there. Raises Unlike where the
-    first blocks of a list in `shortened` do not stand for all."""
-    traced = _pass("trace", None, lambda: trace(model, batch, dtype, shortened))
+    first blocks of a list in `sampled` do not stand for all."""
+    traced = _pass("trace", None, lambda: trace(model, batch, dtype, sampled))
     _pass("simplify", traced, lambda: simplify(traced))
-    _pass("draw", traced, lambda: draw(traced))
+    _pass("randomness", traced, lambda: randomness(traced))
     _pass("fuse", traced, lambda: fuse(traced))
-    _pass("annotate", traced, lambda: annotate_costs(traced, mesh.device.type))
-    return repeat(fold(traced), shortened)
+    _pass("annotate", traced, lambda: annotate(traced, mesh.device.type))
+    return unfold_layers(fold_layers(traced), sampled)
 
 
 def _pass(name: str, before: Traced | None, run: Callable[[], Traced]) -> Traced:

@@ -1,4 +1,4 @@
-"""What `localise` makes and `price` and `emit` read: every stage's graph, with what goes in and out."""
+"""What `partition` makes and `price_stage` and `emit` read: every stage's graph, with what goes in and out."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Kept:
     size: float
     shared: bool
     product: bool
-    runs: set[int] = field(default_factory=set)
+    segments: set[int] = field(default_factory=set)
     wide: dict[int, float] = field(default_factory=dict)
 
 
@@ -72,7 +72,7 @@ class StageGraph:
 
     index: int
     graph: fx.Graph = field(default_factory=fx.Graph)
-    runs: list[tuple[str, list[fx.Node]]] = field(default_factory=list)
+    segments: list[tuple[str, list[fx.Node]]] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
     """Of every run in the folded graph."""
     inputs: list[str] = field(default_factory=list)
@@ -136,14 +136,14 @@ class ShardingAssignment:
         batch, m, n, k = four
         return replace(product, sizes=product.sizes._replace(batch=batch, m=m, n=n, k=k))
 
-    def of(self, folded: LayeredGraph, node: fx.Node, stage: int) -> tuple[Strategy, ...]:
+    def of(self, layered: LayeredGraph, node: fx.Node, stage: int) -> tuple[Strategy, ...]:
         """A node's strategy along every axis in a stage."""
-        key = folded.keys[folded.same[node]]
+        key = layered.keys[layered.same[node]]
         return tuple(self.strategies[stage][axis][key] for axis, _ in self.axes)
 
-    def placements(self, folded: LayeredGraph, value: Value, stage: int) -> Placements:
+    def placements(self, layered: LayeredGraph, value: Value, stage: int) -> Placements:
         """Where a value lies as made in a stage."""
-        return tuple(s.outputs[value[1]] for s in self.of(folded, value[0], stage))
+        return tuple(s.outputs[value[1]] for s in self.of(layered, value[0], stage))
 
 
 class Named(str):

@@ -22,20 +22,20 @@ def trace(
     model: nn.Module,
     batch: Mapping[str, Any],
     dtype: torch.dtype | None = None,
-    shortened: Sequence[SampledLayers] = (),
+    sampled: Sequence[SampledLayers] = (),
 ) -> Traced:
     """Trace one micro-batch's forward pass.
 
     `batch` holds the model's keyword arguments, samples in dim 0 of every tensor; its size becomes the
     micro-batch. `dtype`, if given, is what floating-point parameters are taken to be. Of the lists of blocks in
-    `shortened`, the graph has the first alone. No parameter is read: models on meta work. Raises PartitionError
+    `sampled`, the graph has the first alone. No parameter is read: models on meta work. Raises PartitionError
     naming the user's line where torch.export fails.
     """
     sizes = {k: v.shape[0] for k, v in batch.items() if isinstance(v, torch.Tensor) and v.dim()}
     if not sizes or len(set(sizes.values())) != 1:
         raise PartitionError("the batch has no common size", f"samples in dim 0: {sizes}", "equal sizes in dim 0")
     inputs = {k: v for k, v in batch.items() if v is not None}
-    exported = export(model, inputs, dtype, shortened)
+    exported = export(model, inputs, dtype, sampled)
     signature = exported.graph_signature
     if signature.user_inputs_to_mutate:
         raise PartitionError(

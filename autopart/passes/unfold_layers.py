@@ -1,4 +1,4 @@
-"""Folded -> Folded: the row of a whole model, from a trace of its first blocks.
+"""LayeredGraph -> LayeredGraph: the row of a whole model, from a trace of its first blocks.
 
 Where two periods of blocks next to each other compute the same, read the same of each other and of what came before,
 and nothing else reads the first, all periods that were left out do as the second.
@@ -15,7 +15,7 @@ from torch import fx
 
 from autopart.frontend.layer_sampling import SampledLayers, UnlikeLayers
 from autopart.ir.fingerprint import Fingerprints
-from autopart.ir.graph import annotate, info
+from autopart.ir.graph import info, update_info
 from autopart.ir.layered_graph import LayeredGraph, Segment, node_keys, own_values, used_parameters
 
 
@@ -27,7 +27,7 @@ class _Pair:
     after          the number of the first block behind them, as the trace has it
     """
 
-    short: SampledLayers
+    sample: SampledLayers
     first: range
     second: range
     after: int
@@ -35,92 +35,92 @@ class _Pair:
     @property
     def times(self) -> int:
         """How many periods were left out."""
-        return self.short.dropped // self.short.period
+        return self.sample.dropped // self.sample.period
 
 
-def repeat(folded: LayeredGraph, shortened: Sequence[SampledLayers]) -> LayeredGraph:
+def unfold_layers(layered: LayeredGraph, sampled: Sequence[SampledLayers]) -> LayeredGraph:
     """Have the second of two equal periods stand for those that were left out. Raises Unlike where there are none."""
-    if not shortened:
-        return folded
-    found = [_pair(folded, short) for short in shortened]
+    if not sampled:
+        return layered
+    found = [_pair(layered, sample) for sample in sampled]
     pairs = sorted((pair for pair in found if pair is not None), key=lambda pair: pair.first.start)
     for pair, other in itertools.pairwise(pairs):
         if other.first.start < pair.second.stop:
-            raise UnlikeLayers(other.short, f"its blocks run in between those of {pair.short.path}")
-    count = Counter(folded.count)
+            raise UnlikeLayers(other.sample, f"its blocks run in between those of {pair.sample.path}")
+    count = Counter(layered.count)
     for pair in pairs:
-        _rename(folded, pair)
+        _rename(layered, pair)
         for i in pair.second:
-            run = folded.runs[i]
-            for node in [*run.nodes, *own_values(run)]:
-                count[folded.same[node]] += pair.times
+            segment = layered.segments[i]
+            for node in [*segment.nodes, *own_values(segment)]:
+                count[layered.same[node]] += pair.times
     repeated: dict[int, range] = {}
     row: list[tuple[int, str]] = []
-    for index, run in enumerate(folded.runs):
-        row.append((index, run.label))
+    for index, segment in enumerate(layered.segments):
+        row.append((index, segment.label))
         for pair in (p for p in pairs if p.second.stop == index + 1):
             for turn in range(1, pair.times + 1):
                 for i in pair.second:
                     repeated[len(row)] = pair.first
-                    row.append((i, pair.short.moved(folded.runs[i].label, turn * pair.short.period)))
+                    row.append((i, pair.sample.moved(layered.segments[i].label, turn * pair.sample.period)))
     return replace(
-        folded,
+        layered,
         count=count,
-        keys=node_keys(folded.keys),
+        keys=node_keys(layered.keys),
         sequence=tuple(index for index, _ in row),
         labels=tuple(label for _, label in row),
         repeated=repeated,
     )
 
 
-def _pair(folded: LayeredGraph, short: SampledLayers) -> _Pair | None:
+def _pair(layered: LayeredGraph, sample: SampledLayers) -> _Pair | None:
     """The first two periods that are alike; None where the model runs none of the blocks. Raises Unlike."""
     first: dict[int, int] = {}
-    for i, run in enumerate(folded.runs):
-        block = short.index(run.label)
+    for i, segment in enumerate(layered.segments):
+        block = sample.index(segment.label)
         if block is not None:
             first.setdefault(block, i)
     if not first:
         return None
-    away = next((run for run in folded.runs if _works_for(run, short)), None)
+    away = next((segment for segment in layered.segments if _works_for(segment, sample)), None)
     if away is not None:
-        raise UnlikeLayers(short, f"{away.label or 'what runs outside'} does part of the work of other blocks")
-    starts = [first.get(block, -1) for block in range(short.kept)]
+        raise UnlikeLayers(sample, f"{away.label or 'what segments outside'} does part of the work of other blocks")
+    starts = [first.get(block, -1) for block in range(sample.kept)]
     if -1 in starts or starts != sorted(starts):
-        raise UnlikeLayers(short, "its blocks do not run one after the other")
-    begin = starts[short.start]
+        raise UnlikeLayers(sample, "its blocks do not run one after the other")
+    begin = starts[sample.start]
     why = ""
-    for window in range(short.windows - 1):
-        block = short.start + window * short.period
-        one, two = starts[block], starts[block + short.period]
-        pair = _Pair(short, range(one, two), range(two, 2 * two - one), block + 2 * short.period)
-        behind = starts[pair.after] if pair.after < short.kept else pair.second.stop
-        if behind != pair.second.stop or behind > len(folded.runs):
+    for window in range(sample.windows - 1):
+        block = sample.start + window * sample.period
+        one, two = starts[block], starts[block + sample.period]
+        pair = _Pair(sample, range(one, two), range(two, 2 * two - one), block + 2 * sample.period)
+        behind = starts[pair.after] if pair.after < sample.kept else pair.second.stop
+        if behind != pair.second.stop or behind > len(layered.segments):
             why = f"something else runs between block {block} and those that follow"
             continue
-        why = _difference(folded, pair, begin)
+        why = _difference(layered, pair, begin)
         if not why:
             return pair
-    raise UnlikeLayers(short, why)
+    raise UnlikeLayers(sample, why)
 
 
-def _works_for(run: Segment, short: SampledLayers) -> bool:
+def _works_for(segment: Segment, sample: SampledLayers) -> bool:
     """Whether a run has nodes or reads parameters of a repeated block that is another: one that runs again."""
-    names = [*(info(n).layer for n in run.nodes), *(info(p).name for p in used_parameters(run))]
-    blocks = {short.index(name) for name in names} - {None, short.index(run.label)}
-    return any(block is not None and block >= short.start for block in blocks)
+    names = [*(info(n).layer for n in segment.nodes), *(info(p).name for p in used_parameters(segment))]
+    blocks = {sample.index(name) for name in names} - {None, sample.index(segment.label)}
+    return any(block is not None and block >= sample.start for block in blocks)
 
 
-def _difference(folded: LayeredGraph, pair: _Pair, begin: int) -> str:
+def _difference(layered: LayeredGraph, pair: _Pair, begin: int) -> str:
     """What keeps the second period from doing as the first, in words; `begin` is the first run of all periods."""
-    prints = Fingerprints(folded.traced.graph, folded.traced.micro_batch)
+    prints = Fingerprints(layered.traced.graph, layered.traced.micro_batch)
     length = len(pair.first)
     for i, k in zip(pair.first, pair.second, strict=True):
-        one, two = folded.runs[i], folded.runs[k]
-        if two.label != pair.short.moved(one.label, pair.short.period) or one.kind != two.kind:
+        one, two = layered.segments[i], layered.segments[k]
+        if two.label != pair.sample.moved(one.label, pair.sample.period) or one.kind != two.kind:
             return f"{two.label or 'what follows'} does something else than {one.label or 'what came before'}"
         for mine, other in zip(one.externals, two.externals, strict=True):
-            before, now = folded.places.get(mine), folded.places.get(other)
+            before, now = layered.locations.get(mine), layered.locations.get(other)
             if now is None:
                 alike = before is None and prints.outside(mine, one.label) == prints.outside(other, two.label)
             elif now[0] >= pair.second.start or (now[0] >= pair.first.start and begin < pair.first.start):
@@ -131,38 +131,38 @@ def _difference(folded: LayeredGraph, pair: _Pair, begin: int) -> str:
                 alike = mine is other
             if not alike:
                 return f"{two.label} reads {info(other).name} of elsewhere than {one.label}"
-    owned = {node for i in pair.second for node in own_values(folded.runs[i])}
-    labels = {folded.runs[i].label for i in pair.second}
-    for node in folded.free:
+    owned = {node for i in pair.second for node in own_values(layered.segments[i])}
+    labels = {layered.segments[i].label for i in pair.second}
+    for node in layered.free:
         if info(node).layer in labels and node not in owned:
             return f"{info(node).layer} makes {info(node).name} for others"
-    return _late_reader(folded, pair)
+    return _late_reader(layered, pair)
 
 
-def _late_reader(folded: LayeredGraph, pair: _Pair) -> str:
+def _late_reader(layered: LayeredGraph, pair: _Pair) -> str:
     """What reads a value of the first period behind the second, in words."""
     for i in pair.first:
-        for node in folded.runs[i].nodes:
+        for node in layered.segments[i].nodes:
             for user in node.users:
-                place = folded.places.get(user)
-                if user.op == "output" or (place is not None and place[0] >= pair.second.stop):
-                    reader = "the model's output" if user.op == "output" else _name(folded.runs[place[0]], user)  # type: ignore[index]
-                    return f"{reader} reads {info(node).name} of {folded.runs[i].label}"
+                location = layered.locations.get(user)
+                if user.op == "output" or (location is not None and location[0] >= pair.second.stop):
+                    reader = "the model's output" if user.op == "output" else _name(layered.segments[location[0]], user)  # type: ignore[index]
+                    return f"{reader} reads {info(node).name} of {layered.segments[i].label}"
     return ""
 
 
-def _name(run: Segment, node: fx.Node) -> str:
-    return run.label or info(node).module or info(node).name
+def _name(segment: Segment, node: fx.Node) -> str:
+    return segment.label or info(node).module or info(node).name
 
 
-def _rename(folded: LayeredGraph, pair: _Pair) -> None:
+def _rename(layered: LayeredGraph, pair: _Pair) -> None:
     """Give the blocks behind the pair, in place, the numbers they have in the whole model."""
-    short, after = pair.short, pair.after
+    sample, after = pair.sample, pair.after
 
     def moved(name: str) -> str:
-        return short.moved(name, short.dropped, after)
+        return sample.moved(name, sample.dropped, after)
 
-    for node in folded.traced.graph.nodes:
+    for node in layered.traced.graph.nodes:
         if node.op == "output":
             continue
         record = info(node)
@@ -170,9 +170,9 @@ def _rename(folded: LayeredGraph, pair: _Pair) -> None:
         if record.kind != "op":
             new["name"] = moved(record.name)
         if any(getattr(record, key) != value for key, value in new.items()):
-            annotate(node, **new)
-    for run in folded.runs:
-        run.label = moved(run.label)
-    traced = folded.traced
+            update_info(node, **new)
+    for segment in layered.segments:
+        segment.label = moved(segment.label)
+    traced = layered.traced
     traced.buffers = {moved(name): value for name, value in traced.buffers.items()}
     traced.updated = tuple(map(moved, traced.updated))

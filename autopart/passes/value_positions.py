@@ -1,4 +1,4 @@
-"""Folded -> where values are made, used and kept, at every position of the model: what no degree changes.
+"""LayeredGraph -> where values are made, used and kept, at every position of the model: what no degree changes.
 
 Places where the same nodes use a value in the same pattern are one flow, so that equal blocks are told once.
 """
@@ -31,7 +31,7 @@ class Write:
 
 
 @dataclass(frozen=True)
-class Places:
+class ValuePositions:
     """What no degree changes of a table.
 
     nodes   the representatives, each at its index; the writes follow them, and one that takes the loss
@@ -49,14 +49,14 @@ class Places:
     """Strategies along the data-parallel axis, by node, as far as they were asked for."""
 
 
-_KNOWN: WeakKeyDictionary[LayeredGraph, Places] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[LayeredGraph, ValuePositions] = WeakKeyDictionary()
 
 
-def places_of(folded: LayeredGraph) -> Places:
+def value_positions(layered: LayeredGraph) -> ValuePositions:
     """Found once for a folded graph."""
-    if folded not in _KNOWN:
-        _KNOWN[folded] = _Finder(folded).places()
-    return _KNOWN[folded]
+    if layered not in _KNOWN:
+        _KNOWN[layered] = _Finder(layered).places()
+    return _KNOWN[layered]
 
 
 @dataclass(frozen=True)
@@ -78,19 +78,19 @@ Used = dict[tuple[fx.Node, int, int, str], list[_Use]]
 class _Finder:
     """Walks every position of the model; holds who is who."""
 
-    def __init__(self, folded: LayeredGraph) -> None:
-        self.folded = folded
-        self.nodes = folded.representatives()
+    def __init__(self, layered: LayeredGraph) -> None:
+        self.layered = layered
+        self.nodes = layered.representatives()
         self.index = {node: i for i, node in enumerate(self.nodes)}
-        self.run_of = folded.run_of()
-        self.last = {run: position for position, run in enumerate(folded.sequence)}
-        self.region = _regions(folded.sequence)
+        self.segment_of = layered.segment_of()
+        self.last = {segment: position for position, segment in enumerate(layered.sequence)}
+        self.region = _regions(layered.sequence)
         self.readers: dict[fx.Node, set[int]] = defaultdict(set)
         """Runs that read a value of a node; -1 for what is in none."""
-        for node in folded.traced.graph.nodes:
+        for node in layered.traced.graph.nodes:
             if node.op == "call_function" and not is_pick(node):
                 for source in node.all_input_nodes:
-                    self.readers[value_of(source)[0]].add(self.run_of.get(node, -1))
+                    self.readers[value_of(source)[0]].add(self.segment_of.get(node, -1))
         self.flows: dict[object, ValueUses] = {}
         self.writes: list[Write] = []
         self.needed: dict[fx.Node, set[int]] = {}
@@ -99,51 +99,55 @@ class _Finder:
         self.written: dict[int, list[int]] = defaultdict(list)
         """Write of such a value -> the position of its module, for each of its class."""
 
-    def places(self) -> Places:
+    def places(self) -> ValuePositions:
         used = self._used()
         self._updates(used)
         self.needed = self._needed(used)
         for (source, output, home, _), uses in used.items():
             self._flow(source, output, home, uses)
-        source, output = value_of(loss_of(self.folded.traced.graph))
-        home = self.last[self.run_of[source]]
+        source, output = value_of(loss_of(self.layered.traced.graph))
+        home = self.last[self.segment_of[source]]
         self._flow(source, output, home, [_Use(len(self.nodes) + len(self.writes), 0, home)])
         flows, keeps, state = list(self.flows.values()), self._keeps(), self._state()
-        return Places(self.nodes, self.index, flows, keeps, self.writes, state, self._shared())
+        return ValuePositions(self.nodes, self.index, flows, keeps, self.writes, state, self._shared())
 
-    def _position(self, source: fx.Node, run: int, position: int) -> int:
-        """Where the value that a node of `run` reads at `position` is made; -1 for what stages make for themselves."""
-        made = self.run_of.get(source)
+    def _position(self, source: fx.Node, segment: int, position: int) -> int:
+        """Where the value that a node of `segment` reads at `position` is made; -1: made by every stage for itself."""
+        made = self.segment_of.get(source)
         if made is None:
             return -1
-        first = self.region.get(run)
-        return position - (run - made) if first is not None and made >= first else self.last[made]
+        first = self.region.get(segment)
+        return position - (segment - made) if first is not None and made >= first else self.last[made]
 
     def _name(self, source: fx.Node, position: int) -> str:
         """What tells apart the places of a value that is made in no run: a parameter's name there, or where a block
         alone has it; "" for all others."""
-        if position < 0 or source in self.run_of:
+        if position < 0 or source in self.segment_of:
             return ""
         if info(source).kind == "parameter":
-            return self.folded.parameter_at(position, source)
-        run = self.folded.sequence[position]
-        own = is_own(source, self.folded.runs[run].label) and self.readers[source] == {run}
+            return self.layered.parameter_at(position, source)
+        segment = self.layered.sequence[position]
+        own = is_own(source, self.layered.segments[segment].label) and self.readers[source] == {segment}
         return str(position) if own else ""
 
     def _used(self) -> Used:
         """Every value at every place, with its uses."""
         used: Used = defaultdict(list)
-        places = [(n, run, p) for p, run in enumerate(self.folded.sequence) for n in self.folded.runs[run].nodes]
-        for node, run, position in [*places, *((n, -1, -1) for n in self.folded.free)]:
+        places = [
+            (n, segment, p)
+            for p, segment in enumerate(self.layered.sequence)
+            for n in self.layered.segments[segment].nodes
+        ]
+        for node, segment, position in [*places, *((n, -1, -1) for n in self.layered.free)]:
             for operand, argument in enumerate(operands(node)) if not is_pick(node) else ():
                 if argument is not None:
                     source, output = value_of(argument)
-                    key = source, output, self._position(source, run, position), self._name(source, position)
-                    used[key].append(_Use(self.index[self.folded.same[node]], operand, position, node))
+                    key = source, output, self._position(source, segment, position), self._name(source, position)
+                    used[key].append(_Use(self.index[self.layered.same[node]], operand, position, node))
         return used
 
     def _flow(self, source: fx.Node, output: int, home: int, uses: Sequence[_Use]) -> None:
-        index = self.index[self.folded.same[source]]
+        index = self.index[self.layered.same[source]]
         inside = tuple(u.position == home for u in uses)
         several = len({u.position for u in uses}) > 1
         pairs = tuple((u.node, u.operand) for u in uses)
@@ -160,41 +164,41 @@ class _Finder:
 
     def _updates(self, used: Used) -> None:
         """What writes buffers, one for each class of them."""
-        buffers = {info(n).name: n for n in self.folded.same if info(n).kind == "buffer"}
-        modules = {info(n).module: self.last[run] for n, run in self.run_of.items()}
+        buffers = {info(n).name: n for n in self.layered.same if info(n).kind == "buffer"}
+        modules = {info(n).module: self.last[segment] for n, segment in self.segment_of.items()}
         known: dict[tuple[int, int, int], int] = {}
-        for name, node in updates_of(self.folded.traced).items():
+        for name, node in updates_of(self.layered.traced).items():
             source, output = value_of(node)
-            buffer, run = self.index[self.folded.same[buffers[name]]], self.run_of.get(source)
-            taken = self.index[self.folded.same[source]], output
+            buffer, segment = self.index[self.layered.same[buffers[name]]], self.segment_of.get(source)
+            taken = self.index[self.layered.same[source]], output
             if (buffer, *taken) not in known:
                 known[buffer, *taken] = len(self.nodes) + len(self.writes)
-                self.writes.append(Write(buffer, taken, -1 if run is None else self.folded.runs[run].kind))
-            home, module = -1 if run is None else self.last[run], modules.get(name.rpartition(".")[0], 0)
+                self.writes.append(Write(buffer, taken, -1 if segment is None else self.layered.segments[segment].kind))
+            home, module = -1 if segment is None else self.last[segment], modules.get(name.rpartition(".")[0], 0)
             use = _Use(known[buffer, *taken], 1, home, written=module)
             others = used.get((source, output, home, ""), [])
             alone = home < 0 or any(u.position != home for u in others)
             used[source, output, home, name if alone else ""].append(use)
-            if run is None:
+            if segment is None:
                 self.made_at[source].add(module)
                 self.written[use.node].append(module)
 
     def _keeps(self) -> list[SavedTensor]:
         """Who keeps whose memory, at every place."""
-        by_name = {n.name: n for n in self.folded.traced.graph.nodes}
+        by_name = {n.name: n for n in self.layered.traced.graph.nodes}
         kept: dict[tuple[str, int], list[_Use]] = defaultdict(list)
-        for position, run in enumerate(self.folded.sequence):
-            for node in self.folded.runs[run].nodes:
+        for position, segment in enumerate(self.layered.sequence):
+            for node in self.layered.segments[segment].nodes:
                 for root in () if is_pick(node) else info(node).keeps:
                     through = [i for i, n in enumerate(operands(node)) if n is not None and info(n).root == root]
                     operand = -1 if root == node.name else next(iter(through), -2)
-                    home = self._position(by_name[root], run, position)
-                    kept[root, home].append(_Use(self.index[self.folded.same[node]], operand, position))
+                    home = self._position(by_name[root], segment, position)
+                    kept[root, home].append(_Use(self.index[self.layered.same[node]], operand, position))
         keeps: dict[object, SavedTensor] = {}
         for (root, _), uses in kept.items():
             keepers = tuple((u.node, u.operand) for u in uses)
             several = len({u.position for u in uses}) > 1
-            rep = self.index[self.folded.same[value_of(by_name[root])[0]]]
+            rep = self.index[self.layered.same[value_of(by_name[root])[0]]]
             keep = keeps.setdefault((rep, keepers, several), SavedTensor(rep, keepers))
             keep.places.append(tuple(u.position for u in uses))
         return list(keeps.values())
@@ -202,12 +206,12 @@ class _Finder:
     def _state(self) -> dict[int, list[tuple[int, ...]]]:
         """Parameters: the positions that hold each, by name."""
         where: dict[tuple[int, str], dict[int, None]] = defaultdict(dict)
-        for position, run in enumerate(self.folded.sequence):
-            for node in self.folded.runs[run].nodes:
+        for position, segment in enumerate(self.layered.sequence):
+            for node in self.layered.segments[segment].nodes:
                 for parameter in node.all_input_nodes:
                     if info(parameter).kind == "parameter":
                         name = self._name(parameter, position)
-                        where[self.index[self.folded.same[parameter]], name][position] = None
+                        where[self.index[self.layered.same[parameter]], name][position] = None
         state: dict[int, list[tuple[int, ...]]] = defaultdict(list)
         for (index, _), positions in where.items():
             state[index].append(tuple(positions))
@@ -221,7 +225,7 @@ class _Finder:
         for (source, _, home, _), uses in used.items():
             if home == -1:
                 needed[source] |= {u.position for u in uses if u.position >= 0}
-        for node in reversed(self.folded.free):
+        for node in reversed(self.layered.free):
             for source in node.all_input_nodes:
                 needed[value_of(source)[0]] |= needed[value_of(node)[0]]
         return needed
@@ -229,9 +233,9 @@ class _Finder:
     def _shared(self) -> dict[int, list[tuple[int, ...]]]:
         """Nodes that every stage computes for itself, with the positions that need them."""
         shared: dict[int, list[tuple[int, ...]]] = defaultdict(list)
-        for node in self.folded.free:
+        for node in self.layered.free:
             if not is_pick(node):
-                shared[self.index[self.folded.same[node]]].append(tuple(sorted(self.needed[node])))
+                shared[self.index[self.layered.same[node]]].append(tuple(sorted(self.needed[node])))
         for update, places in self.written.items():
             shared[update] += [(p,) for p in places]
         return dict(shared)

@@ -95,15 +95,15 @@ class Signature:
     dtype: str
 
     @staticmethod
-    def of(folded: LayeredGraph) -> Signature:
+    def of(layered: LayeredGraph) -> Signature:
         """The signature of a traced model."""
-        graph = folded.traced.graph
+        graph = layered.traced.graph
         dtypes = [info(n).dtype for n in placeholders(graph, "parameter")]
         return Signature(
-            folded.hash,
-            folded.parameters(),
+            layered.hash,
+            layered.parameters(),
             {info(n).name: (-1, *info(n).shape[1:]) for n in placeholders(graph, "input")},
-            folded.operators,
+            layered.operators,
             str(dtypes[0]).removeprefix("torch.") if dtypes else "",
         )
 
@@ -270,9 +270,9 @@ class Plan:
             raise PartitionError("the plan file is damaged", wrong)
         return plan
 
-    def check(self, folded: LayeredGraph) -> None:
+    def check(self, layered: LayeredGraph) -> None:
         """Raise PartitionError, naming the difference, unless the plan was made for this traced model."""
-        difference = self.signature.difference(Signature.of(folded))
+        difference = self.signature.difference(Signature.of(layered))
         if difference:
             raise PartitionError("the plan is for another model", difference, "plan again with autopart.plan(...)")
 
@@ -416,14 +416,26 @@ def missing(plan: Plan) -> list[tuple[str, int, float]]:
     for run in (run for stage in plan.stages for run in stage.runs):
         for line in run.lines:
             for name in calls:
-                if line.operator == shortened(name):
+                if line.operator == printed_name(name):
                     calls[name] += [line.seconds] * len(run.labels)
     return sorted(((name, len(s), sum(s)) for name, s in calls.items()), key=lambda row: -row[2])
 
 
-def shortened(name: str) -> str:
+COLLECTIVES = {
+    "all_gather": "all-gather",
+    "all_gather_again": "all-gather (again in backward)",
+    "all_reduce": "all-reduce",
+    "all_to_all": "all-to-all",
+}
+"""Functions of `autopart.runtime.collectives` that are one collective -> its name in a printed plan."""
+
+
+def printed_name(name: str) -> str:
     """An operator's name as plans print it."""
-    return name.removeprefix("aten.").removeprefix("autopart.").removeprefix("runtime.")
+    family, _, rest = name.partition(".")
+    if family == "runtime":
+        return COLLECTIVES.get(rest, rest)
+    return rest if family in ("aten", "autopart") else name
 
 
 def bytes_text(count: float) -> str:

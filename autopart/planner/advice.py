@@ -41,10 +41,10 @@ def _fits(space: SearchSpace, mesh: Mesh, request: Request, fold: Fold) -> bool:
     try:
         request = request.check(mesh)
         same = mesh.device == space.mesh.device and request.precision == space.request.precision
-        folded = space.folded if same else fold(mesh, request.precision)
+        layered = space.layered if same else fold(mesh, request.precision)
         tables = same and ((request.tp or 1) > 1) == ((space.request.tp or 1) > 1)
         models = space.models if tables else {}
-        Search(SearchSpace(folded, mesh, request, models), silent).run()
+        Search(SearchSpace(layered, mesh, request, models), silent).run()
     except PartitionError:
         return False
     return True

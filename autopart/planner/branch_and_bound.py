@@ -316,7 +316,7 @@ class Search:
         """A bound on the plans of a point, better with every stage that is bounded by itself, as far as the limit on
         variables allows; endless where no cut can win. The splits of the best cut are tried. Raises `columns`."""
         space, m, solved = self.space, self.space.micro_batches(point), set[Span]()
-        masked, positions = _masked(columns, space, point, space.stages(point)), len(space.folded.labels)
+        masked, positions = _masked(columns, space, point, space.stages(point)), len(space.layered.labels)
         while (cut := best_cut(masked, point.pp, m)) and cut.seconds < self._time():
             spans = spans_of(cut.starts, positions)
             left = [span for span in spans if span not in solved]
@@ -337,7 +337,7 @@ class Search:
     def _bound_cuts(self, point: SearchPoint, columns: Sequence[Array]) -> float:
         """The same by cuts that are bounded whole, whose splits are tried."""
         space, m, solved = self.space, self.space.micro_batches(point), set[Starts]()
-        cuts = cuts_by_bound(columns, len(space.folded.labels), m)
+        cuts = cuts_by_bound(columns, len(space.layered.labels), m)
         while cuts and cuts[0][0] < self._time() and cuts[0][2] not in solved and self._may_relax(point):
             bound, largest, starts = cuts[0]
             self.variables += point.pp * space.model(point).solver.columns
@@ -401,8 +401,8 @@ class Search:
             same = [w for w in ways if near is None or w.interface == near.interface]
             known = self._fastest(same, [flights], NEVER)[flights]
             open_ = (least[flights] < self._time()) & (known > least[flights] * (1 + TOLERANCE))
-            for i, j in np.transpose(spans(len(space.folded.labels)))[open_ & space.stages(point)[stage]].tolist():
-                if (i == 0) != (stage == 0) or (j == len(space.folded.labels)) != (stage == point.pp - 1):
+            for i, j in np.transpose(spans(len(space.layered.labels)))[open_ & space.stages(point)[stage]].tolist():
+                if (i == 0) != (stage == 0) or (j == len(space.layered.labels)) != (stage == point.pp - 1):
                     continue
                 many = {g: model.table.group[i:j].count(g) for g in blocks & set(model.table.group[i:j])}
                 for counts in _counts(many, space.modes):
@@ -444,7 +444,7 @@ class Search:
             if free and reached <= free.seconds * (1 + TOLERANCE):
                 return []
         ratios = sorted(s.seconds / s.bytes for group in way.ranges.savings[-1].values() for s in group)
-        whole = way.ranges.place(0, len(space.folded.labels))
+        whole = way.ranges.place(0, len(space.layered.labels))
         seconds, kept, state = (float(row[whole]) for row in (way.ranges.seconds, way.ranges.kept, way.ranges.state))
         ratios = ratios or [seconds / max(kept, 1.0)]
         least = 1e-6 * seconds / max(kept + state, 1.0)
@@ -489,7 +489,7 @@ class Search:
         cut = best_cut(_masked(held, space, point, space.stages(point)), point.pp, m)
         if cut is None:
             return None
-        ends = (*cut.starts[1:], len(space.folded.labels))
+        ends = (*cut.starts[1:], len(space.layered.labels))
         chosen, modes, times = [], [], []
         for stage, (i, j) in enumerate(zip(cut.starts, ends, strict=True)):
             flights, where = space.in_flight(point, stage), np.array([ways[0].ranges.place(i, j)])
@@ -566,8 +566,8 @@ def slower(space: SearchSpace, point: SearchPoint, one: int, other: int) -> floa
 def points(space: SearchSpace) -> Iterator[SearchPoint]:
     """Every combination of degrees and micro-batch that divides; PartitionError if there is none. `tp` stays inside a
     host, unless constraints want it otherwise or there are fewer samples than hosts."""
-    mesh, request, folded = space.mesh, space.request, space.folded
-    units, rejected = len(folded.labels), [f"asked for: {c.text}" for c in request.constraints]
+    mesh, request, layered = space.mesh, space.request, space.layered
+    units, rejected = len(layered.labels), [f"asked for: {c.text}" for c in request.constraints]
     if not space.schedule:
         raise PartitionError("no schedule is left", "; ".join(rejected))
     found, within = False, divisors(mesh.devices_per_host)
@@ -583,7 +583,7 @@ def points(space: SearchSpace) -> Iterator[SearchPoint]:
             if tp > mesh.devices_per_host and not request.tp and narrow:
                 continue
             sizes = [request.micro_batch] if request.micro_batch else _micro_batches(request.global_batch, dp)
-            if not request.micro_batch and not folded.traced.mean_of_samples:
+            if not request.micro_batch and not layered.traced.mean_of_samples:
                 sizes = [request.global_batch]
             for size in filter(partial(request.allows, "micro_batch"), _all_sizes(request, sizes, dp)):
                 if size % dp or request.global_batch % size:

@@ -26,7 +26,7 @@ SMALL = 12, 2500
 def is_small(space: SearchSpace, point: SearchPoint) -> bool:
     """Whether every range of runs can be tried on its own."""
     runs, variables = SMALL
-    return len(space.folded.labels) <= runs and space.model(point).solver.columns <= variables
+    return len(space.layered.labels) <= runs and space.model(point).solver.columns <= variables
 
 
 def fastest_that_fit(

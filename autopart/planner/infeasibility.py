@@ -94,7 +94,7 @@ def _shortage(space: SearchSpace, point: SearchPoint, way: Candidate) -> Shortag
     cut = best_cut(lambda s: np.where(allowed[s], lacks[space.in_flight(point, s)] - offset, NEVER), point.pp, 10**6)
     if cut is None:
         return None
-    ends = (*cut.starts[1:], len(space.folded.labels))
+    ends = (*cut.starts[1:], len(space.layered.labels))
     stages = list(zip(cut.starts, ends, strict=True))
     stage = max(range(point.pp), key=lambda s: lacks[space.in_flight(point, s)][way.ranges.place(*stages[s])])
     here, flights = way.ranges.place(*stages[stage]), space.in_flight(point, stage)

@@ -60,12 +60,12 @@ def make_plan(
     tried. Where nothing fits, what would is looked for if it is to `advise`."""
     started = time.monotonic()
     made, search, _ = explored(source, mesh, request, say, advise)
-    planned = search.space.folded
-    folded = (source.at if to_run else source.short)(made.micro_batch, mesh)
-    if folded.hash == planned.hash:
+    planned = search.space.layered
+    layered = (source.full if to_run else source.sampled)(made.micro_batch, mesh)
+    if layered.hash == planned.hash:
         return made
     try:
-        return _made_for(folded, made, search, say, started)
+        return _made_for(layered, made, search, say, started)
     except PartitionError:
         if request.micro_batch:
             raise
@@ -78,11 +78,11 @@ def make_plan(
         raise
 
 
-def _made_for(folded: LayeredGraph, made: Plan, search: Search, say: OnProgress, started: float) -> Plan:
+def _made_for(layered: LayeredGraph, made: Plan, search: Search, say: OnProgress, started: float) -> Plan:
     """A plan's micro-batch planned anew from the trace that runs, where that is another graph than the one that was
     planned: an `expand` to one sample is nothing, the strategies of a dim of one element have other names, and a model
     may do what it likes with the number of samples."""
-    space = SearchSpace(folded, made.mesh, replace(search.space.request, micro_batch=made.micro_batch))
+    space = SearchSpace(layered, made.mesh, replace(search.space.request, micro_batch=made.micro_batch))
     found = Search(space, say).run()
     found = replace(found, bound=min(found.bound, made.bound_seconds))
     return replace(write_out(space, found, started, made.model), request=made.request)
@@ -96,16 +96,16 @@ def explored(
     started = time.monotonic()
     request = request.check(mesh)
     peak(mesh.device, source.dtype)
-    folded = source.short(min(2, request.global_batch), mesh)
-    if not folded.traced.mean_of_samples:  # what samples do with each other may depend on how many there are
-        folded = source.short(request.micro_batch or request.global_batch, mesh)
-    if folded.traced.updated and request.recompute not in (None, "none"):
+    layered = source.sampled(min(2, request.global_batch), mesh)
+    if not layered.traced.mean_of_samples:  # what samples do with each other may depend on how many there are
+        layered = source.sampled(request.micro_batch or request.global_batch, mesh)
+    if layered.traced.updated and request.recompute not in (None, "none"):
         raise PartitionError(
-            f"the forward pass changes {folded.traced.updated[0]}",
+            f"the forward pass changes {layered.traced.updated[0]}",
             "recompute would change it twice a step",
             'recompute="none"',
         )
-    return _searched(SearchSpace(folded, mesh, request), say, started, source, advise)
+    return _searched(SearchSpace(layered, mesh, request), say, started, source, advise)
 
 
 def _searched(
@@ -124,7 +124,7 @@ def _searched(
 
         way_out = advice(
             space,
-            lambda mesh, dtype: of(dtype).short(2, mesh),
+            lambda mesh, dtype: of(dtype).sampled(2, mesh),
             lambda mesh, request: make_plan(of(request.precision), mesh, request, advise=False),
         )
         raise PartitionError(error.what, error.why, way_out or error.try_) from None

@@ -16,7 +16,7 @@ from autopart.ir.graph import Info, info
 from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph, used_parameters
 from autopart.passes.stage_graph import OWNED, PRELUDE, PRELUDE_SEGMENT, ShardingAssignment, StageGraph, backward_of
-from autopart.plan.data import shortened
+from autopart.plan.data import printed_name
 from autopart.plan.schedules import on_its_way
 from autopart.planner.branch_and_bound import SearchResult
 from autopart.planner.interval_costs import crossed
@@ -50,16 +50,16 @@ def totals(leaves: Iterable[Leaf]) -> dict[str, float]:
     return found
 
 
-def parameters(folded: LayeredGraph, choices: ShardingAssignment, span: tuple[int, int]) -> Iterator[Held]:
+def parameters(layered: LayeredGraph, choices: ShardingAssignment, span: tuple[int, int]) -> Iterator[Held]:
     """The parameters of a stage, each once."""
     seen = set()
     for position in range(*span):
-        for node in used_parameters(folded.runs[folded.sequence[position]]):
-            name = folded.parameter_at(position, node)
+        for node in used_parameters(layered.segments[layered.sequence[position]]):
+            name = layered.parameter_at(position, node)
             if name not in seen:
                 seen.add(name)
-                placed = choices.placements(folded, (node, 0), 0)
-                yield folded.labels[position], name, info(node), placed, choices.size((node, 0), placed)
+                placed = choices.placements(layered, (node, 0), 0)
+                yield layered.labels[position], name, info(node), placed, choices.size((node, 0), placed)
 
 
 def sums(choices: ShardingAssignment, record: Info, placed: Sequence[Placement], axis: str) -> bool:
@@ -79,7 +79,7 @@ def leaves(
 ) -> list[Leaf]:
     """All bytes of a stage: the `index`-th, of the runs at the positions `span`, which do as `modes` say."""
     flights = space.in_flight(found.point, index)
-    kept = [Leaf(k.block, k.name, k.kind, flights * k.bytes) for k in _kept(space.folded, graph, span, modes)]
+    kept = [Leaf(k.block, k.name, k.kind, flights * k.bytes) for k in _kept(space.layered, graph, span, modes)]
     _, takes = messages(space, found, span, index)
     arriving = on_its_way(takes, flights, space.micro_batches(found.point))
     moments = [*_backwards(space, found, choices, graph, span, modes, flights, _bytes(kept) / flights)]
@@ -94,7 +94,7 @@ def leaves(
 def messages(space: SearchSpace, found: SearchResult, span: tuple[int, int], index: int) -> tuple[float, float]:
     """Of the `index`-th stage, of the positions `span`: seconds of a micro-batch's messages, and bytes of the values
     that it takes from others."""
-    n = len(space.folded.labels)
+    n = len(space.layered.labels)
     rows = crossed(space.weigh(found.point, found.chosen[index]).crossings, n)
     seconds, takes = (float(row[place(*span, n)]) for row in rows)
     return seconds, takes
@@ -106,7 +106,7 @@ def _owned(
     """Parameters, their gradients, and what the optimizer keeps for them."""
     training = space.training(found.point)
     states = OPTIMIZER_STATES[training.optimizer]
-    for block, name, record, placed, nbytes in parameters(space.folded, choices, span):
+    for block, name, record, placed, nbytes in parameters(space.layered, choices, span):
         shared = sums(choices, record, placed, "dp")
         weight, gradient, optimizer = training.memory(nbytes, record.grad, shared)
         yield Leaf(block, name, "parameters", weight)
@@ -117,26 +117,26 @@ def _owned(
         yield Leaf(block, f"{name}, states", "optimizer", optimizer * states / max(copies, 1))
 
 
-def _kept(folded: LayeredGraph, graph: StageGraph, span: tuple[int, int], modes: Sequence[str]) -> Iterator[Leaf]:
+def _kept(layered: LayeredGraph, graph: StageGraph, span: tuple[int, int], modes: Sequence[str]) -> Iterator[Leaf]:
     """What is kept for backward, of one micro-batch."""
-    named = {node.name: _operator(node) for node in folded.traced.graph.nodes if node.op != "output"}
-    nodes = dict(zip(graph.indices, (mine for _, mine in graph.runs), strict=True))
+    named = {node.name: _operator(node) for node in layered.traced.graph.nodes if node.op != "output"}
+    nodes = dict(zip(graph.indices, (mine for _, mine in graph.segments), strict=True))
     inside: dict[int, list[tuple[str, float]]] = defaultdict(list)
     for (key, _), memory in graph.kept.items():
         name = named.get(key, "") or f"{named[key.removesuffix(' inside')]}, its own"
         if memory.shared:
             yield Leaf(PRELUDE, name, "activations", memory.size)
-        for run in memory.runs if not memory.shared else ():
+        for run in memory.segments if not memory.shared else ():
             inside[run].append((name, memory.size))
     for name, size in inside[PRELUDE_SEGMENT]:
         yield Leaf(PRELUDE, name, "activations", size)
     for position, mode in zip(range(*span), modes, strict=True):
-        run = folded.sequence[position]
+        run = layered.sequence[position]
         rows = inside[run] if mode == "none" else _kept_again(nodes[run], mode)
         for name, size in rows:
-            yield Leaf(folded.labels[position], _within(name, folded, run), "activations", size)
+            yield Leaf(layered.labels[position], _within(name, layered, run), "activations", size)
     if any(mode != "none" for mode in modes):
-        blocks = {run for position, run in enumerate(folded.sequence) if is_block(folded.labels[position])}
+        blocks = {run for position, run in enumerate(layered.sequence) if is_block(layered.labels[position])}
         several = {n: None for run in sorted(blocks & nodes.keys()) for n in _taken(nodes[run]) if info(n).several}
         for node in several:
             yield Leaf(PRELUDE, f"{_operator(node)}, taken by blocks", "activations", info(node).size)
@@ -178,7 +178,7 @@ def _ending(space: SearchSpace, found: SearchResult, choices: ShardingAssignment
     training = space.training(found.point)
     held = [
         (nbytes, record.grad, sums(choices, record, placed, "dp"))
-        for _, _, record, placed, nbytes in parameters(space.folded, choices, span)
+        for _, _, record, placed, nbytes in parameters(space.layered, choices, span)
     ]
     stepping, summed = ([each(*row) for row in held] for each in (training.stepping, training.summed))
     made = sum(stepping) if training.together else max(stepping, default=0.0)
@@ -223,34 +223,34 @@ def _backward(
     where that lets go of products' results on the way; or, when that is gone and ranks sum its gradients, these. Gone
     by then is what later runs kept; of blocks that do not all do the same only before the first of them; not there yet
     are those of `own`, gradients by position, that come later."""
-    folded, training = space.folded, space.training(found.point)
-    nodes = dict(zip(graph.indices, (mine for _, mine in graph.runs), strict=True))
+    layered, training = space.layered, space.training(found.point)
+    nodes = dict(zip(graph.indices, (mine for _, mine in graph.segments), strict=True))
     inside: dict[int, float] = defaultdict(float)
     wide: dict[int, float] = defaultdict(float)
     products: dict[int, float] = defaultdict(float)
     for memory in graph.kept.values():
-        for run in memory.runs if not memory.shared else ():
+        for run in memory.segments if not memory.shared else ():
             inside[run] += memory.size
             products[run] += memory.size * memory.product
         for run, size in memory.wide.items():
             wide[run] += size
     early, late, of_blocks = sum(own.values()), 0.0, 0.0
-    positions = [(p, folded.sequence[p], mode) for p, mode in zip(range(*span), modes, strict=True)]
-    alike = len({mode for p, _, mode in positions if is_block(folded.labels[p])}) <= 1
+    positions = [(p, layered.sequence[p], mode) for p, mode in zip(range(*span), modes, strict=True)]
+    alike = len({mode for p, _, mode in positions if is_block(layered.labels[p])}) <= 1
     last, waiting = _waiting(space, found, choices, span)
     yield [Leaf(PRELUDE, "gradients that are not there yet", "transient", -early)]
     for position, run, mode in [*reversed(positions), (-1, PRELUDE_SEGMENT, "none")]:
-        label = folded.labels[position] if run != PRELUDE_SEGMENT else PRELUDE
+        label = layered.labels[position] if run != PRELUDE_SEGMENT else PRELUDE
         block = run != PRELUDE_SEGMENT and is_block(label)
-        left = not any(is_block(folded.labels[p]) for p in range(span[0], position + 1))
-        summed, read = [0.0], used_parameters(folded.runs[run]) if run != PRELUDE_SEGMENT else []
+        left = not any(is_block(layered.labels[p]) for p in range(span[0], position + 1))
+        summed, read = [0.0], used_parameters(layered.segments[run]) if run != PRELUDE_SEGMENT else []
         for node in read:
-            placed = choices.placements(folded, (node, 0), 0)
+            placed = choices.placements(layered, (node, 0), 0)
             shared = sums(choices, info(node), placed, "dp")
             summed.append(training.summed(choices.size((node, 0), placed), info(node).grad, shared))
         summing = float(training.summing(sum(summed), max(summed), len(read) == 1))
         gradients = [
-            (backward_of(node, training.anew(first)), _within(_operator(node), folded, run))
+            (backward_of(node, training.anew(first)), _within(_operator(node), layered, run))
             for node in nodes.get(run, ())
         ]
         (largest, _), its_name = max(gradients, key=lambda row: row[0][0], default=((0.0, 0.0), ""))
@@ -283,13 +283,13 @@ def _waiting(
 ) -> tuple[int, float]:
     """The last position of a stage that reads a parameter which an earlier one reads too, and bytes of the gradients of
     all such."""
-    folded, last, waiting = space.folded, span[0], 0.0
+    layered, last, waiting = space.layered, span[0], 0.0
     read: dict[str, list[tuple[int, fx.Node]]] = defaultdict(list)
     for position in range(*span):
-        for node in dict.fromkeys(used_parameters(folded.runs[folded.sequence[position]])):
-            read[folded.parameter_at(position, node)].append((position, node))
+        for node in dict.fromkeys(used_parameters(layered.segments[layered.sequence[position]])):
+            read[layered.parameter_at(position, node)].append((position, node))
     for (_, node), *more in read.values():
-        placed = choices.placements(folded, (node, 0), 0)
+        placed = choices.placements(layered, (node, 0), 0)
         shared = sums(choices, info(node), placed, "dp")
         nbytes = space.training(found.point).waiting(choices.size((node, 0), placed), info(node).grad, shared)
         if more and nbytes:
@@ -301,27 +301,27 @@ def _own_gradients(
     space: SearchSpace, found: SearchResult, choices: ShardingAssignment, span: tuple[int, int]
 ) -> dict[int, float]:
     """Position -> bytes of the gradients of the parameters that it alone reads."""
-    folded, training = space.folded, space.training(found.point)
+    layered, training = space.layered, space.training(found.point)
     read = [
-        (position, folded.parameter_at(position, node), node)
-        for position, run in enumerate(folded.sequence)
-        for node in dict.fromkeys(used_parameters(folded.runs[run]))
+        (position, layered.parameter_at(position, node), node)
+        for position, run in enumerate(layered.sequence)
+        for node in dict.fromkeys(used_parameters(layered.segments[run]))
     ]
     readers, own = Counter(name for _, name, _ in read), defaultdict[int, float](float)
     for position, name, node in read:
         if readers[name] == 1 and span[0] <= position < span[1]:
-            placed = choices.placements(folded, (node, 0), 0)
+            placed = choices.placements(layered, (node, 0), 0)
             shared = sums(choices, info(node), placed, "dp")
             own[position] += training.memory(choices.size((node, 0), placed), info(node).grad, shared)[1]
     return own
 
 
-def _within(name: str, folded: LayeredGraph, run: int) -> str:
+def _within(name: str, layered: LayeredGraph, run: int) -> str:
     """A name without that of the run it is in."""
-    return name.removeprefix(folded.runs[run].label).lstrip(". ") if run != PRELUDE_SEGMENT else name
+    return name.removeprefix(layered.segments[run].label).lstrip(". ") if run != PRELUDE_SEGMENT else name
 
 
 def _operator(node: fx.Node) -> str:
     """A node as a reader knows it: its module and operator, or its name."""
     record = info(node)
-    return f"{record.module} {shortened(record.name)}".strip() if record.kind == "op" else record.name
+    return f"{record.module} {printed_name(record.name)}".strip() if record.kind == "op" else record.name

@@ -189,7 +189,7 @@ class SearchSpace:
     models.
     """
 
-    folded: LayeredGraph
+    layered: LayeredGraph
     mesh: Mesh
     request: Request
     models: dict[int, Model] = field(default_factory=dict)
@@ -205,7 +205,7 @@ class SearchSpace:
         """Raise PartitionError where constraints name what the model does not have."""
         self._options: dict[int, Options] = {}
         self._stages: dict[object, list[NDArray[np.bool_]]] = {}
-        check(self.request.constraints, self.folded.labels, self.folded.keys.values())
+        check(self.request.constraints, self.layered.labels, self.layered.keys.values())
 
     def options(self, point: SearchPoint) -> Options:
         """The options that constraints leave, of those nodes where they leave not all."""
@@ -223,8 +223,8 @@ class SearchSpace:
     def allowed_modes(self) -> tuple[tuple[str, ...], ...]:
         """What every position may keep; none is run again where the forward pass changes buffers: it would do so
         twice."""
-        labels = self.folded.labels
-        recompute = self.request.recompute or ("none" if self.folded.traced.updated else None)
+        labels = self.layered.labels
+        recompute = self.request.recompute or ("none" if self.layered.traced.updated else None)
         return modes_of(labels, [is_block(x) for x in labels], self.request.constraints, recompute)
 
     def stages(self, point: SearchPoint) -> list[NDArray[np.bool_]]:
@@ -235,7 +235,7 @@ class SearchSpace:
         if key not in self._stages:
             solution = self.solve(point, 0.0, self.forced(point)) if weighs else None
             weighed = self.weigh(point, solution.chosen) if solution else None
-            labels, classes = self.folded.labels, self.folded.traced.classes
+            labels, classes = self.layered.labels, self.layered.traced.classes
             row = positions_of(labels, classes, self.model(point).table, weighed)
             masks = stages_of(self.request.constraints, point.pp, row)
             self._stages[key] = [mask[spans(len(labels))] for mask in masks]
@@ -256,7 +256,7 @@ class SearchSpace:
         """The table and solver of a point."""
         if point.tp not in self.models:
             forced = (self.request.tp or 1) > 1
-            self.models[point.tp] = Model(formulate(self.folded, self.mesh.device, point.tp, forced))
+            self.models[point.tp] = Model(formulate(self.layered, self.mesh.device, point.tp, forced))
         return self.models[point.tp]
 
     def training(self, point: SearchPoint) -> Training:
@@ -284,7 +284,7 @@ class SearchSpace:
             strides = {"dp": point.tp, "tp": 1}
             model = self.model(point)
             sizes = {axis: self.mesh.group(strides[axis], getattr(point, axis)) for axis in model.table.axes}
-            scale = point.micro_batch / self.folded.traced.micro_batch
+            scale = point.micro_batch / self.layered.traced.micro_batch
             self.prices[point] = Prices(model.sizes, Terms(self.device(point), sizes, scale, self.training(point)))
         return self.prices[point]
 
@@ -462,6 +462,6 @@ class SearchSpace:
     @cached_property
     def modes(self) -> tuple[str, ...]:
         """What blocks may keep."""
-        labels = self.folded.labels
+        labels = self.layered.labels
         found = {m for modes, x in zip(self.allowed_modes, labels, strict=True) if is_block(x) for m in modes}
         return tuple(m for m in MODES if m in found)

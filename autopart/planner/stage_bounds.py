@@ -45,7 +45,7 @@ Starts = tuple[int, ...]
 
 def few_cuts(space: SearchSpace, point: SearchPoint) -> bool:
     """Whether all cuts of a point can be listed."""
-    return point.pp > 1 and math.comb(len(space.folded.labels) - 1, point.pp - 1) <= FEW
+    return point.pp > 1 and math.comb(len(space.layered.labels) - 1, point.pp - 1) <= FEW
 
 
 def cuts_by_bound(columns: Sequence[Array], positions: int, micro_batches: int) -> list[tuple[float, float, Starts]]:
@@ -88,7 +88,7 @@ def relaxed_stages(
 def relaxed_cut(space: SearchSpace, point: SearchPoint, starts: Starts) -> tuple[float, list[tuple[int, ...]]]:
     """A bound below the seconds of all stages of a cut together; and every stage's choice, where the relaxation is
     integral."""
-    costs = [stage_costs(space, point, span) for span in spans_of(starts, len(space.folded.labels))]
+    costs = [stage_costs(space, point, span) for span in spans_of(starts, len(space.layered.labels))]
     return space.model(point).pipeline(point.pp).relax(costs, space.options(point))
 
 

@@ -23,19 +23,19 @@ MODES = ("none", "selective", "full")
 """What a run may do with what its backward needs."""
 
 
-def validate(plan: Plan, folded: LayeredGraph) -> None:
+def validate(plan: Plan, layered: LayeredGraph) -> None:
     """Raise PartitionError unless a plan is for this model, traced with the plan's micro-batch, and can run on it."""
-    plan.check(folded)
+    plan.check(layered)
     for check in (cut_findings, strategy_findings):
-        if wrong := list(check(plan, folded)):
+        if wrong := list(check(plan, layered)):
             raise PartitionError(
                 "the plan cannot run", few(wrong, joint="; "), "the plan as it was saved, or autopart.plan(...) again"
             )
 
 
-def cut_findings(plan: Plan, folded: LayeredGraph) -> Iterator[str]:
+def cut_findings(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
     """Where stages start, and what their positions do."""
-    starts, count = plan.starts, len(folded.labels)
+    starts, count = plan.starts, len(layered.labels)
     rising = all(a < b for a, b in zip(starts, (*starts[1:], count), strict=True))
     if len(starts) != plan.pp or not starts or starts[0] != 0 or not rising:
         yield f"starts: {starts} are not {plan.pp} stages of {count} runs"
@@ -43,46 +43,46 @@ def cut_findings(plan: Plan, folded: LayeredGraph) -> Iterator[str]:
     if any(s.splits not in range(len(plan.splits)) for s in plan.stages):
         yield "splits: a stage's are not there"
     modes: list[str] = []
-    for index, (stage, span) in enumerate(zip(plan.stages, spans_of(plan, folded), strict=True)):
+    for index, (stage, span) in enumerate(zip(plan.stages, spans_of(plan, layered), strict=True)):
         if len(stage.recompute) != len(span):
             yield f"recompute: stage {index} has {len(span)} runs, {len(stage.recompute)} say what they keep"
             return
         modes += stage.recompute
     if not set(modes) <= set(MODES):
         yield f"recompute: {sorted(set(modes) - set(MODES))} is not known"
-    if any(mode != "none" and not is_block(label) for mode, label in zip(modes, folded.labels, strict=True)):
+    if any(mode != "none" and not is_block(label) for mode, label in zip(modes, layered.labels, strict=True)):
         yield "recompute: a run that is no numbered block is run again"
-    if folded.traced.updated and set(modes) != {"none"}:
+    if layered.traced.updated and set(modes) != {"none"}:
         yield "recompute: buffers would be changed twice"
 
 
 def choices_of(plan: Plan) -> ShardingAssignment:
-    """What the plan decides, as stages are localised by."""
+    """What the plan decides, as stages are partitioned by."""
     axes = tuple((axis, size) for axis, size in (("dp", plan.dp), ("tp", plan.tp)) if size > 1)
     return ShardingAssignment(axes, tuple(plan.splits[s.splits] for s in plan.stages), plan.starts)
 
 
-def strategy_findings(plan: Plan, folded: LayeredGraph) -> Iterator[str]:
+def strategy_findings(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
     """Whether operators have the strategies, and these go together."""
-    choices, nodes, known = choices_of(plan), folded.representatives(), True
+    choices, nodes, known = choices_of(plan), layered.representatives(), True
     for number, chosen in enumerate(plan.splits):
         if set(chosen) != {axis for axis, _ in choices.axes}:
             yield f"splits: those of number {number} are along {sorted(chosen)}"
             return
         for axis, size in choices.axes:
-            if set(chosen[axis]) != {folded.keys[n] for n in nodes}:
+            if set(chosen[axis]) != {layered.keys[n] for n in nodes}:
                 yield f"splits: those along {axis} are not of the model's operators"
                 return
             for node in nodes:
-                strategy = chosen[axis][folded.keys[node]]
+                strategy = chosen[axis][layered.keys[node]]
                 if strategy not in _known(node, strategy, size):
                     known = False
-                    yield f"strategy: {folded.keys[node]} has no {strategy.name!r} along {axis}"
-            inputs = {chosen[axis][folded.keys[n]] for n in nodes if info(n).kind == "input"}
+                    yield f"strategy: {layered.keys[node]} has no {strategy.name!r} along {axis}"
+            inputs = {chosen[axis][layered.keys[n]] for n in nodes if info(n).kind == "input"}
             if len(inputs) > 1:
                 yield f"inputs: they are placed differently along {axis}"
     if known:
-        yield from dict.fromkeys([*_clashes(choices, folded), *_uses(choices, folded, plan)])
+        yield from dict.fromkeys([*_clashes(choices, layered), *_uses(choices, layered, plan)])
 
 
 def _known(node: fx.Node, strategy: Strategy, size: int) -> list[Strategy]:
@@ -111,46 +111,47 @@ def _kept_whole(strategy: Strategy) -> Strategy:
     return replace(strategy, name=name, inputs=inputs, outputs=outputs)  # type: ignore[arg-type]
 
 
-def _clashes(choices: ShardingAssignment, folded: LayeredGraph) -> Iterator[str]:
+def _clashes(choices: ShardingAssignment, layered: LayeredGraph) -> Iterator[str]:
     """Dims that two axes split."""
     for stage in range(len(choices.starts)):
-        for node in folded.representatives():
-            along = [(*s.inputs, *s.outputs) for s in choices.of(folded, node, stage)]
+        for node in layered.representatives():
+            along = [(*s.inputs, *s.outputs) for s in choices.of(layered, node, stage)]
             for tensor in zip(*along, strict=True):
                 dims = [p.dim for p in tensor if p is not None and p.kind == "S"]
                 if len(dims) != len(set(dims)):
-                    yield f"strategy: two axes split one dim at {folded.keys[node]}"
+                    yield f"strategy: two axes split one dim at {layered.keys[node]}"
 
 
-def _uses(choices: ShardingAssignment, folded: LayeredGraph, plan: Plan) -> Iterator[str]:
+def _uses(choices: ShardingAssignment, layered: LayeredGraph, plan: Plan) -> Iterator[str]:
     """Uses that cannot get their operands in the placement they take; values that stages place differently."""
-    spans, run_of = spans_of(plan, folded), folded.run_of()
+    spans, segment_of = spans_of(plan, layered), layered.segment_of()
     stage_of = {run: stage for stage, span in enumerate(spans) for run in span}
     stages: dict[fx.Node, set[int]] = defaultdict(set)
-    for node in folded.traced.graph.nodes:
+    for node in layered.traced.graph.nodes:
         if node.op != "call_function" or is_pick(node):
             continue
-        at = stage_of.get(run_of.get(node, -1))
+        at = stage_of.get(segment_of.get(node, -1))
         for operand, argument in enumerate(operands(node)):
             if argument is None:
                 continue
             source, output = value_of(argument)
-            home = stage_of.get(run_of.get(source, -1))
+            home = stage_of.get(segment_of.get(source, -1))
             for stage in range(plan.pp) if at is None else [at]:
-                have = choices.placements(folded, (source, output), stage)
-                want = [s.inputs[operand] for s in choices.of(folded, node, stage)]
+                have = choices.placements(layered, (source, output), stage)
+                want = [s.inputs[operand] for s in choices.of(layered, node, stage)]
                 if not all(w is None or possible(h, w) for h, w in zip(have, want, strict=True)):
-                    yield f"placement: {folded.keys[folded.same[node]]} cannot take operand {operand} as it wants it"
-                if home is not None and have != choices.placements(folded, (source, output), home):
-                    yield f"placement: {folded.keys[folded.same[source]]} lies differently in stages {home} and {stage}"
+                    yield f"placement: {layered.keys[layered.same[node]]} cannot take operand {operand} as it wants it"
+                if home is not None and have != choices.placements(layered, (source, output), home):
+                    key = layered.keys[layered.same[source]]
+                    yield f"placement: {key} lies differently in stages {home} and {stage}"
                 if info(source).kind in ("parameter", "input"):
                     stages[source].add(stage)
     for source, where in stages.items():
-        if len({choices.placements(folded, (source, 0), stage) for stage in where}) > 1:
+        if len({choices.placements(layered, (source, 0), stage) for stage in where}) > 1:
             yield f"placement: {info(source).name} lies differently in stages {sorted(where)}"
 
 
-def spans_of(plan: Plan, folded: LayeredGraph) -> list[range]:
+def spans_of(plan: Plan, layered: LayeredGraph) -> list[range]:
     """The runs of every stage."""
-    ends = (*plan.starts[1:], len(folded.labels))
+    ends = (*plan.starts[1:], len(layered.labels))
     return [range(start, end) for start, end in zip(plan.starts, ends, strict=True)]

@@ -1,4 +1,4 @@
-"""A decided plan in full: every stage localised and priced again, node by node, and held against the search."""
+"""A decided plan in full: every stage partitioned and priced again, node by node, and held against the search."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from autopart.cost.training_state import update_seconds
 from autopart.ir.graph import info
 from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph
-from autopart.passes.partition import localise
-from autopart.passes.price_stage import PricedSegment, Prices, price
+from autopart.passes.partition import partition
+from autopart.passes.price_stage import PricedSegment, Prices, price_stage
 from autopart.passes.stage_graph import PRELUDE, PRELUDE_SEGMENT, ShardingAssignment, Splits, StageGraph
 from autopart.plan.data import Plan, PlanSegment, PlanStage, Signature, usable_bytes
 from autopart.planner.branch_and_bound import SearchResult
@@ -34,16 +34,16 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
     Where a backward hides gradient sync, the price may be less: the search counts no change of placement that several
     positions share to what hides.
     """
-    request, folded, point = space.request, space.folded, found.point
+    request, layered, point = space.request, space.layered, found.point
     m = space.micro_batches(point)
     distinct = list(dict.fromkeys(found.chosen))
     splits = [_splits(space, found, chosen) for chosen in distinct]
     stages, known = [], Known()
     for index, start in enumerate(found.starts):
-        end = found.starts[index + 1] if index + 1 < point.pp else len(folded.labels)
+        end = found.starts[index + 1] if index + 1 < point.pp else len(layered.labels)
         at = distinct.index(found.chosen[index])
         modes = found.recompute[start:end]
-        stages.append(price_stage(space, found, splits[at], at, index, (start, end), modes, known))
+        stages.append(write_stage(space, found, splits[at], at, index, (start, end), modes, known))
     times = [stage.turn_seconds(space.turns(point)) for stage in stages]
     step = sum(times) + (m - 1) * max(times)
     hides = space.device(point).beside > 0
@@ -53,8 +53,8 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
     if space.request.must_fit:
         most = max(s.memory_bytes for s in stages)
         assert most <= usable_bytes(space.mesh) * (1 + EQUAL), f"{most} bytes written out, searched to fit"
-    missing = sorted({info(n).name for n in folded.representatives() if info(n).kind == "op"} - {"autopart.getitem"})
-    blocks = {mode for mode, label in zip(found.recompute, folded.labels, strict=True) if is_block(label)}
+    missing = sorted({info(n).name for n in layered.representatives() if info(n).kind == "op"} - {"autopart.getitem"})
+    blocks = {mode for mode, label in zip(found.recompute, layered.labels, strict=True) if is_block(label)}
     plan = Plan(
         model=model,
         mesh=space.mesh,
@@ -77,7 +77,7 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
         status="optimal",
         planning_seconds=time.monotonic() - started,
         forward_flops=_forward_flops(space, m),
-        signature=Signature.of(folded),
+        signature=Signature.of(layered),
         replicated=tuple(n for n in missing if not has_rule(n)),
         notes=tuple(_notes(space, found)),
         request=request.to_json(),
@@ -94,12 +94,12 @@ def bounded(plan: Plan, bound: float) -> Plan:
 
 def _forward_flops(space: SearchSpace, micro_batches: int) -> float:
     """What works on samples counts for each of the batch, what does not for each micro-batch."""
-    folded = space.folded
-    times = Counter(folded.sequence)
-    samples = space.request.global_batch / folded.traced.micro_batch
+    layered = space.layered
+    times = Counter(layered.sequence)
+    samples = space.request.global_batch / layered.traced.micro_batch
     return sum(
         info(node).model_flops * times[index] * (micro_batches if info(node).batch is None else samples)
-        for index, run in enumerate(folded.runs)
+        for index, run in enumerate(layered.segments)
         for node in run.nodes
     )
 
@@ -119,18 +119,18 @@ def _splits(space: SearchSpace, found: SearchResult, chosen: Sequence[int]) -> S
 
 
 def choices_of(space: SearchSpace, found: SearchResult, splits: Splits, starts: tuple[int, ...]) -> ShardingAssignment:
-    """The choices under which a stage is localised: the same in every piece."""
+    """The choices under which a stage is partitioned: the same in every piece."""
     point = found.point
     axes = tuple((axis, getattr(point, axis)) for axis in ("dp", "tp") if axis in splits)
-    scale = point.micro_batch / space.folded.traced.micro_batch
+    scale = point.micro_batch / space.layered.traced.micro_batch
     return ShardingAssignment(axes, (splits,) * len(starts), starts, scale, frozenset({"dp"}))
 
 
 Known = dict[tuple[int, int, int], tuple[ShardingAssignment, StageGraph, dict[int, PricedSegment]]]
-"""(index of the splits, first run, last run) -> how a stage of these runs is localised, and its prices."""
+"""(index of the splits, first run, last run) -> how a stage of these runs is partitioned, and its prices."""
 
 
-def price_stage(
+def write_stage(
     space: SearchSpace,
     found: SearchResult,
     splits: Splits,
@@ -140,14 +140,14 @@ def price_stage(
     modes: Sequence[str],
     known: Known,
 ) -> PlanStage:
-    """One stage from its runs, localised: what stands at several of its positions is written once, and counted."""
-    folded, point = space.folded, found.point
-    runs = folded.sequence[slice(*span)]
+    """One stage from its runs, partitioned: what stands at several of its positions is written once, and counted."""
+    layered, point = space.layered, found.point
+    runs = layered.sequence[slice(*span)]
     key = at, min(runs), max(runs)
     if key not in known:
-        choices, graph = localised(space, found, splits, span)
+        choices, graph = partitioned(space, found, splits, span)
         groups = {axis: space.priced(point).terms.sizes[axis] for axis, _ in choices.axes}
-        prices = price(graph, Prices(space.device(point), groups))
+        prices = price_stage(graph, Prices(space.device(point), groups))
         known[key] = choices, graph, dict(zip(graph.indices, prices, strict=True))
     choices, graph, priced = known[key]
     counts = Counter((run, mode) for run, mode in zip(runs, modes, strict=True) if run in priced)
@@ -165,20 +165,20 @@ def price_stage(
         ),
         send_seconds=messages(space, found, span, index)[0],
         memory=totals(leaves(space, found, choices, graph, span, modes, index)),
-        runs=tuple(_printed(folded, priced, span, modes)),
+        runs=tuple(_printed(layered, priced, span, modes)),
         sends=tuple(_sends(space, found, index, span)),
     )
 
 
-def localised(
+def partitioned(
     space: SearchSpace, found: SearchResult, splits: Splits, span: tuple[int, int]
 ) -> tuple[ShardingAssignment, StageGraph]:
     """A stage of some positions for one rank, every run of it once."""
-    folded = space.folded
-    runs = folded.sequence[slice(*span)]
-    pieces = sorted({0, min(runs), max(runs) + 1} - {len(folded.runs)})
+    layered = space.layered
+    runs = layered.sequence[slice(*span)]
+    pieces = sorted({0, min(runs), max(runs) + 1} - {len(layered.segments)})
     choices = choices_of(space, found, splits, tuple(pieces))
-    (graph,) = localise(folded, choices, [pieces.index(min(runs))])
+    (graph,) = partition(layered, choices, [pieces.index(min(runs))])
     return choices, graph
 
 
@@ -197,9 +197,9 @@ def _sync(
     """Seconds of a step in which a stage waits for gradients, `backward` being what its positions take: all but what
     goes on beside the backward of positions before, where no other position reads the parameter."""
     training, sizes = space.training(found.point), space.priced(found.point).terms.sizes
-    device, readers = space.device(found.point), space.folded.readers
+    device, readers = space.device(found.point), space.layered.readers
     seconds, beside = 0.0, [0.0] * len(backward)
-    for _, name, record, placed, nbytes in parameters(space.folded, choices, span):
+    for _, name, record, placed, nbytes in parameters(space.layered, choices, span):
         over_dp, over_tp = sums(choices, record, placed, "dp"), sums(choices, record, placed, "tp")
         seconds += training.sync_seconds(nbytes, over_dp)
         seconds += training.partial_sync_seconds(nbytes, sizes["tp"]) if over_tp else 0.0
@@ -226,16 +226,16 @@ def _sends(space: SearchSpace, found: SearchResult, index: int, span: tuple[int,
 
 
 def _printed(
-    folded: LayeredGraph, priced: Mapping[int, PricedSegment], span: tuple[int, int], modes: Sequence[str]
+    layered: LayeredGraph, priced: Mapping[int, PricedSegment], span: tuple[int, int], modes: Sequence[str]
 ) -> Iterator[PlanSegment]:
     """What is printed of a stage: equal neighbours once."""
     if PRELUDE_SEGMENT in priced:
         run = priced[PRELUDE_SEGMENT]
         yield PlanSegment((PRELUDE,), run.forward + run.backward, run.lines)
     rows = [
-        (folded.labels[p], priced[folded.sequence[p]], mode)
+        (layered.labels[p], priced[layered.sequence[p]], mode)
         for p, mode in zip(range(*span), modes, strict=True)
-        if folded.sequence[p] in priced
+        if layered.sequence[p] in priced
     ]
 
     def shape(row: tuple[str, PricedSegment, str]) -> tuple[object, ...]:
@@ -251,15 +251,15 @@ def _printed(
 
 
 def _notes(space: SearchSpace, found: SearchResult) -> Iterator[str]:
-    folded, m = space.folded, space.micro_batches(found.point)
+    layered, m = space.layered, space.micro_batches(found.point)
     if found.refined:
         left = "; a limit left others that might be faster: exact=True looks further" if found.stopped else ""
         yield f"memory binds: the splits of {found.refined} ranges of runs were refined under their bytes{left}"
-    if folded.walked:
-        yield f"every block was traced: {folded.walked}"
-    if m > 1 and not folded.traced.mean_of_samples:
+    if layered.traced_in_full:
+        yield f"every block was traced: {layered.traced_in_full}"
+    if m > 1 and not layered.traced.mean_of_samples:
         yield (
-            f"the loss mixes samples ({folded.traced.mixed_at}): it is the mean of {m} micro-batches' losses, as in "
+            f"the loss mixes samples ({layered.traced.mixed_at}): it is the mean of {m} micro-batches' losses, as in "
             "gradient accumulation, not that of the batch"
         )
     if found.point.tp > 1:

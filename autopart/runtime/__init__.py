@@ -2,12 +2,12 @@
 
 import autopart.ir.ctc  # noqa: F401  the operator that emitted code may call
 from autopart.runtime.collectives import (
+    all_gather,
+    all_gather_again,
     all_reduce,
+    all_to_all,
     copy_to,
-    exchange,
-    gather_again,
     gather_from,
-    gather_to,
     reduce_from,
     reduce_scatter_to,
     scatter_to,
@@ -26,14 +26,14 @@ from autopart.runtime.recompute import recomputed, recomputed_selectively
 __all__ = [
     "Group",
     "Groups",
+    "all_gather",
+    "all_gather_again",
     "all_reduce",
+    "all_to_all",
     "buffer",
     "copy_to",
     "dropout",
-    "exchange",
-    "gather_again",
     "gather_from",
-    "gather_to",
     "gathered",
     "grouped_linear",
     "load",

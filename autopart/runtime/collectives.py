@@ -40,7 +40,7 @@ def _sum_slice(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
     return group.reduce_scatter(torch.stack([shard(x, dim, parts, group.size, r) for r in range(group.size)]))
 
 
-def _exchange(x: Tensor, group: Group, have: int, want: int) -> Tensor:
+def _all_to_all(x: Tensor, group: Group, have: int, want: int) -> Tensor:
     """All-to-all: from split along `have` to split along `want`."""
     if not group.scatters:
         return _slice(_gather(x, group, have), group, want).contiguous()
@@ -112,12 +112,12 @@ def gather_from(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
     return _move(x, _gather, _slice, group, dim, parts)
 
 
-def gather_to(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
+def all_gather(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
     """Put the shares together for different work on each rank; backward sums and scatters."""
     return _move(x, _gather, _sum_slice, group, dim, parts)
 
 
-class _GatherAgain(torch.autograd.Function):
+class _AllGatherAgain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, dim: int, parts: Parts) -> Tensor:
         ctx.back = group, dim, parts
@@ -130,9 +130,9 @@ class _GatherAgain(torch.autograd.Function):
         return _sum_slice(gradients[0], *ctx.back), None, None, None
 
 
-def gather_again(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
-    """`gather_to` where what backward needs of the whole is gathered again there: `x` alone is kept."""
-    whole: Tensor = _GatherAgain.apply(x, group, dim, parts)
+def all_gather_again(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
+    """`all_gather` where what backward needs of the whole is gathered again there: `x` alone is kept."""
+    whole: Tensor = _AllGatherAgain.apply(x, group, dim, parts)
     return whole
 
 
@@ -141,18 +141,18 @@ def reduce_scatter_to(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> T
     return _move(x, _sum_slice, _gather, group, dim, parts)
 
 
-class _Exchange(torch.autograd.Function):
+class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, have: int, want: int) -> Tensor:
         ctx.back = group, want, have
-        return _exchange(x, group, have, want)
+        return _all_to_all(x, group, have, want)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _exchange(gradients[0], *ctx.back), None, None, None
+        return _all_to_all(gradients[0], *ctx.back), None, None, None
 
 
-def exchange(x: Tensor, group: Group, have: int, want: int) -> Tensor:
+def all_to_all(x: Tensor, group: Group, have: int, want: int) -> Tensor:
     """From split along dim `have` to split along dim `want`, and back for the gradients."""
-    moved: Tensor = _Exchange.apply(x, group, have, want)
+    moved: Tensor = _AllToAll.apply(x, group, have, want)
     return moved

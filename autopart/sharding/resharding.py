@@ -36,26 +36,26 @@ def runtime_function(name: str) -> Callable[..., Any]:
     return stand_in
 
 
-RELAYOUTS: dict[tuple[str, str], Reshard] = {
+RESHARDS: dict[tuple[str, str], Reshard] = {
     ("R", "C"): Reshard("copy_to", "", "all_reduce"),
     ("R", "S"): Reshard("scatter_to", "", "all_gather"),
     ("C", "R"): Reshard("share_gradient", "", ""),
     ("C", "S"): Reshard("slice_of", "", ""),
     ("S", "R"): Reshard("gather_from", "all_gather", ""),
-    ("S", "C"): Reshard("gather_to", "all_gather", "reduce_scatter"),
-    ("S", "G"): Reshard("gather_again", "all_gather", "reduce_scatter", again=True),
-    ("S", "S"): Reshard("exchange", "all_to_all", "all_to_all"),
+    ("S", "C"): Reshard("all_gather", "all_gather", "reduce_scatter"),
+    ("S", "G"): Reshard("all_gather_again", "all_gather", "reduce_scatter", again=True),
+    ("S", "S"): Reshard("all_to_all", "all_to_all", "all_to_all"),
     ("P", "R"): Reshard("reduce_from", "all_reduce", ""),
     ("P", "C"): Reshard("all_reduce", "all_reduce", "all_reduce"),
     ("P", "S"): Reshard("reduce_scatter_to", "reduce_scatter", "all_gather"),
 }
 
 
-GATHERED_AGAIN = {f"runtime.{row.function}" for row in RELAYOUTS.values() if row.again}
+GATHERED_AGAIN = {f"runtime.{row.function}" for row in RESHARDS.values() if row.again}
 """Changes whose collective backward runs once more anyway, also where their run is run again."""
 
 
-def relayout(have: Placement, want: Placement, grad: bool) -> Reshard | None:
+def reshard(have: Placement, want: Placement, grad: bool) -> Reshard | None:
     """The row for a change of placement; None where nothing has to run.
 
     A value without gradient is the same in R and C. Raises KeyError where there is no such change (a whole
@@ -63,12 +63,12 @@ def relayout(have: Placement, want: Placement, grad: bool) -> Reshard | None:
     """
     if have == want or (not grad and have.kind in "RC" and want.kind in "RC"):
         return None
-    return RELAYOUTS[have.kind, want.kind]
+    return RESHARDS[have.kind, want.kind]
 
 
 def possible(have: Placement, want: Placement) -> bool:
-    """Whether `relayout` has a row for it."""
-    return have == want or (have.kind, want.kind) in RELAYOUTS
+    """Whether `reshard` has a row for it."""
+    return have == want or (have.kind, want.kind) in RESHARDS
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _steps(have: tuple[Placement, ...], want: tuple[Placement, ...], grad: bool)
             if now[axis].parts or target.parts or clash:
                 stops = [Placement("R"), target]
         for stop in stops:
-            row = relayout(now[axis], stop, grad)
+            row = reshard(now[axis], stop, grad)
             if row is not None:
                 before, now[axis] = tuple(now), stop
                 yield Step(axis, row, before, tuple(now))

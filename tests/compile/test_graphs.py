@@ -74,8 +74,8 @@ def test_random_models_under_random_plans(recipe: Recipe, data: st.DataObject) -
 def test_every_step_on_two_ranks(name: str) -> None:
     """Each step by itself, cut between its two blocks and split as the planner's first choice is."""
     source = source_of(recipe_of(((name, 0),), ((name, 0),)))
-    folded = source.at(SAMPLES, MESH)
-    starts = (0, next(i for i, run in enumerate(folded.runs) if run.label != folded.runs[0].label))
+    layered = source.full(SAMPLES, MESH)
+    starts = (0, next(i for i, run in enumerate(layered.segments) if run.label != layered.segments[0].label))
     for degrees in ((1, 1, 1), (1, 2, 1), (2, 1, 1)):
         error, of = error_of(source, plan_of(source, degrees, starts[: degrees[0]]))
         assert error <= TOLERANCE, (degrees, of)
@@ -94,7 +94,7 @@ def test_every_loss(loss: str) -> None:
 def test_every_place_to_cut(tied: bool) -> None:
     """Also right behind a product that stands alone."""
     source = source_of(recipe_of((("linear_without_bias", 0),), (("linear", 0),), tied=tied))
-    for start in range(1, len(source.at(SAMPLES, MESH).runs)):
+    for start in range(1, len(source.full(SAMPLES, MESH).segments)):
         error, of = error_of(source, plan_of(source, (2, 1, 1), (0, start)))
         assert error <= TOLERANCE, (start, of)
 
@@ -119,9 +119,9 @@ def test_two_losses_of_the_same_split_targets() -> None:
     """What is done to targets before they are counted is done once."""
     block = (("auxiliary_loss", 0),)
     source = source_of(recipe_of(block, block))
-    folded = source.at(SAMPLES, MESH)
-    model = Split(formulate(folded, MESH.device, 1))
-    kinds = {folded.keys[n]: info(n).name for n in folded.representatives()}
+    layered = source.full(SAMPLES, MESH)
+    model = Split(formulate(layered, MESH.device, 1))
+    kinds = {layered.keys[n]: info(n).name for n in layered.representatives()}
     split = {"aten.reshape": S(0), "aten.embedding": S(0)}
     allowed = {
         i: [o for o, _ in enumerate(node.options) if node.given(o) == (split.get(kinds.get(node.key, ""), R),)]
@@ -129,7 +129,7 @@ def test_two_losses_of_the_same_split_targets() -> None:
         if node.values
     }
     chosen = first_choice(model, {i: options for i, options in allowed.items() if options})
-    error, of = error_of(source, make_plan(folded, (1, 2, 1), SAMPLES, (0,), model.table, [chosen]))
+    error, of = error_of(source, make_plan(layered, (1, 2, 1), SAMPLES, (0,), model.table, [chosen]))
     assert error <= TOLERANCE, of
 
 
@@ -161,14 +161,14 @@ def test_a_wrong_strategy_shows(operator: str, given: Placement, wrong: Placemen
     }
     source = source_of(recipe_of((("linear_without_bias", 0), (steps[operator], 0), ("linear", 0))))
     plan = plan_of(source, (1, 1, 2))
-    folded = source.at(SAMPLES, MESH)
-    node = next(n for n in folded.representatives() if info(n).name == operator)
+    layered = source.full(SAMPLES, MESH)
+    node = next(n for n in layered.representatives() if info(n).name == operator)
     chosen = dict(plan.splits[0]["tp"])
-    before, key = folded.keys[folded.same[node.all_input_nodes[0]]], folded.keys[node]
+    before, key = layered.keys[layered.same[node.all_input_nodes[0]]], layered.keys[node]
     inputs = tuple(None if p is None else wrong if i == 0 else R for i, p in enumerate(chosen[key].inputs))
     chosen[key] = Strategy("wrong", inputs, (wrong,), shards_work=True)
     if given == P:
-        product = next(n for n in formulate(folded, MESH.device, 2).nodes if n.key == before)
+        product = next(n for n in formulate(layered, MESH.device, 2).nodes if n.key == before)
         chosen[before] = next(s for _, s in product.options if s.outputs[0] == P and s.inputs[0] != P)
     tampered = replace(plan, splits=({"tp": chosen},))
     with pytest.raises(PartitionError):
@@ -189,7 +189,7 @@ def recipe_of(*blocks: tuple[tuple[str, int], ...], loss: str = "cross_entropy",
 
 def plan_of(source: Source, degrees: tuple[int, int, int], starts: tuple[int, ...] = (0,)) -> Plan:
     """A plan of first strategies: samples over dp where the operators allow it, all whole over tp."""
-    folded = source.at(SAMPLES, MESH)
-    model = Split(formulate(folded, MESH.device, degrees[2]))
+    layered = source.full(SAMPLES, MESH)
+    model = Split(formulate(layered, MESH.device, degrees[2]))
     chosen = first_choice(model)
-    return make_plan(folded, degrees, SAMPLES, starts, model.table, [chosen] * degrees[0])
+    return make_plan(layered, degrees, SAMPLES, starts, model.table, [chosen] * degrees[0])

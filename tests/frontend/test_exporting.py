@@ -485,7 +485,7 @@ def test_caches_for_generation_are_left_out(name: str) -> None:
     plain, cached = models.MODELS[name](1), models.MODELS[name](1)
     cached.config.use_cache = True  # type: ignore[union-attr]
     batch, mesh = models.batch_for(name, torch.float32), Mesh.parse("2:cpu")
-    hashes = {Source(model, batch, torch.float32).at(models.SAMPLES, mesh).hash for model in (plain, cached)}
+    hashes = {Source(model, batch, torch.float32).full(models.SAMPLES, mesh).hash for model in (plain, cached)}
     assert len(hashes) == 1
     assert cached.config.use_cache  # type: ignore[union-attr]
     assert autopart.check(cached, mesh, batch, tp=2).gradient_error < 1e-5

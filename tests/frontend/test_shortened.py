@@ -13,7 +13,7 @@ import transformers as hf
 from models import WIDTH, WORDS, Batch, batch_for, build
 from torch import Tensor, nn
 
-from autopart.frontend.layer_sampling import shortenable
+from autopart.frontend.layer_sampling import sampled_layers
 from autopart.hardware.mesh import Mesh
 from autopart.ir.layered_graph import LayeredGraph, used_parameters
 from autopart.passes.source import Source
@@ -254,32 +254,32 @@ def numbers() -> Batch:
     return batch_for("mlp", torch.float32)
 
 
-def kinds(folded: LayeredGraph) -> list[int]:
+def kinds(layered: LayeredGraph) -> list[int]:
     """The class of every position, counted as they come."""
     seen: dict[int, int] = {}
-    return [seen.setdefault(folded.runs[run].kind, len(seen)) for run in folded.sequence]
+    return [seen.setdefault(layered.segments[run].kind, len(seen)) for run in layered.sequence]
 
 
-def counts(folded: LayeredGraph) -> dict[str, int]:
-    return {key: folded.count[node] for node, key in folded.keys.items()}
+def counts(layered: LayeredGraph) -> dict[str, int]:
+    return {key: layered.count[node] for node, key in layered.keys.items()}
 
 
-def names(folded: LayeredGraph) -> list[list[str]]:
+def names(layered: LayeredGraph) -> list[list[str]]:
     """The parameters that each position reads."""
     return [
-        [folded.parameter_at(position, p) for p in used_parameters(folded.runs[run])]
-        for position, run in enumerate(folded.sequence)
+        [layered.parameter_at(position, p) for p in used_parameters(layered.segments[run])]
+        for position, run in enumerate(layered.sequence)
     ]
 
 
-def sources(folded: LayeredGraph) -> list[object]:
-    return [folded.sources(position) for position in range(len(folded.sequence))]
+def sources(layered: LayeredGraph) -> list[object]:
+    return [layered.sources(position) for position in range(len(layered.sequence))]
 
 
 def both(model: nn.Module, batch: dict[str, Any]) -> tuple[LayeredGraph, LayeredGraph]:
     """The folded graph of a short and of a whole trace, found to say the same."""
     source = Source(model, batch, torch.float32)
-    short, full = source.short(2, MESH), source.at(2, MESH)
+    short, full = source.sampled(2, MESH), source.full(2, MESH)
     assert short.labels == full.labels
     assert kinds(short) == kinds(full)
     assert names(short) == names(full)
@@ -295,10 +295,10 @@ def both(model: nn.Module, batch: dict[str, Any]) -> tuple[LayeredGraph, Layered
 def test_a_family_is_planned_from_its_first_layers_whatever_the_batch(name: str) -> None:
     model, batch = family(name)
     short, full = both(model, batch)
-    assert len(short.runs) < len(full.runs) == len(full.sequence)
-    assert not short.walked
+    assert len(short.segments) < len(full.segments) == len(full.sequence)
+    assert not short.traced_in_full
     for samples in (4, 16) if name in SEVERAL_BATCHES else ():
-        larger = Source(model, batch, torch.float32).short(samples, MESH)
+        larger = Source(model, batch, torch.float32).sampled(samples, MESH)
         assert larger.hash == full.hash
         assert counts(larger) == counts(full)
 
@@ -306,43 +306,43 @@ def test_a_family_is_planned_from_its_first_layers_whatever_the_batch(name: str)
 @pytest.mark.parametrize("name", SHORT)
 def test_blocks_that_do_the_same_stand_for_each_other(name: str) -> None:
     short, full = both(SHORT[name](), numbers())
-    assert len(short.runs) < len(full.runs)
-    assert not short.walked
+    assert len(short.segments) < len(full.segments)
+    assert not short.traced_in_full
 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_other_blocks_do_not_and_the_reason_is_told(name: str) -> None:
     make, why = WHOLE[name]
     short, full = both(make(), numbers())
-    assert len(short.runs) == len(full.runs)
-    assert bool(short.walked) == bool(why)
-    assert re.search(why, short.walked), short.walked
+    assert len(short.segments) == len(full.segments)
+    assert bool(short.traced_in_full) == bool(why)
+    assert re.search(why, short.traced_in_full), short.traced_in_full
 
 
 def test_a_list_that_is_needed_whole_keeps_no_other_from_being_shortened() -> None:
     short, full = both(Heads(blocks()), numbers())
-    assert len(short.runs) < len(full.runs)
-    assert short.walked.startswith("heads: torch.export cannot trace")
+    assert len(short.segments) < len(full.segments)
+    assert short.traced_in_full.startswith("heads: torch.export cannot trace")
 
 
 def test_a_whole_trace_shows_what_a_short_one_could_not_see() -> None:
     source = Source(Stack([Gated(i + 1) for i in range(9)]), numbers(), torch.float32)
-    short, full = source.short(2, MESH), source.at(2, MESH)
-    assert len(short.runs) < len(full.runs)
+    short, full = source.sampled(2, MESH), source.full(2, MESH)
+    assert len(short.segments) < len(full.segments)
     assert short.hash != full.hash
 
 
 def test_the_model_itself_keeps_all_its_blocks() -> None:
     model = Stack(blocks())
     parameters = dict(model.named_parameters())
-    Source(model, numbers(), torch.float32).short(2, MESH)
+    Source(model, numbers(), torch.float32).sampled(2, MESH)
     assert len(model.blocks) == 9
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
 
 
 def test_a_hash_tells_models_apart() -> None:
     made = [Stack(blocks()), Stack(blocks(count=10)), Stack([Block(i, 24) for i in range(9)]), alternating()]
-    found = {Source(model, numbers(), torch.float32).short(2, MESH).hash for model in made}
+    found = {Source(model, numbers(), torch.float32).sampled(2, MESH).hash for model in made}
     assert len(found) == len(made)
 
 
@@ -352,7 +352,7 @@ def test_a_hash_tells_models_apart() -> None:
 )
 def test_as_few_blocks_are_kept_as_show_every_kind_twice(kinds_of_blocks: str, kept: int) -> None:
     model = Stack([Block(i, 16 if kind == "a" else 24) for i, kind in enumerate(kinds_of_blocks)])
-    (short,) = shortenable(model)
+    (short,) = sampled_layers(model)
     assert short.kept == kept
 
 
@@ -367,11 +367,11 @@ def test_equal_constants_are_one() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x + self.line(x) * torch.tensor(self.numbers, dtype=torch.float32)
 
-    def folded(*kinds: list[int]) -> LayeredGraph:
-        return Source(Stack([Counting(kind) for kind in kinds]), numbers(), torch.float32).short(2, MESH)
+    def layered(*kinds: list[int]) -> LayeredGraph:
+        return Source(Stack([Counting(kind) for kind in kinds]), numbers(), torch.float32).sampled(2, MESH)
 
     ones, twos = [1] * WIDTH, [2] * WIDTH
-    same, other = folded(*[ones] * 6), folded(*[ones, twos] * 3)
-    assert same.walked == "" and len(same.traced.buffers) == 1 and len(same.runs) < 6
+    same, other = layered(*[ones] * 6), layered(*[ones, twos] * 3)
+    assert same.traced_in_full == "" and len(same.traced.buffers) == 1 and len(same.segments) < 6
     assert len(other.traced.buffers) == 2
-    assert len({same.hash, other.hash, folded(*[twos] * 6).hash}) == 3
+    assert len({same.hash, other.hash, layered(*[twos] * 6).hash}) == 3

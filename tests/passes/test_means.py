@@ -118,7 +118,7 @@ def assert_as_one_process(name: str, found: Simulated) -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_is_known_for_a_mean(name: str) -> None:
-    traced = source(name).at(2, Mesh.of("2:cpu")).traced
+    traced = source(name).full(2, Mesh.of("2:cpu")).traced
     assert traced.mean_of_samples == LOSSES[name][1], traced.mixed_at
     assert traced.mixed_at == "" or traced.mixed_at.startswith("test_means.py:")
 

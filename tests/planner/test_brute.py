@@ -62,7 +62,7 @@ def test_no_plan_is_faster(chunk: int) -> None:
 def test_another_solver_finds_the_same(seed: int, tmp_path: Path) -> None:
     """The equations of a table, written to a file and solved by CBC."""
     space = problem(seed).space
-    space = SearchSpace(space.folded, replace(space.mesh, devices_per_host=4), space.request)
+    space = SearchSpace(space.layered, replace(space.mesh, devices_per_host=4), space.request)
     point = SearchPoint(1, 2, 1 + seed // SHARED % 2, 1)
     solver, costs = space.model(point).solver, space.costs(point, {})
     draw = np.random.default_rng(seed)

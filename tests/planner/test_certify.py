@@ -47,7 +47,7 @@ def planned(name: str, number: int) -> Plan:
 
 def wrong(plan: Plan, name: str = "gpt2") -> list[str]:
     return findings(
-        plan, source(name).at(4 if name == "gpt2" and plan.micro_batch != 4 else plan.micro_batch, plan.mesh)
+        plan, source(name).full(4 if name == "gpt2" and plan.micro_batch != 4 else plan.micro_batch, plan.mesh)
     )
 
 
@@ -57,7 +57,7 @@ def wrong(plan: Plan, name: str = "gpt2") -> list[str]:
 )
 def test_a_plan_of_the_planner_is_accepted(name: str, number: int) -> None:
     plan = planned(name, number)
-    assert not findings(plan, source(name).at(plan.micro_batch, plan.mesh))
+    assert not findings(plan, source(name).full(plan.micro_batch, plan.mesh))
 
 
 class Made(nn.Module):

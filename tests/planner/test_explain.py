@@ -57,14 +57,14 @@ def explanation(**settings: Any) -> Explanation:
 
 def modes(plan: Plan) -> dict[str, str]:
     """What every numbered block of a plan recomputes."""
-    labels = source().short(2, plan.mesh).labels
+    labels = source().sampled(2, plan.mesh).labels
     every = [mode for stage in plan.stages for mode in stage.recompute]
     return {label: mode for label, mode in zip(labels, every, strict=True) if is_block(label)}
 
 
 def starts(plan: Plan) -> list[str]:
     """The labels that stages start with."""
-    labels = source().short(2, plan.mesh).labels
+    labels = source().sampled(2, plan.mesh).labels
     return [labels[start] for start in plan.starts]
 
 

@@ -239,8 +239,8 @@ class Gated(nn.Module):
 def split(model: type[nn.Module], tp: int, forced: bool) -> Split:
     """The table of a model with its solver."""
     made = model(8)
-    folded = Source(made, {"x": torch.zeros(16, 8)}, torch.float32).at(2, Mesh.of("4:cpu"))
-    return Split(formulate(folded, Mesh.of("4:cpu").device, tp, forced))
+    layered = Source(made, {"x": torch.zeros(16, 8)}, torch.float32).full(2, Mesh.of("4:cpu"))
+    return Split(formulate(layered, Mesh.of("4:cpu").device, tp, forced))
 
 
 @lru_cache

@@ -32,7 +32,7 @@ from autopart.hardware.mesh import Mesh
 from autopart.runtime.calibrate.measure import OPERATORS, OPTIMIZERS, Found
 from autopart.runtime.calibrate.profile import line, middle, profile, to_toml
 from autopart.runtime.calibrate.run import calibrate
-from autopart.sharding.resharding import RELAYOUTS
+from autopart.sharding.resharding import RESHARDS
 from autopart.sharding.rules import has_rule
 
 RATE, BANDWIDTH, STEP = 1e11, 2e10, 1e-6
@@ -304,7 +304,7 @@ def test_ranks_that_wait_leave_their_cores_to_others(
     assert found[1] == pytest.approx(pace * found[0])
     links = mesh.intra, mesh.between(1, stages, micro_batches)
     assert p2p_seconds(1e5, links[1]) == pytest.approx(pace * p2p_seconds(1e5, links[0]))
-    group, row = mesh.group(1, 2), RELAYOUTS["P", "R"]
+    group, row = mesh.group(1, 2), RESHARDS["P", "R"]
     sums = [row_seconds(row, 1e5, group, True, device)[0] for device in (mesh.device, busy)]
     assert sums[1] == pytest.approx(pace * sums[0])
     steps = [update_seconds(1e6, True, True, Training("adamw", 0, group, 1), device) for device in (mesh.device, busy)]

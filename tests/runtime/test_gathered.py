@@ -61,10 +61,10 @@ def planned(name: str, behind: str, mesh: str = "2:cpu", **settings: Any) -> Pla
 def test_it_trains_like_one_process(name: str, settings: dict[str, Any]) -> None:
     """With whatever else is run or gathered again; the certificate knows it."""
     plan = planned(name, AGAIN, **settings)
-    folded = source(name).at(plan.micro_batch, plan.mesh)
-    emitted = [emit_stage(stage, plan, folded.traced.classes) for stage in stage_graphs(folded, plan)]
-    assert all("= gather_again(" in text for text in emitted)
-    assert not findings(Plan.from_json(plan.to_json()), folded)
+    layered = source(name).full(plan.micro_batch, plan.mesh)
+    emitted = [emit_stage(stage, plan, layered.traced.classes) for stage in stage_graphs(layered, plan)]
+    assert all("= all_gather_again(" in text for text in emitted)
+    assert not findings(Plan.from_json(plan.to_json()), layered)
     found = simulate_plan(source(name), plan)
     loss, gradients = one_process(deepcopy(source(name).model), source(name).batch)
     assert float(found.loss) == pytest.approx(float(loss), rel=1e-5)

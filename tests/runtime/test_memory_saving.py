@@ -102,14 +102,14 @@ class Measured:
 def measure(source: Source, plan: autopart.Plan) -> Measured:
     """One step of a plan on simulated ranks."""
     model, batch = source.model, source.batch
-    folded = source.at(plan.micro_batch, plan.mesh)
-    stages = programs(folded, plan)
+    layered = source.full(plan.micro_batch, plan.mesh)
+    stages = programs(layered, plan)
 
     def one(groups: Groups) -> Measured:
         found = Measured([], [], 0, 0, sum(p.nbytes for p in model.parameters()))
         with Memory([*model.parameters(), *model.buffers(), *batch.values()]) as memory:
             stage = stages[groups.pp.rank]
-            compiled = Compiled(model, plan, groups, stage, folded.traced.aliases, folded.traced.buffers)
+            compiled = Compiled(model, plan, groups, stage, layered.traced.aliases, layered.traced.buffers)
             actions = compiled.executor.actions
             forward, backward = actions[Op.FORWARD], actions[Op.BACKWARD]
 
@@ -333,11 +333,11 @@ def test_optimizers_that_need_all_of_a_weight_are_refused() -> None:
     plan = autopart.plan(model, "2:cpu", batch, dp=2, recompute="none")
     for zero in (0, 1, 3):
         chosen = dataclasses.replace(plan, zero=zero)
-        folded = Source(model, batch, torch.float32).at(plan.micro_batch, plan.mesh)
-        (stage,) = programs(folded, chosen)
+        layered = Source(model, batch, torch.float32).full(plan.micro_batch, plan.mesh)
+        (stage,) = programs(layered, chosen)
 
         def one(groups: Groups) -> None:
-            compiled = Compiled(model, chosen, groups, stage, {}, folded.traced.buffers)  # noqa: B023
+            compiled = Compiled(model, chosen, groups, stage, {}, layered.traced.buffers)  # noqa: B023
             compiled.optimizer(torch.optim.LBFGS)
 
         if zero:
@@ -352,8 +352,8 @@ def test_an_emitted_folder_of_slices_trains_as_one_process(tmp_path: Path) -> No
     model, batch = build("gpt2")
     plan = autopart.plan(model, "2:cpu", batch, dp=2, micro_batch=4, recompute="full")
     plan = forced(plan, 3, ["selective", "full"])
-    folded = Source(model, batch, torch.float32).at(plan.micro_batch, plan.mesh)
-    standalone.write(tmp_path, plan, programs(folded, plan), folded.traced.aliases, folded.traced.buffers, batch)
+    layered = Source(model, batch, torch.float32).full(plan.micro_batch, plan.mesh)
+    standalone.write(tmp_path, plan, programs(layered, plan), layered.traced.aliases, layered.traced.buffers, batch)
     given = [sys.executable, str(tmp_path / "run.py"), "--steps", "3", "--json"]
     found = subprocess.run(given, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr

@@ -52,12 +52,12 @@ def model_of(name: str) -> tuple[nn.Module, Tensors]:
 
 def train(source: Source, plan: autopart.Plan) -> list[tuple[Tensors, Sent, bool]]:
     """A step on simulated ranks: of every rank the gradients (on rank 0), what was sent when, whether all has come."""
-    folded = source.at(plan.micro_batch, plan.mesh)
-    stages = programs(folded, plan)
+    layered = source.full(plan.micro_batch, plan.mesh)
+    stages = programs(layered, plan)
 
     def one(groups: Groups) -> tuple[Tensors, Sent, bool]:
         stage = stages[groups.pp.rank]
-        compiled = Compiled(source.model, plan, groups, stage, folded.traced.aliases, folded.traced.buffers)
+        compiled = Compiled(source.model, plan, groups, stage, layered.traced.aliases, layered.traced.buffers)
         shared, sent = compiled.executor.shared, Sent()
         message = shared._message
 

@@ -156,13 +156,13 @@ def traced(seed: int, samples: int) -> LayeredGraph:
     for number in itertools.count(seed, 1000):
         torch.manual_seed(number)
         model = Small(random.Random(number), tied=seed >= TIED)
-        folded = Source(model, model.batch(samples), torch.float32).short(samples, Mesh.parse("1:cpu"))
-        looked_at = Model(formulate(folded, DEVICES["cpu"], 2))
+        layered = Source(model, model.batch(samples), torch.float32).sampled(samples, Mesh.parse("1:cpu"))
+        looked_at = Model(formulate(layered, DEVICES["cpu"], 2))
         try:
             Structure(looked_at.table, looked_at.passing).graph(True)
         except TooLarge:
             continue
-        return folded
+        return layered
     raise AssertionError
 
 
@@ -200,7 +200,7 @@ def problem(seed: int) -> Problem:
 
 def whole(space: SearchSpace) -> SearchSpace:
     """The same space, with every change of placement that there is: the planner leaves out some that bring nothing."""
-    found = SearchSpace(space.folded, space.mesh, space.request)
+    found = SearchSpace(space.layered, space.mesh, space.request)
     with mock.patch.object(_Builder, "_let_through", lambda self, flow: None):
         for point in points(space):
             found.model(point)

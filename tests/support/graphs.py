@@ -738,18 +738,18 @@ def draw_plan(draw: st.DrawFn, source: Source) -> Plan:
     agree on what passes between stages."""
     dp, tp = draw(st.sampled_from(((1, 2), (2, 1), (1, 4), (2, 2), (1, 1))))
     micro_batch = draw(st.sampled_from((SAMPLES, SAMPLES // 2, dp)))
-    if not source.at(max(2, micro_batch), MESH).traced.mean_of_samples:  # one sample shows nothing of it
+    if not source.full(max(2, micro_batch), MESH).traced.mean_of_samples:  # one sample shows nothing of it
         micro_batch = SAMPLES
-    folded = source.at(micro_batch, MESH)
-    positions = len(folded.labels)
+    layered = source.full(micro_batch, MESH)
+    positions = len(layered.labels)
     pp = draw(st.integers(1, min(3 if dp * tp < 4 else 2, positions)))
     cuts = draw(st.lists(st.integers(1, positions - 1), min_size=pp - 1, max_size=pp - 1, unique=True)
                 if pp > 1 else st.just([]))  # fmt: skip
-    mode = st.sampled_from(("none",) if folded.traced.updated else MODES)
-    modes = [draw(mode) if is_block(label) else "none" for label in folded.labels]
+    mode = st.sampled_from(("none",) if layered.traced.updated else MODES)
+    modes = [draw(mode) if is_block(label) else "none" for label in layered.labels]
     schedule = draw(st.sampled_from(("gpipe", "1f1b")))
     zero = draw(st.integers(0, 3))
-    model = Split(formulate(folded, MESH.device, tp, draw(st.booleans())))
+    model = Split(formulate(layered, MESH.device, tp, draw(st.booleans())))
     first = draw_choice(draw, model, {})
     alike = {
         n: [o for o, _ in enumerate(node.options) if all(node.given(o, i) == node.given(first[n], i) for i in outputs)]
@@ -758,7 +758,7 @@ def draw_plan(draw: st.DrawFn, source: Source) -> Plan:
     }
     chosen = [first if stage == 0 or draw(st.booleans()) else draw_choice(draw, model, alike) for stage in range(pp)]
     starts = (0, *sorted(cuts))
-    return make_plan(folded, (pp, dp, tp), micro_batch, starts, model.table, chosen, schedule, modes, zero)
+    return make_plan(layered, (pp, dp, tp), micro_batch, starts, model.table, chosen, schedule, modes, zero)
 
 
 def draw_choice(draw: st.DrawFn, model: Split, allowed: Mapping[int, list[int]]) -> tuple[int, ...]:
@@ -804,7 +804,7 @@ def is_possible(table: StrategyTable, chosen: Sequence[int]) -> bool:
 
 
 def make_plan(
-    folded: LayeredGraph,
+    layered: LayeredGraph,
     degrees: tuple[int, int, int],
     micro_batch: int,
     starts: tuple[int, ...],
@@ -816,7 +816,7 @@ def make_plan(
 ) -> Plan:
     """A plan with these decisions (`chosen`: the option of every node, in each stage) and no predictions."""
     pp, dp, tp = degrees
-    modes, ends = modes or ["none"] * len(folded.labels), (*starts[1:], len(folded.labels))
+    modes, ends = modes or ["none"] * len(layered.labels), (*starts[1:], len(layered.labels))
     return Plan(
         "Model", MESH, pp, dp, tp, micro_batch, SAMPLES, schedule, zero, "mixed", "float64", "sgd", None,
         tuple(splits_of(table, c, {"dp": dp, "tp": tp}) for c in chosen),
@@ -824,7 +824,7 @@ def make_plan(
             PlanStage(start, stage, tuple(modes[start:end]), 0.0, 0.0, 0.0, 0.0, {}, ())
             for stage, (start, end) in enumerate(zip(starts, ends, strict=True))
         ),
-        0.0, 0.0, 0.0, "feasible", 0.0, 0.0, Signature.of(folded),
+        0.0, 0.0, 0.0, "feasible", 0.0, 0.0, Signature.of(layered),
     )  # fmt: skip
 
 
@@ -878,9 +878,9 @@ def error_of(source: Source, plan: Plan) -> tuple[float, str]:
     that of a plan for one rank."""
     found = _simulated(source, plan)
     if "dropout" in {name for block in source.model.recipe.blocks for name, _ in block}:
-        folded = source.at(plan.micro_batch, MESH)
-        alone = Split(formulate(folded, MESH.device, 1))
-        plain = make_plan(folded, (1, 1, 1), plan.micro_batch, (0,), alone.table, [first_choice(alone)])
+        layered = source.full(plan.micro_batch, MESH)
+        alone = Split(formulate(layered, MESH.device, 1))
+        plain = make_plan(layered, (1, 1, 1), plan.micro_batch, (0,), alone.table, [first_choice(alone)])
         wanted = _simulated(source, plain)
     else:
         loss, values = whole(source.model, source.batch, plan.micro_batches)
@@ -921,9 +921,9 @@ def sensitivity(source: Source) -> float:
     return max(errors)
 
 
-def used(folded: LayeredGraph, plan: Plan) -> list[tuple[str, str, str]]:
+def used(layered: LayeredGraph, plan: Plan) -> list[tuple[str, str, str]]:
     """(operator, axis, strategy) of every decision of a plan."""
-    kinds = {folded.keys[n]: info(n) for n in folded.representatives()}
+    kinds = {layered.keys[n]: info(n) for n in layered.representatives()}
     return [
         (kinds[name].name if kinds[name].kind == "op" else kinds[name].kind, axis, strategy.name)
         for splits in plan.splits

@@ -39,18 +39,18 @@ def plural(label: str) -> str:
 def find_blocks(stage: StageGraph, modes: Sequence[str], sliced: bool, classes: Mapping[str, str]) -> dict[int, Block]:
     """The blocks by the index of their run: the numbered runs of a program that several share, those that are
     recomputed (`modes` says it of every run) and, with `sliced`, those that have weights to gather."""
-    users = Counter(weight for _, nodes in stage.runs for weight in _weights(nodes))
+    users = Counter(weight for _, nodes in stage.segments for weight in _weights(nodes))
     shared = {weight for weight, count in users.items() if count > 1}
     programs = {
         index: _program(label, nodes, shared)
-        for index, (label, nodes) in enumerate(stage.runs)
+        for index, (label, nodes) in enumerate(stage.segments)
         if re.search(r"\.\d+$", label) and not any(map(_counts_valid, nodes))
     }
     times = Counter(programs.values())
     kinds: dict[Any, str] = {}
     blocks: dict[int, Block] = {}
     for index, program in programs.items():
-        label, nodes = stage.runs[index]
+        label, nodes = stage.segments[index]
         gathers = sliced and bool(_weights(nodes) - shared)
         if times[program] < 2 and modes[index] == "none" and not gathers:
             continue

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from autopart.ir.graph import Info, info
-from autopart.sharding.resharding import RELAYOUTS
+from autopart.sharding.resharding import RESHARDS
 
-RESERVED = {*keyword.kwlist, *dir(builtins), *(row.function for row in RELAYOUTS.values()), "torch", "nn", "F", "layer",
+RESERVED = {*keyword.kwlist, *dir(builtins), *(row.function for row in RESHARDS.values()), "torch", "nn", "F", "layer",
             "rms_norm", "weight", "weight_slice", "gathered", "buffer", "stream", "dropout", "uniform", "recomputed",
             "recomputed_selectively", "grouped_linear", "self", "groups", "name"}  # fmt: skip
 

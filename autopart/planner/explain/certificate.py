@@ -19,8 +19,8 @@ from autopart.frontend.batch import DTYPES, Batch
 from autopart.ir.graph import Info, calls, info
 from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph, used_parameters
-from autopart.passes.partition import localise
-from autopart.passes.price_stage import PricedSegment, Prices, price
+from autopart.passes.partition import partition
+from autopart.passes.price_stage import PricedSegment, Prices, price_stage
 from autopart.passes.source import Source
 from autopart.passes.stage_graph import OWNED, PRELUDE_SEGMENT, Crossing, ShardingAssignment, StageGraph, backward_of
 from autopart.plan.data import Plan, PlanStage, Signature, usable_bytes
@@ -50,17 +50,17 @@ ASKED = (
 
 def certify(plan: Plan, model: nn.Module, batch: Batch) -> None:
     """Raise PartitionError with everything that is wrong with a plan for a model; `batch` as it was planned with."""
-    folded = Source(model, batch, DTYPES[plan.precision]).at(plan.micro_batch, plan.mesh)
-    wrong = findings(plan, folded)
+    layered = Source(model, batch, DTYPES[plan.precision]).full(plan.micro_batch, plan.mesh)
+    wrong = findings(plan, layered)
     if wrong:
         raise PartitionError("the plan does not hold", "; ".join(wrong), "plan again with autopart.plan(...)")
 
 
-def findings(plan: Plan, folded: LayeredGraph) -> list[str]:
+def findings(plan: Plan, layered: LayeredGraph) -> list[str]:
     """What is wrong with a plan for a model, all of which was traced with the plan's micro-batch. What is looked at
     later presumes what is looked at first."""
     for check in (_settings, strategy_findings, _numbers):
-        found = list(check(plan, folded))
+        found = list(check(plan, layered))
         if found:
             return found
     return []
@@ -69,10 +69,10 @@ def findings(plan: Plan, folded: LayeredGraph) -> list[str]:
 # ---- the settings -----------------------------------------------------------------------------------------
 
 
-def _settings(plan: Plan, folded: LayeredGraph) -> Iterator[str]:
+def _settings(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
     """Degrees, batch, cuts, recompute, bound."""
-    if plan.signature != Signature.of(folded):
-        yield f"signature: {plan.signature.difference(Signature.of(folded)) or 'it is not that of the model'}"
+    if plan.signature != Signature.of(layered):
+        yield f"signature: {plan.signature.difference(Signature.of(layered)) or 'it is not that of the model'}"
     if min(plan.pp, plan.dp, plan.tp) < 1 or plan.pp * plan.dp * plan.tp != plan.mesh.size:
         yield f"degrees: {plan.degrees} does not fill {plan.mesh.size} devices"
     for axis, degree in plan.mesh.axes:
@@ -91,18 +91,18 @@ def _settings(plan: Plan, folded: LayeredGraph) -> Iterator[str]:
         asked = plan.request.get(name)
         if asked is not None and asked != getattr(plan, name):
             yield f"{name}: {getattr(plan, name)}, asked for {asked}"
-    missing = {info(n).name for n in folded.representatives() if info(n).kind == "op"} - {"autopart.getitem"}
+    missing = {info(n).name for n in layered.representatives() if info(n).kind == "op"} - {"autopart.getitem"}
     if plan.replicated != tuple(sorted(n for n in missing if not has_rule(n))):
         yield "replicated: not the operators without a rule"
-    cuts = list(cut_findings(plan, folded))
-    yield from cuts or _modes(plan, folded)
+    cuts = list(cut_findings(plan, layered))
+    yield from cuts or _modes(plan, layered)
     yield from _bound(plan)
 
 
-def _modes(plan: Plan, folded: LayeredGraph) -> Iterator[str]:
+def _modes(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
     """What the plan says of all blocks."""
     modes = [mode for stage in plan.stages for mode in stage.recompute]
-    kinds = {mode for mode, label in zip(modes, folded.labels, strict=True) if is_block(label)}
+    kinds = {mode for mode, label in zip(modes, layered.labels, strict=True) if is_block(label)}
     told = next(iter(kinds), "none") if len(kinds) < 2 else "mixed"
     if plan.recompute != told:
         yield f"recompute: {plan.recompute!r}, the stages say {told!r}"
@@ -122,24 +122,24 @@ def _bound(plan: Plan) -> Iterator[str]:
 # ---- the numbers ------------------------------------------------------------------------------------------
 
 
-def _numbers(plan: Plan, folded: LayeredGraph) -> Iterator[str]:
+def _numbers(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
     """Seconds and bytes."""
     choices, m = choices_of(plan), plan.micro_batches
-    flops = m * sum(info(node).model_flops for node in calls(folded.traced.graph))
+    flops = m * sum(info(node).model_flops for node in calls(layered.traced.graph))
     if not _same(plan.forward_flops, flops):
         yield f"forward_flops: {flops}, the plan says {plan.forward_flops}"
     seconds = []
-    for graph, stage, span in zip(localise(folded, choices), plan.stages, spans_of(plan, folded), strict=True):
+    for graph, stage, span in zip(partition(layered, choices), plan.stages, spans_of(plan, layered), strict=True):
         name = f"stage {graph.index}"
         groups = {"dp": plan.mesh.group(plan.tp, plan.dp), "tp": plan.mesh.group(1, plan.tp)}
         device = plan.mesh.busy_device(plan.pp, m)
-        priced = price(graph, Prices(device, {axis: groups[axis] for axis, _ in choices.axes}))
+        priced = price_stage(graph, Prices(device, {axis: groups[axis] for axis, _ in choices.axes}))
         runs = dict(zip(graph.indices, priced, strict=True))
-        times = _seconds(plan, folded, choices, graph, runs, span)
+        times = _seconds(plan, layered, choices, graph, runs, span)
         for part, value in times.items():
             if not _same(getattr(stage, part), value):
                 yield f"{name}: {part} are {value}, the plan says {getattr(stage, part)}"
-        held = _bytes(plan, folded, choices, graph, span)
+        held = _bytes(plan, layered, choices, graph, span)
         net = abs(stage.memory.get("activations", 0.0) - held["activations"]) + BYTES * held["activations"]
         for part in {**held, **stage.memory}:
             told, found = stage.memory.get(part, -1.0), held.get(part, -1.0)
@@ -148,7 +148,7 @@ def _numbers(plan: Plan, folded: LayeredGraph) -> Iterator[str]:
                 yield f"{name}: memory of {part} is {held.get(part)} bytes, the plan says {stage.memory.get(part)}"
         if plan.request.get("must_fit", True) and sum(held.values()) > usable_bytes(plan.mesh) * (1 + EQUAL):
             yield f"{name}: memory of {sum(held.values())} bytes is more than the device's {usable_bytes(plan.mesh)}"
-        yield from _printed(stage, folded, runs, span, name)
+        yield from _printed(stage, layered, runs, span, name)
         sends = _sends(plan, graph)
         pairs = zip(stage.sends, sends, strict=False)
         alike = all(told[:2] == made[:2] and _same(told[2], made[2]) for told, made in pairs)
@@ -167,7 +167,7 @@ def _same(one: float, other: float) -> bool:
 
 def _seconds(
     plan: Plan,
-    folded: LayeredGraph,
+    layered: LayeredGraph,
     choices: ShardingAssignment,
     graph: StageGraph,
     runs: dict[int, PricedSegment],
@@ -180,13 +180,13 @@ def _seconds(
         mode = modes.get(run, "none")
         again += priced.again if mode == "full" else priced.cheap if mode == "selective" else 0.0
     sync, device, training = 0.0, plan.mesh.busy_device(plan.pp, plan.micro_batches), _training(plan)
-    for record, placed, nbytes in _parameters(folded, choices, span, graph.index):
+    for record, placed, nbytes in _parameters(layered, choices, span, graph.index):
         over_dp = _summed(choices, record, placed, "dp")
         sync += training.sync_seconds(nbytes, over_dp)
         sync += update_seconds(nbytes, record.grad, over_dp, training, device)
         if _summed(choices, record, placed, "tp"):
             sync += training.partial_sync_seconds(nbytes, plan.mesh.group(1, plan.tp))
-    sync -= training.backwards * device.beside * _hidden(plan, folded, choices, runs, span, graph.index)
+    sync -= training.backwards * device.beside * _hidden(plan, layered, choices, runs, span, graph.index)
     return {
         "forward_seconds": sum(r.forward for r in runs.values()),
         "backward_seconds": sum(r.backward for r in runs.values()) + again,
@@ -197,7 +197,7 @@ def _seconds(
 
 def _hidden(
     plan: Plan,
-    folded: LayeredGraph,
+    layered: LayeredGraph,
     choices: ShardingAssignment,
     runs: dict[int, PricedSegment],
     span: range,
@@ -205,14 +205,14 @@ def _hidden(
 ) -> float:
     """Seconds that gradients travel beside a stage's backward: while some are ready and it goes on, which then takes
     1 / `Device.beside` times as long. Those of parameters that several runs read do not."""
-    readers = Counter(p for run in folded.runs for p in used_parameters(run))
+    readers = Counter(p for run in layered.segments for p in used_parameters(run))
     training, ready, hidden, share = _training(plan), 0.0, 0.0, plan.mesh.device.beside
     alone = {p for p, many in readers.items() if many == 1}
     for run in reversed(span):
         takes = (runs[run].backward if run in runs else 0.0) / share if share else 0.0
         hidden, ready = hidden + min(ready, takes), max(0.0, ready - takes)
-        for node in alone.intersection(used_parameters(folded.runs[run])):
-            placed = choices.placements(folded, (node, 0), stage)
+        for node in alone.intersection(used_parameters(layered.segments[run])):
+            placed = choices.placements(layered, (node, 0), stage)
             summed = _summed(choices, info(node), placed, "dp")
             ready += training.beside_seconds(choices.size((node, 0), placed), summed)
     return hidden
@@ -241,11 +241,11 @@ def _training(plan: Plan) -> Training:
 
 
 def _parameters(
-    folded: LayeredGraph, choices: ShardingAssignment, span: Sequence[int], stage: int
+    layered: LayeredGraph, choices: ShardingAssignment, span: Sequence[int], stage: int
 ) -> list[tuple[Info, tuple[Placement, ...], float]]:
     """The parameters that some runs read, each once, with their placement and bytes on a rank."""
-    found = dict.fromkeys(p for run in span for p in used_parameters(folded.runs[run]))
-    placed = [choices.placements(folded, (p, 0), stage) for p in found]
+    found = dict.fromkeys(p for run in span for p in used_parameters(layered.segments[run]))
+    placed = [choices.placements(layered, (p, 0), stage) for p in found]
     return [(info(p), at, choices.size((p, 0), at)) for p, at in zip(found, placed, strict=True)]
 
 
@@ -257,22 +257,22 @@ def _summed(choices: ShardingAssignment, record: Info, placed: Sequence[Placemen
 
 
 def _bytes(
-    plan: Plan, folded: LayeredGraph, choices: ShardingAssignment, graph: StageGraph, span: range
+    plan: Plan, layered: LayeredGraph, choices: ShardingAssignment, graph: StageGraph, span: range
 ) -> dict[str, float]:
     """Of a rank of a stage, by the names they have in plans."""
     training, parts = _training(plan), [0.0, 0.0, 0.0]
-    for record, placed, nbytes in _parameters(folded, choices, span, graph.index):
+    for record, placed, nbytes in _parameters(layered, choices, span, graph.index):
         held = training.memory(nbytes, record.grad, _summed(choices, record, placed, "dp"))
         parts = [a + b for a, b in zip(parts, held, strict=True)]
     summed = {
         run: [
             training.summed(n, r.grad, _summed(choices, r, p, "dp"))
-            for r, p, n in _parameters(folded, choices, [run], graph.index)
+            for r, p, n in _parameters(layered, choices, [run], graph.index)
         ]
         for run in span
     }
     modes = dict(zip(span, plan.stages[graph.index].recompute, strict=True))
-    nodes = dict(zip(graph.indices, (mine for _, mine in graph.runs), strict=True))
+    nodes = dict(zip(graph.indices, (mine for _, mine in graph.segments), strict=True))
     rerun = [run for run in nodes if modes.get(run, "none") != "none"]
     whole: dict[int, float] = defaultdict(float)
     wide: dict[int, float] = defaultdict(float)
@@ -281,7 +281,7 @@ def _bytes(
     for memory in graph.kept.values():
         for run, size in memory.wide.items():
             wide[run] += size
-        (run, *_) = memory.runs
+        (run, *_) = memory.segments
         if memory.shared:
             kept += memory.size
         else:
@@ -291,7 +291,7 @@ def _bytes(
     results: dict[int, float] = {}
     shared: set[fx.Node] = set()
     for run in nodes if rerun else ():
-        taken = _taken(nodes[run]) if run != PRELUDE_SEGMENT and is_block(folded.labels[run]) else []
+        taken = _taken(nodes[run]) if run != PRELUDE_SEGMENT and is_block(layered.labels[run]) else []
         shared.update(n for n in taken if info(n).several)
         entered = sum(info(n).size for n in taken if run in rerun and not info(n).several)
         by_products = [info(n) for n in nodes[run] if info(n).product and not info(n).view]
@@ -299,20 +299,20 @@ def _bytes(
         of_run[run] = of_run.get(run, 0.0) + entered + results[run]
     kept += sum(of_run.values()) + sum(info(n).size for n in shared)
     flights = in_flight(plan.schedule, graph.index, plan.pp, plan.micro_batches)
-    every = [(n, r.grad, _summed(choices, r, p, "dp")) for r, p, n in _parameters(folded, choices, span, graph.index)]
+    every = [(n, r.grad, _summed(choices, r, p, "dp")) for r, p, n in _parameters(layered, choices, span, graph.index)]
     stepped, messages = ([each(*row) for row in every] for each in (training.stepping, training.summed))
     made = sum(stepped) if training.together else max(stepped, default=0.0)
     made = max(made, training.ending(sum(messages), max(messages, default=0.0)))
     arriving = on_its_way(sum(crossing.size for crossing in graph.received), flights, plan.micro_batches)
-    own = _gradients(plan, folded, choices, span, graph.index)
+    own = _gradients(plan, layered, choices, span, graph.index)
     backwards: list[tuple[dict[int, float], bool, float]] = [({}, False, 0.0)]
     if flights == plan.micro_batches:
         backwards = [(own, True, 0.0), ({}, False, kept)][:flights]
     transient = made - flights * kept - arriving
-    of_blocks = [run for run in span if is_block(folded.labels[run])]
+    of_blocks = [run for run in span if is_block(layered.labels[run])]
     alike = len({modes[run] for run in of_blocks}) <= 1
     leaving = {r: size for r, size in of_run.items() if r not in of_blocks or alike}
-    waits = _waiting(plan, folded, choices, span, graph.index)
+    waits = _waiting(plan, layered, choices, span, graph.index)
     for absent, first, gone in backwards:
         transient = max(transient, -sum(absent.values()) - gone)
         for run in (*span, PRELUDE_SEGMENT):
@@ -337,30 +337,30 @@ def _bytes(
 
 
 def _gradients(
-    plan: Plan, folded: LayeredGraph, choices: ShardingAssignment, span: range, stage: int
+    plan: Plan, layered: LayeredGraph, choices: ShardingAssignment, span: range, stage: int
 ) -> dict[int, float]:
     """Bytes of the gradients of every run's parameters that no other run of the model reads."""
-    training, readers = _training(plan), Counter(p for run in folded.runs for p in used_parameters(run))
+    training, readers = _training(plan), Counter(p for run in layered.segments for p in used_parameters(run))
     found: dict[int, float] = defaultdict(float)
     for run in span:
-        for node in used_parameters(folded.runs[run]):
+        for node in used_parameters(layered.segments[run]):
             if readers[node] == 1:
-                placed = choices.placements(folded, (node, 0), stage)
+                placed = choices.placements(layered, (node, 0), stage)
                 over_dp = _summed(choices, info(node), placed, "dp")
                 found[run] += training.memory(choices.size((node, 0), placed), info(node).grad, over_dp)[1]
     return found
 
 
 def _waiting(
-    plan: Plan, folded: LayeredGraph, choices: ShardingAssignment, span: range, stage: int
+    plan: Plan, layered: LayeredGraph, choices: ShardingAssignment, span: range, stage: int
 ) -> dict[int, float]:
     """Last run of a stage that reads a parameter which an earlier one reads too -> bytes of the gradients that wait."""
     training, found = _training(plan), defaultdict[int, float](float)
-    readers = {node: run for run in reversed(span) for node in used_parameters(folded.runs[run])}
+    readers = {node: run for run in reversed(span) for node in used_parameters(layered.segments[run])}
     for run in reversed(span):
-        for node in used_parameters(folded.runs[run]):
+        for node in used_parameters(layered.segments[run]):
             if readers.pop(node, run) != run:
-                placed = choices.placements(folded, (node, 0), stage)
+                placed = choices.placements(layered, (node, 0), stage)
                 shared = _summed(choices, info(node), placed, "dp")
                 found[run] += training.waiting(choices.size((node, 0), placed), info(node).grad, shared)
     return {run: size for run, size in found.items() if size}
@@ -374,11 +374,11 @@ def _taken(nodes: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def _printed(
-    stage: PlanStage, folded: LayeredGraph, runs: dict[int, PricedSegment], span: range, name: str
+    stage: PlanStage, layered: LayeredGraph, runs: dict[int, PricedSegment], span: range, name: str
 ) -> Iterator[str]:
     """Whether what is printed of a stage is all of it."""
     labels = [label for run in stage.runs for label in run.labels]
-    if Counter(labels) != Counter([""] * (PRELUDE_SEGMENT in runs) + [folded.labels[p] for p in span if p in runs]):
+    if Counter(labels) != Counter([""] * (PRELUDE_SEGMENT in runs) + [layered.labels[p] for p in span if p in runs]):
         yield f"{name}: the runs printed are not those it has"
         return
     total = sum(run.seconds * len(run.labels) for run in stage.runs)

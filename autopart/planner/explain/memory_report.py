@@ -13,7 +13,7 @@ from autopart.passes.source import Source
 from autopart.plan.data import Plan, bytes_text
 from autopart.planner.explain.reprice import decided
 from autopart.planner.memory_tree import KINDS, Leaf, leaves, totals
-from autopart.planner.write_plan import localised
+from autopart.planner.write_plan import partitioned
 
 TOLD = 0.01
 """Share of a stage's bytes below which a leaf is not printed."""
@@ -59,9 +59,9 @@ def tenants(plan: Plan, model: nn.Module, batch: Batch) -> tuple[Tenants, ...]:
 def found_in(plan: Plan, source: Source) -> tuple[Tenants, ...]:
     """`tenants` for a model that may be traced already."""
     space, found = decided(plan, source)
-    stages, spans = [], pairwise((*plan.starts, len(space.folded.labels)))
+    stages, spans = [], pairwise((*plan.starts, len(space.layered.labels)))
     for index, (stage, span) in enumerate(zip(plan.stages, spans, strict=True)):
-        choices, graph = localised(space, found, plan.splits[stage.splits], span)
+        choices, graph = partitioned(space, found, plan.splits[stage.splits], span)
         stages.append(_tree(index, leaves(space, found, choices, graph, span, stage.recompute, index)))
     return tuple(stages)
 

@@ -58,10 +58,10 @@ def decided(plan: Plan, source: Source) -> tuple[SearchSpace, SearchResult]:
     replace(request, pp=plan.pp, dp=plan.dp, tp=plan.tp).check(plan.mesh)
     if plan.micro_batch % plan.dp:
         raise PartitionError(f"{plan.micro_batch} samples do not divide over dp={plan.dp} ranks")
-    folded = source.like(plan)
-    space = SearchSpace(folded, plan.mesh, request)
+    layered = source.like(plan)
+    space = SearchSpace(layered, plan.mesh, request)
     point = SearchPoint(plan.pp, plan.dp, plan.tp, plan.micro_batch, plan.zero)
-    _check_stages(plan, folded.labels, folded.traced.updated)
+    _check_stages(plan, layered.labels, layered.traced.updated)
     ways = [_chosen(space, point, splits) for splits in plan.splits]
     chosen = tuple(ways[stage.splits] for stage in plan.stages)
     _check_interface(space, point, chosen)

@@ -215,7 +215,7 @@ class Explanation:
             return Answer(text, None, float("inf"), against, (), f"{error.what}: {error.why}", took, self.asked, None)
         plan = write_out(space, found, time.monotonic(), self.plan.model)
         took = time.process_time() - started
-        differs = tuple(differences(self.plan, plan, self.space.folded.labels))
+        differs = tuple(differences(self.plan, plan, self.space.layered.labels))
         return Answer(text, plan.step_seconds, found.bound, against, differs, "", took, self.asked, plan)
 
     @property
@@ -275,7 +275,7 @@ class Explanation:
     def _on(self, mesh: Mesh, rate: float = 1.0) -> SearchSpace:
         """The space of another mesh, with the same tables."""
         models = {tp: _faster(model, rate) for tp, model in self.space.models.items()}
-        return SearchSpace(self.space.folded, mesh, self.space.request, models)
+        return SearchSpace(self.space.layered, mesh, self.space.request, models)
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.why()))

@@ -456,7 +456,7 @@ COLLECTIVES: Mapping[str, Callable[[Tensor, Group], Any]] = {
     "all_reduce": lambda x, group: collectives.reduce_from(x, group),
     "all_gather": lambda x, group: collectives.gather_from(x[group.rank], group, 0),
     "reduce_scatter": lambda x, group: collectives.reduce_scatter_to(x, group, 0),
-    "all_to_all": lambda x, group: collectives.exchange(x, group, 1, 0),
+    "all_to_all": lambda x, group: collectives.all_to_all(x, group, 1, 0),
     "merged_all_reduce": lambda x, group: sum_together(_split(x, group), group),
     "merged_all_gather": _gathered,
     "merged_reduce_scatter": lambda x, group: scatter_sum(_split(x, group), group),

@@ -21,7 +21,7 @@ Linear = int | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Local:
-    """What runs on a shard in place of the operator when a letter is split: a name that `localise` and the
+    """What runs on a shard in place of the operator when a letter is split: a name that `partition` and the
     emitter know, the placement of the output where it is not the one the row says, and whether each rank's part of
     the sum is rows of its own, which may go on as such from one of these operators to the next (placement M)."""
 
