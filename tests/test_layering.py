@@ -28,7 +28,7 @@ ROOMS = (
 )
 # (import, the only files that may have it), both regular expressions.
 ONLY_IN = (
-    (r"(pulp|highspy)\b", r"passes/solve\.py"),
+    (r"(pulp|highspy)\b", r"passes/solve(_stages)?\.py"),
     (r"triton\b", r"kernels/.*"),
     (r"torch\.(.*\.)?_(?!_)", r"frontend/torch_private\.py"),
 )

@@ -21,7 +21,8 @@ from autopart.hardware.rows import Device, Link
 from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.formulate import formulate
-from autopart.passes.solve import Coupled, Solution, Solver
+from autopart.passes.solve import Solution, Solver
+from autopart.passes.solve_stages import Coupled
 from autopart.plan.data import usable_bytes
 from autopart.plan.schedules import SCHEDULES, in_flight
 from autopart.planner.allowed_choices import Options, both, modes_of, options_of, positions_of, stages_of

@@ -1,0 +1,175 @@
+"""StrategyTable -> the ILP's constraint matrix, as arrays.
+
+The constraints are equations (1) to (4) of `autopart.passes.formulate`. The matrix of a table depends on no price.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from autopart.cost.compute import Array
+from autopart.cost.sizes import Sizes, paths
+from autopart.sharding.strategy_table import Placements, ValueUses
+
+Integers = npt.NDArray[np.int64]
+Entries = tuple[Integers, Integers, Array]
+"""Row, variable and coefficient of a matrix's entries. Coefficients that are given for one place twice add up."""
+
+INFINITE = float("inf")
+
+
+class ConstraintMatrix:
+    """The constraints on the variables of a table.
+
+    The variables are, in this order: the strategies x[v, s], the reshards c[f, w] and the saved tensors k[m, p], each
+    in the order of `Sizes`, and the moves e[f, u, p, q]. All but the moves have a price.
+
+    strategies      how many variables are strategies;  priced: are no moves;  columns: there are
+    rows            of every constraint: its variables, their coefficients, its lower and its upper bound
+    moves, changes  pairs of a move and a reshard, for values with one use: the reshard is priced by way of the move,
+                    and its own variable is in no constraint
+    stand, first    the variables that stand for priced variable i are stand[first[i]:first[i + 1]]
+    awaited         one move for every way to take a partial sum that passes from segment to segment
+    used            the variables that constraints have;  place: variable -> its index among them, or -1
+    """
+
+    def __init__(self, sizes: Sizes, group: int | None = None) -> None:
+        """With `group`, the constraints are those of one class of segments and of what exchanges values with it: enough
+        to bound what the class costs, where all else costs nothing."""
+        self.sizes, self.table = sizes, sizes.table
+        held = self._held(group)
+        self.strategies = int(sizes.first[-1])
+        self.priced = self.strategies + len(sizes.changes) + len(sizes.kept)
+        self.columns = self.priced
+        self.rows: list[tuple[list[int], list[float], float, float]] = []
+        self.awaited: list[int] = []
+        self._paid: list[tuple[int, int]] = []
+        for node in sorted(held):
+            self.rows.append((self.options(node), [1.0] * len(self.options(node)), 1.0, 1.0))
+        for tied in self.table.tied:
+            for node in tied[1:]:
+                for here, there in zip(self.options(tied[0]), self.options(node), strict=True) if node in held else ():
+                    self._equal([here], [there])
+        for index, flow in enumerate(self.table.flows):
+            if flow.source in held and all(node in held for node, _ in flow.uses):
+                self._moves(index, flow)
+        self._kept(held)
+        self._number(group)
+
+    def _number(self, group: int | None) -> None:
+        """Find which variables stand for priced ones, and which are used at all."""
+        self.moves, self.changes = np.array(self._paid, dtype=np.int64).reshape(-1, 2).T
+        own = np.setdiff1d(np.arange(self.priced), self.changes)
+        priced, stand = np.concatenate([own, self.changes]), np.concatenate([own, self.moves])
+        self.stand = stand[np.argsort(priced, kind="stable")]
+        self.first = np.searchsorted(np.sort(priced), np.arange(self.priced + 1))
+        self.used = np.arange(self.columns) if group is None else np.unique(np.concatenate([c for c, *_ in self.rows]))
+        self.place = np.full(self.columns, -1)
+        self.place[self.used] = np.arange(len(self.used))
+
+    def options(self, node: int) -> list[int]:
+        """The variables of a node: one for each of its strategies."""
+        return list(range(int(self.sizes.first[node]), int(self.sizes.first[node + 1])))
+
+    def _spread(self, row: Integers, priced: Integers, number: Array) -> Entries:
+        """Entries over the variables that stand for priced ones, from entries over priced variables.
+
+        The result is sorted, with one entry for each place.
+        """
+        count = self.first[priced + 1] - self.first[priced]
+        entry = np.repeat(np.arange(len(row)), count)
+        turn = np.arange(len(entry)) - np.repeat(np.cumsum(count) - count, count)
+        places = row[entry] * self.columns + self.stand[self.first[priced[entry]] + turn]
+        places, same = np.unique(places, return_inverse=True)
+        total = np.bincount(same, number[entry]).astype(np.float64)
+        return places // self.columns, places % self.columns, total
+
+    def _held(self, group: int | None) -> set[int]:
+        """The nodes of a class of segments with those that exchange values with them; all nodes if `group` is None."""
+        nodes = range(len(self.table.nodes))
+        if group is None:
+            return set(nodes)
+        inside = {n for n in nodes if self.table.nodes[n].group == group}
+        ends = [{f.source, *(node for node, _ in f.uses)} for f in self.table.flows]
+        near = inside.union(*(e for e in ends if e & inside))
+        return near.union(*(set(t) for t in self.table.tied if near & set(t)))
+
+    def _equal(self, left: Sequence[int], right: Sequence[int]) -> None:
+        """sum(left) = sum(right)."""
+        self.rows.append(([*left, *right], [1.0] * len(left) + [-1.0] * len(right), 0.0, 0.0))
+
+    def _covers(self, column: int, variables: Sequence[int]) -> None:
+        """column >= sum(variables)."""
+        self.rows.append(([column, *variables], [1.0] + [-1.0] * len(variables), 0.0, INFINITE))
+
+    def _moves(self, index: int, flow: ValueUses) -> None:
+        """Equations (2) and (3) of one flow."""
+        source = self.table.nodes[flow.source]
+        give: dict[Placements, list[int]] = defaultdict(list)
+        for option, variable in enumerate(self.options(flow.source)):
+            give[source.given(option, flow.output)].append(variable)
+        outside: dict[tuple[Placements, Placements], list[int]] = defaultdict(list)
+        uses: dict[tuple[int, int], bool] = {}
+        for use, inside in zip(flow.uses, flow.inside, strict=True):
+            uses[use] = uses.get(use, True) and inside
+        for (node, operand), inside in uses.items():
+            take: dict[Placements, list[int]] = defaultdict(list)
+            for option, variable in enumerate(self.options(node)):
+                take[self.table.nodes[node].taken(option, operand)].append(variable)
+            leaving: dict[Placements, list[int]] = defaultdict(list)
+            arriving: dict[Placements, list[int]] = defaultdict(list)
+            paying: dict[int, list[int]] = defaultdict(list)
+            for have, want in ((h, w) for h in give for w in take if (h, w) in flow.chains):
+                move, self.columns = self.columns, self.columns + 1
+                leaving[have].append(move)
+                arriving[want].append(move)
+                for key in paths(flow.chains[have, want]):
+                    change = self.strategies + self.sizes.change_index[index, have, key]
+                    if len(uses) == 1:
+                        self._paid.append((move, change))
+                    else:
+                        paying[change].append(move)
+                if any(p.kind == "P" for p in have) and not inside:
+                    outside[have, want].append(move)
+            for have, variables in give.items():
+                self._equal(variables, leaving[have])
+            for want, variables in take.items():
+                self._equal(variables, arriving[want])
+            for change, moves in paying.items():
+                self._covers(change, moves)
+        self._partial_sums(flow, outside, sum(not inside for inside in uses.values()))
+
+    def _partial_sums(
+        self, flow: ValueUses, outside: Mapping[tuple[Placements, Placements], list[int]], users: int
+    ) -> None:
+        """All uses in other segments than the one that makes a partial sum take it in the same placement.
+
+        `outside` has the moves of partial sums to the uses in other segments, by the placements before and after;
+        `users` is the number of these uses.
+        """
+        if max(flow.homes, default=-1) >= 0:
+            self.awaited += [moves[0] for moves in outside.values()]
+        for moves in outside.values():
+            for other in moves[1:]:
+                self._equal([moves[0]], [other])
+            if len(moves) < users:
+                self.rows.append(([moves[0]], [1.0], 0.0, 0.0))
+
+    def _kept(self, held: set[int]) -> None:
+        """Equation (4)."""
+        start = self.strategies + len(self.sizes.changes)
+        for index, keep in enumerate(self.table.keeps):
+            keepers = dict.fromkeys(keep.keepers) if keep.root in held else {}
+            for keeper, (node, operand) in enumerate(keepers):
+                by: dict[Placements, list[int]] = defaultdict(list)
+                if node not in held:
+                    continue
+                options = self.options(keep.root if operand == -2 else node)
+                for placed, variable in zip(self.sizes.keeps[index][keeper], options, strict=True):
+                    by[placed].append(variable)
+                for placed, variables in by.items():
+                    self._covers(start + self.sizes.kept[index, placed], variables)
