@@ -11,6 +11,6 @@ if [ "$has_gpu" != True ]; then
     exit
 fi
 "$python" -m pytest -o addopts= -m gpu -v tests
-"$python" benchmarks/rms_norm.py
-"$python" benchmarks/dropout.py
-"$python" benchmarks/gpu.py --json benchmarks/results/gpu.json
+"$python" -m benchmarks.kernels.rms_norm
+"$python" -m benchmarks.kernels.dropout
+"$python" -m benchmarks.accuracy.gpu --json benchmarks/results/gpu.json

@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from autopart.cli.main import app
-from benchmarks.documents import DOCS, write_between
+from benchmarks.support.documents import DOCS, write_between
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -72,10 +72,10 @@ def test_commands_of_the_shell_have_their_options(path: Path) -> None:
 
 @documents
 def test_benchmarks_have_their_options(path: Path) -> None:
-    for file, *rest in commands(path, "python"):
-        if file.startswith("benchmarks/"):
-            source = (ROOT / file).read_text()
-            assert all(f'"{word}"' in source for word in rest if word.startswith("--")), (file, rest)
+    for flag, *rest in commands(path, "python"):
+        if flag == "-m" and rest[0].startswith("benchmarks."):
+            source = (ROOT / f"{rest[0].replace('.', '/')}.py").read_text()
+            assert all(f'"{word}"' in source for word in rest if word.startswith("--")), rest
 
 
 @documents

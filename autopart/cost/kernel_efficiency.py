@@ -14,7 +14,7 @@ the roofline is Williams, Waterman and Patterson, CACM 52(4), 2009. `sustained` 
 with all multiprocessors busy; a kernel that leaves some idle runs at the full clock.
 
 Everything is vectorised over numpy arrays: sizes may be numbers or arrays. Sizes count elements, rates are per second.
-`benchmarks/fit.py` fits the constants to published measurements and prints their errors.
+`benchmarks/accuracy/fit.py` fits the constants to published measurements and prints their errors.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ import pytest
 
 from autopart import Mesh
 from autopart.plan.schedules import instructions, simulate
-from benchmarks.accuracy import (
+from benchmarks.accuracy.published import Bench, Published, read
+from benchmarks.accuracy.published_runs import (
     FILES,
     Scored,
     again_seconds,
@@ -24,7 +25,6 @@ from benchmarks.accuracy import (
     step_seconds,
     why_not,
 )
-from benchmarks.published import Bench, Published, read
 
 ROWS = {file: list(read(file)) for file in FILES}
 

@@ -7,9 +7,9 @@ import pytest
 
 from autopart.plan.schedules import Op, compute_order
 from autopart.planner.explain.memory_report import found_in
-from benchmarks.accuracy import as_held, held, plan_of
-from benchmarks.published import Bench, Published, read
-from benchmarks.reserved import alive, besides, elements, late
+from benchmarks.accuracy.published import Bench, Published, read
+from benchmarks.accuracy.published_runs import as_held, held, plan_of
+from benchmarks.accuracy.reserved import alive, besides, elements, late
 
 ROWS = {row.name: row for row in read("torchtitan_llama3.csv")}
 BENCH = Bench(as_run=True)

@@ -1,7 +1,8 @@
 """Models as users write them, of sizes drawn at random, train split as they do on one process.
 
-They are those of benchmarks/handwritten.py whose operators transformers' models do not have: complex numbers,
-recurrent cells, norms of weights, buffers that are written and never read. `benchmarks/zoo.py --outside` tries more.
+They are those of benchmarks/coverage/handwritten.py whose operators transformers' models do not have: complex numbers,
+recurrent cells, norms of weights, buffers that are written and never read.
+`python -m benchmarks.coverage.zoo --outside` tries more.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import pytest
 import torch
 
 import autopart
-from benchmarks.exactness import TOLERANCE, error_of, verdict
-from benchmarks.handwritten import MODELS, build
+from benchmarks.coverage.exactness import TOLERANCE, error_of, verdict
+from benchmarks.coverage.handwritten import MODELS, build
 
 NAMES = """cells distilled fourier_mixer fourier_operator implicit_field kolmogorov_arnold recommender residual_mlp
     spectral_norm transcriber weight_norm""".split()

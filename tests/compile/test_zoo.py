@@ -1,4 +1,4 @@
-"""Tiny models of ten architectures on four processes train as one process does: a sample of benchmarks/zoo.py."""
+"""Tiny models of ten architectures train on four processes as on one: a sample of benchmarks/coverage/zoo.py."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from autopart.hardware import DEVICES, LINKS
 from autopart.hardware.mesh import Group
 from autopart.hardware.rows import Link
 from benchmarks import fit
-from benchmarks.fit import silicon_of
+from benchmarks.accuracy.fit import silicon_of
 
 GPUS = [name for name in DEVICES if name != "cpu"]
 
@@ -290,7 +290,7 @@ def test_measured_points_are_interpolated() -> None:
     assert all(a <= b for a, b in pairwise(times.tolist()))
 
 
-# How far the frozen constants are from measurements: `python benchmarks/fit.py`.
+# How far the frozen constants are from measurements: `python -m benchmarks.accuracy.fit`.
 
 
 def test_operators_of_a_v100() -> None:

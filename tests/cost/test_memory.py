@@ -16,9 +16,9 @@ from autopart.cli.main import app
 from autopart.cost.training_state import Training
 from autopart.hardware.mesh import Mesh
 from autopart.runtime.standalone import OPTIMIZERS
-from benchmarks.accuracy import as_held
-from benchmarks.memory import MIXED, Bench, Memory, Row, layers
-from benchmarks.published import read
+from benchmarks.accuracy.memory import MIXED, Bench, Memory, Row, layers
+from benchmarks.accuracy.published import read
+from benchmarks.accuracy.published_runs import as_held
 
 ZERO = {"dp": 2, "micro_batch": 4, **MIXED}
 SUMMED = {"dp": 2, "micro_batch": 2, "recompute": "full", **MIXED}

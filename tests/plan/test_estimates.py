@@ -18,8 +18,8 @@ from autopart.cli import models as models
 from autopart.cli.main import app
 from autopart.hardware.mesh import Mesh
 from autopart.plan.data import usable_bytes
-from benchmarks.accuracy import plan_of
-from benchmarks.published import DATA, Bench, read
+from benchmarks.accuracy.published import DATA, Bench, read
+from benchmarks.accuracy.published_runs import plan_of
 
 BENCH = Bench()
 SEQSEL = "seqsel_2205.05198_iter_time_a100.csv"

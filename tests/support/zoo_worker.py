@@ -19,7 +19,7 @@ from torch import nn
 
 import autopart
 from autopart.compile.check import one_process, worst_error
-from benchmarks.zoo_models import build
+from benchmarks.coverage.zoo_models import build
 
 SAMPLES = 4
 

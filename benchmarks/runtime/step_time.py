@@ -14,7 +14,6 @@ import gc
 import json
 import os
 import platform
-import shlex
 import statistics
 import sys
 import time
@@ -46,6 +45,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import autopart
 from autopart.runtime.launch import launch
+from benchmarks.support.command import command_line
 
 SEED = 0
 RATE = 0.1
@@ -114,7 +114,7 @@ def main() -> None:
             f"{options.processes} processes need as many GPUs, and torch finds {devices}; "
             "CUDA_VISIBLE_DEVICES= runs them on the CPU"
         )
-    status = launch([sys.executable, __file__, *sys.argv[1:]], options.processes)
+    status = launch([sys.executable, "-m", __spec__.name, *sys.argv[1:]], options.processes)
     sys.exit(status)
 
 
@@ -161,7 +161,7 @@ def run_rank(options: argparse.Namespace) -> None:
         judge(rows, reference)
         compare(rows)
         record = {
-            "command": shlex.join(["python", f"benchmarks/{Path(__file__).name}", *sys.argv[1:]]),
+            "command": command_line(),
             "versions": versions(),
             "config": configuration(setting, reference, time.perf_counter() - started),
             "rows": list(rows.values()),

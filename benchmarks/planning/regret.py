@@ -6,8 +6,8 @@ them what the planner takes when it is asked for nothing, on a profile that `aut
 A few rounds find those that are close to the best; these take turns for more. Regret is the median over rounds of the
 choice's seconds over those of the best, less one.
 
-    python benchmarks/regret.py                              # all: three quarters of an hour
-    python benchmarks/regret.py --ranks 4 --pairs 0 1        # a part; results of others stay in the file
+    python -m benchmarks.planning.regret                              # all: three quarters of an hour
+    python -m benchmarks.planning.regret --ranks 4 --pairs 0 1        # a part; results of others stay in the file
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks import Job, begin, on_all_ranks, parsed, prepared, time_steps
 from rich.console import Console
 from rich.table import Table
 
 import autopart
+from benchmarks.runtime.ranks import Job, begin, on_all_ranks, parsed, prepared, time_steps
 
-RESULTS = Path(__file__).parent / "results" / "regret.json"
+RESULTS = Path(__file__).parents[1] / "results" / "regret.json"
 PAIRS: list[tuple[str, tuple[int, int, int, int]]] = [
     ("gpt2", (256, 4, 128, 8)),
     ("gpt2", (384, 4, 64, 16)),
@@ -54,7 +54,7 @@ def main() -> None:
     if "RANK" in os.environ:
         run_rank(options)
         return
-    on_all_ranks(__file__, options, [["--pairs", str(pair)] for pair in options.pairs])
+    on_all_ranks(__spec__.name, options, [["--pairs", str(pair)] for pair in options.pairs])
     show(json.loads(options.json.read_text()))
 
 

@@ -29,7 +29,7 @@ from autopart.passes.source import Source
 from autopart.planner.make_plan import make_plan
 from autopart.planner.request import Request, read_constraints
 
-DATA = Path(__file__).resolve().parent / "data"
+DATA = Path(__file__).resolve().parents[1] / "data"
 DEVICES = (
     ("DGX-2", "v100-32gb-dgx2"),
     ("A100 (DGX-A100)", "a100-40gb"),

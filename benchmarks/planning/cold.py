@@ -9,7 +9,7 @@ AutoParallel and Galvatron are beside them as they were measured earlier on a ma
 here, and their searches are for other spaces: AutoParallel takes the mesh's shape as given, which is chosen here.
 
 `--zoo` plans every architecture of transformers at the sizes that its configuration has by default, and large models at
-the sizes that their authors published, on 8x8:h100-80gb, in bfloat16, through the public API: `planning_zoo.py`.
+the sizes that their authors published, on 8x8:h100-80gb, in bfloat16, through the public API: `every_model.py`.
 `--zoo --docs` writes the table of the last results into docs/zoo.md.
 """
 
@@ -21,7 +21,6 @@ import json
 import os
 import platform
 import resource
-import shlex
 import signal
 import statistics
 import subprocess
@@ -33,11 +32,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import planning_zoo
 from rich.console import Console
 from rich.table import Table
 
-HERE = Path(__file__).resolve().parent
+from benchmarks.planning import every_model
+from benchmarks.support.command import command_line
+
+HERE = Path(__file__).resolve().parents[1]
 DEPTHS = (4, 16, 64, 126)
 DEPTH_RATIO = 1.5
 """How many times as long the deepest may take to plan as the shallowest."""
@@ -248,10 +249,10 @@ def main() -> int:
     parser.add_argument("--docs", action="store_true", help="write the last table of --zoo into docs/zoo.md")
     options = parser.parse_args()
     if options.docs:
-        planning_zoo.into_docs(options.json)
+        every_model.into_docs(options.json)
         return 0
     if options.zoo:
-        return planning_zoo.main(options.rows, options.every, options.limit, options.json)
+        return every_model.main(options.rows, options.every, options.limit, options.json)
     unknown = set(options.rows) - {r.name for r in ROWS}
     if unknown:
         parser.error(f"no such row: {', '.join(sorted(unknown))}")
@@ -275,7 +276,13 @@ def main() -> int:
         console.print(", ".join(f"{k} {v}" if k != "peer" else v for k, v in peer.items()), highlight=False)
     if options.json:
         machine = {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count()}
-        found = {"command": shlex.join(sys.argv), **machine, "depth ratio": ratio, "rows": rows, "peers": peers()}
+        found = {
+            "command": command_line(),
+            **machine,
+            "depth ratio": ratio,
+            "rows": rows,
+            "peers": peers(),
+        }
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0 if all(r["met"] for r in rows) and (ratio is None or ratio < DEPTH_RATIO) else 1
 

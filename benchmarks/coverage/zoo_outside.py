@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from handwritten import MODELS as HANDWRITTEN
-from handwritten import build as by_hand
 from torch import nn
+
+from benchmarks.coverage.handwritten import MODELS as HANDWRITTEN
+from benchmarks.coverage.handwritten import build as by_hand
 
 Tensor = torch.Tensor
 Built = tuple[nn.Module, dict[str, Any]]

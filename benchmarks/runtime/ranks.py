@@ -123,9 +123,9 @@ def profiled(ranks: int, file: Path, rounds: int) -> str:
     return f"{ranks}:{name}"
 
 
-def on_ranks(script: str, ranks: int, arguments: Sequence[str]) -> None:
-    """Run a script as so many ranks; ends this process where they fail."""
-    status = launch([sys.executable, script, *arguments], ranks)
+def on_ranks(module: str, ranks: int, arguments: Sequence[str]) -> None:
+    """Run a module as so many ranks; ends this process where they fail."""
+    status = launch([sys.executable, "-m", module, *arguments], ranks)
     if status:
         sys.exit(status)
 
@@ -140,8 +140,8 @@ def parsed(parser: argparse.ArgumentParser, known: Sequence[int], steps: int, re
     return parser.parse_args()
 
 
-def on_all_ranks(script: str, options: argparse.Namespace, parts: Sequence[Sequence[str]] = ((),)) -> None:
-    """Run a script as every number of ranks asked for, once with the arguments of every part, each time with a profile
+def on_all_ranks(module: str, options: argparse.Namespace, parts: Sequence[Sequence[str]] = ((),)) -> None:
+    """Run a module as every number of ranks asked for, once with the arguments of every part, each time with a profile
     of its own where none is given: machines change."""
     for ranks, arguments in itertools.product(options.ranks, parts):
         with tempfile.TemporaryDirectory() as folder:
@@ -149,7 +149,7 @@ def on_all_ranks(script: str, options: argparse.Namespace, parts: Sequence[Seque
             if not options.profile:
                 profiled(ranks, file, options.rounds)
             given = ["--ranks", str(ranks), "--steps", str(options.steps), "--json", str(options.json)]
-            on_ranks(script, ranks, [*given, "--profile", str(file), *arguments])
+            on_ranks(module, ranks, [*given, "--profile", str(file), *arguments])
 
 
 def begin() -> None:

@@ -4,8 +4,8 @@ A row is a model under given degrees, ZeRO level, recompute and micro-batch on 1
 gloo); its plan is made and priced on the profile that `autopart calibrate` wrote in the same run. Results of earlier
 runs stay in the file for rows that are not run.
 
-    python benchmarks/measured.py                    # all: about 10 minutes
-    python benchmarks/measured.py --ranks 4          # a part
+    python -m benchmarks.accuracy.measured                    # all: about 10 minutes
+    python -m benchmarks.accuracy.measured --ranks 4          # a part
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accuracy import kendall
-from ranks import Job, begin, merge, on_all_ranks, parsed, time_jobs
 from rich.console import Console
 from rich.table import Table
 
 import autopart
+from benchmarks.accuracy.published_runs import kendall
+from benchmarks.runtime.ranks import Job, begin, merge, on_all_ranks, parsed, time_jobs
 
-RESULTS = Path(__file__).parent / "results" / "measured.json"
+RESULTS = Path(__file__).parents[1] / "results" / "measured.json"
 KEY = ("ranks", "job")
 
 GPT2 = "gpt2", (512, 4, 128, 8)
@@ -75,7 +75,7 @@ def main() -> None:
     if "RANK" in os.environ:
         run_rank(options)
         return
-    on_all_ranks(__file__, options)
+    on_all_ranks(__spec__.name, options)
     show(json.loads(options.json.read_text()))
 
 

@@ -6,7 +6,7 @@ both times, so that neither side is held to a size the other may leave. Both tim
 model, beside the measured one where it was published. The planner searches a space that has the expert's plan in it, so
 its own choice must be at least as fast in every row: the exit status says whether it is.
 
-`benchmarks/published.py` reads the rows and names what this project cannot express in each.
+`benchmarks/accuracy/published.py` reads the rows and names what this project cannot express in each.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import platform
-import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,10 +25,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from autopart import Estimate, Mesh, PartitionError, Plan
-from benchmarks.published import Bench, Published, read
+from benchmarks.accuracy.published import Bench, Published, read
+from benchmarks.support.command import command_line
 
 FILES = ("megatron_sc21_table1_a100.csv", "torchtitan_llama3.csv")
 SLOW = 20.0
@@ -183,7 +181,11 @@ def main() -> int:
         f"expert's, {len(wrong)} wrong; searches over {SLOW:.0f} s: {', '.join(r.expert.name for r in slow) or 'none'}"
     )
     if options.json:
-        run = {"torch": torch.__version__, "python": platform.python_version(), "command": shlex.join(sys.argv)}
+        run = {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "command": command_line(),
+        }
         options.json.write_text(json.dumps({**run, "rows": [to_json(r) for r in rows]}, indent=1) + "\n")
     return 1 if slower or wrong else 0
 

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import statistics
 import sys
 import time
@@ -33,14 +32,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import autopart
 from autopart import PartitionError, Plan
 from autopart.cli import models as models
 from autopart.frontend.batch import DTYPES
 from autopart.hardware.cuda import of_cuda
 from autopart.runtime.launch import launch
+from benchmarks.support.command import command_line
 
 WARM_UP, STEPS = 3, 10
 """Steps before those that are timed, and these."""
@@ -258,7 +256,16 @@ def run(row: Row, dry: bool, device: str) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         file, into = Path(folder) / "plan.json", Path(folder) / "found.json"
         plan.save(file)
-        line = [sys.executable, __file__, "--rank-of", row.name, str(file), str(into), *(["--dry"] if dry else [])]
+        line = [
+            sys.executable,
+            "-m",
+            __spec__.name,
+            "--rank-of",
+            row.name,
+            str(file),
+            str(into),
+            *(["--dry"] if dry else []),
+        ]
         environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if dry else {})}
         status = launch(line, row.devices, environment)
         found = json.loads(into.read_text()) if into.exists() else {"status": f"failed, exit status {status}"}
@@ -356,7 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         be_a_rank(next(r for r in rows() if r.name == name), Plan.load(plan), options.dry, Path(into))
         return 0
     if not options.dry and not torch.cuda.is_available():
-        sys.exit("benchmarks/gpu.py needs a CUDA device, and torch finds none; --dry runs tiny versions on the CPU")
+        sys.exit("this benchmark needs a CUDA device, and torch finds none; --dry runs tiny versions on the CPU")
     device, count = ("cpu", math.inf) if options.dry else here()
     console = Console(width=None if sys.stdout.isatty() else 200)
     asked = [row for row in rows() if any(text in row.name for text in options.only)]
@@ -371,7 +378,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for kind, score in scores.items():
         console.print(f"{kind}: " + ", ".join(f"{k} {v if k == 'rows' else f'{v:+.1%}'}" for k, v in score.items()))
     if options.json:
-        versions = {"torch": torch.__version__, "python": platform.python_version(), "command": shlex.join(sys.argv)}
+        versions = {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "command": command_line(),
+        }
         where = {"device": device, "dry": options.dry}
         if not options.dry:
             where |= {"gpu": torch.cuda.get_device_name(), "gpus": count}

@@ -25,7 +25,7 @@ from autopart.hardware import DEVICES, LINKS
 from autopart.hardware.mesh import Group
 from autopart.hardware.rows import Link, Silicon
 
-DATA = Path(__file__).resolve().parent / "data"
+DATA = Path(__file__).resolve().parents[1] / "data"
 Floats = NDArray[np.float64]
 MIB = float(2**20)
 FAILED = 1e8

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import shlex
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ from torch.nn import functional as F
 import autopart
 from autopart.runtime import random
 from autopart.runtime.simulated import World, simulated_groups
+from benchmarks.support.command import command_line
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = {"cpu": ["8x256x768", "8x1024x1024", "4x12x256x256", "64x64"],
@@ -154,7 +154,7 @@ def main() -> None:
         torch.set_num_threads(1)
     dtype, shapes = getattr(torch, options.dtype), [[int(n) for n in text.split("x")] for text in options.shape]
     record: dict[str, Any] = {
-        "command": shlex.join(["python", "benchmarks/dropout.py", *sys.argv[1:]]),
+        "command": command_line(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

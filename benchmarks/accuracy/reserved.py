@@ -39,7 +39,7 @@ from autopart import Plan
 from autopart.passes.source import Source
 from autopart.plan.schedules import in_flight
 from autopart.planner.explain.memory_report import Tenants, found_in
-from benchmarks.published import Published
+from benchmarks.accuracy.published import Published
 
 PLANNED_LOGITS = {False: 3.0, True: 2.5}
 """Float32 tensors of the logits that a plan counts: log-softmax, its gradient, the logits'; where logits are split:

@@ -19,10 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from alone import Row, alone
-from documents import DOCS, write_between
+from benchmarks.support.alone import Row, alone
+from benchmarks.support.documents import DOCS, write_between
 
-RESULTS = Path(__file__).parent / "results" / "planning_zoo.json"
+RESULTS = Path(__file__).parents[1] / "results" / "planning_zoo.json"
 MESH = "8x8:h100-80gb"
 GLOBAL_BATCH = 64
 EXAMPLE = 2
@@ -126,9 +126,9 @@ LARGE: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
 def large(name: str) -> tuple[Any, dict[str, Any]]:
     """A large model on meta, with its batch."""
     import torch
-    from zoo_models import published
 
     from autopart.cli.models import SIZES
+    from benchmarks.coverage.zoo_models import published
 
     task, model_type, settings = LARGE[name]
     settings = settings or SIZES[name][1]
@@ -145,9 +145,9 @@ def large(name: str) -> tuple[Any, dict[str, Any]]:
 def trial(task: str, name: str) -> Row:
     """Build a model on meta and plan it; `task` is "large" for one of LARGE."""
     import torch
-    from zoo_models import Unbuildable, published
 
     import autopart
+    from benchmarks.coverage.zoo_models import Unbuildable, published
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -178,9 +178,9 @@ def main(only: Sequence[str], every: int, limit: int, path: Path | None) -> int:
     architectures), print the table, write the figures; the exit status is 1 where the goals are missed."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical", "OMP_NUM_THREADS": "1"}
     import transformers  # noqa: F401  # imported once, before the forks
-    from zoo_models import architectures
 
     import autopart  # noqa: F401
+    from benchmarks.coverage.zoo_models import architectures
 
     names = [*(("large", name) for name in LARGE), *architectures()[:: 1 if only else every]]
     todo = [pair for pair in names if not only or ":".join(pair) in only]

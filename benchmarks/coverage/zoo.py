@@ -5,11 +5,11 @@ what the planner chooses by itself, and one of sizes drawn at random (`zoo_model
 gradient and every buffer of a step must be one process's to 1e-5, relative. Ranks are threads of one process here;
 tests run a sample on real ones, over gloo. Each model has a process of its own, so that none can stop the others.
 
-    python benchmarks/zoo.py                        # all, about an hour on two cores
-    python benchmarks/zoo.py --only clm:gpt2,mlm:bert --seed 3
-    python benchmarks/zoo.py --outside              # models of other packages (extra `zoo`), and some written by hand
-    python benchmarks/zoo.py --docs                 # writes the table of the last results into docs/zoo.md
-    python benchmarks/zoo.py --outside --docs       # likewise
+    python -m benchmarks.coverage.zoo                        # all, about an hour on two cores
+    python -m benchmarks.coverage.zoo --only clm:gpt2,mlm:bert --seed 3
+    python -m benchmarks.coverage.zoo --outside              # other packages' models (extra `zoo`), and handwritten
+    python -m benchmarks.coverage.zoo --docs                 # writes the table of the last results into docs/zoo.md
+    python -m benchmarks.coverage.zoo --outside --docs       # likewise
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from alone import Row, alone, cpu_seconds
-from documents import DOCS, write_between
+from benchmarks.support.alone import Row, alone, cpu_seconds
+from benchmarks.support.documents import DOCS, write_between
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
 OUTSIDE = ROOT / "benchmarks" / "results" / "zoo_outside.json"
 MESH = "4:cpu"
@@ -49,7 +49,7 @@ TITLES["hand"] = "written by hand"
 
 def trial(task: str, model_type: str, seed: int) -> Row:
     """Build one architecture tiny, and train it under every setting; and in a drawn size, under a drawn one."""
-    from zoo_models import TINY, Unbuildable, build, drawn
+    from benchmarks.coverage.zoo_models import TINY, Unbuildable, build, drawn
 
     row: Row = {"outcomes": {}, "seconds": {}, "plans": {}, "split": {}}
     *tiny, other = TRIALS
@@ -71,7 +71,7 @@ def trial(task: str, model_type: str, seed: int) -> Row:
 
 def trial_outside(package: str, name: str) -> Row:
     """Build one model of another package, or one written by hand, and train it under every setting."""
-    from zoo_outside import build
+    from benchmarks.coverage.zoo_outside import build
 
     row: Row = {"outcomes": {}, "seconds": {}, "plans": {}, "split": {}}
     try:
@@ -86,7 +86,8 @@ def trial_outside(package: str, name: str) -> Row:
 def train(row: Row, model: Any, batch: Any, trials: Mapping[str, Mapping[str, int]]) -> None:
     """Train a model under the degrees of every trial, and note in its row what came of it."""
     import torch
-    from exactness import verdict
+
+    from benchmarks.coverage.exactness import verdict
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -184,11 +185,11 @@ def notes(rows: Sequence[Row]) -> Iterator[str]:
 
 def wanted(only: str, outside: bool) -> Iterator[tuple[str, str]]:
     if outside:
-        from zoo_outside import MODELS
+        from benchmarks.coverage.zoo_outside import MODELS
 
         every: Iterator[tuple[str, str]] = (tuple(name.split(":")) for name in MODELS)  # type: ignore[misc]
     else:
-        from zoo_models import architectures
+        from benchmarks.coverage.zoo_models import architectures
 
         every = architectures()
     for task, model_type in every:
@@ -214,9 +215,8 @@ def main() -> None:
         return
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}
     started = time.monotonic()
-    import zoo_models  # noqa: F401  # imported once, before the forks
-
     import autopart  # noqa: F401
+    from benchmarks.coverage import zoo_models  # noqa: F401  # imported once, before the forks
 
     todo = list(wanted(arguments.only, arguments.outside))[:: arguments.every]
     rows = []
@@ -234,7 +234,7 @@ def main() -> None:
             told = same.pop() if len(same) == 1 else told
             print(f"{len(rows)}/{len(todo)} {row['task']}:{row['model']} {row['cpu']:.0f} s {told}", flush=True)
     arguments.json.parent.mkdir(exist_ok=True)
-    command = " ".join(["python", "benchmarks/zoo.py", *sys.argv[1:]])
+    command = " ".join(["python", "benchmarks/coverage/zoo.py", *sys.argv[1:]])
     result = {"command": command, "seconds": round(time.monotonic() - started), "rows": rows}
     arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     print(table(rows))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
 
 import torch
 from opinfo import chosen

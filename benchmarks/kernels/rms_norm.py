@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("benchmarks/rms_norm.py needs a CUDA device, and torch finds none")
+        sys.exit("benchmarks/kernels/rms_norm.py needs a CUDA device, and torch finds none")
     for width in options.width:
         for rows in options.rows:
             report(rows, width, getattr(torch, options.dtype))

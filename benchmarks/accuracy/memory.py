@@ -5,7 +5,7 @@ steps with an optimizer on simulated ranks, threads of this process. A dispatch 
 rank makes until it is let go of; what simulated collectives need beyond their results is not counted. The peak is that
 of the last step. Weights of the model itself and the batch are apart.
 
-    python benchmarks/memory.py [--only TEXT] [--drawn N [--seed SEED]] [--json FILE]
+    python -m benchmarks.accuracy.memory [--only TEXT] [--drawn N [--seed SEED]] [--json FILE]
 
 `--drawn` takes configurations that are drawn instead of the table's.
 
@@ -23,7 +23,6 @@ import json
 import math
 import platform
 import random
-import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -40,8 +39,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from autopart import Mesh, Plan
 from autopart.compile.programs import programs
 from autopart.frontend.batch import DTYPES
@@ -53,9 +50,10 @@ from autopart.runtime.groups import Groups
 from autopart.runtime.process_group import Group
 from autopart.runtime.simulated import run_simulated
 from autopart.runtime.standalone import OPTIMIZERS
+from benchmarks.support.command import command_line
 
-LAYERS_FILE = Path(__file__).with_name("data") / "seqsel_2205.05198_activation_memory.csv"
-RESULTS = Path(__file__).with_name("results") / "memory.json"
+LAYERS_FILE = Path(__file__).parents[1] / "data" / "seqsel_2205.05198_activation_memory.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "memory.json"
 STEPS = 3
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send", "receive")
 Batch = Mapping[str, torch.Tensor]
@@ -431,7 +429,11 @@ def main() -> None:
     console.print(table(rows))
     console.print(summary(rows))
     if file := options.json or (None if options.only or options.drawn else RESULTS):
-        run = {"torch": torch.__version__, "python": platform.python_version(), "command": shlex.join(sys.argv)}
+        run = {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "command": command_line(),
+        }
         file.write_text(
             json.dumps({**run, "summary": summary(rows), "rows": [asdict(r) for r in rows]}, indent=1) + "\n"
         )

@@ -6,7 +6,7 @@ error is predicted / published - 1. Nothing is fitted on these rows. A row whose
 context parallelism, asynchronous tensor parallelism) is named and not scored.
 
 What is known of how a row ran and no plan says is added or taken away by formula, which `differences` and
-`benchmarks/reserved.py` tell with their sources.
+`benchmarks/accuracy/reserved.py` tell with their sources.
 
 `--memory` prints the predicted bytes of the fullest stage beside what was published, of plans with master copies in
 float32, as the runs had them: what the allocator reserved at most, more than what tensors took. `--cross` fits the
@@ -19,7 +19,6 @@ import argparse
 import json
 import math
 import platform
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,16 +32,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from autopart import Estimate, Mesh, PartitionError, Plan, timeline
 from autopart.cost.collectives import collective_seconds, merged_seconds
 from autopart.cost.compute import stream_rate_seconds
 from autopart.cost.training_state import Training, turns, update_seconds
 from autopart.plan.data import PlanSegment, PlanStage
-from benchmarks.fit import Collectives, Fabric, Fitted, Profile, refits
-from benchmarks.published import Bench, Published, read
-from benchmarks.reserved import reserved
+from benchmarks.accuracy.fit import Collectives, Fabric, Fitted, Profile, refits
+from benchmarks.accuracy.published import Bench, Published, read
+from benchmarks.accuracy.reserved import reserved
+from benchmarks.support.command import command_line
 
 FILES = {
     "megatron_sc21_table1_a100.csv": "Megatron-LM SC21, A100",
@@ -494,7 +492,11 @@ def main() -> int:
     for line in failed:
         console.print(f"no plan: {line}", markup=False, highlight=False)
     if options.json:
-        run = {"torch": torch.__version__, "python": platform.python_version(), "command": shlex.join(sys.argv)}
+        run = {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "command": command_line(),
+        }
         data = {**run, "scores": [asdict(s) for s in scores], "rows": [to_json(s) for s in everything]}
         data |= {"memory": [to_json(s) for s in held]} if options.memory else {}
         data |= {"cross": [asdict(f) for f in fitted]} if fitted else {}

@@ -4,10 +4,10 @@ Through the public API alone: `autopart.plan(model, "4:cpu", batch)`, then `auto
 of its own, with autopart and transformers imported before. Printed are how many plans were certified, the CPU seconds
 of planning (user and system, tracing counted) and the proven gaps, beside those of a baseline for the same models.
 
-    python benchmarks/certificates.py                           # all
-    python benchmarks/certificates.py --only clm:gpt2,img:vit
-    python benchmarks/certificates.py --every 12 --json FILE    # a sample
-    python benchmarks/certificates.py --degrees tp=2,pp=2       # degrees that are asked for
+    python -m benchmarks.planning.certificates                           # all
+    python -m benchmarks.planning.certificates --only clm:gpt2,img:vit
+    python -m benchmarks.planning.certificates --every 12 --json FILE    # a sample
+    python -m benchmarks.planning.certificates --degrees tp=2,pp=2       # degrees that are asked for
 
 A baseline is an earlier file of results, of the same settings: --baseline FILE.
 """
@@ -28,9 +28,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alone import Row, alone, cpu_seconds
+from benchmarks.support.alone import Row, alone, cpu_seconds
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 CPU_LIMIT = 3.0
 """CPU seconds that planning a tiny model may take over imports."""
 GIVEN_UP = 300
@@ -41,9 +41,9 @@ FIGURES = ("pp", "dp", "tp", "micro_batch", "zero", "recompute", "step_seconds",
 def trial(task: str, model_type: str, settings: Mapping[str, Any]) -> Row:
     """Build, plan and certify one architecture."""
     import torch
-    from zoo_models import Unbuildable, build
 
     import autopart
+    from benchmarks.coverage.zoo_models import Unbuildable, build
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -111,9 +111,8 @@ def main() -> None:
     parser.add_argument("--baseline", type=Path, default=RESULTS / "certificates_baseline.json", metavar="FILE")
     arguments = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}
-    from zoo_models import architectures
-
     import autopart  # noqa: F401  # imported once, before the forks
+    from benchmarks.coverage.zoo_models import architectures
 
     names = set(arguments.only.split(",")) - {""}
     todo = [pair for pair in architectures() if not names or ":".join(pair) in names][:: arguments.every]
@@ -129,7 +128,7 @@ def main() -> None:
         told = f"gap {row['gap']:.2%}, {row['planning_cpu']:.2f} CPU s" if "gap" in row else ""
         print(f"{len(rows)}/{len(todo)} {row['model']}: {row['outcome']}", told, flush=True)
         machine = {"python": platform.python_version(), "seconds": round(time.monotonic() - started)}
-        command = " ".join(["python", "benchmarks/certificates.py", *sys.argv[1:]])
+        command = " ".join(["python", "benchmarks/planning/certificates.py", *sys.argv[1:]])
         arguments.json.write_text(json.dumps({"command": command, **machine, "rows": rows}, indent=1) + "\n")
     print("\n".join(summary(rows, before)))
 

@@ -1,0 +1,1 @@
+"""Which models and operators are exact: sweeps through the public API. Start at `zoo.py`."""

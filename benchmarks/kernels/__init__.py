@@ -1,0 +1,1 @@
+"""Kernels against torch. One file a kernel."""

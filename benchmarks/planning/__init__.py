@@ -1,0 +1,1 @@
+"""What planning takes and how good plans are: CPU seconds, gaps, certificates, regret. Start at `cold.py`."""

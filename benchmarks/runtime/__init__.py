@@ -1,0 +1,1 @@
+"""Step times of emitted programs against PyTorch's own ways. Start at `step_time.py`."""
