@@ -54,9 +54,10 @@ from autopart.compile.programs import programs
 from autopart.errors import PartitionError
 from autopart.frontend.batch import DTYPES, outline, take
 from autopart.passes.source import Source, prepare
-from autopart.plan.data import Plan, seconds_text
+from autopart.plan.data import Plan
 from autopart.plan.estimate import Estimate
 from autopart.plan.export import SYSTEMS, export
+from autopart.plan.units import seconds_text
 from autopart.planner.explain.mesh_search import PER_HOST, MeshChoice, search_mesh
 from autopart.planner.explain.reprice import reprice
 from autopart.planner.validate import validate

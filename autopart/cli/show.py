@@ -13,8 +13,10 @@ import typer
 from rich.console import Console
 
 from autopart.cli.shared import Json, ModelOf, note, of_plan, planning, settings_of, tell, write_file
-from autopart.plan.data import Plan, bytes_text, missing, seconds_text
+from autopart.plan.data import Plan
+from autopart.plan.text import missing
 from autopart.plan.timeline import timeline
+from autopart.plan.units import bytes_text, seconds_text
 from autopart.planner.explain.memory_report import tenants
 from autopart.planner.explain.why import explain
 

@@ -15,8 +15,8 @@ from autopart.passes.partition import partition
 from autopart.passes.source import Source
 from autopart.passes.stage_graph import StageGraph
 from autopart.plan.data import Plan
-from autopart.plan.schedules import instructions
-from autopart.plan.schedules import verify as verify_schedule
+from autopart.plan.schedules.program import instructions
+from autopart.plan.schedules.verify import verify as verify_schedule
 from autopart.planner.validate import choices_of, validate
 from autopart.runtime.compiled import Program
 from autopart.runtime.executor import Message

@@ -329,3 +329,8 @@ def divisors(number: int) -> list[int]:
     """Ascending."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return small + [number // d for d in reversed(small) if d * d != number]
+
+
+def usable_bytes(mesh: Mesh) -> float:
+    """Bytes of a device that a plan may fill: the rest is the context, the allocator's slack and libraries."""
+    return mesh.device.memory_bytes * 0.92

@@ -13,7 +13,8 @@ from autopart.hardware.mesh import Group
 from autopart.hardware.rows import Device
 from autopart.ir.graph import info
 from autopart.passes.stage_graph import StageGraph
-from autopart.plan.data import PlanLine, printed_name
+from autopart.plan.stages import PlanLine
+from autopart.plan.units import printed_name
 from autopart.sharding.resharding import GATHERED_AGAIN, RESHARDS
 
 NOTHING = Seconds(0.0, 0.0)

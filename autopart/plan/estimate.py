@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from autopart.cost.training_state import turns
-from autopart.plan.data import Plan, bytes_text, seconds_text, usable_bytes
+from autopart.hardware.mesh import usable_bytes
+from autopart.plan.data import Plan
+from autopart.plan.units import bytes_text, seconds_text
 
 
 @dataclass(frozen=True)

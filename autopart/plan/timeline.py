@@ -18,8 +18,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from autopart.plan.data import Plan, PlanStage, bytes_text, seconds_text
-from autopart.plan.schedules import Instruction, Op, in_flight, instructions, simulate, verify
+from autopart.plan.data import Plan
+from autopart.plan.schedules import in_flight
+from autopart.plan.schedules.ops import Instruction, Op
+from autopart.plan.schedules.program import instructions
+from autopart.plan.schedules.simulate import simulate
+from autopart.plan.schedules.verify import verify
+from autopart.plan.stages import PlanStage
+from autopart.plan.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from rich.text import Text

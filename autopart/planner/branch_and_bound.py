@@ -36,7 +36,7 @@ from autopart.cost.training_state import update_seconds
 from autopart.errors import PartitionError, few
 from autopart.hardware.mesh import divisors
 from autopart.passes.solve import Solution
-from autopart.plan.data import seconds_text
+from autopart.plan.units import seconds_text
 from autopart.planner.allowed_choices import Options, both
 from autopart.planner.candidate import Candidate, way_of
 from autopart.planner.cuts import best_cut

@@ -13,7 +13,7 @@ import numpy as np
 from autopart.cost.compute import Array
 from autopart.cost.prices import Prices
 from autopart.passes.solve import Entries, Solution
-from autopart.plan.schedules import on_its_way
+from autopart.plan.schedules import receive_buffer_bytes
 from autopart.planner.allowed_choices import Options
 from autopart.planner.request import SearchPoint
 from autopart.planner.search_space import Model, SearchSpace
@@ -38,7 +38,7 @@ def fastest_that_fit(
     found = _Stretch(space, point, span, counts, in_flight)
     model, there, link = found.model, found.there, space.between_stages(point)
     sent, takes = messages(model, found.prices, span, link) if link is not None else np.zeros((2, len(there)))
-    held = in_flight * found.kept + on_its_way(takes, in_flight, space.micro_batches(point))
+    held = in_flight * found.kept + receive_buffer_bytes(takes, in_flight, space.micro_batches(point))
     beside, backward = space.windows(point)
     late = _late(model.own[slice(*span)], beside, backward)
     alone = model.own[slice(*span)].sum(0)

@@ -11,7 +11,7 @@ import numpy as np
 
 from autopart.cost.intervals import NEVER
 from autopart.errors import PartitionError, few
-from autopart.plan.data import bytes_text
+from autopart.plan.units import bytes_text
 from autopart.planner.candidate import Candidate, way_of
 from autopart.planner.cuts import best_cut
 from autopart.planner.request import Request, SearchPoint

@@ -16,7 +16,7 @@ from autopart.cost.compute import Array
 from autopart.cost.intervals import NEVER, has, maxima, place, spans, sums
 from autopart.cost.position_costs import MODES, Crossings, PositionCosts
 from autopart.cost.transient_peaks import TransientPeaks, moments
-from autopart.plan.schedules import on_its_way
+from autopart.plan.schedules import receive_buffer_bytes
 
 Rows = NDArray[np.int_] | slice
 
@@ -88,7 +88,7 @@ class IntervalCosts:
 
     def arriving(self, where: Rows, in_flight: int) -> Array:
         """Bytes of messages that are on their way then."""
-        return np.asarray(on_its_way(self.takes[where], in_flight, self.micro_batches))
+        return np.asarray(receive_buffer_bytes(self.takes[where], in_flight, self.micro_batches))
 
     def within(self, most: float) -> NDArray[np.int_]:
         """The ranges that take at most so many seconds, nothing run again."""

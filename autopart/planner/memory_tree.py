@@ -16,8 +16,7 @@ from autopart.ir.graph import Info, info
 from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph, used_parameters
 from autopart.passes.stage_graph import OWNED, PRELUDE, PRELUDE_SEGMENT, ShardingAssignment, StageGraph, backward_of
-from autopart.plan.data import printed_name
-from autopart.plan.schedules import on_its_way
+from autopart.plan.units import printed_name
 from autopart.planner.branch_and_bound import SearchResult
 from autopart.planner.interval_costs import crossed
 from autopart.planner.search_space import SearchSpace
@@ -81,7 +80,7 @@ def leaves(
     flights = space.in_flight(found.point, index)
     kept = [Leaf(k.block, k.name, k.kind, flights * k.bytes) for k in _kept(space.layered, graph, span, modes)]
     _, takes = messages(space, found, span, index)
-    arriving = on_its_way(takes, flights, space.micro_batches(found.point))
+    arriving = receive_buffer_bytes(takes, flights, space.micro_batches(found.point))
     moments = [*_backwards(space, found, choices, graph, span, modes, flights, _bytes(kept) / flights)]
     kept += [Leaf(PRELUDE, "of other stages, on its way", "messages", arriving)] if arriving else []
     gone = Leaf(PRELUDE, "activations and messages, gone by then", "transient", -_bytes(kept))

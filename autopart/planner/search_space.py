@@ -16,14 +16,13 @@ from autopart.cost.position_costs import MODES, PositionCosts, weigh
 from autopart.cost.prices import Prices, Terms
 from autopart.cost.sizes import Sizes
 from autopart.cost.training_state import Training, turns, widening
-from autopart.hardware.mesh import Mesh
+from autopart.hardware.mesh import Mesh, usable_bytes
 from autopart.hardware.rows import Device, Link
 from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.formulate import formulate
 from autopart.passes.solve import Solution, Solver
 from autopart.passes.solve_stages import Coupled
-from autopart.plan.data import usable_bytes
 from autopart.plan.schedules import SCHEDULES, in_flight
 from autopart.planner.allowed_choices import Options, both, modes_of, options_of, positions_of, stages_of
 from autopart.planner.constraints import Cuts, check

@@ -11,13 +11,16 @@ from dataclasses import replace
 from itertools import groupby
 
 from autopart.cost.training_state import update_seconds
+from autopart.hardware.mesh import usable_bytes
 from autopart.ir.graph import info
 from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.partition import partition
 from autopart.passes.price_stage import PricedSegment, Prices, price_stage
 from autopart.passes.stage_graph import PRELUDE, PRELUDE_SEGMENT, ShardingAssignment, Splits, StageGraph
-from autopart.plan.data import Plan, PlanSegment, PlanStage, Signature, usable_bytes
+from autopart.plan.data import Plan
+from autopart.plan.signature import Signature
+from autopart.plan.stages import PlanSegment, PlanStage
 from autopart.planner.branch_and_bound import SearchResult
 from autopart.planner.interval_costs import after
 from autopart.planner.memory_tree import leaves, messages, parameters, sums, totals

@@ -14,7 +14,7 @@ from torch import nn
 from autopart.errors import PartitionError
 from autopart.frontend.inputs import check_modes
 from autopart.plan.data import Plan
-from autopart.plan.schedules import Instruction
+from autopart.plan.schedules.ops import Instruction
 from autopart.runtime.executor import Executor, Message
 from autopart.runtime.groups import Groups
 from autopart.runtime.parameters import load, origins

@@ -1,6 +1,6 @@
 """Runs a stage's list of instructions for one step.
 
-What a computation needs from other stages is asked for before the one before it begins (`schedules.ahead`), so that it
+What a computation needs from other stages is asked for before the one before it begins (`receives_ahead`), so that it
 travels meanwhile: a message that both ends are ready for is on its way at once.
 """
 
@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
-from autopart.plan.schedules import Instruction, Op, ahead
+from autopart.plan.schedules.ops import Instruction, Op
+from autopart.plan.schedules.program import receives_ahead
 from autopart.runtime.gathered import keeping_parts
 from autopart.runtime.groups import Groups
 from autopart.runtime.process_group import Group, Work
@@ -81,7 +82,7 @@ class Executor:
         self.incoming = [m for m in messages if index in m.consumers]
         self.outgoing = [m for m in messages if m.producer == index]
         self.last = not self.outgoing
-        self.ahead = ahead(program)
+        self.ahead = receives_ahead(program)
         self.doing = "starting"
         self.optimizer: torch.optim.Optimizer | None = None
         self.actions: dict[Op, Callable[[Instruction], None]] = {

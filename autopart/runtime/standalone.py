@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from autopart.errors import PartitionError
 from autopart.plan.data import Plan
-from autopart.plan.schedules import Instruction, Op, verify
+from autopart.plan.schedules.ops import Instruction, Op
+from autopart.plan.schedules.verify import verify
 from autopart.runtime.compiled import Compiled, Program
 from autopart.runtime.executor import Message
 from autopart.runtime.groups import make_groups

@@ -36,7 +36,7 @@ from autopart import Estimate, Mesh, PartitionError, Plan, timeline
 from autopart.cost.collectives import collective_seconds, merged_seconds
 from autopart.cost.compute import stream_rate_seconds
 from autopart.cost.training_state import Training, turns, update_seconds
-from autopart.plan.data import PlanSegment, PlanStage
+from autopart.plan.stages import PlanSegment, PlanStage
 from benchmarks.accuracy.fit import Collectives, Fabric, Fitted, Profile, refits
 from benchmarks.accuracy.published import Bench, Published, read
 from benchmarks.accuracy.reserved import reserved

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from autopart import Mesh
-from autopart.plan.schedules import instructions, simulate
+from autopart.plan.schedules.program import instructions
+from autopart.plan.schedules.simulate import simulate
 from benchmarks.accuracy.published import Bench, Published, read
 from benchmarks.accuracy.published_runs import (
     FILES,

@@ -5,7 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from autopart.plan.schedules import Op, compute_order
+from autopart.plan.schedules import compute_order
+from autopart.plan.schedules.ops import Op
 from autopart.planner.explain.memory_report import found_in
 from benchmarks.accuracy.published import Bench, Published, read
 from benchmarks.accuracy.published_runs import as_held, held, plan_of

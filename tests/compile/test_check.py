@@ -16,7 +16,8 @@ from typer.testing import CliRunner, Result
 
 import autopart
 from autopart.cli.main import app
-from autopart.plan.data import Plan, missing
+from autopart.plan.data import Plan
+from autopart.plan.text import missing
 from autopart.runtime.groups import Groups
 from autopart.runtime.simulated import run_simulated
 

@@ -16,8 +16,7 @@ import autopart
 from autopart import Estimate
 from autopart.cli import models as models
 from autopart.cli.main import app
-from autopart.hardware.mesh import Mesh
-from autopart.plan.data import usable_bytes
+from autopart.hardware.mesh import Mesh, usable_bytes
 from benchmarks.accuracy.published import DATA, Bench, read
 from benchmarks.accuracy.published_runs import plan_of
 

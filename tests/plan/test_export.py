@@ -22,8 +22,9 @@ from autopart import PartitionError, Plan
 from autopart.cli.main import app
 from autopart.hardware.mesh import Mesh
 from autopart.hardware.rows import Device, Link
-from autopart.plan.data import PlanLine, PlanSegment, PlanStage, Signature
 from autopart.plan.export import SYSTEMS, Exported, export
+from autopart.plan.signature import Signature
+from autopart.plan.stages import PlanLine, PlanSegment, PlanStage
 from autopart.sharding.notation import C, R, S, Strategy
 
 DEGREES = {

@@ -11,17 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autopart.errors import PartitionError
-from autopart.plan.schedules import (
-    SCHEDULES,
-    Instruction,
-    Op,
-    ahead,
-    compute_order,
-    in_flight,
-    instructions,
-    simulate,
-    verify,
-)
+from autopart.plan.schedules import SCHEDULES, compute_order, in_flight
+from autopart.plan.schedules.ops import Instruction, Op
+from autopart.plan.schedules.program import instructions, receives_ahead
+from autopart.plan.schedules.simulate import simulate
+from autopart.plan.schedules.verify import verify
 
 Lists = list[list[Instruction]]
 
@@ -311,7 +305,9 @@ def test_a_large_pipeline_verifies_within_two_seconds() -> None:
 
 
 def test_receives_are_asked_for_a_computation_ahead() -> None:
-    asked = [{str(at): [str(r) for r in early] for at, early in ahead(program).items()} for program in two_stages()]
+    asked = [
+        {str(at): [str(r) for r in early] for at, early in receives_ahead(program).items()} for program in two_stages()
+    ]
     expected = [
         {"F0": [], "F1": ["G0"], "B0": [], "F2": ["G1"], "B1": [], "F3": ["G2"], "B2": [], "B3": []},
         {"F0": [], "B0": ["R1"], "F1": [], "B1": ["R2"], "F2": [], "B2": ["R3"], "F3": [], "B3": []},
@@ -334,7 +330,7 @@ def test_receives_asked_ahead_block_no_channel(schedule: str, stages: int, skips
 
 def finishes(lists: Lists) -> bool:
     """Whether ranks come to their ends whose messages of one direction go one after the other, as posted."""
-    early = [ahead(program) for program in lists]
+    early = [receives_ahead(program) for program in lists]
     towards = {Op.SEND: "a", Op.RECV: "a", Op.SEND_GRAD: "g", Op.RECV_GRAD: "g"}
     posted: list[dict[str, list[Instruction]]] = [{"a": [], "g": []} for _ in lists]
     known: list[set[Instruction]] = [set() for _ in lists]

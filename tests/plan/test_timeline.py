@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 import autopart
 from autopart import PartitionError, Plan, Timeline
 from autopart.cli.main import app
-from autopart.plan.schedules import SCHEDULES, Op, Order, in_flight
+from autopart.plan.schedules import SCHEDULES, in_flight
+from autopart.plan.schedules.ops import Op, Order
 
 PLANS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "one stage": ("gpt2", "2:cpu", {"dp": 2, "zero": 1}),

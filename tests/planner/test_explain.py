@@ -20,9 +20,10 @@ import autopart
 from autopart import Mesh, PartitionError, Plan
 from autopart.cli.main import app
 from autopart.frontend.batch import DTYPES
+from autopart.hardware.mesh import usable_bytes
 from autopart.ir.labels import is_block
 from autopart.passes.source import Source
-from autopart.plan.data import seconds_text, usable_bytes
+from autopart.plan.units import seconds_text
 from autopart.planner.explain.reprice import repriced
 from autopart.planner.explain.why import Explanation, explained
 from autopart.planner.make_plan import make_plan, request_of

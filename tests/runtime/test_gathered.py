@@ -16,9 +16,8 @@ from autopart import Plan
 from autopart.compile.check import one_process, worst_error
 from autopart.compile.programs import emit_stage, stage_graphs
 from autopart.compile.simulate import simulate_plan
-from autopart.hardware.mesh import Mesh
+from autopart.hardware.mesh import Mesh, usable_bytes
 from autopart.passes.source import Source
-from autopart.plan.data import usable_bytes
 from autopart.planner.explain.certificate import findings
 from autopart.planner.make_plan import make_plan, request_of
 from autopart.runtime import collectives

@@ -31,7 +31,7 @@ from autopart.compile.programs import programs, sources
 from autopart.compile.simulate import simulate_plan
 from autopart.ir.labels import is_block
 from autopart.passes.source import Source
-from autopart.plan.schedules import Instruction, Op
+from autopart.plan.schedules.ops import Instruction, Op
 from autopart.runtime import standalone
 from autopart.runtime.compiled import Compiled
 from autopart.runtime.groups import Groups

@@ -24,7 +24,9 @@ from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.formulate import formulate
 from autopart.passes.source import Source
 from autopart.passes.stage_graph import Splits
-from autopart.plan.data import Plan, PlanStage, Signature
+from autopart.plan.data import Plan
+from autopart.plan.signature import Signature
+from autopart.plan.stages import PlanStage
 from autopart.planner.search_space import Model as Split
 from autopart.sharding.strategy_table import Node, StrategyTable
 

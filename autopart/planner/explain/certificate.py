@@ -16,6 +16,7 @@ from autopart.cost.collectives import p2p_seconds
 from autopart.cost.training_state import MASTERS, OPTIMIZER_STATES, Training, turns, update_seconds, widening
 from autopart.errors import PartitionError
 from autopart.frontend.batch import DTYPES, Batch
+from autopart.hardware.mesh import usable_bytes
 from autopart.ir.graph import Info, calls, info
 from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph, used_parameters
@@ -23,8 +24,10 @@ from autopart.passes.partition import partition
 from autopart.passes.price_stage import PricedSegment, Prices, price_stage
 from autopart.passes.source import Source
 from autopart.passes.stage_graph import OWNED, PRELUDE_SEGMENT, Crossing, ShardingAssignment, StageGraph, backward_of
-from autopart.plan.data import Plan, PlanStage, Signature, usable_bytes
-from autopart.plan.schedules import SCHEDULES, in_flight, on_its_way
+from autopart.plan.data import Plan
+from autopart.plan.schedules import SCHEDULES, in_flight
+from autopart.plan.signature import Signature
+from autopart.plan.stages import PlanStage
 from autopart.planner.validate import choices_of, cut_findings, spans_of, strategy_findings
 from autopart.sharding.notation import Placement
 from autopart.sharding.rules import has_rule
@@ -303,7 +306,7 @@ def _bytes(
     stepped, messages = ([each(*row) for row in every] for each in (training.stepping, training.summed))
     made = sum(stepped) if training.together else max(stepped, default=0.0)
     made = max(made, training.ending(sum(messages), max(messages, default=0.0)))
-    arriving = on_its_way(sum(crossing.size for crossing in graph.received), flights, plan.micro_batches)
+    arriving = receive_buffer_bytes(sum(crossing.size for crossing in graph.received), flights, plan.micro_batches)
     own = _gradients(plan, layered, choices, span, graph.index)
     backwards: list[tuple[dict[int, float], bool, float]] = [({}, False, 0.0)]
     if flights == plan.micro_batches:

@@ -10,7 +10,8 @@ from torch import nn
 
 from autopart.frontend.batch import DTYPES, Batch
 from autopart.passes.source import Source
-from autopart.plan.data import Plan, bytes_text
+from autopart.plan.data import Plan
+from autopart.plan.units import bytes_text
 from autopart.planner.explain.reprice import decided
 from autopart.planner.memory_tree import KINDS, Leaf, leaves, totals
 from autopart.planner.write_plan import partitioned

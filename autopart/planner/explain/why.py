@@ -18,9 +18,10 @@ from torch import nn
 
 from autopart.errors import PartitionError
 from autopart.frontend.batch import DTYPES, Batch
-from autopart.hardware.mesh import Mesh
+from autopart.hardware.mesh import Mesh, usable_bytes
 from autopart.passes.source import Source
-from autopart.plan.data import Plan, bytes_text, seconds_text, usable_bytes
+from autopart.plan.data import Plan
+from autopart.plan.units import bytes_text, seconds_text
 from autopart.planner.branch_and_bound import OnProgress, Search, SearchResult, points, silent, zero_levels
 from autopart.planner.constraints import Constraint, parse
 from autopart.planner.make_plan import explored, request_of

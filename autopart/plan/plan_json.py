@@ -1,0 +1,140 @@
+"""A plan as JSON, and the checks of a plan that was read from JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any
+
+from autopart.cost.training_state import MASTERS, OPTIMIZER_STATES
+from autopart.errors import PartitionError, not_known
+from autopart.hardware.mesh import Mesh
+from autopart.plan.schedules import SCHEDULES
+from autopart.plan.signature import Signature
+from autopart.plan.stages import PlanLine, PlanSegment, PlanStage
+from autopart.plan.typecheck import mistyped
+from autopart.sharding.notation import Placement
+from autopart.sharding.rules import Strategy
+
+if TYPE_CHECKING:
+    from autopart.plan.data import Plan
+
+SCHEMA = 3
+"""Version of the JSON. A plan of another version is refused."""
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """A plan as dicts, lists, numbers and text, as `plan.schema.json` describes them."""
+    return {
+        "schema": SCHEMA,
+        **{field.name: getattr(plan, field.name) for field in fields(plan)},
+        "signature": asdict(plan.signature),
+        "mesh": plan.mesh.to_json(),
+        "splits": [
+            {axis: {node: _strategy_to_json(s) for node, s in chosen.items()} for axis, chosen in splits.items()}
+            for splits in plan.splits
+        ],
+        "stages": [asdict(s) for s in plan.stages],
+    }
+
+
+def plan_from_json(data: Any, kind: type[Plan]) -> Plan:
+    """The inverse of `plan_to_json`. Raises PartitionError for anything else, with the first thing that is wrong."""
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+        raise PartitionError("this is no plan of a version that is known", f"schema {found}, expected {SCHEMA}")
+    try:
+        plan = kind(**_fields_from_json(data))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise PartitionError("the plan file is damaged", f"{type(error).__name__}: {error}") from error
+    if wrong := mistyped(plan, kind) or next(_contradictions(plan), ""):
+        raise PartitionError("the plan file is damaged", wrong)
+    return plan
+
+
+def _fields_from_json(data: Mapping[str, Any]) -> dict[str, Any]:
+    shapes = {k: {n: tuple(s) for n, s in data["signature"][k].items()} for k in ("parameters", "inputs")}
+    return {
+        **{k: v for k, v in data.items() if k != "schema"},
+        "mesh": Mesh.from_json(data["mesh"]),
+        "signature": Signature(**{**data["signature"], **shapes}),
+        "splits": tuple(
+            {axis: {node: _strategy_from_json(s) for node, s in chosen.items()} for axis, chosen in splits.items()}
+            for splits in data["splits"]
+        ),
+        "stages": tuple(_stage_from_json(s) for s in data["stages"]),
+        "replicated": tuple(data["replicated"]),
+        "notes": tuple(data.get("notes", ())),
+        "request": dict(data.get("request", {})),
+    }
+
+
+def _stage_from_json(data: Mapping[str, Any]) -> PlanStage:
+    runs = tuple(
+        PlanSegment(tuple(r["labels"]), r["seconds"], tuple(PlanLine(**line) for line in r["lines"]))
+        for r in data["runs"]
+    )
+    sends, recompute = tuple((s, b, t) for s, b, t in data["sends"]), tuple(data["recompute"])
+    return PlanStage(**{**data, "runs": runs, "sends": sends, "recompute": recompute})
+
+
+def _strategy_to_json(strategy: Strategy) -> dict[str, Any]:
+    return {
+        "name": strategy.name,
+        "inputs": [None if p is None else str(p) for p in strategy.inputs],
+        "outputs": [str(p) for p in strategy.outputs],
+        "local": strategy.local,
+        "shards_work": strategy.shards_work,
+    }
+
+
+def _strategy_from_json(data: Mapping[str, Any]) -> Strategy:
+    return Strategy(
+        data["name"],
+        tuple(None if p is None else Placement.parse(p) for p in data["inputs"]),
+        tuple(Placement.parse(p) for p in data["outputs"]),
+        data["local"],
+        data["shards_work"],
+    )
+
+
+def _contradictions(plan: Plan) -> Iterator[str]:
+    """Settings of a plan that are not known, or that contradict each other."""
+    for name, known in (
+        ("schedule", SCHEDULES),
+        ("zero", (0, 1, 2, 3)),
+        ("precision", ("float64", "float32", "bfloat16", "float16")),
+        ("master", (None, *MASTERS)),
+        ("optimizer", OPTIMIZER_STATES),
+    ):
+        if getattr(plan, name) not in known:
+            yield str(not_known(name, getattr(plan, name), known))
+    for name in ("pp", "dp", "tp", "micro_batch", "global_batch", "step_seconds"):
+        if not getattr(plan, name) > 0:
+            yield f"{name} is {getattr(plan, name)}"
+    if plan.pp * plan.dp * plan.tp != plan.mesh.size:
+        yield f"{plan.degrees} does not fill {plan.mesh}"
+    if plan.global_batch % plan.micro_batch:
+        yield f"{plan.global_batch} samples are no multiple of micro_batch={plan.micro_batch}"
+    if plan.micro_batch % plan.dp:
+        yield f"{plan.micro_batch} samples do not divide over dp={plan.dp} ranks"
+    if len(plan.stages) != plan.pp:
+        yield f"{plan.degrees} has {len(plan.stages)} stages"
+    for index, stage in enumerate(plan.stages):
+        if not 0 <= stage.splits < len(plan.splits):
+            yield f"stage {index} is split as {stage.splits}, there are {len(plan.splits)} ways"
+
+
+def json_text(value: Any, indent: str = "") -> str:
+    """JSON text in which a list or dict that holds nothing nested stands on one line."""
+    nested = isinstance(value, (dict, list, tuple))
+    inside = (value.values() if isinstance(value, dict) else value) if nested else ()
+    if not any(v and isinstance(v, (dict, list, tuple)) for v in inside):
+        return json.dumps(value)
+    deeper = indent + " "
+    if isinstance(value, dict):
+        rows, ends = [f"{json.dumps(k)}: {json_text(v, deeper)}" for k, v in value.items()], "{}"
+    else:
+        rows, ends = [json_text(v, deeper) for v in value], "[]"
+    return f"{ends[0]}\n{deeper}" + f",\n{deeper}".join(rows) + f"\n{indent}{ends[1]}"
