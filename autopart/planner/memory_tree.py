@@ -16,6 +16,7 @@ from autopart.ir.graph import Info, info
 from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph, used_parameters
 from autopart.passes.stage_graph import OWNED, PRELUDE, PRELUDE_SEGMENT, ShardingAssignment, StageGraph, backward_of
+from autopart.plan.schedules import receive_buffer_bytes
 from autopart.plan.units import printed_name
 from autopart.planner.branch_and_bound import SearchResult
 from autopart.planner.interval_costs import crossed

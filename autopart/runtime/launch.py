@@ -1,4 +1,9 @@
-"""Starts one process for each rank on this machine, and ends all of them when one fails."""
+"""Starts one process for each rank on this machine, and ends all of them when one fails.
+
+torchrun's agent (torch.distributed.launcher) does the same, but closes its store before its caller can read from it
+what the failed rank was doing, waits by default up to 30 s for the other ranks to end, and takes the first process to exit for the
+one that failed first, which may be a peer that lost its connection.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +21,15 @@ from types import FrameType
 import torch.distributed as dist
 
 from autopart.errors import PartitionError
-from autopart.runtime.watchdog import FAILED, Channel, Word, last_said
+from autopart.runtime.heartbeat import FAILED, Heartbeat, HeartbeatStore, last_known
 
-POLL = 0.1
+POLL_SECONDS = 0.1
 """Seconds between two looks at the processes."""
 
-GATHER = 0.5
-"""Seconds after the first death in which others are gathered, to find the one that came first."""
+SETTLE_SECONDS = 0.5
+"""Seconds after the first death in which further deaths are collected, to find the one that caused the others."""
 
-MERCY = 3.0
+KILL_SECONDS = 3.0
 """Seconds from SIGTERM to SIGKILL."""
 
 
@@ -36,12 +41,16 @@ class _Death:
 
 
 def launch(command: Sequence[str], processes: int, env: Mapping[str, str] | None = None) -> int:
-    """Run `command` as that many ranks on this machine until all have ended; the exit status.
+    """Run a command as the ranks of this machine until all have ended; the exit status.
 
-    `env` is their environment (this process's by default), to which what torch.distributed asks for is
-    added. The status is 0 if all went well; otherwise that of the rank which failed first, 128 + the number
-    for a signal, after a message on stderr that names it and, where it has a watchdog, what it was doing.
-    Every other rank is then ended; so are all of them on Ctrl-C (130) and SIGTERM (143).
+    command    the command line of every rank
+    processes  number of ranks
+    env        environment of the ranks (default: this process's); the variables of torch.distributed are added
+
+    The status is 0 if every rank's is. Otherwise the status is that of the rank which failed first, or 128 + the number
+    of the signal that ended it; a line on stderr names the rank and, where a watchdog ran, what it was doing, and every
+    other rank is ended. Ctrl-C (130) and SIGTERM (143) end all ranks.
+
     Raises PartitionError for fewer than one process, OSError where the command cannot be run.
     """
     if processes < 1:
@@ -56,8 +65,8 @@ def launch(command: Sequence[str], processes: int, env: Mapping[str, str] | None
             deaths = _first_deaths(children)
             if not deaths:
                 return 0
-            channel = Channel(store, processes)
-            return _tell(deaths, channel.words(), channel.blamed(), processes)
+            heard = HeartbeatStore(store, processes)
+            return _report(deaths, heard.heartbeats(), heard.blamed(), processes)
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
         finally:
@@ -65,7 +74,7 @@ def launch(command: Sequence[str], processes: int, env: Mapping[str, str] | None
 
 
 def cores_here() -> int:
-    """The cores that processes started here have between them."""
+    """The number of cores that this process and its children may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -86,7 +95,7 @@ def _environment(base: Mapping[str, str], rank: int, processes: int, port: int) 
 
 
 def _first_deaths(children: Sequence[subprocess.Popen[bytes]]) -> list[_Death]:
-    """Wait until all have ended, or one has failed; the failures, with those shortly after the first."""
+    """Wait until all ranks have ended, or until SETTLE_SECONDS after one has failed; the failures until then."""
     deaths: dict[int, _Death] = {}
     while True:
         now = time.monotonic()
@@ -95,45 +104,45 @@ def _first_deaths(children: Sequence[subprocess.Popen[bytes]]) -> list[_Death]:
             if status:
                 deaths.setdefault(rank, _Death(rank, status, now))
         first = min((death.seen for death in deaths.values()), default=now)
-        if None not in statuses or now - first >= GATHER:
+        if None not in statuses or now - first >= SETTLE_SECONDS:
             return list(deaths.values())
-        time.sleep(POLL)
+        time.sleep(POLL_SECONDS)
 
 
-def _tell(deaths: Sequence[_Death], words: Mapping[int, Word], blamed: int | None, processes: int) -> int:
+def _report(deaths: Sequence[_Death], heartbeats: Mapping[int, Heartbeat], blamed: int | None, processes: int) -> int:
     """Print which rank failed and how; the exit status."""
-    death = _first(deaths, words)
+    death = _cause(deaths, heartbeats)
     if blamed is not None:
         death = next((d for d in deaths if d.rank == blamed), _Death(blamed, 0, death.seen))
-    word = words.get(death.rank)
+    heartbeat = heartbeats.get(death.rank)
     ending = f"; ending the other {processes - 1} rank{'s' * (processes > 2)}" if processes > 1 else ""
-    how = _how(death.status, word)
-    print(f"autopart: rank {death.rank} {how} {last_said(word)}{ending}", file=sys.stderr, flush=True)
+    how = _how(death.status, heartbeat)
+    print(f"autopart: rank {death.rank} {how} {last_known(heartbeat)}{ending}", file=sys.stderr, flush=True)
     return 128 - death.status if death.status < 0 else death.status or 1
 
 
-def _first(deaths: Sequence[_Death], words: Mapping[int, Word]) -> _Death:
-    """The death behind the others.
+def _cause(deaths: Sequence[_Death], heartbeats: Mapping[int, Heartbeat]) -> _Death:
+    """The death that caused the others.
 
-    Of those within two looks of the first, one by a signal, then one that its watchdog did not tell of, then
-    the one that was told of first: a rank whose peer has gone tells of an error.
+    Among the deaths within two polls of the first: a death by a signal before others, then a rank whose watchdog
+    reported no failure, then the failure that was reported first. A rank whose peer has died reports an error.
     """
     start = min(death.seen for death in deaths)
-    close = [death for death in deaths if death.seen - start < 2.5 * POLL]
+    close = [death for death in deaths if death.seen - start < 2.5 * POLL_SECONDS]
 
     def order(death: _Death) -> tuple[bool, int, float]:
-        word = words.get(death.rank)
-        return death.status > 0, word.order if word else 0, death.seen
+        heartbeat = heartbeats.get(death.rank)
+        return death.status > 0, heartbeat.failure_order if heartbeat else 0, death.seen
 
     return min(close, key=order)
 
 
-def _how(status: int, word: Word | None) -> str:
+def _how(status: int, heartbeat: Heartbeat | None) -> str:
     if status > 0:
         return f"failed with exit status {status}"
     if status < 0:
         return f"was killed by {_signal_name(-status)}"
-    return "failed" if word and word.state == FAILED else "fell silent"
+    return "failed" if heartbeat and heartbeat.state == FAILED else "fell silent"
 
 
 def _signal_name(number: int) -> str:
@@ -144,10 +153,10 @@ def _signal_name(number: int) -> str:
 
 
 def _end(children: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End what still runs: SIGTERM, then SIGKILL."""
+    """End the ranks that still run: SIGTERM, then SIGKILL."""
     for child in children:
         child.terminate()
-    deadline = time.monotonic() + MERCY
+    deadline = time.monotonic() + KILL_SECONDS
     try:
         for child in children:
             child.wait(max(0.0, deadline - time.monotonic()))
@@ -161,7 +170,7 @@ def _end(children: Sequence[subprocess.Popen[bytes]]) -> None:
 
 @contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that no rank is left behind; only the main thread may set that."""
+    """Make SIGTERM raise SystemExit, so that no rank is left running. Only the main thread may set a signal handler."""
 
     def leave(number: int, _: FrameType | None) -> None:
         raise SystemExit(128 + number)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from autopart.errors import PartitionError
-from autopart.runtime.launch import _Death, _first, launch
-from autopart.runtime.watchdog import FAILED, RUNNING, Word, last_said
+from autopart.runtime.heartbeat import FAILED, RUNNING, Heartbeat, last_known
+from autopart.runtime.launch import _cause, _Death, launch
 
 SOON = 30.0
 """Seconds from a failure to the end of all processes: generous, for a busy machine."""
@@ -166,14 +166,18 @@ def test_launch_needs_a_process() -> None:
 
 
 def test_the_death_behind_the_others() -> None:
-    told = {0: Word(9, FAILED, "a", "closed", 2), 1: Word(9, RUNNING, "b"), 2: Word(9, FAILED, "c", "bad", 1)}
-    assert _first([_Death(0, 1, 5.0), _Death(1, -9, 5.1)], told).rank == 1
-    assert _first([_Death(0, 1, 5.0), _Death(2, 1, 5.1)], told).rank == 2
-    assert _first([_Death(0, 1, 5.0), _Death(1, 3, 5.1)], told).rank == 1
-    assert _first([_Death(2, 1, 5.0), _Death(1, -6, 5.4)], told).rank == 2
+    told = {
+        0: Heartbeat(9, FAILED, "a", "closed", 2),
+        1: Heartbeat(9, RUNNING, "b"),
+        2: Heartbeat(9, FAILED, "c", "bad", 1),
+    }
+    assert _cause([_Death(0, 1, 5.0), _Death(1, -9, 5.1)], told).rank == 1
+    assert _cause([_Death(0, 1, 5.0), _Death(2, 1, 5.1)], told).rank == 2
+    assert _cause([_Death(0, 1, 5.0), _Death(1, 3, 5.1)], told).rank == 1
+    assert _cause([_Death(2, 1, 5.0), _Death(1, -6, 5.4)], told).rank == 2
 
 
 def test_what_a_rank_last_said() -> None:
-    assert last_said(None) == "before its watchdog said anything"
-    assert last_said(Word(3, RUNNING, "step 1")) == "while at step 1, when last heard"
-    assert last_said(Word(3, FAILED, "step 1", "OSError: x", 1)) == "while at step 1: OSError: x"
+    assert last_known(None) == "before its watchdog said anything"
+    assert last_known(Heartbeat(3, RUNNING, "step 1")) == "while at step 1, when last heard"
+    assert last_known(Heartbeat(3, FAILED, "step 1", "OSError: x", 1)) == "while at step 1: OSError: x"

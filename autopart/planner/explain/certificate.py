@@ -25,7 +25,7 @@ from autopart.passes.price_stage import PricedSegment, Prices, price_stage
 from autopart.passes.source import Source
 from autopart.passes.stage_graph import OWNED, PRELUDE_SEGMENT, Crossing, ShardingAssignment, StageGraph, backward_of
 from autopart.plan.data import Plan
-from autopart.plan.schedules import SCHEDULES, in_flight
+from autopart.plan.schedules import SCHEDULES, in_flight, receive_buffer_bytes
 from autopart.plan.signature import Signature
 from autopart.plan.stages import PlanStage
 from autopart.planner.validate import choices_of, cut_findings, spans_of, strategy_findings

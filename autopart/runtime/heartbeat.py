@@ -1,0 +1,78 @@
+"""What ranks publish of themselves while they train: heartbeats in the store that torch.distributed met at."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+import torch.distributed as dist
+
+RUNNING, FAILED, FINISHED = "running", "failed", "finished"
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """What a rank last published of itself.
+
+    beat           number of this heartbeat; a rank whose number stands still has stopped
+    state          RUNNING, FAILED or FINISHED
+    doing          what the rank was doing
+    error          first line of the error of a rank that failed
+    failure_order  1 for the first rank that failed, 2 for the second, ...; 0 for a rank that did not
+    """
+
+    beat: int
+    state: str
+    doing: str
+    error: str = ""
+    failure_order: int = 0
+
+
+def last_known(heartbeat: Heartbeat | None) -> str:
+    """The end of a sentence about a rank: what the rank was doing at its last heartbeat."""
+    if heartbeat is None:
+        return "before its watchdog said anything"
+    if heartbeat.state == FAILED:
+        return f"while at {heartbeat.doing}: {heartbeat.error}"
+    if heartbeat.state == FINISHED:
+        return "after it had finished"
+    return f"while at {heartbeat.doing}, when last heard"
+
+
+class HeartbeatStore:
+    """The heartbeats of all ranks, which the ranks and the launcher read.
+
+    world    number of ranks
+    attempt  number of restarts by an agent, which keeps apart the heartbeats of restarted processes
+
+    Every method raises torch.distributed.DistError once the store is gone.
+    """
+
+    def __init__(self, store: dist.Store, world: int, attempt: str = "0") -> None:
+        self.world = world
+        self._store = dist.PrefixStore(f"autopart/{attempt}", store)
+        self._known: set[int] = set()
+
+    def publish(self, rank: int, heartbeat: Heartbeat) -> None:
+        """Replace the heartbeat of a rank."""
+        self._store.set(str(rank), json.dumps(asdict(heartbeat)))
+
+    def heartbeats(self) -> dict[int, Heartbeat]:
+        """The last heartbeat of every rank that has published one."""
+        unheard = set(range(self.world)) - self._known
+        self._known.update(rank for rank in unheard if self._store.check([str(rank)]))
+        known = sorted(self._known)
+        texts = self._store.multi_get([str(rank) for rank in known]) if known else []
+        return {rank: Heartbeat(**json.loads(text)) for rank, text in zip(known, texts, strict=True)}
+
+    def next_failure(self) -> int:
+        """1 for the first caller, 2 for the second, ..."""
+        return self._store.add("failures", 1)
+
+    def blame(self, rank: int) -> int:
+        """Name the rank because of which all ranks end. The first call counts; its rank is returned."""
+        return int(self._store.compare_set("blamed", "", str(rank)))
+
+    def blamed(self) -> int | None:
+        """The rank that `blame` has named, if any."""
+        return int(self._store.get("blamed")) if self._store.check(["blamed"]) else None
