@@ -1,8 +1,8 @@
 """Starts one process for each rank on this machine, and ends all of them when one fails.
 
 torchrun's agent (torch.distributed.launcher) does the same, but closes its store before its caller can read from it
-what the failed rank was doing, waits by default up to 30 s for the other ranks to end, and takes the first process to exit for the
-one that failed first, which may be a peer that lost its connection.
+what the failed rank was doing, by default waits up to 30 s for the other ranks to end, and takes the first process to
+exit for the one that failed first, which may be a peer that lost its connection.
 """
 
 from __future__ import annotations
