@@ -30,7 +30,7 @@ define environment
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quick test latest oldest check golden lock gpu clean
+.PHONY: help setup demo quick test latest oldest check golden figures lock gpu clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -71,6 +71,10 @@ golden: setup  ## renew the golden files
 lock: setup  ## renew constraints/: the newest versions that are allowed, with the torch that was measured, and the oldest
 	echo torch==2.13.0 | $(LOCK) -c - -o $(LOCKED)
 	$(LOCK) -o $(OLDEST) --resolution lowest-direct
+
+figures: setup  ## renew the tables and drawings of the documents from the last results
+	$(BIN)/python scripts/rooms.py
+	$(BIN)/python -m benchmarks.figures
 
 gpu: setup  ## run the GPU tests and benchmarks, where there is a GPU
 	scripts/gpu.sh

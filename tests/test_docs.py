@@ -13,7 +13,8 @@ import pytest
 import typer
 
 from autopart.cli.main import app
-from benchmarks.support.documents import DOCS, write_between
+from benchmarks.figures import FIGURES, written
+from benchmarks.support.documents import DOCS, written_between
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -90,23 +91,26 @@ def test_python_is_python(path: Path) -> None:
         ast.parse(code)
 
 
-def test_a_table_is_written_between_its_markers(tmp_path: Path) -> None:
-    file = tmp_path / "table.md"
-    file.write_text("a\n<!-- x -->\nold\n<!-- /x -->\nb\n<!-- y -->\n<!-- /y -->\n")
-    for text in ("first", "second"):
-        write_between(file, "x", text)
-    assert file.read_text() == "a\n<!-- x -->\nsecond\n<!-- /x -->\nb\n<!-- y -->\n<!-- /y -->\n"
+def test_a_table_is_written_between_its_markers() -> None:
+    text = "a\n<!-- x -->\nold\n<!-- /x -->\nb\n<!-- y -->\n<!-- /y -->\n"
+    for table in ("first", "second"):
+        text = written_between(text, "x", table)
+    assert text == "a\n<!-- x -->\nsecond\n<!-- /x -->\nb\n<!-- y -->\n<!-- /y -->\n"
 
 
-@pytest.mark.parametrize("marker", ["zoo", "outside", "planning-zoo"])
-def test_the_zoo_has_a_place_for_every_table(tmp_path: Path, marker: str) -> None:
-    file = tmp_path / "zoo.md"
-    file.write_text((DOCS / "zoo.md").read_text())
-    write_between(file, marker, "a new table")
-    assert f"<!-- {marker} -->\na new table\n<!-- /{marker} -->" in file.read_text()
+@pytest.mark.parametrize("marker", FIGURES)
+def test_a_document_has_a_place_for_every_table(marker: str) -> None:
+    document = (DOCS / FIGURES[marker][0]).read_text()
+    assert f"<!-- {marker} -->\na new table\n<!-- /{marker} -->" in written_between(document, marker, "a new table")
+
+
+def test_tables_are_of_the_last_results() -> None:
+    """`make figures` renews them."""
+    stale = [path.name for path, text in written().items() if path.read_text() != text]
+    assert not stale
 
 
 def test_the_table_of_files_is_what_the_files_say() -> None:
-    """`python scripts/rooms.py` renews it."""
+    """`make figures` renews it."""
     done = subprocess.run([sys.executable, "scripts/rooms.py", "--check"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

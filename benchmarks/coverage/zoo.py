@@ -8,8 +8,6 @@ tests run a sample on real ones, over gloo. Each model has a process of its own,
     python -m benchmarks.coverage.zoo                        # all, about an hour on two cores
     python -m benchmarks.coverage.zoo --only clm:gpt2,mlm:bert --seed 3
     python -m benchmarks.coverage.zoo --outside              # other packages' models (extra `zoo`), and handwritten
-    python -m benchmarks.coverage.zoo --docs                 # writes the table of the last results into docs/zoo.md
-    python -m benchmarks.coverage.zoo --outside --docs       # likewise
 """
 
 from __future__ import annotations
@@ -31,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.support.alone import Row, alone, cpu_seconds
-from benchmarks.support.documents import DOCS, write_between
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
@@ -205,14 +202,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--outside", action="store_true", help="models of other packages and written by hand")
     parser.add_argument("--json", type=Path, help="where the results go")
-    parser.add_argument("--docs", action="store_true", help="write the table of the last results into docs/zoo.md")
     arguments = parser.parse_args()
     arguments.json = arguments.json or (OUTSIDE if arguments.outside else RESULTS)
-    if arguments.docs:
-        marker = "outside" if arguments.outside else "zoo"
-        found = json.loads(arguments.json.read_text())
-        write_between(DOCS / "zoo.md", marker, f"`{found['command']}`:\n\n{table(found['rows'])}")
-        return
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}
     started = time.monotonic()
     import autopart  # noqa: F401

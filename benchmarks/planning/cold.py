@@ -10,7 +10,6 @@ here, and their searches are for other spaces: AutoParallel takes the mesh's sha
 
 `--zoo` plans every architecture of transformers at the sizes that its configuration has by default, and large models at
 the sizes that their authors published, on 8x8:h100-80gb, in bfloat16, through the public API: `every_model.py`.
-`--zoo --docs` writes the table of the last results into docs/zoo.md.
 """
 
 from __future__ import annotations
@@ -246,11 +245,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     parser.add_argument("--zoo", action="store_true", help="every architecture and large models; rows: task:model_type")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="with --zoo: one of N architectures")
-    parser.add_argument("--docs", action="store_true", help="write the last table of --zoo into docs/zoo.md")
     options = parser.parse_args()
-    if options.docs:
-        every_model.into_docs(options.json)
-        return 0
     if options.zoo:
         return every_model.main(options.rows, options.every, options.limit, options.json)
     unknown = set(options.rows) - {r.name for r in ROWS}

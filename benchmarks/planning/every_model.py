@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.support.alone import Row, alone
-from benchmarks.support.documents import DOCS, write_between
 
 RESULTS = Path(__file__).parents[1] / "results" / "planning_zoo.json"
 MESH = "8x8:h100-80gb"
@@ -201,12 +200,6 @@ def main(only: Sequence[str], every: int, limit: int, path: Path | None) -> int:
         found = {"command": command, "python": platform.python_version(), "rows": rows}
         (path or RESULTS).write_text(json.dumps(found, indent=1) + "\n")
     return 0 if met(rows) else 1
-
-
-def into_docs(path: Path | None) -> None:
-    """Write the table of the last results into docs/zoo.md."""
-    found = json.loads((path or RESULTS).read_text())
-    write_between(DOCS / "zoo.md", "planning-zoo", f"`{found['command']}`:\n\n{table(found['rows'])}")
 
 
 def met(rows: Sequence[Row]) -> bool:

@@ -1,0 +1,184 @@
+"""Writes the tables of the documents from the results that the benchmarks left in benchmarks/results/.
+
+    python -m benchmarks.figures             renews every table
+    python -m benchmarks.figures --check     ends with status 1 where a table is not that of the last results
+
+A table stands between two markers, `<!-- name -->` and `<!-- /name -->`. FIGURES names its document, the file of
+results and the function that writes the rows. Running a benchmark anew renews its results; its docstring says how long
+that takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.coverage import zoo
+from benchmarks.planning import every_model
+from benchmarks.support.documents import DOCS, written_between
+
+RESULTS = Path(__file__).parent / "results"
+Found = dict[str, Any]
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def captioned(found: Found, table: str) -> str:
+    """A table under the command that its results are from."""
+    return f"`{found['command']}`:\n\n{table}"
+
+
+def published(found: Found) -> str:
+    """Errors of predicted step times, by source."""
+    head = ("source", "rows", "mean error", "median", "mean, signed", "Kendall's tau")
+    return markdown(
+        head,
+        (
+            (s["source"], s["rows"], f"{s['mape']:.1%}", f"{s['median']:.1%}", f"{s['mean']:+.1%}", f"{s['tau']:.2f}")
+            for s in found["scores"]
+        ),
+    )
+
+
+def memory(found: Found) -> str:
+    """How far counted peaks are from predicted ones, by stage."""
+    errors = [m / p - 1 for row in found["rows"] for p, m in zip(row["predicted"], row["measured"], strict=True)]
+    bands = ((-2.0, -0.02, "over 2 % below the plan"), (-0.02, 0.02, "within 2 %"), (0.02, 9.0, "over 2 % above it"))
+    rows = [(sum(low <= e < high for e in errors), f"of {len(errors)}", text) for low, high, text in bands]
+    mean = (f"{fmean(map(abs, errors)):.2%}", "mean", f"from {min(errors):+.2%} to {max(errors):+.2%}")
+    return markdown(("stages", "share", "counted peak against the plan's"), [*rows, mean])
+
+
+def measured(found: Found) -> str:
+    """Errors against steps on CPU ranks, by number of ranks."""
+
+    def line(name: object, rows: Sequence[Found]) -> Sequence[object]:
+        steps = [1e3 * r["measured"] for r in rows]
+        errors, at_speed = ([abs(r[key]) for r in rows] for key in ("error", "error_at_speed"))
+        span = f"{min(steps):.0f} to {max(steps):.0f}"
+        return name, len(rows), span, f"{fmean(errors):.1%}", f"{fmean(at_speed):.1%}", f"{max(at_speed):.1%}"
+
+    rows = found["rows"]
+    by_ranks = [line(n, [r for r in rows if r["ranks"] == n]) for n in sorted({r["ranks"] for r in rows})]
+    head = ("ranks", "rows", "step, ms", "mean error", "at the machine's speed", "largest at it")
+    return markdown(head, [*by_ranks, line("all", rows)])
+
+
+def regret(found: Found) -> str:
+    """The planner's choice against the fastest uniform configuration."""
+    rows = (
+        (r["ranks"], r["model"], r["configurations"], f"`{r['choice']}`", f"{1e3 * r['seconds']:.0f}", f"`{r['best']}`",
+         f"{1e3 * r['best_seconds']:.0f}", f"{1e3 * r['worst_seconds']:.0f}", f"{r['regret']:.1%}")
+        for r in found["regret"]
+    )  # fmt: skip
+    return markdown(("ranks", "model", "runs", "chosen", "ms", "fastest run", "ms", "slowest", "regret"), rows)
+
+
+def planning(found: Found) -> str:
+    """CPU seconds and peak resident memory of planning in a fresh process."""
+    rows = (
+        (r["name"], r["mesh"], f"{r['cpu']:.1f}", f"{r['memory'] / 2**30:.2f} GiB", f"{r['plan']['gap']:.2%}")
+        for r in found["rows"]
+    )
+    return captioned(found, markdown(("model", "mesh", "CPU s", "memory", "gap"), rows))
+
+
+RIVALS = {
+    "DDP": "autopart dp",
+    "FSDP2": "autopart dp",
+    "DTensor": "autopart tp",
+    "pipelining GPipe": "autopart pp gpipe",
+    "pipelining 1F1B": "autopart pp 1f1b",
+}
+
+
+def step_time(found: Found) -> str:
+    """Seconds of a step of others over autopart's of the same kind."""
+    by_system = {row["system"]: row for row in found["rows"]}
+
+    def ratio(rival: str, own: str) -> str:
+        theirs, ours = by_system[rival], by_system[own]
+        done = theirs["status"] == ours["status"] == "ok"
+        return (
+            f"{theirs['median_seconds'] / ours['median_seconds']:.2f}" if done else theirs["status"].partition(" (")[0]
+        )
+
+    rows = ((rival, by_system[own]["note"], ratio(rival, own)) for rival, own in RIVALS.items())
+    return captioned(found, markdown(("rival", "autopart with", "rival's seconds over autopart's"), rows))
+
+
+def proof(found: Found) -> str:
+    """What the proof of the rules covers."""
+    mutants = found["mutants disproven"] + found["mutants refused"]
+    of_torch = "{:,}, of which {:,} are {}".format
+    rows = [
+        ("rows", of_torch(found["rows"], found["rows that PyTorch's tests call"], "called by PyTorch's tests")),
+        ("calls", of_torch(found["calls"], found["calls of PyTorch's tests"], "PyTorch's")),
+        ("proofs: strategies of calls over 2, 3, 4 and 5 ranks", f"{found['proofs']:,}, all pass"),
+        ("corrupted rows that claim something new", f"{mutants:,}, caught {found['caught']:.2%}"),
+        ("those that survive", "; ".join(f"`{s}`" for s in found["survivors"]) or "none"),
+    ]
+    return markdown(("the table of operators", ""), rows)
+
+
+def dropout(found: Found) -> str:
+    """Seconds of dropout against torch's, forward and backward."""
+    rows = [("x".join(map(str, row["shape"])), row["seconds"]) for row in found["operators"]]
+    rows += [(f"a step of a small GPT-2, dropout {row['p']:g}", row["seconds"]) for row in found["steps"]]
+    lines = (
+        (name, f"{1e3 * s['autopart']:.3g} ms", f"{1e3 * s['torch']:.3g} ms", f"{s['autopart'] / s['torch']:.2f}")
+        for name, s in rows
+    )
+    return markdown(("what", "autopart", "torch", "ratio"), lines)
+
+
+FIGURES: dict[str, tuple[str, str, Callable[[Found], str]]] = {
+    "published": ("accuracy.md", "accuracy.json", published),
+    "memory": ("accuracy.md", "memory.json", memory),
+    "measured": ("accuracy.md", "measured.json", measured),
+    "regret": ("accuracy.md", "regret.json", regret),
+    "planning": ("benchmarks.md", "planning.json", planning),
+    "step-time-gpt2": ("benchmarks.md", "step_time_gpt2_2.json", step_time),
+    "step-time-llama": ("benchmarks.md", "step_time_llama_2.json", step_time),
+    "proof": ("sharding-rules.md", "proof.json", proof),
+    "dropout": ("randomness.md", "dropout.json", dropout),
+    "zoo": ("zoo.md", "zoo.json", lambda found: captioned(found, zoo.table(found["rows"]))),
+    "outside": ("zoo.md", "zoo_outside.json", lambda found: captioned(found, zoo.table(found["rows"]))),
+    "planning-zoo": ("zoo.md", "planning_zoo.json", lambda found: captioned(found, every_model.table(found["rows"]))),
+}
+"""Marker -> its document, its results, and what writes the table."""
+
+
+def written() -> dict[Path, str]:
+    """Every document with a table -> its text as the last results have it; no results change nothing."""
+    texts: dict[Path, str] = {}
+    for marker, (document, results, table) in FIGURES.items():
+        path = DOCS / document
+        if (RESULTS / results).exists():
+            text = texts.get(path) or path.read_text()
+            texts[path] = written_between(text, marker, table(json.loads((RESULTS / results).read_text())))
+    return texts
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, tell by the exit status")
+    check = parser.parse_args().check
+    for path, text in written().items():
+        if check and path.read_text() != text:
+            sys.exit(f"docs/{path.name} is not what python -m benchmarks.figures writes")
+        if not check:
+            path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
