@@ -1,6 +1,8 @@
-"""One rank of tests/runtime/test_exact.py: trains models, each under every configuration of its table; rank 0 compares.
+"""One rank of tests/runtime/test_exact.py, or all of them: trains models, each under every configuration of its table;
+rank 0 compares.
 
-argv: the tables (model -> list of dtypes with keywords) as JSON, the file for the results.
+argv: the tables (model -> list of dtypes with keywords) as JSON, the folder for the results, a file for every model;
+perhaps the number of ranks, which are then forks of this process, which traces and plans for all of them.
 """
 
 from __future__ import annotations
@@ -11,25 +13,33 @@ import itertools
 import json
 import os
 import sys
-import time
+import traceback
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from models import build
+from models import Batch, build
+from ranks import run_forked
 from torch import nn
 
 import autopart
 from autopart.compile.check import worst_error
+from autopart.hardware.mesh import Mesh
 from autopart.passes.source import Source
+from autopart.planner.make_plan import make_plan, request_of
 
 STEPS = 3
 Tensors = dict[str, torch.Tensor]
 
+Table = list[tuple[str, dict[str, Any]]]
 
-PLANS: dict[str, autopart.Plan] = {}
-"""Plans that are changed more than once, by what was asked for."""
+SOURCES: dict[tuple[int, torch.dtype], Source] = {}
+"""Of every model, the traces for all its micro-batch sizes."""
+PLANS: dict[tuple[int, str], autopart.Plan] = {}
+"""By model and what was asked for."""
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float]]] = {
     "SGD": (torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9}),
     "AdamW": (torch.optim.AdamW, {"lr": 1e-3}),
@@ -83,28 +93,37 @@ def force(plan: autopart.Plan, zero: int, modes: list[str], device: str) -> auto
     return dataclasses.replace(plan, mesh=mesh, zero=zero, recompute=" ".join(modes), stages=tuple(stages))
 
 
-def compiled_for(model: nn.Module, mesh: str, batch: Tensors, settings: dict[str, Any]) -> Any:
-    """`autopart.compile`, of a plan that is changed as `forced` in the settings says."""
-    forced = settings.get("forced")
-    if forced is None:
-        return autopart.compile(model, mesh, batch, **settings)
-    asked = {**{k: v for k, v in settings.items() if k != "forced"}, "recompute": "full"}
-    if os.environ["RANK"] != "0":
-        return autopart.compile(model, mesh, batch, **asked)
-    key = f"{asked} {next(model.parameters()).dtype}"
+def plan_of(model: nn.Module, mesh: str, batch: Tensors, settings: dict[str, Any]) -> autopart.Plan:
+    """The plan that `autopart.compile` makes on rank 0, made once, and changed as `forced` in the settings says."""
+    asked, forced = asked_of(settings), settings.get("forced")
+    key = id(model), str(asked)
     if key not in PLANS:
-        PLANS[key] = autopart.plan(model, mesh, batch, **asked)
-    return autopart.compile(
-        model, mesh, batch, plan=force(PLANS[key], *(forced[k] for k in ("zero", "modes", "device")))
-    )
+        source = source_of(model, batch, next(model.parameters()).dtype)
+        PLANS[key] = make_plan(source, Mesh.of(mesh), request_of(model, batch, **asked), to_run=True)
+        source.at(PLANS[key].micro_batch, PLANS[key].mesh)
+    return force(PLANS[key], *(forced[k] for k in ("zero", "modes", "device"))) if forced else PLANS[key]
 
 
-def run(model: nn.Module, batch: Tensors, right: tuple[Any, ...] | None, settings: dict[str, Any]) -> dict[str, Any]:
+def asked_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of `autopart.plan`: a plan that is changed starts with all blocks recomputed."""
+    asked = {key: value for key, value in settings.items() if key != "forced"}
+    return {**asked, "recompute": "full"} if "forced" in settings else asked
+
+
+def compiled_for(model: nn.Module, mesh: str, batch: Tensors, settings: dict[str, Any], forked: bool) -> Any:
+    """`autopart.compile`: of a plan that all ranks know already, if they are forked, or that rank 0 changes."""
+    if forked or ("forced" in settings and os.environ["RANK"] == "0"):
+        return autopart.compile(model, mesh, batch, plan=plan_of(model, mesh, batch, settings))
+    return autopart.compile(model, mesh, batch, **asked_of(settings))
+
+
+def run(
+    model: nn.Module, batch: Tensors, right: tuple[Any, ...] | None, settings: dict[str, Any], forked: bool
+) -> dict[str, Any]:
     """Train under one configuration; the errors against `right`, one process's results, on the rank that has them."""
-    started = time.monotonic()
     world = int(os.environ["WORLD_SIZE"])
     try:
-        compiled = compiled_for(model, f"{world}:cpu", batch, settings)
+        compiled = compiled_for(model, f"{world}:cpu", batch, settings, forked)
     except autopart.PartitionError as error:
         return {"refused": str(error)}
     loss = compiled.step(batch)
@@ -127,7 +146,6 @@ def run(model: nn.Module, batch: Tensors, right: tuple[Any, ...] | None, setting
         "loss": abs(losses[0].item() / right[0].item() - 1),
         "gradients": worst(gradients, right[1]),
         "state": worst(state, right[2]),
-        "seconds": time.monotonic() - started,
     }
 
 
@@ -137,31 +155,57 @@ def optimizer_of(settings: dict[str, Any]) -> str:
     return name
 
 
+def source_of(model: nn.Module, batch: Tensors, dtype: torch.dtype) -> Source:
+    """A model with its batch, traced once for every micro-batch size."""
+    return SOURCES.setdefault((id(model), dtype), Source(model, batch, dtype))
+
+
 def trace_once() -> None:
     """Have `autopart.compile` trace a model once for every micro-batch size, not again for every configuration."""
-    module, known = sys.modules["autopart.compile.api"], dict[tuple[int, torch.dtype], Source]()
-    setattr(module, "Source", lambda *given: known.setdefault((id(given[0]), given[2]), Source(*given)))  # noqa: B010
+    setattr(sys.modules["autopart.compile.api"], "Source", source_of)  # noqa: B010
+
+
+def train_table(made: dict[str, tuple[nn.Module, Batch]], table: Table, file: Path, forked: bool) -> None:
+    """Run a model's table; rank 0 writes what it found after each line, so that a failure leaves the rest."""
+    results: list[dict[str, Any]] = []
+    right: dict[tuple[str, str], tuple[Any, ...]] = {}
+    for dtype, settings in table:
+        optimizer = optimizer_of(settings)
+        if os.environ["RANK"] == "0" and (dtype, optimizer) not in right:
+            right[dtype, optimizer] = train(*made[dtype], optimizer)
+        found = run(*made[dtype], right.get((dtype, optimizer)), settings, forked)
+        results.append({"dtype": dtype, "settings": settings, **found})
+        if os.environ["RANK"] == "0":
+            file.write_text(json.dumps(results))
+
+
+def fork_table(made: dict[str, tuple[nn.Module, Batch]], table: Table, file: Path, ranks: int) -> bool:
+    """Trace and plan all of a model's table, then run it on forks of this process; whether these ended well."""
+    for dtype, settings in table:
+        with suppress(autopart.PartitionError):  # which every rank meets again
+            plan_of(made[dtype][0], f"{ranks}:cpu", made[dtype][1], settings)
+    try:
+        run_forked(partial(train_table, made, table, file, forked=True), ranks)
+    except Exception:
+        traceback.print_exc()
+        return False
+    return True
 
 
 def main() -> None:
-    """Run the tables; rank 0 writes what it found after each line, so that a failure leaves the rest."""
-    tables, path = sys.argv[1:]
+    """Run the tables, one model after the other."""
+    tables, folder, *ranks = sys.argv[1:]
     torch.set_num_threads(1)
     trace_once()
-    results: dict[str, list[dict[str, Any]]] = {}
+    ended_well = []
     for name, table in json.loads(tables).items():
         made = {dtype: build(name, getattr(torch, dtype)) for dtype in dict(table)}
-        right: dict[Any, tuple[Any, ...]] = {}
-        PLANS.clear()
-        results[name] = []
-        for dtype, settings in table:
-            optimizer = optimizer_of(settings)
-            if os.environ["RANK"] == "0" and (dtype, optimizer) not in right:
-                right[dtype, optimizer] = train(*made[dtype], optimizer)
-            found = run(*made[dtype], right.get((dtype, optimizer)), settings)
-            results[name].append({"dtype": dtype, "settings": settings, **found})
-            if os.environ["RANK"] == "0":
-                Path(path).write_text(json.dumps(results))
+        file = Path(folder) / f"{name}.json"
+        if ranks:
+            ended_well.append(fork_table(made, table, file, int(ranks[0])))
+        else:
+            train_table(made, table, file, forked=False)
+    sys.exit(0 if all(ended_well) else 1)
 
 
 if __name__ == "__main__":
