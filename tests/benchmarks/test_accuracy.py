@@ -27,6 +27,8 @@ from benchmarks.accuracy.published_runs import (
     why_not,
 )
 
+pytestmark = pytest.mark.slow
+
 ROWS = {file: list(read(file)) for file in FILES}
 
 

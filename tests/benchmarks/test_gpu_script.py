@@ -10,6 +10,8 @@ import torch
 
 from benchmarks import gpu
 
+pytestmark = pytest.mark.slow
+
 ROWS = list(gpu.rows())
 
 

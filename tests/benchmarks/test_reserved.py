@@ -12,6 +12,8 @@ from benchmarks.accuracy.published import Bench, Published, read
 from benchmarks.accuracy.published_runs import as_held, held, plan_of
 from benchmarks.accuracy.reserved import alive, besides, elements, late
 
+pytestmark = pytest.mark.slow
+
 ROWS = {row.name: row for row in read("torchtitan_llama3.csv")}
 BENCH = Bench(as_run=True)
 BLOCK, ROOT = 218_112_000, 2 * 128256 * 4096 + 4096

@@ -80,6 +80,7 @@ def test_plan_prints_json() -> None:
     assert "dropout is 0 here: resid_pdrop was 0.1" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_saved_plan_is_shown_and_estimated(tiny: str, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     made = shell("plan", tiny, "2:cpu", "--tp", 2, "--micro-batch", 8, "--save", file)
@@ -206,6 +207,7 @@ def test_random_weights_depend_on_the_name_alone() -> None:
     assert random_weight("norm.bias", [2]).tolist() == [0, 0]
 
 
+@pytest.mark.slow
 def test_emit_writes_a_folder(tiny: str, tmp_path: Path) -> None:
     folder = tmp_path / "emitted"
     result = shell("emit", tiny, "2:cpu", "--pp", 2, "--micro-batch", 4, "--to", folder)
@@ -268,6 +270,7 @@ def test_a_refusal_is_the_exit_status_of_the_process(tiny: str) -> None:
     assert refused.returncode == 2 and "tp" in refused.stderr and not refused.stdout
 
 
+@pytest.mark.slow
 def test_a_plan_for_another_model_is_told_before_weights_are_made(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

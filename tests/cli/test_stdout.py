@@ -84,11 +84,13 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: (folder / f"{n}.txt").read_text() for n, name in enumerate([*COMMANDS, "a program"])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_json_is_all_of_stdout(name: str, told: dict[str, str]) -> None:
     assert json.loads(told[name]) is not None
 
 
+@pytest.mark.slow
 def test_a_program_that_plans_prints_nothing(told: dict[str, str]) -> None:
     assert told["a program"] == ""
 

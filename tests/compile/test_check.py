@@ -50,6 +50,7 @@ def test_check_tells_how_far_a_plan_is_off(tiny: str, tmp_path: Path) -> None:
     assert saved.stdout.startswith(f"{told['loss']:.6g} is the loss, off by "), saved.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_one_sample_at_a_time(name: str, tmp_path: Path) -> None:
     """One sample may be traced as another graph than several, of which the planner thinks."""
@@ -81,6 +82,7 @@ def test_check_finds_what_is_wrong() -> None:
     assert found.gradient_error == pytest.approx(0.75, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_random_models_are_held_against_one_rank(tiny: str) -> None:
     result = shell("check", tiny, "2:cpu", "--tp", 2, "--batch", 4, "--micro-batch", 4, "--dropout", "--json")
     told = json.loads(result.stdout)
@@ -138,6 +140,7 @@ def unruly() -> autopart.Check:
     return autopart.check(Unruly(), "4:cpu", {"x": torch.randn(8, 64)}, pp=2, tp=2, micro_batch=4)
 
 
+@pytest.mark.slow
 def test_operators_without_a_rule_train_exactly(unruly: autopart.Check) -> None:
     assert unruly.loss_error < 1e-5 and unruly.gradient_error < 1e-5
     assert set(unruly.plan.replicated) == {"autopart_tests.fold", "autopart_tests.flat"}
@@ -177,6 +180,7 @@ def test_layers_called_by_numbers(settings: dict[str, int]) -> None:
     autopart.certify(found.plan, model, batch)
 
 
+@pytest.mark.slow
 def test_no_missing_rules_are_told(tiny: str, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     assert shell("plan", tiny, "2:cpu", "--tp", 2, "--batch", 4, "--micro-batch", 4, "--save", file).exit_code == 0

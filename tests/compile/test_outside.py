@@ -26,6 +26,7 @@ def test_a_model_trains_split(name: str) -> None:
     assert found.plan.tp == found.plan.pp == 2 and not found.plan.replicated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fourier_operator", "graph_attention"])
 def test_the_planner_decides(name: str) -> None:
     model, batch = build(name, seed=1)

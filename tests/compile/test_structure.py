@@ -130,6 +130,7 @@ def stateful(name: str) -> tuple[nn.Module, Batch]:
     return Stack(block).train(), data(8, *shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STATEFUL)
 @pytest.mark.parametrize("degrees", GRID)
 def test_buffers_change_as_in_one_process(name: str, degrees: dict[str, int]) -> None:
@@ -142,6 +143,7 @@ def test_buffers_change_as_in_one_process(name: str, degrees: dict[str, int]) ->
                    for s in sources(model, batch, found.plan))  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STATEFUL)
 def test_blocks_that_change_buffers_are_not_run_again(name: str) -> None:
     model, batch = stateful(name)

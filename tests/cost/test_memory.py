@@ -30,6 +30,7 @@ def bench() -> Bench:
     return Bench()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "row",
     [

@@ -426,6 +426,7 @@ def untraceable(module: nn.Module, query: Tensor, *others: Any, **settings: Any)
     return query, None
 
 
+@pytest.mark.slow
 def test_another_attention_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "untraceable", untraceable)
     model, given = models.build("llama")
@@ -472,6 +473,7 @@ def test_a_loss_is_found_among_other_outputs(pack: Callable[[Tensor, Tensor], An
     assert_exact(Returning(pack))
 
 
+@pytest.mark.slow
 def test_hidden_states_and_attentions_are_left_out() -> None:
     model, given = models.build("llama")
     model.config.output_hidden_states = True
@@ -479,6 +481,7 @@ def test_hidden_states_and_attentions_are_left_out() -> None:
     assert found.gradient_error < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
 def test_caches_for_generation_are_left_out(name: str) -> None:
     """As transformers makes its models: with a cache in what they give. The user's own model keeps its own."""

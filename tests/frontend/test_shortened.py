@@ -303,6 +303,7 @@ def test_a_family_is_planned_from_its_first_layers_whatever_the_batch(name: str)
         assert counts(larger) == counts(full)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHORT)
 def test_blocks_that_do_the_same_stand_for_each_other(name: str) -> None:
     short, full = both(SHORT[name](), numbers())
@@ -319,12 +320,14 @@ def test_other_blocks_do_not_and_the_reason_is_told(name: str) -> None:
     assert re.search(why, short.traced_in_full), short.traced_in_full
 
 
+@pytest.mark.slow
 def test_a_list_that_is_needed_whole_keeps_no_other_from_being_shortened() -> None:
     short, full = both(Heads(blocks()), numbers())
     assert len(short.segments) < len(full.segments)
     assert short.traced_in_full.startswith("heads: torch.export cannot trace")
 
 
+@pytest.mark.slow
 def test_a_whole_trace_shows_what_a_short_one_could_not_see() -> None:
     source = Source(Stack([Gated(i + 1) for i in range(9)]), numbers(), torch.float32)
     short, full = source.sampled(2, MESH), source.full(2, MESH)
@@ -340,6 +343,7 @@ def test_the_model_itself_keeps_all_its_blocks() -> None:
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
 
 
+@pytest.mark.slow
 def test_a_hash_tells_models_apart() -> None:
     made = [Stack(blocks()), Stack(blocks(count=10)), Stack([Block(i, 24) for i in range(9)]), alternating()]
     found = {Source(model, numbers(), torch.float32).sampled(2, MESH).hash for model in made}
@@ -356,6 +360,7 @@ def test_as_few_blocks_are_kept_as_show_every_kind_twice(kinds_of_blocks: str, k
     assert short.kept == kept
 
 
+@pytest.mark.slow
 def test_equal_constants_are_one() -> None:
     """Every block makes tensors of Python's numbers: those of equal values do not keep blocks from being equal."""
 

@@ -208,6 +208,7 @@ def test_bytes_moved_counts_rows_and_vectors():
     assert backward == 2 * (60 + 60 + 60 + 10 + 10) + 4 * 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("d", [64, 4096, 4100, 16384])
 def test_kernels_compile_ahead_without_spills(capability, d):

@@ -82,6 +82,7 @@ ALL: dict[str, Mask] = {
 }
 
 
+@pytest.mark.slow
 def test_long_masks_are_told_apart() -> None:
     wanted = {"causal": CAUSAL, "all": ALL, "": OTHER}
     for pattern, masks in wanted.items():
@@ -116,6 +117,7 @@ def some_mask(numbers: random.Random, tokens: int) -> Mask:
     return numbers.choice(joined)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 7, 9])
 def test_masks_in_small_blocks(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "BLOCK", 3)

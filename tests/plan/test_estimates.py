@@ -55,6 +55,7 @@ def test_published_seconds_give_the_published_mfu(number: int) -> None:
     assert 100 * found == pytest.approx(float(rows(SEQSEL)[number]["metric_mfu_pct"]), rel=1e-2)
 
 
+@pytest.mark.slow
 def test_the_flops_of_a_llama() -> None:
     """6 (N - N_emb) + 12 L h s a token, as torchtitan counts them; 5,762 tokens/s of a device are 33.7 % of 989e12."""
     made = of_size("llama-3-8b", "8:h100-80gb", 16, 8192, dp=8, zero=3, recompute="selective", micro_batch=16)

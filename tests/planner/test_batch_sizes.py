@@ -113,6 +113,7 @@ def test_drawn(seed: int) -> None:
     holds(model, draw.choice(["1:cpu", "2:cpu"]), {"x": torch.randn(samples, TOKENS, WIDTH)}, micro_batch=micro)
 
 
+@pytest.mark.slow
 def test_bloom() -> None:
     torch.manual_seed(0)
     config = hf.BloomConfig(n_layer=4, hidden_size=16, n_head=4, vocab_size=32, hidden_dropout=0.0, use_cache=False)

@@ -76,6 +76,7 @@ class Made(nn.Module):
         return F.mse_loss(x * torch.ones(n, TOKENS).unsqueeze(-1), target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"tp": 2}, {"dp": 2}], ids=str)
 def test_what_is_made_for_every_sample_is_counted(settings: dict[str, int]) -> None:
     """A plan is made of a trace of two samples and holds for eight."""

@@ -104,6 +104,7 @@ HOLDS: dict[tuple[str, ...], Callable[[Plan], bool]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("texts", HOLDS, ids="; ".join)
 def test_constraints_hold(texts: tuple[str, ...]) -> None:
     plan = planned(*texts)
@@ -133,6 +134,7 @@ def test_impossible_constraints(texts: tuple[str, ...], told: str) -> None:
         planned(*texts)
 
 
+@pytest.mark.slow
 def test_why() -> None:
     """Every number is above what is proven for the strategy, and no better than the best plan can be."""
     found = explanation(tp=4)
@@ -173,6 +175,7 @@ def test_why_not_possible() -> None:
     assert "same" in str(explanation().why_not(f"tp={plan.tp}"))
 
 
+@pytest.mark.slow
 def test_prices() -> None:
     """Every price is the time of a plan for the changed machine."""
     found = explanation()
@@ -256,6 +259,7 @@ def moved_cut(data: dict[str, Any]) -> None:
     one["recompute"].append(two["recompute"].pop(0))
 
 
+@pytest.mark.slow
 def test_reprice() -> None:
     plan = planned("pp=2", "tp=2", "micro_batch=2", "stage 1 starts at layers.2")
     again = repriced(plan, source())
@@ -312,6 +316,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", REFUSED)
 def test_reprice_refuses(what: str) -> None:
     change, told = REFUSED[what]
@@ -347,6 +352,7 @@ def make() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return build("llama", torch.float32, LAYERS)
 
 
+@pytest.mark.slow
 def test_shell(tmp_path: Path) -> None:
     run, file = CliRunner().invoke, tmp_path / "plan.json"
     spec = f"{Path(__file__)}:make"

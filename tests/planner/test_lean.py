@@ -19,6 +19,8 @@ from torch import Tensor, nn
 import autopart
 from autopart.cli import models as models
 
+pytestmark = pytest.mark.slow
+
 GIB = 2**30
 
 

@@ -55,6 +55,7 @@ def test_devices_fill_hosts(text: str, per_host: int, meshes: list[str]) -> None
     assert [str(mesh) for mesh in meshes_of(text, per_host)] == meshes
 
 
+@pytest.mark.slow
 def test_the_fastest_shape_comes_first(given: Given) -> None:
     said: list[str] = []
     found = autopart.search_mesh(*given, devices="8:h100-80gb", per_host=(1, 2, 4, 8), say=said.append, **SETTINGS)
@@ -67,6 +68,7 @@ def test_the_fastest_shape_comes_first(given: Given) -> None:
 PRICES = {"h100-80gb": 3.0, "a100-80gb": 2.0}
 
 
+@pytest.mark.slow
 def test_the_cheapest_comes_first_with_prices(given: Given) -> None:
     asked = ["1:h100-80gb", "4:h100-80gb", "1:a100-80gb", "4:a100-80gb"]
     found = autopart.search_mesh(*given, devices=asked, prices=PRICES, **SETTINGS)
@@ -81,6 +83,7 @@ def test_the_cheapest_comes_first_with_prices(given: Given) -> None:
     assert {str(c.mesh) for c in found if c.front} == set(asked) - beaten
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [1.0, 0.7, 0.3])
 def test_the_fewest_devices_that_meet_a_target(given: Given, share: float) -> None:
     counts = [1, 2, 4, 8]
@@ -94,6 +97,7 @@ def test_the_fewest_devices_that_meet_a_target(given: Given, share: float) -> No
     assert not smaller or not tried[smaller[-1]].meets
 
 
+@pytest.mark.slow
 def test_a_target_that_none_meets(given: Given) -> None:
     found = autopart.search_mesh(*given, devices="2:cpu", target_seconds=1e-9, **SETTINGS)
     assert [c.mesh.size for c in found] == [2] and not found[0].meets and found[0].plan is not None
