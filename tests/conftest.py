@@ -29,12 +29,14 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The tests that start processes come first: they are the longest group, which is to leave no worker idle."""
+    """The tests that start processes come first, then files with slow tests: a long group that starts last would leave
+    the other worker idle."""
     if config.getoption("quick"):
         kept = _quick(items)
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = [item for item in items if item in kept]
-    items.sort(key=lambda item: item.get_closest_marker("processes") is None)
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.get_closest_marker("processes") is None, item.path not in long))
 
 
 def _quick(items: list[pytest.Item]) -> set[pytest.Item]:

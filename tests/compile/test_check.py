@@ -211,6 +211,7 @@ def late_receive(groups: Groups) -> None:
     in_a_receive(groups)
 
 
+@pytest.mark.timeout(60)  # others would wait for ever
 @pytest.mark.parametrize("others", [in_a_collective, in_a_receive, late, late_receive])
 @pytest.mark.parametrize("delay", [0.0, 0.2])
 @pytest.mark.parametrize("failing", [0, 3])
@@ -222,7 +223,5 @@ def test_a_rank_that_fails_ends_all(others: Callable[[Groups], Any], delay: floa
         while True:
             others(groups)
 
-    started = time.monotonic()
     with pytest.raises(Own, match=str(failing)):
         run_simulated(2, 1, 2, run)
-    assert time.monotonic() - started < 20

@@ -1,13 +1,11 @@
-"""Plans of large models, batches and meshes take little memory and time. Each is made in a process of its own: this
-file, run with the name of the plan."""
+"""Plans of large models, batches and meshes take little memory. Each is made in a process of its own: this file, run
+with the name of the plan."""
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,19 +72,16 @@ def devices() -> autopart.Plan:
 PLANS: dict[str, Callable[[], autopart.Plan]] = {"custom": custom, "devices": devices}
 
 
-@pytest.mark.parametrize(("name", "bytes_", "seconds"), [("custom", 1 * GIB, 60), ("devices", 2 * GIB, 60)])
-def test_lean(name: str, bytes_: int, seconds: float) -> None:
+@pytest.mark.parametrize(("name", "bytes_"), [("custom", 1 * GIB), ("devices", 2 * GIB)])
+def test_lean(name: str, bytes_: int) -> None:
     command = [sys.executable, __file__, name]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == 0, done.stderr
-    peak, taken = json.loads(done.stdout.splitlines()[-1])
+    peak = int(done.stdout.splitlines()[-1])
     assert peak < bytes_, f"{peak / GIB:.2f} GiB"
-    assert taken < seconds
 
 
 if __name__ == "__main__":
-    started = time.process_time()
     PLANS[sys.argv[1]]()
-    taken = time.process_time() - started
     (kib,) = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    print(json.dumps([int(kib) * 1024, taken]))
+    print(int(kib) * 1024)

@@ -159,6 +159,7 @@ def test_what_is_refused(given: Given, settings: dict[str, Any], message: str) -
         autopart.search_mesh(*given, **settings)
 
 
+@pytest.mark.slow
 def test_the_shell(tmp_path: Any) -> None:
     file = tmp_path / "config.json"
     file.write_text('{"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2, "vocab_size": 96}')

@@ -191,6 +191,7 @@ def big() -> Given:
     return model, {"input_ids": ids, "labels": ids.clone()}
 
 
+@pytest.mark.slow
 def test_a_model_that_is_too_big_is_refused_with_the_bytes_it_lacks_but_can_be_estimated() -> None:
     model, batch = big()
     with pytest.raises(PartitionError, match=r"\d+\.\d GiB short"):
@@ -199,6 +200,7 @@ def test_a_model_that_is_too_big_is_refused_with_the_bytes_it_lacks_but_can_be_e
     assert not found.fits and found.memory_bytes[0] > 64 * 2**30 and found.step_seconds > 0
 
 
+@pytest.mark.slow
 def test_planning_takes_no_memory_for_weights() -> None:
     model, batch = big()
     found = autopart.plan(model, "2x8:h100-80gb", batch, pp=2, tp=8, micro_batch=2, precision="bfloat16")

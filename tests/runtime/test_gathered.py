@@ -70,6 +70,7 @@ def test_it_trains_like_one_process(name: str, settings: dict[str, Any]) -> None
     assert worst_error(found.gradients, gradients)[0] < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_it_takes_less_memory_and_more_time(name: str) -> None:
     whole, parts = planned(name, ""), planned(name, AGAIN)
@@ -91,6 +92,7 @@ def test_products_of_one_value_share_its_gather(name: str, monkeypatch: pytest.M
     assert len(runs) == 2 * (2 * LAYERS) * MICRO_BATCHES * 2
 
 
+@pytest.mark.slow
 def test_it_is_chosen_where_memory_is_short() -> None:
     parts, mesh = planned("gpt2", AGAIN, recompute="none"), Mesh.parse("2:cpu")
     share = usable_bytes(mesh) / mesh.device.memory_bytes

@@ -156,6 +156,7 @@ def small(seed: int = 0, **settings: Any) -> tuple[nn.Module, Tensors]:
     return gpt2(4, resid_pdrop=0.2, attn_pdrop=0.2, embd_pdrop=0.2, **settings), batch_for("gpt2", torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 3])
 def test_dropout_is_the_same_again(zero: int) -> None:
     model, batch = small()
@@ -192,6 +193,7 @@ class NormedLayer(nn.Module):
         return torch.tanh(self.linear(self.norm(x)) * self.level)
 
 
+@pytest.mark.slow
 def test_a_block_that_is_run_again_changes_its_buffers_once() -> None:
     torch.manual_seed(0)
     model, batch = Normed(), {"x": torch.randn(8, 8)}
@@ -245,6 +247,7 @@ class Wide(nn.Module):
         return x + self.down(F.gelu(self.up(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"dp": 2}, {"dp": 2, "tp": 2}, {"dp": 2, "pp": 2}], ids=str)
 def test_blocks_of_two_kinds_with_shared_and_frozen_weights(axes: dict[str, int]) -> None:
     torch.manual_seed(0)
@@ -263,6 +266,7 @@ def test_blocks_of_two_kinds_with_shared_and_frozen_weights(axes: dict[str, int]
         assert error < 1e-10, (zero, mode, worst)
 
 
+@pytest.mark.slow
 def test_a_few_recomputed_blocks_of_a_list_read_as_loops() -> None:
     model, batch = build("gpt2", layers=4)
     plan = autopart.plan(model, "1:cpu", batch, recompute="full")
@@ -291,6 +295,7 @@ def levels() -> dict[int, Measured]:
         return {zero: measure(source, forced(plan, zero, ["none"])) for zero in range(4)}
 
 
+@pytest.mark.slow
 def test_no_whole_gradient_lives_on_from_level_2(levels: dict[int, Measured]) -> None:
     assert levels[0].whole_gradients and levels[1].whole_gradients
     assert not levels[2].whole_gradients
@@ -328,6 +333,7 @@ def test_slices_come_together_again() -> None:
         assert all(torch.equal(a, 6 * b) for a, b in zip(summed, whole, strict=True))
 
 
+@pytest.mark.slow
 def test_optimizers_that_need_all_of_a_weight_are_refused() -> None:
     model, batch = build("mlp")
     plan = autopart.plan(model, "2:cpu", batch, dp=2, recompute="none")

@@ -99,6 +99,7 @@ def test_bytes_of_messages(zero: int, summing: float, ending: float) -> None:
     assert training.summing(2.0, 2.0, True) == pytest.approx(summing - 4 * (zero == 2))
 
 
+@pytest.mark.slow
 def test_a_plan_says_so_and_holds() -> None:
     model, batch = models.build("llama")
     plan = autopart.plan(model, "2:cpu", batch, dp=2, zero=2, micro_batch=4, **MIXED)

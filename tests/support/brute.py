@@ -48,7 +48,7 @@ Whole = NDArray[np.int64]
 NEVER = float("inf")
 EQUAL = 1e-9
 """Relative difference below which two times are the same."""
-LARGEST = 20_000
+LARGEST = 10_000
 """Arrows of a graph at most."""
 TIED = 20
 """From this model on, layers share parameters, and some values are made by every stage for itself."""
