@@ -10,6 +10,7 @@ from torch import nn
 from autopart.frontend.batch import DTYPES, Batch
 from autopart.ir.graph import info
 from autopart.ir.layered_graph import LayeredGraph
+from autopart.passes.codegen.module import EmitSettings
 from autopart.passes.emit import emit
 from autopart.passes.partition import partition
 from autopart.passes.source import Source
@@ -41,8 +42,8 @@ def programs(layered: LayeredGraph, plan: Plan, indices: Iterable[int] | None = 
 
 def emit_stage(stage: StageGraph, plan: Plan, classes: Mapping[str, str]) -> str:
     """The source text of one stage of a plan; `classes` as in `Traced`."""
-    modes = plan.stages[stage.index].recompute
-    return emit(stage, plan.pp, plan.model, plan.degrees, modes, plan.zero >= 3, plan.master, classes)
+    settings = EmitSettings(plan.model, plan.degrees, plan.pp, plan.zero >= 3, plan.master, classes)
+    return emit(stage, plan.stages[stage.index].recompute, settings)
 
 
 def sources(model: nn.Module, batch: Batch, plan: Plan) -> list[str]:

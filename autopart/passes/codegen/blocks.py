@@ -70,8 +70,9 @@ def find_blocks(stage: StageGraph, modes: Sequence[str], sliced: bool, classes: 
     return blocks
 
 
-def segments(stage: StageGraph, blocks: Mapping[int, Block]) -> list[list[int]]:
-    """The blocks' runs in rows that a loop can go over: neighbours of one list that are recomputed alike."""
+def loops(blocks: Mapping[int, Block]) -> list[list[int]]:
+    """The blocks in rows that a loop may go over, each as the index of its segment: neighbours of one list that are
+    recomputed alike and take and give as many values."""
     rows: list[list[int]] = []
     for index, block in blocks.items():
         before = blocks.get(index - 1)

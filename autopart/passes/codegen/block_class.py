@@ -1,0 +1,133 @@
+"""The class of equal blocks, and the calls of its modules."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from torch import fx
+
+from autopart.ir.graph import info
+from autopart.passes.codegen.blocks import Block, plural
+from autopart.passes.codegen.lines import comment, indent, write_lines
+from autopart.passes.codegen.module import StageModule
+from autopart.passes.codegen.naming import Scope, Text, wanted_name
+from autopart.passes.codegen.weights import init_lines, weight_lines
+from autopart.passes.stage_graph import OWNED
+
+RECOMPUTED = {"none": "", "selective": "recomputed_selectively", "full": "recomputed"}
+"""The function of `autopart.runtime` that calls a block, so that backward computes again what was not saved."""
+
+
+def block_class(module: StageModule, alike: Sequence[Block]) -> list[str]:
+    """The class of blocks that are the same program."""
+    scope, block = Scope(), alike[0]
+    used = dict.fromkeys(n for node in block.nodes for n in node.all_input_nodes)
+    parameters = [n for n in used if info(n).kind in OWNED and n not in block.outside]
+    weights = weight_lines(module, parameters, scope, block.label, "name")
+    arguments = []
+    for outside in block.outside:
+        arguments.append(scope.name(outside, argument_name(outside)))
+        if module.is_sliced(outside):
+            module.speller.used.add("gathered")
+            scope.names[outside] = Text(f"gathered({arguments[-1]})")
+    if any(map(module.is_sliced, parameters)):
+        scope.taken.add("weights")
+        note = "forward: all-gather over dp. backward: all-gather, reduce-scatter over dp"
+        scope.lines.append(comment("weights = gathered(self)", note))
+    write_lines(module, scope, block.nodes, set(block.outputs))
+    return [
+        f"class {block.kind}(nn.Module):",
+        f'    """{_names([block.label for block in alike])}"""',
+        "",
+        *init_lines("groups: Groups, name: str", weights, scope.lines),
+        "",
+        f"    def forward(self, {', '.join(arguments)}):",
+        *indent(scope.lines),
+        f"        return {', '.join(scope.names[o].code for o in block.outputs)}",
+    ]
+
+
+def argument_name(node: fx.Node) -> str:
+    """What a function calls a value that it is given."""
+    if info(node).kind in OWNED:
+        return info(node).name
+    return "hidden" if info(node).grad else wanted_name(node)
+
+
+def _names(labels: Sequence[str]) -> str:
+    """``layers.0 .. layers.5``, or ``layers.0, layers.2 .. layers.10``."""
+    if in_row(labels):
+        return " .. ".join(dict.fromkeys([labels[0], labels[-1]]))
+    return ", ".join(labels) if len(labels) < 3 else f"{labels[0]}, {labels[1]} .. {labels[-1]}"
+
+
+def in_row(labels: Sequence[str]) -> bool:
+    """Whether these are modules of one list, one after the other."""
+    stem, _, first = labels[0].rpartition(".")
+    return list(labels) == [f"{stem}.{i}" for i in range(int(first), int(first) + len(labels))]
+
+
+def write_calls(
+    module: StageModule, scope: Scope, results: set[fx.Node], row: Sequence[Block], members: Sequence[Block]
+) -> None:
+    """Append the calls of neighbouring blocks to the scope: a loop where the output of one is the input of the next.
+
+    `members` are all blocks of their list, `results` the values that blocks gave so far.
+    """
+    attribute, place = plural(row[0].label), members.index(row[0])
+    chained = _chained(row)
+    if chained is not None:
+        arguments = [_given(module, scope, n) for n in row[0].outside]
+        name = _result(scope, results, row[0], row[-1].outputs[0])
+        if arguments[chained] != name:
+            scope.lines.append(f"{name} = {arguments[chained]}")
+        arguments[chained] = name
+        start, end = place or "", place + len(row)
+        part = f"[{start}:{end if end < len(members) else ''}]" if len(row) < len(members) else ""
+        call = _call(module, row[0], "layer", arguments)
+        scope.lines += [f"for layer in self.{attribute}{part}:", f"    {name} = {call}"]
+        return
+    for i, block in enumerate(row, place):
+        arguments = [_given(module, scope, n) for n in block.outside]
+        names = [_result(scope, results, block, o) for o in block.outputs]
+        scope.lines.append(f"{', '.join(names)} = {_call(module, block, f'self.{attribute}[{i}]', arguments)}")
+
+
+def _chained(row: Sequence[Block]) -> int | None:
+    """The one argument that each block takes from the block before it, where the others are the same for all blocks
+    and nothing else uses what is passed on; None where no loop can call the blocks."""
+    arguments = range(len(row[0].outside))
+    chained = [
+        j for j in arguments if all(block.outside[j] in before.outputs for before, block in itertools.pairwise(row))
+    ]
+    same = all(j in chained or all(block.outside[j] is row[0].outside[j] for block in row) for j in arguments)
+    passed_on = all(
+        set(output.users) <= set(block.nodes) for before, block in itertools.pairwise(row) for output in before.outputs
+    )
+    loops = len(row) > 1 and same and passed_on and len(row[0].outputs) == 1 and len(chained) == 1
+    return chained[0] if loops else None
+
+
+def _given(module: StageModule, scope: Scope, node: fx.Node) -> str:
+    """A value as an argument of a block: of a weight in slices, the slice."""
+    code = module.speller.value(scope, node).code
+    return code.removeprefix("gathered(").removesuffix(")") if module.is_sliced(node) else code
+
+
+def _result(scope: Scope, results: set[fx.Node], block: Block, output: fx.Node) -> str:
+    """The name of a block's output: that of what another block gave to this block alone, where there is one."""
+    given = [n for n in block.outside if n in results and set(n.users) <= set(block.nodes)]
+    results.add(output)
+    if len(block.outputs) == len(given) == 1:
+        scope.names[output] = scope.names[given[0]]
+        return scope.names[output].code
+    return scope.name(output, "hidden")
+
+
+def _call(module: StageModule, block: Block, function: str, arguments: Sequence[str]) -> str:
+    recomputed = RECOMPUTED[block.recompute]
+    if not recomputed:
+        return f"{function}({', '.join(arguments)})"
+    module.speller.used.add(recomputed)
+    return f"{recomputed}({', '.join([function, *arguments])})"

@@ -1,0 +1,151 @@
+"""The lines of a function: one for each value, and where values that backward does not save are let go of."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from torch import fx
+
+from autopart.ir.graph import info
+from autopart.passes.codegen.module import StageModule
+from autopart.passes.codegen.naming import ATOM, Scope, output_name, wanted_name
+from autopart.passes.codegen.spelling import INLINE, joins_bias, scalar_infix
+
+WIDTH = 100
+"""Columns of a line without its comment."""
+
+COMMENT = 64
+"""The column at which comments begin, where the code is not longer."""
+
+
+def write_lines(module: StageModule, scope: Scope, nodes: Sequence[fx.Node], needed: set[fx.Node]) -> None:
+    """Append the lines of `nodes` to the scope; `needed` are the nodes whose values are used elsewhere.
+
+    A value that counts samples and that autograd does not save is deleted: in front of the next line of the user's
+    source, once all its uses are written. Other values that are not saved are small.
+    """
+    inside = set(nodes)
+    last_source = ""
+    kept = {root for root, _ in module.stage.kept}
+    alive: dict[str, fx.Node] = {}
+    done: set[fx.Node] = set()
+    for node in nodes:
+        record = info(node)
+        if record.name == "autopart.getitem" and node in scope.names:
+            continue
+        if len(record.shapes) > 1:
+            _unpack(module, scope, node)
+            continue
+        if joins_bias(node) and node not in needed:
+            continue
+        if record.name == "runtime.update":
+            buffer, value = (module.speller.value(scope, a) for a in node.args)
+            scope.lines.append(f"{buffer.code} = {value.within(ATOM)}.detach()")
+            continue
+        text = module.speller.expression(scope, node)
+        if _goes_inline(node, inside, needed) and len(text.code) < WIDTH // 2:
+            scope.names[node] = text
+            continue
+        name = _name(scope, node, inside, needed)
+        source = record.source if record.source != last_source else ""
+        last_source = record.source or last_source
+        if source and (over := [n for n, value in alive.items() if done.issuperset(value.users)]):
+            scope.lines.append(comment(f"del {', '.join(over)}"))
+            alive = {n: value for n, value in alive.items() if n not in over}
+        scope.lines.append(comment(f"{name} = {text.code}", record.note, source))
+        done |= _written_with(scope, node)
+        alive.pop(name, None)
+        if record.batch is not None and record.root not in kept and node not in needed:
+            alive[name] = node
+
+
+def _goes_inline(node: fx.Node, inside: set[fx.Node], needed: set[fx.Node]) -> bool:
+    """Whether the node may be a part of the line of its only user."""
+    record = info(node)
+    return (
+        len(node.users) == 1
+        and node not in needed
+        and next(iter(node.users)) in inside
+        and (record.name in INLINE or scalar_infix(node))
+        and not record.note.startswith(("forward", "backward"))
+    )
+
+
+def _name(scope: Scope, node: fx.Node, inside: set[fx.Node], needed: set[fx.Node]) -> str:
+    """The node's name: that of its first operand where only the node uses that, else a new one."""
+    first = node.args[0] if node.args else None
+    while isinstance(first, fx.Node) and first in inside and _is_inlined(scope, first):
+        first = first.args[0]
+    if isinstance(first, fx.Node) and first in inside and first not in needed:
+        return scope.follow(node, first, wanted_name(node))
+    return scope.name(node, wanted_name(node))
+
+
+def _written_with(scope: Scope, node: fx.Node) -> set[fx.Node]:
+    """A node that is written, with those that are part of its line."""
+    found, todo = {node}, list(node.all_input_nodes)
+    while todo:
+        part = todo.pop()
+        if part.op == "call_function" and (part not in scope.names or scope.names[part].code not in scope.taken):
+            found.add(part)
+            todo += part.all_input_nodes
+    return found
+
+
+def _is_inlined(scope: Scope, node: fx.Node) -> bool:
+    """Whether the node is a view or a cast that is part of the line of its user."""
+    written = node in scope.names and scope.names[node].code not in scope.taken
+    return written and len(node.users) == 1 and bool(node.args) and not scalar_infix(node)
+
+
+def _unpack(module: StageModule, scope: Scope, node: fx.Node) -> None:
+    """One line that names all outputs of an operator; an output without use is `_`."""
+    text = module.speller.expression(scope, node)
+    picks = {u.args[1]: u for u in node.users}
+    names = []
+    for index in range(len(info(node).shapes)):
+        pick = picks.get(index)
+        names.append(scope.name(pick, output_name(node, index)) if pick is not None else "_")
+    scope.lines.append(comment(f"{', '.join(names)} = {text.code}", "", info(node).source))
+
+
+def used_outside(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes that others than `nodes` use."""
+    inside = set(nodes)
+    return {n for n in nodes if any(u not in inside for u in n.users)}
+
+
+def comment(code: str, *notes: str) -> str:
+    """The line with its notes behind it; a long line is broken at the arguments of its last call."""
+    text = "  ".join(n for n in notes if n)
+    if len(code) <= WIDTH:
+        return f"{code:<{COMMENT}}  # {text}" if text else code
+    head, inner, tail = _outer_call(code)
+    if not inner:
+        return f"{code}  # {text}" if text else code
+    note = f"  # {text}" if text else ""
+    indented = " " * 4
+    wrapped = textwrap.wrap(
+        inner, WIDTH, initial_indent=indented, subsequent_indent=indented, break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
+    return "\n".join([f"{head}{note}", *wrapped, tail])
+
+
+def _outer_call(code: str) -> tuple[str, str, str]:
+    """``name = f(``, the arguments, and ``)`` of a line that is one call; of another the line and two empty texts."""
+    start = code.find("(")
+    if start < 0 or not code.endswith(")"):
+        return code, "", ""
+    depth = 0
+    for i, c in enumerate(code[start:], start):
+        depth += (c in "([") - (c in ")]")
+        if depth == 0:
+            return (code[: start + 1], code[start + 1 : -1], ")") if i == len(code) - 1 else (code, "", "")
+    return code, "", ""
+
+
+def indent(lines: Sequence[str]) -> list[str]:
+    """The lines as those of a method."""
+    return [f"        {part}" for line in lines for part in line.split("\n")]

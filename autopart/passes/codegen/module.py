@@ -1,0 +1,55 @@
+"""What the functions behind `emit` share while they write the module of one stage."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from autopart.ir.graph import info
+from autopart.passes.codegen.spelling import Speller
+from autopart.passes.stage_graph import StageGraph
+
+
+@dataclass(frozen=True)
+class EmitSettings:
+    """What the modules of all stages of a plan have in common.
+
+    title    the model's class
+    mesh     the mesh as text, ``"mesh(pp=2, dp=1, tp=2)"``
+    stages   how many there are
+    sliced   whether a rank holds only a slice of every weight that dp leaves whole (ZeRO 3)
+    master   the dtype of these slices, where it is wider than the weights' own; else None
+    classes  path of a module of the model -> the name of its class
+    """
+
+    title: str
+    mesh: str
+    stages: int
+    sliced: bool
+    master: str | None
+    classes: Mapping[str, str]
+
+
+@dataclass
+class StageModule:
+    """The module of one stage while it is written.
+
+    modes    "none", "selective" or "full" for each segment of the stage: what backward computes again
+    speller  writes expressions, and collects the functions of `autopart.runtime` that they call
+    """
+
+    stage: StageGraph
+    modes: Sequence[str]
+    settings: EmitSettings
+    speller: Speller = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.speller = Speller(set(re.findall(r"(\w+)=", self.settings.mesh)))
+
+    def is_sliced(self, node: fx.Node) -> bool:
+        """Whether a rank holds only a slice of this weight."""
+        record = info(node)
+        return self.settings.sliced and record.kind == "parameter" and record.grad and ("dp", "C") in record.placed

@@ -1,0 +1,77 @@
+"""The attributes of an emitted module: its weights, buffers and sources of random numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from autopart.ir.graph import Info, info
+from autopart.passes.codegen.lines import comment, indent
+from autopart.passes.codegen.module import StageModule
+from autopart.passes.codegen.naming import Scope, Text
+
+
+def weight_lines(
+    module: StageModule, parameters: Sequence[fx.Node], scope: Scope, prefix: str = "", variable: str = ""
+) -> list[str]:
+    """The lines of `__init__` that make `parameters`, whose names in the scope they set.
+
+    Names that begin with `prefix`, the path of a block, are made from the Python variable that holds the path.
+    """
+    return [_weight_line(module, node, scope, prefix, variable) for node in parameters]
+
+
+def _weight_line(module: StageModule, node: fx.Node, scope: Scope, prefix: str, variable: str) -> str:
+    record, used = info(node), module.speller.used
+    attribute, quoted = _attribute(record.name, prefix, variable)
+    scope.names[node] = Text(f"self.{attribute}")
+    if record.kind == "stream":
+        used.add("stream")
+        return f"self.{attribute} = stream(groups, {quoted})"
+    kind = "buffer" if record.kind == "buffer" else "weight_slice" if module.is_sliced(node) else "weight"
+    used.add(kind)
+    if kind == "weight_slice":
+        used.add("gathered")
+        scope.names[node] = Text(f"weights.{attribute}" if prefix else f"gathered(self.{attribute})")
+    dtype = _dtype(record, module.settings.master if kind == "weight_slice" else None)
+    frozen = "" if record.grad or kind == "buffer" else ", requires_grad=False"
+    placed = "".join(f', {axis}="{p}"' for axis, p in record.placed)
+    return comment(f"self.{attribute} = {kind}(groups, {quoted}, {list(record.whole)}{dtype}{frozen}{placed})")
+
+
+def _attribute(name: str, prefix: str, variable: str) -> tuple[str, str]:
+    """The attribute for a parameter of this name, and the name as an expression."""
+    if not prefix or re.match(rf"{re.escape(prefix)}(?!\w)", name) is None:
+        return _identifier(name), f'"{name}"'
+    rest = name.removeprefix(prefix)
+    own = rest[1:] if rest[:1] == "." else f"draws{rest}"
+    return _identifier(own), f'f"{{{variable}}}{rest}"' if rest else variable
+
+
+def _identifier(name: str) -> str:
+    return re.sub(r"\W|^(?=\d)", "_", name)
+
+
+def _dtype(record: Info, master: str | None) -> str:
+    """The argument that says a weight's dtype; "" for float32."""
+    if master:
+        return f", dtype=torch.{master}, used={record.dtype}"
+    return "" if record.dtype == torch.float32 else f", dtype={record.dtype}"
+
+
+def init_lines(parameters: str, lines: Sequence[str], body: Sequence[str], valid: bool = False) -> list[str]:
+    """The method `__init__`: the axes and the device that `body` uses, then `lines`.
+
+    `valid` says whether the module counts valid targets.
+    """
+    axes = [a for a in ("dp", "tp", "device") if any(re.search(rf"self\.{a}\b", line) for line in body)]
+    return [
+        f"    def __init__(self, {parameters}):",
+        "        super().__init__()",
+        *[f"        self.{axis} = groups.{axis}" for axis in axes],
+        *(["        self.valid = {}"] if valid else []),
+        *indent(lines),
+    ]
