@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autopart.errors import PartitionError
-from autopart.frontend.export import user_line
+from autopart.frontend.source_lines import user_line
 from autopart.ir.gc_pause import paused
 
 LONGEST = 1024

@@ -11,8 +11,9 @@ from torch import fx, nn
 from torch.export.graph_signature import OutputKind, TensorArgument
 
 from autopart.errors import PartitionError
-from autopart.frontend.export import export, source_line
+from autopart.frontend.export import export
 from autopart.frontend.layer_sampling import SampledLayers, digest
+from autopart.frontend.source_lines import source_line
 from autopart.frontend.torch_private import tree_unflatten
 from autopart.ir.graph import KEY, Info, Traced, has_gradient, placeholders
 from autopart.sharding.rules import flatten, is_contraction, op_name

@@ -8,21 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autopart.sharding.notation import (
-    C,
-    P,
-    Placement,
-    R,
-    RowError,
-    S,
-    Shape,
-    Strategy,
-    bind,
-    letter_groups,
-    parse,
-    split_letter,
-    splits,
-)
+from autopart.sharding.binding import bind, letter_groups, split_letter
+from autopart.sharding.notation import C, P, Placement, R, RowError, S, Shape, Strategy, parse, splits
 
 GOOD = {  # row: inputs, outputs
     "m k, k n -> m n": (2, 1),

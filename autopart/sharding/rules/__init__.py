@@ -13,29 +13,14 @@ from typing import Any
 
 import torch
 
-from autopart.sharding.notation import (
-    Bound,
-    C,
-    Dim,
-    M,
-    P,
-    Placement,
-    R,
-    RowError,
-    S,
-    Shape,
-    Strategy,
-    bind,
-    letter_groups,
-    parse,
-    split_letter,
-    splits,
-)
+from autopart.sharding.binding import Bound, bind, letter_groups, split_letter
+from autopart.sharding.notation import C, Dim, M, P, Placement, R, RowError, S, Shape, Strategy, parse, splits
 from autopart.sharding.rules import (
     contractions,
     factories,
     indexing,
     losses,
+    pieces,
     pointwise,
     recurrent,
     reductions,
@@ -69,7 +54,7 @@ __all__ = [
     "strategies",
 ]
 
-FAMILIES = (contractions, factories, indexing, losses, pointwise, recurrent, reductions, shapes, vision)
+FAMILIES = (contractions, factories, indexing, losses, pieces, pointwise, recurrent, reductions, shapes, vision)
 RULES: dict[str, Rule] = {name: rule for family in FAMILIES for name, rule in family.RULES.items()}
 
 for _name, _rule in RULES.items():

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from autopart.sharding.notation import Shape
 from autopart.sharding.rules.base import (
     Args,
-    Linear,
     Rule,
-    Text,
     argument,
     dims_of,
     letters,
@@ -156,47 +154,6 @@ def _slice(args: Args, outputs: Sequence[Shape]) -> str:
     return whole_at(1)(args[:2], outputs)
 
 
-def _select(args: Args, outputs: Sequence[Shape]) -> str:
-    left = spelled(args[0], dims_of(args[1], len(args[0])))
-    return row([left], [[n for n in left if not n.endswith("!")]])
-
-
-def _unbind(args: Args, outputs: Sequence[Shape]) -> str:
-    left = spelled(args[0], dims_of(argument(args, 1, 0), len(args[0])))
-    return row([left], [[n for n in left if not n.endswith("!")] for _ in outputs])
-
-
-def _scatter(args: Args, outputs: Sequence[Shape]) -> str:
-    """slice_scatter and select_scatter: (whole, piece, dim, ...) -> whole."""
-    dims = dims_of(argument(args, 2, 0), len(args[0]))
-    whole, piece = spelled(args[0], dims), spelled(args[0], dims, "piece")
-    return row([whole, piece if len(args[1]) == len(whole) else [n for n in piece if not n.endswith("!")]], [whole])
-
-
-def _split(args: Args, outputs: Sequence[Shape]) -> str:
-    names = letters(len(args[0]))
-    dim = argument(args, 2, 0) % len(names)
-    parts = letters(len(outputs), "p") if len(outputs) > 1 else [names[dim]]
-    whole = f"({'+'.join(parts)})" if len(parts) > 1 else parts[0]
-    return row([_put(names, dim, whole)], [_put(names, dim, p) for p in parts])
-
-
-def _put(names: Sequence[str], dim: int, name: str) -> list[str]:
-    return [*names[:dim], name, *names[dim + 1 :]]
-
-
-def _chunk(args: Args, outputs: Sequence[Shape]) -> str:
-    """Equal chunks split into equal chunks; others are cut elsewhere on a shard."""
-    if len(set(outputs)) == 1 and len(outputs) == args[1]:
-        return _split(args, outputs)
-    return whole_at(2)((args[0], None, argument(args, 2, 0)), outputs)
-
-
-def _pieces(args: Args, outputs: Sequence[Shape]) -> Args:
-    sizes = [o[argument(args, 2, 0)] for o in outputs]
-    return replaced(args, 1, sizes if isinstance(args[1], (list, tuple)) else sizes[0])
-
-
 def _squeeze(args: Args, outputs: Sequence[Shape]) -> str:
     """The dims asked for that are longer than 1 stay, and stay whole: a shard of length 1 would go."""
     asked = set(dims_of(argument(args, 1), len(args[0])))
@@ -212,82 +169,8 @@ def _unsqueeze(args: Args, outputs: Sequence[Shape]) -> str:
     return row([names], [[*names[:dim], "1", *names[dim:]]])
 
 
-def _cat(args: Args, outputs: Sequence[Shape]) -> str:
-    """Pieces of shape (0,) are left out, whatever the rank of the others."""
-    names = letters(len(outputs[0]))
-    dim = argument(args, 1, 0) % len(names)
-    empty = [tuple(s) == (0,) for s in args[0]]
-    parts = [p for p, e in zip(letters(len(args[0]), "p"), empty, strict=True) if not e]
-    if len(parts) == 1:
-        parts = [names[dim]]
-    rest = iter(parts)
-    pieces = [["e!"] if e else _put(names, dim, next(rest)) for e in empty]
-    return row(pieces, [_put(names, dim, f"({'+'.join(parts)})" if len(parts) > 1 else parts[0] if parts else "e!")])
-
-
-def _stack(args: Args, outputs: Sequence[Shape]) -> str:
-    names = letters(len(outputs[0]) - 1)
-    dim = argument(args, 1, 0) % len(outputs[0])
-    return row([names] * len(args[0]), [[*names[:dim], str(len(args[0])), *names[dim:]]])
-
-
-def _cat_along(dim: int) -> Text:
-    """hstack and the like, where the tensors have that dim."""
-
-    def text(args: Args, outputs: Sequence[Shape]) -> str:
-        ranks = {len(s) for s in args[0]}
-        if ranks == {len(outputs[0])} and len(outputs[0]) > dim:
-            return _cat((args[0], dim), outputs)
-        return _cat((args[0], 0), outputs) if ranks == {1} == {len(outputs[0])} else opaque(args, outputs)
-
-    return text
-
-
-def _pad(args: Args, outputs: Sequence[Shape]) -> str:
-    return whole_dims(args[:1], outputs, [len(args[0]) - 1 - k // 2 for k, amount in enumerate(args[1]) if amount])
-
-
-def _pad_linear(args: Args) -> Linear:
-    return -1 if (isinstance(argument(args, 2), str) and args[2] != "constant") or not _filler(args) else 0
-
-
-def _filler(args: Args) -> float:
-    return next((a for a in args[2:] if isinstance(a, (int, float))), 0.0)
-
-
-def _diagonal(args: Args, outputs: Sequence[Shape]) -> str:
-    left = spelled(args[0], dims_of([argument(args, 2, 0), argument(args, 3, 1)], len(args[0])))
-    return row([left], [[*(n for n in left if not n.endswith("!")), "z!"]])
-
-
-def _diag_embed(args: Args, outputs: Sequence[Shape]) -> str:
-    rank = len(outputs[0])
-    new = dims_of([argument(args, 2, -2), argument(args, 3, -1)], rank)
-    names = letters(rank - 2)
-    rest = iter(names)
-    return row([[*names, "a!"]], [[f"z{i}!" if i in new else next(rest) for i in range(rank)]])
-
-
 def _roll(args: Args, outputs: Sequence[Shape]) -> str:
     return whole_dims(args[:1], outputs, dims_of(argument(args, 2) or None, len(args[0])))
-
-
-def _unfold(args: Args, outputs: Sequence[Shape]) -> str:
-    dims = dims_of(args[1], len(args[0]))
-    return row([spelled(args[0], dims, "a")], [[*spelled(args[0], dims, "z"), "w!"]])
-
-
-def _diff(args: Args, outputs: Sequence[Shape]) -> str:
-    """(x, order, dim, before, after)"""
-    dims = dims_of(argument(args, 2, -1), len(args[0]))
-    ends = [None if argument(args, k) is None else spelled(args[k], dims, "be"[k - 3]) for k in (3, 4)]
-    return row([spelled(args[0], dims, "a"), None, None, *ends], [spelled(outputs[0], dims, "z")])
-
-
-def _glu(args: Args, outputs: Sequence[Shape]) -> str:
-    names = letters(len(args[0]))
-    dim = argument(args, 1, -1) % len(names)
-    return row([_put(names, dim, f"(2 {names[dim]})")], [names])
 
 
 def _view_dtype(args: Args, outputs: Sequence[Shape]) -> str:
@@ -343,30 +226,6 @@ RULES: dict[str, Rule] = {
     "aten.squeeze.dims": Rule(_squeeze, linear=-1),
     "aten.slice.Tensor": Rule(_slice, linear=-1),
     "aten.narrow": Rule(whole_at(1), linear=-1),
-    "aten.select.int": Rule(_select, linear=-1),
-    "aten.unbind.int": Rule(_unbind, linear=-1),
-    "aten.slice_scatter": Rule(_scatter, linear=2),
-    "aten.select_scatter": Rule(_scatter, linear=2),
-    "aten.split.Tensor": Rule(_split, linear=-1, resize=_pieces),
-    "aten.split_with_sizes": Rule(_split, linear=-1, resize=_pieces),
-    "aten.chunk": Rule(_chunk, linear=-1),
-    "aten.cat": Rule(_cat, linear=-1),
-    "aten.concat": Rule(_cat, linear=-1),
-    "aten.concatenate": Rule(_cat, linear=-1),
-    "aten.stack": Rule(_stack, linear=-1),
-    "aten.hstack": Rule(_cat_along(1), linear=-1),
-    "aten.vstack": Rule(_cat_along(0), linear=-1),
-    "aten.dstack": Rule(_cat_along(2), linear=-1),
-    "aten.column_stack": Rule(_cat_along(1), linear=-1),
-    "aten.pad": Rule(_pad, linear=_pad_linear),
-    "aten.constant_pad_nd": Rule(_pad, linear=_pad_linear),
-    "aten.diagonal": Rule(_diagonal, linear=-1),
-    "aten.diag_embed": Rule(_diag_embed, linear=-1),
-    "aten.diag": Rule(opaque, linear=-1),
-    "aten.block_diag": Rule(opaque, linear=-1),
-    "aten.unfold": Rule(_unfold, linear=-1),
-    "aten.diff": Rule(_diff, linear=-1),
-    "aten.glu": Rule(_glu),
     "aten.view.dtype": Rule(_view_dtype),
     "aten.view_as_real": Rule("... -> ... 2", linear=-1),
     "aten.view_as_complex": Rule("... 2 -> ...", linear=-1),
@@ -375,5 +234,3 @@ RULES: dict[str, Rule] = {
     "aten.pixel_shuffle": Rule(_shuffle, linear=-1),
     "aten.pixel_unshuffle": Rule(_unshuffle, linear=-1),
 }
-for _mode in ("reflection", "replication"):
-    RULES |= {f"aten.{_mode}_pad{n}d": Rule(whole_last(n), linear=-1) for n in (1, 2, 3)}

@@ -1,0 +1,104 @@
+"""A copy of a model whose tensors are fake, ready to be traced."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import nn
+
+from autopart.frontend.inputs import main_dtype
+from autopart.frontend.layer_sampling import Dropped, SampledLayers
+from autopart.frontend.torch_private import FakeTensorMode
+
+
+def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    """A fake CPU tensor of its own, so that two inputs that are one tensor stay two."""
+    with mode:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+
+def fake_model(
+    model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None, sampled: Sequence[SampledLayers]
+) -> nn.Module:
+    """A copy of the model whose tensors are fake: the same structure and tied weights, no memory; without the blocks
+    that `sampled` drops. Parameters of its main dtype are of `dtype`, if one is given; others keep theirs."""
+    own = main_dtype(model)
+    memo: dict[int, Any] = {}
+    for sample in sampled:
+        blocks = list(model.get_submodule(sample.path).children())
+        memo |= {id(block): Dropped() for block in blocks[sample.kept :]}
+    with mode:
+        for module in _kept_modules(model, frozenset(memo)):
+            for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+                if id(tensor) in memo:
+                    continue
+                is_parameter = isinstance(tensor, nn.Parameter)
+                wanted = dtype if dtype and is_parameter and tensor.dtype == own else tensor.dtype
+                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=wanted, device="cpu")
+                memo[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
+    skeleton = copy.deepcopy(model, memo)
+    for sample in sampled:
+        del skeleton.get_submodule(sample.path)[sample.kept :]  # type: ignore[operator]
+    _renew_aliases(skeleton)
+    return skeleton
+
+
+def _renew_aliases(skeleton: nn.Module) -> None:
+    """Where a module keeps parameters or buffers in a plain list, tuple or dict too, fill that anew for the forward
+    pass: torch.export puts other tensors into modules, and into nothing else."""
+    modules = list(skeleton.modules())
+    tensors = [(m, n, t) for m in modules for n, t in [*m._parameters.items(), *m._buffers.items()] if t is not None]
+    owners = {id(t): (m, n) for m, n, t in tensors}
+
+    def renewed(value: Any) -> Any:
+        if id(value) in owners:
+            return getattr(*owners[id(value)])
+        if type(value) in (list, tuple):
+            return type(value)(map(renewed, value))
+        return {k: renewed(v) for k, v in value.items()} if type(value) is dict else value
+
+    def holds(value: Any) -> bool:
+        inner = value.values() if type(value) is dict else value if type(value) in (list, tuple) else ()
+        return id(value) in owners or any(map(holds, inner))
+
+    own = vars(nn.Module()).keys()
+    held = [(vars(m), k, v) for m in modules for k, v in vars(m).items() if k not in own and holds(v)]
+
+    def renew(*_: object) -> None:
+        for attributes, name, value in held:
+            attributes[name] = renewed(value)
+
+    def restore(*_: object) -> None:
+        for attributes, name, value in held:
+            attributes[name] = value
+
+    if held:
+        skeleton.register_forward_pre_hook(renew)
+        skeleton.register_forward_hook(restore)
+
+
+def _kept_modules(module: nn.Module, dropped: frozenset[int]) -> Iterator[nn.Module]:
+    yield module
+    for child in module.children():
+        if id(child) not in dropped:
+            yield from _kept_modules(child, dropped)
+
+
+def gather_experts(model: nn.Module) -> None:
+    """Have transformers' mixtures of experts gather each token's weights, which is the same function and can be traced:
+    other implementations loop over the experts in use, or sort the tokens."""
+    for module in model.modules():
+        if hasattr(module, "_is_expert_parallel"):
+            module.config._experts_implementation = "batched_mm"  # type: ignore[union-attr]
+
+
+def without_caches(model: nn.Module) -> None:
+    """Have transformers' models give no keys and values for the next token, which training has none of and torch.export
+    cannot return."""
+    for config in (getattr(module, "config", None) for module in model.modules()):
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # type: ignore[union-attr]

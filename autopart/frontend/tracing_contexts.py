@@ -1,0 +1,139 @@
+"""Contexts under which torch.export traces what a model does, or the model is refused."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import random
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.utils.checkpoint
+from torch import nn
+
+from autopart.errors import PartitionError
+from autopart.frontend.autograd_functions import CustomFunction
+from autopart.frontend.source_lines import PACKAGES, user_line
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """torch.export prints and logs whole graphs where it fails."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def casts_that_change_nothing() -> Iterator[None]:
+    """`module.to(dtype)` in a forward pass, of a module that has this dtype, puts new parameters in its place where
+    tensors are fake, which torch.export refuses; it is to do nothing, as it does with real ones."""
+    own: Any = nn.Module.to
+
+    def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        floats = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+        same = floats and all(t.to(*args, **kwargs) is t for t in floats)
+        return module if same else own(module, *args, **kwargs)
+
+    with mock.patch.object(nn.Module, "to", to):
+        yield
+
+
+@contextmanager
+def no_validation() -> Iterator[None]:
+    """torch.distributions look at the values that they are given, which a trace has none of."""
+    with mock.patch.object(torch.distributions.Distribution, "_validate_args", False):
+        yield
+
+
+@contextmanager
+def no_inference_mode() -> Iterator[None]:
+    """torch.inference_mode leaves no mark in a trace; torch.no_grad does, and computes the same."""
+    own = torch.inference_mode.__enter__, torch.inference_mode.__exit__
+
+    def enter(context: Any) -> None:
+        context.before = torch.is_grad_enabled()
+        torch.set_grad_enabled(context.before and not context.mode)
+
+    def leave(context: Any, *error: Any) -> None:
+        torch.set_grad_enabled(context.before)
+
+    torch.inference_mode.__enter__, torch.inference_mode.__exit__ = enter, leave  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.inference_mode.__enter__, torch.inference_mode.__exit__ = own  # type: ignore[method-assign]
+
+
+@contextmanager
+def open_checkpoints() -> Iterator[None]:
+    """A reentrant checkpoint runs its function without gradients, and again in a backward that a trace does not see.
+    What it computes is its function; without gradients only where no argument has one."""
+
+    def run(function: Any, preserve: bool, *args: Any) -> Any:
+        wanted = any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
+            return function(*args)
+
+    with mock.patch.object(torch.utils.checkpoint.CheckpointFunction, "apply", run):
+        yield
+
+
+@contextmanager
+def no_tensor_hooks() -> Iterator[None]:
+    """Refuse hooks on gradients, which leave no mark in a trace."""
+
+    def register(tensor: torch.Tensor, hook: Any) -> Any:
+        raise PartitionError(
+            f"the forward pass puts a hook on a gradient ({user_line(traceback.extract_stack())})",
+            "a trace does not see it, and gradients would be others if it changes them",
+            "a scale or a clamp of the loss, or of gradients after backward",
+        )
+
+    with mock.patch.object(torch.Tensor, "register_hook", register):
+        yield
+
+
+def foreign_random() -> bytes:
+    """The states of the random numbers that no trace follows."""
+    return pickle.dumps((random.getstate(), np.random.get_state()))
+
+
+@contextmanager
+def drawing(value: float) -> Iterator[None]:
+    """Python's and numpy's uniform numbers are all `value`."""
+    with (
+        mock.patch.object(random, "random", lambda: value),
+        mock.patch.object(random, "uniform", lambda low, high: low + (high - low) * value),
+        mock.patch.object(np.random, "uniform", lambda low=0.0, high=1.0, size=None: low + (high - low) * value),
+    ):
+        yield
+
+
+@contextmanager
+def custom_functions(found: list[CustomFunction]) -> Iterator[None]:
+    """Note every call of an autograd.Function that is not torch's own."""
+    base: Any = torch.autograd.Function.__mro__[1]  # that of torch.autograd.Function alone: some keep its bound `apply`
+
+    def noted(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith("torch."):
+            frames = [f for f in traceback.extract_stack()[:-1] if not f.filename.startswith(PACKAGES)]
+            found.append(CustomFunction(cls, args, f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}"))
+        return super(base, cls).apply(*args, **kwargs)
+
+    base.apply = classmethod(noted)
+    try:
+        yield
+    finally:
+        del base.apply
