@@ -6,7 +6,7 @@ A graph is straight: placeholders (parameters, buffers, inputs), operator calls,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -192,6 +192,24 @@ def shape_args(node: fx.Node) -> Args:
 def operands(node: fx.Node) -> list[fx.Node | None]:
     """A node's tensor arguments, in the places that a rule's operands have."""
     return [a if isinstance(a, fx.Node) else None for a in flatten(tuple(node.args))]
+
+
+def with_operands(args: tuple[Any, ...], operands: Sequence[Any]) -> tuple[Any, ...]:
+    """The arguments of a call with others in the places that `operands` lists; None leaves an argument as it is."""
+    assert len(flatten(args)) == len(operands)
+    rest = iter(operands)
+
+    def put(arg: Any) -> Any:
+        if (
+            isinstance(arg, (list, tuple))
+            and len(flatten((arg,))) == len(arg)
+            and any(isinstance(a, fx.Node) for a in arg)
+        ):
+            return [put(a) for a in arg]
+        operand = next(rest)
+        return arg if operand is None else operand
+
+    return tuple(put(a) for a in args)
 
 
 def meta_of(node: fx.Node) -> Any:

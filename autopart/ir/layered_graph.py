@@ -61,6 +61,11 @@ class LayeredGraph:
         return [n for n in self.traced.graph.nodes if n in self.same and self.same[n] is n and not is_pick(n)]
 
     @cached_property
+    def by_name(self) -> dict[str, fx.Node]:
+        """The nodes of the graph by their names in it, which `Info.root` and `Info.keeps` tell."""
+        return {node.name: node for node in self.traced.graph.nodes}
+
+    @cached_property
     def keepers(self) -> dict[str, set[int]]:
         """Node -> the runs that keep its memory for their backward."""
         keepers: dict[str, set[int]] = {}

@@ -117,6 +117,11 @@ class ShardingAssignment:
         """How many times larger a value is than traced."""
         return self.scale if record.batch is not None else 1.0
 
+    def growth(self, node: fx.Node) -> float:
+        """How many times more an operator works, and saves, than traced."""
+        counts = any(info(n).batch is not None for n in (node, *node.all_input_nodes))
+        return self.scale if counts else 1.0
+
     def parts(self, placements: Placements) -> int:
         """Into how many pieces a value is cut."""
         return math.prod(size for p, (_, size) in zip(placements, self.axes, strict=True) if p.kind == "S")

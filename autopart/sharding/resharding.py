@@ -71,6 +71,17 @@ def possible(have: Placement, want: Placement) -> bool:
     return have == want or (have.kind, want.kind) in RESHARDS
 
 
+def reshard_arguments(function: str, have: Placement, want: Placement) -> tuple[Any, ...]:
+    """The arguments of a function of the table behind the tensor and the axis: the dims, and the sizes of their
+    parts."""
+    if function == "all_to_all":
+        return (have.dim, want.dim)
+    split = want if want.kind == "S" else have
+    if split.kind != "S":
+        return ()
+    return (split.dim, list(split.parts)) if split.parts else (split.dim,)
+
+
 @dataclass(frozen=True)
 class Step:
     """One change along one axis (its index) of a value's placements: `before` it and `after` it."""

@@ -1,0 +1,57 @@
+"""What autograd saves in a stage for backward, by the memory it is part of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import fx
+
+from autopart.ir.graph import info, operands
+from autopart.ir.layered_graph import LayeredGraph
+from autopart.passes.stage_graph import Kept, Placements, ShardingAssignment, StageGraph, Value
+from autopart.sharding.notation import R, kept_as
+from autopart.sharding.rules import Strategy
+
+
+def note_saved(
+    stage: StageGraph,
+    layered: LayeredGraph,
+    choices: ShardingAssignment,
+    node: fx.Node,
+    segment: int,
+    given: Callable[[Value], Placements],
+) -> None:
+    """Add to `stage.kept` what autograd saves for the backward of `node`, an operator of `segment`.
+
+    Memory that several operators save is counted once for each placement in which it is saved. `given` tells the
+    placement of a value in the stage before any reshard.
+    """
+    record = info(node)
+    chosen = choices.of(layered, node, stage.index)
+    inner = record.inner * choices.growth(node) / choices.shares(chosen)
+    entry = stage.kept.setdefault((f"{node.name} inside", ()), Kept(inner, False, record.product))
+    entry.segments.add(segment)
+    for name in record.keeps:
+        root = layered.by_name[name]
+        taken = _read_as(node, root, chosen) or given((root, 0))
+        placements = tuple(map(kept_as, taken))
+        total = info(root).bytes * choices.grow(info(root))
+        size, whole = total / choices.parts(placements), total / choices.parts(taken)
+        memory = Kept(size, len(layered.keepers[name]) > 1, info(root).product)
+        entry = stage.kept.setdefault((name, placements), memory)
+        entry.segments.add(segment)
+        if whole > size:
+            entry.wide[segment] = whole - size
+
+
+def _read_as(node: fx.Node, root: fx.Node, chosen: Sequence[Strategy]) -> Placements | None:
+    """The placement in which `node` saves memory that `root` made: that of the operand it is read through.
+
+    None where it is read through no operand.
+    """
+    if root is node:
+        return tuple(s.outputs[0] for s in chosen)
+    for index, operand in enumerate(operands(node)):
+        if operand is not None and info(operand).root == root.name:
+            return tuple(s.inputs[index] or R for s in chosen)
+    return None
