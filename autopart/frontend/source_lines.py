@@ -1,4 +1,4 @@
-"""Lines of the user's, out of stack traces."""
+"""The user's own lines, found in stack traces."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import re
 import traceback
 
 import torch
-import torch.utils.checkpoint
+
+from autopart.ir.graph import Frame
 
 PACKAGES = (
     os.path.dirname(torch.__file__) + os.sep,
     os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep,
 )
-"""Where lines that are not the user's come from."""
-
+"""The folders of torch and of autopart, whose lines are not the user's."""
 
 PYTHON = os.path.dirname(os.__file__) + os.sep
-"""Where Python's own modules lie, and inside of it the packages that are installed."""
+"""The folder of Python's own modules; installed packages are inside of it, in `site-packages`."""
+
+FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 
 
 def user_line(frames: traceback.StackSummary) -> str:
-    """The innermost line that is neither torch's, Python's nor autopart's, "model.py:88: y = f(x)"."""
+    """The innermost line that is neither torch's nor Python's nor autopart's: ``"model.py:88: y = f(x)"``."""
     own = [f for f in frames if not f.filename.startswith((*PACKAGES, "<")) and not _is_pythons(f.filename)]
     return f"{os.path.basename(own[-1].filename)}:{own[-1].lineno}: {own[-1].line}" if own else "?"
 
@@ -30,8 +32,13 @@ def _is_pythons(filename: str) -> bool:
     return filename.startswith(PYTHON) and "site-packages" not in filename
 
 
+def own_frames(stack: str) -> tuple[Frame, ...]:
+    """The frames of a stack trace, given as text, that are neither torch's nor autopart's; the innermost is last."""
+    frames = (Frame(file, int(line), function) for file, line, function in FRAME.findall(stack))
+    return tuple(frame for frame in frames if not frame.file.startswith((*PACKAGES, "<")))
+
+
 def source_line(stack: str) -> str:
-    """The innermost line of a stack trace that is the model's own, "modeling_llama.py:88"."""
-    frames = re.findall(r'File "([^"]+)", line (\d+)', stack)
-    own = [f for f in frames if not f[0].startswith((*PACKAGES, "<"))]
-    return f"{os.path.basename(own[-1][0])}:{own[-1][1]}" if own else ""
+    """The innermost frame of `own_frames` as ``"modeling_llama.py:88"``; "" where there is none."""
+    own = own_frames(stack)
+    return f"{os.path.basename(own[-1].file)}:{own[-1].line}" if own else ""

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -17,6 +17,14 @@ from autopart.errors import PartitionError
 from autopart.sharding.rules import Args, Product, Shape, flatten, op_name
 
 KEY = "autopart"
+
+
+class Frame(NamedTuple):
+    """One call of the forward pass while it was traced: the file, the line in it, and the function's name."""
+
+    file: str
+    line: int
+    function: str
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,7 @@ class Info:
     layer    the outermost numbered module it was traced in ("model.layers.3"), or ""
     module   the innermost module ("model.layers.3.mlp.up_proj")
     source   the user's line, "modeling_llama.py:88"
+    frames   the calls that lead to that line, the innermost last
     batch    the dim that counts samples, or None
     flops    of the forward pass
     product  whether matrix units do the work
@@ -58,6 +67,7 @@ class Info:
     layer: str = ""
     module: str = ""
     source: str = ""
+    frames: tuple[Frame, ...] = field(default=(), repr=False)
     batch: int | None = None
     flops: float = 0.0
     product: bool = False

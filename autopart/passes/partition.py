@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
@@ -56,6 +57,7 @@ def _crossings(
     otherwise it is sent in the placement of its users, or whole if they differ.
     """
     crossings: dict[Value, tuple[Crossing, Placements]] = {}
+    segment_of, names = layered.segment_of(), set[str]()
     for value, uses in uses_of.items():
         node, index = value
         home = stage_of.get(node)
@@ -71,7 +73,9 @@ def _crossings(
         shape, size = choices.local(info(node).shapes[index], placed), choices.size(value, placed)
         consumers = tuple(sorted({stage_of[user] for user, _ in away}))
         record = info(node)
-        name = node.name if len(record.shapes) == 1 else f"{node.name}_{index}"
+        name = re.sub(r"\W", "_", layered.segments[segment_of[node]].label) or node.name
+        name = name if name not in names else f"{name}_{node.name}_{index}"
+        names.add(name)
         crossing = Crossing(name, home, consumers, shape, record.dtypes[index], record.grad, size)
         crossings[value] = crossing, placed
     return crossings

@@ -13,7 +13,7 @@ from torch.export.graph_signature import OutputKind, TensorArgument
 from autopart.errors import PartitionError
 from autopart.frontend.export import export
 from autopart.frontend.layer_sampling import SampledLayers, digest
-from autopart.frontend.source_lines import source_line
+from autopart.frontend.source_lines import own_frames, source_line
 from autopart.frontend.torch_private import tree_unflatten
 from autopart.ir.graph import KEY, Info, Traced, has_gradient, placeholders
 from autopart.sharding.rules import flatten, is_contraction, op_name
@@ -212,6 +212,7 @@ def _record(node: fx.Node, kind: str, name: str) -> Info:
         layer=layer[1] if layer else "",
         module=module,
         source=source_line(node.meta.get("stack_trace") or ""),
+        frames=own_frames(node.meta.get("stack_trace") or ""),
         batch=0 if kind == "input" else None,
     )
 

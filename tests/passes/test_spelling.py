@@ -14,7 +14,7 @@ from samples import SAMPLES
 from torch import fx
 
 from autopart.ir.graph import KEY, Info
-from autopart.passes.codegen.naming import Scope, Text
+from autopart.passes.codegen.scope import Scope, Text
 from autopart.passes.codegen.spelling import Speller
 from autopart.passes.simplify import _positional
 

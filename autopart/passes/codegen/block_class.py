@@ -11,7 +11,8 @@ from autopart.ir.graph import info
 from autopart.passes.codegen.blocks import Block, plural
 from autopart.passes.codegen.lines import comment, indent, write_lines
 from autopart.passes.codegen.module import StageModule
-from autopart.passes.codegen.naming import Scope, Text, wanted_name
+from autopart.passes.codegen.naming import argument_name
+from autopart.passes.codegen.scope import Scope, Text
 from autopart.passes.codegen.weights import init_lines, weight_lines
 from autopart.passes.stage_graph import OWNED
 
@@ -27,12 +28,12 @@ def block_class(module: StageModule, alike: Sequence[Block]) -> list[str]:
     weights = weight_lines(module, parameters, scope, block.label, "name")
     arguments = []
     for outside in block.outside:
-        arguments.append(scope.name(outside, argument_name(outside)))
+        arguments.append(scope.name(outside, _argument(block, outside)))
         if module.is_sliced(outside):
             module.speller.used.add("gathered")
             scope.names[outside] = Text(f"gathered({arguments[-1]})")
     if any(map(module.is_sliced, parameters)):
-        scope.taken.add("weights")
+        scope.reserve("weights")
         note = "forward: all-gather over dp. backward: all-gather, reduce-scatter over dp"
         scope.lines.append(comment("weights = gathered(self)", note))
     write_lines(module, scope, block.nodes, set(block.outputs))
@@ -48,11 +49,13 @@ def block_class(module: StageModule, alike: Sequence[Block]) -> list[str]:
     ]
 
 
-def argument_name(node: fx.Node) -> str:
-    """What a function calls a value that it is given."""
+def _argument(block: Block, node: fx.Node) -> str:
+    """What the class calls a value that it is given: what goes through a row of blocks is called as the result."""
     if info(node).kind in OWNED:
         return info(node).name
-    return "hidden" if info(node).grad else wanted_name(node)
+    like = [n for n in block.outside if info(n).grad and info(n).kind not in OWNED]
+    passed = like == [node] and len(block.outputs) == 1
+    return argument_name(block.outputs[0] if passed else node)
 
 
 def _names(labels: Sequence[str]) -> str:
@@ -116,13 +119,16 @@ def _given(module: StageModule, scope: Scope, node: fx.Node) -> str:
 
 
 def _result(scope: Scope, results: set[fx.Node], block: Block, output: fx.Node) -> str:
-    """The name of a block's output: that of what another block gave to this block alone, where there is one."""
-    given = [n for n in block.outside if n in results and set(n.users) <= set(block.nodes)]
+    """The name of a block's output: that of what this block alone is given, if another block gave it or it is called
+    so already."""
+    wanted = argument_name(output)
+    given = [n for n in block.outside if n in results or (n in scope.names and scope.names[n].code == wanted)]
+    given = [n for n in given if set(n.users) <= set(block.nodes)]
     results.add(output)
     if len(block.outputs) == len(given) == 1:
         scope.names[output] = scope.names[given[0]]
         return scope.names[output].code
-    return scope.name(output, "hidden")
+    return scope.name(output, wanted)
 
 
 def _call(module: StageModule, block: Block, function: str, arguments: Sequence[str]) -> str:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import fx
 
 from autopart.ir.graph import info
 from autopart.passes.codegen.module import StageModule
-from autopart.passes.codegen.naming import ATOM, Scope, output_name, wanted_name
-from autopart.passes.codegen.spelling import INLINE, joins_bias, scalar_infix
+from autopart.passes.codegen.naming import output_name, same_statement, wanted_name
+from autopart.passes.codegen.scope import ATOM, Scope
+from autopart.passes.codegen.spelling import INLINE, is_infix, joins_bias, scalar_infix
 
 WIDTH = 100
 """Columns of a line without its comment."""
+
+INLINE_WIDTH = 66
+"""Columns of an expression that may be a part of another."""
 
 COMMENT = 64
 """The column at which comments begin, where the code is not longer."""
@@ -35,7 +39,8 @@ def write_lines(module: StageModule, scope: Scope, nodes: Sequence[fx.Node], nee
         if record.name == "autopart.getitem" and node in scope.names:
             continue
         if len(record.shapes) > 1:
-            _unpack(module, scope, node)
+            done |= _written_with(scope, node)
+            _unpack(module, scope, node, partial(_is_dead, done=done, needed=needed))
             continue
         if joins_bias(node) and node not in needed:
             continue
@@ -44,20 +49,25 @@ def write_lines(module: StageModule, scope: Scope, nodes: Sequence[fx.Node], nee
             scope.lines.append(f"{buffer.code} = {value.within(ATOM)}.detach()")
             continue
         text = module.speller.expression(scope, node)
-        if _goes_inline(node, inside, needed) and len(text.code) < WIDTH // 2:
+        if _goes_inline(node, inside, needed) and len(text.code) < INLINE_WIDTH:
             scope.names[node] = text
             continue
-        name = _name(scope, node, inside, needed)
         source = record.source if record.source != last_source else ""
         last_source = record.source or last_source
         if source and (over := [n for n, value in alive.items() if done.issuperset(value.users)]):
             scope.lines.append(comment(f"del {', '.join(over)}"))
             alive = {n: value for n, value in alive.items() if n not in over}
-        scope.lines.append(comment(f"{name} = {text.code}", record.note, source))
         done |= _written_with(scope, node)
+        name = scope.name(node, wanted_name(node), partial(_is_dead, done=done, needed=needed))
+        scope.lines.append(comment(f"{name} = {text.code}", record.note, source))
         alive.pop(name, None)
         if record.batch is not None and record.root not in kept and node not in needed:
             alive[name] = node
+
+
+def _is_dead(holder: fx.Node, done: set[fx.Node], needed: set[fx.Node]) -> bool:
+    """Whether all uses of a value are written."""
+    return holder not in needed and done.issuperset(holder.users)
 
 
 def _goes_inline(node: fx.Node, inside: set[fx.Node], needed: set[fx.Node]) -> bool:
@@ -67,19 +77,9 @@ def _goes_inline(node: fx.Node, inside: set[fx.Node], needed: set[fx.Node]) -> b
         len(node.users) == 1
         and node not in needed
         and next(iter(node.users)) in inside
-        and (record.name in INLINE or scalar_infix(node))
+        and (record.name in INLINE or scalar_infix(node) or (is_infix(node) and same_statement(node, *node.users)))
         and not record.note.startswith(("forward", "backward"))
     )
-
-
-def _name(scope: Scope, node: fx.Node, inside: set[fx.Node], needed: set[fx.Node]) -> str:
-    """The node's name: that of its first operand where only the node uses that, else a new one."""
-    first = node.args[0] if node.args else None
-    while isinstance(first, fx.Node) and first in inside and _is_inlined(scope, first):
-        first = first.args[0]
-    if isinstance(first, fx.Node) and first in inside and first not in needed:
-        return scope.follow(node, first, wanted_name(node))
-    return scope.name(node, wanted_name(node))
 
 
 def _written_with(scope: Scope, node: fx.Node) -> set[fx.Node]:
@@ -87,26 +87,20 @@ def _written_with(scope: Scope, node: fx.Node) -> set[fx.Node]:
     found, todo = {node}, list(node.all_input_nodes)
     while todo:
         part = todo.pop()
-        if part.op == "call_function" and (part not in scope.names or scope.names[part].code not in scope.taken):
+        if part.op == "call_function" and (part not in scope.names or scope.is_inline(part)):
             found.add(part)
             todo += part.all_input_nodes
     return found
 
 
-def _is_inlined(scope: Scope, node: fx.Node) -> bool:
-    """Whether the node is a view or a cast that is part of the line of its user."""
-    written = node in scope.names and scope.names[node].code not in scope.taken
-    return written and len(node.users) == 1 and bool(node.args) and not scalar_infix(node)
-
-
-def _unpack(module: StageModule, scope: Scope, node: fx.Node) -> None:
+def _unpack(module: StageModule, scope: Scope, node: fx.Node, is_dead: Callable[[fx.Node], bool]) -> None:
     """One line that names all outputs of an operator; an output without use is `_`."""
     text = module.speller.expression(scope, node)
     picks = {u.args[1]: u for u in node.users}
     names = []
     for index in range(len(info(node).shapes)):
         pick = picks.get(index)
-        names.append(scope.name(pick, output_name(node, index)) if pick is not None else "_")
+        names.append(scope.name(pick, output_name(node, index), is_dead) if pick is not None else "_")
     scope.lines.append(comment(f"{', '.join(names)} = {text.code}", "", info(node).source))
 
 
@@ -125,12 +119,23 @@ def comment(code: str, *notes: str) -> str:
     if not inner:
         return f"{code}  # {text}" if text else code
     note = f"  # {text}" if text else ""
-    indented = " " * 4
-    wrapped = textwrap.wrap(
-        inner, WIDTH, initial_indent=indented, subsequent_indent=indented, break_long_words=False,
-        break_on_hyphens=False,
-    )  # fmt: skip
-    return "\n".join([f"{head}{note}", *wrapped, tail])
+    return "\n".join([f"{head}{note}", *_wrapped(inner), tail])
+
+
+def _wrapped(arguments: str) -> list[str]:
+    """Arguments in lines, broken between them."""
+    parts, depth, start = [], 0, 0
+    for i, c in enumerate(arguments):
+        depth += (c in "([{") - (c in ")]}")
+        if c == "," and depth == 0:
+            parts.append(arguments[start : i + 1])
+            start = i + 1
+    lines = [""]
+    for part in (p.strip() for p in [*parts, arguments[start:]]):
+        if lines[-1] and len(lines[-1]) + len(part) + 5 > WIDTH:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {part}".strip()
+    return [f"    {line}" for line in lines]
 
 
 def _outer_call(code: str) -> tuple[str, str, str]:

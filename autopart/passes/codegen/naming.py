@@ -1,125 +1,183 @@
-"""What emitted values are called."""
+"""What emitted values are called: by the user's variable, else by the user's module, else by the operator.
+
+A value is called as the variable that the model's own source assigns it to: `query_states` for the projection in
+``query_states = self.q_proj(x).view(shape)``. A statement that only gives its variable a new value, such as
+``x = self.norm(x)``, tells less than the module does, so that the value is called `norm`. A part of a longer expression
+is called by its module where that has one purpose (a product, a norm, an activation), else by its operator.
+"""
 
 from __future__ import annotations
 
-import builtins
-import itertools
-import keyword
-import re
-from dataclasses import dataclass, field
+import weakref
+from dataclasses import dataclass
 
 from torch import fx
 
-from autopart.ir.graph import Info, info
+from autopart.ir.graph import Info, calls, info
+from autopart.passes.codegen.statements import Statement, statement_of
 from autopart.sharding.resharding import RESHARDS
 
-RESERVED = {*keyword.kwlist, *dir(builtins), *(row.function for row in RESHARDS.values()), "torch", "nn", "F", "layer",
-            "rms_norm", "weight", "weight_slice", "gathered", "buffer", "stream", "dropout", "uniform", "recomputed",
-            "recomputed_selectively", "grouped_linear", "self", "groups", "name"}  # fmt: skip
-
-ATOM, UNARY, BINARY = 3, 2, 1
-"""How tightly an expression binds."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """An expression with its precedence."""
-
-    code: str
-    binds: int = ATOM
-
-    def within(self, binds: int) -> str:
-        """The expression as an operand of something that binds so tightly."""
-        return self.code if self.binds >= binds else f"({self.code})"
-
-
-@dataclass
-class Scope:
-    """One function being written: names in use, and what each node is called."""
-
-    names: dict[fx.Node, Text] = field(default_factory=dict)
-    taken: set[str] = field(default_factory=set)
-    lines: list[str] = field(default_factory=list)
-
-    def name(self, node: fx.Node, wanted: str) -> str:
-        """A fresh name for a node."""
-        wanted = re.sub(r"\W", "_", wanted) or "value"
-        wanted = f"_{wanted}" if wanted[0].isdigit() else wanted
-        numbered = (f"{wanted}_{i}" for i in itertools.count(2))
-        name = wanted
-        while name in self.taken or name in RESERVED:
-            name = next(numbered)
-        self.taken.add(name)
-        self.names[node] = Text(name)
-        return name
-
-    def follow(self, node: fx.Node, source: fx.Node, wanted: str) -> str:
-        """The name of `source`, which nothing else uses, if it is one that `node` wants; else a fresh one."""
-        name = self.names[source].code if source in self.names else ""
-        if len(source.users) == 1 and name in self.taken and re.fullmatch(rf"{re.escape(wanted)}(_\d+)?", name):
-            self.names[node] = Text(name)
-            return name
-        return self.name(node, wanted)
-
-
-NOUNS = {"scaled_dot_product_attention": "attention", "cross_entropy_loss": "loss", "mean_cross_entropy": "loss",
-         "vocab_cross_entropy": "loss", "_to_copy": "cast"}  # fmt: skip
-
-
-def wanted_name(node: fx.Node) -> str:
-    """A name a person might choose: the layer's for products and norms, else the operator's."""
-    record: Info = info(node)
-    if record.kind == "received":
-        return record.name
-    if record.name == "autopart.getitem":
-        return output_name(*node.args)  # type: ignore[arg-type]
-    name = record.name.split(".")[1] if "." in record.name else record.name
-    layer = next((part for part in reversed(record.module.split(".")) if part and not part.isdigit()), "")
-    products = ("linear", "matmul", "mm", "layer_norm", "rms_norm", "embedding", "conv2d", "vocab_embedding")
-    if record.name.startswith("runtime.") and name in ("mean_cross_entropy", "vocab_cross_entropy"):
-        return "loss"
-    if (name in products or adds_bias(node)) and layer:
-        return layer
-    if record.name.startswith("runtime.") or name in FOLLOWING:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        return wanted_name(source) if source.op == "call_function" else _plain(info(source).name)
-    return NOUNS.get(name, name)
-
+NOUNS = {"scaled_dot_product_attention": "attention", "mean_cross_entropy": "loss", "vocab_cross_entropy": "loss"}
+"""Operators whose results have another name than they."""
 
 OUTPUTS = {name: ("values", "indices") for name in ("topk", "sort", "max", "min", "kthvalue", "mode", "median")} | {
     "_native_batch_norm_legit_functional": ("normed", "mean", "rstd", "running_mean", "running_var")
 }
+"""Operators with several results, which have these names."""
+
+BY_MODULE = {"linear", "matmul", "mm", "layer_norm", "rms_norm", "embedding", "conv1d", "conv2d", "conv3d",
+             "vocab_embedding"}  # fmt: skip
+"""Operators that are most of what their module does."""
+
+FOLLOWING = {"detach", "reshape", "transpose", "permute", "unsqueeze", "expand", "t", "squeeze", "slice", "select",
+             "pad", "_to_copy", *(row.function for row in RESHARDS.values())}  # fmt: skip
+"""Operators whose results go by the name of what they reshape, cast or move."""
+
+
+@dataclass(frozen=True)
+class _Written:
+    """Where the user's source says what a value is.
+
+    variable  what the value is assigned to; "" where it is part of an expression, or returned
+    tells     whether the variable is new, not one that the expression reads
+    """
+
+    variable: str
+    tells: bool
+
+
+def wanted_name(node: fx.Node) -> str:
+    """The name that a value should have in emitted code. It may be in use, and need be no Python name."""
+    record: Info = info(node)
+    if record.kind in ("input", "parameter", "buffer"):
+        return _plain(record.name)
+    if record.name == "autopart.getitem":
+        return output_name(*node.args)  # type: ignore[arg-type]
+    operator, written = _operator(node), _written(node)
+    if record.kind == "received":
+        return written.variable or record.name
+    if operator.endswith("_loss") or NOUNS.get(operator) == "loss":
+        return "loss"
+    if written.tells and not record.name.startswith("runtime."):
+        return written.variable
+    if operator in FOLLOWING:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        return wanted_name(source)
+    module = record.module.rpartition(".")[2]
+    if module and not module.isdigit() and (operator in BY_MODULE or adds_bias(node) or _is_returned(node)):
+        return module
+    return written.variable or NOUNS.get(operator, operator)
 
 
 def output_name(node: fx.Node, index: int) -> str:
-    """A name for one of several outputs."""
-    names = OUTPUTS.get(info(node).name.split(".")[1])
+    """A name for one of several outputs: the variable in its place of a tuple, else by the operator."""
+    frames = info(node).frames
+    statement = statement_of(frames[-1]) if frames else None
+    targets = statement.targets if statement is not None else ()
+    if len(targets) == len(info(node).shapes) and targets[index].strip("_"):
+        return targets[index]
+    names = OUTPUTS.get(_operator(node))
     return names[index] if names else f"{wanted_name(node)}_{index}"
 
 
-def _plain(name: str) -> str:
-    """The last part of a parameter's, input's or received value's name."""
-    parts = name.split(".")
-    return parts[-2] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1]
+def argument_name(node: fx.Node) -> str:
+    """What a function calls a value that it is given."""
+    return _written(node).variable or ("hidden" if info(node).grad else wanted_name(node))
 
 
-FOLLOWING = {
-    "detach",
-    "reshape",
-    "transpose.int",
-    "transpose",
-    "permute",
-    "unsqueeze",
-    "expand",
-    "t",
-    "squeeze",
-    "slice",
-    "select",
-}
-"""Operators whose result goes by the name of what they reshape."""
+def same_statement(node: fx.Node, user: fx.Node) -> bool:
+    """Whether both nodes are parts of one expression of the user's."""
+    frames = info(node).frames
+    return bool(frames) and _is_in(user, node, len(frames) - 1)
 
 
 def adds_bias(node: fx.Node) -> bool:
+    """Whether the node adds a parameter."""
     other = node.args[1] if len(node.args) > 1 else None
     return info(node).name == "aten.add.Tensor" and isinstance(other, fx.Node) and info(other).kind == "parameter"
+
+
+def _operator(node: fx.Node) -> str:
+    """The operator without its family and its overload: ``"transpose"`` of ``"aten.transpose.int"``."""
+    name = info(node).name
+    return name.split(".")[1] if "." in name else name
+
+
+def _written(node: fx.Node) -> _Written:
+    """The innermost statement that assigns the value: where a function returns it, the one that is its call alone."""
+    frames = info(node).frames
+    for depth in reversed(range(len(frames))):
+        statement = statement_of(frames[depth])
+        if statement is None or (not statement.targets and not statement.returns):
+            break
+        if statement.targets:
+            variable = "" if _is_part(node, depth) else _target(node, depth, statement)
+            return _Written(variable, bool(variable) and variable not in statement.reads)
+        caller = statement_of(frames[depth - 1]) if depth else None
+        if caller is None or not caller.is_call:
+            break
+    return _Written("", False)
+
+
+def _target(node: fx.Node, depth: int, statement: Statement) -> str:
+    """The variable that a statement assigns the value to.
+
+    Where a call gives a tuple, its results are the values that it computes and that are used behind the statement. The
+    first is taken for the first variable, and so on.
+    """
+    targets = [target for target in statement.targets if target.strip("_")]
+    if len(statement.targets) == 1 or not targets:
+        return targets[0] if targets else ""
+    results = _results(node, depth, statement)
+    fits = node in results and (len(results) == len(targets) or results == [node])
+    return targets[results.index(node)] if fits and statement.is_call else ""
+
+
+_GROUPS: weakref.WeakKeyDictionary[fx.Graph, dict[object, list[fx.Node]]] = weakref.WeakKeyDictionary()
+"""Graph -> (layer, calls, statement) -> the results of the statement."""
+
+
+def _results(node: fx.Node, depth: int, statement: Statement) -> list[fx.Node]:
+    """The nodes of a statement that compute a value for later ones, in order."""
+    groups = _GROUPS.get(node.graph)
+    if groups is None:
+        groups = _GROUPS[node.graph] = {}
+        for each in calls(node.graph):
+            frames = info(each).frames if _operator(each) not in FOLLOWING else ()
+            for d, frame in enumerate(frames):
+                place = statement_of(frame)
+                if place is not None and len(place.targets) > 1 and not _is_part(each, d):
+                    groups.setdefault((info(each).layer, frames[:d], place.place), []).append(each)
+    return groups.get((info(node).layer, info(node).frames[:depth], statement.place), [])
+
+
+def _is_part(node: fx.Node, depth: int) -> bool:
+    """Whether the value is used in the statement of this frame, other than by what only reshapes, casts or moves it."""
+    return any(
+        _operator(user) not in FOLLOWING or _is_part(user, depth) for user in node.users if _is_in(user, node, depth)
+    )
+
+
+def _is_in(user: fx.Node, node: fx.Node, depth: int) -> bool:
+    """Whether a user runs in the statement that frame `depth` of a node is in, by the same calls."""
+    if user.op != "call_function" or info(user).layer != info(node).layer:
+        return False
+    mine, others = info(node).frames[: depth + 1], info(user).frames[: depth + 1]
+    if len(others) <= depth or mine[:depth] != others[:depth] or mine[depth].file != others[depth].file:
+        return False
+    one, other = statement_of(mine[depth]), statement_of(others[depth])
+    return one is not None and other is not None and one.place == other.place
+
+
+def _is_returned(node: fx.Node) -> bool:
+    """Whether a function returns the value as it is."""
+    frames = info(node).frames
+    statement = statement_of(frames[-1]) if frames else None
+    return statement is not None and statement.returns and not _is_part(node, len(frames) - 1)
+
+
+def _plain(name: str) -> str:
+    """The last part of a parameter's, input's or buffer's name that tells it from others."""
+    parts = name.split(".")
+    return parts[-2] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1]

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from autopart.ir.graph import has_gradient, info
-from autopart.passes.codegen.naming import ATOM, BINARY, UNARY, Scope, Text
+from autopart.passes.codegen.scope import ATOM, BINARY, UNARY, Scope, Text
 
 INFIX = {
     "add.Tensor": "+", "sub.Tensor": "-", "mul.Tensor": "*", "div.Tensor": "/", "pow.Tensor_Scalar": "**",
@@ -115,7 +115,13 @@ INLINE = {f"aten.{n}" for n in VIEWS if n not in ("split.Tensor", "split_with_si
 }  # fmt: skip
 
 
+def is_infix(node: fx.Node) -> bool:
+    """Whether the node is a Python operator between two values."""
+    return info(node).name.partition(".")[2] in INFIX and len(node.args) == 2 and not node.kwargs
+
+
 def scalar_infix(node: fx.Node) -> bool:
+    """Whether the node is a Python operator between a value and a number."""
     name = info(node).name.partition(".")[2]
     return name in INFIX and sum(isinstance(a, fx.Node) for a in node.args) == 1
 

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from autopart.ir.graph import info
-from autopart.passes.codegen.block_class import argument_name, in_row, write_calls
+from autopart.passes.codegen.block_class import in_row, write_calls
 from autopart.passes.codegen.blocks import Block, loops, plural
 from autopart.passes.codegen.lines import indent, used_outside, write_lines
 from autopart.passes.codegen.module import StageModule
-from autopart.passes.codegen.naming import UNARY, Scope
+from autopart.passes.codegen.naming import argument_name
+from autopart.passes.codegen.scope import UNARY, Scope
 from autopart.passes.codegen.weights import init_lines, weight_lines
 from autopart.passes.stage_graph import OWNED
 from autopart.sharding.resharding import GATHERED_AGAIN
@@ -93,7 +94,8 @@ def _count_valid(module: StageModule, outer: Scope) -> tuple[list[str], list[str
     scope = Scope(names={k: v for k, v in outer.names.items() if k.op == "placeholder"})
     inputs = [n for n in stage.graph.find_nodes(op="placeholder") if info(n).kind == "input"]
     counted = {n for valid in stage.valid for n in _ancestors(valid.targets)}
-    scope.taken |= {outer.names[n].code for n in inputs if len(counted.intersection(n.users)) > 1}
+    for node in inputs:
+        scope.holders[outer.names[node].code] = node
     ordered = [n for n in stage.graph.nodes if n in counted and n.op == "call_function"]
     write_lines(module, scope, ordered, {valid.targets for valid in stage.valid})
     results = []

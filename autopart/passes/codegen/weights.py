@@ -11,7 +11,7 @@ from torch import fx
 from autopart.ir.graph import Info, info
 from autopart.passes.codegen.lines import comment, indent
 from autopart.passes.codegen.module import StageModule
-from autopart.passes.codegen.naming import Scope, Text
+from autopart.passes.codegen.scope import Scope, Text
 
 
 def weight_lines(

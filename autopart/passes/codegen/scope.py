@@ -1,0 +1,74 @@
+"""Expressions with their precedence, and the names that are in use in a function."""
+
+from __future__ import annotations
+
+import builtins
+import itertools
+import keyword
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from autopart import runtime
+
+RESERVED = {*keyword.kwlist, *dir(builtins), *runtime.__all__, "torch", "nn", "F", "layer", "rms_norm", "self",
+            "groups", "name"}  # fmt: skip
+"""Names that emitted functions use for other things than values."""
+
+ATOM, UNARY, BINARY = 3, 2, 1
+"""How tightly an expression binds."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """An expression with its precedence."""
+
+    code: str
+    binds: int = ATOM
+
+    def within(self, binds: int) -> str:
+        """The expression as an operand of something that binds so tightly."""
+        return self.code if self.binds >= binds else f"({self.code})"
+
+
+@dataclass
+class Scope:
+    """One function that is being written.
+
+    names    node -> the expression that stands for it
+    holders  name in use -> the node whose value it has now
+    lines    the lines of the function so far
+    """
+
+    names: dict[fx.Node, Text] = field(default_factory=dict)
+    holders: dict[str, fx.Node | None] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+
+    def name(self, node: fx.Node, wanted: str, is_dead: Callable[[fx.Node], bool] = lambda _: False) -> str:
+        """Name a node `wanted`, or `wanted` with a number where another value has that name.
+
+        A value that is dead, because no later line reads it, gives its name away.
+        """
+        wanted = re.sub(r"\W", "_", wanted) or "value"
+        wanted = f"_{wanted}" if wanted[0].isdigit() else wanted
+        numbered = (f"{wanted}_{i}" for i in itertools.count(2))
+        name = wanted
+        while name in RESERVED or (name in self.holders and not self._is_given_away(name, is_dead)):
+            name = next(numbered)
+        self.holders[name] = node
+        self.names[node] = Text(name)
+        return name
+
+    def _is_given_away(self, name: str, is_dead: Callable[[fx.Node], bool]) -> bool:
+        holder = self.holders[name]
+        return holder is not None and is_dead(holder)
+
+    def reserve(self, name: str) -> None:
+        """Keep a name for something that is no value of the graph."""
+        self.holders[name] = None
+
+    def is_inline(self, node: fx.Node) -> bool:
+        """Whether a node that is written has no name of its own, but is part of another's expression."""
+        return node in self.names and self.names[node].code not in self.holders

@@ -1,0 +1,69 @@
+"""The statements of a model's source that lines of it belong to, read by Python's `ast`."""
+
+from __future__ import annotations
+
+import ast
+import linecache
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from autopart.ir.graph import Frame
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A simple statement of a user's function.
+
+    place      file and first line, which tell it from all others
+    targets    the variables that it assigns: one, or those of a tuple by position ("" for what is no variable)
+    reads      the names in the expression that it assigns or returns
+    returns    whether it is a `return`
+    is_call    whether the expression is a single call
+    """
+
+    place: tuple[str, int]
+    targets: tuple[str, ...] = ()
+    reads: frozenset[str] = frozenset()
+    returns: bool = False
+    is_call: bool = False
+
+
+def statement_of(frame: Frame) -> Statement | None:
+    """The statement that a frame is in; None where the source cannot be read, or a header like `for` is there."""
+    return _statements(frame.file).get(frame.line)
+
+
+@lru_cache(maxsize=256)
+def _statements(file: str) -> dict[int, Statement]:
+    """Every line of a file that is part of a simple statement -> the statement."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+    except SyntaxError:
+        return {}
+    found: dict[int, Statement] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr)):
+            statement = _read(file, node)
+            for line in range(node.lineno, (node.end_lineno or node.lineno) + 1):
+                found[line] = statement
+    return found
+
+
+def _read(file: str, node: ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Return | ast.Expr) -> Statement:
+    value = node.value
+    reads = {part.id for part in ast.walk(value) if isinstance(part, ast.Name)} if value is not None else set()
+    targets: tuple[str, ...] = ()
+    if isinstance(node, ast.Assign) and len(node.targets) == 1:
+        targets = tuple(_variables(node.targets[0]))
+    elif isinstance(node, (ast.AnnAssign, ast.AugAssign)):
+        targets = tuple(_variables(node.target))
+        reads |= set(targets) if isinstance(node, ast.AugAssign) else set()
+    place = file, node.lineno
+    return Statement(place, targets, frozenset(reads), isinstance(node, ast.Return), isinstance(value, ast.Call))
+
+
+def _variables(target: ast.expr) -> Iterator[str]:
+    parts = target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]
+    for part in parts:
+        yield part.id if isinstance(part, ast.Name) else ""
