@@ -47,6 +47,12 @@ def test_differences_are_short() -> None:
     assert len(changed) == 5 and all(0 < len(lines) <= MOST for lines in changed)
 
 
+@pytest.mark.parametrize("difference", DIFFERENCES, ids=[d.splitlines()[0].rpartition("/")[2] for d in DIFFERENCES])
+def test_a_difference_applies(difference: str) -> None:
+    done = subprocess.run(["git", "apply", "--check"], input=difference, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_differences_do_what_they_say(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "autopart", tmp_path / "autopart", ignore=shutil.ignore_patterns("__pycache__"))
