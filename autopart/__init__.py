@@ -12,10 +12,11 @@ with paused():
     from autopart.plan.estimate import Estimate
     from autopart.plan.timeline import Timeline, timeline
     from autopart.planner.explain.certificate import certify
-    from autopart.planner.explain.memory_report import Tenants, tenants
+    from autopart.planner.explain.memory_report import MemoryReport, memory_report
     from autopart.planner.explain.mesh_search import MeshChoice, search_mesh
-    from autopart.planner.explain.reprice import reprice
+    from autopart.planner.explain.price_plan import price_plan
     from autopart.planner.explain.why import Explanation, explain
+    from autopart.planner.request import Settings
     from autopart.runtime.calibrate.run import calibrate
     from autopart.runtime.compiled import Compiled
 
@@ -24,12 +25,13 @@ __all__ = [
     "Compiled",
     "Estimate",
     "Explanation",
+    "MemoryReport",
     "Mesh",
     "MeshChoice",
     "PartitionError",
     "Plan",
+    "Settings",
     "Simulated",
-    "Tenants",
     "Timeline",
     "calibrate",
     "certify",
@@ -38,10 +40,10 @@ __all__ = [
     "estimate",
     "explain",
     "load_hardware",
+    "memory_report",
     "plan",
-    "reprice",
+    "price_plan",
     "search_mesh",
     "simulate",
-    "tenants",
     "timeline",
 ]

@@ -59,7 +59,7 @@ from autopart.plan.estimate import Estimate
 from autopart.plan.export import SYSTEMS, export
 from autopart.plan.units import seconds_text
 from autopart.planner.explain.mesh_search import PER_HOST, MeshChoice, search_mesh
-from autopart.planner.explain.reprice import reprice
+from autopart.planner.explain.price_plan import price_plan
 from autopart.planner.validate import validate
 from autopart.runtime.launch import launch
 from autopart.runtime.standalone import train, write
@@ -108,7 +108,7 @@ def mesh_command(
             target_seconds=target,
             prices=_prices(price) if price else None,
             per_host=per_host or PER_HOST,
-            say=lambda text: status.update(Text(f"planning, done: {text}")),
+            on_progress=lambda text: status.update(Text(f"planning, done: {text}")),
             **settings_of(options),
         )
     best = found[0].plan
@@ -212,7 +212,7 @@ def _repriced(saved: Plan, spec: str | None) -> Plan:
         note("the plan does not say which model it is for: these are the numbers in the file; --model prices it again")
         return saved
     loaded, batch, _ = of_plan(saved, spec)
-    return reprice(saved, loaded, batch)
+    return price_plan(saved, loaded, batch)
 
 
 @command

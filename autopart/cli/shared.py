@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any
+from types import NoneType
+from typing import Annotated, Any, get_args
 
 import torch
 import typer
@@ -25,6 +26,7 @@ from autopart.errors import PartitionError
 from autopart.frontend.batch import DTYPES, samples_of
 from autopart.plan.data import Plan
 from autopart.planner.constraints import forbidden, parse
+from autopart.planner.request import SETTINGS, Request
 from autopart.runtime.watchdog import report_failure
 
 app = typer.Typer(
@@ -70,21 +72,13 @@ BATCH_OPTIONS: Mapping[str, tuple[type, Any, str]] = {
     "dropout": (bool, False, "keep the config's dropout rates (otherwise 0: attention with dropout is not fused)"),
 }
 PLAN_OPTIONS: Mapping[str, tuple[type, Any, str]] = {
-    "global_batch": (int, None, "samples of a step (default: those of the batch)"),
-    "micro_batch": (int, None, "samples of a micro-batch, over all ranks"),
-    "pp": (int, None, "pipeline-parallel degree"),
-    "tp": (int, None, "tensor-parallel degree"),
-    "dp": (int, None, "data-parallel degree"),
-    "zero": (int, None, "ZeRO level: 0, 1, 2 or 3"),
-    "recompute": (str, None, "none, selective or full, in all blocks"),
-    "schedule": (str, None, "gpipe or 1f1b"),
-    "precision": (str, None, "of the parameters: float32, bfloat16, float16 or float64"),
-    "master": (str, None, "of gradients, optimizer states and its copy of the parameters, as float32 (default: none)"),
-    "optimizer": (str, "adamw", "sgd, momentum, adagrad, rmsprop, adam or adamw"),
-    "time_limit": (float, None, "seconds after which the best plan so far is taken"),
-    "nodes": (int, None, "points of the search after which the best plan so far is taken"),
-    "exact": (bool, False, "refine a small model's splits to the optimum, which takes minutes"),
-}
+    name: (
+        (get_args(kind) or (kind,))[0],
+        None if NoneType in get_args(kind) else getattr(Request, name),
+        text,
+    )
+    for name, (kind, text) in SETTINGS.items() if name != "constraints"
+}  # fmt: skip
 CONSTRAINT_OPTIONS: Mapping[str, tuple[type, Any, str]] = {
     "force": (list[str], [], 'what has to be so, as "stage 2 starts at layers.10"; may be repeated'),
     "forbid": (list[str], [], 'what may not be so, as "split lm_head.weight over tp"; may be repeated'),
@@ -156,7 +150,7 @@ def load(
 
 def make_plan(model: nn.Module, batch: models.Batch, mesh: str, options: Options) -> Plan:
     with planning() as say:
-        return plan(model, mesh, batch, **settings_of(options), say=say)
+        return plan(model, mesh, batch, **settings_of(options), on_progress=say)
 
 
 def settings_of(options: Options) -> Options:

@@ -17,7 +17,7 @@ from autopart.plan.data import Plan
 from autopart.plan.text import missing
 from autopart.plan.timeline import timeline
 from autopart.plan.units import bytes_text, seconds_text
-from autopart.planner.explain.memory_report import tenants
+from autopart.planner.explain.memory_report import memory_report
 from autopart.planner.explain.why import explain
 
 BESIDE = 90
@@ -52,7 +52,7 @@ def show_command(
         _timeline(saved, trace, as_json)
     elif memory:
         loaded, batch, _ = of_plan(saved, model)
-        stages = tenants(saved, loaded, batch)
+        stages = memory_report(saved, loaded, batch)
         tell([asdict(stage) for stage in stages] if as_json else "\n".join(map(str, stages)))
     elif without_rule:
         rows = missing(saved)
@@ -80,7 +80,7 @@ def _explain(
     started = time.monotonic()
     with planning() as say:
         loaded, batch, options = of_plan(saved, spec)
-        found = explain(loaded, saved.mesh, batch, **settings_of(options), say=say)
+        found = explain(loaded, saved.mesh, batch, **settings_of(options), on_progress=say)
     if not math.isclose(found.plan.step_seconds, saved.step_seconds, rel_tol=1e-6):
         note(f"planned again the step takes {seconds_text(found.plan.step_seconds)}, which the answers go by")
     note(f"traced and planned again in {time.monotonic() - started:.2f} s")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from autopart.passes.source import Source
 from autopart.passes.trace import loss_of
 from autopart.plan.data import Plan
 from autopart.planner.make_plan import make_plan, request_of
+from autopart.planner.request import Settings
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -56,7 +57,7 @@ def check(
     *,
     plan: Plan | None = None,
     seed: int = 0,
-    **settings: Any,
+    **settings: Unpack[Settings],
 ) -> Check:
     """Plan (unless a `plan` is given), run one step with every rank a thread of this process, and compare.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from autopart.hardware.mesh import Mesh
 from autopart.passes.source import Source
 from autopart.plan.data import Plan
 from autopart.planner.make_plan import make_plan, request_of
+from autopart.planner.request import Settings
 from autopart.planner.validate import validate
 from autopart.runtime.compiled import Compiled
 from autopart.runtime.groups import Groups
@@ -42,7 +43,7 @@ def simulate(
     *,
     plan: Plan | None = None,
     seed: int | None = None,
-    **settings: Any,
+    **settings: Unpack[Settings],
 ) -> Simulated:
     """One step with all ranks as threads of this process, on the CPU: what `compile` would run there, to check a plan
     without its devices. Raises PartitionError as `compile` does."""

@@ -105,7 +105,7 @@ class Search:
     """The queue, the best plan so far, and the least bound of all points that are done with."""
 
     space: SearchSpace
-    say: OnProgress
+    on_progress: OnProgress
     best: SearchResult | None = None
     closed: float = NEVER
     ways: dict[SearchPoint, list[Candidate]] = field(default_factory=dict)
@@ -210,7 +210,7 @@ class Search:
         self.said = time.monotonic(), self.best.seconds
         best, bound = self.best.seconds, self._bound()
         gap = max(0.0, 1 - bound / best)
-        self.say(f"best {seconds_text(best)}, bound {seconds_text(bound)}, gap {gap:.1%}, {self.number} points")
+        self.on_progress(f"best {seconds_text(best)}, bound {seconds_text(bound)}, gap {gap:.1%}, {self.number} points")
 
     def _time(self) -> float:
         return self.best.seconds if self.best else NEVER
@@ -527,9 +527,9 @@ def _masked(
     return column
 
 
-def search(space: SearchSpace, say: OnProgress = silent) -> SearchResult:
+def search(space: SearchSpace, on_progress: OnProgress = silent) -> SearchResult:
     """The best plan of a space. Raises PartitionError where none fits."""
-    return Search(space, say).run()
+    return Search(space, on_progress).run()
 
 
 def zero_levels(space: SearchSpace, point: SearchPoint) -> list[int]:

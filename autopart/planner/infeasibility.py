@@ -28,7 +28,7 @@ class Shortage:
     point: SearchPoint
     stage: int
     bytes: float
-    tenants: tuple[tuple[str, float], ...]
+    largest: tuple[tuple[str, float], ...]
 
 
 def closest(
@@ -63,12 +63,12 @@ def nothing_fits(space: SearchSpace, short: Shortage | None) -> PartitionError:
         why = few(sorted(nodes), joint="; ") or "no cut, or no change of placement between operators, is left"
         return PartitionError(f"no plan does what is asked: {asked}", why, "fewer constraints")
     device, limit = space.mesh.device.name, space.limit
-    tenants = ", ".join(f"{name} {bytes_text(size)}" for name, size in short.tenants)
+    largest = ", ".join(f"{name} {bytes_text(size)}" for name, size in short.largest)
     return PartitionError(
         f"no plan fits {space.mesh}{f' that does what is asked ({asked})' if asked else ''}; "
         f"the closest has {short.point}",
         f"stage {short.stage} needs {bytes_text(short.bytes + limit)} at its smallest of the {bytes_text(limit)} a "
-        f"{device} can give: {bytes_text(short.bytes)} short; largest: {tenants}",
+        f"{device} can give: {bytes_text(short.bytes)} short; largest: {largest}",
         ", ".join(_ways_out(space.request, short.point)),
     )
 
@@ -106,8 +106,8 @@ def _shortage(space: SearchSpace, point: SearchPoint, way: Candidate) -> Shortag
     }
     for name, size in sorted(_parameters(space, point, way, stages[stage]).items(), key=lambda item: -item[1])[:2]:
         parts[f"of these {name}"] = size
-    tenants = sorted(parts.items(), key=lambda item: -item[1])[:5]
-    return Shortage(point, stage, float(lacks[flights][here]), tuple(tenants))
+    largest = sorted(parts.items(), key=lambda item: -item[1])[:5]
+    return Shortage(point, stage, float(lacks[flights][here]), tuple(largest))
 
 
 def _parameters(space: SearchSpace, point: SearchPoint, way: Candidate, span: tuple[int, int]) -> dict[str, float]:

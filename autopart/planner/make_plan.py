@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Unpack
 
-import torch
 from torch import nn
 
 from autopart.cost.compute import peak
@@ -22,75 +20,70 @@ from autopart.passes.source import Source
 from autopart.plan.data import Plan
 from autopart.planner.advice import advice
 from autopart.planner.branch_and_bound import OnProgress, Search, SearchResult, silent
-from autopart.planner.request import Request, read_constraints, read_settings
+from autopart.planner.request import Request, Settings, read_constraints, read_settings
 from autopart.planner.search_space import SearchSpace
 from autopart.planner.write_plan import bounded, write_out
 
-if TYPE_CHECKING:
-    pass
 
-
-def request_of(
-    model: nn.Module,
-    batch: Batch,
-    *,
-    global_batch: int | None = None,
-    precision: str | torch.dtype | None = None,
-    constraints: Sequence[str] = (),
-    **settings: Any,
-) -> Request:
-    """The settings of `plan` as data. Raises PartitionError for a model, a batch or a setting that no plan can be made
-    for."""
+def request_of(model: nn.Module, batch: Batch, **settings: Unpack[Settings]) -> Request:
+    """The settings read, with the batch's samples and the model's dtype where none are given. Raises PartitionError for
+    a model, a batch or a setting that no plan can be made for."""
     check_inputs(model, batch)
-    name = str(precision or main_dtype(model)).removeprefix("torch.")
-    if name not in DTYPES:
-        raise not_known("precision", name, DTYPES)
+    precision = str(settings.get("precision") or main_dtype(model)).removeprefix("torch.")
+    if precision not in DTYPES:
+        raise not_known("precision", precision, DTYPES)
     trained = [n for n, p in model.named_parameters() if p.requires_grad and p.is_complex()]
     if settings.get("master") and trained:
         raise PartitionError(f"{trained[0]} is complex", "a master copy of it would be of real numbers", "master=None")
-    samples = samples_of(batch) if global_batch is None else global_batch
-    return read_settings({**settings, "global_batch": samples, "precision": name, "constraints": constraints})
+    given = settings.get("global_batch")
+    samples = samples_of(batch) if given is None else given
+    return read_settings({**settings, "global_batch": samples, "precision": precision})
 
 
 def make_plan(
-    source: Source, mesh: Mesh, request: Request, say: OnProgress = silent, to_run: bool = False, advise: bool = True
+    source: Source,
+    mesh: Mesh,
+    request: Request,
+    on_progress: OnProgress = silent,
+    to_run: bool = False,
+    advise: bool = True,
 ) -> Plan:
     """`plan` for a model that may be traced already. It is for the graph of its own micro-batch; one `to_run` is of the
     graph whose every block was traced. Where a micro-batch that seemed to fit does not in its own graph, others are
     tried. Where nothing fits, what would is looked for if it is to `advise`."""
     started = time.monotonic()
-    made, search, _ = explored(source, mesh, request, say, advise)
+    made, search, _ = explored(source, mesh, request, on_progress, advise)
     planned = search.space.layered
     layered = (source.full if to_run else source.sampled)(made.micro_batch, mesh)
     if layered.hash == planned.hash:
         return made
     try:
-        return _made_for(layered, made, search, say, started)
+        return _made_for(layered, made, search, on_progress, started)
     except PartitionError:
         if request.micro_batch:
             raise
         others = read_constraints(f"micro_batch!={made.micro_batch}")
         with suppress(PartitionError):
             other = replace(request, constraints=(*request.constraints, *others))
-            plan = make_plan(source, mesh, other, say, to_run, advise=False)
+            plan = make_plan(source, mesh, other, on_progress, to_run, advise=False)
             bound = min(plan.bound_seconds, made.bound_seconds)
             return bounded(replace(plan, request=made.request), bound)
         raise
 
 
-def _made_for(layered: LayeredGraph, made: Plan, search: Search, say: OnProgress, started: float) -> Plan:
+def _made_for(layered: LayeredGraph, made: Plan, search: Search, on_progress: OnProgress, started: float) -> Plan:
     """A plan's micro-batch planned anew from the trace that runs, where that is another graph than the one that was
     planned: an `expand` to one sample is nothing, the strategies of a dim of one element have other names, and a model
     may do what it likes with the number of samples."""
     space = SearchSpace(layered, made.mesh, replace(search.space.request, micro_batch=made.micro_batch))
-    found = Search(space, say).run()
+    found = Search(space, on_progress).run()
     found = replace(found, bound=min(found.bound, made.bound_seconds))
     return replace(write_out(space, found, started, made.model), request=made.request)
 
 
 @paused()
 def explored(
-    source: Source, mesh: Mesh, request: Request, say: OnProgress = silent, advise: bool = True
+    source: Source, mesh: Mesh, request: Request, on_progress: OnProgress = silent, advise: bool = True
 ) -> tuple[Plan, Search, SearchResult]:
     """The plan from a trace of two samples, where samples do nothing with each other, and the search that found it."""
     started = time.monotonic()
@@ -105,13 +98,13 @@ def explored(
             "recompute would change it twice a step",
             'recompute="none"',
         )
-    return _searched(SearchSpace(layered, mesh, request), say, started, source, advise)
+    return _searched(SearchSpace(layered, mesh, request), on_progress, started, source, advise)
 
 
 def _searched(
-    space: SearchSpace, say: OnProgress, started: float, source: Source, advise: bool
+    space: SearchSpace, on_progress: OnProgress, started: float, source: Source, advise: bool
 ) -> tuple[Plan, Search, SearchResult]:
-    search = Search(space, say)
+    search = Search(space, on_progress)
     try:
         found = search.run()
     except PartitionError as error:

@@ -1,4 +1,4 @@
-"""What a user asks of the planner, and the points of its outer search."""
+"""The settings of `autopart.plan`: their types and help texts (`Settings`), read and checked (`Request`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, SupportsIndex
+from typing import Annotated, Any, SupportsIndex, TypedDict, get_args, get_type_hints
+
+import torch
 
 from autopart.cost.training_state import MASTERS, OPTIMIZER_STATES, widening
 from autopart.errors import PartitionError, closest, not_known
@@ -15,16 +17,50 @@ from autopart.plan.schedules import SCHEDULES
 from autopart.plan.typecheck import mistyped
 from autopart.planner.constraints import Constraint, parse
 
-WHOLE = ("global_batch", "micro_batch", "pp", "tp", "dp", "zero", "nodes")
-"""Settings that are whole numbers."""
-
 MOST = 2**31 - 1
 """No whole number is larger: sizes of tensors and of messages are products of them."""
 
 
+class Settings(TypedDict, total=False):
+    """What every function that plans takes as keywords, each with the help text of its option in the shell. None, which
+    is the default of all but `optimizer` ("adamw") and `exact` (False), leaves the choice to the planner."""
+
+    global_batch: Annotated[int | None, "samples of a step (default: those of the batch)"]
+    micro_batch: Annotated[int | None, "samples of a micro-batch, over all ranks"]
+    pp: Annotated[int | None, "pipeline-parallel degree"]
+    tp: Annotated[int | None, "tensor-parallel degree"]
+    dp: Annotated[int | None, "data-parallel degree"]
+    zero: Annotated[int | None, "ZeRO level: 0, 1, 2 or 3"]
+    recompute: Annotated[str | None, "activation checkpointing of all blocks: none, selective or full"]
+    schedule: Annotated[str | None, "gpipe or 1f1b"]
+    precision: Annotated[
+        str | torch.dtype | None,
+        "dtype of the parameters: float32, bfloat16, float16 or float64 (default: the model's)",
+    ]
+    master: Annotated[
+        str | torch.dtype | None,
+        "dtype of gradient sums, optimizer states and the optimizer's copy of the parameters, as float32 "
+        "(default: that of the parameters, and no copy)",
+    ]
+    optimizer: Annotated[str, "whose states take memory: sgd, momentum, adagrad, rmsprop, adam or adamw"]
+    time_limit: Annotated[float | None, "seconds after which the best plan so far is taken"]
+    nodes: Annotated[int | None, "points of the search after which the best plan so far is taken"]
+    exact: Annotated[bool, "refine the splits of a small model to the optimum under real bytes, which takes minutes"]
+    constraints: Annotated[Sequence[str], "texts of what to fix or forbid: see `autopart.planner.constraints`"]
+
+
+SETTINGS: Mapping[str, tuple[Any, str]] = {
+    name: get_args(annotated) for name, annotated in get_type_hints(Settings, include_extras=True).items()
+}
+"""Setting -> its type and its help text."""
+
+WHOLE = tuple(name for name, (kind, _) in SETTINGS.items() if int in get_args(kind))
+"""Settings that are whole numbers."""
+
+
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for; None leaves the choice to the planner."""
+    """`Settings` as they were read; None leaves the choice to the planner."""
 
     global_batch: int
     micro_batch: int | None = None
@@ -136,11 +172,10 @@ def read_constraints(texts: str | Sequence[str]) -> tuple[Constraint, ...]:
 def read_settings(settings: Mapping[str, Any]) -> Request:
     """The settings of `autopart.plan` as data. Raises PartitionError for a name that is none, and for a value of
     another type."""
-    known = [f.name for f in fields(Request) if f.name != "must_fit"]
     for name, value in settings.items():
-        if name not in known:
-            near = " or ".join(closest(name, known))
-            raise PartitionError(f"there is no setting {name!r}", f"known are {', '.join(known)}", near)
+        if name not in SETTINGS:
+            near = " or ".join(closest(name, list(SETTINGS)))
+            raise PartitionError(f"there is no setting {name!r}", f"known are {', '.join(SETTINGS)}", near)
         whole = isinstance(value, SupportsIndex) and not isinstance(value, bool)
         if name in WHOLE and value is not None and not (whole and abs(operator.index(value)) <= MOST):
             raise PartitionError(f"{name}={value!r} is no whole number up to {MOST:,}", try_=f"{name}=2")

@@ -38,7 +38,7 @@ import torch
 from autopart import Plan
 from autopart.passes.source import Source
 from autopart.plan.schedules import in_flight
-from autopart.planner.explain.memory_report import Tenants, found_in
+from autopart.planner.explain.memory_report import MemoryReport, report_traced
 from benchmarks.accuracy.published import Published
 
 PLANNED_LOGITS = {False: 3.0, True: 2.5}
@@ -51,12 +51,13 @@ STATES = 2
 def reserved(plan: Plan, row: Published, source: Source) -> dict[str, float]:
     """Bytes of the fullest rank, by what takes them: a plan's kinds and this module's."""
     stages = [
-        {**dict(plan.stages[n].memory), **besides(plan, row, n, one)} for n, one in enumerate(found_in(plan, source))
+        {**dict(plan.stages[n].memory), **besides(plan, row, n, one)}
+        for n, one in enumerate(report_traced(plan, source))
     ]
     return max(stages, key=lambda held: sum(held.values()))
 
 
-def besides(plan: Plan, row: Published, stage: int, held: Tenants) -> dict[str, float]:
+def besides(plan: Plan, row: Published, stage: int, held: MemoryReport) -> dict[str, float]:
     """Bytes of a stage that are more than the plan's, by the names above; `held` says whose those are."""
     wide, narrow = (getattr(torch, dtype or plan.precision).itemsize for dtype in (plan.master, None))
     memory, stages = plan.stages[stage].memory, len(plan.stages)
@@ -115,7 +116,7 @@ def alive(stage: int, stages: int, micro_batches: int, pieces: int) -> int:
     return min(pieces * micro_batches - 1, most + 1)
 
 
-def elements(plan: Plan, held: Tenants) -> tuple[list[float], float]:
+def elements(plan: Plan, held: MemoryReport) -> tuple[list[float], float]:
     """Parameters of every block of a stage and of all that is outside of blocks, whole on a rank of dp."""
     blocks, root = list[float](), 0.0
     for label, count in _elements(plan, held):
@@ -126,7 +127,7 @@ def elements(plan: Plan, held: Tenants) -> tuple[list[float], float]:
     return blocks, root
 
 
-def _elements(plan: Plan, held: Tenants) -> Iterator[tuple[str, float]]:
+def _elements(plan: Plan, held: MemoryReport) -> Iterator[tuple[str, float]]:
     sliced = plan.zero == 3
     size = getattr(torch, (sliced and plan.master) or plan.precision).itemsize / (plan.dp if sliced else 1)
     for block in held.blocks:

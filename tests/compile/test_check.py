@@ -60,7 +60,7 @@ def test_one_sample_at_a_time(name: str, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     saved = Plan.load(tmp_path / "plan.json")
     autopart.certify(saved, model, batch)
-    assert autopart.reprice(saved, model, batch).step_seconds == pytest.approx(plan.step_seconds, rel=1e-9)
+    assert autopart.price_plan(saved, model, batch).step_seconds == pytest.approx(plan.step_seconds, rel=1e-9)
     found = autopart.check(model, "4:cpu", batch, plan=saved)
     assert found.loss_error < 1e-5 and found.gradient_error < 1e-5
 

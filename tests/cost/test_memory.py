@@ -84,7 +84,7 @@ def test_an_optimizer_makes_what_is_said_of_it(name: str, together: bool) -> Non
 def test_tenants_sum_to_what_the_plan_says(settings: dict[str, object]) -> None:
     model, batch = models.build("gpt2")
     plan = autopart.plan(model, "4:cpu", batch, **settings)  # type: ignore[arg-type]
-    stages = autopart.tenants(plan, model, batch)
+    stages = autopart.memory_report(plan, model, batch)
     assert [stage.memory for stage in stages] == [pytest.approx(stage.memory) for stage in plan.stages]
     assert sum(len(stage.blocks) for stage in stages) >= 3
     for stage in stages:

@@ -99,7 +99,7 @@ def test_every_part(name: str) -> None:
     model, x = Chain(PARTS[name]()), torch.randn(4, TOKENS, WIDTH)
     plan = autopart.plan(model, "2:cpu", {"x": x})
     autopart.certify(plan, model, {"x": x})
-    assert autopart.reprice(plan, model, {"x": x}).step_seconds == pytest.approx(plan.step_seconds, rel=1e-9)
+    assert autopart.price_plan(plan, model, {"x": x}).step_seconds == pytest.approx(plan.step_seconds, rel=1e-9)
     holds(model, "2:cpu", {"x": x}, plan=plan)  # type: ignore[arg-type]
 
 

@@ -24,8 +24,8 @@ from autopart.hardware.mesh import usable_bytes
 from autopart.ir.labels import is_block
 from autopart.passes.source import Source
 from autopart.plan.units import seconds_text
-from autopart.planner.explain.reprice import repriced
-from autopart.planner.explain.why import Explanation, explained
+from autopart.planner.explain.price_plan import price_traced
+from autopart.planner.explain.why import Explanation, explain_traced
 from autopart.planner.make_plan import make_plan, request_of
 
 LAYERS = 10
@@ -53,7 +53,7 @@ def planned(*constraints: str, mesh: str | Mesh = MESH, name: str = "llama", **s
 def explanation(**settings: Any) -> Explanation:
     """Of the tiny model's plan."""
     made = source()
-    return explained(made, Mesh.of(MESH), request_of(made.model, made.batch, **settings))
+    return explain_traced(made, Mesh.of(MESH), request_of(made.model, made.batch, **settings))
 
 
 def modes(plan: Plan) -> dict[str, str]:
@@ -208,7 +208,7 @@ def test_memory_price() -> None:
     free = planned("pp=1", "dp=4")
     mesh = small(max(free.memory_bytes) * 0.8)
     made = source()
-    found = explained(made, mesh, request_of(made.model, made.batch, constraints=["pp=1", "dp=4"]))
+    found = explain_traced(made, mesh, request_of(made.model, made.batch, constraints=["pp=1", "dp=4"]))
     assert max(found.plan.memory_bytes) <= usable_bytes(mesh)
     more = next(price for price in found.prices() if price.what == "one more GiB per device")
     assert free.step_seconds * (1 - 1e-6) <= more.seconds <= found.plan.step_seconds * (1 + 1e-6)
@@ -262,11 +262,11 @@ def moved_cut(data: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_reprice() -> None:
     plan = planned("pp=2", "tp=2", "micro_batch=2", "stage 1 starts at layers.2")
-    again = repriced(plan, source())
+    again = price_traced(plan, source())
     assert again.step_seconds == pytest.approx(plan.step_seconds, rel=1e-9)
     assert [s.memory for s in again.stages] == [s.memory for s in plan.stages]
     assert again.request == plan.request
-    later = repriced(changed(plan, moved_cut), source())
+    later = price_traced(changed(plan, moved_cut), source())
     assert starts(later) == ["model.embed_tokens", "model.layers.3"]
     assert later.step_seconds != plan.step_seconds
 
@@ -275,13 +275,13 @@ def test_reprice() -> None:
         one["recompute"] = ["none", "full", "full"]
         data["zero"] = 1
 
-    heavy = repriced(changed(plan, full), source())
+    heavy = price_traced(changed(plan, full), source())
     assert heavy.recompute == "mixed"
     assert heavy.stages[0].backward_seconds > plan.stages[0].backward_seconds
     assert heavy.stages[1].backward_seconds == plan.stages[1].backward_seconds
     assert heavy.stages[0].memory["activations"] < plan.stages[0].memory["activations"]
     model, batch = source().model, source().batch
-    assert autopart.reprice(plan, model, batch).step_seconds == pytest.approx(plan.step_seconds, rel=1e-9)
+    assert autopart.price_plan(plan, model, batch).step_seconds == pytest.approx(plan.step_seconds, rel=1e-9)
 
 
 def edit(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -318,13 +318,13 @@ REFUSED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", REFUSED)
-def test_reprice_refuses(what: str) -> None:
+def test_price_plan_refuses(what: str) -> None:
     change, told = REFUSED[what]
     with pytest.raises(PartitionError, match=re.escape(told)):
-        repriced(changed(planned("pp=2", "tp=2", "stage 1 starts at layers.2"), change), source())
+        price_traced(changed(planned("pp=2", "tp=2", "stage 1 starts at layers.2"), change), source())
 
 
-def test_reprice_refuses_a_change_that_does_not_exist() -> None:
+def test_price_plan_refuses_a_change_that_does_not_exist() -> None:
     """A product that gives a partial sum of what is then taken as if it were split, and no step leads there."""
     plan = planned("pp=1", "tp=4")
     table = explanation(tp=4).space.model(explanation(tp=4).found.point).table
@@ -342,7 +342,7 @@ def test_reprice_refuses_a_change_that_does_not_exist() -> None:
                 splits = {**plan.splits[0]["tp"], source_node.key: one[tp], table.nodes[user].key: other[tp]}
                 edited = replace(plan, splits=({**plan.splits[0], "tp": splits}, *plan.splits[1:]))
                 with pytest.raises(PartitionError, match=r"cannot take|do not go together"):
-                    repriced(edited, source())
+                    price_traced(edited, source())
                 return
     pytest.skip("every change of placement exists here")
 

@@ -58,7 +58,9 @@ def test_devices_fill_hosts(text: str, per_host: int, meshes: list[str]) -> None
 @pytest.mark.slow
 def test_the_fastest_shape_comes_first(given: Given) -> None:
     said: list[str] = []
-    found = autopart.search_mesh(*given, devices="8:h100-80gb", per_host=(1, 2, 4, 8), say=said.append, **SETTINGS)
+    found = autopart.search_mesh(
+        *given, devices="8:h100-80gb", per_host=(1, 2, 4, 8), on_progress=said.append, **SETTINGS
+    )
     alone = {mesh: seconds(given, mesh) for mesh in ("8x1:h100-80gb", "4x2:h100-80gb", "2x4:h100-80gb", "8:h100-80gb")}
     assert {str(c.mesh): c.step_seconds for c in found} == pytest.approx(alone)
     assert found[0].step_seconds == min(alone.values()) and [c.step_seconds for c in found] == sorted(alone.values())

@@ -110,7 +110,7 @@ def test_a_plan_says_so_and_holds() -> None:
     assert [memory[k] for k in ("parameters", "gradients", "optimizer")] == pytest.approx(
         [2 * count, 2 * count, 6 * count]
     )
-    again = autopart.reprice(plan, model, batch)
+    again = autopart.price_plan(plan, model, batch)
     assert again.master == "float32" and again.stages[0].memory == pytest.approx(plan.stages[0].memory)
 
 

@@ -12,7 +12,7 @@ from autopart.frontend.batch import DTYPES, Batch
 from autopart.passes.source import Source
 from autopart.plan.data import Plan
 from autopart.plan.units import bytes_text
-from autopart.planner.explain.reprice import decided
+from autopart.planner.explain.price_plan import decided
 from autopart.planner.memory_tree import KINDS, Leaf, leaves, totals
 from autopart.planner.write_plan import partitioned
 
@@ -34,7 +34,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Tenants:
+class MemoryReport:
     """A stage of a plan on one rank: its blocks in order. The kinds of their leaves are the parts of
     `PlanStage.memory`, and sum to them: parameters, gradients, optimizer (states and master copies), activations (of
     all micro-batches in flight), messages (on their way from other stages) and transient (of the moment when most is
@@ -52,13 +52,13 @@ class Tenants:
         return "\n".join(_lines(self))
 
 
-def tenants(plan: Plan, model: nn.Module, batch: Batch) -> tuple[Tenants, ...]:
-    """Of every stage of a plan; `batch` as it was planned with. Raises PartitionError as `autopart.reprice` does."""
-    return found_in(plan, Source(model, batch, DTYPES[plan.precision]))
+def memory_report(plan: Plan, model: nn.Module, batch: Batch) -> tuple[MemoryReport, ...]:
+    """Of every stage of a plan; `batch` as it was planned with. Raises PartitionError as `autopart.price_plan` does."""
+    return report_traced(plan, Source(model, batch, DTYPES[plan.precision]))
 
 
-def found_in(plan: Plan, source: Source) -> tuple[Tenants, ...]:
-    """`tenants` for a model that may be traced already."""
+def report_traced(plan: Plan, source: Source) -> tuple[MemoryReport, ...]:
+    """`memory_report` for a model that may be traced already."""
     space, found = decided(plan, source)
     stages, spans = [], pairwise((*plan.starts, len(space.layered.labels)))
     for index, (stage, span) in enumerate(zip(plan.stages, spans, strict=True)):
@@ -67,15 +67,15 @@ def found_in(plan: Plan, source: Source) -> tuple[Tenants, ...]:
     return tuple(stages)
 
 
-def _tree(stage: int, leaves: Sequence[Leaf]) -> Tenants:
+def _tree(stage: int, leaves: Sequence[Leaf]) -> MemoryReport:
     blocks: dict[str, list[Leaf]] = {}
     for leaf in leaves:
         if leaf.bytes:
             blocks.setdefault(leaf.block, []).append(leaf)
-    return Tenants(stage, tuple(Block(label, tuple(mine)) for label, mine in blocks.items()))
+    return MemoryReport(stage, tuple(Block(label, tuple(mine)) for label, mine in blocks.items()))
 
 
-def _lines(stage: Tenants) -> Iterator[str]:
+def _lines(stage: MemoryReport) -> Iterator[str]:
     memory = stage.memory
     total = sum(memory.values())
     parts = ", ".join(f"{kind} {bytes_text(memory[kind])}" for kind in KINDS if memory[kind])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
@@ -17,7 +17,7 @@ from autopart.plan.data import Plan
 from autopart.plan.estimate import Estimate
 from autopart.planner.branch_and_bound import OnProgress, silent
 from autopart.planner.make_plan import make_plan, request_of
-from autopart.planner.request import Request
+from autopart.planner.request import Request, Settings
 
 PER_HOST = (8,)
 """Devices of a host where the user names none: what DGX and HGX boards have."""
@@ -93,8 +93,8 @@ def search_mesh(
     target_seconds: float | None = None,
     prices: Mapping[str, float] | None = None,
     per_host: Sequence[int] = PER_HOST,
-    say: OnProgress = silent,
-    **settings: Any,
+    on_progress: OnProgress = silent,
+    **settings: Unpack[Settings],
 ) -> list[MeshChoice]:
     """Plan on every mesh that some devices can form; all of these meshes, the best first.
 
@@ -127,7 +127,7 @@ def search_mesh(
         if mesh not in known:
             price = prices[mesh.device.name] if prices is not None else None
             known[mesh] = _choice(source, mesh, request, price, target_seconds)
-            say(f"{mesh}: {known[mesh].problem or f'{known[mesh].step_seconds:.4g} s'}")
+            on_progress(f"{mesh}: {known[mesh].problem or f'{known[mesh].step_seconds:.4g} s'}")
         return known[mesh]
 
     for group in groups:

@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
 
@@ -25,7 +25,7 @@ from autopart.plan.units import bytes_text, seconds_text
 from autopart.planner.branch_and_bound import OnProgress, Search, SearchResult, points, silent, zero_levels
 from autopart.planner.constraints import Constraint, parse
 from autopart.planner.make_plan import explored, request_of
-from autopart.planner.request import Request, SearchPoint, read_constraints
+from autopart.planner.request import Request, SearchPoint, Settings, read_constraints
 from autopart.planner.search_space import Model, SearchSpace
 from autopart.planner.write_plan import write_out
 from autopart.sharding.rules import Strategy
@@ -336,16 +336,21 @@ def _moved(before: Plan, after: Plan) -> Iterator[tuple[str, str, str, str]]:
 
 
 def explain(
-    model: nn.Module, mesh: str | Mesh | DeviceMesh, batch: Batch, *, say: OnProgress = silent, **settings: Any
+    model: nn.Module,
+    mesh: str | Mesh | DeviceMesh,
+    batch: Batch,
+    *,
+    on_progress: OnProgress = silent,
+    **settings: Unpack[Settings],
 ) -> Explanation:
     """Plan, with the settings of `autopart.plan`, and keep what the plan was chosen from. Raises PartitionError."""
     request = request_of(model, batch, **settings)
-    return explained(Source(model, batch, DTYPES[request.precision]), Mesh.of(mesh), request, say)
+    return explain_traced(Source(model, batch, DTYPES[request.precision]), Mesh.of(mesh), request, on_progress)
 
 
-def explained(source: Source, mesh: Mesh, request: Request, say: OnProgress = silent) -> Explanation:
+def explain_traced(source: Source, mesh: Mesh, request: Request, on_progress: OnProgress = silent) -> Explanation:
     """`explain` for a model that may be traced already."""
-    plan, search, found = explored(source, mesh, request, say)
+    plan, search, found = explored(source, mesh, request, on_progress)
     space, samples = search.space, request.global_batch
     levels = (replace(point, zero=zero) for point in points(space) for zero in zero_levels(space, point))
     tried = [at for at in levels if space.known_bound(at)]

@@ -26,25 +26,25 @@ from autopart.sharding.strategy_table import StrategyTable
 Chosen = tuple[int, ...]
 
 
-def reprice(plan: Plan, model: nn.Module, batch: Batch) -> Plan:
+def price_plan(plan: Plan, model: nn.Module, batch: Batch) -> Plan:
     """What the decisions of a plan, edited by hand as they may be, cost: degrees, micro-batch, ZeRO level, splits, the
     stages' first runs and what they recompute. All other numbers of `plan` are made anew but its bound, which stays
     that of the search it comes from.
 
     Raises PartitionError for decisions that are no plan of the model; one that does not fit is no error (`Plan.fits`).
     """
-    return repriced(plan, Source(model, batch, DTYPES[plan.precision]))
+    return price_traced(plan, Source(model, batch, DTYPES[plan.precision]))
 
 
-def repriced(plan: Plan, source: Source) -> Plan:
-    """`reprice` for a model that may be traced already."""
+def price_traced(plan: Plan, source: Source) -> Plan:
+    """`price_plan` for a model that may be traced already."""
     started = time.monotonic()
     space, found = decided(plan, source)
     return replace(write_out(space, found, started, plan.model), request=plan.request)
 
 
 def decided(plan: Plan, source: Source) -> tuple[SearchSpace, SearchResult]:
-    """A plan's decisions as the search finds them. Raises PartitionError as `reprice` does."""
+    """A plan's decisions as the search finds them. Raises PartitionError as `price_plan` does."""
     request = Request(
         plan.global_batch,
         plan.micro_batch,
