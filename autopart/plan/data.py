@@ -12,9 +12,11 @@ from autopart.errors import PartitionError
 from autopart.hardware.mesh import Mesh, usable_bytes
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.plan.plan_json import json_text, plan_from_json, plan_to_json
+from autopart.plan.search_summary import SearchSummary
 from autopart.plan.signature import Signature
 from autopart.plan.stages import PlanStage
-from autopart.plan.text import describe
+from autopart.plan.text import describe, recompute_text
+from autopart.plan.units import counted
 from autopart.sharding.rules import Strategy
 
 
@@ -64,6 +66,8 @@ class Plan:
     request: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """How it was asked for: the settings that are not the default, the texts of constraints, and from the shell what
     names the model ("model") and its batch ("batch", "sequence", "dropout")."""
+    search: SearchSummary | None = field(default=None, repr=False)
+    """What the search compared; None for a plan that was edited and priced again."""
 
     @property
     def micro_batches(self) -> int:
@@ -84,9 +88,9 @@ class Plan:
     def head(self) -> str:
         """The configuration in one line."""
         return (
-            f"plan {self.model} on {self.mesh}, {self.degrees}  schedule {self.schedule}  "
-            f"micro-batches {self.micro_batches} of {self.micro_batch}  zero {self.zero}  recompute {self.recompute}  "
-            f"{self.precision}{f', master {self.master}' if self.master else ''}"
+            f"plan {self.model} on {self.mesh}: {self.degrees}, schedule {self.schedule}, "
+            f"{counted(self.micro_batches, 'micro-batch')} of {counted(self.micro_batch, 'sample')}, ZeRO {self.zero}, "
+            f"recompute {recompute_text(self)}, {self.precision}{f', master {self.master}' if self.master else ''}"
         )
 
     @property

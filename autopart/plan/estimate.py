@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from autopart.cost.training_state import turns
 from autopart.hardware.mesh import usable_bytes
+from autopart.plan.breakdown import step_breakdown
 from autopart.plan.data import Plan
+from autopart.plan.layout import paragraph, text_width
+from autopart.plan.text import memory_text
 from autopart.plan.units import bytes_text, seconds_text
 
 
@@ -63,7 +65,7 @@ class Estimate:
             tuple(s.memory for s in plan.stages),
             tuple(round(usable_bytes(plan.mesh)) - held for held in plan.memory_bytes),
             plan.fits,
-            _breakdown(plan),
+            step_breakdown(plan),
             plan,
         )
 
@@ -82,24 +84,6 @@ class Estimate:
             f"of this  {', '.join(f'{name} {seconds_text(value)}' for name, value in self.breakdown.items() if value)}",
         ]
         for index, (held, room) in enumerate(zip(self.memory_bytes, self.headroom_bytes, strict=True)):
-            parts = ", ".join(f"{k} {bytes_text(v)}" for k, v in self.memory[index].items() if v)
             verdict = f"fits, {bytes_text(room)} left" if room >= 0 else f"does not fit, {bytes_text(-room)} lacking"
-            lines.append(f"stage {index:<2} {bytes_text(held)} a rank ({parts}): {verdict}")
-        return "\n".join(lines)
-
-
-def _breakdown(plan: Plan) -> dict[str, float]:
-    m, shared = plan.micro_batches, turns(plan.zero, plan.micro_batches, plan.pp)
-    slowest = max(plan.stages, key=lambda stage: stage.turn_seconds(shared))
-    lines = [(len(run.labels), line) for run in slowest.runs for line in run.lines]
-    compute = m * sum(times * line.seconds for times, line in lines)
-    comm = m * sum(times * line.comm_seconds for times, line in lines)
-    again = m * (slowest.forward_seconds + slowest.backward_seconds) - compute - comm
-    return {
-        "compute": compute,
-        "recompute": again if set(slowest.recompute) != {"none"} else 0.0,
-        "communication": comm,
-        "p2p": m * slowest.send_seconds,
-        "gradient sync": slowest.sync_seconds,
-        "bubble": max(0.0, plan.step_seconds - m * slowest.turn_seconds(m)),
-    }
+            lines.append(f"stage {index:<2} {bytes_text(held)} a rank ({memory_text(self.memory[index])}): {verdict}")
+        return "\n".join(part for line in lines for part in paragraph(line, text_width(), hanging=9))

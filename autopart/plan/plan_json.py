@@ -11,6 +11,7 @@ from autopart.cost.training_state import MASTERS, OPTIMIZER_STATES
 from autopart.errors import PartitionError, not_known
 from autopart.hardware.mesh import Mesh
 from autopart.plan.schedules import SCHEDULES
+from autopart.plan.search_summary import LIMITS, RunnerUp, SearchSummary
 from autopart.plan.signature import Signature
 from autopart.plan.stages import PlanLine, PlanSegment, PlanStage
 from autopart.plan.typecheck import mistyped
@@ -20,7 +21,7 @@ from autopart.sharding.rules import Strategy
 if TYPE_CHECKING:
     from autopart.plan.data import Plan
 
-SCHEMA = 3
+SCHEMA = 4
 """Version of the JSON. A plan of another version is refused."""
 
 
@@ -36,6 +37,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
             for splits in plan.splits
         ],
         "stages": [asdict(s) for s in plan.stages],
+        "search": asdict(plan.search) if plan.search else None,
     }
 
 
@@ -43,7 +45,11 @@ def plan_from_json(data: Any, kind: type[Plan]) -> Plan:
     """The inverse of `plan_to_json`. Raises PartitionError for anything else, with the first thing that is wrong."""
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         found = data.get("schema") if isinstance(data, dict) else type(data).__name__
-        raise PartitionError("this is no plan of a version that is known", f"schema {found}, expected {SCHEMA}")
+        raise PartitionError(
+            "this is no plan of this version of autopart",
+            f"its schema is {found}, this version reads {SCHEMA}",
+            "plan again with autopart.plan(...)",
+        )
     try:
         plan = kind(**_fields_from_json(data))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -67,7 +73,15 @@ def _fields_from_json(data: Mapping[str, Any]) -> dict[str, Any]:
         "replicated": tuple(data["replicated"]),
         "notes": tuple(data.get("notes", ())),
         "request": dict(data.get("request", {})),
+        "search": _search_from_json(data.get("search")),
     }
+
+
+def _search_from_json(data: Mapping[str, Any] | None) -> SearchSummary | None:
+    if data is None:
+        return None
+    runner_up = data["runner_up"]
+    return SearchSummary(**{**data, "runner_up": None if runner_up is None else RunnerUp(**runner_up)})
 
 
 def _stage_from_json(data: Mapping[str, Any]) -> PlanStage:
@@ -121,6 +135,8 @@ def _contradictions(plan: Plan) -> Iterator[str]:
         yield f"{plan.micro_batch} samples do not divide over dp={plan.dp} ranks"
     if len(plan.stages) != plan.pp:
         yield f"{plan.degrees} has {len(plan.stages)} stages"
+    if plan.search and plan.search.limit not in LIMITS:
+        yield str(not_known("limit", plan.search.limit, LIMITS))
     for index, stage in enumerate(plan.stages):
         if not 0 <= stage.splits < len(plan.splits):
             yield f"stage {index} is split as {stage.splits}, there are {len(plan.splits)} ways"

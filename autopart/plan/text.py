@@ -2,77 +2,122 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from autopart.ir.labels import is_block
+from autopart.plan.layout import paragraph, row, text_width
+from autopart.plan.reasons import reasons
 from autopart.plan.stages import PlanLine, PlanSegment
 from autopart.plan.units import bytes_text, printed_name, seconds_text
 
 if TYPE_CHECKING:
     from autopart.plan.data import Plan
 
+TIME, SOURCE = 11, 24
+"""Columns of an operator's seconds and of its place in the user's code."""
 
-def describe(plan: Plan) -> str:
-    """The plan as text: a head, then every stage with its blocks once each; operators that stand above already are
-    not told again."""
-    shown: dict[tuple[PlanLine, ...], str] = {}
+WITH_SOURCE = 100
+"""The fewest columns in which the place in the user's code is printed."""
+
+SHOWN = 0.02
+"""An operator that is not split is printed from this share of its block's seconds on."""
+
+
+def describe(plan: Plan, width: int | None = None) -> str:
+    """The plan as text of at most `width` columns (default: the terminal's, at most 120). Operators of a block that is
+    equal to one above are not repeated."""
+    width = width or text_width()
+    printed: dict[tuple[PlanLine, ...], str] = {}
     lines = [
-        plan.head,
-        f"step {seconds_text(plan.step_seconds)}, {plan.global_batch / plan.step_seconds:,.1f} samples/s   "
-        f"# {plan.status}, gap {plan.gap:.2%}, planned in {plan.planning_seconds:.1f} s",
+        *paragraph(plan.head, width),
+        *paragraph(
+            f"step {seconds_text(plan.step_seconds)}, {plan.global_batch / plan.step_seconds:,.1f} samples/s, "
+            f"{plan.status}, gap {plan.gap:.2%}, planned in {plan.planning_seconds:.1f} s",
+            width,
+        ),
     ]
+    for sentence in reasons(plan):
+        lines += paragraph(sentence, width)
     for index, stage in enumerate(plan.stages):
-        lines.append(
-            f"stage {index}   {bytes_text(stage.memory_bytes)} ({', '.join(_parts(stage.memory))})   "
-            f"forward {seconds_text(stage.forward_seconds)}  backward {seconds_text(stage.backward_seconds)}  "
-            f"gradient sync {seconds_text(stage.sync_seconds)}"
-        )
-        for run in stage.runs:
-            lines += _described(run, index, shown)
+        forward, backward = seconds_text(stage.forward_seconds), seconds_text(stage.backward_seconds)
+        sync = f"gradient sync {seconds_text(stage.sync_seconds)} a step"
+        lines += paragraph(f"stage {index}   forward {forward}, backward {backward} a micro-batch; {sync}", width)
+        lines += paragraph(f"{bytes_text(stage.memory_bytes)}: {memory_text(stage.memory)}", width, 2)
+        for segment in stage.runs:
+            lines += _segment(segment, index, printed, width)
         lines += [f"  send to stage {to}   {bytes_text(size)} a micro-batch" for to, size, _ in stage.sends]
     if plan.replicated:
-        lines.append(f"without a rule, run whole on every rank: {', '.join(plan.replicated)}")
-    lines += [f"note: {note}" for note in plan.notes]
+        lines += paragraph(f"without a rule, run whole on every rank: {', '.join(plan.replicated)}", width)
+    for note in plan.notes:
+        lines += paragraph(f"note: {note}", width)
     return "\n".join(lines)
 
 
-def _parts(memory: Mapping[str, float]) -> Iterator[str]:
-    """The kinds of bytes of a stage; what is transient may be less than nothing, where the others are not all alive at
-    the peak."""
-    for kind, number in memory.items():
-        if number > 0:
-            yield f"{kind} {bytes_text(number)}"
-        elif number < 0:
-            yield f"less {bytes_text(-number)} not alive at the peak"
+def recompute_text(plan: Plan) -> str:
+    """``"none"``, or how many layers recompute in which granularity: ``"full in 12 of 20 layers"``."""
+    if plan.recompute != "mixed":
+        return plan.recompute
+    modes = Counter(mode for stage in plan.stages for mode in stage.recompute)
+    layers = sum(is_block(label) for stage in plan.stages for segment in stage.runs for label in segment.labels)
+    if not layers:
+        return plan.recompute
+    counts = [f"{mode} in {modes[mode]}" for mode in ("selective", "full") if modes[mode]]
+    return f"{' and '.join(counts)} of {layers} layers"
 
 
-def _described(run: PlanSegment, stage: int, shown: dict[tuple[PlanLine, ...], str]) -> Iterator[str]:
-    """A run's name and seconds, then its operators, or of what run it has the same."""
-    name = run.labels[0] if len(run.labels) == 1 else f"{run.labels[0]} .. {run.labels[-1]}"
-    times = f" x {len(run.labels)}" if len(run.labels) > 1 else ""
-    known = shown.get(run.lines, "")
+def memory_text(memory: Mapping[str, float]) -> str:
+    """The kinds of bytes of a stage at its memory peak, which add up to the peak.
+
+    Where gradients are allocated while activations are freed, never are all of both alive (`transient` is negative);
+    then one number tells both.
+    """
+    rest = min(memory.get("transient", 0.0), 0.0)
+    both = "gradients and activations"
+    shown = {k: v for k, v in memory.items() if v > 0}
+    if rest:
+        total = shown.pop("gradients", 0.0) + shown.pop("activations", 0.0) + rest
+        shown = {**shown, both: total}
+    return ", ".join(f"{kind} {bytes_text(number)}" for kind, number in shown.items())
+
+
+def _segment(segment: PlanSegment, stage: int, printed: dict[tuple[PlanLine, ...], str], width: int) -> Iterator[str]:
+    """The name and the seconds of equal blocks, then their operators or the name of equal blocks above."""
+    labels, equal = segment.labels, printed.get(segment.lines, "")
+    name = labels[0] if len(labels) == 1 else f"{labels[0]} .. {labels[-1]} x {len(labels)}"
     if name:
-        as_known = f"   as {known}" if known else ""
-        yield f"  {name}{times}   {seconds_text(run.seconds)}{' each' if times else ''}{as_known}"
-    elif known:
-        yield f"    as {known}"
-    if known or not run.lines:
+        as_above = f"   as {equal}" if equal else ""
+        each = " each" if len(labels) > 1 else ""
+        yield from paragraph(f"{name}   {seconds_text(segment.seconds)}{each}{as_above}", width, 2)
+    elif equal:
+        yield f"    as {equal}"
+    if equal or not segment.lines:
         return
-    shown[run.lines] = run.labels[0] or f"in stage {stage}"
-    for line in run.lines:
-        if line.note or line.seconds + line.comm_seconds > 0.02 * run.seconds:
-            time = seconds_text(line.seconds + line.comm_seconds)
-            what = f"{line.name} {line.operator}".strip()
-            yield f"    {what:<44} {line.note:<60} {time:>10}   {line.source}".rstrip()
+    printed[segment.lines] = labels[0] or f"in stage {stage}"
+    for line in segment.lines:
+        if line.note or line.seconds + line.comm_seconds > SHOWN * segment.seconds:
+            yield from _operator(line, width)
+
+
+def _operator(line: PlanLine, width: int) -> Iterator[str]:
+    cells = [f"{line.name} {line.operator}".strip(), line.note, seconds_text(line.seconds + line.comm_seconds)]
+    room = width - 4 - TIME - 2
+    widths = [0, 0, -TIME]
+    if width >= WITH_SOURCE:
+        room -= SOURCE + 1
+        cells, widths = [*cells, f" {line.source}"], [*widths, SOURCE]
+    widths[:2] = [room - room * 4 // 9, room * 4 // 9]
+    return row(cells, widths, 4)
 
 
 def missing(plan: Plan) -> list[tuple[str, int, float]]:
-    """Operators without a rule with the number of their calls and the seconds of a micro-batch they take, forward and
-    backward, the costliest first."""
+    """(operator, calls, seconds) of the operators without a rule, the costliest first. The seconds are those of a
+    micro-batch, forward and backward."""
     calls: dict[str, list[float]] = {name: [] for name in plan.replicated}
-    for run in (run for stage in plan.stages for run in stage.runs):
-        for line in run.lines:
+    for segment in (segment for stage in plan.stages for segment in stage.runs):
+        for line in segment.lines:
             for name in calls:
                 if line.operator == printed_name(name):
-                    calls[name] += [line.seconds] * len(run.labels)
+                    calls[name] += [line.seconds] * len(segment.labels)
     return sorted(((name, len(s), sum(s)) for name, s in calls.items()), key=lambda row: -row[2])

@@ -34,3 +34,8 @@ def seconds_text(value: float) -> str:
         if value >= scale:
             return f"{value / scale:.2f} {unit}"
     return f"{value * 1e6:.2f} us" if value else "0"
+
+
+def counted(number: int, what: str) -> str:
+    """``"1 sample"``, ``"4 samples"``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}{'es' if what.endswith('ch') else 's'}"

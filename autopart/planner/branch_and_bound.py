@@ -36,6 +36,7 @@ from autopart.cost.training_state import update_seconds
 from autopart.errors import PartitionError, few
 from autopart.hardware.mesh import divisors
 from autopart.passes.solve import Solution
+from autopart.plan.search_summary import SearchSummary
 from autopart.plan.units import seconds_text
 from autopart.planner.allowed_choices import Options, both
 from autopart.planner.candidate import Candidate, way_of
@@ -98,6 +99,7 @@ class SearchResult:
     refined: int = 0
     """Ranges of positions whose splits were refined;  stopped: whether a limit left others that could win."""
     stopped: bool = False
+    summary: SearchSummary | None = None
 
 
 @dataclass
@@ -120,6 +122,8 @@ class Search:
     hopeless: list[SearchPoint] = field(default_factory=list)
     """Points at which parameters and their states alone are too much."""
     queue: list[tuple[float, int, SearchPoint]] = field(default_factory=list)
+    pushed: dict[SearchPoint, float] = field(default_factory=dict)
+    """Every point that was ever in the queue, with its last lower bound in seconds."""
     number: int = 0
     tries: int = 0
     """Ranges that were refined;  stopped: whether others were left for there were too many."""
@@ -198,6 +202,7 @@ class Search:
         return min(self.closed, self.queue[0][0] if self.queue else NEVER, self._time())
 
     def _push(self, bound: float, level: int, point: SearchPoint) -> None:
+        self.pushed[point] = bound
         heapq.heappush(self.queue, (bound, level, point))
 
     def _close(self, bound: float) -> None:

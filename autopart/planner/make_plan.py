@@ -22,6 +22,7 @@ from autopart.planner.advice import advice
 from autopart.planner.branch_and_bound import OnProgress, Search, SearchResult, silent
 from autopart.planner.request import Request, Settings, read_constraints, read_settings
 from autopart.planner.search_space import SearchSpace
+from autopart.planner.search_summary import search_summary
 from autopart.planner.write_plan import bounded, write_out
 
 
@@ -78,7 +79,7 @@ def _made_for(layered: LayeredGraph, made: Plan, search: Search, on_progress: On
     space = SearchSpace(layered, made.mesh, replace(search.space.request, micro_batch=made.micro_batch))
     found = Search(space, on_progress).run()
     found = replace(found, bound=min(found.bound, made.bound_seconds))
-    return replace(write_out(space, found, started, made.model), request=made.request)
+    return replace(write_out(space, found, started, made.model), request=made.request, search=made.search)
 
 
 @paused()
@@ -121,4 +122,5 @@ def _searched(
             lambda mesh, request: make_plan(of(request.precision), mesh, request, advise=False),
         )
         raise PartitionError(error.what, error.why, way_out or error.try_) from None
+    found = replace(found, summary=search_summary(search, found))
     return write_out(space, found, started, type(source.model).__name__), search, found

@@ -84,6 +84,7 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
         replicated=tuple(n for n in missing if not has_rule(n)),
         notes=tuple(_notes(space, found)),
         request=request.to_json(),
+        search=found.summary,
     )
     return bounded(plan, found.bound)
 

@@ -12,6 +12,7 @@ from models import build
 
 import autopart
 from autopart.compile.programs import sources
+from autopart.plan.text import describe
 from autopart.runtime.compiled import run_source
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -22,7 +23,7 @@ def texts(request: pytest.FixtureRequest) -> dict[str, str]:
     """File name -> text: the plan and the module of either stage."""
     model, batch = build(request.param, layers=4)
     plan = autopart.plan(model, "4:cpu", batch, tp=2, pp=2, micro_batch=4)
-    text = re.sub(r", planned in \S+ s", "", str(plan)) + "\n"
+    text = re.sub(r", planned in \S+ s", "", describe(plan, 120)) + "\n"
     modules = {f"{request.param}_stage{i}.py.txt": s for i, s in enumerate(sources(model, batch, plan))}
     return {f"{request.param}_plan.txt": text, **modules}
 

@@ -1,0 +1,32 @@
+"""Where the seconds of a step go."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from autopart.cost.training_state import turns
+
+if TYPE_CHECKING:
+    from autopart.plan.data import Plan
+
+
+def step_breakdown(plan: Plan) -> dict[str, float]:
+    """Cause -> seconds of a step of the slowest stage; they add up to `plan.step_seconds`.
+
+    compute, recompute (its collectives included), communication (collectives of the micro-batches), p2p (messages
+    between stages), gradient sync (what no backward hides) and bubble: the rest.
+    """
+    m, shared = plan.micro_batches, turns(plan.zero, plan.micro_batches, plan.pp)
+    slowest = max(plan.stages, key=lambda stage: stage.turn_seconds(shared))
+    lines = [(len(run.labels), line) for run in slowest.runs for line in run.lines]
+    compute = m * sum(times * line.seconds for times, line in lines)
+    comm = m * sum(times * line.comm_seconds for times, line in lines)
+    recompute = m * (slowest.forward_seconds + slowest.backward_seconds) - compute - comm
+    return {
+        "compute": compute,
+        "recompute": recompute if set(slowest.recompute) != {"none"} else 0.0,
+        "communication": comm,
+        "p2p": m * slowest.send_seconds,
+        "gradient sync": slowest.sync_seconds,
+        "bubble": max(0.0, plan.step_seconds - m * slowest.turn_seconds(m)),
+    }

@@ -1,0 +1,62 @@
+"""A finished search -> what its plan remembers of it: the runner-up, and what limits the plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from autopart.cost.intervals import NEVER
+from autopart.plan.search_summary import RunnerUp, SearchSummary
+from autopart.planner.branch_and_bound import TOLERANCE, Search, SearchResult
+from autopart.planner.cuts import best_cut
+from autopart.planner.request import SearchPoint
+
+SMALL_BUBBLE = 0.05
+"""Share of the step below which a pipeline's bubble is no reason to call the batch what limits a plan."""
+
+
+def search_summary(search: Search, found: SearchResult) -> SearchSummary:
+    """What the plan of a finished search remembers."""
+    return SearchSummary(max(1, len(search.pushed)), _runner_up(search, found.point), _limit(search, found))
+
+
+def _runner_up(search: Search, chosen: SearchPoint) -> RunnerUp | None:
+    """The point of other degrees with the fastest plan; where there is no plan, the point with the least bound."""
+    impossible = set(search.hopeless)
+    bounds = {
+        point: bound
+        for point, bound in search.pushed.items()
+        if (point.pp, point.dp, point.tp) != (chosen.pp, chosen.dp, chosen.tp) and point not in impossible
+    }
+    if not bounds:
+        return None
+    seconds = {point: search.reached[point] for point in bounds if search.reached.get(point, NEVER) < NEVER}
+    table = seconds or bounds
+    best = min(table, key=lambda point: (table[point], point))
+    bound = min(min(bounds.values()), *seconds.values()) if seconds else min(bounds.values())
+    return RunnerUp(best.pp, best.dp, best.tp, best.micro_batch, best.zero, seconds.get(best), float(bound))
+
+
+def _limit(search: Search, found: SearchResult) -> str:
+    space, point = search.space, found.point
+    if space.request.must_fit:
+        lower = {replace(point, zero=zero) for zero in range(point.zero)} if point.zero >= 2 else set()
+        if lower & set(search.hopeless):
+            return "memory"
+        if any(_seconds_without_limit(search, each) < found.seconds * (1 - TOLERANCE) for each in search.ways):
+            return "memory"
+    m, stages = space.micro_batches(point), point.pp
+    idle = (stages - 1) / (m + stages - 1)
+    no_smaller = point.micro_batch == point.dp
+    if no_smaller and (idle > SMALL_BUBBLE or (m == 1 and stages == 1 and point.tp > 1)):
+        return "batch"
+    return "devices"
+
+
+def _seconds_without_limit(search: Search, point: SearchPoint) -> float:
+    """Seconds of a step of the best cut with a point's fastest splits, were memory endless."""
+    space, seconds = search.space, search.ways[point][0].ranges.seconds
+    allowed = space.stages(point)
+    cut = best_cut(lambda stage: np.where(allowed[stage], seconds, NEVER), point.pp, space.micro_batches(point))
+    return cut.seconds if cut else NEVER

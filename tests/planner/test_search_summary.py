@@ -1,0 +1,52 @@
+"""What a plan remembers of its search, against plans that are forced."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from models import build
+
+import autopart
+from autopart import Mesh, PartitionError
+from autopart.hardware.mesh import divisors
+
+
+@pytest.mark.parametrize("mesh", ["4:cpu", "2x2:a100-80gb"])
+def test_the_runner_up_is_real(mesh: str) -> None:
+    model, batch = build("gpt2", layers=4)
+    plan = autopart.plan(model, mesh, batch)
+    assert plan.search is not None
+    other = plan.search.runner_up
+    assert other is not None and (other.pp, other.dp, other.tp) != (plan.pp, plan.dp, plan.tp)
+    forced = {}
+    for pp, tp in itertools.product(divisors(4), repeat=2):
+        if 4 % (pp * tp) == 0 and (pp, 4 // pp // tp, tp) != (plan.pp, plan.dp, plan.tp):
+            try:
+                forced[pp, 4 // pp // tp, tp] = autopart.plan(model, mesh, batch, pp=pp, tp=tp, dp=4 // pp // tp)
+            except PartitionError:
+                continue
+    least = min(each.step_seconds for each in forced.values())
+    assert other.bound_seconds <= least * (1 + 1e-6)
+    if other.seconds is not None:
+        same = forced[other.pp, other.dp, other.tp]
+        assert other.bound_seconds <= other.seconds
+        assert same.bound_seconds <= other.seconds * (1 + 1e-6)
+
+
+def test_no_runner_up_where_the_degrees_are_given() -> None:
+    model, batch = build("mlp")
+    plan = autopart.plan(model, "2:cpu", batch, pp=1, tp=1)
+    assert plan.search is not None and plan.search.runner_up is None
+
+
+def test_memory_limits_a_plan_where_more_of_it_would_be_faster() -> None:
+    model, batch = build("gpt2", layers=4)
+    mesh = Mesh.of("1:a100-80gb")
+    free = autopart.plan(model, mesh, batch)
+    assert free.search is not None and free.search.limit != "memory"
+    scarce = replace(mesh, device=replace(mesh.device, memory_bytes=round(max(free.memory_bytes) / 0.92 * 0.9)))
+    tight = autopart.plan(model, scarce, batch)
+    assert tight.search is not None and tight.search.limit == "memory"
+    assert tight.step_seconds > free.step_seconds
