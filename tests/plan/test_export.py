@@ -23,6 +23,7 @@ from autopart.cli.main import app
 from autopart.hardware.mesh import Mesh
 from autopart.hardware.rows import Device, Link
 from autopart.plan.export import SYSTEMS, Exported, export
+from autopart.plan.search_summary import RunnerUp, SearchSummary
 from autopart.plan.signature import Signature
 from autopart.plan.stages import PlanLine, PlanSegment, PlanStage
 from autopart.sharding.notation import C, R, S, Strategy
@@ -432,6 +433,8 @@ def test_others_are_not(plans: dict[str, Plan], schema: dict[str, Any], change: 
         (PlanSegment, "run", set()),
         (PlanLine, "line", set()),
         (Signature, "signature", set()),
+        (SearchSummary, "search", set()),
+        (RunnerUp, "runner_up", set()),
         (Strategy, "strategy", set()),
         (Mesh, "mesh", set()),
         (Device, "device", set()),
