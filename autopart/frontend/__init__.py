@@ -1,6 +1,7 @@
-"""From a user's model and batch to an exported program: what stands behind the pass `trace`.
+"""From a user's model and batch to an exported program, for the pass `trace`.
 
-Checks the inputs, runs torch.export, removes side effects, finds the user's autograd Functions, and traces only the
-first of equal blocks. Imports `errors` and `ir`. `torch_private` is the one file with private names of torch.
-Open `export.py` first.
+`inputs` and `batch` check what the user gives, `layer_sampling` finds which blocks need be traced, `fake_model` copies
+the model without memory, `export` runs torch.export under `tracing_contexts`, `no_gradient` and `autograd_functions`
+put right what a trace loses, `functionalize` removes side effects, `source_lines` finds the user's lines.
+`torch_private` is the one file with private names of torch. Imports `errors` and `ir`. Open `export.py` first.
 """

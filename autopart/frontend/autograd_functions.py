@@ -1,7 +1,7 @@
-"""autograd.Functions of the user's own: a trace sees their forward alone.
+"""autograd.Functions of the user's own, of which a trace sees only the forward.
 
-So one may be traced only if its backward is the derivative of its forward, which is tried on random numbers: of its own
-sizes where these are few, else of small sizes in their place, as many different ones.
+Such a function may be traced only if its backward is the derivative of its forward. That is tested on random numbers:
+at the call's own sizes where it has few elements, else at small sizes in place of large ones.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ import torch
 from autopart.errors import PartitionError
 
 TOLERANCE = 1e-6
-"""Relative, in float64: hand-written derivatives round their constants."""
+"""The largest relative error in float64. Hand-written derivatives round their constants."""
 
 FEW = 2**18
-"""Elements of all arguments up to which they are tried as they are."""
+"""A function is tested at its own sizes if its arguments have no more elements than this."""
 
 MOST = 2**24
-"""Elements beyond which they are not, even where no small sizes will do."""
+"""A function is not tested at its own sizes if its arguments have more elements than this."""
 
 LEAST = 8
-"""Sizes up to this one stay: they count heads, or parts."""
+"""Sizes up to this one are not replaced by others: they count heads, or parts."""
 
 Sizes = Mapping[int, int]
-"""Size of a dim -> the one that is tried in its place."""
+"""Size of a dim -> the size that is tested in its place."""
 
 SCALES = (1.0, 0.01)
-"""Of the random inputs: the first at which both derivatives are numbers counts."""
+"""Scales of the random inputs. The first at which both derivatives are finite counts."""
 
 
 @dataclass
 class CustomFunction:
-    """One call: the function, its arguments (tensors may be fake) and the line."""
+    """One call of a function: its class, its arguments (tensors may be fake) and the user's line."""
 
     function: type[torch.autograd.Function]
     args: tuple[Any, ...]
     where: str
 
     def check(self) -> None:
-        """Raise PartitionError unless backward is the derivative of forward here."""
+        """Raise PartitionError unless the function's backward is the derivative of its forward for this call."""
         own, why = {s: s for s in self._sizes()}, ""
         if self._elements(own) > FEW:
             wrong, failed = self._tried(self._smaller())
@@ -61,7 +61,8 @@ class CustomFunction:
             )
 
     def _tried(self, every: Iterable[Sizes]) -> tuple[str, str]:
-        """In words, what is wrong at some of these sizes, and why none could be tried; "" for neither."""
+        """In words, what is wrong at some of these sizes ("" for nothing), and why no sizes could be tested ("" if any
+        were)."""
         failed, ran = "its backward could not be held against its forward: there are too many elements", False
         for sizes in every:
             try:
@@ -75,17 +76,17 @@ class CustomFunction:
         return "", "" if ran else failed
 
     def _sizes(self) -> list[int]:
-        """Of the dims of all arguments, each once."""
+        """The sizes of the dims of all arguments, each once, in order."""
         return sorted({s for a in self.args if isinstance(a, torch.Tensor) for s in a.shape})
 
     def _elements(self, sizes: Sizes) -> int:
-        """Of all arguments."""
+        """The number of elements of all arguments at these sizes."""
         shapes = [a.shape for a in self.args if isinstance(a, torch.Tensor)]
         return sum(math.prod(sizes[s] for s in shape) for shape in shapes)
 
     def _smaller(self) -> Iterator[Sizes]:
-        """Sizes to try instead, different ones for different ones: in the same ratios; each twice the one before;
-        multiples of the smallest."""
+        """Small sizes to test, different for different sizes: in the same ratios; each twice the one before; multiples
+        of the smallest."""
         large = [s for s in self._sizes() if s > LEAST]
         if not large:
             return
@@ -102,7 +103,7 @@ class CustomFunction:
                 yield sizes
 
     def _error(self, scale: float, sizes: Sizes) -> float:
-        """The largest error of a gradient, relative to the largest of all; not a number where one is none."""
+        """The largest error of a gradient / the largest gradient; NaN where a gradient is not finite."""
         forward: Any = self.function.forward
         own = self._gradients(self.function.apply, scale, sizes)
         apart = self.function.setup_context is not torch.autograd.Function.setup_context
@@ -140,7 +141,7 @@ class CustomFunction:
 
 
 class _Context:
-    """Stands where `forward` expects its context."""
+    """The context that `forward` is called with."""
 
     needs_input_grad: tuple[bool, ...] = ()
 
@@ -148,10 +149,10 @@ class _Context:
         self.saved_tensors = tensors
 
     def mark_non_differentiable(self, *tensors: torch.Tensor) -> None:
-        """Nothing to mark."""
+        """Autograd differentiates the operators of `forward`, and needs no mark."""
 
     def mark_dirty(self, *tensors: torch.Tensor) -> None:
-        """Nothing to mark."""
+        """As above."""
 
     def set_materialize_grads(self, value: bool) -> None:
-        """Nothing to set."""
+        """As above."""

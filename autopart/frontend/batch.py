@@ -1,16 +1,13 @@
-"""Batches: keyword arguments of a model, samples in dim 0 of every tensor."""
+"""Batches: the keyword arguments of a model, with samples in dim 0 of every tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from autopart.errors import PartitionError
-
-if TYPE_CHECKING:
-    pass
 
 Batch = Mapping[str, Any]
 
@@ -19,7 +16,8 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 
 
 def samples_of(batch: Batch) -> int:
-    """The size of dim 0, which every tensor of a batch shares. Raises PartitionError."""
+    """The number of samples: the size of dim 0 of every tensor. Raises PartitionError if tensors differ in it, have no
+    dim, or have no samples."""
     tensors = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}
     if flat := [k for k, v in tensors.items() if not v.dim()]:
         raise PartitionError(
@@ -35,7 +33,7 @@ def samples_of(batch: Batch) -> int:
 
 
 def take(batch: Batch, samples: int) -> dict[str, Any]:
-    """The batch with `samples` samples: its first, again from the start where it has too few."""
+    """A batch of `samples` samples: the first of a batch, repeated from the start where it has too few."""
     index = torch.arange(samples, device="cpu") % samples_of(batch)
     return {
         k: v[index.to(v.device)] if isinstance(v, torch.Tensor) and v.device.type != "meta"
@@ -46,7 +44,7 @@ def take(batch: Batch, samples: int) -> dict[str, Any]:
 
 
 def outline(batch: Batch, samples: int) -> dict[str, Any]:
-    """A batch of `samples` samples on meta: what a trace looks at."""
+    """A batch of `samples` samples whose tensors are on meta, to trace with."""
     samples_of(batch)
     return {
         k: torch.empty((samples, *v.shape[1:]), dtype=v.dtype, device="meta") if isinstance(v, torch.Tensor) else v

@@ -1,7 +1,7 @@
-"""nn.Module + batch -> torch.export's program, functionalised, or the reason why not.
+"""nn.Module + batch -> the program of torch.export, without side effects; or PartitionError with the reason why not.
 
-What torch.export would get wrong without a word is refused here or put right: regions without gradients, backward
-functions of the user's own, tensors that a model reaches behind autograd's back, Python's own random numbers.
+Where torch.export would silently give another function, the model is refused or the trace put right: regions without
+gradients, backward functions of the user's own, `weight.data`, Python's own random numbers.
 """
 
 from __future__ import annotations
@@ -45,9 +45,12 @@ def export(
     dtype: torch.dtype | None,
     sampled: Sequence[SampledLayers] = (),
 ) -> torch.export.ExportedProgram:
-    """Export the forward pass of a copy of the model whose tensors are fake, and whose lists of blocks end where
-    `sampled` says. Raises PartitionError with the user's line and, where another attention of transformers can be
-    traced, its name."""
+    """Export the forward pass of a copy of the model with fake tensors and with the first blocks alone of the lists in
+    `sampled`.
+
+    Raises PartitionError with the user's line. If the model can be traced with another attention function of
+    transformers, the error names it.
+    """
     try:
         return _export(model, inputs, dtype, sampled)
     except PartitionError:
@@ -116,13 +119,13 @@ def _export(
 def _never_matters(
     model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype | None, sampled: Sequence[SampledLayers]
 ) -> bool:
-    """Whether the trace is the same for the least and the largest number that can be drawn, as with layerdrop 0."""
+    """Whether the trace is the same for the least and the largest number that can be drawn, as with layerdrop=0."""
     least, largest = (_export(model, inputs, dtype, sampled, drawn=value) for value in (0.0, 1.0 - 2.0**-53))
     return str(least.graph) == str(largest.graph)
 
 
 def _traces_with(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype | None, attention: str) -> bool:
-    """Whether the model can be traced with another of transformers' attention functions."""
+    """Whether the model can be traced with the attention function `attention` of transformers, if that is another."""
     current = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if current in (None, attention) or not hasattr(model, "set_attn_implementation"):
         return False

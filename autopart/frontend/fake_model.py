@@ -1,4 +1,4 @@
-"""A copy of a model whose tensors are fake, ready to be traced."""
+"""The copy of a model that is traced: its tensors are fake, so that it takes no memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from autopart.frontend.torch_private import FakeTensorMode
 
 
 def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
-    """A fake CPU tensor of its own, so that two inputs that are one tensor stay two."""
+    """A fake CPU tensor of the shape and dtype. Two inputs that are one tensor get one each."""
     with mode:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
@@ -24,8 +24,11 @@ def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
 def fake_model(
     model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None, sampled: Sequence[SampledLayers]
 ) -> nn.Module:
-    """A copy of the model whose tensors are fake: the same structure and tied weights, no memory; without the blocks
-    that `sampled` drops. Parameters of its main dtype are of `dtype`, if one is given; others keep theirs."""
+    """A copy of the model with fake tensors, the same structure and tied weights, without the blocks that `sampled`
+    drops.
+
+    Parameters of the model's main dtype are of `dtype`, if one is given. Other parameters keep their dtypes.
+    """
     own = main_dtype(model)
     memo: dict[int, Any] = {}
     for sample in sampled:
@@ -48,8 +51,8 @@ def fake_model(
 
 
 def _renew_aliases(skeleton: nn.Module) -> None:
-    """Where a module keeps parameters or buffers in a plain list, tuple or dict too, fill that anew for the forward
-    pass: torch.export puts other tensors into modules, and into nothing else."""
+    """Have plain lists, tuples and dicts that hold parameters or buffers of a module hold its present ones in a forward
+    pass: torch.export replaces the tensors of modules, and of nothing else."""
     modules = list(skeleton.modules())
     tensors = [(m, n, t) for m in modules for n, t in [*m._parameters.items(), *m._buffers.items()] if t is not None]
     owners = {id(t): (m, n) for m, n, t in tensors}
@@ -89,16 +92,15 @@ def _kept_modules(module: nn.Module, dropped: frozenset[int]) -> Iterator[nn.Mod
 
 
 def gather_experts(model: nn.Module) -> None:
-    """Have transformers' mixtures of experts gather each token's weights, which is the same function and can be traced:
-    other implementations loop over the experts in use, or sort the tokens."""
+    """Have the mixtures of experts of transformers gather each token's weights. It is the same function and can be
+    traced; other implementations loop over the experts in use, or sort the tokens."""
     for module in model.modules():
         if hasattr(module, "_is_expert_parallel"):
             module.config._experts_implementation = "batched_mm"  # type: ignore[union-attr]
 
 
 def without_caches(model: nn.Module) -> None:
-    """Have transformers' models give no keys and values for the next token, which training has none of and torch.export
-    cannot return."""
+    """Have transformers return no cache of keys and values, which training does not use and torch.export refuses."""
     for config in (getattr(module, "config", None) for module in model.modules()):
         if getattr(config, "use_cache", False):
             config.use_cache = False  # type: ignore[union-attr]

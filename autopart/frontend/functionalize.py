@@ -1,11 +1,10 @@
-"""An exported program -> the same without side effects, by rewriting its graph where that is enough.
+"""An exported program -> the same program without side effects.
 
-torch.export's `run_decompositions({})` runs a program twice more to find it, which for most transformers costs more
-than the export itself. A program of operators known here is rewritten instead, to the
-graph that torch would give (tests/frontend/test_functional.py compares them).
-
-A change in place becomes a new value, and what reads the tensor afterwards reads that; a buffer's last value becomes an
-output. This is so where no other view of the tensor is read after the change; a program with one is left to torch.
+`run_decompositions({})` of torch.export traces a program twice more, which takes longer than the export of most
+transformers. A program of operators in `KEPT` is rewritten here instead, to the graph that torch would give;
+tests/frontend/test_functional.py compares the two. A change of a tensor in place becomes a new value, which later
+readers of the tensor read, and the last value of a buffer becomes an output. A program that reads another view of a
+tensor after a change is left to torch.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ KEPT = frozenset(
 
 
 def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The program without changes in place, without regions that switch gradients off, and without operators that
-    give sometimes a view and sometimes a copy."""
+    """The program without changes in place, without regions that turn gradients off, and without operators that may
+    give a view or a copy."""
     module, signature = exported.graph_module, exported.graph_signature
     if not (_known(module) and _changes_known(module.graph, signature.inputs_to_buffers)):
         return exported.run_decompositions({})
@@ -83,7 +82,8 @@ def _known(module: Any) -> bool:
 
 
 def _changes_known(graph: fx.Graph, buffers: Mapping[str, str]) -> bool:
-    """Whether every tensor that is changed is a buffer or made here, and no other view of it is read afterwards."""
+    """Whether every tensor that is changed is a buffer or made by the program, and no other view of it is read
+    later."""
     order = {node: place for place, node in enumerate(graph.nodes)}
     sharing = defaultdict[int, list[fx.Node]](list)
     for node in order:
@@ -101,28 +101,29 @@ def _changes_known(graph: fx.Graph, buffers: Mapping[str, str]) -> bool:
 
 
 def _memory(node: Any) -> set[int]:
-    """What stands for the memories that a node's outputs lie in."""
+    """Numbers of the storages of a node's outputs."""
     value = node.meta.get("val")
     values = value if isinstance(value, (list, tuple)) else (value,)
     return {v.untyped_storage()._cdata for v in values if isinstance(v, torch.Tensor)}
 
 
 def _changed(node: Any) -> Sequence[fx.Node]:
-    """The tensors that a call changes."""
+    """The tensors that a call changes in place."""
     if _in_place(node):
         return node.args[:1]
     return [s for s in node.args[3:5] if s is not None] if _name(node) == "batch_norm" and node.args[5] else ()
 
 
 def _tensor(node: Any) -> Any:
-    """The node that made the tensor which changes in place gave back."""
+    """The node that made a tensor, which a row of changes in place returned."""
     while _in_place(node):
         node = node.args[0]
     return node
 
 
 def _in_place(node: Any) -> bool:
-    """Whether a call is relu_, add_, ..., of a tensor whose dtype it would keep out of place."""
+    """Whether a call changes its first argument in place, as relu_ and add_ do, and would give the same dtype out of
+    place."""
     name = _name(node)
     if name[-1:] != "_" or name[:-1] not in KEPT or _functional_of(node) is None:
         return False
@@ -131,13 +132,13 @@ def _in_place(node: Any) -> bool:
 
 
 def _functional_of(node: Any) -> Any:
-    """aten.relu.default of aten.relu_.default."""
+    """The overload of an operator out of place: aten.relu.default of aten.relu_.default; None if there is none."""
     packet = getattr(aten, _name(node).removesuffix("_"))
     return getattr(packet, node.target._overloadname, None)
 
 
 def _now_given(signature: torch.export.ExportGraphSignature, old: fx.Node, new: fx.Node) -> None:
-    """Name the outputs that were `old`."""
+    """Let the outputs that were `old` be `new` in the signature."""
     for spec in signature.output_specs:
         if getattr(spec.arg, "name", None) == old.name:
             spec.arg.name = new.name
@@ -154,7 +155,7 @@ def _give_back(exported: torch.export.ExportedProgram, changes: Sequence[tuple[f
 
 
 def _name(node: Any) -> str:
-    """ "view" of aten.view.default; operators that are not torch's keep their package's name."""
+    """The operator's name without overload: "view" of aten.view.default, "package::name" of one that is not torch's."""
     schema = getattr(node.target, "_schema", None)
     return schema.name.removeprefix("aten::") if schema else ""
 
@@ -165,7 +166,7 @@ def _rewritable(node: Any) -> bool:
 
 
 def _inline(exported: torch.export.ExportedProgram, call: Any) -> None:
-    """Put a region's operators where it is called. What it makes has been detached by those who export."""
+    """Replace the call of a region by the region's operators. The values that it makes are detached already."""
     graph = call.graph
     region = getattr(exported.graph_module, call.args[1].target).graph
     values = dict(zip(region.find_nodes(op="placeholder"), call.args[2:], strict=True))
@@ -198,7 +199,7 @@ def _pick(graph: fx.Graph, several: fx.Node, place: int) -> fx.Node:
 
 
 def _rewritten(graph: fx.Graph, node: Any) -> Sequence[Any]:
-    """What stands for a node, and then the new values of the tensors that it changes."""
+    """The node that replaces a node, and behind it the new values of the tensors that the node changes."""
     if _in_place(node):
         new = _call(graph, node, _functional_of(node), *node.args, **node.kwargs)
         return new, new
@@ -209,7 +210,7 @@ def _rewritten(graph: fx.Graph, node: Any) -> Sequence[Any]:
 
 
 def _batch_norm(graph: fx.Graph, node: Any) -> list[Any]:
-    """The output, and new running statistics where there are some."""
+    """The output of batch norm, and behind it the new running statistics if there are some."""
     *tensors, mean, variance, training, momentum, eps, _ = node.args
     if training and mean is None:
         made = _call(graph, node, aten._native_batch_norm_legit.no_stats, *tensors, True, momentum, eps)

@@ -1,4 +1,4 @@
-"""What a user hands in: the model, the batch, and the modes torch is in. Each is refused here where it cannot work."""
+"""Checks of what a user gives: the model, the batch, and the modes that torch is in."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Tensor = torch.Tensor
 
 
 def check_inputs(model: nn.Module, batch: Mapping[str, Any]) -> None:
-    """Raise PartitionError for a model or a batch that no plan can be made for, and under a mode of torch that a
-    training step would not follow."""
+    """Raise PartitionError for a model or a batch that no plan can be made for, and under torch.autocast or
+    torch.inference_mode."""
     check_modes("a plan")
     _check_model(model)
     _check_batch(model, batch)
 
 
 def check_modes(what: str) -> None:
-    """Raise PartitionError under `torch.autocast` and `torch.inference_mode`: of a region around `what`, emitted code
-    knows nothing."""
+    """Raise PartitionError under torch.autocast or torch.inference_mode: emitted code would not run under the mode that
+    is on around `what`."""
     if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
         raise PartitionError(
             f"torch.autocast is on around {what}",
@@ -106,7 +106,7 @@ def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 def _check_call(parameters: Mapping[str, inspect.Parameter], names: list[str], batch: Mapping[str, Any]) -> None:
-    """Whether forward can be called with the batch's names."""
+    """Raise PartitionError unless forward can be called with the batch's names."""
     kinds = {p.kind for p in parameters.values()}
     positional = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_ONLY]
     if (inspect.Parameter.VAR_POSITIONAL in kinds and not names and len(kinds) == 1) or positional:
@@ -133,7 +133,8 @@ def _check_call(parameters: Mapping[str, inspect.Parameter], names: list[str], b
 
 
 def main_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of most elements of trained parameters; of all parameters, where none is trained."""
+    """The dtype that most elements of trained parameters have, or of all parameters where none is trained; float32
+    without parameters."""
     floating = [p for p in model.parameters() if p.is_floating_point()]
     elements: Counter[torch.dtype] = Counter()
     for parameter in [p for p in floating if p.requires_grad] or floating:

@@ -1,7 +1,7 @@
-"""Which blocks of a deep model need be traced: equal ones in a row repeat what a few of them show.
+"""Which blocks of a deep model need be traced: of equal blocks in a row, the first stand for all.
 
-Blocks are compared by what can be seen of them before a trace: structure, tensors, attributes, hooks. What they do with
-it shows in the trace alone, which `autopart.passes.fold_layers` looks at before it takes a few for all.
+Blocks are compared before a trace by their structure, tensors, attributes and hooks. What they compute shows only in
+the trace, which `autopart.passes.unfold_layers` compares before it takes a few blocks for all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 LONGEST_PERIOD = 8
-"""Blocks, after which a pattern of kinds begins again."""
+"""The largest number of blocks after which kinds of blocks may repeat."""
 INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 HOOKS = tuple(sorted(n for n in INTERNAL if n.endswith("hooks")))
 PLAIN = (str, int, float, bool, complex, bytes, type(None), torch.dtype, torch.device, torch.layout)
@@ -26,11 +26,11 @@ PLAIN = (str, int, float, bool, complex, bytes, type(None), torch.dtype, torch.d
 
 @dataclass(frozen=True)
 class SampledLayers:
-    """A list of blocks that a trace holds only the first of.
+    """A list of blocks of which only the first are traced.
 
-    path     of the list, "model.layers";  blocks: how many it has
-    start    the first block from which on kinds repeat;  period: after how many blocks
-    windows  periods that are traced
+    path     the path of the list, "model.layers";  blocks: how many blocks it has
+    start    the first block from which on kinds repeat;  period: the number of blocks after which they repeat
+    windows  how many periods are traced
     """
 
     path: str
@@ -41,21 +41,21 @@ class SampledLayers:
 
     @property
     def kept(self) -> int:
-        """How many blocks, from the first, are traced: all kinds end where they end in the whole list."""
+        """How many blocks are traced, from the first. The last block is of the same kind as that of the whole list."""
         return self.start + self.windows * self.period + (self.blocks - self.start) % self.period
 
     @property
     def dropped(self) -> int:
-        """How many are not."""
+        """How many blocks are not traced."""
         return self.blocks - self.kept
 
     def index(self, name: str) -> int | None:
-        """The number of the block that a module's or tensor's name lies in."""
+        """The number of the block that a module or tensor of this name is in; None for other names."""
         found = re.match(rf"{re.escape(self.path)}\.(\d+)(?:\.|$)", name)
         return int(found[1]) if found else None
 
     def moved(self, name: str, by: int, at_least: int = 0) -> str:
-        """The name `by` blocks further on, if it lies in block `at_least` or one behind it."""
+        """The name with its block's number increased by `by`, if the number is at least `at_least`."""
         index = self.index(name)
         if index is None or index < at_least:
             return name
@@ -63,7 +63,7 @@ class SampledLayers:
 
 
 def sampled_layers(model: nn.Module) -> tuple[SampledLayers, ...]:
-    """The lists of blocks that may be shortened, in the model's order."""
+    """The lists of blocks of which the first may stand for all, in the model's order."""
     found = []
     kinds_of = _Kinds(model)
     for path, module in model.named_modules():
@@ -78,7 +78,7 @@ def sampled_layers(model: nn.Module) -> tuple[SampledLayers, ...]:
 
 
 def _best_sample(path: str, kinds: Sequence[object]) -> SampledLayers | None:
-    """The list of blocks of these kinds, with the start and period that keep least."""
+    """The sample of a list whose blocks have these kinds, with the start and period that trace the fewest blocks."""
     every = []
     for period in range(1, LONGEST_PERIOD + 1):
         start = max((i + 1 for i in range(len(kinds) - period) if kinds[i] != kinds[i + period]), default=0)
@@ -87,7 +87,7 @@ def _best_sample(path: str, kinds: Sequence[object]) -> SampledLayers | None:
 
 
 class _Kinds:
-    """Tells the blocks of lists apart; tensors of the whole model are known by all their names."""
+    """Tells the kinds of blocks apart. Modules and tensors of the model are known by all their names."""
 
     def __init__(self, model: nn.Module) -> None:
         self.names: dict[int, list[str]] = {}
@@ -100,7 +100,7 @@ class _Kinds:
         self.digests: dict[int, str] = {}
 
     def blocks(self, path: str, blocks: Sequence[nn.Module]) -> list[object]:
-        """A value for each block, equal for those that look alike."""
+        """A value for each block, equal for blocks of the same structure, tensors, attributes and hooks."""
         traits = [dict(self._traits(f"{path}.{i}", block)) for i, block in enumerate(blocks)]
         numbers: dict[object, set[int]] = {}
         for i, own in enumerate(traits):
@@ -116,7 +116,7 @@ class _Kinds:
         ]
 
     def _traits(self, path: str, block: nn.Module) -> Iterator[tuple[object, tuple[Any, ...]]]:
-        """What can be seen of a block, by where it is; integers as (int, value)."""
+        """(where in the block, value) for every module, hook, attribute and tensor; integers as (int, value)."""
         for name, module in block.named_modules(remove_duplicate=False):
             here = f"{path}.{name}" if name else path
             others = self._aliases(self.modules[id(module)], here, path)
@@ -141,22 +141,22 @@ class _Kinds:
         return ("tensor", type(tensor), *about, others, value)
 
     def _digest(self, buffer: torch.Tensor) -> str:
-        """Of a buffer's values, on which what is traced may depend."""
+        """A hash of a buffer's values, on which the trace may depend."""
         if id(buffer) not in self.digests:
             self.digests[id(buffer)] = digest(buffer)
         return self.digests[id(buffer)]
 
     def _aliases(self, names: Sequence[str], name: str, path: str) -> tuple[str, ...]:
-        """What else a module or tensor is called: all of it for the block that has it first, else that first name."""
+        """The other names of a module or tensor: all of them in the block that has it first, else the first of them."""
         told = [self._relative(n, path) for n in names if n != name]
         return tuple(told if self._relative(names[0], path)[:1] != "/" else told[:1])
 
     def _relative(self, name: str, path: str) -> str:
-        """A name told from the block on, if it lies inside."""
+        """A name relative to the block, if it is inside; else "/" and the name."""
         return name.removeprefix(path) if name == path or name.startswith(path + ".") else f"/{name}"
 
     def _token(self, value: Any, path: str, depth: int = 0) -> object:
-        """Something that is equal for values that do the same; those of which nothing is known, by what they are."""
+        """A value that is equal for attributes that act alike; an attribute of unknown type is equal only to itself."""
         if isinstance(value, PLAIN):
             return (type(value), value)
         if isinstance(value, nn.Module) and id(value) in self.modules:
@@ -178,7 +178,7 @@ class _Kinds:
         return ("equal", self._interned(value))
 
     def _interned(self, value: Any) -> int:
-        """A number for each value that equals no other one seen."""
+        """A number for each value, the same for values that compare equal."""
         for i, other in enumerate(self.values):
             if other is value:
                 return i
@@ -193,7 +193,7 @@ class _Kinds:
 
 
 def digest(tensor: torch.Tensor, *about: object) -> str:
-    """Of a tensor's values, and of what else is said."""
+    """A hash of a tensor's values and of `about`."""
     plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     return hashlib.sha256(repr(about).encode() + plain.numpy().tobytes()).hexdigest()
 
@@ -204,7 +204,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 class UnlikeLayers(Exception):
-    """A list of blocks that a few of them do not stand for."""
+    """Raised for a list of blocks whose first blocks do not stand for all; the text says why."""
 
     def __init__(self, sample: SampledLayers, why: str) -> None:
         super().__init__(f"{sample.path}: {why}")
@@ -212,15 +212,15 @@ class UnlikeLayers(Exception):
 
 
 def longer(sampled: Sequence[SampledLayers], unlike: SampledLayers) -> tuple[SampledLayers, ...]:
-    """What to try next where one list was not like its first periods: four, of which the first and the last may be
-    different; then all."""
+    """The samples to try next where the first periods of one list do not stand for all: four periods of this list, of
+    which the first and the last may differ, then every block."""
     again = replace(unlike, windows=4) if unlike.windows < 4 else None
     rest = [again if sample == unlike else sample for sample in sampled]
     return tuple(sample for sample in rest if sample is not None and sample.dropped > 0)
 
 
 class Dropped(nn.Module):
-    """Stands where a block is not traced; a model that runs it cannot be shortened."""
+    """Stands in place of a block that is not traced. Its list of blocks cannot be sampled if the model runs it."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("a block that was left out of the trace runs")

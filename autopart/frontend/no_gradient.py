@@ -1,4 +1,4 @@
-"""Where a forward pass computes without gradients: what decomposition would forget, put right or refused."""
+"""Parts of a forward pass that have no gradient: detached where torch's decomposition would forget it, or refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from autopart.frontend.torch_private import FakeTensor
 
 
 def refuse_hidden_tensors(exported: torch.export.ExportedProgram) -> None:
-    """A tensor that is neither parameter, buffer nor input has no value where the model's tensors are fake."""
+    """Raise PartitionError for a tensor that is neither parameter, buffer nor input: it has no value in the fake
+    model."""
     for node in exported.graph.nodes:
         name = exported.graph_signature.inputs_to_lifted_tensor_constants.get(node.name)
         if isinstance(exported.constants.get(name or ""), FakeTensor):
@@ -28,7 +29,7 @@ def refuse_hidden_tensors(exported: torch.export.ExportedProgram) -> None:
 
 
 def cut_gradients(exported: torch.export.ExportedProgram) -> None:
-    """Detach what `torch.no_grad` regions make, since decomposition inlines them and forgets."""
+    """Detach the values that `torch.no_grad` regions make, since decomposition inlines the regions without a trace."""
     parameters = exported.graph_signature.inputs_to_parameters
     for module in exported.graph_module.modules():
         graph = getattr(module, "graph", None)
@@ -45,8 +46,8 @@ def cut_gradients(exported: torch.export.ExportedProgram) -> None:
 
 
 def _refuse_changes(region: fx.Graph, gradients: list[bool]) -> None:
-    """Raise PartitionError where a `torch.no_grad` region changes in place what has a gradient outside: autograd then
-    takes the new values for the old ones."""
+    """Raise PartitionError where a `torch.no_grad` region changes a tensor in place that has a gradient outside:
+    autograd would use the new values for the old."""
     outside = dict(zip(region.find_nodes(op="placeholder"), gradients, strict=True))
     for node in region.nodes:
         schema = getattr(node.target, "_schema", None)
@@ -65,7 +66,7 @@ def _refuse_changes(region: fx.Graph, gradients: list[bool]) -> None:
 
 
 def _has_gradient(node: Any, parameters: Mapping[str, str]) -> bool:
-    """Whether a value outside all regions is made from a parameter, by operators that have derivatives."""
+    """Whether a value outside of all regions is made from a parameter by operators that have derivatives."""
     seen, todo = {node}, [node]
     while todo:
         node = todo.pop()
@@ -84,7 +85,7 @@ def _has_gradient(node: Any, parameters: Mapping[str, str]) -> bool:
 
 
 def _itself(node: fx.Node) -> fx.Node:
-    """What casts that change nothing gave back: a trace takes later uses of that tensor for uses of the cast."""
+    """The operand of casts that change nothing. In a trace, later uses of the operand are uses of the cast."""
     while str(node.target).startswith(("aten.to.", "aten.contiguous", "aten.type_as", "aten.dropout")):
         source = node.args[0]
         if str(node.target) == "aten.dropout.default" and node.args[1] and node.args[2]:

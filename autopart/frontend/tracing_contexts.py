@@ -1,4 +1,4 @@
-"""Contexts under which torch.export traces what a model does, or the model is refused."""
+"""Contexts for torch.export, in which it traces what a model computes, or the model is refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from autopart.frontend.source_lines import PACKAGES, user_line
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """torch.export prints and logs whole graphs where it fails."""
+    """Discard what is printed and logged inside. torch.export prints whole graphs where it fails."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -37,8 +37,8 @@ def silent() -> Iterator[None]:
 
 @contextmanager
 def casts_that_change_nothing() -> Iterator[None]:
-    """`module.to(dtype)` in a forward pass, of a module that has this dtype, puts new parameters in its place where
-    tensors are fake, which torch.export refuses; it is to do nothing, as it does with real ones."""
+    """Let `module.to(dtype)` do nothing for a module of this dtype, as it does with real tensors. With fake ones it
+    makes new parameters, which torch.export refuses."""
     own: Any = nn.Module.to
 
     def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
@@ -52,14 +52,14 @@ def casts_that_change_nothing() -> Iterator[None]:
 
 @contextmanager
 def no_validation() -> Iterator[None]:
-    """torch.distributions look at the values that they are given, which a trace has none of."""
+    """Let torch.distributions accept all arguments. Their checks read values, which a trace does not have."""
     with mock.patch.object(torch.distributions.Distribution, "_validate_args", False):
         yield
 
 
 @contextmanager
 def no_inference_mode() -> Iterator[None]:
-    """torch.inference_mode leaves no mark in a trace; torch.no_grad does, and computes the same."""
+    """Let torch.inference_mode act as torch.no_grad, which computes the same and is seen in a trace."""
     own = torch.inference_mode.__enter__, torch.inference_mode.__exit__
 
     def enter(context: Any) -> None:
@@ -78,8 +78,10 @@ def no_inference_mode() -> Iterator[None]:
 
 @contextmanager
 def open_checkpoints() -> Iterator[None]:
-    """A reentrant checkpoint runs its function without gradients, and again in a backward that a trace does not see.
-    What it computes is its function; without gradients only where no argument has one."""
+    """Let a reentrant checkpoint call its function alone, with gradients if an argument has one.
+
+    It would call the function without gradients, and again in a backward that a trace does not see.
+    """
 
     def run(function: Any, preserve: bool, *args: Any) -> Any:
         wanted = any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
@@ -92,7 +94,7 @@ def open_checkpoints() -> Iterator[None]:
 
 @contextmanager
 def no_tensor_hooks() -> Iterator[None]:
-    """Refuse hooks on gradients, which leave no mark in a trace."""
+    """Refuse hooks on gradients, which a trace does not see."""
 
     def register(tensor: torch.Tensor, hook: Any) -> Any:
         raise PartitionError(
@@ -106,13 +108,13 @@ def no_tensor_hooks() -> Iterator[None]:
 
 
 def foreign_random() -> bytes:
-    """The states of the random numbers that no trace follows."""
+    """The state of Python's and numpy's random numbers, which no trace follows."""
     return pickle.dumps((random.getstate(), np.random.get_state()))
 
 
 @contextmanager
 def drawing(value: float) -> Iterator[None]:
-    """Python's and numpy's uniform numbers are all `value`."""
+    """Let Python's and numpy's uniform numbers between 0 and 1 all be `value`."""
     with (
         mock.patch.object(random, "random", lambda: value),
         mock.patch.object(random, "uniform", lambda low, high: low + (high - low) * value),
@@ -123,7 +125,7 @@ def drawing(value: float) -> Iterator[None]:
 
 @contextmanager
 def custom_functions(found: list[CustomFunction]) -> Iterator[None]:
-    """Note every call of an autograd.Function that is not torch's own."""
+    """Append every call of an autograd.Function that is not torch's own to `found`."""
     base: Any = torch.autograd.Function.__mro__[1]  # that of torch.autograd.Function alone: some keep its bound `apply`
 
     def noted(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:

@@ -1,5 +1,5 @@
-"""The intermediate representation: torch.fx graphs whose nodes each carry a record, and graphs of layers made of them.
+"""The intermediate representation: torch.fx graphs with a record on every node, and the layers of such graphs.
 
-Also what a graph's fingerprint is, and the call targets of random operators, experts and CTC. Imports `errors` and
+Also the fingerprints of graphs, and the call targets of random operators, experts and CTC. Imports `errors` and
 `sharding`. Open `graph.py` first, then `layered_graph.py`.
 """

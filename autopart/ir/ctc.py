@@ -1,4 +1,4 @@
-"""CTC losses as an operator that can be traced where lengths are tensors: torch's own asks for their values."""
+"""CTC loss as an operator that can be traced where lengths are tensors: torch's own operator reads their values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def ctc_losses(
     blank: int,
     zero_infinity: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of log_probs (t, b, c) and targets (b, s): the loss of every sample (b,), and their gradients (t, b, c)."""
+    """The loss of every sample (b,), and its gradient to log_probs (t, b, c), for targets (b, s)."""
     given = log_probs, targets, input_lengths, target_lengths
     losses, alpha = aten._ctc_loss.Tensor(*given, blank, zero_infinity)
     ones = torch.ones_like(losses)
@@ -53,7 +53,7 @@ def ctc_loss(
     reduction: int = 1,
     zero_infinity: bool = False,
 ) -> torch.Tensor:
-    """torch.ctc_loss, in terms of `ctc_losses` where samples stand apart and lengths are tensors."""
+    """torch.ctc_loss, by `ctc_losses` where targets are (b, s) and lengths are tensors; else by torch's operator."""
     tensors = isinstance(input_lengths, torch.Tensor) and isinstance(target_lengths, torch.Tensor)
     if not tensors or log_probs.dim() != 3 or targets.dim() != 2:
         return own(log_probs, targets, input_lengths, target_lengths, blank, reduction, zero_infinity)

@@ -1,4 +1,4 @@
-"""The call target that stands for experts' products in a traced graph; `autopart.runtime.experts` has what runs."""
+"""The call target of experts' products in a traced graph. Emitted code calls `autopart.runtime.experts` instead."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import torch
 
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """Every row of x (s, k) times the weight of the expert that ids (s,) names: (s, n). The weights are (e, n, k),
-    or (e, k, n) where `transposed`."""
+    """Every row of x (s, k) times the weight of its expert, whose number is in ids (s,). The result is (s, n).
+
+    The weights are (e, n, k), or (e, k, n) where `transposed`. The body only gives the shape, on meta tensors.
+    """
     first = weight[0]
     return x @ first if transposed else x @ first.t()

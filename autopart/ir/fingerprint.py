@@ -1,4 +1,4 @@
-"""What a folded graph computes, as text that is the same for every batch size, and however much of it was traced."""
+"""Fingerprints: text of what a graph computes, the same for every batch size and for every number of traced blocks."""
 
 from __future__ import annotations
 
@@ -17,54 +17,54 @@ from autopart.sharding.rules.base import replaced
 from autopart.sharding.rules.factories import BY_PLACE
 
 LARGE = 8.0
-"""From here on a whole number among the arguments is taken for a count."""
+"""A float argument that is a whole number of at least this size is taken for a count of samples or tokens."""
 
 PLACED = frozenset(f"aten.{name}" for name in BY_PLACE)
 
 
 @dataclass(frozen=True)
 class Token:
-    """Stands for a node among the arguments of a call."""
+    """What stands for a node among the arguments of a call."""
 
     what: tuple[Any, ...]
 
 
 def parameter_token(record: Info, label: str) -> tuple[Any, ...]:
-    """A parameter as a run of this label sees it: by its name in the block, if it is the block's own."""
+    """A parameter as a segment of this label reads it: by its name in the block, if it is the block's own."""
     return ("parameter", own_name(record.name, label), record.shapes, record.dtypes, record.grad)
 
 
 def own_name(name: str, label: str) -> str:
-    """The name told from the block on, if the tensor is the block's own."""
+    """The name of a tensor in its block, if it is the block's own; else "/" and the whole name."""
     return name.removeprefix(label + ".") if is_own_name(name, label) else f"/{name}"
 
 
 def is_own_name(name: str, label: str) -> bool:
-    """Whether a tensor of this name is the block's own."""
+    """Whether a tensor of this name is in the block of this label."""
     return bool(label) and name.startswith(label + ".")
 
 
 def is_own(node: fx.Node, label: str) -> bool:
-    """Whether a value that is made in no run belongs to the block of this label alone: its buffers, and what it makes
-    of inputs."""
+    """Whether a value that no segment makes belongs to the block of this label alone: it is a buffer of the block, or
+    made in the block from buffers and inputs."""
     record = info(node)
     return is_own_name(record.name, label) if record.kind == "buffer" else bool(label) and record.layer == label
 
 
 class Fingerprints:
-    """Texts of values and calls without sizes that depend on the batch's."""
+    """Texts of values and calls, without the sizes that depend on the batch size."""
 
     def __init__(self, graph: fx.Graph, samples: int) -> None:
         self.samples = samples
         self.constant: set[fx.Node] = set()
-        """Operators that no input, buffer or parameter reaches: positions, masks, zeros."""
+        """Operators that no input, buffer or parameter reaches, such as positions and masks."""
         for node in calls(graph):
             if self.constant.issuperset(node.all_input_nodes):
                 self.constant.add(node)
         self.known: dict[tuple[fx.Node, str], str] = {}
 
     def outside(self, node: fx.Node, label: str) -> str:
-        """Of a value that is made in no run, as a run of this label sees it."""
+        """The fingerprint of a value that no segment makes, as a segment of this label reads it."""
         found = self.known.get((node, label))
         if found is None:
             record = info(node)
@@ -77,8 +77,11 @@ class Fingerprints:
         return found
 
     def call(self, node: fx.Node, tokens: Mapping[fx.Node, tuple[Any, ...]], label: str) -> str:
-        """Of an operator's call, its operands called by their tokens, and the row by which it may be split: what is
-        copied once a sample has as many segments as there are samples."""
+        """The text of an operator's call, with tokens in place of its operands, and of the row by which it may be
+        split.
+
+        The row counts: a tensor that is copied once for every sample has as many parts as there are samples.
+        """
         record = info(node)
         given = tuple(map(_without_counts, _without_sizes(record.name, tuple(node.args))))
         args, kwargs = fx.map_arg((given, node.kwargs), lambda n: Token(tokens[n]))  # type: ignore[arg-type,return-value]
@@ -89,10 +92,13 @@ class Fingerprints:
         return repr(about)
 
     def sizes(self, node: fx.Node) -> Any:
-        """What the shape tells that no batch size changes: of a buffer all, of attention all but the samples; of other
-        values the rank, and the elements of a sample where a dim counts samples. Which dim it is may depend on the
-        sizes, where tokens are counted with samples; whether there is one does, in constants: as many heads as samples
-        look like samples."""
+        """The part of a value's shape that no batch size changes.
+
+        This is all of a buffer's shape, and all of attention's but the samples. Of another value it is the rank and, if
+        a dim counts samples, the elements of one sample. Which dim that is may depend on the sizes, where samples and
+        tokens are one dim. Constants are told by the rank alone: a dim of as many heads as there are samples would be
+        taken for samples.
+        """
         record = info(node)
         if record.kind == "buffer":
             return record.shapes
@@ -107,7 +113,7 @@ class Fingerprints:
 
 
 def _without_sizes(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A call's arguments without those that are sizes of its output."""
+    """A call's arguments without the sizes of its output."""
     rule = RULES.get(name)
     if rule is None or callable(rule.resize) or name in PLACED:
         return tuple(_without_numbers(a) for a in args)
@@ -115,7 +121,7 @@ def _without_sizes(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _without_counts(value: Any) -> Any:
-    """A large whole number is a count, as of the tokens that a mean divides by, and grows with the batch."""
+    """The word "count" in place of a large whole number, such as the number of tokens that a mean divides by."""
     return "count" if isinstance(value, float) and value.is_integer() and abs(value) >= LARGE else value
 
 

@@ -1,4 +1,4 @@
-"""Python's collector of cyclic garbage, paused while a lot is built that lives on."""
+"""Python's collector of cyclic garbage, paused while a graph is built."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Collect nothing inside: walking a growing graph again and again is a fifth of the time a trace takes.
+    """Collect nothing inside of the context. A trace would spend a fifth of its time on walks over its growing graph.
 
-    What was built inside then counts as old, so that the next collection does not walk all of it at once.
+    Objects that were built inside belong to the oldest generation afterwards, so that the next collection does not walk
+    all of them.
     """
     running = gc.isenabled()
     gc.disable()

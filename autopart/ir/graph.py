@@ -1,6 +1,7 @@
-"""The intermediate representation: a torch.fx graph whose nodes each carry one frozen `Info`.
+"""The intermediate representation: a torch.fx graph with a frozen record, `Info`, on every node.
 
-A graph is straight: placeholders (parameters, buffers, inputs), operator calls, and one output, the loss.
+A graph has placeholders (parameters, buffers, inputs), operator calls, and one output node: the loss, and behind it the
+new values of the buffers that the forward pass changes.
 """
 
 from __future__ import annotations
@@ -31,32 +32,34 @@ class Frame(NamedTuple):
 class Info:
     """What the passes know of one node.
 
-    kind     "parameter", "buffer", "input" or "op"
+    kind     "parameter", "buffer", "input" or "op"; in a stage's graph also "received" and "stream"
     name     the parameter's or buffer's name in the model, the batch's key, or the operator's name
-    shapes   of each output;  dtypes likewise
-    grad     whether gradients flow through it
-    layer    the outermost numbered module it was traced in ("model.layers.3"), or ""
+    shapes   the shape of each output;  dtypes: its dtype
+    grad     whether gradients flow through the node
+    layer    the outermost numbered module that it was traced in ("model.layers.3"), or ""
     module   the innermost module ("model.layers.3.mlp.up_proj")
     source   the user's line, "modeling_llama.py:88"
     frames   the calls that lead to that line, the innermost last
     batch    the dim that counts samples, or None
-    flops    of the forward pass
+    flops    FLOPs of the forward pass
     product  whether matrix units do the work
-    kernel   the operator whose kernels do it, if the name is not that
-    matrix   the matrix product it is, if it is one; in a stage's graph, that of a rank
-    grads    whether gradients flow to the matrix product's first factor, and to another
-    root     the node whose memory this node's (first) output is a view of; its own name if none
-    keeps    the roots whose memory autograd keeps for this node's backward
-    inner    bytes autograd keeps besides (a softmax's statistics)
-    view     whether the output is memory of an input, so that making it costs nothing
-    logits   whether all it makes goes into a cross-entropy, on its way
-    weights  its operands that are parameters which get gradients, or views of such
-    times    how many tensors as large as its largest gradient exist in its backward, if it is no product
-    size     of a stage's value: bytes on a rank, at the planned micro-batch;  several: whether several runs use it
-    moved    of a stage's operator: bytes read and written on a rank
-    again    how many times the forward's time its backward takes
+    kernel   the operator whose kernels run, where that is not `name`
+    matrix   the matrix product that the operator is, or None; in a stage's graph, the product on a rank
+    grads    whether gradients flow to the matrix product's first factor, and to another factor
+    root     the name of the node whose memory the first output is a view of; the node's own name if it is no view
+    keeps    the roots whose memory autograd saves for this node's backward
+    inner    bytes that autograd saves besides, such as the statistics of a softmax
+    view     whether the output is memory of an input, so that the operator takes no time
+    logits   whether every path from the node to the loss goes through a cross-entropy, by way of views and casts
+    weights  the indices of the operands that are trained parameters, or views of such
+    times    how many tensors of the size of its largest gradient exist in its backward, if it is no product
+    again    how many times as long as forward its backward takes
+
+    In a stage's graph, for one rank at the planned micro-batch:
+    size     bytes of the outputs;  several: whether several segments use the value
+    moved    bytes that the operator reads and writes
     note     what a reader of the emitted line should know
-    placed   of a stage's parameter: its placement along every axis, and its whole shape
+    placed   of a parameter: (axis, placement) for every axis;  whole: its shape on all ranks together
     """
 
     kind: str
@@ -99,44 +102,44 @@ class Info:
 
     @property
     def model_flops(self) -> float:
-        """FLOPs of a matrix product, 0 of other operators; attention counts whole, causal or not."""
+        """FLOPs of a matrix product, 0 for other operators. Causal attention counts as attention without a mask."""
         causal = self.matrix is not None and self.matrix.sizes.causal
         return self.flops * (2 if causal else 1) if self.product else 0.0
 
     @property
     def bytes(self) -> int:
-        """Size of all outputs."""
+        """Bytes of all outputs."""
         return sum(torch.Size(s).numel() * d.itemsize for s, d in zip(self.shapes, self.dtypes, strict=True))
 
 
 @dataclass
 class Traced:
-    """A traced model: the graph, and the values of its buffers (None where the model is on meta)."""
+    """A traced model: the graph, and the values of its buffers (None for buffers on the meta device)."""
 
     graph: fx.Graph
     name: str
     buffers: dict[str, torch.Tensor | None]
     aliases: dict[str, str]
-    """Every further name of a tied parameter -> its first, which the graph uses."""
+    """Every further name of a tied parameter -> its first name, which the graph uses."""
     micro_batch: int
     classes: dict[str, str]
     """Every module's path -> the name of its class."""
     parameters: dict[str, Shape]
-    """Every parameter's first name -> its shape: of the whole model, whatever the graph reads of it."""
+    """Every parameter's first name -> its shape, for the whole model, whether or not the graph reads the parameter."""
     updated: tuple[str, ...] = ()
-    """The buffers that the forward pass changes; the graph's outputs behind the loss are their new values."""
+    """The buffers that the forward pass changes, in the order of the graph's outputs behind the loss."""
     mixed_at: str = ""
-    """The line that makes the loss something else than a mean over samples, or the buffer that changes with every
-    micro-batch; "" where neither is there."""
+    """The user's line by which the loss is no mean over samples, or the buffer that changes with every micro-batch; ""
+    if there is neither."""
 
     @property
     def mean_of_samples(self) -> bool:
-        """Whether the losses of micro-batches average to that of the batch."""
+        """Whether the mean of the micro-batches' losses is the loss of the batch."""
         return not self.mixed_at
 
     @property
     def hash(self) -> str:
-        """Identifies the graph: operators, arguments, shapes, dtypes and parameter names."""
+        """A hash of the graph's operators, arguments, shapes, dtypes and parameter names."""
         return hashlib.sha256(show(self.graph).encode()).hexdigest()[:16]
 
 
@@ -174,33 +177,33 @@ def loss_of(graph: fx.Graph) -> fx.Node:
 
 
 def updates_of(traced: Traced) -> dict[str, fx.Node]:
-    """Every buffer that the forward pass changes -> the node of its new value."""
+    """Name of every buffer that the forward pass changes -> the node of its new value."""
     return dict(zip(traced.updated, traced.graph.output_node().args[1:], strict=True))  # type: ignore[arg-type]
 
 
 def call_args(node: object, name: str) -> tuple[Any, ...]:
-    """The arguments of `node` if it is a call of that operator; else nothing."""
+    """The arguments of `node` if it is a call of the operator `name`; else ()."""
     found = isinstance(node, fx.Node) and node.op == "call_function" and info(node).name == name
     return tuple(node.args) if found else ()  # type: ignore[attr-defined]
 
 
 def is_pick(node: fx.Node) -> bool:
-    """Whether the node only picks one output of an operator that has several."""
+    """Whether the node picks one output of an operator with several."""
     return info(node).name == "autopart.getitem"
 
 
 def value_of(node: fx.Node) -> tuple[fx.Node, int]:
-    """The operator and the index of its output that `node` stands for."""
+    """The operator that made a node's value, and the index of the output."""
     return (node.args[0], node.args[1]) if is_pick(node) else (node, 0)  # type: ignore[return-value]
 
 
 def shape_args(node: fx.Node) -> Args:
-    """A node's positional arguments with the size of each tensor in its place, as the rules take them."""
+    """A node's positional arguments with the size of each tensor in place of the tensor, as the rules take them."""
     return tuple(fx.map_arg(tuple(node.args), lambda n: torch.Size(info(n).shape)))
 
 
 def operands(node: fx.Node) -> list[fx.Node | None]:
-    """A node's tensor arguments, in the places that a rule's operands have."""
+    """A node's arguments as the operands of its rule; None for what is no tensor."""
     return [a if isinstance(a, fx.Node) else None for a in flatten(tuple(node.args))]
 
 
@@ -223,14 +226,14 @@ def with_operands(args: tuple[Any, ...], operands: Sequence[Any]) -> tuple[Any, 
 
 
 def meta_of(node: fx.Node) -> Any:
-    """An empty meta tensor (or a tuple of them) shaped as the node's output."""
+    """A meta tensor of the node's shape and dtype; a tuple of them for an operator with several outputs."""
     record = info(node)
     values = tuple(torch.empty(s, dtype=d, device="meta") for s, d in zip(record.shapes, record.dtypes, strict=True))
     return values[0] if len(values) == 1 else values
 
 
 def run_on_meta(target: Any, args: Args, kwargs: dict[str, Any]) -> Any:
-    """Call an operator on meta tensors; one that makes a tensor from nothing makes it there."""
+    """Call an operator on meta tensors. An operator with an argument `device` makes its output on meta."""
     if isinstance(target, torch._ops.OpOverload) and any(a.name == "device" for a in target._schema.arguments):
         kwargs = {**kwargs, "device": "meta"}
     return target(*args, **kwargs)
@@ -239,8 +242,8 @@ def run_on_meta(target: Any, args: Args, kwargs: dict[str, Any]) -> Any:
 def new_call(
     graph: fx.Graph, target: Callable[..., Any], args: Args, like: fx.Node, kwargs: dict[str, Any] | None = None
 ) -> fx.Node:
-    """Add an operator call at the insertion point; place and source come from `like`, shapes from running it
-    on meta tensors."""
+    """Add an operator call at the insertion point. Its module and source line are those of `like`; its shapes come from
+    a run on meta tensors."""
     node = graph.call_function(target, args, kwargs or {})
     meta_args, meta_kwargs = fx.map_arg((args, kwargs or {}), meta_of)
     with torch.no_grad():
@@ -259,7 +262,7 @@ def new_call(
 
 
 def show(graph: fx.Graph) -> str:
-    """One line a node: what runs, on what, and what comes out."""
+    """The graph as text: for every node a line with its operator, arguments, shapes and dtypes."""
 
     def lines() -> Iterator[str]:
         for node in graph.nodes:

@@ -1,8 +1,8 @@
-"""What the labels of a model's layers say."""
+"""The labels of a model's segments: the path of the module that a segment is of."""
 
 from __future__ import annotations
 
 
 def is_block(label: str) -> bool:
-    """Whether a run is a numbered block."""
+    """Whether the label is of a numbered block, such as ``"model.layers.3"``."""
     return label.rpartition(".")[2].isdigit()

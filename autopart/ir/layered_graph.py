@@ -1,4 +1,4 @@
-"""The folded graph: runs of nodes that stay together, equal runs known as one class."""
+"""The layered graph: the nodes in segments that stay together in a stage, with equal segments known as one class."""
 
 from __future__ import annotations
 
@@ -12,33 +12,36 @@ from typing import Any
 from torch import fx
 
 from autopart.ir.fingerprint import Fingerprints, is_own, is_own_name, parameter_token
-from autopart.ir.graph import Traced, info, is_pick, value_of
+from autopart.ir.graph import Traced, info, is_pick
 
 
 @dataclass
 class Segment:
-    """Consecutive nodes that stay together."""
+    """Consecutive nodes that stay together in a stage: those of one numbered block, or of what is between blocks."""
 
     label: str
     nodes: list[fx.Node]
     kind: int = 0
-    """The class: equal numbers, equal structure."""
+    """The class: segments with equal numbers compute the same."""
     externals: tuple[fx.Node, ...] = ()
-    """Values from other runs, in order of first use."""
+    """The values from outside of the segment, in order of first use."""
 
 
 @dataclass(eq=False)
 class LayeredGraph:
-    """The graph in runs.
+    """The graph in segments, and the model as a row of positions.
 
-    free      nodes that carry no gradient and need no run's values: recomputed wherever they are needed
-    same      node or parameter -> the one that stands for its class
-    count     how many nodes of the model each representative stands for
-    keys      representative -> its name in plans: "model.layers.0.mlp.up_proj/linear", or the parameter's own
-    sequence  the model as a row of positions, each the index of its run: a block that was traced once or twice may
-              stand at many positions;  labels: of every position
-    repeated  position of a block that was not traced -> the runs of the period before the one that stands for it
-    walked    why lists of equal blocks were traced whole, in words; "" where they were not, or there are none
+    segments        the traced segments, in order
+    free            nodes without gradient that need no segment's values, such as masks: every stage computes its own
+    same            node or parameter -> its representative, the first of its class
+    count           representative -> how many nodes of the model it stands for
+    keys            representative -> its name in plans: "model.layers.0.mlp.up_proj/linear", or the parameter's name
+    sequence        the model as a row of positions: the index of the segment at each. A block that was traced once or
+                    twice may stand at many positions.
+    labels          the label of every position
+    repeated        position of a block that was not traced -> the segments of the period before the one that stands
+                    for it
+    traced_in_full  why lists of equal blocks were traced in full, in words; "" where they were not
     """
 
     traced: Traced
@@ -53,11 +56,11 @@ class LayeredGraph:
     traced_in_full: str = ""
 
     def segment_of(self) -> dict[fx.Node, int]:
-        """Node -> index of its run."""
+        """Node -> the index of its segment."""
         return {n: i for i, segment in enumerate(self.segments) for n in segment.nodes}
 
     def representatives(self) -> list[fx.Node]:
-        """The nodes to decide about, in graph order; picks of outputs are none of them."""
+        """The representatives in graph order, without picks of outputs: the nodes that take a strategy."""
         return [n for n in self.traced.graph.nodes if n in self.same and self.same[n] is n and not is_pick(n)]
 
     @cached_property
@@ -67,7 +70,7 @@ class LayeredGraph:
 
     @cached_property
     def keepers(self) -> dict[str, set[int]]:
-        """Node -> the runs that keep its memory for their backward."""
+        """Name of a node -> the segments that save its memory for their backward."""
         keepers: dict[str, set[int]] = {}
         for node, segment in self.segment_of().items():
             for root in info(node).keeps:
@@ -84,13 +87,13 @@ class LayeredGraph:
         return sum(times for node, times in self.count.items() if info(node).kind == "op")
 
     def parameter_at(self, position: int, node: fx.Node) -> str:
-        """What a parameter that the run at a position reads is called there."""
+        """The name, at a position, of a parameter that the segment there reads."""
         label, name = self.segments[self.sequence[position]].label, info(node).name
         return self.labels[position] + name[len(label) :] if is_own_name(name, label) else name
 
     @cached_property
     def readers(self) -> dict[str, list[int]]:
-        """Parameter -> the positions that read it."""
+        """Name of a parameter -> the positions that read it."""
         found = defaultdict[str, list[int]](list)
         for position, segment in enumerate(self.sequence):
             for name in dict.fromkeys(self.parameter_at(position, n) for n in used_parameters(self.segments[segment])):
@@ -99,12 +102,12 @@ class LayeredGraph:
 
     @cached_property
     def locations(self) -> dict[fx.Node, tuple[int, int]]:
-        """Node -> index of its run, and its own in there."""
+        """Node -> the index of its segment, and its own index in the segment."""
         return {node: (i, k) for i, segment in enumerate(self.segments) for k, node in enumerate(segment.nodes)}
 
     def sources(self, position: int) -> tuple[tuple[int, int] | None, ...]:
-        """For each external of the run at a position: the position that makes the value and the index of the node
-        there; None for what is made in no run."""
+        """For each external of the segment at a position: the position that makes the value, and the node's index in
+        the segment there; None for what no segment makes."""
         return self._sources[position]
 
     @cached_property
@@ -124,8 +127,8 @@ class LayeredGraph:
 
     @cached_property
     def hash(self) -> str:
-        """Identifies what the whole model computes: the same for every size of a micro-batch, and for a graph of which
-        only a part was traced."""
+        """A hash of what the whole model computes. It is the same for every size of a micro-batch, and whether or not
+        equal blocks were left out of the trace."""
         prints = Fingerprints(self.traced.graph, self.traced.micro_batch)
         texts = [_text(segment, prints) for segment in self.segments]
         kinds: dict[int, int] = {}
@@ -149,7 +152,7 @@ class LayeredGraph:
 
 
 def _text(segment: Segment, prints: Fingerprints) -> str:
-    """What a run computes, with local numbers for names."""
+    """A hash of what a segment computes, with local numbers in place of names."""
     tokens: dict[fx.Node, tuple[Any, ...]] = {node: ("external", i) for i, node in enumerate(segment.externals)}
     total = hashlib.sha256()
     for i, node in enumerate(segment.nodes):
@@ -160,7 +163,8 @@ def _text(segment: Segment, prints: Fingerprints) -> str:
 
 
 def node_keys(nodes: Iterable[fx.Node]) -> dict[fx.Node, str]:
-    """A name of its own for every node, which does not depend on what else the graph holds."""
+    """Node -> a name of its own: of a parameter its name, of an operator "module/operator", numbered where it
+    repeats."""
     keys: dict[fx.Node, str] = {}
     seen: Counter[str] = Counter()
     for node in nodes:
@@ -172,8 +176,8 @@ def node_keys(nodes: Iterable[fx.Node]) -> dict[fx.Node, str]:
 
 
 def own_values(segment: Segment) -> list[fx.Node]:
-    """What belongs to a run's block alone but is made in no run: its parameters, its buffers, what it makes of them
-    and of inputs."""
+    """What belongs to a segment's block alone but is made in no segment: the block's parameters and buffers, and what
+    it makes of them and of inputs without a gradient."""
     found = dict.fromkeys(p for p in used_parameters(segment) if is_own_name(info(p).name, segment.label))
     todo = [n for n in segment.externals if n not in set(segment.nodes)]
     while todo:
@@ -185,25 +189,10 @@ def own_values(segment: Segment) -> list[fx.Node]:
 
 
 def parameters_of(node: fx.Node) -> list[fx.Node]:
-    """The parameters an operator reads, in order."""
+    """The parameters that an operator reads, in order."""
     return [n for n in node.all_input_nodes if info(n).kind == "parameter"]
 
 
-def crossing(layered: LayeredGraph) -> list[list[tuple[fx.Node, int]]]:
-    """For every place between run i-1 and run i: the values made before it that are needed after it."""
-    segment_of = layered.segment_of()
-    last: dict[tuple[fx.Node, int], int] = {}
-    for node, index in segment_of.items():
-        for source in node.all_input_nodes:
-            if source in segment_of:
-                value = value_of(source)
-                last[value] = max(last.get(value, 0), index)
-    return [
-        [value for value, end in last.items() if segment_of[value[0]] < location <= end]
-        for location in range(len(layered.segments) + 1)
-    ]
-
-
 def used_parameters(segment: Segment) -> list[fx.Node]:
-    """The parameters a run reads, each once."""
+    """The parameters that a segment reads, each once."""
     return list(dict.fromkeys(p for n in segment.nodes for p in parameters_of(n)))

@@ -1,6 +1,9 @@
-"""The line from a model to source text, one file a pass: trace, simplify, randomness, fuse, annotate, fold_layers,
-unfold_layers, formulate, solve, partition, price_stage, emit.
+"""The passes from a model to source text: trace, simplify, randomness, fuse, annotate, fold_layers, unfold_layers,
+formulate, solve, partition, price_stage, emit.
 
-A pass is one public function from graph to graph (or table, or text). `source` runs the line up to fold_layers;
-`codegen/` stands behind emit. Imports every room below, never the planner. Open `source.py` first.
+A pass is one public function, called as its file, from graph to graph (or to a table, a choice, a price, a text). Other
+files are behind a pass: `simplify_masks`, `constant_values` and `mean_loss` behind simplify and annotate,
+`value_positions` behind formulate, `constraint_matrix` and `solve_stages` behind solve, `stage_builder`,
+`sharded_calls` and `saved_memory` behind partition, `codegen/` behind emit. `source` runs the passes up to
+unfold_layers. Imports every room below, never the planner. Open `source.py` first.
 """

@@ -1,4 +1,4 @@
-"""fx.Graph -> fx.Graph: FLOPs, the batch dim, and exactly what autograd keeps, on every node."""
+"""fx.Graph -> fx.Graph: every node's FLOPs, its dim of samples, and to the byte what autograd saves for it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from autopart.sharding.notation import Placement
 from autopart.sharding.rules import flops, is_contraction, product_of, strategies
 
 VIEWS = ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten.using_ints", "aten.expand")
-"""Operators whose rule has no letter for a dim of one element. A single sample in dim 0 stays there, as more would."""
+"""Operators whose rule has no letter for a dim of size 1. A single sample in dim 0 stays there, as several would."""
 
 
 COMPLEX_PRODUCTS = 4
-"""Real matrix products that a complex one is: (a + ib)(c + id) = ac - bd + i(ad + bc)."""
+"""Real matrix products in a complex one: (a + ib)(c + id) = ac - bd + i(ad + bc)."""
 
 Batch = dict[tuple[fx.Node, int], int | None]
-"""Value -> the dim of it that counts samples."""
+"""Value -> its dim that counts samples; None where it has none."""
 
 
 def annotate(traced: Traced, device: str) -> Traced:
-    """Fill in the records, in place. `device` ("cpu" or another) says whose kernels keep what."""
+    """Fill in the records in place. What fused kernels save depends on `device`, "cpu" or another type."""
     batch = _counting(traced)
     for node in calls(traced.graph):
         record = info(node)
@@ -52,7 +52,7 @@ def annotate(traced: Traced, device: str) -> Traced:
 
 
 def _logits(graph: fx.Graph) -> None:
-    """Mark what is on its way into a cross-entropy, back to the product that makes it."""
+    """Mark the values that go only into a cross-entropy, back to the product that makes the logits."""
     for node in reversed(list(calls(graph))):
         into = [
             user.op != "output"
@@ -65,8 +65,11 @@ def _logits(graph: fx.Graph) -> None:
 
 
 def _counting(traced: Traced) -> Batch:
-    """The dim of every value that counts samples. What is made of nothing, as masks and positions are, counts them
-    where its users take it with what does."""
+    """The dim of every value that counts samples.
+
+    A value that no input reaches, such as a mask, counts samples in dim 0 if a user's rule splits it with a value that
+    does.
+    """
     nodes = [n for n in calls(traced.graph) if info(n).name != "autopart.getitem"]
     batch: Batch = {(n, 0): info(n).batch for n in traced.graph.nodes if n.op == "placeholder"}
     for node in nodes:
@@ -86,7 +89,7 @@ def _counting(traced: Traced) -> Batch:
 
 
 def _asked(node: fx.Node, batch: Batch, unknown: set[fx.Node]) -> Batch:
-    """The dims of operands that are not known to count samples, by the letter that counts them elsewhere in a node."""
+    """The operands in `unknown` whose dim 0 has the letter that counts samples in another operand, or in the output."""
     places = [*(batch.get(value_of(n)) if n is not None else None for n in operands(node)), batch.get((node, 0))]
     for strategy in strategies(info(node).name, shape_args(node), info(node).shapes, 1):
         wanted = [*strategy.inputs, strategy.outputs[0]]
@@ -102,7 +105,7 @@ def _is_dim(placement: Placement | None, place: int | None) -> bool:
 
 
 def _matrix(node: fx.Node, batch: Batch) -> None:
-    """Note what matrix product the node is."""
+    """Note which matrix product the node is, and which of its factors get gradients."""
     record, taken = info(node), operands(node)
     counted = [batch.get(value_of(n)) if n is not None else None for n in taken]
     matrix = product_of(record.name, shape_args(node), record.shapes, counted)
@@ -115,7 +118,7 @@ def _matrix(node: fx.Node, batch: Batch) -> None:
 
 
 def _batch_dims(node: fx.Node, batch: Batch) -> list[int | None]:
-    """The dims of the outputs that count samples: where a letter that counts them in an input ends up."""
+    """The dims of the outputs that count samples: those with the letter that counts samples in an input."""
     record = info(node)
     places = [batch.get(value_of(n)) if n is not None else None for n in operands(node)]
     if all(p is None for p in places):
@@ -134,7 +137,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _saved(graph: fx.Graph, device: str) -> None:
-    """Run the graph on meta tensors and note, for each node, whose memory its backward keeps."""
+    """Run the graph on meta tensors, and note for every node whose memory autograd saves for its backward."""
     values: dict[fx.Node, Any] = {}
     owner: dict[int, str] = {}
     parameters: set[int] = set()
@@ -169,7 +172,8 @@ def _saved(graph: fx.Graph, device: str) -> None:
 
 
 def _gradients(graph: fx.Graph, device: str) -> None:
-    """Note which operands are parameters that get gradients, or views of such, and what is no kernel's backward."""
+    """Note which operands are trained parameters or views of them, and the gradients that exist in a backward that is
+    no kernel's."""
     parameters = {node.name for node in graph.find_nodes(op="placeholder") if info(node).kind == "parameter"}
     for node in calls(graph):
         taken = [(i, info(n)) for i, n in enumerate(operands(node)) if n is not None]
@@ -181,13 +185,13 @@ def _gradients(graph: fx.Graph, device: str) -> None:
 
 
 def _is_kernel(name: str, device: str) -> bool:
-    """Attention keeps no scores on any device; the fused norms are kernels on GPUs alone."""
+    """Whether a fused kernel runs: for attention on every device, for norms on GPUs alone."""
     return name == "aten.scaled_dot_product_attention" or device != "cpu"
 
 
 class _Attention(torch.autograd.Function):
-    """What a flash kernel keeps: query, key, value, mask, output and one log-sum-exp (float32) a query. The output lies
-    as (samples, queries, heads, width), so that to bring the heads together again takes no copy."""
+    """Saves what a flash attention kernel saves: query, key, value, mask, output, and for each query a log-sum-exp in
+    float32. In memory the output is (samples, queries, heads, width), so that a reshape to all heads takes no copy."""
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, mask: Any = None, *rest: Any) -> Any:
@@ -200,7 +204,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _RmsNorm(torch.autograd.Function):
-    """What the kernel keeps: input, weight and one reciprocal root (float32) a row."""
+    """Saves what the RMSNorm kernel saves: input, weight, and for each row a reciprocal root in float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, *rest: Any) -> Any:

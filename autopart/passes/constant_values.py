@@ -1,9 +1,9 @@
-"""Values that depend on shapes and buffers alone, and what the masks made of them look like.
+"""Values that depend on shapes and buffers alone, and the patterns of masks among them.
 
-Values are tensors, computed when asked for. The mask of a long sequence would take a byte for each pair of tokens, so
-it is looked at in blocks: a comparison rises or falls with each of its sides, and the least and largest numbers of a
-block's rows and columns tell where it is true, or false, in all of the block. The blocks of which they do not tell,
-such as those on the diagonal of a causal mask, are computed one at a time.
+A value is a tensor that is computed when it is asked for. The mask of a long sequence is not: it would take a byte for
+each pair of tokens. It is bounded in blocks of rows and columns instead. A comparison is monotonic in each of its
+sides, so that the least and largest numbers of a block's rows and columns bound it in the block. Blocks whose bounds
+differ, such as those on the diagonal of a causal mask, are computed one at a time.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from autopart.sharding.rules.base import replaced
 
 Tensor = torch.Tensor
 Take = Callable[[Tensor, bool], Tensor]
-"""Takes, of numbers in rows and columns, one block or the least or most of every block."""
+"""(numbers in rows and columns, whether the largest is asked for) -> one block, or the bounds of every block."""
 LARGEST = 2**24
-"""Elements: larger values are not computed."""
+"""The largest number of elements of a value that is computed."""
 BLOCK = 128
-"""Rows, and columns, of a block."""
+"""The number of rows, and of columns, of a block."""
 
 COMPARISONS = {"aten.le": "-+", "aten.lt": "-+", "aten.ge": "+-", "aten.gt": "+-"}
-"""Operators -> for each argument, whether the result never falls (+) or never rises (-) as that rises. A NaN does not
-rise, so none of these takes floating-point tensors."""
+"""Operators -> for each argument, whether the result is non-decreasing (+) or non-increasing (-) in it. Arguments that
+may be NaN, those of floating-point dtypes, are not bounded so."""
 LOGIC = {
     **dict.fromkeys(("aten.__and__", "aten.bitwise_and", "aten.logical_and"), "++"),
     **dict.fromkeys(("aten.__or__", "aten.bitwise_or", "aten.logical_or"), "++"),
     **dict.fromkeys(("aten.bitwise_not", "aten.logical_not"), "-"),
 }
-"""The same, where the arguments are booleans."""
+"""Operators on booleans -> the same."""
 RESHAPES = ("aten.reshape", "aten.unsqueeze")
 
 PATTERNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "all": lambda row, column: row >= 0 * column,
     "causal": lambda row, column: row >= column,
 }
-"""What a mask is at a row and a column; none falls as the row rises, or rises as the column does."""
+"""Patterns: the value of a mask at a row and a column, non-decreasing in the row and non-increasing in the column."""
 
 
 class ConstantValues:
-    """What is known of the nodes of a graph that depend on shapes and buffers alone."""
+    """The values and patterns of a graph's nodes that depend on shapes and buffers alone."""
 
     def __init__(self, buffers: Mapping[str, Tensor | None]) -> None:
         self.buffers = buffers
@@ -60,8 +60,8 @@ class ConstantValues:
         return self.known[node]
 
     def pattern(self, node: fx.Node) -> str:
-        """Of a mask: "all" where it is true everywhere, "causal" where it is lower-triangular, "" where it is another
-        or not known."""
+        """The pattern of a mask: "all" if it is true everywhere, "causal" if it is lower-triangular, "" if it is
+        another or is not known."""
         if node not in self.patterns:
             self.patterns[node] = self._pattern(node) if info(node).dtype == torch.bool else ""
         return self.patterns[node]
@@ -99,7 +99,7 @@ class ConstantValues:
         return next((name for name in names if self._is(partial(wanted, name), mask, least, most)), "")
 
     def _is(self, wanted: Callable[[Take, bool], Tensor], mask: fx.Node, least: Tensor, most: Tensor) -> bool:
-        """Whether a mask that is at least and at most this in each block is the wanted one everywhere."""
+        """Whether a mask, with its bounds in each block, is the wanted one everywhere."""
         lowest, highest = wanted(_bound, False), wanted(_bound, True)
         if bool((least & ~lowest | ~most & highest).any()):
             return False
@@ -112,7 +112,7 @@ class ConstantValues:
         return True
 
     def _taken(self, node: fx.Node, take: Take, most: bool) -> Tensor | None:
-        """What `take` takes of the node's value; None where that is not known."""
+        """`take` of the node's value; None where it is not known."""
         record, inputs = info(node), node.all_input_nodes
         name = ".".join(record.name.split(".")[:2])
         if name == "aten.expand":
@@ -135,8 +135,10 @@ class ConstantValues:
 
 
 def _once(node: fx.Node, values: Mapping[fx.Node, Tensor]) -> tuple[Any, dict[fx.Node, Tensor], torch.Size]:
-    """The arguments, operands and shape with which the node gives one element of every dim along which its value
-    repeats: the operands that have the dim repeat along it in memory, and its row lets it pass."""
+    """The arguments, operands and shape of a call that gives one element of every dim along which the value repeats.
+
+    The value repeats along a dim if the operator's rule splits the dim and all operands with it have stride 0 there.
+    """
     record, rule, found, shape = info(node), RULES.get(info(node).name), dict(values), list(info(node).shape)
     if rule is None or callable(rule.resize):
         return node.args, found, torch.Size(shape)
@@ -155,7 +157,7 @@ def _once(node: fx.Node, values: Mapping[fx.Node, Tensor]) -> tuple[Any, dict[fx
 
 
 def _bound(numbers: Tensor, most: bool) -> Tensor:
-    """The least or largest number of the rows of each block, and of its columns."""
+    """The least or largest number of each block."""
     for dim in (-2, -1):
         parts = numbers.split(BLOCK, dim)
         numbers = torch.cat([p.amax(dim, True) if most else p.amin(dim, True) for p in parts], dim)
@@ -163,7 +165,7 @@ def _bound(numbers: Tensor, most: bool) -> Tensor:
 
 
 def _block(place: list[int], numbers: Tensor, most: bool) -> Tensor:
-    """The numbers of one block; those that are the same in all rows or columns are there once."""
+    """The numbers of one block. A dim of size 1 is the same in all blocks."""
     for dim, number in zip((-2, -1), place, strict=True):
         if numbers.shape[dim] > 1:
             start = number * BLOCK
@@ -172,7 +174,7 @@ def _block(place: list[int], numbers: Tensor, most: bool) -> Tensor:
 
 
 def _collapse(values: Tensor) -> Tensor:
-    """One element of every dim along which the tensor only repeats itself in memory."""
+    """The tensor with one element of every dim of stride 0."""
     for dim, stride in enumerate(values.stride()):
         if stride == 0:
             values = values.narrow(dim, 0, min(1, values.shape[dim]))
@@ -180,7 +182,7 @@ def _collapse(values: Tensor) -> Tensor:
 
 
 def _repeat(values: Tensor) -> Tensor:
-    """A small tensor with the dims along which all elements are equal reduced to one element."""
+    """The tensor with one element of every dim along which all elements are equal; large tensors as they are."""
     if not 0 < values.numel() <= 2**22:
         return values
     for dim, size in enumerate(values.shape):

@@ -1,8 +1,8 @@
-"""fx.Graph -> LayeredGraph: the graph as a row of segments, equal ones recognised by structure.
+"""fx.Graph -> LayeredGraph: the graph as a row of segments, with equal segments in one class.
 
-A run is the nodes of one numbered module ("model.layers.3"), or of one other module between them. Two runs are
-of one class when they compute the same thing from the same kinds of values, whatever their names. Planning
-decides once for each class; cuts fall between runs.
+A segment is the nodes of one numbered module ("model.layers.3"), or of one other module between them. Two segments are
+of one class if they compute the same from values of the same shapes and dtypes, whatever the names. The planner decides
+once for each class, and cuts the model between segments.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from autopart.ir.random_ops import relative
 
 
 def fold_layers(traced: Traced) -> LayeredGraph:
-    """Find the runs and their classes."""
+    """Find the segments and their classes."""
     graph = traced.graph
     free = _free(graph)
     segments: list[Segment] = []
@@ -64,7 +64,7 @@ def fold_layers(traced: Traced) -> LayeredGraph:
 def _pair_own(
     node: fx.Node, label: str, twin: fx.Node, first: str, prints: Fingerprints, same: dict[fx.Node, fx.Node]
 ) -> None:
-    """What a block makes of its buffers and of inputs is of one class with what its twin makes of its own."""
+    """Put what a block makes of buffers and inputs into one class with what an equal block makes of its own."""
     todo = [(node, twin)]
     while todo:
         mine, other = todo.pop()
@@ -77,7 +77,7 @@ def _pair_own(
 
 
 def _free(graph: fx.Graph) -> set[fx.Node]:
-    """Operators outside numbered layers, or feeding such, that only inputs and buffers reach."""
+    """The operators that only inputs and buffers reach and that have no gradient."""
     loss, free = loss_of(graph), set()
     for node in calls(graph):
         clean = all(n in free or info(n).kind in ("input", "buffer") for n in node.all_input_nodes)
@@ -87,8 +87,10 @@ def _free(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _merge_returning(segments: list[Segment]) -> None:
-    """A layer left and entered again (code between its parts) is one run where order allows it: the nodes in
-    between join it. What is no layer may come again anywhere: the dropout before and after all layers."""
+    """Merge the segments of a numbered module that is entered several times, with all segments in between.
+
+    Other modules may have several segments, such as a dropout before and behind all layers.
+    """
     i = 0
     while i < len(segments):
         layer = info(segments[i].nodes[0]).layer
@@ -101,7 +103,7 @@ def _merge_returning(segments: list[Segment]) -> None:
 
 
 def _signature(segment: Segment) -> tuple[Any, ...]:
-    """What the run computes, with local numbers for names; sets its externals."""
+    """What a segment computes, with local numbers in place of names. Sets the segment's externals."""
     local: dict[fx.Node, tuple[str, Any]] = {n: ("node", i) for i, n in enumerate(segment.nodes)}
     externals: list[fx.Node] = []
 

@@ -1,17 +1,20 @@
-"""fx.Graph -> Table: everything there is to decide, for one size of the tensor-parallel axis.
+"""LayeredGraph -> StrategyTable: everything there is to decide, for one size of the tensor-parallel axis.
 
-One binary x[v, s] for each node v of a class of equal blocks and each of its strategies s (one along every axis):
+The table is that of an integer linear program. x[v, s] is 1 where node v takes strategy s, e[f, u, p, q] where value f
+is made in placement p and its use u takes it in q, c[f, p, w] where f is made in p and resharded by the chain w of
+reshards, k[m, p] where tensor m is saved in placement p:
 
-    (1)  sum_s x[v, s] = 1
-    (2)  e[f, u, p, q] moves the value of flow f from placement p to the placement q that its use u takes; its
-         marginals are the x of the source that give p, and the x of the user that take q
-    (3)  c[f, w] >= sum of e[f, u, p, q] whose chain of changes begins with w, for every use u: a change is paid once
-         however many use it
-    (4)  k[m, p] >= x of every strategy that keeps the memory m in placement p: what is kept is held once
-    (5)  minimise  sum x * seconds + sum c * change seconds + price of a byte * (sum x * state + sum k * kept)
+    (1)  sum over s of x[v, s] = 1                                                   for every node v
+    (2)  sum over q of e[f, u, p, q] = sum of x[v, s] where v makes f in p under s   for every f, u, p
+         sum over p of e[f, u, p, q] = sum of x[v, s] where v takes f in q under s   for every f, u, q
+    (3)  c[f, p, w] >= sum over q of e[f, u, p, q] whose chain begins with w         for every f, u, p, w
+    (4)  k[m, p] >= sum of x[v, s] where v saves m in p under s                      for every m, p and v that saves m
+    (5)  minimise  sum x * seconds + sum c * seconds + memory multiplier * (sum x * state bytes + sum k * saved bytes)
 
-`dp` splits samples wherever an operator's rule allows it; `tp` any other letter. This file lists nodes, strategies
-and changes of placement; `weigh` prices them and `solve` writes the equations.
+By (3) a reshard is paid once however many uses need it, and by (4) a tensor is saved once however many nodes save it.
+
+Along `dp` strategies split samples, wherever an operator's rule allows it; along `tp` they split any other letter. The
+prices come from `autopart.cost`, the equations as a matrix from `constraint_matrix`.
 """
 
 from __future__ import annotations
@@ -35,20 +38,23 @@ from autopart.sharding.rules import Strategy, is_contraction, strategies
 from autopart.sharding.strategy_table import Node, Placements, StrategyTable, Value, ValueUses
 
 END = "loss"
-"""The key of the pseudo-node that takes the loss, whole on every rank."""
+"""The key of the pseudo-node that takes the loss, which is whole on every rank."""
 
 Hints = Mapping[tuple[fx.Node, int], set[Placement]]
 
 
 def formulate(layered: LayeredGraph, device: Device, tp: int, forced: bool = False) -> StrategyTable:
-    """The table for `tp` ranks along the tensor-parallel axis and any number along the data-parallel one. With
-    `forced`, every product's weights have to be split over `tp`; PartitionError where none can be."""
+    """The table for `tp` ranks along the tensor-parallel axis, and for any number along the data-parallel axis.
+
+    With `forced`, the weights of every product that can be split over `tp` have to be. Raises PartitionError where no
+    product can be.
+    """
     axes = ("dp", "tp") if tp > 1 else ("dp",)
     return _Builder(layered, device, axes, tp, forced).table()
 
 
 class _Builder:
-    """Writes nodes with their strategies, and flows with the changes between them."""
+    """Writes the nodes with their strategies, and the values with the reshards between them."""
 
     def __init__(self, layered: LayeredGraph, device: Device, axes: tuple[str, ...], tp: int, forced: bool) -> None:
         self.layered, self.device, self.axes, self.tp, self.forced = layered, device, axes, tp, forced
@@ -111,7 +117,7 @@ class _Builder:
         )
 
     def _check_splits(self) -> None:
-        """Raise PartitionError where an axis that was asked for would leave every product whole."""
+        """Raise PartitionError where no product can be split over the tensor-parallel axis that was asked for."""
         products = [i for i, n in enumerate(self.positions.nodes) if is_contraction(info(n).name)]
         if not products or any(option[1].shards_work for i in products for option in self.nodes[i].options):
             return
@@ -134,7 +140,7 @@ class _Builder:
         return self.positions.index[self.layered.same[source]], output
 
     def _options(self, node: fx.Node, hints: Hints) -> list[tuple[Strategy, ...]]:
-        """The strategies along every axis that go together: no dim of a tensor is split twice."""
+        """The strategies of a node, each one along every axis. No two axes split the same dim of a tensor."""
         wanted = tuple(sorted(hints.get((node, 0), ()), key=str))
         samples = self.positions.samples
         if node not in samples:
@@ -143,14 +149,14 @@ class _Builder:
         return [pair for pair in itertools.product(*along) if not _collide(pair)]
 
     def _write(self, write: Write) -> Node:
-        """A pseudo-operator that writes the new value of buffers, in the placement of its buffer."""
+        """The pseudo-operator that writes the new value of a buffer, in the placement of the buffer."""
         known = self.nodes[write.buffer]
         options = [tuple(Strategy(s.name, s.outputs * 2, s.outputs) for s in option) for option in known.options]
         reads: list[tuple[int, int] | None] = [(write.buffer, 0), write.taken]
         return Node(f"{known.key}/update", "op", options, known.values, reads, [0, 1], group=write.group)
 
     def _chains(self, flow: ValueUses) -> ValueUses:
-        """Fill in the changes of placement that are possible."""
+        """Add the possible reshards to a value."""
         source = self.nodes[flow.source]
         grad = source.values[flow.output].grad
         haves = {source.given(o, flow.output): None for o in range(len(source.options))}
@@ -165,7 +171,7 @@ class _Builder:
         return flow
 
     def _let_through(self, flow: ValueUses) -> None:
-        """Leave out changes before a view of the same size that can take the value as it is made: the same change
+        """Remove reshards before a view that can take the value as it is made and gives as many bytes: the same reshard
         behind the view costs as much."""
         ((node, operand),) = flow.uses
         view, value = self.nodes[node], self.nodes[flow.source].values[flow.output]
@@ -180,14 +186,14 @@ class _Builder:
 
 
 def _alike(have: Placements, want: Placements, before: Placements, after: Placements) -> bool:
-    """Whether a change behind a view is the change before it."""
+    """Whether the reshard `have` to `want` behind a view is the same as `before` to `after` in front of it."""
     kinds = [tuple(p.kind for p in placed) for placed in (have, want, before, after)]
     parted = any(p.parts for placed in (have, want, before, after) for p in placed)
     return kinds[0] == kinds[2] and kinds[1] == kinds[3] and not parted and all(map(possible, have, want))
 
 
 def _firsts(arguments: Sequence[fx.Node | None]) -> list[int]:
-    """For every operand the first that is the same value."""
+    """For every operand the index of the first operand that is the same value."""
     values = [None if n is None else value_of(n) for n in arguments]
     return [values.index(v) for v in values]
 
@@ -200,8 +206,10 @@ def _bytes(record: Info, output: int) -> float:
 
 
 def _hints(layered: LayeredGraph, nodes: list[fx.Node], size: int) -> Hints:
-    """Placements that consumers would like, walked from the end: with parts, as a fused q, k, v product learns from the
-    split behind it; gathered again, as a view learns from the product behind it."""
+    """(node, output) -> placements with parts, M or G in which users would take the output, found from the end.
+
+    So a fused product for q, k and v is split in three parts, since the split behind it would take them so.
+    """
     hints: dict[tuple[fx.Node, int], set[Placement]] = defaultdict(set)
     for node in reversed(nodes) if size > 1 else ():
         if info(node).kind != "op":
@@ -219,8 +227,10 @@ def _hints(layered: LayeredGraph, nodes: list[fx.Node], size: int) -> Hints:
 
 
 def _samples(node: fx.Node) -> list[Strategy]:
-    """Strategies along `dp`: those that split samples, or else none. Too few samples are traced to divide, so that
-    they are taken to be split into one piece."""
+    """The strategies along `dp`: those that split samples, or without any those that split nothing.
+
+    Too few samples are traced to divide over dp, so that samples are split into one piece here.
+    """
     options = _known(node, 1, ())
     if info(node).kind == "parameter":
         return [o for o in options if o.name in "RC"]
@@ -228,7 +238,7 @@ def _samples(node: fx.Node) -> list[Strategy]:
 
 
 def _letters(node: fx.Node, size: int, wanted: Sequence[Placement], forced: bool) -> list[Strategy]:
-    """Strategies along `tp`: those that do not split samples."""
+    """The strategies along `tp`: those that split no samples. `forced`: a product's weights have to be split."""
     options = [o for o in _known(node, size, wanted) if not _counts_samples(node, o)]
     options += [again for o in options for again in _gathered_again(node, o, wanted)]
     if forced and is_contraction(info(node).name):
@@ -239,8 +249,8 @@ def _letters(node: fx.Node, size: int, wanted: Sequence[Placement], forced: bool
 
 
 def _gathered_again(node: fx.Node, option: Strategy, wanted: Sequence[Placement]) -> Iterator[Strategy]:
-    """A product's split where it keeps a part of an operand that it takes whole, which backward gathers again; and the
-    views before it."""
+    """The strategies that take placement G in place of C: of a product for an operand that it saves, and of the views
+    before the product."""
     record = info(node)
     if record.view and G in wanted and option.outputs == option.inputs == (C,):
         yield Strategy("G", (G,), (G,))
@@ -252,7 +262,7 @@ def _gathered_again(node: fx.Node, option: Strategy, wanted: Sequence[Placement]
 
 
 def _known(node: fx.Node, size: int, wanted: Sequence[Placement]) -> list[Strategy]:
-    """All strategies of a node along one axis."""
+    """All strategies of a node along one axis of `size` ranks."""
     record = info(node)
     if record.kind == "op":
         options = strategies(record.name, shape_args(node), record.shapes, size, wanted)

@@ -1,4 +1,4 @@
-"""fx.Graph -> fx.Graph: subgraphs become the kernels whose torch reference they are."""
+"""fx.Graph -> fx.Graph: a subgraph that computes the same as a fused kernel becomes a call of the kernel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from autopart.kernels.rms_norm import rms_norm
 
 
 def fuse(traced: Traced) -> Traced:
-    """Swap in fused kernels, in place."""
+    """Replace every RMSNorm that is written out by a call of its kernel, in place."""
     graph = traced.graph
     for node in calls(graph):
         found = _match_rms_norm(node)
@@ -22,7 +22,7 @@ def fuse(traced: Traced) -> Traced:
 
 
 def _cast(node: object) -> object:
-    """What a dtype cast casts; anything else is itself."""
+    """The operand of a dtype cast; of another node the node itself."""
     args = call_args(node, "aten._to_copy")
     return args[0] if args else node
 
@@ -36,7 +36,7 @@ def _product(node: object) -> list[tuple[fx.Node, fx.Node]]:
 
 
 def _match_rms_norm(node: fx.Node) -> tuple[fx.Node, fx.Node, float, torch.dtype | None] | None:
-    """weight * cast(h * rsqrt(mean(h^2) + eps)), with h = cast(x): (x, weight, eps, dtype computed in)."""
+    """(x, weight, eps, dtype of h) where a node is weight * cast(h * rsqrt(mean(h^2) + eps)) with h = cast(x)."""
     for weight, normed in _product(node):
         if info(weight).kind != "parameter" or len(info(weight).shape) != 1:
             continue

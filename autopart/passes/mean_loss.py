@@ -1,11 +1,11 @@
-"""Whether a loss is a mean over samples, so that micro-batches' losses average to the whole batch's.
+"""Whether a loss is a mean over samples: then the mean of the micro-batches' losses is the loss of the batch.
 
-Every value is, in terms of the samples, one of
-    ONE      the same whatever the samples
-    int      a value for each sample, which this dim counts
-    MEAN     of the whole batch, the mean of what micro-batches of equal size give
-    SUM      likewise their sum
-    MIXED    anything else: a sort of all tokens, batch statistics, the product of two means
+Every value is, with respect to the samples, one of
+    ONE      independent of the samples
+    int      one value for each sample; the number is the dim that counts samples
+    MEAN     for the whole batch, the mean of the values for micro-batches of equal size
+    SUM      for the whole batch, the sum of the values for micro-batches
+    MIXED    anything else, such as a sort of all tokens, batch statistics, or the product of two means
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ State = str | int
 Value = tuple[fx.Node, int]
 
 ADDS = {"aten.add.Tensor", "aten.sub.Tensor", "aten.rsub.Scalar", "aten.cat", "aten.stack"}
-"""Of a mean and a constant they make a mean."""
+"""Operators that make a MEAN of a MEAN and a ONE."""
 
 
 def first_mixing(graph: fx.Graph) -> fx.Node | None:
-    """The first operator behind which the loss is no mean over samples; None where it is one."""
+    """The first operator by which the loss is no mean over samples; None if it is one."""
     states: dict[Value, State] = {
         (n, 0): ONE if (batch := info(n).batch) is None else batch for n in graph.nodes if n.op == "placeholder"
     }
@@ -63,7 +63,7 @@ def _states(node: fx.Node, states: Mapping[Value, State]) -> Sequence[State]:
 
 
 def _by_sample(option: Strategy, sources: Sequence[Value | None], given: Sequence[State | None]) -> bool:
-    """Whether the strategy splits every operand as its samples lie; constants may be split where they repeat."""
+    """Whether a strategy splits every operand along its dim of samples, and constants only where they repeat."""
     for wanted, source, state in zip(option.inputs, sources, given, strict=True):
         if source is None or wanted is None:
             continue
@@ -76,7 +76,7 @@ def _by_sample(option: Strategy, sources: Sequence[Value | None], given: Sequenc
 
 
 def _repeats(value: Value, dim: int) -> bool:
-    """Whether a constant may be cut along `dim` into equal pieces: a factory's, and what is made from such."""
+    """Whether a constant is the same in all pieces along `dim`: it comes from factories that may be split there."""
     node = value[0]
     if node.op == "placeholder":
         return False
@@ -92,7 +92,7 @@ def _repeats(value: Value, dim: int) -> bool:
 
 
 def _of_whole(name: str, kinds: set[State], given: Sequence[State | None], options: Sequence[Strategy]) -> State:
-    """A function of means, sums and constants."""
+    """The kind of a value that is computed from means, sums and constants."""
     total = kinds - {ONE}
     if len(total) > 1:
         return MIXED

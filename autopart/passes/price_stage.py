@@ -1,4 +1,4 @@
-"""A stage's graph -> seconds: what the expanded plan costs, node by node."""
+"""A stage's graph -> seconds: the price of every segment, as the sum over its nodes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,13 @@ BY_FUNCTION = {f"runtime.{row.function}": row for row in RESHARDS.values()}
 
 @dataclass(frozen=True)
 class PricedSegment:
-    """A run of a stage: its label, seconds forward and backward for one micro-batch, and its lines; `again` is what it
-    adds where all of it is run again, `cheap` where all but matrix products is."""
+    """The price of a segment for one micro-batch.
+
+    forward, backward  seconds of its operators and reshards
+    again              seconds that full recomputation adds;  cheap: seconds that recomputation of all but matrix
+                       products adds
+    lines              one line of the plan for every node
+    """
 
     label: str
     forward: float
@@ -36,14 +41,14 @@ class PricedSegment:
 
 @dataclass(frozen=True)
 class Prices:
-    """What prices depend on: the device, and the ranks of each axis."""
+    """What prices depend on: the device, and by axis the group of ranks."""
 
     device: Device
     axes: Mapping[str, Group]
 
 
 def price_stage(stage: StageGraph, prices: Prices) -> list[PricedSegment]:
-    """Price every run of a stage."""
+    """The price of every segment of a stage, in order."""
     computed = _computed([n for _, nodes in stage.segments for n in nodes], prices.device)
     segments = []
     for label, nodes in stage.segments:
@@ -72,7 +77,7 @@ def price_stage(stage: StageGraph, prices: Prices) -> list[PricedSegment]:
 
 
 def _computed(nodes: Sequence[fx.Node], device: Device) -> dict[fx.Node, Seconds]:
-    """Seconds of everything that is no change of placement."""
+    """Node -> seconds, for every operator that is no reshard."""
     operators = [n for n in nodes if info(n).name not in BY_FUNCTION]
     seconds = work_seconds(work_of([info(n) for n in operators], device), device)
     each = zip(operators, seconds.forward.tolist(), seconds.backward.tolist(), strict=True)
@@ -80,7 +85,7 @@ def _computed(nodes: Sequence[fx.Node], device: Device) -> dict[fx.Node, Seconds
 
 
 def _moved(node: fx.Node, prices: Prices) -> Seconds:
-    """Seconds of a change of placement."""
+    """Seconds of a reshard; 0 for other nodes."""
     record = info(node)
     row = BY_FUNCTION.get(record.name)
     if row is None:

@@ -1,6 +1,6 @@
 """fx.Graph -> fx.Graph: every random operator draws from a stream of its own (`autopart.ir.random_ops`).
 
-Attention with dropout is written out, since no fused kernel draws such masks.
+Attention with dropout becomes products, a softmax and a dropout, since no fused kernel draws from such streams.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ New = Callable[..., fx.Node]
 
 
 def randomness(traced: Traced) -> Traced:
-    """Replace random operators, in place. PartitionError for those that have no counterpart."""
+    """Replace random operators in place. Raises PartitionError for an operator that `REWRITES` does not have."""
     graph = traced.graph
     drawn: Counter[str] = Counter()
     for node in calls(graph):
@@ -51,7 +51,7 @@ def _random(node: fx.Node) -> bool:
 
 
 def _filled(node: fx.Node, required: int, *defaults: Any) -> list[Any]:
-    """The arguments: those required, and the others, taken from `defaults` where they are left out."""
+    """All arguments of a call: the `required` ones, and behind them those given or else from `defaults`."""
     return [*node.args, *defaults[len(node.args) - required :]]
 
 
@@ -70,7 +70,7 @@ def _native_dropout(new: New, node: fx.Node, stream: Stream) -> fx.Node:
 
 
 def _feature_dropout(new: New, node: fx.Node, stream: Stream) -> fx.Node:
-    """One draw for each channel: dims 0 and 1."""
+    """One draw for each sample and channel (dims 0 and 1)."""
     x, p, _ = node.args
     shape = info(x).shape  # type: ignore[arg-type]
     ones = new(aten.full.default, [*shape[:2], *[1] * (len(shape) - 2)], 1.0, kwargs={"dtype": info(node).dtype})
@@ -78,7 +78,7 @@ def _feature_dropout(new: New, node: fx.Node, stream: Stream) -> fx.Node:
 
 
 def _rand(new: New, node: fx.Node, stream: Stream) -> fx.Node:
-    """As precise as float32 or the node's dtype; of an empty tensor only the size counts."""
+    """Uniform numbers in float32, or in the node's dtype if that is wider."""
     dtype = torch.promote_types(info(node).dtype, torch.float32)
     if dtype.is_complex:
         raise _refusal(node, f"it draws {dtype}")
@@ -91,13 +91,14 @@ def _rand(new: New, node: fx.Node, stream: Stream) -> fx.Node:
 
 
 def _cast(new: New, node: fx.Node, drawn: fx.Node) -> fx.Node:
-    """In the node's dtype."""
+    """Drawn numbers in the node's dtype."""
     dtype = info(node).dtype
     return drawn if info(drawn).dtype == dtype else new(aten._to_copy.default, drawn, kwargs={"dtype": dtype})
 
 
 def _standard(new: New, node: fx.Node, stream: Stream) -> fx.Node:
-    """In the node's dtype, whose largest number below 1 is none of float32's."""
+    """Uniform numbers in the node's dtype. A cast from float32 could round to 1, and is clamped to the largest number
+    below."""
     below = 1 - torch.finfo(info(node).dtype).eps / 2
     drawn = _cast(new, node, _rand(new, node, stream))
     exact = info(node).dtype in (torch.float32, torch.float64)
@@ -110,7 +111,7 @@ def _uniform(new: New, node: fx.Node, stream: Stream) -> fx.Node:
 
 
 def _normal(new: New, node: fx.Node, stream: Stream) -> fx.Node:
-    """sqrt(2) erfinv(2 u - 1) is normal where u is uniform."""
+    """Normal numbers: sqrt(2) erfinv(2 u - 1) of a uniform u."""
     mean, deviation = 0.0, 1.0
     if info(node).name == "aten.normal_functional":
         _, mean, deviation = _filled(node, 1, 0.0, 1.0)
@@ -131,7 +132,7 @@ def _exponential(new: New, node: fx.Node, stream: Stream) -> fx.Node:
 
 
 def _bernoulli(new: New, node: fx.Node, stream: Stream) -> fx.Node:
-    """With one probability for all (an argument), or one for each element (the input)."""
+    """u < p, with p an argument, or the input where there is a probability for each element."""
     chance = node.args[1] if len(node.args) > 1 else node.args[0]
     less = aten.lt.Tensor if isinstance(chance, fx.Node) else aten.lt.Scalar
     return _cast(new, node, new(less, _rand(new, node, stream), chance))
@@ -156,7 +157,7 @@ def _attention(new: New, node: fx.Node, stream: Stream) -> fx.Node:
 
 
 def _repeated(new: New, x: fx.Node, times: int) -> fx.Node:
-    """Every head (dim 1) `times` times."""
+    """x with every head (dim 1) repeated `times` times."""
     batch, heads, *rest = info(x).shape
     spread = new(aten.expand.default, new(aten.unsqueeze.default, x, 2), [batch, heads, times, *rest])
     return new(aten.reshape.default, spread, [batch, heads * times, *rest])
@@ -189,7 +190,7 @@ REWRITES: dict[str, Callable[[New, fx.Node, Stream], fx.Node]] = {
     "aten.bernoulli": _bernoulli,
     "aten.bernoulli.p": _bernoulli,
 }
-"""Random operators that have a counterpart; others are refused."""
+"""Random operators -> functions that draw the same from a stream. Other random operators are refused."""
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 ONLY_WITH: dict[str, tuple[int, ...]] = {
     "aten.scaled_dot_product_attention": (4,),
@@ -201,4 +202,4 @@ ONLY_WITH: dict[str, tuple[int, ...]] = {
     **{f"aten.{name}.input": (5, 6) for name in RECURRENT},
     **{f"aten.{name}.data": (6, 7) for name in RECURRENT},
 }
-"""The arguments that must all be true for the operator to draw."""
+"""Operators that draw only if all of these arguments are true."""

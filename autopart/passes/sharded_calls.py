@@ -1,4 +1,4 @@
-"""What a stage calls in place of an operator that shards change, or that `autopart.runtime` knows better."""
+"""The functions of `autopart.runtime` that a stage calls in place of operators that are wrong on a shard."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from autopart.sharding.rules import Strategy
 
 @dataclass(frozen=True)
 class Call:
-    """A call with arguments on a rank: of `node` in the traced graph, under a strategy along every axis.
+    """A call of an operator on one rank.
 
-    streams   the stage's sources of random numbers
+    node     the operator in the traced graph;  args: its arguments in the stage's graph
+    chosen   (axis, strategy) for every axis
+    stage    the stage's graph
+    streams  name of a stream of random numbers -> its placeholder in the stage's graph
     """
 
     node: fx.Node
@@ -29,24 +32,26 @@ class Call:
     streams: Mapping[str, fx.Node]
 
     def axis_of(self, local: str) -> str:
-        """The axis along which `local` runs instead of the operator; "" where it does not."""
+        """The axis along which the strategy's function is `local`; "" if there is none."""
         return next((axis for axis, strategy in self.chosen if strategy.local == local), "")
 
 
 Instead = tuple[str, tuple[Any, ...], dict[str, Any]]
-"""The name of a function of `autopart.runtime`, and its arguments."""
+"""The name of a function of `autopart.runtime`, its arguments, and its keyword arguments."""
 
 
 def sharded_call(call: Call) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None:
-    """The call to make; None where the operator itself will do."""
+    """The function to call in place of the operator, with its arguments; None to call the operator itself."""
     find = TABLE.get(info(call.node).name)
     found = find(call) if find is not None else None
     return None if found is None else (runtime_function(found[0]), *found[1:])
 
 
 def _loss(call: Call) -> Instead | None:
-    """A mean over valid targets becomes a sum over the number there is in the whole batch. It must be a mean over
-    targets that count alike: none by class, none that are probabilities."""
+    """A mean over valid targets: the sum divided by the number of valid targets in the whole batch.
+
+    Means with a weight by class, and means over probabilities, stay as they are.
+    """
     node, args = call.node, call.args
     probabilities = info(node.args[1]).dtype.is_floating_point  # type: ignore[arg-type]
     if probabilities or tuple(node.args[2:4]) not in ((), (None,), (None, 1)):
@@ -73,7 +78,8 @@ def _experts(call: Call) -> Instead:
 
 
 def _where(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Random numbers follow the place in the whole tensor: its size, its dim of samples, and what of it is here."""
+    """Where the rank's elements are in the whole tensor, by which random numbers are drawn: the stream, the size, the
+    dim of samples, and by axis the dim that is split."""
     record = info(call.node)
     split = {axis: p for axis, strategy in call.chosen if (p := strategy.outputs[0]).kind == "S"}
     stream = call.streams[next(a for a in call.args if isinstance(a, Stream))]

@@ -1,9 +1,9 @@
-"""fx.Graph -> fx.Graph: less to split, cut and read; the same values.
+"""fx.Graph -> fx.Graph: the same values from fewer operators, of fewer kinds.
 
-Rewrites, each a function (graph, node) -> replacement or None, tried on every node in order:
-no-ops go, arguments become positional, biases stand apart from their products, matrix products of flattened
-tensors become products of the tensors themselves, and masks that depend on shapes alone are looked at: an
-all-true one is dropped, a causal one becomes `is_causal=True`.
+The rewrites are functions (graph, node, constant values) -> replacement or None. Each is tried on every node in order,
+until none applies. Operators that change nothing are removed. Arguments become positional. A bias is added apart from
+its product. Products of flattened tensors become products of the tensors themselves. A mask that depends on shapes
+alone is dropped where it is true everywhere, and becomes `is_causal=True` where it is lower-triangular.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def simplify(traced: Traced) -> Traced:
 
 
 def _merge_equal(graph: fx.Graph) -> None:
-    """Values without gradient that are computed twice from the same are computed once (rotary tables, masks)."""
+    """Compute a value without gradient once where it is computed twice from the same, such as a mask."""
     seen: dict[object, fx.Node] = {}
     for node in calls(graph):
         random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
@@ -74,7 +74,7 @@ def _rewrite(
 
 
 def _positional(node: fx.Node) -> None:
-    """Arguments that the schema allows by position go there; device and layout go away."""
+    """Pass arguments by position where the schema allows it, and remove those of device and layout."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return
     kwargs = {
@@ -92,7 +92,7 @@ def _positional(node: fx.Node) -> None:
 
 
 def _drop(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """Operators that change nothing."""
+    """The operand of an operator that changes nothing."""
     if not node.args or not isinstance(node.args[0], fx.Node):
         return None
     record, source = info(node), node.args[0]
@@ -111,7 +111,7 @@ def _drop(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node 
 
 
 def _only_piece(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """The one piece of a tensor that is not taken apart."""
+    """The tensor itself, where it is taken apart into one piece."""
     if info(node).name != "autopart.getitem":
         return None
     pieces = node.args[0]
@@ -125,7 +125,7 @@ def _only_piece(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx
 
 
 def _grid(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """A part of a mesh grid is a vector along one of its dims, repeated along the others; "xy" swaps the first two."""
+    """One output of meshgrid: a vector along one dim, expanded along the others. Indexing "xy" swaps the first two."""
     if not is_pick(node):
         return None
     grid, which = cast("tuple[Any, Any]", node.args)
@@ -141,7 +141,7 @@ def _grid(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node 
 
 
 def _experts(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """Rows times the weights gathered for each of them: no weight need be gathered."""
+    """A batched product of rows with the weights that are gathered for them, as one operator that gathers no weight."""
     squeezed = call_args(node, "aten.squeeze.dim") or call_args(node, "aten.squeeze.dims")
     product = call_args(squeezed[0], "aten.bmm") if squeezed else None
     for transposed, dim in ((False, 2), (True, 1)):
@@ -158,7 +158,7 @@ def _experts(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.No
 
 
 def _copy(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """What an in-place copy leaves: the source in the target's dtype and shape."""
+    """The value of an in-place copy: the source in the target's dtype and shape."""
     if info(node).name != "aten.copy":
         return None
     target, source = node.args[:2]
@@ -169,7 +169,7 @@ def _copy(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node 
 
 
 def _complex_write(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """A write into a part of a complex tensor, which torch cannot differentiate, is one into pairs of reals."""
+    """A write into a part of a complex tensor as a write into pairs of reals, which torch can differentiate."""
     if info(node).name not in ("aten.slice_scatter", "aten.select_scatter") or not info(node).dtype.is_complex:
         return None
     whole, part, *where = node.args
@@ -180,7 +180,7 @@ def _complex_write(graph: fx.Graph, node: fx.Node, constants: ConstantValues) ->
 
 
 def _conjugate(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """A conjugate is computed where it stands: views of lazy ones are not allowed everywhere."""
+    """A conjugate that is computed at once, since lazy conjugates allow not all views."""
     if info(node).name in ("aten.resolve_conj", "aten.resolve_neg"):
         return node.args[0]  # type: ignore[return-value]
     lazy = info(node).name in ("aten._conj", "aten.conj")
@@ -195,13 +195,13 @@ EMPTY = {
 
 
 def _initialised(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """A tensor of any values may as well be of zeros, on every rank."""
+    """A tensor of unset values as one of zeros, so that it is the same on every rank."""
     target = EMPTY.get(info(node).name)
     return None if target is None else new_call(graph, target, tuple(node.args), node, dict(node.kwargs))
 
 
 def _interleave(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """Repeating every element along a dim is a broadcast."""
+    """repeat_interleave along a dim, as an expand and a reshape."""
     if info(node).name != "aten.repeat_interleave.self_int" or len(node.args) < 3 or node.args[2] is None:
         return None
     source, times, dim = node.args
@@ -214,14 +214,14 @@ def _interleave(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx
 
 
 def _cast(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """A cast names its dtype."""
+    """type_as, as a cast to a dtype by name."""
     if info(node).name != "aten.type_as":
         return None
     return new_call(graph, aten._to_copy.default, (node.args[0],), node, {"dtype": info(node).dtype})
 
 
 def _reshape(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """Views become reshapes with every size spelt out; two in a row become one."""
+    """A view as a reshape to a shape without -1; two reshapes in a row as one."""
     names = ("aten.view", "aten._unsafe_view", "aten.reshape", "aten.flatten.using_ints", "aten.squeeze")
     if info(node).name not in names:
         return None
@@ -237,7 +237,8 @@ def _reshape(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.No
 
 
 def _bias_apart(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """x w + b is two operators: the bias is added once, also where the product is a partial sum."""
+    """A product with a bias as a product and an addition: where the product is a partial sum, the bias is added
+    once."""
     if info(node).name == "aten.addmm" and not node.kwargs:
         bias, left, right = node.args
         product = new_call(graph, aten.mm.default, (left, right), node)
@@ -250,7 +251,7 @@ def _bias_apart(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx
 
 
 def _unflatten(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """reshape(op(reshape(x, [-1, d])), [..., n]) is op(x): true of products and of adding a bias."""
+    """reshape(op(reshape(x, [-1, d])), [..., n]) as op(x), for a product with or without a bias."""
     if info(node).name != "aten.reshape":
         return None
     inner = node.args[0]

@@ -1,4 +1,4 @@
-"""Rewrites of masks, indices and targets, by what is known of constant values."""
+"""Rewrites behind simplify: of masks, indices and conditions with known values, and of losses by learned targets."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ aten = torch.ops.aten
 
 
 def _is_arange(values: torch.Tensor, dim: int, size: int) -> bool:
-    """Whether `values` counts 0..size-1 along `dim` and has size 1 elsewhere."""
+    """Whether `values` is 0, 1, ..., size - 1 along `dim`, and has size 1 in the other dims."""
     shape = [1] * values.dim()
     shape[dim] = size
     return list(values.shape) == shape and torch.equal(values.flatten(), torch.arange(size))
 
 
 def index_everything(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """x[arange[:, None], arange[None, :]] is x, reshaped."""
+    """x[arange[:, None], arange[None, :]] as x, reshaped."""
     if info(node).name != "aten.index.Tensor":
         return None
     source, indices = node.args
@@ -44,7 +44,7 @@ def index_everything(graph: fx.Graph, node: fx.Node, constants: ConstantValues) 
 
 
 def true_conditions(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """where(all true, x, y) is x; a & all true is a."""
+    """where(c, x, y) as x, and c & a as a, for a condition c that is true everywhere."""
     name = info(node).name
     if name in ("aten.where.self", "aten.where.ScalarOther"):
         pairs = [(node.args[0], node.args[1])]
@@ -61,7 +61,8 @@ def true_conditions(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -
 
 
 def attention_mask(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """An all-true mask is none, a lower-triangular one is causal, an expanded one broadcasts by itself."""
+    """Attention without a mask that is true everywhere, with `is_causal` in place of a lower-triangular mask, and with
+    the mask before its expansion in place of one that is expanded."""
     if info(node).name != "aten.scaled_dot_product_attention" or len(node.args) < 4:
         return None
     mask = node.args[3]
@@ -79,7 +80,8 @@ def attention_mask(graph: fx.Graph, node: fx.Node, constants: ConstantValues) ->
 
 
 def own_targets(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """A mean over targets that weights decide, whose number nobody knows before the forward pass: a sum by it."""
+    """A mean of losses over targets that depend on weights, as the sum divided by the number of valid targets: the
+    number is not known before the forward pass."""
     if info(node).name != "aten.cross_entropy_loss":
         return None
     given: tuple[Any, ...] = (*node.args, *(None, 1, -100, 0.0)[len(node.args) - 2 :])

@@ -1,4 +1,4 @@
-"""A model with its batch, through the passes from trace to fold_layers."""
+"""A model with its batch, through the passes from trace to unfold_layers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -28,23 +27,23 @@ from autopart.passes.trace import trace
 from autopart.passes.unfold_layers import unfold_layers
 from autopart.plan.data import Plan
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass
 class Source:
-    """A model with its batch, traced once for every micro-batch size and kind of device that is asked for."""
+    """A model with its batch, traced once for every micro-batch size and type of device that is asked for.
+
+    prepared  (samples, type of device) -> the layered graph of a trace of every block
+    planned   the same, of a trace with only the first of equal blocks
+    """
 
     model: nn.Module
     batch: Batch
     dtype: torch.dtype
     prepared: dict[tuple[int, str], LayeredGraph] = field(default_factory=dict)
     planned: dict[tuple[int, str], LayeredGraph] = field(default_factory=dict)
-    """Those of which only the first of equal blocks were traced."""
 
     def full(self, samples: int, mesh: Mesh) -> LayeredGraph:
-        """The folded graph of a micro-batch of `samples`."""
+        """The layered graph of a micro-batch of `samples`, from a trace of every block."""
         key = samples, mesh.device.type
         if key not in self.prepared:
             with paused():
@@ -52,7 +51,7 @@ class Source:
         return self.prepared[key]
 
     def sampled(self, samples: int, mesh: Mesh) -> LayeredGraph:
-        """The same to plan with, whose graph has only the first of equal blocks where they stand for all."""
+        """The layered graph to plan with, from a trace of the first of equal blocks where these stand for all."""
         key = samples, mesh.device.type
         if key not in self.planned:
             with paused():
@@ -60,7 +59,7 @@ class Source:
         return self.planned[key]
 
     def like(self, plan: Plan) -> LayeredGraph:
-        """The smallest graph that a plan is for. Raises PartitionError where it is for none of this model's."""
+        """The smallest layered graph that a plan fits. Raises PartitionError where the plan is for another model."""
         sizes = sorted({min(2, plan.micro_batch), plan.micro_batch})
         for layered in (self.sampled(samples, plan.mesh) for samples in sizes):
             if plan.signature.hash == layered.hash:
@@ -70,7 +69,8 @@ class Source:
         return layered
 
     def _traced(self, samples: int, mesh: Mesh, sampled: Sequence[SampledLayers] = ()) -> LayeredGraph:
-        """What samples do with each other is told by two of them: one has nobody to do it with."""
+        """The passes from trace to unfold_layers. Whether a loss mixes samples is known only from two or more of them:
+        a trace of one sample takes the answer from a trace of two, if there is one."""
         layered = prepare(self.model, outline(self.batch, samples), mesh, self.dtype, sampled)
         several = self.planned.get((2, mesh.device.type))
         if samples == 1 and several is not None:
@@ -78,7 +78,11 @@ class Source:
         return layered
 
     def _best_sample(self, samples: int, mesh: Mesh) -> LayeredGraph:
-        """With as many lists shortened as can be; where the model does not run so, the longest alone, then none."""
+        """A trace with as many lists of blocks sampled as possible.
+
+        A list whose first blocks do not stand for all is sampled with more blocks, then traced in full. Where the model
+        cannot be traced with several lists sampled, only the longest is sampled, then none.
+        """
         sampled = sampled_layers(self.model)
         traced_in_full: dict[str, str] = {}
         while sampled:
@@ -102,8 +106,8 @@ class Source:
 def prepare(
     model: nn.Module, batch: Batch, mesh: Mesh, dtype: torch.dtype, sampled: Sequence[SampledLayers] = ()
 ) -> LayeredGraph:
-    """Trace to fold, each pass verified and, if AUTOPART_DUMP names a folder, written there. Raises Unlike where the
-    first blocks of a list in `sampled` do not stand for all."""
+    """The passes from trace to unfold_layers. If AUTOPART_DUMP names a folder, the graph is verified after every pass
+    and written there. Raises UnlikeLayers where the first blocks of a list in `sampled` do not stand for all."""
     traced = _pass("trace", None, lambda: trace(model, batch, dtype, sampled))
     _pass("simplify", traced, lambda: simplify(traced))
     _pass("randomness", traced, lambda: randomness(traced))

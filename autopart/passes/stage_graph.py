@@ -1,4 +1,5 @@
-"""What `partition` makes and `price_stage` and `emit` read: every stage's graph, with what goes in and out."""
+"""The records that `partition` makes, and that `price_stage` and `emit` read: the graph of a stage, what it sends and
+receives, what autograd saves in it."""
 
 from __future__ import annotations
 
@@ -19,16 +20,16 @@ Value = tuple[fx.Node, int]
 Placements = tuple[Placement, ...]
 Splits = Mapping[str, Mapping[str, Strategy]]
 PRELUDE, PRELUDE_SEGMENT = "", -1
-"""Label and index of the run that holds what every block of a stage shares."""
+"""The label and the index of the segment of what a stage computes outside of all segments, such as masks."""
 
 
 OWNED = ("parameter", "buffer", "stream")
-"""Kinds of placeholders that a stage's module has as attributes; "stream" is a source of random numbers."""
+"""The kinds of placeholders that are attributes of a stage's module. "stream" is a source of random numbers."""
 
 
 @dataclass(frozen=True)
 class Crossing:
-    """A value sent between stages: its name, shape and bytes on a rank, and who makes and takes it."""
+    """A value that one stage sends to others: its name, its producer, its consumers, its shape and bytes on a rank."""
 
     name: str
     producer: int
@@ -41,11 +42,14 @@ class Crossing:
 
 @dataclass
 class Kept:
-    """Memory that autograd keeps for a micro-batch: bytes, whether several runs keep it, and the runs (in the folded
-    graph; -1: what blocks share) of this stage that do.
+    """Memory that autograd saves for one micro-batch on one rank.
 
-    product  whether a matrix product gave it or keeps it
-    wide     run -> bytes that it would keep besides where it is run again: there, what is gathered again is whole
+    size      its bytes
+    shared    whether several segments of the model save it
+    product   whether a matrix product made it or saves it
+    segments  the segments of this stage that save it, by their index in the layered graph, or PRELUDE_SEGMENT
+    wide      segment -> further bytes that it saves while it is recomputed: the parts that other ranks have of what is
+              gathered again
     """
 
     size: float
@@ -57,8 +61,8 @@ class Kept:
 
 @dataclass(frozen=True)
 class Valid:
-    """A mean over valid targets: the loss that divides by their number, the node that holds the targets, the label
-    that is ignored, and the axes that split the targets."""
+    """A loss that divides by the number of valid targets: its name, the node of the targets, the label that does not
+    count, and the axes that split the targets."""
 
     loss: str
     targets: fx.Node
@@ -68,31 +72,36 @@ class Valid:
 
 @dataclass
 class StageGraph:
-    """One stage's program: a graph in runs, and what goes in and out."""
+    """One stage as a rank runs it: the graph in segments, and what goes in and out.
+
+    segments  the label and the nodes of every segment;  indices: its index in the layered graph
+    inputs    the keys of the batch that the stage reads;  received, sent: what it takes from and gives to other stages
+    valid     the losses that divide by a number of valid targets
+    kept      (name of the node whose memory it is, placement) -> what autograd saves; "... inside" is what the operator
+              saves besides values
+    """
 
     index: int
     graph: fx.Graph = field(default_factory=fx.Graph)
     segments: list[tuple[str, list[fx.Node]]] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
-    """Of every run in the folded graph."""
+
     inputs: list[str] = field(default_factory=list)
     received: list[Crossing] = field(default_factory=list)
     sent: list[Crossing] = field(default_factory=list)
     valid: list[Valid] = field(default_factory=list)
     kept: dict[tuple[str, Placements], Kept] = field(default_factory=dict)
-    """(node whose memory it is, its placement) -> what autograd keeps for one micro-batch on one rank; "... inside" is
-    what an operator keeps besides values."""
 
 
 @dataclass(frozen=True)
 class ShardingAssignment:
-    """What was decided.
+    """The strategies that were chosen for every stage.
 
-    axes        (name, size) of the axes inside a stage
-    strategies  of each stage: axis -> the key of a representative -> its strategy
-    starts      the first position of each stage
-    scale       samples of the planned micro-batch over those traced
-    thin        axes that split samples, of which too few are traced to cut shapes: they count in sizes alone
+    axes        (name, ranks) of the mesh axes inside a stage
+    strategies  for each stage: axis -> key of a representative -> its strategy
+    starts      the index of the first segment of each stage
+    scale       samples of the planned micro-batch / samples traced
+    thin        axes that split samples while too few samples are traced to divide: they count in bytes, not in shapes
     """
 
     axes: tuple[tuple[str, int], ...]
@@ -114,7 +123,7 @@ class ShardingAssignment:
         return nbytes * self.grow(record) / self.parts(placements)
 
     def grow(self, record: Info) -> float:
-        """How many times larger a value is than traced."""
+        """Bytes of a value at the planned micro-batch / bytes as traced."""
         return self.scale if record.batch is not None else 1.0
 
     def growth(self, node: fx.Node) -> float:
@@ -123,15 +132,15 @@ class ShardingAssignment:
         return self.scale if counts else 1.0
 
     def parts(self, placements: Placements) -> int:
-        """Into how many pieces a value is cut."""
+        """The number of pieces that a value is split into."""
         return math.prod(size for p, (_, size) in zip(placements, self.axes, strict=True) if p.kind == "S")
 
     def shares(self, chosen: Sequence[Strategy]) -> int:
-        """How many ranks share an operator's work."""
+        """The number of ranks that share an operator's work."""
         return math.prod(size for s, (_, size) in zip(chosen, self.axes, strict=True) if s.shards_work)
 
     def matrix(self, product: Product | None, chosen: Sequence[Strategy], grow: float) -> Product | None:
-        """The matrix product of a rank, of an operator that works `grow` times more than traced."""
+        """The matrix product on one rank, of an operator whose work is `grow` times what was traced."""
         if product is None:
             return None
         four = [size * (grow if grows else 1.0) for size, grows in zip(product.sizes, product.grows, strict=False)]
@@ -142,17 +151,17 @@ class ShardingAssignment:
         return replace(product, sizes=product.sizes._replace(batch=batch, m=m, n=n, k=k))
 
     def of(self, layered: LayeredGraph, node: fx.Node, stage: int) -> tuple[Strategy, ...]:
-        """A node's strategy along every axis in a stage."""
+        """The strategy of a node along every axis, in a stage."""
         key = layered.keys[layered.same[node]]
         return tuple(self.strategies[stage][axis][key] for axis, _ in self.axes)
 
     def placements(self, layered: LayeredGraph, value: Value, stage: int) -> Placements:
-        """Where a value lies as made in a stage."""
+        """The placement in which a stage makes a value."""
         return tuple(s.outputs[value[1]] for s in self.of(layered, value[0], stage))
 
 
 class Named(str):
-    """A literal of the emitted code."""
+    """An expression that is written as it is into emitted code."""
 
     __slots__ = ()
 

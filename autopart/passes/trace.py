@@ -1,4 +1,4 @@
-"""nn.Module + batch -> fx.Graph: what `autopart.frontend.export` gives, with a record on every node."""
+"""nn.Module + batch -> fx.Graph: the graph that `autopart.frontend.export` gives, with a record on every node."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def trace(
     dtype: torch.dtype | None = None,
     sampled: Sequence[SampledLayers] = (),
 ) -> Traced:
-    """Trace one micro-batch's forward pass.
+    """Trace the forward pass of one micro-batch.
 
-    `batch` holds the model's keyword arguments, samples in dim 0 of every tensor; its size becomes the
-    micro-batch. `dtype`, if given, is what floating-point parameters are taken to be. Of the lists of blocks in
-    `sampled`, the graph has the first alone. No parameter is read: models on meta work. Raises PartitionError
-    naming the user's line where torch.export fails.
+    `batch` has the model's keyword arguments, with samples in dim 0 of every tensor; its size is the micro-batch.
+    `dtype`, if given, is the dtype that parameters of the model's main dtype are traced in. Of a list of blocks in
+    `sampled` only the first blocks are traced. No parameter's value is read, so that the model may be on meta. Raises
+    PartitionError, with the user's line, where the model cannot be traced or has no loss to train by.
     """
     sizes = {k: v.shape[0] for k, v in batch.items() if isinstance(v, torch.Tensor) and v.dim()}
     if not sizes or len(set(sizes.values())) != 1:
@@ -84,8 +84,10 @@ def trace(
 
 
 def _keep_loss(graph: fx.Graph, exported: torch.export.ExportedProgram) -> tuple[str, ...]:
-    """Make the graph's outputs the loss (the output called `loss`, else the first scalar) and then the new values of
-    the buffers that the forward pass changes, whose names it returns."""
+    """Make the graph's outputs the loss and, behind it, the new values of the buffers that the forward pass changes.
+
+    The loss is the output called `loss`, else the first scalar. Returns the names of these buffers.
+    """
     output = graph.output_node()
     nodes = {n.name: n for n in graph.nodes}
     specs = [spec for spec in exported.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
@@ -106,15 +108,16 @@ def _keep_loss(graph: fx.Graph, exported: torch.export.ExportedProgram) -> tuple
 
 
 def loss_of(output: Any, leaves: Sequence[Any], is_scalar: Callable[[Any], bool]) -> Any:
-    """Of what a model returns the loss: what is called `loss`, else the first scalar of its leaves; None if there is
-    none."""
+    """The loss among what a model returns: the output called `loss`, else the first scalar leaf; None without one."""
     loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
     return loss if loss is not None else next(filter(is_scalar, leaves), None)
 
 
 def _merge_constants(graph: fx.Graph, exported: torch.export.ExportedProgram) -> dict[str, tuple[str, Any]]:
-    """Tensors that the forward pass makes of Python's numbers: those of equal values become one, named by its value.
-    Placeholder -> name and value."""
+    """Merge the tensors of equal values that the forward pass makes of Python's numbers.
+
+    Name of a placeholder -> name and value of its tensor; the name is a hash of the value.
+    """
     found: dict[str, tuple[str, Any]] = {}
     first: dict[str, fx.Node] = {}
     lifted = exported.graph_signature.inputs_to_lifted_tensor_constants
@@ -132,7 +135,7 @@ def _merge_constants(graph: fx.Graph, exported: torch.export.ExportedProgram) ->
 
 
 def _drop_assertions(graph: fx.Graph) -> None:
-    """Assertions on data go, and the numbers that only they read."""
+    """Remove assertions on data, and the numbers that only they read."""
     for node in reversed(graph.nodes):
         unread = node.op == "call_function" and not node.users
         if unread and ("_assert" in str(node.target) or _is_number(node)):
@@ -140,7 +143,7 @@ def _drop_assertions(graph: fx.Graph) -> None:
 
 
 def _check_dtypes(graph: fx.Graph) -> None:
-    """Raise PartitionError for a product of two dtypes, which torch refuses where tensors are not fake."""
+    """Raise PartitionError for a product of two dtypes, which fake tensors allow and real ones do not."""
     for node in graph.nodes:
         if KEY in node.meta and is_contraction(node.meta[KEY].name):
             dtypes: dict[str, str] = {}
@@ -156,7 +159,7 @@ def _check_dtypes(graph: fx.Graph) -> None:
 
 
 def _check_gradient(loss: fx.Node, model: nn.Module) -> None:
-    """Raise PartitionError where nothing can be trained by the loss."""
+    """Raise PartitionError where no gradient flows from the loss to a parameter."""
     if loss.meta[KEY].grad:
         return
     parameters = list(model.parameters())
@@ -172,7 +175,7 @@ def _check_gradient(loss: fx.Node, model: nn.Module) -> None:
 
 
 def _is_number(node: fx.Node) -> bool:
-    """Whether the node gives a number that is not known before the forward pass."""
+    """Whether the node gives a number that depends on data."""
     return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
@@ -231,7 +234,7 @@ def _buffers(model: nn.Module, constants: Mapping[str, Any], nodes: list[fx.Node
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
-    """Every further name of a tied parameter -> its first, which `named_parameters` gives."""
+    """Every further name of a tied parameter -> its first name, which `named_parameters` gives."""
     first: dict[int, str] = {}
     return {
         name: first[id(parameter)]

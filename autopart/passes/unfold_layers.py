@@ -1,7 +1,8 @@
-"""LayeredGraph -> LayeredGraph: the row of a whole model, from a trace of its first blocks.
+"""LayeredGraph -> LayeredGraph: the row of the whole model, from a trace of its first blocks.
 
-Where two periods of blocks next to each other compute the same, read the same of each other and of what came before,
-and nothing else reads the first, all periods that were left out do as the second.
+A period is the blocks after which the kinds of blocks repeat. The second of two traced periods stands for all that were
+left out if the two compute the same, each reads the same of the period before it, and only the second period reads
+values of the first.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from autopart.ir.layered_graph import LayeredGraph, Segment, node_keys, own_valu
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two equal periods of a list of blocks.
+    """Two equal periods of a list of blocks, one after the other.
 
-    first, second  their runs
-    after          the number of the first block behind them, as the trace has it
+    first, second  their segments
+    after          the number, in the trace, of the first block behind them
     """
 
     sample: SampledLayers
@@ -39,7 +40,10 @@ class _Pair:
 
 
 def unfold_layers(layered: LayeredGraph, sampled: Sequence[SampledLayers]) -> LayeredGraph:
-    """Have the second of two equal periods stand for those that were left out. Raises Unlike where there are none."""
+    """Have the second of two equal periods stand for the periods that were left out of the trace.
+
+    Raises UnlikeLayers where a list of `sampled` has no two equal periods.
+    """
     if not sampled:
         return layered
     found = [_pair(layered, sample) for sample in sampled]
@@ -74,7 +78,8 @@ def unfold_layers(layered: LayeredGraph, sampled: Sequence[SampledLayers]) -> La
 
 
 def _pair(layered: LayeredGraph, sample: SampledLayers) -> _Pair | None:
-    """The first two periods that are alike; None where the model runs none of the blocks. Raises Unlike."""
+    """The first two equal periods; None where the model runs none of the blocks. Raises UnlikeLayers if none are
+    equal."""
     first: dict[int, int] = {}
     for i, segment in enumerate(layered.segments):
         block = sample.index(segment.label)
@@ -105,14 +110,17 @@ def _pair(layered: LayeredGraph, sample: SampledLayers) -> _Pair | None:
 
 
 def _works_for(segment: Segment, sample: SampledLayers) -> bool:
-    """Whether a run has nodes or reads parameters of a repeated block that is another: one that runs again."""
+    """Whether a segment has nodes, or reads parameters, of a repeated block that is not its own."""
     names = [*(info(n).layer for n in segment.nodes), *(info(p).name for p in used_parameters(segment))]
     blocks = {sample.index(name) for name in names} - {None, sample.index(segment.label)}
     return any(block is not None and block >= sample.start for block in blocks)
 
 
 def _difference(layered: LayeredGraph, pair: _Pair, begin: int) -> str:
-    """What keeps the second period from doing as the first, in words; `begin` is the first run of all periods."""
+    """In words, what the second period does otherwise than the first; "" where they are equal.
+
+    `begin` is the first segment of the first period in the trace.
+    """
     prints = Fingerprints(layered.traced.graph, layered.traced.micro_batch)
     length = len(pair.first)
     for i, k in zip(pair.first, pair.second, strict=True):
@@ -140,7 +148,7 @@ def _difference(layered: LayeredGraph, pair: _Pair, begin: int) -> str:
 
 
 def _late_reader(layered: LayeredGraph, pair: _Pair) -> str:
-    """What reads a value of the first period behind the second, in words."""
+    """In words, what reads a value of the first period behind the second period; "" where nothing does."""
     for i in pair.first:
         for node in layered.segments[i].nodes:
             for user in node.users:
@@ -156,7 +164,7 @@ def _name(segment: Segment, node: fx.Node) -> str:
 
 
 def _rename(layered: LayeredGraph, pair: _Pair) -> None:
-    """Give the blocks behind the pair, in place, the numbers they have in the whole model."""
+    """Give the blocks behind the pair the numbers that they have in the whole model, in place."""
     sample, after = pair.sample, pair.after
 
     def moved(name: str) -> str:

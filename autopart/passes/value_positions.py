@@ -22,8 +22,11 @@ from autopart.sharding.strategy_table import SavedTensor, ValueUses
 
 @dataclass(frozen=True)
 class Write:
-    """What writes the new value of buffers, for a class of them: the buffer's node, (node, output) it takes, and the
-    class of the run that does it, -1 for what every stage does for itself."""
+    """What writes the new value of a buffer, for all buffers of a class.
+
+    buffer  the buffer's node;  taken: (node, output) of the new value
+    group   the class of the segment that makes the new value; -1 for what every stage makes for itself
+    """
 
     buffer: int
     taken: tuple[int, int]
@@ -32,10 +35,11 @@ class Write:
 
 @dataclass(frozen=True)
 class ValuePositions:
-    """What no degree changes of a table.
+    """The parts of a `StrategyTable` that are the same for every degree of parallelism.
 
-    nodes   the representatives, each at its index; the writes follow them, and one that takes the loss
-    flows   without the changes of placement;  keeps, state, shared: as in Table
+    nodes   the representatives; behind them the table has the writes, and a node that takes the loss
+    index   representative -> its index in `nodes`
+    flows   the values without their reshards;  keeps, state, shared: as in `StrategyTable`
     """
 
     nodes: list[fx.Node]
@@ -46,23 +50,28 @@ class ValuePositions:
     state: dict[int, list[tuple[int, ...]]]
     shared: dict[int, list[tuple[int, ...]]]
     samples: dict[fx.Node, list[Strategy]] = field(default_factory=dict)
-    """Strategies along the data-parallel axis, by node, as far as they were asked for."""
+    """Node -> its strategies along the data-parallel axis, as far as they were asked for."""
 
 
 _KNOWN: WeakKeyDictionary[LayeredGraph, ValuePositions] = WeakKeyDictionary()
 
 
 def value_positions(layered: LayeredGraph) -> ValuePositions:
-    """Found once for a folded graph."""
+    """The positions of a layered graph, found once for each graph."""
     if layered not in _KNOWN:
-        _KNOWN[layered] = _Finder(layered).places()
+        _KNOWN[layered] = _Finder(layered).find()
     return _KNOWN[layered]
 
 
 @dataclass(frozen=True)
 class _Use:
-    """One use of a value at one place: by `node` (its index) as `operand`, at a position. In no run (-1) it is `by` an
-    operator that stages run for themselves, or to write a buffer of the module at the position `written`."""
+    """One use of a value at one place.
+
+    node, operand  the index of the node that uses the value, and which operand it is
+    position       the position of the use; -1 for a use outside of all segments
+    by             outside of all segments: the operator that uses it, which every stage runs for itself
+    written        outside of all segments: the position of the module whose buffer the value is written to
+    """
 
     node: int
     operand: int
@@ -72,11 +81,15 @@ class _Use:
 
 
 Used = dict[tuple[fx.Node, int, int, str], list[_Use]]
-"""(node, output, position that makes it, what tells its places apart) -> its uses."""
+"""(node, output, position that makes the value, what tells its places apart) -> the uses of the value."""
 
 
 class _Finder:
-    """Walks every position of the model; holds who is who."""
+    """Finds the positions of all values, saved tensors and parameters of a layered graph.
+
+    last        index of a segment -> the last position where it stands
+    region      index of a segment that stands at several positions -> the first segment that repeats with it
+    """
 
     def __init__(self, layered: LayeredGraph) -> None:
         self.layered = layered
@@ -86,7 +99,7 @@ class _Finder:
         self.last = {segment: position for position, segment in enumerate(layered.sequence)}
         self.region = _regions(layered.sequence)
         self.readers: dict[fx.Node, set[int]] = defaultdict(set)
-        """Runs that read a value of a node; -1 for what is in none."""
+        """Node -> the segments that read its value; -1 for a reader outside of all segments."""
         for node in layered.traced.graph.nodes:
             if node.op == "call_function" and not is_pick(node):
                 for source in node.all_input_nodes:
@@ -95,11 +108,12 @@ class _Finder:
         self.writes: list[Write] = []
         self.needed: dict[fx.Node, set[int]] = {}
         self.made_at: dict[fx.Node, set[int]] = defaultdict(set)
-        """Positions for which stages make a value themselves, besides those that read it."""
+        """Node outside of all segments -> the positions of modules whose buffers its value is written to."""
         self.written: dict[int, list[int]] = defaultdict(list)
-        """Write of such a value -> the position of its module, for each of its class."""
+        """Index of a write of such a value -> the position of the module, for each buffer of its class."""
 
-    def places(self) -> ValuePositions:
+    def find(self) -> ValuePositions:
+        """Everything that `ValuePositions` holds."""
         used = self._used()
         self._updates(used)
         self.needed = self._needed(used)
@@ -112,7 +126,10 @@ class _Finder:
         return ValuePositions(self.nodes, self.index, flows, keeps, self.writes, state, self._shared())
 
     def _position(self, source: fx.Node, segment: int, position: int) -> int:
-        """Where the value that a node of `segment` reads at `position` is made; -1: made by every stage for itself."""
+        """The position that makes a value which a node of `segment` reads at `position`.
+
+        -1 for a value that every stage makes for itself.
+        """
         made = self.segment_of.get(source)
         if made is None:
             return -1
@@ -120,8 +137,8 @@ class _Finder:
         return position - (segment - made) if first is not None and made >= first else self.last[made]
 
     def _name(self, source: fx.Node, position: int) -> str:
-        """What tells apart the places of a value that is made in no run: a parameter's name there, or where a block
-        alone has it; "" for all others."""
+        """What tells apart the places of a value that no segment makes: the name of a parameter at the position, or the
+        position of a block that alone has the value; "" for other values."""
         if position < 0 or source in self.segment_of:
             return ""
         if info(source).kind == "parameter":
@@ -163,7 +180,7 @@ class _Finder:
         return tuple(sorted(self.needed[use.by])) if use.by is not None else (use.written,)
 
     def _updates(self, used: Used) -> None:
-        """What writes buffers, one for each class of them."""
+        """Add the writes of buffers, one for each class of buffers, as uses of the new values."""
         buffers = {info(n).name: n for n in self.layered.same if info(n).kind == "buffer"}
         modules = {info(n).module: self.last[segment] for n, segment in self.segment_of.items()}
         known: dict[tuple[int, int, int], int] = {}
@@ -184,7 +201,7 @@ class _Finder:
                 self.written[use.node].append(module)
 
     def _keeps(self) -> list[SavedTensor]:
-        """Who keeps whose memory, at every place."""
+        """The saved tensors, with the nodes that save them at every place."""
         by_name = {n.name: n for n in self.layered.traced.graph.nodes}
         kept: dict[tuple[str, int], list[_Use]] = defaultdict(list)
         for position, segment in enumerate(self.layered.sequence):
@@ -204,7 +221,7 @@ class _Finder:
         return list(keeps.values())
 
     def _state(self) -> dict[int, list[tuple[int, ...]]]:
-        """Parameters: the positions that hold each, by name."""
+        """Node of a parameter -> for each parameter of its class, the positions that read it."""
         where: dict[tuple[int, str], dict[int, None]] = defaultdict(dict)
         for position, segment in enumerate(self.layered.sequence):
             for node in self.layered.segments[segment].nodes:
@@ -218,7 +235,7 @@ class _Finder:
         return dict(state)
 
     def _needed(self, used: Used) -> dict[fx.Node, set[int]]:
-        """The positions that need what a stage computes for itself, at second hand too."""
+        """Node that every stage computes for itself -> the positions that need its value, directly or not."""
         needed: dict[fx.Node, set[int]] = defaultdict(set)
         for source, positions in self.made_at.items():
             needed[source] |= positions
@@ -231,7 +248,7 @@ class _Finder:
         return needed
 
     def _shared(self) -> dict[int, list[tuple[int, ...]]]:
-        """Nodes that every stage computes for itself, with the positions that need them."""
+        """Node that every stage computes for itself -> the positions that need it, for each node of its class."""
         shared: dict[int, list[tuple[int, ...]]] = defaultdict(list)
         for node in self.layered.free:
             if not is_pick(node):
@@ -242,7 +259,7 @@ class _Finder:
 
 
 def _regions(sequence: Sequence[int]) -> dict[int, int]:
-    """Run that stands at several positions -> the first run of the traced blocks it continues."""
+    """Index of a segment that stands at several positions -> the first segment that repeats with it."""
     regions: dict[int, int] = {}
     for here, following in itertools.pairwise(sequence):
         if following <= here:

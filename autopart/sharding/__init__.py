@@ -1,5 +1,6 @@
-"""How operators may be split over a mesh axis, and what changes one placement into another.
+"""How operators may be split over a mesh axis, and which collective changes one placement into another.
 
-`notation` is the language of the rules, `rules/` the table of operators, `resharding` the table of collectives,
-`strategy_table` the choices of a whole graph as plain data. Imports `errors`. Open `notation.py` first.
+`notation` defines placements and the language of rules, `binding` fits a rule to shapes, `rules/` is the table of
+operators, `resharding` the table of collectives, `strategy_table` all choices of a graph as plain data. Imports
+`errors`. Open `notation.py` first.
 """

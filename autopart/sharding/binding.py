@@ -1,4 +1,4 @@
-"""A rule row with shapes put in: the sizes of its letters, and the strategies that split them."""
+"""A rule row bound to the shapes of a call: the sizes of its letters, and the strategies that split them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from autopart.sharding.notation import C, Dim, Factor, Operand, P, Placement, Ro
 
 @dataclass
 class Bound:
-    """A row with shapes put in: for every operand, its dims, `...` expanded and broadcast dims None."""
+    """A row bound to shapes: the dims of every operand, with `...` spelt out and None for dims that broadcast."""
 
     row: Row
     inputs: list[list[Dim | None] | None]
@@ -38,7 +38,10 @@ def _expand(operand: Operand, shape: Shape | None, rank: int, text: str) -> list
 
 
 def bind(row: Row, inputs: Sequence[Shape | None], outputs: Sequence[Shape]) -> Bound:
-    """Fit a row to shapes and find every letter's size. Dims of size 1 that broadcast become None."""
+    """Fit a row to the shapes of a call, and find the size of every letter.
+
+    Dims of size 1 that broadcast become None. Raises RowError where a shape does not fit the row.
+    """
     operands = list(row.inputs) + [None] * (len(inputs) - len(row.inputs))
     rank = max((len(s) for s in [*inputs, *outputs] if s is not None), default=0)
     bound = Bound(
@@ -66,7 +69,11 @@ def bind(row: Row, inputs: Sequence[Shape | None], outputs: Sequence[Shape]) -> 
 
 
 def _sizes(pairs: Sequence[tuple[list[Dim | None], Shape]], text: str) -> dict[str, int]:
-    """Every letter's size: of those that stand alone, then of those that are the last unknown in a dim."""
+    """The size of every letter.
+
+    A letter that is a dim of its own has the dim's size. A letter of a product or a sum has what the other factors
+    leave of the dim.
+    """
     sizes: dict[str, int] = {}
     packed: list[tuple[Dim, int]] = []
     for dims, shape in pairs:
@@ -90,7 +97,10 @@ def _sizes(pairs: Sequence[tuple[list[Dim | None], Shape]], text: str) -> dict[s
 
 
 def _place(dims: list[Dim | None] | None, letters: frozenset[str], sizes: dict[str, int]) -> Placement | None:
-    """The dim of this operand that splitting `letters` splits, or None; raises RowError if it cannot be."""
+    """The placement of an operand whose `letters` are split; None where it has none of them.
+
+    Raises RowError where the letters cannot be split: they are fixed, not first in their dim, or in two dims.
+    """
     found: list[Placement] = []
     for index, dim in enumerate(dims or ()):
         if dim is None or not any(f.name in letters for f in dim.factors):
@@ -122,7 +132,7 @@ def dims_size(dim: Dim, sizes: dict[str, int]) -> int:
 
 
 def letter_groups(bound: Bound) -> list[frozenset[str]]:
-    """The letters that may be split, tied ones together, in order of appearance."""
+    """The letters of a row in order of appearance, those that are split together in one set."""
     groups: list[set[str]] = []
     for dims in [*bound.inputs, *bound.outputs]:
         for dim in dims or ():
@@ -145,7 +155,7 @@ def letter_groups(bound: Bound) -> list[frozenset[str]]:
 
 
 def split_letter(bound: Bound, letters: frozenset[str], shards: int) -> Strategy | None:
-    """The strategy that splits `letters`, or None where the row or the sizes do not allow it."""
+    """The strategy that splits `letters` over `shards` ranks; None where the row or a size does not allow it."""
     if any(bound.sizes[name] % shards for name in letters):
         return None
     try:

@@ -1,4 +1,5 @@
-"""The rule notation: one line of einsum-like letters says how an operator may be split.
+"""Placements of a tensor along a mesh axis, and the notation of rules: one line of letters, in the manner of einsum,
+says how an operator may be split.
 
 Grammar
 -------
@@ -12,13 +13,13 @@ Grammar
               | number                          a literal size, never split
 
 Meaning, for a letter split over n ranks:
-    on both sides    each rank computes its part
-    left side only   the output is a partial sum
-    right side only  each rank makes its part
-    in some inputs   the other inputs are whole, and their gradients partial sums
+    on both sides    each rank computes its part of the output
+    left side only   the output is a partial sum (P)
+    right side only  each rank makes its part of the output
+    in some inputs   the inputs without the letter are whole, and their gradients partial sums (C)
 
-In a product only the factor behind the literals splits: ``(h d)`` splits h, ``(3 n)`` splits n in each of
-the three segments. The letters of ``(q+k+v)`` split together.
+In a product of factors only the first factor behind the literals splits: ``(h d)`` splits h, and ``(3 n)`` splits n in
+each of the three parts. The letters of ``(q+k+v)`` split together.
 """
 
 from __future__ import annotations
@@ -33,16 +34,17 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where one tensor lies along one mesh axis, together with where its gradient lies.
+    """What a rank holds of a tensor along one mesh axis, and what it holds of the tensor's gradient.
 
-    R  whole on every rank, gradient whole on every rank
-    C  whole on every rank, gradient a partial sum ("copied" into a split region)
-    G  like C, made from a split tensor, of which each rank keeps its part alone: gathered again for backward
-    S  split along `dim`; gradient split alike. `parts`, if given, are the sizes of the segments
-       the dim consists of; each segment is split on its own
-    P  a partial sum, gradient whole on every rank
-    M  every rank holds all of it, but only its share of the places along `dim` means anything, and only they have a
-       gradient: rows that belong to experts of its own
+    R  replicated (`Replicate` in DTensor). The gradient is whole on every rank.
+    S  split along `dim` (`Shard`). The gradient is split alike. `parts` are the sizes of the parts that the dim is
+       made of, each of which is split on its own; () where the dim is one part.
+    P  a partial sum (`Partial`): the tensor is the sum over the ranks. The gradient is whole on every rank.
+    C  replicated with a partial gradient, as behind Megatron-LM's *f*: the gradient is the sum over the ranks.
+    G  as C, gathered from S. A rank saves only its part for backward, which gathers the tensor again: Megatron-LM's
+       sequence parallelism.
+    M  of full size on every rank, of which a rank's share of the indices along `dim` has meaning and a gradient: the
+       rows of a rank's own experts.
     """
 
     kind: str
@@ -75,7 +77,7 @@ R, C, P, G = Placement("R"), Placement("C"), Placement("P"), Placement("G")
 
 
 def M(dim: int) -> Placement:
-    """Each rank's own places along `dim` mean something."""
+    """Of full size, of which a rank's own indices along `dim` have meaning."""
     return Placement("M", dim)
 
 
@@ -85,21 +87,23 @@ def S(dim: int, parts: Sequence[int] = ()) -> Placement:
 
 
 AGAIN = "+again"
-"""Behind the name of a strategy that keeps a part of an operand it takes whole."""
+"""Behind the name of a strategy that takes an operand whole and saves a part of it for backward (placement G)."""
 
 
 def kept_as(placement: Placement) -> Placement:
-    """How memory lies that is kept for backward, told apart by the bytes it takes: a part, or the whole."""
+    """The placement in which a tensor is saved for backward: S for a part of its bytes, R for all of them."""
     return Placement("S") if placement.kind in "SG" else R
 
 
 def splits(placement: Placement, shape: Shape, shards: int) -> bool:
-    """Whether `shape` can be split evenly as `placement` says."""
+    """Whether a placement splits a shape evenly over `shards` ranks."""
     return placement.kind != "S" or all(p % shards == 0 for p in placement.parts or (shape[placement.dim],))
 
 
 @dataclass(frozen=True, slots=True)
 class Factor:
+    """A letter or a literal size of a dim; `fixed` factors are never split."""
+
     name: str
     fixed: bool
     size: int | None = None
@@ -107,6 +111,8 @@ class Factor:
 
 @dataclass(frozen=True, slots=True)
 class Dim:
+    """A dim of an operand: one factor, a product of factors ("*"), or parts one after the other ("+")."""
+
     factors: tuple[Factor, ...]
     joined: str = "*"  # "*" a product, "+" parts one after the other
 
@@ -124,7 +130,7 @@ class Row:
 
 
 class RowError(ValueError):
-    """A row that does not parse, or does not fit the shapes it is used with."""
+    """A row that does not parse, or that does not fit the shapes of a call."""
 
 
 TOKEN = re.compile(r"\s*(\.\.\.|[A-Za-z_]\w*!?|\d+|[()+-])")
@@ -171,7 +177,7 @@ def _operand(text: str, row: str) -> Operand:
 
 @lru_cache(maxsize=4096)
 def parse(text: str) -> Row:
-    """Read one row. Raises RowError with the row and the reason."""
+    """Read one row. Raises RowError, with the row and the reason, where it breaks the grammar."""
     if text.count("->") != 1:
         raise RowError(f"row {text!r}: needs exactly one '->'")
     left, right = text.split("->")
@@ -185,11 +191,14 @@ def parse(text: str) -> Row:
 
 @dataclass(frozen=True)
 class Strategy:
-    """One way to run one operator along one mesh axis: what it takes and what it gives.
+    """One way to run an operator along one mesh axis.
 
-    `name` is the split letter, or R, C or P where nothing is split; AGAIN behind it says that of an operand a part is
-    kept, which is gathered again for backward. `local` names the function that replaces the operator on a shard, where
-    the plain operator would be wrong. `shards_work` says whether each rank does a share of the work (else all of it).
+    name         the letter that is split, or R, C or P where none is; with AGAIN behind it where an operand is saved in
+                 part and gathered again for backward
+    inputs       the placement in which every operand is taken; None for what is no tensor
+    outputs      the placement in which every output is made
+    local        the function that runs on a shard where the operator itself would be wrong; "" for the operator
+    shards_work  whether each rank does a share of the work; else every rank does all of it
     """
 
     name: str
@@ -200,5 +209,5 @@ class Strategy:
 
     @property
     def split(self) -> str:
-        """The name without what is kept of operands."""
+        """The name without AGAIN."""
         return self.name.removesuffix(AGAIN)

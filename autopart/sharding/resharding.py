@@ -1,8 +1,7 @@
-"""Placement -> placement along one axis: what runs forward, what runs backward, and what it costs.
+"""The table of reshards: which collective changes one placement into another, forward and backward.
 
-A gradient moves the other way by the conjugate collective (Shoeybi et al., Megatron-LM, arXiv 1909.08053,
-section 3; Korthikanti et al., arXiv 2205.05198, section 4.2.2). `function` is the name in
-`autopart.runtime.collectives` that emitted code calls.
+Backward runs the conjugate collective on the gradient (Shoeybi et al., Megatron-LM, arXiv 1909.08053, section 3;
+Korthikanti et al., arXiv 2205.05198, section 4.2.2).
 """
 
 from __future__ import annotations
@@ -17,8 +16,12 @@ from autopart.sharding.notation import Placement
 
 @dataclass(frozen=True)
 class Reshard:
-    """One row: the function, the collectives it runs forward and backward ("" for none), and whether that of forward
-    runs once more in backward, where the whole is needed and not kept."""
+    """One row of the table.
+
+    function  the function of `autopart.runtime.collectives` that emitted code calls
+    forward   the collective that it runs forward, "" for none;  backward: likewise on the gradient
+    again     whether the forward collective runs again in backward, since its result is not saved
+    """
 
     function: str
     forward: str
@@ -52,14 +55,14 @@ RESHARDS: dict[tuple[str, str], Reshard] = {
 
 
 GATHERED_AGAIN = {f"runtime.{row.function}" for row in RESHARDS.values() if row.again}
-"""Changes whose collective backward runs once more anyway, also where their run is run again."""
+"""Operators whose forward collective backward runs again, whether or not their segment is recomputed."""
 
 
 def reshard(have: Placement, want: Placement, grad: bool) -> Reshard | None:
-    """The row for a change of placement; None where nothing has to run.
+    """The row of the table for a change of placement; None where nothing has to run.
 
-    A value without gradient is the same in R and C. Raises KeyError where there is no such change (a whole
-    value is never made a partial sum).
+    A value without gradient is the same in R and C. Raises KeyError where the table has no such change: no whole value
+    is made a partial sum.
     """
     if have == want or (not grad and have.kind in "RC" and want.kind in "RC"):
         return None
@@ -67,7 +70,7 @@ def reshard(have: Placement, want: Placement, grad: bool) -> Reshard | None:
 
 
 def possible(have: Placement, want: Placement) -> bool:
-    """Whether `reshard` has a row for it."""
+    """Whether the table has a row for the change, or nothing changes."""
     return have == want or (have.kind, want.kind) in RESHARDS
 
 
@@ -84,7 +87,7 @@ def reshard_arguments(function: str, have: Placement, want: Placement) -> tuple[
 
 @dataclass(frozen=True)
 class Step:
-    """One change along one axis (its index) of a value's placements: `before` it and `after` it."""
+    """One change of a value's placement along one axis, given by its index: the placements `before` and `after`."""
 
     axis: int
     row: Reshard
@@ -94,8 +97,11 @@ class Step:
 
 @lru_cache(maxsize=2**16)
 def steps(have: tuple[Placement, ...], want: tuple[Placement, ...], grad: bool) -> tuple[Step, ...]:
-    """The changes from one placement along all axes to another, one axis after the other: what sums and gathers comes
-    before what splits. A dim that another axis holds, or whose parts differ, is gathered before it is split anew."""
+    """The changes from one placement along all axes to another, one axis after the other.
+
+    Axes along which the value is summed or gathered come before axes along which it is split. A dim that another axis
+    splits, or whose parts differ, is gathered before it is split anew.
+    """
     return tuple(_steps(have, want, grad))
 
 

@@ -1,7 +1,8 @@
-"""The planner's problem as plain data: what `formulate` writes, `weigh` prices and `solve` solves.
+"""The planner's problem as plain data: the nodes with their strategies, the values between them, the saved tensors.
 
-A model is a row of positions, runs of operators that stay together; equal blocks are one class, so that a table has
-as many variables for 126 layers as for two. What is priced at a position is told by lists of positions.
+A model is a row of positions. At each stands a segment: operators that stay together in a stage. Equal segments are one
+class, so that a table has as many variables for 126 layers as for two. A node, a value or a saved tensor of a class is
+at several places in the model; the lists of positions say where.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Chain = tuple[Step, ...]
 
 @dataclass(frozen=True)
 class Value:
-    """One output of a node: bytes as traced, whether they count samples, whether a gradient flows."""
+    """One output of a node: its bytes as traced, whether they grow with the samples, and whether it has a gradient."""
 
     bytes: float
     batch: bool
@@ -32,17 +33,17 @@ class Value:
 
 @dataclass
 class Node:
-    """An operator, parameter or input to decide about.
+    """An operator, parameter, buffer or input that takes one of several strategies.
 
-    key       its name in plans;  kind: "op", "parameter", "input", "buffer" or "end" for what takes the loss
-    options   strategies to choose from, one along every axis
+    key       its name in plans;  kind: "op", "parameter", "input", "buffer", or "end" for what takes the loss
+    options   its strategies, each one along every axis
     values    its outputs;  operands: (node, output) of every operand, None for what is no tensor
-    firsts    for every operand the first that is the same value: two of one class may be two
-    batch     whether its work grows with samples;  product: whether matrix units do it
-    peak, again, runs, kind_index (kind)  as in `cost.Work`;  matrix, grads: as in `graph.Info`
-    inner     bytes autograd keeps besides its operands and outputs
-    view, logits, weights, times  as in `graph.Info`
-    group     the class of its run; -1 for what every stage makes for itself
+    firsts    for every operand the index of the first operand that is the same value
+    batch     whether its work grows with the samples;  product: whether matrix units do the work
+    peak, again, runs, kind_index (kind)  as in `autopart.cost.compute.Work`
+    inner     bytes that autograd saves besides operands and outputs
+    matrix, grads, view, logits, weights, times  as in `autopart.ir.graph.Info`
+    group     the class of its segment; -1 for what every stage makes for itself
     """
 
     key: str
@@ -73,20 +74,21 @@ class Node:
         return tuple(s.outputs[output] for s in self.options[option])
 
     def taken(self, option: int, operand: int) -> Placements:
-        """The placement an operand is taken in."""
+        """The placement in which an operand is taken under an option."""
         return tuple(p if (p := s.inputs[operand]) is not None else Placement("R") for s in self.options[option])
 
 
 @dataclass
 class ValueUses:
-    """A value with all its uses, for all places in the model where the pattern is the same.
+    """A value with all its uses, for all places in the model with the same pattern of uses.
 
-    uses     (node, operand) of every use;  inside: whether a use is in the run that makes the value
-    homes    position that makes the value at each place, -1 for what every stage makes for itself
-    users    position of every use, at each place, -1 for a use by what every stage makes for itself
-    needs    for every use the positions that need it, at each place: its own, or for what every stage makes for itself
-             those that need that
-    chains   (have, want) -> what has to run, for each change that is possible
+    source   the node that makes the value, as its `output`
+    uses     (node, operand) of every use;  inside: whether the use is in the segment that makes the value
+    homes    at each place, the position that makes the value; -1 for what every stage makes for itself
+    users    at each place, the position of every use; -1 for a use by what every stage makes for itself
+    needs    at each place, the positions that need every use: its own, or for a use by what every stage makes for
+             itself the positions that need that
+    chains   (placement made, placement taken) -> the reshards between them, for each possible pair
     """
 
     source: int
@@ -100,7 +102,7 @@ class ValueUses:
 
     @cached_property
     def several(self) -> bool:
-        """Whether several positions use the value, at each place."""
+        """Whether several positions of a place use the value."""
         return len(set(self.users[0])) > 1
 
     @cached_property
@@ -110,21 +112,23 @@ class ValueUses:
 
     @cached_property
     def spots(self) -> list[dict[tuple[int, int], tuple[int, ...]]]:
-        """At each place, every (node, operand) that uses the value and the positions where it does."""
+        """At each place, every (node, operand) that uses the value -> the positions of the use."""
         return [_grouped(self.uses, [(p,) for p in users]) for users in self.users]
 
     @cached_property
     def needed(self) -> list[dict[tuple[int, int], tuple[int, ...]]]:
-        """At each place, every (node, operand) that uses the value and the positions that need it."""
+        """At each place, every (node, operand) that uses the value -> the positions that need the use."""
         return [_grouped(self.uses, needs) for needs in self.needs]
 
 
 @dataclass
 class SavedTensor:
-    """Memory of one node that autograd keeps for others, for all places where the pattern is the same.
+    """A tensor that autograd saves for backward, for all places in the model where the same nodes save it.
 
-    keepers  (node, operand it reads the memory through; -1: it made it, -2: as it was made)
-    places   position of every keeper, at each place
+    root     the node that made the memory
+    keepers  (node that saves it, operand by which it reads it); operand -1 for its own output, -2 for the placement in
+             which the root made it
+    places   at each place, the position of every keeper
     """
 
     root: int
@@ -133,17 +137,17 @@ class SavedTensor:
 
     @cached_property
     def first(self) -> NDArray[np.int_]:
-        """The position of the first keeper, at each place."""
+        """At each place, the position of the first node that saves the tensor."""
         return np.array([places[0] for places in self.places])
 
     @cached_property
     def several(self) -> bool:
-        """Whether several positions keep the memory, at each place."""
+        """Whether several positions of a place save the tensor."""
         return len(set(self.places[0])) > 1
 
     @cached_property
     def spots(self) -> list[dict[tuple[int, int], tuple[int, ...]]]:
-        """At each place, every keeper and the positions where it keeps."""
+        """At each place, every keeper -> the positions where it saves the tensor."""
         return [_grouped(self.keepers, [(p,) for p in places]) for places in self.places]
 
 
@@ -160,11 +164,12 @@ def _grouped(
 class StrategyTable:
     """All there is to decide for one size of the tensor-parallel axis.
 
-    axes        names of the axes inside a stage;  tp: ranks of the tensor-parallel one
-    labels      of every position;  group: its class;  block: whether it is a numbered block
-    state       parameter's node -> the positions that hold it, at each place
-    shared      node that every stage makes for itself -> the positions that need it, for each of its class
-    tied        nodes that take the same option
+    axes        names of the mesh axes inside a stage;  tp: ranks along the tensor-parallel axis
+    nodes       the nodes;  flows: the values between them;  keeps: the saved tensors
+    labels      the label of every position;  group: its class;  block: whether it is a numbered block
+    state       node of a parameter -> at each place, the positions that hold it
+    shared      node that every stage makes for itself -> for each node of its class, the positions that need it
+    tied        sets of nodes that take the same option
     """
 
     axes: tuple[str, ...]

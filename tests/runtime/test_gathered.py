@@ -87,7 +87,7 @@ def test_products_of_one_value_share_its_gather(name: str, monkeypatch: pytest.M
         def __init__(self, count: int, run: Callable[[Sequence[int]], Sequence[torch.Tensor]]) -> None:
             super().__init__(count, lambda some: (runs.append(some), run(some))[1])
 
-    monkeypatch.setattr(collectives, "Gather", Counted)
+    monkeypatch.setattr(collectives, "DeferredGather", Counted)
     simulate_plan(source(name), planned(name, AGAIN))
     assert len(runs) == 2 * (2 * LAYERS) * MICRO_BATCHES * 2
 

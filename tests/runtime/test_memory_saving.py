@@ -271,12 +271,15 @@ def test_a_few_recomputed_blocks_of_a_list_read_as_loops() -> None:
     model, batch = build("gpt2", layers=4)
     plan = autopart.plan(model, "1:cpu", batch, recompute="full")
     (text,) = sources(model, batch, forced(plan, 0, ["full", "full", "none", "none"]))
-    assert "for layer in self.transformer_h[:2]:\n            hidden = recomputed(layer, hidden)\n" in text
-    assert "for layer in self.transformer_h[2:]:\n            hidden = layer(hidden)\n" in text
+    assert (
+        "for layer in self.transformer_h[:2]:\n            hidden_states = recomputed(layer, hidden_states)\n" in text
+    )
+    assert "for layer in self.transformer_h[2:]:\n            hidden_states = layer(hidden_states)\n" in text
     (text,) = sources(model, batch, forced(plan, 0, ["full", "selective", "selective", "none"]))
-    assert "hidden = recomputed(self.transformer_h[0], add)\n" in text
-    assert "for layer in self.transformer_h[1:3]:\n            hidden = recomputed_selectively(layer, hidden)\n" in text
-    assert "hidden = self.transformer_h[3](hidden)\n" in text
+    assert "hidden_states = recomputed(self.transformer_h[0], hidden_states)\n" in text
+    call = "hidden_states = recomputed_selectively(layer, hidden_states)"
+    assert f"for layer in self.transformer_h[1:3]:\n            {call}\n" in text
+    assert "hidden_states = self.transformer_h[3](hidden_states)\n" in text
 
 
 # ---- sharing over data-parallel ranks --------------------------------------------------------------------

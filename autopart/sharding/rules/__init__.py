@@ -1,7 +1,7 @@
-"""The table of op rules: one row an operator, in the notation of `autopart.sharding.notation`.
+"""The table of operators: one row each, in the notation of `autopart.sharding.notation`.
 
-A new operator takes one row in the file of its family; a function where the row depends on shapes. Every row is
-proven by the tests, which split the inputs, run the operator on the shards and put the result together.
+A new operator takes one row in the file of its family; where the row depends on shapes it is a function. The tests
+prove every row: they split the inputs, run the operator on the shards and put the results together.
 """
 
 from __future__ import annotations
@@ -66,19 +66,20 @@ for _name, _rule in RULES.items():
 
 
 def op_name(target: Any) -> str:
-    """The table's name of a call target: ``aten.linear`` for the default overload."""
+    """The table's name of a call target: ``"aten.linear"`` for the default overload of an operator of torch,
+    ``"autopart.rms_norm"`` for a function."""
     if isinstance(target, torch._ops.OpOverload):
         return str(target).removesuffix(".default")
     return f"autopart.{getattr(target, '__name__', target)}"
 
 
 def has_rule(name: str) -> bool:
-    """Whether the operator has a row of its own; without one it is replicated."""
+    """Whether the operator has a row. An operator without one runs whole on every rank."""
     return name in RULES
 
 
 def flatten(args: Args) -> list[Any]:
-    """An operator's arguments as operands of its row: lists of tensors are spelt out."""
+    """An operator's arguments as the operands of its row: a list of tensors is as many operands."""
     flat: list[Any] = []
     for arg in args:
         tensors = isinstance(arg, (list, tuple)) and not isinstance(arg, torch.Size)
@@ -90,7 +91,7 @@ def flatten(args: Args) -> list[Any]:
 
 
 def row_of(name: str, args: Args, outputs: Sequence[Shape]) -> str:
-    """The row of an operator's call."""
+    """The row of an operator for these arguments and output shapes, as text."""
     row = RULES[name].row if name in RULES else opaque
     return row if isinstance(row, str) else row(args, outputs)
 
@@ -112,8 +113,8 @@ def strategies(
 ) -> list[Strategy]:
     """Every way to run an operator along one axis of `shards` ranks.
 
-    `hints` are placements that a consumer would like the first output to have: with parts, where a letter that owns
-    the dim alone is split part by part; or M, rows of this rank's own experts.
+    `hints` are placements in which users of the first output would take it. A hint S with parts gives a strategy that
+    splits the dim part by part, where the dim is one letter. A hint M gives a strategy on rows of a rank's own experts.
     """
     rule, bound = _bound(name, args, outputs)
     tensors = [isinstance(a, torch.Size) for a in flatten(args)]
@@ -164,7 +165,10 @@ def strategies(
 
 
 def _by_owner(strategy: Strategy, hint: Placement) -> Strategy | None:
-    """The same split where the places along a dim are not cut but owned: nothing is saved, and nothing moves."""
+    """The strategy with M in place of S: every rank computes all indices along the dim, of which its own have meaning.
+
+    The rank saves no work and moves no data. None where an operand's placement is neither C nor S without parts.
+    """
     if hint.kind != "M" or strategy.outputs[0] != S(hint.dim) or strategy.local:
         return None
     placements = [p for p in (*strategy.inputs, *strategy.outputs) if p is not None]
@@ -179,7 +183,7 @@ def _by_owner(strategy: Strategy, hint: Placement) -> Strategy | None:
 
 
 def _with_parts(strategy: Strategy, hint: Placement, bound: Bound, letter: str) -> Strategy | None:
-    """The same split, taken part by part, where every operand's dim is this letter and nothing else."""
+    """The strategy with every split taken part by part; None where the letter shares a dim with another."""
     if strategy.outputs[0] != S(hint.dim) or strategy.local or sum(hint.parts) != bound.sizes[letter]:
         return None
     for dims in [*bound.inputs, *bound.outputs]:
@@ -199,8 +203,8 @@ def _with_parts(strategy: Strategy, hint: Placement, bound: Bound, letter: str) 
 
 
 def flops(name: str, args: Args, outputs: Sequence[Shape]) -> float:
-    """FLOPs of the forward pass: 2 x the product of the letters for contractions (one multiply, one add),
-    one per output element otherwise."""
+    """FLOPs of the forward pass: the rule's own count; else for a contraction 2 x the product of all letters' sizes (a
+    multiplication and an addition each), and for other operators 1 for every element of the outputs."""
     rule = RULES.get(name)
     if rule is not None and rule.flops is not None:
         return rule.flops(args, outputs)
@@ -217,17 +221,17 @@ def is_contraction(name: str) -> bool:
 
 
 ROLES = ("batch", "m", "n", "k")
-"""The first four of `Sizes`."""
+"""The first four sizes of a matrix product, by their names in `Sizes`."""
 
 
 @dataclass(frozen=True)
 class Product:
     """The matrix product that an operator is.
 
-    sizes    of all of it
-    roles    every letter of its row -> which of the sizes counts it
-    factors  its operands, by their places: the first factor, and what is behind it
-    grows    of ROLES, whether it counts samples
+    sizes    its sizes on one device
+    roles    (letter of its row, index of the size in ROLES that the letter is part of)
+    factors  the indices of the operands that are its factors
+    grows    for each of ROLES, whether the size grows with the samples
     """
 
     sizes: Sizes
@@ -236,17 +240,17 @@ class Product:
     grows: tuple[bool, bool, bool, bool]
 
     def role(self, strategy: Strategy) -> int | None:
-        """Which of the sizes a strategy splits."""
+        """The index in ROLES of the size that a strategy splits; None where it splits none."""
         return dict(self.roles)[strategy.name.partition("+")[0]] if strategy.shards_work else None
 
 
 def product_of(name: str, args: Args, outputs: Sequence[Shape], counted: Sequence[int | None]) -> Product | None:
-    """The matrix product that an operator is; `counted` tells for every operand which dim counts samples.
+    """The matrix product that an operator is; `counted` has for every operand the dim that counts samples.
 
-    A letter of the output is `batch` where every factor has it, m where the first has it, else n; one that the output
-    does not have is k. Factors are the operands that have such a letter: a bias has none. None for what matrix units
-    do not do or do in several products (recurrent layers), for products of numbers in place of matrices (no letter of
-    their own) and for those that sum nothing up.
+    A letter that the output does not have is part of k. A letter of the output is part of `batch` where every factor
+    has it, of m where the first factor has it, else of n. The factors are the operands that have a letter of k; a bias
+    has none. None for an operator that is no contraction, is several products (a recurrent layer), sums nothing up, or
+    has m = n = 1.
     """
     rule = RULES.get(name)
     if rule is None or not rule.contraction or (rule.flops and not rule.sizes):
@@ -287,7 +291,7 @@ def product_of(name: str, args: Args, outputs: Sequence[Shape], counted: Sequenc
 
 
 def local_shape(shape: Sequence[int], placement: Placement, shards: int) -> Shape:
-    """The shape of one rank's shard."""
+    """The shape that a rank holds of a tensor."""
     sizes = list(shape)
     if placement.kind == "S":
         sizes[placement.dim] //= shards
@@ -295,7 +299,7 @@ def local_shape(shape: Sequence[int], placement: Placement, shards: int) -> Shap
 
 
 def local_args(name: str, args: Args, local_outputs: Sequence[Shape]) -> Args:
-    """The operator's arguments on a shard: literal sizes follow the shard's output."""
+    """The operator's arguments on a rank: sizes among them are those of the rank's outputs."""
     rule = RULES.get(name)
     if rule is None or rule.resize is None:
         return tuple(args)

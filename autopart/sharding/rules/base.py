@@ -1,4 +1,4 @@
-"""What a row of the table is, and what its functions share."""
+"""The record of a row of the table, and helpers for rows that depend on shapes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,13 @@ Linear = int | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Local:
-    """What runs on a shard in place of the operator when a letter is split: a name that `partition` and the
-    emitter know, the placement of the output where it is not the one the row says, and whether each rank's part of
-    the sum is rows of its own, which may go on as such from one of these operators to the next (placement M)."""
+    """What runs on a shard in place of the operator when a letter is split.
+
+    name     "mean", for a division by the number of shards, or a key of `autopart.passes.sharded_calls`
+    output   the placement of the output, where it is not the one that the row says
+    chained  whether a rank's term of the sum is rows of its own, which the next such operator may take as they are
+             (placement M)
+    """
 
     name: str
     output: Placement | None = None
@@ -31,9 +35,11 @@ class Local:
 
 
 class Sizes(NamedTuple):
-    """`batch` matrix products of m x k by k x n. In attention, `batch` counts samples and heads, m queries, n keys and
-    k elements of a query; `value` are the elements of a value, 0 in other operators, and `causal` says whether half
-    the pairs are masked."""
+    """The sizes of `batch` matrix products of (m, k) by (k, n).
+
+    In attention `batch` is samples x heads, m the queries, n the keys, k the elements of a query, `value` the elements
+    of a value, and `causal` says whether half of the m x n pairs are masked. Other operators have value 0.
+    """
 
     batch: float
     m: float
@@ -47,17 +53,18 @@ class Sizes(NamedTuple):
 class Rule:
     """How an operator may be split, and what it costs.
 
-    row          the notation, or a function (args, output shapes) -> notation
-    linear       the operands that partial sums pass through together, the others whole, by their places; or how
-                 many tensors it must have for partial sums to pass through all of them (0: never, -1: any)
-    local        letter -> what runs instead on a shard (`*`: every letter that only the inputs have), or a
-                 function args -> such a dict
-    resize       which argument is the output's size, or a function (args, local output shapes) -> args on a shard
-    flops        (args, output shapes) -> FLOPs of the forward pass; default: see `flops`
+    row          the row in the notation, or a function (args, output shapes) -> row
+    linear       the indices of the operands in which the operator is linear together, so that partial sums pass through
+                 it while the other operands are whole; or a number of tensors: partial sums pass through all of them
+                 where there are so many (0: never, -1: always)
+    local        letter -> what runs on a shard in place of the operator, with "*" for every letter that only inputs
+                 have; or a function args -> such a dict
+    resize       the index of the argument that is the output's size, or a function (args, local output shapes) -> args
+    flops        (args, output shapes) -> FLOPs of the forward pass, where `flops` would count others
     contraction  whether matrix units do the work
-    sizes        (args, output shapes) -> the sizes of the products of the first two operands, where the letters do not
-                 tell (see `product_of`)
-    groups       letters that count products, even if not all operands have them: experts, heads
+    sizes        (args, output shapes) -> the sizes of the product of the first two operands, where `product_of` would
+                 find others
+    groups       letters that number products, though not every operand has them: experts, heads
     """
 
     row: str | Text
@@ -71,7 +78,7 @@ class Rule:
 
 
 def argument(args: Args, at: int, default: Any = None) -> Any:
-    """The argument in place `at`; `default` where it is left out or None."""
+    """The argument of index `at`; `default` where it is left out or None."""
     return default if len(args) <= at or args[at] is None else args[at]
 
 
@@ -81,40 +88,44 @@ def is_tensor(value: Any) -> bool:
 
 
 def replaced(args: Args, at: int, value: Any) -> Args:
-    """The arguments with another one in place `at`."""
+    """The arguments with another value at index `at`."""
     return (*args[:at], value, *args[at + 1 :])
 
 
 def letters(count: int, prefix: str = "d") -> list[str]:
-    """`count` letters."""
+    """`count` letters: ``["d0", "d1", ...]``."""
     return [f"{prefix}{i}" for i in range(count)]
 
 
 def dims_of(dims: Any, rank: int) -> list[int]:
-    """Dims counted from the left; None means all of them."""
+    """The dims of an argument that names one or several, counted from the left; all dims for None."""
     if dims is None:
         return list(range(rank))
     return [d % max(rank, 1) for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
 
 
 def spelled(shape: Shape, fixed: Collection[int] = (), mark: str = "") -> list[str]:
-    """A letter a dim, shared by all operands, and for the dims `fixed` one of the operand's own that stays whole."""
+    """A letter for every dim of an operand: shared with the other operands, but for the dims in `fixed`, whose letter
+    is never split and the operand's own if `mark` is."""
     return [f"{n}{mark}!" if i in fixed else n for i, n in enumerate(letters(len(shape)))]
 
 
 def row(inputs: Sequence[Sequence[str] | None], outputs: Sequence[Sequence[str]]) -> str:
-    """The notation of operands given dim by dim; None is no tensor."""
+    """The row of operands that are given dim by dim; None stands for what is no tensor."""
     left = ", ".join("-" if dims is None else " ".join(dims) for dims in inputs)
     return f"{left} -> {', '.join(' '.join(dims) for dims in outputs)}"
 
 
 def opaque(args: Args, outputs: Sequence[Shape]) -> str:
-    """Never split: what an operator without a row gets."""
+    """The row of an operator that is never split, such as one that is not in the table."""
     return row([], [spelled(shape, range(len(shape)), f"o{k}") for k, shape in enumerate(outputs)])
 
 
 def whole_dims(args: Args, outputs: Sequence[Shape], fixed: Collection[int]) -> str:
-    """Every dim passes but those `fixed`, whose sizes are each tensor's own; all tensors have the same rank."""
+    """The row in which every dim is split alike in all tensors, but for the dims in `fixed`, which are never split.
+
+    Never split at all where a tensor has another rank than the first.
+    """
     rank = len(args[0])
     if any(len(o) != rank for o in outputs):
         return opaque(args, outputs)
@@ -123,7 +134,7 @@ def whole_dims(args: Args, outputs: Sequence[Shape], fixed: Collection[int]) -> 
 
 
 def whole_at(at: int, default: Any = 0) -> Text:
-    """Every dim passes but those in argument `at`, which stay whole."""
+    """Rows in which every dim is split alike in all tensors, but for the dims that argument `at` names."""
 
     def text(args: Args, outputs: Sequence[Shape]) -> str:
         return whole_dims(args, outputs, dims_of(argument(args, at, default), len(args[0])))
@@ -132,7 +143,7 @@ def whole_at(at: int, default: Any = 0) -> Text:
 
 
 def whole_last(count: int) -> Text:
-    """Every dim passes but the last `count`, which stay whole."""
+    """Rows in which every dim is split alike in all tensors, but for the last `count`."""
 
     def text(args: Args, outputs: Sequence[Shape]) -> str:
         rank = len(args[0])

@@ -1,4 +1,4 @@
-"""Products: sums over a letter that two operands share."""
+"""Contractions: products that sum over a letter of two operands. A rule's docstring names the operator's arguments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from autopart.sharding.rules.base import Args, Local, Rule, Sizes, argument, let
 
 
 def _linear(args: Args, outputs: Sequence[Shape]) -> str:
-    """(input, weight, bias): a bias would be added once a shard, so with one k stays whole."""
+    """(input, weight, bias). With a bias k is never split, since every shard would add the bias."""
     biased = len(args) > 2 and args[2] is not None
     if len(args[1]) == 1:
         return "... k!, k!, -> ..." if biased else "... k, k -> ..."
@@ -27,7 +27,8 @@ def _matmul(args: Args, outputs: Sequence[Shape]) -> str:
 
 
 def _plus(letters_of_sum: str, product: str) -> Rule:
-    """A product added to a tensor that broadcasts: what is summed over would add that once a shard."""
+    """The rule of a product that is added to a tensor which broadcasts. What is summed over is never split, since every
+    shard would add the tensor."""
     left, right = product.split(" -> ")
 
     def text(args: Args, outputs: Sequence[Shape]) -> str:
@@ -39,7 +40,7 @@ def _plus(letters_of_sum: str, product: str) -> Rule:
 
 
 def _einsum(args: Args, outputs: Sequence[Shape]) -> str:
-    """(equation, operands): the equation is the row."""
+    """(equation, operands). The equation is the row."""
     equation = args[0].replace(" ", "")
     left, arrow, right = equation.partition("->")
     if not arrow:
@@ -75,7 +76,7 @@ def _kron(args: Args, outputs: Sequence[Shape]) -> str:
 
 
 def _chain(args: Args, outputs: Sequence[Shape]) -> str:
-    """Matrices in a list; the first and the last may be vectors."""
+    """A list of matrices, of which the first and the last may be vectors."""
     names = letters(len(args[0]) + 1)
     pairs = [[names[i], names[i + 1]] for i in range(len(args[0]))]
     pairs = [
@@ -92,7 +93,8 @@ def _bilinear(args: Args, outputs: Sequence[Shape]) -> str:
 
 
 def _grouped(args: Args, outputs: Sequence[Shape]) -> str:
-    """(tokens, experts' weights, ends): which token is whose expert's depends on all ends."""
+    """(tokens, weights by expert, ends). Which expert a token belongs to depends on all ends, so that neither is
+    split."""
     ranks = len(args[0]), len(args[1])
     if ranks != (2, 3) or len(args) < 3 or args[2] is None or argument(args, 3) is not None:
         return opaque(args, outputs)
@@ -104,24 +106,24 @@ def _grouped_flops(args: Args, outputs: Sequence[Shape]) -> float:
 
 
 def _expert_flops(args: Args, outputs: Sequence[Shape]) -> float:
-    """Every row meets one expert."""
+    """2 x rows x n x k: every row is multiplied by the weight of one expert."""
     return 2.0 * math.prod(outputs[0]) * args[0][-1]
 
 
 def _expert_sizes(args: Args, outputs: Sequence[Shape]) -> Sizes:
-    """A product for each expert, of its share of the rows."""
+    """One product for each expert, of rows / experts rows."""
     n, k, experts = outputs[0][-1], args[0][-1], args[1][0] if len(args[1]) == 3 else 1
     return Sizes(experts, math.prod(outputs[0]) / n / experts, n, k)
 
 
 def _experts(args: Args, outputs: Sequence[Shape]) -> str:
-    """(rows, weights, experts' numbers, whether the weights are transposed)"""
+    """(rows, weights by expert, number of each row's expert, whether the weights are transposed)."""
     return f"s k, e {'k n' if args[3] else 'n k'}, s -> s n"
 
 
 def _attention(args: Args, outputs: Sequence[Shape]) -> str:
-    """(query, key, value, mask, dropout, causal): the query dim splits only where no causal mask counts it.
-    With fewer key heads than query heads, each serves a group of g (`enable_gqa`)."""
+    """(query, key, value, mask, dropout, causal). Queries are split only without a causal mask, which counts them. With
+    fewer key heads than query heads, a key head serves a group of g query heads (`enable_gqa`)."""
     q = "q!" if len(args) > 5 and args[5] else "q"
     size = args[3] if len(args) > 3 else None
     if len(args[0]) != 4:
@@ -147,13 +149,13 @@ def _attention_sizes(args: Args, outputs: Sequence[Shape]) -> Sizes:
 
 
 def _space(shape: Shape, count: int) -> tuple[str, ...]:
-    """The letters of a batch, if there is one, and of the space in front of, under and behind a window."""
+    """The letters of the batch, "" without one, and of the input's, the window's and the output's space."""
     return ("b " if len(shape) == count + 2 else "", *(" ".join(f"{p}{i}!" for i in range(count)) for p in "awz"))
 
 
 def _conv(args: Args, outputs: Sequence[Shape]) -> str:
-    """(input, weight, bias, stride, padding, dilation, groups): space stays whole, and so do channels in groups,
-    but where each group is one channel."""
+    """(input, weight, bias, stride, padding, dilation, groups). Space is never split. Channels in groups are split only
+    where each group is one channel."""
     b, a, w, z = _space(args[0], len(args[1]) - 2)
     groups, channels = argument(args, 6, 1), args[0][1 if b else 0]
     biased = len(args) > 2 and args[2] is not None
@@ -168,7 +170,7 @@ def _conv(args: Args, outputs: Sequence[Shape]) -> str:
 
 
 def _conv_groups(space: int) -> Callable[[Args, Sequence[Shape]], Args]:
-    """Groups are split only where each is one channel of the output."""
+    """On a shard there are no more groups than channels of the output."""
     return lambda args, outputs: replaced(args, 6, min(args[6], outputs[0][-1 - space])) if len(args) > 6 else args
 
 
@@ -177,13 +179,13 @@ def _conv_flops(args: Args, outputs: Sequence[Shape]) -> float:
 
 
 def _conv_sizes(args: Args, outputs: Sequence[Shape]) -> Sizes:
-    """The product of windows, laid out as rows, by the weight."""
+    """The product of the windows, laid out as rows, by the weight."""
     groups, (channels, *window) = argument(args, 6, 1), args[1]
     return Sizes(groups, math.prod(outputs[0]) / channels, channels / groups, math.prod(window))
 
 
 def _conv_transpose(args: Args, outputs: Sequence[Shape]) -> str:
-    """(input, weight, bias, stride, padding, output padding, groups, dilation)"""
+    """(input, weight, bias, stride, padding, output padding, groups, dilation)."""
     b, a, w, z = _space(args[0], len(args[1]) - 2)
     biased = len(args) > 2 and args[2] is not None
     c, o, d = ("c", "o", "o") if argument(args, 6, 1) == 1 else ("c!", "o!", "d!")
@@ -196,13 +198,13 @@ def _conv_transpose_flops(args: Args, outputs: Sequence[Shape]) -> float:
 
 
 def _conv_transpose_sizes(args: Args, outputs: Sequence[Shape]) -> Sizes:
-    """The product of the input by the weight, whose rows are then added up at their places."""
+    """The product of the input by the weight. Its rows are then added up where the windows overlap."""
     groups, (channels, *window) = argument(args, 6, 1), args[1]
     return Sizes(groups, math.prod(args[0]) / channels, math.prod(window), channels / groups)
 
 
 def _convolution(args: Args, outputs: Sequence[Shape]) -> str:
-    """(input, weight, bias, stride, padding, dilation, transposed, output padding, groups)"""
+    """(input, weight, bias, stride, padding, dilation, transposed, output padding, groups)."""
     text = _conv_transpose if args[6] else _conv
     return text((*args[:3], None, None, None, 1 if args[8] == 1 else -1), outputs)
 

@@ -1,4 +1,4 @@
-"""Operators that read or write where indices say, and those that make indices."""
+"""Operators that read or write by indices, and operators that make indices."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from autopart.sharding.rules.base import (
 
 
 def _embedding(args: Args, outputs: Sequence[Shape]) -> str:
-    """(weight, ids, padding, scale_grad_by_freq, ...): frequencies are those of all ids."""
+    """(weight, ids, padding, scale_grad_by_freq, ...). Frequencies are of all ids, so that with them nothing splits."""
     return opaque(args, outputs) if argument(args, 3) else "v d, ... -> ... d"
 
 
@@ -38,7 +38,8 @@ def _gather(args: Args, outputs: Sequence[Shape]) -> str:
 
 
 def _scatter(args: Args, outputs: Sequence[Shape]) -> str:
-    """(x, dim, index, source or number): the index counts on from the first element, in every dim."""
+    """(x, dim, index, source or number). A dim is split only where x, the index and the source have the same size in
+    it: the index begins at the first element of x in every dim."""
     rank, tensors = len(args[0]), [a for a in args[2:4] if is_tensor(a)]
     if any(len(t) != rank for t in tensors):
         return opaque(args, outputs)
@@ -48,7 +49,7 @@ def _scatter(args: Args, outputs: Sequence[Shape]) -> str:
 
 
 def _take_along(args: Args, outputs: Sequence[Shape]) -> str:
-    """(x, index, dim), broadcasting"""
+    """(x, index, dim), which broadcast."""
     if argument(args, 2) is None or len(args[0]) != len(args[1]):
         return opaque(args, outputs)
     return row(
@@ -66,7 +67,7 @@ def _index_select(args: Args, outputs: Sequence[Shape]) -> str:
 
 
 def _index_write(args: Args, outputs: Sequence[Shape]) -> str:
-    """(x, dim, index, source or number): x[:, index] is written."""
+    """(x, dim, index, source or number): writes x[:, index]."""
     dims = dims_of(args[1], len(args[0]))
     whole = spelled(args[0], dims, "a")
     source = argument(args, 3)
@@ -83,8 +84,10 @@ def _take(args: Args, outputs: Sequence[Shape]) -> str:
 
 
 def _indexed(args: Args) -> tuple[list[str], list[int], list[str]]:
-    """(x's letters, the dims indexed, the letters of x[indices]): what the indices name stands where they stand if
-    they are neighbours, and in front if not."""
+    """The letters of x, the dims that are indexed, and the letters of x[indices].
+
+    The dims of the indices replace the indexed dims where these are neighbours; else they come first.
+    """
     names = letters(len(args[0]))
     at = [i for i, index in enumerate(args[1]) if index is not None]
     places = letters(max(len(args[1][i]) for i in at), "i")
@@ -94,7 +97,7 @@ def _indexed(args: Args) -> tuple[list[str], list[int], list[str]]:
 
 
 def _result(args: Args, names: Sequence[str], at: Sequence[int]) -> tuple[int, ...]:
-    """The shape of x[indices] if all indices are integers."""
+    """The shape that x[indices] has if no index is a mask."""
     sizes = dict(zip(letters(len(args[0])), args[0], strict=True))
     ranks = max(len(args[1][i]) for i in at)
     for k in range(ranks):
@@ -103,7 +106,7 @@ def _result(args: Args, names: Sequence[str], at: Sequence[int]) -> tuple[int, .
 
 
 def _index(args: Args, outputs: Sequence[Shape]) -> str:
-    """x[..., index, ...]; with a mask among the indices nothing splits."""
+    """(x, indices). With a mask among the indices nothing splits."""
     names, at, out = _indexed(args)
     if len(at) + len(out) < len(names) or _result(args, out, at) != tuple(outputs[0]):
         return opaque(args, outputs)
@@ -113,8 +116,8 @@ def _index(args: Args, outputs: Sequence[Shape]) -> str:
 
 
 def _index_put(args: Args, outputs: Sequence[Shape]) -> str:
-    """(x, indices, values, accumulate). A mask has the shape of the dims it stands for, so an index of such a shape
-    may be one: then these dims stay whole, and those in front."""
+    """(x, indices, values, accumulate). An index that has the shape of the dims from its own on may be a mask: then
+    these dims, and those before them, are never split."""
     names, at, out = _indexed(args)
     shapes = [tuple(args[1][i]) for i in at]
     masks = [len(s) > 1 and s == tuple(args[0][i : i + len(s)]) for i, s in zip(at, shapes, strict=True)]
@@ -136,12 +139,12 @@ def _index_put(args: Args, outputs: Sequence[Shape]) -> str:
 
 
 def _adds(args: Args) -> Linear:
-    """index_put that accumulates adds values up: everything but the indices may be a partial sum."""
+    """With `accumulate`, index_put is linear in x and the values together."""
     return (0, len(args[1]) + 1) if argument(args, 3) else ()
 
 
 def _one_hot(args: Args, outputs: Sequence[Shape]) -> str:
-    """(x, classes): left out, they are the data's."""
+    """(x, classes). Without the number of classes the data decides the output's shape, and nothing splits."""
     if argument(args, 1, -1) < 0:
         return opaque(args, outputs)
     names = letters(len(args[0]))
@@ -149,7 +152,7 @@ def _one_hot(args: Args, outputs: Sequence[Shape]) -> str:
 
 
 def _searchsorted(args: Args, outputs: Sequence[Shape]) -> str:
-    """(sorted sequences, values)"""
+    """(sorted sequences, values)."""
     lead = letters(len(args[0]) - 1)
     if not is_tensor(args[1]):
         return opaque(args, outputs)

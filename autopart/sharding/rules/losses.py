@@ -1,4 +1,4 @@
-"""Losses: element by element, then none, a mean or a sum (reduction 0, 1, 2)."""
+"""Losses: computed by element, then reduced by nothing, a mean or a sum (reduction 0, 1, 2)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def _cross_entropy(args: Args, outputs: Sequence[Shape]) -> str:
 
 
 def _negative_log(args: Args, outputs: Sequence[Shape]) -> str:
-    """(input, target, weight, reduction, ignored): how many targets count in a mean is known to all ranks together."""
+    """(input, target, weight, reduction, ignored). A mean is never split: no rank alone knows how many targets
+    count."""
     reduction = argument(args, 3, 1)
     if reduction == 1:
         return opaque(args, outputs)
@@ -28,13 +29,13 @@ def _negative_log(args: Args, outputs: Sequence[Shape]) -> str:
 
 
 def _by_element(at: int, operands: int) -> Text:
-    """Losses of so many operands that broadcast, with the reduction in argument `at`."""
+    """Rows of losses of `operands` operands that broadcast, with the reduction in argument `at`."""
     left = ", ".join(["..."] * operands)
     return lambda args, outputs: f"{left} -> {'...' if argument(args, at, 1) == 0 else ''}"
 
 
 def _if_mean(at: int, local: dict[str, Local]) -> Callable[[Args], dict[str, Local]]:
-    """`local` where the reduction, argument `at`, is the mean."""
+    """`local` for calls whose reduction, argument `at`, is the mean; else nothing."""
     return lambda args: local if argument(args, at, 1) == 1 else {}
 
 
@@ -46,12 +47,12 @@ ELEMENTWISE = {  # operands, and which argument is the reduction
 
 
 def _triplet(args: Args, outputs: Sequence[Shape]) -> str:
-    """(anchor, near, far, margin, p, eps, swap, reduction): distances are along the last dim."""
+    """(anchor, positive, negative, margin, p, eps, swap, reduction). Distances are along the last dim."""
     return f"... d!, ... d!, ... d! -> {'...' if argument(args, 7, 1) == 0 else ''}"
 
 
 def _cosine(args: Args, outputs: Sequence[Shape]) -> str:
-    """(x, y, sign, margin, reduction)"""
+    """(x, y, sign, margin, reduction)."""
     return f"... d!, ... d!, ... -> {'...' if argument(args, 4, 1) == 0 else ''}"
 
 

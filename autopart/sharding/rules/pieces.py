@@ -34,7 +34,7 @@ def _unbind(args: Args, outputs: Sequence[Shape]) -> str:
 
 
 def _scatter(args: Args, outputs: Sequence[Shape]) -> str:
-    """slice_scatter and select_scatter: (whole, piece, dim, ...) -> whole."""
+    """slice_scatter and select_scatter: (x, piece, dim, ...). The dim is never split."""
     dims = dims_of(argument(args, 2, 0), len(args[0]))
     whole, piece = spelled(args[0], dims), spelled(args[0], dims, "piece")
     return row([whole, piece if len(args[1]) == len(whole) else [n for n in piece if not n.endswith("!")]], [whole])
@@ -53,7 +53,7 @@ def _put(names: Sequence[str], dim: int, name: str) -> list[str]:
 
 
 def _chunk(args: Args, outputs: Sequence[Shape]) -> str:
-    """Equal chunks split into equal chunks; others are cut elsewhere on a shard."""
+    """Equal chunks are split into equal chunks. Others would be cut elsewhere on a shard, and are never split."""
     if len(set(outputs)) == 1 and len(outputs) == args[1]:
         return _split(args, outputs)
     return whole_at(2)((args[0], None, argument(args, 2, 0)), outputs)
@@ -65,7 +65,7 @@ def _pieces(args: Args, outputs: Sequence[Shape]) -> Args:
 
 
 def _cat(args: Args, outputs: Sequence[Shape]) -> str:
-    """Pieces of shape (0,) are left out, whatever the rank of the others."""
+    """Every piece is a part of the dim. Pieces of shape (0,) give nothing, whatever the rank of the others."""
     names = letters(len(outputs[0]))
     dim = argument(args, 1, 0) % len(names)
     empty = [tuple(s) == (0,) for s in args[0]]
@@ -84,7 +84,7 @@ def _stack(args: Args, outputs: Sequence[Shape]) -> str:
 
 
 def _cat_along(dim: int) -> Text:
-    """hstack and the like, where the tensors have that dim."""
+    """Rows of hstack and the like, which concatenate along `dim` where the tensors have it, else along dim 0."""
 
     def text(args: Args, outputs: Sequence[Shape]) -> str:
         ranks = {len(s) for s in args[0]}
@@ -126,7 +126,7 @@ def _unfold(args: Args, outputs: Sequence[Shape]) -> str:
 
 
 def _diff(args: Args, outputs: Sequence[Shape]) -> str:
-    """(x, order, dim, before, after)"""
+    """(x, order, dim, before, after)."""
     dims = dims_of(argument(args, 2, -1), len(args[0]))
     ends = [None if argument(args, k) is None else spelled(args[k], dims, "be"[k - 3]) for k in (3, 4)]
     return row([spelled(args[0], dims, "a"), None, None, *ends], [spelled(outputs[0], dims, "z")])

@@ -1,4 +1,4 @@
-"""Recurrent layers and their cells: samples are independent."""
+"""Recurrent layers and their cells: only samples are split."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from autopart.sharding.rules.base import Args, Rule, is_tensor, opaque, row, spe
 
 
 def _recurrent(args: Args, outputs: Sequence[Shape]) -> str:
-    """(input, states, parameters, biases, layers, dropout, training, both ways, batch first) -> output, states"""
+    """(input, states, parameters, has biases, layers, dropout, training, bidirectional, batch first) -> output,
+    states."""
     if len(args[0]) != 3 or not isinstance(args[8], bool) or (args[5] and args[6]):
         return opaque(args, outputs)
     order = (1, 0, 2) if args[8] else (0, 1, 2)
@@ -25,7 +26,7 @@ def _recurrent_flops(args: Args, outputs: Sequence[Shape]) -> float:
 
 
 def _cell(args: Args, outputs: Sequence[Shape]) -> str:
-    """(input, state or states, parameters): one step, each new state of a state's shape."""
+    """(input, state or states, parameters): one step. Every new state has the shape of the state before."""
     states = args[1] if isinstance(args[1], (list, tuple)) and not is_tensor(args[1]) else [args[1]]
     parameters = [spelled(p, range(len(p)), f"p{k}_") if is_tensor(p) else None for k, p in enumerate(args[2:])]
     return row([["b", "i!"], *(["b", f"h{k}!"] for k in range(len(states))), *parameters], [["b", "z!"]] * len(outputs))

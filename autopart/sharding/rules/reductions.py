@@ -1,4 +1,4 @@
-"""Sums and other reductions, and operators that run along dims."""
+"""Sums and other reductions, and operators along dims such as softmax, cumulative sums and Fourier transforms."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ MEAN = {"*": Local("mean")}
 
 
 def reduction(at: int | None = 1, default: int | list[int] | None = None, whole: bool = True) -> Text:
-    """The dims in argument `at` (none: all of them) are reduced; `whole` says that their values do not add up."""
+    """Rows of a reduction of the dims that argument `at` names; of all dims where `at` or the argument is None.
+
+    `whole` says that reduced dims are never split, since reductions of parts do not add up to that of all.
+    """
 
     def text(args: Args, outputs: Sequence[Shape]) -> str:
         rank = len(args[0])
@@ -44,7 +47,7 @@ def reduction(at: int | None = 1, default: int | list[int] | None = None, whole:
 
 
 def _norm(at_order: int, at_dims: int) -> Text:
-    """Only the sum of absolute values adds up."""
+    """Rows of a norm. Only norms of order 1, sums of absolute values, add up over the parts of a dim."""
 
     def text(args: Args, outputs: Sequence[Shape]) -> str:
         return reduction(at_dims, whole=argument(args, at_order, 2) != 1)(args, outputs)
@@ -53,15 +56,18 @@ def _norm(at_order: int, at_dims: int) -> Text:
 
 
 def _histc(args: Args, outputs: Sequence[Shape]) -> str:
-    """(x, bins, low, high): without bounds they are the data's."""
+    """(x, bins, low, high). Without bounds the data decides them, and nothing splits."""
     low, high = argument(args, 2, 0), argument(args, 3, 0)
     return row([letters(len(args[0]))], [["z!"]]) if low < high else opaque(args, outputs)
 
 
 def _transform(at: int, default: Any = None, real: bool = False) -> Rule:
-    """A Fourier transform along the dims in argument `at`, or else `default`, or else those that sizes are given for,
-    or else all. It takes 5 n log2 n FLOPs over n places, half as many where one side is real: what Cooley and Tukey's
-    algorithm of radix 2 takes, and FFTW's benchmarks count."""
+    """The rule of a Fourier transform, whose dims are never split.
+
+    The dims are those that argument `at` names, else `default`, else the last ones that sizes are given for, else all.
+    A transform of n elements takes 5 n log2 n FLOPs, half of that where one side is real: the count of Cooley and
+    Tukey's algorithm of radix 2, which FFTW's benchmarks use.
+    """
 
     def dims(args: Args) -> list[int]:
         rank, sizes = len(args[0]), argument(args, 1)
@@ -81,7 +87,7 @@ def _shift(args: Args, outputs: Sequence[Shape]) -> str:
 
 
 def _similarity(args: Args, outputs: Sequence[Shape]) -> str:
-    """(x, y, dim), broadcasting"""
+    """(x, y, dim)."""
     dims = dims_of(argument(args, 2, 1), max(len(args[0]), len(args[1])))
     if len(args[0]) != len(args[1]):
         return opaque(args, outputs)
@@ -90,7 +96,7 @@ def _similarity(args: Args, outputs: Sequence[Shape]) -> str:
 
 
 def _pairwise(args: Args, outputs: Sequence[Shape]) -> str:
-    """(x, y, p, eps, keep the dim)"""
+    """(x, y, p, eps, whether to keep the dim)."""
     return f"... d!, ... d! -> ...{' 1' if argument(args, 4) else ''}"
 
 

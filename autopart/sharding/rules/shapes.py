@@ -1,4 +1,4 @@
-"""Operators that move elements around and change none."""
+"""Operators that only move elements."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from autopart.sharding.rules.base import (
 
 
 def _view(args: Args, outputs: Sequence[Shape]) -> str:
-    """The common refinement of the two shapes, letter by letter; what has none is never split."""
+    """The row of a reshape: a letter for every factor of the common refinement of the two shapes.
+
+    Shapes without a common refinement, as (4, 6) and (3, 8), are never split.
+    """
     sides: tuple[list[str], list[str]] = ([], [])
     source, target = [s for s in args[0] if s != 1], [s for s in outputs[0] if s != 1]
     if 0 in source:
@@ -58,7 +61,7 @@ def _unflattened(args: Args, outputs: Sequence[Shape]) -> Args:
 
 
 def _spread(source: Shape, out: Shape) -> list[str]:
-    """The dims that `expand` and `repeat` read: those of size 1 are the same for every letter of the output."""
+    """The dims of the input of `expand` and `repeat`: a dim of size 1 gives all elements of the output's dim."""
     lead = len(out) - len(source)
     return ["1" if s == 1 else n for s, n in zip(source, letters(len(out))[lead:], strict=True)]
 
@@ -72,7 +75,7 @@ def _broadcast(args: Args, outputs: Sequence[Shape]) -> str:
 
 
 def _repeat(args: Args, outputs: Sequence[Shape]) -> str:
-    """A dim of several copies is so many segments; copies of a single element are as good as others."""
+    """A dim of n copies is n parts, each of which is split on its own. Copies of a single element are one part."""
     if 0 in outputs[0]:
         return opaque(args, outputs)
     names = letters(len(outputs[0]))
@@ -85,20 +88,20 @@ def _repeat(args: Args, outputs: Sequence[Shape]) -> str:
 
 
 def _copies(args: Args, outputs: Sequence[Shape]) -> Args:
-    """Counts of copies follow the shard where the dim has no more elements than there are copies."""
+    """On a shard there are no more copies than the output has elements."""
     lengths = outputs[0][len(outputs[0]) - len(args[1]) :]
     return replaced(args, 1, [min(c, n) for c, n in zip(args[1], lengths, strict=True)])
 
 
 def _interleave(args: Args, outputs: Sequence[Shape]) -> str:
-    """(x, count, dim); the dim stays whole, since the size of the output may be given by keyword."""
+    """(x, count, dim). The dim is never split, since the size of the output may be given by keyword."""
     if argument(args, 2) is None:
         return opaque(args, outputs)
     return whole_at(2)((args[0], None, args[2]), outputs)
 
 
 def _interleave_each(args: Args, outputs: Sequence[Shape]) -> str:
-    """(x, counts, dim)"""
+    """(x, counts, dim)."""
     if argument(args, 2) is None:
         return opaque(args, outputs)
     dim = dims_of(args[2], len(args[0]))
@@ -155,7 +158,7 @@ def _slice(args: Args, outputs: Sequence[Shape]) -> str:
 
 
 def _squeeze(args: Args, outputs: Sequence[Shape]) -> str:
-    """The dims asked for that are longer than 1 stay, and stay whole: a shard of length 1 would go."""
+    """A dim that is asked for and longer than 1 is never split: `squeeze` would remove it from a shard of length 1."""
     asked = set(dims_of(argument(args, 1), len(args[0])))
     names = spelled(args[0], asked)
     gone = {i for i in asked if len(args[0]) and args[0][i] == 1}
@@ -180,7 +183,7 @@ def _view_dtype(args: Args, outputs: Sequence[Shape]) -> str:
 
 
 def _shuffle(args: Args, outputs: Sequence[Shape]) -> str:
-    """pixel_shuffle: channels become a block of pixels each."""
+    """pixel_shuffle: r x r channels become a block of r x r pixels."""
     lead, r = letters(len(args[0]) - 3), args[1]
     return row([[*lead, f"(c {r} {r})", "h", "w"]], [[*lead, "c", f"(h {r})", f"(w {r})"]])
 

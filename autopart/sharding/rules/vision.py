@@ -1,4 +1,4 @@
-"""Normalisations, and operators on images: batch and channels in front, space behind."""
+"""Normalisations, and operators on images of shape (batch, channels, space)."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from autopart.sharding.rules.base import (
 
 
 def _layer_norm(args: Args, outputs: Sequence[Shape]) -> str:
-    """(input, normalised shape, weight, bias); further outputs are statistics, with ones for what is normalised."""
+    """(input, normalised shape, weight, bias). Further outputs are statistics, of size 1 in the normalised dims."""
     norm = " ".join(f"{n}!" for n in letters(len(args[1]), "n"))
     ones = " ".join("1" * len(args[1]))
     return f"... {norm}, -, {norm}, {norm} -> {', '.join([f'... {norm}', *[f'... {ones}'] * (len(outputs) - 1)])}"
 
 
 def _batch_norm(training: int | bool) -> Text:
-    """(input, weight, bias, mean, variance, ...): batch statistics are those of all samples and places. `training`
-    says whether they are taken, or which argument does."""
+    """Rows of (input, weight, bias, mean, variance, ...). Statistics of the batch are of all samples and pixels, so
+    that only channels are split. `training` says whether they are taken, or which argument says so."""
 
     def text(args: Args, outputs: Sequence[Shape]) -> str:
         batch = training if isinstance(training, bool) else bool(args[training])
@@ -43,8 +43,8 @@ def _batch_norm(training: int | bool) -> Text:
 
 
 def _instance_norm(args: Args, outputs: Sequence[Shape]) -> str:
-    """(input, weight, bias, mean, variance, of the input): each sample's channels, unless running statistics are
-    kept, which all samples change."""
+    """(input, weight, bias, mean, variance, whether statistics are the input's). Samples are split unless there are
+    running statistics, which all samples change."""
     names = letters(len(args[0]))
     kept = args[5] and argument(args, 3) is not None
     x = [n if i == 1 or (i == 0 and not kept) or not args[5] else f"{n}!" for i, n in enumerate(names)]
@@ -52,7 +52,7 @@ def _instance_norm(args: Args, outputs: Sequence[Shape]) -> str:
 
 
 def _group_norm(args: Args, outputs: Sequence[Shape]) -> str:
-    """(input, groups, weight, bias): channels split where each is a group."""
+    """(input, groups, weight, bias). Channels are split where each is a group."""
     c = "c" if args[1] == args[0][1] else "c!"
     x = ["b", c, *(f"{n}!" for n in letters(len(args[0]) - 2))]
     return row([x, None, [c], [c]], [x])
@@ -63,7 +63,7 @@ def _groups(args: Args, outputs: Sequence[Shape]) -> Args:
 
 
 def _native_group_norm(args: Args, outputs: Sequence[Shape]) -> str:
-    """(input, weight, bias, samples, channels, pixels, groups, eps) -> output, mean, deviation"""
+    """(input, weight, bias, samples, channels, pixels, groups, eps) -> output, mean, reciprocal deviation."""
     g = args[6]
     c = f"(g {args[4] // g})"
     x = ["b", c, *(f"{n}!" for n in letters(len(args[0]) - 2))]
@@ -76,7 +76,7 @@ def _native_groups(args: Args, outputs: Sequence[Shape]) -> Args:
 
 
 def _weight_norm(args: Args, outputs: Sequence[Shape]) -> str:
-    """(directions, lengths, dim): a length for every place along dim (-1: one for all)."""
+    """(directions, lengths, dim). There is a length for every index along the dim, or one for all where it is -1."""
     dim = argument(args, 2, 0)
     names = [n if i == dim else f"{n}!" for i, n in enumerate(letters(len(args[0])))]
     lengths = [n if size == args[0][i] != 1 else "1" for i, (n, size) in enumerate(zip(names, args[1], strict=False))]
@@ -90,26 +90,26 @@ def _prelu(args: Args, outputs: Sequence[Shape]) -> str:
 
 
 def _im2col(args: Args, outputs: Sequence[Shape]) -> str:
-    """(image, window, ...): a channel's windows stand together."""
+    """(image, window, ...). The output's first dim has the windows of one channel behind those of another."""
     lead, window = letters(len(args[0]) - 3), args[1][0] * args[1][1]
     return row([[*lead, "c", "h!", "w!"]], [[*lead, f"(c {window})", "l!"]])
 
 
 def _col2im(args: Args, outputs: Sequence[Shape]) -> str:
-    """(columns, size, window, ...)"""
+    """(columns, size, window, ...)."""
     lead, window = letters(len(args[0]) - 2), args[2][0] * args[2][1]
     return row([[*lead, f"(c {window})", "l!"]], [[*lead, "c", "h!", "w!"]])
 
 
 def _grid_sampler(args: Args, outputs: Sequence[Shape]) -> str:
-    """(image, places)"""
+    """(image, coordinates)."""
     space = len(args[0]) - 2
     to = letters(space, "z")
     return row([["b", "c", *(f"a{i}!" for i in range(space))], ["b", *to, str(space)]], [["b", "c", *to]])
 
 
 def _affine_grid(args: Args, outputs: Sequence[Shape]) -> str:
-    """(matrices, size of the image)"""
+    """(matrices, size of the image)."""
     return f"b x! y! -> b {' '.join(f'{n}!' for n in letters(len(args[1]) - 1))}"
 
 
