@@ -40,7 +40,8 @@ def write_lines(module: StageModule, scope: Scope, nodes: Sequence[fx.Node], nee
             continue
         if len(record.shapes) > 1:
             done |= _written_with(scope, node)
-            _unpack(module, scope, node, partial(_is_dead, done=done, needed=needed))
+            for name in _unpack(module, scope, node, partial(_is_dead, done=done, needed=needed)):
+                alive.pop(name, None)
             continue
         if joins_bias(node) and node not in needed:
             continue
@@ -93,8 +94,8 @@ def _written_with(scope: Scope, node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _unpack(module: StageModule, scope: Scope, node: fx.Node, is_dead: Callable[[fx.Node], bool]) -> None:
-    """One line that names all outputs of an operator; an output without use is `_`."""
+def _unpack(module: StageModule, scope: Scope, node: fx.Node, is_dead: Callable[[fx.Node], bool]) -> list[str]:
+    """Append one line that names all outputs of an operator, and return the names; an output without use is `_`."""
     text = module.speller.expression(scope, node)
     picks = {u.args[1]: u for u in node.users}
     names = []
@@ -102,6 +103,7 @@ def _unpack(module: StageModule, scope: Scope, node: fx.Node, is_dead: Callable[
         pick = picks.get(index)
         names.append(scope.name(pick, output_name(node, index), is_dead) if pick is not None else "_")
     scope.lines.append(comment(f"{', '.join(names)} = {text.code}", "", info(node).source))
+    return names
 
 
 def used_outside(nodes: Sequence[fx.Node]) -> set[fx.Node]:

@@ -71,11 +71,13 @@ def wanted_name(node: fx.Node) -> str:
 
 
 def output_name(node: fx.Node, index: int) -> str:
-    """A name for one of several outputs: the variable in its place of a tuple, else by the operator."""
+    """A name for one of several outputs: the variable in its place of a tuple that is assigned, else by the
+    operator."""
     frames = info(node).frames
     statement = statement_of(frames[-1]) if frames else None
     targets = statement.targets if statement is not None else ()
-    if len(targets) == len(info(node).shapes) and targets[index].strip("_"):
+    results = not any(_is_part(pick, len(frames) - 1) for pick in node.users)
+    if results and len(targets) == len(info(node).shapes) and targets[index].strip("_"):
         return targets[index]
     names = OUTPUTS.get(_operator(node))
     return names[index] if names else f"{wanted_name(node)}_{index}"
@@ -147,7 +149,7 @@ def _results(node: fx.Node, depth: int, statement: Statement) -> list[fx.Node]:
             frames = info(each).frames if _operator(each) not in FOLLOWING else ()
             for d, frame in enumerate(frames):
                 place = statement_of(frame)
-                if place is not None and len(place.targets) > 1 and not _is_part(each, d):
+                if place is not None and len(place.targets) > 1 and each.users and not _is_part(each, d):
                     groups.setdefault((info(each).layer, frames[:d], place.place), []).append(each)
     return groups.get((info(node).layer, info(node).frames[:depth], statement.place), [])
 
