@@ -47,33 +47,21 @@ def trace(
     graph = exported.graph_module.graph
     updated = _keep_loss(graph, exported)
     _drop_assertions(graph)
-    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     lifted = _merge_constants(graph, exported)
-    users = iter(signature.user_inputs)
     aliases = _aliases(model)
-    by_user = {name: key for name, key in zip(users, inputs, strict=True) if isinstance(name, str)}
-    for node in list(graph.nodes):
-        if node.op == "output":
-            continue
-        if node.op == "placeholder":
-            kind = (
-                "parameter"
-                if node.name in signature.inputs_to_parameters
-                else "buffer"
-                if node.name in named or node.name in lifted
-                else "input"
-            )
-            name = named.get(node.name, "")
-            name = aliases.get(name, name) or lifted.get(node.name, ("",))[0] or by_user.get(node.name, node.name)
-            if not isinstance(node.meta.get("val"), torch.Tensor):
-                graph.erase_node(node)
-                continue
-        elif node.meta.get("val") is None:
+    keys = {name: key for name, key in zip(signature.user_inputs, inputs, strict=True) if isinstance(name, str)}
+    kinds = {name: ("input", key) for name, key in keys.items()}
+    kinds |= {name: ("buffer", value[0]) for name, value in lifted.items()}
+    kinds |= {name: ("buffer", path) for name, path in signature.inputs_to_buffers.items()}
+    kinds |= {name: ("parameter", aliases.get(path, path)) for name, path in signature.inputs_to_parameters.items()}
+    for node in [n for n in graph.nodes if n.op != "output"]:
+        value = node.meta.get("val")
+        if value is None or (node.op == "placeholder" and not isinstance(value, torch.Tensor)):
             graph.erase_node(node)
-            continue
+        elif node.op == "placeholder":
+            node.meta[KEY] = _record(node, *kinds.get(node.name, ("input", node.name)))
         else:
-            kind, name = "op", op_name(node.target)
-        node.meta[KEY] = _record(node, kind, name)
+            node.meta[KEY] = _record(node, "op", op_name(node.target))
     _check_dtypes(graph)
     _check_gradient(graph.output_node().args[0], model)
     buffers = _buffers(model, dict(lifted.values()), placeholders(graph, "buffer"))

@@ -108,12 +108,12 @@ def slice_of(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
 
 
 def gather_from(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
-    """Put the shares together; backward keeps this rank's share of the gradient."""
+    """All-gather the ranks' parts; backward keeps this rank's part of the gradient, which is whole on every rank."""
     return _move(x, _gather, _slice, group, dim, parts)
 
 
 def all_gather(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
-    """Put the shares together for different work on each rank; backward sums and scatters."""
+    """All-gather the ranks' parts for different work on each rank; backward reduce-scatters the partial gradients."""
     return _move(x, _gather, _sum_slice, group, dim, parts)
 
 
@@ -131,13 +131,13 @@ class _AllGatherAgain(torch.autograd.Function):
 
 
 def all_gather_again(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
-    """`all_gather` where what backward needs of the whole is gathered again there: `x` alone is kept."""
+    """`all_gather` whose result is not saved: backward runs the all-gather again, and `x` alone is saved."""
     whole: Tensor = _AllGatherAgain.apply(x, group, dim, parts)
     return whole
 
 
 def reduce_scatter_to(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
-    """Sum the ranks' partial sums and keep this rank's share; backward gathers."""
+    """Reduce-scatter the ranks' partial sums, so that each rank has its part of the sum; backward all-gathers."""
     return _move(x, _sum_slice, _gather, group, dim, parts)
 
 
@@ -153,6 +153,6 @@ class _AllToAll(torch.autograd.Function):
 
 
 def all_to_all(x: Tensor, group: Group, have: int, want: int) -> Tensor:
-    """From split along dim `have` to split along dim `want`, and back for the gradients."""
+    """All-to-all: from split along dim `have` to split along dim `want`; backward runs it the other way."""
     moved: Tensor = _AllToAll.apply(x, group, have, want)
     return moved

@@ -1,4 +1,4 @@
-"""Numbered blocks of a stage that are written as classes: equal ones, by structure, as one."""
+"""The numbered blocks of a stage that are written as classes, blocks of the same program as one class."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from autopart.passes.stage_graph import OWNED, Named, StageGraph
 
 @dataclass(frozen=True)
 class Block:
-    """A run of a stage that is a call of a module.
+    """A segment of a stage that is written as the call of a module.
 
-    kind       its class, which blocks of the same program share
-    recompute  "none", "selective" or "full"
-    outside    the values it takes, among them weights that other runs read too;  outputs: those it gives
+    kind       the name of its class, which blocks of the same program share
+    recompute  "none", "selective" or "full": what backward computes again
+    outside    the values that it takes, among them weights that other segments read too
+    outputs    the values that it gives
     """
 
     kind: str
@@ -37,8 +38,11 @@ def plural(label: str) -> str:
 
 
 def find_blocks(stage: StageGraph, modes: Sequence[str], sliced: bool, classes: Mapping[str, str]) -> dict[int, Block]:
-    """The blocks by the index of their run: the numbered runs of a program that several share, those that are
-    recomputed (`modes` says it of every run) and, with `sliced`, those that have weights to gather."""
+    """Index of a segment -> its block.
+
+    A numbered segment is a block if another has the same program, if it is recomputed (`modes` has the mode of every
+    segment), or if it has slices of weights to gather (`sliced`).
+    """
     users = Counter(weight for _, nodes in stage.segments for weight in _weights(nodes))
     shared = {weight for weight, count in users.items() if count > 1}
     programs = {
@@ -71,8 +75,8 @@ def find_blocks(stage: StageGraph, modes: Sequence[str], sliced: bool, classes: 
 
 
 def loops(blocks: Mapping[int, Block]) -> list[list[int]]:
-    """The blocks in rows that a loop may go over, each as the index of its segment: neighbours of one list that are
-    recomputed alike and take and give as many values."""
+    """The blocks in rows, as indices of their segments. A row is of neighbours in one list that are recomputed alike,
+    and take and give the same number of values."""
     rows: list[list[int]] = []
     for index, block in blocks.items():
         before = blocks.get(index - 1)
@@ -88,7 +92,7 @@ def loops(blocks: Mapping[int, Block]) -> list[list[int]]:
 
 
 def _counts_valid(node: fx.Node) -> bool:
-    """Whether the node reads how many targets count, which the stage knows and its blocks do not."""
+    """Whether the node reads the number of valid targets, which only the stage's module has."""
     return info(node).name in ("runtime.mean_cross_entropy", "runtime.vocab_cross_entropy")
 
 
@@ -97,13 +101,13 @@ def _weights(nodes: Sequence[fx.Node]) -> set[fx.Node]:
 
 
 def _class_name(wanted: str, taken: set[str]) -> str:
-    """The user's class name; numbered where two kinds of block go by one."""
+    """The user's class name, numbered where several programs have it."""
     names = itertools.chain([wanted], (f"{wanted}{i}" for i in itertools.count(2)))
     return next(name for name in names if name not in {*taken, "Stage"})
 
 
 def _program(label: str, nodes: Sequence[fx.Node], shared: set[fx.Node]) -> tuple[Any, ...]:
-    """What a run does, without its names."""
+    """What a segment computes, with local numbers in place of names: equal for blocks that one class can stand for."""
     local = {n: i for i, n in enumerate(nodes)}
     others: dict[fx.Node, int] = {}
 

@@ -1,4 +1,4 @@
-"""How an operator's call reads in emitted code: a table of spellings, and functions for those with their own."""
+"""How an operator's call is written in emitted code: tables of operators by form, and functions for special forms."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FACTORIES = {"arange", "full", "zeros", "ones", "arange.start", "arange.start_st
 
 
 class Axis(str):
-    """An attribute of `self` among the arguments of an emitted call."""
+    """The name of an attribute of `self`, as an argument of an emitted call."""
 
     __slots__ = ()
 
@@ -48,10 +48,10 @@ class Axis(str):
 
 
 class Speller:
-    """Writes expressions; collects the names they need from the runtime.
+    """Writes expressions, and collects the functions that they call.
 
-    axes   the mesh's axes, which emitted code reaches as `self.tp`
-    used   functions of `autopart.runtime` that were written
+    axes   the mesh axes, which emitted code reads as `self.tp`
+    used   the functions of `autopart.runtime` that were written
     """
 
     def __init__(self, axes: set[str]) -> None:
@@ -127,14 +127,14 @@ def scalar_infix(node: fx.Node) -> bool:
 
 
 def joins_bias(node: fx.Node) -> bool:
-    """A product whose only use is the addition of its bias: both make one F.linear."""
+    """Whether the only use of a product is the addition of its bias, so that both are written as one F.linear."""
     if info(node).name != "aten.linear" or len(node.users) != 1:
         return False
     return bias_of(next(iter(node.users)), node) is not None
 
 
 def bias_of(add: fx.Node, product: fx.Node) -> fx.Node | None:
-    """The bias if `add` adds one to `product`."""
+    """The bias that `add` adds to `product`; None where it adds something else."""
     if add.op == "output" or info(add).name != "aten.add.Tensor" or add.args[0] is not product or len(add.args) != 2:
         return None
     bias = add.args[1]
@@ -143,7 +143,7 @@ def bias_of(add: fx.Node, product: fx.Node) -> fx.Node | None:
 
 
 def trim(node: fx.Node) -> list[Any]:
-    """Positional arguments without trailing ones that are the schema's defaults."""
+    """The positional arguments of a call, without the last ones that have the schema's default values."""
     args = list(node.args)
     if isinstance(node.target, torch._ops.OpOverload):
         schema = [a for a in node.target._schema.arguments if not a.kwarg_only]
