@@ -15,7 +15,7 @@ from autopart.frontend.functionalize import KEPT, functional
 from autopart.ir.graph import info
 from autopart.passes.simplify import simplify
 from autopart.passes.trace import trace
-from benchmarks import zoo_models
+from benchmarks.coverage import zoo_models
 
 Program = torch.export.ExportedProgram
 REWRITTEN = """clm:gemma3_text clm:falcon_h1 clm:gpt_neo clm:hrm_text clm:qwen2_moe clm:roformer mlm:modernbert
