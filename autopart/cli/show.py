@@ -13,12 +13,13 @@ import typer
 from rich.console import Console
 
 from autopart.cli.shared import Json, ModelOf, note, of_plan, planning, settings_of, tell, write_file
+from autopart.errors import PartitionError
 from autopart.plan.data import Plan
 from autopart.plan.text import missing
 from autopart.plan.timeline import timeline
 from autopart.plan.units import bytes_text, seconds_text
 from autopart.planner.explain.memory_report import memory_report
-from autopart.planner.explain.why import explain
+from autopart.planner.explain.why import Explanation, explain
 
 BESIDE = 90
 """Characters that a timeline's rows have beside their charts."""
@@ -37,6 +38,9 @@ def show_command(
     clock: Annotated[bool, typer.Option("--timeline", help="what every stage does when, simulated")] = False,
     trace: Annotated[Path | None, typer.Option(help="write the timeline for Chrome's tracing or Perfetto")] = None,
     memory: Annotated[bool, typer.Option("--memory", help="whose the bytes of every stage are")] = False,
+    lp: Annotated[Path | None, typer.Option(help="write the ILP of a stage's splits as an LP file")] = None,
+    mps: Annotated[Path | None, typer.Option(help="write the ILP of a stage's splits as an MPS file")] = None,
+    stage: Annotated[int, typer.Option(help="with --lp and --mps: of which stage")] = 0,
     everything: Annotated[bool, typer.Option("--all", help="with --why: of every operator and parameter")] = False,
     model: ModelOf = None,
     as_json: Json = False,
@@ -48,6 +52,8 @@ def show_command(
     saved = Plan.load(file)
     if why or why_not or prices:
         _explain(saved, model, why, everything, why_not or [], prices, as_json)
+    elif lp or mps:
+        _write_ilp(saved, model, stage, lp, mps, as_json)
     elif clock or trace:
         _timeline(saved, trace, as_json)
     elif memory:
@@ -73,10 +79,8 @@ def _timeline(saved: Plan, trace: Path | None, as_json: bool) -> None:
         console.print(made.chart(max(40, console.width - BESIDE)), soft_wrap=True)
 
 
-def _explain(
-    saved: Plan, spec: str | None, why: bool, everything: bool, why_not: list[str], prices: bool, as_json: bool
-) -> None:
-    """Print what is asked of a saved plan; the time it takes once the model is planned again goes to stderr."""
+def _planned_again(saved: Plan, spec: str | None) -> Explanation:
+    """The explanation of a saved plan, whose model is planned again."""
     started = time.monotonic()
     with planning() as say:
         loaded, batch, options = of_plan(saved, spec)
@@ -84,6 +88,28 @@ def _explain(
     if not math.isclose(found.plan.step_seconds, saved.step_seconds, rel_tol=1e-6):
         note(f"planned again the step takes {seconds_text(found.plan.step_seconds)}, which the answers go by")
     note(f"traced and planned again in {time.monotonic() - started:.2f} s")
+    return found
+
+
+def _write_ilp(saved: Plan, spec: str | None, stage: int, lp: Path | None, mps: Path | None, as_json: bool) -> None:
+    """Write the ILP of a stage's splits to the files that are asked for, and print their names."""
+    problem = _planned_again(saved, spec).ilp(stage)
+    note(f"{problem.numVariables()} variables, {problem.numConstraints()} constraints")
+    try:
+        for file, write in ((lp, problem.writeLP), (mps, problem.writeMPS)):
+            if file:
+                write(str(file))
+    except OSError as error:
+        raise PartitionError("cannot write the ILP", str(error)) from error
+    files = [str(file) for file in (lp, mps) if file]
+    tell({"files": files} if as_json else "\n".join(files))
+
+
+def _explain(
+    saved: Plan, spec: str | None, why: bool, everything: bool, why_not: list[str], prices: bool, as_json: bool
+) -> None:
+    """Print what is asked of a saved plan; the time it takes once the model is planned again goes to stderr."""
+    found = _planned_again(saved, spec)
     started = time.process_time()
     answers = [found.why_not(text) for text in why_not]
     reasons = found.why(everything) if why else []

@@ -1,6 +1,6 @@
 """StrategyTable -> the ILP's constraint matrix, as arrays.
 
-The constraints are equations (1) to (4) of `autopart.passes.formulate`. The matrix of a table depends on no price.
+The constraints are equations (2) to (8) of `autopart.passes.ilp`. The matrix of a table depends on no price.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class ConstraintMatrix:
         self.rows.append(([column, *variables], [1.0] + [-1.0] * len(variables), 0.0, INFINITE))
 
     def _moves(self, index: int, flow: ValueUses) -> None:
-        """Equations (2) and (3) of one flow."""
+        """Equations (4) to (7) of one value."""
         source = self.table.nodes[flow.source]
         give: dict[Placements, list[int]] = defaultdict(list)
         for option, variable in enumerate(self.options(flow.source)):
@@ -160,7 +160,7 @@ class ConstraintMatrix:
                 self.rows.append(([moves[0]], [1.0], 0.0, 0.0))
 
     def _kept(self, held: set[int]) -> None:
-        """Equation (4)."""
+        """Equation (8)."""
         start = self.strategies + len(self.sizes.changes)
         for index, keep in enumerate(self.table.keeps):
             keepers = dict.fromkeys(keep.keepers) if keep.root in held else {}

@@ -1,20 +1,8 @@
 """LayeredGraph -> StrategyTable: everything there is to decide, for one size of the tensor-parallel axis.
 
-The table is that of an integer linear program. x[v, s] is 1 where node v takes strategy s, e[f, u, p, q] where value f
-is made in placement p and its use u takes it in q, c[f, p, w] where f is made in p and resharded by the chain w of
-reshards, k[m, p] where tensor m is saved in placement p:
-
-    (1)  sum over s of x[v, s] = 1                                                   for every node v
-    (2)  sum over q of e[f, u, p, q] = sum of x[v, s] where v makes f in p under s   for every f, u, p
-         sum over p of e[f, u, p, q] = sum of x[v, s] where v takes f in q under s   for every f, u, q
-    (3)  c[f, p, w] >= sum over q of e[f, u, p, q] whose chain begins with w         for every f, u, p, w
-    (4)  k[m, p] >= sum of x[v, s] where v saves m in p under s                      for every m, p and v that saves m
-    (5)  minimise  sum x * seconds + sum c * seconds + memory multiplier * (sum x * state bytes + sum k * saved bytes)
-
-By (3) a reshard is paid once however many uses need it, and by (4) a tensor is saved once however many nodes save it.
-
 Along `dp` strategies split samples, wherever an operator's rule allows it; along `tp` they split any other letter. The
-prices come from `autopart.cost`, the equations as a matrix from `constraint_matrix`.
+prices come from `autopart.cost`. `autopart.passes.ilp` states the integer linear program over the table;
+`autopart.passes.constraint_matrix` has its equations as arrays.
 """
 
 from __future__ import annotations

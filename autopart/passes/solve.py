@@ -16,6 +16,10 @@ import numpy as np
 from autopart.cost.compute import Array
 from autopart.cost.sizes import Sizes
 from autopart.passes.constraint_matrix import ConstraintMatrix, Entries, Integers
+from autopart.passes.split_problem import Capacity, SplitProblem
+
+HIGHS = "highs"
+"""The name of this solver, among those that a plan may be asked for with."""
 
 UNIT, DEAREST = 1e3, 1e2
 """About what a solution costs in the solver's unit, and how many times that a single price may be."""
@@ -40,11 +44,18 @@ INTEGRAL = 1e-6
 
 @dataclass(frozen=True)
 class Solution:
-    """The index of every node's option, the objective, and the proven bound below it."""
+    """The index of every node's option, the objective, the proven bound below it, and the problem that it solves."""
 
     chosen: tuple[int, ...]
     objective: float
     bound: float
+    problem: SplitProblem | None = None
+
+
+def unit_of(sizes: Sizes, costs: Array) -> float:
+    """What to multiply costs by, so that a solution costs about UNIT."""
+    usual = float(np.minimum.reduceat(costs[: sizes.first[-1]], sizes.first[:-1]).sum())
+    return UNIT / (usual or float(costs.max(initial=0.0)) or 1.0)
 
 
 class Quiet(highspy.Highs):
@@ -198,16 +209,15 @@ class Solver(ConstraintMatrix):
         return Solution(chosen, objective / self.scale, bound / self.scale)
 
     def minimise_in_room(
-        self, costs: Array, late: Entries, allowed: Mapping[int, Iterable[int]], peak: Entries, held: Array, room: float
+        self, costs: Array, allowed: Mapping[int, Iterable[int]], capacity: Capacity
     ) -> Solution | None:
-        """`minimise` with the largest of some sums, the rows of `late`, among the costs, where held * v + the largest
-        of others, the rows of `peak`, <= room."""
-        highs, rows, unit = self.highs, self.highs.getNumRow(), max(room, 1.0)
-        self._largest(late, self._unit(costs), 1.0)
-        last = self._largest(peak, 1 / unit, 0.0)
+        """`minimise` with the rows of one stage's memory: equations (9) to (11) of `autopart.passes.ilp`."""
+        highs, rows, held, unit = self.highs, self.highs.getNumRow(), capacity.held, max(capacity.room, 1.0)
+        self._largest(capacity.sync, self._unit(costs), 1.0)
+        last = self._largest(capacity.peak, 1 / unit, 0.0)
         given = np.flatnonzero(held)
         _, index, value = self._spread(0 * given, given, held[given] / unit)
-        highs.addRow(-highspy.kHighsInf, room / unit, len(index) + 1, [*index, last], [*value, 1.0])
+        highs.addRow(-highspy.kHighsInf, capacity.room / unit, len(index) + 1, [*index, last], [*value, 1.0])
         highs.setOptionValue("mip_max_nodes", 100 * NODES)
         found = self.minimise(costs, allowed)
         highs.setOptionValue("mip_max_nodes", NODES)
@@ -243,9 +253,7 @@ class Solver(ConstraintMatrix):
         self.highs.changeColsCost(len(self.objective), np.arange(len(self.objective), dtype=np.int32), self.objective)
 
     def _unit(self, costs: Array) -> float:
-        """What to multiply costs by, so that a solution costs about UNIT."""
-        usual = float(np.minimum.reduceat(costs[: self.strategies], self.sizes.first[:-1]).sum())
-        return UNIT / (usual or float(costs.max(initial=0.0)) or 1.0)
+        return unit_of(self.sizes, costs)
 
     def _priced(self, costs: Array) -> Array:
         """What every variable costs, in a unit in which a solution costs about UNIT: what costs far more is never

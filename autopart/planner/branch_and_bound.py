@@ -36,6 +36,7 @@ from autopart.cost.training_state import update_seconds
 from autopart.errors import PartitionError, few
 from autopart.hardware.mesh import divisors
 from autopart.passes.solve import Solution
+from autopart.passes.split_problem import SplitProblem
 from autopart.plan.search_summary import SearchSummary
 from autopart.plan.units import seconds_text
 from autopart.planner.allowed_choices import Options, both
@@ -100,6 +101,8 @@ class SearchResult:
     """Ranges of positions whose splits were refined;  stopped: whether a limit left others that could win."""
     stopped: bool = False
     summary: SearchSummary | None = None
+    problems: tuple[SplitProblem, ...] = ()
+    """The ILP that the splits of every stage solve."""
 
 
 @dataclass
@@ -348,7 +351,7 @@ class Search:
             self.variables += point.pp * space.model(point).solver.columns
             solved.add(starts)
             total, choices = relaxed_cut(space, point, starts)
-            if sum(self._take(point, Solution(chosen, 0.0, 0.0)) for chosen in choices):
+            if sum(self._take(point, space.confirmed(point, found)) for found in choices):
                 self._best(point)
             heapq.heapreplace(cuts, (max(bound, total + (m - 1) * max(largest, total / point.pp)), largest, starts))
         return cuts[0][0] if cuts else NEVER
@@ -361,11 +364,13 @@ class Search:
         """Try the splits that are best for a cut: the same in all stages, then of each where it agrees with these."""
         space, model = self.space, self.space.model(point)
         _, whole = relaxed_stages(space, point, spans, space.options(point))
+        whole = whole and space.confirmed(point, whole)
         if whole is not None:
             self._take(point, whole)
             agreeing = both(space.options(point), model.agreeing(model.interface(whole.chosen)))
             for span in spans:
-                self._take(point, relaxed_stages(space, point, [span], agreeing)[1])
+                _, found = relaxed_stages(space, point, [span], agreeing)
+                self._take(point, found and space.confirmed(point, found))
         self._best(point)
 
     def _may_refine(self, point: SearchPoint, bound: float, binds: bool) -> bool:
@@ -495,17 +500,19 @@ class Search:
         if cut is None:
             return None
         ends = (*cut.starts[1:], len(space.layered.labels))
-        chosen, modes, times = [], [], []
+        chosen, modes, times, problems = [], [], [], []
         for stage, (i, j) in enumerate(zip(cut.starts, ends, strict=True)):
             flights, where = space.in_flight(point, stage), np.array([ways[0].ranges.place(i, j)])
             times_of = [way.ranges.least(where, flights, space.limit, space.modes)[0] for way in ways]
             way = ways[int(np.argmin(times_of))]
             mine = way.ranges.modes(i, j, flights, space.limit, space.modes)
             chosen.append(way.solution.chosen)
+            problems.append(way.solution.problem)
             modes += mine
             times.append(way.ranges.exact(i, j, mine))
         seconds = sum(times) + (m - 1) * max(times)
-        return SearchResult(point, tuple(chosen), cut.starts, tuple(modes), tuple(times), seconds)
+        splits = tuple(filter(None, problems))
+        return SearchResult(point, tuple(chosen), cut.starts, tuple(modes), tuple(times), seconds, problems=splits)
 
 
 def _counts(many: Mapping[int, int], modes: Sequence[str]) -> Iterator[dict[int, dict[str, int]]]:

@@ -12,7 +12,9 @@ import numpy as np
 
 from autopart.cost.compute import Array
 from autopart.cost.prices import Prices
-from autopart.passes.solve import Entries, Solution
+from autopart.passes.constraint_matrix import Entries
+from autopart.passes.solve import Solution
+from autopart.passes.split_problem import Capacity, SplitProblem
 from autopart.plan.schedules import receive_buffer_bytes
 from autopart.planner.allowed_choices import Options
 from autopart.planner.request import SearchPoint
@@ -44,7 +46,7 @@ def fastest_that_fit(
     alone = model.own[slice(*span)].sum(0)
     seconds = found.seconds + sent + beside * (there - alone)
     peaks = _entries(np.array([*_ends(found, held), *_backwards(found)]))
-    return model.solver.minimise_in_room(seconds, late, allowed, peaks, held + found.state, room)
+    return space.minimise(point, SplitProblem(seconds, allowed, Capacity(late, peaks, held + found.state, room)))
 
 
 class _Stretch:

@@ -13,6 +13,7 @@ import torch
 from autopart.cost.training_state import MASTERS, OPTIMIZER_STATES, widening
 from autopart.errors import PartitionError, closest, not_known
 from autopart.hardware.mesh import Mesh, divisors
+from autopart.passes.solve import HIGHS
 from autopart.plan.schedules import SCHEDULES
 from autopart.plan.typecheck import mistyped
 from autopart.planner.constraints import Constraint, parse
@@ -23,7 +24,7 @@ MOST = 2**31 - 1
 
 class Settings(TypedDict, total=False):
     """What every function that plans takes as keywords, each with the help text of its option in the shell. None, which
-    is the default of all but `optimizer` ("adamw") and `exact` (False), leaves the choice to the planner."""
+    is the default of all but `optimizer` ("adamw"), `exact` (False) and `solver` ("highs"), leaves the choice to the planner."""
 
     global_batch: Annotated[int | None, "samples of a step (default: those of the batch)"]
     micro_batch: Annotated[int | None, "samples of a micro-batch, over all ranks"]
@@ -46,6 +47,7 @@ class Settings(TypedDict, total=False):
     time_limit: Annotated[float | None, "seconds after which the best plan so far is taken"]
     nodes: Annotated[int | None, "points of the search after which the best plan so far is taken"]
     exact: Annotated[bool, "refine the splits of a small model to the optimum under real bytes, which takes minutes"]
+    solver: Annotated[str, "of the integer programs: highs, or one of PuLP's: cbc, scip, gurobi, cplex, glpk, ..."]
     constraints: Annotated[Sequence[str], "texts of what to fix or forbid: see `autopart.planner.constraints`"]
 
 
@@ -79,6 +81,8 @@ class Request:
     """Points of the search that are looked at; unlike a time limit it gives the same plan every time."""
     exact: bool = False
     """Whether to look for the optimum at any cost: see `autopart.planner.exact_refinement`."""
+    solver: str = HIGHS
+    """Of the integer programs of splits: HiGHS in this process, or one that PuLP knows."""
     must_fit: bool = True
     constraints: tuple[Constraint, ...] = ()
     """What was fixed or forbidden by hand."""
@@ -109,6 +113,10 @@ class Request:
                 "a master copy is for what 16 bits would lose",
                 'precision="bfloat16", or no master',
             )
+        if self.solver != HIGHS:
+            from autopart.passes.ilp_solvers import find_solver  # PuLP takes half a second to load
+
+            find_solver(self.solver)
         if self.time_limit is not None and self.time_limit < 0:
             raise PartitionError(f"time_limit={self.time_limit} is not positive", try_="time_limit=10")
         for name in WHOLE:
@@ -181,7 +189,9 @@ def read_settings(settings: Mapping[str, Any]) -> Request:
             raise PartitionError(f"{name}={value!r} is no whole number up to {MOST:,}", try_=f"{name}=2")
     master = settings.get("master")
     numbers = {name: operator.index(settings[name]) for name in WHOLE if settings.get(name) is not None}
+    solver = settings.get("solver", HIGHS)
     read = {
+        "solver": solver.lower() if isinstance(solver, str) else solver,
         "master": None if master is None else str(master).removeprefix("torch."),
         "constraints": read_constraints(settings.get("constraints", ())),
     }

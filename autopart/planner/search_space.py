@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from itertools import chain
 
@@ -21,8 +21,9 @@ from autopart.hardware.rows import Device, Link
 from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.formulate import formulate
-from autopart.passes.solve import Solution, Solver
+from autopart.passes.solve import HIGHS, Solution, Solver
 from autopart.passes.solve_stages import Coupled
+from autopart.passes.split_problem import SplitProblem
 from autopart.plan.schedules import SCHEDULES, in_flight
 from autopart.planner.allowed_choices import Options, both, modes_of, options_of, positions_of, stages_of
 from autopart.planner.constraints import Cuts, check
@@ -387,9 +388,32 @@ class SearchSpace:
         options = self.options(point)
         key = point, price, tuple(sorted(modes.items())), tuple(options.items())
         if key not in self.solved:
-            objective = self.objective(point, price, modes)
-            self.solved[key] = self.model(point).solver.minimise(objective, options, price in (0.0, NEVER))
+            unit = "bytes" if price == NEVER else "seconds"
+            problem = SplitProblem(self.objective(point, price, modes), options, unit=unit)
+            self.solved[key] = self.minimise(point, problem, price in (0.0, NEVER))
         return self.solved[key]
+
+    def minimise(self, point: SearchPoint, problem: SplitProblem, branch: bool = True) -> Solution | None:
+        """The best splits, by the solver that is asked for; None where there are none, or where it takes branching to
+        find them and is not to `branch`."""
+        solver, costs, allowed = self.model(point).solver, problem.costs, problem.allowed
+        if branch and self.request.solver != HIGHS:
+            return self._by_solver(point, problem)
+        if problem.capacity is not None:
+            found = solver.minimise_in_room(costs, allowed, problem.capacity)
+        else:
+            found = solver.minimise(costs, allowed, branch)
+        return self.confirmed(point, replace(found, problem=problem)) if found else None
+
+    def confirmed(self, point: SearchPoint, found: Solution) -> Solution | None:
+        """A solution that a relaxation gave, or what the solver that is asked for makes of the same problem."""
+        assert found.problem is not None
+        return found if self.request.solver == HIGHS else self._by_solver(point, found.problem)
+
+    def _by_solver(self, point: SearchPoint, problem: SplitProblem) -> Solution | None:
+        from autopart.passes.ilp_solvers import minimise  # PuLP takes half a second to load
+
+        return minimise(self.model(point).sizes, problem, self.request.solver)
 
     def relaxed(self, point: SearchPoint) -> float:
         """A bound below the time of the best splits, memory without end; infinite where there are none. It is
@@ -406,8 +430,10 @@ class SearchSpace:
                 self.relaxations[same] = self.model(point).solver.relax(objective, options)
             bound, solution = self.relaxations[same]
             self.bounds[key] = bound
-            if solution is not None or bound == NEVER:
-                self.solved[key] = solution
+            if bound == NEVER:
+                self.solved[key] = None
+            elif solution is not None and self.request.solver == HIGHS:
+                self.solved[key] = replace(solution, problem=SplitProblem(objective, options))
         return self.bounds[key]
 
     def below(self, point: SearchPoint) -> float:

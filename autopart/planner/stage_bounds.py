@@ -20,6 +20,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -29,7 +30,8 @@ from autopart.cost.intervals import NEVER, place
 from autopart.cost.prices import Prices
 from autopart.hardware.rows import Link
 from autopart.passes.solve import Solution
-from autopart.planner.allowed_choices import Options
+from autopart.passes.split_problem import SplitProblem
+from autopart.planner.allowed_choices import Options, both
 from autopart.planner.request import SearchPoint
 from autopart.planner.search_space import Model, SearchSpace
 
@@ -82,14 +84,19 @@ def relaxed_stages(
     """A bound below the seconds of some stages that all have the same splits, and these, where the relaxation is
     integral: of one stage it is a bound below f."""
     costs = np.sum([stage_costs(space, point, span) for span in spans], axis=0)
-    return space.model(point).solver.relax(costs, allowed)
+    bound, found = space.model(point).solver.relax(costs, allowed)
+    return bound, found and replace(found, problem=SplitProblem(costs, allowed))
 
 
-def relaxed_cut(space: SearchSpace, point: SearchPoint, starts: Starts) -> tuple[float, list[tuple[int, ...]]]:
-    """A bound below the seconds of all stages of a cut together; and every stage's choice, where the relaxation is
-    integral."""
+def relaxed_cut(space: SearchSpace, point: SearchPoint, starts: Starts) -> tuple[float, list[Solution]]:
+    """A bound below the seconds of all stages of a cut together; and every stage's solution, where the relaxation is
+    integral: that of the stage alone, as it agrees with the others."""
+    model, options = space.model(point), space.options(point)
     costs = [stage_costs(space, point, span) for span in spans_of(starts, len(space.layered.labels))]
-    return space.model(point).pipeline(point.pp).relax(costs, space.options(point))
+    bound, choices = model.pipeline(point.pp).relax(costs, options)
+    agreeing = [both(options, model.agreeing(model.interface(chosen))) for chosen in choices]
+    problems = map(SplitProblem, costs, agreeing)
+    return bound, [Solution(chosen, 0.0, 0.0, each) for chosen, each in zip(choices, problems, strict=False)]
 
 
 def messages(model: Model, prices: Prices, span: tuple[int, int], link: Link, least: bool = False) -> Array:

@@ -1,18 +1,14 @@
-"""The planner against all plans there are, and its solver against another."""
+"""The planner against all plans there are."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
-import pulp
 import pytest
 from brute import EQUAL, NEVER, SHARED, Judge, problem, steps_of, whole
 
 from autopart.errors import PartitionError
 from autopart.planner.branch_and_bound import SearchResult, search
-from autopart.planner.request import SearchPoint
 from autopart.planner.search_space import SearchSpace
 from autopart.planner.write_plan import write_out
 
@@ -56,24 +52,3 @@ def test_no_plan_is_faster(chunk: int) -> None:
             assert plan.bound <= optimum * (1 + EQUAL), f"seed {seed}: the bound is above the optimum"
         told = f"{found.point}: {found.seconds} s" if found else "nothing"
         assert best.plan is None, f"seed {seed}: the planner found {told}, but {best.plan.point} takes {best.seconds} s"
-
-
-@pytest.mark.parametrize("seed", range(0, 200, 10))
-def test_another_solver_finds_the_same(seed: int, tmp_path: Path) -> None:
-    """The equations of a table, written to a file and solved by CBC."""
-    space = problem(seed).space
-    space = SearchSpace(space.layered, replace(space.mesh, devices_per_host=4), space.request)
-    point = SearchPoint(1, 2, 1 + seed // SHARED % 2, 1)
-    solver, costs = space.model(point).solver, space.costs(point, {})
-    draw = np.random.default_rng(seed)
-    objective = costs.seconds + draw.uniform(0.0, 1.0, len(costs.seconds)) * costs.seconds.mean()
-    objective += draw.choice([0.0, 1e-6, 1e-3]) * (costs.kept + costs.state)
-    found = solver.minimise(objective)
-    assert found is not None
-    solver.highs.writeModel(str(tmp_path / "table.mps"))
-    variables, model = pulp.LpProblem.fromMPS(str(tmp_path / "table.mps"))
-    for number in range(solver.strategies):
-        variables[f"c{number}"].cat = pulp.LpInteger
-    model.solve(pulp.PULP_CBC_CMD(msg=False))
-    assert pulp.LpStatus[model.status] == "Optimal"
-    assert found.objective * solver.scale == pytest.approx(pulp.value(model.objective), rel=1e-5)

@@ -24,6 +24,7 @@ from autopart.plan.data import Plan
 from autopart.plan.units import bytes_text, seconds_text
 from autopart.planner.branch_and_bound import OnProgress, Search, SearchResult, points, silent, zero_levels
 from autopart.planner.constraints import Constraint, parse
+from autopart.planner.explain.split_ilp import split_ilp
 from autopart.planner.make_plan import explored, request_of
 from autopart.planner.request import Request, SearchPoint, Settings, read_constraints
 from autopart.planner.search_space import Model, SearchSpace
@@ -33,6 +34,8 @@ from autopart.sharding.strategy_table import Node
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+    from autopart.passes.ilp import LpProblem
 
 QUICK = 0.4
 """Seconds after which a question is answered with the best plan so far, and the bound."""
@@ -230,6 +233,14 @@ class Explanation:
     def prices(self) -> list[Price]:
         """What more memory, room for another micro-batch, faster links and faster devices would make of the step."""
         return [self._price(what, space) for what, space in self._changes()]
+
+    def ilp(self, stage: int = 0) -> LpProblem:
+        """The ILP that a stage's splits solve, as a problem of PuLP: ``explanation.ilp().writeLP("model.lp")``.
+
+        The equations are those of `autopart.passes.ilp`; the objective is in microseconds, or in bytes where the search
+        asked for the splits that take least memory. Raises PartitionError for a stage that the plan does not have.
+        """
+        return split_ilp(self.space, self.found, stage)
 
     @property
     def slack(self) -> float:
