@@ -145,7 +145,7 @@ class Ilp:
 def state(sizes: Sizes, asked: SplitProblem) -> Ilp:
     """The ILP of a table for the costs, options and memory of `asked`."""
     ilp = Ilp(sizes, asked)
-    ilp.problem.setObjective(objective(ilp))
+    ilp.problem.objective = objective(ilp)  # setObjective would drop its name
     for equation in EQUATIONS if asked.capacity is None else (*EQUATIONS, *CAPACITY_EQUATIONS):
         for text, row in equation(ilp):
             ilp.problem.addConstraint(row, ilp.name(text))

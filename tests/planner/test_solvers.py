@@ -28,10 +28,12 @@ from autopart.planner.explain.why import Explanation, explained
 from autopart.planner.make_plan import request_of
 
 MESH = "1x4:a100-80gb"
-SETTINGS: dict[str, dict[str, Any]] = {
-    "any degrees": {},
-    "tensor parallel": {"tp": 4},
-    "pipeline": {"pp": 2, "tp": 2},
+PLANS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", {}),
+    "gpt2 in stages": ("gpt2", {"pp": 2, "tp": 2}),
+    "t5": ("t5", {"tp": 4}),
+    "mixture of experts": ("moe", {"tp": 4}),
+    "mixture of experts in stages": ("moe", {"pp": 2, "tp": 2}),
 }
 
 
@@ -82,10 +84,10 @@ def optimum(file: Path, solution: Path) -> float:
     return float(told.split()[-1])
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("name", ["gpt2", "t5", "moe"])
-def test_cbc_gives_the_same_plan(name: str, settings: str) -> None:
-    usual, other = (explanation(name, solver, **SETTINGS[settings]) for solver in ("highs", "cbc"))
+@pytest.mark.parametrize("plan", PLANS)
+def test_cbc_gives_the_same_plan(plan: str) -> None:
+    name, settings = PLANS[plan]
+    usual, other = (explanation(name, solver, **settings) for solver in ("highs", "cbc"))
     for field in ("degrees", "micro_batch", "zero", "schedule", "recompute", "starts", "status"):
         assert getattr(usual.plan, field) == getattr(other.plan, field)
     assert other.plan.step_seconds == pytest.approx(usual.plan.step_seconds, rel=1e-9)
@@ -99,10 +101,10 @@ def test_cbc_gives_the_same_plan(name: str, settings: str) -> None:
     assert "solver" not in usual.plan.request
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("name", ["gpt2", "t5", "moe"])
-def test_the_files_have_the_optimum_of_the_plan(name: str, settings: str, tmp_path: Path) -> None:
-    made = explanation(name, **SETTINGS[settings])
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_files_have_the_optimum_of_the_plan(plan: str, tmp_path: Path) -> None:
+    name, settings = PLANS[plan]
+    made = explanation(name, "highs", **settings)
     sizes = made.space.model(made.found.point).sizes
     for stage, asked in enumerate(made.found.problems):
         assert asked.unit == "seconds"
@@ -122,7 +124,7 @@ def test_the_files_have_the_optimum_of_the_plan(name: str, settings: str, tmp_pa
 
 def test_a_stage_that_there_is_not_is_refused() -> None:
     with pytest.raises(PartitionError, match="no stage 7"):
-        explanation("gpt2").ilp(7)
+        explanation("gpt2", "highs").ilp(7)
 
 
 def test_the_shell_plans_with_a_solver_and_writes_the_ilp(tmp_path: Path) -> None:
