@@ -23,8 +23,9 @@ MOST = 2**31 - 1
 
 
 class Settings(TypedDict, total=False):
-    """What every function that plans takes as keywords, each with the help text of its option in the shell. None, which
-    is the default of all but `optimizer` ("adamw"), `exact` (False) and `solver` ("highs"), leaves the choice to the planner."""
+    """What every function that plans takes as keywords, each with the help text of its option in the shell. None leaves
+    the choice to the planner. It is the default of all but `optimizer` ("adamw"), `exact` (False) and `solver`
+    ("highs")."""
 
     global_batch: Annotated[int | None, "samples of a step (default: those of the batch)"]
     micro_batch: Annotated[int | None, "samples of a micro-batch, over all ranks"]
