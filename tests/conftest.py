@@ -8,7 +8,7 @@ import pytest
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
-SAMPLE = 3
+SAMPLE = 2
 """Cases of a parametrised test that --quick runs at most."""
 
 

@@ -110,6 +110,7 @@ def flags(made: Exported) -> dict[str, str | bool]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEGREES)
 def test_every_system_is_told_the_same(plans: dict[str, Plan], name: str) -> None:
     plan = plans[name]

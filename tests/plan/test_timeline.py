@@ -120,6 +120,7 @@ def test_a_sync_is_paid_once() -> None:
     assert autopart.timeline(plan).seconds == pytest.approx(11 * 5 + 1.6) == plan.step_seconds
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.floats(0.01, 1.0), min_size=1, max_size=6), st.integers(1, 12), st.floats(0.5, 4.0), st.floats(0, 0.2)

@@ -72,6 +72,7 @@ def train(source: Source, plan: autopart.Plan) -> list[tuple[Tensors, Sent, bool
     return run_simulated(plan.pp, plan.dp, plan.tp, one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -140,6 +141,7 @@ def test_every_range_exposes_what_a_clock_says(seed: int) -> None:
         assert max(sent[i], sent[i:j].sum() - backward[i:j].sum()) - 1e-12 <= late <= sent[i:j].sum() + 1e-12
 
 
+@pytest.mark.slow
 def test_the_price_is_between_nothing_hidden_and_all(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = build("llama", layers=4)
     prices = []

@@ -353,6 +353,7 @@ SPLITS = ("one-by-one", "tp-micro", "dp-micro")
 CASES = [(name, plan) for name in MODELS for plan in PLANS if name in ("gpt2", "t5", "noisy") or plan in SPLITS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "plan"), CASES)
 def test_every_plan_draws_the_same(name: str, plan: str) -> None:
     ranks, how = PLANS[plan]

@@ -36,6 +36,7 @@ def own(name: str) -> list[Case]:
     return [Case(sample) for sample in SAMPLES if sample.name == name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_row(name: str) -> None:
     assert cases(name) or own(name), "PyTorch's tests do not call it: it needs a sample in test_rules"
