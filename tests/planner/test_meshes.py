@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import models
@@ -16,7 +17,9 @@ import autopart
 from autopart import MeshChoice, PartitionError
 from autopart.cli.main import app
 from autopart.hardware.mesh import Mesh
+from autopart.passes.source import Source
 from autopart.planner.explain.mesh_search import fewest, meshes_of, ranked, sensible
+from autopart.planner.make_plan import make_plan, request_of
 
 Given = tuple[nn.Module, models.Batch]
 WIDTH, SAMPLES = 2048, 1024
@@ -31,8 +34,11 @@ def given() -> Given:
     return model, {"x": torch.zeros(8, WIDTH), "target": torch.zeros(8, 8)}
 
 
-def seconds(given: Given, mesh: str) -> float:
-    return autopart.plan(given[0], mesh, given[1], **SETTINGS).step_seconds
+@pytest.fixture(scope="module")
+def seconds(given: Given) -> Callable[[str], float]:
+    """The step time on a mesh, planned for alone; from one trace."""
+    source, request = Source(*given, torch.float32), request_of(*given, **SETTINGS)
+    return cache(lambda mesh: make_plan(source, Mesh.of(mesh), request).step_seconds)
 
 
 def test_counts_that_one_would_ask_for() -> None:
@@ -56,12 +62,12 @@ def test_devices_fill_hosts(text: str, per_host: int, meshes: list[str]) -> None
 
 
 @pytest.mark.slow
-def test_the_fastest_shape_comes_first(given: Given) -> None:
+def test_the_fastest_shape_comes_first(given: Given, seconds: Callable[[str], float]) -> None:
     said: list[str] = []
     found = autopart.search_mesh(
         *given, devices="8:h100-80gb", per_host=(1, 2, 4, 8), on_progress=said.append, **SETTINGS
     )
-    alone = {mesh: seconds(given, mesh) for mesh in ("8x1:h100-80gb", "4x2:h100-80gb", "2x4:h100-80gb", "8:h100-80gb")}
+    alone = {mesh: seconds(mesh) for mesh in ("8x1:h100-80gb", "4x2:h100-80gb", "2x4:h100-80gb", "8:h100-80gb")}
     assert {str(c.mesh): c.step_seconds for c in found} == pytest.approx(alone)
     assert found[0].step_seconds == min(alone.values()) and [c.step_seconds for c in found] == sorted(alone.values())
     assert len(said) == len(alone) and found[0].plan is not None and found[0].plan.mesh == found[0].mesh
@@ -71,10 +77,10 @@ PRICES = {"h100-80gb": 3.0, "a100-80gb": 2.0}
 
 
 @pytest.mark.slow
-def test_the_cheapest_comes_first_with_prices(given: Given) -> None:
+def test_the_cheapest_comes_first_with_prices(given: Given, seconds: Callable[[str], float]) -> None:
     asked = ["1:h100-80gb", "4:h100-80gb", "1:a100-80gb", "4:a100-80gb"]
     found = autopart.search_mesh(*given, devices=asked, prices=PRICES, **SETTINGS)
-    alone = {mesh: seconds(given, mesh) for mesh in asked}
+    alone = {mesh: seconds(mesh) for mesh in asked}
     costs = {mesh: PRICES[mesh.partition(":")[2]] * int(mesh[0]) * taken / 3600 for mesh, taken in alone.items()}
     assert {str(c.mesh): c.cost for c in found} == pytest.approx(costs)
     assert [c.cost for c in found] == sorted(costs.values())
@@ -87,9 +93,9 @@ def test_the_cheapest_comes_first_with_prices(given: Given) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [1.0, 0.7, 0.3])
-def test_the_fewest_devices_that_meet_a_target(given: Given, share: float) -> None:
+def test_the_fewest_devices_that_meet_a_target(given: Given, seconds: Callable[[str], float], share: float) -> None:
     counts = [1, 2, 4, 8]
-    alone = {count: seconds(given, f"{count}:cpu") for count in counts}
+    alone = {count: seconds(f"{count}:cpu") for count in counts}
     target = share * alone[1]
     found = autopart.search_mesh(*given, devices="8:cpu", target_seconds=target, **SETTINGS)
     wanted = next(count for count in counts if alone[count] <= target)

@@ -103,7 +103,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.processes
-@pytest.mark.timeout(900)  # the first waits for all of the same ranks
+@pytest.mark.timeout(1800)  # the first waits for all of the same ranks
 @pytest.mark.parametrize(("ranks", "dtype"), [(2, "float32"), (4, "float32"), (4, "float64")])
 @pytest.mark.parametrize("name", NAMES)
 def test_several_processes_train_like_one(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ import autopart
 from autopart.cost.training_state import BUCKET_BYTES, Training
 from autopart.errors import PartitionError
 from autopart.hardware.mesh import Mesh
-from autopart.runtime.launch import launch
 
 WORKER = Path(__file__).parents[1] / "support" / "mixed_worker.py"
 MIXED = {"precision": "bfloat16", "master": "float32"}
@@ -33,10 +33,10 @@ TABLE: dict[str, list[dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """Every model, trained under every configuration on the same 2 ranks."""
+    """Every model, trained under every configuration on the same 2 ranks, forks of one process."""
     file = tmp_path_factory.mktemp("mixed") / "results.json"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
-    assert launch([sys.executable, str(WORKER), json.dumps(TABLE), str(file)], 2, env) == 0
+    subprocess.run([sys.executable, str(WORKER), json.dumps(TABLE), str(file)], env=env, check=True)
     found: dict[str, list[dict[str, Any]]] = json.loads(file.read_text())
     return found
 

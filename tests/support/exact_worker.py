@@ -27,6 +27,7 @@ from torch import nn
 
 import autopart
 from autopart.compile.check import worst_error
+from autopart.frontend.batch import DTYPES
 from autopart.hardware.mesh import Mesh
 from autopart.passes.source import Source
 from autopart.planner.make_plan import make_plan, request_of
@@ -98,9 +99,10 @@ def plan_of(model: nn.Module, mesh: str, batch: Tensors, settings: dict[str, Any
     asked, forced = asked_of(settings), settings.get("forced")
     key = id(model), str(asked)
     if key not in PLANS:
-        source = source_of(model, batch, next(model.parameters()).dtype)
-        PLANS[key] = make_plan(source, Mesh.of(mesh), request_of(model, batch, **asked), to_run=True)
-        source.at(PLANS[key].micro_batch, PLANS[key].mesh)
+        request = request_of(model, batch, **asked)
+        source = source_of(model, batch, DTYPES[request.precision])
+        PLANS[key] = make_plan(source, Mesh.of(mesh), request, to_run=True)
+        source.full(PLANS[key].micro_batch, PLANS[key].mesh)
     return force(PLANS[key], *(forced[k] for k in ("zero", "modes", "device"))) if forced else PLANS[key]
 
 

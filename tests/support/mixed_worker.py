@@ -1,5 +1,5 @@
-"""One rank of tests/runtime/test_mixed.py: trains models with master copies, each under every configuration of its
-table, and rank 0 holds them against one process that does so by hand.
+"""Ranks of tests/runtime/test_mixed.py, forks of this process: they train models with master copies, each under every
+configuration of its table, and rank 0 holds them against one process that does so by hand.
 
 argv: the tables (model -> list of keywords) as JSON, the file for the results.
 """
@@ -11,21 +11,21 @@ import dataclasses
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from exact_worker import Tensors, share, trace_once, worst
-from models import build
+from exact_worker import Tensors, plan_of, share, trace_once, worst
+from models import Batch, build
+from ranks import run_forked
 from torch import nn
 
 import autopart
 
-STEPS = 3
-PLANS: dict[str, autopart.Plan] = {}
-"""By what was asked for."""
-RIGHT: dict[int, tuple[torch.Tensor, Tensors, Tensors]] = {}
-"""What one process finds, by micro-batches."""
+RANKS, STEPS = 2, 3
+RIGHT: dict[tuple[int, int], tuple[torch.Tensor, Tensors, Tensors]] = {}
+"""What one process finds, by model and micro-batches."""
 SETTINGS = {"lr": 1e-2, "momentum": 0.9}
 
 
@@ -62,15 +62,24 @@ def train(model: nn.Module, batch: Tensors, micro_batches: int) -> tuple[torch.T
     return *first, {name: p.detach() for name, p in master.items()}
 
 
-def run(model: nn.Module, batch: Tensors, settings: dict[str, Any]) -> dict[str, Any]:
-    """Train under one configuration; what rank 0 found, against one process."""
-    zero, asked = settings.pop("as_zero", None), {"precision": "bfloat16", "master": "float32", **settings}
-    if os.environ["RANK"] == "0":
-        key = str(settings)
-        plan = PLANS[key] = PLANS[key] if key in PLANS else autopart.plan(model, "2:cpu", batch, **asked)
-        asked = {"plan": plan if zero is None else dataclasses.replace(plan, zero=zero)}
-    compiled = autopart.compile(model, "2:cpu", batch, **asked)
-    plan = compiled.plan
+Task = tuple[nn.Module, Batch, list[autopart.Plan]]
+
+
+def planned(name: str, table: list[dict[str, Any]]) -> Task:
+    """A model, its batch, and a plan for every configuration: as asked for, but for the ZeRO level in `as_zero`."""
+    model, batch = build(name, torch.float32)
+    plans = []
+    for settings in table:
+        asked = {"precision": "bfloat16", "master": "float32", **settings}
+        zero = asked.pop("as_zero", None)
+        plan = plan_of(model, f"{RANKS}:cpu", batch, asked)
+        plans.append(plan if zero is None else dataclasses.replace(plan, zero=zero))
+    return model, batch, plans
+
+
+def run(model: nn.Module, batch: Tensors, plan: autopart.Plan) -> dict[str, Any]:
+    """Train under one plan; what rank 0 found, against one process."""
+    compiled = autopart.compile(model, f"{RANKS}:cpu", batch, plan=plan)
     loss = compiled.step(batch)
     gradients = compiled.full_gradients()
     optimizer = compiled.optimizer(torch.optim.SGD, **SETTINGS)
@@ -82,7 +91,8 @@ def run(model: nn.Module, batch: Tensors, settings: dict[str, Any]) -> dict[str,
     kept = {str(p.dtype) for p in compiled.stage.parameters()}
     if os.environ["RANK"] != "0":
         return {}
-    right = RIGHT[plan.micro_batches] = RIGHT.get(plan.micro_batches) or train(model, batch, plan.micro_batches)
+    key = id(model), plan.micro_batches
+    right = RIGHT[key] = RIGHT.get(key) or train(model, batch, plan.micro_batches)
     names = dict(model.named_parameters())
     return {
         "plan": f"{plan.degrees} zero {plan.zero} micro-batches {plan.micro_batches}",
@@ -96,19 +106,23 @@ def run(model: nn.Module, batch: Tensors, settings: dict[str, Any]) -> dict[str,
     }
 
 
+def train_all(tables: dict[str, list[dict[str, Any]]], tasks: dict[str, Task], path: Path) -> None:
+    """One rank: run the tables; rank 0 writes what it found after each model."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name, (model, batch, plans) in tasks.items():
+        rows = zip(tables[name], plans, strict=True)
+        results[name] = [{"settings": settings, **run(model, batch, plan)} for settings, plan in rows]
+        if os.environ["RANK"] == "0":
+            path.write_text(json.dumps(results))
+
+
 def main() -> None:
-    """Run the tables; rank 0 writes what it found after each model."""
-    tables, path = sys.argv[1:]
+    """Plan for all tables, then run them."""
+    tables, path = json.loads(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     trace_once()
-    results: dict[str, list[dict[str, Any]]] = {}
-    for name, table in json.loads(tables).items():
-        model, batch = build(name, torch.float32)
-        PLANS.clear()
-        RIGHT.clear()
-        results[name] = [{"settings": dict(settings), **run(model, batch, dict(settings))} for settings in table]
-        if os.environ["RANK"] == "0":
-            Path(path).write_text(json.dumps(results))
+    tasks = {name: planned(name, table) for name, table in tables.items()}
+    run_forked(partial(train_all, tables, tasks, path), RANKS)
 
 
 if __name__ == "__main__":
