@@ -146,6 +146,7 @@ def test_operators_without_a_rule_train_exactly(unruly: autopart.Check) -> None:
     assert set(unruly.plan.replicated) == {"autopart_tests.fold", "autopart_tests.flat"}
 
 
+@pytest.mark.slow
 def test_the_costliest_missing_rule_comes_first(unruly: autopart.Check, tmp_path: Path) -> None:
     rows = missing(unruly.plan)
     assert [(name, calls) for name, calls, _ in rows] == [("autopart_tests.fold", 4), ("autopart_tests.flat", 1)]

@@ -264,6 +264,7 @@ def test_values_and_weights_are_where_they_are_used(kind: type[Stack], degrees: 
     simulated(kind(), data(), **degrees, micro_batch=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Masks, GivenMasks, Remembered])
 def test_blocks_are_run_again_with_their_own_values(kind: type[Stack]) -> None:
     torch.manual_seed(0)
@@ -340,6 +341,7 @@ def words() -> Batch:
     return {"input_ids": ids, "labels": labels}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("degrees", "routers"),
     [({"tp": 2}, False), ({"tp": 2}, True), ({"tp": 4}, False), ({"dp": 2}, True), ({"tp": 2, "pp": 2}, True)],

@@ -72,6 +72,7 @@ def test_an_optimizer_makes_what_is_said_of_it(name: str, together: bool) -> Non
     assert max(memory.peak - before, 0) == pytest.approx(sum(each) if together else max(each), abs=64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -94,6 +95,7 @@ def test_tenants_sum_to_what_the_plan_says(settings: dict[str, object]) -> None:
         assert bool(copies) == ("master" in settings and settings.get("zero") != 3)
 
 
+@pytest.mark.slow
 def test_the_shell_tells_whose_bytes_are(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     given = ["plan", "gpt2", "2:cpu", "--dp", "2", "--sequence", "32", "--precision", "bfloat16", "--save", str(file)]
