@@ -355,6 +355,7 @@ def test_experts_are_split(degrees: dict[str, int], routers: bool) -> None:
     assert [str(s.outputs[0]) for s in chosen] == ["M0", "P"][: len(chosen)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("degrees", [{"tp": 2}, {"dp": 2}, {"tp": 2, "pp": 2}])
 def test_experts_with_biases(degrees: dict[str, int]) -> None:
     torch.manual_seed(0)

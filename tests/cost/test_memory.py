@@ -107,6 +107,7 @@ def test_the_shell_tells_whose_bytes_are(tmp_path: Path) -> None:
     assert total == pytest.approx(autopart.Plan.load(file).memory_bytes[0], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_layer_keeps_what_the_formulas_say() -> None:
     """Korthikanti et al., arXiv 2205.05198: with and without scores, the sequence split or not, and run again."""
     found = list(layers(["GPT-22B"]))

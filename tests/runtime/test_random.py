@@ -376,6 +376,7 @@ def test_without_dropout_the_loss_is_the_model_s() -> None:
     torch.testing.assert_close(simulated(model, 1, batch, tp=1).loss, model(**batch).loss.detach())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["alone", "tp-pp-recompute"])
 def test_the_model_itself_with_these_masks(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The unchanged model, its dropout replaced by one that drops what the streams say, each of its module's name."""
