@@ -291,6 +291,7 @@ def both(model: nn.Module, batch: dict[str, Any]) -> tuple[LayeredGraph, Layered
     return short, full
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5", "vit", *FAMILIES])
 def test_a_family_is_planned_from_its_first_layers_whatever_the_batch(name: str) -> None:
     model, batch = family(name)

@@ -115,18 +115,21 @@ def interpreted() -> dict[str, dict[str, float]]:
     return json.loads(child.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_interpreted_kernels_meet_the_float64_reference(case, interpreted):
     found = interpreted[case.name]
     assert max(found.values()) <= case.tolerance(INTERPRETED_ROUNDING), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", DROPPED)
 def test_interpreted_dropout_is_plain_torch_s_bit_for_bit(name, dtype, interpreted):
     assert interpreted[f"dropout {name} {dtype}"] is True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", WRONG, ids=lambda case: case.name)
 def test_a_wrong_eps_is_caught(case, interpreted):
     found = interpreted[case.name]
@@ -189,6 +192,7 @@ def test_the_environment_forces_the_kernels(forced):
         rms_norm.rms_norm(torch.randn(2, 8), torch.ones(8), EPS)
 
 
+@pytest.mark.slow
 def test_the_module_needs_no_triton():
     script = (
         "import sys; sys.modules['triton'] = None\n"
