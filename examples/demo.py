@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, logging
 
 import autopart
-from autopart.cli.main import write_folder
+from autopart.cli.training import write_folder
 from autopart.runtime.launch import cores_here, launch
 
 CORES = cores_here()

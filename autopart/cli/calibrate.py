@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
+from autopart.cli.shared import Json, command
 from autopart.runtime.calibrate.run import DEFAULT_ROUNDS, calibrate
 
 
+@command
 def calibrate_command(
     mesh: Annotated[str, typer.Argument(metavar="MESH", help="DEVICES:DEVICE of this host, as 4:cpu or 8:h100-80gb")],
     to: Annotated[Path, typer.Option("--to", help="the file to write")],
@@ -18,7 +20,7 @@ def calibrate_command(
     dtype: Annotated[list[str] | None, typer.Option(help="to measure products of; may be repeated")] = None,
     rounds: Annotated[int, typer.Option(help="of which the medians are taken")] = DEFAULT_ROUNDS,
     quick: Annotated[bool, typer.Option("--quick", help="few sizes: to try whether it runs")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: Json = False,
 ) -> None:
     """Measure the devices and links of this host, and write them as rows that a mesh can name.
 

@@ -1,4 +1,4 @@
-"""autopart show: a saved plan, its timeline, and why it is as it is."""
+"""autopart show | export: a saved plan, its timeline, why it is as it is, and other systems' settings for it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,21 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from autopart.cli.shared import Json, ModelOf, note, of_plan, planning, settings_of, tell, write_file
+from autopart.cli import models as models
+from autopart.cli.shared import (
+    Json,
+    ModelOf,
+    command,
+    note,
+    of_plan,
+    planning,
+    settings_of,
+    tell,
+    write_file,
+)
 from autopart.errors import PartitionError
 from autopart.plan.data import Plan
+from autopart.plan.export import SYSTEMS, export
 from autopart.plan.text import missing
 from autopart.plan.timeline import timeline
 from autopart.plan.units import bytes_text, seconds_text
@@ -25,6 +37,7 @@ BESIDE = 90
 """Characters that a timeline's rows have beside their charts."""
 
 
+@command
 def show_command(
     file: Annotated[Path, typer.Argument(metavar="PLAN.json", help="a saved plan")],
     without_rule: Annotated[
@@ -132,3 +145,24 @@ def _missing_text(rows: list[tuple[str, int, float]]) -> str:
     if not rows:
         return "every operator has a rule"
     return "\n".join(f"{name:<48} {calls:>5} calls   {seconds_text(seconds)}" for name, calls, seconds in rows)
+
+
+@command
+def export_command(
+    file: Annotated[Path, typer.Argument(metavar="PLAN.json", help="a saved plan")],
+    to: Annotated[str, typer.Option("--to", help=", ".join(SYSTEMS))],
+    out: Annotated[Path | None, typer.Option(help="write to this file instead of printing")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a saved plan as another system's settings, and say on stderr what they cannot.
+
+    Example: autopart export plan.json --to torchtitan --out train.toml
+    """
+    made = export(Plan.load(file), to)
+    for what, lines in (("differs", made.differences), ("by hand", made.by_hand)):
+        for line in lines:
+            note(f"{what}: {line}")
+    if out:
+        write_file(made.text, out)
+    if as_json or not out:
+        tell(vars(made) if as_json else made.text.rstrip("\n"))

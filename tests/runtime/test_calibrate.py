@@ -29,7 +29,8 @@ from autopart.errors import PartitionError
 from autopart.hardware import load_hardware
 from autopart.hardware.measured import Measured, Wire, read_measured, read_wire
 from autopart.hardware.mesh import Mesh
-from autopart.runtime.calibrate.measure import OPERATORS, OPTIMIZERS, Found
+from autopart.runtime.calibrate.measure import Measurements
+from autopart.runtime.calibrate.operators import OPERATORS, OPTIMIZERS
 from autopart.runtime.calibrate.profile import line, middle, profile, to_toml
 from autopart.runtime.calibrate.run import calibrate
 from autopart.sharding.resharding import RESHARDS
@@ -39,9 +40,9 @@ RATE, BANDWIDTH, STEP = 1e11, 2e10, 1e-6
 SIZES = (16, 64, 256, 1024)
 
 
-def found(ranks: int = 2) -> Found:
+def found(ranks: int = 2) -> Measurements:
     """Measurements of a machine that is as simple as can be: products of bfloat16 at twice the rate of float32's."""
-    made = Found(ranks, 1, 2)
+    made = Measurements(ranks, 1, 2)
 
     def add(table: str, entry: str, sizes: tuple[float, ...], *seconds: float) -> None:
         made.cases[table, entry, sizes] = [tuple(s * noise for s in seconds) for noise in (1.0, 0.9, 1.5)]

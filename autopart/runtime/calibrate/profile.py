@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from autopart.hardware.mesh import Mesh
-from autopart.runtime.calibrate.measure import Found
+from autopart.runtime.calibrate.measure import Measurements
 
 Row = dict[str, Any]
 
@@ -36,7 +36,7 @@ def line(points: Sequence[Sequence[float]]) -> tuple[float, float]:
     return float(latency), float(1 / slope)
 
 
-def tables_of(found: Found) -> dict[str, dict[str, list[list[float]]]]:
+def tables_of(found: Measurements) -> dict[str, dict[str, list[list[float]]]]:
     """Table -> entry -> rows of sizes, medians and spread."""
     tables: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
     for (table, entry, sizes), rounds in found.cases.items():
@@ -45,7 +45,7 @@ def tables_of(found: Found) -> dict[str, dict[str, list[list[float]]]]:
     return tables
 
 
-def profile(found: Found, mesh: Mesh, name: str, type_: str) -> tuple[Row, Row]:
+def profile(found: Measurements, mesh: Mesh, name: str, type_: str) -> tuple[Row, Row]:
     """The rows of the device and of the link between devices, both called `name`: as those of `mesh` but for what was
     measured."""
     tables = tables_of(found)

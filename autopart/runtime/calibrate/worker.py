@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from autopart.hardware.mesh import Mesh
-from autopart.runtime.calibrate.measure import FULL, QUICK, Sizes, measure
+from autopart.runtime.calibrate.measure import measure
 from autopart.runtime.calibrate.profile import profile, to_toml
+from autopart.runtime.calibrate.sizes import FULL, QUICK, Sizes
 
 
 def main(mesh_text: str, file: str, name: str, dtypes: str, rounds: str, extent: str) -> None:

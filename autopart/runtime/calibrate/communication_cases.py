@@ -1,0 +1,163 @@
+"""What ranks do together in a calibration: collectives and messages; and what sharing a host's cores costs."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from autopart.hardware.mesh import divisors
+from autopart.runtime import collectives
+from autopart.runtime.calibrate.timing import Case, Seconds, Timer
+from autopart.runtime.process_group import Group
+from autopart.runtime.slices import gather, scatter_sum, sum_together
+
+DIFFERENCES = 7
+"""Number of differences (seconds with messages less seconds without) of which the median is taken, as each is small
+compared with the seconds themselves."""
+
+
+class CommunicationCases:
+    """The cases of one rank."""
+
+    def __init__(self, timer: Timer) -> None:
+        self.timer = timer
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.groups = {size: self._group(size) for size in divisors(self.ranks) if size > 1}
+        self.up, self.down = (dist.new_group() for _ in range(2))
+
+    def _group(self, size: int) -> Group:
+        """This rank's group of so many neighbours."""
+        for first in range(0, self.ranks, size):
+            ranks = range(first, first + size)
+            handle = dist.new_group(list(ranks))
+            if self.rank in ranks:
+                mine = Group("calibration", size, self.rank - first, handle)
+        return mine
+
+    def cases(self) -> Iterator[Case]:
+        """What ranks do together; and what a rank does while others idle, or while messages are on their way."""
+        for (size, group), nbytes in itertools.product(self.groups.items(), self.timer.sizes.messages):
+            for name, run in COLLECTIVES.items():
+                yield Case(name, str(size), (nbytes,), partial(self._collective, run, group, nbytes))
+        for nbytes in self.timer.sizes.messages if self.ranks > 1 else ():
+            yield Case("p2p", "", (nbytes,), partial(self._message, nbytes))
+        yield Case("alone", "", (), self._alone)
+        yield Case("overlap", "", (), self._overlap)
+
+    def _collective(self, run: Callable[[Tensor, Group], Any], group: Group, nbytes: int) -> Callable[[], Seconds]:
+        """One after the other, or what each adds to a product before it, whichever is longer: ranks that share cores
+        do not reach a collective at the same time."""
+        x, work = self.timer.randn(group.size, nbytes // 4 // group.size), self._work()
+        alone, before, without = (
+            self.timer.equally(each) for each in (lambda: run(x, group), lambda: (work(), run(x, group)), work)
+        )
+        return lambda: (max(alone()[0], before()[0] - without()[0]),)
+
+    def _message(self, nbytes: int) -> Callable[[], Seconds]:
+        """Half of what an exchange between ranks in pairs takes, alone or beside the product that they compute before
+        it, whichever is longer: as stages of a pipeline exchange a value and a gradient, in a group for either
+        direction. One left over computes."""
+        other, pairs = self.rank ^ 1, self.ranks - self.ranks % 2
+        there, back = (self.up, self.down) if self.rank < other else (self.down, self.up)
+        sent, work = self.timer.randn(nbytes // 4), self._work()
+        received = torch.empty_like(sent)
+
+        def exchange(before: Callable[[], Any]) -> None:
+            messages = [dist.irecv(received, other, group=back)] if self.rank < pairs else []
+            before()
+            messages += [dist.isend(sent, other, group=there)] if self.rank < pairs else []
+            for message in messages:
+                assert message is not None
+                message.wait()
+
+        alone, beside, without = (
+            self.timer.equally(each) for each in (lambda: exchange(lambda: None), lambda: exchange(work), work)
+        )
+
+        def half() -> Seconds:
+            more = statistics.median(beside()[0] - without()[0] for _ in range(DIFFERENCES))
+            seconds = max(alone()[0], more) / 2
+            return (seconds * self.ranks / pairs if self.rank < pairs else 0.0,)
+
+        return half
+
+    def _work(self) -> Callable[[], Any]:
+        """A product that takes a while, for what else there is to be compared."""
+        size = (
+            self.timer.sizes.products[-1] // 4 if len(self.timer.sizes.products) > 2 else self.timer.sizes.products[-1]
+        )
+        x, y = self.timer.randn(size, size), self.timer.randn(size, size // 4)
+        return lambda: x @ y
+
+    def _alone(self) -> Callable[[], Seconds]:
+        """How many times as fast rank 0 computes while the others wait; every rank says the same."""
+        timed = self.timer.repeated(self._work(), 1)
+
+        def both() -> Seconds:
+            busy = timed()[0]
+            dist.barrier()
+            ratio = torch.tensor(busy / timed()[0] if self.rank == 0 else 0.0)
+            dist.all_reduce(ratio)
+            return (ratio.item(),)
+
+        return both
+
+    def _overlap(self) -> Callable[[], Seconds]:
+        """How many times as long a product takes while an all-reduce is on its way."""
+        work, message = self._work(), self.timer.randn(self.timer.sizes.messages[-1] // 4)
+        group = self.groups.get(self.ranks)
+
+        def seconds(beside: bool) -> float:
+            total = 0.0
+            for _ in range(8):
+                sent = dist.all_reduce(message, group=group.handle, async_op=True) if beside and group else None
+                started = self.timer.now() if self.timer.device.type == "cpu" else time.perf_counter()
+                work()
+                if self.timer.device.type == "cuda":
+                    torch.cuda.current_stream().synchronize()
+                total += time.perf_counter() - started
+                if sent is not None:
+                    sent.wait()
+                message.zero_()
+                dist.barrier()
+            return total
+
+        def both() -> Seconds:
+            seconds(False)
+            alone = seconds(False)
+            return (seconds(True) / alone,)
+
+        return both
+
+
+# ---- operators ------------------------------------------------------------------------------------------------------
+
+
+def _split(x: Tensor, group: Group) -> list[Tensor]:
+    """A message of several parameters, as they travel together."""
+    return list(x.flatten().chunk(4))
+
+
+def _gathered(x: Tensor, group: Group) -> None:
+    parts = _split(x, group)
+    gather([part.chunk(group.size)[group.rank] for part in parts], parts, group)
+
+
+COLLECTIVES: Mapping[str, Callable[[Tensor, Group], Any]] = {
+    "all_reduce": lambda x, group: collectives.reduce_from(x, group),
+    "all_gather": lambda x, group: collectives.gather_from(x[group.rank], group, 0),
+    "reduce_scatter": lambda x, group: collectives.reduce_scatter_to(x, group, 0),
+    "all_to_all": lambda x, group: collectives.all_to_all(x, group, 1, 0),
+    "merged_all_reduce": lambda x, group: sum_together(_split(x, group), group),
+    "merged_all_gather": _gathered,
+    "merged_reduce_scatter": lambda x, group: scatter_sum(_split(x, group), group),
+}
+"""Collectives as the runtime runs them, on x of (ranks, n)."""
