@@ -33,6 +33,7 @@ __all__ = [
     "Settings",
     "Simulated",
     "Timeline",
+    "__version__",
     "calibrate",
     "certify",
     "check",
@@ -47,3 +48,12 @@ __all__ = [
     "simulate",
     "timeline",
 ]
+
+
+def __getattr__(name: str) -> str:
+    """`__version__`, which is looked up when it is asked for."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("autopart")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

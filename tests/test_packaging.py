@@ -16,6 +16,7 @@ from zipfile import ZipFile
 import pytest
 from packaging.requirements import Requirement
 
+import autopart
 from autopart.plan.data import Plan
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +46,12 @@ def test_locked_versions_are_within_the_bounds(name: str) -> None:
     for text in chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()):
         asked = Requirement(text)
         assert versions[asked.name] in asked.specifier, f"make lock: {name} has {asked.name} {versions[asked.name]}"
+
+
+def test_the_version_is_the_projects() -> None:
+    assert autopart.__version__ == PROJECT["version"]
+    with pytest.raises(AttributeError, match="no attribute 'version'"):
+        _ = autopart.version
 
 
 @pytest.mark.processes

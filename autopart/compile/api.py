@@ -93,7 +93,7 @@ def compile(
     validate(plan, layered)
     _check_trainable(model)
     groups = make_groups(plan.pp, plan.dp, plan.tp)
-    groups.draws.seed = seed
+    groups.rng.seed = seed
     (program,) = programs(layered, plan, [groups.pp.rank])
     compiled = Compiled(model, plan, groups, program, layered.traced.aliases, layered.traced.buffers)
     if "MASTER_ADDR" in os.environ:

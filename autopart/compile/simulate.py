@@ -62,7 +62,7 @@ def simulate_plan(source: Source, plan: Plan, seed: int | None = None) -> Simula
     stages = programs(layered, plan)
 
     def one(groups: Groups) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        groups.draws.seed = torch.initial_seed() if seed is None else seed
+        groups.rng.seed = torch.initial_seed() if seed is None else seed
         stage = stages[groups.pp.rank]
         compiled = Compiled(source.model, plan, groups, stage, layered.traced.aliases, layered.traced.buffers)
         loss = compiled.step(source.batch)

@@ -119,7 +119,7 @@ class Prices:
         training = self.terms.training
         if not weight:
             return (0.0,) * 8
-        beside = self.terms.device.beside * training.beside_seconds(weight, over_dp)
+        beside = self.terms.device.overlapped_share * training.beside_seconds(weight, over_dp)
         sync = training.sync_seconds(weight, over_dp) - training.backwards * beside
         sync += update_seconds(weight, grad, over_dp, training, self.terms.device)
         if over_tp:

@@ -1,8 +1,8 @@
-"""What was measured of a device and of a link, as rows of numbers: the third way, beside a plain roofline and the
-constants of `Silicon`, in which a row of the tables says how long things take.
+"""Tables of seconds that `autopart calibrate` measured of a device and of a link.
 
-`autopart.calibrate` writes such rows. Every row of numbers ends with the spread of its measurement, the greatest
-relative distance of a round's seconds from the seconds given, which are the median of the rounds.
+A device's seconds come from one of three sources: such tables, the constants of `Silicon`, or a plain roofline. Every
+row of a table ends with its spread: the greatest relative distance of a round's seconds from the median of the rounds,
+which is the seconds that the row gives.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ TYPES = ("cpu", "cuda")
 
 @dataclass(frozen=True)
 class Measured:
-    """What takes how many seconds on a device while all ranks of a host are as busy.
+    """Seconds on a device while all ranks of its host do the same.
 
     type        of TYPES
-    ranks       that measured at once;  threads: of each
-    alone       how many times as fast a rank computes while enough others idle that none shares its cores; more than 1
-                where there are fewer cores than ranks have threads
-    overlap     how many times as long a product takes beside an all-reduce (see `Device.beside`)
+    ranks       number of ranks that measured at once
+    threads     number of threads of each rank
+    alone       factor by which a rank computes faster while so many ranks idle that it shares no core; above 1 where
+                the host has fewer cores than its ranks have threads
+    overlap     factor by which a product takes longer while an all-reduce runs (see `Device.overlapped_share`)
     products    dtype -> rows (m, n, k, seconds, spread) of products of m x k by k x n, values alone
     attention   dtype -> rows (sequence, elements of a head, causal, seconds of a forward FLOP, of a backward one,
                 spread), FLOPs being those of the forward pass
@@ -35,7 +36,7 @@ class Measured:
                 spread): seconds of a call under autograd by the bytes that it reads and writes
     updates     optimizer -> rows (bytes, seconds, spread) of its step on one parameter of so many bytes
     accumulate  rows (bytes, seconds, spread) of adding a micro-batch's gradient to that of those before
-    pace        what all seconds of a micro-batch are multiplied by; not part of a file (see `Mesh.busy_device`)
+    pace        factor of all seconds of a micro-batch; not part of a file (see `Mesh.busy_device`)
     """
 
     type: str
@@ -51,26 +52,26 @@ class Measured:
     pace: float = 1.0
 
     def faster_memory(self, times: float) -> Measured:
-        """The same where all but products and attention is so many times as fast."""
+        """The same tables, with all but products and attention `times` as fast."""
         operators, updates = (_all_faster(tables, times) for tables in (self.operators, self.updates))
         return replace(self, operators=operators, updates=updates, accumulate=_faster(self.accumulate, times))
 
 
 @dataclass(frozen=True)
 class Wire:
-    """What takes how many seconds on a link.
+    """Seconds on a link.
 
     collectives  name -> ranks of the group, as text -> rows (bytes, seconds, spread). The names are those of
                  `autopart.cost.collectives.COLLECTIVES` as the runtime runs them, with the bytes that are counted
                  there, and with "merged_" before them for the bytes of many parameters that travel in one message
-    p2p          rows (bytes, seconds, spread) of a message
+    p2p          rows (bytes, seconds, spread) of a message between two ranks
     """
 
     collectives: Mapping[str, Tables] = field(hash=False)
     p2p: Rows = field(hash=False)
 
     def faster(self, times: float) -> Wire:
-        """The same where everything is so many times as fast."""
+        """The same tables, everything `times` as fast."""
         collectives = {name: _all_faster(tables, times) for name, tables in self.collectives.items()}
         return Wire(collectives, _faster(self.p2p, times))
 
@@ -148,7 +149,7 @@ READ: Mapping[str, Callable[[Any], Any]] = {
     "collectives": _collectives,
     "p2p": lambda value: _rows(value, 3, 1),
 }
-"""What a field takes: a function that gives None for anything else."""
+"""Field -> a function that reads its value, or gives None for a value that it may not have."""
 
 
 def _read(kind: type[Any], value: Any) -> Any:

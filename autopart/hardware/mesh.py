@@ -34,11 +34,13 @@ _GRAMMAR = re.compile(r"(?:(\d+)x)?(\d+):([\w.-]+)(?:@([\w.-]+))?")
 
 @dataclass(frozen=True)
 class Group:
-    """Where the ranks of a group sit that communicates while all others of its kind do.
+    """A group of ranks that communicates while all other groups of the same axis do.
 
-    ranks     of the group;  per_host: of them on one host
-    intra     the link between devices of one host;  inter: between hosts
-    nics      network cards that each rank has for itself
+    ranks     number of ranks of the group
+    per_host  number of them on one host
+    intra     the link between devices of one host
+    inter     the link between hosts
+    nics      network cards for each rank, a fraction where ranks share cards
     """
 
     ranks: int
@@ -101,26 +103,28 @@ class Mesh:
 
     @property
     def memory_bytes(self) -> int:
-        """The memory of one device in bytes, which every rank has to get by with."""
+        """The memory of one device in bytes."""
         return self.device.memory_bytes
 
     @property
     def nics(self) -> int:
-        """The network cards of one host: `nics_per_host`, or where that is None as many for each device as the usual
-        host of the device's row has, rounded up: one a device, if the row does not say."""
+        """The network cards of one host: `nics_per_host`; where that is None, devices_per_host times the cards for each
+        device in the device's row, rounded up."""
         if self.nics_per_host is not None:
             return self.nics_per_host
         return math.ceil(self.devices_per_host * self.device.nics_per_host / self.device.devices_per_host)
 
     def shared(self, link: Link, senders: int | None = None) -> Link:
-        """`link` as each device has it while `senders` devices of every host send at once; None: all of them.
+        """`link` with the bandwidth that each sender has while `senders` devices of every host send at once.
 
-        The link between hosts has the bandwidth of one network card, of which a host has `nics`: each sender gets
-        min(1, nics / senders) of it, at the same latency. More cards than senders make none faster: what a device can
-        send is the link's row. The link inside a host is a device's own and comes back as it is, and so does `inter`
-        where there are cards enough. Where both are one row, it is that between hosts if there are several.
+        senders  None: all devices of the host
 
-        Raises PartitionError if a host has not so many devices.
+        The row of the link between hosts is that of one network card. A host has `nics` cards, so that each sender has
+        min(1, nics / senders) of the row's bandwidth, at the row's latency. The link inside a host is a device's own
+        and is returned unchanged. Where `intra` and `inter` are the same row and there are several hosts, `link` is
+        taken for `inter`.
+
+        Raises PartitionError where a host has fewer than `senders` devices.
         """
         senders = self.devices_per_host if senders is None else senders
         if not 1 <= senders <= self.devices_per_host:
@@ -326,11 +330,12 @@ def _of_device_type(device_type: str) -> Device:
 
 
 def divisors(number: int) -> list[int]:
-    """Ascending."""
+    """All divisors of a number, ascending."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return small + [number // d for d in reversed(small) if d * d != number]
 
 
 def usable_bytes(mesh: Mesh) -> float:
-    """Bytes of a device that a plan may fill: the rest is the context, the allocator's slack and libraries."""
+    """Bytes of a device that a plan may use: 92 % of its memory. The context, the allocator's slack and libraries take
+    the rest."""
     return mesh.device.memory_bytes * 0.92

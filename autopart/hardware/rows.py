@@ -1,4 +1,4 @@
-"""What is known of a device and of a link: the rows of the tables."""
+"""The rows of the tables of devices and links."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ DTYPES = ("float64", "float32", "tf32", "float16", "bfloat16", "float8")
 
 
 RAMP = 120.0
-"""Elements of k that starting and finishing a tile of a product costs. Fitted on 183 products of an A100 80GB PCIe, and
-held for all other devices, on which the form then errs as little:
+"""Elements of k whose time the start and the end of a tile of a product take. Fitted on 183 products of an A100 80GB
+PCIe and used for all devices; on the others the formula errs as little:
 `benchmarks/data/simumax_gemm_sdp_efficiency.csv`."""
 
 FEED = 60.0
-"""Intensity tm tn / (tm + tn) of the tile that is fed half as fast as an endless one computes. Fitted with RAMP."""
+"""Intensity tm tn / (tm + tn) of the tile that is fed half as fast as an infinitely large tile computes. Fitted with
+RAMP."""
 
 MEMORY = 0.813
-"""Share of the memory bandwidth that streaming kernels reach. Fitted on 4768 operators of a V100, and held for all
-other devices: `benchmarks/data/aceso_v100_gpt_op_profile.csv`."""
+"""Share of the memory bandwidth that streaming kernels reach. Fitted on 4768 operators of a V100 and used for all
+devices: `benchmarks/data/aceso_v100_gpt_op_profile.csv`."""
 
 KERNEL_SECONDS = 2.8e-6
-"""Of a kernel that does nothing, on the device. Fitted with MEMORY."""
+"""Seconds of an empty kernel on the device. Fitted with MEMORY."""
 
 
-BESIDE = 1.189
-"""How many times as long a GPU takes to compute while a collective is on its way: the mean over A100, H100, MI210 and
+OVERLAP_SLOWDOWN = 1.189
+"""Factor by which a GPU computes slower while a collective runs: the mean over A100, H100, MI210 and
 MI250 of Lee et al., Characterizing Compute-Communication Overlap, arXiv 2507.03114."""
 
 
 @dataclass(frozen=True)
 class Silicon:
-    """The physical constants by which `autopart.cost.kernel_efficiency` tells the seconds of kernels.
+    """Physical constants of a device, from which `autopart.cost.kernel_efficiency` computes the seconds of kernels.
 
-    processors      multiprocessors
-    issue           share of the peak that the inner loop of the largest tile reaches
+    processors      number of multiprocessors
+    issue           share of the peak FLOP/s that the inner loop of the largest tile reaches
     sustained       share of the peak that all multiprocessors together sustain under the power limit
-    attention       share of `issue` that fused attention reaches, forward and backward: its exponentials run between
-                    its products
+    attention       share of `issue` that fused attention reaches, forward and backward; exponentials run between its
+                    products
     source          where the numbers are from
     rows            queries that one block of fused attention takes
     ramp, feed, memory, kernel_seconds
@@ -63,22 +64,23 @@ class Silicon:
 class Device:
     """One kind of device, and the host it usually sits in.
 
-    flops             dense peak FLOP/s by dtype, of DTYPES; a dtype the device does not support is absent. The rate is
-                      that of matrix products, hence of tensor cores where the type has them
+    flops             dtype of DTYPES -> dense peak FLOP/s of matrix products, on tensor cores where the device has them
+                      for the dtype; a dtype that the device does not support is absent
     memory_bytes      capacity in bytes: the datasheet's, at 1e9 bytes to the GB
     bandwidth         bytes/s of device memory
-    launch_seconds    fixed overhead of one kernel, in seconds: without `silicon` every kernel's, on top; with it what
-                      a kernel takes at least, because a queue of kernels hides the launches behind longer ones
+    launch_seconds    overhead of a kernel launch, in seconds. Without `silicon` it is added to every kernel; with
+                      `silicon` it is the least that a kernel takes, because a queue of kernels hides launches behind
+                      longer kernels
     link              name of the link between devices of one host
     source            where the numbers are from
     inter             name of the link between hosts, where the user names none
-    devices_per_host  how many such devices a usual host has, and
-    nics_per_host     how many network cards for them; hosts of another size have as many a device. The defaults are
-                      one card for each device
-    silicon           constants of its kernels; None where nothing was fitted: then a plain roofline tells their seconds
-    measured          what `autopart.calibrate` measured of it, which then tells all seconds instead
-    overlap           how many times as long it computes while gradients are summed beside it; 0: they are summed after
-                      the backward. None: as was measured, else BESIDE; on CPUs, whose cores move the messages, 0
+    devices_per_host  number of devices of a usual host
+    nics_per_host     number of network cards of such a host; hosts of another size have as many for each device
+    silicon           constants of its kernels; None: seconds are those of a plain roofline
+    measured          tables that `autopart.calibrate` measured; where given, all seconds are from these tables
+    overlap           factor by which computing is slower while gradients are summed at the same time; 0: gradients are
+                      summed after the backward. None: the factor that was measured, else OVERLAP_SLOWDOWN, but 0 on
+                      CPUs, whose cores move the messages
     """
 
     name: str
@@ -101,16 +103,15 @@ class Device:
         return self.measured.type if self.measured else "cpu" if self.name == "cpu" else "cuda"
 
     @property
-    def beside(self) -> float:
-        """How much of a second of a collective is hidden where the device computes beside it: 1 / `overlap`, 0 where it
-        does not."""
-        usual = 0.0 if self.type == "cpu" else self.measured.overlap if self.measured else BESIDE
+    def overlapped_share(self) -> float:
+        """Share of a collective's seconds that computing hides: 1 / `overlap`, or 0 where nothing overlaps."""
+        usual = 0.0 if self.type == "cpu" else self.measured.overlap if self.measured else OVERLAP_SLOWDOWN
         times = usual if self.overlap is None else self.overlap
         return 1 / max(1.0, times) if times else 0.0
 
 
 KINDS = ("nvlink", "pci", "network", "host")
-"""Kinds of links: those that NCCL tells apart, and what it does not drive."""
+"""Kinds of links: the three that NCCL has protocols for, and "host", which NCCL does not drive."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,11 @@ class Link:
     kind             of KINDS: the first three have the latencies of NCCL's protocols (see `autopart.cost.collectives`),
                      "host" has its own for every message
     share            share of the bandwidth that rings reach
-    exchange         share that an all-to-all reaches
-    wired            devices that are wired to each other without a switch, a group of p of which has log p / log wired
-                     of a device's links; 0 behind a switch
-    measured         what `autopart.calibrate` measured of it inside a host: the seconds of those groups and of messages
+    exchange         share of the bandwidth that an all-to-all reaches
+    wired            number of devices that are wired to each other without a switch; a group of p of them has
+                     log p / log wired of a device's links. 0: there is a switch
+    measured         tables that `autopart.calibrate` measured inside a host; where given, seconds of groups inside a
+                     host and of messages are from these tables
     """
 
     name: str

@@ -24,17 +24,25 @@ from autopart.sharding.rules import Strategy
 class Plan:
     """A decided parallelisation of one model on one mesh.
 
-    pp, dp, tp        degrees: pipeline, data, tensor
-    micro_batch       samples of one micro-batch, over all data-parallel ranks; global_batch those of a step
-    master            dtype of gradients, optimizer states and the optimizer's copy of the parameters; None where all is
-                      in `precision` (see `autopart.cost.training_state.Training`)
-    recompute         "none", "selective" or "full" where all blocks do so, else "mixed"; stages say it for their runs
-    splits            the ways stages are split: axis -> node -> strategy, for one node of every class of equal blocks
-    step_seconds      predicted: sum(f) + (m - 1) max(f) over the stages' seconds f for each of m micro-batches
-    bound_seconds     no plan of the search space is faster
-    gap               proven: 1 - bound_seconds / step_seconds
-    forward_flops     of the matrix products of a step's forward pass over the whole batch, none twice; causal attention
-                      counts whole
+    model             name of the model's class
+    pp, dp, tp        pipeline-, data- and tensor-parallel degree
+    micro_batch       samples of one micro-batch, over all data-parallel ranks
+    global_batch      samples of a step
+    schedule          name in `autopart.plan.schedules.SCHEDULES`
+    zero              ZeRO level
+    recompute         "none", "selective" or "full" where all blocks do so, else "mixed" (see `PlanStage.recompute`)
+    precision         dtype of parameters and activations
+    optimizer         name in `autopart.cost.training_state.OPTIMIZER_STATES`
+    master            dtype of gradients, optimizer states and the optimizer's copy of the parameters; None: `precision`
+    splits            the shardings of stages: axis -> node -> strategy, for one node of every class of equal blocks
+    step_seconds      predicted: sum(f) + (m - 1) max(f), f being the seconds of each stage for one of m micro-batches
+    bound_seconds     lower bound: no plan of the search space takes less
+    gap               1 - bound_seconds / step_seconds
+    status            "optimal" where the gap is zero, else "feasible"
+    planning_seconds  seconds that planning took
+    forward_flops     FLOPs of the matrix products of a step's forward pass over the whole batch, without recompute;
+                      causal attention counts in full
+    signature         the traced model that the plan is for
     """
 
     model: str
@@ -60,12 +68,13 @@ class Plan:
     forward_flops: float
     signature: Signature = field(repr=False)
     replicated: tuple[str, ...] = ()
-    """Operators without a rule, which every rank runs whole."""
+    """Operators without a rule. Every rank runs them on whole tensors."""
     notes: tuple[str, ...] = ()
-    """What a user should know of this plan: products that no rank is spared, a loss that is not the batch's."""
+    """What a user should know of this plan: products that every rank computes in full, a loss that is not the mean over
+    the batch."""
     request: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """How it was asked for: the settings that are not the default, the texts of constraints, and from the shell what
-    names the model ("model") and its batch ("batch", "sequence", "dropout")."""
+    """The settings of the request that are not the default, and the texts of its constraints. The shell adds the name
+    of the model ("model") and its batch ("batch", "sequence", "dropout")."""
     search: SearchSummary | None = field(default=None, repr=False)
     """What the search compared; None for a plan that was edited and priced again."""
 
@@ -76,12 +85,12 @@ class Plan:
 
     @property
     def memory_bytes(self) -> tuple[int, ...]:
-        """Predicted bytes of a rank of each stage."""
+        """Predicted peak bytes of a rank of each stage."""
         return tuple(s.memory_bytes for s in self.stages)
 
     @property
     def fits(self) -> bool:
-        """Whether every stage's bytes are within its device's usable memory."""
+        """Whether the peak of every stage is within `usable_bytes` of its device."""
         return max(self.memory_bytes) <= usable_bytes(self.mesh) * (1 + 1e-9)
 
     @property
@@ -100,7 +109,7 @@ class Plan:
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """The first run of every stage."""
+        """The first segment of every stage."""
         return tuple(s.first_run for s in self.stages)
 
     def save(self, path: str | Path) -> None:

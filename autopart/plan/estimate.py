@@ -1,4 +1,4 @@
-"""What a plan says of its configuration: rates, MFU, bytes and room by stage, and where the seconds go."""
+"""What a configuration would cost: rates, MFU, peak bytes and headroom of each stage, seconds by cause."""
 
 from __future__ import annotations
 
@@ -18,22 +18,20 @@ from autopart.plan.units import bytes_text, seconds_text
 class Estimate:
     """What a configuration would cost.
 
-    step_seconds        one step of the whole batch
-    samples_per_second  of the whole mesh;  tokens_per_second: likewise, None where samples have no known sequence (see
-                        `Signature.tokens`)
-    mfu                 model FLOPs utilisation (Chowdhery et al., PaLM, arXiv 2204.02311, appendix B): the model's
-                        FLOPs over those that the mesh could do in the step at its peak. The model's are 3 times
-                        `Plan.forward_flops`, a product backward being two of its size: nothing recomputed counts, and
-                        attention counts whole, causal or not
-    peak_flops          FLOP/s of one device for products of `peak_dtype`, that of the parameters
-    memory_bytes        of a rank of each stage;  memory: the same by what takes them
-    headroom_bytes      of each stage: what its device could give more; below zero where it does not fit
+    step_seconds        of one step of the whole batch
+    samples_per_second  of the whole mesh
+    tokens_per_second   of the whole mesh; None where samples have no known sequence (`Signature.tokens`)
+    mfu                 model FLOPs utilisation (Chowdhery et al., PaLM, arXiv 2204.02311, appendix B):
+                        3 forward_flops / (step_seconds x devices x peak_flops). A product's backward is two products of
+                        its size; recompute does not count; attention counts in full, causal or not
+    peak_flops          FLOP/s of one device for products of `peak_dtype`
+    peak_dtype          dtype of the parameters
+    memory_bytes        peak bytes of a rank of each stage
+    memory              of each stage, kind -> bytes (see `PlanStage.memory`)
+    headroom_bytes      of each stage: usable bytes of its device less its peak; negative where the stage does not fit
     fits                whether no stage takes more than its device can give
-    breakdown           seconds of the slowest stage, which add up to the step: compute, recompute (with its
-                        collectives), communication (collectives in a micro-batch: tensor parallelism, as a rule), p2p
-                        (messages between stages), gradient sync (what the backward does not hide, with sums of
-                        gradients and the optimizer's step, where those are priced: see
-                        `autopart.cost.training_state.update_seconds`), and bubble: the rest
+    breakdown           cause -> seconds of the slowest stage (`autopart.plan.breakdown.step_breakdown`)
+    plan                the plan that was priced
     """
 
     step_seconds: float
@@ -51,7 +49,7 @@ class Estimate:
 
     @staticmethod
     def of(plan: Plan) -> Estimate:
-        """The estimate a plan carries."""
+        """The estimate of a plan."""
         seconds, tokens = plan.step_seconds, plan.signature.tokens
         peak = plan.mesh.device.flops[plan.precision]
         return Estimate(

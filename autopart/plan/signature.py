@@ -1,4 +1,4 @@
-"""What a plan belongs to: the parameters, inputs and operators of the model that was traced."""
+"""The traced model that a plan is for: its parameters, inputs and operators."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from autopart.ir.layered_graph import LayeredGraph
 
 @dataclass(frozen=True)
 class Signature:
-    """What a plan belongs to, in a form that can name a difference; the number of samples in inputs is -1."""
+    """The traced model that a plan is for, in a form that can name a difference.
+
+    hash        of the traced graph
+    parameters  name -> shape
+    inputs      name -> shape, with -1 for the number of samples
+    operators   number of calls of the graph
+    dtype       of the first parameter; empty where there are none
+    """
 
     hash: str
     parameters: Mapping[str, tuple[int, ...]]

@@ -8,8 +8,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PlanLine:
-    """One operator of a stage: `name` is its module's in the block; `seconds` of compute and `comm_seconds` are
-    forward and backward, per micro-batch."""
+    """One operator of a stage.
+
+    name          its module's name within the block
+    operator      its name as plans print it
+    note          how it is split, or the collectives that run
+    seconds       of compute, forward and backward, for one micro-batch
+    comm_seconds  of communication, likewise
+    source        "file:line" of the user's code; empty where it is not known
+    """
 
     name: str
     operator: str
@@ -21,7 +28,12 @@ class PlanLine:
 
 @dataclass(frozen=True)
 class PlanSegment:
-    """Equal consecutive blocks of a stage, printed once."""
+    """Equal consecutive blocks of a stage, which are printed once.
+
+    labels   the blocks' names; empty for operators between blocks
+    seconds  of one block, forward and backward, for one micro-batch
+    lines    the operators of one block, in order
+    """
 
     labels: tuple[str, ...]
     seconds: float
@@ -30,21 +42,23 @@ class PlanSegment:
 
 @dataclass(frozen=True)
 class PlanStage:
-    """One pipeline stage on one rank.
+    """One pipeline stage on one of its ranks.
 
-    first_run         index of its first run in the model's row of runs
-    splits            index of how it is split in the plan's `splits`
-    recompute         what each of its runs does: keep its values for backward ("none"), keep the outputs of matrix
-                      products alone ("selective") or its inputs alone ("full") and compute the others again
-    forward_seconds   per micro-batch, communication included; backward_seconds likewise
-    sync_seconds      a step's, to add up gradients and update parameters: what the backward does not hide
-                      (`autopart.planner.interval_costs.exposed`), with the slowdown of computing meanwhile
-    send_seconds      for what it sends and receives, per micro-batch
-    memory            what takes how many bytes: parameters, gradients, optimizer, activations, messages on their way
-                      from other stages, and transient, what is more than these at the moment when most is alive: less
-                      than nothing where gradients come as activations go
-    sends             (stage, bytes, seconds) for every stage it sends to: of a micro-batch, the seconds there and, of
-                      gradients, back
+    first_run         index of the stage's first segment in the model's sequence of segments
+    splits            index of the stage's shardings in the plan's `splits`
+    recompute         for each of its segments, what is saved for backward: everything ("none"), the outputs of matrix
+                      products ("selective") or the segment's inputs ("full"); the rest is computed again
+    forward_seconds   for one micro-batch, communication included
+    backward_seconds  for one micro-batch, communication and recompute included
+    sync_seconds      once a step: gradient sync and parameter update that the backward does not hide
+                      (`autopart.planner.interval_costs.exposed`), and the slowdown of the backward meanwhile
+    send_seconds      for one micro-batch: what the stage sends and receives
+    memory            kind -> bytes at the stage's memory peak: parameters, gradients, optimizer, activations, messages
+                      (receive buffers) and transient: the peak less the others, negative where gradients are allocated
+                      while activations are freed
+    runs              its segments
+    sends             for every stage that this one sends to: (stage, bytes of a micro-batch, seconds of the activations
+                      there and of their gradients back)
     """
 
     first_run: int
@@ -59,10 +73,11 @@ class PlanStage:
     sends: tuple[tuple[int, int, float], ...] = ()
 
     def turn_seconds(self, turns: int) -> float:
-        """f: seconds of a turn, if so many share what is done once a step (`autopart.cost.training_state.turns`)."""
+        """Seconds of one of the `turns` in which the schedule's slowest stage is counted:
+        forward + backward + sync / turns + send (`autopart.cost.training_state.turns`)."""
         return self.forward_seconds + self.backward_seconds + self.sync_seconds / turns + self.send_seconds
 
     @property
     def memory_bytes(self) -> int:
-        """All of `memory`."""
+        """Bytes at the stage's memory peak."""
         return round(sum(self.memory.values()))

@@ -568,7 +568,7 @@ def slower(space: SearchSpace, point: SearchPoint, one: int, other: int) -> floa
     those of one are more."""
     seconds, device = [], space.device(point)
     for training in (space.training(replace(point, zero=zero)) for zero in (one, other)):
-        beside = device.beside * training.beside_seconds(1.0, True)
+        beside = device.overlapped_share * training.beside_seconds(1.0, True)
         whole = training.sync_seconds(1.0, True) + update_seconds(1.0, True, True, training, device)
         seconds.append((whole, beside))
     (mine, hidden), (theirs, others) = seconds

@@ -337,7 +337,7 @@ class SearchSpace:
 
     def _hides(self, point: SearchPoint) -> bool:
         """Whether the backward hides gradients on their way."""
-        return point.dp > 1 and self.mesh.device.beside > 0
+        return point.dp > 1 and self.mesh.device.overlapped_share > 0
 
     def windows(self, point: SearchPoint) -> tuple[Array, Array]:
         """By priced variable, seconds of a turn that the gradients of a place travel and computing can hide, and that

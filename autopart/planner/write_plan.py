@@ -49,7 +49,7 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
         stages.append(write_stage(space, found, splits[at], at, index, (start, end), modes, known))
     times = [stage.turn_seconds(space.turns(point)) for stage in stages]
     step = sum(times) + (m - 1) * max(times)
-    hides = space.device(point).beside > 0
+    hides = space.device(point).overlapped_share > 0
     for index, (mine, theirs) in enumerate(zip(times, found.stage_seconds, strict=True)):
         equal = math.isclose(mine, theirs, rel_tol=EQUAL) or (hides and mine < theirs)
         assert equal, f"stage {index} is {mine} s written out, {theirs} s searched"
@@ -210,7 +210,7 @@ def _sync(
         seconds += update_seconds(nbytes, record.grad, over_dp, training, device)
         first, *more = readers[name]
         if not more:
-            beside[first - span[0]] += device.beside * training.beside_seconds(nbytes, over_dp)
+            beside[first - span[0]] += device.overlapped_share * training.beside_seconds(nbytes, over_dp)
     return seconds + training.backwards * (after(beside, backward) - sum(beside))
 
 

@@ -60,7 +60,7 @@ class Compiled:
         tied, master = _tie(program.tied, groups), getattr(torch, plan.master) if plan.master else None
         self.executor = Executor(
             self.stage, program.stage, groups, program.instructions, program.messages, tied, plan.zero, master,
-            overlap=plan.mesh.device.beside > 0,
+            overlap=plan.mesh.device.overlapped_share > 0,
         )  # fmt: skip
         known = {name: value for name, value in constants.items() if value is not None}
         self.load({**known, **dict(model.named_parameters())})

@@ -105,15 +105,15 @@ class Executor:
         self.losses: list[Tensor] = []
         self.shared.zero_grad()
         self._count_valid()
-        draws = self.groups.draws
+        rng = self.groups.rng
         for instruction in self.program:
-            draws.micro_batch = instruction.micro_batch
+            rng.micro_batch = instruction.micro_batch
             self.doing = str(instruction)
             self.works = [(work, held) for work, held in self.works if not work.is_completed()]
             for receive in self.ahead.get(instruction, ()):
                 self.arrivals[receive] = self._ask(receive)
             self.actions[instruction.op](instruction)
-        draws.step += 1
+        rng.step += 1
         for work, _ in self.works:
             work.wait()
         self.doing = "sharing the loss"

@@ -25,7 +25,7 @@ class Groups:
 
     activations, gradients   all ranks, one group for each direction of a pipeline
     host                     all ranks, for values on the CPU
-    draws                    what random numbers depend on
+    rng                      what random numbers depend on
     """
 
     pp: Group
@@ -35,7 +35,7 @@ class Groups:
     activations: Group
     gradients: Group
     host: Group
-    draws: RngState = field(default_factory=RngState, kw_only=True)
+    rng: RngState = field(default_factory=RngState, kw_only=True)
 
     def along(self, axis: str) -> Group:
         """The group of an axis by its name."""

@@ -12,7 +12,7 @@ from torch import nn
 from autopart.runtime.gathered import Slicing
 from autopart.runtime.groups import Groups
 from autopart.runtime.shards import shard
-from autopart.runtime.slices import rows, slice_length
+from autopart.runtime.slices import as_slices, slice_length
 from autopart.sharding.notation import Placement
 
 
@@ -96,5 +96,5 @@ def load(shares: Iterable[Any], groups: Groups, tensors: Mapping[str, torch.Tens
                 if placement.kind == "S":
                     whole = shard(whole, placement.dim, placement.parts, group.size, group.rank)
             if share.origin.sliced:
-                whole = rows(whole, groups.dp.size)[groups.dp.rank]
+                whole = as_slices(whole, groups.dp.size)[groups.dp.rank]
             share.copy_(whole)

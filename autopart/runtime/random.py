@@ -42,8 +42,8 @@ class Stream:
 
     def root(self) -> tuple[int, int]:
         """Two words that depend on seed, step and name."""
-        draws = self.groups.draws
-        text = f"{draws.seed} {draws.step} {self.name}"
+        rng = self.groups.rng
+        text = f"{rng.seed} {rng.step} {self.name}"
         return struct.unpack("<2i", hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
@@ -90,7 +90,7 @@ def _hashes(source: Stream, whole: Sequence[int], batch: int | None, axes: dict[
 
 def _places(source: Stream, dim: int, size: int, batch: int | None, axes: dict[str, Split]) -> Tensor:
     """Where this rank's part of a dim lies in the whole batch."""
-    first = source.groups.draws.micro_batch * size if dim == batch else 0
+    first = source.groups.rng.micro_batch * size if dim == batch else 0
     places = torch.arange(first, first + size, device=source.groups.device)
     for axis, split in axes.items():
         at, parts = split if isinstance(split, (tuple, list)) else (split, ())
@@ -103,15 +103,15 @@ def _places(source: Stream, dim: int, size: int, batch: int | None, axes: dict[s
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, source: Stream, whole: Any, batch: Any, axes: Any) -> Tensor:
-        draws = source.groups.draws
-        ctx.again = p, source, whole, batch, axes, draws.step, draws.micro_batch
+        rng = source.groups.rng
+        ctx.again = p, source, whole, batch, axes, rng.step, rng.micro_batch
         return _masked(x, p, source, whole, batch, axes)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         p, source, whole, batch, axes, step, micro_batch = ctx.again
-        draws = source.groups.draws
-        assert (draws.step, draws.micro_batch) == (step, micro_batch), "backward of another micro-batch"
+        rng = source.groups.rng
+        assert (rng.step, rng.micro_batch) == (step, micro_batch), "backward of another micro-batch"
         return _masked(gradients[0], p, source, whole, batch, axes), None, None, None, None, None
 
 

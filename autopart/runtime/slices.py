@@ -65,7 +65,7 @@ def slice_length(elements: int, size: int) -> int:
     return -(-elements // size)
 
 
-def rows(x: Tensor, size: int) -> Tensor:
+def as_slices(x: Tensor, size: int) -> Tensor:
     """The slices of `x`, one a row; in its own memory where they need no zeros."""
     length = slice_length(x.numel(), size)
     lacking = length * size - x.numel()
@@ -95,11 +95,11 @@ def start_scatter(
     is."""
     lengths = [slice_length(tensor.numel(), group.size) for tensor in tensors]
     if len(tensors) == 1 and group.scatters and dtype in (None, tensors[0].dtype):
-        message = rows(tensors[0], group.size)
+        message = as_slices(tensors[0], group.size)
     else:
         message = tensors[0].new_empty(group.size, sum(lengths), dtype=dtype)
         for tensor, part in zip(tensors, message.split(lengths, 1), strict=True):
-            part.copy_(rows(tensor, group.size))
+            part.copy_(as_slices(tensor, group.size))
     mine, work = group.start_reduce_scatter(message) if group.scatters else (None, group.start_all_reduce(message))
 
     def finish() -> Sequence[Tensor]:

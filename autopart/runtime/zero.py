@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from autopart.runtime.groups import Groups
-from autopart.runtime.slices import buckets, fill_a_message, gather, rows, start_scatter, start_sum
+from autopart.runtime.slices import as_slices, buckets, fill_a_message, gather, start_scatter, start_sum
 
 Tensor = torch.Tensor
 AHEAD = 2
@@ -77,7 +77,7 @@ class ShardedOptimizerState:
 
     def _cut(self, weight: Any, dtype: torch.dtype) -> nn.Parameter:
         """Move a weight to where its slices are rows; this rank's, of a dtype."""
-        slices = rows(weight.detach(), self.group.size).clone()
+        slices = as_slices(weight.detach(), self.group.size).clone()
         weight.data = slices.view(-1)[: weight.numel()].view(weight.shape)
         return _like(weight, slices[self.group.rank].to(dtype), sliced=True)
 

@@ -196,7 +196,7 @@ def fsdp(plan: Plan, stage: PlanStage) -> tuple[float, float]:
     late = 0.0
     for times, name, nbytes in ((2, "all_gather", narrow * elements), (1, "reduce_scatter", wide * elements)):
         each = collective_seconds(name, nbytes / blocks, group) - merged_seconds(nbytes / blocks, group, name)
-        shown = 1.0 if name == "all_gather" else 1 - plan.mesh.device.beside
+        shown = 1.0 if name == "all_gather" else 1 - plan.mesh.device.overlapped_share
         late += times * blocks * float(each) * shown
     return late, stream_rate_seconds((2 * 2 * narrow + narrow + wide) * elements, plan.mesh.device)
 

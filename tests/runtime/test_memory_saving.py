@@ -36,7 +36,7 @@ from autopart.runtime import standalone
 from autopart.runtime.compiled import Compiled
 from autopart.runtime.groups import Groups
 from autopart.runtime.simulated import run_simulated
-from autopart.runtime.slices import buckets, gather, rows, scatter_sum
+from autopart.runtime.slices import as_slices, buckets, gather, scatter_sum
 
 ROOT = str(Path(__file__).parents[2])
 SLACK = 0.2
@@ -327,7 +327,7 @@ def test_slices_come_together_again() -> None:
     whole = [torch.arange(7.0).view(7, 1), torch.arange(12, dtype=torch.float64).view(3, 4), torch.tensor(5.0)]
 
     def one(groups: Groups) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        mine = [rows(x, 3)[groups.dp.rank] for x in whole]
+        mine = [as_slices(x, 3)[groups.dp.rank] for x in whole]
         summed = scatter_sum([x * (1 + groups.dp.rank) for x in whole], groups.dp)
         return tuple(gather(some, list(map(torch.empty_like, whole)), groups.dp) for some in (mine, summed))
 

@@ -124,8 +124,8 @@ def test_gradients_that_overlap_are_the_same(
 
 
 def test_devices_that_move_messages_themselves_hide_nothing() -> None:
-    assert find_device("cpu").beside == 0.0
-    assert 0.5 < find_device("h100-80gb").beside < 1.0
+    assert find_device("cpu").overlapped_share == 0.0
+    assert 0.5 < find_device("h100-80gb").overlapped_share < 1.0
     assert dataclasses.replace(find_device("h100-80gb"), overlap=0.0).beside == 0.0
     assert dataclasses.replace(find_device("cpu"), overlap=2.0).beside == 0.5
 

@@ -33,7 +33,7 @@ SIGMAS = 4.5
 def groups(dp: int = 1, tp: int = 1, rank: int = 0, seed: int = 0, step: int = 0, micro_batch: int = 0) -> Groups:
     """One rank's groups."""
     made = simulated_groups(World(), 1, dp, tp, rank)
-    made.draws.seed, made.draws.step, made.draws.micro_batch = seed, step, micro_batch
+    made.rng.seed, made.rng.step, made.rng.micro_batch = seed, step, micro_batch
     return made
 
 

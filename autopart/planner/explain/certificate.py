@@ -189,7 +189,7 @@ def _seconds(
         sync += update_seconds(nbytes, record.grad, over_dp, training, device)
         if _summed(choices, record, placed, "tp"):
             sync += training.partial_sync_seconds(nbytes, plan.mesh.group(1, plan.tp))
-    sync -= training.backwards * device.beside * _hidden(plan, layered, choices, runs, span, graph.index)
+    sync -= training.backwards * device.overlapped_share * _hidden(plan, layered, choices, runs, span, graph.index)
     return {
         "forward_seconds": sum(r.forward for r in runs.values()),
         "backward_seconds": sum(r.backward for r in runs.values()) + again,
@@ -207,9 +207,9 @@ def _hidden(
     stage: int,
 ) -> float:
     """Seconds that gradients travel beside a stage's backward: while some are ready and it goes on, which then takes
-    1 / `Device.beside` times as long. Those of parameters that several runs read do not."""
+    1 / `Device.overlapped_share` times as long. Those of parameters that several runs read do not."""
     readers = Counter(p for run in layered.segments for p in used_parameters(run))
-    training, ready, hidden, share = _training(plan), 0.0, 0.0, plan.mesh.device.beside
+    training, ready, hidden, share = _training(plan), 0.0, 0.0, plan.mesh.device.overlapped_share
     alone = {p for p, many in readers.items() if many == 1}
     for run in reversed(span):
         takes = (runs[run].backward if run in runs else 0.0) / share if share else 0.0
