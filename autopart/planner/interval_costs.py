@@ -248,7 +248,8 @@ def exposed(beside: Array, backward: Array) -> Array:
     takes beside[p], behind those of later positions: they have come max over p of (sum of beside up to p - sum of
     backward before p) after the end. What positions run again is not counted to their backward. `beside` is
     `Device.overlapped_share` times the seconds of the messages: what is left of these is the slowdown of computing
-    meanwhile, and is paid in any case. The runtime sends when a message is full, so that the last one may hold more than a position's.
+    meanwhile, and is paid in any case. The runtime sends when a message is full, so that the last one may hold more
+    than a position's.
     """
     starts, _ = spans(len(beside))
     if not beside.any():
