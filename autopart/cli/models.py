@@ -1,4 +1,4 @@
-"""Models by name, for the shell: transformers configs with random weights, or a function of the user's."""
+"""Models by name: transformers configs with random weights, or a function of the user's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from autopart.frontend.source_lines import user_line
 from autopart.ir.gc_pause import paused
 
 LONGEST = 1024
-"""Tokens of a sequence where the user names none: the config's maximum, but no more than this."""
+"""Tokens of a sequence where the user gives none: the config's maximum, but at most so many."""
 
 
 def _gpt(layers: int, hidden: int, heads: int, tokens: int, words: int = 51200) -> tuple[str, Mapping[str, Any]]:
@@ -32,7 +32,7 @@ def _gpt(layers: int, hidden: int, heads: int, tokens: int, words: int = 51200) 
 def _llama(
     layers: int, hidden: int, inner: int, heads: int, shared: int, **settings: Any
 ) -> tuple[str, Mapping[str, Any]]:
-    """A Llama, or what names the sizes of its config alike; `shared` heads have keys and values."""
+    """A Llama, or another model whose config has Llama's names; `shared` is the number of key and value heads."""
     return "llama", {
         "num_hidden_layers": layers,
         "hidden_size": hidden,
@@ -112,7 +112,7 @@ SIZES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "vit-large": _encoder("vit", 24, 1024, 16),
     "vit-huge": _encoder("vit", 32, 1280, 16, patch_size=14),
 }
-"""Name -> transformers model type, and what its config says otherwise than by default."""
+"""Name -> transformers model type, and the fields of its config that are not the default."""
 
 Batch = dict[str, Any]
 
@@ -129,11 +129,12 @@ def load(
 
     spec        a config.json of transformers or its folder; a model type ("gpt2") or one of SIZES ("gpt2-xl");
                 "module:function" or "file.py:function", the function returning (model, batch)
-    batch_size  samples of the batch;  sequence: tokens of a sample (default: the config's maximum, at most LONGEST)
-    meta        make the parameters on the meta device, where they take no memory; buffers are made all the same
-    dropout     keep the config's dropout rates; else they are set to 0, of which `say` is told
+    batch_size  samples of the batch
+    sequence    tokens of a sample (default: the config's maximum, at most LONGEST)
+    meta        make the parameters on the meta device, where they take no memory; buffers are made on the CPU
+    dropout     keep the config's dropout rates; otherwise they are set to 0, and `say` is called with the old ones
 
-    A function's own batch is taken as it is. Raises PartitionError for a spec that names nothing.
+    The batch of a user's function is taken as it is. Raises PartitionError for a spec that names nothing.
     """
     for name, size in (("batch", batch_size), ("sequence", sequence)):
         if size is not None and size < 1:
@@ -152,7 +153,7 @@ def load(
 
 @contextmanager
 def _told(what: str, try_: str = "") -> Iterator[None]:
-    """Whatever code that is not autopart's raises, as a PartitionError with its line."""
+    """Errors of code that is not autopart's are raised as a PartitionError with their line."""
     try:
         yield
     except PartitionError:

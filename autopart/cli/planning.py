@@ -107,7 +107,8 @@ def _prices(given: list[str]) -> dict[str, float]:
 
 
 def _choices_text(choices: list[MeshChoice], target: float | None) -> str:
-    """A line a mesh, the best first; * marks those that nothing beats in time and cost (in devices, without prices)."""
+    """A line for each mesh, the best first. A star marks a mesh that no other beats in both time and cost (in devices,
+    without prices)."""
     missed = target is not None and not choices[0].meets
     lines = [f"no mesh takes at most {seconds_text(target or 0.0)} a step; the fastest is first"] if missed else []
     for choice in choices:
@@ -127,7 +128,7 @@ def _choices_text(choices: list[MeshChoice], target: float | None) -> str:
 
 
 def _asked(made: Plan, model: str, options: Options) -> Plan:
-    """A plan that remembers which model and batch it was asked for."""
+    """The plan, with the model and the batch that the command line names in its request."""
     given = {name: options[name] for name in BATCH_OPTIONS if options[name]}
     return replace(made, request={**made.request, "model": model, **given})
 
@@ -140,8 +141,8 @@ def estimate_command(
     of: ModelOf = None,
     as_json: Json = False,
 ) -> None:
-    """What a configuration costs, whether it fits or not; without MESH, what a saved plan costs: its decisions, edited
-    by hand as they may be, are priced again.
+    """What a configuration costs, whether it fits or not. Without MESH: what a saved plan, which may have been edited
+    by hand, costs.
 
     Example: autopart estimate gpt2-xl 8:a100-80gb --tp 8 --global-batch 32
     """
@@ -157,7 +158,7 @@ def estimate_command(
 
 
 def _repriced(saved: Plan, spec: str | None) -> Plan:
-    """A saved plan, priced again where it is known for which model."""
+    """A saved plan, priced again where its model is known."""
     if spec is None and "model" not in saved.request:
         note("the plan does not say which model it is for: these are the numbers in the file; --model prices it again")
         return saved

@@ -84,16 +84,17 @@ CONSTRAINT_OPTIONS: Mapping[str, tuple[type, Any, str]] = {
     "forbid": (list[str], [], 'what may not be so, as "split lm_head.weight over tp"; may be repeated'),
 }
 OPTIONS = {**BATCH_OPTIONS, **PLAN_OPTIONS, **CONSTRAINT_OPTIONS}
-"""Shared options: name -> type, default, help. A command with an argument `options` has them all."""
+"""Name of a shared option -> its type, default and help. A command with an argument `options` has all of them."""
 
 Options = dict[str, Any]
 
 EXAMPLE = 8
-"""Samples of an example batch where the user names no number, and at most where it is planned for alone."""
+"""Samples of an example batch where the user gives no number; and the most that a plan traces."""
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Make a command of a function: with the shared options if it takes `options`, and PartitionError told in red."""
+    """Make a command of a function. It has the shared options if the function takes `options`; a PartitionError is
+    printed in red."""
     own = inspect.signature(function, eval_str=True).parameters
 
     @functools.wraps(function)
@@ -159,7 +160,7 @@ def settings_of(options: Options) -> Options:
 
 
 def saved_plan(file: Path | None, options: Options) -> Plan | None:
-    """A saved plan, whose precision, batch and sequence the options then are."""
+    """A saved plan. Precision, batch and sequence of `options` become the plan's."""
     if file is None:
         return None
     saved = Plan.load(file)
@@ -221,6 +222,6 @@ def tell(what: Any) -> None:
 
 @contextmanager
 def planning() -> Iterator[Callable[[str], None]]:
-    """A spinner on stderr; what is yielded shows beside it how far the search is."""
+    """A spinner on stderr. The function that is yielded shows the search's progress next to it."""
     with stderr().status("planning") as status:
         yield lambda text: status.update(Text(f"planning: {text}"))

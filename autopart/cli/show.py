@@ -33,8 +33,8 @@ from autopart.plan.units import bytes_text, seconds_text
 from autopart.planner.explain.memory_report import memory_report
 from autopart.planner.explain.why import Explanation, explain
 
-BESIDE = 90
-"""Characters that a timeline's rows have beside their charts."""
+LABEL_WIDTH = 90
+"""Columns that the text next to a timeline's chart takes."""
 
 
 @command
@@ -58,7 +58,7 @@ def show_command(
     model: ModelOf = None,
     as_json: Json = False,
 ) -> None:
-    """Print a saved plan, its timeline, whose its bytes are, or why it is as it is: then the model is traced again.
+    """Print a saved plan, its timeline, its memory by tensor, or why it was chosen (which traces the model again).
 
     Example: autopart show plan.json --why-not tp=4 --why-not "stage 1 starts at h.8"
     """
@@ -81,7 +81,7 @@ def show_command(
 
 
 def _timeline(saved: Plan, trace: Path | None, as_json: bool) -> None:
-    """Print a plan's timeline, a row a stage as wide as the terminal allows, and write its trace."""
+    """Print a plan's timeline, as wide as the terminal, and write its trace."""
     made = timeline(saved)
     if trace:
         write_file(json.dumps(made.trace()), trace)
@@ -89,7 +89,7 @@ def _timeline(saved: Plan, trace: Path | None, as_json: bool) -> None:
         tell(made.to_json())
     else:
         console = Console()
-        console.print(made.chart(max(40, console.width - BESIDE)), soft_wrap=True)
+        console.print(made.chart(max(40, console.width - LABEL_WIDTH)), soft_wrap=True)
 
 
 def _planned_again(saved: Plan, spec: str | None) -> Explanation:
@@ -154,7 +154,7 @@ def export_command(
     out: Annotated[Path | None, typer.Option(help="write to this file instead of printing")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a saved plan as another system's settings, and say on stderr what they cannot.
+    """Write a saved plan as another system's settings. What these cannot say goes to stderr.
 
     Example: autopart export plan.json --to torchtitan --out train.toml
     """

@@ -52,7 +52,7 @@ from autopart.runtime.standalone import train, write
 def check_command(
     model: Model, options: Options, mesh: MaybeMesh = None, plan_file: PlanFile = None, as_json: Json = False
 ) -> None:
-    """Run one step of a plan on simulated ranks, threads of this process, and hold it against one process.
+    """Run one step of a plan on simulated ranks, threads of this process, and compare it with one process.
 
     Example: autopart check gpt2 4:cpu --pp 2 --tp 2 --sequence 64
     """
@@ -132,7 +132,7 @@ def run_command(
 
 
 def write_folder(model: nn.Module, batch: models.Batch, made: Plan, folder: Path) -> list[Path]:
-    """Emit every stage of a plan into a folder that trains on its own; the stage files.
+    """Emit every stage of a plan into a folder that trains on its own; the files of the stages.
 
     Raises PartitionError where the plan is for another model.
     """

@@ -1,4 +1,4 @@
-"""The straight line from a model to a program: the passes, the plan, the source text, the running ranks."""
+"""`plan`, `estimate` and `compile`: the line from a model to a plan, and on to the program of one rank."""
 
 from __future__ import annotations
 
@@ -71,14 +71,16 @@ def compile(
     on_progress: OnProgress = silent,
     **settings: Unpack[Settings],
 ) -> Compiled:
-    """Plan (unless a `plan` is given), emit this rank's module, load the model's weights into it.
+    """Plan (unless a `plan` is given), emit this rank's module and load the model's weights into it.
 
-    Dropout and other random numbers depend on `seed` (default: torch's, of rank 0), the step and the place in the whole
-    batch, not on the plan.
+    plan      a plan for as many ranks as the mesh has
+    seed      of dropout and other random numbers (default: torch's seed on rank 0). Random numbers depend on the seed,
+              the step and the element's place in the whole batch, not on the plan
+    settings  as `autopart.plan`
 
-    To be called by every process; `settings` are those of `autopart.plan`. Rank 0 plans for all. Raises PartitionError
-    as `plan` does, and where the processes are not as many as the mesh, the plan is for another model, or the model
-    does what training cannot yet reproduce on several ranks.
+    Every process calls it; rank 0 plans for all. Raises PartitionError as `autopart.plan` does, where the number of
+    processes is not that of the mesh, where the plan is for another model, and where the model does what training on
+    several ranks cannot reproduce.
     """
     mesh = Mesh.of(mesh)
     check_plan(plan, mesh)
@@ -102,7 +104,7 @@ def compile(
 
 
 def check_plan(plan: Any, mesh: Mesh) -> None:
-    """Raise PartitionError for a plan that is none, or is for other ranks."""
+    """Raise PartitionError for a `plan` that is not a Plan, or is for another number of ranks."""
     if plan is not None and not isinstance(plan, Plan):
         raise PartitionError(f"plan={plan!r} is no Plan", try_='autopart.Plan.load("plan.json")')
     if plan is not None and plan.mesh.size != mesh.size:
@@ -110,7 +112,7 @@ def check_plan(plan: Any, mesh: Mesh) -> None:
 
 
 def _agreed(given: Plan | None, seed: int | None, make: Callable[[], Plan]) -> tuple[Plan, int]:
-    """Rank 0's plan and seed, on every rank; its error too."""
+    """Rank 0's plan and seed, on every rank. Every rank raises the error that rank 0 raises."""
     seed = torch.initial_seed() if seed is None else seed
     if not dist.is_initialized():
         return given or make(), seed

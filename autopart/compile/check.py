@@ -1,4 +1,4 @@
-"""Is a plan exact? One step of it on simulated ranks, held against one process."""
+"""Is a plan exact? One step of the plan on simulated ranks, compared with one process."""
 
 from __future__ import annotations
 
@@ -31,13 +31,16 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Check:
-    """How far a plan's step is from one process's.
+    """How far a plan's step is from one process's step.
 
-    loss            the plan's
-    loss_error      relative
-    gradient_error  the largest of `worst_error`, and in `worst` whose it is
-    buffer_error    likewise of the buffers that the state dict has, after the step, and in `worst_buffer` whose it is
-    against         what it was held against: the model itself or, where it draws random numbers, its one-rank program
+    loss            of the plan's step
+    loss_error      relative error of the loss
+    gradient_error  the largest error of a gradient (see `worst_error`)
+    worst           the parameter that has it
+    buffer_error    the largest error of a buffer of the state dict after the step
+    worst_buffer    the buffer that has it
+    against         what the step is compared with: the model itself or, where it draws random numbers, its one-rank
+                    program
     """
 
     plan: Plan
@@ -59,9 +62,8 @@ def check(
     seed: int = 0,
     **settings: Unpack[Settings],
 ) -> Check:
-    """Plan (unless a `plan` is given), run one step with every rank a thread of this process, and compare.
-
-    Arguments and errors as `autopart.compile`.
+    """Plan (unless a `plan` is given), run one step with every rank a thread of this process, and compare the loss, the
+    gradients and the buffers with those of one process. Arguments and errors as `autopart.compile`.
     """
     mesh = Mesh.of(mesh)
     check_plan(plan, mesh)
@@ -90,7 +92,7 @@ def check(
 
 
 def one_process(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The unmodified model's loss and gradients, after one step in this process."""
+    """The loss and the gradients of the unmodified model after one step in this process."""
     model.zero_grad()
     with torch.enable_grad():
         output = model(**batch)
@@ -106,11 +108,11 @@ def _buffers(model: nn.Module, state: Tensors) -> dict[str, torch.Tensor]:
 
 
 def worst_error(found: Tensors, wanted: Tensors) -> tuple[float, str]:
-    """The largest error of a tensor, and which.
+    """The largest error of a tensor, and the tensor's name.
 
-    Relative to its tensor's largest element, or to a thousandth of the largest of all tensors if that is more: some
-    gradients are zero but for rounding (that of a key's bias in attention: softmax ignores what all scores share), and
-    the ratio of two roundings says nothing. A tensor that one side lacks counts as zeros there.
+    The error of a tensor is its largest difference over max(its largest element, 1e-3 x the largest element of all
+    tensors). The floor is there because some gradients are zero but for rounding, as that of a key's bias in attention,
+    which softmax ignores. A tensor that one side lacks counts as zeros.
     """
     largest = {n: float(t.abs().max()) if t.numel() else 0.0 for n, t in wanted.items()}
     floor = max(1e-3 * max(largest.values(), default=0.0), torch.finfo(torch.float32).tiny)

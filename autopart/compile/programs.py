@@ -1,4 +1,4 @@
-"""A plan -> what every rank runs: source text, instructions, messages."""
+"""A plan -> the program of every stage: source text, instructions, messages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def programs(layered: LayeredGraph, plan: Plan, indices: Iterable[int] | None = None) -> list[Program]:
-    """What the stages (those of `indices`, else all) run."""
+    """The programs of the stages with these indices (default: all)."""
     stages = stage_graphs(layered, plan)
     messages = [Message(c.name, c.producer, c.consumers, c.shape, c.dtype, c.grad) for s in stages for c in s.sent]
     edges = sorted({(m.producer, to) for m in messages for to in m.consumers})

@@ -27,8 +27,13 @@ from autopart.compile.api import _check_trainable, check_plan
 
 @dataclass(frozen=True)
 class Simulated:
-    """One step of a plan on simulated ranks: the loss of the whole batch, every parameter's gradient, whole, and the
-    state dict after it (weights unchanged, buffers as the forward pass left them)."""
+    """One step of a plan on simulated ranks.
+
+    plan       the plan
+    loss       of the whole batch
+    gradients  parameter -> its whole gradient
+    state      the state dict after the step: weights unchanged, buffers as the forward pass left them
+    """
 
     plan: Plan
     loss: torch.Tensor
@@ -45,8 +50,10 @@ def simulate(
     seed: int | None = None,
     **settings: Unpack[Settings],
 ) -> Simulated:
-    """One step with all ranks as threads of this process, on the CPU: what `compile` would run there, to check a plan
-    without its devices. Raises PartitionError as `compile` does."""
+    """One step with every rank a thread of this process, on the CPU: what `compile` would run on the devices.
+
+    Arguments and errors as `compile`.
+    """
     mesh = Mesh.of(mesh)
     check_plan(plan, mesh)
     request = request_of(model, batch, **settings)

@@ -1,13 +1,14 @@
-"""Seconds of a collective, by where its ranks sit: rings over hosts and the devices in them.
+"""Seconds of collectives, by where their ranks sit.
 
-A ring of p ranks passes (p - 1) / p of the bytes in p - 1 steps (all-gather, reduce-scatter) or twice (all-reduce).
-Its bandwidth is that of the slowest stretch: the links of a device inside a host, or the NICs of a host between hosts;
-each ring crosses every host's boundary once, and rings use all NICs of the host's ranks.
+A ring of p ranks sends (p - 1) / p of the bytes in p - 1 steps (all-gather, reduce-scatter), or twice that
+(all-reduce). The ring's bandwidth is that of its slowest part: the links of a device inside a host, or the network
+cards of a host between hosts. A ring crosses every host's boundary once; rings together use all network cards of the
+host's ranks.
 
-NCCL sends by one of three protocols, whichever is fastest; their latencies and shares of the bandwidth are those of
-its own model (NVIDIA/nccl, src/graph/tuning.cc at 01afd20): flags in every 8 bytes (LL), in every 128 (LL128), or none.
+NCCL sends by the fastest of three protocols: flags in every 8 bytes (LL), in every 128 bytes (LL128), or none. Their
+latencies and shares of the bandwidth are those of NCCL's own model (NVIDIA/nccl, src/graph/tuning.cc at 01afd20).
 
-All sizes are in bytes, all results in seconds; sizes may be numpy arrays. A group of one costs nothing.
+All sizes are in bytes, all results in seconds; sizes may be numpy arrays. A group of one rank costs nothing.
 """
 
 from __future__ import annotations
@@ -27,28 +28,29 @@ BASES = (3.6e-6, 10e-6, 8.4e-6)
 """Seconds before the first step: LL, LL128 and simple (nccl `baseLat`)."""
 
 SHARES = (1 / 4, 0.92, 1.0)
-"""Of the bandwidth, by protocol."""
+"""Share of the bandwidth that a protocol reaches."""
 
 STEPS: Mapping[str, tuple[float, float, float]] = {
     "nvlink": (0.47e-6, 1.9e-6, 3.4e-6),
     "pci": (1.0e-6, 2.5e-6, 5.7e-6),
     "network": (2.7e-6, 4.0e-6, 9.6e-6),
 }
-"""Seconds of a ring's step, by kind of wire and protocol (nccl `hwLat`)."""
+"""Seconds of a step of a ring, by kind of link and protocol (nccl `hwLat`)."""
 
 TREE_STEPS: Mapping[str, tuple[float, float, float]] = {
     "nvlink": (0.52e-6, 1.2e-6, 28e-6),
     "pci": (1.0e-6, 1.9e-6, 28e-6),
     "network": (5.0e-6, 8.5e-6, 50e-6),
 }
-"""Seconds of a tree's step."""
+"""Seconds of a step of a tree, by kind of link and protocol."""
 
 TREE = 0.9
 """Share of a ring's bandwidth that a tree reaches (nccl)."""
 
 
 def ring_bandwidth(group: Group) -> float:
-    """Bytes/s that every rank of a ring sends."""
+    """Bytes/s that every rank of a ring sends: the least of bandwidth x share x lanes inside a host and, between hosts,
+    bandwidth x share x network cards."""
     found = _inside(group) if group.per_host > 1 else math.inf
     if group.hosts > 1:
         found = min(found, group.inter.bandwidth * group.inter.share * group.nics * group.per_host)
@@ -89,14 +91,15 @@ def _ring(wire: Any, rounds: int, group: Group) -> Any:
 
 
 def _measured(name: str, nbytes: Any, group: Group) -> Any | None:
-    """The seconds of a collective where they were measured for groups of this size: inside a host."""
+    """Seconds of a collective by the link's measured tables; None where these have no group of this size, or it spans
+    hosts."""
     wire = group.intra.measured if group.hosts == 1 else None
     rows = wire.collectives.get(name, {}).get(str(group.ranks)) if wire else None
     return None if rows is None else measured_seconds(nbytes, rows)
 
 
 def all_gather_seconds(nbytes: Any, group: Group) -> Any:
-    """Give every rank the whole of `nbytes`, of which each holds 1/p."""
+    """Give every rank the whole of `nbytes`, of which each rank holds 1/p."""
     return _ring((group.ranks - 1) / group.ranks * nbytes, 1, group)
 
 
@@ -117,7 +120,7 @@ def all_reduce_seconds(nbytes: Any, group: Group) -> Any:
 
 
 def all_to_all_seconds(nbytes: Any, group: Group) -> Any:
-    """Exchange the p parts of the `nbytes` each rank holds, in p - 1 steps."""
+    """Exchange the p parts of the `nbytes` that each rank holds, in p - 1 steps."""
     p, local = group.ranks, group.per_host
     if p == 1:
         return 0.0 * nbytes
@@ -137,7 +140,7 @@ def broadcast_seconds(nbytes: Any, group: Group) -> Any:
 
 
 def p2p_seconds(nbytes: Any, link: Link) -> Any:
-    """Send `nbytes` from one rank to another. Unswitched devices have one pair's links between them."""
+    """Send `nbytes` from one rank to another. Devices without a switch have the links of one pair between them."""
     if link.measured:
         return measured_seconds(nbytes, link.measured.p2p)
     pair = Group(2, 2, link, link)
@@ -145,7 +148,7 @@ def p2p_seconds(nbytes: Any, link: Link) -> Any:
 
 
 def merged_seconds(nbytes: Any, group: Group, name: str = "all_gather") -> Any:
-    """What `nbytes` add to a collective of so many that its latency counts for nothing: gradients of many parameters
+    """Seconds that `nbytes` add to a collective so large that its latency does not count: gradients of many parameters
     travel in one message."""
     wire = group.intra.measured if group.hosts == 1 else None
     rows = wire.collectives.get(f"merged_{name}", {}).get(str(group.ranks)) if wire else None
@@ -162,11 +165,11 @@ FORMULAS: Mapping[str, Callable[[Any, Group], Any]] = {
     "all_to_all": all_to_all_seconds,
     "broadcast": broadcast_seconds,
 }
-"""What each collective takes on links of which only latency and bandwidth are known."""
+"""Collective -> its seconds by the latency and bandwidth of the links."""
 
 
 def collective_seconds(name: str, nbytes: Any, group: Group) -> Any:
-    """What a collective takes: as measured, where it was for groups like this, else by its formula."""
+    """Seconds of a collective: by the measured tables, where they have groups like this one, else by its formula."""
     found = _measured(name, nbytes, group)
     return FORMULAS[name](nbytes, group) if found is None else found
 
@@ -175,8 +178,11 @@ COLLECTIVES: Mapping[str, Callable[[Any, Group], Any]] = {name: partial(collecti
 
 
 def measured_seconds(nbytes: Any, points: Sequence[Sequence[float]] | NDArray[np.float64]) -> Any:
-    """Seconds at `nbytes` between measured (bytes, seconds, ...), sorted by bytes: straight in the logarithms of both;
-    below the first point as long as that, beyond the last at that one's bandwidth. Where nothing takes any time, 0."""
+    """Seconds at `nbytes`, interpolated between measured rows (bytes, seconds, ...), sorted by bytes.
+
+    Linear in the logarithms of both. Below the first row, the first row's seconds; beyond the last, its bandwidth.
+    Where all rows have 0 seconds, 0.
+    """
     sizes, seconds = np.asarray(points, dtype=float)[:, :2].T
     if not seconds.all():
         return 0.0 * nbytes

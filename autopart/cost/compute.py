@@ -1,4 +1,4 @@
-"""What one operator costs on one device, and what training keeps for each parameter."""
+"""Seconds of one operator on one device."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from autopart.ir.graph import Info
 Array = NDArray[np.float64]
 
 MATMUL_EFFICIENCY = 0.7
-"""Share of the peak that matrix products reach on a device without `silicon`: an assumption."""
+"""Share of the peak that matrix products reach on a device without `silicon`. An assumption."""
 
 BANDWIDTH_EFFICIENCY = 0.8
-"""Share of the memory bandwidth that elementwise kernels reach there: an assumption."""
+"""Share of the memory bandwidth that elementwise kernels reach on a device without `silicon`. An assumption."""
 
 NO_SIZES = (0.0,) * 6
-"""Of what is no matrix product."""
+"""The sizes of an operator that is no matrix product."""
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Seconds of one operator (or an array of them): forward and backward."""
+    """Seconds of one operator, or arrays of them."""
 
     forward: Any
     backward: Any
@@ -65,7 +65,7 @@ class Work:
 
 
 def work_of(records: Sequence[Info], device: Device) -> Work:
-    """The work of operators as a stage's graph tells it."""
+    """The work of the operators of a stage's graph."""
     rows = [
         [r.flops, r.moved, peak_of(r, device), r.again, not r.view, kind_of(r), *_sizes(r), *r.grads] for r in records
     ]
@@ -83,14 +83,14 @@ def work_in(rows: Array) -> Work:
 
 
 def work_seconds(work: Work, device: Device) -> Seconds:
-    """What operators take.
+    """Seconds of operators, forward and backward.
 
-    On a device with `silicon`, products and attention by `autopart.cost.kernel_efficiency` from their sizes, the
-    gradients of both factors as products of their own; everything else by its bytes, and by its FLOPs
-    where it is several products; no kernel less than its launch. On another the
-    roofline: max(FLOPs / rate, bytes / bandwidth) + launch (Williams,
-    Waterman, Patterson 2009), `again` times as long backward. On one that was measured by its tables: products and
-    attention by their sizes, everything else by its kind and bytes.
+    A device with measured tables: products and attention by their sizes, everything else by its kind and bytes.
+    A device with `silicon`: products and attention by their sizes (`autopart.cost.kernel_efficiency`), the gradients of
+    both factors as products of their own; everything else by max(bytes, FLOPs of several products); no kernel takes
+    less than a launch.
+    Any other device: the roofline max(FLOPs / rate, bytes / bandwidth) + launch (Williams, Waterman, Patterson 2009);
+    backward takes `again` times as long.
     """
     if device.measured:
         return _measured_seconds(work, device, device.measured)
@@ -110,8 +110,9 @@ def work_seconds(work: Work, device: Device) -> Seconds:
 
 
 def _measured_seconds(work: Work, device: Device, measured: Measured) -> Seconds:
-    """As told by the tables; `again` only says whether there is a backward. Several products at once, whose sizes are
-    not known, run at their peak."""
+    """Seconds by the measured tables. `again` only tells whether there is a backward. Several products at once, whose
+    sizes are not known, run at the peak.
+    """
     own, flows = operator_seconds(work.kind, work.bytes, measured), np.minimum(work.again, 1.0)
     forward, backward = own[0], own[1] * flows
     several = np.isfinite(work.peak) & (work.sizes[:, 0] == 0)
@@ -134,7 +135,7 @@ def _measured_seconds(work: Work, device: Device, measured: Measured) -> Seconds
 
 
 def stream_seconds(nbytes: Any, again: Any, runs: Any, device: Device) -> Seconds:
-    """What kernels take that read and write `nbytes` and compute next to nothing."""
+    """Seconds of kernels that read and write `nbytes` and compute next to nothing."""
     if device.measured:
         there, back = operator_seconds(0, nbytes, device.measured)
         return Seconds(runs * there, runs * back * again)
@@ -159,7 +160,7 @@ def _product_seconds(sizes: Array, nbytes: Array, peak: Array, grads: Array, dev
 
 
 def _three(m: Array, n: Array, k: Array) -> Array:
-    """m, n and k of a product and of those that give the gradients of its factors."""
+    """m, n and k of a product and of the two products that give the gradients of its factors."""
     return np.array([[m, n, k], [m, k, n], [k, n, m]])
 
 
@@ -241,7 +242,7 @@ def stream_rate_seconds(nbytes: float, device: Device) -> float:
 
 
 def with_launch(seconds: Any, device: Device) -> Any:
-    """What kernels take that take `seconds` once they run: see `Device.launch_seconds`. What was measured has it."""
+    """Seconds of kernels with their launch (`Device.launch_seconds`). Measured seconds include it already."""
     if device.measured:
         return seconds
     return seconds + device.launch_seconds if device.silicon is None else np.maximum(seconds, device.launch_seconds)

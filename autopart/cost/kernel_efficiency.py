@@ -33,14 +33,14 @@ TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
 """Output tiles that libraries of tensor-core products are built of (rows, columns)."""
 
 SPLITS = (1, 2, 4, 8)
-"""Parts that k may be cut into, whose partial sums are written and added up in float32."""
+"""Numbers of parts that k may be cut into; their partial sums are written and added up in float32."""
 
 STEP = 32
-"""Elements of k that a tile advances by at least."""
+"""The least number of elements of k that a tile advances by."""
 
 
 def product_bytes(batch: Any, m: Any, n: Any, k: Any, itemsize: Any) -> Any:
-    """Bytes of both operands and the result, each moved once."""
+    """Bytes of both factors and the result, each moved once."""
     return batch * (m * k + k * n + m * n) * itemsize
 
 
@@ -100,13 +100,14 @@ def memory_seconds(nbytes: Any, bandwidth: float, silicon: Silicon, kernels: Any
 
 
 def _whole(number: Any) -> Any:
-    """The next whole number; what is above one by rounding alone is that one."""
+    """The next whole number; a number that is above a whole one by rounding alone is rounded down."""
     return np.ceil(number * (1 - 1e-12))
 
 
 @lru_cache
 def _tiles(feed: float) -> tuple[Floats, Floats, Floats]:
-    """Rows and columns of every tile, and what its rate is to that of the largest; a column, for the splits of k."""
+    """Rows and columns of every tile, and its rate relative to the largest tile's; a column, to broadcast over splits
+    of k."""
     high, wide = np.array(TILES, dtype=float).T[:, :, None]
     own = high * wide / (high + wide)
     return high, wide, own / (own + feed) * (own.max() + feed) / own.max()

@@ -1,8 +1,8 @@
-"""Seconds of kernels from tables that were measured, by interpolation in the logarithms of sizes and seconds.
+"""Seconds of kernels by interpolation in measured tables.
 
-Between measured sizes everything is straight in the logarithms; outside them products and attention keep the rate of
-the nearest measured size, streams that of the largest. Sizes are those of `rules.Sizes`, bytes and FLOPs are numbers
-or arrays, results are seconds.
+Interpolation is linear in the logarithms of sizes and seconds. Outside the measured sizes products and attention keep
+the rate of the nearest measured size, streams the rate of the largest. Sizes are those of `rules.Sizes`; bytes and
+FLOPs are numbers or arrays; results are seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from autopart.hardware.measured import Measured, Rows, Tables
 Floats = NDArray[np.float64]
 
 STREAM = "stream"
-"""The kind of what reads and writes bytes and computes next to nothing."""
+"""The kind of operators that read and write bytes and compute next to nothing."""
 
 KINDS: Mapping[str, tuple[str, ...]] = {
     STREAM: (),
@@ -35,7 +35,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "cross_entropy": ("cross_entropy_loss",),
     "embedding": ("embedding",),
 }
-"""Kinds of operators that take unlike seconds for as many bytes -> the operators of a kind; all others stream."""
+"""Kind of operators that take the same seconds for the same bytes -> its operators; all others are streams."""
 
 KIND_OF: Mapping[str, int] = {
     f"{library}.{name}": index
@@ -43,18 +43,18 @@ KIND_OF: Mapping[str, int] = {
     for name in names
     for library in ("aten", "autopart")
 }
-"""Operator -> index of its kind; 0, a stream, where it is not there."""
+"""Operator -> index of its kind in KINDS. An operator that is missing is a stream, kind 0."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Logarithms of something positive at every combination of the axes' values, whose logarithms `axes` are."""
+    """Logarithms of positive values at every combination of the axes' values; `axes` holds the logarithms of these."""
 
     axes: tuple[Floats, ...]
     values: Floats
 
     def at(self, *sizes: Any) -> Any:
-        """Straight between the logarithms; at the nearest edge outside."""
+        """The value at these sizes, linear in the logarithms; outside the grid, the value at the nearest edge."""
         places = []
         for axis, size in zip(self.axes, sizes, strict=True):
             place = np.interp(np.log(np.maximum(size, 1.0)), axis, np.arange(len(axis)))
@@ -71,8 +71,9 @@ class Grid:
 
 
 def grid_of(points: Floats, values: Floats) -> Grid:
-    """The grid of `values` measured at `points` (a row of sizes each). A combination that was not measured takes the
-    value of the nearest that was, in the logarithms of the sizes."""
+    """The grid of `values` measured at `points` (rows of sizes). A combination that was not measured takes the value of
+    the nearest measured one, in the logarithms of the sizes.
+    """
     where = np.log(np.maximum(points, 1.0))
     axes = tuple(np.unique(column) for column in where.T)
     corners = np.stack(np.meshgrid(*axes, indexing="ij"), -1)
@@ -96,8 +97,9 @@ def _attention(rows: Rows) -> tuple[Grid, Grid]:
 
 
 def table_of(tables: Tables, flops: Mapping[str, float], peak: float) -> tuple[Rows, float]:
-    """The rows for the dtype whose peak, of those in `flops`, is nearest to `peak`, and how many times as fast as then
-    the device is now."""
+    """The rows for the dtype in `flops` whose peak is nearest to `peak`, and the factor by which a device of this peak
+    is faster.
+    """
     measured = [name for name in tables if name in flops] or list(tables)
     nearest = min(measured, key=lambda name: abs(np.log(flops.get(name, peak) / peak)))
     return tables[nearest], peak / flops.get(nearest, peak)
@@ -106,7 +108,7 @@ def table_of(tables: Tables, flops: Mapping[str, float], peak: float) -> tuple[R
 def product_seconds(
     batch: Any, m: Any, n: Any, k: Any, peak: Any, flops: Mapping[str, float], measured: Measured
 ) -> Any:
-    """Seconds of `batch` products of m x k by k x n, of the dtype with that peak among `flops`."""
+    """Seconds of `batch` products of m x k by k x n, of the dtype with this peak in `flops`."""
     batch, m, n, k = np.broadcast_arrays(*(np.atleast_1d(np.asarray(size, dtype=float)) for size in (batch, m, n, k)))
     work = 2.0 * batch * m * n * k
 
@@ -145,7 +147,7 @@ def _by_dtype(
 
 
 def operator_seconds(kind: Any, nbytes: Any, measured: Measured) -> tuple[Any, Any]:
-    """Seconds forward and backward of calls of operators, by the index of their kind and the bytes they move."""
+    """Seconds, forward and backward, of calls of operators by the index of their kind and the bytes they move."""
     kinds, nbytes = np.broadcast_arrays(np.asarray(kind, dtype=int), np.asarray(nbytes, dtype=float))
     forward, backward = np.empty(nbytes.shape), np.empty(nbytes.shape)
     names = list(KINDS)

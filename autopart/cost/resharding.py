@@ -1,4 +1,4 @@
-"""Seconds of a change of placement."""
+"""Seconds of a resharding."""
 
 from __future__ import annotations
 
@@ -12,8 +12,14 @@ from autopart.sharding.resharding import Reshard
 
 
 def row_seconds(row: Reshard, nbytes: Any, group: Group, grad: bool, device: Device) -> tuple[Any, Any]:
-    """Seconds, forward and backward, to change a tensor (or an array of them) of `nbytes` bytes (whole along this
-    axis). What costs nothing forward or backward is still one kernel."""
+    """Seconds, forward and backward, of a resharding.
+
+    row     the row of the table of reshardings
+    nbytes  bytes of the tensor, whole along this axis; may be an array
+    grad    whether gradients flow through the tensor
+
+    A resharding without a collective still is one kernel.
+    """
     pace = device.measured.pace if device.measured else 1.0
     forward, backward = (
         pace * with_launch(COLLECTIVES[name](nbytes, group), device) if name else 0.0 * nbytes

@@ -1,4 +1,4 @@
-"""Which row of the table a CUDA device is."""
+"""The row of the table of devices for a CUDA device."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from .rows import Device
 
 
 def of_cuda(name: str, memory_bytes: int) -> Device:
-    """The row for what the CUDA driver calls `name`, or, with a warning, the one nearest in memory.
+    """The row for the device that the CUDA driver calls `name`; with a warning the row nearest in memory, where no
+    row's pattern matches.
 
-    Of rows with equal memory the one whose model is part of the name is taken, then one that is a PCIe card if the name
-    says so and none if not, then the newest. Rows whose name the driver's is not known for are not among them.
+    Among rows of equal memory, preferred are: a row whose model is part of the name, then a PCIe card if the name says
+    so and none if not, then the newest.
     """
     load_environment()
     rows = list(CUDA_NAMES.items())[::-1]

@@ -1,7 +1,8 @@
-"""Dropout whose mask is a hash of the element's place: one pass over the memory, forward as backward, no mask kept.
+"""Dropout whose mask is a hash of the element's place. Forward and backward read and write the tensor once; no mask is
+saved.
 
-Bit for bit what `autopart.runtime.random` computes in plain torch. With ``n`` elements of ``itemsize`` bytes the least
-traffic is ``2 * itemsize * n``: read x, write y; the hashes of rows and columns add 4 bytes for each of either.
+The result is bit for bit that of `autopart.runtime.random` in plain torch. For n elements of `itemsize` bytes the least
+traffic is 2 itemsize n bytes: read x, write y. The hashes of rows and columns add 4 bytes for each row and column.
 """
 
 import functools
@@ -15,7 +16,7 @@ from autopart.kernels.rms_norm import _TRITON_NAMES, _triton_runs_on
 tl: Any  # bound by kernel(): Triton's interpreter looks for its language among a kernel's globals
 
 ELEMENTS = 2048
-"""Elements a program."""
+"""Elements of one program."""
 
 
 def applies(x: torch.Tensor) -> bool:
@@ -75,6 +76,6 @@ def kernel() -> Any:
 
 
 def _block(d: int) -> tuple[int, int]:
-    """Rows and columns of a program."""
+    """Rows and columns of one program."""
     width = min(1 << (d - 1).bit_length(), ELEMENTS)
     return ELEMENTS // width, width

@@ -1,14 +1,16 @@
-"""A plan on a clock: what every stage does when, as its schedule runs with the plan's own prices.
+"""A plan on a clock: what every stage does when, as its schedule runs with the plan's own seconds.
 
-A plan's step is predicted as sum(f) + (m - 1) max(f) over the seconds f that stages take for one of m micro-batches: in
-f a message holds both its ends, and the gradient sync is spread evenly over turns (`cost.turns`). Here forward and
-backward stand apart, a message is a latency (half of its seconds in either direction) that overlaps with work, and what
-no backward hides of a stage's gradient sync comes after its last one. For equal stages without messages both give
-(m + p - 1) f. Without sync and with backward in the same proportion to forward in all stages, 1F1B takes no longer than
-predicted; the less, the more of f are messages. Where that proportion differs it can take longer, and so can GPipe,
-whose forwards and backwards have each their own slowest stage: without messages it takes sum(F) + sum(B) + (m - 1)
-(max(F) + max(B)), a bubble of (p - 1) / (m + p - 1) where stages are equal (Huang et al., arXiv 1811.06965, section
-2.3).
+A plan predicts its step as sum(f) + (m - 1) max(f), f being the seconds of each stage for one of m micro-batches. That
+f counts both ends of a message, and spreads the gradient sync evenly over turns (`cost.training_state.turns`). The
+timeline tells forward (F) and backward (B) apart. A message is a latency, half of its seconds in either direction, that
+overlaps with work. Gradient sync that no backward hides comes after the last backward.
+
+- For equal stages without messages both give (m + p - 1) f.
+- 1F1B without sync, with B / F equal on all stages, takes no longer than predicted, and less where f has messages.
+- 1F1B with B / F that differs can take longer than predicted.
+- GPipe can too, since its forwards and its backwards each have their own slowest stage: without messages it takes
+  sum(F) + sum(B) + (m - 1) (max(F) + max(B)), a bubble of (p - 1) / (m + p - 1) for equal stages (Huang et al., arXiv
+  1811.06965, section 2.3).
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 Event = tuple[Instruction, float, float]
-"""What a stage does, from when to when: a receive from when it is posted, a send until its message arrives."""
+"""An instruction, its start and its end: a receive starts when it is posted, a send ends when its message arrives."""
 
 COMPUTE = (Op.FORWARD, Op.BACKWARD)
 SENDS = (Op.SEND, Op.SEND_GRAD)
@@ -43,7 +45,7 @@ MARKS = {
     Op.REDUCE: ("==", "gradient sync", "magenta"),
     Op.STEP: ("oo", "optimizer", "yellow"),
 }
-"""Instruction -> its marks in the chart for even and odd micro-batches, what they mean, their colour."""
+"""Instruction -> its marks in the chart for even and odd micro-batches, their meaning, their colour."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,10 @@ class StageTimeline:
     """One stage's step.
 
     events          in order of their starts
-    seconds         of the step, by what they go to: forward, backward, waiting (for messages), gradient sync, optimizer
+    seconds         cause -> seconds of the step: forward, backward, waiting (for messages), gradient sync, optimizer
                     (which plans do not price) and idle (before the first event and after the last)
-    peak_in_flight  the most micro-batches held at once
-    memory          (second, bytes) from where on a rank holds so many
+    peak_in_flight  the most micro-batches in flight at once
+    memory          (second, bytes): from that second on, a rank has so many bytes allocated
     """
 
     events: tuple[Event, ...] = field(repr=False)
@@ -64,7 +66,7 @@ class StageTimeline:
 
     @property
     def peak_bytes(self) -> float:
-        """The most that a rank holds."""
+        """The most bytes that a rank has allocated."""
         return max(held for _, held in self.memory)
 
 
@@ -73,8 +75,10 @@ class Timeline:
     """A simulated step of a plan.
 
     seconds            from the first instruction to the last end
-    predicted_seconds  what the plan says
-    bubble             1 - the stages' mean of seconds at work / the longest time from a stage's first work to its last
+    predicted_seconds  `Plan.step_seconds`
+    bubble             1 - mean over stages of the seconds at work / the longest time from a stage's first work to its
+                       last
+    stages             the stages' timelines
     """
 
     seconds: float
@@ -83,7 +87,7 @@ class Timeline:
     stages: tuple[StageTimeline, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain data."""
+        """The timeline as dicts, lists, numbers and text."""
         return {
             "seconds": self.seconds,
             "predicted_seconds": self.predicted_seconds,
@@ -106,7 +110,7 @@ class Timeline:
         return {"displayTimeUnit": "ms", "traceEvents": list(_trace_events(self))}
 
     def chart(self, width: int = 100) -> Text:
-        """A row a stage, `width` characters of time, and what the marks mean."""
+        """A row for each stage, `width` characters of time, and a legend."""
         from rich.text import Text
 
         lines = [
@@ -164,7 +168,7 @@ def timeline(plan: Plan) -> Timeline:
 
 
 def _seconds(events: list[Event], whole: float) -> dict[str, float]:
-    """What a stage's time goes to."""
+    """Cause -> seconds of a stage's step."""
     names = {"waits for a message": "waiting"}
     found = {names.get(meaning, meaning): 0.0 for _, meaning, _ in MARKS.values()}
     for entry, start, end in events:
@@ -174,8 +178,12 @@ def _seconds(events: list[Event], whole: float) -> dict[str, float]:
 
 
 def _memory(events: list[Event], stage: PlanStage, each: float) -> Iterator[tuple[float, float]]:
-    """(second, bytes) of a rank: `each` from a micro-batch's forward to the end of its backward, what is transient
-    while it computes, the rest always; where less than that is there, from the end of the first backward on."""
+    """(second, bytes) of a rank.
+
+    `each` bytes are allocated from a micro-batch's forward to the end of its backward, `transient` bytes while the
+    stage computes, all others always. Where `transient` is negative, the peak is so much less until the first backward
+    ends.
+    """
     transient = stage.memory.get("transient", 0.0)
     lacking, transient = min(transient, 0.0), max(transient, 0.0)
     begun = min((end for entry, _, end in events if entry.op is Op.BACKWARD), default=0.0)
@@ -193,7 +201,7 @@ def _memory(events: list[Event], stage: PlanStage, each: float) -> Iterator[tupl
 
 
 def _row(stage: StageTimeline, whole: float, width: int) -> Text:
-    """A stage's step in marks: what it does at the middle of every slice of time."""
+    """A stage's step in marks: what the stage does in the middle of every slice of time."""
     from rich.text import Text
 
     events = [(entry, start, end) for entry, start, end in stage.events if entry.op not in SENDS and end > start]

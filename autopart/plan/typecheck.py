@@ -1,4 +1,4 @@
-"""Whether a record that was read from outside holds what its fields declare."""
+"""Whether a record that was read from a file has the types that its fields declare."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
 def mistyped(value: Any, kind: Any, where: str = "") -> str:
-    """The first part of a value that is not of its declared type, as "stages[0].splits is 'x', not int"; "" if there is
-    none. A whole number counts as a float, True as no number, nan as nothing."""
+    """The first part of a value that is not of its declared type, as "stages[0].splits is 'x', not int"; "" if none is.
+
+    An int counts as a float. A bool is no number, and nan is of no type.
+    """
     return next(_mistyped(value, kind, where), "")
 
 

@@ -1,4 +1,4 @@
-"""What `autopart.compile` hands back: this rank's stage, ready to train."""
+"""What `autopart.compile` returns: one rank's stage, ready to train."""
 
 from __future__ import annotations
 
@@ -25,12 +25,20 @@ Tensor = torch.Tensor
 NOT_ELEMENTWISE = tuple(
     kind for name in ("LBFGS", "Muon", "Adafactor") if (kind := getattr(torch.optim, name, None)) is not None
 )
-"""Optimizers whose update of one element depends on others; not every torch has them all."""
+"""Optimizers whose update of one element depends on other elements. Some are missing in older torch versions."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """A stage's source, instructions and messages; parameters on several stages; the axes that split samples."""
+    """What one stage runs.
+
+    source        the emitted module's text
+    index         the stage's number
+    instructions  the stage's instructions, in order
+    messages      the tensors that cross the cuts between stages
+    tied          name of a parameter that lives on several stages -> these stages
+    axes          mesh axes that split the samples of a batch
+    """
 
     source: str
     stage: int
@@ -66,12 +74,13 @@ class Compiled:
         self.load({**known, **dict(model.named_parameters())})
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill this rank's weights, with the optimizer's copies, and buffers from the model's own, whole, by name."""
+        """Fill this rank's weights, the optimizer's copies of them and its buffers from the model's own, which are
+        whole."""
         load([*self.stage.parameters(), *self.stage.buffers(), *self.executor.shared.copies], self.groups, tensors)
 
     @property
     def data_ranks(self) -> int:
-        """Into how many shares a batch is split."""
+        """Number of shares that the samples of a batch are split into."""
         ranks = 1
         for axis in self.sample_axes:
             ranks *= self.groups.along(axis).size
@@ -79,7 +88,7 @@ class Compiled:
 
     @property
     def data_rank(self) -> int:
-        """Which of them this rank reads."""
+        """The share of this rank, from 0 to `data_ranks` - 1."""
         rank = 0
         for axis in self.sample_axes:
             rank = rank * self.groups.along(axis).size + self.groups.along(axis).rank
@@ -98,10 +107,10 @@ class Compiled:
             return self.executor.run(shares)
 
     def optimizer(self, cls: type[torch.optim.Optimizer], **settings: Any) -> torch.optim.Optimizer:
-        """Use a torch optimizer from now on, at the end of every step; under ZeRO it trains this rank's slices.
+        """Step this torch optimizer at the end of every step. Under ZeRO it trains this rank's slices of weights.
 
-        A stage without parameters gets an empty one, since torch's optimizers refuse none. Raises PartitionError for
-        one that does something else to slices than to the whole.
+        A stage without parameters gets an empty parameter, since torch's optimizers refuse none. Raises PartitionError
+        for an optimizer whose update of a slice is not the slice of the whole weight's update.
         """
         trained = self.executor.shared.trained
         if any(p.origin.sliced for p in trained) and issubclass(cls, NOT_ELEMENTWISE):
@@ -136,18 +145,18 @@ class Compiled:
         return self.groups.rank
 
     def _collect(self, mine: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Put all ranks' shares together on rank 0."""
+        """Every rank's shares, put together on rank 0."""
         return assemble(self.groups.host.gather(shares_of(mine, self.origins, self.groups)))
 
 
 def _tie(tied: Mapping[str, tuple[int, ...]], groups: Groups) -> dict[str, Group]:
-    """The group of every parameter of this rank that lives on several stages."""
+    """Parameter of this rank -> the group of the ranks that hold the same parameter on other stages."""
     made = {stages: groups.tied(stages) for stages in sorted(set(tied.values()))}
     return {name: group for name, stages in tied.items() if (group := made[stages]) is not None}
 
 
 def run_source(source: str, filename: str) -> ModuleType:
-    """Import emitted source; tracebacks show its lines."""
+    """Import emitted source, so that tracebacks show its lines."""
     module = ModuleType(filename.removesuffix(".py"))
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     exec(compile(source, filename, "exec"), module.__dict__)

@@ -1,7 +1,7 @@
 """Runs a stage's list of instructions for one step.
 
-What a computation needs from other stages is asked for before the one before it begins (`receives_ahead`), so that it
-travels meanwhile: a message that both ends are ready for is on its way at once.
+The receives of a computation are posted before the computation in front of it begins (`receives_ahead`), so that
+messages travel while the stage computes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Message:
-    """A tensor that crosses a cut: its name, shape and dtype on a rank, who makes it, who takes it."""
+    """A tensor that crosses a cut: its name, its shape and dtype on a rank, the stage that makes it, the stages that
+    take it."""
 
     name: str
     producer: int
@@ -41,8 +42,11 @@ class Message:
 
 @dataclass
 class _Flight:
-    """What a stage holds of one micro-batch between its forward and its backward. Values that are sent are let go of
-    when no stage is `waiting` for them any more: backward starts from their `roots` in autograd's graph."""
+    """What a stage holds of one micro-batch between its forward and its backward.
+
+    A value that was sent is freed when no stage is `waiting` for it any more. Backward starts from `roots`, nodes of
+    autograd's graph.
+    """
 
     received: dict[str, Tensor] = field(default_factory=dict)
     sent: dict[str, Tensor] = field(default_factory=dict)
@@ -53,14 +57,11 @@ class _Flight:
 
 
 Arrival = tuple[Message, Tensor, Work]
-"""A message that is asked for, and the buffer it comes in."""
+"""A receive that was posted: the message, its buffer, the work to wait for."""
 
 
 class Executor:
-    """One rank's stage with its instructions.
-
-    `doing` is what the rank is at, for whoever asks why nothing moves.
-    """
+    """One rank's stage with its instructions. `doing` tells what the rank is doing, which the watchdog publishes."""
 
     def __init__(
         self,
@@ -125,7 +126,7 @@ class Executor:
         return [self.micro_batches[micro_batch][name] for name in self.stage.inputs]
 
     def _count_valid(self) -> None:
-        """Give every mean over valid targets their average number in a micro-batch of the whole batch."""
+        """Set the divisor of every mean over valid targets: their mean number in a micro-batch of the whole batch."""
         if not hasattr(self.stage, "count_valid"):
             return
         totals: dict[str, int] = defaultdict(int)
@@ -203,12 +204,12 @@ class Executor:
             flight.gradients[m.name] = gradient if known is None else known + gradient
 
     def _post(self, tensor: Tensor, stage: int, channel: Group) -> None:
-        """Send without waiting; the buffer is held until the message is out."""
+        """Send without waiting. The buffer is held until the message has left."""
         tensor = tensor.contiguous()
         self.works.append((channel.send(tensor, self.groups.rank_at(stage)), tensor))
 
     def _ask(self, at: Instruction) -> list[Arrival]:
-        """Be ready for what a receive is of."""
+        """Post a receive."""
         if at.op is Op.RECV:
             channel, expected = self.groups.activations, [m for m in self.incoming if m.producer == at.peer]
         else:
@@ -218,7 +219,7 @@ class Executor:
         return [(m, x, channel.receive(x, source)) for m, x in zip(expected, buffers, strict=True)]
 
     def _take(self, at: Instruction) -> Iterator[tuple[Message, Tensor]]:
-        """What a receive is of, once it is there."""
+        """Wait for a receive that was posted; the tensor."""
         for message, tensor, work in self.arrivals.pop(at, None) or self._ask(at):
             work.wait()
             yield message, tensor

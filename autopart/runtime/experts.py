@@ -1,4 +1,4 @@
-"""Products of tokens with the weights of the experts they were given to."""
+"""Products of tokens with the weights of the experts that a router gave the tokens to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from autopart.runtime.process_group import Group
 
 Tensor = torch.Tensor
 ALIGNMENT = 16
-"""Bytes: torch's grouped product takes rows that start at multiples of this."""
+"""torch's grouped product takes rows that start at multiples of so many bytes."""
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ids: Tensor, transposed: bool, group: Group | None = None) -> Tensor:
@@ -32,7 +32,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ids: Tensor, transposed: bool, gro
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch's grouped product takes these."""
+    """Whether torch's grouped product takes these tensors."""
     sizes = (weight.shape[1] * x.itemsize, weight.shape[2] * x.itemsize)
     return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and not any(s % ALIGNMENT for s in sizes)
 

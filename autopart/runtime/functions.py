@@ -1,4 +1,4 @@
-"""What runs on a shard where the plain operator would be wrong, and what emitted code needs besides."""
+"""Functions that run on a shard where the plain operator would be wrong."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class _VocabCrossEntropy(torch.autograd.Function):
 
 
 def vocab_cross_entropy(logits: Tensor, targets: Tensor, valid: float, ignore_index: int, group: Group) -> Tensor:
-    """`mean_cross_entropy` of logits (b, v / ranks) whose vocabulary is split over `group`; the same on every rank."""
+    """`mean_cross_entropy` of logits (b, v / ranks) whose vocabulary is split over `group`; every rank gets the same
+    loss."""
     total: Tensor = _VocabCrossEntropy.apply(logits, targets, ignore_index, group)
     return total / valid
 

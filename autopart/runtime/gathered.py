@@ -1,7 +1,7 @@
-"""Tensors that are whole only while they are used: of what backward needs of them, autograd keeps how to gather it.
+"""Weights and activations that are whole only while they are used.
 
-Weights lie in slices over the data-parallel ranks, activations in parts over the tensor-parallel ones. Either is
-gathered once forward and, where backward reads it, once there.
+Weights lie in slices over data-parallel ranks, activations in shards over tensor-parallel ranks. Both are gathered once
+in forward. Where backward reads the whole, autograd saves how to gather it (a `DeferredGather`) in place of the whole.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ Tensor = torch.Tensor
 
 
 class DeferredGather:
-    """Tensors that are gathered together, forward and, those that backward needs, again when it needs the first; there
-    each is let go after the last of its `uses`. `run` gathers those of the given indices."""
+    """Tensors that are gathered together.
+
+    Backward gathers the tensors it needs when it needs the first of them, and frees each after the last of its `uses`.
+    `run` gathers the tensors of the given indices.
+    """
 
     def __init__(self, count: int, run: Callable[[Sequence[int]], Sequence[Tensor]]) -> None:
         self.run = run
@@ -42,7 +45,7 @@ class DeferredGather:
         return wholes
 
     def whole_again(self, index: int) -> Tensor:
-        """One of them, in backward."""
+        """One of the tensors, whole, in backward."""
         if not self.again:
             needed = [i for i, uses in enumerate(self.uses) if uses]
             self.again = dict(zip(needed, self.run(needed), strict=True))
@@ -51,12 +54,12 @@ class DeferredGather:
 
 
 _KNOWN: ContextVar[dict[StorageWeakRef, tuple[DeferredGather, int]] | None] = ContextVar("known", default=None)
-"""The memory of what a forward pass has gathered."""
+"""Memory of the tensors that a forward pass has gathered -> how to gather them again."""
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """Stands, until backward, for a view of a whole tensor."""
+    """Stands, until backward, for a view of a gathered tensor."""
 
     gather: DeferredGather
     index: int
@@ -78,7 +81,7 @@ def keeping_parts() -> Iterator[None]:
 
 
 def _pack(saved: Tensor) -> Tensor | _Kept:
-    """What stands for a tensor until backward. What nobody has whole any more is let go, with what it came from."""
+    """What autograd saves in place of a tensor. Gathered memory that nothing refers to any more is freed."""
     known = _KNOWN.get()
     if not known:
         return saved

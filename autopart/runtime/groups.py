@@ -1,4 +1,4 @@
-"""Where a rank stands: its group along every mesh axis, and its share of every weight."""
+"""The groups of a rank: one along every mesh axis, and those that are no axis."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from autopart.runtime.process_group import Group
 from autopart.runtime.rng_state import RngState
 
 AXES = ("pp", "dp", "tp")
-"""From the outermost to the innermost: ranks next to each other share a tensor-parallel group."""
+"""From the outermost to the innermost: neighbouring ranks share a tensor-parallel group."""
 
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's group along every axis, its device, the groups that are no axis, and what belongs to a rank besides.
+    """This rank's group along every axis, its device, and the groups that are no axis.
 
-    activations, gradients   all ranks, one group for each direction of a pipeline
-    host                     all ranks, for values on the CPU
-    rng                      what random numbers depend on
+    activations  all ranks: messages of activations between stages
+    gradients    all ranks: messages of gradients between stages
+    host         all ranks: values on the CPU
+    rng          the seed, step and micro-batch that random numbers depend on
     """
 
     pp: Group
@@ -52,7 +53,7 @@ class Groups:
         return self.rank_at(self.pp.rank)
 
     def tied(self, stages: Sequence[int]) -> Group | None:
-        """The ranks with this rank's coordinates in each of `stages`; None on others. Every rank must call it."""
+        """The ranks with this rank's coordinates in each of `stages`; None on other stages. Every rank must call it."""
         mine = None
         for place in range(self.dp.size * self.tp.size):
             ranks = [stage * self.dp.size * self.tp.size + place for stage in stages]
@@ -62,7 +63,7 @@ class Groups:
         return mine
 
     def apart(self) -> Group:
-        """The ranks along dp with a channel of their own. Every rank must call it."""
+        """The ranks along dp, on a communicator of their own. Every rank must call it."""
         mine = self.dp
         for pp, tp in itertools.product(range(self.pp.size), range(self.tp.size)):
             handle = dist.new_group([(pp * self.dp.size + dp) * self.tp.size + tp for dp in range(self.dp.size)])
@@ -74,7 +75,7 @@ class Groups:
 def start_processes(size: int) -> None:
     """Join the other processes (nccl and gloo on GPUs, gloo elsewhere), as torchrun's environment says.
 
-    Raises PartitionError where they are not `size`.
+    Raises PartitionError where there are not `size` processes.
     """
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) == size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -88,7 +89,8 @@ def start_processes(size: int) -> None:
 
 
 def make_groups(pp: int, dp: int, tp: int) -> Groups:
-    """Make every group of a plan with these degrees; all ranks call it. PartitionError as `start_processes`."""
+    """Make every group of a plan with these degrees. All ranks must call it. Raises PartitionError as
+    `start_processes`."""
     size = pp * dp * tp
     start_processes(size)
     device = _device()

@@ -1,4 +1,4 @@
-"""This rank's share of every weight: as a stage is built, and as it is loaded."""
+"""This rank's share of every weight and buffer: how it is made, and how it is filled."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from autopart.sharding.notation import Placement
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a rank's tensor comes from: its name and whole shape in the model, its placement along every axis, and
-    whether it is a slice, over dp, of what lies there."""
+    """Where a rank's tensor comes from: the model's name and whole shape, the placement along every axis, and whether
+    the tensor is a slice over dp of what lies there.
+    """
 
     name: str
     whole: tuple[int, ...]
@@ -35,8 +36,10 @@ def weight(
     requires_grad: bool = True,
     **placed: str,
 ) -> nn.Parameter:
-    """This rank's share, not yet filled, of the model's parameter `name` of `shape`; `placed` says, per axis, where it
-    lies: "S0" (split along dim 0), "R" or "C" (whole)."""
+    """This rank's share, uninitialised, of the model's parameter `name` of `shape`.
+
+    placed  axis -> "S0" (split along dim 0), "R" or "C" (whole)
+    """
     origin = Origin(name, tuple(shape), {axis: Placement.parse(text) for axis, text in placed.items()})
     share = nn.Parameter(torch.empty(_local(origin, groups), dtype=dtype, device=groups.device), requires_grad)
     share.origin = origin  # type: ignore[attr-defined]
@@ -51,7 +54,8 @@ def weight_slice(
     used: torch.dtype | None = None,
     **placed: str,
 ) -> nn.Parameter:
-    """This rank's slice over dp, flat and not yet filled, of what `weight` gives; its whole is of the dtype `used`."""
+    """This rank's flat slice over dp, uninitialised, of what `weight` returns. The gathered weight has the dtype
+    `used`."""
     origin = Origin(name, tuple(shape), {axis: Placement.parse(text) for axis, text in placed.items()}, sliced=True)
     local = torch.Size(_local(origin, groups))
     length = slice_length(local.numel(), groups.dp.size)
@@ -64,7 +68,7 @@ def weight_slice(
 def buffer(
     groups: Groups, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32, **placed: str
 ) -> torch.Tensor:
-    """This rank's share, not yet filled, of the model's buffer `name`; otherwise as `weight`."""
+    """This rank's share, uninitialised, of the model's buffer `name`. Arguments as `weight`."""
     origin = Origin(name, tuple(shape), {axis: Placement.parse(text) for axis, text in placed.items()})
     share = nn.Buffer(torch.empty(_local(origin, groups), dtype=dtype, device=groups.device))
     share.origin = origin  # type: ignore[attr-defined]
@@ -87,7 +91,7 @@ def origins(stage: nn.Module) -> dict[str, Origin]:
 
 
 def load(shares: Iterable[Any], groups: Groups, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Fill a rank's shares of weights and buffers, as they were made, from the model's own, by name."""
+    """Fill a rank's shares of weights and buffers from the model's own, which are whole, by name."""
     with torch.no_grad():
         for share in shares:
             whole = tensors[share.origin.name]

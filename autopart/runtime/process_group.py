@@ -1,4 +1,4 @@
-"""The ranks along one mesh axis, and what they send each other."""
+"""The ranks along one mesh axis, and the collectives and messages between them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 class Work(Protocol):
-    """A message on its way."""
+    """Communication that was started: `wait` returns when it has ended."""
 
     def wait(self) -> Any: ...
 
@@ -19,7 +19,8 @@ class Work(Protocol):
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that work together, and this rank's place among them; `runtime.simulated` has one without processes."""
+    """Ranks that communicate, and this rank's place among them. `runtime.simulated` has a subclass without
+    processes."""
 
     axis: str
     size: int
@@ -28,7 +29,7 @@ class Group:
 
     @property
     def scatters(self) -> bool:
-        """Whether reduce-scatter and all-to-all are there for every dtype: gloo lacks them."""
+        """Whether the backend has reduce-scatter and all-to-all for every dtype; gloo has not."""
         return self.handle is not None and dist.get_backend(self.handle) == "nccl"
 
     def all_reduce(self, x: torch.Tensor, op: str = "sum") -> None:
@@ -36,32 +37,32 @@ class Group:
         dist.all_reduce(x, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], group=self.handle)
 
     def start_all_reduce(self, x: torch.Tensor) -> Work:
-        """Sum in place without waiting; `x` must live until the work is done."""
+        """Sum in place without waiting. `x` must live until the work has ended."""
         work = dist.all_reduce(x, group=self.handle, async_op=True)
         assert work is not None
         return work
 
     def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Every rank's `x`, in order."""
+        """Every rank's `x`, in the order of ranks."""
         shares = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(shares, x, group=self.handle)
         return shares
 
     def reduce_scatter(self, shares: torch.Tensor) -> torch.Tensor:
-        """The sum of every rank's shares[rank]."""
+        """The sum over ranks of shares[rank]."""
         mine = torch.empty_like(shares[0])
         dist.reduce_scatter_tensor(_real(mine), _real(shares), group=self.handle)
         return mine
 
     def start_reduce_scatter(self, shares: torch.Tensor) -> tuple[torch.Tensor, Work]:
-        """`reduce_scatter` without waiting: the sum is there, and `shares` is free, once the work is done."""
+        """`reduce_scatter` without waiting. The sum is valid, and `shares` may be freed, once the work has ended."""
         mine = torch.empty_like(shares[0])
         work = dist.reduce_scatter_tensor(_real(mine), _real(shares), group=self.handle, async_op=True)
         assert work is not None
         return mine, work
 
     def all_to_all(self, shares: list[torch.Tensor]) -> list[torch.Tensor]:
-        """From every rank, the share it has for this one."""
+        """From every rank, the share that it has for this rank."""
         mine = [torch.empty_like(share) for share in shares]
         dist.all_to_all(mine, shares, group=self.handle)
         return mine
@@ -71,13 +72,13 @@ class Group:
         dist.broadcast(x, group_src=source, group=self.handle)
 
     def send(self, x: torch.Tensor, to: int) -> Work:
-        """Send without waiting; `x` must live until the work is done."""
+        """Send without waiting. `x` must live until the work has ended."""
         work = dist.isend(x, group_dst=to, group=self.handle)
         assert work is not None
         return work
 
     def receive(self, x: torch.Tensor, source: int) -> Work:
-        """Be ready for a message, which is in `x` once the work is done."""
+        """Post a receive. The message is in `x` once the work has ended."""
         work = dist.irecv(x, group_src=source, group=self.handle)
         assert work is not None
         return work

@@ -1,4 +1,4 @@
-"""Blocks that keep little for backward and are run again there."""
+"""Activation checkpointing: blocks that save little for backward and are computed again there."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KEPT = frozenset(
 
 
 def recomputed(layer: nn.Module, *args: Tensor) -> Any:
-    """Call a layer, keep its inputs alone, and run it again for backward."""
+    """Call a layer and save its inputs; backward computes the layer again."""
     return _run_again(layer, args, lambda: (nullcontext(), nullcontext()))
 
 
@@ -41,9 +41,9 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
 
 
 def _run_again(layer: nn.Module, args: tuple[Tensor, ...], contexts: Contexts) -> Any:
-    """The second run starts from the buffers that the first one had, and leaves them as it found them.
+    """Call a layer in backward, from the buffers that the first call had, and leave the buffers as they were.
 
-    Of its arguments, checkpoint hands on the values alone: weights among them are held here.
+    torch's checkpoint hands on values alone, so that weights among the arguments are held here.
     """
     weights = {i: arg for i, arg in enumerate(args) if isinstance(arg, nn.Parameter)}
     values = [arg for i, arg in enumerate(args) if i not in weights]

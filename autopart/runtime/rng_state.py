@@ -1,4 +1,4 @@
-"""What random numbers depend on, besides their place."""
+"""What random numbers depend on, besides the place of their element."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class RngState:
-    """What every stream depends on; the executor keeps the step and the micro-batch."""
+    """The seed, the step and the micro-batch. The executor sets step and micro-batch."""
 
     seed: int = 0
     step: int = 0

@@ -1,4 +1,4 @@
-"""Shards of a tensor along one dim, in parts or whole."""
+"""Shards of a tensor along one dim."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 
 
 def shard(x: torch.Tensor, dim: int, parts: Sequence[int], size: int, rank: int) -> torch.Tensor:
-    """Rank `rank`'s share of `x` split along `dim` over `size` ranks, each of `parts` on its own."""
+    """Rank `rank`'s shard of `x` along `dim` over `size` ranks; each of `parts` is split by itself."""
     if not parts:
         return x.chunk(size, dim)[rank]
     return torch.cat([part.chunk(size, dim)[rank] for part in x.split(list(parts), dim)], dim)
 
 
 def unshard(shares: Sequence[torch.Tensor], dim: int, parts: Sequence[int]) -> torch.Tensor:
-    """The whole of what `shard` gave to each rank."""
+    """The whole tensor of the shards of all ranks, as `shard` made them."""
     if not parts:
         return torch.cat(list(shares), dim)
     local = [p // len(shares) for p in parts]

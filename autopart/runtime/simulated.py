@@ -1,6 +1,7 @@
-"""All ranks of a mesh as threads of one process: the same programs, with collectives that meet in memory.
+"""All ranks of a mesh as threads of one process.
 
-For checking a plan where there are no devices to run it on. Nothing here is quick.
+They run the same programs, with collectives that exchange values in memory. This checks a plan where its devices are
+not there; it is slow.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ PATIENCE = 120.0
 
 
 class World:
-    """Where the ranks of one simulation meet."""
+    """Where the threads of one simulation exchange values."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -72,7 +73,7 @@ class _Meeting:
 
 class _Sent:
     def wait(self) -> None:
-        """Nothing to wait for: ranks that meet in memory have met."""
+        """Returns at once: ranks that exchange values in memory have exchanged them."""
 
     def is_completed(self) -> bool:
         return True
@@ -160,7 +161,7 @@ class SimulatedGroups(Groups):
 
 
 def simulated_groups(world: World, pp: int, dp: int, tp: int, rank: int) -> SimulatedGroups:
-    """What `make_groups` makes, for one thread."""
+    """`make_groups` for one simulated rank."""
     place = {"pp": rank // (dp * tp), "dp": rank // tp % dp, "tp": rank % tp}
 
     def along(axis: str, size: int) -> Group:
@@ -176,7 +177,8 @@ def simulated_groups(world: World, pp: int, dp: int, tp: int, rank: int) -> Simu
 
 
 def run_simulated(pp: int, dp: int, tp: int, run: Callable[[Groups], T]) -> list[T]:
-    """`run` for every rank, side by side; its results in order. The first failure ends all and is raised."""
+    """Call `run` for every rank in a thread; the results in the order of ranks. The first failure ends all and is
+    raised."""
     world = World()
 
     def one(rank: int) -> T:

@@ -1,7 +1,7 @@
 """Tensors in slices over the ranks of a group.
 
-A tensor's slices are equal parts of it, flat; zeros fill up the last. Messages hold several tensors of one dtype, about
-BUCKET_BYTES together, so that the extra memory they take is bounded.
+A tensor's slices are equal parts of the flat tensor; zeros fill up the last. One message holds several tensors of one
+dtype, of about BUCKET_BYTES together, which bounds the extra memory of messages.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ Tensor = torch.Tensor
 
 
 def buckets(tensors: Sequence[Tensor], times: int = 1) -> Iterator[list[int]]:
-    """Which tensors travel together: indices of one dtype, of at most BUCKET_BYTES or a single one, if each takes
-    `times` its bytes."""
+    """Indices of the tensors of each message: of one dtype, and of at most BUCKET_BYTES together or a single tensor.
+
+    times  bytes of a message for each byte of a tensor
+    """
     waiting: dict[torch.dtype, list[int]] = defaultdict(list)
     size: dict[torch.dtype, int] = defaultdict(int)
     for index, tensor in enumerate(tensors):
@@ -34,13 +36,14 @@ def buckets(tensors: Sequence[Tensor], times: int = 1) -> Iterator[list[int]]:
 
 
 def fill_a_message(tensors: Sequence[Tensor]) -> bool:
-    """Whether these are enough to be sent."""
+    """Whether these tensors are enough for a message."""
     return sum(tensor.nbytes for tensor in tensors) >= BUCKET_BYTES
 
 
 def start_sum(tensors: Sequence[Tensor], group: Group) -> Callable[[], None]:
-    """Start to all-reduce tensors, in one message; what is returned waits for it and puts the sums in their place. One
-    tensor alone is its own message."""
+    """Start to all-reduce tensors in one message. The function that is returned waits for it and writes the sums into
+    the tensors. A tensor alone is its own message.
+    """
     if len(tensors) == 1 and tensors[0].is_contiguous():
         return group.start_all_reduce(tensors[0]).wait
     flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -61,12 +64,12 @@ def sum_together(tensors: Sequence[Tensor], group: Group) -> None:
 
 
 def slice_length(elements: int, size: int) -> int:
-    """Elements of each of `size` slices."""
+    """Number of elements of each of `size` slices."""
     return -(-elements // size)
 
 
 def as_slices(x: Tensor, size: int) -> Tensor:
-    """The slices of `x`, one a row; in its own memory where they need no zeros."""
+    """The slices of `x`, one a row: a view of `x` where no zeros are needed."""
     length = slice_length(x.numel(), size)
     lacking = length * size - x.numel()
     flat = x.reshape(-1)
@@ -74,8 +77,7 @@ def as_slices(x: Tensor, size: int) -> Tensor:
 
 
 def gather(slices: Sequence[Tensor], wholes: Sequence[Tensor], group: Group) -> Sequence[Tensor]:
-    """Bring tensors that these are this rank's slices of together, in their own dtype: into `wholes`, which it
-    returns."""
+    """All-gather tensors of which `slices` are this rank's, in their own dtype, into `wholes`, which are returned."""
     for bucket in buckets(slices, group.size):
         parts = [slices[i].detach().to(wholes[i].dtype) for i in bucket]
         lengths, message = [len(part) for part in parts], parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -90,9 +92,10 @@ def gather(slices: Sequence[Tensor], wholes: Sequence[Tensor], group: Group) -> 
 def start_scatter(
     tensors: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None
 ) -> Callable[[], Sequence[Tensor]]:
-    """Start to sum tensors over ranks, in one message; what is returned waits for this rank's slice of each sum, in a
-    dtype. The tensors themselves are not needed any more; one alone is its own message, where that leaves it as it
-    is."""
+    """Start to reduce-scatter tensors in one message. The function that is returned waits for it and gives this rank's
+    slice of each sum, in a dtype. The tensors may be freed; a tensor alone may be its own message, which leaves it
+    unchanged.
+    """
     lengths = [slice_length(tensor.numel(), group.size) for tensor in tensors]
     if len(tensors) == 1 and group.scatters and dtype in (None, tensors[0].dtype):
         message = as_slices(tensors[0], group.size)
@@ -110,7 +113,7 @@ def start_scatter(
 
 
 def scatter_sum(tensors: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """This rank's slice of the ranks' sum, in a dtype, of each tensor."""
+    """This rank's slice of the sum over ranks of each tensor, in a dtype."""
     slices: dict[int, Tensor] = {}
     for bucket in buckets(tensors):
         slices.update(zip(bucket, start_scatter([tensors[i] for i in bucket], group, dtype)(), strict=True))

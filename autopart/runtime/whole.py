@@ -1,4 +1,4 @@
-"""Whole batches into shares, and shares into whole tensors."""
+"""Whole batches into the ranks' shares, and the ranks' shares into whole tensors."""
 
 from __future__ import annotations
 
@@ -23,8 +23,12 @@ Share = tuple[Mapping[str, Placement], Place, Tensor]
 def micro_batches(
     plan: Plan, batch: Mapping[str, Any], ranks: int, rank: int, local: bool, device: torch.device
 ) -> list[dict[str, Tensor]]:
-    """What rank `rank` of the `ranks` that split samples reads of every micro-batch; with `local`, `batch` is its
-    share already. Raises PartitionError where the batch is not the plan's."""
+    """What rank `rank` of the `ranks` that split samples reads of every micro-batch.
+
+    local  whether `batch` is that rank's share already
+
+    Raises PartitionError where the size of the batch is not the plan's.
+    """
     share = ranks if local else 1
     tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
     expected = plan.global_batch // share
@@ -60,7 +64,7 @@ def shares_of(tensors: Mapping[str, Tensor], origins: Mapping[str, Origin], grou
 
 
 def assemble(everyone: Iterable[Mapping[str, Share]]) -> dict[str, Tensor]:
-    """The whole tensors out of what `shares_of` gave on every rank."""
+    """The whole tensors, from what `shares_of` returned on every rank."""
     pieces: dict[str, dict[Place, Tensor]] = {}
     placements: dict[str, Mapping[str, Placement]] = {}
     for given in everyone:

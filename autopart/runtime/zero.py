@@ -1,15 +1,17 @@
-"""ZeRO (Rajbhandari et al., arXiv 1910.02054): data-parallel ranks share optimizer states (level 1), gradients too
-(level 2), weights too (level 3); and master copies of weights, which the optimizer steps in a wider dtype.
+"""ZeRO (Rajbhandari et al., arXiv 1910.02054), and master copies of weights.
 
-Of every weight whose gradient is a partial sum over dp, each rank trains one slice. Levels 1 and 2 keep the weight
-whole, in the memory its slices lie in; at level 3 the emitted code holds slices alone (`groups.weight_slice`). With a
-master dtype what is trained is a copy in that dtype, of the slice or of the whole weight; gradients are added up in it,
-over micro-batches and ranks, and weights are written back after a step. At level 3 the slices are of that dtype anyway.
+Data-parallel ranks share optimizer states (level 1), also gradients (level 2), also weights (level 3). The optimizer
+may step master copies of weights in a wider dtype.
 
-With `overlap` gradients travel while the backward goes on: a message starts as soon as those that are final fill it.
-At level 2 those of a block go out together at the latest, so that no more than a block's are whole at once. Ranks run
-the same program, so that gradients become final in the same order on all. At level 3 they have a channel of their own,
-so that no weight that is gathered waits for them.
+- Each rank trains one slice of every weight whose gradient is a partial sum over dp. Levels 1 and 2 keep the weight
+  whole, in the memory that its slices lie in. At level 3 the emitted code holds slices only (`groups.weight_slice`).
+- With a master dtype the optimizer trains a copy of the slice, or of the whole weight, in that dtype. Gradients are
+  added up in it, over micro-batches and ranks, and weights are written back after a step. At level 3 slices are of the
+  master dtype themselves.
+- With `overlap` gradients travel while the backward goes on. A message starts as soon as final gradients fill it. At
+  level 2 the gradients of a block are sent together at the latest, so that no more than one block's are whole at once.
+  Ranks run the same program, so that gradients become final in the same order on all. At level 3 gradients have a
+  communicator of their own, so that no gathered weight waits for them.
 """
 
 from __future__ import annotations
@@ -27,11 +29,12 @@ from autopart.runtime.slices import as_slices, buckets, fill_a_message, gather, 
 
 Tensor = torch.Tensor
 AHEAD = 2
-"""Messages of gradients on their way at most, so that the memory they take is bounded."""
+"""The most messages of gradients in flight, which bounds their memory."""
 
 
 class ShardedOptimizerState:
-    """What one rank trains of a stage: `trained`, slices and copies among it, in the order of the stage's weights."""
+    """What one rank trains of a stage. `trained` has its parameters, slices and copies, in the order of the stage's
+    weights."""
 
     def __init__(
         self, stage: nn.Module, groups: Groups, level: int, master: torch.dtype | None = None, overlap: bool = False
@@ -76,13 +79,13 @@ class ShardedOptimizerState:
         """Those of `trained` that have memory of their own."""
 
     def _cut(self, weight: Any, dtype: torch.dtype) -> nn.Parameter:
-        """Move a weight to where its slices are rows; this rank's, of a dtype."""
+        """Move a weight into memory that holds its slices one a row; this rank's slice, in a dtype."""
         slices = as_slices(weight.detach(), self.group.size).clone()
         weight.data = slices.view(-1)[: weight.numel()].view(weight.shape)
         return _like(weight, slices[self.group.rank].to(dtype), sliced=True)
 
     def zero_grad(self) -> None:
-        """Forget the last step's gradients."""
+        """Drop the last step's gradients."""
         self.waiting.clear()
         self.summed = dict.fromkeys(self.summed, False)
         self.stage.zero_grad(set_to_none=True)
@@ -90,11 +93,12 @@ class ShardedOptimizerState:
             share.grad = None
 
     def backward_begins(self, last: bool) -> None:
-        """Gradients become final in the last backward of a step; at level 2 in every one."""
+        """Note whether gradients become final in this backward: in the last of a step, at level 2 in every one."""
         self.sends = self.level >= 2 or (self.overlap and last)
 
     def _accumulated(self, weight: Any) -> None:
-        """A gradient is there; where it is final, it goes out with others as soon as they make a message."""
+        """Called when a gradient was accumulated. A final gradient is sent with others as soon as they fill a
+        message."""
         if self.sends:
             place = self.together[weight]
             self.waiting[place].append(weight)
@@ -102,7 +106,7 @@ class ShardedOptimizerState:
                 self._start(self.waiting.pop(place))
 
     def backward_ended(self) -> None:
-        """A micro-batch's gradients are all there."""
+        """Called when a micro-batch's gradients are complete."""
         for weights in self.waiting.values():
             self._start(weights)
         self.waiting.clear()
@@ -135,7 +139,7 @@ class ShardedOptimizerState:
                 self.started.popleft()()
 
     def _message(self, weights: Sequence[Any], gradients: Sequence[Tensor]) -> Callable[[], None]:
-        """Start one message; what is returned brings the sums to where they belong."""
+        """Start one message. The function that is returned waits for it and writes the sums where they belong."""
         if self.level == 0:
             return start_sum(gradients, self.group)
         slices = [self.slice_of.get(weight, weight) for weight in weights]

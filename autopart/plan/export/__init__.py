@@ -1,6 +1,6 @@
 """A plan as another system's settings, with what that system would do otherwise.
 
-One module a system: a function from a plan to `Exported`, and a row in SYSTEMS.
+One module a system. Each has a function from a plan to `Exported`, and a row in SYSTEMS.
 """
 
 from __future__ import annotations

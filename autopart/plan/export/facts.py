@@ -1,7 +1,7 @@
-"""What the exports ask of a plan: its stages by name, and where its splits leave the usual scheme.
+"""What exports need to know of a plan: its stages' blocks by name, and where its shardings leave the usual scheme.
 
-The usual scheme is Megatron's: of two products in a row the first is split by its output's features ("n", a column of
-the weight), the second by its input's ("k", a row), and what is between products is whole on every rank.
+The usual scheme is Megatron's. Of two products in a row, the first is split by its output features ("n", columns of the
+weight), the second by its input features ("k", rows). Between such pairs values are whole on every rank.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from autopart.sharding.notation import Strategy
 class Exported:
     """Another system's settings.
 
-    text         of the file: TOML, a shell array or JSON; where the format has comments, the other two are in it
+    text         of the file: TOML, a shell array or JSON; a format with comments has the differences and by_hand in it
     differences  what the plan says and the system would do otherwise
     by_hand      what the system takes from elsewhere: from code, or from the model's own settings
     """
@@ -46,7 +46,7 @@ NORMS = ("layer_norm", "rms_norm", "autopart.rms_norm", "autopart.layer_norm")
 
 
 def comments(plan: Plan, system: str, differences: tuple[str, ...], by_hand: tuple[str, ...]) -> list[str]:
-    """What stands at the top of a file that may have comments."""
+    """The comments at the top of a file."""
     return [
         f"# autopart: {plan.model} on {plan.mesh}, {plan.degrees}, for {system}",
         *(f"# differs: {line}" for line in differences),
@@ -55,12 +55,12 @@ def comments(plan: Plan, system: str, differences: tuple[str, ...], by_hand: tup
 
 
 def sequence(plan: Plan) -> int | None:
-    """Tokens of a sample, where the inputs have them."""
+    """Tokens of a sample; None where the inputs have none."""
     return next((shape[1] for shape in plan.signature.inputs.values() if len(shape) == 2), None)
 
 
 def labels(plan: Plan) -> list[list[str]]:
-    """The named runs of every stage."""
+    """The labels of every stage's segments."""
     return [[label for run in stage.runs for label in run.labels if label] for stage in plan.stages]
 
 
@@ -70,8 +70,8 @@ def blocks(plan: Plan) -> list[list[str]]:
 
 
 def modes(plan: Plan) -> list[list[str]]:
-    """What every block of every stage does with what backward needs. A stage may print runs in front of those that its
-    `recompute` speaks of: the values it works out once."""
+    """What every block of every stage saves for backward. Segments that a stage computes once, in front, have no
+    mode."""
     found = []
     for stage in plan.stages:
         names = [label for run in stage.runs for label in run.labels]
@@ -81,7 +81,7 @@ def modes(plan: Plan) -> list[list[str]]:
 
 
 def families(plan: Plan) -> list[str]:
-    """What the numbered blocks are called without their number: one name for a single stack of blocks."""
+    """The names of the numbered blocks without their number: one name for a single stack of blocks."""
     return list(dict.fromkeys(label.rpartition(".")[0] for stage in blocks(plan) for label in stage))
 
 
@@ -114,7 +114,7 @@ def usual(module: str) -> str:
 
 
 def otherwise(plan: Plan) -> list[str]:
-    """The operators that are not split along tp as the usual scheme would, in words."""
+    """The operators that are split along tp in another way than the usual scheme, in words."""
     found: dict[tuple[str, str], list[str]] = {}
     for module, strategy in products(plan).items():
         here, there = said(strategy), usual(module)
@@ -135,19 +135,19 @@ def said(strategy: Strategy) -> str:
 
 
 def splits_sequence(plan: Plan) -> bool | None:
-    """Whether norms work on a share of the sequence each along tp; None where only some do."""
+    """Whether each norm along tp works on a part of the sequence; None where only some do."""
     shares = {s.outputs[0].kind == "S" and s.outputs[0].dim == 1 for _, _, s in operators(plan, "tp", NORMS)}
     return shares.pop() if len(shares) == 1 else None if shares else False
 
 
 def splits_loss(plan: Plan) -> bool:
-    """Whether the loss is taken of logits split along the vocabulary."""
+    """Whether the loss is computed from logits that are split along the vocabulary."""
     losses = ("cross_entropy_loss", "autopart.cross_entropy_loss")
     return any(s.name == "v" for _, _, s in operators(plan, "tp", losses))
 
 
 def everywhere(plan: Plan) -> list[str]:
-    """Differences from any system that treats all stages, and data parallelism, alike."""
+    """Differences from every system that treats all stages, and data parallelism, alike."""
     lines = []
     if len({stage.splits for stage in plan.stages}) > 1:
         ways = ", ".join(str(stage.splits) for stage in plan.stages)

@@ -34,7 +34,7 @@ class CommunicationCases:
         self.up, self.down = (dist.new_group() for _ in range(2))
 
     def _group(self, size: int) -> Group:
-        """This rank's group of so many neighbours."""
+        """This rank's group of `size` neighbours."""
         for first in range(0, self.ranks, size):
             ranks = range(first, first + size)
             handle = dist.new_group(list(ranks))
@@ -53,8 +53,9 @@ class CommunicationCases:
         yield Case("overlap", "", (), self._overlap)
 
     def _collective(self, run: Callable[[Tensor, Group], Any], group: Group, nbytes: int) -> Callable[[], Seconds]:
-        """One after the other, or what each adds to a product before it, whichever is longer: ranks that share cores
-        do not reach a collective at the same time."""
+        """Seconds of a collective: when repeated, or what it adds to a product in front of it, whichever is longer,
+        because ranks that share cores do not reach a collective at the same time.
+        """
         x, work = self.timer.randn(group.size, nbytes // 4 // group.size), self._work()
         alone, before, without = (
             self.timer.equally(each) for each in (lambda: run(x, group), lambda: (work(), run(x, group)), work)
@@ -62,9 +63,10 @@ class CommunicationCases:
         return lambda: (max(alone()[0], before()[0] - without()[0]),)
 
     def _message(self, nbytes: int) -> Callable[[], Seconds]:
-        """Half of what an exchange between ranks in pairs takes, alone or beside the product that they compute before
-        it, whichever is longer: as stages of a pipeline exchange a value and a gradient, in a group for either
-        direction. One left over computes."""
+        """Half the seconds of an exchange between pairs of ranks, alone or during a product, whichever is longer: as
+        stages of a pipeline exchange an activation and a gradient, in a group for either direction. A rank left over
+        computes.
+        """
         other, pairs = self.rank ^ 1, self.ranks - self.ranks % 2
         there, back = (self.up, self.down) if self.rank < other else (self.down, self.up)
         sent, work = self.timer.randn(nbytes // 4), self._work()
@@ -90,7 +92,7 @@ class CommunicationCases:
         return half
 
     def _work(self) -> Callable[[], Any]:
-        """A product that takes a while, for what else there is to be compared."""
+        """A product that takes a while."""
         size = (
             self.timer.sizes.products[-1] // 4 if len(self.timer.sizes.products) > 2 else self.timer.sizes.products[-1]
         )
@@ -98,7 +100,7 @@ class CommunicationCases:
         return lambda: x @ y
 
     def _alone(self) -> Callable[[], Seconds]:
-        """How many times as fast rank 0 computes while the others wait; every rank says the same."""
+        """Factor by which rank 0 computes faster while the others wait; every rank returns the same."""
         timed = self.timer.repeated(self._work(), 1)
 
         def both() -> Seconds:
@@ -111,7 +113,7 @@ class CommunicationCases:
         return both
 
     def _overlap(self) -> Callable[[], Seconds]:
-        """How many times as long a product takes while an all-reduce is on its way."""
+        """Factor by which a product takes longer while an all-reduce runs."""
         work, message = self._work(), self.timer.randn(self.timer.sizes.messages[-1] // 4)
         group = self.groups.get(self.ranks)
 
@@ -142,7 +144,7 @@ class CommunicationCases:
 
 
 def _split(x: Tensor, group: Group) -> list[Tensor]:
-    """A message of several parameters, as they travel together."""
+    """A message of four parameters, as they travel together."""
     return list(x.flatten().chunk(4))
 
 
@@ -160,4 +162,4 @@ COLLECTIVES: Mapping[str, Callable[[Tensor, Group], Any]] = {
     "merged_all_gather": _gathered,
     "merged_reduce_scatter": lambda x, group: scatter_sum(_split(x, group), group),
 }
-"""Collectives as the runtime runs them, on x of (ranks, n)."""
+"""Name -> the collective as the runtime runs it, on x of (ranks, n)."""

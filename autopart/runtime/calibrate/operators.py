@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 WIDTH = 1024
-"""Elements of the dim along which operators normalise or sum."""
+"""Elements of the dim that operators normalise or sum over."""
 
 
 Made = tuple[Callable[[], Tensor], list[Tensor]]
 
 
 def _rows(randn: Any, nbytes: float, dtype: torch.dtype, width: int = WIDTH) -> Tensor:
-    """A tensor of so many bytes, of rows of `width` elements or one shorter row, through which gradients flow."""
+    """A tensor of `nbytes` bytes with gradients, in rows of `width` elements or one shorter row."""
     elements = max(8, int(nbytes / dtype.itemsize))
     wide = min(width, elements)
     tensor: Tensor = randn(elements // wide, wide, dtype=dtype, grad=True)
@@ -26,7 +26,7 @@ def _rows(randn: Any, nbytes: float, dtype: torch.dtype, width: int = WIDTH) -> 
 
 
 def _unary(function: Callable[[Tensor], Tensor], share: float = 0.5) -> Callable[..., Made]:
-    """An operator of one tensor, which is `share` of what it reads and writes."""
+    """An operator of one tensor, whose bytes are `share` of those that it reads and writes."""
 
     def make(randn: Any, nbytes: int, dtype: torch.dtype) -> Made:
         x = _rows(randn, nbytes * share, dtype)
@@ -48,14 +48,14 @@ def _norm(randn: Any, nbytes: int, dtype: torch.dtype) -> Made:
 
 
 def _cross_entropy(randn: Any, nbytes: int, dtype: torch.dtype) -> Made:
-    """Of logits over 4096 words, as the runtime takes it."""
+    """Of logits over 4096 words, as the runtime computes it."""
     x = _rows(randn, nbytes, dtype, 4096)
     targets = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     return lambda: F.cross_entropy(x, targets, reduction="sum"), [x]
 
 
 def _embedding(randn: Any, nbytes: int, dtype: torch.dtype) -> Made:
-    """As many words looked up as make a quarter of the table."""
+    """A quarter as many words looked up as the table has rows."""
     table = _rows(randn, nbytes * 0.8, dtype, 512)
     ids = torch.arange(max(1, table.shape[0] // 4), device=table.device) * 4 % table.shape[0]
     return lambda: F.embedding(ids, table), [table]

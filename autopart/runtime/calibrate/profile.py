@@ -1,4 +1,4 @@
-"""What was measured -> rows of the tables of devices and links -> TOML."""
+"""Measurements -> rows of the tables of devices and links -> TOML."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 
 def middle(rounds: Sequence[Sequence[float]]) -> tuple[list[float], float]:
-    """The median of every column over rounds, and the greatest relative distance of a round's from it."""
+    """The median of every column over rounds, and the greatest relative distance of a round from it."""
     each = np.array(rounds)
     median = np.median(each, axis=0)
     distance = np.abs(each - median) / np.where(median > 0, median, 1.0)
@@ -26,8 +26,10 @@ def middle(rounds: Sequence[Sequence[float]]) -> tuple[list[float], float]:
 
 
 def line(points: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Latency and bandwidth of seconds = latency + bytes / bandwidth with the least squares of relative errors, the
-    latency not below 0, over rows of (bytes, seconds, ...)."""
+    """Latency and bandwidth of seconds = latency + bytes / bandwidth, fitted to rows (bytes, seconds, ...).
+
+    Minimises the squares of relative errors, with a latency of at least 0.
+    """
     sizes, seconds = np.array([row[:2] for row in points], dtype=float).T
     weighted = np.stack([1 / seconds, sizes / seconds], 1)
     latency, slope = np.linalg.lstsq(weighted, np.ones(len(sizes)), rcond=None)[0]
@@ -46,8 +48,8 @@ def tables_of(found: Measurements) -> dict[str, dict[str, list[list[float]]]]:
 
 
 def profile(found: Measurements, mesh: Mesh, name: str, type_: str) -> tuple[Row, Row]:
-    """The rows of the device and of the link between devices, both called `name`: as those of `mesh` but for what was
-    measured."""
+    """The rows of the device and of its link, both called `name`: those of `mesh` with what was measured in their
+    place."""
     tables = tables_of(found)
     flops = {
         dtype: max(2 * m * n * k / seconds for m, n, k, seconds, _ in rows)

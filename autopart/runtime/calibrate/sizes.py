@@ -10,11 +10,16 @@ from dataclasses import dataclass
 class Sizes:
     """What is measured, and for how long.
 
-    products   m, n and k of products, in every combination of at most `flops` FLOPs
-    sequences, heads  of attention, in every combination;  flops_attention: of each, about
-    streams    bytes that operators move;  messages: bytes of collectives;  parameters: bytes of a parameter
-    held       bytes of results that are held
-    window     seconds of a case in a round
+    products         values of m, n and k of products, in every combination of at most `flops` FLOPs
+    flops            FLOPs of the largest product
+    sequences        tokens of attention
+    heads            elements of a head of attention
+    flops_attention  FLOPs of each attention, about
+    streams          bytes that operators move
+    messages         bytes of collectives and messages
+    parameters       bytes of a parameter that is updated
+    held             bytes of results that are held at once
+    window           seconds of a case in a round
     """
 
     products: tuple[int, ...]

@@ -23,8 +23,13 @@ Seconds = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time: the table and the entry there that it is for, its sizes, and what makes a function that times
-    it for a window and gives its seconds."""
+    """One thing to time.
+
+    table  the table of `Measured` or `Wire` that it is for
+    entry  the entry of that table
+    sizes  the sizes of its row
+    make   makes a function that times the case for a window and returns its seconds
+    """
 
     table: str
     entry: str
@@ -40,13 +45,13 @@ class Timer:
     device: torch.device
 
     def now(self) -> float:
-        """The time once the device has done what it was given."""
+        """Seconds of the clock once the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def apart(self, forward: Callable[[], Tensor], inputs: list[Tensor], results: int) -> Callable[[], Seconds]:
-        """Time `forward` and its backward apart, `results` calls of each at a time."""
+        """Times `forward` and its backward apart, `results` calls of each at a time."""
 
         def timed() -> Seconds:
             there = back = 0.0
@@ -68,7 +73,7 @@ class Timer:
         return timed
 
     def repeated(self, run: Callable[[], Any], held: int) -> Callable[[], Seconds]:
-        """Time `run`, whose last `held` results are kept."""
+        """Times `run`, of whose results the last `held` are kept."""
 
         def timed() -> Seconds:
             kept: list[Any] = [None] * held
@@ -84,7 +89,7 @@ class Timer:
         return timed
 
     def equally(self, run: Callable[[], Any]) -> Callable[[], Seconds]:
-        """Time `run`, equally often on all ranks."""
+        """Times `run`, equally often on all ranks."""
 
         def timed() -> Seconds:
             run()
@@ -102,7 +107,7 @@ class Timer:
         return timed
 
     def held(self, nbytes: float) -> int:
-        """How many results of so many bytes are held."""
+        """Number of results of so many bytes that are held."""
         return max(1, min(16, int(self.sizes.held / nbytes)))
 
     def randn(self, *shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
