@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopart.cost.compute import LOSS, NO_SIZES, SPLIT_LOSS, Array, bytes_of_backward, largest_of
-from autopart.sharding.notation import kept_as
+from autopart.sharding.notation import saved_as
 from autopart.sharding.resharding import Reshard, Step
 from autopart.sharding.strategy_table import Chain, Node, Placements, SavedTensor, StrategyTable, Value
 
@@ -215,7 +215,7 @@ class Sizes:
 
 def as_kept(placed: Placements) -> Placements:
     """Where a value lies in memory that backward keeps of it."""
-    return tuple(map(kept_as, placed))
+    return tuple(map(saved_as, placed))
 
 
 def paths(chain: Chain) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import traceback
+from functools import lru_cache
 
 import torch
 
@@ -32,6 +33,7 @@ def _is_pythons(filename: str) -> bool:
     return filename.startswith(PYTHON) and "site-packages" not in filename
 
 
+@lru_cache(maxsize=2**12)
 def own_frames(stack: str) -> tuple[Frame, ...]:
     """The frames of a stack trace, given as text, that are neither torch's nor autopart's; the innermost is last."""
     frames = (Frame(file, int(line), function) for file, line, function in FRAME.findall(stack))

@@ -8,8 +8,8 @@ from torch import fx
 
 from autopart.ir.graph import info, operands
 from autopart.ir.layered_graph import LayeredGraph
-from autopart.passes.stage_graph import Kept, Placements, ShardingAssignment, StageGraph, Value
-from autopart.sharding.notation import R, kept_as
+from autopart.passes.stage_graph import Placements, SavedMemory, ShardingAssignment, StageGraph, Value
+from autopart.sharding.notation import R, saved_as
 from autopart.sharding.rules import Strategy
 
 
@@ -29,15 +29,15 @@ def note_saved(
     record = info(node)
     chosen = choices.of(layered, node, stage.index)
     inner = record.inner * choices.growth(node) / choices.shares(chosen)
-    entry = stage.kept.setdefault((f"{node.name} inside", ()), Kept(inner, False, record.product))
+    entry = stage.kept.setdefault((f"{node.name} inside", ()), SavedMemory(inner, False, record.product))
     entry.segments.add(segment)
     for name in record.keeps:
         root = layered.by_name[name]
         taken = _read_as(node, root, chosen) or given((root, 0))
-        placements = tuple(map(kept_as, taken))
+        placements = tuple(map(saved_as, taken))
         total = info(root).bytes * choices.grow(info(root))
         size, whole = total / choices.parts(placements), total / choices.parts(taken)
-        memory = Kept(size, len(layered.keepers[name]) > 1, info(root).product)
+        memory = SavedMemory(size, len(layered.keepers[name]) > 1, info(root).product)
         entry = stage.kept.setdefault((name, placements), memory)
         entry.segments.add(segment)
         if whole > size:

@@ -41,7 +41,7 @@ class Crossing:
 
 
 @dataclass
-class Kept:
+class SavedMemory:
     """Memory that autograd saves for one micro-batch on one rank.
 
     size      its bytes
@@ -90,7 +90,7 @@ class StageGraph:
     received: list[Crossing] = field(default_factory=list)
     sent: list[Crossing] = field(default_factory=list)
     valid: list[Valid] = field(default_factory=list)
-    kept: dict[tuple[str, Placements], Kept] = field(default_factory=dict)
+    kept: dict[tuple[str, Placements], SavedMemory] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

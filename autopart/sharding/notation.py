@@ -90,7 +90,7 @@ AGAIN = "+again"
 """Behind the name of a strategy that takes an operand whole and saves a part of it for backward (placement G)."""
 
 
-def kept_as(placement: Placement) -> Placement:
+def saved_as(placement: Placement) -> Placement:
     """The placement in which a tensor is saved for backward: S for a part of its bytes, R for all of them."""
     return Placement("S") if placement.kind in "SG" else R
 

@@ -34,6 +34,26 @@ class Block(nn.Module):
         return skipped + mixed
 
 
+class Turned(nn.Module):
+    """One statement whose call has several outputs and uses them itself; another that gives two results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        first, second = self.left(x), self.right(x)
+        first, second = turned(first, second)
+        return F.mse_loss(first * second, y)
+
+
+def turned(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = first.chunk(2, dim=-1)
+    first = torch.cat([-high, low], dim=-1)
+    low, high = second.chunk(2, dim=-1)
+    return first, torch.cat([-high, low], dim=-1)
+
+
 class Model(nn.Module):
     """Equal blocks, and variables whose names emitted code uses for other things."""
 
@@ -88,6 +108,14 @@ def test_variables_name_values(texts: list[str]) -> None:
 
 def test_what_blocks_pass_on_has_one_name(texts: list[str]) -> None:
     assert re.search(r"for layer in self\.blocks:\n +(\w+) = layer\(\1\)", texts[0]), texts[0]
+
+
+def test_outputs_that_a_statement_uses_are_not_its_variables() -> None:
+    model = Turned()
+    plan = autopart.plan(model, "1:cpu", batch(), micro_batch=4)
+    (text,) = sources(model, batch(), plan)
+    pair = ["split_0", "split_1"]
+    assert assigned(text, "Stage")[:8] == ["left", "right", *pair, "first", *pair, "second"], text
 
 
 def test_names_shadow_nothing(texts: list[str]) -> None:
