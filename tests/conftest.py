@@ -1,4 +1,22 @@
-"""Settings of the whole test suite, made before anything imports torch or transformers."""
+"""Settings of the whole test suite, made before anything imports torch or transformers.
+
+Where the time goes: CPU seconds (user and system, of the test and its children), measured with other programs on the
+same two cores. On idle cores they are about half.
+
+    25 a worker   import torch and transformers, collect 6,600 tests
+    75            runtime/test_exact.py, two ranks of gpt2 and llama that are started one by one
+    300           runtime/test_exact.py, four forked ranks: gpt2 68, t5 63, bert 32, mlp 21, llama and vit
+    190           planner/test_brute.py
+    108           runtime/test_failure.py: three ranks import torch in each of ten tests
+    80            compile/test_zoo.py: ten architectures traced once, four forked ranks
+    76            cli/test_cli.py: four tests start processes
+    74            compile/test_check.py
+    50            frontend/test_shortened.py, planning of whole families
+
+What is dear is to import torch (4), to trace a model (2 to 6 for each dtype and micro-batch size) and to start ranks.
+Trace once for many plans; fork ranks from a process that has imported, traced and planned (`support/ranks.py`). A test
+of more than about 2 CPU seconds is `slow`, so that `make quick` leaves it out.
+"""
 
 import os
 import random
