@@ -26,7 +26,7 @@ from autopart.cli.shared import (
 )
 from autopart.errors import PartitionError
 from autopart.plan.data import Plan
-from autopart.plan.export import SYSTEMS, export
+from autopart.plan.export import GRAPHS, SYSTEMS, export
 from autopart.plan.text import missing
 from autopart.plan.timeline import timeline
 from autopart.plan.units import bytes_text, seconds_text
@@ -150,11 +150,11 @@ def _missing_text(rows: list[tuple[str, int, float]]) -> str:
 @command
 def export_command(
     file: Annotated[Path, typer.Argument(metavar="PLAN.json", help="a saved plan")],
-    to: Annotated[str, typer.Option("--to", help=", ".join(SYSTEMS))],
+    to: Annotated[str, typer.Option("--to", help=", ".join([*SYSTEMS, *GRAPHS]))],
     out: Annotated[Path | None, typer.Option(help="write to this file instead of printing")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a saved plan as another system's settings. What these cannot say goes to stderr.
+    """Write a saved plan as another system's settings, or its graph. What settings cannot say goes to stderr.
 
     Example: autopart export plan.json --to torchtitan --out train.toml
     """

@@ -28,7 +28,8 @@ class PricedSegment:
     forward, backward  seconds of its operators and reshards
     again              seconds that full recomputation adds;  cheap: seconds that recomputation of all but matrix
                        products adds
-    lines              one line of the plan for every node
+    lines              one line of the plan for every node;  nodes: these nodes
+    outside            the values of other segments and stages that the lines read
     """
 
     label: str
@@ -37,6 +38,8 @@ class PricedSegment:
     again: float
     cheap: float
     lines: tuple[PlanLine, ...]
+    nodes: tuple[fx.Node, ...]
+    outside: tuple[fx.Node, ...]
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,9 @@ def price_stage(stage: StageGraph, prices: Prices) -> list[PricedSegment]:
     for label, nodes in stage.segments:
         forward = backward = again = cheap = 0.0
         lines = []
+        own = {node: i for i, node in enumerate(nodes)}
+        read = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in own and _is_made(n))
+        place = own | {node: -1 - i for i, node in enumerate(read)}
         for node in nodes:
             compute, comm = computed.get(node, NOTHING), _moved(node, prices)
             forward += compute.forward + comm.forward
@@ -70,10 +76,25 @@ def price_stage(stage: StageGraph, prices: Prices) -> list[PricedSegment]:
                     compute.forward + compute.backward,
                     comm.forward + comm.backward,
                     record.source,
+                    record.size,
+                    _placement(stage, node, prices),
+                    tuple(place[n] for n in node.all_input_nodes if n in place),
                 )
             )
-        segments.append(PricedSegment(label, forward, backward, again, cheap, tuple(lines)))
+        made = PricedSegment(label, forward, backward, again, cheap, tuple(lines), tuple(nodes), tuple(read))
+        segments.append(made)
     return segments
+
+
+def _is_made(node: fx.Node) -> bool:
+    """Whether an operator makes the value, of this stage or another."""
+    return info(node).kind in ("op", "received")
+
+
+def _placement(stage: StageGraph, node: fx.Node, prices: Prices) -> str:
+    """``"dp=S0, tp=R"``; "" where a node is no value of the model's graph."""
+    _, placements = stage.values.get(node, (None, ()))
+    return ", ".join(f"{axis}={p}" for axis, p in zip(prices.axes, placements, strict=False))
 
 
 def _computed(nodes: Sequence[fx.Node], device: Device) -> dict[fx.Node, Seconds]:

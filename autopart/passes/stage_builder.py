@@ -79,6 +79,9 @@ class StageBuilder:
         stage.indices = [i for i in sorted(self.segments) if self.segments[i][1]]
         stage.segments = [self.segments[i] for i in stage.indices]
         _reorder(stage)
+        stage.values = {node: placed for placed, node in self.made.items()}
+        for (source, placements, _), node in self.reshards.items():
+            stage.values[node] = stage.values[source][0], placements
         for node in nodes:
             if node.op == "call_function" and not is_pick(node):
                 note_saved(stage, self.layered, self.choices, node, self.home[node], self._given)

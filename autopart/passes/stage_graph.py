@@ -79,6 +79,7 @@ class StageGraph:
     valid     the losses that divide by a number of valid targets
     kept      (name of the node whose memory it is, placement) -> what autograd saves; "... inside" is what the operator
               saves besides values
+    values    node of `graph` -> the value of the model's graph that it is, and its placement along every axis
     """
 
     index: int
@@ -91,6 +92,7 @@ class StageGraph:
     sent: list[Crossing] = field(default_factory=list)
     valid: list[Valid] = field(default_factory=list)
     kept: dict[tuple[str, Placements], SavedMemory] = field(default_factory=dict)
+    values: dict[fx.Node, tuple[Value, Placements]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autopart.errors import PartitionError
 from autopart.hardware.mesh import Mesh, usable_bytes
 from autopart.ir.layered_graph import LayeredGraph
+from autopart.plan.graph import graph
 from autopart.plan.plan_json import json_text, plan_from_json, plan_to_json
 from autopart.plan.search_summary import SearchSummary
 from autopart.plan.signature import Signature
@@ -18,6 +19,9 @@ from autopart.plan.stages import PlanStage
 from autopart.plan.text import describe, recompute_text
 from autopart.plan.units import counted
 from autopart.sharding.rules import Strategy
+
+if TYPE_CHECKING:
+    import networkx
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,10 @@ class Plan:
         difference = self.signature.difference(Signature.of(layered))
         if difference:
             raise PartitionError("the plan is for another model", difference, "plan again with autopart.plan(...)")
+
+    def graph(self) -> networkx.DiGraph:
+        """The plan's operators as a graph (`autopart.plan.graph`)."""
+        return graph(self)
 
     def __str__(self) -> str:
         return describe(self)

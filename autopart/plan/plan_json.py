@@ -86,7 +86,12 @@ def _search_from_json(data: Mapping[str, Any] | None) -> SearchSummary | None:
 
 def _stage_from_json(data: Mapping[str, Any]) -> PlanStage:
     runs = tuple(
-        PlanSegment(tuple(r["labels"]), r["seconds"], tuple(PlanLine(**line) for line in r["lines"]))
+        PlanSegment(
+            tuple(r["labels"]),
+            r["seconds"],
+            tuple(PlanLine(**{**line, "inputs": tuple(line["inputs"])}) for line in r["lines"]),
+            tuple(tuple((stage, label, line) for stage, label, line in sources) for sources in r["sources"]),
+        )
         for r in data["runs"]
     )
     sends, recompute = tuple((s, b, t) for s, b, t in data["sends"]), tuple(data["recompute"])

@@ -16,6 +16,9 @@ class PlanLine:
     seconds       of compute, forward and backward, for one micro-batch
     comm_seconds  of communication, likewise
     source        "file:line" of the user's code; empty where it is not known
+    bytes         of what it makes, on one rank, for one micro-batch
+    placement     of what it makes along every axis, as "dp=S0, tp=R"; empty where that is no value of the model
+    inputs        the operators whose values it reads: i >= 0 is line i of the segment, i < 0 is source -1 - i
     """
 
     name: str
@@ -24,6 +27,9 @@ class PlanLine:
     seconds: float
     comm_seconds: float
     source: str
+    bytes: float = 0.0
+    placement: str = ""
+    inputs: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,14 @@ class PlanSegment:
     labels   the blocks' names; empty for operators between blocks
     seconds  of one block, forward and backward, for one micro-batch
     lines    the operators of one block, in order
+    sources  for each label, (stage, label, line) of every operator outside the block whose value its lines read; labels
+             are numbered from 0 over all segments of a stage
     """
 
     labels: tuple[str, ...]
     seconds: float
     lines: tuple[PlanLine, ...]
+    sources: tuple[tuple[tuple[int, int, int], ...], ...] = ()
 
 
 @dataclass(frozen=True)

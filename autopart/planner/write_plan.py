@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from bisect import bisect_right
@@ -22,6 +23,7 @@ from autopart.plan.data import Plan
 from autopart.plan.signature import Signature
 from autopart.plan.stages import PlanSegment, PlanStage
 from autopart.planner.branch_and_bound import SearchResult
+from autopart.planner.dataflow import with_sources
 from autopart.planner.interval_costs import after
 from autopart.planner.memory_tree import leaves, messages, parameters, sums, totals
 from autopart.planner.search_space import SearchSpace
@@ -42,11 +44,13 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
     distinct = list(dict.fromkeys(found.chosen))
     splits = [_splits(space, found, chosen) for chosen in distinct]
     stages, known = [], Known()
-    for index, start in enumerate(found.starts):
-        end = found.starts[index + 1] if index + 1 < point.pp else len(layered.labels)
+    spans = list(itertools.pairwise((*found.starts, len(layered.labels))))
+    for index, (start, end) in enumerate(spans):
         at = distinct.index(found.chosen[index])
         modes = found.recompute[start:end]
         stages.append(write_stage(space, found, splits[at], at, index, (start, end), modes, known))
+    written = [known[key_of(layered, s.splits, span)][1:] for s, span in zip(stages, spans, strict=True)]
+    stages = with_sources(layered, stages, spans, written)
     times = [stage.turn_seconds(space.turns(point)) for stage in stages]
     step = sum(times) + (m - 1) * max(times)
     hides = space.device(point).overlapped_share > 0
@@ -134,6 +138,12 @@ Known = dict[tuple[int, int, int], tuple[ShardingAssignment, StageGraph, dict[in
 """(index of the splits, first run, last run) -> how a stage of these runs is partitioned, and its prices."""
 
 
+def key_of(layered: LayeredGraph, splits: int, span: tuple[int, int]) -> tuple[int, int, int]:
+    """The key of a stage in `Known`."""
+    runs = layered.sequence[slice(*span)]
+    return splits, min(runs), max(runs)
+
+
 def write_stage(
     space: SearchSpace,
     found: SearchResult,
@@ -146,8 +156,7 @@ def write_stage(
 ) -> PlanStage:
     """One stage from its runs, partitioned: what stands at several of its positions is written once, and counted."""
     layered, point = space.layered, found.point
-    runs = layered.sequence[slice(*span)]
-    key = at, min(runs), max(runs)
+    runs, key = layered.sequence[slice(*span)], key_of(layered, at, span)
     if key not in known:
         choices, graph = partitioned(space, found, splits, span)
         groups = {axis: space.priced(point).terms.sizes[axis] for axis, _ in choices.axes}

@@ -1,6 +1,7 @@
-"""A plan as another system's settings, with what that system would do otherwise.
+"""A plan as another system's settings, with what that system would do otherwise, or as a file of its graph.
 
-One module a system. Each has a function from a plan to `Exported`, and a row in SYSTEMS.
+One module a system. Each has a function from a plan to `Exported`, and a row in SYSTEMS. Formats of the graph are rows
+of GRAPHS.
 """
 
 from __future__ import annotations
@@ -12,23 +13,25 @@ from autopart.errors import PartitionError
 from autopart.plan.data import Plan
 from autopart.plan.export.deepspeed import deepspeed
 from autopart.plan.export.facts import Exported
+from autopart.plan.export.graph_files import dot, graphml
 from autopart.plan.export.megatron import megatron
 from autopart.plan.export.torchtitan import torchtitan
 
-__all__ = ["SYSTEMS", "Exported", "export"]
+__all__ = ["GRAPHS", "SYSTEMS", "Exported", "export"]
 
 SYSTEMS: Mapping[str, Callable[[Plan], Exported]] = {
     "torchtitan": torchtitan,
     "megatron": megatron,
     "deepspeed": deepspeed,
 }
+GRAPHS: Mapping[str, Callable[[Plan], Exported]] = {"graphml": graphml, "dot": dot}
 
 
 def export(plan: Plan, to: str) -> Exported:
-    """The plan for one of SYSTEMS. Raises PartitionError for another."""
-    if to not in SYSTEMS:
-        near = difflib.get_close_matches(to, SYSTEMS, 1) or SYSTEMS
-        raise PartitionError(
-            f"there is no export to {to!r}", f"the systems are {', '.join(SYSTEMS)}", f"--to {next(iter(near))}"
-        )
-    return SYSTEMS[to](plan)
+    """The plan for one of SYSTEMS, or its graph as one of GRAPHS. Raises PartitionError for another."""
+    known = {**SYSTEMS, **GRAPHS}
+    if to not in known:
+        near = difflib.get_close_matches(to, known, 1) or known
+        why = f"the systems are {', '.join(SYSTEMS)}; graphs are written as {', '.join(GRAPHS)}"
+        raise PartitionError(f"there is no export to {to!r}", why, f"--to {next(iter(near))}")
+    return known[to](plan)
