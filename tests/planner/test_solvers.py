@@ -24,7 +24,7 @@ from autopart import Mesh, PartitionError, Plan
 from autopart.cli.main import app
 from autopart.cost.sizes import Sizes, paths
 from autopart.passes.source import Source
-from autopart.planner.explain.why import Explanation, explained
+from autopart.planner.explain.why import Explanation, explain_traced
 from autopart.planner.make_plan import request_of
 
 MESH = "1x4:a100-80gb"
@@ -55,7 +55,7 @@ def source(name: str) -> Source:
 def explanation(name: str, solver: str = "highs", mesh: str = MESH, **settings: Any) -> Explanation:
     """A tiny model's plan by a solver."""
     made = source(name)
-    return explained(made, Mesh.of(mesh), request_of(made.model, made.batch, solver=solver, **settings))
+    return explain_traced(made, Mesh.of(mesh), request_of(made.model, made.batch, solver=solver, **settings))
 
 
 def cost(sizes: Sizes, costs: Sequence[float], chosen: Sequence[int]) -> float:

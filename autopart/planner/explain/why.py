@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -24,6 +24,7 @@ from autopart.plan.data import Plan
 from autopart.plan.units import bytes_text, seconds_text
 from autopart.planner.branch_and_bound import OnProgress, Search, SearchResult, points, silent, zero_levels
 from autopart.planner.constraints import Constraint, parse
+from autopart.planner.explain.differences import differences
 from autopart.planner.explain.split_ilp import split_ilp
 from autopart.planner.make_plan import explored, request_of
 from autopart.planner.request import Request, SearchPoint, Settings, read_constraints
@@ -313,37 +314,6 @@ def _strategy(axes: Sequence[str], chosen: Sequence[Strategy]) -> str:
 def _placed(way: Sequence[Strategy]) -> str:
     """What strategies of the same name differ in: where they take and give."""
     return "; ".join(f"{', '.join(map(str, s.inputs))} -> {', '.join(map(str, s.outputs))}" for s in way)
-
-
-def differences(before: Plan, after: Plan, labels: Sequence[str]) -> Iterator[str]:
-    """What two plans of a model decide differently, in words."""
-    for name in ("pp", "dp", "tp", "micro_batch", "zero", "schedule", "recompute"):
-        old, new = getattr(before, name), getattr(after, name)
-        if old != new:
-            yield f"{name} {new} instead of {old}"
-    if before.starts != after.starts:
-        starts = ", ".join(labels[s] or str(s) for s in after.starts[1:])
-        yield f"stages start at {starts}" if starts else "one stage"
-    modes = [sum((s.recompute for s in plan.stages), ()) for plan in (before, after)]
-    if before.recompute == after.recompute and modes[0] != modes[1]:
-        yield f"{sum(a != b for a, b in zip(*modes, strict=True))} blocks recompute otherwise"
-    moved = [f"{key}: {new}/{axis} instead of {old}/{axis}" for axis, key, old, new in _moved(before, after)]
-    if moved:
-        more = f" and {len(moved) - 3} more" if len(moved) > 3 else ""
-        yield f"split otherwise: {'; '.join(moved[:3])}{more}"
-    most = [max(plan.memory_bytes) for plan in (before, after)]
-    if round(most[0]) != round(most[1]):
-        yield f"{bytes_text(most[1])} on the fullest device instead of {bytes_text(most[0])}"
-
-
-def _moved(before: Plan, after: Plan) -> Iterator[tuple[str, str, str, str]]:
-    """What the first stages of two plans split otherwise, weights first, along the axes that both have."""
-    old, new = (plan.splits[plan.stages[0].splits] for plan in (before, after))
-    for axis in old.keys() & new.keys():
-        known: Mapping[str, Strategy] = new[axis]
-        for key, strategy in sorted(old[axis].items(), key=lambda item: not item[0].endswith("weight")):
-            if key in known and known[key].outputs != strategy.outputs and {known[key].name, strategy.name} != {*"RC"}:
-                yield axis, key, strategy.name, known[key].name
 
 
 def explain(
