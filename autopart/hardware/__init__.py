@@ -1,11 +1,11 @@
 """The tables of devices and links, and how to add rows to them.
 
-The package's own rows are `devices.toml` and `links.toml` beside this file. Rows of a user's own are in a TOML file of
-the same format, which `load_hardware` reads, or which the environment variable AUTOPART_HARDWARE names (several, parted
-as PATH is); then they can be named wherever a device or a link can:
+The package's own rows are in `devices.toml` and `links.toml`, in this folder. A user's rows are in a TOML file of the
+same format, which `load_hardware` reads, or which the environment variable AUTOPART_HARDWARE names (several files are
+separated as in PATH). Such rows can be named wherever a device or a link can:
 
     [devices.my-gpu]
-    like = "h100-80gb"            # what is not given is as in that row
+    like = "h100-80gb"            # a field that is not given is as in that row
     memory_bytes = 64e9
     inter = "my-fabric"
     source = "measured"
@@ -15,11 +15,15 @@ as PATH is); then they can be named wherever a device or a link can:
     latency_seconds = 5e-6
     source = "measured"
 
-A row without `like` needs every field of `Device` or `Link` that has no default, by the units told there. What a row
-gives replaces the field of the row it is like, `flops` and `silicon` as a whole; a `source` that is not given names
-that row and what was changed. `like` looks at the rows above it and at the tables. `cuda`, in a device's row alone and
-never taken over, is a regular expression for the whole of what the CUDA driver calls the device. Of rows with one name
-the last read is taken, so that a file can put a measured a100-80gb in the place of the datasheet's.
+- A row without `like` needs every field of `Device` or `Link` that has no default, in the units given there.
+- A field of a row replaces that field of the row it is `like`; `flops` and `silicon` are replaced as a whole. A
+`source`
+  that is not given names the other row and the fields that were changed.
+- `like` names a row above in the file, or a row of the tables.
+- `cuda`, a field of a device's row that `like` does not copy, is a regular expression for the whole name that the CUDA
+  driver gives the device.
+- Of rows with one name the last one read counts, so that a file can replace the datasheet's a100-80gb by a measured
+  one.
 """
 
 from __future__ import annotations

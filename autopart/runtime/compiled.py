@@ -95,11 +95,13 @@ class Compiled:
         return rank
 
     def step(self, batch: Mapping[str, Any], local: bool = False) -> Tensor:
-        """Train on one batch: forward, backward, gradients summed, optimizer (if one is set). Returns the loss of the
-        whole batch, the same on every rank.
+        """Train on one batch: forward, backward, gradient sums, optimizer step (if an optimizer is set).
 
-        `batch` is the whole batch on every rank or, with `local`, this rank's share: rows `data_rank` of `data_ranks`
-        of every micro-batch. Raises PartitionError where its size is not the plan's.
+        batch  the whole batch on every rank or, with `local`, this rank's share: share `data_rank` of `data_ranks` of
+               every micro-batch
+
+        Returns the loss of the whole batch, the same on every rank. Raises PartitionError where the batch has another
+        size than the plan's.
         """
         check_modes("a step")
         shares = micro_batches(self.plan, batch, self.data_ranks, self.data_rank, local, self.groups.device)
@@ -123,14 +125,15 @@ class Compiled:
         return self.executor.optimizer
 
     def full_gradients(self) -> dict[str, Tensor]:
-        """The last step's gradients, whole, on the CPU, by the model's own names: on rank 0; {} elsewhere. They are of
-        the master dtype, where the plan has one."""
+        """The last step's gradients by the model's names, whole, on the CPU of rank 0; {} on other ranks. Their dtype
+        is the master dtype, where the plan has one.
+        """
         return self._collect(self.executor.shared.gradients())
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """The model's state dict with weights and buffers as trained, whole, on the CPU: on rank 0; {} elsewhere.
-        Weights that are trained are the optimizer's copies, of the master dtype, where the plan has one: they hold what
-        the precision of computing would lose."""
+        """The model's state dict as trained, whole, on the CPU of rank 0; {} on other ranks. Trained weights are the
+        optimizer's copies in the master dtype, where the plan has one.
+        """
         whole = self._collect({**self.executor.shared.weights(), **dict(self.stage.named_buffers())})
         if self.rank:
             return {}

@@ -1,10 +1,12 @@
-"""Random numbers that do not know where they are drawn.
+"""Random numbers that depend on the element's place in the whole batch, not on the rank that draws them.
 
-A number is a hash of the seed, the step, the stream's name and the element's place in the whole batch. So a mask is the
-same split over any axes, in any stage, for any size of micro-batch, and again when a block is run again; it is never
-kept, but drawn a second time for backward. The hash of an element is one round of a 32-bit mixer (C. Wellons'
-lowbias32, public domain, 2018) over the place in the last dim, on top of one of the place in all others. Words are
-int32 tensors, whose products wrap around as unsigned ones do.
+A number is a hash of the seed, the step, the stream's name and the element's place in the whole batch. A mask is
+therefore the same under any sharding, in any stage, for any micro-batch size, and when a block is recomputed. No mask
+is saved: backward draws it again.
+
+The hash of an element is one round of a 32-bit mixer (C. Wellons' lowbias32, public domain, 2018) over its place in the
+last dim plus one round over its place in all other dims. Words are int32 tensors, whose products wrap around as those
+of unsigned integers do.
 """
 
 from __future__ import annotations
@@ -26,16 +28,16 @@ LOW = 0xFFFFFFFF
 GOLDEN = 0x9E3779B9
 SIGN = 2**31
 CACHED = 2**17
-"""Elements that the CPU takes at a time, so that what lies between stays in its cache."""
+"""Elements that the CPU computes at a time, so that intermediate values stay in its cache."""
 WHOLE_NUMBERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By their size in bytes."""
 Split = Any
-"""The dim that an axis splits; where it has parts, (dim, sizes)."""
+"""The dim that an axis splits; for a dim in parts, (dim, sizes)."""
 
 
 @dataclass
 class Stream:
-    """A source of random numbers, of one place in the model."""
+    """A source of random numbers: one place in the model that draws."""
 
     groups: Groups
     name: str
@@ -53,7 +55,7 @@ def stream(groups: Groups, name: str) -> Stream:
 
 
 def mixed(x: Tensor) -> Tensor:
-    """Mix the words of `x`, in place, so that each bit depends on all."""
+    """Mix the words of `x` in place, so that each bit depends on all bits."""
     x ^= (x >> 16).bitwise_and_(0xFFFF)
     x *= 0x7FEB352D
     x ^= (x >> 15).bitwise_and_(0x1FFFF)
@@ -63,8 +65,12 @@ def mixed(x: Tensor) -> Tensor:
 
 
 def bits(source: Stream, whole: Sequence[int], batch: int | None, axes: dict[str, Split]) -> Tensor:
-    """32 random bits (in int64) for every element of this rank's share of a tensor of size `whole`, whose dim `batch`
-    counts the samples of one micro-batch. `axes` says which dim each axis splits."""
+    """32 random bits (in int64) for every element of this rank's share of a tensor.
+
+    whole  the tensor's size over all ranks
+    batch  the dim that counts the samples of one micro-batch
+    axes   the dim that each axis splits
+    """
     return _words(source, whole, batch, axes).to(torch.int64) & LOW
 
 
@@ -75,8 +81,8 @@ def _words(source: Stream, whole: Sequence[int], batch: int | None, axes: dict[s
 
 
 def _hashes(source: Stream, whole: Sequence[int], batch: int | None, axes: dict[str, Split]) -> tuple[Tensor, Tensor]:
-    """A word for every place in all dims but the last, and one for every place in the last: mixing their sum gives the
-    element's."""
+    """A word for every place in all dims but the last, and one for every place in the last. An element's hash mixes
+    their sum."""
     *leading, last = (_places(source, dim, size, batch, axes) for dim, size in enumerate(whole or [1]))
     row = torch.zeros([len(p) for p in leading], dtype=torch.int64, device=source.groups.device)
     stride = 1
@@ -89,7 +95,7 @@ def _hashes(source: Stream, whole: Sequence[int], batch: int | None, axes: dict[
 
 
 def _places(source: Stream, dim: int, size: int, batch: int | None, axes: dict[str, Split]) -> Tensor:
-    """Where this rank's part of a dim lies in the whole batch."""
+    """The places of this rank's part of a dim in the whole batch."""
     first = source.groups.rng.micro_batch * size if dim == batch else 0
     places = torch.arange(first, first + size, device=source.groups.device)
     for axis, split in axes.items():
@@ -142,8 +148,12 @@ def by_blocks(x: Tensor, rows: Tensor, columns: Tensor, threshold: int, scale: f
 
 
 def dropout(x: Tensor, p: float, source: Stream, whole: Sequence[int], batch: int | None, **axes: Split) -> Tensor:
-    """Zero a share `p` of the elements and scale the others. `whole` is the size of `x` over all ranks, `batch` its dim
-    that counts samples, `axes` the dim that each axis splits. Backward draws the mask again: none is kept."""
+    """Zero a share `p` of the elements of `x` and scale the others by 1 / (1 - p). Backward draws the mask again.
+
+    whole  the size of `x` over all ranks
+    batch  the dim of `x` that counts samples
+    axes   the dim that each axis splits
+    """
     dropped: Tensor = _Dropout.apply(x, p, source, list(whole), batch, axes)
     return dropped
 
@@ -151,7 +161,7 @@ def dropout(x: Tensor, p: float, source: Stream, whole: Sequence[int], batch: in
 def uniform(
     source: Stream, whole: Sequence[int], batch: int | None, dtype: torch.dtype = torch.float32, **axes: Split
 ) -> Tensor:
-    """This rank's share of uniform numbers between 0 and 1, neither included; arguments as `dropout`."""
+    """This rank's share of uniform numbers between 0 and 1, neither included. Arguments as `dropout`."""
     odd = (_words(source, whole, batch, axes) >> 8) & 0xFFFFFF | 1
     wide = odd.to(torch.float64 if dtype == torch.float64 else torch.float32)
     return wide.mul_(2.0**-24).to(dtype).clamp_(max=1 - torch.finfo(dtype).eps / 2)

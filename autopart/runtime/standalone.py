@@ -51,7 +51,7 @@ OPTIMIZERS: Mapping[str, tuple[type[torch.optim.Optimizer], Mapping[str, Any]]] 
     "adam": (torch.optim.Adam, {}),
     "adamw": (torch.optim.AdamW, {}),
 }
-"""A plan's optimizer -> the class, and its settings besides the learning rate."""
+"""A plan's optimizer -> its torch class, and its settings besides the learning rate."""
 
 Say = Callable[[int, float], None]
 
@@ -64,10 +64,13 @@ def write(
     constants: Mapping[str, Tensor | None],
     batch: Mapping[str, Any],
 ) -> list[Path]:
-    """Write the folder; its stage files.
+    """Write the folder; the files of its stages.
 
-    `aliases` names tied parameters (name -> first name), `constants` the values of buffers; of `batch`, whose values
-    are not kept, random batches get their dtypes and their range. Raises PartitionError where a buffer has no value.
+    aliases    name of a tied parameter -> the name of the parameter it is tied to
+    constants  the values of buffers
+    batch      gives random batches their dtypes and ranges; its values are not written
+
+    Raises PartitionError where a buffer has no value.
     """
     lacking = [name for name, value in constants.items() if value is None]
     if lacking:
@@ -112,7 +115,7 @@ def _program_to_json(
 
 
 def read_program(folder: Path, stage: int) -> Program:
-    """What a stage runs, as it lies in a folder that `write` made. Raises PartitionError where that is damaged."""
+    """What a stage runs, from a folder that `write` made. Raises PartitionError where the folder is damaged."""
     try:
         data = json.loads((folder / "program.json").read_text())
         lists = [[_instruction(text, s) for text in texts] for s, texts in enumerate(data["instructions"])]
@@ -145,10 +148,11 @@ def _instruction(text: str, stage: int) -> Instruction:
 
 
 def read(folder: Path, weights: Path | None = None) -> Compiled:
-    """This rank's stage out of a folder, as one of the processes of its plan, ready for `step`; the watchdog runs.
+    """This rank's stage from a folder, ready for `step`, in one of the processes of its plan; the watchdog runs.
 
-    `weights` is a safetensors file by the model's names; without it the weights are `random_weight`.
-    Raises PartitionError for a damaged folder, weights that lack a parameter, and another number of processes.
+    weights  a safetensors file by the model's names; None: `random_weight`
+
+    Raises PartitionError for a damaged folder, for weights that lack a parameter, and for another number of processes.
     """
     plan = Plan.load(folder / "plan.json")
     groups = make_groups(plan.pp, plan.dp, plan.tp)
@@ -166,7 +170,7 @@ def read(folder: Path, weights: Path | None = None) -> Compiled:
 
 
 class _Names(nn.Module):
-    """Stands where `Compiled` expects the model: parameters of the right names and shapes, without memory."""
+    """Stands for the model in `Compiled`: parameters of the right names and shapes, without memory."""
 
     def __init__(self, whole: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -177,8 +181,11 @@ class _Names(nn.Module):
 
 
 def random_weight(name: str, shape: Sequence[int]) -> Tensor:
-    """A parameter's first value, the same on every rank: normal with deviation 0.02 from two dims on, seeded by the
-    name; else 1 for a weight, as of a norm, and 0 for a bias."""
+    """A parameter's initial value, the same on every rank, seeded by its name.
+
+    Normal with a standard deviation of 0.02 where it has two dims or more; otherwise 1 for a weight, as of a norm, and
+    0 for a bias.
+    """
     if len(shape) < 2:
         return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
     return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))) * 0.02
@@ -198,7 +205,8 @@ def _given(file: Path, here: Mapping[str, tuple[int, ...]], aliases: Mapping[str
 
 
 def random_batch(folder: Path, plan: Plan, seed: int) -> dict[str, Tensor]:
-    """A whole batch of a plan, the same on every rank: floats are normal, integers below those seen by `write`."""
+    """A whole random batch of a plan, the same on every rank: floats are normal, integers below the largest that
+    `write` saw."""
     generator = torch.Generator().manual_seed(seed)
     batch: dict[str, Tensor] = {}
     for name, like in json.loads((folder / "program.json").read_text())["inputs"].items():
@@ -214,10 +222,13 @@ def random_batch(folder: Path, plan: Plan, seed: int) -> dict[str, Tensor]:
 
 
 def train(compiled: Compiled, batch: Mapping[str, Any], steps: int, lr: float, say: Say) -> dict[str, Any]:
-    """Train on one batch over and over: the losses, the seconds of every step, tokens/s.
+    """Train on one batch repeatedly: losses, seconds of every step, tokens/s.
 
-    The plan's optimizer is used with `lr`; `say` is told every step's number, from 1, and loss. Tokens are
-    `Signature.tokens` a sample (one where these are not known) over the median step.
+    lr   learning rate of the plan's optimizer
+    say  called with every step's number, from 1, and its loss
+
+    Tokens/s are the batch's tokens (`Signature.tokens` a sample, one where that is None) over the median step's
+    seconds.
     """
     plan = compiled.plan
     kind, settings = OPTIMIZERS[plan.optimizer]
@@ -234,7 +245,8 @@ def train(compiled: Compiled, batch: Mapping[str, Any], steps: int, lr: float, s
 
 
 def main(folder: Path, arguments: Sequence[str] | None = None) -> None:
-    """Train what lies in `folder`: as one of torchrun's processes, or starting as many here as the plan has ranks."""
+    """Train the plan of `folder`: as one of torchrun's processes, or by starting as many processes here as the plan has
+    ranks."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _options(given)
     try:
