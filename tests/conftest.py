@@ -4,9 +4,10 @@ Where the time goes: CPU seconds (user and system, of the test and its children)
 same two cores. On idle cores they are about half.
 
     25 a worker   import torch and transformers, collect 6,600 tests
-    75            runtime/test_exact.py, two ranks of gpt2 and llama that are started one by one
-    300           runtime/test_exact.py, four forked ranks: gpt2 68, t5 63, bert 32, mlp 21, llama and vit
-    190           planner/test_brute.py
+    50            runtime/test_exact.py, two ranks of gpt2 and llama that are started one by one
+    17            runtime/test_exact.py, two forked ranks: mlp and vit
+    250           runtime/test_exact.py, four forked ranks: llama and vit 88, gpt2 68, t5 63, bert 32, mlp 21
+    about 190     planner/test_brute.py
     108           runtime/test_failure.py: three ranks import torch in each of ten tests
     80            compile/test_zoo.py: ten architectures traced once, four forked ranks
     76            cli/test_cli.py: four tests start processes
