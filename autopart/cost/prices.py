@@ -1,4 +1,4 @@
-"""Sizes -> prices: seconds and bytes of every strategy, every change of placement and every kept memory."""
+"""Sizes -> prices: seconds and bytes of every strategy, every change of placement and every saved tensor."""
 
 from __future__ import annotations
 
@@ -39,26 +39,31 @@ class Terms:
 
 
 class Prices:
-    """Seconds and bytes of everything in a table, for one data-parallel degree, micro-batch and way to train.
+    """Seconds and bytes of everything in a table, for one data-parallel degree, micro-batch and training setting: of
+    every strategy, of every change of placement, of every saved tensor.
 
-    forward, backward  seconds of every strategy and (`change_...`) every change of placement;  change_rerun: that a
-                       change adds where its run is run again
-    largest, in_backward  bytes of every strategy's largest gradient; that exist in its backward besides what is kept,
-                       in the first of a step and in others
-    inner, memory      bytes kept per micro-batch: a strategy's own, and every kept memory
-    results            bytes of what matrix products give, with what they keep
-    state, sync        bytes of a parameter with gradient and optimizer states; seconds a step takes to sum its gradient
-                       and to update it that nothing hides
-    beside             seconds of the sum of its gradient that computing beside it can hide, in each of so many
-                       backwards: `Training.backwards`
-    summed             bytes of a parameter whose gradient ranks sum
-    stepping, waiting  bytes that the optimizer makes while it steps a parameter; of its gradient if it is shared
+    forward, backward     [strategies]: seconds;  product: of forward, those of matrix products
+    change_forward, change_backward, change_rerun
+                          [changes]: seconds; the last, seconds that a change adds where its segment is recomputed
+    largest_gradient      [strategies]: bytes;  backward_bytes: [2, strategies], bytes of the gradients that one
+                          operator's backward holds, in the first backward of a step and in others
+    inner                 [strategies]: bytes that an operator saves for backward besides values
+    saved_tensor_bytes    [saved tensors]: bytes per micro-batch
+    product_results       [strategies]: bytes of what matrix products give, with what they save
+    reshard_bytes         [changes]: bytes of the value after the change
+    state_bytes           [strategies, 3]: bytes of a parameter, its gradient, its optimizer states;  state: their sum
+    sync_seconds          [strategies]: seconds of a step to reduce a gradient and to update its parameter that no
+                          backward hides;  overlappable_seconds: to reduce it that computation can hide, in each of
+                          `Training.backwards`
+    reduced_bytes         [strategies]: bytes of a parameter whose gradient ranks reduce
+    optimizer_workspace, pending_grad_bytes  [strategies]: as in `Training`
     """
 
     def __init__(self, sizes: Sizes, terms: Terms) -> None:
         self.sizes, self.terms = sizes, terms
         basis, device = terms.basis, terms.device
-        self.made, self.largest, self.inner = sizes.made @ basis, sizes.largest @ basis, sizes.inner @ basis
+        self.made, self.inner = sizes.made @ basis, sizes.inner @ basis
+        self.largest_gradient = sizes.largest_gradient @ basis
         seconds = self._computed(sizes, basis, device)
         ranks = {axis: group.ranks for axis, group in terms.sizes.items()}
         divided = sizes.means @ [ranks.get("dp", 1) > 1, ranks.get("tp", 1) > 1]
@@ -67,23 +72,23 @@ class Prices:
         self.product = sizes.product * seconds.forward
 
     @cached_property
-    def in_backward(self) -> Array:
-        anew = self.terms.training.anew
+    def backward_bytes(self) -> Array:
+        anew = self.terms.training.grad_alloc_ratio
         activations, weights = self.sizes.backward @ self.terms.basis, self.sizes.weights @ self.terms.basis
         return np.array([activations + anew(first) * weights for first in (True, False)])
 
     @cached_property
-    def results(self) -> Array:
+    def product_results(self) -> Array:
         return self.sizes.product * (self.made + self.inner)
 
     @cached_property
-    def memory(self) -> Array:
-        return self.sizes.memory @ self.terms.basis
+    def saved_tensor_bytes(self) -> Array:
+        return self.sizes.saved_tensor_bytes @ self.terms.basis
 
     @cached_property
-    def after(self) -> Array:
+    def reshard_bytes(self) -> Array:
         """Bytes that every change of placement makes."""
-        return self.sizes.after @ self.terms.basis
+        return self.sizes.reshard_bytes @ self.terms.basis
 
     @cached_property
     def changes(self) -> Array:
@@ -112,50 +117,52 @@ class Prices:
 
     @cached_property
     def _holdings(self) -> Array:
-        """[strategies, 8]: of a parameter its `parts`, `sync`, `summed`, `stepping`, `beside` and `waiting`."""
+        """[strategies, 8]: of a parameter `state_bytes`, `sync_seconds`, `reduced_bytes`, `optimizer_workspace`,
+        `overlappable_seconds` and `pending_grad_bytes`."""
         return np.array([self._holding(*row) for row in self.sizes.holdings.tolist()])[self.sizes.holds]
 
     def _holding(self, weight: float, grad: bool, over_dp: bool, over_tp: bool) -> tuple[float, ...]:
         training = self.terms.training
         if not weight:
             return (0.0,) * 8
-        beside = self.terms.device.overlapped_share * training.beside_seconds(weight, over_dp)
+        beside = self.terms.device.overlapped_share * training.overlappable_seconds(weight, over_dp)
         sync = training.sync_seconds(weight, over_dp) - training.backwards * beside
         sync += update_seconds(weight, grad, over_dp, training, self.terms.device)
         if over_tp:
             sync += training.partial_sync_seconds(weight, self.terms.sizes["tp"])
         summed, stepping, waiting = (
-            each(weight, bool(grad), over_dp) for each in (training.summed, training.stepping, training.waiting)
+            each(weight, bool(grad), over_dp)
+            for each in (training.reduced_bytes, training.optimizer_workspace, training.pending_grad_bytes)
         )
-        return (*training.memory(weight, grad, over_dp), sync, summed, stepping, beside, waiting)
+        return (*training.state_bytes(weight, grad, over_dp), sync, summed, stepping, beside, waiting)
 
     @property
-    def parts(self) -> Array:
+    def state_bytes(self) -> Array:
         """[strategies, 3]: bytes of a parameter, its gradient, its optimizer states."""
         return self._holdings[:, :3]
 
     @cached_property
     def state(self) -> Array:
-        return self.parts.sum(1)
+        return self.state_bytes.sum(1)
 
     @property
-    def sync(self) -> Array:
+    def sync_seconds(self) -> Array:
         return self._holdings[:, 3]
 
     @property
-    def summed(self) -> Array:
+    def reduced_bytes(self) -> Array:
         return self._holdings[:, 4]
 
     @property
-    def stepping(self) -> Array:
+    def optimizer_workspace(self) -> Array:
         return self._holdings[:, 5]
 
     @property
-    def beside(self) -> Array:
+    def overlappable_seconds(self) -> Array:
         return self._holdings[:, 6]
 
     @property
-    def waiting(self) -> Array:
+    def pending_grad_bytes(self) -> Array:
         return self._holdings[:, 7]
 
     @staticmethod

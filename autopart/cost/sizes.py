@@ -18,8 +18,8 @@ from autopart.sharding.notation import saved_as
 from autopart.sharding.resharding import Reshard, Step
 from autopart.sharding.strategy_table import Chain, Node, Placements, SavedTensor, StrategyTable, Value
 
-Path = tuple[Placements, ...]
-"""What a value passes through on the way to a placement."""
+ReshardPath = tuple[Placements, ...]
+"""The placements that a value passes through on its way to another, the last included."""
 
 
 class Sizes:
@@ -46,7 +46,9 @@ class Sizes:
         self.flops, self.moved, self.peak, self.rest, factors = np.split(rows, [4, 8, 9, -4], axis=1)
         self.factors = factors.astype(int)
         self.made = np.array([self._made(n, o) for n, o in options])
-        self.largest, self.backward, self.weights = np.array([self._backward(n, o) for n, o in options]).swapaxes(0, 1)
+        self.largest_gradient, self.backward, self.weights = np.array(
+            [self._backward(n, o) for n, o in options]
+        ).swapaxes(0, 1)
         self.inner = np.array([self._inner(n, o) for n, o in options])
         self.means = np.array([[self._mean(n, o, axis) for axis in ("dp", "tp")] for n, o in options])
         self.grad = np.array([float(n.grad) for n, _ in options])
@@ -55,23 +57,25 @@ class Sizes:
         sums = np.array([[self._sums(n, o, axis) for axis in ("dp", "tp")] for n, o in options])
         held = np.column_stack([weight, self.grad, sums])
         self.holdings, self.holds = np.unique(held, axis=0, return_inverse=True)
-        self.changes: dict[tuple[int, Placements, Path], tuple[Step, Value]] = {}
+        self.changes: dict[tuple[int, Placements, ReshardPath], tuple[Step, Value]] = {}
         for index, flow in enumerate(table.flows):
             value = table.nodes[flow.source].values[flow.output]
             for (have, _), chain in flow.chains.items():
-                for key, step in zip(paths(chain), chain, strict=True):
+                for key, step in zip(reshard_paths(chain), chain, strict=True):
                     self.changes[index, have, key] = step, value
         self.kinds: dict[tuple[str, Reshard, bool], list[int]] = {}
         for i, (step, value) in enumerate(self.changes.values()):
             self.kinds.setdefault((table.axes[step.axis], step.row, value.grad), []).append(i)
         self.whole = np.array([self._whole(s, v) for s, v in self.changes.values()]).reshape(-1, 4)
-        self.after = np.array([self.four(v, s.after) for s, v in self.changes.values()]).reshape(-1, 4)
+        self.reshard_bytes = np.array([self.four(v, s.after) for s, v in self.changes.values()]).reshape(-1, 4)
         self.keeps = [[self._keeps(keep, *keeper) for keeper in dict.fromkeys(keep.keepers)] for keep in table.keeps]
         self.kept: dict[tuple[int, Placements], int] = {}
         for index, keepers in enumerate(self.keeps):
             for placed in dict.fromkeys(p for options in keepers for p in options):
                 self.kept[index, placed] = len(self.kept)
-        self.memory = np.array([self.root(table.keeps[k], placed) for k, placed in self.kept]).reshape(-1, 4)
+        self.saved_tensor_bytes = np.array([self.root(table.keeps[k], placed) for k, placed in self.kept]).reshape(
+            -1, 4
+        )
 
     def apart(self, costs: Array, allowed: Mapping[int, Iterable[int]]) -> float:
         """A bound below every choice's cost: each node in its cheapest strategy (of those `allowed`, where a node is
@@ -95,8 +99,8 @@ class Sizes:
         return np.unique([keep for keep, _ in self.kept], return_index=True)[1]
 
     @cached_property
-    def alone(self) -> NDArray[np.bool_]:
-        """Positions that read one parameter and no more."""
+    def single_parameter(self) -> NDArray[np.bool_]:
+        """[positions]: whether each reads one parameter and no more."""
         read = np.zeros(len(self.table.labels), dtype=int)
         for _, every in self.holders.values():
             np.add.at(read, every, 1)
@@ -114,7 +118,7 @@ class Sizes:
         }
 
     @cached_property
-    def change_index(self) -> dict[tuple[int, Placements, Path], int]:
+    def change_index(self) -> dict[tuple[int, Placements, ReshardPath], int]:
         """Index of every change among all."""
         return {key: i for i, key in enumerate(self.changes)}
 
@@ -218,7 +222,7 @@ def as_kept(placed: Placements) -> Placements:
     return tuple(map(saved_as, placed))
 
 
-def paths(chain: Chain) -> list[Path]:
-    """The path to each step of a chain."""
+def reshard_paths(chain: Chain) -> list[ReshardPath]:
+    """The `ReshardPath` to each step of a chain."""
     after = tuple(step.after for step in chain)
     return [after[: i + 1] for i in range(len(after))]

@@ -1,4 +1,4 @@
-"""What training keeps, sends and updates for each parameter."""
+"""Training's state, messages and updates of each parameter, in bytes and seconds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OPTIMIZER_STATES = {"sgd": 0, "momentum": 1, "adagrad": 1, "rmsprop": 1, "adam":
 """Tensors of a parameter's size that torch.optim keeps for it."""
 
 
-STEPPING = {"rmsprop": (1, 1), "adagrad": (1, 2), "adam": (2, 1), "adamw": (2, 1)}
+STEP_WORKSPACE = {"rmsprop": (1, 1), "adagrad": (1, 2), "adam": (2, 1), "adamw": (2, 1)}
 """Tensors of a parameter's size that torch.optim makes while it steps: one parameter after another, as on CPUs, and all
 at once, as elsewhere (`_single_tensor_adamw` and `_multi_tensor_adamw` of torch 2.13, and so on; others make none)."""
 
@@ -49,18 +49,19 @@ def messages(zero: int, micro_batches: int) -> tuple[int, int]:
     return ((0, 2), (1, 1), (1, micro_batches), (2 * micro_batches, micro_batches))[zero]
 
 
-def turns(zero: int, micro_batches: int, stages: int) -> int:
-    """How many turns of a pipeline share what a stage does for its parameters in a step.
+def amortization(zero: int, micro_batches: int, stages: int) -> int:
+    """The turns of a pipeline among which the seconds that a stage spends on its parameters in a step are spread.
 
-    Stages do that side by side. In sum(f) + (m - 1) max(f), the time of m micro-batches, equal stages have m + p - 1
-    turns: a share in each counts it once. From ZeRO 2 on most of it is done for every micro-batch, so that m share it.
+    Stages work on their parameters side by side. In sum(f) + (m - 1) max(f), the seconds of m micro-batches on p equal
+    stages, f occurs m + p - 1 times: a share of 1 / (m + p - 1) in f counts the seconds once. From ZeRO 2 on most of
+    that work is done for every micro-batch: the share is 1 / m.
     """
     return micro_batches + (stages - 1) * (zero < 2)
 
 
 @dataclass(frozen=True)
 class Training:
-    """What is kept for each parameter, and what its gradient costs.
+    """A training setting: the state of each parameter, and the cost of its gradient.
 
     optimizer      one of OPTIMIZER_STATES
     zero           ZeRO level (Rajbhandari et al., arXiv 1910.02054, section 5): what the ranks of the data-parallel
@@ -68,7 +69,7 @@ class Training:
     group          the ranks of that axis
     micro_batches  of a step
     widening       bytes of a number in the master dtype over those of one of a parameter; 1: there is no master copy
-    together       whether the optimizer steps all parameters at once, as torch.optim does wherever it can: not on CPUs
+    foreach        whether the optimizer steps all parameters at once, as torch.optim does wherever it can: not on CPUs
 
     With a master copy, the model computes in the parameters' precision, and everything that adds up is in the master
     dtype: gradients, over micro-batches and over ranks, the optimizer's states, and a copy of every parameter that the
@@ -92,14 +93,14 @@ class Training:
     group: Group
     micro_batches: int
     widening: float = 1.0
-    together: bool = False
+    foreach: bool = False
 
     @property
     def ranks(self) -> int:
         """How many ranks share."""
         return self.group.ranks
 
-    def memory(self, nbytes: float, grad: bool, shared: bool) -> tuple[float, float, float]:
+    def state_bytes(self, nbytes: float, grad: bool, shared: bool) -> tuple[float, float, float]:
         """Bytes of a parameter of `nbytes` on a rank, its gradient and its optimizer's states; `shared` says whether
         the data-parallel axis can share them: whether it holds partial sums of the gradient."""
         sliced = grad and self.sliced(shared)
@@ -108,51 +109,63 @@ class Training:
         wide = nbytes * self.widening
         return (wide if sliced else nbytes) / share[0], wide * grad / share[1], wide * grad * copies / share[2]
 
-    def stepping(self, nbytes: float, grad: bool, shared: bool) -> float:
-        """Bytes that the optimizer makes for a parameter of `nbytes` while it steps it."""
+    def optimizer_workspace(self, nbytes: float, grad: bool, shared: bool) -> float:
+        """Bytes of temporaries while the optimizer steps a parameter of `nbytes`: STEP_WORKSPACE tensors of its rank's
+        slice, in the master dtype."""
         share = self.ranks if shared and self.zero >= 1 else 1
-        return nbytes * self.widening * grad / share * STEPPING.get(self.optimizer, (0, 0))[self.together]
+        return nbytes * self.widening * grad / share * STEP_WORKSPACE.get(self.optimizer, (0, 0))[self.foreach]
 
-    def anew(self, first: bool) -> float:
-        """Bytes that a parameter's gradient takes when it is made, over those of the parameter: in the parameter's
-        dtype, then in the master dtype, as a wider copy, before it is added up; the `first` of a step is kept, which
-        counts to the state, unless ranks keep slices of it."""
+    def grad_alloc_ratio(self, first: bool) -> float:
+        """Bytes that a backward allocates for a parameter's gradient, over the bytes of the parameter.
+
+        A gradient is made in the parameter's dtype. Where there is a master copy, a copy in the master dtype follows,
+        which is added to the sum. The copy of the `first` backward of a step is the sum, and counts as state, unless
+        ranks keep slices of the sum (ZeRO 2 and 3). At ZeRO 3 the copy is made of slices: the ratio is 1.
+        """
         sliced = self.zero if self.ranks > 1 else 0
         kept = first and sliced < 2
         return 1.0 if sliced >= 3 else (self.widening > 1) + self.widening * (not kept)
 
     def sliced(self, shared: bool) -> bool:
-        """Whether a rank keeps but a slice of a parameter."""
+        """Whether a rank keeps a slice of a parameter, and not the whole."""
         return self.zero >= 3 and shared and self.ranks > 1
 
-    def summed(self, nbytes: float, grad: bool, shared: bool) -> float:
-        """`nbytes` of a parameter whose gradient the ranks sum, else 0."""
+    def reduced_bytes(self, nbytes: float, grad: bool, shared: bool) -> float:
+        """`nbytes` of a parameter whose gradient the ranks reduce, else 0."""
         return nbytes if shared and grad and self.ranks > 1 else 0.0
 
-    def waiting(self, nbytes: float, grad: bool, shared: bool) -> float:
-        """Bytes of the gradient of a parameter that several runs read, in the master dtype, from the backward of the
-        last of them on until that of the first: autograd adds it to those of micro-batches before when it is whole.
-        Those of slices are added at once."""
+    def pending_grad_bytes(self, nbytes: float, grad: bool, shared: bool) -> float:
+        """Bytes, in the master dtype, of the gradient of a parameter that several segments read, from the backward of
+        the last of these segments until that of the first. Autograd adds the gradient to that of earlier micro-batches
+        when all segments have contributed. The gradient of a slice is added at once: 0."""
         return nbytes * self.widening if grad and self.micro_batches > 1 and not self.sliced(shared) else 0.0
 
-    def gathered(self, summed: Any) -> Any:
-        """Bytes of parameters that are whole while they are used: all, `summed` bytes, where ranks keep slices."""
+    def gathered_bytes(self, summed: Any) -> Any:
+        """Bytes of whole parameters that a segment gathers to compute: all of `summed` bytes at ZeRO 3, else 0."""
         return summed * (self.zero >= 3)
 
-    def summing(self, summed: Any, most: Any, alone: Any) -> Any:
-        """Bytes that exist while ranks sum the gradients of a run's parameters, `summed` bytes and the largest `most`:
-        gradients, whole though slices are kept, in the master dtype or, at level 3, in the parameters'; a message of
-        them in the master dtype, which one that is `alone` may be itself; this rank's slices of their sums."""
+    def grad_reduce_workspace(self, summed: Any, most: Any, alone: Any) -> Any:
+        """Bytes that are alive while ranks reduce the gradients of a segment's parameters at ZeRO 2 and 3, else 0.
+
+        The parameters have `summed` bytes, the largest `most`. With w bytes of a master number to one of a parameter, a
+        message of parameters of s bytes, and d ranks:
+
+            (w or, at ZeRO 3, 1) summed  whole gradients  +  w s  a message  +  w s / d  the rank's slices of sums
+
+        The gradient of a parameter that is `alone` is its own message where its dtype is the message's.
+        """
         if self.zero < 2:
             return 0.0 * summed
         first = self.widening if self.zero == 2 else 1.0
         copied = 1.0 - alone * (first == self.widening)
         return first * summed + self.widening * self._in_a_message(summed, most, first) * (copied + 1.0 / self.ranks)
 
-    def ending(self, summed: Any, most: Any) -> Any:
-        """Bytes that exist at the end of a step besides what is held, for parameters of a stage of `summed` bytes, the
-        largest `most`: a message of gradients, at level 1 with this rank's slices of the sums; or, where slices are
-        trained of whole parameters, a message of new ones with this rank's."""
+    def end_of_step_workspace(self, summed: Any, most: Any) -> Any:
+        """Bytes of a message at the end of a step, for parameters of a stage of `summed` bytes, the largest `most`.
+
+        ZeRO 0 and 1: a message of gradients, at ZeRO 1 with the rank's slices of the sums. ZeRO 2: a message of new
+        parameters, with the rank's slices of these. ZeRO 3: none.
+        """
         if self.zero >= 3:
             return 0.0 * summed
         message = self._in_a_message(summed, most, self.widening)
@@ -161,7 +174,7 @@ class Training:
 
     @staticmethod
     def _in_a_message(summed: Any, most: Any, wide: float) -> Any:
-        """Bytes of the parameters whose gradients, `wide` times as large, travel together."""
+        """Bytes of the parameters whose gradients, `wide` times as large, travel in one message."""
         return np.minimum(summed, np.maximum(most, BUCKET_BYTES / wide))
 
     def sync_seconds(self, nbytes: float, shared: bool) -> float:
@@ -179,8 +192,8 @@ class Training:
         gather = merged_seconds(nbytes, self.group, "all_gather")
         return float(gathers * gather + scatters * merged_seconds(wide, self.group, "reduce_scatter"))
 
-    def beside_seconds(self, nbytes: float, shared: bool) -> float:
-        """Of `sync_seconds`, those that go on beside one backward: the sum of the gradient."""
+    def overlappable_seconds(self, nbytes: float, shared: bool) -> float:
+        """Of `sync_seconds`, those of the reduction of the gradient, which may overlap with one backward."""
         if not shared or self.ranks == 1:
             return 0.0
         name = "all_reduce" if self.zero == 0 else "reduce_scatter"

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autopart.cost.compute import Array
-from autopart.cost.sizes import Sizes, paths
+from autopart.cost.sizes import Sizes, reshard_paths
 from autopart.sharding.strategy_table import Placements, ValueUses
 
 Integers = npt.NDArray[np.int64]
@@ -127,7 +127,7 @@ class ConstraintMatrix:
                 move, self.columns = self.columns, self.columns + 1
                 leaving[have].append(move)
                 arriving[want].append(move)
-                for key in paths(flow.chains[have, want]):
+                for key in reshard_paths(flow.chains[have, want]):
                     change = self.strategies + self.sizes.change_index[index, have, key]
                     if len(uses) == 1:
                         self._paid.append((move, change))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from autopart.cost.training_state import turns
+from autopart.cost.training_state import amortization
 
 if TYPE_CHECKING:
     from autopart.plan.data import Plan
@@ -16,7 +16,7 @@ def step_breakdown(plan: Plan) -> dict[str, float]:
     compute, recompute (its collectives included), communication (collectives of the micro-batches), p2p (messages
     between stages), gradient sync (what no backward hides) and bubble: the rest.
     """
-    m, shared = plan.micro_batches, turns(plan.zero, plan.micro_batches, plan.pp)
+    m, shared = plan.micro_batches, amortization(plan.zero, plan.micro_batches, plan.pp)
     slowest = max(plan.stages, key=lambda stage: stage.turn_seconds(shared))
     lines = [(len(run.labels), line) for run in slowest.runs for line in run.lines]
     compute = m * sum(times * line.seconds for times, line in lines)

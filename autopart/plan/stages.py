@@ -60,11 +60,10 @@ class PlanStage:
     forward_seconds   for one micro-batch, communication included
     backward_seconds  for one micro-batch, communication and recompute included
     sync_seconds      once a step: gradient sync and parameter update that the backward does not hide
-                      (`autopart.planner.interval_costs.exposed`), and the slowdown of the backward meanwhile
+                      (`autopart.planner.interval_seconds.exposed`), and the slowdown of the backward meanwhile
     send_seconds      for one micro-batch: what the stage sends and receives
     memory            kind -> bytes at the stage's memory peak: parameters, gradients, optimizer, activations, messages
-                      (receive buffers) and transient: the peak less the others, negative where gradients are allocated
-                      while activations are freed
+                      (receive buffers) and transient, which is alive at the peak alone (`autopart.cost.liveness`)
     runs              its segments
     sends             for every stage that this one sends to: (stage, bytes of a micro-batch, seconds of the activations
                       there and of their gradients back)
@@ -81,10 +80,9 @@ class PlanStage:
     runs: tuple[PlanSegment, ...]
     sends: tuple[tuple[int, int, float], ...] = ()
 
-    def turn_seconds(self, turns: int) -> float:
-        """Seconds of one of the `turns` in which the schedule's slowest stage is counted:
-        forward + backward + sync / turns + send (`autopart.cost.training_state.turns`)."""
-        return self.forward_seconds + self.backward_seconds + self.sync_seconds / turns + self.send_seconds
+    def turn_seconds(self, amortization: int) -> float:
+        """f = forward + backward + sync / amortization + send, in seconds (`cost.training_state.amortization`)."""
+        return self.forward_seconds + self.backward_seconds + self.sync_seconds / amortization + self.send_seconds
 
     @property
     def memory_bytes(self) -> int:

@@ -68,18 +68,8 @@ def recompute_text(plan: Plan) -> str:
 
 
 def memory_text(memory: Mapping[str, float]) -> str:
-    """The kinds of bytes of a stage at its memory peak, which add up to the peak.
-
-    Where gradients are allocated while activations are freed, never are all of both alive (`transient` is negative);
-    then one number tells both.
-    """
-    rest = min(memory.get("transient", 0.0), 0.0)
-    both = "gradients and activations"
-    shown = {k: v for k, v in memory.items() if v > 0}
-    if rest:
-        total = shown.pop("gradients", 0.0) + shown.pop("activations", 0.0) + rest
-        shown = {**shown, both: total}
-    return ", ".join(f"{kind} {bytes_text(number)}" for kind, number in shown.items())
+    """The kinds of bytes of a stage at its memory peak, which add up to the peak."""
+    return ", ".join(f"{kind} {bytes_text(number)}" for kind, number in memory.items() if number)
 
 
 def _segment(segment: PlanSegment, stage: int, printed: dict[tuple[PlanLine, ...], str], width: int) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """A plan on a clock: what every stage does when, as its schedule runs with the plan's own seconds.
 
 A plan predicts its step as sum(f) + (m - 1) max(f), f being the seconds of each stage for one of m micro-batches. That
-f counts both ends of a message, and spreads the gradient sync evenly over turns (`cost.training_state.turns`). The
+f counts both ends of a message, and spreads the gradient sync evenly over turns (`training_state.amortization`). The
 timeline tells forward (F) and backward (B) apart. A message is a latency, half of its seconds in either direction, that
 overlaps with work. Gradient sync that no backward hides comes after the last backward.
 
@@ -181,13 +181,10 @@ def _memory(events: list[Event], stage: PlanStage, each: float) -> Iterator[tupl
     """(second, bytes) of a rank.
 
     `each` bytes are allocated from a micro-batch's forward to the end of its backward, `transient` bytes while the
-    stage computes, all others always. Where `transient` is negative, the peak is so much less until the first backward
-    ends.
+    stage computes, all others always.
     """
     transient = stage.memory.get("transient", 0.0)
-    lacking, transient = min(transient, 0.0), max(transient, 0.0)
-    begun = min((end for entry, _, end in events if entry.op is Op.BACKWARD), default=0.0)
-    changes = {0.0: lacking, begun: -lacking} if begun else {0.0: 0.0}
+    changes = {0.0: 0.0}
     for entry, start, end in events:
         if entry.op in COMPUTE:
             forward = entry.op is Op.FORWARD

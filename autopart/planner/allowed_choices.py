@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from autopart.cost.position_costs import MODES, PositionCosts
+from autopart.cost.liveness import MODES
+from autopart.cost.position_costs import PositionCosts
 from autopart.errors import PartitionError
 from autopart.planner.constraints import Constraint, Cuts, Positions, Setting
 from autopart.sharding.notation import R
@@ -86,7 +87,7 @@ def positions_of(
     types = tuple(classes.get(label, "") for label in labels)
     if weighed is None:
         return Positions(tuple(labels), types, tuple(parameters))
-    seconds, size = weighed.forward + weighed.backward, weighed.parts.sum(0) + weighed.kept[0]
+    seconds, size = weighed.forward + weighed.backward, weighed.state_bytes.sum(0) + weighed.saved_bytes[0]
     return Positions(tuple(labels), types, tuple(parameters), tuple(seconds.tolist()), tuple(size.tolist()))
 
 

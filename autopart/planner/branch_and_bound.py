@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopart.cost.compute import Array
-from autopart.cost.intervals import NEVER, place, spans
+from autopart.cost.intervals import NEVER, interval_ends, interval_index
 from autopart.cost.training_state import update_seconds
 from autopart.errors import PartitionError, few
 from autopart.hardware.mesh import divisors
@@ -334,7 +334,7 @@ class Search:
             for span in left:
                 bound, _ = relaxed_stages(space, point, [span], space.options(point))
                 for column in columns.values():
-                    at = place(*span, positions)
+                    at = interval_index(*span, positions)
                     column[at] = max(column[at], bound)
             solved.update(left)
             self.variables += len(left) * space.model(point).solver.columns
@@ -411,7 +411,8 @@ class Search:
             same = [w for w in ways if near is None or w.interface == near.interface]
             known = self._fastest(same, [flights], NEVER)[flights]
             open_ = (least[flights] < self._time()) & (known > least[flights] * (1 + TOLERANCE))
-            for i, j in np.transpose(spans(len(space.layered.labels)))[open_ & space.stages(point)[stage]].tolist():
+            every = np.transpose(interval_ends(len(space.layered.labels)))
+            for i, j in every[open_ & space.stages(point)[stage]].tolist():
                 if (i == 0) != (stage == 0) or (j == len(space.layered.labels)) != (stage == point.pp - 1):
                     continue
                 many = {g: model.table.group[i:j].count(g) for g in blocks & set(model.table.group[i:j])}
@@ -438,7 +439,7 @@ class Search:
             if way is None:
                 way = way_of(space, point, found)
                 ways.append(way)
-            lack = way.ranges.lacks(flights, space.limit, space.modes)[way.ranges.place(*span)]
+            lack = way.costs.shortfall(flights, space.limit, space.modes)[way.costs.index(*span)]
             if lack <= 0:
                 return
             room -= lack
@@ -449,13 +450,14 @@ class Search:
         space, way = self.space, self.ways[point][0]
         reached = self.reached.get(point, NEVER)
         if reached < NEVER:
-            held = {space.in_flight(point, stage): way.ranges.seconds for stage in range(point.pp)}
+            held = {space.in_flight(point, stage): way.costs.seconds for stage in range(point.pp)}
             free = best_cut(_masked(held, space, point, space.stages(point)), point.pp, space.micro_batches(point))
             if free and reached <= free.seconds * (1 + TOLERANCE):
                 return []
-        ratios = sorted(s.seconds / s.bytes for group in way.ranges.savings[-1].values() for s in group)
-        whole = way.ranges.place(0, len(space.layered.labels))
-        seconds, kept, state = (float(row[whole]) for row in (way.ranges.seconds, way.ranges.kept, way.ranges.state))
+        ratios = sorted(s.seconds / s.bytes for group in way.costs.savings[-1].values() for s in group)
+        whole = way.costs.index(0, len(space.layered.labels))
+        rows = way.costs.seconds, way.costs.saved_bytes, way.costs.state_bytes
+        seconds, kept, state = (float(row[whole]) for row in rows)
         ratios = ratios or [seconds / max(kept, 1.0)]
         least = 1e-6 * seconds / max(kept + state, 1.0)
         return [min(least, ratios[0]), *ratios, *(ratios[-1] * factor for factor in (3, 30, 1000))]
@@ -484,11 +486,11 @@ class Search:
         """For every number of micro-batches in flight f of the best of some ways, as far as it is at most
         `most`."""
         space, columns = self.space, dict[int, Array]()
-        places = [(way.ranges, way.ranges.within(most)) for way in ways]
+        places = [(way.costs, way.costs.within(most)) for way in ways]
         for number in flights:
-            columns[number] = column = np.full_like(ways[0].ranges.seconds, NEVER)
+            columns[number] = column = np.full_like(ways[0].costs.seconds, NEVER)
             for ranges, where in places:
-                f = ranges.least(where, number, space.limit, space.modes)
+                f = ranges.least_seconds(where, number, space.limit, space.modes)
                 column[where] = np.minimum(column[where], np.where(f <= most, f, NEVER))
         return columns
 
@@ -502,14 +504,14 @@ class Search:
         ends = (*cut.starts[1:], len(space.layered.labels))
         chosen, modes, times, problems = [], [], [], []
         for stage, (i, j) in enumerate(zip(cut.starts, ends, strict=True)):
-            flights, where = space.in_flight(point, stage), np.array([ways[0].ranges.place(i, j)])
-            times_of = [way.ranges.least(where, flights, space.limit, space.modes)[0] for way in ways]
+            flights, where = space.in_flight(point, stage), np.array([ways[0].costs.index(i, j)])
+            times_of = [way.costs.least_seconds(where, flights, space.limit, space.modes)[0] for way in ways]
             way = ways[int(np.argmin(times_of))]
-            mine = way.ranges.modes(i, j, flights, space.limit, space.modes)
+            mine = way.costs.modes(i, j, flights, space.limit, space.modes)
             chosen.append(way.solution.chosen)
             problems.append(way.solution.problem)
             modes += mine
-            times.append(way.ranges.exact(i, j, mine))
+            times.append(way.costs.exact_seconds(i, j, mine))
         seconds = sum(times) + (m - 1) * max(times)
         splits = tuple(filter(None, problems))
         return SearchResult(point, tuple(chosen), cut.starts, tuple(modes), tuple(times), seconds, problems=splits)
@@ -559,7 +561,7 @@ def zero_levels(space: SearchSpace, point: SearchPoint) -> list[int]:
 def _held_at_end(space: SearchSpace, point: SearchPoint, zero: int) -> float:
     """Bytes a byte of parameters takes at the end of a step at a ZeRO level, all in one message."""
     training = space.training(replace(point, zero=zero))
-    return sum(training.memory(1.0, True, True)) + float(training.ending(1.0, 1.0))
+    return sum(training.state_bytes(1.0, True, True)) + float(training.end_of_step_workspace(1.0, 1.0))
 
 
 def slower(space: SearchSpace, point: SearchPoint, one: int, other: int) -> float:
@@ -568,7 +570,7 @@ def slower(space: SearchSpace, point: SearchPoint, one: int, other: int) -> floa
     those of one are more."""
     seconds, device = [], space.device(point)
     for training in (space.training(replace(point, zero=zero)) for zero in (one, other)):
-        beside = device.overlapped_share * training.beside_seconds(1.0, True)
+        beside = device.overlapped_share * training.overlappable_seconds(1.0, True)
         whole = training.sync_seconds(1.0, True) + update_seconds(1.0, True, True, training, device)
         seconds.append((whole, beside))
     (mine, hidden), (theirs, others) = seconds

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autopart.passes.solve import Solution
-from autopart.planner.interval_costs import IntervalCosts, ranges
+from autopart.planner.interval_costs import IntervalCosts, interval_costs
 from autopart.planner.request import SearchPoint
 from autopart.planner.search_space import Interface, SearchSpace
 
@@ -15,13 +16,20 @@ class Candidate:
     """A solution of the equations; `interface` is what the ways of a plan's stages must agree on."""
 
     solution: Solution
-    ranges: IntervalCosts
+    costs: IntervalCosts
     interface: Interface
 
 
 def way_of(space: SearchSpace, point: SearchPoint, solution: Solution) -> Candidate:
     """Price a solution at every range of positions."""
-    model = space.model(point)
-    weighed, m = space.weigh(point, solution.chosen), space.micro_batches(point)
-    priced = ranges(weighed, model.table.group, model.table.block, m, space.turns(point), space.allowed_modes)
-    return Candidate(solution, priced, model.interface(solution.chosen))
+    costs = costs_of(space, point, solution.chosen, space.allowed_modes)
+    return Candidate(solution, costs, space.model(point).interface(solution.chosen))
+
+
+def costs_of(
+    space: SearchSpace, point: SearchPoint, chosen: tuple[int, ...], allowed: Sequence[tuple[str, ...]]
+) -> IntervalCosts:
+    """All intervals of a choice, whose positions may use the checkpointing modes of `allowed`."""
+    table, m = space.model(point).table, space.micro_batches(point)
+    costs = space.position_costs(point, chosen)
+    return interval_costs(costs, table.group, table.block, m, space.amortization(point), allowed)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopart.cost.compute import Array
-from autopart.cost.intervals import NEVER, spans
+from autopart.cost.intervals import NEVER, interval_ends
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _cut(path: Path, fill: int, least: float) -> Cut:
 def _bands(columns: Sequence[Array]) -> list[Array]:
     """band[j, l] = f[j - l - 1, j]: ranges by where they end and how long they are, none longer than any that fits."""
     n = (math.isqrt(8 * len(columns[0]) + 1) - 1) // 2
-    starts, ends = spans(n)
+    starts, ends = interval_ends(n)
     distinct, lengths = {id(f): f for f in columns}, ends - starts
     longest = max(int(np.max(lengths[np.isfinite(f)], initial=1)) for f in distinct.values())
     short = np.flatnonzero(lengths <= longest)

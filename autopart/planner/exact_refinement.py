@@ -6,11 +6,12 @@ The search takes this last, exact step where a model is small enough to try ever
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from autopart.cost.compute import Array
+from autopart.cost.liveness import IN_FLIGHT, MODES, Moment, SegmentBytes, StageBytes, moments
 from autopart.cost.prices import Prices
 from autopart.passes.constraint_matrix import Entries
 from autopart.passes.solve import Solution
@@ -35,140 +36,113 @@ def fastest_that_fit(
     space: SearchSpace, point: SearchPoint, span: tuple[int, int], room: float, counts: Mapping[int, Mapping[str, int]],
     in_flight: int, allowed: Options,
 ) -> Solution | None:  # fmt: skip
-    """The fastest splits of the positions `span` that fit `room` bytes, where of every class of blocks so many do as
-    each of MODES says; None where there are none."""
-    found = _Stretch(space, point, span, counts, in_flight)
-    model, there, link = found.model, found.there, space.between_stages(point)
-    sent, takes = messages(model, found.prices, span, link) if link is not None else np.zeros((2, len(there)))
-    held = in_flight * found.kept + receive_buffer_bytes(takes, in_flight, space.micro_batches(point))
-    beside, backward = space.windows(point)
-    late = _late(model.own[slice(*span)], beside, backward)
-    alone = model.own[slice(*span)].sum(0)
-    seconds = found.seconds + sent + beside * (there - alone)
-    peaks = _entries(np.array([*_ends(found, held), *_backwards(found)]))
-    return space.minimise(point, SplitProblem(seconds, allowed, Capacity(late, peaks, held + found.state, room)))
+    """The fastest splits of the positions `span` that fit `room` bytes, where of every class of blocks so many use each
+    of MODES as `counts` says; None where there are none."""
+    model, prices, link = space.model(point), space.priced(point), space.between_stages(point)
+    there, own, m = model.places_in(*span), model.own[slice(*span)], space.micro_batches(point)
+    sent, received = messages(model, prices, span, link) if link is not None else np.zeros((2, len(there)))
+    seconds, stage = _stage(space, point, span, counts, receive_buffer_bytes(received, in_flight, m))
+    overlappable, backward = space.windows(point)
+    lowest, *others = moments(stage, space.training(point), in_flight, m)
+    peaks = _entries(_rows(model, others, lowest.bytes))
+    capacity = Capacity(_late(own, overlappable, backward), peaks, lowest.bytes, room)
+    return space.minimise(point, SplitProblem(seconds + sent + overlappable * (there - own.sum(0)), allowed, capacity))
 
 
-class _Stretch:
-    """What the positions of a span cost, by priced variable.
+def _rows(model: Model, others: Iterable[Moment], lowest: Array) -> Array:
+    """Bytes of moments above the lowest, of which the largest counts: a row for every operator whose gradients are
+    those in flight."""
+    found: dict[tuple[bytes, bytes], Array] = {}
+    for moment in others:
+        in_flight = moment.alive.get(IN_FLIGHT, 0.0 * lowest)
+        rest = moment.bytes - in_flight - lowest
+        found.setdefault((in_flight.tobytes(), rest.tobytes()), _one_by_one(model, in_flight) + rest)
+    return np.concatenate(list(found.values()))
 
-    there            how many of its places are in the span;  share: of all
-    seconds, kept    of a micro-batch;  of_blocks: of the bytes kept those of blocks that do not all do the same
-    again            class of blocks that are run again -> bytes that exist because of it, right after the second run
-                     and in its backward
-    leaving          position -> bytes it keeps for a micro-batch, where they are taken to be gone afterwards
-    own, gradients   bytes of the gradients of the parameters that a position alone reads, and of all of these, where
-                     there are none before backward;  state: bytes of state besides
-    largest, in_backward, summed  as in `Prices`, of what is in the span
-    """
 
-    def __init__(
-        self,
-        space: SearchSpace,
-        point: SearchPoint,
-        span: tuple[int, int],
-        counts: Mapping[int, Mapping[str, int]],
-        in_flight: int,
-    ) -> None:
-        self.space, self.point, self.span, self.in_flight = space, point, span, in_flight
-        self.model, self.prices, self.training = space.model(point), space.priced(point), space.training(point)
-        self.there = self.model.places_in(*span)
-        self.share = self.there / np.maximum(self.model.places, 1.0)
-        self.begins = in_flight == space.micro_batches(point)
-        used = {mode for g in self.model.blocks for mode, count in counts.get(g, {}).items() if count}
-        self.seconds, self.kept, self.of_blocks = (np.zeros(len(self.there)) for _ in range(3))
-        self.again: dict[int, list[Array]] = {}
-        for group in {*self.model.table.group, -1}:
-            self._count(group, counts.get(group) or {"none": 1}, len(used) > 1)
-        self.leaving = {
-            p: _left(space, point, p, min(used, default="none"))
-            for p in range(*span)
-            if len(used) <= 1 or not self.model.table.block[p]
-        }
-        self.own = {p: _own_gradients(self.model, self.prices, p) for p in range(*span)}
-        self.gradients = sum(self.own.values()) * self.begins
-        self.state = self.of_nodes(self.prices.state) * self.there - self.gradients
-        self.summed = self.of_nodes(self.prices.summed) * (self.there > 0)
-        self.largest = self._existing(self.prices.largest, 1)
-        self.in_backward = [self._existing(each, 2) for each in self.prices.in_backward]
-
-    def of_nodes(self, amounts: Array) -> Array:
-        """What strategies have and nothing else."""
-        return np.concatenate([amounts, np.zeros(len(self.there) - len(amounts))])
-
-    def _existing(self, amounts: Array, times: int) -> Array:
-        after = self.prices.after
-        return np.concatenate([amounts, times * after, 0.0 * self.prices.memory]) * (self.there > 0)
-
-    def _count(self, group: int, counts: Mapping[str, int], differ: bool) -> None:
-        """Count what a class of runs costs of which so many do as each of MODES says."""
-        space, point, model = self.space, self.point, self.model
-        mine, whole = model.group == group, space.costs(point, {}).kept
-        for mode, count in counts.items():
+def _stage(
+    space: SearchSpace, point: SearchPoint, span: tuple[int, int], counts: Mapping[int, Mapping[str, int]],
+    arriving: Array,
+) -> tuple[Array, StageBytes]:  # fmt: skip
+    """By priced variable: seconds of a micro-batch in the positions `span`, and what `cost.liveness` is told of them;
+    `arriving` are bytes of messages."""
+    model, prices, training = space.model(point), space.priced(point), space.training(point)
+    table, there, inside = model.table, model.places_in(*span), slice(*span)
+    groups, block, share = table.group[inside], table.block[inside], there / np.maximum(model.places, 1.0)
+    used = {group: {mode: n for mode, n in many.items() if n} for group, many in counts.items()}
+    every = {mode for group in model.blocks for mode in used.get(group, ())}
+    segments = {group: _segment(space, point, group, span) for group in {*groups, -1}}
+    seconds, kept, differing = (np.zeros(len(there)) for _ in range(3))
+    for group in {*table.group, -1}:
+        modes = used.get(group) or {"none": 1}
+        for mode, n in modes.items():
             costs = space.costs(point, {group: mode} if group >= 0 else {})
-            part = np.where(mine, count / (sum(counts.values()) or 1), 0.0) * self.share
-            taken = count * _entering(model, self.prices, group) * self.share if mode != "none" else 0.0
-            self.seconds += part * costs.seconds
-            self.kept += part * costs.kept + taken
-            self.of_blocks += (part * costs.kept + taken) * (group in model.blocks and differ)
-            if mode != "none" and count:
-                gone = (self._products(), costs.kept) if mode == "selective" else (0.0, 0.0)
-                ways = [np.where(mine, (whole - results) / np.maximum(model.places, 1.0), 0.0) for results in gone]
-                known = self.again.get(group, ways)
-                self.again[group] = [np.maximum(a, b) for a, b in zip(known, ways, strict=True)]
-
-    def _products(self) -> Array:
-        """Bytes kept that matrix products give or keep."""
-        sizes, prices, table = self.model.sizes, self.prices, self.model.table
-        roots = np.array([table.nodes[table.keeps[keep].root].product for keep, _ in sizes.kept])
-        rows = [sizes.product * prices.inner, 0.0 * prices.change_forward, roots * prices.memory]
-        return np.concatenate(rows) * self.model.places
-
-
-def _ends(found: _Stretch, held: Array) -> Iterator[Array]:
-    """What exists at the end of a step, less what is held in backward, in rows that are sums."""
-    training = found.training
-    stepping = found.of_nodes(found.prices.stepping) * (found.there if training.together else found.there > 0)
-    for row in [stepping] if training.together else _one_by_one(found.model, stepping):
-        yield row - held + found.gradients
-    yield training.ending(found.summed, found.summed) * found.there - held + found.gradients
-
-
-def _backwards(found: _Stretch) -> Iterator[Array]:
-    """What exists besides in the backwards of a step, less what is gone or not there yet, likewise."""
-    one = found.kept
-    if not found.begins:
-        yield from _backward(found, False, 0.0 * one)
-        return
-    for first in (True, False)[: found.in_flight]:
-        yield from _backward(found, first, 0.0 * one if first else one)
+            part = np.where(model.group == group, n / sum(modes.values()), 0.0) * share
+            saved = part * costs.kept + (n * segments[group].block_input_bytes * share if mode != "none" else 0.0)
+            seconds, kept = seconds + part * costs.seconds, kept + saved
+            differing += saved * (group in model.blocks)
+    uniform = MODES.index(next(iter(every), "none"))
+    saved = np.array([segments[g].saved_under(uniform * mine) for g, mine in zip(groups, block, strict=True)])
+    if len(every) > 1:
+        blocks = np.flatnonzero(block)
+        saved[blocks] = 0.0
+        saved[blocks[0]] = differing
+    own = np.array([_own_gradients(model, prices, p) for p in range(*span)])
+    state = _of_nodes(model, prices.state) * there - own.sum(0)
+    workspace = _of_nodes(model, prices.optimizer_workspace) * (there if training.foreach else there > 0)
+    reduced = _of_nodes(model, prices.reduced_bytes) * (there > 0)
+    return seconds, StageBytes(
+        segments=[segments[group] for group in groups],
+        modes=[[*map(MODES.index, used.get(group) or {"none": 1})] for group in groups],
+        prelude=segments[-1],
+        saved=saved,
+        shared_saved=kept - saved.sum(0),
+        gradients=own,
+        state=(state, own.sum(0), 0.0 * state),
+        pending=_pending(model, prices, span),
+        messages=arriving,
+        end=[
+            *([workspace] if training.foreach else _one_by_one(model, workspace)),
+            training.end_of_step_workspace(reduced, reduced) * there,
+        ],
+    )
 
 
-def _backward(found: _Stretch, first: bool, gone_before: Array) -> Iterator[Array]:
-    """In the `first` backward of a step, or in others, where so much is gone before."""
-    model, table, training, span = found.model, found.model.table, found.training, range(*found.span)
-    backward, gradients = found.in_backward[0 if first else 1], found.gradients
-    all_gone = sum(found.leaving.values()) + found.of_blocks + gone_before - gradients
-    for row in _one_by_one(model, np.where(model.group < 0, found.in_backward[1], 0.0)):
-        yield row - all_gone
-    yield (gradients - gone_before) * (not first)
-    block = min((p for p in span if table.block[p]), default=span.stop)
-    last, waiting = _waiting(model, found.prices, found.span)
-    seen = set()
-    for p in span:
-        group, later = table.group[p], (kept for q, kept in found.leaving.items() if q > p)
-        come = sum(found.own[q] for q in span if q >= p) if first else gradients
-        gone = sum(later) + found.of_blocks * (p < block) + gone_before - come - waiting * (p < last)
-        if (group, gone.tobytes()) in seen:
-            continue
-        seen.add((group, gone.tobytes()))
-        mine = model.group == group
-        gathered = np.where(mine, training.gathered(found.summed), 0.0) - gone
-        after, within = (gathered + again for again in found.again.get(group, [0.0 * gone] * 2))
-        summing = np.where(mine, training.summing(found.summed, found.summed, model.sizes.alone[p]), 0.0) - gone
-        for amounts, besides in ((found.largest, (after, summing)), (backward, (within,))):
-            for row in (*_one_by_one(model, np.where(mine, amounts, 0.0)), 0.0 * gone):
-                yield from (row + beside for beside in besides)
+def _segment(space: SearchSpace, point: SearchPoint, group: int, span: tuple[int, int]) -> SegmentBytes:
+    """Bytes of a position of a class of a span, by priced variable; -1: of what the stage makes for all of them."""
+    model, prices = space.model(point), space.priced(point)
+    sizes, table, there = model.sizes, model.table, model.places_in(*span) > 0
+    mine = (model.group == group) * 1.0
+    roots = np.array([table.nodes[table.keeps[keep].root].product for keep, _ in sizes.kept])
+    products = np.concatenate(
+        [sizes.product * prices.inner, 0.0 * prices.change_forward, roots * prices.saved_tensor_bytes]
+    )
+    kept = [
+        mine * space.costs(point, {group: mode} if group >= 0 else {}).kept / np.maximum(model.places, 1.0)
+        for mode in MODES
+    ]
+
+    def largest(amounts: Array, times: int) -> Array:
+        every = np.concatenate([amounts, times * prices.reshard_bytes, 0.0 * prices.saved_tensor_bytes])
+        return np.asarray(every * there * mine)
+
+    reduced = _of_nodes(model, prices.reduced_bytes) * there * mine
+    one = [model.sizes.single_parameter[p] for p in range(*span) if table.group[p] == group]
+    return SegmentBytes(
+        saved_bytes=kept,
+        reused_bytes=[0.0, mine * products, 0.0],
+        block_input_bytes=_block_inputs(model, prices, group),
+        regathered_bytes=0.0,
+        largest_gradient=largest(prices.largest_gradient, 1) * (group >= 0),
+        backward_bytes=[largest(prices.backward_bytes[int(not first or group < 0)], 2) for first in (True, False)],
+        reduced_bytes=(reduced, reduced),
+        single_parameter=all(one),
+    )
+
+
+def _of_nodes(model: Model, amounts: Array) -> Array:
+    """What strategies have and neither changes of placement nor saved tensors."""
+    return np.concatenate([amounts, np.zeros(len(model.places) - len(amounts))])
 
 
 def _entries(rows: Array) -> Entries:
@@ -177,30 +151,21 @@ def _entries(rows: Array) -> Entries:
 
 
 def _late(own: Array, beside: Array, backward: Array) -> Entries:
-    """Sums of which the largest is for how long gradients travel after the backward of positions (`ranges.exposed`)."""
+    """Sums of which the largest is for how long gradients travel after the backward of positions (`exposed`)."""
     done = np.cumsum(own, 0) - own
     return _entries((beside * (done + own) - backward * done) * beside.any())
 
 
-def _left(space: SearchSpace, point: SearchPoint, position: int, mode: str) -> Array:
-    """Bytes that a position keeps for a micro-batch; a block that does as one of MODES says."""
-    model, group = space.model(point), space.model(point).table.group[position]
-    again = model.table.block[position] and mode != "none"
-    kept = np.where(model.group == group, space.costs(point, {group: mode} if again else {}).kept, 0.0)
-    taken = _entering(model, space.priced(point), group) if again else 0.0
-    return np.asarray(kept / np.maximum(model.places, 1.0) + taken)
-
-
-def _waiting(model: Model, prices: Prices, span: tuple[int, int]) -> tuple[int, Array]:
-    """The last position of a range that reads a parameter which an earlier one reads too, and bytes of the gradients of
-    all such by their strategies."""
-    last, bytes_ = span[0], np.zeros(len(model.places))
+def _pending(model: Model, prices: Prices, span: tuple[int, int]) -> tuple[int, Array]:
+    """The last position of a span, counted from its first, that reads a parameter which an earlier one reads too, and
+    bytes of the gradients of all such parameters, by their strategies."""
+    last, bytes_ = 0, np.zeros(len(model.places))
     for index, places in model.table.state.items():
         mine = slice(*model.sizes.first[index : index + 2])
         for inside in ([p for p in positions if span[0] <= p < span[1]] for positions in places):
-            if len(inside) > 1 and prices.waiting[mine].any():
-                bytes_[mine] += prices.waiting[mine]
-                last = max(last, *inside)
+            if len(inside) > 1 and prices.pending_grad_bytes[mine].any():
+                bytes_[mine] += prices.pending_grad_bytes[mine]
+                last = max(last, *(p - span[0] for p in inside))
     return last, bytes_
 
 
@@ -210,11 +175,11 @@ def _own_gradients(model: Model, prices: Prices, position: int) -> Array:
     for index, places in model.table.state.items():
         if (position,) in places:
             mine = slice(*model.sizes.first[index : index + 2])
-            bytes_[mine] = prices.parts[mine, 1]
+            bytes_[mine] = prices.state_bytes[mine, 1]
     return bytes_
 
 
-def _entering(model: Model, prices: Prices, group: int) -> Array:
+def _block_inputs(model: Model, prices: Prices, group: int) -> Array:
     """Bytes that one block of a class takes from other runs, by the strategy that makes them."""
     sizes, table, bytes_ = model.sizes, model.table, np.zeros(len(model.places))
     for flow in table.flows:

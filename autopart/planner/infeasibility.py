@@ -87,7 +87,7 @@ def _ways_out(request: Request, point: SearchPoint) -> Iterator[str]:
 def _shortage(space: SearchSpace, point: SearchPoint, way: Candidate) -> Shortage | None:
     """Of the cut that leaves the most crowded stage the most room; None where there is no cut."""
     lacks = {
-        flights: way.ranges.lacks(flights, space.limit, space.modes)
+        flights: way.costs.shortfall(flights, space.limit, space.modes)
         for flights in {space.in_flight(point, s) for s in range(point.pp)}
     }
     offset, allowed = min(f.min() for f in lacks.values()), space.stages(point)
@@ -96,13 +96,13 @@ def _shortage(space: SearchSpace, point: SearchPoint, way: Candidate) -> Shortag
         return None
     ends = (*cut.starts[1:], len(space.layered.labels))
     stages = list(zip(cut.starts, ends, strict=True))
-    stage = max(range(point.pp), key=lambda s: lacks[space.in_flight(point, s)][way.ranges.place(*stages[s])])
-    here, flights = way.ranges.place(*stages[stage]), space.in_flight(point, stage)
+    stage = max(range(point.pp), key=lambda s: lacks[space.in_flight(point, s)][way.costs.index(*stages[s])])
+    here, flights = way.costs.index(*stages[stage]), space.in_flight(point, stage)
     parts = {
-        "all parameters, gradients and optimizer states": way.ranges.state[here],
-        f"activations of {flights} micro-batches before any is recomputed": flights * way.ranges.kept[here],
-        "messages on their way": float(way.ranges.arriving(np.array([here]), flights)[0]),
-        "the largest tensors of the moment": way.ranges.others.late[0, here],
+        "all parameters, gradients and optimizer states": way.costs.state_bytes[here],
+        f"activations of {flights} micro-batches before any is recomputed": flights * way.costs.saved_bytes[here],
+        "messages on their way": float(way.costs.message_bytes(np.array([here]), flights)[0]),
+        "the largest tensors of the moment": way.costs.others.late[0, here],
     }
     for name, size in sorted(_parameters(space, point, way, stages[stage]).items(), key=lambda item: -item[1])[:2]:
         parts[f"of these {name}"] = size

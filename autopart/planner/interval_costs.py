@@ -1,311 +1,231 @@
-"""What every range of positions costs under one choice of splits: seconds, and bytes when most is alive.
+"""Seconds and peak bytes of every interval of positions under one choice of strategies.
 
-What is told of all ranges of n positions is a row of n (n + 1) / 2 numbers, in the order of `rows.spans`.
+What is told of all intervals of n positions is a row of n (n + 1) / 2 numbers, in the order of
+`intervals.interval_ends`. Peak bytes are read from the events of `cost.liveness` by `cost.transient_peaks`.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autopart.cost.compute import Array
-from autopart.cost.intervals import NEVER, has, maxima, place, spans, sums
-from autopart.cost.position_costs import MODES, Crossings, PositionCosts
-from autopart.cost.transient_peaks import TransientPeaks, moments
+from autopart.cost.intervals import NEVER, contains_any, interval_index, interval_maxima, interval_sums
+from autopart.cost.liveness import MODES, backwards
+from autopart.cost.position_costs import PositionCosts
+from autopart.cost.transient_peaks import TransientPeaks, transient_peaks
 from autopart.plan.schedules import receive_buffer_bytes
+from autopart.planner.checkpoint_steps import (
+    Checkpointed,
+    CheckpointStep,
+    UniformCheckpointing,
+    checkpoint_steps,
+    uniform_checkpointing,
+)
+from autopart.planner.interval_seconds import crossed, exposed
 
-Rows = NDArray[np.int_] | slice
-
-
-@dataclass
-class UniformCheckpointing:
-    """All blocks of every range as one of MODES says: where they may, seconds more, and bytes less per micro-batch,
-    than as the first that they may."""
-
-    possible: NDArray[np.bool_]
-    seconds: Array
-    bytes: Array
+Where = NDArray[np.int_] | slice
+"""Indices of intervals, or all."""
 
 
 @dataclass
 class IntervalCosts:
-    """What every range of positions costs under one choice of splits.
+    """What every interval costs under one choice of strategies. Where no mode is named, every position uses the first
+    mode that it may use.
 
-    seconds   forward, backward, the share of exposed gradient sync in a turn, messages; nothing run again
-    state     bytes of parameters, gradients and optimizer states
-    kept      bytes per micro-batch, nothing run again;  blocks_kept: of them what blocks keep
-    takes     bytes of a micro-batch's values that come from earlier ranges
-    first     what exists besides in a step's first backward, before which there are no gradients;  others: in others
-    stepping  bytes that are made at the end of a step, when nothing is kept
-    entered   bytes that several blocks take, kept if one of them is run again
-    again     seconds that each of MODES adds at every position
-    group     class of every position: equal ones cost the same and may do the same;  least_modes: the one of MODES that
-              keeps most of those it may do
-    blocks    kind of block -> how many there are;  savings: for each of MODES as the furthest that blocks are run
-              again, kind of block -> what running one of it again costs and saves;  alike: of each of MODES
+    seconds                forward, backward, the amortized share of exposed gradient sync, messages
+    state_bytes            of parameters, gradients and optimizer states
+    saved_bytes            per micro-batch;  block_saved_bytes: of these, what blocks save
+    received_bytes         of a micro-batch's values from earlier intervals
+    first, others          transient bytes in the first backward of a step, where no gradients exist before it, and in
+                           others
+    end_of_step_workspace  bytes allocated at the end of a step
+    block_input_bytes      of values that several blocks read, saved if one of these blocks is recomputed
+    recompute_seconds      [modes, positions]: seconds that each of MODES adds
+    group                  class of every position: blocks of a class cost the same and may use the same modes
+    least_modes            the first mode that each position may use
+    blocks                 class of blocks -> number of blocks
+    savings                for each of MODES as the furthest: class of blocks -> the steps that one block may take
+    uniform                for each of MODES: all blocks use it
     """
 
     seconds: Array
-    state: Array
-    kept: Array
-    blocks_kept: Array
-    takes: Array
+    state_bytes: Array
+    saved_bytes: Array
+    block_saved_bytes: Array
+    received_bytes: Array
     first: TransientPeaks
     others: TransientPeaks
-    stepping: Array
-    entered: Array
-    again: Array
+    end_of_step_workspace: Array
+    block_input_bytes: Array
+    recompute_seconds: Array
     group: Sequence[int]
     least_modes: Sequence[str]
     micro_batches: int
     blocks: dict[int, Array] = field(default_factory=dict)
     savings: Sequence[dict[int, list[CheckpointStep]]] = ()
-    alike: Sequence[UniformCheckpointing] = ()
+    uniform: Sequence[UniformCheckpointing] = ()
 
-    def place(self, i: int, j: int) -> int:
-        """Where a range stands among all."""
-        return place(i, j, len(self.group))
+    def index(self, i: int, j: int) -> int:
+        """The index of the interval [i, j)."""
+        return interval_index(i, j, len(self.group))
 
-    def held(self, where: Rows, in_flight: int) -> Array:
-        """Bytes of some ranges when most is alive, nothing run again, with that many micro-batches in flight."""
-        state = self.state[where] + self.arriving(where, in_flight)
+    def peak_bytes(self, where: Where, in_flight: int) -> Array:
+        """Peak bytes of some intervals with `in_flight` micro-batches in flight, but for the end of a step."""
+        state = self.state_bytes[where] + self.message_bytes(where, in_flight)
         each = [
-            flights * self.kept[where] + np.maximum(m.late[0, where], m.early[where] - self.blocks_kept[where])
-            for m, flights in self._backwards(in_flight)
+            flights * self.saved_bytes[where]
+            + np.maximum(peaks.late[0, where], peaks.early[where] - self.block_saved_bytes[where])
+            for peaks, flights in self._backwards(in_flight)
         ]
         return np.asarray(state + np.maximum.reduce(each))
 
     def _backwards(self, in_flight: int) -> list[tuple[TransientPeaks, int]]:
-        """The moments that count, with the micro-batches in flight then. Where all are in flight before the first
-        backward, there are no gradients then, and one micro-batch less afterwards."""
-        if in_flight < self.micro_batches:
-            return [(self.others, in_flight)]
-        return [(self.first, in_flight), (self.others, in_flight - 1)][:in_flight]
+        """The backwards of a step in which most may be alive, each with the micro-batches in flight then."""
+        every = backwards(in_flight, self.micro_batches)
+        return [(self.first if backward.first else self.others, backward.in_flight) for backward in every]
 
-    def arriving(self, where: Rows, in_flight: int) -> Array:
-        """Bytes of messages that are on their way then."""
-        return np.asarray(receive_buffer_bytes(self.takes[where], in_flight, self.micro_batches))
+    def message_bytes(self, where: Where, in_flight: int) -> Array:
+        """Bytes of received values that wait for the stage."""
+        return np.asarray(receive_buffer_bytes(self.received_bytes[where], in_flight, self.micro_batches))
 
     def within(self, most: float) -> NDArray[np.int_]:
-        """The ranges that take at most so many seconds, nothing run again."""
+        """The intervals that take at most so many seconds."""
         return np.flatnonzero(self.seconds <= most)
 
-    def least(self, where: NDArray[np.int_], in_flight: int, limit: float, modes: Sequence[str]) -> Array:
-        """f of some ranges with that many micro-batches in flight: blocks are run again, those that save most a
-        second first, until the range fits."""
-        seconds, steps = self.seconds[where], self.state[where] + self.stepping[where] <= limit
-        short = self.held(where, in_flight) - limit
+    def least_seconds(self, where: NDArray[np.int_], in_flight: int, limit: float, modes: Sequence[str]) -> Array:
+        """f of some intervals under a limit of bytes: blocks take steps to `modes`, those with most bytes a second
+        first, until the interval fits; infinite where none fits."""
+        seconds, steps = self.seconds[where], self.state_bytes[where] + self.end_of_step_workspace[where] <= limit
+        short = self.peak_bytes(where, in_flight) - limit
         f, over = np.where((short <= 0) & steps, seconds, NEVER), np.flatnonzero((short > 0) & steps)
-        for again in self._ways_to_run_again(where[over], in_flight, limit, modes) if len(over) else ():
-            f[over] = np.minimum(f[over], np.where(again.short <= 0, again.seconds, NEVER))
+        for found in self._checkpointed(where[over], in_flight, limit, modes) if len(over) else ():
+            f[over] = np.minimum(f[over], np.where(found.shortfall <= 0, found.seconds, NEVER))
         return f
 
-    def lacks(self, in_flight: int, limit: float, modes: Sequence[str]) -> Array:
-        """Bytes that every range is above the limit at its smallest."""
+    def shortfall(self, in_flight: int, limit: float, modes: Sequence[str]) -> Array:
+        """Bytes of every interval above the limit, at its smallest."""
         every = slice(None)
-        short = self.held(every, in_flight) - limit
-        for again in self._ways_to_run_again(every, in_flight, limit, modes):
-            short = np.minimum(short, again.short)
-        return np.maximum(short, self.state + self.stepping - limit)
+        short = self.peak_bytes(every, in_flight) - limit
+        for found in self._checkpointed(every, in_flight, limit, modes):
+            short = np.minimum(short, found.shortfall)
+        return np.maximum(short, self.state_bytes + self.end_of_step_workspace - limit)
 
     def modes(self, i: int, j: int, in_flight: int, limit: float, modes: Sequence[str]) -> list[str]:
-        """What every position of a range does where it takes its least time: the first blocks of a kind are run
-        again."""
-        result, where = list(self.least_modes[i:j]), np.array([self.place(i, j)])
-        if self.held(where, in_flight)[0] <= limit:
+        """The mode of every position of [i, j) where the interval takes `least_seconds`: the first blocks of a class
+        take the steps."""
+        result, where = list(self.least_modes[i:j]), np.array([self.index(i, j)])
+        if self.peak_bytes(where, in_flight)[0] <= limit:
             return result
-        ways = [w for w in self._ways_to_run_again(where, in_flight, limit, modes) if w.short[0] <= 0]
-        for step, count in min(ways, key=lambda w: w.seconds[0]).counts if ways else ():
+        fitting = [w for w in self._checkpointed(where, in_flight, limit, modes) if w.shortfall[0] <= 0]
+        for step, count in min(fitting, key=lambda w: w.seconds[0]).counts if fitting else ():
             mine = [p for p in range(i, j) if self.group[p] == step.kind]
             for p in mine[: int(count[0])]:
                 result[p - i] = step.mode
         return result
 
-    def exact(self, i: int, j: int, modes: Sequence[str]) -> float:
-        """Seconds of a range whose positions do as `modes` say."""
+    def exact_seconds(self, i: int, j: int, modes: Sequence[str]) -> float:
+        """Seconds of [i, j) whose positions use `modes`."""
         pairs = enumerate(zip(modes, self.least_modes[i:j], strict=True), start=i)
-        extra = sum(self.again[MODES.index(m), p] - self.again[MODES.index(least), p] for p, (m, least) in pairs)
-        return float(self.seconds[self.place(i, j)] + extra)
+        extra = sum(
+            self.recompute_seconds[MODES.index(mode), p] - self.recompute_seconds[MODES.index(least), p]
+            for p, (mode, least) in pairs
+        )
+        return float(self.seconds[self.index(i, j)] + extra)
 
-    def _ways_to_run_again(self, where: Rows, in_flight: int, limit: float, modes: Sequence[str]) -> Iterator[Again]:
-        """Run blocks again until some ranges fit, as far as each of MODES; and all of them alike."""
-        base, each = self.state[where] + self.arriving(where, in_flight) - limit, self.kept[where] + self.entered[where]
+    def _checkpointed(self, where: Where, in_flight: int, limit: float, modes: Sequence[str]) -> Iterator[Checkpointed]:
+        """Some intervals with blocks that take steps until the interval fits, for each of MODES as the furthest; and
+        with all blocks in one mode."""
+        base = self.state_bytes[where] + self.message_bytes(where, in_flight) - limit
+        saved, every = self.saved_bytes[where] + self.block_input_bytes[where], self._backwards(in_flight)
         for furthest, savings in enumerate(self.savings):
             steps = [s for group in savings.values() for s in group if s.mode in modes]
             seconds, counts, short = self.seconds[where].copy(), [], []
-            for moment, flights in self._backwards(in_flight):
-                held = base + flights * each
-                short.append((held + moment.late[furthest, where], flights))
-                short.append((held + moment.early[where] - self.blocks_kept[where], flights - 1))
+            for peaks, flights in every:
+                bytes_ = base + flights * saved
+                short.append((bytes_ + peaks.late[furthest, where], flights))
+                short.append((bytes_ + peaks.early[where] - self.block_saved_bytes[where], flights - 1))
             for step in sorted(steps, key=lambda s: s.seconds / s.bytes):
-                needed = np.maximum.reduce([lacks / flights for lacks, flights in short if flights])
+                needed = np.maximum.reduce([lack / flights for lack, flights in short if flights])
                 count = np.clip(np.ceil(needed / step.bytes), 0, self.blocks[step.kind][where])
                 seconds += count * step.seconds
-                short = [(lacks - count * flights * step.bytes, flights) for lacks, flights in short]
+                short = [(lack - count * flights * step.bytes, flights) for lack, flights in short]
                 counts.append((step, count))
             if steps:
-                yield Again(seconds, np.maximum.reduce([lacks for lacks, _ in short]), counts)
-        for mode, alike in enumerate(self.alike):
+                yield Checkpointed(seconds, np.maximum.reduce([lack for lack, _ in short]), counts)
+        for mode, uniform in enumerate(self.uniform):
             if MODES[mode] in modes:
-                short = []
-                for moment, flights in self._backwards(in_flight):
-                    held = base + flights * (each - alike.bytes[where])
-                    early = moment.early[where] - self.blocks_kept[where] + alike.bytes[where]
-                    short.append((held + np.maximum(moment.alike[mode, where], early), flights))
-                lack = np.where(alike.possible[where], np.maximum.reduce([lacks for lacks, _ in short]), NEVER)
+                lacks = []
+                for peaks, flights in every:
+                    early = peaks.early[where] - self.block_saved_bytes[where] + uniform.bytes[where]
+                    most = np.maximum(peaks.uniform[mode, where], early)
+                    lacks.append(base + flights * (saved - uniform.bytes[where]) + most)
+                lack = np.where(uniform.possible[where], np.maximum.reduce(lacks), NEVER)
                 counts = [(CheckpointStep(k, MODES[mode], 0.0, 0.0), many[where]) for k, many in self.blocks.items()]
-                yield Again(self.seconds[where] + alike.seconds[where], lack, counts)
+                yield Checkpointed(self.seconds[where] + uniform.seconds[where], lack, counts)
 
 
-@dataclass(frozen=True)
-class Again:
-    """Ranges with blocks run again: seconds, bytes still short, and how many blocks take each step."""
-
-    seconds: Array
-    short: Array
-    counts: Sequence[tuple[CheckpointStep, Array]]
-
-
-@dataclass(frozen=True)
-class CheckpointStep:
-    """What a block saves, per micro-batch in flight, when it takes the step to `mode`: bytes, for seconds."""
-
-    kind: int
-    mode: str
-    seconds: float
-    bytes: float
-
-
-def ranges(
-    found: PositionCosts,
-    group: Sequence[int],
-    block: Sequence[bool],
-    micro_batches: int,
-    turns: int,
+def interval_costs(
+    costs: PositionCosts, group: Sequence[int], block: Sequence[bool], micro_batches: int, amortization: int,
     allowed: Sequence[tuple[str, ...]],
-) -> IntervalCosts:
-    """All ranges of a weighed choice; `turns` is as in `cost.turns`. `allowed` says which of MODES every position may
-    do; the class of blocks that may not do the same, or keep as much, is not the same either."""
-    n, everywhere = len(group), np.arange(len(group))
-    least = [MODES.index(modes[0]) for modes in allowed]
-    rerun = np.array([mode > 0 for mode in least])
-    each = np.where(rerun, found.kept[least, everywhere] + found.entered, found.kept[0])
-    seconds = sums(found.forward + found.backward + found.again[least, everywhere] + found.sync / turns)
-    seconds += exposed(found.beside, found.backward) * (found.training.backwards / turns)
-    state, kept, blocks_kept = (sums(x) for x in (found.parts.sum(0), each, np.where(block, each, 0.0)))
-    first, others = (moments(found, allowed, block, begins) for begins in (True, False))
-    depth, training = len(first.late), found.training
-    stepping, entered = (sums if training.together else maxima)(found.stepping), np.zeros(len(seconds))
-    sent = sums(found.summed[2])
-    for item in found.items:
-        inside = has(item.positions, n)
-        stepping = (np.add if training.together else np.maximum)(stepping, inside * item.stepping)
-        sent += inside * item.summed
-        seconds += inside * (item.forward + item.backward + item.sync / turns)
-        state += inside * sum(item.parts)
-        kept += inside * item.kept
-        if item.entered:
-            entering = has([p for p in item.positions if rerun[p]], n)
-            kept, entered = kept + entering * item.entered, entered + (inside & ~entering) * item.entered
-    stepping = np.maximum(stepping, training.ending(sent, maxima(found.summed[1])))
-    messages, takes = crossed(found.crossings, n)
-    seconds += messages
-    classes: dict[tuple[int, bool, tuple[str, ...], tuple[float, ...]], int] = {}
-    saves = np.column_stack([*found.kept, found.entered]).round().tolist()
-    rows = zip(group, block, allowed, map(tuple, saves), strict=True)
-    kind = [classes.setdefault(row, len(classes)) for row in rows]
-    where = {number: np.array(kind) == number for (_, isblock, *_), number in classes.items() if isblock}
-    modes = {number: may for (_, _, may, _), number in classes.items()}
+) -> IntervalCosts:  # fmt: skip
+    """All intervals of a choice of strategies. `allowed` are the modes that every position may use; `amortization` as
+    in `training_state`."""
+    n, training = len(group), costs.training
+    least = np.array([MODES.index(modes[0]) for modes in allowed])
+    recomputed, once = least > 0, [(item, contains_any(item.positions, n)) for item in costs.once]
+    saved = costs.saved_bytes[least, np.arange(n)] + costs.block_input_bytes * recomputed
+    seconds = costs.forward + costs.backward + costs.recompute_seconds[least, np.arange(n)]
+    seconds = interval_sums(seconds + costs.sync_seconds / amortization)
+    seconds += exposed(costs.overlappable_seconds, costs.backward) * (training.backwards / amortization)
+    state, saves, block_saves = (interval_sums(x) for x in (costs.state_bytes.sum(0), saved, np.where(block, saved, 0)))
+    workspace = (interval_sums if training.foreach else interval_maxima)(costs.optimizer_workspace)
+    reduced, shared_inputs = interval_sums(costs.reduced_bytes[2]), np.zeros(len(seconds))
+    for item, inside in once:
+        workspace = (np.add if training.foreach else np.maximum)(workspace, inside * item.optimizer_workspace)
+        reduced += inside * item.reduced_bytes
+        seconds += inside * (item.forward + item.backward + item.sync_seconds / amortization)
+        state += inside * sum(item.state_bytes)
+        saves += inside * item.saved_bytes
+        if item.block_input_bytes:
+            already = contains_any([p for p in item.positions if recomputed[p]], n)
+            saves += already * item.block_input_bytes
+            shared_inputs += (inside & ~already) * item.block_input_bytes
+    message_seconds, received = crossed(costs.crossings, n)
+    first, others = (transient_peaks(costs, allowed, block, begins) for begins in (True, False))
+    kind = _classes(costs, group, block, allowed)
+    where = {kind[p]: np.array(kind) == kind[p] for p in range(n) if block[p]}
+    modes, depths = {kind[p]: allowed[p] for p in range(n)}, range(len(first.late))
     return IntervalCosts(
-        seconds, state, kept, blocks_kept, takes, first, others, stepping, entered, found.again, kind,
-        [MODES[mode] for mode in least], micro_batches, {k: sums(mine.astype(float)) for k, mine in where.items()},
-        [{k: _savings(found, k, mine, modes[k], furthest) for k, mine in where.items()} for furthest in range(depth)],
-        [_alike(found, allowed, block, each, mode) for mode in range(depth)],
-    )  # fmt: skip
-
-
-def _alike(
-    found: PositionCosts, allowed: Sequence[tuple[str, ...]], block: Sequence[bool], each: Array, mode: int
-) -> UniformCheckpointing:
-    """All blocks as one of MODES says; `each` position keeps so much as the first that it may."""
-    cannot = [mine and MODES[mode] not in modes for modes, mine in zip(allowed, block, strict=True)]
-    least = [MODES.index(modes[0]) for modes in allowed]
-    more = found.again[mode] - found.again[least, np.arange(len(block))]
-    less = each - found.kept[mode] - found.entered * (mode > 0)
-    return UniformCheckpointing(
-        sums(np.array(cannot, dtype=float)) == 0, sums(np.where(block, more, 0.0)), sums(np.where(block, less, 0.0))
+        seconds=seconds + message_seconds,
+        state_bytes=state,
+        saved_bytes=saves,
+        block_saved_bytes=block_saves,
+        received_bytes=received,
+        first=first,
+        others=others,
+        end_of_step_workspace=np.maximum(
+            workspace, training.end_of_step_workspace(reduced, interval_maxima(costs.reduced_bytes[1]))
+        ),
+        block_input_bytes=shared_inputs,
+        recompute_seconds=costs.recompute_seconds,
+        group=kind,
+        least_modes=[MODES[mode] for mode in least],
+        micro_batches=micro_batches,
+        blocks={k: interval_sums(mine.astype(float)) for k, mine in where.items()},
+        savings=[{k: checkpoint_steps(costs, k, mine, modes[k], f) for k, mine in where.items()} for f in depths],
+        uniform=[uniform_checkpointing(costs, allowed, block, saved, mode) for mode in depths],
     )
 
 
-def exposed(beside: Array, backward: Array) -> Array:
-    """Of every range, for how long gradients still travel when its backward is done.
-
-    Backward goes from the last position to the first. When that of p is done, its gradients start to travel, which
-    takes beside[p], behind those of later positions: they have come max over p of (sum of beside up to p - sum of
-    backward before p) after the end. What positions run again is not counted to their backward. `beside` is
-    `Device.overlapped_share` times the seconds of the messages: what is left of these is the slowdown of computing
-    meanwhile, and is paid in any case. The runtime sends when a message is full, so that the last one may hold more
-    than a position's.
-    """
-    starts, _ = spans(len(beside))
-    if not beside.any():
-        return np.zeros(len(starts))
-    sent, done = (np.concatenate([[0.0], np.cumsum(each)]) for each in (beside, backward))
-    return maxima(sent[1:] - done[:-1]) - (sent - done)[starts]
-
-
-def after(beside: Sequence[float], backward: Sequence[float]) -> float:
-    """`exposed` of one range, on a clock."""
-    now = arrived = 0.0
-    for travels, takes in zip(reversed(beside), reversed(backward), strict=True):
-        now += takes
-        arrived = max(arrived, now) + travels
-    return arrived - now
-
-
-def _savings(
-    found: PositionCosts, kind: int, where: NDArray[np.bool_], modes: Sequence[str], furthest: int
-) -> list[CheckpointStep]:
-    """The steps of one kind of block from the first of the modes it may do towards keeping less, each dearer than the
-    one before; those that another beats are left out. Blocks that take other values may take other times: the longest
-    counts."""
-    first, *more = [k for k in map(MODES.index, modes) if k <= furthest or MODES[k] == modes[0]]
-    start = found.kept[first, where] + found.entered[where] * (first > 0)
-    hull = [(first, 0.0, float(start.min()))]
-    for mode in more:
-        less = found.kept[mode, where] + found.entered[where] - start
-        again = (found.again[mode, where] - found.again[first, where]).max()
-        point = (mode, float(again), float(less.max() + start.min()))
-        if point[2] >= hull[-1][2]:
-            continue
-        while len(hull) > 1 and _slope(hull[-1], point) <= _slope(hull[-2], hull[-1]):
-            hull.pop()
-        hull.append(point)
-    return [CheckpointStep(kind, MODES[b[0]], b[1] - a[1], a[2] - b[2]) for a, b in itertools.pairwise(hull)]
-
-
-def _slope(one: tuple[int, float, float], other: tuple[int, float, float]) -> float:
-    return (other[1] - one[1]) / (one[2] - other[2])
-
-
-def crossed(crossings: Iterable[Crossings], n: int) -> tuple[Array, Array]:
-    """Of every range of n positions: seconds of the messages of what it takes from earlier ones and gives to later
-    ones, and bytes of what it takes."""
-    starts, ends = spans(n)
-    seconds, takes, following = np.zeros(len(starts)), np.zeros(len(starts)), np.zeros((2, n + 1))
-    for values in crossings:
-        near = (values.users == values.homes + 1) & (not values.one)
-        for row, amount in zip(following, (values.seconds, values.size), strict=True):
-            np.add.at(row, values.users[near], amount)
-        far = np.flatnonzero(~near)
-        for where in [far] if values.one else far[:, None]:
-            home, users = int(values.homes[where[0]]), values.users[where].tolist()
-            taken = has(users, n) & (starts > home)
-            given = (starts <= home) & (home < ends) & (ends <= max(users))
-            seconds += (taken.astype(float) + given) * values.seconds
-            takes += taken * values.size
-    return seconds + following[0, starts] + following[0, ends], takes + following[1, starts]
+def _classes(
+    costs: PositionCosts, group: Sequence[int], block: Sequence[bool], allowed: Sequence[tuple[str, ...]]
+) -> list[int]:
+    """The class of every position, finer than `group`: positions of a class may use the same modes and save the same
+    bytes under each."""
+    saves = np.column_stack([*costs.saved_bytes, costs.block_input_bytes]).round().tolist()
+    known: dict[tuple[int, bool, tuple[str, ...], tuple[float, ...]], int] = {}
+    return [known.setdefault(row, len(known)) for row in zip(group, block, allowed, map(tuple, saves), strict=True)]

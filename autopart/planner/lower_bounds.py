@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopart.cost.compute import Array
-from autopart.cost.intervals import NEVER, spans
+from autopart.cost.intervals import NEVER, interval_ends
 from autopart.cost.position_costs import least_crossings
-from autopart.planner.interval_costs import crossed
+from autopart.planner.interval_seconds import crossed
 from autopart.planner.request import SearchPoint
 from autopart.planner.search_space import SearchSpace
 
@@ -63,7 +63,7 @@ def row_of(group: tuple[int, ...], allowed: tuple[tuple[str, ...], ...]) -> Row:
     kinds = tuple(sorted(set(rows)))
     stands = np.array([[row == kind for kind in kinds] for row in rows], dtype=np.int64)
     total = np.concatenate([np.zeros((1, len(kinds)), dtype=np.int64), np.cumsum(stands, axis=0)])
-    starts, ends = spans(len(rows))
+    starts, ends = interval_ends(len(rows))
     counts, alike = np.unique(total[ends] - total[starts], axis=0, return_inverse=True)
     modes = [len(modes) for _, modes in kinds]
     ways = [_listed(tuple(zip(row, modes, strict=True))) for row in counts.tolist()]
@@ -85,7 +85,7 @@ class Bounds:
         group = space.model(point).table.group
         self.row, self.many = row_of(tuple(group), space.allowed_modes), Counter(group)
         prices, nodes = space.priced(point), space.model(point).table.nodes
-        each = prices.in_backward[0], prices.largest
+        each = prices.backward_bytes[0], prices.largest_gradient
         least = [np.minimum.reduceat(row, prices.sizes.first[:-1]) for row in each]
         largest = [
             max((b for b, n in zip(least["selective" in modes], nodes, strict=True) if n.group == group), default=0.0)

@@ -1,17 +1,39 @@
-"""Whose a stage's bytes are: every parameter's, every value's that backward needs, and those of the moment when most is
-alive. What a plan says of a stage's memory is the sum of these.
+"""The events of `cost.liveness`, read for one stage of a partitioned graph: whose its bytes are at its peak.
+
+What a plan says of a stage's memory is the sum of these, by kind.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
+import numpy as np
 from torch import fx
 
-from autopart.cost.intervals import place
-from autopart.cost.training_state import OPTIMIZER_STATES
+from autopart.cost.intervals import interval_index
+from autopart.cost.liveness import (
+    ACTIVATIONS,
+    GATHERED,
+    GRADIENTS,
+    MESSAGES,
+    MODES,
+    OPTIMIZER,
+    PARAMETERS,
+    PENDING,
+    RECOMPUTED,
+    TRANSIENT,
+    WORKSPACE,
+    Moment,
+    SegmentBytes,
+    StageBytes,
+    by_release,
+    moments,
+)  # fmt: skip
+from autopart.cost.training_state import OPTIMIZER_STATES, Training
 from autopart.ir.graph import Info, info
 from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph, used_parameters
@@ -19,17 +41,25 @@ from autopart.passes.stage_graph import OWNED, PRELUDE, PRELUDE_SEGMENT, Shardin
 from autopart.plan.schedules import receive_buffer_bytes
 from autopart.plan.units import printed_name
 from autopart.planner.branch_and_bound import SearchResult
-from autopart.planner.interval_costs import crossed
+from autopart.planner.interval_seconds import crossed
 from autopart.planner.search_space import SearchSpace
-from autopart.sharding.notation import Placement
 
-KINDS = ("parameters", "gradients", "optimizer", "activations", "messages", "transient")
+KINDS = (PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, MESSAGES, "transient")
+"""Kinds of bytes in plans; "transient" is the sum of `liveness.TRANSIENT`."""
+
+TOLD = {
+    RECOMPUTED: "what is recomputed",
+    GATHERED: "parameters gathered",
+    PENDING: "gradients of shared parameters, until the last is added",
+    WORKSPACE: "gradients that ranks sum, with messages",
+}
+"""How transient bytes are named in a tree, by kind."""
 
 
 @dataclass(frozen=True)
-class Leaf:
-    """Bytes on a rank of a stage: the label of the run that has them ("" for what several share), the parameter or
-    operator, and one of KINDS."""
+class Allocation:
+    """Bytes on a rank of a stage at its peak: the label of the segment that has them ("" for what several share), the
+    parameter or operator, and one of KINDS."""
 
     block: str
     name: str
@@ -37,288 +67,289 @@ class Leaf:
     bytes: float
 
 
-Held = tuple[str, str, Info, tuple[Placement, ...], float]
-"""A parameter: the label of the first run that reads it, its name there, its record, its placement along every axis,
-its bytes on a rank."""
+class Parameter(NamedTuple):
+    """A parameter that a position reads: its name there, its record, its bytes on a rank, and whether its gradient is a
+    partial sum over the axes dp and tp."""
+
+    name: str
+    record: Info
+    bytes: float
+    over_dp: bool
+    over_tp: bool
 
 
-def totals(leaves: Iterable[Leaf]) -> dict[str, float]:
-    """Bytes of every kind."""
-    found = dict.fromkeys(KINDS, 0.0)
-    for leaf in leaves:
-        found[leaf.kind] += leaf.bytes
+def parameters(
+    layered: LayeredGraph, choices: ShardingAssignment, span: tuple[int, int], stage: int = 0
+) -> list[list[Parameter]]:
+    """The parameters that each position of a span reads; `stage` is the index of the stage in `choices`."""
+    known: dict[fx.Node, tuple[Info, float, bool, bool]] = {}
+    names, found = [name for name, _ in choices.axes], []
+    for position in range(*span):
+        nodes = dict.fromkeys(used_parameters(layered.segments[layered.sequence[position]]))
+        for node in nodes:
+            if node not in known:
+                record, placed = info(node), choices.placements(layered, (node, 0), stage)
+                partial = {name for name, p in zip(names, placed, strict=True) if p.kind == "C" and record.grad}
+                known[node] = record, choices.size((node, 0), placed), "dp" in partial, "tp" in partial
+        found.append([Parameter(layered.parameter_at(position, node), *known[node]) for node in nodes])
     return found
 
 
-def parameters(layered: LayeredGraph, choices: ShardingAssignment, span: tuple[int, int]) -> Iterator[Held]:
-    """The parameters of a stage, each once."""
-    seen = set()
-    for position in range(*span):
-        for node in used_parameters(layered.segments[layered.sequence[position]]):
-            name = layered.parameter_at(position, node)
-            if name not in seen:
-                seen.add(name)
-                placed = choices.placements(layered, (node, 0), 0)
-                yield layered.labels[position], name, info(node), placed, choices.size((node, 0), placed)
+def distinct(reads: Sequence[Sequence[Parameter]]) -> list[Parameter]:
+    """Every parameter of some positions once."""
+    return list({parameter.name: parameter for row in reads for parameter in row}.values())
 
 
-def sums(choices: ShardingAssignment, record: Info, placed: Sequence[Placement], axis: str) -> bool:
-    """Whether a parameter's gradient is a partial sum over an axis."""
-    names = [name for name, _ in choices.axes]
-    return record.grad and axis in names and placed[names.index(axis)].kind == "C"
+@dataclass(frozen=True)
+class StageMemory:
+    """The bytes of one rank of a stage.
+
+    layered, choices, graph  the model, its strategies and the stage's partitioned graph;  stage: its index in `choices`
+    span                    the positions of the stage;  modes: of MODES, of each position
+    in_flight               micro-batches in flight, of `micro_batches` of a step
+    received                bytes of a micro-batch's values from other stages
+    """
+
+    layered: LayeredGraph
+    choices: ShardingAssignment
+    graph: StageGraph
+    stage: int
+    span: tuple[int, int]
+    modes: Sequence[str]
+    training: Training
+    in_flight: int
+    micro_batches: int
+    received: float
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """Of every position."""
+        return self.layered.labels[slice(*self.span)]
+
+    @cached_property
+    def reads(self) -> list[list[Parameter]]:
+        """The parameters of every position."""
+        return parameters(self.layered, self.choices, self.span, self.stage)
+
+    @cached_property
+    def nodes(self) -> dict[int, list[fx.Node]]:
+        """Segment of the layered graph, or PRELUDE_SEGMENT -> its operators."""
+        return dict(zip(self.graph.indices, (nodes for _, nodes in self.graph.segments), strict=True))
+
+    @cached_property
+    def peak(self) -> Moment:
+        """The moment when most is alive."""
+        return max(self.moments, key=lambda moment: moment.bytes)
+
+    @cached_property
+    def moments(self) -> list[Moment]:
+        """All moments of a step at which most may be alive."""
+        return list(moments(self._events(), self.training, self.in_flight, self.micro_batches))
+
+    def by_kind(self, moment: Moment | None = None) -> dict[str, float]:
+        """Bytes of each of KINDS at a moment: the peak where none is given."""
+        moment = moment or self.peak
+        return {kind: float(moment.alive.get(kind, 0.0)) for kind in KINDS[:-1]} | {"transient": moment.transient}
+
+    def allocations(self) -> Iterator[Allocation]:
+        """Everything that is alive at the peak."""
+        yield from self._state()
+        yield from self._activations()
+        moment = self.peak
+        yield Allocation(PRELUDE, "of other stages, on its way", MESSAGES, moment.alive.get(MESSAGES, 0.0))
+        inside = 0 <= moment.position < len(self.labels)
+        label = self.labels[moment.position] if inside else PRELUDE
+        segment = self.layered.sequence[self.span[0] + moment.position] if inside else PRELUDE_SEGMENT
+        for kind in TRANSIENT:
+            nbytes = moment.alive.get(kind, 0.0)
+            name = TOLD.get(kind) or f"{self._operator_with(segment, nbytes)}, gradients"
+            name = name if moment.backward else "made at the end of a step"
+            yield Allocation(label, name, "transient", float(nbytes))
+
+    # ---- what `cost.liveness` is told ------------------------------------------------------------------------
+
+    def _events(self) -> StageBytes:
+        training, runs = self.training, self.layered.sequence[slice(*self.span)]
+        each = {run: self._segment(run) for run in dict.fromkeys(runs)}
+        segments = [each[run] for run in runs]
+        modes, every = [MODES.index(mode) for mode in self.modes], distinct(self.reads)
+        state = [training.state_bytes(p.bytes, p.record.grad, p.over_dp) for p in every]
+        stepped, reduced = (
+            [of(p.bytes, p.record.grad, p.over_dp) for p in every]
+            for of in (training.optimizer_workspace, training.reduced_bytes)
+        )
+        step = sum(stepped) if training.foreach else max(stepped, default=0.0)
+        shared = sum(kept.size for kept in self.graph.kept.values() if kept.shared or PRELUDE_SEGMENT in kept.segments)
+        saved = np.array([s.saved_under(mode) for s, mode in zip(segments, modes, strict=True)])
+        return StageBytes(
+            segments=segments,
+            modes=[(mode,) for mode in modes],
+            prelude=self._segment(PRELUDE_SEGMENT),
+            saved=by_release(saved, self._blocks, self._uniform),
+            shared_saved=shared + sum(info(node).size for node in self._several_taken()),
+            gradients=np.array([sum(self._own_gradient(p) for p in row) for row in self.reads], dtype=float),
+            state=(sum(s[0] for s in state), sum(s[1] for s in state), sum(s[2] for s in state)),
+            pending=self._pending(),
+            messages=receive_buffer_bytes(self.received, self.in_flight, self.micro_batches),
+            end=[max(step, float(training.end_of_step_workspace(sum(reduced), max(reduced, default=0.0))))],
+        )
+
+    @property
+    def _blocks(self) -> list[bool]:
+        return [is_block(label) for label in self.labels]
+
+    @property
+    def _uniform(self) -> bool:
+        """Whether all blocks use one mode."""
+        return len({mode for mode, block in zip(self.modes, self._blocks, strict=True) if block}) <= 1
+
+    def _segment(self, run: int) -> SegmentBytes:
+        nodes, kept = (
+            self.nodes.get(run, []),
+            [k for k in self.graph.kept.values() if run in k.segments and not k.shared],
+        )
+        gradients = [[backward_of(n, self.training.grad_alloc_ratio(first)) for n in nodes] for first in (True, False)]
+        positions = [p for p, at in enumerate(self.layered.sequence[slice(*self.span)]) if at == run]
+        read = self.reads[positions[0]] if positions else []
+        reduced = [self.training.reduced_bytes(p.bytes, p.record.grad, p.over_dp) for p in read]
+        results = sum(size for _, size in _results(nodes))
+        return SegmentBytes(
+            saved_bytes=(sum(k.size for k in kept), results, 0.0),
+            reused_bytes=(0.0, sum(k.size for k in kept if k.product), 0.0),
+            block_input_bytes=sum(size for _, size in _inputs(nodes)),
+            regathered_bytes=sum(k.wide.get(run, 0.0) for k in self.graph.kept.values()),
+            largest_gradient=max((largest for largest, _ in gradients[0]), default=0.0),
+            backward_bytes=[max((most for _, most in rows), default=0.0) for rows in gradients],
+            reduced_bytes=(sum(reduced), max(reduced, default=0.0)),
+            single_parameter=len(read) == 1,
+        )
+
+    def _own_gradient(self, parameter: Parameter) -> float:
+        """Bytes of the gradient of a parameter that one position of the model reads, else 0."""
+        if len(self.layered.readers[parameter.name]) > 1:
+            return 0.0
+        return self.training.state_bytes(parameter.bytes, parameter.record.grad, parameter.over_dp)[1]
+
+    def _pending(self) -> tuple[int, float]:
+        """The last position that reads a parameter which an earlier one reads too, and bytes of the gradients of all
+        such parameters."""
+        last, pending = 0, 0.0
+        for p in distinct(self.reads):
+            nbytes = self.training.pending_grad_bytes(p.bytes, p.record.grad, p.over_dp)
+            inside = [at - self.span[0] for at in self.layered.readers[p.name] if self.span[0] <= at < self.span[1]]
+            if len(inside) > 1 and nbytes:
+                last, pending = max(last, inside[-1]), pending + nbytes
+        return last, pending
+
+    def _several_taken(self) -> list[fx.Node]:
+        """Values that several blocks take, which are saved where one of them is recomputed."""
+        if all(mode == "none" for mode in self.modes):
+            return []
+        blocks = {run for run, label in zip(self.layered.sequence, self.layered.labels, strict=True) if is_block(label)}
+        taken = (n for run in sorted(blocks & self.nodes.keys()) for n in _taken(self.nodes[run]))
+        return list(dict.fromkeys(n for n in taken if info(n).several))
+
+    # ---- what is told of it ------------------------------------------------------------------------------------
+
+    def _state(self) -> Iterator[Allocation]:
+        """Parameters, their gradients, and what the optimizer keeps for them."""
+        states, moment, seen = OPTIMIZER_STATES[self.training.optimizer], self.peak, set[str]()
+        for position, (label, row) in enumerate(zip(self.labels, self.reads, strict=True)):
+            for p in row:
+                if p.name in seen:
+                    continue
+                seen.add(p.name)
+                weight, gradient, optimizer = self.training.state_bytes(p.bytes, p.record.grad, p.over_dp)
+                yield Allocation(label, p.name, PARAMETERS, weight)
+                first = moment.backward is not None and moment.backward.first
+                if not (first and position < moment.position and self._own_gradient(p)):
+                    yield Allocation(label, p.name, GRADIENTS, gradient)
+                copies = states + (self.training.widening > 1 and not self.training.sliced(p.over_dp))
+                if copies > states:
+                    yield Allocation(label, f"{p.name}, master copy", OPTIMIZER, optimizer / copies)
+                yield Allocation(label, f"{p.name}, states", OPTIMIZER, optimizer * states / max(copies, 1))
+
+    def _activations(self) -> Iterator[Allocation]:
+        """What micro-batches saved for backward and is not freed at the peak."""
+        moment = self.peak
+        if moment.backward is None:
+            return
+        flights, first_block = moment.backward.in_flight, (self._blocks.index(True) if any(self._blocks) else 0)
+        for position, label, name, nbytes in self._saved():
+            moved = position >= 0 and self._blocks[position] and not self._uniform
+            gone = (first_block if moved else position) > moment.position if position >= 0 else False
+            yield Allocation(label, name, ACTIVATIONS, (flights - gone) * nbytes)
+
+    def _saved(self) -> Iterator[tuple[int, str, str, float]]:
+        """What one micro-batch saves: position, -1 for what several share, label, name, bytes."""
+        named = {node.name: _operator(node) for node in self.layered.traced.graph.nodes if node.op != "output"}
+        inside: dict[int, list[tuple[str, float]]] = defaultdict(list)
+        for (key, _), kept in self.graph.kept.items():
+            name = named.get(key, "") or f"{named[key.removesuffix(' inside')]}, its own"
+            for run in kept.segments if not kept.shared else ():
+                inside[run].append((name, kept.size))
+            if kept.shared or PRELUDE_SEGMENT in kept.segments:
+                yield -1, PRELUDE, name, kept.size
+        for node in self._several_taken():
+            yield -1, PRELUDE, f"{_operator(node)}, taken by blocks", info(node).size
+        for position, (label, mode) in enumerate(zip(self.labels, self.modes, strict=True)):
+            run = self.layered.sequence[self.span[0] + position]
+            nodes = self.nodes.get(run, [])
+            again = [*(_results(nodes) if mode == "selective" else ()), *_inputs(nodes)]
+            for name, nbytes in inside[run] if mode == "none" else again:
+                yield position, label, self._within(name, run), nbytes
+
+    def _operator_with(self, run: int, nbytes: float) -> str:
+        """The operator of a segment whose gradients take so many bytes."""
+        ratios = [self.training.grad_alloc_ratio(first) for first in (True, False)]
+        found = (n for n in self.nodes.get(run, []) if any(nbytes in backward_of(n, ratio) for ratio in ratios))
+        node = next(found, None)
+        return self._within(_operator(node), run) if node is not None else ""
+
+    def _within(self, name: str, run: int) -> str:
+        """A name without that of the segment it is in."""
+        return name.removeprefix(self.layered.segments[run].label).lstrip(". ") if run != PRELUDE_SEGMENT else name
 
 
-def leaves(
-    space: SearchSpace,
-    found: SearchResult,
-    choices: ShardingAssignment,
-    graph: StageGraph,
-    span: tuple[int, int],
-    modes: Sequence[str],
-    index: int,
-) -> list[Leaf]:
-    """All bytes of a stage: the `index`-th, of the runs at the positions `span`, which do as `modes` say."""
-    flights = space.in_flight(found.point, index)
-    kept = [Leaf(k.block, k.name, k.kind, flights * k.bytes) for k in _kept(space.layered, graph, span, modes)]
-    _, takes = messages(space, found, span, index)
-    arriving = receive_buffer_bytes(takes, flights, space.micro_batches(found.point))
-    moments = [*_backwards(space, found, choices, graph, span, modes, flights, _bytes(kept) / flights)]
-    kept += [Leaf(PRELUDE, "of other stages, on its way", "messages", arriving)] if arriving else []
-    gone = Leaf(PRELUDE, "activations and messages, gone by then", "transient", -_bytes(kept))
-    made = _ending(space, found, choices, span)
-    moments.append([Leaf(PRELUDE, "made at the end of a step", "transient", made), gone])
-    most = max(moments, key=_bytes)
-    return [*_owned(space, found, choices, span), *kept, *(most if _bytes(most) else ())]
+def stage_memory(
+    space: SearchSpace, found: SearchResult, choices: ShardingAssignment, graph: StageGraph, span: tuple[int, int],
+    modes: Sequence[str], index: int,
+) -> StageMemory:  # fmt: skip
+    """The bytes of the `index`-th stage of a search's result, of the positions `span`, which use `modes`."""
+    flights, m = space.in_flight(found.point, index), space.micro_batches(found.point)
+    _, received = messages(space, found, span, index)
+    return StageMemory(space.layered, choices, graph, 0, span, modes, space.training(found.point), flights, m, received)
 
 
 def messages(space: SearchSpace, found: SearchResult, span: tuple[int, int], index: int) -> tuple[float, float]:
     """Of the `index`-th stage, of the positions `span`: seconds of a micro-batch's messages, and bytes of the values
     that it takes from others."""
     n = len(space.layered.labels)
-    rows = crossed(space.weigh(found.point, found.chosen[index]).crossings, n)
-    seconds, takes = (float(row[place(*span, n)]) for row in rows)
+    rows = crossed(space.position_costs(found.point, found.chosen[index]).crossings, n)
+    seconds, takes = (float(row[interval_index(*span, n)]) for row in rows)
     return seconds, takes
 
 
-def _owned(
-    space: SearchSpace, found: SearchResult, choices: ShardingAssignment, span: tuple[int, int]
-) -> Iterator[Leaf]:
-    """Parameters, their gradients, and what the optimizer keeps for them."""
-    training = space.training(found.point)
-    states = OPTIMIZER_STATES[training.optimizer]
-    for block, name, record, placed, nbytes in parameters(space.layered, choices, span):
-        shared = sums(choices, record, placed, "dp")
-        weight, gradient, optimizer = training.memory(nbytes, record.grad, shared)
-        yield Leaf(block, name, "parameters", weight)
-        yield Leaf(block, name, "gradients", gradient)
-        copies = states + (training.widening > 1 and not training.sliced(shared))
-        if copies > states:
-            yield Leaf(block, f"{name}, master copy", "optimizer", optimizer / copies)
-        yield Leaf(block, f"{name}, states", "optimizer", optimizer * states / max(copies, 1))
-
-
-def _kept(layered: LayeredGraph, graph: StageGraph, span: tuple[int, int], modes: Sequence[str]) -> Iterator[Leaf]:
-    """What is kept for backward, of one micro-batch."""
-    named = {node.name: _operator(node) for node in layered.traced.graph.nodes if node.op != "output"}
-    nodes = dict(zip(graph.indices, (mine for _, mine in graph.segments), strict=True))
-    inside: dict[int, list[tuple[str, float]]] = defaultdict(list)
-    for (key, _), memory in graph.kept.items():
-        name = named.get(key, "") or f"{named[key.removesuffix(' inside')]}, its own"
-        if memory.shared:
-            yield Leaf(PRELUDE, name, "activations", memory.size)
-        for run in memory.segments if not memory.shared else ():
-            inside[run].append((name, memory.size))
-    for name, size in inside[PRELUDE_SEGMENT]:
-        yield Leaf(PRELUDE, name, "activations", size)
-    for position, mode in zip(range(*span), modes, strict=True):
-        run = layered.sequence[position]
-        rows = inside[run] if mode == "none" else _kept_again(nodes[run], mode)
-        for name, size in rows:
-            yield Leaf(layered.labels[position], _within(name, layered, run), "activations", size)
-    if any(mode != "none" for mode in modes):
-        blocks = {run for position, run in enumerate(layered.sequence) if is_block(layered.labels[position])}
-        several = {n: None for run in sorted(blocks & nodes.keys()) for n in _taken(nodes[run]) if info(n).several}
-        for node in several:
-            yield Leaf(PRELUDE, f"{_operator(node)}, taken by blocks", "activations", info(node).size)
-
-
-def _kept_again(nodes: Sequence[fx.Node], mode: str) -> Iterator[tuple[str, float]]:
-    """What a block keeps for a micro-batch where it is run again, besides what other blocks take too."""
-    yield from _results(nodes) if mode == "selective" else ()
-    for node in _taken(nodes):
-        if not info(node).several:
-            yield f"{_operator(node)}, taken", info(node).size
-
-
 def _results(nodes: Sequence[fx.Node]) -> Iterator[tuple[str, float]]:
-    """What products give, with what they keep."""
+    """What matrix products give, with what they save."""
     for node in nodes:
         record = info(node)
         if record.product and not record.view:
             yield _operator(node), record.size + record.inner
 
 
+def _inputs(nodes: Sequence[fx.Node]) -> Iterator[tuple[str, float]]:
+    """What one segment alone takes from outside."""
+    for node in _taken(nodes):
+        if not info(node).several:
+            yield f"{_operator(node)}, taken", info(node).size
+
+
 def _taken(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """The values that a run takes from outside; parameters and buffers are there anyway."""
+    """The values that a segment takes from outside; parameters and buffers are there anyway."""
     inside = set(nodes)
     taken = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside)
     return [n for n in taken if info(n).kind not in OWNED]
-
-
-def _bytes(some: Iterable[Leaf]) -> float:
-    return sum(leaf.bytes for leaf in some)
-
-
-def _bytes_of(rows: Iterable[tuple[str, float]]) -> float:
-    return sum(nbytes for _, nbytes in rows)
-
-
-def _ending(space: SearchSpace, found: SearchResult, choices: ShardingAssignment, span: tuple[int, int]) -> float:
-    """Bytes that are made at the end of a step: by the optimizer, or of messages of gradients and parameters."""
-    training = space.training(found.point)
-    held = [
-        (nbytes, record.grad, sums(choices, record, placed, "dp"))
-        for _, _, record, placed, nbytes in parameters(space.layered, choices, span)
-    ]
-    stepping, summed = ([each(*row) for row in held] for each in (training.stepping, training.summed))
-    made = sum(stepping) if training.together else max(stepping, default=0.0)
-    return max(made, float(training.ending(sum(summed), max(summed, default=0.0))))
-
-
-def _backwards(
-    space: SearchSpace,
-    found: SearchResult,
-    choices: ShardingAssignment,
-    graph: StageGraph,
-    span: tuple[int, int],
-    modes: Sequence[str],
-    flights: int,
-    one: float,
-) -> Iterator[list[Leaf]]:
-    """What exists at the moments of a step's backwards besides what is kept, less what is gone or not there yet. Where
-    all micro-batches are in flight before the first backward there are no gradients then, and one micro-batch, which
-    keeps `one` bytes, less afterwards."""
-    own = _own_gradients(space, found, choices, span)
-    if flights < space.micro_batches(found.point):
-        yield from _backward(space, found, choices, graph, span, modes, {}, False)
-        return
-    yield from _backward(space, found, choices, graph, span, modes, own, True)
-    gone = Leaf(PRELUDE, "activations of a micro-batch, gone by then", "transient", -one)
-    for moment in _backward(space, found, choices, graph, span, modes, {}, False) if flights > 1 else ():
-        yield [*moment, gone]
-
-
-def _backward(
-    space: SearchSpace,
-    found: SearchResult,
-    choices: ShardingAssignment,
-    graph: StageGraph,
-    span: tuple[int, int],
-    modes: Sequence[str],
-    own: Mapping[int, float],
-    first: bool,
-) -> Iterator[list[Leaf]]:
-    """What exists in the backward of every run, the `first` of a step or another: gradients of an operator, its
-    parameters, where it gathers them, and what a block that is run again keeps until it is done, at one of two moments
-    where that lets go of products' results on the way; or, when that is gone and ranks sum its gradients, these. Gone
-    by then is what later runs kept; of blocks that do not all do the same only before the first of them; not there yet
-    are those of `own`, gradients by position, that come later."""
-    layered, training = space.layered, space.training(found.point)
-    nodes = dict(zip(graph.indices, (mine for _, mine in graph.segments), strict=True))
-    inside: dict[int, float] = defaultdict(float)
-    wide: dict[int, float] = defaultdict(float)
-    products: dict[int, float] = defaultdict(float)
-    for memory in graph.kept.values():
-        for run in memory.segments if not memory.shared else ():
-            inside[run] += memory.size
-            products[run] += memory.size * memory.product
-        for run, size in memory.wide.items():
-            wide[run] += size
-    early, late, of_blocks = sum(own.values()), 0.0, 0.0
-    positions = [(p, layered.sequence[p], mode) for p, mode in zip(range(*span), modes, strict=True)]
-    alike = len({mode for p, _, mode in positions if is_block(layered.labels[p])}) <= 1
-    last, waiting = _waiting(space, found, choices, span)
-    yield [Leaf(PRELUDE, "gradients that are not there yet", "transient", -early)]
-    for position, run, mode in [*reversed(positions), (-1, PRELUDE_SEGMENT, "none")]:
-        label = layered.labels[position] if run != PRELUDE_SEGMENT else PRELUDE
-        block = run != PRELUDE_SEGMENT and is_block(label)
-        left = not any(is_block(layered.labels[p]) for p in range(span[0], position + 1))
-        summed, read = [0.0], used_parameters(layered.segments[run]) if run != PRELUDE_SEGMENT else []
-        for node in read:
-            placed = choices.placements(layered, (node, 0), 0)
-            shared = sums(choices, info(node), placed, "dp")
-            summed.append(training.summed(choices.size((node, 0), placed), info(node).grad, shared))
-        summing = float(training.summing(sum(summed), max(summed), len(read) == 1))
-        gradients = [
-            (backward_of(node, training.anew(first)), _within(_operator(node), layered, run))
-            for node in nodes.get(run, ())
-        ]
-        (largest, _), its_name = max(gradients, key=lambda row: row[0][0], default=((0.0, 0.0), ""))
-        (_, backward), name = max(gradients, key=lambda row: row[0][1], default=((0.0, 0.0), ""))
-        early -= own.get(position, 0.0)
-        kept = inside[run] if mode == "none" else _bytes_of(_kept_again(nodes.get(run, ()), mode))
-        whole, gradient = inside[run] + wide[run], (f"{its_name}, gradient", largest)
-        gathered = ("parameters gathered", float(training.gathered(sum(summed))))
-        results = _bytes_of(_results(nodes.get(run, ()))) if mode == "selective" else 0.0
-        again = whole - results if mode != "none" else 0.0
-        ways = [[(f"{name}, gradients", backward), gathered, ("what is run again", again)]]
-        if mode == "selective":
-            ways.append([gradient, gathered, ("what was run again", whole - products[run])])
-        ways.append([gradient, ("gradients that ranks sum, with messages", summing)])
-        rows = [
-            *max(ways, key=_bytes_of),
-            ("what later runs kept, gone by then", -late - of_blocks * left),
-            ("gradients that are not there yet", -early if run != PRELUDE_SEGMENT else 0.0),
-            ("gradients of shared parameters, waiting", waiting if -1 < position < last else 0.0),
-        ]
-        yield [Leaf(label, name, "transient", nbytes) for name, nbytes in rows if nbytes]
-        if block and not alike:
-            of_blocks += kept
-        elif run != PRELUDE_SEGMENT:
-            late += kept
-
-
-def _waiting(
-    space: SearchSpace, found: SearchResult, choices: ShardingAssignment, span: tuple[int, int]
-) -> tuple[int, float]:
-    """The last position of a stage that reads a parameter which an earlier one reads too, and bytes of the gradients of
-    all such."""
-    layered, last, waiting = space.layered, span[0], 0.0
-    read: dict[str, list[tuple[int, fx.Node]]] = defaultdict(list)
-    for position in range(*span):
-        for node in dict.fromkeys(used_parameters(layered.segments[layered.sequence[position]])):
-            read[layered.parameter_at(position, node)].append((position, node))
-    for (_, node), *more in read.values():
-        placed = choices.placements(layered, (node, 0), 0)
-        shared = sums(choices, info(node), placed, "dp")
-        nbytes = space.training(found.point).waiting(choices.size((node, 0), placed), info(node).grad, shared)
-        if more and nbytes:
-            last, waiting = max(last, more[-1][0]), waiting + nbytes
-    return last, waiting
-
-
-def _own_gradients(
-    space: SearchSpace, found: SearchResult, choices: ShardingAssignment, span: tuple[int, int]
-) -> dict[int, float]:
-    """Position -> bytes of the gradients of the parameters that it alone reads."""
-    layered, training = space.layered, space.training(found.point)
-    read = [
-        (position, layered.parameter_at(position, node), node)
-        for position, run in enumerate(layered.sequence)
-        for node in dict.fromkeys(used_parameters(layered.segments[run]))
-    ]
-    readers, own = Counter(name for _, name, _ in read), defaultdict[int, float](float)
-    for position, name, node in read:
-        if readers[name] == 1 and span[0] <= position < span[1]:
-            placed = choices.placements(layered, (node, 0), 0)
-            shared = sums(choices, info(node), placed, "dp")
-            own[position] += training.memory(choices.size((node, 0), placed), info(node).grad, shared)[1]
-    return own
-
-
-def _within(name: str, layered: LayeredGraph, run: int) -> str:
-    """A name without that of the run it is in."""
-    return name.removeprefix(layered.segments[run].label).lstrip(". ") if run != PRELUDE_SEGMENT else name
 
 
 def _operator(node: fx.Node) -> str:

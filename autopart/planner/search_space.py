@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopart.cost.compute import Array
-from autopart.cost.intervals import NEVER, spans
-from autopart.cost.position_costs import MODES, PositionCosts, weigh
+from autopart.cost.intervals import NEVER, interval_ends
+from autopart.cost.liveness import MODES
+from autopart.cost.position_costs import PositionCosts, position_costs
 from autopart.cost.prices import Prices, Terms
 from autopart.cost.sizes import Sizes
-from autopart.cost.training_state import Training, turns, widening
+from autopart.cost.training_state import Training, amortization, widening
 from autopart.hardware.mesh import Mesh, usable_bytes
 from autopart.hardware.rows import Device, Link
 from autopart.ir.labels import is_block
@@ -235,17 +236,17 @@ class SearchSpace:
         key = point if weighs else point.pp
         if key not in self._stages:
             solution = self.solve(point, 0.0, self.forced(point)) if weighs else None
-            weighed = self.weigh(point, solution.chosen) if solution else None
+            weighed = self.position_costs(point, solution.chosen) if solution else None
             labels, classes = self.layered.labels, self.layered.traced.classes
             row = positions_of(labels, classes, self.model(point).table, weighed)
             masks = stages_of(self.request.constraints, point.pp, row)
-            self._stages[key] = [mask[spans(len(labels))] for mask in masks]
+            self._stages[key] = [mask[interval_ends(len(labels))] for mask in masks]
         return self._stages[key]
 
-    def weigh(self, point: SearchPoint, chosen: tuple[int, ...]) -> PositionCosts:
+    def position_costs(self, point: SearchPoint, chosen: tuple[int, ...]) -> PositionCosts:
         """What a choice costs at every position."""
         if (point, chosen) not in self.weights:
-            self.weights[point, chosen] = weigh(self.priced(point), chosen, self.between_stages(point))
+            self.weights[point, chosen] = position_costs(self.priced(point), chosen, self.between_stages(point))
         return self.weights[point, chosen]
 
     @property
@@ -275,9 +276,9 @@ class SearchSpace:
         """Micro-batches of a step."""
         return self.request.global_batch // point.micro_batch
 
-    def turns(self, point: SearchPoint) -> int:
-        """See `cost.turns`."""
-        return turns(point.zero, self.micro_batches(point), point.pp)
+    def amortization(self, point: SearchPoint) -> int:
+        """See `training_state.amortization`."""
+        return amortization(point.zero, self.micro_batches(point), point.pp)
 
     def priced(self, point: SearchPoint) -> Prices:
         """The prices of a point."""
@@ -317,18 +318,20 @@ class SearchSpace:
         """What everything costs where all do as each of MODES says."""
         if point not in self.costs_of:
             model, prices = self.model(point), self.priced(point)
-            places, nothing = model.places, np.zeros(len(prices.change_forward) + len(prices.memory))
+            places, nothing = model.places, np.zeros(len(prices.change_forward) + len(prices.saved_tensor_bytes))
             seconds = np.concatenate([
-                prices.forward + prices.backward + prices.sync / self.turns(point),
+                prices.forward + prices.backward + prices.sync_seconds / self.amortization(point),
                 prices.change_forward + prices.change_backward,
-                0.0 * prices.memory,
+                0.0 * prices.saved_tensor_bytes,
             ])  # fmt: skip
-            again = np.concatenate([prices.forward - prices.product, prices.change_rerun, 0.0 * prices.memory])
-            whole = np.concatenate([prices.forward, prices.change_rerun, 0.0 * prices.memory])
-            kept = np.concatenate([prices.inner, 0.0 * prices.change_forward, prices.memory])
-            results = np.concatenate([prices.results, nothing])
+            again = np.concatenate(
+                [prices.forward - prices.product, prices.change_rerun, 0.0 * prices.saved_tensor_bytes]
+            )
+            whole = np.concatenate([prices.forward, prices.change_rerun, 0.0 * prices.saved_tensor_bytes])
+            kept = np.concatenate([prices.inner, 0.0 * prices.change_forward, prices.saved_tensor_bytes])
+            results = np.concatenate([prices.product_results, nothing])
             none_yet = self.in_flight(point, 0) == self.micro_batches(point)
-            state = np.concatenate([prices.state - none_yet * prices.parts[:, 1], nothing]) * places
+            state = np.concatenate([prices.state - none_yet * prices.state_bytes[:, 1], nothing]) * places
             self.costs_of[point] = tuple(
                 Costs((seconds + extra) * places, state, held * places)
                 for extra, held in ((0.0, kept), (again, results), (whole, 0.0 * kept))
@@ -341,11 +344,13 @@ class SearchSpace:
 
     def windows(self, point: SearchPoint) -> tuple[Array, Array]:
         """By priced variable, seconds of a turn that the gradients of a place travel and computing can hide, and that
-        the backward of a place takes which can hide them (see `ranges.exposed`)."""
-        prices, nothing = self.priced(point), np.zeros(len(self.priced(point).memory))
-        share = self.training(point).backwards / self.turns(point)
+        the backward of a place takes which can hide them (see `interval_seconds.exposed`)."""
+        prices, nothing = self.priced(point), np.zeros(len(self.priced(point).saved_tensor_bytes))
+        share = self.training(point).backwards / self.amortization(point)
         backward = np.concatenate([prices.backward, prices.change_backward, nothing])
-        return share * np.concatenate([prices.beside, 0.0 * prices.change_backward, nothing]), share * backward
+        return share * np.concatenate(
+            [prices.overlappable_seconds, 0.0 * prices.change_backward, nothing]
+        ), share * backward
 
     def early(self, point: SearchPoint) -> tuple[Array, Array]:
         """Two bounds below the share of a turn of gradients that travel after the backward, by priced variable,

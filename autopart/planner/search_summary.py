@@ -56,7 +56,7 @@ def _limit(search: Search, found: SearchResult) -> str:
 
 def _seconds_without_limit(search: Search, point: SearchPoint) -> float:
     """Seconds of a step of the best cut with a point's fastest splits, were memory endless."""
-    space, seconds = search.space, search.ways[point][0].ranges.seconds
+    space, seconds = search.space, search.ways[point][0].costs.seconds
     allowed = space.stages(point)
     cut = best_cut(lambda stage: np.where(allowed[stage], seconds, NEVER), point.pp, space.micro_batches(point))
     return cut.seconds if cut else NEVER

@@ -26,7 +26,7 @@ import numpy as np
 
 from autopart.cost.collectives import p2p_seconds
 from autopart.cost.compute import Array
-from autopart.cost.intervals import NEVER, place
+from autopart.cost.intervals import NEVER, interval_index
 from autopart.cost.prices import Prices
 from autopart.hardware.rows import Link
 from autopart.passes.solve import Solution
@@ -56,7 +56,7 @@ def cuts_by_bound(columns: Sequence[Array], positions: int, micro_batches: int) 
     found = []
     for inner in itertools.combinations(range(1, positions), len(columns) - 1):
         spans = spans_of((0, *inner), positions)
-        stages = [float(f[place(*span, positions)]) for f, span in zip(columns, spans, strict=True)]
+        stages = [float(f[interval_index(*span, positions)]) for f, span in zip(columns, spans, strict=True)]
         if max(stages) < NEVER:
             found.append((sum(stages) + (micro_batches - 1) * max(stages), max(stages), (0, *inner)))
     heapq.heapify(found)

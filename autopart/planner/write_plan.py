@@ -24,8 +24,9 @@ from autopart.plan.signature import Signature
 from autopart.plan.stages import PlanSegment, PlanStage
 from autopart.planner.branch_and_bound import SearchResult
 from autopart.planner.dataflow import with_sources
-from autopart.planner.interval_costs import after
-from autopart.planner.memory_tree import leaves, messages, parameters, sums, totals
+from autopart.planner.interval_seconds import exposed_by_clock
+from autopart.planner.memory_tree import messages, stage_memory
+from autopart.planner.memory_tree import distinct, parameters
 from autopart.planner.search_space import SearchSpace
 from autopart.sharding.rules import has_rule
 
@@ -51,7 +52,7 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
         stages.append(write_stage(space, found, splits[at], at, index, (start, end), modes, known))
     written = [known[key_of(layered, s.splits, span)][1:] for s, span in zip(stages, spans, strict=True)]
     stages = with_sources(layered, stages, spans, written)
-    times = [stage.turn_seconds(space.turns(point)) for stage in stages]
+    times = [stage.turn_seconds(space.amortization(point)) for stage in stages]
     step = sum(times) + (m - 1) * max(times)
     hides = space.device(point).overlapped_share > 0
     for index, (mine, theirs) in enumerate(zip(times, found.stage_seconds, strict=True)):
@@ -177,7 +178,7 @@ def write_stage(
             space, found, choices, span, [priced[run].backward if run in priced else 0.0 for run in runs]
         ),
         send_seconds=messages(space, found, span, index)[0],
-        memory=totals(leaves(space, found, choices, graph, span, modes, index)),
+        memory=stage_memory(space, found, choices, graph, span, modes, index).by_kind(),
         runs=tuple(_printed(layered, priced, span, modes)),
         sends=tuple(_sends(space, found, index, span)),
     )
@@ -212,21 +213,21 @@ def _sync(
     training, sizes = space.training(found.point), space.priced(found.point).terms.sizes
     device, readers = space.device(found.point), space.layered.readers
     seconds, beside = 0.0, [0.0] * len(backward)
-    for _, name, record, placed, nbytes in parameters(space.layered, choices, span):
-        over_dp, over_tp = sums(choices, record, placed, "dp"), sums(choices, record, placed, "tp")
+    for parameter in distinct(parameters(space.layered, choices, span)):
+        name, record, nbytes, over_dp, over_tp = parameter
         seconds += training.sync_seconds(nbytes, over_dp)
         seconds += training.partial_sync_seconds(nbytes, sizes["tp"]) if over_tp else 0.0
         seconds += update_seconds(nbytes, record.grad, over_dp, training, device)
         first, *more = readers[name]
         if not more:
-            beside[first - span[0]] += device.overlapped_share * training.beside_seconds(nbytes, over_dp)
-    return seconds + training.backwards * (after(beside, backward) - sum(beside))
+            beside[first - span[0]] += device.overlapped_share * training.overlappable_seconds(nbytes, over_dp)
+    return seconds + training.backwards * (exposed_by_clock(beside, backward) - sum(beside))
 
 
 def _sends(space: SearchSpace, found: SearchResult, index: int, span: tuple[int, int]) -> list[tuple[int, int, float]]:
     """(stage, bytes, seconds there and back) of what a stage sends, for each that takes it."""
     total, seconds = Counter[int](), defaultdict[int, float](float)
-    weighed = space.weigh(found.point, found.chosen[index])
+    weighed = space.position_costs(found.point, found.chosen[index])
     for crossings in weighed.crossings:
         pairs = {(home, bisect_right(found.starts, user) - 1) if crossings.one else (home, user)
                  for home, user in zip(crossings.homes.tolist(), crossings.users.tolist(), strict=True)}  # fmt: skip

@@ -368,7 +368,7 @@ def layer(row: Mapping[str, str]) -> Layer:
     plan = make_plan(source, Mesh.parse(f"{tp}:a100-80gb"), request)
     (stage,) = found_in(plan, source)
     (block,) = (b for b in stage.blocks if b.label == "transformer.h.1")
-    kept = sum(leaf.bytes for leaf in block.leaves if leaf.kind == "activations")
+    kept = sum(each.bytes for each in block.allocations if each.kind == "activations")
     return Layer(row["model"], row["mode"], kept, formula.bytes(length * samples, hidden, heads * length / hidden, tp))
 
 

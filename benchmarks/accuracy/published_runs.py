@@ -35,7 +35,7 @@ from rich.table import Table
 from autopart import Estimate, Mesh, PartitionError, Plan, timeline
 from autopart.cost.collectives import collective_seconds, merged_seconds
 from autopart.cost.compute import stream_rate_seconds
-from autopart.cost.training_state import Training, turns, update_seconds
+from autopart.cost.training_state import Training, amortization, update_seconds
 from autopart.plan.stages import PlanSegment, PlanStage
 from benchmarks.accuracy.fit import Collectives, Fabric, Fitted, Profile, refits
 from benchmarks.accuracy.published import Bench, Published, read
@@ -154,11 +154,11 @@ def step_seconds(
     piece of each other stage, a v-th of its time (Narayanan et al., arXiv 2104.04473, section 2.2). Each of v pieces
     has a stage's messages; the first and the last stage, which have a neighbour on one side alone, become neighbours,
     so that of their 2 v sides all but one have messages. What is done once a step has its share in all these turns
-    (`cost.turns`). With one piece this is what a plan says: sum(f) + (m - 1) max(f).
+    (`training_state.amortization`). With one piece this is what a plan says: sum(f) + (m - 1) max(f).
     """
     ends = {0, len(work) - 1}
     times = [2 * pieces - 1 if i in ends else pieces for i in range(len(work))]
-    shared = micro_batches + (turns(zero, micro_batches, len(work)) - micro_batches) / pieces
+    shared = micro_batches + (amortization(zero, micro_batches, len(work)) - micro_batches) / pieces
     each = [w + s / shared + t * m for w, s, t, m in zip(work, sync, times, send, strict=True)]
     return micro_batches * max(each) + (sum(each) - max(each)) / pieces
 

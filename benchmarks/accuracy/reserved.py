@@ -60,7 +60,7 @@ def reserved(plan: Plan, row: Published, source: Source) -> dict[str, float]:
 def besides(plan: Plan, row: Published, stage: int, held: MemoryReport) -> dict[str, float]:
     """Bytes of a stage that are more than the plan's, by the names above; `held` says whose those are."""
     wide, narrow = (getattr(torch, dtype or plan.precision).itemsize for dtype in (plan.master, None))
-    memory, stages = plan.stages[stage].memory, len(plan.stages)
+    stages = len(plan.stages)
     blocks, root = elements(plan, held)
     tokens = row.micro_batch * row.sequence / plan.dp / plan.tp
     found = {"again": -narrow * row.again * tokens * len(blocks)}
@@ -72,7 +72,7 @@ def besides(plan: Plan, row: Published, stage: int, held: MemoryReport) -> dict[
         found["late"] = late(max(merged, wide * root), largest, STATES * slices)
     if plan.zero == 3:
         found["freed"] = narrow * row.freed * tokens
-        found["scattered"] = memory["gradients"] if plan.micro_batches == 1 else 0.0
+        found["scattered"] = slices if plan.micro_batches == 1 else 0.0
         found["gathered"] = narrow * root + row.gathered * blocks[-1]
         return {**found, "buffers": (narrow * root + row.gathered * blocks[0]) * (1 + 1 / plan.dp)}
     m, v, each = plan.micro_batches, row.pieces, narrow * tokens * row.width
@@ -85,7 +85,7 @@ def besides(plan: Plan, row: Published, stage: int, held: MemoryReport) -> dict[
     found["messages"] = each * (max(0.0, m * received - now * received / v) + m * (v - (stage == stages - 1)))
     found["outputs"] = each * m * (v - (stage == stages - 1))
     found["outputs"] += narrow * tokens * row.words * m if stage == stages - 1 else 0.0
-    found["pieces"] = -memory["gradients"] * (1 - 1 / v) if m <= stages else 0.0
+    found["pieces"] = -wide * (root + sum(blocks)) * (1 - 1 / v) if m <= stages else 0.0
     return found
 
 
@@ -131,6 +131,6 @@ def _elements(plan: Plan, held: MemoryReport) -> Iterator[tuple[str, float]]:
     sliced = plan.zero == 3
     size = getattr(torch, (sliced and plan.master) or plan.precision).itemsize / (plan.dp if sliced else 1)
     for block in held.blocks:
-        nbytes = sum(leaf.bytes for leaf in block.leaves if leaf.kind == "parameters")
+        nbytes = sum(each.bytes for each in block.allocations if each.kind == "parameters")
         if nbytes:
             yield block.label, nbytes / size

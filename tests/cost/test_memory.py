@@ -67,8 +67,8 @@ def test_an_optimizer_makes_what_is_said_of_it(name: str, together: bool) -> Non
                 weight.grad = torch.ones_like(weight)
             before, memory.peak = memory.alive, 0
             optimizer.step()
-    training = Training(name, 0, Mesh.parse("1:cpu").group(1, 1), 1, together=together)
-    each = [training.stepping(weight.nbytes, True, False) for weight in weights]
+    training = Training(name, 0, Mesh.parse("1:cpu").group(1, 1), 1, foreach=together)
+    each = [training.optimizer_workspace(weight.nbytes, True, False) for weight in weights]
     assert max(memory.peak - before, 0) == pytest.approx(sum(each) if together else max(each), abs=64)
 
 
@@ -89,9 +89,9 @@ def test_tenants_sum_to_what_the_plan_says(settings: dict[str, object]) -> None:
     assert [stage.memory for stage in stages] == [pytest.approx(stage.memory) for stage in plan.stages]
     assert sum(len(stage.blocks) for stage in stages) >= 3
     for stage in stages:
-        weights = {leaf.name for block in stage.blocks for leaf in block.leaves if leaf.kind == "parameters"}
+        weights = {each.name for block in stage.blocks for each in block.allocations if each.kind == "parameters"}
         assert weights <= dict(model.named_parameters()).keys()
-        copies = [leaf for block in stage.blocks for leaf in block.leaves if "master copy" in leaf.name]
+        copies = [a for block in stage.blocks for a in block.allocations if "master copy" in a.name]
         assert bool(copies) == ("master" in settings and settings.get("zero") != 3)
 
 
@@ -103,7 +103,7 @@ def test_the_shell_tells_whose_bytes_are(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["show", str(file), "--memory"])
     assert shown.exit_code == 0 and "weight, master copy" in shown.stdout
     told = json.loads(CliRunner().invoke(app, ["show", str(file), "--memory", "--json"]).stdout)
-    total = sum(leaf["bytes"] for stage in told for block in stage["blocks"] for leaf in block["leaves"])
+    total = sum(each["bytes"] for stage in told for block in stage["blocks"] for each in block["allocations"])
     assert total == pytest.approx(autopart.Plan.load(file).memory_bytes[0], rel=1e-6)
 
 

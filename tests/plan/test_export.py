@@ -394,13 +394,6 @@ def test_plans_are_of_the_schema(plans: dict[str, Plan], schema: dict[str, Any],
     jsonschema.Draft202012Validator(schema).validate(on_file(plans[name]))
 
 
-def test_what_is_not_there_at_the_fullest_moment_may_be_more(plans: dict[str, Plan], schema: dict[str, Any]) -> None:
-    data = on_file(plans["llama"])
-    data["stages"][0]["memory"].update(transient=-1.0)
-    jsonschema.Draft202012Validator(schema).validate(data)
-    assert Plan.from_json(data).stages[0].memory["transient"] == -1.0
-
-
 @pytest.mark.parametrize(
     "change",
     [

@@ -25,7 +25,7 @@ def planned(space: SearchSpace) -> SearchResult | None:
 
 
 def check_found(judge: Judge, found: SearchResult) -> None:
-    """A plan is in the space, fits, and takes the time it is said to, by `weigh` and node by node."""
+    """A plan is in the space, fits, and takes the time it is said to, by `position_costs` and node by node."""
     seconds, held = judge.worth(found)
     step = steps_of(seconds, judge.space.micro_batches(found.point))
     assert step == pytest.approx(found.seconds, rel=EQUAL)

@@ -23,8 +23,8 @@ from torch import nn
 import autopart
 from autopart import PartitionError, Plan
 from autopart.compile.programs import sources
-from autopart.cost.intervals import place, spans
-from autopart.cost.sizes import paths
+from autopart.cost.intervals import interval_ends, interval_index
+from autopart.cost.sizes import reshard_paths
 from autopart.hardware.mesh import Mesh
 from autopart.passes.formulate import formulate
 from autopart.passes.solve import Solver
@@ -286,7 +286,7 @@ def paid(made: Split, chosen: Sequence[int]) -> set[int]:
         have = table.nodes[flow.source].given(chosen[flow.source], flow.output)
         for node, operand in flow.uses:
             chain = flow.chains[have, table.nodes[node].taken(chosen[node], operand)]
-            columns |= {start + sizes.change_index[index, have, path] for path in paths(chain)}
+            columns |= {start + sizes.change_index[index, have, path] for path in reshard_paths(chain)}
     start += len(sizes.changes)
     for index, keep in enumerate(table.keeps):
         for keeper, (node, operand) in enumerate(dict.fromkeys(keep.keepers)):
@@ -381,7 +381,7 @@ def column_sets(draw: st.DrawFn) -> tuple[list[NDArray[np.float64]], int]:
 
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_ranges_are_told_in_order(n: int) -> None:
-    assert [place(i, j, n) for i, j in zip(*spans(n), strict=True)] == list(range(n * (n + 1) // 2))
+    assert [interval_index(i, j, n) for i, j in zip(*interval_ends(n), strict=True)] == list(range(n * (n + 1) // 2))
 
 
 @settings(max_examples=200, deadline=None)
@@ -394,7 +394,7 @@ def test_the_cuts_are_the_best_of_all(case: tuple[list[NDArray[np.float64]], int
         times = [float(columns[s][i, j]) for s, (i, j) in enumerate(itertools.pairwise((0, *inner, units)))]
         seconds = min(seconds, sum(times) + (micro_batches - 1) * max(times))
         largest = min(largest, max(times))
-    found = best_cut([f[spans(units)] for f in columns].__getitem__, stages, micro_batches)
+    found = best_cut([f[interval_ends(units)] for f in columns].__getitem__, stages, micro_batches)
     if found is None:
         assert seconds == math.inf
     else:

@@ -75,12 +75,12 @@ def test_bytes_of_a_parameter(zero: int, held: tuple[float, float, float]) -> No
     """Level 0 is Megatron-LM's 18 bytes, level 1 its 6 + 12/d, level 3 torchtitan's 16/d."""
     group = Mesh.parse("8:h100-80gb").group(1, 8)
     training = Training("adamw", zero, group, 4, 2.0)
-    assert training.memory(2.0, True, True) == pytest.approx(held)
-    assert training.memory(2.0, True, False) == pytest.approx((2, 4, 12))
-    assert training.memory(2.0, False, False) == (2, 0, 0)
-    assert training.summed(2.0, True, True) == 2.0
-    assert training.summed(2.0, False, True) == training.summed(2.0, True, False) == 0.0
-    assert training.gathered(2.0) == (2.0 if zero == 3 else 0.0)
+    assert training.state_bytes(2.0, True, True) == pytest.approx(held)
+    assert training.state_bytes(2.0, True, False) == pytest.approx((2, 4, 12))
+    assert training.state_bytes(2.0, False, False) == (2, 0, 0)
+    assert training.reduced_bytes(2.0, True, True) == 2.0
+    assert training.reduced_bytes(2.0, False, True) == training.reduced_bytes(2.0, True, False) == 0.0
+    assert training.gathered_bytes(2.0) == (2.0 if zero == 3 else 0.0)
 
 
 @pytest.mark.parametrize(
@@ -90,13 +90,20 @@ def test_bytes_of_a_parameter(zero: int, held: tuple[float, float, float]) -> No
 def test_bytes_of_messages(zero: int, summing: float, ending: float) -> None:
     """Of a parameter of 2 bytes that travels in one message; and of many of which a message holds few."""
     training = Training("adamw", zero, Mesh.parse("8:h100-80gb").group(1, 8), 4, 2.0)
-    assert (training.summing(2.0, 2.0, False), training.ending(2.0, 2.0)) == pytest.approx((summing, ending))
+    assert (training.grad_reduce_workspace(2.0, 2.0, False), training.end_of_step_workspace(2.0, 2.0)) == pytest.approx(
+        (summing, ending)
+    )
     few, many, message = 2.0**10, 2.0**40, {3: BUCKET_BYTES}.get(zero, BUCKET_BYTES / 2)
-    assert training.ending(many, few) == pytest.approx(ending / 2 * message)
+    assert training.end_of_step_workspace(many, few) == pytest.approx(ending / 2 * message)
     sent = (4 + 4 / 8) / 2 * (zero >= 2)
-    assert training.summing(many, few, False) == pytest.approx((summing / 2 - sent) * many + sent * message)
-    assert training.summing(many, many / 4, False) > training.summing(many, few, False) or zero < 2
-    assert training.summing(2.0, 2.0, True) == pytest.approx(summing - 4 * (zero == 2))
+    assert training.grad_reduce_workspace(many, few, False) == pytest.approx(
+        (summing / 2 - sent) * many + sent * message
+    )
+    assert (
+        training.grad_reduce_workspace(many, many / 4, False) > training.grad_reduce_workspace(many, few, False)
+        or zero < 2
+    )
+    assert training.grad_reduce_workspace(2.0, 2.0, True) == pytest.approx(summing - 4 * (zero == 2))
 
 
 @pytest.mark.slow

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 import autopart
 from autopart.compile.check import one_process, worst_error
 from autopart.compile.programs import programs
-from autopart.cost.intervals import spans
+from autopart.cost.intervals import interval_ends
 from autopart.cost.training_state import Training, update_seconds
 from autopart.hardware import find_device
 from autopart.hardware.rows import Device
 from autopart.passes.source import Source
-from autopart.planner.interval_costs import after, exposed
+from autopart.planner.interval_seconds import exposed, exposed_by_clock
 from autopart.runtime.compiled import Compiled
 from autopart.runtime.groups import Groups
 from autopart.runtime.simulated import run_simulated
@@ -135,9 +135,9 @@ def test_every_range_exposes_what_a_clock_says(seed: int) -> None:
     draw, n = np.random.default_rng(seed), 9
     sent, backward = draw.uniform(0, [0.2, 1, 1, 3, 10][seed], n), draw.uniform(0, 1, n)
     sent[draw.uniform(size=n) < 0.3] = 0.0
-    found, ends = exposed(sent, backward), np.transpose(spans(n)).tolist()
+    found, ends = exposed(sent, backward), np.transpose(interval_ends(n)).tolist()
     for late, (i, j) in zip(found, ends, strict=True):
-        assert late == pytest.approx(after(sent[i:j].tolist(), backward[i:j].tolist()), abs=1e-12)
+        assert late == pytest.approx(exposed_by_clock(sent[i:j].tolist(), backward[i:j].tolist()), abs=1e-12)
         assert max(sent[i], sent[i:j].sum() - backward[i:j].sum()) - 1e-12 <= late <= sent[i:j].sum() + 1e-12
 
 

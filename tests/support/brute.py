@@ -1,9 +1,10 @@
 """Every plan of a small problem, looked at one way or another: the judge of the planner.
 
-The space is written down once more, from the table and `weigh` alone. A stage's choices are made one node after the
-other; every partial choice is kept until another of the same kind (equal in all that nodes still to come can see) is
-no worse in seconds and in every kind of byte. Choices of stages meet where they place alike what passes between them.
-What is left out beyond that is slower than a plan already known, or above the limit of memory: all numbers only grow.
+The space is written down once more, from the table and `position_costs` alone. A stage's choices are made one node
+after the other; every partial choice is kept until another of the same kind (equal in all that nodes still to come can
+see) is no worse in seconds and in every kind of byte. Choices of stages meet where they place alike what passes between
+them. What is left out beyond that is slower than a plan already known, or above the limit of memory: all numbers only
+grow.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
+from autopart.cost.liveness import MODES
 from autopart.cost.position_costs import (
-    MODES,
     PerStageOnce,
     PositionCosts,
-    _weigh_flow,
-    _weigh_keep,
-    nothing_weighed,
-    weigh,
+    _add_flow,
+    _add_keep,
+    no_costs,
+    position_costs,
 )
 from autopart.cost.prices import Prices
 from autopart.hardware import DEVICES
@@ -445,7 +446,7 @@ class Atom:
     """What one combination adds: (field, position) -> number, and what is paid once."""
 
     each: Array
-    items: list[PerStageOnce]
+    once: list[PerStageOnce]
     crossings: list[Any]
 
 
@@ -457,9 +458,9 @@ class Priced:
         self.table = structure.table
         self.prices: Prices = space.priced(point)
         self.m = space.micro_batches(point)
-        assert space.training(point).together, "what optimizers make is summed here"
-        self.turns = space.turns(point)
-        self.share = space.training(point).backwards / self.turns
+        assert space.training(point).foreach, "what optimizers make is summed here"
+        self.amortization = space.amortization(point)
+        self.share = space.training(point).backwards / self.amortization
         self.n = len(self.table.labels)
         self.known: dict[tuple[bool, int], list[Atom]] = {}
 
@@ -471,25 +472,27 @@ class Priced:
         return self.known[alike, factor]
 
     def _atom(self, factor: Factor, chosen: Sequence[int]) -> Atom:
-        found = nothing_weighed(self.prices)
+        found = no_costs(self.prices)
         if factor.kind == "node":
             self._node(found, factor.index, chosen[factor.index])
         elif factor.kind == "flow":
             flow = self.table.flows[factor.index]
-            _weigh_flow(found, self.prices, chosen, factor.index, flow, self.space.between_stages(self.point))
+            _add_flow(found, self.prices, chosen, factor.index, flow, self.space.between_stages(self.point))
         elif factor.kind == "keep":
-            _weigh_keep(found, self.prices, chosen, factor.index, self.table.keeps[factor.index])
+            _add_keep(found, self.prices, chosen, factor.index, self.table.keeps[factor.index])
         return self.atom(found)
 
     def atom(self, found: PositionCosts) -> Atom:
         """The numbers that count of what is weighed."""
         each = np.stack([
-            found.forward + found.backward + found.sync / self.turns, self.share * found.beside,
-            self.share * found.backward * self.prices.beside.any(), found.again[1], found.again[2],
-            found.kept[0], found.kept[1], found.entered, found.parts.sum(0), found.largest, *found.in_backward,
-            *found.summed, found.stepping, found.parts[1], found.wide, found.products,
+            found.forward + found.backward + found.sync_seconds / self.amortization,
+            self.share * found.overlappable_seconds,
+            self.share * found.backward * self.prices.overlappable_seconds.any(), *found.recompute_seconds[1:],
+            *found.saved_bytes[:2], found.block_input_bytes, found.state_bytes.sum(0), found.largest_gradient,
+            *found.backward_bytes, *found.reduced_bytes, found.optimizer_workspace, found.state_bytes[1],
+            found.regathered_bytes, found.reused_bytes[1],
         ])  # fmt: skip
-        return Atom(each, found.items, found.crossings)
+        return Atom(each, found.once, found.crossings)
 
     def _node(self, found: PositionCosts, index: int, option: int) -> None:
         node, prices = self.table.nodes[index], self.prices
@@ -498,34 +501,43 @@ class Priced:
             if self.table.group[p] == node.group:
                 found.forward[p] += prices.forward[i]
                 found.backward[p] += prices.backward[i]
-                found.again[1][p] += prices.forward[i] - prices.product[i]
-                found.again[2][p] += prices.forward[i]
-                found.kept[0][p] += prices.inner[i]
-                found.kept[1][p] += prices.results[i]
-                found.products[p] += prices.sizes.product[i] * prices.inner[i]
-                found.largest[p] = max(found.largest[p], prices.largest[i])
-                found.in_backward[:, p] = np.maximum(found.in_backward[:, p], prices.in_backward[:, i])
+                found.recompute_seconds[1][p] += prices.forward[i] - prices.product[i]
+                found.recompute_seconds[2][p] += prices.forward[i]
+                found.saved_bytes[0][p] += prices.inner[i]
+                found.saved_bytes[1][p] += prices.product_results[i]
+                found.reused_bytes[1][p] += prices.sizes.product[i] * prices.inner[i]
+                found.largest_gradient[p] = max(found.largest_gradient[p], prices.largest_gradient[i])
+                found.backward_bytes[:, p] = np.maximum(found.backward_bytes[:, p], prices.backward_bytes[:, i])
         for users in self.table.shared.get(index, ()):
             seconds = float(prices.forward[i]), float(prices.backward[i])
-            found.items.append(
-                PerStageOnce(users, *seconds, float(prices.inner[i]), largest=float(prices.in_backward[1, i] / 2))
+            found.once.append(
+                PerStageOnce(
+                    users, *seconds, float(prices.inner[i]), largest_gradient=float(prices.backward_bytes[1, i] / 2)
+                )
             )
         for users in self.table.state.get(index, ()):
-            summed = float(prices.summed[i])
-            found.summed[0, list(users)] += summed
-            found.summed[1, list(users)] = np.maximum(found.summed[1, list(users)], summed)
+            summed = float(prices.reduced_bytes[i])
+            found.reduced_bytes[0, list(users)] += summed
+            found.reduced_bytes[1, list(users)] = np.maximum(found.reduced_bytes[1, list(users)], summed)
             if len(users) == 1:
-                found.summed[2, users[0]] += summed
-                found.parts[:, users[0]] += prices.parts[i]
-                found.stepping[users[0]] += prices.stepping[i]
-                found.sync[users[0]] += prices.sync[i]
-                found.beside[users[0]] += prices.beside[i]
+                found.reduced_bytes[2, users[0]] += summed
+                found.state_bytes[:, users[0]] += prices.state_bytes[i]
+                found.optimizer_workspace[users[0]] += prices.optimizer_workspace[i]
+                found.sync_seconds[users[0]] += prices.sync_seconds[i]
+                found.overlappable_seconds[users[0]] += prices.overlappable_seconds[i]
             else:
-                held, stepping = tuple(prices.parts[i].tolist()), float(prices.stepping[i])
-                sync = float(prices.sync[i] + self.turns * self.share * prices.beside[i])
-                waiting = float(prices.waiting[i])
-                found.items.append(
-                    PerStageOnce(users, parts=held, sync=sync, stepping=stepping, summed=summed, waiting=waiting)
+                held, stepping = tuple(prices.state_bytes[i].tolist()), float(prices.optimizer_workspace[i])
+                sync = float(prices.sync_seconds[i] + self.amortization * self.share * prices.overlappable_seconds[i])
+                waiting = float(prices.pending_grad_bytes[i])
+                found.once.append(
+                    PerStageOnce(
+                        users,
+                        state_bytes=held,
+                        sync_seconds=sync,
+                        optimizer_workspace=stepping,
+                        reduced_bytes=summed,
+                        pending_grad_bytes=waiting,
+                    )
                 )
 
 
@@ -559,11 +571,11 @@ class Totals:
         self.plain = [p - span.i for p in self.positions if not priced.table.block[p]]
         self.count = len(self.positions)
         self.training = priced.prices.terms.training
-        self.alone = priced.prices.sizes.alone[span.i : span.j]
+        self.single_parameter = priced.prices.sizes.single_parameter[span.i : span.j]
         places = itertools.chain.from_iterable(priced.table.state.values())
         shared = [[p for p in users if p in self.positions] for users in places]
         self.last = max((p for inside in shared if len(inside) > 1 for p in inside), default=span.i)
-        self.largest, self.at = slice(7, 8 + 4 * self.count), 8 + 8 * self.count
+        self.largest_gradient, self.at = slice(7, 8 + 4 * self.count), 8 + 8 * self.count
         self.times = slice(8 + 7 * self.count, self.at)
         self.begins = span.in_flight == priced.m
         self.backwards = [True, False][: span.in_flight] if self.begins else [False]
@@ -594,20 +606,20 @@ class Totals:
     def _once(self, row: Array, atom: Atom) -> None:
         """What a stage pays once, and what it sends and receives."""
         span, m = self.span, self.priced.m
-        for item in atom.items:
+        for item in atom.once:
             if any(span.i <= p < span.j for p in item.positions):
-                row[self.times] += item.forward + item.backward + item.sync / self.priced.turns
-                row[0] += sum(item.parts) + span.in_flight * item.kept
-                row[1] += span.in_flight * item.entered
-                row[2:5] += sum(item.parts) + item.stepping, sum(item.parts), item.summed
-                row[6] += item.kept
-                row[7] = max(row[7], item.largest)
+                row[self.times] += item.forward + item.backward + item.sync_seconds / self.priced.amortization
+                row[0] += sum(item.state_bytes) + span.in_flight * item.saved_bytes
+                row[1] += span.in_flight * item.block_input_bytes
+                row[2:5] += sum(item.state_bytes) + item.optimizer_workspace, sum(item.state_bytes), item.reduced_bytes
+                row[6] += item.saved_bytes
+                row[7] = max(row[7], item.largest_gradient)
                 inside = {*item.positions}.intersection(self.positions)
-                row[5] += item.waiting * (len(inside) > 1)
+                row[5] += item.pending_grad_bytes * (len(inside) > 1)
                 for p in inside:
                     for k, size in enumerate((1, 2, 2)):
                         at = 8 + k * self.count + p - span.i
-                        row[at] = max(row[at], size * item.largest)
+                        row[at] = max(row[at], size * item.largest_gradient)
         for many in atom.crossings:
             pairs = list(zip(many.homes.tolist(), many.users.tolist(), strict=True))
             for values in [pairs] if many.one else [[pair] for pair in pairs]:
@@ -624,7 +636,7 @@ class Totals:
     def add(self, total: Array, more: Array) -> Array:
         """Sums, and the largest of the largest."""
         both = total + more
-        both[:, self.largest] = np.maximum(total[:, self.largest], more[:, self.largest])
+        both[:, self.largest_gradient] = np.maximum(total[:, self.largest_gradient], more[:, self.largest_gradient])
         return both
 
     def under(self, numbers: Array, modes: Whole) -> Array:
@@ -670,8 +682,15 @@ class Totals:
         """Bytes on a rank, of what `under` gives."""
         count, training = self.count, self.training
         largest, begun, others, most, summed = np.split(found[:, 8 : 8 + 5 * count], 5, axis=1)
-        each = [found[:, 1], found[:, 2], found[:, 3] + training.ending(found[:, 4], most.max(1, initial=0.0))]
-        gathered, summing = training.gathered(summed), training.summing(summed, most, self.alone)
+        each = [
+            found[:, 1],
+            found[:, 2],
+            found[:, 3] + training.end_of_step_workspace(found[:, 4], most.max(1, initial=0.0)),
+        ]
+        gathered, summing = (
+            training.gathered_bytes(summed),
+            training.grad_reduce_workspace(summed, most, self.single_parameter),
+        )
         for k, first in enumerate(self.backwards):
             there = found[:, 8 + 5 * count + k * (3 * count + 2) :][:, : 3 * count + 2]
             gradients = [largest + gathered, (begun if first else others) + gathered, largest + summing]
@@ -683,7 +702,7 @@ class Totals:
         """Bytes on a rank at least, if so many are still to come: nothing is gone when the first backward starts, and
         of what its position makes there are a largest tensor and its parameters, where it gathers them."""
         largest, summed = (found[:, 7 + k * self.count] for k in (1, 5))
-        moment = (largest + self.training.gathered(summed)) * (self.priced.m > 1)
+        moment = (largest + self.training.gathered_bytes(summed)) * (self.priced.m > 1)
         return np.maximum(self.bytes(found), found[:, 1] + ahead + moment)
 
 
@@ -899,8 +918,8 @@ class Judge:
         return SearchResult(point, chosen, tuple(cut), tuple(modes), tuple(parts), seconds)
 
     def worth(self, plan: SearchResult) -> tuple[list[float], list[float]]:
-        """Seconds and bytes of every stage of a plan, from the whole of what `weigh` says. Raises AssertionError for a
-        plan that is not in the space."""
+        """Seconds and bytes of every stage of it, by all that `position_costs` says. Raises AssertionError for a plan
+        that is not in the space."""
         space, point = self.space, plan.point
         structure = self.structure(point)
         priced, table = Priced(space, structure, point), structure.table
@@ -913,7 +932,7 @@ class Judge:
                 assert allowed[chosen[one], chosen[other]], f"{table.nodes[one].key}, {table.nodes[other].key}"
             assert all(structure.summed_alike(f, chosen) for f in range(len(table.flows)))
             totals = Totals(priced, Span(i, j, space.in_flight(point, stage)))
-            weighed = weigh(priced.prices, chosen, space.between_stages(point))
+            weighed = position_costs(priced.prices, chosen, space.between_stages(point))
             modes = np.array([[MODES.index(plan.recompute[p]) for p in totals.blocks]], dtype=np.int64)
             numbers = totals.under(totals.of([priced.atom(weighed)]), modes)
             seconds.append(float(numbers[0, 0]))

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from autopart.compile.simulate import simulate_plan
-from autopart.cost.position_costs import MODES
+from autopart.cost.liveness import MODES
 from autopart.hardware.mesh import Mesh
 from autopart.ir.graph import info
 from autopart.ir.labels import is_block

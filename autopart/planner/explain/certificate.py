@@ -1,35 +1,36 @@
 """A plan checked by other means than made it: is it one that can run, and does it cost what it says?
 
-Nothing here asks the solver, the table or the sums of the search. The whole model is traced, every stage localised from
-the plan alone and priced node by node; what has to hold of strategies is looked up in the rules.
+Nothing here asks the solver, the table or the sums of the search. The whole model is traced, every stage is partitioned
+from the plan alone and priced node by node. The bytes of a stage are those of `cost.liveness`, told of this trace. What
+has to hold of strategies is looked up in the rules.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 
-from torch import fx, nn
+from torch import nn
 
 from autopart.cost.collectives import p2p_seconds
-from autopart.cost.training_state import MASTERS, OPTIMIZER_STATES, Training, turns, update_seconds, widening
+from autopart.cost.training_state import MASTERS, OPTIMIZER_STATES, Training, amortization, update_seconds, widening
 from autopart.errors import PartitionError
 from autopart.frontend.batch import DTYPES, Batch
 from autopart.hardware.mesh import usable_bytes
-from autopart.ir.graph import Info, calls, info
+from autopart.ir.graph import calls, info
 from autopart.ir.labels import is_block
-from autopart.ir.layered_graph import LayeredGraph, used_parameters
+from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.partition import partition
 from autopart.passes.price_stage import PricedSegment, Prices, price_stage
 from autopart.passes.source import Source
-from autopart.passes.stage_graph import OWNED, PRELUDE_SEGMENT, Crossing, ShardingAssignment, StageGraph, backward_of
+from autopart.passes.stage_graph import PRELUDE_SEGMENT, Crossing, ShardingAssignment, StageGraph
 from autopart.plan.data import Plan
-from autopart.plan.schedules import SCHEDULES, in_flight, receive_buffer_bytes
+from autopart.plan.schedules import SCHEDULES, in_flight
 from autopart.plan.signature import Signature
 from autopart.plan.stages import PlanStage
+from autopart.planner.memory_tree import Parameter, StageMemory, distinct, parameters
 from autopart.planner.validate import choices_of, cut_findings, spans_of, strategy_findings
-from autopart.sharding.notation import Placement
 from autopart.sharding.rules import has_rule
 
 EQUAL = 1e-6
@@ -41,8 +42,7 @@ samples is not known have another size."""
 
 BYTES, ABOVE = 1e-3, 0.05
 """Of bytes, how far a plan may be below and above: what an operator keeps besides values is taken to grow with samples,
-though a few bytes of it do not; what several blocks keep is taken to be kept where one of them is run again, too.
-What is transient is less what is gone: it may be off by as many bytes as activations are, too."""
+though a few bytes of it do not; what several blocks save is taken to be saved where one of them is recomputed, too."""
 
 ASKED = (
     *("pp", "dp", "tp", "micro_batch", "global_batch", "zero", "schedule"),
@@ -142,15 +142,7 @@ def _numbers(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
         for part, value in times.items():
             if not _same(getattr(stage, part), value):
                 yield f"{name}: {part} are {value}, the plan says {getattr(stage, part)}"
-        held = _bytes(plan, layered, choices, graph, span)
-        net = abs(stage.memory.get("activations", 0.0) - held["activations"]) + BYTES * held["activations"]
-        for part in {**held, **stage.memory}:
-            told, found = stage.memory.get(part, -1.0), held.get(part, -1.0)
-            spare = net if part == "transient" else 0.0
-            if not -BYTES * abs(found) - spare <= told - found <= ABOVE * abs(found) + spare:
-                yield f"{name}: memory of {part} is {held.get(part)} bytes, the plan says {stage.memory.get(part)}"
-        if plan.request.get("must_fit", True) and sum(held.values()) > usable_bytes(plan.mesh) * (1 + EQUAL):
-            yield f"{name}: memory of {sum(held.values())} bytes is more than the device's {usable_bytes(plan.mesh)}"
+        yield from _memory(plan, _stage_memory(plan, layered, choices, graph, span), stage.memory, name)
         yield from _printed(stage, layered, runs, span, name)
         sends = _sends(plan, graph)
         pairs = zip(stage.sends, sends, strict=False)
@@ -158,7 +150,7 @@ def _numbers(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
         if len(stage.sends) != len(sends) or not alike:
             yield f"{name}: sends {sends}, the plan says {list(stage.sends)}"
         seconds.append(times["forward_seconds"] + times["backward_seconds"] + times["send_seconds"])
-        seconds[-1] += times["sync_seconds"] / turns(plan.zero, m, plan.pp)
+        seconds[-1] += times["sync_seconds"] / amortization(plan.zero, m, plan.pp)
     step = sum(seconds) + (m - 1) * max(seconds)
     if not _same(plan.step_seconds, step):
         yield f"step: {step} s, the plan says {plan.step_seconds}"
@@ -183,13 +175,12 @@ def _seconds(
         mode = modes.get(run, "none")
         again += priced.again if mode == "full" else priced.cheap if mode == "selective" else 0.0
     sync, device, training = 0.0, plan.mesh.busy_device(plan.pp, plan.micro_batches), _training(plan)
-    for record, placed, nbytes in _parameters(layered, choices, span, graph.index):
-        over_dp = _summed(choices, record, placed, "dp")
+    for _, record, nbytes, over_dp, over_tp in distinct(_reads(layered, choices, span, graph)):
         sync += training.sync_seconds(nbytes, over_dp)
         sync += update_seconds(nbytes, record.grad, over_dp, training, device)
-        if _summed(choices, record, placed, "tp"):
+        if over_tp:
             sync += training.partial_sync_seconds(nbytes, plan.mesh.group(1, plan.tp))
-    sync -= training.backwards * device.overlapped_share * _hidden(plan, layered, choices, runs, span, graph.index)
+    sync -= training.backwards * device.overlapped_share * _hidden(plan, layered, choices, runs, span, graph)
     return {
         "forward_seconds": sum(r.forward for r in runs.values()),
         "backward_seconds": sum(r.backward for r in runs.values()) + again,
@@ -199,25 +190,18 @@ def _seconds(
 
 
 def _hidden(
-    plan: Plan,
-    layered: LayeredGraph,
-    choices: ShardingAssignment,
-    runs: dict[int, PricedSegment],
-    span: range,
-    stage: int,
-) -> float:
+    plan: Plan, layered: LayeredGraph, choices: ShardingAssignment, runs: dict[int, PricedSegment], span: range,
+    graph: StageGraph,
+) -> float:  # fmt: skip
     """Seconds that gradients travel beside a stage's backward: while some are ready and it goes on, which then takes
     1 / `Device.overlapped_share` times as long. Those of parameters that several runs read do not."""
-    readers = Counter(p for run in layered.segments for p in used_parameters(run))
     training, ready, hidden, share = _training(plan), 0.0, 0.0, plan.mesh.device.overlapped_share
-    alone = {p for p, many in readers.items() if many == 1}
-    for run in reversed(span):
+    for run, read in zip(reversed(span), reversed(_reads(layered, choices, span, graph)), strict=True):
         takes = (runs[run].backward if run in runs else 0.0) / share if share else 0.0
         hidden, ready = hidden + min(ready, takes), max(0.0, ready - takes)
-        for node in alone.intersection(used_parameters(layered.segments[run])):
-            placed = choices.placements(layered, (node, 0), stage)
-            summed = _summed(choices, info(node), placed, "dp")
-            ready += training.beside_seconds(choices.size((node, 0), placed), summed)
+        ready += sum(
+            training.overlappable_seconds(p.bytes, p.over_dp) for p in read if len(layered.readers[p.name]) == 1
+        )
     return hidden
 
 
@@ -243,137 +227,51 @@ def _training(plan: Plan) -> Training:
     return Training(plan.optimizer, plan.zero, group, plan.micro_batches, wide, together)
 
 
-def _parameters(
-    layered: LayeredGraph, choices: ShardingAssignment, span: Sequence[int], stage: int
-) -> list[tuple[Info, tuple[Placement, ...], float]]:
-    """The parameters that some runs read, each once, with their placement and bytes on a rank."""
-    found = dict.fromkeys(p for run in span for p in used_parameters(layered.segments[run]))
-    placed = [choices.placements(layered, (p, 0), stage) for p in found]
-    return [(info(p), at, choices.size((p, 0), at)) for p, at in zip(found, placed, strict=True)]
+def _reads(layered: LayeredGraph, choices: ShardingAssignment, span: range, graph: StageGraph) -> list[list[Parameter]]:
+    """The parameters that each run of a stage reads."""
+    return parameters(layered, choices, (span.start, span.stop), graph.index)
 
 
-def _summed(choices: ShardingAssignment, record: Info, placed: Sequence[Placement], axis: str) -> bool:
-    """Whether each rank of an axis has but a share of a parameter's gradient."""
-    return record.grad and any(
-        name == axis and p.kind == "C" for (name, _), p in zip(choices.axes, placed, strict=True)
+def _stage_memory(
+    plan: Plan, layered: LayeredGraph, choices: ShardingAssignment, graph: StageGraph, span: range
+) -> StageMemory:
+    """The bytes of a rank of a stage, of the whole model's own trace."""
+    flights, received = in_flight(plan.schedule, graph.index, plan.pp, plan.micro_batches), graph.received
+    return StageMemory(
+        layered=layered,
+        choices=choices,
+        graph=graph,
+        stage=graph.index,
+        span=(span.start, span.stop),
+        modes=plan.stages[graph.index].recompute,
+        training=_training(plan),
+        in_flight=flights,
+        micro_batches=plan.micro_batches,
+        received=sum(crossing.size for crossing in received),
     )
 
 
-def _bytes(
-    plan: Plan, layered: LayeredGraph, choices: ShardingAssignment, graph: StageGraph, span: range
-) -> dict[str, float]:
-    """Of a rank of a stage, by the names they have in plans."""
-    training, parts = _training(plan), [0.0, 0.0, 0.0]
-    for record, placed, nbytes in _parameters(layered, choices, span, graph.index):
-        held = training.memory(nbytes, record.grad, _summed(choices, record, placed, "dp"))
-        parts = [a + b for a, b in zip(parts, held, strict=True)]
-    summed = {
-        run: [
-            training.summed(n, r.grad, _summed(choices, r, p, "dp"))
-            for r, p, n in _parameters(layered, choices, [run], graph.index)
-        ]
-        for run in span
-    }
-    modes = dict(zip(span, plan.stages[graph.index].recompute, strict=True))
-    nodes = dict(zip(graph.indices, (mine for _, mine in graph.segments), strict=True))
-    rerun = [run for run in nodes if modes.get(run, "none") != "none"]
-    whole: dict[int, float] = defaultdict(float)
-    wide: dict[int, float] = defaultdict(float)
-    products: dict[int, float] = defaultdict(float)
-    kept = 0.0
-    for memory in graph.kept.values():
-        for run, size in memory.wide.items():
-            wide[run] += size
-        (run, *_) = memory.segments
-        if memory.shared:
-            kept += memory.size
-        else:
-            whole[run] += memory.size
-            products[run] += memory.size * memory.product
-    of_run = {run: 0.0 if run in rerun else size for run, size in whole.items()}
-    results: dict[int, float] = {}
-    shared: set[fx.Node] = set()
-    for run in nodes if rerun else ():
-        taken = _taken(nodes[run]) if run != PRELUDE_SEGMENT and is_block(layered.labels[run]) else []
-        shared.update(n for n in taken if info(n).several)
-        entered = sum(info(n).size for n in taken if run in rerun and not info(n).several)
-        by_products = [info(n) for n in nodes[run] if info(n).product and not info(n).view]
-        results[run] = sum(r.size + r.inner for r in by_products) if modes.get(run) == "selective" else 0.0
-        of_run[run] = of_run.get(run, 0.0) + entered + results[run]
-    kept += sum(of_run.values()) + sum(info(n).size for n in shared)
-    flights = in_flight(plan.schedule, graph.index, plan.pp, plan.micro_batches)
-    every = [(n, r.grad, _summed(choices, r, p, "dp")) for r, p, n in _parameters(layered, choices, span, graph.index)]
-    stepped, messages = ([each(*row) for row in every] for each in (training.stepping, training.summed))
-    made = sum(stepped) if training.together else max(stepped, default=0.0)
-    made = max(made, training.ending(sum(messages), max(messages, default=0.0)))
-    arriving = receive_buffer_bytes(sum(crossing.size for crossing in graph.received), flights, plan.micro_batches)
-    own = _gradients(plan, layered, choices, span, graph.index)
-    backwards: list[tuple[dict[int, float], bool, float]] = [({}, False, 0.0)]
-    if flights == plan.micro_batches:
-        backwards = [(own, True, 0.0), ({}, False, kept)][:flights]
-    transient = made - flights * kept - arriving
-    of_blocks = [run for run in span if is_block(layered.labels[run])]
-    alike = len({modes[run] for run in of_blocks}) <= 1
-    leaving = {r: size for r, size in of_run.items() if r not in of_blocks or alike}
-    waits = _waiting(plan, layered, choices, span, graph.index)
-    for absent, first, gone in backwards:
-        transient = max(transient, -sum(absent.values()) - gone)
-        for run in (*span, PRELUDE_SEGMENT):
-            gradients = [backward_of(n, training.anew(first)) for n in nodes.get(run, ())]
-            largest, backward = (max(row) for row in zip(*gradients, (0.0, 0.0), strict=True))
-            read = summed.get(run) or [0.0]
-            moments = [backward + training.gathered(sum(read))]
-            if run in rerun:
-                moments[0] += whole[run] + wide[run] - results[run]
-            if modes.get(run) == "selective":
-                moments.append(largest + training.gathered(sum(read)) + whole[run] + wide[run] - products[run])
-            moments.append(largest + training.summing(sum(read), max(read), len(read) == 1))
-            moment = max(moments) - gone
-            moment -= sum(size for r, size in leaving.items() if r > run)
-            moment -= sum(size for r, size in absent.items() if r < run != PRELUDE_SEGMENT)
-            moment += sum(waits.values()) if PRELUDE_SEGMENT < run < max(waits, default=0) else 0.0
-            if not alike and all(run < block for block in of_blocks):
-                moment -= sum(of_run.get(block, 0.0) for block in of_blocks)
-            transient = max(transient, moment)
-    names = ("parameters", "gradients", "optimizer", "activations", "messages", "transient")
-    return dict(zip(names, (*parts, flights * kept, arriving, transient), strict=True))
+def _memory(plan: Plan, memory: StageMemory, told: Mapping[str, float], name: str) -> Iterator[str]:
+    """Whether the bytes told are those of a moment of a stage, and none of its moments has more. Of moments with nearly
+    as many bytes, another may be the largest in a trace of two samples."""
+    peak = memory.peak.bytes
+    near = [memory.by_kind(moment) for moment in memory.moments if moment.bytes >= peak * (1 - ABOVE)]
+    wrong = min((list(_parts(held, told)) for held in near), key=len)
+    if wrong:
+        wrong = list(_parts(memory.by_kind(), told))
+    yield from (f"{name}: {text}" for text in wrong)
+    if sum(told.values()) < peak * (1 - BYTES):
+        yield f"{name}: memory is {peak} bytes, the plan says {sum(told.values())}"
+    if plan.request.get("must_fit", True) and peak > usable_bytes(plan.mesh) * (1 + EQUAL):
+        yield f"{name}: memory of {peak} bytes is more than the device's {usable_bytes(plan.mesh)}"
 
 
-def _gradients(
-    plan: Plan, layered: LayeredGraph, choices: ShardingAssignment, span: range, stage: int
-) -> dict[int, float]:
-    """Bytes of the gradients of every run's parameters that no other run of the model reads."""
-    training, readers = _training(plan), Counter(p for run in layered.segments for p in used_parameters(run))
-    found: dict[int, float] = defaultdict(float)
-    for run in span:
-        for node in used_parameters(layered.segments[run]):
-            if readers[node] == 1:
-                placed = choices.placements(layered, (node, 0), stage)
-                over_dp = _summed(choices, info(node), placed, "dp")
-                found[run] += training.memory(choices.size((node, 0), placed), info(node).grad, over_dp)[1]
-    return found
-
-
-def _waiting(
-    plan: Plan, layered: LayeredGraph, choices: ShardingAssignment, span: range, stage: int
-) -> dict[int, float]:
-    """Last run of a stage that reads a parameter which an earlier one reads too -> bytes of the gradients that wait."""
-    training, found = _training(plan), defaultdict[int, float](float)
-    readers = {node: run for run in reversed(span) for node in used_parameters(layered.segments[run])}
-    for run in reversed(span):
-        for node in used_parameters(layered.segments[run]):
-            if readers.pop(node, run) != run:
-                placed = choices.placements(layered, (node, 0), stage)
-                shared = _summed(choices, info(node), placed, "dp")
-                found[run] += training.waiting(choices.size((node, 0), placed), info(node).grad, shared)
-    return {run: size for run, size in found.items() if size}
-
-
-def _taken(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """The values a run reads that others make."""
-    inside = set(nodes)
-    read = dict.fromkeys(n for node in nodes for n in node.all_input_nodes)
-    return [n for n in read if n not in inside and info(n).kind not in OWNED]
+def _parts(held: Mapping[str, float], told: Mapping[str, float]) -> Iterator[str]:
+    """What is told of each kind of bytes and is not so."""
+    for part in {**held, **told}:
+        said, found = told.get(part, -1.0), held.get(part, -1.0)
+        if not -BYTES * abs(found) <= said - found <= ABOVE * abs(found):
+            yield f"memory of {part} is {held.get(part)} bytes, the plan says {told.get(part)}"
 
 
 def _printed(

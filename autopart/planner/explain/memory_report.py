@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
@@ -13,32 +13,32 @@ from autopart.passes.source import Source
 from autopart.plan.data import Plan
 from autopart.plan.units import bytes_text
 from autopart.planner.explain.price_plan import decided
-from autopart.planner.memory_tree import KINDS, Leaf, leaves, totals
+from autopart.planner.memory_tree import KINDS, Allocation, stage_memory
 from autopart.planner.write_plan import partitioned
 
 TOLD = 0.01
-"""Share of a stage's bytes below which a leaf is not printed."""
+"""Share of a stage's bytes below which an allocation is not printed."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block of a stage, "" for what several share, with its leaves."""
+    """A block of a stage, "" for what several share, with its allocations."""
 
     label: str
-    leaves: tuple[Leaf, ...]
+    allocations: tuple[Allocation, ...]
 
     @property
     def bytes(self) -> float:
         """All of it, on a rank."""
-        return sum(leaf.bytes for leaf in self.leaves)
+        return sum(allocation.bytes for allocation in self.allocations)
 
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """A stage of a plan on one rank: its blocks in order. The kinds of their leaves are the parts of
-    `PlanStage.memory`, and sum to them: parameters, gradients, optimizer (states and master copies), activations (of
-    all micro-batches in flight), messages (on their way from other stages) and transient (of the moment when most is
-    alive: what exists besides, and, below zero, what of all that is gone by then or not there yet)."""
+    """A stage of a plan on one rank, at the moment when most is alive: its blocks in order. The kinds of their
+    allocations are the parts of `PlanStage.memory`, and sum to them: parameters, gradients, optimizer (states and
+    master copies), activations (of all micro-batches in flight), messages (on their way from other stages) and
+    transient (gradients on their way through operators, what is recomputed, gathered parameters, workspace)."""
 
     stage: int
     blocks: tuple[Block, ...]
@@ -46,7 +46,10 @@ class MemoryReport:
     @property
     def memory(self) -> dict[str, float]:
         """Bytes of every kind."""
-        return totals(leaf for block in self.blocks for leaf in block.leaves)
+        found = dict.fromkeys(KINDS, 0.0)
+        for allocation in (each for block in self.blocks for each in block.allocations):
+            found[allocation.kind] += allocation.bytes
+        return found
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -63,15 +66,17 @@ def report_traced(plan: Plan, source: Source) -> tuple[MemoryReport, ...]:
     stages, spans = [], pairwise((*plan.starts, len(space.layered.labels)))
     for index, (stage, span) in enumerate(zip(plan.stages, spans, strict=True)):
         choices, graph = partitioned(space, found, plan.splits[stage.splits], span)
-        stages.append(_tree(index, leaves(space, found, choices, graph, span, stage.recompute, index)))
+        stages.append(
+            _tree(index, stage_memory(space, found, choices, graph, span, stage.recompute, index).allocations())
+        )
     return tuple(stages)
 
 
-def _tree(stage: int, leaves: Sequence[Leaf]) -> MemoryReport:
-    blocks: dict[str, list[Leaf]] = {}
-    for leaf in leaves:
-        if leaf.bytes:
-            blocks.setdefault(leaf.block, []).append(leaf)
+def _tree(stage: int, allocations: Iterable[Allocation]) -> MemoryReport:
+    blocks: dict[str, list[Allocation]] = {}
+    for allocation in allocations:
+        if allocation.bytes:
+            blocks.setdefault(allocation.block, []).append(allocation)
     return MemoryReport(stage, tuple(Block(label, tuple(mine)) for label, mine in blocks.items()))
 
 
@@ -95,11 +100,11 @@ def _lines(stage: MemoryReport) -> Iterator[str]:
 
 
 def _alike(block: Block) -> tuple[tuple[tuple[str, str], float], ...]:
-    """What is printed of a block: leaves of the same name and kind together, without the block's own name."""
+    """What is printed of a block: allocations of the same name and kind together, without the block's own name."""
     found: dict[tuple[str, str], float] = {}
-    for leaf in block.leaves:
-        key = _within(leaf.name, block.label), leaf.kind
-        found[key] = found.get(key, 0.0) + leaf.bytes
+    for allocation in block.allocations:
+        key = _within(allocation.name, block.label), allocation.kind
+        found[key] = found.get(key, 0.0) + allocation.bytes
     return tuple(found.items())
 
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from autopart.cost.position_costs import MODES
+from autopart.cost.liveness import MODES
 from autopart.errors import PartitionError
 from autopart.frontend.batch import DTYPES, Batch
 from autopart.ir.labels import is_block
@@ -17,7 +17,7 @@ from autopart.passes.source import Source
 from autopart.passes.stage_graph import Splits
 from autopart.plan.data import Plan
 from autopart.planner.branch_and_bound import SearchResult
-from autopart.planner.interval_costs import ranges
+from autopart.planner.candidate import costs_of
 from autopart.planner.request import Request, SearchPoint
 from autopart.planner.search_space import SearchSpace
 from autopart.planner.write_plan import write_out
@@ -66,13 +66,10 @@ def decided(plan: Plan, source: Source) -> tuple[SearchSpace, SearchResult]:
     chosen = tuple(ways[stage.splits] for stage in plan.stages)
     _check_interface(space, point, chosen)
     modes = tuple(mode for stage in plan.stages for mode in stage.recompute)
-    table, m = space.model(point).table, space.micro_batches(point)
-    times = []
+    m, times = space.micro_batches(point), []
     for mine, (start, end) in zip(chosen, pairwise((*plan.starts, len(modes))), strict=True):
-        found = ranges(
-            space.weigh(point, mine), table.group, table.block, m, space.turns(point), [(mode,) for mode in modes]
-        )
-        times.append(float(found.seconds[found.place(start, end)]))
+        found = costs_of(space, point, mine, [(mode,) for mode in modes])
+        times.append(float(found.seconds[found.index(start, end)]))
     step = sum(times) + (m - 1) * max(times)
     return space, SearchResult(point, chosen, plan.starts, modes, tuple(times), step, min(plan.bound_seconds, step))
 

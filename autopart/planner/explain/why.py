@@ -23,6 +23,7 @@ from autopart.passes.source import Source
 from autopart.plan.data import Plan
 from autopart.plan.units import bytes_text, seconds_text
 from autopart.planner.branch_and_bound import OnProgress, Search, SearchResult, points, silent, zero_levels
+from autopart.planner.candidate import costs_of
 from autopart.planner.constraints import Constraint, parse
 from autopart.planner.explain.differences import differences
 from autopart.planner.explain.split_ilp import split_ilp
@@ -248,6 +249,13 @@ class Explanation:
         """Bytes that are left on the fullest device."""
         return usable_bytes(self.space.mesh) - max(self.plan.memory_bytes)
 
+    def _saved_bytes(self, stage: int) -> float:
+        """Bytes that one micro-batch saves for backward on a rank of a stage."""
+        found, modes = self.found, [(mode,) for mode in self.found.recompute]
+        costs = costs_of(self.space, found.point, found.chosen[stage], modes)
+        ends = (*found.starts, len(modes))
+        return float(costs.saved_bytes[costs.index(*ends[stage : stage + 2])])
+
     def _price(self, what: str, space: SearchSpace) -> Price:
         search = Search(space, silent, quick=True)
         try:
@@ -263,8 +271,7 @@ class Explanation:
             for what, more in (("one more GiB per device", GIB), ("one GiB less per device", -GIB)):
                 yield what, self._memory(more)
             fullest = max(range(self.plan.pp), key=lambda s: self.plan.memory_bytes[s])
-            flights = self.space.in_flight(self.found.point, fullest)
-            each = self.plan.stages[fullest].memory["activations"] / flights
+            each = self._saved_bytes(fullest)
             yield f"room for one more micro-batch in flight ({bytes_text(each)})", self._memory(each / 0.92)
         links = {"devices of a host": "intra", "hosts": "inter"}
         for between, name in links.items():

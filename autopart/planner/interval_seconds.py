@@ -1,0 +1,58 @@
+"""Seconds by interval of positions that are no sum over positions: messages between stages, exposed gradient sync."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from autopart.cost.compute import Array
+from autopart.cost.intervals import contains_any, interval_ends, interval_maxima
+from autopart.cost.position_costs import Crossings
+
+
+def exposed(overlappable: Array, backward: Array) -> Array:
+    """[intervals]: seconds for which gradients still travel when the backward of an interval has ended.
+
+    The backward goes from the last position to the first. When the backward of p ends, its gradients start to travel
+    for overlappable[p] seconds, behind those of later positions:
+
+        exposed(i, j) = max over p in [i, j) of  sum of overlappable over [i, p]  -  sum of backward over [i, p)
+
+    Seconds of recomputation do not count as backward. `overlappable` is `Device.overlapped_share` times the seconds of
+    the messages; the rest of these seconds slows computation down and is paid in any case. The runtime sends a message
+    when it is full, so that the last message may hold more than one position's gradients.
+    """
+    starts, _ = interval_ends(len(overlappable))
+    if not overlappable.any():
+        return np.zeros(len(starts))
+    sent, done = (np.concatenate([[0.0], np.cumsum(each)]) for each in (overlappable, backward))
+    return interval_maxima(sent[1:] - done[:-1]) - (sent - done)[starts]
+
+
+def exposed_by_clock(overlappable: Sequence[float], backward: Sequence[float]) -> float:
+    """`exposed` of one interval, simulated."""
+    now = arrived = 0.0
+    for travels, takes in zip(reversed(overlappable), reversed(backward), strict=True):
+        now += takes
+        arrived = max(arrived, now) + travels
+    return arrived - now
+
+
+def crossed(crossings: Iterable[Crossings], n: int) -> tuple[Array, Array]:
+    """[intervals] of n positions, twice: seconds of the messages of values that an interval receives and sends, and
+    bytes of values that it receives."""
+    starts, ends = interval_ends(n)
+    seconds, received, adjacent = np.zeros(len(starts)), np.zeros(len(starts)), np.zeros((2, n + 1))
+    for values in crossings:
+        near = (values.users == values.homes + 1) & (not values.one)
+        for row, amount in zip(adjacent, (values.seconds, values.size), strict=True):
+            np.add.at(row, values.users[near], amount)
+        far = np.flatnonzero(~near)
+        for where in [far] if values.one else far[:, None]:
+            home, users = int(values.homes[where[0]]), values.users[where].tolist()
+            taken = contains_any(users, n) & (starts > home)
+            given = (starts <= home) & (home < ends) & (ends <= max(users))
+            seconds += (taken.astype(float) + given) * values.seconds
+            received += taken * values.size
+    return seconds + adjacent[0, starts] + adjacent[0, ends], received + adjacent[1, starts]
