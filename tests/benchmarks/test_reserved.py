@@ -7,7 +7,7 @@ import pytest
 
 from autopart.plan.schedules import compute_order
 from autopart.plan.schedules.ops import Op
-from autopart.planner.explain.memory_report import found_in
+from autopart.planner.explain.memory_report import report_traced
 from benchmarks.accuracy.published import Bench, Published, read
 from benchmarks.accuracy.published_runs import as_held, held, plan_of
 from benchmarks.accuracy.reserved import alive, besides, elements, late
@@ -24,7 +24,7 @@ def more(row: Published, stage: int = 0) -> tuple[dict[str, float], dict[str, fl
     """What a stage of a row holds by its plan, and besides."""
     row = as_held(row)
     plan = plan_of(BENCH, row, "float32")
-    whose = found_in(plan, BENCH.source(row))[stage]
+    whose = report_traced(plan, BENCH.source(row))[stage]
     return dict(plan.stages[stage].memory), besides(plan, row, stage, whose)
 
 
@@ -169,7 +169,7 @@ def test_gradients_of_inputs_stay(pieces: int, stage: int, count: int) -> None:
 def test_elements_of_a_sliced_model() -> None:
     row = ROWS["torchtitan_h200:31"]
     plan = plan_of(BENCH, row, "float32")
-    blocks, root = elements(plan, found_in(plan, BENCH.source(row))[0])
+    blocks, root = elements(plan, report_traced(plan, BENCH.source(row))[0])
     assert blocks == pytest.approx([BLOCK] * 32, rel=1e-3) and root == pytest.approx(ROOT, rel=1e-3)
 
 
