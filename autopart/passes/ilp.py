@@ -56,7 +56,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from pulp import LpAffineExpression, LpConstraint, LpMinimize, LpProblem, LpVariable, lpSum
 
-from autopart.cost.sizes import Sizes, paths
+from autopart.cost.sizes import Sizes, reshard_paths
 from autopart.passes.constraint_matrix import Entries
 from autopart.passes.split_problem import SplitProblem
 from autopart.sharding.strategy_table import Placements
@@ -208,7 +208,7 @@ def resharded_once(ilp: Ilp) -> Iterator[Row]:
     for (f, use), moves in ilp.e.items():
         needed: dict[tuple[Placements, tuple[Placements, ...]], list[LpVariable]] = {}
         for (p, q), e in moves.items():
-            for w in paths(ilp.table.flows[f].chains[p, q]):
+            for w in reshard_paths(ilp.table.flows[f].chains[p, q]):
                 needed.setdefault((p, w), []).append(e)
         for (p, w), those in needed.items():
             text = f"paid {ilp.operand(use)} {' '.join(map(_text, (p, *w)))}"

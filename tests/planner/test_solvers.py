@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import autopart
 from autopart import Mesh, PartitionError, Plan
 from autopart.cli.main import app
-from autopart.cost.sizes import Sizes, paths
+from autopart.cost.sizes import Sizes, reshard_paths
 from autopart.passes.source import Source
 from autopart.planner.explain.why import Explanation, explain_traced
 from autopart.planner.make_plan import request_of
@@ -66,7 +66,7 @@ def cost(sizes: Sizes, costs: Sequence[float], chosen: Sequence[int]) -> float:
         have = table.nodes[flow.source].given(chosen[flow.source], flow.output)
         for node, operand in flow.uses:
             want = table.nodes[node].taken(chosen[node], operand)
-            reshards = [(f, have, path) for path in paths(flow.chains[have, want])]
+            reshards = [(f, have, path) for path in reshard_paths(flow.chains[have, want])]
             paid |= {int(sizes.first[-1]) + changes.index(reshard) for reshard in reshards}
     for m, keep in enumerate(table.keeps):
         for (node, operand), placed in zip(dict.fromkeys(keep.keepers), sizes.keeps[m], strict=True):
