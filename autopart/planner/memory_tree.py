@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 from torch import fx
@@ -34,15 +33,16 @@ from autopart.cost.liveness import (
     moments,
 )  # fmt: skip
 from autopart.cost.training_state import OPTIMIZER_STATES, Training
-from autopart.ir.graph import Info, info
+from autopart.ir.graph import info
 from autopart.ir.labels import is_block
-from autopart.ir.layered_graph import LayeredGraph, used_parameters
+from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.stage_graph import OWNED, PRELUDE, PRELUDE_SEGMENT, ShardingAssignment, StageGraph, backward_of
 from autopart.plan.schedules import receive_buffer_bytes
 from autopart.plan.units import printed_name
 from autopart.planner.branch_and_bound import SearchResult
 from autopart.planner.interval_seconds import crossed
 from autopart.planner.search_space import SearchSpace
+from autopart.planner.stage_parameters import Parameter, distinct, parameters
 
 KINDS = (PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, MESSAGES, "transient")
 """Kinds of bytes in plans; "transient" is the sum of `liveness.TRANSIENT`."""
@@ -65,39 +65,6 @@ class Allocation:
     name: str
     kind: str
     bytes: float
-
-
-class Parameter(NamedTuple):
-    """A parameter that a position reads: its name there, its record, its bytes on a rank, and whether its gradient is a
-    partial sum over the axes dp and tp."""
-
-    name: str
-    record: Info
-    bytes: float
-    over_dp: bool
-    over_tp: bool
-
-
-def parameters(
-    layered: LayeredGraph, choices: ShardingAssignment, span: tuple[int, int], stage: int = 0
-) -> list[list[Parameter]]:
-    """The parameters that each position of a span reads; `stage` is the index of the stage in `choices`."""
-    known: dict[fx.Node, tuple[Info, float, bool, bool]] = {}
-    names, found = [name for name, _ in choices.axes], []
-    for position in range(*span):
-        nodes = dict.fromkeys(used_parameters(layered.segments[layered.sequence[position]]))
-        for node in nodes:
-            if node not in known:
-                record, placed = info(node), choices.placements(layered, (node, 0), stage)
-                partial = {name for name, p in zip(names, placed, strict=True) if p.kind == "C" and record.grad}
-                known[node] = record, choices.size((node, 0), placed), "dp" in partial, "tp" in partial
-        found.append([Parameter(layered.parameter_at(position, node), *known[node]) for node in nodes])
-    return found
-
-
-def distinct(reads: Sequence[Sequence[Parameter]]) -> list[Parameter]:
-    """Every parameter of some positions once."""
-    return list({parameter.name: parameter for row in reads for parameter in row}.values())
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from autopart.planner.branch_and_bound import SearchResult
 from autopart.planner.dataflow import with_sources
 from autopart.planner.interval_seconds import exposed_by_clock
 from autopart.planner.memory_tree import messages, stage_memory
-from autopart.planner.memory_tree import distinct, parameters
 from autopart.planner.search_space import SearchSpace
+from autopart.planner.stage_parameters import distinct, parameters
 from autopart.sharding.rules import has_rule
 
 EQUAL = 1e-6

@@ -29,7 +29,8 @@ from autopart.plan.data import Plan
 from autopart.plan.schedules import SCHEDULES, in_flight
 from autopart.plan.signature import Signature
 from autopart.plan.stages import PlanStage
-from autopart.planner.memory_tree import Parameter, StageMemory, distinct, parameters
+from autopart.planner.memory_tree import StageMemory
+from autopart.planner.stage_parameters import Parameter, distinct, parameters
 from autopart.planner.validate import choices_of, cut_findings, spans_of, strategy_findings
 from autopart.sharding.rules import has_rule
 

@@ -1,0 +1,45 @@
+"""The parameters that each position of a stage reads, with their bytes on a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import fx
+
+from autopart.ir.graph import Info, info
+from autopart.ir.layered_graph import LayeredGraph, used_parameters
+from autopart.passes.stage_graph import ShardingAssignment
+
+
+class Parameter(NamedTuple):
+    """A parameter that a position reads: its name there, its record, its bytes on a rank, and whether its gradient is a
+    partial sum over the axes dp and tp."""
+
+    name: str
+    record: Info
+    bytes: float
+    over_dp: bool
+    over_tp: bool
+
+
+def parameters(
+    layered: LayeredGraph, choices: ShardingAssignment, span: tuple[int, int], stage: int = 0
+) -> list[list[Parameter]]:
+    """The parameters that each position of a span reads; `stage` is the index of the stage in `choices`."""
+    known: dict[fx.Node, tuple[Info, float, bool, bool]] = {}
+    names, found = [name for name, _ in choices.axes], []
+    for position in range(*span):
+        nodes = dict.fromkeys(used_parameters(layered.segments[layered.sequence[position]]))
+        for node in nodes:
+            if node not in known:
+                record, placed = info(node), choices.placements(layered, (node, 0), stage)
+                partial = {name for name, p in zip(names, placed, strict=True) if p.kind == "C" and record.grad}
+                known[node] = record, choices.size((node, 0), placed), "dp" in partial, "tp" in partial
+        found.append([Parameter(layered.parameter_at(position, node), *known[node]) for node in nodes])
+    return found
+
+
+def distinct(reads: Sequence[Sequence[Parameter]]) -> list[Parameter]:
+    """Every parameter of some positions once."""
+    return list({parameter.name: parameter for row in reads for parameter in row}.values())
