@@ -25,7 +25,7 @@ from autopart.compile.api import plan
 from autopart.errors import PartitionError
 from autopart.frontend.batch import DTYPES, samples_of
 from autopart.plan.data import Plan
-from autopart.planner.constraints import forbidden, parse
+from autopart.planner.constraint_text import forbidden, parse
 from autopart.planner.request import SETTINGS, Request
 from autopart.runtime.watchdog import report_failure
 

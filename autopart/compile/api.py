@@ -19,8 +19,8 @@ from autopart.hardware.mesh import Mesh
 from autopart.passes.source import Source
 from autopart.plan.data import Plan
 from autopart.plan.estimate import Estimate
-from autopart.planner.branch_and_bound import OnProgress, silent
 from autopart.planner.make_plan import make_plan, request_of
+from autopart.planner.progress import OnProgress, silent
 from autopart.planner.request import Settings
 from autopart.planner.validate import validate
 from autopart.runtime.compiled import Compiled

@@ -32,7 +32,7 @@ NODES = 200
 """Of a branch-and-bound tree; where it is not done by then, the bound says how far it is off."""
 
 CUTS, CLOSE = 4, 1e-3
-"""How often, and how near, `Solver.share` looks for a maximum."""
+"""How often, and how near, `Solver.maximize_dual` looks for a maximum."""
 
 WARM, FREE = 0.1, 1000
 """The simplex iterations after which a last basis is given up for HiGHS's own start: such a share of what the first
@@ -139,7 +139,7 @@ class Solver(ConstraintMatrix):
             self.highs.run()
         self.iterations = self.iterations or self.highs.getInfo().simplex_iteration_count
 
-    def below(self, costs: Array) -> float:
+    def dual_bound(self, costs: Array) -> float:
         """A bound below `relax`'s in a small part of its time: the best by weak duality with the multipliers of
         relaxations solved before, each variable at most one and each node one strategy."""
         if not self.worth:
@@ -148,7 +148,7 @@ class Solver(ConstraintMatrix):
         chosen = np.minimum.reduceat(left[:, : self.strategies], self.sizes.first[:-1], axis=1).sum(1)
         return float((chosen + np.minimum(left[:, self.strategies :], 0.0).sum(1)).max()) / self.scale
 
-    def share(self, costs: Array, more: Array) -> float:
+    def maximize_dual(self, costs: Array, more: Array) -> float:
         """Between 0 and 1, the share of some more costs with which the relaxation's best choice costs most, but for a
         few per mille: it is a concave function of the share, made of straight lines. At 0 at once where no choice has
         more costs above 0."""

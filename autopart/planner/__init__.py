@@ -1,6 +1,15 @@
-"""The search for the fastest plan: degrees, micro-batch size, ZeRO level, activation checkpointing, cuts, splits.
+"""The search for the fastest plan: degrees, micro-batch, ZeRO level, activation checkpointing, cuts, splits.
 
-`make_plan` is the entry, `branch_and_bound` the search, `search_space` its tables, `lower_bounds` and `stage_bounds`
-what proves a gap, `cuts` the stages; `explain/` answers questions about a plan. Imports `passes` and all rooms below,
-nothing that runs on devices. Open `make_plan.py` first.
+request, constraint_text, constraints, cut_methods      what the user asks for
+search_points, zero_levels, search_space, ilp_model     what there is to search, and its tables
+branch_and_bound, candidate, cuts                       the search: queue, plans of a point, exact cuts
+objective, lower_bounds, stage_bounds                   the lower bounds that prove a gap
+exact_refinement, refinement                            exact splits of small models
+interval_costs, memory_tree                             seconds and bytes of intervals and of stages
+make_plan, write_plan, validate                         the line from a request to a plan
+infeasibility, advice                                   where nothing fits
+explain/                                                questions about a plan
+
+Imports `passes` and all rooms below, nothing that runs on devices. Open `make_plan.py` first, then
+`branch_and_bound.py`, whose docstring has the problem and its bounds.
 """

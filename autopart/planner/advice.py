@@ -1,4 +1,4 @@
-"""What to change where no plan fits: the smallest changes that were tried and give a plan."""
+"""Where nothing fits: the smallest changes of the request or the mesh with which a plan fits, found by searching."""
 
 from __future__ import annotations
 
@@ -11,37 +11,38 @@ from autopart.errors import PartitionError
 from autopart.hardware import DEVICES
 from autopart.hardware.mesh import Mesh, divisors
 from autopart.ir.layered_graph import LayeredGraph
-from autopart.planner.branch_and_bound import Search, silent
+from autopart.planner.branch_and_bound import Search
+from autopart.planner.progress import silent
 from autopart.planner.request import Request
 from autopart.planner.search_space import SearchSpace
 
-Fold = Callable[[Mesh, str], LayeredGraph]
-"""The folded graph of the model on a mesh, with parameters of a dtype."""
+Layered = Callable[[Mesh, str], LayeredGraph]
+"""The layered graph of the model on a mesh, with parameters of a dtype."""
 
-TOLD = 2
-"""So many ways out are told."""
+SUGGESTIONS = 2
+"""Changes that the error names at most."""
 
 Try = tuple[str, Mesh, Request]
 
 
-def advice(space: SearchSpace, fold: Fold, plans: Callable[[Mesh, Request], object]) -> str:
-    """The first changes after which there is a plan that fits, each found by searching again, then by `plans`, which
-    raises PartitionError where the graph that would run does not fit; "" if there are none."""
+def advice(space: SearchSpace, layered_of: Layered, plans: Callable[[Mesh, Request], object]) -> str:
+    """The first changes with which a plan fits, as text; "" if there are none. A change is searched first, then planned
+    by `plans`, which raises PartitionError where the graph that would run does not fit."""
     fits = (
         text
         for text, mesh, request in _changes(space)
-        if _fits(space, mesh, request, fold) and _planned(plans, mesh, request)
+        if _fits(space, mesh, request, layered_of) and _planned(plans, mesh, request)
     )
-    found = list(islice(fits, TOLD))
+    found = list(islice(fits, SUGGESTIONS))
     return f"what fits: {', or '.join(found)}" if found else ""
 
 
-def _fits(space: SearchSpace, mesh: Mesh, request: Request, fold: Fold) -> bool:
-    """Whether any plan fits after a change; what does not change is taken over."""
+def _fits(space: SearchSpace, mesh: Mesh, request: Request, layered_of: Layered) -> bool:
+    """Whether a plan fits after a change; graph and tables are reused where the change leaves them as they are."""
     try:
         request = request.check(mesh)
         same = mesh.device == space.mesh.device and request.precision == space.request.precision
-        layered = space.layered if same else fold(mesh, request.precision)
+        layered = space.layered if same else layered_of(mesh, request.precision)
         tables = same and ((request.tp or 1) > 1) == ((space.request.tp or 1) > 1)
         models = space.models if tables else {}
         Search(SearchSpace(layered, mesh, request, models), silent).run()
@@ -59,7 +60,7 @@ def _planned(plans: Callable[[Mesh, Request], object], mesh: Mesh, request: Requ
 
 
 def _changes(space: SearchSpace) -> Iterator[Try]:
-    """What may be changed, the smallest change first; the first plan that fits is enough."""
+    """The changes to try, the smallest first. With nodes=0 a search stops at its first plan."""
     mesh, request = space.mesh, replace(space.request, nodes=0)
     if request.recompute not in (None, "full"):
         yield 'recompute="full"', mesh, replace(request, recompute="full")
@@ -84,8 +85,8 @@ def _changes(space: SearchSpace) -> Iterator[Try]:
 
 
 def _machines(mesh: Mesh, request: Request) -> Iterator[Try]:
-    """Larger meshes of the same devices, with the degrees left open but for what is asked for, and
-    larger devices, the first in the table of each size."""
+    """Meshes of 2, 4 and 8 times as many devices, with dp left open if all degrees are asked for; then devices of more
+    memory, of each size the first in the table."""
     open_ = replace(request, dp=None) if request.pp and request.tp and request.dp else request
     for times in (2, 4, 8):
         inside = mesh.hosts == 1 and mesh.devices_per_host * times <= 8

@@ -1,27 +1,145 @@
-"""One way to split everything, with what every range of positions costs under it."""
+"""Solutions of the ILP at one search point, and the fastest plan that stages can make of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
+
+from autopart.cost.compute import Array
+from autopart.cost.intervals import NEVER
 from autopart.passes.solve import Solution
+from autopart.planner.cuts import best_cut
+from autopart.planner.ilp_model import Interface
 from autopart.planner.interval_costs import IntervalCosts, interval_costs
-from autopart.planner.request import SearchPoint
-from autopart.planner.search_space import Interface, SearchSpace
+from autopart.planner.search_points import SearchPoint
+from autopart.planner.search_space import SearchSpace
+
+TOLERANCE = 1e-9
+"""Relative difference below which two times are equal."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A solution of the equations; `interface` is what the ways of a plan's stages must agree on."""
+    """A solution of the ILP, priced on every interval of positions.
+
+    interface  the placements of what passes between stages; stages of one plan may take different candidates of one
+               interface
+    """
 
     solution: Solution
     costs: IntervalCosts
     interface: Interface
 
 
-def way_of(space: SearchSpace, point: SearchPoint, solution: Solution) -> Candidate:
-    """Price a solution at every range of positions."""
+@dataclass(frozen=True)
+class SearchResult:
+    """A plan before it is written out.
+
+    chosen         for every stage the option of each node
+    starts         the first position of every stage
+    recompute      for every position "none", "selective" or "full"
+    stage_seconds  f of every stage: for one micro-batch, forward and backward
+    seconds        of a step: sum(f) + (m - 1) max(f) for m micro-batches
+    bound          lower bound on the step of every plan in the search space, in seconds
+    refined        intervals whose splits were refined under their bytes; stopped: whether a limit left others
+    """
+
+    point: SearchPoint
+    chosen: tuple[tuple[int, ...], ...]
+    starts: tuple[int, ...]
+    recompute: tuple[str, ...]
+    stage_seconds: tuple[float, ...]
+    seconds: float
+    bound: float = 0.0
+    refined: int = 0
+    stopped: bool = False
+
+
+@dataclass
+class Incumbent:
+    """The fastest plan so far, of all points of a search."""
+
+    result: SearchResult | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of a step; infinite as long as there is no plan."""
+        return self.result.seconds if self.result else NEVER
+
+    def offer(self, result: SearchResult) -> None:
+        """Take a plan that is faster."""
+        if result.seconds < self.seconds * (1 - TOLERANCE):
+            self.result = result
+
+
+@dataclass
+class CandidateSet:
+    """The candidates of one search point; best_seconds: of a step of the point's fastest plan, infinite without one."""
+
+    space: SearchSpace
+    point: SearchPoint
+    incumbent: Incumbent
+    candidates: list[Candidate] = field(default_factory=list)
+    best_seconds: float = NEVER
+
+    def add(self, solution: Solution | None) -> bool:
+        """Make a candidate of a solution; False if there is none, or it is known."""
+        if solution is None or any(solution.chosen == c.solution.chosen for c in self.candidates):
+            return False
+        self.candidates.append(make_candidate(self.space, self.point, solution))
+        return True
+
+    def best_plan(self) -> SearchResult | None:
+        """The fastest plan of the candidates, offered to the incumbent; None where none fits."""
+        by_interface: dict[Interface, list[Candidate]] = defaultdict(list)
+        for candidate in self.candidates:
+            by_interface[candidate.interface].append(candidate)
+        plans = [plan for same in by_interface.values() if (plan := self._fastest_plan(same))]
+        best = min(plans, key=lambda plan: plan.seconds, default=None)
+        self.best_seconds = best.seconds if best else NEVER
+        if best:
+            self.incumbent.offer(best)
+        return best
+
+    def fastest(self, candidates: Sequence[Candidate], in_flight: Iterable[int], most: float) -> dict[int, Array]:
+        """For every number of micro-batches in flight, f of each interval with the fastest of some candidates; infinite
+        where it is more than `most` seconds."""
+        space, columns = self.space, dict[int, Array]()
+        shorter = [(c.costs, c.costs.within(most)) for c in candidates]
+        for number in in_flight:
+            columns[number] = column = np.full_like(candidates[0].costs.seconds, NEVER)
+            for costs, where in shorter:
+                f = costs.least_seconds(where, number, space.limit, space.modes)
+                column[where] = np.minimum(column[where], np.where(f <= most, f, NEVER))
+        return columns
+
+    def _fastest_plan(self, candidates: Sequence[Candidate]) -> SearchResult | None:
+        """The best cut into stages, each of which takes the fastest of some candidates of one interface."""
+        space, point, m = self.space, self.point, self.space.micro_batches(self.point)
+        most = max_stage_seconds(space, point, self.incumbent.seconds)
+        columns = self.fastest(candidates, space.flights(point), most)
+        cut = best_cut(stage_columns(space, point, columns), point.pp, m)
+        if cut is None:
+            return None
+        ends = (*cut.starts[1:], len(space.layered.labels))
+        chosen, modes, times = [], [], []
+        for stage, (i, j) in enumerate(zip(cut.starts, ends, strict=True)):
+            in_flight, where = space.in_flight(point, stage), np.array([candidates[0].costs.index(i, j)])
+            seconds = [c.costs.least_seconds(where, in_flight, space.limit, space.modes)[0] for c in candidates]
+            fastest = candidates[int(np.argmin(seconds))]
+            recompute = fastest.costs.modes(i, j, in_flight, space.limit, space.modes)
+            chosen.append(fastest.solution.chosen)
+            modes += recompute
+            times.append(fastest.costs.exact_seconds(i, j, recompute))
+        step = sum(times) + (m - 1) * max(times)
+        return SearchResult(point, tuple(chosen), cut.starts, tuple(modes), tuple(times), step)
+
+
+def make_candidate(space: SearchSpace, point: SearchPoint, solution: Solution) -> Candidate:
+    """Price a solution on every interval of positions."""
     costs = costs_of(space, point, solution.chosen, space.allowed_modes)
     return Candidate(solution, costs, space.model(point).interface(solution.chosen))
 
@@ -29,7 +147,27 @@ def way_of(space: SearchSpace, point: SearchPoint, solution: Solution) -> Candid
 def costs_of(
     space: SearchSpace, point: SearchPoint, chosen: tuple[int, ...], allowed: Sequence[tuple[str, ...]]
 ) -> IntervalCosts:
-    """All intervals of a choice, whose positions may use the checkpointing modes of `allowed`."""
+    """The costs of all intervals under a choice, whose positions may take the `allowed` modes of checkpointing."""
     table, m = space.model(point).table, space.micro_batches(point)
     costs = space.position_costs(point, chosen)
     return interval_costs(costs, table.group, table.block, m, space.amortization(point), allowed)
+
+
+def max_stage_seconds(space: SearchSpace, point: SearchPoint, step: float) -> float:
+    """Seconds of a micro-batch above which no stage is part of a plan faster than `step` seconds: with m micro-batches
+    step >= sum(f) + (m - 1) max(f), and sum(f) >= the LP bound."""
+    m = space.micro_batches(point)
+    return (step - space.lp_bound(point)) / (m - 1) if m > 1 else step
+
+
+def stage_columns(space: SearchSpace, point: SearchPoint, columns: Mapping[int, Array]) -> Callable[[int], Array]:
+    """For `best_cut`: stage -> f of every interval, from f by micro-batches in flight; infinite where constraints
+    forbid the stage to be that interval."""
+    allowed = space.stages(point)
+    every = all(mask.all() for mask in {id(mask): mask for mask in allowed}.values())
+
+    def column(stage: int) -> Array:
+        f = columns[space.in_flight(point, stage)]
+        return f if every else np.where(allowed[stage], f, NEVER)
+
+    return column

@@ -1,8 +1,9 @@
-"""Where to cut a row of positions into stages, exactly: columns, paths and thresholds.
+"""The best cut of a row of positions into stages, exactly: minimise sum(f) + (m - 1) max(f) over all cuts.
 
-f[s, i, j] is the least time of stage s with positions i..j-1 within its memory. For a threshold T the cheapest path
-0 -> n through columns with f <= T is a shortest path in a graph without cycles; the best of sum(f) + (m - 1) max(f)
-over all paths is found by lowering T from the largest value that could still win to the least one that any path meets.
+f[s, i, j] is the seconds of stage s with positions i..j-1, infinite where they do not fit. For a threshold T, the cut
+of least sum(f) among those with max(f) <= T is a shortest path 0 -> n in an acyclic graph. T is lowered from the
+largest value that could still win to the least max(f) of any cut; every path found with max(f) = t rules out all T >=
+t. `tests/planner/test_plan.py` compares the result with every cut.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class Cut:
 
 
 def best_cut(columns: Callable[[int], Array], stages: int, micro_batches: int) -> Cut | None:
-    """The best way to cut; `columns(s)` holds f[s, i, j] for all ranges, infinite for what does not fit. None where no
-    way fits."""
+    """The best cut; None where none fits. `columns(s)` has f[s, i, j] for all intervals in the order of
+    `intervals.interval_ends`."""
     fill, bands = micro_batches - 1, _bands([columns(s) for s in range(stages)])
     loosest = _path(bands, NEVER)
     if loosest is None:
@@ -59,7 +60,7 @@ def _cut(path: Path, fill: int, least: float) -> Cut:
 
 
 def _bands(columns: Sequence[Array]) -> list[Array]:
-    """band[j, l] = f[j - l - 1, j]: ranges by where they end and how long they are, none longer than any that fits."""
+    """For every stage band[j, l] = f[j - l - 1, j]: intervals by end and length, up to the longest that fits."""
     n = (math.isqrt(8 * len(columns[0]) + 1) - 1) // 2
     starts, ends = interval_ends(n)
     distinct, lengths = {id(f): f for f in columns}, ends - starts
@@ -74,15 +75,15 @@ def _bands(columns: Sequence[Array]) -> list[Array]:
 
 
 def _reach(n: int, longest: int) -> tuple[Array, Array]:
-    """reach, 0 at the first of n + 1 places and infinite at others, and before[j, l] = reach[j - l - 1], infinite where
-    there is none: a view of it."""
+    """reach [n + 1], 0 at 0 and infinite elsewhere; and a view of it, before[j, l] = reach[j - l - 1], infinite where
+    that is no position."""
     padded = np.full(longest + n + 1, NEVER)
     padded[longest] = 0.0
     return padded[longest:], np.lib.stride_tricks.sliding_window_view(padded, longest)[: n + 1, ::-1]
 
 
 def _path(bands: Sequence[Array], limit: float) -> Path | None:
-    """The path with the least sum, of columns no larger than `limit`."""
+    """The cut of least sum(f) among those with max(f) <= `limit`; None where there is none."""
     n, every = bands[0].shape[0] - 1, np.arange(bands[0].shape[0])
     reach, before = _reach(n, bands[0].shape[1])
     back: list[NDArray[np.int_]] = []
@@ -101,7 +102,7 @@ def _path(bands: Sequence[Array], limit: float) -> Path | None:
 
 
 def _least_maximum(bands: Sequence[Array]) -> float:
-    """The least largest column of any path."""
+    """The least max(f) of any cut."""
     reach, before = _reach(bands[0].shape[0] - 1, bands[0].shape[1])
     for band in bands:
         reach[:] = np.maximum(before, band).min(1)

@@ -18,18 +18,10 @@ from autopart.passes.solve import Solution
 from autopart.passes.split_problem import Capacity, SplitProblem
 from autopart.plan.schedules import receive_buffer_bytes
 from autopart.planner.allowed_choices import Options
-from autopart.planner.request import SearchPoint
-from autopart.planner.search_space import Model, SearchSpace
+from autopart.planner.ilp_model import Model
+from autopart.planner.search_points import SearchPoint
+from autopart.planner.search_space import SearchSpace
 from autopart.planner.stage_bounds import messages
-
-SMALL = 12, 2500
-"""Runs and solver's variables of a model that is small enough."""
-
-
-def is_small(space: SearchSpace, point: SearchPoint) -> bool:
-    """Whether every range of runs can be tried on its own."""
-    runs, variables = SMALL
-    return len(space.layered.labels) <= runs and space.model(point).solver.columns <= variables
 
 
 def fastest_that_fit(
@@ -39,10 +31,10 @@ def fastest_that_fit(
     """The fastest splits of the positions `span` that fit `room` bytes, where of every class of blocks so many use each
     of MODES as `counts` says; None where there are none."""
     model, prices, link = space.model(point), space.priced(point), space.between_stages(point)
-    there, own, m = model.places_in(*span), model.own[slice(*span)], space.micro_batches(point)
+    there, own, m = model.counts_in(*span), model.counts_alone[slice(*span)], space.micro_batches(point)
     sent, received = messages(model, prices, span, link) if link is not None else np.zeros((2, len(there)))
     seconds, stage = _stage(space, point, span, counts, receive_buffer_bytes(received, in_flight, m))
-    overlappable, backward = space.windows(point)
+    overlappable, backward = space.sync_windows(point)
     lowest, *others = moments(stage, space.training(point), in_flight, m)
     peaks = _entries(_rows(model, others, lowest.bytes))
     capacity = Capacity(_late(own, overlappable, backward), peaks, lowest.bytes, room)
@@ -67,8 +59,8 @@ def _stage(
     """By priced variable: seconds of a micro-batch in the positions `span`, and what `cost.liveness` is told of them;
     `arriving` are bytes of messages."""
     model, prices, training = space.model(point), space.priced(point), space.training(point)
-    table, there, inside = model.table, model.places_in(*span), slice(*span)
-    groups, block, share = table.group[inside], table.block[inside], there / np.maximum(model.places, 1.0)
+    table, there, inside = model.table, model.counts_in(*span), slice(*span)
+    groups, block, share = table.group[inside], table.block[inside], there / np.maximum(model.counts, 1.0)
     used = {group: {mode: n for mode, n in many.items() if n} for group, many in counts.items()}
     every = {mode for group in model.blocks for mode in used.get(group, ())}
     segments = {group: _segment(space, point, group, span) for group in {*groups, -1}}
@@ -78,7 +70,7 @@ def _stage(
         for mode, n in modes.items():
             costs = space.costs(point, {group: mode} if group >= 0 else {})
             part = np.where(model.group == group, n / sum(modes.values()), 0.0) * share
-            saved = part * costs.kept + (n * segments[group].block_input_bytes * share if mode != "none" else 0.0)
+            saved = part * costs.saved + (n * segments[group].block_input_bytes * share if mode != "none" else 0.0)
             seconds, kept = seconds + part * costs.seconds, kept + saved
             differing += saved * (group in model.blocks)
     uniform = MODES.index(next(iter(every), "none"))
@@ -111,14 +103,14 @@ def _stage(
 def _segment(space: SearchSpace, point: SearchPoint, group: int, span: tuple[int, int]) -> SegmentBytes:
     """Bytes of a position of a class of a span, by priced variable; -1: of what the stage makes for all of them."""
     model, prices = space.model(point), space.priced(point)
-    sizes, table, there = model.sizes, model.table, model.places_in(*span) > 0
+    sizes, table, there = model.sizes, model.table, model.counts_in(*span) > 0
     mine = (model.group == group) * 1.0
     roots = np.array([table.nodes[table.keeps[keep].root].product for keep, _ in sizes.kept])
     products = np.concatenate(
         [sizes.product * prices.inner, 0.0 * prices.change_forward, roots * prices.saved_tensor_bytes]
     )
     kept = [
-        mine * space.costs(point, {group: mode} if group >= 0 else {}).kept / np.maximum(model.places, 1.0)
+        mine * space.costs(point, {group: mode} if group >= 0 else {}).saved / np.maximum(model.counts, 1.0)
         for mode in MODES
     ]
 
@@ -142,7 +134,7 @@ def _segment(space: SearchSpace, point: SearchPoint, group: int, span: tuple[int
 
 def _of_nodes(model: Model, amounts: Array) -> Array:
     """What strategies have and neither changes of placement nor saved tensors."""
-    return np.concatenate([amounts, np.zeros(len(model.places) - len(amounts))])
+    return np.concatenate([amounts, np.zeros(len(model.counts) - len(amounts))])
 
 
 def _entries(rows: Array) -> Entries:
@@ -159,7 +151,7 @@ def _late(own: Array, beside: Array, backward: Array) -> Entries:
 def _pending(model: Model, prices: Prices, span: tuple[int, int]) -> tuple[int, Array]:
     """The last position of a span, counted from its first, that reads a parameter which an earlier one reads too, and
     bytes of the gradients of all such parameters, by their strategies."""
-    last, bytes_ = 0, np.zeros(len(model.places))
+    last, bytes_ = 0, np.zeros(len(model.counts))
     for index, places in model.table.state.items():
         mine = slice(*model.sizes.first[index : index + 2])
         for inside in ([p for p in positions if span[0] <= p < span[1]] for positions in places):
@@ -171,7 +163,7 @@ def _pending(model: Model, prices: Prices, span: tuple[int, int]) -> tuple[int, 
 
 def _own_gradients(model: Model, prices: Prices, position: int) -> Array:
     """Bytes of the gradients of the parameters that a position alone reads, by their strategies."""
-    bytes_ = np.zeros(len(model.places))
+    bytes_ = np.zeros(len(model.counts))
     for index, places in model.table.state.items():
         if (position,) in places:
             mine = slice(*model.sizes.first[index : index + 2])
@@ -181,7 +173,7 @@ def _own_gradients(model: Model, prices: Prices, position: int) -> Array:
 
 def _block_inputs(model: Model, prices: Prices, group: int) -> Array:
     """Bytes that one block of a class takes from other runs, by the strategy that makes them."""
-    sizes, table, bytes_ = model.sizes, model.table, np.zeros(len(model.places))
+    sizes, table, bytes_ = model.sizes, model.table, np.zeros(len(model.counts))
     for flow in table.flows:
         source = table.nodes[flow.source]
         inside = flow.homes[0] == flow.users[0][0] or flow.users[0][0] < 0

@@ -1,4 +1,4 @@
-"""Where nothing fits: the stage that lacks bytes, how many, and who takes most."""
+"""Where nothing fits: the stage that lacks memory at its smallest, how many bytes it lacks, and what takes most."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ import numpy as np
 from autopart.cost.intervals import NEVER
 from autopart.errors import PartitionError, few
 from autopart.plan.units import bytes_text
-from autopart.planner.candidate import Candidate, way_of
+from autopart.planner.candidate import Candidate, make_candidate
 from autopart.planner.cuts import best_cut
-from autopart.planner.request import Request, SearchPoint
+from autopart.planner.request import Request
+from autopart.planner.search_points import SearchPoint
 from autopart.planner.search_space import SearchSpace
 
-LOOKED_AT = 8
-"""Degrees, those that come closest, that are looked at closer."""
+DEGREES = 8
+"""Combinations of degrees, the closest first, that are solved for the least memory."""
+
+MINIMAX = 10**6
+"""Micro-batches with which the best cut is the one whose largest column is least."""
 
 
 @dataclass(frozen=True)
 class Shortage:
-    """How many bytes a stage lacks at its smallest, and its largest tenants."""
+    """How many bytes a stage lacks in its smallest splits and checkpointing; `largest` are (name, bytes) of what takes
+    most."""
 
     point: SearchPoint
     stage: int
@@ -32,44 +37,47 @@ class Shortage:
 
 
 def closest(
-    space: SearchSpace, tried: Mapping[SearchPoint, Sequence[Candidate]], hopeless: Sequence[SearchPoint]
+    space: SearchSpace,
+    tried: Mapping[SearchPoint, Sequence[Candidate]],
+    state_exceeds_memory: Sequence[SearchPoint],
 ) -> Shortage | None:
-    """What the point that comes closest lacks, in the splits that take least memory; None where it is not memory that
-    keeps all from being a plan. Of points that are `hopeless` none was tried."""
-    short = [s for point, ways in tried.items() for way in ways if (s := _shortage(space, point, way))]
-    near = [s.point for s in sorted(short, key=lambda s: s.bytes)]
-    for point in (*_distinct(near), *_distinct(sorted(hopeless, key=lambda p: (-p.zero, p.micro_batch)))):
+    """The least shortage of any point, in the splits of least memory; None where it is not for memory that there is no
+    plan. `tried` has the points with candidates; those of `state_exceeds_memory` have none."""
+    found = [s for point, each in tried.items() for c in each if (s := _shortage(space, point, c))]
+    near = [s.point for s in sorted(found, key=lambda s: s.bytes)]
+    hopeless = sorted(state_exceeds_memory, key=lambda point: (-point.zero, point.micro_batch))
+    for point in (*_distinct_degrees(near), *_distinct_degrees(hopeless)):
         for modes in space.best_modes(point, NEVER):
             solution = space.solve(point, NEVER, modes)
-            found = _shortage(space, point, way_of(space, point, solution)) if solution else None
-            short += [found] if found else []
-    found = min(short, key=lambda s: s.bytes, default=None)
-    return found if found and found.bytes > 0 else None
+            shortage = _shortage(space, point, make_candidate(space, point, solution)) if solution else None
+            found += [shortage] if shortage else []
+    least = min(found, key=lambda s: s.bytes, default=None)
+    return least if least and least.bytes > 0 else None
 
 
-def _distinct(points: Sequence[SearchPoint]) -> list[SearchPoint]:
-    """The first points of different degrees."""
-    near: dict[tuple[int, int, int], SearchPoint] = {}
+def _distinct_degrees(points: Sequence[SearchPoint]) -> list[SearchPoint]:
+    """The first point of each combination of degrees, at most DEGREES."""
+    first: dict[tuple[int, int, int], SearchPoint] = {}
     for point in points:
-        near.setdefault((point.pp, point.dp, point.tp), point)
-    return list(near.values())[:LOOKED_AT]
+        first.setdefault((point.pp, point.dp, point.tp), point)
+    return list(first.values())[:DEGREES]
 
 
-def nothing_fits(space: SearchSpace, short: Shortage | None) -> PartitionError:
-    """The stage that lacks bytes, and who takes most; or the constraints that leave nothing."""
+def nothing_fits(space: SearchSpace, shortage: Shortage | None) -> PartitionError:
+    """The error: the stage that lacks bytes, and what takes most; or the constraints that leave no plan."""
     asked = "; ".join(c.text for c in space.request.constraints)
-    if short is None:
+    if shortage is None:
         nodes = {f"{n} has no strategy left" for model in space.models.values() for n in space.stuck(model)}
         why = few(sorted(nodes), joint="; ") or "no cut, or no change of placement between operators, is left"
         return PartitionError(f"no plan does what is asked: {asked}", why, "fewer constraints")
     device, limit = space.mesh.device.name, space.limit
-    largest = ", ".join(f"{name} {bytes_text(size)}" for name, size in short.largest)
+    largest = ", ".join(f"{name} {bytes_text(size)}" for name, size in shortage.largest)
     return PartitionError(
         f"no plan fits {space.mesh}{f' that does what is asked ({asked})' if asked else ''}; "
-        f"the closest has {short.point}",
-        f"stage {short.stage} needs {bytes_text(short.bytes + limit)} at its smallest of the {bytes_text(limit)} a "
-        f"{device} can give: {bytes_text(short.bytes)} short; largest: {largest}",
-        ", ".join(_ways_out(space.request, short.point)),
+        f"the closest has {shortage.point}",
+        f"stage {shortage.stage} needs {bytes_text(shortage.bytes + limit)} at its smallest of the {bytes_text(limit)} "
+        f"a {device} can give: {bytes_text(shortage.bytes)} short; largest: {largest}",
+        ", ".join(_ways_out(space.request, shortage.point)),
     )
 
 
@@ -84,44 +92,47 @@ def _ways_out(request: Request, point: SearchPoint) -> Iterator[str]:
         yield 'precision="bfloat16"'
 
 
-def _shortage(space: SearchSpace, point: SearchPoint, way: Candidate) -> Shortage | None:
-    """Of the cut that leaves the most crowded stage the most room; None where there is no cut."""
-    lacks = {
-        flights: way.costs.shortfall(flights, space.limit, space.modes)
-        for flights in {space.in_flight(point, s) for s in range(point.pp)}
-    }
-    offset, allowed = min(f.min() for f in lacks.values()), space.stages(point)
-    cut = best_cut(lambda s: np.where(allowed[s], lacks[space.in_flight(point, s)] - offset, NEVER), point.pp, 10**6)
+def _shortage(space: SearchSpace, point: SearchPoint, candidate: Candidate) -> Shortage | None:
+    """The largest shortage of any stage, in the cut where it is least; None where constraints leave no cut."""
+    costs = candidate.costs
+    shortfall = {n: costs.shortfall(n, space.limit, space.modes) for n in space.flights(point)}
+    offset, allowed = min(f.min() for f in shortfall.values()), space.stages(point)
+    cut = best_cut(
+        lambda s: np.where(allowed[s], shortfall[space.in_flight(point, s)] - offset, NEVER), point.pp, MINIMAX
+    )
     if cut is None:
         return None
-    ends = (*cut.starts[1:], len(space.layered.labels))
-    stages = list(zip(cut.starts, ends, strict=True))
-    stage = max(range(point.pp), key=lambda s: lacks[space.in_flight(point, s)][way.costs.index(*stages[s])])
-    here, flights = way.costs.index(*stages[stage]), space.in_flight(point, stage)
+    spans = list(zip(cut.starts, (*cut.starts[1:], len(space.layered.labels)), strict=True))
+    lacking = [float(shortfall[space.in_flight(point, s)][costs.index(*span)]) for s, span in enumerate(spans)]
+    stage = max(range(point.pp), key=lacking.__getitem__)
+    here, in_flight = costs.index(*spans[stage]), space.in_flight(point, stage)
     parts = {
-        "all parameters, gradients and optimizer states": way.costs.state_bytes[here],
-        f"activations of {flights} micro-batches before any is recomputed": flights * way.costs.saved_bytes[here],
-        "messages on their way": float(way.costs.message_bytes(np.array([here]), flights)[0]),
-        "the largest tensors of the moment": way.costs.others.late[0, here],
+        "all parameters, gradients and optimizer states": costs.state_bytes[here],
+        f"activations of {in_flight} micro-batches before any is recomputed": in_flight * costs.saved_bytes[here],
+        "messages on their way": float(costs.message_bytes(np.array([here]), in_flight)[0]),
+        "the largest tensors of the moment": costs.others.late[0, here],
     }
-    for name, size in sorted(_parameters(space, point, way, stages[stage]).items(), key=lambda item: -item[1])[:2]:
-        parts[f"of these {name}"] = size
+    parameters = sorted(_parameters(space, point, candidate, spans[stage]).items(), key=lambda item: -item[1])
+    parts |= {f"of these {name}": size for name, size in parameters[:2]}
     largest = sorted(parts.items(), key=lambda item: -item[1])[:5]
-    return Shortage(point, stage, float(lacks[flights][here]), tuple(largest))
+    return Shortage(point, stage, lacking[stage], tuple(largest))
 
 
-def _parameters(space: SearchSpace, point: SearchPoint, way: Candidate, span: tuple[int, int]) -> dict[str, float]:
+def _parameters(
+    space: SearchSpace, point: SearchPoint, candidate: Candidate, span: tuple[int, int]
+) -> dict[str, float]:
     """Bytes of a stage's parameters with their gradients and optimizer states, one sum for names that differ in the
     numbers of blocks alone: "layers.*.up_proj.weight x 80"."""
-    table, prices = space.model(point).table, space.priced(point)
+    model, prices = space.model(point), space.priced(point)
     sizes: dict[str, float] = defaultdict(float)
     names: dict[str, list[str]] = defaultdict(list)
-    for index, places in table.state.items():
-        here = sum(any(span[0] <= p < span[1] for p in holders) for holders in places)
-        each = prices.state[space.model(point).sizes.first[index] + way.solution.chosen[index]]
-        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", table.nodes[index].key)
+    for index, positions in model.table.state.items():
+        here = sum(any(span[0] <= p < span[1] for p in readers) for readers in positions)
+        each = prices.state[model.sizes.first[index] + candidate.solution.chosen[index]]
+        key = model.table.nodes[index].key
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", key)
         sizes[pattern] += here * float(each)
-        names[pattern] += [table.nodes[index].key] * here
+        names[pattern] += [key] * here
     return {
         f"{pattern} x {len(names[pattern])}" if len(names[pattern]) > 1 else names[pattern][0]: size
         for pattern, size in sizes.items()

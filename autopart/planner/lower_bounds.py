@@ -1,10 +1,17 @@
-"""Bounds below the time of every range of positions under its memory, whatever its splits and its recompute.
+"""Lower bounds on f of every interval of positions under its memory, whatever its splits and checkpointing.
 
-A byte is given a price (Lagrange): at any price, seconds + price * (bytes - limit) of the best splits is below the time
-of every plan that fits. Every class of runs is taken for itself, so that a range's bound depends on nothing but how
-many runs of each kind it has, and on what it must take and give. How many of them do as each of MODES says is a whole
-number: where there are few ways to give it, all are listed, and a range's bound is the least over them, each at its
-best price.
+Lagrangian relaxation: with memory B(x) <= L as constraint, for every multiplier u >= 0 (seconds per byte)
+
+    min over x of seconds(x)  >=  min over x of (seconds(x) + u B(x)) - u L
+
+B counts the saved bytes of all micro-batches in flight and the state, so that the ILP's objective at u is
+seconds + u (saved + state / in flight) and L is the limit per micro-batch in flight. Every class of positions is
+relaxed for itself. Therefore the bound of an interval depends only on how many positions of each kind it has, and on
+the least it must send and receive.
+
+A kind is a class of positions with the modes of checkpointing that it may take. How many positions of a kind take each
+mode is a whole number: where an interval has at most MAX_ASSIGNMENTS ways to assign modes, its bound is the least over
+them, each at its best multiplier; else every position takes its best mode at each multiplier.
 """
 
 from __future__ import annotations
@@ -23,133 +30,143 @@ from numpy.typing import NDArray
 from autopart.cost.compute import Array
 from autopart.cost.intervals import NEVER, interval_ends
 from autopart.cost.position_costs import least_crossings
-from autopart.planner.interval_seconds import crossed
-from autopart.planner.request import SearchPoint
+from autopart.planner.interval_costs import crossed
+from autopart.planner.search_points import SearchPoint
 from autopart.planner.search_space import SearchSpace
 
-Counts = tuple[tuple[int, int], ...]
-"""Of every kind: how many there are, and how many modes each of them may take."""
-
-LISTED = 400
-"""Ways to give the blocks of a range their modes, above which they are not listed."""
+MAX_ASSIGNMENTS = 400
+"""Assignments of modes to the positions of an interval that are listed at most."""
 
 SLACK = 1e-6
 """Relative error of a solver's bound on bytes."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row of positions and its ranges.
+class KindCounts:
+    """How many positions of each kind the intervals of a model have.
 
-    kinds   of position: the class of a run, and what it may do of MODES;  first: the first mode of each among all
-    counts  how many of each kind a range has, once for all ranges that are alike
-    alike   of every range the row of `counts`
-    many    of every row of `counts`, the ways to give all their modes that are listed: 0 where there are too many
-    ways    these, one row after the other: how many of each kind take each mode
+    kinds        (class, modes it may take) of every kind
+    first_mode   of every kind the index of its first mode, modes of all kinds numbered through
+    counts       [rows, kinds]: the different combinations of counts
+    row_of       of every interval its row of `counts`
+    listed       of every row how many assignments of modes are listed: 0 where they are too many
+    assignments  [sum of listed, modes of all kinds]: how many positions take each mode, row after row
     """
 
     kinds: tuple[tuple[int, tuple[str, ...]], ...]
-    first: NDArray[np.int_]
+    first_mode: NDArray[np.int_]
     counts: NDArray[Any]
-    alike: NDArray[np.int_]
-    many: NDArray[np.int_]
-    ways: Array
+    row_of: NDArray[np.int_]
+    listed: NDArray[np.int_]
+    assignments: Array
 
 
 @lru_cache(maxsize=8)
-def row_of(group: tuple[int, ...], allowed: tuple[tuple[str, ...], ...]) -> Row:
-    """The row of positions of these classes, each of which may do what is `allowed` it."""
-    rows = list(zip(group, allowed, strict=True))
-    kinds = tuple(sorted(set(rows)))
-    stands = np.array([[row == kind for kind in kinds] for row in rows], dtype=np.int64)
-    total = np.concatenate([np.zeros((1, len(kinds)), dtype=np.int64), np.cumsum(stands, axis=0)])
-    starts, ends = interval_ends(len(rows))
-    counts, alike = np.unique(total[ends] - total[starts], axis=0, return_inverse=True)
+def kind_counts(group: tuple[int, ...], allowed: tuple[tuple[str, ...], ...]) -> KindCounts:
+    """The counts for positions of these classes and allowed modes."""
+    positions = list(zip(group, allowed, strict=True))
+    kinds = tuple(sorted(set(positions)))
+    is_kind = np.array([[position == kind for kind in kinds] for position in positions], dtype=np.int64)
+    total = np.concatenate([np.zeros((1, len(kinds)), dtype=np.int64), np.cumsum(is_kind, axis=0)])
+    starts, ends = interval_ends(len(positions))
+    counts, row_of = np.unique(total[ends] - total[starts], axis=0, return_inverse=True)
     modes = [len(modes) for _, modes in kinds]
-    ways = [_listed(tuple(zip(row, modes, strict=True))) for row in counts.tolist()]
-    many = np.array([len(listed) for listed in ways])
-    return Row(kinds, np.cumsum([0, *modes])[:-1], counts, alike, many, np.concatenate(ways))
+    assignments = [_assignments(tuple(zip(row, modes, strict=True))) for row in counts.tolist()]
+    listed = np.array([len(each) for each in assignments])
+    return KindCounts(kinds, np.cumsum([0, *modes])[:-1], counts, row_of, listed, np.concatenate(assignments))
 
 
-class Bounds:
-    """The bounds of one point, better with every price that is looked at.
+class LagrangianBounds:
+    """The bounds of one search point, higher with every multiplier.
 
-    room    what the backward of the last run, or its largest gradient if it may let go of products' results, leaves of
-            a device's bytes, for every row of `counts`: when its backward starts nothing is gone yet. Gradients may not
-            be there: then all bytes. Nothing has room that leaves other stages no position
-    terms   for every price the bound of one run of each kind in each of its modes, in a row;  bytes: the same of bytes
+    room         of every row of `counts`, bytes of a device less what the backward of the interval's last position
+                 takes besides: the least of its positions, or of the model's last one if the interval has it. All
+                 bytes with one micro-batch, where gradients may not exist then. Minus infinity for intervals so long
+                 that other stages get no position
+    multipliers  in seconds per byte
+    seconds      for every multiplier the bound of one position of each kind in each mode, in seconds
+    bytes        the same of bytes
     """
 
     def __init__(self, space: SearchSpace, point: SearchPoint) -> None:
         self.space, self.point = space, point
         group = space.model(point).table.group
-        self.row, self.many = row_of(tuple(group), space.allowed_modes), Counter(group)
+        self.rows, self.in_group = kind_counts(tuple(group), space.allowed_modes), Counter(group)
+        self.room = self._room(group)
+        self.in_flight = np.array(space.flights(point))
+        self.messages, _ = crossed(least_crossings(space.priced(point), space.between_stages(point)), len(group))
+        self.multipliers: list[float] = []
+        self.seconds: list[Array] = []
+        self.bytes = np.zeros(sum(len(modes) for _, modes in self.rows.kinds))
+
+    def _room(self, group: Sequence[int]) -> Array:
+        space, point, counts = self.space, self.point, self.rows.counts
         prices, nodes = space.priced(point), space.model(point).table.nodes
         each = prices.backward_bytes[0], prices.largest_gradient
         least = [np.minimum.reduceat(row, prices.sizes.first[:-1]) for row in each]
         largest = [
-            max((b for b, n in zip(least["selective" in modes], nodes, strict=True) if n.group == group), default=0.0)
-            for group, modes in self.row.kinds
+            max((b for b, n in zip(least["selective" in modes], nodes, strict=True) if n.group == kind), default=0.0)
+            for kind, modes in self.rows.kinds
         ]
-        counts, end = self.row.counts, self.row.kinds.index((group[-1], space.allowed_modes[-1]))
-        ends = (counts[:, end] > 0) & (counts[:, end].max() == 1)
-        last = np.where(ends, largest[end], np.where(counts > 0, largest, np.inf).min(1))
+        end = self.rows.kinds.index((group[-1], space.allowed_modes[-1]))
+        has_end = (counts[:, end] > 0) & (counts[:, end].max() == 1)
+        last = np.where(has_end, largest[end], np.where(counts > 0, largest, np.inf).min(1))
         room = space.limit - last * (space.micro_batches(point) > 1)
-        self.room = np.where(counts.sum(1) > len(group) - point.pp + 1, -np.inf, room)
-        self.flights = np.array(sorted({space.in_flight(point, stage) for stage in range(point.pp)}))
-        crossings = least_crossings(prices, space.between_stages(point))
-        self.messages, _ = crossed(crossings, len(group))
-        self.prices: list[float] = []
-        self.terms: list[Array] = []
-        self.bytes = np.zeros(sum(len(modes) for _, modes in self.row.kinds))
+        return np.where(counts.sum(1) > len(group) - point.pp + 1, -np.inf, room)
 
-    def look(self, price: float) -> None:
-        """Look at a price of a byte, in seconds; at an endless one at bytes alone."""
+    def add_multiplier(self, multiplier: float) -> None:
+        """Solve the relaxations of all kinds at a multiplier in seconds per byte; at an infinite one, of bytes
+        alone."""
         space, point = self.space, self.point
-        terms = [
-            space.least(point, price, group, m) / self.many[group] for group, modes in self.row.kinds for m in modes
-        ]
-        if price == NEVER:
-            self.bytes = np.array(terms)
+        terms = np.array([
+            space.least_of_group(point, multiplier, group, mode) / self.in_group[group]
+            for group, modes in self.rows.kinds for mode in modes
+        ])  # fmt: skip
+        if multiplier == NEVER:
+            self.bytes = terms
         else:
-            self.prices.append(price)
-            self.terms.append(np.array(terms))
+            self.multipliers.append(multiplier)
+            self.seconds.append(terms)
 
     def columns(self, most: float) -> dict[int, Array]:
-        """For every number of micro-batches in flight a bound below f of all ranges; infinite where it is above
-        `most`, or where a range cannot fit."""
-        best = [np.minimum.reduceat(terms, self.row.first) for terms in (self.bytes, *self.terms)]
-        bounds = self._bounds(self.room, *(self.row.counts @ least for least in best))
-        rows = (bounds <= most).any(0) & (self.row.many > 0)
-        if rows.any():
-            many = self.row.many[rows]
-            listed = self.row.ways[np.repeat(rows, self.row.many)]
-            each = self._bounds(np.repeat(self.room[rows], many), *(listed @ t for t in (self.bytes, *self.terms)))
-            bounds[:, rows] = np.minimum.reduceat(each, np.cumsum([0, *many[:-1]]), axis=1)
+        """For every number of micro-batches in flight the bound on f of every interval, in seconds; infinite where it
+        is above `most`, or where the interval cannot fit."""
+        rows = self.rows
+        best = [np.minimum.reduceat(terms, rows.first_mode) for terms in (self.bytes, *self.seconds)]
+        bounds = self._bounds(self.room, *(rows.counts @ least for least in best))
+        listed = (bounds <= most).any(0) & (rows.listed > 0)
+        if listed.any():
+            many = rows.listed[listed]
+            assigned = rows.assignments[np.repeat(listed, rows.listed)]
+            each = self._bounds(
+                np.repeat(self.room[listed], many), *(assigned @ t for t in (self.bytes, *self.seconds))
+            )
+            bounds[:, listed] = np.minimum.reduceat(each, np.cumsum([0, *many[:-1]]), axis=1)
         columns = {}
-        for flights, bound in zip(self.flights.tolist(), bounds, strict=True):
-            found = bound[self.row.alike] + self.messages
-            columns[flights] = np.where(found <= most, found, NEVER)
+        for in_flight, bound in zip(self.in_flight.tolist(), bounds, strict=True):
+            found = bound[rows.row_of] + self.messages
+            columns[in_flight] = np.where(found <= most, found, NEVER)
         return columns
 
     def _bounds(self, room: Any, held: Array, *seconds: Array) -> Array:
-        """[flights, ways]: the best bound of any price for ways that take so many bytes and cost so much at each, in so
-        many bytes of room."""
-        limit = room / self.flights[:, None]
-        best = np.zeros((len(self.flights), len(held)))
-        for price, each in zip(self.prices, seconds, strict=True):
-            best = np.maximum(best, each - (price * limit if price else 0.0))
+        """[in flight, rows]: the best bound of any multiplier; rows take `held` bytes of a micro-batch at least, and at
+        each multiplier so many `seconds` at least, in so many bytes of `room`."""
+        limit = room / self.in_flight[:, None]
+        best = np.zeros((len(self.in_flight), len(held)))
+        for multiplier, each in zip(self.multipliers, seconds, strict=True):
+            best = np.maximum(best, each - (multiplier * limit if multiplier else 0.0))
         return np.where(held <= limit * (1 + SLACK), best, NEVER)
 
 
 @lru_cache(maxsize=4096)
-def _listed(counts: Counts) -> Array:
-    """All ways to give every run its mode: how many of each kind take each mode. None where they are too many."""
+def _assignments(kinds: tuple[tuple[int, int], ...]) -> Array:
+    """[assignments, modes of all kinds]: every way to give the positions their modes, from the number of positions and
+    of modes of each kind. Empty where there are more than MAX_ASSIGNMENTS."""
 
     def of(count: int, modes: int) -> Sequence[tuple[int, ...]]:
         bars = itertools.combinations(range(count + modes - 1), modes - 1)
         return [tuple(b - a - 1 for a, b in itertools.pairwise((-1, *bar, count + modes - 1))) for bar in bars]
 
-    if math.prod(math.comb(count + modes - 1, modes - 1) for count, modes in counts) > LISTED:
-        return np.zeros((0, sum(modes for _, modes in counts)))
-    return np.array([sum(way, ()) for way in itertools.product(*(of(*kind) for kind in counts))], dtype=float)
+    if math.prod(math.comb(count + modes - 1, modes - 1) for count, modes in kinds) > MAX_ASSIGNMENTS:
+        return np.zeros((0, sum(modes for _, modes in kinds)))
+    return np.array([sum(way, ()) for way in itertools.product(*(of(*kind) for kind in kinds))], dtype=float)

@@ -1,4 +1,8 @@
-"""A request -> a plan of a model that may be traced already."""
+"""A request -> a plan: trace, search, write out.
+
+The search runs on a graph of two samples, for micro-batches of any size. If the graph of the chosen micro-batch is
+another one, the plan is made again from that.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,9 @@ from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.source import Source
 from autopart.plan.data import Plan
 from autopart.planner.advice import advice
-from autopart.planner.branch_and_bound import OnProgress, Search, SearchResult, silent
+from autopart.planner.branch_and_bound import Search
+from autopart.planner.candidate import SearchResult
+from autopart.planner.progress import OnProgress, silent
 from autopart.planner.request import Request, Settings, read_constraints, read_settings
 from autopart.planner.search_space import SearchSpace
 from autopart.planner.search_summary import search_summary
@@ -27,8 +33,8 @@ from autopart.planner.write_plan import bounded, write_out
 
 
 def request_of(model: nn.Module, batch: Batch, **settings: Unpack[Settings]) -> Request:
-    """The settings read, with the batch's samples and the model's dtype where none are given. Raises PartitionError for
-    a model, a batch or a setting that no plan can be made for."""
+    """The settings as a request; global_batch defaults to the batch's samples, precision to the model's dtype. Raises
+    PartitionError for a model, a batch or a setting for which there can be no plan."""
     check_inputs(model, batch)
     precision = str(settings.get("precision") or main_dtype(model)).removeprefix("torch.")
     if precision not in DTYPES:
@@ -49,9 +55,13 @@ def make_plan(
     to_run: bool = False,
     advise: bool = True,
 ) -> Plan:
-    """`plan` for a model that may be traced already. It is for the graph of its own micro-batch; one `to_run` is of the
-    graph whose every block was traced. Where a micro-batch that seemed to fit does not in its own graph, others are
-    tried. Where nothing fits, what would is looked for if it is to `advise`."""
+    """`autopart.plan` for a source, which may be traced already. Raises PartitionError where nothing fits.
+
+    to_run  make the plan for a graph in which every block was traced, not samples of equal blocks
+    advise  where nothing fits, search for the smallest changes that do, and name them in the error
+
+    If the chosen micro-batch does not fit in its own graph, others are tried.
+    """
     started = time.monotonic()
     made, search, _ = explored(source, mesh, request, on_progress, advise)
     planned = search.space.layered
@@ -59,7 +69,7 @@ def make_plan(
     if layered.hash == planned.hash:
         return made
     try:
-        return _made_for(layered, made, search, on_progress, started)
+        return _plan_again(layered, made, search, on_progress, started)
     except PartitionError:
         if request.micro_batch:
             raise
@@ -72,10 +82,10 @@ def make_plan(
         raise
 
 
-def _made_for(layered: LayeredGraph, made: Plan, search: Search, on_progress: OnProgress, started: float) -> Plan:
-    """A plan's micro-batch planned anew from the trace that runs, where that is another graph than the one that was
-    planned: an `expand` to one sample is nothing, the strategies of a dim of one element have other names, and a model
-    may do what it likes with the number of samples."""
+def _plan_again(layered: LayeredGraph, made: Plan, search: Search, on_progress: OnProgress, started: float) -> Plan:
+    """The plan of a micro-batch from its own graph, where that differs from the graph of two samples. With one sample
+    `expand` is no operator and the batch dim has other strategies; and a model's code may depend on the number of
+    samples."""
     space = SearchSpace(layered, made.mesh, replace(search.space.request, micro_batch=made.micro_batch))
     found = Search(space, on_progress).run()
     found = replace(found, bound=min(found.bound, made.bound_seconds))
@@ -86,12 +96,13 @@ def _made_for(layered: LayeredGraph, made: Plan, search: Search, on_progress: On
 def explored(
     source: Source, mesh: Mesh, request: Request, on_progress: OnProgress = silent, advise: bool = True
 ) -> tuple[Plan, Search, SearchResult]:
-    """The plan from a trace of two samples, where samples do nothing with each other, and the search that found it."""
+    """A plan from the graph of two samples, with the search that found it. A loss that is no mean over samples is
+    traced with the whole micro-batch, since what samples do with each other may depend on their number."""
     started = time.monotonic()
     request = request.check(mesh)
     peak(mesh.device, source.dtype)
     layered = source.sampled(min(2, request.global_batch), mesh)
-    if not layered.traced.mean_of_samples:  # what samples do with each other may depend on how many there are
+    if not layered.traced.mean_of_samples:
         layered = source.sampled(request.micro_batch or request.global_batch, mesh)
     if layered.traced.updated and request.recompute not in (None, "none"):
         raise PartitionError(
@@ -109,7 +120,7 @@ def _searched(
     try:
         found = search.run()
     except PartitionError as error:
-        if search.short is None or not advise:
+        if search.shortage is None or not advise:
             raise
 
         def of(dtype: str) -> Source:

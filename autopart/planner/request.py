@@ -16,10 +16,11 @@ from autopart.hardware.mesh import Mesh, divisors
 from autopart.passes.solve import HIGHS
 from autopart.plan.schedules import SCHEDULES
 from autopart.plan.typecheck import mistyped
-from autopart.planner.constraints import Constraint, parse
+from autopart.planner.constraint_text import parse
+from autopart.planner.constraints import Constraint
 
 MOST = 2**31 - 1
-"""No whole number is larger: sizes of tensors and of messages are products of them."""
+"""The largest whole number of a setting: sizes of tensors and messages are products of them."""
 
 
 class Settings(TypedDict, total=False):
@@ -75,30 +76,30 @@ class Request:
     schedule: str | None = None
     precision: str = "float32"
     master: str | None = None
-    """Dtype of gradients, optimizer states and the optimizer's copy of the parameters; None: all in `precision`."""
     optimizer: str = "adamw"
     time_limit: float | None = None
     nodes: int | None = None
-    """Points of the search that are looked at; unlike a time limit it gives the same plan every time."""
+    """Unlike a time limit it gives the same plan every time."""
     exact: bool = False
     """Whether to look for the optimum at any cost: see `autopart.planner.exact_refinement`."""
     solver: str = HIGHS
     """Of the integer programs of splits: HiGHS in this process, or one that PuLP knows."""
     must_fit: bool = True
+    """Whether a plan must fit the devices' memory; False for `autopart.estimate`."""
     constraints: tuple[Constraint, ...] = ()
-    """What was fixed or forbidden by hand."""
 
     def allows(self, name: str, value: int | str) -> bool:
-        """Whether constraints leave a setting this value."""
+        """Whether constraints allow a setting this value."""
         return all(c.allows_setting(name, value) for c in self.constraints)
 
     def to_json(self) -> dict[str, Any]:
-        """The settings that are not the default, as plain data; constraints are their texts."""
+        """The settings that differ from their defaults, as plain data; constraints as texts."""
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         return given | ({"constraints": [c.text for c in self.constraints]} if self.constraints else {})
 
     def check(self, mesh: Mesh) -> Request:
-        """Raise PartitionError for what no planner could do; degrees that `mesh` fixes are taken over."""
+        """The request with the degrees that the mesh fixes. Raises PartitionError for settings that no plan can
+        have."""
         for name, value, known in (
             ("schedule", self.schedule, SCHEDULES),
             ("optimizer", self.optimizer, OPTIMIZER_STATES),
@@ -152,26 +153,8 @@ class Request:
         return request
 
 
-@dataclass(frozen=True, order=True)
-class SearchPoint:
-    """One point of the outer search: degrees, samples of a micro-batch over all ranks, ZeRO level."""
-
-    pp: int
-    dp: int
-    tp: int
-    micro_batch: int
-    zero: int = 0
-
-    def passes(self, global_batch: int) -> float:
-        """How often the time of all stages together counts: sum(f) + (m - 1) max(f) >= sum(f) (1 + (m - 1) / pp)."""
-        return 1 + (global_batch // self.micro_batch - 1) / self.pp
-
-    def __str__(self) -> str:
-        return f"pp={self.pp} dp={self.dp} tp={self.tp} micro-batch {self.micro_batch} zero {self.zero}"
-
-
 def read_constraints(texts: str | Sequence[str]) -> tuple[Constraint, ...]:
-    """Constraints from their texts, or from that of one. Raises PartitionError for one that cannot be read."""
+    """Constraints from their texts, or from one text. Raises PartitionError for a text that cannot be read."""
     given = [texts] if isinstance(texts, str) else texts
     if not isinstance(given, (list, tuple)) or not all(isinstance(text, str) for text in given):
         raise PartitionError(f"constraints={texts!r} is no list of texts", try_='constraints=["tp=2"]')
@@ -179,8 +162,7 @@ def read_constraints(texts: str | Sequence[str]) -> tuple[Constraint, ...]:
 
 
 def read_settings(settings: Mapping[str, Any]) -> Request:
-    """The settings of `autopart.plan` as data. Raises PartitionError for a name that is none, and for a value of
-    another type."""
+    """`Settings` as a request. Raises PartitionError for an unknown name and for a value of another type."""
     for name, value in settings.items():
         if name not in SETTINGS:
             near = " or ".join(closest(name, list(SETTINGS)))
@@ -203,19 +185,19 @@ def read_settings(settings: Mapping[str, Any]) -> Request:
 
 
 def divisor_near(number: int, wanted: int, ranks: int) -> int:
-    """The divisor closest to what was wanted, of those that divide over `ranks` if there are any."""
+    """The divisor of a number closest to the one wanted; a multiple of `ranks` if there is any."""
     known = divisors(number)
     return min([d for d in known if d % ranks == 0] or known, key=lambda d: abs(d - wanted))
 
 
 def _filling(request: Request, size: int) -> str:
-    """For each degree that is given, those with which the others fill a mesh; what all have to do where none alone
-    can."""
+    """For an error: for each degree that is given, the values with which the others fill a mesh; if there are none, the
+    condition on all of them."""
     given = {name: degree for name in ("pp", "dp", "tp") if (degree := getattr(request, name))}
-    ways = []
+    settings = []
     for name in given:
         others = math.prod(degree for other, degree in given.items() if other != name)
         if size % others == 0:
             fits = [size // others] if len(given) == 3 else divisors(size // others)
-            ways.append(f"{name}={' or '.join(map(str, fits))}")
-    return "; ".join(ways) or f"degrees whose product {'is' if len(given) == 3 else 'divides'} {size}"
+            settings.append(f"{name}={' or '.join(map(str, fits))}")
+    return "; ".join(settings) or f"degrees whose product {'is' if len(given) == 3 else 'divides'} {size}"

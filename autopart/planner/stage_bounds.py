@@ -1,17 +1,16 @@
-"""Lower bounds on the seconds of one stage, by a linear relaxation of its own, and splits made for a cut.
+"""Lower bounds on single stages and single cuts of small models, by linear relaxations of their own; memory unlimited.
 
-The bounds of `autopart.planner.lower_bounds` take every class of runs for itself. Here operators of different runs of a
-stage depend on each other, and the stage's messages have a price:
+`lower_bounds` takes every class of positions for itself. Here operators of different positions of a stage depend on
+each other, and the stage's messages have a price. For the stage of positions i..j-1
 
-    f(i, j)  >=  min over splits of  seconds of the positions i..j-1 + messages + gradient sync that cannot be hidden
+    f(i, j)            >=  min over splits of  seconds of i..j-1 + messages + exposed gradient sync
 
-Each stage of a plan has splits of its own, which agree on what passes between stages. By itself, every stage takes what
-it is passed as it likes best. Cuts that still could win are bounded whole, too:
+Each stage of a plan has splits of its own, which agree on what passes between stages. Alone, a stage takes what it is
+passed in the placement that is best for it. The stages of one cut together have the higher bound
 
-    sum over stages of f  >=  min over splits that agree of the sum of what stands above
+    sum over stages f  >=  min over splits that agree of the sum of the right-hand sides
 
-Only stages and cuts that could win are solved, the best by the bounds so far first, until the best one is solved
-itself. Memory is without end. All this is for models so small that all cuts can be listed.
+Only the best cut by the bounds so far is relaxed, until the best cut is one that was. Its relaxation gives candidates.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -30,94 +29,167 @@ from autopart.cost.intervals import NEVER, interval_index
 from autopart.cost.prices import Prices
 from autopart.hardware.rows import Link
 from autopart.passes.solve import Solution
-from autopart.passes.split_problem import SplitProblem
 from autopart.planner.allowed_choices import Options, both
-from autopart.planner.request import SearchPoint
-from autopart.planner.search_space import Model, SearchSpace
+from autopart.planner.candidate import CandidateSet, stage_columns
+from autopart.planner.cuts import best_cut
+from autopart.planner.ilp_model import Model, is_partial
+from autopart.planner.search_points import SearchPoint
+from autopart.planner.search_space import SearchSpace
 
-VARIABLES = 200_000
-"""Solver's variables of all relaxations of a search together, at most: a limit that is the same on every machine."""
+MAX_VARIABLES = 200_000
+"""Solver variables in all relaxations of one search together."""
 
-FEW = 2000
-"""Cuts of a model that are listed, at most."""
+MAX_CUTS = 2000
+"""Cuts of a model that are listed."""
 
 Span = tuple[int, int]
 Starts = tuple[int, ...]
 
 
+@dataclass
+class Effort:
+    """What a search has spent of its limits, which count work, not seconds: every machine makes the same plan.
+
+    variables         solver variables in relaxations of stages and cuts, at most MAX_VARIABLES
+    refined           intervals whose exact splits were solved
+    refining_stopped  whether the limit on these left others
+    """
+
+    variables: int = 0
+    refined: int = 0
+    refining_stopped: bool = False
+
+    def spend(self, variables: int, relaxations: int, reserve: int) -> bool:
+        """Count some relaxations of so many variables each; False, and none, where the limit leaves fewer than
+        `reserve`."""
+        if self.variables + reserve * variables > MAX_VARIABLES:
+            return False
+        self.variables += relaxations * variables
+        return True
+
+
 def few_cuts(space: SearchSpace, point: SearchPoint) -> bool:
     """Whether all cuts of a point can be listed."""
-    return point.pp > 1 and math.comb(len(space.layered.labels) - 1, point.pp - 1) <= FEW
+    return point.pp > 1 and math.comb(len(space.layered.labels) - 1, point.pp - 1) <= MAX_CUTS
 
 
-def cuts_by_bound(columns: Sequence[Array], positions: int, micro_batches: int) -> list[tuple[float, float, Starts]]:
-    """A heap of all cuts whose stages have finite bounds, column s being those of stage s: a bound on the step, the
-    largest bound of a stage, the first position of every stage."""
-    found = []
+def stage_bound(found: CandidateSet, columns: Mapping[int, Array], effort: Effort) -> float:
+    """Lower bound on the step of a point, infinite where no cut can beat the incumbent. Raises `columns`, the bounds of
+    intervals by micro-batches in flight, and adds the splits of the best cuts to the candidates."""
+    space, point, solved = found.space, found.point, set[Span]()
+    m, n = space.micro_batches(point), len(space.layered.labels)
+    variables, bounds = space.model(point).solver.columns, stage_columns(space, point, columns)
+    while (cut := best_cut(bounds, point.pp, m)) and cut.seconds < found.incumbent.seconds:
+        spans = spans_of(cut.starts, n)
+        left = [span for span in spans if span not in solved]
+        if not left or not effort.spend(variables, len(left), point.pp):
+            _add_splits(found, spans)
+            break
+        for span in left:
+            bound, _ = relaxed_stages(space, point, [span], space.options(point))
+            for column in columns.values():
+                at = interval_index(*span, n)
+                column[at] = max(column[at], bound)
+        solved.update(left)
+    if cut is None or cut.seconds >= found.incumbent.seconds:
+        return cut.seconds if cut else NEVER
+    return max(cut.seconds, _cut_bound(found, [bounds(stage) for stage in range(point.pp)], effort))
+
+
+def _add_splits(found: CandidateSet, spans: Sequence[Span]) -> None:
+    """Candidates for a cut: the splits that are best for all stages alike, then those best for each stage that agree
+    with them."""
+    space, point, model = found.space, found.point, found.space.model(found.point)
+    _, alike = relaxed_stages(space, point, spans, space.options(point))
+    if alike is not None:
+        found.add(alike)
+        agreeing = both(space.options(point), model.agreeing(model.interface(alike.chosen)))
+        for span in spans:
+            found.add(relaxed_stages(space, point, [span], agreeing)[1])
+    found.best_plan()
+
+
+def _cut_bound(found: CandidateSet, columns: Sequence[Array], effort: Effort) -> float:
+    """Lower bound on the step from relaxations of whole cuts, the least bound first; column s has the bounds of stage
+    s. With R the relaxation of a cut of p stages, step >= R + (m - 1) max(largest bound of a stage, R / p)."""
+    space, point, solved = found.space, found.point, set[Starts]()
+    m, variables = space.micro_batches(point), space.model(point).solver.columns
+    cuts = _cuts_by_bound(columns, len(space.layered.labels), m)
+    while cuts and cuts[0][0] < found.incumbent.seconds and cuts[0][2] not in solved:
+        if not effort.spend(variables, point.pp, point.pp):
+            break
+        bound, largest, starts = cuts[0]
+        solved.add(starts)
+        total, choices = relaxed_cut(space, point, starts)
+        if sum(found.add(Solution(chosen, 0.0, 0.0)) for chosen in choices):
+            found.best_plan()
+        heapq.heapreplace(cuts, (max(bound, total + (m - 1) * max(largest, total / point.pp)), largest, starts))
+    return cuts[0][0] if cuts else NEVER
+
+
+def _cuts_by_bound(columns: Sequence[Array], positions: int, micro_batches: int) -> list[tuple[float, float, Starts]]:
+    """A heap of all cuts whose stages have finite bounds: lower bound on the step, largest bound of a stage, starts."""
+    cuts = []
     for inner in itertools.combinations(range(1, positions), len(columns) - 1):
         spans = spans_of((0, *inner), positions)
         stages = [float(f[interval_index(*span, positions)]) for f, span in zip(columns, spans, strict=True)]
         if max(stages) < NEVER:
-            found.append((sum(stages) + (micro_batches - 1) * max(stages), max(stages), (0, *inner)))
-    heapq.heapify(found)
-    return found
+            cuts.append((sum(stages) + (micro_batches - 1) * max(stages), max(stages), (0, *inner)))
+    heapq.heapify(cuts)
+    return cuts
 
 
 def spans_of(starts: Sequence[int], positions: int) -> list[Span]:
-    """The positions i..j-1 of every stage."""
+    """The positions i..j-1 of every stage, as (i, j)."""
     return list(zip(starts, (*starts[1:], positions), strict=True))
 
 
 def stage_costs(space: SearchSpace, point: SearchPoint, span: Span) -> Array:
-    """By priced variable, seconds of a micro-batch in a stage: a bound below f that is linear in the splits."""
+    """By priced variable, seconds of a micro-batch in a stage: a lower bound on f that is linear in the splits."""
     model, modes, link = space.model(point), space.forced(point), space.between_stages(point)
-    there, (beside, _) = model.places_in(*span), space.windows(point)
-    seconds = space.costs(point, modes).seconds * there / np.maximum(model.places, 1.0)
+    inside, (hidden, _) = model.counts_in(*span), space.sync_windows(point)
+    seconds = space.costs(point, modes).seconds * inside / np.maximum(model.counts, 1.0)
     sent = messages(model, space.priced(point), span, link, least=True)[0] if link is not None else 0.0
-    alone = model.own[slice(*span)].sum(0)
-    return np.asarray(seconds + sent + beside * (there - alone + model.own[span[0]]))
+    alone = model.counts_alone[slice(*span)].sum(0)
+    return np.asarray(seconds + sent + hidden * (inside - alone + model.counts_alone[span[0]]))
 
 
 def relaxed_stages(
     space: SearchSpace, point: SearchPoint, spans: Sequence[Span], allowed: Options
 ) -> tuple[float, Solution | None]:
-    """A bound below the seconds of some stages that all have the same splits, and these, where the relaxation is
-    integral: of one stage it is a bound below f."""
+    """Lower bound on the seconds of some stages with the same splits; and these splits, where the relaxation is
+    integral."""
     costs = np.sum([stage_costs(space, point, span) for span in spans], axis=0)
-    bound, found = space.model(point).solver.relax(costs, allowed)
-    return bound, found and replace(found, problem=SplitProblem(costs, allowed))
+    return space.model(point).solver.relax(costs, allowed)
 
 
-def relaxed_cut(space: SearchSpace, point: SearchPoint, starts: Starts) -> tuple[float, list[Solution]]:
-    """A bound below the seconds of all stages of a cut together; and every stage's solution, where the relaxation is
-    integral: that of the stage alone, as it agrees with the others."""
-    model, options = space.model(point), space.options(point)
+def relaxed_cut(space: SearchSpace, point: SearchPoint, starts: Starts) -> tuple[float, list[tuple[int, ...]]]:
+    """Lower bound on the seconds of all stages of a cut together, each with its own splits; and every stage's choice,
+    where the relaxation is integral."""
     costs = [stage_costs(space, point, span) for span in spans_of(starts, len(space.layered.labels))]
-    bound, choices = model.pipeline(point.pp).relax(costs, options)
-    agreeing = [both(options, model.agreeing(model.interface(chosen))) for chosen in choices]
-    problems = map(SplitProblem, costs, agreeing)
-    return bound, [Solution(chosen, 0.0, 0.0, each) for chosen, each in zip(choices, problems, strict=False)]
+    return space.model(point).pipeline(point.pp).relax(costs, space.options(point))
 
 
-def messages(model: Model, prices: Prices, span: tuple[int, int], link: Link, least: bool = False) -> Array:
-    """By the strategy that makes it: seconds to send what a range of positions takes from others and gives to others,
-    and bytes of what it takes. Of a partial sum the bytes are those as made, or the `least` of how it may be taken."""
-    sizes, table, found = model.sizes, model.table, np.zeros((2, len(model.places)))
+def messages(model: Model, prices: Prices, span: Span, link: Link, least: bool = False) -> Array:
+    """[2, variables]: by the strategy that makes a value, seconds to send what a span takes from others and gives to
+    others, with its gradient back; and bytes of what the span takes. Of a partial sum the bytes are as made, or the
+    `least` of the placements in which it may be taken."""
+    sizes, table, found = model.sizes, model.table, np.zeros((2, len(model.counts)))
     for flow in table.flows:
         source = table.nodes[flow.source]
         inside = [span[0] <= home < span[1] for home in flow.homes]
-        given = [
+        crosses = [
             here for home, users, here in zip(flow.homes, flow.users, inside, strict=True)
             if home >= 0 and any(p >= 0 and (span[0] <= p < span[1]) != here for p in users)
         ]  # fmt: skip
-        if not given or source.kind in ("parameter", "buffer"):
+        if not crosses or source.kind in ("parameter", "buffer"):
             continue
         value = source.values[flow.output]
         for option in range(len(source.options)):
             have = source.given(option, flow.output)
-            wants = [w for h, w in flow.chains if h == have] if least and any(p.kind == "P" for p in have) else []
+            wants = [w for h, w in flow.chains if h == have] if least and is_partial(have) else []
             size = min(float(sizes.four(value, placed) @ prices.terms.basis) for placed in wants or [have])
-            cost = float(p2p_seconds(size, link)) * (1 + value.grad)
+            seconds = float(p2p_seconds(size, link)) * (1 + value.grad)
             at = sizes.first[flow.source] + option
-            found[:, at] += np.array([len(given) * cost, given.count(False) * size])
+            found[:, at] += np.array([len(crosses) * seconds, crosses.count(False) * size])
     return found

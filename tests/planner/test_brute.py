@@ -18,7 +18,7 @@ CHUNKS = 30
 def planned(space: SearchSpace) -> SearchResult | None:
     """The planner's plan; None where nothing fits."""
     try:
-        return search(space)
+        return Search(space).run()
     except PartitionError as error:
         assert "fits" in error.what, error
         return None

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autopart.errors import PartitionError
-from autopart.planner import constraints as constraints
-from autopart.planner.constraints import FORMS, Constraint, Cuts, Positions, balanced, forbidden, parse, position
+from autopart.planner import constraint_text as constraint_text
+from autopart.planner.constraint_text import FORMS, forbidden, parse
+from autopart.planner.constraints import MODES, Constraint, Positions, check_names, position
+from autopart.planner.cut_methods import Cuts, balanced
 from autopart.sharding.notation import C, P, Placement, R, S, Strategy
 
 BLOCKS = tuple(f"model.layers.{i}" for i in range(6))
@@ -152,7 +154,7 @@ def test_layouts(text: str, key: str, allowed: list[Strategy], refused: list[Str
     assert [s for s in [*allowed, *refused] if constraint.allows_strategy("tp", key, s)] == allowed
     for other_axis, other_key in (("dp", key), ("tp", "model.norm.weight")):
         assert all(constraint.allows_strategy(other_axis, other_key, s) for s in [*allowed, *refused])
-    constraints.check([constraint], LABELS, KEYS)
+    check_names([constraint], LABELS, KEYS)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +171,7 @@ def test_layouts(text: str, key: str, allowed: list[Strategy], refused: list[Str
     ],
 )
 def test_recompute(text: str, label: str, modes: list[str]) -> None:
-    assert [m for m in constraints.MODES if parse(text).allows_recompute(label, m)] == modes
+    assert [m for m in MODES if parse(text).allows_recompute(label, m)] == modes
 
 
 @pytest.mark.parametrize(
@@ -225,7 +227,7 @@ def test_what_cannot_be_read_is_refused(text: str, message: str) -> None:
 )  # fmt: skip
 def test_what_the_model_does_not_have_is_refused(text: str, message: str) -> None:
     with pytest.raises(PartitionError, match=message):
-        constraints.check([parse("tp=2"), parse(text)], LABELS, KEYS)
+        check_names([parse("tp=2"), parse(text)], LABELS, KEYS)
 
 
 def test_an_ambiguous_label_is_refused() -> None:
@@ -272,6 +274,6 @@ def test_all_other_cuts_are_no_constraint() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.example)
-def test_every_form_is_in_the_table(form: constraints.Form) -> None:
-    assert form.example in (constraints.__doc__ or "")
+def test_every_form_is_in_the_table(form: constraint_text.Form) -> None:
+    assert form.example in (constraint_text.__doc__ or "")
     assert parse(form.example).text == form.example

@@ -165,6 +165,18 @@ def test_why_not(text: str) -> None:
     assert text in str(quick)
 
 
+def test_why_not_another_schedule() -> None:
+    """GPipe has more micro-batches in flight: nothing that was computed for 1F1B holds for it."""
+    settings: dict[str, Any] = {"global_batch": 16, "micro_batch": 2, "pp": 2, "tp": 2}
+    unlimited = planned(**settings)
+    device = replace(unlimited.mesh.device, memory_bytes=int(0.82 * max(unlimited.memory_bytes)))
+    mesh, made = replace(unlimited.mesh, device=device), source()
+    found = explain_traced(made, mesh, request_of(made.model, made.batch, **settings))
+    answer, fresh = found.why_not("schedule=gpipe", None), planned(mesh=mesh, nodes=None, schedule="gpipe", **settings)
+    assert (answer.seconds, answer.bound) == pytest.approx((fresh.step_seconds, fresh.bound_seconds))
+    assert found.plan.step_seconds < fresh.bound_seconds
+
+
 def test_why_not_possible() -> None:
     answer = explanation().why_not("tp=3")
     assert answer.seconds is None

@@ -30,7 +30,7 @@ from autopart.passes.formulate import formulate
 from autopart.passes.solve import Solver
 from autopart.passes.source import Source
 from autopart.planner.cuts import best_cut
-from autopart.planner.search_space import Model as Split
+from autopart.planner.ilp_model import Model as Split
 from autopart.sharding.notation import P
 from autopart.sharding.strategy_table import StrategyTable
 
@@ -250,7 +250,7 @@ def every_choice(model: type[nn.Module], tp: int, forced: bool) -> NDArray[np.in
     """For every choice of options that is possible, which of the priced variables it pays."""
     made = split(model, tp, forced)
     rows = [paid(made, chosen) for chosen in possible(made.table, ())]
-    found = np.zeros((len(rows), len(made.places)), dtype=int)
+    found = np.zeros((len(rows), len(made.counts)), dtype=int)
     for row, columns in zip(found, rows, strict=True):
         row[list(columns)] = 1
     return found
@@ -306,7 +306,7 @@ def test_a_choice_is_the_best_of_all(model: type[nn.Module], tp: int, forced: bo
     numbers = np.random.default_rng(0)
     for _ in range(20):
         weight = np.repeat(numbers.choice([0.0, 0.2, 1.0, 3.0], 3), [made.sizes.first[-1], *map(len, late(made))])
-        costs = numbers.random(len(made.places)) * weight
+        costs = numbers.random(len(made.counts)) * weight
         best = (choices @ costs).min()
         found = made.solver.minimise(costs)
         assert found is not None
@@ -323,7 +323,7 @@ def late(made: Split) -> tuple[Sized, Sized]:
 def test_options_may_be_ruled_out(model: type[nn.Module], tp: int, forced: bool) -> None:
     """Also all of one node, which leaves nothing; then all are there again."""
     made, choices = split(model, tp, forced), every_choice(model, tp, forced)
-    costs = np.random.default_rng(1).random(len(made.places))
+    costs = np.random.default_rng(1).random(len(made.counts))
     node = max(range(len(made.table.nodes)), key=lambda n: len(made.table.nodes[n].options))
     before = made.solver.minimise(costs)
     assert before is not None
@@ -341,15 +341,15 @@ def test_what_was_learnt_bounds_other_costs(model: type[nn.Module], tp: int, for
     """The nearer they are to costs that were solved for, the better: it is the relaxation's own for these."""
     made, numbers = split(model, tp, forced), np.random.default_rng(2)
     solver = Solver(made.sizes)
-    learnt = numbers.random(len(made.places))
-    assert solver.below(learnt) == 0.0
+    learnt = numbers.random(len(made.counts))
+    assert solver.dual_bound(learnt) == 0.0
     least, _ = solver.relax(learnt)
-    assert solver.below(learnt) == pytest.approx(least, rel=1e-6)
+    assert solver.dual_bound(learnt) == pytest.approx(least, rel=1e-6)
     ratios = []
     for distance in (0.01, 0.1, 1.0) * 10:
-        costs = learnt + distance * numbers.random(len(made.places))
+        costs = learnt + distance * numbers.random(len(made.counts))
         least, _ = Solver(made.sizes).relax(costs)
-        ratios.append(solver.below(costs) / least)
+        ratios.append(solver.dual_bound(costs) / least)
     assert max(ratios) <= 1 + 1e-6
     assert min(ratios[::3]) > 0.9
 

@@ -39,9 +39,11 @@ from autopart.hardware.rows import Device, Link
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.formulate import _Builder, formulate
 from autopart.passes.source import Source
-from autopart.planner.branch_and_bound import SearchResult, points
-from autopart.planner.request import Request, SearchPoint
-from autopart.planner.search_space import Model, SearchSpace
+from autopart.planner.candidate import SearchResult
+from autopart.planner.ilp_model import Model
+from autopart.planner.request import Request
+from autopart.planner.search_points import SearchPoint
+from autopart.planner.search_space import SearchSpace
 from autopart.sharding.strategy_table import StrategyTable
 
 Array = NDArray[np.float64]
@@ -160,7 +162,7 @@ def traced(seed: int, samples: int) -> LayeredGraph:
         layered = Source(model, model.batch(samples), torch.float32).sampled(samples, Mesh.parse("1:cpu"))
         looked_at = Model(formulate(layered, DEVICES["cpu"], 2))
         try:
-            Structure(looked_at.table, looked_at.passing).graph(True)
+            Structure(looked_at.table, looked_at.interface_values).graph(True)
         except TooLarge:
             continue
         return layered
@@ -203,7 +205,7 @@ def whole(space: SearchSpace) -> SearchSpace:
     """The same space, with every change of placement that there is: the planner leaves out some that bring nothing."""
     found = SearchSpace(space.layered, space.mesh, space.request)
     with mock.patch.object(_Builder, "_let_through", lambda self, flow: None):
-        for point in points(space):
+        for point in space.points():
             found.model(point)
     return found
 
@@ -834,11 +836,11 @@ class Judge:
     def structure(self, point: SearchPoint) -> Structure:
         if point.tp not in self.structures:
             model = self.space.model(point)
-            self.structures[point.tp] = Structure(model.table, model.passing)
+            self.structures[point.tp] = Structure(model.table, model.interface_values)
         return self.structures[point.tp]
 
     def all_points(self) -> Iterator[SearchPoint]:
-        for point in points(self.space):
+        for point in self.space.points():
             asked = self.space.request.zero
             for zero in range(4) if asked is None and point.dp > 1 else [asked or 0]:
                 yield SearchPoint(point.pp, point.dp, point.tp, point.micro_batch, zero)

@@ -27,7 +27,7 @@ from autopart.passes.stage_graph import Splits
 from autopart.plan.data import Plan
 from autopart.plan.signature import Signature
 from autopart.plan.stages import PlanStage
-from autopart.planner.search_space import Model as Split
+from autopart.planner.ilp_model import Model as Split
 from autopart.sharding.strategy_table import Node, StrategyTable
 
 Tensor = torch.Tensor
@@ -786,7 +786,7 @@ def draw_choice(draw: st.DrawFn, model: Split, allowed: Mapping[int, list[int]])
 def interface(model: Split) -> dict[int, list[int]]:
     """Nodes whose outputs all stages have to place alike -> those outputs."""
     outputs: dict[int, list[int]] = {}
-    for node, output in model.passing:
+    for node, output in model.interface_values:
         outputs.setdefault(node, []).append(output)
     return outputs
 

@@ -1,4 +1,4 @@
-"""Which mesh to train on: the fastest shape of some devices, the cheapest of several kinds, the fewest for a target."""
+"""Which mesh to train on: the fastest of given devices, the cheapest of several kinds, the smallest for a target."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from autopart.hardware.mesh import Mesh
 from autopart.passes.source import Source
 from autopart.plan.data import Plan
 from autopart.plan.estimate import Estimate
-from autopart.planner.branch_and_bound import OnProgress, silent
 from autopart.planner.make_plan import make_plan, request_of
+from autopart.planner.progress import OnProgress, silent
 from autopart.planner.request import Request, Settings
 
 PER_HOST = (8,)
@@ -28,12 +28,13 @@ ODD = 7
 
 @dataclass(frozen=True)
 class MeshChoice:
-    """One mesh and what training on it takes.
+    """One mesh with its plan.
 
-    plan     the fastest plan there; None where there is none, and then `problem` says why
-    price    of a device for an hour, in the user's currency; None where the user gave none
-    meets    whether a step takes no longer than the target; True where there is none
-    front    whether no other choice is at once as fast and as cheap, and better in one of the two
+    plan     the fastest plan; None where there is none
+    problem  why there is no plan
+    price    of one device for an hour; None without prices
+    meets    whether a step takes at most the target's seconds; True without a target
+    front    whether the choice is on the Pareto front of step time and cost
     """
 
     mesh: Mesh
@@ -56,18 +57,18 @@ class MeshChoice:
 
     @property
     def cost(self) -> float | None:
-        """What a step costs; None where no price was given."""
+        """price x devices x step_seconds / 3600; None without prices."""
         return None if self.price is None else self.price * self.mesh.size * self.step_seconds / 3600
 
     @property
     def cost_per_million_tokens(self) -> float | None:
-        """What a million tokens cost; None where no price was given."""
+        """Cost of a million tokens; None without prices."""
         if self.cost is None:
             return None
         return self.cost / (self.tokens_per_second * self.step_seconds) * 1e6 if self.plan else float("inf")
 
     def to_json(self) -> dict[str, Any]:
-        """The choice as plain data, without its plan's stages."""
+        """The choice as plain data; of the plan its degrees and numbers."""
         plan = self.plan
         return {
             "mesh": str(self.mesh),
@@ -96,20 +97,21 @@ def search_mesh(
     on_progress: OnProgress = silent,
     **settings: Unpack[Settings],
 ) -> list[MeshChoice]:
-    """Plan on every mesh that some devices can form; all of these meshes, the best first.
+    """Plan on every mesh that some devices can form; returns all of them, the best first.
 
-    devices         "64:h100-80gb" for so many devices, whose hosts are chosen here, or "8x8:h100-80gb" for one mesh;
-                    one such text or several, each with @LINK where it is not the usual one
-    target_seconds  of a step: then the counts are the most there are, and the fewest that meet it are looked for, in
-                    powers of two and multiples of a host by 1 to 7 and their doubles
-    prices          device -> price of one for an hour, in any currency
-    per_host        how many devices a host may have; where several, each is tried
-    say             is told of every mesh that is done;  settings: those of `autopart.plan`
+    devices         "64:h100-80gb" for a number of devices, or "8x8:h100-80gb" for one mesh; one such text or several,
+                    each with @LINK for another link than the device's usual one
+    target_seconds  most seconds of a step. The numbers in `devices` are then upper limits, and the fewest devices that
+                    meet the target are searched for among the counts of `sensible`
+    prices          device -> price of one device for an hour, in any currency
+    per_host        devices of a host; each number is tried
+    on_progress     called with a line of text for every mesh that is planned
+    settings        those of `autopart.plan`
 
-    Best is: what meets the target, if there is one; then what costs least, with prices; else, with a target, what has
-    the fewest devices; then what is fastest. The model is traced once for each kind of device.
+    The order: meshes that meet the target; then the least cost of a step, with prices; then the fewest devices, with a
+    target; then the fastest step. The model is traced once for each kind of device.
 
-    Raises PartitionError where no mesh has a plan, for devices that fill no hosts, for a device without a price.
+    Raises PartitionError where no mesh has a plan, for devices that fill no hosts, and for a device without a price.
     """
     asked = [devices] if isinstance(devices, str) else list(devices)
     request = request_of(model, batch, **settings)
@@ -142,7 +144,7 @@ def search_mesh(
 
 
 def _groups(text: str, per_host: Sequence[int], smaller: bool) -> list[list[Mesh]]:
-    """The meshes of some devices for each size of hosts; PartitionError where they fill hosts of none."""
+    """The meshes of some devices for each size of a host. Raises PartitionError where they fill hosts of no size."""
     whole = Mesh.parse(text)
     groups = [meshes_of(text, size, smaller) for size in per_host]
     if any(groups):
@@ -154,8 +156,8 @@ def _groups(text: str, per_host: Sequence[int], smaller: bool) -> list[list[Mesh
 
 
 def meshes_of(text: str, per_host: int, smaller: bool = False) -> list[Mesh]:
-    """The mesh that some devices form with so many a host: one host where they are no more than it holds, none where
-    they do not fill hosts. With `smaller`, before it those of fewer devices in sensible counts, in rising order."""
+    """The mesh that some devices form with `per_host` devices a host: one host if it holds them all, no mesh if they do
+    not fill hosts. With `smaller`, the meshes of `sensible` counts up to that, rising."""
     whole = Mesh.parse(text)
     if re.match(r"\s*\d+x", text):
         return [whole]
@@ -168,8 +170,8 @@ def meshes_of(text: str, per_host: int, smaller: bool = False) -> list[Mesh]:
 
 
 def sensible(most: int, per_host: int) -> list[int]:
-    """Counts of devices up to `most` that one would ask for: powers of two within a host, then whole hosts, as many as
-    1 to 7 and their doubles; and `most` itself."""
+    """Counts of devices to try up to `most`: powers of two within a host; whole hosts, 1 to 7 times a power of two; and
+    `most` itself."""
     within = [2**k for k in range(per_host.bit_length()) if 2**k < per_host]
     whole = [n * per_host for n in range(1, most // per_host + 1) if n // (n & -n) <= ODD]
     return sorted({count for count in [*within, *whole, most] if count <= most})
@@ -178,9 +180,8 @@ def sensible(most: int, per_host: int) -> list[int]:
 def fewest(meshes: Sequence[Mesh], choose: Callable[[Mesh], MeshChoice]) -> MeshChoice | None:
     """The smallest of some meshes (in rising order) that meets the target, if any does.
 
-    More devices are faster where they are twice as many, not always where they are a few more, which may not divide a
-    batch. So halves are taken among the doublings, and between the last that misses and the first that meets, each
-    mesh is tried, the smallest first.
+    Twice as many devices are faster; a few more may not be, since they may not divide the batch. Therefore the search
+    bisects among doublings, then tries every mesh between the last doubling that misses and the first that meets.
     """
     doubling = _doublings(meshes)
     low, high = -1, len(doubling) - 1
@@ -195,7 +196,7 @@ def fewest(meshes: Sequence[Mesh], choose: Callable[[Mesh], MeshChoice]) -> Mesh
 
 
 def _doublings(meshes: Sequence[Mesh]) -> list[Mesh]:
-    """The first mesh, those at least twice as large as the one before, and the last."""
+    """The first mesh, each that has at least twice the devices of the one before, and the last."""
     taken = [meshes[0]]
     for mesh in meshes[1:]:
         if mesh.size >= 2 * taken[-1].size:
@@ -204,7 +205,7 @@ def _doublings(meshes: Sequence[Mesh]) -> list[Mesh]:
 
 
 def ranked(choices: Sequence[MeshChoice], by_count: bool = False) -> list[MeshChoice]:
-    """Choices with those on the front marked, the best first (see `search_mesh`)."""
+    """The choices in the order of `search_mesh`, with `front` set."""
     marked = [replace(c, front=_on_front(c, choices)) for c in choices]
 
     def order(choice: MeshChoice) -> tuple[bool, float, int, float]:
@@ -216,7 +217,7 @@ def ranked(choices: Sequence[MeshChoice], by_count: bool = False) -> list[MeshCh
 
 
 def _on_front(choice: MeshChoice, among: Sequence[MeshChoice]) -> bool:
-    """Whether none is at once as fast and as cheap, and better in one; without prices, devices count as their cost."""
+    """Whether no other choice is as fast and as cheap, and better in one; without prices the cost is the devices."""
 
     def both(c: MeshChoice) -> tuple[float, float]:
         return c.step_seconds, c.mesh.size if c.cost is None else c.cost

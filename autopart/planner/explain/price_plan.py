@@ -1,4 +1,4 @@
-"""A plan from its decisions alone: priced again, or refused with what is wrong in it."""
+"""The price of a plan from its decisions alone, which may have been edited by hand; or what is wrong with them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from autopart.ir.labels import is_block
 from autopart.passes.source import Source
 from autopart.passes.stage_graph import Splits
 from autopart.plan.data import Plan
-from autopart.planner.branch_and_bound import SearchResult
-from autopart.planner.candidate import costs_of
-from autopart.planner.request import Request, SearchPoint
+from autopart.planner.candidate import SearchResult, costs_of
+from autopart.planner.request import Request
+from autopart.planner.search_points import SearchPoint
 from autopart.planner.search_space import SearchSpace
 from autopart.planner.write_plan import write_out
 from autopart.sharding.strategy_table import StrategyTable
@@ -27,24 +27,24 @@ Chosen = tuple[int, ...]
 
 
 def price_plan(plan: Plan, model: nn.Module, batch: Batch) -> Plan:
-    """What the decisions of a plan, edited by hand as they may be, cost: degrees, micro-batch, ZeRO level, splits, the
-    stages' first runs and what they recompute. All other numbers of `plan` are made anew but its bound, which stays
-    that of the search it comes from.
+    """The plan with its numbers computed from its decisions: degrees, micro-batch, ZeRO level, splits, the stages'
+    first runs and their checkpointing. Only the lower bound stays, which is that of the search.
 
-    Raises PartitionError for decisions that are no plan of the model; one that does not fit is no error (`Plan.fits`).
+    `batch` as it was planned with. Raises PartitionError for decisions that are no plan of the model; a plan that does
+    not fit is no error (`Plan.fits`).
     """
     return price_traced(plan, Source(model, batch, DTYPES[plan.precision]))
 
 
 def price_traced(plan: Plan, source: Source) -> Plan:
-    """`price_plan` for a model that may be traced already."""
+    """`price_plan` for a source, which may be traced already."""
     started = time.monotonic()
     space, found = decided(plan, source)
     return replace(write_out(space, found, started, plan.model), request=plan.request)
 
 
 def decided(plan: Plan, source: Source) -> tuple[SearchSpace, SearchResult]:
-    """A plan's decisions as the search finds them. Raises PartitionError as `price_plan` does."""
+    """A plan's decisions as the search's result. Raises PartitionError as `price_plan` does."""
     request = Request(
         plan.global_batch,
         plan.micro_batch,
@@ -62,8 +62,8 @@ def decided(plan: Plan, source: Source) -> tuple[SearchSpace, SearchResult]:
     space = SearchSpace(layered, plan.mesh, request)
     point = SearchPoint(plan.pp, plan.dp, plan.tp, plan.micro_batch, plan.zero)
     _check_stages(plan, layered.labels, layered.traced.updated)
-    ways = [_chosen(space, point, splits) for splits in plan.splits]
-    chosen = tuple(ways[stage.splits] for stage in plan.stages)
+    options = [_chosen(space, point, splits) for splits in plan.splits]
+    chosen = tuple(options[stage.splits] for stage in plan.stages)
     _check_interface(space, point, chosen)
     modes = tuple(mode for stage in plan.stages for mode in stage.recompute)
     m, times = space.micro_batches(point), []
@@ -75,7 +75,7 @@ def decided(plan: Plan, source: Source) -> tuple[SearchSpace, SearchResult]:
 
 
 def _check_stages(plan: Plan, labels: Sequence[str], updated: Sequence[str]) -> None:
-    """Raise PartitionError unless the stages are a row of runs, each with what it recomputes."""
+    """Raise PartitionError unless the stages are consecutive runs, each with a mode of checkpointing."""
     starts, n = plan.starts, len(labels)
     if len(starts) != plan.pp:
         raise PartitionError(f"{plan.degrees} has {len(starts)} stages")
@@ -97,7 +97,7 @@ def _check_stages(plan: Plan, labels: Sequence[str], updated: Sequence[str]) -> 
 
 
 def _chosen(space: SearchSpace, point: SearchPoint, splits: Splits) -> Chosen:
-    """The option of every node that splits name. Raises PartitionError where there is none."""
+    """The option of every node with the strategies of `splits`. Raises PartitionError where there is none."""
     model = space.model(point)
     table = model.table
     axes = [axis for axis in table.axes if getattr(point, axis) > 1]
@@ -129,7 +129,7 @@ def _chosen(space: SearchSpace, point: SearchPoint, splits: Splits) -> Chosen:
 
 
 def _check_flows(table: StrategyTable, allowed: dict[int, list[int]]) -> None:
-    """Raise PartitionError where a value cannot be changed into what a user takes."""
+    """Raise PartitionError where no resharding gives an operator the placement that it takes."""
 
     def options(node: int) -> Sequence[int]:
         return allowed.get(node, range(len(table.nodes[node].options)))
@@ -150,8 +150,8 @@ def _check_flows(table: StrategyTable, allowed: dict[int, list[int]]) -> None:
 def _check_interface(space: SearchSpace, point: SearchPoint, chosen: Sequence[Chosen]) -> None:
     """Raise PartitionError where stages do not agree on what passes between them."""
     model = space.model(point)
-    keys = [model.table.nodes[index].key for index, _ in model.passing]
-    keys += [model.table.nodes[flow.source].key for flow, _ in model.awaited]
+    keys = [model.table.nodes[index].key for index, _ in model.interface_values]
+    keys += [model.table.nodes[flow.source].key for flow, _ in model.interface_sums]
     for key, *placed in zip(keys, *map(model.interface, chosen), strict=True):
         if len(set(placed)) > 1:
             texts = [", ".join(map(str, p)) if p is not None else "no partial sum" for p in placed]

@@ -1,8 +1,8 @@
-"""Why a plan is as it is: every number here is that of another plan, found by solving again.
+"""Why a plan is as it is. Every number is the step of another plan, found by a search with one thing changed.
 
-why      what every strategy that was not taken would make of the step, all else decided anew around it
-why_not  what anything that a constraint can say would make of it, or why nothing can be so
-prices   what more memory, faster links and faster devices would make of it
+why      seconds of the step with each strategy that was not taken
+why_not  seconds of the step with a constraint, or why there is no such plan
+prices   seconds of the step with more memory, faster links and faster devices
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ from autopart.planner.constraints import Constraint, parse
 from autopart.planner.explain.differences import differences
 from autopart.planner.explain.split_ilp import split_ilp
 from autopart.planner.make_plan import explored, request_of
-from autopart.planner.request import Request, SearchPoint, Settings, read_constraints
-from autopart.planner.search_space import Model, SearchSpace
+from autopart.planner.progress import OnProgress, silent
+from autopart.planner.request import Request, Settings, read_constraints
+from autopart.planner.search_points import SearchPoint
+from autopart.planner.search_space import SearchSpace
 from autopart.planner.write_plan import write_out
+from autopart.planner.zero_levels import zero_levels
 from autopart.sharding.rules import Strategy
 from autopart.sharding.strategy_table import Node
 
@@ -42,11 +45,11 @@ if TYPE_CHECKING:
 QUICK = 0.4
 """Seconds after which a question is answered with the best plan so far, and the bound."""
 
-TELLING = re.compile(r"embedding|norm|attention")
-"""Operators that are told about, besides products."""
+LISTED = re.compile(r"embedding|norm|attention")
+"""Operators that `why` lists besides products."""
 
 SETTINGS = ("pp", "dp", "tp", "micro_batch", "zero", "recompute", "schedule")
-"""The settings of a request that a constraint could contradict."""
+"""The settings of a request that a constraint may contradict."""
 
 GIB = 2**30
 FASTER = 1.1
@@ -54,7 +57,7 @@ FASTER = 1.1
 
 @dataclass(frozen=True)
 class Exactly(Constraint):
-    """One operator's or tensor's strategy, by all of it rather than by its name."""
+    """One operator or tensor has one strategy along an axis, compared by its placements, not by its name."""
 
     axis: str
     key: str
@@ -64,135 +67,47 @@ class Exactly(Constraint):
         return (axis, key) != (self.axis, self.key) or strategy == self.strategy
 
 
-@dataclass(frozen=True)
-class Alternative:
-    """A strategy, and seconds of the step with it; None where there is no plan with it, and why. No plan of the same
-    degrees with it is faster than `bound`."""
-
-    strategy: str
-    seconds: float | None
-    bound: float = 0.0
-    why: str = ""
-
-
-@dataclass(frozen=True)
-class Reason:
-    """An operator of one class of equal blocks, what was chosen for it, and the others, the best first."""
-
-    key: str
-    times: int
-    chosen: str
-    seconds: float
-    others: tuple[Alternative, ...]
-
-    def __str__(self) -> str:
-        times = f" x {self.times}" if self.times > 1 else ""
-        lines = [f"{self.key}{times}: {self.chosen}"]
-        for other in self.others:
-            told = other.why if other.seconds is None else _proven(other.seconds, other.bound, self.seconds)
-            lines.append(f"    {other.strategy:<28} {told}")
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the step would be if a constraint held.
-
-    seconds   of the best plan found with it, None where there is none;  bound: no plan with it is faster
-    against   of the plan that is asked about;  differs: in what the plans do, in words
-    why       nothing can be so
-    asked     what the plan was asked for, which holds too
-    took      seconds it took to answer
-    """
-
-    text: str
-    seconds: float | None
-    bound: float
-    against: float
-    differs: tuple[str, ...]
-    why: str
-    took: float
-    asked: tuple[str, ...]
-    plan: Plan | None = field(repr=False)
-
-    def __str__(self) -> str:
-        text = f"{self.text} (with {', '.join(self.asked)} as asked)" if self.asked else self.text
-        if self.seconds is None:
-            free = "\n  try: a plan that is not asked for so, and then why not" if self.asked else ""
-            return f"{text}: not possible\n  {self.why}{free}"
-        told = _proven(self.seconds, self.bound, self.against)
-        lines = [f"  {line}" for line in self.differs] or ["  the plan does so already, or what is as fast"]
-        return "\n".join([f"{text}: {told}", *lines])
-
-
-@dataclass(frozen=True)
-class Price:
-    """What a change of the machine makes of the step; `seconds` is None where nothing fits then."""
-
-    what: str
-    seconds: float | None
-    against: float
-
-    def __str__(self) -> str:
-        return f"{self.what:<52} {'nothing fits' if self.seconds is None else _against(self.seconds, self.against)}"
-
-
-def _against(seconds: float, before: float) -> str:
-    """``"906 ms, +44.6 ms, +5.2 %"``."""
-    more = seconds - before
-    if abs(more) < 1e-6 * before:
-        return f"{seconds_text(seconds)}, the same"
-    sign = "+" if more > 0 else "-"
-    return f"{seconds_text(seconds)}, {sign}{seconds_text(abs(more))}, {more / before:+.1%}"
-
-
-def _proven(seconds: float, bound: float, before: float) -> str:
-    """The same, with the bound where it is not as good as reached."""
-    far = bound < seconds * (1 - 1e-3)
-    return _against(seconds, before) + (f", proven at least {seconds_text(bound)}" if far else "")
-
-
 @dataclass
 class Explanation:
-    """A plan with all that it was chosen from."""
+    """A plan with the search space it was chosen from."""
 
     space: SearchSpace
     found: SearchResult
     plan: Plan
     near: tuple[SearchPoint, ...] = ()
-    """Points whose splits are known, the best first."""
+    """Points whose LP bound is known, the least first."""
 
     def why(self, everything: bool = False) -> list[Reason]:
-        """What every other strategy would cost: for products, attention, embeddings and norms, or for everything."""
+        """Every other strategy's step, for products, attention, embeddings and norms, or for `everything`."""
         model = self.space.model(self.found.point)
-        told = [i for i, n in enumerate(model.table.nodes) if everything or n.product or TELLING.search(_operator(n))]
-        reasons = (self._reason(model, i) for i in told)
+        listed = [i for i, n in enumerate(model.table.nodes) if everything or n.product or LISTED.search(_operator(n))]
+        reasons = (self._reason(model, i) for i in listed)
         return [reason for reason in reasons if reason.others]
 
     def _reason(self, model: Model, index: int) -> Reason:
         node, chosen = model.table.nodes[index], self.found.chosen[0][index]
         axes = [axis for axis in model.table.axes if getattr(self.found.point, axis) > 1]
         columns = [model.table.axes.index(axis) for axis in axes]
-        ways = {tuple(option[c] for c in columns): None for option in node.options}
+        strategies = list(dict.fromkeys(tuple(option[c] for c in columns) for option in node.options))
         mine = tuple(node.options[chosen][c] for c in columns)
         others = []
-        names = [_strategy(axes, way) for way in ways]
-        for way in ways:
-            if way != mine:
-                text = _strategy(axes, way)
-                text += f"  ({_placed(way)})" if names.count(text) > 1 else ""
-                exactly = [Exactly(text, True, axis, node.key, s) for axis, s in zip(axes, way, strict=True)]
+        names = [_strategy(axes, each) for each in strategies]
+        for each in strategies:
+            if each != mine:
+                text = _strategy(axes, each)
+                text += f"  ({_placed(each)})" if names.count(text) > 1 else ""
+                exactly = [Exactly(text, True, axis, node.key, s) for axis, s in zip(axes, each, strict=True)]
                 others.append(self._alternative(text, exactly))
         others.sort(key=lambda other: (other.seconds is None, other.seconds or 0.0))
-        places = model.table.group.count(node.group) or len(model.table.state.get(index, ()))
-        return Reason(node.key, max(1, places), _strategy(axes, mine), self.found.seconds, tuple(others))
+        times = model.table.group.count(node.group) or len(model.table.state.get(index, ()))
+        return Reason(node.key, max(1, times), _strategy(axes, mine), self.found.seconds, tuple(others))
 
     def _alternative(self, text: str, constraints: Sequence[Constraint]) -> Alternative:
         point = self.found.point
         names = ("pp", "dp", "tp", "micro_batch", "zero")
         pinned = [parse(f"{name}={getattr(point, name)}") for name in names]
         try:
-            found = Search(self._with([*pinned, *constraints]), silent, quick=True).run()
+            found = Search(self._with([*pinned, *constraints]), silent, heuristic=True).run()
         except PartitionError as error:
             return Alternative(
                 text, None, why="does not fit" if "no plan fits" in error.what else "no change of placement"
@@ -200,21 +115,24 @@ class Explanation:
         return Alternative(text, found.seconds, found.bound)
 
     def _with(self, constraints: Sequence[Constraint], **changes: Any) -> SearchSpace:
-        """The space with more constraints; all that is known of it stays known."""
-        request = self.space.request
-        together = (*request.constraints, *constraints)
-        return replace(self.space, request=replace(request, constraints=together, **changes))
+        """The space with more constraints. It shares what was computed, unless its schedule is another one, which
+        changes the micro-batches in flight."""
+        together = (*self.space.request.constraints, *constraints)
+        request = replace(self.space.request, constraints=together, **changes)
+        if request.allows("schedule", self.space.schedule):
+            return replace(self.space, request=request)
+        return SearchSpace(self.space.layered, self.space.mesh, request, self.space.models)
 
-    def why_not(self, text: str, seconds: float | None = QUICK) -> Answer:
-        """What the step would be if a constraint held. After some `seconds` the best plan so far is told, with what is
-        proven; None waits for the whole search. Raises PartitionError for text that says nothing of this model."""
+    def why_not(self, text: str, seconds: float | None = TIME_LIMIT) -> Answer:
+        """The step with a constraint. After so many `seconds` the answer is the incumbent with its lower bound; None
+        waits for the whole search. Raises PartitionError for a text that is no constraint on this model."""
         started = time.process_time()
         (constraint,) = read_constraints([text])
         space = self._with([constraint], time_limit=seconds, nodes=None)
         against = self.plan.step_seconds
-        search = Search(space, silent, quick=seconds is not None)
+        search = Search(space, silent, heuristic=seconds is not None)
         try:
-            search.begin(self.near)
+            search.warm_start(self.near)
             found = search.run()
         except PartitionError as error:
             took = time.process_time() - started
@@ -233,7 +151,8 @@ class Explanation:
         return (*given, *(constraint.text for constraint in request.constraints))
 
     def prices(self) -> list[Price]:
-        """What more memory, room for another micro-batch, faster links and faster devices would make of the step."""
+        """The step with 1 GiB more or less, room for another micro-batch in flight, and 10 % faster links and
+        devices."""
         return [self._price(what, space) for what, space in self._changes()]
 
     def ilp(self, stage: int = 0) -> LpProblem:
@@ -246,7 +165,7 @@ class Explanation:
 
     @property
     def slack(self) -> float:
-        """Bytes that are left on the fullest device."""
+        """Bytes that the fullest device has left."""
         return usable_bytes(self.space.mesh) - max(self.plan.memory_bytes)
 
     def _saved_bytes(self, stage: int) -> float:
@@ -257,15 +176,15 @@ class Explanation:
         return float(costs.saved_bytes[costs.index(*ends[stage : stage + 2])])
 
     def _price(self, what: str, space: SearchSpace) -> Price:
-        search = Search(space, silent, quick=True)
+        search = Search(space, silent, heuristic=True)
         try:
-            search.begin([replace(self.found.point, zero=0)])
+            search.warm_start([replace(self.found.point, zero=0)])
             return Price(what, search.run().seconds, self.plan.step_seconds)
         except PartitionError:
             return Price(what, None, self.plan.step_seconds)
 
     def _changes(self) -> Iterator[tuple[str, SearchSpace]]:
-        """The changes that are tried, each with the space it makes."""
+        """The changes to try, each with its search space."""
         mesh, device = self.space.mesh, self.space.mesh.device
         if self.space.request.must_fit:
             for what, more in (("one more GiB per device", GIB), ("one GiB less per device", -GIB)):
@@ -293,7 +212,7 @@ class Explanation:
         return replace(self.space, mesh=replace(self.space.mesh, device=size))
 
     def _on(self, mesh: Mesh, rate: float = 1.0) -> SearchSpace:
-        """The space of another mesh, with the same tables."""
+        """The space of another mesh with the same tables, and products `rate` times as fast."""
         models = {tp: _faster(model, rate) for tp, model in self.space.models.items()}
         return SearchSpace(self.space.layered, mesh, self.space.request, models)
 
@@ -302,7 +221,7 @@ class Explanation:
 
 
 def _faster(model: Model, rate: float) -> Model:
-    """A model whose products run faster; the equations are the same."""
+    """The model with products `rate` times as fast; the ILP's constraints are the same."""
     other = copy.copy(model)
     other.solver = model.solver
     other.sizes = copy.copy(model.sizes)
@@ -331,16 +250,16 @@ def explain(
     on_progress: OnProgress = silent,
     **settings: Unpack[Settings],
 ) -> Explanation:
-    """Plan, with the settings of `autopart.plan`, and keep what the plan was chosen from. Raises PartitionError."""
+    """Plan, and keep what the plan was chosen from. Arguments and errors as `autopart.plan`."""
     request = request_of(model, batch, **settings)
     return explain_traced(Source(model, batch, DTYPES[request.precision]), Mesh.of(mesh), request, on_progress)
 
 
 def explain_traced(source: Source, mesh: Mesh, request: Request, on_progress: OnProgress = silent) -> Explanation:
-    """`explain` for a model that may be traced already."""
+    """`explain` for a source, which may be traced already."""
     plan, search, found = explored(source, mesh, request, on_progress)
     space, samples = search.space, request.global_batch
-    levels = (replace(point, zero=zero) for point in points(space) for zero in zero_levels(space, point))
+    levels = (replace(point, zero=zero) for point in space.points() for zero in zero_levels(space, point))
     tried = [at for at in levels if space.known_bound(at)]
-    near = sorted(tried, key=lambda p: (space.known_bound(p) * p.passes(samples), p))
+    near = sorted(tried, key=lambda p: (space.known_bound(p) * p.step_factor(samples), p))
     return Explanation(space, found, plan, tuple(near))

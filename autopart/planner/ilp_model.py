@@ -1,0 +1,161 @@
+"""A table of strategies with its solvers, and how many positions pay for each of its variables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import chain
+
+import numpy as np
+
+from autopart.cost.compute import Array
+from autopart.cost.sizes import Sizes
+from autopart.passes.solve import Solver
+from autopart.passes.solve_stages import Coupled
+from autopart.planner.allowed_choices import Options, both
+from autopart.sharding.strategy_table import Placements, StrategyTable, ValueUses
+
+Interface = tuple[Placements | None, ...]
+
+
+class Model:
+    """A table of strategies, one for all stages of the model.
+
+    counts  by priced variable (strategies, reshardings, saved tensors): how many positions pay for it
+    group   by priced variable: the class of positions that pays; -1 for what a stage pays once
+    """
+
+    def __init__(self, table: StrategyTable) -> None:
+        self.table = table
+        self.sizes = Sizes(table)
+        self.group_solvers: dict[int, Solver] = {}
+        self.pipelines: dict[int, Coupled] = {}
+        self.counts, self.group = self.counts_in(0, len(table.labels)), np.array(self._groups())
+
+    def _groups(self) -> list[int]:
+        table, state = self.table, self.table.state
+        nodes = [table.group[state[n][0][0]] if n in state else node.group for n, node in enumerate(table.nodes)]
+        groups = np.repeat(nodes, np.diff(self.sizes.first)).tolist()
+        for index, have, _ in self.sizes.changes:
+            flow = table.flows[index]
+            at = flow.homes[0] if is_partial(have) else -1 if flow.several else flow.users[0][0]
+            groups.append(table.group[at] if at >= 0 else -1)
+        for index, _ in self.sizes.kept:
+            keep = table.keeps[index]
+            groups.append(table.group[keep.places[0][0]] if not keep.several else -1)
+        return groups
+
+    def counts_in(self, i: int, j: int) -> Array:
+        """How many of the positions i..j-1 pay for each variable: for a parameter or a saved tensor that several read,
+        and for the resharding of a value, once for each place where it is made or first taken."""
+        table = self.table
+
+        def inside(positions: Iterable[int]) -> bool:
+            return any(i <= p < j for p in positions)
+
+        in_group = {g: table.group[i:j].count(g) for g in set(table.group)}
+        nodes = [
+            sum(map(inside, table.state.get(n, ()))) if node.kind == "parameter"
+            else in_group.get(node.group, sum(map(inside, table.shared.get(n, ()))))
+            for n, node in enumerate(table.nodes)
+        ]  # fmt: skip
+        counts = np.repeat(nodes, np.diff(self.sizes.first)).tolist()
+        paid: dict[tuple[int, bool], int] = {}
+        for index, have, _ in self.sizes.changes:
+            flow, key = table.flows[index], (index, is_partial(have))
+            if key not in paid:
+                pays = zip(flow.homes, flow.needs, strict=True)
+                paid[key] = sum(inside([h] if is_partial(have) and h >= 0 else chain(*needs)) for h, needs in pays)
+            counts.append(paid[key])
+        saved = [sum(map(inside, keep.places)) for keep in table.keeps]
+        counts += [saved[index] for index, _ in self.sizes.kept]
+        return np.array(counts, dtype=float)
+
+    @cached_property
+    def counts_alone(self) -> Array:
+        """[positions, variables]: how often every position pays for each variable that no other position shares."""
+        table, sizes, group = self.table, self.sizes, np.array(self.table.group)
+        found = np.zeros((len(group), len(self.counts)))
+        for n, node in enumerate(table.nodes):
+            mine = sizes.holders[n][0] if n in sizes.holders else np.flatnonzero(group == node.group)
+            found[mine, sizes.first[n] : sizes.first[n + 1]] = 1.0
+        for i, (index, have, _) in enumerate(sizes.changes, start=int(sizes.first[-1])):
+            flow = table.flows[index]
+            homes, users = flow.ends
+            mine = homes if is_partial(have) else users
+            if mine[0] >= 0 and (is_partial(have) or not flow.several):
+                np.add.at(found[:, i], mine, 1.0)
+        return found
+
+    @cached_property
+    def solver(self) -> Solver:
+        """The ILP of the whole model."""
+        return Solver(self.sizes)
+
+    def group_solver(self, group: int) -> Solver:
+        """The ILP of one class of positions alone."""
+        if group not in self.group_solvers:
+            self.group_solvers[group] = Solver(self.sizes, group)
+        return self.group_solvers[group]
+
+    def pipeline(self, stages: int) -> Coupled:
+        """The relaxation of so many stages, each with splits of its own that agree on `interface_values`."""
+        if stages not in self.pipelines:
+            equal: dict[object, list[int]] = {}
+            for n, output in self.interface_values:
+                for option in range(len(self.table.nodes[n].options)):
+                    key = n, output, self.table.nodes[n].given(option, output)
+                    equal.setdefault(key, []).append(int(self.sizes.first[n]) + option)
+            self.pipelines[stages] = Coupled(self.solver, stages, list(equal.values()))
+        return self.pipelines[stages]
+
+    @cached_property
+    def blocks(self) -> list[int]:
+        """The classes of numbered blocks."""
+        return sorted({g for g, b in zip(self.table.group, self.table.block, strict=True) if b})
+
+    @cached_property
+    def interface_values(self) -> list[tuple[int, int]]:
+        """(node, output) of the values that all stages must place alike, so that each may have its own splits: what
+        passes between positions, parameters that several positions read, inputs."""
+        outside = {(f.source, f.output) for f in self.table.flows if not all(f.inside) and max(f.homes) >= 0}
+        outside |= {(i, 0) for i, readers in self.table.state.items() if any(len(p) > 1 for p in readers)}
+        return sorted(outside | {(i, 0) for i, n in enumerate(self.table.nodes) if n.kind == "input"})
+
+    @cached_property
+    def interface_sums(self) -> list[tuple[ValueUses, list[tuple[int, int]]]]:
+        """The values among these that may be partial sums, with the uses at other positions, which must all take such a
+        sum in the same placement."""
+        flows = [f for f in self.table.flows if not all(f.inside) and max(f.homes) >= 0]
+        sums = [f for f in flows if any(is_partial(have) for have, _ in f.chains)]
+        return [(f, [use for use, inside in zip(f.uses, f.inside, strict=True) if not inside]) for f in sums]
+
+    def interface(self, chosen: Sequence[int]) -> Interface:
+        """What all stages must agree on under a choice: the placements of `interface_values`, and those in which
+        partial sums are taken, None for a value that is no partial sum."""
+        nodes = self.table.nodes
+        given = [nodes[n].given(chosen[n], output) for n, output in self.interface_values]
+        taken = [
+            nodes[n].taken(chosen[n], operand) if is_partial(have) else None
+            for flow, ((n, operand), *_) in self.interface_sums
+            for have in [nodes[flow.source].given(chosen[flow.source], flow.output)]
+        ]
+        return tuple([*given, *taken])
+
+    def agreeing(self, interface: Interface) -> Options:
+        """The options of nodes that agree with an interface."""
+        given, taken = interface[: len(self.interface_values)], interface[len(self.interface_values) :]
+        wanted = [(n, output, False, placed) for (n, output), placed in zip(self.interface_values, given, strict=True)]
+        for (_, uses), placed in zip(self.interface_sums, taken, strict=True):
+            wanted += [(n, operand, True, placed) for n, operand in uses if placed is not None]
+        left: Options = {}
+        for n, i, takes, placed in wanted:
+            node = self.table.nodes[n]
+            placement = node.taken if takes else node.given
+            left = both(left, {n: tuple(o for o in range(len(node.options)) if placement(o, i) == placed)})
+        return left
+
+
+def is_partial(placements: Placements) -> bool:
+    """Whether a value in these placements is a partial sum along any axis."""
+    return any(p.kind == "P" for p in placements)

@@ -1,0 +1,111 @@
+"""The last step of the search, for small models: the exact splits of single intervals under real bytes.
+
+Wherever memory makes an interval slower than its lower bound, `exact_refinement` solves its ILP with peak memory as
+constraints, for every interface between stages that is known and every number of blocks that recompute. The limits
+count intervals, not seconds, so that every machine makes the same plan.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from autopart.cost.compute import Array
+from autopart.cost.intervals import NEVER, interval_ends
+from autopart.planner.allowed_choices import Options, both
+from autopart.planner.candidate import TOLERANCE, CandidateSet
+from autopart.planner.exact_refinement import fastest_that_fit
+from autopart.planner.ilp_model import Interface
+from autopart.planner.stage_bounds import Effort
+
+SMALL = 12, 2500
+"""A small model has at most so many positions, and so many variables in its ILP."""
+
+EXACT_LIMIT, LIMIT = 500, 24
+"""Intervals that one search refines at most: where the request is `exact`, and else."""
+
+WORTH = 0.01
+"""Without `exact` an interval is refined only if the gap is more than this share of the step."""
+
+ATTEMPTS = 4
+"""ILPs of one interval, each with less room than the one before."""
+
+
+def may_refine(found: CandidateSet, bound: float, memory_binds: bool) -> bool:
+    """Whether refining can win at a point of that lower bound, and is asked for or worth it."""
+    space, incumbent = found.space, found.incumbent.seconds
+    positions, variables = SMALL
+    if len(space.layered.labels) > positions or space.model(found.point).solver.columns > variables:
+        return False
+    if bound >= min(incumbent, found.best_seconds):
+        return False
+    return space.request.exact or (memory_binds and bound < incumbent * (1 - WORTH))
+
+
+def refine_intervals(found: CandidateSet, bounds: Mapping[int, Array], effort: Effort) -> None:
+    """Add the exact splits of all intervals that are slower than their bounds; `bounds` are by micro-batches in flight.
+    First every interval by itself, then again for each interface, so that the stages of a plan agree."""
+    _refine_stages(found, None, bounds, effort)
+    if found.point.pp > 1:
+        for interface in dict.fromkeys(c.interface for c in found.candidates):
+            _refine_stages(found, interface, bounds, effort)
+    found.best_plan()
+
+
+def _refine_stages(
+    found: CandidateSet, interface: Interface | None, bounds: Mapping[int, Array], effort: Effort
+) -> None:
+    """Refine the intervals of every stage, with one interface or any."""
+    space, point = found.space, found.point
+    model, n = space.model(point), len(space.layered.labels)
+    intervals, allowed = np.transpose(interval_ends(n)), space.options(point)
+    if interface is not None:
+        allowed = both(allowed, model.agreeing(interface))
+    limit = EXACT_LIMIT if space.request.exact else LIMIT
+    for stage, in_flight in sorted({(stage, space.in_flight(point, stage)) for stage in range(point.pp)}):
+        same = [c for c in found.candidates if interface in (None, c.interface)]
+        known, least = found.fastest(same, [in_flight], NEVER)[in_flight], bounds[in_flight]
+        slower = (least < found.incumbent.seconds) & (known > least * (1 + TOLERANCE)) & space.stages(point)[stage]
+        for i, j in intervals[slower].tolist():
+            if (i == 0) != (stage == 0) or (j == n) != (stage == point.pp - 1):
+                continue
+            for counts in _mode_counts(model.table.group[i:j], model.blocks, space.modes):
+                if effort.refined >= limit:
+                    effort.refining_stopped = True
+                    return
+                effort.refined += 1
+                _refine_interval(found, (i, j), counts, in_flight, allowed)
+
+
+def _refine_interval(
+    found: CandidateSet,
+    interval: tuple[int, int],
+    counts: Mapping[int, Mapping[str, int]],
+    in_flight: int,
+    allowed: Options,
+) -> None:
+    """Add the fastest splits of an interval that fit. The ILP does not count what stages make for themselves: where a
+    solution is above the limit, it is solved again with so much less room."""
+    space, point, room = found.space, found.point, found.space.limit
+    for _ in range(ATTEMPTS):
+        solution = fastest_that_fit(space, point, interval, room, counts, in_flight, allowed)
+        if solution is None:
+            return
+        found.add(solution)
+        (costs,) = (c.costs for c in found.candidates if c.solution.chosen == solution.chosen)
+        excess = costs.shortfall(in_flight, space.limit, space.modes)[costs.index(*interval)]
+        if excess <= 0:
+            return
+        room -= excess
+
+
+def _mode_counts(
+    groups: Sequence[int], blocks: Sequence[int], modes: Sequence[str]
+) -> Iterator[dict[int, dict[str, int]]]:
+    """For positions of some classes, every number of blocks of each class that may do as each of the modes says."""
+    many = {group: groups.count(group) for group in blocks if group in groups}
+    picks = (itertools.combinations_with_replacement(modes, count) for count in many.values())
+    for chosen in itertools.product(*picks):
+        yield {g: {mode: pick.count(mode) for mode in set(pick)} for g, pick in zip(many, chosen, strict=True)}

@@ -1,0 +1,99 @@
+"""The points of the outer search: every combination of degrees, micro-batch and ZeRO level that the request allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from autopart.errors import PartitionError, few
+from autopart.hardware.mesh import Mesh, divisors
+from autopart.ir.layered_graph import LayeredGraph
+from autopart.planner.request import Request
+
+
+@dataclass(frozen=True, order=True)
+class SearchPoint:
+    """Degrees, samples of a micro-batch over all ranks, ZeRO level."""
+
+    pp: int
+    dp: int
+    tp: int
+    micro_batch: int
+    zero: int = 0
+
+    def step_factor(self, global_batch: int) -> float:
+        """The least ratio of a step to the sum of its stages' seconds f for one micro-batch: with m micro-batches
+        sum(f) + (m - 1) max(f) >= (1 + (m - 1) / pp) sum(f), since max(f) is at least the mean."""
+        return 1 + (global_batch // self.micro_batch - 1) / self.pp
+
+    def __str__(self) -> str:
+        return f"pp={self.pp} dp={self.dp} tp={self.tp} micro-batch {self.micro_batch} zero {self.zero}"
+
+
+def search_points(layered: LayeredGraph, mesh: Mesh, request: Request) -> Iterator[SearchPoint]:
+    """Every combination of degrees and micro-batch that divides, at ZeRO level 0. Raises PartitionError if there is
+    none."""
+    rejected, any_found = [f"asked for: {c.text}" for c in request.constraints], False
+    for pp, dp, tp in _degrees(layered, mesh, request, rejected):
+        sizes = _micro_batches(layered, request, dp)
+        if not sizes:
+            rejected.append(f"{request.global_batch} samples do not divide over dp={dp} ranks")
+        for size in filter(partial(request.allows, "micro_batch"), sizes):
+            if size % dp or request.global_batch % size:
+                rejected.append(f"{size} samples do not divide over dp={dp} ranks")
+                continue
+            any_found = True
+            yield SearchPoint(pp, dp, tp, size)
+    if not any_found:
+        why = few(list(dict.fromkeys(rejected)), joint="; ")
+        raise PartitionError("no degrees fit the batch and the mesh", why, _way_out(layered, mesh, request))
+
+
+def _degrees(
+    layered: LayeredGraph, mesh: Mesh, request: Request, rejected: list[str]
+) -> Iterator[tuple[int, int, int]]:
+    """The triples (pp, dp, tp) whose product is the mesh's size. `tp` stays inside a host, unless the request wants it
+    otherwise or there are fewer samples than hosts."""
+    inside_allowed = any(request.allows("tp", tp) for tp in divisors(mesh.devices_per_host))
+    tp_in_host = inside_allowed and request.global_batch >= mesh.hosts and not request.tp
+    for pp in filter(partial(request.allows, "pp"), [request.pp] if request.pp else divisors(mesh.size)):
+        if pp > len(layered.labels):
+            rejected.append(f"pp={pp} stages but the model has {len(layered.labels)} places to cut")
+            continue
+        for tp in filter(partial(request.allows, "tp"), [request.tp] if request.tp else divisors(mesh.size // pp)):
+            dp = mesh.size // pp // tp
+            if request.dp not in (None, dp) or pp * dp * tp != mesh.size or not request.allows("dp", dp):
+                continue
+            if tp <= mesh.devices_per_host or not tp_in_host:
+                yield pp, dp, tp
+
+
+def _micro_batches(layered: LayeredGraph, request: Request, dp: int) -> list[int]:
+    """The micro-batches to try: the one that is asked for; the whole batch for a loss that is no mean over samples;
+    else dp x 1, 2, 4, ... as far as they divide the batch. Where constraints forbid all of these, every multiple of dp
+    that divides the batch."""
+    if request.micro_batch:
+        sizes = [request.micro_batch]
+    elif not layered.traced.mean_of_samples:
+        sizes = [request.global_batch]
+    else:
+        doublings = (dp << k for k in range(request.global_batch.bit_length()))
+        sizes = [size for size in doublings if request.global_batch % size == 0]
+    if any(request.allows("micro_batch", size) for size in sizes):
+        return sizes
+    return [size for size in divisors(request.global_batch) if size % dp == 0]
+
+
+def _way_out(layered: LayeredGraph, mesh: Mesh, request: Request) -> str:
+    """For every setting that is asked for, the values at which there would be points, all else as it is."""
+    settings = []
+    for name in ("dp", "tp", "pp", "micro_batch"):
+        if getattr(request, name) is not None and name not in dict(mesh.axes):
+            left: dict[str, Any] = {name: None}
+            with suppress(PartitionError):
+                found = {getattr(point, name) for point in search_points(layered, mesh, replace(request, **left))}
+                settings.append(f"{name}={' or '.join(map(str, sorted(found)))}")
+    return "; ".join(settings) or "other degrees, or another batch"

@@ -1,0 +1,60 @@
+"""Which ZeRO levels a point of the search tries, and from which it begins.
+
+Bounds of a level hold for the higher ones wherever those take no less time, so that a higher level need be looked at
+only once the one below it fails for memory. `extra_seconds` says for which levels that is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from autopart.cost.training_state import update_seconds
+from autopart.planner.search_points import SearchPoint
+from autopart.planner.search_space import SearchSpace
+
+TOLERANCE = 1e-9
+"""Relative difference below which two times are equal."""
+
+
+def zero_levels(space: SearchSpace, point: SearchPoint) -> list[int]:
+    """The levels that the request allows, in rising order of seconds. At dp=1 all levels are equal, and the first is
+    enough. Level 0 is left out where level 1 takes less time and no more memory: with a master copy of parameters, or
+    where the optimizer's step has a price."""
+    request = space.request
+    levels = [zero for zero in (0, 1, 2, 3) if request.zero in (None, zero) and request.allows("zero", zero)]
+    if point.dp == 1:
+        return levels[:1]
+    faster = levels[:2] == [0, 1] and extra_seconds(space, point, 1, 0) < -TOLERANCE
+    return levels[1:] if faster and _end_of_step(space, point, 1) <= _end_of_step(space, point, 0) else levels
+
+
+def starting_levels(space: SearchSpace, point: SearchPoint, levels: Sequence[int]) -> Sequence[int]:
+    """Of `levels` those that no lower one bounds, which are points of the queue from the start: the first; level 1
+    where it may take less time than level 0; all where the optimizer's step was measured, since its seconds may fall
+    with every level."""
+    if space.mesh.device.measured is not None:
+        return levels
+    unsure = point.dp > 1 and levels[0] == 0 and extra_seconds(space, point, 0, 1) > TOLERANCE
+    return levels[: 1 + unsure]
+
+
+def extra_seconds(space: SearchSpace, point: SearchPoint, one: int, other: int) -> float:
+    """How many more seconds a step parameters take at level `one` than at level `other`, relative to those at `other`:
+    the most of any backward.
+
+    A level takes s = sync + update seconds, of which backward hides min(x, h): x is what it has room for, h what of the
+    level's sync can be hidden. The difference s1 - s2 - min(x, h1) + min(x, h2) is at most s1 - s2 + max(0, h2 - h1).
+    """
+    device, found = space.device(point), []
+    for training in (space.training(replace(point, zero=zero)) for zero in (one, other)):
+        seconds = training.sync_seconds(1.0, True) + update_seconds(1.0, True, True, training, device)
+        found.append((seconds, device.beside * training.overlappable_seconds(1.0, True)))
+    (s1, h1), (s2, h2) = found
+    return (s1 - s2 + max(0.0, h2 - h1)) / s2
+
+
+def _end_of_step(space: SearchSpace, point: SearchPoint, zero: int) -> float:
+    """Bytes for each byte of parameters at the end of a step: their state, and the workspace of one message of all."""
+    training = space.training(replace(point, zero=zero))
+    return sum(training.state_bytes(1.0, True, True)) + float(training.end_of_step_workspace(1.0, 1.0))
