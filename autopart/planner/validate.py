@@ -1,5 +1,5 @@
-"""Can a plan run on a model? What has to hold of its cuts and strategies is looked up in the rules, not in the table of
-the search: a plan may have been edited by hand."""
+"""Whether a plan can run on a model. A plan may have been edited by hand: its cuts and strategies are compared with the
+model's graph and with the rules, not with the search's tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from autopart.sharding.resharding import possible
 from autopart.sharding.rules import Strategy, strategies
 
 MODES = ("none", "selective", "full")
-"""What a run may do with what its backward needs."""
+"""Modes of activation checkpointing."""
 
 
 def validate(plan: Plan, layered: LayeredGraph) -> None:
@@ -34,7 +34,7 @@ def validate(plan: Plan, layered: LayeredGraph) -> None:
 
 
 def cut_findings(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
-    """Where stages start, and what their positions do."""
+    """What is wrong with the starts of stages and with checkpointing."""
     starts, count = plan.starts, len(layered.labels)
     rising = all(a < b for a, b in zip(starts, (*starts[1:], count), strict=True))
     if len(starts) != plan.pp or not starts or starts[0] != 0 or not rising:
@@ -57,13 +57,13 @@ def cut_findings(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
 
 
 def choices_of(plan: Plan) -> ShardingAssignment:
-    """What the plan decides, as stages are partitioned by."""
+    """The plan's splits and cuts, as `partition` takes them."""
     axes = tuple((axis, size) for axis, size in (("dp", plan.dp), ("tp", plan.tp)) if size > 1)
     return ShardingAssignment(axes, tuple(plan.splits[s.splits] for s in plan.stages), plan.starts)
 
 
 def strategy_findings(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
-    """Whether operators have the strategies, and these go together."""
+    """What is wrong with strategies: none of the operator's, or not fit for each other."""
     choices, nodes, known = choices_of(plan), layered.representatives(), True
     for number, chosen in enumerate(plan.splits):
         if set(chosen) != {axis for axis, _ in choices.axes}:
@@ -86,7 +86,7 @@ def strategy_findings(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
 
 
 def _known(node: fx.Node, strategy: Strategy, size: int) -> list[Strategy]:
-    """The strategies of a node along one axis, with those in the parts that the chosen one is in."""
+    """The strategies of a node along one axis, split into as many parts as the chosen one."""
     record = info(node)
     if record.kind == "op" and G in strategy.inputs:
         plain = _kept_whole(strategy)
@@ -105,14 +105,14 @@ def _known(node: fx.Node, strategy: Strategy, size: int) -> list[Strategy]:
 
 
 def _kept_whole(strategy: Strategy) -> Strategy:
-    """The strategy that keeps whole what this one gathers again: ranks do the same."""
+    """The strategy that saves whole what this one re-gathers in backward; what ranks compute is the same."""
     inputs, outputs = (tuple(C if p == G else p for p in placed) for placed in (strategy.inputs, strategy.outputs))
     name = "C" if strategy.name == "G" else strategy.split
     return replace(strategy, name=name, inputs=inputs, outputs=outputs)  # type: ignore[arg-type]
 
 
 def _clashes(choices: ShardingAssignment, layered: LayeredGraph) -> Iterator[str]:
-    """Dims that two axes split."""
+    """Operators of which two axes split one dim."""
     for stage in range(len(choices.starts)):
         for node in layered.representatives():
             along = [(*s.inputs, *s.outputs) for s in choices.of(layered, node, stage)]
@@ -123,7 +123,7 @@ def _clashes(choices: ShardingAssignment, layered: LayeredGraph) -> Iterator[str
 
 
 def _uses(choices: ShardingAssignment, layered: LayeredGraph, plan: Plan) -> Iterator[str]:
-    """Uses that cannot get their operands in the placement they take; values that stages place differently."""
+    """Uses whose operand no resharding gives the placement that they take; values that stages place differently."""
     spans, segment_of = spans_of(plan, layered), layered.segment_of()
     stage_of = {run: stage for stage, span in enumerate(spans) for run in span}
     stages: dict[fx.Node, set[int]] = defaultdict(set)

@@ -1,4 +1,4 @@
-"""A decided plan in full: every stage partitioned and priced again, node by node, and held against the search."""
+"""The search's result as a plan: every stage is partitioned and priced node by node, and compared with the search."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ EQUAL = 1e-6
 
 
 def write_out(space: SearchSpace, found: SearchResult, started: float, model: str) -> Plan:
-    """The plan in full. Raises AssertionError where its price, node by node, is not what the search said.
+    """The plan. Raises AssertionError where its seconds, priced node by node, are not those of the search, or its bytes
+    do not fit.
 
-    Where a backward hides gradient sync, the price may be less: the search counts no change of placement that several
-    positions share to what hides.
+    Where backward hides gradient sync, the seconds may be less: the search does not count reshardings that several
+    positions share to the backward that hides.
     """
     request, layered, point = space.request, space.layered, found.point
     m = space.micro_batches(point)
@@ -95,14 +96,14 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
 
 
 def bounded(plan: Plan, bound: float) -> Plan:
-    """The plan with a lower bound of its step in seconds: gap = 1 - bound / step."""
+    """The plan with a lower bound on its step in seconds: gap = 1 - bound / step."""
     bound = min(bound, plan.step_seconds)
     status = "optimal" if bound >= plan.step_seconds * (1 - 1e-6) else "feasible"
     return replace(plan, bound_seconds=bound, gap=1.0 - bound / plan.step_seconds, status=status)
 
 
 def _forward_flops(space: SearchSpace, micro_batches: int) -> float:
-    """What works on samples counts for each of the batch, what does not for each micro-batch."""
+    """FLOPs of a step's forwards: of operators with a batch dim for every sample, of others for every micro-batch."""
     layered = space.layered
     times = Counter(layered.sequence)
     samples = space.request.global_batch / layered.traced.micro_batch
@@ -114,7 +115,7 @@ def _forward_flops(space: SearchSpace, micro_batches: int) -> float:
 
 
 def _splits(space: SearchSpace, found: SearchResult, chosen: Sequence[int]) -> Splits:
-    """Axis -> key -> strategy, for the axes that have more than one rank."""
+    """Axis -> key of a node -> strategy, for the axes with more than one rank."""
     table = space.model(found.point).table
     return {
         axis: {
@@ -128,7 +129,7 @@ def _splits(space: SearchSpace, found: SearchResult, chosen: Sequence[int]) -> S
 
 
 def choices_of(space: SearchSpace, found: SearchResult, splits: Splits, starts: tuple[int, ...]) -> ShardingAssignment:
-    """The choices under which a stage is partitioned: the same in every piece."""
+    """The sharding with which `partition` cuts a stage out of the graph: the same splits on both sides of each cut."""
     point = found.point
     axes = tuple((axis, getattr(point, axis)) for axis in ("dp", "tp") if axis in splits)
     scale = point.micro_batch / space.layered.traced.micro_batch
@@ -136,7 +137,7 @@ def choices_of(space: SearchSpace, found: SearchResult, splits: Splits, starts: 
 
 
 Known = dict[tuple[int, int, int], tuple[ShardingAssignment, StageGraph, dict[int, PricedSegment]]]
-"""(index of the splits, first run, last run) -> how a stage of these runs is partitioned, and its prices."""
+"""(index of the splits, first segment, last segment) -> the partitioned stage, and the prices of its segments."""
 
 
 def key_of(layered: LayeredGraph, splits: int, span: tuple[int, int]) -> tuple[int, int, int]:
@@ -155,7 +156,7 @@ def write_stage(
     modes: Sequence[str],
     known: Known,
 ) -> PlanStage:
-    """One stage from its runs, partitioned: what stands at several of its positions is written once, and counted."""
+    """One stage, partitioned and priced. Equal segments are priced once and counted."""
     layered, point = space.layered, found.point
     runs, key = layered.sequence[slice(*span)], key_of(layered, at, span)
     if key not in known:
@@ -172,7 +173,7 @@ def write_stage(
         recompute=tuple(modes),
         forward_seconds=sum(priced[run].forward * n for (run, _), n in counts.items()),
         backward_seconds=sum(
-            (priced[run].backward + again(priced[run], mode)) * n for (run, mode), n in counts.items()
+            (priced[run].backward + recompute_seconds(priced[run], mode)) * n for (run, mode), n in counts.items()
         ),
         sync_seconds=_sync(
             space, found, choices, span, [priced[run].backward if run in priced else 0.0 for run in runs]
@@ -187,7 +188,7 @@ def write_stage(
 def partitioned(
     space: SearchSpace, found: SearchResult, splits: Splits, span: tuple[int, int]
 ) -> tuple[ShardingAssignment, StageGraph]:
-    """A stage of some positions for one rank, every run of it once."""
+    """The graph of one rank of a stage, every segment of it once."""
     layered = space.layered
     runs = layered.sequence[slice(*span)]
     pieces = sorted({0, min(runs), max(runs) + 1} - {len(layered.segments)})
@@ -196,8 +197,8 @@ def partitioned(
     return choices, graph
 
 
-def again(run: PricedSegment, mode: str) -> float:
-    """Seconds that running a block again adds to its backward."""
+def recompute_seconds(run: PricedSegment, mode: str) -> float:
+    """Seconds that a mode of checkpointing adds to the backward of a segment."""
     return {"none": 0.0, "selective": run.cheap, "full": run.again}[mode]
 
 
@@ -208,11 +209,12 @@ def _sync(
     span: tuple[int, int],
     backward: Sequence[float],
 ) -> float:
-    """Seconds of a step in which a stage waits for gradients, `backward` being what its positions take: all but what
-    goes on beside the backward of positions before, where no other position reads the parameter."""
+    """Seconds of a step for gradient sync and optimizer, less the sync that backward hides; `backward` are the seconds
+    of a micro-batch's backward at each position. The gradients of a parameter that one position reads are sent during
+    the backward of the positions before it; those of one that several read are not hidden."""
     training, sizes = space.training(found.point), space.priced(found.point).terms.sizes
     device, readers = space.device(found.point), space.layered.readers
-    seconds, beside = 0.0, [0.0] * len(backward)
+    seconds, hidden = 0.0, [0.0] * len(backward)
     for parameter in distinct(parameters(space.layered, choices, span)):
         name, record, nbytes, over_dp, over_tp = parameter
         seconds += training.sync_seconds(nbytes, over_dp)
@@ -225,7 +227,8 @@ def _sync(
 
 
 def _sends(space: SearchSpace, found: SearchResult, index: int, span: tuple[int, int]) -> list[tuple[int, int, float]]:
-    """(stage, bytes, seconds there and back) of what a stage sends, for each that takes it."""
+    """(stage, bytes, seconds) of what a stage sends to each later stage; the seconds include the gradients sent
+    back."""
     total, seconds = Counter[int](), defaultdict[int, float](float)
     weighed = space.position_costs(found.point, found.chosen[index])
     for crossings in weighed.crossings:
@@ -242,7 +245,7 @@ def _sends(space: SearchSpace, found: SearchResult, index: int, span: tuple[int,
 def _printed(
     layered: LayeredGraph, priced: Mapping[int, PricedSegment], span: tuple[int, int], modes: Sequence[str]
 ) -> Iterator[PlanSegment]:
-    """What is printed of a stage: equal neighbours once."""
+    """The lines of a stage in the printed plan, equal neighbours in one."""
     if PRELUDE_SEGMENT in priced:
         run = priced[PRELUDE_SEGMENT]
         yield PlanSegment((PRELUDE,), run.forward + run.backward, run.lines)
@@ -260,7 +263,9 @@ def _printed(
         members = list(group)
         _, run, mode = members[0]
         yield PlanSegment(
-            tuple(label for label, _, _ in members), run.forward + run.backward + again(run, mode), run.lines
+            tuple(label for label, _, _ in members),
+            run.forward + run.backward + recompute_seconds(run, mode),
+            run.lines,
         )
 
 
@@ -268,7 +273,7 @@ def _notes(space: SearchSpace, found: SearchResult) -> Iterator[str]:
     layered, m = space.layered, space.micro_batches(found.point)
     if found.refined:
         left = "; a limit left others that might be faster: exact=True looks further" if found.stopped else ""
-        yield f"memory binds: the splits of {found.refined} ranges of runs were refined under their bytes{left}"
+        yield f"memory binds: the splits of {found.refined} intervals of runs were refined under their bytes{left}"
     if layered.traced_in_full:
         yield f"every block was traced: {layered.traced_in_full}"
     if m > 1 and not layered.traced.mean_of_samples:

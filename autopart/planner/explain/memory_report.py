@@ -1,4 +1,4 @@
-"""Who takes the bytes of a plan's stages: a tree of stages, blocks, and their parameters and operators."""
+"""The peak bytes of a plan's stages as a tree: stages, blocks, and their parameters and operators."""
 
 from __future__ import annotations
 
@@ -16,29 +16,31 @@ from autopart.planner.explain.price_plan import decided
 from autopart.planner.memory_tree import KINDS, Allocation, stage_memory
 from autopart.planner.write_plan import partitioned
 
-TOLD = 0.01
+MIN_SHARE = 0.01
 """Share of a stage's bytes below which an allocation is not printed."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block of a stage, "" for what several share, with its allocations."""
+    """A block of a stage with its allocations; the label "" is for what several blocks share."""
 
     label: str
     allocations: tuple[Allocation, ...]
 
     @property
     def bytes(self) -> float:
-        """All of it, on a rank."""
+        """Bytes of all allocations, on one rank."""
         return sum(allocation.bytes for allocation in self.allocations)
 
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """A stage of a plan on one rank, at the moment when most is alive: its blocks in order. The kinds of their
-    allocations are the parts of `PlanStage.memory`, and sum to them: parameters, gradients, optimizer (states and
-    master copies), activations (of all micro-batches in flight), messages (on their way from other stages) and
-    transient (gradients on their way through operators, what is recomputed, gathered parameters, workspace)."""
+    """The bytes of one rank of a stage at the moment of its peak, block by block.
+
+    The allocations of each kind sum to that kind in `PlanStage.memory`: parameters, gradients, optimizer (states and
+    master copies), activations (of all micro-batches in flight), messages (received from other stages) and transient
+    (gradients in flight, recomputed activations, gathered parameters, workspace).
+    """
 
     stage: int
     blocks: tuple[Block, ...]
@@ -56,12 +58,13 @@ class MemoryReport:
 
 
 def memory_report(plan: Plan, model: nn.Module, batch: Batch) -> tuple[MemoryReport, ...]:
-    """Of every stage of a plan; `batch` as it was planned with. Raises PartitionError as `autopart.price_plan` does."""
+    """The peak bytes of every stage of a plan, by owner; `batch` as it was planned with. Raises PartitionError as
+    `autopart.price_plan` does."""
     return report_traced(plan, Source(model, batch, DTYPES[plan.precision]))
 
 
 def report_traced(plan: Plan, source: Source) -> tuple[MemoryReport, ...]:
-    """`memory_report` for a model that may be traced already."""
+    """`memory_report` for a source, which may be traced already."""
     space, found = decided(plan, source)
     stages, spans = [], pairwise((*plan.starts, len(space.layered.labels)))
     for index, (stage, span) in enumerate(zip(plan.stages, spans, strict=True)):
@@ -90,7 +93,7 @@ def _lines(stage: MemoryReport) -> Iterator[str]:
         name = blocks[0].label if len(blocks) == 1 else f"{blocks[0].label} .. {blocks[-1].label} x {len(blocks)}"
         each = " each" if len(blocks) > 1 else ""
         yield f"  {name or 'shared'}   {bytes_text(blocks[0].bytes)}{each}"
-        least = TOLD * total / len(blocks)
+        least = MIN_SHARE * total / len(blocks)
         for (text, kind), size in sorted(alike, key=lambda row: -row[1]):
             if abs(size) >= least:
                 yield f"    {text:<64} {kind:<12} {bytes_text(size):>10}"
