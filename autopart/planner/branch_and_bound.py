@@ -68,6 +68,7 @@ class Search:
 
     heuristic            whether to skip the steps that only raise bounds once there is a plan; bounds stay valid
     queue                (bound in seconds of a step, next step, point), the least bound first
+    pushed               every point that was ever in the queue, with its last lower bound in seconds
     pruned_bound         the least bound of the points that left the queue
     visited              how many points were taken from the queue
     plans                the candidates of every point that was cut into stages
@@ -80,6 +81,7 @@ class Search:
     heuristic: bool = False
     incumbent: Incumbent = field(default_factory=Incumbent)
     queue: list[tuple[float, Step, SearchPoint]] = field(default_factory=list)
+    pushed: dict[SearchPoint, float] = field(default_factory=dict)
     pruned_bound: float = NEVER
     visited: int = 0
     plans: dict[SearchPoint, CandidateSet] = field(default_factory=dict)
@@ -162,6 +164,7 @@ class Search:
         return point.step_factor(self.space.request.global_batch) * seconds
 
     def _push(self, bound: float, step: Step, point: SearchPoint) -> None:
+        self.pushed[point] = bound
         heapq.heappush(self.queue, (bound, step, point))
 
     def _prune(self, bound: float) -> None:

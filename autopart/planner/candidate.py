@@ -11,6 +11,7 @@ import numpy as np
 from autopart.cost.compute import Array
 from autopart.cost.intervals import NEVER
 from autopart.passes.solve import Solution
+from autopart.plan.search_summary import SearchSummary
 from autopart.planner.cuts import best_cut
 from autopart.planner.ilp_model import Interface
 from autopart.planner.interval_costs import IntervalCosts, interval_costs
@@ -45,6 +46,7 @@ class SearchResult:
     seconds        of a step: sum(f) + (m - 1) max(f) for m micro-batches
     bound          lower bound on the step of every plan in the search space, in seconds
     refined        intervals whose splits were refined under their bytes; stopped: whether a limit left others
+    summary        what the plan tells of the search
     """
 
     point: SearchPoint
@@ -56,6 +58,7 @@ class SearchResult:
     bound: float = 0.0
     refined: int = 0
     stopped: bool = False
+    summary: SearchSummary | None = None
 
 
 @dataclass

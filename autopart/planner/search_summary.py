@@ -8,9 +8,10 @@ import numpy as np
 
 from autopart.cost.intervals import NEVER
 from autopart.plan.search_summary import RunnerUp, SearchSummary
-from autopart.planner.branch_and_bound import TOLERANCE, Search, SearchResult
+from autopart.planner.branch_and_bound import Search
+from autopart.planner.candidate import TOLERANCE, SearchResult
 from autopart.planner.cuts import best_cut
-from autopart.planner.request import SearchPoint
+from autopart.planner.search_points import SearchPoint
 
 SMALL_BUBBLE = 0.05
 """Share of the step below which a pipeline's bubble is no reason to call the batch what limits a plan."""
@@ -23,7 +24,7 @@ def search_summary(search: Search, found: SearchResult) -> SearchSummary:
 
 def _runner_up(search: Search, chosen: SearchPoint) -> RunnerUp | None:
     """The point of other degrees with the fastest plan; where there is no plan, the point with the least bound."""
-    impossible = set(search.hopeless)
+    impossible = set(search.state_exceeds_memory)
     bounds = {
         point: bound
         for point, bound in search.pushed.items()
@@ -31,7 +32,7 @@ def _runner_up(search: Search, chosen: SearchPoint) -> RunnerUp | None:
     }
     if not bounds:
         return None
-    seconds = {point: search.reached[point] for point in bounds if search.reached.get(point, NEVER) < NEVER}
+    seconds = {p: found.best_seconds for p, found in search.plans.items() if p in bounds and found.best_seconds < NEVER}
     table = seconds or bounds
     best = min(table, key=lambda point: (table[point], point))
     bound = min(min(bounds.values()), *seconds.values()) if seconds else min(bounds.values())
@@ -42,9 +43,9 @@ def _limit(search: Search, found: SearchResult) -> str:
     space, point = search.space, found.point
     if space.request.must_fit:
         lower = {replace(point, zero=zero) for zero in range(point.zero)} if point.zero >= 2 else set()
-        if lower & set(search.hopeless):
+        if lower & set(search.state_exceeds_memory):
             return "memory"
-        if any(_seconds_without_limit(search, each) < found.seconds * (1 - TOLERANCE) for each in search.ways):
+        if any(_seconds_without_limit(search, each) < found.seconds * (1 - TOLERANCE) for each in search.plans):
             return "memory"
     m, stages = space.micro_batches(point), point.pp
     idle = (stages - 1) / (m + stages - 1)
@@ -56,7 +57,7 @@ def _limit(search: Search, found: SearchResult) -> str:
 
 def _seconds_without_limit(search: Search, point: SearchPoint) -> float:
     """Seconds of a step of the best cut with a point's fastest splits, were memory endless."""
-    space, seconds = search.space, search.ways[point][0].costs.seconds
+    space, seconds = search.space, search.plans[point].candidates[0].costs.seconds
     allowed = space.stages(point)
     cut = best_cut(lambda stage: np.where(allowed[stage], seconds, NEVER), point.pp, space.micro_batches(point))
     return cut.seconds if cut else NEVER
