@@ -42,7 +42,7 @@ from autopart.planner.candidate import (
     stage_columns,
 )
 from autopart.planner.cuts import best_cut
-from autopart.planner.infeasibility import Shortage, closest, nothing_fits
+from autopart.planner.infeasibility import Shortfall, closest, nothing_fits
 from autopart.planner.lower_bounds import LagrangianBounds
 from autopart.planner.progress import OnProgress, Progress, silent
 from autopart.planner.refinement import may_refine, refine_intervals
@@ -73,7 +73,7 @@ class Search:
     visited              how many points were taken from the queue
     plans                the candidates of every point that was cut into stages
     state_exceeds_memory points whose parameters, gradients and optimizer states alone exceed all devices
-    shortage             what is lacking, once `run` has raised because nothing fits
+    shortfall            what is lacking, once `run` has raised because nothing fits
     """
 
     space: SearchSpace
@@ -86,7 +86,7 @@ class Search:
     visited: int = 0
     plans: dict[SearchPoint, CandidateSet] = field(default_factory=dict)
     state_exceeds_memory: list[SearchPoint] = field(default_factory=list)
-    shortage: Shortage | None = None
+    shortfall: Shortfall | None = None
     effort: Effort = field(default_factory=Effort)
     _bounds: dict[SearchPoint, LagrangianBounds] = field(default_factory=dict)
     _open: dict[SearchPoint, tuple[list[float], dict[int, Array]]] = field(default_factory=dict)
@@ -118,8 +118,8 @@ class Search:
             progress.tell(self.incumbent.seconds, self.bound, self.visited)
         if self.incumbent.result is None:
             candidates = {point: found.candidates for point, found in self.plans.items()}
-            self.shortage = closest(self.space, candidates, self.state_exceeds_memory)
-            raise nothing_fits(self.space, self.shortage)
+            self.shortfall = closest(self.space, candidates, self.state_exceeds_memory)
+            raise nothing_fits(self.space, self.shortfall)
         spent = self.effort
         return replace(self.incumbent.result, bound=self.bound, refined=spent.refined, stopped=spent.refining_stopped)
 

@@ -11,6 +11,7 @@ import numpy as np
 from autopart.cost.compute import Array
 from autopart.cost.intervals import NEVER
 from autopart.passes.solve import Solution
+from autopart.passes.split_problem import SplitProblem
 from autopart.plan.search_summary import SearchSummary
 from autopart.planner.cuts import best_cut
 from autopart.planner.ilp_model import Interface
@@ -45,6 +46,7 @@ class SearchResult:
     stage_seconds  f of every stage: for one micro-batch, forward and backward
     seconds        of a step: sum(f) + (m - 1) max(f) for m micro-batches
     bound          lower bound on the step of every plan in the search space, in seconds
+    problems       the ILP that the splits of every stage solve
     refined        intervals whose splits were refined under their bytes; stopped: whether a limit left others
     summary        what the plan tells of the search
     """
@@ -58,6 +60,7 @@ class SearchResult:
     bound: float = 0.0
     refined: int = 0
     stopped: bool = False
+    problems: tuple[SplitProblem, ...] = ()
     summary: SearchSummary | None = None
 
 
@@ -128,17 +131,19 @@ class CandidateSet:
         if cut is None:
             return None
         ends = (*cut.starts[1:], len(space.layered.labels))
-        chosen, modes, times = [], [], []
+        chosen, modes, times, problems = [], [], [], []
         for stage, (i, j) in enumerate(zip(cut.starts, ends, strict=True)):
             in_flight, where = space.in_flight(point, stage), np.array([candidates[0].costs.index(i, j)])
             seconds = [c.costs.least_seconds(where, in_flight, space.limit, space.modes)[0] for c in candidates]
             fastest = candidates[int(np.argmin(seconds))]
             recompute = fastest.costs.modes(i, j, in_flight, space.limit, space.modes)
             chosen.append(fastest.solution.chosen)
+            problems.append(fastest.solution.problem)
             modes += recompute
             times.append(fastest.costs.exact_seconds(i, j, recompute))
         step = sum(times) + (m - 1) * max(times)
-        return SearchResult(point, tuple(chosen), cut.starts, tuple(modes), tuple(times), step)
+        splits = tuple(filter(None, problems))
+        return SearchResult(point, tuple(chosen), cut.starts, tuple(modes), tuple(times), step, problems=splits)
 
 
 def make_candidate(space: SearchSpace, point: SearchPoint, solution: Solution) -> Candidate:

@@ -26,7 +26,7 @@ MINIMAX = 10**6
 
 
 @dataclass(frozen=True)
-class Shortage:
+class Shortfall:
     """How many bytes a stage lacks in its smallest splits and checkpointing; `largest` are (name, bytes) of what takes
     most."""
 
@@ -40,17 +40,17 @@ def closest(
     space: SearchSpace,
     tried: Mapping[SearchPoint, Sequence[Candidate]],
     state_exceeds_memory: Sequence[SearchPoint],
-) -> Shortage | None:
-    """The least shortage of any point, in the splits of least memory; None where it is not for memory that there is no
+) -> Shortfall | None:
+    """The least shortfall of any point, in the splits of least memory; None where it is not for memory that there is no
     plan. `tried` has the points with candidates; those of `state_exceeds_memory` have none."""
-    found = [s for point, each in tried.items() for c in each if (s := _shortage(space, point, c))]
+    found = [s for point, each in tried.items() for c in each if (s := _shortfall(space, point, c))]
     near = [s.point for s in sorted(found, key=lambda s: s.bytes)]
     hopeless = sorted(state_exceeds_memory, key=lambda point: (-point.zero, point.micro_batch))
     for point in (*_distinct_degrees(near), *_distinct_degrees(hopeless)):
         for modes in space.best_modes(point, NEVER):
             solution = space.solve(point, NEVER, modes)
-            shortage = _shortage(space, point, make_candidate(space, point, solution)) if solution else None
-            found += [shortage] if shortage else []
+            shortfall = _shortfall(space, point, make_candidate(space, point, solution)) if solution else None
+            found += [shortfall] if shortfall else []
     least = min(found, key=lambda s: s.bytes, default=None)
     return least if least and least.bytes > 0 else None
 
@@ -63,21 +63,21 @@ def _distinct_degrees(points: Sequence[SearchPoint]) -> list[SearchPoint]:
     return list(first.values())[:DEGREES]
 
 
-def nothing_fits(space: SearchSpace, shortage: Shortage | None) -> PartitionError:
+def nothing_fits(space: SearchSpace, shortfall: Shortfall | None) -> PartitionError:
     """The error: the stage that lacks bytes, and what takes most; or the constraints that leave no plan."""
     asked = "; ".join(c.text for c in space.request.constraints)
-    if shortage is None:
+    if shortfall is None:
         nodes = {f"{n} has no strategy left" for model in space.models.values() for n in space.stuck(model)}
         why = few(sorted(nodes), joint="; ") or "no cut, or no change of placement between operators, is left"
         return PartitionError(f"no plan does what is asked: {asked}", why, "fewer constraints")
     device, limit = space.mesh.device.name, space.limit
-    largest = ", ".join(f"{name} {bytes_text(size)}" for name, size in shortage.largest)
+    largest = ", ".join(f"{name} {bytes_text(size)}" for name, size in shortfall.largest)
     return PartitionError(
         f"no plan fits {space.mesh}{f' that does what is asked ({asked})' if asked else ''}; "
-        f"the closest has {shortage.point}",
-        f"stage {shortage.stage} needs {bytes_text(shortage.bytes + limit)} at its smallest of the {bytes_text(limit)} "
-        f"a {device} can give: {bytes_text(shortage.bytes)} short; largest: {largest}",
-        ", ".join(_ways_out(space.request, shortage.point)),
+        f"the closest has {shortfall.point}",
+        f"stage {shortfall.stage} needs {bytes_text(shortfall.bytes + limit)} at its smallest of the "
+        f"{bytes_text(limit)} a {device} can give: {bytes_text(shortfall.bytes)} short; largest: {largest}",
+        ", ".join(_ways_out(space.request, shortfall.point)),
     )
 
 
@@ -92,8 +92,8 @@ def _ways_out(request: Request, point: SearchPoint) -> Iterator[str]:
         yield 'precision="bfloat16"'
 
 
-def _shortage(space: SearchSpace, point: SearchPoint, candidate: Candidate) -> Shortage | None:
-    """The largest shortage of any stage, in the cut where it is least; None where constraints leave no cut."""
+def _shortfall(space: SearchSpace, point: SearchPoint, candidate: Candidate) -> Shortfall | None:
+    """The largest shortfall of any stage, in the cut where it is least; None where constraints leave no cut."""
     costs = candidate.costs
     shortfall = {n: costs.shortfall(n, space.limit, space.modes) for n in space.flights(point)}
     offset, allowed = min(f.min() for f in shortfall.values()), space.stages(point)
@@ -115,7 +115,7 @@ def _shortage(space: SearchSpace, point: SearchPoint, candidate: Candidate) -> S
     parameters = sorted(_parameters(space, point, candidate, spans[stage]).items(), key=lambda item: -item[1])
     parts |= {f"of these {name}": size for name, size in parameters[:2]}
     largest = sorted(parts.items(), key=lambda item: -item[1])[:5]
-    return Shortage(point, stage, lacking[stage], tuple(largest))
+    return Shortfall(point, stage, lacking[stage], tuple(largest))
 
 
 def _parameters(

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from autopart.cost.compute import Array
 from autopart.cost.intervals import NEVER, interval_ends
 from autopart.cost.position_costs import least_crossings
-from autopart.planner.interval_costs import crossed
+from autopart.planner.interval_seconds import crossed
 from autopart.planner.search_points import SearchPoint
 from autopart.planner.search_space import SearchSpace
 
@@ -91,24 +91,24 @@ class LagrangianBounds:
     def __init__(self, space: SearchSpace, point: SearchPoint) -> None:
         self.space, self.point = space, point
         group = space.model(point).table.group
-        self.rows, self.in_group = kind_counts(tuple(group), space.allowed_modes), Counter(group)
+        self.kind_counts, self.in_group = kind_counts(tuple(group), space.allowed_modes), Counter(group)
         self.room = self._room(group)
         self.in_flight = np.array(space.flights(point))
         self.messages, _ = crossed(least_crossings(space.priced(point), space.between_stages(point)), len(group))
         self.multipliers: list[float] = []
         self.seconds: list[Array] = []
-        self.bytes = np.zeros(sum(len(modes) for _, modes in self.rows.kinds))
+        self.bytes = np.zeros(sum(len(modes) for _, modes in self.kind_counts.kinds))
 
     def _room(self, group: Sequence[int]) -> Array:
-        space, point, counts = self.space, self.point, self.rows.counts
+        space, point, counts = self.space, self.point, self.kind_counts.counts
         prices, nodes = space.priced(point), space.model(point).table.nodes
         each = prices.backward_bytes[0], prices.largest_gradient
         least = [np.minimum.reduceat(row, prices.sizes.first[:-1]) for row in each]
         largest = [
             max((b for b, n in zip(least["selective" in modes], nodes, strict=True) if n.group == kind), default=0.0)
-            for kind, modes in self.rows.kinds
+            for kind, modes in self.kind_counts.kinds
         ]
-        end = self.rows.kinds.index((group[-1], space.allowed_modes[-1]))
+        end = self.kind_counts.kinds.index((group[-1], space.allowed_modes[-1]))
         has_end = (counts[:, end] > 0) & (counts[:, end].max() == 1)
         last = np.where(has_end, largest[end], np.where(counts > 0, largest, np.inf).min(1))
         room = space.limit - last * (space.micro_batches(point) > 1)
@@ -120,7 +120,7 @@ class LagrangianBounds:
         space, point = self.space, self.point
         terms = np.array([
             space.least_of_group(point, multiplier, group, mode) / self.in_group[group]
-            for group, modes in self.rows.kinds for mode in modes
+            for group, modes in self.kind_counts.kinds for mode in modes
         ])  # fmt: skip
         if multiplier == NEVER:
             self.bytes = terms
@@ -131,20 +131,20 @@ class LagrangianBounds:
     def columns(self, most: float) -> dict[int, Array]:
         """For every number of micro-batches in flight the bound on f of every interval, in seconds; infinite where it
         is above `most`, or where the interval cannot fit."""
-        rows = self.rows
-        best = [np.minimum.reduceat(terms, rows.first_mode) for terms in (self.bytes, *self.seconds)]
-        bounds = self._bounds(self.room, *(rows.counts @ least for least in best))
-        listed = (bounds <= most).any(0) & (rows.listed > 0)
+        of = self.kind_counts
+        best = [np.minimum.reduceat(terms, of.first_mode) for terms in (self.bytes, *self.seconds)]
+        bounds = self._bounds(self.room, *(of.counts @ least for least in best))
+        listed = (bounds <= most).any(0) & (of.listed > 0)
         if listed.any():
-            many = rows.listed[listed]
-            assigned = rows.assignments[np.repeat(listed, rows.listed)]
+            many = of.listed[listed]
+            assigned = of.assignments[np.repeat(listed, of.listed)]
             each = self._bounds(
                 np.repeat(self.room[listed], many), *(assigned @ t for t in (self.bytes, *self.seconds))
             )
             bounds[:, listed] = np.minimum.reduceat(each, np.cumsum([0, *many[:-1]]), axis=1)
         columns = {}
         for in_flight, bound in zip(self.in_flight.tolist(), bounds, strict=True):
-            found = bound[rows.row_of] + self.messages
+            found = bound[of.row_of] + self.messages
             columns[in_flight] = np.where(found <= most, found, NEVER)
         return columns
 

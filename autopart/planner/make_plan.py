@@ -120,7 +120,7 @@ def _searched(
     try:
         found = search.run()
     except PartitionError as error:
-        if search.shortage is None or not advise:
+        if search.shortfall is None or not advise:
             raise
 
         def of(dtype: str) -> Source:

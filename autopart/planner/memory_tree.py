@@ -39,7 +39,7 @@ from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.stage_graph import OWNED, PRELUDE, PRELUDE_SEGMENT, ShardingAssignment, StageGraph, backward_of
 from autopart.plan.schedules import receive_buffer_bytes
 from autopart.plan.units import printed_name
-from autopart.planner.branch_and_bound import SearchResult
+from autopart.planner.candidate import SearchResult
 from autopart.planner.interval_seconds import crossed
 from autopart.planner.search_space import SearchSpace
 from autopart.planner.stage_parameters import Parameter, distinct, parameters

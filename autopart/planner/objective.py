@@ -55,8 +55,8 @@ def costs_by_mode(model: Model, prices: Prices, amortization: int, gradients: bo
 
 def sync_windows(prices: Prices, share: float) -> tuple[Array, Array]:
     """By priced variable, for one position: seconds that its gradients travel and that computing can hide, and seconds
-    of its backward, which can hide others' (see `interval_costs.exposed`). Both times `share`, the backwards of a step
-    over its amortization."""
+    of its backward, which can hide others' (see `interval_seconds.exposed`). Both times `share`, the backwards of a
+    step over its amortization."""
     none = np.zeros(len(prices.saved_tensor_bytes))
     hidden = np.concatenate([prices.overlappable_seconds, 0.0 * prices.change_backward, none])
     return share * hidden, share * np.concatenate([prices.backward, prices.change_backward, none])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 
 import numpy as np
@@ -21,7 +21,8 @@ from autopart.hardware.rows import Device, Link
 from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.formulate import formulate
-from autopart.passes.solve import Solution
+from autopart.passes.solve import HIGHS, Solution
+from autopart.passes.split_problem import SplitProblem
 from autopart.plan.schedules import SCHEDULES, in_flight
 from autopart.planner.allowed_choices import Options, modes_of, options_of, positions_of, stages_of
 from autopart.planner.constraints import check_names
@@ -162,8 +163,8 @@ class SearchSpace:
     @cached_property
     def modes(self) -> tuple[str, ...]:
         """The modes that any block may take."""
-        rows = zip(self.allowed_modes, self.layered.labels, strict=True)
-        found = {mode for modes, label in rows if is_block(label) for mode in modes}
+        pairs = zip(self.allowed_modes, self.layered.labels, strict=True)
+        found = {mode for modes, label in pairs if is_block(label) for mode in modes}
         return tuple(mode for mode in MODES if mode in found)
 
     def forced(self, point: SearchPoint) -> dict[int, str]:
@@ -240,9 +241,32 @@ class SearchSpace:
         options = self.options(point)
         key = point, multiplier, tuple(sorted(modes.items())), tuple(options.items())
         if key not in self.solved:
-            objective = self.objective(point, multiplier, modes)
-            self.solved[key] = self.model(point).solver.minimise(objective, options, multiplier in (0.0, NEVER))
+            unit = "bytes" if multiplier == NEVER else "seconds"
+            problem = SplitProblem(self.objective(point, multiplier, modes), options, unit=unit)
+            self.solved[key] = self.minimise(point, problem, multiplier in (0.0, NEVER))
         return self.solved[key]
+
+    def minimise(self, point: SearchPoint, problem: SplitProblem, branch: bool = True) -> Solution | None:
+        """The best splits, by the request's solver; None where there are none, or where the relaxation is fractional
+        and the solver is not to `branch`."""
+        solver, costs, allowed = self.model(point).solver, problem.costs, problem.allowed
+        if branch and self.request.solver != HIGHS:
+            return self._by_solver(point, problem)
+        if problem.capacity is not None:
+            found = solver.minimise_in_room(costs, allowed, problem.capacity)
+        else:
+            found = solver.minimise(costs, allowed, branch)
+        return self.confirmed(point, replace(found, problem=problem)) if found else None
+
+    def confirmed(self, point: SearchPoint, found: Solution) -> Solution | None:
+        """The solution of a relaxation; or the request's solver's, if that is not HiGHS, of the same problem."""
+        assert found.problem is not None
+        return found if self.request.solver == HIGHS else self._by_solver(point, found.problem)
+
+    def _by_solver(self, point: SearchPoint, problem: SplitProblem) -> Solution | None:
+        from autopart.passes.ilp_solvers import minimise  # PuLP takes half a second to load
+
+        return minimise(self.model(point).sizes, problem, self.request.solver)
 
     def lp_bound(self, point: SearchPoint) -> float:
         """Lower bound on the sum of all stages' seconds, memory unlimited; infinite where there are no splits: the
@@ -259,8 +283,10 @@ class SearchSpace:
                 self.relaxations[same] = self.model(point).solver.relax(objective, options)
             bound, solution = self.relaxations[same]
             self.bounds[key] = bound
-            if solution is not None or bound == NEVER:
-                self.solved[key] = solution
+            if bound == NEVER:
+                self.solved[key] = None
+            elif solution is not None and self.request.solver == HIGHS:
+                self.solved[key] = replace(solution, problem=SplitProblem(objective, options))
         return self.bounds[key]
 
     def dual_bound(self, point: SearchPoint) -> float:

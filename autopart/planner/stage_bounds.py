@@ -19,7 +19,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from autopart.cost.intervals import NEVER, interval_index
 from autopart.cost.prices import Prices
 from autopart.hardware.rows import Link
 from autopart.passes.solve import Solution
+from autopart.passes.split_problem import SplitProblem
 from autopart.planner.allowed_choices import Options, both
 from autopart.planner.candidate import CandidateSet, stage_columns
 from autopart.planner.cuts import best_cut
@@ -101,11 +102,13 @@ def _add_splits(found: CandidateSet, spans: Sequence[Span]) -> None:
     with them."""
     space, point, model = found.space, found.point, found.space.model(found.point)
     _, alike = relaxed_stages(space, point, spans, space.options(point))
+    alike = alike and space.confirmed(point, alike)
     if alike is not None:
         found.add(alike)
         agreeing = both(space.options(point), model.agreeing(model.interface(alike.chosen)))
         for span in spans:
-            found.add(relaxed_stages(space, point, [span], agreeing)[1])
+            _, own = relaxed_stages(space, point, [span], agreeing)
+            found.add(own and space.confirmed(point, own))
     found.best_plan()
 
 
@@ -120,8 +123,8 @@ def _cut_bound(found: CandidateSet, columns: Sequence[Array], effort: Effort) ->
             break
         bound, largest, starts = cuts[0]
         solved.add(starts)
-        total, choices = relaxed_cut(space, point, starts)
-        if sum(found.add(Solution(chosen, 0.0, 0.0)) for chosen in choices):
+        total, solutions = relaxed_cut(space, point, starts)
+        if sum(found.add(space.confirmed(point, solution)) for solution in solutions):
             found.best_plan()
         heapq.heapreplace(cuts, (max(bound, total + (m - 1) * max(largest, total / point.pp)), largest, starts))
     return cuts[0][0] if cuts else NEVER
@@ -160,14 +163,19 @@ def relaxed_stages(
     """Lower bound on the seconds of some stages with the same splits; and these splits, where the relaxation is
     integral."""
     costs = np.sum([stage_costs(space, point, span) for span in spans], axis=0)
-    return space.model(point).solver.relax(costs, allowed)
+    bound, found = space.model(point).solver.relax(costs, allowed)
+    return bound, found and replace(found, problem=SplitProblem(costs, allowed))
 
 
-def relaxed_cut(space: SearchSpace, point: SearchPoint, starts: Starts) -> tuple[float, list[tuple[int, ...]]]:
-    """Lower bound on the seconds of all stages of a cut together, each with its own splits; and every stage's choice,
-    where the relaxation is integral."""
+def relaxed_cut(space: SearchSpace, point: SearchPoint, starts: Starts) -> tuple[float, list[Solution]]:
+    """Lower bound on the seconds of all stages of a cut together, each with its own splits; and every stage's solution,
+    where the relaxation is integral: that of the stage alone, as it agrees with the others."""
+    model, options = space.model(point), space.options(point)
     costs = [stage_costs(space, point, span) for span in spans_of(starts, len(space.layered.labels))]
-    return space.model(point).pipeline(point.pp).relax(costs, space.options(point))
+    bound, choices = model.pipeline(point.pp).relax(costs, options)
+    agreeing = [both(options, model.agreeing(model.interface(chosen))) for chosen in choices]
+    problems = map(SplitProblem, costs, agreeing)
+    return bound, [Solution(chosen, 0.0, 0.0, each) for chosen, each in zip(choices, problems, strict=False)]
 
 
 def messages(model: Model, prices: Prices, span: Span, link: Link, least: bool = False) -> Array:

@@ -19,7 +19,7 @@ from autopart.passes.ilp_solvers import minimise
 from autopart.passes.solve import DEAREST, UNIT, unit_of
 from autopart.passes.split_problem import SplitProblem
 from autopart.planner.exact_refinement import fastest_that_fit
-from autopart.planner.request import SearchPoint
+from autopart.planner.search_points import SearchPoint
 from autopart.planner.search_space import SearchSpace
 
 SEEDS = range(0, 300, 25)

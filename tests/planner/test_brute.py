@@ -8,7 +8,8 @@ import pytest
 from brute import EQUAL, NEVER, SHARED, Judge, problem, steps_of, whole
 
 from autopart.errors import PartitionError
-from autopart.planner.branch_and_bound import SearchResult, search
+from autopart.planner.branch_and_bound import Search
+from autopart.planner.candidate import SearchResult
 from autopart.planner.search_space import SearchSpace
 from autopart.planner.write_plan import write_out
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from autopart.errors import PartitionError
-from autopart.planner.branch_and_bound import SearchResult
+from autopart.planner.candidate import SearchResult
 from autopart.planner.search_space import SearchSpace
 
 if TYPE_CHECKING:

@@ -27,6 +27,7 @@ from autopart.planner.candidate import costs_of
 from autopart.planner.constraints import Constraint, parse
 from autopart.planner.explain.differences import differences
 from autopart.planner.explain.split_ilp import split_ilp
+from autopart.planner.ilp_model import Model
 from autopart.planner.make_plan import explored, request_of
 from autopart.planner.progress import OnProgress, silent
 from autopart.planner.request import Request, Settings, read_constraints
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
 
     from autopart.passes.ilp import LpProblem
 
-QUICK = 0.4
-"""Seconds after which a question is answered with the best plan so far, and the bound."""
+TIME_LIMIT = 0.4
+"""Seconds after which `why_not` answers with the incumbent and its lower bound."""
 
 LISTED = re.compile(r"embedding|norm|attention")
 """Operators that `why` lists besides products."""
