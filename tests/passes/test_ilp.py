@@ -39,7 +39,7 @@ def drawn(seed: int) -> SplitProblem:
     space, point = table(seed)
     draw, costs = np.random.default_rng(seed), space.costs(point, {})
     seconds = costs.seconds + draw.uniform(0.0, 1.0, len(costs.seconds)) * costs.seconds.mean()
-    return SplitProblem(seconds + draw.choice([0.0, 1e-6, 1e-3]) * (costs.kept + costs.state))
+    return SplitProblem(seconds + draw.choice([0.0, 1e-6, 1e-3]) * (costs.saved + costs.state))
 
 
 def columns(ilp: Ilp) -> dict[str, int]:
