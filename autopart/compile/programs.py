@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -21,9 +20,6 @@ from autopart.plan.schedules.verify import verify as verify_schedule
 from autopart.planner.validate import choices_of, validate
 from autopart.runtime.compiled import Program
 from autopart.runtime.executor import Message
-
-if TYPE_CHECKING:
-    pass
 
 
 def programs(layered: LayeredGraph, plan: Plan, indices: Iterable[int] | None = None) -> list[Program]:

@@ -207,7 +207,7 @@ class SearchSpace:
 
     def hides_sync(self, point: SearchPoint) -> bool:
         """Whether backward hides gradient sync."""
-        return point.dp > 1 and self.mesh.device.beside > 0
+        return point.dp > 1 and self.mesh.device.overlapped_share > 0
 
     def sync_windows(self, point: SearchPoint) -> tuple[Array, Array]:
         """See `objective.sync_windows`."""

@@ -22,7 +22,7 @@ from autopart.passes.stage_graph import PRELUDE, PRELUDE_SEGMENT, ShardingAssign
 from autopart.plan.data import Plan
 from autopart.plan.signature import Signature
 from autopart.plan.stages import PlanSegment, PlanStage
-from autopart.planner.branch_and_bound import SearchResult
+from autopart.planner.candidate import SearchResult
 from autopart.planner.dataflow import with_sources
 from autopart.planner.interval_seconds import exposed_by_clock
 from autopart.planner.memory_tree import messages, stage_memory
@@ -222,8 +222,8 @@ def _sync(
         seconds += update_seconds(nbytes, record.grad, over_dp, training, device)
         first, *more = readers[name]
         if not more:
-            beside[first - span[0]] += device.overlapped_share * training.overlappable_seconds(nbytes, over_dp)
-    return seconds + training.backwards * (exposed_by_clock(beside, backward) - sum(beside))
+            hidden[first - span[0]] += device.overlapped_share * training.overlappable_seconds(nbytes, over_dp)
+    return seconds + training.backwards * (exposed_by_clock(hidden, backward) - sum(hidden))
 
 
 def _sends(space: SearchSpace, found: SearchResult, index: int, span: tuple[int, int]) -> list[tuple[int, int, float]]:

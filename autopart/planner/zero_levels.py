@@ -49,7 +49,7 @@ def extra_seconds(space: SearchSpace, point: SearchPoint, one: int, other: int) 
     device, found = space.device(point), []
     for training in (space.training(replace(point, zero=zero)) for zero in (one, other)):
         seconds = training.sync_seconds(1.0, True) + update_seconds(1.0, True, True, training, device)
-        found.append((seconds, device.beside * training.overlappable_seconds(1.0, True)))
+        found.append((seconds, device.overlapped_share * training.overlappable_seconds(1.0, True)))
     (s1, h1), (s2, h2) = found
     return (s1 - s2 + max(0.0, h2 - h1)) / s2
 

@@ -301,7 +301,7 @@ def build_fsdp(setting: Setting) -> tuple[Step, str]:
 def blocks_of(model: Any) -> nn.ModuleList:
     """The model's equal blocks."""
     inner = getattr(model, model.base_model_prefix)
-    return cast(nn.ModuleList, inner.h if hasattr(inner, "h") else inner.layers)
+    return cast("nn.ModuleList", inner.h if hasattr(inner, "h") else inner.layers)
 
 
 def llama_tensor_plan() -> dict[str, Any]:

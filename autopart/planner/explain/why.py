@@ -11,7 +11,7 @@ import copy
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
@@ -21,10 +21,12 @@ from autopart.frontend.batch import DTYPES, Batch
 from autopart.hardware.mesh import Mesh, usable_bytes
 from autopart.passes.source import Source
 from autopart.plan.data import Plan
-from autopart.plan.units import bytes_text, seconds_text
-from autopart.planner.branch_and_bound import OnProgress, Search, SearchResult, points, silent, zero_levels
-from autopart.planner.candidate import costs_of
-from autopart.planner.constraints import Constraint, parse
+from autopart.plan.units import bytes_text
+from autopart.planner.branch_and_bound import Search
+from autopart.planner.candidate import SearchResult, costs_of
+from autopart.planner.constraint_text import parse
+from autopart.planner.constraints import Constraint
+from autopart.planner.explain.answers import Alternative, Answer, Price, Reason
 from autopart.planner.explain.differences import differences
 from autopart.planner.explain.split_ilp import split_ilp
 from autopart.planner.ilp_model import Model
@@ -238,9 +240,9 @@ def _strategy(axes: Sequence[str], chosen: Sequence[Strategy]) -> str:
     return "  ".join(f"{s.name}/{axis}" for axis, s in zip(axes, chosen, strict=True)) or "whole"
 
 
-def _placed(way: Sequence[Strategy]) -> str:
-    """What strategies of the same name differ in: where they take and give."""
-    return "; ".join(f"{', '.join(map(str, s.inputs))} -> {', '.join(map(str, s.outputs))}" for s in way)
+def _placed(chosen: Sequence[Strategy]) -> str:
+    """The placements of inputs and outputs, in which strategies of one name differ."""
+    return "; ".join(f"{', '.join(map(str, s.inputs))} -> {', '.join(map(str, s.outputs))}" for s in chosen)
 
 
 def explain(
