@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from autopart.cost.training_state import amortization
-
-if TYPE_CHECKING:
-    from autopart.plan.data import Plan
+from autopart.plan.fields import PlanFields
 
 
-def step_breakdown(plan: Plan) -> dict[str, float]:
+def step_breakdown(plan: PlanFields) -> dict[str, float]:
     """Cause -> seconds of a step of the slowest stage; they add up to `plan.step_seconds`.
 
     compute, recompute (its collectives included), communication (collectives of the micro-batches), p2p (messages

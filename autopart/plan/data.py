@@ -3,118 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autopart.errors import PartitionError
-from autopart.hardware.mesh import Mesh, usable_bytes
 from autopart.ir.layered_graph import LayeredGraph
+from autopart.plan.fields import PlanFields
 from autopart.plan.graph import graph
 from autopart.plan.plan_json import json_text, plan_from_json, plan_to_json
-from autopart.plan.search_summary import SearchSummary
 from autopart.plan.signature import Signature
-from autopart.plan.stages import PlanStage
-from autopart.plan.text import describe, recompute_text
-from autopart.plan.units import counted
-from autopart.sharding.rules import Strategy
+from autopart.plan.text import describe, head
 
 if TYPE_CHECKING:
     import networkx
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A decided parallelisation of one model on one mesh.
-
-    model             name of the model's class
-    pp, dp, tp        pipeline-, data- and tensor-parallel degree
-    micro_batch       samples of one micro-batch, over all data-parallel ranks
-    global_batch      samples of a step
-    schedule          name in `autopart.plan.schedules.SCHEDULES`
-    zero              ZeRO level
-    recompute         "none", "selective" or "full" where all blocks do so, else "mixed" (see `PlanStage.recompute`)
-    precision         dtype of parameters and activations
-    optimizer         name in `autopart.cost.training_state.OPTIMIZER_STATES`
-    master            dtype of gradients, optimizer states and the optimizer's copy of the parameters; None: `precision`
-    splits            the shardings of stages: axis -> node -> strategy, for one node of every class of equal blocks
-    step_seconds      predicted: sum(f) + (m - 1) max(f), f being the seconds of each stage for one of m micro-batches
-    bound_seconds     lower bound: no plan of the search space takes less
-    gap               1 - bound_seconds / step_seconds
-    status            "optimal" where the gap is zero, else "feasible"
-    planning_seconds  seconds that planning took
-    forward_flops     FLOPs of the matrix products of a step's forward pass over the whole batch, without recompute;
-                      causal attention counts in full
-    signature         the traced model that the plan is for
-    """
-
-    model: str
-    mesh: Mesh
-    pp: int
-    dp: int
-    tp: int
-    micro_batch: int
-    global_batch: int
-    schedule: str
-    zero: int
-    recompute: str
-    precision: str
-    optimizer: str
-    master: str | None
-    splits: tuple[Mapping[str, Mapping[str, Strategy]], ...] = field(repr=False)
-    stages: tuple[PlanStage, ...] = field(repr=False)
-    step_seconds: float
-    gap: float
-    bound_seconds: float
-    status: str
-    planning_seconds: float
-    forward_flops: float
-    signature: Signature = field(repr=False)
-    replicated: tuple[str, ...] = ()
-    """Operators without a rule. Every rank runs them on whole tensors."""
-    notes: tuple[str, ...] = ()
-    """What a user should know of this plan: products that every rank computes in full, a loss that is not the mean over
-    the batch."""
-    request: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """The settings of the request that are not the default, and the texts of its constraints. The shell adds the name
-    of the model ("model") and its batch ("batch", "sequence", "dropout")."""
-    search: SearchSummary | None = field(default=None, repr=False)
-    """What the search compared; None for a plan that was edited and priced again."""
-
-    @property
-    def micro_batches(self) -> int:
-        """Micro-batches in a step."""
-        return self.global_batch // self.micro_batch
-
-    @property
-    def memory_bytes(self) -> tuple[int, ...]:
-        """Predicted peak bytes of a rank of each stage."""
-        return tuple(s.memory_bytes for s in self.stages)
-
-    @property
-    def fits(self) -> bool:
-        """Whether the peak of every stage is within `usable_bytes` of its device."""
-        return max(self.memory_bytes) <= usable_bytes(self.mesh) * (1 + 1e-9)
+class Plan(PlanFields):
+    """A decided parallelisation of one model on one mesh: `PlanFields`, which are checked and kept as JSON, printed as
+    text, and given as a graph."""
 
     @property
     def head(self) -> str:
         """The configuration in one line."""
-        return (
-            f"plan {self.model} on {self.mesh}: {self.degrees}, schedule {self.schedule}, "
-            f"{counted(self.micro_batches, 'micro-batch')} of {counted(self.micro_batch, 'sample')}, ZeRO {self.zero}, "
-            f"recompute {recompute_text(self)}, {self.precision}{f', master {self.master}' if self.master else ''}"
-        )
-
-    @property
-    def degrees(self) -> str:
-        """``mesh(pp=2, dp=1, tp=2)``."""
-        return f"mesh(pp={self.pp}, dp={self.dp}, tp={self.tp})"
-
-    @property
-    def starts(self) -> tuple[int, ...]:
-        """The first segment of every stage."""
-        return tuple(s.first_run for s in self.stages)
+        return head(self)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from autopart.errors import PartitionError
+from autopart.plan.fields import PlanFields
 
 if TYPE_CHECKING:
     import networkx
 
-    from autopart.plan.data import Plan
     from autopart.plan.stages import PlanSegment
 
 
-def graph(plan: Plan) -> networkx.DiGraph:
+def graph(plan: PlanFields) -> networkx.DiGraph:
     """The operators of every stage of a plan on one rank, for one micro-batch.
 
     A node is named "STAGE.LABEL.LINE", labels numbered within the stage. Its attributes are those of `PlanLine` without
@@ -40,7 +40,7 @@ def graph(plan: Plan) -> networkx.DiGraph:
 Sources = tuple[tuple[int, int, int], ...]
 
 
-def _labels(plan: Plan, index: int) -> Iterator[tuple[tuple[int, int], str, str, PlanSegment, Sources]]:
+def _labels(plan: PlanFields, index: int) -> Iterator[tuple[tuple[int, int], str, str, PlanSegment, Sources]]:
     """((stage, number of the label), label, checkpointing mode, segment, sources) of every label of a stage. Labels in
     front of those that `recompute` tells of are the prelude's."""
     stage = plan.stages[index]

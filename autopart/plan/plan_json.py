@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from autopart.cost.training_state import MASTERS, OPTIMIZER_STATES
 from autopart.errors import PartitionError, not_known
 from autopart.hardware.mesh import Mesh
+from autopart.plan.fields import PlanFields
 from autopart.plan.schedules import SCHEDULES
 from autopart.plan.search_summary import LIMITS, RunnerUp, SearchSummary
 from autopart.plan.signature import Signature
@@ -18,14 +19,13 @@ from autopart.plan.typecheck import mistyped
 from autopart.sharding.notation import Placement
 from autopart.sharding.rules import Strategy
 
-if TYPE_CHECKING:
-    from autopart.plan.data import Plan
+Made = TypeVar("Made", bound=PlanFields)
 
 SCHEMA = 4
 """Version of the JSON. A plan of another version is refused."""
 
 
-def plan_to_json(plan: Plan) -> dict[str, Any]:
+def plan_to_json(plan: PlanFields) -> dict[str, Any]:
     """A plan as dicts, lists, numbers and text, as `plan.schema.json` describes them."""
     return {
         "schema": SCHEMA,
@@ -41,7 +41,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def plan_from_json(data: Any, kind: type[Plan]) -> Plan:
+def plan_from_json(data: Any, kind: type[Made]) -> Made:
     """The inverse of `plan_to_json`. Raises PartitionError for anything else, with the first thing that is wrong."""
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         found = data.get("schema") if isinstance(data, dict) else type(data).__name__
@@ -118,7 +118,7 @@ def _strategy_from_json(data: Mapping[str, Any]) -> Strategy:
     )
 
 
-def _contradictions(plan: Plan) -> Iterator[str]:
+def _contradictions(plan: PlanFields) -> Iterator[str]:
     """Settings of a plan that are not known, or that contradict each other."""
     for name, known in (
         ("schedule", SCHEDULES),

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from autopart.hardware.mesh import usable_bytes
 from autopart.plan.breakdown import step_breakdown
+from autopart.plan.fields import PlanFields
 from autopart.plan.search_summary import SearchSummary
 from autopart.plan.units import bytes_text, counted, seconds_text
-
-if TYPE_CHECKING:
-    from autopart.plan.data import Plan
 
 ASKED = ("pp", "dp", "tp", "micro_batch", "zero", "recompute", "schedule")
 """Settings of a request that decide what the search otherwise would."""
 
 
-def reasons(plan: Plan) -> Iterator[str]:
+def reasons(plan: PlanFields) -> Iterator[str]:
     """The sentences; none for a plan without a search behind it."""
     if plan.search is None:
         return
@@ -26,7 +23,7 @@ def reasons(plan: Plan) -> Iterator[str]:
     yield {"memory": _memory, "batch": _batch, "devices": _devices}[plan.search.limit](plan)
 
 
-def _chosen(plan: Plan, search: SearchSummary) -> str:
+def _chosen(plan: PlanFields, search: SearchSummary) -> str:
     degrees = [
         text
         for text, degree in (
@@ -49,7 +46,7 @@ def _chosen(plan: Plan, search: SearchSummary) -> str:
     return f"Chosen: {' x '.join(degrees) or 'one device'}{told}, {among}, {proof}."
 
 
-def _runner_up(plan: Plan, search: SearchSummary) -> str:
+def _runner_up(plan: PlanFields, search: SearchSummary) -> str:
     other = search.runner_up
     if other is None:
         return "Runner-up: none; the request, the batch and the devices allow no other degrees."
@@ -65,19 +62,19 @@ def _runner_up(plan: Plan, search: SearchSummary) -> str:
     return f"Runner-up: {where}, in {against(other.seconds)}{bound}."
 
 
-def _fullest(plan: Plan) -> str:
+def _fullest(plan: PlanFields) -> str:
     stage = max(range(plan.pp), key=plan.memory_bytes.__getitem__)
     used, usable = bytes_text(plan.memory_bytes[stage]), bytes_text(usable_bytes(plan.mesh))
     return f"stage {stage}, the fullest, takes {used} of {usable}"
 
 
-def _memory(plan: Plan) -> str:
+def _memory(plan: PlanFields) -> str:
     share = step_breakdown(plan)["recompute"] / plan.step_seconds
     recompute = f", and recompute takes {share:.1%} of the step" if share >= 1e-3 else ""
     return f"Memory limits the plan: {_fullest(plan)}{recompute}."
 
 
-def _batch(plan: Plan) -> str:
+def _batch(plan: PlanFields) -> str:
     if plan.pp == 1:
         return f"The batch limits the plan: each of {plan.dp} data-parallel ranks has one sample."
     idle = (plan.pp - 1) / (plan.micro_batches + plan.pp - 1)
@@ -85,7 +82,7 @@ def _batch(plan: Plan) -> str:
     return f"The batch limits the plan: {one}, and the bubble of {plan.pp} stages is {idle:.1%} of the step."
 
 
-def _devices(plan: Plan) -> str:
+def _devices(plan: PlanFields) -> str:
     parts = step_breakdown(plan)
     moved = sum(parts[name] for name in ("communication", "p2p", "gradient sync"))
     compute, comm = parts["compute"] / plan.step_seconds, moved / plan.step_seconds

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 from autopart.ir.labels import is_block
+from autopart.plan.fields import PlanFields
 from autopart.plan.layout import paragraph, row, text_width
 from autopart.plan.reasons import reasons
 from autopart.plan.stages import PlanLine, PlanSegment
-from autopart.plan.units import bytes_text, printed_name, seconds_text
-
-if TYPE_CHECKING:
-    from autopart.plan.data import Plan
+from autopart.plan.units import bytes_text, counted, printed_name, seconds_text
 
 TIME, SOURCE = 11, 24
 """Columns of an operator's seconds and of its place in the user's code."""
@@ -25,13 +22,13 @@ SHOWN = 0.02
 """An operator that is not split is printed from this share of its block's seconds on."""
 
 
-def describe(plan: Plan, width: int | None = None) -> str:
+def describe(plan: PlanFields, width: int | None = None) -> str:
     """The plan as text of at most `width` columns (default: the terminal's, at most 120). Operators of a block that is
     equal to one above are not repeated."""
     width = width or text_width()
     printed: dict[tuple[PlanLine, ...], str] = {}
     lines = [
-        *paragraph(plan.head, width),
+        *paragraph(head(plan), width),
         *paragraph(
             f"step {seconds_text(plan.step_seconds)}, {plan.global_batch / plan.step_seconds:,.1f} samples/s, "
             f"{plan.status}, gap {plan.gap:.2%}, planned in {plan.planning_seconds:.1f} s",
@@ -55,7 +52,16 @@ def describe(plan: Plan, width: int | None = None) -> str:
     return "\n".join(lines)
 
 
-def recompute_text(plan: Plan) -> str:
+def head(plan: PlanFields) -> str:
+    """The configuration in one line."""
+    return (
+        f"plan {plan.model} on {plan.mesh}: {plan.degrees}, schedule {plan.schedule}, "
+        f"{counted(plan.micro_batches, 'micro-batch')} of {counted(plan.micro_batch, 'sample')}, ZeRO {plan.zero}, "
+        f"recompute {recompute_text(plan)}, {plan.precision}{f', master {plan.master}' if plan.master else ''}"
+    )
+
+
+def recompute_text(plan: PlanFields) -> str:
     """``"none"``, or how many layers recompute in which granularity: ``"full in 12 of 20 layers"``."""
     if plan.recompute != "mixed":
         return plan.recompute
@@ -101,7 +107,7 @@ def _operator(line: PlanLine, width: int) -> Iterator[str]:
     return row(cells, widths, 4)
 
 
-def missing(plan: Plan) -> list[tuple[str, int, float]]:
+def missing(plan: PlanFields) -> list[tuple[str, int, float]]:
     """(operator, calls, seconds) of the operators without a rule, the costliest first. The seconds are those of a
     micro-batch, forward and backward."""
     calls: dict[str, list[float]] = {name: [] for name in plan.replicated}
