@@ -67,13 +67,22 @@ def _sources(
             yield stage, row.labels[PRELUDE_SEGMENT], prelude.index(node)
             continue
         value, _ = row.graph.values[node]
-        externals = [value_of(n) for n in layered.segments[index].externals]
-        source = layered.sources(position)[externals.index(value)]
+        source = _source(layered, position, value)
         assert source is not None, f"{node} at position {position} is made nowhere"
         home, place = source
         maker = rows[stage_of[home]]
         twin = value_of(layered.segments[layered.sequence[home]].nodes[place])
         yield stage_of[home], maker.labels[home], _line(maker, layered.sequence[home], twin, row.graph.values[node][1])
+
+
+def _source(layered: LayeredGraph, position: int, value: tuple[fx.Node, int]) -> tuple[int, int] | None:
+    """(position, node's index in the segment there) that makes a value which the segment at a position reads, or the
+    prelude, which is of no position and of no class of equal segments."""
+    if position != PRELUDE_SEGMENT:
+        externals = [value_of(n) for n in layered.segments[layered.sequence[position]].externals]
+        return layered.sources(position)[externals.index(value)]
+    location = layered.locations.get(value[0])
+    return location and (layered.sequence.index(location[0]), location[1])
 
 
 def _line(maker: Written, index: int, value: tuple[fx.Node, int], placements: object) -> int:
