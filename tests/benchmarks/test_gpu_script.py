@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks.accuracy import gpu
 
 pytestmark = pytest.mark.slow
 

@@ -23,7 +23,7 @@ from autopart.cost.training_state import Training, update_seconds
 from autopart.hardware import DEVICES, LINKS
 from autopart.hardware.mesh import Group
 from autopart.hardware.rows import Link
-from benchmarks import fit
+from benchmarks.accuracy import fit
 from benchmarks.accuracy.fit import silicon_of
 
 GPUS = [name for name in DEVICES if name != "cpu"]

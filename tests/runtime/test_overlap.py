@@ -126,8 +126,8 @@ def test_gradients_that_overlap_are_the_same(
 def test_devices_that_move_messages_themselves_hide_nothing() -> None:
     assert find_device("cpu").overlapped_share == 0.0
     assert 0.5 < find_device("h100-80gb").overlapped_share < 1.0
-    assert dataclasses.replace(find_device("h100-80gb"), overlap=0.0).beside == 0.0
-    assert dataclasses.replace(find_device("cpu"), overlap=2.0).beside == 0.5
+    assert dataclasses.replace(find_device("h100-80gb"), overlap=0.0).overlapped_share == 0.0
+    assert dataclasses.replace(find_device("cpu"), overlap=2.0).overlapped_share == 0.5
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -146,7 +146,7 @@ def test_the_price_is_between_nothing_hidden_and_all(monkeypatch: pytest.MonkeyP
     model, batch = build("llama", layers=4)
     prices = []
     for beside in (0.0, 0.5, 0.9):
-        monkeypatch.setattr(Device, "beside", beside)
+        monkeypatch.setattr(Device, "overlapped_share", beside)
         plan = autopart.plan(model, "2x2:a100-80gb", batch, dp=4, zero=0, micro_batch=4)
         prices.append(plan.stages[0].sync_seconds)
     training = Training("adamw", 0, plan.mesh.group(1, 4), plan.micro_batches)
