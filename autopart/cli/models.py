@@ -238,14 +238,18 @@ def _build(model_class: Any, config: Any, meta: bool) -> nn.Module:
         return model
     with torch.device("meta"):
         model = model_class.from_config(config)
+    fill_buffers(model)
+    return model
+
+
+def fill_buffers(model: nn.Module) -> None:
+    """Give a transformers model that was made on meta its buffers, on the CPU; parameters stay on meta."""
     for module in model.modules():
         own = {k: v for k, v in module.named_buffers(recurse=False) if v.is_meta}
         for name, value in own.items():
             setattr(module, name, torch.zeros_like(value, device="cpu"))
         if own:
-            # transformers' own way to fill buffers of a model made on meta.
             model._init_weights(module)  # type: ignore[operator]
-    return model
 
 
 def _text_batch(config: Any, samples: int, sequence: int | None) -> Batch:

@@ -1,7 +1,8 @@
 """The one memory model: what every segment of a stage allocates, and the moments at which most of it is alive.
 
 A segment stands at one position of a stage. F is the number of micro-batches in flight, m that of a step, and w are the
-bytes that a segment has saved once it has run forward a second time: `saved["none"] + regathered`. Bytes on a rank:
+bytes that a segment has saved once it has run forward a second time: `saved_bytes[0] + regathered_bytes`. Bytes are of
+one rank:
 
     kind         allocated                       freed                           bytes of a segment
     parameters   before the step                 after the step                  `Training.state_bytes`
@@ -34,7 +35,7 @@ from autopart.cost.training_state import Training
 
 MODES = ("none", "selective", "full")
 """Checkpointing modes of a block: what it saves for its backward. Everything; its inputs and the results of its matrix
-products; its inputs. Arrays by mode have a row for each; what is saved under each is a row of `SegmentBytes.saved`."""
+products; its inputs. Arrays by mode have a row for each, `SegmentBytes.saved_bytes` among them."""
 
 PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, MESSAGES = (
     "parameters", "gradients", "optimizer", "activations", "messages",

@@ -381,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         versions = {
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "command": command_line(),
+            "command": command_line(__spec__.name),
         }
         where = {"device": device, "dry": options.dry}
         if not options.dry:

@@ -432,7 +432,7 @@ def main() -> None:
         run = {
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "command": command_line(),
+            "command": command_line(__spec__.name),
         }
         file.write_text(
             json.dumps({**run, "summary": summary(rows), "rows": [asdict(r) for r in rows]}, indent=1) + "\n"

@@ -495,7 +495,7 @@ def main() -> int:
         run = {
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "command": command_line(),
+            "command": command_line(__spec__.name),
         }
         data = {**run, "scores": [asdict(s) for s in scores], "rows": [to_json(s) for s in everything]}
         data |= {"memory": [to_json(s) for s in held]} if options.memory else {}

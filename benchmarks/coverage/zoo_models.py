@@ -23,6 +23,8 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 from transformers.models.auto import modeling_auto
 
+from autopart.cli.models import fill_buffers
+
 TASKS: dict[str, str] = {
     "clm": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "mlm": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
@@ -477,12 +479,7 @@ def published(
         size = Size(samples, min([longest, *(number - number % 2 for number in known)]))
         with torch.device("meta"):
             model: nn.Module = model_class(config)
-        for module in model.modules():
-            buffers = {name: b for name, b in module.named_buffers(recurse=False) if b.is_meta}
-            for name, buffer in buffers.items():
-                setattr(module, name, torch.zeros_like(buffer, device="cpu"))
-            if buffers:
-                model._init_weights(module)  # type: ignore[operator]
+        fill_buffers(model)
         inputs = batch(task, model_type, model, size, seed=0)
     except Exception as error:
         cause = error.__cause__ or error

@@ -154,7 +154,7 @@ def main() -> None:
         torch.set_num_threads(1)
     dtype, shapes = getattr(torch, options.dtype), [[int(n) for n in text.split("x")] for text in options.shape]
     record: dict[str, Any] = {
-        "command": command_line(),
+        "command": command_line(__spec__.name),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

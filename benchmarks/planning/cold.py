@@ -272,7 +272,7 @@ def main() -> int:
     if options.json:
         machine = {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count()}
         found = {
-            "command": command_line(),
+            "command": command_line(__spec__.name),
             **machine,
             "depth ratio": ratio,
             "rows": rows,

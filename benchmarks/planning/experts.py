@@ -184,7 +184,7 @@ def main() -> int:
         run = {
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "command": command_line(),
+            "command": command_line(__spec__.name),
         }
         options.json.write_text(json.dumps({**run, "rows": [to_json(r) for r in rows]}, indent=1) + "\n")
     return 1 if slower or wrong else 0

@@ -161,7 +161,7 @@ def run_rank(options: argparse.Namespace) -> None:
         judge(rows, reference)
         compare(rows)
         record = {
-            "command": command_line(),
+            "command": command_line(__spec__.name),
             "versions": versions(),
             "config": configuration(setting, reference, time.perf_counter() - started),
             "rows": list(rows.values()),

@@ -6,6 +6,6 @@ import shlex
 import sys
 
 
-def command_line() -> str:
-    """`python -m benchmarks.GROUP.NAME ...` of this process."""
-    return shlex.join(["python", "-m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]])
+def command_line(module: str) -> str:
+    """`python -m benchmarks.GROUP.NAME ...` with this process's arguments."""
+    return shlex.join(["python", "-m", module, *sys.argv[1:]])
