@@ -19,7 +19,6 @@ import json
 import os
 import random
 import re
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.support.alone import Row, alone, cpu_seconds
+from benchmarks.support.command import command_line
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
@@ -225,7 +225,7 @@ def main() -> None:
             told = same.pop() if len(same) == 1 else told
             print(f"{len(rows)}/{len(todo)} {row['task']}:{row['model']} {row['cpu']:.0f} s {told}", flush=True)
     arguments.json.parent.mkdir(exist_ok=True)
-    command = " ".join(["python", "benchmarks/coverage/zoo.py", *sys.argv[1:]])
+    command = command_line(__spec__.name)
     result = {"command": command, "seconds": round(time.monotonic() - started), "rows": rows}
     arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     print(table(rows))

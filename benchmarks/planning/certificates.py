@@ -20,7 +20,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import time
 import warnings
 from collections import Counter
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.support.alone import Row, alone, cpu_seconds
+from benchmarks.support.command import command_line
 
 RESULTS = Path(__file__).parents[1] / "results"
 CPU_LIMIT = 3.0
@@ -128,7 +128,7 @@ def main() -> None:
         told = f"gap {row['gap']:.2%}, {row['planning_cpu']:.2f} CPU s" if "gap" in row else ""
         print(f"{len(rows)}/{len(todo)} {row['model']}: {row['outcome']}", told, flush=True)
         machine = {"python": platform.python_version(), "seconds": round(time.monotonic() - started)}
-        command = " ".join(["python", "benchmarks/planning/certificates.py", *sys.argv[1:]])
+        command = command_line(__spec__.name)
         arguments.json.write_text(json.dumps({"command": command, **machine, "rows": rows}, indent=1) + "\n")
     print("\n".join(summary(rows, before)))
 

@@ -11,7 +11,6 @@ import functools
 import json
 import os
 import platform
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.support.alone import Row, alone
+from benchmarks.support.command import command_line
 
 RESULTS = Path(__file__).parents[1] / "results" / "planning_zoo.json"
 MESH = "8x8:h100-80gb"
@@ -196,7 +196,7 @@ def main(only: Sequence[str], every: int, limit: int, path: Path | None) -> int:
             print(f"{len(rows)}/{len(todo)} {row['task']}:{row['model']} {told} {row['outcome']}", flush=True)
     print(table(rows))
     if path or not only:
-        command = " ".join(["python", *sys.argv])
+        command = command_line("benchmarks.planning.cold")
         found = {"command": command, "python": platform.python_version(), "rows": rows}
         (path or RESULTS).write_text(json.dumps(found, indent=1) + "\n")
     return 0 if met(rows) else 1
