@@ -18,10 +18,10 @@ from benchmarks.support.documents import DOCS, written_between
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-DOCUMENTS = [README, *sorted(DOCS.glob("*.md"))]
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 FOLDERS = (ROOT, ROOT / "autopart")
-EMITTED = re.compile(r"stage_\d\.py|run\.py|plan\.json|modeling_\w+\.py")
-"""Files of the emitted folder, and of transformers."""
+EMITTED = re.compile(r"\d{3}_\w+\.txt|stage_\d\.py|run\.py|plan\.json|modeling_\w+\.py")
+"""Files of the dump of passes, of the emitted folder, and of transformers."""
 documents = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
 
 

@@ -45,7 +45,7 @@ from autopart.passes.source import Source, prepare
 from autopart.plan.data import Plan
 from autopart.planner.validate import validate
 from autopart.runtime.launch import launch
-from autopart.runtime.standalone import train, write
+from autopart.runtime.standalone import rate_text, train, write
 
 
 @command
@@ -167,4 +167,4 @@ def _steps(steps: int, quiet: bool) -> Iterator[Callable[[int, float], None]]:
 
 def _run_text(result: Mapping[str, Any]) -> str:
     losses = "\n".join(f"step {number}  loss {loss:.4f}" for number, loss in enumerate(result["losses"], 1))
-    return f"{losses}\n{result['tokens_per_second']:,.0f} tokens/s"
+    return f"{losses}\n{rate_text(result)}"

@@ -30,7 +30,7 @@ def find_solver(name: str) -> Any:
         if solver.available():
             accepts = inspect.signature(type(solver).__init__).parameters
             return pulp.getSolver(each, msg=False, gapRel=GAP) if "gapRel" in accepts else solver
-    here = ", ".join([HIGHS, *dict.fromkeys(map(short_name, pulp.listSolvers(onlyAvailable=True)))])
+    here = ", ".join(dict.fromkeys([HIGHS, *map(short_name, pulp.listSolvers(onlyAvailable=True))]))
     if named:
         raise PartitionError(
             f"solver={name!r} is not available",

@@ -222,13 +222,12 @@ def random_batch(folder: Path, plan: Plan, seed: int) -> dict[str, Tensor]:
 
 
 def train(compiled: Compiled, batch: Mapping[str, Any], steps: int, lr: float, say: Say) -> dict[str, Any]:
-    """Train on one batch repeatedly: losses, seconds of every step, tokens/s.
+    """Train on one batch repeatedly: losses, seconds of every step, samples/s and tokens/s.
 
     lr   learning rate of the plan's optimizer
     say  called with every step's number, from 1, and its loss
 
-    Tokens/s are the batch's tokens (`Signature.tokens` a sample, one where that is None) over the median step's
-    seconds.
+    Rates are those of the median step. Tokens/s are None where samples have no known sequence (`Signature.tokens`).
     """
     plan = compiled.plan
     kind, settings = OPTIMIZERS[plan.optimizer]
@@ -240,8 +239,15 @@ def train(compiled: Compiled, batch: Mapping[str, Any], steps: int, lr: float, s
         seconds.append(time.perf_counter() - started)
         say(number, losses[-1])
     median = sorted(seconds)[len(seconds) // 2] if seconds else float("inf")
-    tokens = plan.global_batch * (plan.signature.tokens or 1)
-    return {"losses": losses, "step_seconds": seconds, "tokens_per_second": tokens / median}
+    rate, tokens = plan.global_batch / median, plan.signature.tokens
+    rates = {"samples_per_second": rate, "tokens_per_second": tokens and tokens * rate}
+    return {"losses": losses, "step_seconds": seconds, **rates}
+
+
+def rate_text(result: Mapping[str, Any]) -> str:
+    """The rate of what `train` gave: tokens/s where they are known, else samples/s."""
+    tokens = result["tokens_per_second"]
+    return f"{result['samples_per_second']:,.0f} samples/s" if tokens is None else f"{tokens:,.0f} tokens/s"
 
 
 def main(folder: Path, arguments: Sequence[str] | None = None) -> None:
@@ -262,7 +268,7 @@ def main(folder: Path, arguments: Sequence[str] | None = None) -> None:
         report_failure(error)
         sys.exit(2)
     if compiled.rank == 0:
-        print(json.dumps(result) if options.json else f"{result['tokens_per_second']:,.0f} tokens/s")
+        print(json.dumps(result) if options.json else rate_text(result))
     if dist.is_initialized():
         dist.destroy_process_group()
 
