@@ -242,13 +242,13 @@ class StageMemory:
         if moment.backward is None:
             return
         flights, first_block = moment.backward.in_flight, (self._blocks.index(True) if any(self._blocks) else 0)
-        for position, label, name, nbytes in self._saved():
+        for position, label, name, nbytes in self.saved():
             moved = position >= 0 and self._blocks[position] and not self._uniform
             gone = (first_block if moved else position) > moment.position if position >= 0 else False
             yield Allocation(label, name, ACTIVATIONS, (flights - gone) * nbytes)
 
-    def _saved(self) -> Iterator[tuple[int, str, str, float]]:
-        """What one micro-batch saves: position, -1 for what several share, label, name, bytes."""
+    def saved(self) -> Iterator[tuple[int, str, str, float]]:
+        """What one micro-batch saves for backward: position, -1 for what several share, label, name, bytes."""
         named = {node.name: _operator(node) for node in self.layered.traced.graph.nodes if node.op != "output"}
         inside: dict[int, list[tuple[str, float]]] = defaultdict(list)
         for (key, _), kept in self.graph.kept.items():

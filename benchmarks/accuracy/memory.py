@@ -43,7 +43,7 @@ from autopart import Mesh, Plan
 from autopart.compile.programs import programs
 from autopart.frontend.batch import DTYPES
 from autopart.passes.source import Source
-from autopart.planner.explain.memory_report import report_traced
+from autopart.planner.explain.memory_report import stage_memories
 from autopart.planner.make_plan import make_plan, request_of
 from autopart.runtime.compiled import Compiled
 from autopart.runtime.groups import Groups
@@ -366,9 +366,8 @@ def layer(row: Mapping[str, str]) -> Layer:
     request = replace(request, must_fit=False)
     source = Source(model, batch, torch.bfloat16)
     plan = make_plan(source, Mesh.parse(f"{tp}:a100-80gb"), request)
-    (stage,) = report_traced(plan, source)
-    (block,) = (b for b in stage.blocks if b.label == "transformer.h.1")
-    kept = sum(each.bytes for each in block.allocations if each.kind == "activations")
+    (stage,) = stage_memories(plan, source)
+    kept = math.fsum(nbytes for _, label, _, nbytes in stage.saved() if label == "transformer.h.1")
     return Layer(row["model"], row["mode"], kept, formula.bytes(length * samples, hidden, heads * length / hidden, tp))
 
 

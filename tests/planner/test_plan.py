@@ -63,8 +63,8 @@ def test_a_plan_survives_a_file(plan: Plan, gpt2: Given, tmp_path: Path) -> None
     [
         (lambda text: text[: len(text) // 2], "cannot read the plan"),
         (lambda text: "", "cannot read the plan"),
-        (lambda text: "[]", "no plan of a version that is known"),
-        (lambda text: text.replace('"schema": 4', '"schema": 99', 1), "schema 99, expected 4"),
+        (lambda text: "[]", "its schema is list, this version reads"),
+        (lambda text: text.replace('"schema": 4', '"schema": 99', 1), "its schema is 99, this version reads 4"),
         (lambda text: edited(text, "stages", 3), "damaged"),
         (lambda text: edited(text, "stages", None), "damaged"),
         (lambda text: edited(text, "mesh", {}), "not a mesh"),

@@ -13,7 +13,7 @@ from autopart.passes.source import Source
 from autopart.plan.data import Plan
 from autopart.plan.units import bytes_text
 from autopart.planner.explain.price_plan import decided
-from autopart.planner.memory_tree import KINDS, Allocation, stage_memory
+from autopart.planner.memory_tree import KINDS, Allocation, StageMemory, stage_memory
 from autopart.planner.write_plan import partitioned
 
 MIN_SHARE = 0.01
@@ -65,14 +65,16 @@ def memory_report(plan: Plan, model: nn.Module, batch: Batch) -> tuple[MemoryRep
 
 def report_traced(plan: Plan, source: Source) -> tuple[MemoryReport, ...]:
     """`memory_report` for a source, which may be traced already."""
+    return tuple(_tree(stage, memory.allocations()) for stage, memory in enumerate(stage_memories(plan, source)))
+
+
+def stage_memories(plan: Plan, source: Source) -> Iterator[StageMemory]:
+    """What every stage of a plan has in memory, in order of stages."""
     space, found = decided(plan, source)
-    stages, spans = [], pairwise((*plan.starts, len(space.layered.labels)))
+    spans = pairwise((*plan.starts, len(space.layered.labels)))
     for index, (stage, span) in enumerate(zip(plan.stages, spans, strict=True)):
         choices, graph = partitioned(space, found, plan.splits[stage.splits], span)
-        stages.append(
-            _tree(index, stage_memory(space, found, choices, graph, span, stage.recompute, index).allocations())
-        )
-    return tuple(stages)
+        yield stage_memory(space, found, choices, graph, span, stage.recompute, index)
 
 
 def _tree(stage: int, allocations: Iterable[Allocation]) -> MemoryReport:
