@@ -47,8 +47,8 @@ class Work:
     flops     of the forward pass
     bytes     read and written by it
     peak      FLOP/s of the matrix units; infinite where they have no part
-    again     how many times the forward's time its backward takes
-    runs      1, or 0 for what costs nothing: views
+    backward_ratio  seconds of the backward / seconds of the forward
+    launches  1, or 0 for a view, which launches no kernel
     kind      index of its kind in `autopart.cost.measured_tables.KINDS`
     sizes     rows as `rules.Sizes` of the matrix product that it is; zeros where it is none
     grads     rows of two: whether gradients flow to the product's first factor, and to another
@@ -57,8 +57,8 @@ class Work:
     flops: Array
     bytes: Array
     peak: Array
-    again: Array
-    runs: Array
+    backward_ratio: Array
+    launches: Array
     kind: Array
     sizes: Array
     grads: Array
@@ -67,7 +67,8 @@ class Work:
 def work_of(records: Sequence[Info], device: Device) -> Work:
     """The work of the operators of a stage's graph."""
     rows = [
-        [r.flops, r.moved, peak_of(r, device), r.again, not r.view, kind_of(r), *_sizes(r), *r.grads] for r in records
+        [r.flops, r.moved, peak_of(r, device), r.backward_ratio, not r.view, kind_of(r), *_sizes(r), *r.grads]
+        for r in records
     ]
     return work_in(np.array(rows, dtype=float).reshape(len(rows), -1))
 
@@ -78,8 +79,8 @@ def _sizes(record: Info) -> tuple[float, ...]:
 
 def work_in(rows: Array) -> Work:
     """The work that rows of its numbers tell."""
-    flops, nbytes, peaks, again, runs, kind = rows[:, :6].T
-    return Work(flops, nbytes, peaks, again, runs, kind, rows[:, 6:12], rows[:, 12:14])
+    flops, nbytes, peaks, ratio, launches, kind = rows[:, :6].T
+    return Work(flops, nbytes, peaks, ratio, launches, kind, rows[:, 6:12], rows[:, 12:14])
 
 
 def work_seconds(work: Work, device: Device) -> Seconds:
@@ -90,14 +91,14 @@ def work_seconds(work: Work, device: Device) -> Seconds:
     both factors as products of their own; everything else by max(bytes, FLOPs of several products); no kernel takes
     less than a launch.
     Any other device: the roofline max(FLOPs / rate, bytes / bandwidth) + launch (Williams, Waterman, Patterson 2009);
-    backward takes `again` times as long.
+    backward takes `backward_ratio` times as long.
     """
     if device.measured:
         return _measured_seconds(work, device, device.measured)
     share = device.silicon.sustained if device.silicon else MATMUL_EFFICIENCY
     each = np.maximum(_streamed(work.bytes, device), work.flops / (work.peak * share))
-    forward = work.runs * with_launch(each, device)
-    backward = forward * work.again
+    forward = work.launches * with_launch(each, device)
+    backward = forward * work.backward_ratio
     for which, seconds in (
         ((work.sizes[:, 0] > 0) & (work.sizes[:, 4] == 0), _product_seconds),
         (work.sizes[:, 4] > 0, _attention_seconds),
@@ -105,19 +106,19 @@ def work_seconds(work: Work, device: Device) -> Seconds:
         own = np.flatnonzero(which) if device.silicon else ()
         if len(own):
             found = seconds(work.sizes[own].T, work.bytes[own], work.peak[own], work.grads[own].T, device)
-            forward[own], backward[own] = work.runs[own] * found.forward, work.runs[own] * found.backward
+            forward[own], backward[own] = work.launches[own] * found.forward, work.launches[own] * found.backward
     return Seconds(forward, backward)
 
 
 def _measured_seconds(work: Work, device: Device, measured: Measured) -> Seconds:
-    """Seconds by the measured tables. `again` only tells whether there is a backward. Several products at once, whose
-    sizes are not known, run at the peak.
+    """Seconds by the measured tables. `backward_ratio` only tells whether there is a backward. Several products at
+    once, whose sizes are not known, run at the peak.
     """
-    own, flows = operator_seconds(work.kind, work.bytes, measured), np.minimum(work.again, 1.0)
+    own, flows = operator_seconds(work.kind, work.bytes, measured), np.minimum(work.backward_ratio, 1.0)
     forward, backward = own[0], own[1] * flows
     several = np.isfinite(work.peak) & (work.sizes[:, 0] == 0)
     forward = np.where(several, np.maximum(forward, work.flops / work.peak), forward)
-    backward = np.where(several, np.maximum(backward, work.again * work.flops / work.peak), backward)
+    backward = np.where(several, np.maximum(backward, work.backward_ratio * work.flops / work.peak), backward)
     products = np.flatnonzero((work.sizes[:, 0] > 0) & (work.sizes[:, 4] == 0))
     if len(products):
         each = [
@@ -131,16 +132,16 @@ def _measured_seconds(work: Work, device: Device, measured: Measured) -> Seconds
     if len(fused):
         there, back = attention_tables(work.sizes[fused].T, work.peak[fused], device.flops, measured)
         forward[fused], backward[fused] = there, back * work.grads[fused].max(1)
-    return Seconds(forward * work.runs, backward * work.runs)
+    return Seconds(forward * work.launches, backward * work.launches)
 
 
-def stream_seconds(nbytes: Any, again: Any, runs: Any, device: Device) -> Seconds:
+def stream_seconds(nbytes: Any, backward_ratio: Any, launches: Any, device: Device) -> Seconds:
     """Seconds of kernels that read and write `nbytes` and compute next to nothing."""
     if device.measured:
         there, back = operator_seconds(0, nbytes, device.measured)
-        return Seconds(runs * there, runs * back * again)
-    forward = runs * with_launch(_streamed(nbytes, device), device)
-    return Seconds(forward, forward * again)
+        return Seconds(launches * there, launches * back * backward_ratio)
+    forward = launches * with_launch(_streamed(nbytes, device), device)
+    return Seconds(forward, forward * backward_ratio)
 
 
 def _streamed(nbytes: Any, device: Device) -> Any:
@@ -213,12 +214,12 @@ def bytes_of_backward(made: Any, taken: Any, weights: Any, record: Any, loss: bo
     the largest."""
     if not loss and (record.product or 0 in record.weights):
         return made + taken + weights
-    return record.times * largest_of(made, taken, record, loss, split)
+    return record.gradient_copies * largest_of(made, taken, record, loss, split)
 
 
-def again_of(record: Info, inputs: Iterable[Info]) -> int:
-    """`Work.again`: a product's two gradients cost a forward each, one where only one operand has a gradient; other
-    operators move the same bytes again."""
+def backward_ratio_of(record: Info, inputs: Iterable[Info]) -> int:
+    """`Work.backward_ratio`. A product has a backward product for each operand with a gradient, at most 2. The backward
+    of another operator moves the same bytes as its forward: 1; 0 without a gradient."""
     return min(sum(i.grad for i in inputs), 2) if record.product else int(record.grad)
 
 

@@ -12,7 +12,7 @@ from autopart.cost.collectives import p2p_seconds
 from autopart.cost.compute import Array
 from autopart.cost.liveness import MODES, SegmentBytes
 from autopart.cost.prices import Prices
-from autopart.cost.sizes import ReshardPath, as_kept, reshard_paths
+from autopart.cost.sizes import ReshardPath, as_saved, reshard_paths
 from autopart.cost.training_state import Training
 from autopart.hardware.rows import Link
 from autopart.sharding.notation import G, R
@@ -48,8 +48,8 @@ class Crossings:
     one   whether the pairs are of one value
     """
 
-    homes: NDArray[np.int_]
-    users: NDArray[np.int_]
+    producers: NDArray[np.int_]
+    consumers: NDArray[np.int_]
     size: float
     seconds: float
     one: bool = False
@@ -79,7 +79,7 @@ class PositionCosts(SegmentBytes):
     overlappable_seconds: Array
     optimizer_workspace: Array
     training: Training
-    once: list[PerStageOnce] = field(default_factory=list)
+    per_stage: list[PerStageOnce] = field(default_factory=list)
     crossings: list[Crossings] = field(default_factory=list)
 
 
@@ -117,11 +117,11 @@ def position_costs(prices: Prices, chosen: Sequence[int], link: Link | None) -> 
     found = no_costs(prices)
     _add_nodes(found, prices, at)
     _add_parameters(found, prices, at)
-    for index, flow in enumerate(table.flows):
-        _add_flow(found, prices, chosen, index, flow, link)
-    for index, keep in enumerate(table.keeps):
-        _add_keep(found, prices, chosen, index, keep)
-    for item in found.once:
+    for index, used in enumerate(table.value_uses):
+        _add_value(found, prices, chosen, index, used, link)
+    for index, tensor in enumerate(table.saved_tensors):
+        _add_saved_tensor(found, prices, chosen, index, tensor)
+    for item in found.per_stage:
         np.maximum.at(found.largest_gradient, list(item.positions), item.largest_gradient)
         np.maximum.at(found.backward_bytes.T, list(item.positions), 2 * item.largest_gradient)
     return found
@@ -130,9 +130,9 @@ def position_costs(prices: Prices, chosen: Sequence[int], link: Link | None) -> 
 def _add_nodes(found: PositionCosts, prices: Prices, at: NDArray[np.int_]) -> None:
     """Operators, by the class of their run."""
     table = prices.sizes.table
-    groups, where = np.array([n.group for n in table.nodes]), np.array(table.group)
-    for group in sorted(set(table.group)):
-        mine, positions = at[groups == group], where == group
+    node_classes, position_classes = np.array([n.segment_class for n in table.nodes]), np.array(table.segment_classes)
+    for segment_class in sorted(set(table.segment_classes)):
+        mine, positions = at[node_classes == segment_class], position_classes == segment_class
         forward = prices.forward[mine].sum()
         found.forward[positions] = forward
         found.backward[positions] = prices.backward[mine].sum()
@@ -146,10 +146,10 @@ def _add_nodes(found: PositionCosts, prices: Prices, at: NDArray[np.int_]) -> No
     for index, places in table.shared.items():
         i = at[index]
         seconds = float(prices.forward[i]), float(prices.backward[i])
-        for users in places:
-            found.once.append(
+        for consumers in places:
+            found.per_stage.append(
                 PerStageOnce(
-                    users, *seconds, float(prices.inner[i]), largest_gradient=float(prices.backward_bytes[1, i] / 2)
+                    consumers, *seconds, float(prices.inner[i]), largest_gradient=float(prices.backward_bytes[1, i] / 2)
                 )
             )
 
@@ -170,7 +170,7 @@ def _add_parameters(found: PositionCosts, prices: Prices, at: NDArray[np.int_]) 
         np.add.at(found.reduced_bytes[2], own, summed)
         for positions in places if len(own) < len(places) else ():
             if len(positions) > 1:
-                found.once.append(
+                found.per_stage.append(
                     PerStageOnce(
                         positions,
                         state_bytes=tuple(prices.state_bytes[i].tolist()),
@@ -184,29 +184,29 @@ def _add_parameters(found: PositionCosts, prices: Prices, at: NDArray[np.int_]) 
                 )
 
 
-def _add_flow(
-    found: PositionCosts, prices: Prices, chosen: Sequence[int], index: int, flow: ValueUses, link: Link | None
+def _add_value(
+    found: PositionCosts, prices: Prices, chosen: Sequence[int], index: int, used: ValueUses, link: Link | None
 ) -> None:
     """The changes of a value's placement, what blocks take of it, and what sending it costs."""
     sizes, table = prices.sizes, prices.sizes.table
-    source = table.nodes[flow.source]
-    value = source.values[flow.output]
-    have = source.given(chosen[flow.source], flow.output)
-    wants = {use: table.nodes[use[0]].taken(chosen[use[0]], use[1]) for use in dict.fromkeys(flow.uses)}
+    source = table.nodes[used.source]
+    value = source.values[used.output]
+    have = source.given(chosen[used.source], used.output)
+    wants = {use: table.nodes[use[0]].taken(chosen[use[0]], use[1]) for use in dict.fromkeys(used.uses)}
     summed = any(p.kind == "P" for p in have)
     paid: dict[ReshardPath, list[tuple[int, int]]] = {}
     for use, want in wants.items():
-        for key in reshard_paths(flow.chains[have, want]):
+        for key in reshard_paths(used.chains[have, want]):
             paid.setdefault(key, []).append(use)
-    homes, users = flow.ends
-    at = homes if summed else users
+    producers, consumers = used.ends
+    at = producers if summed else consumers
     for key, uses in paid.items():
         i = sizes.change_index[index, have, key]
         forward, backward, rerun = prices.changes[:, i].tolist()
-        if at[0] < 0 or (flow.several and not summed):
-            for needed in flow.needed:
+        if at[0] < 0 or (used.several and not summed):
+            for needed in used.dependents_by_use:
                 positions = tuple(sorted({p for use in uses for p in needed[use]}))
-                found.once.append(
+                found.per_stage.append(
                     PerStageOnce(positions, forward, backward, largest_gradient=float(prices.reshard_bytes[i]))
                 )
             continue
@@ -215,82 +215,84 @@ def _add_flow(
         np.add.at(found.recompute_seconds.T, at, [0.0, rerun, rerun])
         np.maximum.at(found.largest_gradient, at, prices.reshard_bytes[i])
         np.maximum.at(found.backward_bytes.T, at, 2 * prices.reshard_bytes[i])
-    outside = (users != homes) & (users >= 0)
-    if source.kind in ("parameter", "buffer") or not (flow.several or outside.any()):
+    outside = (consumers != producers) & (consumers >= 0)
+    if source.kind in ("parameter", "buffer") or not (used.several or outside.any()):
         return
 
     def held(placed: Placements) -> float:
-        return float(sizes.four(value, placed) @ prices.terms.basis)
+        return float(sizes.byte_coefficients(value, placed) @ prices.terms.basis)
 
-    if flow.several:
-        for home, spots in zip(flow.homes, flow.spots, strict=True):
-            for placed in dict.fromkeys(wants[use] for use in spots):
-                taking = {p for use, where in spots.items() if wants[use] == placed for p in where}
-                enters = tuple(sorted(p for p in taking if p not in (home, -1) and table.block[p]))
+    if used.several:
+        for producer, places in zip(used.producers, used.consumers_by_use, strict=True):
+            for placed in dict.fromkeys(wants[use] for use in places):
+                taking = {p for use, where in places.items() if wants[use] == placed for p in where}
+                enters = tuple(sorted(p for p in taking if p not in (producer, -1) and table.block[p]))
                 if enters:
-                    found.once.append(PerStageOnce(enters, block_input_bytes=held(placed)))
+                    found.per_stage.append(PerStageOnce(enters, block_input_bytes=held(placed)))
     else:
-        blocks = outside & np.array(table.block)[users]
-        np.add.at(found.block_input_bytes, users[blocks], held(wants[flow.uses[0]] if summed else have))
-    taken = next(wants[use] for use, inside in zip(flow.uses, flow.inside, strict=True) if not inside)
-    found.crossings += _crossings(flow, held(taken if summed else have), value.grad, link)
+        blocks = outside & np.array(table.block)[consumers]
+        np.add.at(found.block_input_bytes, consumers[blocks], held(wants[used.uses[0]] if summed else have))
+    taken = next(wants[use] for use, inside in zip(used.uses, used.inside, strict=True) if not inside)
+    found.crossings += _crossings(used, held(taken if summed else have), value.grad, link)
 
 
-def _crossings(flow: ValueUses, size: float, grad: bool, link: Link | None) -> Iterator[Crossings]:
+def _crossings(used: ValueUses, size: float, grad: bool, link: Link | None) -> Iterator[Crossings]:
     """Where a value of a size crosses cuts."""
     seconds = float(p2p_seconds(size, link)) * (1 + grad) if link is not None else 0.0
-    if not flow.several:
-        homes, users = flow.ends
-        away = (users != homes) & (users >= 0) & (homes >= 0)
-        yield Crossings(homes[away], users[away], size, seconds)
+    if not used.several:
+        producers, consumers = used.ends
+        away = (consumers != producers) & (consumers >= 0) & (producers >= 0)
+        yield Crossings(producers[away], consumers[away], size, seconds)
         return
-    for home, at in zip(flow.homes, flow.users, strict=True):
-        taking = np.array(sorted(set(at) - {home, -1}), dtype=int)
-        if len(taking) and home >= 0:
-            yield Crossings(np.full(len(taking), home), taking, size, seconds, True)
+    for producer, at in zip(used.producers, used.consumers, strict=True):
+        taking = np.array(sorted(set(at) - {producer, -1}), dtype=int)
+        if len(taking) and producer >= 0:
+            yield Crossings(np.full(len(taking), producer), taking, size, seconds, True)
 
 
 def least_crossings(prices: Prices, link: Link | None) -> list[Crossings]:
     """Where values cross cuts, each in the fewest bytes of any placement."""
     table, found = prices.sizes.table, list[Crossings]()
-    for flow in table.flows:
-        source = table.nodes[flow.source]
-        if source.kind in ("parameter", "buffer") or all(flow.inside):
+    for used in table.value_uses:
+        source = table.nodes[used.source]
+        if source.kind in ("parameter", "buffer") or all(used.inside):
             continue
-        value = source.values[flow.output]
-        placements = {placed for chain in flow.chains for placed in chain}
-        least = min(float(prices.sizes.four(value, p) @ prices.terms.basis) for p in placements)
-        found += _crossings(flow, least, value.grad, link)
+        value = source.values[used.output]
+        placements = {placed for chain in used.chains for placed in chain}
+        least = min(float(prices.sizes.byte_coefficients(value, p) @ prices.terms.basis) for p in placements)
+        found += _crossings(used, least, value.grad, link)
     return found
 
 
-def _add_keep(found: PositionCosts, prices: Prices, chosen: Sequence[int], index: int, keep: SavedTensor) -> None:
+def _add_saved_tensor(
+    found: PositionCosts, prices: Prices, chosen: Sequence[int], index: int, tensor: SavedTensor
+) -> None:
     placed = {
-        keeper: options[chosen[keep.root if keeper[1] == -2 else keeper[0]]]
-        for keeper, options in zip(dict.fromkeys(keep.keepers), prices.sizes.keeps[index], strict=True)
+        saver: options[chosen[tensor.root if saver[1] == -2 else saver[0]]]
+        for saver, options in zip(dict.fromkeys(tensor.savers), prices.sizes.saved_placements[index], strict=True)
     }
-    _add_wide(found, prices, chosen, keep)
+    _add_regathered(found, prices, chosen, tensor)
     for kind in dict.fromkeys(placed.values()):
-        held = float(prices.saved_tensor_bytes[prices.sizes.kept[index, kind]])
-        if not keep.several:
-            np.add.at(found.saved_bytes[0], keep.first, held)
-            np.add.at(found.reused_bytes[1], keep.first, held * prices.sizes.table.nodes[keep.root].product)
+        held = float(prices.saved_tensor_bytes[prices.sizes.saved_index[index, kind]])
+        if not tensor.several:
+            np.add.at(found.saved_bytes[0], tensor.first, held)
+            np.add.at(found.reused_bytes[1], tensor.first, held * prices.sizes.table.nodes[tensor.root].product)
             continue
-        for spots in keep.spots:
-            positions = tuple(sorted({p for keeper, where in spots.items() if placed[keeper] == kind for p in where}))
-            found.once.append(PerStageOnce(positions, saved_bytes=held))
+        for places in tensor.positions_by_saver:
+            positions = tuple(sorted({p for saver, where in places.items() if placed[saver] == kind for p in where}))
+            found.per_stage.append(PerStageOnce(positions, saved_bytes=held))
 
 
-def _add_wide(found: PositionCosts, prices: Prices, chosen: Sequence[int], keep: SavedTensor) -> None:
+def _add_regathered(found: PositionCosts, prices: Prices, chosen: Sequence[int], tensor: SavedTensor) -> None:
     """What of a memory is gathered again, at every position that does so once."""
     nodes, wide = prices.sizes.table.nodes, dict[int, Placements]()
-    for i, (node, operand) in enumerate(keep.keepers):
+    for i, (node, operand) in enumerate(tensor.savers):
         taken = nodes[node].taken(chosen[node], operand) if operand >= 0 else ()
         if G in taken:
             wide[i] = taken
-    for places in keep.places if wide else ():
+    for places in tensor.places if wide else ():
         for position, taken in {places[i]: taken for i, taken in wide.items()}.items():
             whole = tuple(R if p == G else p for p in taken)
             found.regathered_bytes[position] += (
-                prices.sizes.root(keep, whole) - prices.sizes.root(keep, as_kept(taken))
+                prices.sizes.root(tensor, whole) - prices.sizes.root(tensor, as_saved(taken))
             ) @ (prices.terms.basis)

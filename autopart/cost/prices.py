@@ -15,15 +15,15 @@ from autopart.cost.training_state import Training, update_seconds
 from autopart.hardware.mesh import Group
 from autopart.hardware.rows import Device
 
-FOUR = slice(3, 7)
-"""Where `Sizes.rest` has batch, m, n and k."""
+PRODUCT_DIMS = slice(3, 7)
+"""Columns of `Sizes.rest`: batch, m, n and k of a matrix product."""
 
 
 @dataclass(frozen=True)
 class Terms:
     """What prices depend on besides the table.
 
-    sizes     the ranks of every axis;  scale: samples of the micro-batch over those traced
+    sizes     axis -> its group of ranks;  scale: samples of the micro-batch / samples traced
     """
 
     device: Device
@@ -33,7 +33,7 @@ class Terms:
 
     @property
     def basis(self) -> Array:
-        """What the four numbers of a size are multiplied by."""
+        """(1, 1 / d, s, s / d) for d data-parallel ranks and s = `scale`: the terms of `cost.sizes`."""
         dp = self.sizes["dp"].ranks if "dp" in self.sizes else 1
         return np.array([1.0, 1.0 / dp, self.scale, self.scale / dp])
 
@@ -73,9 +73,9 @@ class Prices:
 
     @cached_property
     def backward_bytes(self) -> Array:
-        anew = self.terms.training.grad_alloc_ratio
+        ratio = self.terms.training.grad_alloc_ratio
         activations, weights = self.sizes.backward @ self.terms.basis, self.sizes.weights @ self.terms.basis
-        return np.array([activations + anew(first) * weights for first in (True, False)])
+        return np.array([activations + ratio(first) * weights for first in (True, False)])
 
     @cached_property
     def product_results(self) -> Array:
@@ -87,20 +87,20 @@ class Prices:
 
     @cached_property
     def reshard_bytes(self) -> Array:
-        """Bytes that every change of placement makes."""
+        """[reshards]: bytes of the value after the reshard."""
         return self.sizes.reshard_bytes @ self.terms.basis
 
     @cached_property
     def changes(self) -> Array:
-        """[3, changes]: seconds forward, backward, and added where they are run again, which does what a change that
-        gathers again does anyway."""
+        """[3, reshards]: seconds forward, seconds backward, and seconds that recomputing the segment adds. A reshard
+        that regathers runs its forward collective in backward anyway: recomputing adds 0."""
         nbytes = self.sizes.whole @ self.terms.basis
         found = np.zeros((3, len(nbytes)))
         for (axis, row, grad), where in self.sizes.kinds.items():
             group = self.terms.sizes[axis]
             if group.ranks > 1:
                 forward, backward = row_seconds(row, nbytes[where], group, grad, self.terms.device)
-                found[:, where] = forward, backward, 0.0 * forward if row.again else forward
+                found[:, where] = forward, backward, 0.0 * forward if row.regathers else forward
         return found
 
     @property
@@ -116,30 +116,30 @@ class Prices:
         return self.changes[2]
 
     @cached_property
-    def _holdings(self) -> Array:
+    def _parameter_costs(self) -> Array:
         """[strategies, 8]: of a parameter `state_bytes`, `sync_seconds`, `reduced_bytes`, `optimizer_workspace`,
         `overlappable_seconds` and `pending_grad_bytes`."""
-        return np.array([self._holding(*row) for row in self.sizes.holdings.tolist()])[self.sizes.holds]
+        return np.array([self._parameter_cost(*row) for row in self.sizes.parameters.tolist()])[self.sizes.parameter_of]
 
-    def _holding(self, weight: float, grad: bool, over_dp: bool, over_tp: bool) -> tuple[float, ...]:
+    def _parameter_cost(self, weight: float, grad: bool, over_dp: bool, over_tp: bool) -> tuple[float, ...]:
         training = self.terms.training
         if not weight:
             return (0.0,) * 8
-        beside = self.terms.device.overlapped_share * training.overlappable_seconds(weight, over_dp)
-        sync = training.sync_seconds(weight, over_dp) - training.backwards * beside
+        overlappable = self.terms.device.overlapped_share * training.overlappable_seconds(weight, over_dp)
+        sync = training.sync_seconds(weight, over_dp) - training.backwards * overlappable
         sync += update_seconds(weight, grad, over_dp, training, self.terms.device)
         if over_tp:
             sync += training.partial_sync_seconds(weight, self.terms.sizes["tp"])
-        summed, stepping, waiting = (
+        reduced, workspace, pending = (
             each(weight, bool(grad), over_dp)
             for each in (training.reduced_bytes, training.optimizer_workspace, training.pending_grad_bytes)
         )
-        return (*training.state_bytes(weight, grad, over_dp), sync, summed, stepping, beside, waiting)
+        return (*training.state_bytes(weight, grad, over_dp), sync, reduced, workspace, overlappable, pending)
 
     @property
     def state_bytes(self) -> Array:
         """[strategies, 3]: bytes of a parameter, its gradient, its optimizer states."""
-        return self._holdings[:, :3]
+        return self._parameter_costs[:, :3]
 
     @cached_property
     def state(self) -> Array:
@@ -147,29 +147,29 @@ class Prices:
 
     @property
     def sync_seconds(self) -> Array:
-        return self._holdings[:, 3]
+        return self._parameter_costs[:, 3]
 
     @property
     def reduced_bytes(self) -> Array:
-        return self._holdings[:, 4]
+        return self._parameter_costs[:, 4]
 
     @property
     def optimizer_workspace(self) -> Array:
-        return self._holdings[:, 5]
+        return self._parameter_costs[:, 5]
 
     @property
     def overlappable_seconds(self) -> Array:
-        return self._holdings[:, 6]
+        return self._parameter_costs[:, 6]
 
     @property
     def pending_grad_bytes(self) -> Array:
-        return self._holdings[:, 7]
+        return self._parameter_costs[:, 7]
 
     @staticmethod
     def _computed(sizes: Sizes, basis: Array, device: Device) -> Seconds:
         """What the operators take under every strategy."""
         rest = sizes.rest.copy()
-        rest[:, FOUR] *= basis[sizes.factors]
+        rest[:, PRODUCT_DIMS] *= basis[sizes.factors]
         rows = np.column_stack([sizes.flops @ basis, sizes.moved @ basis, sizes.peak, rest])
         found = work_seconds(work_in(rows), device)
         return Seconds(found.forward[sizes.which], found.backward[sizes.which])

@@ -26,4 +26,4 @@ def row_seconds(row: Reshard, nbytes: Any, group: Group, grad: bool, device: Dev
         for name in (row.forward, row.backward if grad else "")
     )
     free = not row.forward and not (grad and row.backward)
-    return forward + device.launch_seconds if free else forward, backward + forward if row.again else backward
+    return forward + device.launch_seconds if free else forward, backward + forward if row.regathers else backward

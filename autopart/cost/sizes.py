@@ -1,8 +1,11 @@
-"""Table -> sizes: bytes and FLOPs of every strategy, every change of placement and every kept memory.
+"""Table -> sizes: bytes and FLOPs of every strategy, every reshard and every saved tensor.
 
-A size is four numbers: of what neither samples nor the data-parallel axis change, what that axis cuts, what grows with
-samples, and what does both. So one table serves every micro-batch and every data-parallel degree: `Terms.basis`, of
-`autopart.cost.prices`, holds the four factors.
+A size is linear in four terms, with d data-parallel ranks and s = samples of a micro-batch / samples traced:
+
+    size(d, s) = a + b / d + c s + e s / d
+
+Its row of four coefficients (a, b, c, e) serves every micro-batch and every data-parallel degree. `prices.Terms.basis`
+is (1, 1 / d, s, s / d).
 """
 
 from __future__ import annotations
@@ -23,19 +26,19 @@ ReshardPath = tuple[Placements, ...]
 
 
 class Sizes:
-    """A table's sizes, four numbers each: of every strategy, every change of placement and every kept memory.
+    """A table's sizes as rows of four coefficients: of every strategy, every reshard and every saved tensor.
 
-    first     index of a node's first strategy among all
-    which     of every strategy, the row that says what the operator does: strategies that do the same share it
+    first       index of a node's first strategy among all
+    which       of every strategy, its row of work; strategies with the same work share one
     flops, moved, peak, rest, factors
-              of these rows: FLOPs and bytes moved, peak, then again, runs, kind, sizes and grads as in `cost.Work`, and
-              which of the four factors batch, m, n and k have
-    holdings  what parameters cost by: bytes, if there is a gradient, if that is a partial sum over dp, if over tp
-    holds     of every strategy, the row of these
-    changes   (flow, placement as made, path to where it is then) of every change that can be paid
-    keeps     of every keep and each of its distinct keepers, the placement of the memory under each of the keeper's
-              strategies (of the root's, where it is kept as made): whole or split
-    kept      (keep, placement) -> index of every memory that can be kept
+                rows of work: FLOPs and bytes moved, peak, then the other columns of `compute.Work`, and which of the
+                four terms the batch, m, n and k of a matrix product grow with
+    parameters  rows of a parameter: bytes, whether it has a gradient, whether the gradient is a partial sum over dp,
+                whether over tp;  parameter_of: of every strategy, its row
+    changes     (index in `StrategyTable.value_uses`, placement made, path) of every reshard -> its last step, its value
+    saved_placements  of every saved tensor, for each of its distinct savers: the placement of the saved memory under
+                each strategy of the saver (of the root, where the tensor is saved as made)
+    saved_index  (index in `StrategyTable.saved_tensors`, placement) -> index among all saved tensors
     """
 
     def __init__(self, table: StrategyTable) -> None:
@@ -56,31 +59,38 @@ class Sizes:
         weight = [self._weight(n, o) for n, o in options]
         sums = np.array([[self._sums(n, o, axis) for axis in ("dp", "tp")] for n, o in options])
         held = np.column_stack([weight, self.grad, sums])
-        self.holdings, self.holds = np.unique(held, axis=0, return_inverse=True)
+        self.parameters, self.parameter_of = np.unique(held, axis=0, return_inverse=True)
         self.changes: dict[tuple[int, Placements, ReshardPath], tuple[Step, Value]] = {}
-        for index, flow in enumerate(table.flows):
-            value = table.nodes[flow.source].values[flow.output]
-            for (have, _), chain in flow.chains.items():
+        for index, used in enumerate(table.value_uses):
+            value = table.nodes[used.source].values[used.output]
+            for (have, _), chain in used.chains.items():
                 for key, step in zip(reshard_paths(chain), chain, strict=True):
                     self.changes[index, have, key] = step, value
         self.kinds: dict[tuple[str, Reshard, bool], list[int]] = {}
         for i, (step, value) in enumerate(self.changes.values()):
             self.kinds.setdefault((table.axes[step.axis], step.row, value.grad), []).append(i)
         self.whole = np.array([self._whole(s, v) for s, v in self.changes.values()]).reshape(-1, 4)
-        self.reshard_bytes = np.array([self.four(v, s.after) for s, v in self.changes.values()]).reshape(-1, 4)
-        self.keeps = [[self._keeps(keep, *keeper) for keeper in dict.fromkeys(keep.keepers)] for keep in table.keeps]
-        self.kept: dict[tuple[int, Placements], int] = {}
-        for index, keepers in enumerate(self.keeps):
-            for placed in dict.fromkeys(p for options in keepers for p in options):
-                self.kept[index, placed] = len(self.kept)
-        self.saved_tensor_bytes = np.array([self.root(table.keeps[k], placed) for k, placed in self.kept]).reshape(
+        self.reshard_bytes = np.array([self.byte_coefficients(v, s.after) for s, v in self.changes.values()]).reshape(
             -1, 4
         )
+        self.saved_placements = [
+            [self._saved_placements(tensor, *saver) for saver in dict.fromkeys(tensor.savers)]
+            for tensor in table.saved_tensors
+        ]
+        self.saved_index: dict[tuple[int, Placements], int] = {}
+        for index, savers in enumerate(self.saved_placements):
+            for placed in dict.fromkeys(p for options in savers for p in options):
+                self.saved_index[index, placed] = len(self.saved_index)
+        self.saved_tensor_bytes = np.array(
+            [self.root(table.saved_tensors[k], placed) for k, placed in self.saved_index]
+        ).reshape(-1, 4)
 
-    def apart(self, costs: Array, allowed: Mapping[int, Iterable[int]]) -> float:
-        """A bound below every choice's cost: each node in its cheapest strategy (of those `allowed`, where a node is
-        named), each memory in its least placement, no change of placement paid. `costs` may end after the
-        strategies."""
+    def separable_bound(self, costs: Array, allowed: Mapping[int, Iterable[int]]) -> float:
+        """Lower bound on the cost of every choice, each variable minimised on its own:
+
+            sum over nodes of min cost of a strategy  +  sum over saved tensors of min cost of a placement
+
+        `allowed` are the strategies left of the nodes it names. `costs` may end after the strategies."""
         each = costs[: self.first[-1]]
         if allowed:
             each = each.copy()
@@ -90,17 +100,17 @@ class Sizes:
         bound = np.minimum.reduceat(each, self.first[:-1]).sum()
         kept = costs[len(each) + len(self.changes) :]
         if len(kept):
-            bound += np.minimum.reduceat(kept, self.keep_first).sum()
+            bound += np.minimum.reduceat(kept, self.first_saved).sum()
         return float(bound)
 
     @cached_property
-    def keep_first(self) -> NDArray[np.int_]:
-        """Index of the first memory of every keep among `kept`."""
-        return np.unique([keep for keep, _ in self.kept], return_index=True)[1]
+    def first_saved(self) -> NDArray[np.int_]:
+        """Of every saved tensor of the table, the first index in `saved_index`."""
+        return np.unique([tensor for tensor, _ in self.saved_index], return_index=True)[1]
 
     @cached_property
     def single_parameter(self) -> NDArray[np.bool_]:
-        """[positions]: whether each reads one parameter and no more."""
+        """[positions]: whether the position reads exactly one parameter."""
         read = np.zeros(len(self.table.labels), dtype=int)
         for _, every in self.holders.values():
             np.add.at(read, every, 1)
@@ -108,7 +118,7 @@ class Sizes:
 
     @cached_property
     def holders(self) -> dict[int, tuple[NDArray[np.int_], NDArray[np.int_]]]:
-        """Of every parameter the positions that hold one for themselves, and all that hold one."""
+        """Node of a parameter -> positions that alone read a parameter of the class; all positions that read one."""
         return {
             index: (
                 np.array([p for p, *more in places if not more], dtype=int),
@@ -122,15 +132,15 @@ class Sizes:
         """Index of every change among all."""
         return {key: i for i, key in enumerate(self.changes)}
 
-    def four(self, value: Value, placed: Placements) -> Array:
-        """A value's bytes on a rank."""
+    def byte_coefficients(self, value: Value, placed: Placements) -> Array:
+        """A value's bytes on a rank, as coefficients of `prices.Terms.basis`."""
         return self._cut(value.bytes, value.batch, [p.kind == "S" for p in placed])
 
-    def _keeps(self, keep: SavedTensor, node: int, operand: int) -> list[Placements]:
-        user, root = self.table.nodes[node], self.table.nodes[keep.root]
+    def _saved_placements(self, tensor: SavedTensor, node: int, operand: int) -> list[Placements]:
+        user, root = self.table.nodes[node], self.table.nodes[tensor.root]
         if operand == -2:
-            return [as_kept(root.given(o)) for o in range(len(root.options))]
-        return [as_kept(user.given(o) if operand == -1 else user.taken(o, operand)) for o in range(len(user.options))]
+            return [as_saved(root.given(o)) for o in range(len(root.options))]
+        return [as_saved(user.given(o) if operand == -1 else user.taken(o, operand)) for o in range(len(user.options))]
 
     def _cut(self, amount: float, batch: bool, split: Iterable[bool]) -> Array:
         numbers, at = np.zeros(4), 2 * batch
@@ -143,23 +153,23 @@ class Sizes:
         return numbers
 
     def _work(self, node: Node, option: int) -> Array:
-        """What an operator does, as a row."""
+        """A row of work: FLOPs, bytes moved, and the other columns of `compute.Work`."""
         flops = self._cut(node.flops, node.batch, [s.shards_work for s in node.options[option]])
         sizes, factors = self._matrix(node, option)
-        rest = [node.peak, node.again, node.runs, node.kind_index, *sizes, *node.grads, *factors]
+        rest = [node.peak, node.backward_ratio, node.launches, node.kind_index, *sizes, *node.grads, *factors]
         return np.concatenate([flops, self._moved(node, option), rest])
 
     def _matrix(self, node: Node, option: int) -> tuple[tuple[float, ...], list[int]]:
         if node.matrix is None:
             return NO_SIZES, [0] * 4
-        four, factors = list(node.matrix.sizes[:4]), [2 * grows for grows in node.matrix.grows]
+        dims, factors = list(node.matrix.sizes[:4]), [2 * grows for grows in node.matrix.grows]
         for axis, strategy in zip(self.table.axes, node.options[option], strict=True):
             role = node.matrix.role(strategy)
             if role is not None and axis == "dp":
                 factors[role] += 1
             elif role is not None:
-                four[role] /= self.table.tp
-        return (*four, *node.matrix.sizes[4:]), factors
+                dims[role] /= self.table.tp
+        return (*dims, *node.matrix.sizes[4:]), factors
 
     def _inner(self, node: Node, option: int) -> Array:
         return self._cut(node.inner, node.batch, [s.shards_work for s in node.options[option]])
@@ -167,7 +177,7 @@ class Sizes:
     def _made(self, node: Node, option: int) -> Array:
         made = np.zeros(4)
         for i, value in enumerate(node.values if node.kind == "op" else ()):
-            made += self.four(value, node.given(option, i))
+            made += self.byte_coefficients(value, node.given(option, i))
         return made
 
     def _backward(self, node: Node, option: int) -> tuple[Array, Array, Array]:
@@ -178,7 +188,7 @@ class Sizes:
                 source, output = operand
                 value = self.table.nodes[source].values[output]
                 some = weights if i in node.weights else taken
-                some += self.four(value, node.taken(option, i)) * value.grad
+                some += self.byte_coefficients(value, node.taken(option, i)) * value.grad
         split = any(strategy.local == SPLIT_LOSS for strategy in node.options[option])
         loss = node.kind_index == LOSS
         backward = bytes_of_backward(made, taken, 0.0 * weights, node, loss, split)
@@ -186,14 +196,16 @@ class Sizes:
 
     def _moved(self, node: Node, option: int) -> Array:
         moved = self._made(node, option)
-        read = {(first, node.taken(option, i)): None for i, first in enumerate(node.firsts) if node.operands[i]}
+        read = {
+            (first, node.taken(option, i)): None for i, first in enumerate(node.first_same_operand) if node.operands[i]
+        }
         for first, placed in read:
             source, output = node.operands[first]  # type: ignore[misc]
-            moved += self.four(self.table.nodes[source].values[output], placed)
+            moved += self.byte_coefficients(self.table.nodes[source].values[output], placed)
         return moved
 
     def _weight(self, node: Node, option: int) -> float:
-        return float(self.four(node.values[0], node.given(option))[0]) if node.kind == "parameter" else 0.0
+        return float(self.byte_coefficients(node.values[0], node.given(option))[0]) if node.kind == "parameter" else 0.0
 
     def _sums(self, node: Node, option: int, axis: str) -> bool:
         """Whether a parameter's gradient is a partial sum over an axis."""
@@ -206,19 +218,19 @@ class Sizes:
         return axis in self.table.axes and node.options[option][self.table.axes.index(axis)].local == "mean"
 
     def _whole(self, step: Step, value: Value) -> Array:
-        """The size that a change is priced by: the value's, whole along the axis of the change; for an exchange, which
-        never makes it whole, that of a rank's share."""
+        """The bytes by which a reshard is priced: of the value, whole along the axis of the step; for an all-to-all, of
+        the shard on a rank."""
         part = step.row.forward == "all_to_all"
         split = [p.kind == "S" and (part or i != step.axis) for i, p in enumerate(step.before)]
         return self._cut(value.bytes, value.batch, split)
 
-    def root(self, keep: SavedTensor, placed: Placements) -> Array:
-        values = self.table.nodes[keep.root].values
-        return np.array([self.four(v, placed) for v in values]).sum(0)
+    def root(self, tensor: SavedTensor, placed: Placements) -> Array:
+        values = self.table.nodes[tensor.root].values
+        return np.array([self.byte_coefficients(v, placed) for v in values]).sum(0)
 
 
-def as_kept(placed: Placements) -> Placements:
-    """Where a value lies in memory that backward keeps of it."""
+def as_saved(placed: Placements) -> Placements:
+    """The placement of the memory that autograd saves of a value: G is saved as the shard it was gathered from."""
     return tuple(map(saved_as, placed))
 
 

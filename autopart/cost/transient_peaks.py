@@ -39,9 +39,9 @@ class TransientPeaks:
     early    max over the positions before, where what blocks saved is freed
     """
 
-    late: Array
+    mixed: Array
     uniform: Array
-    early: Array
+    before_blocks: Array
 
 
 def transient_peaks(
@@ -63,7 +63,7 @@ def transient_peaks(
         saved.append(np.where(block, costs.saved_under(mode), costs.saved_bytes[0]))
     result = _by_interval(costs, mixed, uniform, saved, block, first)
     as_first = [interval_sums(1.0 * (block & (least != mode))) == 0 for mode in range(depth)]
-    result.late[0] = np.select(as_first, list(result.uniform), result.late[0])
+    result.mixed[0] = np.select(as_first, list(result.uniform), result.mixed[0])
     return result
 
 
@@ -82,7 +82,7 @@ def _by_interval(
     n, plain = len(block), np.where(block, 0.0, costs.saved_bytes[0])
     starts, ends = interval_ends(n)
     before = unallocated(costs.state_bytes[1], first)
-    last, pending = _pending(costs.once, n)
+    last, pending = _pending(costs.per_stage, n)
     middle = np.minimum(next_at(np.flatnonzero(block), n)[starts], ends)
 
     def within(most: Array, i: NDArray[np.int_], j: NDArray[np.int_]) -> Array:
@@ -99,21 +99,23 @@ def _by_interval(
         return np.asarray(found + beyond[ends] + before[starts])
 
     none = before[starts] - before[ends]
-    late = [np.maximum(most(moment, plain, middle, ends), none) for moment in mixed]
-    same = [np.maximum(most(m, kept, middle, ends), none) for m, kept in zip(uniform, saved, strict=True)]
-    early, later = most(mixed[0], plain, starts, middle), interval_sums(plain)
-    for item in costs.once:
+    mixed_peaks = [np.maximum(most(moment, plain, middle, ends), none) for moment in mixed]
+    uniform_peaks = [np.maximum(most(m, kept, middle, ends), none) for m, kept in zip(uniform, saved, strict=True)]
+    before_blocks, later = most(mixed[0], plain, starts, middle), interval_sums(plain)
+    for item in costs.per_stage:
         if item.largest_gradient:
-            early = np.maximum(early, contains_any(item.positions, n) * 2 * item.largest_gradient - later)
-    return TransientPeaks(np.array(late), np.array(same), early)
+            before_blocks = np.maximum(
+                before_blocks, contains_any(item.positions, n) * 2 * item.largest_gradient - later
+            )
+    return TransientPeaks(np.array(mixed_peaks), np.array(uniform_peaks), before_blocks)
 
 
-def _pending(once: Sequence[PerStageOnce], n: int) -> tuple[NDArray[np.int_], Array]:
+def _pending(per_stage: Sequence[PerStageOnce], n: int) -> tuple[NDArray[np.int_], Array]:
     """By interval, the last position that reads a parameter which an earlier one reads too, and bytes of the gradients
     of all such parameters."""
     starts, ends = interval_ends(n)
     last, pending = starts.copy(), np.zeros(len(starts))
-    for item in once:
+    for item in per_stage:
         if item.pending_grad_bytes:
             inside = np.array([(starts <= p) & (p < ends) for p in item.positions])
             several = inside.sum(0) > 1

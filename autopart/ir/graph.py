@@ -52,8 +52,8 @@ class Info:
     view     whether the output is memory of an input, so that the operator takes no time
     logits   whether every path from the node to the loss goes through a cross-entropy, by way of views and casts
     weights  the indices of the operands that are trained parameters, or views of such
-    times    how many tensors of the size of its largest gradient exist in its backward, if it is no product
-    again    how many times as long as forward its backward takes
+    gradient_copies  how many tensors of the size of its largest gradient exist in its backward, if it is no product
+    backward_ratio   seconds of its backward / seconds of its forward
 
     In a stage's graph, for one rank at the planned micro-batch:
     size     bytes of the outputs;  several: whether several segments use the value
@@ -83,11 +83,11 @@ class Info:
     view: bool = False
     logits: bool = False
     weights: tuple[int, ...] = ()
-    times: float = 2.0
+    gradient_copies: float = 2.0
     size: float = 0.0
     several: bool = False
     moved: float = 0.0
-    again: int = 0
+    backward_ratio: int = 0
     note: str = ""
     placed: tuple[tuple[str, str], ...] = ()
     whole: Shape = ()

@@ -21,7 +21,7 @@ class Segment:
 
     label: str
     nodes: list[fx.Node]
-    kind: int = 0
+    segment_class: int = 0
     """The class: segments with equal numbers compute the same."""
     externals: tuple[fx.Node, ...] = ()
     """The values from outside of the segment, in order of first use."""
@@ -140,7 +140,7 @@ class LayeredGraph:
                 source or prints.outside(node, segment.label)
                 for node, source in zip(segment.externals, self.sources(position), strict=True)
             ]
-            number = kinds.setdefault(segment.kind, len(kinds))
+            number = kinds.setdefault(segment.segment_class, len(kinds))
             total.update(repr((label, number, texts[index], outside)).encode())
             latest[index] = position
         for node in self.traced.graph.output_node().all_input_nodes:

@@ -181,7 +181,7 @@ def _gradients(graph: fx.Graph, device: str) -> None:
         if info(node).name == "autopart.rms_norm" and not _is_kernel(info(node).name, device):
             x, _, _, dtype = node.args
             computed: Any = dtype or info(x).dtype  # type: ignore[arg-type]
-            update_info(node, times=REFERENCE_GRADIENTS * computed.itemsize / info(node).dtype.itemsize)
+            update_info(node, gradient_copies=REFERENCE_GRADIENTS * computed.itemsize / info(node).dtype.itemsize)
 
 
 def _is_kernel(name: str, device: str) -> bool:

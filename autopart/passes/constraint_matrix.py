@@ -28,46 +28,50 @@ class ConstraintMatrix:
     The variables are, in this order: the strategies x[v, s], the reshards c[f, w] and the saved tensors k[m, p], each
     in the order of `Sizes`, and the moves e[f, u, p, q]. All but the moves have a price.
 
-    strategies      how many variables are strategies;  priced: are no moves;  columns: there are
+    strategies      number of strategy variables;  priced: of priced variables;  columns: of all variables
     rows            of every constraint: its variables, their coefficients, its lower and its upper bound
-    moves, changes  pairs of a move and a reshard, for values with one use: the reshard is priced by way of the move,
-                    and its own variable is in no constraint
-    stand, first    the variables that stand for priced variable i are stand[first[i]:first[i + 1]]
-    awaited         one move for every way to take a partial sum that passes from segment to segment
-    used            the variables that constraints have;  place: variable -> its index among them, or -1
+    moves, changes  pairs of a move and a reshard, for values with one use: the move has the reshard's price, and the
+                    reshard's own variable is in no constraint
+    substitutes, substitute_start
+                    priced variable i is the sum of the variables
+                    substitutes[substitute_start[i]:substitute_start[i + 1]]
+    partial_sum_moves  one move for every pair of placements of a partial sum that passes from segment to segment
+    used            the variables in any constraint;  place: variable -> its index in `used`, or -1
     """
 
-    def __init__(self, sizes: Sizes, group: int | None = None) -> None:
-        """With `group`, the constraints are those of one class of segments and of what exchanges values with it: enough
-        to bound what the class costs, where all else costs nothing."""
+    def __init__(self, sizes: Sizes, segment_class: int | None = None) -> None:
+        """With `segment_class`, the constraints are those of the nodes of one segment class and of the nodes that
+        exchange values with them: enough to bound the cost of the class, where all other costs are 0."""
         self.sizes, self.table = sizes, sizes.table
-        held = self._held(group)
+        nodes = self._neighbourhood(segment_class)
         self.strategies = int(sizes.first[-1])
-        self.priced = self.strategies + len(sizes.changes) + len(sizes.kept)
+        self.priced = self.strategies + len(sizes.changes) + len(sizes.saved_index)
         self.columns = self.priced
         self.rows: list[tuple[list[int], list[float], float, float]] = []
-        self.awaited: list[int] = []
+        self.partial_sum_moves: list[int] = []
         self._paid: list[tuple[int, int]] = []
-        for node in sorted(held):
+        for node in sorted(nodes):
             self.rows.append((self.options(node), [1.0] * len(self.options(node)), 1.0, 1.0))
         for tied in self.table.tied:
             for node in tied[1:]:
-                for here, there in zip(self.options(tied[0]), self.options(node), strict=True) if node in held else ():
+                for here, there in zip(self.options(tied[0]), self.options(node), strict=True) if node in nodes else ():
                     self._equal([here], [there])
-        for index, flow in enumerate(self.table.flows):
-            if flow.source in held and all(node in held for node, _ in flow.uses):
-                self._moves(index, flow)
-        self._kept(held)
-        self._number(group)
+        for index, used in enumerate(self.table.value_uses):
+            if used.source in nodes and all(node in nodes for node, _ in used.uses):
+                self._moves(index, used)
+        self._kept(nodes)
+        self._number(segment_class)
 
-    def _number(self, group: int | None) -> None:
-        """Find which variables stand for priced ones, and which are used at all."""
+    def _number(self, segment_class: int | None) -> None:
+        """Fill `substitutes`, `used` and `place`."""
         self.moves, self.changes = np.array(self._paid, dtype=np.int64).reshape(-1, 2).T
         own = np.setdiff1d(np.arange(self.priced), self.changes)
-        priced, stand = np.concatenate([own, self.changes]), np.concatenate([own, self.moves])
-        self.stand = stand[np.argsort(priced, kind="stable")]
-        self.first = np.searchsorted(np.sort(priced), np.arange(self.priced + 1))
-        self.used = np.arange(self.columns) if group is None else np.unique(np.concatenate([c for c, *_ in self.rows]))
+        priced, substitutes = np.concatenate([own, self.changes]), np.concatenate([own, self.moves])
+        self.substitutes = substitutes[np.argsort(priced, kind="stable")]
+        self.substitute_start = np.searchsorted(np.sort(priced), np.arange(self.priced + 1))
+        self.used = (
+            np.arange(self.columns) if segment_class is None else np.unique(np.concatenate([c for c, *_ in self.rows]))
+        )
         self.place = np.full(self.columns, -1)
         self.place[self.used] = np.arange(len(self.used))
 
@@ -76,25 +80,25 @@ class ConstraintMatrix:
         return list(range(int(self.sizes.first[node]), int(self.sizes.first[node + 1])))
 
     def _spread(self, row: Integers, priced: Integers, number: Array) -> Entries:
-        """Entries over the variables that stand for priced ones, from entries over priced variables.
+        """Entries over substitutes, from entries over priced variables.
 
         The result is sorted, with one entry for each place.
         """
-        count = self.first[priced + 1] - self.first[priced]
+        count = self.substitute_start[priced + 1] - self.substitute_start[priced]
         entry = np.repeat(np.arange(len(row)), count)
-        turn = np.arange(len(entry)) - np.repeat(np.cumsum(count) - count, count)
-        places = row[entry] * self.columns + self.stand[self.first[priced[entry]] + turn]
+        offset = np.arange(len(entry)) - np.repeat(np.cumsum(count) - count, count)
+        places = row[entry] * self.columns + self.substitutes[self.substitute_start[priced[entry]] + offset]
         places, same = np.unique(places, return_inverse=True)
         total = np.bincount(same, number[entry]).astype(np.float64)
         return places // self.columns, places % self.columns, total
 
-    def _held(self, group: int | None) -> set[int]:
-        """The nodes of a class of segments with those that exchange values with them; all nodes if `group` is None."""
+    def _neighbourhood(self, segment_class: int | None) -> set[int]:
+        """The nodes of a segment class with those that exchange values with them; all nodes where it is None."""
         nodes = range(len(self.table.nodes))
-        if group is None:
+        if segment_class is None:
             return set(nodes)
-        inside = {n for n in nodes if self.table.nodes[n].group == group}
-        ends = [{f.source, *(node for node, _ in f.uses)} for f in self.table.flows]
+        inside = {n for n in nodes if self.table.nodes[n].segment_class == segment_class}
+        ends = [{f.source, *(node for node, _ in f.uses)} for f in self.table.value_uses]
         near = inside.union(*(e for e in ends if e & inside))
         return near.union(*(set(t) for t in self.table.tied if near & set(t)))
 
@@ -106,15 +110,15 @@ class ConstraintMatrix:
         """column >= sum(variables)."""
         self.rows.append(([column, *variables], [1.0] + [-1.0] * len(variables), 0.0, INFINITE))
 
-    def _moves(self, index: int, flow: ValueUses) -> None:
+    def _moves(self, index: int, used: ValueUses) -> None:
         """Equations (4) to (7) of one value."""
-        source = self.table.nodes[flow.source]
+        source = self.table.nodes[used.source]
         give: dict[Placements, list[int]] = defaultdict(list)
-        for option, variable in enumerate(self.options(flow.source)):
-            give[source.given(option, flow.output)].append(variable)
+        for option, variable in enumerate(self.options(used.source)):
+            give[source.given(option, used.output)].append(variable)
         outside: dict[tuple[Placements, Placements], list[int]] = defaultdict(list)
         uses: dict[tuple[int, int], bool] = {}
-        for use, inside in zip(flow.uses, flow.inside, strict=True):
+        for use, inside in zip(used.uses, used.inside, strict=True):
             uses[use] = uses.get(use, True) and inside
         for (node, operand), inside in uses.items():
             take: dict[Placements, list[int]] = defaultdict(list)
@@ -123,11 +127,11 @@ class ConstraintMatrix:
             leaving: dict[Placements, list[int]] = defaultdict(list)
             arriving: dict[Placements, list[int]] = defaultdict(list)
             paying: dict[int, list[int]] = defaultdict(list)
-            for have, want in ((h, w) for h in give for w in take if (h, w) in flow.chains):
+            for have, want in ((h, w) for h in give for w in take if (h, w) in used.chains):
                 move, self.columns = self.columns, self.columns + 1
                 leaving[have].append(move)
                 arriving[want].append(move)
-                for key in reshard_paths(flow.chains[have, want]):
+                for key in reshard_paths(used.chains[have, want]):
                     change = self.strategies + self.sizes.change_index[index, have, key]
                     if len(uses) == 1:
                         self._paid.append((move, change))
@@ -141,35 +145,35 @@ class ConstraintMatrix:
                 self._equal(variables, arriving[want])
             for change, moves in paying.items():
                 self._covers(change, moves)
-        self._partial_sums(flow, outside, sum(not inside for inside in uses.values()))
+        self._partial_sums(used, outside, sum(not inside for inside in uses.values()))
 
     def _partial_sums(
-        self, flow: ValueUses, outside: Mapping[tuple[Placements, Placements], list[int]], users: int
+        self, used: ValueUses, outside: Mapping[tuple[Placements, Placements], list[int]], users: int
     ) -> None:
         """All uses in other segments than the one that makes a partial sum take it in the same placement.
 
         `outside` has the moves of partial sums to the uses in other segments, by the placements before and after;
         `users` is the number of these uses.
         """
-        if max(flow.homes, default=-1) >= 0:
-            self.awaited += [moves[0] for moves in outside.values()]
+        if max(used.producers, default=-1) >= 0:
+            self.partial_sum_moves += [moves[0] for moves in outside.values()]
         for moves in outside.values():
             for other in moves[1:]:
                 self._equal([moves[0]], [other])
             if len(moves) < users:
                 self.rows.append(([moves[0]], [1.0], 0.0, 0.0))
 
-    def _kept(self, held: set[int]) -> None:
+    def _kept(self, nodes: set[int]) -> None:
         """Equation (8)."""
         start = self.strategies + len(self.sizes.changes)
-        for index, keep in enumerate(self.table.keeps):
-            keepers = dict.fromkeys(keep.keepers) if keep.root in held else {}
-            for keeper, (node, operand) in enumerate(keepers):
+        for index, tensor in enumerate(self.table.saved_tensors):
+            savers = dict.fromkeys(tensor.savers) if tensor.root in nodes else {}
+            for saver, (node, operand) in enumerate(savers):
                 by: dict[Placements, list[int]] = defaultdict(list)
-                if node not in held:
+                if node not in nodes:
                     continue
-                options = self.options(keep.root if operand == -2 else node)
-                for placed, variable in zip(self.sizes.keeps[index][keeper], options, strict=True):
+                options = self.options(tensor.root if operand == -2 else node)
+                for placed, variable in zip(self.sizes.saved_placements[index][saver], options, strict=True):
                     by[placed].append(variable)
                 for placed, variables in by.items():
-                    self._covers(start + self.sizes.kept[index, placed], variables)
+                    self._covers(start + self.sizes.saved_index[index, placed], variables)

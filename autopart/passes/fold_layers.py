@@ -36,7 +36,7 @@ def fold_layers(traced: Traced) -> LayeredGraph:
     prints = Fingerprints(graph, traced.micro_batch)
     for segment in segments:
         signature = _signature(segment)
-        segment.kind, first = classes.setdefault(signature, (len(classes), segment))
+        segment.segment_class, first = classes.setdefault(signature, (len(classes), segment))
         for node, twin in zip(segment.nodes, first.nodes, strict=True):
             for mine, other in zip(parameters_of(node), parameters_of(twin), strict=True):
                 same.setdefault(mine, other)

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from autopart.cost.compute import again_of, kind_of, peak_of
+from autopart.cost.compute import backward_ratio_of, kind_of, peak_of
 from autopart.errors import PartitionError
 from autopart.hardware.rows import Device
 from autopart.ir.graph import Info, has_gradient, info, operands, shape_args, value_of
@@ -64,10 +64,10 @@ class _Builder:
             axes=self.axes,
             tp=self.tp,
             nodes=self.nodes,
-            flows=[self._chains(replace(flow, chains={})) for flow in positions.flows],
-            keeps=positions.keeps,
+            value_uses=[self._chains(replace(used, chains={})) for used in positions.value_uses],
+            saved_tensors=positions.saved_tensors,
             labels=layered.labels,
-            group=tuple(layered.segments[r].kind for r in layered.sequence),
+            segment_classes=tuple(layered.segments[r].segment_class for r in layered.sequence),
             block=tuple(label.rpartition(".")[2].isdigit() for label in layered.labels),
             state=positions.state,
             shared=positions.shared,
@@ -85,23 +85,23 @@ class _Builder:
             options=self._options(node, hints),
             values=[Value(_bytes(record, i), record.batch is not None, record.grad) for i in range(len(record.shapes))],
             operands=[self._operand(n) for n in operands(node)] if is_op else [],
-            firsts=_firsts(operands(node)) if is_op else [],
+            first_same_operand=_first_same_operand(operands(node)) if is_op else [],
             flops=record.flops,
             batch=record.batch is not None or any(i.batch is not None for i in inputs),
             product=record.product,
             matrix=record.matrix,
             grads=record.grads,
             peak=peak_of(record, self.device) if is_op else float("inf"),
-            again=again_of(record, inputs),
-            runs=int(is_op and not record.view),
+            backward_ratio=backward_ratio_of(record, inputs),
+            launches=int(is_op and not record.view),
             kind_index=kind_of(record) if is_op else 0,
             inner=float(record.inner),
             grad=record.grad,
             view=record.view,
             logits=record.logits,
             weights=record.weights,
-            times=record.times,
-            group=-1 if segment is None else self.layered.segments[segment].kind,
+            gradient_copies=record.gradient_copies,
+            segment_class=-1 if segment is None else self.layered.segments[segment].segment_class,
         )
 
     def _check_splits(self) -> None:
@@ -141,34 +141,36 @@ class _Builder:
         known = self.nodes[write.buffer]
         options = [tuple(Strategy(s.name, s.outputs * 2, s.outputs) for s in option) for option in known.options]
         reads: list[tuple[int, int] | None] = [(write.buffer, 0), write.taken]
-        return Node(f"{known.key}/update", "op", options, known.values, reads, [0, 1], group=write.group)
+        return Node(
+            f"{known.key}/update", "op", options, known.values, reads, [0, 1], segment_class=write.segment_class
+        )
 
-    def _chains(self, flow: ValueUses) -> ValueUses:
+    def _chains(self, used: ValueUses) -> ValueUses:
         """Add the possible reshards to a value."""
-        source = self.nodes[flow.source]
-        grad = source.values[flow.output].grad
-        haves = {source.given(o, flow.output): None for o in range(len(source.options))}
-        for node, operand in flow.uses:
+        source = self.nodes[used.source]
+        grad = source.values[used.output].grad
+        haves = {source.given(o, used.output): None for o in range(len(source.options))}
+        for node, operand in used.uses:
             target = self.nodes[node]
             for want in {target.taken(o, operand): None for o in range(len(target.options))}:
                 for have in haves:
-                    if (have, want) not in flow.chains and all(map(possible, have, want)):
-                        flow.chains[have, want] = steps(have, want, grad)
-        if len(flow.uses) == 1 and flow.inside == (True,):
-            self._let_through(flow)
-        return flow
+                    if (have, want) not in used.chains and all(map(possible, have, want)):
+                        used.chains[have, want] = steps(have, want, grad)
+        if len(used.uses) == 1 and used.inside == (True,):
+            self._let_through(used)
+        return used
 
-    def _let_through(self, flow: ValueUses) -> None:
+    def _let_through(self, used: ValueUses) -> None:
         """Remove reshards before a view that can take the value as it is made and gives as many bytes: the same reshard
         behind the view costs as much."""
-        ((node, operand),) = flow.uses
-        view, value = self.nodes[node], self.nodes[flow.source].values[flow.output]
-        if view.runs or view.kind != "op" or len(view.values) != 1 or view.values[0].bytes != value.bytes:
+        ((node, operand),) = used.uses
+        view, value = self.nodes[node], self.nodes[used.source].values[used.output]
+        if view.launches or view.kind != "op" or len(view.values) != 1 or view.values[0].bytes != value.bytes:
             return
         out = {view.taken(o, operand): view.given(o) for o in range(len(view.options))}
-        flow.chains = {
+        used.chains = {
             (have, want): chain
-            for (have, want), chain in flow.chains.items()
+            for (have, want), chain in used.chains.items()
             if have == want or have not in out or not _alike(out[have], out[want], have, want)
         }
 
@@ -180,7 +182,7 @@ def _alike(have: Placements, want: Placements, before: Placements, after: Placem
     return kinds[0] == kinds[2] and kinds[1] == kinds[3] and not parted and all(map(possible, have, want))
 
 
-def _firsts(arguments: Sequence[fx.Node | None]) -> list[int]:
+def _first_same_operand(arguments: Sequence[fx.Node | None]) -> list[int]:
     """For every operand the index of the first operand that is the same value."""
     values = [None if n is None else value_of(n) for n in arguments]
     return [values.index(v) for v in values]

@@ -92,26 +92,27 @@ class Ilp:
                 options.append(self._variable(f"x {node.key} {text}", 1.0 if s in left else 0.0, "Integer"))
             self.x.append(options)
         self.e: dict[tuple[int, tuple[int, int]], dict[tuple[Placements, Placements], LpVariable]] = {}
-        for f, flow in enumerate(table.flows):
-            for use in dict.fromkeys(flow.uses):
+        for f, used in enumerate(table.value_uses):
+            for use in dict.fromkeys(used.uses):
                 self.e[f, use] = {
                     (p, q): self._variable(f"move {self.operand(use)} {_text(p)} to {_text(q)}")
-                    for p in self.made(f) for q in self.taken(use) if (p, q) in flow.chains
+                    for p in self.made(f) for q in self.taken(use) if (p, q) in used.chains
                 }  # fmt: skip
         self.c = {
             (f, p, w): self._variable(f"reshard {self.value(f)} {' '.join(map(_text, (p, *w)))}")
             for f, p, w in sizes.changes
         }
         self.k = {
-            (m, p): self._variable(f"save {table.nodes[table.keeps[m].root].key} {_text(p)}") for m, p in sizes.kept
+            (m, p): self._variable(f"save {table.nodes[table.saved_tensors[m].root].key} {_text(p)}")
+            for m, p in sizes.saved_index
         }
         self.z = [*(x for options in self.x for x in options), *self.c.values(), *self.k.values()]
         self.t, self.y = (self._variable(name, None) for name in ("exposed_sync", "peak"))
 
     def value(self, f: int) -> str:
         """What a value is called."""
-        flow = self.table.flows[f]
-        return self.table.nodes[flow.source].key + (f" {flow.output}" if flow.output else "")
+        used = self.table.value_uses[f]
+        return self.table.nodes[used.source].key + (f" {used.output}" if used.output else "")
 
     def operand(self, use: tuple[int, int]) -> str:
         """What an operand is called."""
@@ -119,9 +120,9 @@ class Ilp:
 
     def made(self, f: int) -> dict[Placements, list[LpVariable]]:
         """Of every placement in which a value may be made, the x that make it so."""
-        flow = self.table.flows[f]
-        node = self.table.nodes[flow.source]
-        return _grouped(self.x[flow.source], [node.given(s, flow.output) for s in range(len(node.options))])
+        used = self.table.value_uses[f]
+        node = self.table.nodes[used.source]
+        return _grouped(self.x[used.source], [node.given(s, used.output) for s in range(len(node.options))])
 
     def taken(self, use: tuple[int, int]) -> dict[Placements, list[LpVariable]]:
         """Of every placement in which an operand may be taken, the x that take it so."""
@@ -191,8 +192,8 @@ def taken_placement(ilp: Ilp) -> Iterator[Row]:
 
 def partial_sums(ilp: Ilp) -> Iterator[Row]:
     """(6): all operands outside the segment that makes a partial sum take it in the same placement."""
-    for f, flow in enumerate(ilp.table.flows):
-        inside = {use for use in flow.uses if all(i for u, i in zip(flow.uses, flow.inside, strict=True) if u == use)}
+    for f, used in enumerate(ilp.table.value_uses):
+        inside = {use for use in used.uses if all(i for u, i in zip(used.uses, used.inside, strict=True) if u == use)}
         outside = [moves for (g, use), moves in ilp.e.items() if g == f and use not in inside]
         pairs = dict.fromkeys(pair for moves in outside for pair in moves if any(p.kind == "P" for p in pair[0]))
         for p, q in pairs:
@@ -208,7 +209,7 @@ def resharded_once(ilp: Ilp) -> Iterator[Row]:
     for (f, use), moves in ilp.e.items():
         needed: dict[tuple[Placements, tuple[Placements, ...]], list[LpVariable]] = {}
         for (p, q), e in moves.items():
-            for w in reshard_paths(ilp.table.flows[f].chains[p, q]):
+            for w in reshard_paths(ilp.table.value_uses[f].chains[p, q]):
                 needed.setdefault((p, w), []).append(e)
         for (p, w), those in needed.items():
             text = f"paid {ilp.operand(use)} {' '.join(map(_text, (p, *w)))}"
@@ -217,10 +218,10 @@ def resharded_once(ilp: Ilp) -> Iterator[Row]:
 
 def saved_once(ilp: Ilp) -> Iterator[Row]:
     """(8): a tensor is saved where any node saves it."""
-    for m, keep in enumerate(ilp.table.keeps):
-        for (v, operand), saved in zip(dict.fromkeys(keep.keepers), ilp.sizes.keeps[m], strict=True):
-            for placed, options in _grouped(ilp.x[keep.root if operand == -2 else v], saved).items():
-                text = f"saved {ilp.table.nodes[v].key} {ilp.table.nodes[keep.root].key} {_text(placed)}"
+    for m, tensor in enumerate(ilp.table.saved_tensors):
+        for (v, operand), saved in zip(dict.fromkeys(tensor.savers), ilp.sizes.saved_placements[m], strict=True):
+            for placed, options in _grouped(ilp.x[tensor.root if operand == -2 else v], saved).items():
+                text = f"saved {ilp.table.nodes[v].key} {ilp.table.nodes[tensor.root].key} {_text(placed)}"
                 yield text, ilp.k[m, placed] - lpSum(options) >= 0
 
 

@@ -11,7 +11,7 @@ import pulp
 from autopart.cost.sizes import Sizes
 from autopart.errors import PartitionError, closest
 from autopart.passes.ilp import state
-from autopart.passes.solve import DEAREST, HIGHS, UNIT, Solution, unit_of
+from autopart.passes.solve import HIGHS, MAX_COST_RATIO, OBJECTIVE_SCALE, Solution, unit_of
 from autopart.passes.split_problem import SplitProblem
 
 GAP = 1e-10
@@ -55,7 +55,7 @@ def minimise(sizes: Sizes, asked: SplitProblem, name: str) -> Solution | None:
     or stops without a proof.
     """
     unit = unit_of(sizes, asked.costs)
-    scaled = asked.scaled(unit, "units", UNIT * DEAREST)
+    scaled = asked.scaled(unit, "units", OBJECTIVE_SCALE * MAX_COST_RATIO)
     ilp = state(sizes, scaled)
     try:
         ilp.problem.solve(find_solver(name))

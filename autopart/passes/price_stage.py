@@ -26,8 +26,8 @@ class PricedSegment:
     """The price of a segment for one micro-batch.
 
     forward, backward  seconds of its operators and reshards
-    again              seconds that full recomputation adds;  cheap: seconds that recomputation of all but matrix
-                       products adds
+    full_recompute_seconds       seconds that the backward takes more in mode "full": forward of all operators
+    selective_recompute_seconds  the same in mode "selective": forward of all operators but matrix products
     lines              one line of the plan for every node;  nodes: these nodes
     outside            the values of other segments and stages that the lines read
     """
@@ -35,8 +35,8 @@ class PricedSegment:
     label: str
     forward: float
     backward: float
-    again: float
-    cheap: float
+    full_recompute_seconds: float
+    selective_recompute_seconds: float
     lines: tuple[PlanLine, ...]
     nodes: tuple[fx.Node, ...]
     outside: tuple[fx.Node, ...]
@@ -55,7 +55,7 @@ def price_stage(stage: StageGraph, prices: Prices) -> list[PricedSegment]:
     computed = _computed([n for _, nodes in stage.segments for n in nodes], prices.device)
     segments = []
     for label, nodes in stage.segments:
-        forward = backward = again = cheap = 0.0
+        forward = backward = full = selective = 0.0
         lines = []
         own = {node: i for i, node in enumerate(nodes)}
         read = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in own and _is_made(n))
@@ -66,8 +66,8 @@ def price_stage(stage: StageGraph, prices: Prices) -> list[PricedSegment]:
             backward += compute.backward + comm.backward
             record = info(node)
             moved = 0.0 if record.name in GATHERED_AGAIN else comm.forward
-            again += moved + compute.forward
-            cheap += moved + (0.0 if record.product else compute.forward)
+            full += moved + compute.forward
+            selective += moved + (0.0 if record.product else compute.forward)
             lines.append(
                 PlanLine(
                     record.module.removeprefix(label).lstrip("."),
@@ -81,7 +81,7 @@ def price_stage(stage: StageGraph, prices: Prices) -> list[PricedSegment]:
                     tuple(place[n] for n in node.all_input_nodes if n in place),
                 )
             )
-        made = PricedSegment(label, forward, backward, again, cheap, tuple(lines), tuple(nodes), tuple(read))
+        made = PricedSegment(label, forward, backward, full, selective, tuple(lines), tuple(nodes), tuple(read))
         segments.append(made)
     return segments
 

@@ -41,7 +41,7 @@ def note_saved(
         entry = stage.kept.setdefault((name, placements), memory)
         entry.segments.add(segment)
         if whole > size:
-            entry.wide[segment] = whole - size
+            entry.regathered_bytes[segment] = whole - size
 
 
 def _read_as(node: fx.Node, root: fx.Node, chosen: Sequence[Strategy]) -> Placements | None:

@@ -21,30 +21,30 @@ from autopart.passes.split_problem import Capacity, SplitProblem
 HIGHS = "highs"
 """The name of this solver, among those that a plan may be asked for with."""
 
-UNIT, DEAREST = 1e3, 1e2
-"""About what a solution costs in the solver's unit, and how many times that a single price may be."""
+OBJECTIVE_SCALE, MAX_COST_RATIO = 1e3, 1e2
+"""The objective of a typical solution in the solver's unit; the largest cost of one variable, as a multiple of it."""
 
 CHOOSE, DUAL = 0, 1
-"""Simplex strategies. After another objective the last basis still is a vertex, from which HiGHS chooses to go on; the
-best basis for an objective stays as good as it allows when options are narrowed, which is for the dual one."""
+"""HiGHS's `simplex_strategy`: 0 lets HiGHS choose, 1 is the dual simplex. A change of costs keeps the last basis primal
+feasible: HiGHS chooses. A change of bounds keeps it dual feasible: the dual simplex."""
 
-NODES = 200
-"""Of a branch-and-bound tree; where it is not done by then, the bound says how far it is off."""
+MAX_NODES = 200
+"""Limit on nodes of HiGHS's branch-and-bound tree (`mip_max_nodes`). At the limit a gap to the dual bound is left."""
 
-CUTS, CLOSE = 4, 1e-3
-"""How often, and how near, `Solver.maximize_dual` looks for a maximum."""
+DUAL_STEPS, DUAL_TOLERANCE = 4, 1e-3
+"""Of `Solver.maximize_dual`: the most steps, and the relative error at which it stops."""
 
-WARM, FREE = 0.1, 1000
-"""The simplex iterations after which a last basis is given up for HiGHS's own start: such a share of what the first
-relaxation took, and no fewer than so many. Far from the optimum it takes several times as long."""
+WARM_START_SHARE, WARM_START_ITERATIONS = 0.1, 1000
+"""A warm start is given up after max(share x iterations of the first relaxation, iterations) simplex iterations. HiGHS
+then starts from its own basis: a basis far from the optimum takes several times as long."""
 
 INTEGRAL = 1e-6
-"""How far from a whole number a solution may be."""
+"""Largest distance of a variable from an integer at which it counts as one."""
 
 
 @dataclass(frozen=True)
 class Solution:
-    """The index of every node's option, the objective, the proven bound below it, and the problem that it solves."""
+    """The index of every node's option, the objective, its proven lower bound, and the problem that it solves."""
 
     chosen: tuple[int, ...]
     objective: float
@@ -53,9 +53,9 @@ class Solution:
 
 
 def unit_of(sizes: Sizes, costs: Array) -> float:
-    """What to multiply costs by, so that a solution costs about UNIT."""
+    """What to multiply costs by, so that a solution costs about OBJECTIVE_SCALE."""
     usual = float(np.minimum.reduceat(costs[: sizes.first[-1]], sizes.first[:-1]).sum())
-    return UNIT / (usual or float(costs.max(initial=0.0)) or 1.0)
+    return OBJECTIVE_SCALE / (usual or float(costs.max(initial=0.0)) or 1.0)
 
 
 class Quiet(highspy.Highs):
@@ -72,12 +72,12 @@ class Solver(ConstraintMatrix):
     iterations  simplex iterations of the first relaxation
     narrowed    the nodes of which some strategies are ruled out at present
     bases       the best basis of every objective, by the hash of its costs: a start where strategies are ruled out
-    worth       of every relaxation that was solved, A'y without the rows that choose strategies: what the constraints
-                save each variable
+    dual_activities  A'y of every relaxation that was solved, y its dual values; without the rows that choose one
+                strategy of each node
     """
 
-    def __init__(self, sizes: Sizes, group: int | None = None) -> None:
-        super().__init__(sizes, group)
+    def __init__(self, sizes: Sizes, segment_class: int | None = None) -> None:
+        super().__init__(sizes, segment_class)
         self.highs = load(
             len(self.used),
             np.array([len(variables) for variables, *_ in self.rows]),
@@ -89,7 +89,7 @@ class Solver(ConstraintMatrix):
         self.iterations = 0
         self.narrowed: list[int] = []
         self.bases: dict[int, highspy.HighsBasis] = {}
-        self.worth: list[Array] = []
+        self.dual_activities: list[Array] = []
 
     def bound(self, costs: Array, allowed: Mapping[int, Iterable[int]] | None = None) -> float:
         """A bound below every choice's cost: the linear relaxation; infinite where there is no choice."""
@@ -129,7 +129,7 @@ class Solver(ConstraintMatrix):
 
     def _run(self) -> None:
         """Solve from the last basis, or from none where that is far from the optimum."""
-        limit = max(FREE, round(WARM * self.iterations))
+        limit = max(WARM_START_ITERATIONS, round(WARM_START_SHARE * self.iterations))
         if self.iterations:
             self.highs.setOptionValue("simplex_iteration_limit", limit)
         self.highs.run()
@@ -140,36 +140,41 @@ class Solver(ConstraintMatrix):
         self.iterations = self.iterations or self.highs.getInfo().simplex_iteration_count
 
     def dual_bound(self, costs: Array) -> float:
-        """A bound below `relax`'s in a small part of its time: the best by weak duality with the multipliers of
-        relaxations solved before, each variable at most one and each node one strategy."""
-        if not self.worth:
+        """Lower bound on the bound of `relax`, by weak duality. With c the costs, N the nodes, and A'y of any of
+        `dual_activities`:
+
+            sum over N of min over strategies of (c - A'y)  +  sum over other variables of min(c - A'y, 0)
+        """
+        if not self.dual_activities:
             return 0.0
-        left = self._priced(costs) - np.array(self.worth)
+        left = self._priced(costs) - np.array(self.dual_activities)
         chosen = np.minimum.reduceat(left[:, : self.strategies], self.sizes.first[:-1], axis=1).sum(1)
         return float((chosen + np.minimum(left[:, self.strategies :], 0.0).sum(1)).max()) / self.scale
 
     def maximize_dual(self, costs: Array, more: Array) -> float:
-        """Between 0 and 1, the share of some more costs with which the relaxation's best choice costs most, but for a
-        few per mille: it is a concave function of the share, made of straight lines. At 0 at once where no choice has
-        more costs above 0."""
+        """The weight w in [0, 1] that maximises, up to DUAL_TOLERANCE,
+
+            min over relaxed choices x of (costs + w more) x
+
+        which is concave and piecewise linear in w. 0 at once where no choice of strategies has `more` above 0."""
         if np.maximum.reduceat(more[: self.strategies], self.sizes.first[:-1]).sum() <= 0:
             return 0.0
         moved = self._moved(more)
 
-        def at(share: float) -> tuple[float, float, float]:
-            """The share, what the best choice costs, and how much more with a larger share."""
-            best, _ = self._relax(costs + share * more, None)
-            return share, best, float(moved @ np.array(self.highs.getSolution().col_value))
+        def at(weight: float) -> tuple[float, float, float]:
+            """The weight, the minimum there, and its slope in the weight."""
+            best, _ = self._relax(costs + weight * more, None)
+            return weight, best, float(moved @ np.array(self.highs.getSolution().col_value))
 
         left = at(0.0)
         if left[2] <= 0:
             return 0.0
         right = at(1.0)
-        for _ in range(CUTS if right[2] < 0 else 0):
-            (low, below, rising), (high, above, falling) = left, right
-            found = at((above - below + rising * low - falling * high) / (rising - falling))
+        for _ in range(DUAL_STEPS if right[2] < 0 else 0):
+            (low, low_cost, low_slope), (high, high_cost, high_slope) = left, right
+            found = at((high_cost - low_cost + low_slope * low - high_slope * high) / (low_slope - high_slope))
             left, right = (found, right) if found[2] > 0 else (left, found)
-            if below + rising * (found[0] - low) <= found[1] * (1 + CLOSE):
+            if low_cost + low_slope * (found[0] - low) <= found[1] * (1 + DUAL_TOLERANCE):
                 break
         return max(left, right, key=lambda point: point[1])[0]
 
@@ -184,8 +189,8 @@ class Solver(ConstraintMatrix):
         return found
 
     def _rounded(self, allowed: Mapping[int, Iterable[int]]) -> Solution | None:
-        """A choice as good as the relaxation that was solved last, found by giving one node after another the option it
-        has most of; None where that costs anything."""
+        """A choice with the objective of the relaxation that was solved last, found by fixing one fractional node after
+        another to its largest strategy; None where fixing raises the objective."""
         best, fixed, found = self.highs.getInfo().objective_function_value, list[int](), None
         self.highs.setOptionValue("simplex_strategy", DUAL)
         while self.highs.getInfo().objective_function_value <= best + INTEGRAL:
@@ -208,7 +213,7 @@ class Solver(ConstraintMatrix):
         chosen = tuple(int(np.argmax(values[self.options(n)])) for n in range(len(self.table.nodes)))
         return Solution(chosen, objective / self.scale, bound / self.scale)
 
-    def minimise_in_room(
+    def minimise_with_capacity(
         self, costs: Array, allowed: Mapping[int, Iterable[int]], capacity: Capacity
     ) -> Solution | None:
         """`minimise` with the rows of one stage's memory: equations (9) to (11) of `autopart.passes.ilp`."""
@@ -218,9 +223,9 @@ class Solver(ConstraintMatrix):
         given = np.flatnonzero(held)
         _, index, value = self._spread(0 * given, given, held[given] / unit)
         highs.addRow(-highspy.kHighsInf, capacity.room / unit, len(index) + 1, [*index, last], [*value, 1.0])
-        highs.setOptionValue("mip_max_nodes", 100 * NODES)
+        highs.setOptionValue("mip_max_nodes", 100 * MAX_NODES)
         found = self.minimise(costs, allowed)
-        highs.setOptionValue("mip_max_nodes", NODES)
+        highs.setOptionValue("mip_max_nodes", MAX_NODES)
         highs.deleteRows(highs.getNumRow() - rows, np.arange(rows, highs.getNumRow(), dtype=np.int32))
         highs.deleteCols(2, np.array([last - 1, last], dtype=np.int32))
         return found
@@ -240,12 +245,12 @@ class Solver(ConstraintMatrix):
         return last
 
     def _learn(self) -> None:
-        """Keep the multipliers of the relaxation that was solved last."""
+        """Append A'y of the relaxation that was solved last to `dual_activities`: costs - reduced costs."""
         solution = self.highs.getSolution()
-        worth = self.objective - np.array(solution.col_dual)
+        dual_activities = self.objective - np.array(solution.col_dual)
         choose = np.array(solution.row_dual[: len(self.table.nodes)])
-        worth[: self.strategies] -= np.repeat(choose, np.diff(self.sizes.first))
-        self.worth.append(worth)
+        dual_activities[: self.strategies] -= np.repeat(choose, np.diff(self.sizes.first))
+        self.dual_activities.append(dual_activities)
 
     def _price(self, costs: Array) -> None:
         """Set the objective."""
@@ -256,13 +261,13 @@ class Solver(ConstraintMatrix):
         return unit_of(self.sizes, costs)
 
     def _priced(self, costs: Array) -> Array:
-        """What every variable costs, in a unit in which a solution costs about UNIT: what costs far more is never
-        taken, and what is far below HiGHS's tolerance would not be seen."""
+        """The objective in a unit in which a solution costs about OBJECTIVE_SCALE, so that costs stay far above HiGHS's
+        tolerance. A cost above OBJECTIVE_SCALE x MAX_COST_RATIO is cut to that: no solution pays it."""
         self.scale = self._unit(costs)
-        return np.minimum(self._moved(costs) * self.scale, UNIT * DEAREST)
+        return np.minimum(self._moved(costs) * self.scale, OBJECTIVE_SCALE * MAX_COST_RATIO)
 
     def _moved(self, costs: Array) -> Array:
-        """What every variable costs, moves where they stand for changes."""
+        """The cost of every used variable; a move has the cost of the reshard that it substitutes."""
         every = np.zeros(self.columns)
         every[: self.priced] = costs
         np.add.at(every, self.moves, costs[self.changes])
@@ -313,7 +318,7 @@ def load(columns: int, lengths: Integers, index: Integers, value: Array, lower: 
     model.a_matrix_.index_, model.a_matrix_.value_ = index.astype(np.int32), value
     highs = Quiet()
     settings = {
-        "threads": 1, "mip_rel_gap": 1e-6, "mip_max_nodes": NODES, "simplex_strategy": CHOOSE,
+        "threads": 1, "mip_rel_gap": 1e-6, "mip_max_nodes": MAX_NODES, "simplex_strategy": CHOOSE,
     }  # fmt: skip
     for name, setting in settings.items():
         highs.setOptionValue(name, setting)

@@ -8,7 +8,7 @@ import highspy
 import numpy as np
 
 from autopart.cost.compute import Array
-from autopart.passes.solve import DEAREST, INTEGRAL, UNIT, Solver, load
+from autopart.passes.solve import INTEGRAL, MAX_COST_RATIO, OBJECTIVE_SCALE, Solver, load
 
 
 class Coupled:
@@ -18,7 +18,7 @@ class Coupled:
     def __init__(self, solver: Solver, stages: int, agreeing: Sequence[Sequence[int]]) -> None:
         """Every one of `agreeing` are strategies of one node: all stages take them as often."""
         self.solver, self.stages, columns = solver, stages, solver.columns
-        agreeing = [*agreeing, *([move] for move in solver.awaited)]
+        agreeing = [*agreeing, *([move] for move in solver.partial_sum_moves)]
         counts = np.array([len(variables) for variables, *_ in solver.rows])
         index = np.concatenate([variables for variables, *_ in solver.rows])
         value = np.concatenate([numbers for _, numbers, *_ in solver.rows])
@@ -45,7 +45,9 @@ class Coupled:
         where the relaxation is one."""
         solver = self.solver
         unit = solver._unit(np.sum(costs, axis=0))
-        objective = np.concatenate([np.minimum(solver._moved(each) * unit, UNIT * DEAREST) for each in costs])
+        objective = np.concatenate(
+            [np.minimum(solver._moved(each) * unit, OBJECTIVE_SCALE * MAX_COST_RATIO) for each in costs]
+        )
         every = np.arange(len(objective), dtype=np.int32)
         self.highs.changeColsCost(len(objective), every, objective)
         upper = np.ones(solver.columns)

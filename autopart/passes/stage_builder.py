@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autopart.cost.compute import again_of
+from autopart.cost.compute import backward_ratio_of
 from autopart.ir.graph import KEY, Info, info, is_pick, loss_of, operands, updates_of, value_of, with_operands
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.ir.random_ops import Stream
@@ -211,7 +211,7 @@ class StageBuilder:
         record, row = info(value[0]), step.row
         axis, _ = self.choices.axes[step.axis]
         before, after = step.before[step.axis], step.after[step.axis]
-        backward = [row.forward] * row.again + [row.backward] * bool(record.grad and row.backward)
+        backward = [row.forward] * row.regathers + [row.backward] * bool(record.grad and row.backward)
         note = " ".join(
             f"{way}: {what.replace('_', '-')} over {axis}."
             for way, what in (("forward", row.forward), ("backward", ", ".join(backward)))
@@ -233,7 +233,7 @@ class StageBuilder:
             view=False,
             logits=False,
             weights=(),
-            times=2.0,
+            gradient_copies=2.0,
         )
         args = (node, axis, *reshard_arguments(row.function, before, after))
         return self._add(segment, runtime_function(row.function), args, {}, local)
@@ -265,9 +265,9 @@ class StageBuilder:
         result = self._add(segment, target, args, kwargs, local)
         sizes_of_means = [n for s, (_, n) in zip(chosen, self.choices.axes, strict=True) if s.local == "mean"]
         if (shards := math.prod(sizes_of_means)) > 1:
-            moved, again = 2 * local.size, int(record.grad)
+            moved, ratio = 2 * local.size, int(record.grad)
             mean = replace(
-                local, name="aten.div.Tensor", kernel="", product=False, matrix=None, moved=moved, again=again
+                local, name="aten.div.Tensor", kernel="", product=False, matrix=None, moved=moved, backward_ratio=ratio
             )
             result = self._add(segment, torch.ops.aten.div.Tensor, (result, shards), {}, mean)
         if len(placed) == 1:
@@ -310,7 +310,7 @@ class StageBuilder:
             size=size,
             several=self._several((node, 0)),
             moved=size + read,
-            again=again_of(record, [info(n) for n in node.all_input_nodes]),
+            backward_ratio=backward_ratio_of(record, [info(n) for n in node.all_input_nodes]),
             flops=record.flops * grow / share,
             matrix=self.choices.matrix(record.matrix, chosen, grow),
             inner=record.inner * grow / share,

@@ -48,15 +48,14 @@ class SavedMemory:
     shared    whether several segments of the model save it
     product   whether a matrix product made it or saves it
     segments  the segments of this stage that save it, by their index in the layered graph, or PRELUDE_SEGMENT
-    wide      segment -> further bytes that it saves while it is recomputed: the parts that other ranks have of what is
-              gathered again
+    regathered_bytes  segment -> bytes of the shards of other ranks, which the segment gathers again in its backward
     """
 
     size: float
     shared: bool
     product: bool
     segments: set[int] = field(default_factory=set)
-    wide: dict[int, float] = field(default_factory=dict)
+    regathered_bytes: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def _difference(layered: LayeredGraph, pair: _Pair, begin: int) -> str:
     length = len(pair.first)
     for i, k in zip(pair.first, pair.second, strict=True):
         one, two = layered.segments[i], layered.segments[k]
-        if two.label != pair.sample.moved(one.label, pair.sample.period) or one.kind != two.kind:
+        if two.label != pair.sample.moved(one.label, pair.sample.period) or one.segment_class != two.segment_class:
             return f"{two.label or 'what follows'} does something else than {one.label or 'what came before'}"
         for mine, other in zip(one.externals, two.externals, strict=True):
             before, now = layered.locations.get(mine), layered.locations.get(other)

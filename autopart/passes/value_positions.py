@@ -1,6 +1,6 @@
 """LayeredGraph -> where values are made, used and kept, at every position of the model: what no degree changes.
 
-Places where the same nodes use a value in the same pattern are one flow, so that equal blocks are told once.
+Places where the same nodes use a value in the same pattern are one `ValueUses`, so that equal blocks are told once.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Write:
     """What writes the new value of a buffer, for all buffers of a class.
 
     buffer  the buffer's node;  taken: (node, output) of the new value
-    group   the class of the segment that makes the new value; -1 for what every stage makes for itself
+    segment_class  the class of the segment that makes the new value; -1 for what every stage makes for itself
     """
 
     buffer: int
     taken: tuple[int, int]
-    group: int
+    segment_class: int
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class ValuePositions:
 
     nodes   the representatives; behind them the table has the writes, and a node that takes the loss
     index   representative -> its index in `nodes`
-    flows   the values without their reshards;  keeps, state, shared: as in `StrategyTable`
+    value_uses  the values without their reshards;  saved_tensors, state, shared: as in `StrategyTable`
     """
 
     nodes: list[fx.Node]
     index: dict[fx.Node, int]
-    flows: list[ValueUses]
-    keeps: list[SavedTensor]
+    value_uses: list[ValueUses]
+    saved_tensors: list[SavedTensor]
     writes: list[Write]
     state: dict[int, list[tuple[int, ...]]]
     shared: dict[int, list[tuple[int, ...]]]
@@ -104,7 +104,7 @@ class _Finder:
             if node.op == "call_function" and not is_pick(node):
                 for source in node.all_input_nodes:
                     self.readers[value_of(source)[0]].add(self.segment_of.get(node, -1))
-        self.flows: dict[object, ValueUses] = {}
+        self.value_uses: dict[object, ValueUses] = {}
         self.writes: list[Write] = []
         self.needed: dict[fx.Node, set[int]] = {}
         self.made_at: dict[fx.Node, set[int]] = defaultdict(set)
@@ -118,12 +118,12 @@ class _Finder:
         self._updates(used)
         self.needed = self._needed(used)
         for (source, output, home, _), uses in used.items():
-            self._flow(source, output, home, uses)
+            self._value(source, output, home, uses)
         source, output = value_of(loss_of(self.layered.traced.graph))
         home = self.last[self.segment_of[source]]
-        self._flow(source, output, home, [_Use(len(self.nodes) + len(self.writes), 0, home)])
-        flows, keeps, state = list(self.flows.values()), self._keeps(), self._state()
-        return ValuePositions(self.nodes, self.index, flows, keeps, self.writes, state, self._shared())
+        self._value(source, output, home, [_Use(len(self.nodes) + len(self.writes), 0, home)])
+        value_uses, saved, state = list(self.value_uses.values()), self._saved_tensors(), self._state()
+        return ValuePositions(self.nodes, self.index, value_uses, saved, self.writes, state, self._shared())
 
     def _position(self, source: fx.Node, segment: int, position: int) -> int:
         """The position that makes a value which a node of `segment` reads at `position`.
@@ -163,17 +163,19 @@ class _Finder:
                     used[key].append(_Use(self.index[self.layered.same[node]], operand, position, node))
         return used
 
-    def _flow(self, source: fx.Node, output: int, home: int, uses: Sequence[_Use]) -> None:
+    def _value(self, source: fx.Node, output: int, home: int, uses: Sequence[_Use]) -> None:
         index = self.index[self.layered.same[source]]
         inside = tuple(u.position == home for u in uses)
         several = len({u.position for u in uses}) > 1
         pairs = tuple((u.node, u.operand) for u in uses)
-        flow = self.flows.setdefault((index, output, pairs, inside, several), ValueUses(index, output, pairs, inside))
-        flow.homes.append(home)
-        flow.users.append(tuple(u.position for u in uses))
-        flow.needs.append(tuple(self._needs(u) for u in uses))
+        used = self.value_uses.setdefault(
+            (index, output, pairs, inside, several), ValueUses(index, output, pairs, inside)
+        )
+        used.producers.append(home)
+        used.consumers.append(tuple(u.position for u in uses))
+        used.dependents.append(tuple(self._dependents(u) for u in uses))
 
-    def _needs(self, use: _Use) -> tuple[int, ...]:
+    def _dependents(self, use: _Use) -> tuple[int, ...]:
         """The positions that need what a use makes."""
         if use.position >= 0:
             return (use.position,)
@@ -190,7 +192,9 @@ class _Finder:
             taken = self.index[self.layered.same[source]], output
             if (buffer, *taken) not in known:
                 known[buffer, *taken] = len(self.nodes) + len(self.writes)
-                self.writes.append(Write(buffer, taken, -1 if segment is None else self.layered.segments[segment].kind))
+                self.writes.append(
+                    Write(buffer, taken, -1 if segment is None else self.layered.segments[segment].segment_class)
+                )
             home, module = -1 if segment is None else self.last[segment], modules.get(name.rpartition(".")[0], 0)
             use = _Use(known[buffer, *taken], 1, home, written=module)
             others = used.get((source, output, home, ""), [])
@@ -200,7 +204,7 @@ class _Finder:
                 self.made_at[source].add(module)
                 self.written[use.node].append(module)
 
-    def _keeps(self) -> list[SavedTensor]:
+    def _saved_tensors(self) -> list[SavedTensor]:
         """The saved tensors, with the nodes that save them at every place."""
         by_name = {n.name: n for n in self.layered.traced.graph.nodes}
         kept: dict[tuple[str, int], list[_Use]] = defaultdict(list)
@@ -211,14 +215,14 @@ class _Finder:
                     operand = -1 if root == node.name else next(iter(through), -2)
                     home = self._position(by_name[root], segment, position)
                     kept[root, home].append(_Use(self.index[self.layered.same[node]], operand, position))
-        keeps: dict[object, SavedTensor] = {}
+        found: dict[object, SavedTensor] = {}
         for (root, _), uses in kept.items():
-            keepers = tuple((u.node, u.operand) for u in uses)
+            savers = tuple((u.node, u.operand) for u in uses)
             several = len({u.position for u in uses}) > 1
             rep = self.index[self.layered.same[value_of(by_name[root])[0]]]
-            keep = keeps.setdefault((rep, keepers, several), SavedTensor(rep, keepers))
-            keep.places.append(tuple(u.position for u in uses))
-        return list(keeps.values())
+            tensor = found.setdefault((rep, savers, several), SavedTensor(rep, savers))
+            tensor.places.append(tuple(u.position for u in uses))
+        return list(found.values())
 
     def _state(self) -> dict[int, list[tuple[int, ...]]]:
         """Node of a parameter -> for each parameter of its class, the positions that read it."""

@@ -14,7 +14,7 @@ def step_breakdown(plan: PlanFields) -> dict[str, float]:
     """
     m, shared = plan.micro_batches, amortization(plan.zero, plan.micro_batches, plan.pp)
     slowest = max(plan.stages, key=lambda stage: stage.turn_seconds(shared))
-    lines = [(len(run.labels), line) for run in slowest.runs for line in run.lines]
+    lines = [(len(segment.labels), line) for segment in slowest.segments for line in segment.lines]
     compute = m * sum(times * line.seconds for times, line in lines)
     comm = m * sum(times * line.comm_seconds for times, line in lines)
     recompute = m * (slowest.forward_seconds + slowest.backward_seconds) - compute - comm

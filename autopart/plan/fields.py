@@ -93,5 +93,5 @@ class PlanFields:
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """The first segment of every stage."""
-        return tuple(s.first_run for s in self.stages)
+        """The first position of every stage."""
+        return tuple(s.first_position for s in self.stages)

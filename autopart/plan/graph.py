@@ -45,7 +45,7 @@ def _labels(plan: PlanFields, index: int) -> Iterator[tuple[tuple[int, int], str
     front of those that `recompute` tells of are the prelude's."""
     stage = plan.stages[index]
     rows = [(label, segment, segment.sources[i] if i < len(segment.sources) else ())
-            for segment in stage.runs for i, label in enumerate(segment.labels)]  # fmt: skip
+            for segment in stage.segments for i, label in enumerate(segment.labels)]  # fmt: skip
     modes = ["none"] * (len(rows) - len(stage.recompute)) + list(stage.recompute)
     for number, ((label, segment, sources), mode) in enumerate(zip(rows, modes[-len(rows) :], strict=False)):
         yield (index, number), label, mode, segment, sources

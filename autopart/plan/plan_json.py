@@ -21,7 +21,7 @@ from autopart.sharding.rules import Strategy
 
 Made = TypeVar("Made", bound=PlanFields)
 
-SCHEMA = 4
+SCHEMA = 5
 """Version of the JSON. A plan of another version is refused."""
 
 
@@ -85,17 +85,17 @@ def _search_from_json(data: Mapping[str, Any] | None) -> SearchSummary | None:
 
 
 def _stage_from_json(data: Mapping[str, Any]) -> PlanStage:
-    runs = tuple(
+    segments = tuple(
         PlanSegment(
             tuple(r["labels"]),
             r["seconds"],
             tuple(PlanLine(**{**line, "inputs": tuple(line["inputs"])}) for line in r["lines"]),
             tuple(tuple((stage, label, line) for stage, label, line in sources) for sources in r["sources"]),
         )
-        for r in data["runs"]
+        for r in data["segments"]
     )
     sends, recompute = tuple((s, b, t) for s, b, t in data["sends"]), tuple(data["recompute"])
-    return PlanStage(**{**data, "runs": runs, "sends": sends, "recompute": recompute})
+    return PlanStage(**{**data, "segments": segments, "sends": sends, "recompute": recompute})
 
 
 def _strategy_to_json(strategy: Strategy) -> dict[str, Any]:

@@ -53,10 +53,10 @@ class PlanSegment:
 class PlanStage:
     """One pipeline stage on one of its ranks.
 
-    first_run         index of the stage's first segment in the model's sequence of segments
+    first_position    the first position of the stage in the model
     splits            index of the stage's shardings in the plan's `splits`
-    recompute         for each of its segments, what is saved for backward: everything ("none"), the outputs of matrix
-                      products ("selective") or the segment's inputs ("full"); the rest is computed again
+    recompute         for each of its positions, what is saved for backward: everything ("none"), the outputs of matrix
+                      products ("selective") or the inputs of the block ("full"); the rest is computed again
     forward_seconds   for one micro-batch, communication included
     backward_seconds  for one micro-batch, communication and recompute included
     sync_seconds      once a step: gradient sync and parameter update that the backward does not hide
@@ -64,12 +64,12 @@ class PlanStage:
     send_seconds      for one micro-batch: what the stage sends and receives
     memory            kind -> bytes at the stage's memory peak: parameters, gradients, optimizer, activations, messages
                       (receive buffers) and transient, which is alive at the peak alone (`autopart.cost.liveness`)
-    runs              its segments
+    segments          its segments, equal neighbours in one
     sends             for every stage that this one sends to: (stage, bytes of a micro-batch, seconds of the activations
                       there and of their gradients back)
     """
 
-    first_run: int
+    first_position: int
     splits: int
     recompute: tuple[str, ...]
     forward_seconds: float
@@ -77,7 +77,7 @@ class PlanStage:
     sync_seconds: float
     send_seconds: float
     memory: Mapping[str, float]
-    runs: tuple[PlanSegment, ...]
+    segments: tuple[PlanSegment, ...]
     sends: tuple[tuple[int, int, float], ...] = ()
 
     def turn_seconds(self, amortization: int) -> float:

@@ -42,7 +42,7 @@ def describe(plan: PlanFields, width: int | None = None) -> str:
         sync = f"gradient sync {seconds_text(stage.sync_seconds)} a step"
         lines += paragraph(f"stage {index}   forward {forward}, backward {backward} a micro-batch; {sync}", width)
         lines += paragraph(f"{bytes_text(stage.memory_bytes)}: {memory_text(stage.memory)}", width, 2)
-        for segment in stage.runs:
+        for segment in stage.segments:
             lines += _segment(segment, index, printed, width)
         lines += [f"  send to stage {to}   {bytes_text(size)} a micro-batch" for to, size, _ in stage.sends]
     if plan.replicated:
@@ -66,7 +66,7 @@ def recompute_text(plan: PlanFields) -> str:
     if plan.recompute != "mixed":
         return plan.recompute
     modes = Counter(mode for stage in plan.stages for mode in stage.recompute)
-    layers = sum(is_block(label) for stage in plan.stages for segment in stage.runs for label in segment.labels)
+    layers = sum(is_block(label) for stage in plan.stages for segment in stage.segments for label in segment.labels)
     if not layers:
         return plan.recompute
     counts = [f"{mode} in {modes[mode]}" for mode in ("selective", "full") if modes[mode]]
@@ -111,7 +111,7 @@ def missing(plan: PlanFields) -> list[tuple[str, int, float]]:
     """(operator, calls, seconds) of the operators without a rule, the costliest first. The seconds are those of a
     micro-batch, forward and backward."""
     calls: dict[str, list[float]] = {name: [] for name in plan.replicated}
-    for segment in (segment for stage in plan.stages for segment in stage.runs):
+    for segment in (segment for stage in plan.stages for segment in stage.segments):
         for line in segment.lines:
             for name in calls:
                 if line.operator == printed_name(name):

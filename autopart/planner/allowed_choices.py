@@ -69,7 +69,7 @@ def modes_of(
         left = [m for m in modes if all(_allows_mode(c, label, is_block, m) for c in constraints)]
         if not left:
             texts = [c.text for c in constraints if not all(_allows_mode(c, label, is_block, m) for m in modes)]
-            why = "only numbered blocks are run again" if not is_block else "its modes are all ruled out"
+            why = "only numbered blocks are recomputed" if not is_block else "its modes are all ruled out"
             raise PartitionError(f"{label or 'the loss'} can recompute in no way: {'; '.join(texts)}", why)
         allowed.append(tuple(left))
     return tuple(allowed)

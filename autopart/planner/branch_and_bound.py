@@ -240,7 +240,7 @@ class Search:
         """Candidates that take less memory. If the one that takes least does not fit while there is an incumbent, no
         others are tried. Small models go on to bounds of single stages and to exact splits."""
         space, found, (multipliers, columns) = self.space, self.plans[point], self._open.pop(point)
-        least_memory = {group: mode for group in space.model(point).blocks for mode in space.modes[-1:]}
+        least_memory = {segment_class: mode for segment_class in space.model(point).blocks for mode in space.modes[-1:]}
         found.add(space.solve(point, NEVER, least_memory))
         if found.best_plan() or self.incumbent.result is None:
             for multiplier in multipliers:

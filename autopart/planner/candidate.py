@@ -158,7 +158,7 @@ def costs_of(
     """The costs of all intervals under a choice, whose positions may take the `allowed` modes of checkpointing."""
     table, m = space.model(point).table, space.micro_batches(point)
     costs = space.position_costs(point, chosen)
-    return interval_costs(costs, table.group, table.block, m, space.amortization(point), allowed)
+    return interval_costs(costs, table.segment_classes, table.block, m, space.amortization(point), allowed)
 
 
 def max_stage_seconds(space: SearchSpace, point: SearchPoint, step: float) -> float:

@@ -19,7 +19,7 @@ from autopart.cost.position_costs import PositionCosts
 class CheckpointStep:
     """One block of a class takes the step to `mode`: `seconds` more, `bytes` less per micro-batch in flight."""
 
-    kind: int
+    checkpoint_class: int
     mode: str
     seconds: float
     bytes: float
@@ -60,7 +60,7 @@ def uniform_checkpointing(
 
 
 def checkpoint_steps(
-    costs: PositionCosts, kind: int, where: NDArray[np.bool_], modes: Sequence[str], furthest: int
+    costs: PositionCosts, checkpoint_class: int, where: NDArray[np.bool_], modes: Sequence[str], furthest: int
 ) -> list[CheckpointStep]:
     """The steps of one class of blocks from the first of its `modes` to MODES[furthest]: the lower convex hull of
     (bytes saved, seconds), so that each step costs more seconds a byte than the one before it. Blocks of a class may
@@ -77,7 +77,9 @@ def checkpoint_steps(
         while len(hull) > 1 and _slope(hull[-1], point) <= _slope(hull[-2], hull[-1]):
             hull.pop()
         hull.append(point)
-    return [CheckpointStep(kind, MODES[b[0]], b[1] - a[1], a[2] - b[2]) for a, b in itertools.pairwise(hull)]
+    return [
+        CheckpointStep(checkpoint_class, MODES[b[0]], b[1] - a[1], a[2] - b[2]) for a, b in itertools.pairwise(hull)
+    ]
 
 
 def _slope(one: tuple[int, float, float], other: tuple[int, float, float]) -> float:

@@ -6,18 +6,18 @@
                                                     numbers also compare by <=, >=, < and >
     stage 2 starts at layers.10                     where one stage begins; stages count from 0
     cut before layers.10                            some stage begins there, whatever its number
-    cuts=manual:layers.8,layers.16                  the first run of every stage but the first; says how many there are
+    cuts=manual:layers.8,layers.16                  the first segment of every stage but the first; fixes pp
     cuts=uniform                                    as equal numbers of numbered blocks as can be
     cuts=parameters                                 the largest stage has the fewest bytes of parameters
     cuts=time                                       the slowest stage takes the least predicted time
     cuts=memory                                     the largest stage takes the fewest predicted bytes
-    cuts=type:DecoderLayer                          as equal numbers as can be of runs whose class has that pattern
+    cuts=type:DecoderLayer                          as equal numbers as can be of segments whose class has that pattern
     split layers.*.up_proj.weight dim 0 over tp     a tensor, or an operator's output, is split along that dim
     split layers.*.up_proj.weight over tp           the same along any dim
     keep lm_head.weight whole over tp               every rank of the axis has all of it
     strategy layers.*.up_proj/linear n over tp      an operator's strategy by its name: a split letter, or R, C, P
     layers.*.up_proj/linear: n/tp                   the same as plans print it
-    recompute layers.3 full                         what runs do with what backward needs: none, selective or full
+    recompute layers.3 full                         what segments do with what backward needs: none, selective or full
 
 Any form but ``cuts=`` may follow "no", "not" or "do not", which asks for its opposite: "no cut before layers.10",
 "do not split lm_head.weight over tp".
@@ -35,10 +35,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from autopart.cost.liveness import MODES
 from autopart.errors import PartitionError, closest
 from autopart.plan.schedules import SCHEDULES
 from autopart.planner.constraints import (
-    MODES,
     Constraint,
     CutBefore,
     Layout,
@@ -53,7 +53,7 @@ NUMBERS = ("pp", "dp", "tp", "micro_batch")
 """Settings that are any positive number."""
 VALUES: Mapping[str, tuple[int | str, ...]] = {
     "zero": (0, 1, 2, 3),
-    "recompute": ("none", "selective", "full", "mixed"),
+    "recompute": (*MODES, "mixed"),
     "schedule": tuple(SCHEDULES),
 }
 """Settings that are one of a few values."""
@@ -122,7 +122,7 @@ def _setting(text: str, holds: bool, match: re.Match[str]) -> Constraint:
 
 def _stage_start(text: str, holds: bool, match: re.Match[str]) -> Constraint:
     if int(match["stage"]) == 0:
-        raise PartitionError(f"{text}: stage 0 always starts at the first run", try_="stage 1")
+        raise PartitionError(f"{text}: stage 0 always starts at the first segment", try_="stage 1")
     return StageStart(text, holds, int(match["stage"]), match["label"])
 
 
@@ -134,7 +134,7 @@ def _cuts(text: str, holds: bool, match: re.Match[str]) -> Constraint:
             f"{text}: there is no method {method}", f"there are {', '.join(known)}", closest_names(method, known)
         )
     if bool(argument) != (method in ("manual", "type")) or bool(colon) != bool(argument):
-        wanted = {"manual": "the first run of every later stage", "type": "a pattern of class names"}.get(method)
+        wanted = {"manual": "the first segment of every later stage", "type": "a pattern of class names"}.get(method)
         raise PartitionError(f"{text}: {method} takes {wanted or 'nothing'} behind a colon")
     if method == "type":
         try:

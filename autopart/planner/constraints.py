@@ -13,11 +13,11 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
 
+from autopart.cost.liveness import MODES
 from autopart.errors import PartitionError
 from autopart.ir.labels import is_block
 from autopart.sharding.notation import Strategy
 
-MODES = ("none", "selective", "full")
 COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq,
     "!=": operator.ne,
@@ -33,9 +33,9 @@ class Positions:
     """The model's positions, with what cuts may go by; a field that is not known is empty. Instances are compared by
     identity, so that results for one can be cached.
 
-    labels           of the runs; "" where one has none
-    types            class name of each run's module, "" where it has none
-    parameter_bytes  bytes of the parameters that a run is the first to read
+    labels           of the segments; "" where one has none
+    types            class name of each segment's module, "" where it has none
+    parameter_bytes  bytes of the parameters that a segment is the first to read
     seconds          predicted seconds of a micro-batch, forward and backward
     bytes            predicted bytes of state and of what is saved for backward
     """
@@ -63,8 +63,8 @@ class Constraint:
         return True
 
     def allows_stage(self, stage: int, start: int, stop: int, stages: int, positions: Positions) -> bool:
-        """Whether stage number `stage` of `stages` may be the runs `start` to `stop` - 1. A cut is allowed where each
-        of its stages is."""
+        """Whether stage number `stage` of `stages` may be the positions `start` to `stop` - 1. A cut is allowed where
+        each of its stages is."""
         return True
 
     def allows_strategy(self, axis: str, key: str, strategy: Strategy) -> bool:
@@ -72,7 +72,7 @@ class Constraint:
         return True
 
     def allows_recompute(self, label: str, mode: str) -> bool:
-        """Whether the run `label` may have a mode of checkpointing."""
+        """Whether the segment `label` may have a mode of checkpointing."""
         return True
 
     def check(self, labels: Sequence[str], keys: Iterable[str]) -> None:
@@ -97,7 +97,7 @@ class Setting(Constraint):
 
 @dataclass(frozen=True)
 class StageStart(Constraint):
-    """The stage of a number begins with a run."""
+    """The stage of a number begins with a segment."""
 
     stage: int
     label: str
@@ -115,7 +115,7 @@ class StageStart(Constraint):
 
 @dataclass(frozen=True)
 class CutBefore(Constraint):
-    """Some stage begins with a run."""
+    """Some stage begins with a segment."""
 
     label: str
 
@@ -157,7 +157,7 @@ CONDITIONS: Mapping[str, Callable[[Strategy, str], bool]] = {
 
 @dataclass(frozen=True)
 class Recompute(Constraint):
-    """The runs whose labels match a pattern have a mode of checkpointing."""
+    """The segments whose labels match a pattern have a mode of checkpointing."""
 
     glob: str
     mode: str
@@ -166,19 +166,19 @@ class Recompute(Constraint):
         return not matches(self.glob, label) or (mode == self.mode) == self.holds
 
     def check(self, labels: Sequence[str], keys: Iterable[str]) -> None:
-        _some(self, self.glob, list(filter(None, labels)), "run", "")
+        _some(self, self.glob, list(filter(None, labels)), "segment", "")
 
 
 def check_names(constraints: Iterable[Constraint], labels: Sequence[str], keys: Iterable[str]) -> None:
-    """Raise PartitionError for the first constraint that names a run, an operator or a tensor that `labels` and `keys`
-    do not have."""
+    """Raise PartitionError for the first constraint that names a segment, an operator or a tensor that is not in
+    `labels` and `keys`."""
     keys = list(keys)
     for constraint in constraints:
         constraint.check(labels, keys)
 
 
 def position(label: str, labels: Sequence[str]) -> int:
-    """The position of the run that `label` names. Raises PartitionError where it names none or several."""
+    """The position of the segment that `label` names. Raises PartitionError where it names none or several."""
     return _position(label, tuple(labels))
 
 
@@ -192,10 +192,10 @@ def _position(label: str, labels: tuple[str, ...]) -> int:
         return found[0]
     if found:
         several = ", ".join(f"{labels[i]} at {i}" for i in found)
-        raise PartitionError(f"{label!r} names several runs", several, "more of the label, or the position")
+        raise PartitionError(f"{label!r} names several segments", several, "more of the label, or the position")
     known = [name for name in dict.fromkeys(labels) if name]
     raise PartitionError(
-        f"there is no run {label!r}", f"positions are 0 to {len(labels) - 1}", closest_names(label, known)
+        f"there is no segment {label!r}", f"positions are 0 to {len(labels) - 1}", closest_names(label, known)
     )
 
 
@@ -205,10 +205,10 @@ def matches(glob: str, name: str) -> bool:
 
 
 def cut_position(constraint: Constraint, label: str, labels: Sequence[str]) -> int:
-    """The position of a run before which there may be a cut. Raises PartitionError for the first run."""
+    """The position of a segment before which there may be a cut. Raises PartitionError for the first segment."""
     at = position(label, labels)
     if at == 0:
-        raise PartitionError(f"{constraint.text}: {label} is the model's first run", "no cut is before it")
+        raise PartitionError(f"{constraint.text}: {label} is the model's first segment", "no cut is before it")
     return at
 
 

@@ -34,7 +34,7 @@ class Cuts(Constraint):
         return (start, stop) == bounds[stage : stage + 2]
 
     def starts(self, stages: int, positions: Positions) -> tuple[int, ...]:
-        """The first run of every stage. Raises PartitionError where the model cannot be cut so."""
+        """The first segment of every stage. Raises PartitionError where the model cannot be cut so."""
         return _starts(self, stages, positions)
 
     def check(self, labels: Sequence[str], keys: Iterable[str]) -> None:
@@ -47,17 +47,19 @@ class Cuts(Constraint):
         starts = (0, *(cut_position(self, name, labels) for name in names))
         for before, after, name in zip(starts, starts[1:], names, strict=False):
             if after <= before:
-                raise PartitionError(f"{self.text}: {name} is not behind the run before it", "stages follow the model")
+                raise PartitionError(
+                    f"{self.text}: {name} is not behind the segment before it", "stages follow the model"
+                )
         return starts
 
     def of_type(self, positions: Positions) -> list[float]:
-        """Weight 1 for every run whose class name the pattern of "type" finds, else 0."""
+        """Weight 1 for every segment whose class name the pattern of "type" finds, else 0."""
         found = [float(bool(re.search(self.argument, name, re.IGNORECASE))) for name in _known(positions, "types")]
         if not any(found):
             classes = sorted({name for name in positions.types if name})
             raise PartitionError(
-                f"{self.text} finds no run",
-                f"the model's runs are of {', '.join(classes)}",
+                f"{self.text} finds no segment",
+                f"the model's segments are of {', '.join(classes)}",
                 closest_names(self.argument, classes),
             )
         return found
@@ -116,5 +118,5 @@ def _row(sums: Sequence[float], parts: int, join: Callable[[float, float], float
 def _known(positions: Positions, column: str) -> Sequence[Any]:
     values: Sequence[Any] = getattr(positions, column)
     if len(values) != len(positions.labels):
-        raise PartitionError(f"cuts by {column} are not possible here", f"the runs' {column} are not known")
+        raise PartitionError(f"cuts by {column} are not possible here", f"the segments' {column} are not known")
     return values

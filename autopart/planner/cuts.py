@@ -31,22 +31,22 @@ class Cut:
 def best_cut(columns: Callable[[int], Array], stages: int, micro_batches: int) -> Cut | None:
     """The best cut; None where none fits. `columns(s)` has f[s, i, j] for all intervals in the order of
     `intervals.interval_ends`."""
-    fill, bands = micro_batches - 1, _bands([columns(s) for s in range(stages)])
+    m, bands = micro_batches, _bands([columns(s) for s in range(stages)])
     loosest = _path(bands, NEVER)
     if loosest is None:
         return None
     floor, least = sum(loosest[1]), _least_maximum(bands)
     tight = _path(bands, least)
     assert tight is not None
-    best = min((_cut(path, fill, least) for path in (loosest, tight)), key=lambda c: c.seconds)
-    limit = (best.seconds - floor) / fill if fill else 0.0
+    best = min((_cut(path, m, least) for path in (loosest, tight)), key=lambda c: c.seconds)
+    limit = (best.seconds - floor) / (m - 1) if m > 1 else 0.0
     while limit > least:
         found = _path(bands, limit)
         assert found is not None
-        best = min(best, _cut(found, fill, least), key=lambda c: c.seconds)
-        if sum(found[1]) + fill * least >= best.seconds:
+        best = min(best, _cut(found, m, least), key=lambda c: c.seconds)
+        if sum(found[1]) + (m - 1) * least >= best.seconds:
             break
-        limit = min(np.nextafter(max(found[1]), 0.0), (best.seconds - floor) / fill)
+        limit = min(np.nextafter(max(found[1]), 0.0), (best.seconds - floor) / (m - 1))
     return best
 
 
@@ -54,9 +54,9 @@ Path = tuple[tuple[int, ...], tuple[float, ...]]
 """The first position of every stage, and its seconds."""
 
 
-def _cut(path: Path, fill: int, least: float) -> Cut:
+def _cut(path: Path, m: int, least: float) -> Cut:
     starts, times = path
-    return Cut(starts, sum(times) + fill * max(times), least)
+    return Cut(starts, sum(times) + (m - 1) * max(times), least)
 
 
 def _bands(columns: Sequence[Array]) -> list[Array]:

@@ -44,8 +44,8 @@ def with_sources(
     made = []
     for index, stage in enumerate(stages):
         sources = iter([tuple(_sources(layered, rows, stage_of, index, at)) for at in rows[index].labels])
-        segments = (replace(s, sources=tuple(next(sources) for _ in s.labels)) for s in stage.runs)
-        made.append(replace(stage, runs=tuple(segments)))
+        segments = (replace(s, sources=tuple(next(sources) for _ in s.labels)) for s in stage.segments)
+        made.append(replace(stage, segments=tuple(segments)))
     return made
 
 

@@ -1,7 +1,7 @@
 """The fastest splits of one range of positions under real bytes: memory is a row of the equations, and peaks are rows.
 All gradients that ranks sum together count as one message, which is more than it is where they are many.
 
-The search takes this last, exact step where a model is small enough to try every range of its runs on its own.
+The search takes this last, exact step where a model is small enough to try every interval of positions on its own.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def fastest_that_fit(
     overlappable, backward = space.sync_windows(point)
     lowest, *others = moments(stage, space.training(point), in_flight, m)
     peaks = _entries(_rows(model, others, lowest.bytes))
-    capacity = Capacity(_late(own, overlappable, backward), peaks, lowest.bytes, room)
+    capacity = Capacity(_exposed_sync_rows(own, overlappable, backward), peaks, lowest.bytes, room)
     return space.minimise(point, SplitProblem(seconds + sent + overlappable * (there - own.sum(0)), allowed, capacity))
 
 
@@ -60,21 +60,27 @@ def _stage(
     `arriving` are bytes of messages."""
     model, prices, training = space.model(point), space.priced(point), space.training(point)
     table, there, inside = model.table, model.counts_in(*span), slice(*span)
-    groups, block, share = table.group[inside], table.block[inside], there / np.maximum(model.counts, 1.0)
-    used = {group: {mode: n for mode, n in many.items() if n} for group, many in counts.items()}
-    every = {mode for group in model.blocks for mode in used.get(group, ())}
-    segments = {group: _segment(space, point, group, span) for group in {*groups, -1}}
+    segment_classes, block, share = (
+        table.segment_classes[inside],
+        table.block[inside],
+        there / np.maximum(model.counts, 1.0),
+    )
+    used = {segment_class: {mode: n for mode, n in many.items() if n} for segment_class, many in counts.items()}
+    every = {mode for segment_class in model.blocks for mode in used.get(segment_class, ())}
+    segments = {segment_class: _segment(space, point, segment_class, span) for segment_class in {*segment_classes, -1}}
     seconds, kept, differing = (np.zeros(len(there)) for _ in range(3))
-    for group in {*table.group, -1}:
-        modes = used.get(group) or {"none": 1}
+    for segment_class in {*table.segment_classes, -1}:
+        modes = used.get(segment_class) or {"none": 1}
         for mode, n in modes.items():
-            costs = space.costs(point, {group: mode} if group >= 0 else {})
-            part = np.where(model.group == group, n / sum(modes.values()), 0.0) * share
-            saved = part * costs.saved + (n * segments[group].block_input_bytes * share if mode != "none" else 0.0)
+            costs = space.costs(point, {segment_class: mode} if segment_class >= 0 else {})
+            part = np.where(model.segment_classes == segment_class, n / sum(modes.values()), 0.0) * share
+            saved = part * costs.saved + (
+                n * segments[segment_class].block_input_bytes * share if mode != "none" else 0.0
+            )
             seconds, kept = seconds + part * costs.seconds, kept + saved
-            differing += saved * (group in model.blocks)
+            differing += saved * (segment_class in model.blocks)
     uniform = MODES.index(next(iter(every), "none"))
-    saved = np.array([segments[g].saved_under(uniform * mine) for g, mine in zip(groups, block, strict=True)])
+    saved = np.array([segments[g].saved_under(uniform * mine) for g, mine in zip(segment_classes, block, strict=True)])
     if len(every) > 1:
         blocks = np.flatnonzero(block)
         saved[blocks] = 0.0
@@ -84,8 +90,8 @@ def _stage(
     workspace = _of_nodes(model, prices.optimizer_workspace) * (there if training.foreach else there > 0)
     reduced = _of_nodes(model, prices.reduced_bytes) * (there > 0)
     return seconds, StageBytes(
-        segments=[segments[group] for group in groups],
-        modes=[[*map(MODES.index, used.get(group) or {"none": 1})] for group in groups],
+        segments=[segments[segment_class] for segment_class in segment_classes],
+        modes=[[*map(MODES.index, used.get(segment_class) or {"none": 1})] for segment_class in segment_classes],
         prelude=segments[-1],
         saved=saved,
         shared_saved=kept - saved.sum(0),
@@ -100,17 +106,19 @@ def _stage(
     )
 
 
-def _segment(space: SearchSpace, point: SearchPoint, group: int, span: tuple[int, int]) -> SegmentBytes:
+def _segment(space: SearchSpace, point: SearchPoint, segment_class: int, span: tuple[int, int]) -> SegmentBytes:
     """Bytes of a position of a class of a span, by priced variable; -1: of what the stage makes for all of them."""
     model, prices = space.model(point), space.priced(point)
     sizes, table, there = model.sizes, model.table, model.counts_in(*span) > 0
-    mine = (model.group == group) * 1.0
-    roots = np.array([table.nodes[table.keeps[keep].root].product for keep, _ in sizes.kept])
+    mine = (model.segment_classes == segment_class) * 1.0
+    roots = np.array([table.nodes[table.saved_tensors[tensor].root].product for tensor, _ in sizes.saved_index])
     products = np.concatenate(
         [sizes.product * prices.inner, 0.0 * prices.change_forward, roots * prices.saved_tensor_bytes]
     )
     kept = [
-        mine * space.costs(point, {group: mode} if group >= 0 else {}).saved / np.maximum(model.counts, 1.0)
+        mine
+        * space.costs(point, {segment_class: mode} if segment_class >= 0 else {}).saved
+        / np.maximum(model.counts, 1.0)
         for mode in MODES
     ]
 
@@ -119,14 +127,16 @@ def _segment(space: SearchSpace, point: SearchPoint, group: int, span: tuple[int
         return np.asarray(every * there * mine)
 
     reduced = _of_nodes(model, prices.reduced_bytes) * there * mine
-    one = [model.sizes.single_parameter[p] for p in range(*span) if table.group[p] == group]
+    one = [model.sizes.single_parameter[p] for p in range(*span) if table.segment_classes[p] == segment_class]
     return SegmentBytes(
         saved_bytes=kept,
         reused_bytes=[0.0, mine * products, 0.0],
-        block_input_bytes=_block_inputs(model, prices, group),
+        block_input_bytes=_block_inputs(model, prices, segment_class),
         regathered_bytes=0.0,
-        largest_gradient=largest(prices.largest_gradient, 1) * (group >= 0),
-        backward_bytes=[largest(prices.backward_bytes[int(not first or group < 0)], 2) for first in (True, False)],
+        largest_gradient=largest(prices.largest_gradient, 1) * (segment_class >= 0),
+        backward_bytes=[
+            largest(prices.backward_bytes[int(not first or segment_class < 0)], 2) for first in (True, False)
+        ],
         reduced_bytes=(reduced, reduced),
         single_parameter=all(one),
     )
@@ -142,10 +152,10 @@ def _entries(rows: Array) -> Entries:
     return row, variable, rows[row, variable]
 
 
-def _late(own: Array, beside: Array, backward: Array) -> Entries:
+def _exposed_sync_rows(own: Array, overlappable: Array, backward: Array) -> Entries:
     """Sums of which the largest is for how long gradients travel after the backward of positions (`exposed`)."""
     done = np.cumsum(own, 0) - own
-    return _entries((beside * (done + own) - backward * done) * beside.any())
+    return _entries((overlappable * (done + own) - backward * done) * overlappable.any())
 
 
 def _pending(model: Model, prices: Prices, span: tuple[int, int]) -> tuple[int, Array]:
@@ -171,18 +181,18 @@ def _own_gradients(model: Model, prices: Prices, position: int) -> Array:
     return bytes_
 
 
-def _block_inputs(model: Model, prices: Prices, group: int) -> Array:
-    """Bytes that one block of a class takes from other runs, by the strategy that makes them."""
+def _block_inputs(model: Model, prices: Prices, segment_class: int) -> Array:
+    """Bytes that one block of a class takes from other segments, by the strategy that makes them."""
     sizes, table, bytes_ = model.sizes, model.table, np.zeros(len(model.counts))
-    for flow in table.flows:
-        source = table.nodes[flow.source]
-        inside = flow.homes[0] == flow.users[0][0] or flow.users[0][0] < 0
-        if flow.several or inside or source.kind in ("parameter", "buffer"):
+    for used in table.value_uses:
+        source = table.nodes[used.source]
+        inside = used.producers[0] == used.consumers[0][0] or used.consumers[0][0] < 0
+        if used.several or inside or source.kind in ("parameter", "buffer"):
             continue
-        if group in {table.group[u[0]] for u in flow.users}:
+        if segment_class in {table.segment_classes[u[0]] for u in used.consumers}:
             for option in range(len(source.options)):
-                four = sizes.four(source.values[flow.output], source.given(option, flow.output))
-                bytes_[sizes.first[flow.source] + option] += four @ prices.terms.basis
+                coefficients = sizes.byte_coefficients(source.values[used.output], source.given(option, used.output))
+                bytes_[sizes.first[used.source] + option] += coefficients @ prices.terms.basis
     return bytes_
 
 

@@ -22,28 +22,31 @@ class Model:
     """A table of strategies, one for all stages of the model.
 
     counts  by priced variable (strategies, reshardings, saved tensors): how many positions pay for it
-    group   by priced variable: the class of positions that pays; -1 for what a stage pays once
+    segment_classes  by priced variable: the class of the segments that pay; -1 for what a stage pays once
     """
 
     def __init__(self, table: StrategyTable) -> None:
         self.table = table
         self.sizes = Sizes(table)
-        self.group_solvers: dict[int, Solver] = {}
+        self.class_solvers: dict[int, Solver] = {}
         self.pipelines: dict[int, Coupled] = {}
-        self.counts, self.group = self.counts_in(0, len(table.labels)), np.array(self._groups())
+        self.counts, self.segment_classes = self.counts_in(0, len(table.labels)), np.array(self._segment_classes())
 
-    def _groups(self) -> list[int]:
+    def _segment_classes(self) -> list[int]:
         table, state = self.table, self.table.state
-        nodes = [table.group[state[n][0][0]] if n in state else node.group for n, node in enumerate(table.nodes)]
-        groups = np.repeat(nodes, np.diff(self.sizes.first)).tolist()
+        nodes = [
+            table.segment_classes[state[n][0][0]] if n in state else node.segment_class
+            for n, node in enumerate(table.nodes)
+        ]
+        classes = np.repeat(nodes, np.diff(self.sizes.first)).tolist()
         for index, have, _ in self.sizes.changes:
-            flow = table.flows[index]
-            at = flow.homes[0] if is_partial(have) else -1 if flow.several else flow.users[0][0]
-            groups.append(table.group[at] if at >= 0 else -1)
-        for index, _ in self.sizes.kept:
-            keep = table.keeps[index]
-            groups.append(table.group[keep.places[0][0]] if not keep.several else -1)
-        return groups
+            used = table.value_uses[index]
+            at = used.producers[0] if is_partial(have) else -1 if used.several else used.consumers[0][0]
+            classes.append(table.segment_classes[at] if at >= 0 else -1)
+        for index, _ in self.sizes.saved_index:
+            tensor = table.saved_tensors[index]
+            classes.append(table.segment_classes[tensor.places[0][0]] if not tensor.several else -1)
+        return classes
 
     def counts_in(self, i: int, j: int) -> Array:
         """How many of the positions i..j-1 pay for each variable: for a parameter or a saved tensor that several read,
@@ -53,37 +56,37 @@ class Model:
         def inside(positions: Iterable[int]) -> bool:
             return any(i <= p < j for p in positions)
 
-        in_group = {g: table.group[i:j].count(g) for g in set(table.group)}
+        in_class = {g: table.segment_classes[i:j].count(g) for g in set(table.segment_classes)}
         nodes = [
             sum(map(inside, table.state.get(n, ()))) if node.kind == "parameter"
-            else in_group.get(node.group, sum(map(inside, table.shared.get(n, ()))))
+            else in_class.get(node.segment_class, sum(map(inside, table.shared.get(n, ()))))
             for n, node in enumerate(table.nodes)
         ]  # fmt: skip
         counts = np.repeat(nodes, np.diff(self.sizes.first)).tolist()
         paid: dict[tuple[int, bool], int] = {}
         for index, have, _ in self.sizes.changes:
-            flow, key = table.flows[index], (index, is_partial(have))
+            used, key = table.value_uses[index], (index, is_partial(have))
             if key not in paid:
-                pays = zip(flow.homes, flow.needs, strict=True)
+                pays = zip(used.producers, used.dependents, strict=True)
                 paid[key] = sum(inside([h] if is_partial(have) and h >= 0 else chain(*needs)) for h, needs in pays)
             counts.append(paid[key])
-        saved = [sum(map(inside, keep.places)) for keep in table.keeps]
-        counts += [saved[index] for index, _ in self.sizes.kept]
+        saved = [sum(map(inside, tensor.places)) for tensor in table.saved_tensors]
+        counts += [saved[index] for index, _ in self.sizes.saved_index]
         return np.array(counts, dtype=float)
 
     @cached_property
     def counts_alone(self) -> Array:
         """[positions, variables]: how often every position pays for each variable that no other position shares."""
-        table, sizes, group = self.table, self.sizes, np.array(self.table.group)
-        found = np.zeros((len(group), len(self.counts)))
+        table, sizes, classes = self.table, self.sizes, np.array(self.table.segment_classes)
+        found = np.zeros((len(classes), len(self.counts)))
         for n, node in enumerate(table.nodes):
-            mine = sizes.holders[n][0] if n in sizes.holders else np.flatnonzero(group == node.group)
+            mine = sizes.holders[n][0] if n in sizes.holders else np.flatnonzero(classes == node.segment_class)
             found[mine, sizes.first[n] : sizes.first[n + 1]] = 1.0
         for i, (index, have, _) in enumerate(sizes.changes, start=int(sizes.first[-1])):
-            flow = table.flows[index]
-            homes, users = flow.ends
-            mine = homes if is_partial(have) else users
-            if mine[0] >= 0 and (is_partial(have) or not flow.several):
+            used = table.value_uses[index]
+            producers, consumers = used.ends
+            mine = producers if is_partial(have) else consumers
+            if mine[0] >= 0 and (is_partial(have) or not used.several):
                 np.add.at(found[:, i], mine, 1.0)
         return found
 
@@ -92,11 +95,11 @@ class Model:
         """The ILP of the whole model."""
         return Solver(self.sizes)
 
-    def group_solver(self, group: int) -> Solver:
+    def class_solver(self, segment_class: int) -> Solver:
         """The ILP of one class of positions alone."""
-        if group not in self.group_solvers:
-            self.group_solvers[group] = Solver(self.sizes, group)
-        return self.group_solvers[group]
+        if segment_class not in self.class_solvers:
+            self.class_solvers[segment_class] = Solver(self.sizes, segment_class)
+        return self.class_solvers[segment_class]
 
     def pipeline(self, stages: int) -> Coupled:
         """The relaxation of so many stages, each with splits of its own that agree on `interface_values`."""
@@ -112,13 +115,13 @@ class Model:
     @cached_property
     def blocks(self) -> list[int]:
         """The classes of numbered blocks."""
-        return sorted({g for g, b in zip(self.table.group, self.table.block, strict=True) if b})
+        return sorted({g for g, b in zip(self.table.segment_classes, self.table.block, strict=True) if b})
 
     @cached_property
     def interface_values(self) -> list[tuple[int, int]]:
         """(node, output) of the values that all stages must place alike, so that each may have its own splits: what
         passes between positions, parameters that several positions read, inputs."""
-        outside = {(f.source, f.output) for f in self.table.flows if not all(f.inside) and max(f.homes) >= 0}
+        outside = {(f.source, f.output) for f in self.table.value_uses if not all(f.inside) and max(f.producers) >= 0}
         outside |= {(i, 0) for i, readers in self.table.state.items() if any(len(p) > 1 for p in readers)}
         return sorted(outside | {(i, 0) for i, n in enumerate(self.table.nodes) if n.kind == "input"})
 
@@ -126,8 +129,8 @@ class Model:
     def interface_sums(self) -> list[tuple[ValueUses, list[tuple[int, int]]]]:
         """The values among these that may be partial sums, with the uses at other positions, which must all take such a
         sum in the same placement."""
-        flows = [f for f in self.table.flows if not all(f.inside) and max(f.homes) >= 0]
-        sums = [f for f in flows if any(is_partial(have) for have, _ in f.chains)]
+        crossing = [f for f in self.table.value_uses if not all(f.inside) and max(f.producers) >= 0]
+        sums = [f for f in crossing if any(is_partial(have) for have, _ in f.chains)]
         return [(f, [use for use, inside in zip(f.uses, f.inside, strict=True) if not inside]) for f in sums]
 
     def interface(self, chosen: Sequence[int]) -> Interface:
@@ -137,8 +140,8 @@ class Model:
         given = [nodes[n].given(chosen[n], output) for n, output in self.interface_values]
         taken = [
             nodes[n].taken(chosen[n], operand) if is_partial(have) else None
-            for flow, ((n, operand), *_) in self.interface_sums
-            for have in [nodes[flow.source].given(chosen[flow.source], flow.output)]
+            for used, ((n, operand), *_) in self.interface_sums
+            for have in [nodes[used.source].given(chosen[used.source], used.output)]
         ]
         return tuple([*given, *taken])
 

@@ -45,10 +45,11 @@ class IntervalCosts:
     end_of_step_workspace  bytes allocated at the end of a step
     block_input_bytes      of values that several blocks read, saved if one of these blocks is recomputed
     recompute_seconds      [modes, positions]: seconds that each of MODES adds
-    group                  class of every position: blocks of a class cost the same and may use the same modes
+    checkpoint_classes     class of every position, finer than its segment class: positions of one class save the same
+                           bytes in every mode and may use the same modes
     least_modes            the first mode that each position may use
-    blocks                 class of blocks -> number of blocks
-    savings                for each of MODES as the furthest: class of blocks -> the steps that one block may take
+    blocks                 checkpoint class of blocks -> number of blocks
+    savings                for each of MODES as the furthest: checkpoint class -> the steps that one block may take
     uniform                for each of MODES: all blocks use it
     """
 
@@ -62,7 +63,7 @@ class IntervalCosts:
     end_of_step_workspace: Array
     block_input_bytes: Array
     recompute_seconds: Array
-    group: Sequence[int]
+    checkpoint_classes: Sequence[int]
     least_modes: Sequence[str]
     micro_batches: int
     blocks: dict[int, Array] = field(default_factory=dict)
@@ -71,14 +72,14 @@ class IntervalCosts:
 
     def index(self, i: int, j: int) -> int:
         """The index of the interval [i, j)."""
-        return interval_index(i, j, len(self.group))
+        return interval_index(i, j, len(self.checkpoint_classes))
 
     def peak_bytes(self, where: Where, in_flight: int) -> Array:
         """Peak bytes of some intervals with `in_flight` micro-batches in flight, but for the end of a step."""
         state = self.state_bytes[where] + self.message_bytes(where, in_flight)
         each = [
             flights * self.saved_bytes[where]
-            + np.maximum(peaks.late[0, where], peaks.early[where] - self.block_saved_bytes[where])
+            + np.maximum(peaks.mixed[0, where], peaks.before_blocks[where] - self.block_saved_bytes[where])
             for peaks, flights in self._backwards(in_flight)
         ]
         return np.asarray(state + np.maximum.reduce(each))
@@ -122,7 +123,7 @@ class IntervalCosts:
             return result
         fitting = [w for w in self._checkpointed(where, in_flight, limit, modes) if w.shortfall[0] <= 0]
         for step, count in min(fitting, key=lambda w: w.seconds[0]).counts if fitting else ():
-            mine = [p for p in range(i, j) if self.group[p] == step.kind]
+            mine = [p for p in range(i, j) if self.checkpoint_classes[p] == step.checkpoint_class]
             for p in mine[: int(count[0])]:
                 result[p - i] = step.mode
         return result
@@ -142,15 +143,15 @@ class IntervalCosts:
         base = self.state_bytes[where] + self.message_bytes(where, in_flight) - limit
         saved, every = self.saved_bytes[where] + self.block_input_bytes[where], self._backwards(in_flight)
         for furthest, savings in enumerate(self.savings):
-            steps = [s for group in savings.values() for s in group if s.mode in modes]
+            steps = [s for each in savings.values() for s in each if s.mode in modes]
             seconds, counts, short = self.seconds[where].copy(), [], []
             for peaks, flights in every:
                 bytes_ = base + flights * saved
-                short.append((bytes_ + peaks.late[furthest, where], flights))
-                short.append((bytes_ + peaks.early[where] - self.block_saved_bytes[where], flights - 1))
+                short.append((bytes_ + peaks.mixed[furthest, where], flights))
+                short.append((bytes_ + peaks.before_blocks[where] - self.block_saved_bytes[where], flights - 1))
             for step in sorted(steps, key=lambda s: s.seconds / s.bytes):
                 needed = np.maximum.reduce([lack / flights for lack, flights in short if flights])
-                count = np.clip(np.ceil(needed / step.bytes), 0, self.blocks[step.kind][where])
+                count = np.clip(np.ceil(needed / step.bytes), 0, self.blocks[step.checkpoint_class][where])
                 seconds += count * step.seconds
                 short = [(lack - count * flights * step.bytes, flights) for lack, flights in short]
                 counts.append((step, count))
@@ -160,7 +161,7 @@ class IntervalCosts:
             if MODES[mode] in modes:
                 lacks = []
                 for peaks, flights in every:
-                    early = peaks.early[where] - self.block_saved_bytes[where] + uniform.bytes[where]
+                    early = peaks.before_blocks[where] - self.block_saved_bytes[where] + uniform.bytes[where]
                     most = np.maximum(peaks.uniform[mode, where], early)
                     lacks.append(base + flights * (saved - uniform.bytes[where]) + most)
                 lack = np.where(uniform.possible[where], np.maximum.reduce(lacks), NEVER)
@@ -169,14 +170,14 @@ class IntervalCosts:
 
 
 def interval_costs(
-    costs: PositionCosts, group: Sequence[int], block: Sequence[bool], micro_batches: int, amortization: int,
+    costs: PositionCosts, segment_classes: Sequence[int], block: Sequence[bool], micro_batches: int, amortization: int,
     allowed: Sequence[tuple[str, ...]],
 ) -> IntervalCosts:  # fmt: skip
     """All intervals of a choice of strategies. `allowed` are the modes that every position may use; `amortization` as
     in `training_state`."""
-    n, training = len(group), costs.training
+    n, training = len(segment_classes), costs.training
     least = np.array([MODES.index(modes[0]) for modes in allowed])
-    recomputed, once = least > 0, [(item, contains_any(item.positions, n)) for item in costs.once]
+    recomputed, per_stage = least > 0, [(item, contains_any(item.positions, n)) for item in costs.per_stage]
     saved = costs.saved_bytes[least, np.arange(n)] + costs.block_input_bytes * recomputed
     seconds = costs.forward + costs.backward + costs.recompute_seconds[least, np.arange(n)]
     seconds = interval_sums(seconds + costs.sync_seconds / amortization)
@@ -184,7 +185,7 @@ def interval_costs(
     state, saves, block_saves = (interval_sums(x) for x in (costs.state_bytes.sum(0), saved, np.where(block, saved, 0)))
     workspace = (interval_sums if training.foreach else interval_maxima)(costs.optimizer_workspace)
     reduced, shared_inputs = interval_sums(costs.reduced_bytes[2]), np.zeros(len(seconds))
-    for item, inside in once:
+    for item, inside in per_stage:
         workspace = (np.add if training.foreach else np.maximum)(workspace, inside * item.optimizer_workspace)
         reduced += inside * item.reduced_bytes
         seconds += inside * (item.forward + item.backward + item.sync_seconds / amortization)
@@ -196,9 +197,9 @@ def interval_costs(
             shared_inputs += (inside & ~already) * item.block_input_bytes
     message_seconds, received = crossed(costs.crossings, n)
     first, others = (transient_peaks(costs, allowed, block, begins) for begins in (True, False))
-    kind = _classes(costs, group, block, allowed)
-    where = {kind[p]: np.array(kind) == kind[p] for p in range(n) if block[p]}
-    modes, depths = {kind[p]: allowed[p] for p in range(n)}, range(len(first.late))
+    classes = _checkpoint_classes(costs, segment_classes, block, allowed)
+    where = {classes[p]: np.array(classes) == classes[p] for p in range(n) if block[p]}
+    modes, depths = {classes[p]: allowed[p] for p in range(n)}, range(len(first.mixed))
     return IntervalCosts(
         seconds=seconds + message_seconds,
         state_bytes=state,
@@ -212,7 +213,7 @@ def interval_costs(
         ),
         block_input_bytes=shared_inputs,
         recompute_seconds=costs.recompute_seconds,
-        group=kind,
+        checkpoint_classes=classes,
         least_modes=[MODES[mode] for mode in least],
         micro_batches=micro_batches,
         blocks={k: interval_sums(mine.astype(float)) for k, mine in where.items()},
@@ -221,11 +222,13 @@ def interval_costs(
     )
 
 
-def _classes(
-    costs: PositionCosts, group: Sequence[int], block: Sequence[bool], allowed: Sequence[tuple[str, ...]]
+def _checkpoint_classes(
+    costs: PositionCosts, segment_classes: Sequence[int], block: Sequence[bool], allowed: Sequence[tuple[str, ...]]
 ) -> list[int]:
-    """The class of every position, finer than `group`: positions of a class may use the same modes and save the same
-    bytes under each."""
+    """`IntervalCosts.checkpoint_classes`: positions of equal segment class, allowed modes and saved bytes by mode."""
     saves = np.column_stack([*costs.saved_bytes, costs.block_input_bytes]).round().tolist()
     known: dict[tuple[int, bool, tuple[str, ...], tuple[float, ...]], int] = {}
-    return [known.setdefault(row, len(known)) for row in zip(group, block, allowed, map(tuple, saves), strict=True)]
+    return [
+        known.setdefault(row, len(known))
+        for row in zip(segment_classes, block, allowed, map(tuple, saves), strict=True)
+    ]

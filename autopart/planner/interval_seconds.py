@@ -45,14 +45,14 @@ def crossed(crossings: Iterable[Crossings], n: int) -> tuple[Array, Array]:
     starts, ends = interval_ends(n)
     seconds, received, adjacent = np.zeros(len(starts)), np.zeros(len(starts)), np.zeros((2, n + 1))
     for values in crossings:
-        near = (values.users == values.homes + 1) & (not values.one)
+        near = (values.consumers == values.producers + 1) & (not values.one)
         for row, amount in zip(adjacent, (values.seconds, values.size), strict=True):
-            np.add.at(row, values.users[near], amount)
+            np.add.at(row, values.consumers[near], amount)
         far = np.flatnonzero(~near)
         for where in [far] if values.one else far[:, None]:
-            home, users = int(values.homes[where[0]]), values.users[where].tolist()
-            taken = contains_any(users, n) & (starts > home)
-            given = (starts <= home) & (home < ends) & (ends <= max(users))
+            producer, consumers = int(values.producers[where[0]]), values.consumers[where].tolist()
+            taken = contains_any(consumers, n) & (starts > producer)
+            given = (starts <= producer) & (producer < ends) & (ends <= max(consumers))
             seconds += (taken.astype(float) + given) * values.seconds
             received += taken * values.size
     return seconds + adjacent[0, starts] + adjacent[0, ends], received + adjacent[1, starts]

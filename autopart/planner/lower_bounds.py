@@ -62,9 +62,9 @@ class KindCounts:
 
 
 @lru_cache(maxsize=8)
-def kind_counts(group: tuple[int, ...], allowed: tuple[tuple[str, ...], ...]) -> KindCounts:
+def kind_counts(segment_classes: tuple[int, ...], allowed: tuple[tuple[str, ...], ...]) -> KindCounts:
     """The counts for positions of these classes and allowed modes."""
-    positions = list(zip(group, allowed, strict=True))
+    positions = list(zip(segment_classes, allowed, strict=True))
     kinds = tuple(sorted(set(positions)))
     is_kind = np.array([[position == kind for kind in kinds] for position in positions], dtype=np.int64)
     total = np.concatenate([np.zeros((1, len(kinds)), dtype=np.int64), np.cumsum(is_kind, axis=0)])
@@ -90,37 +90,49 @@ class LagrangianBounds:
 
     def __init__(self, space: SearchSpace, point: SearchPoint) -> None:
         self.space, self.point = space, point
-        group = space.model(point).table.group
-        self.kind_counts, self.in_group = kind_counts(tuple(group), space.allowed_modes), Counter(group)
-        self.room = self._room(group)
+        segment_classes = space.model(point).table.segment_classes
+        self.kind_counts, self.class_sizes = (
+            kind_counts(tuple(segment_classes), space.allowed_modes),
+            Counter(segment_classes),
+        )
+        self.room = self._room(segment_classes)
         self.in_flight = np.array(space.flights(point))
-        self.messages, _ = crossed(least_crossings(space.priced(point), space.between_stages(point)), len(group))
+        self.messages, _ = crossed(
+            least_crossings(space.priced(point), space.between_stages(point)), len(segment_classes)
+        )
         self.multipliers: list[float] = []
         self.seconds: list[Array] = []
         self.bytes = np.zeros(sum(len(modes) for _, modes in self.kind_counts.kinds))
 
-    def _room(self, group: Sequence[int]) -> Array:
+    def _room(self, segment_classes: Sequence[int]) -> Array:
         space, point, counts = self.space, self.point, self.kind_counts.counts
         prices, nodes = space.priced(point), space.model(point).table.nodes
         each = prices.backward_bytes[0], prices.largest_gradient
         least = [np.minimum.reduceat(row, prices.sizes.first[:-1]) for row in each]
         largest = [
-            max((b for b, n in zip(least["selective" in modes], nodes, strict=True) if n.group == kind), default=0.0)
-            for kind, modes in self.kind_counts.kinds
+            max(
+                (
+                    b
+                    for b, n in zip(least["selective" in modes], nodes, strict=True)
+                    if n.segment_class == segment_class
+                ),
+                default=0.0,
+            )
+            for segment_class, modes in self.kind_counts.kinds
         ]
-        end = self.kind_counts.kinds.index((group[-1], space.allowed_modes[-1]))
+        end = self.kind_counts.kinds.index((segment_classes[-1], space.allowed_modes[-1]))
         has_end = (counts[:, end] > 0) & (counts[:, end].max() == 1)
         last = np.where(has_end, largest[end], np.where(counts > 0, largest, np.inf).min(1))
         room = space.limit - last * (space.micro_batches(point) > 1)
-        return np.where(counts.sum(1) > len(group) - point.pp + 1, -np.inf, room)
+        return np.where(counts.sum(1) > len(segment_classes) - point.pp + 1, -np.inf, room)
 
     def add_multiplier(self, multiplier: float) -> None:
         """Solve the relaxations of all kinds at a multiplier in seconds per byte; at an infinite one, of bytes
         alone."""
         space, point = self.space, self.point
         terms = np.array([
-            space.least_of_group(point, multiplier, group, mode) / self.in_group[group]
-            for group, modes in self.kind_counts.kinds for mode in modes
+            space.class_bound(point, multiplier, segment_class, mode) / self.class_sizes[segment_class]
+            for segment_class, modes in self.kind_counts.kinds for mode in modes
         ])  # fmt: skip
         if multiplier == NEVER:
             self.bytes = terms

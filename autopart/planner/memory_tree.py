@@ -136,9 +136,9 @@ class StageMemory:
     # ---- what `cost.liveness` is told ------------------------------------------------------------------------
 
     def _events(self) -> StageBytes:
-        training, runs = self.training, self.layered.sequence[slice(*self.span)]
-        each = {run: self._segment(run) for run in dict.fromkeys(runs)}
-        segments = [each[run] for run in runs]
+        training, indices = self.training, self.layered.sequence[slice(*self.span)]
+        each = {index: self._segment(index) for index in dict.fromkeys(indices)}
+        segments = [each[index] for index in indices]
         modes, every = [MODES.index(mode) for mode in self.modes], distinct(self.reads)
         state = [training.state_bytes(p.bytes, p.record.grad, p.over_dp) for p in every]
         stepped, reduced = (
@@ -170,13 +170,13 @@ class StageMemory:
         """Whether all blocks use one mode."""
         return len({mode for mode, block in zip(self.modes, self._blocks, strict=True) if block}) <= 1
 
-    def _segment(self, run: int) -> SegmentBytes:
+    def _segment(self, segment: int) -> SegmentBytes:
         nodes, kept = (
-            self.nodes.get(run, []),
-            [k for k in self.graph.kept.values() if run in k.segments and not k.shared],
+            self.nodes.get(segment, []),
+            [k for k in self.graph.kept.values() if segment in k.segments and not k.shared],
         )
         gradients = [[backward_of(n, self.training.grad_alloc_ratio(first)) for n in nodes] for first in (True, False)]
-        positions = [p for p, at in enumerate(self.layered.sequence[slice(*self.span)]) if at == run]
+        positions = [p for p, at in enumerate(self.layered.sequence[slice(*self.span)]) if at == segment]
         read = self.reads[positions[0]] if positions else []
         reduced = [self.training.reduced_bytes(p.bytes, p.record.grad, p.over_dp) for p in read]
         results = sum(size for _, size in _results(nodes))
@@ -184,7 +184,7 @@ class StageMemory:
             saved_bytes=(sum(k.size for k in kept), results, 0.0),
             reused_bytes=(0.0, sum(k.size for k in kept if k.product), 0.0),
             block_input_bytes=sum(size for _, size in _inputs(nodes)),
-            regathered_bytes=sum(k.wide.get(run, 0.0) for k in self.graph.kept.values()),
+            regathered_bytes=sum(k.regathered_bytes.get(segment, 0.0) for k in self.graph.kept.values()),
             largest_gradient=max((largest for largest, _ in gradients[0]), default=0.0),
             backward_bytes=[max((most for _, most in rows), default=0.0) for rows in gradients],
             reduced_bytes=(sum(reduced), max(reduced, default=0.0)),
@@ -212,8 +212,9 @@ class StageMemory:
         """Values that several blocks take, which are saved where one of them is recomputed."""
         if all(mode == "none" for mode in self.modes):
             return []
-        blocks = {run for run, label in zip(self.layered.sequence, self.layered.labels, strict=True) if is_block(label)}
-        taken = (n for run in sorted(blocks & self.nodes.keys()) for n in _taken(self.nodes[run]))
+        labelled = zip(self.layered.sequence, self.layered.labels, strict=True)
+        blocks = {segment for segment, label in labelled if is_block(label)}
+        taken = (n for segment in sorted(blocks & self.nodes.keys()) for n in _taken(self.nodes[segment]))
         return list(dict.fromkeys(n for n in taken if info(n).several))
 
     # ---- what is told of it ------------------------------------------------------------------------------------
@@ -253,29 +254,31 @@ class StageMemory:
         inside: dict[int, list[tuple[str, float]]] = defaultdict(list)
         for (key, _), kept in self.graph.kept.items():
             name = named.get(key, "") or f"{named[key.removesuffix(' inside')]}, its own"
-            for run in kept.segments if not kept.shared else ():
-                inside[run].append((name, kept.size))
+            for segment in kept.segments if not kept.shared else ():
+                inside[segment].append((name, kept.size))
             if kept.shared or PRELUDE_SEGMENT in kept.segments:
                 yield -1, PRELUDE, name, kept.size
         for node in self._several_taken():
             yield -1, PRELUDE, f"{_operator(node)}, taken by blocks", info(node).size
         for position, (label, mode) in enumerate(zip(self.labels, self.modes, strict=True)):
-            run = self.layered.sequence[self.span[0] + position]
-            nodes = self.nodes.get(run, [])
+            segment = self.layered.sequence[self.span[0] + position]
+            nodes = self.nodes.get(segment, [])
             again = [*(_results(nodes) if mode == "selective" else ()), *_inputs(nodes)]
-            for name, nbytes in inside[run] if mode == "none" else again:
-                yield position, label, self._within(name, run), nbytes
+            for name, nbytes in inside[segment] if mode == "none" else again:
+                yield position, label, self._within(name, segment), nbytes
 
-    def _operator_with(self, run: int, nbytes: float) -> str:
+    def _operator_with(self, segment: int, nbytes: float) -> str:
         """The operator of a segment whose gradients take so many bytes."""
         ratios = [self.training.grad_alloc_ratio(first) for first in (True, False)]
-        found = (n for n in self.nodes.get(run, []) if any(nbytes in backward_of(n, ratio) for ratio in ratios))
+        found = (n for n in self.nodes.get(segment, []) if any(nbytes in backward_of(n, ratio) for ratio in ratios))
         node = next(found, None)
-        return self._within(_operator(node), run) if node is not None else ""
+        return self._within(_operator(node), segment) if node is not None else ""
 
-    def _within(self, name: str, run: int) -> str:
+    def _within(self, name: str, segment: int) -> str:
         """A name without that of the segment it is in."""
-        return name.removeprefix(self.layered.segments[run].label).lstrip(". ") if run != PRELUDE_SEGMENT else name
+        return (
+            name.removeprefix(self.layered.segments[segment].label).lstrip(". ") if segment != PRELUDE_SEGMENT else name
+        )
 
 
 def stage_memory(

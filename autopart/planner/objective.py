@@ -72,7 +72,7 @@ def exposed_sync_bounds(model: Model, hidden: Array, backward: Array) -> tuple[A
     Positions of the model's first and last class count only if no other is of their class, so that no interval pays for
     one that it has not.
     """
-    group, alone = model.table.group, model.counts_alone.sum(0)
-    is_first, is_last = (group.count(group[end]) == 1 for end in (0, -1))
+    classes, alone = model.table.segment_classes, model.counts_alone.sum(0)
+    is_first, is_last = (classes.count(classes[end]) == 1 for end in (0, -1))
     first = hidden * (model.counts - alone + is_first * model.counts_alone[0])
     return first, hidden * model.counts - backward * (alone - is_last * model.counts_alone[-1])

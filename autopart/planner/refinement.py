@@ -71,7 +71,7 @@ def _refine_stages(
         for i, j in intervals[slower].tolist():
             if (i == 0) != (stage == 0) or (j == n) != (stage == point.pp - 1):
                 continue
-            for counts in _mode_counts(model.table.group[i:j], model.blocks, space.modes):
+            for counts in _mode_counts(model.table.segment_classes[i:j], model.blocks, space.modes):
                 if effort.refined >= limit:
                     effort.refining_stopped = True
                     return
@@ -102,10 +102,14 @@ def _refine_interval(
 
 
 def _mode_counts(
-    groups: Sequence[int], blocks: Sequence[int], modes: Sequence[str]
+    segment_classes: Sequence[int], blocks: Sequence[int], modes: Sequence[str]
 ) -> Iterator[dict[int, dict[str, int]]]:
     """For positions of some classes, every number of blocks of each class that may do as each of the modes says."""
-    many = {group: groups.count(group) for group in blocks if group in groups}
+    many = {
+        segment_class: segment_classes.count(segment_class)
+        for segment_class in blocks
+        if segment_class in segment_classes
+    }
     picks = (itertools.combinations_with_replacement(modes, count) for count in many.values())
     for chosen in itertools.product(*picks):
         yield {g: {mode: pick.count(mode) for mode in set(pick)} for g, pick in zip(many, chosen, strict=True)}

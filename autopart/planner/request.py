@@ -10,6 +10,7 @@ from typing import Annotated, Any, SupportsIndex, TypedDict, get_args, get_type_
 
 import torch
 
+from autopart.cost.liveness import MODES
 from autopart.cost.training_state import MASTERS, OPTIMIZER_STATES, widening
 from autopart.errors import PartitionError, closest, not_known
 from autopart.hardware.mesh import Mesh, divisors
@@ -103,7 +104,7 @@ class Request:
         for name, value, known in (
             ("schedule", self.schedule, SCHEDULES),
             ("optimizer", self.optimizer, OPTIMIZER_STATES),
-            ("recompute", self.recompute, ("none", "selective", "full")),
+            ("recompute", self.recompute, MODES),
             ("zero", self.zero, (0, 1, 2, 3)),
             ("master", self.master, MASTERS),
         ):

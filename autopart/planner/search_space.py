@@ -51,7 +51,7 @@ class SearchSpace:
     prices: dict[SearchPoint, Prices] = field(default_factory=dict)
     solved: dict[object, Solution | None] = field(default_factory=dict)
     bounds: dict[object, float] = field(default_factory=dict)
-    weighed: dict[tuple[SearchPoint, tuple[int, ...]], PositionCosts] = field(default_factory=dict)
+    choice_costs: dict[tuple[SearchPoint, tuple[int, ...]], PositionCosts] = field(default_factory=dict)
     mode_costs: dict[SearchPoint, tuple[Costs, ...]] = field(default_factory=dict)
     relaxations: dict[object, tuple[float, Solution | None]] = field(default_factory=dict)
     exposed: dict[SearchPoint, Array] = field(default_factory=dict)
@@ -134,9 +134,9 @@ class SearchSpace:
 
     def position_costs(self, point: SearchPoint, chosen: tuple[int, ...]) -> PositionCosts:
         """What a choice costs at every position."""
-        if (point, chosen) not in self.weighed:
-            self.weighed[point, chosen] = position_costs(self.priced(point), chosen, self.between_stages(point))
-        return self.weighed[point, chosen]
+        if (point, chosen) not in self.choice_costs:
+            self.choice_costs[point, chosen] = position_costs(self.priced(point), chosen, self.between_stages(point))
+        return self.choice_costs[point, chosen]
 
     # ---- what constraints leave ---------------------------------------------------------------------------
 
@@ -170,9 +170,9 @@ class SearchSpace:
     def forced(self, point: SearchPoint) -> dict[int, str]:
         """For every class of blocks that may not keep everything, the mode that keeps most."""
         least: dict[int, int] = {}
-        for group, modes in zip(self.model(point).table.group, self.allowed_modes, strict=True):
-            least[group] = min(least.get(group, len(MODES)), MODES.index(modes[0]))
-        return {group: MODES[mode] for group, mode in least.items() if mode}
+        for segment_class, modes in zip(self.model(point).table.segment_classes, self.allowed_modes, strict=True):
+            least[segment_class] = min(least.get(segment_class, len(MODES)), MODES.index(modes[0]))
+        return {segment_class: MODES[mode] for segment_class, mode in least.items() if mode}
 
     def stages(self, point: SearchPoint) -> list[NDArray[np.bool_]]:
         """For every stage, whether it may be each of the intervals. Cuts by time or by memory go by what the fastest
@@ -199,9 +199,9 @@ class SearchSpace:
             )
         none, *others = self.mode_costs[point]
         seconds, saved = none.seconds, none.saved
-        for group, mode in modes.items():
+        for segment_class, mode in modes.items():
             if mode != "none":
-                mine, other = self.model(point).group == group, others[MODES.index(mode) - 1]
+                mine, other = self.model(point).segment_classes == segment_class, others[MODES.index(mode) - 1]
                 seconds, saved = np.where(mine, other.seconds, seconds), np.where(mine, other.saved, saved)
         return Costs(seconds, none.state, saved)
 
@@ -253,7 +253,7 @@ class SearchSpace:
         if branch and self.request.solver != HIGHS:
             return self._by_solver(point, problem)
         if problem.capacity is not None:
-            found = solver.minimise_in_room(costs, allowed, problem.capacity)
+            found = solver.minimise_with_capacity(costs, allowed, problem.capacity)
         else:
             found = solver.minimise(costs, allowed, branch)
         return self.confirmed(point, replace(found, problem=problem)) if found else None
@@ -305,37 +305,37 @@ class SearchSpace:
         """Lower bound on the sum of all stages' seconds: every operator in its fastest strategy."""
         model, prices = self.model(point), self.priced(point)
         each = (prices.forward + prices.backward) * model.counts[: len(prices.forward)]
-        return model.sizes.apart(each, self.options(point))
+        return model.sizes.separable_bound(each, self.options(point))
 
     def state_fits(self, point: SearchPoint) -> bool:
         """Whether parameters, gradients and optimizer states, spread evenly over the stages, fit at their least."""
         model, prices = self.model(point), self.priced(point)
         each = prices.state * model.counts[: len(prices.state)]
-        return model.sizes.apart(each, {}) <= point.pp * self.limit
+        return model.sizes.separable_bound(each, {}) <= point.pp * self.limit
 
     def best_modes(self, point: SearchPoint, multiplier: float) -> list[dict[int, str]]:
         """Modes of checkpointing to try at a memory multiplier: each class of blocks in the one of its least bound, and
         all classes in the same."""
         blocks = self.model(point).blocks
         uniform = [dict.fromkeys(blocks, mode) for mode in self.modes]
-        best = {g: min(self.modes, key=partial(self.least_of_group, point, multiplier, g)) for g in blocks}
+        best = {g: min(self.modes, key=partial(self.class_bound, point, multiplier, g)) for g in blocks}
         return uniform if best in uniform else [best, *uniform]
 
-    def least_of_group(self, point: SearchPoint, multiplier: float, group: int, mode: str) -> float:
+    def class_bound(self, point: SearchPoint, multiplier: float, segment_class: int, mode: str) -> float:
         """Lower bound on the objective of one class of positions with its blocks in a mode: the class's own relaxation;
         for bytes alone, and for what recomputing adds to the seconds, each node's least."""
         options = self.options(point)
-        key = point, multiplier, group, mode, tuple(options.items())
+        key = point, multiplier, segment_class, mode, tuple(options.items())
         if key not in self.bounds:
             model = self.model(point)
-            mine = model.group == group
-            costs = np.where(mine, self.objective(point, multiplier, {group: mode}), 0.0)
+            mine = model.segment_classes == segment_class
+            costs = np.where(mine, self.objective(point, multiplier, {segment_class: mode}), 0.0)
             if multiplier == NEVER:
-                self.bounds[key] = model.sizes.apart(costs, options)
+                self.bounds[key] = model.sizes.separable_bound(costs, options)
             elif multiplier == 0.0 and mode != "none":
                 more = costs - np.where(mine, self.objective(point, multiplier, {}), 0.0)
-                none = self.least_of_group(point, multiplier, group, "none")
-                self.bounds[key] = none + model.sizes.apart(more, options)
+                none = self.class_bound(point, multiplier, segment_class, "none")
+                self.bounds[key] = none + model.sizes.separable_bound(more, options)
             else:
-                self.bounds[key] = model.group_solver(group).bound(costs, options)
+                self.bounds[key] = model.class_solver(segment_class).bound(costs, options)
         return self.bounds[key]

@@ -183,21 +183,21 @@ def messages(model: Model, prices: Prices, span: Span, link: Link, least: bool =
     others, with its gradient back; and bytes of what the span takes. Of a partial sum the bytes are as made, or the
     `least` of the placements in which it may be taken."""
     sizes, table, found = model.sizes, model.table, np.zeros((2, len(model.counts)))
-    for flow in table.flows:
-        source = table.nodes[flow.source]
-        inside = [span[0] <= home < span[1] for home in flow.homes]
+    for used in table.value_uses:
+        source = table.nodes[used.source]
+        inside = [span[0] <= producer < span[1] for producer in used.producers]
         crosses = [
-            here for home, users, here in zip(flow.homes, flow.users, inside, strict=True)
-            if home >= 0 and any(p >= 0 and (span[0] <= p < span[1]) != here for p in users)
+            here for producer, consumers, here in zip(used.producers, used.consumers, inside, strict=True)
+            if producer >= 0 and any(p >= 0 and (span[0] <= p < span[1]) != here for p in consumers)
         ]  # fmt: skip
         if not crosses or source.kind in ("parameter", "buffer"):
             continue
-        value = source.values[flow.output]
+        value = source.values[used.output]
         for option in range(len(source.options)):
-            have = source.given(option, flow.output)
-            wants = [w for h, w in flow.chains if h == have] if least and is_partial(have) else []
-            size = min(float(sizes.four(value, placed) @ prices.terms.basis) for placed in wants or [have])
+            have = source.given(option, used.output)
+            wants = [w for h, w in used.chains if h == have] if least and is_partial(have) else []
+            size = min(float(sizes.byte_coefficients(value, placed) @ prices.terms.basis) for placed in wants or [have])
             seconds = float(p2p_seconds(size, link)) * (1 + value.grad)
-            at = sizes.first[flow.source] + option
+            at = sizes.first[used.source] + option
             found[:, at] += np.array([len(crosses) * seconds, crosses.count(False) * size])
     return found

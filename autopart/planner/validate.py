@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from torch import fx
 
+from autopart.cost.liveness import MODES
 from autopart.errors import PartitionError, few
 from autopart.ir.graph import has_gradient, info, is_pick, operands, shape_args, value_of
 from autopart.ir.labels import is_block
@@ -18,9 +19,6 @@ from autopart.plan.data import Plan
 from autopart.sharding.notation import C, G, Placement, splits
 from autopart.sharding.resharding import possible
 from autopart.sharding.rules import Strategy, strategies
-
-MODES = ("none", "selective", "full")
-"""Modes of activation checkpointing."""
 
 
 def validate(plan: Plan, layered: LayeredGraph) -> None:
@@ -38,20 +36,20 @@ def cut_findings(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
     starts, count = plan.starts, len(layered.labels)
     rising = all(a < b for a, b in zip(starts, (*starts[1:], count), strict=True))
     if len(starts) != plan.pp or not starts or starts[0] != 0 or not rising:
-        yield f"starts: {starts} are not {plan.pp} stages of {count} runs"
+        yield f"starts: {starts} are not {plan.pp} stages of {count} positions"
         return
     if any(s.splits not in range(len(plan.splits)) for s in plan.stages):
         yield "splits: a stage's are not there"
     modes: list[str] = []
     for index, (stage, span) in enumerate(zip(plan.stages, spans_of(plan, layered), strict=True)):
         if len(stage.recompute) != len(span):
-            yield f"recompute: stage {index} has {len(span)} runs, {len(stage.recompute)} say what they keep"
+            yield f"recompute: stage {index} has {len(span)} positions, {len(stage.recompute)} say what they keep"
             return
         modes += stage.recompute
     if not set(modes) <= set(MODES):
         yield f"recompute: {sorted(set(modes) - set(MODES))} is not known"
     if any(mode != "none" and not is_block(label) for mode, label in zip(modes, layered.labels, strict=True)):
-        yield "recompute: a run that is no numbered block is run again"
+        yield "recompute: a segment that is no numbered block is recomputed"
     if layered.traced.updated and set(modes) != {"none"}:
         yield "recompute: buffers would be changed twice"
 
@@ -125,7 +123,7 @@ def _clashes(choices: ShardingAssignment, layered: LayeredGraph) -> Iterator[str
 def _uses(choices: ShardingAssignment, layered: LayeredGraph, plan: Plan) -> Iterator[str]:
     """Uses whose operand no resharding gives the placement that they take; values that stages place differently."""
     spans, segment_of = spans_of(plan, layered), layered.segment_of()
-    stage_of = {run: stage for stage, span in enumerate(spans) for run in span}
+    stage_of = {segment: stage for stage, span in enumerate(spans) for segment in span}
     stages: dict[fx.Node, set[int]] = defaultdict(set)
     for node in layered.traced.graph.nodes:
         if node.op != "call_function" or is_pick(node):
@@ -152,6 +150,6 @@ def _uses(choices: ShardingAssignment, layered: LayeredGraph, plan: Plan) -> Ite
 
 
 def spans_of(plan: Plan, layered: LayeredGraph) -> list[range]:
-    """The runs of every stage."""
+    """The positions of every stage."""
     ends = (*plan.starts[1:], len(layered.labels))
     return [range(start, end) for start, end in zip(plan.starts, ends, strict=True)]

@@ -109,8 +109,8 @@ def _forward_flops(space: SearchSpace, micro_batches: int) -> float:
     samples = space.request.global_batch / layered.traced.micro_batch
     return sum(
         info(node).model_flops * times[index] * (micro_batches if info(node).batch is None else samples)
-        for index, run in enumerate(layered.segments)
-        for node in run.nodes
+        for index, segment in enumerate(layered.segments)
+        for node in segment.nodes
     )
 
 
@@ -142,8 +142,8 @@ Known = dict[tuple[int, int, int], tuple[ShardingAssignment, StageGraph, dict[in
 
 def key_of(layered: LayeredGraph, splits: int, span: tuple[int, int]) -> tuple[int, int, int]:
     """The key of a stage in `Known`."""
-    runs = layered.sequence[slice(*span)]
-    return splits, min(runs), max(runs)
+    segments = layered.sequence[slice(*span)]
+    return splits, min(segments), max(segments)
 
 
 def write_stage(
@@ -158,29 +158,29 @@ def write_stage(
 ) -> PlanStage:
     """One stage, partitioned and priced. Equal segments are priced once and counted."""
     layered, point = space.layered, found.point
-    runs, key = layered.sequence[slice(*span)], key_of(layered, at, span)
+    segments, key = layered.sequence[slice(*span)], key_of(layered, at, span)
     if key not in known:
         choices, graph = partitioned(space, found, splits, span)
         groups = {axis: space.priced(point).terms.sizes[axis] for axis, _ in choices.axes}
         prices = price_stage(graph, Prices(space.device(point), groups))
         known[key] = choices, graph, dict(zip(graph.indices, prices, strict=True))
     choices, graph, priced = known[key]
-    counts = Counter((run, mode) for run, mode in zip(runs, modes, strict=True) if run in priced)
-    counts += Counter({(run, "none"): 1 for run in priced if run == PRELUDE_SEGMENT})
+    counts = Counter((segment, mode) for segment, mode in zip(segments, modes, strict=True) if segment in priced)
+    counts += Counter({(segment, "none"): 1 for segment in priced if segment == PRELUDE_SEGMENT})
+    backward = [priced[segment].backward if segment in priced else 0.0 for segment in segments]
     return PlanStage(
-        first_run=span[0],
+        first_position=span[0],
         splits=at,
         recompute=tuple(modes),
-        forward_seconds=sum(priced[run].forward * n for (run, _), n in counts.items()),
+        forward_seconds=sum(priced[segment].forward * n for (segment, _), n in counts.items()),
         backward_seconds=sum(
-            (priced[run].backward + recompute_seconds(priced[run], mode)) * n for (run, mode), n in counts.items()
+            (priced[segment].backward + recompute_seconds(priced[segment], mode)) * n
+            for (segment, mode), n in counts.items()
         ),
-        sync_seconds=_sync(
-            space, found, choices, span, [priced[run].backward if run in priced else 0.0 for run in runs]
-        ),
+        sync_seconds=_sync(space, found, choices, span, backward),
         send_seconds=messages(space, found, span, index)[0],
         memory=stage_memory(space, found, choices, graph, span, modes, index).by_kind(),
-        runs=tuple(_printed(layered, priced, span, modes)),
+        segments=tuple(_printed(layered, priced, span, modes)),
         sends=tuple(_sends(space, found, index, span)),
     )
 
@@ -190,16 +190,16 @@ def partitioned(
 ) -> tuple[ShardingAssignment, StageGraph]:
     """The graph of one rank of a stage, every segment of it once."""
     layered = space.layered
-    runs = layered.sequence[slice(*span)]
-    pieces = sorted({0, min(runs), max(runs) + 1} - {len(layered.segments)})
+    segments = layered.sequence[slice(*span)]
+    pieces = sorted({0, min(segments), max(segments) + 1} - {len(layered.segments)})
     choices = choices_of(space, found, splits, tuple(pieces))
-    (graph,) = partition(layered, choices, [pieces.index(min(runs))])
+    (graph,) = partition(layered, choices, [pieces.index(min(segments))])
     return choices, graph
 
 
-def recompute_seconds(run: PricedSegment, mode: str) -> float:
+def recompute_seconds(segment: PricedSegment, mode: str) -> float:
     """Seconds that a mode of checkpointing adds to the backward of a segment."""
-    return {"none": 0.0, "selective": run.cheap, "full": run.again}[mode]
+    return {"none": 0.0, "selective": segment.selective_recompute_seconds, "full": segment.full_recompute_seconds}[mode]
 
 
 def _sync(
@@ -230,13 +230,13 @@ def _sends(space: SearchSpace, found: SearchResult, index: int, span: tuple[int,
     """(stage, bytes, seconds) of what a stage sends to each later stage; the seconds include the gradients sent
     back."""
     total, seconds = Counter[int](), defaultdict[int, float](float)
-    weighed = space.position_costs(found.point, found.chosen[index])
-    for crossings in weighed.crossings:
-        pairs = {(home, bisect_right(found.starts, user) - 1) if crossings.one else (home, user)
-                 for home, user in zip(crossings.homes.tolist(), crossings.users.tolist(), strict=True)}  # fmt: skip
-        for home, user in pairs:
-            to = user if crossings.one else bisect_right(found.starts, user) - 1
-            if span[0] <= home < span[1] and to != index:
+    costs = space.position_costs(found.point, found.chosen[index])
+    for crossings in costs.crossings:
+        ends = zip(crossings.producers.tolist(), crossings.consumers.tolist(), strict=True)
+        pairs = {(p, bisect_right(found.starts, c) - 1) if crossings.one else (p, c) for p, c in ends}
+        for producer, consumer in pairs:
+            to = consumer if crossings.one else bisect_right(found.starts, consumer) - 1
+            if span[0] <= producer < span[1] and to != index:
                 total[to] += round(crossings.size)
                 seconds[to] += crossings.seconds
     return [(to, size, seconds[to]) for to, size in sorted(total.items())]
@@ -247,8 +247,8 @@ def _printed(
 ) -> Iterator[PlanSegment]:
     """The lines of a stage in the printed plan, equal neighbours in one."""
     if PRELUDE_SEGMENT in priced:
-        run = priced[PRELUDE_SEGMENT]
-        yield PlanSegment((PRELUDE,), run.forward + run.backward, run.lines)
+        segment = priced[PRELUDE_SEGMENT]
+        yield PlanSegment((PRELUDE,), segment.forward + segment.backward, segment.lines)
     rows = [
         (layered.labels[p], priced[layered.sequence[p]], mode)
         for p, mode in zip(range(*span), modes, strict=True)
@@ -256,16 +256,17 @@ def _printed(
     ]
 
     def shape(row: tuple[str, PricedSegment, str]) -> tuple[object, ...]:
-        label, run, mode = row
-        return label.rpartition(".")[0] if is_block(label) else label, len(run.lines), run.forward, run.backward, mode
+        label, segment, mode = row
+        name = label.rpartition(".")[0] if is_block(label) else label
+        return name, len(segment.lines), segment.forward, segment.backward, mode
 
     for _, group in groupby(rows, key=shape):
         members = list(group)
-        _, run, mode = members[0]
+        _, segment, mode = members[0]
         yield PlanSegment(
             tuple(label for label, _, _ in members),
-            run.forward + run.backward + recompute_seconds(run, mode),
-            run.lines,
+            segment.forward + segment.backward + recompute_seconds(segment, mode),
+            segment.lines,
         )
 
 
@@ -273,7 +274,7 @@ def _notes(space: SearchSpace, found: SearchResult) -> Iterator[str]:
     layered, m = space.layered, space.micro_batches(found.point)
     if found.refined:
         left = "; a limit left others that might be faster: exact=True looks further" if found.stopped else ""
-        yield f"memory binds: the splits of {found.refined} intervals of runs were refined under their bytes{left}"
+        yield f"memory binds: the splits of {found.refined} intervals of positions were refined under their bytes{left}"
     if layered.traced_in_full:
         yield f"every block was traced: {layered.traced_in_full}"
     if m > 1 and not layered.traced.mean_of_samples:
@@ -284,7 +285,8 @@ def _notes(space: SearchSpace, found: SearchResult) -> Iterator[str]:
     if found.point.tp > 1:
         table = space.model(found.point).table
         tp = table.axes.index("tp")
-        work = {i: n.flops * max(1, table.group.count(n.group)) for i, n in enumerate(table.nodes) if n.product}
+        counts = Counter(table.segment_classes)
+        work = {i: n.flops * max(1, counts[n.segment_class]) for i, n in enumerate(table.nodes) if n.product}
         whole = [i for i in work if not table.nodes[i].options[found.chosen[0][i]][tp].shards_work]
         share = sum(work[i] for i in whole) / (sum(work.values()) or 1.0)
         if share > 1e-3:

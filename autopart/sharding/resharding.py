@@ -20,13 +20,13 @@ class Reshard:
 
     function  the function of `autopart.runtime.collectives` that emitted code calls
     forward   the collective that it runs forward, "" for none;  backward: likewise on the gradient
-    again     whether the forward collective runs again in backward, since its result is not saved
+    regathers  whether the forward collective runs again in backward, since its result is not saved
     """
 
     function: str
     forward: str
     backward: str
-    again: bool = False
+    regathers: bool = False
 
 
 def runtime_function(name: str) -> Callable[..., Any]:
@@ -46,7 +46,7 @@ RESHARDS: dict[tuple[str, str], Reshard] = {
     ("C", "S"): Reshard("slice_of", "", ""),
     ("S", "R"): Reshard("gather_from", "all_gather", ""),
     ("S", "C"): Reshard("all_gather", "all_gather", "reduce_scatter"),
-    ("S", "G"): Reshard("all_gather_again", "all_gather", "reduce_scatter", again=True),
+    ("S", "G"): Reshard("all_gather_again", "all_gather", "reduce_scatter", regathers=True),
     ("S", "S"): Reshard("all_to_all", "all_to_all", "all_to_all"),
     ("P", "R"): Reshard("reduce_from", "all_reduce", ""),
     ("P", "C"): Reshard("all_reduce", "all_reduce", "all_reduce"),
@@ -54,7 +54,7 @@ RESHARDS: dict[tuple[str, str], Reshard] = {
 }
 
 
-GATHERED_AGAIN = {f"runtime.{row.function}" for row in RESHARDS.values() if row.again}
+GATHERED_AGAIN = {f"runtime.{row.function}" for row in RESHARDS.values() if row.regathers}
 """Operators whose forward collective backward runs again, whether or not their segment is recomputed."""
 
 

@@ -1,8 +1,8 @@
 """The planner's problem as plain data: the nodes with their strategies, the values between them, the saved tensors.
 
-A model is a row of positions. At each stands a segment: operators that stay together in a stage. Equal segments are one
-class, so that a table has as many variables for 126 layers as for two. A node, a value or a saved tensor of a class is
-at several places in the model; the lists of positions say where.
+A model is a row of positions. At each position stands a segment: operators that stay together in a stage. Equal
+segments are of one segment class. A table has variables for segment classes: as many for 126 layers as for two. A node,
+a value or a saved tensor of a segment class is at several places in the model; lists of positions tell the places.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class Value:
 class Node:
     """An operator, parameter, buffer or input that takes one of several strategies.
 
-    key       its name in plans;  kind: "op", "parameter", "input", "buffer", or "end" for what takes the loss
-    options   its strategies, each one along every axis
-    values    its outputs;  operands: (node, output) of every operand, None for what is no tensor
-    firsts    for every operand the index of the first operand that is the same value
-    batch     whether its work grows with the samples;  product: whether matrix units do the work
-    peak, again, runs, kind_index (kind)  as in `autopart.cost.compute.Work`
-    inner     bytes that autograd saves besides operands and outputs
-    matrix, grads, view, logits, weights, times  as in `autopart.ir.graph.Info`
-    group     the class of its segment; -1 for what every stage makes for itself
+    key            its name in plans;  kind: "op", "parameter", "input", "buffer", or "end" for what takes the loss
+    options        its strategies, each one along every axis
+    values         its outputs;  operands: (node, output) of every operand, None for what is no tensor
+    first_same_operand  for every operand the index of the first operand that is the same value
+    batch          whether its work grows with the samples;  product: whether matrix units do the work
+    peak, backward_ratio, launches, kind_index (kind)  as in `autopart.cost.compute.Work`
+    inner          bytes that autograd saves besides operands and outputs
+    matrix, grads, view, logits, weights, gradient_copies  as in `autopart.ir.graph.Info`
+    segment_class  the class of the node's segment; -1 for a node of the prelude, which every stage computes for itself
     """
 
     key: str
@@ -51,23 +51,23 @@ class Node:
     options: list[tuple[Strategy, ...]]
     values: list[Value]
     operands: list[tuple[int, int] | None] = field(default_factory=list)
-    firsts: list[int] = field(default_factory=list)
+    first_same_operand: list[int] = field(default_factory=list)
     flops: float = 0.0
     batch: bool = False
     product: bool = False
     matrix: Product | None = None
     grads: tuple[bool, bool] = (False, False)
     peak: float = float("inf")
-    again: int = 0
-    runs: int = 1
+    backward_ratio: int = 0
+    launches: int = 1
     kind_index: int = 0
     inner: float = 0.0
     grad: bool = False
     view: bool = False
     logits: bool = False
     weights: tuple[int, ...] = ()
-    times: float = 2.0
-    group: int = -1
+    gradient_copies: float = 2.0
+    segment_class: int = -1
 
     def given(self, option: int, output: int = 0) -> Placements:
         """The placement of an output under an option."""
@@ -82,57 +82,57 @@ class Node:
 class ValueUses:
     """A value with all its uses, for all places in the model with the same pattern of uses.
 
-    source   the node that makes the value, as its `output`
-    uses     (node, operand) of every use;  inside: whether the use is in the segment that makes the value
-    homes    at each place, the position that makes the value; -1 for what every stage makes for itself
-    users    at each place, the position of every use; -1 for a use by what every stage makes for itself
-    needs    at each place, the positions that need every use: its own, or for a use by what every stage makes for
-             itself the positions that need that
-    chains   (placement made, placement taken) -> the reshards between them, for each possible pair
+    source      the node that makes the value, as its `output`
+    uses        (node, operand) of every use;  inside: whether the use is in the segment that makes the value
+    producers   at each place, the position that makes the value; -1 for the prelude, which every stage computes
+    consumers   at each place, the position of every use; -1 for a use in the prelude
+    dependents  at each place, for every use the positions whose stages compute it: the use's own position; for a use
+                in the prelude, all positions that read what the use makes
+    chains      (placement made, placement taken) -> the reshards between them, for each possible pair
     """
 
     source: int
     output: int
     uses: tuple[tuple[int, int], ...]
     inside: tuple[bool, ...]
-    homes: list[int] = field(default_factory=list)
-    users: list[tuple[int, ...]] = field(default_factory=list)
-    needs: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)
+    producers: list[int] = field(default_factory=list)
+    consumers: list[tuple[int, ...]] = field(default_factory=list)
+    dependents: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)
     chains: dict[tuple[Placements, Placements], Chain] = field(default_factory=dict)
 
     @cached_property
     def several(self) -> bool:
         """Whether several positions of a place use the value."""
-        return len(set(self.users[0])) > 1
+        return len(set(self.consumers[0])) > 1
 
     @cached_property
     def ends(self) -> tuple[NDArray[np.int_], NDArray[np.int_]]:
         """At each place, the position that makes the value and the first that uses it."""
-        return np.array(self.homes), np.array([users[0] for users in self.users])
+        return np.array(self.producers), np.array([consumers[0] for consumers in self.consumers])
 
     @cached_property
-    def spots(self) -> list[dict[tuple[int, int], tuple[int, ...]]]:
+    def consumers_by_use(self) -> list[dict[tuple[int, int], tuple[int, ...]]]:
         """At each place, every (node, operand) that uses the value -> the positions of the use."""
-        return [_grouped(self.uses, [(p,) for p in users]) for users in self.users]
+        return [_grouped(self.uses, [(p,) for p in consumers]) for consumers in self.consumers]
 
     @cached_property
-    def needed(self) -> list[dict[tuple[int, int], tuple[int, ...]]]:
-        """At each place, every (node, operand) that uses the value -> the positions that need the use."""
-        return [_grouped(self.uses, needs) for needs in self.needs]
+    def dependents_by_use(self) -> list[dict[tuple[int, int], tuple[int, ...]]]:
+        """At each place, every (node, operand) that uses the value -> the positions whose stages compute the use."""
+        return [_grouped(self.uses, dependents) for dependents in self.dependents]
 
 
 @dataclass
 class SavedTensor:
     """A tensor that autograd saves for backward, for all places in the model where the same nodes save it.
 
-    root     the node that made the memory
-    keepers  (node that saves it, operand by which it reads it); operand -1 for its own output, -2 for the placement in
-             which the root made it
-    places   at each place, the position of every keeper
+    root     the node that made the tensor's memory
+    savers   (node that saves the tensor, operand by which the node reads it); operand -1 for the node's own output, -2
+             for the placement in which the root made the tensor
+    places   at each place, the position of every saver
     """
 
     root: int
-    keepers: tuple[tuple[int, int], ...]
+    savers: tuple[tuple[int, int], ...]
     places: list[tuple[int, ...]] = field(default_factory=list)
 
     @cached_property
@@ -146,9 +146,9 @@ class SavedTensor:
         return len(set(self.places[0])) > 1
 
     @cached_property
-    def spots(self) -> list[dict[tuple[int, int], tuple[int, ...]]]:
-        """At each place, every keeper -> the positions where it saves the tensor."""
-        return [_grouped(self.keepers, [(p,) for p in places]) for places in self.places]
+    def positions_by_saver(self) -> list[dict[tuple[int, int], tuple[int, ...]]]:
+        """At each place, every saver -> the positions where it saves the tensor."""
+        return [_grouped(self.savers, [(p,) for p in places]) for places in self.places]
 
 
 def _grouped(
@@ -165,20 +165,21 @@ class StrategyTable:
     """All there is to decide for one size of the tensor-parallel axis.
 
     axes        names of the mesh axes inside a stage;  tp: ranks along the tensor-parallel axis
-    nodes       the nodes;  flows: the values between them;  keeps: the saved tensors
-    labels      the label of every position;  group: its class;  block: whether it is a numbered block
+    nodes       the nodes;  value_uses: the values between them;  saved_tensors: the tensors saved for backward
+    labels      the label of every position;  block: whether a numbered block stands there
+    segment_classes  the segment class of every position
     state       node of a parameter -> at each place, the positions that hold it
-    shared      node that every stage makes for itself -> for each node of its class, the positions that need it
+    shared      node of the prelude -> for each node of its class, the positions that read its value
     tied        sets of nodes that take the same option
     """
 
     axes: tuple[str, ...]
     tp: int
     nodes: list[Node]
-    flows: list[ValueUses]
-    keeps: list[SavedTensor]
+    value_uses: list[ValueUses]
+    saved_tensors: list[SavedTensor]
     labels: tuple[str, ...]
-    group: tuple[int, ...]
+    segment_classes: tuple[int, ...]
     block: tuple[bool, ...]
     state: dict[int, list[tuple[int, ...]]]
     shared: dict[int, list[tuple[int, ...]]]

@@ -175,7 +175,7 @@ def differences(plan: Plan, stage: PlanStage, row: Published) -> dict[str, float
     p2p            every rank sends its part of a message to another host, where the ranks gather it
     """
     m, held = plan.micro_batches, stage.memory["parameters"]
-    comm = sum(len(run.labels) * line.comm_seconds for run in stage.runs for line in run.lines)
+    comm = sum(len(run.labels) * line.comm_seconds for run in stage.segments for line in run.lines)
     summed = -stream_rate_seconds(3 * (m - 1) * held, plan.mesh.device) if row.overlapped else 0.0
     return {
         "recompute": m * again_seconds(stage) if row.again else 0.0,
@@ -192,7 +192,7 @@ def fsdp(plan: Plan, stage: PlanStage) -> tuple[float, float]:
     (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py)."""
     wide, narrow = (getattr(torch, dtype or plan.precision).itemsize for dtype in (plan.master, None))
     elements, group = stage.memory["parameters"] * plan.dp / wide, plan.mesh.group(plan.tp, plan.dp)
-    blocks = sum(len(run.labels) for run in stage.runs if blocks_of(run))
+    blocks = sum(len(run.labels) for run in stage.segments if blocks_of(run))
     late = 0.0
     for times, name, nbytes in ((2, "all_gather", narrow * elements), (1, "reduce_scatter", wide * elements)):
         each = collective_seconds(name, nbytes / blocks, group) - merged_seconds(nbytes / blocks, group, name)
@@ -230,7 +230,7 @@ def again_seconds(stage: PlanStage) -> float:
     """Seconds of a micro-batch to run every second product of a block again: forward is a third of a product."""
     products = (
         len(run.labels) * line.seconds / 3
-        for run in stage.runs
+        for run in stage.segments
         if blocks_of(run)
         for line in [line for line in run.lines if line.operator == "linear"][1::2]
     )

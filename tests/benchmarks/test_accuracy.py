@@ -126,7 +126,7 @@ def test_a_pipeline_is_interleaved() -> None:
     stage = plan.stages[0]
     assert not any(differences(plan, stage, row).values())
     later = differences(plan, stage, replace(row, overlapped=True, replicated=True))
-    comm = sum(len(run.labels) * line.comm_seconds for run in stage.runs for line in run.lines)
+    comm = sum(len(run.labels) * line.comm_seconds for run in stage.segments for line in run.lines)
     assert later["communication"] == pytest.approx(-plan.micro_batches * comm / 2)
     assert -stage.sync_seconds < later["gradient sync"] < -0.5 * stage.sync_seconds
     assert later["p2p"] < 0 == later["recompute"]
@@ -141,7 +141,7 @@ def test_a_scattered_message_is_sent_in_parts() -> None:
 def test_every_second_product_is_run_again() -> None:
     """Of a Llama's seven, k, o and up: a third of forward and backward each."""
     stage = plan_of(Bench(), row_of("torchtitan_2024_12:1")).stages[0]
-    (blocks,) = (run for run in stage.runs if len(run.labels) > 1)
+    (blocks,) = (run for run in stage.segments if len(run.labels) > 1)
     found = {line.name: line.seconds for line in blocks.lines if line.operator == "linear"}
     again = found["self_attn.k_proj"] + found["self_attn.o_proj"] + found["mlp.up_proj"]
     assert again_seconds(stage) == pytest.approx(32 * again / 3)
@@ -164,7 +164,7 @@ def test_a_norm_of_several_kernels_takes_longer() -> None:
     row, bench = row_of("torchtitan_2024_12:1"), Bench(as_run=True)
     assert row.eager and not row_of("torchtitan_2024_12:2").eager
     several, one = (plan_of(bench, replace(row, eager=eager)) for eager in (True, False))
-    names = [{line.operator for run in plan.stages[0].runs for line in run.lines} for plan in (several, one)]
+    names = [{line.operator for run in plan.stages[0].segments for line in run.lines} for plan in (several, one)]
     assert "rms_norm" in names[1] - names[0] and "mean.dim" in names[0] - names[1]
     assert 1.03 < several.step_seconds / one.step_seconds < 1.15
 

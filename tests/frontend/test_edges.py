@@ -288,7 +288,7 @@ def places(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("settings", [{"tp": 2}, {"dp": 2, "zero": 3}, {"pp": 2}], ids=str)
 def test_a_plan_edited_by_hand_runs_exactly_or_is_refused(seed: int, settings: dict[str, int]) -> None:
-    """A strategy is put where another was, a placement is changed, or a stage's first run or what it recomputes."""
+    """A strategy is put where another was, a placement is changed, or a stage's first position or modes."""
     draw, data = random.Random(seed), json.loads(saved(**settings))
     splits, stage = data["splits"][0], draw.choice(data["stages"])
     axis = next(iter(splits), None)
@@ -299,7 +299,7 @@ def test_a_plan_edited_by_hand_runs_exactly_or_is_refused(seed: int, settings: d
         else:
             splits[axis][node]["outputs"] = [draw.choice(["R", "C", "G", "P", "S0", "S1"])]
     elif seed % 2:
-        stage["first_run"] = draw.choice([-1, 0, 1, 2, 9])
+        stage["first_position"] = draw.choice([-1, 0, 1, 2, 9])
     else:
         stage["recompute"] = draw.choice([[], ["full"] * 2, ["none"] * 9, ["some"]])
     model, given = Model(), batch()

@@ -257,7 +257,7 @@ def numbers() -> Batch:
 def kinds(layered: LayeredGraph) -> list[int]:
     """The class of every position, counted as they come."""
     seen: dict[int, int] = {}
-    return [seen.setdefault(layered.segments[run].kind, len(seen)) for run in layered.sequence]
+    return [seen.setdefault(layered.segments[run].segment_class, len(seen)) for run in layered.sequence]
 
 
 def counts(layered: LayeredGraph) -> dict[str, int]:

@@ -137,7 +137,7 @@ def test_cbc_finds_the_same_optimum_where_memory_is_a_row(seed: int) -> None:
     space, point = table(seed)
     other = replace(space, request=replace(space.request, solver="cbc"))
     span = (0, len(space.layered.labels))
-    counts = {g: {"none": space.model(point).table.group.count(g)} for g in space.model(point).blocks}
+    counts = {g: {"none": space.model(point).table.segment_classes.count(g)} for g in space.model(point).blocks}
     free = fastest_that_fit(space, point, span, 1e12, counts, 1, {})
     assert free is not None
     room, shares = free.problem.capacity, (1.0, 0.9, 0.7, 0.4)

@@ -63,8 +63,8 @@ def blocks(counts: Sequence[int], modes: Sequence[str] = (), recompute: str = "n
             each = [modes[(number + i) % len(modes)] if modes else recompute for i in range(count)]
             labels = [*["model.embed_tokens"] * (index == 0), *labels, *["lm_head"] * (index == len(counts) - 1)]
             each = [*["none"] * (index == 0), *each, *["none"] * (index == len(counts) - 1)]
-            runs = (PlanSegment(("",), 0.0, ()), *(PlanSegment((label,), 0.0, ()) for label in labels))
-            stages.append(replace(plan.stages[0], runs=runs, recompute=tuple(each)))
+            segments = (PlanSegment(("",), 0.0, ()), *(PlanSegment((label,), 0.0, ()) for label in labels))
+            stages.append(replace(plan.stages[0], segments=segments, recompute=tuple(each)))
             number += count
         return replace(plan, pp=len(counts), stages=tuple(stages), recompute="mixed" if modes else recompute)
 
@@ -406,7 +406,7 @@ def test_plans_are_of_the_schema(plans: dict[str, Plan], schema: dict[str, Any],
         lambda data: data["stages"][0].update(surprise=1),
         lambda data: data["stages"][0].pop("memory"),
         lambda data: data["stages"][0]["memory"].update(parameters=-1),
-        lambda data: data["stages"][0]["runs"][0].update(surprise=1),
+        lambda data: data["stages"][0]["segments"][0].update(surprise=1),
         lambda data: data["stages"][0].update(sends=[[1]]),
         lambda data: data["mesh"]["device"].pop("bandwidth"),
         lambda data: data["splits"][0]["tp"]["lm_head.weight"].update(outputs=["S"]),

@@ -117,8 +117,10 @@ def test_names_are_quoted_in_dot() -> None:
     plan = autopart.plan(model, "2:cpu", batch, pp=2)
     hostile = 'a "b" \\n -> c; }\nd'
     first = plan.stages[0]
-    segment = replace(first.runs[0], lines=tuple(replace(line, name=hostile) for line in first.runs[0].lines))
-    odd = replace(plan, model=hostile, stages=(replace(first, runs=(segment, *first.runs[1:])), *plan.stages[1:]))
+    segment = replace(first.segments[0], lines=tuple(replace(line, name=hostile) for line in first.segments[0].lines))
+    odd = replace(
+        plan, model=hostile, stages=(replace(first, segments=(segment, *first.segments[1:])), *plan.stages[1:])
+    )
     nodes, edges = read_dot(export(odd, "dot").text)
     assert nodes["0.0.0"]["label"].startswith(hostile)
     assert set(edges) == set(plan.graph().edges)
@@ -129,7 +131,7 @@ def test_a_plan_whose_lines_read_nothing_that_is_there() -> None:
     model, batch = models.build("mlp")
     plan = autopart.plan(model, "2:cpu", batch, pp=2)
     last = plan.stages[1]
-    cut = replace(last, runs=tuple(replace(segment, sources=()) for segment in last.runs))
+    cut = replace(last, segments=tuple(replace(segment, sources=()) for segment in last.segments))
     with pytest.raises(PartitionError, match="no such operator"):
         replace(plan, stages=(plan.stages[0], cut)).graph()
 
@@ -223,5 +225,5 @@ def read_dot(text: str) -> tuple[dict[str, Attributes], dict[tuple[str, str], At
 def test_the_plan_as_json_has_its_edges() -> None:
     model, batch = models.build("llama", layers=4)
     data = json.loads(json.dumps(autopart.plan(model, "2:cpu", batch, pp=2).to_json()))
-    lines = [line for stage in data["stages"] for run in stage["runs"] for line in run["lines"]]
+    lines = [line for stage in data["stages"] for run in stage["segments"] for line in run["lines"]]
     assert any(i < 0 for line in lines for i in line["inputs"]) and all(line["bytes"] >= 0 for line in lines)

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autopart.cost.liveness import MODES
 from autopart.errors import PartitionError
 from autopart.planner import constraint_text as constraint_text
 from autopart.planner.constraint_text import FORMS, forbidden, parse
-from autopart.planner.constraints import MODES, Constraint, Positions, check_names, position
+from autopart.planner.constraints import Constraint, Positions, check_names, position
 from autopart.planner.cut_methods import Cuts, balanced
 from autopart.sharding.notation import C, P, Placement, R, S, Strategy
 
@@ -190,11 +191,11 @@ def test_recompute(text: str, label: str, modes: list[str]) -> None:
         ("zero=full", "one of 0, 1, 2, 3"),
         ("schedule=2f2b", "1f1b"),
         ("recompute<=full", "only compares by = and !="),
-        ("stage 0 starts at layers.1", "always starts at the first run"),
+        ("stage 0 starts at layers.1", "always starts at the first segment"),
         ("cuts=equal", "uniform"),
         ("cuts=parameter", "try: parameters"),
-        ("cuts=manual", "first run of every later stage"),
-        ("cuts=manual:", "first run of every later stage"),
+        ("cuts=manual", "first segment of every later stage"),
+        ("cuts=manual:", "first segment of every later stage"),
         ("cuts=type:", "pattern"),
         ("cuts=uniform:3", "takes nothing"),
         ("cuts=type:(", "no regular expression"),
@@ -212,15 +213,15 @@ def test_what_cannot_be_read_is_refused(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("cut before layers.9", "no run 'layers.9'"),
+        ("cut before layers.9", "no segment 'layers.9'"),
         ("cut before layer.3", r"try: .*model\.layers\.3"),
         ("cut before 11", "positions are 0 to 10"),
-        ("cut before 3.mlp", "no run"),
-        ("cut before 0", "first run"),
-        ("stage 1 starts at 0", "first run"),
+        ("cut before 3.mlp", "no segment"),
+        ("cut before 0", "first segment"),
+        ("stage 1 starts at 0", "first segment"),
         ("cuts=manual:layers.4,layers.2", "layers.2 is not behind"),
         ("cuts=manual:layers.4,layers.4", "layers.4 is not behind"),
-        ("recompute layer.* full", "no run is called"),
+        ("recompute layer.* full", "no segment is called"),
         ("split model.layers.3.mlp.up_proj.weight over tp", r"the first of them\n.*layers\.0\.mlp\.up_proj\.weight"),
         ("keep head.weight whole over tp", "lm_head.weight"),
     ],
@@ -231,7 +232,7 @@ def test_what_the_model_does_not_have_is_refused(text: str, message: str) -> Non
 
 
 def test_an_ambiguous_label_is_refused() -> None:
-    with pytest.raises(PartitionError, match=r"several runs\n.*encoder\.block\.1 at 1, decoder\.block\.1 at 3"):
+    with pytest.raises(PartitionError, match=r"several segments\n.*encoder\.block\.1 at 1, decoder\.block\.1 at 3"):
         position("block.1", ("encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1"))
 
 

@@ -267,7 +267,7 @@ def changed(plan: Plan, change: Callable[[dict[str, Any]], None]) -> Plan:
 def moved_cut(data: dict[str, Any]) -> None:
     """The second stage begins one run later."""
     one, two = data["stages"]
-    two["first_run"] += 1
+    two["first_position"] += 1
     one["recompute"].append(two["recompute"].pop(0))
 
 
@@ -315,7 +315,7 @@ WHOLE = {"name": "R", "inputs": [], "outputs": ["R"], "local": "", "shards_work"
 REFUSED = {
     "degrees": (edit("tp", 4), "does not fill 4:cpu"),
     "micro-batch": (edit("micro_batch", 3), "8 samples are no multiple of micro_batch=3"),
-    "stages": (edit("stages|1|first_run", 0), "the first starts at 0, each behind"),
+    "stages": (edit("stages|1|first_position", 0), "the first starts at 0, each behind"),
     "modes": (edit("stages|1|recompute", []), "one mode for every run"),
     "no block": (edit("stages|0|recompute|0", "full"), "numbered blocks alone"),
     "no mode": (edit("stages|0|recompute|1", "some"), "cannot recompute 'some'"),
@@ -340,15 +340,15 @@ def test_price_plan_refuses_a_change_that_does_not_exist() -> None:
     """A product that gives a partial sum of what is then taken as if it were split, and no step leads there."""
     plan = planned("pp=1", "tp=4")
     table = explanation(tp=4).space.model(explanation(tp=4).found.point).table
-    for flow in table.flows:
-        source_node, (user, operand) = table.nodes[flow.source], flow.uses[0]
+    for used in table.value_uses:
+        source_node, (user, operand) = table.nodes[used.source], used.uses[0]
         if source_node.kind == "end" or table.nodes[user].kind == "end":
             continue
         for one in source_node.options:
             for other in table.nodes[user].options:
-                have = tuple(s.outputs[flow.output] for s in one)
+                have = tuple(s.outputs[used.output] for s in one)
                 want = tuple(s.inputs[operand] for s in other)
-                if (have, want) in flow.chains or None in want or have[0] != want[0]:
+                if (have, want) in used.chains or None in want or have[0] != want[0]:
                     continue
                 tp = table.axes.index("tp")
                 splits = {**plan.splits[0]["tp"], source_node.key: one[tp], table.nodes[user].key: other[tp]}

@@ -64,7 +64,7 @@ def test_a_plan_survives_a_file(plan: Plan, gpt2: Given, tmp_path: Path) -> None
         (lambda text: text[: len(text) // 2], "cannot read the plan"),
         (lambda text: "", "cannot read the plan"),
         (lambda text: "[]", "its schema is list, this version reads"),
-        (lambda text: text.replace('"schema": 4', '"schema": 99', 1), "its schema is 99, this version reads 4"),
+        (lambda text: text.replace('"schema": 5', '"schema": 99', 1), "its schema is 99, this version reads 5"),
         (lambda text: edited(text, "stages", 3), "damaged"),
         (lambda text: edited(text, "stages", None), "damaged"),
         (lambda text: edited(text, "mesh", {}), "not a mesh"),
@@ -261,12 +261,12 @@ def possible(table: StrategyTable, chosen: tuple[int, ...]) -> Iterator[tuple[in
     of its run takes it in the same placement, and what is tied is alike."""
     if any(len({chosen[n] for n in group if n < len(chosen)}) > 1 for group in table.tied):
         return
-    for flow in table.flows:
-        uses = [(n, operand, inside) for (n, operand), inside in zip(flow.uses, flow.inside, strict=True)]
-        if flow.source < len(chosen):
-            have = table.nodes[flow.source].given(chosen[flow.source], flow.output)
+    for used in table.value_uses:
+        uses = [(n, operand, inside) for (n, operand), inside in zip(used.uses, used.inside, strict=True)]
+        if used.source < len(chosen):
+            have = table.nodes[used.source].given(chosen[used.source], used.output)
             wants = [(table.nodes[n].taken(chosen[n], o), inside) for n, o, inside in uses if n < len(chosen)]
-            if any((have, want) not in flow.chains for want, _ in wants):
+            if any((have, want) not in used.chains for want, _ in wants):
                 return
             if P in have and len({want for want, inside in wants if not inside}) > 1:
                 return
@@ -282,16 +282,16 @@ def paid(made: Split, chosen: Sequence[int]) -> set[int]:
     table, sizes = made.table, made.sizes
     columns = {int(sizes.first[n]) + option for n, option in enumerate(chosen)}
     start = int(sizes.first[-1])
-    for index, flow in enumerate(table.flows):
-        have = table.nodes[flow.source].given(chosen[flow.source], flow.output)
-        for node, operand in flow.uses:
-            chain = flow.chains[have, table.nodes[node].taken(chosen[node], operand)]
+    for index, used in enumerate(table.value_uses):
+        have = table.nodes[used.source].given(chosen[used.source], used.output)
+        for node, operand in used.uses:
+            chain = used.chains[have, table.nodes[node].taken(chosen[node], operand)]
             columns |= {start + sizes.change_index[index, have, path] for path in reshard_paths(chain)}
     start += len(sizes.changes)
-    for index, keep in enumerate(table.keeps):
-        for keeper, (node, operand) in enumerate(dict.fromkeys(keep.keepers)):
-            placed = sizes.keeps[index][keeper][chosen[keep.root if operand == -2 else node]]
-            columns.add(start + sizes.kept[index, placed])
+    for index, tensor in enumerate(table.saved_tensors):
+        for saver, (node, operand) in enumerate(dict.fromkeys(tensor.savers)):
+            placed = sizes.saved_placements[index][saver][chosen[tensor.root if operand == -2 else node]]
+            columns.add(start + sizes.saved_index[index, placed])
     return columns
 
 
@@ -316,7 +316,7 @@ def test_a_choice_is_the_best_of_all(model: type[nn.Module], tp: int, forced: bo
 
 def late(made: Split) -> tuple[Sized, Sized]:
     """The priced variables that are no options."""
-    return made.sizes.changes, made.sizes.kept
+    return made.sizes.changes, made.sizes.saved_index
 
 
 @pytest.mark.parametrize(("model", "tp", "forced"), TABLES)

@@ -61,16 +61,16 @@ def explanation(name: str, solver: str = "highs", mesh: str = MESH, **settings: 
 def cost(sizes: Sizes, costs: Sequence[float], chosen: Sequence[int]) -> float:
     """What a choice costs: its strategies, every reshard once, every saved tensor once."""
     table, paid = sizes.table, {int(sizes.first[n]) + option for n, option in enumerate(chosen)}
-    changes, saved = list(sizes.changes), list(sizes.kept)
-    for f, flow in enumerate(table.flows):
-        have = table.nodes[flow.source].given(chosen[flow.source], flow.output)
-        for node, operand in flow.uses:
+    changes, saved = list(sizes.changes), list(sizes.saved_index)
+    for f, used in enumerate(table.value_uses):
+        have = table.nodes[used.source].given(chosen[used.source], used.output)
+        for node, operand in used.uses:
             want = table.nodes[node].taken(chosen[node], operand)
-            reshards = [(f, have, path) for path in reshard_paths(flow.chains[have, want])]
+            reshards = [(f, have, path) for path in reshard_paths(used.chains[have, want])]
             paid |= {int(sizes.first[-1]) + changes.index(reshard) for reshard in reshards}
-    for m, keep in enumerate(table.keeps):
-        for (node, operand), placed in zip(dict.fromkeys(keep.keepers), sizes.keeps[m], strict=True):
-            by = keep.root if operand == -2 else node
+    for m, tensor in enumerate(table.saved_tensors):
+        for (node, operand), placed in zip(dict.fromkeys(tensor.savers), sizes.saved_placements[m], strict=True):
+            by = tensor.root if operand == -2 else node
             paid.add(int(sizes.first[-1]) + len(changes) + saved.index((m, placed[chosen[by]])))
     return float(sum(costs[i] for i in paid))
 
@@ -103,7 +103,7 @@ def test_cbc_gives_the_same_plan(plan: str) -> None:
 
 def printed(plan: autopart.Plan) -> list[tuple[object, ...]]:
     """The lines of a plan. Placements of values without a gradient, R or C, cost the same and are not printed."""
-    segments = [segment for stage in plan.stages for segment in stage.runs]
+    segments = [segment for stage in plan.stages for segment in stage.segments]
     return [(s.labels, x.name, x.operator, x.note, x.seconds, x.comm_seconds) for s in segments for x in s.lines]
 
 

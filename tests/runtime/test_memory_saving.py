@@ -56,7 +56,9 @@ def changed(plan: autopart.Plan, zero: int, mode: Callable[[str], str]) -> autop
     """The plan with another ZeRO level and, from that of every block, another mode."""
     stages = []
     for stage in plan.stages:
-        labels = [label for run in stage.runs for label in run.labels][-len(stage.recompute) :]  # without the prelude
+        labels = [label for run in stage.segments for label in run.labels][
+            -len(stage.recompute) :
+        ]  # without the prelude
         modes = (mode(m) if is_block(label) else m for label, m in zip(labels, stage.recompute, strict=True))
         stages.append(dataclasses.replace(stage, recompute=tuple(modes)))
     return dataclasses.replace(plan, zero=zero, stages=tuple(stages))

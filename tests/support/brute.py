@@ -27,8 +27,8 @@ from autopart.cost.liveness import MODES
 from autopart.cost.position_costs import (
     PerStageOnce,
     PositionCosts,
-    _add_flow,
-    _add_keep,
+    _add_saved_tensor,
+    _add_value,
     no_costs,
     position_costs,
 )
@@ -204,7 +204,7 @@ def problem(seed: int) -> Problem:
 def whole(space: SearchSpace) -> SearchSpace:
     """The same space, with every change of placement that there is: the planner leaves out some that bring nothing."""
     found = SearchSpace(space.layered, space.mesh, space.request)
-    with mock.patch.object(_Builder, "_let_through", lambda self, flow: None):
+    with mock.patch.object(_Builder, "_let_through", lambda self, used: None):
         for point in space.points():
             found.model(point)
     return found
@@ -247,23 +247,23 @@ class Structure:
         nodes = table.nodes
         self.factors: list[Factor] = [Factor("node", i, [i], [np.arange(len(n.options))]) for i, n in enumerate(nodes)]
         self.pairs: dict[tuple[int, int], NDArray[np.bool_]] = {}
-        for index, flow in enumerate(table.flows):
+        for index, used in enumerate(table.value_uses):
             self._flow(index)
-            give = [nodes[flow.source].given(o, flow.output) for o in range(len(nodes[flow.source].options))]
-            for node, operand in flow.uses:
+            give = [nodes[used.source].given(o, used.output) for o in range(len(nodes[used.source].options))]
+            for node, operand in used.uses:
                 take = [nodes[node].taken(o, operand) for o in range(len(nodes[node].options))]
-                self._pair(flow.source, node, np.array([[(h, w) in flow.chains for w in take] for h in give]))
+                self._pair(used.source, node, np.array([[(h, w) in used.chains for w in take] for h in give]))
         for tied in table.tied:
             for node in tied[1:]:
                 self._pair(tied[0], node, np.eye(len(nodes[node].options), dtype=bool))
-        for index, keep in enumerate(table.keeps):
-            who = list(dict.fromkeys([keep.root if o == -2 else n for n, o in keep.keepers]))
+        for index, tensor in enumerate(table.saved_tensors):
+            who = list(dict.fromkeys([tensor.root if o == -2 else n for n, o in tensor.savers]))
             seen = []
             for node in who:
                 parts = []
-                for n, o in keep.keepers:
-                    if (keep.root if o == -2 else n) == node:
-                        parts.append(_kinds(table, keep.root, n, o))
+                for n, o in tensor.savers:
+                    if (tensor.root if o == -2 else n) == node:
+                        parts.append(_kinds(table, tensor.root, n, o))
                 seen.append(_numbered(list(zip(*parts, strict=True))))
             self.factors.append(Factor("keep", index, who, seen))
         self.interface = list(interface)
@@ -280,25 +280,25 @@ class Structure:
         return self.graphs[alike]
 
     def _flow(self, index: int) -> None:
-        flow, nodes = self.table.flows[index], self.table.nodes
-        who = list(dict.fromkeys([flow.source, *(n for n, _ in flow.uses)]))
+        used, nodes = self.table.value_uses[index], self.table.nodes
+        who = list(dict.fromkeys([used.source, *(n for n, _ in used.uses)]))
         seen = []
         for node in who:
             options = range(len(nodes[node].options))
             parts: list[list[object]] = [[] for _ in options]
             for o in options:
-                if node == flow.source:
-                    parts[o].append(nodes[node].given(o, flow.output))
-                parts[o] += [nodes[node].taken(o, operand) for n, operand in flow.uses if n == node]
+                if node == used.source:
+                    parts[o].append(nodes[node].given(o, used.output))
+                parts[o] += [nodes[node].taken(o, operand) for n, operand in used.uses if n == node]
             seen.append(_numbered([tuple(p) for p in parts]))
         self.factors.append(Factor("flow", index, who, seen))
-        outside = [u for u, inside in zip(flow.uses, flow.inside, strict=True) if not inside]
+        outside = [u for u, inside in zip(used.uses, used.inside, strict=True) if not inside]
         summed = any(
             p.kind == "P"
-            for o in range(len(nodes[flow.source].options))
-            for p in nodes[flow.source].given(o, flow.output)
+            for o in range(len(nodes[used.source].options))
+            for p in nodes[used.source].given(o, used.output)
         )
-        if summed and outside and max(flow.homes) >= 0:
+        if summed and outside and max(used.producers) >= 0:
             self.factors.append(Factor("wanted", index, who, seen))
 
     def _pair(self, one: int, other: int, allowed: NDArray[np.bool_]) -> None:
@@ -311,19 +311,19 @@ class Structure:
         for i, node in enumerate(self.table.nodes):
             if node.kind in ("op", "end"):
                 order.update(dict.fromkeys(o[0] for o in node.operands if o))
-                order.update(dict.fromkeys(f.source for f in self.table.flows if any(n == i for n, _ in f.uses)))
+                order.update(dict.fromkeys(f.source for f in self.table.value_uses if any(n == i for n, _ in f.uses)))
                 order[i] = None
         order.update(dict.fromkeys(range(len(self.table.nodes))))
         return list(order)
 
     def summed_alike(self, index: int, chosen: Sequence[int]) -> bool:
         """Whether all uses of a partial sum outside of the run that makes it take it alike."""
-        flow, nodes = self.table.flows[index], self.table.nodes
-        if not any(p.kind == "P" for p in nodes[flow.source].given(chosen[flow.source], flow.output)):
+        used, nodes = self.table.value_uses[index], self.table.nodes
+        if not any(p.kind == "P" for p in nodes[used.source].given(chosen[used.source], used.output)):
             return True
         wants = {
             nodes[n].taken(chosen[n], operand)
-            for (n, operand), inside in zip(flow.uses, flow.inside, strict=True)
+            for (n, operand), inside in zip(used.uses, used.inside, strict=True)
             if not inside
         }
         return len(wants) < 2
@@ -334,9 +334,9 @@ class Structure:
         placed: list[object] = [nodes[n].given(chosen[n], output) for n, output in self.interface]
         for factor in self.factors:
             if factor.kind == "wanted":
-                flow = self.table.flows[factor.index]
-                have = nodes[flow.source].given(chosen[flow.source], flow.output)
-                user, operand = next(u for u, inside in zip(flow.uses, flow.inside, strict=True) if not inside)
+                used = self.table.value_uses[factor.index]
+                have = nodes[used.source].given(chosen[used.source], used.output)
+                user, operand = next(u for u, inside in zip(used.uses, used.inside, strict=True) if not inside)
                 placed.append(nodes[user].taken(chosen[user], operand) if any(p.kind == "P" for p in have) else None)
         return tuple(placed)
 
@@ -448,7 +448,7 @@ class Atom:
     """What one combination adds: (field, position) -> number, and what is paid once."""
 
     each: Array
-    once: list[PerStageOnce]
+    per_stage: list[PerStageOnce]
     crossings: list[Any]
 
 
@@ -478,10 +478,10 @@ class Priced:
         if factor.kind == "node":
             self._node(found, factor.index, chosen[factor.index])
         elif factor.kind == "flow":
-            flow = self.table.flows[factor.index]
-            _add_flow(found, self.prices, chosen, factor.index, flow, self.space.between_stages(self.point))
+            used = self.table.value_uses[factor.index]
+            _add_value(found, self.prices, chosen, factor.index, used, self.space.between_stages(self.point))
         elif factor.kind == "keep":
-            _add_keep(found, self.prices, chosen, factor.index, self.table.keeps[factor.index])
+            _add_saved_tensor(found, self.prices, chosen, factor.index, self.table.saved_tensors[factor.index])
         return self.atom(found)
 
     def atom(self, found: PositionCosts) -> Atom:
@@ -494,13 +494,13 @@ class Priced:
             *found.backward_bytes, *found.reduced_bytes, found.optimizer_workspace, found.state_bytes[1],
             found.regathered_bytes, found.reused_bytes[1],
         ])  # fmt: skip
-        return Atom(each, found.once, found.crossings)
+        return Atom(each, found.per_stage, found.crossings)
 
     def _node(self, found: PositionCosts, index: int, option: int) -> None:
         node, prices = self.table.nodes[index], self.prices
         i = int(prices.sizes.first[index]) + option
-        for p in range(self.n) if node.group >= 0 else ():
-            if self.table.group[p] == node.group:
+        for p in range(self.n) if node.segment_class >= 0 else ():
+            if self.table.segment_classes[p] == node.segment_class:
                 found.forward[p] += prices.forward[i]
                 found.backward[p] += prices.backward[i]
                 found.recompute_seconds[1][p] += prices.forward[i] - prices.product[i]
@@ -512,7 +512,7 @@ class Priced:
                 found.backward_bytes[:, p] = np.maximum(found.backward_bytes[:, p], prices.backward_bytes[:, i])
         for users in self.table.shared.get(index, ()):
             seconds = float(prices.forward[i]), float(prices.backward[i])
-            found.once.append(
+            found.per_stage.append(
                 PerStageOnce(
                     users, *seconds, float(prices.inner[i]), largest_gradient=float(prices.backward_bytes[1, i] / 2)
                 )
@@ -531,7 +531,7 @@ class Priced:
                 held, stepping = tuple(prices.state_bytes[i].tolist()), float(prices.optimizer_workspace[i])
                 sync = float(prices.sync_seconds[i] + self.amortization * self.share * prices.overlappable_seconds[i])
                 waiting = float(prices.pending_grad_bytes[i])
-                found.once.append(
+                found.per_stage.append(
                     PerStageOnce(
                         users,
                         state_bytes=held,
@@ -608,7 +608,7 @@ class Totals:
     def _once(self, row: Array, atom: Atom) -> None:
         """What a stage pays once, and what it sends and receives."""
         span, m = self.span, self.priced.m
-        for item in atom.once:
+        for item in atom.per_stage:
             if any(span.i <= p < span.j for p in item.positions):
                 row[self.times] += item.forward + item.backward + item.sync_seconds / self.priced.amortization
                 row[0] += sum(item.state_bytes) + span.in_flight * item.saved_bytes
@@ -623,7 +623,7 @@ class Totals:
                         at = 8 + k * self.count + p - span.i
                         row[at] = max(row[at], size * item.largest_gradient)
         for many in atom.crossings:
-            pairs = list(zip(many.homes.tolist(), many.users.tolist(), strict=True))
+            pairs = list(zip(many.producers.tolist(), many.consumers.tolist(), strict=True))
             for values in [pairs] if many.one else [[pair] for pair in pairs]:
                 home, users = values[0][0], [user for _, user in values]
                 gives = span.i <= home < span.j <= max(users)
@@ -859,7 +859,7 @@ class Judge:
         total = 0.0
         for i, node in enumerate(table.nodes):
             first, last = int(prices.sizes.first[i]), int(prices.sizes.first[i + 1])
-            places = table.group.count(node.group) if node.group >= 0 else 0
+            places = table.segment_classes.count(node.segment_class) if node.segment_class >= 0 else 0
             total += places * float((prices.forward + prices.backward)[first:last].min())
         return total * (1 + (self.space.micro_batches(point) - 1) / point.pp)
 
@@ -932,7 +932,7 @@ class Judge:
         for stage, (i, j, chosen) in enumerate(zip(plan.starts, ends, plan.chosen, strict=True)):
             for (one, other), allowed in structure.pairs.items():
                 assert allowed[chosen[one], chosen[other]], f"{table.nodes[one].key}, {table.nodes[other].key}"
-            assert all(structure.summed_alike(f, chosen) for f in range(len(table.flows)))
+            assert all(structure.summed_alike(f, chosen) for f in range(len(table.value_uses)))
             totals = Totals(priced, Span(i, j, space.in_flight(point, stage)))
             weighed = position_costs(priced.prices, chosen, space.between_stages(point))
             modes = np.array([[MODES.index(plan.recompute[p]) for p in totals.blocks]], dtype=np.int64)

@@ -782,7 +782,7 @@ def draw_choice(draw: st.DrawFn, model: Split, allowed: Mapping[int, list[int]])
     ]
     count = len(model.sizes.changes)
     costs = np.concatenate(
-        [numbers.random(len(sums)) - sums, near * numbers.random(count), np.zeros(len(model.sizes.kept))]
+        [numbers.random(len(sums)) - sums, near * numbers.random(count), np.zeros(len(model.sizes.saved_index))]
     )
     found = model.solver.minimise(costs, allowed)
     assert found is not None
@@ -801,12 +801,12 @@ def interface(model: Split) -> dict[int, list[int]]:
 def is_possible(table: StrategyTable, chosen: Sequence[int]) -> bool:
     """Whether every change of placement of a choice is possible, whoever uses a partial sum outside of its run takes it
     in the same placement, and what is tied is alike."""
-    for flow in table.flows:
-        have = table.nodes[flow.source].given(chosen[flow.source], flow.output)
-        wants = [table.nodes[node].taken(chosen[node], operand) for node, operand in flow.uses]
-        if any((have, want) not in flow.chains for want in wants):
+    for used in table.value_uses:
+        have = table.nodes[used.source].given(chosen[used.source], used.output)
+        wants = [table.nodes[node].taken(chosen[node], operand) for node, operand in used.uses]
+        if any((have, want) not in used.chains for want in wants):
             return False
-        outside = {want for want, inside in zip(wants, flow.inside, strict=True) if not inside}
+        outside = {want for want, inside in zip(wants, used.inside, strict=True) if not inside}
         if any(p.kind == "P" for p in have) and len(outside) > 1:
             return False
     return all(len({chosen[node] for node in group}) == 1 for group in table.tied)
@@ -855,7 +855,7 @@ def first_choice(model: Split, allowed: Mapping[int, list[int]] | None = None) -
     """The option of every node that comes first, as far as the others allow: samples over dp where operators allow it,
     all whole over tp."""
     order = [float(o) for node in model.table.nodes for o, _ in enumerate(node.options)]
-    costs = np.array(order + [0.0] * (len(model.sizes.changes) + len(model.sizes.kept)))
+    costs = np.array(order + [0.0] * (len(model.sizes.changes) + len(model.sizes.saved_index)))
     found = model.solver.minimise(costs, allowed)
     assert found is not None
     return found.chosen

@@ -61,7 +61,7 @@ def sequence(plan: Plan) -> int | None:
 
 def labels(plan: Plan) -> list[list[str]]:
     """The labels of every stage's segments."""
-    return [[label for run in stage.runs for label in run.labels if label] for stage in plan.stages]
+    return [[label for segment in stage.segments for label in segment.labels if label] for stage in plan.stages]
 
 
 def blocks(plan: Plan) -> list[list[str]]:
@@ -74,7 +74,7 @@ def modes(plan: Plan) -> list[list[str]]:
     mode."""
     found = []
     for stage in plan.stages:
-        names = [label for run in stage.runs for label in run.labels]
+        names = [label for segment in stage.segments for label in segment.labels]
         pairs = zip(reversed(names), reversed(stage.recompute), strict=False)
         found.append([mode for label, mode in pairs if is_block(label)][::-1])
     return found

@@ -36,7 +36,7 @@ NAMES = (
     (r"(?:.*\.)?(?:norm|ln_f|final_layer_norm)", "norm"),
     (r"(?:.*\.)?(?:lm_head|output)", "output"),
 )
-"""A run's label, and torchtitan's name of the module."""
+"""A segment's label, and torchtitan's name of the module."""
 RESHARD = {0: "never", 1: "never", 2: "never", 3: "always"}
 """fsdp_reshard_after_forward by ZeRO level: parameters that stay whole after forward are level 2."""
 
@@ -133,11 +133,11 @@ def _pipeline(plan: Plan, differences: list[str]) -> dict[str, Any]:
     }
 
 
-def _names(runs: list[str]) -> dict[str, str]:
-    """torchtitan's name for each run; "" where it has none, or where several would have the same."""
+def _names(segments: list[str]) -> dict[str, str]:
+    """torchtitan's name for each segment; "" where it has none, or where several would have the same."""
     names = {
         label: next((m.expand(name) for pattern, name in NAMES if (m := re.fullmatch(pattern, label))), "")
-        for label in runs
+        for label in segments
     }
     often = Counter(names.values())
     return {label: name if often[name] == 1 else "" for label, name in names.items()}

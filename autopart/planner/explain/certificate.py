@@ -138,13 +138,13 @@ def _numbers(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
         groups = {"dp": plan.mesh.group(plan.tp, plan.dp), "tp": plan.mesh.group(1, plan.tp)}
         device = plan.mesh.busy_device(plan.pp, m)
         priced = price_stage(graph, Prices(device, {axis: groups[axis] for axis, _ in choices.axes}))
-        runs = dict(zip(graph.indices, priced, strict=True))
-        times = _seconds(plan, layered, choices, graph, runs, span)
+        segments = dict(zip(graph.indices, priced, strict=True))
+        times = _seconds(plan, layered, choices, graph, segments, span)
         for part, value in times.items():
             if not _same(getattr(stage, part), value):
                 yield f"{name}: {part} are {value}, the plan says {getattr(stage, part)}"
         yield from _memory(plan, _stage_memory(plan, layered, choices, graph, span), stage.memory, name)
-        yield from _printed(stage, layered, runs, span, name)
+        yield from _printed(stage, layered, segments, span, name)
         sends = _sends(plan, graph)
         pairs = zip(stage.sends, sends, strict=False)
         alike = all(told[:2] == made[:2] and _same(told[2], made[2]) for told, made in pairs)
@@ -166,39 +166,41 @@ def _seconds(
     layered: LayeredGraph,
     choices: ShardingAssignment,
     graph: StageGraph,
-    runs: dict[int, PricedSegment],
+    segments: dict[int, PricedSegment],
     span: range,
 ) -> dict[str, float]:
     """Of a stage, by the names they have in plans."""
     modes = dict(zip(span, plan.stages[graph.index].recompute, strict=True))
-    again = 0.0
-    for run, priced in runs.items():
-        mode = modes.get(run, "none")
-        again += priced.again if mode == "full" else priced.cheap if mode == "selective" else 0.0
+    recompute = 0.0
+    for segment, priced in segments.items():
+        mode = modes.get(segment, "none")
+        recompute += {
+            "none": 0.0, "selective": priced.selective_recompute_seconds, "full": priced.full_recompute_seconds,
+        }[mode]  # fmt: skip
     sync, device, training = 0.0, plan.mesh.busy_device(plan.pp, plan.micro_batches), _training(plan)
     for _, record, nbytes, over_dp, over_tp in distinct(_reads(layered, choices, span, graph)):
         sync += training.sync_seconds(nbytes, over_dp)
         sync += update_seconds(nbytes, record.grad, over_dp, training, device)
         if over_tp:
             sync += training.partial_sync_seconds(nbytes, plan.mesh.group(1, plan.tp))
-    sync -= training.backwards * device.overlapped_share * _hidden(plan, layered, choices, runs, span, graph)
+    sync -= training.backwards * device.overlapped_share * _hidden(plan, layered, choices, segments, span, graph)
     return {
-        "forward_seconds": sum(r.forward for r in runs.values()),
-        "backward_seconds": sum(r.backward for r in runs.values()) + again,
+        "forward_seconds": sum(r.forward for r in segments.values()),
+        "backward_seconds": sum(r.backward for r in segments.values()) + recompute,
         "sync_seconds": sync,
         "send_seconds": sum(_there_and_back(plan, crossing) for crossing in [*graph.received, *graph.sent]),
     }
 
 
 def _hidden(
-    plan: Plan, layered: LayeredGraph, choices: ShardingAssignment, runs: dict[int, PricedSegment], span: range,
+    plan: Plan, layered: LayeredGraph, choices: ShardingAssignment, segments: dict[int, PricedSegment], span: range,
     graph: StageGraph,
 ) -> float:  # fmt: skip
     """Seconds that gradients travel beside a stage's backward: while some are ready and it goes on, which then takes
-    1 / `Device.overlapped_share` times as long. Those of parameters that several runs read do not."""
+    1 / `Device.overlapped_share` times as long. Those of parameters that several segments read do not."""
     training, ready, hidden, share = _training(plan), 0.0, 0.0, plan.mesh.device.overlapped_share
-    for run, read in zip(reversed(span), reversed(_reads(layered, choices, span, graph)), strict=True):
-        takes = (runs[run].backward if run in runs else 0.0) / share if share else 0.0
+    for segment, read in zip(reversed(span), reversed(_reads(layered, choices, span, graph)), strict=True):
+        takes = (segments[segment].backward if segment in segments else 0.0) / share if share else 0.0
         hidden, ready = hidden + min(ready, takes), max(0.0, ready - takes)
         ready += sum(
             training.overlappable_seconds(p.bytes, p.over_dp) for p in read if len(layered.readers[p.name]) == 1
@@ -229,7 +231,7 @@ def _training(plan: Plan) -> Training:
 
 
 def _reads(layered: LayeredGraph, choices: ShardingAssignment, span: range, graph: StageGraph) -> list[list[Parameter]]:
-    """The parameters that each run of a stage reads."""
+    """The parameters that each segment of a stage reads."""
     return parameters(layered, choices, (span.start, span.stop), graph.index)
 
 
@@ -276,16 +278,20 @@ def _parts(held: Mapping[str, float], told: Mapping[str, float]) -> Iterator[str
 
 
 def _printed(
-    stage: PlanStage, layered: LayeredGraph, runs: dict[int, PricedSegment], span: range, name: str
+    stage: PlanStage, layered: LayeredGraph, segments: dict[int, PricedSegment], span: range, name: str
 ) -> Iterator[str]:
     """Whether what is printed of a stage is all of it."""
-    labels = [label for run in stage.runs for label in run.labels]
-    if Counter(labels) != Counter([""] * (PRELUDE_SEGMENT in runs) + [layered.labels[p] for p in span if p in runs]):
-        yield f"{name}: the runs printed are not those it has"
+    labels = [label for segment in stage.segments for label in segment.labels]
+    if Counter(labels) != Counter(
+        [""] * (PRELUDE_SEGMENT in segments) + [layered.labels[p] for p in span if p in segments]
+    ):
+        yield f"{name}: the segments printed are not those it has"
         return
-    total = sum(run.seconds * len(run.labels) for run in stage.runs)
+    total = sum(segment.seconds * len(segment.labels) for segment in stage.segments)
     if not _same(total, stage.forward_seconds + stage.backward_seconds):
-        yield f"{name}: the runs printed take {total} s, not what the stage does"
-    lines = sum((line.seconds + line.comm_seconds) * len(run.labels) for run in stage.runs for line in run.lines)
-    if not _same(lines, sum(run.forward + run.backward for run in runs.values())):
+        yield f"{name}: the segments printed take {total} s, not what the stage does"
+    lines = sum(
+        (line.seconds + line.comm_seconds) * len(segment.labels) for segment in stage.segments for line in segment.lines
+    )
+    if not _same(lines, sum(segment.forward + segment.backward for segment in segments.values())):
         yield f"{name}: the operators printed take {lines} s, not what they do"

@@ -28,7 +28,7 @@ Chosen = tuple[int, ...]
 
 def price_plan(plan: Plan, model: nn.Module, batch: Batch) -> Plan:
     """The plan with its numbers computed from its decisions: degrees, micro-batch, ZeRO level, splits, the stages'
-    first runs and their checkpointing. Only the lower bound stays, which is that of the search.
+    first positions and their checkpointing. Only the lower bound stays, which is that of the search.
 
     `batch` as it was planned with. Raises PartitionError for decisions that are no plan of the model; a plan that does
     not fit is no error (`Plan.fits`).
@@ -75,24 +75,24 @@ def decided(plan: Plan, source: Source) -> tuple[SearchSpace, SearchResult]:
 
 
 def _check_stages(plan: Plan, labels: Sequence[str], updated: Sequence[str]) -> None:
-    """Raise PartitionError unless the stages are consecutive runs, each with a mode of checkpointing."""
+    """Raise PartitionError unless stages are consecutive intervals of positions, with a mode of each."""
     starts, n = plan.starts, len(labels)
     if len(starts) != plan.pp:
         raise PartitionError(f"{plan.degrees} has {len(starts)} stages")
     if starts[0] != 0 or any(b <= a for a, b in pairwise((*starts, n))):
         raise PartitionError(
-            f"the stages start at runs {', '.join(map(str, starts))}",
-            f"the first starts at 0, each behind the one before it, none behind run {n - 1}",
+            f"the stages start at positions {', '.join(map(str, starts))}",
+            f"the first starts at 0, each behind the one before it, none behind position {n - 1}",
         )
     for index, (stage, (start, end)) in enumerate(zip(plan.stages, pairwise((*starts, n)), strict=True)):
         if not 0 <= stage.splits < len(plan.splits):
             raise PartitionError(f"stage {index} is split as {stage.splits}", f"there are {len(plan.splits)} ways")
         if len(stage.recompute) != end - start:
-            told = f"runs {start} to {end - 1}, recompute speaks of {len(stage.recompute)}"
-            raise PartitionError(f"stage {index} has {told}", "one mode for every run")
+            told = f"positions {start} to {end - 1}, recompute speaks of {len(stage.recompute)}"
+            raise PartitionError(f"stage {index} has {told}", "one mode for every position")
         for label, mode in zip(labels[start:end], stage.recompute, strict=True):
             if mode not in MODES or (mode != "none" and (updated or not is_block(label))):
-                why = f"the forward pass changes {updated[0]}" if updated else "numbered blocks alone are run again"
+                why = f"the forward pass changes {updated[0]}" if updated else "numbered blocks alone are recomputed"
                 raise PartitionError(f"{label or 'the loss'} cannot recompute {mode!r}", why, f"of {', '.join(MODES)}")
 
 
@@ -134,13 +134,13 @@ def _check_flows(table: StrategyTable, allowed: dict[int, list[int]]) -> None:
     def options(node: int) -> Sequence[int]:
         return allowed.get(node, range(len(table.nodes[node].options)))
 
-    for flow in table.flows:
-        source = table.nodes[flow.source]
-        haves = {source.given(o, flow.output) for o in options(flow.source)}
-        for index, operand in flow.uses:
+    for used in table.value_uses:
+        source = table.nodes[used.source]
+        haves = {source.given(o, used.output) for o in options(used.source)}
+        for index, operand in used.uses:
             user = table.nodes[index]
             wants = {user.taken(o, operand) for o in options(index)}
-            if not any((have, want) in flow.chains for have in haves for want in wants):
+            if not any((have, want) in used.chains for have in haves for want in wants):
                 have, want = (", ".join(map(str, next(iter(p)))) for p in (haves, wants))
                 raise PartitionError(
                     f"{user.key} cannot take {source.key}", f"it is made as {have}, and {want} is taken"
@@ -151,7 +151,7 @@ def _check_interface(space: SearchSpace, point: SearchPoint, chosen: Sequence[Ch
     """Raise PartitionError where stages do not agree on what passes between them."""
     model = space.model(point)
     keys = [model.table.nodes[index].key for index, _ in model.interface_values]
-    keys += [model.table.nodes[flow.source].key for flow, _ in model.interface_sums]
+    keys += [model.table.nodes[used.source].key for used, _ in model.interface_sums]
     for key, *placed in zip(keys, *map(model.interface, chosen), strict=True):
         if len(set(placed)) > 1:
             texts = [", ".join(map(str, p)) if p is not None else "no partial sum" for p in placed]

@@ -102,7 +102,7 @@ class Explanation:
                 exactly = [Exactly(text, True, axis, node.key, s) for axis, s in zip(axes, each, strict=True)]
                 others.append(self._alternative(text, exactly))
         others.sort(key=lambda other: (other.seconds is None, other.seconds or 0.0))
-        times = model.table.group.count(node.group) or len(model.table.state.get(index, ()))
+        times = model.table.segment_classes.count(node.segment_class) or len(model.table.state.get(index, ()))
         return Reason(node.key, max(1, times), _strategy(axes, mine), self.found.seconds, tuple(others))
 
     def _alternative(self, text: str, constraints: Sequence[Constraint]) -> Alternative:
