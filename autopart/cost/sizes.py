@@ -98,9 +98,9 @@ class Sizes:
                 start, end = self.first[node : node + 2]
                 each[list(set(range(start, end)).difference(start + o for o in left))] = np.inf
         bound = np.minimum.reduceat(each, self.first[:-1]).sum()
-        kept = costs[len(each) + len(self.changes) :]
-        if len(kept):
-            bound += np.minimum.reduceat(kept, self.first_saved).sum()
+        saved = costs[len(each) + len(self.changes) :]
+        if len(saved):
+            bound += np.minimum.reduceat(saved, self.first_saved).sum()
         return float(bound)
 
     @cached_property

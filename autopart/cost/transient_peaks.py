@@ -100,7 +100,7 @@ def _by_interval(
 
     none = before[starts] - before[ends]
     mixed_peaks = [np.maximum(most(moment, plain, middle, ends), none) for moment in mixed]
-    uniform_peaks = [np.maximum(most(m, kept, middle, ends), none) for m, kept in zip(uniform, saved, strict=True)]
+    uniform_peaks = [np.maximum(most(m, s, middle, ends), none) for m, s in zip(uniform, saved, strict=True)]
     before_blocks, later = most(mixed[0], plain, starts, middle), interval_sums(plain)
     for item in costs.per_stage:
         if item.largest_gradient:

@@ -47,7 +47,7 @@ class Info:
     matrix   the matrix product that the operator is, or None; in a stage's graph, the product on a rank
     grads    whether gradients flow to the matrix product's first factor, and to another factor
     root     the name of the node whose memory the first output is a view of; the node's own name if it is no view
-    keeps    the roots whose memory autograd saves for this node's backward
+    saves    the roots whose memory autograd saves for this node's backward
     inner    bytes that autograd saves besides, such as the statistics of a softmax
     view     whether the output is memory of an input, so that the operator takes no time
     logits   whether every path from the node to the loss goes through a cross-entropy, by way of views and casts
@@ -78,7 +78,7 @@ class Info:
     matrix: Product | None = None
     grads: tuple[bool, bool] = (False, False)
     root: str = ""
-    keeps: tuple[str, ...] = ()
+    saves: tuple[str, ...] = ()
     inner: float = 0
     view: bool = False
     logits: bool = False

@@ -65,17 +65,17 @@ class LayeredGraph:
 
     @cached_property
     def by_name(self) -> dict[str, fx.Node]:
-        """The nodes of the graph by their names in it, which `Info.root` and `Info.keeps` tell."""
+        """The nodes of the graph by their names in it, which `Info.root` and `Info.saves` tell."""
         return {node.name: node for node in self.traced.graph.nodes}
 
     @cached_property
-    def keepers(self) -> dict[str, set[int]]:
+    def savers(self) -> dict[str, set[int]]:
         """Name of a node -> the segments that save its memory for their backward."""
-        keepers: dict[str, set[int]] = {}
+        savers: dict[str, set[int]] = {}
         for node, segment in self.segment_of().items():
-            for root in info(node).keeps:
-                keepers.setdefault(root, set()).add(segment)
-        return keepers
+            for root in info(node).saves:
+                savers.setdefault(root, set()).add(segment)
+        return savers
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every parameter of the model."""

@@ -166,7 +166,7 @@ def _saved(graph: fx.Graph, device: str) -> None:
             node,
             root=root,
             view=node.op == "call_function" and root != node.name,
-            keeps=tuple(dict.fromkeys(owner[s] for s in stored if s in owner)),
+            saves=tuple(dict.fromkeys(owner[s] for s in stored if s in owner)),
             inner=sum(t.untyped_storage().nbytes() for s, t in stored.items() if s not in owner),
         )
 

@@ -245,7 +245,7 @@ def _gathered_again(node: fx.Node, option: Strategy, wanted: Sequence[Placement]
     if record.view and G in wanted and option.outputs == option.inputs == (C,):
         yield Strategy("G", (G,), (G,))
     for i, operand in enumerate(operands(node) if record.product and option.shards_work else ()):
-        kept = operand is not None and info(operand).kind != "parameter" and info(operand).root in record.keeps
+        kept = operand is not None and info(operand).kind != "parameter" and info(operand).root in record.saves
         if kept and option.inputs[i] == C:
             inputs = tuple(G if j == i else p for j, p in enumerate(option.inputs))
             yield replace(option, name=option.name + AGAIN, inputs=inputs)

@@ -75,7 +75,7 @@ class Ilp:
 
     x      [node][option]
     e      (value, (node, operand)) -> (placement made, placement taken) -> variable
-    c, k   as the keys of `Sizes.changes` and `Sizes.kept`
+    c, k   as the keys of `Sizes.changes` and `Sizes.saved_index`
     z      x, c and k in one list, in the order of `SplitProblem.costs`
     """
 
@@ -235,7 +235,7 @@ def exposed_sync(ilp: Ilp) -> Iterator[Row]:
 def peak_memory(ilp: Ilp) -> Iterator[Row]:
     """(10): what is alive at the peak besides what is held."""
     assert ilp.asked.capacity is not None
-    for terms in _rows(ilp, ilp.asked.capacity.peak, 1 / max(ilp.asked.capacity.room, 1.0)):
+    for terms in _rows(ilp, ilp.asked.capacity.peak, 1 / max(ilp.asked.capacity.limit, 1.0)):
         yield "alive", ilp.y - LpAffineExpression(terms) >= 0
 
 
@@ -243,9 +243,9 @@ def fits(ilp: Ilp) -> Iterator[Row]:
     """(11): what is held and what is alive besides fit the device."""
     capacity = ilp.asked.capacity
     assert capacity is not None
-    unit = max(capacity.room, 1.0)
-    terms = [(ilp.z[i], float(capacity.held[i]) / unit) for i in np.flatnonzero(capacity.held)]
-    yield "room", LpAffineExpression([*terms, (ilp.y, 1.0)]) <= capacity.room / unit
+    unit = max(capacity.limit, 1.0)
+    terms = [(ilp.z[i], float(capacity.baseline[i]) / unit) for i in np.flatnonzero(capacity.baseline)]
+    yield "room", LpAffineExpression([*terms, (ilp.y, 1.0)]) <= capacity.limit / unit
 
 
 EQUATIONS = (one_strategy, tied_nodes, made_placement, taken_placement, partial_sums, resharded_once, saved_once)

@@ -21,7 +21,7 @@ def note_saved(
     segment: int,
     given: Callable[[Value], Placements],
 ) -> None:
-    """Add to `stage.kept` what autograd saves for the backward of `node`, an operator of `segment`.
+    """Add to `stage.saved` what autograd saves for the backward of `node`, an operator of `segment`.
 
     Memory that several operators save is counted once for each placement in which it is saved. `given` tells the
     placement of a value in the stage before any reshard.
@@ -29,16 +29,16 @@ def note_saved(
     record = info(node)
     chosen = choices.of(layered, node, stage.index)
     inner = record.inner * choices.growth(node) / choices.shares(chosen)
-    entry = stage.kept.setdefault((f"{node.name} inside", ()), SavedMemory(inner, False, record.product))
+    entry = stage.saved.setdefault((f"{node.name} inside", ()), SavedMemory(inner, False, record.product))
     entry.segments.add(segment)
-    for name in record.keeps:
+    for name in record.saves:
         root = layered.by_name[name]
         taken = _read_as(node, root, chosen) or given((root, 0))
         placements = tuple(map(saved_as, taken))
         total = info(root).bytes * choices.grow(info(root))
         size, whole = total / choices.parts(placements), total / choices.parts(taken)
-        memory = SavedMemory(size, len(layered.keepers[name]) > 1, info(root).product)
-        entry = stage.kept.setdefault((name, placements), memory)
+        memory = SavedMemory(size, len(layered.savers[name]) > 1, info(root).product)
+        entry = stage.saved.setdefault((name, placements), memory)
         entry.segments.add(segment)
         if whole > size:
             entry.regathered_bytes[segment] = whole - size

@@ -217,12 +217,12 @@ class Solver(ConstraintMatrix):
         self, costs: Array, allowed: Mapping[int, Iterable[int]], capacity: Capacity
     ) -> Solution | None:
         """`minimise` with the rows of one stage's memory: equations (9) to (11) of `autopart.passes.ilp`."""
-        highs, rows, held, unit = self.highs, self.highs.getNumRow(), capacity.held, max(capacity.room, 1.0)
+        highs, rows, baseline, unit = self.highs, self.highs.getNumRow(), capacity.baseline, max(capacity.limit, 1.0)
         self._largest(capacity.sync, self._unit(costs), 1.0)
         last = self._largest(capacity.peak, 1 / unit, 0.0)
-        given = np.flatnonzero(held)
-        _, index, value = self._spread(0 * given, given, held[given] / unit)
-        highs.addRow(-highspy.kHighsInf, capacity.room / unit, len(index) + 1, [*index, last], [*value, 1.0])
+        given = np.flatnonzero(baseline)
+        _, index, value = self._spread(0 * given, given, baseline[given] / unit)
+        highs.addRow(-highspy.kHighsInf, capacity.limit / unit, len(index) + 1, [*index, last], [*value, 1.0])
         highs.setOptionValue("mip_max_nodes", 100 * MAX_NODES)
         found = self.minimise(costs, allowed)
         highs.setOptionValue("mip_max_nodes", MAX_NODES)

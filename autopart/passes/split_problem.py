@@ -15,16 +15,16 @@ from autopart.passes.constraint_matrix import Entries
 class Capacity:
     """The rows of one stage whose bytes have to fit its device. Their variables are those of `SplitProblem.costs`.
 
-    sync    rows of seconds: their maximum, the gradient sync that no backward hides, is added to the objective
-    peak    rows of bytes: their maximum, what is alive at the peak besides `held`, and `held` fit into `room`
-    held    bytes by variable: parameters, gradients, optimizer states and the activations of micro-batches in flight
-    room    bytes of the device
+    sync      rows of seconds by variable; their maximum, the exposed gradient sync, is added to the objective
+    peak      rows of bytes by variable, of moments of a backward: alive bytes less `baseline`
+    baseline  bytes by variable before any backward: state, saved activations, messages
+    limit     bytes of the device: baseline + max of the rows of `peak` <= limit
     """
 
     sync: Entries
     peak: Entries
-    held: Array
-    room: float
+    baseline: Array
+    limit: float
 
 
 @dataclass(frozen=True)

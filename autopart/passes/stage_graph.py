@@ -76,7 +76,7 @@ class StageGraph:
     segments  the label and the nodes of every segment;  indices: its index in the layered graph
     inputs    the keys of the batch that the stage reads;  received, sent: what it takes from and gives to other stages
     valid     the losses that divide by a number of valid targets
-    kept      (name of the node whose memory it is, placement) -> what autograd saves; "... inside" is what the operator
+    saved     (name of the node whose memory it is, placement) -> what autograd saves; "... inside" is what the operator
               saves besides values
     values    node of `graph` -> the value of the model's graph that it is, and its placement along every axis
     """
@@ -90,7 +90,7 @@ class StageGraph:
     received: list[Crossing] = field(default_factory=list)
     sent: list[Crossing] = field(default_factory=list)
     valid: list[Valid] = field(default_factory=list)
-    kept: dict[tuple[str, Placements], SavedMemory] = field(default_factory=dict)
+    saved: dict[tuple[str, Placements], SavedMemory] = field(default_factory=dict)
     values: dict[fx.Node, tuple[Value, Placements]] = field(default_factory=dict)
 
 

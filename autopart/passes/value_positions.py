@@ -210,7 +210,7 @@ class _Finder:
         kept: dict[tuple[str, int], list[_Use]] = defaultdict(list)
         for position, segment in enumerate(self.layered.sequence):
             for node in self.layered.segments[segment].nodes:
-                for root in () if is_pick(node) else info(node).keeps:
+                for root in () if is_pick(node) else info(node).saves:
                     through = [i for i, n in enumerate(operands(node)) if n is not None and info(n).root == root]
                     operand = -1 if root == node.name else next(iter(through), -2)
                     home = self._position(by_name[root], segment, position)

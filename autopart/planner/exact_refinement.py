@@ -68,7 +68,7 @@ def _stage(
     used = {segment_class: {mode: n for mode, n in many.items() if n} for segment_class, many in counts.items()}
     every = {mode for segment_class in model.blocks for mode in used.get(segment_class, ())}
     segments = {segment_class: _segment(space, point, segment_class, span) for segment_class in {*segment_classes, -1}}
-    seconds, kept, differing = (np.zeros(len(there)) for _ in range(3))
+    seconds, total, differing = (np.zeros(len(there)) for _ in range(3))
     for segment_class in {*table.segment_classes, -1}:
         modes = used.get(segment_class) or {"none": 1}
         for mode, n in modes.items():
@@ -77,7 +77,7 @@ def _stage(
             saved = part * costs.saved + (
                 n * segments[segment_class].block_input_bytes * share if mode != "none" else 0.0
             )
-            seconds, kept = seconds + part * costs.seconds, kept + saved
+            seconds, total = seconds + part * costs.seconds, total + saved
             differing += saved * (segment_class in model.blocks)
     uniform = MODES.index(next(iter(every), "none"))
     saved = np.array([segments[g].saved_under(uniform * mine) for g, mine in zip(segment_classes, block, strict=True)])
@@ -94,7 +94,7 @@ def _stage(
         modes=[[*map(MODES.index, used.get(segment_class) or {"none": 1})] for segment_class in segment_classes],
         prelude=segments[-1],
         saved=saved,
-        shared_saved=kept - saved.sum(0),
+        shared_saved=total - saved.sum(0),
         gradients=own,
         state=(state, own.sum(0), 0.0 * state),
         pending=_pending(model, prices, span),
@@ -115,7 +115,7 @@ def _segment(space: SearchSpace, point: SearchPoint, segment_class: int, span: t
     products = np.concatenate(
         [sizes.product * prices.inner, 0.0 * prices.change_forward, roots * prices.saved_tensor_bytes]
     )
-    kept = [
+    saved = [
         mine
         * space.costs(point, {segment_class: mode} if segment_class >= 0 else {}).saved
         / np.maximum(model.counts, 1.0)
@@ -129,7 +129,7 @@ def _segment(space: SearchSpace, point: SearchPoint, segment_class: int, span: t
     reduced = _of_nodes(model, prices.reduced_bytes) * there * mine
     one = [model.sizes.single_parameter[p] for p in range(*span) if table.segment_classes[p] == segment_class]
     return SegmentBytes(
-        saved_bytes=kept,
+        saved_bytes=saved,
         reused_bytes=[0.0, mine * products, 0.0],
         block_input_bytes=_block_inputs(model, prices, segment_class),
         regathered_bytes=0.0,

@@ -146,7 +146,9 @@ class StageMemory:
             for of in (training.optimizer_workspace, training.reduced_bytes)
         )
         step = sum(stepped) if training.foreach else max(stepped, default=0.0)
-        shared = sum(kept.size for kept in self.graph.kept.values() if kept.shared or PRELUDE_SEGMENT in kept.segments)
+        shared = sum(
+            memory.size for memory in self.graph.saved.values() if memory.shared or PRELUDE_SEGMENT in memory.segments
+        )
         saved = np.array([s.saved_under(mode) for s, mode in zip(segments, modes, strict=True)])
         return StageBytes(
             segments=segments,
@@ -171,9 +173,9 @@ class StageMemory:
         return len({mode for mode, block in zip(self.modes, self._blocks, strict=True) if block}) <= 1
 
     def _segment(self, segment: int) -> SegmentBytes:
-        nodes, kept = (
+        nodes, memory = (
             self.nodes.get(segment, []),
-            [k for k in self.graph.kept.values() if segment in k.segments and not k.shared],
+            [k for k in self.graph.saved.values() if segment in k.segments and not k.shared],
         )
         gradients = [[backward_of(n, self.training.grad_alloc_ratio(first)) for n in nodes] for first in (True, False)]
         positions = [p for p, at in enumerate(self.layered.sequence[slice(*self.span)]) if at == segment]
@@ -181,10 +183,10 @@ class StageMemory:
         reduced = [self.training.reduced_bytes(p.bytes, p.record.grad, p.over_dp) for p in read]
         results = sum(size for _, size in _results(nodes))
         return SegmentBytes(
-            saved_bytes=(sum(k.size for k in kept), results, 0.0),
-            reused_bytes=(0.0, sum(k.size for k in kept if k.product), 0.0),
+            saved_bytes=(sum(k.size for k in memory), results, 0.0),
+            reused_bytes=(0.0, sum(k.size for k in memory if k.product), 0.0),
             block_input_bytes=sum(size for _, size in _inputs(nodes)),
-            regathered_bytes=sum(k.regathered_bytes.get(segment, 0.0) for k in self.graph.kept.values()),
+            regathered_bytes=sum(k.regathered_bytes.get(segment, 0.0) for k in self.graph.saved.values()),
             largest_gradient=max((largest for largest, _ in gradients[0]), default=0.0),
             backward_bytes=[max((most for _, most in rows), default=0.0) for rows in gradients],
             reduced_bytes=(sum(reduced), max(reduced, default=0.0)),
@@ -252,12 +254,12 @@ class StageMemory:
         """What one micro-batch saves for backward: position, -1 for what several share, label, name, bytes."""
         named = {node.name: _operator(node) for node in self.layered.traced.graph.nodes if node.op != "output"}
         inside: dict[int, list[tuple[str, float]]] = defaultdict(list)
-        for (key, _), kept in self.graph.kept.items():
+        for (key, _), memory in self.graph.saved.items():
             name = named.get(key, "") or f"{named[key.removesuffix(' inside')]}, its own"
-            for segment in kept.segments if not kept.shared else ():
-                inside[segment].append((name, kept.size))
-            if kept.shared or PRELUDE_SEGMENT in kept.segments:
-                yield -1, PRELUDE, name, kept.size
+            for segment in memory.segments if not memory.shared else ():
+                inside[segment].append((name, memory.size))
+            if memory.shared or PRELUDE_SEGMENT in memory.segments:
+                yield -1, PRELUDE, name, memory.size
         for node in self._several_taken():
             yield -1, PRELUDE, f"{_operator(node)}, taken by blocks", info(node).size
         for position, (label, mode) in enumerate(zip(self.labels, self.modes, strict=True)):

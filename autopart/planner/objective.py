@@ -48,8 +48,8 @@ def costs_by_mode(model: Model, prices: Prices, amortization: int, gradients: bo
     state = prices.state if gradients else prices.state - prices.state_bytes[:, 1]
     state = np.concatenate([state, no_reshards, no_saved]) * model.counts
     return tuple(
-        Costs((seconds + recompute) * model.counts, state, kept * model.counts)
-        for recompute, kept in ((0.0, saved), (selective, products), (full, 0.0 * saved))
+        Costs((seconds + recompute) * model.counts, state, by_mode * model.counts)
+        for recompute, by_mode in ((0.0, saved), (selective, products), (full, 0.0 * saved))
     )
 
 

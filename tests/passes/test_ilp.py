@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from autopart.passes.ilp import EQUATIONS, LONGEST, Ilp, resharded_once, state
 from autopart.passes.ilp_solvers import minimise
-from autopart.passes.solve import DEAREST, UNIT, unit_of
+from autopart.passes.solve import MAX_COST_RATIO, OBJECTIVE_SCALE, unit_of
 from autopart.passes.split_problem import SplitProblem
 from autopart.planner.exact_refinement import fastest_that_fit
 from autopart.planner.search_points import SearchPoint
@@ -107,7 +107,9 @@ def test_the_objective_is_that_of_the_arrays(seed: int) -> None:
     for constraint in of_one_operand(ilp):
         mine[[place[variable.name] for variable, number in constraint.items() if number > 0]] = 0.0
     unit = unit_of(space.model(point).sizes, asked.costs)
-    assert np.array(solver.highs.getLp().col_cost_) == pytest.approx(np.minimum(mine * unit, UNIT * DEAREST), rel=1e-9)
+    assert np.array(solver.highs.getLp().col_cost_) == pytest.approx(
+        np.minimum(mine * unit, OBJECTIVE_SCALE * MAX_COST_RATIO), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -31,7 +31,7 @@ def write_lines(module: StageModule, scope: Scope, nodes: Sequence[fx.Node], nee
     """
     inside = set(nodes)
     last_source = ""
-    kept = {root for root, _ in module.stage.kept}
+    kept = {root for root, _ in module.stage.saved}
     alive: dict[str, fx.Node] = {}
     done: set[fx.Node] = set()
     for node in nodes:
