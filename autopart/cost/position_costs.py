@@ -1,4 +1,4 @@
-"""A choice of strategies -> what it costs at every position of the model, and what stages pay once."""
+"""A choice of strategies -> its seconds and bytes at every position of the model, and what a stage pays once."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from autopart.sharding.strategy_table import Placements, SavedTensor, ValueUses
 
 @dataclass(frozen=True)
 class PerStageOnce:
-    """What a stage pays once where it has any of the positions; the fields are as in `PositionCosts`.
+    """Costs that a stage pays once if it has any of `positions`; other fields are as in `PositionCosts`.
 
-    block_input_bytes   of a value that several blocks read, saved where one of them is recomputed
+    block_input_bytes   bytes of a value that several blocks read; saved if one of these blocks is recomputed
     pending_grad_bytes  `Training.pending_grad_bytes` of a parameter that several positions read
     """
 
@@ -42,10 +42,12 @@ class PerStageOnce:
 
 @dataclass(frozen=True)
 class Crossings:
-    """Values of one kind that cross cuts: the positions that make them and those that use them, in pairs, the bytes of
-    each, seconds to send one and its gradient.
+    """Values that a stage sends where a cut is between their producer and a consumer.
 
-    one   whether the pairs are of one value
+    producers, consumers  [pairs]: positions that make a value and that use it
+    size                  bytes of one value on a rank, per micro-batch
+    seconds               to send one value and its gradient
+    one                   whether all pairs are of one value, which is sent to a stage once
     """
 
     producers: NDArray[np.int_]
@@ -57,18 +59,18 @@ class Crossings:
 
 @dataclass
 class PositionCosts(SegmentBytes):
-    """What a choice costs at every position, per micro-batch: [positions] each, with a leading dim where several rows
-    are told.
+    """Costs of a choice, of a micro-batch on one rank. Arrays are [positions], or [rows, positions] as told.
 
     forward, backward     seconds, nothing recomputed
-    recompute_seconds     seconds of backward that each of MODES adds
-    state_bytes           bytes of parameters, gradients and optimizer states that the position alone reads
-    sync_seconds          seconds of gradient sync of a step that no backward hides;  overlappable_seconds: that the
-                          backward of earlier positions can hide, in each of `Training.backwards`
-    reduced_bytes         as in `SegmentBytes`; a third row: of the parameters that the position alone reads
-    optimizer_workspace   bytes of temporaries while the optimizer steps: of all parameters where it steps them at once
+    recompute_seconds     [MODES, positions]: seconds that the mode adds to the backward
+    state_bytes           [3, positions]: bytes of the parameters that the position alone reads, their gradients, their
+                          optimizer states
+    sync_seconds          of a step: gradient sync that no backward hides, and the optimizer
+    overlappable_seconds  of each of `Training.backwards`: gradient sync that the backward of earlier positions can hide
+    reduced_bytes         rows as in `SegmentBytes`; a third row: the sum over parameters that the position alone reads
+    optimizer_workspace   bytes of the optimizer's temporaries: the sum over parameters where it steps them at once
                           (`Training.foreach`), else of the largest
-    once                  what stages pay once;  crossings: values that may be sent
+    per_stage             costs that a stage pays once;  crossings: values that stages may send
     """
 
     forward: Array
@@ -111,7 +113,7 @@ def no_costs(prices: Prices) -> PositionCosts:
 
 
 def position_costs(prices: Prices, chosen: Sequence[int], link: Link | None) -> PositionCosts:
-    """Price a choice (the index of every node's option); `link` is the one between stages, None where there is one."""
+    """The costs of a choice: the index of every node's strategy. `link` joins stages; None with one stage."""
     table = prices.sizes.table
     at = prices.sizes.first[:-1] + np.array(chosen)
     found = no_costs(prices)
@@ -128,7 +130,7 @@ def position_costs(prices: Prices, chosen: Sequence[int], link: Link | None) -> 
 
 
 def _add_nodes(found: PositionCosts, prices: Prices, at: NDArray[np.int_]) -> None:
-    """Operators, by the class of their run."""
+    """Add the operators of every position, by its segment class; those of the prelude to `per_stage`."""
     table = prices.sizes.table
     node_classes, position_classes = np.array([n.segment_class for n in table.nodes]), np.array(table.segment_classes)
     for segment_class in sorted(set(table.segment_classes)):
@@ -187,7 +189,7 @@ def _add_parameters(found: PositionCosts, prices: Prices, at: NDArray[np.int_]) 
 def _add_value(
     found: PositionCosts, prices: Prices, chosen: Sequence[int], index: int, used: ValueUses, link: Link | None
 ) -> None:
-    """The changes of a value's placement, what blocks take of it, and what sending it costs."""
+    """Add the reshards of a value, the bytes that recomputed blocks save of it, and the cost of sending it."""
     sizes, table = prices.sizes, prices.sizes.table
     source = table.nodes[used.source]
     value = source.values[used.output]
@@ -219,7 +221,7 @@ def _add_value(
     if source.kind in ("parameter", "buffer") or not (used.several or outside.any()):
         return
 
-    def held(placed: Placements) -> float:
+    def bytes_in(placed: Placements) -> float:
         return float(sizes.byte_coefficients(value, placed) @ prices.terms.basis)
 
     if used.several:
@@ -228,16 +230,16 @@ def _add_value(
                 taking = {p for use, where in places.items() if wants[use] == placed for p in where}
                 enters = tuple(sorted(p for p in taking if p not in (producer, -1) and table.block[p]))
                 if enters:
-                    found.per_stage.append(PerStageOnce(enters, block_input_bytes=held(placed)))
+                    found.per_stage.append(PerStageOnce(enters, block_input_bytes=bytes_in(placed)))
     else:
         blocks = outside & np.array(table.block)[consumers]
-        np.add.at(found.block_input_bytes, consumers[blocks], held(wants[used.uses[0]] if summed else have))
+        np.add.at(found.block_input_bytes, consumers[blocks], bytes_in(wants[used.uses[0]] if summed else have))
     taken = next(wants[use] for use, inside in zip(used.uses, used.inside, strict=True) if not inside)
-    found.crossings += _crossings(used, held(taken if summed else have), value.grad, link)
+    found.crossings += _crossings(used, bytes_in(taken if summed else have), value.grad, link)
 
 
 def _crossings(used: ValueUses, size: float, grad: bool, link: Link | None) -> Iterator[Crossings]:
-    """Where a value of a size crosses cuts."""
+    """The `Crossings` of a value of `size` bytes."""
     seconds = float(p2p_seconds(size, link)) * (1 + grad) if link is not None else 0.0
     if not used.several:
         producers, consumers = used.ends
@@ -251,7 +253,7 @@ def _crossings(used: ValueUses, size: float, grad: bool, link: Link | None) -> I
 
 
 def least_crossings(prices: Prices, link: Link | None) -> list[Crossings]:
-    """Where values cross cuts, each in the fewest bytes of any placement."""
+    """The `Crossings` of all values, each in the placement of fewest bytes."""
     table, found = prices.sizes.table, list[Crossings]()
     for used in table.value_uses:
         source = table.nodes[used.source]
@@ -272,26 +274,28 @@ def _add_saved_tensor(
         for saver, options in zip(dict.fromkeys(tensor.savers), prices.sizes.saved_placements[index], strict=True)
     }
     _add_regathered(found, prices, chosen, tensor)
-    for kind in dict.fromkeys(placed.values()):
-        held = float(prices.saved_tensor_bytes[prices.sizes.saved_index[index, kind]])
+    for placement in dict.fromkeys(placed.values()):
+        nbytes = float(prices.saved_tensor_bytes[prices.sizes.saved_index[index, placement]])
         if not tensor.several:
-            np.add.at(found.saved_bytes[0], tensor.first, held)
-            np.add.at(found.reused_bytes[1], tensor.first, held * prices.sizes.table.nodes[tensor.root].product)
+            np.add.at(found.saved_bytes[0], tensor.first, nbytes)
+            np.add.at(found.reused_bytes[1], tensor.first, nbytes * prices.sizes.table.nodes[tensor.root].product)
             continue
         for places in tensor.positions_by_saver:
-            positions = tuple(sorted({p for saver, where in places.items() if placed[saver] == kind for p in where}))
-            found.per_stage.append(PerStageOnce(positions, saved_bytes=held))
+            positions = tuple(
+                sorted({p for saver, where in places.items() if placed[saver] == placement for p in where})
+            )
+            found.per_stage.append(PerStageOnce(positions, saved_bytes=nbytes))
 
 
 def _add_regathered(found: PositionCosts, prices: Prices, chosen: Sequence[int], tensor: SavedTensor) -> None:
-    """What of a memory is gathered again, at every position that does so once."""
-    nodes, wide = prices.sizes.table.nodes, dict[int, Placements]()
+    """Add the bytes of G operands that a position gathers again in backward, less the shard that it saved."""
+    nodes, regathered = prices.sizes.table.nodes, dict[int, Placements]()
     for i, (node, operand) in enumerate(tensor.savers):
         taken = nodes[node].taken(chosen[node], operand) if operand >= 0 else ()
         if G in taken:
-            wide[i] = taken
-    for places in tensor.places if wide else ():
-        for position, taken in {places[i]: taken for i, taken in wide.items()}.items():
+            regathered[i] = taken
+    for places in tensor.places if regathered else ():
+        for position, taken in {places[i]: taken for i, taken in regathered.items()}.items():
             whole = tuple(R if p == G else p for p in taken)
             found.regathered_bytes[position] += (
                 prices.sizes.root(tensor, whole) - prices.sizes.root(tensor, as_saved(taken))

@@ -1,8 +1,9 @@
-"""The events of `liveness`, read for all intervals of positions at once.
+"""Peak bytes of backward of all intervals of positions at once, from the events of `liveness`.
 
-Of the interval [i, j), with S the bytes saved and G the bytes of gradients by position:
+For the interval [i, j), with F micro-batches in flight, S(p) the bytes that position p saves of a micro-batch and G(p)
+the bytes of its gradients:
 
-    peak(i, j) = state + messages + F * sum(S) + max over p in [i, j) of transient(p) - freed(p) - unallocated(p)
+    peak(i, j) = state + messages + F * sum(S) + max over p in [i, j) of (transient(p) - freed(p) - unallocated(p))
     freed(p) = sum of S over (p, j);  unallocated(p) = sum of G over [i, p) in the first backward of a step, else 0
 """
 
@@ -30,13 +31,12 @@ from autopart.cost.position_costs import PerStageOnce, PositionCosts
 
 @dataclass
 class TransientPeaks:
-    """By interval, bytes alive in a backward besides state, messages and what F micro-batches saved; less what of these
-    is freed by then or not allocated yet.
+    """The last term of `peak(i, j)`, in bytes: max over p of (transient(p) - freed(p) - unallocated(p)).
 
-    late     max over positions from the first block on: a row for each of MODES, the furthest that blocks may use. They
-             may use several, and all that blocks saved counts as alive
-    uniform  the same where all use that mode, and what later blocks saved is freed
-    early    max over the positions before, where what blocks saved is freed
+    mixed          [MODES, intervals]: p from the interval's first block on. Blocks use any modes up to the row's.
+                   freed(p) leaves out what blocks saved: all of it counts as alive
+    uniform        [MODES, intervals]: p from the first block on. All blocks use the row's mode
+    before_blocks  [intervals]: p before the first block. freed(p) leaves out what blocks saved: the reader subtracts it
     """
 
     mixed: Array
@@ -47,7 +47,7 @@ class TransientPeaks:
 def transient_peaks(
     costs: PositionCosts, allowed: Sequence[tuple[str, ...]], block: Sequence[bool], first: bool
 ) -> TransientPeaks:
-    """In the `first` backward of a step or another. `allowed` says which of MODES every position may use."""
+    """The peaks in the `first` backward of a step, or in a later one. `allowed` are the MODES of every position."""
     rows, everywhere = list(zip(allowed, block, strict=True)), np.arange(len(block))
     depth = 1 + max((MODES.index(m) for modes, mine in rows if mine for m in modes), default=0)
     least = np.array([MODES.index(modes[0]) for modes in allowed])
@@ -68,7 +68,7 @@ def transient_peaks(
 
 
 def _furthest(modes: Sequence[str], furthest: int) -> int:
-    """Which of MODES saves least of some, none of them further than another but the first."""
+    """Index of the last of `modes` that is not beyond MODES[furthest]; at least that of the first."""
     start, *more = map(MODES.index, modes)
     return max([start, *(mode for mode in more if mode <= furthest)])
 
@@ -77,8 +77,8 @@ def _by_interval(
     costs: PositionCosts, mixed: Sequence[Array], uniform: Sequence[Array], saved: Sequence[Array],
     block: Sequence[bool], first: bool,
 ) -> TransientPeaks:  # fmt: skip
-    """`TransientPeaks` from the transient bytes of every position, where blocks may differ (`mixed`) and where all use
-    one mode (`uniform`), in which positions save `saved`."""
+    """The peaks from transient bytes, [MODES][positions]: `mixed` where blocks may use several modes, `uniform` where
+    all use one, in which positions save `saved` bytes."""
     n, plain = len(block), np.where(block, 0.0, costs.saved_bytes[0])
     starts, ends = interval_ends(n)
     before = unallocated(costs.state_bytes[1], first)
@@ -91,7 +91,8 @@ def _by_interval(
         return inside
 
     def most(transient: Array, saved: Array, i: NDArray[np.int_], j: NDArray[np.int_]) -> Array:
-        """Max over [i, j), with what is pending before `last`, where every position saved `saved`."""
+        """Max over p in [i, j) of transient(p) - freed(p) - unallocated(p) + pending bytes where p < `last`; positions
+        saved `saved` bytes."""
         later = freed(saved)
         alive = interval_maxima(transient - later[:-1] - before[:-1])
         found = np.maximum(within(alive, i, np.minimum(j, last)) + pending, within(alive, np.maximum(i, last), j))
@@ -111,8 +112,8 @@ def _by_interval(
 
 
 def _pending(per_stage: Sequence[PerStageOnce], n: int) -> tuple[NDArray[np.int_], Array]:
-    """By interval, the last position that reads a parameter which an earlier one reads too, and bytes of the gradients
-    of all such parameters."""
+    """By interval: the last position that reads a parameter which an earlier position of the interval reads too; bytes
+    of the gradients of all such parameters."""
     starts, ends = interval_ends(n)
     last, pending = starts.copy(), np.zeros(len(starts))
     for item in per_stage:

@@ -1,7 +1,9 @@
-"""The fastest splits of one range of positions under real bytes: memory is a row of the equations, and peaks are rows.
-All gradients that ranks sum together count as one message, which is more than it is where they are many.
+"""The fastest splits of one interval of positions whose peak bytes fit: the ILP with rows for moments of `liveness`.
 
-The search takes this last, exact step where a model is small enough to try every interval of positions on its own.
+Peak memory of a stage is `baseline` + max over moments of (alive bytes - baseline), with `baseline` the bytes before
+the first backward. Every term is linear in the ILP's variables: the moments are the rows (10), the sum is row (11) of
+`passes.ilp`. The gradients that ranks reduce count as one message; the bytes are an upper bound where a stage sends
+several. The search solves these ILPs last, for small models (`refinement`).
 """
 
 from __future__ import annotations
@@ -28,8 +30,12 @@ def fastest_that_fit(
     space: SearchSpace, point: SearchPoint, span: tuple[int, int], room: float, counts: Mapping[int, Mapping[str, int]],
     in_flight: int, allowed: Options,
 ) -> Solution | None:  # fmt: skip
-    """The fastest splits of the positions `span` that fit `room` bytes, where of every class of blocks so many use each
-    of MODES as `counts` says; None where there are none."""
+    """The fastest splits of the positions `span` whose peak is at most `room` bytes; None where there are none.
+
+    counts     segment class -> mode -> how many blocks of the class use the mode
+    in_flight  micro-batches in flight
+    allowed    the options that are left of each node
+    """
     model, prices, link = space.model(point), space.priced(point), space.between_stages(point)
     there, own, m = model.counts_in(*span), model.counts_alone[slice(*span)], space.micro_batches(point)
     sent, received = messages(model, prices, span, link) if link is not None else np.zeros((2, len(there)))
@@ -42,8 +48,8 @@ def fastest_that_fit(
 
 
 def _rows(model: Model, others: Iterable[Moment], lowest: Array) -> Array:
-    """Bytes of moments above the lowest, of which the largest counts: a row for every operator whose gradients are
-    those in flight."""
+    """[rows, variables]: alive bytes of a moment less `lowest`, those before any backward. In a position's backward the
+    gradients of one operator are in flight: a moment has a row for each operator."""
     found: dict[tuple[bytes, bytes], Array] = {}
     for moment in others:
         in_flight = moment.alive.get(IN_FLIGHT, 0.0 * lowest)
@@ -56,8 +62,8 @@ def _stage(
     space: SearchSpace, point: SearchPoint, span: tuple[int, int], counts: Mapping[int, Mapping[str, int]],
     arriving: Array,
 ) -> tuple[Array, StageBytes]:  # fmt: skip
-    """By priced variable: seconds of a micro-batch in the positions `span`, and what `cost.liveness` is told of them;
-    `arriving` are bytes of messages."""
+    """[variables]: seconds of a micro-batch in the positions `span`; the stage's `StageBytes`, with an array over
+    variables for each amount. `arriving` are the bytes of messages."""
     model, prices, training = space.model(point), space.priced(point), space.training(point)
     table, there, inside = model.table, model.counts_in(*span), slice(*span)
     segment_classes, block, share = (
@@ -107,7 +113,7 @@ def _stage(
 
 
 def _segment(space: SearchSpace, point: SearchPoint, segment_class: int, span: tuple[int, int]) -> SegmentBytes:
-    """Bytes of a position of a class of a span, by priced variable; -1: of what the stage makes for all of them."""
+    """Bytes of one position of a segment class, each amount [variables]; class -1: of the prelude."""
     model, prices = space.model(point), space.priced(point)
     sizes, table, there = model.sizes, model.table, model.counts_in(*span) > 0
     mine = (model.segment_classes == segment_class) * 1.0
@@ -143,7 +149,7 @@ def _segment(space: SearchSpace, point: SearchPoint, segment_class: int, span: t
 
 
 def _of_nodes(model: Model, amounts: Array) -> Array:
-    """What strategies have and neither changes of placement nor saved tensors."""
+    """[strategies] -> [variables]: 0 for reshards and saved tensors."""
     return np.concatenate([amounts, np.zeros(len(model.counts) - len(amounts))])
 
 
@@ -153,14 +159,15 @@ def _entries(rows: Array) -> Entries:
 
 
 def _exposed_sync_rows(own: Array, overlappable: Array, backward: Array) -> Entries:
-    """Sums of which the largest is for how long gradients travel after the backward of positions (`exposed`)."""
+    """Rows of (9): with `own` [positions, variables], row p is the sync of positions up to p less the backward of
+    positions before p, in seconds. The largest row is the exposed sync (`interval_seconds.exposed`)."""
     done = np.cumsum(own, 0) - own
     return _entries((overlappable * (done + own) - backward * done) * overlappable.any())
 
 
 def _pending(model: Model, prices: Prices, span: tuple[int, int]) -> tuple[int, Array]:
-    """The last position of a span, counted from its first, that reads a parameter which an earlier one reads too, and
-    bytes of the gradients of all such parameters, by their strategies."""
+    """The last position of a span, counted from its first, that reads a parameter which an earlier position of the span
+    reads too; [variables]: bytes of the gradients of all such parameters."""
     last, bytes_ = 0, np.zeros(len(model.counts))
     for index, places in model.table.state.items():
         mine = slice(*model.sizes.first[index : index + 2])
@@ -172,7 +179,7 @@ def _pending(model: Model, prices: Prices, span: tuple[int, int]) -> tuple[int, 
 
 
 def _own_gradients(model: Model, prices: Prices, position: int) -> Array:
-    """Bytes of the gradients of the parameters that a position alone reads, by their strategies."""
+    """[variables]: bytes of the gradients of the parameters that the position alone reads."""
     bytes_ = np.zeros(len(model.counts))
     for index, places in model.table.state.items():
         if (position,) in places:
@@ -182,7 +189,8 @@ def _own_gradients(model: Model, prices: Prices, position: int) -> Array:
 
 
 def _block_inputs(model: Model, prices: Prices, segment_class: int) -> Array:
-    """Bytes that one block of a class takes from other segments, by the strategy that makes them."""
+    """[variables]: bytes of the values that one block of a segment class reads from other segments, at the strategies
+    of the nodes that make them."""
     sizes, table, bytes_ = model.sizes, model.table, np.zeros(len(model.counts))
     for used in table.value_uses:
         source = table.nodes[used.source]
@@ -197,7 +205,8 @@ def _block_inputs(model: Model, prices: Prices, segment_class: int) -> Array:
 
 
 def _one_by_one(model: Model, amounts: Array) -> Array:
-    """Rows of a peak: of every node its strategies, of every change itself."""
+    """[rows, variables]: a row for the strategies of each node and one for each reshard; the max of the rows is the
+    largest amount of one operator or reshard. Rows without entries are left out."""
     first, rows = model.sizes.first, []
     for node in range(len(model.table.nodes)):
         row = np.zeros(len(amounts))

@@ -1,15 +1,15 @@
 """The objective of the ILP at one search point: what every priced variable costs, in seconds and in bytes.
 
-Variables are those of `passes.formulate`: strategies of nodes, reshardings, saved tensors. With u the memory multiplier
-in seconds per byte, n the micro-batches in flight on the first stage, and m those of a step, the objective is
+Priced variables are those of `passes.ilp`: strategies, reshards, saved tensors. With lambda the memory multiplier in
+seconds per byte and F the micro-batches in flight in the first stage, the objective is
 
-    sum over variables x of  count x (seconds + u (saved + state / n))  +  exposed gradient sync
+    sum over variables x of  n x (seconds + lambda (saved + state / F))  +  exposed gradient sync
 
-count    how many positions of the model pay for the variable (`Model.counts`)
-seconds  of one micro-batch: forward + backward + recompute + gradient sync and optimizer / amortization
-saved    bytes that one micro-batch keeps for backward
-state    bytes of parameters, gradients and optimizer states; where all m are in flight at once, gradients are left out:
-         when most is saved there are none
+n        positions of the model that pay for the variable (`Model.counts`)
+seconds  of a micro-batch: forward + backward + recompute + (gradient sync + optimizer) / amortization
+saved    bytes that one micro-batch saves for backward
+state    bytes of parameters, gradients and optimizer states. Where all micro-batches of a step are in flight at once,
+         gradients are left out: none is allocated when most activations are alive
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from autopart.planner.ilp_model import Model
 
 @dataclass(frozen=True)
 class Costs:
-    """By priced variable, for all positions of the model: seconds of a micro-batch without the gradient sync that
-    backward can hide, bytes of state, bytes saved."""
+    """[variables], for all positions of the model: `seconds` of a micro-batch, without the gradient sync that backward
+    can hide; bytes of `state`; bytes `saved` by a micro-batch. The terms of the objective, times n."""
 
     seconds: Array
     state: Array
@@ -34,7 +34,7 @@ class Costs:
 
 
 def costs_by_mode(model: Model, prices: Prices, amortization: int, gradients: bool) -> tuple[Costs, ...]:
-    """The costs if all blocks did as "none", as "selective" and as "full"; `gradients` are part of the state or not."""
+    """The costs with all blocks in each of `liveness.MODES`. `gradients`: whether the state counts gradients."""
     no_reshards, no_saved = 0.0 * prices.change_forward, 0.0 * prices.saved_tensor_bytes
     seconds = np.concatenate([
         prices.forward + prices.backward + prices.sync_seconds / amortization,
@@ -53,24 +53,25 @@ def costs_by_mode(model: Model, prices: Prices, amortization: int, gradients: bo
     )
 
 
-def sync_windows(prices: Prices, share: float) -> tuple[Array, Array]:
-    """By priced variable, for one position: seconds that its gradients travel and that computing can hide, and seconds
-    of its backward, which can hide others' (see `interval_seconds.exposed`). Both times `share`, the backwards of a
-    step over its amortization."""
+def sync_windows(prices: Prices, per_turn: float) -> tuple[Array, Array]:
+    """[variables], for one position: `per_turn` x seconds of gradient sync that computing can hide; `per_turn` x
+    seconds of backward, which hides the sync of other positions (`interval_seconds.exposed`).
+
+    per_turn  `Training.backwards` / amortization: backwards beside which gradients are summed, per turn of the pipeline
+    """
     none = np.zeros(len(prices.saved_tensor_bytes))
     hidden = np.concatenate([prices.overlappable_seconds, 0.0 * prices.change_backward, none])
-    return share * hidden, share * np.concatenate([prices.backward, prices.change_backward, none])
+    return per_turn * hidden, per_turn * np.concatenate([prices.backward, prices.change_backward, none])
 
 
 def exposed_sync_bounds(model: Model, hidden: Array, backward: Array) -> tuple[Array, Array]:
-    """Two lower bounds on the seconds of gradient sync after the end of backward, by priced variable; both with the
-    gradients that several positions add to, which nothing hides.
+    """[variables]: two lower bounds on the exposed gradient sync, in seconds, linear in the variables:
 
-        first: what the first position sends
-        whole: all that is sent, less the backward of all positions but the last
+        first  sync of the first position
+        whole  sync of all positions - backward of all positions but the last
 
-    Positions of the model's first and last class count only if no other is of their class, so that no interval pays for
-    one that it has not.
+    Both count the sync of parameters that several positions read, which no backward hides. The model's first or last
+    position counts only if it is the one position of its segment class: a variable of a class stands for all of it.
     """
     classes, alone = model.table.segment_classes, model.counts_alone.sum(0)
     is_first, is_last = (classes.count(classes[end]) == 1 for end in (0, -1))

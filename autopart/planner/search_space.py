@@ -91,9 +91,9 @@ class SearchSpace:
     def training(self, point: SearchPoint) -> Training:
         """What parameters cost: their states, and the sync of their gradients."""
         group = self.mesh.group(point.tp, point.dp)
-        wide = widening(self.request.precision, self.request.master)
-        together = self.mesh.device.type != "cpu"
-        return Training(self.request.optimizer, point.zero, group, self.micro_batches(point), wide, together)
+        ratio = widening(self.request.precision, self.request.master)
+        foreach = self.mesh.device.type != "cpu"
+        return Training(self.request.optimizer, point.zero, group, self.micro_batches(point), ratio, foreach)
 
     def device(self, point: SearchPoint) -> Device:
         """The device, as many of whose host's ranks compute at once as the point's schedule has it."""
@@ -168,7 +168,7 @@ class SearchSpace:
         return tuple(mode for mode in MODES if mode in found)
 
     def forced(self, point: SearchPoint) -> dict[int, str]:
-        """For every class of blocks that may not keep everything, the mode that keeps most."""
+        """Segment class -> the first of MODES that its blocks may use; classes that may use "none" are left out."""
         least: dict[int, int] = {}
         for segment_class, modes in zip(self.model(point).table.segment_classes, self.allowed_modes, strict=True):
             least[segment_class] = min(least.get(segment_class, len(MODES)), MODES.index(modes[0]))
@@ -191,7 +191,7 @@ class SearchSpace:
     # ---- the objective ------------------------------------------------------------------------------------
 
     def costs(self, point: SearchPoint, modes: Mapping[int, str]) -> Costs:
-        """The costs of all variables, with the mode of checkpointing of some classes of blocks; others keep all."""
+        """The costs of all variables, with the checkpointing mode of some segment classes; other classes use "none"."""
         if point not in self.mode_costs:
             gradients = self.in_flight(point, 0) < self.micro_batches(point)
             self.mode_costs[point] = costs_by_mode(
@@ -227,10 +227,10 @@ class SearchSpace:
     def objective(self, point: SearchPoint, multiplier: float, modes: Mapping[int, str]) -> Array:
         """The ILP's objective at a memory multiplier in seconds per byte; bytes alone at an infinite one."""
         costs = self.costs(point, modes)
-        held = costs.saved + costs.state / self.in_flight(point, 0)
+        nbytes = costs.saved + costs.state / self.in_flight(point, 0)
         if multiplier == NEVER:
-            return held
-        seconds = costs.seconds + multiplier * held
+            return nbytes
+        seconds = costs.seconds + multiplier * nbytes
         return seconds + self.exposed_sync_bound(point) if self.hides_sync(point) else seconds
 
     # ---- solutions and bounds -----------------------------------------------------------------------------
@@ -322,8 +322,12 @@ class SearchSpace:
         return uniform if best in uniform else [best, *uniform]
 
     def class_bound(self, point: SearchPoint, multiplier: float, segment_class: int, mode: str) -> float:
-        """Lower bound on the objective of one class of positions with its blocks in a mode: the class's own relaxation;
-        for bytes alone, and for what recomputing adds to the seconds, each node's least."""
+        """Lower bound on the objective over one segment class with its blocks in a mode.
+
+        multiplier infinite             `Sizes.separable_bound` of the bytes
+        multiplier 0, mode not "none"   the bound for "none" + `Sizes.separable_bound` of the recompute seconds
+        else                            the LP relaxation over the class
+        """
         options = self.options(point)
         key = point, multiplier, segment_class, mode, tuple(options.items())
         if key not in self.bounds:

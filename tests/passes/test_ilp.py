@@ -142,12 +142,12 @@ def test_cbc_finds_the_same_optimum_where_memory_is_a_row(seed: int) -> None:
     counts = {g: {"none": space.model(point).table.segment_classes.count(g)} for g in space.model(point).blocks}
     free = fastest_that_fit(space, point, span, 1e12, counts, 1, {})
     assert free is not None
-    room, shares = free.problem.capacity, (1.0, 0.9, 0.7, 0.4)
-    assert room is not None
-    held = float(np.sort(room.held)[-10:].sum())
+    capacity, shares = free.problem.capacity, (1.0, 0.9, 0.7, 0.4)
+    assert capacity is not None
+    largest = float(np.sort(capacity.baseline)[-10:].sum())
     answers = set()
     for share in shares:
-        found, same = (fastest_that_fit(s, point, span, share * held, counts, 1, {}) for s in (space, other))
+        found, same = (fastest_that_fit(s, point, span, share * largest, counts, 1, {}) for s in (space, other))
         assert (found is None) == (same is None)
         answers.add(found is None)
         if found and same:
