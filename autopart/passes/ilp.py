@@ -15,8 +15,8 @@ Variables
                   from p to q
     c[f, p, w]    in [0, 1]: f is made in p and resharded along the path w
     k[m, p]       in [0, 1]: tensor m is saved in placement p
-    t             >= 0: gradient sync that no backward hides, in the unit of the objective
-    y             >= 0: bytes that are alive at the peak besides those of (11), as a share of the device's
+    t             >= 0: exposed gradient sync, in the unit of the objective
+    y             >= 0: (peak bytes - baseline bytes) / limit
     Only x has to be integer: (4) and (5) make e integer then, and (1) makes c and k as small as (7) and (8) allow.
 
 Equations
@@ -31,16 +31,17 @@ Equations
     (8)   k[m, p] >= sum of x[v, s], v saves m in p under s              for m, v in H(m), p            `saved_once`
   where the memory of one stage is a row (`Capacity`), z being all of x, c and k:
     (9)   t >= sum sync[r] z                                             for rows r                     `exposed_sync`
-    (10)  y >= sum peak[r] z / room                                      for rows r                     `peak_memory`
-    (11)  sum held z / room + y <= 1                                                                    `fits`
+    (10)  y >= sum peak[r] z / limit                                     for rows r                     `peak_memory`
+    (11)  sum baseline z / limit + y <= 1                                                               `fits`
 
 By (7) a reshard is paid once however many operands need it. By (8) a tensor is saved once however many nodes save it.
 
-Costs (`autopart.planner.search_space.SearchSpace.objective`), with n[.] the number of places in the model that pay,
-lambda the memory multiplier in seconds per byte, and g the micro-batches in flight in the first stage:
+Costs (`autopart.planner.objective`), with n the positions of the model that pay, lambda the memory multiplier in
+seconds per byte, and in_flight the micro-batches in flight in the first stage:
 
-    A[v, s]    = n (forward, backward and recompute seconds + sync seconds / turns + lambda (saved + state / g) bytes)
-    B[f, p, w] = n (seconds of the collective forward, of its conjugate backward, and of recomputing it)
+    A[v, s]    = n (forward + backward + recompute seconds + (sync + optimizer) seconds / amortization
+                    + lambda (saved + state / in_flight) bytes)
+    B[f, p, w] = n (seconds of the collective forward + of its conjugate backward + of recomputing it)
     D[m, p]    = n lambda saved bytes
 
 `autopart.passes.constraint_matrix` has (2) to (8) as arrays for HiGHS. It substitutes (7) where a value has one
@@ -154,7 +155,7 @@ def state(sizes: Sizes, asked: SplitProblem) -> Ilp:
 
 
 def objective(ilp: Ilp) -> LpAffineExpression:
-    """(1): the costs of all that is chosen, and the gradient sync that no backward hides."""
+    """(1): the costs of all that is chosen, and the exposed gradient sync."""
     costs = ilp.asked.costs
     terms = [(ilp.z[i], float(costs[i])) for i in np.flatnonzero(costs)]
     return LpAffineExpression([*terms, *([] if ilp.asked.capacity is None else [(ilp.t, 1.0)])], name=ilp.asked.unit)
@@ -226,21 +227,21 @@ def saved_once(ilp: Ilp) -> Iterator[Row]:
 
 
 def exposed_sync(ilp: Ilp) -> Iterator[Row]:
-    """(9): gradient sync that no backward hides."""
+    """(9): exposed gradient sync."""
     assert ilp.asked.capacity is not None
     for terms in _rows(ilp, ilp.asked.capacity.sync, 1.0):
         yield "sync", ilp.t - LpAffineExpression(terms) >= 0
 
 
 def peak_memory(ilp: Ilp) -> Iterator[Row]:
-    """(10): what is alive at the peak besides what is held."""
+    """(10): bytes that are alive at the peak above the baseline."""
     assert ilp.asked.capacity is not None
     for terms in _rows(ilp, ilp.asked.capacity.peak, 1 / max(ilp.asked.capacity.limit, 1.0)):
         yield "alive", ilp.y - LpAffineExpression(terms) >= 0
 
 
 def fits(ilp: Ilp) -> Iterator[Row]:
-    """(11): what is held and what is alive besides fit the device."""
+    """(11): the baseline and the peak above it fit the device."""
     capacity = ilp.asked.capacity
     assert capacity is not None
     unit = max(capacity.limit, 1.0)

@@ -1,17 +1,17 @@
-"""Lower bounds on f of every interval of positions under its memory, whatever its splits and checkpointing.
+"""Lower bounds on f of every interval of positions in limited memory, over all its splits and checkpointing.
 
-Lagrangian relaxation: with memory B(x) <= L as constraint, for every multiplier u >= 0 (seconds per byte)
+Lagrangian relaxation: with B(x) the bytes and L the limit, both per micro-batch in flight, for every lambda >= 0 in
+seconds per byte
 
-    min over x of seconds(x)  >=  min over x of (seconds(x) + u B(x)) - u L
+    min over x with B(x) <= L of seconds(x)  >=  min over x of (seconds(x) + lambda B(x)) - lambda L
+    B(x) = saved(x) + state(x) / in_flight;  L = bytes of a device / in_flight
 
-B counts the saved bytes of all micro-batches in flight and the state, so that the ILP's objective at u is
-seconds + u (saved + state / in flight) and L is the limit per micro-batch in flight. Every class of positions is
-relaxed for itself. Therefore the bound of an interval depends only on how many positions of each kind it has, and on
-the least it must send and receive.
+The minimum is bounded by a sum over positions, with the relaxation of each segment class (`SearchSpace.class_bound`).
+So the bound of an interval depends on how many positions of each kind it has, and on the least seconds of its messages.
 
-A kind is a class of positions with the modes of checkpointing that it may take. How many positions of a kind take each
-mode is a whole number: where an interval has at most MAX_ASSIGNMENTS ways to assign modes, its bound is the least over
-them, each at its best multiplier; else every position takes its best mode at each multiplier.
+A kind is a segment class with the checkpointing modes that its positions may use. The number of positions of a kind
+that use a mode is an integer. An interval with at most MAX_ASSIGNMENTS assignments of modes has the least bound over
+them, each at its best lambda. In another interval, every position uses its best mode at each lambda.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from autopart.planner.search_points import SearchPoint
 from autopart.planner.search_space import SearchSpace
 
 MAX_ASSIGNMENTS = 400
-"""Assignments of modes to the positions of an interval that are listed at most."""
+"""The most assignments of modes to the positions of an interval that are listed."""
 
 SLACK = 1e-6
 """Relative error of a solver's bound on bytes."""
@@ -45,12 +45,12 @@ SLACK = 1e-6
 class KindCounts:
     """How many positions of each kind the intervals of a model have.
 
-    kinds        (class, modes it may take) of every kind
-    first_mode   of every kind the index of its first mode, modes of all kinds numbered through
-    counts       [rows, kinds]: the different combinations of counts
-    row_of       of every interval its row of `counts`
-    listed       of every row how many assignments of modes are listed: 0 where they are too many
-    assignments  [sum of listed, modes of all kinds]: how many positions take each mode, row after row
+    kinds        [kinds]: (segment class, modes that it may use)
+    first_mode   [kinds]: index of the kind's first mode, with the modes of all kinds numbered through
+    counts       [rows, kinds]: the distinct combinations of counts
+    row_of       [intervals]: row of `counts`
+    listed       [rows]: how many assignments of modes are listed; 0 where there are more than MAX_ASSIGNMENTS
+    assignments  [sum of listed, modes of all kinds]: how many positions use each mode, row after row
     """
 
     kinds: tuple[tuple[int, tuple[str, ...]], ...]
@@ -79,13 +79,13 @@ def kind_counts(segment_classes: tuple[int, ...], allowed: tuple[tuple[str, ...]
 class LagrangianBounds:
     """The bounds of one search point, higher with every multiplier.
 
-    room         of every row of `counts`, bytes of a device less what the backward of the interval's last position
-                 takes besides: the least of its positions, or of the model's last one if the interval has it. All
-                 bytes with one micro-batch, where gradients may not exist then. Minus infinity for intervals so long
-                 that other stages get no position
-    multipliers  in seconds per byte
-    seconds      for every multiplier the bound of one position of each kind in each mode, in seconds
-    bytes        the same of bytes
+    room         [rows of `counts`]: bytes of a device, less the largest gradient in the backward of the interval's last
+                 position: of the model's last position if the interval has it, else the least of the kinds. With one
+                 micro-batch, all bytes: B counts gradients that may not be allocated yet. -inf for an interval that
+                 leaves other stages without a position
+    multipliers  lambda, in seconds per byte
+    seconds      for every multiplier, [modes of all kinds]: bound of seconds + lambda B of one position
+    bytes        [modes of all kinds]: bound of B of one position
     """
 
     def __init__(self, space: SearchSpace, point: SearchPoint) -> None:
@@ -141,8 +141,8 @@ class LagrangianBounds:
             self.seconds.append(terms)
 
     def columns(self, most: float) -> dict[int, Array]:
-        """For every number of micro-batches in flight the bound on f of every interval, in seconds; infinite where it
-        is above `most`, or where the interval cannot fit."""
+        """Micro-batches in flight -> [intervals]: bound on f in seconds; infinite where it is above `most`, or where
+        the interval cannot fit."""
         of = self.kind_counts
         best = [np.minimum.reduceat(terms, of.first_mode) for terms in (self.bytes, *self.seconds)]
         bounds = self._bounds(self.room, *(of.counts @ least for least in best))
@@ -160,20 +160,20 @@ class LagrangianBounds:
             columns[in_flight] = np.where(found <= most, found, NEVER)
         return columns
 
-    def _bounds(self, room: Any, held: Array, *seconds: Array) -> Array:
-        """[in flight, rows]: the best bound of any multiplier; rows take `held` bytes of a micro-batch at least, and at
-        each multiplier so many `seconds` at least, in so many bytes of `room`."""
+    def _bounds(self, room: Any, least: Array, *seconds: Array) -> Array:
+        """[in flight, rows]: max over multipliers of (seconds - lambda L), L = room / in flight; infinite where
+        `least`, the least B of a row, is above L."""
         limit = room / self.in_flight[:, None]
-        best = np.zeros((len(self.in_flight), len(held)))
+        best = np.zeros((len(self.in_flight), len(least)))
         for multiplier, each in zip(self.multipliers, seconds, strict=True):
             best = np.maximum(best, each - (multiplier * limit if multiplier else 0.0))
-        return np.where(held <= limit * (1 + SLACK), best, NEVER)
+        return np.where(least <= limit * (1 + SLACK), best, NEVER)
 
 
 @lru_cache(maxsize=4096)
 def _assignments(kinds: tuple[tuple[int, int], ...]) -> Array:
-    """[assignments, modes of all kinds]: every way to give the positions their modes, from the number of positions and
-    of modes of each kind. Empty where there are more than MAX_ASSIGNMENTS."""
+    """[assignments, modes of all kinds]: every assignment of modes to positions; `kinds` are (positions, modes) of
+    each kind. Empty where there are more than MAX_ASSIGNMENTS."""
 
     def of(count: int, modes: int) -> Sequence[tuple[int, ...]]:
         bars = itertools.combinations(range(count + modes - 1), modes - 1)

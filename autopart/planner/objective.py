@@ -1,9 +1,9 @@
 """The objective of the ILP at one search point: what every priced variable costs, in seconds and in bytes.
 
 Priced variables are those of `passes.ilp`: strategies, reshards, saved tensors. With lambda the memory multiplier in
-seconds per byte and F the micro-batches in flight in the first stage, the objective is
+seconds per byte and in_flight the micro-batches in flight in the first stage, the objective is
 
-    sum over variables x of  n x (seconds + lambda (saved + state / F))  +  exposed gradient sync
+    sum over variables x of  n x (seconds + lambda (saved + state / in_flight))  +  exposed gradient sync
 
 n        positions of the model that pay for the variable (`Model.counts`)
 seconds  of a micro-batch: forward + backward + recompute + (gradient sync + optimizer) / amortization
