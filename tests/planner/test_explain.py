@@ -118,7 +118,7 @@ def test_constraints_hold(texts: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("texts", "told"),
     [
-        (("stage 1 starts at layers.99",), "there is no run 'layers.99'"),
+        (("stage 1 starts at layers.99",), "there is no segment 'layers.99'"),
         (("split nothing over tp",), "no operator or tensor is called nothing"),
         (("recompute lm_head full",), "lm_head can recompute in no way: recompute lm_head full"),
         (("recompute=full", "recompute layers.1 none"), "layers.1 can recompute in no way"),
@@ -181,7 +181,7 @@ def test_why_not_possible() -> None:
     answer = explanation().why_not("tp=3")
     assert answer.seconds is None
     assert "not possible" in str(answer)
-    with pytest.raises(PartitionError, match="there is no run"):
+    with pytest.raises(PartitionError, match="there is no segment"):
         explanation().why_not("cut before layers.77")
     plan = explanation().plan
     assert "same" in str(explanation().why_not(f"tp={plan.tp}"))
