@@ -203,8 +203,8 @@ def _add_value(
     producers, consumers = used.ends
     at = producers if summed else consumers
     for key, uses in paid.items():
-        i = sizes.change_index[index, have, key]
-        forward, backward, rerun = prices.changes[:, i].tolist()
+        i = sizes.reshard_index[index, have, key]
+        forward, backward, rerun = prices.reshard_seconds[:, i].tolist()
         if at[0] < 0 or (used.several and not summed):
             for needed in used.dependents_by_use:
                 positions = tuple(sorted({p for use in uses for p in needed[use]}))

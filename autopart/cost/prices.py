@@ -1,4 +1,4 @@
-"""Sizes -> prices: seconds and bytes of every strategy, every change of placement and every saved tensor."""
+"""Sizes -> prices: seconds and bytes of every strategy, every reshard and every saved tensor."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ class Terms:
 
 class Prices:
     """Seconds and bytes of everything in a table, for one data-parallel degree, micro-batch and training setting: of
-    every strategy, of every change of placement, of every saved tensor.
+    every strategy, of every reshard, of every saved tensor.
 
     forward, backward     [strategies]: seconds;  product: of forward, those of matrix products
-    change_forward, change_backward, change_rerun
-                          [changes]: seconds; the last, seconds that a change adds where its segment is recomputed
+    reshard_forward, reshard_backward, reshard_recompute
+                          [reshards]: seconds; the last, seconds that a reshard adds where its segment is recomputed
     largest_gradient      [strategies]: bytes;  backward_bytes: [2, strategies], bytes of the gradients that one
                           operator's backward holds, in the first backward of a step and in others
     inner                 [strategies]: bytes that an operator saves for backward besides values
     saved_tensor_bytes    [saved tensors]: bytes per micro-batch
     product_results       [strategies]: bytes of what matrix products give, with what they save
-    reshard_bytes         [changes]: bytes of the value after the change
+    reshard_bytes         [reshards]: bytes of the value after the reshard
     state_bytes           [strategies, 3]: bytes of a parameter, its gradient, its optimizer states;  state: their sum
     sync_seconds          [strategies]: seconds of a step to reduce a gradient and to update its parameter that no
                           backward hides;  overlappable_seconds: to reduce it that computation can hide, in each of
@@ -62,12 +62,12 @@ class Prices:
     def __init__(self, sizes: Sizes, terms: Terms) -> None:
         self.sizes, self.terms = sizes, terms
         basis, device = terms.basis, terms.device
-        self.made, self.inner = sizes.made @ basis, sizes.inner @ basis
+        self.output_bytes, self.inner = sizes.output_bytes @ basis, sizes.inner @ basis
         self.largest_gradient = sizes.largest_gradient @ basis
         seconds = self._computed(sizes, basis, device)
         ranks = {axis: group.ranks for axis, group in terms.sizes.items()}
         divided = sizes.means @ [ranks.get("dp", 1) > 1, ranks.get("tp", 1) > 1]
-        mean = stream_seconds(2 * self.made, sizes.grad, np.minimum(divided, 1.0), device)
+        mean = stream_seconds(2 * self.output_bytes, sizes.grad, np.minimum(divided, 1.0), device)
         self.forward, self.backward = seconds.forward + mean.forward, seconds.backward + mean.backward
         self.product = sizes.product * seconds.forward
 
@@ -79,7 +79,7 @@ class Prices:
 
     @cached_property
     def product_results(self) -> Array:
-        return self.sizes.product * (self.made + self.inner)
+        return self.sizes.product * (self.output_bytes + self.inner)
 
     @cached_property
     def saved_tensor_bytes(self) -> Array:
@@ -91,12 +91,12 @@ class Prices:
         return self.sizes.reshard_bytes @ self.terms.basis
 
     @cached_property
-    def changes(self) -> Array:
+    def reshard_seconds(self) -> Array:
         """[3, reshards]: seconds forward, seconds backward, and seconds that recomputing the segment adds. A reshard
         that regathers runs its forward collective in backward anyway: recomputing adds 0."""
-        nbytes = self.sizes.whole @ self.terms.basis
+        nbytes = self.sizes.collective_bytes @ self.terms.basis
         found = np.zeros((3, len(nbytes)))
-        for (axis, row, grad), where in self.sizes.kinds.items():
+        for (axis, row, grad), where in self.sizes.alike_reshards.items():
             group = self.terms.sizes[axis]
             if group.ranks > 1:
                 forward, backward = row_seconds(row, nbytes[where], group, grad, self.terms.device)
@@ -104,16 +104,16 @@ class Prices:
         return found
 
     @property
-    def change_forward(self) -> Array:
-        return self.changes[0]
+    def reshard_forward(self) -> Array:
+        return self.reshard_seconds[0]
 
     @property
-    def change_backward(self) -> Array:
-        return self.changes[1]
+    def reshard_backward(self) -> Array:
+        return self.reshard_seconds[1]
 
     @property
-    def change_rerun(self) -> Array:
-        return self.changes[2]
+    def reshard_recompute(self) -> Array:
+        return self.reshard_seconds[2]
 
     @cached_property
     def _parameter_costs(self) -> Array:

@@ -35,7 +35,7 @@ class Sizes:
                 four terms the batch, m, n and k of a matrix product grow with
     parameters  rows of a parameter: bytes, whether it has a gradient, whether the gradient is a partial sum over dp,
                 whether over tp;  parameter_of: of every strategy, its row
-    changes     (index in `StrategyTable.value_uses`, placement made, path) of every reshard -> its last step, its value
+    reshards    (index in `StrategyTable.value_uses`, placement made, path) of every reshard -> its last step, its value
     saved_placements  of every saved tensor, for each of its distinct savers: the placement of the saved memory under
                 each strategy of the saver (of the root, where the tensor is saved as made)
     saved_index  (index in `StrategyTable.saved_tensors`, placement) -> index among all saved tensors
@@ -48,7 +48,7 @@ class Sizes:
         rows, self.which = np.unique([self._work(n, o) for n, o in options], axis=0, return_inverse=True)
         self.flops, self.moved, self.peak, self.rest, factors = np.split(rows, [4, 8, 9, -4], axis=1)
         self.factors = factors.astype(int)
-        self.made = np.array([self._made(n, o) for n, o in options])
+        self.output_bytes = np.array([self._output_bytes(n, o) for n, o in options])
         self.largest_gradient, self.backward, self.weights = np.array(
             [self._backward(n, o) for n, o in options]
         ).swapaxes(0, 1)
@@ -60,19 +60,18 @@ class Sizes:
         sums = np.array([[self._sums(n, o, axis) for axis in ("dp", "tp")] for n, o in options])
         held = np.column_stack([weight, self.grad, sums])
         self.parameters, self.parameter_of = np.unique(held, axis=0, return_inverse=True)
-        self.changes: dict[tuple[int, Placements, ReshardPath], tuple[Step, Value]] = {}
+        self.reshards: dict[tuple[int, Placements, ReshardPath], tuple[Step, Value]] = {}
         for index, used in enumerate(table.value_uses):
             value = table.nodes[used.source].values[used.output]
             for (have, _), chain in used.chains.items():
                 for key, step in zip(reshard_paths(chain), chain, strict=True):
-                    self.changes[index, have, key] = step, value
-        self.kinds: dict[tuple[str, Reshard, bool], list[int]] = {}
-        for i, (step, value) in enumerate(self.changes.values()):
-            self.kinds.setdefault((table.axes[step.axis], step.row, value.grad), []).append(i)
-        self.whole = np.array([self._whole(s, v) for s, v in self.changes.values()]).reshape(-1, 4)
-        self.reshard_bytes = np.array([self.byte_coefficients(v, s.after) for s, v in self.changes.values()]).reshape(
-            -1, 4
-        )
+                    self.reshards[index, have, key] = step, value
+        self.alike_reshards: dict[tuple[str, Reshard, bool], list[int]] = {}
+        for i, (step, value) in enumerate(self.reshards.values()):
+            self.alike_reshards.setdefault((table.axes[step.axis], step.row, value.grad), []).append(i)
+        reshards = self.reshards.values()
+        self.collective_bytes = _rows(self._collective_bytes(step, value) for step, value in reshards)
+        self.reshard_bytes = _rows(self.byte_coefficients(value, step.after) for step, value in reshards)
         self.saved_placements = [
             [self._saved_placements(tensor, *saver) for saver in dict.fromkeys(tensor.savers)]
             for tensor in table.saved_tensors
@@ -81,9 +80,7 @@ class Sizes:
         for index, savers in enumerate(self.saved_placements):
             for placed in dict.fromkeys(p for options in savers for p in options):
                 self.saved_index[index, placed] = len(self.saved_index)
-        self.saved_tensor_bytes = np.array(
-            [self.root(table.saved_tensors[k], placed) for k, placed in self.saved_index]
-        ).reshape(-1, 4)
+        self.saved_tensor_bytes = _rows(self.root(table.saved_tensors[k], placed) for k, placed in self.saved_index)
 
     def separable_bound(self, costs: Array, allowed: Mapping[int, Iterable[int]]) -> float:
         """Lower bound on the cost of every choice, each variable minimised on its own:
@@ -98,7 +95,7 @@ class Sizes:
                 start, end = self.first[node : node + 2]
                 each[list(set(range(start, end)).difference(start + o for o in left))] = np.inf
         bound = np.minimum.reduceat(each, self.first[:-1]).sum()
-        saved = costs[len(each) + len(self.changes) :]
+        saved = costs[len(each) + len(self.reshards) :]
         if len(saved):
             bound += np.minimum.reduceat(saved, self.first_saved).sum()
         return float(bound)
@@ -128,9 +125,9 @@ class Sizes:
         }
 
     @cached_property
-    def change_index(self) -> dict[tuple[int, Placements, ReshardPath], int]:
-        """Index of every change among all."""
-        return {key: i for i, key in enumerate(self.changes)}
+    def reshard_index(self) -> dict[tuple[int, Placements, ReshardPath], int]:
+        """The keys of `reshards`, numbered."""
+        return {key: i for i, key in enumerate(self.reshards)}
 
     def byte_coefficients(self, value: Value, placed: Placements) -> Array:
         """A value's bytes on a rank, as coefficients of `prices.Terms.basis`."""
@@ -174,7 +171,7 @@ class Sizes:
     def _inner(self, node: Node, option: int) -> Array:
         return self._cut(node.inner, node.batch, [s.shards_work for s in node.options[option]])
 
-    def _made(self, node: Node, option: int) -> Array:
+    def _output_bytes(self, node: Node, option: int) -> Array:
         made = np.zeros(4)
         for i, value in enumerate(node.values if node.kind == "op" else ()):
             made += self.byte_coefficients(value, node.given(option, i))
@@ -182,7 +179,7 @@ class Sizes:
 
     def _backward(self, node: Node, option: int) -> tuple[Array, Array, Array]:
         """`largest_of`, `bytes_of_backward` but for gradients of parameters, and bytes of these parameters."""
-        made, taken, weights = self._made(node, option), np.zeros(4), np.zeros(4)
+        made, taken, weights = self._output_bytes(node, option), np.zeros(4), np.zeros(4)
         for i, operand in enumerate(node.operands if node.product else node.operands[:1]):
             if operand is not None:
                 source, output = operand
@@ -195,7 +192,7 @@ class Sizes:
         return largest_of(made, taken, node, loss, split), backward, weights
 
     def _moved(self, node: Node, option: int) -> Array:
-        moved = self._made(node, option)
+        moved = self._output_bytes(node, option)
         read = {
             (first, node.taken(option, i)): None for i, first in enumerate(node.first_same_operand) if node.operands[i]
         }
@@ -217,7 +214,7 @@ class Sizes:
         """Whether ranks of an axis each take a mean, so that their results are divided by their number."""
         return axis in self.table.axes and node.options[option][self.table.axes.index(axis)].local == "mean"
 
-    def _whole(self, step: Step, value: Value) -> Array:
+    def _collective_bytes(self, step: Step, value: Value) -> Array:
         """The bytes by which a reshard is priced: of the value, whole along the axis of the step; for an all-to-all, of
         the shard on a rank."""
         part = step.row.forward == "all_to_all"
@@ -227,6 +224,11 @@ class Sizes:
     def root(self, tensor: SavedTensor, placed: Placements) -> Array:
         values = self.table.nodes[tensor.root].values
         return np.array([self.byte_coefficients(v, placed) for v in values]).sum(0)
+
+
+def _rows(sizes: Iterable[Array]) -> Array:
+    """[sizes, 4]: coefficients, also of no sizes."""
+    return np.array(list(sizes)).reshape(-1, 4)
 
 
 def as_saved(placed: Placements) -> Placements:

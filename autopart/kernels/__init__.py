@@ -1,5 +1,6 @@
-"""Hand-written kernels, one file a kernel.
+"""Triton kernels, one file a kernel.
 
-Each file holds the plain PyTorch ``reference`` (the pattern a fusing pass matches, the fallback and the
-oracle of the tests), the Triton forward and backward, and the bytes both must move.
+A file has the Triton forward and backward, and the least bytes that each reads and writes. Where `passes.fuse` replaces
+operators by the kernel, the file also has their ``reference`` in plain PyTorch: the pattern that the pass matches, what
+runs where the kernel does not apply, and the oracle of the tests.
 """

@@ -1,4 +1,4 @@
-"""Compile a Triton kernel for a GPU that need not be present, and read what it uses off the binary."""
+"""Compile a Triton kernel for a GPU that need not be present; read its registers and shared memory off the binary."""
 
 import re
 import subprocess
@@ -11,9 +11,11 @@ _ALIGNED = [["tt.divisibility", 16]]
 
 
 class Usage(NamedTuple):
-    """What one compiled kernel uses: registers and spilled bytes a thread, shared memory bytes a block.
+    """Resources of one compiled kernel.
 
-    ``spills`` counts all stack and local memory, so zero means that every value stayed in registers.
+    registers  of a thread
+    spills     bytes of a thread in stack and local memory; 0 where every value stays in registers
+    shared     bytes of shared memory of a thread block
     """
 
     registers: int
@@ -29,11 +31,15 @@ def compile_kernel(
     num_warps: int = 4,
     aligned: Collection[str] = (),
 ) -> Usage:
-    """Compile a ``triton.jit`` function for compute capability ``capability`` (90 for 9.0).
+    """Compile a ``triton.jit`` function ahead of time.
 
-    ``signature`` gives the Triton type of each argument that is no constexpr (``"*bf16"``, ``"i32"``) and
-    ``aligned`` names those the launcher would find divisible by 16; names the kernel lacks are ignored.
-    Raises RuntimeError when the kernel is interpreted or its resource use cannot be read.
+    signature   argument -> its Triton type (``"*bf16"``, ``"i32"``), of each argument that is no constexpr
+    constexprs  argument -> its value, of the other arguments
+    capability  compute capability of the GPU; 90 for 9.0
+    aligned     arguments that the launcher would find divisible by 16
+
+    Names that the kernel lacks are ignored. Raises RuntimeError where the kernel is interpreted, or where cuobjdump
+    reports no resources.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -51,7 +57,7 @@ def compile_kernel(
 
 
 def _registers_and_spills(cubin: bytes) -> tuple[int, int]:
-    """Read both counts of the one kernel in ``cubin`` with Triton's cuobjdump."""
+    """Registers, and bytes of stack and local memory, of the one kernel in ``cubin``: as Triton's cuobjdump reports."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:

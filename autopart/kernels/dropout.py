@@ -1,8 +1,9 @@
-"""Dropout whose mask is a hash of the element's place. Forward and backward read and write the tensor once; no mask is
-saved.
+"""Dropout whose mask is a hash of each element's row and column. No mask is saved: backward computes it again.
 
-The result is bit for bit that of `autopart.runtime.random` in plain torch. For n elements of `itemsize` bytes the least
-traffic is 2 itemsize n bytes: read x, write y. The hashes of rows and columns add 4 bytes for each row and column.
+Forward and backward are the same kernel, on x and on the gradient. Its result equals that of `autopart.runtime.random`
+in plain torch bit for bit. For x of n = rows x d elements of `itemsize` bytes the least traffic is
+
+    2 itemsize n + 4 (rows + d) bytes:  read x, write y, read the int32 hashes of rows and of columns
 """
 
 import functools
@@ -16,17 +17,22 @@ from autopart.kernels.rms_norm import _TRITON_NAMES, _triton_runs_on
 tl: Any  # bound by kernel(): Triton's interpreter looks for its language among a kernel's globals
 
 ELEMENTS = 2048
-"""Elements of one program."""
+"""Elements of x in one Triton program."""
 
 
 def applies(x: torch.Tensor) -> bool:
-    """Whether the kernel can and should take `x`."""
+    """Whether the kernel applies to `x`: a plain tensor with elements, of a dtype of the kernel, on a device where
+    Triton runs."""
     return type(x) is torch.Tensor and x.dtype in _TRITON_NAMES and x.numel() > 0 and _triton_runs_on(x)
 
 
 def masked(x: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, threshold: int, scale: float) -> torch.Tensor:
-    """x (rows, d), contiguous, times `scale` where the hash of rows (rows,) + columns (d,), both int32, is at least
-    `threshold` once its sign bit is flipped; else 0."""
+    """x (rows, d), contiguous, after dropout:
+
+        y[i, j] = scale x[i, j]  if  hash(rows[i] + columns[j]) ^ 0x80000000 >= threshold  else  0
+
+    rows (rows,) and columns (d,) are int32; the hash is compared as int32.
+    """
     y = torch.empty_like(x)
     count, d = x.shape
     height, width = _block(d)
@@ -37,7 +43,7 @@ def masked(x: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, threshold
 
 
 def compile_ahead(capability: int, d: int = 4096, dtype: torch.dtype = torch.bfloat16) -> Usage:
-    """Compile the kernel for rows of ``d`` elements on ``capability`` (90 for 9.0)."""
+    """Compile the kernel for rows of ``d`` elements and compute capability ``capability`` (90 for 9.0)."""
     types = dict.fromkeys(("x", "y"), f"*{_TRITON_NAMES[dtype]}") | dict.fromkeys(("rows", "columns"), "*i32")
     signature = types | dict.fromkeys(("count", "d", "threshold"), "i32") | {"scale": "fp32"}
     height, width = _block(d)
@@ -47,7 +53,8 @@ def compile_ahead(capability: int, d: int = 4096, dtype: torch.dtype = torch.bfl
 
 @functools.cache
 def kernel() -> Any:
-    """Decorate the kernel; the first call imports Triton and settles whether it is interpreted."""
+    """The ``triton.jit`` function. The first call imports Triton, which reads TRITON_INTERPRET from the environment
+    then."""
     global tl
     import triton
     import triton.language as tl
@@ -76,6 +83,6 @@ def kernel() -> Any:
 
 
 def _block(d: int) -> tuple[int, int]:
-    """Rows and columns of one program."""
+    """Rows and columns of x in one Triton program."""
     width = min(1 << (d - 1).bit_length(), ELEMENTS)
     return ELEMENTS // width, width

@@ -1,12 +1,11 @@
-"""RMS normalisation over the last dimension, as Llama and T5 models write it.
+"""RMS normalisation over the last dim, as Llama and T5 models write it.
 
-With ``rows`` rows of ``d`` elements of ``itemsize`` bytes, the least traffic is
+For x of ``rows`` rows of ``d`` elements of ``itemsize`` bytes, the least traffic in bytes is
 
-* forward: read x, write y, read weight, write rstd: ``itemsize * (2 * rows * d + d) + 4 * rows``
-* backward: read x and dy, write dx, read weight, write dweight, read rstd:
-  ``itemsize * (3 * rows * d + 2 * d) + 4 * rows``
+    forward   itemsize (2 rows d + d) + 4 rows      read x, write y, read weight, write rstd (float32)
+    backward  itemsize (3 rows d + 2 d) + 4 rows    read x and dy, write dx, read weight, write dweight, read rstd
 
-The partial sums of dweight (float32, one row a program) are left out: they do not grow with ``rows``.
+The partial sums of dweight, one float32 row for each Triton program, are left out: they do not grow with ``rows``.
 """
 
 import functools
@@ -22,17 +21,17 @@ from autopart.kernels.ahead import Usage, compile_kernel
 tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals
 
 MAX_BLOCK = 65536
-"""Elements of the longest row the kernels take; past 16384 of them the backward spills registers."""
+"""Elements of the longest row that the kernels take. In rows of more than 16384 the backward spills registers."""
 
 FORWARD_FLOPS = 4
-"""Operations an element: square, add, two multiplications."""
+"""FLOPs of an element: square, add, two multiplications."""
 
 BACKWARD_FLOPS = 9
-"""Operations an element: w*dy, x*rstd, their dot product (2), subtract c*xhat (2), *rstd, dweight (2)."""
+"""FLOPs of an element: w*dy, x*rstd, their dot product (2), subtract c*xhat (2), *rstd, dweight (2)."""
 
 REFERENCE_GRADIENTS = 5
-"""Tensors of x's shape, in the dtype it computes in, that exist at once in the backward of ``reference``, besides what
-autograd keeps: counted on torch 2.13, at the product with x in the gradient of the square."""
+"""The most tensors of x's shape, in the compute dtype, that are alive at once in the backward of ``reference``, without
+those that autograd saved. Counted on torch 2.13: the peak is at the product with x in the gradient of the square."""
 
 _TRITON_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -64,10 +63,11 @@ def reference(
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, compute_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """``reference`` through the Triton kernels where they apply: x (..., d), weight (d,), result (..., d).
+    """x (..., d) normalised and scaled by weight (d,): shape (..., d). By the Triton kernels where they apply, else by
+    ``reference``.
 
-    The kernels compute in float32, so a half-precision x with ``compute_dtype`` None comes out more
-    accurate than from ``reference``. Tensor subclasses, fake tensors among them, take the reference.
+    The kernels compute in float32. A half-precision x with ``compute_dtype`` None is more accurate by the kernels than
+    by ``reference``. Tensor subclasses, such as fake tensors, take ``reference``.
     """
     if _kernels_apply(x, weight, compute_dtype):
         return _RmsNorm.apply(x, weight, float(eps))
@@ -75,7 +75,7 @@ def rms_norm(
 
 
 def bytes_moved(shape: tuple[int, ...], itemsize: int) -> Bytes:
-    """Least traffic for x and weight of ``itemsize`` bytes an element, x of ``shape`` (..., d)."""
+    """Least bytes that the kernels read and write, for x of ``shape`` (..., d) and elements of ``itemsize`` bytes."""
     *leading, d = shape
     rows = functools.reduce(int.__mul__, leading, 1)
     return Bytes(
@@ -85,7 +85,7 @@ def bytes_moved(shape: tuple[int, ...], itemsize: int) -> Bytes:
 
 
 def compile_ahead(capability: int, d: int = 4096, dtype: torch.dtype = torch.bfloat16) -> dict[str, Usage]:
-    """Compile both kernels for contiguous rows of ``d`` elements on ``capability`` (90 for 9.0)."""
+    """Compile both kernels for contiguous rows of ``d`` elements and compute capability ``capability`` (90 for 9.0)."""
     data = f"*{_TRITON_NAMES[dtype]}"
     types = dict.fromkeys(("x", "weight", "y", "dy", "dx"), data)
     types |= dict.fromkeys(("rstd", "partial"), "*fp32")
@@ -101,7 +101,8 @@ def compile_ahead(capability: int, d: int = 4096, dtype: torch.dtype = torch.bfl
 
 @functools.cache
 def kernels() -> Kernels:
-    """Decorate the kernels; the first call imports Triton and settles whether they are interpreted."""
+    """The ``triton.jit`` functions. The first call imports Triton, which reads TRITON_INTERPRET from the environment
+    then."""
     global tl
     import triton
     import triton.language as tl
@@ -191,7 +192,7 @@ def _triton_runs_on(x: torch.Tensor) -> bool:
 
 
 def _as_rows(x: torch.Tensor) -> torch.Tensor:
-    """View x (..., d) as (rows, d) with adjacent elements in a row, copying only when it must."""
+    """x (..., d) as (rows, d) with stride 1 along a row: a view, or a copy where x has another stride."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -201,8 +202,8 @@ def _block(d: int) -> int:
 
 
 def _warps(d: int) -> int:
-    """Sixteen elements a thread, more past 8192: the backward of rows whose length 16 divides spills nothing up to
-    16384."""
+    """Warps of a program: 16 elements for each thread, at most 16 warps; 32 warps for rows of more than 16384. So the
+    backward spills nothing up to 16384 elements, if 16 divides them."""
     return 32 if _block(d) > 16384 else min(max(_block(d) // 512, 1), 16)
 
 
@@ -211,7 +212,7 @@ def _options(d: int) -> dict[str, Any]:
 
 
 def _backward_programs(rows: int, d: int, device: torch.device) -> int:
-    """Enough programs to keep about 16384 elements of x and of dy in flight on every multiprocessor."""
+    """Programs of the backward: on each multiprocessor as many as hold 16384 elements of x, at most 16."""
     if device.type != "cuda":
         return min(rows, 4)
     processors = torch.cuda.get_device_properties(device).multi_processor_count

@@ -45,7 +45,7 @@ class ConstraintMatrix:
         self.sizes, self.table = sizes, sizes.table
         nodes = self._neighbourhood(segment_class)
         self.strategies = int(sizes.first[-1])
-        self.priced = self.strategies + len(sizes.changes) + len(sizes.saved_index)
+        self.priced = self.strategies + len(sizes.reshards) + len(sizes.saved_index)
         self.columns = self.priced
         self.rows: list[tuple[list[int], list[float], float, float]] = []
         self.partial_sum_moves: list[int] = []
@@ -64,9 +64,9 @@ class ConstraintMatrix:
 
     def _number(self, segment_class: int | None) -> None:
         """Fill `substitutes`, `used` and `place`."""
-        self.moves, self.changes = np.array(self._paid, dtype=np.int64).reshape(-1, 2).T
-        own = np.setdiff1d(np.arange(self.priced), self.changes)
-        priced, substitutes = np.concatenate([own, self.changes]), np.concatenate([own, self.moves])
+        self.moves, self.reshards = np.array(self._paid, dtype=np.int64).reshape(-1, 2).T
+        own = np.setdiff1d(np.arange(self.priced), self.reshards)
+        priced, substitutes = np.concatenate([own, self.reshards]), np.concatenate([own, self.moves])
         self.substitutes = substitutes[np.argsort(priced, kind="stable")]
         self.substitute_start = np.searchsorted(np.sort(priced), np.arange(self.priced + 1))
         self.used = (
@@ -132,19 +132,19 @@ class ConstraintMatrix:
                 leaving[have].append(move)
                 arriving[want].append(move)
                 for key in reshard_paths(used.chains[have, want]):
-                    change = self.strategies + self.sizes.change_index[index, have, key]
+                    reshard = self.strategies + self.sizes.reshard_index[index, have, key]
                     if len(uses) == 1:
-                        self._paid.append((move, change))
+                        self._paid.append((move, reshard))
                     else:
-                        paying[change].append(move)
+                        paying[reshard].append(move)
                 if any(p.kind == "P" for p in have) and not inside:
                     outside[have, want].append(move)
             for have, variables in give.items():
                 self._equal(variables, leaving[have])
             for want, variables in take.items():
                 self._equal(variables, arriving[want])
-            for change, moves in paying.items():
-                self._covers(change, moves)
+            for reshard, moves in paying.items():
+                self._covers(reshard, moves)
         self._partial_sums(used, outside, sum(not inside for inside in uses.values()))
 
     def _partial_sums(
@@ -165,7 +165,7 @@ class ConstraintMatrix:
 
     def _kept(self, nodes: set[int]) -> None:
         """Equation (8)."""
-        start = self.strategies + len(self.sizes.changes)
+        start = self.strategies + len(self.sizes.reshards)
         for index, tensor in enumerate(self.table.saved_tensors):
             savers = dict.fromkeys(tensor.savers) if tensor.root in nodes else {}
             for saver, (node, operand) in enumerate(savers):

@@ -76,7 +76,7 @@ class Ilp:
 
     x      [node][option]
     e      (value, (node, operand)) -> (placement made, placement taken) -> variable
-    c, k   as the keys of `Sizes.changes` and `Sizes.saved_index`
+    c, k   as the keys of `Sizes.reshards` and `Sizes.saved_index`
     z      x, c and k in one list, in the order of `SplitProblem.costs`
     """
 
@@ -101,7 +101,7 @@ class Ilp:
                 }  # fmt: skip
         self.c = {
             (f, p, w): self._variable(f"reshard {self.value(f)} {' '.join(map(_text, (p, *w)))}")
-            for f, p, w in sizes.changes
+            for f, p, w in sizes.reshards
         }
         self.k = {
             (m, p): self._variable(f"save {table.nodes[table.saved_tensors[m].root].key} {_text(p)}")

@@ -23,13 +23,13 @@ BY_FUNCTION = {f"runtime.{row.function}": row for row in RESHARDS.values()}
 
 @dataclass(frozen=True)
 class PricedSegment:
-    """The price of a segment for one micro-batch.
+    """The seconds of a segment for one micro-batch.
 
-    forward, backward  seconds of its operators and reshards
-    full_recompute_seconds       seconds that the backward takes more in mode "full": forward of all operators
-    selective_recompute_seconds  the same in mode "selective": forward of all operators but matrix products
-    lines              one line of the plan for every node;  nodes: these nodes
-    outside            the values of other segments and stages that the lines read
+    forward, backward            of its operators and reshards, nothing recomputed
+    full_recompute_seconds       that mode "full" adds to the backward: forward of all operators
+    selective_recompute_seconds  that mode "selective" adds: forward of all operators but matrix products
+    lines                        one line of the plan for every node;  nodes: these nodes
+    outside                      the values of other segments and stages that the lines read
     """
 
     label: str

@@ -70,8 +70,9 @@ class Solver(ConstraintMatrix):
     """The constraints of a table in HiGHS, solved for one objective after another.
 
     iterations  simplex iterations of the first relaxation
-    narrowed    the nodes of which some strategies are ruled out at present
-    bases       the best basis of every objective, by the hash of its costs: a start where strategies are ruled out
+    narrowed    the nodes whose upper bounds rule out some strategies at present
+    bases       hash of costs -> the optimal basis of the unrestricted relaxation: a warm start where strategies are
+                ruled out
     dual_activities  A'y of every relaxation that was solved, y its dual values; without the rows that choose one
                 strategy of each node
     """
@@ -92,7 +93,7 @@ class Solver(ConstraintMatrix):
         self.dual_activities: list[Array] = []
 
     def bound(self, costs: Array, allowed: Mapping[int, Iterable[int]] | None = None) -> float:
-        """A bound below every choice's cost: the linear relaxation; infinite where there is no choice."""
+        """Lower bound on the cost of every choice: the LP relaxation; infinite where there is no choice."""
         self._narrow(allowed or {})
         self._price(costs)
         self.highs.run()
@@ -101,8 +102,8 @@ class Solver(ConstraintMatrix):
         return float(self.highs.getInfo().objective_function_value) / self.scale
 
     def relax(self, costs: Array, allowed: Mapping[int, Iterable[int]] | None = None) -> tuple[float, Solution | None]:
-        """The linear relaxation: a bound below every choice's cost, infinite where there is no choice; and the best
-        choice, where the relaxation is one. `allowed` narrows the options of some nodes."""
+        """The LP relaxation: a lower bound on the cost of every choice, infinite where there is no choice; and the best
+        choice, where the relaxation is integral. `allowed` are the options left of the nodes it names."""
         bound, found = self._relax(costs, allowed)
         if bound < float("inf"):
             self._learn()
@@ -128,7 +129,7 @@ class Solver(ConstraintMatrix):
         return objective / self.scale, self._solution(values, objective, objective) if whole else None
 
     def _run(self) -> None:
-        """Solve from the last basis, or from none where that is far from the optimum."""
+        """Solve from the last basis; where that takes too many iterations, from HiGHS's own start."""
         limit = max(WARM_START_ITERATIONS, round(WARM_START_SHARE * self.iterations))
         if self.iterations:
             self.highs.setOptionValue("simplex_iteration_limit", limit)
@@ -181,8 +182,8 @@ class Solver(ConstraintMatrix):
     def minimise(
         self, costs: Array, allowed: Mapping[int, Iterable[int]] | None = None, branch: bool = True
     ) -> Solution | None:
-        """The best choice for a cost of every priced variable; None where there is none, or it takes branching to find
-        and is not to `branch`."""
+        """The choice of least cost. None where there is no choice, or where the relaxation is fractional and the solver
+        is not to `branch`."""
         bound, found = self._relax(costs, allowed)
         if found is None and branch and bound < float("inf"):
             return self._rounded(allowed or {}) or self._solution(*self._branch())
@@ -231,7 +232,7 @@ class Solver(ConstraintMatrix):
         return found
 
     def _largest(self, sums: Entries, unit: float, cost: float) -> int:
-        """Add a variable that is at least 0 and each of some sums, times a unit; its place."""
+        """Add a column >= 0 and >= unit x each row of `sums`, with a cost in the objective; the index of the column."""
         last = self.highs.getNumCol()
         self.highs.addCol(cost, 0.0, highspy.kHighsInf, 0, [], [])
         row, index, value = self._spread(*sums[:2], sums[2] * unit)
@@ -270,8 +271,8 @@ class Solver(ConstraintMatrix):
         """The cost of every used variable; a move has the cost of the reshard that it substitutes."""
         every = np.zeros(self.columns)
         every[: self.priced] = costs
-        np.add.at(every, self.moves, costs[self.changes])
-        every[self.changes] = 0.0
+        np.add.at(every, self.moves, costs[self.reshards])
+        every[self.reshards] = 0.0
         return every[self.used]
 
     def _branch(self) -> tuple[Array, float, float]:

@@ -11,12 +11,15 @@ from autopart.cost.compute import Array
 from autopart.passes.solve import INTEGRAL, MAX_COST_RATIO, OBJECTIVE_SCALE, Solver, load
 
 
-class Coupled:
-    """The equations of a solver once for every stage of a pipeline, each with splits of its own that agree on what
-    passes between stages, and on how they take partial sums."""
+class PipelineSolver:
+    """One ILP for all stages of a pipeline: the constraints of `solver` once for each stage, with splits of its own.
+
+    Rows that link stages: each stage makes the values that pass between stages in the same placements, and takes
+    partial sums in the same placements.
+    """
 
     def __init__(self, solver: Solver, stages: int, agreeing: Sequence[Sequence[int]]) -> None:
-        """Every one of `agreeing` are strategies of one node: all stages take them as often."""
+        """`agreeing`: sets of strategies of one node, the sum of whose variables is equal in all stages."""
         self.solver, self.stages, columns = solver, stages, solver.columns
         agreeing = [*agreeing, *([move] for move in solver.partial_sum_moves)]
         counts = np.array([len(variables) for variables, *_ in solver.rows])
@@ -41,8 +44,8 @@ class Coupled:
     def relax(
         self, costs: Sequence[Array], allowed: Mapping[int, Iterable[int]]
     ) -> tuple[float, list[tuple[int, ...]]]:
-        """A bound below what all stages cost together, infinite where there is no choice; and every stage's choice,
-        where the relaxation is one."""
+        """Lower bound on the sum of all stages' costs, infinite where there is no choice; the choice of every stage,
+        where the relaxation is integral."""
         solver = self.solver
         unit = solver._unit(np.sum(costs, axis=0))
         objective = np.concatenate(

@@ -66,7 +66,7 @@ def _stage(
     variables for each amount. `arriving` are the bytes of messages."""
     model, prices, training = space.model(point), space.priced(point), space.training(point)
     table, there, inside = model.table, model.counts_in(*span), slice(*span)
-    segment_classes, block, share = (
+    segment_classes, block, fraction = (
         table.segment_classes[inside],
         table.block[inside],
         there / np.maximum(model.counts, 1.0),
@@ -79,9 +79,9 @@ def _stage(
         modes = used.get(segment_class) or {"none": 1}
         for mode, n in modes.items():
             costs = space.costs(point, {segment_class: mode} if segment_class >= 0 else {})
-            part = np.where(model.segment_classes == segment_class, n / sum(modes.values()), 0.0) * share
+            part = np.where(model.segment_classes == segment_class, n / sum(modes.values()), 0.0) * fraction
             saved = part * costs.saved + (
-                n * segments[segment_class].block_input_bytes * share if mode != "none" else 0.0
+                n * segments[segment_class].block_input_bytes * fraction if mode != "none" else 0.0
             )
             seconds, total = seconds + part * costs.seconds, total + saved
             differing += saved * (segment_class in model.blocks)
@@ -119,7 +119,7 @@ def _segment(space: SearchSpace, point: SearchPoint, segment_class: int, span: t
     mine = (model.segment_classes == segment_class) * 1.0
     roots = np.array([table.nodes[table.saved_tensors[tensor].root].product for tensor, _ in sizes.saved_index])
     products = np.concatenate(
-        [sizes.product * prices.inner, 0.0 * prices.change_forward, roots * prices.saved_tensor_bytes]
+        [sizes.product * prices.inner, 0.0 * prices.reshard_forward, roots * prices.saved_tensor_bytes]
     )
     saved = [
         mine

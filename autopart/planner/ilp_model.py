@@ -11,7 +11,7 @@ import numpy as np
 from autopart.cost.compute import Array
 from autopart.cost.sizes import Sizes
 from autopart.passes.solve import Solver
-from autopart.passes.solve_stages import Coupled
+from autopart.passes.solve_stages import PipelineSolver
 from autopart.planner.allowed_choices import Options, both
 from autopart.sharding.strategy_table import Placements, StrategyTable, ValueUses
 
@@ -29,7 +29,7 @@ class Model:
         self.table = table
         self.sizes = Sizes(table)
         self.class_solvers: dict[int, Solver] = {}
-        self.pipelines: dict[int, Coupled] = {}
+        self.pipelines: dict[int, PipelineSolver] = {}
         self.counts, self.segment_classes = self.counts_in(0, len(table.labels)), np.array(self._segment_classes())
 
     def _segment_classes(self) -> list[int]:
@@ -39,7 +39,7 @@ class Model:
             for n, node in enumerate(table.nodes)
         ]
         classes = np.repeat(nodes, np.diff(self.sizes.first)).tolist()
-        for index, have, _ in self.sizes.changes:
+        for index, have, _ in self.sizes.reshards:
             used = table.value_uses[index]
             at = used.producers[0] if is_partial(have) else -1 if used.several else used.consumers[0][0]
             classes.append(table.segment_classes[at] if at >= 0 else -1)
@@ -64,7 +64,7 @@ class Model:
         ]  # fmt: skip
         counts = np.repeat(nodes, np.diff(self.sizes.first)).tolist()
         paid: dict[tuple[int, bool], int] = {}
-        for index, have, _ in self.sizes.changes:
+        for index, have, _ in self.sizes.reshards:
             used, key = table.value_uses[index], (index, is_partial(have))
             if key not in paid:
                 pays = zip(used.producers, used.dependents, strict=True)
@@ -82,7 +82,7 @@ class Model:
         for n, node in enumerate(table.nodes):
             mine = sizes.holders[n][0] if n in sizes.holders else np.flatnonzero(classes == node.segment_class)
             found[mine, sizes.first[n] : sizes.first[n + 1]] = 1.0
-        for i, (index, have, _) in enumerate(sizes.changes, start=int(sizes.first[-1])):
+        for i, (index, have, _) in enumerate(sizes.reshards, start=int(sizes.first[-1])):
             used = table.value_uses[index]
             producers, consumers = used.ends
             mine = producers if is_partial(have) else consumers
@@ -101,7 +101,7 @@ class Model:
             self.class_solvers[segment_class] = Solver(self.sizes, segment_class)
         return self.class_solvers[segment_class]
 
-    def pipeline(self, stages: int) -> Coupled:
+    def pipeline(self, stages: int) -> PipelineSolver:
         """The relaxation of so many stages, each with splits of its own that agree on `interface_values`."""
         if stages not in self.pipelines:
             equal: dict[object, list[int]] = {}
@@ -109,7 +109,7 @@ class Model:
                 for option in range(len(self.table.nodes[n].options)):
                     key = n, output, self.table.nodes[n].given(option, output)
                     equal.setdefault(key, []).append(int(self.sizes.first[n]) + option)
-            self.pipelines[stages] = Coupled(self.solver, stages, list(equal.values()))
+            self.pipelines[stages] = PipelineSolver(self.solver, stages, list(equal.values()))
         return self.pipelines[stages]
 
     @cached_property

@@ -35,14 +35,14 @@ class Costs:
 
 def costs_by_mode(model: Model, prices: Prices, amortization: int, gradients: bool) -> tuple[Costs, ...]:
     """The costs with all blocks in each of `liveness.MODES`. `gradients`: whether the state counts gradients."""
-    no_reshards, no_saved = 0.0 * prices.change_forward, 0.0 * prices.saved_tensor_bytes
+    no_reshards, no_saved = 0.0 * prices.reshard_forward, 0.0 * prices.saved_tensor_bytes
     seconds = np.concatenate([
         prices.forward + prices.backward + prices.sync_seconds / amortization,
-        prices.change_forward + prices.change_backward,
+        prices.reshard_forward + prices.reshard_backward,
         no_saved,
     ])  # fmt: skip
-    selective = np.concatenate([prices.forward - prices.product, prices.change_rerun, no_saved])
-    full = np.concatenate([prices.forward, prices.change_rerun, no_saved])
+    selective = np.concatenate([prices.forward - prices.product, prices.reshard_recompute, no_saved])
+    full = np.concatenate([prices.forward, prices.reshard_recompute, no_saved])
     saved = np.concatenate([prices.inner, no_reshards, prices.saved_tensor_bytes])
     products = np.concatenate([prices.product_results, no_reshards, no_saved])
     state = prices.state if gradients else prices.state - prices.state_bytes[:, 1]
@@ -60,8 +60,8 @@ def sync_windows(prices: Prices, per_turn: float) -> tuple[Array, Array]:
     per_turn  `Training.backwards` / amortization: backwards beside which gradients are summed, per turn of the pipeline
     """
     none = np.zeros(len(prices.saved_tensor_bytes))
-    hidden = np.concatenate([prices.overlappable_seconds, 0.0 * prices.change_backward, none])
-    return per_turn * hidden, per_turn * np.concatenate([prices.backward, prices.change_backward, none])
+    hidden = np.concatenate([prices.overlappable_seconds, 0.0 * prices.reshard_backward, none])
+    return per_turn * hidden, per_turn * np.concatenate([prices.backward, prices.reshard_backward, none])
 
 
 def exposed_sync_bounds(model: Model, hidden: Array, backward: Array) -> tuple[Array, Array]:

@@ -39,9 +39,9 @@ micro_batches_in_flight = lru_cache(maxsize=None)(in_flight)
 class SearchSpace:
     """All plans of a model on a mesh that a request allows.
 
-    The dictionaries hold what was computed. Constraints are part of their keys or change nothing in them, so that a
-    space with other constraints may share them. Links and devices change prices and all that follows; only a device
-    and a degree of `tp` that is asked for change `models`.
+    The dictionaries cache results. Constraints are part of their keys or do not change their values: spaces that differ
+    in constraints alone may share all of them. `models` depend on the device and on whether the request asks for a
+    degree of `tp`, not on links.
     """
 
     layered: LayeredGraph
@@ -89,14 +89,14 @@ class SearchSpace:
         return amortization(point.zero, self.micro_batches(point), point.pp)
 
     def training(self, point: SearchPoint) -> Training:
-        """What parameters cost: their states, and the sync of their gradients."""
+        """The optimizer, ZeRO level, data-parallel group, micro-batches and master dtype."""
         group = self.mesh.group(point.tp, point.dp)
         ratio = widening(self.request.precision, self.request.master)
         foreach = self.mesh.device.type != "cpu"
         return Training(self.request.optimizer, point.zero, group, self.micro_batches(point), ratio, foreach)
 
     def device(self, point: SearchPoint) -> Device:
-        """The device, as many of whose host's ranks compute at once as the point's schedule has it."""
+        """The device at the pace that it has in the point's pipeline: `Mesh.busy_device`."""
         return self.mesh.busy_device(point.pp, self.micro_batches(point))
 
     def between_stages(self, point: SearchPoint) -> Link | None:
@@ -123,7 +123,7 @@ class SearchSpace:
         return sorted({self.in_flight(point, stage) for stage in range(point.pp)})
 
     def priced(self, point: SearchPoint) -> Prices:
-        """The prices of all variables, each for one position."""
+        """Seconds and bytes of all priced variables, each for one position."""
         if point not in self.prices:
             strides = {"dp": point.tp, "tp": 1}
             model = self.model(point)
@@ -141,7 +141,7 @@ class SearchSpace:
     # ---- what constraints leave ---------------------------------------------------------------------------
 
     def options(self, point: SearchPoint) -> Options:
-        """The options that constraints leave, of the nodes where they leave not all."""
+        """Node -> the options that constraints leave; nodes that keep all their options are left out."""
         if point.tp not in self._options:
             found = options_of(self.model(point).table, self.request.constraints) if self.request.constraints else {}
             self._options[point.tp] = found
@@ -175,8 +175,8 @@ class SearchSpace:
         return {segment_class: MODES[mode] for segment_class, mode in least.items() if mode}
 
     def stages(self, point: SearchPoint) -> list[NDArray[np.bool_]]:
-        """For every stage, whether it may be each of the intervals. Cuts by time or by memory go by what the fastest
-        splits of the point take."""
+        """[stages][intervals]: whether constraints allow the stage to be the interval. Cuts by time or by memory weigh
+        positions by the fastest splits of the point."""
         predicted = any(isinstance(c, Cuts) and c.method in ("time", "memory") for c in self.request.constraints)
         key = point if predicted else point.pp
         if key not in self._stages:

@@ -286,8 +286,8 @@ def paid(made: Split, chosen: Sequence[int]) -> set[int]:
         have = table.nodes[used.source].given(chosen[used.source], used.output)
         for node, operand in used.uses:
             chain = used.chains[have, table.nodes[node].taken(chosen[node], operand)]
-            columns |= {start + sizes.change_index[index, have, path] for path in reshard_paths(chain)}
-    start += len(sizes.changes)
+            columns |= {start + sizes.reshard_index[index, have, path] for path in reshard_paths(chain)}
+    start += len(sizes.reshards)
     for index, tensor in enumerate(table.saved_tensors):
         for saver, (node, operand) in enumerate(dict.fromkeys(tensor.savers)):
             placed = sizes.saved_placements[index][saver][chosen[tensor.root if operand == -2 else node]]
@@ -316,7 +316,7 @@ def test_a_choice_is_the_best_of_all(model: type[nn.Module], tp: int, forced: bo
 
 def late(made: Split) -> tuple[Sized, Sized]:
     """The priced variables that are no options."""
-    return made.sizes.changes, made.sizes.saved_index
+    return made.sizes.reshards, made.sizes.saved_index
 
 
 @pytest.mark.parametrize(("model", "tp", "forced"), TABLES)

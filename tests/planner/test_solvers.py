@@ -61,17 +61,17 @@ def explanation(name: str, solver: str = "highs", mesh: str = MESH, **settings: 
 def cost(sizes: Sizes, costs: Sequence[float], chosen: Sequence[int]) -> float:
     """What a choice costs: its strategies, every reshard once, every saved tensor once."""
     table, paid = sizes.table, {int(sizes.first[n]) + option for n, option in enumerate(chosen)}
-    changes, saved = list(sizes.changes), list(sizes.saved_index)
+    reshard_keys, saved = list(sizes.reshards), list(sizes.saved_index)
     for f, used in enumerate(table.value_uses):
         have = table.nodes[used.source].given(chosen[used.source], used.output)
         for node, operand in used.uses:
             want = table.nodes[node].taken(chosen[node], operand)
             reshards = [(f, have, path) for path in reshard_paths(used.chains[have, want])]
-            paid |= {int(sizes.first[-1]) + changes.index(reshard) for reshard in reshards}
+            paid |= {int(sizes.first[-1]) + reshard_keys.index(reshard) for reshard in reshards}
     for m, tensor in enumerate(table.saved_tensors):
         for (node, operand), placed in zip(dict.fromkeys(tensor.savers), sizes.saved_placements[m], strict=True):
             by = tensor.root if operand == -2 else node
-            paid.add(int(sizes.first[-1]) + len(changes) + saved.index((m, placed[chosen[by]])))
+            paid.add(int(sizes.first[-1]) + len(reshard_keys) + saved.index((m, placed[chosen[by]])))
     return float(sum(costs[i] for i in paid))
 
 

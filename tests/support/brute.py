@@ -217,7 +217,7 @@ def whole(space: SearchSpace) -> SearchSpace:
 class Factor:
     """Nodes that are priced together.
 
-    kind, index   what it is: a node, a flow, kept memory, or a value that all stages place alike
+    kind, index   what it is: a node, a value with its uses, a saved tensor, or a value that all stages place alike
     members       the nodes;  seen: for every member, a number for each of its options: equal, equal for the price
     """
 
@@ -265,7 +265,7 @@ class Structure:
                     if (tensor.root if o == -2 else n) == node:
                         parts.append(_kinds(table, tensor.root, n, o))
                 seen.append(_numbered(list(zip(*parts, strict=True))))
-            self.factors.append(Factor("keep", index, who, seen))
+            self.factors.append(Factor("saved", index, who, seen))
         self.interface = list(interface)
         for number, (node, output) in enumerate(interface):
             given = _numbered([nodes[node].given(o, output) for o in range(len(nodes[node].options))])
@@ -291,7 +291,7 @@ class Structure:
                     parts[o].append(nodes[node].given(o, used.output))
                 parts[o] += [nodes[node].taken(o, operand) for n, operand in used.uses if n == node]
             seen.append(_numbered([tuple(p) for p in parts]))
-        self.factors.append(Factor("flow", index, who, seen))
+        self.factors.append(Factor("value", index, who, seen))
         outside = [u for u, inside in zip(used.uses, used.inside, strict=True) if not inside]
         summed = any(
             p.kind == "P"
@@ -404,7 +404,7 @@ class Graph:
                 _, first, which = np.unique(factor.code(rows), return_index=True, return_inverse=True)
                 combinations = rows[first]
                 self.combinations[f] = combinations
-                if factor.kind == "flow":
+                if factor.kind == "value":
                     good = np.array([structure.summed_alike(factor.index, c) for c in combinations.tolist()])[which]
                     parent, option, rows, which = parent[good], option[good], rows[good], which[good]
                     closing = [(other, w[good]) for other, w in closing]
@@ -477,10 +477,10 @@ class Priced:
         found = no_costs(self.prices)
         if factor.kind == "node":
             self._node(found, factor.index, chosen[factor.index])
-        elif factor.kind == "flow":
+        elif factor.kind == "value":
             used = self.table.value_uses[factor.index]
             _add_value(found, self.prices, chosen, factor.index, used, self.space.between_stages(self.point))
-        elif factor.kind == "keep":
+        elif factor.kind == "saved":
             _add_saved_tensor(found, self.prices, chosen, factor.index, self.table.saved_tensors[factor.index])
         return self.atom(found)
 

@@ -780,7 +780,7 @@ def draw_choice(draw: st.DrawFn, model: Split, allowed: Mapping[int, list[int]])
         for node in model.table.nodes
         for option in node.options
     ]
-    count = len(model.sizes.changes)
+    count = len(model.sizes.reshards)
     costs = np.concatenate(
         [numbers.random(len(sums)) - sums, near * numbers.random(count), np.zeros(len(model.sizes.saved_index))]
     )
@@ -855,7 +855,7 @@ def first_choice(model: Split, allowed: Mapping[int, list[int]] | None = None) -
     """The option of every node that comes first, as far as the others allow: samples over dp where operators allow it,
     all whole over tp."""
     order = [float(o) for node in model.table.nodes for o, _ in enumerate(node.options)]
-    costs = np.array(order + [0.0] * (len(model.sizes.changes) + len(model.sizes.saved_index)))
+    costs = np.array(order + [0.0] * (len(model.sizes.reshards) + len(model.sizes.saved_index)))
     found = model.solver.minimise(costs, allowed)
     assert found is not None
     return found.chosen
