@@ -1,7 +1,7 @@
-"""A plan as another system's settings, with what that system would do otherwise, or as a file of its graph.
+"""A plan as the settings of another system, or its graph as a file.
 
-One module a system. Each has a function from a plan to `Exported`, and a row in SYSTEMS. Formats of the graph are rows
-of GRAPHS.
+Each system has a module with a function from a plan to `Exported`, and a row in SYSTEMS. `Exported` also tells where
+the system would run otherwise than the plan says. Each format of graphs has a row in GRAPHS.
 """
 
 from __future__ import annotations

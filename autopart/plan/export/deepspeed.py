@@ -15,11 +15,11 @@ from autopart.plan.data import Plan
 from autopart.plan.export.facts import (
     Exported,
     blocks,
-    everywhere,
+    common_differences,
+    in_words,
     modes,
     operators,
     products,
-    said,
     splits_loss,
     uneven,
     weight_of,
@@ -29,14 +29,14 @@ from autopart.sharding.notation import R, Strategy
 PRECISIONS = {"float32": "", "bfloat16": "bf16", "float16": "fp16"}
 OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW"}
 TYPES = {"n": "column", "k": "row"}
-"""AutoTP's partition type by the letter that splits a product."""
+"""Letter that splits a product -> AutoTP's partition type."""
 HEADS = ("lm_head", "embed_out")
-"""What AutoTP knows the product in front of the loss by."""
+"""Names of modules that AutoTP takes for the head, the product before the loss."""
 
 
 def deepspeed(plan: Plan) -> Exported:
-    """JSON for the plan."""
-    differences: list[str] = [*everywhere(plan)]
+    """The plan as JSON."""
+    differences: list[str] = [*common_differences(plan)]
     by_hand: list[str] = []
     data: dict[str, Any] = {
         "train_batch_size": plan.global_batch,
@@ -82,7 +82,7 @@ def _precision(plan: Plan, differences: list[str]) -> dict[str, Any]:
 
 
 def _tensor(plan: Plan, differences: list[str]) -> dict[str, Any]:
-    """AutoTP with the plan's own splits of products; the rest of the model it leaves whole."""
+    """AutoTP, with the plan's splits of products. AutoTP leaves other operators whole."""
     if plan.tp == 1:
         return {}
     if plan.pp > 1:
@@ -110,7 +110,7 @@ def _is_head(module: str) -> bool:
 
 
 def _splits_head(plan: Plan, differences: list[str]) -> bool:
-    """Whether AutoTP is to take the loss of logits split by words, as the plan does."""
+    """Whether to set `vocab_parallel_lm_head`: the plan's cross-entropy takes logits split along the vocabulary."""
     if not splits_loss(plan):
         return False
     heads = [module for module, _, _ in operators(plan, "tp", ("linear",)) if _is_head(module)]
@@ -122,13 +122,13 @@ def _splits_head(plan: Plan, differences: list[str]) -> bool:
 
 
 def _spec(module: str, strategy: Strategy, weight: Strategy | None) -> tuple[dict[str, Any], str]:
-    """How AutoTP treats one weight of every block, and where that is not what the plan says. The parts of a weight
-    that is several in one are split one by one."""
+    """AutoTP's spec of one weight in all blocks; in words, where AutoTP splits otherwise than the plan. A fused weight,
+    such as that of q, k and v, is split part by part."""
     pattern = r"(.*\.)?" + re.sub(r"(?<=\\.)\d+(?=\\.)", r"\\d+", re.escape(f"{module}.weight")) + "$"
     kind = TYPES.get(strategy.split, "skip")
     spec: dict[str, Any] = {"patterns": [pattern], "partition_type": kind}
     if kind == "skip":
-        return spec, f"{said(strategy)} in the plan; AutoTP leaves it whole" if strategy.shards_work else ""
+        return spec, f"{in_words(strategy)} in the plan; AutoTP leaves it whole" if strategy.shards_work else ""
     placement = weight.outputs[0] if weight is not None else R
     if placement.kind != "S":
         return spec, "the weight is whole where its product is split; AutoTP splits the weight"

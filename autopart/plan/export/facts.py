@@ -1,7 +1,8 @@
-"""What exports need to know of a plan: its stages' blocks by name, and where its shardings leave the usual scheme.
+"""What exports read off a plan: the blocks of its stages by name, and where its tp sharding is not Megatron-LM's.
 
-The usual scheme is Megatron's. Of two products in a row, the first is split by its output features ("n", columns of the
-weight), the second by its input features ("k", rows). Between such pairs values are whole on every rank.
+Megatron-LM (Shoeybi et al., arXiv 1909.08053, section 3) splits the first of two products by its output features
+(letter "n": column-parallel), the second by its input features ("k": row-parallel). The values between two such pairs
+are whole on every rank.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from autopart.sharding.notation import Strategy
 
 @dataclass(frozen=True)
 class Exported:
-    """Another system's settings.
+    """The settings of another system.
 
-    text         of the file: TOML, a shell array or JSON; a format with comments has the differences and by_hand in it
-    differences  what the plan says and the system would do otherwise
-    by_hand      what the system takes from elsewhere: from code, or from the model's own settings
+    text         the file: TOML, a shell array or JSON; with `differences` and `by_hand` where it may have comments
+    differences  where the system would run otherwise than the plan says
+    by_hand      settings that the plan does not tell: the system takes them from code or from the model's config
     """
 
     text: str
@@ -37,16 +38,16 @@ ROLES = (
     (r"out_lin|lin2|\w+Attention\.o", "k"),
     (r"wpe|embed_positions|position_embeddings|token_type_embeddings", "C"),
 )  # fmt: skip
-"""The end of a module's name, and the letter by which the usual scheme splits its operator; C where it is whole."""
-WORDS = "(?:.*[.])?(?:" + ROLES[0][0] + ")[.]weight"
-"""Names of the embedding of words."""
+"""(pattern of the end of a module's name, letter by which Megatron-LM splits the module's operator; C: not split)."""
+TOKEN_EMBEDDING = "(?:.*[.])?(?:" + ROLES[0][0] + ")[.]weight"
+"""Pattern of the name of the token embedding's weight."""
 WHOLE = "whole on every rank"
 PRODUCTS = ("linear", "matmul", "mm", "addmm", "embedding")
 NORMS = ("layer_norm", "rms_norm", "autopart.rms_norm", "autopart.layer_norm")
 
 
 def comments(plan: Plan, system: str, differences: tuple[str, ...], by_hand: tuple[str, ...]) -> list[str]:
-    """The comments at the top of a file."""
+    """The lines of comment at the top of a file."""
     return [
         f"# autopart: {plan.model} on {plan.mesh}, {plan.degrees}, for {system}",
         *(f"# differs: {line}" for line in differences),
@@ -70,8 +71,7 @@ def blocks(plan: Plan) -> list[list[str]]:
 
 
 def modes(plan: Plan) -> list[list[str]]:
-    """What every block of every stage saves for backward. Segments that a stage computes once, in front, have no
-    mode."""
+    """[stages][blocks]: the checkpointing mode. The prelude, a stage's first segment, has no mode."""
     found = []
     for stage in plan.stages:
         names = [label for segment in stage.segments for label in segment.labels]
@@ -81,12 +81,12 @@ def modes(plan: Plan) -> list[list[str]]:
 
 
 def families(plan: Plan) -> list[str]:
-    """The names of the numbered blocks without their number: one name for a single stack of blocks."""
+    """The names of stacks of blocks: "model.layers" for "model.layers.3"."""
     return list(dict.fromkeys(label.rpartition(".")[0] for stage in blocks(plan) for label in stage))
 
 
 def operators(plan: Plan, axis: str, names: tuple[str, ...]) -> Iterator[tuple[str, str, Strategy]]:
-    """The operators of these names along an axis, with their module and strategy, for every way stages are split."""
+    """(module, operator, strategy along the axis) of all operators of these names, in each of the plan's `splits`."""
     for splits in plan.splits:
         for key, strategy in splits.get(axis, {}).items():
             module, slash, name = key.rpartition("/")
@@ -95,7 +95,7 @@ def operators(plan: Plan, axis: str, names: tuple[str, ...]) -> Iterator[tuple[s
 
 
 def products(plan: Plan) -> dict[str, Strategy]:
-    """The operators with a weight of their own, by module, with their strategy along tp."""
+    """Module -> strategy along tp of its product, for products whose weight is a parameter of the module."""
     return {
         module: strategy
         for module, _, strategy in operators(plan, "tp", PRODUCTS)
@@ -104,20 +104,20 @@ def products(plan: Plan) -> dict[str, Strategy]:
 
 
 def weight_of(plan: Plan, module: str) -> Strategy | None:
-    """How a module's weight is laid out along tp."""
+    """The strategy of a module's weight along tp; None where the plan has none."""
     return next((w for s in plan.splits if (w := s.get("tp", {}).get(f"{module}.weight")) is not None), None)
 
 
-def usual(module: str) -> str:
-    """The letter by which the usual scheme splits a module's operator; "" where the name does not tell."""
+def megatron_letter(module: str) -> str:
+    """The letter by which Megatron-LM splits a module's operator (ROLES); "" where no pattern matches."""
     return next((letter for names, letter in ROLES if re.fullmatch(rf"(.*\.)?({names})", module)), "")
 
 
-def otherwise(plan: Plan) -> list[str]:
-    """The operators that are split along tp in another way than the usual scheme, in words."""
+def tp_differences(plan: Plan) -> list[str]:
+    """In words: the operators that the plan splits along tp otherwise than Megatron-LM."""
     found: dict[tuple[str, str], list[str]] = {}
     for module, strategy in products(plan).items():
-        here, there = said(strategy), usual(module)
+        here, there = in_words(strategy), megatron_letter(module)
         if here != (f"split by {there}" if there != "C" else WHOLE):
             found.setdefault((here, there), []).append(module)
     return [
@@ -129,25 +129,25 @@ def otherwise(plan: Plan) -> list[str]:
     ]
 
 
-def said(strategy: Strategy) -> str:
+def in_words(strategy: Strategy) -> str:
     """A strategy in words."""
     return f"split by {strategy.name}" if strategy.shards_work else WHOLE
 
 
 def splits_sequence(plan: Plan) -> bool | None:
-    """Whether each norm along tp works on a part of the sequence; None where only some do."""
+    """Whether norms split the sequence along tp (sequence parallelism); None where only some of them do."""
     shares = {s.outputs[0].kind == "S" and s.outputs[0].dim == 1 for _, _, s in operators(plan, "tp", NORMS)}
     return shares.pop() if len(shares) == 1 else None if shares else False
 
 
 def splits_loss(plan: Plan) -> bool:
-    """Whether the loss is computed from logits that are split along the vocabulary."""
+    """Whether the cross-entropy takes logits that are split along the vocabulary."""
     losses = ("cross_entropy_loss", "autopart.cross_entropy_loss")
     return any(s.name == "v" for _, _, s in operators(plan, "tp", losses))
 
 
-def everywhere(plan: Plan) -> list[str]:
-    """Differences from every system that treats all stages, and data parallelism, alike."""
+def common_differences(plan: Plan) -> list[str]:
+    """In words: differences from any system that shards all stages alike and splits the batch alone along dp."""
     lines = []
     if len({stage.splits for stage in plan.stages}) > 1:
         ways = ", ".join(str(stage.splits) for stage in plan.stages)
@@ -165,6 +165,6 @@ def uneven(plan: Plan) -> bool:
 
 
 def size(plan: Plan, pattern: str) -> tuple[int, ...]:
-    """The shape of the first parameter whose name has the pattern; () where none has."""
+    """The shape of the first parameter whose name matches the pattern; () where none does."""
     parameters: Mapping[str, tuple[int, ...]] = plan.signature.parameters
     return next((tuple(shape) for name, shape in parameters.items() if re.fullmatch(pattern, name)), ())

@@ -13,17 +13,17 @@ from itertools import takewhile
 
 from autopart.plan.data import Plan
 from autopart.plan.export.facts import (
-    WORDS,
+    TOKEN_EMBEDDING,
     Exported,
     blocks,
     comments,
-    everywhere,
+    common_differences,
     families,
     modes,
-    otherwise,
     sequence,
     size,
     splits_sequence,
+    tp_differences,
     uneven,
 )
 
@@ -31,10 +31,10 @@ Flags = Iterator[tuple[str, ...]]
 
 PRECISIONS: dict[str, tuple[str, ...]] = {"float32": (), "bfloat16": ("--bf16",), "float16": ("--fp16",)}
 OPTIMIZERS = {"adam": "adam", "adamw": "adam", "sgd": "sgd", "momentum": "sgd"}
-SHARDED = {2: "optim_grads", 3: "optim_grads_params"}
-"""The sharding strategy of Megatron's FSDP by ZeRO level; level 1 is its distributed optimizer."""
-WIDE = r".*\.(?:up_proj|gate_proj|c_fc|fc1|dense_h_to_4h|intermediate\.dense)\.weight"
-LEARNED = r"(?:.*\.)?(?:wpe|embed_positions|position_embeddings)\.weight"
+FSDP_STRATEGIES = {2: "optim_grads", 3: "optim_grads_params"}
+"""ZeRO level -> `--data-parallel-sharding-strategy` of Megatron's FSDP. Level 1 is the distributed optimizer."""
+FFN = r".*\.(?:up_proj|gate_proj|c_fc|fc1|dense_h_to_4h|intermediate\.dense)\.weight"
+POSITION_EMBEDDING = r"(?:.*\.)?(?:wpe|embed_positions|position_embeddings)\.weight"
 HEAD = r"(?:.*\.)?(?:lm_head|embed_out)\.weight"
 
 
@@ -42,8 +42,8 @@ FULL = (("--recompute-granularity", "full"), ("--recompute-method", "uniform"), 
 
 
 def megatron(plan: Plan) -> Exported:
-    """A shell array for the plan."""
-    differences = [*everywhere(plan)]
+    """The plan as the shell array MEGATRON_ARGS."""
+    differences = [*common_differences(plan)]
     by_hand = ["--num-attention-heads (and --group-query-attention --num-query-groups), which shapes do not tell",
                "the data, the tokenizer and the learning rate"]  # fmt: skip
     flags = [
@@ -60,12 +60,12 @@ def megatron(plan: Plan) -> Exported:
 
 
 def _model(plan: Plan, by_hand: list[str]) -> Flags:
-    """The model's sizes, as far as the parameters' shapes tell them."""
+    """The sizes of the model that the shapes of its parameters tell."""
     if len(families(plan)) == 1:
         yield "--num-layers", str(sum(map(len, blocks(plan))))
     else:
         by_hand.append("the numbers of layers: the model is not one stack of numbered blocks")
-    words, wide, learned = (size(plan, pattern) for pattern in (WORDS, WIDE, LEARNED))
+    words, wide, learned = (size(plan, pattern) for pattern in (TOKEN_EMBEDDING, FFN, POSITION_EMBEDDING))
     if len(words) != 2:
         by_hand.append("--hidden-size, --ffn-hidden-size and --vocab-size: no embedding of words was found")
         return
@@ -82,7 +82,7 @@ def _model(plan: Plan, by_hand: list[str]) -> Flags:
         yield ("--untie-embeddings-and-output-weights",)
     if size(plan, r".*\.gate_proj\.weight"):
         yield ("--swiglu",)
-    if not size(plan, WIDE.replace("weight", "bias")):
+    if not size(plan, FFN.replace("weight", "bias")):
         yield ("--disable-bias-linear",)
     by_hand.append("--normalization and the activation, unless they are Megatron's defaults")
 
@@ -91,7 +91,7 @@ def _degrees(plan: Plan, differences: list[str]) -> Flags:
     yield "--tensor-model-parallel-size", str(plan.tp)
     yield "--pipeline-model-parallel-size", str(plan.pp)
     if plan.tp > 1:
-        differences += otherwise(plan)
+        differences += tp_differences(plan)
         shared = splits_sequence(plan)
         if shared:
             yield ("--sequence-parallel",)
@@ -99,9 +99,9 @@ def _degrees(plan: Plan, differences: list[str]) -> Flags:
             differences.append("some norms work on a share of the sequence; --sequence-parallel is all or nothing")
     if plan.dp > 1 and plan.zero == 1:
         yield ("--use-distributed-optimizer",)
-    elif plan.dp > 1 and plan.zero in SHARDED:
+    elif plan.dp > 1 and plan.zero in FSDP_STRATEGIES:
         yield ("--use-megatron-fsdp",)
-        yield "--data-parallel-sharding-strategy", SHARDED[plan.zero]
+        yield "--data-parallel-sharding-strategy", FSDP_STRATEGIES[plan.zero]
 
 
 def _batch(plan: Plan, by_hand: list[str]) -> Flags:
@@ -128,7 +128,7 @@ def _pipeline(plan: Plan, differences: list[str]) -> Flags:
 
 
 def _layout(plan: Plan) -> str:
-    """Stages between bars: E the embedding, t a block, L the loss."""
+    """`--pipeline-model-parallel-layout`: stages between bars; E is the embedding, t a block, L the loss."""
     stages = ["t" * len(stage) for stage in blocks(plan)]
     return f"E{'|'.join(stages)}L"
 
@@ -150,7 +150,7 @@ def _recompute(plan: Plan, differences: list[str]) -> Flags:
 
 
 def _first(plan: Plan) -> tuple[tuple[str, str], ...]:
-    """The first so many blocks of every stage, where that is what the plan says."""
+    """Flags that recompute the first n blocks of every stage; () where the plan recomputes others."""
     counts = {sum(1 for _ in takewhile(lambda mode: mode == "full", stage)) for stage in modes(plan)}
     others = {mode for stage in modes(plan) for mode in stage[min(counts) :]}
     if len(counts) > 1 or others - {"none"}:

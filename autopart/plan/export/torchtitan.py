@@ -17,13 +17,13 @@ from autopart.plan.data import Plan
 from autopart.plan.export.facts import (
     Exported,
     comments,
-    everywhere,
+    common_differences,
     labels,
     modes,
-    otherwise,
     sequence,
     splits_loss,
     splits_sequence,
+    tp_differences,
 )
 
 SCHEDULES = {"gpipe": "GPipe", "1f1b": "1F1B"}
@@ -36,14 +36,14 @@ NAMES = (
     (r"(?:.*\.)?(?:norm|ln_f|final_layer_norm)", "norm"),
     (r"(?:.*\.)?(?:lm_head|output)", "output"),
 )
-"""A segment's label, and torchtitan's name of the module."""
+"""(pattern of a segment's label, torchtitan's name of the module)."""
 RESHARD = {0: "never", 1: "never", 2: "never", 3: "always"}
-"""fsdp_reshard_after_forward by ZeRO level: parameters that stay whole after forward are level 2."""
+"""ZeRO level -> `fsdp_reshard_after_forward`. "never" leaves parameters whole after forward: ZeRO 2."""
 
 
 def torchtitan(plan: Plan) -> Exported:
-    """TOML for the plan."""
-    differences = [*everywhere(plan)]
+    """The plan as TOML."""
+    differences = [*common_differences(plan)]
     by_hand = ["[model] name and flavor, the dataset, and the learning rate"]
     training = _training(plan, differences, by_hand)
     parallelism = {
@@ -63,7 +63,7 @@ def torchtitan(plan: Plan) -> Exported:
 
 
 def _table(name: str, rows: Mapping[str, Any]) -> str:
-    """A table of TOML; of these values JSON is TOML too."""
+    """A table of TOML. The values are written as JSON, which is TOML too for numbers, texts, booleans and lists."""
     return "\n".join(["", f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in rows.items()), ""])
 
 
@@ -90,7 +90,7 @@ def _training(plan: Plan, differences: list[str], by_hand: list[str]) -> dict[st
 
 
 def _data(plan: Plan, differences: list[str]) -> dict[str, Any]:
-    """Data parallelism by ZeRO level: DDP where it can be, else FSDP."""
+    """The degrees of DDP (ZeRO 0, neither pp nor tp) or of FSDP."""
     if plan.dp == 1 or (plan.zero == 0 and plan.pp == plan.tp == 1):
         return {"data_parallel_replicate_degree": plan.dp, "data_parallel_shard_degree": 1}
     if plan.zero == 0:
@@ -110,7 +110,7 @@ def _data(plan: Plan, differences: list[str]) -> dict[str, Any]:
 def _tensor(plan: Plan, differences: list[str]) -> dict[str, Any]:
     if plan.tp == 1:
         return {"tensor_parallel_degree": 1}
-    differences += otherwise(plan)
+    differences += tp_differences(plan)
     if splits_sequence(plan) is not True:
         differences.append("norms work on whole sequences; torchtitan splits the sequence between products")
     return {"tensor_parallel_degree": plan.tp, "disable_loss_parallel": not splits_loss(plan)}
@@ -134,7 +134,7 @@ def _pipeline(plan: Plan, differences: list[str]) -> dict[str, Any]:
 
 
 def _names(segments: list[str]) -> dict[str, str]:
-    """torchtitan's name for each segment; "" where it has none, or where several would have the same."""
+    """Label -> torchtitan's name of the segment; "" where no pattern matches, or where several labels get one name."""
     names = {
         label: next((m.expand(name) for pattern, name in NAMES if (m := re.fullmatch(pattern, label))), "")
         for label in segments
