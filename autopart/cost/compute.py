@@ -196,22 +196,28 @@ def is_loss(record: Info) -> bool:
 
 LOSS = KIND_OF["aten.cross_entropy_loss"]
 SPLIT_LOSS = "vocab_cross_entropy"
-"""What computes it where logits are split by the words."""
+"""The function that computes the cross-entropy of logits split along the vocabulary."""
 
 
 def largest_of(made: Any, taken: Any, record: Any, loss: bool, split: bool) -> Any:
-    """Bytes of the largest gradient of an operator, by what it makes and what it takes besides parameters (of what is
-    no product, first): most make as much as they take. On the way of logits, which are large, into a loss half of both
-    gradients; of a loss as much as the logits, or half where they are split (`runtime.functions`)."""
+    """Bytes of the largest gradient in an operator's backward. `made` are bytes of its outputs, `taken` of its operands
+    without parameters (of an operator that is no product: of its first operand).
+
+        cross-entropy                        taken, or taken / 2 where the logits are split (`runtime.functions`)
+        between logits and a cross-entropy   (made + taken) / 2; of a view made / 2
+        other operators                      made
+    """
     if loss:
         return taken / 2 if split else taken
     return (made + taken * (not record.view)) / 2 if record.logits else made
 
 
 def bytes_of_backward(made: Any, taken: Any, weights: Any, record: Any, loss: bool, split: bool) -> Any:
-    """Bytes that exist in an operator's backward besides what is kept: gradients of what it makes, takes, and of
-    parameters, of which `weights` bytes are made, where it is a product or looks rows up; of others some as large as
-    the largest."""
+    """Bytes of gradients that are alive in an operator's backward. `weights` are bytes of the gradients of parameters.
+
+    matrix product, embedding  made + taken + weights
+    other operators            `Info.gradient_copies` x `largest_of`
+    """
     if not loss and (record.product or 0 in record.weights):
         return made + taken + weights
     return record.gradient_copies * largest_of(made, taken, record, loss, split)
@@ -236,8 +242,8 @@ def peak(device: Device, dtype: torch.dtype) -> float:
 
 
 def stream_rate_seconds(nbytes: float, device: Device) -> float:
-    """Seconds to move `nbytes` in kernels that are so large, or of so many tensors at once, that none is launched
-    anew."""
+    """Seconds to move `nbytes` at the memory bandwidth, without launches: in one large kernel, or in a kernel of many
+    tensors."""
     assert device.silicon is not None
     return float(memory_seconds(nbytes, device.bandwidth, device.silicon, 0))
 

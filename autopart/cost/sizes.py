@@ -58,8 +58,8 @@ class Sizes:
         self.product = np.array([float(n.product) for n, _ in options])
         weight = [self._weight(n, o) for n, o in options]
         sums = np.array([[self._sums(n, o, axis) for axis in ("dp", "tp")] for n, o in options])
-        held = np.column_stack([weight, self.grad, sums])
-        self.parameters, self.parameter_of = np.unique(held, axis=0, return_inverse=True)
+        rows = np.column_stack([weight, self.grad, sums])
+        self.parameters, self.parameter_of = np.unique(rows, axis=0, return_inverse=True)
         self.reshards: dict[tuple[int, Placements, ReshardPath], tuple[Step, Value]] = {}
         for index, used in enumerate(table.value_uses):
             value = table.nodes[used.source].values[used.output]

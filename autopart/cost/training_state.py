@@ -217,27 +217,27 @@ def update_seconds(nbytes: float, grad: bool, shared: bool, training: Training, 
     least, else for the costliest."""
     if not grad:
         return 0.0
-    held = nbytes * training.widening
+    master_bytes = nbytes * training.widening
     slices = training.ranks if shared and training.zero >= 1 else 1
     measured = device.measured
     if measured is None:
         if device.silicon is None:
             return 0.0
-        copied = held + nbytes if training.widening > 1 and not training.sliced(shared) else 0.0
-        step = (STEP_PASSES[training.optimizer] * held + copied) / slices
+        copied = master_bytes + nbytes if training.widening > 1 and not training.sliced(shared) else 0.0
+        step = (STEP_PASSES[training.optimizer] * master_bytes + copied) / slices
         return summing_seconds(nbytes, training, device) + stream_rate_seconds(step, device)
-    seconds = (training.micro_batches - 1) * measured_seconds(held, measured.accumulate)
+    seconds = (training.micro_batches - 1) * measured_seconds(master_bytes, measured.accumulate)
     rows = measured.updates.get(training.optimizer)
     if rows is None:
         states = OPTIMIZER_STATES[training.optimizer]
         known = sorted(measured.updates, key=lambda name: (OPTIMIZER_STATES[name] < states, OPTIMIZER_STATES[name]))
         rows = measured.updates[known[0]] if known else ((1.0, 0.0, 0.0),)
-    return float(seconds * measured.pace + measured_seconds(held / slices, rows))
+    return float(seconds * measured.pace + measured_seconds(master_bytes / slices, rows))
 
 
 def summing_seconds(nbytes: float, training: Training, device: Device) -> float:
     """Seconds a step takes to add up the gradients of its micro-batches of a parameter of `nbytes`, on a device with
     `silicon`: each is read, and the sum read and written; the first is the sum, or written in the master dtype."""
-    held = nbytes * training.widening
-    first = nbytes + held if training.widening > 1 else 0.0
-    return stream_rate_seconds(first + (training.micro_batches - 1) * (nbytes + 2 * held), device)
+    master_bytes = nbytes * training.widening
+    first = nbytes + master_bytes if training.widening > 1 else 0.0
+    return stream_rate_seconds(first + (training.micro_batches - 1) * (nbytes + 2 * master_bytes), device)

@@ -1,7 +1,7 @@
 """The integer linear program (ILP) of splits, stated with PuLP: every node takes one strategy, at the least cost.
 
 Sets
-    V             nodes: operators, parameters and inputs, for one block of every class of equal blocks
+    V             nodes: operators, parameters and inputs, one of every segment class
     S(v)          strategies of node v, one along every mesh axis
     T             sets of nodes that are tied: the model's inputs; a buffer and its new value
     F             values that nodes make;  U(f): the operands that read value f, each of one node

@@ -170,8 +170,8 @@ class Named(str):
         return str(self)
 
 
-def backward_of(node: fx.Node, anew: float) -> tuple[float, float]:
-    """`largest_of` and `bytes_of_backward` of a node of a stage's graph; `anew` is of `Training`."""
+def backward_of(node: fx.Node, grad_alloc_ratio: float) -> tuple[float, float]:
+    """`largest_of` and `bytes_of_backward` of a node of a stage's graph, in bytes."""
     record = info(node)
     taken = dict.fromkeys((True, False), 0.0)
     for i, operand in enumerate(operands(node) if record.kind == "op" else []):
@@ -179,4 +179,4 @@ def backward_of(node: fx.Node, anew: float) -> tuple[float, float]:
             taken[i in record.weights] += info(operand).size
     what = record, is_loss(record), SPLIT_LOSS in record.name
     largest = largest_of(record.size, taken[False], *what)
-    return float(largest), float(bytes_of_backward(record.size, taken[False], anew * taken[True], *what))
+    return float(largest), float(bytes_of_backward(record.size, taken[False], grad_alloc_ratio * taken[True], *what))

@@ -1,6 +1,6 @@
 """LayeredGraph -> where values are made, used and kept, at every position of the model: what no degree changes.
 
-Places where the same nodes use a value in the same pattern are one `ValueUses`, so that equal blocks are told once.
+Places where the same nodes use a value in the same pattern are one `ValueUses`, so that equal blocks share one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from autopart.sharding.strategy_table import SavedTensor, ValueUses
 
 @dataclass(frozen=True)
 class Write:
-    """What writes the new value of a buffer, for all buffers of a class.
+    """The write of a buffer's new value, one for all buffers of equal blocks.
 
     buffer  the buffer's node;  taken: (node, output) of the new value
     segment_class  the class of the segment that makes the new value; -1 for what every stage makes for itself

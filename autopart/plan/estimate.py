@@ -61,7 +61,7 @@ class Estimate:
             plan.precision,
             plan.memory_bytes,
             tuple(s.memory for s in plan.stages),
-            tuple(round(usable_bytes(plan.mesh)) - held for held in plan.memory_bytes),
+            tuple(round(usable_bytes(plan.mesh)) - nbytes for nbytes in plan.memory_bytes),
             plan.fits,
             step_breakdown(plan),
             plan,
@@ -81,7 +81,7 @@ class Estimate:
             f"MFU      {self.mfu:.1%} of {peak}: 3 x {plan.forward_flops:.4g} FLOPs of the forward's products",
             f"of this  {', '.join(f'{name} {seconds_text(value)}' for name, value in self.breakdown.items() if value)}",
         ]
-        for index, (held, room) in enumerate(zip(self.memory_bytes, self.headroom_bytes, strict=True)):
+        for index, (nbytes, room) in enumerate(zip(self.memory_bytes, self.headroom_bytes, strict=True)):
             verdict = f"fits, {bytes_text(room)} left" if room >= 0 else f"does not fit, {bytes_text(-room)} lacking"
-            lines.append(f"stage {index:<2} {bytes_text(held)} a rank ({memory_text(self.memory[index])}): {verdict}")
+            lines.append(f"stage {index:<2} {bytes_text(nbytes)} a rank ({memory_text(self.memory[index])}): {verdict}")
         return "\n".join(part for line in lines for part in paragraph(line, text_width(), hanging=9))

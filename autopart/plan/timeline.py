@@ -67,7 +67,7 @@ class StageTimeline:
     @property
     def peak_bytes(self) -> float:
         """The most bytes that a rank has allocated."""
-        return max(held for _, held in self.memory)
+        return max(nbytes for _, nbytes in self.memory)
 
 
 @dataclass(frozen=True)
@@ -190,11 +190,11 @@ def _memory(events: list[Event], stage: PlanStage, each: float) -> Iterator[tupl
             forward = entry.op is Op.FORWARD
             changes[start] = changes.get(start, 0.0) + transient + each * forward
             changes[end] = changes.get(end, 0.0) - transient - each * (not forward)
-    held = sum(v for k, v in stage.memory.items() if k not in ("activations", "transient"))
+    nbytes = sum(v for k, v in stage.memory.items() if k not in ("activations", "transient"))
     for second, change in sorted(changes.items()):
-        held += change
+        nbytes += change
         if change or not second:
-            yield second, held
+            yield second, nbytes
 
 
 def _row(stage: StageTimeline, whole: float, width: int) -> Text:
@@ -239,5 +239,11 @@ def _trace_events(made: Timeline) -> Iterator[dict[str, Any]]:
                 of = f" {entry.micro_batch}" if entry.micro_batch >= 0 else ""
                 yield {"ph": "X", "name": f"{entry.op.value}{of}", "cat": entry.op.value, **here, "ts": at,
                        "dur": until - at, "args": named}  # fmt: skip
-        for second, held in stage.memory:
-            yield {"ph": "C", "name": f"bytes of stage {number}", "pid": 0, "ts": second * 1e6, "args": {"bytes": held}}
+        for second, nbytes in stage.memory:
+            yield {
+                "ph": "C",
+                "name": f"bytes of stage {number}",
+                "pid": 0,
+                "ts": second * 1e6,
+                "args": {"bytes": nbytes},
+            }

@@ -274,9 +274,9 @@ class Search:
         return max(cut.seconds, space.lp_bound(point) + (m - 1) * cut.largest), columns
 
     def _multipliers(self, point: SearchPoint) -> list[float]:
-        """Memory multipliers to try, in seconds per byte: one that only tells splits of equal time apart, those at
-        which a kind of block begins to recompute, and above. None where memory does not bind: where the point's best
-        plan is as fast as its first candidate without a limit on memory."""
+        """Memory multipliers to try, in seconds per byte: a tiny one, which among splits of equal seconds prefers fewer
+        bytes; those at which a segment class begins to recompute; larger ones. [] where memory does not bind: where the
+        point's best plan is as fast as its first candidate without a limit on memory."""
         space, found = self.space, self.plans[point]
         costs = found.candidates[0].costs
         if found.best_seconds < NEVER:

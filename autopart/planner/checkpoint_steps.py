@@ -17,7 +17,7 @@ from autopart.cost.position_costs import PositionCosts
 
 @dataclass(frozen=True)
 class CheckpointStep:
-    """One block of a class takes the step to `mode`: `seconds` more, `bytes` less per micro-batch in flight."""
+    """One step of one block, to `mode`: `seconds` more, `bytes` less per micro-batch in flight."""
 
     checkpoint_class: int
     mode: str
@@ -62,9 +62,9 @@ def uniform_checkpointing(
 def checkpoint_steps(
     costs: PositionCosts, checkpoint_class: int, where: NDArray[np.bool_], modes: Sequence[str], furthest: int
 ) -> list[CheckpointStep]:
-    """The steps of one class of blocks from the first of its `modes` to MODES[furthest]: the lower convex hull of
-    (bytes saved, seconds), so that each step costs more seconds a byte than the one before it. Blocks of a class may
-    reshard other inputs: the largest seconds count."""
+    """The steps of a block of one checkpoint class, from the first of its `modes` to MODES[furthest]: the lower convex
+    hull of (bytes saved, seconds), so that each step costs more seconds a byte than the one before. Blocks of a class
+    may reshard other inputs: the largest seconds count."""
     first, *more = [k for k in map(MODES.index, modes) if k <= furthest or MODES[k] == modes[0]]
     start = costs.saved_under(first)[where]
     hull = [(first, 0.0, float(start.min()))]

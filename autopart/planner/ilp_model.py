@@ -96,7 +96,7 @@ class Model:
         return Solver(self.sizes)
 
     def class_solver(self, segment_class: int) -> Solver:
-        """The ILP of one class of positions alone."""
+        """The ILP of one segment class alone."""
         if segment_class not in self.class_solvers:
             self.class_solvers[segment_class] = Solver(self.sizes, segment_class)
         return self.class_solvers[segment_class]

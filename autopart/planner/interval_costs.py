@@ -1,6 +1,6 @@
 """Seconds and peak bytes of every interval of positions under one choice of strategies.
 
-What is told of all intervals of n positions is a row of n (n + 1) / 2 numbers, in the order of
+An array over all intervals of n positions has n (n + 1) / 2 numbers, in the order of
 `intervals.interval_ends`. Peak bytes are read from the events of `cost.liveness` by `cost.transient_peaks`.
 """
 

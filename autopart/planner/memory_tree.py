@@ -133,7 +133,7 @@ class StageMemory:
             name = name if moment.backward else "made at the end of a step"
             yield Allocation(label, name, "transient", float(nbytes))
 
-    # ---- what `cost.liveness` is told ------------------------------------------------------------------------
+    # ---- the stage as `liveness.StageBytes` ------------------------------------------------------------------------
 
     def _events(self) -> StageBytes:
         training, indices = self.training, self.layered.sequence[slice(*self.span)]
@@ -211,7 +211,7 @@ class StageMemory:
         return last, pending
 
     def _several_taken(self) -> list[fx.Node]:
-        """Values that several blocks take, which are saved where one of them is recomputed."""
+        """Values that several blocks read; saved if any block of the stage is recomputed."""
         if all(mode == "none" for mode in self.modes):
             return []
         labelled = zip(self.layered.sequence, self.layered.labels, strict=True)
@@ -219,7 +219,7 @@ class StageMemory:
         taken = (n for segment in sorted(blocks & self.nodes.keys()) for n in _taken(self.nodes[segment]))
         return list(dict.fromkeys(n for n in taken if info(n).several))
 
-    # ---- what is told of it ------------------------------------------------------------------------------------
+    # ---- allocations at the peak ------------------------------------------------------------------------------------
 
     def _state(self) -> Iterator[Allocation]:
         """Parameters, their gradients, and what the optimizer keeps for them."""

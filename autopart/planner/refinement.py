@@ -104,7 +104,8 @@ def _refine_interval(
 def _mode_counts(
     segment_classes: Sequence[int], blocks: Sequence[int], modes: Sequence[str]
 ) -> Iterator[dict[int, dict[str, int]]]:
-    """For positions of some classes, every number of blocks of each class that may do as each of the modes says."""
+    """Segment class -> mode -> number of its blocks that use the mode: every such assignment of modes to the positions
+    of these segment classes."""
     many = {
         segment_class: segment_classes.count(segment_class)
         for segment_class in blocks

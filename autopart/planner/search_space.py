@@ -314,8 +314,8 @@ class SearchSpace:
         return model.sizes.separable_bound(each, {}) <= point.pp * self.limit
 
     def best_modes(self, point: SearchPoint, multiplier: float) -> list[dict[int, str]]:
-        """Modes of checkpointing to try at a memory multiplier: each class of blocks in the one of its least bound, and
-        all classes in the same."""
+        """Segment class -> mode, for the assignments to try at a memory multiplier: each class of blocks in the mode of
+        its least `class_bound`; all classes in one mode."""
         blocks = self.model(point).blocks
         uniform = [dict.fromkeys(blocks, mode) for mode in self.modes]
         best = {g: min(self.modes, key=partial(self.class_bound, point, multiplier, g)) for g in blocks}

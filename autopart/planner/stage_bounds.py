@@ -1,6 +1,6 @@
 """Lower bounds on single stages and single cuts of small models, by linear relaxations of their own; memory unlimited.
 
-`lower_bounds` takes every class of positions for itself. Here operators of different positions of a stage depend on
+`lower_bounds` relaxes every segment class by itself. Here operators of different positions of a stage depend on
 each other, and the stage's messages have a price. For the stage of positions i..j-1
 
     f(i, j)            >=  min over splits of  seconds of i..j-1 + messages + exposed gradient sync

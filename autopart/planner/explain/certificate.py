@@ -107,9 +107,9 @@ def _modes(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
     """What the plan says of all blocks."""
     modes = [mode for stage in plan.stages for mode in stage.recompute]
     kinds = {mode for mode, label in zip(modes, layered.labels, strict=True) if is_block(label)}
-    told = next(iter(kinds), "none") if len(kinds) < 2 else "mixed"
-    if plan.recompute != told:
-        yield f"recompute: {plan.recompute!r}, the stages say {told!r}"
+    stated = next(iter(kinds), "none") if len(kinds) < 2 else "mixed"
+    if plan.recompute != stated:
+        yield f"recompute: {plan.recompute!r}, the stages say {stated!r}"
 
 
 def _bound(plan: Plan) -> Iterator[str]:
@@ -147,7 +147,7 @@ def _numbers(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
         yield from _printed(stage, layered, segments, span, name)
         sends = _sends(plan, graph)
         pairs = zip(stage.sends, sends, strict=False)
-        alike = all(told[:2] == made[:2] and _same(told[2], made[2]) for told, made in pairs)
+        alike = all(stated[:2] == made[:2] and _same(stated[2], made[2]) for stated, made in pairs)
         if len(stage.sends) != len(sends) or not alike:
             yield f"{name}: sends {sends}, the plan says {list(stage.sends)}"
         seconds.append(times["forward_seconds"] + times["backward_seconds"] + times["send_seconds"])
@@ -196,8 +196,9 @@ def _hidden(
     plan: Plan, layered: LayeredGraph, choices: ShardingAssignment, segments: dict[int, PricedSegment], span: range,
     graph: StageGraph,
 ) -> float:  # fmt: skip
-    """Seconds that gradients travel beside a stage's backward: while some are ready and it goes on, which then takes
-    1 / `Device.overlapped_share` times as long. Those of parameters that several segments read do not."""
+    """Seconds of gradient sync during a stage's backward. Gradients of a position are sent during the backward of
+    earlier positions, which then takes 1 / `Device.overlapped_share` times as long. Gradients of parameters that
+    several positions read are sent after the backward."""
     training, ready, hidden, share = _training(plan), 0.0, 0.0, plan.mesh.device.overlapped_share
     for segment, read in zip(reversed(span), reversed(_reads(layered, choices, span, graph)), strict=True):
         takes = (segments[segment].backward if segment in segments else 0.0) / share if share else 0.0
@@ -254,27 +255,27 @@ def _stage_memory(
     )
 
 
-def _memory(plan: Plan, memory: StageMemory, told: Mapping[str, float], name: str) -> Iterator[str]:
-    """Whether the bytes told are those of a moment of a stage, and none of its moments has more. Of moments with nearly
-    as many bytes, another may be the largest in a trace of two samples."""
+def _memory(plan: Plan, memory: StageMemory, stated: Mapping[str, float], name: str) -> Iterator[str]:
+    """Findings unless the plan's bytes are those of a moment of the stage, and no moment has more. The moment may be
+    any whose bytes are within ABOVE of the peak: in the planner's trace of two samples another may be the peak."""
     peak = memory.peak.bytes
     near = [memory.by_kind(moment) for moment in memory.moments if moment.bytes >= peak * (1 - ABOVE)]
-    wrong = min((list(_parts(held, told)) for held in near), key=len)
+    wrong = min((list(_parts(expected, stated)) for expected in near), key=len)
     if wrong:
-        wrong = list(_parts(memory.by_kind(), told))
+        wrong = list(_parts(memory.by_kind(), stated))
     yield from (f"{name}: {text}" for text in wrong)
-    if sum(told.values()) < peak * (1 - BYTES):
-        yield f"{name}: memory is {peak} bytes, the plan says {sum(told.values())}"
+    if sum(stated.values()) < peak * (1 - BYTES):
+        yield f"{name}: memory is {peak} bytes, the plan says {sum(stated.values())}"
     if plan.request.get("must_fit", True) and peak > usable_bytes(plan.mesh) * (1 + EQUAL):
         yield f"{name}: memory of {peak} bytes is more than the device's {usable_bytes(plan.mesh)}"
 
 
-def _parts(held: Mapping[str, float], told: Mapping[str, float]) -> Iterator[str]:
-    """What is told of each kind of bytes and is not so."""
-    for part in {**held, **told}:
-        said, found = told.get(part, -1.0), held.get(part, -1.0)
+def _parts(expected: Mapping[str, float], stated: Mapping[str, float]) -> Iterator[str]:
+    """A finding for each kind of bytes in which the plan is off by more than BYTES below, or ABOVE above."""
+    for part in {**expected, **stated}:
+        said, found = stated.get(part, -1.0), expected.get(part, -1.0)
         if not -BYTES * abs(found) <= said - found <= ABOVE * abs(found):
-            yield f"memory of {part} is {held.get(part)} bytes, the plan says {told.get(part)}"
+            yield f"memory of {part} is {expected.get(part)} bytes, the plan says {stated.get(part)}"
 
 
 def _printed(
