@@ -27,10 +27,10 @@ from autopart.planner.stage_bounds import messages
 
 
 def fastest_that_fit(
-    space: SearchSpace, point: SearchPoint, span: tuple[int, int], room: float, counts: Mapping[int, Mapping[str, int]],
-    in_flight: int, allowed: Options,
+    space: SearchSpace, point: SearchPoint, span: tuple[int, int], limit: float,
+    counts: Mapping[int, Mapping[str, int]], in_flight: int, allowed: Options,
 ) -> Solution | None:  # fmt: skip
-    """The fastest splits of the positions `span` whose peak is at most `room` bytes; None where there are none.
+    """The fastest splits of the positions `span` whose peak is at most `limit` bytes; None where there are none.
 
     counts     segment class -> mode -> how many blocks of the class use the mode
     in_flight  micro-batches in flight
@@ -43,7 +43,7 @@ def fastest_that_fit(
     overlappable, backward = space.sync_windows(point)
     lowest, *others = moments(stage, space.training(point), in_flight, m)
     peaks = _entries(_rows(model, others, lowest.bytes))
-    capacity = Capacity(_exposed_sync_rows(own, overlappable, backward), peaks, lowest.bytes, room)
+    capacity = Capacity(_exposed_sync_rows(own, overlappable, backward), peaks, lowest.bytes, limit)
     return space.minimise(point, SplitProblem(seconds + sent + overlappable * (there - own.sum(0)), allowed, capacity))
 
 

@@ -79,7 +79,7 @@ def kind_counts(segment_classes: tuple[int, ...], allowed: tuple[tuple[str, ...]
 class LagrangianBounds:
     """The bounds of one search point, higher with every multiplier.
 
-    room         [rows of `counts`]: bytes of a device, less the largest gradient in the backward of the interval's last
+    capacity     [rows of `counts`]: bytes of a device, less the largest gradient in the backward of the interval's last
                  position: of the model's last position if the interval has it, else the least of the kinds. With one
                  micro-batch, all bytes: B counts gradients that may not be allocated yet. -inf for an interval that
                  leaves other stages without a position
@@ -95,7 +95,7 @@ class LagrangianBounds:
             kind_counts(tuple(segment_classes), space.allowed_modes),
             Counter(segment_classes),
         )
-        self.room = self._room(segment_classes)
+        self.capacity = self._capacity(segment_classes)
         self.in_flight = np.array(space.flights(point))
         self.messages, _ = crossed(
             least_crossings(space.priced(point), space.between_stages(point)), len(segment_classes)
@@ -104,7 +104,7 @@ class LagrangianBounds:
         self.seconds: list[Array] = []
         self.bytes = np.zeros(sum(len(modes) for _, modes in self.kind_counts.kinds))
 
-    def _room(self, segment_classes: Sequence[int]) -> Array:
+    def _capacity(self, segment_classes: Sequence[int]) -> Array:
         space, point, counts = self.space, self.point, self.kind_counts.counts
         prices, nodes = space.priced(point), space.model(point).table.nodes
         each = prices.backward_bytes[0], prices.largest_gradient
@@ -123,8 +123,8 @@ class LagrangianBounds:
         end = self.kind_counts.kinds.index((segment_classes[-1], space.allowed_modes[-1]))
         has_end = (counts[:, end] > 0) & (counts[:, end].max() == 1)
         last = np.where(has_end, largest[end], np.where(counts > 0, largest, np.inf).min(1))
-        room = space.limit - last * (space.micro_batches(point) > 1)
-        return np.where(counts.sum(1) > len(segment_classes) - point.pp + 1, -np.inf, room)
+        capacity = space.limit - last * (space.micro_batches(point) > 1)
+        return np.where(counts.sum(1) > len(segment_classes) - point.pp + 1, -np.inf, capacity)
 
     def add_multiplier(self, multiplier: float) -> None:
         """Solve the relaxations of all kinds at a multiplier in seconds per byte; at an infinite one, of bytes
@@ -145,13 +145,13 @@ class LagrangianBounds:
         the interval cannot fit."""
         of = self.kind_counts
         best = [np.minimum.reduceat(terms, of.first_mode) for terms in (self.bytes, *self.seconds)]
-        bounds = self._bounds(self.room, *(of.counts @ least for least in best))
+        bounds = self._bounds(self.capacity, *(of.counts @ least for least in best))
         listed = (bounds <= most).any(0) & (of.listed > 0)
         if listed.any():
             many = of.listed[listed]
             assigned = of.assignments[np.repeat(listed, of.listed)]
             each = self._bounds(
-                np.repeat(self.room[listed], many), *(assigned @ t for t in (self.bytes, *self.seconds))
+                np.repeat(self.capacity[listed], many), *(assigned @ t for t in (self.bytes, *self.seconds))
             )
             bounds[:, listed] = np.minimum.reduceat(each, np.cumsum([0, *many[:-1]]), axis=1)
         columns = {}
@@ -160,10 +160,10 @@ class LagrangianBounds:
             columns[in_flight] = np.where(found <= most, found, NEVER)
         return columns
 
-    def _bounds(self, room: Any, least: Array, *seconds: Array) -> Array:
-        """[in flight, rows]: max over multipliers of (seconds - lambda L), L = room / in flight; infinite where
+    def _bounds(self, capacity: Any, least: Array, *seconds: Array) -> Array:
+        """[in flight, rows]: max over multipliers of (seconds - lambda L), L = capacity / in flight; infinite where
         `least`, the least B of a row, is above L."""
-        limit = room / self.in_flight[:, None]
+        limit = capacity / self.in_flight[:, None]
         best = np.zeros((len(self.in_flight), len(least)))
         for multiplier, each in zip(self.multipliers, seconds, strict=True):
             best = np.maximum(best, each - (multiplier * limit if multiplier else 0.0))

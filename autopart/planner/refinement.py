@@ -1,4 +1,4 @@
-"""The last step of the search, for small models: the exact splits of single intervals under real bytes.
+"""The last step of the search, for small models: the exact splits of single intervals that fit in memory.
 
 Wherever memory makes an interval slower than its lower bound, `exact_refinement` solves its ILP with peak memory as
 constraints, for every interface between stages that is known and every number of blocks that recompute. The limits
@@ -21,27 +21,28 @@ from autopart.planner.ilp_model import Interface
 from autopart.planner.stage_bounds import Effort
 
 SMALL = 12, 2500
-"""A small model has at most so many positions, and so many variables in its ILP."""
+"""The most positions of a small model, and the most variables of its ILP."""
 
 EXACT_LIMIT, LIMIT = 500, 24
-"""Intervals that one search refines at most: where the request is `exact`, and else."""
+"""The most intervals that one search refines: where the request is `exact`, and otherwise."""
 
-WORTH = 0.01
+MIN_GAP = 0.01
 """Without `exact` an interval is refined only if the gap is more than this share of the step."""
 
-ATTEMPTS = 4
-"""ILPs of one interval, each with less room than the one before."""
+MAX_SOLVES = 4
+"""The most ILPs of one interval, each with a lower limit on bytes than the one before."""
 
 
 def may_refine(found: CandidateSet, bound: float, memory_binds: bool) -> bool:
-    """Whether refining can win at a point of that lower bound, and is asked for or worth it."""
+    """Whether to refine a point with this lower bound: its model is small, the bound is below the incumbent, and either
+    the request is `exact` or memory binds with a gap above MIN_GAP."""
     space, incumbent = found.space, found.incumbent.seconds
     positions, variables = SMALL
     if len(space.layered.labels) > positions or space.model(found.point).solver.columns > variables:
         return False
     if bound >= min(incumbent, found.best_seconds):
         return False
-    return space.request.exact or (memory_binds and bound < incumbent * (1 - WORTH))
+    return space.request.exact or (memory_binds and bound < incumbent * (1 - MIN_GAP))
 
 
 def refine_intervals(found: CandidateSet, bounds: Mapping[int, Array], effort: Effort) -> None:
@@ -86,11 +87,11 @@ def _refine_interval(
     in_flight: int,
     allowed: Options,
 ) -> None:
-    """Add the fastest splits of an interval that fit. The ILP does not count what stages make for themselves: where a
-    solution is above the limit, it is solved again with so much less room."""
-    space, point, room = found.space, found.point, found.space.limit
-    for _ in range(ATTEMPTS):
-        solution = fastest_that_fit(space, point, interval, room, counts, in_flight, allowed)
+    """Add the fastest splits of an interval that fit. The ILP leaves out some bytes of the prelude: a solution may
+    exceed the device. Then the ILP is solved again with its limit lowered by the excess."""
+    space, point, limit = found.space, found.point, found.space.limit
+    for _ in range(MAX_SOLVES):
+        solution = fastest_that_fit(space, point, interval, limit, counts, in_flight, allowed)
         if solution is None:
             return
         found.add(solution)
@@ -98,7 +99,7 @@ def _refine_interval(
         excess = costs.shortfall(in_flight, space.limit, space.modes)[costs.index(*interval)]
         if excess <= 0:
             return
-        room -= excess
+        limit -= excess
 
 
 def _mode_counts(
