@@ -66,27 +66,22 @@ def _stage(
     variables for each amount. `arriving` are the bytes of messages."""
     model, prices, training = space.model(point), space.priced(point), space.training(point)
     table, there, inside = model.table, model.counts_in(*span), slice(*span)
-    segment_classes, block, fraction = (
-        table.segment_classes[inside],
-        table.block[inside],
-        there / np.maximum(model.counts, 1.0),
-    )
+    classes, block, fraction = table.segment_classes[inside], table.block[inside], there / np.maximum(model.counts, 1.0)
     used = {segment_class: {mode: n for mode, n in many.items() if n} for segment_class, many in counts.items()}
     every = {mode for segment_class in model.blocks for mode in used.get(segment_class, ())}
-    segments = {segment_class: _segment(space, point, segment_class, span) for segment_class in {*segment_classes, -1}}
+    segments = {segment_class: _segment(space, point, segment_class, span) for segment_class in {*classes, -1}}
     seconds, total, differing = (np.zeros(len(there)) for _ in range(3))
     for segment_class in {*table.segment_classes, -1}:
         modes = used.get(segment_class) or {"none": 1}
         for mode, n in modes.items():
             costs = space.costs(point, {segment_class: mode} if segment_class >= 0 else {})
             part = np.where(model.segment_classes == segment_class, n / sum(modes.values()), 0.0) * fraction
-            saved = part * costs.saved + (
-                n * segments[segment_class].block_input_bytes * fraction if mode != "none" else 0.0
-            )
+            inputs = n * segments[segment_class].block_input_bytes * fraction * (mode != "none")
+            saved = part * costs.saved + inputs
             seconds, total = seconds + part * costs.seconds, total + saved
             differing += saved * (segment_class in model.blocks)
     uniform = MODES.index(next(iter(every), "none"))
-    saved = np.array([segments[g].saved_under(uniform * mine) for g, mine in zip(segment_classes, block, strict=True)])
+    saved = np.array([segments[g].saved_under(uniform * mine) for g, mine in zip(classes, block, strict=True)])
     if len(every) > 1:
         blocks = np.flatnonzero(block)
         saved[blocks] = 0.0
@@ -96,8 +91,8 @@ def _stage(
     workspace = _of_nodes(model, prices.optimizer_workspace) * (there if training.foreach else there > 0)
     reduced = _of_nodes(model, prices.reduced_bytes) * (there > 0)
     return seconds, StageBytes(
-        segments=[segments[segment_class] for segment_class in segment_classes],
-        modes=[[*map(MODES.index, used.get(segment_class) or {"none": 1})] for segment_class in segment_classes],
+        segments=[segments[segment_class] for segment_class in classes],
+        modes=[[*map(MODES.index, used.get(segment_class) or {"none": 1})] for segment_class in classes],
         prelude=segments[-1],
         saved=saved,
         shared_saved=total - saved.sum(0),

@@ -90,16 +90,11 @@ class LagrangianBounds:
 
     def __init__(self, space: SearchSpace, point: SearchPoint) -> None:
         self.space, self.point = space, point
-        segment_classes = space.model(point).table.segment_classes
-        self.kind_counts, self.class_sizes = (
-            kind_counts(tuple(segment_classes), space.allowed_modes),
-            Counter(segment_classes),
-        )
-        self.capacity = self._capacity(segment_classes)
+        classes = space.model(point).table.segment_classes
+        self.kind_counts, self.class_sizes = kind_counts(classes, space.allowed_modes), Counter(classes)
+        self.capacity = self._capacity(classes)
         self.in_flight = np.array(space.flights(point))
-        self.messages, _ = crossed(
-            least_crossings(space.priced(point), space.between_stages(point)), len(segment_classes)
-        )
+        self.messages, _ = crossed(least_crossings(space.priced(point), space.between_stages(point)), len(classes))
         self.multipliers: list[float] = []
         self.seconds: list[Array] = []
         self.bytes = np.zeros(sum(len(modes) for _, modes in self.kind_counts.kinds))
@@ -109,15 +104,9 @@ class LagrangianBounds:
         prices, nodes = space.priced(point), space.model(point).table.nodes
         each = prices.backward_bytes[0], prices.largest_gradient
         least = [np.minimum.reduceat(row, prices.sizes.first[:-1]) for row in each]
+        classes = np.array([node.segment_class for node in nodes])
         largest = [
-            max(
-                (
-                    b
-                    for b, n in zip(least["selective" in modes], nodes, strict=True)
-                    if n.segment_class == segment_class
-                ),
-                default=0.0,
-            )
+            least["selective" in modes][classes == segment_class].max(initial=0.0)
             for segment_class, modes in self.kind_counts.kinds
         ]
         end = self.kind_counts.kinds.index((segment_classes[-1], space.allowed_modes[-1]))

@@ -107,11 +107,7 @@ def _mode_counts(
 ) -> Iterator[dict[int, dict[str, int]]]:
     """Segment class -> mode -> number of its blocks that use the mode: every such assignment of modes to the positions
     of these segment classes."""
-    many = {
-        segment_class: segment_classes.count(segment_class)
-        for segment_class in blocks
-        if segment_class in segment_classes
-    }
+    many = {c: segment_classes.count(c) for c in blocks if c in segment_classes}
     picks = (itertools.combinations_with_replacement(modes, count) for count in many.values())
     for chosen in itertools.product(*picks):
-        yield {g: {mode: pick.count(mode) for mode in set(pick)} for g, pick in zip(many, chosen, strict=True)}
+        yield {c: {mode: pick.count(mode) for mode in set(pick)} for c, pick in zip(many, chosen, strict=True)}
