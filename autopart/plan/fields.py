@@ -27,7 +27,7 @@ class PlanFields:
     precision         dtype of parameters and activations
     optimizer         name in `autopart.cost.training_state.OPTIMIZER_STATES`
     master            dtype of gradients, optimizer states and the optimizer's copy of the parameters; None: `precision`
-    splits            the shardings of stages: axis -> node -> strategy, for one node of every class of equal blocks
+    splits            the shardings of stages: axis -> node -> strategy, for one segment of each set of equal ones
     step_seconds      predicted: sum(f) + (m - 1) max(f), f being the seconds of each stage for one of m micro-batches
     bound_seconds     lower bound: no plan of the search space takes less
     gap               1 - bound_seconds / step_seconds

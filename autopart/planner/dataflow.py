@@ -77,7 +77,7 @@ def _sources(
 
 def _source(layered: LayeredGraph, position: int, value: tuple[fx.Node, int]) -> tuple[int, int] | None:
     """(position, node's index in the segment there) that makes a value which the segment at a position reads, or the
-    prelude, which is of no position and of no class of equal segments."""
+    prelude, which has no position and no segment class."""
     if position != PRELUDE_SEGMENT:
         externals = [value_of(n) for n in layered.segments[layered.sequence[position]].externals]
         return layered.sources(position)[externals.index(value)]

@@ -1,6 +1,6 @@
-"""The events of `cost.liveness`, read for one stage of a partitioned graph: whose its bytes are at its peak.
+"""The bytes of one stage at its peak, by segment and tensor: the events of `cost.liveness` for a partitioned graph.
 
-What a plan says of a stage's memory is the sum of these, by kind.
+`PlanStage.memory` has their sums by kind.
 """
 
 from __future__ import annotations
@@ -47,19 +47,23 @@ from autopart.planner.stage_parameters import Parameter, distinct, parameters
 KINDS = (PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, MESSAGES, "transient")
 """Kinds of bytes in plans; "transient" is the sum of `liveness.TRANSIENT`."""
 
-TOLD = {
+TRANSIENT_NAMES = {
     RECOMPUTED: "what is recomputed",
     GATHERED: "parameters gathered",
     PENDING: "gradients of shared parameters, until the last is added",
     WORKSPACE: "gradients that ranks sum, with messages",
 }
-"""How transient bytes are named in a tree, by kind."""
+"""Kind of transient bytes -> its name in a tree."""
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Bytes on a rank of a stage at its peak: the label of the segment that has them ("" for what several share), the
-    parameter or operator, and one of KINDS."""
+    """Bytes on a rank of a stage at its peak.
+
+    block  label of the segment that allocates them; "" where several share them
+    name   parameter or operator
+    kind   one of KINDS
+    """
 
     block: str
     name: str
@@ -129,7 +133,7 @@ class StageMemory:
         segment = self.layered.sequence[self.span[0] + moment.position] if inside else PRELUDE_SEGMENT
         for kind in TRANSIENT:
             nbytes = moment.alive.get(kind, 0.0)
-            name = TOLD.get(kind) or f"{self._operator_with(segment, nbytes)}, gradients"
+            name = TRANSIENT_NAMES.get(kind) or f"{self._operator_with(segment, nbytes)}, gradients"
             name = name if moment.backward else "made at the end of a step"
             yield Allocation(label, name, "transient", float(nbytes))
 

@@ -1,8 +1,8 @@
-"""A plan checked by other means than made it: is it one that can run, and does it cost what it says?
+"""Checks a plan independently of the search: whether it can run, and whether its seconds and bytes are right.
 
-Nothing here asks the solver, the table or the sums of the search. The whole model is traced, every stage is partitioned
-from the plan alone and priced node by node. The bytes of a stage are those of `cost.liveness`, told of this trace. What
-has to hold of strategies is looked up in the rules.
+Neither the solver nor the tables of the search are used. The whole model is traced, every stage is partitioned from the
+plan alone and priced node by node. The bytes of a stage are those of `cost.liveness` for this trace. Strategies are
+looked up in the rules.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ EQUAL = 1e-6
 """Relative difference of two sums of the same numbers."""
 
 SECONDS = 5e-4
-"""Of seconds: the plan is of a graph of two samples, this of a whole micro-batch, where a few small values whose dim of
-samples is not known have another size."""
+"""Relative difference of seconds that is allowed. The plan scales a trace of two samples; this trace has a whole
+micro-batch, in which a few small values have another size: those whose batch dim is not known."""
 
 BYTES, ABOVE = 1e-3, 0.05
-"""Of bytes, how far a plan may be below and above: what an operator keeps besides values is taken to grow with samples,
-though a few bytes of it do not; what several blocks save is taken to be saved where one of them is recomputed, too."""
+"""Relative difference of bytes that is allowed below and above. The plan scales all bytes that operators save with the
+samples, though a few do not grow. It counts an input that several blocks save even if one of them alone is
+recomputed."""
 
 ASKED = (
     *("pp", "dp", "tp", "micro_batch", "global_batch", "zero", "schedule"),
