@@ -70,7 +70,7 @@ class Solver(ConstraintMatrix):
     """The constraints of a table in HiGHS, solved for one objective after another.
 
     iterations  simplex iterations of the first relaxation
-    narrowed    the nodes whose upper bounds rule out some strategies at present
+    restricted  the nodes whose upper bounds rule out some strategies at present
     bases       hash of costs -> the optimal basis of the unrestricted relaxation: a warm start where strategies are
                 ruled out
     dual_activities  A'y of every relaxation that was solved, y its dual values; without the rows that choose one
@@ -88,14 +88,14 @@ class Solver(ConstraintMatrix):
             np.array([upper for *_, upper in self.rows]),
         )
         self.iterations = 0
-        self.narrowed: list[int] = []
+        self.restricted: list[int] = []
         self.bases: dict[int, highspy.HighsBasis] = {}
         self.dual_activities: list[Array] = []
 
     def bound(self, costs: Array, allowed: Mapping[int, Iterable[int]] | None = None) -> float:
         """Lower bound on the cost of every choice: the LP relaxation; infinite where there is no choice."""
-        self._narrow(allowed or {})
-        self._price(costs)
+        self._restrict(allowed or {})
+        self._set_objective(costs)
         self.highs.run()
         if self.highs.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
             return float("inf")
@@ -106,17 +106,17 @@ class Solver(ConstraintMatrix):
         choice, where the relaxation is integral. `allowed` are the options left of the nodes it names."""
         bound, found = self._relax(costs, allowed)
         if bound < float("inf"):
-            self._learn()
+            self._record_duals()
         return bound, found
 
     def _relax(self, costs: Array, allowed: Mapping[int, Iterable[int]] | None) -> tuple[float, Solution | None]:
-        self._narrow(allowed or {})
-        self._price(costs)
+        self._restrict(allowed or {})
+        self._set_objective(costs)
         known = hash(costs.tobytes())
-        narrowed = bool(allowed) and known in self.bases
-        if narrowed:
+        restricted = bool(allowed) and known in self.bases
+        if restricted:
             self.highs.setBasis(self.bases[known])
-        self.highs.setOptionValue("simplex_strategy", DUAL if narrowed else CHOOSE)
+        self.highs.setOptionValue("simplex_strategy", DUAL if restricted else CHOOSE)
         self._run()
         if self.highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
             return float("inf"), None
@@ -126,7 +126,7 @@ class Solver(ConstraintMatrix):
         objective = self.highs.getInfo().objective_function_value
         strategies = values[: self.strategies]
         whole = np.abs(strategies - strategies.round()).max(initial=0.0) <= INTEGRAL
-        return objective / self.scale, self._solution(values, objective, objective) if whole else None
+        return objective / self.scale, self.solution_of(values, objective, objective) if whole else None
 
     def _run(self) -> None:
         """Solve from the last basis; where that takes too many iterations, from HiGHS's own start."""
@@ -148,7 +148,7 @@ class Solver(ConstraintMatrix):
         """
         if not self.dual_activities:
             return 0.0
-        left = self._priced(costs) - np.array(self.dual_activities)
+        left = self._scaled_costs(costs) - np.array(self.dual_activities)
         chosen = np.minimum.reduceat(left[:, : self.strategies], self.sizes.first[:-1], axis=1).sum(1)
         return float((chosen + np.minimum(left[:, self.strategies :], 0.0).sum(1)).max()) / self.scale
 
@@ -160,7 +160,7 @@ class Solver(ConstraintMatrix):
         which is concave and piecewise linear in w. 0 at once where no choice of strategies has `more` above 0."""
         if np.maximum.reduceat(more[: self.strategies], self.sizes.first[:-1]).sum() <= 0:
             return 0.0
-        moved = self._moved(more)
+        moved = self.column_costs(more)
 
         def at(weight: float) -> tuple[float, float, float]:
             """The weight, the minimum there, and its slope in the weight."""
@@ -186,7 +186,7 @@ class Solver(ConstraintMatrix):
         is not to `branch`."""
         bound, found = self._relax(costs, allowed)
         if found is None and branch and bound < float("inf"):
-            return self._rounded(allowed or {}) or self._solution(*self._branch())
+            return self._rounded(allowed or {}) or self.solution_of(*self._branch())
         return found
 
     def _rounded(self, allowed: Mapping[int, Iterable[int]]) -> Solution | None:
@@ -198,19 +198,19 @@ class Solver(ConstraintMatrix):
             values = np.array(self.highs.getSolution().col_value)
             loose = np.flatnonzero(np.abs(values - values.round())[: self.strategies] > INTEGRAL)
             if not len(loose):
-                found = self._solution(values, self.highs.getInfo().objective_function_value, best)
+                found = self.solution_of(values, self.highs.getInfo().objective_function_value, best)
                 break
             node = int(np.searchsorted(self.sizes.first, loose[0], "right")) - 1
-            self._bound(node, [int(np.argmax(values[self.options(node)]))])
+            self._set_options(node, [int(np.argmax(values[self.options(node)]))])
             fixed.append(node)
             self.highs.run()
             if self.highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
                 break
         for node in fixed:
-            self._bound(node, allowed.get(node, range(len(self.table.nodes[node].options))))
+            self._set_options(node, allowed.get(node, range(len(self.table.nodes[node].options))))
         return found
 
-    def _solution(self, values: Array, objective: float, bound: float) -> Solution:
+    def solution_of(self, values: Array, objective: float, bound: float) -> Solution:
         chosen = tuple(int(np.argmax(values[self.options(n)])) for n in range(len(self.table.nodes)))
         return Solution(chosen, objective / self.scale, bound / self.scale)
 
@@ -219,8 +219,8 @@ class Solver(ConstraintMatrix):
     ) -> Solution | None:
         """`minimise` with the rows of one stage's memory: equations (9) to (11) of `autopart.passes.ilp`."""
         highs, rows, baseline, unit = self.highs, self.highs.getNumRow(), capacity.baseline, max(capacity.limit, 1.0)
-        self._largest(capacity.sync, self._unit(costs), 1.0)
-        last = self._largest(capacity.peak, 1 / unit, 0.0)
+        self._add_maximum(capacity.sync, unit_of(self.sizes, costs), 1.0)
+        last = self._add_maximum(capacity.peak, 1 / unit, 0.0)
         given = np.flatnonzero(baseline)
         _, index, value = self._spread(0 * given, given, baseline[given] / unit)
         highs.addRow(-highspy.kHighsInf, capacity.limit / unit, len(index) + 1, [*index, last], [*value, 1.0])
@@ -231,7 +231,7 @@ class Solver(ConstraintMatrix):
         highs.deleteCols(2, np.array([last - 1, last], dtype=np.int32))
         return found
 
-    def _largest(self, sums: Entries, unit: float, cost: float) -> int:
+    def _add_maximum(self, sums: Entries, unit: float, cost: float) -> int:
         """Add a column >= 0 and >= unit x each row of `sums`, with a cost in the objective; the index of the column."""
         last = self.highs.getNumCol()
         self.highs.addCol(cost, 0.0, highspy.kHighsInf, 0, [], [])
@@ -245,7 +245,7 @@ class Solver(ConstraintMatrix):
         self.highs.addRows(len(every), np.zeros(len(every)), infinite, len(index), starts, index, value)
         return last
 
-    def _learn(self) -> None:
+    def _record_duals(self) -> None:
         """Append A'y of the relaxation that was solved last to `dual_activities`: costs - reduced costs."""
         solution = self.highs.getSolution()
         dual_activities = self.objective - np.array(solution.col_dual)
@@ -253,21 +253,18 @@ class Solver(ConstraintMatrix):
         dual_activities[: self.strategies] -= np.repeat(choose, np.diff(self.sizes.first))
         self.dual_activities.append(dual_activities)
 
-    def _price(self, costs: Array) -> None:
+    def _set_objective(self, costs: Array) -> None:
         """Set the objective."""
-        self.objective = self._priced(costs)
+        self.objective = self._scaled_costs(costs)
         self.highs.changeColsCost(len(self.objective), np.arange(len(self.objective), dtype=np.int32), self.objective)
 
-    def _unit(self, costs: Array) -> float:
-        return unit_of(self.sizes, costs)
-
-    def _priced(self, costs: Array) -> Array:
+    def _scaled_costs(self, costs: Array) -> Array:
         """The objective in a unit in which a solution costs about OBJECTIVE_SCALE, so that costs stay far above HiGHS's
         tolerance. A cost above OBJECTIVE_SCALE x MAX_COST_RATIO is cut to that: no solution pays it."""
-        self.scale = self._unit(costs)
-        return np.minimum(self._moved(costs) * self.scale, OBJECTIVE_SCALE * MAX_COST_RATIO)
+        self.scale = unit_of(self.sizes, costs)
+        return np.minimum(self.column_costs(costs) * self.scale, OBJECTIVE_SCALE * MAX_COST_RATIO)
 
-    def _moved(self, costs: Array) -> Array:
+    def column_costs(self, costs: Array) -> Array:
         """The cost of every used variable; a move has the cost of the reshard that it substitutes."""
         every = np.zeros(self.columns)
         every[: self.priced] = costs
@@ -277,25 +274,25 @@ class Solver(ConstraintMatrix):
 
     def _branch(self) -> tuple[Array, float, float]:
         """Solve with binary strategies."""
-        self._integral(highspy.HighsVarType.kInteger)
+        self._set_integrality(highspy.HighsVarType.kInteger)
         self.highs.run()
         info = self.highs.getInfo()
         found = np.array(self.highs.getSolution().col_value), info.objective_function_value, info.mip_dual_bound
-        self._integral(highspy.HighsVarType.kContinuous)
+        self._set_integrality(highspy.HighsVarType.kContinuous)
         return found
 
-    def _integral(self, kind: highspy.HighsVarType) -> None:
+    def _set_integrality(self, kind: highspy.HighsVarType) -> None:
         indices = np.arange(self.strategies, dtype=np.int32)
         self.highs.changeColsIntegrality(len(indices), indices, np.full(len(indices), int(kind), dtype=np.uint8))
 
-    def _narrow(self, allowed: Mapping[int, Iterable[int]]) -> None:
-        for node in self.narrowed:
-            self._bound(node, range(len(self.table.nodes[node].options)))
+    def _restrict(self, allowed: Mapping[int, Iterable[int]]) -> None:
+        for node in self.restricted:
+            self._set_options(node, range(len(self.table.nodes[node].options)))
         for node, options in allowed.items():
-            self._bound(node, options)
-        self.narrowed = list(allowed)
+            self._set_options(node, options)
+        self.restricted = list(allowed)
 
-    def _bound(self, node: int, options: Iterable[int]) -> None:
+    def _set_options(self, node: int, options: Iterable[int]) -> None:
         variables = self.place[self.options(node)].astype(np.int32)
         if variables[0] < 0:
             return

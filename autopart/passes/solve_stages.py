@@ -8,7 +8,7 @@ import highspy
 import numpy as np
 
 from autopart.cost.compute import Array
-from autopart.passes.solve import INTEGRAL, MAX_COST_RATIO, OBJECTIVE_SCALE, Solver, load
+from autopart.passes.solve import INTEGRAL, MAX_COST_RATIO, OBJECTIVE_SCALE, Solver, load, unit_of
 
 
 class PipelineSolver:
@@ -47,9 +47,9 @@ class PipelineSolver:
         """Lower bound on the sum of all stages' costs, infinite where there is no choice; the choice of every stage,
         where the relaxation is integral."""
         solver = self.solver
-        unit = solver._unit(np.sum(costs, axis=0))
+        unit = unit_of(solver.sizes, np.sum(costs, axis=0))
         objective = np.concatenate(
-            [np.minimum(solver._moved(each) * unit, OBJECTIVE_SCALE * MAX_COST_RATIO) for each in costs]
+            [np.minimum(solver.column_costs(each) * unit, OBJECTIVE_SCALE * MAX_COST_RATIO) for each in costs]
         )
         every = np.arange(len(objective), dtype=np.int32)
         self.highs.changeColsCost(len(objective), every, objective)
@@ -66,4 +66,4 @@ class PipelineSolver:
         values = np.array(self.highs.getSolution().col_value).reshape(self.stages, -1)
         strategies = values[:, : solver.strategies]
         whole = np.abs(strategies - strategies.round()).max(initial=0.0) <= INTEGRAL
-        return bound, [solver._solution(row, 0.0, 0.0).chosen for row in values] if whole else []
+        return bound, [solver.solution_of(row, 0.0, 0.0).chosen for row in values] if whole else []
