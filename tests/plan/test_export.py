@@ -424,7 +424,7 @@ def test_others_are_not(plans: dict[str, Plan], schema: dict[str, Any], change: 
     [
         (Plan, "", {"schema"}),
         (PlanStage, "stage", set()),
-        (PlanSegment, "run", set()),
+        (PlanSegment, "segment", set()),
         (PlanLine, "line", set()),
         (Signature, "signature", set()),
         (SearchSummary, "search", set()),
