@@ -22,17 +22,19 @@ aten = torch.ops.aten
 
 KEPT = frozenset(
     """
-    __and__ __or__ _assert_tensor_metadata abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d add addmm
-    alias amax amin any arange argmax avg_pool1d avg_pool2d bitwise_and bitwise_not bitwise_or bmm cat ceil celu
-    clamp clamp_min clone constant_pad_nd conv1d conv2d conv3d conv_transpose2d cos cross_entropy_loss cumsum detach
-    diff div einsum elu embedding eq erf exp expand fill flip floor full full_like gather ge gelu glu group_norm gt
-    hardsigmoid hardswish hardtanh index isin layer_norm le leaky_relu lift_fresh_copy linalg_vector_norm linear log
-    log1p log_sigmoid log_softmax logical_and logical_not logical_or lt masked_fill matmul max max_pool1d max_pool2d
-    maximum mean min minimum mish mm mse_loss mul ne neg new_empty new_full new_ones new_zeros nll_loss_nd ones
-    ones_like pad permute pixel_shuffle pixel_unshuffle pow prelu reciprocal relu relu6 repeat repeat_interleave
-    roll rsqrt rsub scalar_tensor scaled_dot_product_attention select sigmoid sign silu sin slice softmax softplus
-    split_with_sizes sqrt square squeeze stack sub sum tanh topk transpose tril triu unbind unsqueeze
-    upsample_bilinear2d upsample_nearest2d view where zeros zeros_like
+    __and__ __or__ _assert_tensor_metadata abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d add
+    addcmul addmm alias amax amin any arange argmax avg_pool1d avg_pool2d binary_cross_entropy_with_logits
+    bitwise_and bitwise_not bitwise_or bmm broadcast_tensors cat ceil celu clamp clamp_min clone constant_pad_nd
+    conv1d conv2d conv3d conv_transpose2d copy cos cosine_similarity cross_entropy_loss cumsum detach diff div
+    einsum elu embedding eq erf exp expand fill flip floor full full_like gather ge gelu glu group_norm gt
+    hardsigmoid hardswish hardtanh index index_add index_select isin layer_norm le leaky_relu lerp lift_fresh_copy
+    linalg_vector_norm linear log log1p log_sigmoid log_softmax logical_and logical_not logical_or logsumexp lt
+    masked_fill matmul max max_pool1d max_pool2d maximum mean min minimum mish mm mse_loss mul ne neg new_empty
+    new_full new_ones new_zeros nll_loss_nd one_hot ones ones_like pad permute pixel_shuffle pixel_unshuffle pow
+    prelu reciprocal relu relu6 remainder repeat repeat_interleave roll rsqrt rsub scalar_tensor
+    scaled_dot_product_attention scatter scatter_add select sigmoid sign silu sin slice smooth_l1_loss softmax
+    softplus sort split_with_sizes sqrt square squeeze stack std sub sum t tanh topk transpose tril triu unbind
+    unfold unsqueeze upsample_bilinear2d upsample_nearest2d var view where zeros zeros_like
     """.split()
 )
 """Operators that `run_decompositions({})` leaves as they are."""
@@ -253,12 +255,18 @@ def _expand(graph: fx.Graph, node: Any) -> Any:
 def _chunk(graph: fx.Graph, node: Any) -> Any:
     source, chunks, dim = (*node.args, 0)[:3]
     size = -(-source.meta["val"].shape[dim] // chunks)
-    return _call(graph, node, aten.split.Tensor, source, size, dim)
+    return _call(graph, node, aten.split.Tensor, source, size, *([dim] if dim else []))
 
 
 def _split(graph: fx.Graph, node: Any) -> Any:
     by_sizes = isinstance(node.args[1], (list, tuple))
     return _call(graph, node, aten.split_with_sizes.default if by_sizes else aten.split.Tensor, *node.args)
+
+
+def _narrow(graph: fx.Graph, node: Any) -> Any:
+    source, dim, start, length = node.args
+    start += source.meta["val"].shape[dim] if start < 0 else 0
+    return _call(graph, node, aten.slice.Tensor, source, dim, start, start + length)
 
 
 def _dropout(graph: fx.Graph, node: Any) -> Any:
@@ -272,6 +280,7 @@ REWRITES: Mapping[str, Callable[[fx.Graph, fx.Node], Any]] = {
     "chunk": _chunk,
     "contiguous": _contiguous,
     "dropout": _dropout,
+    "narrow": _narrow,
     "reshape": _reshape,
     "split": _split,
     "to": _cast,
@@ -279,5 +288,6 @@ REWRITES: Mapping[str, Callable[[fx.Graph, fx.Node], Any]] = {
     "flatten": _reshape,
     "reshape_as": _reshape,
     "type_as": _cast,
+    "unflatten": _reshape,
     "view_as": _reshape,
 }
