@@ -43,8 +43,9 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-    processes = item.get_closest_marker("processes")
-    item.add_marker(pytest.mark.xdist_group("processes" if processes else item.path.stem))
+    if not item.get_closest_marker("xdist_group"):
+        processes = item.get_closest_marker("processes")
+        item.add_marker(pytest.mark.xdist_group("processes" if processes else item.path.stem))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -91,8 +91,13 @@ def _keep_loss(graph: fx.Graph, exported: torch.export.ExportedProgram) -> tuple
         )
     changes = exported.graph_signature.buffers_to_mutate
     output.args = (loss, *(nodes[name] for name in changes))
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(lambda node: node.is_impure() and not _draws(node))
     return tuple(changes.values())
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether a call draws random numbers, which torch.fx keeps even if nobody reads them."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def loss_of(output: Any, leaves: Sequence[Any], is_scalar: Callable[[Any], bool]) -> Any:

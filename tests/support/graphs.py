@@ -717,15 +717,16 @@ def build(recipe: Recipe) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 @st.composite
-def recipes(draw: st.DrawFn) -> Recipe:
-    """A recipe of two to four blocks, some of them equal."""
+def recipes(draw: st.DrawFn, steps: Sequence[str]) -> Recipe:
+    """A recipe of two to four blocks, some of them equal, one of which has these steps and the others any."""
     heads, size = draw(st.sampled_from(((2, 4), (4, 4), (4, 2), (2, 3), (4, 3), (1, 5))))
     sizes = {"s": draw(st.sampled_from((4, 6, 8, 3))), "w": heads * size, "n": heads, "h": size,
              "v": draw(st.sampled_from((12, 16, 10, 7)))}  # fmt: skip
     back = st.sampled_from((0, 0, 0, 1, 2))
+    first = tuple((name, draw(back)) for name in draw(st.permutations(steps)))
     block = st.lists(st.tuples(st.sampled_from(sorted(STEPS)), back), min_size=1, max_size=4).map(tuple)
-    kinds = draw(st.lists(block, min_size=1, max_size=3))
-    row = draw(st.lists(st.sampled_from(range(len(kinds))), min_size=2, max_size=4))
+    kinds = [first, *draw(st.lists(block, max_size=2))]
+    row = draw(st.permutations([0, *draw(st.lists(st.sampled_from(range(len(kinds))), min_size=1, max_size=3))]))
     return Recipe(
         tuple(sizes.items()),
         draw(st.sampled_from(("both", "ids", "x"))),

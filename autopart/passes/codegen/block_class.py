@@ -94,7 +94,8 @@ def write_calls(
     for i, block in enumerate(row, place):
         arguments = [_given(module, scope, n) for n in block.outside]
         names = [_result(scope, results, block, o) for o in block.outputs]
-        scope.lines.append(f"{', '.join(names)} = {_call(module, block, f'self.{attribute}[{i}]', arguments)}")
+        given = f"{', '.join(names)} = " if names else ""  # a block may change buffers alone
+        scope.lines.append(given + _call(module, block, f"self.{attribute}[{i}]", arguments))
 
 
 def _chained(row: Sequence[Block]) -> int | None:
