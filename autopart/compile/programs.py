@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from torch import nn
 
 from autopart.frontend.batch import DTYPES, Batch
 from autopart.ir.graph import info
 from autopart.ir.layered_graph import LayeredGraph
+from autopart.passes.checkpoint_cut import stage_cuts
 from autopart.passes.codegen.module import EmitSettings
 from autopart.passes.emit import emit
 from autopart.passes.partition import partition
@@ -31,22 +32,22 @@ def programs(layered: LayeredGraph, plan: Plan, indices: Iterable[int] | None = 
     verify_schedule(lists)
     tied, axes = _tied(stages), _sample_axes(layered, plan)
     wanted = range(plan.pp) if indices is None else indices
-    return [
-        Program(emit_stage(stages[i], plan, layered.traced.classes), i, lists[i], messages, tied, axes) for i in wanted
-    ]
+    return [Program(emit_stage(stages[i], plan, layered), i, lists[i], messages, tied, axes) for i in wanted]
 
 
-def emit_stage(stage: StageGraph, plan: Plan, classes: Mapping[str, str]) -> str:
-    """The source text of one stage of a plan; `classes` as in `Traced`."""
-    settings = EmitSettings(plan.model, plan.degrees, plan.pp, plan.zero >= 3, plan.master, classes)
-    return emit(stage, plan.stages[stage.index].recompute, settings)
+def emit_stage(stage: StageGraph, plan: Plan, layered: LayeredGraph) -> str:
+    """The source text of one stage of a plan."""
+    settings = EmitSettings(plan.model, plan.degrees, plan.pp, plan.zero >= 3, plan.master, layered.traced.classes)
+    recompute = plan.stages[stage.index].recompute
+    modes = ["none"] * (len(stage.segments) - len(recompute)) + list(recompute)
+    return emit(stage, modes, stage_cuts(layered, stage, modes), settings)
 
 
 def sources(model: nn.Module, batch: Batch, plan: Plan) -> list[str]:
     """The source text of every stage."""
     layered = Source(model, batch, DTYPES[plan.precision]).full(plan.micro_batch, plan.mesh)
     validate(plan, layered)
-    return [emit_stage(stage, plan, layered.traced.classes) for stage in stage_graphs(layered, plan)]
+    return [emit_stage(stage, plan, layered) for stage in stage_graphs(layered, plan)]
 
 
 def stage_graphs(layered: LayeredGraph, plan: Plan) -> list[StageGraph]:

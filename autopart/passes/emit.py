@@ -8,8 +8,9 @@ called in a loop.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from autopart.passes.checkpoint_cut import CheckpointCut
 from autopart.passes.codegen.block_class import block_class
 from autopart.passes.codegen.blocks import Block, find_blocks
 from autopart.passes.codegen.module import EmitSettings, StageModule
@@ -25,14 +26,11 @@ SLICED = [
 ]
 
 
-def emit(stage: StageGraph, recompute: Sequence[str], settings: EmitSettings) -> str:
-    """The source of one stage's module.
-
-    `recompute` has "none", "selective" or "full" for each of the stage's segments but the prelude.
-    """
-    modes = ["none"] * (len(stage.segments) - len(recompute)) + list(recompute)
-    module = StageModule(stage, modes, settings)
-    blocks = find_blocks(stage, modes, settings.sliced, settings.classes)
+def emit(stage: StageGraph, modes: Sequence[str], cuts: Mapping[int, CheckpointCut], settings: EmitSettings) -> str:
+    """The source of one stage's module. `modes` has the mode of every segment, of `liveness.MODES`; `cuts` are of
+    `stage_cuts`."""
+    module = StageModule(stage, settings)
+    blocks = find_blocks(stage, modes, cuts, settings.sliced, settings.classes)
     kinds: dict[str, list[Block]] = {}
     for block in blocks.values():
         kinds.setdefault(block.kind, []).append(block)

@@ -21,7 +21,7 @@ from autopart.runtime.groups import Groups, make_groups
 from autopart.runtime.parameters import buffer, load, weight, weight_slice
 from autopart.runtime.process_group import Group
 from autopart.runtime.random import dropout, stream, uniform
-from autopart.runtime.recompute import recomputed, recomputed_selectively
+from autopart.runtime.recompute import recomputed, run_once, saved
 
 __all__ = [
     "Group",
@@ -40,9 +40,10 @@ __all__ = [
     "make_groups",
     "mean_cross_entropy",
     "recomputed",
-    "recomputed_selectively",
     "reduce_from",
     "reduce_scatter_to",
+    "run_once",
+    "saved",
     "scatter_to",
     "share_gradient",
     "slice_of",

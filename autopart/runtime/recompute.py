@@ -1,73 +1,181 @@
-"""Activation checkpointing: blocks that save little for backward and are computed again there."""
+"""Activation checkpointing: blocks that save little for backward and are computed again there.
+
+`recomputed` calls a block and saves its inputs. A block may hand parts of its work to `saved`, whose results are saved
+too, so that the second run has them without computing them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 Tensor = torch.Tensor
-Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
-
-KEPT = frozenset(
-    f"aten.{name}"
-    for name in """mm addmm bmm baddbmm addbmm mv addmv dot _addmm_activation _scaled_mm _scaled_mm_v2 _grouped_mm
-    _scaled_grouped_mm _scaled_grouped_mm_v2 convolution
-    _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
-    _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
-    _scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math_for_mps""".split()
-)
-"""Operators whose outputs `recomputed_selectively` keeps: products, convolutions, attention: most of the FLOPs."""
 
 
 def recomputed(layer: nn.Module, *args: Tensor) -> Any:
-    """Call a layer and save its inputs; backward computes the layer again."""
-    return _run_again(layer, args, lambda: (nullcontext(), nullcontext()))
-
-
-def recomputed_selectively(layer: nn.Module, *args: Tensor) -> Any:
-    """Call a layer, keep its inputs and the outputs of its products, convolutions and attention, and compute the rest
-    again for backward (Korthikanti et al., arXiv 2205.05198, recompute what is cheap and large)."""
-    return _run_again(layer, args, lambda: create_selective_checkpoint_contexts(_policy))
-
-
-def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = str(getattr(operator, "overloadpacket", "")) in KEPT
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _run_again(layer: nn.Module, args: tuple[Tensor, ...], contexts: Contexts) -> Any:
-    """Call a layer in backward, from the buffers that the first call had, and leave the buffers as they were.
+    """Call a layer and save its inputs, and the results of what it hands to `saved`. Backward runs the layer again,
+    from the buffers that the first run had, and leaves the buffers as they were.
 
     torch's checkpoint hands on values alone, so that weights among the arguments are held here.
     """
     weights = {i: arg for i, arg in enumerate(args) if isinstance(arg, nn.Parameter)}
     values = [arg for i, arg in enumerate(args) if i not in weights]
-    buffers = dict(layer.named_buffers(recurse=False))
+    buffers, results = dict(layer.named_buffers(recurse=False)), list[_Result]()
 
-    def both() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        first, again = contexts()
-        return first, _with_buffers(layer, buffers, again) if buffers else again
+    def runs() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return _run(_First(results)), _second_run(results, layer, buffers)
 
     def run(*values: Tensor) -> Any:
         others = iter(values)
         return layer(*(weights[i] if i in weights else next(others) for i in range(len(args))))
 
-    return checkpoint(run, *values, use_reentrant=False, preserve_rng_state=False, context_fn=both)
+    return checkpoint(run, *values, use_reentrant=False, preserve_rng_state=False, context_fn=runs)
+
+
+def saved(function: Callable[[], Any], *recomputed: Tensor) -> Any:
+    """The result of a function, which a block that is `recomputed` saves: its second run does not call the function.
+
+    recomputed  what the second run computes again of the tensors that the function reads. Where the function's backward
+                reads their memory, it is told of the second run, and nothing is saved. Other tensors that autograd
+                saves in the function, such as the statistics of a softmax, are saved.
+    """
+    return _part(function, recomputed, True)
+
+
+def run_once(function: Callable[[], Any], *recomputed: Tensor) -> Any:
+    """`saved` for the end of a block: its result is read by no backward of the block and is not saved."""
+    return _part(function, recomputed, False)
+
+
+def _part(function: Callable[[], Any], recomputed: tuple[Tensor, ...], save: bool) -> Any:
+    run = _RUN.get()
+    if run is None or not torch.is_grad_enabled():
+        return function()
+    return run.part(function, recomputed, save)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What is saved of a part: its result, a tensor or several, without the graph behind it; and for each tensor that
+    its backward asks the second run for, the index among `recomputed`."""
+
+    outputs: Any
+    reads: tuple[int, ...]
+
+
+@dataclass
+class _Read:
+    """Stands, until backward, for a view of the memory of a recomputed tensor. `node` saves the recomputed tensor."""
+
+    index: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    node: Any = None
+
+    def tensor(self) -> Tensor:
+        (whole,) = self.node.saved_tensors
+        return torch.as_strided(whole, self.size, self.stride, self.offset)
+
+
+class _First:
+    """The run of a block in forward, which fills `results`."""
+
+    def __init__(self, results: list[_Result]) -> None:
+        self.results = results
+
+    def part(self, function: Callable[[], Any], recomputed: tuple[Tensor, ...], save: bool) -> Any:
+        memory = {(_memory(value), value.dtype): index for index, value in enumerate(recomputed)}
+        reads = list[_Read]()
+
+        def pack(tensor: Tensor) -> Tensor | _Read:  # lives as long as what it packs: must hold no tensor
+            index = memory.get((_memory(tensor), tensor.dtype))
+            if index is None:
+                return tensor if tensor.is_leaf else tensor.detach()
+            reads.append(_Read(index, tensor.size(), tensor.stride(), int(tensor.storage_offset())))
+            return reads[-1]
+
+        with saved_tensors_hooks(pack, lambda packed: packed if isinstance(packed, Tensor) else packed.tensor()):
+            outputs = function()
+        for read in reads:
+            read.node = _save(recomputed[read.index])
+        detached = _detached(outputs) if save else None
+        self.results.append(_Result(detached, tuple(read.index for read in reads)))
+        return outputs
+
+
+class _Second:
+    """The run of a block in backward, which takes the results of the first run."""
+
+    def __init__(self, results: list[_Result]) -> None:
+        self.results = iter(results)
+
+    def part(self, function: Callable[[], Any], recomputed: tuple[Tensor, ...], save: bool) -> Any:
+        result = next(self.results)
+        for index in result.reads:
+            _save(recomputed[index])
+        return _detached(result.outputs) if save else None
+
+
+_RUN: ContextVar[_First | _Second | None] = ContextVar("run", default=None)
+"""The run of the block that is recomputed, while it runs."""
 
 
 @contextmanager
-def _with_buffers(layer: nn.Module, buffers: dict[str, Tensor], inner: AbstractContextManager[Any]) -> Iterator[None]:
+def _run(run: _First | _Second) -> Iterator[None]:
+    token = _RUN.set(run)
+    try:
+        yield
+    finally:
+        _RUN.reset(token)
+
+
+@contextmanager
+def _second_run(results: list[_Result], layer: nn.Module, buffers: dict[str, Tensor]) -> Iterator[None]:
     now = dict(layer.named_buffers(recurse=False))
     try:
         for name, value in buffers.items():
             setattr(layer, name, value)
-        with inner:
+        with _run(_Second(results)):
             yield
     finally:
         for name, value in now.items():
             setattr(layer, name, value)
+
+
+class _Save(torch.autograd.Function):
+    """Saves a value as any operator of the block does, so that checkpoint's second run finds the value."""
+
+    @staticmethod
+    def forward(ctx: Any, switch: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(value)
+        return switch.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def _save(value: Tensor) -> Any:
+    """The node of the autograd graph whose `saved_tensors` has the value."""
+    switch = torch.empty(0, requires_grad=True)
+    return _Save.apply(switch, value.detach()).grad_fn
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _detached(outputs: Any) -> Any:
+    """A tensor, or each of several, as a leaf that needs a gradient where the tensor does."""
+    if isinstance(outputs, Tensor):
+        return outputs.detach().requires_grad_(outputs.requires_grad)
+    return tuple(map(_detached, outputs))

@@ -61,7 +61,7 @@ def test_it_trains_like_one_process(name: str, settings: dict[str, Any]) -> None
     """With whatever else is run or gathered again; the certificate knows it."""
     plan = planned(name, AGAIN, **settings)
     layered = source(name).full(plan.micro_batch, plan.mesh)
-    emitted = [emit_stage(stage, plan, layered.traced.classes) for stage in stage_graphs(layered, plan)]
+    emitted = [emit_stage(stage, plan, layered) for stage in stage_graphs(layered, plan)]
     assert all("= all_gather_again(" in text for text in emitted)
     assert not findings(Plan.from_json(plan.to_json()), layered)
     found = simulate_plan(source(name), plan)

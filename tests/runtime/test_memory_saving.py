@@ -279,7 +279,7 @@ def test_a_few_recomputed_blocks_of_a_list_read_as_loops() -> None:
     assert "for layer in self.transformer_h[2:]:\n            hidden_states = layer(hidden_states)\n" in text
     (text,) = sources(model, batch, forced(plan, 0, ["full", "selective", "selective", "none"]))
     assert "hidden_states = recomputed(self.transformer_h[0], hidden_states)\n" in text
-    call = "hidden_states = recomputed_selectively(layer, hidden_states)"
+    call = "hidden_states = recomputed(layer, hidden_states)"
     assert f"for layer in self.transformer_h[1:3]:\n            {call}\n" in text
     assert "hidden_states = self.transformer_h[3](hidden_states)\n" in text
 

@@ -12,17 +12,15 @@ from autopart.passes.codegen.blocks import Block, plural
 from autopart.passes.codegen.lines import comment, indent, write_lines
 from autopart.passes.codegen.module import StageModule
 from autopart.passes.codegen.naming import argument_name
+from autopart.passes.codegen.pieces import find_pieces
 from autopart.passes.codegen.scope import Scope, Text
 from autopart.passes.codegen.weights import init_lines, weight_lines
 from autopart.passes.stage_graph import OWNED
 
-RECOMPUTED = {"none": "", "selective": "recomputed_selectively", "full": "recomputed"}
-"""The function of `autopart.runtime` that calls a block, so that backward computes again what was not saved."""
-
 
 def block_class(module: StageModule, alike: Sequence[Block]) -> list[str]:
     """The class of blocks that are the same program."""
-    scope, block = Scope(), alike[0]
+    scope, block = Scope(), next((block for block in alike if block.cut), alike[0])
     used = dict.fromkeys(n for node in block.nodes for n in node.all_input_nodes)
     parameters = [n for n in used if info(n).kind in OWNED and n not in block.outside]
     weights = weight_lines(module, parameters, scope, block.label, "name")
@@ -36,7 +34,7 @@ def block_class(module: StageModule, alike: Sequence[Block]) -> list[str]:
         scope.reserve("weights")
         note = "forward: all-gather over dp. backward: all-gather, reduce-scatter over dp"
         scope.lines.append(comment("weights = gathered(self)", note))
-    write_lines(module, scope, block.nodes, set(block.outputs))
+    write_lines(module, scope, block.nodes, set(block.outputs), find_pieces(block.nodes, block.cut, block.outputs))
     return [
         f"class {block.kind}(nn.Module):",
         f'    """{_names([block.label for block in alike])}"""',
@@ -133,8 +131,7 @@ def _result(scope: Scope, results: set[fx.Node], block: Block, output: fx.Node) 
 
 
 def _call(module: StageModule, block: Block, function: str, arguments: Sequence[str]) -> str:
-    recomputed = RECOMPUTED[block.recompute]
-    if not recomputed:
+    if block.recompute == "none":
         return f"{function}({', '.join(arguments)})"
-    module.speller.used.add(recomputed)
-    return f"{recomputed}({', '.join([function, *arguments])})"
+    module.speller.used.add("recomputed")
+    return f"recomputed({', '.join([function, *arguments])})"

@@ -12,6 +12,7 @@ from typing import Any
 from torch import fx
 
 from autopart.ir.graph import info
+from autopart.passes.checkpoint_cut import CheckpointCut
 from autopart.passes.stage_graph import OWNED, Named, StageGraph
 
 
@@ -20,7 +21,8 @@ class Block:
     """A segment of a stage that is written as the call of a module.
 
     kind       the name of its class, which blocks of the same program share
-    recompute  "none", "selective" or "full": what backward computes again
+    recompute  of `liveness.MODES`: what backward computes again
+    cut        what is saved of it, and what runs again, where some of it is saved; blocks of a class share one
     outside    the values that it takes, among them weights that other segments read too
     outputs    the values that it gives
     """
@@ -31,17 +33,25 @@ class Block:
     nodes: tuple[fx.Node, ...]
     outside: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
+    cut: CheckpointCut | None = None
 
 
 def plural(label: str) -> str:
     return re.sub(r"\W", "_", label.rpartition(".")[0]) or "layers"
 
 
-def find_blocks(stage: StageGraph, modes: Sequence[str], sliced: bool, classes: Mapping[str, str]) -> dict[int, Block]:
-    """Index of a segment -> its block.
+def find_blocks(
+    stage: StageGraph,
+    modes: Sequence[str],
+    cuts: Mapping[int, CheckpointCut],
+    sliced: bool,
+    classes: Mapping[str, str],
+) -> dict[int, Block]:
+    """Index of a segment -> its block; `cuts` as `stage_cuts` tells.
 
     A numbered segment is a block if another has the same program, if it is recomputed (`modes` has the mode of every
-    segment), or if it has slices of weights to gather (`sliced`).
+    segment), or if it has slices of weights to gather (`sliced`). A class that saves results of a recomputed block
+    stands for blocks of its program that are not recomputed, too.
     """
     users = Counter(weight for _, nodes in stage.segments for weight in _weights(nodes))
     shared = {weight for weight, count in users.items() if count > 1}
@@ -51,6 +61,8 @@ def find_blocks(stage: StageGraph, modes: Sequence[str], sliced: bool, classes: 
         if re.search(r"\.\d+$", label) and not any(map(_counts_valid, nodes))
     }
     times = Counter(programs.values())
+    saved = {i: tuple(k for k, n in enumerate(stage.segments[i][1]) if n in cut.saved) for i, cut in cuts.items()}
+    variants = {program: saved[index] for index, program in reversed(programs.items()) if index in saved}
     kinds: dict[Any, str] = {}
     blocks: dict[int, Block] = {}
     for index, program in programs.items():
@@ -58,8 +70,9 @@ def find_blocks(stage: StageGraph, modes: Sequence[str], sliced: bool, classes: 
         gathers = sliced and bool(_weights(nodes) - shared)
         if times[program] < 2 and modes[index] == "none" and not gathers:
             continue
-        if program not in kinds:
-            kinds[program] = _class_name(classes.get(label, "Layer"), set(kinds.values()))
+        variant = program, variants.get(program, ()) if modes[index] == "none" else saved.get(index, ())
+        if variant not in kinds:
+            kinds[variant] = _class_name(classes.get(label, "Layer"), set(kinds.values()))
         inside = set(nodes)
         outside = tuple(
             dict.fromkeys(
@@ -70,7 +83,7 @@ def find_blocks(stage: StageGraph, modes: Sequence[str], sliced: bool, classes: 
             )
         )
         outputs = tuple(n for n in nodes if any(u not in inside for u in n.users))
-        blocks[index] = Block(kinds[program], label, modes[index], tuple(nodes), outside, outputs)
+        blocks[index] = Block(kinds[variant], label, modes[index], tuple(nodes), outside, outputs, cuts.get(index))
     return blocks
 
 

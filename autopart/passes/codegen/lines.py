@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -10,7 +11,8 @@ from torch import fx
 from autopart.ir.graph import info
 from autopart.passes.codegen.module import StageModule
 from autopart.passes.codegen.naming import output_name, same_statement, wanted_name
-from autopart.passes.codegen.scope import ATOM, Scope
+from autopart.passes.codegen.pieces import Piece, in_order
+from autopart.passes.codegen.scope import ATOM, Scope, Text
 from autopart.passes.codegen.spelling import INLINE, is_infix, joins_bias, scalar_infix
 
 WIDTH = 100
@@ -23,47 +25,100 @@ COMMENT = 64
 """The column at which comments begin, where the code is not longer."""
 
 
-def write_lines(module: StageModule, scope: Scope, nodes: Sequence[fx.Node], needed: set[fx.Node]) -> None:
-    """Append the lines of `nodes` to the scope; `needed` are the nodes whose values are used elsewhere.
+def write_lines(
+    module: StageModule, scope: Scope, nodes: Sequence[fx.Node], needed: set[fx.Node], found: Sequence[Piece] = ()
+) -> None:
+    """Append the lines of `nodes` to the scope; `needed` are the nodes whose values are used elsewhere, and `found` the
+    pieces of a recomputed block that run once.
 
     A value that counts samples and that autograd does not save is deleted: in front of the next line of the user's
     source, once all its uses are written. Other values that are not saved are small.
     """
-    inside = set(nodes)
+    pieces = {node for piece in found for node in piece.nodes if piece.function}
+    _write(module, scope, in_order(nodes, found), set(nodes), needed, pieces)
+
+
+def _write(
+    module: StageModule,
+    scope: Scope,
+    items: Sequence[fx.Node | Piece],
+    inside: set[fx.Node],
+    needed: set[fx.Node],
+    pieces: set[fx.Node],
+) -> None:
+    """`write_lines` of some of the nodes `inside` a function, and of pieces; `pieces` are the nodes of all pieces."""
     last_source = ""
     kept = {root for root, _ in module.stage.saved}
     alive: dict[str, fx.Node] = {}
     done: set[fx.Node] = set()
-    for node in nodes:
+    is_dead = partial(_is_dead, done=done, needed=needed)
+    for item in items:
+        node = item.outputs[-1] if isinstance(item, Piece) else item
         record = info(node)
         if record.name == "autopart.getitem" and node in scope.names:
             continue
-        if len(record.shapes) > 1:
+        if len(record.shapes) > 1 or (isinstance(item, Piece) and len(item.outputs) > 1):
+            text = _expression(module, scope, item)
             done |= _written_with(scope, node)
-            for name in _unpack(module, scope, node, partial(_is_dead, done=done, needed=needed)):
+            for name in _unpack(scope, item, text, is_dead):
                 alive.pop(name, None)
             continue
-        if joins_bias(node) and node not in needed:
+        if joins_bias(node) and node not in needed and item is node:
             continue
         if record.name == "runtime.update":
             buffer, value = (module.speller.value(scope, a) for a in node.args)
             scope.lines.append(f"{buffer.code} = {value.within(ATOM)}.detach()")
             continue
-        text = module.speller.expression(scope, node)
-        if _goes_inline(node, inside, needed) and len(text.code) < INLINE_WIDTH:
+        before = len(scope.lines)
+        text = _expression(module, scope, item)
+        if item is node and _goes_inline(node, inside, needed, pieces) and len(text.code) < INLINE_WIDTH:
             scope.names[node] = text
             continue
         source = record.source if record.source != last_source else ""
         last_source = record.source or last_source
         if source and (over := [n for n, value in alive.items() if done.issuperset(value.users)]):
-            scope.lines.append(comment(f"del {', '.join(over)}"))
+            scope.lines.insert(before, comment(f"del {', '.join(over)}"))
             alive = {n: value for n, value in alive.items() if n not in over}
-        done |= _written_with(scope, node)
-        name = scope.name(node, wanted_name(node), partial(_is_dead, done=done, needed=needed))
+        done |= {*_written_with(scope, node), *(item.nodes if isinstance(item, Piece) else ())}
+        name = scope.name(node, wanted_name(node), is_dead)
         scope.lines.append(comment(f"{name} = {text.code}", record.note, source))
         alive.pop(name, None)
         if record.batch is not None and record.root not in kept and node not in needed:
             alive[name] = node
+
+
+def _expression(module: StageModule, scope: Scope, item: fx.Node | Piece) -> Text:
+    """The expression of a node, or the call that runs a piece once. The lines that the function of a piece needs before
+    its result are appended to the scope, as a function of their own."""
+    if not isinstance(item, Piece):
+        return module.speller.expression(scope, item)
+    inner = Scope(dict(scope.names), dict.fromkeys(scope.holders))
+    *before, last = item.nodes
+    single = item.outputs == (last,)
+    _write(module, inner, before if single else item.nodes, set(item.nodes), set(item.outputs), set())
+    if single:
+        result = module.speller.expression(inner, last).code
+    else:
+        result = ", ".join(inner.names[output].code for output in item.outputs)
+    module.speller.used.add(item.function)
+    function = f"lambda: {result}"
+    if inner.lines or len(function) > WIDTH:
+        function = re.sub(r"\W", "_", f"compute_{wanted_name(item.outputs[-1])}")
+        inner.lines.append(comment(f"return {result}"))
+        scope.lines.append("\n".join([f"def {function}():", *indent(inner.lines, 4)]))
+    return Text(f"{item.function}({', '.join([function, *_recomputed(scope, item)])})")
+
+
+def _recomputed(scope: Scope, piece: Piece) -> list[str]:
+    """The variables of a piece whose memory the second run of the block computes or gathers again."""
+    found: dict[str, None] = {}
+    for node in (n for mine in piece.nodes for n in mine.all_input_nodes if n not in piece.nodes):
+        while scope.is_inline(node) and info(node).view and node.op == "call_function":
+            node = node.all_input_nodes[0]
+        code = scope.names[node].code if node in scope.names else ""
+        if node in piece.rerun or code.startswith(("weights.", "gathered(")):
+            found[code] = None
+    return list(found)
 
 
 def _is_dead(holder: fx.Node, done: set[fx.Node], needed: set[fx.Node]) -> bool:
@@ -71,15 +126,18 @@ def _is_dead(holder: fx.Node, done: set[fx.Node], needed: set[fx.Node]) -> bool:
     return holder not in needed and done.issuperset(holder.users)
 
 
-def _goes_inline(node: fx.Node, inside: set[fx.Node], needed: set[fx.Node]) -> bool:
-    """Whether the node may be a part of the line of its only user."""
+def _goes_inline(node: fx.Node, inside: set[fx.Node], needed: set[fx.Node], pieces: set[fx.Node]) -> bool:
+    """Whether the node may be a part of the line of its only user. In a piece that runs once, what runs again may be
+    there as a view."""
     record = info(node)
+    if len(node.users) != 1 or node in needed:
+        return False
+    (user,) = node.users
     return (
-        len(node.users) == 1
-        and node not in needed
-        and next(iter(node.users)) in inside
-        and (record.name in INLINE or scalar_infix(node) or (is_infix(node) and same_statement(node, *node.users)))
+        user in inside
+        and (record.name in INLINE or scalar_infix(node) or (is_infix(node) and same_statement(node, user)))
         and not record.note.startswith(("forward", "backward"))
+        and (record.view or user not in pieces)
     )
 
 
@@ -94,9 +152,14 @@ def _written_with(scope: Scope, node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _unpack(module: StageModule, scope: Scope, node: fx.Node, is_dead: Callable[[fx.Node], bool]) -> list[str]:
-    """Append one line that names all outputs of an operator, and return the names; an output without use is `_`."""
-    text = module.speller.expression(scope, node)
+def _unpack(scope: Scope, item: fx.Node | Piece, text: Text, is_dead: Callable[[fx.Node], bool]) -> list[str]:
+    """Append one line that names all outputs of an operator or a piece, and return the names; an output without use is
+    `_`."""
+    if isinstance(item, Piece) and len(item.outputs) > 1:
+        names = [scope.name(node, wanted_name(node), is_dead) for node in item.outputs]
+        scope.lines.append(comment(f"{', '.join(names)} = {text.code}"))
+        return names
+    node = item.outputs[0] if isinstance(item, Piece) else item
     picks = {u.args[1]: u for u in node.users}
     names = []
     for index in range(len(info(node).shapes)):
@@ -153,6 +216,6 @@ def _outer_call(code: str) -> tuple[str, str, str]:
     return code, "", ""
 
 
-def indent(lines: Sequence[str]) -> list[str]:
-    """The lines as those of a method."""
-    return [f"        {part}" for line in lines for part in line.split("\n")]
+def indent(lines: Sequence[str], by: int = 8) -> list[str]:
+    """The lines as those of a method, or of a function that is `by` columns in."""
+    return [f"{' ' * by}{part}" for line in lines for part in line.split("\n")]

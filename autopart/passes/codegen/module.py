@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -37,12 +37,10 @@ class EmitSettings:
 class StageModule:
     """The module of one stage while it is written.
 
-    modes    "none", "selective" or "full" for each segment of the stage: what backward computes again
     speller  writes expressions, and collects the functions of `autopart.runtime` that they call
     """
 
     stage: StageGraph
-    modes: Sequence[str]
     settings: EmitSettings
     speller: Speller = field(init=False)
 

@@ -1,0 +1,156 @@
+"""A class of blocks -> what each operator does in backward under checkpointing mode "mincut": saved, run again, or
+neither.
+
+Backward reads some values of a block. A value that is not saved is computed again, from values that are saved and from
+the block's inputs. Products are never computed again. The least bytes to save are therefore a minimum cut between
+products and the values that backward reads, in the graph in which a value v is an edge of capacity bytes(v) from its
+operator to its users. The formulation is that of torch's partitioner for activation checkpointing (functorch's
+min-cut rematerialisation). The problem is that of Jain et al., Checkmate (arXiv 1910.02653), where it is fixed by kind
+which operators may run again.
+
+Bytes are of whole values: the cut is the same under every sharding of a block, so that the ILP's costs of the mode are
+sums over operators, as those of the other modes are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+from torch import fx
+
+from autopart.ir.graph import info, is_pick
+from autopart.ir.layered_graph import LayeredGraph
+from autopart.passes.codegen.spelling import joins_bias
+from autopart.passes.stage_graph import StageGraph
+from autopart.sharding.resharding import RESHARDS
+
+RESHARD_CALLS = {f"runtime.{row.function}" for row in RESHARDS.values()}
+
+
+class CheckpointCut(NamedTuple):
+    """The operators of a block whose results are saved, and those that run again in backward. Other operators run once.
+
+    Whatever reads an operator that runs once leads to one saved operator alone, or to the end of the block alone, so
+    that the operator can run in one piece with that.
+    """
+
+    saved: frozenset[fx.Node]
+    rerun: frozenset[fx.Node]
+
+
+_KNOWN: WeakKeyDictionary[LayeredGraph, dict[int, CheckpointCut]] = WeakKeyDictionary()
+
+
+def checkpoint_cut(layered: LayeredGraph, segment: int) -> CheckpointCut:
+    """The minimum cut of a segment's class, of representatives; found once for each graph. Of several minimum cuts the
+    last one is taken, after which fewest operators run again."""
+    known, kind = _KNOWN.setdefault(layered, {}), layered.segments[segment].kind
+    if kind not in known:
+        nodes = layered.segments[segment].nodes
+        read = _read_by_backward(nodes)
+        cut = _in_pieces(nodes, _minimum_cut(nodes, read), read)
+        known[kind] = CheckpointCut(*(frozenset(layered.same.get(n, n) for n in found) for found in cut))
+    return known[kind]
+
+
+def stage_cuts(layered: LayeredGraph, stage: StageGraph, modes: Sequence[str]) -> dict[int, CheckpointCut]:
+    """Index of a segment of a stage -> its cut, of the stage's nodes: of the segments whose mode is "selective" or
+    "mincut". `modes` has the mode of every segment."""
+    return {
+        index: _selective(nodes) if mode == "selective" else _in_stage(layered, stage, nodes, segment)
+        for index, ((_, nodes), segment, mode) in enumerate(zip(stage.segments, stage.indices, modes, strict=True))
+        if mode in ("selective", "mincut")
+    }
+
+
+def _selective(nodes: Sequence[fx.Node]) -> CheckpointCut:
+    """The results of products are saved, with the bias where one is added; all else runs again."""
+    products = [n for n in nodes if info(n).product and not is_pick(n)]
+    saved = {next(iter(n.users)) if joins_bias(n) else n for n in products}
+    return _in_pieces(nodes, saved, set(nodes) - saved - set(products))
+
+
+def _in_stage(layered: LayeredGraph, stage: StageGraph, nodes: Sequence[fx.Node], segment: int) -> CheckpointCut:
+    """The cut of a segment's class in a stage's graph, whose reshards run again where what runs again reads them, or
+    where backward does."""
+    whole = checkpoint_cut(layered, segment)
+    saved, read = set[fx.Node](), set[fx.Node]()
+    for node in nodes:
+        model = stage.values[node][0][0] if node in stage.values else None
+        if info(node).name in RESHARD_CALLS or model is None:
+            read |= {node} if any(info(node).root in info(u).keeps for u in node.users if u.op != "output") else set()
+        elif layered.same[model] in whole.saved:
+            saved.add(node.args[0] if is_pick(node) else node)  # type: ignore[arg-type]
+        elif layered.same[model] in whole.rerun:
+            read.add(node)
+    return _in_pieces(nodes, saved, read)
+
+
+def _read_by_backward(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes of a block whose memory autograd saves for the backward of the block."""
+    roots = {root for node in nodes for root in info(node).keeps}
+    return {node for node in nodes if node.name in roots}
+
+
+def _minimum_cut(nodes: Sequence[fx.Node], read: set[fx.Node]) -> set[fx.Node]:
+    """The nodes that the last minimum cut goes through."""
+    import networkx
+
+    inside, net = set(nodes), networkx.DiGraph()
+    net.add_nodes_from(["products", "backward"])
+    for node in nodes:
+        view = info(node).view or is_pick(node)  # memory is saved as what made it
+        net.add_edge((node, "in"), (node, "out"), **({} if view else {"capacity": info(node).bytes}))
+        net.add_edges_from(((node, "out"), (user, "in")) for user in node.users if user in inside)
+        if info(node).product and not is_pick(node):
+            net.add_edge("products", (node, "in"))
+        if node in read:
+            net.add_edge((node, "out"), "backward")
+    residual = networkx.algorithms.flow.preflow_push(net, "products", "backward")
+    behind, todo = {"backward"}, ["backward"]
+    while todo:
+        for start, edge in residual.pred[todo.pop()].items():
+            if start not in behind and edge["flow"] < edge["capacity"]:
+                behind.add(start)
+                todo.append(start)
+    return {n for n in nodes if (n, "in") not in behind and (n, "out") in behind}
+
+
+def _in_pieces(nodes: Sequence[fx.Node], saved: set[fx.Node], read: set[fx.Node]) -> CheckpointCut:
+    """A cut of what is saved and what runs again at least. A node that several pieces read is not left to run once: a
+    product is saved, another node runs again."""
+    saved, read = set(saved), set(read)
+    while True:
+        rerun = _rerun(nodes, saved, read)
+        several = [node for node, ends in pieces(nodes, saved, rerun).items() if len(ends) > 1]
+        if not several:
+            return CheckpointCut(frozenset(saved), frozenset(rerun))
+        saved |= {n for n in several if info(n).product and not is_pick(n)}
+        read |= set(several) - saved
+
+
+def _rerun(nodes: Sequence[fx.Node], saved: set[fx.Node], read: set[fx.Node]) -> set[fx.Node]:
+    """The nodes that run again: those that backward reads, and those that they are computed from. Products among them
+    are saved instead."""
+    rerun = read - saved
+    for node in reversed(nodes):
+        if node not in saved and (node in rerun or any(user in rerun for user in node.users)):
+            (saved if info(node).product and not is_pick(node) else rerun).add(node)
+    return rerun - saved
+
+
+def pieces(
+    nodes: Sequence[fx.Node], saved: Iterable[fx.Node], rerun: Iterable[fx.Node]
+) -> dict[fx.Node, set[fx.Node | None]]:
+    """Every node that does not run again -> the saved nodes that it leads to without another between them; None for the
+    end of the block. A saved node leads to itself."""
+    saved, rerun = set(saved), set(rerun)
+    found = dict[fx.Node, set[fx.Node | None]]()
+    for node in reversed(nodes):
+        if node in saved:
+            found[node] = {node}
+        elif node not in rerun:
+            found[node] = set().union(*(found.get(user, {None}) for user in node.users))
+    return found
