@@ -9,7 +9,7 @@ from torch import nn
 from autopart.frontend.batch import DTYPES, Batch
 from autopart.ir.graph import info
 from autopart.ir.layered_graph import LayeredGraph
-from autopart.passes.checkpoint_cut import stage_cuts
+from autopart.passes.checkpoint_cut import SAVING, stage_cut
 from autopart.passes.codegen.module import EmitSettings
 from autopart.passes.emit import emit
 from autopart.passes.partition import partition
@@ -40,7 +40,8 @@ def emit_stage(stage: StageGraph, plan: Plan, layered: LayeredGraph) -> str:
     settings = EmitSettings(plan.model, plan.degrees, plan.pp, plan.zero >= 3, plan.master, layered.traced.classes)
     recompute = plan.stages[stage.index].recompute
     modes = ["none"] * (len(stage.segments) - len(recompute)) + list(recompute)
-    return emit(stage, modes, stage_cuts(layered, stage, modes), settings)
+    cuts = {i: stage_cut(layered, stage, i, mode) for i, mode in enumerate(modes) if mode in SAVING}
+    return emit(stage, modes, cuts, settings)
 
 
 def sources(model: nn.Module, batch: Batch, plan: Plan) -> list[str]:

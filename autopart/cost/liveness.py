@@ -33,9 +33,14 @@ import numpy as np
 
 from autopart.cost.training_state import Training
 
-MODES = ("none", "selective", "full")
-"""Checkpointing modes of a block: what it saves for its backward. Everything; its inputs and the results of its matrix
-products; its inputs. Arrays by mode have a row for each, `SegmentBytes.saved_bytes` among them."""
+MODES = ("none", "selective", "mincut", "full")
+"""Checkpointing modes of a block: what it saves for its backward. Everything that backward reads; its inputs and the
+results of its matrix products; its inputs and the least from which backward can do without matrix products
+(`passes.checkpoint_cut`); its inputs. Arrays by mode have a row for each, `SegmentBytes.saved_bytes` among them."""
+
+AUTOMATIC = ("none", "mincut", "full")
+"""The modes among which the planner chooses by itself: "mincut" saves at most what "selective" does, and runs at most
+as much again."""
 
 PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, MESSAGES = (
     "parameters", "gradients", "optimizer", "activations", "messages",

@@ -135,14 +135,12 @@ def _add_nodes(found: PositionCosts, prices: Prices, at: NDArray[np.int_]) -> No
     node_classes, position_classes = np.array([n.segment_class for n in table.nodes]), np.array(table.segment_classes)
     for segment_class in sorted(set(table.segment_classes)):
         mine, positions = at[node_classes == segment_class], position_classes == segment_class
-        forward = prices.forward[mine].sum()
-        found.forward[positions] = forward
+        rerun = prices.sizes.rerun[:, mine]
+        found.forward[positions] = prices.forward[mine].sum()
         found.backward[positions] = prices.backward[mine].sum()
-        found.recompute_seconds[1][positions] = forward - prices.product[mine].sum()
-        found.recompute_seconds[2][positions] = forward
-        found.saved_bytes[0][positions] = prices.inner[mine].sum()
-        found.saved_bytes[1][positions] = prices.product_results[mine].sum()
-        found.reused_bytes[1][positions] = (prices.sizes.product * prices.inner)[mine].sum()
+        found.recompute_seconds[:, positions] = (rerun @ prices.forward[mine])[:, None]
+        found.saved_bytes[:, positions] = prices.saved_results[:, mine].sum(1, keepdims=True)
+        found.reused_bytes[:, positions] = ((1.0 - rerun) @ prices.inner[mine])[:, None]
         found.largest_gradient[positions] = prices.largest_gradient[mine].max(initial=0.0)
         found.backward_bytes[:, positions] = prices.backward_bytes[:, mine].max(1, initial=0.0, keepdims=True)
     for index, places in table.shared.items():
@@ -214,7 +212,7 @@ def _add_value(
             continue
         np.add.at(found.forward, at, forward)
         np.add.at(found.backward, at, backward)
-        np.add.at(found.recompute_seconds.T, at, [0.0, rerun, rerun])
+        np.add.at(found.recompute_seconds.T, at, rerun * sizes.change_rerun[:, i])
         np.maximum.at(found.largest_gradient, at, prices.reshard_bytes[i])
         np.maximum.at(found.backward_bytes.T, at, 2 * prices.reshard_bytes[i])
     outside = (consumers != producers) & (consumers >= 0)
@@ -278,7 +276,7 @@ def _add_saved_tensor(
         nbytes = float(prices.saved_tensor_bytes[prices.sizes.saved_index[index, placement]])
         if not tensor.several:
             np.add.at(found.saved_bytes[0], tensor.first, nbytes)
-            np.add.at(found.reused_bytes[1], tensor.first, nbytes * prices.sizes.table.nodes[tensor.root].product)
+            np.add.at(found.reused_bytes.T, tensor.first, nbytes * prices.sizes.table.saved[:, tensor.root])
             continue
         for places in tensor.positions_by_saver:
             positions = tuple(

@@ -42,14 +42,15 @@ class Prices:
     """Seconds and bytes of everything in a table, for one data-parallel degree, micro-batch and training setting: of
     every strategy, of every reshard, of every saved tensor.
 
-    forward, backward     [strategies]: seconds;  product: of forward, those of matrix products
+    forward, backward     [strategies]: seconds
     reshard_forward, reshard_backward, reshard_recompute
-                          [reshards]: seconds; the last, seconds that a reshard adds where its segment is recomputed
+                          [reshards]: seconds; the last, seconds that a reshard adds where it runs again for backward
     largest_gradient      [strategies]: bytes;  backward_bytes: [2, strategies], bytes of the gradients that one
                           operator's backward holds, in the first backward of a step and in others
     inner                 [strategies]: bytes that an operator saves for backward besides values
     saved_tensor_bytes    [saved tensors]: bytes per micro-batch
-    product_results       [strategies]: bytes of what matrix products give, with what they save
+    saved_results         [MODES, strategies]: bytes of the results that a checkpointing mode saves, and of what
+                          operators that do not run again save besides values
     reshard_bytes         [reshards]: bytes of the value after the reshard
     state_bytes           [strategies, 3]: bytes of a parameter, its gradient, its optimizer states;  state: their sum
     sync_seconds          [strategies]: seconds of a step to reduce a gradient and to update its parameter that no
@@ -69,7 +70,6 @@ class Prices:
         divided = sizes.means @ [ranks.get("dp", 1) > 1, ranks.get("tp", 1) > 1]
         mean = stream_seconds(2 * self.output_bytes, sizes.grad, np.minimum(divided, 1.0), device)
         self.forward, self.backward = seconds.forward + mean.forward, seconds.backward + mean.backward
-        self.product = sizes.product * seconds.forward
 
     @cached_property
     def backward_bytes(self) -> Array:
@@ -78,8 +78,8 @@ class Prices:
         return np.array([activations + ratio(first) * weights for first in (True, False)])
 
     @cached_property
-    def product_results(self) -> Array:
-        return self.sizes.product * (self.output_bytes + self.inner)
+    def saved_results(self) -> Array:
+        return self.sizes.saved * self.output_bytes + (1.0 - self.sizes.rerun) * self.inner
 
     @cached_property
     def saved_tensor_bytes(self) -> Array:

@@ -35,7 +35,9 @@ class Sizes:
                 four terms the batch, m, n and k of a matrix product grow with
     parameters  rows of a parameter: bytes, whether it has a gradient, whether the gradient is a partial sum over dp,
                 whether over tp;  parameter_of: of every strategy, its row
+    saved, rerun  [MODES, strategies]: 1 where the mode saves the operator's results, or runs the operator again
     reshards    (index in `StrategyTable.value_uses`, placement made, path) of every reshard -> its last step, its value
+    reshards_rerun  [MODES, reshards]: 1 where the mode runs the reshard again
     saved_placements  of every saved tensor, for each of its distinct savers: the placement of the saved memory under
                 each strategy of the saver (of the root, where the tensor is saved as made)
     saved_index  (index in `StrategyTable.saved_tensors`, placement) -> index among all saved tensors
@@ -55,7 +57,9 @@ class Sizes:
         self.inner = np.array([self._inner(n, o) for n, o in options])
         self.means = np.array([[self._mean(n, o, axis) for axis in ("dp", "tp")] for n, o in options])
         self.grad = np.array([float(n.grad) for n, _ in options])
-        self.product = np.array([float(n.product) for n, _ in options])
+        self.saved, self.rerun = (
+            np.repeat(by_mode, np.diff(self.first), axis=1).astype(float) for by_mode in (table.saved, table.rerun)
+        )
         weight = [self._weight(n, o) for n, o in options]
         sums = np.array([[self._sums(n, o, axis) for axis in ("dp", "tp")] for n, o in options])
         rows = np.column_stack([weight, self.grad, sums])
@@ -66,6 +70,10 @@ class Sizes:
             for (have, _), chain in used.chains.items():
                 for key, step in zip(reshard_paths(chain), chain, strict=True):
                     self.reshards[index, have, key] = step, value
+        self.reshards_rerun = np.array([
+            table.reshards_rerun[:, i, int(table.value_uses[i].several or any(p.kind == "P" for p in have))]
+            for i, have, _ in self.reshards
+        ], dtype=float).reshape(-1, len(table.saved)).T  # fmt: skip
         self.alike_reshards: dict[tuple[str, Reshard, bool], list[int]] = {}
         for i, (step, value) in enumerate(self.reshards.values()):
             self.alike_reshards.setdefault((table.axes[step.axis], step.row, value.grad), []).append(i)

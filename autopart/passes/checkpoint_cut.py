@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 from torch import fx
 
 from autopart.ir.graph import info, is_pick
+from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.codegen.spelling import joins_bias
 from autopart.passes.stage_graph import StageGraph
@@ -40,57 +41,57 @@ class CheckpointCut(NamedTuple):
     rerun: frozenset[fx.Node]
 
 
-_KNOWN: WeakKeyDictionary[LayeredGraph, dict[int, CheckpointCut]] = WeakKeyDictionary()
+SAVING = ("selective", "mincut")
+"""The modes that save results of a block which is recomputed."""
+
+_KNOWN: WeakKeyDictionary[LayeredGraph, dict[tuple[int, str], CheckpointCut]] = WeakKeyDictionary()
+"""(segment, mode) -> its cut."""
 
 
-def checkpoint_cut(layered: LayeredGraph, segment: int) -> CheckpointCut:
-    """The minimum cut of a segment's class, of representatives; found once for each graph. Of several minimum cuts the
-    last one is taken, after which fewest operators run again."""
-    known, kind = _KNOWN.setdefault(layered, {}), layered.segments[segment].kind
-    if kind not in known:
-        nodes = layered.segments[segment].nodes
-        read = _read_by_backward(nodes)
-        cut = _in_pieces(nodes, _minimum_cut(nodes, read), read)
-        known[kind] = CheckpointCut(*(frozenset(layered.same.get(n, n) for n in found) for found in cut))
-    return known[kind]
+def mode_cut(layered: LayeredGraph, segment: int, mode: str) -> CheckpointCut:
+    """What a checkpointing mode, of `liveness.MODES`, saves of a segment and runs again; found once for each graph. Of
+    several minimum cuts the last one is taken, after which fewest operators run again. Segments that are no numbered
+    block are never recomputed: no minimum cut is sought."""
+    known, nodes = _KNOWN.setdefault(layered, {}), layered.segments[segment].nodes
+    if (segment, mode) not in known:
+        if mode == "mincut" and is_block(layered.segments[segment].label):
+            read = _read_by_backward(nodes)
+            cut = _in_pieces(nodes, _minimum_cut(nodes, read), read)
+        else:
+            saved = frozenset(n for n in nodes if is_product(n) and mode == "selective")
+            cut = CheckpointCut(saved, frozenset(nodes if mode != "none" else ()) - saved)
+        known[segment, mode] = cut
+    return known[segment, mode]
 
 
-def stage_cuts(layered: LayeredGraph, stage: StageGraph, modes: Sequence[str]) -> dict[int, CheckpointCut]:
-    """Index of a segment of a stage -> its cut, of the stage's nodes: of the segments whose mode is "selective" or
-    "mincut". `modes` has the mode of every segment."""
-    return {
-        index: _selective(nodes) if mode == "selective" else _in_stage(layered, stage, nodes, segment)
-        for index, ((_, nodes), segment, mode) in enumerate(zip(stage.segments, stage.indices, modes, strict=True))
-        if mode in ("selective", "mincut")
-    }
-
-
-def _selective(nodes: Sequence[fx.Node]) -> CheckpointCut:
-    """The results of products are saved, with the bias where one is added; all else runs again."""
-    products = [n for n in nodes if info(n).product and not is_pick(n)]
-    saved = {next(iter(n.users)) if joins_bias(n) else n for n in products}
-    return _in_pieces(nodes, saved, set(nodes) - saved - set(products))
-
-
-def _in_stage(layered: LayeredGraph, stage: StageGraph, nodes: Sequence[fx.Node], segment: int) -> CheckpointCut:
-    """The cut of a segment's class in a stage's graph, whose reshards run again where what runs again reads them, or
-    where backward does."""
-    whole = checkpoint_cut(layered, segment)
-    saved, read = set[fx.Node](), set[fx.Node]()
+def stage_cut(layered: LayeredGraph, stage: StageGraph, index: int, mode: str) -> CheckpointCut:
+    """What one of the modes SAVING saves of a stage's segment, and what it runs again: the cut of the model's segment
+    in the stage's graph. A reshard runs again where what runs again takes its result, or where backward reads that."""
+    (_, nodes), saved, read = stage.segments[index], set[fx.Node](), set[fx.Node]()
+    if mode == "selective":
+        products = {n for n in nodes if is_product(n)}
+        saved = {next(iter(n.users)) if joins_bias(n) else n for n in products}
+        return _in_pieces(nodes, saved, set(nodes) - saved - products)
+    model = mode_cut(layered, stage.indices[index], mode)
     for node in nodes:
-        model = stage.values[node][0][0] if node in stage.values else None
-        if info(node).name in RESHARD_CALLS or model is None:
-            read |= {node} if any(info(node).root in info(u).keeps for u in node.users if u.op != "output") else set()
-        elif layered.same[model] in whole.saved:
+        made = stage.values[node][0][0] if node in stage.values else None
+        if info(node).name in RESHARD_CALLS or made is None:
+            read |= {node} if any(info(node).root in info(u).saves for u in node.users if u.op != "output") else set()
+        elif made in model.saved:
             saved.add(node.args[0] if is_pick(node) else node)  # type: ignore[arg-type]
-        elif layered.same[model] in whole.rerun:
+        elif made in model.rerun:
             read.add(node)
     return _in_pieces(nodes, saved, read)
 
 
+def is_product(node: fx.Node) -> bool:
+    """Whether the node is the call of a matrix product, a convolution or attention."""
+    return info(node).product and not info(node).view and not is_pick(node)
+
+
 def _read_by_backward(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """The nodes of a block whose memory autograd saves for the backward of the block."""
-    roots = {root for node in nodes for root in info(node).keeps}
+    roots = {root for node in nodes for root in info(node).saves}
     return {node for node in nodes if node.name in roots}
 
 
@@ -104,12 +105,12 @@ def _minimum_cut(nodes: Sequence[fx.Node], read: set[fx.Node]) -> set[fx.Node]:
         view = info(node).view or is_pick(node)  # memory is saved as what made it
         net.add_edge((node, "in"), (node, "out"), **({} if view else {"capacity": info(node).bytes}))
         net.add_edges_from(((node, "out"), (user, "in")) for user in node.users if user in inside)
-        if info(node).product and not is_pick(node):
+        if is_product(node):
             net.add_edge("products", (node, "in"))
         if node in read:
             net.add_edge((node, "out"), "backward")
     residual = networkx.algorithms.flow.preflow_push(net, "products", "backward")
-    behind, todo = {"backward"}, ["backward"]
+    behind, todo = set[object]({"backward"}), list[object](["backward"])
     while todo:
         for start, edge in residual.pred[todo.pop()].items():
             if start not in behind and edge["flow"] < edge["capacity"]:
@@ -127,7 +128,7 @@ def _in_pieces(nodes: Sequence[fx.Node], saved: set[fx.Node], read: set[fx.Node]
         several = [node for node, ends in pieces(nodes, saved, rerun).items() if len(ends) > 1]
         if not several:
             return CheckpointCut(frozenset(saved), frozenset(rerun))
-        saved |= {n for n in several if info(n).product and not is_pick(n)}
+        saved |= {n for n in several if is_product(n)}
         read |= set(several) - saved
 
 
@@ -137,7 +138,7 @@ def _rerun(nodes: Sequence[fx.Node], saved: set[fx.Node], read: set[fx.Node]) ->
     rerun = read - saved
     for node in reversed(nodes):
         if node not in saved and (node in rerun or any(user in rerun for user in node.users)):
-            (saved if info(node).product and not is_pick(node) else rerun).add(node)
+            (saved if is_product(node) else rerun).add(node)
     return rerun - saved
 
 

@@ -27,8 +27,8 @@ SLICED = [
 
 
 def emit(stage: StageGraph, modes: Sequence[str], cuts: Mapping[int, CheckpointCut], settings: EmitSettings) -> str:
-    """The source of one stage's module. `modes` has the mode of every segment, of `liveness.MODES`; `cuts` are of
-    `stage_cuts`."""
+    """The source of one stage's module. `modes` has the mode of every segment, of `liveness.MODES`; `cuts` has the
+    cut of each segment that is recomputed and saves results, by its index."""
     module = StageModule(stage, settings)
     blocks = find_blocks(stage, modes, cuts, settings.sliced, settings.classes)
     kinds: dict[str, list[Block]] = {}

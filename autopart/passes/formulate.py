@@ -12,13 +12,17 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import fx
 
 from autopart.cost.compute import backward_ratio_of, kind_of, peak_of
+from autopart.cost.liveness import MODES
 from autopart.errors import PartitionError
 from autopart.hardware.rows import Device
 from autopart.ir.graph import Info, has_gradient, info, operands, shape_args, value_of
 from autopart.ir.layered_graph import LayeredGraph
+from autopart.passes.checkpoint_cut import mode_cut
 from autopart.passes.value_positions import Write, value_positions
 from autopart.sharding.notation import AGAIN, C, G, Placement, R, S, splits
 from autopart.sharding.resharding import possible, steps
@@ -58,6 +62,7 @@ class _Builder:
             self._check_splits()
         self.nodes += [self._write(write) for write in positions.writes]
         self.nodes.append(Node(END, "end", [(Strategy("R", (R,), ()),) * len(self.axes)], []))
+        saved, rerun = self._checkpointing()
         inputs = [i for i, n in enumerate(positions.nodes) if info(n).kind == "input"]
         written = [[write.buffer, len(positions.nodes) + i] for i, write in enumerate(positions.writes)]
         return StrategyTable(
@@ -72,7 +77,31 @@ class _Builder:
             state=positions.state,
             shared=positions.shared,
             tied=[tied for tied in (inputs, *written) if len(tied) > 1],
+            saved=saved,
+            rerun=rerun,
+            reshards_rerun=self._reshards_rerun(rerun),
         )
+
+    def _checkpointing(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """[MODES, nodes]: `StrategyTable.saved` and `rerun`."""
+        found = np.zeros((2, len(MODES), len(self.nodes)), dtype=bool)
+        for i, node in enumerate(self.positions.nodes):
+            if node in self.segment_of:
+                cuts = [mode_cut(self.layered, self.segment_of[node], mode) for mode in MODES]
+                found[:, :, i] = [node in cut.saved for cut in cuts], [node in cut.rerun for cut in cuts]
+        return found[0], found[1]
+
+    def _reshards_rerun(self, rerun: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """`StrategyTable.reshards_rerun`: in mode "mincut" those of values that backward reads as operators take them,
+        and of values that operators take which run again."""
+        savers = {saver for tensor in self.positions.saved_tensors for saver in tensor.savers}
+        found = np.ones((len(MODES), len(self.positions.value_uses), 2), dtype=bool)
+        found[MODES.index("none")] = False
+        for i, used in enumerate(self.positions.value_uses):
+            read = [use in savers or rerun[MODES.index("mincut"), use[0]] for use in used.uses]
+            inside = [each for each, own in zip(read, used.inside, strict=True) if own]
+            found[MODES.index("mincut"), i] = any(read), any(inside)
+        return found
 
     def _node(self, node: fx.Node, hints: Hints) -> Node:
         record = info(node)

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from torch import fx
 
 from autopart.cost.compute import Seconds, work_of, work_seconds
+from autopart.cost.liveness import MODES
 from autopart.cost.resharding import row_seconds
 from autopart.hardware.mesh import Group
 from autopart.hardware.rows import Device
 from autopart.ir.graph import info
+from autopart.ir.labels import is_block
+from autopart.ir.layered_graph import LayeredGraph
+from autopart.passes.checkpoint_cut import stage_cut
 from autopart.passes.stage_graph import StageGraph
 from autopart.plan.stages import PlanLine
 from autopart.plan.units import printed_name
@@ -25,18 +29,16 @@ BY_FUNCTION = {f"runtime.{row.function}": row for row in RESHARDS.values()}
 class PricedSegment:
     """The seconds of a segment for one micro-batch.
 
-    forward, backward            of its operators and reshards, nothing recomputed
-    full_recompute_seconds       that mode "full" adds to the backward: forward of all operators
-    selective_recompute_seconds  that mode "selective" adds: forward of all operators but matrix products
-    lines                        one line of the plan for every node;  nodes: these nodes
-    outside                      the values of other segments and stages that the lines read
+    forward, backward  of its operators and reshards, nothing recomputed
+    recompute_seconds  that each of `liveness.MODES` adds to the backward: forward of what runs again
+    lines              one line of the plan for every node;  nodes: these nodes
+    outside            the values of other segments and stages that the lines read
     """
 
     label: str
     forward: float
     backward: float
-    full_recompute_seconds: float
-    selective_recompute_seconds: float
+    recompute_seconds: Mapping[str, float]
     lines: tuple[PlanLine, ...]
     nodes: tuple[fx.Node, ...]
     outside: tuple[fx.Node, ...]
@@ -50,12 +52,14 @@ class Prices:
     axes: Mapping[str, Group]
 
 
-def price_stage(stage: StageGraph, prices: Prices) -> list[PricedSegment]:
+def price_stage(layered: LayeredGraph, stage: StageGraph, prices: Prices) -> list[PricedSegment]:
     """The price of every segment of a stage, in order."""
     computed = _computed([n for _, nodes in stage.segments for n in nodes], prices.device)
     segments = []
-    for label, nodes in stage.segments:
-        forward = backward = full = selective = 0.0
+    for index, (label, nodes) in enumerate(stage.segments):
+        forward = backward = 0.0
+        cut = stage_cut(layered, stage, index, "mincut").rerun if is_block(label) else nodes
+        recompute = dict.fromkeys(MODES, 0.0)
         lines = []
         own = {node: i for i, node in enumerate(nodes)}
         read = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in own and _is_made(n))
@@ -66,8 +70,9 @@ def price_stage(stage: StageGraph, prices: Prices) -> list[PricedSegment]:
             backward += compute.backward + comm.backward
             record = info(node)
             moved = 0.0 if record.name in GATHERED_AGAIN else comm.forward
-            full += moved + compute.forward
-            selective += moved + (0.0 if record.product else compute.forward)
+            recompute["selective"] += moved + (0.0 if record.product else compute.forward)
+            recompute["mincut"] += moved + compute.forward if node in cut else 0.0
+            recompute["full"] += moved + compute.forward
             lines.append(
                 PlanLine(
                     record.module.removeprefix(label).lstrip("."),
@@ -81,8 +86,7 @@ def price_stage(stage: StageGraph, prices: Prices) -> list[PricedSegment]:
                     tuple(place[n] for n in node.all_input_nodes if n in place),
                 )
             )
-        made = PricedSegment(label, forward, backward, full, selective, tuple(lines), tuple(nodes), tuple(read))
-        segments.append(made)
+        segments.append(PricedSegment(label, forward, backward, recompute, tuple(lines), tuple(nodes), tuple(read)))
     return segments
 
 

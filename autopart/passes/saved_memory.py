@@ -29,7 +29,7 @@ def note_saved(
     record = info(node)
     chosen = choices.of(layered, node, stage.index)
     inner = record.inner * choices.growth(node) / choices.shares(chosen)
-    entry = stage.saved.setdefault((f"{node.name} inside", ()), SavedMemory(inner, False, record.product))
+    entry = stage.saved.setdefault((f"{node.name} inside", ()), SavedMemory(inner, False))
     entry.segments.add(segment)
     for name in record.saves:
         root = layered.by_name[name]
@@ -37,7 +37,7 @@ def note_saved(
         placements = tuple(map(saved_as, taken))
         total = info(root).bytes * choices.grow(info(root))
         size, whole = total / choices.parts(placements), total / choices.parts(taken)
-        memory = SavedMemory(size, len(layered.savers[name]) > 1, info(root).product)
+        memory = SavedMemory(size, len(layered.savers[name]) > 1)
         entry = stage.saved.setdefault((name, placements), memory)
         entry.segments.add(segment)
         if whole > size:

@@ -46,14 +46,12 @@ class SavedMemory:
 
     size      its bytes
     shared    whether several segments of the model save it
-    product   whether a matrix product made it or saves it
     segments  the segments of this stage that save it, by their index in the layered graph, or PRELUDE_SEGMENT
     regathered_bytes  segment -> bytes of the shards of other ranks, which the segment gathers again in its backward
     """
 
     size: float
     shared: bool
-    product: bool
     segments: set[int] = field(default_factory=set)
     regathered_bytes: dict[int, float] = field(default_factory=dict)
 

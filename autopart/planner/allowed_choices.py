@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from autopart.cost.liveness import MODES
+from autopart.cost.liveness import AUTOMATIC, MODES
 from autopart.cost.position_costs import PositionCosts
 from autopart.errors import PartitionError
 from autopart.planner.constraints import Constraint, Positions, Setting
@@ -54,8 +54,8 @@ def _allows(constraint: Constraint, table: StrategyTable, node: Node, option: in
 def modes_of(
     labels: Sequence[str], block: Sequence[bool], constraints: Sequence[Constraint], asked: str | None
 ) -> tuple[tuple[str, ...], ...]:
-    """Which of MODES every position may take: of blocks those that are asked for, of others "none" alone. Raises
-    PartitionError where none is left.
+    """Which of MODES every position may take: of blocks the mode that is asked for, else those of AUTOMATIC, or others
+    where constraints leave none of these; of other positions "none" alone. Raises PartitionError where none is left.
 
     A constraint on the setting `recompute` is about every block: "not recompute=full" forbids each to recompute in
     full.
@@ -66,7 +66,8 @@ def modes_of(
     allowed = []
     for label, is_block in zip(labels, block, strict=True):
         modes = ([asked] if asked else list(MODES)) if is_block else ["none"]
-        left = [m for m in modes if all(_allows_mode(c, label, is_block, m) for c in constraints)]
+        possible = [m for m in modes if all(_allows_mode(c, label, is_block, m) for c in constraints)]
+        left = [m for m in possible if m in AUTOMATIC] or possible
         if not left:
             texts = [c.text for c in constraints if not all(_allows_mode(c, label, is_block, m) for m in modes)]
             why = "only numbered blocks are recomputed" if not is_block else "its modes are all ruled out"

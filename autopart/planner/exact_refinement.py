@@ -112,10 +112,11 @@ def _segment(space: SearchSpace, point: SearchPoint, segment_class: int, span: t
     model, prices = space.model(point), space.priced(point)
     sizes, table, there = model.sizes, model.table, model.counts_in(*span) > 0
     mine = (model.segment_classes == segment_class) * 1.0
-    roots = np.array([table.nodes[table.saved_tensors[tensor].root].product for tensor, _ in sizes.saved_index])
-    products = np.concatenate(
-        [sizes.product * prices.inner, 0.0 * prices.reshard_forward, roots * prices.saved_tensor_bytes]
-    )
+    roots = [table.saved_tensors[tensor].root for tensor, _ in sizes.saved_index]
+    reused = [
+        np.concatenate([once * prices.inner, 0.0 * prices.reshard_forward, saved[roots] * prices.saved_tensor_bytes])
+        for once, saved in zip(1.0 - sizes.rerun, table.saved, strict=True)
+    ]
     saved = [
         mine
         * space.costs(point, {segment_class: mode} if segment_class >= 0 else {}).saved
@@ -131,7 +132,7 @@ def _segment(space: SearchSpace, point: SearchPoint, segment_class: int, span: t
     one = [model.sizes.single_parameter[p] for p in range(*span) if table.segment_classes[p] == segment_class]
     return SegmentBytes(
         saved_bytes=saved,
-        reused_bytes=[0.0, mine * products, 0.0],
+        reused_bytes=[mine * by_mode for by_mode in reused],
         block_input_bytes=_block_inputs(model, prices, segment_class),
         regathered_bytes=0.0,
         largest_gradient=largest(prices.largest_gradient, 1) * (segment_class >= 0),

@@ -106,7 +106,7 @@ class LagrangianBounds:
         least = [np.minimum.reduceat(row, prices.sizes.first[:-1]) for row in each]
         classes = np.array([node.segment_class for node in nodes])
         largest = [
-            least["selective" in modes][classes == segment_class].max(initial=0.0)
+            least[bool({"selective", "mincut"} & {*modes})][classes == segment_class].max(initial=0.0)
             for segment_class, modes in self.kind_counts.kinds
         ]
         end = self.kind_counts.kinds.index((segment_classes[-1], space.allowed_modes[-1]))

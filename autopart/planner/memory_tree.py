@@ -36,6 +36,7 @@ from autopart.cost.training_state import OPTIMIZER_STATES, Training
 from autopart.ir.graph import info
 from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph
+from autopart.passes.checkpoint_cut import is_product, mode_cut, stage_cut
 from autopart.passes.stage_graph import OWNED, PRELUDE, PRELUDE_SEGMENT, ShardingAssignment, StageGraph, backward_of
 from autopart.plan.schedules import receive_buffer_bytes
 from autopart.plan.units import printed_name
@@ -185,10 +186,10 @@ class StageMemory:
         positions = [p for p, at in enumerate(self.layered.sequence[slice(*self.span)]) if at == segment]
         read = self.reads[positions[0]] if positions else []
         reduced = [self.training.reduced_bytes(p.bytes, p.record.grad, p.over_dp) for p in read]
-        results = sum(size for _, size in _results(nodes))
+        results = [sum(size for _, size in self._results(segment, mode)) for mode in MODES[1:]]
         return SegmentBytes(
-            saved_bytes=(sum(k.size for k in memory), results, 0.0),
-            reused_bytes=(0.0, sum(k.size for k in memory if k.product), 0.0),
+            saved_bytes=(sum(k.size for k in memory), *results),
+            reused_bytes=(0.0, *(self._reused(segment, mode) for mode in MODES[1:])),
             block_input_bytes=sum(size for _, size in _inputs(nodes)),
             regathered_bytes=sum(k.regathered_bytes.get(segment, 0.0) for k in self.graph.saved.values()),
             largest_gradient=max((largest for largest, _ in gradients[0]), default=0.0),
@@ -196,6 +197,31 @@ class StageMemory:
             reduced_bytes=(sum(reduced), max(reduced, default=0.0)),
             single_parameter=len(read) == 1,
         )
+
+    def _results(self, segment: int, mode: str) -> list[tuple[str, float]]:
+        """What a segment saves of its own results where it is recomputed: names and bytes."""
+        nodes = self.nodes.get(segment, [])
+        if mode == "selective":
+            return [(_operator(n), info(n).size + info(n).inner) for n in nodes if is_product(n)]
+        if mode != "mincut" or not nodes or segment == PRELUDE_SEGMENT:
+            return []
+        saved = stage_cut(self.layered, self.graph, self.graph.indices.index(segment), mode).saved
+        rerun = mode_cut(self.layered, segment, mode).rerun
+        own = [(n, self.graph.saved.get((f"{n.name} inside", ()))) for n in self.layered.segments[segment].nodes]
+        return [
+            *((_operator(n), info(n).size) for n in nodes if n in saved),
+            *((f"{_operator(n)}, its own", m.size) for n, m in own if n not in rerun and m and m.size),
+        ]
+
+    def _reused(self, segment: int, mode: str) -> float:
+        """Bytes that a segment saves in mode "none" and that the second run in another mode does not allocate."""
+        cuts = [mode_cut(self.layered, s, mode) for s in range(len(self.layered.segments))]
+        reused = {n.name for cut in cuts for n in cut.saved}
+        if segment != PRELUDE_SEGMENT:
+            nodes = self.layered.segments[segment].nodes
+            reused |= {f"{n.name} inside" for n in nodes if n not in cuts[segment].rerun}
+        saved = self.graph.saved.items()
+        return sum(m.size for (name, _), m in saved if name in reused and segment in m.segments and not m.shared)
 
     def _own_gradient(self, parameter: Parameter) -> float:
         """Bytes of the gradient of a parameter that one position of the model reads, else 0."""
@@ -269,7 +295,7 @@ class StageMemory:
         for position, (label, mode) in enumerate(zip(self.labels, self.modes, strict=True)):
             segment = self.layered.sequence[self.span[0] + position]
             nodes = self.nodes.get(segment, [])
-            again = [*(_results(nodes) if mode == "selective" else ()), *_inputs(nodes)]
+            again = [*self._results(segment, mode), *_inputs(nodes)]
             for name, nbytes in inside[segment] if mode == "none" else again:
                 yield position, label, self._within(name, segment), nbytes
 
@@ -304,14 +330,6 @@ def messages(space: SearchSpace, found: SearchResult, span: tuple[int, int], ind
     rows = crossed(space.position_costs(found.point, found.chosen[index]).crossings, n)
     seconds, takes = (float(row[interval_index(*span, n)]) for row in rows)
     return seconds, takes
-
-
-def _results(nodes: Sequence[fx.Node]) -> Iterator[tuple[str, float]]:
-    """What matrix products give, with what they save."""
-    for node in nodes:
-        record = info(node)
-        if record.product and not record.view:
-            yield _operator(node), record.size + record.inner
 
 
 def _inputs(nodes: Sequence[fx.Node]) -> Iterator[tuple[str, float]]:

@@ -41,16 +41,16 @@ def costs_by_mode(model: Model, prices: Prices, amortization: int, gradients: bo
         prices.reshard_forward + prices.reshard_backward,
         no_saved,
     ])  # fmt: skip
-    selective = np.concatenate([prices.forward - prices.product, prices.reshard_recompute, no_saved])
-    full = np.concatenate([prices.forward, prices.reshard_recompute, no_saved])
-    saved = np.concatenate([prices.inner, no_reshards, prices.saved_tensor_bytes])
-    products = np.concatenate([prices.product_results, no_reshards, no_saved])
     state = prices.state if gradients else prices.state - prices.state_bytes[:, 1]
     state = np.concatenate([state, no_reshards, no_saved]) * model.counts
-    return tuple(
-        Costs((seconds + recompute) * model.counts, state, by_mode * model.counts)
-        for recompute, by_mode in ((0.0, saved), (selective, products), (full, 0.0 * saved))
-    )
+    found = []
+    for mode, results in enumerate(prices.saved_results):
+        sizes, tensors = prices.sizes, no_saved if mode else prices.saved_tensor_bytes
+        reshards = sizes.reshards_rerun[mode] * prices.reshard_recompute
+        recompute = np.concatenate([sizes.rerun[mode] * prices.forward, reshards, no_saved])
+        saved = np.concatenate([results, no_reshards, tensors])
+        found.append(Costs((seconds + recompute) * model.counts, state, saved * model.counts))
+    return tuple(found)
 
 
 def sync_windows(prices: Prices, per_turn: float) -> tuple[Array, Array]:

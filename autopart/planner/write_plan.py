@@ -162,7 +162,7 @@ def write_stage(
     if key not in known:
         choices, graph = partitioned(space, found, splits, span)
         groups = {axis: space.priced(point).terms.sizes[axis] for axis, _ in choices.axes}
-        prices = price_stage(graph, Prices(space.device(point), groups))
+        prices = price_stage(layered, graph, Prices(space.device(point), groups))
         known[key] = choices, graph, dict(zip(graph.indices, prices, strict=True))
     choices, graph, priced = known[key]
     counts = Counter((segment, mode) for segment, mode in zip(segments, modes, strict=True) if segment in priced)
@@ -174,7 +174,7 @@ def write_stage(
         recompute=tuple(modes),
         forward_seconds=sum(priced[segment].forward * n for (segment, _), n in counts.items()),
         backward_seconds=sum(
-            (priced[segment].backward + recompute_seconds(priced[segment], mode)) * n
+            (priced[segment].backward + priced[segment].recompute_seconds[mode]) * n
             for (segment, mode), n in counts.items()
         ),
         sync_seconds=_sync(space, found, choices, span, backward),
@@ -195,11 +195,6 @@ def partitioned(
     choices = choices_of(space, found, splits, tuple(pieces))
     (graph,) = partition(layered, choices, [pieces.index(min(segments))])
     return choices, graph
-
-
-def recompute_seconds(segment: PricedSegment, mode: str) -> float:
-    """Seconds that a mode of checkpointing adds to the backward of a segment."""
-    return {"none": 0.0, "selective": segment.selective_recompute_seconds, "full": segment.full_recompute_seconds}[mode]
 
 
 def _sync(
@@ -265,7 +260,7 @@ def _printed(
         _, segment, mode = members[0]
         yield PlanSegment(
             tuple(label for label, _, _ in members),
-            segment.forward + segment.backward + recompute_seconds(segment, mode),
+            segment.forward + segment.backward + segment.recompute_seconds[mode],
             segment.lines,
         )
 

@@ -171,6 +171,10 @@ class StrategyTable:
     state       node of a parameter -> at each place, the positions that hold it
     shared      node of the prelude -> for each node of its class, the positions that read its value
     tied        sets of nodes that take the same option
+    saved       [`liveness.MODES`, nodes]: whether the mode saves the node's results, besides what autograd saves
+    rerun       [MODES, nodes]: whether backward runs the node again in that mode
+    reshards_rerun  [MODES, value uses, 2]: whether backward runs the reshards of a value again, where they are part of
+                a consumer's segment, and where of the producer's
     """
 
     axes: tuple[str, ...]
@@ -184,3 +188,6 @@ class StrategyTable:
     state: dict[int, list[tuple[int, ...]]]
     shared: dict[int, list[tuple[int, ...]]]
     tied: list[list[int]]
+    saved: NDArray[np.bool_]
+    rerun: NDArray[np.bool_]
+    reshards_rerun: NDArray[np.bool_]

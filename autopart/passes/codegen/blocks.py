@@ -47,7 +47,7 @@ def find_blocks(
     sliced: bool,
     classes: Mapping[str, str],
 ) -> dict[int, Block]:
-    """Index of a segment -> its block; `cuts` as `stage_cuts` tells.
+    """Index of a segment -> its block; `cuts` as in `emit`.
 
     A numbered segment is a block if another has the same program, if it is recomputed (`modes` has the mode of every
     segment), or if it has slices of weights to gather (`sliced`). A class that saves results of a recomputed block

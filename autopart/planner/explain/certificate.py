@@ -138,7 +138,7 @@ def _numbers(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
         name = f"stage {graph.index}"
         groups = {"dp": plan.mesh.group(plan.tp, plan.dp), "tp": plan.mesh.group(1, plan.tp)}
         device = plan.mesh.busy_device(plan.pp, m)
-        priced = price_stage(graph, Prices(device, {axis: groups[axis] for axis, _ in choices.axes}))
+        priced = price_stage(layered, graph, Prices(device, {axis: groups[axis] for axis, _ in choices.axes}))
         segments = dict(zip(graph.indices, priced, strict=True))
         times = _seconds(plan, layered, choices, graph, segments, span)
         for part, value in times.items():
@@ -174,10 +174,7 @@ def _seconds(
     modes = dict(zip(span, plan.stages[graph.index].recompute, strict=True))
     recompute = 0.0
     for segment, priced in segments.items():
-        mode = modes.get(segment, "none")
-        recompute += {
-            "none": 0.0, "selective": priced.selective_recompute_seconds, "full": priced.full_recompute_seconds,
-        }[mode]  # fmt: skip
+        recompute += priced.recompute_seconds[modes.get(segment, "none")]
     sync, device, training = 0.0, plan.mesh.busy_device(plan.pp, plan.micro_batches), _training(plan)
     for _, record, nbytes, over_dp, over_tp in distinct(_reads(layered, choices, span, graph)):
         sync += training.sync_seconds(nbytes, over_dp)
