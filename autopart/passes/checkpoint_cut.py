@@ -55,8 +55,7 @@ def mode_cut(layered: LayeredGraph, segment: int, mode: str) -> CheckpointCut:
     known, nodes = _KNOWN.setdefault(layered, {}), layered.segments[segment].nodes
     if (segment, mode) not in known:
         if mode == "mincut" and is_block(layered.segments[segment].label):
-            read = _read_by_backward(nodes)
-            cut = _in_pieces(nodes, _minimum_cut(nodes, read), read)
+            cut = _least_saved(nodes)
         else:
             saved = frozenset(n for n in nodes if is_product(n) and mode == "selective")
             cut = CheckpointCut(saved, frozenset(nodes if mode != "none" else ()) - saved)
@@ -86,7 +85,12 @@ def stage_cut(layered: LayeredGraph, stage: StageGraph, index: int, mode: str) -
 
 def is_product(node: fx.Node) -> bool:
     """Whether the node is the call of a matrix product, a convolution or attention."""
-    return info(node).product and not info(node).view and not is_pick(node)
+    return info(node).product and not is_view(node)
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the node's memory is that of another."""
+    return info(node).view or is_pick(node)
 
 
 def _read_by_backward(nodes: Iterable[fx.Node]) -> set[fx.Node]:
@@ -95,15 +99,33 @@ def _read_by_backward(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     return {node for node in nodes if node.name in roots}
 
 
-def _minimum_cut(nodes: Sequence[fx.Node], read: set[fx.Node]) -> set[fx.Node]:
-    """The nodes that the last minimum cut goes through."""
+def _least_saved(nodes: Sequence[fx.Node]) -> CheckpointCut:
+    """The last minimum cut. Where a node that runs once leads to several saved nodes, or to one and the end of the
+    block, it is saved, and the least is sought besides."""
+    read, given = _read_by_backward(nodes), set[fx.Node]()
+    while True:
+        saved = given | _minimum_cut(nodes, read, given)
+        rerun = _rerun(nodes, saved, read)
+        ends = pieces(nodes, saved, rerun)
+        several = next((n for n in reversed(nodes) if len(ends.get(n, ())) > 1), None)
+        if several is None:
+            return CheckpointCut(frozenset(saved), frozenset(rerun))
+        root = next((n for n in nodes if n.name == info(several).root), several)
+        if root in saved | rerun or is_view(root):
+            read.add(several)
+        else:
+            given.add(root)
+
+
+def _minimum_cut(nodes: Sequence[fx.Node], read: set[fx.Node], given: set[fx.Node]) -> set[fx.Node]:
+    """The nodes that the last minimum cut goes through, where the nodes `given` are saved anyway."""
     import networkx
 
     inside, net = set(nodes), networkx.DiGraph()
     net.add_nodes_from(["products", "backward"])
     for node in nodes:
-        view = info(node).view or is_pick(node)  # memory is saved as what made it
-        net.add_edge((node, "in"), (node, "out"), **({} if view else {"capacity": info(node).bytes}))
+        if node not in given:  # a view is saved as what it is a view of
+            net.add_edge((node, "in"), (node, "out"), **({} if is_view(node) else {"capacity": info(node).bytes}))
         net.add_edges_from(((node, "out"), (user, "in")) for user in node.users if user in inside)
         if is_product(node):
             net.add_edge("products", (node, "in"))

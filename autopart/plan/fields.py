@@ -23,7 +23,8 @@ class PlanFields:
     global_batch      samples of a step
     schedule          name in `autopart.plan.schedules.SCHEDULES`
     zero              ZeRO level
-    recompute         "none", "selective" or "full" where all blocks do so, else "mixed" (see `PlanStage.recompute`)
+    recompute         "none", "selective", "mincut" or "full" where all blocks do so, else "mixed" (see
+                      `PlanStage.recompute`)
     precision         dtype of parameters and activations
     optimizer         name in `autopart.cost.training_state.OPTIMIZER_STATES`
     master            dtype of gradients, optimizer states and the optimizer's copy of the parameters; None: `precision`

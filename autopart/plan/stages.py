@@ -56,7 +56,8 @@ class PlanStage:
     first_position    the first position of the stage in the model
     splits            index of the stage's shardings in the plan's `splits`
     recompute         for each of its positions, what is saved for backward: everything ("none"), the outputs of matrix
-                      products ("selective") or the inputs of the block ("full"); the rest is computed again
+                      products ("selective"), a minimum cut behind these ("mincut") or the inputs of the block ("full");
+                      the rest is computed again
     forward_seconds   for one micro-batch, communication included
     backward_seconds  for one micro-batch, communication and recompute included
     sync_seconds      once a step: gradient sync and parameter update that the backward does not hide

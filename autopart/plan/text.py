@@ -69,7 +69,7 @@ def recompute_text(plan: PlanFields) -> str:
     layers = sum(is_block(label) for stage in plan.stages for segment in stage.segments for label in segment.labels)
     if not layers:
         return plan.recompute
-    counts = [f"{mode} in {modes[mode]}" for mode in ("selective", "full") if modes[mode]]
+    counts = [f"{mode} in {modes[mode]}" for mode in ("selective", "mincut", "full") if modes[mode]]
     return f"{' and '.join(counts)} of {layers} layers"
 
 

@@ -42,7 +42,7 @@ class SearchResult:
 
     chosen         for every stage the option of each node
     starts         the first position of every stage
-    recompute      for every position "none", "selective" or "full"
+    recompute      for every position of `liveness.MODES`
     stage_seconds  f of every stage: for one micro-batch, forward and backward
     seconds        of a step: sum(f) + (m - 1) max(f) for m micro-batches
     bound          lower bound on the step of every plan in the search space, in seconds

@@ -17,7 +17,7 @@
     keep lm_head.weight whole over tp               every rank of the axis has all of it
     strategy layers.*.up_proj/linear n over tp      an operator's strategy by its name: a split letter, or R, C, P
     layers.*.up_proj/linear: n/tp                   the same as plans print it
-    recompute layers.3 full                         what segments do with what backward needs: none, selective or full
+    recompute layers.3 full                         what segments do with what backward needs: of `liveness.MODES`
 
 Any form but ``cuts=`` may follow "no", "not" or "do not", which asks for its opposite: "no cut before layers.10",
 "do not split lm_head.weight over tp".

@@ -35,7 +35,7 @@ class Settings(TypedDict, total=False):
     tp: Annotated[int | None, "tensor-parallel degree"]
     dp: Annotated[int | None, "data-parallel degree"]
     zero: Annotated[int | None, "ZeRO level: 0, 1, 2 or 3"]
-    recompute: Annotated[str | None, "activation checkpointing of all blocks: none, selective or full"]
+    recompute: Annotated[str | None, "activation checkpointing of all blocks: none, selective, mincut or full"]
     schedule: Annotated[str | None, "gpipe or 1f1b"]
     precision: Annotated[
         str | torch.dtype | None,

@@ -41,6 +41,7 @@ from torch.utils._pytree import tree_leaves
 
 from autopart import Mesh, Plan
 from autopart.compile.programs import programs
+from autopart.cost.liveness import MODES
 from autopart.frontend.batch import DTYPES
 from autopart.passes.source import Source
 from autopart.planner.explain.memory_report import stage_memories
@@ -214,7 +215,9 @@ SPLITS: Sequence[tuple[int, Mapping[str, Any]]] = (
     *((2, {"dp": 2, "micro_batch": 4, "zero": zero, **MIXED}) for zero in range(4)),
     (4, {"pp": 4, "micro_batch": 1}),
     (4, {"pp": 2, "tp": 2, "micro_batch": 2}),
-    *((2, {"tp": 2, "micro_batch": 4, "recompute": mode}) for mode in ("selective", "full")),
+    (1, {"micro_batch": 2, "recompute": "mincut"}),
+    *((2, {"tp": 2, "micro_batch": 4, "recompute": mode}) for mode in ("selective", "mincut", "full")),
+    (2, {"dp": 2, "micro_batch": 2, "zero": 3, "recompute": "mincut", **MIXED}),
     *((2, {"tp": 2, "micro_batch": 4, "again": True, "recompute": mode}) for mode in ("none", "selective", "full")),
     (4, {"dp": 2, "tp": 2, "micro_batch": 4, "zero": 1}),
     *((2, {"dp": 2, "micro_batch": 2, "zero": zero, "recompute": "full"}) for zero in (2, 3)),
@@ -240,7 +243,7 @@ def drawn(count: int, seed: int) -> Iterator[Row]:
         pp, dp, tp = draw.choice(DEGREES)
         settings = {"pp": pp, "dp": dp, "tp": tp, "micro_batch": draw.choice([m for m in (2, 4, 8) if m >= dp])}
         settings |= {
-            "recompute": draw.choice(("none", "selective", "full")),
+            "recompute": draw.choice(MODES),
             "zero": draw.randrange(4) if dp > 1 else 0,
         }
         settings |= {"optimizer": draw.choice(("adamw", "momentum", "sgd")), **draw.choice(({}, MIXED))}

@@ -38,6 +38,7 @@ def bench() -> Bench:
         Row("gpt2", 1, {"micro_batch": 2, "recompute": "full"}),
         Row("llama", 1, {"micro_batch": 2}),
         Row("llama", 1, {"micro_batch": 2, "recompute": "selective"}),
+        Row("llama", 1, {"micro_batch": 2, "recompute": "mincut"}),
         Row("llama", 2, {"pp": 2, "micro_batch": 2}),
         Row("llama", 4, {"pp": 4, "micro_batch": 1}),
         Row("llama", 4, {"pp": 2, "tp": 2, "micro_batch": 2}),

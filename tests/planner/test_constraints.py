@@ -163,12 +163,12 @@ def test_layouts(text: str, key: str, allowed: list[Strategy], refused: list[Str
     [
         ("recompute layers.3 full", BLOCKS[3], ["full"]),
         ("recompute layers.* none", BLOCKS[3], ["none"]),
-        ("do not recompute layers.* full", BLOCKS[3], ["none", "selective"]),
-        ("recompute layers.2 full", BLOCKS[3], ["none", "selective", "full"]),
+        ("do not recompute layers.* full", BLOCKS[3], ["none", "selective", "mincut"]),
+        ("recompute layers.2 full", BLOCKS[3], ["none", "selective", "mincut", "full"]),
         ("recompute=selective", BLOCKS[3], ["selective"]),
-        ("recompute=selective", "lm_head", ["none", "selective", "full"]),
-        ("recompute!=full", BLOCKS[3], ["none", "selective", "full"]),
-        ("recompute=mixed", BLOCKS[3], ["none", "selective", "full"]),
+        ("recompute=selective", "lm_head", ["none", "selective", "mincut", "full"]),
+        ("recompute!=full", BLOCKS[3], ["none", "selective", "mincut", "full"]),
+        ("recompute=mixed", BLOCKS[3], ["none", "selective", "mincut", "full"]),
     ],
 )
 def test_recompute(text: str, label: str, modes: list[str]) -> None:
@@ -202,7 +202,7 @@ def test_recompute(text: str, label: str, modes: list[str]) -> None:
         ("no cuts=uniform", "cannot be forbidden"),
         ("split a.weight over pp", "no axis pp"),
         ("keep a.weight over tp", "keep lm_head.weight whole over tp"),
-        ("recompute layers.3 some", "one of none, selective, full"),
+        ("recompute layers.3 some", "one of none, selective, mincut, full"),
     ],
 )
 def test_what_cannot_be_read_is_refused(text: str, message: str) -> None:

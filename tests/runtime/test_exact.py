@@ -51,16 +51,16 @@ def shared(name: str) -> list[dict[str, Any]]:
     """Configurations whose data-parallel ranks share states, gradients or weights, with some blocks recomputed."""
     by_tp, by_pp = ({"dp": 2, axis: 2, "micro_batch": 4} for axis in ("tp", "pp"))
     if name not in ("gpt2", "llama"):
-        return [{**by_pp, "forced": forced(3, "full selective none")}]
+        return [{**by_pp, "forced": forced(3, "full mincut none")}]
     again = {"constraints": [f"strategy {name} n+again over tp" for name in AGAIN[name]]}
     return [
-        {**by_tp, **again, "forced": forced(3, "none selective full")},
-        {**by_tp, "forced": forced(1, "none selective")},
+        {**by_tp, **again, "forced": forced(3, "mincut selective full")},
+        {**by_tp, "forced": forced(1, "none mincut")},
         {**by_tp, "forced": forced(2, "selective")},
         {**by_tp, "forced": forced(3, "full selective")},
         {**by_pp, "forced": forced(1, "full")},
         {**by_pp, "forced": forced(2, "none")},
-        {**by_pp, "forced": forced(3, "selective none")},
+        {**by_pp, "forced": forced(3, "mincut none")},
     ]
 
 

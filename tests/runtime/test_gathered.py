@@ -51,6 +51,7 @@ def planned(name: str, behind: str, mesh: str = "2:cpu", **settings: Any) -> Pla
     [
         {},
         {"recompute": "selective"},
+        {"recompute": "mincut"},
         {"recompute": "full"},
         {"pp": 2, "mesh": "4:cpu"},
         {"dp": 2, "zero": 3, "mesh": "4:cpu"},

@@ -29,6 +29,7 @@ import autopart
 from autopart.compile.check import one_process, worst_error
 from autopart.compile.programs import programs, sources
 from autopart.compile.simulate import simulate_plan
+from autopart.cost.liveness import MODES
 from autopart.ir.labels import is_block
 from autopart.passes.source import Source
 from autopart.plan.schedules.ops import Instruction, Op
@@ -142,12 +143,12 @@ def test_selective_keeps_the_outputs_of_products_and_full_none() -> None:
     model, batch = build("gpt2", layers=layers)
     plan = autopart.plan(model, "1:cpu", batch, recompute="full")
     source = Source(model, batch, torch.float32)
-    none, selective, full = (
-        measure(source, forced(plan, 0, [mode])).forward[0] for mode in ("none", "selective", "full")
-    )
+    none, selective, mincut, full = (measure(source, forced(plan, 0, [mode])).forward[0] for mode in MODES)
     # A block's products give 3 (query, key, value), 1, 4 and 1 times its width, attention 1 and a number a head.
     products = layers * samples * tokens * (10 * width + heads) * 4
     assert selective - full == products
+    # Of the four values of that width that two sums and two products give, backward reads none but one sum.
+    assert selective - mincut == layers * samples * tokens * width * 4
     assert none > full + 2 * products
     mixed = measure(source, forced(plan, 0, ["full", "selective", "none", "none"])).forward[0]
     assert full < mixed < none
@@ -165,7 +166,7 @@ def test_dropout_is_the_same_again(zero: int) -> None:
     plan = autopart.plan(model, "2:cpu", batch, dp=2, micro_batch=4, recompute="full")
     source = Source(model, batch, torch.float32)
     kept = simulate_plan(source, forced(plan), seed=1)
-    for modes in (["selective"], ["full"], ["selective", "none", "full"]):
+    for modes in (["selective"], ["mincut"], ["full"], ["selective", "none", "mincut", "full"]):
         again = simulate_plan(source, forced(plan, zero, modes), seed=1)
         assert torch.equal(again.loss, kept.loss)
         assert worst_error(again.gradients, kept.gradients)[0] < 1e-6
@@ -206,7 +207,7 @@ def test_a_block_that_is_run_again_changes_its_buffers_once() -> None:
                 Source(copy.deepcopy(model), batch, torch.float32),
                 changed(plan, 0, lambda _, mode=mode: mode),  # type: ignore[misc]
             )
-            for mode in ("none", "selective", "full")
+            for mode in MODES
         )
     for again in others:
         assert worst_error(again.gradients, kept.gradients)[0] < 1e-6
@@ -258,7 +259,7 @@ def test_blocks_of_two_kinds_with_shared_and_frozen_weights(axes: dict[str, int]
     plan = autopart.plan(model, f"{math.prod(axes.values())}:cpu", batch, micro_batch=4, recompute="none", **axes)
     loss, gradients = one_process(copy.deepcopy(model), batch)
     source = Source(model, batch, torch.float64)
-    for zero, mode in itertools.product((0, 1, 2, 3), ("none", "selective", "full")):
+    for zero, mode in itertools.product((0, 1, 2, 3), MODES):
         found = simulate_plan(
             source,
             changed(plan, zero, lambda _, mode=mode: mode),  # type: ignore[misc]
@@ -362,7 +363,7 @@ def test_optimizers_that_need_all_of_a_weight_are_refused() -> None:
 def test_an_emitted_folder_of_slices_trains_as_one_process(tmp_path: Path) -> None:
     model, batch = build("gpt2")
     plan = autopart.plan(model, "2:cpu", batch, dp=2, micro_batch=4, recompute="full")
-    plan = forced(plan, 3, ["selective", "full"])
+    plan = forced(plan, 3, ["selective", "mincut", "full"])
     layered = Source(model, batch, torch.float32).full(plan.micro_batch, plan.mesh)
     standalone.write(tmp_path, plan, programs(layered, plan), layered.traced.aliases, layered.traced.buffers, batch)
     given = [sys.executable, str(tmp_path / "run.py"), "--steps", "3", "--json"]

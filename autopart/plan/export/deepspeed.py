@@ -146,6 +146,7 @@ def _recompute(plan: Plan, by_hand: list[str]) -> dict[str, Any]:
     told = {
         "full": "of every block: gradient_checkpointing_enable(), or PipelineModule(activation_checkpoint_interval=1)",
         "selective": "of all but products: torch.utils.checkpoint with a policy that keeps the outputs of products",
+        "mincut": "of all but a minimum cut: torch.utils.checkpoint with a policy that keeps the values of the cut",
         "mixed": "block by block: " + "; ".join(",".join(stage) for stage in modes(plan)),
     }
     by_hand.append(f"recompute {told[plan.recompute]}; activation_checkpointing only says how")

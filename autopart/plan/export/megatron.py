@@ -136,8 +136,9 @@ def _layout(plan: Plan) -> str:
 def _recompute(plan: Plan, differences: list[str]) -> Flags:
     if plan.recompute == "none":
         return
-    if plan.recompute == "selective":
-        differences.append("recompute of all but the outputs of products; Megatron recomputes attention alone")
+    if plan.recompute in ("selective", "mincut"):
+        saved = {"selective": "the outputs of products", "mincut": "the values of a minimum cut"}[plan.recompute]
+        differences.append(f"recompute of all but {saved}; Megatron recomputes attention alone")
         yield "--recompute-granularity", "selective"
         return
     flags = FULL if plan.recompute == "full" else _first(plan)

@@ -151,9 +151,10 @@ def _optimizer(plan: Plan, differences: list[str]) -> dict[str, Any]:
 
 
 def _recompute(plan: Plan, differences: list[str]) -> dict[str, Any]:
-    if plan.recompute == "selective":
+    if plan.recompute in ("selective", "mincut"):
+        saved = {"selective": "the output of every product", "mincut": "the values of a minimum cut"}[plan.recompute]
         differences.append(
-            "recompute keeps the output of every product; torchtitan keeps every second one's, and attention's"
+            f"recompute keeps {saved}; torchtitan keeps the outputs of attention and of every second product"
         )
         return {"mode": "selective", "selective_ac_option": "op"}
     if plan.recompute == "mixed":
