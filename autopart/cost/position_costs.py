@@ -212,7 +212,7 @@ def _add_value(
             continue
         np.add.at(found.forward, at, forward)
         np.add.at(found.backward, at, backward)
-        np.add.at(found.recompute_seconds.T, at, rerun * sizes.reshards_rerun[:, i])
+        np.add.at(found.recompute_seconds.T, at, rerun * sizes.use_rerun(index, have, uses).any(1))
         np.maximum.at(found.largest_gradient, at, prices.reshard_bytes[i])
         np.maximum.at(found.backward_bytes.T, at, 2 * prices.reshard_bytes[i])
     outside = (consumers != producers) & (consumers >= 0)

@@ -10,13 +10,14 @@ is (1, 1 / d, s, s / d).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autopart.cost.compute import LOSS, NO_SIZES, SPLIT_LOSS, Array, bytes_of_backward, largest_of
+from autopart.cost.liveness import MODES
 from autopart.sharding.notation import saved_as
 from autopart.sharding.resharding import Reshard, Step
 from autopart.sharding.strategy_table import Chain, Node, Placements, SavedTensor, StrategyTable, Value
@@ -37,7 +38,7 @@ class Sizes:
                 whether over tp;  parameter_of: of every strategy, its row
     saved, rerun  [MODES, strategies]: 1 where the mode saves the operator's results, or runs the operator again
     reshards    (index in `StrategyTable.value_uses`, placement made, path) of every reshard -> its last step, its value
-    reshards_rerun  [MODES, reshards]: 1 where the mode runs the reshard again
+    reshards_rerun  [MODES, reshards]: 1 where the mode runs the reshard again whatever uses take its result
     saved_placements  of every saved tensor, for each of its distinct savers: the placement of the saved memory under
                 each strategy of the saver (of the root, where the tensor is saved as made)
     saved_index  (index in `StrategyTable.saved_tensors`, placement) -> index among all saved tensors
@@ -70,10 +71,9 @@ class Sizes:
             for (have, _), chain in used.chains.items():
                 for key, step in zip(reshard_paths(chain), chain, strict=True):
                     self.reshards[index, have, key] = step, value
-        self.reshards_rerun = np.array([
-            table.reshards_rerun[:, i, int(table.value_uses[i].several or any(p.kind == "P" for p in have))]
-            for i, have, _ in self.reshards
-        ], dtype=float).reshape(-1, len(table.saved)).T  # fmt: skip
+        relevant = [self.use_rerun(index, have) for index, have, _ in self.reshards]
+        self.reshards_rerun = np.array([again.all(1) for again in relevant], dtype=float)
+        self.reshards_rerun = self.reshards_rerun.reshape(-1, len(table.saved)).T
         self.alike_reshards: dict[tuple[str, Reshard, bool], list[int]] = {}
         for i, (step, value) in enumerate(self.reshards.values()):
             self.alike_reshards.setdefault((table.axes[step.axis], step.row, value.grad), []).append(i)
@@ -89,6 +89,20 @@ class Sizes:
             for placed in dict.fromkeys(p for options in savers for p in options):
                 self.saved_index[index, placed] = len(self.saved_index)
         self.saved_tensor_bytes = _rows(self.root(table.saved_tensors[k], placed) for k, placed in self.saved_index)
+
+    def use_rerun(
+        self, index: int, have: Placements, uses: Collection[tuple[int, int]] | None = None
+    ) -> NDArray[np.bool_]:
+        """[MODES, uses]: whether backward runs the reshards of a value, made in the placement `have`, again for each of
+        `uses` (None: for all of its uses).
+
+        Reshards of a partial sum are part of the segment that makes the sum: in mode "mincut" they run again only for
+        uses there."""
+        used = self.table.value_uses[index]
+        again = self.table.use_rerun[index].copy()
+        if any(p.kind == "P" for p in have):
+            again[MODES.index("mincut")] &= used.inside
+        return again if uses is None else again[:, [use in uses for use in used.uses]]
 
     def separable_bound(self, costs: Array, allowed: Mapping[int, Iterable[int]]) -> float:
         """Lower bound on the cost of every choice, each variable minimised on its own:

@@ -67,6 +67,7 @@ def stage_cut(layered: LayeredGraph, stage: StageGraph, index: int, mode: str) -
     """What one of the modes SAVING saves of a stage's segment, and what it runs again: the cut of the model's segment
     in the stage's graph. A reshard runs again where what runs again takes its result, or where backward reads that."""
     (_, nodes), saved, read = stage.segments[index], set[fx.Node](), set[fx.Node]()
+    inside = set(nodes)
     if mode == "selective":
         products = {n for n in nodes if is_product(n)}
         saved = {next(iter(n.users)) if joins_bias(n) else n for n in products}
@@ -75,7 +76,7 @@ def stage_cut(layered: LayeredGraph, stage: StageGraph, index: int, mode: str) -
     for node in nodes:
         made = stage.values[node][0][0] if node in stage.values else None
         if info(node).name in RESHARD_CALLS or made is None:
-            read |= {node} if any(info(node).root in info(u).saves for u in node.users if u.op != "output") else set()
+            read |= {node} if any(info(node).root in info(u).saves for u in node.users if u in inside) else set()
         elif made in model.saved:
             saved.add(node.args[0] if is_pick(node) else node)  # type: ignore[arg-type]
         elif made in model.rerun:

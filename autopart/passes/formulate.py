@@ -79,7 +79,7 @@ class _Builder:
             tied=[tied for tied in (inputs, *written) if len(tied) > 1],
             saved=saved,
             rerun=rerun,
-            reshards_rerun=self._reshards_rerun(rerun),
+            use_rerun=self._use_rerun(rerun),
         )
 
     def _checkpointing(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -91,16 +91,17 @@ class _Builder:
                 found[:, :, i] = [node in cut.saved for cut in cuts], [node in cut.rerun for cut in cuts]
         return found[0], found[1]
 
-    def _reshards_rerun(self, rerun: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """`StrategyTable.reshards_rerun`: in mode "mincut" those of values that backward reads as operators take them,
-        and of values that operators take which run again."""
+    def _use_rerun(self, rerun: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
+        """`StrategyTable.use_rerun`: in mode "mincut" the uses by operators that run again, and those whose value
+        backward reads as the operator takes it."""
         savers = {saver for tensor in self.positions.saved_tensors for saver in tensor.savers}
-        found = np.ones((len(MODES), len(self.positions.value_uses), 2), dtype=bool)
-        found[MODES.index("none")] = False
-        for i, used in enumerate(self.positions.value_uses):
-            read = [use in savers or rerun[MODES.index("mincut"), use[0]] for use in used.uses]
-            inside = [each for each, own in zip(read, used.inside, strict=True) if own]
-            found[MODES.index("mincut"), i] = any(read), any(inside)
+        found = []
+        for used in self.positions.value_uses:
+            again = np.ones((len(MODES), len(used.uses)), dtype=bool)
+            again[MODES.index("none")] = False
+            mincut = MODES.index("mincut")
+            again[mincut] = [use in savers or rerun[mincut, use[0]] for use in used.uses]
+            found.append(again)
         return found
 
     def _node(self, node: fx.Node, hints: Hints) -> Node:

@@ -173,8 +173,7 @@ class StrategyTable:
     tied        sets of nodes that take the same option
     saved       [`liveness.MODES`, nodes]: whether the mode saves the node's results, besides what autograd saves
     rerun       [MODES, nodes]: whether backward runs the node again in that mode
-    reshards_rerun  [MODES, value uses, 2]: whether backward runs the reshards of a value again, where they are part of
-                a consumer's segment, and where of the producer's
+    use_rerun   of every value, [MODES, uses]: whether backward takes the value again as the use does
     """
 
     axes: tuple[str, ...]
@@ -190,4 +189,4 @@ class StrategyTable:
     tied: list[list[int]]
     saved: NDArray[np.bool_]
     rerun: NDArray[np.bool_]
-    reshards_rerun: NDArray[np.bool_]
+    use_rerun: list[NDArray[np.bool_]]
