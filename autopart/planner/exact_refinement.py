@@ -71,7 +71,7 @@ def _stage(
     every = {mode for segment_class in model.blocks for mode in used.get(segment_class, ())}
     segments = {segment_class: _segment(space, point, segment_class, span) for segment_class in {*classes, -1}}
     seconds, total, differing = (np.zeros(len(there)) for _ in range(3))
-    for segment_class in {*table.segment_classes, -1}:
+    for segment_class in segments:
         modes = used.get(segment_class) or {"none": 1}
         for mode, n in modes.items():
             costs = space.costs(point, {segment_class: mode} if segment_class >= 0 else {})

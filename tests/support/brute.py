@@ -490,9 +490,9 @@ class Priced:
             found.forward + found.backward + found.sync_seconds / self.amortization,
             self.share * found.overlappable_seconds,
             self.share * found.backward * self.prices.overlappable_seconds.any(), *found.recompute_seconds[1:],
-            *found.saved_bytes[:2], found.block_input_bytes, found.state_bytes.sum(0), found.largest_gradient,
+            *found.saved_bytes[:-1], found.block_input_bytes, found.state_bytes.sum(0), found.largest_gradient,
             *found.backward_bytes, *found.reduced_bytes, found.optimizer_workspace, found.state_bytes[1],
-            found.regathered_bytes, found.reused_bytes[1],
+            found.regathered_bytes, *found.reused_bytes[1:-1],
         ])  # fmt: skip
         return Atom(each, found.per_stage, found.crossings)
 
@@ -503,11 +503,15 @@ class Priced:
             if self.table.segment_classes[p] == node.segment_class:
                 found.forward[p] += prices.forward[i]
                 found.backward[p] += prices.backward[i]
-                found.recompute_seconds[1][p] += prices.forward[i] - prices.product[i]
-                found.recompute_seconds[2][p] += prices.forward[i]
                 found.saved_bytes[0][p] += prices.inner[i]
-                found.saved_bytes[1][p] += prices.product_results[i]
-                found.reused_bytes[1][p] += prices.sizes.product[i] * prices.inner[i]
+                for mode in range(1, len(MODES)):
+                    if self.table.rerun[mode, index]:
+                        found.recompute_seconds[mode][p] += prices.forward[i]
+                    else:
+                        found.saved_bytes[mode][p] += prices.inner[i]
+                        found.reused_bytes[mode][p] += prices.inner[i]
+                    if self.table.saved[mode, index]:
+                        found.saved_bytes[mode][p] += prices.output_bytes[i]
                 found.largest_gradient[p] = max(found.largest_gradient[p], prices.largest_gradient[i])
                 found.backward_bytes[:, p] = np.maximum(found.backward_bytes[:, p], prices.backward_bytes[:, i])
         for users in self.table.shared.get(index, ()):
@@ -552,7 +556,7 @@ class Span:
     in_flight: int
 
 
-PER_BLOCK = 7
+PER_BLOCK = 10
 
 
 class Totals:
@@ -562,9 +566,9 @@ class Totals:
     themselves; at every position the largest gradient, those of an operator's backward, a step's first and others, the
     largest parameter whose gradient ranks sum, bytes of all such, kept if it is no block, gradients that were not there
     before backward, seconds of the stage if the link is busy from the end of the position's backward until the
-    gradients of all before it have come; then for every block: seconds that running it again takes, cheap operators
-    alone and all; bytes it keeps whole, of what products give, of what it takes, more than whole once it is run again,
-    and whole besides products (`PER_BLOCK` columns)."""
+    gradients of all before it have come; then for every block (`PER_BLOCK` columns): seconds of what modes run again;
+    bytes that it keeps whole, that modes save of its results, that it takes, that are more than whole once it is run
+    again, and that are whole besides what modes reuse."""
 
     def __init__(self, priced: Priced, span: Span) -> None:
         self.priced, self.span = priced, span
@@ -587,8 +591,9 @@ class Totals:
         """The columns of every atom."""
         span = self.span
         each = np.stack([a.each[:, span.i : span.j] for a in atoms])
-        time, beside, hides, again, whole, kept, results, entered, state, *rest = each.transpose(1, 0, 2)
-        largest, begun, others, summed, most, own, stepping, gradients, wide, products = rest
+        time, beside, hides, *each_mode = each.transpose(1, 0, 2)
+        again, (kept, *results, entered, state), rest = each_mode[:3], each_mode[3:8], each_mode[8:]
+        largest, begun, others, summed, most, own, stepping, gradients, wide, *reused = rest
         numbers = np.zeros((len(atoms), self.at))
         gradients = gradients * self.begins
         numbers[:, 0] = (state - gradients).sum(1) + span.in_flight * kept[:, self.plain].sum(1)
@@ -600,9 +605,8 @@ class Totals:
         for row, atom in zip(numbers, atoms, strict=True):
             self._once(row, atom)
         blocks = [p - span.i for p in self.blocks]
-        rerun = np.stack([again, whole, kept, results, entered, wide, kept - products], 2)[:, blocks].reshape(
-            len(atoms), -1
-        )
+        columns = [*again, kept, *results, entered, wide, *(kept - each for each in reused)]
+        rerun = np.stack(columns, 2)[:, blocks].reshape(len(atoms), -1)
         return np.concatenate([numbers, rerun], 1)
 
     def _once(self, row: Array, atom: Atom) -> None:
@@ -655,13 +659,16 @@ class Totals:
         rows, of_blocks, several = np.arange(len(numbers)), np.zeros(len(numbers)), numbers[:, 1] * (modes > 0).any(1)
         rerun, in_backward, leaves = np.zeros((3, len(numbers), count))
         for b in range(len(self.blocks)):
-            again, whole, kept, results, entered, wide, rest = self.block(numbers, b).T
+            *again, kept, selective, mincut, entered, wide, besides, besides_cut = self.block(numbers, b).T
             mode, place = modes[:, b], self.blocks[b] - self.span.i
-            times += np.stack([0.0 * again, again, whole])[mode, rows][:, None]
-            holds = np.stack([kept, results + entered, entered])[mode, rows]
+            times += np.stack([0.0 * kept, *again])[mode, rows][:, None]
+            holds = np.stack([kept, selective + entered, mincut + entered, entered])[mode, rows]
             of_blocks += holds
-            rerun[:, place] = np.stack([0.0 * kept, rest + wide, kept + wide])[mode, rows]
-            in_backward[:, place] = np.stack([0.0 * kept, kept + wide - results, kept + wide])[mode, rows]
+            all_again = kept + wide
+            rerun[:, place] = np.stack([0.0 * kept, besides + wide, besides_cut + wide, all_again])[mode, rows]
+            in_backward[:, place] = np.stack([0.0 * kept, all_again - selective, all_again - mincut, all_again])[
+                mode, rows
+            ]
             leaves[:, place] = holds * alike
         found[:, 0], found[:, self.seconds_at :] = times.max(1), times
         found[:, 1] += several + self.span.in_flight * of_blocks
@@ -734,11 +741,10 @@ class Stage:
         blocks = len(self.totals.blocks)
         seconds, held = more[:, self.totals.times].copy(), more[:, 0].copy()
         for b in range(blocks):
-            again, whole, kept, results, entered, *_ = self.totals.block(more, b).T
-            seconds += np.min([[0.0 * again, again, whole][m] for m in self.modes], axis=0)[:, None]
-            held += self.totals.span.in_flight * np.min(
-                [[kept, results + entered, entered][m] for m in self.modes], axis=0
-            )
+            *again, kept, selective, mincut, entered, _, _, _ = self.totals.block(more, b).T
+            seconds += np.min([[0.0 * kept, *again][m] for m in self.modes], axis=0)[:, None]
+            by_mode = kept, selective + entered, mincut + entered, entered
+            held += self.totals.span.in_flight * np.min([by_mode[m] for m in self.modes], axis=0)
         return np.column_stack([seconds, held])
 
     @property
