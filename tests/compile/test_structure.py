@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -37,9 +38,17 @@ def data(samples: int = 8, *shape: int) -> Batch:
     return {"x": x, "target": target}
 
 
-def simulated(model: nn.Module, batch: Batch, pp: int = 1, dp: int = 1, tp: int = 1, **settings: Any) -> Simulated:
+@cache
+def traced(make: Callable[..., nn.Module], *args: Any) -> Source:
+    """A model in training mode with a batch for it, traced once for all its tests."""
+    torch.manual_seed(0)
+    model = make(*args).train()
+    return Source(model, data() if isinstance(model, Stack) else words(), torch.float32)
+
+
+def simulated(source: Source, pp: int = 1, dp: int = 1, tp: int = 1, **settings: Any) -> Simulated:
     """One step, held against one process: loss, gradients and state."""
-    source = Source(model, batch, torch.float32)
+    model, batch = source.model, source.batch
     request = Request(samples_of(batch), pp=pp, dp=dp, tp=tp, **settings)
     found = simulate_plan(source, make_plan(source, Mesh.of(f"{pp * dp * tp}:cpu"), request, to_run=True))
     whole = copy.deepcopy(model)
@@ -124,29 +133,30 @@ class Averaging(Residual):
 STATEFUL = {"norm": (Normed, (4, 5)), "count": (Counting, (WIDTH,)), "average": (Averaging, (WIDTH,))}
 
 
-def stateful(name: str) -> tuple[nn.Module, Batch]:
+@cache
+def stateful(name: str) -> Source:
     torch.manual_seed(0)
     block, shape = STATEFUL[name]
-    return Stack(block).train(), data(8, *shape)
+    return Source(Stack(block).train(), data(8, *shape), torch.float32)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STATEFUL)
 @pytest.mark.parametrize("degrees", GRID)
 def test_buffers_change_as_in_one_process(name: str, degrees: dict[str, int]) -> None:
-    model, batch = stateful(name)
-    before = copy.deepcopy(model.state_dict())
-    found = simulated(model, batch, **degrees, micro_batch=8)
+    source = stateful(name)
+    before = copy.deepcopy(source.model.state_dict())
+    found = simulated(source, **degrees, micro_batch=8)
     assert any(not torch.equal(found.state[name], value) for name, value in before.items())
     if name == "norm" and degrees == {"tp": 2}:
         assert any('"layers.0.norm.running_mean", [8], tp="S0"' in s or 'running_mean", [8], tp="S0"' in s
-                   for s in sources(model, batch, found.plan))  # fmt: skip
+                   for s in sources(source.model, source.batch, found.plan))  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STATEFUL)
 def test_blocks_that_change_buffers_are_not_run_again(name: str) -> None:
-    model, batch = stateful(name)
+    model, batch = stateful(name).model, stateful(name).batch
     with pytest.raises(PartitionError, match=r"changes layers\.0\.\S+\n.*recompute"):
         autopart.plan(model, "2:cpu", batch, pp=2, recompute="full")
     assert autopart.plan(model, "2:cpu", batch, pp=2).recompute == "none"
@@ -260,15 +270,13 @@ class Streams(Stack):
 @pytest.mark.parametrize("kind", [Shared, Recurrent, Masks, GivenMasks, Remembered, Widened, Streams])
 @pytest.mark.parametrize("degrees", [{"tp": 2}, {"dp": 2}, {"pp": 3}, {"tp": 2, "pp": 2}])
 def test_values_and_weights_are_where_they_are_used(kind: type[Stack], degrees: dict[str, int]) -> None:
-    torch.manual_seed(0)
-    simulated(kind(), data(), **degrees, micro_batch=4)
+    simulated(traced(kind), **degrees, micro_batch=4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [Masks, GivenMasks, Remembered])
 def test_blocks_are_run_again_with_their_own_values(kind: type[Stack]) -> None:
-    torch.manual_seed(0)
-    simulated(kind(), data(), pp=2, micro_batch=4, recompute="full")
+    simulated(traced(kind), pp=2, micro_batch=4, recompute="full")
 
 
 class Heads(nn.Module):
@@ -288,7 +296,7 @@ class Heads(nn.Module):
 
 def test_three_heads_on_two_ranks() -> None:
     torch.manual_seed(0)
-    plan = simulated(Heads(3, 16), data(8, 5, 6), tp=2, micro_batch=8).plan
+    plan = simulated(Source(Heads(3, 16), data(8, 5, 6), torch.float32), tp=2, micro_batch=8).plan
     (note,) = plan.notes
     assert note.startswith("tp splits ") and "whole on every rank: " in note and "down" not in note
     assert float(note.split()[2].rstrip("%")) > 20
@@ -298,7 +306,7 @@ def test_nothing_to_split_is_refused() -> None:
     with pytest.raises(PartitionError, match="tp=4 splits nothing") as caught:
         autopart.plan(Heads(3, 15, 3), "4:cpu", data(9, 7, 6), tp=4, micro_batch=9)
     assert caught.value.try_.startswith("tp=2, 3") and "15" in caught.value.why
-    simulated(Heads(3, 15, 3), data(9, 7, 6), tp=3, micro_batch=9)
+    simulated(Source(Heads(3, 15, 3), data(9, 7, 6), torch.float32), tp=3, micro_batch=9)
 
 
 @pytest.mark.parametrize(
@@ -347,8 +355,7 @@ def words() -> Batch:
     [({"tp": 2}, False), ({"tp": 2}, True), ({"tp": 4}, False), ({"dp": 2}, True), ({"tp": 2, "pp": 2}, True)],
 )
 def test_experts_are_split(degrees: dict[str, int], routers: bool) -> None:
-    torch.manual_seed(0)
-    plan = simulated(mixtral(routers).train(), words(), **degrees, micro_batch=4).plan
+    plan = simulated(traced(mixtral, routers), **degrees, micro_batch=4).plan
     chosen = [s for name, s in plan.splits[0].get("tp", {}).items() if "grouped_linear" in name]
     assert len(chosen) == (2 if "tp" in degrees else 0)
     assert [s.name for s in chosen] == ["e"] * len(chosen)
@@ -358,8 +365,7 @@ def test_experts_are_split(degrees: dict[str, int], routers: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("degrees", [{"tp": 2}, {"dp": 2}, {"tp": 2, "pp": 2}])
 def test_experts_with_biases(degrees: dict[str, int]) -> None:
-    torch.manual_seed(0)
-    simulated(gpt_oss().train(), words(), **degrees, micro_batch=4)
+    simulated(traced(gpt_oss), **degrees, micro_batch=4)
 
 
 def experts(ids: list[int], transposed: bool) -> tuple[Tensor, Tensor, Tensor]:

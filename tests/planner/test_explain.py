@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,6 +34,11 @@ LAYERS = 10
 MESH = "4:cpu"
 POINTS = 30
 """Of a search: that it is as good on tiny models as it gets is for other tests."""
+
+
+SHORT: list[dict[str, Any]] = [{"recompute": "none", "zero": 0, "pp": 1, "tp": 1}, {}]
+if "AUTOPART_EXAMPLES" in os.environ:  # between the two
+    SHORT.append({"micro_batch": 8, "recompute": "none"})
 
 
 @lru_cache
@@ -227,10 +233,7 @@ def test_memory_price() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings",
-    [{"recompute": "none", "zero": 0, "pp": 1, "tp": 1}, {"micro_batch": 8, "recompute": "none"}, {}],
-)
+@pytest.mark.parametrize("settings", SHORT)
 def test_advice_fits(settings: dict[str, Any]) -> None:
     """Where nothing fits, what is said to fit does."""
     smallest = min(max(planned(f"pp={pp}", recompute="full", zero=3).memory_bytes) for pp in (1, 2))

@@ -32,7 +32,7 @@ from autopart.hardware.mesh import Mesh
 from autopart.passes.source import Source
 from autopart.planner.make_plan import make_plan, request_of
 
-STEPS = 3
+STEPS = 2
 Tensors = dict[str, torch.Tensor]
 
 Table = list[tuple[str, dict[str, Any]]]
