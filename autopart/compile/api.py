@@ -14,7 +14,7 @@ from torch import nn
 
 from autopart.compile.programs import programs
 from autopart.errors import PartitionError
-from autopart.frontend.batch import DTYPES, Batch
+from autopart.frontend.batch import DTYPES, Batch, outline
 from autopart.hardware.mesh import Mesh
 from autopart.passes.source import Source
 from autopart.plan.data import Plan
@@ -97,7 +97,11 @@ def compile(
     groups = make_groups(plan.pp, plan.dp, plan.tp)
     groups.rng.seed = seed
     (program,) = programs(layered, plan, [groups.pp.rank])
-    compiled = Compiled(model, plan, groups, program, layered.traced.aliases, layered.traced.buffers)
+    again = replace(source, batch=outline(batch, 1), prepared={}, planned={})
+    compiled = Compiled(
+        model, plan, groups, program, layered.traced.aliases, layered.traced.buffers, batch,
+        lambda: _has_trace(again, plan, layered.hash),
+    )  # fmt: skip
     if "MASTER_ADDR" in os.environ:
         start_watchdog(lambda: compiled.executor.doing)
     return compiled
@@ -126,6 +130,13 @@ def _agreed(given: Plan | None, seed: int | None, make: Callable[[], Plan]) -> t
     if isinstance(box[0], tuple):
         raise PartitionError(*box[0])
     return Plan.from_json(box[0]), box[1]
+
+
+def _has_trace(source: Source, plan: Plan, hash: str) -> bool:
+    """Whether a model, traced as it is now, is the one that a plan's program was emitted from."""
+    with suppress(PartitionError):
+        return replace(source, prepared={}).full(plan.micro_batch, plan.mesh).hash == hash
+    return False
 
 
 def _check_trainable(model: nn.Module) -> None:

@@ -71,7 +71,8 @@ def simulate_plan(source: Source, plan: Plan, seed: int | None = None) -> Simula
     def one(groups: Groups) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         groups.rng.seed = torch.initial_seed() if seed is None else seed
         stage = stages[groups.pp.rank]
-        compiled = Compiled(source.model, plan, groups, stage, layered.traced.aliases, layered.traced.buffers)
+        traced = layered.traced
+        compiled = Compiled(source.model, plan, groups, stage, traced.aliases, traced.buffers, source.batch)
         loss = compiled.step(source.batch)
         return loss, compiled.full_gradients(), compiled.full_state_dict()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import linecache
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -17,6 +17,7 @@ from autopart.plan.data import Plan
 from autopart.plan.schedules.ops import Instruction
 from autopart.runtime.executor import Executor, Message
 from autopart.runtime.groups import Groups
+from autopart.runtime.guards import BatchForm, TrainingMode
 from autopart.runtime.parameters import load, origins
 from autopart.runtime.process_group import Group
 from autopart.runtime.whole import assemble, micro_batches, shares_of
@@ -59,9 +60,18 @@ class Compiled:
         program: Program,
         aliases: Mapping[str, str],
         constants: Mapping[str, Tensor | None],
+        traced: Mapping[str, Any] | None = None,
+        same_trace: Callable[[], bool] = lambda: False,
     ) -> None:
+        """
+        constants   values of the model's buffers and of constants that the trace made
+        traced      the batch that was traced, whose form every batch must have; None: any that has the plan's inputs
+        same_trace  whether the model as it is now would be traced to the same program
+        """
         self.plan, self.groups, self.source = plan, groups, program.source
         self.model, self.aliases, self.sample_axes = model, aliases, program.sample_axes
+        self.form = None if traced is None else BatchForm(traced)
+        self.mode = TrainingMode(model, same_trace)
         module = run_source(program.source, f"stage_{program.stage}.py")
         self.stage: nn.Module = module.Stage(groups)
         self.origins = origins(self.stage)
@@ -101,9 +111,13 @@ class Compiled:
                every micro-batch
 
         Returns the loss of the whole batch, the same on every rank. Raises PartitionError where the batch has another
-        size than the plan's.
+        size than the plan's, other keys, dtypes or constants than the batch at compile, where the model's training mode
+        has changed since, and under torch.autocast.
         """
         check_modes("a step")
+        if self.form is not None:
+            self.form.check(batch)
+        self.mode.check()
         shares = micro_batches(self.plan, batch, self.data_ranks, self.data_rank, local, self.groups.device)
         with torch.enable_grad():
             return self.executor.run(shares)

@@ -1,0 +1,89 @@
+"""What a step checks of its batch and of the model: what the trace took for granted must still hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from autopart.errors import PartitionError, few
+
+Tensor = torch.Tensor
+
+
+class BatchForm:
+    """The form that every batch must have: the keys of the traced batch, the dtypes of its tensors, and its other
+    values, which are constants of the trace. A key whose value is None counts as absent."""
+
+    def __init__(self, traced: Mapping[str, Any]) -> None:
+        self.dtypes = {k: v.dtype for k, v in traced.items() if isinstance(v, Tensor)}
+        self.constants = {k: v for k, v in traced.items() if v is not None and k not in self.dtypes}
+
+    def check(self, batch: Mapping[str, Any]) -> None:
+        """Raise PartitionError for a batch of another form."""
+        given = {k: v for k, v in batch.items() if v is not None}
+        known = {**self.dtypes, **self.constants}
+        if added := [repr(k) for k in given if k not in known]:
+            raise PartitionError(
+                f"the batch has {few(added)}, which the batch at compile had not",
+                "the emitted code has no such input and would train without it",
+                f"autopart.compile with a batch that has {few(added)}, or a step without",
+            )
+        if lacking := [repr(k) for k in known if k not in given]:
+            raise PartitionError(
+                f"the batch lacks {few(lacking)}, which the batch at compile had",
+                f"it has {', '.join(map(repr, given)) or 'nothing'}",
+                f"a step with {few(lacking)}, or autopart.compile with a batch without",
+            )
+        for name, dtype in self.dtypes.items():
+            value = given[name]
+            found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            if found != dtype:
+                raise PartitionError(
+                    f"batch[{name!r}] is {found}, and was {dtype} at compile",
+                    "the emitted code has the casts of the batch that was traced",
+                    f"batch[{name!r}].to({dtype}), or autopart.compile with a batch as this one",
+                )
+        for name, value in self.constants.items():
+            if given[name] is not value and (isinstance(given[name], Tensor) or given[name] != value):
+                raise PartitionError(
+                    f"batch[{name!r}] is {given[name]!r}, and was {value!r} at compile",
+                    "a value that is no tensor with samples in dim 0 is a constant of the trace, "
+                    "which the emitted code keeps",
+                    "autopart.compile again for the new value, a tensor with a row a sample in its place, or a model "
+                    "that computes it",
+                )
+
+
+class TrainingMode:
+    """Whether the modules of a model are in training mode, as they were in the trace.
+
+    same_trace  whether the model as it is now has the trace of the program. It is asked when modes have changed: a
+                model without dropout computes the same in both
+    """
+
+    def __init__(self, model: nn.Module, same_trace: Callable[[], bool]) -> None:
+        self.names, self.modules = zip(*model.named_modules(), strict=True)
+        self.same_trace = same_trace
+        self.modes = self._now()
+
+    def _now(self) -> list[bool]:
+        return [module.training for module in self.modules]
+
+    def check(self) -> None:
+        """Raise PartitionError where modes have changed and change what the model computes."""
+        now = self._now()
+        if now == self.modes:
+            return
+        if not self.same_trace():
+            changed = [i for i, (before, after) in enumerate(zip(self.modes, now, strict=True)) if before != after]
+            names = [self.names[i] or type(self.modules[i]).__name__ for i in changed]
+            mode, call = ("training", "train") if now[changed[0]] else ("evaluation", "eval")
+            raise PartitionError(
+                f"{few(names)} changed to {mode} mode after compile",
+                "the emitted code has the dropout and the norms of the mode that was traced",
+                f"model.{call}() before autopart.compile, or the mode as it was",
+            )
+        self.modes = now
