@@ -9,6 +9,7 @@ one rank:
     gradients    in its first backward           after the step                  `Training.state_bytes`
     optimizer    before the step                 after the step                  `Training.state_bytes`
     activations  in its forward                  at the end of its backward      F (saved[mode] + block input)
+    activations  when the stage takes it         when the stage's backward ends  F x a received value that none saves
     messages     when the stage is ready for it  when the stage takes it         values from other stages
     recomputed   at the start of its backward    in its backward                 w - saved[mode] or w - reused[mode]
     in flight    in its backward                 in its backward                 gradients of one operator
@@ -127,26 +128,14 @@ def unallocated(gradients: Any, first: bool) -> Any:
     return np.cumsum(np.concatenate([0.0 * gradients[:1], gradients * first]), axis=0)
 
 
-def by_release(saved: Any, block: Sequence[bool], uniform: bool) -> Any:
-    """What positions saved, by the position at the end of whose backward it counts as freed. Where blocks of a stage do
-    not all use one mode, what they saved counts as alive until the backward of the first of them ends."""
-    blocks = np.flatnonzero(block)
-    if uniform or not len(blocks):
-        return saved
-    found = saved.copy()
-    found[blocks] = 0.0
-    found[blocks[0]] = saved[blocks].sum(0)
-    return found
-
-
 @dataclass(frozen=True)
 class StageBytes:
     """A stage: its segments in order, and what all of them share.
 
     segments   of every position;  modes: the checkpointing modes that each may use
     prelude    what the stage makes for all its segments, whose backward is the last
-    saved      [positions]: bytes of a micro-batch by the position that frees them (`by_release`);  shared_saved: bytes
-               of a micro-batch that are freed when the stage's backward is done
+    saved      [positions]: bytes of a micro-batch by the position at the end of whose backward they are freed
+    shared_saved  bytes of a micro-batch that are freed when the stage's backward is done
     gradients  [positions]: bytes of the gradients that a position alone allocates
     state      bytes of all parameters, gradients and optimizer states
     pending    position of the last reader of a shared parameter; bytes of the gradients of shared parameters that wait

@@ -16,7 +16,7 @@ from autopart.cost.sizes import ReshardPath, as_saved, reshard_paths
 from autopart.cost.training_state import Training
 from autopart.hardware.rows import Link
 from autopart.sharding.notation import G, R
-from autopart.sharding.strategy_table import Placements, SavedTensor, ValueUses
+from autopart.sharding.strategy_table import Placements, SavedTensor, StrategyTable, ValueUses
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Crossings:
     """Values that a stage sends where a cut is between their producer and a consumer.
 
     producers, consumers  [pairs]: positions that make a value and that use it
+    saves     [pairs]: whether the consumer saves the value for its backward in mode "none"
     size                  bytes of one value on a rank, per micro-batch
     seconds               to send one value and its gradient
     one                   whether all pairs are of one value, which is sent to a stage once
@@ -52,6 +53,7 @@ class Crossings:
 
     producers: NDArray[np.int_]
     consumers: NDArray[np.int_]
+    saves: NDArray[np.bool_]
     size: float
     seconds: float
     one: bool = False
@@ -233,21 +235,22 @@ def _add_value(
         blocks = outside & np.array(table.block)[consumers]
         np.add.at(found.block_input_bytes, consumers[blocks], bytes_in(wants[used.uses[0]] if summed else have))
     taken = next(wants[use] for use, inside in zip(used.uses, used.inside, strict=True) if not inside)
-    found.crossings += _crossings(used, bytes_in(taken if summed else have), value.grad, link)
+    found.crossings += _crossings(table, used, bytes_in(taken if summed else have), link)
 
 
-def _crossings(used: ValueUses, size: float, grad: bool, link: Link | None) -> Iterator[Crossings]:
+def _crossings(table: StrategyTable, used: ValueUses, size: float, link: Link | None) -> Iterator[Crossings]:
     """The `Crossings` of a value of `size` bytes."""
+    grad, saving = table.nodes[used.source].values[used.output].grad, table.saving_positions.get(used.source, [])
     seconds = float(p2p_seconds(size, link)) * (1 + grad) if link is not None else 0.0
     if not used.several:
         producers, consumers = used.ends
         away = (consumers != producers) & (consumers >= 0) & (producers >= 0)
-        yield Crossings(producers[away], consumers[away], size, seconds)
+        yield Crossings(producers[away], consumers[away], np.isin(consumers[away], saving), size, seconds)
         return
     for producer, at in zip(used.producers, used.consumers, strict=True):
         taking = np.array(sorted(set(at) - {producer, -1}), dtype=int)
         if len(taking) and producer >= 0:
-            yield Crossings(np.full(len(taking), producer), taking, size, seconds, True)
+            yield Crossings(np.full(len(taking), producer), taking, np.isin(taking, saving), size, seconds, True)
 
 
 def least_crossings(prices: Prices, link: Link | None) -> list[Crossings]:
@@ -260,7 +263,7 @@ def least_crossings(prices: Prices, link: Link | None) -> list[Crossings]:
         value = source.values[used.output]
         placements = {placed for chain in used.chains for placed in chain}
         least = min(float(prices.sizes.byte_coefficients(value, p) @ prices.terms.basis) for p in placements)
-        found += _crossings(used, least, value.grad, link)
+        found += _crossings(table, used, least, link)
     return found
 
 

@@ -38,8 +38,8 @@ def fastest_that_fit(
     """
     model, prices, link = space.model(point), space.priced(point), space.between_stages(point)
     there, own, m = model.counts_in(*span), model.counts_alone[slice(*span)], space.micro_batches(point)
-    sent, received = messages(model, prices, span, link) if link is not None else np.zeros((2, len(there)))
-    seconds, stage = _stage(space, point, span, counts, receive_buffer_bytes(received, in_flight, m))
+    sent, received, held = messages(model, prices, span, link) if link is not None else np.zeros((3, len(there)))
+    seconds, stage = _stage(space, point, span, counts, receive_buffer_bytes(received, in_flight, m), held)
     overlappable, backward = space.sync_windows(point)
     lowest, *others = moments(stage, space.training(point), in_flight, m)
     peaks = _entries(_rows(model, others, lowest.bytes))
@@ -60,10 +60,11 @@ def _rows(model: Model, others: Iterable[Moment], lowest: Array) -> Array:
 
 def _stage(
     space: SearchSpace, point: SearchPoint, span: tuple[int, int], counts: Mapping[int, Mapping[str, int]],
-    arriving: Array,
+    arriving: Array, held: Array,
 ) -> tuple[Array, StageBytes]:  # fmt: skip
     """[variables]: seconds of a micro-batch in the positions `span`; the stage's `StageBytes`, with an array over
-    variables for each amount. `arriving` are the bytes of messages."""
+    variables for each amount. `arriving` are the bytes of messages, `held`
+    those of received values that no position saves."""
     model, prices, training = space.model(point), space.priced(point), space.training(point)
     table, there, inside = model.table, model.counts_in(*span), slice(*span)
     classes, block, fraction = table.segment_classes[inside], table.block[inside], there / np.maximum(model.counts, 1.0)
@@ -95,7 +96,7 @@ def _stage(
         modes=[[*map(MODES.index, used.get(segment_class) or {"none": 1})] for segment_class in classes],
         prelude=segments[-1],
         saved=saved,
-        shared_saved=total - saved.sum(0),
+        shared_saved=total - saved.sum(0) + held,
         gradients=own,
         state=(state, own.sum(0), 0.0 * state),
         pending=_pending(model, prices, span),

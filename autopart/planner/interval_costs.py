@@ -38,7 +38,8 @@ class IntervalCosts:
 
     seconds                forward, backward, the amortized share of exposed gradient sync, messages
     state_bytes            of parameters, gradients and optimizer states
-    saved_bytes            per micro-batch;  block_saved_bytes: of these, what blocks save
+    saved_bytes            per micro-batch, with received values that no position saves;  block_saved_bytes: of these,
+                           what blocks save
     received_bytes         of a micro-batch's values from earlier intervals
     first, others          transient bytes in the first backward of a step, where no gradients exist before it, and in
                            others
@@ -195,7 +196,7 @@ def interval_costs(
             already = contains_any([p for p in item.positions if recomputed[p]], n)
             saves += already * item.block_input_bytes
             shared_inputs += (inside & ~already) * item.block_input_bytes
-    message_seconds, received = crossed(costs.crossings, n)
+    message_seconds, received, held = crossed(costs.crossings, n)
     first, others = (transient_peaks(costs, allowed, block, begins) for begins in (True, False))
     classes = _checkpoint_classes(costs, segment_classes, block, allowed)
     where = {classes[p]: np.array(classes) == classes[p] for p in range(n) if block[p]}
@@ -203,7 +204,7 @@ def interval_costs(
     return IntervalCosts(
         seconds=seconds + message_seconds,
         state_bytes=state,
-        saved_bytes=saves,
+        saved_bytes=saves + held,
         block_saved_bytes=block_saves,
         received_bytes=received,
         first=first,

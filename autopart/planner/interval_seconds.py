@@ -39,14 +39,14 @@ def exposed_by_clock(overlappable: Sequence[float], backward: Sequence[float]) -
     return arrived - now
 
 
-def crossed(crossings: Iterable[Crossings], n: int) -> tuple[Array, Array]:
-    """[intervals] of n positions, twice: seconds of the messages of values that an interval receives and sends, and
-    bytes of values that it receives."""
+def crossed(crossings: Iterable[Crossings], n: int) -> tuple[Array, Array, Array]:
+    """[intervals] of n positions, three times: seconds of the messages of values that an interval receives and sends;
+    bytes of values that it receives; bytes of those among them that none of its positions saves."""
     starts, ends = interval_ends(n)
-    seconds, received, adjacent = np.zeros(len(starts)), np.zeros(len(starts)), np.zeros((2, n + 1))
+    (seconds, received, held), adjacent = np.zeros((3, len(starts))), np.zeros((3, n + 1))
     for values in crossings:
         near = (values.consumers == values.producers + 1) & (not values.one)
-        for row, amount in zip(adjacent, (values.seconds, values.size), strict=True):
+        for row, amount in zip(adjacent, (values.seconds, values.size, values.size * ~values.saves[near]), strict=True):
             np.add.at(row, values.consumers[near], amount)
         far = np.flatnonzero(~near)
         for where in [far] if values.one else far[:, None]:
@@ -55,4 +55,6 @@ def crossed(crossings: Iterable[Crossings], n: int) -> tuple[Array, Array]:
             given = (starts <= producer) & (producer < ends) & (ends <= max(consumers))
             seconds += (taken.astype(float) + given) * values.seconds
             received += taken * values.size
-    return seconds + adjacent[0, starts] + adjacent[0, ends], received + adjacent[1, starts]
+            held += (taken & ~contains_any(values.consumers[where][values.saves[where]].tolist(), n)) * values.size
+    before = adjacent[:, starts]
+    return seconds + before[0] + adjacent[0, ends], received + before[1], held + before[2]

@@ -94,7 +94,7 @@ class LagrangianBounds:
         self.kind_counts, self.class_sizes = kind_counts(classes, space.allowed_modes), Counter(classes)
         self.capacity = self._capacity(classes)
         self.in_flight = np.array(space.flights(point))
-        self.messages, _ = crossed(least_crossings(space.priced(point), space.between_stages(point)), len(classes))
+        self.messages, *_ = crossed(least_crossings(space.priced(point), space.between_stages(point)), len(classes))
         self.multipliers: list[float] = []
         self.seconds: list[Array] = []
         self.bytes = np.zeros(sum(len(modes) for _, modes in self.kind_counts.kinds))

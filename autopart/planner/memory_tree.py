@@ -29,7 +29,6 @@ from autopart.cost.liveness import (
     Moment,
     SegmentBytes,
     StageBytes,
-    by_release,
     moments,
 )  # fmt: skip
 from autopart.cost.training_state import OPTIMIZER_STATES, Training
@@ -43,7 +42,7 @@ from autopart.plan.units import printed_name
 from autopart.planner.candidate import SearchResult
 from autopart.planner.interval_seconds import crossed
 from autopart.planner.search_space import SearchSpace
-from autopart.planner.stage_parameters import Parameter, distinct, parameters
+from autopart.planner.stage_parameters import Parameter, distinct, own_gradient, parameters, pending_gradients
 
 KINDS = (PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, MESSAGES, "transient")
 """Kinds of bytes in plans; "transient" is the sum of `liveness.TRANSIENT`."""
@@ -131,7 +130,7 @@ class StageMemory:
         yield Allocation(PRELUDE, "of other stages, on its way", MESSAGES, moment.alive.get(MESSAGES, 0.0))
         inside = 0 <= moment.position < len(self.labels)
         label = self.labels[moment.position] if inside else PRELUDE
-        segment = self.layered.sequence[self.span[0] + moment.position] if inside else PRELUDE_SEGMENT
+        segment = self._segment_at(moment.position) if inside else PRELUDE_SEGMENT
         for kind in TRANSIENT:
             nbytes = moment.alive.get(kind, 0.0)
             name = TRANSIENT_NAMES.get(kind) or f"{self._operator_with(segment, nbytes)}, gradients"
@@ -159,23 +158,14 @@ class StageMemory:
             segments=segments,
             modes=[(mode,) for mode in modes],
             prelude=self._segment(PRELUDE_SEGMENT),
-            saved=by_release(saved, self._blocks, self._uniform),
-            shared_saved=shared + sum(info(node).size for node in self._several_taken()),
-            gradients=np.array([sum(self._own_gradient(p) for p in row) for row in self.reads], dtype=float),
+            saved=saved,
+            shared_saved=shared + sum(info(node).size for node in (*self._several_taken(), *self._held())),
+            gradients=np.array([sum(map(self._own_gradient, row)) for row in self.reads], dtype=float),
             state=(sum(s[0] for s in state), sum(s[1] for s in state), sum(s[2] for s in state)),
-            pending=self._pending(),
+            pending=pending_gradients(self.layered, training, self.reads, self.span),
             messages=receive_buffer_bytes(self.received, self.in_flight, self.micro_batches),
             end=[max(step, float(training.end_of_step_workspace(sum(reduced), max(reduced, default=0.0))))],
         )
-
-    @property
-    def _blocks(self) -> list[bool]:
-        return [is_block(label) for label in self.labels]
-
-    @property
-    def _uniform(self) -> bool:
-        """Whether all blocks use one mode."""
-        return len({mode for mode, block in zip(self.modes, self._blocks, strict=True) if block}) <= 1
 
     def _segment(self, segment: int) -> SegmentBytes:
         nodes, memory = (
@@ -224,21 +214,7 @@ class StageMemory:
         return sum(m.size for (name, _), m in saved if name in reused and segment in m.segments and not m.shared)
 
     def _own_gradient(self, parameter: Parameter) -> float:
-        """Bytes of the gradient of a parameter that one position of the model reads, else 0."""
-        if len(self.layered.readers[parameter.name]) > 1:
-            return 0.0
-        return self.training.state_bytes(parameter.bytes, parameter.record.grad, parameter.over_dp)[1]
-
-    def _pending(self) -> tuple[int, float]:
-        """The last position that reads a parameter which an earlier one reads too, and bytes of the gradients of all
-        such parameters."""
-        last, pending = 0, 0.0
-        for p in distinct(self.reads):
-            nbytes = self.training.pending_grad_bytes(p.bytes, p.record.grad, p.over_dp)
-            inside = [at - self.span[0] for at in self.layered.readers[p.name] if self.span[0] <= at < self.span[1]]
-            if len(inside) > 1 and nbytes:
-                last, pending = max(last, inside[-1]), pending + nbytes
-        return last, pending
+        return own_gradient(self.layered, self.training, parameter)
 
     def _several_taken(self) -> list[fx.Node]:
         """Values that several blocks read; saved if any block of the stage is recomputed."""
@@ -248,6 +224,28 @@ class StageMemory:
         blocks = {segment for segment, label in labelled if is_block(label)}
         taken = (n for segment in sorted(blocks & self.nodes.keys()) for n in _taken(self.nodes[segment]))
         return list(dict.fromkeys(n for n in taken if info(n).several))
+
+    def _held(self) -> Iterator[fx.Node]:
+        """The received values that no segment saves. The stage holds them until its backward is done."""
+        several = self._several_taken()
+        for node in self.graph.graph.find_nodes(op="placeholder"):
+            if info(node).kind != "received" or node in several:
+                continue
+            source = self.graph.values[node][0][0]
+            taking = [p for p in range(len(self.labels)) if node in _taken(self.nodes.get(self._segment_at(p), ()))]
+            taking = taking if info(node).several else taking[:1]
+            if not any(self._saves(position, source) for position in taking):
+                yield node
+
+    def _saves(self, position: int, source: fx.Node) -> bool:
+        """Whether a position saves the memory of a value that it takes."""
+        segment, mode = self._segment_at(position), self.modes[position]
+        saved = (m.segments for (name, _), m in self.graph.saved.items() if name == info(source).root)
+        return mode != "none" or any(segment in segments for segments in saved)
+
+    def _segment_at(self, position: int) -> int:
+        """The segment of the layered graph at a position of the stage."""
+        return self.layered.sequence[self.span[0] + position]
 
     # ---- allocations at the peak ------------------------------------------------------------------------------------
 
@@ -274,11 +272,9 @@ class StageMemory:
         moment = self.peak
         if moment.backward is None:
             return
-        flights, first_block = moment.backward.in_flight, (self._blocks.index(True) if any(self._blocks) else 0)
         for position, label, name, nbytes in self.saved():
-            moved = position >= 0 and self._blocks[position] and not self._uniform
-            gone = (first_block if moved else position) > moment.position if position >= 0 else False
-            yield Allocation(label, name, ACTIVATIONS, (flights - gone) * nbytes)
+            gone = position >= 0 and position > moment.position
+            yield Allocation(label, name, ACTIVATIONS, (moment.backward.in_flight - gone) * nbytes)
 
     def saved(self) -> Iterator[tuple[int, str, str, float]]:
         """What one micro-batch saves for backward: position, -1 for what several share, label, name, bytes."""
@@ -292,8 +288,10 @@ class StageMemory:
                 yield -1, PRELUDE, name, memory.size
         for node in self._several_taken():
             yield -1, PRELUDE, f"{_operator(node)}, taken by blocks", info(node).size
+        for node in self._held():
+            yield -1, PRELUDE, f"{_operator(node)}, received", info(node).size
         for position, (label, mode) in enumerate(zip(self.labels, self.modes, strict=True)):
-            segment = self.layered.sequence[self.span[0] + position]
+            segment = self._segment_at(position)
             nodes = self.nodes.get(segment, [])
             again = [*self._results(segment, mode), *_inputs(nodes)]
             for name, nbytes in inside[segment] if mode == "none" else again:
@@ -328,7 +326,7 @@ def messages(space: SearchSpace, found: SearchResult, span: tuple[int, int], ind
     that it takes from others."""
     n = len(space.layered.labels)
     rows = crossed(space.position_costs(found.point, found.chosen[index]).crossings, n)
-    seconds, takes = (float(row[interval_index(*span, n)]) for row in rows)
+    seconds, takes, _ = (float(row[interval_index(*span, n)]) for row in rows)
     return seconds, takes
 
 

@@ -179,25 +179,28 @@ def relaxed_cut(space: SearchSpace, point: SearchPoint, starts: Starts) -> tuple
 
 
 def messages(model: Model, prices: Prices, span: Span, link: Link, least: bool = False) -> Array:
-    """[2, variables]: by the strategy that makes a value, seconds to send what a span takes from others and gives to
-    others, with its gradient back; and bytes of what the span takes. Of a partial sum the bytes are as made, or the
-    `least` of the placements in which it may be taken."""
-    sizes, table, found = model.sizes, model.table, np.zeros((2, len(model.counts)))
+    """[3, variables]: by the strategy that makes a value, seconds to send what a span takes from others and gives to
+    others, with its gradient back; bytes of what the span takes; and bytes of what it takes and does not save. Of a
+    partial sum the bytes are as made, or the `least` of the placements in which it may be taken."""
+    sizes, table, found = model.sizes, model.table, np.zeros((3, len(model.counts)))
     for used in table.value_uses:
         source = table.nodes[used.source]
         inside = [span[0] <= producer < span[1] for producer in used.producers]
         crosses = [
-            here for producer, consumers, here in zip(used.producers, used.consumers, inside, strict=True)
+            (here, {p for p in consumers if span[0] <= p < span[1]})
+            for producer, consumers, here in zip(used.producers, used.consumers, inside, strict=True)
             if producer >= 0 and any(p >= 0 and (span[0] <= p < span[1]) != here for p in consumers)
-        ]  # fmt: skip
+        ]
         if not crosses or source.kind in ("parameter", "buffer"):
             continue
-        value = source.values[used.output]
+        value, saving = source.values[used.output], table.saving_positions.get(used.source, [])
+        taken = [inside for here, inside in crosses if not here]
+        held = sum(inside.isdisjoint(saving) for inside in taken)
         for option in range(len(source.options)):
             have = source.given(option, used.output)
             wants = [w for h, w in used.chains if h == have] if least and is_partial(have) else []
             size = min(float(sizes.byte_coefficients(value, placed) @ prices.terms.basis) for placed in wants or [have])
             seconds = float(p2p_seconds(size, link)) * (1 + value.grad)
             at = sizes.first[used.source] + option
-            found[:, at] += np.array([len(crosses) * seconds, crosses.count(False) * size])
+            found[:, at] += np.array([len(crosses) * seconds, len(taken) * size, held * size])
     return found

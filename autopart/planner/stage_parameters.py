@@ -1,4 +1,4 @@
-"""The parameters that each position of a stage reads, with their bytes on a rank."""
+"""The parameters that each position of a stage reads, with their bytes and those of their gradients on a rank."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import fx
 
+from autopart.cost.training_state import Training
 from autopart.ir.graph import Info, info
 from autopart.ir.layered_graph import LayeredGraph, used_parameters
 from autopart.passes.stage_graph import ShardingAssignment
@@ -43,3 +44,24 @@ def parameters(
 def distinct(reads: Sequence[Sequence[Parameter]]) -> list[Parameter]:
     """Every parameter of some positions once."""
     return list({parameter.name: parameter for row in reads for parameter in row}.values())
+
+
+def own_gradient(layered: LayeredGraph, training: Training, parameter: Parameter) -> float:
+    """Bytes of the gradient of a parameter that one position of the model reads, else 0."""
+    if len(layered.readers[parameter.name]) > 1:
+        return 0.0
+    return training.state_bytes(parameter.bytes, parameter.record.grad, parameter.over_dp)[1]
+
+
+def pending_gradients(
+    layered: LayeredGraph, training: Training, reads: Sequence[Sequence[Parameter]], span: tuple[int, int]
+) -> tuple[int, float]:
+    """Of a span whose positions read the parameters `reads`: the last position, counted from its first, that reads a
+    parameter which an earlier one reads too, and bytes of the gradients of all such parameters."""
+    last, pending = 0, 0.0
+    for p in distinct(reads):
+        nbytes = training.pending_grad_bytes(p.bytes, p.record.grad, p.over_dp)
+        inside = [at - span[0] for at in layered.readers[p.name] if span[0] <= at < span[1]]
+        if len(inside) > 1 and nbytes:
+            last, pending = max(last, inside[-1]), pending + nbytes
+    return last, pending

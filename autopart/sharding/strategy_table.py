@@ -190,3 +190,11 @@ class StrategyTable:
     saved: NDArray[np.bool_]
     rerun: NDArray[np.bool_]
     use_rerun: list[NDArray[np.bool_]]
+
+    @cached_property
+    def saving_positions(self) -> dict[int, list[int]]:
+        """Node -> the positions that save its memory for backward; nodes that none saves are left out."""
+        found: dict[int, set[int]] = {}
+        for tensor in self.saved_tensors:
+            found.setdefault(tensor.root, set()).update(p for places in tensor.places for p in places)
+        return {root: sorted(positions) for root, positions in found.items()}

@@ -634,6 +634,9 @@ class Totals:
                 takes = home < span.i and any(span.i <= p < span.j for p in users)
                 row[self.times] += (gives + takes) * many.seconds
                 row[0] += takes * many.size * (m > span.in_flight)
+                saved = any(span.i <= p < span.j for p in many.consumers[many.saves].tolist() if p in users)
+                row[0] += takes * (not saved) * many.size * span.in_flight
+                row[6] += takes * (not saved) * many.size
 
     def block(self, numbers: Array, b: int) -> Array:
         """The columns of a block."""
