@@ -3,20 +3,26 @@
 Where the time goes: CPU seconds (user and system, of the test and its children), measured with other programs on the
 same two cores. On idle cores they are about half.
 
-    25 a worker   import torch and transformers, collect 6,600 tests
-    50            runtime/test_exact.py, two ranks of gpt2 and llama that are started one by one
-    17            runtime/test_exact.py, two forked ranks: mlp and vit
-    250           runtime/test_exact.py, four forked ranks: llama and vit 88, gpt2 68, t5 63, bert 32, mlp 21
-    about 190     planner/test_brute.py
-    108           runtime/test_failure.py: three ranks import torch in each of ten tests
-    80            compile/test_zoo.py: ten architectures traced once, four forked ranks
-    76            cli/test_cli.py: four tests start processes
-    74            compile/test_check.py
-    50            frontend/test_shortened.py, planning of whole families
+    25 a worker   import torch and transformers, collect 6,800 tests
+    220           runtime/test_exact.py: two ranks of GPT-2 that are started one by one 41, two forked ranks 42, four
+                  forked ranks 140, of which GPT-2 42
+    145           sharding/test_proof.py, of which the products 18 and the wrong rows 20
+    144           cost/test_memory.py
+    120           planner/test_explain.py, of which what fits where nothing does 62
+    112           runtime/test_failure.py: three ranks import torch in each of ten tests
+    100           planner/test_brute.py, in 30 groups
+    100           frontend/test_shortened.py, families of models
+    93            cli/test_cli.py: four tests start processes
+    71            compile/test_zoo.py: ten architectures traced once, four forked ranks
+    67            compile/test_graphs.py, of which 24 random models, in groups of their own, 43
+    44            compile/test_structure.py
+    33            sharding/test_rules.py, 2,775 tests
 
-What is dear is to import torch (4), to trace a model (2 to 6 for each dtype and micro-batch size) and to start ranks.
-Trace once for many plans; fork ranks from a process that has imported, traced and planned (`support/ranks.py`). A test
-of more than about 2 CPU seconds is `slow`, so that `make quick` leaves it out.
+What is dear is to import torch (2 to 4), to trace a transformer (0.5 to 2 for each dtype and micro-batch size, twice
+that where `frontend/functionalize.py` leaves it to torch) and to start ranks. Trace once for many plans; fork ranks
+from a process that has imported, traced and planned (`support/ranks.py`). A test of more than about 2 CPU seconds is
+`slow`, so that `make quick` leaves it out. Where AUTOPART_EXAMPLES is set, to a number of random models, tests that
+take a sample by default try all they have.
 """
 
 import os
@@ -29,6 +35,9 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELIS
 
 SAMPLE = 2
 """Cases of a parametrised test that --quick runs at most."""
+LONGEST = """test_proof test_memory test_explain test_shortened test_exporting test_check test_certify test_structure
+    test_graph test_reserved test_rules test_estimates test_kernels test_batch_sizes test_accuracy""".split()
+"""Files in the order in which they start: tests of one file run on one worker."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,14 +58,20 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The tests that start processes come first, then files with slow tests: a long group that starts last would leave
-    the other worker idle."""
+    """The tests that start processes come first, then the longest files, then files with slow tests: a long group that
+    starts last would leave the other worker idle."""
     if config.getoption("quick"):
         kept = _quick(items)
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = [item for item in items if item in kept]
     long = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.get_closest_marker("processes") is None, item.path not in long))
+    place = {name: number for number, name in enumerate(LONGEST)}
+
+    def turn(item: pytest.Item) -> tuple[bool, int, bool]:
+        start = place.get(item.path.stem, len(place))
+        return item.get_closest_marker("processes") is None, start, item.path not in long
+
+    items.sort(key=turn)
 
 
 def _quick(items: list[pytest.Item]) -> set[pytest.Item]:

@@ -57,6 +57,20 @@ def changed_through_view(y: Any, norm: Any) -> Any:
     return y
 
 
+def changed_parts(y: Any, norm: Any) -> Any:
+    shifted = y.new_zeros(y.shape)
+    shifted[:, 1:] = y[:, :-1].clone()
+    shifted[..., 0] = 0.5
+    return shifted.masked_fill_(shifted > 1.0, 0.0)
+
+
+def changed_twice_through_view(y: Any, norm: Any) -> Any:
+    part = y[:, 0]
+    part.add_(1.0)
+    part.mul_(2.0)
+    return y
+
+
 def changed_under_view(y: Any, norm: Any) -> Any:
     flat = y.flatten(1)
     y.mul_(2.0)
@@ -80,7 +94,8 @@ def without_gradients(y: Any, norm: Any) -> Any:
 
 
 CHANGES = [pooled, counted, narrowed, without_gradients, lambda y, norm: (y + y).relu_().flatten(1).add_(1.0)]
-CHANGES_LEFT_TO_TORCH = [changed_half, changed_through_view, changed_under_view]
+CHANGES += [changed_through_view, changed_parts]
+CHANGES_LEFT_TO_TORCH = [changed_half, changed_twice_through_view, changed_under_view]
 
 
 run_decompositions = Program.run_decompositions
