@@ -5,8 +5,8 @@ Backward reads some values of a block. A value that is not saved is computed aga
 the block's inputs. Products are never computed again. The least bytes to save are therefore a minimum cut between
 products and the values that backward reads, in the graph in which a value v is an edge of capacity bytes(v) from its
 operator to its users. The formulation is that of torch's partitioner for activation checkpointing (functorch's
-min-cut rematerialisation). The problem is that of Jain et al., Checkmate (arXiv 1910.02653), where it is fixed by kind
-which operators may run again.
+min-cut rematerialisation). The problem is that of Jain et al., Checkmate (arXiv 1910.02653), restricted:
+products never run again.
 
 Bytes are of whole values: the cut is the same under every sharding of a block, so that the ILP's costs of the mode are
 sums over operators, as those of the other modes are.
@@ -33,8 +33,8 @@ RESHARD_CALLS = {f"runtime.{row.function}" for row in RESHARDS.values()}
 class CheckpointCut(NamedTuple):
     """The operators of a block whose results are saved, and those that run again in backward. Other operators run once.
 
-    Whatever reads an operator that runs once leads to one saved operator alone, or to the end of the block alone, so
-    that the operator can run in one piece with that.
+    All paths from an operator that runs once first meet the same saved operator, or the end of the block: the operator
+    is in one piece with that.
     """
 
     saved: frozenset[fx.Node]
@@ -50,7 +50,7 @@ _KNOWN: WeakKeyDictionary[LayeredGraph, dict[tuple[int, str], CheckpointCut]] = 
 
 def mode_cut(layered: LayeredGraph, segment: int, mode: str) -> CheckpointCut:
     """What a checkpointing mode, of `liveness.MODES`, saves of a segment and runs again; found once for each graph. Of
-    several minimum cuts the last one is taken, after which fewest operators run again. Segments that are no numbered
+    several minimum cuts the one nearest to backward is taken, after which fewest operators run again. Segments that are no numbered
     block are never recomputed: no minimum cut is sought."""
     known, nodes = _KNOWN.setdefault(layered, {}), layered.segments[segment].nodes
     if (segment, mode) not in known:
@@ -64,8 +64,8 @@ def mode_cut(layered: LayeredGraph, segment: int, mode: str) -> CheckpointCut:
 
 
 def stage_cut(layered: LayeredGraph, stage: StageGraph, index: int, mode: str) -> CheckpointCut:
-    """What one of the modes SAVING saves of a stage's segment, and what it runs again: the cut of the model's segment
-    in the stage's graph. A reshard runs again where what runs again takes its result, or where backward reads that."""
+    """The cut of a stage's segment under one of the modes SAVING: the model's cut in the stage's graph. A reshard runs
+    again where what runs again takes its result, or where backward reads that."""
     (_, nodes), saved, read = stage.segments[index], set[fx.Node](), set[fx.Node]()
     inside = set(nodes)
     if mode == "selective":
@@ -101,7 +101,7 @@ def _read_by_backward(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def _least_saved(nodes: Sequence[fx.Node]) -> CheckpointCut:
-    """The last minimum cut. Where a node that runs once leads to several saved nodes, or to one and the end of the
+    """The minimum cut nearest to backward. Where a node that runs once leads to several saved nodes, or to one and the end of the
     block, it is saved, and the least is sought besides."""
     read, given = _read_by_backward(nodes), set[fx.Node]()
     while True:
@@ -119,7 +119,7 @@ def _least_saved(nodes: Sequence[fx.Node]) -> CheckpointCut:
 
 
 def _minimum_cut(nodes: Sequence[fx.Node], read: set[fx.Node], given: set[fx.Node]) -> set[fx.Node]:
-    """The nodes that the last minimum cut goes through, where the nodes `given` are saved anyway."""
+    """The nodes that the minimum cut nearest to backward goes through, where the nodes `given` are saved anyway."""
     import networkx
 
     inside, net = set(nodes), networkx.DiGraph()
@@ -143,8 +143,8 @@ def _minimum_cut(nodes: Sequence[fx.Node], read: set[fx.Node], given: set[fx.Nod
 
 
 def _in_pieces(nodes: Sequence[fx.Node], saved: set[fx.Node], read: set[fx.Node]) -> CheckpointCut:
-    """A cut of what is saved and what runs again at least. A node that several pieces read is not left to run once: a
-    product is saved, another node runs again."""
+    """The smallest cut that saves the nodes `saved` and runs the nodes `read` again. A node that several pieces read is
+    not left to run once: a product is saved, another node runs again."""
     saved, read = set(saved), set(read)
     while True:
         rerun = _rerun(nodes, saved, read)

@@ -58,7 +58,7 @@ def price_stage(layered: LayeredGraph, stage: StageGraph, prices: Prices) -> lis
     segments = []
     for index, (label, nodes) in enumerate(stage.segments):
         forward = backward = 0.0
-        cut = stage_cut(layered, stage, index, "mincut").rerun if is_block(label) else nodes
+        rerun = stage_cut(layered, stage, index, "mincut").rerun if is_block(label) else nodes
         recompute = dict.fromkeys(MODES, 0.0)
         lines = []
         own = {node: i for i, node in enumerate(nodes)}
@@ -71,7 +71,7 @@ def price_stage(layered: LayeredGraph, stage: StageGraph, prices: Prices) -> lis
             record = info(node)
             moved = 0.0 if record.name in GATHERED_AGAIN else comm.forward
             recompute["selective"] += moved + (0.0 if record.product else compute.forward)
-            recompute["mincut"] += moved + compute.forward if node in cut else 0.0
+            recompute["mincut"] += moved + compute.forward if node in rerun else 0.0
             recompute["full"] += moved + compute.forward
             lines.append(
                 PlanLine(

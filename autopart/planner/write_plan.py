@@ -128,7 +128,9 @@ def _splits(space: SearchSpace, found: SearchResult, chosen: Sequence[int]) -> S
     }
 
 
-def choices_of(space: SearchSpace, found: SearchResult, splits: Splits, starts: tuple[int, ...]) -> ShardingAssignment:
+def assignment_of(
+    space: SearchSpace, found: SearchResult, splits: Splits, starts: tuple[int, ...]
+) -> ShardingAssignment:
     """The sharding with which `partition` cuts a stage out of the graph: the same splits on both sides of each cut."""
     point = found.point
     axes = tuple((axis, getattr(point, axis)) for axis in ("dp", "tp") if axis in splits)
@@ -192,7 +194,7 @@ def partitioned(
     layered = space.layered
     segments = layered.sequence[slice(*span)]
     pieces = sorted({0, min(segments), max(segments) + 1} - {len(layered.segments)})
-    choices = choices_of(space, found, splits, tuple(pieces))
+    choices = assignment_of(space, found, splits, tuple(pieces))
     (graph,) = partition(layered, choices, [pieces.index(min(segments))])
     return choices, graph
 

@@ -2,6 +2,9 @@
 
 `recomputed` calls a block and saves its inputs. A block may hand parts of its work to `saved`, whose results are saved
 too, so that the second run has them without computing them.
+
+The second run gives what the first gave: it has the same inputs and buffers; random numbers depend on the place of an
+element and not on a generator's state (`autopart.runtime.random`); saved results are those of the first run.
 """
 
 from __future__ import annotations
@@ -43,9 +46,9 @@ def recomputed(layer: nn.Module, *args: Tensor) -> Any:
 def saved(function: Callable[[], Any], *recomputed: Tensor) -> Any:
     """The result of a function, which a block that is `recomputed` saves: its second run does not call the function.
 
-    recomputed  what the second run computes again of the tensors that the function reads. Where the function's backward
-                reads their memory, it is told of the second run, and nothing is saved. Other tensors that autograd
-                saves in the function, such as the statistics of a softmax, are saved.
+    recomputed  what the second run computes again of the tensors that the function reads. The function's backward reads
+                these tensors of the second run, and saves none of them. Other tensors that autograd saves in the
+                function, such as the statistics of a softmax, are saved.
     """
     return _part(function, recomputed, True)
 
@@ -166,7 +169,7 @@ class _Save(torch.autograd.Function):
 
 def _save(value: Tensor) -> Any:
     """The node of the autograd graph whose `saved_tensors` has the value."""
-    switch = torch.empty(0, requires_grad=True)
+    switch = torch.empty(0, requires_grad=True)  # with which autograd makes a node, whether or not `value` needs one
     return _Save.apply(switch, value.detach()).grad_fn
 
 
