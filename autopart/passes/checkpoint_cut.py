@@ -49,9 +49,10 @@ _KNOWN: WeakKeyDictionary[LayeredGraph, dict[tuple[int, str], CheckpointCut]] = 
 
 
 def mode_cut(layered: LayeredGraph, segment: int, mode: str) -> CheckpointCut:
-    """What a checkpointing mode, of `liveness.MODES`, saves of a segment and runs again; found once for each graph. Of
-    several minimum cuts the one nearest to backward is taken, after which fewest operators run again. Segments that are no numbered
-    block are never recomputed: no minimum cut is sought."""
+    """What a checkpointing mode, of `liveness.MODES`, saves of a segment and runs again; found once for each graph.
+
+    Of several minimum cuts the one nearest to backward is taken, after which fewest operators run again. Segments that
+    are no numbered block are never recomputed: no minimum cut is sought."""
     known, nodes = _KNOWN.setdefault(layered, {}), layered.segments[segment].nodes
     if (segment, mode) not in known:
         if mode == "mincut" and is_block(layered.segments[segment].label):
@@ -101,8 +102,8 @@ def _read_by_backward(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def _least_saved(nodes: Sequence[fx.Node]) -> CheckpointCut:
-    """The minimum cut nearest to backward. Where a node that runs once leads to several saved nodes, or to one and the end of the
-    block, it is saved, and the least is sought besides."""
+    """The minimum cut nearest to backward. Where a node that runs once leads to several saved nodes, or to one and the
+    end of the block, it is saved, and the least is sought besides."""
     read, given = _read_by_backward(nodes), set[fx.Node]()
     while True:
         saved = given | _minimum_cut(nodes, read, given)
