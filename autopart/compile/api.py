@@ -23,7 +23,7 @@ from autopart.planner.make_plan import make_plan, request_of
 from autopart.planner.progress import OnProgress, silent
 from autopart.planner.request import Settings
 from autopart.planner.validate import validate
-from autopart.runtime.compiled import Compiled
+from autopart.runtime.compiled import Compiled, tensors_of
 from autopart.runtime.groups import make_groups, start_processes
 from autopart.runtime.watchdog import start_watchdog
 
@@ -68,15 +68,22 @@ def compile(
     *,
     plan: Plan | None = None,
     seed: int | None = None,
+    check_batches: bool = True,
     on_progress: OnProgress = silent,
     **settings: Unpack[Settings],
 ) -> Compiled:
     """Plan (unless a `plan` is given), emit this rank's module and load the model's weights into it.
 
-    plan      a plan for as many ranks as the mesh has
-    seed      of dropout and other random numbers (default: torch's seed on rank 0). Random numbers depend on the seed,
-              the step and the element's place in the whole batch, not on the plan
-    settings  as `autopart.plan`
+    plan           a plan for as many ranks as the mesh has
+    seed           of dropout and other random numbers (default: torch's seed on rank 0). Random numbers depend on the
+                   seed, the step and the element's place in the whole batch, not on the plan
+    check_batches  whether steps compare checksums of the rows that ranks were given: the first 10 steps, then every
+                   100th
+    settings       as `autopart.plan`
+
+    Weights and buffers are those of rank 0's model on every rank: what differs on another rank is broadcast. `model` is
+    not changed, neither now nor by steps, and its weights are not read again. To evaluate or save what was trained,
+    load `compiled.full_state_dict()`, which all ranks call, into it on rank 0. To train other weights, compile again.
 
     Every process calls it; rank 0 plans for all. Raises PartitionError as `autopart.plan` does, where the number of
     processes is not that of the mesh, where the plan is for another model, and where the model does what training on
@@ -104,6 +111,8 @@ def compile(
     )  # fmt: skip
     if "MASTER_ADDR" in os.environ:
         start_watchdog(lambda: compiled.executor.doing)
+    compiled.load_rank_zero(tensors_of(model, layered.traced.buffers))
+    compiled.check_batches = check_batches
     return compiled
 
 

@@ -15,6 +15,7 @@ from autopart.errors import PartitionError
 from autopart.frontend.inputs import check_modes
 from autopart.plan.data import Plan
 from autopart.plan.schedules.ops import Instruction
+from autopart.runtime.agreement import check_rows, compares, rank_zero_values
 from autopart.runtime.executor import Executor, Message
 from autopart.runtime.groups import Groups
 from autopart.runtime.guards import BatchForm, TrainingMode
@@ -50,7 +51,12 @@ class Program:
 
 
 class Compiled:
-    """A model on a mesh, as one rank sees it."""
+    """A model on a mesh, as one rank sees it.
+
+    check_batches  whether steps compare the rows that ranks were given: the first 10 steps, then every 100th
+    """
+
+    check_batches = False
 
     def __init__(
         self,
@@ -80,13 +86,21 @@ class Compiled:
             self.stage, program.stage, groups, program.instructions, program.messages, tied, plan.zero, master,
             overlap=plan.mesh.device.overlapped_share > 0,
         )  # fmt: skip
-        known = {name: value for name, value in constants.items() if value is not None}
-        self.load({**known, **dict(model.named_parameters())})
+        self.load(tensors_of(model, constants))
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill this rank's weights, the optimizer's copies of them and its buffers from the model's own, which are
         whole."""
-        load([*self.stage.parameters(), *self.stage.buffers(), *self.executor.shared.copies], self.groups, tensors)
+        load(self._shares(), self.groups, tensors)
+
+    def load_rank_zero(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load rank 0's values of the tensors of which a rank has other values. All ranks call it, each with the whole
+        tensors of its own model, which stay as they are."""
+        for name, value in rank_zero_values(tensors, self.groups.host):
+            load([share for share in self._shares() if share.origin.name == name], self.groups, {name: value})
+
+    def _shares(self) -> list[Any]:
+        return [*self.stage.parameters(), *self.stage.buffers(), *self.executor.shared.copies]
 
     @property
     def data_ranks(self) -> int:
@@ -112,13 +126,15 @@ class Compiled:
 
         Returns the loss of the whole batch, the same on every rank. Raises PartitionError where the batch has another
         size than the plan's, other keys, dtypes or constants than the batch at compile, where the model's training mode
-        has changed since, and under torch.autocast.
+        has changed since, under torch.autocast, and (see `check_batches`) where ranks got other rows.
         """
         check_modes("a step")
         if self.form is not None:
             self.form.check(batch)
         self.mode.check()
         shares = micro_batches(self.plan, batch, self.data_ranks, self.data_rank, local, self.groups.device)
+        if self.check_batches and compares(self.groups.rng.step):
+            check_rows(batch, local, self.data_rank, self.groups.host)
         with torch.enable_grad():
             return self.executor.run(shares)
 
@@ -164,6 +180,12 @@ class Compiled:
     def _collect(self, mine: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every rank's shares, put together on rank 0."""
         return assemble(self.groups.host.gather(shares_of(mine, self.origins, self.groups)))
+
+
+def tensors_of(model: nn.Module, constants: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """A model's own weights, buffers and constants of the trace, by name; without those that have no value."""
+    known = {name: value for name, value in constants.items() if value is not None}
+    return {**known, **dict(model.named_parameters())}
 
 
 def _tie(tied: Mapping[str, tuple[int, ...]], groups: Groups) -> dict[str, Group]:
