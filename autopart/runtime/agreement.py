@@ -19,7 +19,7 @@ FIRST_STEPS, EVERY = 10, 100
 
 def checksum(tensor: Tensor, start: int = 0) -> int:
     """The CRC-32 of a tensor's bytes, continued from `start`."""
-    return zlib.crc32(_bytes(tensor.detach().cpu().contiguous()).numpy(), start)
+    return zlib.crc32(_bytes(tensor.detach().cpu().contiguous()).numpy().data, start)
 
 
 def rank_zero_values(tensors: Mapping[str, Tensor], host: Group) -> Iterator[tuple[str, Tensor]]:
