@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from autopart.compile.programs import programs
+from autopart.compile.warn import warn
 from autopart.errors import PartitionError
 from autopart.frontend.batch import DTYPES, Batch, outline
 from autopart.hardware.mesh import Mesh
@@ -85,6 +86,9 @@ def compile(
     not changed, neither now nor by steps, and its weights are not read again. To evaluate or save what was trained,
     load `compiled.full_state_dict()`, which all ranks call, into it on rank 0. To train other weights, compile again.
 
+    Warnings on rank 0 show the plan's notes, and name scalars with gradients that the model returns and that are no
+    part of the loss.
+
     Every process calls it; rank 0 plans for all. Raises PartitionError as `autopart.plan` does, where the number of
     processes is not that of the mesh, where the plan is for another model, and where the model does what training on
     several ranks cannot reproduce.
@@ -113,6 +117,8 @@ def compile(
         start_watchdog(lambda: compiled.executor.doing)
     compiled.load_rank_zero(tensors_of(model, layered.traced.buffers))
     compiled.check_batches = check_batches
+    if compiled.rank == 0:
+        warn(plan, layered.traced)
     return compiled
 
 

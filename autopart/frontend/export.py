@@ -23,6 +23,7 @@ from autopart.frontend.fake_model import fake_model, fake_tensor, gather_experts
 from autopart.frontend.functionalize import functional
 from autopart.frontend.layer_sampling import SampledLayers
 from autopart.frontend.no_gradient import cut_gradients, refuse_hidden_tensors
+from autopart.frontend.returned_scalars import note_scalars
 from autopart.frontend.source_lines import user_line
 from autopart.frontend.torch_private import FakeTensorMode, lazy_graph_modules
 from autopart.frontend.tracing_contexts import (
@@ -105,6 +106,7 @@ def _export(
         refuse_hidden_tensors(exported)
         cut_gradients(exported)
         exported = functional(exported)
+        note_scalars(exported, {n for n, p in model.named_parameters() if p.requires_grad})
     for function in custom:
         function.check()
     if drawn is None and foreign_random() != before and not _never_matters(model, inputs, dtype, sampled):

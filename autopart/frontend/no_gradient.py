@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def cut_gradients(exported: torch.export.ExportedProgram) -> None:
                 node.target = torch.ops.aten.detach.default
             if str(node.target) == "wrap_with_set_grad_enabled" and node.args[0] is False:
                 region = getattr(module, node.args[1].target).graph
-                _refuse_changes(region, [_has_gradient(given, parameters) for given in node.args[2:]])
+                _refuse_changes(region, [reaches(given, parameters) for given in node.args[2:]])
                 (results,) = region.output_node().args
                 for pick in list(node.users):
                     if _itself(results[pick.args[1]]).op != "placeholder":
@@ -65,12 +65,13 @@ def _refuse_changes(region: fx.Graph, gradients: list[bool]) -> None:
                 )
 
 
-def _has_gradient(node: Any, parameters: Mapping[str, str]) -> bool:
-    """Whether a value outside of all regions is made from a parameter by operators that have derivatives."""
-    seen, todo = {node}, [node]
+def reaches(node: Any, names: Collection[str], without: Collection[fx.Node] = ()) -> bool:
+    """Whether a value outside of all regions is made from one of the named nodes, such as parameters, by operators that
+    have derivatives, on a path that has none of the nodes in `without`."""
+    seen, todo = {node, *without}, [node]
     while todo:
         node = todo.pop()
-        if node.name in parameters:
+        if node.name in names:
             return True
         value, target = node.meta.get("val"), str(node.target)
         fixed = isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -113,3 +114,57 @@ def test_autocast_around_any_step(step: int) -> None:
         program.step(batch())
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(PartitionError, match="autocast is on around a step"):
         program.step(batch())
+
+
+def two(m: Model, x: Tensor) -> Any:
+    return m.a(x).square().mean(), m.b(x).square().mean()
+
+
+def parts_first(m: Model, x: Tensor) -> Any:
+    one, other = two(m, x)
+    return {"one": one, "total": one + other}
+
+
+def named(m: Model, x: Tensor) -> Any:
+    one, other = two(m, x)
+    return {"other": other, "loss": one}
+
+
+def parts_last(m: Model, x: Tensor) -> Any:
+    one, other = two(m, x)
+    return one + other, one, other
+
+
+def logged(m: Model, x: Tensor) -> Any:
+    one, other = two(m, x)
+    return {"loss": one, "perplexity": one.exp(), "other": other.detach(), "count": (m.a(x) > 0).float().mean()}
+
+
+class Returns(Model):
+    def __init__(self, outputs: Any) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, x: Tensor) -> Any:
+        return self.outputs(self, x)
+
+
+@pytest.mark.parametrize("outputs", [two, parts_first, named])
+def test_a_second_loss_is_told(outputs: Any) -> None:
+    with pytest.warns(UserWarning, match=r"other scalars with gradients \(test_guards.py:\d+.*only the loss") as caught:
+        compiled(Returns(outputs))
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("outputs", [parts_last, logged])
+def test_what_is_part_of_the_loss_or_only_logged_is_not_told(outputs: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled(Returns(outputs))
+
+
+def test_notes_of_the_plan_are_warnings() -> None:
+    model = Wrapped(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)))
+    with pytest.warns(UserWarning, match="the loss mixes samples"):
+        made = autopart.compile(model, "1:cpu", batch(), micro_batch=2, nodes=5)
+    assert made.plan.notes
