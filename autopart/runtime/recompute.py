@@ -67,10 +67,11 @@ def _part(function: Callable[[], Any], recomputed: tuple[Tensor, ...], save: boo
 
 @dataclass(frozen=True)
 class _Result:
-    """What is saved of a part: its result, a tensor or several, without the graph behind it; and for each tensor that
-    its backward asks the second run for, the index among `recomputed`."""
+    """What is saved of a part: its result, a tensor or several, without the graph behind it, and the result's versions;
+    and for each tensor that its backward asks the second run for, the index among `recomputed`."""
 
     outputs: Any
+    versions: tuple[int, ...]
     reads: tuple[int, ...]
 
 
@@ -111,7 +112,7 @@ class _First:
         for read in reads:
             read.node = _save(recomputed[read.index])
         detached = _detached(outputs) if save else None
-        self.results.append(_Result(detached, tuple(read.index for read in reads)))
+        self.results.append(_Result(detached, _versions(detached), tuple(read.index for read in reads)))
         return outputs
 
 
@@ -123,6 +124,8 @@ class _Second:
 
     def part(self, function: Callable[[], Any], recomputed: tuple[Tensor, ...], save: bool) -> Any:
         result = next(self.results)
+        if _versions(result.outputs) != result.versions:
+            raise RuntimeError("the saved result of a recomputed block was changed in place by a later operator")
         for index in result.reads:
             _save(recomputed[index])
         return _detached(result.outputs) if save else None
@@ -171,6 +174,11 @@ def _save(value: Tensor) -> Any:
     """The node of the autograd graph whose `saved_tensors` has the value."""
     switch = torch.empty(0, requires_grad=True)  # with which autograd makes a node, whether or not `value` needs one
     return _Save.apply(switch, value.detach()).grad_fn
+
+
+def _versions(outputs: Any) -> tuple[int, ...]:
+    """How often each of the tensors was changed in place."""
+    return tuple(tensor._version for tensor in ([outputs] if isinstance(outputs, Tensor) else outputs or ()))
 
 
 def _memory(tensor: Tensor) -> int:

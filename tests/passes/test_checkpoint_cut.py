@@ -27,6 +27,7 @@ from autopart.planner.request import Request
 from autopart.planner.search_space import SearchSpace
 from autopart.runtime.compiled import Compiled
 from autopart.runtime.groups import Groups
+from autopart.runtime.recompute import recomputed, saved
 from autopart.runtime.simulated import run_simulated
 
 SELECTIVE, MINCUT = MODES.index("selective"), MODES.index("mincut")
@@ -166,3 +167,44 @@ def test_no_product_runs_again(name: str, mode: str) -> None:
         assert torch.allclose(found.loss, loss, rtol=1e-12)
         assert worst_error(found.gradients, gradients)[0] < 1e-12
     assert counts[mode] == counts["none"] > 0
+
+
+class Recurrent(nn.Module):
+    """Numbered GRUs, whose cells change what products give in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.GRU(8, 8, batch_first=True) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x)[0]
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_recurrent_cells_have_their_gradients(mode: str) -> None:
+    torch.manual_seed(0)
+    model, batch = Recurrent().double(), {"x": torch.randn(4, 5, 8).double()}
+    loss, gradients = one_process(model, batch)
+    found = simulate_plan(Source(model, batch, torch.float64), autopart.plan(model, "1:cpu", batch, recompute=mode))
+    assert torch.allclose(found.loss, loss, rtol=1e-12)
+    assert worst_error(found.gradients, gradients)[0] < 1e-12
+
+
+class InPlace(nn.Module):
+    """Changes what it has saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product = saved(lambda: x @ self.weight)
+        return product.mul_(2).sin()
+
+
+def test_a_saved_result_that_is_changed_in_place_is_no_silent_error() -> None:
+    layer = InPlace()
+    with pytest.raises(RuntimeError, match="changed in place"):
+        recomputed(layer, torch.ones(2, 4, requires_grad=True)).sum().backward()
