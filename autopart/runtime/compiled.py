@@ -154,6 +154,19 @@ class Compiled:
         self.executor.optimizer = cls(trained or [nn.Parameter(torch.empty(0))], **settings)
         return self.executor.optimizer
 
+    def clip_grad_norm(self, max_norm: float | None) -> None:
+        """From now on, scale the gradients of every step before the optimizer by min(1, max_norm / `grad_norm`). None
+        ends it. torch.nn.utils.clip_grad_norm_ would take the norm of what one rank has."""
+        if max_norm is not None and not max_norm > 0:
+            raise PartitionError(f"max_norm={max_norm!r} is not positive", try_="max_norm=1.0, or None for no clipping")
+        self.executor.max_norm, self.executor.grad_norm = max_norm, None
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of the last step's gradients before they were clipped, of the whole model, the same on every rank;
+        None without `clip_grad_norm`."""
+        return self.executor.grad_norm
+
     def full_gradients(self) -> dict[str, Tensor]:
         """The last step's gradients by the model's names, whole, on the CPU of rank 0; {} on other ranks. Their dtype
         is the master dtype, where the plan has one.

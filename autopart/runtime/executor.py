@@ -19,6 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 from autopart.plan.schedules.ops import Instruction, Op
 from autopart.plan.schedules.program import receives_ahead
 from autopart.runtime.gathered import keeping_parts
+from autopart.runtime.gradient_norm import clip
 from autopart.runtime.groups import Groups
 from autopart.runtime.process_group import Group, Work
 from autopart.runtime.slices import sum_together
@@ -86,6 +87,8 @@ class Executor:
         self.ahead = receives_ahead(program)
         self.doing = "starting"
         self.optimizer: torch.optim.Optimizer | None = None
+        self.max_norm: float | None = None
+        self.grad_norm: Tensor | None = None
         self.actions: dict[Op, Callable[[Instruction], None]] = {
             Op.FORWARD: self._forward,
             Op.BACKWARD: self._backward,
@@ -238,6 +241,8 @@ class Executor:
             sum_together(gradients, group)
 
     def _step(self) -> None:
+        if self.max_norm is not None:
+            self.grad_norm = clip(self.shared.trained, self.tied, self.groups, self.max_norm)
         if self.optimizer is not None:
             self.optimizer.step()
             self.shared.stepped()

@@ -11,19 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from on_ranks import on_ranks
 from torch import nn
 
 from autopart.compile.check import one_process, worst_error
-from autopart.compile.programs import programs
 from autopart.errors import PartitionError
-from autopart.hardware.mesh import Mesh
-from autopart.passes.source import Source
-from autopart.planner.make_plan import make_plan, request_of
 from autopart.runtime.agreement import EVERY, FIRST_STEPS, checksum, compares
-from autopart.runtime.compiled import Compiled, tensors_of
-from autopart.runtime.groups import Groups
+from autopart.runtime.compiled import Compiled
 from autopart.runtime.launch import launch
-from autopart.runtime.simulated import run_simulated
 
 WORKER = Path(__file__).parents[1] / "support" / "agreement_worker.py"
 Tensor = torch.Tensor
@@ -54,26 +49,6 @@ class Tied(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.second(self.first(x).relu()) * self.scale.float()
         return self.last(x.relu()).masked_fill(self.mask, 0.0).square().mean()
-
-
-def on_ranks(models: list[nn.Module], x: Tensor, run: Any, **settings: Any) -> list[Any]:
-    """Call `run` with the program of every simulated rank, of which each has a model of its own."""
-    source = Source(models[0], {"x": x}, torch.float32)
-    plan = make_plan(source, Mesh.of(f"{len(models)}:cpu"), request_of(models[0], {"x": x}, **settings), to_run=True)
-    traced = (layered := source.full(plan.micro_batch, plan.mesh)).traced
-    stages = programs(layered, plan)
-
-    def one(groups: Groups) -> Any:
-        model = models[groups.rank]
-        buffers = {
-            n: b if n not in dict(model.named_buffers()) else model.get_buffer(n) for n, b in traced.buffers.items()
-        }
-        compiled = Compiled(model, plan, groups, stages[groups.pp.rank], traced.aliases, buffers, {"x": x})
-        compiled.load_rank_zero(tensors_of(model, buffers))
-        compiled.check_batches = True
-        return run(compiled)
-
-    return run_simulated(plan.pp, plan.dp, plan.tp, one)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,54 @@
+"""The norm of all gradients of a model that lies on several ranks, and clipping by it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from autopart.runtime.groups import AXES, Groups
+from autopart.runtime.process_group import Group
+
+Tensor = torch.Tensor
+EPSILON = 1e-6
+"""Added to the norm, as torch.nn.utils.clip_grad_norm_ does."""
+
+
+def clip(shares: Sequence[Any], tied: Mapping[str, Group], groups: Groups, max_norm: float) -> Tensor:
+    """Scale the gradients of what is trained by min(1, max_norm / norm), and return the norm.
+
+    shares  what this rank trains, with complete gradients
+    tied    parameter that lives on several stages -> the group of the ranks that hold it
+
+    The norm is the square root of the sum of squares over the elements of the whole model, each counted once. All ranks
+    call it and get the same norm.
+    """
+    norms = [_norm(share.grad) for share in shares if _counted_here(share.origin, tied, groups)]
+    total = torch.zeros((), dtype=torch.float64, device=groups.device)
+    if norms:
+        total += torch.stack(norms).double().square().sum()
+    for group in (groups.along(axis) for axis in AXES):
+        if group.size > 1:
+            group.all_reduce(total)
+    norm = total.sqrt()
+    scale = (max_norm / (norm + EPSILON)).clamp(max=1.0)
+    for share in shares:
+        share.grad.mul_(scale)
+    return norm
+
+
+def _counted_here(origin: Any, tied: Mapping[str, Group], groups: Groups) -> bool:
+    """Whether this rank counts its share: it is the first of the ranks that hold the same elements."""
+    if origin.name in tied and tied[origin.name].rank > 0:
+        return False
+    return all(
+        placement.kind == "S" or (origin.sliced and axis == "dp") or groups.along(axis).rank == 0
+        for axis, placement in origin.placed.items()
+    )
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    """The norm of one gradient, added up in float32 at least."""
+    real = torch.view_as_real(gradient) if gradient.is_complex() else gradient
+    return torch.linalg.vector_norm(real, dtype=torch.promote_types(real.dtype, torch.float32)).double()

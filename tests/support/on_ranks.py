@@ -1,0 +1,36 @@
+"""Simulated ranks, each with a model of its own, or all with the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autopart.compile.programs import programs
+from autopart.hardware.mesh import Mesh
+from autopart.passes.source import Source
+from autopart.planner.make_plan import make_plan, request_of
+from autopart.runtime.compiled import Compiled, tensors_of
+from autopart.runtime.groups import Groups
+from autopart.runtime.simulated import run_simulated
+
+
+def on_ranks(models: list[nn.Module], x: Tensor, run: Any, **settings: Any) -> list[Any]:
+    """Call `run` with the program of every simulated rank, of which each has a model of its own."""
+    source = Source(models[0], {"x": x}, torch.float32)
+    plan = make_plan(source, Mesh.of(f"{len(models)}:cpu"), request_of(models[0], {"x": x}, **settings), to_run=True)
+    traced = (layered := source.full(plan.micro_batch, plan.mesh)).traced
+    stages = programs(layered, plan)
+
+    def one(groups: Groups) -> Any:
+        model = models[groups.rank]
+        buffers = {
+            n: b if n not in dict(model.named_buffers()) else model.get_buffer(n) for n, b in traced.buffers.items()
+        }
+        compiled = Compiled(model, plan, groups, stages[groups.pp.rank], traced.aliases, buffers, {"x": x})
+        compiled.load_rank_zero(tensors_of(model, buffers))
+        compiled.check_batches = True
+        return run(compiled)
+
+    return run_simulated(plan.pp, plan.dp, plan.tp, one)
