@@ -786,7 +786,7 @@ def draw_choice(draw: st.DrawFn, model: Split, allowed: Mapping[int, list[int]])
         [numbers.random(len(sums)) - sums, near * numbers.random(count), np.zeros(len(model.sizes.saved_index))]
     )
     found = model.solver.minimise(costs, allowed)
-    assert found is not None
+    assume(found is not None)  # products that must be split over tp may leave no choice: the planner refuses the degree
     assert is_possible(model.table, found.chosen)
     return found.chosen
 
