@@ -154,13 +154,14 @@ class StageMemory:
             memory.size for memory in self.graph.saved.values() if memory.shared or PRELUDE_SEGMENT in memory.segments
         )
         saved = np.array([s.saved_under(mode) for s, mode in zip(segments, modes, strict=True)])
+        own = [sum(own_gradient(self.layered, self.training, p) for p in row) for row in self.reads]
         return StageBytes(
             segments=segments,
             modes=[(mode,) for mode in modes],
             prelude=self._segment(PRELUDE_SEGMENT),
             saved=saved,
             shared_saved=shared + sum(info(node).size for node in (*self._several_taken(), *self._held())),
-            gradients=np.array([sum(map(self._own_gradient, row)) for row in self.reads], dtype=float),
+            gradients=np.array(own, dtype=float),
             state=(sum(s[0] for s in state), sum(s[1] for s in state), sum(s[2] for s in state)),
             pending=pending_gradients(self.layered, training, self.reads, self.span),
             messages=receive_buffer_bytes(self.received, self.in_flight, self.micro_batches),
@@ -168,10 +169,8 @@ class StageMemory:
         )
 
     def _segment(self, segment: int) -> SegmentBytes:
-        nodes, memory = (
-            self.nodes.get(segment, []),
-            [k for k in self.graph.saved.values() if segment in k.segments and not k.shared],
-        )
+        nodes = self.nodes.get(segment, [])
+        memory = [k for k in self.graph.saved.values() if segment in k.segments and not k.shared]
         gradients = [[backward_of(n, self.training.grad_alloc_ratio(first)) for n in nodes] for first in (True, False)]
         positions = [p for p, at in enumerate(self.layered.sequence[slice(*self.span)]) if at == segment]
         read = self.reads[positions[0]] if positions else []
@@ -203,18 +202,20 @@ class StageMemory:
             *((f"{_operator(n)}, its own", m.size) for n, m in own if n not in rerun and m and m.size),
         ]
 
+    @cached_property
+    def _saved_names(self) -> dict[str, set[str]]:
+        """Mode -> names of the nodes whose results it saves, in any segment."""
+        every = range(len(self.layered.segments))
+        return {mode: {n.name for s in every for n in mode_cut(self.layered, s, mode).saved} for mode in MODES[1:]}
+
     def _reused(self, segment: int, mode: str) -> float:
         """Bytes that a segment saves in mode "none" and that the second run in another mode does not allocate."""
-        cuts = [mode_cut(self.layered, s, mode) for s in range(len(self.layered.segments))]
-        reused = {n.name for cut in cuts for n in cut.saved}
+        reused = set(self._saved_names[mode])
         if segment != PRELUDE_SEGMENT:
-            nodes = self.layered.segments[segment].nodes
-            reused |= {f"{n.name} inside" for n in nodes if n not in cuts[segment].rerun}
+            rerun = mode_cut(self.layered, segment, mode).rerun
+            reused |= {f"{n.name} inside" for n in self.layered.segments[segment].nodes if n not in rerun}
         saved = self.graph.saved.items()
         return sum(m.size for (name, _), m in saved if name in reused and segment in m.segments and not m.shared)
-
-    def _own_gradient(self, parameter: Parameter) -> float:
-        return own_gradient(self.layered, self.training, parameter)
 
     def _several_taken(self) -> list[fx.Node]:
         """Values that several blocks read; saved if any block of the stage is recomputed."""
@@ -260,7 +261,7 @@ class StageMemory:
                 weight, gradient, optimizer = self.training.state_bytes(p.bytes, p.record.grad, p.over_dp)
                 yield Allocation(label, p.name, PARAMETERS, weight)
                 first = moment.backward is not None and moment.backward.first
-                if not (first and position < moment.position and self._own_gradient(p)):
+                if not (first and position < moment.position and own_gradient(self.layered, self.training, p)):
                     yield Allocation(label, p.name, GRADIENTS, gradient)
                 copies = states + (self.training.widening > 1 and not self.training.sliced(p.over_dp))
                 if copies > states:
@@ -306,9 +307,8 @@ class StageMemory:
 
     def _within(self, name: str, segment: int) -> str:
         """A name without that of the segment it is in."""
-        return (
-            name.removeprefix(self.layered.segments[segment].label).lstrip(". ") if segment != PRELUDE_SEGMENT else name
-        )
+        label = self.layered.segments[segment].label if segment != PRELUDE_SEGMENT else ""
+        return name.removeprefix(label).lstrip(". ") if label else name
 
 
 def stage_memory(
