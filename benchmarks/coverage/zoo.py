@@ -201,7 +201,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the drawn sizes")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--outside", action="store_true", help="models of other packages and written by hand")
-    parser.add_argument("--json", type=Path, help="where the results go")
+    parser.add_argument("--json", type=Path, help="where the results go, row by row")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that a stopped run left there")
     arguments = parser.parse_args()
     arguments.json = arguments.json or (OUTSIDE if arguments.outside else RESULTS)
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}
@@ -209,8 +210,12 @@ def main() -> None:
     import autopart  # noqa: F401
     from benchmarks.coverage import zoo_models  # noqa: F401  # imported once, before the forks
 
-    todo = list(wanted(arguments.only, arguments.outside))[:: arguments.every]
-    rows = []
+    wished = list(wanted(arguments.only, arguments.outside))[:: arguments.every]
+    earlier = json.loads(arguments.json.read_text()) if arguments.resume else {"seconds": 0, "rows": []}
+    rows = earlier["rows"]
+    known = {(row["task"], row["model"]) for row in rows}
+    todo = [pair for pair in wished if pair not in known]
+    arguments.json.parent.mkdir(exist_ok=True)
 
     def tried(pair: tuple[str, str]) -> Row:
         run = trial_outside if arguments.outside else functools.partial(trial, seed=arguments.seed)
@@ -223,11 +228,10 @@ def main() -> None:
             told = "; ".join(f"{name}: {outcome}" for name, outcome in row["outcomes"].items())
             same = set(row["outcomes"].values())
             told = same.pop() if len(same) == 1 else told
-            print(f"{len(rows)}/{len(todo)} {row['task']}:{row['model']} {row['cpu']:.0f} s {told}", flush=True)
-    arguments.json.parent.mkdir(exist_ok=True)
-    command = command_line(__spec__.name)
-    result = {"command": command, "seconds": round(time.monotonic() - started), "rows": rows}
-    arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+            print(f"{len(rows)}/{len(wished)} {row['task']}:{row['model']} {row['cpu']:.0f} s {told}", flush=True)
+            seconds = earlier["seconds"] + round(time.monotonic() - started)
+            result = {"command": command_line(__spec__.name), "seconds": seconds, "rows": rows}
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     print(table(rows))
 
 
