@@ -1,6 +1,6 @@
 """Seconds of kernels on a device, from their shapes and a few physical constants of the device.
 
-A matrix product of m x k by k x n is cut into output tiles, one to a multiprocessor at a time:
+A matrix product of m x k by k x n is computed as output tiles of tm x tn, one to a multiprocessor at a time:
 
     tiles    = batch ceil(m / tm) ceil(n / tn) splits,  of 2 tm tn (k / splits + ramp) FLOPs
     waves    = ceil(tiles / processors)                 the last wave costs as much as a full one
@@ -33,7 +33,7 @@ TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
 """Output tiles that libraries of tensor-core products are built of (rows, columns)."""
 
 SPLITS = (1, 2, 4, 8)
-"""Numbers of parts that k may be cut into; their partial sums are written and added up in float32."""
+"""Numbers of parts that k may be split into. The partial sums are written and added up in float32."""
 
 STEP = 32
 """The least number of elements of k that a tile advances by."""

@@ -96,7 +96,7 @@ class Prices:
         that regathers runs its forward collective in backward anyway: recomputing adds 0."""
         nbytes = self.sizes.collective_bytes @ self.terms.basis
         found = np.zeros((3, len(nbytes)))
-        for (axis, row, grad), where in self.sizes.alike_reshards.items():
+        for (axis, row, grad), where in self.sizes.reshard_groups.items():
             group = self.terms.sizes[axis]
             if group.ranks > 1:
                 forward, backward = row_seconds(row, nbytes[where], group, grad, self.terms.device)

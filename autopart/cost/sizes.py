@@ -4,8 +4,8 @@ A size is linear in four terms, with d data-parallel ranks and s = samples of a 
 
     size(d, s) = a + b / d + c s + e s / d
 
-Its row of four coefficients (a, b, c, e) serves every micro-batch and every data-parallel degree. `prices.Terms.basis`
-is (1, 1 / d, s, s / d).
+A size is kept as its coefficients (a, b, c, e), which do not depend on d and s. `prices.Terms.basis` is
+(1, 1 / d, s, s / d).
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ ReshardPath = tuple[Placements, ...]
 class Sizes:
     """A table's sizes as rows of four coefficients: of every strategy, every reshard and every saved tensor.
 
-    first       index of a node's first strategy among all
-    which       of every strategy, its row of work; strategies with the same work share one
+    first       [nodes + 1]: index of the node's first strategy among all strategies
+    which       [strategies]: index of the row of work; strategies with equal work have one row
     flops, moved, peak, rest, factors
                 rows of work: FLOPs and bytes moved, peak, then the other columns of `compute.Work`, and which of the
                 four terms the batch, m, n and k of a matrix product grow with
     parameters  rows of a parameter: bytes, whether it has a gradient, whether the gradient is a partial sum over dp,
-                whether over tp;  parameter_of: of every strategy, its row
-    saved, rerun  [MODES, strategies]: 1 where the mode saves the operator's results, or runs the operator again
+                whether over tp
+    parameter_of  [strategies]: index of the row of `parameters`
+    saved       [MODES, strategies]: 1 where the mode saves the operator's results
+    rerun       [MODES, strategies]: 1 where the mode runs the operator again
     reshards    (index in `StrategyTable.value_uses`, placement made, path) of every reshard -> its last step, its value
-    reshards_rerun  [MODES, reshards]: 1 where the mode runs the reshard again whatever uses take its result
+    reshards_rerun  [MODES, reshards]: 1 where the mode runs the reshard again for each of its uses
     saved_placements  of every saved tensor, for each of its distinct savers: the placement of the saved memory under
                 each strategy of the saver (of the root, where the tensor is saved as made)
     saved_index  (index in `StrategyTable.saved_tensors`, placement) -> index among all saved tensors
@@ -72,11 +74,11 @@ class Sizes:
                 for key, step in zip(reshard_paths(chain), chain, strict=True):
                     self.reshards[index, have, key] = step, value
         relevant = [self.use_rerun(index, have) for index, have, _ in self.reshards]
-        self.reshards_rerun = np.array([again.all(1) for again in relevant], dtype=float)
+        self.reshards_rerun = np.array([rerun.all(1) for rerun in relevant], dtype=float)
         self.reshards_rerun = self.reshards_rerun.reshape(-1, len(table.saved)).T
-        self.alike_reshards: dict[tuple[str, Reshard, bool], list[int]] = {}
+        self.reshard_groups: dict[tuple[str, Reshard, bool], list[int]] = {}
         for i, (step, value) in enumerate(self.reshards.values()):
-            self.alike_reshards.setdefault((table.axes[step.axis], step.row, value.grad), []).append(i)
+            self.reshard_groups.setdefault((table.axes[step.axis], step.row, value.grad), []).append(i)
         reshards = self.reshards.values()
         self.collective_bytes = _rows(self._collective_bytes(step, value) for step, value in reshards)
         self.reshard_bytes = _rows(self.byte_coefficients(value, step.after) for step, value in reshards)
@@ -93,23 +95,24 @@ class Sizes:
     def use_rerun(
         self, index: int, have: Placements, uses: Collection[tuple[int, int]] | None = None
     ) -> NDArray[np.bool_]:
-        """[MODES, uses]: whether backward runs the reshards of a value, made in the placement `have`, again for each of
-        `uses` (None: for all of its uses).
+        """[MODES, uses]: whether backward runs the reshards of a value again for each of `uses` (None: all uses). `have`
+        is the placement in which the value is made.
 
-        Reshards of a partial sum are part of the segment that makes the sum: in mode "mincut" they run again only for
-        uses there."""
+        Reshards of a partial sum are part of the segment that makes the sum. In mode "mincut" they run again only for
+        uses in that segment."""
         used = self.table.value_uses[index]
-        again = self.table.use_rerun[index].copy()
+        rerun = self.table.use_rerun[index].copy()
         if any(p.kind == "P" for p in have):
-            again[MODES.index("mincut")] &= used.inside
-        return again if uses is None else again[:, [use in uses for use in used.uses]]
+            rerun[MODES.index("mincut")] &= used.inside
+        return rerun if uses is None else rerun[:, [use in uses for use in used.uses]]
 
     def separable_bound(self, costs: Array, allowed: Mapping[int, Iterable[int]]) -> float:
         """Lower bound on the cost of every choice, each variable minimised on its own:
 
             sum over nodes of min cost of a strategy  +  sum over saved tensors of min cost of a placement
 
-        `allowed` are the strategies left of the nodes it names. `costs` may end after the strategies."""
+        `costs` are those of strategies, or of strategies, reshards and saved tensors. `allowed`: node -> the strategies
+        that it may take; nodes that are not named may take all."""
         each = costs[: self.first[-1]]
         if allowed:
             each = each.copy()
@@ -137,7 +140,8 @@ class Sizes:
 
     @cached_property
     def holders(self) -> dict[int, tuple[NDArray[np.int_], NDArray[np.int_]]]:
-        """Node of a parameter -> positions that alone read a parameter of the class; all positions that read one."""
+        """Node of a parameter -> (positions that are the only reader of their copy of it, all positions that read a
+        copy)."""
         return {
             index: (
                 np.array([p for p, *more in places if not more], dtype=int),
@@ -153,7 +157,7 @@ class Sizes:
 
     def byte_coefficients(self, value: Value, placed: Placements) -> Array:
         """A value's bytes on a rank, as coefficients of `prices.Terms.basis`."""
-        return self._cut(value.bytes, value.batch, [p.kind == "S" for p in placed])
+        return self._coefficients(value.bytes, value.batch, [p.kind == "S" for p in placed])
 
     def _saved_placements(self, tensor: SavedTensor, node: int, operand: int) -> list[Placements]:
         user, root = self.table.nodes[node], self.table.nodes[tensor.root]
@@ -161,19 +165,21 @@ class Sizes:
             return [as_saved(root.given(o)) for o in range(len(root.options))]
         return [as_saved(user.given(o) if operand == -1 else user.taken(o, operand)) for o in range(len(user.options))]
 
-    def _cut(self, amount: float, batch: bool, split: Iterable[bool]) -> Array:
-        numbers, at = np.zeros(4), 2 * batch
-        for axis, cut in zip(self.table.axes, split, strict=True):
-            if cut and axis == "dp":
-                at += 1
-            elif cut:
+    def _coefficients(self, amount: float, batch: bool, sharded: Iterable[bool]) -> Array:
+        """An amount on a rank, as coefficients of `prices.Terms.basis`. `batch`: it grows with the samples. `sharded`,
+        by axis: the ranks of the axis share it equally."""
+        coefficients, term = np.zeros(4), 2 * batch
+        for axis, over_axis in zip(self.table.axes, sharded, strict=True):
+            if over_axis and axis == "dp":
+                term += 1
+            elif over_axis:
                 amount /= self.table.tp
-        numbers[at] = amount
-        return numbers
+        coefficients[term] = amount
+        return coefficients
 
     def _work(self, node: Node, option: int) -> Array:
         """A row of work: FLOPs, bytes moved, and the other columns of `compute.Work`."""
-        flops = self._cut(node.flops, node.batch, [s.shards_work for s in node.options[option]])
+        flops = self._coefficients(node.flops, node.batch, [s.shards_work for s in node.options[option]])
         sizes, factors = self._matrix(node, option)
         rest = [node.peak, node.backward_ratio, node.launches, node.kind_index, *sizes, *node.grads, *factors]
         return np.concatenate([flops, self._moved(node, option), rest])
@@ -191,7 +197,7 @@ class Sizes:
         return (*dims, *node.matrix.sizes[4:]), factors
 
     def _inner(self, node: Node, option: int) -> Array:
-        return self._cut(node.inner, node.batch, [s.shards_work for s in node.options[option]])
+        return self._coefficients(node.inner, node.batch, [s.shards_work for s in node.options[option]])
 
     def _output_bytes(self, node: Node, option: int) -> Array:
         made = np.zeros(4)
@@ -200,14 +206,14 @@ class Sizes:
         return made
 
     def _backward(self, node: Node, option: int) -> tuple[Array, Array, Array]:
-        """`largest_of`, `bytes_of_backward` but for gradients of parameters, and bytes of these parameters."""
+        """`largest_of`; `bytes_of_backward` without gradients of parameters; bytes of the parameters with gradients."""
         made, taken, weights = self._output_bytes(node, option), np.zeros(4), np.zeros(4)
         for i, operand in enumerate(node.operands if node.product else node.operands[:1]):
             if operand is not None:
                 source, output = operand
                 value = self.table.nodes[source].values[output]
-                some = weights if i in node.weights else taken
-                some += self.byte_coefficients(value, node.taken(option, i)) * value.grad
+                into = weights if i in node.weights else taken
+                into += self.byte_coefficients(value, node.taken(option, i)) * value.grad
         split = any(strategy.local == SPLIT_LOSS for strategy in node.options[option])
         loss = node.kind_index == LOSS
         backward = bytes_of_backward(made, taken, 0.0 * weights, node, loss, split)
@@ -233,15 +239,16 @@ class Sizes:
         return node.given(option)[self.table.axes.index(axis)].kind == "C"
 
     def _mean(self, node: Node, option: int, axis: str) -> bool:
-        """Whether ranks of an axis each take a mean, so that their results are divided by their number."""
+        """Whether each rank of an axis takes the mean of its shard, so that the result is divided by the number of
+        ranks."""
         return axis in self.table.axes and node.options[option][self.table.axes.index(axis)].local == "mean"
 
     def _collective_bytes(self, step: Step, value: Value) -> Array:
         """The bytes by which a reshard is priced: of the value, whole along the axis of the step; for an all-to-all, of
         the shard on a rank."""
-        part = step.row.forward == "all_to_all"
-        split = [p.kind == "S" and (part or i != step.axis) for i, p in enumerate(step.before)]
-        return self._cut(value.bytes, value.batch, split)
+        of_shard = step.row.forward == "all_to_all"
+        sharded = [p.kind == "S" and (of_shard or i != step.axis) for i, p in enumerate(step.before)]
+        return self._coefficients(value.bytes, value.batch, sharded)
 
     def root(self, tensor: SavedTensor, placed: Placements) -> Array:
         values = self.table.nodes[tensor.root].values
@@ -249,7 +256,7 @@ class Sizes:
 
 
 def _rows(sizes: Iterable[Array]) -> Array:
-    """[sizes, 4]: coefficients, also of no sizes."""
+    """[sizes, 4]: an array of coefficients; [0, 4] where there are none."""
     return np.array(list(sizes)).reshape(-1, 4)
 
 

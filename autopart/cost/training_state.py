@@ -14,8 +14,7 @@ from autopart.hardware.mesh import Group
 from autopart.hardware.rows import Device
 
 BUCKET_BYTES = 64 * 2**20
-"""Bytes that tensors which travel in one message of the data-parallel axis have together at most; one alone may have
-more."""
+"""The most bytes of a message of several tensors over the data-parallel axis. A larger tensor is a message of its own."""
 
 
 OPTIMIZER_STATES = {"sgd": 0, "momentum": 1, "adagrad": 1, "rmsprop": 1, "adam": 2, "adamw": 2}
@@ -23,38 +22,43 @@ OPTIMIZER_STATES = {"sgd": 0, "momentum": 1, "adagrad": 1, "rmsprop": 1, "adam":
 
 
 STEP_WORKSPACE = {"rmsprop": (1, 1), "adagrad": (1, 2), "adam": (2, 1), "adamw": (2, 1)}
-"""Tensors of a parameter's size that torch.optim makes while it steps: one parameter after another, as on CPUs, and all
-at once, as elsewhere (`_single_tensor_adamw` and `_multi_tensor_adamw` of torch 2.13, and so on; others make none)."""
+"""Optimizer -> tensors of a parameter's size that torch.optim allocates in a step: where it steps one parameter after
+another, as on CPUs, and where it steps all at once, as elsewhere. Source: `_single_tensor_adamw`, `_multi_tensor_adamw`
+and their like in torch 2.13. The other optimizers allocate none."""
 
 
 STEP_PASSES = {"sgd": 3, "momentum": 8, "adagrad": 13, "rmsprop": 13, "adam": 18, "adamw": 20}
-"""Tensors of a parameter's size that a step reads and writes: counted in torch.optim's `_multi_tensor_*`, which it
-takes for parameters on CUDA. Adam: lerp 3, mul 2, addcmul 3, sqrt 2, div 2, add 2, addcdiv 4; AdamW has a mul more."""
+"""Optimizer -> tensors of a parameter's size that a step reads and writes. Source: the functions `_multi_tensor_*` of
+torch.optim, which step parameters on CUDA. Adam: lerp 3, mul 2, addcmul 3, sqrt 2, div 2, add 2, addcdiv 4. AdamW: one
+mul more."""
 
 
 MASTERS = ("float32", "float64")
-"""Dtypes that a master copy may have: those wider than another."""
+"""Dtypes that a master copy may have."""
 
 
 def widening(precision: str, master: str | None) -> float:
-    """Bytes of a number in the master dtype over those of one in `precision`; 1 where there is no master copy."""
+    """Bytes of a number in the master dtype / bytes of a number in `precision`; 1 where there is no master copy."""
     return getattr(torch, master).itemsize / getattr(torch, precision).itemsize if master else 1.0
 
 
 def messages(zero: int, micro_batches: int) -> tuple[int, int]:
-    """How often a step all-gathers a parameter, and reduce-scatters its gradient, over the data-parallel axis. Level 0
-    all-reduces it, in twice the time of a reduce-scatter. Level 1: reduce-scatter, all-gather of the new parameter.
-    Level 2: reduce-scatter for every micro-batch. Level 3: for every micro-batch all-gather forward and backward, and
-    reduce-scatter."""
+    """All-gathers of a parameter, and reduce-scatters of its gradient, over the data-parallel axis in one step.
+
+    level   all-gathers     reduce-scatters
+    0       0               2: an all-reduce takes the time of two
+    1       1               1
+    2       1               one for each micro-batch
+    3       2 for each micro-batch (forward, backward)   one for each micro-batch
+    """
     return ((0, 2), (1, 1), (1, micro_batches), (2 * micro_batches, micro_batches))[zero]
 
 
 def amortization(zero: int, micro_batches: int, stages: int) -> int:
-    """The turns of a pipeline among which the seconds that a stage spends on its parameters in a step are spread.
+    """The divisor a with which f has seconds / a of the seconds that a stage spends on its parameters in a step.
 
-    Stages work on their parameters side by side. In sum(f) + (m - 1) max(f), the seconds of m micro-batches on p equal
-    stages, f occurs m + p - 1 times: a share of 1 / (m + p - 1) in f counts the seconds once. From ZeRO 2 on most of
-    that work is done for every micro-batch: the share is 1 / m.
+    m + p - 1 at ZeRO 0 and 1: stages work on their parameters at the same time, and sum(f) + (m - 1) max(f) of p equal
+    stages counts f so many times. m from ZeRO 2 on: most of the work is done for every micro-batch.
     """
     return micro_batches + (stages - 1) * (zero < 2)
 
@@ -64,17 +68,17 @@ class Training:
     """A training setting: the state of each parameter, and the cost of its gradient.
 
     optimizer      one of OPTIMIZER_STATES
-    zero           ZeRO level (Rajbhandari et al., arXiv 1910.02054, section 5): what the ranks of the data-parallel
-                   axis share: 1 optimizer states, 2 gradients too, 3 parameters too
-    group          the ranks of that axis
+    zero           ZeRO level (Rajbhandari et al., arXiv 1910.02054, section 5): what is sharded over the data-parallel
+                   axis: 1 optimizer states, 2 gradients too, 3 parameters too
+    group          the ranks of the data-parallel axis
     micro_batches  of a step
     widening       bytes of a number in the master dtype over those of one of a parameter; 1: there is no master copy
     foreach        whether the optimizer steps all parameters at once, as torch.optim does wherever it can: not on CPUs
 
-    With a master copy, the model computes in the parameters' precision, and everything that adds up is in the master
-    dtype: gradients, over micro-batches and over ranks, the optimizer's states, and a copy of every parameter that the
-    optimizer steps, from which the parameter is written back. The copy counts to the optimizer and is shared like its
-    states. Of a parameter of p bytes, m in the master dtype, and k states, a rank of d has
+    With a master copy, the model computes in the parameters' precision. In the master dtype are the gradients' sums over
+    micro-batches and ranks, the optimizer's states, and a copy of every parameter. The optimizer steps the copy, and the
+    parameter is written back from it. The copy counts as an optimizer state and is sharded like one. Of a parameter of
+    p bytes, m in the master dtype, with k optimizer states, each of d ranks has these bytes:
 
         level   parameters   gradient   optimizer
         0       p            m          (1 + k) m
@@ -82,10 +86,10 @@ class Training:
         2       p            m / d      (1 + k) m / d
         3       m / d        m / d      k m / d
 
-    At level 3 the slice of the copy is the parameter: it is gathered in its precision while it is used, and no slice in
-    that precision is kept. With bfloat16, float32 and Adam, level 0 is 18 bytes a parameter and level 1 is 6 + 12 / d,
-    as in Megatron-LM (Megatron Core's guide, "Distributed Optimizer": bf16 parameters, fp32 gradients); level 3 is
-    16 / d, as in torchtitan's FSDP2 (param_dtype bfloat16, reduce_dtype float32).
+    At level 3 a rank has a slice of the copy, and none in the parameters' precision; whole parameters are gathered in
+    their precision while they are used. With bfloat16, float32 and Adam, level 0 is 18 bytes a parameter and level 1 is
+    6 + 12 / d, as in Megatron-LM (Megatron Core's guide, "Distributed Optimizer": bf16 parameters, fp32 gradients).
+    Level 3 is 16 / d, as in torchtitan's FSDP2 (param_dtype bfloat16, reduce_dtype float32).
     """
 
     optimizer: str
@@ -97,37 +101,40 @@ class Training:
 
     @property
     def ranks(self) -> int:
-        """How many ranks share."""
+        """Ranks of the data-parallel axis."""
         return self.group.ranks
 
     def state_bytes(self, nbytes: float, grad: bool, shared: bool) -> tuple[float, float, float]:
-        """Bytes of a parameter of `nbytes` on a rank, its gradient and its optimizer's states; `shared` says whether
-        the data-parallel axis can share them: whether it holds partial sums of the gradient."""
-        sliced = grad and self.sliced(shared)
-        copies = OPTIMIZER_STATES[self.optimizer] + (self.widening > 1 and not sliced)
-        share = [self.ranks if shared and grad and self.zero >= level else 1 for level in (3, 2, 1)]
-        wide = nbytes * self.widening
-        return (wide if sliced else nbytes) / share[0], wide * grad / share[1], wide * grad * copies / share[2]
+        """Bytes on a rank of a parameter of `nbytes`, of its gradient and of its optimizer states (the table above).
+        `shared`: the gradient is a partial sum over the data-parallel axis, so that ZeRO can shard all three."""
+        is_slice, master_bytes = grad and self.sliced(shared), nbytes * self.widening
+        tensors = OPTIMIZER_STATES[self.optimizer] + (self.widening > 1 and not is_slice)
+        over = [self.ranks if shared and grad and self.zero >= level else 1 for level in (1, 2, 3)]
+        parameter = (master_bytes if is_slice else nbytes) / over[2]
+        return parameter, master_bytes * grad / over[1], master_bytes * grad * tensors / over[0]
 
     def optimizer_workspace(self, nbytes: float, grad: bool, shared: bool) -> float:
-        """Bytes of temporaries while the optimizer steps a parameter of `nbytes`: STEP_WORKSPACE tensors of its rank's
-        slice, in the master dtype."""
-        share = self.ranks if shared and self.zero >= 1 else 1
-        return nbytes * self.widening * grad / share * STEP_WORKSPACE.get(self.optimizer, (0, 0))[self.foreach]
+        """Bytes of temporaries while the optimizer steps a parameter of `nbytes`: STEP_WORKSPACE tensors in the master
+        dtype, from ZeRO 1 on of the size of the rank's slice."""
+        slices = self.ranks if shared and self.zero >= 1 else 1
+        return nbytes * self.widening * grad / slices * STEP_WORKSPACE.get(self.optimizer, (0, 0))[self.foreach]
 
     def grad_alloc_ratio(self, first: bool) -> float:
-        """Bytes that a backward allocates for a parameter's gradient, over the bytes of the parameter.
+        """Bytes that a backward allocates for a parameter's gradient / bytes of the parameter.
 
-        A gradient is made in the parameter's dtype. Where there is a master copy, a copy in the master dtype follows,
-        which is added to the sum. The copy of the `first` backward of a step is the sum, and counts as state, unless
-        ranks keep slices of the sum (ZeRO 2 and 3). At ZeRO 3 the copy is made of slices: the ratio is 1.
+        A gradient is made in the parameter's dtype (ratio 1). Where there is a master copy, the gradient is then copied
+        to the master dtype (ratio `widening`), and the copy is added to the sum over micro-batches. In the `first`
+        backward of a step the copy is that sum: it counts as state, unless ranks keep slices of the sum (ZeRO 2 and 3).
+        At ZeRO 3 a slice alone is copied: the ratio is 1.
         """
-        sliced = self.zero if self.ranks > 1 else 0
-        kept = first and sliced < 2
-        return 1.0 if sliced >= 3 else (self.widening > 1) + self.widening * (not kept)
+        level = self.zero if self.ranks > 1 else 0
+        if level == 3:
+            return 1.0
+        counts_as_state = first and level < 2
+        return (self.widening > 1) + self.widening * (not counts_as_state)
 
     def sliced(self, shared: bool) -> bool:
-        """Whether a rank keeps a slice of a parameter, and not the whole."""
+        """Whether a rank keeps a slice of a parameter instead of the whole."""
         return self.zero >= 3 and shared and self.ranks > 1
 
     def reduced_bytes(self, nbytes: float, grad: bool, shared: bool) -> float:
@@ -135,65 +142,69 @@ class Training:
         return nbytes if shared and grad and self.ranks > 1 else 0.0
 
     def pending_grad_bytes(self, nbytes: float, grad: bool, shared: bool) -> float:
-        """Bytes, in the master dtype, of the gradient of a parameter that several segments read, from the backward of
-        the last of these segments until that of the first. Autograd adds the gradient to that of earlier micro-batches
-        when all segments have contributed. The gradient of a slice is added at once: 0."""
+        """Bytes of the gradient, in the master dtype, of a parameter that several segments read.
+
+        They are alive from the backward of the last of these segments to that of the first: autograd adds the gradient
+        to the sum over micro-batches once all segments have contributed. The gradient of a slice is added at once: 0.
+        """
         return nbytes * self.widening if grad and self.micro_batches > 1 and not self.sliced(shared) else 0.0
 
-    def gathered_bytes(self, summed: Any) -> Any:
-        """Bytes of whole parameters that a segment gathers to compute: all of `summed` bytes at ZeRO 3, else 0."""
-        return summed * (self.zero >= 3)
+    def gathered_bytes(self, nbytes: Any) -> Any:
+        """Bytes of whole parameters that a segment of `nbytes` of parameters gathers to compute: all at ZeRO 3, else
+        0."""
+        return nbytes * (self.zero >= 3)
 
-    def grad_reduce_workspace(self, summed: Any, most: Any, alone: Any) -> Any:
+    def grad_reduce_workspace(self, nbytes: Any, largest: Any, single: Any) -> Any:
         """Bytes that are alive while ranks reduce the gradients of a segment's parameters at ZeRO 2 and 3, else 0.
 
-        The parameters have `summed` bytes, the largest `most`. With w bytes of a master number to one of a parameter, a
-        message of parameters of s bytes, and d ranks:
+        The parameters have `nbytes`, the largest of them `largest`. w is `widening`, s the bytes of the parameters of
+        one message, d the number of ranks:
 
-            (w or, at ZeRO 3, 1) summed  whole gradients  +  w s  a message  +  w s / d  the rank's slices of sums
-
-        The gradient of a parameter that is `alone` is its own message where its dtype is the message's.
+            g nbytes   whole gradients: g = w at ZeRO 2, 1 at ZeRO 3
+            + w s      a message; 0 where the segment has a `single` parameter whose gradient has the message's dtype
+            + w s / d  the rank's slices of the sums
         """
         if self.zero < 2:
-            return 0.0 * summed
-        first = self.widening if self.zero == 2 else 1.0
-        copied = 1.0 - alone * (first == self.widening)
-        return first * summed + self.widening * self._in_a_message(summed, most, first) * (copied + 1.0 / self.ranks)
+            return 0.0 * nbytes
+        gradient = self.widening if self.zero == 2 else 1.0
+        copied = 1.0 - single * (gradient == self.widening)
+        message = self.widening * self._in_a_message(nbytes, largest, gradient)
+        return gradient * nbytes + message * (copied + 1.0 / self.ranks)
 
-    def end_of_step_workspace(self, summed: Any, most: Any) -> Any:
-        """Bytes of a message at the end of a step, for parameters of a stage of `summed` bytes, the largest `most`.
+    def end_of_step_workspace(self, nbytes: Any, largest: Any) -> Any:
+        """Bytes of a message at the end of a step, for a stage of `nbytes` of parameters, the largest of `largest`.
 
         ZeRO 0 and 1: a message of gradients, at ZeRO 1 with the rank's slices of the sums. ZeRO 2: a message of new
         parameters, with the rank's slices of these. ZeRO 3: none.
         """
         if self.zero >= 3:
-            return 0.0 * summed
-        message = self._in_a_message(summed, most, self.widening)
-        both = 1.0 + (self.zero >= 1) / self.ranks
-        return message * both * (self.widening if self.zero < 2 else 1.0)
+            return 0.0 * nbytes
+        message = self._in_a_message(nbytes, largest, self.widening)
+        with_slices = 1.0 + (self.zero >= 1) / self.ranks
+        return message * with_slices * (self.widening if self.zero < 2 else 1.0)
 
     @staticmethod
-    def _in_a_message(summed: Any, most: Any, wide: float) -> Any:
-        """Bytes of the parameters whose gradients, `wide` times as large, travel in one message."""
-        return np.minimum(summed, np.maximum(most, BUCKET_BYTES / wide))
+    def _in_a_message(nbytes: Any, largest: Any, ratio: float) -> Any:
+        """Bytes of the parameters whose gradients, `ratio` times as large, travel in one message."""
+        return np.minimum(nbytes, np.maximum(largest, BUCKET_BYTES / ratio))
 
     def sync_seconds(self, nbytes: float, shared: bool) -> float:
-        """Seconds a step takes to bring the gradient of a parameter of `nbytes` together and the parameter back, over
-        the data-parallel axis. Many parameters travel in one message, so that no latency is counted.
+        """Seconds of a step to reduce the gradient of a parameter of `nbytes` over the data-parallel axis, and to gather
+        the new parameter. Many parameters travel in one message, so that no latency is counted.
 
         Gradients are in the master dtype, parameters in their own: with a master copy level 1 takes less than level 0.
         """
         if not shared or self.ranks == 1:
             return 0.0
-        wide = nbytes * self.widening
+        gradient = nbytes * self.widening
         if self.zero == 0:
-            return float(merged_seconds(wide, self.group, "all_reduce"))
+            return float(merged_seconds(gradient, self.group, "all_reduce"))
         gathers, scatters = messages(self.zero, self.micro_batches)
         gather = merged_seconds(nbytes, self.group, "all_gather")
-        return float(gathers * gather + scatters * merged_seconds(wide, self.group, "reduce_scatter"))
+        return float(gathers * gather + scatters * merged_seconds(gradient, self.group, "reduce_scatter"))
 
     def overlappable_seconds(self, nbytes: float, shared: bool) -> float:
-        """Of `sync_seconds`, those of the reduction of the gradient, which may overlap with one backward."""
+        """The part of `sync_seconds` that may overlap with one backward: the reduction of the gradient."""
         if not shared or self.ranks == 1:
             return 0.0
         name = "all_reduce" if self.zero == 0 else "reduce_scatter"
@@ -201,20 +212,24 @@ class Training:
 
     @property
     def backwards(self) -> int:
-        """Backwards of a step beside which gradients are summed: the last, from level 2 every one."""
+        """The number of backwards of a step that gradient sync may overlap with: the last; from ZeRO 2 on, all."""
         return self.micro_batches if self.zero >= 2 else 1
 
     def partial_sync_seconds(self, nbytes: float, group: Group) -> float:
-        """Seconds a step takes to add up the gradient of a parameter of `nbytes` that is a partial sum over another
-        axis: one all-reduce."""
+        """Seconds of a step to all-reduce the gradient of a parameter of `nbytes` that is a partial sum over another
+        axis, of ranks `group`."""
         return float(merged_seconds(nbytes * self.widening, group, "all_reduce"))
 
 
 def update_seconds(nbytes: float, grad: bool, shared: bool, training: Training, device: Device) -> float:
-    """Seconds a step takes to add up the gradients of micro-batches and to update a parameter of `nbytes`, or this
-    rank's slice of it: as measured; on a device with `silicon` by the bytes they move (`summing_seconds` and
-    STEP_PASSES); on another 0. An optimizer that was not measured is taken for the measured one with as many states at
-    least, else for the costliest."""
+    """Seconds of a step to add up the gradients of micro-batches and to update a parameter of `nbytes`, or the rank's
+    slice of it.
+
+    On a device with measured tables: by these. An optimizer that was not measured has the seconds of a measured one:
+    of that with the fewest states among those with at least as many, else of that with the most.
+    On a device with `silicon`: bytes moved (`summing_seconds`, STEP_PASSES) / memory bandwidth.
+    On another device: 0.
+    """
     if not grad:
         return 0.0
     master_bytes = nbytes * training.widening
@@ -227,17 +242,16 @@ def update_seconds(nbytes: float, grad: bool, shared: bool, training: Training, 
         step = (STEP_PASSES[training.optimizer] * master_bytes + copied) / slices
         return summing_seconds(nbytes, training, device) + stream_rate_seconds(step, device)
     seconds = (training.micro_batches - 1) * measured_seconds(master_bytes, measured.accumulate)
-    rows = measured.updates.get(training.optimizer)
-    if rows is None:
-        states = OPTIMIZER_STATES[training.optimizer]
-        known = sorted(measured.updates, key=lambda name: (OPTIMIZER_STATES[name] < states, OPTIMIZER_STATES[name]))
-        rows = measured.updates[known[0]] if known else ((1.0, 0.0, 0.0),)
+    more = {name: OPTIMIZER_STATES[name] - OPTIMIZER_STATES[training.optimizer] for name in measured.updates}
+    stands_for = min(more, key=lambda name: (name != training.optimizer, more[name] < 0, abs(more[name])), default="")
+    rows = measured.updates.get(stands_for, ((1.0, 0.0, 0.0),))
     return float(seconds * measured.pace + measured_seconds(master_bytes / slices, rows))
 
 
 def summing_seconds(nbytes: float, training: Training, device: Device) -> float:
-    """Seconds a step takes to add up the gradients of its micro-batches of a parameter of `nbytes`, on a device with
-    `silicon`: each is read, and the sum read and written; the first is the sum, or written in the master dtype."""
+    """Seconds of a step to add up the gradients of a parameter of `nbytes` over micro-batches, on a device with
+    `silicon`. For each micro-batch but the first, the gradient is read, and the sum is read and written. The gradient
+    of the first is the sum; with a master copy it is read, and written in the master dtype."""
     master_bytes = nbytes * training.widening
     first = nbytes + master_bytes if training.widening > 1 else 0.0
     return stream_rate_seconds(first + (training.micro_batches - 1) * (nbytes + 2 * master_bytes), device)

@@ -22,7 +22,7 @@ from autopart.frontend.autograd_functions import CustomFunction
 from autopart.frontend.fake_model import fake_model, fake_tensor, gather_experts, without_caches
 from autopart.frontend.functionalize import functional
 from autopart.frontend.layer_sampling import SampledLayers
-from autopart.frontend.no_gradient import cut_gradients, refuse_hidden_tensors
+from autopart.frontend.no_gradient import detach_no_grad_values, refuse_hidden_tensors
 from autopart.frontend.returned_scalars import note_scalars
 from autopart.frontend.source_lines import user_line
 from autopart.frontend.torch_private import FakeTensorMode, lazy_graph_modules
@@ -104,7 +104,7 @@ def _export(
         warnings.simplefilter("ignore", FutureWarning)
         exported = torch.export.export(skeleton, (), kwargs, strict=False)
         refuse_hidden_tensors(exported)
-        cut_gradients(exported)
+        detach_no_grad_values(exported)
         exported = functional(exported)
         note_scalars(exported, {n for n, p in model.named_parameters() if p.requires_grad})
     for function in custom:

@@ -28,7 +28,7 @@ def refuse_hidden_tensors(exported: torch.export.ExportedProgram) -> None:
             )
 
 
-def cut_gradients(exported: torch.export.ExportedProgram) -> None:
+def detach_no_grad_values(exported: torch.export.ExportedProgram) -> None:
     """Detach the values that `torch.no_grad` regions make, since decomposition inlines the regions without a trace."""
     parameters = exported.graph_signature.inputs_to_parameters
     for module in exported.graph_module.modules():
@@ -99,6 +99,6 @@ def _itself(node: fx.Node) -> fx.Node:
 
 def _detach(node: fx.Node) -> None:
     with node.graph.inserting_after(node):
-        cut = node.graph.call_function(torch.ops.aten.detach.default, (node,))
-    cut.meta = dict(node.meta)
-    node.replace_all_uses_with(cut, lambda user: user is not cut and user.op != "output")
+        detached = node.graph.call_function(torch.ops.aten.detach.default, (node,))
+    detached.meta = dict(node.meta)
+    node.replace_all_uses_with(detached, lambda user: user is not detached and user.op != "output")

@@ -260,7 +260,7 @@ class Solver(ConstraintMatrix):
 
     def _scaled_costs(self, costs: Array) -> Array:
         """The objective in a unit in which a solution costs about OBJECTIVE_SCALE, so that costs stay far above HiGHS's
-        tolerance. A cost above OBJECTIVE_SCALE x MAX_COST_RATIO is cut to that: no solution pays it."""
+        tolerance. Costs are at most OBJECTIVE_SCALE x MAX_COST_RATIO: no solution pays a higher one."""
         self.scale = unit_of(self.sizes, costs)
         return np.minimum(self.column_costs(costs) * self.scale, OBJECTIVE_SCALE * MAX_COST_RATIO)
 

@@ -1,7 +1,7 @@
 """The search for the fastest plan: degrees, micro-batch, ZeRO level, activation checkpointing, cuts, splits.
 
-request, constraint_text, constraints, cut_methods      what the user asks for
-search_points, zero_levels, search_space, ilp_model     what there is to search, and its tables
+request, constraint_text, constraints, cut_constraints  what the user asks for
+search_points, zero_levels, search_space, ilp_model     the points of the search, and the tables of each
 branch_and_bound, candidate, cuts                       the search: queue, plans of a point, exact cuts
 objective, lower_bounds, stage_bounds                   the lower bounds that prove a gap
 exact_refinement, refinement                            exact splits of small models
@@ -9,6 +9,10 @@ interval_costs, memory_tree                             seconds and bytes of int
 make_plan, write_plan, validate                         the line from a request to a plan
 infeasibility, advice                                   where nothing fits
 explain/                                                questions about a plan
+
+`cuts.best_cut` is called with seconds of intervals in STAGE_CUT and REFINE (`candidate`), with lower bounds of these in
+CAPACITY and LAGRANGIAN (`branch_and_bound`) and in REFINE (`stage_bounds`), with bytes where nothing fits
+(`infeasibility`), and once more after the search, without a limit of memory, for the plan's summary (`search_summary`).
 
 Imports `passes` and all rooms below, nothing that runs on devices. Open `make_plan.py` first, then
 `branch_and_bound.py`, whose docstring has the problem and its bounds.

@@ -11,7 +11,7 @@ from autopart.cost.liveness import AUTOMATIC, MODES
 from autopart.cost.position_costs import PositionCosts
 from autopart.errors import PartitionError
 from autopart.planner.constraints import Constraint, Positions, Setting
-from autopart.planner.cut_methods import Cuts
+from autopart.planner.cut_constraints import Cuts
 from autopart.sharding.notation import R
 from autopart.sharding.rules import Strategy
 from autopart.sharding.strategy_table import Node, StrategyTable

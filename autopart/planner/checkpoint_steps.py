@@ -1,4 +1,4 @@
-"""Checkpointing modes of the blocks of an interval: the bytes that a mode saves less than another, and its seconds."""
+"""Checkpointing modes of the blocks of an interval: the bytes that a mode frees, and the seconds that it costs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from autopart.cost.position_costs import PositionCosts
 
 @dataclass(frozen=True)
 class CheckpointStep:
-    """One step of one block, to `mode`: `seconds` more, `bytes` less per micro-batch in flight."""
+    """A change of one block to the checkpointing mode `mode`, which adds `seconds` to a micro-batch and frees `bytes`
+    of each micro-batch in flight."""
 
     checkpoint_class: int
     mode: str
@@ -27,8 +28,12 @@ class CheckpointStep:
 
 @dataclass(frozen=True)
 class Checkpointed:
-    """Intervals some of whose blocks have taken steps, by interval: seconds, bytes above a limit, and how many blocks
-    take each step."""
+    """Intervals with checkpointed blocks. Arrays are [intervals].
+
+    seconds    of the interval
+    shortfall  peak bytes - limit
+    counts     (step, number of blocks that take it)
+    """
 
     seconds: Array
     shortfall: Array
@@ -37,8 +42,13 @@ class Checkpointed:
 
 @dataclass
 class UniformCheckpointing:
-    """All blocks use one mode, by interval: whether they may, and against the first mode that each may use, seconds
-    more and bytes less per micro-batch."""
+    """Intervals whose blocks all use one mode, compared with each block in the first mode that it may use. Arrays are
+    [intervals].
+
+    possible  whether all blocks may use the mode
+    seconds   that the mode adds to a micro-batch
+    bytes     that the mode frees of each micro-batch in flight
+    """
 
     possible: NDArray[np.bool_]
     seconds: Array
@@ -48,8 +58,9 @@ class UniformCheckpointing:
 def uniform_checkpointing(
     costs: PositionCosts, allowed: Sequence[tuple[str, ...]], block: Sequence[bool], saved: Array, mode: int
 ) -> UniformCheckpointing:
-    """All blocks use MODES[mode]; `saved` are the bytes of each position under the first mode that it may use."""
-    cannot = [mine and MODES[mode] not in modes for modes, mine in zip(allowed, block, strict=True)]
+    """The intervals with all blocks in MODES[mode]. `saved`, [positions], are the bytes that a position saves in the
+    first mode that it may use."""
+    cannot = [is_block and MODES[mode] not in modes for modes, is_block in zip(allowed, block, strict=True)]
     first = [MODES.index(modes[0]) for modes in allowed]
     more = costs.recompute_seconds[mode] - costs.recompute_seconds[first, np.arange(len(block))]
     return UniformCheckpointing(
@@ -62,9 +73,9 @@ def uniform_checkpointing(
 def checkpoint_steps(
     costs: PositionCosts, checkpoint_class: int, where: NDArray[np.bool_], modes: Sequence[str], furthest: int
 ) -> list[CheckpointStep]:
-    """The steps of a block of one checkpoint class, from the first of its `modes` to MODES[furthest]: the lower convex
-    hull of (bytes saved, seconds), so that each step costs more seconds a byte than the one before. Blocks of a class
-    may reshard other inputs: the largest seconds count."""
+    """The steps of a block of one checkpoint class, from the first of its `modes` to MODES[furthest]. They are the lower
+    convex hull of (bytes saved, seconds), so that each step costs more seconds a byte than the step before. Where blocks
+    of the class differ, as in what they reshard, the largest seconds count."""
     first, *more = [k for k in map(MODES.index, modes) if k <= furthest or MODES[k] == modes[0]]
     start = costs.saved_under(first)[where]
     hull = [(first, 0.0, float(start.min()))]

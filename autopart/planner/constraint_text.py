@@ -47,7 +47,7 @@ from autopart.planner.constraints import (
     StageStart,
     closest_names,
 )
-from autopart.planner.cut_methods import METHODS, Cuts
+from autopart.planner.cut_constraints import METHODS, Cuts
 
 NUMBERS = ("pp", "dp", "tp", "micro_batch")
 """Settings that are any positive number."""

@@ -1,6 +1,6 @@
 """Constraints by hand as data: what each allows of settings, stages, strategies and checkpointing.
 
-`constraint_text` reads them from text; `cut_methods` has the constraints on all cuts at once.
+`constraint_text` reads them from text; `cut_constraints` has the constraints on all cuts at once.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def _shortfall(space: SearchSpace, point: SearchPoint, candidate: Candidate) -> 
         "all parameters, gradients and optimizer states": costs.state_bytes[here],
         f"activations of {in_flight} micro-batches before any is recomputed": in_flight * costs.saved_bytes[here],
         "messages on their way": float(costs.message_bytes(np.array([here]), in_flight)[0]),
-        "the largest tensors of the moment": costs.others.mixed[0, here],
+        "the largest tensors of the moment": costs.later_backward.mixed[0, here],
     }
     parameters = sorted(_parameters(space, point, candidate, spans[stage]).items(), key=lambda item: -item[1])
     parts |= {f"of these {name}": size for name, size in parameters[:2]}

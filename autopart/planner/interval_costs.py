@@ -33,25 +33,25 @@ Where = NDArray[np.int_] | slice
 
 @dataclass
 class IntervalCosts:
-    """What every interval costs under one choice of strategies. Where no mode is named, every position uses the first
-    mode that it may use.
+    """The costs of every interval under one choice of strategies. Seconds and bytes are those with every position in
+    the first checkpointing mode that it may use. Arrays are [intervals] but where another shape is told.
 
-    seconds                forward, backward, the amortized share of exposed gradient sync, messages
+    seconds                forward, backward, exposed gradient sync / amortization, messages
     state_bytes            of parameters, gradients and optimizer states
-    saved_bytes            per micro-batch, with received values that no position saves;  block_saved_bytes: of these,
-                           what blocks save
+    saved_bytes            of a micro-batch: saved activations, and received values that no position saves
+    block_saved_bytes      the part of `saved_bytes` that blocks save
     received_bytes         of a micro-batch's values from earlier intervals
-    first, others          transient bytes in the first backward of a step, where no gradients exist before it, and in
-                           others
+    first_backward         transient bytes in the first backward of a step, before which no gradients exist
+    later_backward         transient bytes in a later backward
     end_of_step_workspace  bytes allocated at the end of a step
-    block_input_bytes      of values that several blocks read, saved if one of these blocks is recomputed
-    recompute_seconds      [modes, positions]: seconds that each of MODES adds
-    checkpoint_classes     class of every position, finer than its segment class: positions of one class save the same
-                           bytes in every mode and may use the same modes
-    least_modes            the first mode that each position may use
-    blocks                 checkpoint class of blocks -> number of blocks
-    savings                for each of MODES as the furthest: checkpoint class -> the steps that one block may take
-    uniform                for each of MODES: all blocks use it
+    block_input_bytes      of values that several blocks read; saved if one of these blocks is recomputed
+    recompute_seconds      [MODES, positions]: seconds that the mode adds to the backward
+    checkpoint_classes     [positions]: class, finer than the segment class: positions of one class save the same bytes
+                           in every mode and may use the same modes
+    least_modes            [positions]: the first mode that the position may use
+    blocks                 checkpoint class -> [intervals]: number of blocks of the class
+    savings                [MODES]: checkpoint class -> the steps that a block may take, none beyond the mode
+    uniform                [MODES]: the costs where all blocks use the mode
     """
 
     seconds: Array
@@ -59,8 +59,8 @@ class IntervalCosts:
     saved_bytes: Array
     block_saved_bytes: Array
     received_bytes: Array
-    first: TransientPeaks
-    others: TransientPeaks
+    first_backward: TransientPeaks
+    later_backward: TransientPeaks
     end_of_step_workspace: Array
     block_input_bytes: Array
     recompute_seconds: Array
@@ -76,7 +76,8 @@ class IntervalCosts:
         return interval_index(i, j, len(self.checkpoint_classes))
 
     def peak_bytes(self, where: Where, in_flight: int) -> Array:
-        """Peak bytes of some intervals with `in_flight` micro-batches in flight, but for the end of a step."""
+        """Peak bytes of the backwards of some intervals with `in_flight` micro-batches in flight. The peak at the end
+        of a step is state_bytes + end_of_step_workspace."""
         state = self.state_bytes[where] + self.message_bytes(where, in_flight)
         each = [
             flights * self.saved_bytes[where]
@@ -86,9 +87,9 @@ class IntervalCosts:
         return np.asarray(state + np.maximum.reduce(each))
 
     def _backwards(self, in_flight: int) -> list[tuple[TransientPeaks, int]]:
-        """The backwards of a step in which most may be alive, each with the micro-batches in flight then."""
-        every = backwards(in_flight, self.micro_batches)
-        return [(self.first if backward.first else self.others, backward.in_flight) for backward in every]
+        """The transient bytes of each of `liveness.backwards`, and the micro-batches in flight as it starts."""
+        peaks = {True: self.first_backward, False: self.later_backward}
+        return [(peaks[b.first], b.in_flight) for b in backwards(in_flight, self.micro_batches)]
 
     def message_bytes(self, where: Where, in_flight: int) -> Array:
         """Bytes of received values that wait for the stage."""
@@ -99,26 +100,26 @@ class IntervalCosts:
         return np.flatnonzero(self.seconds <= most)
 
     def least_seconds(self, where: NDArray[np.int_], in_flight: int, limit: float, modes: Sequence[str]) -> Array:
-        """f of some intervals under a limit of bytes: blocks take steps to `modes`, those with most bytes a second
-        first, until the interval fits; infinite where none fits."""
-        seconds, steps = self.seconds[where], self.state_bytes[where] + self.end_of_step_workspace[where] <= limit
-        short = self.peak_bytes(where, in_flight) - limit
-        f, over = np.where((short <= 0) & steps, seconds, NEVER), np.flatnonzero((short > 0) & steps)
+        """f of some intervals under a limit of bytes; infinite for an interval that cannot fit. Blocks of an interval
+        above the limit take steps to `modes`, the steps of most bytes a second first, until the interval fits."""
+        step_fits = self.state_bytes[where] + self.end_of_step_workspace[where] <= limit
+        fits = self.peak_bytes(where, in_flight) <= limit
+        f, over = np.where(fits & step_fits, self.seconds[where], NEVER), np.flatnonzero(~fits & step_fits)
         for found in self._checkpointed(where[over], in_flight, limit, modes) if len(over) else ():
             f[over] = np.minimum(f[over], np.where(found.shortfall <= 0, found.seconds, NEVER))
         return f
 
     def shortfall(self, in_flight: int, limit: float, modes: Sequence[str]) -> Array:
-        """Bytes of every interval above the limit, at its smallest."""
+        """Peak bytes of every interval - limit, with the checkpointing for which this is least."""
         every = slice(None)
-        short = self.peak_bytes(every, in_flight) - limit
+        shortfall = self.peak_bytes(every, in_flight) - limit
         for found in self._checkpointed(every, in_flight, limit, modes):
-            short = np.minimum(short, found.shortfall)
-        return np.maximum(short, self.state_bytes + self.end_of_step_workspace - limit)
+            shortfall = np.minimum(shortfall, found.shortfall)
+        return np.maximum(shortfall, self.state_bytes + self.end_of_step_workspace - limit)
 
     def modes(self, i: int, j: int, in_flight: int, limit: float, modes: Sequence[str]) -> list[str]:
-        """The mode of every position of [i, j) where the interval takes `least_seconds`: the first blocks of a class
-        take the steps."""
+        """The mode of every position of [i, j) with which the interval takes `least_seconds`. Of blocks of one class,
+        the first take the steps."""
         result, where = list(self.least_modes[i:j]), np.array([self.index(i, j)])
         if self.peak_bytes(where, in_flight)[0] <= limit:
             return result
@@ -130,7 +131,7 @@ class IntervalCosts:
         return result
 
     def exact_seconds(self, i: int, j: int, modes: Sequence[str]) -> float:
-        """Seconds of [i, j) whose positions use `modes`."""
+        """Seconds of the interval [i, j) whose positions use `modes`."""
         pairs = enumerate(zip(modes, self.least_modes[i:j], strict=True), start=i)
         extra = sum(
             self.recompute_seconds[MODES.index(mode), p] - self.recompute_seconds[MODES.index(least), p]
@@ -139,43 +140,43 @@ class IntervalCosts:
         return float(self.seconds[self.index(i, j)] + extra)
 
     def _checkpointed(self, where: Where, in_flight: int, limit: float, modes: Sequence[str]) -> Iterator[Checkpointed]:
-        """Some intervals with blocks that take steps until the interval fits, for each of MODES as the furthest; and
-        with all blocks in one mode."""
+        """Some intervals with checkpointed blocks: for each of MODES, blocks take steps up to that mode until the
+        interval fits; and for each of MODES, all blocks use it."""
         base = self.state_bytes[where] + self.message_bytes(where, in_flight) - limit
         saved, every = self.saved_bytes[where] + self.block_input_bytes[where], self._backwards(in_flight)
         for furthest, savings in enumerate(self.savings):
             steps = [s for each in savings.values() for s in each if s.mode in modes]
-            seconds, counts, short = self.seconds[where].copy(), [], []
+            seconds, counts, shortfalls = self.seconds[where].copy(), [], []
             for peaks, flights in every:
                 bytes_ = base + flights * saved
-                short.append((bytes_ + peaks.mixed[furthest, where], flights))
-                short.append((bytes_ + peaks.before_blocks[where] - self.block_saved_bytes[where], flights - 1))
+                shortfalls.append((bytes_ + peaks.mixed[furthest, where], flights))
+                shortfalls.append((bytes_ + peaks.before_blocks[where] - self.block_saved_bytes[where], flights - 1))
             for step in sorted(steps, key=lambda s: s.seconds / s.bytes):
-                needed = np.maximum.reduce([lack / flights for lack, flights in short if flights])
+                needed = np.maximum.reduce([shortfall / flights for shortfall, flights in shortfalls if flights])
                 count = np.clip(np.ceil(needed / step.bytes), 0, self.blocks[step.checkpoint_class][where])
                 seconds += count * step.seconds
-                short = [(lack - count * flights * step.bytes, flights) for lack, flights in short]
+                shortfalls = [(shortfall - count * n * step.bytes, n) for shortfall, n in shortfalls]
                 counts.append((step, count))
             if steps:
-                yield Checkpointed(seconds, np.maximum.reduce([lack for lack, _ in short]), counts)
+                yield Checkpointed(seconds, np.maximum.reduce([shortfall for shortfall, _ in shortfalls]), counts)
         for mode, uniform in enumerate(self.uniform):
             if MODES[mode] in modes:
-                lacks = []
+                each = []
                 for peaks, flights in every:
-                    early = peaks.before_blocks[where] - self.block_saved_bytes[where] + uniform.bytes[where]
-                    most = np.maximum(peaks.uniform[mode, where], early)
-                    lacks.append(base + flights * (saved - uniform.bytes[where]) + most)
-                lack = np.where(uniform.possible[where], np.maximum.reduce(lacks), NEVER)
-                counts = [(CheckpointStep(k, MODES[mode], 0.0, 0.0), many[where]) for k, many in self.blocks.items()]
-                yield Checkpointed(self.seconds[where] + uniform.seconds[where], lack, counts)
+                    before_blocks = peaks.before_blocks[where] - self.block_saved_bytes[where] + uniform.bytes[where]
+                    transient = np.maximum(peaks.uniform[mode, where], before_blocks)
+                    each.append(base + flights * (saved - uniform.bytes[where]) + transient)
+                shortfall = np.where(uniform.possible[where], np.maximum.reduce(each), NEVER)
+                counts = [(CheckpointStep(k, MODES[mode], 0.0, 0.0), n[where]) for k, n in self.blocks.items()]
+                yield Checkpointed(self.seconds[where] + uniform.seconds[where], shortfall, counts)
 
 
 def interval_costs(
     costs: PositionCosts, segment_classes: Sequence[int], block: Sequence[bool], micro_batches: int, amortization: int,
     allowed: Sequence[tuple[str, ...]],
 ) -> IntervalCosts:  # fmt: skip
-    """All intervals of a choice of strategies. `allowed` are the modes that every position may use; `amortization` as
-    in `training_state`."""
+    """The costs of all intervals under a choice of strategies. `allowed` are the modes that each position may use;
+    `amortization` is that of `training_state`."""
     n, training = len(segment_classes), costs.training
     least = np.array([MODES.index(modes[0]) for modes in allowed])
     recomputed, per_stage = least > 0, [(item, contains_any(item.positions, n)) for item in costs.per_stage]
@@ -196,19 +197,19 @@ def interval_costs(
             already = contains_any([p for p in item.positions if recomputed[p]], n)
             saves += already * item.block_input_bytes
             shared_inputs += (inside & ~already) * item.block_input_bytes
-    message_seconds, received, held = crossed(costs.crossings, n)
-    first, others = (transient_peaks(costs, allowed, block, begins) for begins in (True, False))
+    message_seconds, received, unsaved = crossed(costs.crossings, n)
+    first_backward, later_backward = (transient_peaks(costs, allowed, block, first) for first in (True, False))
     classes = _checkpoint_classes(costs, segment_classes, block, allowed)
     where = {classes[p]: np.array(classes) == classes[p] for p in range(n) if block[p]}
-    modes, depths = {classes[p]: allowed[p] for p in range(n)}, range(len(first.mixed))
+    modes, depths = {classes[p]: allowed[p] for p in range(n)}, range(len(first_backward.mixed))
     return IntervalCosts(
         seconds=seconds + message_seconds,
         state_bytes=state,
-        saved_bytes=saves + held,
+        saved_bytes=saves + unsaved,
         block_saved_bytes=block_saves,
         received_bytes=received,
-        first=first,
-        others=others,
+        first_backward=first_backward,
+        later_backward=later_backward,
         end_of_step_workspace=np.maximum(
             workspace, training.end_of_step_workspace(reduced, interval_maxima(costs.reduced_bytes[1]))
         ),

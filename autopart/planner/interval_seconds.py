@@ -1,4 +1,4 @@
-"""Seconds by interval of positions that are no sum over positions: messages between stages, exposed gradient sync."""
+"""The seconds of an interval that are not a sum over its positions: messages between stages, exposed gradient sync."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from autopart.cost.position_costs import Crossings
 
 
 def exposed(overlappable: Array, backward: Array) -> Array:
-    """[intervals]: seconds for which gradients still travel when the backward of an interval has ended.
+    """[intervals]: seconds from the end of an interval's backward to the end of its gradient sync.
 
-    The backward goes from the last position to the first. When the backward of p ends, its gradients start to travel
-    for overlappable[p] seconds, behind those of later positions:
+    Backward runs from the last position to the first. Gradients of position p are sent for overlappable[p] seconds, once
+    the backward of p has ended and the gradients of later positions are sent:
 
         exposed(i, j) = max over p in [i, j) of  sum of overlappable over [i, p]  -  sum of backward over [i, p)
 
-    Seconds of recomputation do not count as backward. `overlappable` is `Device.overlapped_share` times the seconds of
-    the messages; the rest of these seconds slows computation down and is paid in any case. The runtime sends a message
-    when it is full, so that the last message may hold more than one position's gradients.
+    Seconds of recomputation are not part of `backward`. `overlappable` is `Device.overlapped_share` x the seconds of the
+    messages; the other seconds of a message slow computation down, overlapped or not. Not modelled: the runtime sends a
+    message when it is full, so that the last message may have gradients of several positions.
     """
     starts, _ = interval_ends(len(overlappable))
     if not overlappable.any():
         return np.zeros(len(starts))
-    sent, done = (np.concatenate([[0.0], np.cumsum(each)]) for each in (overlappable, backward))
-    return interval_maxima(sent[1:] - done[:-1]) - (sent - done)[starts]
+    sync, computed = (np.concatenate([[0.0], np.cumsum(each)]) for each in (overlappable, backward))
+    return interval_maxima(sync[1:] - computed[:-1]) - (sync - computed)[starts]
 
 
 def exposed_by_clock(overlappable: Sequence[float], backward: Sequence[float]) -> float:
@@ -40,10 +40,10 @@ def exposed_by_clock(overlappable: Sequence[float], backward: Sequence[float]) -
 
 
 def crossed(crossings: Iterable[Crossings], n: int) -> tuple[Array, Array, Array]:
-    """[intervals] of n positions, three times: seconds of the messages of values that an interval receives and sends;
-    bytes of values that it receives; bytes of those among them that none of its positions saves."""
+    """Three arrays [intervals], of n positions: seconds to send the values that an interval receives or sends; bytes of
+    the values that it receives; bytes of the received values that none of its positions saves."""
     starts, ends = interval_ends(n)
-    (seconds, received, held), adjacent = np.zeros((3, len(starts))), np.zeros((3, n + 1))
+    (seconds, received, unsaved), adjacent = np.zeros((3, len(starts))), np.zeros((3, n + 1))
     for values in crossings:
         near = (values.consumers == values.producers + 1) & (not values.one)
         for row, amount in zip(adjacent, (values.seconds, values.size, values.size * ~values.saves[near]), strict=True):
@@ -55,6 +55,6 @@ def crossed(crossings: Iterable[Crossings], n: int) -> tuple[Array, Array, Array
             given = (starts <= producer) & (producer < ends) & (ends <= max(consumers))
             seconds += (taken.astype(float) + given) * values.seconds
             received += taken * values.size
-            held += (taken & ~contains_any(values.consumers[where][values.saves[where]].tolist(), n)) * values.size
+            unsaved += (taken & ~contains_any(values.consumers[where][values.saves[where]].tolist(), n)) * values.size
     before = adjacent[:, starts]
-    return seconds + before[0] + adjacent[0, ends], received + before[1], held + before[2]
+    return seconds + before[0] + adjacent[0, ends], received + before[1], unsaved + before[2]

@@ -26,7 +26,7 @@ from autopart.passes.split_problem import SplitProblem
 from autopart.plan.schedules import SCHEDULES, in_flight
 from autopart.planner.allowed_choices import Options, modes_of, options_of, positions_of, stages_of
 from autopart.planner.constraints import check_names
-from autopart.planner.cut_methods import Cuts
+from autopart.planner.cut_constraints import Cuts
 from autopart.planner.ilp_model import Model
 from autopart.planner.objective import Costs, costs_by_mode, exposed_sync_bounds, sync_windows
 from autopart.planner.request import Request

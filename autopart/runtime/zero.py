@@ -42,43 +42,46 @@ class ShardedOptimizerState:
         self.stage, self.group, self.level, self.overlap = stage, groups.dp, level, overlap
         self.slice_of: dict[Any, Any] = {}
         self.copy_of: dict[Any, Any] = {}
-        self.summed: dict[Any, bool] = {}
-        """Weights whose gradients are partial sums over dp -> whether one has gone out in this step."""
-        self.waiting: dict[Any, list[Any]] = defaultdict(list)
-        """Gradients that go out together, by what `together` says of their weights."""
+        self.sent: dict[Any, bool] = {}
+        """Weight whose gradient is a partial sum over dp -> whether this step has sent its gradient."""
+        self.final: dict[Any, list[Any]] = defaultdict(list)
+        """Group of `send_group` -> its weights with final gradients that are not sent yet."""
         self.started: deque[Callable[[], None]] = deque()
         self.sends = level >= 2
-        """Whether this backward's gradients go out while it runs."""
+        """Whether gradients are sent while this backward runs."""
         weights: list[Any] = [p for p in stage.parameters() if p.requires_grad]
         for weight in weights:
             shared = groups.dp.size > 1 and weight.origin.placed["dp"].kind == "C"
             if shared and not weight.origin.sliced:
-                self.summed[weight] = False
+                self.sent[weight] = False
                 if level >= 2 or overlap:
                     weight.register_post_accumulate_grad_hook(self._accumulated)
-            if level >= 1 and weight in self.summed:
-                self.slice_of[weight] = self._cut(weight, master or weight.dtype)
+            if level >= 1 and weight in self.sent:
+                self.slice_of[weight] = self._slice(weight, master or weight.dtype)
             elif master not in (None, weight.dtype):
                 self.copy_of[weight] = _like(weight, weight.detach().to(master))
             weight.grad_dtype = master or weight.dtype
-        self.together = {
+        self.send_group = {
             weight: None if level < 2 else weight if module is stage else module
             for module in stage.modules()
             for weight in module.parameters(recurse=False)
         }
-        self.many = Counter(self.together[weight] for weight in self.summed)
+        """Weight -> the group of weights whose gradients are sent together at the latest: at level 2 the weights of a
+        module, below it all."""
+        self.group_sizes = Counter(self.send_group[weight] for weight in self.sent)
         self.channel = self.group
         if overlap and level >= 3 and self.group.size > 1:
             self.channel = groups.apart()
         for weight in weights:
             if hasattr(weight, "slicing"):
                 weight.slicing = replace(weight.slicing, send=self._send)
-        self.share_of = {**self.slice_of, **self.copy_of}
-        self.trained = [self.share_of.get(weight, weight) for weight in weights]
-        self.copies = list(self.share_of.values()) if master else []
+        self.trained_as = {**self.slice_of, **self.copy_of}
+        """Weight -> the slice or the copy of it that the optimizer trains."""
+        self.trained = [self.trained_as.get(weight, weight) for weight in weights]
+        self.copies = list(self.trained_as.values()) if master else []
         """Those of `trained` that have memory of their own."""
 
-    def _cut(self, weight: Any, dtype: torch.dtype) -> nn.Parameter:
+    def _slice(self, weight: Any, dtype: torch.dtype) -> nn.Parameter:
         """Move a weight into memory that holds its slices one a row; this rank's slice, in a dtype."""
         slices = as_slices(weight.detach(), self.group.size).clone()
         weight.data = slices.view(-1)[: weight.numel()].view(weight.shape)
@@ -86,8 +89,8 @@ class ShardedOptimizerState:
 
     def zero_grad(self) -> None:
         """Drop the last step's gradients."""
-        self.waiting.clear()
-        self.summed = dict.fromkeys(self.summed, False)
+        self.final.clear()
+        self.sent = dict.fromkeys(self.sent, False)
         self.stage.zero_grad(set_to_none=True)
         for share in self.trained:
             share.grad = None
@@ -97,24 +100,25 @@ class ShardedOptimizerState:
         self.sends = self.level >= 2 or (self.overlap and last)
 
     def _accumulated(self, weight: Any) -> None:
-        """Called when a gradient was accumulated. A final gradient is sent with others as soon as they fill a
-        message."""
+        """Called when a gradient was accumulated. Final gradients are sent as soon as they fill a message, or are all
+        of their group."""
         if self.sends:
-            place = self.together[weight]
-            self.waiting[place].append(weight)
-            if len(self.waiting[place]) == self.many[place] or fill_a_message([w.grad for w in self.waiting[place]]):
-                self._start(self.waiting.pop(place))
+            group = self.send_group[weight]
+            final = self.final[group]
+            final.append(weight)
+            if len(final) == self.group_sizes[group] or fill_a_message([w.grad for w in final]):
+                self._start(self.final.pop(group))
 
     def backward_ended(self) -> None:
         """Called when a micro-batch's gradients are complete."""
-        for weights in self.waiting.values():
+        for weights in self.final.values():
             self._start(weights)
-        self.waiting.clear()
+        self.final.clear()
 
     def reduce(self) -> None:
-        """All micro-batches' gradients are there: bring the sums over dp into them, or into the slices. Afterwards
-        every weight that is trained has a gradient."""
-        self._start([weight for weight, gone in self.summed.items() if not gone])
+        """Called when all micro-batches' gradients are complete: bring the sums over dp into the gradients, or into
+        those of the slices. Afterwards every weight that is trained has a gradient."""
+        self._start([weight for weight, sent in self.sent.items() if not sent])
         while self.started:
             self.started.popleft()()
         for weight, copy in self.copy_of.items():
@@ -124,9 +128,9 @@ class ShardedOptimizerState:
                 share.grad = torch.zeros_like(share)
 
     def _start(self, weights: list[Any]) -> None:
-        """Send gradients; zeros for those of weights that had none."""
+        """Send the gradients of weights; zeros for a weight that has none."""
         for weight in weights:
-            self.summed[weight] = True
+            self.sent[weight] = True
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
         self._send(weights, [weight.grad for weight in weights])
@@ -154,7 +158,7 @@ class ShardedOptimizerState:
         return add
 
     def stepped(self) -> None:
-        """What is trained has new values: bring them into the weights, slices from all ranks that have them."""
+        """Called after the optimizer's step: write the new values of slices and copies into the weights."""
         gather(list(self.slice_of.values()), [weight.data for weight in self.slice_of], self.group)
         for weight, copy in self.copy_of.items():
             weight.data.copy_(copy.detach())
@@ -164,22 +168,23 @@ class ShardedOptimizerState:
         it."""
         found = {}
         for path, weight in self.stage.named_parameters():
-            share = self.share_of.get(weight, weight)
+            share = self.trained_as.get(weight, weight)
             if share.grad is not None and (whole := self._whole(weight, share, share.grad)) is not None:
                 found[path] = whole
         return found
 
     def weights(self) -> dict[str, Tensor]:
-        """The stage's weights likewise: their copies in the master dtype, where there are such."""
+        """The stage's weights, whole, by their paths, in the master dtype where there are copies in it; of slices on
+        the first rank of dp alone. All ranks call it."""
         found = {}
         for path, weight in self.stage.named_parameters():
-            share = self.share_of.get(weight, weight) if self.copies else weight
+            share = self.trained_as.get(weight, weight) if self.copies else weight
             if (whole := self._whole(weight, share, share.detach())) is not None:
                 found[path] = whole
         return found
 
     def _whole(self, weight: Any, share: Any, value: Tensor) -> Tensor | None:
-        """The whole of `value`, which lies as `share` does."""
+        """The whole of `value`, which is sliced as `share` is."""
         if not share.origin.sliced:
             return value
         shape = weight.slicing.shape if weight.origin.sliced else weight.shape
@@ -188,7 +193,7 @@ class ShardedOptimizerState:
 
 
 def _like(weight: Any, value: Tensor, **where: Any) -> nn.Parameter:
-    """A parameter of some value, which comes from where a weight does but for `where`."""
+    """A parameter with the value `value` and the origin of `weight`, but for the fields `where`."""
     made = nn.Parameter(value)
     made.origin = replace(weight.origin, **where)  # type: ignore[attr-defined]
     return made

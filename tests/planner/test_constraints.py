@@ -14,7 +14,7 @@ from autopart.errors import PartitionError
 from autopart.planner import constraint_text as constraint_text
 from autopart.planner.constraint_text import FORMS, forbidden, parse
 from autopart.planner.constraints import Constraint, Positions, check_names, position
-from autopart.planner.cut_methods import Cuts, balanced
+from autopart.planner.cut_constraints import Cuts, balanced
 from autopart.sharding.notation import C, P, Placement, R, S, Strategy
 
 BLOCKS = tuple(f"model.layers.{i}" for i in range(6))

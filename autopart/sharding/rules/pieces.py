@@ -53,7 +53,7 @@ def _put(names: Sequence[str], dim: int, name: str) -> list[str]:
 
 
 def _chunk(args: Args, outputs: Sequence[Shape]) -> str:
-    """Equal chunks are split into equal chunks. Others would be cut elsewhere on a shard, and are never split."""
+    """The rule of `split` where all chunks are equal. Of unequal chunks a shard would have others: never split."""
     if len(set(outputs)) == 1 and len(outputs) == args[1]:
         return _split(args, outputs)
     return whole_at(2)((args[0], None, argument(args, 2, 0)), outputs)
