@@ -19,11 +19,10 @@ one rank:
     workspace    at the end of a step            at once                         optimizer's temporaries, or a message
 
 The peak of a stage is the largest sum of bytes at a moment (`moments`). Moments are: before a backward; in the backward
-of each segment, those of `SegmentBytes.in_backward`; the end of a step. Readers of this model: `transient_peaks` for all
-intervals of positions at once, `planner.exact_refinement` for rows of an ILP, `planner.memory_tree` for people, plans
-and certificates. Bytes are a number in `memory_tree`, an array by position in `transient_peaks`, an array by the
-solver's variables in `exact_refinement`.
-"""
+of each segment, those of `SegmentBytes.in_backward`; the end of a step. Readers of this model: `transient_peaks` for
+all intervals of positions at once, `planner.exact_refinement` for rows of an ILP, `planner.memory_tree` for people,
+plans and certificates. Bytes are a number in `memory_tree`, an array by position in `transient_peaks`, an array by the
+solver's variables in `exact_refinement`."""
 
 from __future__ import annotations
 
@@ -55,7 +54,8 @@ PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, MESSAGES = (
 )  # fmt: skip
 RECOMPUTED, IN_FLIGHT, GATHERED, PENDING, WORKSPACE = "recomputed", "in flight", "gathered", "pending", "workspace"
 TRANSIENT = (RECOMPUTED, IN_FLIGHT, GATHERED, PENDING, WORKSPACE)
-"""Kinds of bytes that are alive in the backward of one segment, or at the end of a step, and not from one to another."""
+"""Kinds of bytes that are alive in the backward of one segment, or at the end of a step, and not from one to
+another."""
 
 Amount = Any
 """Bytes: a number, or an array of numbers."""
@@ -110,7 +110,8 @@ class SegmentBytes:
 
 @dataclass(frozen=True)
 class Backward:
-    """A backward of a step. `first`: no gradients exist before it. `in_flight`: micro-batches in flight as it starts."""
+    """A backward of a step. `first`: no gradients exist before it. `in_flight`: micro-batches in flight as it
+    starts."""
 
     first: bool
     in_flight: int
@@ -119,8 +120,9 @@ class Backward:
 def backwards(in_flight: int, micro_batches: int) -> list[Backward]:
     """The backwards in which a stage's peak may be.
 
-    Where fewer micro-batches are in flight than a step has: a later backward. Where all of them are in flight before the
-    first backward: the first, in which gradients are allocated; and the second, with one micro-batch less in flight."""
+    Where fewer micro-batches are in flight than a step has: a later backward. Where all of them are in flight before
+    the first backward: the first, in which gradients are allocated; and the second, with one micro-batch less in
+    flight."""
     if in_flight < micro_batches:
         return [Backward(False, in_flight)]
     return [Backward(True, in_flight), Backward(False, in_flight - 1)][:in_flight]
@@ -134,9 +136,9 @@ def freed(saved: Any) -> Any:
 
 
 def unallocated(gradients: Any, first: bool) -> Any:
-    """[positions + 1]: bytes of gradients that are not allocated when the backward of each position ends: in the `first`
-    backward of a step the sum over earlier positions, in a later one 0. The last row is for the moment before any
-    backward: the sum over all positions."""
+    """[positions + 1]: bytes of gradients that are not allocated when the backward of each position ends: in the
+    `first` backward of a step the sum over earlier positions, in a later one 0. The last row is for the moment before
+    any backward: the sum over all positions."""
     return np.cumsum(np.concatenate([0.0 * gradients[:1], gradients * first]), axis=0)
 
 

@@ -95,8 +95,8 @@ class Sizes:
     def use_rerun(
         self, index: int, have: Placements, uses: Collection[tuple[int, int]] | None = None
     ) -> NDArray[np.bool_]:
-        """[MODES, uses]: whether backward runs the reshards of a value again for each of `uses` (None: all uses). `have`
-        is the placement in which the value is made.
+        """[MODES, uses]: whether backward runs the reshards of a value again for each of `uses` (None: all uses).
+        `have` is the placement in which the value is made.
 
         Reshards of a partial sum are part of the segment that makes the sum. In mode "mincut" they run again only for
         uses in that segment."""

@@ -14,7 +14,8 @@ from autopart.hardware.mesh import Group
 from autopart.hardware.rows import Device
 
 BUCKET_BYTES = 64 * 2**20
-"""The most bytes of a message of several tensors over the data-parallel axis. A larger tensor is a message of its own."""
+"""The most bytes of a message of several tensors over the data-parallel axis. A larger tensor is a message of its
+own."""
 
 
 OPTIMIZER_STATES = {"sgd": 0, "momentum": 1, "adagrad": 1, "rmsprop": 1, "adam": 2, "adamw": 2}
@@ -75,10 +76,10 @@ class Training:
     widening       bytes of a number in the master dtype over those of one of a parameter; 1: there is no master copy
     foreach        whether the optimizer steps all parameters at once, as torch.optim does wherever it can: not on CPUs
 
-    With a master copy, the model computes in the parameters' precision. In the master dtype are the gradients' sums over
-    micro-batches and ranks, the optimizer's states, and a copy of every parameter. The optimizer steps the copy, and the
-    parameter is written back from it. The copy counts as an optimizer state and is sharded like one. Of a parameter of
-    p bytes, m in the master dtype, with k optimizer states, each of d ranks has these bytes:
+    With a master copy, the model computes in the parameters' precision. In the master dtype are the gradients' sums
+    over micro-batches and ranks, the optimizer's states, and a copy of every parameter. The optimizer steps the copy,
+    and the parameter is written back from it. The copy counts as an optimizer state and is sharded like one. Of a
+    parameter of p bytes, m in the master dtype, with k optimizer states, each of d ranks has these bytes:
 
         level   parameters   gradient   optimizer
         0       p            m          (1 + k) m
@@ -189,8 +190,8 @@ class Training:
         return np.minimum(nbytes, np.maximum(largest, BUCKET_BYTES / ratio))
 
     def sync_seconds(self, nbytes: float, shared: bool) -> float:
-        """Seconds of a step to reduce the gradient of a parameter of `nbytes` over the data-parallel axis, and to gather
-        the new parameter. Many parameters travel in one message, so that no latency is counted.
+        """Seconds of a step to reduce the gradient of a parameter of `nbytes` over the data-parallel axis, and to
+        gather the new parameter. Many parameters travel in one message, so that no latency is counted.
 
         Gradients are in the master dtype, parameters in their own: with a master copy level 1 takes less than level 0.
         """

@@ -73,9 +73,9 @@ def uniform_checkpointing(
 def checkpoint_steps(
     costs: PositionCosts, checkpoint_class: int, where: NDArray[np.bool_], modes: Sequence[str], furthest: int
 ) -> list[CheckpointStep]:
-    """The steps of a block of one checkpoint class, from the first of its `modes` to MODES[furthest]. They are the lower
-    convex hull of (bytes saved, seconds), so that each step costs more seconds a byte than the step before. Where blocks
-    of the class differ, as in what they reshard, the largest seconds count."""
+    """The steps of a block of one checkpoint class, from the first of its `modes` to MODES[furthest]. They are the
+    lower convex hull of (bytes saved, seconds), so that each step costs more seconds a byte than the step before. Where
+    blocks of the class differ, as in what they reshard, the largest seconds count."""
     first, *more = [k for k in map(MODES.index, modes) if k <= furthest or MODES[k] == modes[0]]
     start = costs.saved_under(first)[where]
     hull = [(first, 0.0, float(start.min()))]

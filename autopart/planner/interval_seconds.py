@@ -14,15 +14,14 @@ from autopart.cost.position_costs import Crossings
 def exposed(overlappable: Array, backward: Array) -> Array:
     """[intervals]: seconds from the end of an interval's backward to the end of its gradient sync.
 
-    Backward runs from the last position to the first. Gradients of position p are sent for overlappable[p] seconds, once
-    the backward of p has ended and the gradients of later positions are sent:
+    Backward runs from the last position to the first. Gradients of position p are sent for overlappable[p] seconds,
+    once the backward of p has ended and the gradients of later positions are sent:
 
         exposed(i, j) = max over p in [i, j) of  sum of overlappable over [i, p]  -  sum of backward over [i, p)
 
-    Seconds of recomputation are not part of `backward`. `overlappable` is `Device.overlapped_share` x the seconds of the
-    messages; the other seconds of a message slow computation down, overlapped or not. Not modelled: the runtime sends a
-    message when it is full, so that the last message may have gradients of several positions.
-    """
+    Seconds of recomputation are not part of `backward`. `overlappable` is `Device.overlapped_share` x the seconds of
+    the messages; the other seconds of a message slow computation down, overlapped or not. Not modelled: the runtime
+    sends a message when it is full, so that the last message may have gradients of several positions."""
     starts, _ = interval_ends(len(overlappable))
     if not overlappable.any():
         return np.zeros(len(starts))
