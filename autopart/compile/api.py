@@ -84,7 +84,8 @@ def compile(
 
     Weights and buffers are those of rank 0's model on every rank: what differs on another rank is broadcast. `model` is
     not changed, neither now nor by steps, and its weights are not read again. To evaluate or save what was trained,
-    load `compiled.full_state_dict()`, which all ranks call, into it on rank 0. To train other weights, compile again.
+    load `compiled.full_state_dict()`, which all ranks call, into a copy of it on rank 0. To train other weights,
+    `compiled.load_state_dict`.
 
     Warnings on rank 0 show the plan's notes, and name scalars with gradients that the model returns and that are no
     part of the loss.
@@ -118,7 +119,7 @@ def compile(
     compiled.load_rank_zero(tensors_of(model, layered.traced.buffers))
     compiled.check_batches = check_batches
     if compiled.rank == 0:
-        warn(plan, layered.traced)
+        warn(plan, layered.traced, model)
     return compiled
 
 

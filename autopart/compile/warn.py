@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 
+from torch import nn
+
 from autopart.errors import few
 from autopart.frontend.returned_scalars import SCALARS
 from autopart.frontend.torch_private import tree_leaves
@@ -13,10 +15,19 @@ from autopart.passes.trace import loss_of
 from autopart.plan.data import Plan
 
 
-def warn(plan: Plan, traced: Traced) -> None:
-    """Show the plan's notes, and name what the model returns and the program does not train, as UserWarnings."""
-    for text in (*plan.notes, *_not_trained(traced)):
+def warn(plan: Plan, traced: Traced, model: nn.Module) -> None:
+    """Show the plan's notes, and name what the model asks for and the program does not do, as UserWarnings."""
+    for text in (*plan.notes, *_not_trained(traced), *_not_followed(model)):
         warnings.warn(f"autopart: {text}", stacklevel=3)
+
+
+def _not_followed(model: nn.Module) -> Iterator[str]:
+    """A sentence on the activation checkpointing of a transformers model."""
+    if getattr(model, "is_gradient_checkpointing", False):
+        yield (
+            "gradient_checkpointing_enable() is not followed: the plan says which blocks are recomputed; recompute="
+            "'full', 'mincut', 'selective' or 'none' asks for it"
+        )
 
 
 def _not_trained(traced: Traced) -> Iterator[str]:

@@ -18,7 +18,7 @@ from autopart.runtime.experts import grouped_linear
 from autopart.runtime.functions import mean_cross_entropy, vocab_cross_entropy, vocab_embedding
 from autopart.runtime.gathered import gathered
 from autopart.runtime.groups import Groups, make_groups
-from autopart.runtime.parameters import buffer, load, weight, weight_slice
+from autopart.runtime.parameters import buffer, weight, weight_slice
 from autopart.runtime.process_group import Group
 from autopart.runtime.random import dropout, stream, uniform
 from autopart.runtime.recompute import recomputed, run_once, saved
@@ -36,7 +36,6 @@ __all__ = [
     "gather_from",
     "gathered",
     "grouped_linear",
-    "load",
     "make_groups",
     "mean_cross_entropy",
     "recomputed",

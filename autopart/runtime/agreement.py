@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -36,6 +37,53 @@ def rank_zero_values(tensors: Mapping[str, Tensor], host: Group) -> Iterator[tup
         value = mine.cpu().contiguous() if host.rank == 0 else torch.empty(mine.shape, dtype=mine.dtype)
         host.broadcast(_bytes(value), 0)
         yield name, value
+
+
+def from_rank_zero(
+    tensors: Mapping[str, Tensor], host: Group, check: Callable[[Mapping[str, tuple[int, ...]]], None]
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of rank 0's tensors, on the CPU of every rank, one at a time. Every rank must take all.
+
+    check  is called first, with the shapes of all by their names
+    """
+    mine = [(name, tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in tensors.items()]
+    found = _text_of_rank_zero(mine, host)
+    check({name: tuple(shape) for name, shape, _ in found})
+    for name, shape, dtype in found:
+        if host.rank == 0:
+            value = tensors[name].detach().cpu().contiguous()
+        else:
+            value = torch.empty(shape, dtype=getattr(torch, dtype))
+        if host.size > 1:
+            host.broadcast(_bytes(value), 0)
+        yield name, value
+
+
+def check_names(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise PartitionError where a state dict has other names or shapes than the model's."""
+    lacking, strange = [n for n in wanted if n not in given], [n for n in given if n not in wanted]
+    if lacking or strange:
+        raise PartitionError(
+            "the state dict is not the model's",
+            "; ".join(f"{what} {few(names)}" for what, names in (("it lacks", lacking), ("it has", strange)) if names),
+            "compiled.full_state_dict() or model.state_dict(), whole, on rank 0",
+        )
+    if other := [f"{n} is {list(given[n])}, not {list(wanted[n])}" for n in wanted if given[n] != wanted[n]]:
+        raise PartitionError(
+            "the state dict has other shapes than the model", few(other), "the whole tensors on rank 0"
+        )
+
+
+def _text_of_rank_zero(value: Any, host: Group) -> Any:
+    """Rank 0's value, which JSON can write."""
+    if host.size == 1:
+        return value
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    length = torch.tensor(len(text))
+    host.broadcast(length, 0)
+    text = text if host.rank == 0 else torch.empty(int(length), dtype=torch.uint8)
+    host.broadcast(text, 0)
+    return json.loads(bytes(text.numpy()))
 
 
 def compares(step: int) -> bool:

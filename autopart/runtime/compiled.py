@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -15,19 +16,17 @@ from autopart.errors import PartitionError
 from autopart.frontend.inputs import check_modes
 from autopart.plan.data import Plan
 from autopart.plan.schedules.ops import Instruction
-from autopart.runtime.agreement import check_rows, compares, rank_zero_values
-from autopart.runtime.executor import Executor, Message
+from autopart.runtime.agreement import check_names, check_rows, compares, from_rank_zero, rank_zero_values
+from autopart.runtime.executor import Executor, Message, Update
 from autopart.runtime.groups import Groups
-from autopart.runtime.guards import BatchForm, TrainingMode
-from autopart.runtime.parameters import load, origins
+from autopart.runtime.guards import BatchForm, ModelWeights, TrainingMode
+from autopart.runtime.loss_scale import LossScale
+from autopart.runtime.optimizers import check, names_by_group, over_shares
+from autopart.runtime.parameters import fill, origins
 from autopart.runtime.process_group import Group
 from autopart.runtime.whole import assemble, micro_batches, shares_of
 
 Tensor = torch.Tensor
-NOT_ELEMENTWISE = tuple(
-    kind for name in ("LBFGS", "Muon", "Adafactor") if (kind := getattr(torch.optim, name, None)) is not None
-)
-"""Optimizers whose update of one element depends on other elements. Some are missing in older torch versions."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,7 @@ class Compiled:
         self.model, self.aliases, self.sample_axes = model, aliases, program.sample_axes
         self.form = None if traced is None else BatchForm(traced)
         self.mode = TrainingMode(model, same_trace)
+        self.weights = ModelWeights(model, aliases)
         module = run_source(program.source, f"stage_{program.stage}.py")
         self.stage: nn.Module = module.Stage(groups)
         self.origins = origins(self.stage)
@@ -85,22 +85,43 @@ class Compiled:
         self.executor = Executor(
             self.stage, program.stage, groups, program.instructions, program.messages, tied, plan.zero, master,
             overlap=plan.mesh.device.overlapped_share > 0,
+            loss_scale=LossScale() if plan.precision == "float16" else None,
         )  # fmt: skip
-        self.load(tensors_of(model, constants))
+        self.stage.parameters = _refused
+        self.emitted = {*plan.signature.parameters, *constants}
+        self.beside: dict[str, Tensor] = {}
+        """Loaded tensors of the state dict that no stage computes with."""
+        self.fill(tensors_of(model, constants))
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load weights and buffers by the model's names, whole, such as `full_state_dict` returns: those that rank 0
+        has, tensor by tensor. All ranks call it; what others than rank 0 give is not read.
+
+        Raises PartitionError, on every rank, for names that are missing or not the model's, and for other shapes.
+        """
+        shapes = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
+        shares = self._shares()
+        for alias, value in from_rank_zero(state, self.groups.host, partial(check_names, shapes)):
+            name = self.aliases.get(alias, alias)
+            fill([share for share in shares if share.origin.name == name], self.groups, {name: value})
+            if name not in self.emitted:
+                self.beside[name] = value
+        self.weights.seen()
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill this rank's weights, the optimizer's copies of them and its buffers from the model's own, which are
         whole."""
-        load(self._shares(), self.groups, tensors)
+        fill(self._shares(), self.groups, tensors)
 
     def load_rank_zero(self, tensors: Mapping[str, Tensor]) -> None:
         """Load rank 0's values of the tensors of which a rank has other values. All ranks call it, each with the whole
         tensors of its own model, which stay as they are."""
         for name, value in rank_zero_values(tensors, self.groups.host):
-            load([share for share in self._shares() if share.origin.name == name], self.groups, {name: value})
+            fill([share for share in self._shares() if share.origin.name == name], self.groups, {name: value})
+        self.weights.seen()  # a broadcast counts as a change of what rank 0 sends
 
     def _shares(self) -> list[Any]:
-        return [*self.stage.parameters(), *self.stage.buffers(), *self.executor.shared.copies]
+        return [*dict(self.stage.named_parameters()).values(), *self.stage.buffers(), *self.executor.shared.copies]
 
     @property
     def data_ranks(self) -> int:
@@ -118,54 +139,103 @@ class Compiled:
             rank = rank * self.groups.along(axis).size + self.groups.along(axis).rank
         return rank
 
-    def step(self, batch: Mapping[str, Any], local: bool = False) -> Tensor:
+    def step(
+        self,
+        batch: Mapping[str, Any],
+        local: bool = False,
+        *,
+        clip_grad_norm: float | None = None,
+        only_finite: bool = False,
+    ) -> Tensor:
         """Train on one batch: forward, backward, gradient sums, optimizer step (if an optimizer is set).
 
-        batch  the whole batch on every rank or, with `local`, this rank's share: share `data_rank` of `data_ranks` of
-               every micro-batch
+        batch           the whole batch on every rank or, with `local`, this rank's share: share `data_rank` of
+                        `data_ranks` of every micro-batch
+        clip_grad_norm  the norm to which the gradients of the whole model are clipped, before the optimizer
+        only_finite     whether the weights stay as they are where gradients are not finite; always in float16
 
         Returns the loss of the whole batch, the same on every rank. Raises PartitionError where the batch has another
         size than the plan's, other keys, dtypes or constants than the batch at compile, where the model's training mode
-        has changed since, under torch.autocast, and (see `check_batches`) where ranks got other rows.
+        or weights have changed since, under torch.autocast, and (see `check_batches`) where ranks got other rows.
         """
+        return self._run(batch, local, self._update(clip_grad_norm, only_finite), 1.0)
+
+    def backward(self, batch: Mapping[str, Any], local: bool = False, *, weight: float = 1.0) -> Tensor:
+        """Forward and backward of one batch, whose gradients are added to those that wait for `update`.
+
+        weight  of this batch's loss in the gradients: 1 / n for the mean of n batches
+
+        Arguments, result and errors as `step`; the loss is without its weight.
+        """
+        return self._run(batch, local, None, weight)
+
+    def update(self, *, clip_grad_norm: float | None = None, only_finite: bool = False) -> None:
+        """Complete the gradients of every `backward` since the last update, and step the optimizer. Arguments as
+        `step`. Raises PartitionError where there was no `backward`."""
+        if not self.executor.accumulating:
+            raise PartitionError("there are no gradients", "no backward since the last update", "backward(batch) first")
+        self.executor.update(self._update(clip_grad_norm, only_finite))
+
+    def _run(self, batch: Mapping[str, Any], local: bool, update: Update | None, weight: float) -> Tensor:
         check_modes("a step")
         if self.form is not None:
             self.form.check(batch)
         self.mode.check()
+        self.weights.check()
         shares = micro_batches(self.plan, batch, self.data_ranks, self.data_rank, local, self.groups.device)
         if self.check_batches and compares(self.groups.rng.step):
             check_rows(batch, local, self.data_rank, self.groups.host)
         with torch.enable_grad():
-            return self.executor.run(shares)
+            return self.executor.run(shares, update, weight)
 
-    def optimizer(self, cls: type[torch.optim.Optimizer], **settings: Any) -> torch.optim.Optimizer:
-        """Step this torch optimizer at the end of every step. Under ZeRO it trains this rank's slices of weights.
-
-        A stage without parameters gets an empty parameter, since torch's optimizers refuse none. Raises PartitionError
-        for an optimizer whose update of a slice is not the slice of the whole weight's update.
-        """
-        trained = self.executor.shared.trained
-        if any(p.origin.sliced for p in trained) and issubclass(cls, NOT_ELEMENTWISE):
-            raise PartitionError(
-                f"{cls.__name__} cannot train slices of parameters",
-                f"under ZeRO {self.plan.zero} a rank has a part of each, and this optimizer needs all of it",
-                "zero=0, or an optimizer that treats every element alone, such as AdamW",
-            )
-        self.executor.optimizer = cls(trained or [nn.Parameter(torch.empty(0))], **settings)
-        return self.executor.optimizer
-
-    def clip_grad_norm(self, max_norm: float | None) -> None:
-        """From now on, scale the gradients of every step before the optimizer by min(1, max_norm / `grad_norm`). None
-        ends it. torch.nn.utils.clip_grad_norm_ would take the norm of what one rank has."""
+    def _update(self, max_norm: float | None, only_finite: bool) -> Update:
         if max_norm is not None and not max_norm > 0:
-            raise PartitionError(f"max_norm={max_norm!r} is not positive", try_="max_norm=1.0, or None for no clipping")
-        self.executor.max_norm, self.executor.grad_norm = max_norm, None
+            raise PartitionError(f"clip_grad_norm={max_norm!r} is not positive", try_="clip_grad_norm=1.0, or None")
+        return Update(max_norm, only_finite, self.weights.frozen())
+
+    def optimizer(
+        self, given: torch.optim.Optimizer | type[torch.optim.Optimizer], **settings: Any
+    ) -> torch.optim.Optimizer:
+        """Step a torch optimizer at the end of every step, over this rank's shares of the weights.
+
+        given     an optimizer over parameters of the model, whose groups, settings and states count; or a class, for
+                  all parameters
+        settings  of the class
+
+        Returns the optimizer that is stepped, for schedulers. Its groups are those of `given`. Weights that are in no
+        group stay as they are. Raises PartitionError for an optimizer whose update of a part of a weight is not that
+        part of the whole weight's update, where ranks have parts; such an optimizer is found by trying it.
+        """
+        trained, names = self.executor.shared.trained, self.weights.names
+        if isinstance(given, type):
+            optimizer = probe = given(trained or [nn.Parameter(torch.empty(0))], **settings)
+            self.group_names = [sorted(set(names.values()))]
+        else:
+            probe, optimizer = given, over_shares(given, names, trained, self.groups)
+            self.group_names = names_by_group(given, names)
+        check(probe, trained, self.groups)
+        optimizer.register_step_pre_hook(self._stepped_here)
+        self.executor.optimizer = optimizer
+        return optimizer
+
+    def _stepped_here(self, *_: Any) -> None:
+        if not self.executor.stepping:
+            raise PartitionError(
+                "optimizer.step() was called outside of a step",
+                "compiled.step(batch) steps the optimizer itself, so that weights would be updated twice",
+                "compiled.step(batch) alone; compiled.backward(batch) and compiled.update() to accumulate",
+            )
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """The norm of the last step's gradients before they were clipped, of the whole model, the same on every rank;
-        None without `clip_grad_norm`."""
+        """The norm of the last update's gradients before they were clipped, of the whole model, the same on every rank;
+        None where neither `clip_grad_norm` nor `only_finite` was given."""
         return self.executor.grad_norm
+
+    @property
+    def skipped(self) -> int:
+        """Updates that left the weights as they are, since gradients were not finite."""
+        return self.executor.skipped
 
     def full_gradients(self) -> dict[str, Tensor]:
         """The last step's gradients by the model's names, whole, on the CPU of rank 0; {} on other ranks. Their dtype
@@ -181,8 +251,9 @@ class Compiled:
         if self.rank:
             return {}
         return {
-            name: whole.get(self.aliases.get(name, name), value).detach().cpu().clone()
-            for name, value in self.model.state_dict().items()
+            alias: whole.get(name, self.beside.get(name, value)).detach().cpu().clone()
+            for alias, value in self.model.state_dict().items()
+            for name in [self.aliases.get(alias, alias)]
         }
 
     @property
@@ -193,6 +264,16 @@ class Compiled:
     def _collect(self, mine: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every rank's shares, put together on rank 0."""
         return assemble(self.groups.host.gather(shares_of(mine, self.origins, self.groups)))
+
+
+def _refused(*_: Any, **__: Any) -> Any:
+    """In place of `parameters` of a stage, which optimizers, clipping and wrappers ask for."""
+    raise PartitionError(
+        "a stage's parameters are one rank's shares of the model's",
+        "the norm, the update or the wrapping of shares is not that of the model",
+        "compiled.optimizer(...), compiled.step(batch, clip_grad_norm=...), compiled.full_state_dict(); "
+        "stage.named_parameters() to look at the shares",
+    )
 
 
 def tensors_of(model: nn.Module, constants: Mapping[str, Tensor | None]) -> dict[str, Tensor]:

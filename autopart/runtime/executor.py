@@ -16,11 +16,12 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
-from autopart.plan.schedules.ops import Instruction, Op
+from autopart.plan.schedules.ops import ONCE_A_STEP, Instruction, Op
 from autopart.plan.schedules.program import receives_ahead
 from autopart.runtime.gathered import keeping_parts
-from autopart.runtime.gradient_norm import clip
+from autopart.runtime.gradient_norm import clip_factor, scale, total_norm
 from autopart.runtime.groups import Groups
+from autopart.runtime.loss_scale import LossScale
 from autopart.runtime.process_group import Group, Work
 from autopart.runtime.slices import sum_together
 from autopart.runtime.zero import ShardedOptimizerState
@@ -57,6 +58,20 @@ class _Flight:
     loss: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Update:
+    """How an update of the weights is made.
+
+    max_norm     the norm that gradients are clipped to; None: they are not
+    only_finite  whether gradients that are not finite leave the weights as they are
+    frozen       names of parameters that stay as they are
+    """
+
+    max_norm: float | None = None
+    only_finite: bool = False
+    frozen: frozenset[str] = frozenset()
+
+
 Arrival = tuple[Message, Tensor, Work]
 """A receive that was posted: the message, its buffer, the work to wait for."""
 
@@ -75,6 +90,7 @@ class Executor:
         zero: int = 0,
         master: torch.dtype | None = None,
         overlap: bool = False,
+        loss_scale: LossScale | None = None,
     ) -> None:
         """With `overlap`, gradients are summed over dp while the last backward still computes others."""
         self.index, self.groups, self.program, self.tied = index, groups, program, tied
@@ -87,7 +103,10 @@ class Executor:
         self.ahead = receives_ahead(program)
         self.doing = "starting"
         self.optimizer: torch.optim.Optimizer | None = None
-        self.max_norm: float | None = None
+        self.loss_scale = loss_scale
+        self.stepping = self.accumulating = False
+        """Whether the optimizer steps now; whether gradients wait for an update."""
+        self.skipped = 0
         self.grad_norm: Tensor | None = None
         self.actions: dict[Op, Callable[[Instruction], None]] = {
             Op.FORWARD: self._forward,
@@ -96,21 +115,29 @@ class Executor:
             Op.RECV: self._receive,
             Op.SEND_GRAD: self._send_gradients,
             Op.RECV_GRAD: self._receive_gradients,
-            Op.REDUCE: lambda _: self._reduce(),
-            Op.STEP: lambda _: self._step(),
         }
 
-    def run(self, micro_batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        """One step over this rank's share of every micro-batch; the loss of the whole batch, on every rank."""
-        self.micro_batches = micro_batches
+    def run(self, micro_batches: Sequence[Mapping[str, Tensor]], update: Update | None, weight: float = 1.0) -> Tensor:
+        """Forward and backward of this rank's share of every micro-batch, and an update of the weights if one is given.
+
+        weight  of the loss in the gradients, which are added to those that wait for an update
+
+        Returns the loss of the whole batch, on every rank.
+        """
+        self.micro_batches, self.updates = micro_batches, update is not None
+        self.weight = weight * (self.loss_scale.factor if self.loss_scale else 1.0)
         self.flights: dict[int, _Flight] = defaultdict(_Flight)
         self.works: list[tuple[Work, Tensor]] = []
         self.arrivals: dict[Instruction, list[Arrival]] = {}
         self.losses: list[Tensor] = []
-        self.shared.zero_grad()
+        if not self.accumulating:
+            self.shared.zero_grad()
+        self.accumulating = True
         self._count_valid()
         rng = self.groups.rng
         for instruction in self.program:
+            if instruction.op in ONCE_A_STEP:
+                continue
             rng.micro_batch = instruction.micro_batch
             self.doing = str(instruction)
             self.works = [(work, held) for work, held in self.works if not work.is_completed()]
@@ -118,12 +145,22 @@ class Executor:
                 self.arrivals[receive] = self._ask(receive)
             self.actions[instruction.op](instruction)
         rng.step += 1
+        if update is not None:
+            self.update(update)
         for work, _ in self.works:
             work.wait()
         self.doing = "sharing the loss"
         loss = self._shared_loss()
         self.doing = "waiting for the next step"
         return loss
+
+    def update(self, update: Update) -> None:
+        """Complete the gradients over all ranks and step the optimizer."""
+        self.doing = str(Op.REDUCE)
+        self._reduce()
+        self.doing = str(Op.STEP)
+        self._step(update)
+        self.accumulating = False
 
     def _inputs(self, micro_batch: int) -> list[Tensor]:
         return [self.micro_batches[micro_batch][name] for name in self.stage.inputs]
@@ -165,9 +202,9 @@ class Executor:
 
     def _backward(self, at: Instruction) -> None:
         flight = self.flights[at.micro_batch]
-        self.shared.backward_begins(last=at.micro_batch == self.closing)
+        self.shared.backward_begins(last=self.updates and at.micro_batch == self.closing)
         if flight.loss is not None:
-            flight.loss.backward()
+            (flight.loss if self.weight == 1.0 else flight.loss * self.weight).backward()
         else:
             torch.autograd.backward(list(flight.roots.values()), [flight.gradients[n] for n in flight.roots])
         self.shared.backward_ended()
@@ -240,11 +277,32 @@ class Executor:
         for group, gradients in by_group.items():
             sum_together(gradients, group)
 
-    def _step(self) -> None:
-        if self.max_norm is not None:
-            self.grad_norm = clip(self.shared.trained, self.tied, self.groups, self.max_norm)
-        if self.optimizer is not None:
-            self.optimizer.step()
+    def _step(self, update: Update) -> None:
+        trained = self.shared.trained
+        for share in trained:
+            if share.origin.name in update.frozen:
+                share.grad = None
+        finite, factor, self.grad_norm = True, 1.0, None
+        if self.loss_scale:
+            factor /= self.loss_scale.factor
+        if update.max_norm is not None or update.only_finite or self.loss_scale:
+            norm = total_norm(trained, self.tied, self.groups) * factor
+            finite = bool(norm.isfinite()) or not (update.only_finite or self.loss_scale)
+            self.grad_norm = norm
+        if self.loss_scale:
+            self.loss_scale.updated(finite)
+        if update.max_norm is not None:
+            scale(trained, factor * clip_factor(norm, update.max_norm))
+        elif factor != 1.0:
+            scale(trained, factor)
+        if not finite:
+            self.skipped += 1
+        elif self.optimizer is not None:
+            self.stepping = True
+            try:
+                self.optimizer.step()
+            finally:
+                self.stepping = False
             self.shared.stepped()
 
     def _shared_loss(self) -> Tensor:

@@ -15,27 +15,36 @@ EPSILON = 1e-6
 """Added to the norm, as torch.nn.utils.clip_grad_norm_ does."""
 
 
-def clip(shares: Sequence[Any], tied: Mapping[str, Group], groups: Groups, max_norm: float) -> Tensor:
-    """Scale the gradients of what is trained by min(1, max_norm / norm), and return the norm.
+def total_norm(shares: Sequence[Any], tied: Mapping[str, Group], groups: Groups) -> Tensor:
+    """The square root of the sum of squares over the gradients of the whole model, each element counted once.
 
     shares  what this rank trains, with complete gradients
     tied    parameter that lives on several stages -> the group of the ranks that hold it
 
-    The norm is the square root of the sum of squares over the elements of the whole model, each counted once. All ranks
-    call it and get the same norm.
+    All ranks call it and get the same norm.
     """
-    norms = [_norm(share.grad) for share in shares if _counted_here(share.origin, tied, groups)]
+    norms = [
+        _norm(share.grad) for share in shares if share.grad is not None and _counted_here(share.origin, tied, groups)
+    ]
     total = torch.zeros((), dtype=torch.float64, device=groups.device)
     if norms:
         total += torch.stack(norms).double().square().sum()
     for group in (groups.along(axis) for axis in AXES):
         if group.size > 1:
             group.all_reduce(total)
-    norm = total.sqrt()
-    scale = (max_norm / (norm + EPSILON)).clamp(max=1.0)
+    return total.sqrt()
+
+
+def scale(shares: Sequence[Any], factor: Tensor | float) -> None:
+    """Multiply gradients by a factor."""
     for share in shares:
-        share.grad.mul_(scale)
-    return norm
+        if share.grad is not None:
+            share.grad.mul_(factor)
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """min(1, max_norm / norm)."""
+    return (max_norm / (norm + EPSILON)).clamp(max=1.0)
 
 
 def _counted_here(origin: Any, tied: Mapping[str, Group], groups: Groups) -> bool:

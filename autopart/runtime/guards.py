@@ -1,4 +1,4 @@
-"""What a step checks of its batch and of the model: what the trace took for granted must still hold."""
+"""What a step checks of its batch and of the model: what the trace and the first weights took for granted must hold."""
 
 from __future__ import annotations
 
@@ -87,3 +87,46 @@ class TrainingMode:
                 f"model.{call}() before autopart.compile, or the mode as it was",
             )
         self.modes = now
+
+
+class ModelWeights:
+    """The parameters of the user's model: which of them are trained, and whether they are as they were.
+
+    names  id of a parameter -> its name in the emitted code
+    """
+
+    def __init__(self, model: nn.Module, aliases: Mapping[str, str]) -> None:
+        found = list(model.named_parameters(remove_duplicate=False))
+        self.parameters = {aliases.get(name, name): parameter for name, parameter in found}
+        self.names = {id(parameter): aliases.get(name, name) for name, parameter in found}
+        self.trained = {name for name, parameter in self.parameters.items() if parameter.requires_grad}
+        self.seen()
+
+    def seen(self) -> None:
+        """Take the weights as they are now for those that the ranks have."""
+        self.version = self._version()
+
+    def _version(self) -> int:
+        return sum(parameter._version for parameter in self.parameters.values())
+
+    def check(self) -> None:
+        """Raise PartitionError where a weight was written to since."""
+        if self._version() != self.version:
+            raise PartitionError(
+                "the model's weights were changed after compile",
+                "each rank trains its own shares of the weights, which were read at compile",
+                "compiled.load_state_dict(model.state_dict()) to train the new weights, or a deepcopy of the model to "
+                "change them elsewhere",
+            )
+
+    def frozen(self) -> frozenset[str]:
+        """The trained parameters that do not require gradients any more. Raises PartitionError for one that was frozen
+        at compile and is not any more."""
+        now = {name for name, parameter in self.parameters.items() if parameter.requires_grad}
+        if thawed := sorted(now - self.trained):
+            raise PartitionError(
+                f"{few(thawed)} requires a gradient, and did not at compile",
+                "the emitted code has no gradients of parameters that were frozen",
+                "autopart.compile again; or compile with it trainable, and freeze it until it is to be trained",
+            )
+        return frozenset(self.trained - now)

@@ -90,15 +90,17 @@ def origins(stage: nn.Module) -> dict[str, Origin]:
     return {path: share.origin for path, share in shares}
 
 
-def load(shares: Iterable[Any], groups: Groups, tensors: Mapping[str, torch.Tensor]) -> None:
+def fill(shares: Iterable[Any], groups: Groups, tensors: Mapping[str, torch.Tensor]) -> None:
     """Fill a rank's shares of weights and buffers from the model's own, which are whole, by name."""
     with torch.no_grad():
         for share in shares:
-            whole = tensors[share.origin.name]
-            for axis, placement in share.origin.placed.items():
-                group = groups.along(axis)
-                if placement.kind == "S":
-                    whole = shard(whole, placement.dim, placement.parts, group.size, group.rank)
-            if share.origin.sliced:
-                whole = as_slices(whole, groups.dp.size)[groups.dp.rank]
-            share.copy_(whole)
+            share.copy_(share_of(tensors[share.origin.name], share.origin, groups))
+
+
+def share_of(whole: torch.Tensor, origin: Origin, groups: Groups) -> torch.Tensor:
+    """This rank's share of a whole tensor, a view where it can be one."""
+    for axis, placement in origin.placed.items():
+        group = groups.along(axis)
+        if placement.kind == "S":
+            whole = shard(whole, placement.dim, placement.parts, group.size, group.rank)
+    return as_slices(whole, groups.dp.size)[groups.dp.rank] if origin.sliced else whole

@@ -160,11 +160,11 @@ def read(folder: Path, weights: Path | None = None) -> Compiled:
     constants = load_file(folder / "constants.safetensors")
     whole = {name: torch.zeros(()).expand(shape) for name, shape in plan.signature.parameters.items()}
     compiled = Compiled(_Names(whole), plan, groups, program, {}, constants)
-    here = {p.origin.name: p.origin.whole for p in compiled.stage.parameters()}  # type: ignore[attr-defined]
+    here = {p.origin.name: p.origin.whole for _, p in compiled.stage.named_parameters()}  # type: ignore[attr-defined]
     values = {name: random_weight(name, shape) for name, shape in here.items()}
     if weights is not None:
         values = _given(weights, here, json.loads((folder / "program.json").read_text())["aliases"])
-    compiled.load({**constants, **values})
+    compiled.fill({**constants, **values})
     start_watchdog(lambda: compiled.executor.doing)
     return compiled
 

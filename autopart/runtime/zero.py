@@ -49,7 +49,7 @@ class ShardedOptimizerState:
         self.started: deque[Callable[[], None]] = deque()
         self.sends = level >= 2
         """Whether gradients are sent while this backward runs."""
-        weights: list[Any] = [p for p in stage.parameters() if p.requires_grad]
+        weights: list[Any] = [p for _, p in stage.named_parameters() if p.requires_grad]
         for weight in weights:
             shared = groups.dp.size > 1 and weight.origin.placed["dp"].kind == "C"
             if shared and not weight.origin.sliced:
@@ -64,7 +64,7 @@ class ShardedOptimizerState:
         self.send_group = {
             weight: None if level < 2 else weight if module is stage else module
             for module in stage.modules()
-            for weight in module.parameters(recurse=False)
+            for _, weight in module.named_parameters(recurse=False)
         }
         """Weight -> the group of weights whose gradients are sent together at the latest: at level 2 the weights of a
         module, below it all."""
@@ -91,8 +91,7 @@ class ShardedOptimizerState:
         """Drop the last step's gradients."""
         self.final.clear()
         self.sent = dict.fromkeys(self.sent, False)
-        self.stage.zero_grad(set_to_none=True)
-        for share in self.trained:
+        for share in [*dict(self.stage.named_parameters()).values(), *self.trained]:
             share.grad = None
 
     def backward_begins(self, last: bool) -> None:

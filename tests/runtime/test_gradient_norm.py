@@ -62,10 +62,9 @@ def in_one_process(max_norm: float) -> tuple[list[float], dict[str, Tensor], dic
 def test_clipped_as_in_one_process(settings: dict[str, Any], max_norm: float) -> None:
     def run(compiled: Compiled) -> Any:
         compiled.optimizer(torch.optim.SGD, lr=LR)
-        compiled.clip_grad_norm(max_norm)
         norms = []
         for _ in range(STEPS):
-            compiled.step({"x": X})
+            compiled.step({"x": X}, clip_grad_norm=max_norm)
             norms.append(float(compiled.grad_norm))
         return norms, compiled.full_gradients(), compiled.full_state_dict()
 
@@ -79,14 +78,12 @@ def test_clipped_as_in_one_process(settings: dict[str, Any], max_norm: float) ->
     assert (norms[0] > max_norm) == (max_norm == 0.01)
 
 
-def test_clipping_ends_and_a_norm_is_positive() -> None:
+def test_clipping_is_of_one_step_and_a_norm_is_positive() -> None:
     compiled = autopart.compile(Model(), "1:cpu", {"x": X}, nodes=5)
-    compiled.clip_grad_norm(0.01)
-    compiled.step({"x": X})
+    compiled.step({"x": X}, clip_grad_norm=0.01)
     clipped = copy.deepcopy(compiled.full_gradients())
-    compiled.clip_grad_norm(None)
     compiled.step({"x": X})
     assert compiled.grad_norm is None
     assert worst_error(compiled.full_gradients(), clipped)[0] > 1
-    with pytest.raises(autopart.PartitionError, match="max_norm=0 is not positive"):
-        compiled.clip_grad_norm(0)
+    with pytest.raises(autopart.PartitionError, match="clip_grad_norm=0 is not positive"):
+        compiled.step({"x": X}, clip_grad_norm=0)

@@ -88,7 +88,7 @@ def run(model: nn.Module, batch: Tensors, plan: autopart.Plan) -> dict[str, Any]
     state = compiled.full_state_dict()
     trained = compiled.executor.shared.trained
     kinds = {str(t.dtype) for p in trained for t in (p, p.grad, optimizer.state[p]["momentum_buffer"])}
-    kept = {str(p.dtype) for p in compiled.stage.parameters()}
+    kept = {str(p.dtype) for _, p in compiled.stage.named_parameters()}
     if os.environ["RANK"] != "0":
         return {}
     key = id(model), plan.micro_batches

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from autopart.compile.programs import programs
+from autopart.frontend.batch import DTYPES
 from autopart.hardware.mesh import Mesh
 from autopart.passes.source import Source
 from autopart.planner.make_plan import make_plan, request_of
@@ -15,13 +15,22 @@ from autopart.runtime.compiled import Compiled, tensors_of
 from autopart.runtime.groups import Groups
 from autopart.runtime.simulated import run_simulated
 
+PLANNED: dict[str, Any] = {}
 
-def on_ranks(models: list[nn.Module], x: Tensor, run: Any, **settings: Any) -> list[Any]:
-    """Call `run` with the program of every simulated rank, of which each has a model of its own."""
-    source = Source(models[0], {"x": x}, torch.float32)
-    plan = make_plan(source, Mesh.of(f"{len(models)}:cpu"), request_of(models[0], {"x": x}, **settings), to_run=True)
-    traced = (layered := source.full(plan.micro_batch, plan.mesh)).traced
-    stages = programs(layered, plan)
+
+def on_ranks(models: list[nn.Module], x: Tensor, run: Any, same: bool = False, **settings: Any) -> list[Any]:
+    """Call `run` with the program of every simulated rank, of which each has a model of its own.
+
+    same  whether earlier calls with a model of this class and these settings had the same program
+    """
+    key = f"{type(models[0])} {len(models)} {x.shape} {settings}"
+    if not same or key not in PLANNED:
+        request = request_of(models[0], {"x": x}, **settings)
+        source = Source(models[0], {"x": x}, DTYPES[request.precision])
+        plan = make_plan(source, Mesh.of(f"{len(models)}:cpu"), request, to_run=True)
+        layered = source.full(plan.micro_batch, plan.mesh)
+        PLANNED[key] = plan, programs(layered, plan), layered.traced
+    plan, stages, traced = PLANNED[key]
 
     def one(groups: Groups) -> Any:
         model = models[groups.rank]
