@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_main
 
 from benchmarks.accuracy import gpu
 
@@ -35,7 +36,9 @@ def test_rows_are_planned_for_a_gpu(row: gpu.Row) -> None:
 
 
 @pytest.mark.processes
-def test_some_rows_run_dry(tmp_path: Path) -> None:
+def test_some_rows_run_dry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ranks are forks that call its main function, as it would start them."""
+    monkeypatch.setattr(gpu, "launch", lambda line, ranks, _: run_main(gpu.main, line[3:], ranks, tmp_path / "output"))
     names = ["llama-1b 8x2048 bfloat16 dp=2 zero=3"]
     if "AUTOPART_EXAMPLES" in os.environ:
         names.insert(0, "gpt2 16x1024 bfloat16 micro_batch=4")

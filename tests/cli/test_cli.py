@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_apart, run_main
 from typer.testing import CliRunner, Result
 
 from autopart.cli import models as models
+from autopart.cli import training
 from autopart.cli.main import app
 from autopart.errors import PartitionError
 from autopart.plan.data import Plan
+from autopart.runtime import standalone
 from autopart.runtime.standalone import random_weight, read_program
 
 ROOT = Path(__file__).parents[2]
@@ -207,12 +214,23 @@ def test_random_weights_depend_on_the_name_alone() -> None:
     assert random_weight("norm.bias", [2]).tolist() == [0, 0]
 
 
-@pytest.mark.slow
-def test_emit_writes_a_folder(tiny: str, tmp_path: Path) -> None:
-    folder = tmp_path / "emitted"
-    result = shell("emit", tiny, "2:cpu", "--pp", 2, "--micro-batch", 4, "--to", folder)
+@pytest.fixture(scope="module")
+def emitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder with the code of two stages of the tiny model, and what was printed."""
+    folder = tmp_path_factory.mktemp("emitted")
+    (folder / "config.json").write_text(json.dumps(TINY))
+    given = ("2:cpu", "--pp", 2, "--micro-batch", 4, "--to", folder / "out")
+    result = shell("emit", folder / "config.json", *given)
     assert result.exit_code == 0, result.output
-    assert result.stdout.split() == [str(folder / "stage_0.py"), str(folder / "stage_1.py")]
+    return folder / "out", result.stdout
+
+
+@pytest.mark.processes  # which share the folder
+def test_emit_writes_a_folder(
+    emitted: tuple[Path, str], tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, told = emitted
+    assert told.split() == [str(folder / "stage_0.py"), str(folder / "stage_1.py")]
     for file in sorted(folder.glob("*.py")):
         ast.parse(file.read_text())
     plan = Plan.load(folder / "plan.json")
@@ -221,53 +239,57 @@ def test_emit_writes_a_folder(tiny: str, tmp_path: Path) -> None:
     assert list(programs[0].tied.values()) == [(0, 1)]
     again = tmp_path / "again"
     assert shell("emit", tiny, "--plan", folder / "plan.json", "--to", again).exit_code == 0
-    assert (again / "stage_1.py").exists()
-    modules = process("-c", f"import sys; sys.path.insert(0, {str(folder)!r}); import stage_0, stage_1; stage_1.Stage")
-    assert modules.returncode == 0, modules.stderr
+    assert (again / "stage_1.py").read_text() == (folder / "stage_1.py").read_text()
+    monkeypatch.syspath_prepend(folder)
+    assert all(importlib.import_module(name).Stage for name in ("stage_0", "stage_1"))
 
 
 @pytest.mark.processes
-def test_an_emitted_folder_trains_by_itself(tiny: str, tmp_path: Path) -> None:
-    folder = tmp_path / "emitted"
-    assert shell("emit", tiny, "2:cpu", "--pp", 2, "--micro-batch", 4, "--to", folder).exit_code == 0
-    result = process(folder / "run.py", "--steps", 2, "--lr", 0.01, "--json")
+def test_an_emitted_folder_trains_by_itself(emitted: tuple[Path, str]) -> None:
+    result = process(emitted[0] / "run.py", "--steps", 2, "--lr", 0.01, "--json")
     assert result.returncode == 0, result.stderr
     first, second = json.loads(result.stdout)["losses"]
     assert second < first
 
-    (folder / "program.json").write_text("{}")
-    damaged = process(folder / "run.py")
-    assert damaged.returncode == 2 and "cannot read the stages" in damaged.stderr
+
+@pytest.mark.processes
+def test_a_damaged_folder_is_refused(emitted: tuple[Path, str], tmp_path: Path) -> None:
+    shutil.copytree(emitted[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "program.json").write_text("{}")
+    assert run_main(partial(standalone.main, tmp_path), [], 2, tmp_path / "output")
+    told = (tmp_path / "output").read_text()
+    assert "cannot read the stages" in told and "terminated with exit code 2" in told
+
+
+def main_of_rank(arguments: Sequence[str]) -> None:
+    """The shell on a rank that was forked."""
+    app(list(arguments), standalone_mode=False)
 
 
 @pytest.mark.processes
-def test_run_trains_on_two_processes(tiny: str) -> None:
-    result = process(
-        "-m",
-        "autopart.cli.main",
-        "run",
-        tiny,
-        "--processes",
-        2,
-        "--tp",
-        2,
-        "--micro-batch",
-        8,
-        "--steps",
-        3,
-        "--json",
-    )
-    assert result.returncode == 0, result.stderr
-    told = json.loads(result.stdout)
+def test_run_trains_on_two_ranks(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are forks, with the arguments of the processes that it would start."""
+    output = tmp_path / "output"
+
+    def launch(line: Sequence[str], ranks: int) -> int:
+        assert list(line[:3]) == [sys.executable, "-m", "autopart.cli.main"]
+        return run_main(main_of_rank, line[3:], ranks, output)
+
+    monkeypatch.setattr(training, "launch", launch)
+    given = ("--processes", 2, "--tp", 2, "--batch", 4, "--micro-batch", 4, "--steps", 3, "--json")
+    result = shell("run", tiny, *given)
+    assert result.exit_code == 0, result.output + output.read_text()
+    told = json.loads(output.read_text().splitlines()[-1])
     assert len(told["losses"]) == len(told["step_seconds"]) == 3
     assert told["losses"][-1] < told["losses"][0] and told["tokens_per_second"] > 0
-    assert Plan.from_json(told["plan"]).tp == 2
+    plan = Plan.from_json(told["plan"])
+    assert (plan.tp, plan.global_batch) == (2, 4)
 
 
 @pytest.mark.processes
 def test_a_refusal_is_the_exit_status_of_the_process(tiny: str) -> None:
-    refused = process("-m", "autopart.cli.main", "plan", tiny, "2:cpu", "--tp", 3)
-    assert refused.returncode == 2 and "tp" in refused.stderr and not refused.stdout
+    arguments = ["autopart", "plan", tiny, "2:cpu", "--tp", "3"]
+    assert run_apart(exec, f"import sys, autopart.cli.main\nsys.argv = {arguments}\nautopart.cli.main.main()", {}) == 2
 
 
 @pytest.mark.slow

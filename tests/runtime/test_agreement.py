@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
+import agreement_worker
 import pytest
 import torch
 from on_ranks import on_ranks
+from ranks import run_apart
 from torch import nn
 
 from autopart.compile.check import one_process, worst_error
 from autopart.errors import PartitionError
 from autopart.runtime.agreement import EVERY, FIRST_STEPS, checksum, compares
 from autopart.runtime.compiled import Compiled
-from autopart.runtime.launch import launch
 
-WORKER = Path(__file__).parents[1] / "support" / "agreement_worker.py"
 Tensor = torch.Tensor
 
 
 @pytest.mark.processes
 def test_two_processes_without_a_shared_seed(tmp_path: Path) -> None:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
-    assert launch([sys.executable, str(WORKER), str(tmp_path)], 2, env) == 0
+    assert run_apart(agreement_worker.train, tmp_path) == 0
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert found[0]["loss"] < 1e-6 and found[0]["gradients"] < 1e-6, found[0]
     for rank in range(2):

@@ -1,8 +1,9 @@
 """Training on several processes gives what one process gives.
 
-Two ranks of GPT-2 are started one by one, and each traces for itself, as a user's do. All others are forks of a process
-that has traced and planned for them: what they prove is what runs, on as many processes. GPT-2 and Llama have every
-kind of configuration; the other models have those that split their own operators. AUTOPART_EXAMPLES gives all to all.
+Each of two ranks of GPT-2 traces for itself, as a user's do. All others are forks of a process that has traced and
+planned for them: what they prove is what runs, on as many processes. GPT-2 and Llama have between them every kind of
+configuration, in float64, where an error shows best; the other models have those that split their own operators, and
+in float32 what planner and model do by themselves. AUTOPART_EXAMPLES gives all to all.
 """
 
 from __future__ import annotations
@@ -10,21 +11,18 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import exact_worker
 import pytest
+from ranks import run_apart
 
-from autopart.runtime.launch import launch
-
-WORKER = Path(__file__).parents[1] / "support" / "exact_worker.py"
 NAMES = ["gpt2", "llama", "bert", "t5", "vit", "mlp"]
-STARTED = ["gpt2"]
-"""Models whose two ranks are started one by one."""
+TRACING = ["gpt2"]
+"""Models whose two ranks trace each for itself."""
 ALL = "AUTOPART_EXAMPLES" in os.environ
 LIMIT = {"float32": 1e-5, "float64": 1e-10}
 SPLIT = {"tp": 2, "pp": 2, "micro_batch": 4}
@@ -34,39 +32,43 @@ Row = tuple[str, dict[str, Any]]
 def table(name: str, ranks: int) -> list[Row]:
     """The configurations of a model; {} is the solver's own choice."""
     if ranks == 2:
-        rows = [("float32", s) for s in ({"tp": 2}, {"pp": 2, "micro_batch": 2}, {"dp": 2}, {})]
+        other = ({"pp": 2, "micro_batch": 2}, {"dp": 2}) if ALL or name in ("gpt2", "llama") else ()
+        rows = [("float32", s) for s in ({"tp": 2}, {}, *other)]
         levels = [1, 2, 3] if name == "gpt2" else [3] if name == "llama" else []
         beside = [forced(i, "none", "SGD", "h100-80gb") for i in range(4)] if name == "gpt2" else []
         changes = [forced(i, "none", "SGD") for i in levels] + beside
         return rows + [("float32", {"dp": 2, "micro_batch": 4, "forced": change}) for change in changes]
-    # Llama with tp=4: more ranks than heads of keys and values.
-    deep = {"tp": 4, "micro_batch": 4} if name in ("gpt2", "llama") else {"pp": 4, "micro_batch": 2}
-    gpipe = {"dp": 2, "pp": 2, "micro_batch": 4, "schedule": "gpipe"}
-    rows = [
-        *(("float64", s) for s in ({**SPLIT, "recompute": "full"}, {"dp": 2, "tp": 2, "micro_batch": 4}, gpipe, deep)),
-        *(("float64", s) for s in shared(name)),
-    ]
-    if not ALL and name not in ("gpt2", "llama"):
-        return [*rows, ("float64", {"dp": 4, "zero": 1})]
-    return [*rows, *(("float32", s) for s in (SPLIT, {"dp": 2, "tp": 2}, {"dp": 4, "zero": 1}, {}))]
+    rows = [("float64", s) for s in ({**SPLIT, "recompute": "full"}, *shared(name))]
+    if ALL or name == "gpt2":
+        rows += [("float64", {"dp": 2, "pp": 2, "micro_batch": 4, "schedule": "gpipe"}), ("float64", {})]
+    if ALL or name == "llama":
+        # With tp=4 more ranks than heads of keys and values.
+        settings = ({"dp": 2, "tp": 2, "micro_batch": 4}, {"tp": 4, "micro_batch": 4}, {"dp": 4, "zero": 1})
+        rows += [("float64", s) for s in settings]
+    if ALL or name in ("t5", "mlp"):
+        rows += [("float64", {"pp": 4, "micro_batch": 2})]
+    return [*rows, *(("float32", s) for s in ((SPLIT, {"dp": 2, "tp": 2}, {"dp": 4, "zero": 1}, {}) if ALL else ()))]
 
 
 def shared(name: str) -> list[dict[str, Any]]:
-    """Configurations whose data-parallel ranks share states, gradients or weights, with some blocks recomputed."""
+    """Configurations whose data-parallel ranks share states, gradients or weights, with some blocks recomputed: GPT-2
+    and Llama have between them every ZeRO level under tensor and under pipeline parallelism."""
     by_tp, by_pp = ({"dp": 2, axis: 2, "micro_batch": 4} for axis in ("tp", "pp"))
-    if name not in ("gpt2", "llama"):
+    if name not in AGAIN:
         return [{**by_pp, "forced": forced(3, "full mincut none")}]
     again = {"constraints": [f"strategy {name} n+again over tp" for name in AGAIN[name]]}
-    rows = [
+    gpt2 = [
         {**by_tp, **again, "forced": forced(3, "mincut selective full")},
-        {**by_tp, "forced": forced(1, "none mincut")},
         {**by_tp, "forced": forced(2, "selective")},
-        {**by_tp, "forced": forced(3, "full selective")},
         {**by_pp, "forced": forced(1, "full")},
-        {**by_pp, "forced": forced(2, "none")},
         {**by_pp, "forced": forced(3, "mincut none")},
     ]
-    return rows if ALL or name == "gpt2" else [rows[0], rows[-1]]
+    llama = [
+        {**by_tp, **again, "forced": forced(3, "full selective")},
+        {**by_tp, "forced": forced(1, "none mincut")},
+        {**by_pp, "forced": forced(2, "none")},
+    ]
+    return gpt2 + llama if ALL else gpt2 if name == "gpt2" else llama
 
 
 AGAIN = {"gpt2": ["*.c_attn/matmul", "*.c_fc/matmul"], "llama": ["*.[qkv]_proj/linear", "*.gate_proj/linear"]}
@@ -88,18 +90,14 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Resu
     other: the exit status and the results of every configuration."""
 
     @cache
-    def run(started: bool, ranks: int) -> Results:
+    def run(ranks: int, traces_itself: bool) -> Results:
         folder = tmp_path_factory.mktemp("exact")
-        names = [name for name in NAMES if (ranks == 2 and name in STARTED) == started]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
-        command = [sys.executable, str(WORKER), json.dumps({name: table(name, ranks) for name in names}), str(folder)]
-        if started:
-            status = launch(command, ranks, env)
-        else:
-            status = subprocess.run([*command, str(ranks)], env=env, check=False).returncode
+        names = [name for name in NAMES if (ranks == 2 and name in TRACING) == traces_itself]
+        tables = {name: table(name, ranks) for name in names}
+        status = run_apart(exact_worker.train_tables, tables, folder, ranks, traces_itself)
         return status, {name: read(folder / f"{name}.json") for name in names}
 
-    return lambda name, ranks: run(ranks == 2 and name in STARTED, ranks)
+    return lambda name, ranks: run(ranks, ranks == 2 and name in TRACING)
 
 
 def read(file: Path) -> list[dict[str, Any]]:

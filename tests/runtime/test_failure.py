@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from failure_worker import launch_forks, launch_scripts, torchrun
+from ranks import run_apart, start_apart
 
 from autopart.errors import PartitionError
 from autopart.runtime.heartbeat import FAILED, RUNNING, Heartbeat, last_known
@@ -19,81 +19,39 @@ from autopart.runtime.launch import _cause, _Death, launch
 pytestmark = pytest.mark.timeout(120)
 """gloo would wait for half an hour."""
 
-# Rank 1 fails at step 5 in the way that argv[1] names; all append their process id to argv[2].
-SCRIPT = """
-import os, signal, sys, time
-from types import SimpleNamespace
-import torch, torch.distributed as dist
-from autopart.runtime.watchdog import {names}
-
-def fail(how):
-    time.sleep(1)  # until the others have heard of step 5
-    open(sys.argv[2] + ".failed", "w").close()
-    if how == "raise":
-        raise ValueError("no such token\\nand more")
-    if how == "exit":
-        os._exit(3)
-    if how != "nothing":
-        os.kill(os.getpid(), getattr(signal, how))
-
-def train(at):
-    for step in range(8):
-        at.doing = f"step {{step}}"
-        dist.all_reduce(torch.ones(4))
-        if step == 5 and dist.get_rank() == 1:
-            fail(sys.argv[1])
-
-with open(sys.argv[2], "a") as file:
-    file.write(f"{{os.getpid()}}\\n")
-dist.init_process_group("gloo")
-at = SimpleNamespace(doing="starting")
-{body}
-print(f"rank {{dist.get_rank()}} done")
-dist.destroy_process_group()
-"""
-WATCHED = SCRIPT.format(names="watched", body="with watched(at, patience=3.0): train(at)")
-STARTED = SCRIPT.format(names="start_watchdog", body="start_watchdog(lambda: at.doing, patience=3.0)\ntrain(at)")
-LAUNCH = """
-import sys
-from autopart.runtime.launch import launch
-sys.exit(launch(sys.argv[1:], 3))
-"""
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3")
-
-
+Launcher = Callable[[Sequence[str], int, Path], None]
 Run = Callable[..., tuple[int, str]]
+WATCHES: list[tuple[str, int, Launcher]] = [("watched", 3, launch_forks), ("started", 2, launch_scripts)]
+"""The watchdog around a block of code, and until the interpreter exits; number of ranks; how they are launched."""
 
 
 @pytest.fixture
-def run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs 3 ranks, all of which are checked to be gone: their status and output."""
+def run(tmp_path: Path) -> Run:
+    """Runs ranks, all of which are checked to be gone: their status and output."""
 
-    def run(how: str, script: str = WATCHED, launcher: tuple[str, ...] = ()) -> tuple[int, str]:
-        file, ids = tmp_path / "train.py", tmp_path / "ids"
-        file.write_text(script)
-        capfd.readouterr()
-        if launcher:
-            command = [sys.executable, *launcher, str(file), how, str(ids)]
-            status = subprocess.run(command, env=ENVIRONMENT, timeout=120, check=False).returncode
-        else:
-            status = launch([sys.executable, str(file), how, str(ids)], 3, ENVIRONMENT)
-        output = "".join(capfd.readouterr())
+    def run(how: str, watch: str = "watched", ranks: int = 3, launcher: Launcher = launch_forks) -> tuple[int, str]:
+        ids = tmp_path / "ids"
+        status = run_apart(launcher, (watch, how, str(ids)), ranks, tmp_path / "output")
+        output = (tmp_path / "output").read_text()
         print(output)
-        processes = ids.read_text().split()
-        assert len(processes) == 3
-        assert not [process for process in processes if Path("/proc", process).exists()]
+        assert len(ids.read_text().split()) == ranks
+        assert not alive(ids)
         return status, output
 
     return run
 
 
+def alive(ids: Path) -> list[str]:
+    """The ranks that have not ended."""
+    return [process for process in ids.read_text().split() if Path("/proc", process).exists()]
+
+
 @pytest.mark.processes
-@pytest.mark.parametrize("script", [WATCHED, STARTED], ids=["watched", "started"])
-def test_no_failure(run: Run, script: str) -> None:
-    status, output = run("nothing", script)
+@pytest.mark.parametrize(("watch", "ranks", "launcher"), WATCHES)
+def test_no_failure(run: Run, watch: str, ranks: int, launcher: Launcher) -> None:
+    status, output = run("nothing", watch, ranks, launcher)
     assert status == 0
-    assert all(f"rank {rank} done" in output for rank in range(3))
+    assert all(f"rank {rank} done" in output for rank in range(ranks))
     assert "autopart:" not in output
 
 
@@ -112,9 +70,9 @@ def test_a_rank_that_leaves_without_a_word_is_named(run: Run) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("script", [WATCHED, STARTED], ids=["watched", "started"])
-def test_an_error_is_named_with_its_message(run: Run, script: str) -> None:
-    status, output = run("raise", script)
+@pytest.mark.parametrize(("watch", "ranks", "launcher"), WATCHES)
+def test_an_error_is_named_with_its_message(run: Run, watch: str, ranks: int, launcher: Launcher) -> None:
+    status, output = run("raise", watch, ranks, launcher)
     assert status == 1
     # The status is told where the rank was quick to end.
     assert re.search("rank 1 failed( with exit status 1)? while at step 5: ValueError: no such token; ending", output)
@@ -131,7 +89,7 @@ def test_a_stopped_rank_is_named(run: Run) -> None:
 @pytest.mark.processes
 @pytest.mark.parametrize("how", ["SIGKILL", "raise"])
 def test_under_torchrun(run: Run, how: str) -> None:
-    status, output = run(how, launcher=TORCHRUN)
+    status, output = run(how, ranks=2, launcher=torchrun)
     assert status == 1
     if how == "SIGKILL":
         # Torchrun's own words, in its report on the rank that failed first.
@@ -142,19 +100,15 @@ def test_under_torchrun(run: Run, how: str) -> None:
 
 @pytest.mark.processes
 def test_the_loss_of_the_launcher_ends_the_ranks(tmp_path: Path) -> None:
-    file, ids = tmp_path / "train.py", tmp_path / "ids"
-    file.write_text(WATCHED.replace("range(8)", "range(10**9)"))
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", LAUNCH, sys.executable, str(file), "nothing", str(ids)],
-        env=ENVIRONMENT,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    ids, output = tmp_path / "ids", tmp_path / "output"
+    launcher = start_apart(launch_forks, ("watched", "forever", str(ids)), 3, output)
     while not Path(f"{ids}.failed").exists():
         time.sleep(0.1)
     launcher.kill()
-    _, output = launcher.communicate(timeout=60)  # Returns once no rank holds the pipe any more.
-    assert "the store is gone with the launcher" in output
+    launcher.join()
+    while alive(ids):
+        time.sleep(0.1)
+    assert "the store is gone with the launcher" in output.read_text()
 
 
 def test_launch_needs_a_process() -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
+import mixed_worker
 import models
 import pytest
+from ranks import run_apart
 from torch import nn
 
 import autopart
@@ -18,7 +16,6 @@ from autopart.cost.training_state import BUCKET_BYTES, Training
 from autopart.errors import PartitionError
 from autopart.hardware.mesh import Mesh
 
-WORKER = Path(__file__).parents[1] / "support" / "mixed_worker.py"
 MIXED = {"precision": "bfloat16", "master": "float32"}
 NEAR = 5e-2
 """Relative error of gradients that several ranks compute in bfloat16, of 8 bits: some of a few roundings."""
@@ -35,8 +32,7 @@ TABLE: dict[str, list[dict[str, Any]]] = {
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """Every model, trained under every configuration on the same 2 ranks, forks of one process."""
     file = tmp_path_factory.mktemp("mixed") / "results.json"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
-    subprocess.run([sys.executable, str(WORKER), json.dumps(TABLE), str(file)], env=env, check=True)
+    assert run_apart(mixed_worker.train_tables, TABLE, file) == 0
     found: dict[str, list[dict[str, Any]]] = json.loads(file.read_text())
     return found
 

@@ -1,17 +1,15 @@
-"""One of 2 ranks of tests/runtime/test_agreement.py: no seed is shared, as in a script written for DDP.
-
-argv: the folder where rank 0 leaves what it found.
-"""
+"""The 2 ranks of tests/runtime/test_agreement.py: no seed is shared, as in a script written for DDP."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from ranks import run_forked
 from torch import nn
 
 import autopart
@@ -37,7 +35,8 @@ def refused(step: Any) -> str:
     return ""
 
 
-def main() -> None:
+def be_a_rank(folder: Path) -> None:
+    """Train, and leave in the folder what this rank found."""
     rank = int(os.environ["RANK"])
     torch.manual_seed(rank)
     model = Model()
@@ -51,8 +50,9 @@ def main() -> None:
         "whole": refused(lambda: compiled.step({"x": others if rank else whole})),
         "shares": refused(lambda: compiled.step({"x": whole[2 * rank :][:2]}, local=True)),
     }
-    (Path(sys.argv[1]) / f"{rank}.json").write_text(json.dumps(found))
+    (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
-if __name__ == "__main__":
-    main()
+def train(folder: Path) -> None:
+    """Run both ranks."""
+    run_forked(partial(be_a_rank, folder), 2)

@@ -1,9 +1,5 @@
-"""One rank of tests/runtime/test_exact.py, or all of them: trains models, each under every configuration of its table;
-rank 0 compares.
-
-argv: the tables (model -> list of dtypes with keywords) as JSON, the folder for the results, a file for every model;
-perhaps the number of ranks, which are then forks of this process, which traces and plans for all of them.
-"""
+"""The ranks of tests/runtime/test_exact.py: they train models, each under every configuration of its table; rank 0
+compares."""
 
 from __future__ import annotations
 
@@ -181,34 +177,34 @@ def train_table(made: dict[str, tuple[nn.Module, Batch]], table: Table, file: Pa
             file.write_text(json.dumps(results))
 
 
-def fork_table(made: dict[str, tuple[nn.Module, Batch]], table: Table, file: Path, ranks: int) -> bool:
-    """Trace and plan all of a model's table, then run it on forks of this process; whether these ended well."""
-    for dtype, settings in table:
+def fork_table(
+    made: dict[str, tuple[nn.Module, Batch]], table: Table, file: Path, ranks: int, traces_itself: bool
+) -> bool:
+    """Run a model's table on forks of this process; whether these ended well. A rank traces and plans for itself, or
+    this process does so for all."""
+    for dtype, settings in [] if traces_itself else table:
         with suppress(autopart.PartitionError):  # which every rank meets again
             plan_of(made[dtype][0], f"{ranks}:cpu", made[dtype][1], settings)
     try:
-        run_forked(partial(train_table, made, table, file, forked=True), ranks)
+        run_forked(partial(train_table, made, table, file, forked=not traces_itself), ranks)
     except Exception:
         traceback.print_exc()
         return False
     return True
 
 
-def main() -> None:
-    """Run the tables, one model after the other."""
-    tables, folder, *ranks = sys.argv[1:]
+def train_tables(tables: dict[str, Table], folder: Path, ranks: int, traces_itself: bool) -> None:
+    """Run the tables, one model after the other; exits with status 1 where ranks failed.
+
+    tables         model -> its configurations: dtype and keywords of `autopart.compile`
+    folder         where the results are written, MODEL.json for every model
+    ranks          number of ranks
+    traces_itself  whether every rank traces and plans for itself
+    """
     torch.set_num_threads(1)
     trace_once()
     ended_well = []
-    for name, table in json.loads(tables).items():
+    for name, table in tables.items():
         made = {dtype: build(name, getattr(torch, dtype)) for dtype in dict(table)}
-        file = Path(folder) / f"{name}.json"
-        if ranks:
-            ended_well.append(fork_table(made, table, file, int(ranks[0])))
-        else:
-            train_table(made, table, file, forked=False)
+        ended_well.append(fork_table(made, table, folder / f"{name}.json", ranks, traces_itself))
     sys.exit(0 if all(ended_well) else 1)
-
-
-if __name__ == "__main__":
-    main()

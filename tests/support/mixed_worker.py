@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import json
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,14 +115,9 @@ def train_all(tables: dict[str, list[dict[str, Any]]], tasks: dict[str, Task], p
             path.write_text(json.dumps(results))
 
 
-def main() -> None:
-    """Plan for all tables, then run them."""
-    tables, path = json.loads(sys.argv[1]), Path(sys.argv[2])
+def train_tables(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Plan for all tables, model -> keywords of `autopart.compile`, then run them on forks of this process."""
     torch.set_num_threads(1)
     trace_once()
     tasks = {name: planned(name, table) for name, table in tables.items()}
     run_forked(partial(train_all, tables, tasks, path), RANKS)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,21 +1,69 @@
 """Ranks of a test as forks of one process, which share what that process has imported, traced and planned.
 
-To import torch and transformers takes a rank seconds, and so does every trace. Tests of what ranks started one by one
-do, each with a trace of its own, use `autopart.runtime.launch`.
+To import torch and transformers takes a process 10 CPU seconds, and every trace takes some too. `run_apart` forks a
+process from a server that has imported them, and has run nothing; `run_forked` forks ranks from that process.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from autopart.runtime import watchdog
 
+SERVER = get_context("forkserver")
+SERVER.set_forkserver_preload(["exact_worker", "zoo_worker"])
 
-def run_forked(work: Callable[[], None], ranks: int) -> None:
+
+def run_apart(work: Callable[..., None], *arguments: Any) -> int:
+    """`start_apart`, until it ends; the exit status."""
+    process = start_apart(work, *arguments)
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def start_apart(work: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """Call a function of a module, with arguments that can be pickled, in a process of its own."""
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # the server's, which starts once
+        process = SERVER.Process(target=work, args=arguments)
+        process.start()
+    return process
+
+
+def run_main(main: Callable[[Sequence[str]], object], arguments: Sequence[str], ranks: int, output: Path) -> int:
+    """Call a program's main function on forked ranks instead of starting as many; the exit status.
+
+    main       a function of a module
+    arguments  of the program
+    output     the file for what the ranks print
+    """
+    return run_apart(_run_main, main, arguments, ranks, output)
+
+
+def _run_main(main: Callable[[Sequence[str]], object], arguments: Sequence[str], ranks: int, output: Path) -> None:
+    redirect(output)
+    run_forked(partial(main, arguments), ranks)
+
+
+def redirect(output: Path) -> None:
+    """Write what this process and its children print to a file."""
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
+def run_forked(work: Callable[[], object], ranks: int) -> None:
     """Run `work` on so many forked processes, in torchrun's environment.
 
     The caller must not have run a backward before: autograd's threads do not survive a fork.
@@ -25,7 +73,7 @@ def run_forked(work: Callable[[], None], ranks: int) -> None:
     mp.start_processes(_rank, (work, ranks, store.port), nprocs=ranks, start_method="fork")
 
 
-def _rank(rank: int, work: Callable[[], None], ranks: int, port: int) -> None:
+def _rank(rank: int, work: Callable[[], object], ranks: int, port: int) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",

@@ -1,14 +1,10 @@
-"""Ranks of tests/compile/test_zoo.py, forks of this process: they train architectures one after the other with
-tp=2 x pp=2, two micro-batches; rank 0 compares.
-
-argv: architectures as "task:model_type,...", the file for the results.
-"""
+"""The ranks of tests/compile/test_zoo.py: they train architectures one after the other with tp=2 x pp=2, two
+micro-batches; rank 0 compares."""
 
 from __future__ import annotations
 
 import copy
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,14 +53,9 @@ def train_all(tasks: dict[str, Task], path: Path) -> None:
             path.write_text(json.dumps(results))
 
 
-def main() -> None:
-    """Plan for all architectures, then train them."""
-    names, path = sys.argv[1:]
+def train_zoo(names: list[str], path: Path) -> None:
+    """Plan for architectures, each "task:model_type", then train them on forks of this process."""
     torch.set_num_threads(1)
     trace_once()
-    tasks = {name: planned(*name.split(":")) for name in names.split(",")}
-    run_forked(partial(train_all, tasks, Path(path)), RANKS)
-
-
-if __name__ == "__main__":
-    main()
+    tasks = {name: planned(*name.split(":")) for name in names}
+    run_forked(partial(train_all, tasks, path), RANKS)

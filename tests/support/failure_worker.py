@@ -1,0 +1,117 @@
+"""Three ways to start ranks, of which rank 1 fails at step 5, for tests/runtime/test_failure.py.
+
+A rank as a script: argv is "watched" or "started" (the function of `autopart.runtime.watchdog` that it uses), how rank
+1 fails, and a file to which ranks append their process ids.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from ranks import redirect
+
+from autopart.runtime.launch import launch
+from autopart.runtime.watchdog import start_watchdog, watched
+
+PATIENCE = 3.0
+
+
+def launch_forks(command: Sequence[str], ranks: int, output: Path) -> None:
+    """`launch` with forks of this process as ranks, which need not import torch; exits with its status."""
+    redirect(output)
+    with mock.patch("subprocess.Popen", Fork):
+        sys.exit(launch(command, ranks))
+
+
+def launch_scripts(command: Sequence[str], ranks: int, output: Path) -> None:
+    """`launch` as it is; exits with its status."""
+    redirect(output)
+    sys.exit(launch([sys.executable, __file__, *command], ranks))
+
+
+def torchrun(command: Sequence[str], ranks: int, output: Path) -> None:
+    """torchrun's command line."""
+    redirect(output)
+    from torch.distributed.run import main
+
+    main(["--standalone", "--nproc-per-node", str(ranks), __file__, *command])
+
+
+class Fork:
+    """What `launch` uses of subprocess.Popen."""
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
+        self.process = get_context("fork").Process(target=be_forked, args=(command, env))
+        self.process.start()
+        self.terminate, self.kill = self.process.terminate, self.process.kill
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> None:
+        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("rank", timeout or 0.0)
+            time.sleep(0.05)
+
+
+def be_forked(command: Sequence[str], env: Mapping[str, str]) -> None:
+    """A forked rank. Like a started one, it has neither its parent's files nor its signal handlers."""
+    os.closerange(3, 1024)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ.update(env)
+    be_a_rank(*command)
+
+
+def be_a_rank(watch: str, how: str, ids: str) -> None:
+    """Some steps, each a collective."""
+    with open(ids, "a") as file:
+        file.write(f"{os.getpid()}\n")
+    dist.init_process_group("gloo")
+    at = SimpleNamespace(doing="starting")
+    if watch == "watched":
+        with watched(at, patience=PATIENCE):  # type: ignore[arg-type]
+            train(at, how, ids)
+    else:
+        start_watchdog(lambda: at.doing, patience=PATIENCE)
+        train(at, how, ids)
+    print(f"rank {dist.get_rank()} done")
+    dist.destroy_process_group()
+
+
+def train(at: SimpleNamespace, how: str, ids: str) -> None:
+    """Eight steps, or no end of them."""
+    for step in range(10**9 if how == "forever" else 8):
+        at.doing = f"step {step}"
+        dist.all_reduce(torch.ones(4))
+        if step == 5 and dist.get_rank() == 1:
+            fail(how, ids)
+
+
+def fail(how: str, ids: str) -> None:
+    """Raise, exit, have a signal's name, or do neither."""
+    time.sleep(1)  # until the others have heard of step 5
+    Path(f"{ids}.failed").touch()
+    if how == "raise":
+        raise ValueError("no such token\nand more")
+    if how == "exit":
+        os._exit(3)
+    if how.startswith("SIG"):
+        os.kill(os.getpid(), getattr(signal, how))
+
+
+if __name__ == "__main__":
+    be_a_rank(*sys.argv[1:])
