@@ -7,6 +7,7 @@ new values of the buffers that the forward pass changes.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -107,9 +108,14 @@ class Info:
         return self.flops * (2 if causal else 1) if self.product else 0.0
 
     @property
+    def output_bytes(self) -> list[int]:
+        """Bytes of each output."""
+        return [math.prod(shape) * dtype.itemsize for shape, dtype in zip(self.shapes, self.dtypes, strict=True)]
+
+    @property
     def bytes(self) -> int:
         """Bytes of all outputs."""
-        return sum(torch.Size(s).numel() * d.itemsize for s, d in zip(self.shapes, self.dtypes, strict=True))
+        return sum(self.output_bytes)
 
 
 @dataclass

@@ -23,11 +23,6 @@ tl: Any  # bound by kernels(): Triton's interpreter looks for its language among
 MAX_BLOCK = 65536
 """Elements of the longest row that the kernels take. In rows of more than 16384 the backward spills registers."""
 
-FORWARD_FLOPS = 4
-"""FLOPs of an element: square, add, two multiplications."""
-
-BACKWARD_FLOPS = 9
-"""FLOPs of an element: w*dy, x*rstd, their dot product (2), subtract c*xhat (2), *rstd, dweight (2)."""
 
 REFERENCE_GRADIENTS = 5
 """The most tensors of x's shape, in the compute dtype, that are alive at once in the backward of ``reference``, without

@@ -20,7 +20,8 @@ from autopart.cost.compute import backward_ratio_of, kind_of, peak_of
 from autopart.cost.liveness import MODES
 from autopart.errors import PartitionError
 from autopart.hardware.rows import Device
-from autopart.ir.graph import Info, has_gradient, info, operands, shape_args, value_of
+from autopart.ir.graph import has_gradient, info, operands, shape_args, value_of
+from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.checkpoint_cut import mode_cut
 from autopart.passes.value_positions import Write, value_positions
@@ -73,7 +74,7 @@ class _Builder:
             saved_tensors=positions.saved_tensors,
             labels=layered.labels,
             segment_classes=tuple(layered.segments[r].segment_class for r in layered.sequence),
-            block=tuple(label.rpartition(".")[2].isdigit() for label in layered.labels),
+            block=tuple(map(is_block, layered.labels)),
             state=positions.state,
             shared=positions.shared,
             tied=[tied for tied in (inputs, *written) if len(tied) > 1],
@@ -97,11 +98,11 @@ class _Builder:
         savers = {saver for tensor in self.positions.saved_tensors for saver in tensor.savers}
         found = []
         for used in self.positions.value_uses:
-            again = np.ones((len(MODES), len(used.uses)), dtype=bool)
-            again[MODES.index("none")] = False
+            use_rerun = np.ones((len(MODES), len(used.uses)), dtype=bool)
+            use_rerun[MODES.index("none")] = False
             mincut = MODES.index("mincut")
-            again[mincut] = [use in savers or rerun[mincut, use[0]] for use in used.uses]
-            found.append(again)
+            use_rerun[mincut] = [use in savers or rerun[mincut, use[0]] for use in used.uses]
+            found.append(use_rerun)
         return found
 
     def _node(self, node: fx.Node, hints: Hints) -> Node:
@@ -113,7 +114,7 @@ class _Builder:
             key=self.layered.keys[node],
             kind=record.kind,
             options=self._options(node, hints),
-            values=[Value(_bytes(record, i), record.batch is not None, record.grad) for i in range(len(record.shapes))],
+            values=[Value(float(size), record.batch is not None, record.grad) for size in record.output_bytes],
             operands=[self._operand(n) for n in operands(node)] if is_op else [],
             first_same_operand=_first_same_operand(operands(node)) if is_op else [],
             flops=record.flops,
@@ -216,13 +217,6 @@ def _first_same_operand(arguments: Sequence[fx.Node | None]) -> list[int]:
     """For every operand the index of the first operand that is the same value."""
     values = [None if n is None else value_of(n) for n in arguments]
     return [values.index(v) for v in values]
-
-
-def _bytes(record: Info, output: int) -> float:
-    size = float(record.dtypes[output].itemsize)
-    for extent in record.shapes[output]:
-        size *= extent
-    return size
 
 
 def _hints(layered: LayeredGraph, nodes: list[fx.Node], size: int) -> Hints:

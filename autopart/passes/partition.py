@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -28,11 +29,11 @@ def partition(
 
 def _stages(layered: LayeredGraph, choices: ShardingAssignment) -> dict[fx.Node, int]:
     """Every node of a segment -> its stage."""
-    ends = (*choices.starts[1:], len(layered.segments))
+    spans = itertools.pairwise((*choices.starts, len(layered.segments)))
     return {
         node: stage
-        for stage, (start, end) in enumerate(zip(choices.starts, ends, strict=True))
-        for segment in layered.segments[start:end]
+        for stage, span in enumerate(spans)
+        for segment in layered.segments[slice(*span)]
         for node in segment.nodes
     }
 

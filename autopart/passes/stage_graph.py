@@ -117,9 +117,9 @@ class ShardingAssignment:
 
     def size(self, value: Value, placements: Placements) -> float:
         """Bytes of a value on a rank, at the planned micro-batch."""
-        record = info(value[0])
-        nbytes = math.prod(record.shapes[value[1]]) * record.dtypes[value[1]].itemsize
-        return nbytes * self.grow(record) / self.parts(placements)
+        node, output = value
+        record = info(node)
+        return record.output_bytes[output] * self.grow(record) / self.parts(placements)
 
     def grow(self, record: Info) -> float:
         """Bytes of a value at the planned micro-batch / bytes as traced."""

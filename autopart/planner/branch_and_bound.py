@@ -279,11 +279,8 @@ class Search:
         point's best plan is as fast as its first candidate without a limit on memory."""
         space, found = self.space, self.plans[point]
         costs = found.candidates[0].costs
-        if found.best_seconds < NEVER:
-            unlimited = dict.fromkeys(space.flights(point), costs.seconds)
-            cut = best_cut(stage_columns(space, point, unlimited), point.pp, space.micro_batches(point))
-            if cut and found.best_seconds <= cut.seconds * (1 + TOLERANCE):
-                return []
+        if found.best_seconds < NEVER and found.best_seconds <= found.unlimited_seconds() * (1 + TOLERANCE):
+            return []
         whole = costs.index(0, len(space.layered.labels))
         seconds, saved, state = (float(x[whole]) for x in (costs.seconds, costs.saved_bytes, costs.state_bytes))
         steps = [step for steps in costs.savings[-1].values() for step in steps]

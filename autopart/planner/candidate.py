@@ -13,7 +13,7 @@ from autopart.cost.intervals import NEVER
 from autopart.passes.solve import Solution
 from autopart.passes.split_problem import SplitProblem
 from autopart.plan.search_summary import SearchSummary
-from autopart.planner.cuts import best_cut
+from autopart.planner.cuts import best_cut, spans_of
 from autopart.planner.ilp_model import Interface
 from autopart.planner.interval_costs import IntervalCosts, interval_costs
 from autopart.planner.search_points import SearchPoint
@@ -110,6 +110,14 @@ class CandidateSet:
             self.incumbent.offer(best)
         return best
 
+    def unlimited_seconds(self) -> float:
+        """Seconds of a step of the best cut with the splits of the first candidate, memory unlimited; infinite where
+        constraints allow no cut."""
+        space, point, costs = self.space, self.point, self.candidates[0].costs
+        columns = dict.fromkeys(space.flights(point), costs.seconds)
+        cut = best_cut(stage_columns(space, point, columns), point.pp, space.micro_batches(point))
+        return cut.seconds if cut else NEVER
+
     def fastest(self, candidates: Sequence[Candidate], in_flight: Iterable[int], most: float) -> dict[int, Array]:
         """For every number of micro-batches in flight, f of each interval with the fastest of some candidates; infinite
         where it is more than `most` seconds."""
@@ -130,9 +138,8 @@ class CandidateSet:
         cut = best_cut(stage_columns(space, point, columns), point.pp, m)
         if cut is None:
             return None
-        ends = (*cut.starts[1:], len(space.layered.labels))
         chosen, modes, times, problems = [], [], [], []
-        for stage, (i, j) in enumerate(zip(cut.starts, ends, strict=True)):
+        for stage, (i, j) in enumerate(spans_of(cut.starts, len(space.layered.labels))):
             in_flight, where = space.in_flight(point, stage), np.array([candidates[0].costs.index(i, j)])
             seconds = [c.costs.least_seconds(where, in_flight, space.limit, space.modes)[0] for c in candidates]
             fastest = candidates[int(np.argmin(seconds))]

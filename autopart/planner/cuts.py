@@ -8,6 +8,7 @@ t. `tests/planner/test_plan.py` compares the result with every cut.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,11 @@ def best_cut(columns: Callable[[int], Array], stages: int, micro_batches: int) -
             break
         limit = min(np.nextafter(max(found[1]), 0.0), (best.seconds - floor) / (m - 1))
     return best
+
+
+def spans_of(starts: Sequence[int], positions: int) -> list[tuple[int, int]]:
+    """The span of every stage, (i, j) for the positions i..j-1, from the first position of each."""
+    return list(itertools.pairwise((*starts, positions)))
 
 
 Path = tuple[tuple[int, ...], tuple[float, ...]]

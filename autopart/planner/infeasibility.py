@@ -13,7 +13,7 @@ from autopart.cost.intervals import NEVER
 from autopart.errors import PartitionError, few
 from autopart.plan.units import bytes_text
 from autopart.planner.candidate import Candidate, make_candidate
-from autopart.planner.cuts import best_cut
+from autopart.planner.cuts import best_cut, spans_of
 from autopart.planner.request import Request
 from autopart.planner.search_points import SearchPoint
 from autopart.planner.search_space import SearchSpace
@@ -59,7 +59,7 @@ def _distinct_degrees(points: Sequence[SearchPoint]) -> list[SearchPoint]:
     """The first point of each combination of degrees, at most DEGREES."""
     first: dict[tuple[int, int, int], SearchPoint] = {}
     for point in points:
-        first.setdefault((point.pp, point.dp, point.tp), point)
+        first.setdefault(point.degrees, point)
     return list(first.values())[:DEGREES]
 
 
@@ -102,7 +102,7 @@ def _shortfall(space: SearchSpace, point: SearchPoint, candidate: Candidate) -> 
     )
     if cut is None:
         return None
-    spans = list(zip(cut.starts, (*cut.starts[1:], len(space.layered.labels)), strict=True))
+    spans = spans_of(cut.starts, len(space.layered.labels))
     lacking = [float(shortfall[space.in_flight(point, s)][costs.index(*span)]) for s, span in enumerate(spans)]
     stage = max(range(point.pp), key=lacking.__getitem__)
     here, in_flight = costs.index(*spans[stage]), space.in_flight(point, stage)

@@ -24,6 +24,11 @@ class SearchPoint:
     micro_batch: int
     zero: int = 0
 
+    @property
+    def degrees(self) -> tuple[int, int, int]:
+        """(pp, dp, tp)."""
+        return self.pp, self.dp, self.tp
+
     def step_factor(self, global_batch: int) -> float:
         """The least ratio of a step to the sum of its stages' seconds f for one micro-batch: with m micro-batches
         sum(f) + (m - 1) max(f) >= (1 + (m - 1) / pp) sum(f), since max(f) is at least the mean."""

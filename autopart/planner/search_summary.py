@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-
 from autopart.cost.intervals import NEVER
 from autopart.plan.search_summary import RunnerUp, SearchSummary
 from autopart.planner.branch_and_bound import Search
 from autopart.planner.candidate import TOLERANCE, SearchResult
-from autopart.planner.cuts import best_cut
 from autopart.planner.search_points import SearchPoint
 
 SMALL_BUBBLE = 0.05
@@ -28,7 +25,7 @@ def _runner_up(search: Search, chosen: SearchPoint) -> RunnerUp | None:
     bounds = {
         point: bound
         for point, bound in search.pushed.items()
-        if (point.pp, point.dp, point.tp) != (chosen.pp, chosen.dp, chosen.tp) and point not in impossible
+        if point.degrees != chosen.degrees and point not in impossible
     }
     if not bounds:
         return None
@@ -36,7 +33,7 @@ def _runner_up(search: Search, chosen: SearchPoint) -> RunnerUp | None:
     table = seconds or bounds
     best = min(table, key=lambda point: (table[point], point))
     bound = min(min(bounds.values()), *seconds.values()) if seconds else min(bounds.values())
-    return RunnerUp(best.pp, best.dp, best.tp, best.micro_batch, best.zero, seconds.get(best), float(bound))
+    return RunnerUp(*best.degrees, best.micro_batch, best.zero, seconds.get(best), float(bound))
 
 
 def _limit(search: Search, found: SearchResult) -> str:
@@ -45,7 +42,7 @@ def _limit(search: Search, found: SearchResult) -> str:
         lower = {replace(point, zero=zero) for zero in range(point.zero)} if point.zero >= 2 else set()
         if lower & set(search.state_exceeds_memory):
             return "memory"
-        if any(_seconds_without_limit(search, each) < found.seconds * (1 - TOLERANCE) for each in search.plans):
+        if any(each.unlimited_seconds() < found.seconds * (1 - TOLERANCE) for each in search.plans.values()):
             return "memory"
     m, stages = space.micro_batches(point), point.pp
     idle = (stages - 1) / (m + stages - 1)
@@ -53,11 +50,3 @@ def _limit(search: Search, found: SearchResult) -> str:
     if no_smaller and (idle > SMALL_BUBBLE or (m == 1 and stages == 1 and point.tp > 1)):
         return "batch"
     return "devices"
-
-
-def _seconds_without_limit(search: Search, point: SearchPoint) -> float:
-    """Seconds of a step of the best cut with a point's fastest splits, were memory endless."""
-    space, seconds = search.space, search.plans[point].candidates[0].costs.seconds
-    allowed = space.stages(point)
-    cut = best_cut(lambda stage: np.where(allowed[stage], seconds, NEVER), point.pp, space.micro_batches(point))
-    return cut.seconds if cut else NEVER

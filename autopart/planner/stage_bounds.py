@@ -32,7 +32,7 @@ from autopart.passes.solve import Solution
 from autopart.passes.split_problem import SplitProblem
 from autopart.planner.allowed_choices import Options, both
 from autopart.planner.candidate import CandidateSet, stage_columns
-from autopart.planner.cuts import best_cut
+from autopart.planner.cuts import best_cut, spans_of
 from autopart.planner.ilp_model import Model, is_partial
 from autopart.planner.search_points import SearchPoint
 from autopart.planner.search_space import SearchSpace
@@ -140,11 +140,6 @@ def _cuts_by_bound(columns: Sequence[Array], positions: int, micro_batches: int)
             cuts.append((sum(stages) + (micro_batches - 1) * max(stages), max(stages), (0, *inner)))
     heapq.heapify(cuts)
     return cuts
-
-
-def spans_of(starts: Sequence[int], positions: int) -> list[Span]:
-    """The positions i..j-1 of every stage, as (i, j)."""
-    return list(zip(starts, (*starts[1:], positions), strict=True))
 
 
 def stage_costs(space: SearchSpace, point: SearchPoint, span: Span) -> Array:

@@ -16,6 +16,7 @@ from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.stage_graph import ShardingAssignment
 from autopart.plan.data import Plan
+from autopart.planner.cuts import spans_of
 from autopart.sharding.notation import C, G, Placement, splits
 from autopart.sharding.resharding import possible
 from autopart.sharding.rules import Strategy, strategies
@@ -24,34 +25,35 @@ from autopart.sharding.rules import Strategy, strategies
 def validate(plan: Plan, layered: LayeredGraph) -> None:
     """Raise PartitionError unless a plan is for this model, traced with the plan's micro-batch, and can run on it."""
     plan.check(layered)
-    for check in (cut_findings, strategy_findings):
+    for check in (stage_findings, strategy_findings):
         if wrong := list(check(plan, layered)):
             raise PartitionError(
                 "the plan cannot run", few(wrong, joint="; "), "the plan as it was saved, or autopart.plan(...) again"
             )
 
 
-def cut_findings(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
-    """What is wrong with the starts of stages and with checkpointing."""
-    starts, count = plan.starts, len(layered.labels)
-    rising = all(a < b for a, b in zip(starts, (*starts[1:], count), strict=True))
-    if len(starts) != plan.pp or not starts or starts[0] != 0 or not rising:
-        yield f"starts: {starts} are not {plan.pp} stages of {count} positions"
+def stage_findings(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
+    """What is wrong with the starts of stages, and with their checkpointing."""
+    starts, updated, modes = plan.starts, layered.traced.updated, ", ".join(MODES)
+    spans = spans_of(starts, len(layered.labels))
+    if len(starts) != plan.pp or starts[:1] != (0,) or any(start >= end for start, end in spans):
+        yield (
+            f"{plan.pp} stages start at positions {', '.join(map(str, starts))}: "
+            f"the first starts at 0, each behind the one before it, none behind position {len(layered.labels) - 1}"
+        )
         return
-    if any(s.splits not in range(len(plan.splits)) for s in plan.stages):
-        yield "splits: a stage's are not there"
-    modes: list[str] = []
-    for index, (stage, span) in enumerate(zip(plan.stages, spans_of(plan, layered), strict=True)):
-        if len(stage.recompute) != len(span):
-            yield f"recompute: stage {index} has {len(span)} positions, {len(stage.recompute)} say what they keep"
-            return
-        modes += stage.recompute
-    if not set(modes) <= set(MODES):
-        yield f"recompute: {sorted(set(modes) - set(MODES))} is not known"
-    if any(mode != "none" and not is_block(label) for mode, label in zip(modes, layered.labels, strict=True)):
-        yield "recompute: a segment that is no numbered block is recomputed"
-    if layered.traced.updated and set(modes) != {"none"}:
-        yield "recompute: buffers would be changed twice"
+    for index, (stage, (start, end)) in enumerate(zip(plan.stages, spans, strict=True)):
+        if not 0 <= stage.splits < len(plan.splits):
+            yield f"stage {index} is split as {stage.splits}, there are {len(plan.splits)} splits"
+        if len(stage.recompute) != end - start:
+            yield f"stage {index} has {end - start} positions and {len(stage.recompute)} modes of recompute"
+        for label, mode in zip(layered.labels[start:end], stage.recompute, strict=False):
+            why = {
+                f"it is none of {modes}": mode not in MODES,
+                "numbered blocks alone are recomputed": mode != "none" and not is_block(label),
+                f"the forward pass changes {few(updated)}": mode != "none" and bool(updated),
+            }
+            yield from (f"{label or 'the loss'} cannot recompute {mode!r}: {w}" for w, wrong in why.items() if wrong)
 
 
 def choices_of(plan: Plan) -> ShardingAssignment:
@@ -122,8 +124,8 @@ def _clashes(choices: ShardingAssignment, layered: LayeredGraph) -> Iterator[str
 
 def _uses(choices: ShardingAssignment, layered: LayeredGraph, plan: Plan) -> Iterator[str]:
     """Uses whose operand no resharding gives the placement that they take; values that stages place differently."""
-    spans, segment_of = spans_of(plan, layered), layered.segment_of()
-    stage_of = {segment: stage for stage, span in enumerate(spans) for segment in span}
+    spans, segment_of = spans_of(plan.starts, len(layered.labels)), layered.segment_of()
+    stage_of = {segment: stage for stage, span in enumerate(spans) for segment in range(*span)}
     stages: dict[fx.Node, set[int]] = defaultdict(set)
     for node in layered.traced.graph.nodes:
         if node.op != "call_function" or is_pick(node):
@@ -147,9 +149,3 @@ def _uses(choices: ShardingAssignment, layered: LayeredGraph, plan: Plan) -> Ite
     for source, where in stages.items():
         if len({choices.placements(layered, (source, 0), stage) for stage in where}) > 1:
             yield f"placement: {info(source).name} lies differently in stages {sorted(where)}"
-
-
-def spans_of(plan: Plan, layered: LayeredGraph) -> list[range]:
-    """The positions of every stage."""
-    ends = (*plan.starts[1:], len(layered.labels))
-    return [range(start, end) for start, end in zip(plan.starts, ends, strict=True)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from bisect import bisect_right
@@ -23,6 +22,7 @@ from autopart.plan.data import Plan
 from autopart.plan.signature import Signature
 from autopart.plan.stages import PlanSegment, PlanStage
 from autopart.planner.candidate import SearchResult
+from autopart.planner.cuts import spans_of
 from autopart.planner.dataflow import with_sources
 from autopart.planner.interval_seconds import exposed_by_clock
 from autopart.planner.memory_tree import messages, stage_memory
@@ -46,7 +46,7 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
     distinct = list(dict.fromkeys(found.chosen))
     splits = [_splits(space, found, chosen) for chosen in distinct]
     stages, known = [], Known()
-    spans = list(itertools.pairwise((*found.starts, len(layered.labels))))
+    spans = spans_of(found.starts, len(layered.labels))
     for index, (start, end) in enumerate(spans):
         at = distinct.index(found.chosen[index])
         modes = found.recompute[start:end]

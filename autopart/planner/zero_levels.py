@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from autopart.cost.training_state import update_seconds
+from autopart.planner.candidate import TOLERANCE
 from autopart.planner.search_points import SearchPoint
 from autopart.planner.search_space import SearchSpace
-
-TOLERANCE = 1e-9
-"""Relative difference below which two times are equal."""
 
 
 def zero_levels(space: SearchSpace, point: SearchPoint) -> list[int]:

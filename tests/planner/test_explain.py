@@ -319,7 +319,7 @@ REFUSED = {
     "degrees": (edit("tp", 4), "does not fill 4:cpu"),
     "micro-batch": (edit("micro_batch", 3), "8 samples are no multiple of micro_batch=3"),
     "stages": (edit("stages|1|first_position", 0), "the first starts at 0, each behind"),
-    "modes": (edit("stages|1|recompute", []), "one mode for every position"),
+    "modes": (edit("stages|1|recompute", []), "and 0 modes of recompute"),
     "no block": (edit("stages|0|recompute|0", "full"), "numbered blocks alone"),
     "no mode": (edit("stages|0|recompute|1", "some"), "cannot recompute 'some'"),
     "no split": (edit("stages|0|splits", 7), "is split as 7"),

@@ -29,9 +29,10 @@ from autopart.plan.data import Plan
 from autopart.plan.schedules import SCHEDULES, in_flight
 from autopart.plan.signature import Signature
 from autopart.plan.stages import PlanStage
+from autopart.planner.cuts import spans_of
 from autopart.planner.memory_tree import StageMemory
 from autopart.planner.stage_parameters import Parameter, distinct, parameters
-from autopart.planner.validate import choices_of, cut_findings, spans_of, strategy_findings
+from autopart.planner.validate import choices_of, stage_findings, strategy_findings
 from autopart.sharding.rules import has_rule
 
 EQUAL = 1e-6
@@ -99,8 +100,8 @@ def _settings(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
     missing = {info(n).name for n in layered.representatives() if info(n).kind == "op"} - {"autopart.getitem"}
     if plan.replicated != tuple(sorted(n for n in missing if not has_rule(n))):
         yield "replicated: not the operators without a rule"
-    cuts = list(cut_findings(plan, layered))
-    yield from cuts or _modes(plan, layered)
+    stages = list(stage_findings(plan, layered))
+    yield from stages or _modes(plan, layered)
     yield from _bound(plan)
 
 
@@ -133,8 +134,8 @@ def _numbers(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
     flops = m * sum(info(node).model_flops for node in calls(layered.traced.graph))
     if not _same(plan.forward_flops, flops):
         yield f"forward_flops: {flops}, the plan says {plan.forward_flops}"
-    seconds = []
-    for graph, stage, span in zip(partition(layered, choices), plan.stages, spans_of(plan, layered), strict=True):
+    spans, seconds = [range(*span) for span in spans_of(plan.starts, len(layered.labels))], []
+    for graph, stage, span in zip(partition(layered, choices), plan.stages, spans, strict=True):
         name = f"stage {graph.index}"
         groups = {"dp": plan.mesh.group(plan.tp, plan.dp), "tp": plan.mesh.group(1, plan.tp)}
         device = plan.mesh.busy_device(plan.pp, m)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby
 
 from torch import nn
 
@@ -12,6 +12,7 @@ from autopart.frontend.batch import DTYPES, Batch
 from autopart.passes.source import Source
 from autopart.plan.data import Plan
 from autopart.plan.units import bytes_text
+from autopart.planner.cuts import spans_of
 from autopart.planner.explain.price_plan import decided
 from autopart.planner.memory_tree import KINDS, Allocation, StageMemory, stage_memory
 from autopart.planner.write_plan import partitioned
@@ -71,7 +72,7 @@ def report_traced(plan: Plan, source: Source) -> tuple[MemoryReport, ...]:
 def stage_memories(plan: Plan, source: Source) -> Iterator[StageMemory]:
     """What every stage of a plan has in memory, in order of stages."""
     space, found = decided(plan, source)
-    spans = pairwise((*plan.starts, len(space.layered.labels)))
+    spans = spans_of(plan.starts, len(space.layered.labels))
     for index, (stage, span) in enumerate(zip(plan.stages, spans, strict=True)):
         choices, graph = partitioned(space, found, plan.splits[stage.splits], span)
         yield stage_memory(space, found, choices, graph, span, stage.recompute, index)

@@ -5,21 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 from torch import nn
 
-from autopart.cost.liveness import MODES
-from autopart.errors import PartitionError
+from autopart.errors import PartitionError, few
 from autopart.frontend.batch import DTYPES, Batch
-from autopart.ir.labels import is_block
 from autopart.passes.source import Source
 from autopart.passes.stage_graph import Splits
 from autopart.plan.data import Plan
 from autopart.planner.candidate import SearchResult, costs_of
+from autopart.planner.cuts import spans_of
 from autopart.planner.request import Request
 from autopart.planner.search_points import SearchPoint
 from autopart.planner.search_space import SearchSpace
+from autopart.planner.validate import stage_findings
 from autopart.planner.write_plan import write_out
 from autopart.sharding.strategy_table import StrategyTable
 
@@ -61,39 +60,18 @@ def decided(plan: Plan, source: Source) -> tuple[SearchSpace, SearchResult]:
     layered = source.like(plan)
     space = SearchSpace(layered, plan.mesh, request)
     point = SearchPoint(plan.pp, plan.dp, plan.tp, plan.micro_batch, plan.zero)
-    _check_stages(plan, layered.labels, layered.traced.updated)
+    if wrong := list(stage_findings(plan, layered)):
+        raise PartitionError("the plan has no price", few(wrong, joint="; "))
     options = [_chosen(space, point, splits) for splits in plan.splits]
     chosen = tuple(options[stage.splits] for stage in plan.stages)
     _check_interface(space, point, chosen)
     modes = tuple(mode for stage in plan.stages for mode in stage.recompute)
     m, times = space.micro_batches(point), []
-    for mine, (start, end) in zip(chosen, pairwise((*plan.starts, len(modes))), strict=True):
+    for mine, (start, end) in zip(chosen, spans_of(plan.starts, len(modes)), strict=True):
         found = costs_of(space, point, mine, [(mode,) for mode in modes])
         times.append(float(found.seconds[found.index(start, end)]))
     step = sum(times) + (m - 1) * max(times)
     return space, SearchResult(point, chosen, plan.starts, modes, tuple(times), step, min(plan.bound_seconds, step))
-
-
-def _check_stages(plan: Plan, labels: Sequence[str], updated: Sequence[str]) -> None:
-    """Raise PartitionError unless stages are consecutive intervals of positions, with a mode of each."""
-    starts, n = plan.starts, len(labels)
-    if len(starts) != plan.pp:
-        raise PartitionError(f"{plan.degrees} has {len(starts)} stages")
-    if starts[0] != 0 or any(b <= a for a, b in pairwise((*starts, n))):
-        raise PartitionError(
-            f"the stages start at positions {', '.join(map(str, starts))}",
-            f"the first starts at 0, each behind the one before it, none behind position {n - 1}",
-        )
-    for index, (stage, (start, end)) in enumerate(zip(plan.stages, pairwise((*starts, n)), strict=True)):
-        if not 0 <= stage.splits < len(plan.splits):
-            raise PartitionError(f"stage {index} is split as {stage.splits}", f"there are {len(plan.splits)} ways")
-        if len(stage.recompute) != end - start:
-            told = f"positions {start} to {end - 1}, recompute speaks of {len(stage.recompute)}"
-            raise PartitionError(f"stage {index} has {told}", "one mode for every position")
-        for label, mode in zip(labels[start:end], stage.recompute, strict=True):
-            if mode not in MODES or (mode != "none" and (updated or not is_block(label))):
-                why = f"the forward pass changes {updated[0]}" if updated else "numbered blocks alone are recomputed"
-                raise PartitionError(f"{label or 'the loss'} cannot recompute {mode!r}", why, f"of {', '.join(MODES)}")
 
 
 def _chosen(space: SearchSpace, point: SearchPoint, splits: Splits) -> Chosen:
