@@ -10,9 +10,8 @@ make_plan, write_plan, validate                         the line from a request 
 infeasibility, advice                                   where nothing fits
 explain/                                                questions about a plan
 
-`cuts.best_cut` is called with seconds of intervals in STAGE_CUT and REFINE (`candidate`), with lower bounds of these in
-CAPACITY and LAGRANGIAN (`branch_and_bound`) and in REFINE (`stage_bounds`), with bytes where nothing fits
-(`infeasibility`), and once more after the search, without a limit of memory, for the plan's summary (`search_summary`).
+`candidate`, `branch_and_bound` and `stage_bounds` call `cuts.best_cut` with seconds of intervals and with lower bounds
+on them, `infeasibility` with bytes; docs/planner.md has a table of these calls.
 
 Imports `passes` and all rooms below, nothing that runs on devices. Open `make_plan.py` first, then
 `branch_and_bound.py`, whose docstring has the problem and its bounds.
