@@ -166,10 +166,10 @@ def _add_parameters(found: PositionCosts, prices: Prices, at: NDArray[np.int_]) 
         (np.add if found.training.foreach else np.maximum).at(
             found.optimizer_workspace, own, prices.optimizer_workspace[i]
         )
-        summed = float(prices.reduced_bytes[i])
-        np.add.at(found.reduced_bytes[0], every, summed)
-        np.maximum.at(found.reduced_bytes[1], every, summed)
-        np.add.at(found.reduced_bytes[2], own, summed)
+        reduced = float(prices.reduced_bytes[i])
+        np.add.at(found.reduced_bytes[0], every, reduced)
+        np.maximum.at(found.reduced_bytes[1], every, reduced)
+        np.add.at(found.reduced_bytes[2], own, reduced)
         for positions in places if len(own) < len(places) else ():
             if len(positions) > 1:
                 found.per_stage.append(
@@ -180,7 +180,7 @@ def _add_parameters(found: PositionCosts, prices: Prices, at: NDArray[np.int_]) 
                             prices.sync_seconds[i] + found.training.backwards * prices.overlappable_seconds[i]
                         ),
                         optimizer_workspace=float(prices.optimizer_workspace[i]),
-                        reduced_bytes=summed,
+                        reduced_bytes=reduced,
                         pending_grad_bytes=float(prices.pending_grad_bytes[i]),
                     )
                 )
@@ -195,17 +195,17 @@ def _add_value(
     value = source.values[used.output]
     have = source.given(chosen[used.source], used.output)
     wants = {use: table.nodes[use[0]].taken(chosen[use[0]], use[1]) for use in dict.fromkeys(used.uses)}
-    summed = any(p.kind == "P" for p in have)
+    partial = any(p.kind == "P" for p in have)
     paid: dict[ReshardPath, list[tuple[int, int]]] = {}
     for use, want in wants.items():
         for key in reshard_paths(used.chains[have, want]):
             paid.setdefault(key, []).append(use)
     producers, consumers = used.ends
-    at = producers if summed else consumers
+    at = producers if partial else consumers
     for key, uses in paid.items():
         i = sizes.reshard_index[index, have, key]
         forward, backward, rerun = prices.reshard_seconds[:, i].tolist()
-        if at[0] < 0 or (used.several and not summed):
+        if at[0] < 0 or (used.several and not partial):
             for needed in used.dependents_by_use:
                 positions = tuple(sorted({p for use in uses for p in needed[use]}))
                 found.per_stage.append(
@@ -233,9 +233,9 @@ def _add_value(
                     found.per_stage.append(PerStageOnce(enters, block_input_bytes=bytes_in(placed)))
     else:
         blocks = outside & np.array(table.block)[consumers]
-        np.add.at(found.block_input_bytes, consumers[blocks], bytes_in(wants[used.uses[0]] if summed else have))
+        np.add.at(found.block_input_bytes, consumers[blocks], bytes_in(wants[used.uses[0]] if partial else have))
     taken = next(wants[use] for use, inside in zip(used.uses, used.inside, strict=True) if not inside)
-    found.crossings += _crossings(table, used, bytes_in(taken if summed else have), link)
+    found.crossings += _crossings(table, used, bytes_in(taken if partial else have), link)
 
 
 def _crossings(table: StrategyTable, used: ValueUses, size: float, link: Link | None) -> Iterator[Crossings]:

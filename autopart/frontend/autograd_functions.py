@@ -18,13 +18,13 @@ from autopart.errors import PartitionError
 TOLERANCE = 1e-6
 """The largest relative error in float64. Hand-written derivatives round their constants."""
 
-FEW = 2**18
+ALWAYS_AT_OWN_SIZES = 2**18
 """A function is tested at its own sizes if its arguments have no more elements than this."""
 
-MOST = 2**24
+MAX_AT_OWN_SIZES = 2**24
 """A function is not tested at its own sizes if its arguments have more elements than this."""
 
-LEAST = 8
+MIN_REPLACED = 8
 """Sizes up to this one are not replaced by others: they count heads, or parts."""
 
 Sizes = Mapping[int, int]
@@ -45,12 +45,12 @@ class CustomFunction:
     def check(self) -> None:
         """Raise PartitionError unless the function's backward is the derivative of its forward for this call."""
         own, why = {s: s for s in self._sizes()}, ""
-        if self._elements(own) > FEW:
+        if self._elements(own) > ALWAYS_AT_OWN_SIZES:
             wrong, failed = self._tried(self._smaller())
             if not (wrong or failed):
                 return
             why = wrong or f"{failed}, at sizes smaller than its own {self._elements(own):,} elements"
-        if self._elements(own) <= MOST:
+        if self._elements(own) <= MAX_AT_OWN_SIZES:
             wrong, failed = self._tried([own])
             why = wrong or failed
         if why:
@@ -87,19 +87,19 @@ class CustomFunction:
     def _smaller(self) -> Iterator[Sizes]:
         """Small sizes to test, different for different sizes: in the same ratios; each twice the one before; multiples
         of the smallest."""
-        large = [s for s in self._sizes() if s > LEAST]
+        large = [s for s in self._sizes() if s > MIN_REPLACED]
         if not large:
             return
-        rest = {s: s for s in self._sizes() if s <= LEAST}
+        rest = {s: s for s in self._sizes() if s <= MIN_REPLACED}
         common = math.gcd(*large)
-        by = next(d for d in range(max(1, large[0] // LEAST), 0, -1) if common % d == 0)
+        by = next(d for d in range(max(1, large[0] // MIN_REPLACED), 0, -1) if common % d == 0)
         for chosen in (
             [s // by for s in large],
-            [2 * LEAST * 2**i for i in range(len(large))],
-            [(LEAST + 4) * (i + 1) for i in range(len(large))],
+            [2 * MIN_REPLACED * 2**i for i in range(len(large))],
+            [(MIN_REPLACED + 4) * (i + 1) for i in range(len(large))],
         ):
             sizes = rest | dict(zip(large, chosen, strict=True))
-            if self._elements(sizes) <= FEW:
+            if self._elements(sizes) <= ALWAYS_AT_OWN_SIZES:
                 yield sizes
 
     def _error(self, scale: float, sizes: Sizes) -> float:
@@ -117,7 +117,7 @@ class CustomFunction:
         random = torch.Generator().manual_seed(0)
 
         def real(value: Any) -> Any:
-            if type(value) is int and value > LEAST:
+            if type(value) is int and value > MIN_REPLACED:
                 return sizes.get(value, value)
             if isinstance(value, (list, tuple)):
                 return type(value)(map(real, value))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 AXES = ("pp", "dp", "tp")
 """The axes whose degrees a user may fix: pipeline, data and tensor parallelism."""
 
-MOST = 2**31 - 1
+MAX_DEVICES = 2**31 - 1
 """Devices of the largest mesh."""
 
 _GRAMMAR = re.compile(r"(?:(\d+)x)?(\d+):([\w.-]+)(?:@([\w.-]+))?")
@@ -82,8 +82,8 @@ class Mesh:
                 f"a mesh of {self.hosts} x {self.devices_per_host} devices is empty",
                 try_="at least 1 host of 1 device",
             )
-        if self.size > MOST:
-            raise PartitionError(f"a mesh of {self.size:,} devices", f"ranks are numbered up to {MOST:,}")
+        if self.size > MAX_DEVICES:
+            raise PartitionError(f"a mesh of {self.size:,} devices", f"ranks are numbered up to {MAX_DEVICES:,}")
         if self.nics_per_host is not None and self.nics_per_host < 1:
             raise PartitionError(f"hosts with {self.nics_per_host} network cards", try_="at least 1")
         _check_axes(self.axes, self.size)

@@ -18,7 +18,7 @@ from autopart.sharding.notation import Placement
 from autopart.sharding.rules import flops, is_contraction, product_of, strategies
 
 VIEWS = ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten.using_ints", "aten.expand")
-"""Operators whose rule has no letter for a dim of size 1. A single sample in dim 0 stays there, as several would."""
+"""Operators whose rule has no letter for a dim of size 1. A single sample in dim 0 stays in dim 0."""
 
 
 COMPLEX_PRODUCTS = 4
@@ -145,7 +145,7 @@ def _saved(graph: fx.Graph, device: str) -> None:
         if node.op == "output":
             continue
         record = info(node)
-        kept: list[torch.Tensor] = []
+        saved: list[torch.Tensor] = []
         if node.op == "placeholder":
             value: Any = torch.empty(record.shape, dtype=record.dtype, device="meta", requires_grad=record.grad)
             if record.kind != "input":
@@ -153,7 +153,7 @@ def _saved(graph: fx.Graph, device: str) -> None:
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
             run = _KERNELS.get(record.name, node.target) if _is_kernel(record.name, device) else node.target
-            hooks = torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t)  # type: ignore[misc]
+            hooks = torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t)  # type: ignore[misc]
             with hooks:
                 value = run_on_meta(run, args, kwargs)
         values[node] = value
@@ -161,7 +161,7 @@ def _saved(graph: fx.Graph, device: str) -> None:
         root = owner.setdefault(_storage(first), node.name)
         for output in value if isinstance(value, (tuple, list)) else ():
             owner.setdefault(_storage(output), node.name)
-        stored = {_storage(t): t for t in kept if _storage(t) not in parameters}
+        stored = {_storage(t): t for t in saved if _storage(t) not in parameters}
         update_info(
             node,
             root=root,
@@ -172,8 +172,8 @@ def _saved(graph: fx.Graph, device: str) -> None:
 
 
 def _gradients(graph: fx.Graph, device: str) -> None:
-    """Note which operands are trained parameters or views of them, and the gradients that exist in a backward that is
-    no kernel's."""
+    """Note which operands are trained parameters or views of them; of an RMSNorm that is no kernel, also
+    `Info.gradient_copies`."""
     parameters = {node.name for node in graph.find_nodes(op="placeholder") if info(node).kind == "parameter"}
     for node in calls(graph):
         taken = [(i, info(n)) for i, n in enumerate(operands(node)) if n is not None]

@@ -1,15 +1,14 @@
-"""A class of blocks -> what each operator does in backward under checkpointing mode "mincut": saved, run again, or
-neither.
+"""A segment -> its operators under a checkpointing mode: whose results are saved, which run again in backward.
 
-Backward reads some values of a block. A value that is not saved is computed again, from values that are saved and from
-the block's inputs. Products are never computed again. The least bytes to save are therefore a minimum cut between
-products and the values that backward reads, in the graph in which a value v is an edge of capacity bytes(v) from its
-operator to its users. The formulation is that of torch's partitioner for activation checkpointing (functorch's
-min-cut rematerialisation). The problem is that of Jain et al., Checkmate (arXiv 1910.02653), restricted:
-products never run again.
+Mode "mincut". Backward reads some values of a block. A value that is not saved is computed again, from values that are
+saved and from the block's inputs. Products are never computed again. The least bytes to save are therefore a minimum
+cut between products and the values that backward reads, in the graph in which a value v is an edge of capacity bytes(v)
+from its operator to its users. The formulation is that of torch's partitioner for activation checkpointing (functorch's
+min-cut rematerialisation). The problem is that of Jain et al., Checkmate (arXiv 1910.02653), restricted: products never
+run again.
 
-Bytes are of whole values: the cut is the same under every sharding of a block, so that the ILP's costs of the mode are
-sums over operators, as those of the other modes are.
+bytes(v) are of the whole value. The cut is therefore the same under every sharding of a block, and the ILP's costs of
+the mode are sums over operators.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ RESHARD_CALLS = {f"runtime.{row.function}" for row in RESHARDS.values()}
 class CheckpointCut(NamedTuple):
     """The operators of a block whose results are saved, and those that run again in backward. Other operators run once.
 
-    All paths from an operator that runs once first meet the same saved operator, or the end of the block: the operator
-    is in one piece with that.
+    All paths from an operator that runs once first meet the same saved operator, or all meet the end of the block. The
+    operators that meet the same one are a piece: emitted code runs a piece as one function.
     """
 
     saved: frozenset[fx.Node]
@@ -45,14 +44,14 @@ SAVING = ("selective", "mincut")
 """The modes that save results of a block which is recomputed."""
 
 _KNOWN: WeakKeyDictionary[LayeredGraph, dict[tuple[int, str], CheckpointCut]] = WeakKeyDictionary()
-"""(segment, mode) -> its cut."""
+"""Layered graph -> (segment, mode) -> the segment's cut under the mode."""
 
 
 def mode_cut(layered: LayeredGraph, segment: int, mode: str) -> CheckpointCut:
-    """What a checkpointing mode, of `liveness.MODES`, saves of a segment and runs again; found once for each graph.
+    """The cut of a segment under a checkpointing mode, of `liveness.MODES`; found once for each graph.
 
-    Of several minimum cuts the one nearest to backward is taken, after which fewest operators run again. Segments that
-    are no numbered block are never recomputed: no minimum cut is sought."""
+    Of several minimum cuts it is the one nearest to backward, after which fewest operators run again. Segments that are
+    no numbered block are never recomputed: for them no minimum cut is sought."""
     known, nodes = _KNOWN.setdefault(layered, {}), layered.segments[segment].nodes
     if (segment, mode) not in known:
         if mode == "mincut" and is_block(layered.segments[segment].label):
@@ -66,7 +65,7 @@ def mode_cut(layered: LayeredGraph, segment: int, mode: str) -> CheckpointCut:
 
 def stage_cut(layered: LayeredGraph, stage: StageGraph, index: int, mode: str) -> CheckpointCut:
     """The cut of a stage's segment under one of the modes SAVING: the model's cut in the stage's graph. A reshard runs
-    again where what runs again takes its result, or where backward reads that."""
+    again where an operator that runs again takes its result, or where backward reads its result."""
     (_, nodes), saved, read = stage.segments[index], set[fx.Node](), set[fx.Node]()
     inside = set(nodes)
     if mode == "selective":
@@ -102,8 +101,8 @@ def _read_by_backward(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def _least_saved(nodes: Sequence[fx.Node]) -> CheckpointCut:
-    """The minimum cut nearest to backward. Where a node that runs once leads to several saved nodes, or to one and the
-    end of the block, it is saved, and the least is sought besides."""
+    """The minimum cut nearest to backward. A node that runs once and leads to several saved nodes, or to a saved node
+    and the end of the block, is added to the saved ones, and the minimum cut is sought again."""
     read, given = _read_by_backward(nodes), set[fx.Node]()
     while True:
         saved = given | _minimum_cut(nodes, read, given)
@@ -144,8 +143,8 @@ def _minimum_cut(nodes: Sequence[fx.Node], read: set[fx.Node], given: set[fx.Nod
 
 
 def _in_pieces(nodes: Sequence[fx.Node], saved: set[fx.Node], read: set[fx.Node]) -> CheckpointCut:
-    """The smallest cut that saves the nodes `saved` and runs the nodes `read` again. A node that several pieces read is
-    not left to run once: a product is saved, another node runs again."""
+    """The smallest cut that saves the nodes `saved` and runs the nodes `read` again. A product that several pieces read
+    is saved; another node that several pieces read runs again."""
     saved, read = set(saved), set(read)
     while True:
         rerun = _rerun(nodes, saved, read)
@@ -157,8 +156,8 @@ def _in_pieces(nodes: Sequence[fx.Node], saved: set[fx.Node], read: set[fx.Node]
 
 
 def _rerun(nodes: Sequence[fx.Node], saved: set[fx.Node], read: set[fx.Node]) -> set[fx.Node]:
-    """The nodes that run again: those that backward reads, and those that they are computed from. Products among them
-    are saved instead."""
+    """The nodes that run again: the nodes `read`, and the nodes from which these are computed. Products among them are
+    added to `saved` instead."""
     rerun = read - saved
     for node in reversed(nodes):
         if node not in saved and (node in rerun or any(user in rerun for user in node.users)):

@@ -17,7 +17,7 @@ from autopart.sharding.strategy_table import Placements, ValueUses
 
 Integers = npt.NDArray[np.int64]
 Entries = tuple[Integers, Integers, Array]
-"""Row, variable and coefficient of a matrix's entries. Coefficients that are given for one place twice add up."""
+"""Row, variable and coefficient of a matrix's entries. Coefficients of the same row and variable add up."""
 
 INFINITE = float("inf")
 
@@ -28,20 +28,23 @@ class ConstraintMatrix:
     The variables are, in this order: the strategies x[v, s], the reshards c[f, w] and the saved tensors k[m, p], each
     in the order of `Sizes`, and the moves e[f, u, p, q]. All but the moves have a price.
 
-    strategies      number of strategy variables;  priced: of priced variables;  columns: of all variables
-    rows            of every constraint: its variables, their coefficients, its lower and its upper bound
-    moves, changes  pairs of a move and a reshard, for values with one use: the move has the reshard's price, and the
-                    reshard's own variable is in no constraint
+    strategies       number of strategy variables
+    priced           number of priced variables
+    columns          number of all variables
+    rows             of every constraint: (variables, coefficients, lower bound, upper bound)
+    moves, reshards  pairs of a move and a reshard, for values with one use: the move has the reshard's price, and the
+                     reshard's own variable is in no constraint
     substitutes, substitute_start
-                    priced variable i is the sum of the variables
-                    substitutes[substitute_start[i]:substitute_start[i + 1]]
+                     priced variable i is the sum of the variables
+                     substitutes[substitute_start[i]:substitute_start[i + 1]]
     partial_sum_moves  one move for every pair of placements of a partial sum that passes from segment to segment
-    used            the variables in any constraint;  place: variable -> its index in `used`, or -1
+    used             the variables in any constraint
+    column_of        variable -> its index in `used`; -1 for a variable in no constraint
     """
 
     def __init__(self, sizes: Sizes, segment_class: int | None = None) -> None:
-        """With `segment_class`, the constraints are those of the nodes of one segment class and of the nodes that
-        exchange values with them: enough to bound the cost of the class, where all other costs are 0."""
+        """With `segment_class`, the constraints are those of the nodes of that class and of the nodes that exchange
+        values with these. They bound the cost of the class where all other costs are 0."""
         self.sizes, self.table = sizes, sizes.table
         nodes = self._neighbourhood(segment_class)
         self.strategies = int(sizes.first[-1])
@@ -49,7 +52,7 @@ class ConstraintMatrix:
         self.columns = self.priced
         self.rows: list[tuple[list[int], list[float], float, float]] = []
         self.partial_sum_moves: list[int] = []
-        self._paid: list[tuple[int, int]] = []
+        self._move_reshards: list[tuple[int, int]] = []
         for node in sorted(nodes):
             self.rows.append((self.options(node), [1.0] * len(self.options(node)), 1.0, 1.0))
         for tied in self.table.tied:
@@ -59,12 +62,12 @@ class ConstraintMatrix:
         for index, used in enumerate(self.table.value_uses):
             if used.source in nodes and all(node in nodes for node, _ in used.uses):
                 self._moves(index, used)
-        self._kept(nodes)
+        self._saved_once(nodes)
         self._number(segment_class)
 
     def _number(self, segment_class: int | None) -> None:
-        """Fill `substitutes`, `used` and `place`."""
-        self.moves, self.reshards = np.array(self._paid, dtype=np.int64).reshape(-1, 2).T
+        """Fill `substitutes`, `used` and `column_of`."""
+        self.moves, self.reshards = np.array(self._move_reshards, dtype=np.int64).reshape(-1, 2).T
         own = np.setdiff1d(np.arange(self.priced), self.reshards)
         priced, substitutes = np.concatenate([own, self.reshards]), np.concatenate([own, self.moves])
         self.substitutes = substitutes[np.argsort(priced, kind="stable")]
@@ -72,8 +75,8 @@ class ConstraintMatrix:
         self.used = (
             np.arange(self.columns) if segment_class is None else np.unique(np.concatenate([c for c, *_ in self.rows]))
         )
-        self.place = np.full(self.columns, -1)
-        self.place[self.used] = np.arange(len(self.used))
+        self.column_of = np.full(self.columns, -1)
+        self.column_of[self.used] = np.arange(len(self.used))
 
     def options(self, node: int) -> list[int]:
         """The variables of a node: one for each of its strategies."""
@@ -82,7 +85,7 @@ class ConstraintMatrix:
     def _spread(self, row: Integers, priced: Integers, number: Array) -> Entries:
         """Entries over substitutes, from entries over priced variables.
 
-        The result is sorted, with one entry for each place.
+        The result is sorted, with one entry for each pair of row and variable.
         """
         count = self.substitute_start[priced + 1] - self.substitute_start[priced]
         entry = np.repeat(np.arange(len(row)), count)
@@ -106,7 +109,7 @@ class ConstraintMatrix:
         """sum(left) = sum(right)."""
         self.rows.append(([*left, *right], [1.0] * len(left) + [-1.0] * len(right), 0.0, 0.0))
 
-    def _covers(self, column: int, variables: Sequence[int]) -> None:
+    def _at_least(self, column: int, variables: Sequence[int]) -> None:
         """column >= sum(variables)."""
         self.rows.append(([column, *variables], [1.0] + [-1.0] * len(variables), 0.0, INFINITE))
 
@@ -134,7 +137,7 @@ class ConstraintMatrix:
                 for key in reshard_paths(used.chains[have, want]):
                     reshard = self.strategies + self.sizes.reshard_index[index, have, key]
                     if len(uses) == 1:
-                        self._paid.append((move, reshard))
+                        self._move_reshards.append((move, reshard))
                     else:
                         paying[reshard].append(move)
                 if any(p.kind == "P" for p in have) and not inside:
@@ -144,7 +147,7 @@ class ConstraintMatrix:
             for want, variables in take.items():
                 self._equal(variables, arriving[want])
             for reshard, moves in paying.items():
-                self._covers(reshard, moves)
+                self._at_least(reshard, moves)
         self._partial_sums(used, outside, sum(not inside for inside in uses.values()))
 
     def _partial_sums(
@@ -163,8 +166,8 @@ class ConstraintMatrix:
             if len(moves) < users:
                 self.rows.append(([moves[0]], [1.0], 0.0, 0.0))
 
-    def _kept(self, nodes: set[int]) -> None:
-        """Equation (8)."""
+    def _saved_once(self, nodes: set[int]) -> None:
+        """Equation (8) of every saved tensor."""
         start = self.strategies + len(self.sizes.reshards)
         for index, tensor in enumerate(self.table.saved_tensors):
             savers = dict.fromkeys(tensor.savers) if tensor.root in nodes else {}
@@ -176,4 +179,4 @@ class ConstraintMatrix:
                 for placed, variable in zip(self.sizes.saved_placements[index][saver], options, strict=True):
                     by[placed].append(variable)
                 for placed, variables in by.items():
-                    self._covers(start + self.sizes.saved_index[index, placed], variables)
+                    self._at_least(start + self.sizes.saved_index[index, placed], variables)

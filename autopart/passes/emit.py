@@ -17,7 +17,7 @@ from autopart.passes.codegen.module import EmitSettings, StageModule
 from autopart.passes.codegen.stage_class import stage_class
 from autopart.passes.stage_graph import StageGraph
 
-WIDE = [
+WIDER_SLICES = [
     "Slices are kept in a dtype wider than the one that the model computes in (used=), and the gradients there too.",
 ]
 SLICED = [
@@ -50,7 +50,7 @@ def _header(module: StageModule) -> list[str]:
         "Placements of a weight along an axis: S0 split along dim 0; R whole, with whole gradients; C whole, with",
         "gradients that the runtime sums over the axis at the end of a step.",
         *(SLICED if sliced else []),
-        *(WIDE if sliced and settings.master else []),
+        *(WIDER_SLICES if sliced and settings.master else []),
         '"""',
         "",
         "import torch",

@@ -93,8 +93,8 @@ class _Builder:
         return found[0], found[1]
 
     def _use_rerun(self, rerun: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
-        """`StrategyTable.use_rerun`: in mode "mincut" the uses by operators that run again, and those whose value
-        backward reads as the operator takes it."""
+        """`StrategyTable.use_rerun`. In mode "mincut" a use runs its reshards again if its operator runs again, or if
+        backward reads the value in the placement that the operator takes."""
         savers = {saver for tensor in self.positions.saved_tensors for saver in tensor.savers}
         found = []
         for used in self.positions.value_uses:
@@ -188,10 +188,10 @@ class _Builder:
                     if (have, want) not in used.chains and all(map(possible, have, want)):
                         used.chains[have, want] = steps(have, want, grad)
         if len(used.uses) == 1 and used.inside == (True,):
-            self._let_through(used)
+            self._drop_reshards_before_view(used)
         return used
 
-    def _let_through(self, used: ValueUses) -> None:
+    def _drop_reshards_before_view(self, used: ValueUses) -> None:
         """Remove reshards before a view that can take the value as it is made and gives as many bytes: the same reshard
         behind the view costs as much."""
         ((node, operand),) = used.uses
@@ -202,11 +202,11 @@ class _Builder:
         used.chains = {
             (have, want): chain
             for (have, want), chain in used.chains.items()
-            if have == want or have not in out or not _alike(out[have], out[want], have, want)
+            if have == want or have not in out or not _same_reshard(out[have], out[want], have, want)
         }
 
 
-def _alike(have: Placements, want: Placements, before: Placements, after: Placements) -> bool:
+def _same_reshard(have: Placements, want: Placements, before: Placements, after: Placements) -> bool:
     """Whether the reshard `have` to `want` behind a view is the same as `before` to `after` in front of it."""
     kinds = [tuple(p.kind for p in placed) for placed in (have, want, before, after)]
     parted = any(p.parts for placed in (have, want, before, after) for p in placed)
@@ -230,7 +230,7 @@ def _hints(layered: LayeredGraph, nodes: list[fx.Node], size: int) -> Hints:
             continue
         wanted = tuple(hints[node, 0])
         options = strategies(info(node).name, shape_args(node), info(node).shapes, size, wanted)
-        options += [again for o in options for again in _gathered_again(node, o, wanted)]
+        options += [regathered for o in options for regathered in _regathered(node, o, wanted)]
         for index, operand in enumerate(operands(node)):
             if operand is not None:
                 source, output = value_of(operand)
@@ -254,7 +254,7 @@ def _samples(node: fx.Node) -> list[Strategy]:
 def _letters(node: fx.Node, size: int, wanted: Sequence[Placement], forced: bool) -> list[Strategy]:
     """The strategies along `tp`: those that split no samples. `forced`: a product's weights have to be split."""
     options = [o for o in _known(node, size, wanted) if not _counts_samples(node, o)]
-    options += [again for o in options for again in _gathered_again(node, o, wanted)]
+    options += [regathered for o in options for regathered in _regathered(node, o, wanted)]
     if forced and is_contraction(info(node).name):
         weights = [i for i, n in enumerate(operands(node)) if n is not None and info(n).kind == "parameter"]
         split = [o for o in options if all(_is_split(o.inputs[i]) for i in weights) and o.shards_work]
@@ -262,15 +262,15 @@ def _letters(node: fx.Node, size: int, wanted: Sequence[Placement], forced: bool
     return options
 
 
-def _gathered_again(node: fx.Node, option: Strategy, wanted: Sequence[Placement]) -> Iterator[Strategy]:
-    """The strategies that take placement G in place of C: of a product for an operand that it saves, and of the views
-    before the product."""
+def _regathered(node: fx.Node, option: Strategy, wanted: Sequence[Placement]) -> Iterator[Strategy]:
+    """The strategies with placement G in place of C, of two kinds of operators: a product that saves the operand, and
+    the views in front of such a product."""
     record = info(node)
     if record.view and G in wanted and option.outputs == option.inputs == (C,):
         yield Strategy("G", (G,), (G,))
     for i, operand in enumerate(operands(node) if record.product and option.shards_work else ()):
-        kept = operand is not None and info(operand).kind != "parameter" and info(operand).root in record.saves
-        if kept and option.inputs[i] == C:
+        is_saved = operand is not None and info(operand).kind != "parameter" and info(operand).root in record.saves
+        if is_saved and option.inputs[i] == C:
             inputs = tuple(G if j == i else p for j, p in enumerate(option.inputs))
             yield replace(option, name=option.name + AGAIN, inputs=inputs)
 

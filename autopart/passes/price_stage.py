@@ -29,10 +29,11 @@ BY_FUNCTION = {f"runtime.{row.function}": row for row in RESHARDS.values()}
 class PricedSegment:
     """The seconds of a segment for one micro-batch.
 
-    forward, backward  of its operators and reshards, nothing recomputed
-    recompute_seconds  that each of `liveness.MODES` adds to the backward: forward of what runs again
-    lines              one line of the plan for every node;  nodes: these nodes
-    outside            the values of other segments and stages that the lines read
+    forward, backward  of the operators and reshards, nothing recomputed
+    recompute_seconds  mode, of `liveness.MODES` -> seconds that it adds to the backward: forward of what runs again
+    nodes              the segment's nodes
+    lines              one line of the plan for each of `nodes`
+    outside            the values of other segments and stages that the nodes read
     """
 
     label: str
@@ -46,7 +47,7 @@ class PricedSegment:
 
 @dataclass(frozen=True)
 class Prices:
-    """What prices depend on: the device, and by axis the group of ranks."""
+    """The device, and the group of ranks of every axis."""
 
     device: Device
     axes: Mapping[str, Group]

@@ -1,4 +1,4 @@
-"""What autograd saves in a stage for backward, by the memory it is part of."""
+"""The memory that autograd saves in a stage for backward."""
 
 from __future__ import annotations
 

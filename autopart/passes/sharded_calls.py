@@ -36,7 +36,7 @@ class Call:
         return next((axis for axis, strategy in self.chosen if strategy.local == local), "")
 
 
-Instead = tuple[str, tuple[Any, ...], dict[str, Any]]
+Replacement = tuple[str, tuple[Any, ...], dict[str, Any]]
 """The name of a function of `autopart.runtime`, its arguments, and its keyword arguments."""
 
 
@@ -47,7 +47,7 @@ def sharded_call(call: Call) -> tuple[Callable[..., Any], tuple[Any, ...], dict[
     return None if found is None else (runtime_function(found[0]), *found[1:])
 
 
-def _loss(call: Call) -> Instead | None:
+def _loss(call: Call) -> Replacement | None:
     """A mean over valid targets: the sum divided by the number of valid targets in the whole batch.
 
     Means with a weight by class, and means over probabilities, stay as they are.
@@ -66,13 +66,13 @@ def _loss(call: Call) -> Instead | None:
     return "mean_cross_entropy", (*given, smoothing) if smoothing else given, {}
 
 
-def _embedding(call: Call) -> Instead | None:
+def _embedding(call: Call) -> Replacement | None:
     axis = call.axis_of("vocab_embedding")
     weight, ids, *rest = call.args
     return ("vocab_embedding", (ids, weight, axis, *rest[:1]), {}) if axis else None
 
 
-def _experts(call: Call) -> Instead:
+def _experts(call: Call) -> Replacement:
     axis = call.axis_of("grouped_linear")
     return "grouped_linear", (*call.args, axis) if axis else call.args, {}
 
@@ -87,17 +87,17 @@ def _where(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (stream, list(record.shape), record.batch), axes
 
 
-def _dropout(call: Call) -> Instead:
+def _dropout(call: Call) -> Replacement:
     where, axes = _where(call)
     return "dropout", (*call.args[:2], *where), axes
 
 
-def _uniform(call: Call) -> Instead:
+def _uniform(call: Call) -> Replacement:
     where, axes = _where(call)
     return "uniform", (*where, info(call.node).dtype), axes
 
 
-TABLE: dict[str, Callable[[Call], Instead | None]] = {
+TABLE: dict[str, Callable[[Call], Replacement | None]] = {
     "aten.cross_entropy_loss": _loss,
     "aten.embedding": _embedding,
     "autopart.grouped_linear": _experts,

@@ -25,8 +25,8 @@ OBJECTIVE_SCALE, MAX_COST_RATIO = 1e3, 1e2
 """The objective of a typical solution in the solver's unit; the largest cost of one variable, as a multiple of it."""
 
 CHOOSE, DUAL = 0, 1
-"""HiGHS's `simplex_strategy`: 0 lets HiGHS choose, 1 is the dual simplex. A change of costs keeps the last basis primal
-feasible: HiGHS chooses. A change of bounds keeps it dual feasible: the dual simplex."""
+"""HiGHS's `simplex_strategy`: 0 lets HiGHS choose, 1 is the dual simplex. After a change of costs the last basis is
+primal feasible: HiGHS chooses. After a change of bounds the last basis is dual feasible: the dual simplex."""
 
 MAX_NODES = 200
 """Limit on nodes of HiGHS's branch-and-bound tree (`mip_max_nodes`). At the limit a gap to the dual bound is left."""
@@ -35,8 +35,8 @@ DUAL_STEPS, DUAL_TOLERANCE = 4, 1e-3
 """Of `Solver.maximize_dual`: the most steps, and the relative error at which it stops."""
 
 WARM_START_SHARE, WARM_START_ITERATIONS = 0.1, 1000
-"""A warm start is given up after max(share x iterations of the first relaxation, iterations) simplex iterations. HiGHS
-then starts from its own basis: a basis far from the optimum takes several times as long."""
+"""A warm start is given up after max(WARM_START_SHARE x iterations of the first relaxation, WARM_START_ITERATIONS)
+simplex iterations. HiGHS then starts from its own basis: a start far from the optimum takes several times as long."""
 
 INTEGRAL = 1e-6
 """Largest distance of a variable from an integer at which it counts as one."""
@@ -44,7 +44,13 @@ INTEGRAL = 1e-6
 
 @dataclass(frozen=True)
 class Solution:
-    """The index of every node's option, the objective, its proven lower bound, and the problem that it solves."""
+    """A choice of strategies.
+
+    chosen     the index of every node's option
+    objective  of the choice, in the unit of the costs
+    bound      a proven lower bound on the objective of every choice
+    problem    the problem that the choice solves
+    """
 
     chosen: tuple[int, ...]
     objective: float
@@ -53,7 +59,7 @@ class Solution:
 
 
 def unit_of(sizes: Sizes, costs: Array) -> float:
-    """What to multiply costs by, so that a solution costs about OBJECTIVE_SCALE."""
+    """The factor that makes the cost of a solution about OBJECTIVE_SCALE."""
     usual = float(np.minimum.reduceat(costs[: sizes.first[-1]], sizes.first[:-1]).sum())
     return OBJECTIVE_SCALE / (usual or float(costs.max(initial=0.0)) or 1.0)
 
@@ -71,10 +77,10 @@ class Solver(ConstraintMatrix):
 
     iterations  simplex iterations of the first relaxation
     restricted  the nodes whose upper bounds rule out some strategies at present
-    bases       hash of costs -> the optimal basis of the unrestricted relaxation: a warm start where strategies are
+    bases       hash of costs -> the optimal basis of the relaxation with all strategies: a warm start where some are
                 ruled out
-    dual_activities  A'y of every relaxation that was solved, y its dual values; without the rows that choose one
-                strategy of each node
+    dual_activities  A'y of every relaxation that was solved, with y the dual values and A the constraint matrix without
+                the rows that choose one strategy of each node
     """
 
     def __init__(self, sizes: Sizes, segment_class: int | None = None) -> None:
@@ -82,7 +88,7 @@ class Solver(ConstraintMatrix):
         self.highs = load(
             len(self.used),
             np.array([len(variables) for variables, *_ in self.rows]),
-            self.place[np.concatenate([variables for variables, *_ in self.rows])],
+            self.column_of[np.concatenate([variables for variables, *_ in self.rows])],
             np.concatenate([coefficients for _, coefficients, *_ in self.rows]),
             np.array([lower for *_, lower, _ in self.rows]),
             np.array([upper for *_, upper in self.rows]),
@@ -103,7 +109,8 @@ class Solver(ConstraintMatrix):
 
     def relax(self, costs: Array, allowed: Mapping[int, Iterable[int]] | None = None) -> tuple[float, Solution | None]:
         """The LP relaxation: a lower bound on the cost of every choice, infinite where there is no choice; and the best
-        choice, where the relaxation is integral. `allowed` are the options left of the nodes it names."""
+        choice, None where the relaxation is fractional. `allowed`: node -> the options that it may take; nodes that are
+        not named may take all."""
         bound, found = self._relax(costs, allowed)
         if bound < float("inf"):
             self._record_duals()
@@ -129,7 +136,7 @@ class Solver(ConstraintMatrix):
         return objective / self.scale, self.solution_of(values, objective, objective) if whole else None
 
     def _run(self) -> None:
-        """Solve from the last basis; where that takes too many iterations, from HiGHS's own start."""
+        """Solve from the last basis; after too many iterations, from HiGHS's own start."""
         limit = max(WARM_START_ITERATIONS, round(WARM_START_SHARE * self.iterations))
         if self.iterations:
             self.highs.setOptionValue("simplex_iteration_limit", limit)
@@ -141,8 +148,8 @@ class Solver(ConstraintMatrix):
         self.iterations = self.iterations or self.highs.getInfo().simplex_iteration_count
 
     def dual_bound(self, costs: Array) -> float:
-        """Lower bound on the bound of `relax`, by weak duality. With c the costs, N the nodes, and A'y of any of
-        `dual_activities`:
+        """Lower bound on the bound of `relax`, by weak duality: the largest, over A'y in `dual_activities`, of this
+        sum, with c the costs and N the nodes:
 
             sum over N of min over strategies of (c - A'y)  +  sum over other variables of min(c - A'y, 0)
         """
@@ -190,8 +197,8 @@ class Solver(ConstraintMatrix):
         return found
 
     def _rounded(self, allowed: Mapping[int, Iterable[int]]) -> Solution | None:
-        """A choice with the objective of the relaxation that was solved last, found by fixing one fractional node after
-        another to its largest strategy; None where fixing raises the objective."""
+        """A choice with the objective of the relaxation that was solved last; None where none is found. One fractional
+        node after another is fixed to its strategy of largest value, as long as the objective does not rise."""
         best, fixed, found = self.highs.getInfo().objective_function_value, list[int](), None
         self.highs.setOptionValue("simplex_strategy", DUAL)
         while self.highs.getInfo().objective_function_value <= best + INTEGRAL:
@@ -246,7 +253,7 @@ class Solver(ConstraintMatrix):
         return last
 
     def _record_duals(self) -> None:
-        """Append A'y of the relaxation that was solved last to `dual_activities`: costs - reduced costs."""
+        """Append A'y of the relaxation that was solved last, costs - reduced costs, to `dual_activities`."""
         solution = self.highs.getSolution()
         dual_activities = self.objective - np.array(solution.col_dual)
         choose = np.array(solution.row_dual[: len(self.table.nodes)])
@@ -254,7 +261,6 @@ class Solver(ConstraintMatrix):
         self.dual_activities.append(dual_activities)
 
     def _set_objective(self, costs: Array) -> None:
-        """Set the objective."""
         self.objective = self._scaled_costs(costs)
         self.highs.changeColsCost(len(self.objective), np.arange(len(self.objective), dtype=np.int32), self.objective)
 
@@ -262,7 +268,11 @@ class Solver(ConstraintMatrix):
         """The objective in a unit in which a solution costs about OBJECTIVE_SCALE, so that costs stay far above HiGHS's
         tolerance. Costs are at most OBJECTIVE_SCALE x MAX_COST_RATIO: no solution pays a higher one."""
         self.scale = unit_of(self.sizes, costs)
-        return np.minimum(self.column_costs(costs) * self.scale, OBJECTIVE_SCALE * MAX_COST_RATIO)
+        return self.scaled_columns(costs, self.scale)
+
+    def scaled_columns(self, costs: Array, unit: float) -> Array:
+        """`unit` x the cost of every used variable, at most OBJECTIVE_SCALE x MAX_COST_RATIO."""
+        return np.minimum(self.column_costs(costs) * unit, OBJECTIVE_SCALE * MAX_COST_RATIO)
 
     def column_costs(self, costs: Array) -> Array:
         """The cost of every used variable; a move has the cost of the reshard that it substitutes."""
@@ -293,7 +303,7 @@ class Solver(ConstraintMatrix):
         self.restricted = list(allowed)
 
     def _set_options(self, node: int, options: Iterable[int]) -> None:
-        variables = self.place[self.options(node)].astype(np.int32)
+        variables = self.column_of[self.options(node)].astype(np.int32)
         if variables[0] < 0:
             return
         upper = np.zeros(len(variables))

@@ -8,7 +8,7 @@ import highspy
 import numpy as np
 
 from autopart.cost.compute import Array
-from autopart.passes.solve import INTEGRAL, MAX_COST_RATIO, OBJECTIVE_SCALE, Solver, load, unit_of
+from autopart.passes.solve import INTEGRAL, Solver, load, unit_of
 
 
 class PipelineSolver:
@@ -19,7 +19,7 @@ class PipelineSolver:
     """
 
     def __init__(self, solver: Solver, stages: int, agreeing: Sequence[Sequence[int]]) -> None:
-        """`agreeing`: sets of strategies of one node, the sum of whose variables is equal in all stages."""
+        """`agreeing`: sets of strategies of one node; the sum of a set's variables is equal in all stages."""
         self.solver, self.stages, columns = solver, stages, solver.columns
         agreeing = [*agreeing, *([move] for move in solver.partial_sum_moves)]
         counts = np.array([len(variables) for variables, *_ in solver.rows])
@@ -48,9 +48,7 @@ class PipelineSolver:
         where the relaxation is integral."""
         solver = self.solver
         unit = unit_of(solver.sizes, np.sum(costs, axis=0))
-        objective = np.concatenate(
-            [np.minimum(solver.column_costs(each) * unit, OBJECTIVE_SCALE * MAX_COST_RATIO) for each in costs]
-        )
+        objective = np.concatenate([solver.scaled_columns(each, unit) for each in costs])
         every = np.arange(len(objective), dtype=np.int32)
         self.highs.changeColsCost(len(objective), every, objective)
         upper = np.ones(solver.columns)

@@ -1,4 +1,4 @@
-"""What the ILP of splits is asked: the costs, the options that are left, and the memory of one stage."""
+"""A problem for the ILP of splits: the costs, the options that each node may take, and the memory of one stage."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from autopart.passes.constraint_matrix import Entries
 
 @dataclass(frozen=True)
 class Capacity:
-    """The rows of one stage whose bytes have to fit its device. Their variables are those of `SplitProblem.costs`.
+    """The rows of a stage whose bytes have to fit its device: baseline + max of the rows of `peak` <= limit. Variables
+    are those of `SplitProblem.costs`.
 
-    sync      rows of seconds by variable; their maximum, the exposed gradient sync, is added to the objective
-    peak      rows of bytes by variable, of moments of a backward: alive bytes less `baseline`
+    sync      rows of seconds by variable; the maximum of the rows is the exposed gradient sync, a term of the objective
+    peak      rows of bytes by variable: at each moment of a backward, alive bytes - baseline
     baseline  bytes by variable before any backward: state, saved activations, messages
-    limit     bytes of the device: baseline + max of the rows of `peak` <= limit
+    limit     bytes of the device
     """
 
     sync: Entries
@@ -31,9 +32,8 @@ class Capacity:
 class SplitProblem:
     """One objective over the equations of a table (`autopart.passes.ilp`).
 
-    costs     of every strategy, reshard and saved tensor in the order of `Sizes`: seconds, or bytes where seconds do
-              not count
-    allowed   node -> the options that are left of its strategies; nodes that are not named keep all
+    costs     of every strategy, reshard and saved tensor in the order of `Sizes`, in `unit`
+    allowed   node -> the options that it may take; nodes that are not named may take all
     capacity  the rows of memory; None where memory has no limit or is part of the costs
     unit      of the costs: "seconds", "bytes", ...
     """

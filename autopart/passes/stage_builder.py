@@ -213,8 +213,8 @@ class StageBuilder:
         before, after = step.before[step.axis], step.after[step.axis]
         backward = [row.forward] * row.regathers + [row.backward] * bool(record.grad and row.backward)
         note = " ".join(
-            f"{way}: {what.replace('_', '-')} over {axis}."
-            for way, what in (("forward", row.forward), ("backward", ", ".join(backward)))
+            f"{direction}: {what.replace('_', '-')} over {axis}."
+            for direction, what in (("forward", row.forward), ("backward", ", ".join(backward)))
             if what
         )
         local = replace(

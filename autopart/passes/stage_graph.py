@@ -1,5 +1,5 @@
-"""The records that `partition` makes, and that `price_stage` and `emit` read: the graph of a stage, what it sends and
-receives, what autograd saves in it."""
+"""The records that `partition` makes and that `price_stage` and `emit` read: the graph of a stage, the values that the
+stage sends and receives, the memory that autograd saves in it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Value = tuple[fx.Node, int]
 Placements = tuple[Placement, ...]
 Splits = Mapping[str, Mapping[str, Strategy]]
 PRELUDE, PRELUDE_SEGMENT = "", -1
-"""The label and the index of the segment of what a stage computes outside of all segments, such as masks."""
+"""The label and the index of the prelude: the operators, as of masks, that a stage computes outside of all segments."""
 
 
 OWNED = ("parameter", "buffer", "stream")
@@ -58,8 +58,13 @@ class SavedMemory:
 
 @dataclass(frozen=True)
 class Valid:
-    """A loss that divides by the number of valid targets: its name, the node of the targets, the label that does not
-    count, and the axes that split the targets."""
+    """A loss that divides by the number of valid targets.
+
+    loss          its name
+    targets       the node of the targets
+    ignore_index  the label that does not count
+    axes          the axes that split the targets
+    """
 
     loss: str
     targets: fx.Node
@@ -69,14 +74,17 @@ class Valid:
 
 @dataclass
 class StageGraph:
-    """One stage as a rank runs it: the graph in segments, and what goes in and out.
+    """One stage as a rank runs it.
 
-    segments  the label and the nodes of every segment;  indices: its index in the layered graph
-    inputs    the keys of the batch that the stage reads;  received, sent: what it takes from and gives to other stages
+    segments  (label, nodes) of every segment
+    indices   of every segment: its index in the layered graph
+    inputs    the keys of the batch that the stage reads
+    received  the values that the stage takes from other stages
+    sent      the values that the stage gives to other stages
     valid     the losses that divide by a number of valid targets
-    saved     (name of the node whose memory it is, placement) -> what autograd saves; "... inside" is what the operator
-              saves besides values
-    values    node of `graph` -> the value of the model's graph that it is, and its placement along every axis
+    saved     (name of the node that made the memory, placement) -> memory that autograd saves; the key ("... inside",
+              ()) is for what an operator saves besides values
+    values    node of `graph` -> (value of the model's graph, its placement along every axis)
     """
 
     index: int
@@ -126,7 +134,7 @@ class ShardingAssignment:
         return self.scale if record.batch is not None else 1.0
 
     def growth(self, node: fx.Node) -> float:
-        """How many times more an operator works, and saves, than traced."""
+        """FLOPs of an operator at the planned micro-batch / FLOPs as traced; likewise the bytes that it saves."""
         counts = any(info(n).batch is not None for n in (node, *node.all_input_nodes))
         return self.scale if counts else 1.0
 

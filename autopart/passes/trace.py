@@ -45,7 +45,7 @@ def trace(
             "a copy of it in the forward pass: x = x.clone()",
         )
     graph = exported.graph_module.graph
-    updated = _keep_loss(graph, exported)
+    updated = _set_outputs(graph, exported)
     _drop_assertions(graph)
     lifted = _merge_constants(graph, exported)
     aliases = _aliases(model)
@@ -71,7 +71,7 @@ def trace(
     return Traced(graph, type(model).__name__, buffers, aliases, samples, classes, parameters, updated)
 
 
-def _keep_loss(graph: fx.Graph, exported: torch.export.ExportedProgram) -> tuple[str, ...]:
+def _set_outputs(graph: fx.Graph, exported: torch.export.ExportedProgram) -> tuple[str, ...]:
     """Make the graph's outputs the loss and, behind it, the new values of the buffers that the forward pass changes.
 
     The loss is the output called `loss`, else the first scalar. Returns the names of these buffers.
@@ -91,11 +91,11 @@ def _keep_loss(graph: fx.Graph, exported: torch.export.ExportedProgram) -> tuple
         )
     changes = exported.graph_signature.buffers_to_mutate
     output.args = (loss, *(nodes[name] for name in changes))
-    graph.eliminate_dead_code(lambda node: node.is_impure() and not _draws(node))
+    graph.eliminate_dead_code(lambda node: node.is_impure() and not _is_random(node))
     return tuple(changes.values())
 
 
-def _draws(node: fx.Node) -> bool:
+def _is_random(node: fx.Node) -> bool:
     """Whether a call draws random numbers, which torch.fx keeps even if nobody reads them."""
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 

@@ -63,10 +63,10 @@ def unfold_layers(layered: LayeredGraph, sampled: Sequence[SampledLayers]) -> La
     for index, segment in enumerate(layered.segments):
         row.append((index, segment.label))
         for pair in (p for p in pairs if p.second.stop == index + 1):
-            for turn in range(1, pair.times + 1):
+            for repeat in range(1, pair.times + 1):
                 for i in pair.second:
                     repeated[len(row)] = pair.first
-                    row.append((i, pair.sample.moved(layered.segments[i].label, turn * pair.sample.period)))
+                    row.append((i, pair.sample.moved(layered.segments[i].label, repeat * pair.sample.period)))
     return replace(
         layered,
         count=count,
@@ -130,14 +130,14 @@ def _difference(layered: LayeredGraph, pair: _Pair, begin: int) -> str:
         for mine, other in zip(one.externals, two.externals, strict=True):
             before, now = layered.locations.get(mine), layered.locations.get(other)
             if now is None:
-                alike = before is None and prints.outside(mine, one.label) == prints.outside(other, two.label)
+                equal = before is None and prints.outside(mine, one.label) == prints.outside(other, two.label)
             elif now[0] >= pair.second.start or (now[0] >= pair.first.start and begin < pair.first.start):
-                alike = before == (now[0] - length, now[1])
+                equal = before == (now[0] - length, now[1])
             elif now[0] >= pair.first.start:
-                alike = before is None or before[0] < pair.first.start
+                equal = before is None or before[0] < pair.first.start
             else:
-                alike = mine is other
-            if not alike:
+                equal = mine is other
+            if not equal:
                 return f"{two.label} reads {info(other).name} of elsewhere than {one.label}"
     owned = {node for i in pair.second for node in own_values(layered.segments[i])}
     labels = {layered.segments[i].label for i in pair.second}

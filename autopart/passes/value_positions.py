@@ -1,6 +1,7 @@
-"""LayeredGraph -> where values are made, used and kept, at every position of the model: what no degree changes.
+"""LayeredGraph -> the positions where values are made, used and saved. They are the same for every degree.
 
-Places where the same nodes use a value in the same pattern are one `ValueUses`, so that equal blocks share one.
+A place is one occurrence of a value in the model. Places where the same nodes use a value in the same pattern are one
+`ValueUses`, so that equal blocks have one.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from autopart.sharding.strategy_table import SavedTensor, ValueUses
 class Write:
     """The write of a buffer's new value, one for all buffers of equal blocks.
 
-    buffer  the buffer's node;  taken: (node, output) of the new value
-    segment_class  the class of the segment that makes the new value; -1 for what every stage makes for itself
+    buffer         the buffer's node
+    taken          (node, output) of the new value
+    segment_class  the class of the segment that makes the new value; -1 for the prelude, which every stage computes
     """
 
     buffer: int
@@ -37,9 +39,10 @@ class Write:
 class ValuePositions:
     """The parts of a `StrategyTable` that are the same for every degree of parallelism.
 
-    nodes   the representatives; behind them the table has the writes, and a node that takes the loss
-    index   representative -> its index in `nodes`
-    value_uses  the values without their reshards;  saved_tensors, state, shared: as in `StrategyTable`
+    nodes       the representatives. `StrategyTable.nodes` has the writes behind them, and a node that takes the loss
+    index       representative -> its index in `nodes`
+    value_uses  the values without their reshards
+    saved_tensors, state, shared  as in `StrategyTable`
     """
 
     nodes: list[fx.Node]
@@ -68,9 +71,9 @@ class _Use:
     """One use of a value at one place.
 
     node, operand  the index of the node that uses the value, and which operand it is
-    position       the position of the use; -1 for a use outside of all segments
-    by             outside of all segments: the operator that uses it, which every stage runs for itself
-    written        outside of all segments: the position of the module whose buffer the value is written to
+    position       the position of the use; -1 for a use in the prelude
+    by             of a use in the prelude: the operator that uses the value
+    written        of a use in the prelude: the position of the module whose buffer the value is written to
     """
 
     node: int
@@ -81,7 +84,7 @@ class _Use:
 
 
 Used = dict[tuple[fx.Node, int, int, str], list[_Use]]
-"""(node, output, position that makes the value, what tells its places apart) -> the uses of the value."""
+"""(node, output, position that makes the value, `_Finder._name`) -> the uses of the value at one place."""
 
 
 class _Finder:
@@ -113,7 +116,7 @@ class _Finder:
         """Index of a write of such a value -> the position of the module, for each buffer of its class."""
 
     def find(self) -> ValuePositions:
-        """Everything that `ValuePositions` holds."""
+        """The fields of `ValuePositions`."""
         used = self._used()
         self._updates(used)
         self.needed = self._needed(used)
@@ -137,8 +140,8 @@ class _Finder:
         return position - (segment - made) if first is not None and made >= first else self.last[made]
 
     def _name(self, source: fx.Node, position: int) -> str:
-        """What tells apart the places of a value that no segment makes: the name of a parameter at the position, or the
-        position of a block that alone has the value; "" for other values."""
+        """The name of a place of a value that no segment makes: a parameter's name at the position; the position, of a
+        value that one block alone reads; "" for other values, which have one place."""
         if position < 0 or source in self.segment_of:
             return ""
         if info(source).kind == "parameter":
@@ -176,7 +179,7 @@ class _Finder:
         used.dependents.append(tuple(self._dependents(u) for u in uses))
 
     def _dependents(self, use: _Use) -> tuple[int, ...]:
-        """The positions that need what a use makes."""
+        """The positions whose stages compute a use."""
         if use.position >= 0:
             return (use.position,)
         return tuple(sorted(self.needed[use.by])) if use.by is not None else (use.written,)

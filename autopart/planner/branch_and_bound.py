@@ -106,8 +106,8 @@ class Search:
         }
         self._fill_queue()
         while self.queue and self.queue[0][0] < self.incumbent.seconds * (1 - TOLERANCE):
-            late = request.time_limit is not None and time.monotonic() - started > request.time_limit
-            if self.incumbent.result and (late or (request.nodes is not None and self.visited >= request.nodes)):
+            out_of_time = request.time_limit is not None and time.monotonic() - started > request.time_limit
+            if self.incumbent.result and (out_of_time or (request.nodes is not None and self.visited >= request.nodes)):
                 break
             self.visited += 1
             bound, step, point = heapq.heappop(self.queue)
@@ -128,9 +128,9 @@ class Search:
         its ZeRO level or the first higher one that fits."""
         space, known, started = self.space, set(self.space.points()), time.monotonic()
         for point in points:
-            late = time.monotonic() - started > (space.request.time_limit or NEVER)
+            out_of_time = time.monotonic() - started > (space.request.time_limit or NEVER)
             if self.incumbent.result and (
-                late or self._step_bound(point, space.known_bound(point)) >= self.incumbent.seconds
+                out_of_time or self._step_bound(point, space.known_bound(point)) >= self.incumbent.seconds
             ):
                 break
             levels = zero_levels(space, point) if replace(point, zero=0) in known else []

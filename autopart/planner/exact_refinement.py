@@ -34,24 +34,24 @@ def fastest_that_fit(
 
     counts     segment class -> mode -> how many blocks of the class use the mode
     in_flight  micro-batches in flight
-    allowed    the options that are left of each node
+    allowed    node -> the options that it may take
     """
     model, prices, link = space.model(point), space.priced(point), space.between_stages(point)
-    there, own, m = model.counts_in(*span), model.counts_alone[slice(*span)], space.micro_batches(point)
-    sent, received, held = messages(model, prices, span, link) if link is not None else np.zeros((3, len(there)))
-    seconds, stage = _stage(space, point, span, counts, receive_buffer_bytes(received, in_flight, m), held)
+    paid, own, m = model.counts_in(*span), model.counts_alone[slice(*span)], space.micro_batches(point)
+    sent, received, unsaved = messages(model, prices, span, link) if link is not None else np.zeros((3, len(paid)))
+    seconds, stage = _stage(space, point, span, counts, receive_buffer_bytes(received, in_flight, m), unsaved)
     overlappable, backward = space.sync_windows(point)
-    lowest, *others = moments(stage, space.training(point), in_flight, m)
-    peaks = _entries(_rows(model, others, lowest.bytes))
+    lowest, *in_backward = moments(stage, space.training(point), in_flight, m)
+    peaks = _entries(_rows(model, in_backward, lowest.bytes))
     capacity = Capacity(_exposed_sync_rows(own, overlappable, backward), peaks, lowest.bytes, limit)
-    return space.minimise(point, SplitProblem(seconds + sent + overlappable * (there - own.sum(0)), allowed, capacity))
+    return space.minimise(point, SplitProblem(seconds + sent + overlappable * (paid - own.sum(0)), allowed, capacity))
 
 
-def _rows(model: Model, others: Iterable[Moment], lowest: Array) -> Array:
-    """[rows, variables]: alive bytes of a moment less `lowest`, those before any backward. In a position's backward the
-    gradients of one operator are in flight: a moment has a row for each operator."""
+def _rows(model: Model, in_backward: Iterable[Moment], lowest: Array) -> Array:
+    """[rows, variables]: alive bytes of a moment - `lowest`, the bytes alive before any backward. At a moment of a
+    position's backward the gradients of one operator are in flight: the moment has a row for each operator."""
     found: dict[tuple[bytes, bytes], Array] = {}
-    for moment in others:
+    for moment in in_backward:
         in_flight = moment.alive.get(IN_FLIGHT, 0.0 * lowest)
         rest = moment.bytes - in_flight - lowest
         found.setdefault((in_flight.tobytes(), rest.tobytes()), _one_by_one(model, in_flight) + rest)
@@ -60,18 +60,17 @@ def _rows(model: Model, others: Iterable[Moment], lowest: Array) -> Array:
 
 def _stage(
     space: SearchSpace, point: SearchPoint, span: tuple[int, int], counts: Mapping[int, Mapping[str, int]],
-    arriving: Array, held: Array,
+    message_bytes: Array, unsaved: Array,
 ) -> tuple[Array, StageBytes]:  # fmt: skip
-    """[variables]: seconds of a micro-batch in the positions `span`; the stage's `StageBytes`, with an array over
-    variables for each amount. `arriving` are the bytes of messages, `held`
-    those of received values that no position saves."""
+    """[variables]: seconds of a micro-batch in the positions `span`; and the stage's `StageBytes`, whose amounts are
+    arrays [variables]. `unsaved` are the bytes of received values that no position saves."""
     model, prices, training = space.model(point), space.priced(point), space.training(point)
-    table, there, inside = model.table, model.counts_in(*span), slice(*span)
-    classes, block, fraction = table.segment_classes[inside], table.block[inside], there / np.maximum(model.counts, 1.0)
-    used = {segment_class: {mode: n for mode, n in many.items() if n} for segment_class, many in counts.items()}
+    table, paid, inside = model.table, model.counts_in(*span), slice(*span)
+    classes, block, fraction = table.segment_classes[inside], table.block[inside], paid / np.maximum(model.counts, 1.0)
+    used = {segment_class: {mode: n for mode, n in by_mode.items() if n} for segment_class, by_mode in counts.items()}
     every = {mode for segment_class in model.blocks for mode in used.get(segment_class, ())}
     segments = {segment_class: _segment(space, point, segment_class, span) for segment_class in {*classes, -1}}
-    seconds, total, differing = (np.zeros(len(there)) for _ in range(3))
+    seconds, total, differing = (np.zeros(len(paid)) for _ in range(3))
     for segment_class in segments:
         modes = used.get(segment_class) or {"none": 1}
         for mode, n in modes.items():
@@ -88,22 +87,22 @@ def _stage(
         saved[blocks] = 0.0
         saved[blocks[0]] = differing
     own = np.array([_own_gradients(model, prices, p) for p in range(*span)])
-    state = _of_nodes(model, prices.state) * there - own.sum(0)
-    workspace = _of_nodes(model, prices.optimizer_workspace) * (there if training.foreach else there > 0)
-    reduced = _of_nodes(model, prices.reduced_bytes) * (there > 0)
+    state = _of_nodes(model, prices.state) * paid - own.sum(0)
+    workspace = _of_nodes(model, prices.optimizer_workspace) * (paid if training.foreach else paid > 0)
+    reduced = _of_nodes(model, prices.reduced_bytes) * (paid > 0)
     return seconds, StageBytes(
         segments=[segments[segment_class] for segment_class in classes],
         modes=[[*map(MODES.index, used.get(segment_class) or {"none": 1})] for segment_class in classes],
         prelude=segments[-1],
         saved=saved,
-        shared_saved=total - saved.sum(0) + held,
+        shared_saved=total - saved.sum(0) + unsaved,
         gradients=own,
         state=(state, own.sum(0), 0.0 * state),
         pending=_pending(model, prices, span),
-        messages=arriving,
+        messages=message_bytes,
         end=[
             *([workspace] if training.foreach else _one_by_one(model, workspace)),
-            training.end_of_step_workspace(reduced, reduced) * there,
+            training.end_of_step_workspace(reduced, reduced) * paid,
         ],
     )
 
@@ -111,7 +110,7 @@ def _stage(
 def _segment(space: SearchSpace, point: SearchPoint, segment_class: int, span: tuple[int, int]) -> SegmentBytes:
     """Bytes of one position of a segment class, each amount [variables]; class -1: of the prelude."""
     model, prices = space.model(point), space.priced(point)
-    sizes, table, there = model.sizes, model.table, model.counts_in(*span) > 0
+    sizes, table, paid = model.sizes, model.table, model.counts_in(*span) > 0
     mine = (model.segment_classes == segment_class) * 1.0
     roots = [table.saved_tensors[tensor].root for tensor, _ in sizes.saved_index]
     reused = [
@@ -127,9 +126,9 @@ def _segment(space: SearchSpace, point: SearchPoint, segment_class: int, span: t
 
     def largest(amounts: Array, times: int) -> Array:
         every = np.concatenate([amounts, times * prices.reshard_bytes, 0.0 * prices.saved_tensor_bytes])
-        return np.asarray(every * there * mine)
+        return np.asarray(every * paid * mine)
 
-    reduced = _of_nodes(model, prices.reduced_bytes) * there * mine
+    reduced = _of_nodes(model, prices.reduced_bytes) * paid * mine
     one = [model.sizes.single_parameter[p] for p in range(*span) if table.segment_classes[p] == segment_class]
     return SegmentBytes(
         saved_bytes=saved,
@@ -156,8 +155,8 @@ def _entries(rows: Array) -> Entries:
 
 
 def _exposed_sync_rows(own: Array, overlappable: Array, backward: Array) -> Entries:
-    """Rows of (9): with `own` [positions, variables], row p is the sync of positions up to p less the backward of
-    positions before p, in seconds. The largest row is the exposed sync (`interval_seconds.exposed`)."""
+    """Rows of (9), in seconds: row p is sync of positions up to p - backward of positions before p. The largest row is
+    the exposed sync (`interval_seconds.exposed`). `own` [positions, variables] is `Model.counts_alone`."""
     done = np.cumsum(own, 0) - own
     return _entries((overlappable * (done + own) - backward * done) * overlappable.any())
 
@@ -202,8 +201,8 @@ def _block_inputs(model: Model, prices: Prices, segment_class: int) -> Array:
 
 
 def _one_by_one(model: Model, amounts: Array) -> Array:
-    """[rows, variables]: a row for the strategies of each node and one for each reshard; the max of the rows is the
-    largest amount of one operator or reshard. Rows without entries are left out."""
+    """[rows, variables]: a row for the strategies of each node, and one for each reshard. The maximum of the rows is
+    the largest amount of one operator or reshard. Rows of zeros are left out."""
     first, rows = model.sizes.first, []
     for node in range(len(model.table.nodes)):
         row = np.zeros(len(amounts))

@@ -45,8 +45,8 @@ def closest(
     plan. `tried` has the points with candidates; those of `state_exceeds_memory` have none."""
     found = [s for point, each in tried.items() for c in each if (s := _shortfall(space, point, c))]
     near = [s.point for s in sorted(found, key=lambda s: s.bytes)]
-    hopeless = sorted(state_exceeds_memory, key=lambda point: (-point.zero, point.micro_batch))
-    for point in (*_distinct_degrees(near), *_distinct_degrees(hopeless)):
+    oversized = sorted(state_exceeds_memory, key=lambda point: (-point.zero, point.micro_batch))
+    for point in (*_distinct_degrees(near), *_distinct_degrees(oversized)):
         for modes in space.best_modes(point, NEVER):
             solution = space.solve(point, NEVER, modes)
             shortfall = _shortfall(space, point, make_candidate(space, point, solution)) if solution else None
@@ -77,11 +77,11 @@ def nothing_fits(space: SearchSpace, shortfall: Shortfall | None) -> PartitionEr
         f"the closest has {shortfall.point}",
         f"stage {shortfall.stage} needs {bytes_text(shortfall.bytes + limit)} at its smallest of the "
         f"{bytes_text(limit)} a {device} can give: {bytes_text(shortfall.bytes)} short; largest: {largest}",
-        ", ".join(_ways_out(space.request, shortfall.point)),
+        ", ".join(_suggestions(space.request, shortfall.point)),
     )
 
 
-def _ways_out(request: Request, point: SearchPoint) -> Iterator[str]:
+def _suggestions(request: Request, point: SearchPoint) -> Iterator[str]:
     """What takes less memory and is not so already."""
     yield "more devices"
     if request.recompute not in (None, "full"):

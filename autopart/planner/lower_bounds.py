@@ -137,12 +137,12 @@ class LagrangianBounds:
         bounds = self._bounds(self.capacity, *(of.counts @ least for least in best))
         listed = (bounds <= most).any(0) & (of.listed > 0)
         if listed.any():
-            many = of.listed[listed]
+            lengths = of.listed[listed]
             assigned = of.assignments[np.repeat(listed, of.listed)]
             each = self._bounds(
-                np.repeat(self.capacity[listed], many), *(assigned @ t for t in (self.bytes, *self.seconds))
+                np.repeat(self.capacity[listed], lengths), *(assigned @ t for t in (self.bytes, *self.seconds))
             )
-            bounds[:, listed] = np.minimum.reduceat(each, np.cumsum([0, *many[:-1]]), axis=1)
+            bounds[:, listed] = np.minimum.reduceat(each, np.cumsum([0, *lengths[:-1]]), axis=1)
         columns = {}
         for in_flight, bound in zip(self.in_flight.tolist(), bounds, strict=True):
             found = bound[of.row_of] + self.messages
@@ -170,4 +170,4 @@ def _assignments(kinds: tuple[tuple[int, int], ...]) -> Array:
 
     if math.prod(math.comb(count + modes - 1, modes - 1) for count, modes in kinds) > MAX_ASSIGNMENTS:
         return np.zeros((0, sum(modes for _, modes in kinds)))
-    return np.array([sum(way, ()) for way in itertools.product(*(of(*kind) for kind in kinds))], dtype=float)
+    return np.array([sum(split, ()) for split in itertools.product(*(of(*kind) for kind in kinds))], dtype=float)

@@ -127,11 +127,11 @@ def _searched(
             wanted = DTYPES[dtype]
             return source if wanted == source.dtype else Source(source.model, source.batch, wanted)
 
-        way_out = advice(
+        suggestion = advice(
             space,
             lambda mesh, dtype: of(dtype).sampled(2, mesh),
             lambda mesh, request: make_plan(of(request.precision), mesh, request, advise=False),
         )
-        raise PartitionError(error.what, error.why, way_out or error.try_) from None
+        raise PartitionError(error.what, error.why, suggestion or error.try_) from None
     found = replace(found, summary=search_summary(search, found))
     return write_out(space, found, started, type(source.model).__name__), search, found

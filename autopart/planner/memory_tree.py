@@ -160,7 +160,8 @@ class StageMemory:
             modes=[(mode,) for mode in modes],
             prelude=self._segment(PRELUDE_SEGMENT),
             saved=saved,
-            shared_saved=shared + sum(info(node).size for node in (*self._several_taken(), *self._held())),
+            shared_saved=shared
+            + sum(info(node).size for node in (*self._shared_block_inputs(), *self._unsaved_received())),
             gradients=np.array(own, dtype=float),
             state=(sum(s[0] for s in state), sum(s[1] for s in state), sum(s[2] for s in state)),
             pending=pending_gradients(self.layered, training, self.reads, self.span),
@@ -217,7 +218,7 @@ class StageMemory:
         saved = self.graph.saved.items()
         return sum(m.size for (name, _), m in saved if name in reused and segment in m.segments and not m.shared)
 
-    def _several_taken(self) -> list[fx.Node]:
+    def _shared_block_inputs(self) -> list[fx.Node]:
         """Values that several blocks read; saved if any block of the stage is recomputed."""
         if all(mode == "none" for mode in self.modes):
             return []
@@ -226,9 +227,9 @@ class StageMemory:
         taken = (n for segment in sorted(blocks & self.nodes.keys()) for n in _taken(self.nodes[segment]))
         return list(dict.fromkeys(n for n in taken if info(n).several))
 
-    def _held(self) -> Iterator[fx.Node]:
+    def _unsaved_received(self) -> Iterator[fx.Node]:
         """The received values that no segment saves. The stage holds them until its backward is done."""
-        several = self._several_taken()
+        several = self._shared_block_inputs()
         for node in self.graph.graph.find_nodes(op="placeholder"):
             if info(node).kind != "received" or node in several:
                 continue
@@ -287,15 +288,15 @@ class StageMemory:
                 inside[segment].append((name, memory.size))
             if memory.shared or PRELUDE_SEGMENT in memory.segments:
                 yield -1, PRELUDE, name, memory.size
-        for node in self._several_taken():
+        for node in self._shared_block_inputs():
             yield -1, PRELUDE, f"{_operator(node)}, taken by blocks", info(node).size
-        for node in self._held():
+        for node in self._unsaved_received():
             yield -1, PRELUDE, f"{_operator(node)}, received", info(node).size
         for position, (label, mode) in enumerate(zip(self.labels, self.modes, strict=True)):
             segment = self._segment_at(position)
             nodes = self.nodes.get(segment, [])
-            again = [*self._results(segment, mode), *_inputs(nodes)]
-            for name, nbytes in inside[segment] if mode == "none" else again:
+            when_recomputed = [*self._results(segment, mode), *_inputs(nodes)]
+            for name, nbytes in inside[segment] if mode == "none" else when_recomputed:
                 yield position, label, self._within(name, segment), nbytes
 
     def _operator_with(self, segment: int, nbytes: float) -> str:

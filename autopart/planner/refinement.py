@@ -107,7 +107,7 @@ def _mode_counts(
 ) -> Iterator[dict[int, dict[str, int]]]:
     """Segment class -> mode -> number of its blocks that use the mode: every such assignment of modes to the positions
     of these segment classes."""
-    many = {c: segment_classes.count(c) for c in blocks if c in segment_classes}
-    picks = (itertools.combinations_with_replacement(modes, count) for count in many.values())
+    blocks_of = {c: segment_classes.count(c) for c in blocks if c in segment_classes}
+    picks = (itertools.combinations_with_replacement(modes, count) for count in blocks_of.values())
     for chosen in itertools.product(*picks):
-        yield {c: {mode: pick.count(mode) for mode in set(pick)} for c, pick in zip(many, chosen, strict=True)}
+        yield {c: {mode: pick.count(mode) for mode in set(pick)} for c, pick in zip(blocks_of, chosen, strict=True)}

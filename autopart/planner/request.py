@@ -20,7 +20,7 @@ from autopart.plan.typecheck import mistyped
 from autopart.planner.constraint_text import parse
 from autopart.planner.constraints import Constraint
 
-MOST = 2**31 - 1
+MAX_INTEGER = 2**31 - 1
 """The largest whole number of a setting: sizes of tensors and messages are products of them."""
 
 
@@ -169,8 +169,8 @@ def read_settings(settings: Mapping[str, Any]) -> Request:
             near = " or ".join(closest(name, list(SETTINGS)))
             raise PartitionError(f"there is no setting {name!r}", f"known are {', '.join(SETTINGS)}", near)
         whole = isinstance(value, SupportsIndex) and not isinstance(value, bool)
-        if name in WHOLE and value is not None and not (whole and abs(operator.index(value)) <= MOST):
-            raise PartitionError(f"{name}={value!r} is no whole number up to {MOST:,}", try_=f"{name}=2")
+        if name in WHOLE and value is not None and not (whole and abs(operator.index(value)) <= MAX_INTEGER):
+            raise PartitionError(f"{name}={value!r} is no whole number up to {MAX_INTEGER:,}", try_=f"{name}=2")
     master = settings.get("master")
     numbers = {name: operator.index(settings[name]) for name in WHOLE if settings.get(name) is not None}
     solver = settings.get("solver", HIGHS)

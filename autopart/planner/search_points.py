@@ -54,7 +54,7 @@ def search_points(layered: LayeredGraph, mesh: Mesh, request: Request) -> Iterat
             yield SearchPoint(pp, dp, tp, size)
     if not any_found:
         why = few(list(dict.fromkeys(rejected)), joint="; ")
-        raise PartitionError("no degrees fit the batch and the mesh", why, _way_out(layered, mesh, request))
+        raise PartitionError("no degrees fit the batch and the mesh", why, _suggestions(layered, mesh, request))
 
 
 def _degrees(
@@ -92,7 +92,7 @@ def _micro_batches(layered: LayeredGraph, request: Request, dp: int) -> list[int
     return [size for size in divisors(request.global_batch) if size % dp == 0]
 
 
-def _way_out(layered: LayeredGraph, mesh: Mesh, request: Request) -> str:
+def _suggestions(layered: LayeredGraph, mesh: Mesh, request: Request) -> str:
     """For every setting that is asked for, the values at which there would be points, all else as it is."""
     settings = []
     for name in ("dp", "tp", "pp", "micro_batch"):

@@ -101,11 +101,11 @@ def _add_splits(found: CandidateSet, spans: Sequence[Span]) -> None:
     """Candidates for a cut: the splits that are best for all stages alike, then those best for each stage that agree
     with them."""
     space, point, model = found.space, found.point, found.space.model(found.point)
-    _, alike = relaxed_stages(space, point, spans, space.options(point))
-    alike = alike and space.confirmed(point, alike)
-    if alike is not None:
-        found.add(alike)
-        agreeing = both(space.options(point), model.agreeing(model.interface(alike.chosen)))
+    _, common = relaxed_stages(space, point, spans, space.options(point))
+    common = common and space.confirmed(point, common)
+    if common is not None:
+        found.add(common)
+        agreeing = both(space.options(point), model.agreeing(model.interface(common.chosen)))
         for span in spans:
             _, own = relaxed_stages(space, point, [span], agreeing)
             found.add(own and space.confirmed(point, own))
@@ -190,12 +190,12 @@ def messages(model: Model, prices: Prices, span: Span, link: Link, least: bool =
             continue
         value, saving = source.values[used.output], table.saving_positions.get(used.source, [])
         taken = [inside for here, inside in crosses if not here]
-        held = sum(inside.isdisjoint(saving) for inside in taken)
+        unsaved = sum(inside.isdisjoint(saving) for inside in taken)
         for option in range(len(source.options)):
             have = source.given(option, used.output)
             wants = [w for h, w in used.chains if h == have] if least and is_partial(have) else []
             size = min(float(sizes.byte_coefficients(value, placed) @ prices.terms.basis) for placed in wants or [have])
             seconds = float(p2p_seconds(size, link)) * (1 + value.grad)
             at = sizes.first[used.source] + option
-            found[:, at] += np.array([len(crosses) * seconds, len(taken) * size, held * size])
+            found[:, at] += np.array([len(crosses) * seconds, len(taken) * size, unsaved * size])
     return found

@@ -48,7 +48,7 @@ def _write(
 ) -> None:
     """`write_lines` of some of the nodes `inside` a function, and of pieces; `pieces` are the nodes of all pieces."""
     last_source = ""
-    kept = {root for root, _ in module.stage.saved}
+    saved = {root for root, _ in module.stage.saved}
     alive: dict[str, fx.Node] = {}
     done: set[fx.Node] = set()
     is_dead = partial(_is_dead, done=done, needed=needed)
@@ -83,7 +83,7 @@ def _write(
         name = scope.name(node, wanted_name(node), is_dead)
         scope.lines.append(comment(f"{name} = {text.code}", record.note, source))
         alive.pop(name, None)
-        if record.batch is not None and record.root not in kept and node not in needed:
+        if record.batch is not None and record.root not in saved and node not in needed:
             alive[name] = node
 
 

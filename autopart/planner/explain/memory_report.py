@@ -91,21 +91,21 @@ def _lines(stage: MemoryReport) -> Iterator[str]:
     total = sum(memory.values())
     parts = ", ".join(f"{kind} {bytes_text(memory[kind])}" for kind in KINDS if memory[kind])
     yield f"stage {stage.stage}   {bytes_text(total)} ({parts})"
-    for alike, group in groupby(stage.blocks, key=_alike):
+    for printed, group in groupby(stage.blocks, key=_allocation_lines):
         blocks = list(group)
         name = blocks[0].label if len(blocks) == 1 else f"{blocks[0].label} .. {blocks[-1].label} x {len(blocks)}"
         each = " each" if len(blocks) > 1 else ""
         yield f"  {name or 'shared'}   {bytes_text(blocks[0].bytes)}{each}"
         least = MIN_SHARE * total / len(blocks)
-        for (text, kind), size in sorted(alike, key=lambda row: -row[1]):
+        for (text, kind), size in sorted(printed, key=lambda row: -row[1]):
             if abs(size) >= least:
                 yield f"    {text:<64} {kind:<12} {bytes_text(size):>10}"
-        rest = sum(size for _, size in alike if abs(size) < least)
+        rest = sum(size for _, size in printed if abs(size) < least)
         if rest:
             yield f"    {'the rest':<64} {'':<12} {bytes_text(rest):>10}"
 
 
-def _alike(block: Block) -> tuple[tuple[tuple[str, str], float], ...]:
+def _allocation_lines(block: Block) -> tuple[tuple[tuple[str, str], float], ...]:
     """What is printed of a block: allocations of the same name and kind together, without the block's own name."""
     found: dict[tuple[str, str], float] = {}
     for allocation in block.allocations:

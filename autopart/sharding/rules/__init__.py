@@ -119,7 +119,7 @@ def strategies(
     rule, bound = _bound(name, args, outputs)
     tensors = [isinstance(a, torch.Size) for a in flatten(args)]
     count = sum(tensors)
-    instead = rule.local(args) if callable(rule.local) else rule.local
+    local_of = rule.local(args) if callable(rule.local) else rule.local
 
     def all_inputs(placement: Placement) -> tuple[Placement | None, ...]:
         return tuple(placement if t else None for t in tensors)
@@ -136,9 +136,9 @@ def strategies(
         if strategy is None:
             continue
         inputs = tuple(p or (C if t else None) for p, t in zip(strategy.inputs, tensors, strict=True))
-        local = instead.get(strategy.name)
+        local = local_of.get(strategy.name)
         if local is None and all(o == P for o in strategy.outputs):
-            local = instead.get("*")
+            local = local_of.get("*")
         given = local.output if local and local.output else None
         strategy = Strategy(
             strategy.name,
@@ -260,11 +260,11 @@ def product_of(name: str, args: Args, outputs: Sequence[Shape], counted: Sequenc
     def letters_of(dims: Sequence[Dim | None] | None) -> set[str]:
         return {f.name for dim in dims or () if dim for f in dim.factors if f.size is None}
 
-    held, given = [letters_of(dims) for dims in bound.inputs], set[str]().union(*map(letters_of, bound.outputs))
-    factors = (0, 1) if rule.sizes else tuple(i for i, names in enumerate(held) if names - given)
+    read, given = [letters_of(dims) for dims in bound.inputs], set[str]().union(*map(letters_of, bound.outputs))
+    factors = (0, 1) if rule.sizes else tuple(i for i, names in enumerate(read) if names - given)
     if len(factors) < 2:
         return None
-    first, *behind = (held[i] for i in factors)
+    first, *behind = (read[i] for i in factors)
 
     def role(letter: str) -> int:
         if letter in rule.groups:
