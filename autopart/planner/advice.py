@@ -26,8 +26,8 @@ Try = tuple[str, Mesh, Request]
 
 
 def advice(space: SearchSpace, layered_of: Layered, plans: Callable[[Mesh, Request], object]) -> str:
-    """The first changes with which a plan fits, as text; "" if there are none. A change is searched first, then planned
-    by `plans`, which raises PartitionError where the graph that would run does not fit."""
+    """The first changes with which a plan fits, as text; "" if there are none. A change has to pass a search, then
+    `plans`, which raises PartitionError where the graph that would run does not fit."""
     fits = (
         text
         for text, mesh, request in _changes(space)

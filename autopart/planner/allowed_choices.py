@@ -1,4 +1,4 @@
-"""What constraints by hand leave of the planner's choices, as numbers: options, modes of checkpointing, stages."""
+"""Constraints by hand -> the choices that they allow: options of nodes, checkpointing modes, intervals of stages."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def overriding(constraints: Sequence[Constraint], method: str) -> list[Constrain
 
 
 def both(one: Options, other: Options) -> Options:
-    """The options that two restrictions leave."""
+    """The options that two restrictions allow together."""
     common = {node: tuple(o for o in one[node] if o in other[node]) for node in one.keys() & other.keys()}
     return {**one, **other, **common}
 
 
 def options_of(table: StrategyTable, constraints: Sequence[Constraint]) -> Options:
-    """The options that constraints leave. Along `tp`, if the table does not have that axis, every node is whole."""
+    """The options that constraints allow. Where the table has no axis `tp`, constraints on it see every node whole."""
     found: Options = {}
     for constraint in overriding(constraints, "allows_strategy"):
         for index, node in enumerate(table.nodes):
@@ -54,8 +54,9 @@ def _allows(constraint: Constraint, table: StrategyTable, node: Node, option: in
 def modes_of(
     labels: Sequence[str], block: Sequence[bool], constraints: Sequence[Constraint], asked: str | None
 ) -> tuple[tuple[str, ...], ...]:
-    """Which of MODES every position may take: of blocks the mode that is asked for, else those of AUTOMATIC, or others
-    where constraints leave none of these; of other positions "none" alone. Raises PartitionError where none is left.
+    """The MODES that every position may take. Of blocks: the mode that is asked for; else those of AUTOMATIC; others
+    where constraints allow none of these. Of other positions: "none" alone. Raises PartitionError where constraints
+    allow no mode.
 
     A constraint on the setting `recompute` is about every block: "not recompute=full" forbids each to recompute in
     full.
@@ -84,7 +85,7 @@ def _allows_mode(constraint: Constraint, label: str, is_block: bool, mode: str) 
 def positions_of(
     labels: Sequence[str], classes: Mapping[str, str], table: StrategyTable, costs: PositionCosts | None = None
 ) -> Positions:
-    """What constraints on cuts go by; predicted seconds and bytes only with `costs`."""
+    """The `Positions` that constraints on cuts read; with predicted seconds and bytes where `costs` are given."""
     parameters = [0.0] * len(labels)
     for index, readers in table.state.items():
         for positions in readers:

@@ -9,12 +9,13 @@ every block and the cuts into stages, such that the peak bytes of every stage ar
 
 The bounds. A point's lower bound rises in the steps of `Step`, each dearer than the one before:
 
-    (start)     every operator in its fastest strategy, nothing between operators
-    LP_BOUND    the linear relaxation of the ILP, memory unlimited; before that its dual bound, from multipliers of
+    (start)     every operator in its fastest strategy, no cost of reshards
+    LP_BOUND    the linear relaxation of the ILP, memory unlimited; before it the dual bound, from multipliers of
                 relaxations that were solved at other points
-    CAPACITY    the best cut by bounds of intervals that know which stages cannot fit (`lower_bounds`, multiplier 0)
+    CAPACITY    the best cut by lower bounds of intervals, infinite for intervals that cannot fit (`lower_bounds`,
+                multiplier 0)
     STAGE_CUT   the ILP's solution, cut into stages exactly (`cuts`): the point's first plan
-    LAGRANGIAN  the same cut by bounds with multipliers for bytes (`lower_bounds`)
+    LAGRANGIAN  the best cut by lower bounds of intervals with multipliers for bytes (`lower_bounds`)
     REFINE      further candidates with less memory; for small models the relaxations of single stages and cuts
                 (`stage_bounds`) and the exact splits of intervals (`refinement`)
 
@@ -70,10 +71,10 @@ class Search:
     queue                (bound in seconds of a step, next step, point), the least bound first
     pushed               every point that was ever in the queue, with its last lower bound in seconds
     pruned_bound         the least bound of the points that left the queue
-    visited              how many points were taken from the queue
+    visited              number of points taken from the queue
     plans                the candidates of every point that was cut into stages
     state_exceeds_memory points whose parameters, gradients and optimizer states alone exceed all devices
-    shortfall            what is lacking, once `run` has raised because nothing fits
+    shortfall            the bytes that are lacking, once `run` has raised because nothing fits
     """
 
     space: SearchSpace
@@ -124,8 +125,8 @@ class Search:
         return replace(self.incumbent.result, bound=self.bound, refined=spent.refined, stopped=spent.refining_stopped)
 
     def warm_start(self, points: Sequence[SearchPoint]) -> None:
-        """Find an incumbent among some points, in rising order of their known bounds: each with its fastest splits, at
-        its ZeRO level or the first higher one that fits."""
+        """Find an incumbent among some points, given in rising order of their known bounds. Each is tried with its
+        fastest splits, at its own ZeRO level and then at higher ones until a plan fits."""
         space, known, started = self.space, set(self.space.points()), time.monotonic()
         for point in points:
             out_of_time = time.monotonic() - started > (space.request.time_limit or NEVER)
@@ -160,7 +161,7 @@ class Search:
                     self._push(self._step_bound(point, max(work, self.space.known_bound(at))), Step.LP_BOUND, at)
 
     def _step_bound(self, point: SearchPoint, seconds: float) -> float:
-        """Lower bound on a step from one on the sum of all stages' seconds."""
+        """Lower bound on a step, from a lower bound on the sum of all stages' seconds."""
         return point.step_factor(self.space.request.global_batch) * seconds
 
     def _push(self, bound: float, step: Step, point: SearchPoint) -> None:
@@ -179,13 +180,13 @@ class Search:
             self._push(bound, Step.LP_BOUND, replace(point, zero=higher[0]))
 
     def _plans_at(self, point: SearchPoint) -> CandidateSet:
-        """A point's candidates, none yet."""
+        """A new empty set of candidates for a point."""
         self.plans[point] = CandidateSet(self.space, point, self.incumbent)
         return self.plans[point]
 
     def _lp_bound(self, point: SearchPoint, bound: float) -> None:
-        """The dual bound; if other points still are before this one, the linear relaxation. A point whose states exceed
-        all devices is kept for the error message, and left to higher ZeRO levels."""
+        """Raise the bound to the dual bound; if the point is still the first of the queue, to the linear relaxation. A
+        point whose states exceed all devices is noted for the error message; its next ZeRO level takes its place."""
         dual = self._step_bound(point, self.space.dual_bound(point))
         if dual > bound and dual > self.bound:
             self._push(dual, Step.LP_BOUND, point)
@@ -203,11 +204,11 @@ class Search:
             self._push_next_zero(point, bound)
         if least < self.incumbent.seconds:
             self._push(max(bound, least), Step.STAGE_CUT, point)
-        elif self.incumbent.result is None:  # nothing fits: a candidate tells what is lacking
+        elif self.incumbent.result is None:  # if nothing fits at all, the error names what this point's candidate lacks
             self._push(bound, Step.STAGE_CUT, point)
 
     def _stage_cut(self, point: SearchPoint, bound: float) -> None:
-        """The best cut with the ILP's splits. If it reaches its bound, the point is done with, and so are higher ZeRO
+        """Cut the ILP's splits into stages. A plan as fast as the point's bound ends the point, and with it higher ZeRO
         levels, which take no less time."""
         solution = self.space.solve(point, 0.0, self.space.forced(point))
         assert solution is not None
@@ -222,7 +223,7 @@ class Search:
         self._push_next_zero(point, bound)
 
     def _lagrangian(self, point: SearchPoint, bound: float) -> None:
-        """Higher memory multipliers, as long as they raise the bound of the best cut."""
+        """Add higher memory multipliers, as long as they raise the bound of the best cut."""
         bounds, multipliers = self._bounds_at(point), self._multipliers(point)
         least, columns = self._cut_bound(point, bounds)
         for multiplier in multipliers[1:] if least < self.incumbent.seconds else ():
@@ -237,8 +238,8 @@ class Search:
             self._push(bound, Step.REFINE, point)
 
     def _refine(self, point: SearchPoint, bound: float) -> None:
-        """Candidates that take less memory. If the one that takes least does not fit while there is an incumbent, no
-        others are tried. Small models go on to bounds of single stages and to exact splits."""
+        """Add candidates that take less memory. If the candidate of least memory does not fit and there is an
+        incumbent, no others are tried. Small models go on to bounds of single stages and to exact splits."""
         space, found, (multipliers, columns) = self.space, self.plans[point], self._open.pop(point)
         least_memory = {segment_class: mode for segment_class in space.model(point).blocks for mode in space.modes[-1:]}
         found.add(space.solve(point, NEVER, least_memory))
@@ -255,7 +256,7 @@ class Search:
         self._prune(bound)
 
     def _bounds_at(self, point: SearchPoint) -> LagrangianBounds:
-        """A point's bounds; at first with the multipliers that leave bytes alone and seconds alone."""
+        """A point's bounds. They begin with the multipliers infinity (bytes alone) and 0 (seconds alone)."""
         if point not in self._bounds:
             self._bounds[point] = bounds = LagrangianBounds(self.space, point)
             bounds.add_multiplier(NEVER)
@@ -263,9 +264,11 @@ class Search:
         return self._bounds[point]
 
     def _cut_bound(self, point: SearchPoint, bounds: LagrangianBounds) -> tuple[float, dict[int, Array]]:
-        """Lower bound on the step of a point, infinite where no cut can beat the incumbent; and by micro-batches in
-        flight the bounds of all intervals. With g the bounds of intervals it is the larger of min over cuts of
-        sum(g) + (m - 1) max(g), and LP bound + (m - 1) min over cuts of max(g)."""
+        """Lower bound on the step of a point, infinite where no cut can beat the incumbent; and micro-batches in flight
+        -> the bounds g of all intervals. The lower bound is
+
+            max(min over cuts of (sum(g) + (m - 1) max(g)),  LP bound + (m - 1) min over cuts of max(g))
+        """
         space, m = self.space, self.space.micro_batches(point)
         columns = bounds.columns(max_stage_seconds(space, point, self.incumbent.seconds))
         cut = best_cut(stage_columns(space, point, columns), point.pp, m)
@@ -275,8 +278,8 @@ class Search:
 
     def _multipliers(self, point: SearchPoint) -> list[float]:
         """Memory multipliers to try, in seconds per byte: a tiny one, which among splits of equal seconds prefers fewer
-        bytes; those at which a segment class begins to recompute; larger ones. [] where memory does not bind: where the
-        point's best plan is as fast as its first candidate without a limit on memory."""
+        bytes; those at which a segment class begins to recompute; larger ones. [] where memory does not bind: the
+        point's best plan is as fast as its first candidate with memory unlimited."""
         space, found = self.space, self.plans[point]
         costs = found.candidates[0].costs
         if found.best_seconds < NEVER and found.best_seconds <= found.unlimited_seconds() * (1 + TOLERANCE):

@@ -1,4 +1,4 @@
-"""Solutions of the ILP at one search point, and the fastest plan that stages can make of them."""
+"""Solutions of the ILP at one search point, and the fastest plan whose stages take their splits from these."""
 
 from __future__ import annotations
 
@@ -42,13 +42,14 @@ class SearchResult:
 
     chosen         for every stage the option of each node
     starts         the first position of every stage
-    recompute      for every position of `liveness.MODES`
-    stage_seconds  f of every stage: for one micro-batch, forward and backward
+    recompute      for every position one of `liveness.MODES`
+    stage_seconds  f of every stage: seconds of one micro-batch, forward and backward
     seconds        of a step: sum(f) + (m - 1) max(f) for m micro-batches
     bound          lower bound on the step of every plan in the search space, in seconds
     problems       the ILP that the splits of every stage solve
-    refined        intervals whose splits were refined under their bytes; stopped: whether a limit left others
-    summary        what the plan tells of the search
+    refined        number of intervals whose splits were refined
+    stopped        whether the limit on `refined` left other intervals
+    summary        the record of the search in the plan
     """
 
     point: SearchPoint
@@ -76,14 +77,15 @@ class Incumbent:
         return self.result.seconds if self.result else NEVER
 
     def offer(self, result: SearchResult) -> None:
-        """Take a plan that is faster."""
+        """Take a plan if it is faster."""
         if result.seconds < self.seconds * (1 - TOLERANCE):
             self.result = result
 
 
 @dataclass
 class CandidateSet:
-    """The candidates of one search point; best_seconds: of a step of the point's fastest plan, infinite without one."""
+    """The candidates of one search point. `best_seconds` of a step of the point's fastest plan; infinite without
+    one."""
 
     space: SearchSpace
     point: SearchPoint
@@ -92,7 +94,7 @@ class CandidateSet:
     best_seconds: float = NEVER
 
     def add(self, solution: Solution | None) -> bool:
-        """Make a candidate of a solution; False if there is none, or it is known."""
+        """Make a candidate of a solution. False if the solution is None, or a candidate has it."""
         if solution is None or any(solution.chosen == c.solution.chosen for c in self.candidates):
             return False
         self.candidates.append(make_candidate(self.space, self.point, solution))
@@ -119,8 +121,7 @@ class CandidateSet:
         return cut.seconds if cut else NEVER
 
     def fastest(self, candidates: Sequence[Candidate], in_flight: Iterable[int], most: float) -> dict[int, Array]:
-        """For every number of micro-batches in flight, f of each interval with the fastest of some candidates; infinite
-        where it is more than `most` seconds."""
+        """Micro-batches in flight -> [intervals]: f with the fastest of some candidates, infinite above `most`."""
         space, columns = self.space, dict[int, Array]()
         shorter = [(c.costs, c.costs.within(most)) for c in candidates]
         for number in in_flight:
@@ -162,15 +163,15 @@ def make_candidate(space: SearchSpace, point: SearchPoint, solution: Solution) -
 def costs_of(
     space: SearchSpace, point: SearchPoint, chosen: tuple[int, ...], allowed: Sequence[tuple[str, ...]]
 ) -> IntervalCosts:
-    """The costs of all intervals under a choice, whose positions may take the `allowed` modes of checkpointing."""
+    """The costs of all intervals under a choice. `allowed`: the checkpointing modes of each position."""
     table, m = space.model(point).table, space.micro_batches(point)
     costs = space.position_costs(point, chosen)
     return interval_costs(costs, table.segment_classes, table.block, m, space.amortization(point), allowed)
 
 
 def max_stage_seconds(space: SearchSpace, point: SearchPoint, step: float) -> float:
-    """Seconds of a micro-batch above which no stage is part of a plan faster than `step` seconds: with m micro-batches
-    step >= sum(f) + (m - 1) max(f), and sum(f) >= the LP bound."""
+    """The most seconds f of a stage in a plan of less than `step` seconds: (step - LP bound) / (m - 1), since
+    step >= sum(f) + (m - 1) max(f) and sum(f) >= LP bound."""
     m = space.micro_batches(point)
     return (step - space.lp_bound(point)) / (m - 1) if m > 1 else step
 

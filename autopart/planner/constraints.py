@@ -30,8 +30,8 @@ COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
 
 @dataclass(frozen=True, eq=False)
 class Positions:
-    """The model's positions, with what cuts may go by; a field that is not known is empty. Instances are compared by
-    identity, so that results for one can be cached.
+    """The quantities of the model's positions that constraints on cuts read; a field that is not known is empty.
+    Instances are compared by identity, so that results for one can be cached.
 
     labels           of the segments; "" where one has none
     types            class name of each segment's module, "" where it has none
@@ -49,7 +49,7 @@ class Positions:
 
 @dataclass(frozen=True)
 class Constraint:
-    """Something that a plan must satisfy. A constraint allows all that it is not about.
+    """A condition that a plan must satisfy. Each method allows everything, unless the class overrides it.
 
     text   as it was written
     holds  False for "no ...", "not ...": the opposite of the rest of the text
@@ -76,7 +76,8 @@ class Constraint:
         return True
 
     def check(self, labels: Sequence[str], keys: Iterable[str]) -> None:
-        """Raise PartitionError where it names what the model does not have."""
+        """Raise PartitionError where the constraint names a segment, operator or tensor that the model does not
+        have."""
 
 
 @dataclass(frozen=True)

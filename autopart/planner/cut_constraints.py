@@ -34,7 +34,7 @@ class Cuts(Constraint):
         return (start, stop) == bounds[stage : stage + 2]
 
     def starts(self, stages: int, positions: Positions) -> tuple[int, ...]:
-        """The first segment of every stage. Raises PartitionError where the model cannot be cut so."""
+        """The first position of every stage. Raises PartitionError where the method cannot cut the model."""
         return _starts(self, stages, positions)
 
     def check(self, labels: Sequence[str], keys: Iterable[str]) -> None:
@@ -53,7 +53,7 @@ class Cuts(Constraint):
         return starts
 
     def of_type(self, positions: Positions) -> list[float]:
-        """Weight 1 for every segment whose class name the pattern of "type" finds, else 0."""
+        """[positions]: 1 where the pattern of "type" matches the segment's class name, else 0."""
         found = [float(bool(re.search(self.argument, name, re.IGNORECASE))) for name in _known(positions, "types")]
         if not any(found):
             classes = sorted({name for name in positions.types if name})

@@ -58,7 +58,7 @@ def _labels(layered: LayeredGraph, priced: Mapping[int, PricedSegment], span: tu
 def _sources(
     layered: LayeredGraph, rows: Sequence[Written], stage_of: Mapping[int, int], stage: int, position: int
 ) -> Iterator[Source]:
-    """The makers of the values that the lines at a position read from elsewhere."""
+    """The sources of the values that the lines at a position read from other segments."""
     row = rows[stage]
     prelude = row.priced[PRELUDE_SEGMENT].nodes if PRELUDE_SEGMENT in row.priced else ()
     index = layered.sequence[position] if position >= 0 else PRELUDE_SEGMENT
@@ -76,8 +76,8 @@ def _sources(
 
 
 def _source(layered: LayeredGraph, position: int, value: tuple[fx.Node, int]) -> tuple[int, int] | None:
-    """(position, node's index in the segment there) that makes a value which the segment at a position reads, or the
-    prelude, which has no position and no segment class."""
+    """(position, index of the node in its segment) of the node that makes a value, which the segment at `position` or
+    the prelude reads. None where the prelude's value is made nowhere."""
     if position != PRELUDE_SEGMENT:
         externals = [value_of(n) for n in layered.segments[layered.sequence[position]].externals]
         return layered.sources(position)[externals.index(value)]
@@ -86,7 +86,7 @@ def _source(layered: LayeredGraph, position: int, value: tuple[fx.Node, int]) ->
 
 
 def _line(maker: Written, index: int, value: tuple[fx.Node, int], placements: object) -> int:
-    """The line of a segment that makes a value: in the placement that is read, or as the operator gives it."""
+    """The line of a segment that gives a value in the placement that is read; else the first line that gives it."""
     lines = {
         placed: line
         for line, node in reversed(list(enumerate(maker.priced[index].nodes)))

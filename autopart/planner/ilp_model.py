@@ -1,4 +1,4 @@
-"""A table of strategies with its solvers, and how many positions pay for each of its variables."""
+"""A table of strategies with its solvers, and the number of positions that pay for each of its variables."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ Interface = tuple[Placements | None, ...]
 class Model:
     """A table of strategies, one for all stages of the model.
 
-    counts  by priced variable (strategies, reshardings, saved tensors): how many positions pay for it
-    segment_classes  by priced variable: the class of the segments that pay; -1 for what a stage pays once
+    Priced variables are strategies, reshards and saved tensors, in the order of `Sizes`.
+
+    counts           [variables]: number of positions that pay for the variable
+    segment_classes  [variables]: the class of the segments that pay; -1 for what a stage pays once
     """
 
     def __init__(self, table: StrategyTable) -> None:
@@ -49,8 +51,8 @@ class Model:
         return classes
 
     def counts_in(self, i: int, j: int) -> Array:
-        """How many of the positions i..j-1 pay for each variable: for a parameter or a saved tensor that several read,
-        and for the resharding of a value, once for each place where it is made or first taken."""
+        """[variables]: number of the positions i..j-1 that pay. A parameter or a saved tensor that several positions
+        read is paid once, and so is the reshard of a value at each place of the value."""
         table = self.table
 
         def inside(positions: Iterable[int]) -> bool:
@@ -76,7 +78,7 @@ class Model:
 
     @cached_property
     def counts_alone(self) -> Array:
-        """[positions, variables]: how often every position pays for each variable that no other position shares."""
+        """[positions, variables]: 1 where the position pays for the variable and shares it with no other position."""
         table, sizes, classes = self.table, self.sizes, np.array(self.table.segment_classes)
         found = np.zeros((len(classes), len(self.counts)))
         for n, node in enumerate(table.nodes):
@@ -102,7 +104,7 @@ class Model:
         return self.class_solvers[segment_class]
 
     def pipeline(self, stages: int) -> PipelineSolver:
-        """The relaxation of so many stages, each with splits of its own that agree on `interface_values`."""
+        """The ILP of a number of stages, each with its own splits; the splits agree on `interface_values`."""
         if stages not in self.pipelines:
             equal: dict[object, list[int]] = {}
             for n, output in self.interface_values:
@@ -119,23 +121,23 @@ class Model:
 
     @cached_property
     def interface_values(self) -> list[tuple[int, int]]:
-        """(node, output) of the values that all stages must place alike, so that each may have its own splits: what
-        passes between positions, parameters that several positions read, inputs."""
+        """(node, output) of the values that all stages of a plan make in the same placements: values that pass between
+        positions, parameters that several positions read, inputs."""
         outside = {(f.source, f.output) for f in self.table.value_uses if not all(f.inside) and max(f.producers) >= 0}
         outside |= {(i, 0) for i, readers in self.table.state.items() if any(len(p) > 1 for p in readers)}
         return sorted(outside | {(i, 0) for i, n in enumerate(self.table.nodes) if n.kind == "input"})
 
     @cached_property
     def interface_sums(self) -> list[tuple[ValueUses, list[tuple[int, int]]]]:
-        """The values among these that may be partial sums, with the uses at other positions, which must all take such a
-        sum in the same placement."""
+        """The values that pass between positions and may be partial sums, each with its uses at other positions. These
+        uses all take a partial sum in the same placement."""
         crossing = [f for f in self.table.value_uses if not all(f.inside) and max(f.producers) >= 0]
         sums = [f for f in crossing if any(is_partial(have) for have, _ in f.chains)]
         return [(f, [use for use, inside in zip(f.uses, f.inside, strict=True) if not inside]) for f in sums]
 
     def interface(self, chosen: Sequence[int]) -> Interface:
-        """What all stages must agree on under a choice: the placements of `interface_values`, and those in which
-        partial sums are taken, None for a value that is no partial sum."""
+        """The placements on which all stages of a plan agree, under a choice: of `interface_values` as made, and of
+        `interface_sums` as taken, None where the value is no partial sum."""
         nodes = self.table.nodes
         given = [nodes[n].given(chosen[n], output) for n, output in self.interface_values]
         taken = [

@@ -1,4 +1,4 @@
-"""Where nothing fits: the stage that lacks memory at its smallest, how many bytes it lacks, and what takes most."""
+"""Where nothing fits: the stage that lacks memory, the bytes that it lacks, and its largest tensors."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ MINIMAX = 10**6
 
 @dataclass(frozen=True)
 class Shortfall:
-    """How many bytes a stage lacks in its smallest splits and checkpointing; `largest` are (name, bytes) of what takes
-    most."""
+    """The bytes that a stage lacks, in the splits and the checkpointing of least memory. `largest`: (name, bytes) of
+    the largest parts of its memory."""
 
     point: SearchPoint
     stage: int
@@ -41,8 +41,8 @@ def closest(
     tried: Mapping[SearchPoint, Sequence[Candidate]],
     state_exceeds_memory: Sequence[SearchPoint],
 ) -> Shortfall | None:
-    """The least shortfall of any point, in the splits of least memory; None where it is not for memory that there is no
-    plan. `tried` has the points with candidates; those of `state_exceeds_memory` have none."""
+    """The least shortfall of any point, in the splits of least memory; None where every point fits, so that constraints
+    leave no plan. `tried`: point -> its candidates. The points `state_exceeds_memory` have no candidates."""
     found = [s for point, each in tried.items() for c in each if (s := _shortfall(space, point, c))]
     near = [s.point for s in sorted(found, key=lambda s: s.bytes)]
     oversized = sorted(state_exceeds_memory, key=lambda point: (-point.zero, point.micro_batch))
@@ -64,7 +64,8 @@ def _distinct_degrees(points: Sequence[SearchPoint]) -> list[SearchPoint]:
 
 
 def nothing_fits(space: SearchSpace, shortfall: Shortfall | None) -> PartitionError:
-    """The error: the stage that lacks bytes, and what takes most; or the constraints that leave no plan."""
+    """The error: the stage that lacks bytes and the largest parts of its memory; or the constraints that leave no
+    plan."""
     asked = "; ".join(c.text for c in space.request.constraints)
     if shortfall is None:
         nodes = {f"{n} has no strategy left" for model in space.models.values() for n in space.stuck(model)}
@@ -82,7 +83,7 @@ def nothing_fits(space: SearchSpace, shortfall: Shortfall | None) -> PartitionEr
 
 
 def _suggestions(request: Request, point: SearchPoint) -> Iterator[str]:
-    """What takes less memory and is not so already."""
+    """Changes that take less memory, without those that the request or the point has already."""
     yield "more devices"
     if request.recompute not in (None, "full"):
         yield 'recompute="full"'
@@ -93,7 +94,7 @@ def _suggestions(request: Request, point: SearchPoint) -> Iterator[str]:
 
 
 def _shortfall(space: SearchSpace, point: SearchPoint, candidate: Candidate) -> Shortfall | None:
-    """The largest shortfall of any stage, in the cut where it is least; None where constraints leave no cut."""
+    """The largest shortfall of any stage, in the cut with the least such; None where constraints allow no cut."""
     costs = candidate.costs
     shortfall = {n: costs.shortfall(n, space.limit, space.modes) for n in space.flights(point)}
     offset, allowed = min(f.min() for f in shortfall.values()), space.stages(point)

@@ -79,10 +79,10 @@ def kind_counts(segment_classes: tuple[int, ...], allowed: tuple[tuple[str, ...]
 class LagrangianBounds:
     """The bounds of one search point, higher with every multiplier.
 
-    capacity     [rows of `counts`]: bytes of a device, less the largest gradient in the backward of the interval's last
-                 position: of the model's last position if the interval has it, else the least of the kinds. With one
-                 micro-batch, all bytes: B counts gradients that may not be allocated yet. -inf for an interval that
-                 leaves other stages without a position
+    capacity     [rows of `counts`]: bytes of a device - the largest gradient in the backward of the interval's last
+                 position. Which position is last is known only for the model's last; else the least over kinds counts.
+                 With one micro-batch, bytes of a device: B counts gradients that may not be allocated yet. -inf for an
+                 interval that leaves other stages without a position
     multipliers  lambda, in seconds per byte
     seconds      for every multiplier, [modes of all kinds]: bound of seconds + lambda B of one position
     bytes        [modes of all kinds]: bound of B of one position
@@ -116,7 +116,7 @@ class LagrangianBounds:
         return np.where(counts.sum(1) > len(segment_classes) - point.pp + 1, -np.inf, capacity)
 
     def add_multiplier(self, multiplier: float) -> None:
-        """Solve the relaxations of all kinds at a multiplier in seconds per byte; at an infinite one, of bytes
+        """Solve the relaxations of all kinds at a multiplier in seconds per byte. At an infinite one: of bytes
         alone."""
         space, point = self.space, self.point
         terms = np.array([

@@ -1,8 +1,7 @@
 """A request -> a plan: trace, search, write out.
 
-The search runs on a graph of two samples, for micro-batches of any size. If the graph of the chosen micro-batch is
-another one, the plan is made again from that.
-"""
+The search runs on a graph of two samples, for micro-batches of any size. If the graph of the chosen micro-batch
+differs, the plan is made again from the graph of the chosen micro-batch."""
 
 from __future__ import annotations
 
@@ -96,8 +95,8 @@ def _plan_again(layered: LayeredGraph, made: Plan, search: Search, on_progress: 
 def explored(
     source: Source, mesh: Mesh, request: Request, on_progress: OnProgress = silent, advise: bool = True
 ) -> tuple[Plan, Search, SearchResult]:
-    """A plan from the graph of two samples, with the search that found it. A loss that is no mean over samples is
-    traced with the whole micro-batch, since what samples do with each other may depend on their number."""
+    """A plan from the graph of two samples, with the search that found it and its result. A loss that is no mean over
+    samples is traced with the whole micro-batch: its graph may depend on the number of samples."""
     started = time.monotonic()
     request = request.check(mesh)
     peak(mesh.device, source.dtype)

@@ -75,10 +75,16 @@ class Allocation:
 class StageMemory:
     """The bytes of one rank of a stage.
 
-    layered, choices, graph  the model, its strategies and the stage's partitioned graph;  stage: its index in `choices`
-    span                    the positions of the stage;  modes: of MODES, of each position
-    in_flight               micro-batches in flight, of `micro_batches` of a step
-    received                bytes of a micro-batch's values from other stages
+    layered        the model
+    choices        its strategies
+    graph          the stage's partitioned graph
+    stage          the stage's index in `choices`
+    span           the positions of the stage
+    modes          for every position one of MODES
+    training       the training setting
+    in_flight      micro-batches in flight
+    micro_batches  micro-batches of a step
+    received       bytes of a micro-batch's values from other stages
     """
 
     layered: LayeredGraph
@@ -94,7 +100,7 @@ class StageMemory:
 
     @property
     def labels(self) -> Sequence[str]:
-        """Of every position."""
+        """The label of every position."""
         return self.layered.labels[slice(*self.span)]
 
     @cached_property
@@ -109,12 +115,12 @@ class StageMemory:
 
     @cached_property
     def peak(self) -> Moment:
-        """The moment when most is alive."""
+        """The moment at which most bytes are alive."""
         return max(self.moments, key=lambda moment: moment.bytes)
 
     @cached_property
     def moments(self) -> list[Moment]:
-        """All moments of a step at which most may be alive."""
+        """All moments of a step at which the peak may be."""
         return list(moments(self._events(), self.training, self.in_flight, self.micro_batches))
 
     def by_kind(self, moment: Moment | None = None) -> dict[str, float]:
@@ -123,7 +129,7 @@ class StageMemory:
         return {kind: float(moment.alive.get(kind, 0.0)) for kind in KINDS[:-1]} | {"transient": moment.transient}
 
     def allocations(self) -> Iterator[Allocation]:
-        """Everything that is alive at the peak."""
+        """All bytes that are alive at the peak."""
         yield from self._state()
         yield from self._activations()
         moment = self.peak
@@ -189,7 +195,7 @@ class StageMemory:
         )
 
     def _results(self, segment: int, mode: str) -> list[tuple[str, float]]:
-        """What a segment saves of its own results where it is recomputed: names and bytes."""
+        """(name, bytes) of the results that a segment saves under a mode with recomputation, without its inputs."""
         nodes = self.nodes.get(segment, [])
         if mode == "selective":
             return [(_operator(n), info(n).size + info(n).inner) for n in nodes if is_product(n)]
@@ -210,7 +216,7 @@ class StageMemory:
         return {mode: {n.name for s in every for n in mode_cut(self.layered, s, mode).saved} for mode in MODES[1:]}
 
     def _reused(self, segment: int, mode: str) -> float:
-        """Bytes that a segment saves in mode "none" and that the second run in another mode does not allocate."""
+        """Bytes that a segment saves in mode "none" and that recomputing it in `mode` does not allocate."""
         reused = set(self._saved_names[mode])
         if segment != PRELUDE_SEGMENT:
             rerun = mode_cut(self.layered, segment, mode).rerun
@@ -252,7 +258,7 @@ class StageMemory:
     # ---- allocations at the peak ------------------------------------------------------------------------------------
 
     def _state(self) -> Iterator[Allocation]:
-        """Parameters, their gradients, and what the optimizer keeps for them."""
+        """Parameters, gradients and optimizer states."""
         states, moment, seen = OPTIMIZER_STATES[self.training.optimizer], self.peak, set[str]()
         for position, (label, row) in enumerate(zip(self.labels, self.reads, strict=True)):
             for p in row:
@@ -270,7 +276,7 @@ class StageMemory:
                 yield Allocation(label, f"{p.name}, states", OPTIMIZER, optimizer * states / max(copies, 1))
 
     def _activations(self) -> Iterator[Allocation]:
-        """What micro-batches saved for backward and is not freed at the peak."""
+        """Saved activations that are not freed at the peak."""
         moment = self.peak
         if moment.backward is None:
             return
@@ -279,7 +285,8 @@ class StageMemory:
             yield Allocation(label, name, ACTIVATIONS, (moment.backward.in_flight - gone) * nbytes)
 
     def saved(self) -> Iterator[tuple[int, str, str, float]]:
-        """What one micro-batch saves for backward: position, -1 for what several share, label, name, bytes."""
+        """(position, label, name, bytes) of every activation that one micro-batch saves; position -1: several
+        positions share it."""
         named = {node.name: _operator(node) for node in self.layered.traced.graph.nodes if node.op != "output"}
         inside: dict[int, list[tuple[str, float]]] = defaultdict(list)
         for (key, _), memory in self.graph.saved.items():
@@ -300,7 +307,7 @@ class StageMemory:
                 yield position, label, self._within(name, segment), nbytes
 
     def _operator_with(self, segment: int, nbytes: float) -> str:
-        """The operator of a segment whose gradients take so many bytes."""
+        """The operator of a segment whose gradients take `nbytes`; "" where there is none."""
         ratios = [self.training.grad_alloc_ratio(first) for first in (True, False)]
         found = (n for n in self.nodes.get(segment, []) if any(nbytes in backward_of(n, ratio) for ratio in ratios))
         node = next(found, None)
@@ -323,8 +330,8 @@ def stage_memory(
 
 
 def messages(space: SearchSpace, found: SearchResult, span: tuple[int, int], index: int) -> tuple[float, float]:
-    """Of the `index`-th stage, of the positions `span`: seconds of a micro-batch's messages, and bytes of the values
-    that it takes from others."""
+    """Of the `index`-th stage, which has the positions `span`: seconds of a micro-batch's messages, and bytes of the
+    values that it takes from other stages."""
     n = len(space.layered.labels)
     rows = crossed(space.position_costs(found.point, found.chosen[index]).crossings, n)
     seconds, takes, _ = (float(row[interval_index(*span, n)]) for row in rows)
@@ -332,20 +339,20 @@ def messages(space: SearchSpace, found: SearchResult, span: tuple[int, int], ind
 
 
 def _inputs(nodes: Sequence[fx.Node]) -> Iterator[tuple[str, float]]:
-    """What one segment alone takes from outside."""
+    """(name, bytes) of the values from outside that one segment alone takes."""
     for node in _taken(nodes):
         if not info(node).several:
             yield f"{_operator(node)}, taken", info(node).size
 
 
 def _taken(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """The values that a segment takes from outside; parameters and buffers are there anyway."""
+    """The values that a segment takes from outside, without parameters and buffers."""
     inside = set(nodes)
     taken = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside)
     return [n for n in taken if info(n).kind not in OWNED]
 
 
 def _operator(node: fx.Node) -> str:
-    """A node as a reader knows it: its module and operator, or its name."""
+    """The name of a node for readers: its module and operator; of a placeholder, its name."""
     record = info(node)
     return f"{record.module} {printed_name(record.name)}".strip() if record.kind == "op" else record.name

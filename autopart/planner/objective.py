@@ -1,4 +1,4 @@
-"""The objective of the ILP at one search point: what every priced variable costs, in seconds and in bytes.
+"""The objective of the ILP at one search point: the cost of every priced variable, in seconds and in bytes.
 
 Priced variables are those of `passes.ilp`: strategies, reshards, saved tensors. With lambda the memory multiplier in
 seconds per byte and in_flight the micro-batches in flight in the first stage, the objective is
@@ -9,7 +9,7 @@ n        positions of the model that pay for the variable (`Model.counts`)
 seconds  of a micro-batch: forward + backward + recompute + (gradient sync + optimizer) / amortization
 saved    bytes that one micro-batch saves for backward
 state    bytes of parameters, gradients and optimizer states. Where all micro-batches of a step are in flight at once,
-         gradients are left out: none is allocated when most activations are alive
+         without gradients: no gradient is allocated when most activations are alive
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from autopart.planner.ilp_model import Model
 
 @dataclass(frozen=True)
 class Costs:
-    """[variables], for all positions of the model: `seconds` of a micro-batch, without the gradient sync that backward
-    can hide; bytes of `state`; bytes `saved` by a micro-batch. The terms of the objective, times n."""
+    """The terms of the objective, times n. All are [variables]; `seconds` are without the gradient sync that backward
+    can hide."""
 
     seconds: Array
     state: Array
@@ -54,10 +54,10 @@ def costs_by_mode(model: Model, prices: Prices, amortization: int, gradients: bo
 
 
 def sync_windows(prices: Prices, per_turn: float) -> tuple[Array, Array]:
-    """[variables], for one position: `per_turn` x seconds of gradient sync that computing can hide; `per_turn` x
-    seconds of backward, which hides the sync of other positions (`interval_seconds.exposed`).
+    """[variables], for one position: `per_turn` x seconds of gradient sync that a backward can hide; `per_turn` x
+    seconds of backward, which hides the sync of later positions (`interval_seconds.exposed`).
 
-    per_turn  `Training.backwards` / amortization: backwards beside which gradients are summed, per turn of the pipeline
+    per_turn  `Training.backwards` / amortization: backwards that hide gradient sync, per turn of the pipeline
     """
     none = np.zeros(len(prices.saved_tensor_bytes))
     hidden = np.concatenate([prices.overlappable_seconds, 0.0 * prices.reshard_backward, none])
@@ -70,8 +70,9 @@ def exposed_sync_bounds(model: Model, hidden: Array, backward: Array) -> tuple[A
         first  sync of the first position
         whole  sync of all positions - backward of all positions but the last
 
-    Both count the sync of parameters that several positions read, which no backward hides. The model's first or last
-    position counts only if it is the one position of its segment class: a variable of a class stands for all of it.
+    No backward hides the sync of parameters that several positions read: both bounds count it in full. A variable
+    stands for all positions of a segment class: the model's first or last position is told apart only if it is the one
+    position of its class.
     """
     classes, alone = model.table.segment_classes, model.counts_alone.sum(0)
     is_first, is_last = (classes.count(classes[end]) == 1 for end in (0, -1))

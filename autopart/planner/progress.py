@@ -1,4 +1,4 @@
-"""What a search tells while it goes on: the incumbent's seconds, the lower bound, the gap between them."""
+"""Lines of progress of a search: the incumbent's seconds, the lower bound, the gap between them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def silent(text: str) -> None:
 
 @dataclass
 class Progress:
-    """Calls `on_progress` for every new incumbent, and every `INTERVAL` seconds besides."""
+    """Calls `on_progress` for every new incumbent, and every INTERVAL seconds."""
 
     on_progress: OnProgress
     told_at: float = 0.0
@@ -30,7 +30,7 @@ class Progress:
     """The incumbent's seconds in the last line."""
 
     def tell(self, incumbent: float, bound: float, points: int) -> None:
-        """The line for an incumbent of so many seconds a step and a lower bound, after so many points of the queue."""
+        """Print a line: `incumbent` and `bound` in seconds of a step, `points` the number taken from the queue."""
         if incumbent == NEVER or (incumbent >= self.told_seconds and time.monotonic() - self.told_at < INTERVAL):
             return
         self.told_at, self.told_seconds = time.monotonic(), incumbent

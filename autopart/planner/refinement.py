@@ -1,8 +1,8 @@
 """The last step of the search, for small models: the exact splits of single intervals that fit in memory.
 
-Wherever memory makes an interval slower than its lower bound, `exact_refinement` solves its ILP with peak memory as
-constraints, for every interface between stages that is known and every number of blocks that recompute. The limits
-count intervals, not seconds, so that every machine makes the same plan.
+For an interval that memory makes slower than its lower bound, `exact_refinement` solves the ILP with peak memory as
+constraints: once for every known interface between stages, and every number of blocks in each checkpointing mode. The
+limits count intervals, not seconds, so that every machine makes the same plan.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def _refine_interval(
     in_flight: int,
     allowed: Options,
 ) -> None:
-    """Add the fastest splits of an interval that fit. The ILP leaves out some bytes of the prelude: a solution may
-    exceed the device. Then the ILP is solved again with its limit lowered by the excess."""
+    """Add the fastest splits of an interval that fit. The ILP leaves out some bytes of the prelude: where a solution
+    exceeds the device, the ILP is solved again with its limit lowered by the excess."""
     space, point, limit = found.space, found.point, found.space.limit
     for _ in range(MAX_SOLVES):
         solution = fastest_that_fit(space, point, interval, limit, counts, in_flight, allowed)
@@ -105,8 +105,7 @@ def _refine_interval(
 def _mode_counts(
     segment_classes: Sequence[int], blocks: Sequence[int], modes: Sequence[str]
 ) -> Iterator[dict[int, dict[str, int]]]:
-    """Segment class -> mode -> number of its blocks that use the mode: every such assignment of modes to the positions
-    of these segment classes."""
+    """Every assignment of modes to the blocks of some positions: segment class -> mode -> number of blocks."""
     blocks_of = {c: segment_classes.count(c) for c in blocks if c in segment_classes}
     picks = (itertools.combinations_with_replacement(modes, count) for count in blocks_of.values())
     for chosen in itertools.product(*picks):

@@ -1,4 +1,4 @@
-"""All plans that a request allows, as numbers: tables, prices, solutions and bounds, each computed once."""
+"""All plans that a request allows: tables, prices, solutions and bounds, each computed once."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ micro_batches_in_flight = lru_cache(maxsize=None)(in_flight)
 class SearchSpace:
     """All plans of a model on a mesh that a request allows.
 
-    The dictionaries cache results. Constraints are part of their keys or do not change their values: spaces that differ
-    in constraints alone may share all of them. `models` depend on the device and on whether the request asks for a
-    degree of `tp`, not on links.
+    The dictionaries cache results. Spaces that differ in constraints alone may share all of them: constraints are part
+    of the keys, or do not change the values. `models` depend on the device and on whether the request asks for a degree
+    of `tp`, and not on links.
     """
 
     layered: LayeredGraph
@@ -74,7 +74,7 @@ class SearchSpace:
         return usable_bytes(self.mesh) if self.request.must_fit else float("inf")
 
     def model(self, point: SearchPoint) -> Model:
-        """The table of strategies, with its solver."""
+        """The table of strategies of the point's `tp`, with its solvers."""
         if point.tp not in self.models:
             forced = (self.request.tp or 1) > 1
             self.models[point.tp] = Model(formulate(self.layered, self.mesh.device, point.tp, forced))
@@ -105,8 +105,8 @@ class SearchSpace:
 
     @cached_property
     def schedule(self) -> str:
-        """The schedule that is asked for; else 1F1B if constraints allow it, which of equal time holds fewest
-        activations. Raises PartitionError where they allow none."""
+        """The schedule that is asked for; else the first that constraints allow, beginning with 1F1B: of schedules of
+        equal time it keeps the fewest activations. Raises PartitionError where constraints allow none."""
         known = sorted(SCHEDULES, key="1f1b".__ne__)
         allowed = [name for name in known if self.request.allows("schedule", name)]
         if not self.request.schedule and not allowed:
@@ -119,7 +119,7 @@ class SearchSpace:
         return micro_batches_in_flight(self.schedule, stage, point.pp, self.micro_batches(point))
 
     def flights(self, point: SearchPoint) -> list[int]:
-        """`in_flight` of all stages, each number once, rising."""
+        """The distinct numbers `in_flight` of all stages, rising."""
         return sorted({self.in_flight(point, stage) for stage in range(point.pp)})
 
     def priced(self, point: SearchPoint) -> Prices:
@@ -133,7 +133,7 @@ class SearchSpace:
         return self.prices[point]
 
     def position_costs(self, point: SearchPoint, chosen: tuple[int, ...]) -> PositionCosts:
-        """What a choice costs at every position."""
+        """The costs of a choice at every position."""
         if (point, chosen) not in self.choice_costs:
             self.choice_costs[point, chosen] = position_costs(self.priced(point), chosen, self.between_stages(point))
         return self.choice_costs[point, chosen]
@@ -141,21 +141,21 @@ class SearchSpace:
     # ---- what constraints leave ---------------------------------------------------------------------------
 
     def options(self, point: SearchPoint) -> Options:
-        """Node -> the options that constraints leave; nodes that keep all their options are left out."""
+        """Node -> the options that constraints allow, for nodes that may not take all."""
         if point.tp not in self._options:
             found = options_of(self.model(point).table, self.request.constraints) if self.request.constraints else {}
             self._options[point.tp] = found
         return self._options[point.tp]
 
     def stuck(self, model: Model) -> list[str]:
-        """The nodes for which constraints leave no option."""
+        """The keys of the nodes for which constraints allow no option."""
         found = options_of(model.table, self.request.constraints)
         return [model.table.nodes[node].key for node, left in found.items() if not left]
 
     @cached_property
     def allowed_modes(self) -> tuple[tuple[str, ...], ...]:
-        """The modes of checkpointing that every position may take: only "none" where forward changes buffers, which
-        recomputing would change twice."""
+        """The checkpointing modes that each position may take. Where forward changes buffers, "none" alone: recomputing
+        would change the buffers twice."""
         labels = self.layered.labels
         recompute = self.request.recompute or ("none" if self.layered.traced.updated else None)
         return modes_of(labels, [is_block(x) for x in labels], self.request.constraints, recompute)
@@ -175,8 +175,8 @@ class SearchSpace:
         return {segment_class: MODES[mode] for segment_class, mode in least.items() if mode}
 
     def stages(self, point: SearchPoint) -> list[NDArray[np.bool_]]:
-        """[stages][intervals]: whether constraints allow the stage to be the interval. Cuts by time or by memory weigh
-        positions by the fastest splits of the point."""
+        """[stages][intervals]: whether constraints allow the stage to be the interval. Constraints on cuts by time or
+        by memory read the predictions for the point's fastest splits."""
         predicted = any(isinstance(c, Cuts) and c.method in ("time", "memory") for c in self.request.constraints)
         key = point if predicted else point.pp
         if key not in self._stages:
@@ -191,7 +191,7 @@ class SearchSpace:
     # ---- the objective ------------------------------------------------------------------------------------
 
     def costs(self, point: SearchPoint, modes: Mapping[int, str]) -> Costs:
-        """The costs of all variables, with the checkpointing mode of some segment classes; other classes use "none"."""
+        """The costs of all variables. `modes`: segment class -> checkpointing mode; other classes use "none"."""
         if point not in self.mode_costs:
             gradients = self.in_flight(point, 0) < self.micro_batches(point)
             self.mode_costs[point] = costs_by_mode(
@@ -214,9 +214,9 @@ class SearchSpace:
         return sync_windows(self.priced(point), self.training(point).backwards / self.amortization(point))
 
     def exposed_sync_bound(self, point: SearchPoint) -> Array:
-        """By priced variable a lower bound on the exposed sync: the mean of `objective.exposed_sync_bounds` with the
-        weight at which the linear relaxation costs most. By duality it is then the relaxation with the larger of the
-        two bounds."""
+        """[variables]: a lower bound on the exposed sync, in seconds: first + w (whole - first) of the two bounds
+        `objective.exposed_sync_bounds`, with the weight w in [0, 1] for which the linear relaxation costs most. By
+        duality that cost is the one of the relaxation with the larger of the two bounds."""
         if point not in self.exposed:
             first, whole = exposed_sync_bounds(self.model(point), *self.sync_windows(point))
             costs = self.costs(point, {}).seconds
@@ -225,7 +225,7 @@ class SearchSpace:
         return self.exposed[point]
 
     def objective(self, point: SearchPoint, multiplier: float, modes: Mapping[int, str]) -> Array:
-        """The ILP's objective at a memory multiplier in seconds per byte; bytes alone at an infinite one."""
+        """The ILP's objective at a memory multiplier in seconds per byte. At an infinite one: bytes alone."""
         costs = self.costs(point, modes)
         nbytes = costs.saved + costs.state / self.in_flight(point, 0)
         if multiplier == NEVER:
@@ -236,8 +236,8 @@ class SearchSpace:
     # ---- solutions and bounds -----------------------------------------------------------------------------
 
     def solve(self, point: SearchPoint, multiplier: float, modes: Mapping[int, str]) -> Solution | None:
-        """The best splits at a memory multiplier; None where there are none. At a multiplier that is neither 0 nor
-        infinite the splits are one candidate of many: None where the relaxation is fractional."""
+        """The best splits at a memory multiplier; None where constraints allow none. Also None where the multiplier is
+        neither 0 nor infinite and the relaxation is fractional: such splits are one candidate of many."""
         options = self.options(point)
         key = point, multiplier, tuple(sorted(modes.items())), tuple(options.items())
         if key not in self.solved:
@@ -247,8 +247,8 @@ class SearchSpace:
         return self.solved[key]
 
     def minimise(self, point: SearchPoint, problem: SplitProblem, branch: bool = True) -> Solution | None:
-        """The best splits, by the request's solver; None where there are none, or where the relaxation is fractional
-        and the solver is not to `branch`."""
+        """The best splits, by the request's solver; None where constraints allow none. Without `branch`, also None
+        where the relaxation is fractional."""
         solver, costs, allowed = self.model(point).solver, problem.costs, problem.allowed
         if branch and self.request.solver != HIGHS:
             return self._by_solver(point, problem)
@@ -259,7 +259,8 @@ class SearchSpace:
         return self.confirmed(point, replace(found, problem=problem)) if found else None
 
     def confirmed(self, point: SearchPoint, found: Solution) -> Solution | None:
-        """The solution of a relaxation; or the request's solver's, if that is not HiGHS, of the same problem."""
+        """The solution `found` of a relaxation. Where the request's solver is not HiGHS: that solver's solution of the
+        same problem."""
         assert found.problem is not None
         return found if self.request.solver == HIGHS else self._by_solver(point, found.problem)
 
@@ -269,8 +270,8 @@ class SearchSpace:
         return minimise(self.model(point).sizes, problem, self.request.solver)
 
     def lp_bound(self, point: SearchPoint) -> float:
-        """Lower bound on the sum of all stages' seconds, memory unlimited; infinite where there are no splits: the
-        bound of `solve` at multiplier 0 if that is known, else the linear relaxation."""
+        """Lower bound on the sum of all stages' seconds, memory unlimited; infinite where constraints allow no splits.
+        It is the bound of `solve` at multiplier 0 if that was called, else the linear relaxation."""
         options, modes = self.options(point), self.forced(point)
         key = point, 0.0, tuple(sorted(modes.items())), tuple(options.items())
         if key not in self.bounds and key in self.solved:
@@ -297,7 +298,7 @@ class SearchSpace:
         return self.model(point).solver.dual_bound(seconds)
 
     def known_bound(self, point: SearchPoint) -> float:
-        """`lp_bound` without constraints, which make it no less, if it is known; else 0."""
+        """`lp_bound` without constraints, if it is known, else 0. Constraints only raise `lp_bound`."""
         known = self.solved.get((point, 0.0, (), ()))
         return known.bound if known else 0.0
 
@@ -308,14 +309,15 @@ class SearchSpace:
         return model.sizes.separable_bound(each, self.options(point))
 
     def state_fits(self, point: SearchPoint) -> bool:
-        """Whether parameters, gradients and optimizer states, spread evenly over the stages, fit at their least."""
+        """Whether parameters, gradients and optimizer states fit in all stages together, in the strategies of fewest
+        bytes."""
         model, prices = self.model(point), self.priced(point)
         each = prices.state * model.counts[: len(prices.state)]
         return model.sizes.separable_bound(each, {}) <= point.pp * self.limit
 
     def best_modes(self, point: SearchPoint, multiplier: float) -> list[dict[int, str]]:
-        """Segment class -> mode, for the assignments to try at a memory multiplier: each class of blocks in the mode of
-        its least `class_bound`; all classes in one mode."""
+        """The assignments (segment class -> mode) to try at a memory multiplier: every class of blocks in the mode of
+        its least `class_bound`; and for each mode, all classes of blocks in it."""
         blocks = self.model(point).blocks
         uniform = [dict.fromkeys(blocks, mode) for mode in self.modes]
         best = {g: min(self.modes, key=partial(self.class_bound, point, multiplier, g)) for g in blocks}

@@ -1,4 +1,4 @@
-"""A finished search -> what its plan remembers of it: the runner-up, and what limits the plan."""
+"""A finished search -> the summary of it in its plan: the runner-up, and the resource that limits the plan."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ SMALL_BUBBLE = 0.05
 
 
 def search_summary(search: Search, found: SearchResult) -> SearchSummary:
-    """What the plan of a finished search remembers."""
+    """The summary of a finished search with its result."""
     return SearchSummary(max(1, len(search.pushed)), _runner_up(search, found.point), _limit(search, found))
 
 
 def _runner_up(search: Search, chosen: SearchPoint) -> RunnerUp | None:
-    """The point of other degrees with the fastest plan; where there is no plan, the point with the least bound."""
+    """The point of other degrees with the fastest plan; where none has a plan, the point with the least bound."""
     impossible = set(search.state_exceeds_memory)
     bounds = {
         point: bound

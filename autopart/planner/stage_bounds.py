@@ -5,12 +5,14 @@ each other, and the stage's messages have a price. For the stage of positions i.
 
     f(i, j)            >=  min over splits of  seconds of i..j-1 + messages + exposed gradient sync
 
-Each stage of a plan has splits of its own, which agree on what passes between stages. Alone, a stage takes what it is
-passed in the placement that is best for it. The stages of one cut together have the higher bound
+Each stage of a plan has splits of its own. The splits of two stages agree on the placements of the values that pass
+between them. The bound of one stage takes the best placement of each such value. All stages of one cut together have
+the higher bound
 
     sum over stages f  >=  min over splits that agree of the sum of the right-hand sides
 
-Only the best cut by the bounds so far is relaxed, until the best cut is one that was. Its relaxation gives candidates.
+The best cut by the bounds so far is relaxed, again and again, until the best cut was relaxed already. The relaxations
+of the best cuts give candidates.
 """
 
 from __future__ import annotations
@@ -49,11 +51,11 @@ Starts = tuple[int, ...]
 
 @dataclass
 class Effort:
-    """What a search has spent of its limits, which count work, not seconds: every machine makes the same plan.
+    """The work that a search has spent of its limits. They count work, not seconds: every machine makes the same plan.
 
     variables         solver variables in relaxations of stages and cuts, at most MAX_VARIABLES
-    refined           intervals whose exact splits were solved
-    refining_stopped  whether the limit on these left others
+    refined           number of intervals whose exact splits were solved
+    refining_stopped  whether the limit on `refined` left other intervals
     """
 
     variables: int = 0
@@ -61,8 +63,8 @@ class Effort:
     refining_stopped: bool = False
 
     def spend(self, variables: int, relaxations: int, reserve: int) -> bool:
-        """Count some relaxations of so many variables each; False, and none, where the limit leaves fewer than
-        `reserve`."""
+        """Count a number of relaxations of `variables` each. False, and nothing is counted, where the limit does not
+        leave room for `reserve` of them."""
         if self.variables + reserve * variables > MAX_VARIABLES:
             return False
         self.variables += relaxations * variables
@@ -98,8 +100,8 @@ def stage_bound(found: CandidateSet, columns: Mapping[int, Array], effort: Effor
 
 
 def _add_splits(found: CandidateSet, spans: Sequence[Span]) -> None:
-    """Candidates for a cut: the splits that are best for all stages alike, then those best for each stage that agree
-    with them."""
+    """Add candidates for a cut: the splits that are best for all stages in common, then for each stage the best splits
+    that agree with these."""
     space, point, model = found.space, found.point, found.space.model(found.point)
     _, common = relaxed_stages(space, point, spans, space.options(point))
     common = common and space.confirmed(point, common)
@@ -155,8 +157,8 @@ def stage_costs(space: SearchSpace, point: SearchPoint, span: Span) -> Array:
 def relaxed_stages(
     space: SearchSpace, point: SearchPoint, spans: Sequence[Span], allowed: Options
 ) -> tuple[float, Solution | None]:
-    """Lower bound on the seconds of some stages with the same splits; and these splits, where the relaxation is
-    integral."""
+    """Lower bound on the seconds of some stages with the same splits; and the splits, None where the relaxation is
+    fractional."""
     costs = np.sum([stage_costs(space, point, span) for span in spans], axis=0)
     bound, found = space.model(point).solver.relax(costs, allowed)
     return bound, found and replace(found, problem=SplitProblem(costs, allowed))
@@ -164,7 +166,8 @@ def relaxed_stages(
 
 def relaxed_cut(space: SearchSpace, point: SearchPoint, starts: Starts) -> tuple[float, list[Solution]]:
     """Lower bound on the seconds of all stages of a cut together, each with its own splits; and every stage's solution,
-    where the relaxation is integral: that of the stage alone, as it agrees with the others."""
+    [] where the relaxation is fractional. A solution's problem is that of its stage alone, with the options that agree
+    with the other stages."""
     model, options = space.model(point), space.options(point)
     costs = [stage_costs(space, point, span) for span in spans_of(starts, len(space.layered.labels))]
     bound, choices = model.pipeline(point.pp).relax(costs, options)
@@ -174,9 +177,11 @@ def relaxed_cut(space: SearchSpace, point: SearchPoint, starts: Starts) -> tuple
 
 
 def messages(model: Model, prices: Prices, span: Span, link: Link, least: bool = False) -> Array:
-    """[3, variables]: by the strategy that makes a value, seconds to send what a span takes from others and gives to
-    others, with its gradient back; bytes of what the span takes; and bytes of what it takes and does not save. Of a
-    partial sum the bytes are as made, or the `least` of the placements in which it may be taken."""
+    """[3, variables], each entry at the strategy that makes a value: seconds to send the values that a span takes or
+    gives, and their gradients; bytes of the values that the span takes; bytes of those that it takes and does not save.
+
+    A partial sum has the bytes of the placement in which it is made. With `least`: the fewest of the placements in
+    which it may be taken."""
     sizes, table, found = model.sizes, model.table, np.zeros((3, len(model.counts)))
     for used in table.value_uses:
         source = table.nodes[used.source]

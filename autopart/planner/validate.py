@@ -1,4 +1,4 @@
-"""Whether a plan can run on a model. A plan may have been edited by hand: its cuts and strategies are compared with the
+"""Whether a plan, which may have been edited by hand, can run on a model. Cuts and strategies are compared with the
 model's graph and with the rules, not with the search's tables."""
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _known(node: fx.Node, strategy: Strategy, size: int) -> list[Strategy]:
 
 
 def _kept_whole(strategy: Strategy) -> Strategy:
-    """The strategy that saves whole what this one re-gathers in backward; what ranks compute is the same."""
+    """The strategy with placement C in place of G: it saves the whole operand instead of gathering it again."""
     inputs, outputs = (tuple(C if p == G else p for p in placed) for placed in (strategy.inputs, strategy.outputs))
     name = "C" if strategy.name == "G" else strategy.split
     return replace(strategy, name=name, inputs=inputs, outputs=outputs)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The search's result as a plan: every stage is partitioned and priced node by node, and compared with the search."""
+"""SearchResult -> Plan: every stage is partitioned, priced node by node, and compared with the search."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
     """The plan. Raises AssertionError where its seconds, priced node by node, are not those of the search, or its bytes
     do not fit.
 
-    Where backward hides gradient sync, the seconds may be less: the search does not count reshardings that several
-    positions share to the backward that hides.
+    Where backward hides gradient sync, the seconds written out may be less than those of the search: the search counts
+    reshards that several positions share to no position's backward, so that they hide nothing.
     """
     request, layered, point = space.request, space.layered, found.point
     m = space.micro_batches(point)
@@ -131,7 +131,8 @@ def _splits(space: SearchSpace, found: SearchResult, chosen: Sequence[int]) -> S
 def assignment_of(
     space: SearchSpace, found: SearchResult, splits: Splits, starts: tuple[int, ...]
 ) -> ShardingAssignment:
-    """The sharding with which `partition` cuts a stage out of the graph: the same splits on both sides of each cut."""
+    """The assignment with which `partition` cuts a stage out of the graph: the same splits on both sides of each
+    cut."""
     point = found.point
     axes = tuple((axis, getattr(point, axis)) for axis in ("dp", "tp") if axis in splits)
     scale = point.micro_batch / space.layered.traced.micro_batch
@@ -190,7 +191,7 @@ def write_stage(
 def partitioned(
     space: SearchSpace, found: SearchResult, splits: Splits, span: tuple[int, int]
 ) -> tuple[ShardingAssignment, StageGraph]:
-    """The graph of one rank of a stage, every segment of it once."""
+    """The assignment and the graph of one rank of a stage, in which equal segments are one."""
     layered = space.layered
     segments = layered.sequence[slice(*span)]
     pieces = sorted({0, min(segments), max(segments) + 1} - {len(layered.segments)})
@@ -206,9 +207,9 @@ def _sync(
     span: tuple[int, int],
     backward: Sequence[float],
 ) -> float:
-    """Seconds of a step for gradient sync and optimizer, less the sync that backward hides; `backward` are the seconds
-    of a micro-batch's backward at each position. The gradients of a parameter that one position reads are sent during
-    the backward of the positions before it; those of one that several read are not hidden."""
+    """Seconds of a step for gradient sync and optimizer, without the sync that backward hides. `backward`, [positions],
+    are seconds of a micro-batch. The gradient of a parameter that one position reads is sent during the backward of
+    earlier positions; the gradient of a parameter that several read is not hidden."""
     training, sizes = space.training(found.point), space.priced(found.point).terms.sizes
     device, readers = space.device(found.point), space.layered.readers
     seconds, hidden = 0.0, [0.0] * len(backward)
@@ -224,8 +225,8 @@ def _sync(
 
 
 def _sends(space: SearchSpace, found: SearchResult, index: int, span: tuple[int, int]) -> list[tuple[int, int, float]]:
-    """(stage, bytes, seconds) of what a stage sends to each later stage; the seconds include the gradients sent
-    back."""
+    """(later stage, bytes, seconds) of the values that a stage sends; the seconds include their gradients, which are
+    sent back."""
     total, seconds = Counter[int](), defaultdict[int, float](float)
     costs = space.position_costs(found.point, found.chosen[index])
     for crossings in costs.crossings:
@@ -242,7 +243,7 @@ def _sends(space: SearchSpace, found: SearchResult, index: int, span: tuple[int,
 def _printed(
     layered: LayeredGraph, priced: Mapping[int, PricedSegment], span: tuple[int, int], modes: Sequence[str]
 ) -> Iterator[PlanSegment]:
-    """The lines of a stage in the printed plan, equal neighbours in one."""
+    """The segments of a stage in the printed plan; equal neighbours are one."""
     if PRELUDE_SEGMENT in priced:
         segment = priced[PRELUDE_SEGMENT]
         yield PlanSegment((PRELUDE,), segment.forward + segment.backward, segment.lines)

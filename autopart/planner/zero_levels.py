@@ -1,7 +1,7 @@
-"""Which ZeRO levels a point of the search tries, and from which it begins.
+"""The ZeRO levels that the search tries at a point, and those that it begins with.
 
-Bounds of a level hold for the higher ones wherever those take no less time, so that a higher level need be looked at
-only once the one below it fails for memory. `extra_seconds` says for which levels that is known.
+Where a higher level takes no less time than a lower one, the lower bounds of the lower level hold for it too. Such a
+level is tried only once the level below it does not fit in memory. `extra_seconds` compares the time of two levels.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ def zero_levels(space: SearchSpace, point: SearchPoint) -> list[int]:
 
 
 def starting_levels(space: SearchSpace, point: SearchPoint, levels: Sequence[int]) -> Sequence[int]:
-    """Of `levels` those that no lower one bounds, which are points of the queue from the start: the first; level 1
-    where it may take less time than level 0; all where the optimizer's step was measured, since its seconds may fall
-    with every level."""
+    """The levels that are in the queue from the start: the first; level 1 where it may take less time than level 0; all
+    where the optimizer's step was measured, since its seconds may fall with every level."""
     if space.mesh.device.measured is not None:
         return levels
     unsure = point.dp > 1 and levels[0] == 0 and extra_seconds(space, point, 0, 1) > TOLERANCE
@@ -38,11 +37,13 @@ def starting_levels(space: SearchSpace, point: SearchPoint, levels: Sequence[int
 
 
 def extra_seconds(space: SearchSpace, point: SearchPoint, one: int, other: int) -> float:
-    """How many more seconds a step parameters take at level `one` than at level `other`, relative to those at `other`:
-    the most of any backward.
+    """The most that the seconds of parameters in a step can be greater at level `one` than at level `other`, relative
+    to those at `other`.
 
-    A level takes s = sync + update seconds, of which backward hides min(x, h): x is what it has room for, h what of the
-    level's sync can be hidden. The difference s1 - s2 - min(x, h1) + min(x, h2) is at most s1 - s2 + max(0, h2 - h1).
+    A level takes s = sync + update seconds. Backward hides min(x, h) of them, with x the seconds of the backward and h
+    the seconds of sync that a backward can hide. For every x the difference of the levels 1 = `one` and 2 = `other` is
+
+        s1 - s2 - min(x, h1) + min(x, h2)  <=  s1 - s2 + max(0, h2 - h1)
     """
     device, found = space.device(point), []
     for training in (space.training(replace(point, zero=zero)) for zero in (one, other)):
