@@ -8,17 +8,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import models
 import pytest
 import torch
 import torch.nn.functional as F
+from models import source
 from torch import nn
 
 import autopart
 from autopart import Plan
 from autopart.cost.training_state import Training, update_seconds
-from autopart.passes.source import Source
 from autopart.planner.explain.certificate import findings
+from autopart.planner.make_plan import make_plan, request_of
 from autopart.sharding.notation import G, Placement
 from autopart.sharding.rules import Strategy
 
@@ -35,14 +35,10 @@ TOKENS, WIDTH = 6, 16
 
 
 @functools.cache
-def source(name: str) -> Source:
-    return Source(*models.build(name), torch.float32)
-
-
-@functools.cache
 def planned(name: str, number: int) -> Plan:
     mesh, settings = SETTINGS[number]
-    return autopart.plan(source(name).model, mesh, source(name).batch, **settings)
+    made = source(name)
+    return make_plan(made, autopart.Mesh.of(mesh), request_of(made.model, made.batch, **settings))
 
 
 def wrong(plan: Plan, name: str = "gpt2") -> list[str]:

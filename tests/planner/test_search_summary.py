@@ -6,17 +6,24 @@ import itertools
 from dataclasses import replace
 
 import pytest
+import torch
 from models import build
 
 import autopart
-from autopart import Mesh, PartitionError
+from autopart import Mesh, PartitionError, Plan
 from autopart.hardware.mesh import divisors
+from autopart.passes.source import Source
+from autopart.planner.make_plan import make_plan, request_of
 
 
 @pytest.mark.parametrize("mesh", ["4:cpu", "2x2:a100-80gb"])
 def test_the_runner_up_is_real(mesh: str) -> None:
-    model, batch = build("gpt2", layers=4)
-    plan = autopart.plan(model, mesh, batch)
+    source = Source(*build("gpt2", layers=3), torch.float32)
+
+    def planned(**degrees: int) -> Plan:
+        return make_plan(source, Mesh.of(mesh), request_of(source.model, source.batch, **degrees))
+
+    plan = planned()
     assert plan.search is not None
     other = plan.search.runner_up
     assert other is not None and (other.pp, other.dp, other.tp) != (plan.pp, plan.dp, plan.tp)
@@ -24,7 +31,7 @@ def test_the_runner_up_is_real(mesh: str) -> None:
     for pp, tp in itertools.product(divisors(4), repeat=2):
         if 4 % (pp * tp) == 0 and (pp, 4 // pp // tp, tp) != (plan.pp, plan.dp, plan.tp):
             try:
-                forced[pp, 4 // pp // tp, tp] = autopart.plan(model, mesh, batch, pp=pp, tp=tp, dp=4 // pp // tp)
+                forced[pp, 4 // pp // tp, tp] = planned(pp=pp, tp=tp, dp=4 // pp // tp)
             except PartitionError:
                 continue
     least = min(each.step_seconds for each in forced.values())

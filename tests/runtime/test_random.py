@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import models
 import pytest
 import torch
 from models import Exact, batch_for, gpt2, t5
 from torch import nn
 from torch.nn import functional as F
 
-from autopart.compile.simulate import simulate, simulate_plan
+from autopart.compile.simulate import simulate_plan
 from autopart.errors import PartitionError
 from autopart.hardware.mesh import Mesh
 from autopart.passes.source import Source
-from autopart.planner.make_plan import make_plan
+from autopart.planner.make_plan import make_plan, request_of
 from autopart.planner.request import Request
 from autopart.runtime import random
 from autopart.runtime.groups import Groups
@@ -344,13 +346,25 @@ def alone(name: str) -> Any:
     return step(name, 1, tp=1)
 
 
-def simulated(model: nn.Module, ranks: int, batch: Any, **how: Any) -> Any:
+def simulated(source: Source, ranks: int, **how: Any) -> Any:
     """One step of any model."""
-    return simulate(model, f"{ranks}:cpu", batch, **{"seed": 5, "micro_batch": 8, **how})
+    request = request_of(source.model, source.batch, **{"micro_batch": 8, **how})
+    return simulate_plan(source, make_plan(source, Mesh.of(f"{ranks}:cpu"), request, to_run=True), 5)
 
 
-SPLITS = ("one-by-one", "tp-micro", "dp-micro")
-CASES = [(name, plan) for name in MODELS for plan in PLANS if name in ("gpt2", "t5", "noisy") or plan in SPLITS]
+def doing(function: Callable[[torch.Tensor], torch.Tensor]) -> Source:
+    """A function between two layers, with a batch."""
+    torch.manual_seed(0)
+    return Source(Doing(function), vectors(), torch.float32)
+
+
+FEW = {"gpt2": PLANS, "noisy": PLANS, "t5": ("tp-micro", "dp-micro", "tp-pp-recompute")}
+"""Plans of a model; without a mention those over several ranks with micro-batches of four samples."""
+CASES = [
+    (name, plan)
+    for name in MODELS
+    for plan in (PLANS if "AUTOPART_EXAMPLES" in os.environ else FEW.get(name, ("tp-micro", "dp-micro")))
+]
 
 
 @pytest.mark.slow
@@ -372,8 +386,8 @@ def test_another_seed_gives_another_loss(name: str) -> None:
 
 
 def test_without_dropout_the_loss_is_the_model_s() -> None:
-    model, batch = gpt2(2).train(), batch_for("gpt2", torch.float32)
-    torch.testing.assert_close(simulated(model, 1, batch, tp=1).loss, model(**batch).loss.detach())
+    made = models.source("gpt2")
+    torch.testing.assert_close(simulated(made, 1, tp=1).loss, made.model(**made.batch).loss.detach())
 
 
 @pytest.mark.slow
@@ -405,7 +419,7 @@ def test_the_model_itself_with_these_masks(plan: str, monkeypatch: pytest.Monkey
         hook.remove()
     assert len(drawn) == sum(drawn.values()) == 7
     ranks, how = {"alone": (1, {"tp": 1}), **PLANS}[plan]
-    result = simulated(model, ranks, batch, **how)
+    result = simulated(Source(model, batch, torch.float32), ranks, **how)
     torch.testing.assert_close(result.loss.float(), loss.detach(), rtol=1e-5, atol=1e-6)
     for path, gradient in gradients.items():
         torch.testing.assert_close(result.gradients[path], gradient, rtol=1e-4, atol=1e-5, msg=path)
@@ -441,7 +455,7 @@ REFUSED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_randomness_is_refused_by_its_line(name: str) -> None:
     with pytest.raises(PartitionError) as refusal:
-        simulated(Doing(REFUSED[name]), 1, vectors(), tp=1)
+        simulated(doing(REFUSED[name]), 1, tp=1)
     line = Doing.forward.__code__.co_firstlineno + 1
     assert f"draws random numbers (test_random.py:{line})" in str(refusal.value)
 
@@ -461,18 +475,16 @@ SAME: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.mark.parametrize("name", SAME)
 def test_what_else_is_drawn_is_the_same_too(name: str) -> None:
-    torch.manual_seed(0)
-    model = Doing(SAME[name])
-    one, two = simulated(model, 1, vectors(), tp=1), simulated(model, 2, vectors(), dp=2, micro_batch=4)
+    made = doing(SAME[name])
+    one, two = simulated(made, 1, tp=1), simulated(made, 2, dp=2, micro_batch=4)
     torch.testing.assert_close(one.loss, two.loss, rtol=1e-5, atol=1e-6)
     for path, gradient in one.gradients.items():
         torch.testing.assert_close(two.gradients[path], gradient, rtol=1e-5, atol=1e-5, msg=path)
 
 
 def test_two_draws_are_two() -> None:
-    torch.manual_seed(0)
-    twice = Doing(lambda h: h * (torch.rand((h.shape[0], 1)) - torch.rand((h.shape[0], 1))))
-    gradient = simulated(twice, 1, vectors(), tp=1).gradients["first.weight"]
+    twice = doing(lambda h: h * (torch.rand((h.shape[0], 1)) - torch.rand((h.shape[0], 1))))
+    gradient = simulated(twice, 1, tp=1).gradients["first.weight"]
     assert gradient.abs().max() > 1e-4
 
 
@@ -482,12 +494,11 @@ def test_halves_are_drawn_in_float32(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = Doing(lambda h: h + torch.randn_like(h) + torch.rand(h.shape, dtype=h.dtype).log1p()).to(dtype)
     batch = {k: v.to(dtype).repeat(64, 1) for k, v in vectors().items()}
-    assert simulated(model, 1, batch, tp=1, micro_batch=512).loss.isfinite()
+    assert simulated(Source(model, batch, dtype), 1, tp=1, micro_batch=512).loss.isfinite()
 
 
 def test_what_does_not_train_draws_nothing() -> None:
-    torch.manual_seed(0)
-    model = Doing(
+    made = doing(
         lambda h: F.dropout2d(h[..., None, None], 0.5, training=False)[..., 0, 0] + F.rrelu(h) + F.dropout(h, 0.0)
     )
-    torch.testing.assert_close(simulated(model, 1, vectors(), tp=1).loss, model(**vectors()).detach())
+    torch.testing.assert_close(simulated(made, 1, tp=1).loss, made.model(**made.batch).detach())

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers as hf
 from torch import nn
+
+from autopart.passes.source import Source
 
 SAMPLES, TOKENS, WORDS, WIDTH, HEADS = 8, 12, 96, 32, 4
 Batch = dict[str, torch.Tensor]
@@ -127,3 +130,9 @@ def build(name: str, dtype: torch.dtype = torch.float32, layers: int = 2) -> tup
     if dtype == torch.float64 and name in ("gpt2", "llama"):
         model = Exact(model)
     return model.train(), batch_for(name, dtype)
+
+
+@cache
+def source(name: str, dtype: torch.dtype = torch.float32, layers: int = 2) -> Source:
+    """A model with its batch, whose traces all tests share: no test changes the model."""
+    return Source(*build(name, dtype, layers), dtype)
