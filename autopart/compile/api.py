@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from autopart.compile.programs import programs
+from autopart.compile.variants import variant
 from autopart.compile.warn import warn
 from autopart.errors import PartitionError
 from autopart.frontend.batch import DTYPES, Batch, outline
@@ -109,10 +112,12 @@ def compile(
     groups = make_groups(plan.pp, plan.dp, plan.tp)
     groups.rng.seed = seed
     (program,) = programs(layered, plan, [groups.pp.rank])
+    ranks = math.prod(groups.along(axis).size for axis in program.sample_axes)
     again = replace(source, batch=outline(batch, 1), prepared={}, planned={})
     compiled = Compiled(
         model, plan, groups, program, layered.traced.aliases, layered.traced.buffers, batch,
         lambda: _has_trace(again, plan, layered.hash),
+        partial(variant, again, plan, layered, ranks, groups.pp.rank, lambda make: _agreed(None, None, make)[0]),
     )  # fmt: skip
     if "MASTER_ADDR" in os.environ:
         start_watchdog(lambda: compiled.executor.doing)

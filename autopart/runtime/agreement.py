@@ -91,6 +91,26 @@ def compares(step: int) -> bool:
     return step < FIRST_STEPS or step % EVERY == 0
 
 
+def check_sizes(batch: Mapping[str, Any], host: Group) -> None:
+    """Raise PartitionError on every rank where ranks were given shares of other sizes: they would wait for messages of
+    other sizes."""
+    if host.size == 1:
+        return
+    sizes = {name: list(value.shape) for name, value in sorted(batch.items()) if isinstance(value, Tensor)}
+    mine = zlib.crc32(json.dumps(sizes).encode())
+    ends = torch.tensor([mine, -mine])
+    host.all_reduce(ends, "max")
+    if ends[0] == -ends[1]:
+        return
+    found = [int(each) for each in host.all_gather(torch.tensor(mine))]
+    others = [str(rank) for rank, size in enumerate(found) if size != found[0]]
+    raise PartitionError(
+        f"rank {few(others)} got shares of other sizes than rank 0",
+        f"rank {host.rank} has {', '.join(f'{name} {size}' for name, size in sizes.items())}",
+        "equal shares on every data_rank: a DistributedSampler, and padding to a length that all ranks know",
+    )
+
+
 def check_rows(batch: Mapping[str, Any], local: bool, share: int, host: Group) -> None:
     """Raise PartitionError on every rank where ranks that must be given the same rows were given others.
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import linecache
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,38 +12,19 @@ from torch import nn
 from autopart.errors import PartitionError
 from autopart.frontend.inputs import check_modes
 from autopart.plan.data import Plan
-from autopart.plan.schedules.ops import Instruction
-from autopart.runtime.agreement import check_names, check_rows, compares, from_rank_zero, rank_zero_values
-from autopart.runtime.executor import Executor, Message, Update
+from autopart.runtime.agreement import check_names, check_rows, check_sizes, compares, from_rank_zero, rank_zero_values
+from autopart.runtime.emitted import Program, run_source
+from autopart.runtime.executor import Executor, StageProgram, Update
 from autopart.runtime.groups import Groups
 from autopart.runtime.guards import BatchForm, ModelWeights, TrainingMode
 from autopart.runtime.loss_scale import LossScale
 from autopart.runtime.optimizers import check, names_by_group, over_shares
 from autopart.runtime.parameters import fill, origins
 from autopart.runtime.process_group import Group
+from autopart.runtime.variants import MakeVariant, Variants
 from autopart.runtime.whole import assemble, micro_batches, shares_of
 
 Tensor = torch.Tensor
-
-
-@dataclass(frozen=True)
-class Program:
-    """What one stage runs.
-
-    source        the emitted module's text
-    index         the stage's number
-    instructions  the stage's instructions, in order
-    messages      the tensors that cross the cuts between stages
-    tied          name of a parameter that lives on several stages -> these stages
-    axes          mesh axes that split the samples of a batch
-    """
-
-    source: str
-    stage: int
-    instructions: Sequence[Instruction]
-    messages: Sequence[Message]
-    tied: Mapping[str, tuple[int, ...]]
-    sample_axes: tuple[str, ...]
 
 
 class Compiled:
@@ -67,27 +45,31 @@ class Compiled:
         constants: Mapping[str, Tensor | None],
         traced: Mapping[str, Any] | None = None,
         same_trace: Callable[[], bool] = lambda: False,
+        variant: MakeVariant | None = None,
     ) -> None:
         """
         constants   values of the model's buffers and of constants that the trace made
         traced      the batch that was traced, whose form every batch must have; None: any that has the plan's inputs
         same_trace  whether the model as it is now would be traced to the same program
+        variant     makes the program for a batch like this one of so many samples, for training or evaluation; None:
+                    only batches of the plan's sizes can be trained
         """
         self.plan, self.groups, self.source = plan, groups, program.source
         self.model, self.aliases, self.sample_axes = model, aliases, program.sample_axes
         self.form = None if traced is None else BatchForm(traced)
         self.mode = TrainingMode(model, same_trace)
         self.weights = ModelWeights(model, aliases)
-        module = run_source(program.source, f"stage_{program.stage}.py")
-        self.stage: nn.Module = module.Stage(groups)
+        self.stage: nn.Module = run_source(program.source, f"stage_{program.stage}.py").Stage(groups)
         self.origins = origins(self.stage)
         tied, master = _tie(program.tied, groups), getattr(torch, plan.master) if plan.master else None
+        first = StageProgram(self.stage, program.instructions, program.messages)
         self.executor = Executor(
-            self.stage, program.stage, groups, program.instructions, program.messages, tied, plan.zero, master,
+            first, program.stage, groups, tied, plan.zero, master,
             overlap=plan.mesh.device.overlapped_share > 0,
             loss_scale=LossScale() if plan.precision == "float16" else None,
         )  # fmt: skip
         self.stage.parameters = _refused
+        self.variants = Variants(plan, first, groups, variant, dict(model.named_buffers()))
         self.emitted = {*plan.signature.parameters, *constants}
         self.beside: dict[str, Tensor] = {}
         """Loaded tensors of the state dict that no stage computes with."""
@@ -182,11 +164,35 @@ class Compiled:
             self.form.check(batch)
         self.mode.check()
         self.weights.check()
-        shares = micro_batches(self.plan, batch, self.data_ranks, self.data_rank, local, self.groups.device)
+        self._check_rows(batch, local)
+        plan, program = self.variants.find(batch, self.data_ranks if local else 1, True)
+        shares = micro_batches(plan, batch, self.data_ranks, self.data_rank, local, self.groups.device)
+        with torch.enable_grad(), self.variants.buffers(program):
+            self.executor.use(program)
+            return self.executor.run(shares, update, weight)
+
+    def evaluate(self, batch: Mapping[str, Any], local: bool = False) -> Tensor:
+        """The loss of a batch in evaluation mode, without gradients: dropout is off, batch norm takes its running
+        statistics. The weights are the trained ones; with a master dtype, as the model computes with them.
+
+        Arguments, result and errors as `step`. The first batch of a form takes a trace in evaluation mode.
+        """
+        check_modes("an evaluation")
+        if self.form is not None:
+            self.form.check(batch)
+        self.weights.check()
+        self._check_rows(batch, local)
+        plan, program = self.variants.find(batch, self.data_ranks if local else 1, False)
+        shares = micro_batches(plan, batch, self.data_ranks, self.data_rank, local, self.groups.device)
+        with torch.no_grad(), self.variants.buffers(program):
+            self.executor.use(program)
+            return self.executor.evaluate(shares)
+
+    def _check_rows(self, batch: Mapping[str, Any], local: bool) -> None:
+        if self.check_batches and local:
+            check_sizes(batch, self.groups.host)
         if self.check_batches and compares(self.groups.rng.step):
             check_rows(batch, local, self.data_rank, self.groups.host)
-        with torch.enable_grad():
-            return self.executor.run(shares, update, weight)
 
     def _update(self, max_norm: float | None, only_finite: bool) -> Update:
         if max_norm is not None and not max_norm > 0:
@@ -286,11 +292,3 @@ def _tie(tied: Mapping[str, tuple[int, ...]], groups: Groups) -> dict[str, Group
     """Parameter of this rank -> the group of the ranks that hold the same parameter on other stages."""
     made = {stages: groups.tied(stages) for stages in sorted(set(tied.values()))}
     return {name: group for name, stages in tied.items() if (group := made[stages]) is not None}
-
-
-def run_source(source: str, filename: str) -> ModuleType:
-    """Import emitted source, so that tracebacks show its lines."""
-    module = ModuleType(filename.removesuffix(".py"))
-    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    exec(compile(source, filename, "exec"), module.__dict__)
-    return module

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 from autopart.plan.schedules.ops import ONCE_A_STEP, Instruction, Op
@@ -76,16 +75,24 @@ Arrival = tuple[Message, Tensor, Work]
 """A receive that was posted: the message, its buffer, the work to wait for."""
 
 
+@dataclass(frozen=True)
+class StageProgram:
+    """An emitted stage, its instructions, and the tensors that cross the cuts between stages."""
+
+    stage: Any
+    instructions: Sequence[Instruction]
+    messages: Sequence[Message]
+
+
 class Executor:
-    """One rank's stage with its instructions. `doing` tells what the rank is doing, which the watchdog publishes."""
+    """One rank's stage with its instructions, and other programs over the same weights. `doing` tells what the rank is
+    doing, which the watchdog publishes."""
 
     def __init__(
         self,
-        stage: nn.Module,
+        program: StageProgram,
         index: int,
         groups: Groups,
-        program: Sequence[Instruction],
-        messages: Sequence[Message],
         tied: Mapping[str, Group],
         zero: int = 0,
         master: torch.dtype | None = None,
@@ -93,14 +100,9 @@ class Executor:
         loss_scale: LossScale | None = None,
     ) -> None:
         """With `overlap`, gradients are summed over dp while the last backward still computes others."""
-        self.index, self.groups, self.program, self.tied = index, groups, program, tied
-        self.stage: Any = stage
-        self.shared = ShardedOptimizerState(stage, groups, zero, master, overlap)
-        self.closing = [at.micro_batch for at in program if at.op is Op.BACKWARD][-1]
-        self.incoming = [m for m in messages if index in m.consumers]
-        self.outgoing = [m for m in messages if m.producer == index]
-        self.last = not self.outgoing
-        self.ahead = receives_ahead(program)
+        self.index, self.groups, self.tied = index, groups, tied
+        self.shared = ShardedOptimizerState(program.stage, groups, zero, master, overlap)
+        self.use(program)
         self.doing = "starting"
         self.optimizer: torch.optim.Optimizer | None = None
         self.loss_scale = loss_scale
@@ -117,6 +119,15 @@ class Executor:
             Op.RECV_GRAD: self._receive_gradients,
         }
 
+    def use(self, program: StageProgram) -> None:
+        """Run this program from now on."""
+        self.stage, self.program = program.stage, program.instructions
+        self.closing = max((at.micro_batch for at in self.program if at.op is Op.BACKWARD), default=-1)
+        self.incoming = [m for m in program.messages if self.index in m.consumers]
+        self.outgoing = [m for m in program.messages if m.producer == self.index]
+        self.last = not self.outgoing
+        self.ahead = receives_ahead(self.program)
+
     def run(self, micro_batches: Sequence[Mapping[str, Tensor]], update: Update | None, weight: float = 1.0) -> Tensor:
         """Forward and backward of this rank's share of every micro-batch, and an update of the weights if one is given.
 
@@ -124,15 +135,29 @@ class Executor:
 
         Returns the loss of the whole batch, on every rank.
         """
-        self.micro_batches, self.updates = micro_batches, update is not None
+        self.updates = update is not None
         self.weight = weight * (self.loss_scale.factor if self.loss_scale else 1.0)
+        if not self.accumulating:
+            self.shared.zero_grad()
+        self.accumulating = True
+        self._compute(micro_batches)
+        self.groups.rng.step += 1
+        if update is not None:
+            self.update(update)
+        return self._ended()
+
+    def evaluate(self, micro_batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """The loss of the whole batch, on every rank, by a program of forward passes."""
+        self._compute(micro_batches)
+        return self._ended()
+
+    def _compute(self, micro_batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Run the instructions for micro-batches."""
+        self.micro_batches = micro_batches
         self.flights: dict[int, _Flight] = defaultdict(_Flight)
         self.works: list[tuple[Work, Tensor]] = []
         self.arrivals: dict[Instruction, list[Arrival]] = {}
         self.losses: list[Tensor] = []
-        if not self.accumulating:
-            self.shared.zero_grad()
-        self.accumulating = True
         self._count_valid()
         rng = self.groups.rng
         for instruction in self.program:
@@ -144,9 +169,9 @@ class Executor:
             for receive in self.ahead.get(instruction, ()):
                 self.arrivals[receive] = self._ask(receive)
             self.actions[instruction.op](instruction)
-        rng.step += 1
-        if update is not None:
-            self.update(update)
+
+    def _ended(self) -> Tensor:
+        """Wait for the messages that were sent; the loss."""
         for work, _ in self.works:
             work.wait()
         self.doing = "sharing the loss"
@@ -192,7 +217,10 @@ class Executor:
             return
         results = results if isinstance(results, tuple) else (results,)
         flight.sent = {m.name: r for m, r in zip(self.outgoing, results, strict=True)}
-        flight.roots = {m.name: get_gradient_edge(flight.sent[m.name]) for m in self.outgoing if m.grad}
+        if torch.is_grad_enabled():
+            flight.roots = {m.name: get_gradient_edge(flight.sent[m.name]) for m in self.outgoing if m.grad}
+        else:
+            flight.received = {}
         flight.waiting = {to for m in self.outgoing for to in m.consumers}
 
     def _keeping(self) -> AbstractContextManager[None]:
@@ -227,7 +255,7 @@ class Executor:
     def _receive(self, at: Instruction) -> None:
         flight = self.flights[at.micro_batch]
         for m, tensor in self._take(at):
-            flight.received[m.name] = tensor.requires_grad_(m.grad)
+            flight.received[m.name] = tensor.requires_grad_(m.grad and torch.is_grad_enabled())
 
     def _send_gradients(self, at: Instruction) -> None:
         flight = self.flights[at.micro_batch]

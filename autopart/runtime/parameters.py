@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from autopart.errors import PartitionError
 from autopart.runtime.gathered import Slicing
 from autopart.runtime.groups import Groups
 from autopart.runtime.shards import shard
@@ -28,6 +31,33 @@ class Origin:
     sliced: bool = False
 
 
+_SHARED: ContextVar[Mapping[str, Any]] = ContextVar("shares of another stage", default={})  # noqa: B039
+
+
+@contextmanager
+def shared_with(stage: nn.Module) -> Iterator[None]:
+    """A stage that is made in this context has the weights of another."""
+    token = _SHARED.set({share.origin.name: share for _, share in _weights(stage)})
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
+def _weights(stage: nn.Module) -> Iterable[tuple[str, Any]]:
+    return stage.named_parameters()
+
+
+def _shared(origin: Origin) -> Any:
+    """The share of a context's other stage; None outside of one, and for buffers of other names."""
+    share = _SHARED.get().get(origin.name)
+    if share is not None and share.origin != origin:
+        raise PartitionError(
+            f"{origin.name} lies otherwise in this program", f"as {origin.placed}, not {share.origin.placed}"
+        )
+    return share
+
+
 def weight(
     groups: Groups,
     name: str,
@@ -41,6 +71,8 @@ def weight(
     placed  axis -> "S0" (split along dim 0), "R" or "C" (whole)
     """
     origin = Origin(name, tuple(shape), {axis: Placement.parse(text) for axis, text in placed.items()})
+    if (known := _shared(origin)) is not None:
+        return known
     share = nn.Parameter(torch.empty(_local(origin, groups), dtype=dtype, device=groups.device), requires_grad)
     share.origin = origin  # type: ignore[attr-defined]
     return share
@@ -57,6 +89,8 @@ def weight_slice(
     """This rank's flat slice over dp, uninitialised, of what `weight` returns. The gathered weight has the dtype
     `used`."""
     origin = Origin(name, tuple(shape), {axis: Placement.parse(text) for axis, text in placed.items()}, sliced=True)
+    if (known := _shared(origin)) is not None:
+        return known
     local = torch.Size(_local(origin, groups))
     length = slice_length(local.numel(), groups.dp.size)
     share: Any = nn.Parameter(torch.empty(length, dtype=dtype, device=groups.device))

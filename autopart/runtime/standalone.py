@@ -28,7 +28,8 @@ from autopart.errors import PartitionError
 from autopart.plan.data import Plan
 from autopart.plan.schedules.ops import Instruction, Op
 from autopart.plan.schedules.verify import verify
-from autopart.runtime.compiled import Compiled, Program
+from autopart.runtime.compiled import Compiled
+from autopart.runtime.emitted import Program
 from autopart.runtime.executor import Message
 from autopart.runtime.groups import make_groups
 from autopart.runtime.launch import launch

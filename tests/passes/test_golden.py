@@ -13,7 +13,7 @@ from models import build
 import autopart
 from autopart.compile.programs import sources
 from autopart.plan.text import describe
-from autopart.runtime.compiled import run_source
+from autopart.runtime.emitted import run_source
 
 GOLDEN = Path(__file__).with_name("golden")
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+from functools import partial
+from threading import Lock
 from typing import Any
 
 from torch import Tensor, nn
 
 from autopart.compile.programs import programs
+from autopart.compile.variants import variant
 from autopart.frontend.batch import DTYPES
 from autopart.hardware.mesh import Mesh
 from autopart.passes.source import Source
@@ -29,15 +34,24 @@ def on_ranks(models: list[nn.Module], x: Tensor, run: Any, same: bool = False, *
         source = Source(models[0], {"x": x}, DTYPES[request.precision])
         plan = make_plan(source, Mesh.of(f"{len(models)}:cpu"), request, to_run=True)
         layered = source.full(plan.micro_batch, plan.mesh)
-        PLANNED[key] = plan, programs(layered, plan), layered.traced
-    plan, stages, traced = PLANNED[key]
+        PLANNED[key] = source, plan, programs(layered, plan), layered
+    source, plan, stages, layered = PLANNED[key]
+    traced, lock = layered.traced, Lock()
+
+    def other(model: nn.Module, groups: Groups, batch: Any, rows: int, training: bool) -> Any:
+        """`variant`, one rank after the other: traces are not made for threads."""
+        ranks = math.prod(groups.along(axis).size for axis in stages[groups.pp.rank].sample_axes)
+        with lock:
+            mine = replace(source, model=model)
+            return variant(mine, plan, layered, ranks, groups.pp.rank, lambda make: make(), batch, rows, training)
 
     def one(groups: Groups) -> Any:
         model = models[groups.rank]
         buffers = {
             n: b if n not in dict(model.named_buffers()) else model.get_buffer(n) for n, b in traced.buffers.items()
         }
-        compiled = Compiled(model, plan, groups, stages[groups.pp.rank], traced.aliases, buffers, {"x": x})
+        program, make = stages[groups.pp.rank], partial(other, model, groups)
+        compiled = Compiled(model, plan, groups, program, traced.aliases, buffers, {"x": x}, variant=make)
         compiled.load_rank_zero(tensors_of(model, buffers))
         compiled.check_batches = True
         return run(compiled)

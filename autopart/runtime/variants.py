@@ -1,0 +1,122 @@
+"""Programs over the weights of one stage: of training and of evaluation, one for every form of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from autopart.errors import PartitionError
+from autopart.plan.data import Plan
+from autopart.runtime.emitted import Program, run_source
+from autopart.runtime.executor import StageProgram
+from autopart.runtime.groups import Groups
+from autopart.runtime.parameters import fill, origins, shared_with
+
+Tensor = torch.Tensor
+Form = tuple[bool, int, tuple[tuple[str, tuple[int, ...]], ...]]
+"""Whether a program trains, its samples, and the sizes of a sample of every input."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The program of a stage for other batches, or for evaluation.
+
+    plan       with the sizes of the batch
+    constants  values of the buffers and of constants that its trace made
+    """
+
+    plan: Plan
+    program: Program
+    constants: Mapping[str, Tensor | None]
+
+
+MakeVariant = Callable[[Mapping[str, Any], int, bool], Variant]
+
+
+class Variants:
+    """The programs that were made so far. All train the weights of the first, whose buffers are the model's."""
+
+    def __init__(
+        self, plan: Plan, first: StageProgram, groups: Groups, make: MakeVariant | None, buffers: Container[str]
+    ) -> None:
+        """
+        make     makes the program for a batch like this one of so many samples, for training or not; None: only the
+                 first can be run
+        buffers  names of the model's own
+        """
+        self.first, self.groups, self.make = first, groups, make
+        self.paths = {id(first.stage): _buffers(first.stage, buffers)}
+        self.of_model = buffers
+        inputs = {name: shape[1:] for name, shape in plan.signature.inputs.items()}
+        self.names = tuple(sorted(inputs))
+        self.made: dict[Form, tuple[Plan, StageProgram]] = {
+            (True, plan.global_batch, tuple((name, inputs[name]) for name in self.names)): (plan, first)
+        }
+        self.plan = plan
+
+    def find(self, batch: Mapping[str, Any], ranks: int, training: bool) -> tuple[Plan, StageProgram]:
+        """The plan and the program for a batch, made now where it is the first of its form.
+
+        ranks  how many batches like this one are trained together
+        """
+        if lacking := [name for name in self.names if not isinstance(batch.get(name), Tensor)]:
+            raise PartitionError(f"the batch lacks {lacking[0]}", f"it has {', '.join(batch) or 'nothing'}")
+        tensors = {name: batch[name] for name in self.names}
+        rows = ranks * next(iter(tensors.values())).shape[0] if tensors else self.plan.global_batch
+        form = training, rows, tuple((name, tuple(tensor.shape[1:])) for name, tensor in tensors.items())
+        if form not in self.made:
+            if self.make is None:
+                raise _other_sizes(self.plan, tensors, ranks)
+            self.made[form] = self._load(self.make(batch, rows, training))
+        return self.made[form]
+
+    def _load(self, variant: Variant) -> tuple[Plan, StageProgram]:
+        with shared_with(self.first.stage):
+            program = variant.program
+            stage = run_source(program.source, f"stage_{program.stage}_{len(self.made)}.py").Stage(self.groups)
+        known = {share.origin.name for _, share in self.first.stage.named_parameters()}
+        if strange := [s.origin.name for _, s in stage.named_parameters() if s.origin.name not in known]:
+            raise PartitionError(f"{strange[0]} is in another stage of this program", "weights stay where they are")
+        fill(stage.buffers(), self.groups, {n: v for n, v in variant.constants.items() if v is not None})
+        self.paths[id(stage)] = _buffers(stage, self.of_model)
+        return variant.plan, StageProgram(stage, program.instructions, program.messages)
+
+    @contextmanager
+    def buffers(self, program: StageProgram) -> Iterator[None]:
+        """Meanwhile a program's buffers are those of the first program, which has their values afterwards."""
+        self._carry(self.first.stage, program.stage)
+        yield
+        self._carry(program.stage, self.first.stage)
+
+    def _carry(self, source: nn.Module, to: nn.Module) -> None:
+        """Give the model's buffers of one stage to another."""
+        if source is to:
+            return
+        paths = self.paths[id(source)]
+        for name, path in self.paths[id(to)].items():
+            if name in paths:
+                module, _, attribute = path.rpartition(".")
+                to.get_submodule(module)._buffers[attribute] = source.get_buffer(paths[name])
+
+
+def _buffers(stage: nn.Module, of_model: Container[str]) -> dict[str, str]:
+    """Name of a buffer of the model -> its path in a new stage."""
+    return {origin.name: path for path, origin in origins(stage).items() if origin.name in of_model}
+
+
+def _other_sizes(plan: Plan, tensors: Mapping[str, Tensor], ranks: int) -> PartitionError:
+    expected = plan.global_batch // ranks
+    for name, tensor in tensors.items():
+        wanted = (expected, *plan.signature.inputs[name][1:])
+        if tuple(tensor.shape) != wanted:
+            return PartitionError(
+                f"{name} has shape {list(tensor.shape)}, the plan is for {list(wanted)}",
+                f"{plan.micro_batches} micro-batches of {plan.micro_batch // ranks} samples",
+                "drop or pad the last batch, or plan for this size",
+            )
+    raise AssertionError(tensors)
