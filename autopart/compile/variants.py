@@ -25,7 +25,7 @@ from autopart.plan.signature import Signature
 from autopart.planner.constraints import Constraint, Positions
 from autopart.planner.make_plan import make_plan
 from autopart.planner.request import Request
-from autopart.planner.validate import cut_findings, strategy_findings
+from autopart.planner.validate import stage_findings, strategy_findings
 from autopart.runtime.variants import Variant
 from autopart.sharding.rules import Strategy
 
@@ -110,7 +110,7 @@ def _micro_batch(plan: Plan, rows: int, ranks: int, mixes: bool) -> int:
 def _same_splits(plan: Plan, layered: LayeredGraph) -> Plan | None:
     """The plan, where its splits fit another graph of the same operators."""
     with suppress(KeyError):
-        if not any(cut_findings(plan, layered)) and not any(strategy_findings(plan, layered)):
+        if not any(stage_findings(plan, layered)) and not any(strategy_findings(plan, layered)):
             return plan
     return None
 

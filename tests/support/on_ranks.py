@@ -39,11 +39,14 @@ def on_ranks(models: list[nn.Module], x: Tensor, run: Any, same: bool = False, *
     traced, lock = layered.traced, Lock()
 
     def other(model: nn.Module, groups: Groups, batch: Any, rows: int, training: bool) -> Any:
-        """`variant`, one rank after the other: traces are not made for threads."""
+        """`variant`, one rank after the other while no rank computes: traces are not made for threads."""
         ranks = math.prod(groups.along(axis).size for axis in stages[groups.pp.rank].sample_axes)
+        groups.host.gather(None)
         with lock:
             mine = replace(source, model=model)
-            return variant(mine, plan, layered, ranks, groups.pp.rank, lambda make: make(), batch, rows, training)
+            made = variant(mine, plan, layered, ranks, groups.pp.rank, lambda make: make(), batch, rows, training)
+        groups.host.gather(None)
+        return made
 
     def one(groups: Groups) -> Any:
         model = models[groups.rank]
