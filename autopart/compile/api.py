@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from autopart.compile.given_weights import check_has_weights, given_weights, used_parameters
 from autopart.compile.programs import programs
 from autopart.compile.variants import variant
 from autopart.compile.warn import warn
@@ -71,6 +72,7 @@ def compile(
     batch: Batch,
     *,
     plan: Plan | None = None,
+    weights: str | os.PathLike[str] | None = None,
     seed: int | None = None,
     check_batches: bool = True,
     on_progress: OnProgress = silent,
@@ -79,13 +81,17 @@ def compile(
     """Plan (unless a `plan` is given), emit this rank's module and load the model's weights into it.
 
     plan           a plan for as many ranks as the mesh has
+    weights        a folder of safetensors as Hugging Face lays it out, of which every rank reads its own shares; or
+                   "init", the model's own initialisation, by `seed` and by the names of modules. Either way `model` may
+                   be on meta. Default: the model's weights
     seed           of dropout and other random numbers (default: torch's seed on rank 0). Random numbers depend on the
                    seed, the step and the element's place in the whole batch, not on the plan
     check_batches  whether steps compare checksums of the rows that ranks were given: the first 10 steps, then every
                    100th
     settings       as `autopart.plan`
 
-    Weights and buffers are those of rank 0's model on every rank: what differs on another rank is broadcast. `model` is
+    Without `weights`, weights and buffers are those of rank 0's model on every rank: what differs on another rank is
+    broadcast. `model` is
     not changed, neither now nor by steps, and its weights are not read again. To evaluate or save what was trained,
     load `compiled.full_state_dict()`, which all ranks call, into a copy of it on rank 0. To train other weights,
     `compiled.load_state_dict`.
@@ -94,34 +100,50 @@ def compile(
     part of the loss.
 
     Every process calls it; rank 0 plans for all. Raises PartitionError as `autopart.plan` does, where the number of
-    processes is not that of the mesh, where the plan is for another model, and where the model does what training on
-    several ranks cannot reproduce.
+    processes is not that of the mesh, where the plan is for another model, where the model does what training on
+    several ranks cannot reproduce, where `weights` do not fit the model, and where a tensor has no value.
     """
     mesh = Mesh.of(mesh)
     check_plan(plan, mesh)
     start_processes(mesh.size)
     request = request_of(model, batch, **settings)
-    source = Source(model, batch, DTYPES[plan.precision if plan else request.precision])
+    given = None
+    if weights is None:
+        check_has_weights(model)
+    else:
+        given = given_weights(model, weights, torch.initial_seed() if seed is None else seed)
+    source = Source(given.model if given else model, batch, DTYPES[plan.precision if plan else request.precision])
     if plan is None and request.micro_batch and dist.is_initialized() and dist.get_rank():
         with suppress(PartitionError):  # which rank 0 raises for all
             source.full(request.micro_batch, mesh)
     plan, seed = _agreed(plan, seed, lambda: make_plan(source, mesh, request, on_progress, to_run=True))
     layered = source.full(plan.micro_batch, plan.mesh)
     validate(plan, layered)
-    _check_trainable(model)
     groups = make_groups(plan.pp, plan.dp, plan.tp)
     groups.rng.seed = seed
     (program,) = programs(layered, plan, [groups.pp.rank])
     ranks = math.prod(groups.along(axis).size for axis in program.sample_axes)
     again = replace(source, batch=outline(batch, 1), prepared={}, planned={})
+
+    def same_trace() -> bool:
+        return _has_trace(replace(again, model=given.like(model)) if given else again, plan, layered.hash)
+
+    buffers = layered.traced.buffers
+    find = given.loading(buffers, seed) if given else None
     compiled = Compiled(
-        model, plan, groups, program, layered.traced.aliases, layered.traced.buffers, batch,
-        lambda: _has_trace(again, plan, layered.hash),
+        model, plan, groups, program, layered.traced.aliases, buffers, batch, same_trace,
         partial(variant, again, plan, layered, ranks, groups.pp.rank, lambda make: _agreed(None, None, make)[0]),
+        find,
     )  # fmt: skip
     if "MASTER_ADDR" in os.environ:
         start_watchdog(lambda: compiled.executor.doing)
-    compiled.load_rank_zero(tensors_of(model, layered.traced.buffers))
+    used = used_parameters(layered.traced)
+    compiled.emitted = {*used, *buffers}
+    if given is None:
+        compiled.load_rank_zero(tensors_of(model, buffers))
+    else:
+        compiled.load_rank_zero({name: value for name, value in buffers.items() if value is not None})
+        compiled.beside = given.unused(used) if compiled.rank == 0 else {}
     compiled.check_batches = check_batches
     if compiled.rank == 0:
         warn(plan, layered.traced, model)
@@ -158,10 +180,3 @@ def _has_trace(source: Source, plan: Plan, hash: str) -> bool:
     with suppress(PartitionError):
         return replace(source, prepared={}).full(plan.micro_batch, plan.mesh).hash == hash
     return False
-
-
-def _check_trainable(model: nn.Module) -> None:
-    if any(p.is_meta for p in model.parameters()):
-        raise PartitionError(
-            "the model is on the meta device", "it has shapes but no weights to train", "build it on the CPU"
-        )

@@ -22,7 +22,8 @@ from autopart.runtime.simulated import run_simulated
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-from autopart.compile.api import _check_trainable, check_plan
+from autopart.compile.api import check_plan
+from autopart.compile.given_weights import check_has_weights
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def simulate_plan(source: Source, plan: Plan, seed: int | None = None) -> Simula
     """`simulate` of a plan for a model that is traced already."""
     layered = source.full(plan.micro_batch, plan.mesh)
     validate(plan, layered)
-    _check_trainable(source.model)
+    check_has_weights(source.model)
     stages = programs(layered, plan)
 
     def one(groups: Groups) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -3,6 +3,15 @@
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module as lazy_graph_modules
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-__all__ = ["FakeTensor", "FakeTensorMode", "StorageWeakRef", "lazy_graph_modules", "tree_leaves", "tree_unflatten"]
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "StorageWeakRef",
+    "TorchDispatchMode",
+    "lazy_graph_modules",
+    "tree_leaves",
+    "tree_unflatten",
+]

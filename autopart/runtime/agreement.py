@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ FIRST_STEPS, EVERY = 10, 100
 
 def checksum(tensor: Tensor, start: int = 0) -> int:
     """The CRC-32 of a tensor's bytes, continued from `start`."""
-    return zlib.crc32(_bytes(tensor.detach().cpu().contiguous()).numpy().data, start)
+    return zlib.crc32(bytes_of(tensor.detach().cpu().contiguous()).numpy().data, start)
 
 
 def rank_zero_values(tensors: Mapping[str, Tensor], host: Group) -> Iterator[tuple[str, Tensor]]:
@@ -35,7 +36,7 @@ def rank_zero_values(tensors: Mapping[str, Tensor], host: Group) -> Iterator[tup
     for name in (name for name, differs in zip(names, (everyone != everyone[0]).any(0), strict=True) if differs):
         mine = tensors[name].detach()
         value = mine.cpu().contiguous() if host.rank == 0 else torch.empty(mine.shape, dtype=mine.dtype)
-        host.broadcast(_bytes(value), 0)
+        host.broadcast(bytes_of(value), 0)
         yield name, value
 
 
@@ -46,16 +47,12 @@ def from_rank_zero(
 
     check  is called first, with the shapes of all by their names
     """
-    mine = [(name, tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in tensors.items()]
-    found = _text_of_rank_zero(mine, host)
-    check({name: tuple(shape) for name, shape, _ in found})
+    found = from_first([(name, tuple(value.shape), value.dtype) for name, value in tensors.items()], host)
+    check({name: shape for name, shape, _ in found})
     for name, shape, dtype in found:
-        if host.rank == 0:
-            value = tensors[name].detach().cpu().contiguous()
-        else:
-            value = torch.empty(shape, dtype=getattr(torch, dtype))
+        value = tensors[name].detach().cpu().contiguous() if host.rank == 0 else torch.empty(shape, dtype=dtype)
         if host.size > 1:
-            host.broadcast(_bytes(value), 0)
+            host.broadcast(bytes_of(value), 0)
         yield name, value
 
 
@@ -74,16 +71,16 @@ def check_names(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple
         )
 
 
-def _text_of_rank_zero(value: Any, host: Group) -> Any:
-    """Rank 0's value, which JSON can write."""
+def from_first(value: Any, host: Group) -> Any:
+    """Rank 0's picklable value, on every rank."""
     if host.size == 1:
         return value
-    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    length = torch.tensor(len(text))
+    data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    length = torch.tensor(len(data))
     host.broadcast(length, 0)
-    text = text if host.rank == 0 else torch.empty(int(length), dtype=torch.uint8)
-    host.broadcast(text, 0)
-    return json.loads(bytes(text.numpy()))
+    data = data if host.rank == 0 else torch.empty(int(length), dtype=torch.uint8)
+    host.broadcast(data, 0)
+    return pickle.loads(data.numpy().tobytes())
 
 
 def compares(step: int) -> bool:
@@ -144,6 +141,6 @@ def check_rows(batch: Mapping[str, Any], local: bool, share: int, host: Group) -
     )
 
 
-def _bytes(contiguous: Tensor) -> Tensor:
+def bytes_of(contiguous: Tensor) -> Tensor:
     """A contiguous tensor's memory."""
     return contiguous.view(-1).view(torch.uint8)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +22,9 @@ from autopart.runtime.guards import BatchForm, ModelWeights, TrainingMode
 from autopart.runtime.loss_scale import LossScale
 from autopart.runtime.optimizers import check, names_by_group, over_shares
 from autopart.runtime.parameters import fill, origins
+from autopart.runtime.pretrained import save_pretrained, sync_to
 from autopart.runtime.process_group import Group
+from autopart.runtime.share_reader import Sliceable, fill_from
 from autopart.runtime.variants import MakeVariant, Variants
 from autopart.runtime.whole import assemble, micro_batches, shares_of
 
@@ -46,6 +50,7 @@ class Compiled:
         traced: Mapping[str, Any] | None = None,
         same_trace: Callable[[], bool] = lambda: False,
         variant: MakeVariant | None = None,
+        find: Callable[[str], Sliceable] | None = None,
     ) -> None:
         """
         constants   values of the model's buffers and of constants that the trace made
@@ -53,6 +58,7 @@ class Compiled:
         same_trace  whether the model as it is now would be traced to the same program
         variant     makes the program for a batch like this one of so many samples, for training or evaluation; None:
                     only batches of the plan's sizes can be trained
+        find        a weight's or a buffer's name -> where its whole value lies; None: the model's own and `constants`
         """
         self.plan, self.groups, self.source = plan, groups, program.source
         self.model, self.aliases, self.sample_axes = model, aliases, program.sample_axes
@@ -71,9 +77,13 @@ class Compiled:
         self.stage.parameters = _refused
         self.variants = Variants(plan, first, groups, variant, dict(model.named_buffers()))
         self.emitted = {*plan.signature.parameters, *constants}
+        """Names of the tensors that some stage computes with."""
         self.beside: dict[str, Tensor] = {}
         """Loaded tensors of the state dict that no stage computes with."""
-        self.fill(tensors_of(model, constants))
+        if find is None:
+            self.fill(tensors_of(model, constants))
+        else:
+            fill_from(self._shares(), groups, find)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load weights and buffers by the model's names, whole, such as `full_state_dict` returns: those that rank 0
@@ -261,6 +271,32 @@ class Compiled:
             for alias, value in self.model.state_dict().items()
             for name in [self.aliases.get(alias, alias)]
         }
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        max_shard_size: int | str = "5GB",
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        """Write the trained model as `from_pretrained` of transformers reads it: safetensors in files of at most
+        `max_shard_size`, the config and the generation config. All ranks call it; rank 0 writes, and holds the tensors
+        of one file at most.
+
+        dtype  of the parameters in the files; default: the plan's precision
+
+        The names are those that transformers writes; for a plain module they are the state dict's. Raises
+        PartitionError for a size or a dtype that is none.
+        """
+        save_pretrained(self, Path(folder), max_shard_size, dtype)
+
+    def sync_to(self, model: nn.Module, ranks: Collection[int] | None = None) -> None:
+        """Copy the trained weights and buffers into a model, one tensor at a time: into each rank's, or that of `ranks`
+        alone. All ranks call it. Tensors of the model on meta are replaced.
+
+        Trained weights are the optimizer's copies in the master dtype, where the plan has one. Raises PartitionError
+        for a model of other names or shapes.
+        """
+        sync_to(self, model, ranks)
 
     @property
     def rank(self) -> int:
