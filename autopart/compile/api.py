@@ -20,6 +20,7 @@ from autopart.compile.variants import variant
 from autopart.compile.warn import warn
 from autopart.errors import PartitionError
 from autopart.frontend.batch import DTYPES, Batch, outline
+from autopart.frontend.with_loss import Loss, with_loss
 from autopart.hardware.mesh import Mesh
 from autopart.passes.source import Source
 from autopart.plan.data import Plan
@@ -41,6 +42,7 @@ def plan(
     mesh: str | Mesh | DeviceMesh,
     batch: Batch,
     *,
+    loss: Loss | None = None,
     on_progress: OnProgress = silent,
     **settings: Unpack[Settings],
 ) -> Plan:
@@ -50,17 +52,28 @@ def plan(
     model        any nn.Module whose forward takes `batch` and returns a loss (alone, as `.loss`, or first)
     mesh         "hosts x devices:device", as "4x8:h100-80gb"; a Mesh; or a DeviceMesh, whose axes pp, dp, tp are kept
     batch        the model's keyword arguments, samples in dim 0 of every tensor
+    loss         of the model's outputs and the batch, for a model that returns none: a function that returns a scalar,
+                 the mean over samples. Keys of the batch that forward has no name for are for the loss alone
     on_progress  called with a line of text: the best plan's seconds, the lower bound, the gap
     settings     degrees, batch sizes, precision, constraints and all else that may be fixed: `autopart.Settings`
 
     Raises PartitionError for a model that cannot be traced, a batch that does not divide, a mesh that is too small.
     """
+    model = with_loss(model, loss)
     request = request_of(model, batch, **settings)
     return make_plan(Source(model, batch, DTYPES[request.precision]), Mesh.of(mesh), request, on_progress)
 
 
-def estimate(model: nn.Module, mesh: str | Mesh | DeviceMesh, batch: Batch, **settings: Unpack[Settings]) -> Estimate:
+def estimate(
+    model: nn.Module,
+    mesh: str | Mesh | DeviceMesh,
+    batch: Batch,
+    *,
+    loss: Loss | None = None,
+    **settings: Unpack[Settings],
+) -> Estimate:
     """What the configuration in `settings` (see `plan`) would cost, whether it fits or not."""
+    model = with_loss(model, loss)
     request = request_of(model, batch, **settings)
     source = Source(model, batch, DTYPES[request.precision])
     return Estimate.of(make_plan(source, Mesh.of(mesh), replace(request, must_fit=False)))
@@ -71,6 +84,7 @@ def compile(
     mesh: str | Mesh | DeviceMesh,
     batch: Batch,
     *,
+    loss: Loss | None = None,
     plan: Plan | None = None,
     weights: str | os.PathLike[str] | None = None,
     seed: int | None = None,
@@ -80,6 +94,7 @@ def compile(
 ) -> Compiled:
     """Plan (unless a `plan` is given), emit this rank's module and load the model's weights into it.
 
+    loss           of the model's outputs and the batch, for a model that returns none (see `plan`)
     plan           a plan for as many ranks as the mesh has
     weights        a folder of safetensors as Hugging Face lays it out, of which every rank reads its own shares; or
                    "init", the model's own initialisation, by `seed` and by the names of modules. Either way `model` may
@@ -105,6 +120,7 @@ def compile(
     """
     mesh = Mesh.of(mesh)
     check_plan(plan, mesh)
+    model = with_loss(model, loss)
     start_processes(mesh.size)
     request = request_of(model, batch, **settings)
     given = None

@@ -14,6 +14,7 @@ from autopart.compile.api import check_plan
 from autopart.compile.simulate import simulate_plan
 from autopart.frontend.batch import DTYPES, Batch, take
 from autopart.frontend.torch_private import tree_leaves
+from autopart.frontend.with_loss import Loss, with_loss
 from autopart.hardware.mesh import Mesh
 from autopart.ir.graph import calls
 from autopart.ir.random_ops import Stream
@@ -58,6 +59,7 @@ def check(
     mesh: str | Mesh | DeviceMesh,
     batch: Batch,
     *,
+    loss: Loss | None = None,
     plan: Plan | None = None,
     seed: int = 0,
     **settings: Unpack[Settings],
@@ -67,6 +69,7 @@ def check(
     """
     mesh = Mesh.of(mesh)
     check_plan(plan, mesh)
+    model = with_loss(model, loss)
     request = request_of(model, batch, **settings)
     source = Source(model, batch, DTYPES[plan.precision if plan else request.precision])
     plan = plan or make_plan(source, mesh, request, to_run=True)
@@ -79,14 +82,14 @@ def check(
         request = request_of(model, batch, micro_batch=plan.micro_batch, precision=plan.precision)
         alone = make_plan(source, Mesh.of("1:cpu"), request, to_run=True)
         whole = simulate_plan(source, alone, seed)
-        loss, gradients, state = whole.loss, whole.gradients, whole.state
+        right, gradients, state = whole.loss, whole.gradients, whole.state
     else:
         trained = copy.deepcopy(model)
-        loss, gradients = one_process(trained, batch)
+        right, gradients = one_process(trained, batch)
         state = trained.state_dict()
     error, worst = worst_error(split.gradients, gradients)
     buffer_error, worst_buffer = worst_error(*(_buffers(model, every) for every in (split.state, state)))
-    off = abs(float(split.loss) - float(loss)) / max(abs(float(loss)), 1e-30)
+    off = abs(float(split.loss) - float(right)) / max(abs(float(right)), 1e-30)
     against = "its one-rank program" if draws else "the model"
     return Check(plan, float(split.loss), off, error, worst, buffer_error, worst_buffer, against)
 

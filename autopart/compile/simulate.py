@@ -10,6 +10,7 @@ from torch import nn
 
 from autopart.compile.programs import programs
 from autopart.frontend.batch import DTYPES, Batch
+from autopart.frontend.with_loss import Loss, with_loss
 from autopart.hardware.mesh import Mesh
 from autopart.passes.source import Source
 from autopart.plan.data import Plan
@@ -47,6 +48,7 @@ def simulate(
     mesh: str | Mesh | DeviceMesh,
     batch: Batch,
     *,
+    loss: Loss | None = None,
     plan: Plan | None = None,
     seed: int | None = None,
     **settings: Unpack[Settings],
@@ -57,6 +59,7 @@ def simulate(
     """
     mesh = Mesh.of(mesh)
     check_plan(plan, mesh)
+    model = with_loss(model, loss)
     request = request_of(model, batch, **settings)
     source = Source(model, batch, DTYPES[plan.precision if plan else request.precision])
     return simulate_plan(source, plan or make_plan(source, mesh, request, to_run=True), seed)

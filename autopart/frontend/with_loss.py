@@ -1,0 +1,44 @@
+"""A model that returns no loss, with a loss of its outputs and the batch."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from autopart.errors import PartitionError
+
+Loss = Callable[[Any, Mapping[str, Any]], torch.Tensor]
+"""Outputs of the model, and the batch -> the mean loss over the batch's samples, a scalar."""
+
+
+def with_loss(model: nn.Module, loss: Loss | None) -> nn.Module:
+    """The model with a forward that returns `loss(model(**inputs), batch)`; the model itself where `loss` is None.
+
+    The inputs are what the model's forward has names for; other keys of the batch, such as targets, are for the loss
+    alone. The modules, their names and their parameters are the model's own, shared.
+    """
+    if loss is None:
+        return model
+    if not callable(loss):
+        raise PartitionError(f"loss={loss!r} is no function", try_="loss=lambda outputs, batch: ...")
+    kind = type(model)
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+    def forward(self: nn.Module, **batch: Any) -> torch.Tensor:
+        return loss(kind.forward(self, **{name: value for name, value in batch.items() if name in names}), batch)
+
+    def training(self: nn.Module) -> bool:
+        return model.training
+
+    def train(self: nn.Module, mode: bool) -> None:
+        model.training = mode
+
+    made = copy.copy(model)
+    made.__class__ = type(kind.__name__, (kind,), {"forward": forward, "training": property(training, train)})
+    return made
