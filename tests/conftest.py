@@ -1,27 +1,34 @@
 """Settings of the whole test suite, made before anything imports torch or transformers.
 
-Where the time goes: CPU seconds (user and system, of the test and its children) of a whole run on two cores with
-nothing beside, 2,387 in 22 minutes:
+Where the time goes: CPU seconds (user and system, of a test and its children), measured file by file, most of them with
+other programs beside, where a CPU second is up to 1.4 of a quiet machine's, and with some 5 a file for what it imports
+and traces first, which a whole run pays once. The sum over all files is about 1,640:
 
-    200  runtime/test_exact.py, of which four ranks of GPT-2 124
-    160  cost/test_memory.py
-    160  planner/test_explain.py, of which what fits where nothing does 70
-    156  sharding/test_proof.py, of which aten.mm 22 and the wrong rows 22
-    130  runtime/test_failure.py: three ranks import torch in each of ten tests
-    108  cli/test_cli.py: four tests start processes
-    87   frontend/test_shortened.py, families of models
-    82   compile/test_graphs.py, of which 24 random models in groups of their own
-    75   planner/test_brute.py, in 30 groups; runtime/test_random.py; compile/test_zoo.py: ten architectures
-    73   planner/test_solvers.py
-    65   compile/test_check.py; runtime/test_memory_saving.py
+    122  sharding/test_proof.py, of which PyTorch's own calls 28 and the wrong rows 11
+    114  planner/test_explain.py, of which what fits where nothing does 42
+    91   cost/test_memory.py
+    89   runtime/test_exact.py, of which four ranks 54
+    77   frontend/test_shortened.py
+    70   compile/test_graphs.py, of which 24 random models in groups of their own
+    54   compile/test_check.py
+    51   runtime/test_random.py
+    48   planner/test_brute.py, in 30 groups
+    42   cli/test_cli.py
+    39   runtime/test_memory_saving.py
+    35   runtime/test_failure.py, plan/test_graph.py, sharding/test_rules.py
+    33   planner/test_solvers.py, benchmarks/test_reserved.py, frontend/test_functional.py, frontend/test_exporting.py
+    27   runtime/test_mixed.py, compile/test_zoo.py, kernels/test_kernels.py, passes/test_checkpoint_cut.py and others
+    10   the server from which ranks are forked
 
-What is dear is to import torch (2 to 4), to trace a transformer (0.5 to 2 for each dtype and micro-batch size, twice
-that where `frontend/functionalize.py` leaves it to torch) and to start ranks. Trace once for many plans; fork ranks
-from a process that has imported, traced and planned (`support/ranks.py`). A test of more than about 2 CPU seconds is
-`slow`, so that `make quick` leaves it out. Where AUTOPART_EXAMPLES is set, to a number of random models, tests that
-take a sample by default try all they have.
+What is dear is to import torch (4) or transformers (6 more), to trace a transformer (0.5 to 2 for each dtype and
+micro-batch size, twice that where `frontend/functionalize.py` leaves it to torch) and to start ranks. Trace once for
+many plans (`support/models.py` keeps what any test has traced of its models); fork ranks from the server that has
+imported them (`support/ranks.py`), and share what was traced and planned before. A test of more than about 2 CPU
+seconds is `slow`, so that `make quick` leaves it out. Where AUTOPART_EXAMPLES is set, to a number of random models,
+tests that take a sample by default, of random models or of the rows of a table, try all they have.
 """
 
+import gc
 import os
 import random
 from collections import defaultdict
@@ -32,8 +39,8 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELIS
 
 SAMPLE = 2
 """Cases of a parametrised test that --quick runs at most."""
-LONGEST = """test_proof test_memory test_explain test_shortened test_exporting test_check test_certify test_structure
-    test_graph test_reserved test_rules test_estimates test_kernels test_batch_sizes test_accuracy""".split()
+LONGEST = """test_explain test_proof test_memory test_shortened test_check test_random test_solvers test_graph
+    test_structure test_exporting test_certify test_functional test_reserved test_estimates test_plan""".split()
 """Files in the order in which they start: tests of one file run on one worker."""
 
 
@@ -69,6 +76,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return item.get_closest_marker("processes") is None, start, item.path not in long
 
     items.sort(key=turn)
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """After the last test of a file take what is left, traces mostly, out of the collector's sight. Otherwise every
+    walk over a worker's growing heap takes longer than the one before, up to 11 CPU seconds."""
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 def _quick(items: list[pytest.Item]) -> set[pytest.Item]:

@@ -26,7 +26,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ class Memory(TorchDispatchMode):
     def __init__(self, others: Iterable[torch.Tensor]) -> None:
         super().__init__()
         self.made = {StorageWeakRef(tensor.untyped_storage()): 0 for tensor in others}
-        self.peak, self.hidden = 0, False
+        self.upper_bound, self.peak, self.hidden = 0, 0, False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -75,23 +75,24 @@ class Memory(TorchDispatchMode):
         return out
 
     def see(self, out: Any) -> None:
-        """Count what is in `out`."""
-        new = False
+        """Count what is in `out`. Bytes alive are counted anew only where what was alive at the last count and what was
+        made since are together above the peak."""
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 key = StorageWeakRef(storage)
                 if key not in self.made:
-                    self.made[key], new = storage.nbytes(), True
-        if new:
+                    self.made[key] = storage.nbytes()
+                    self.upper_bound += storage.nbytes()
+        if self.upper_bound > self.peak:
             self.peak = max(self.peak, self.alive)
 
     @property
     def alive(self) -> int:
         """Bytes alive now."""
         for gone in [storage for storage in self.made if storage.expired()]:
-            del self.made[gone]
-        return sum(self.made.values())
+            self.upper_bound -= self.made.pop(gone)
+        return self.upper_bound
 
     def watch(self, groups: Groups) -> None:
         """Count of the collectives of simulated groups their results alone."""
@@ -356,22 +357,27 @@ def layer(row: Mapping[str, str]) -> Layer:
     """One row: its model cut to 3 layers, tensor-parallel over a host."""
     hidden, heads, length, tp, samples = (int(row[k]) for k in ("hidden", "heads", "seq_len", "tp", "micro_batch"))
     formula = FORMULAS[row["mode"]]
-    config = hf.GPT2Config(
-        n_embd=hidden, n_head=heads, n_layer=3, n_positions=length, vocab_size=51200, activation_function="gelu",
-        use_cache=False, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1 * formula.scores,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = hf.GPT2LMHeadModel(config)
-        tokens = torch.zeros(samples, length, dtype=torch.long)
-    batch = {"input_ids": tokens, "labels": tokens}
+    source = layer_source(hidden, heads, length, samples, formula.scores)
     settings = {"tp": tp, "micro_batch": samples, "recompute": formula.recompute, **MIXED}
-    request = request_of(model, batch, constraints=MEGATRON + SEQUENCE[formula.sequence], **settings)
+    request = request_of(source.model, source.batch, constraints=MEGATRON + SEQUENCE[formula.sequence], **settings)
     request = replace(request, must_fit=False)
-    source = Source(model, batch, torch.bfloat16)
     plan = make_plan(source, Mesh.parse(f"{tp}:a100-80gb"), request)
     (stage,) = stage_memories(plan, source)
     kept = math.fsum(nbytes for _, label, _, nbytes in stage.saved() if label == "transformer.h.1")
     return Layer(row["model"], row["mode"], kept, formula.bytes(length * samples, hidden, heads * length / hidden, tp))
+
+
+@cache
+def layer_source(hidden: int, heads: int, length: int, samples: int, scores: bool) -> Source:
+    """A GPT of 3 layers with dropout, and a batch; its attention is written out where scores are kept."""
+    config = hf.GPT2Config(
+        n_embd=hidden, n_head=heads, n_layer=3, n_positions=length, vocab_size=51200, activation_function="gelu",
+        use_cache=False, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1 * scores,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = hf.GPT2LMHeadModel(config)
+        tokens = torch.zeros(samples, length, dtype=torch.long)
+    return Source(model, {"input_ids": tokens, "labels": tokens}, torch.bfloat16)
 
 
 def layers_table(found: Sequence[Layer]) -> Table:

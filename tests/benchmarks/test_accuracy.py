@@ -30,6 +30,8 @@ from benchmarks.accuracy.published_runs import (
 pytestmark = pytest.mark.slow
 
 ROWS = {file: list(read(file)) for file in FILES}
+BENCH = Bench()
+"""Traces that the tests share."""
 
 
 def row_of(name: str) -> Published:
@@ -111,7 +113,7 @@ def test_models_that_are_not_in_the_table_of_sizes() -> None:
 
 
 def test_a_small_row_from_end_to_end() -> None:
-    found = score(Bench(), row_of("megatron_jan2021:1"))
+    found = score(BENCH, row_of("megatron_jan2021:1"))
     assert abs(math.log2(found.predicted / 1.121)) < 1
     assert sum(found.shares.values()) == pytest.approx(1)
     assert found.clock == pytest.approx(0, abs=1e-9)
@@ -120,7 +122,7 @@ def test_a_small_row_from_end_to_end() -> None:
 def test_a_pipeline_is_interleaved() -> None:
     """A plan's own stages: in one piece its step, in several a shorter one where messages are few."""
     row = replace(row_of("seqsel_t5:3"), overlapped=False, replicated=False)
-    plan = plan_of(Bench(), row)
+    plan = plan_of(BENCH, row)
     assert predicted_seconds(plan, replace(row, pieces=1)) == pytest.approx(plan.step_seconds)
     assert predicted_seconds(plan, row) < plan.step_seconds
     stage = plan.stages[0]
@@ -140,7 +142,7 @@ def test_a_scattered_message_is_sent_in_parts() -> None:
 
 def test_every_second_product_is_run_again() -> None:
     """Of a Llama's seven, k, o and up: a third of forward and backward each."""
-    stage = plan_of(Bench(), row_of("torchtitan_2024_12:1")).stages[0]
+    stage = plan_of(BENCH, row_of("torchtitan_2024_12:1")).stages[0]
     (blocks,) = (run for run in stage.segments if len(run.labels) > 1)
     found = {line.name: line.seconds for line in blocks.lines if line.operator == "linear"}
     again = found["self_attn.k_proj"] + found["self_attn.o_proj"] + found["mlp.up_proj"]
@@ -150,8 +152,7 @@ def test_every_second_product_is_run_again() -> None:
 def test_messages_of_fsdp() -> None:
     """They cost a latency a block, more on more hosts, and copies through buffers: 14 bytes an element."""
     small, large = (row_of(f"torchtitan_2024_12:{n}") for n in (1, 4))
-    bench = Bench()
-    near, far = (plan_of(bench, row, "float32") for row in (small, large))
+    near, far = (plan_of(BENCH, row, "float32") for row in (small, large))
     (late, copied), (later, same) = (fsdp(plan, plan.stages[0]) for plan in (near, far))
     assert 0 < 10 * late < later
     assert copied == pytest.approx(14 * 8.03e9 / 2.4e12 / 0.92, rel=1e-2) == pytest.approx(same, rel=1e-2)
@@ -171,7 +172,7 @@ def test_a_norm_of_several_kernels_takes_longer() -> None:
 
 def test_zero_is_shared() -> None:
     """8 ranks hold an eighth of Llama-3-8B each, though all of it would be faster and need not fit."""
-    plan = plan_of(Bench(), row_of("torchtitan_2024_12:1"))
+    plan = plan_of(BENCH, row_of("torchtitan_2024_12:1"))
     assert plan.stages[0].memory["parameters"] == pytest.approx(2 * 8.03e9 / 8, rel=1e-2)
 
 

@@ -1,13 +1,15 @@
 """What torchtitan's runs reserve besides what their plans say."""
 
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 
 import pytest
 
+from autopart.plan.data import Plan
 from autopart.plan.schedules import compute_order
 from autopart.plan.schedules.ops import Op
-from autopart.planner.explain.memory_report import report_traced
+from autopart.planner.explain.memory_report import MemoryReport, report_traced
 from benchmarks.accuracy.published import Bench, Published, read
 from benchmarks.accuracy.published_runs import as_held, held, plan_of
 from benchmarks.accuracy.reserved import alive, besides, elements, late
@@ -20,12 +22,18 @@ BLOCK, ROOT = 218_112_000, 2 * 128256 * 4096 + 4096
 """Parameters of Llama-3-8B: of a block; of embedding, norm and head."""
 
 
-def more(row: Published, stage: int = 0) -> tuple[dict[str, float], dict[str, float]]:
-    """What a stage of a row holds by its plan, and besides."""
-    row = as_held(row)
+@cache
+def planned(name: str, pieces: int = 0) -> tuple[Published, Plan, tuple[MemoryReport, ...]]:
+    """A row as it is held, perhaps with another number of pieces, its plan, and whose the bytes of its stages are."""
+    row = as_held(replace(ROWS[name], pieces=pieces or ROWS[name].pieces))
     plan = plan_of(BENCH, row, "float32")
-    whose = report_traced(plan, BENCH.source(row))[stage]
-    return dict(plan.stages[stage].memory), besides(plan, row, stage, whose)
+    return row, plan, report_traced(plan, BENCH.source(row))
+
+
+def more(name: str, stage: int = 0, pieces: int = 0) -> tuple[dict[str, float], dict[str, float]]:
+    """What a stage of a row holds by its plan, and besides."""
+    row, plan, stages = planned(name, pieces)
+    return dict(plan.stages[stage].memory), besides(plan, row, stage, stages[stage])
 
 
 @pytest.mark.parametrize("micro_batches", [1, 4, 8, 20])
@@ -52,7 +60,7 @@ def test_stages_of_torchtitan() -> None:
 
 def test_without_a_pipeline() -> None:
     """Llama-3-8B on 8 ranks, two samples of 8192 each: slices of a stream of their own, a root that stays whole."""
-    plan, found = more(ROWS["torchtitan_2024_12:1"])
+    plan, found = more("torchtitan_2024_12:1")
     tokens = 2 * 8192
     assert found == pytest.approx(
         {
@@ -71,7 +79,7 @@ def test_without_a_pipeline() -> None:
 def test_a_compiled_loss_leaves_no_room_for_the_root_gradients(ranks: int) -> None:
     """What is scattered last is as large as the bfloat16 logits of 16384 tokens and the norm's 4096 elements more; half
     as large as float32 ones. The blocks' parameters are gathered in 8 bits."""
-    _, found = more(ROWS[f"torchtitan_h200:{ranks // 32 + 30}"])
+    _, found = more(f"torchtitan_h200:{ranks // 32 + 30}")
     states = 2 * 4 * (ROOT + 32 * BLOCK) / ranks
     assert 4 * ROOT == 2 * 128256 * 2 * 8192 + 4 * 4096
     assert found["late"] == pytest.approx(4 * ROOT - states, rel=1e-3)
@@ -121,8 +129,8 @@ class Segments:
 
 
 def test_compiled_blocks_keep_and_free_less() -> None:
-    _, eager = more(ROWS["torchtitan_2024_12:4"])
-    _, compiled = more(ROWS["torchtitan_2024_12:5"])
+    _, eager = more("torchtitan_2024_12:4")
+    _, compiled = more("torchtitan_2024_12:5")
     tokens = 2 * 8192
     assert eager["again"] - compiled["again"] == 2 * 4096 * tokens * 32
     assert eager["freed"] - compiled["freed"] == 2 * 14336 * tokens
@@ -136,9 +144,8 @@ def test_collectives_along_the_sequence_copy(name: int, freed: int) -> None:
 
 def test_pieces_have_their_gradients_one_after_another() -> None:
     """The second stage of Llama-3-405B: 16 blocks, whole or in two pieces of 8."""
-    row = ROWS["torchtitan_2024_12:14"]
-    plan, pieces = more(row, 1)
-    _, whole = more(replace(row, pieces=1), 1)
+    plan, pieces = more("torchtitan_2024_12:14", 1)
+    _, whole = more("torchtitan_2024_12:14", 1, 1)
     each, block = 2 * 4 * 8192 / 8 * 16384, 2 * 16384 * (16384 + 1024 + 3 * 53248 / 2) / 8
     assert (whole["pieces"], pieces["pieces"]) == (0, -plan["gradients"] / 2)
     assert (whole["in flight"], pieces["in flight"]) == (0, 16 * each * (15 / 2 - 7))
@@ -150,7 +157,7 @@ def test_pieces_have_their_gradients_one_after_another() -> None:
 
 def test_the_last_stage_keeps_all_logits() -> None:
     """And puts them together at the end of a step, which float32 logits of one micro-batch leave no room for."""
-    _, found = more(ROWS["torchtitan_2024_12:15"], 7)
+    _, found = more("torchtitan_2024_12:15", 7)
     tensor, block = 32768 * 128256 / 8, 2 * 16384 * (16384 + 1024 + 3 * 53248 / 2) / 8
     states = 2 * 4 * (15 * block + 128256 / 8 * 16384) / 8
     assert found["outputs"] == 2 * 8 * tensor and found["logits"] == 4 * 2.0 * tensor
@@ -162,14 +169,13 @@ def test_the_last_stage_keeps_all_logits() -> None:
 )
 def test_gradients_of_inputs_stay(pieces: int, stage: int, count: int) -> None:
     """Of micro-batches that went backward before the last moment of most activations; a first stage has no inputs."""
-    _, found = more(ROWS[f"torchtitan_2024_12:{12 + pieces}"], stage)
+    _, found = more(f"torchtitan_2024_12:{12 + pieces}", stage)
     assert found["kept"] == count * 2 * 4 * 8192 / 8 * 16384
 
 
 def test_elements_of_a_sliced_model() -> None:
-    row = ROWS["torchtitan_h200:31"]
-    plan = plan_of(BENCH, row, "float32")
-    blocks, root = elements(plan, report_traced(plan, BENCH.source(row))[0])
+    _, plan, stages = planned("torchtitan_h200:31")
+    blocks, root = elements(plan, stages[0])
     assert blocks == pytest.approx([BLOCK] * 32, rel=1e-3) and root == pytest.approx(ROOT, rel=1e-3)
 
 

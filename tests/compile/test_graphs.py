@@ -41,7 +41,7 @@ CASES = 24
 """Cases of the random test, which share the steps among them: every step is in a random model."""
 EXAMPLES = int(os.environ.get("AUTOPART_EXAMPLES", CASES))
 """Random models over all cases; where AUTOPART_EXAMPLES says how many, other ones in every run."""
-PLANS = 4
+PLANS = 3
 """Plans of every model: to trace one takes longer than to run it."""
 TOLERANCE = 1e-9
 SIZES = (("s", 4), ("w", 8), ("n", 2), ("h", 4), ("v", 12))

@@ -268,7 +268,7 @@ class Streams(Stack):
 
 
 @pytest.mark.parametrize("kind", [Shared, Recurrent, Masks, GivenMasks, Remembered, Widened, Streams])
-@pytest.mark.parametrize("degrees", [{"tp": 2}, {"dp": 2}, {"pp": 3}, {"tp": 2, "pp": 2}])
+@pytest.mark.parametrize("degrees", [{"dp": 2}, {"pp": 3}, {"tp": 2, "pp": 2}])
 def test_values_and_weights_are_where_they_are_used(kind: type[Stack], degrees: dict[str, int]) -> None:
     simulated(traced(kind), **degrees, micro_batch=4)
 
@@ -352,7 +352,7 @@ def words() -> Batch:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("degrees", "routers"),
-    [({"tp": 2}, False), ({"tp": 2}, True), ({"tp": 4}, False), ({"dp": 2}, True), ({"tp": 2, "pp": 2}, True)],
+    [({"tp": 4}, False), ({"dp": 2}, True), ({"tp": 2, "pp": 2}, True)],
 )
 def test_experts_are_split(degrees: dict[str, int], routers: bool) -> None:
     plan = simulated(traced(mixtral, routers), **degrees, micro_batch=4).plan
@@ -363,7 +363,7 @@ def test_experts_are_split(degrees: dict[str, int], routers: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("degrees", [{"tp": 2}, {"dp": 2}, {"tp": 2, "pp": 2}])
+@pytest.mark.parametrize("degrees", [{"dp": 2}, {"tp": 2, "pp": 2}])
 def test_experts_with_biases(degrees: dict[str, int]) -> None:
     simulated(traced(gpt_oss), **degrees, micro_batch=4)
 

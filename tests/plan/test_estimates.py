@@ -47,7 +47,7 @@ def test_the_flops_of_a_gpt(name: str, layers: int, hidden: int, words: int) -> 
     assert made.mfu == pytest.approx(flops / (made.step_seconds * 8 * 312e12), rel=1e-2)
 
 
-@pytest.mark.parametrize("number", [n for n, row in enumerate(rows(SEQSEL)) if row["metric_mfu_pct"]][:2])
+@pytest.mark.parametrize("number", [n for n, row in enumerate(rows(SEQSEL)) if row["metric_mfu_pct"]][:1])
 def test_published_seconds_give_the_published_mfu(number: int) -> None:
     row = list(read(SEQSEL))[number]
     flops = 3 * plan_of(BENCH, row).forward_flops
@@ -108,7 +108,7 @@ def test_parts_add_up(number: int) -> None:
 
 def test_more_micro_batches_are_as_many_flops() -> None:
     name, mesh, _ = SETTINGS[0]
-    counts = {autopart.estimate(*given(name, mesh), micro_batch=n).plan.forward_flops for n in (1, 2, 8)}
+    counts = {autopart.estimate(*given(name, mesh), micro_batch=n).plan.forward_flops for n in (1, 8)}
     assert len({round(count) for count in counts}) == 1
 
 

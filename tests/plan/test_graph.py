@@ -24,6 +24,8 @@ from autopart.passes.source import Source
 from autopart.plan.export import export
 from autopart.plan.units import printed_name
 
+LAYERS = 4
+"""Of every model; Llama has as many stages, T5 as many in encoder and decoder."""
 CASES = {
     "gpt2": {"pp": 2, "tp": 2, "micro_batch": 4},
     "llama": {"pp": 4},
@@ -36,7 +38,7 @@ CASES = {
 @pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest) -> tuple[Plan, list[Any]]:
     """A plan, and the graphs of its stages as they run: from a trace of every block."""
-    model, batch = models.build(request.param, layers=6)
+    model, batch = models.build(request.param, layers=LAYERS)
     plan = autopart.plan(model, "4:cpu", batch, **CASES[request.param])
     layered = Source(model, batch, DTYPES[plan.precision]).full(plan.micro_batch, plan.mesh)
     return plan, stage_graphs(layered, plan)

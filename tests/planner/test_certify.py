@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -49,7 +48,7 @@ def wrong(plan: Plan, name: str = "gpt2") -> list[str]:
 
 @pytest.mark.parametrize(
     ("name", "number"),
-    [*itertools.product(["gpt2", "llama"], range(len(SETTINGS))), ("vit", 2), ("bert", 3), ("vit", 4)],
+    [*(("gpt2", number) for number in range(len(SETTINGS))), ("llama", 1), ("llama", 4), ("vit", 2), ("bert", 3)],
 )
 def test_a_plan_of_the_planner_is_accepted(name: str, number: int) -> None:
     plan = planned(name, number)

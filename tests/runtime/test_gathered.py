@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import models
 import pytest
 import torch
+from models import source
 
 from autopart import Plan
 from autopart.compile.check import one_process, worst_error
 from autopart.compile.programs import emit_stage, stage_graphs
 from autopart.compile.simulate import simulate_plan
 from autopart.hardware.mesh import Mesh, usable_bytes
-from autopart.passes.source import Source
 from autopart.planner.explain.certificate import findings
 from autopart.planner.make_plan import make_plan, request_of
 from autopart.runtime import collectives
@@ -30,11 +29,6 @@ PRODUCTS = {
     "gpt2": ("*.c_attn/matmul", "*.c_fc/matmul"),
     "llama": ("*.[qkv]_proj/linear", "*.gate_proj/linear", "*.up_proj/linear"),
 }
-
-
-@cache
-def source(name: str) -> Source:
-    return Source(models.MODELS[name](LAYERS), models.batch_for(name, torch.float32), torch.float32)
 
 
 def planned(name: str, behind: str, mesh: str = "2:cpu", **settings: Any) -> Plan:

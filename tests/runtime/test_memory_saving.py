@@ -7,39 +7,37 @@ import dataclasses
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import models
 import pytest
 import torch
 from models import batch_for, build, gpt2, llama
+from ranks import run_main
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import autopart
 from autopart.compile.check import one_process, worst_error
-from autopart.compile.programs import programs, sources
-from autopart.compile.simulate import simulate_plan
+from autopart.compile.programs import programs
+from autopart.compile.simulate import Simulated, simulate_plan
 from autopart.cost.liveness import MODES
 from autopart.ir.labels import is_block
 from autopart.passes.source import Source
 from autopart.plan.schedules.ops import Instruction, Op
+from autopart.planner.make_plan import make_plan, request_of
 from autopart.runtime import standalone
 from autopart.runtime.compiled import Compiled
 from autopart.runtime.groups import Groups
 from autopart.runtime.simulated import run_simulated
 from autopart.runtime.slices import as_slices, buckets, gather, scatter_sum
+from benchmarks.accuracy.memory import Memory
 
-ROOT = str(Path(__file__).parents[2])
 SLACK = 0.2
 """Of a model's bytes: the batch, the loss, and messages that another simulated rank has not let go of yet."""
 compiler = import_module("autopart.compile.simulate")
@@ -65,29 +63,10 @@ def changed(plan: autopart.Plan, zero: int, mode: Callable[[str], str]) -> autop
     return dataclasses.replace(plan, zero=zero, stages=tuple(stages))
 
 
-class Memory(TorchDispatchMode):
-    """Counts the bytes of all tensors made in this thread that are still alive, and their peak."""
-
-    def __init__(self, others: Iterable[torch.Tensor]) -> None:
-        super().__init__()
-        self.made = {StorageWeakRef(tensor.untyped_storage()): 0 for tensor in others}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self.made.setdefault(StorageWeakRef(storage), storage.nbytes())
-                if storage.nbytes() > 1000:
-                    self.peak = max(self.peak, self.alive)
-        return out
-
-    @property
-    def alive(self) -> int:
-        for gone in [storage for storage in self.made if storage.expired()]:
-            del self.made[gone]
-        return sum(self.made.values())
+def planned(source: Source, mesh: str, **settings: Any) -> autopart.Plan:
+    """A plan for a source that may be traced already."""
+    request = request_of(source.model, source.batch, **settings)
+    return make_plan(source, autopart.Mesh.of(mesh), request, to_run=True)
 
 
 @dataclasses.dataclass
@@ -140,9 +119,8 @@ def measure(source: Source, plan: autopart.Plan) -> Measured:
 
 def test_selective_keeps_the_outputs_of_products_and_full_none() -> None:
     layers, samples, tokens, width, heads = 4, 8, 12, 32, 4
-    model, batch = build("gpt2", layers=layers)
-    plan = autopart.plan(model, "1:cpu", batch, recompute="full")
-    source = Source(model, batch, torch.float32)
+    source = models.source("gpt2", layers=layers)
+    plan = planned(source, "1:cpu", recompute="full", micro_batch=samples)
     none, selective, mincut, full = (measure(source, forced(plan, 0, [mode])).forward[0] for mode in MODES)
     # A block's products give 3 (query, key, value), 1, 4 and 1 times its width, attention 1 and a number a head.
     products = layers * samples * tokens * (10 * width + heads) * 4
@@ -154,19 +132,21 @@ def test_selective_keeps_the_outputs_of_products_and_full_none() -> None:
     assert full < mixed < none
 
 
-def small(seed: int = 0, **settings: Any) -> tuple[nn.Module, Tensors]:
-    torch.manual_seed(seed)
-    return gpt2(4, resid_pdrop=0.2, attn_pdrop=0.2, embd_pdrop=0.2, **settings), batch_for("gpt2", torch.float32)
+@cache
+def dropping() -> tuple[Source, autopart.Plan, Simulated]:
+    """A GPT-2 with dropout, a plan that recomputes its blocks, and a step of that plan without recomputing."""
+    torch.manual_seed(0)
+    model = gpt2(3, resid_pdrop=0.2, attn_pdrop=0.2, embd_pdrop=0.2)
+    source = Source(model, batch_for("gpt2", torch.float32), torch.float32)
+    plan = planned(source, "2:cpu", dp=2, micro_batch=4, recompute="full")
+    return source, plan, simulate_plan(source, forced(plan), seed=1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 3])
 def test_dropout_is_the_same_again(zero: int) -> None:
-    model, batch = small()
-    plan = autopart.plan(model, "2:cpu", batch, dp=2, micro_batch=4, recompute="full")
-    source = Source(model, batch, torch.float32)
-    kept = simulate_plan(source, forced(plan), seed=1)
-    for modes in (["selective"], ["mincut"], ["full"], ["selective", "none", "mincut", "full"]):
+    source, plan, kept = dropping()
+    for modes in (["full"], ["selective", "none", "mincut"]):
         again = simulate_plan(source, forced(plan, zero, modes), seed=1)
         assert torch.equal(again.loss, kept.loss)
         assert worst_error(again.gradients, kept.gradients)[0] < 1e-6
@@ -256,9 +236,9 @@ def test_blocks_of_two_kinds_with_shared_and_frozen_weights(axes: dict[str, int]
     torch.manual_seed(0)
     model = Alternating().double()
     batch = {"x": torch.randn(8, 8, dtype=torch.float64), "ids": torch.randint(0, 5, (8,))}
-    plan = autopart.plan(model, f"{math.prod(axes.values())}:cpu", batch, micro_batch=4, recompute="none", **axes)
-    loss, gradients = one_process(copy.deepcopy(model), batch)
     source = Source(model, batch, torch.float64)
+    plan = planned(source, f"{math.prod(axes.values())}:cpu", micro_batch=4, recompute="none", **axes)
+    loss, gradients = one_process(copy.deepcopy(model), batch)
     for zero, mode in itertools.product((0, 1, 2, 3), MODES):
         found = simulate_plan(
             source,
@@ -271,14 +251,15 @@ def test_blocks_of_two_kinds_with_shared_and_frozen_weights(axes: dict[str, int]
 
 @pytest.mark.slow
 def test_a_few_recomputed_blocks_of_a_list_read_as_loops() -> None:
-    model, batch = build("gpt2", layers=4)
-    plan = autopart.plan(model, "1:cpu", batch, recompute="full")
-    (text,) = sources(model, batch, forced(plan, 0, ["full", "full", "none", "none"]))
+    source = models.source("gpt2", layers=4)
+    plan = planned(source, "1:cpu", recompute="full", micro_batch=models.SAMPLES)
+    layered = source.full(plan.micro_batch, plan.mesh)
+    (text,) = (p.source for p in programs(layered, forced(plan, 0, ["full", "full", "none", "none"])))
     assert (
         "for layer in self.transformer_h[:2]:\n            hidden_states = recomputed(layer, hidden_states)\n" in text
     )
     assert "for layer in self.transformer_h[2:]:\n            hidden_states = layer(hidden_states)\n" in text
-    (text,) = sources(model, batch, forced(plan, 0, ["full", "selective", "selective", "none"]))
+    (text,) = (p.source for p in programs(layered, forced(plan, 0, ["full", "selective", "selective", "none"])))
     assert "hidden_states = recomputed(self.transformer_h[0], hidden_states)\n" in text
     call = "hidden_states = recomputed(layer, hidden_states)"
     assert f"for layer in self.transformer_h[1:3]:\n            {call}\n" in text
@@ -293,9 +274,8 @@ def levels() -> dict[int, Measured]:
     """A model of much more weights than activations, at every level on two ranks."""
     torch.manual_seed(0)
     model = llama(4, hidden_size=128, intermediate_size=256)
-    batch = batch_for("llama", torch.float32, samples=4)
-    plan = autopart.plan(model, "2:cpu", batch, dp=2, micro_batch=2, recompute="full")
-    source = Source(model, batch, torch.float32)
+    source = Source(model, batch_for("llama", torch.float32, samples=4), torch.float32)
+    plan = planned(source, "2:cpu", dp=2, micro_batch=2, recompute="full")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slices, "BUCKET_BYTES", 2**16)
         return {zero: measure(source, forced(plan, zero, ["none"])) for zero in range(4)}
@@ -346,9 +326,9 @@ def test_an_emitted_folder_of_slices_trains_as_one_process(tmp_path: Path) -> No
     plan = forced(plan, 3, ["selective", "mincut", "full"])
     layered = Source(model, batch, torch.float32).full(plan.micro_batch, plan.mesh)
     standalone.write(tmp_path, plan, programs(layered, plan), layered.traced.aliases, layered.traced.buffers, batch)
-    given = [sys.executable, str(tmp_path / "run.py"), "--steps", "3", "--json"]
-    found = subprocess.run(given, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
+    output = tmp_path / "output"
+    status = run_main(partial(standalone.main, tmp_path), ["--steps", "3", "--json"], 2, output)
+    assert status == 0, output.read_text()
 
     model.load_state_dict({n: standalone.random_weight(n, p.shape) for n, p in model.named_parameters()}, strict=False)
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
@@ -358,4 +338,4 @@ def test_an_emitted_folder_of_slices_trains_as_one_process(tmp_path: Path) -> No
         loss.backward()
         optimizer.step()
         losses.append(float(loss))
-    assert json.loads(found.stdout)["losses"] == pytest.approx(losses, rel=1e-5)
+    assert json.loads(output.read_text().splitlines()[-1])["losses"] == pytest.approx(losses, rel=1e-5)

@@ -358,12 +358,11 @@ def doing(function: Callable[[torch.Tensor], torch.Tensor]) -> Source:
     return Source(Doing(function), vectors(), torch.float32)
 
 
-FEW = {"gpt2": PLANS, "noisy": PLANS, "t5": ("tp-micro", "dp-micro", "tp-pp-recompute")}
+SPLIT = ("tp-micro", "dp-micro")
+FEW = {name: (*SPLIT, "pp", "tp-pp-recompute") for name in ("gpt2", "noisy")} | {"t5": ("dp-micro", "tp-pp-recompute")}
 """Plans of a model; without a mention those over several ranks with micro-batches of four samples."""
 CASES = [
-    (name, plan)
-    for name in MODELS
-    for plan in (PLANS if "AUTOPART_EXAMPLES" in os.environ else FEW.get(name, ("tp-micro", "dp-micro")))
+    (name, plan) for name in MODELS for plan in (PLANS if "AUTOPART_EXAMPLES" in os.environ else FEW.get(name, SPLIT))
 ]
 
 
@@ -391,7 +390,7 @@ def test_without_dropout_the_loss_is_the_model_s() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", ["alone", "tp-pp-recompute"])
+@pytest.mark.parametrize("plan", ["alone", "tp-pp-recompute"] if "AUTOPART_EXAMPLES" in os.environ else ["alone"])
 def test_the_model_itself_with_these_masks(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The unchanged model, its dropout replaced by one that drops what the streams say, each of its module's name."""
     torch.manual_seed(0)

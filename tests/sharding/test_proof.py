@@ -5,6 +5,7 @@ A row needs nothing but itself where those tests call the operator, and a sample
 
 from __future__ import annotations
 
+import os
 import random
 from functools import cache
 
@@ -14,11 +15,12 @@ from samples import SAMPLES
 
 from autopart.sharding.rules import RULES
 
-CALLS = 24
+ALL = "AUTOPART_EXAMPLES" in os.environ
+CALLS = 24 if ALL else 10
 """How many of PyTorch's calls a row is proven on."""
 LIMIT = 40
 """How many samples of one of PyTorch's tests are looked at."""
-MUTANTS = 16
+MUTANTS = 16 if ALL else 8
 """How many wrong versions of a row are tried."""
 
 

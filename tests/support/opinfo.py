@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import cache
 from types import SimpleNamespace
@@ -120,12 +120,6 @@ def larger(sample: Sample) -> Sample:
     return sample._replace(args=swapped(sample.args, iter([grown(t) for t in tensors_of(sample)])))
 
 
-def candidates(name: str, limit: int) -> Iterator[Sample]:
-    """A row's recorded calls, as they are and larger, those that can be proven."""
-    for sample in recorded(limit)[name]:
-        yield from (found for call in (sample, larger(sample)) if (found := settled(call)) is not None)
-
-
 def divisible(sample: Sample) -> int:
     """In how many ways its tensors' dims split."""
     sizes = (size for tensor in tensors_of(sample) for size in tensor.shape)
@@ -133,12 +127,19 @@ def divisible(sample: Sample) -> int:
 
 
 def chosen(name: str, count: int | None, limit: int) -> list[Sample]:
-    """Up to `count` of a row's calls: first of all kinds, then those that split best."""
+    """Up to `count` of a row's recorded calls, as they are and larger, that can be proven: first of all kinds, then
+    those that split best."""
     kinds: dict[str, list[Sample]] = defaultdict(list)
-    for sample in candidates(name, limit):
-        ranks = swapped(sample.args, iter([(t.dtype, t.dim()) for t in tensors_of(sample)]))
-        kinds[f"{ranks} {sample.kwargs}"].append(sample)
+    for recorded_call in recorded(limit)[name]:
+        for sample in (recorded_call, larger(recorded_call)):
+            ranks = swapped(sample.args, iter([(t.dtype, t.dim()) for t in tensors_of(sample)]))
+            kinds[f"{ranks} {sample.kwargs}"].append(sample)
     ordered = [sorted(samples, key=divisible, reverse=True) for samples in kinds.values()]
     ordered.sort(key=lambda samples: divisible(samples[0]), reverse=True)
-    turns = itertools.chain.from_iterable(itertools.zip_longest(*ordered))
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*map(provable, ordered)))
     return list(itertools.islice((s for s in turns if s is not None), count))
+
+
+def provable(samples: Sequence[Sample]) -> Iterator[Sample]:
+    """Those that can be proven, found one by one: to try a call takes longer than to prove it."""
+    return (found for sample in samples if (found := settled(sample)) is not None)
