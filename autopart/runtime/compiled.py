@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from autopart.errors import PartitionError
 from autopart.frontend.inputs import check_modes
 from autopart.plan.data import Plan
 from autopart.runtime.agreement import check_names, check_rows, check_sizes, compares, from_rank_zero, rank_zero_values
+from autopart.runtime.checkpoint.checkpoints import Checkpoints
 from autopart.runtime.emitted import Program, run_source
 from autopart.runtime.executor import Executor, StageProgram, Update
 from autopart.runtime.groups import Groups
@@ -297,6 +299,51 @@ class Compiled:
         for a model of other names or shapes.
         """
         sync_to(self, model, ranks)
+
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        scheduler: Any = None,
+        extra: Any = None,
+        keep: int | None = None,
+        wait: bool = True,
+    ) -> Path:
+        """Save what was trained as the checkpoint folder/step-00000120, 120 being the number of steps. All ranks call
+        it, and write into one folder that all see.
+
+        scheduler  a learning-rate scheduler, whose state is saved too
+        extra      anything to be returned by `load`, such as the position in the data: numbers, texts, tensors, and
+                   lists, tuples and dicts of them; rank 0's counts
+        keep       how many of the latest checkpoints stay, this one included; None: all
+        wait       whether to return once it is written. Otherwise it is copied to the CPU and written while training
+                   goes on; the next save, load or `wait_saved` waits for it and raises its error
+
+        Any plan on any number of ranks reads it: weights in the master dtype, buffers, states and settings of the
+        optimizer, seed and step of random numbers. Returns the checkpoint's folder, which exists once it is complete.
+        Raises PartitionError, on every rank, where a rank cannot write, and for states that are neither numbers nor of
+        a weight's shape; training can go on.
+        """
+        return self._checkpoints.save(Path(folder), scheduler, extra, keep, wait)
+
+    def wait_saved(self) -> None:
+        """Wait for the checkpoint that `save(..., wait=False)` writes, and raise its error. All ranks call it."""
+        self._checkpoints.wait_saved()
+
+    def load(self, folder: str | Path, *, scheduler: Any = None) -> Any:
+        """Load a checkpoint that any plan wrote, and return its `extra`. All ranks call it, after `optimizer`.
+
+        folder  a checkpoint, or the folder that `save` was given, of which the latest good one is taken, with a warning
+                for each that is damaged
+
+        Raises PartitionError, on every rank and before anything is changed, where there is no good checkpoint, where
+        names or shapes are not the model's, and for states of another optimizer or scheduler.
+        """
+        return self._checkpoints.load(Path(folder), scheduler)
+
+    @cached_property
+    def _checkpoints(self) -> Checkpoints:
+        return Checkpoints(self)
 
     @property
     def rank(self) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 class Work(Protocol):
@@ -90,6 +92,14 @@ class Group:
         everyone: list[Any] = [None] * self.size
         dist.gather_object(value, everyone if self.rank == 0 else None, group_dst=0, group=self.handle)
         return [] if self.rank else everyone
+
+    def all_gather_object(self, value: T) -> list[T]:
+        """Every rank's picklable value, on every rank."""
+        if self.size == 1:
+            return [value]
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, value, group=self.handle)
+        return everyone
 
 
 def _real(x: torch.Tensor) -> torch.Tensor:
