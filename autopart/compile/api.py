@@ -29,8 +29,9 @@ from autopart.planner.make_plan import make_plan, request_of
 from autopart.planner.progress import OnProgress, silent
 from autopart.planner.request import Settings
 from autopart.planner.validate import validate
-from autopart.runtime.compiled import Compiled, tensors_of
+from autopart.runtime.compiled import Compiled
 from autopart.runtime.groups import make_groups, start_processes
+from autopart.runtime.parameters import tensors_of
 from autopart.runtime.watchdog import start_watchdog
 
 if TYPE_CHECKING:

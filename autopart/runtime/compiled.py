@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from functools import cached_property, partial
 from pathlib import Path
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,18 +18,18 @@ from autopart.runtime.agreement import check_names, check_rows, check_sizes, com
 from autopart.runtime.checkpoint.checkpoints import Checkpoints
 from autopart.runtime.emitted import Program, run_source
 from autopart.runtime.executor import Executor, StageProgram, Update
-from autopart.runtime.groups import Groups
-from autopart.runtime.guards import BatchForm, ModelWeights, TrainingMode
+from autopart.runtime.groups import Groups, tied_groups
+from autopart.runtime.guards import BatchForm, ModelWeights, TrainingMode, refuse_parameters
 from autopart.runtime.loss_scale import LossScale
 from autopart.runtime.optimizers import check, names_by_group, over_shares
-from autopart.runtime.parameters import fill, origins
+from autopart.runtime.parameters import fill, origins, tensors_of
 from autopart.runtime.pretrained import save_pretrained, sync_to
-from autopart.runtime.process_group import Group
 from autopart.runtime.share_reader import Sliceable, fill_from
 from autopart.runtime.variants import MakeVariant, Variants
 from autopart.runtime.whole import assemble, micro_batches, shares_of
 
 Tensor = torch.Tensor
+Folder = str | os.PathLike[str]
 
 
 class Compiled:
@@ -69,14 +68,14 @@ class Compiled:
         self.weights = ModelWeights(model, aliases)
         self.stage: nn.Module = run_source(program.source, f"stage_{program.stage}.py").Stage(groups)
         self.origins = origins(self.stage)
-        tied, master = _tie(program.tied, groups), getattr(torch, plan.master) if plan.master else None
+        tied, master = tied_groups(program.tied, groups), getattr(torch, plan.master) if plan.master else None
         first = StageProgram(self.stage, program.instructions, program.messages)
         self.executor = Executor(
             first, program.stage, groups, tied, plan.zero, master,
             overlap=plan.mesh.device.overlapped_share > 0,
             loss_scale=LossScale() if plan.precision == "float16" else None,
         )  # fmt: skip
-        self.stage.parameters = _refused
+        self.stage.parameters = refuse_parameters
         self.variants = Variants(plan, first, groups, variant, dict(model.named_buffers()))
         self.emitted = {*plan.signature.parameters, *constants}
         """Names of the tensors that some stage computes with."""
@@ -275,10 +274,7 @@ class Compiled:
         }
 
     def save_pretrained(
-        self,
-        folder: str | os.PathLike[str],
-        max_shard_size: int | str = "5GB",
-        dtype: str | torch.dtype | None = None,
+        self, folder: Folder, max_shard_size: int | str = "5GB", dtype: str | torch.dtype | None = None
     ) -> None:
         """Write the trained model as `from_pretrained` of transformers reads it: safetensors in files of at most
         `max_shard_size`, the config and the generation config. All ranks call it; rank 0 writes, and holds the tensors
@@ -302,7 +298,7 @@ class Compiled:
 
     def save(
         self,
-        folder: str | Path,
+        folder: Folder,
         *,
         scheduler: Any = None,
         extra: Any = None,
@@ -313,16 +309,15 @@ class Compiled:
         it, and write into one folder that all see.
 
         scheduler  a learning-rate scheduler, whose state is saved too
-        extra      anything to be returned by `load`, such as the position in the data: numbers, texts, tensors, and
-                   lists, tuples and dicts of them; rank 0's counts
+        extra      what `load` returns, such as the position in the data: numbers, texts, tensors, and lists, tuples
+                   and dicts of them; rank 0's counts
         keep       how many of the latest checkpoints stay, this one included; None: all
-        wait       whether to return once it is written. Otherwise it is copied to the CPU and written while training
-                   goes on; the next save, load or `wait_saved` waits for it and raises its error
+        wait       whether to return once it is written; otherwise a copy is written while training goes on, and the
+                   next save, load or `wait_saved` waits for it and raises its error
 
         Any plan on any number of ranks reads it: weights in the master dtype, buffers, states and settings of the
-        optimizer, seed and step of random numbers. Returns the checkpoint's folder, which exists once it is complete.
-        Raises PartitionError, on every rank, where a rank cannot write, and for states that are neither numbers nor of
-        a weight's shape; training can go on.
+        optimizer, seed and step of random numbers. Returns the checkpoint's folder, which is there once it is complete.
+        Raises PartitionError, on every rank, where a rank cannot write, and for states that cannot be saved.
         """
         return self._checkpoints.save(Path(folder), scheduler, extra, keep, wait)
 
@@ -330,7 +325,7 @@ class Compiled:
         """Wait for the checkpoint that `save(..., wait=False)` writes, and raise its error. All ranks call it."""
         self._checkpoints.wait_saved()
 
-    def load(self, folder: str | Path, *, scheduler: Any = None) -> Any:
+    def load(self, folder: Folder, *, scheduler: Any = None) -> Any:
         """Load a checkpoint that any plan wrote, and return its `extra`. All ranks call it, after `optimizer`.
 
         folder  a checkpoint, or the folder that `save` was given, of which the latest good one is taken, with a warning
@@ -353,25 +348,3 @@ class Compiled:
     def _collect(self, mine: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every rank's shares, put together on rank 0."""
         return assemble(self.groups.host.gather(shares_of(mine, self.origins, self.groups)))
-
-
-def _refused(*_: Any, **__: Any) -> Any:
-    """In place of `parameters` of a stage, which optimizers, clipping and wrappers ask for."""
-    raise PartitionError(
-        "a stage's parameters are one rank's shares of the model's",
-        "the norm, the update or the wrapping of shares is not that of the model",
-        "compiled.optimizer(...), compiled.step(batch, clip_grad_norm=...), compiled.full_state_dict(); "
-        "stage.named_parameters() to look at the shares",
-    )
-
-
-def tensors_of(model: nn.Module, constants: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """A model's own weights, buffers and constants of the trace, by name; without those that have no value."""
-    known = {name: value for name, value in constants.items() if value is not None}
-    return {**known, **dict(model.named_parameters())}
-
-
-def _tie(tied: Mapping[str, tuple[int, ...]], groups: Groups) -> dict[str, Group]:
-    """Parameter of this rank -> the group of the ranks that hold the same parameter on other stages."""
-    made = {stages: groups.tied(stages) for stages in sorted(set(tied.values()))}
-    return {name: group for name, stages in tied.items() if (group := made[stages]) is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -105,6 +105,12 @@ def make_groups(pp: int, dp: int, tp: int) -> Groups:
     )
     host = Group("host", size, rank, dist.new_group(backend="gloo"))
     return Groups(pp_, dp_, tp_, device, activations, gradients, host)
+
+
+def tied_groups(tied: Mapping[str, tuple[int, ...]], groups: Groups) -> dict[str, Group]:
+    """Parameter of this rank -> the group of the ranks that hold the same parameter on other stages."""
+    made = {stages: groups.tied(stages) for stages in sorted(set(tied.values()))}
+    return {name: group for name, stages in tied.items() if (group := made[stages]) is not None}
 
 
 def _device() -> torch.device:

@@ -130,3 +130,13 @@ class ModelWeights:
                 "autopart.compile again; or compile with it trainable, and freeze it until it is to be trained",
             )
         return frozenset(self.trained - now)
+
+
+def refuse_parameters(*_: Any, **__: Any) -> Any:
+    """In place of `parameters` of a stage, which optimizers, clipping and wrappers ask for."""
+    raise PartitionError(
+        "a stage's parameters are one rank's shares of the model's",
+        "the norm, the update or the wrapping of shares is not that of the model",
+        "compiled.optimizer(...), compiled.step(batch, clip_grad_norm=...), compiled.full_state_dict(); "
+        "stage.named_parameters() to look at the shares",
+    )

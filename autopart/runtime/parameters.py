@@ -138,3 +138,9 @@ def share_of(whole: torch.Tensor, origin: Origin, groups: Groups) -> torch.Tenso
         if placement.kind == "S":
             whole = shard(whole, placement.dim, placement.parts, group.size, group.rank)
     return as_slices(whole, groups.dp.size)[groups.dp.rank] if origin.sliced else whole
+
+
+def tensors_of(model: nn.Module, constants: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    """A model's own weights, buffers and constants of the trace, by name; without those that have no value."""
+    known = {name: value for name, value in constants.items() if value is not None}
+    return {**known, **dict(model.named_parameters())}

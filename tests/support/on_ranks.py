@@ -16,8 +16,9 @@ from autopart.frontend.batch import DTYPES
 from autopart.hardware.mesh import Mesh
 from autopart.passes.source import Source
 from autopart.planner.make_plan import make_plan, request_of
-from autopart.runtime.compiled import Compiled, tensors_of
+from autopart.runtime.compiled import Compiled
 from autopart.runtime.groups import Groups
+from autopart.runtime.parameters import tensors_of
 from autopart.runtime.simulated import run_simulated
 
 PLANNED: dict[str, Any] = {}
