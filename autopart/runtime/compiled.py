@@ -297,13 +297,7 @@ class Compiled:
         sync_to(self, model, ranks)
 
     def save(
-        self,
-        folder: Folder,
-        *,
-        scheduler: Any = None,
-        extra: Any = None,
-        keep: int | None = None,
-        wait: bool = True,
+        self, folder: Folder, *, scheduler: Any = None, extra: Any = None, keep: int | None = None, wait: bool = True
     ) -> Path:
         """Save what was trained as the checkpoint folder/step-00000120, 120 being the number of steps. All ranks call
         it, and write into one folder that all see.
