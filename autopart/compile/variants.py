@@ -16,6 +16,7 @@ from torch import nn
 from autopart.compile.programs import programs
 from autopart.errors import PartitionError
 from autopart.frontend.batch import outline
+from autopart.frontend.with_loss import with_outputs
 from autopart.ir.graph import info
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.source import Source
@@ -26,7 +27,7 @@ from autopart.planner.constraints import Constraint, Positions
 from autopart.planner.make_plan import make_plan
 from autopart.planner.request import Request
 from autopart.planner.validate import stage_findings, strategy_findings
-from autopart.runtime.variants import Variant
+from autopart.runtime.variants import Mode, Variant
 from autopart.sharding.rules import Strategy
 
 FORWARD = (Op.FORWARD, Op.SEND, Op.RECV)
@@ -69,27 +70,28 @@ def variant(
     agreed: Callable[[Callable[[], Plan]], Plan],
     batch: Mapping[str, Any],
     rows: int,
-    training: bool,
+    mode: Mode,
 ) -> Variant:
     """The program of a stage for a batch of `rows` samples like those of `batch`.
 
     layered  the graph that the plan is for
     ranks    that the samples of a batch are split over
     agreed   makes a plan that is the same on every rank
-    training whether the program is of a step; otherwise of a forward pass in evaluation mode
+    mode     what the program returns beside the loss, in evaluation mode; None for the program of a step
 
     Raises PartitionError where the samples cannot be split over ranks and micro-batches, and where the model computes
     what the shares as they are do not allow.
     """
     mixes = not layered.traced.mean_of_samples
-    micro_batch = _micro_batch(plan, rows, ranks, mixes and training)
-    other = replace(source, batch=outline(batch, micro_batch), prepared={}, planned={})
-    with _mode(source.model, training):
+    micro_batch = _micro_batch(plan, rows, ranks, mixes and mode is None)
+    model = with_outputs(source.model) if mode else source.model
+    other = replace(source, model=model, batch=outline(batch, micro_batch), prepared={}, planned={}, outputs=mode or ())
+    with _mode(source.model, mode):
         graph = other.full(micro_batch, plan.mesh)
         sized = replace(plan, global_batch=rows, micro_batch=micro_batch, signature=Signature.of(graph))
         made = _same_splits(sized, graph) or agreed(lambda: _solved_again(other, sized, layered))
     (program,) = programs(graph, made, [stage])
-    if not training:
+    if mode is not None:
         program = replace(program, instructions=[at for at in program.instructions if at.op in FORWARD])
     return Variant(made, program, graph.traced.buffers)
 
@@ -132,13 +134,13 @@ def _solved_again(source: Source, plan: Plan, layered: LayeredGraph) -> Plan:
 
 
 @contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+def _mode(model: nn.Module, mode: Mode) -> Iterator[None]:
     """A model as it is, or in evaluation mode for now."""
     modes = [(module, module.training) for module in model.modules()]
-    if not training:
+    if mode is not None:
         model.eval()
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module, training in modes:
+            module.training = training

@@ -26,12 +26,25 @@ def with_loss(model: nn.Module, loss: Loss | None) -> nn.Module:
         return model
     if not callable(loss):
         raise PartitionError(f"loss={loss!r} is no function", try_="loss=lambda outputs, batch: ...")
+    return _wrapped(model, loss, beside=False)
+
+
+def with_outputs(model: nn.Module) -> nn.Module:
+    """A model that `with_loss` made, with a forward that returns the outputs of the user's model beside the loss;
+    another model as it is."""
+    again = getattr(type(model), "_with_outputs", None)
+    return model if again is None else again()
+
+
+def _wrapped(model: nn.Module, loss: Loss, beside: bool) -> nn.Module:
     kind = type(model)
     parameters = inspect.signature(model.forward).parameters.values()
     names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
-    def forward(self: nn.Module, **batch: Any) -> torch.Tensor:
-        return loss(kind.forward(self, **{name: value for name, value in batch.items() if name in names}), batch)
+    def forward(self: nn.Module, **batch: Any) -> Any:
+        outputs = kind.forward(self, **{name: value for name, value in batch.items() if name in names})
+        value = loss(outputs, batch)
+        return {**_named(outputs), "loss": value} if beside else value
 
     def training(self: nn.Module) -> bool:
         return model.training
@@ -40,5 +53,16 @@ def with_loss(model: nn.Module, loss: Loss | None) -> nn.Module:
         model.training = mode
 
     made = copy.copy(model)
-    made.__class__ = type(kind.__name__, (kind,), {"forward": forward, "training": property(training, train)})
+    again = staticmethod(lambda: _wrapped(model, loss, beside=True))
+    body = {"forward": forward, "training": property(training, train), "_with_outputs": again}
+    made.__class__ = type(kind.__name__, (kind,), body)
     return made
+
+
+def _named(outputs: Any) -> Mapping[str, Any]:
+    """Outputs by name: of a tuple by their numbers, one alone as "output"."""
+    if isinstance(outputs, Mapping):
+        return outputs
+    if isinstance(outputs, (tuple, list)):
+        return {str(number): value for number, value in enumerate(outputs)}
+    return {"output": outputs}

@@ -1,4 +1,5 @@
-"""Call targets of random operators in a traced graph. Emitted code calls `autopart.runtime.random` instead.
+"""Call targets of random operators, and of what is returned, in a traced graph. Emitted code calls
+`autopart.runtime.random` and `autopart.runtime.outputs` instead.
 
 Each takes the name of a stream of random numbers. A number depends on the seed, the step, the stream and the indices of
 the element in the whole batch. So it is the same on every rank and in every order of drawing.
@@ -28,6 +29,11 @@ def relative(value: object, label: str) -> object:
 
 def dropout(x: torch.Tensor, p: float, stream: Stream) -> torch.Tensor:
     """Set each element to zero with probability `p`, and scale the others by 1 / (1 - p)."""
+    return x * 1.0
+
+
+def returned(x: torch.Tensor, name: Stream) -> torch.Tensor:
+    """A value that an evaluation returns beside the loss, by the name of the output."""
     return x * 1.0
 
 

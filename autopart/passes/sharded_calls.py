@@ -78,8 +78,8 @@ def _experts(call: Call) -> Replacement:
 
 
 def _where(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Where the rank's elements are in the whole tensor, by which random numbers are drawn: the stream, the size, the
-    dim of samples, and by axis the dim that is split."""
+    """Where the rank's elements are in the whole tensor: the stream, or the name of an output, the size, the dim of
+    samples, and by axis the dim that is split."""
     record = info(call.node)
     split = {axis: p for axis, strategy in call.chosen if (p := strategy.outputs[0]).kind == "S"}
     stream = call.streams[next(a for a in call.args if isinstance(a, Stream))]
@@ -92,6 +92,11 @@ def _dropout(call: Call) -> Replacement:
     return "dropout", (*call.args[:2], *where), axes
 
 
+def _returned(call: Call) -> Replacement:
+    where, axes = _where(call)
+    return "returned", (call.args[0], *where), axes
+
+
 def _uniform(call: Call) -> Replacement:
     where, axes = _where(call)
     return "uniform", (*where, info(call.node).dtype), axes
@@ -102,6 +107,7 @@ TABLE: dict[str, Callable[[Call], Replacement | None]] = {
     "aten.embedding": _embedding,
     "autopart.grouped_linear": _experts,
     "autopart.dropout": _dropout,
+    "autopart.returned": _returned,
     "autopart.uniform": _uniform,
     "autopart.uniform_of": _uniform,
 }

@@ -34,6 +34,7 @@ class Source:
 
     prepared  (samples, type of device) -> the layered graph of a trace of every block
     planned   the same, of a trace with only the first of equal blocks
+    outputs   what the program returns beside the loss, by the names of the model's outputs
     """
 
     model: nn.Module
@@ -41,6 +42,7 @@ class Source:
     dtype: torch.dtype
     prepared: dict[tuple[int, str], LayeredGraph] = field(default_factory=dict)
     planned: dict[tuple[int, str], LayeredGraph] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
 
     def full(self, samples: int, mesh: Mesh) -> LayeredGraph:
         """The layered graph of a micro-batch of `samples`, from a trace of every block."""
@@ -71,7 +73,7 @@ class Source:
     def _traced(self, samples: int, mesh: Mesh, sampled: Sequence[SampledLayers] = ()) -> LayeredGraph:
         """The passes from trace to unfold_layers. Whether a loss mixes samples is known only from two or more of them:
         a trace of one sample takes the answer from a trace of two, if there is one."""
-        layered = prepare(self.model, outline(self.batch, samples), mesh, self.dtype, sampled)
+        layered = prepare(self.model, outline(self.batch, samples), mesh, self.dtype, sampled, self.outputs)
         several = self.planned.get((2, mesh.device.type))
         if samples == 1 and several is not None:
             layered.traced.mixed_at = several.traced.mixed_at
@@ -104,11 +106,16 @@ class Source:
 
 
 def prepare(
-    model: nn.Module, batch: Batch, mesh: Mesh, dtype: torch.dtype, sampled: Sequence[SampledLayers] = ()
+    model: nn.Module,
+    batch: Batch,
+    mesh: Mesh,
+    dtype: torch.dtype,
+    sampled: Sequence[SampledLayers] = (),
+    outputs: Sequence[str] = (),
 ) -> LayeredGraph:
-    """The passes from trace to unfold_layers. If AUTOPART_DUMP names a folder, the graph is verified after every pass
+    """The passes from trace to unfold_layers; `outputs` as `trace`. If AUTOPART_DUMP names a folder, the graph is verified after every pass
     and written there. Raises UnlikeLayers where the first blocks of a list in `sampled` do not stand for all."""
-    traced = _pass("trace", None, lambda: trace(model, batch, dtype, sampled))
+    traced = _pass("trace", None, lambda: trace(model, batch, dtype, sampled, outputs))
     _pass("simplify", traced, lambda: simplify(traced))
     _pass("randomness", traced, lambda: randomness(traced))
     _pass("fuse", traced, lambda: fuse(traced))

@@ -13,9 +13,11 @@ from torch.export.graph_signature import OutputKind, TensorArgument
 from autopart.errors import PartitionError
 from autopart.frontend.export import export
 from autopart.frontend.layer_sampling import SampledLayers, digest
+from autopart.frontend.no_gradient import reaches
 from autopart.frontend.source_lines import own_frames, source_line
 from autopart.frontend.torch_private import tree_unflatten
 from autopart.ir.graph import KEY, Info, Traced, has_gradient, placeholders
+from autopart.ir.random_ops import Stream, returned
 from autopart.sharding.rules import flatten, is_contraction, op_name
 
 
@@ -24,12 +26,14 @@ def trace(
     batch: Mapping[str, Any],
     dtype: torch.dtype | None = None,
     sampled: Sequence[SampledLayers] = (),
+    outputs: Sequence[str] = (),
 ) -> Traced:
     """Trace the forward pass of one micro-batch.
 
     `batch` has the model's keyword arguments, with samples in dim 0 of every tensor; its size is the micro-batch.
     `dtype`, if given, is the dtype that parameters of the model's main dtype are traced in. Of a list of blocks in
-    `sampled` only the first blocks are traced. No parameter's value is read, so that the model may be on meta. Raises
+    `sampled` only the first blocks are traced. `outputs` are names of what the model returns, which the program is to
+    return beside the loss: "logits", or "1" for the second of a tuple. No parameter's value is read, so that the model may be on meta. Raises
     PartitionError, with the user's line, where the model cannot be traced or has no loss to train by.
     """
     sizes = {k: v.shape[0] for k, v in batch.items() if isinstance(v, torch.Tensor) and v.dim()}
@@ -45,7 +49,7 @@ def trace(
             "a copy of it in the forward pass: x = x.clone()",
         )
     graph = exported.graph_module.graph
-    updated = _set_outputs(graph, exported)
+    updated = _set_outputs(graph, exported, outputs)
     _drop_assertions(graph)
     lifted = _merge_constants(graph, exported)
     aliases = _aliases(model)
@@ -71,8 +75,11 @@ def trace(
     return Traced(graph, type(model).__name__, buffers, aliases, samples, classes, parameters, updated)
 
 
-def _set_outputs(graph: fx.Graph, exported: torch.export.ExportedProgram) -> tuple[str, ...]:
+def _set_outputs(
+    graph: fx.Graph, exported: torch.export.ExportedProgram, returned: Sequence[str] = ()
+) -> tuple[str, ...]:
     """Make the graph's outputs the loss and, behind it, the new values of the buffers that the forward pass changes.
+    Values that are `returned` by these names are marked.
 
     The loss is the output called `loss`, else the first scalar. Returns the names of these buffers.
     """
@@ -89,10 +96,45 @@ def _set_outputs(graph: fx.Graph, exported: torch.export.ExportedProgram) -> tup
             f"its outputs have shapes {[tuple(v.meta['val'].shape) for v in values if v is not None]}",
             "put the labels into the batch, or wrap the model so that forward returns the loss",
         )
+    for name in returned:
+        _mark(graph, name, _named(tree, name), loss)
     changes = exported.graph_signature.buffers_to_mutate
     output.args = (loss, *(nodes[name] for name in changes))
     graph.eliminate_dead_code(lambda node: node.is_impure() and not _is_random(node))
     return tuple(changes.values())
+
+
+def _named(tree: Any, name: str) -> Any:
+    """What a model returns by a name: a key, an attribute, or a number in a tuple; "1.logits" is inside of another."""
+    for part in name.split("."):
+        if isinstance(tree, Mapping):
+            tree = tree.get(part)
+        elif isinstance(tree, (tuple, list)) and part.isdigit():
+            tree = tree[int(part)] if int(part) < len(tree) else None
+        else:
+            tree = getattr(tree, part, None)
+    return tree
+
+
+def _mark(graph: fx.Graph, name: str, node: Any, loss: fx.Node) -> None:
+    """Put the operator `returned` between a value and what reads it. Raises PartitionError for a name that the model
+    does not return, and for a value from which the loss does not come."""
+    if not isinstance(node, fx.Node) or node.op == "placeholder":
+        raise PartitionError(
+            f"the model returns no tensor {name!r}",
+            "outputs are named by keys or attributes of what forward returns, or by numbers in a tuple",
+            'outputs=["logits"]',
+        )
+    if node is loss or not reaches(loss, {node.name}):
+        raise PartitionError(
+            f"the loss does not come from the output {name!r}",
+            "stages compute the loss and what it comes from",
+            "an output on the way to the loss, such as logits",
+        )
+    with graph.inserting_after(node):
+        marked = graph.call_function(returned, (node, Stream(name)))
+    marked.meta = {key: value for key, value in node.meta.items() if key != KEY}
+    node.replace_all_uses_with(marked, lambda user: user is not marked)
 
 
 def _is_random(node: fx.Node) -> bool:

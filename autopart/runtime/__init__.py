@@ -18,6 +18,7 @@ from autopart.runtime.experts import grouped_linear
 from autopart.runtime.functions import mean_cross_entropy, vocab_cross_entropy, vocab_embedding
 from autopart.runtime.gathered import gathered
 from autopart.runtime.groups import Groups, make_groups
+from autopart.runtime.outputs import returned
 from autopart.runtime.parameters import buffer, weight, weight_slice
 from autopart.runtime.process_group import Group
 from autopart.runtime.random import dropout, stream, uniform
@@ -41,6 +42,7 @@ __all__ = [
     "recomputed",
     "reduce_from",
     "reduce_scatter_to",
+    "returned",
     "run_once",
     "saved",
     "scatter_to",

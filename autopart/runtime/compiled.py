@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from autopart.runtime.groups import Groups, tied_groups
 from autopart.runtime.guards import BatchForm, ModelWeights, TrainingMode, refuse_parameters
 from autopart.runtime.loss_scale import LossScale
 from autopart.runtime.optimizers import check, names_by_group, over_shares
+from autopart.runtime.outputs import whole_outputs
 from autopart.runtime.parameters import fill, origins, tensors_of
 from autopart.runtime.pretrained import save_pretrained, sync_to
 from autopart.runtime.share_reader import Sliceable, fill_from
@@ -176,28 +177,44 @@ class Compiled:
         self.mode.check()
         self.weights.check()
         self._check_rows(batch, local)
-        plan, program = self.variants.find(batch, self.data_ranks if local else 1, True)
+        plan, program = self.variants.find(batch, self.data_ranks if local else 1, None)
         shares = micro_batches(plan, batch, self.data_ranks, self.data_rank, local, self.groups.device)
         with torch.enable_grad(), self.variants.buffers(program):
             self.executor.use(program)
             return self.executor.run(shares, update, weight)
 
-    def evaluate(self, batch: Mapping[str, Any], local: bool = False) -> Tensor:
+    @overload
+    def evaluate(self, batch: Mapping[str, Any], local: bool = False) -> Tensor: ...
+
+    @overload
+    def evaluate(
+        self, batch: Mapping[str, Any], local: bool = False, *, outputs: Sequence[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+    def evaluate(
+        self, batch: Mapping[str, Any], local: bool = False, *, outputs: Sequence[str] | None = None
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch in evaluation mode, without gradients: dropout is off, batch norm takes its running
         statistics. The weights are the trained ones; with a master dtype, as the model computes with them.
 
-        Arguments, result and errors as `step`. The first batch of a form takes a trace in evaluation mode.
+        outputs  names of what the model returns: "logits", or "1" for the second of a tuple. With a `loss` the single
+                 tensor that the model returns is "output"
+
+        With outputs it returns the loss, and the outputs by name: whole, on the CPU of rank 0, {} on other ranks. With
+        `local` the samples of ranks follow each other within a micro-batch. Arguments and errors as `step`. The first
+        batch of a form takes a trace in evaluation mode.
         """
         check_modes("an evaluation")
         if self.form is not None:
             self.form.check(batch)
         self.weights.check()
         self._check_rows(batch, local)
-        plan, program = self.variants.find(batch, self.data_ranks if local else 1, False)
+        plan, program = self.variants.find(batch, self.data_ranks if local else 1, tuple(outputs or ()))
         shares = micro_batches(plan, batch, self.data_ranks, self.data_rank, local, self.groups.device)
         with torch.no_grad(), self.variants.buffers(program):
             self.executor.use(program)
-            return self.executor.evaluate(shares)
+            loss = self.executor.evaluate(shares)
+        return loss if outputs is None else (loss, whole_outputs(self.groups))
 
     def _check_rows(self, batch: Mapping[str, Any], local: bool) -> None:
         if self.check_batches and local:

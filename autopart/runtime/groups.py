@@ -27,6 +27,7 @@ class Groups:
     gradients    all ranks: messages of gradients between stages
     host         all ranks: values on the CPU
     rng          the seed, step and micro-batch that random numbers depend on
+    returned     shards of the outputs of an evaluation: see `runtime.outputs`
     """
 
     pp: Group
@@ -37,6 +38,7 @@ class Groups:
     gradients: Group
     host: Group
     rng: RngState = field(default_factory=RngState, kw_only=True)
+    returned: list[object] = field(default_factory=list, kw_only=True)
 
     def along(self, axis: str) -> Group:
         """The group of an axis by its name."""

@@ -18,8 +18,10 @@ from autopart.runtime.groups import Groups
 from autopart.runtime.parameters import fill, origins, shared_with
 
 Tensor = torch.Tensor
-Form = tuple[bool, int, tuple[tuple[str, tuple[int, ...]], ...]]
-"""Whether a program trains, its samples, and the sizes of a sample of every input."""
+Mode = tuple[str, ...] | None
+"""What a program returns beside the loss, in evaluation mode; None for a program that trains."""
+Form = tuple[Mode, int, tuple[tuple[str, tuple[int, ...]], ...]]
+"""The mode of a program, its samples, and the sizes of a sample of every input."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Variant:
     constants: Mapping[str, Tensor | None]
 
 
-MakeVariant = Callable[[Mapping[str, Any], int, bool], Variant]
+MakeVariant = Callable[[Mapping[str, Any], int, Mode], Variant]
 
 
 class Variants:
@@ -45,8 +47,8 @@ class Variants:
         self, plan: Plan, first: StageProgram, groups: Groups, make: MakeVariant | None, buffers: Container[str]
     ) -> None:
         """
-        make     makes the program for a batch like this one of so many samples, for training or not; None: only the
-                 first can be run
+        make     makes the program for a batch like this one of so many samples, in a mode; None: only the first can be
+                 run
         buffers  names of the model's own
         """
         self.first, self.groups, self.make = first, groups, make
@@ -55,11 +57,11 @@ class Variants:
         inputs = {name: shape[1:] for name, shape in plan.signature.inputs.items()}
         self.names = tuple(sorted(inputs))
         self.made: dict[Form, tuple[Plan, StageProgram]] = {
-            (True, plan.global_batch, tuple((name, inputs[name]) for name in self.names)): (plan, first)
+            (None, plan.global_batch, tuple((name, inputs[name]) for name in self.names)): (plan, first)
         }
         self.plan = plan
 
-    def find(self, batch: Mapping[str, Any], ranks: int, training: bool) -> tuple[Plan, StageProgram]:
+    def find(self, batch: Mapping[str, Any], ranks: int, mode: Mode) -> tuple[Plan, StageProgram]:
         """The plan and the program for a batch, made now where it is the first of its form.
 
         ranks  how many batches like this one are trained together
@@ -68,11 +70,11 @@ class Variants:
             raise PartitionError(f"the batch lacks {lacking[0]}", f"it has {', '.join(batch) or 'nothing'}")
         tensors = {name: batch[name] for name in self.names}
         rows = ranks * next(iter(tensors.values())).shape[0] if tensors else self.plan.global_batch
-        form = training, rows, tuple((name, tuple(tensor.shape[1:])) for name, tensor in tensors.items())
+        form = mode, rows, tuple((name, tuple(tensor.shape[1:])) for name, tensor in tensors.items())
         if form not in self.made:
             if self.make is None:
                 raise _other_sizes(self.plan, tensors, ranks)
-            self.made[form] = self._load(self.make(batch, rows, training))
+            self.made[form] = self._load(self.make(batch, rows, mode))
         return self.made[form]
 
     def _load(self, variant: Variant) -> tuple[Plan, StageProgram]:

@@ -57,6 +57,8 @@ def test_training_with_it() -> None:
     assert worst_error(compiled.full_state_dict(), alone.state_dict())[0] < 1e-5
     with torch.no_grad():
         assert float(compiled.evaluate(BATCH)) == pytest.approx(float(weighted(alone(BATCH["x"]), BATCH)), rel=1e-5)
+        _, outputs = compiled.evaluate(BATCH, outputs=["output"])
+        assert worst_error(outputs, {"output": alone(BATCH["x"])})[0] < 1e-5
     assert compiled.plan.model == "Classifier"
 
 

@@ -159,6 +159,43 @@ def test_running_statistics(settings: dict[str, Any]) -> None:
     assert worst_error(numbers, right)[0] < 1e-4
 
 
+class Returning(Model):
+    """Returns a dict with a tensor of a micro-batch's samples, one in the middle of the model, and one beside the
+    loss."""
+
+    def forward(self, x: Tensor) -> Any:
+        first = self.blocks[0](x)
+        logits = self.head(self.blocks[1](first))
+        return {"loss": (logits - x.roll(1, 1)).square().mean(), "logits": logits, "hidden": (first, logits * 2)}
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_outputs_of_an_evaluation(settings: dict[str, Any]) -> None:
+    models: list[nn.Module] = [Returning(0.2) for _ in range(ranks(settings))]
+
+    def run(compiled: Compiled) -> Any:
+        compiled.step(batch(*SIZES[0]))
+        return [compiled.evaluate(batch(*size), outputs=["logits", "hidden.0"]) for size in SIZES[:3]]
+
+    everyone = on_ranks(models, batch(*SIZES[0])["x"], run, nodes=5, **settings)
+    alone = Returning(0.2).eval()
+    for (loss, outputs), size in zip(everyone[0], SIZES, strict=False):
+        with torch.no_grad():
+            wanted = alone(**batch(*size))
+        assert float(loss) == pytest.approx(float(wanted["loss"]), rel=1e-5)
+        assert worst_error(outputs, {"logits": wanted["logits"], "hidden.0": wanted["hidden"][0]})[0] < 1e-5
+    assert all(outputs == {} for found in everyone[1:] for _, outputs in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("logit", "returns no tensor 'logit'"), ("hidden.1", "the loss does not come from the output")]
+)
+def test_outputs_that_cannot_be_returned(name: str, what: str) -> None:
+    compiled = autopart.compile(Returning(), "1:cpu", batch(*SIZES[0]), nodes=5)
+    with pytest.raises(autopart.PartitionError, match=what):
+        compiled.evaluate(batch(*SIZES[0]), outputs=[name])
+
+
 def test_samples_that_no_ranks_can_share() -> None:
     models: list[nn.Module] = [Model(), Model()]
     with pytest.raises(autopart.PartitionError, match="a batch of 3 samples does not divide") as caught:

@@ -39,13 +39,13 @@ def on_ranks(models: list[nn.Module], x: Tensor, run: Any, same: bool = False, *
     source, plan, stages, layered = PLANNED[key]
     traced, lock = layered.traced, Lock()
 
-    def other(model: nn.Module, groups: Groups, batch: Any, rows: int, training: bool) -> Any:
+    def other(model: nn.Module, groups: Groups, batch: Any, rows: int, mode: Any) -> Any:
         """`variant`, one rank after the other while no rank computes: traces are not made for threads."""
         ranks = math.prod(groups.along(axis).size for axis in stages[groups.pp.rank].sample_axes)
         groups.host.gather(None)
         with lock:
             mine = replace(source, model=model)
-            made = variant(mine, plan, layered, ranks, groups.pp.rank, lambda make: make(), batch, rows, training)
+            made = variant(mine, plan, layered, ranks, groups.pp.rank, lambda make: make(), batch, rows, mode)
         groups.host.gather(None)
         return made
 

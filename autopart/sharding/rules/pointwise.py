@@ -59,5 +59,6 @@ RULES |= {
     "aten.native_dropout": Rule("... -> ..., ..."),
     "aten.dropout": Rule("... -> ..."),
     "autopart.dropout": Rule("... -> ...", linear=1),
+    "autopart.returned": Rule("... -> ..."),
 }
 RULES |= {f"aten.{n}": Rule("-, ... -> ...") for n in ("pow.Scalar", "float_power.Scalar", "polygamma")}

@@ -1,0 +1,72 @@
+"""What an evaluation returns beside the loss: the shards that ranks compute, and the whole tensors."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from autopart.runtime.groups import Groups
+from autopart.runtime.random import Split, Stream
+from autopart.runtime.whole import Share, assemble
+from autopart.sharding.notation import Placement
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Returned:
+    """One rank's shard of an output of one micro-batch.
+
+    batch  the dim that counts samples; None where there is none
+    axes   the dim that each axis splits
+    """
+
+    name: str
+    micro_batch: int
+    shard: Tensor
+    batch: int | None
+    axes: dict[str, Split]
+
+
+def returned(x: Tensor, name: Stream, whole: Sequence[int], batch: int | None, **axes: Split) -> Tensor:
+    """Note `x`, this rank's shard of an output of size `whole`, for the evaluation that runs."""
+    groups = name.groups
+    groups.returned.append(Returned(name.name, groups.rng.micro_batch, x.detach(), batch, axes))
+    return x
+
+
+def whole_outputs(groups: Groups) -> dict[str, Tensor]:
+    """The outputs noted since the last call, whole, on the CPU of rank 0; {} on other ranks. Micro-batches follow each
+    other in the dim of samples, in a new dim 0 where an output has none. All ranks call it."""
+    noted = [each for each in groups.returned if isinstance(each, Returned)]
+    groups.returned.clear()
+    place = {"dp": groups.dp.rank, "tp": groups.tp.rank}
+    mine: dict[str, Share] = {}
+    for each in noted:
+        placed = {axis: _placement(each.axes.get(axis)) for axis in place}
+        if all(p.kind == "S" or place[axis] == 0 for axis, p in placed.items()):
+            share = (placed, (groups.dp.rank, groups.tp.rank), each.shard.cpu())
+            mine[f"{each.micro_batch} {each.name}"] = share
+    dims = {each.name: each.batch for each in noted}
+    everyone = groups.host.gather((mine, dims))
+    parts: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    for key, tensor in assemble([shares for shares, _ in everyone]).items():
+        number, _, name = key.partition(" ")
+        parts[name][int(number)] = tensor
+    known = {name: dim for _, dims in everyone for name, dim in dims.items()}
+    return {name: _joined([each[i] for i in sorted(each)], known[name]) for name, each in parts.items()}
+
+
+def _placement(split: Any) -> Placement:
+    if split is None:
+        return Placement("R")
+    dim, parts = split if isinstance(split, (tuple, list)) else (split, ())
+    return Placement("S", dim, tuple(parts))
+
+
+def _joined(parts: list[Tensor], batch: int | None) -> Tensor:
+    return torch.stack(parts) if batch is None else torch.cat(parts, batch)
