@@ -113,8 +113,9 @@ def prepare(
     sampled: Sequence[SampledLayers] = (),
     outputs: Sequence[str] = (),
 ) -> LayeredGraph:
-    """The passes from trace to unfold_layers; `outputs` as `trace`. If AUTOPART_DUMP names a folder, the graph is verified after every pass
-    and written there. Raises UnlikeLayers where the first blocks of a list in `sampled` do not stand for all."""
+    """The passes from trace to unfold_layers. `outputs` are those of `trace`. If AUTOPART_DUMP names a folder, the
+    graph is verified after every pass and written there. Raises UnlikeLayers where the first blocks of a list in
+    `sampled` do not stand for all."""
     traced = _pass("trace", None, lambda: trace(model, batch, dtype, sampled, outputs))
     _pass("simplify", traced, lambda: simplify(traced))
     _pass("randomness", traced, lambda: randomness(traced))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from autopart.ir.graph import has_gradient
-from autopart.ir.random_ops import dropout
+from autopart.ir.random_ops import dropout, returned
 from autopart.kernels.rms_norm import rms_norm
 from autopart.sharding.notation import Dim, Factor, Operand, Placement, Shape, Strategy, parse
 from autopart.sharding.rules import RULES, Args, Rule, flatten, local_args, local_shape, strategies
@@ -63,7 +63,7 @@ def uniform_of(size: Sequence[int], dtype: torch.dtype, stream: str) -> torch.Te
     return torch.full(size, 0.5, dtype=dtype)
 
 
-OWN = {f"autopart.{k.__name__}": k for k in (rms_norm, dropout, grouped_linear, uniform, uniform_of)}
+OWN = {f"autopart.{k.__name__}": k for k in (rms_norm, dropout, returned, grouped_linear, uniform, uniform_of)}
 
 
 def resolve(name: str) -> Op:
@@ -419,6 +419,7 @@ ALLOWED = {
     ("aten.nextafter", "linear"): "right within the tolerance",
     ("aten.type_as", "forgotten"): "right: only the second tensor's dtype counts",
     ("aten.type_as", "linear"): "right: only the second tensor's dtype counts",
+    ("autopart.returned", "linear"): "right, but a partial sum is no part of what is returned",
     ("aten.view.dtype", "linear"): "right where the dtype stays",
 }
 """What may be done to a row and leaves it right: (row, kind) -> why the row does not say so."""
