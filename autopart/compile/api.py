@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from autopart.compile.given_weights import check_has_weights, given_weights, used_parameters
+from autopart.compile.given_weights import GivenWeights, check_has_weights, given_weights, used_parameters
 from autopart.compile.programs import programs
 from autopart.compile.variants import variant
 from autopart.compile.warn import warn
@@ -107,10 +107,8 @@ def compile(
     settings       as `autopart.plan`
 
     Without `weights`, weights and buffers are those of rank 0's model on every rank: what differs on another rank is
-    broadcast. `model` is
-    not changed, neither now nor by steps, and its weights are not read again. To evaluate or save what was trained,
-    load `compiled.full_state_dict()`, which all ranks call, into a copy of it on rank 0. To train other weights,
-    `compiled.load_state_dict`.
+    broadcast. `model` is not changed, neither now nor by steps, and its weights are not read again:
+    `compiled.load_state_dict` loads others, `compiled.sync_to(model)` brings the trained ones into it.
 
     Warnings on rank 0 show the plan's notes, and name scalars with gradients that the model returns and that are no
     part of the loss.
@@ -134,13 +132,22 @@ def compile(
         with suppress(PartitionError):  # which rank 0 raises for all
             source.full(request.micro_batch, mesh)
     plan, seed = _agreed(plan, seed, lambda: make_plan(source, mesh, request, on_progress, to_run=True))
+    compiled = _loaded(source, model, plan, seed, given)
+    compiled.check_batches = check_batches
+    if compiled.rank == 0:
+        warn(plan, source.full(plan.micro_batch, plan.mesh).traced, model)
+    return compiled
+
+
+def _loaded(source: Source, model: nn.Module, plan: Plan, seed: int, given: GivenWeights | None) -> Compiled:
+    """This rank's program with its shares of the weights, watched where other processes are."""
     layered = source.full(plan.micro_batch, plan.mesh)
     validate(plan, layered)
     groups = make_groups(plan.pp, plan.dp, plan.tp)
     groups.rng.seed = seed
     (program,) = programs(layered, plan, [groups.pp.rank])
     ranks = math.prod(groups.along(axis).size for axis in program.sample_axes)
-    again = replace(source, batch=outline(batch, 1), prepared={}, planned={})
+    again = replace(source, batch=outline(source.batch, 1), prepared={}, planned={})
 
     def same_trace() -> bool:
         return _has_trace(replace(again, model=given.like(model)) if given else again, plan, layered.hash)
@@ -148,7 +155,7 @@ def compile(
     buffers = layered.traced.buffers
     find = given.loading(buffers, seed) if given else None
     compiled = Compiled(
-        model, plan, groups, program, layered.traced.aliases, buffers, batch, same_trace,
+        model, plan, groups, program, layered.traced.aliases, buffers, source.batch, same_trace,
         partial(variant, again, plan, layered, ranks, groups.pp.rank, lambda make: _agreed(None, None, make)[0]),
         find,
     )  # fmt: skip
@@ -161,9 +168,6 @@ def compile(
     else:
         compiled.load_rank_zero({name: value for name, value in buffers.items() if value is not None})
         compiled.beside = given.unused(used) if compiled.rank == 0 else {}
-    compiled.check_batches = check_batches
-    if compiled.rank == 0:
-        warn(plan, layered.traced, model)
     return compiled
 
 

@@ -23,7 +23,7 @@ def warn(plan: Plan, traced: Traced, model: nn.Module) -> None:
 
 def _not_followed(model: nn.Module) -> Iterator[str]:
     """A sentence on the activation checkpointing of a transformers model."""
-    if getattr(model, "is_gradient_checkpointing", False):
+    if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
         yield (
             "gradient_checkpointing_enable() is not followed: the plan says which blocks are recomputed; recompute="
             "'full', 'mincut', 'selective' or 'none' asks for it"

@@ -13,24 +13,9 @@ from functools import cached_property
 import numpy as np
 from torch import fx
 
+from autopart.cost import liveness
 from autopart.cost.intervals import interval_index
-from autopart.cost.liveness import (
-    ACTIVATIONS,
-    GATHERED,
-    GRADIENTS,
-    MESSAGES,
-    MODES,
-    OPTIMIZER,
-    PARAMETERS,
-    PENDING,
-    RECOMPUTED,
-    TRANSIENT,
-    WORKSPACE,
-    Moment,
-    SegmentBytes,
-    StageBytes,
-    moments,
-)  # fmt: skip
+from autopart.cost.liveness import MODES, Moment, SegmentBytes, StageBytes, moments
 from autopart.cost.training_state import OPTIMIZER_STATES, Training
 from autopart.ir.graph import info
 from autopart.ir.labels import is_block
@@ -44,14 +29,21 @@ from autopart.planner.interval_seconds import crossed
 from autopart.planner.search_space import SearchSpace
 from autopart.planner.stage_parameters import Parameter, distinct, own_gradient, parameters, pending_gradients
 
-KINDS = (PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, MESSAGES, "transient")
+KINDS = (
+    liveness.PARAMETERS,
+    liveness.GRADIENTS,
+    liveness.OPTIMIZER,
+    liveness.ACTIVATIONS,
+    liveness.MESSAGES,
+    "transient",
+)
 """Kinds of bytes in plans; "transient" is the sum of `liveness.TRANSIENT`."""
 
 TRANSIENT_NAMES = {
-    RECOMPUTED: "what is recomputed",
-    GATHERED: "parameters gathered",
-    PENDING: "gradients of shared parameters, until the last is added",
-    WORKSPACE: "gradients that ranks sum, with messages",
+    liveness.RECOMPUTED: "what is recomputed",
+    liveness.GATHERED: "parameters gathered",
+    liveness.PENDING: "gradients of shared parameters, until the last is added",
+    liveness.WORKSPACE: "gradients that ranks sum, with messages",
 }
 """Kind of transient bytes -> its name in a tree."""
 
@@ -133,11 +125,13 @@ class StageMemory:
         yield from self._state()
         yield from self._activations()
         moment = self.peak
-        yield Allocation(PRELUDE, "of other stages, on its way", MESSAGES, moment.alive.get(MESSAGES, 0.0))
+        yield Allocation(
+            PRELUDE, "of other stages, on its way", liveness.MESSAGES, moment.alive.get(liveness.MESSAGES, 0.0)
+        )
         inside = 0 <= moment.position < len(self.labels)
         label = self.labels[moment.position] if inside else PRELUDE
         segment = self._segment_at(moment.position) if inside else PRELUDE_SEGMENT
-        for kind in TRANSIENT:
+        for kind in liveness.TRANSIENT:
             nbytes = moment.alive.get(kind, 0.0)
             name = TRANSIENT_NAMES.get(kind) or f"{self._operator_with(segment, nbytes)}, gradients"
             name = name if moment.backward else "made at the end of a step"
@@ -266,14 +260,14 @@ class StageMemory:
                     continue
                 seen.add(p.name)
                 weight, gradient, optimizer = self.training.state_bytes(p.bytes, p.record.grad, p.over_dp)
-                yield Allocation(label, p.name, PARAMETERS, weight)
+                yield Allocation(label, p.name, liveness.PARAMETERS, weight)
                 first = moment.backward is not None and moment.backward.first
                 if not (first and position < moment.position and own_gradient(self.layered, self.training, p)):
-                    yield Allocation(label, p.name, GRADIENTS, gradient)
+                    yield Allocation(label, p.name, liveness.GRADIENTS, gradient)
                 copies = states + (self.training.widening > 1 and not self.training.sliced(p.over_dp))
                 if copies > states:
-                    yield Allocation(label, f"{p.name}, master copy", OPTIMIZER, optimizer / copies)
-                yield Allocation(label, f"{p.name}, states", OPTIMIZER, optimizer * states / max(copies, 1))
+                    yield Allocation(label, f"{p.name}, master copy", liveness.OPTIMIZER, optimizer / copies)
+                yield Allocation(label, f"{p.name}, states", liveness.OPTIMIZER, optimizer * states / max(copies, 1))
 
     def _activations(self) -> Iterator[Allocation]:
         """Saved activations that are not freed at the peak."""
@@ -282,7 +276,7 @@ class StageMemory:
             return
         for position, label, name, nbytes in self.saved():
             gone = position >= 0 and position > moment.position
-            yield Allocation(label, name, ACTIVATIONS, (moment.backward.in_flight - gone) * nbytes)
+            yield Allocation(label, name, liveness.ACTIVATIONS, (moment.backward.in_flight - gone) * nbytes)
 
     def saved(self) -> Iterator[tuple[int, str, str, float]]:
         """(position, label, name, bytes) of every activation that one micro-batch saves; position -1: several

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,125 +13,26 @@ from torch import nn
 
 from autopart.errors import PartitionError
 from autopart.frontend.inputs import check_modes
-from autopart.plan.data import Plan
-from autopart.runtime.agreement import check_names, check_rows, check_sizes, compares, from_rank_zero, rank_zero_values
+from autopart.runtime.agreement import check_rows, check_sizes, compares
 from autopart.runtime.checkpoint.checkpoints import Checkpoints
-from autopart.runtime.emitted import Program, run_source
-from autopart.runtime.executor import Executor, StageProgram, Update
-from autopart.runtime.groups import Groups, tied_groups
-from autopart.runtime.guards import BatchForm, ModelWeights, TrainingMode, refuse_parameters
-from autopart.runtime.loss_scale import LossScale
+from autopart.runtime.executor import Update
 from autopart.runtime.optimizers import check, names_by_group, over_shares
 from autopart.runtime.outputs import whole_outputs
-from autopart.runtime.parameters import fill, origins, tensors_of
 from autopart.runtime.pretrained import save_pretrained, sync_to
-from autopart.runtime.share_reader import Sliceable, fill_from
-from autopart.runtime.variants import MakeVariant, Variants
-from autopart.runtime.whole import assemble, micro_batches, shares_of
+from autopart.runtime.rank_state import RankState
+from autopart.runtime.whole import micro_batches
 
 Tensor = torch.Tensor
 Folder = str | os.PathLike[str]
 
 
-class Compiled:
+class Compiled(RankState):
     """A model on a mesh, as one rank sees it.
 
     check_batches  whether steps compare the rows that ranks were given: the first 10 steps, then every 100th
     """
 
     check_batches = False
-
-    def __init__(
-        self,
-        model: nn.Module,
-        plan: Plan,
-        groups: Groups,
-        program: Program,
-        aliases: Mapping[str, str],
-        constants: Mapping[str, Tensor | None],
-        traced: Mapping[str, Any] | None = None,
-        same_trace: Callable[[], bool] = lambda: False,
-        variant: MakeVariant | None = None,
-        find: Callable[[str], Sliceable] | None = None,
-    ) -> None:
-        """
-        constants   values of the model's buffers and of constants that the trace made
-        traced      the batch that was traced, whose form every batch must have; None: any that has the plan's inputs
-        same_trace  whether the model as it is now would be traced to the same program
-        variant     makes the program for a batch like this one of so many samples, for training or evaluation; None:
-                    only batches of the plan's sizes can be trained
-        find        a weight's or a buffer's name -> where its whole value lies; None: the model's own and `constants`
-        """
-        self.plan, self.groups, self.source = plan, groups, program.source
-        self.model, self.aliases, self.sample_axes = model, aliases, program.sample_axes
-        self.form = None if traced is None else BatchForm(traced)
-        self.mode = TrainingMode(model, same_trace)
-        self.weights = ModelWeights(model, aliases)
-        self.stage: nn.Module = run_source(program.source, f"stage_{program.stage}.py").Stage(groups)
-        self.origins = origins(self.stage)
-        tied, master = tied_groups(program.tied, groups), getattr(torch, plan.master) if plan.master else None
-        first = StageProgram(self.stage, program.instructions, program.messages)
-        self.executor = Executor(
-            first, program.stage, groups, tied, plan.zero, master,
-            overlap=plan.mesh.device.overlapped_share > 0,
-            loss_scale=LossScale() if plan.precision == "float16" else None,
-        )  # fmt: skip
-        self.stage.parameters = refuse_parameters
-        self.variants = Variants(plan, first, groups, variant, dict(model.named_buffers()))
-        self.emitted = {*plan.signature.parameters, *constants}
-        """Names of the tensors that some stage computes with."""
-        self.beside: dict[str, Tensor] = {}
-        """Loaded tensors of the state dict that no stage computes with."""
-        if find is None:
-            self.fill(tensors_of(model, constants))
-        else:
-            fill_from(self._shares(), groups, find)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load weights and buffers by the model's names, whole, such as `full_state_dict` returns: those that rank 0
-        has, tensor by tensor. All ranks call it; what others than rank 0 give is not read.
-
-        Raises PartitionError, on every rank, for names that are missing or not the model's, and for other shapes.
-        """
-        shapes = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
-        shares = self._shares()
-        for alias, value in from_rank_zero(state, self.groups.host, partial(check_names, shapes)):
-            name = self.aliases.get(alias, alias)
-            fill([share for share in shares if share.origin.name == name], self.groups, {name: value})
-            if name not in self.emitted:
-                self.beside[name] = value
-        self.weights.seen()
-
-    def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill this rank's weights, the optimizer's copies of them and its buffers from the model's own, which are
-        whole."""
-        fill(self._shares(), self.groups, tensors)
-
-    def load_rank_zero(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load rank 0's values of the tensors of which a rank has other values. All ranks call it, each with the whole
-        tensors of its own model, which stay as they are."""
-        for name, value in rank_zero_values(tensors, self.groups.host):
-            fill([share for share in self._shares() if share.origin.name == name], self.groups, {name: value})
-        self.weights.seen()  # a broadcast counts as a change of what rank 0 sends
-
-    def _shares(self) -> list[Any]:
-        return [*dict(self.stage.named_parameters()).values(), *self.stage.buffers(), *self.executor.shared.copies]
-
-    @property
-    def data_ranks(self) -> int:
-        """Number of shares that the samples of a batch are split into."""
-        ranks = 1
-        for axis in self.sample_axes:
-            ranks *= self.groups.along(axis).size
-        return ranks
-
-    @property
-    def data_rank(self) -> int:
-        """The share of this rank, from 0 to `data_ranks` - 1."""
-        rank = 0
-        for axis in self.sample_axes:
-            rank = rank * self.groups.along(axis).size + self.groups.along(axis).rank
-        return rank
 
     def step(
         self,
@@ -271,25 +172,6 @@ class Compiled:
         """Updates that left the weights as they are, since gradients were not finite."""
         return self.executor.skipped
 
-    def full_gradients(self) -> dict[str, Tensor]:
-        """The last step's gradients by the model's names, whole, on the CPU of rank 0; {} on other ranks. Their dtype
-        is the master dtype, where the plan has one.
-        """
-        return self._collect(self.executor.shared.gradients())
-
-    def full_state_dict(self) -> dict[str, Tensor]:
-        """The model's state dict as trained, whole, on the CPU of rank 0; {} on other ranks. Trained weights are the
-        optimizer's copies in the master dtype, where the plan has one.
-        """
-        whole = self._collect({**self.executor.shared.weights(), **dict(self.stage.named_buffers())})
-        if self.rank:
-            return {}
-        return {
-            alias: whole.get(name, self.beside.get(name, value)).detach().cpu().clone()
-            for alias, value in self.model.state_dict().items()
-            for name in [self.aliases.get(alias, alias)]
-        }
-
     def save_pretrained(
         self, folder: Folder, max_shard_size: int | str = "5GB", dtype: str | torch.dtype | None = None
     ) -> None:
@@ -350,12 +232,3 @@ class Compiled:
     @cached_property
     def _checkpoints(self) -> Checkpoints:
         return Checkpoints(self)
-
-    @property
-    def rank(self) -> int:
-        """This process's global rank."""
-        return self.groups.rank
-
-    def _collect(self, mine: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every rank's shares, put together on rank 0."""
-        return assemble(self.groups.host.gather(shares_of(mine, self.origins, self.groups)))

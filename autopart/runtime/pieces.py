@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from autopart.runtime.agreement import bytes_of, from_first
 from autopart.runtime.parameters import Origin
 from autopart.runtime.process_group import Group
+from autopart.runtime.rank_state import RankState
 from autopart.runtime.whole import Place, assemble
 from autopart.sharding.notation import Placement
-
-if TYPE_CHECKING:
-    from autopart.runtime.compiled import Compiled
 
 Tensor = torch.Tensor
 
@@ -44,7 +42,7 @@ class Piece:
 
 
 def whole_tensors(
-    compiled: Compiled, names: Iterable[str], masters: bool = False
+    compiled: RankState, names: Iterable[str], masters: bool = False
 ) -> Iterator[tuple[str, Tensor | None]]:
     """Each name with its whole tensor on the CPU of rank 0; with None on other ranks. All ranks must take all.
 
@@ -73,7 +71,7 @@ def whole_tensors(
             yield name, None
 
 
-def _held(compiled: Compiled, masters: bool) -> dict[str, tuple[Tensor, Piece]]:
+def _held(compiled: RankState, masters: bool) -> dict[str, tuple[Tensor, Piece]]:
     """This rank's tensors with the pieces that it would send: over the ranks of a stage each part comes once."""
     shared, groups = compiled.executor.shared, compiled.groups
     place = {"dp": groups.dp.rank, "tp": groups.tp.rank}
@@ -99,7 +97,7 @@ def _held(compiled: Compiled, masters: bool) -> dict[str, tuple[Tensor, Piece]]:
     return found
 
 
-def _pieces(held: Mapping[str, tuple[Tensor, Piece]], compiled: Compiled) -> dict[str, list[Piece]]:
+def _pieces(held: Mapping[str, tuple[Tensor, Piece]], compiled: RankState) -> dict[str, list[Piece]]:
     """Every tensor's pieces, of the first stage that has it; the same on every rank."""
     groups = compiled.groups
     chosen: dict[str, list[Piece]] = {}

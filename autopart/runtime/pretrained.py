@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,11 +14,9 @@ from autopart.errors import PartitionError, few, not_known
 from autopart.frontend.inputs import main_dtype
 from autopart.runtime.agreement import bytes_of, from_first
 from autopart.runtime.pieces import whole_tensors
+from autopart.runtime.rank_state import RankState
 from autopart.runtime.transformers_names import is_pretrained, original_format, saved_names
 from autopart.runtime.weight_files import WeightFiles, size_of
-
-if TYPE_CHECKING:
-    from autopart.runtime.compiled import Compiled
 
 Tensor = torch.Tensor
 DTYPES = {
@@ -26,8 +24,8 @@ DTYPES = {
 }
 
 
-def save_pretrained(compiled: Compiled, folder: Path, max_shard_size: int | str, dtype: Any) -> None:
-    """`Compiled.save_pretrained`. Rank 0 writes."""
+def save_pretrained(compiled: RankState, folder: Path, max_shard_size: int | str, dtype: Any) -> None:
+    """`RankState.save_pretrained`. Rank 0 writes."""
     limit, wanted = size_of(max_shard_size), _dtype(dtype)
     model = compiled.model
     parameters = {name for name, _ in model.named_parameters()}
@@ -70,8 +68,8 @@ def _dtype(given: Any) -> torch.dtype | None:
     return DTYPES[given]
 
 
-def sync_to(compiled: Compiled, model: nn.Module, ranks: Collection[int] | None) -> None:
-    """`Compiled.sync_to`. Tensors go by rank 0, one at a time."""
+def sync_to(compiled: RankState, model: nn.Module, ranks: Collection[int] | None) -> None:
+    """`RankState.sync_to`. Tensors go by rank 0, one at a time."""
     names = list(_named(compiled.model))
     host = compiled.groups.host
     takes = ranks is None or host.rank in ranks

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 
@@ -18,15 +18,13 @@ from autopart.runtime.checkpoint.load import load
 from autopart.runtime.checkpoint.together import together
 from autopart.runtime.checkpoint.write import write
 from autopart.runtime.process_group import Group
-
-if TYPE_CHECKING:
-    from autopart.runtime.compiled import Compiled
+from autopart.runtime.rank_state import RankState
 
 
 class Checkpoints:
     """The checkpoints of one rank's program. All ranks call each method."""
 
-    def __init__(self, compiled: Compiled) -> None:
+    def __init__(self, compiled: RankState) -> None:
         self.compiled, self.executor = compiled, compiled.executor
         self.pool = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[None] | None = None
@@ -44,7 +42,7 @@ class Checkpoints:
         return Group("checkpoint", host.size, host.rank, dist.new_group(backend="gloo"))
 
     def save(self, folder: Path, scheduler: Any, extra: Any, keep: int | None, wait: bool) -> Path:
-        """See `Compiled.save`."""
+        """See `RankState.save`."""
         self.wait_saved()
         if keep is not None and keep < 1:
             raise PartitionError(f"keep={keep!r} keeps no checkpoint", try_="keep=1 or more, or None for all")
@@ -66,13 +64,13 @@ class Checkpoints:
         return final
 
     def wait_saved(self) -> None:
-        """See `Compiled.wait_saved`."""
+        """See `RankState.wait_saved`."""
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
 
     def load(self, folder: Path, scheduler: Any) -> Any:
-        """See `Compiled.load`."""
+        """See `RankState.load`."""
         self.wait_saved()
         path = choose(folder, self.group)
         return load(path, self.compiled, scheduler, self.group)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,9 +16,7 @@ from autopart.runtime.checkpoint.rectangles import rectangles
 from autopart.runtime.executor import Executor
 from autopart.runtime.groups import Groups
 from autopart.runtime.parameters import Origin
-
-if TYPE_CHECKING:
-    from autopart.runtime.compiled import Compiled
+from autopart.runtime.rank_state import RankState
 
 Tensor = torch.Tensor
 MODEL, OPTIMIZER = "model", "optimizer"
@@ -39,7 +37,7 @@ class StageSummary:
     scalars: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def model_entries(compiled: Compiled) -> Entries:
+def model_entries(compiled: RankState) -> Entries:
     """Weights, of which the optimizer's slice or copy counts, and buffers of the model's state dict."""
     trained_as, origins = compiled.executor.shared.trained_as, compiled.origins
     saved = {compiled.aliases.get(name, name) for name in compiled.model.state_dict()}

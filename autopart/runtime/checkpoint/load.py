@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,14 +17,12 @@ from autopart.runtime.checkpoint.together import together
 from autopart.runtime.executor import Executor
 from autopart.runtime.parameters import Origin
 from autopart.runtime.process_group import Group
-
-if TYPE_CHECKING:
-    from autopart.runtime.compiled import Compiled
+from autopart.runtime.rank_state import RankState
 
 Tensor = torch.Tensor
 
 
-def load(path: Path, compiled: Compiled, scheduler: Any, group: Group) -> Any:
+def load(path: Path, compiled: RankState, scheduler: Any, group: Group) -> Any:
     """Load the good checkpoint at `path`; what was saved as `extra`. All ranks call it.
 
     Raises PartitionError, on every rank and before anything is changed, where the checkpoint does not fit.
@@ -63,7 +61,7 @@ def load(path: Path, compiled: Compiled, scheduler: Any, group: Group) -> Any:
     return record["extra"]
 
 
-def _restore_counters(record: records.Record, compiled: Compiled) -> None:
+def _restore_counters(record: records.Record, compiled: RankState) -> None:
     executor = compiled.executor
     executor.groups.rng.seed, executor.groups.rng.step = record["seed"], record["step"]
     executor.skipped, executor.accumulating = record["skipped"], False
