@@ -15,7 +15,7 @@ from torch import fx
 
 from autopart.cost import liveness
 from autopart.cost.intervals import interval_index
-from autopart.cost.liveness import MODES, Moment, SegmentBytes, StageBytes, moments
+from autopart.cost.liveness import ACTIVATIONS, MESSAGES, MODES, Moment, SegmentBytes, StageBytes, moments
 from autopart.cost.training_state import OPTIMIZER_STATES, Training
 from autopart.ir.graph import info
 from autopart.ir.labels import is_block
@@ -29,14 +29,7 @@ from autopart.planner.interval_seconds import crossed
 from autopart.planner.search_space import SearchSpace
 from autopart.planner.stage_parameters import Parameter, distinct, own_gradient, parameters, pending_gradients
 
-KINDS = (
-    liveness.PARAMETERS,
-    liveness.GRADIENTS,
-    liveness.OPTIMIZER,
-    liveness.ACTIVATIONS,
-    liveness.MESSAGES,
-    "transient",
-)
+KINDS = (liveness.PARAMETERS, liveness.GRADIENTS, liveness.OPTIMIZER, ACTIVATIONS, MESSAGES, "transient")
 """Kinds of bytes in plans; "transient" is the sum of `liveness.TRANSIENT`."""
 
 TRANSIENT_NAMES = {
@@ -125,9 +118,7 @@ class StageMemory:
         yield from self._state()
         yield from self._activations()
         moment = self.peak
-        yield Allocation(
-            PRELUDE, "of other stages, on its way", liveness.MESSAGES, moment.alive.get(liveness.MESSAGES, 0.0)
-        )
+        yield Allocation(PRELUDE, "of other stages, on its way", MESSAGES, moment.alive.get(MESSAGES, 0.0))
         inside = 0 <= moment.position < len(self.labels)
         label = self.labels[moment.position] if inside else PRELUDE
         segment = self._segment_at(moment.position) if inside else PRELUDE_SEGMENT
@@ -276,7 +267,7 @@ class StageMemory:
             return
         for position, label, name, nbytes in self.saved():
             gone = position >= 0 and position > moment.position
-            yield Allocation(label, name, liveness.ACTIVATIONS, (moment.backward.in_flight - gone) * nbytes)
+            yield Allocation(label, name, ACTIVATIONS, (moment.backward.in_flight - gone) * nbytes)
 
     def saved(self) -> Iterator[tuple[int, str, str, float]]:
         """(position, label, name, bytes) of every activation that one micro-batch saves; position -1: several
