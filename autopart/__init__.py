@@ -18,13 +18,17 @@ with paused():
     from autopart.planner.explain.why import Explanation, explain
     from autopart.planner.request import Settings
     from autopart.runtime.calibrate.run import calibrate
+    from autopart.runtime.callbacks import Callback, Event, JsonLines, Trace
     from autopart.runtime.compiled import Compiled
 
 __all__ = [
+    "Callback",
     "Check",
     "Compiled",
     "Estimate",
+    "Event",
     "Explanation",
+    "JsonLines",
     "MemoryReport",
     "Mesh",
     "MeshChoice",
@@ -33,6 +37,7 @@ __all__ = [
     "Settings",
     "Simulated",
     "Timeline",
+    "Trace",
     "__version__",
     "calibrate",
     "certify",

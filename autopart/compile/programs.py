@@ -19,8 +19,7 @@ from autopart.plan.data import Plan
 from autopart.plan.schedules.program import instructions
 from autopart.plan.schedules.verify import verify as verify_schedule
 from autopart.planner.validate import choices_of, validate
-from autopart.runtime.emitted import Program
-from autopart.runtime.executor import Message
+from autopart.runtime.emitted import Message, Program
 
 
 def programs(layered: LayeredGraph, plan: Plan, indices: Iterable[int] | None = None) -> list[Program]:

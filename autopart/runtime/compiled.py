@@ -14,6 +14,7 @@ from torch import nn
 from autopart.errors import PartitionError
 from autopart.frontend.inputs import check_modes
 from autopart.runtime.agreement import check_rows, check_sizes, compares
+from autopart.runtime.callbacks import Callback
 from autopart.runtime.checkpoint.checkpoints import Checkpoints
 from autopart.runtime.executor import Update
 from autopart.runtime.optimizers import check, names_by_group, over_shares
@@ -160,6 +161,11 @@ class Compiled(RankState):
                 "compiled.step(batch) steps the optimizer itself, so that weights would be updated twice",
                 "compiled.step(batch) alone; compiled.backward(batch) and compiled.update() to accumulate",
             )
+
+    @property
+    def callbacks(self) -> list[Callback]:
+        """What is told of all that this rank does: append to it (see `autopart.Callback`)."""
+        return self.executor.callbacks
 
     @property
     def grad_norm(self) -> Tensor | None:

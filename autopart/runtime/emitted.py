@@ -6,9 +6,24 @@ import linecache
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
+
+import torch
 
 from autopart.plan.schedules.ops import Instruction
-from autopart.runtime.executor import Message
+
+
+@dataclass(frozen=True)
+class Message:
+    """A tensor that crosses a cut: its name, its shape and dtype on a rank, the stage that makes it, the stages that
+    take it."""
+
+    name: str
+    producer: int
+    consumers: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    grad: bool
 
 
 @dataclass(frozen=True)
@@ -29,6 +44,15 @@ class Program:
     messages: Sequence[Message]
     tied: Mapping[str, tuple[int, ...]]
     sample_axes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StageProgram:
+    """An emitted stage, its instructions, and the tensors that cross the cuts between stages."""
+
+    stage: Any
+    instructions: Sequence[Instruction]
+    messages: Sequence[Message]
 
 
 def run_source(source: str, filename: str) -> ModuleType:

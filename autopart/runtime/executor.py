@@ -6,6 +6,7 @@ messages travel while the stage computes.
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,28 +18,17 @@ from torch.autograd.graph import get_gradient_edge
 
 from autopart.plan.schedules.ops import ONCE_A_STEP, Instruction, Op
 from autopart.plan.schedules.program import receives_ahead
+from autopart.runtime.callbacks import Callback, Event, told
+from autopart.runtime.emitted import Message, StageProgram
 from autopart.runtime.gathered import keeping_parts
-from autopart.runtime.gradient_norm import clip_factor, scale, total_norm
 from autopart.runtime.groups import Groups
 from autopart.runtime.loss_scale import LossScale
 from autopart.runtime.process_group import Group, Work
 from autopart.runtime.slices import sum_together
+from autopart.runtime.update import Update, complete
 from autopart.runtime.zero import ShardedOptimizerState
 
 Tensor = torch.Tensor
-
-
-@dataclass(frozen=True)
-class Message:
-    """A tensor that crosses a cut: its name, its shape and dtype on a rank, the stage that makes it, the stages that
-    take it."""
-
-    name: str
-    producer: int
-    consumers: tuple[int, ...]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    grad: bool
 
 
 @dataclass
@@ -57,31 +47,8 @@ class _Flight:
     loss: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Update:
-    """How an update of the weights is made.
-
-    max_norm     the norm that gradients are clipped to; None: they are not
-    only_finite  whether gradients that are not finite leave the weights as they are
-    frozen       names of parameters that stay as they are
-    """
-
-    max_norm: float | None = None
-    only_finite: bool = False
-    frozen: frozenset[str] = frozenset()
-
-
 Arrival = tuple[Message, Tensor, Work]
 """A receive that was posted: the message, its buffer, the work to wait for."""
-
-
-@dataclass(frozen=True)
-class StageProgram:
-    """An emitted stage, its instructions, and the tensors that cross the cuts between stages."""
-
-    stage: Any
-    instructions: Sequence[Instruction]
-    messages: Sequence[Message]
 
 
 class Executor:
@@ -109,6 +76,8 @@ class Executor:
         self.stepping = self.accumulating = False
         """Whether the optimizer steps now; whether gradients wait for an update."""
         self.skipped = 0
+        self.callbacks: list[Callback] = []
+        self.updated_at = time.perf_counter()
         self.grad_norm: Tensor | None = None
         self.actions: dict[Op, Callable[[Instruction], None]] = {
             Op.FORWARD: self._forward,
@@ -139,12 +108,17 @@ class Executor:
         self.weight = weight * (self.loss_scale.factor if self.loss_scale else 1.0)
         if not self.accumulating:
             self.shared.zero_grad()
-        self.accumulating = True
+        self.accumulating = False  # an error in between leaves gradients that nothing is to be added to
         self._compute(micro_batches)
-        self.groups.rng.step += 1
+        self.accumulating = True
         if update is not None:
-            self.update(update)
-        return self._ended()
+            self._update(update)
+        loss = self._ended()
+        self.groups.rng.step += 1
+        self.last_loss = loss
+        if update is not None:
+            self._tell_trained()
+        return loss
 
     def evaluate(self, micro_batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """The loss of the whole batch, on every rank, by a program of forward passes."""
@@ -168,7 +142,12 @@ class Executor:
             self.works = [(work, held) for work, held in self.works if not work.is_completed()]
             for receive in self.ahead.get(instruction, ()):
                 self.arrivals[receive] = self._ask(receive)
-            self.actions[instruction.op](instruction)
+            with self._told(instruction.op, instruction.micro_batch, instruction.peer):
+                self.actions[instruction.op](instruction)
+
+    def _told(self, op: str, micro_batch: int = -1, peer: int = -1) -> AbstractContextManager[None]:
+        """Tell the callbacks of what is done meanwhile."""
+        return told(self.callbacks, Event(str(op), self.index, self.groups.rng.step, micro_batch, peer))
 
     def _ended(self) -> Tensor:
         """Wait for the messages that were sent; the loss."""
@@ -180,11 +159,25 @@ class Executor:
         return loss
 
     def update(self, update: Update) -> None:
-        """Complete the gradients over all ranks and step the optimizer."""
+        """Complete the gradients of the batches before over all ranks, and step the optimizer."""
+        self._update(update)
+        self._tell_trained()
+
+    def _tell_trained(self) -> None:
+        """Tell the callbacks of an update."""
+        if self.callbacks:
+            now, loss = time.perf_counter(), float(self.last_loss)
+            for callback in self.callbacks:
+                callback.trained(self.groups.rng.step - 1, loss, now - self.updated_at)
+            self.updated_at = now
+
+    def _update(self, update: Update) -> None:
         self.doing = str(Op.REDUCE)
-        self._reduce()
+        with self._told(Op.REDUCE):
+            self._reduce()
         self.doing = str(Op.STEP)
-        self._step(update)
+        with self._told(Op.STEP):
+            self._step(update)
         self.accumulating = False
 
     def _inputs(self, micro_batch: int) -> list[Tensor]:
@@ -307,22 +300,7 @@ class Executor:
 
     def _step(self, update: Update) -> None:
         trained = self.shared.trained
-        for share in trained:
-            if share.origin.name in update.frozen:
-                share.grad = None
-        finite, factor, self.grad_norm = True, 1.0, None
-        if self.loss_scale:
-            factor /= self.loss_scale.factor
-        if update.max_norm is not None or update.only_finite or self.loss_scale:
-            norm = total_norm(trained, self.tied, self.groups) * factor
-            finite = bool(norm.isfinite()) or not (update.only_finite or self.loss_scale)
-            self.grad_norm = norm
-        if self.loss_scale:
-            self.loss_scale.updated(finite)
-        if update.max_norm is not None:
-            scale(trained, factor * clip_factor(norm, update.max_norm))
-        elif factor != 1.0:
-            scale(trained, factor)
+        finite, self.grad_norm = complete(update, trained, self.tied, self.groups, self.loss_scale)
         if not finite:
             self.skipped += 1
         elif self.optimizer is not None:

@@ -12,8 +12,8 @@ from torch import nn
 
 from autopart.plan.data import Plan
 from autopart.runtime.agreement import check_names, from_rank_zero, rank_zero_values
-from autopart.runtime.emitted import Program, run_source
-from autopart.runtime.executor import Executor, StageProgram
+from autopart.runtime.emitted import Program, StageProgram, run_source
+from autopart.runtime.executor import Executor
 from autopart.runtime.groups import Groups, tied_groups
 from autopart.runtime.guards import BatchForm, ModelWeights, TrainingMode, refuse_parameters
 from autopart.runtime.loss_scale import LossScale

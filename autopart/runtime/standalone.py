@@ -29,8 +29,7 @@ from autopart.plan.data import Plan
 from autopart.plan.schedules.ops import Instruction, Op
 from autopart.plan.schedules.verify import verify
 from autopart.runtime.compiled import Compiled
-from autopart.runtime.emitted import Program
-from autopart.runtime.executor import Message
+from autopart.runtime.emitted import Message, Program
 from autopart.runtime.groups import make_groups
 from autopart.runtime.launch import launch
 from autopart.runtime.watchdog import report_failure, start_watchdog

@@ -12,8 +12,7 @@ from torch import nn
 
 from autopart.errors import PartitionError
 from autopart.plan.data import Plan
-from autopart.runtime.emitted import Program, run_source
-from autopart.runtime.executor import StageProgram
+from autopart.runtime.emitted import Program, StageProgram, run_source
 from autopart.runtime.groups import Groups
 from autopart.runtime.parameters import fill, origins, shared_with
 
