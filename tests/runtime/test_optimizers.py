@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from on_ranks import on_ranks
+from on_ranks import on_ranks, split_by
 from torch import Tensor, nn
 
 import autopart
@@ -69,12 +69,10 @@ MAKE: dict[str, Callable[[nn.Module], Optimizer]] = {
     ),
     "one group of some": lambda model: torch.optim.SGD(list(model.parameters())[:2], lr=0.1, momentum=0.9),
 }
-SPLIT: list[dict[str, Any]] = [
-    {"tp": 2, "constraints": ["split first.weight dim 0 over tp"]},
-    *({"dp": 2, "zero": zero} for zero in range(1, 4)),
-    {"dp": 2, "zero": 3, "master": "float64"},
-]
-WHOLE: list[dict[str, Any]] = [{"pp": 1}, {"pp": 2}, {"dp": 2, "zero": 0}]
+ALL = split_by("first.weight dim 0 over tp")
+WHOLE = [s for s in ALL if "tp" not in s and not s.get("zero")]
+"""Ranks have whole parameters."""
+SPLIT = [s for s in ALL if s not in WHOLE]
 
 
 def ranks(settings: dict[str, Any]) -> int:
@@ -89,7 +87,7 @@ def trained(run: Callable[[Compiled], Any], settings: dict[str, Any], models: li
     return found[0]
 
 
-@pytest.mark.parametrize("settings", [*WHOLE, *SPLIT], ids=str)
+@pytest.mark.parametrize("settings", ALL, ids=str)
 @pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 def test_groups_settings_and_states(make: Callable[[nn.Module], Optimizer], settings: dict[str, Any]) -> None:
     """With a scheduler, and with states that the optimizer has already."""
@@ -128,7 +126,7 @@ def test_groups_settings_and_states(make: Callable[[nn.Module], Optimizer], sett
     assert worst_error(state, alone.state_dict())[0] < 1e-5
 
 
-@pytest.mark.parametrize("settings", [*WHOLE, *SPLIT], ids=str)
+@pytest.mark.parametrize("settings", ALL, ids=str)
 def test_gradients_of_several_batches_are_added(settings: dict[str, Any]) -> None:
     weights = [0.5, 0.3, 0.2]
     alone = Model()
@@ -156,7 +154,7 @@ def test_gradients_of_several_batches_are_added(settings: dict[str, Any]) -> Non
     assert worst_error(state, alone.state_dict())[0] < 1e-5
 
 
-@pytest.mark.parametrize("settings", [*WHOLE, *SPLIT], ids=str)
+@pytest.mark.parametrize("settings", ALL, ids=str)
 def test_freezing_and_thawing(settings: dict[str, Any]) -> None:
     frozen = [{"second.weight", "first.weight"}, set(), {"gain"}]
     alone = Model()
@@ -261,7 +259,7 @@ def test_misuse_is_refused() -> None:
     assert not compiled.full_gradients()["first.weight"].any()
 
 
-@pytest.mark.parametrize("settings", [*WHOLE, *SPLIT], ids=str)
+@pytest.mark.parametrize("settings", ALL, ids=str)
 def test_gradients_that_are_not_finite_change_nothing(settings: dict[str, Any]) -> None:
     def run(compiled: Compiled) -> Any:
         compiled.optimizer(torch.optim.AdamW, lr=0.05)
@@ -273,7 +271,7 @@ def test_gradients_that_are_not_finite_change_nothing(settings: dict[str, Any]) 
     assert worst_error(state, Model().state_dict())[0] == 0
 
 
-@pytest.mark.parametrize("settings", [*WHOLE, *SPLIT[:4]], ids=str)
+@pytest.mark.parametrize("settings", [s for s in ALL if "master" not in s], ids=str)
 def test_a_state_dict_is_loaded_back(settings: dict[str, Any]) -> None:
     """Whole on rank 0; what others give is not read. Another order of names, and names that are lacking or strange."""
     other = {name: torch.randn_like(value) for name, value in reversed(Model().state_dict().items())}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from on_ranks import on_ranks
+from on_ranks import on_ranks, split_by
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,6 +50,13 @@ class Model(nn.Module):
         return loss
 
 
+class Dropped(Model):
+    """With dropout."""
+
+    def __init__(self) -> None:
+        super().__init__(0.3)
+
+
 class Normed(nn.Module):
     """Batch norm, whose buffers every step updates."""
 
@@ -64,11 +71,7 @@ class Normed(nn.Module):
 
 
 SETTINGS: list[dict[str, Any]] = [
-    {"pp": 1},
-    {"tp": 2, "constraints": ["split blocks.0.up.weight over tp"]},
-    {"pp": 2, "micro_batch": 2},
-    {"dp": 2, "zero": 0},
-    {"dp": 2, "zero": 3, "micro_batch": 2},
+    *split_by("blocks.0.up.weight over tp"),
     {"pp": 2, "dp": 2, "zero": 2, "micro_batch": 2},
 ]
 SIZES = [(4, LENGTH), (2, LENGTH), (4, 3), (6, 9), (4, LENGTH)]
@@ -109,7 +112,7 @@ def test_batches_of_other_sizes_train_the_same_weights(settings: dict[str, Any])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_evaluation_between_steps(settings: dict[str, Any]) -> None:
     """Dropout is off, no weight changes, the next steps draw what they would have drawn."""
-    models: list[nn.Module] = [Model(0.3) for _ in range(ranks(settings))]
+    models: list[nn.Module] = [Dropped() for _ in range(ranks(settings))]
 
     def run(compiled: Compiled, evaluates: bool) -> Any:
         compiled.optimizer(torch.optim.SGD, lr=0.1)
@@ -122,13 +125,13 @@ def test_evaluation_between_steps(settings: dict[str, Any]) -> None:
         return losses, evaluated, compiled.full_state_dict()
 
     x = batch(*SIZES[0])["x"]
-    losses, evaluated, state = on_ranks(models, x, lambda c: run(c, True), nodes=5, **settings)[0]
-    same, _, wanted = on_ranks(models, x, lambda c: run(c, False), nodes=5, **settings)[0]
+    losses, evaluated, state = on_ranks(models, x, lambda c: run(c, True), same=True, nodes=5, **settings)[0]
+    same, _, wanted = on_ranks(models, x, lambda c: run(c, False), same=True, nodes=5, **settings)[0]
     assert losses == same
     assert worst_error(state, wanted)[0] == 0
     assert all(model.training for model in models[0].modules())
     for found, weights in evaluated:
-        alone = Model(0.3).eval()
+        alone = Dropped().eval()
         alone.load_state_dict(weights)
         with torch.no_grad():
             assert found == pytest.approx([float(alone(**batch(*size))) for size in SIZES[:3]], rel=1e-5)
@@ -145,7 +148,7 @@ def test_running_statistics(settings: dict[str, Any]) -> None:
         loss = alone(**each)
         loss.backward()
         optimizer.step()
-        wanted.append((float(loss.detach()), float(copy.deepcopy(alone).eval()(**batches[0]))))
+        wanted.append((float(loss.detach()), float(copy.deepcopy(alone).eval()(**batches[0]).detach())))
 
     def run(compiled: Compiled) -> Any:
         compiled.optimizer(torch.optim.SGD, lr=0.1)

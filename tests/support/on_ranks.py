@@ -21,6 +21,21 @@ from autopart.runtime.groups import Groups
 from autopart.runtime.parameters import tensors_of
 from autopart.runtime.simulated import run_simulated
 
+
+def split_by(weight: str) -> list[dict[str, Any]]:
+    """Settings of every way to train on two ranks, and of tp x pp, as the table in docs/usage.md has them; `weight` is
+    what tensor parallelism must split."""
+    tensor = {"tp": 2, "constraints": [f"split {weight}"]}
+    return [
+        {"pp": 1},
+        tensor,
+        {"pp": 2, "micro_batch": 2},
+        *({"dp": 2, "zero": zero} for zero in range(4)),
+        {**tensor, "pp": 2},
+        {"dp": 2, "zero": 3, "master": "float64"},
+    ]
+
+
 PLANNED: dict[str, Any] = {}
 
 
@@ -35,19 +50,22 @@ def on_ranks(models: list[nn.Module], x: Tensor, run: Any, same: bool = False, *
         source = Source(models[0], {"x": x}, DTYPES[request.precision])
         plan = make_plan(source, Mesh.of(f"{len(models)}:cpu"), request, to_run=True)
         layered = source.full(plan.micro_batch, plan.mesh)
-        PLANNED[key] = source, plan, programs(layered, plan), layered
-    source, plan, stages, layered = PLANNED[key]
+        PLANNED[key] = source, plan, programs(layered, plan), layered, {}
+    source, plan, stages, layered, variants = PLANNED[key]
     traced, lock = layered.traced, Lock()
 
     def other(model: nn.Module, groups: Groups, batch: Any, rows: int, mode: Any) -> Any:
         """`variant`, one rank after the other while no rank computes: traces are not made for threads."""
-        ranks = math.prod(groups.along(axis).size for axis in stages[groups.pp.rank].sample_axes)
+        stage = groups.pp.rank
+        form = stage, rows, mode, *(tuple(value.shape[1:]) for value in batch.values())
         groups.host.gather(None)
         with lock:
-            mine = replace(source, model=model)
-            made = variant(mine, plan, layered, ranks, groups.pp.rank, lambda make: make(), batch, rows, mode)
+            if form not in variants:
+                ranks = math.prod(groups.along(axis).size for axis in stages[stage].sample_axes)
+                mine = replace(source, model=model)
+                variants[form] = variant(mine, plan, layered, ranks, stage, lambda make: make(), batch, rows, mode)
         groups.host.gather(None)
-        return made
+        return variants[form]
 
     def one(groups: Groups) -> Any:
         model = models[groups.rank]
