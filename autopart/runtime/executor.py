@@ -172,10 +172,10 @@ class Executor:
             self.updated_at = now
 
     def _update(self, update: Update) -> None:
-        self.doing = str(Op.REDUCE)
+        self.doing = str(Instruction(Op.REDUCE, self.index))
         with self._told(Op.REDUCE):
             self._reduce()
-        self.doing = str(Op.STEP)
+        self.doing = str(Instruction(Op.STEP, self.index))
         with self._told(Op.STEP):
             self._step(update)
         self.accumulating = False

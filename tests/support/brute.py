@@ -204,7 +204,7 @@ def problem(seed: int) -> Problem:
 def whole(space: SearchSpace) -> SearchSpace:
     """The same space, with every change of placement that there is: the planner leaves out some that bring nothing."""
     found = SearchSpace(space.layered, space.mesh, space.request)
-    with mock.patch.object(_Builder, "_let_through", lambda self, used: None):
+    with mock.patch.object(_Builder, "_drop_reshards_before_view", lambda self, used: None):
         for point in space.points():
             found.model(point)
     return found
