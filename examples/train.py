@@ -94,6 +94,7 @@ def train(name: str, steps: int, killed_at: int, settings: dict[str, Any], folde
 
 def alone(name: str, steps: int) -> list[tuple[int, float, float | None]]:
     """The same in plain PyTorch: every step with its loss, and now and then the loss of what is held out."""
+    torch.set_num_threads(1)  # as each rank has
     model, training, held_out = build(name), data(steps, seed=1), data(2, seed=2)
     optimizer = optimizer_of(model)
     scheduler = get_cosine_schedule_with_warmup(optimizer, min(WARM_UP, steps // 4), steps)
