@@ -15,6 +15,7 @@ from autopart.passes.source import Source
 from autopart.planner.make_plan import make_plan, request_of
 
 
+@pytest.mark.slow
 def test_the_runner_up_is_real() -> None:
     source = Source(*build("gpt2", layers=3), torch.float32)
 
@@ -46,6 +47,7 @@ def test_no_runner_up_where_the_degrees_are_given() -> None:
     assert plan.search is not None and plan.search.runner_up is None
 
 
+@pytest.mark.slow
 def test_memory_limits_a_plan_where_more_of_it_would_be_faster() -> None:
     model, batch = build("gpt2", layers=4)
     mesh = Mesh.of("1:a100-80gb")

@@ -134,6 +134,7 @@ def test_a_stage_that_there_is_not_is_refused() -> None:
         explanation("gpt2", "highs").ilp(7)
 
 
+@pytest.mark.slow
 def test_the_shell_plans_with_a_solver_and_writes_the_ilp(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     build("gpt2")[0].config.save_pretrained(tmp_path)

@@ -303,6 +303,7 @@ def crash(compiled: Compiled, folder: Path, at: int) -> bool:
     return status == 0
 
 
+@pytest.mark.slow
 def test_a_crash_at_any_moment_leaves_a_good_checkpoint(program: Compiled, tmp_path: Path) -> None:
     folder, beside = tmp_path / "crashed", tmp_path / "beside"
     step(program)

@@ -88,6 +88,7 @@ def ranks(settings: dict[str, Any]) -> int:
     return size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_batches_of_other_sizes_train_the_same_weights(settings: dict[str, Any]) -> None:
     alone, losses = Model(), []
@@ -109,6 +110,7 @@ def test_batches_of_other_sizes_train_the_same_weights(settings: dict[str, Any])
     assert worst_error(state, alone.state_dict())[0] < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_evaluation_between_steps(settings: dict[str, Any]) -> None:
     """Dropout is off, no weight changes, the next steps draw what they would have drawn."""
@@ -172,6 +174,7 @@ class Returning(Model):
         return {"loss": (logits - x.roll(1, 1)).square().mean(), "logits": logits, "hidden": (first, logits * 2)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_outputs_of_an_evaluation(settings: dict[str, Any]) -> None:
     models: list[nn.Module] = [Returning(0.2) for _ in range(ranks(settings))]
@@ -216,6 +219,7 @@ def test_shares_of_other_sizes_are_named() -> None:
         on_ranks(models, batch(4, LENGTH)["x"], run, nodes=5, dp=2, zero=0)
 
 
+@pytest.mark.slow
 def test_through_compile_with_local_shares() -> None:
     compiled = autopart.compile(Model(0.1), "1:cpu", batch(4, LENGTH), nodes=5)
     compiled.optimizer(torch.optim.SGD, lr=0.1)
