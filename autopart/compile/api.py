@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -146,7 +145,7 @@ def _loaded(source: Source, model: nn.Module, plan: Plan, seed: int, given: Give
     groups = make_groups(plan.pp, plan.dp, plan.tp)
     groups.rng.seed = seed
     (program,) = programs(layered, plan, [groups.pp.rank])
-    ranks = math.prod(groups.along(axis).size for axis in program.sample_axes)
+    ranks = groups.size_over(program.sample_axes)
     again = replace(source, batch=outline(source.batch, 1), prepared={}, planned={})
 
     def same_trace() -> bool:

@@ -16,11 +16,13 @@ from autopart.frontend.inputs import check_modes
 from autopart.runtime.agreement import check_rows, check_sizes, compares
 from autopart.runtime.callbacks import Callback
 from autopart.runtime.checkpoint.checkpoints import Checkpoints
+from autopart.runtime.emitted import StageProgram
 from autopart.runtime.executor import Update
 from autopart.runtime.optimizers import check, names_by_group, over_shares
 from autopart.runtime.outputs import whole_outputs
 from autopart.runtime.pretrained import save_pretrained, sync_to
 from autopart.runtime.rank_state import RankState
+from autopart.runtime.variants import Mode
 from autopart.runtime.whole import micro_batches
 
 Tensor = torch.Tensor
@@ -50,9 +52,10 @@ class Compiled(RankState):
         clip_grad_norm  the norm to which the gradients of the whole model are clipped, before the optimizer
         only_finite     whether the weights stay as they are where gradients are not finite; always in float16
 
-        Returns the loss of the whole batch, the same on every rank. Raises PartitionError where the batch has another
-        size than the plan's, other keys, dtypes or constants than the batch at compile, where the model's training mode
-        or weights have changed since, under torch.autocast, and (see `check_batches`) where ranks got other rows.
+        The first batch of a form, its number of samples and their sizes, takes a trace. Returns the loss of the whole
+        batch, the same on every rank. Raises PartitionError where samples do not divide by `data_ranks`, where the
+        batch has other keys, dtypes or constants than the batch at compile, where the model's training mode or weights
+        have changed since, under torch.autocast, and (see `check_batches`) where ranks got other rows.
         """
         return self._run(batch, local, self._update(clip_grad_norm, only_finite), 1.0)
 
@@ -74,16 +77,25 @@ class Compiled(RankState):
 
     def _run(self, batch: Mapping[str, Any], local: bool, update: Update | None, weight: float) -> Tensor:
         check_modes("a step")
+        self.mode.check()
+        program, shares = self._prepared(batch, local, None)
+        with torch.enable_grad(), self.variants.buffers(program):
+            return self.executor.run(shares, update, weight)
+
+    def _prepared(self, batch: Mapping[str, Any], local: bool, mode: Mode) -> tuple[StageProgram, Sequence[Any]]:
+        """The program for a batch, which runs from now on, and this rank's share of every micro-batch. Raises
+        PartitionError for batches and weights that it must not run with."""
         if self.form is not None:
             self.form.check(batch)
-        self.mode.check()
         self.weights.check()
-        self._check_rows(batch, local)
-        plan, program = self.variants.find(batch, self.data_ranks if local else 1, None)
+        if self.check_batches and local:
+            check_sizes(batch, self.groups.host)
+        if self.check_batches and compares(self.groups.rng.step):
+            check_rows(batch, local, self.data_rank, self.groups.host)
+        plan, program = self.variants.find(batch, self.data_ranks if local else 1, mode)
         shares = micro_batches(plan, batch, self.data_ranks, self.data_rank, local, self.groups.device)
-        with torch.enable_grad(), self.variants.buffers(program):
-            self.executor.use(program)
-            return self.executor.run(shares, update, weight)
+        self.executor.use(program)
+        return program, shares
 
     @overload
     def evaluate(self, batch: Mapping[str, Any], local: bool = False) -> Tensor: ...
@@ -107,22 +119,10 @@ class Compiled(RankState):
         batch of a form takes a trace in evaluation mode.
         """
         check_modes("an evaluation")
-        if self.form is not None:
-            self.form.check(batch)
-        self.weights.check()
-        self._check_rows(batch, local)
-        plan, program = self.variants.find(batch, self.data_ranks if local else 1, tuple(outputs or ()))
-        shares = micro_batches(plan, batch, self.data_ranks, self.data_rank, local, self.groups.device)
+        program, shares = self._prepared(batch, local, tuple(outputs or ()))
         with torch.no_grad(), self.variants.buffers(program):
-            self.executor.use(program)
             loss = self.executor.evaluate(shares)
         return loss if outputs is None else (loss, whole_outputs(self.groups))
-
-    def _check_rows(self, batch: Mapping[str, Any], local: bool) -> None:
-        if self.check_batches and local:
-            check_sizes(batch, self.groups.host)
-        if self.check_batches and compares(self.groups.rng.step):
-            check_rows(batch, local, self.data_rank, self.groups.host)
 
     def _update(self, max_norm: float | None, only_finite: bool) -> Update:
         if max_norm is not None and not max_norm > 0:

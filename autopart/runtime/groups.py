@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -44,6 +45,10 @@ class Groups:
         """The group of an axis by its name."""
         group: Group = getattr(self, axis)
         return group
+
+    def size_over(self, axes: Iterable[str]) -> int:
+        """Number of ranks over some axes together."""
+        return math.prod(self.along(axis).size for axis in axes)
 
     def rank_at(self, stage: int) -> int:
         """The global rank with this rank's coordinates in another stage."""

@@ -25,7 +25,7 @@ DTYPES = {
 
 
 def save_pretrained(compiled: RankState, folder: Path, max_shard_size: int | str, dtype: Any) -> None:
-    """`RankState.save_pretrained`. Rank 0 writes."""
+    """`Compiled.save_pretrained`. Rank 0 writes."""
     limit, wanted = size_of(max_shard_size), _dtype(dtype)
     model = compiled.model
     parameters = {name for name, _ in model.named_parameters()}
@@ -69,7 +69,7 @@ def _dtype(given: Any) -> torch.dtype | None:
 
 
 def sync_to(compiled: RankState, model: nn.Module, ranks: Collection[int] | None) -> None:
-    """`RankState.sync_to`. Tensors go by rank 0, one at a time."""
+    """`Compiled.sync_to`. Tensors go by rank 0, one at a time."""
     names = list(_named(compiled.model))
     host = compiled.groups.host
     takes = ranks is None or host.rank in ranks

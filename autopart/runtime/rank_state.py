@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -23,7 +22,6 @@ from autopart.runtime.variants import MakeVariant, Variants
 from autopart.runtime.whole import assemble, shares_of
 
 Tensor = torch.Tensor
-Folder = str | os.PathLike[str]
 
 
 class RankState:
@@ -110,10 +108,7 @@ class RankState:
     @property
     def data_ranks(self) -> int:
         """Number of shares that the samples of a batch are split into."""
-        ranks = 1
-        for axis in self.sample_axes:
-            ranks *= self.groups.along(axis).size
-        return ranks
+        return self.groups.size_over(self.sample_axes)
 
     @property
     def data_rank(self) -> int:

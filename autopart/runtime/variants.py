@@ -61,18 +61,25 @@ class Variants:
         self.plan = plan
 
     def find(self, batch: Mapping[str, Any], ranks: int, mode: Mode) -> tuple[Plan, StageProgram]:
-        """The plan and the program for a batch, made now where it is the first of its form.
+        """The plan and the program for a batch, made now where it is the first of its form. Where none can be made it
+        is the first, whose inputs `whole.micro_batches` compares with the batch.
 
         ranks  how many batches like this one are trained together
+
+        Raises PartitionError where no program of evaluation can be made.
         """
-        if lacking := [name for name in self.names if not isinstance(batch.get(name), Tensor)]:
-            raise PartitionError(f"the batch lacks {lacking[0]}", f"it has {', '.join(batch) or 'nothing'}")
+        if self.make is None and mode is not None:
+            raise PartitionError(
+                "there is no program for an evaluation",
+                "these stages were emitted without the model, which would be traced in evaluation mode",
+                "autopart.compile with the model",
+            )
+        if self.make is None or not all(isinstance(batch.get(name), Tensor) for name in self.names):
+            return self.plan, self.first
         tensors = {name: batch[name] for name in self.names}
         rows = ranks * next(iter(tensors.values())).shape[0] if tensors else self.plan.global_batch
         form = mode, rows, tuple((name, tuple(tensor.shape[1:])) for name, tensor in tensors.items())
         if form not in self.made:
-            if self.make is None:
-                raise _other_sizes(self.plan, tensors, ranks)
             self.made[form] = self._load(self.make(batch, rows, mode))
         return self.made[form]
 
@@ -108,16 +115,3 @@ class Variants:
 def _buffers(stage: nn.Module, of_model: Container[str]) -> dict[str, str]:
     """Name of a buffer of the model -> its path in a new stage."""
     return {origin.name: path for path, origin in origins(stage).items() if origin.name in of_model}
-
-
-def _other_sizes(plan: Plan, tensors: Mapping[str, Tensor], ranks: int) -> PartitionError:
-    expected = plan.global_batch // ranks
-    for name, tensor in tensors.items():
-        wanted = (expected, *plan.signature.inputs[name][1:])
-        if tuple(tensor.shape) != wanted:
-            return PartitionError(
-                f"{name} has shape {list(tensor.shape)}, the plan is for {list(wanted)}",
-                f"{plan.micro_batches} micro-batches of {plan.micro_batch // ranks} samples",
-                "drop or pad the last batch, or plan for this size",
-            )
-    raise AssertionError(tensors)

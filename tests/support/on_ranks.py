@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import partial
 from threading import Lock
@@ -61,7 +60,7 @@ def on_ranks(models: list[nn.Module], x: Tensor, run: Any, same: bool = False, *
         groups.host.gather(None)
         with lock:
             if form not in variants:
-                ranks = math.prod(groups.along(axis).size for axis in stages[stage].sample_axes)
+                ranks = groups.size_over(stages[stage].sample_axes)
                 mine = replace(source, model=model)
                 variants[form] = variant(mine, plan, layered, ranks, stage, lambda make: make(), batch, rows, mode)
         groups.host.gather(None)

@@ -42,7 +42,7 @@ class Checkpoints:
         return Group("checkpoint", host.size, host.rank, dist.new_group(backend="gloo"))
 
     def save(self, folder: Path, scheduler: Any, extra: Any, keep: int | None, wait: bool) -> Path:
-        """See `RankState.save`."""
+        """See `Compiled.save`."""
         self.wait_saved()
         if keep is not None and keep < 1:
             raise PartitionError(f"keep={keep!r} keeps no checkpoint", try_="keep=1 or more, or None for all")
@@ -64,13 +64,13 @@ class Checkpoints:
         return final
 
     def wait_saved(self) -> None:
-        """See `RankState.wait_saved`."""
+        """See `Compiled.wait_saved`."""
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
 
     def load(self, folder: Path, scheduler: Any) -> Any:
-        """See `RankState.load`."""
+        """See `Compiled.load`."""
         self.wait_saved()
         path = choose(folder, self.group)
         return load(path, self.compiled, scheduler, self.group)
