@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from on_ranks import on_ranks
+from tied_model import TiedModel as Model
 from torch import Tensor, nn
 
 import autopart
@@ -15,23 +16,6 @@ from autopart.compile.check import one_process, worst_error
 from autopart.runtime.compiled import Compiled
 
 LR, STEPS = 0.5, 2
-
-
-class Model(nn.Module):
-    """Tied weights in the first and the last layer; weights that tp splits and weights that it does not; sizes that are
-    no multiple of 2 elements, so that slices have zeros at their end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
-        self.last.weight = self.first.weight
-        self.gain = nn.Parameter(torch.randn(7, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.second(self.first(x).relu()) * self.gain.square().mean()
-        loss: Tensor = self.last(x.relu()).square().mean()
-        return loss
 
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from on_ranks import on_ranks, split_by
+from tied_model import TiedModel as Model
 from torch import Tensor, nn
 
 import autopart
@@ -16,22 +17,6 @@ from autopart.runtime.compiled import Compiled
 
 STEPS = 3
 Optimizer = torch.optim.Optimizer
-
-
-class Model(nn.Module):
-    """Tied weights in the first and the last layer, biases, a matrix that no step of 2 elements divides."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
-        self.last.weight = self.first.weight
-        self.gain = nn.Parameter(torch.randn(7, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.second(self.first(x.to(self.gain.dtype)).relu()) * self.gain.square().mean()
-        loss: Tensor = self.last(x.relu()).float().square().mean()
-        return loss
 
 
 def batches(count: int) -> list[Tensor]:
