@@ -89,6 +89,7 @@ def compile(
     weights: str | os.PathLike[str] | None = None,
     seed: int | None = None,
     check_batches: bool = True,
+    hang_timeout: float | None = None,
     on_progress: OnProgress = silent,
     **settings: Unpack[Settings],
 ) -> Compiled:
@@ -103,6 +104,8 @@ def compile(
                    seed, the step and the element's place in the whole batch, not on the plan
     check_batches  whether steps compare checksums of the rows that ranks were given: the first 10 steps, then every
                    100th
+    hang_timeout   seconds in which no rank gets on to its next instruction, after which all ranks are ended and the one
+                   that the others wait for is named (default: none); longer than any instruction and any checkpoint
     settings       as `autopart.plan`
 
     Without `weights`, weights and buffers are those of rank 0's model on every rank: what differs on another rank is
@@ -116,6 +119,8 @@ def compile(
     processes is not that of the mesh, where the plan is for another model, where the model does what training on
     several ranks cannot reproduce, where `weights` do not fit the model, and where a tensor has no value.
     """
+    if hang_timeout is not None and not hang_timeout > 0:
+        raise PartitionError(f"hang_timeout={hang_timeout!r} is not positive", try_="hang_timeout=600, or None")
     mesh = Mesh.of(mesh)
     check_plan(plan, mesh)
     model = with_loss(model, loss)
@@ -131,14 +136,16 @@ def compile(
         with suppress(PartitionError):  # which rank 0 raises for all
             source.full(request.micro_batch, mesh)
     plan, seed = _agreed(plan, seed, lambda: make_plan(source, mesh, request, on_progress, to_run=True))
-    compiled = _loaded(source, model, plan, seed, given)
+    compiled = _loaded(source, model, plan, seed, given, hang_timeout)
     compiled.check_batches = check_batches
     if compiled.rank == 0:
         warn(plan, source.full(plan.micro_batch, plan.mesh).traced, model)
     return compiled
 
 
-def _loaded(source: Source, model: nn.Module, plan: Plan, seed: int, given: GivenWeights | None) -> Compiled:
+def _loaded(
+    source: Source, model: nn.Module, plan: Plan, seed: int, given: GivenWeights | None, hang_timeout: float | None
+) -> Compiled:
     """This rank's program with its shares of the weights, watched where other processes are."""
     layered = source.full(plan.micro_batch, plan.mesh)
     validate(plan, layered)
@@ -159,7 +166,7 @@ def _loaded(source: Source, model: nn.Module, plan: Plan, seed: int, given: Give
         find,
     )  # fmt: skip
     if "MASTER_ADDR" in os.environ:
-        start_watchdog(lambda: compiled.executor.doing)
+        start_watchdog(compiled.executor.activity, hang_timeout=hang_timeout)
     used = used_parameters(layered.traced)
     compiled.emitted = {*used, *buffers}
     if given is None:

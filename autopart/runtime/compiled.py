@@ -77,6 +77,7 @@ class Compiled(RankState):
 
     def _run(self, batch: Mapping[str, Any], local: bool, update: Update | None, weight: float) -> Tensor:
         check_modes("a step")
+        self.executor.activity.begin("preparing the batch")
         self.mode.check()
         program, shares = self._prepared(batch, local, None)
         with torch.enable_grad(), self.variants.buffers(program):
@@ -119,6 +120,7 @@ class Compiled(RankState):
         batch of a form takes a trace in evaluation mode.
         """
         check_modes("an evaluation")
+        self.executor.activity.begin("preparing the batch of an evaluation")
         program, shares = self._prepared(batch, local, tuple(outputs or ()))
         with torch.no_grad(), self.variants.buffers(program):
             loss = self.executor.evaluate(shares)
@@ -218,11 +220,13 @@ class Compiled(RankState):
         optimizer, seed and step of random numbers. Returns the checkpoint's folder, which is there once it is complete.
         Raises PartitionError, on every rank, where a rank cannot write, and for states that cannot be saved.
         """
-        return self._checkpoints.save(Path(folder), scheduler, extra, keep, wait)
+        with self.executor.activity.during(f"saving step {self.groups.rng.step}"):
+            return self._checkpoints.save(Path(folder), scheduler, extra, keep, wait)
 
     def wait_saved(self) -> None:
         """Wait for the checkpoint that `save(..., wait=False)` writes, and raise its error. All ranks call it."""
-        self._checkpoints.wait_saved()
+        with self.executor.activity.during("waiting for a checkpoint to be saved"):
+            self._checkpoints.wait_saved()
 
     def load(self, folder: Folder, *, scheduler: Any = None) -> Any:
         """Load a checkpoint that any plan wrote, and return its `extra`. All ranks call it, after `optimizer`.
@@ -233,7 +237,8 @@ class Compiled(RankState):
         Raises PartitionError, on every rank and before anything is changed, where there is no good checkpoint, where
         names or shapes are not the model's, and for states of another optimizer or scheduler.
         """
-        return self._checkpoints.load(Path(folder), scheduler)
+        with self.executor.activity.during(f"loading {folder}"):
+            return self._checkpoints.load(Path(folder), scheduler)
 
     @cached_property
     def _checkpoints(self) -> Checkpoints:

@@ -18,6 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from autopart.plan.schedules.ops import ONCE_A_STEP, Instruction, Op
 from autopart.plan.schedules.program import receives_ahead
+from autopart.runtime.activity import Activity
 from autopart.runtime.callbacks import Callback, Event, told
 from autopart.runtime.emitted import Message, StageProgram
 from autopart.runtime.gathered import keeping_parts
@@ -52,8 +53,8 @@ Arrival = tuple[Message, Tensor, Work]
 
 
 class Executor:
-    """One rank's stage with its instructions, and other programs over the same weights. `doing` tells what the rank is
-    doing, which the watchdog publishes."""
+    """One rank's stage with its instructions, and other programs over the same weights. The watchdog publishes its
+    `activity`."""
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class Executor:
         self.index, self.groups, self.tied = index, groups, tied
         self.shared = ShardedOptimizerState(program.stage, groups, zero, master, overlap)
         self.use(program)
-        self.doing = "starting"
+        self.activity = Activity()
         self.optimizer: torch.optim.Optimizer | None = None
         self.loss_scale = loss_scale
         self.stepping = self.accumulating = False
@@ -138,7 +139,7 @@ class Executor:
             if instruction.op in ONCE_A_STEP:
                 continue
             rng.micro_batch = instruction.micro_batch
-            self.doing = str(instruction)
+            self.activity.begin(str(instruction))
             self.works = [(work, held) for work, held in self.works if not work.is_completed()]
             for receive in self.ahead.get(instruction, ()):
                 self.arrivals[receive] = self._ask(receive)
@@ -153,14 +154,13 @@ class Executor:
         """Wait for the messages that were sent; the loss."""
         for work, _ in self.works:
             work.wait()
-        self.doing = "sharing the loss"
-        loss = self._shared_loss()
-        self.doing = "waiting for the next step"
-        return loss
+        with self.activity.during("sharing the loss"):
+            return self._shared_loss()
 
     def update(self, update: Update) -> None:
         """Complete the gradients of the batches before over all ranks, and step the optimizer."""
         self._update(update)
+        self.activity.begin("waiting for the next step", idle=True)
         self._tell_trained()
 
     def _tell_trained(self) -> None:
@@ -172,10 +172,10 @@ class Executor:
             self.updated_at = now
 
     def _update(self, update: Update) -> None:
-        self.doing = str(Instruction(Op.REDUCE, self.index))
+        self.activity.begin(str(Instruction(Op.REDUCE, self.index)))
         with self._told(Op.REDUCE):
             self._reduce()
-        self.doing = str(Instruction(Op.STEP, self.index))
+        self.activity.begin(str(Instruction(Op.STEP, self.index)))
         with self._told(Op.STEP):
             self._step(update)
         self.accumulating = False

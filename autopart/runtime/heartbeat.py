@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch.distributed as dist
 
 RUNNING, FAILED, FINISHED = "running", "failed", "finished"
+
+
+class Blame(NamedTuple):
+    """The rank because of which all ranks end, and how it failed: "failed", "fell silent" or "hung"."""
+
+    rank: int
+    how: str
 
 
 @dataclass(frozen=True)
@@ -19,6 +27,9 @@ class Heartbeat:
     doing          what the rank was doing
     error          first line of the error of a rank that failed
     failure_order  1 for the first rank that failed, 2 for the second, ...; 0 for a rank that did not
+    seconds        for which it has been doing that
+    idle           whether it is in the user's code, between two steps
+    blocked        whether it waits for other ranks
     """
 
     beat: int
@@ -26,6 +37,9 @@ class Heartbeat:
     doing: str
     error: str = ""
     failure_order: int = 0
+    seconds: float = 0.0
+    idle: bool = False
+    blocked: bool = False
 
 
 def last_known(heartbeat: Heartbeat | None) -> str:
@@ -69,10 +83,10 @@ class HeartbeatStore:
         """1 for the first caller, 2 for the second, ..."""
         return self._store.add("failures", 1)
 
-    def blame(self, rank: int) -> int:
-        """Name the rank because of which all ranks end. The first call counts; its rank is returned."""
-        return int(self._store.compare_set("blamed", "", str(rank)))
+    def blame(self, blame: Blame) -> Blame:
+        """Name the rank because of which all ranks end. The first call counts; what it named is returned."""
+        return Blame(*json.loads(self._store.compare_set("blamed", "", json.dumps(blame))))
 
-    def blamed(self) -> int | None:
-        """The rank that `blame` has named, if any."""
-        return int(self._store.get("blamed")) if self._store.check(["blamed"]) else None
+    def blamed(self) -> Blame | None:
+        """What `blame` has named, if anything."""
+        return Blame(*json.loads(self._store.get("blamed"))) if self._store.check(["blamed"]) else None

@@ -21,7 +21,7 @@ from types import FrameType
 import torch.distributed as dist
 
 from autopart.errors import PartitionError
-from autopart.runtime.heartbeat import FAILED, Heartbeat, HeartbeatStore, last_known
+from autopart.runtime.heartbeat import RUNNING, Blame, Heartbeat, HeartbeatStore, last_known
 
 POLL_SECONDS = 0.1
 """Seconds between two looks at the processes."""
@@ -35,8 +35,10 @@ KILL_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class _Death:
+    """The end of a rank that failed, when it was seen; `status` is None where the process is still there."""
+
     rank: int
-    status: int
+    status: int | None
     seen: float
 
 
@@ -62,10 +64,10 @@ def launch(command: Sequence[str], processes: int, env: Mapping[str, str] | None
             for rank in range(processes):
                 environment = _environment(os.environ if env is None else env, rank, processes, store.port)
                 children.append(subprocess.Popen(list(command), env=environment))
-            deaths = _first_deaths(children)
+            heard = HeartbeatStore(store, processes)
+            deaths = _first_deaths(children, heard)
             if not deaths:
                 return 0
-            heard = HeartbeatStore(store, processes)
             return _report(deaths, heard.heartbeats(), heard.blamed(), processes)
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
@@ -94,31 +96,40 @@ def _environment(base: Mapping[str, str], rank: int, processes: int, port: int) 
     }
 
 
-def _first_deaths(children: Sequence[subprocess.Popen[bytes]]) -> list[_Death]:
-    """Wait until all ranks have ended, or until SETTLE_SECONDS after one has failed; the failures until then."""
+def _first_deaths(children: Sequence[subprocess.Popen[bytes]], heard: HeartbeatStore) -> list[_Death]:
+    """Wait until all ranks have ended, or until SETTLE_SECONDS after one has failed; the failures until then.
+
+    A rank that ended with status 0 has failed if its watchdog did not say that it had finished: it called os._exit.
+    """
     deaths: dict[int, _Death] = {}
+    finished: set[int] = set()
     while True:
         now = time.monotonic()
         statuses = [child.poll() for child in children]
         for rank, status in enumerate(statuses):
-            if status:
-                deaths.setdefault(rank, _Death(rank, status, now))
+            if status is None or rank in deaths or rank in finished:
+                continue
+            heartbeat = None if status else heard.heartbeats().get(rank)
+            if status or (heartbeat and heartbeat.state == RUNNING):
+                deaths[rank] = _Death(rank, status, now)
+            else:
+                finished.add(rank)
         first = min((death.seen for death in deaths.values()), default=now)
         if None not in statuses or now - first >= SETTLE_SECONDS:
             return list(deaths.values())
         time.sleep(POLL_SECONDS)
 
 
-def _report(deaths: Sequence[_Death], heartbeats: Mapping[int, Heartbeat], blamed: int | None, processes: int) -> int:
+def _report(deaths: Sequence[_Death], heartbeats: Mapping[int, Heartbeat], blamed: Blame | None, processes: int) -> int:
     """Print which rank failed and how; the exit status."""
     death = _cause(deaths, heartbeats)
     if blamed is not None:
-        death = next((d for d in deaths if d.rank == blamed), _Death(blamed, 0, death.seen))
+        death = next((d for d in deaths if d.rank == blamed.rank), _Death(blamed.rank, None, death.seen))
     heartbeat = heartbeats.get(death.rank)
     ending = f"; ending the other {processes - 1} rank{'s' * (processes > 2)}" if processes > 1 else ""
-    how = _how(death.status, heartbeat)
+    how = _how(death.status, blamed)
     print(f"autopart: rank {death.rank} {how} {last_known(heartbeat)}{ending}", file=sys.stderr, flush=True)
-    return 128 - death.status if death.status < 0 else death.status or 1
+    return 128 - death.status if death.status and death.status < 0 else death.status or 1
 
 
 def _cause(deaths: Sequence[_Death], heartbeats: Mapping[int, Heartbeat]) -> _Death:
@@ -132,17 +143,18 @@ def _cause(deaths: Sequence[_Death], heartbeats: Mapping[int, Heartbeat]) -> _De
 
     def order(death: _Death) -> tuple[bool, int, float]:
         heartbeat = heartbeats.get(death.rank)
-        return death.status > 0, heartbeat.failure_order if heartbeat else 0, death.seen
+        return (death.status or 0) > 0, heartbeat.failure_order if heartbeat else 0, death.seen
 
     return min(close, key=order)
 
 
-def _how(status: int, heartbeat: Heartbeat | None) -> str:
-    if status > 0:
-        return f"failed with exit status {status}"
+def _how(status: int | None, blamed: Blame | None) -> str:
+    if blamed and (status is None or blamed.how == "hung"):
+        return blamed.how
+    assert status is not None
     if status < 0:
         return f"was killed by {_signal_name(-status)}"
-    return "failed" if heartbeat and heartbeat.state == FAILED else "fell silent"
+    return f"{'failed' if status else 'left'} with exit status {status}"
 
 
 def _signal_name(number: int) -> str:

@@ -165,7 +165,7 @@ def read(folder: Path, weights: Path | None = None) -> Compiled:
     if weights is not None:
         values = _given(weights, here, json.loads((folder / "program.json").read_text())["aliases"])
     compiled.fill({**constants, **values})
-    start_watchdog(lambda: compiled.executor.doing)
+    start_watchdog(compiled.executor.activity)
     return compiled
 
 

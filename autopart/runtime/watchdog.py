@@ -7,11 +7,12 @@ goes on watching. Ranks publish and read heartbeats (`autopart.runtime.heartbeat
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
@@ -19,8 +20,8 @@ from types import TracebackType
 import torch.distributed as dist
 
 from autopart.errors import PartitionError
-from autopart.runtime.executor import Executor
-from autopart.runtime.heartbeat import FAILED, FINISHED, RUNNING, Heartbeat, HeartbeatStore, last_known
+from autopart.runtime.activity import Activity
+from autopart.runtime.heartbeat import FAILED, FINISHED, RUNNING, Blame, Heartbeat, HeartbeatStore, last_known
 
 SHOWN = 8
 """The most other ranks whose last heartbeats a failing rank prints."""
@@ -32,16 +33,17 @@ class _Watchdog(threading.Thread):
         store: HeartbeatStore,
         rank: int,
         hosts_store: bool,
-        doing: Callable[[], str],
+        activity: Activity,
         interval: float,
         patience: float,
+        hang_timeout: float | None,
     ) -> None:
         super().__init__(name="autopart watchdog", daemon=True)
         self.store, self.rank, self.hosts_store = store, rank, hosts_store
-        self.doing, self.interval, self.patience = doing, interval, patience
+        self.activity, self.interval, self.patience, self.hang_timeout = activity, interval, patience, hang_timeout
         # A death may show first in the error of a peer: seconds to wait for the dead rank's silence.
         self.grace = max(2.0, 4 * interval)
-        self.own = Heartbeat(0, RUNNING, self._doing())
+        self.own = Heartbeat(0, RUNNING, activity.text)
         self.heartbeats: dict[int, Heartbeat] = {}
         self.silence: dict[int, float] = {}
         self.last_round = time.monotonic()
@@ -66,17 +68,11 @@ class _Watchdog(threading.Thread):
         self._listen()
         if self.own.state == FINISHED:
             return self._may_leave()
-        culprit = self._culprit()
-        if culprit is None:
+        blame = self._blame() or self._hung()
+        if blame is None:
             return False
-        self._end(self.store.blame(culprit))
+        self._end(self.store.blame(blame))
         return True
-
-    def _doing(self) -> str:
-        try:
-            return self.doing()
-        except Exception as error:
-            return f"something that cannot be told ({error!r})"
 
     def _next_heartbeat(self) -> Heartbeat:
         beat = self.own.beat + 1
@@ -85,7 +81,8 @@ class _Watchdog(threading.Thread):
             return Heartbeat(beat, FAILED, self.failure.doing, self.failure.error, order)
         if self.finished_at is not None:
             return Heartbeat(beat, FINISHED, "nothing")
-        return Heartbeat(beat, RUNNING, self._doing())
+        seconds, idle, blocked = self.activity.progress()
+        return Heartbeat(beat, RUNNING, self.activity.text, seconds=seconds, idle=idle, blocked=blocked)
 
     def _listen(self) -> None:
         """Note for how many seconds every other rank has been silent.
@@ -107,12 +104,12 @@ class _Watchdog(threading.Thread):
         others = (heartbeat.state for rank, heartbeat in self.heartbeats.items() if rank != self.rank)
         return not self.hosts_store or waited > self.patience or RUNNING not in others
 
-    def _culprit(self) -> int | None:
+    def _blame(self) -> Blame | None:
         """The rank because of which all ranks should end; None where no rank has failed or it is too early to tell."""
         running = [r for r, heartbeat in self.heartbeats.items() if r != self.rank and heartbeat.state == RUNNING]
         most_silent = max(running, key=self.silence.__getitem__, default=self.rank)
         if self.silence[most_silent] >= self.patience:
-            return most_silent
+            return Blame(most_silent, "fell silent")
         failed = [r for r, heartbeat in self.heartbeats.items() if heartbeat.state == FAILED]
         if not failed:
             return None
@@ -122,15 +119,31 @@ class _Watchdog(threading.Thread):
         if now - self.first_failure < self.grace + (0.0 if self.failure else 1.0):
             return None
         if self.silence[most_silent] >= self.grace - self.interval:
-            return most_silent
-        return min(failed, key=lambda rank: self.heartbeats[rank].failure_order)
+            return Blame(most_silent, "fell silent")
+        return Blame(min(failed, key=lambda rank: self.heartbeats[rank].failure_order), "failed")
 
-    def _end(self, culprit: int) -> None:
-        """Print the rank at fault. End this process, unless an error is ending it already."""
+    def _hung(self) -> Blame | None:
+        """The rank for which the others wait, once no rank has got on for `hang_timeout` seconds.
+
+        It is one that is not blocked, if there is one; of several, the one that has been at the same thing for longest.
+        """
+        running = {rank: beat for rank, beat in self.heartbeats.items() if beat.state == RUNNING}
+        if self.hang_timeout is None or any(beat.state == FAILED for beat in self.heartbeats.values()):
+            return None
+        shortest = min((beat.seconds for beat in running.values()), default=0.0)
+        if shortest < self.hang_timeout or all(beat.idle for beat in running.values()):
+            return None
+        return Blame(min(running, key=lambda rank: (running[rank].blocked, -running[rank].seconds)), "hung")
+
+    def _end(self, blame: Blame) -> None:
+        """Print the rank at fault. A rank that hung prints its stack. End this process, unless an error is ending it
+        already."""
+        culprit, how = blame
         if culprit != self.rank:
-            heartbeat = self.heartbeats.get(culprit)
-            how = "failed" if heartbeat and heartbeat.state == FAILED else "fell silent"
-            _report(f"rank {culprit} {how} {last_known(heartbeat)}; ending rank {self.rank}")
+            _report(f"rank {culprit} {how} {last_known(self.heartbeats.get(culprit))}; ending rank {self.rank}")
+        elif how == "hung":
+            _report(f"rank {culprit} hung while at {self.own.doing} for {self.own.seconds:.0f} s, here:")
+            faulthandler.dump_traceback(2)
         if self.failure is None:
             _exit()
 
@@ -141,14 +154,14 @@ class _Watchdog(threading.Thread):
         if host_left or self.finished_at is not None:
             return
         whose = "with the launcher" if _agent_hosts_store() else f"with rank 0, which left {last_known(host)}"
-        _report(f"the store is gone {whose}; ending rank {self.rank} while at {self._doing()}")
+        _report(f"the store is gone {whose}; ending rank {self.rank} while at {self.activity.text}")
         if self.failure is None:
             _exit()
 
     def fail(self, error: BaseException) -> None:
         """Publish this rank's failure, and wait until it is known whether another rank's failure was its cause."""
         first_line = (str(error).splitlines() or [""])[0]
-        self.failure = Heartbeat(0, FAILED, self._doing(), f"{type(error).__name__}: {first_line}")
+        self.failure = Heartbeat(0, FAILED, self.activity.text, f"{type(error).__name__}: {first_line}")
         self.wake.set()
         _report(f"rank {self.rank} failed {last_known(self.failure)}{self._heard()}")
         self.decided.wait(self.grace + 2 * self.interval + 1.0)
@@ -168,29 +181,32 @@ class _Watchdog(threading.Thread):
 _running: _Watchdog | None = None
 
 
-def start_watchdog(doing: Callable[[], str], interval: float = 0.5, patience: float = 15.0) -> None:
+def start_watchdog(
+    activity: Activity, interval: float = 0.5, patience: float = 15.0, hang_timeout: float | None = None
+) -> None:
     """Watch the other ranks from now on, and be watched by them. A process on its own starts nothing.
 
-    doing      gives what this rank is doing; called from another thread
-    interval   seconds between two heartbeats
-    patience   seconds of silence after which a rank counts as dead; longer than any call that holds the GIL
+    activity      what this rank is doing
+    interval      seconds between two heartbeats
+    patience      seconds of silence after which a rank counts as dead; longer than any call that holds the GIL
+    hang_timeout  seconds in which no rank gets on, while not all are idle, after which the ranks are ended; None: none
 
     Within `patience` of a rank's silence or seconds of its failure, this process ends with status 1, after a
     line on stderr that names the rank and what it was doing. A rank that dies before its first heartbeat goes
     unnoticed. An uncaught error is told to the others, as is the interpreter's normal exit.
-    Call it after torch.distributed is initialized; once it runs, another call only changes `doing`. Raises
-    PartitionError where the environment does not tell the store, torch.distributed.DistError where that does
-    not answer.
+    Call it after torch.distributed is initialized; once it runs, another call only changes `activity`, and
+    `hang_timeout` where one is given. Raises PartitionError where the environment does not tell the store,
+    torch.distributed.DistError where that does not answer.
     """
     global _running
     if _running is not None:
-        _running.doing = doing
+        _running.activity, _running.hang_timeout = activity, hang_timeout or _running.hang_timeout
         return
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     store, rank = _connect(os.environ, patience)
     hosts_store = rank == 0 and not _agent_hosts_store()
-    _running = _Watchdog(store, rank, hosts_store, doing, interval, patience)
+    _running = _Watchdog(store, rank, hosts_store, activity, interval, patience, hang_timeout)
     _running.round()
     _running.start()
     atexit.register(finish)
@@ -221,9 +237,11 @@ def finish() -> None:
 
 
 @contextmanager
-def watched(executor: Executor, interval: float = 0.5, patience: float = 15.0) -> Iterator[None]:
+def watched(
+    activity: Activity, interval: float = 0.5, patience: float = 15.0, hang_timeout: float | None = None
+) -> Iterator[None]:
     """`start_watchdog` and `finish` around a block. Other ranks are told of an error of the block."""
-    start_watchdog(lambda: executor.doing, interval, patience)
+    start_watchdog(activity, interval, patience, hang_timeout)
     try:
         yield
     except BaseException as error:

@@ -73,7 +73,7 @@ def train(source: Source, plan: autopart.Plan) -> list[tuple[Tensors, Sent, bool
         message = shared._message
 
         def told(weights: list[Any], gradients: list[torch.Tensor]) -> Any:
-            sent.append((compiled.executor.doing, [tuple(g.shape) for g in gradients]))
+            sent.append((compiled.executor.activity.text, [tuple(g.shape) for g in gradients]))
             return message(weights, gradients)
 
         shared._message = told  # type: ignore[method-assign]

@@ -15,13 +15,13 @@ import time
 from collections.abc import Mapping, Sequence
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from ranks import redirect
 
+from autopart.runtime.activity import Activity
 from autopart.runtime.launch import launch
 from autopart.runtime.watchdog import start_watchdog, watched
 
@@ -81,21 +81,21 @@ def be_a_rank(watch: str, how: str, ids: str) -> None:
     with open(ids, "a") as file:
         file.write(f"{os.getpid()}\n")
     dist.init_process_group("gloo")
-    at = SimpleNamespace(doing="starting")
+    at = Activity()
     if watch == "watched":
-        with watched(at, patience=PATIENCE):  # type: ignore[arg-type]
+        with watched(at, patience=PATIENCE):
             train(at, how, ids)
     else:
-        start_watchdog(lambda: at.doing, patience=PATIENCE)
+        start_watchdog(at, patience=PATIENCE)
         train(at, how, ids)
     print(f"rank {dist.get_rank()} done")
     dist.destroy_process_group()
 
 
-def train(at: SimpleNamespace, how: str, ids: str) -> None:
+def train(at: Activity, how: str, ids: str) -> None:
     """Eight steps, or no end of them."""
     for step in range(10**9 if how == "forever" else 8):
-        at.doing = f"step {step}"
+        at.begin(f"step {step}")
         dist.all_reduce(torch.ones(4))
         if step == 5 and dist.get_rank() == 1:
             fail(how, ids)

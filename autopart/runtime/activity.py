@@ -1,0 +1,47 @@
+"""What a rank is doing, since when, and whether it waits for other ranks meanwhile."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+
+COMMUNICATION = (str(Path(__file__).parent), str(Path(dist.__file__).parent))
+"""Folders of the functions in which a rank waits for others: this runtime's and torch.distributed's."""
+
+
+class Activity:
+    """What a rank is doing. The rank's main thread writes it, the watchdog's thread reads it."""
+
+    def __init__(self) -> None:
+        self.begin("starting", idle=True)
+
+    def begin(self, text: str, idle: bool = False) -> None:
+        """From now on the rank does what `text` says. An idle rank is in the user's code, between two steps."""
+        self._now = text, idle, time.monotonic()
+
+    @contextmanager
+    def during(self, text: str) -> Iterator[None]:
+        """What `text` says is done in the block; afterwards the rank waits for the next step. After an error it stays
+        what failed."""
+        self.begin(text)
+        yield
+        self.begin("waiting for the next step", idle=True)
+
+    @property
+    def text(self) -> str:
+        """What the rank is doing, such as "stage 0 FORWARD micro-batch 1"."""
+        return self._now[0]
+
+    def progress(self) -> tuple[float, bool, bool]:
+        """Seconds since it began, whether the rank is idle, and whether it is blocked: the innermost Python function of
+        the main thread is one that communicates."""
+        _, idle, since = self._now
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        blocked = frame is not None and frame.f_code.co_filename.startswith(COMMUNICATION)
+        return time.monotonic() - since, idle, blocked
