@@ -12,6 +12,7 @@ and traces first, which a whole run pays once. The sum over all files is about 1
     70   compile/test_graphs.py, of which 24 random models in groups of their own
     54   compile/test_check.py
     51   runtime/test_random.py
+    54   runtime/test_chaos.py, where ranks mostly wait
     48   planner/test_brute.py, in 30 groups
     42   cli/test_cli.py
     39   runtime/test_memory_saving.py

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 COMMUNICATION = (str(Path(__file__).parent), str(Path(dist.__file__).parent))
-"""Folders of the functions in which a rank waits for others: this runtime's and torch.distributed's."""
+"""Folders of the functions in which a thread waits for other ranks: this runtime's and torch.distributed's."""
 
 
 class Activity:
@@ -40,8 +40,8 @@ class Activity:
 
     def progress(self) -> tuple[float, bool, bool]:
         """Seconds since it began, whether the rank is idle, and whether it is blocked: the innermost Python function of
-        the main thread is one that communicates."""
+        a thread other than the caller's is one that communicates."""
         _, idle, since = self._now
-        frame = sys._current_frames().get(threading.main_thread().ident or 0)
-        blocked = frame is not None and frame.f_code.co_filename.startswith(COMMUNICATION)
+        others = (frame for thread, frame in sys._current_frames().items() if thread != threading.get_ident())
+        blocked = any(frame.f_code.co_filename.startswith(COMMUNICATION) for frame in others)
         return time.monotonic() - since, idle, blocked

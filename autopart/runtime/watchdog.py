@@ -161,6 +161,8 @@ class _Watchdog(threading.Thread):
     def fail(self, error: BaseException) -> None:
         """Publish this rank's failure, and wait until it is known whether another rank's failure was its cause."""
         first_line = (str(error).splitlines() or [""])[0]
+        if isinstance(error, PartitionError) and error.why:
+            first_line += f" ({' '.join(error.why.split())})"
         self.failure = Heartbeat(0, FAILED, self.activity.text, f"{type(error).__name__}: {first_line}")
         self.wake.set()
         _report(f"rank {self.rank} failed {last_known(self.failure)}{self._heard()}")

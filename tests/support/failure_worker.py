@@ -6,20 +6,17 @@ A rank as a script: argv is "watched" or "started" (the function of `autopart.ru
 
 from __future__ import annotations
 
-import math
 import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from multiprocessing import get_context
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.distributed as dist
-from ranks import redirect
+from ranks import launch_forked, redirect
 
 from autopart.runtime.activity import Activity
 from autopart.runtime.launch import launch
@@ -31,8 +28,7 @@ PATIENCE = 3.0
 def launch_forks(command: Sequence[str], ranks: int, output: Path) -> None:
     """`launch` with forks of this process as ranks, which need not import torch; exits with its status."""
     redirect(output)
-    with mock.patch("subprocess.Popen", Fork):
-        sys.exit(launch(command, ranks))
+    sys.exit(launch_forked(partial(be_a_rank, *command), ranks))
 
 
 def launch_scripts(command: Sequence[str], ranks: int, output: Path) -> None:
@@ -47,33 +43,6 @@ def torchrun(command: Sequence[str], ranks: int, output: Path) -> None:
     from torch.distributed.run import main
 
     main(["--standalone", "--nproc-per-node", str(ranks), __file__, *command])
-
-
-class Fork:
-    """What `launch` uses of subprocess.Popen."""
-
-    def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
-        self.process = get_context("fork").Process(target=be_forked, args=(command, env))
-        self.process.start()
-        self.terminate, self.kill = self.process.terminate, self.process.kill
-
-    def poll(self) -> int | None:
-        return self.process.exitcode
-
-    def wait(self, timeout: float | None = None) -> None:
-        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
-        while self.poll() is None:
-            if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired("rank", timeout or 0.0)
-            time.sleep(0.05)
-
-
-def be_forked(command: Sequence[str], env: Mapping[str, str]) -> None:
-    """A forked rank. Like a started one, it has neither its parent's files nor its signal handlers."""
-    os.closerange(3, 1024)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ.update(env)
-    be_a_rank(*command)
 
 
 def be_a_rank(watch: str, how: str, ids: str) -> None:

@@ -6,9 +6,13 @@ process from a server that has imported them, and has run nothing; `run_forked` 
 
 from __future__ import annotations
 
+import math
 import os
+import signal
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -20,6 +24,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from autopart.runtime import watchdog
+from autopart.runtime.launch import launch
 
 SERVER = get_context("forkserver")
 SERVER.set_forkserver_preload(["exact_worker", "zoo_worker"])
@@ -85,3 +90,36 @@ def _rank(rank: int, work: Callable[[], object], ranks: int, port: int) -> None:
         raise
     finally:
         watchdog.finish()
+
+
+def launch_forked(work: Callable[[], object], ranks: int) -> int:
+    """`launch`, with forks of this process that call `work` in place of a command; its status."""
+    with mock.patch("subprocess.Popen", partial(Fork, work)):
+        return launch([], ranks)
+
+
+class Fork:
+    """What `launch` uses of subprocess.Popen."""
+
+    def __init__(self, work: Callable[[], object], _: Sequence[str], env: Mapping[str, str]) -> None:
+        self.process = get_context("fork").Process(target=_forked, args=(work, env))
+        self.process.start()
+        self.terminate, self.kill = self.process.terminate, self.process.kill
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> None:
+        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("rank", timeout or 0.0)
+            time.sleep(0.05)
+
+
+def _forked(work: Callable[[], object], env: Mapping[str, str]) -> None:
+    """A forked rank. Like a started one, it has neither its parent's files nor its signal handlers."""
+    os.closerange(3, 1024)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ.update(env)
+    work()
