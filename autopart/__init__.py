@@ -20,6 +20,8 @@ with paused():
     from autopart.runtime.calibrate.run import calibrate
     from autopart.runtime.callbacks import Callback, Event, JsonLines, Trace
     from autopart.runtime.compiled import Compiled
+    from autopart.runtime.predicted import PredictedSeconds
+    from autopart.runtime.watch import ProfilerRanges, Progress, TensorBoard, WeightsAndBiases
 
 __all__ = [
     "Callback",
@@ -34,10 +36,15 @@ __all__ = [
     "MeshChoice",
     "PartitionError",
     "Plan",
+    "PredictedSeconds",
+    "ProfilerRanges",
+    "Progress",
     "Settings",
     "Simulated",
+    "TensorBoard",
     "Timeline",
     "Trace",
+    "WeightsAndBiases",
     "__version__",
     "calibrate",
     "certify",

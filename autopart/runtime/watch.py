@@ -1,0 +1,166 @@
+"""Callbacks that show and record training: progress bar, TensorBoard, Weights & Biases, ranges of torch's profiler."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.profiler import record_function
+
+from autopart.errors import PartitionError
+from autopart.plan.schedules.ops import Instruction, Op
+from autopart.runtime.callbacks import Callback, Event
+
+if TYPE_CHECKING:
+    from autopart.runtime.compiled import Compiled
+
+
+class Figures(Callback):
+    """Gives the figures of every update to `record`, on rank 0: "loss"; "grad_norm", where it is known; after the first
+    update "samples_per_second", and "tokens_per_second" where samples have a known sequence (`Signature.tokens`). Rates
+    count the plan's samples for every batch."""
+
+    def __init__(self, compiled: Compiled) -> None:
+        self.compiled, self.batches, self.updates = compiled, compiled.groups.rng.step, 0
+        self.shows = compiled.rank == 0
+
+    def trained(self, step: int, loss: float, seconds: float) -> None:
+        if not self.shows:
+            return
+        figures = {"loss": loss}
+        if (norm := self.compiled.grad_norm) is not None:
+            figures["grad_norm"] = float(norm)
+        if self.updates:
+            plan = self.compiled.plan
+            rate = (step + 1 - self.batches) * plan.global_batch / seconds
+            figures["samples_per_second"] = rate
+            if plan.signature.tokens:
+                figures["tokens_per_second"] = rate * plan.signature.tokens
+        self.batches, self.updates = step + 1, self.updates + 1
+        self.record(step, figures)
+
+    def record(self, step: int, figures: dict[str, float]) -> None:
+        """Take the figures of an update; `step` is the number of its batch, from 0."""
+        raise NotImplementedError
+
+
+class Progress(Figures):
+    """A progress bar on stderr: batches, loss, the norm of the gradients, tokens/s or samples/s.
+
+    steps  batches of the whole training, at whose end the bar is closed; None: not known
+    """
+
+    def __init__(self, compiled: Compiled, steps: int | None = None) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        super().__init__(compiled)
+        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
+        console = Console(stderr=True)
+        self.bar = Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not self.shows)
+        self.task, self.steps = self.bar.add_task("", total=steps), steps
+
+    def record(self, step: int, figures: dict[str, float]) -> None:
+        """Show the figures."""
+        if self.updates == 1:
+            self.bar.start()
+            atexit.register(self.close)  # which shows the cursor again
+        parts = [f"loss {figures['loss']:.4f}"]
+        if "grad_norm" in figures:
+            parts.append(f"grad norm {figures['grad_norm']:.3g}")
+        for unit in ("tokens", "samples"):
+            if (name := f"{unit}_per_second") in figures:
+                parts.append(f"{figures[name]:,.0f} {unit}/s")
+                break
+        self.bar.update(self.task, completed=step + 1, description="  ".join(parts))
+        if self.steps is not None and step + 1 >= self.steps:
+            self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it is, and print nothing more."""
+        self.shows = False
+        self.bar.stop()
+        atexit.unregister(self.close)
+
+
+class TensorBoard(Figures):
+    """Scalars of every update in a folder that TensorBoard reads. Needs the package tensorboard.
+
+    Raises PartitionError, on every rank, where tensorboard is not installed.
+    """
+
+    def __init__(self, compiled: Compiled, folder: str | Path) -> None:
+        super().__init__(compiled)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise _not_installed("autopart.TensorBoard", "tensorboard") from error
+        self.writer = SummaryWriter(str(folder)) if self.shows else None
+
+    def record(self, step: int, figures: dict[str, float]) -> None:
+        """Write the figures."""
+        assert self.writer is not None
+        for name, value in figures.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what is not written yet."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+class WeightsAndBiases(Figures):
+    """A run of Weights & Biases with the figures of every update and with the plan's configuration. Needs the package
+    wandb.
+
+    settings  of `wandb.init`, such as `project`
+
+    Raises PartitionError, on every rank, where wandb is not installed.
+    """
+
+    def __init__(self, compiled: Compiled, **settings: Any) -> None:
+        super().__init__(compiled)
+        try:
+            import wandb
+        except ImportError as error:
+            raise _not_installed("autopart.WeightsAndBiases", "wandb") from error
+        plan = compiled.plan
+        told = {"plan": plan.head, "predicted_seconds": plan.step_seconds, **(settings.pop("config", None) or {})}
+        self.run = wandb.init(config=told, **settings) if self.shows else None
+
+    def record(self, step: int, figures: dict[str, float]) -> None:
+        """Log the figures."""
+        assert self.run is not None
+        self.run.log(figures, step=step)
+
+    def close(self) -> None:
+        """End the run."""
+        if self.run is not None:
+            self.run.finish()
+
+
+class ProfilerRanges(Callback):
+    """A range of torch.profiler around every instruction, by its name, such as "stage 0 FORWARD micro-batch 1"."""
+
+    def __init__(self) -> None:
+        self.range: record_function | None = None
+
+    def before(self, event: Event) -> None:
+        self._end()  # that of an instruction that failed
+        self.range = record_function(str(Instruction(Op(event.op), event.stage, event.micro_batch, event.peer)))
+        self.range.__enter__()
+
+    def after(self, event: Event, seconds: float) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self.range is not None:
+            self.range.__exit__(*sys.exc_info())
+            self.range = None
+
+
+def _not_installed(what: str, package: str) -> PartitionError:
+    return PartitionError(f"{what} needs {package}", "it is not installed", 'pip install "autopart[watch]"')
