@@ -85,7 +85,10 @@ def start_processes(size: int) -> None:
     Raises PartitionError where there are not `size` processes.
     """
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) == size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        store = _store_of_restart(os.environ)
+        rank, world_size = (int(os.environ["RANK"]), size) if store else (-1, -1)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
     if world != size:
         raise PartitionError(
@@ -93,6 +96,21 @@ def start_processes(size: int) -> None:
             "every device is driven by one process",
             f"torchrun --nproc-per-node {size} (in all), or a mesh of {world}",
         )
+
+
+def _store_of_restart(environment: Mapping[str, str]) -> dist.Store | None:
+    """Where restarted processes of one host meet; None: where torch says.
+
+    torchrun's agent keeps one store for all restarts, in which torch would find the addresses of ranks that are gone
+    (pytorch/pytorch#135712). Agents of several hosts do not count restarts alike: they are told to let rank 0 host a
+    new store each time, by TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+    """
+    restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    one_host = environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE")
+    if restarts == "0" or not one_host or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False)
+    return dist.PrefixStore(f"restart {restarts}", store)
 
 
 def make_groups(pp: int, dp: int, tp: int) -> Groups:

@@ -280,7 +280,9 @@ def _connect(environment: Mapping[str, str], patience: float) -> tuple[Heartbeat
             "start the processes by torchrun or by autopart's launcher",
         ) from None
     store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=patience))
-    return HeartbeatStore(store, world, environment.get("TORCHELASTIC_RESTART_COUNT", "0")), rank
+    # A store that rank 0 hosts is a new one after a restart, of which agents of several hosts have other counts.
+    attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0") if _agent_hosts_store() else "0"
+    return HeartbeatStore(store, world, attempt), rank
 
 
 def _report(message: str) -> None:
