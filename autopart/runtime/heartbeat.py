@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -51,6 +52,21 @@ def last_known(heartbeat: Heartbeat | None) -> str:
     if heartbeat.state == FINISHED:
         return "after it had finished"
     return f"while at {heartbeat.doing}, when last heard"
+
+
+def hung(heartbeats: Mapping[int, Heartbeat], timeout: float | None) -> Blame | None:
+    """The rank for which the others wait, once no rank has got on for `timeout` seconds; None before, where a rank has
+    failed, and while all are idle.
+
+    It is one that is not blocked, if there is one; of several, the one that has been at the same thing for longest.
+    """
+    running = {rank: beat for rank, beat in heartbeats.items() if beat.state == RUNNING}
+    if timeout is None or any(beat.state == FAILED for beat in heartbeats.values()):
+        return None
+    shortest = min((beat.seconds for beat in running.values()), default=0.0)
+    if shortest < timeout or all(beat.idle for beat in running.values()):
+        return None
+    return Blame(min(running, key=lambda rank: (running[rank].blocked, -running[rank].seconds)), "hung")
 
 
 class HeartbeatStore:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from autopart.errors import PartitionError
 from autopart.runtime.activity import Activity
-from autopart.runtime.heartbeat import FAILED, FINISHED, RUNNING, Blame, Heartbeat, HeartbeatStore, last_known
+from autopart.runtime.heartbeat import FAILED, FINISHED, RUNNING, Blame, Heartbeat, HeartbeatStore, hung, last_known
 
 SHOWN = 8
 """The most other ranks whose last heartbeats a failing rank prints."""
@@ -68,7 +68,7 @@ class _Watchdog(threading.Thread):
         self._listen()
         if self.own.state == FINISHED:
             return self._may_leave()
-        blame = self._blame() or self._hung()
+        blame = self._blame() or hung(self.heartbeats, self.hang_timeout)
         if blame is None:
             return False
         self._end(self.store.blame(blame))
@@ -121,19 +121,6 @@ class _Watchdog(threading.Thread):
         if self.silence[most_silent] >= self.grace - self.interval:
             return Blame(most_silent, "fell silent")
         return Blame(min(failed, key=lambda rank: self.heartbeats[rank].failure_order), "failed")
-
-    def _hung(self) -> Blame | None:
-        """The rank for which the others wait, once no rank has got on for `hang_timeout` seconds.
-
-        It is one that is not blocked, if there is one; of several, the one that has been at the same thing for longest.
-        """
-        running = {rank: beat for rank, beat in self.heartbeats.items() if beat.state == RUNNING}
-        if self.hang_timeout is None or any(beat.state == FAILED for beat in self.heartbeats.values()):
-            return None
-        shortest = min((beat.seconds for beat in running.values()), default=0.0)
-        if shortest < self.hang_timeout or all(beat.idle for beat in running.values()):
-            return None
-        return Blame(min(running, key=lambda rank: (running[rank].blocked, -running[rank].seconds)), "hung")
 
     def _end(self, blame: Blame) -> None:
         """Print the rank at fault. A rank that hung prints its stack. End this process, unless an error is ending it

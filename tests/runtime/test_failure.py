@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from failure_worker import launch_forks, launch_scripts, torchrun
 from ranks import run_apart, start_apart
+from torch import nn
 
+import autopart
 from autopart.errors import PartitionError
-from autopart.runtime.heartbeat import FAILED, RUNNING, Heartbeat, last_known
+from autopart.runtime.heartbeat import FAILED, FINISHED, RUNNING, Heartbeat, hung, last_known
 from autopart.runtime.launch import _cause, _Death, launch
 
 pytestmark = pytest.mark.timeout(120)
@@ -132,3 +134,25 @@ def test_what_a_rank_last_said() -> None:
     assert last_known(None) == "before its watchdog said anything"
     assert last_known(Heartbeat(3, RUNNING, "step 1")) == "while at step 1, when last heard"
     assert last_known(Heartbeat(3, FAILED, "step 1", "OSError: x", 1)) == "while at step 1: OSError: x"
+
+
+def test_the_rank_for_which_the_others_wait() -> None:
+    def beat(seconds: float, blocked: bool = False, idle: bool = False, state: str = RUNNING) -> Heartbeat:
+        return Heartbeat(1, state, "x", seconds=seconds, blocked=blocked, idle=idle)
+
+    computes, waits, loads = beat(9.0), beat(9.5, blocked=True), beat(9.2, idle=True)
+    assert hung({0: waits, 1: computes, 2: waits}, 9.0) == (1, "hung")
+    assert hung({0: waits, 1: waits, 2: loads}, 9.0) == (2, "hung")
+    assert hung({0: waits, 1: beat(9.6, blocked=True)}, 9.0) == (1, "hung")
+    assert hung({0: waits, 1: computes, 2: beat(0.0, state=FINISHED)}, 9.0) == (1, "hung")
+    # One gets on, none is in a step, one has failed, no limit, no rank.
+    assert hung({0: waits, 1: computes, 2: beat(8.9)}, 9.0) is None
+    assert hung({0: loads, 1: loads}, 9.0) is None
+    assert hung({0: waits, 1: computes, 2: beat(0.0, state=FAILED)}, 9.0) is None
+    assert hung({0: waits, 1: computes}, None) is None
+    assert hung({}, 9.0) is None
+
+
+def test_a_hang_timeout_is_positive() -> None:
+    with pytest.raises(PartitionError, match="hang_timeout=0 is not positive"):
+        autopart.compile(nn.Linear(2, 2), "1:cpu", {}, hang_timeout=0)
