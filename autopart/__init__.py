@@ -1,5 +1,7 @@
 """autopart: hand it a model and a mesh, get back the fastest correct way to train the model there."""
 
+from typing import TYPE_CHECKING, Any
+
 from autopart.ir.gc_pause import paused
 
 with paused():
@@ -22,6 +24,9 @@ with paused():
     from autopart.runtime.compiled import Compiled
     from autopart.runtime.predicted import PredictedSeconds
     from autopart.runtime.watch import ProfilerRanges, Progress, TensorBoard, WeightsAndBiases
+
+if TYPE_CHECKING:
+    from autopart.compile.trainer import Trainer as Trainer
 
 __all__ = [
     "Callback",
@@ -62,10 +67,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> str:
-    """`__version__`, which is looked up when it is asked for."""
+def __getattr__(name: str) -> Any:
+    """`__version__` and `Trainer`, which are looked up when they are asked for."""
     if name == "__version__":
         from importlib.metadata import version
 
         return version("autopart")
+    if name == "Trainer":
+        from autopart.compile.trainer import Trainer
+
+        return Trainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

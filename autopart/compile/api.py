@@ -165,6 +165,7 @@ def _loaded(
         partial(variant, again, plan, layered, ranks, groups.pp.rank, lambda make: _agreed(None, None, make)[0]),
         find,
     )  # fmt: skip
+    compiled.returned = layered.traced.returned
     if "MASTER_ADDR" in os.environ:
         start_watchdog(compiled.executor.activity, hang_timeout=hang_timeout)
     used = used_parameters(layered.traced)

@@ -134,6 +134,8 @@ class Traced:
     """Every parameter's first name -> its shape, for the whole model, whether or not the graph reads the parameter."""
     updated: tuple[str, ...] = ()
     """The buffers that the forward pass changes, in the order of the graph's outputs behind the loss."""
+    returned: tuple[str, ...] = ()
+    """Names of the tensors that the model returns and the loss comes from, as `passes.trace` takes them."""
     mixed_at: str = ""
     """The user's line by which the loss is no mean over samples, or the buffer that changes with every micro-batch; ""
     if there is neither."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ def trace(
             "a copy of it in the forward pass: x = x.clone()",
         )
     graph = exported.graph_module.graph
-    updated = _set_outputs(graph, exported, outputs)
+    updated, known = _set_outputs(graph, exported, outputs)
     _drop_assertions(graph)
     lifted = _merge_constants(graph, exported)
     aliases = _aliases(model)
@@ -73,16 +73,17 @@ def trace(
     classes = {path: type(module).__name__ for path, module in model.named_modules()}
     parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     samples = next(iter(sizes.values()))
-    return Traced(graph, type(model).__name__, buffers, aliases, samples, classes, parameters, updated)
+    return Traced(graph, type(model).__name__, buffers, aliases, samples, classes, parameters, updated, known)
 
 
 def _set_outputs(
     graph: fx.Graph, exported: torch.export.ExportedProgram, returned: Sequence[str] = ()
-) -> tuple[str, ...]:
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Make the graph's outputs the loss and, behind it, the new values of the buffers that the forward pass changes.
     Values that are `returned` by these names are marked.
 
-    The loss is the output called `loss`, else the first scalar. Returns the names of these buffers.
+    The loss is the output called `loss`, else the first scalar. Returns the names of these buffers, and the names that
+    `returned` may have.
     """
     output = graph.output_node()
     nodes = {n.name: n for n in graph.nodes}
@@ -97,12 +98,27 @@ def _set_outputs(
             f"its outputs have shapes {[tuple(v.meta['val'].shape) for v in values if v is not None]}",
             "put the labels into the batch, or wrap the model so that forward returns the loss",
         )
+    known = tuple(name for name, node in _outputs(tree) if node is not loss and _leads_to(loss, node))
     for name in returned:
         _mark(graph, name, _named(tree, name), loss)
     changes = exported.graph_signature.buffers_to_mutate
     output.args = (loss, *(nodes[name] for name in changes))
     graph.eliminate_dead_code(lambda node: node.is_impure() and not _is_random(node))
-    return tuple(changes.values())
+    return tuple(changes.values()), known
+
+
+def _outputs(tree: Any, path: str = "") -> Iterator[tuple[str, fx.Node]]:
+    """The nodes in what a model returns, each with the name that `_named` finds it by."""
+    if isinstance(tree, fx.Node) and path:
+        yield path, tree
+    elif isinstance(tree, (Mapping, tuple, list)):
+        for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+            yield from _outputs(value, f"{path}.{key}" if path else str(key))
+
+
+def _leads_to(loss: fx.Node, node: fx.Node) -> bool:
+    """Whether the loss is computed from what a node computes."""
+    return node.op != "placeholder" and reaches(loss, {node.name})
 
 
 def _named(tree: Any, name: str) -> Any:
@@ -126,7 +142,7 @@ def _mark(graph: fx.Graph, name: str, node: Any, loss: fx.Node) -> None:
             "outputs are named by keys or attributes of what forward returns, or by numbers in a tuple",
             'outputs=["logits"]',
         )
-    if node is loss or not reaches(loss, {node.name}):
+    if node is loss or not _leads_to(loss, node):
         raise PartitionError(
             f"the loss does not come from the output {name!r}",
             "stages compute the loss and what it comes from",

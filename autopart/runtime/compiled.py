@@ -20,7 +20,7 @@ from autopart.runtime.emitted import StageProgram
 from autopart.runtime.executor import Update
 from autopart.runtime.optimizers import check, names_by_group, over_shares
 from autopart.runtime.outputs import whole_outputs
-from autopart.runtime.pretrained import save_pretrained, sync_to
+from autopart.runtime.pretrained import load_pretrained, save_pretrained, sync_to
 from autopart.runtime.rank_state import RankState
 from autopart.runtime.variants import Mode
 from autopart.runtime.whole import micro_batches
@@ -33,9 +33,11 @@ class Compiled(RankState):
     """A model on a mesh, as one rank sees it.
 
     check_batches  whether steps compare the rows that ranks were given: the first 10 steps, then every 100th
+    returned       names of what the model returns and `evaluate` can: none where `autopart.compile` was given a `loss`
     """
 
     check_batches = False
+    returned: tuple[str, ...] = ()
 
     def step(
         self,
@@ -57,16 +59,20 @@ class Compiled(RankState):
         batch has other keys, dtypes or constants than the batch at compile, where the model's training mode or weights
         have changed since, under torch.autocast, and (see `check_batches`) where ranks got other rows.
         """
-        return self._run(batch, local, self._update(clip_grad_norm, only_finite), 1.0)
+        return self._run(batch, local, self._update(clip_grad_norm, only_finite))
 
-    def backward(self, batch: Mapping[str, Any], local: bool = False, *, weight: float = 1.0) -> Tensor:
+    def backward(
+        self, batch: Mapping[str, Any], local: bool = False, *, weight: float = 1.0, targets: float | None = None
+    ) -> Tensor:
         """Forward and backward of one batch, whose gradients are added to those that wait for `update`.
 
-        weight  of this batch's loss in the gradients: 1 / n for the mean of n batches
+        weight   of this batch's loss in the gradients: 1 / n for the mean of n batches
+        targets  what a cross-entropy is divided by, in place of the number of targets in this batch that it does not
+                 ignore: their number in all n batches, for the mean over these. `weight` is then 1
 
         Arguments, result and errors as `step`; the loss is without its weight.
         """
-        return self._run(batch, local, None, weight)
+        return self._run(batch, local, None, weight, targets)
 
     def update(self, *, clip_grad_norm: float | None = None, only_finite: bool = False) -> None:
         """Complete the gradients of every `backward` since the last update, and step the optimizer. Arguments as
@@ -75,13 +81,20 @@ class Compiled(RankState):
             raise PartitionError("there are no gradients", "no backward since the last update", "backward(batch) first")
         self.executor.update(self._update(clip_grad_norm, only_finite))
 
-    def _run(self, batch: Mapping[str, Any], local: bool, update: Update | None, weight: float) -> Tensor:
+    def _run(
+        self,
+        batch: Mapping[str, Any],
+        local: bool,
+        update: Update | None,
+        weight: float = 1.0,
+        targets: float | None = None,
+    ) -> Tensor:
         check_modes("a step")
         self.executor.activity.begin("preparing the batch")
         self.mode.check()
         program, shares = self._prepared(batch, local, None)
         with torch.enable_grad(), self.variants.buffers(program):
-            return self.executor.run(shares, update, weight)
+            return self.executor.run(shares, update, weight, targets)
 
     def _prepared(self, batch: Mapping[str, Any], local: bool, mode: Mode) -> tuple[StageProgram, Sequence[Any]]:
         """The program for a batch, which runs from now on, and this rank's share of every micro-batch. Raises
@@ -99,21 +112,27 @@ class Compiled(RankState):
         return program, shares
 
     @overload
-    def evaluate(self, batch: Mapping[str, Any], local: bool = False) -> Tensor: ...
+    def evaluate(self, batch: Mapping[str, Any], local: bool = False, *, targets: float | None = None) -> Tensor: ...
 
     @overload
     def evaluate(
-        self, batch: Mapping[str, Any], local: bool = False, *, outputs: Sequence[str]
+        self, batch: Mapping[str, Any], local: bool = False, *, outputs: Sequence[str], targets: float | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
     def evaluate(
-        self, batch: Mapping[str, Any], local: bool = False, *, outputs: Sequence[str] | None = None
+        self,
+        batch: Mapping[str, Any],
+        local: bool = False,
+        *,
+        outputs: Sequence[str] | None = None,
+        targets: float | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch in evaluation mode, without gradients: dropout is off, batch norm takes its running
         statistics. The weights are the trained ones; with a master dtype, as the model computes with them.
 
         outputs  names of what the model returns: "logits", or "1" for the second of a tuple. With a `loss` the single
                  tensor that the model returns is "output"
+        targets  as in `backward`
 
         With outputs it returns the loss, and the outputs by name: whole, on the CPU of rank 0, {} on other ranks. With
         `local` the samples of ranks follow each other within a micro-batch. Arguments and errors as `step`. The first
@@ -123,7 +142,7 @@ class Compiled(RankState):
         self.executor.activity.begin("preparing the batch of an evaluation")
         program, shares = self._prepared(batch, local, tuple(outputs or ()))
         with torch.no_grad(), self.variants.buffers(program):
-            loss = self.executor.evaluate(shares)
+            loss = self.executor.evaluate(shares, targets)
         return loss if outputs is None else (loss, whole_outputs(self.groups))
 
     def _update(self, max_norm: float | None, only_finite: bool) -> Update:
@@ -193,6 +212,14 @@ class Compiled(RankState):
         PartitionError for a size or a dtype that is none.
         """
         save_pretrained(self, Path(folder), max_shard_size, dtype)
+
+    def load_pretrained(self, folder: Folder) -> None:
+        """Load the weights of a folder that `save_pretrained` or transformers wrote, in files that every rank sees; the
+        optimizer's states stay. All ranks call it, and each reads its own shares.
+
+        Raises PartitionError for a folder that lacks parameters, or has tensors of other names or shapes.
+        """
+        load_pretrained(self, Path(folder))
 
     def sync_to(self, model: nn.Module, ranks: Collection[int] | None = None) -> None:
         """Copy the trained weights and buffers into a model, one tensor at a time: into each rank's, or that of `ranks`

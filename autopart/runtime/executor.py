@@ -98,10 +98,17 @@ class Executor:
         self.last = not self.outgoing
         self.ahead = receives_ahead(self.program)
 
-    def run(self, micro_batches: Sequence[Mapping[str, Tensor]], update: Update | None, weight: float = 1.0) -> Tensor:
+    def run(
+        self,
+        micro_batches: Sequence[Mapping[str, Tensor]],
+        update: Update | None,
+        weight: float = 1.0,
+        targets: float | None = None,
+    ) -> Tensor:
         """Forward and backward of this rank's share of every micro-batch, and an update of the weights if one is given.
 
-        weight  of the loss in the gradients, which are added to those that wait for an update
+        weight   of the loss in the gradients, which are added to those that wait for an update
+        targets  the divisor of sums over valid targets; None: their number in the batch
 
         Returns the loss of the whole batch, on every rank.
         """
@@ -110,7 +117,7 @@ class Executor:
         if not self.accumulating:
             self.shared.zero_grad()
         self.accumulating = False  # an error in between leaves gradients that nothing is to be added to
-        self._compute(micro_batches)
+        self._compute(micro_batches, targets)
         self.accumulating = True
         if update is not None:
             self._update(update)
@@ -121,19 +128,19 @@ class Executor:
             self._tell_trained()
         return loss
 
-    def evaluate(self, micro_batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        """The loss of the whole batch, on every rank, by a program of forward passes."""
-        self._compute(micro_batches)
+    def evaluate(self, micro_batches: Sequence[Mapping[str, Tensor]], targets: float | None = None) -> Tensor:
+        """The loss of the whole batch, on every rank, by a program of forward passes. `targets` as in `run`."""
+        self._compute(micro_batches, targets)
         return self._ended()
 
-    def _compute(self, micro_batches: Sequence[Mapping[str, Tensor]]) -> None:
+    def _compute(self, micro_batches: Sequence[Mapping[str, Tensor]], targets: float | None) -> None:
         """Run the instructions for micro-batches."""
         self.micro_batches = micro_batches
         self.flights: dict[int, _Flight] = defaultdict(_Flight)
         self.works: list[tuple[Work, Tensor]] = []
         self.arrivals: dict[Instruction, list[Arrival]] = {}
         self.losses: list[Tensor] = []
-        self._count_valid()
+        self._count_valid(targets)
         rng = self.groups.rng
         for instruction in self.program:
             if instruction.op in ONCE_A_STEP:
@@ -183,8 +190,9 @@ class Executor:
     def _inputs(self, micro_batch: int) -> list[Tensor]:
         return [self.micro_batches[micro_batch][name] for name in self.stage.inputs]
 
-    def _count_valid(self) -> None:
-        """Set the divisor of every mean over valid targets: their mean number in a micro-batch of the whole batch."""
+    def _count_valid(self, targets: float | None) -> None:
+        """Set the divisor of every mean over valid targets: their mean number in a micro-batch of the whole batch, or
+        `targets` / (number of micro-batches)."""
         if not hasattr(self.stage, "count_valid"):
             return
         totals: dict[str, int] = defaultdict(int)
@@ -194,8 +202,8 @@ class Executor:
                 totals[name] += count
                 axes[name] = split
         for name, count in totals.items():
-            total = torch.tensor(count, device=self.groups.device)
-            for axis in axes[name]:
+            total = torch.tensor(count if targets is None else targets, device=self.groups.device)
+            for axis in axes[name] if targets is None else ():
                 self.groups.along(axis).all_reduce(total)
             self.stage.valid[name] = total.item() / len(self.micro_batches)
 

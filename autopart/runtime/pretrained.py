@@ -15,8 +15,10 @@ from autopart.frontend.inputs import main_dtype
 from autopart.runtime.agreement import bytes_of, from_first
 from autopart.runtime.pieces import whole_tensors
 from autopart.runtime.rank_state import RankState
+from autopart.runtime.share_reader import fill_from
 from autopart.runtime.transformers_names import is_pretrained, original_format, saved_names
 from autopart.runtime.weight_files import WeightFiles, size_of
+from autopart.runtime.weight_folder import WeightFolder
 
 Tensor = torch.Tensor
 DTYPES = {
@@ -48,6 +50,14 @@ def save_pretrained(compiled: RankState, folder: Path, max_shard_size: int | str
         files.close()
         if is_pretrained(model):
             _save_configs(model, folder, used)
+    from_first(None, compiled.groups.host)
+
+
+def load_pretrained(compiled: RankState, folder: Path) -> None:
+    """`Compiled.load_pretrained`. Each rank reads its own shares."""
+    found = WeightFolder(folder, compiled.model)
+    fill_from([share for share in compiled.shares() if share.origin.name in found], compiled.groups, found.find)
+    compiled.beside.update({name: found.find(name)[...] for name in compiled.beside if name in found})
     from_first(None, compiled.groups.host)
 
 

@@ -73,7 +73,7 @@ class RankState:
         if find is None:
             self.fill(tensors_of(model, constants))
         else:
-            fill_from(self._shares(), groups, find)
+            fill_from(self.shares(), groups, find)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load weights and buffers by the model's names, whole, such as `full_state_dict` returns: those that rank 0
@@ -82,7 +82,7 @@ class RankState:
         Raises PartitionError, on every rank, for names that are missing or not the model's, and for other shapes.
         """
         shapes = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
-        shares = self._shares()
+        shares = self.shares()
         for alias, value in from_rank_zero(state, self.groups.host, partial(check_names, shapes)):
             name = self.aliases.get(alias, alias)
             fill([share for share in shares if share.origin.name == name], self.groups, {name: value})
@@ -93,16 +93,17 @@ class RankState:
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill this rank's weights, the optimizer's copies of them and its buffers from the model's own, which are
         whole."""
-        fill(self._shares(), self.groups, tensors)
+        fill(self.shares(), self.groups, tensors)
 
     def load_rank_zero(self, tensors: Mapping[str, Tensor]) -> None:
         """Load rank 0's values of the tensors of which a rank has other values. All ranks call it, each with the whole
         tensors of its own model, which stay as they are."""
         for name, value in rank_zero_values(tensors, self.groups.host):
-            fill([share for share in self._shares() if share.origin.name == name], self.groups, {name: value})
+            fill([share for share in self.shares() if share.origin.name == name], self.groups, {name: value})
         self.weights.seen()  # a broadcast counts as a change of what rank 0 sends
 
-    def _shares(self) -> list[Any]:
+    def shares(self) -> list[Any]:
+        """This rank's shares of weights and buffers, and the optimizer's copies."""
         return [*dict(self.stage.named_parameters()).values(), *self.stage.buffers(), *self.executor.shared.copies]
 
     @property

@@ -1,0 +1,84 @@
+"""What of transformers' Trainer and TrainingArguments is refused, and how accelerate sees the ranks of a mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from accelerate import DistributedType
+
+from autopart.errors import PartitionError
+
+REFUSED = {
+    "fsdp": ("the plan says how parameters are split", "zero=3 of autopart.Trainer"),
+    "deepspeed": ("the plan says how states are split", "zero=1, 2 or 3 of autopart.Trainer"),
+    "parallelism_config": ("the plan has the degrees", "tp=, pp= and dp= of autopart.Trainer"),
+    "torch_compile": ("the model runs as emitted modules", "torch_compile=False"),
+    "bf16": ("it is autocast, whose casts a plan does not have", 'precision="bfloat16", master="float32"'),
+    "fp16": ("it is autocast, whose casts a plan does not have", 'precision="float16", master="float32"'),
+    "bf16_full_eval": ("evaluation has the weights of training", 'precision="bfloat16"'),
+    "fp16_full_eval": ("evaluation has the weights of training", 'precision="float16"'),
+    "activation_checkpointing": ("the plan says which blocks are recomputed", 'recompute="full" of autopart.Trainer'),
+    "gradient_checkpointing": ("the plan says which blocks are recomputed", 'recompute="full" of autopart.Trainer'),
+    "label_smoothing_factor": ("the loss is that of the model", "loss=, a function of the outputs and the batch"),
+    "neftune_noise_alpha": ("a trace does not see hooks on the embedding", "the noise in forward"),
+    "use_liger_kernel": ("a trace does not see its kernels", "use_liger_kernel=False"),
+    "auto_find_batch_size": ("the planner knows which micro-batch fits", "a batch of any size, and micro_batch="),
+    "torch_empty_cache_steps": ("a step is one call of an emitted program", "without it"),
+    "save_on_each_node": ("all ranks write one checkpoint", "one folder that all hosts see"),
+    "enable_jit_checkpoint": ("a signal reaches ranks in different steps", 'save_strategy="steps"'),
+    "debug": ("hooks on modules see nothing of an emitted program", "autopart.Callback"),
+}  # fmt: skip
+"""Field of TrainingArguments that must be unset -> why, and what to do instead."""
+
+OVERRIDDEN = ("compute_loss", "training_step", "prediction_step")
+"""Methods of transformers.Trainer that a subclass of autopart.Trainer cannot replace."""
+
+
+def check_arguments(args: transformers.TrainingArguments) -> None:
+    """Raise PartitionError for the first argument that would not have its meaning."""
+    for name, (why, instead) in REFUSED.items():
+        if value := getattr(args, name, None):
+            raise PartitionError(f"TrainingArguments({name}={value!r}) has no meaning on a mesh", why, instead)
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(args.accelerator_config, name, None):
+            raise PartitionError(
+                f"accelerator_config has {name}", "every rank reads the whole batch, and takes its part", "without it"
+            )
+
+
+def check_trainer(trainer: transformers.Trainer, base: type[transformers.Trainer]) -> None:
+    """Raise PartitionError for a trainer whose loss is not the model's or that of `loss=`.
+
+    base  the class whose methods must be the trainer's
+    """
+    model = trainer.model
+    for name in OVERRIDDEN:
+        if getattr(type(trainer), name) is not getattr(base, name):
+            raise PartitionError(
+                f"{type(trainer).__name__} has a {name} of its own",
+                "the emitted program computes the loss and its gradients",
+                "loss=, a function of the outputs and the batch",
+            )
+    if trainer.compute_loss_func is not None:
+        raise PartitionError(
+            "compute_loss_func is not called on a mesh",
+            "the emitted program computes the loss",
+            "loss=lambda outputs, batch: ..., the mean over the batch's samples",
+        )
+    if hasattr(model, "peft_config"):
+        raise PartitionError(
+            "the model has adapters of PEFT",
+            "checkpoints would have all its weights, and transformers.Trainer writes the adapters alone",
+            "autopart.compile(model, mesh, batch), then compiled.sync_to(model) and model.save_pretrained",
+        )
+
+
+def as_one_process(args: transformers.TrainingArguments) -> None:
+    """Let accelerate treat each rank as one process that trains alone, with its rank for who logs and who writes.
+
+    The rows of a batch are then the same on all ranks, and nothing is wrapped or summed between them.
+    """
+    state: Any = args.device and args.distributed_state
+    state.num_processes, state.distributed_type = 1, DistributedType.NO
+    args._n_gpu = min(args.n_gpu, 1)

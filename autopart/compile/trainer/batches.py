@@ -1,0 +1,63 @@
+"""Batches of transformers.Trainer as `Compiled` takes them, and what a model returns for them on every rank."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy
+import torch
+
+from autopart.frontend.batch import Batch, samples_of, take
+from autopart.runtime.agreement import from_rank_zero
+from autopart.runtime.compiled import Compiled
+
+Tensor = torch.Tensor
+
+
+@contextmanager
+def random_numbers_kept() -> Iterator[None]:
+    """Afterwards the generators of Python, numpy and torch on the CPU are as they were."""
+    states = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    random.setstate(states[0])
+    numpy.random.set_state(states[1])
+
+
+def divisible(batch: Batch, ranks: int) -> tuple[Batch, int]:
+    """The batch n times behind itself, so that `ranks` divides its number of samples, and n.
+
+    The mean of a loss over the samples, and its gradients, are those of the batch.
+    """
+    rows = samples_of(batch)
+    times = ranks // math.gcd(rows, ranks)
+    return (batch if times == 1 else take(batch, rows * times)), times
+
+
+def evaluated(
+    compiled: Compiled, batch: Batch, outputs: Sequence[str], targets: float | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a batch in evaluation mode, and the outputs by these names, on the CPU of every rank. All ranks call
+    it. `targets` as in `Compiled.backward`."""
+    whole, times = divisible(batch, compiled.data_ranks)
+    targets = None if targets is None else targets * times
+    if not outputs:
+        return compiled.evaluate(whole, targets=targets), {}
+    loss, mine = compiled.evaluate(whole, outputs=outputs, targets=targets)
+    host = compiled.groups.host
+    everywhere = dict(from_rank_zero(mine, host, lambda shapes: None)) if host.size > 1 else mine
+    rows = samples_of(batch)
+    return loss, {name: everywhere[name] if times == 1 else everywhere[name][:rows] for name in outputs}
+
+
+def nested(named: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    """Tensors by dotted names, such as "logits" and "hidden_states.0" -> tensors and tuples of tensors, in order."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, value in named.items():
+        first, _, rest = name.partition(".")
+        groups.setdefault(first, {})[rest] = value
+    return tuple(each[""] if "" in each else nested(each) for each in groups.values())
