@@ -31,6 +31,7 @@ ONLY_IN = (
     (r"highspy\b", r"passes/solve(_stages)?\.py"),
     (r"pulp\b", r"passes/ilp(_solvers)?\.py"),
     (r"triton\b", r"kernels/.*"),
+    (r"accelerate\b", r"compile/trainer/.*"),
     (r"torch\.(.*\.)?_(?!_)", r"frontend/torch_private\.py"),
 )
 # (import, files that may not have it): emitted code runs without any planning, and trains without tracing.

@@ -10,10 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import trainer_worker
+import transformers as hf
 from ranks import run_apart
-from torch import Tensor
-from trainer_worker import SETTINGS
+from torch import Tensor, nn
+from trainer_worker import SETTINGS, arguments
+
+import autopart
+from autopart.compile.trainer.arguments import REFUSED, check_arguments
+from autopart.compile.trainer.batches import nested
+from autopart.errors import PartitionError
 
 LIMIT = 1e-5
 """Relative error in float32."""
@@ -74,3 +81,156 @@ def test_a_run_is_that_of_one_process(read: Callable[..., Run], case: str, name:
             alike(on_rank["weights"][key], value)
         for mine, other in zip(on_rank["outputs"], tensors["outputs"], strict=True):
             alike(mine, other)
+
+
+# ---- one process -----------------------------------------------------------------------------------------
+
+
+class Line(nn.Module):
+    """A model without a loss of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.line(x), self.line(x).abs()
+
+
+class Counted(Line):
+    """A loss that is divided by the number of targets, and is no cross-entropy."""
+
+    def forward(
+        self, x: Tensor, labels: Tensor, num_items_in_batch: float | None = None, **_: Any
+    ) -> dict[str, Tensor]:
+        error = (self.line(x) - labels).square()
+        return {"loss": error.mean() if num_items_in_batch is None else error.sum() / num_items_in_batch}
+
+
+def error_of(outputs: Any, batch: Any) -> Tensor:
+    return F.mse_loss(outputs[0], batch["labels"]) + outputs[1].mean()
+
+
+class OwnLoss(hf.Trainer):
+    """What `loss=error_of` stands for."""
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(inputs["x"])
+        loss = error_of(outputs, inputs)
+        return (loss, (loss, *outputs)) if return_outputs else loss
+
+
+def points(count: int) -> list[dict[str, Tensor]]:
+    drawn = torch.Generator().manual_seed(count)
+    return [{"x": torch.randn(4, generator=drawn), "labels": torch.randn(3, generator=drawn)} for _ in range(count)]
+
+
+def line(kind: type[nn.Module] = Line) -> nn.Module:
+    torch.manual_seed(0)
+    return kind()
+
+
+def small(folder: Path, **changed: Any) -> dict[str, Any]:
+    """Arguments of a trainer of `Line`."""
+    plain = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "label_names": ["labels"]}
+    args = arguments(folder, **{**plain, "remove_unused_columns": False, **changed})
+    return {"args": args, "train_dataset": points(10), "eval_dataset": points(6)}
+
+
+def test_a_loss_of_the_outputs(tmp_path: Path) -> None:
+    """Without clipping, evaluated before it is trained and after."""
+    trainers = (
+        OwnLoss(line(), **small(tmp_path / "a", max_grad_norm=0.0)),
+        autopart.Trainer(line(), **small(tmp_path / "b", max_grad_norm=0.0), mesh="1:cpu", loss=error_of),
+    )
+    first = [told([trainer.evaluate()])[0]["eval_loss"] for trainer in trainers]
+    assert first[1] == pytest.approx(first[0], rel=LIMIT)
+    for trainer in trainers:
+        trainer.train()
+    wanted, found = (told(trainer.state.log_history) for trainer in trainers)
+    wanted, found = (
+        [{k: v for k, v in r.items() if k != "eval_model_preparation_time"} for r in h] for h in (wanted, found)
+    )
+    assert len(found) == len(wanted)
+    for row, expected in zip(found, wanted, strict=True):
+        assert row == pytest.approx(expected, rel=LIMIT, abs=LIMIT)
+    predicted = [trainer.predict(points(3)).predictions for trainer in trainers]
+    assert [len(each) for each in predicted] == [2, 2]
+    for mine, other in zip(predicted[1], predicted[0], strict=True):
+        alike(torch.tensor(mine), torch.tensor(other))
+
+
+def test_weights_alone_are_saved_and_not_resumed_from(tmp_path: Path) -> None:
+    args = small(tmp_path, save_strategy="steps", save_steps=2, save_only_model=True)
+    autopart.Trainer(line(), **args, mesh="1:cpu", loss=error_of).train()
+    saved = tmp_path / "checkpoint-2"
+    assert {path.name for path in saved.iterdir()} == {"model.safetensors", "trainer_state.json", "training_args.bin"}
+    with pytest.raises(PartitionError, match="no state of an optimizer"):
+        autopart.Trainer(line(), **args, mesh="1:cpu", loss=error_of).train(resume_from_checkpoint=str(saved))
+
+
+def test_workers_of_all_ranks_draw_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = autopart.Trainer(line(), **small(tmp_path), mesh="1:cpu", loss=error_of)
+    monkeypatch.setattr(trainer.args.distributed_state, "process_index", 3)
+    assert trainer.get_train_dataloader().worker_init_fn.keywords["rank"] == 0
+
+
+def test_a_number_of_targets_that_divides_no_cross_entropy(tmp_path: Path) -> None:
+    trainer = autopart.Trainer(line(Counted), **small(tmp_path), mesh="1:cpu")
+    with pytest.raises(PartitionError, match="no cross-entropy"):
+        trainer.train()
+
+
+# ---- what is refused -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_arguments_without_a_meaning(tmp_path: Path, name: str) -> None:
+    args = arguments(tmp_path)
+    check_arguments(args)
+    setattr(args, name, True)
+    with pytest.raises(PartitionError, match=rf"TrainingArguments\({name}=True\)"):
+        check_arguments(args)
+
+
+def test_batches_that_accelerate_splits(tmp_path: Path) -> None:
+    with pytest.raises(PartitionError, match="split_batches"):
+        autopart.Trainer(line(), args=arguments(tmp_path, accelerator_config={"split_batches": True}), mesh="1:cpu")
+
+
+class OwnStep(autopart.Trainer):
+    def training_step(self, *_: Any) -> Tensor:
+        return torch.zeros(())
+
+
+def test_trainers_without_a_meaning(tmp_path: Path) -> None:
+    given = small(tmp_path)
+    with pytest.raises(PartitionError, match="a training_step of its own"):
+        OwnStep(line(), **given, mesh="1:cpu")
+    with pytest.raises(PartitionError, match="compute_loss_func"):
+        autopart.Trainer(line(), **given, mesh="1:cpu", compute_loss_func=lambda *_: None)
+    with pytest.raises(PartitionError, match="the mesh has 2 devices"):
+        autopart.Trainer(line(), **given, mesh="2:cpu")
+    with pytest.raises(PartitionError, match="is no Plan"):
+        autopart.Trainer(line(), **given, mesh="1:cpu", plan="plan.json")
+    trainer = autopart.Trainer(line(), **given, mesh="1:cpu", loss=error_of)
+    with pytest.raises(PartitionError, match="hyperparameter_search"):
+        trainer.hyperparameter_search()
+    adapted = line()
+    adapted.peft_config = {}
+    with pytest.raises(PartitionError, match="PEFT"):
+        autopart.Trainer(adapted, **given, mesh="1:cpu")
+    model = line()
+    optimizer = torch.optim.AdamW(model.parameters())
+    both = optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)
+    with pytest.raises(PartitionError, match="a learning-rate scheduler was made"):
+        autopart.Trainer(model, **given, mesh="1:cpu", loss=error_of, optimizers=both).train()
+
+
+def test_outputs_are_nested_as_the_model_returns_them() -> None:
+    a, b, c = torch.zeros(3, 1)
+    assert nested({"logits": a, "hidden_states.0": b, "hidden_states.1": c}) == (a, (b, c))

@@ -76,7 +76,7 @@ def output_name(node: fx.Node, index: int) -> str:
     frames = info(node).frames
     statement = statement_of(frames[-1]) if frames else None
     targets = statement.targets if statement is not None else ()
-    results = not any(_is_part(pick, len(frames) - 1) for pick in node.users)
+    results = bool(frames) and not any(_is_part(pick, len(frames) - 1) for pick in node.users)
     if results and len(targets) == len(info(node).shapes) and targets[index].strip("_"):
         return targets[index]
     names = OUTPUTS.get(_operator(node))
