@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import nn
@@ -15,7 +15,6 @@ from autopart.errors import PartitionError
 from autopart.frontend.inputs import check_modes
 from autopart.runtime.agreement import check_rows, check_sizes, compares
 from autopart.runtime.callbacks import Callback
-from autopart.runtime.checkpoint.checkpoints import Checkpoints
 from autopart.runtime.emitted import StageProgram
 from autopart.runtime.executor import Update
 from autopart.runtime.optimizers import check, names_by_group, over_shares
@@ -24,6 +23,9 @@ from autopart.runtime.pretrained import load_pretrained, save_pretrained, sync_t
 from autopart.runtime.rank_state import RankState
 from autopart.runtime.variants import Mode
 from autopart.runtime.whole import micro_batches
+
+if TYPE_CHECKING:
+    from autopart.runtime.checkpoint.checkpoints import Checkpoints
 
 Tensor = torch.Tensor
 Folder = str | os.PathLike[str]
@@ -269,4 +271,6 @@ class Compiled(RankState):
 
     @cached_property
     def _checkpoints(self) -> Checkpoints:
+        from autopart.runtime.checkpoint.checkpoints import Checkpoints  # torch.distributed.checkpoint takes a second
+
         return Checkpoints(self)

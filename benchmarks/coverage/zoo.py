@@ -211,7 +211,8 @@ def main() -> None:
     from benchmarks.coverage import zoo_models  # noqa: F401  # imported once, before the forks
 
     wished = list(wanted(arguments.only, arguments.outside))[:: arguments.every]
-    earlier = json.loads(arguments.json.read_text()) if arguments.resume else {"seconds": 0, "rows": []}
+    resumes = arguments.resume and arguments.json.exists()
+    earlier = json.loads(arguments.json.read_text()) if resumes else {"seconds": 0, "rows": []}
     rows = earlier["rows"]
     known = {(row["task"], row["model"]) for row in rows}
     todo = [pair for pair in wished if pair not in known]

@@ -50,11 +50,14 @@ class Model(nn.Module):
         return loss
 
 
-class Dropped(Model):
-    """With dropout."""
+class Returning(Model):
+    """Returns a dict with a tensor of a micro-batch's samples, one in the middle of the model, and one beside the
+    loss."""
 
-    def __init__(self) -> None:
-        super().__init__(0.3)
+    def forward(self, x: Tensor) -> Any:
+        first = self.blocks[0](x)
+        logits = self.head(self.blocks[1](first))
+        return {"loss": (logits - x.roll(1, 1)).square().mean(), "logits": logits, "hidden": (first, logits * 2)}
 
 
 class Normed(nn.Module):
@@ -113,8 +116,9 @@ def test_batches_of_other_sizes_train_the_same_weights(settings: dict[str, Any])
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_evaluation_between_steps(settings: dict[str, Any]) -> None:
-    """Dropout is off, no weight changes, the next steps draw what they would have drawn."""
-    models: list[nn.Module] = [Dropped() for _ in range(ranks(settings))]
+    """Dropout is off, outputs are whole on rank 0, no weight changes, later steps draw what they would have drawn."""
+    models: list[nn.Module] = [Returning(0.3) for _ in range(ranks(settings))]
+    evaluations = [*((size, ()) for size in SIZES[:2]), *((size, ("logits", "hidden.0")) for size in SIZES[:3])]
 
     def run(compiled: Compiled, evaluates: bool) -> Any:
         compiled.optimizer(torch.optim.SGD, lr=0.1)
@@ -123,20 +127,31 @@ def test_evaluation_between_steps(settings: dict[str, Any]) -> None:
             losses.append(float(compiled.step(batch(*SIZES[0]))))
             if evaluates:
                 state = compiled.full_state_dict()
-                evaluated.append(([float(compiled.evaluate(batch(*size))) for size in SIZES[:3]], state))
+                for size, outputs in evaluations:
+                    told = (
+                        compiled.evaluate(batch(*size), outputs=outputs) if outputs else compiled.evaluate(batch(*size))
+                    )
+                    evaluated.append((size, told if outputs else (told, {}), state))
         return losses, evaluated, compiled.full_state_dict()
 
     x = batch(*SIZES[0])["x"]
-    losses, evaluated, state = on_ranks(models, x, lambda c: run(c, True), same=True, nodes=5, **settings)[0]
+    everyone = on_ranks(models, x, lambda c: run(c, True), same=True, nodes=5, **settings)
+    losses, evaluated, state = everyone[0]
     same, _, wanted = on_ranks(models, x, lambda c: run(c, False), same=True, nodes=5, **settings)[0]
     assert losses == same
     assert worst_error(state, wanted)[0] == 0
-    assert all(model.training for model in models[0].modules())
-    for found, weights in evaluated:
-        alone = Dropped().eval()
+    assert all(module.training for module in models[0].modules())
+    assert len(evaluated) == 2 * len(evaluations)
+    for size, (loss, outputs), weights in evaluated:
+        alone = Returning().eval()
         alone.load_state_dict(weights)
         with torch.no_grad():
-            assert found == pytest.approx([float(alone(**batch(*size))) for size in SIZES[:3]], rel=1e-5)
+            found = alone(**batch(*size))
+        assert float(loss) == pytest.approx(float(found["loss"]), rel=1e-5)
+        whole = {"logits": found["logits"], "hidden.0": found["hidden"][0]}
+        assert worst_error(outputs, {name: whole[name] for name in outputs})[0] < 1e-5
+    assert {len(outputs) for _, (_, outputs), _ in evaluated} == {0, 2}
+    assert all(outputs == {} for _, evaluated, _ in everyone[1:] for _, (_, outputs), _ in evaluated)
 
 
 @pytest.mark.parametrize("settings", [{"pp": 1}, {"dp": 2}, {"pp": 2}], ids=str)
@@ -162,35 +177,6 @@ def test_running_statistics(settings: dict[str, Any]) -> None:
     assert [x for pair in found for x in pair] == pytest.approx([x for pair in wanted for x in pair], rel=1e-5)
     numbers, right = ({k: v.double() for k, v in each.items()} for each in (state, alone.state_dict()))
     assert worst_error(numbers, right)[0] < 1e-4
-
-
-class Returning(Model):
-    """Returns a dict with a tensor of a micro-batch's samples, one in the middle of the model, and one beside the
-    loss."""
-
-    def forward(self, x: Tensor) -> Any:
-        first = self.blocks[0](x)
-        logits = self.head(self.blocks[1](first))
-        return {"loss": (logits - x.roll(1, 1)).square().mean(), "logits": logits, "hidden": (first, logits * 2)}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_outputs_of_an_evaluation(settings: dict[str, Any]) -> None:
-    models: list[nn.Module] = [Returning(0.2) for _ in range(ranks(settings))]
-
-    def run(compiled: Compiled) -> Any:
-        compiled.step(batch(*SIZES[0]))
-        return [compiled.evaluate(batch(*size), outputs=["logits", "hidden.0"]) for size in SIZES[:3]]
-
-    everyone = on_ranks(models, batch(*SIZES[0])["x"], run, nodes=5, **settings)
-    alone = Returning(0.2).eval()
-    for (loss, outputs), size in zip(everyone[0], SIZES, strict=False):
-        with torch.no_grad():
-            wanted = alone(**batch(*size))
-        assert float(loss) == pytest.approx(float(wanted["loss"]), rel=1e-5)
-        assert worst_error(outputs, {"logits": wanted["logits"], "hidden.0": wanted["hidden"][0]})[0] < 1e-5
-    assert all(outputs == {} for found in everyone[1:] for _, outputs in found)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from autopart.compile.programs import programs
 from autopart.compile.variants import variant
-from autopart.frontend.batch import DTYPES
+from autopart.frontend.batch import DTYPES, outline
 from autopart.hardware.mesh import Mesh
+from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.source import Source
 from autopart.planner.make_plan import make_plan, request_of
 from autopart.runtime.compiled import Compiled
@@ -36,17 +37,29 @@ def split_by(weight: str) -> list[dict[str, Any]]:
 
 
 PLANNED: dict[str, Any] = {}
+TRACED: dict[str, LayeredGraph] = {}
+
+
+class Shared(Source):
+    """A source whose traces serve all models of a class."""
+
+    def _traced(self, samples: int, *arguments: Any) -> LayeredGraph:
+        batch = {name: value.shape for name, value in outline(self.batch, samples).items()}
+        key = f"{type(self.model)} {self.model} {self.model.training} {batch} {self.dtype} {self.outputs} {arguments}"
+        if key not in TRACED:
+            TRACED[key] = super()._traced(samples, *arguments)
+        return TRACED[key]
 
 
 def on_ranks(models: list[nn.Module], x: Tensor, run: Any, same: bool = False, **settings: Any) -> list[Any]:
     """Call `run` with the program of every simulated rank, of which each has a model of its own.
 
-    same  whether earlier calls with a model of this class and these settings had the same program
+    same  whether all models of this class have the same graph: traced once, and planned once for the same settings
     """
     key = f"{type(models[0])} {len(models)} {x.shape} {settings}"
     if not same or key not in PLANNED:
         request = request_of(models[0], {"x": x}, **settings)
-        source = Source(models[0], {"x": x}, DTYPES[request.precision])
+        source = (Shared if same else Source)(models[0], {"x": x}, DTYPES[request.precision])
         plan = make_plan(source, Mesh.of(f"{len(models)}:cpu"), request, to_run=True)
         layered = source.full(plan.micro_batch, plan.mesh)
         PLANNED[key] = source, plan, programs(layered, plan), layered, {}
