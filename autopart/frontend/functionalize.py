@@ -3,15 +3,16 @@
 `run_decompositions({})` of torch.export traces a program twice more, which takes longer than the export of most
 transformers. A program of operators in `KEPT` is rewritten here instead, to the graph that torch would give;
 tests/frontend/test_functional.py compares the two. A change of a tensor in place becomes a new value, which later
-readers of the tensor read, and the last value of a buffer becomes an output. A change of a slice is a new value of the
-whole tensor too. A program that reads another view of a tensor after a change is left to torch.
+readers of the tensor read, and the last value of a buffer becomes an output. A change of a slice, or of a slice of a
+slice, is a new value of the whole tensor too. A program that reads another view of a tensor after a change is left to
+torch.
 """
 
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedP
         with graph.inserting_before(node):
             new, *values = _rewritten(graph, node)
             changes: list[tuple[Any, fx.Node]] = list(zip(_changed(node), values, strict=True))
-            changes += [(old.args[0], _scattered(graph, old, value)) for old, value in changes if _is_part(old)]
+            changes += [above for old, value in changes for above in _scattered(graph, old, value)]
         for old, value in changes:
             for user in [user for user in old.users if order.get(user, -1) > order[node]]:
                 user.replace_input_with(old, value)
@@ -86,22 +87,22 @@ def _known(module: Any) -> bool:
 
 
 def _changes_known(graph: fx.Graph, buffers: Mapping[str, str]) -> bool:
-    """Whether every tensor that is changed is a buffer or made by the program, or a part of one that it made which is
-    changed once, and no other view of it is read later."""
+    """Whether every tensor that is changed is a buffer or made by the program, or a part of one that it made, which is
+    changed once and has no other part that is, and no other view of it is read later."""
     order = {node: place for place, node in enumerate(graph.nodes)}
     sharing = defaultdict[int, list[fx.Node]](list)
     for node in order:
         for memory in _memory(node):
             sharing[memory].append(node)
-    targets = [_tensor(changed) for node in order for changed in _changed(node)]
+    parts = Counter(part for node in order for changed in _changed(node) for part in _wholes(changed)[:-1])
     for node in order:
         for changed in map(_tensor, _changed(node)):
             if changed.op == "placeholder" and changed.name not in buffers:
                 return False
             sharers = [n for memory in _memory(changed) for n in sharing[memory] if order[n] < order[node]]
-            whole = _tensor(changed.args[0]) if _is_part(changed) else changed
-            others = [n for n in sharers if _tensor(n) not in (changed, whole)]
-            if whole is not changed and (whole.op == "placeholder" or targets.count(changed) > 1):
+            *part_of, whole = wholes = _wholes(changed)
+            others = [n for n in sharers if _tensor(n) not in wholes]
+            if part_of and (whole.op == "placeholder" or any(parts[part] > 1 for part in part_of)):
                 return False
             if any(n.op == "placeholder" or any(order[u] > order[node] for u in n.users) for n in others):
                 return False
@@ -129,16 +130,25 @@ def _tensor(node: Any) -> Any:
     return node
 
 
-def _is_part(node: Any) -> bool:
-    """Whether a tensor is a slice of another, or one of its rows."""
-    return _name(node) in ("slice", "select")
+SCATTERS = {"slice": aten.slice_scatter.default, "select": aten.select_scatter.default}
+"""Operators that give a part of a tensor -> those that put one back."""
 
 
-def _scattered(graph: fx.Graph, part: Any, value: fx.Node) -> fx.Node:
-    """The tensor that `part` is a part of, with `value` in the part's place."""
-    scatter = aten.slice_scatter.default if _name(part) == "slice" else aten.select_scatter.default
-    whole, *place = part.args
-    return _call(graph, part, scatter, whole, value, *place)
+def _wholes(node: Any) -> list[fx.Node]:
+    """A tensor, the one that it is a slice or a row of, the one that this is a part of, and so on."""
+    wholes = [_tensor(node)]
+    while _name(wholes[-1]) in SCATTERS:
+        wholes.append(_tensor(wholes[-1].args[0]))
+    return wholes
+
+
+def _scattered(graph: fx.Graph, part: Any, value: fx.Node) -> Iterator[tuple[Any, fx.Node]]:
+    """The tensors that `part` is a part of, each with its value when `value` is in the part's place."""
+    while scatter := SCATTERS.get(_name(part)):
+        whole, *place = part.args
+        value = _call(graph, part, scatter, whole, value, *place)
+        part = whole
+        yield whole, value
 
 
 def _in_place(node: Any) -> bool:

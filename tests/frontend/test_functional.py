@@ -64,6 +64,32 @@ def changed_parts(y: Any, norm: Any) -> Any:
     return shifted.masked_fill_(shifted > 1.0, 0.0)
 
 
+def changed_parts_of_parts(y: Any, norm: Any) -> Any:
+    """As in the chunks of a gated delta rule."""
+    rows = y.square()
+    for row in range(1, 4):
+        before = rows[:, :, row, :row].clone()
+        above = rows[:, :, :row, :row].clone()
+        rows[:, :, row, :row] = before + (before.unsqueeze(-1) * above).sum(-2)
+    return rows
+
+
+def changed_row_twice(y: Any, norm: Any) -> Any:
+    rows = y.square()
+    row = rows[0]
+    row[1:] = 1.0
+    row[:1] = 2.0
+    return rows
+
+
+def changed_row_and_part(y: Any, norm: Any) -> Any:
+    rows = y.square()
+    row = rows[0]
+    row.add_(1.0)
+    row[:1].mul_(2.0)
+    return rows
+
+
 def changed_twice_through_view(y: Any, norm: Any) -> Any:
     part = y[:, 0]
     part.add_(1.0)
@@ -94,8 +120,14 @@ def without_gradients(y: Any, norm: Any) -> Any:
 
 
 CHANGES = [pooled, counted, narrowed, without_gradients, lambda y, norm: (y + y).relu_().flatten(1).add_(1.0)]
-CHANGES += [changed_through_view, changed_parts]
-CHANGES_LEFT_TO_TORCH = [changed_half, changed_twice_through_view, changed_under_view]
+CHANGES += [changed_through_view, changed_parts, changed_parts_of_parts]
+CHANGES_LEFT_TO_TORCH = [
+    changed_half,
+    changed_twice_through_view,
+    changed_under_view,
+    changed_row_twice,
+    changed_row_and_part,
+]
 
 
 run_decompositions = Program.run_decompositions
