@@ -23,9 +23,9 @@ REWRITTEN = "clm:gpt2 clm:roformer img:convnext img:resnet img:vit".split()
 FURTHER = []
 if "AUTOPART_EXAMPLES" in os.environ:  # with operators that the others have too
     FURTHER = (
-        "clm:falcon_h1 clm:gemma3_text clm:gpt_neo clm:hrm_text clm:qwen2_moe mlm:modernbert mlm:perceiver".split()
+        "clm:bloom clm:deepseek_v2 clm:falcon_h1 clm:gemma3_text clm:gpt_neo clm:hrm_text clm:qwen2_moe mlm:modernbert mlm:perceiver".split()
     )
-LEFT_TO_TORCH = ["clm:bloom"]
+LEFT_TO_TORCH = ["clm:falcon"]
 
 
 class Changes(nn.Module):
@@ -74,6 +74,12 @@ def changed_parts_of_parts(y: Any, norm: Any) -> Any:
     return rows
 
 
+def scattered(y: Any, norm: Any) -> Any:
+    chosen = y.flatten(1).topk(2).indices
+    kept = torch.zeros_like(y.flatten(1)).scatter_(1, chosen, 1.0)
+    return kept.scatter_add_(1, chosen, chosen.to(y.dtype)) * torch.eye(2).repeat(1, kept.shape[1] // 2)
+
+
 def changed_row_twice(y: Any, norm: Any) -> Any:
     rows = y.square()
     row = rows[0]
@@ -120,7 +126,7 @@ def without_gradients(y: Any, norm: Any) -> Any:
 
 
 CHANGES = [pooled, counted, narrowed, without_gradients, lambda y, norm: (y + y).relu_().flatten(1).add_(1.0)]
-CHANGES += [changed_through_view, changed_parts, changed_parts_of_parts]
+CHANGES += [changed_through_view, changed_parts, changed_parts_of_parts, scattered]
 CHANGES_LEFT_TO_TORCH = [
     changed_half,
     changed_twice_through_view,

@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 import autopart
 from autopart.compile.programs import sources
-from autopart.ir.graph import Frame
+from autopart.ir.graph import Frame, info, update_info
+from autopart.passes.codegen.naming import output_name
 from autopart.passes.codegen.statements import statement_of
+from autopart.passes.trace import trace
 
 WIDTH = 8
 
@@ -116,6 +118,33 @@ def test_outputs_that_a_statement_uses_are_not_its_variables() -> None:
     (text,) = sources(model, batch(), plan)
     pair = ["split_0", "split_1"]
     assert assigned(text, "Stage")[:8] == ["left", "right", *pair, "first", *pair, "second"], text
+
+
+class Chosen(nn.Module):
+    """A function that picks the outputs of an operator and uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        values, places = best(self.up(x))
+        return F.mse_loss(values, y[..., :2]) + (y * places.sum()).mean()
+
+
+def best(scores: Tensor) -> tuple[Tensor, Tensor]:
+    values, places = scores.topk(2)
+    return values.square(), places
+
+
+def test_outputs_that_are_picked_elsewhere() -> None:
+    """As torch.export tells of some picks that it makes itself."""
+    graph = trace(Chosen(), batch()).graph
+    (chosen,) = (n for n in graph.nodes if n.op == "call_function" and info(n).name.startswith("aten.topk"))
+    names = [output_name(chosen, 0), output_name(chosen, 1)]
+    for pick in chosen.users:
+        update_info(pick, frames=info(pick).frames[:1])
+    assert names == [output_name(chosen, 0), output_name(chosen, 1)] == ["values", "indices"]
 
 
 def test_names_shadow_nothing(texts: list[str]) -> None:

@@ -166,7 +166,7 @@ def _is_in(user: fx.Node, node: fx.Node, depth: int) -> bool:
     if user.op != "call_function" or info(user).layer != info(node).layer:
         return False
     mine, others = info(node).frames[: depth + 1], info(user).frames[: depth + 1]
-    if len(others) <= depth or mine[:depth] != others[:depth] or mine[depth].file != others[depth].file:
+    if min(len(mine), len(others)) <= depth or mine[:depth] != others[:depth] or mine[depth].file != others[depth].file:
         return False
     one, other = statement_of(mine[depth]), statement_of(others[depth])
     return one is not None and other is not None and one.place == other.place
