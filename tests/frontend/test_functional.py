@@ -22,9 +22,8 @@ Program = torch.export.ExportedProgram
 REWRITTEN = "clm:gpt2 clm:roformer img:convnext img:resnet img:vit".split()
 FURTHER = []
 if "AUTOPART_EXAMPLES" in os.environ:  # with operators that the others have too
-    FURTHER = (
-        "clm:bloom clm:deepseek_v2 clm:falcon_h1 clm:gemma3_text clm:gpt_neo clm:hrm_text clm:qwen2_moe mlm:modernbert mlm:perceiver".split()
-    )
+    FURTHER = """clm:bloom clm:deepseek_v2 clm:falcon_h1 clm:gemma3_text clm:gpt_neo clm:hrm_text clm:qwen2_moe
+        mlm:modernbert mlm:perceiver""".split()
 LEFT_TO_TORCH = ["clm:falcon"]
 
 
