@@ -104,7 +104,10 @@ class RankState:
 
     def shares(self) -> list[Any]:
         """This rank's shares of weights and buffers, and the optimizer's copies."""
-        return [*dict(self.stage.named_parameters()).values(), *self.stage.buffers(), *self.executor.shared.copies]
+        buffers: dict[str, Any] = dict(self.stage.named_buffers())
+        for path, buffer in buffers.items():
+            buffer.origin = self.origins[path]  # which the new tensor of a step that changes the buffer has not
+        return [*dict(self.stage.named_parameters()).values(), *buffers.values(), *self.executor.shared.copies]
 
     @property
     def data_ranks(self) -> int:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import trainer_worker
 import transformers as hf
 from ranks import run_apart
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from trainer_worker import SETTINGS, arguments
 
@@ -171,6 +172,39 @@ def test_weights_alone_are_saved_and_not_resumed_from(tmp_path: Path) -> None:
     assert {path.name for path in saved.iterdir()} == {"model.safetensors", "trainer_state.json", "training_args.bin"}
     with pytest.raises(PartitionError, match="no state of an optimizer"):
         autopart.Trainer(line(), **args, mesh="1:cpu", loss=error_of).train(resume_from_checkpoint=str(saved))
+
+
+def test_float16_skips_updates_and_saves_its_masters(tmp_path: Path) -> None:
+    given = small(tmp_path, max_grad_norm=0.0, num_train_epochs=5)
+    given["train_dataset"] = [{name: value.half() for name, value in point.items()} for point in points(10)]
+    precision = {"precision": "float16", "master": "float32"}
+    trainer = autopart.Trainer(line().half(), **given, mesh="1:cpu", loss=lambda *o: 10 * error_of(*o), **precision)
+    trainer.train()
+    assert trainer.compiled is not None and 0 < trainer.compiled.skipped < trainer.state.global_step
+    assert trainer.lr_scheduler.last_epoch == trainer.state.global_step - trainer.compiled.skipped
+    trainer.save_model()
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(value, trainer.compiled.full_state_dict()[name]) for name, value in saved.items())
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+    assert torch.equal(trainer.model.line.weight, saved["line.weight"].half())
+
+
+def test_a_model_on_meta(tmp_path: Path) -> None:
+    """With weights from a folder, the best of which are loaded in the end; it stays on meta."""
+    save_file(line().state_dict(), tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        model = line()
+    best = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    given = small(tmp_path / "out", **best, load_best_model_at_end=True, metric_for_best_model="loss")
+    trainer = autopart.Trainer(model, **given, mesh="1:cpu", loss=error_of, weights=tmp_path)
+    trainer.train()
+    trainer.save_model()
+    losses = {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
+    highest = tmp_path / "out" / f"checkpoint-{max(losses, key=losses.__getitem__)}"
+    assert trainer.state.best_model_checkpoint == str(highest)
+    saved, kept = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", highest))
+    assert saved.keys() == kept.keys() and all(torch.equal(value, kept[name]) for name, value in saved.items())
+    assert all(parameter.is_meta for parameter in trainer.model.parameters())
 
 
 def test_workers_of_all_ranks_draw_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

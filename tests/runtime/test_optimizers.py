@@ -139,6 +139,43 @@ def test_gradients_of_several_batches_are_added(settings: dict[str, Any]) -> Non
     assert worst_error(state, alone.state_dict())[0] < 1e-5
 
 
+class Classes(nn.Module):
+    """A cross-entropy that ignores some of its targets, and a mean beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 6)
+
+    def forward(self, x: Tensor, targets: float | None = None) -> Tensor:
+        logits = self.second(self.first(x).relu())
+        labels = x[:, :6].argmax(1).masked_fill(x[:, 6] > 0.3, -100)
+        error = nn.functional.cross_entropy(logits, labels, reduction="mean" if targets is None else "sum")
+        return error / (targets or 1) + 0.1 * logits.square().mean()
+
+
+@pytest.mark.parametrize("settings", [{"pp": 1}, {"dp": 2, "micro_batch": 2}, {"pp": 2, "micro_batch": 2}], ids=str)
+def test_a_mean_over_the_targets_of_several_batches(settings: dict[str, Any]) -> None:
+    total = 7
+    alone = Classes()
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
+    losses = [alone(x, total) for x in batches(3)]
+    sum(losses).backward()
+    optimizer.step()
+    losses.append(alone(X, total))
+
+    def run(compiled: Compiled) -> Any:
+        compiled.optimizer(torch.optim.SGD, lr=0.1)
+        found = [float(compiled.backward({"x": x}, targets=total)) for x in batches(3)]
+        compiled.update()
+        return [*found, float(compiled.evaluate({"x": X}, targets=total))]
+
+    models: list[nn.Module] = [Classes() for _ in range(ranks(settings))]
+    found, state = trained(run, settings, models)
+    assert found == pytest.approx([loss.item() for loss in losses], rel=1e-5)
+    assert worst_error(state, alone.state_dict())[0] < 1e-5
+
+
 @pytest.mark.parametrize("settings", ALL, ids=str)
 def test_freezing_and_thawing(settings: dict[str, Any]) -> None:
     frozen = [{"second.weight", "first.weight"}, set(), {"gain"}]

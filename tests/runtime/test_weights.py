@@ -154,15 +154,21 @@ def test_every_plan_reads_trains_and_writes_the_same(asked: dict[str, Any], tmp_
     torch.manual_seed(9)
     models = [Tied() for _ in range(4)]
 
-    def run(compiled: Compiled) -> dict[str, Tensor]:
+    def run(compiled: Compiled) -> list[dict[str, Tensor]]:
         compiled.save_pretrained(tmp_path / "in")
         compiled.optimizer(torch.optim.SGD, lr=0.1)
         compiled.step({"x": X})
         compiled.save_pretrained(tmp_path / "out", max_shard_size=300, dtype=asked.get("master"))
         compiled.sync_to(models[compiled.rank])
-        return compiled.full_state_dict()
+        states = [compiled.full_state_dict()]
+        compiled.step({"x": X})
+        states.append(compiled.full_state_dict())
+        compiled.load_pretrained(tmp_path / "out")
+        return [*states, compiled.full_state_dict()]
 
-    state = simulate(tmp_path, run, **asked)[0]
+    state, later, loaded = simulate(tmp_path, run, **asked)[0]
+    assert same(to(loaded, asked), to(state, asked))
+    assert not torch.equal(later["first.weight"], state["first.weight"])
     assert same(load_file(tmp_path / "in" / "model.safetensors"), dict(model.state_dict()))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = {name: load_file(tmp_path / "out" / name) for name in set(index["weight_map"].values())}

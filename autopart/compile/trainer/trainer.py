@@ -165,12 +165,15 @@ class Trainer(transformers.Trainer):
             )
         return True
 
-    def _update(self) -> None:
+    def _update(self) -> bool:
+        """Update the weights; whether that left them as they are."""
         assert self.compiled is not None
+        skipped = self.compiled.skipped
         limit = self.args.max_grad_norm if self.args.max_grad_norm > 0 else math.inf
         self.compiled.update(clip_grad_norm=limit)
         assert self.compiled.grad_norm is not None
         self._grad_norm.copy_(self.compiled.grad_norm)
+        return self.compiled.skipped > skipped
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
         """Nothing: the update clips."""
