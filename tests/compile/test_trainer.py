@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from trainer_worker import SETTINGS, arguments
 
 import autopart
-from autopart.compile.trainer.arguments import REFUSED, check_arguments
+from autopart.compile.trainer.arguments import CONFIGURED, REFUSED, check_arguments
 from autopart.compile.trainer.batches import nested
 from autopart.errors import PartitionError
 
@@ -96,6 +96,11 @@ class Line(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.line(x), self.line(x).abs()
+
+
+class Dropped(Line):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(F.dropout(x, 0.5, self.training))
 
 
 class Counted(Line):
@@ -190,10 +195,11 @@ def test_float16_skips_updates_and_saves_its_masters(tmp_path: Path) -> None:
 
 
 def test_a_model_on_meta(tmp_path: Path) -> None:
-    """With weights from a folder, the best of which are loaded in the end; it stays on meta."""
+    """With dropout, and weights from a folder, of which the best are loaded in the end. It stays on meta."""
     save_file(line().state_dict(), tmp_path / "model.safetensors")
     with torch.device("meta"):
-        model = line()
+        model = line(Dropped)
+    (tmp_path / "out" / "checkpoint-1" / "step-00000099").mkdir(parents=True)
     best = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     given = small(tmp_path / "out", **best, load_best_model_at_end=True, metric_for_best_model="loss")
     trainer = autopart.Trainer(model, **given, mesh="1:cpu", loss=error_of, weights=tmp_path)
@@ -204,6 +210,7 @@ def test_a_model_on_meta(tmp_path: Path) -> None:
     assert trainer.state.best_model_checkpoint == str(highest)
     saved, kept = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", highest))
     assert saved.keys() == kept.keys() and all(torch.equal(value, kept[name]) for name, value in saved.items())
+    assert [path.name for path in (tmp_path / "out" / "checkpoint-1").glob("step-*")] == ["step-00000002"]
     assert all(parameter.is_meta for parameter in trainer.model.parameters())
 
 
@@ -234,6 +241,16 @@ def test_arguments_without_a_meaning(tmp_path: Path, name: str) -> None:
 def test_batches_that_accelerate_splits(tmp_path: Path) -> None:
     with pytest.raises(PartitionError, match="split_batches"):
         autopart.Trainer(line(), args=arguments(tmp_path, accelerator_config={"split_batches": True}), mesh="1:cpu")
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_a_configuration_of_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    args = arguments(tmp_path)
+    monkeypatch.setenv(name, "no")
+    check_arguments(args)
+    monkeypatch.setenv(name, "bf16")
+    with pytest.raises(PartitionError, match=f"accelerate is configured with {name}=bf16"):
+        check_arguments(args)
 
 
 class OwnStep(autopart.Trainer):

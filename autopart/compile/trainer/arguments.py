@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import transformers
@@ -31,6 +32,9 @@ REFUSED = {
 }  # fmt: skip
 """Field of TrainingArguments that must be unset -> why, and what to do instead."""
 
+CONFIGURED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_MIXED_PRECISION")
+"""What `accelerate launch` sets for what a plan decides."""
+
 OVERRIDDEN = ("compute_loss", "training_step", "prediction_step")
 """Methods of transformers.Trainer that a subclass of autopart.Trainer cannot replace."""
 
@@ -40,6 +44,13 @@ def check_arguments(args: transformers.TrainingArguments) -> None:
     for name, (why, instead) in REFUSED.items():
         if value := getattr(args, name, None):
             raise PartitionError(f"TrainingArguments({name}={value!r}) has no meaning on a mesh", why, instead)
+    for name in CONFIGURED:
+        if os.environ.get(name, "no").lower() not in ("no", "false", "0", ""):
+            raise PartitionError(
+                f"accelerate is configured with {name}={os.environ[name]}",
+                "the plan says how states are split, and in which precision",
+                "torchrun in place of accelerate launch, and settings of autopart.Trainer",
+            )
     for name in ("split_batches", "dispatch_batches"):
         if getattr(args.accelerator_config, name, None):
             raise PartitionError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
@@ -51,7 +53,7 @@ class Trainer(transformers.Trainer):
 
     model: Any
 
-    def __init__(self, *given: Any, mesh: Any, **settings: Any) -> None:
+    def __init__(self, *given: Any, mesh: str | Mesh | DeviceMesh, **settings: Any) -> None:
         self.mesh = Mesh.of(mesh)
         self.settings = {name: settings.pop(name) for name in OF_COMPILE & settings.keys()}
         check_plan(self.settings.get("plan"), self.mesh)
@@ -235,14 +237,18 @@ class Trainer(transformers.Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         self.compiled.save_pretrained(folder, dtype=self.compiled.plan.master)
         if self.args.should_save:
-            for tokenizer in (self.processing_class or getattr(self.data_collator, "tokenizer", None),):
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(folder)
+            tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
             torch.save(self.args, folder / "training_args.bin")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert self.compiled is not None
-        self.compiled.save(output_dir, scheduler=self.lr_scheduler)
+        written = self.compiled.save(output_dir, scheduler=self.lr_scheduler)
+        if self.args.should_save:
+            for left in files.checkpoints(Path(output_dir)):  # by another run, which may have got further
+                if left != written:
+                    shutil.rmtree(left)
 
     def _save_rng_state(self, output_dir: str) -> None:
         if self.args.should_save:
@@ -268,7 +274,7 @@ class Trainer(transformers.Trainer):
 
     def hyperparameter_search(self, *given: Any, **settings: Any) -> Any:
         raise PartitionError(
-            "hyperparameter_search has no ranks", "it runs trials in one process", "a run for each trial"
+            "hyperparameter_search does not run on a mesh", "one process draws the trials", "a run for each trial"
         )
 
 
