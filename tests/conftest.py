@@ -9,7 +9,7 @@ and traces first, which a whole run pays once. The sum over all files is about 1
     91   cost/test_memory.py
     89   runtime/test_exact.py, of which four ranks 54
     77   frontend/test_shortened.py
-    75   compile/test_trainer.py, of which four ranks 40
+    80   compile/test_trainer.py, of which four ranks 50
     70   compile/test_graphs.py, of which 24 random models in groups of their own
     54   compile/test_check.py
     51   runtime/test_random.py

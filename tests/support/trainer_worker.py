@@ -28,7 +28,7 @@ STOPPED_AT = 4
 Row = dict[str, Tensor]
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "gpt2": [{"pp": 2, "tp": 2, "micro_batch": 2}, {"dp": 2, "tp": 2, "zero": 1, "micro_batch": 2}],
-    "t5": [{"dp": 2, "tp": 2, "micro_batch": 2}],
+    "t5": [{"dp": 2, "tp": 2, "micro_batch": 2}, {"pp": 2, "dp": 2, "micro_batch": 2}],
 }
 """Settings of a run, and of the run that goes on from its checkpoint."""
 FORMS: dict[str, list[tuple[bool, dict[str, int], tuple[str, ...], int]]] = {
