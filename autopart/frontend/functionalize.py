@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,18 +26,18 @@ KEPT = frozenset(
     """
     __and__ __or__ _assert_tensor_metadata abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d add
     addcmul addmm alias amax amin any arange argmax avg_pool1d avg_pool2d baddbmm binary_cross_entropy_with_logits
-    bitwise_and bitwise_not bitwise_or bmm broadcast_tensors cat ceil celu clamp clamp_min clone constant_pad_nd
-    conv1d conv2d conv3d conv_transpose2d copy cos cosine_similarity cross_entropy_loss cumsum detach diff div
-    einsum elu embedding eq erf exp expand expm1 eye fill flip floor floor_divide full full_like gather ge gelu glu
-    group_norm gt hardsigmoid hardswish hardtanh index index_add index_select isin layer_norm le leaky_relu lerp
-    lift_fresh_copy linalg_vector_norm linear log log1p log_sigmoid log_softmax logical_and logical_not logical_or
-    logsumexp lt masked_fill matmul max max_pool1d max_pool2d maximum mean min minimum mish mm mse_loss mul ne neg
-    new_empty new_full new_ones new_zeros nll_loss_nd one_hot ones ones_like pad permute pixel_shuffle
-    pixel_unshuffle polar pow prelu reciprocal relu relu6 remainder repeat repeat_interleave roll rsqrt rsub
-    scalar_tensor scaled_dot_product_attention scatter scatter_add select sigmoid sign silu sin slice smooth_l1_loss
-    softmax softplus sort split_with_sizes sqrt square squeeze stack std sub sum t tanh topk transpose tril triu
-    unbind unfold unsqueeze upsample_bilinear2d upsample_nearest2d var view view_as_complex view_as_real where zeros
-    zeros_like
+    bitwise_and bitwise_not bitwise_or bmm broadcast_tensors cat ceil celu clamp clamp_min clone concat concatenate
+    constant_pad_nd conv1d conv2d conv3d conv_transpose2d copy cos cosine_similarity cross_entropy_loss cumsum
+    detach diff div einsum elu embedding eq erf exp expand expm1 eye fill flip floor floor_divide full full_like
+    gather ge gelu glu group_norm gt hardsigmoid hardswish hardtanh index index_add index_select isin layer_norm le
+    leaky_relu lerp lift_fresh_copy linalg_vector_norm linear log log1p log_sigmoid log_softmax logical_and
+    logical_not logical_or logsumexp lt masked_fill matmul max max_pool1d max_pool2d maximum mean min minimum mish
+    mm mse_loss mul multiply ne neg new_empty new_full new_ones new_zeros nll_loss_nd one_hot ones ones_like pad
+    permute pixel_shuffle pixel_unshuffle polar pow prelu reciprocal relu relu6 remainder repeat repeat_interleave
+    roll rsqrt rsub scalar_tensor scaled_dot_product_attention scatter scatter_add select sigmoid sign silu sin
+    slice smooth_l1_loss softmax softplus sort split_with_sizes sqrt square squeeze stack std sub sum t tanh topk
+    transpose tril triu unbind unfold unsqueeze upsample_bilinear2d upsample_nearest2d var view view_as_complex
+    view_as_real where zeros zeros_like
     """.split()
 )
 """Operators that `run_decompositions({})` leaves as they are."""
@@ -52,24 +53,24 @@ def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedP
     for node in graph.find_nodes(op="call_function", target=torch.ops.higher_order.wrap_with_set_grad_enabled):
         _inline(exported, node)
     order = {node: place for place, node in enumerate(graph.nodes)}
-    buffer_of = {node: node for node in graph.find_nodes(op="placeholder")}
+    changed = {node: [_wholes(tensor) for tensor in _changed(node)] for node in order}
     newest: dict[fx.Node, fx.Node] = {}
     for node in order:
         with graph.inserting_before(node):
             new, *values = _rewritten(graph, node)
-            changes: list[tuple[Any, fx.Node]] = list(zip(_changed(node), values, strict=True))
-            changes += [above for old, value in changes for above in _scattered(graph, old, value)]
-        for old, value in changes:
-            for user in [user for user in old.users if order.get(user, -1) > order[node]]:
-                user.replace_input_with(old, value)
-            _now_given(signature, old, value)
-            if buffer := buffer_of.get(old):
-                buffer_of[value], newest[buffer] = buffer, value
+            for wholes, value in zip(changed[node], values, strict=True):
+                for tensor, now in _after(graph, wholes, value, newest).items():
+                    old = newest.get(tensor, tensor)
+                    for user in [user for user in old.users if order.get(user, -1) > order[node]]:
+                        user.replace_input_with(old, now)
+                    _now_given(signature, old, now)
+                    newest[tensor] = now
         if new is not node:
             node.replace_all_uses_with(new)
             _now_given(signature, node, new)
             graph.erase_node(node)
-    _give_back(exported, [(node, newest[node]) for node in order if node in newest])
+            newest[node] = new
+    _give_back(exported, [(n, newest[n]) for n in graph.find_nodes(op="placeholder") if n in newest])
     graph.eliminate_dead_code()
     return exported
 
@@ -89,13 +90,13 @@ def _known(module: Any) -> bool:
 
 def _changes_known(graph: fx.Graph, buffers: Mapping[str, str]) -> bool:
     """Whether every tensor that is changed is a buffer or made by the program, or a part of one that it made, which is
-    changed once and has no other part that is, and no other view of it is read later."""
+    changed once, itself or by its parts, and no other view of it is read later."""
     order = {node: place for place, node in enumerate(graph.nodes)}
     sharing = defaultdict[int, list[fx.Node]](list)
     for node in order:
         for memory in _memory(node):
             sharing[memory].append(node)
-    parts = Counter(part for node in order for changed in _changed(node) for part in _wholes(changed)[:-1])
+    changes = Counter(_tensor(changed) for node in order for changed in _changed(node))
     for node in order:
         for changed in map(_tensor, _changed(node)):
             if changed.op == "placeholder" and changed.name not in buffers:
@@ -103,7 +104,7 @@ def _changes_known(graph: fx.Graph, buffers: Mapping[str, str]) -> bool:
             sharers = [n for memory in _memory(changed) for n in sharing[memory] if order[n] < order[node]]
             *part_of, whole = wholes = _wholes(changed)
             others = [n for n in sharers if _tensor(n) not in wholes]
-            if part_of and (whole.op == "placeholder" or any(parts[part] > 1 for part in part_of)):
+            if part_of and (whole.op == "placeholder" or any(changes[part] > (part is changed) for part in part_of)):
                 return False
             if any(n.op == "placeholder" or any(order[u] > order[node] for u in n.users) for n in others):
                 return False
@@ -143,13 +144,21 @@ def _wholes(node: Any) -> list[fx.Node]:
     return wholes
 
 
-def _scattered(graph: fx.Graph, part: Any, value: fx.Node) -> Iterator[tuple[Any, fx.Node]]:
-    """The tensors that `part` is a part of, each with its value when `value` is in the part's place."""
-    while scatter := SCATTERS.get(_name(part)):
-        whole, *place = part.args
-        value = _call(graph, part, scatter, whole, value, *place)
-        part = whole
-        yield whole, value
+def _after(
+    graph: fx.Graph, wholes: Sequence[Any], value: fx.Node, newest: Mapping[fx.Node, fx.Node]
+) -> dict[fx.Node, fx.Node]:
+    """What tensors are after a change of the first of `wholes`: each is a part of the next one.
+
+    value   what the first is then
+    newest  what tensors were before, where they were changed before
+    """
+    now = {wholes[0]: value}
+    for part, whole in pairwise(wholes):
+        value = _call(graph, part, SCATTERS[_name(part)], newest.get(whole, whole), value, *part.args[1:])
+    now[wholes[-1]] = value
+    for part in reversed(wholes[1:-1]):
+        now[part] = value = _call(graph, part, part.target, value, *part.args[1:])
+    return now
 
 
 def _in_place(node: Any) -> bool:

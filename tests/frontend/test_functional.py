@@ -22,8 +22,8 @@ Program = torch.export.ExportedProgram
 REWRITTEN = "clm:gpt2 clm:roformer img:convnext img:resnet img:vit".split()
 FURTHER = []
 if "AUTOPART_EXAMPLES" in os.environ:  # with operators that the others have too
-    FURTHER = """clm:bloom clm:deepseek_v2 clm:falcon_h1 clm:gemma3_text clm:gpt_neo clm:hrm_text clm:qwen2_moe
-        mlm:modernbert mlm:perceiver""".split()
+    FURTHER = """clm:bloom clm:deepseek_v2 clm:falcon_h1 clm:gemma3_text clm:gpt_neo
+        clm:hrm_text clm:qwen2_moe clm:zamba2 mlm:modernbert mlm:perceiver""".split()
 LEFT_TO_TORCH = ["clm:falcon"]
 
 
@@ -125,12 +125,11 @@ def without_gradients(y: Any, norm: Any) -> Any:
 
 
 CHANGES = [pooled, counted, narrowed, without_gradients, lambda y, norm: (y + y).relu_().flatten(1).add_(1.0)]
-CHANGES += [changed_through_view, changed_parts, changed_parts_of_parts, scattered]
+CHANGES += [changed_through_view, changed_parts, changed_parts_of_parts, changed_row_twice, scattered]
 CHANGES_LEFT_TO_TORCH = [
     changed_half,
     changed_twice_through_view,
     changed_under_view,
-    changed_row_twice,
     changed_row_and_part,
 ]
 
@@ -154,6 +153,11 @@ def described(exported: Any, architecture: Any) -> tuple[list[Any], list[Any], t
     placeholders = graph.find_nodes(op="placeholder")
     names = {node: info(node).name for node in placeholders}
     operators = [node for node in graph.nodes if node.op != "placeholder"]
+    rows: dict[Any, fx.Node] = {}
+    for node in list(operators):  # torch selects a row anew for every part of it
+        if node.target is torch.ops.aten.select.int and rows.setdefault(node.args, node) is not node:
+            node.replace_all_uses_with(rows[node.args])
+            operators.remove(node)
     names |= {node: f"%{number}" for number, node in enumerate(operators)}
     shown = [
         (str(node.target), *fx.node.map_arg((node.args, node.kwargs), names.__getitem__), node.meta.get("val"))
