@@ -22,6 +22,7 @@ with paused():
     from autopart.runtime.calibrate.run import calibrate
     from autopart.runtime.callbacks import Callback, Event, JsonLines, Trace
     from autopart.runtime.compiled import Compiled
+    from autopart.runtime.padding import pad
     from autopart.runtime.predicted import PredictedSeconds
     from autopart.runtime.watch import ProfilerRanges, Progress, TensorBoard, WeightsAndBiases
 
@@ -59,6 +60,7 @@ __all__ = [
     "explain",
     "load_hardware",
     "memory_report",
+    "pad",
     "plan",
     "price_plan",
     "search_mesh",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from autopart.errors import PartitionError
 from autopart.frontend.inputs import check_modes
@@ -17,6 +18,7 @@ from autopart.runtime.agreement import check_rows, check_sizes, compares
 from autopart.runtime.callbacks import Callback
 from autopart.runtime.emitted import StageProgram
 from autopart.runtime.executor import Update
+from autopart.runtime.loader import Loader
 from autopart.runtime.optimizers import check, names_by_group, over_shares
 from autopart.runtime.outputs import whole_outputs
 from autopart.runtime.pretrained import load_pretrained, save_pretrained, sync_to
@@ -146,6 +148,28 @@ class Compiled(RankState):
         with torch.no_grad(), self.variants.buffers(program):
             loss = self.executor.evaluate(shares, targets)
         return loss if outputs is None else (loss, whole_outputs(self.groups))
+
+    def loader(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int | None = None,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+        **settings: Any,
+    ) -> Loader:
+        """Whole batches of a dataset for `step`, the same on every rank, in an order that only `seed` decides.
+
+        batch_size  samples of a batch over all ranks; default: the plan's global batch
+        drop_last   whether the samples that fill no batch are left out
+        settings    of torch's DataLoader: collate_fn, num_workers, ...
+
+        Its `state_dict` is where it stands in the data: `save(folder, extra=loader.state_dict())`. Raises
+        PartitionError for a dataset without a length, and where a batch does not divide by `data_ranks`.
+        """
+        size = batch_size or self.plan.global_batch
+        return Loader(dataset, size, self.data_ranks, shuffle, seed, drop_last, **settings)
 
     def _update(self, max_norm: float | None, only_finite: bool) -> Update:
         if max_norm is not None and not max_norm > 0:
