@@ -1,14 +1,19 @@
-"""Seconds of collectives, by where their ranks sit.
+"""Seconds of collectives, by the hosts and links of their ranks.
 
-A ring of p ranks sends (p - 1) / p of the bytes in p - 1 steps (all-gather, reduce-scatter), or twice that
-(all-reduce). The ring's bandwidth is that of its slowest part: the links of a device inside a host, or the network
-cards of a host between hosts. A ring crosses every host's boundary once; rings together use all network cards of the
+A rank in a ring of p ranks sends, of n bytes,
+
+    all-gather, reduce-scatter   (p - 1) / p n bytes in p - 1 steps
+    all-reduce                   2 (p - 1) / p n bytes in 2 (p - 1) steps
+
+The bandwidth of a ring is that of its slowest part: the links of a device inside a host, or the network cards of a host
+between hosts. A ring crosses the boundary of every host once. Several rings together use all network cards of the
 host's ranks.
 
-NCCL sends by the fastest of three protocols: flags in every 8 bytes (LL), in every 128 bytes (LL128), or none. Their
-latencies and shares of the bandwidth are those of NCCL's own model (NVIDIA/nccl, src/graph/tuning.cc at 01afd20).
+NCCL sends by the fastest of three protocols: with flags in every 8 bytes (LL), with flags in every 128 bytes (LL128),
+and without flags (Simple). Their latencies and their shares of the bandwidth are those of NCCL's own model
+(NVIDIA/nccl, src/graph/tuning.cc at 01afd20).
 
-All sizes are in bytes, all results in seconds; sizes may be numpy arrays. A group of one rank costs nothing.
+All sizes are in bytes and may be numpy arrays. All results are in seconds. A group of one rank takes 0 s.
 """
 
 from __future__ import annotations
@@ -25,32 +30,35 @@ from autopart.hardware.mesh import Group
 from autopart.hardware.rows import Link
 
 BASES = (3.6e-6, 10e-6, 8.4e-6)
-"""Seconds before the first step: LL, LL128 and simple (nccl `baseLat`)."""
+"""Seconds before the first step, by protocol: LL, LL128, Simple (nccl `baseLat`)."""
 
 SHARES = (1 / 4, 0.92, 1.0)
-"""Share of the bandwidth that a protocol reaches."""
+"""Bytes/s that a protocol reaches / bandwidth, by protocol."""
 
 STEPS: Mapping[str, tuple[float, float, float]] = {
     "nvlink": (0.47e-6, 1.9e-6, 3.4e-6),
     "pci": (1.0e-6, 2.5e-6, 5.7e-6),
     "network": (2.7e-6, 4.0e-6, 9.6e-6),
 }
-"""Seconds of a step of a ring, by kind of link and protocol (nccl `hwLat`)."""
+"""Kind of link -> seconds of a step of a ring, by protocol (nccl `hwLat`)."""
 
 TREE_STEPS: Mapping[str, tuple[float, float, float]] = {
     "nvlink": (0.52e-6, 1.2e-6, 28e-6),
     "pci": (1.0e-6, 1.9e-6, 28e-6),
     "network": (5.0e-6, 8.5e-6, 50e-6),
 }
-"""Seconds of a step of a tree, by kind of link and protocol."""
+"""Kind of link -> seconds of a step of a tree, by protocol (nccl `hwLat`)."""
 
 TREE = 0.9
-"""Share of a ring's bandwidth that a tree reaches (nccl)."""
+"""Bandwidth of a tree / bandwidth of a ring (nccl)."""
 
 
 def ring_bandwidth(group: Group) -> float:
-    """Bytes/s that every rank of a ring sends: the least of bandwidth x share x lanes inside a host and, between hosts,
-    bandwidth x share x network cards."""
+    """Bytes/s that every rank of a ring sends: the lesser of
+
+    inside a host  bandwidth x share x lanes
+    between hosts  bandwidth x share x network cards x ranks of a host
+    """
     found = _inside(group) if group.per_host > 1 else math.inf
     if group.hosts > 1:
         found = min(found, group.inter.bandwidth * group.inter.share * group.nics * group.per_host)
@@ -58,22 +66,30 @@ def ring_bandwidth(group: Group) -> float:
 
 
 def _inside(group: Group) -> float:
-    """Bytes/s that every rank of a ring sends inside a host."""
+    """Bytes/s that every rank of a ring sends inside a host: bandwidth x share x lanes.
+
+    lanes = log(ranks of a host) / log(`Link.wired`), at most 1; with a switch, 1
+    """
     link = group.intra
     lanes = min(1.0, math.log(group.per_host) / math.log(link.wired)) if link.wired else 1.0
     return link.bandwidth * link.share * lanes
 
 
 def _latencies(link: Link, tree: bool) -> tuple[float, ...]:
+    """Seconds of a step over a link, by protocol."""
     return (link.latency_seconds,) * 3 if link.kind == "host" else (TREE_STEPS if tree else STEPS)[link.kind]
 
 
 def _nccl(group: Group) -> bool:
+    """Whether NCCL runs the group's collectives: over all links but those of kind "host"."""
     return (group.inter if group.hosts > 1 else group.intra).kind != "host"
 
 
 def _sent(wire: Any, near: float, far: float, group: Group, bandwidth: float, tree: bool = False) -> Any:
-    """Seconds of `wire` bytes a rank, in `near` steps inside hosts and `far` between them: the fastest protocol's."""
+    """Seconds to send `wire` bytes a rank, in `near` steps inside hosts and `far` steps between hosts:
+
+    min over protocols of base + near x step inside + far x step between + wire / (bandwidth x share)
+    """
     best = np.inf
     own, other = (_latencies(link, tree) for link in (group.intra, group.inter))
     for base, share, a, b in zip(BASES, SHARES, own, other, strict=True):
@@ -84,6 +100,7 @@ def _sent(wire: Any, near: float, far: float, group: Group, bandwidth: float, tr
 
 
 def _ring(wire: Any, rounds: int, group: Group) -> Any:
+    """Seconds to send `wire` bytes a rank, `rounds` times around a ring."""
     if group.ranks == 1:
         return 0.0 * wire
     far = group.hosts - 1
@@ -91,26 +108,28 @@ def _ring(wire: Any, rounds: int, group: Group) -> Any:
 
 
 def _measured(name: str, nbytes: Any, group: Group) -> Any | None:
-    """Seconds of a collective by the link's measured tables; None where these have no group of this size, or it spans
-    hosts."""
+    """Seconds of a collective by the link's measured tables; None for a group that spans hosts or was not measured."""
     wire = group.intra.measured if group.hosts == 1 else None
     rows = wire.collectives.get(name, {}).get(str(group.ranks)) if wire else None
     return None if rows is None else measured_seconds(nbytes, rows)
 
 
 def all_gather_seconds(nbytes: Any, group: Group) -> Any:
-    """Give every rank the whole of `nbytes`, of which each rank holds 1/p."""
+    """Seconds to give every rank the whole of `nbytes`, of which each rank holds 1 / p."""
     return _ring((group.ranks - 1) / group.ranks * nbytes, 1, group)
 
 
 def reduce_scatter_seconds(nbytes: Any, group: Group) -> Any:
-    """Leave each rank 1/p of the sum of p tensors of `nbytes`."""
+    """Seconds to give each rank 1 / p of the sum of p tensors of `nbytes`."""
     return all_gather_seconds(nbytes, group)
 
 
 def all_reduce_seconds(nbytes: Any, group: Group) -> Any:
-    """Leave every rank the sum of p tensors of `nbytes`: a ring, or between hosts the double binary tree whose latency
-    grows with the logarithm of the hosts (Sanders, Speck and Traff, Parallel Computing 35(12), 2009)."""
+    """Seconds to give every rank the sum of p tensors of `nbytes`: those of a ring, or fewer of a tree between hosts.
+
+    The tree is a double binary tree, of 2 ceil(log2(hosts)) steps between hosts (Sanders, Speck and Traff, Parallel
+    Computing 35(12), 2009).
+    """
     ring = _ring(2 * (group.ranks - 1) / group.ranks * nbytes, 2, group)
     if group.hosts == 1 or not _nccl(group):
         return ring
@@ -120,7 +139,7 @@ def all_reduce_seconds(nbytes: Any, group: Group) -> Any:
 
 
 def all_to_all_seconds(nbytes: Any, group: Group) -> Any:
-    """Exchange the p parts of the `nbytes` that each rank holds, in p - 1 steps."""
+    """Seconds to exchange the p parts of the `nbytes` that each rank holds, in p - 1 steps."""
     p, local = group.ranks, group.per_host
     if p == 1:
         return 0.0 * nbytes
@@ -135,12 +154,12 @@ def all_to_all_seconds(nbytes: Any, group: Group) -> Any:
 
 
 def broadcast_seconds(nbytes: Any, group: Group) -> Any:
-    """Copy `nbytes` from one rank to all, passed along the ring in pieces."""
+    """Seconds to copy `nbytes` from one rank to all others, in pieces along a ring."""
     return _ring(1.0 * nbytes, 1, group)
 
 
 def p2p_seconds(nbytes: Any, link: Link) -> Any:
-    """Send `nbytes` from one rank to another. Devices without a switch have the links of one pair between them."""
+    """Seconds to send `nbytes` from one rank to another. Without a switch, two devices have the links of a pair."""
     if link.measured:
         return measured_seconds(nbytes, link.measured.p2p)
     pair = Group(2, 2, link, link)
@@ -148,8 +167,7 @@ def p2p_seconds(nbytes: Any, link: Link) -> Any:
 
 
 def merged_seconds(nbytes: Any, group: Group, name: str = "all_gather") -> Any:
-    """Seconds that `nbytes` add to a collective so large that its latency does not count: gradients of many parameters
-    travel in one message."""
+    """Seconds that `nbytes` add to a collective of many tensors in one message: bytes sent / bandwidth, no latency."""
     wire = group.intra.measured if group.hosts == 1 else None
     rows = wire.collectives.get(f"merged_{name}", {}).get(str(group.ranks)) if wire else None
     if rows is not None:
@@ -165,23 +183,26 @@ FORMULAS: Mapping[str, Callable[[Any, Group], Any]] = {
     "all_to_all": all_to_all_seconds,
     "broadcast": broadcast_seconds,
 }
-"""Collective -> its seconds by the latency and bandwidth of the links."""
+"""Collective -> its seconds, of (bytes, group), by the latency and the bandwidth of the links."""
 
 
 def collective_seconds(name: str, nbytes: Any, group: Group) -> Any:
-    """Seconds of a collective: by the measured tables, where they have groups like this one, else by its formula."""
+    """Seconds of a collective: by the measured tables where they have such a group, else by FORMULAS."""
     found = _measured(name, nbytes, group)
     return FORMULAS[name](nbytes, group) if found is None else found
 
 
 COLLECTIVES: Mapping[str, Callable[[Any, Group], Any]] = {name: partial(collective_seconds, name) for name in FORMULAS}
+"""Collective -> its seconds, of (bytes, group): `collective_seconds`."""
 
 
 def measured_seconds(nbytes: Any, points: Sequence[Sequence[float]] | NDArray[np.float64]) -> Any:
-    """Seconds at `nbytes`, interpolated between measured rows (bytes, seconds, ...), sorted by bytes.
+    """Seconds at `nbytes`, interpolated between measured rows (bytes, seconds, ...) that are sorted by bytes.
 
-    Linear in the logarithms of both. Below the first row, the first row's seconds; beyond the last, its bandwidth.
-    Where all rows have 0 seconds, 0.
+    between rows          linear in the logarithms of bytes and seconds
+    below the first row   seconds of the first row
+    beyond the last row   seconds of the last row x nbytes / bytes of the last row
+    rows of 0 seconds     0
     """
     sizes, seconds = np.asarray(points, dtype=float)[:, :2].T
     if not seconds.all():

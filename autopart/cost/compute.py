@@ -1,4 +1,4 @@
-"""Seconds of one operator on one device."""
+"""Seconds of operators on one device, and bytes of the gradients in their backward."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from autopart.ir.graph import Info
 Array = NDArray[np.float64]
 
 MATMUL_EFFICIENCY = 0.7
-"""Share of the peak that matrix products reach on a device without `silicon`. An assumption."""
+"""FLOP/s of matrix products / peak FLOP/s, on a device without `silicon`. An assumption."""
 
 BANDWIDTH_EFFICIENCY = 0.8
-"""Share of the memory bandwidth that elementwise kernels reach on a device without `silicon`. An assumption."""
+"""Bytes/s of elementwise kernels / memory bandwidth, on a device without `silicon`. An assumption."""
 
 NO_SIZES = (0.0,) * 6
-"""The sizes of an operator that is no matrix product."""
+"""`Work.sizes` of an operator that is neither a matrix product nor attention."""
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Seconds of one operator, or arrays of them."""
+    """Seconds of an operator, or arrays of seconds by operator."""
 
     forward: Any
     backward: Any
@@ -42,16 +42,16 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Work:
-    """What operators do on one rank; every field is an array, of one element (or row) an operator.
+    """What operators do on one rank. Every field is an array with an element or a row for each operator.
 
-    flops     of the forward pass
-    bytes     read and written by it
-    peak      FLOP/s of the matrix units; infinite where they have no part
+    flops           FLOPs of the forward
+    bytes           bytes that the forward reads and writes
+    peak            FLOP/s of the matrix units; infinite where the operator does not use them
     backward_ratio  seconds of the backward / seconds of the forward
-    launches  1, or 0 for a view, which launches no kernel
-    kind      index of its kind in `autopart.cost.measured_tables.KINDS`
-    sizes     rows as `rules.Sizes` of the matrix product that it is; zeros where it is none
-    grads     rows of two: whether gradients flow to the product's first factor, and to another
+    launches        kernels of the forward: 1, or 0 for a view
+    kind            index in `autopart.cost.measured_tables.KINDS`
+    sizes           rows: `rules.Sizes` of a matrix product or of attention; NO_SIZES of other operators
+    grads           rows: whether the first factor of a product has a gradient; whether another factor has one
     """
 
     flops: Array
@@ -78,7 +78,7 @@ def _sizes(record: Info) -> tuple[float, ...]:
 
 
 def work_in(rows: Array) -> Work:
-    """The work that rows of its numbers tell."""
+    """The work of operators whose 14 numbers are a row each, in the order of the fields."""
     flops, nbytes, peaks, ratio, launches, kind = rows[:, :6].T
     return Work(flops, nbytes, peaks, ratio, launches, kind, rows[:, 6:12], rows[:, 12:14])
 
@@ -86,12 +86,13 @@ def work_in(rows: Array) -> Work:
 def work_seconds(work: Work, device: Device) -> Seconds:
     """Seconds of operators, forward and backward.
 
-    A device with measured tables: products and attention by their sizes, everything else by its kind and bytes.
-    A device with `silicon`: products and attention by their sizes (`autopart.cost.kernel_efficiency`), the gradients of
-    both factors as products of their own; everything else by max(bytes, FLOPs of several products); no kernel takes
-    less than a launch.
-    Any other device: the roofline max(FLOPs / rate, bytes / bandwidth) + launch (Williams, Waterman, Patterson 2009);
-    backward takes `backward_ratio` times as long.
+    measured tables  products and attention: interpolated by sizes; other operators: by kind and bytes
+    `silicon`        products and attention: by sizes (`autopart.cost.kernel_efficiency`), with the gradient of each
+                     factor as a product of its own; other operators: max(bytes / memory rate, FLOPs / sustained
+                     FLOP/s); no kernel takes less than a launch
+    neither          max(FLOPs / rate, bytes / bandwidth) + launch: the roofline (Williams, Waterman, Patterson 2009)
+
+    Where the backward has no formula of its own, its seconds are forward seconds x `backward_ratio`.
     """
     if device.measured:
         return _measured_seconds(work, device, device.measured)
@@ -111,8 +112,10 @@ def work_seconds(work: Work, device: Device) -> Seconds:
 
 
 def _measured_seconds(work: Work, device: Device, measured: Measured) -> Seconds:
-    """Seconds by the measured tables. `backward_ratio` only tells whether there is a backward. Several products at
-    once, whose sizes are not known, run at the peak.
+    """Seconds by the measured tables.
+
+    `backward_ratio` says only whether an operator has a backward. An operator of several products, whose sizes are not
+    known, takes at least FLOPs / peak seconds.
     """
     own, flows = operator_seconds(work.kind, work.bytes, measured), np.minimum(work.backward_ratio, 1.0)
     forward, backward = own[0], own[1] * flows
@@ -136,7 +139,7 @@ def _measured_seconds(work: Work, device: Device, measured: Measured) -> Seconds
 
 
 def stream_seconds(nbytes: Any, backward_ratio: Any, launches: Any, device: Device) -> Seconds:
-    """Seconds of kernels that read and write `nbytes` and compute next to nothing."""
+    """Seconds of kernels that read and write `nbytes` and whose FLOPs do not count. Arguments as in `Work`."""
     if device.measured:
         there, back = operator_seconds(0, nbytes, device.measured)
         return Seconds(launches * there, launches * back * backward_ratio)
@@ -145,13 +148,19 @@ def stream_seconds(nbytes: Any, backward_ratio: Any, launches: Any, device: Devi
 
 
 def _streamed(nbytes: Any, device: Device) -> Any:
+    """Seconds to read and write `nbytes` in one kernel, without its launch."""
     if device.silicon is None:
         return nbytes / (device.bandwidth * BANDWIDTH_EFFICIENCY)
     return memory_seconds(nbytes, device.bandwidth, device.silicon)
 
 
 def _product_seconds(sizes: Array, nbytes: Array, peak: Array, grads: Array, device: Device) -> Seconds:
-    """m x k by k x n forward; backward m x n by n x k for the first factor, k x m by m x n for the second."""
+    """Seconds of products on a device with `silicon`.
+
+    forward          m x k by k x n
+    first gradient   m x n by n x k
+    second gradient  k x m by m x n
+    """
     assert device.silicon is not None
     batch, m, n, k = sizes[:4]
     high, wide, deep = np.swapaxes(_three(m, n, k), 0, 1)
@@ -161,12 +170,12 @@ def _product_seconds(sizes: Array, nbytes: Array, peak: Array, grads: Array, dev
 
 
 def _three(m: Array, n: Array, k: Array) -> Array:
-    """m, n and k of a product and of the two products that give the gradients of its factors."""
+    """[3, 3, products]: m, n and k of a product, and of the two products that give the gradients of its factors."""
     return np.array([[m, n, k], [m, k, n], [k, n, m]])
 
 
 def _attention_seconds(sizes: Array, nbytes: Array, peak: Array, grads: Array, device: Device) -> Seconds:
-    """One fused kernel, which moves twice the bytes backward."""
+    """Seconds of fused attention on a device with `silicon`. The backward moves twice the bytes of the forward."""
     assert device.silicon is not None
     batch, queries, keys, head, value, causal = sizes
     forward, backward = (
@@ -180,7 +189,7 @@ def _attention_seconds(sizes: Array, nbytes: Array, peak: Array, grads: Array, d
 
 
 def peak_of(record: Info, device: Device) -> float:
-    """FLOP/s of the matrix units for an operator: `Work.peak`."""
+    """`Work.peak` of an operator, in FLOP/s."""
     return peak(device, record.dtype) if record.product else math.inf
 
 
@@ -196,16 +205,20 @@ def is_loss(record: Info) -> bool:
 
 LOSS = KIND_OF["aten.cross_entropy_loss"]
 SPLIT_LOSS = "vocab_cross_entropy"
-"""The function that computes the cross-entropy of logits split along the vocabulary."""
+"""The function of `autopart.runtime` for the cross-entropy of logits that are split along the vocabulary."""
 
 
 def largest_of(made: Any, taken: Any, record: Any, loss: bool, split: bool) -> Any:
-    """Bytes of the largest gradient in an operator's backward. `made` are bytes of its outputs, `taken` of its operands
-    without parameters (of an operator that is no product: of its first operand).
+    """Bytes of the largest gradient in an operator's backward.
 
         cross-entropy                        taken, or taken / 2 where the logits are split (`runtime.functions`)
         between logits and a cross-entropy   (made + taken) / 2; of a view made / 2
         other operators                      made
+
+    made   bytes of the outputs
+    taken  bytes of the operands of a product that are no parameters; of another operator, of the first operand
+    loss   whether the operator is a cross-entropy of logits
+    split  whether its logits are split along the vocabulary
     """
     if loss:
         return taken / 2 if split else taken
@@ -213,10 +226,14 @@ def largest_of(made: Any, taken: Any, record: Any, loss: bool, split: bool) -> A
 
 
 def bytes_of_backward(made: Any, taken: Any, weights: Any, record: Any, loss: bool, split: bool) -> Any:
-    """Bytes of gradients that are alive in an operator's backward. `weights` are bytes of the gradients of parameters.
+    """Bytes of the gradients that are alive in an operator's backward.
 
-    matrix product, embedding  made + taken + weights
-    other operators            `Info.gradient_copies` x `largest_of`
+        matrix product, embedding  made + taken + weights
+        other operators            `Info.gradient_copies` x `largest_of`
+
+    weights  bytes of the gradients of parameters
+
+    The other arguments are those of `largest_of`.
     """
     if not loss and (record.product or 0 in record.weights):
         return made + taken + weights
@@ -224,14 +241,19 @@ def bytes_of_backward(made: Any, taken: Any, weights: Any, record: Any, loss: bo
 
 
 def backward_ratio_of(record: Info, inputs: Iterable[Info]) -> int:
-    """`Work.backward_ratio`. A product has a backward product for each operand with a gradient, at most 2. The backward
-    of another operator moves the same bytes as its forward: 1; 0 without a gradient."""
+    """`Work.backward_ratio` of an operator.
+
+    A product has as many products in its backward as operands with a gradient, at most 2. The backward of another
+    operator moves as many bytes as its forward: the ratio is 1, or 0 without a gradient.
+    """
     return min(sum(i.grad for i in inputs), 2) if record.product else int(record.grad)
 
 
 def peak(device: Device, dtype: torch.dtype) -> float:
-    """FLOP/s of real matrix products, of which a complex one is several (`passes.annotate`); PartitionError where the
-    device has none for the dtype."""
+    """FLOP/s of real matrix products in a dtype. A complex product is counted as several real ones (`passes.annotate`).
+
+    Raises PartitionError for a dtype in which the device has no FLOP/s.
+    """
     name = str(dtype.to_real()).removeprefix("torch.")
     found = device.flops.get(name)
     if found is None:
@@ -242,14 +264,18 @@ def peak(device: Device, dtype: torch.dtype) -> float:
 
 
 def stream_rate_seconds(nbytes: float, device: Device) -> float:
-    """Seconds to move `nbytes` at the memory bandwidth, without launches: in one large kernel, or in a kernel of many
-    tensors."""
+    """Seconds to move `nbytes` in a kernel over many tensors, on a device with `silicon`. Launches do not count."""
     assert device.silicon is not None
     return float(memory_seconds(nbytes, device.bandwidth, device.silicon, 0))
 
 
 def with_launch(seconds: Any, device: Device) -> Any:
-    """Seconds of kernels with their launch (`Device.launch_seconds`). Measured seconds include it already."""
+    """Seconds of kernels with their launch.
+
+    measured tables  seconds, which include the launch
+    `silicon`        max(seconds, `Device.launch_seconds`)
+    neither          seconds + `Device.launch_seconds`
+    """
     if device.measured:
         return seconds
     return seconds + device.launch_seconds if device.silicon is None else np.maximum(seconds, device.launch_seconds)

@@ -1,9 +1,9 @@
 """Values that depend on shapes and buffers alone, and the patterns of masks among them.
 
-A value is a tensor that is computed when it is asked for. The mask of a long sequence is not: it would take a byte for
-each pair of tokens. It is bounded in blocks of rows and columns instead. A comparison is monotonic in each of its
-sides, so that the least and largest numbers of a block's rows and columns bound it in the block. Blocks whose bounds
-differ, such as those on the diagonal of a causal mask, are computed one at a time.
+A value is computed when it is asked for. The mask of a long sequence is not computed, since it would take one byte for
+each pair of tokens: it is bounded in blocks of BLOCK x BLOCK elements. A comparison is monotonic in each argument, so
+that the least and the largest numbers of a block's rows and columns bound the comparison in the block. Blocks whose two
+bounds differ, such as those on the diagonal of a causal mask, are computed one at a time.
 """
 
 from __future__ import annotations
@@ -21,28 +21,29 @@ from autopart.sharding.rules.base import replaced
 
 Tensor = torch.Tensor
 Take = Callable[[Tensor, bool], Tensor]
-"""(numbers in rows and columns, whether the largest is asked for) -> one block, or the bounds of every block."""
+"""(numbers in rows and columns, whether the upper bound is asked for) -> one block, or a bound of every block."""
 LARGEST = 2**24
-"""The largest number of elements of a value that is computed."""
+"""The most elements of a value that is computed."""
 BLOCK = 128
-"""The number of rows, and of columns, of a block."""
+"""Rows of a block, and columns of a block."""
 
 COMPARISONS = {"aten.le": "-+", "aten.lt": "-+", "aten.ge": "+-", "aten.gt": "+-"}
-"""Operators -> for each argument, whether the result is non-decreasing (+) or non-increasing (-) in it. Arguments that
-may be NaN, those of floating-point dtypes, are not bounded so."""
+"""Operator -> for each argument, whether the result is non-decreasing (+) or non-increasing (-) in it. The bounds hold
+for integers and booleans alone: floating-point arguments may be NaN."""
 LOGIC = {
     **dict.fromkeys(("aten.__and__", "aten.bitwise_and", "aten.logical_and"), "++"),
     **dict.fromkeys(("aten.__or__", "aten.bitwise_or", "aten.logical_or"), "++"),
     **dict.fromkeys(("aten.bitwise_not", "aten.logical_not"), "-"),
 }
-"""Operators on booleans -> the same."""
+"""Operator on booleans -> the signs of its arguments, as in COMPARISONS."""
 RESHAPES = ("aten.reshape", "aten.unsqueeze")
+"""Operators whose bounds are those of their input where the last two dims stay."""
 
 PATTERNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "all": lambda row, column: row >= 0 * column,
     "causal": lambda row, column: row >= column,
 }
-"""Patterns: the value of a mask at a row and a column, non-decreasing in the row and non-increasing in the column."""
+"""Pattern -> the mask at a row and a column. It is non-decreasing in the row and non-increasing in the column."""
 
 
 class ConstantValues:
@@ -54,14 +55,17 @@ class ConstantValues:
         self.patterns: dict[fx.Node, str] = {}
 
     def value(self, node: fx.Node) -> Tensor | None:
-        """The node's value, or None where it depends on data or is too large."""
+        """The node's value; None where it depends on data or has more than LARGEST elements.
+
+        Dims along which the value repeats have stride 0.
+        """
         if node not in self.known:
             self.known[node] = self._compute(node)
         return self.known[node]
 
     def pattern(self, node: fx.Node) -> str:
-        """The pattern of a mask: "all" if it is true everywhere, "causal" if it is lower-triangular, "" if it is
-        another or is not known."""
+        """The pattern of a boolean node: "all" if it is true everywhere, "causal" if it is lower-triangular in its last
+        two dims, "" if its pattern is another or is not known."""
         if node not in self.patterns:
             self.patterns[node] = self._pattern(node) if info(node).dtype == torch.bool else ""
         return self.patterns[node]
@@ -99,7 +103,7 @@ class ConstantValues:
         return next((name for name in names if self._is(partial(wanted, name), mask, least, most)), "")
 
     def _is(self, wanted: Callable[[Take, bool], Tensor], mask: fx.Node, least: Tensor, most: Tensor) -> bool:
-        """Whether a mask, with its bounds in each block, is the wanted one everywhere."""
+        """Whether a mask equals the wanted one. `least` and `most` are the mask's bounds in every block."""
         lowest, highest = wanted(_bound, False), wanted(_bound, True)
         if bool((least & ~lowest | ~most & highest).any()):
             return False
@@ -112,7 +116,7 @@ class ConstantValues:
         return True
 
     def _taken(self, node: fx.Node, take: Take, most: bool) -> Tensor | None:
-        """`take` of the node's value; None where it is not known."""
+        """`take` of the node's value; None where the value is not known. `most` asks for the upper bound."""
         record, inputs = info(node), node.all_input_nodes
         name = ".".join(record.name.split(".")[:2])
         if name == "aten.expand":
@@ -135,9 +139,10 @@ class ConstantValues:
 
 
 def _once(node: fx.Node, values: Mapping[fx.Node, Tensor]) -> tuple[Any, dict[fx.Node, Tensor], torch.Size]:
-    """The arguments, operands and shape of a call that gives one element of every dim along which the value repeats.
+    """The arguments, operands and shape of a smaller call: one element in each dim along which the value repeats.
 
-    The value repeats along a dim if the operator's rule splits the dim and all operands with it have stride 0 there.
+    The value repeats along a dim if the operator's rule can split the dim, and every operand that the rule splits with
+    it has stride 0 there.
     """
     record, rule, found, shape = info(node), RULES.get(info(node).name), dict(values), list(info(node).shape)
     if rule is None or callable(rule.resize):
@@ -157,7 +162,7 @@ def _once(node: fx.Node, values: Mapping[fx.Node, Tensor]) -> tuple[Any, dict[fx
 
 
 def _bound(numbers: Tensor, most: bool) -> Tensor:
-    """The least or largest number of each block."""
+    """The least number of every block, or the largest: (..., row blocks, column blocks)."""
     for dim in (-2, -1):
         parts = numbers.split(BLOCK, dim)
         numbers = torch.cat([p.amax(dim, True) if most else p.amin(dim, True) for p in parts], dim)
@@ -165,7 +170,7 @@ def _bound(numbers: Tensor, most: bool) -> Tensor:
 
 
 def _block(place: list[int], numbers: Tensor, most: bool) -> Tensor:
-    """The numbers of one block. A dim of size 1 is the same in all blocks."""
+    """The numbers of the block at a place (row block, column block). A dim of size 1 is the same in all blocks."""
     for dim, number in zip((-2, -1), place, strict=True):
         if numbers.shape[dim] > 1:
             start = number * BLOCK
@@ -174,7 +179,7 @@ def _block(place: list[int], numbers: Tensor, most: bool) -> Tensor:
 
 
 def _collapse(values: Tensor) -> Tensor:
-    """The tensor with one element of every dim of stride 0."""
+    """The tensor with size 1 in every dim of stride 0."""
     for dim, stride in enumerate(values.stride()):
         if stride == 0:
             values = values.narrow(dim, 0, min(1, values.shape[dim]))
@@ -182,7 +187,7 @@ def _collapse(values: Tensor) -> Tensor:
 
 
 def _repeat(values: Tensor) -> Tensor:
-    """The tensor with one element of every dim along which all elements are equal; large tensors as they are."""
+    """The tensor with size 1 in every dim along which all elements are equal. Large tensors are left as they are."""
     if not 0 < values.numel() <= 2**22:
         return values
     for dim, size in enumerate(values.shape):

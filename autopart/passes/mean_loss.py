@@ -1,10 +1,11 @@
-"""Whether a loss is a mean over samples: then the mean of the micro-batches' losses is the loss of the batch.
+"""Whether a loss is a mean over samples. The loss of a batch is then the mean of the losses of equal micro-batches.
 
-Every value is, with respect to the samples, one of
-    ONE      independent of the samples
-    int      one value for each sample; the number is the dim that counts samples
-    MEAN     for the whole batch, the mean of the values for micro-batches of equal size
-    SUM      for the whole batch, the sum of the values for micro-batches
+Every value has one of these states:
+
+    ONE      the value does not depend on the samples
+    int      the value of each sample depends on that sample alone; the number is the dim of samples
+    MEAN     value(batch) = mean over equal micro-batches of value(micro-batch)
+    SUM      value(batch) = sum over micro-batches of value(micro-batch)
     MIXED    anything else, such as a sort of all tokens, batch statistics, or the product of two means
 """
 
@@ -22,11 +23,11 @@ State = str | int
 Value = tuple[fx.Node, int]
 
 ADDS = {"aten.add.Tensor", "aten.sub.Tensor", "aten.rsub.Scalar", "aten.cat", "aten.stack"}
-"""Operators that make a MEAN of a MEAN and a ONE."""
+"""Operators whose result is a MEAN where one operand is a MEAN and all others are MEAN or ONE."""
 
 
 def first_mixing(graph: fx.Graph) -> fx.Node | None:
-    """The first operator by which the loss is no mean over samples; None if it is one."""
+    """The first operator that makes the loss something else than a mean over samples; None where it is such a mean."""
     states: dict[Value, State] = {
         (n, 0): ONE if (batch := info(n).batch) is None else batch for n in graph.nodes if n.op == "placeholder"
     }
@@ -44,6 +45,7 @@ def first_mixing(graph: fx.Graph) -> fx.Node | None:
 
 
 def _states(node: fx.Node, states: Mapping[Value, State]) -> Sequence[State]:
+    """The state of every output of an operator, by the states of its operands."""
     record = info(node)
     sources = [None if n is None else value_of(n) for n in operands(node)]
     given = [None if s is None else states[s] for s in sources]
@@ -76,7 +78,7 @@ def _by_sample(option: Strategy, sources: Sequence[Value | None], given: Sequenc
 
 
 def _repeats(value: Value, dim: int) -> bool:
-    """Whether a constant is the same in all pieces along `dim`: it comes from factories that may be split there."""
+    """Whether a constant is equal in all pieces along `dim`: factories made it whose rules split that dim."""
     node = value[0]
     if node.op == "placeholder":
         return False
@@ -92,7 +94,7 @@ def _repeats(value: Value, dim: int) -> bool:
 
 
 def _of_whole(name: str, kinds: set[State], given: Sequence[State | None], options: Sequence[Strategy]) -> State:
-    """The kind of a value that is computed from means, sums and constants."""
+    """The state of a value that is computed from means, sums and constants alone."""
     total = kinds - {ONE}
     if len(total) > 1:
         return MIXED

@@ -1,6 +1,6 @@
 """fx.Graph -> fx.Graph: every random operator draws from a stream of its own (`autopart.ir.random_ops`).
 
-Attention with dropout becomes products, a softmax and a dropout, since no fused kernel draws from such streams.
+Attention with dropout becomes two products, a softmax and a dropout: no fused kernel draws from such streams.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def randomness(traced: Traced) -> Traced:
 
 
 def _random(node: fx.Node) -> bool:
+    """Whether a call draws random numbers."""
     name, args = info(node).name, node.args
     if name in ONLY_WITH:
         return all(len(args) > at and bool(args[at]) for at in ONLY_WITH[name])
@@ -51,7 +52,7 @@ def _random(node: fx.Node) -> bool:
 
 
 def _filled(node: fx.Node, required: int, *defaults: Any) -> list[Any]:
-    """All arguments of a call: the `required` ones, and behind them those given or else from `defaults`."""
+    """All arguments of a call: those given, then the defaults of the others. `required` arguments have no default."""
     return [*node.args, *defaults[len(node.args) - required :]]
 
 
@@ -61,6 +62,7 @@ def _dropout(new: New, node: fx.Node, stream: Stream) -> fx.Node:
 
 
 def _native_dropout(new: New, node: fx.Node, stream: Stream) -> fx.Node:
+    """Dropout in place of output 0. Raises PartitionError where output 1, the mask, is used."""
     for pick in list(node.users):
         if pick.args[1] == 1 and pick.users:
             raise _refusal(node, "its mask is used")
@@ -70,7 +72,7 @@ def _native_dropout(new: New, node: fx.Node, stream: Stream) -> fx.Node:
 
 
 def _feature_dropout(new: New, node: fx.Node, stream: Stream) -> fx.Node:
-    """One draw for each sample and channel (dims 0 and 1)."""
+    """Dropout with one draw for each sample and channel (dims 0 and 1)."""
     x, p, _ = node.args
     shape = info(x).shape  # type: ignore[arg-type]
     ones = new(aten.full.default, [*shape[:2], *[1] * (len(shape) - 2)], 1.0, kwargs={"dtype": info(node).dtype})
@@ -97,8 +99,8 @@ def _cast(new: New, node: fx.Node, drawn: fx.Node) -> fx.Node:
 
 
 def _standard(new: New, node: fx.Node, stream: Stream) -> fx.Node:
-    """Uniform numbers in the node's dtype. A cast from float32 could round to 1, and is clamped to the largest number
-    below."""
+    """Uniform numbers u of [0, 1) in the node's dtype. A cast of a float32 may round to 1: the result is clamped to the
+    largest number below 1."""
     below = 1 - torch.finfo(info(node).dtype).eps / 2
     drawn = _cast(new, node, _rand(new, node, stream))
     exact = info(node).dtype in (torch.float32, torch.float64)
@@ -106,12 +108,13 @@ def _standard(new: New, node: fx.Node, stream: Stream) -> fx.Node:
 
 
 def _uniform(new: New, node: fx.Node, stream: Stream) -> fx.Node:
+    """low + (high - low) u of a uniform u."""
     _, low, high = _filled(node, 1, 0.0, 1.0)
     return _scaled(new, node, _rand(new, node, stream), high - low, low)
 
 
 def _normal(new: New, node: fx.Node, stream: Stream) -> fx.Node:
-    """Normal numbers: sqrt(2) erfinv(2 u - 1) of a uniform u."""
+    """Normal numbers: mean + deviation sqrt(2) erfinv(2 u - 1) of a uniform u."""
     mean, deviation = 0.0, 1.0
     if info(node).name == "aten.normal_functional":
         _, mean, deviation = _filled(node, 1, 0.0, 1.0)
@@ -121,24 +124,27 @@ def _normal(new: New, node: fx.Node, stream: Stream) -> fx.Node:
 
 
 def _scaled(new: New, node: fx.Node, drawn: fx.Node, factor: float, offset: float) -> fx.Node:
+    """factor x drawn + offset, in the node's dtype."""
     drawn = new(aten.mul.Tensor, drawn, factor) if factor != 1.0 else drawn
     return _cast(new, node, new(aten.add.Tensor, drawn, offset) if offset else drawn)
 
 
 def _exponential(new: New, node: fx.Node, stream: Stream) -> fx.Node:
+    """Exponential numbers: -log(u) / rate of a uniform u."""
     rate = node.args[1] if len(node.args) > 1 else 1.0
     drawn = new(aten.neg.default, new(aten.log.default, _rand(new, node, stream)))
     return _cast(new, node, new(aten.div.Tensor, drawn, rate))
 
 
 def _bernoulli(new: New, node: fx.Node, stream: Stream) -> fx.Node:
-    """u < p, with p an argument, or the input where there is a probability for each element."""
+    """u < p of a uniform u. p is an argument, or else the input, which then has a probability for each element."""
     chance = node.args[1] if len(node.args) > 1 else node.args[0]
     less = aten.lt.Tensor if isinstance(chance, fx.Node) else aten.lt.Scalar
     return _cast(new, node, new(less, _rand(new, node, stream), chance))
 
 
 def _attention(new: New, node: fx.Node, stream: Stream) -> fx.Node:
+    """dropout(softmax(scale q k^T + mask)) v, of q (batch, heads, queries, d) and k, v (batch, heads, keys, d)."""
     query, key, value, mask, p, causal = _filled(node, 3, None, 0.0, False)
     heads, served = info(query).shape[1], info(key).shape[1]
     if node.kwargs.get("enable_gqa") and heads != served:
@@ -190,7 +196,7 @@ REWRITES: dict[str, Callable[[New, fx.Node, Stream], fx.Node]] = {
     "aten.bernoulli": _bernoulli,
     "aten.bernoulli.p": _bernoulli,
 }
-"""Random operators -> functions that draw the same from a stream. Other random operators are refused."""
+"""Random operator -> function that draws from the same distribution by a stream. Other random operators are refused."""
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 ONLY_WITH: dict[str, tuple[int, ...]] = {
     "aten.scaled_dot_product_attention": (4,),
@@ -202,4 +208,4 @@ ONLY_WITH: dict[str, tuple[int, ...]] = {
     **{f"aten.{name}.input": (5, 6) for name in RECURRENT},
     **{f"aten.{name}.data": (6, 7) for name in RECURRENT},
 }
-"""Operators that draw only if all of these arguments are true."""
+"""Operator -> positions of arguments that must all be true for it to draw. Positions count from 0."""

@@ -1,9 +1,10 @@
 """fx.Graph -> fx.Graph: the same values from fewer operators, of fewer kinds.
 
-The rewrites are functions (graph, node, constant values) -> replacement or None. Each is tried on every node in order,
-until none applies. Operators that change nothing are removed. Arguments become positional. A bias is added apart from
-its product. Products of flattened tensors become products of the tensors themselves. A mask that depends on shapes
-alone is dropped where it is true everywhere, and becomes `is_causal=True` where it is lower-triangular.
+A rewrite is a function (graph, node, constant values) -> the node in its place, or None. Every rewrite is tried on
+every node, in order, until none applies. Operators that change nothing are removed. Arguments become positional. A
+product with a bias becomes a product and an addition. Products of flattened tensors become products of the tensors
+themselves. An attention mask that depends on shapes alone is removed where it is true everywhere, and becomes
+`is_causal=True` where it is lower-triangular.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def simplify(traced: Traced) -> Traced:
 
 
 def _merge_equal(graph: fx.Graph) -> None:
-    """Compute a value without gradient once where it is computed twice from the same, such as a mask."""
+    """Compute equal values without gradient once, such as the masks of all layers. Random values are left apart."""
     seen: dict[object, fx.Node] = {}
     for node in calls(graph):
         random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
@@ -58,6 +59,7 @@ def _merge_equal(graph: fx.Graph) -> None:
 def _rewrite(
     graph: fx.Graph, rewrite: Callable[[fx.Graph, fx.Node, ConstantValues], fx.Node | None], constants: ConstantValues
 ) -> bool:
+    """Try a rewrite on every node in place. Returns whether it replaced any."""
     changed = False
     for node in calls(graph):
         if not node.users:
@@ -74,7 +76,7 @@ def _rewrite(
 
 
 def _positional(node: fx.Node) -> None:
-    """Pass arguments by position where the schema allows it, and remove those of device and layout."""
+    """Pass arguments by position where the schema allows it. Arguments for device and layout are removed."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return
     kwargs = {
@@ -92,7 +94,7 @@ def _positional(node: fx.Node) -> None:
 
 
 def _drop(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """The operand of an operator that changes nothing."""
+    """op(x) as x, for an operator that changes nothing, such as a clone or a dropout of 0."""
     if not node.args or not isinstance(node.args[0], fx.Node):
         return None
     record, source = info(node), node.args[0]
@@ -111,7 +113,7 @@ def _drop(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node 
 
 
 def _only_piece(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """The tensor itself, where it is taken apart into one piece."""
+    """split(x, ...)[0] as x, where the split has one piece; unbind(x)[0] of one piece as a select."""
     if info(node).name != "autopart.getitem":
         return None
     pieces = node.args[0]
@@ -125,7 +127,8 @@ def _only_piece(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx
 
 
 def _grid(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """One output of meshgrid: a vector along one dim, expanded along the others. Indexing "xy" swaps the first two."""
+    """meshgrid(vectors)[i] as vector i, reshaped along dim i and expanded along the others. Indexing "xy" swaps dims 0
+    and 1."""
     if not is_pick(node):
         return None
     grid, which = cast("tuple[Any, Any]", node.args)
@@ -141,7 +144,8 @@ def _grid(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node 
 
 
 def _experts(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """A batched product of rows with the weights that are gathered for them, as one operator that gathers no weight."""
+    """bmm(weights[ids], rows) as `grouped_linear`: each row times the weight of its id, without a gathered copy of the
+    weights. Shapes: rows (s, k), ids (s), weights (experts, n, k) or, `transposed`, (experts, k, n)."""
     squeezed = call_args(node, "aten.squeeze.dim") or call_args(node, "aten.squeeze.dims")
     product = call_args(squeezed[0], "aten.bmm") if squeezed else None
     for transposed, dim in ((False, 2), (True, 1)):
@@ -158,7 +162,7 @@ def _experts(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.No
 
 
 def _copy(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """The value of an in-place copy: the source in the target's dtype and shape."""
+    """copy(target, source) as the source in the target's dtype and shape."""
     if info(node).name != "aten.copy":
         return None
     target, source = node.args[:2]
@@ -169,7 +173,7 @@ def _copy(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node 
 
 
 def _complex_write(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """A write into a part of a complex tensor as a write into pairs of reals, which torch can differentiate."""
+    """slice_scatter or select_scatter of complex tensors as that of pairs of reals, which torch can differentiate."""
     if info(node).name not in ("aten.slice_scatter", "aten.select_scatter") or not info(node).dtype.is_complex:
         return None
     whole, part, *where = node.args
@@ -180,7 +184,7 @@ def _complex_write(graph: fx.Graph, node: fx.Node, constants: ConstantValues) ->
 
 
 def _conjugate(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """A conjugate that is computed at once, since lazy conjugates allow not all views."""
+    """conj(x) as conj_physical(x), which is computed at once: a lazy conjugate does not allow all views."""
     if info(node).name in ("aten.resolve_conj", "aten.resolve_neg"):
         return node.args[0]  # type: ignore[return-value]
     lazy = info(node).name in ("aten._conj", "aten.conj")
@@ -192,16 +196,17 @@ EMPTY = {
     "aten.new_empty": aten.new_zeros.default,
     "aten.empty.memory_format": aten.zeros.default,
 }
+"""Operators that leave values unset -> the same with zeros."""
 
 
 def _initialised(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """A tensor of unset values as one of zeros, so that it is the same on every rank."""
+    """empty(...) as zeros(...), so that the values are equal on all ranks."""
     target = EMPTY.get(info(node).name)
     return None if target is None else new_call(graph, target, tuple(node.args), node, dict(node.kwargs))
 
 
 def _interleave(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """repeat_interleave along a dim, as an expand and a reshape."""
+    """repeat_interleave(x, n, dim) as an unsqueeze, an expand and a reshape."""
     if info(node).name != "aten.repeat_interleave.self_int" or len(node.args) < 3 or node.args[2] is None:
         return None
     source, times, dim = node.args
@@ -214,14 +219,14 @@ def _interleave(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx
 
 
 def _cast(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """type_as, as a cast to a dtype by name."""
+    """type_as(x, y) as a cast of x to y's dtype."""
     if info(node).name != "aten.type_as":
         return None
     return new_call(graph, aten._to_copy.default, (node.args[0],), node, {"dtype": info(node).dtype})
 
 
 def _reshape(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """A view as a reshape to a shape without -1; two reshapes in a row as one."""
+    """A view, flatten or squeeze as a reshape to a shape without -1; a reshape of a reshape as one."""
     names = ("aten.view", "aten._unsafe_view", "aten.reshape", "aten.flatten.using_ints", "aten.squeeze")
     if info(node).name not in names:
         return None
@@ -237,8 +242,8 @@ def _reshape(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.No
 
 
 def _bias_apart(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """A product with a bias as a product and an addition: where the product is a partial sum, the bias is added
-    once."""
+    """linear(x, w, b) as linear(x, w) + b, and addmm alike. A bias is added once, even where the product is a partial
+    sum on every rank."""
     if info(node).name == "aten.addmm" and not node.kwargs:
         bias, left, right = node.args
         product = new_call(graph, aten.mm.default, (left, right), node)
@@ -251,7 +256,7 @@ def _bias_apart(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx
 
 
 def _unflatten(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """reshape(op(reshape(x, [-1, d])), [..., n]) as op(x), for a product with or without a bias."""
+    """reshape(mm(reshape(x, [-1, k]), w) + b, [..., n]) as matmul(x, w) + b, with or without b."""
     if info(node).name != "aten.reshape":
         return None
     inner = node.args[0]
@@ -295,3 +300,4 @@ REWRITES = (
     true_conditions,
     attention_mask,
 )
+"""The rewrites in the order in which they are tried."""

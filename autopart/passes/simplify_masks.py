@@ -1,4 +1,5 @@
-"""Rewrites behind simplify: of masks, indices and conditions with known values, and of losses by learned targets."""
+"""Rewrites of the pass `simplify`: of masks, indices and conditions with known values, and of losses by targets that
+depend on weights."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ def _is_arange(values: torch.Tensor, dim: int, size: int) -> bool:
 
 
 def index_everything(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """x[arange[:, None], arange[None, :]] as x, reshaped."""
+    """x[arange(m)[:, None], arange(n)[None, :]] as a reshape of x, whose shape is (m, n)."""
     if info(node).name != "aten.index.Tensor":
         return None
     source, indices = node.args
@@ -61,8 +62,11 @@ def true_conditions(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -
 
 
 def attention_mask(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """Attention without a mask that is true everywhere, with `is_causal` in place of a lower-triangular mask, and with
-    the mask before its expansion in place of one that is expanded."""
+    """Attention without a mask, with `is_causal`, or with a smaller mask.
+
+    A mask that is true everywhere is removed. A lower-triangular mask becomes `is_causal=True`. An expanded mask is
+    passed as it was before the expansion.
+    """
     if info(node).name != "aten.scaled_dot_product_attention" or len(node.args) < 4:
         return None
     mask = node.args[3]
@@ -80,8 +84,10 @@ def attention_mask(graph: fx.Graph, node: fx.Node, constants: ConstantValues) ->
 
 
 def own_targets(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
-    """A mean of losses over targets that depend on weights, as the sum divided by the number of valid targets: the
-    number is not known before the forward pass."""
+    """cross_entropy(x, t) as the sum of the losses / (number of targets t != ignore_index), where t depends on weights.
+
+    The number of valid targets is then not known before the forward pass.
+    """
     if info(node).name != "aten.cross_entropy_loss":
         return None
     given: tuple[Any, ...] = (*node.args, *(None, 1, -100, 0.0)[len(node.args) - 2 :])

@@ -1,4 +1,4 @@
-"""The class of equal blocks, and the calls of its modules."""
+"""The class that equal blocks share, and the calls of its modules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from autopart.passes.stage_graph import OWNED
 
 
 def block_class(module: StageModule, alike: Sequence[Block]) -> list[str]:
-    """The class of blocks that are the same program."""
+    """The lines of the class of blocks with equal programs."""
     scope, block = Scope(), next((block for block in alike if block.cut), alike[0])
     used = dict.fromkeys(n for node in block.nodes for n in node.all_input_nodes)
     parameters = [n for n in used if info(n).kind in OWNED and n not in block.outside]
@@ -48,7 +48,7 @@ def block_class(module: StageModule, alike: Sequence[Block]) -> list[str]:
 
 
 def _argument(block: Block, node: fx.Node) -> str:
-    """What the class calls a value that it is given: what goes through a row of blocks is called as the result."""
+    """The name of a value as a parameter of `forward`. What a row of blocks hands on is named as the result."""
     if info(node).kind in OWNED:
         return info(node).name
     like = [n for n in block.outside if info(n).grad and info(n).kind not in OWNED]
@@ -57,14 +57,14 @@ def _argument(block: Block, node: fx.Node) -> str:
 
 
 def _names(labels: Sequence[str]) -> str:
-    """``layers.0 .. layers.5``, or ``layers.0, layers.2 .. layers.10``."""
+    """The labels as text: ``layers.0 .. layers.5``, or ``layers.0, layers.2 .. layers.10``."""
     if in_row(labels):
         return " .. ".join(dict.fromkeys([labels[0], labels[-1]]))
     return ", ".join(labels) if len(labels) < 3 else f"{labels[0]}, {labels[1]} .. {labels[-1]}"
 
 
 def in_row(labels: Sequence[str]) -> bool:
-    """Whether these are modules of one list, one after the other."""
+    """Whether the labels are those of consecutive modules of one list."""
     stem, _, first = labels[0].rpartition(".")
     return list(labels) == [f"{stem}.{i}" for i in range(int(first), int(first) + len(labels))]
 
@@ -72,9 +72,10 @@ def in_row(labels: Sequence[str]) -> bool:
 def write_calls(
     module: StageModule, scope: Scope, results: set[fx.Node], row: Sequence[Block], members: Sequence[Block]
 ) -> None:
-    """Append the calls of neighbouring blocks to the scope: a loop where the output of one is the input of the next.
+    """Append the calls of neighbouring blocks to the scope: a loop where each block takes the output of the one before.
 
-    `members` are all blocks of their list, `results` the values that blocks gave so far.
+    results  values that blocks gave so far; those of `row` are added
+    members  all blocks of the list that `row` is a part of
     """
     attribute, place = plural(row[0].label), members.index(row[0])
     chained = _chained(row)
@@ -97,8 +98,10 @@ def write_calls(
 
 
 def _chained(row: Sequence[Block]) -> int | None:
-    """The one argument that each block takes from the block before it, where the others are the same for all blocks
-    and nothing else uses what is passed on; None where no loop can call the blocks."""
+    """Index of the argument that each block takes from the block before; None where no loop can call the blocks.
+
+    In a loop all other arguments are the same for all blocks, and only the next block uses a block's output.
+    """
     arguments = range(len(row[0].outside))
     chained = [
         j for j in arguments if all(block.outside[j] in before.outputs for before, block in itertools.pairwise(row))
@@ -112,14 +115,17 @@ def _chained(row: Sequence[Block]) -> int | None:
 
 
 def _given(module: StageModule, scope: Scope, node: fx.Node) -> str:
-    """A value as an argument of a block: of a weight in slices, the slice."""
+    """A value as an argument of a block's call. Of a weight in slices the argument is the slice."""
     code = module.speller.value(scope, node).code
     return code.removeprefix("gathered(").removesuffix(")") if module.is_sliced(node) else code
 
 
 def _result(scope: Scope, results: set[fx.Node], block: Block, output: fx.Node) -> str:
-    """The name of a block's output: that of what this block alone is given, if another block gave it or it is called
-    so already."""
+    """The name of a block's output.
+
+    The only output takes over the name of an argument that this block alone reads, if the argument is another block's
+    output or already has the wanted name.
+    """
     wanted = argument_name(output)
     given = [n for n in block.outside if n in results or (n in scope.names and scope.names[n].code == wanted)]
     given = [n for n in given if set(n.users) <= set(block.nodes)]
@@ -131,6 +137,7 @@ def _result(scope: Scope, results: set[fx.Node], block: Block, output: fx.Node) 
 
 
 def _call(module: StageModule, block: Block, function: str, arguments: Sequence[str]) -> str:
+    """The call of a block, by `recomputed` where backward computes some of the block again."""
     if block.recompute == "none":
         return f"{function}({', '.join(arguments)})"
     module.speller.used.add("recomputed")

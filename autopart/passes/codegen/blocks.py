@@ -1,4 +1,4 @@
-"""The numbered blocks of a stage that are written as classes, blocks of the same program as one class."""
+"""The numbered blocks of a stage that are written as classes. Blocks with equal programs share a class."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from autopart.passes.stage_graph import OWNED, Named, StageGraph
 class Block:
     """A segment of a stage that is written as the call of a module.
 
-    kind       the name of its class, which blocks of the same program share
-    recompute  of `liveness.MODES`: what backward computes again
-    cut        what is saved of it, and what runs again, where some of it is saved; blocks of a class share one
-    outside    the values that it takes, among them weights that other segments read too
-    outputs    the values that it gives
+    kind       name of the class, which blocks with equal programs share
+    label      path of the module in the model
+    recompute  checkpointing mode, one of `liveness.MODES`
+    nodes      of the segment, in order
+    outside    values that the block takes, among them weights that other segments read too
+    outputs    values that the block gives
+    cut        the saved and the recomputed nodes, where the mode saves results; equal for all blocks of a class
     """
 
     kind: str
@@ -37,6 +39,7 @@ class Block:
 
 
 def plural(label: str) -> str:
+    """The attribute for the list that a block is in: ``model_layers`` for ``model.layers.3``."""
     return re.sub(r"\W", "_", label.rpartition(".")[0]) or "layers"
 
 
@@ -47,11 +50,16 @@ def find_blocks(
     sliced: bool,
     classes: Mapping[str, str],
 ) -> dict[int, Block]:
-    """Index of a segment -> its block; `cuts` as in `emit`.
+    """Index of a segment -> its block.
 
-    A numbered segment is a block if another has the same program, if it is recomputed (`modes` has the mode of every
-    segment), or if it has slices of weights to gather (`sliced`). A class that saves results of a recomputed block
-    stands for blocks of its program that are not recomputed, too.
+    modes    checkpointing mode of every segment
+    cuts     as in `emit`
+    sliced   whether weights lie in slices over dp (ZeRO 3)
+    classes  path of a module of the model -> name of its class
+
+    A numbered segment is a block if another segment has an equal program, if the segment is recomputed, or if it
+    gathers weights from slices. A class that saves results of a recomputed block also stands for blocks with an equal
+    program that are not recomputed.
     """
     users = Counter(weight for _, nodes in stage.segments for weight in _weights(nodes))
     shared = {weight for weight, count in users.items() if count > 1}
@@ -88,8 +96,11 @@ def find_blocks(
 
 
 def loops(blocks: Mapping[int, Block]) -> list[list[int]]:
-    """The blocks in rows, as indices of their segments. A row is of neighbours in one list that are recomputed alike,
-    and take and give the same number of values."""
+    """The blocks in rows, as indices of their segments.
+
+    The blocks of a row are neighbours in one list, with one checkpointing mode and with equal numbers of inputs and of
+    outputs.
+    """
     rows: list[list[int]] = []
     for index, block in blocks.items():
         before = blocks.get(index - 1)
@@ -105,7 +116,7 @@ def loops(blocks: Mapping[int, Block]) -> list[list[int]]:
 
 
 def _counts_valid(node: fx.Node) -> bool:
-    """Whether the node reads the number of valid targets, which only the stage's module has."""
+    """Whether the node divides by the number of valid targets, which only the stage's module has."""
     return info(node).name in ("runtime.mean_cross_entropy", "runtime.vocab_cross_entropy")
 
 
@@ -114,13 +125,13 @@ def _weights(nodes: Sequence[fx.Node]) -> set[fx.Node]:
 
 
 def _class_name(wanted: str, taken: set[str]) -> str:
-    """The user's class name, numbered where several programs have it."""
+    """The user's class name, with a number where the class of another program has the name."""
     names = itertools.chain([wanted], (f"{wanted}{i}" for i in itertools.count(2)))
     return next(name for name in names if name not in {*taken, "Stage"})
 
 
 def _program(label: str, nodes: Sequence[fx.Node], shared: set[fx.Node]) -> tuple[Any, ...]:
-    """What a segment computes, with local numbers in place of names: equal for blocks that one class can stand for."""
+    """What a segment computes, with local numbers in place of names. One class can stand for equal programs."""
     local = {n: i for i, n in enumerate(nodes)}
     others: dict[fx.Node, int] = {}
 

@@ -1,4 +1,4 @@
-"""The lines of a function: one for each value, and where values that backward does not save are let go of."""
+"""The lines of a function: one for each value, and a `del` for large values that backward does not read."""
 
 from __future__ import annotations
 
@@ -16,23 +16,25 @@ from autopart.passes.codegen.scope import ATOM, Scope, Text
 from autopart.passes.codegen.spelling import INLINE, is_infix, joins_bias, scalar_infix
 
 WIDTH = 100
-"""Columns of a line without its comment."""
+"""The most columns of a line without its comment."""
 
 INLINE_WIDTH = 66
-"""Columns of an expression that may be a part of another."""
+"""The most columns of an expression that may be part of another."""
 
 COMMENT = 64
-"""The column at which comments begin, where the code is not longer."""
+"""The column at which the comment of a shorter line begins."""
 
 
 def write_lines(
     module: StageModule, scope: Scope, nodes: Sequence[fx.Node], needed: set[fx.Node], found: Sequence[Piece] = ()
 ) -> None:
-    """Append the lines of `nodes` to the scope; `needed` are the nodes whose values are used elsewhere, and `found` the
-    pieces of a recomputed block that run once.
+    """Append the lines of `nodes` to the scope.
 
-    A value that counts samples and that autograd does not save is deleted: in front of the next line of the user's
-    source, once all its uses are written. Other values that are not saved are small.
+    needed  nodes whose values are used elsewhere
+    found   pieces of a recomputed block that run once
+
+    A value with a dim of samples that autograd does not save is deleted once all its uses are written, in front of the
+    next line of the user's source. Other values that autograd does not save are small.
     """
     pieces = {node for piece in found for node in piece.nodes if piece.function}
     _write(module, scope, in_order(nodes, found), set(nodes), needed, pieces)
@@ -46,7 +48,7 @@ def _write(
     needed: set[fx.Node],
     pieces: set[fx.Node],
 ) -> None:
-    """`write_lines` of some of the nodes `inside` a function, and of pieces; `pieces` are the nodes of all pieces."""
+    """Append the lines of `items` to the scope. `inside`: all nodes of the function; `pieces`: nodes of pieces."""
     last_source = ""
     saved = {root for root, _ in module.stage.saved}
     alive: dict[str, fx.Node] = {}
@@ -88,8 +90,10 @@ def _write(
 
 
 def _expression(module: StageModule, scope: Scope, item: fx.Node | Piece) -> Text:
-    """The expression of a node, or the call that runs a piece once. The lines that the function of a piece needs before
-    its result are appended to the scope, as a function of their own."""
+    """The expression of a node, or the call that runs a piece once.
+
+    A piece of more than one expression becomes a function, whose lines are appended to the scope.
+    """
     if not isinstance(item, Piece):
         return module.speller.expression(scope, item)
     inner = Scope(dict(scope.names), dict.fromkeys(scope.holders))
@@ -110,7 +114,7 @@ def _expression(module: StageModule, scope: Scope, item: fx.Node | Piece) -> Tex
 
 
 def _recomputed(scope: Scope, piece: Piece) -> list[str]:
-    """The variables of a piece whose memory the second run of the block computes or gathers again."""
+    """The variables that a piece reads and that the second run of the block computes or gathers again."""
     found: dict[str, None] = {}
     for node in (n for mine in piece.nodes for n in mine.all_input_nodes if n not in piece.nodes):
         while scope.is_inline(node) and info(node).view and node.op == "call_function":
@@ -122,13 +126,12 @@ def _recomputed(scope: Scope, piece: Piece) -> list[str]:
 
 
 def _is_dead(holder: fx.Node, done: set[fx.Node], needed: set[fx.Node]) -> bool:
-    """Whether all uses of a value are written."""
+    """Whether all uses of a value are written, and the value is not needed elsewhere."""
     return holder not in needed and done.issuperset(holder.users)
 
 
 def _goes_inline(node: fx.Node, inside: set[fx.Node], needed: set[fx.Node], pieces: set[fx.Node]) -> bool:
-    """Whether the node may be a part of the line of its only user. In a piece that runs once, what runs again may be
-    there as a view."""
+    """Whether the node may be part of the line of its only user. A user in a piece that runs once takes views alone."""
     record = info(node)
     if len(node.users) != 1 or node in needed:
         return False
@@ -142,7 +145,7 @@ def _goes_inline(node: fx.Node, inside: set[fx.Node], needed: set[fx.Node], piec
 
 
 def _written_with(scope: Scope, node: fx.Node) -> set[fx.Node]:
-    """A node that is written, with those that are part of its line."""
+    """A written node, with the nodes that are part of its line."""
     found, todo = {node}, list(node.all_input_nodes)
     while todo:
         part = todo.pop()
@@ -153,7 +156,7 @@ def _written_with(scope: Scope, node: fx.Node) -> set[fx.Node]:
 
 
 def _unpack(scope: Scope, item: fx.Node | Piece, text: Text, is_dead: Callable[[fx.Node], bool]) -> list[str]:
-    """Append one line that names all outputs of an operator or a piece, and return the names; an output without use is
+    """Append one line that names all outputs of an operator or a piece. Returns the names; an output without a use is
     `_`."""
     if isinstance(item, Piece) and len(item.outputs) > 1:
         names = [scope.name(node, wanted_name(node), is_dead) for node in item.outputs]
@@ -170,13 +173,13 @@ def _unpack(scope: Scope, item: fx.Node | Piece, text: Text, is_dead: Callable[[
 
 
 def used_outside(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """The nodes that others than `nodes` use."""
+    """Those of `nodes` that another node uses."""
     inside = set(nodes)
     return {n for n in nodes if any(u not in inside for u in n.users)}
 
 
 def comment(code: str, *notes: str) -> str:
-    """The line with its notes behind it; a long line is broken at the arguments of its last call."""
+    """The line with its notes as a comment. A long line that is one call is broken between the call's arguments."""
     text = "  ".join(n for n in notes if n)
     if len(code) <= WIDTH:
         return f"{code:<{COMMENT}}  # {text}" if text else code
@@ -188,7 +191,7 @@ def comment(code: str, *notes: str) -> str:
 
 
 def _wrapped(arguments: str) -> list[str]:
-    """Arguments in lines, broken between them."""
+    """Arguments, as indented lines of at most WIDTH columns that are broken between arguments."""
     parts, depth, start = [], 0, 0
     for i, c in enumerate(arguments):
         depth += (c in "([{") - (c in ")]}")
@@ -204,7 +207,7 @@ def _wrapped(arguments: str) -> list[str]:
 
 
 def _outer_call(code: str) -> tuple[str, str, str]:
-    """``name = f(``, the arguments, and ``)`` of a line that is one call; of another the line and two empty texts."""
+    """``name = f(``, the arguments, and ``)`` of a line that is one call. Of another line: the line, "" and ""."""
     start = code.find("(")
     if start < 0 or not code.endswith(")"):
         return code, "", ""
@@ -217,5 +220,5 @@ def _outer_call(code: str) -> tuple[str, str, str]:
 
 
 def indent(lines: Sequence[str], by: int = 8) -> list[str]:
-    """The lines as those of a method, or of a function that is `by` columns in."""
+    """The lines, `by` columns further in: 8 for the body of a method."""
     return [f"{' ' * by}{part}" for line in lines for part in line.split("\n")]

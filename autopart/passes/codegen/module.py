@@ -17,12 +17,12 @@ from autopart.passes.stage_graph import StageGraph
 class EmitSettings:
     """What the modules of all stages of a plan have in common.
 
-    title    the model's class
+    title    name of the model's class
     mesh     the mesh as text, ``"mesh(pp=2, dp=1, tp=2)"``
-    stages   how many there are
-    sliced   whether a rank holds only a slice of every weight that dp leaves whole (ZeRO 3)
-    master   the dtype of these slices, where it is wider than the weights' own; else None
-    classes  path of a module of the model -> the name of its class
+    stages   number of stages
+    sliced   whether a rank holds only a slice of every weight that dp does not split (ZeRO 3)
+    master   dtype of the slices, where it is wider than that of the weights; else None
+    classes  path of a module of the model -> name of its class
     """
 
     title: str

@@ -1,9 +1,9 @@
-"""What emitted values are called: by the user's variable, else by the user's module, else by the operator.
+"""Names of emitted values: the user's variable, else the user's module, else the operator.
 
-A value is called as the variable that the model's own source assigns it to: `query_states` for the projection in
-``query_states = self.q_proj(x).view(shape)``. A statement that only gives its variable a new value, such as
-``x = self.norm(x)``, tells less than the module does, so that the value is called `norm`. A part of a longer expression
-is called by its module where that has one purpose (a product, a norm, an activation), else by its operator.
+A value has the name of the variable that the model's source assigns it to: `query_states` for the projection in
+``query_states = self.q_proj(x).view(shape)``. A statement that gives a new value to a variable that it reads, such as
+``x = self.norm(x)``, tells less than the module does: the value is named `norm`. A part of a longer expression is named
+after its module where the module has one purpose (a product, a norm, an activation), else after its operator.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from autopart.passes.codegen.statements import Statement, statement_of
 from autopart.sharding.resharding import RESHARDS
 
 NOUNS = {"scaled_dot_product_attention": "attention", "mean_cross_entropy": "loss", "vocab_cross_entropy": "loss"}
-"""Operators whose results have another name than they."""
+"""Operator -> name of its result, where that is not the operator's."""
 
 OUTPUTS = {name: ("values", "indices") for name in ("topk", "sort", "max", "min", "kthvalue", "mode", "median")} | {
     "_native_batch_norm_legit_functional": ("normed", "mean", "rstd", "running_mean", "running_var")
 }
-"""Operators with several results, which have these names."""
+"""Operator with several results -> their names."""
 
 BY_MODULE = {"linear", "matmul", "mm", "layer_norm", "rms_norm", "embedding", "conv1d", "conv2d", "conv3d",
              "vocab_embedding"}  # fmt: skip
-"""Operators that are most of what their module does."""
+"""Operators that do most of their module's work. Their results are named after the module."""
 
 FOLLOWING = {"detach", "reshape", "transpose", "permute", "unsqueeze", "expand", "t", "squeeze", "slice", "select",
              "pad", "_to_copy", *(row.function for row in RESHARDS.values())}  # fmt: skip
-"""Operators whose results go by the name of what they reshape, cast or move."""
+"""Operators that reshape, cast or move a tensor. Their results take the tensor's name."""
 
 
 @dataclass(frozen=True)
 class _Written:
-    """Where the user's source says what a value is.
+    """What the user's source says of a value.
 
     variable  what the value is assigned to; "" where it is part of an expression, or returned
     tells     whether the variable is new, not one that the expression reads
@@ -47,7 +47,7 @@ class _Written:
 
 
 def wanted_name(node: fx.Node) -> str:
-    """The name that a value should have in emitted code. It may be in use, and need be no Python name."""
+    """The name that a value should have in emitted code. The name may be in use, and may be no Python identifier."""
     record: Info = info(node)
     if record.kind in ("input", "parameter", "buffer"):
         return _plain(record.name)
@@ -71,8 +71,7 @@ def wanted_name(node: fx.Node) -> str:
 
 
 def output_name(node: fx.Node, index: int) -> str:
-    """A name for one of several outputs: the variable in its place of a tuple that is assigned, else by the
-    operator."""
+    """The name of one of several outputs: the variable at its place in the assigned tuple, else one by the operator."""
     frames = info(node).frames
     statement = statement_of(frames[-1]) if frames else None
     targets = statement.targets if statement is not None else ()
@@ -84,7 +83,7 @@ def output_name(node: fx.Node, index: int) -> str:
 
 
 def argument_name(node: fx.Node) -> str:
-    """What a function calls a value that it is given."""
+    """The name of a value as a parameter of an emitted function."""
     return _written(node).variable or ("hidden" if info(node).grad else wanted_name(node))
 
 
@@ -95,7 +94,7 @@ def same_statement(node: fx.Node, user: fx.Node) -> bool:
 
 
 def adds_bias(node: fx.Node) -> bool:
-    """Whether the node adds a parameter."""
+    """Whether the node adds a parameter to a value."""
     other = node.args[1] if len(node.args) > 1 else None
     return info(node).name == "aten.add.Tensor" and isinstance(other, fx.Node) and info(other).kind == "parameter"
 
@@ -107,7 +106,8 @@ def _operator(node: fx.Node) -> str:
 
 
 def _written(node: fx.Node) -> _Written:
-    """The innermost statement that assigns the value: where a function returns it, the one that is its call alone."""
+    """What the innermost statement that assigns the value says of it. For a value that a function returns, that is the
+    caller's statement, if it is the call alone."""
     frames = info(node).frames
     for depth in reversed(range(len(frames))):
         statement = statement_of(frames[depth])
@@ -125,8 +125,8 @@ def _written(node: fx.Node) -> _Written:
 def _target(node: fx.Node, depth: int, statement: Statement) -> str:
     """The variable that a statement assigns the value to.
 
-    Where a call gives a tuple, its results are the values that it computes and that are used behind the statement. The
-    first is taken for the first variable, and so on.
+    Where a call gives a tuple, its results are taken to be the values that the call computes and that later statements
+    use. The first result belongs to the first variable, and so on.
     """
     targets = [target for target in statement.targets if target.strip("_")]
     if len(statement.targets) == 1 or not targets:
@@ -137,11 +137,11 @@ def _target(node: fx.Node, depth: int, statement: Statement) -> str:
 
 
 _GROUPS: weakref.WeakKeyDictionary[fx.Graph, dict[object, list[fx.Node]]] = weakref.WeakKeyDictionary()
-"""Graph -> (layer, calls, statement) -> the results of the statement."""
+"""Graph -> (layer, frames of the calls, place of the statement) -> the results of the statement."""
 
 
 def _results(node: fx.Node, depth: int, statement: Statement) -> list[fx.Node]:
-    """The nodes of a statement that compute a value for later ones, in order."""
+    """The nodes of a statement whose values later statements use, in order."""
     groups = _GROUPS.get(node.graph)
     if groups is None:
         groups = _GROUPS[node.graph] = {}
@@ -155,14 +155,14 @@ def _results(node: fx.Node, depth: int, statement: Statement) -> list[fx.Node]:
 
 
 def _is_part(node: fx.Node, depth: int) -> bool:
-    """Whether the value is used in the statement of this frame, other than by what only reshapes, casts or moves it."""
+    """Whether the statement of frame `depth` uses the value, other than to reshape, cast or move it."""
     return any(
         _operator(user) not in FOLLOWING or _is_part(user, depth) for user in node.users if _is_in(user, node, depth)
     )
 
 
 def _is_in(user: fx.Node, node: fx.Node, depth: int) -> bool:
-    """Whether a user runs in the statement that frame `depth` of a node is in, by the same calls."""
+    """Whether `user` runs in the statement of frame `depth` of `node`, by the same calls."""
     if user.op != "call_function" or info(user).layer != info(node).layer:
         return False
     mine, others = info(node).frames[: depth + 1], info(user).frames[: depth + 1]
@@ -173,13 +173,13 @@ def _is_in(user: fx.Node, node: fx.Node, depth: int) -> bool:
 
 
 def _is_returned(node: fx.Node) -> bool:
-    """Whether a function returns the value as it is."""
+    """Whether a `return` of the user's gives the value as it is."""
     frames = info(node).frames
     statement = statement_of(frames[-1]) if frames else None
     return statement is not None and statement.returns and not _is_part(node, len(frames) - 1)
 
 
 def _plain(name: str) -> str:
-    """The last part of a parameter's, input's or buffer's name that tells it from others."""
+    """The telling part of an input's, parameter's or buffer's name: ``q_proj`` of ``layers.0.q_proj.weight``."""
     parts = name.split(".")
     return parts[-2] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1]

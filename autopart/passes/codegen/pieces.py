@@ -11,16 +11,17 @@ from autopart.ir.graph import info, is_pick
 from autopart.passes.checkpoint_cut import CheckpointCut, pieces
 
 END = None
-"""Stands for the end of a block among the ends of pieces."""
+"""Stands for the end of the block among the nodes that pieces end in."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Nodes of a block that run in forward alone, in order.
+    """Nodes of a block that run in forward alone.
 
-    outputs   what the rest of the block reads of them
-    rerun     the nodes of the block that run again
-    function  of `autopart.runtime`, which calls them; "" where they are lines of the block's own
+    nodes     in order
+    outputs   those of the nodes that the rest of the block reads
+    rerun     nodes of the block that backward runs again
+    function  of `autopart.runtime` that runs the piece; "" where the nodes are lines of the block
     """
 
     nodes: tuple[fx.Node, ...]
@@ -32,8 +33,8 @@ class Piece:
 def find_pieces(nodes: Sequence[fx.Node], cut: CheckpointCut | None, outputs: Sequence[fx.Node]) -> list[Piece]:
     """The pieces of a block that gives `outputs`, in order: one for each saved node, and one for the end of the block.
 
-    The second run of a block ends once it has all that backward reads, before the last product. What runs once at the
-    end of the block needs a function only if it has several products.
+    The second run of a block ends once all that backward reads is there, before the last product. The piece at the end
+    of the block needs a function only if it has several products.
     """
     if cut is None:
         return []
@@ -50,7 +51,7 @@ def find_pieces(nodes: Sequence[fx.Node], cut: CheckpointCut | None, outputs: Se
 
 
 def in_order(nodes: Sequence[fx.Node], found: Sequence[Piece]) -> list[fx.Node | Piece]:
-    """The nodes of a block, with each piece where its last node is; what ends the block is last."""
+    """The nodes of a block, with each piece in place of its last node. The piece at the end of the block is last."""
     last = {piece.nodes[-1]: piece for piece in found if piece.function == "saved"}
     others = {node for piece in found for node in piece.nodes} - last.keys()
     items: list[fx.Node | Piece] = [last.get(node, node) for node in nodes if node not in others]

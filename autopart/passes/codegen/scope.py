@@ -15,21 +15,21 @@ from autopart import runtime
 
 RESERVED = {*keyword.kwlist, *dir(builtins), *runtime.__all__, "torch", "nn", "F", "layer", "rms_norm", "self",
             "groups", "name"}  # fmt: skip
-"""Names that emitted functions use for other things than values."""
+"""Names that emitted functions use for something other than a value."""
 
 ATOM, UNARY, BINARY = 3, 2, 1
-"""How tightly an expression binds."""
+"""Precedence of an expression: the greater, the tighter it binds."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """An expression with its precedence."""
+    """An expression as source text, with its precedence."""
 
     code: str
     binds: int = ATOM
 
     def within(self, binds: int) -> str:
-        """The expression as an operand of something that binds so tightly."""
+        """The expression as an operand that must bind so tightly: in parentheses where it binds less."""
         return self.code if self.binds >= binds else f"({self.code})"
 
 
@@ -38,8 +38,8 @@ class Scope:
     """One function that is being written.
 
     names    node -> the expression that stands for it
-    holders  name in use -> the node whose value it has now
-    lines    the lines of the function so far
+    holders  name in use -> the node whose value it has now; None for a name that is reserved
+    lines    of the function so far
     """
 
     names: dict[fx.Node, Text] = field(default_factory=dict)
@@ -47,9 +47,9 @@ class Scope:
     lines: list[str] = field(default_factory=list)
 
     def name(self, node: fx.Node, wanted: str, is_dead: Callable[[fx.Node], bool] = lambda _: False) -> str:
-        """Name a node `wanted`, or `wanted` with a number where another value has that name.
+        """Name a node `wanted`, or `wanted` with a number where another value has that name. Returns the name.
 
-        A value that is dead, because no later line reads it, gives its name away.
+        The name of a dead value, which no later line reads, is free.
         """
         wanted = re.sub(r"\W", "_", wanted) or "value"
         wanted = f"_{wanted}" if wanted[0].isdigit() else wanted
@@ -66,9 +66,9 @@ class Scope:
         return holder is not None and is_dead(holder)
 
     def reserve(self, name: str) -> None:
-        """Keep a name for something that is no value of the graph."""
+        """Reserve a name for something that is no value of the graph."""
         self.holders[name] = None
 
     def is_inline(self, node: fx.Node) -> bool:
-        """Whether a node that is written has no name of its own, but is part of another's expression."""
+        """Whether a written node has no name, but is part of another node's expression."""
         return node in self.names and self.names[node].code not in self.holders

@@ -18,12 +18,14 @@ INFIX = {
     "ge.Tensor": ">=", "ge.Scalar": ">=", "__and__.Tensor": "&", "bitwise_and.Tensor": "&",
     "__or__.Tensor": "|", "bitwise_or.Tensor": "|",
 }  # fmt: skip
+"""Operators -> the Python operator between their two arguments."""
 VIEWS = {
     "reshape": "reshape", "view": "view", "transpose.int": "transpose", "permute": "permute", "unsqueeze": "unsqueeze",
     "expand": "expand", "t": "t", "masked_fill.Scalar": "masked_fill", "cumsum": "cumsum",
     "squeeze.dim": "squeeze", "gather": "gather", "detach": "detach", "split.Tensor": "split",
     "split_with_sizes": "split",
 }  # fmt: skip
+"""Operators -> the tensor's method. Most give views, and may be part of another line (INLINE)."""
 METHODS = VIEWS | {
     name: name.split(".")[0]
     for name in """sum sum.dim_IntList mean mean.dim amax amin topk sort argsort max.dim min.dim argmax argmin
@@ -34,8 +36,11 @@ TORCH = {
     "where.ScalarOther", "neg", "full_like", "zeros_like", "min.other", "max.other", "maximum", "minimum",
     "slice_scatter", "select_scatter",
 }  # fmt: skip
+"""Operators that are written as functions of `torch`."""
 FUNCTIONAL = {"linear", "relu", "silu", "conv1d", "conv2d", "conv3d"}
+"""Operators that are written as functions of `torch.nn.functional`."""
 FACTORIES = {"arange", "full", "zeros", "ones", "arange.start", "arange.start_step"}
+"""Operators that are written as functions of `torch` with the stage's device."""
 
 
 class Axis(str):
@@ -48,10 +53,10 @@ class Axis(str):
 
 
 class Speller:
-    """Writes expressions, and collects the functions that they call.
+    """Writes expressions, and collects the functions that these call.
 
-    axes   the mesh axes, which emitted code reads as `self.tp`
-    used   the functions of `autopart.runtime` that were written
+    axes   names of the mesh axes, which emitted code reads as `self.tp`
+    used   names of the functions of `autopart.runtime` that were written
     """
 
     def __init__(self, axes: set[str]) -> None:
@@ -59,6 +64,7 @@ class Speller:
         self.used: set[str] = set()
 
     def value(self, scope: Scope, arg: Any) -> Text:
+        """The expression for an argument: a node, a list of arguments, or a constant."""
         if isinstance(arg, fx.Node):
             if arg not in scope.names:
                 scope.names[arg] = self.expression(scope, arg)
@@ -75,6 +81,7 @@ class Speller:
         return Text(f"{function}({', '.join(parts)})")
 
     def expression(self, scope: Scope, node: fx.Node) -> Text:
+        """The expression that computes a node from its arguments."""
         record = info(node)
         args, kwargs = trim(node), dict(node.kwargs)
         family, _, name = record.name.partition(".")
@@ -113,6 +120,7 @@ INLINE = {f"aten.{n}" for n in VIEWS if n not in ("split.Tensor", "split_with_si
     "aten.slice.Tensor", "aten.select.int", "aten.neg", "aten._to_copy", "aten.arange", "aten.cos", "aten.sin",
     "runtime.slice_of",
 }  # fmt: skip
+"""Operators that may be part of the line of their only user."""
 
 
 def is_infix(node: fx.Node) -> bool:
@@ -143,7 +151,7 @@ def bias_of(add: fx.Node, product: fx.Node) -> fx.Node | None:
 
 
 def trim(node: fx.Node) -> list[Any]:
-    """The positional arguments of a call, without the last ones that have the schema's default values."""
+    """The positional arguments of a call, without trailing ones that have the schema's default value."""
     args = list(node.args)
     if isinstance(node.target, torch._ops.OpOverload):
         schema = [a for a in node.target._schema.arguments if not a.kwarg_only]

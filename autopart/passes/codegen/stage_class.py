@@ -1,4 +1,4 @@
-"""The class `Stage`: what a stage takes, computes and gives, with its blocks as lists of modules."""
+"""The class `Stage`: the values that a stage takes, computes and gives, with its blocks as lists of modules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from autopart.sharding.resharding import GATHERED_AGAIN
 
 
 def stage_class(module: StageModule, blocks: Mapping[int, Block]) -> list[str]:
-    """The lines of the class, behind the tables of its lists of blocks; `blocks` by the index of their segment."""
+    """The lines of the class, after the tables of its lists of blocks. `blocks`: index of a segment -> its block."""
     stage, scope = module.stage, Scope()
     lists: dict[str, list[Block]] = {}
     for block in blocks.values():
@@ -57,7 +57,7 @@ def stage_class(module: StageModule, blocks: Mapping[int, Block]) -> list[str]:
 
 
 def _own(module: StageModule, blocks: Mapping[int, Block]) -> list[fx.Node]:
-    """The weights, buffers and streams that the stage itself reads or hands to its blocks."""
+    """The weights, buffers and random streams that the stage itself reads or hands to its blocks."""
     flat = [n for i, (_, nodes) in enumerate(module.stage.segments) if i not in blocks for n in nodes]
     used = {n for node in flat for n in node.all_input_nodes}
     used |= {n for block in blocks.values() for n in block.outside}
@@ -67,7 +67,7 @@ def _own(module: StageModule, blocks: Mapping[int, Block]) -> list[fx.Node]:
 def _write_forward(
     module: StageModule, scope: Scope, blocks: Mapping[int, Block], lists: Mapping[str, Sequence[Block]]
 ) -> str:
-    """Append the lines of `forward` to the scope; the expression that it returns."""
+    """Append the lines of `forward` to the scope. Returns the expression that `forward` returns."""
     output = module.stage.graph.output_node().args[0]
     results = list(output) if isinstance(output, (list, tuple)) else [output]
     needed = {r for r in results if isinstance(r, fx.Node)}
@@ -112,7 +112,7 @@ def _count_valid(module: StageModule, outer: Scope) -> tuple[list[str], list[str
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:
-    """The node with all that it is made from."""
+    """The node and all nodes that it is computed from."""
     seen, todo = {node}, [node]
     while todo:
         for source in todo.pop().all_input_nodes:
@@ -131,7 +131,7 @@ def _module_list(attribute: str, members: Sequence[Block]) -> str:
 
 
 def _table(name: str, members: Sequence[Block]) -> list[str]:
-    """What the blocks of a list are in the model: their paths and, where they are of several classes, these."""
+    """The table of a list of blocks: their paths in the model and, where there are several, their classes."""
     labels = [block.label for block in members]
     if len({block.kind for block in members}) > 1:
         return [f"{name} = {{", *(f'    "{block.label}": {block.kind},' for block in members), "}"]

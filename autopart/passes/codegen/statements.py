@@ -1,4 +1,4 @@
-"""The statements of a model's source that lines of it belong to, read by Python's `ast`."""
+"""The statements of a model's source by file and line, read by Python's `ast`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from autopart.ir.graph import Frame
 class Statement:
     """A simple statement of a user's function.
 
-    place      file and first line, which tell it from all others
-    targets    the variables that it assigns: one, or those of a tuple by position ("" for what is no variable)
-    reads      the names in the expression that it assigns or returns
-    returns    whether it is a `return`
+    place      file and first line, which identify the statement
+    targets    variables that are assigned: one, or those of a tuple by position ("" for what is no variable)
+    reads      names in the expression that is assigned or returned
+    returns    whether the statement is a `return`
     is_call    whether the expression is a single call
     """
 
@@ -30,13 +30,13 @@ class Statement:
 
 
 def statement_of(frame: Frame) -> Statement | None:
-    """The statement that a frame is in; None where the source cannot be read, or a header like `for` is there."""
+    """The statement at a frame's line; None where the source cannot be read, or the line is a header such as `for`."""
     return _statements(frame.file).get(frame.line)
 
 
 @lru_cache(maxsize=256)
 def _statements(file: str) -> dict[int, Statement]:
-    """Every line of a file that is part of a simple statement -> the statement."""
+    """Line of a file -> the simple statement that the line is part of."""
     try:
         tree = ast.parse("".join(linecache.getlines(file)))
     except SyntaxError:

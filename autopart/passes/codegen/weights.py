@@ -1,4 +1,4 @@
-"""The attributes of an emitted module: its weights, buffers and sources of random numbers."""
+"""The attributes of an emitted module: its weights, buffers and streams of random numbers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from autopart.passes.codegen.scope import Scope, Text
 def weight_lines(
     module: StageModule, parameters: Sequence[fx.Node], scope: Scope, prefix: str = "", variable: str = ""
 ) -> list[str]:
-    """The lines of `__init__` that make `parameters`, whose names in the scope they set.
+    """The lines of `__init__` that make `parameters`. The expressions that read the parameters are put into the scope.
 
-    Names that begin with `prefix`, the path of a block, are made from the Python variable that holds the path.
+    prefix    path of the block that the module is; "" for a stage
+    variable  Python variable that holds the path, by which names that begin with `prefix` are written
     """
     return [_weight_line(module, node, scope, prefix, variable) for node in parameters]
 
@@ -43,7 +44,7 @@ def _weight_line(module: StageModule, node: fx.Node, scope: Scope, prefix: str, 
 
 
 def _attribute(name: str, prefix: str, variable: str) -> tuple[str, str]:
-    """The attribute for a parameter of this name, and the name as an expression."""
+    """The attribute of a parameter, and the parameter's name as a Python expression."""
     if not prefix or re.match(rf"{re.escape(prefix)}(?!\w)", name) is None:
         return _identifier(name), f'"{name}"'
     rest = name.removeprefix(prefix)
@@ -56,14 +57,14 @@ def _identifier(name: str) -> str:
 
 
 def _dtype(record: Info, master: str | None) -> str:
-    """The argument that says a weight's dtype; "" for float32."""
+    """The arguments for the dtype of a weight; "" for float32."""
     if master:
         return f", dtype=torch.{master}, used={record.dtype}"
     return "" if record.dtype == torch.float32 else f", dtype={record.dtype}"
 
 
 def init_lines(parameters: str, lines: Sequence[str], body: Sequence[str], valid: bool = False) -> list[str]:
-    """The method `__init__`: the axes and the device that `body` uses, then `lines`.
+    """The lines of the method `__init__`: the axes and the device that the lines `body` of methods read, then `lines`.
 
     `valid` says whether the module counts valid targets.
     """

@@ -1,3 +1,3 @@
-"""Questions about a plan: why it, why not another, what it costs by its decisions alone, who takes its bytes, which
-mesh is best, and whether its numbers hold. Open `why.py` first.
+"""Questions about a plan: why it was chosen, why not another one, what its decisions cost, who owns its bytes, which
+mesh is best, and whether its numbers are right. Open `why.py` first.
 """

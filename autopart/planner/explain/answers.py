@@ -10,11 +10,12 @@ from autopart.plan.units import seconds_text
 
 @dataclass(frozen=True)
 class Alternative:
-    """A strategy that was not taken.
+    """A strategy that the plan does not take.
 
-    seconds  of the step of the best plan found with it, at the same degrees; None where there is none
-    bound    lower bound on the step of every such plan
-    why      there is no plan with it
+    strategy  its name along every axis, such as "k/tp"
+    seconds   of the step of the best plan found that takes the strategy at the same degrees; None: no plan does
+    bound     lower bound on the step of every such plan, in seconds
+    why       why there is no such plan; "" where there is one
     """
 
     strategy: str
@@ -25,9 +26,13 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Reason:
-    """An operator or tensor: its chosen strategy, the step's seconds, and its other strategies, the fastest first.
+    """An operator or tensor with the strategy that the plan takes, and with the others.
 
-    times  how many equal ones the model has
+    key      name of the operator or tensor
+    times    number of equal operators or tensors in the model
+    chosen   the strategy that the plan takes
+    seconds  of the plan's step
+    others   the strategies that the plan does not take, by rising seconds of the step
     """
 
     key: str
@@ -47,15 +52,17 @@ class Reason:
 
 @dataclass(frozen=True)
 class Answer:
-    """The step with a constraint.
+    """The step of the best plan that satisfies a constraint.
 
-    seconds  of the best plan found with it; None where there is none
-    bound    lower bound on the step of every plan with it, in seconds
-    against  seconds of the step of the plan in question
-    differs  what the two plans decide differently, a line each
-    why      there is no such plan
+    text     the constraint
+    seconds  of the step of the best plan found; None: no plan satisfies the constraint
+    bound    lower bound on the step of every plan that satisfies the constraint, in seconds
+    against  seconds of the step of the plan that the question is about
+    differs  a line for each decision in which the two plans differ
+    why      why no plan satisfies the constraint; "" where one does
     took     CPU seconds of the answer
-    asked    settings and constraints that the plan in question was made with, which hold as well
+    asked    settings and constraints that the plan in question was made with; the found plan satisfies them too
+    plan     the plan that was found; None where there is none
     """
 
     text: str
@@ -80,7 +87,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Price:
-    """The step's seconds after a change of the mesh; None where nothing fits. `against`: before the change."""
+    """The step after a change of the mesh.
+
+    what     the change, in words
+    seconds  of the step after the change; None: no plan fits
+    against  seconds of the step before the change
+    """
 
     what: str
     seconds: float | None
@@ -91,7 +103,7 @@ class Price:
 
 
 def step_text(seconds: float, before: float) -> str:
-    """``"906 ms, +44.6 ms, +5.2 %"``."""
+    """Seconds with their difference to those `before`: ``"906.00 ms, +44.60 ms, +5.2%"``."""
     more = seconds - before
     if abs(more) < 1e-6 * before:
         return f"{seconds_text(seconds)}, the same"
@@ -100,6 +112,6 @@ def step_text(seconds: float, before: float) -> str:
 
 
 def bounded_step_text(seconds: float, bound: float, before: float) -> str:
-    """`step_text`, with the lower bound where it is more than 0.1 % below."""
+    """`step_text`, with the lower bound where it is more than 0.1 % below `seconds`."""
     far = bound < seconds * (1 - 1e-3)
     return step_text(seconds, before) + (f", proven at least {seconds_text(bound)}" if far else "")

@@ -1,8 +1,8 @@
 """Checks a plan independently of the search: whether it can run, and whether its seconds and bytes are right.
 
-Neither the solver nor the tables of the search are used. The whole model is traced, every stage is partitioned from the
-plan alone and priced node by node. The bytes of a stage are those of `cost.liveness` for this trace. Strategies are
-looked up in the rules.
+The checks use neither the solver nor the tables of the search. The whole model is traced. Every stage is partitioned by
+the plan's decisions and priced node by node. The bytes of a stage are those of the liveness events of this trace
+(`cost.liveness`). Strategies are looked up in the rules.
 """
 
 from __future__ import annotations
@@ -36,26 +36,30 @@ from autopart.planner.validate import choices_of, stage_findings, strategy_findi
 from autopart.sharding.rules import has_rule
 
 EQUAL = 1e-6
-"""Relative difference of two sums of the same numbers."""
+"""The relative difference that rounding may make between two sums of the same numbers."""
 
 SECONDS = 5e-4
-"""Relative difference of seconds that is allowed. The plan scales a trace of two samples; this trace has a whole
-micro-batch, in which a few small values have another size: those whose batch dim is not known."""
+"""The largest relative difference of seconds. The plan scales the seconds of a trace of two samples; the certificate
+traces a whole micro-batch. A few small values, whose batch dim is not known, have another size there."""
 
 BYTES, ABOVE = 1e-3, 0.05
-"""Relative difference of bytes that is allowed below and above. The plan scales all bytes that operators save with the
-samples, though a few do not grow. It counts an input that several blocks save even if one of them alone is
-recomputed."""
+"""The largest relative differences of bytes: of a plan that states fewer than the certificate finds, and of one that
+states more. A plan scales all saved bytes with the samples, though a few do not grow. A plan counts an input that
+several blocks save even where only one of these blocks is recomputed."""
 
 ASKED = (
     *("pp", "dp", "tp", "micro_batch", "global_batch", "zero", "schedule"),
     *("precision", "master", "optimizer"),
 )
-"""Settings that a plan has as they were asked for."""
+"""Settings of a plan that must equal those of its request."""
 
 
 def certify(plan: Plan, model: nn.Module, batch: Batch) -> None:
-    """Raise PartitionError with everything that is wrong with a plan for a model; `batch` as it was planned with."""
+    """Raise PartitionError with all findings where a plan cannot run on a model, or where its numbers are wrong.
+
+    model  the model that the plan is for; it may be on meta
+    batch  the batch that the plan was made with
+    """
     layered = Source(model, batch, DTYPES[plan.precision]).full(plan.micro_batch, plan.mesh)
     wrong = findings(plan, layered)
     if wrong:
@@ -63,8 +67,10 @@ def certify(plan: Plan, model: nn.Module, batch: Batch) -> None:
 
 
 def findings(plan: Plan, layered: LayeredGraph) -> list[str]:
-    """What is wrong with a plan for a model, all of which was traced with the plan's micro-batch. What is looked at
-    later presumes what is looked at first."""
+    """A text for each thing that is wrong with a plan for a model, which was traced whole with the plan's micro-batch.
+
+    Each check presumes that the checks before it found nothing.
+    """
     for check in (_settings, strategy_findings, _numbers):
         found = list(check(plan, layered))
         if found:
@@ -76,7 +82,7 @@ def findings(plan: Plan, layered: LayeredGraph) -> list[str]:
 
 
 def _settings(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
-    """Degrees, batch, cuts, recompute, bound."""
+    """Findings in the signature, degrees, batch, precision, cuts, checkpointing modes and lower bound."""
     if plan.signature != Signature.of(layered):
         yield f"signature: {plan.signature.difference(Signature.of(layered)) or 'it is not that of the model'}"
     if min(plan.pp, plan.dp, plan.tp) < 1 or plan.pp * plan.dp * plan.tp != plan.mesh.size:
@@ -106,7 +112,7 @@ def _settings(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
 
 
 def _modes(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
-    """What the plan says of all blocks."""
+    """A finding where `Plan.recompute` does not sum up the checkpointing modes of the blocks."""
     modes = [mode for stage in plan.stages for mode in stage.recompute]
     kinds = {mode for mode, label in zip(modes, layered.labels, strict=True) if is_block(label)}
     stated = next(iter(kinds), "none") if len(kinds) < 2 else "mixed"
@@ -115,7 +121,7 @@ def _modes(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
 
 
 def _bound(plan: Plan) -> Iterator[str]:
-    """What is said to be proven."""
+    """Findings in the lower bound, the gap = 1 - bound / step, and the status."""
     if not 0.0 <= plan.bound_seconds <= plan.step_seconds * (1 + EQUAL):
         yield f"bound: {plan.bound_seconds} s is not below the step's {plan.step_seconds} s"
     gap = max(0.0, 1 - plan.bound_seconds / plan.step_seconds) if plan.step_seconds > 0 else 0.0
@@ -129,7 +135,7 @@ def _bound(plan: Plan) -> Iterator[str]:
 
 
 def _numbers(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
-    """Seconds and bytes."""
+    """Findings in FLOPs, seconds, bytes, printed lines and messages of the stages, and in the step's seconds."""
     choices, m = choices_of(plan), plan.micro_batches
     flops = m * sum(info(node).model_flops for node in calls(layered.traced.graph))
     if not _same(plan.forward_flops, flops):
@@ -171,7 +177,7 @@ def _seconds(
     segments: dict[int, PricedSegment],
     span: range,
 ) -> dict[str, float]:
-    """Of a stage, by the names they have in plans."""
+    """The seconds of a stage, by their names in `PlanStage`: sync of a step, all others of a micro-batch."""
     modes = dict(zip(span, plan.stages[graph.index].recompute, strict=True))
     recompute = 0.0
     for segment, priced in segments.items():
@@ -195,9 +201,12 @@ def _hidden(
     plan: Plan, layered: LayeredGraph, choices: ShardingAssignment, segments: dict[int, PricedSegment], span: range,
     graph: StageGraph,
 ) -> float:  # fmt: skip
-    """Seconds of gradient sync during a stage's backward. Gradients of a position are sent during the backward of
-    earlier positions, which then takes 1 / `Device.overlapped_share` times as long. Gradients of parameters that
-    several positions read are sent after the backward."""
+    """Seconds of gradient sync that go on during a stage's backward.
+
+    Backward runs from the last position to the first. The gradients of a position are sent during the backward of
+    earlier positions, which takes 1 / `Device.overlapped_share` times as long meanwhile. Gradients of parameters that
+    several positions read are sent after the backward.
+    """
     training, ready, hidden, share = _training(plan), 0.0, 0.0, plan.mesh.device.overlapped_share
     for segment, read in zip(reversed(span), reversed(_reads(layered, choices, span, graph)), strict=True):
         takes = (segments[segment].backward if segment in segments else 0.0) / share if share else 0.0
@@ -209,7 +218,10 @@ def _hidden(
 
 
 def _sends(plan: Plan, graph: StageGraph) -> list[tuple[int, int, float]]:
-    """(stage, bytes, seconds there and back) of what a stage sends, by stage."""
+    """(consumer stage, bytes, seconds) of the messages of a micro-batch that a stage sends, by consumer stage.
+
+    The seconds are those of the values forward and of their gradients backward.
+    """
     sizes, seconds = Counter[int](), defaultdict[int, float](float)
     for crossing in graph.sent:
         for to in crossing.consumers:
@@ -219,7 +231,7 @@ def _sends(plan: Plan, graph: StageGraph) -> list[tuple[int, int, float]]:
 
 
 def _there_and_back(plan: Plan, crossing: Crossing) -> float:
-    """Seconds of a value from one stage to another, and of its gradient if it has one."""
+    """Seconds to send a value from one stage to another, and its gradient back if the value has one."""
     link = plan.mesh.between(plan.dp * plan.tp, plan.pp, plan.micro_batches)
     return float(p2p_seconds(crossing.size, link)) * (1 + crossing.grad)
 
@@ -231,14 +243,14 @@ def _training(plan: Plan) -> Training:
 
 
 def _reads(layered: LayeredGraph, choices: ShardingAssignment, span: range, graph: StageGraph) -> list[list[Parameter]]:
-    """The parameters that each segment of a stage reads."""
+    """The parameters that each position of a stage reads."""
     return parameters(layered, choices, (span.start, span.stop), graph.index)
 
 
 def _stage_memory(
     plan: Plan, layered: LayeredGraph, choices: ShardingAssignment, graph: StageGraph, span: range
 ) -> StageMemory:
-    """The bytes of a rank of a stage, of the whole model's own trace."""
+    """The liveness events of one rank of a stage, by the trace of the whole model."""
     flights, received = in_flight(plan.schedule, graph.index, plan.pp, plan.micro_batches), graph.received
     return StageMemory(
         layered=layered,
@@ -255,8 +267,11 @@ def _stage_memory(
 
 
 def _memory(plan: Plan, memory: StageMemory, stated: Mapping[str, float], name: str) -> Iterator[str]:
-    """Findings unless the plan's bytes are those of a moment of the stage, and no moment has more. The moment may be
-    any whose bytes are within ABOVE of the peak: in the planner's trace of two samples another may be the peak."""
+    """Findings in the bytes of a stage.
+
+    The stated bytes of each kind must be those of one moment within ABOVE of the peak: in the planner's trace of two
+    samples another moment may be the peak. The stated sum must reach the peak, and the peak must fit the device.
+    """
     peak = memory.peak.bytes
     near = [memory.by_kind(moment) for moment in memory.moments if moment.bytes >= peak * (1 - ABOVE)]
     wrong = min((list(_parts(expected, stated)) for expected in near), key=len)
@@ -270,7 +285,7 @@ def _memory(plan: Plan, memory: StageMemory, stated: Mapping[str, float], name: 
 
 
 def _parts(expected: Mapping[str, float], stated: Mapping[str, float]) -> Iterator[str]:
-    """A finding for each kind of bytes in which the plan is off by more than BYTES below, or ABOVE above."""
+    """A finding for each kind of bytes that is stated too low by more than BYTES, or too high by more than ABOVE."""
     for part in {**expected, **stated}:
         said, found = stated.get(part, -1.0), expected.get(part, -1.0)
         if not -BYTES * abs(found) <= said - found <= ABOVE * abs(found):
@@ -280,7 +295,7 @@ def _parts(expected: Mapping[str, float], stated: Mapping[str, float]) -> Iterat
 def _printed(
     stage: PlanStage, layered: LayeredGraph, segments: dict[int, PricedSegment], span: range, name: str
 ) -> Iterator[str]:
-    """Whether what is printed of a stage is all of it."""
+    """Findings where the printed segments are not those of the stage, or do not add up to its seconds."""
     labels = [label for segment in stage.segments for label in segment.labels]
     if Counter(labels) != Counter(
         [""] * (PRELUDE_SEGMENT in segments) + [layered.labels[p] for p in span if p in segments]

@@ -10,7 +10,7 @@ from autopart.sharding.rules import Strategy
 
 
 def differences(before: Plan, after: Plan, labels: Sequence[str]) -> Iterator[str]:
-    """What two plans of a model decide differently, in words."""
+    """A text for each decision in which two plans of a model differ. `labels` are those of the model's positions."""
     for name in ("pp", "dp", "tp", "micro_batch", "zero", "schedule", "recompute"):
         old, new = getattr(before, name), getattr(after, name)
         if old != new:
@@ -31,7 +31,10 @@ def differences(before: Plan, after: Plan, labels: Sequence[str]) -> Iterator[st
 
 
 def _moved(before: Plan, after: Plan) -> Iterator[tuple[str, str, str, str]]:
-    """What the first stages of two plans split otherwise, weights first, along the axes that both have."""
+    """(axis, key, strategy before, strategy after) of what the first stages of two plans split differently.
+
+    Weights come first. Axes that only one of the plans has are left out.
+    """
     old, new = (plan.splits[plan.stages[0].splits] for plan in (before, after))
     for axis in old.keys() & new.keys():
         known: Mapping[str, Strategy] = new[axis]

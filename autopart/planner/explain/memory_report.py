@@ -23,7 +23,7 @@ MIN_SHARE = 0.01
 
 @dataclass(frozen=True)
 class Block:
-    """A block of a stage with its allocations; the label "" is for what several blocks share."""
+    """A block of a stage with its allocations. The label "" stands for what several blocks share."""
 
     label: str
     allocations: tuple[Allocation, ...]
@@ -48,7 +48,7 @@ class MemoryReport:
 
     @property
     def memory(self) -> dict[str, float]:
-        """Bytes of every kind."""
+        """Kind -> bytes, for every kind."""
         found = dict.fromkeys(KINDS, 0.0)
         for allocation in (each for block in self.blocks for each in block.allocations):
             found[allocation.kind] += allocation.bytes
@@ -59,8 +59,10 @@ class MemoryReport:
 
 
 def memory_report(plan: Plan, model: nn.Module, batch: Batch) -> tuple[MemoryReport, ...]:
-    """The peak bytes of every stage of a plan, by owner; `batch` as it was planned with. Raises PartitionError as
-    `autopart.price_plan` does."""
+    """The peak bytes of one rank of every stage of a plan, by owner. `batch` is the batch that the plan was made with.
+
+    Raises PartitionError as `autopart.price_plan` does.
+    """
     return report_traced(plan, Source(model, batch, DTYPES[plan.precision]))
 
 
@@ -70,7 +72,7 @@ def report_traced(plan: Plan, source: Source) -> tuple[MemoryReport, ...]:
 
 
 def stage_memories(plan: Plan, source: Source) -> Iterator[StageMemory]:
-    """What every stage of a plan has in memory, in order of stages."""
+    """The liveness events of every stage of a plan, in order of stages."""
     space, found = decided(plan, source)
     spans = spans_of(plan.starts, len(space.layered.labels))
     for index, (stage, span) in enumerate(zip(plan.stages, spans, strict=True)):
@@ -106,7 +108,10 @@ def _lines(stage: MemoryReport) -> Iterator[str]:
 
 
 def _allocation_lines(block: Block) -> tuple[tuple[tuple[str, str], float], ...]:
-    """What is printed of a block: allocations of the same name and kind together, without the block's own name."""
+    """((name, kind), bytes) of each line of a block. Allocations of equal name and kind share a line.
+
+    Names are without the block's own path.
+    """
     found: dict[tuple[str, str], float] = {}
     for allocation in block.allocations:
         key = _within(allocation.name, block.label), allocation.kind

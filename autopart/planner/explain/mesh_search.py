@@ -20,18 +20,18 @@ from autopart.planner.progress import OnProgress, silent
 from autopart.planner.request import Request, Settings
 
 PER_HOST = (8,)
-"""Devices of a host where the user names none: what DGX and HGX boards have."""
+"""Devices of a host where the user gives no number: a DGX or HGX board has 8."""
 
 ODD = 7
-"""Host counts whose odd part is at most this are tried for a target; others seldom divide a batch or a model."""
+"""The largest odd factor of the numbers of hosts to try for a target. Others seldom divide a batch or a model."""
 
 
 @dataclass(frozen=True)
 class MeshChoice:
     """One mesh with its plan.
 
-    plan     the fastest plan; None where there is none
-    problem  why there is no plan
+    plan     the fastest plan; None: no plan fits
+    problem  why there is no plan; "" where there is one
     price    of one device for an hour; None without prices
     meets    whether a step takes at most the target's seconds; True without a target
     front    whether the choice is on the Pareto front of step time and cost
@@ -51,24 +51,24 @@ class MeshChoice:
 
     @property
     def tokens_per_second(self) -> float:
-        """Predicted tokens (samples where there is no known sequence) a second."""
+        """Predicted tokens a second; samples a second where the sequence is not known; 0 without a plan."""
         made = Estimate.of(self.plan) if self.plan else None
         return made.tokens_per_second or made.samples_per_second if made else 0.0
 
     @property
     def cost(self) -> float | None:
-        """price x devices x step_seconds / 3600; None without prices."""
+        """Cost of a step: price x devices x step_seconds / 3600; None without prices."""
         return None if self.price is None else self.price * self.mesh.size * self.step_seconds / 3600
 
     @property
     def cost_per_million_tokens(self) -> float | None:
-        """Cost of a million tokens; None without prices."""
+        """1e6 x cost / (tokens_per_second x step_seconds); None without prices, infinite without a plan."""
         if self.cost is None:
             return None
         return self.cost / (self.tokens_per_second * self.step_seconds) * 1e6 if self.plan else float("inf")
 
     def to_json(self) -> dict[str, Any]:
-        """The choice as plain data; of the plan its degrees and numbers."""
+        """The choice as plain data, with the degrees and the numbers of its plan."""
         plan = self.plan
         return {
             "mesh": str(self.mesh),
@@ -97,19 +97,19 @@ def search_mesh(
     on_progress: OnProgress = silent,
     **settings: Unpack[Settings],
 ) -> list[MeshChoice]:
-    """Plan on every mesh that some devices can form; returns all of them, the best first.
+    """Plan on every mesh that some devices can form. Returns a choice for each mesh, the best first.
 
     devices         "64:h100-80gb" for a number of devices, or "8x8:h100-80gb" for one mesh; one such text or several,
                     each with @LINK for another link than the device's usual one
     target_seconds  most seconds of a step. The numbers in `devices` are then upper limits, and the fewest devices that
                     meet the target are searched for among the counts of `sensible`
     prices          device -> price of one device for an hour, in any currency
-    per_host        devices of a host; each number is tried
+    per_host        numbers of devices of a host, each of which is tried
     on_progress     called with a line of text for every mesh that is planned
     settings        those of `autopart.plan`
 
-    The order: meshes that meet the target; then the least cost of a step, with prices; then the fewest devices, with a
-    target; then the fastest step. The model is traced once for each kind of device.
+    Meshes that meet the target come before others. Among these the least cost of a step comes first, with prices; then
+    the fewest devices, with a target; then the fastest step. The model is traced once for each kind of device.
 
     Raises PartitionError where no mesh has a plan, for devices that fill no hosts, and for a device without a price.
     """
@@ -144,7 +144,7 @@ def search_mesh(
 
 
 def _groups(text: str, per_host: Sequence[int], smaller: bool) -> list[list[Mesh]]:
-    """The meshes of some devices for each size of a host. Raises PartitionError where they fill hosts of no size."""
+    """The meshes of some devices, a list for each size of a host that they fill. Raises PartitionError without any."""
     whole = Mesh.parse(text)
     groups = [meshes_of(text, size, smaller) for size in per_host]
     if any(groups):
@@ -156,8 +156,10 @@ def _groups(text: str, per_host: Sequence[int], smaller: bool) -> list[list[Mesh
 
 
 def meshes_of(text: str, per_host: int, smaller: bool = False) -> list[Mesh]:
-    """The mesh that some devices form with `per_host` devices a host: one host if it holds them all, no mesh if they do
-    not fill hosts. With `smaller`, the meshes of `sensible` counts up to that, rising."""
+    """The mesh that some devices form with `per_host` devices a host; no mesh where the devices do not fill hosts.
+
+    At most `per_host` devices form one host. With `smaller`: the meshes of all `sensible` counts, in rising order.
+    """
     whole = Mesh.parse(text)
     if re.match(r"\s*\d+x", text):
         return [whole]
@@ -170,18 +172,21 @@ def meshes_of(text: str, per_host: int, smaller: bool = False) -> list[Mesh]:
 
 
 def sensible(most: int, per_host: int) -> list[int]:
-    """Counts of devices to try up to `most`: powers of two within a host; whole hosts, 1 to 7 times a power of two; and
-    `most` itself."""
+    """Numbers of devices to try, up to `most`, in rising order.
+
+    Powers of two within a host; whole hosts, as many as 1, 3, 5 or 7 times a power of two; and `most` itself.
+    """
     within = [2**k for k in range(per_host.bit_length()) if 2**k < per_host]
     whole = [n * per_host for n in range(1, most // per_host + 1) if n // (n & -n) <= ODD]
     return sorted({count for count in [*within, *whole, most] if count <= most})
 
 
 def fewest(meshes: Sequence[Mesh], choose: Callable[[Mesh], MeshChoice]) -> MeshChoice | None:
-    """The smallest of some meshes (in rising order) that meets the target, if any does.
+    """The smallest mesh that meets the target, of meshes in rising order; None where none does.
 
-    Twice as many devices are faster; a few more may not be, since they may not divide the batch. Therefore the search
-    bisects among doublings, then tries every mesh between the last doubling that misses and the first that meets.
+    Twice as many devices are faster. A few more devices may be slower, since they may not divide the batch. Therefore
+    the search bisects among doublings, then tries every mesh between the last doubling that misses the target and the
+    first that meets it.
     """
     doubling = _doublings(meshes)
     low, high = -1, len(doubling) - 1
@@ -217,7 +222,10 @@ def ranked(choices: Sequence[MeshChoice], by_count: bool = False) -> list[MeshCh
 
 
 def _on_front(choice: MeshChoice, among: Sequence[MeshChoice]) -> bool:
-    """Whether no other choice is as fast and as cheap, and better in one; without prices the cost is the devices."""
+    """Whether a choice has a plan and no other is at least as fast and as cheap, and better in one of the two.
+
+    Without prices the cost is the number of devices.
+    """
 
     def both(c: MeshChoice) -> tuple[float, float]:
         return c.step_seconds, c.mesh.size if c.cost is None else c.cost

@@ -1,4 +1,4 @@
-"""The price of a plan from its decisions alone, which may have been edited by hand; or what is wrong with them."""
+"""Prices a plan by its decisions alone, which may have been edited by hand, or says what is wrong with them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,17 @@ from autopart.planner.write_plan import write_out
 from autopart.sharding.strategy_table import StrategyTable
 
 Chosen = tuple[int, ...]
+"""Index of the option of every node of a strategy table."""
 
 
 def price_plan(plan: Plan, model: nn.Module, batch: Batch) -> Plan:
-    """The plan with its numbers computed from its decisions: degrees, micro-batch, ZeRO level, splits, the stages'
-    first positions and their checkpointing. Only the lower bound stays, which is that of the search.
+    """The plan with its seconds and bytes computed from its decisions.
 
-    `batch` as it was planned with. Raises PartitionError for decisions that are no plan of the model; a plan that does
-    not fit is no error (`Plan.fits`).
+    Decisions are the degrees, the micro-batch, the ZeRO level, the splits, the first positions of the stages and the
+    checkpointing modes. The lower bound stays that of the search. `batch` is the batch that the plan was made with.
+
+    Raises PartitionError for decisions that are no plan of the model. A plan that does not fit is no error
+    (`Plan.fits`).
     """
     return price_traced(plan, Source(model, batch, DTYPES[plan.precision]))
 
@@ -43,7 +46,10 @@ def price_traced(plan: Plan, source: Source) -> Plan:
 
 
 def decided(plan: Plan, source: Source) -> tuple[SearchSpace, SearchResult]:
-    """A plan's decisions as the search's result. Raises PartitionError as `price_plan` does."""
+    """The search space of a plan's settings, and the plan's decisions as a result of a search there.
+
+    Raises PartitionError as `price_plan` does.
+    """
     request = Request(
         plan.global_batch,
         plan.micro_batch,
@@ -75,7 +81,7 @@ def decided(plan: Plan, source: Source) -> tuple[SearchSpace, SearchResult]:
 
 
 def _chosen(space: SearchSpace, point: SearchPoint, splits: Splits) -> Chosen:
-    """The option of every node with the strategies of `splits`. Raises PartitionError where there is none."""
+    """The option of every node that has the strategies of `splits`. Raises PartitionError for a node without such."""
     model = space.model(point)
     table = model.table
     axes = [axis for axis in table.axes if getattr(point, axis) > 1]
@@ -126,7 +132,7 @@ def _check_flows(table: StrategyTable, allowed: dict[int, list[int]]) -> None:
 
 
 def _check_interface(space: SearchSpace, point: SearchPoint, chosen: Sequence[Chosen]) -> None:
-    """Raise PartitionError where stages do not agree on what passes between them."""
+    """Raise PartitionError where two stages place a value that passes between stages differently."""
     model = space.model(point)
     keys = [model.table.nodes[index].key for index, _ in model.interface_values]
     keys += [model.table.nodes[used.source].key for used, _ in model.interface_sums]

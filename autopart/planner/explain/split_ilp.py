@@ -1,4 +1,4 @@
-"""The ILP that the splits of a plan's stage solve, for any solver: as PuLP's problem, which writes LP and MPS files."""
+"""The ILP of one stage's splits as a problem of PuLP, which any of its solvers takes and which writes LP and MPS."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def split_ilp(space: SearchSpace, found: SearchResult, stage: int) -> LpProblem:
-    """The problem of a stage of a plan that was found. Raises PartitionError for a stage that there is not."""
+    """The ILP in which a search found the splits of a stage. Raises PartitionError where the plan has no such stage."""
     from autopart.passes.ilp import state  # PuLP takes half a second to load
 
     if not 0 <= stage < len(found.problems):

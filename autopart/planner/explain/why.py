@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from autopart.passes.ilp import LpProblem
 
 TIME_LIMIT = 0.4
-"""Seconds after which `why_not` answers with the incumbent and its lower bound."""
+"""Seconds after which `why_not` answers with the incumbent and the lower bound."""
 
 LISTED = re.compile(r"embedding|norm|attention")
 """Operators that `why` lists besides products."""
@@ -56,11 +56,12 @@ SETTINGS = ("pp", "dp", "tp", "micro_batch", "zero", "recompute", "schedule")
 
 GIB = 2**30
 FASTER = 1.1
+"""The factor by which `prices` makes links and devices faster."""
 
 
 @dataclass(frozen=True)
 class Exactly(Constraint):
-    """One operator or tensor has one strategy along an axis, compared by its placements, not by its name."""
+    """The operator or tensor `key` has a strategy along an axis. Strategies are compared by placements, not by name."""
 
     axis: str
     key: str
@@ -72,16 +73,17 @@ class Exactly(Constraint):
 
 @dataclass
 class Explanation:
-    """A plan with the search space it was chosen from."""
+    """A plan with the search space that it was chosen from, and with the search's result."""
 
     space: SearchSpace
     found: SearchResult
     plan: Plan
     near: tuple[SearchPoint, ...] = ()
-    """Points whose LP bound is known, the least first."""
+    """Search points whose LP bound is known, by rising bound on the step."""
 
     def why(self, everything: bool = False) -> list[Reason]:
-        """Every other strategy's step, for products, attention, embeddings and norms, or for `everything`."""
+        """The step with each other strategy of products, attention, embeddings and norms; with `everything`, of all
+        operators and tensors."""
         model = self.space.model(self.found.point)
         listed = [i for i, n in enumerate(model.table.nodes) if everything or n.product or LISTED.search(_operator(n))]
         reasons = (self._reason(model, i) for i in listed)
@@ -118,8 +120,11 @@ class Explanation:
         return Alternative(text, found.seconds, found.bound)
 
     def _with(self, constraints: Sequence[Constraint], **changes: Any) -> SearchSpace:
-        """The space with more constraints. It shares what was computed, unless its schedule is another one, which
-        changes the micro-batches in flight."""
+        """The search space with more constraints and with `changes` of the request.
+
+        The new space shares what the old one computed, unless the schedule changes: the micro-batches in flight depend
+        on the schedule.
+        """
         together = (*self.space.request.constraints, *constraints)
         request = replace(self.space.request, constraints=together, **changes)
         if request.allows("schedule", self.space.schedule):
@@ -127,8 +132,13 @@ class Explanation:
         return SearchSpace(self.space.layered, self.space.mesh, request, self.space.models)
 
     def why_not(self, text: str, seconds: float | None = TIME_LIMIT) -> Answer:
-        """The step with a constraint. After so many `seconds` the answer is the incumbent with its lower bound; None
-        waits for the whole search. Raises PartitionError for a text that is no constraint on this model."""
+        """The step of the best plan that satisfies a constraint, or why no plan does.
+
+        text     in the language of `planner.constraint_text`, such as "tp=8"
+        seconds  after which the answer is the incumbent with the lower bound; None: the search runs to its end
+
+        Raises PartitionError for a text that is no constraint on this model.
+        """
         started = time.process_time()
         (constraint,) = read_constraints([text])
         space = self._with([constraint], time_limit=seconds, nodes=None)
@@ -154,8 +164,8 @@ class Explanation:
         return (*given, *(constraint.text for constraint in request.constraints))
 
     def prices(self) -> list[Price]:
-        """The step with 1 GiB more or less, room for another micro-batch in flight, and 10 % faster links and
-        devices."""
+        """The step with 1 GiB more or less a device, with room for one more micro-batch in flight, and with links,
+        products or memory that are 10 % faster."""
         return [self._price(what, space) for what, space in self._changes()]
 
     def ilp(self, stage: int = 0) -> LpProblem:
@@ -168,7 +178,7 @@ class Explanation:
 
     @property
     def slack(self) -> float:
-        """Bytes that the fullest device has left."""
+        """Usable bytes of a device - peak bytes of the fullest stage."""
         return usable_bytes(self.space.mesh) - max(self.plan.memory_bytes)
 
     def _saved_bytes(self, stage: int) -> float:
@@ -179,6 +189,7 @@ class Explanation:
         return float(costs.saved_bytes[costs.index(*ends[stage : stage + 2])])
 
     def _price(self, what: str, space: SearchSpace) -> Price:
+        """The step in another search space; `what` says what changed."""
         search = Search(space, silent, heuristic=True)
         try:
             search.warm_start([replace(self.found.point, zero=0)])
@@ -187,7 +198,7 @@ class Explanation:
             return Price(what, None, self.plan.step_seconds)
 
     def _changes(self) -> Iterator[tuple[str, SearchSpace]]:
-        """The changes to try, each with its search space."""
+        """The changes that `prices` tries, in words, each with its search space."""
         mesh, device = self.space.mesh, self.space.mesh.device
         if self.space.request.must_fit:
             for what, more in (("one more GiB per device", GIB), ("one GiB less per device", -GIB)):
@@ -215,7 +226,7 @@ class Explanation:
         return replace(self.space, mesh=replace(self.space.mesh, device=size))
 
     def _on(self, mesh: Mesh, rate: float = 1.0) -> SearchSpace:
-        """The space of another mesh with the same tables, and products `rate` times as fast."""
+        """The search space of another mesh with the same tables, and with products `rate` times as fast."""
         models = {tp: _faster(model, rate) for tp, model in self.space.models.items()}
         return SearchSpace(self.space.layered, mesh, self.space.request, models)
 
@@ -241,7 +252,7 @@ def _strategy(axes: Sequence[str], chosen: Sequence[Strategy]) -> str:
 
 
 def _placed(chosen: Sequence[Strategy]) -> str:
-    """The placements of inputs and outputs, in which strategies of one name differ."""
+    """The placements of inputs and outputs: strategies of one name differ in these."""
     return "; ".join(f"{', '.join(map(str, s.inputs))} -> {', '.join(map(str, s.outputs))}" for s in chosen)
 
 
@@ -253,7 +264,8 @@ def explain(
     on_progress: OnProgress = silent,
     **settings: Unpack[Settings],
 ) -> Explanation:
-    """Plan, and keep what the plan was chosen from. Arguments and errors as `autopart.plan`."""
+    """Plan, and keep the search space that the plan was chosen from. Arguments and errors are those of
+    `autopart.plan`."""
     request = request_of(model, batch, **settings)
     return explain_traced(Source(model, batch, DTYPES[request.precision]), Mesh.of(mesh), request, on_progress)
 
