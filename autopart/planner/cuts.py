@@ -1,9 +1,10 @@
 """The best cut of a row of positions into stages, exactly: minimise sum(f) + (m - 1) max(f) over all cuts.
 
-f[s, i, j] is the seconds of stage s with positions i..j-1, infinite where they do not fit. For a threshold T, the cut
-of least sum(f) among those with max(f) <= T is a shortest path 0 -> n in an acyclic graph. T is lowered from the
-largest value that could still win to the least max(f) of any cut; every path found with max(f) = t rules out all T >=
-t. `tests/planner/test_plan.py` compares the result with every cut.
+`candidate` calls `best_cut` for the cut of a plan; who else does is in docs/planner.md. f[s, i, j] is the seconds of
+stage s with positions i..j-1 (`interval_costs`), infinite where they do not fit. For a threshold T, the cut of least
+sum(f) among those with max(f) <= T is a shortest path 0 -> n in an acyclic graph. T is lowered from the largest value
+that could still win to the least max(f) of any cut; every path found with max(f) = t rules out all T >= t.
+`tests/planner/test_plan.py` compares the result with every cut.
 """
 
 from __future__ import annotations

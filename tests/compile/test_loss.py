@@ -42,6 +42,20 @@ def test_a_loss_of_outputs_and_batch(settings: dict[str, Any]) -> None:
     assert max(found.loss_error, found.gradient_error) < 1e-5
 
 
+def test_questions_about_its_plan() -> None:
+    plan = autopart.plan(Classifier(), "2:cpu", BATCH, loss=weighted, nodes=5, tp=2)
+    explained = autopart.explain(Classifier(), "2:cpu", BATCH, loss=weighted, nodes=5, tp=2)
+    assert explained.plan.signature == plan.signature and explained.why()
+    assert autopart.price_plan(plan, Classifier(), BATCH, loss=weighted).step_seconds == pytest.approx(
+        plan.step_seconds
+    )
+    (report,) = autopart.memory_report(plan, Classifier(), BATCH, loss=weighted)
+    assert sum(report.memory.values()) == pytest.approx(plan.memory_bytes[0])
+    autopart.certify(plan, Classifier(), BATCH, loss=weighted)
+    best, *_ = autopart.search_mesh(Classifier(), BATCH, loss=weighted, devices="2x1:cpu", nodes=5, tp=2)
+    assert best.plan is not None and best.plan.signature == plan.signature
+
+
 def test_training_with_it() -> None:
     """By the names and the modes of the model itself."""
     model, alone = Classifier(), Classifier()

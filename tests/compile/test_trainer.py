@@ -268,6 +268,8 @@ def test_trainers_without_a_meaning(tmp_path: Path) -> None:
         autopart.Trainer(line(), **given, mesh="2:cpu")
     with pytest.raises(PartitionError, match="is no Plan"):
         autopart.Trainer(line(), **given, mesh="1:cpu", plan="plan.json")
+    with pytest.raises(PartitionError, match="hang_timeout=0 is not positive"):
+        autopart.Trainer(line(), **given, mesh="1:cpu", loss=error_of, hang_timeout=0).train()
     trainer = autopart.Trainer(line(), **given, mesh="1:cpu", loss=error_of)
     with pytest.raises(PartitionError, match="hyperparameter_search"):
         trainer.hyperparameter_search()

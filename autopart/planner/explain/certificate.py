@@ -17,6 +17,7 @@ from autopart.cost.collectives import p2p_seconds
 from autopart.cost.training_state import MASTERS, OPTIMIZER_STATES, Training, amortization, update_seconds, widening
 from autopart.errors import PartitionError
 from autopart.frontend.batch import DTYPES, Batch
+from autopart.frontend.with_loss import Loss, with_loss
 from autopart.hardware.mesh import usable_bytes
 from autopart.ir.graph import calls, info
 from autopart.ir.labels import is_block
@@ -54,13 +55,14 @@ ASKED = (
 """Settings of a plan that must equal those of its request."""
 
 
-def certify(plan: Plan, model: nn.Module, batch: Batch) -> None:
+def certify(plan: Plan, model: nn.Module, batch: Batch, *, loss: Loss | None = None) -> None:
     """Raise PartitionError with all findings where a plan cannot run on a model, or where its numbers are wrong.
 
     model  the model that the plan is for; it may be on meta
     batch  the batch that the plan was made with
+    loss   the loss that the plan was made with
     """
-    layered = Source(model, batch, DTYPES[plan.precision]).full(plan.micro_batch, plan.mesh)
+    layered = Source(with_loss(model, loss), batch, DTYPES[plan.precision]).full(plan.micro_batch, plan.mesh)
     wrong = findings(plan, layered)
     if wrong:
         raise PartitionError("the plan does not hold", "; ".join(wrong), "plan again with autopart.plan(...)")

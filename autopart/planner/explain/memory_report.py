@@ -9,6 +9,7 @@ from itertools import groupby
 from torch import nn
 
 from autopart.frontend.batch import DTYPES, Batch
+from autopart.frontend.with_loss import Loss, with_loss
 from autopart.passes.source import Source
 from autopart.plan.data import Plan
 from autopart.plan.units import bytes_text
@@ -58,12 +59,13 @@ class MemoryReport:
         return "\n".join(_lines(self))
 
 
-def memory_report(plan: Plan, model: nn.Module, batch: Batch) -> tuple[MemoryReport, ...]:
-    """The peak bytes of one rank of every stage of a plan, by owner. `batch` is the batch that the plan was made with.
+def memory_report(plan: Plan, model: nn.Module, batch: Batch, *, loss: Loss | None = None) -> tuple[MemoryReport, ...]:
+    """The peak bytes of one rank of every stage of a plan, by owner. `batch` and `loss` are those that the plan was
+    made with.
 
     Raises PartitionError as `autopart.price_plan` does.
     """
-    return report_traced(plan, Source(model, batch, DTYPES[plan.precision]))
+    return report_traced(plan, Source(with_loss(model, loss), batch, DTYPES[plan.precision]))
 
 
 def report_traced(plan: Plan, source: Source) -> tuple[MemoryReport, ...]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from autopart.errors import PartitionError
 from autopart.frontend.batch import DTYPES, Batch
+from autopart.frontend.with_loss import Loss, with_loss
 from autopart.hardware.mesh import Mesh
 from autopart.passes.source import Source
 from autopart.plan.data import Plan
@@ -90,6 +91,7 @@ def search_mesh(
     model: nn.Module,
     batch: Batch,
     *,
+    loss: Loss | None = None,
     devices: str | Sequence[str],
     target_seconds: float | None = None,
     prices: Mapping[str, float] | None = None,
@@ -99,6 +101,7 @@ def search_mesh(
 ) -> list[MeshChoice]:
     """Plan on every mesh that some devices can form. Returns a choice for each mesh, the best first.
 
+    loss            as of `autopart.plan`
     devices         "64:h100-80gb" for a number of devices, or "8x8:h100-80gb" for one mesh; one such text or several,
                     each with @LINK for another link than the device's usual one
     target_seconds  most seconds of a step. The numbers in `devices` are then upper limits, and the fewest devices that
@@ -114,6 +117,7 @@ def search_mesh(
     Raises PartitionError where no mesh has a plan, for devices that fill no hosts, and for a device without a price.
     """
     asked = [devices] if isinstance(devices, str) else list(devices)
+    model = with_loss(model, loss)
     request = request_of(model, batch, **settings)
     source = Source(model, batch, DTYPES[request.precision])
     if not all(isinstance(size, int) and size > 0 for size in per_host):

@@ -10,6 +10,7 @@ from torch import nn
 
 from autopart.errors import PartitionError, few
 from autopart.frontend.batch import DTYPES, Batch
+from autopart.frontend.with_loss import Loss, with_loss
 from autopart.passes.source import Source
 from autopart.passes.stage_graph import Splits
 from autopart.plan.data import Plan
@@ -26,16 +27,17 @@ Chosen = tuple[int, ...]
 """Index of the option of every node of a strategy table."""
 
 
-def price_plan(plan: Plan, model: nn.Module, batch: Batch) -> Plan:
+def price_plan(plan: Plan, model: nn.Module, batch: Batch, *, loss: Loss | None = None) -> Plan:
     """The plan with its seconds and bytes computed from its decisions.
 
     Decisions are the degrees, the micro-batch, the ZeRO level, the splits, the first positions of the stages and the
-    checkpointing modes. The lower bound stays that of the search. `batch` is the batch that the plan was made with.
+    checkpointing modes. The lower bound stays that of the search. `batch` and `loss` are those
+    that the plan was made with.
 
     Raises PartitionError for decisions that are no plan of the model. A plan that does not fit is no error
     (`Plan.fits`).
     """
-    return price_traced(plan, Source(model, batch, DTYPES[plan.precision]))
+    return price_traced(plan, Source(with_loss(model, loss), batch, DTYPES[plan.precision]))
 
 
 def price_traced(plan: Plan, source: Source) -> Plan:

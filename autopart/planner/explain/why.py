@@ -18,6 +18,7 @@ from torch import nn
 
 from autopart.errors import PartitionError
 from autopart.frontend.batch import DTYPES, Batch
+from autopart.frontend.with_loss import Loss, with_loss
 from autopart.hardware.mesh import Mesh, usable_bytes
 from autopart.passes.source import Source
 from autopart.plan.data import Plan
@@ -261,11 +262,13 @@ def explain(
     mesh: str | Mesh | DeviceMesh,
     batch: Batch,
     *,
+    loss: Loss | None = None,
     on_progress: OnProgress = silent,
     **settings: Unpack[Settings],
 ) -> Explanation:
     """Plan, and keep the search space that the plan was chosen from. Arguments and errors are those of
     `autopart.plan`."""
+    model = with_loss(model, loss)
     request = request_of(model, batch, **settings)
     return explain_traced(Source(model, batch, DTYPES[request.precision]), Mesh.of(mesh), request, on_progress)
 
