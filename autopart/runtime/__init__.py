@@ -1,4 +1,20 @@
-"""What emitted code calls, and what runs it. Knows nothing of planning."""
+"""What emitted code calls, and what runs it. Knows nothing of planning.
+
+collectives, functions, experts, random, recompute, gathered    what emitted code calls
+compiled, rank_state, parameters, emitted, variants             one rank's program: its methods, shares, module
+executor, update, zero, slices, optimizers, gradient_norm,
+loss_scale                                                      a step: instructions, gradient sums, ZeRO, the optimizer
+groups, process_group, agreement, guards                        the ranks, and the checks that they do the same
+loader, padding, whole, shards, outputs                         batches in, outputs out
+checkpoint/                                                     training that goes on under another plan
+pretrained, weight_folder, weight_files, share_reader, pieces,
+transformers_names                                              weights from files and into files
+watchdog, heartbeat, activity, launch                           ranks that die or hang; ranks started here
+callbacks, watch, predicted                                     what a user sees of a training
+simulated, standalone, calibrate/                               ranks as threads; emitted folders; measuring a machine
+
+Open `compiled.py` first, then `executor.py`.
+"""
 
 import autopart.ir.ctc  # noqa: F401  the operator that emitted code may call
 from autopart.runtime.collectives import (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,16 @@ def test_a_configuration_of_accelerate(tmp_path: Path, monkeypatch: pytest.Monke
     check_arguments(args)
     monkeypatch.setenv(name, "bf16")
     with pytest.raises(PartitionError, match=f"accelerate is configured with {name}=bf16"):
+        check_arguments(args)
+
+
+@pytest.mark.parametrize(("restarts", "keeps"), [("3", "True"), ("0", "True"), ("3", "False")])
+def test_restarts_need_a_store_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarts: str, keeps: str) -> None:
+    args = arguments(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", keeps)
+    refused = pytest.raises(PartitionError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
+    with refused if (restarts, keeps) == ("3", "True") else nullcontext():
         check_arguments(args)
 
 

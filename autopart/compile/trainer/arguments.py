@@ -51,6 +51,15 @@ def check_arguments(args: transformers.TrainingArguments) -> None:
                 "the plan says how states are split, and in which precision",
                 "torchrun in place of accelerate launch, and settings of autopart.Trainer",
             )
+    if (
+        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    ):
+        raise PartitionError(
+            "ranks that torchrun starts again would not find each other",
+            "TrainingArguments meets in the store that torchrun keeps, with the addresses of the ranks that are gone",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun ..., or no --max-restarts",
+        )
     for name in ("split_batches", "dispatch_batches"):
         if getattr(args.accelerator_config, name, None):
             raise PartitionError(
