@@ -1,4 +1,4 @@
-"""What a rank is doing, since when, and whether it waits for other ranks meanwhile."""
+"""What a rank is doing, since when, and whether it waits for other ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 COMMUNICATION = (str(Path(__file__).parent), str(Path(dist.__file__).parent))
-"""Folders of the functions in which a thread waits for other ranks: this runtime's and torch.distributed's."""
+"""Folders of the functions in which a thread waits for other ranks: those of this package and of torch.distributed."""
 
 
 class Activity:
@@ -22,13 +22,15 @@ class Activity:
         self.begin("starting", idle=True)
 
     def begin(self, text: str, idle: bool = False) -> None:
-        """From now on the rank does what `text` says. An idle rank is in the user's code, between two steps."""
+        """Note that the rank now does what `text` says. An idle rank is in the user's code, between two steps."""
         self._now = text, idle, time.monotonic()
 
     @contextmanager
     def during(self, text: str) -> Iterator[None]:
-        """What `text` says is done in the block; afterwards the rank waits for the next step. After an error it stays
-        what failed."""
+        """Note that the rank does what `text` says in the block, and is idle after it.
+
+        After an error the activity stays, so that it names what failed.
+        """
         self.begin(text)
         yield
         self.begin("waiting for the next step", idle=True)
@@ -39,8 +41,11 @@ class Activity:
         return self._now[0]
 
     def progress(self) -> tuple[float, bool, bool]:
-        """Seconds since it began, whether the rank is idle, and whether it is blocked: the innermost Python function of
-        a thread other than the caller's is one that communicates."""
+        """(seconds since the activity began, whether the rank is idle, whether the rank waits for other ranks).
+
+        A rank waits if the innermost Python function of a thread is in one of the folders COMMUNICATION. The thread
+        that calls this does not count.
+        """
         _, idle, since = self._now
         others = (frame for thread, frame in sys._current_frames().items() if thread != threading.get_ident())
         blocked = any(frame.f_code.co_filename.startswith(COMMUNICATION) for frame in others)

@@ -1,4 +1,4 @@
-"""What a rank does, told while it does it."""
+"""Callbacks: functions that are called before and after each thing that a rank does."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from autopart.runtime.process_group import Group
 
 @dataclass(frozen=True)
 class Event:
-    """Something that a rank does.
+    """An instruction that a rank runs.
 
-    op           "forward", "backward", "send", "recv", "send_grad", "recv_grad", "reduce" (gradients over ranks), or
-                 "step" (clipping and the optimizer)
-    stage        the rank's stage
-    step         batches that were trained before
-    micro_batch  from 0; -1 for "reduce" and "step"
-    peer         the other stage of a message; -1 otherwise
+    op           "forward", "backward", "send", "recv", "send_grad", "recv_grad", "reduce" (sums of gradients over
+                 ranks), or "step" (clipping and the optimizer)
+    stage        index of the rank's stage
+    step         number of batches that were trained before
+    micro_batch  index of the micro-batch; -1 for "reduce" and "step"
+    peer         index of the other stage of a message; -1 otherwise
     """
 
     op: str
@@ -33,23 +33,30 @@ class Event:
 
 
 class Callback:
-    """Called around all that a rank does in steps and evaluations: derive from it, and append to
-    `compiled.callbacks`. An exception ends the step."""
+    """Called around every instruction of steps and evaluations, and after every update.
+
+    Derive a class from this one, and append an object of it to `compiled.callbacks`. An exception in a callback ends
+    the step.
+    """
 
     def before(self, event: Event) -> None:
-        """Called before a rank begins something."""
+        """Called before the rank begins an instruction."""
 
     def after(self, event: Event, seconds: float) -> None:
-        """Called when it has ended. Seconds are of the host: a GPU may still compute what was started."""
+        """Called after an instruction. `seconds` are those of the host: a GPU may still compute what was started."""
 
     def trained(self, step: int, loss: float, seconds: float) -> None:
-        """Called after every update, with the number of the batch from 0, its loss, and the seconds since the update
-        before, or since compile."""
+        """Called after every update.
+
+        step     number of the last batch, from 0
+        loss     of the last batch, the same on every rank
+        seconds  since the update before; of the first update, since compile
+        """
 
 
 @contextmanager
-def told(callbacks: Sequence[Callback], event: Event) -> Iterator[None]:
-    """Tell callbacks of what is done meanwhile."""
+def notifying(callbacks: Sequence[Callback], event: Event) -> Iterator[None]:
+    """Call `before` of all callbacks, run the block, and call `after` with the block's seconds."""
     for callback in callbacks:
         callback.before(event)
     started = time.perf_counter()
@@ -60,7 +67,7 @@ def told(callbacks: Sequence[Callback], event: Event) -> Iterator[None]:
 
 
 class JsonLines(Callback):
-    """A line of JSON at the end of a file for every update: step, loss, seconds, and `extra`."""
+    """Appends a line of JSON to a file for every update: step, loss, seconds, and `extra`."""
 
     def __init__(self, file: str | Path, **extra: Any) -> None:
         self.file, self.extra = Path(file), extra
@@ -71,8 +78,10 @@ class JsonLines(Callback):
 
 
 class Trace(Callback):
-    """What ranks did, on a clock, for Perfetto or chrome://tracing: a process for each stage, a thread for each rank,
-    as in the trace that `autopart.timeline` predicts."""
+    """Records what ranks did when, for Perfetto or chrome://tracing.
+
+    A stage is a process of the trace and a rank is a thread, as in the trace that `autopart.timeline` predicts.
+    """
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
@@ -85,7 +94,12 @@ class Trace(Callback):
         )
 
     def save(self, file: str | Path, host: Group) -> None:
-        """Write the events of all ranks into one file, on rank 0. All ranks call it, with `compiled.groups.host`."""
+        """Write the events of all ranks into one file of JSON, on rank 0.
+
+        host  `compiled.groups.host`
+
+        All ranks call this method. Times are in microseconds since the first event.
+        """
         everyone = host.gather(self.events)
         events = [{**event, "tid": rank} for rank, mine in enumerate(everyone) for event in mine]
         first = min((event["ts"] for event in events), default=0.0)

@@ -19,7 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 from autopart.plan.schedules.ops import ONCE_A_STEP, Instruction, Op
 from autopart.plan.schedules.program import receives_ahead
 from autopart.runtime.activity import Activity
-from autopart.runtime.callbacks import Callback, Event, told
+from autopart.runtime.callbacks import Callback, Event, notifying
 from autopart.runtime.emitted import Message, StageProgram
 from autopart.runtime.gathered import keeping_parts
 from autopart.runtime.groups import Groups
@@ -150,12 +150,12 @@ class Executor:
             self.works = [(work, held) for work, held in self.works if not work.is_completed()]
             for receive in self.ahead.get(instruction, ()):
                 self.arrivals[receive] = self._ask(receive)
-            with self._told(instruction.op, instruction.micro_batch, instruction.peer):
+            with self._notifying(instruction.op, instruction.micro_batch, instruction.peer):
                 self.actions[instruction.op](instruction)
 
-    def _told(self, op: str, micro_batch: int = -1, peer: int = -1) -> AbstractContextManager[None]:
-        """Tell the callbacks of what is done meanwhile."""
-        return told(self.callbacks, Event(str(op), self.index, self.groups.rng.step, micro_batch, peer))
+    def _notifying(self, op: str, micro_batch: int = -1, peer: int = -1) -> AbstractContextManager[None]:
+        """Call the callbacks before and after the block."""
+        return notifying(self.callbacks, Event(str(op), self.index, self.groups.rng.step, micro_batch, peer))
 
     def _ended(self) -> Tensor:
         """Wait for the messages that were sent; the loss."""
@@ -180,10 +180,10 @@ class Executor:
 
     def _update(self, update: Update) -> None:
         self.activity.begin(str(Instruction(Op.REDUCE, self.index)))
-        with self._told(Op.REDUCE):
+        with self._notifying(Op.REDUCE):
             self._reduce()
         self.activity.begin(str(Instruction(Op.STEP, self.index)))
-        with self._told(Op.STEP):
+        with self._notifying(Op.STEP):
             self._step(update)
         self.accumulating = False
 

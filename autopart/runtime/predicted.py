@@ -1,4 +1,4 @@
-"""A callback that holds the seconds of a plan against those of the steps that it leads to."""
+"""A callback that compares the seconds that a plan predicts with measured seconds of steps."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ CAUSES: Mapping[Op, str] = {
     Op.REDUCE: "gradient sync",
     Op.STEP: "optimizer",
 }
-"""Instruction -> the cause in `StageTimeline.seconds`. The collectives of tp are parts of forward and backward."""
+"""Instruction -> cause of its seconds, as in `StageTimeline.seconds`. Collectives over tp belong to forward and
+backward."""
 SHOWN = 3
-"""Causes in the line."""
+"""The number of causes in the line."""
 
 
 def _to_stderr(line: str) -> None:
@@ -38,20 +39,26 @@ def _to_stderr(line: str) -> None:
 
 
 class PredictedSeconds(Callback):
-    """Predicted against measured seconds, after some steps, in one line on rank 0's stderr:
+    """Predicted and measured seconds of a step, in one line on rank 0's stderr once `steps` steps are measured:
 
         step 10.0 ms predicted, 12.5 ms measured (median of 20): 0.80. Stage 0, predicted and measured: waiting 0,
         1.9 ms; backward 6.0 ms, 6.6 ms; forward 3.0 ms, 2.9 ms
 
-    The causes are those of this rank's stage whose seconds part most: forward, backward, waiting (for messages),
-    sending, gradient sync, optimizer (which plans do not price) and other: what a step takes besides, such as the
-    check of the batch and the user's code between two steps.
+    The line names the SHOWN causes of this rank's stage whose predicted and measured seconds differ most:
 
-    steps    that are measured: updates from one batch of the plan's micro-batches, without an evaluation before
-    warm_up  updates before them
-    report   called with the line, on rank 0; `line` has it afterwards, on every rank
+        forward, backward   computing, with collectives over tp
+        waiting, sending    messages from and to other stages
+        gradient sync       sums of gradients over ranks
+        optimizer           clipping and the optimizer's step
+        other               the rest of a step, such as the check of the batch and the user's code between two steps
 
-    On a GPU the device is synchronised around every instruction of the measured steps, which makes them slower.
+    steps    number of steps to measure. A step counts if its update is from one batch of the plan's micro-batches, with
+             no evaluation before
+    warm_up  updates before the first measured step
+    report   called with the line, on rank 0
+    line     the line, on every rank; None until it is complete
+
+    On a GPU the device is synchronised around every instruction until the line is complete, which slows steps down.
     """
 
     def __init__(
@@ -89,7 +96,7 @@ class PredictedSeconds(Callback):
                 self.report(self.line)
 
     def seconds(self) -> dict[str, tuple[float, float]]:
-        """Cause -> predicted seconds of a step, and the median of the measured ones; "step" has the whole step's."""
+        """Cause -> (predicted, median of measured) seconds of a step on this rank's stage; "step": of the whole step."""
         predicted = {**timeline(self.plan).stages[self.stage].seconds, "step": self.plan.step_seconds}
         predicted["other"] = predicted.pop("idle")
         names = dict.fromkeys([*predicted, *CAUSES.values()])

@@ -18,9 +18,13 @@ if TYPE_CHECKING:
 
 
 class Figures(Callback):
-    """Gives the figures of every update to `record`, on rank 0: "loss"; "grad_norm", where it is known; after the first
-    update "samples_per_second", and "tokens_per_second" where samples have a known sequence (`Signature.tokens`). Rates
-    count the plan's samples for every batch."""
+    """Gives the metrics of every update to `record`, on rank 0.
+
+    loss                of the update's last batch
+    grad_norm           norm of the gradients before clipping, where it is known
+    samples_per_second  batches x the plan's global batch / seconds since the update before; from the second update on
+    tokens_per_second   samples_per_second x tokens of a sample, where these are known (`Signature.tokens`)
+    """
 
     def __init__(self, compiled: Compiled) -> None:
         self.compiled, self.batches, self.updates = compiled, compiled.groups.rng.step, 0
@@ -42,14 +46,14 @@ class Figures(Callback):
         self.record(step, figures)
 
     def record(self, step: int, figures: dict[str, float]) -> None:
-        """Take the figures of an update; `step` is the number of its batch, from 0."""
+        """Called with the metrics of an update. `step` is the number of the update's last batch, from 0."""
         raise NotImplementedError
 
 
 class Progress(Figures):
-    """A progress bar on stderr: batches, loss, the norm of the gradients, tokens/s or samples/s.
+    """A progress bar on rank 0's stderr: batches, loss, gradient norm, and tokens/s or else samples/s.
 
-    steps  batches of the whole training, at whose end the bar is closed; None: not known
+    steps  batches of the whole training, after which the bar is closed; None: not known
     """
 
     def __init__(self, compiled: Compiled, steps: int | None = None) -> None:
@@ -64,10 +68,10 @@ class Progress(Figures):
         self.task, self.steps = self.bar.add_task("", total=steps), steps
 
     def record(self, step: int, figures: dict[str, float]) -> None:
-        """Show the figures."""
+        """Show the metrics."""
         if self.updates == 1:
             self.bar.start()
-            atexit.register(self.close)  # which shows the cursor again
+            atexit.register(self.close)  # closing the bar shows the cursor
         parts = [f"loss {figures['loss']:.4f}"]
         if "grad_norm" in figures:
             parts.append(f"grad norm {figures['grad_norm']:.3g}")
@@ -80,16 +84,18 @@ class Progress(Figures):
             self.close()
 
     def close(self) -> None:
-        """Leave the bar as it is, and print nothing more."""
+        """Leave the bar as it is, and show no more updates."""
         self.shows = False
         self.bar.stop()
         atexit.unregister(self.close)
 
 
 class TensorBoard(Figures):
-    """Scalars of every update in a folder that TensorBoard reads. Needs the package tensorboard.
+    """Writes the metrics of every update as scalars that TensorBoard reads.
 
-    Raises PartitionError, on every rank, where tensorboard is not installed.
+    folder  of the event files, which rank 0 writes
+
+    Raises PartitionError, on every rank, where the package tensorboard is not installed.
     """
 
     def __init__(self, compiled: Compiled, folder: str | Path) -> None:
@@ -101,24 +107,23 @@ class TensorBoard(Figures):
         self.writer = SummaryWriter(str(folder)) if self.shows else None
 
     def record(self, step: int, figures: dict[str, float]) -> None:
-        """Write the figures."""
+        """Write the metrics."""
         assert self.writer is not None
         for name, value in figures.items():
             self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write what is not written yet."""
+        """Write the scalars that are not written yet, and close the file."""
         if self.writer is not None:
             self.writer.close()
 
 
 class WeightsAndBiases(Figures):
-    """A run of Weights & Biases with the figures of every update and with the plan's configuration. Needs the package
-    wandb.
+    """Logs the metrics of every update to a run of Weights & Biases, whose config has the plan's head and step seconds.
 
-    settings  of `wandb.init`, such as `project`
+    settings  keywords of `wandb.init`, such as `project`
 
-    Raises PartitionError, on every rank, where wandb is not installed.
+    Raises PartitionError, on every rank, where the package wandb is not installed.
     """
 
     def __init__(self, compiled: Compiled, **settings: Any) -> None:
@@ -128,11 +133,11 @@ class WeightsAndBiases(Figures):
         except ImportError as error:
             raise _not_installed("autopart.WeightsAndBiases", "wandb") from error
         plan = compiled.plan
-        told = {"plan": plan.head, "predicted_seconds": plan.step_seconds, **(settings.pop("config", None) or {})}
-        self.run = wandb.init(config=told, **settings) if self.shows else None
+        config = {"plan": plan.head, "predicted_seconds": plan.step_seconds, **(settings.pop("config", None) or {})}
+        self.run = wandb.init(config=config, **settings) if self.shows else None
 
     def record(self, step: int, figures: dict[str, float]) -> None:
-        """Log the figures."""
+        """Log the metrics."""
         assert self.run is not None
         self.run.log(figures, step=step)
 
@@ -143,13 +148,13 @@ class WeightsAndBiases(Figures):
 
 
 class ProfilerRanges(Callback):
-    """A range of torch.profiler around every instruction, by its name, such as "stage 0 FORWARD micro-batch 1"."""
+    """A range of torch.profiler around every instruction, named such as "stage 0 FORWARD micro-batch 1"."""
 
     def __init__(self) -> None:
         self.range: record_function | None = None
 
     def before(self, event: Event) -> None:
-        self._end()  # that of an instruction that failed
+        self._end()  # the range of an instruction that failed
         self.range = record_function(str(Instruction(Op(event.op), event.stage, event.micro_batch, event.peer)))
         self.range.__enter__()
 

@@ -1,4 +1,4 @@
-"""`transformers.Trainer` on a mesh. It imports transformers and accelerate, which `import autopart` does not."""
+"""`transformers.Trainer` on a mesh. This package imports transformers and accelerate; `import autopart` does not."""
 
 from autopart.compile.trainer.trainer import Trainer
 

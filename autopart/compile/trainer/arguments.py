@@ -1,4 +1,4 @@
-"""What of transformers' Trainer and TrainingArguments is refused, and how accelerate sees the ranks of a mesh."""
+"""The settings of transformers' Trainer that are refused, and how accelerate sees the ranks of a mesh."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ REFUSED = {
     "enable_jit_checkpoint": ("a signal reaches ranks in different steps", 'save_strategy="steps"'),
     "debug": ("hooks on modules see nothing of an emitted program", "autopart.Callback"),
 }  # fmt: skip
-"""Field of TrainingArguments that must be unset -> why, and what to do instead."""
+"""Field of TrainingArguments that must be unset -> (why, what to give instead)."""
 
-CONFIGURED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_MIXED_PRECISION")
-"""What `accelerate launch` sets for what a plan decides."""
+LAUNCH_VARIABLES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_MIXED_PRECISION")
+"""Environment variables by which `accelerate launch` asks for what a plan decides."""
 
 OVERRIDDEN = ("compute_loss", "training_step", "prediction_step")
 """Methods of transformers.Trainer that a subclass of autopart.Trainer cannot replace."""
 
 
 def check_arguments(args: transformers.TrainingArguments) -> None:
-    """Raise PartitionError for the first argument that would not have its meaning."""
+    """Raise PartitionError for the first argument that would not have its usual meaning on a mesh."""
     for name, (why, instead) in REFUSED.items():
         if value := getattr(args, name, None):
             raise PartitionError(f"TrainingArguments({name}={value!r}) has no meaning on a mesh", why, instead)
-    for name in CONFIGURED:
+    for name in LAUNCH_VARIABLES:
         if os.environ.get(name, "no").lower() not in ("no", "false", "0", ""):
             raise PartitionError(
                 f"accelerate is configured with {name}={os.environ[name]}",
@@ -68,9 +68,9 @@ def check_arguments(args: transformers.TrainingArguments) -> None:
 
 
 def check_trainer(trainer: transformers.Trainer, base: type[transformers.Trainer]) -> None:
-    """Raise PartitionError for a trainer whose loss is not the model's or that of `loss=`.
+    """Raise PartitionError for a trainer with a loss other than the model's or `loss=`, or with adapters of PEFT.
 
-    base  the class whose methods must be the trainer's
+    base  the class from which the trainer must have the methods OVERRIDDEN
     """
     model = trainer.model
     for name in OVERRIDDEN:
@@ -95,9 +95,9 @@ def check_trainer(trainer: transformers.Trainer, base: type[transformers.Trainer
 
 
 def as_one_process(args: transformers.TrainingArguments) -> None:
-    """Let accelerate treat each rank as one process that trains alone, with its rank for who logs and who writes.
+    """Let accelerate treat each rank as a process that trains alone. Rank 0 still logs and writes alone.
 
-    The rows of a batch are then the same on all ranks, and nothing is wrapped or summed between them.
+    Accelerate then gives all ranks the same rows, and neither wraps the model nor sums over ranks.
     """
     state: Any = args.device and args.distributed_state
     state.num_processes, state.distributed_type = 1, DistributedType.NO

@@ -1,4 +1,4 @@
-"""Batches of transformers.Trainer as `Compiled` takes them, and what a model returns for them on every rank."""
+"""Batches of transformers.Trainer as `Compiled` takes them, and the model's outputs for them on every rank."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Tensor = torch.Tensor
 
 @contextmanager
 def random_numbers_kept() -> Iterator[None]:
-    """Afterwards the generators of Python, numpy and torch on the CPU are as they were."""
+    """Give the generators of Python, numpy and torch on the CPU their states back after the block."""
     states = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng(devices=[]):
         yield
@@ -29,9 +29,9 @@ def random_numbers_kept() -> Iterator[None]:
 
 
 def divisible(batch: Batch, ranks: int) -> tuple[Batch, int]:
-    """The batch n times behind itself, so that `ranks` divides its number of samples, and n.
+    """(the batch repeated n times along the samples, n), for n = ranks / gcd(samples, ranks).
 
-    The mean of a loss over the samples, and its gradients, are those of the batch.
+    `ranks` divides the samples of the repeated batch. A mean over its samples is that over the batch.
     """
     rows = samples_of(batch)
     times = ranks // math.gcd(rows, ranks)
@@ -41,8 +41,10 @@ def divisible(batch: Batch, ranks: int) -> tuple[Batch, int]:
 def evaluated(
     compiled: Compiled, batch: Batch, outputs: Sequence[str], targets: float | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a batch in evaluation mode, and the outputs by these names, on the CPU of every rank. All ranks call
-    it. `targets` as in `Compiled.backward`."""
+    """The loss of a batch in evaluation mode, and the outputs of these names on the CPU of every rank.
+
+    All ranks call this function. `targets` is as in `Compiled.backward`.
+    """
     whole, times = divisible(batch, compiled.data_ranks)
     targets = None if targets is None else targets * times
     if not outputs:
@@ -55,7 +57,8 @@ def evaluated(
 
 
 def nested(named: Mapping[str, Tensor]) -> tuple[Any, ...]:
-    """Tensors by dotted names, such as "logits" and "hidden_states.0" -> tensors and tuples of tensors, in order."""
+    """Tensors by dotted names -> tensors and tuples of tensors, in order: (logits, (h0, h1)) of the names "logits",
+    "hidden_states.0" and "hidden_states.1"."""
     groups: dict[str, dict[str, Tensor]] = {}
     for name, value in named.items():
         first, _, rest = name.partition(".")

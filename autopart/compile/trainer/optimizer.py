@@ -1,4 +1,4 @@
-"""The optimizer that the loop of transformers.Trainer steps."""
+"""The optimizer that the training loop of transformers.Trainer steps."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from accelerate.optimizer import AcceleratedOptimizer
 
 
 class UpdatingOptimizer(AcceleratedOptimizer):
-    """An optimizer over a rank's shares whose step is an update of the compiled model, which steps it.
+    """An optimizer over a rank's shares whose `step` calls the update of the compiled model; the update steps it.
 
-    Its groups and states are the optimizer's, for schedulers and callbacks.
+    Schedulers and callbacks see the groups and states of the optimizer.
 
-    update  updates the weights, and returns whether it left them as they are, since gradients were not finite
+    optimizer  as `Compiled.optimizer` returns it
+    update     updates the weights; returns whether it left them as they are, since gradients were not finite
     """
 
     _is_accelerate_prepared = True
@@ -27,4 +28,4 @@ class UpdatingOptimizer(AcceleratedOptimizer):
         self._is_overflow = self.update()
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
-        """Nothing: the first backward after an update begins with no gradients."""
+        """Does nothing: the first backward after an update begins without gradients."""

@@ -1,4 +1,4 @@
-"""`transformers.Trainer` whose model is trained by `autopart.compile`: its loop, callbacks, logs and arguments stay."""
+"""`transformers.Trainer` over the program of `autopart.compile`. The loop, callbacks, logs and arguments stay."""
 
 from __future__ import annotations
 
@@ -42,13 +42,14 @@ OF_COMPILE = {*SETTINGS, "loss", "plan", "weights", "on_progress", "check_batche
 class Trainer(transformers.Trainer):
     """`transformers.Trainer` on a mesh: the logs and weights of one process with the same arguments.
 
+    given     positional arguments of transformers.Trainer
     mesh      as `autopart.compile` takes it, with one process a device
-    settings  keywords of `autopart.compile`, such as tp, pp, zero, precision, plan, loss and weights; all others, and
-              what is given by position, are transformers.Trainer's
+    settings  keywords of `autopart.compile`, such as tp, pp, zero, precision, plan, loss and weights; all other
+              keywords are those of transformers.Trainer
 
-    `per_device_train_batch_size` is the number of samples of a batch over the whole mesh, as on one process; every rank
-    reads the same rows. All ranks call each method. Raises PartitionError for what transformers.Trainer does and a mesh
-    cannot.
+    `per_device_train_batch_size` is the number of samples of a batch over the whole mesh, as on one process. Every rank
+    reads the same rows. All ranks call each method. Raises PartitionError for settings of transformers.Trainer that a
+    mesh cannot reproduce.
     """
 
     model: Any
@@ -58,7 +59,7 @@ class Trainer(transformers.Trainer):
         self.settings = {name: settings.pop(name) for name in OF_COMPILE & settings.keys()}
         check_plan(self.settings.get("plan"), self.mesh)
         self.compiled: Compiled | None = None
-        """This rank's program, made at the first use of the model."""
+        """This rank's program; None until the first use of the model."""
         self._compiled_from: nn.Module | None = None
         self._divides: bool | None = None
         self._grad_norm = torch.zeros(())
@@ -68,7 +69,7 @@ class Trainer(transformers.Trainer):
         if "loss" in self.settings:
             self.model_accepts_loss_kwargs = False
 
-    # ---- one process to accelerate, whole model where it is ------------------------------------------------
+    # ---- accelerate sees one process, and leaves the model where it is --------------------------------------
 
     def create_accelerator_and_postprocess(self) -> None:
         check_arguments(self.args)
@@ -76,7 +77,7 @@ class Trainer(transformers.Trainer):
         super().create_accelerator_and_postprocess()
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        """Nothing: each rank's shares are on its device."""
+        """Does nothing: each rank's shares are on its device."""
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: DataLoader | None = None) -> nn.Module:
         model._is_accelerate_prepared = True  # so that accelerate neither moves nor wraps it
@@ -92,8 +93,10 @@ class Trainer(transformers.Trainer):
     # ---- the program ---------------------------------------------------------------------------------------
 
     def program(self, batch: Mapping[str, Any]) -> Compiled:
-        """This rank's program of the model, compiled now where there is none: for a batch like those of training or,
-        without a `train_dataset`, like `batch`."""
+        """This rank's program of the model, which the first call compiles.
+
+        The example batch of the compilation is the first of `train_dataset`; without a `train_dataset` it is `batch`.
+        """
         if self.compiled is None or self._compiled_from is not self.model:
             with random_numbers_kept():
                 example = dict(batch if self.train_dataset is None else self._first_batch())
@@ -105,7 +108,7 @@ class Trainer(transformers.Trainer):
         return self.compiled
 
     def _first_batch(self) -> Mapping[str, Any]:
-        """The first batch of training, from a loader that accelerate does not follow."""
+        """The first batch of training, from a loader whose position accelerate does not record."""
         loader = self.get_train_dataloader()
         batch: Mapping[str, Any] = next(iter(getattr(loader, "base_dataloader", loader)))
         return batch
@@ -119,7 +122,10 @@ class Trainer(transformers.Trainer):
     # ---- training ------------------------------------------------------------------------------------------
 
     def train(self, *given: Any, **settings: Any) -> TrainOutput:
-        """As transformers.Trainer. Afterwards the model has the trained weights on every rank, unless it is on meta."""
+        """Train as transformers.Trainer does, with its arguments and result.
+
+        The model then has the trained weights on every rank, unless it is on meta.
+        """
         output = super().train(*given, **settings)
         if self.compiled is not None and not any(p.is_meta for p in self.model.parameters()):
             self.compiled.sync_to(self.model)
@@ -128,7 +134,7 @@ class Trainer(transformers.Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Forward and backward of one batch; its part of the loss of an update."""
+        """Forward and backward of one batch. Returns the batch's part of the loss of an update, a scalar."""
         model.train()
         batch = self._prepare_inputs(inputs)
         compiled, targets = self.program(batch), self._divisor(batch, num_items_in_batch)
@@ -139,8 +145,8 @@ class Trainer(transformers.Trainer):
         return loss.to(self.args.device, torch.float32) * weight
 
     def _divisor(self, batch: Mapping[str, Any], targets: Tensor | int | None) -> float | None:
-        """The `num_items_in_batch` that transformers.Trainer would give the model; None where the model does not divide
-        its loss by that number."""
+        """The `num_items_in_batch` that transformers.Trainer would give the model; None where the loss does not depend
+        on that number."""
         if targets is None or not self.model_accepts_loss_kwargs:
             return None
         if self._divides is None:
@@ -148,7 +154,10 @@ class Trainer(transformers.Trainer):
         return float(targets) if self._divides else None
 
     def _divides_by_targets(self, batch: Mapping[str, Any]) -> bool:
-        """Whether the model computes something else where it is given `num_items_in_batch`."""
+        """Whether the trace of the model differs where forward is given `num_items_in_batch`.
+
+        Raises PartitionError where it differs and the model has no cross-entropy.
+        """
         assert self.compiled is not None
         plan = self.compiled.plan
 
@@ -168,7 +177,7 @@ class Trainer(transformers.Trainer):
         return True
 
     def _update(self) -> bool:
-        """Update the weights; whether that left them as they are."""
+        """Update the weights. Returns whether the update left them as they are, since gradients were not finite."""
         assert self.compiled is not None
         skipped = self.compiled.skipped
         limit = self.args.max_grad_norm if self.args.max_grad_norm > 0 else math.inf
@@ -178,17 +187,17 @@ class Trainer(transformers.Trainer):
         return self.compiled.skipped > skipped
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
-        """Nothing: the update clips."""
+        """Does nothing: the update clips."""
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Tensor:
-        """The tensor that the update puts the norm into, which is read when it is logged."""
+        """A scalar that the next update fills with the norm. transformers.Trainer reads it when it logs."""
         self._grad_norm = torch.zeros(())
         return self._grad_norm
 
     # ---- evaluation ----------------------------------------------------------------------------------------
 
     def evaluation_loop(self, *given: Any, **settings: Any) -> EvalLoopOutput:
-        """As transformers.Trainer; the metrics are those of rank 0 on every rank."""
+        """Evaluate as transformers.Trainer does. Every rank returns the metrics of rank 0."""
         output = super().evaluation_loop(*given, **settings)
         if self.compiled is None:
             return output
@@ -201,7 +210,7 @@ class Trainer(transformers.Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """The loss of a batch, and unless `prediction_loss_only` what the model returns, and the labels."""
+        """(loss, outputs, labels) of a batch in evaluation mode; None for the last two with `prediction_loss_only`."""
         batch = self._prepare_inputs(inputs)
         compiled = self.program(batch)
         names = () if prediction_loss_only else self._outputs(batch, ignore_keys)
@@ -217,7 +226,7 @@ class Trainer(transformers.Trainer):
         return loss, _alone(logits), _alone(labels)
 
     def _outputs(self, batch: Mapping[str, Any], ignored: list[str] | None) -> tuple[str, ...]:
-        """Names of what the model returns in evaluation mode, besides the loss and what is ignored."""
+        """Names of the model's outputs in evaluation mode, without the loss and the outputs `ignored`."""
         if ignored is None:
             ignored = getattr(getattr(self.model, "config", None), "keys_to_ignore_at_inference", ["cache"])
         assert self.compiled is not None
@@ -255,7 +264,10 @@ class Trainer(transformers.Trainer):
             super()._save_rng_state(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Nothing yet: the weights are loaded with the optimizer."""
+        """Checks the checkpoint; `_load_optimizer_and_scheduler` loads weights and optimizer together.
+
+        Raises PartitionError for a checkpoint without the state that `Compiled.save` writes.
+        """
         if not files.checkpoints(Path(resume_from_checkpoint)):
             raise PartitionError(
                 f"{resume_from_checkpoint} has no state of an optimizer that autopart wrote",
@@ -279,4 +291,5 @@ class Trainer(transformers.Trainer):
 
 
 def _alone(values: tuple[Any, ...]) -> Any:
+    """The value of a tuple of one; other tuples as they are."""
     return values[0] if len(values) == 1 else values
