@@ -46,8 +46,9 @@ def plan(
     on_progress: OnProgress = silent,
     **settings: Unpack[Settings],
 ) -> Plan:
-    """Find the fastest way to train `model` on `mesh` that fits its memory. Needs no devices and no memory: the model
-    may be on meta.
+    """Find the fastest plan to train `model` on `mesh` that fits the memory of the devices.
+
+    Planning needs no devices and no memory for weights: the model may be on meta.
 
     model        any nn.Module whose forward takes `batch` and returns a loss (alone, as `.loss`, or first)
     mesh         "hosts x devices:device", as "4x8:h100-80gb"; a Mesh; or a DeviceMesh, whose axes pp, dp, tp are kept
@@ -72,7 +73,7 @@ def estimate(
     loss: Loss | None = None,
     **settings: Unpack[Settings],
 ) -> Estimate:
-    """What the configuration in `settings` (see `plan`) would cost, whether it fits or not."""
+    """The seconds and bytes of the configuration in `settings`, whether it fits or not. Arguments as in `plan`."""
     model = with_loss(model, loss)
     request = request_of(model, batch, **settings)
     source = Source(model, batch, DTYPES[request.precision])
@@ -126,11 +127,9 @@ def compile(
     model = with_loss(model, loss)
     start_processes(mesh.size)
     request = request_of(model, batch, **settings)
-    given = None
-    if weights is None:
+    given = None if weights is None else given_weights(model, weights, torch.initial_seed() if seed is None else seed)
+    if given is None:
         check_has_weights(model)
-    else:
-        given = given_weights(model, weights, torch.initial_seed() if seed is None else seed)
     source = Source(given.model if given else model, batch, DTYPES[plan.precision if plan else request.precision])
     if plan is None and request.micro_batch and dist.is_initialized() and dist.get_rank():
         with suppress(PartitionError):  # which rank 0 raises for all
@@ -204,7 +203,7 @@ def _agreed(given: Plan | None, seed: int | None, make: Callable[[], Plan]) -> t
 
 
 def _has_trace(source: Source, plan: Plan, hash: str) -> bool:
-    """Whether a model, traced as it is now, is the one that a plan's program was emitted from."""
+    """Whether the trace of a model, as the model is now, has the hash of the trace that a program was emitted from."""
     with suppress(PartitionError):
         return replace(source, prepared={}).full(plan.micro_batch, plan.mesh).hash == hash
     return False

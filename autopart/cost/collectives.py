@@ -29,13 +29,13 @@ from numpy.typing import NDArray
 from autopart.hardware.mesh import Group
 from autopart.hardware.rows import Link
 
-BASES = (3.6e-6, 10e-6, 8.4e-6)
+BASE_SECONDS = (3.6e-6, 10e-6, 8.4e-6)
 """Seconds before the first step, by protocol: LL, LL128, Simple (nccl `baseLat`)."""
 
-SHARES = (1 / 4, 0.92, 1.0)
+BANDWIDTH_SHARES = (1 / 4, 0.92, 1.0)
 """Bytes/s that a protocol reaches / bandwidth, by protocol."""
 
-STEPS: Mapping[str, tuple[float, float, float]] = {
+RING_STEPS: Mapping[str, tuple[float, float, float]] = {
     "nvlink": (0.47e-6, 1.9e-6, 3.4e-6),
     "pci": (1.0e-6, 2.5e-6, 5.7e-6),
     "network": (2.7e-6, 4.0e-6, 9.6e-6),
@@ -49,7 +49,7 @@ TREE_STEPS: Mapping[str, tuple[float, float, float]] = {
 }
 """Kind of link -> seconds of a step of a tree, by protocol (nccl `hwLat`)."""
 
-TREE = 0.9
+TREE_BANDWIDTH = 0.9
 """Bandwidth of a tree / bandwidth of a ring (nccl)."""
 
 
@@ -59,13 +59,13 @@ def ring_bandwidth(group: Group) -> float:
     inside a host  bandwidth x share x lanes
     between hosts  bandwidth x share x network cards x ranks of a host
     """
-    found = _inside(group) if group.per_host > 1 else math.inf
+    found = _bandwidth_in_host(group) if group.per_host > 1 else math.inf
     if group.hosts > 1:
         found = min(found, group.inter.bandwidth * group.inter.share * group.nics * group.per_host)
     return found
 
 
-def _inside(group: Group) -> float:
+def _bandwidth_in_host(group: Group) -> float:
     """Bytes/s that every rank of a ring sends inside a host: bandwidth x share x lanes.
 
     lanes = log(ranks of a host) / log(`Link.wired`), at most 1; with a switch, 1
@@ -77,23 +77,23 @@ def _inside(group: Group) -> float:
 
 def _latencies(link: Link, tree: bool) -> tuple[float, ...]:
     """Seconds of a step over a link, by protocol."""
-    return (link.latency_seconds,) * 3 if link.kind == "host" else (TREE_STEPS if tree else STEPS)[link.kind]
+    return (link.latency_seconds,) * 3 if link.kind == "host" else (TREE_STEPS if tree else RING_STEPS)[link.kind]
 
 
-def _nccl(group: Group) -> bool:
+def _runs_on_nccl(group: Group) -> bool:
     """Whether NCCL runs the group's collectives: over all links but those of kind "host"."""
     return (group.inter if group.hosts > 1 else group.intra).kind != "host"
 
 
-def _sent(wire: Any, near: float, far: float, group: Group, bandwidth: float, tree: bool = False) -> Any:
+def _fastest_protocol(wire: Any, near: float, far: float, group: Group, bandwidth: float, tree: bool = False) -> Any:
     """Seconds to send `wire` bytes a rank, in `near` steps inside hosts and `far` steps between hosts:
 
     min over protocols of base + near x step inside + far x step between + wire / (bandwidth x share)
     """
     best = np.inf
     own, other = (_latencies(link, tree) for link in (group.intra, group.inter))
-    for base, share, a, b in zip(BASES, SHARES, own, other, strict=True):
-        if not _nccl(group):
+    for base, share, a, b in zip(BASE_SECONDS, BANDWIDTH_SHARES, own, other, strict=True):
+        if not _runs_on_nccl(group):
             base, share = 0.0, 1.0
         best = np.minimum(best, base + near * a + far * b + wire / (bandwidth * share))
     return best
@@ -104,7 +104,7 @@ def _ring(wire: Any, rounds: int, group: Group) -> Any:
     if group.ranks == 1:
         return 0.0 * wire
     far = group.hosts - 1
-    return _sent(wire, rounds * (group.ranks - 1 - far), rounds * far, group, ring_bandwidth(group))
+    return _fastest_protocol(wire, rounds * (group.ranks - 1 - far), rounds * far, group, ring_bandwidth(group))
 
 
 def _measured(name: str, nbytes: Any, group: Group) -> Any | None:
@@ -131,10 +131,12 @@ def all_reduce_seconds(nbytes: Any, group: Group) -> Any:
     Computing 35(12), 2009).
     """
     ring = _ring(2 * (group.ranks - 1) / group.ranks * nbytes, 2, group)
-    if group.hosts == 1 or not _nccl(group):
+    if group.hosts == 1 or not _runs_on_nccl(group):
         return ring
     far = 2 * math.ceil(math.log2(group.hosts))
-    tree = _sent(2.0 * nbytes, 2 * (group.per_host - 1), far, group, ring_bandwidth(group) * TREE, tree=True)
+    tree = _fastest_protocol(
+        2.0 * nbytes, 2 * (group.per_host - 1), far, group, ring_bandwidth(group) * TREE_BANDWIDTH, tree=True
+    )
     return np.minimum(ring, tree)
 
 
@@ -146,11 +148,11 @@ def all_to_all_seconds(nbytes: Any, group: Group) -> Any:
     rates = []
     if local > 1:
         most = group.intra.bandwidth * group.intra.exchange
-        rates.append((local - 1) / p / min(_inside(group), most))
+        rates.append((local - 1) / p / min(_bandwidth_in_host(group), most))
     if group.hosts > 1:
         most = group.inter.bandwidth * group.inter.exchange * group.nics
         rates.append((p - local) / p / most)
-    return _sent(max(rates) * nbytes, local - 1, p - local, group, 1.0)
+    return _fastest_protocol(max(rates) * nbytes, local - 1, p - local, group, 1.0)
 
 
 def broadcast_seconds(nbytes: Any, group: Group) -> Any:
@@ -163,7 +165,7 @@ def p2p_seconds(nbytes: Any, link: Link) -> Any:
     if link.measured:
         return measured_seconds(nbytes, link.measured.p2p)
     pair = Group(2, 2, link, link)
-    return _sent(1.0 * nbytes, 1, 0, pair, _inside(pair))
+    return _fastest_protocol(1.0 * nbytes, 1, 0, pair, _bandwidth_in_host(pair))
 
 
 def merged_seconds(nbytes: Any, group: Group, name: str = "all_gather") -> Any:

@@ -126,7 +126,7 @@ def _measured_seconds(work: Work, device: Device, measured: Measured) -> Seconds
     if len(products):
         each = [
             product_tables(work.sizes[products, 0], m, n, k, work.peak[products], device.flops, measured)
-            for m, n, k in _three(*work.sizes[products, 1:4].T)
+            for m, n, k in _with_gradients(*work.sizes[products, 1:4].T)
         ]
         alone, (first, second) = device.launch_seconds * measured.pace, work.grads[products].T
         forward[products] = each[0] + alone
@@ -163,13 +163,13 @@ def _product_seconds(sizes: Array, nbytes: Array, peak: Array, grads: Array, dev
     """
     assert device.silicon is not None
     batch, m, n, k = sizes[:4]
-    high, wide, deep = np.swapaxes(_three(m, n, k), 0, 1)
+    high, wide, deep = np.swapaxes(_with_gradients(m, n, k), 0, 1)
     each = product_seconds(batch, high, wide, deep, nbytes, peak, device.bandwidth, device.silicon)
     forward, first, second = with_launch(each, device)
     return Seconds(forward, grads[0] * first + grads[1] * second)
 
 
-def _three(m: Array, n: Array, k: Array) -> Array:
+def _with_gradients(m: Array, n: Array, k: Array) -> Array:
     """[3, 3, products]: m, n and k of a product, and of the two products that give the gradients of its factors."""
     return np.array([[m, n, k], [m, k, n], [k, n, m]])
 
@@ -208,7 +208,7 @@ SPLIT_LOSS = "vocab_cross_entropy"
 """The function of `autopart.runtime` for the cross-entropy of logits that are split along the vocabulary."""
 
 
-def largest_of(made: Any, taken: Any, record: Any, loss: bool, split: bool) -> Any:
+def largest_gradient_bytes(made: Any, taken: Any, record: Any, loss: bool, split: bool) -> Any:
     """Bytes of the largest gradient in an operator's backward.
 
         cross-entropy                        taken, or taken / 2 where the logits are split (`runtime.functions`)
@@ -225,19 +225,19 @@ def largest_of(made: Any, taken: Any, record: Any, loss: bool, split: bool) -> A
     return (made + taken * (not record.view)) / 2 if record.logits else made
 
 
-def bytes_of_backward(made: Any, taken: Any, weights: Any, record: Any, loss: bool, split: bool) -> Any:
+def backward_gradient_bytes(made: Any, taken: Any, weights: Any, record: Any, loss: bool, split: bool) -> Any:
     """Bytes of the gradients that are alive in an operator's backward.
 
         matrix product, embedding  made + taken + weights
-        other operators            `Info.gradient_copies` x `largest_of`
+        other operators            `Info.gradient_copies` x `largest_gradient_bytes`
 
     weights  bytes of the gradients of parameters
 
-    The other arguments are those of `largest_of`.
+    The other arguments are those of `largest_gradient_bytes`.
     """
     if not loss and (record.product or 0 in record.weights):
         return made + taken + weights
-    return record.gradient_copies * largest_of(made, taken, record, loss, split)
+    return record.gradient_copies * largest_gradient_bytes(made, taken, record, loss, split)
 
 
 def backward_ratio_of(record: Info, inputs: Iterable[Info]) -> int:

@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from autopart.cost.compute import LOSS, NO_SIZES, SPLIT_LOSS, Array, bytes_of_backward, largest_of
+from autopart.cost.compute import LOSS, NO_SIZES, SPLIT_LOSS, Array, backward_gradient_bytes, largest_gradient_bytes
 from autopart.cost.liveness import MODES
 from autopart.sharding.notation import saved_as
 from autopart.sharding.resharding import Reshard, Step
@@ -206,7 +206,8 @@ class Sizes:
         return made
 
     def _backward(self, node: Node, option: int) -> tuple[Array, Array, Array]:
-        """`largest_of`; `bytes_of_backward` without gradients of parameters; bytes of the parameters with gradients."""
+        """(`largest_gradient_bytes`, `backward_gradient_bytes` without the gradients of parameters, bytes of the
+        parameters with gradients)."""
         made, taken, weights = self._output_bytes(node, option), np.zeros(4), np.zeros(4)
         for i, operand in enumerate(node.operands if node.product else node.operands[:1]):
             if operand is not None:
@@ -216,8 +217,8 @@ class Sizes:
                 into += self.byte_coefficients(value, node.taken(option, i)) * value.grad
         split = any(strategy.local == SPLIT_LOSS for strategy in node.options[option])
         loss = node.kind_index == LOSS
-        backward = bytes_of_backward(made, taken, 0.0 * weights, node, loss, split)
-        return largest_of(made, taken, node, loss, split), backward, weights
+        backward = backward_gradient_bytes(made, taken, 0.0 * weights, node, loss, split)
+        return largest_gradient_bytes(made, taken, node, loss, split), backward, weights
 
     def _moved(self, node: Node, option: int) -> Array:
         moved = self._output_bytes(node, option)

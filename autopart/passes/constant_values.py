@@ -1,7 +1,7 @@
 """Values that depend on shapes and buffers alone, and the patterns of masks among them.
 
 A value is computed when it is asked for. The mask of a long sequence is not computed, since it would take one byte for
-each pair of tokens: it is bounded in blocks of BLOCK x BLOCK elements. A comparison is monotonic in each argument, so
+each pair of tokens: it is bounded in blocks of BLOCK_SIZE x BLOCK_SIZE. A comparison is monotonic in each argument, so
 that the least and the largest numbers of a block's rows and columns bound the comparison in the block. Blocks whose two
 bounds differ, such as those on the diagonal of a causal mask, are computed one at a time.
 """
@@ -22,9 +22,9 @@ from autopart.sharding.rules.base import replaced
 Tensor = torch.Tensor
 Take = Callable[[Tensor, bool], Tensor]
 """(numbers in rows and columns, whether the upper bound is asked for) -> one block, or a bound of every block."""
-LARGEST = 2**24
+MAX_ELEMENTS = 2**24
 """The most elements of a value that is computed."""
-BLOCK = 128
+BLOCK_SIZE = 128
 """Rows of a block, and columns of a block."""
 
 COMPARISONS = {"aten.le": "-+", "aten.lt": "-+", "aten.ge": "+-", "aten.gt": "+-"}
@@ -55,7 +55,7 @@ class ConstantValues:
         self.patterns: dict[fx.Node, str] = {}
 
     def value(self, node: fx.Node) -> Tensor | None:
-        """The node's value; None where it depends on data or has more than LARGEST elements.
+        """The node's value; None where it depends on data or has more than MAX_ELEMENTS elements.
 
         Dims along which the value repeats have stride 0.
         """
@@ -80,12 +80,12 @@ class ConstantValues:
         values = {n: v for n in node.all_input_nodes if (v := self.value(n)) is not None}
         if len(values) < len(node.all_input_nodes):
             return None
-        given, values, shape = _once(node, values)
-        if shape.numel() > LARGEST:
+        given, values, shape = _unrepeated_call(node, values)
+        if shape.numel() > MAX_ELEMENTS:
             return None
         args, kwargs = fx.map_arg((given, node.kwargs), lambda n: values[n])
         result: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
-        return _repeat(result).expand(record.shape)
+        return _without_equal_elements(result).expand(record.shape)
 
     def _pattern(self, mask: fx.Node) -> str:
         shape = torch.Size((1, 1, *info(mask).shape))
@@ -130,7 +130,7 @@ class ConstantValues:
         signs = None if any(d.is_floating_point for d in dtypes) else table.get(name)
         if signs is None:
             value = self.value(node)
-            return None if value is None else take(torch.atleast_2d(_collapse(value)), most)
+            return None if value is None else take(torch.atleast_2d(_without_stride_zero(value)), most)
         args = [
             self._taken(a, take, most == (sign == "+")) if isinstance(a, fx.Node) else a
             for a, sign in zip(node.args, signs, strict=True)
@@ -138,7 +138,7 @@ class ConstantValues:
         return None if any(a is None for a in args) else node.target(*args)  # type: ignore[operator]
 
 
-def _once(node: fx.Node, values: Mapping[fx.Node, Tensor]) -> tuple[Any, dict[fx.Node, Tensor], torch.Size]:
+def _unrepeated_call(node: fx.Node, values: Mapping[fx.Node, Tensor]) -> tuple[Any, dict[fx.Node, Tensor], torch.Size]:
     """The arguments, operands and shape of a smaller call: one element in each dim along which the value repeats.
 
     The value repeats along a dim if the operator's rule can split the dim, and every operand that the rule splits with
@@ -164,7 +164,7 @@ def _once(node: fx.Node, values: Mapping[fx.Node, Tensor]) -> tuple[Any, dict[fx
 def _bound(numbers: Tensor, most: bool) -> Tensor:
     """The least number of every block, or the largest: (..., row blocks, column blocks)."""
     for dim in (-2, -1):
-        parts = numbers.split(BLOCK, dim)
+        parts = numbers.split(BLOCK_SIZE, dim)
         numbers = torch.cat([p.amax(dim, True) if most else p.amin(dim, True) for p in parts], dim)
     return numbers
 
@@ -173,12 +173,12 @@ def _block(place: list[int], numbers: Tensor, most: bool) -> Tensor:
     """The numbers of the block at a place (row block, column block). A dim of size 1 is the same in all blocks."""
     for dim, number in zip((-2, -1), place, strict=True):
         if numbers.shape[dim] > 1:
-            start = number * BLOCK
-            numbers = numbers.narrow(dim, start, min(BLOCK, numbers.shape[dim] - start))
+            start = number * BLOCK_SIZE
+            numbers = numbers.narrow(dim, start, min(BLOCK_SIZE, numbers.shape[dim] - start))
     return numbers
 
 
-def _collapse(values: Tensor) -> Tensor:
+def _without_stride_zero(values: Tensor) -> Tensor:
     """The tensor with size 1 in every dim of stride 0."""
     for dim, stride in enumerate(values.stride()):
         if stride == 0:
@@ -186,7 +186,7 @@ def _collapse(values: Tensor) -> Tensor:
     return values
 
 
-def _repeat(values: Tensor) -> Tensor:
+def _without_equal_elements(values: Tensor) -> Tensor:
     """The tensor with size 1 in every dim along which all elements are equal. Large tensors are left as they are."""
     if not 0 < values.numel() <= 2**22:
         return values

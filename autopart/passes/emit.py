@@ -41,7 +41,7 @@ def emit(stage: StageGraph, modes: Sequence[str], cuts: Mapping[int, CheckpointC
 
 def _header(module: StageModule) -> list[str]:
     """The docstring and the imports of the module, known once all its lines are written."""
-    settings, used = module.settings, module.speller.used
+    settings, used = module.settings, module.printer.used
     place = f"stage {module.stage.index} of {settings.stages} on {settings.mesh}"
     sliced = "weight_slice" in used
     return [

@@ -2,11 +2,11 @@
 
 Every value has one of these states:
 
-    ONE      the value does not depend on the samples
-    int      the value of each sample depends on that sample alone; the number is the dim of samples
-    MEAN     value(batch) = mean over equal micro-batches of value(micro-batch)
-    SUM      value(batch) = sum over micro-batches of value(micro-batch)
-    MIXED    anything else, such as a sort of all tokens, batch statistics, or the product of two means
+    CONSTANT  the value does not depend on the samples
+    int       the value of each sample depends on that sample alone; the number is the dim of samples
+    MEAN      value(batch) = mean over equal micro-batches of value(micro-batch)
+    SUM       value(batch) = sum over micro-batches of value(micro-batch)
+    MIXED     anything else, such as a sort of all tokens, batch statistics, or the product of two means
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from torch import fx
 from autopart.ir.graph import calls, info, is_pick, loss_of, operands, shape_args, value_of
 from autopart.sharding.rules import Strategy, strategies
 
-ONE, MEAN, SUM, MIXED = "one", "mean", "sum", "mixed"
+CONSTANT, MEAN, SUM, MIXED = "one", "mean", "sum", "mixed"
 State = str | int
 Value = tuple[fx.Node, int]
 
 ADDS = {"aten.add.Tensor", "aten.sub.Tensor", "aten.rsub.Scalar", "aten.cat", "aten.stack"}
-"""Operators whose result is a MEAN where one operand is a MEAN and all others are MEAN or ONE."""
+"""Operators whose result is a MEAN where one operand is a MEAN and all others are MEAN or CONSTANT."""
 
 
 def first_mixing(graph: fx.Graph) -> fx.Node | None:
     """The first operator that makes the loss something else than a mean over samples; None where it is such a mean."""
     states: dict[Value, State] = {
-        (n, 0): ONE if (batch := info(n).batch) is None else batch for n in graph.nodes if n.op == "placeholder"
+        (n, 0): CONSTANT if (batch := info(n).batch) is None else batch for n in graph.nodes if n.op == "placeholder"
     }
     for node in calls(graph):
         if not is_pick(node):
             for index, state in enumerate(_states(node, states)):
                 states[node, index] = state
     loss = value_of(loss_of(graph))
-    if states[loss] in (MEAN, ONE):
+    if states[loss] in (MEAN, CONSTANT):
         return None
     node = loss[0]
     while blamed := [v for n in node.all_input_nodes if states[v := value_of(n)] == MIXED]:
@@ -51,8 +51,8 @@ def _states(node: fx.Node, states: Mapping[Value, State]) -> Sequence[State]:
     given = [None if s is None else states[s] for s in sources]
     kinds = {s for s in given if s is not None}
     count = len(record.shapes)
-    if kinds <= {ONE}:
-        return [ONE if record.batch is None else record.batch] * count
+    if kinds <= {CONSTANT}:
+        return [CONSTANT if record.batch is None else record.batch] * count
     if MIXED in kinds:
         return [MIXED] * count
     options = strategies(record.name, shape_args(node), record.shapes, 1)
@@ -95,14 +95,14 @@ def _repeats(value: Value, dim: int) -> bool:
 
 def _of_whole(name: str, kinds: set[State], given: Sequence[State | None], options: Sequence[Strategy]) -> State:
     """The state of a value that is computed from means, sums and constants alone."""
-    total = kinds - {ONE}
+    total = kinds - {CONSTANT}
     if len(total) > 1:
         return MIXED
     (kind,) = total
     if name in ADDS and kind == MEAN:
         return MEAN
-    if ONE not in kinds:
+    if CONSTANT not in kinds:
         return kind if any(o.name == "P" for o in options) else MIXED
-    if name == "aten.mul.Tensor" or (name == "aten.div.Tensor" and given[1] == ONE):
+    if name == "aten.mul.Tensor" or (name == "aten.div.Tensor" and given[1] == CONSTANT):
         return kind
     return MIXED

@@ -26,7 +26,7 @@ def randomness(traced: Traced) -> Traced:
     graph = traced.graph
     drawn: Counter[str] = Counter()
     for node in calls(graph):
-        if not _random(node):
+        if not _is_random(node):
             continue
         rewrite = REWRITES.get(info(node).name, _refused)
         module = info(node).module or "model"
@@ -43,15 +43,15 @@ def randomness(traced: Traced) -> Traced:
     return traced
 
 
-def _random(node: fx.Node) -> bool:
+def _is_random(node: fx.Node) -> bool:
     """Whether a call draws random numbers."""
     name, args = info(node).name, node.args
-    if name in ONLY_WITH:
-        return all(len(args) > at and bool(args[at]) for at in ONLY_WITH[name])
+    if name in DRAWS_IF:
+        return all(len(args) > at and bool(args[at]) for at in DRAWS_IF[name])
     return name in REWRITES or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
-def _filled(node: fx.Node, required: int, *defaults: Any) -> list[Any]:
+def _all_arguments(node: fx.Node, required: int, *defaults: Any) -> list[Any]:
     """All arguments of a call: those given, then the defaults of the others. `required` arguments have no default."""
     return [*node.args, *defaults[len(node.args) - required :]]
 
@@ -109,7 +109,7 @@ def _standard(new: New, node: fx.Node, stream: Stream) -> fx.Node:
 
 def _uniform(new: New, node: fx.Node, stream: Stream) -> fx.Node:
     """low + (high - low) u of a uniform u."""
-    _, low, high = _filled(node, 1, 0.0, 1.0)
+    _, low, high = _all_arguments(node, 1, 0.0, 1.0)
     return _scaled(new, node, _rand(new, node, stream), high - low, low)
 
 
@@ -117,7 +117,7 @@ def _normal(new: New, node: fx.Node, stream: Stream) -> fx.Node:
     """Normal numbers: mean + deviation sqrt(2) erfinv(2 u - 1) of a uniform u."""
     mean, deviation = 0.0, 1.0
     if info(node).name == "aten.normal_functional":
-        _, mean, deviation = _filled(node, 1, 0.0, 1.0)
+        _, mean, deviation = _all_arguments(node, 1, 0.0, 1.0)
     drawn = _rand(new, node, stream)
     centred = new(aten.sub.Tensor, new(aten.mul.Tensor, drawn, 2.0), 1.0)
     return _scaled(new, node, new(aten.erfinv.default, centred), math.sqrt(2.0) * deviation, mean)
@@ -145,7 +145,7 @@ def _bernoulli(new: New, node: fx.Node, stream: Stream) -> fx.Node:
 
 def _attention(new: New, node: fx.Node, stream: Stream) -> fx.Node:
     """dropout(softmax(scale q k^T + mask)) v, of q (batch, heads, queries, d) and k, v (batch, heads, keys, d)."""
-    query, key, value, mask, p, causal = _filled(node, 3, None, 0.0, False)
+    query, key, value, mask, p, causal = _all_arguments(node, 3, None, 0.0, False)
     heads, served = info(query).shape[1], info(key).shape[1]
     if node.kwargs.get("enable_gqa") and heads != served:
         key, value = (_repeated(new, x, heads // served) for x in (key, value))
@@ -198,7 +198,7 @@ REWRITES: dict[str, Callable[[New, fx.Node, Stream], fx.Node]] = {
 }
 """Random operator -> function that draws from the same distribution by a stream. Other random operators are refused."""
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-ONLY_WITH: dict[str, tuple[int, ...]] = {
+DRAWS_IF: dict[str, tuple[int, ...]] = {
     "aten.scaled_dot_product_attention": (4,),
     "aten.dropout": (1, 2),
     "aten.feature_dropout": (1, 2),

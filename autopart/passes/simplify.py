@@ -18,7 +18,7 @@ from torch import fx
 from autopart.ir.expert_ops import grouped_linear
 from autopart.ir.graph import Traced, call_args, calls, info, is_pick, loss_of, new_call
 from autopart.passes.constant_values import ConstantValues
-from autopart.passes.simplify_masks import attention_mask, index_everything, own_targets, true_conditions
+from autopart.passes.simplify_masks import attention_mask, index_all, learned_targets, true_conditions
 
 aten = torch.ops.aten
 
@@ -93,7 +93,7 @@ def _positional(node: fx.Node) -> None:
     node.args, node.kwargs = tuple(args), {k: v for k, v in kwargs.items() if v is not None}
 
 
-def _drop(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
+def _no_op(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
     """op(x) as x, for an operator that changes nothing, such as a clone or a dropout of 0."""
     if not node.args or not isinstance(node.args[0], fx.Node):
         return None
@@ -112,7 +112,7 @@ def _drop(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node 
     return source if identity else None
 
 
-def _only_piece(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
+def _single_piece(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
     """split(x, ...)[0] as x, where the split has one piece; unbind(x)[0] of one piece as a select."""
     if info(node).name != "autopart.getitem":
         return None
@@ -126,7 +126,7 @@ def _only_piece(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx
     return whole if info(pieces).name in ("aten.split.Tensor", "aten.split_with_sizes", "aten.chunk") else None  # type: ignore[return-value]
 
 
-def _grid(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
+def _meshgrid(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
     """meshgrid(vectors)[i] as vector i, reshaped along dim i and expanded along the others. Indexing "xy" swaps dims 0
     and 1."""
     if not is_pick(node):
@@ -191,7 +191,7 @@ def _conjugate(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.
     return new_call(graph, aten.conj_physical.default, tuple(node.args), node) if lazy else None
 
 
-EMPTY = {
+UNSET = {
     "aten.empty_like": aten.zeros_like.default,
     "aten.new_empty": aten.new_zeros.default,
     "aten.empty.memory_format": aten.zeros.default,
@@ -201,7 +201,7 @@ EMPTY = {
 
 def _initialised(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
     """empty(...) as zeros(...), so that the values are equal on all ranks."""
-    target = EMPTY.get(info(node).name)
+    target = UNSET.get(info(node).name)
     return None if target is None else new_call(graph, target, tuple(node.args), node, dict(node.kwargs))
 
 
@@ -282,9 +282,9 @@ def _unflatten(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.
 
 
 REWRITES = (
-    _drop,
-    _only_piece,
-    _grid,
+    _no_op,
+    _single_piece,
+    _meshgrid,
     _copy,
     _cast,
     _complex_write,
@@ -294,9 +294,9 @@ REWRITES = (
     _experts,
     _reshape,
     _bias_apart,
-    own_targets,
+    learned_targets,
     _unflatten,
-    index_everything,
+    index_all,
     true_conditions,
     attention_mask,
 )

@@ -21,7 +21,7 @@ def _is_arange(values: torch.Tensor, dim: int, size: int) -> bool:
     return list(values.shape) == shape and torch.equal(values.flatten(), torch.arange(size))
 
 
-def index_everything(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
+def index_all(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
     """x[arange(m)[:, None], arange(n)[None, :]] as a reshape of x, whose shape is (m, n)."""
     if info(node).name != "aten.index.Tensor":
         return None
@@ -83,7 +83,7 @@ def attention_mask(graph: fx.Graph, node: fx.Node, constants: ConstantValues) ->
     return None
 
 
-def own_targets(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
+def learned_targets(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
     """cross_entropy(x, t) as the sum of the losses / (number of targets t != ignore_index), where t depends on weights.
 
     The number of valid targets is then not known before the forward pass.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from autopart.cost.compute import SPLIT_LOSS, bytes_of_backward, is_loss, largest_of
+from autopart.cost.compute import SPLIT_LOSS, backward_gradient_bytes, is_loss, largest_gradient_bytes
 from autopart.ir.graph import Info, info, operands
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.sharding.notation import Placement
@@ -177,12 +177,14 @@ class Named(str):
 
 
 def backward_of(node: fx.Node, grad_alloc_ratio: float) -> tuple[float, float]:
-    """`largest_of` and `bytes_of_backward` of a node of a stage's graph, in bytes."""
+    """`largest_gradient_bytes` and `backward_gradient_bytes` of a node of a stage's graph, in bytes."""
     record = info(node)
     taken = dict.fromkeys((True, False), 0.0)
     for i, operand in enumerate(operands(node) if record.kind == "op" else []):
         if operand is not None and (record.product or i == 0) and info(operand).grad:
             taken[i in record.weights] += info(operand).size
     what = record, is_loss(record), SPLIT_LOSS in record.name
-    largest = largest_of(record.size, taken[False], *what)
-    return float(largest), float(bytes_of_backward(record.size, taken[False], grad_alloc_ratio * taken[True], *what))
+    largest = largest_gradient_bytes(record.size, taken[False], *what)
+    return float(largest), float(
+        backward_gradient_bytes(record.size, taken[False], grad_alloc_ratio * taken[True], *what)
+    )

@@ -96,7 +96,7 @@ class PredictedSeconds(Callback):
                 self.report(self.line)
 
     def seconds(self) -> dict[str, tuple[float, float]]:
-        """Cause -> (predicted, median of measured) seconds of a step on this rank's stage; "step": of the whole step."""
+        """Cause -> (predicted, median of measured) seconds of a step on this rank's stage; "step": the whole step."""
         predicted = {**timeline(self.plan).stages[self.stage].seconds, "step": self.plan.step_seconds}
         predicted["other"] = predicted.pop("idle")
         names = dict.fromkeys([*predicted, *CAUSES.values()])

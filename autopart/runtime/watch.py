@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from autopart.runtime.compiled import Compiled
 
 
-class Figures(Callback):
+class MetricsCallback(Callback):
     """Gives the metrics of every update to `record`, on rank 0.
 
     loss                of the update's last batch
@@ -33,24 +33,24 @@ class Figures(Callback):
     def trained(self, step: int, loss: float, seconds: float) -> None:
         if not self.shows:
             return
-        figures = {"loss": loss}
+        metrics = {"loss": loss}
         if (norm := self.compiled.grad_norm) is not None:
-            figures["grad_norm"] = float(norm)
+            metrics["grad_norm"] = float(norm)
         if self.updates:
             plan = self.compiled.plan
             rate = (step + 1 - self.batches) * plan.global_batch / seconds
-            figures["samples_per_second"] = rate
+            metrics["samples_per_second"] = rate
             if plan.signature.tokens:
-                figures["tokens_per_second"] = rate * plan.signature.tokens
+                metrics["tokens_per_second"] = rate * plan.signature.tokens
         self.batches, self.updates = step + 1, self.updates + 1
-        self.record(step, figures)
+        self.record(step, metrics)
 
-    def record(self, step: int, figures: dict[str, float]) -> None:
+    def record(self, step: int, metrics: dict[str, float]) -> None:
         """Called with the metrics of an update. `step` is the number of the update's last batch, from 0."""
         raise NotImplementedError
 
 
-class Progress(Figures):
+class Progress(MetricsCallback):
     """A progress bar on rank 0's stderr: batches, loss, gradient norm, and tokens/s or else samples/s.
 
     steps  batches of the whole training, after which the bar is closed; None: not known
@@ -67,17 +67,17 @@ class Progress(Figures):
         self.bar = Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not self.shows)
         self.task, self.steps = self.bar.add_task("", total=steps), steps
 
-    def record(self, step: int, figures: dict[str, float]) -> None:
+    def record(self, step: int, metrics: dict[str, float]) -> None:
         """Show the metrics."""
         if self.updates == 1:
             self.bar.start()
             atexit.register(self.close)  # closing the bar shows the cursor
-        parts = [f"loss {figures['loss']:.4f}"]
-        if "grad_norm" in figures:
-            parts.append(f"grad norm {figures['grad_norm']:.3g}")
+        parts = [f"loss {metrics['loss']:.4f}"]
+        if "grad_norm" in metrics:
+            parts.append(f"grad norm {metrics['grad_norm']:.3g}")
         for unit in ("tokens", "samples"):
-            if (name := f"{unit}_per_second") in figures:
-                parts.append(f"{figures[name]:,.0f} {unit}/s")
+            if (name := f"{unit}_per_second") in metrics:
+                parts.append(f"{metrics[name]:,.0f} {unit}/s")
                 break
         self.bar.update(self.task, completed=step + 1, description="  ".join(parts))
         if self.steps is not None and step + 1 >= self.steps:
@@ -90,7 +90,7 @@ class Progress(Figures):
         atexit.unregister(self.close)
 
 
-class TensorBoard(Figures):
+class TensorBoard(MetricsCallback):
     """Writes the metrics of every update as scalars that TensorBoard reads.
 
     folder  of the event files, which rank 0 writes
@@ -106,10 +106,10 @@ class TensorBoard(Figures):
             raise _not_installed("autopart.TensorBoard", "tensorboard") from error
         self.writer = SummaryWriter(str(folder)) if self.shows else None
 
-    def record(self, step: int, figures: dict[str, float]) -> None:
+    def record(self, step: int, metrics: dict[str, float]) -> None:
         """Write the metrics."""
         assert self.writer is not None
-        for name, value in figures.items():
+        for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
@@ -118,7 +118,7 @@ class TensorBoard(Figures):
             self.writer.close()
 
 
-class WeightsAndBiases(Figures):
+class WeightsAndBiases(MetricsCallback):
     """Logs the metrics of every update to a run of Weights & Biases, whose config has the plan's head and step seconds.
 
     settings  keywords of `wandb.init`, such as `project`
@@ -136,10 +136,10 @@ class WeightsAndBiases(Figures):
         config = {"plan": plan.head, "predicted_seconds": plan.step_seconds, **(settings.pop("config", None) or {})}
         self.run = wandb.init(config=config, **settings) if self.shows else None
 
-    def record(self, step: int, figures: dict[str, float]) -> None:
+    def record(self, step: int, metrics: dict[str, float]) -> None:
         """Log the metrics."""
         assert self.run is not None
-        self.run.log(figures, step=step)
+        self.run.log(metrics, step=step)
 
     def close(self) -> None:
         """End the run."""

@@ -29,7 +29,7 @@ from autopart.runtime.slices import as_slices, buckets, fill_a_message, gather, 
 
 Tensor = torch.Tensor
 AHEAD = 2
-"""The most messages of gradients in flight, which bounds their memory."""
+"""The most messages of gradients that stay in flight once another one was started, which bounds their memory."""
 
 
 class ShardedOptimizerState:

@@ -120,7 +120,7 @@ def some_mask(numbers: random.Random, tokens: int) -> Mask:
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 7, 9])
 def test_masks_in_small_blocks(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "BLOCK", 3)
+    monkeypatch.setattr(constants, "BLOCK_SIZE", 3)
     numbers, places = random.Random(tokens), torch.arange(tokens)
     masks = {str(i): some_mask(numbers, tokens) for i in range(50)}
     wanted = {}

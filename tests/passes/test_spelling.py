@@ -14,8 +14,8 @@ from samples import SAMPLES
 from torch import fx
 
 from autopart.ir.graph import KEY, Info
-from autopart.passes.codegen.scope import Scope, Text
-from autopart.passes.codegen.spelling import Speller
+from autopart.passes.codegen.scope import Expression, Scope
+from autopart.passes.codegen.spelling import Printer
 from autopart.passes.simplify import _positional
 
 RANDOM = {"rand", "randn", "randperm", "bernoulli", "uniform", "exponential", "normal_functional", "multinomial"}
@@ -58,8 +58,8 @@ def results(sample: Sample, run: Callable[[Tensors], Any]) -> Tensors:
 def test_an_emitted_call_is_the_operator(name: str) -> None:
     for sample in (s for s in CALLS if s.name == name):
         node, names = node_of(sample)
-        scope = Scope({operand: Text(name) for operand, name in names.items()})
-        text = Speller(set()).expression(scope, node).code
+        scope = Scope({operand: Expression(name) for operand, name in names.items()})
+        text = Printer(set()).expression(scope, node).code
         known = {"torch": torch, "F": F, "self": SimpleNamespace(device="cpu")}
 
         def emitted(inputs: Tensors, text: str = text, names: Any = names, known: Any = known) -> Any:

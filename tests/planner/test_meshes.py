@@ -18,7 +18,7 @@ from autopart import MeshChoice, PartitionError
 from autopart.cli.main import app
 from autopart.hardware.mesh import Mesh
 from autopart.passes.source import Source
-from autopart.planner.explain.mesh_search import fewest, meshes_of, ranked, sensible
+from autopart.planner.explain.mesh_search import device_counts, fewest_devices, meshes_of, ranked
 from autopart.planner.make_plan import make_plan, request_of
 
 Given = tuple[nn.Module, models.Batch]
@@ -42,9 +42,9 @@ def seconds(given: Given) -> Callable[[str], float]:
 
 
 def test_counts_that_one_would_ask_for() -> None:
-    assert sensible(64, 8) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64]
-    assert [n // 8 for n in sensible(8 * 20, 8) if n % 8 == 0] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20]
-    assert sensible(3, 8) == [1, 2, 3]
+    assert device_counts(64, 8) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64]
+    assert [n // 8 for n in device_counts(8 * 20, 8) if n % 8 == 0] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20]
+    assert device_counts(3, 8) == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_halving_finds_what_trying_all_does(taken: list[float], target: float) -
         tried.append(mesh)
         return choice(mesh, by_mesh[mesh], target)
 
-    found = fewest(meshes, choose)
+    found = fewest_devices(meshes, choose)
     met = next((m for m in meshes if by_mesh[m] <= target), None)
     assert (found and found.mesh) == met
     assert met is None or met is meshes[0] or meshes[meshes.index(met) - 1] in tried

@@ -61,8 +61,8 @@ class Recorder(ModuleType):
     def add_scalar(self, name: str, value: float, step: int) -> None:
         self.rows.append((step, name, value))
 
-    def log(self, figures: dict[str, float], step: int) -> None:
-        self.rows.extend((step, name, value) for name, value in figures.items())
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.rows.extend((step, name, value) for name, value in metrics.items())
 
     def close(self) -> None:
         self.closed += 1
@@ -88,7 +88,7 @@ def test_figures_of_every_update_are_written_by_rank_0(
         return losses, float(compiled.grad_norm or 0.0), compiled.plan
 
     (losses, norm, plan), _ = on_two_stages(run)
-    told = {(step, figure): value for step, figure, value in recorder.rows}
+    told = {(step, metric): value for step, metric, value in recorder.rows}
     assert [told[step, "loss"] for step in range(2)] == losses
     assert told[1, "grad_norm"] == norm
     assert told[1, "samples_per_second"] > 0 and (0, "samples_per_second") not in told

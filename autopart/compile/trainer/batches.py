@@ -19,7 +19,7 @@ Tensor = torch.Tensor
 
 
 @contextmanager
-def random_numbers_kept() -> Iterator[None]:
+def preserved_rng_states() -> Iterator[None]:
     """Give the generators of Python, numpy and torch on the CPU their states back after the block."""
     states = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng(devices=[]):

@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from autopart.compile.api import check_plan, compile
 from autopart.compile.trainer.arguments import as_one_process, check_arguments, check_trainer
-from autopart.compile.trainer.batches import divisible, evaluated, nested, random_numbers_kept
+from autopart.compile.trainer.batches import divisible, evaluated, nested, preserved_rng_states
 from autopart.compile.trainer.optimizer import UpdatingOptimizer
 from autopart.errors import PartitionError
 from autopart.frontend.batch import DTYPES, outline
@@ -35,7 +35,9 @@ from autopart.runtime.compiled import Compiled
 from autopart.runtime.groups import start_processes
 
 Tensor = torch.Tensor
-OF_COMPILE = {*SETTINGS, "loss", "plan", "weights", "on_progress", "check_batches", "hang_timeout"} - {"global_batch"}
+COMPILE_SETTINGS = {*SETTINGS, "loss", "plan", "weights", "on_progress", "check_batches", "hang_timeout"} - {
+    "global_batch"
+}
 """Keywords of `Trainer` that go to `autopart.compile`."""
 
 
@@ -56,7 +58,7 @@ class Trainer(transformers.Trainer):
 
     def __init__(self, *given: Any, mesh: str | Mesh | DeviceMesh, **settings: Any) -> None:
         self.mesh = Mesh.of(mesh)
-        self.settings = {name: settings.pop(name) for name in OF_COMPILE & settings.keys()}
+        self.settings = {name: settings.pop(name) for name in COMPILE_SETTINGS & settings.keys()}
         check_plan(self.settings.get("plan"), self.mesh)
         self.compiled: Compiled | None = None
         """This rank's program; None until the first use of the model."""
@@ -98,7 +100,7 @@ class Trainer(transformers.Trainer):
         The example batch of the compilation is the first of `train_dataset`; without a `train_dataset` it is `batch`.
         """
         if self.compiled is None or self._compiled_from is not self.model:
-            with random_numbers_kept():
+            with preserved_rng_states():
                 example = dict(batch if self.train_dataset is None else self._first_batch())
                 training = self.model.training
                 self.model.train()

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from torch import fx
 
 from autopart.ir.graph import info
-from autopart.passes.codegen.blocks import Block, plural
+from autopart.passes.codegen.blocks import Block, list_attribute
 from autopart.passes.codegen.lines import comment, indent, write_lines
 from autopart.passes.codegen.module import StageModule
 from autopart.passes.codegen.naming import argument_name
 from autopart.passes.codegen.pieces import find_pieces
-from autopart.passes.codegen.scope import Scope, Text
+from autopart.passes.codegen.scope import Expression, Scope
 from autopart.passes.codegen.weights import init_lines, weight_lines
 from autopart.passes.stage_graph import OWNED
 
@@ -28,8 +28,8 @@ def block_class(module: StageModule, alike: Sequence[Block]) -> list[str]:
     for outside in block.outside:
         arguments.append(scope.name(outside, _argument(block, outside)))
         if module.is_sliced(outside):
-            module.speller.used.add("gathered")
-            scope.names[outside] = Text(f"gathered({arguments[-1]})")
+            module.printer.used.add("gathered")
+            scope.names[outside] = Expression(f"gathered({arguments[-1]})")
     if any(map(module.is_sliced, parameters)):
         scope.reserve("weights")
         note = "forward: all-gather over dp. backward: all-gather, reduce-scatter over dp"
@@ -77,7 +77,7 @@ def write_calls(
     results  values that blocks gave so far; those of `row` are added
     members  all blocks of the list that `row` is a part of
     """
-    attribute, place = plural(row[0].label), members.index(row[0])
+    attribute, place = list_attribute(row[0].label), members.index(row[0])
     chained = _chained(row)
     if chained is not None:
         arguments = [_given(module, scope, n) for n in row[0].outside]
@@ -116,7 +116,7 @@ def _chained(row: Sequence[Block]) -> int | None:
 
 def _given(module: StageModule, scope: Scope, node: fx.Node) -> str:
     """A value as an argument of a block's call. Of a weight in slices the argument is the slice."""
-    code = module.speller.value(scope, node).code
+    code = module.printer.value(scope, node).code
     return code.removeprefix("gathered(").removesuffix(")") if module.is_sliced(node) else code
 
 
@@ -140,5 +140,5 @@ def _call(module: StageModule, block: Block, function: str, arguments: Sequence[
     """The call of a block, by `recomputed` where backward computes some of the block again."""
     if block.recompute == "none":
         return f"{function}({', '.join(arguments)})"
-    module.speller.used.add("recomputed")
+    module.printer.used.add("recomputed")
     return f"recomputed({', '.join([function, *arguments])})"

@@ -38,7 +38,7 @@ class Block:
     cut: CheckpointCut | None = None
 
 
-def plural(label: str) -> str:
+def list_attribute(label: str) -> str:
     """The attribute for the list that a block is in: ``model_layers`` for ``model.layers.3``."""
     return re.sub(r"\W", "_", label.rpartition(".")[0]) or "layers"
 
@@ -105,8 +105,8 @@ def loops(blocks: Mapping[int, Block]) -> list[list[int]]:
     for index, block in blocks.items():
         before = blocks.get(index - 1)
         alike = before is not None and (
-            (plural(before.label), before.recompute, len(before.outside), len(before.outputs))
-            == (plural(block.label), block.recompute, len(block.outside), len(block.outputs))
+            (list_attribute(before.label), before.recompute, len(before.outside), len(before.outputs))
+            == (list_attribute(block.label), block.recompute, len(block.outside), len(block.outputs))
         )
         if alike:
             rows[-1].append(index)

@@ -12,7 +12,7 @@ from autopart.ir.graph import info
 from autopart.passes.codegen.module import StageModule
 from autopart.passes.codegen.naming import output_name, same_statement, wanted_name
 from autopart.passes.codegen.pieces import Piece, in_order
-from autopart.passes.codegen.scope import ATOM, Scope, Text
+from autopart.passes.codegen.scope import ATOM, Expression, Scope
 from autopart.passes.codegen.spelling import INLINE, is_infix, joins_bias, scalar_infix
 
 WIDTH = 100
@@ -68,7 +68,7 @@ def _write(
         if joins_bias(node) and node not in needed and item is node:
             continue
         if record.name == "runtime.update":
-            buffer, value = (module.speller.value(scope, a) for a in node.args)
+            buffer, value = (module.printer.value(scope, a) for a in node.args)
             scope.lines.append(f"{buffer.code} = {value.within(ATOM)}.detach()")
             continue
         before = len(scope.lines)
@@ -89,28 +89,28 @@ def _write(
             alive[name] = node
 
 
-def _expression(module: StageModule, scope: Scope, item: fx.Node | Piece) -> Text:
+def _expression(module: StageModule, scope: Scope, item: fx.Node | Piece) -> Expression:
     """The expression of a node, or the call that runs a piece once.
 
     A piece of more than one expression becomes a function, whose lines are appended to the scope.
     """
     if not isinstance(item, Piece):
-        return module.speller.expression(scope, item)
+        return module.printer.expression(scope, item)
     inner = Scope(dict(scope.names), dict.fromkeys(scope.holders))
     *before, last = item.nodes
     single = item.outputs == (last,)
     _write(module, inner, before if single else item.nodes, set(item.nodes), set(item.outputs), set())
     if single:
-        result = module.speller.expression(inner, last).code
+        result = module.printer.expression(inner, last).code
     else:
         result = ", ".join(inner.names[output].code for output in item.outputs)
-    module.speller.used.add(item.function)
+    module.printer.used.add(item.function)
     function = f"lambda: {result}"
     if inner.lines or len(function) > WIDTH:
         function = re.sub(r"\W", "_", f"compute_{wanted_name(item.outputs[-1])}")
         inner.lines.append(comment(f"return {result}"))
         scope.lines.append("\n".join([f"def {function}():", *indent(inner.lines, 4)]))
-    return Text(f"{item.function}({', '.join([function, *_recomputed(scope, item)])})")
+    return Expression(f"{item.function}({', '.join([function, *_recomputed(scope, item)])})")
 
 
 def _recomputed(scope: Scope, piece: Piece) -> list[str]:
@@ -155,7 +155,7 @@ def _written_with(scope: Scope, node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _unpack(scope: Scope, item: fx.Node | Piece, text: Text, is_dead: Callable[[fx.Node], bool]) -> list[str]:
+def _unpack(scope: Scope, item: fx.Node | Piece, text: Expression, is_dead: Callable[[fx.Node], bool]) -> list[str]:
     """Append one line that names all outputs of an operator or a piece. Returns the names; an output without a use is
     `_`."""
     if isinstance(item, Piece) and len(item.outputs) > 1:

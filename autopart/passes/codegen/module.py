@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from autopart.ir.graph import info
-from autopart.passes.codegen.spelling import Speller
+from autopart.passes.codegen.spelling import Printer
 from autopart.passes.stage_graph import StageGraph
 
 
@@ -37,15 +37,15 @@ class EmitSettings:
 class StageModule:
     """The module of one stage while it is written.
 
-    speller  writes expressions, and collects the functions of `autopart.runtime` that they call
+    printer  writes expressions, and collects the functions of `autopart.runtime` that these call
     """
 
     stage: StageGraph
     settings: EmitSettings
-    speller: Speller = field(init=False)
+    printer: Printer = field(init=False)
 
     def __post_init__(self) -> None:
-        self.speller = Speller(set(re.findall(r"(\w+)=", self.settings.mesh)))
+        self.printer = Printer(set(re.findall(r"(\w+)=", self.settings.mesh)))
 
     def is_sliced(self, node: fx.Node) -> bool:
         """Whether a rank holds only a slice of this weight."""

@@ -22,7 +22,7 @@ ATOM, UNARY, BINARY = 3, 2, 1
 
 
 @dataclass(frozen=True)
-class Text:
+class Expression:
     """An expression as source text, with its precedence."""
 
     code: str
@@ -42,7 +42,7 @@ class Scope:
     lines    of the function so far
     """
 
-    names: dict[fx.Node, Text] = field(default_factory=dict)
+    names: dict[fx.Node, Expression] = field(default_factory=dict)
     holders: dict[str, fx.Node | None] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
 
@@ -58,7 +58,7 @@ class Scope:
         while name in RESERVED or (name in self.holders and not self._is_given_away(name, is_dead)):
             name = next(numbered)
         self.holders[name] = node
-        self.names[node] = Text(name)
+        self.names[node] = Expression(name)
         return name
 
     def _is_given_away(self, name: str, is_dead: Callable[[fx.Node], bool]) -> bool:

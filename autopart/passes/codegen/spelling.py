@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from autopart.ir.graph import has_gradient, info
-from autopart.passes.codegen.scope import ATOM, BINARY, UNARY, Scope, Text
+from autopart.passes.codegen.scope import ATOM, BINARY, UNARY, Expression, Scope
 
 INFIX = {
     "add.Tensor": "+", "sub.Tensor": "-", "mul.Tensor": "*", "div.Tensor": "/", "pow.Tensor_Scalar": "**",
@@ -52,7 +52,7 @@ class Axis(str):
         return f"self.{self!s}"
 
 
-class Speller:
+class Printer:
     """Writes expressions, and collects the functions that these call.
 
     axes   names of the mesh axes, which emitted code reads as `self.tp`
@@ -63,24 +63,24 @@ class Speller:
         self.axes = axes
         self.used: set[str] = set()
 
-    def value(self, scope: Scope, arg: Any) -> Text:
+    def value(self, scope: Scope, arg: Any) -> Expression:
         """The expression for an argument: a node, a list of arguments, or a constant."""
         if isinstance(arg, fx.Node):
             if arg not in scope.names:
                 scope.names[arg] = self.expression(scope, arg)
             return scope.names[arg]
         if isinstance(arg, (list, tuple)):
-            return Text("[" + ", ".join(self.value(scope, a).code for a in arg) + "]")
+            return Expression("[" + ", ".join(self.value(scope, a).code for a in arg) + "]")
         if isinstance(arg, float) and arg in (float("inf"), float("-inf")):
-            return Text(f'float("{arg}")')
-        return Text(repr(arg), ATOM if not (isinstance(arg, (int, float)) and arg < 0) else UNARY)
+            return Expression(f'float("{arg}")')
+        return Expression(repr(arg), ATOM if not (isinstance(arg, (int, float)) and arg < 0) else UNARY)
 
-    def call(self, scope: Scope, function: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Text:
+    def call(self, scope: Scope, function: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Expression:
         parts = [self.value(scope, a).code for a in args]
         parts += [f"{k}={self.value(scope, v).code}" for k, v in kwargs.items()]
-        return Text(f"{function}({', '.join(parts)})")
+        return Expression(f"{function}({', '.join(parts)})")
 
-    def expression(self, scope: Scope, node: fx.Node) -> Text:
+    def expression(self, scope: Scope, node: fx.Node) -> Expression:
         """The expression that computes a node from its arguments."""
         record = info(node)
         args, kwargs = trim(node), dict(node.kwargs)
@@ -101,7 +101,7 @@ class Speller:
             self_text = self.value(scope, args[0]).within(ATOM)
             sizes = name in ("reshape", "view", "expand", "permute") and args[1]  # none: the empty list is spelt out
             rest = args[1] if sizes else args[1:]
-            return Text(f"{self_text}.{METHODS[name]}({', '.join(self.value(scope, a).code for a in rest)})")
+            return Expression(f"{self_text}.{METHODS[name]}({', '.join(self.value(scope, a).code for a in rest)})")
         if family == "aten" and name in FUNCTIONAL:
             return self.call(scope, f"F.{name.split('.')[0]}", args, kwargs)
         if family == "aten" and name in FACTORIES:
@@ -111,9 +111,9 @@ class Speller:
         overload = str(node.target).removesuffix(".default")
         return self.call(scope, f"torch.ops.{overload}", args, kwargs)
 
-    def infix(self, scope: Scope, operator: str, left: Any, right: Any) -> Text:
+    def infix(self, scope: Scope, operator: str, left: Any, right: Any) -> Expression:
         a, b = self.value(scope, left), self.value(scope, right)
-        return Text(f"{a.within(UNARY)} {operator} {b.within(UNARY)}", BINARY)
+        return Expression(f"{a.within(UNARY)} {operator} {b.within(UNARY)}", BINARY)
 
 
 INLINE = {f"aten.{n}" for n in VIEWS if n not in ("split.Tensor", "split_with_sizes")} | {
@@ -162,43 +162,43 @@ def trim(node: fx.Node) -> list[Any]:
     return args
 
 
-def _linear_bias(speller: Speller, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Text:
+def _linear_bias(printer: Printer, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Expression:
     product = args[0]
     if isinstance(product, fx.Node) and product not in scope.names and joins_bias(product):
         x, w = product.args
-        return speller.call(scope, "F.linear", [x, w, args[1]], {})
+        return printer.call(scope, "F.linear", [x, w, args[1]], {})
     if len(args) == 2 and not kwargs:
-        return speller.infix(scope, "+", *args)
-    return speller.call(scope, "torch.add", args[:2], {"alpha": args[2]} if len(args) > 2 else kwargs)
+        return printer.infix(scope, "+", *args)
+    return printer.call(scope, "torch.add", args[:2], {"alpha": args[2]} if len(args) > 2 else kwargs)
 
 
-def _embedding(speller: Speller, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Text:
+def _embedding(printer: Printer, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Expression:
     weight, ids, *rest = args
     extra = {"padding_idx": rest[0]} if rest and rest[0] != -1 else {}
     extra |= {"scale_grad_by_freq": True} if len(rest) > 1 and rest[1] else {}
-    return speller.call(scope, "F.embedding", [ids, weight], extra)
+    return printer.call(scope, "F.embedding", [ids, weight], extra)
 
 
-def _attention(speller: Speller, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Text:
+def _attention(printer: Printer, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Expression:
     names = ("attn_mask", "dropout_p", "is_causal")
     defaults = (None, 0.0, False)
     named = {k: v for k, v, d in zip(names, args[3:], defaults, strict=False) if isinstance(v, fx.Node) or v != d}
-    return speller.call(scope, "F.scaled_dot_product_attention", args[:3], {**named, **kwargs})
+    return printer.call(scope, "F.scaled_dot_product_attention", args[:3], {**named, **kwargs})
 
 
-def _gelu(speller: Speller, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Text:
-    return speller.call(scope, "F.gelu", args[:1], kwargs)
+def _gelu(printer: Printer, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Expression:
+    return printer.call(scope, "F.gelu", args[:1], kwargs)
 
 
-def _cast(speller: Speller, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Text:
-    return Text(f"{speller.value(scope, args[0]).within(ATOM)}.to({kwargs['dtype']})")
+def _cast(printer: Printer, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Expression:
+    return Expression(f"{printer.value(scope, args[0]).within(ATOM)}.to({kwargs['dtype']})")
 
 
-def _cat(speller: Speller, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Text:
-    return speller.call(scope, "torch.cat", args[:1], {"dim": args[1]} if len(args) > 1 else {})
+def _cat(printer: Printer, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Expression:
+    return printer.call(scope, "torch.cat", args[:1], {"dim": args[1]} if len(args) > 1 else {})
 
 
-def _slice(speller: Speller, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Text:
+def _slice(printer: Printer, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Expression:
     defaults: list[Any] = [None, 0, None, None, 1]
     source, dim, start, end, step = [*args, *defaults[len(args) :]]
     whole = info(source).shape
@@ -209,47 +209,47 @@ def _slice(speller: Speller, scope: Scope, node: fx.Node, args: list[Any], kwarg
     index = [":"] * dim + [f"{first}:{last}{stride}"]
     if dim == len(whole) - 1 and dim > 1:
         index = ["...", index[-1]]
-    return Text(f"{speller.value(scope, source).within(ATOM)}[{', '.join(index)}]")
+    return Expression(f"{printer.value(scope, source).within(ATOM)}[{', '.join(index)}]")
 
 
-def _select(speller: Speller, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Text:
+def _select(printer: Printer, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Expression:
     dim = args[1] % len(info(args[0]).shape)
-    return Text(f"{speller.value(scope, args[0]).within(ATOM)}[{', '.join([':'] * dim + [str(args[2])])}]")
+    return Expression(f"{printer.value(scope, args[0]).within(ATOM)}[{', '.join([':'] * dim + [str(args[2])])}]")
 
 
-def _neg(speller: Speller, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Text:
-    return Text(f"-{speller.value(scope, args[0]).within(ATOM)}", UNARY)
+def _neg(printer: Printer, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Expression:
+    return Expression(f"-{printer.value(scope, args[0]).within(ATOM)}", UNARY)
 
 
-def _pad(speller: Speller, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Text:
+def _pad(printer: Printer, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Expression:
     mode, value = args[2] if len(args) > 2 else "constant", args[3] if len(args) > 3 else None
     named: dict[str, Any] = {"mode": mode} if mode != "constant" else {}
     if value is not None:
         named["value"] = value if has_gradient(info(node).dtype) else int(value)
-    return speller.call(scope, "F.pad", args[:2], named)
+    return printer.call(scope, "F.pad", args[:2], named)
 
 
-def _getitem(speller: Speller, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Text:
-    return Text(f"{speller.value(scope, args[0]).within(ATOM)}[{args[1]}]")
+def _getitem(printer: Printer, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Expression:
+    return Expression(f"{printer.value(scope, args[0]).within(ATOM)}[{args[1]}]")
 
 
-def _layer_norm(speller: Speller, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Text:
-    return speller.call(scope, "F.layer_norm", args[:5], {})
+def _layer_norm(printer: Printer, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Expression:
+    return printer.call(scope, "F.layer_norm", args[:5], {})
 
 
-def _softmax(speller: Speller, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Text:
+def _softmax(printer: Printer, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Expression:
     function = info(node).name.removeprefix("aten.").removesuffix(".int")
-    return speller.call(
+    return printer.call(
         scope, f"F.{function}", args[:1], {"dim": args[1], **({"dtype": args[2]} if len(args) > 2 else {})}
     )
 
 
-def _loss(speller: Speller, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Text:
+def _loss(printer: Printer, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Expression:
     reduction = ("none", "mean", "sum")[args[2] if len(args) > 2 else 1]
-    return speller.call(scope, f"F.{info(node).name.removeprefix('aten.')}", args[:2], {"reduction": reduction})
+    return printer.call(scope, f"F.{info(node).name.removeprefix('aten.')}", args[:2], {"reduction": reduction})
 
 
-SPECIAL: dict[str, Callable[[Speller, Scope, fx.Node, list[Any], dict[str, Any]], Text]] = {
+SPECIAL: dict[str, Callable[[Printer, Scope, fx.Node, list[Any], dict[str, Any]], Expression]] = {
     "aten.add.Tensor": _linear_bias,
     "aten.embedding": _embedding,
     "aten.scaled_dot_product_attention": _attention,

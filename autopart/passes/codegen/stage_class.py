@@ -8,7 +8,7 @@ from torch import fx
 
 from autopart.ir.graph import info
 from autopart.passes.codegen.block_class import in_row, write_calls
-from autopart.passes.codegen.blocks import Block, loops, plural
+from autopart.passes.codegen.blocks import Block, list_attribute, loops
 from autopart.passes.codegen.lines import indent, used_outside, write_lines
 from autopart.passes.codegen.module import StageModule
 from autopart.passes.codegen.naming import argument_name
@@ -23,7 +23,7 @@ def stage_class(module: StageModule, blocks: Mapping[int, Block]) -> list[str]:
     stage, scope = module.stage, Scope()
     lists: dict[str, list[Block]] = {}
     for block in blocks.values():
-        lists.setdefault(plural(block.label), []).append(block)
+        lists.setdefault(list_attribute(block.label), []).append(block)
     weights = weight_lines(module, _own(module, blocks), scope)
     modules = [_module_list(attribute, members) for attribute, members in lists.items()]
     arguments = [
@@ -81,9 +81,9 @@ def _write_forward(
             write_lines(module, scope, pending, needed | used_outside(pending))
             pending = []
             row = [blocks[i] for i in rows[index]]
-            write_calls(module, scope, given, row, lists[plural(row[0].label)])
+            write_calls(module, scope, given, row, lists[list_attribute(row[0].label)])
     write_lines(module, scope, pending, needed | used_outside(pending))
-    return ", ".join(module.speller.value(scope, r).code for r in results)
+    return ", ".join(module.printer.value(scope, r).code for r in results)
 
 
 def _count_valid(module: StageModule, outer: Scope) -> tuple[list[str], list[str]]:
@@ -100,7 +100,7 @@ def _count_valid(module: StageModule, outer: Scope) -> tuple[list[str], list[str
     write_lines(module, scope, ordered, {valid.targets for valid in stage.valid})
     results = []
     for valid in stage.valid:
-        count = f"({module.speller.value(scope, valid.targets).within(UNARY)} != {valid.ignore_index}).sum()"
+        count = f"({module.printer.value(scope, valid.targets).within(UNARY)} != {valid.ignore_index}).sum()"
         results.append(f'"{valid.loss}": (int({count}), {list(valid.axes)!r})')
     return [
         "",

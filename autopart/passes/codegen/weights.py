@@ -11,7 +11,7 @@ from torch import fx
 from autopart.ir.graph import Info, info
 from autopart.passes.codegen.lines import comment, indent
 from autopart.passes.codegen.module import StageModule
-from autopart.passes.codegen.scope import Scope, Text
+from autopart.passes.codegen.scope import Expression, Scope
 
 
 def weight_lines(
@@ -26,9 +26,9 @@ def weight_lines(
 
 
 def _weight_line(module: StageModule, node: fx.Node, scope: Scope, prefix: str, variable: str) -> str:
-    record, used = info(node), module.speller.used
+    record, used = info(node), module.printer.used
     attribute, quoted = _attribute(record.name, prefix, variable)
-    scope.names[node] = Text(f"self.{attribute}")
+    scope.names[node] = Expression(f"self.{attribute}")
     if record.kind == "stream":
         used.add("stream")
         return f"self.{attribute} = stream(groups, {quoted})"
@@ -36,7 +36,7 @@ def _weight_line(module: StageModule, node: fx.Node, scope: Scope, prefix: str, 
     used.add(kind)
     if kind == "weight_slice":
         used.add("gathered")
-        scope.names[node] = Text(f"weights.{attribute}" if prefix else f"gathered(self.{attribute})")
+        scope.names[node] = Expression(f"weights.{attribute}" if prefix else f"gathered(self.{attribute})")
     dtype = _dtype(record, module.settings.master if kind == "weight_slice" else None)
     frozen = "" if record.grad or kind == "buffer" else ", requires_grad=False"
     placed = "".join(f', {axis}="{p}"' for axis, p in record.placed)

@@ -39,16 +39,16 @@ from autopart.sharding.rules import has_rule
 EQUAL = 1e-6
 """The relative difference that rounding may make between two sums of the same numbers."""
 
-SECONDS = 5e-4
+SECONDS_TOLERANCE = 5e-4
 """The largest relative difference of seconds. The plan scales the seconds of a trace of two samples; the certificate
 traces a whole micro-batch. A few small values, whose batch dim is not known, have another size there."""
 
-BYTES, ABOVE = 1e-3, 0.05
+BYTES_BELOW, BYTES_ABOVE = 1e-3, 0.05
 """The largest relative differences of bytes: of a plan that states fewer than the certificate finds, and of one that
 states more. A plan scales all saved bytes with the samples, though a few do not grow. A plan counts an input that
 several blocks save even where only one of these blocks is recomputed."""
 
-ASKED = (
+REQUESTED = (
     *("pp", "dp", "tp", "micro_batch", "global_batch", "zero", "schedule"),
     *("precision", "master", "optimizer"),
 )
@@ -101,7 +101,7 @@ def _settings(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
             yield f"{name}: {getattr(plan, name)!r} is not known"
     if plan.master is not None and (plan.master not in MASTERS or widening(plan.precision, plan.master) <= 1):
         yield f"master: {plan.master!r} is not wider than {plan.precision}"
-    for name in ASKED:
+    for name in REQUESTED:
         asked = plan.request.get(name)
         if asked is not None and asked != getattr(plan, name):
             yield f"{name}: {getattr(plan, name)}, asked for {asked}"
@@ -140,7 +140,7 @@ def _numbers(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
     """Findings in FLOPs, seconds, bytes, printed lines and messages of the stages, and in the step's seconds."""
     choices, m = choices_of(plan), plan.micro_batches
     flops = m * sum(info(node).model_flops for node in calls(layered.traced.graph))
-    if not _same(plan.forward_flops, flops):
+    if not _agree(plan.forward_flops, flops):
         yield f"forward_flops: {flops}, the plan says {plan.forward_flops}"
     spans, seconds = [range(*span) for span in spans_of(plan.starts, len(layered.labels))], []
     for graph, stage, span in zip(partition(layered, choices), plan.stages, spans, strict=True):
@@ -151,24 +151,24 @@ def _numbers(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
         segments = dict(zip(graph.indices, priced, strict=True))
         times = _seconds(plan, layered, choices, graph, segments, span)
         for part, value in times.items():
-            if not _same(getattr(stage, part), value):
+            if not _agree(getattr(stage, part), value):
                 yield f"{name}: {part} are {value}, the plan says {getattr(stage, part)}"
         yield from _memory(plan, _stage_memory(plan, layered, choices, graph, span), stage.memory, name)
         yield from _printed(stage, layered, segments, span, name)
         sends = _sends(plan, graph)
         pairs = zip(stage.sends, sends, strict=False)
-        alike = all(stated[:2] == made[:2] and _same(stated[2], made[2]) for stated, made in pairs)
+        alike = all(stated[:2] == made[:2] and _agree(stated[2], made[2]) for stated, made in pairs)
         if len(stage.sends) != len(sends) or not alike:
             yield f"{name}: sends {sends}, the plan says {list(stage.sends)}"
         seconds.append(times["forward_seconds"] + times["backward_seconds"] + times["send_seconds"])
         seconds[-1] += times["sync_seconds"] / amortization(plan.zero, m, plan.pp)
     step = sum(seconds) + (m - 1) * max(seconds)
-    if not _same(plan.step_seconds, step):
+    if not _agree(plan.step_seconds, step):
         yield f"step: {step} s, the plan says {plan.step_seconds}"
 
 
-def _same(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=SECONDS, abs_tol=1e-15)
+def _agree(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=SECONDS_TOLERANCE, abs_tol=1e-15)
 
 
 def _seconds(
@@ -190,16 +190,20 @@ def _seconds(
         sync += update_seconds(nbytes, record.grad, over_dp, training, device)
         if over_tp:
             sync += training.partial_sync_seconds(nbytes, plan.mesh.group(1, plan.tp))
-    sync -= training.backwards * device.overlapped_share * _hidden(plan, layered, choices, segments, span, graph)
+    sync -= (
+        training.backwards
+        * device.overlapped_share
+        * _overlapped_seconds(plan, layered, choices, segments, span, graph)
+    )
     return {
         "forward_seconds": sum(r.forward for r in segments.values()),
         "backward_seconds": sum(r.backward for r in segments.values()) + recompute,
         "sync_seconds": sync,
-        "send_seconds": sum(_there_and_back(plan, crossing) for crossing in [*graph.received, *graph.sent]),
+        "send_seconds": sum(_message_seconds(plan, crossing) for crossing in [*graph.received, *graph.sent]),
     }
 
 
-def _hidden(
+def _overlapped_seconds(
     plan: Plan, layered: LayeredGraph, choices: ShardingAssignment, segments: dict[int, PricedSegment], span: range,
     graph: StageGraph,
 ) -> float:  # fmt: skip
@@ -228,11 +232,11 @@ def _sends(plan: Plan, graph: StageGraph) -> list[tuple[int, int, float]]:
     for crossing in graph.sent:
         for to in crossing.consumers:
             sizes[to] += round(crossing.size)
-            seconds[to] += _there_and_back(plan, crossing)
+            seconds[to] += _message_seconds(plan, crossing)
     return [(to, size, seconds[to]) for to, size in sorted(sizes.items())]
 
 
-def _there_and_back(plan: Plan, crossing: Crossing) -> float:
+def _message_seconds(plan: Plan, crossing: Crossing) -> float:
     """Seconds to send a value from one stage to another, and its gradient back if the value has one."""
     link = plan.mesh.between(plan.dp * plan.tp, plan.pp, plan.micro_batches)
     return float(p2p_seconds(crossing.size, link)) * (1 + crossing.grad)
@@ -271,26 +275,26 @@ def _stage_memory(
 def _memory(plan: Plan, memory: StageMemory, stated: Mapping[str, float], name: str) -> Iterator[str]:
     """Findings in the bytes of a stage.
 
-    The stated bytes of each kind must be those of one moment within ABOVE of the peak: in the planner's trace of two
-    samples another moment may be the peak. The stated sum must reach the peak, and the peak must fit the device.
+    The stated bytes of each kind must be those of one moment within BYTES_ABOVE of the peak: in the planner's trace of
+    two samples another moment may be the peak. The stated sum must reach the peak, and the peak must fit the device.
     """
     peak = memory.peak.bytes
-    near = [memory.by_kind(moment) for moment in memory.moments if moment.bytes >= peak * (1 - ABOVE)]
-    wrong = min((list(_parts(expected, stated)) for expected in near), key=len)
+    near = [memory.by_kind(moment) for moment in memory.moments if moment.bytes >= peak * (1 - BYTES_ABOVE)]
+    wrong = min((list(_wrong_kinds(expected, stated)) for expected in near), key=len)
     if wrong:
-        wrong = list(_parts(memory.by_kind(), stated))
+        wrong = list(_wrong_kinds(memory.by_kind(), stated))
     yield from (f"{name}: {text}" for text in wrong)
-    if sum(stated.values()) < peak * (1 - BYTES):
+    if sum(stated.values()) < peak * (1 - BYTES_BELOW):
         yield f"{name}: memory is {peak} bytes, the plan says {sum(stated.values())}"
     if plan.request.get("must_fit", True) and peak > usable_bytes(plan.mesh) * (1 + EQUAL):
         yield f"{name}: memory of {peak} bytes is more than the device's {usable_bytes(plan.mesh)}"
 
 
-def _parts(expected: Mapping[str, float], stated: Mapping[str, float]) -> Iterator[str]:
-    """A finding for each kind of bytes that is stated too low by more than BYTES, or too high by more than ABOVE."""
+def _wrong_kinds(expected: Mapping[str, float], stated: Mapping[str, float]) -> Iterator[str]:
+    """A finding for each kind whose stated bytes are too low by more than BYTES_BELOW, or too high by BYTES_ABOVE."""
     for part in {**expected, **stated}:
         said, found = stated.get(part, -1.0), expected.get(part, -1.0)
-        if not -BYTES * abs(found) <= said - found <= ABOVE * abs(found):
+        if not -BYTES_BELOW * abs(found) <= said - found <= BYTES_ABOVE * abs(found):
             yield f"memory of {part} is {expected.get(part)} bytes, the plan says {stated.get(part)}"
 
 
@@ -305,10 +309,10 @@ def _printed(
         yield f"{name}: the segments printed are not those it has"
         return
     total = sum(segment.seconds * len(segment.labels) for segment in stage.segments)
-    if not _same(total, stage.forward_seconds + stage.backward_seconds):
+    if not _agree(total, stage.forward_seconds + stage.backward_seconds):
         yield f"{name}: the segments printed take {total} s, not what the stage does"
     lines = sum(
         (line.seconds + line.comm_seconds) * len(segment.labels) for segment in stage.segments for line in segment.lines
     )
-    if not _same(lines, sum(segment.forward + segment.backward for segment in segments.values())):
+    if not _agree(lines, sum(segment.forward + segment.backward for segment in segments.values())):
         yield f"{name}: the operators printed take {lines} s, not what they do"

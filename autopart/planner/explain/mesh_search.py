@@ -23,7 +23,7 @@ from autopart.planner.request import Request, Settings
 PER_HOST = (8,)
 """Devices of a host where the user gives no number: a DGX or HGX board has 8."""
 
-ODD = 7
+MAX_ODD_FACTOR = 7
 """The largest odd factor of the numbers of hosts to try for a target. Others seldom divide a batch or a model."""
 
 
@@ -105,7 +105,7 @@ def search_mesh(
     devices         "64:h100-80gb" for a number of devices, or "8x8:h100-80gb" for one mesh; one such text or several,
                     each with @LINK for another link than the device's usual one
     target_seconds  most seconds of a step. The numbers in `devices` are then upper limits, and the fewest devices that
-                    meet the target are searched for among the counts of `sensible`
+                    meet the target are searched for among the counts of `device_counts`
     prices          device -> price of one device for an hour, in any currency
     per_host        numbers of devices of a host, each of which is tried
     on_progress     called with a line of text for every mesh that is planned
@@ -140,7 +140,7 @@ def search_mesh(
         if target_seconds is None:
             choose(group[-1])
         else:
-            fewest(group, choose)
+            fewest_devices(group, choose)
     found = list(known.values())
     if all(choice.plan is None for choice in found):
         raise PartitionError("no mesh of these devices has a plan", "; ".join(f"{c.mesh}: {c.problem}" for c in found))
@@ -162,12 +162,12 @@ def _groups(text: str, per_host: Sequence[int], smaller: bool) -> list[list[Mesh
 def meshes_of(text: str, per_host: int, smaller: bool = False) -> list[Mesh]:
     """The mesh that some devices form with `per_host` devices a host; no mesh where the devices do not fill hosts.
 
-    At most `per_host` devices form one host. With `smaller`: the meshes of all `sensible` counts, in rising order.
+    At most `per_host` devices form one host. With `smaller`: the meshes of all `device_counts` counts, in rising order.
     """
     whole = Mesh.parse(text)
     if re.match(r"\s*\d+x", text):
         return [whole]
-    counts = sensible(whole.size, per_host) if smaller else [whole.size]
+    counts = device_counts(whole.size, per_host) if smaller else [whole.size]
     return [
         replace(whole, hosts=max(1, count // per_host), devices_per_host=min(count, per_host))
         for count in counts
@@ -175,17 +175,17 @@ def meshes_of(text: str, per_host: int, smaller: bool = False) -> list[Mesh]:
     ]
 
 
-def sensible(most: int, per_host: int) -> list[int]:
+def device_counts(most: int, per_host: int) -> list[int]:
     """Numbers of devices to try, up to `most`, in rising order.
 
     Powers of two within a host; whole hosts, as many as 1, 3, 5 or 7 times a power of two; and `most` itself.
     """
     within = [2**k for k in range(per_host.bit_length()) if 2**k < per_host]
-    whole = [n * per_host for n in range(1, most // per_host + 1) if n // (n & -n) <= ODD]
+    whole = [n * per_host for n in range(1, most // per_host + 1) if n // (n & -n) <= MAX_ODD_FACTOR]
     return sorted({count for count in [*within, *whole, most] if count <= most})
 
 
-def fewest(meshes: Sequence[Mesh], choose: Callable[[Mesh], MeshChoice]) -> MeshChoice | None:
+def fewest_devices(meshes: Sequence[Mesh], choose: Callable[[Mesh], MeshChoice]) -> MeshChoice | None:
     """The smallest mesh that meets the target, of meshes in rising order; None where none does.
 
     Twice as many devices are faster. A few more devices may be slower, since they may not divide the batch. Therefore

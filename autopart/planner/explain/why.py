@@ -113,14 +113,14 @@ class Explanation:
         names = ("pp", "dp", "tp", "micro_batch", "zero")
         pinned = [parse(f"{name}={getattr(point, name)}") for name in names]
         try:
-            found = Search(self._with([*pinned, *constraints]), silent, heuristic=True).run()
+            found = Search(self._constrained([*pinned, *constraints]), silent, heuristic=True).run()
         except PartitionError as error:
             return Alternative(
                 text, None, why="does not fit" if "no plan fits" in error.what else "no change of placement"
             )
         return Alternative(text, found.seconds, found.bound)
 
-    def _with(self, constraints: Sequence[Constraint], **changes: Any) -> SearchSpace:
+    def _constrained(self, constraints: Sequence[Constraint], **changes: Any) -> SearchSpace:
         """The search space with more constraints and with `changes` of the request.
 
         The new space shares what the old one computed, unless the schedule changes: the micro-batches in flight depend
@@ -142,7 +142,7 @@ class Explanation:
         """
         started = time.process_time()
         (constraint,) = read_constraints([text])
-        space = self._with([constraint], time_limit=seconds, nodes=None)
+        space = self._constrained([constraint], time_limit=seconds, nodes=None)
         against = self.plan.step_seconds
         search = Search(space, silent, heuristic=seconds is not None)
         try:
@@ -203,10 +203,10 @@ class Explanation:
         mesh, device = self.space.mesh, self.space.mesh.device
         if self.space.request.must_fit:
             for what, more in (("one more GiB per device", GIB), ("one GiB less per device", -GIB)):
-                yield what, self._memory(more)
+                yield what, self._with_memory(more)
             fullest = max(range(self.plan.pp), key=lambda s: self.plan.memory_bytes[s])
             each = self._saved_bytes(fullest)
-            yield f"room for one more micro-batch in flight ({bytes_text(each)})", self._memory(each / 0.92)
+            yield f"room for one more micro-batch in flight ({bytes_text(each)})", self._with_memory(each / 0.92)
         links = {"devices of a host": "intra", "hosts": "inter"}
         for between, name in links.items():
             link = getattr(mesh, name)
@@ -214,19 +214,19 @@ class Explanation:
                 continue
             wire = link.measured.faster(FASTER) if link.measured else None
             faster = replace(link, bandwidth=link.bandwidth * FASTER, measured=wire)
-            yield f"links between {between} 10 % faster ({link.name})", self._on(replace(mesh, **{name: faster}))
+            yield f"links between {between} 10 % faster ({link.name})", self._on_mesh(replace(mesh, **{name: faster}))
         flops = {dtype: rate * FASTER for dtype, rate in device.flops.items()}
-        yield "products 10 % faster", self._on(replace(mesh, device=replace(device, flops=flops)), FASTER)
+        yield "products 10 % faster", self._on_mesh(replace(mesh, device=replace(device, flops=flops)), FASTER)
         measured = device.measured.faster_memory(FASTER) if device.measured else None
         moved = replace(device, bandwidth=device.bandwidth * FASTER, measured=measured)
-        yield "memory of the devices 10 % faster", self._on(replace(mesh, device=moved))
+        yield "memory of the devices 10 % faster", self._on_mesh(replace(mesh, device=moved))
 
-    def _memory(self, more: float) -> SearchSpace:
+    def _with_memory(self, more: float) -> SearchSpace:
         device = self.space.mesh.device
         size = replace(device, memory_bytes=round(device.memory_bytes + more))
         return replace(self.space, mesh=replace(self.space.mesh, device=size))
 
-    def _on(self, mesh: Mesh, rate: float = 1.0) -> SearchSpace:
+    def _on_mesh(self, mesh: Mesh, rate: float = 1.0) -> SearchSpace:
         """The search space of another mesh with the same tables, and with products `rate` times as fast."""
         models = {tp: _faster(model, rate) for tp, model in self.space.models.items()}
         return SearchSpace(self.space.layered, mesh, self.space.request, models)
