@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from trainer_worker import SETTINGS, arguments
 
 import autopart
-from autopart.compile.trainer.arguments import CONFIGURED, REFUSED, check_arguments
+from autopart.compile.trainer.arguments import LAUNCH_VARIABLES, REFUSED, check_arguments
 from autopart.compile.trainer.batches import nested
 from autopart.errors import PartitionError
 
@@ -244,7 +244,7 @@ def test_batches_that_accelerate_splits(tmp_path: Path) -> None:
         autopart.Trainer(line(), args=arguments(tmp_path, accelerator_config={"split_batches": True}), mesh="1:cpu")
 
 
-@pytest.mark.parametrize("name", CONFIGURED)
+@pytest.mark.parametrize("name", LAUNCH_VARIABLES)
 def test_a_configuration_of_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     args = arguments(tmp_path)
     monkeypatch.setenv(name, "no")
