@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,7 +122,10 @@ def run_command(
     torch.manual_seed(0)
     quiet = os.environ.get("RANK", "0") != "0"
     loaded, batch = load(model, options, meta=False, say=None if not started or quiet or made else note)
-    compiled = compile(loaded, made.mesh if made else mesh, batch, plan=made, **settings_of(options))
+    with warnings.catch_warnings(record=True) as warned:
+        compiled = compile(loaded, made.mesh if made else mesh, batch, plan=made, **settings_of(options))
+    for warning in warned:
+        note(str(warning.message))
     with _steps(steps, quiet) as say:
         result = train(compiled, take(batch, compiled.plan.global_batch), steps, lr, say)
     if not quiet:

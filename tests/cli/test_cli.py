@@ -287,6 +287,12 @@ def test_run_trains_on_two_ranks(tiny: str, tmp_path: Path, monkeypatch: pytest.
     assert (plan.tp, plan.global_batch) == (2, 4)
 
 
+def test_notes_of_a_run_are_lines() -> None:
+    result = shell("run", f"{ROOT / 'examples' / 'tiny.py'}:model", "1:cpu", "--steps", 1)
+    assert result.exit_code == 0, result.output
+    assert "autopart: every block was traced" in result.stderr and "UserWarning" not in result.stderr
+
+
 @pytest.mark.processes
 def test_a_refusal_is_the_exit_status_of_the_process(tiny: str) -> None:
     arguments = ["autopart", "plan", tiny, "2:cpu", "--tp", "3"]
