@@ -173,7 +173,7 @@ def _loaded(
         compiled.load_rank_zero(tensors_of(model, buffers))
     else:
         compiled.load_rank_zero({name: value for name, value in buffers.items() if value is not None})
-        compiled.beside = given.unused(used) if compiled.rank == 0 else {}
+        compiled.unused_tensors = given.unused(used) if compiled.rank == 0 else {}
     return compiled
 
 

@@ -134,7 +134,7 @@ class Executor:
         return self._ended()
 
     def _compute(self, micro_batches: Sequence[Mapping[str, Tensor]], targets: float | None) -> None:
-        """Run the instructions for micro-batches."""
+        """Run the instructions of a step on micro-batches, without those that run once a step."""
         self.micro_batches = micro_batches
         self.flights: dict[int, _Flight] = defaultdict(_Flight)
         self.works: list[tuple[Work, Tensor]] = []
@@ -225,7 +225,7 @@ class Executor:
         flight.waiting = {to for m in self.outgoing for to in m.consumers}
 
     def _keeping(self) -> AbstractContextManager[None]:
-        """What a forward pass keeps: of what it gathers to gather it again, parts."""
+        """A context for forward passes: the rank saves its own part of tensors that backward gathers again."""
         parts = self.shared.level >= 3 or getattr(self.stage, "gathers_again", False)
         return keeping_parts() if parts else nullcontext()
 

@@ -63,7 +63,7 @@ def whole_tensors(
                 ]
                 yield name, _together(received)
             else:
-                yield name, compiled.beside.get(name, own[name]).detach().cpu()
+                yield name, compiled.unused_tensors.get(name, own[name]).detach().cpu()
         else:
             for piece in pieces.get(name, ()):
                 if piece.rank == host.rank and held[name][0].numel():

@@ -57,7 +57,7 @@ def load_pretrained(compiled: RankState, folder: Path) -> None:
     """`Compiled.load_pretrained`. Each rank reads its own shares."""
     found = WeightFolder(folder, compiled.model)
     fill_from([share for share in compiled.shares() if share.origin.name in found], compiled.groups, found.find)
-    compiled.beside.update({name: found.find(name)[...] for name in compiled.beside if name in found})
+    compiled.unused_tensors.update({name: found.find(name)[...] for name in compiled.unused_tensors if name in found})
     from_first(None, compiled.groups.host)
 
 

@@ -68,7 +68,7 @@ class RankState:
         """Names of the tensors that some stage computes with."""
         self.group_names: list[list[str]] = []
         """The names of the parameters in every group of the optimizer, those that other ranks train included."""
-        self.beside: dict[str, Tensor] = {}
+        self.unused_tensors: dict[str, Tensor] = {}
         """Loaded tensors of the state dict that no stage computes with."""
         if find is None:
             self.fill(tensors_of(model, constants))
@@ -87,7 +87,7 @@ class RankState:
             name = self.aliases.get(alias, alias)
             fill([share for share in shares if share.origin.name == name], self.groups, {name: value})
             if name not in self.emitted:
-                self.beside[name] = value
+                self.unused_tensors[name] = value
         self.weights.seen()
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
@@ -136,7 +136,7 @@ class RankState:
         if self.rank:
             return {}
         return {
-            alias: whole.get(name, self.beside.get(name, value)).detach().cpu().clone()
+            alias: whole.get(name, self.unused_tensors.get(name, value)).detach().cpu().clone()
             for alias, value in self.model.state_dict().items()
             for name in [self.aliases.get(alias, alias)]
         }

@@ -130,7 +130,7 @@ def simulate(weights: str | Path, run: Any, **asked: Any) -> list[Any]:
         buffers = layered.traced.buffers
         stage = stages[groups.pp.rank]
         compiled = Compiled(model, plan, groups, stage, layered.traced.aliases, buffers, {"x": X}, find=find)
-        compiled.beside = found.unused({"first.weight"})
+        compiled.unused_tensors = found.unused({"first.weight"})
         return run(compiled)
 
     return run_simulated(plan.pp, plan.dp, plan.tp, one)

@@ -101,7 +101,7 @@ def search_mesh(
 ) -> list[MeshChoice]:
     """Plan on every mesh that some devices can form. Returns a choice for each mesh, the best first.
 
-    loss            as of `autopart.plan`
+    loss            as in `autopart.plan`
     devices         "64:h100-80gb" for a number of devices, or "8x8:h100-80gb" for one mesh; one such text or several,
                     each with @LINK for another link than the device's usual one
     target_seconds  most seconds of a step. The numbers in `devices` are then upper limits, and the fewest devices that

@@ -31,8 +31,8 @@ def price_plan(plan: Plan, model: nn.Module, batch: Batch, *, loss: Loss | None 
     """The plan with its seconds and bytes computed from its decisions.
 
     Decisions are the degrees, the micro-batch, the ZeRO level, the splits, the first positions of the stages and the
-    checkpointing modes. The lower bound stays that of the search. `batch` and `loss` are those
-    that the plan was made with.
+    checkpointing modes. The lower bound stays that of the search. `batch` and `loss` are those that the plan was made
+    with.
 
     Raises PartitionError for decisions that are no plan of the model. A plan that does not fit is no error
     (`Plan.fits`).

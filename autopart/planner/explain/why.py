@@ -91,6 +91,7 @@ class Explanation:
         return [reason for reason in reasons if reason.others]
 
     def _reason(self, model: Model, index: int) -> Reason:
+        """The step with each other strategy of a node."""
         node, chosen = model.table.nodes[index], self.found.chosen[0][index]
         axes = [axis for axis in model.table.axes if getattr(self.found.point, axis) > 1]
         columns = [model.table.axes.index(axis) for axis in axes]
@@ -109,6 +110,7 @@ class Explanation:
         return Reason(node.key, max(1, times), _strategy(axes, mine), self.found.seconds, tuple(others))
 
     def _alternative(self, text: str, constraints: Sequence[Constraint]) -> Alternative:
+        """The best plan under constraints with the degrees, the micro-batch and the ZeRO level of the plan in question."""
         point = self.found.point
         names = ("pp", "dp", "tp", "micro_batch", "zero")
         pinned = [parse(f"{name}={getattr(point, name)}") for name in names]
@@ -266,8 +268,8 @@ def explain(
     on_progress: OnProgress = silent,
     **settings: Unpack[Settings],
 ) -> Explanation:
-    """Plan, and keep the search space that the plan was chosen from. Arguments and errors are those of
-    `autopart.plan`."""
+    """Plan as `autopart.plan` does, with its arguments and errors. Returns the plan with its search space, for
+    questions."""
     model = with_loss(model, loss)
     request = request_of(model, batch, **settings)
     return explain_traced(Source(model, batch, DTYPES[request.precision]), Mesh.of(mesh), request, on_progress)

@@ -87,7 +87,7 @@ class Checkpoints:
             "skipped": executor.skipped,
             "loss_scale": executor.loss_scale and vars(executor.loss_scale),
             "parameters": dict(compiled.plan.signature.parameters),
-            "beside": {**unused, **compiled.beside},
+            "beside": {**unused, **compiled.unused_tensors},
             "optimizer": optimizer and {
                 "class": type(optimizer).__qualname__,
                 "groups": optimizer_states.groups_record(optimizer, compiled.group_names),

@@ -65,7 +65,7 @@ def _restore_counters(record: records.Record, compiled: RankState) -> None:
     executor = compiled.executor
     executor.groups.rng.seed, executor.groups.rng.step = record["seed"], record["step"]
     executor.skipped, executor.accumulating = record["skipped"], False
-    compiled.beside.update(record["beside"])
+    compiled.unused_tensors.update(record["beside"])
     if executor.loss_scale and record["loss_scale"]:
         vars(executor.loss_scale).update(record["loss_scale"])
 
