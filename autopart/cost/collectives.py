@@ -57,7 +57,7 @@ def ring_bandwidth(group: Group) -> float:
     """Bytes/s that every rank of a ring sends: the lesser of
 
     inside a host  bandwidth x share x lanes
-    between hosts  bandwidth x share x network cards x ranks of a host
+    between hosts  bandwidth x share x network cards of the host's ranks
     """
     found = _bandwidth_in_host(group) if group.per_host > 1 else math.inf
     if group.hosts > 1:

@@ -110,7 +110,7 @@ class Explanation:
         return Reason(node.key, max(1, times), _strategy(axes, mine), self.found.seconds, tuple(others))
 
     def _alternative(self, text: str, constraints: Sequence[Constraint]) -> Alternative:
-        """The best plan under constraints with the degrees, the micro-batch and the ZeRO level of the plan in question."""
+        """The best plan under constraints, with the degrees, micro-batch and ZeRO level of the plan in question."""
         point = self.found.point
         names = ("pp", "dp", "tp", "micro_batch", "zero")
         pinned = [parse(f"{name}={getattr(point, name)}") for name in names]
