@@ -180,6 +180,18 @@ def test_weights_alone_are_saved_and_not_resumed_from(tmp_path: Path) -> None:
         autopart.Trainer(line(), **args, mesh="1:cpu", loss=error_of).train(resume_from_checkpoint=str(saved))
 
 
+def test_a_checkpoint_that_a_crash_left_is_passed_over(tmp_path: Path) -> None:
+    args = small(tmp_path, save_strategy="steps", save_steps=1)
+    trainer = autopart.Trainer(line(), **args, mesh="1:cpu", loss=error_of)
+    trainer.train()
+    last = trainer.state.global_step
+    (tmp_path / f"checkpoint-{last}" / "trainer_state.json").unlink()
+    again = autopart.Trainer(line(), **args, mesh="1:cpu", loss=error_of)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == last > 1 and len(again.state.log_history) == len(trainer.state.log_history)
+    alike(again.model.line.weight, trainer.model.line.weight)
+
+
 def test_float16_skips_updates_and_saves_its_masters(tmp_path: Path) -> None:
     given = small(tmp_path, max_grad_norm=0.0, num_train_epochs=5)
     given["train_dataset"] = [{name: value.half() for name, value in point.items()} for point in points(10)]

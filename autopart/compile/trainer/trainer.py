@@ -123,12 +123,15 @@ class Trainer(transformers.Trainer):
 
     # ---- training ------------------------------------------------------------------------------------------
 
-    def train(self, *given: Any, **settings: Any) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *given: Any, **settings: Any) -> TrainOutput:
         """Train as transformers.Trainer does, with its arguments and result.
 
-        The model then has the trained weights on every rank, unless it is on meta.
+        `resume_from_checkpoint=True` takes the last checkpoint that is complete. The model then has the trained weights
+        on every rank, unless it is on meta.
         """
-        output = super().train(*given, **settings)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = _last_complete(Path(str(self.args.output_dir))) or True
+        output = super().train(resume_from_checkpoint, *given, **settings)
         if self.compiled is not None and not any(p.is_meta for p in self.model.parameters()):
             self.compiled.sync_to(self.model)
         return output
@@ -295,3 +298,9 @@ class Trainer(transformers.Trainer):
 def _alone(values: tuple[Any, ...]) -> Any:
     """The value of a tuple of one; other tuples as they are."""
     return values[0] if len(values) == 1 else values
+
+
+def _last_complete(folder: Path) -> str | None:
+    """The last checkpoint of a folder that has a trainer_state.json, which is written last."""
+    complete = [file.parent for file in folder.glob("checkpoint-[0-9]*/trainer_state.json")]
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
