@@ -22,9 +22,9 @@ with paused():
     from autopart.runtime.calibrate.run import calibrate
     from autopart.runtime.callbacks import Callback, Event, JsonLines, Trace
     from autopart.runtime.compiled import Compiled
+    from autopart.runtime.loggers import ProfilerRanges, Progress, TensorBoard, WeightsAndBiases
     from autopart.runtime.padding import pad
     from autopart.runtime.predicted import PredictedSeconds
-    from autopart.runtime.watch import ProfilerRanges, Progress, TensorBoard, WeightsAndBiases
 
 if TYPE_CHECKING:
     from autopart.compile.trainer import Trainer as Trainer

@@ -1,6 +1,7 @@
 """What emitted code calls, and what runs it. Knows nothing of planning.
 
-collectives, functions, experts, random, recompute, gathered    what emitted code calls
+collectives, functions, experts, random, rng_state, recompute,
+gathered                                                        what emitted code calls
 compiled, rank_state, parameters, emitted, variants             one rank's program: its methods, shares, module
 executor, update, zero, slices, optimizers, gradient_norm,
 loss_scale                                                      a step: instructions, gradient sums, ZeRO, the optimizer
@@ -10,7 +11,7 @@ checkpoint/                                                     training that go
 pretrained, weight_folder, weight_files, share_reader, pieces,
 transformers_names                                              weights from files and into files
 watchdog, heartbeat, activity, launch                           ranks that die or hang; ranks started here
-callbacks, watch, predicted                                     what a user sees of a training
+callbacks, loggers, predicted                                   what a user sees of a training
 simulated, standalone, calibrate/                               ranks as threads; emitted folders; measuring a machine
 
 Open `compiled.py` first, then `executor.py`.
