@@ -1,4 +1,4 @@
-"""Low-rank adapters beside frozen weights, as LoRA has them: trained as in one process, the frozen weights as before."""
+"""Low-rank adapters beside frozen weights, as LoRA has them: trained as in one process, frozen weights as before."""
 
 from __future__ import annotations
 
