@@ -86,6 +86,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if nextitem is None or nextitem.path != item.path:
         gc.collect()
         gc.freeze()
+        gc.get_freeze_count = lambda: 1  # which counts them one by one, whenever autopart has made a graph
 
 
 def _quick(items: list[pytest.Item]) -> set[pytest.Item]:
