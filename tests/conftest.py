@@ -1,26 +1,20 @@
 """Settings of the whole test suite, made before anything imports torch or transformers.
 
-Where the time goes: CPU seconds (user and system, of a test and its children), measured file by file, most of them with
-other programs beside, where a CPU second is up to 1.4 of a quiet machine's, and with some 5 a file for what it imports
-and traces first, which a whole run pays once. The sum over all files is about 1,640:
+Where the time goes: CPU seconds (user and system, of a test and its children) of a whole run on two slow cores, 2,064
+in all and 19 minutes:
 
-    122  sharding/test_proof.py, of which PyTorch's own calls 28 and the wrong rows 11
-    114  planner/test_explain.py, of which what fits where nothing does 42
-    91   cost/test_memory.py
-    89   runtime/test_exact.py, of which four ranks 54
-    77   frontend/test_shortened.py
-    80   compile/test_trainer.py, of which four ranks 50
-    70   compile/test_graphs.py, of which 24 random models in groups of their own
-    54   compile/test_check.py
-    51   runtime/test_random.py
-    54   runtime/test_chaos.py, where ranks mostly wait
-    48   planner/test_brute.py, in 30 groups
-    42   cli/test_cli.py
-    39   runtime/test_memory_saving.py
-    35   runtime/test_failure.py, plan/test_graph.py, sharding/test_rules.py
-    33   planner/test_solvers.py, benchmarks/test_reserved.py, frontend/test_functional.py, frontend/test_exporting.py
-    27   runtime/test_mixed.py, compile/test_zoo.py, kernels/test_kernels.py, passes/test_checkpoint_cut.py and others
-    10   the server from which ranks are forked
+    122  sharding/test_proof.py
+    115  planner/test_explain.py
+    112  runtime/test_exact.py, of which four ranks of GPT-2 69
+    104  runtime/test_chaos.py
+    82   compile/test_graphs.py and cost/test_memory.py
+    71   compile/test_trainer.py and frontend/test_shortened.py
+    59   cli/test_cli.py
+    54   runtime/test_random.py and runtime/test_variants.py
+    48   runtime/test_weights.py, runtime/test_checkpoint.py and planner/test_brute.py
+    44   compile/test_check.py
+    42   compile/test_structure.py and planner/test_solvers.py
+    36   runtime/test_failure.py, sharding/test_rules.py, planner/test_plan.py, frontend/test_exporting.py and others
 
 What is dear is to import torch (4) or transformers (6 more), to trace a transformer (0.5 to 2 for each dtype and
 micro-batch size, twice that where `frontend/functionalize.py` leaves it to torch) and to start ranks. Trace once for
