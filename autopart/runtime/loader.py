@@ -57,7 +57,8 @@ class Loader:
                     "drop_last=True" if samples == last else f"a batch_size that {ranks} divides",
                 )
         self.dataset, self.batch_size, self.shuffle, self.seed = dataset, batch_size, shuffle, seed
-        self.samples = len(dataset) - (len(dataset) % batch_size if drop_last else 0)
+        self.total = len(dataset)
+        self.samples = self.total - (self.total % batch_size if drop_last else 0)
         self.settings = settings
         self.epoch = self.done = 0
 
@@ -67,7 +68,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[Any]:
         rest = self._batches()[self.done :]
-        generator = torch.Generator().manual_seed(self.seed)  # of what workers draw
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)  # of what workers draw
         for batch in DataLoader(self.dataset, batch_sampler=rest, generator=generator, **self.settings):
             self.done += 1
             yield batch
@@ -75,9 +76,8 @@ class Loader:
 
     def _batches(self) -> list[list[int]]:
         """The samples of every batch of this pass, by their places in the dataset."""
-        total = len(self.dataset)
         drawn = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(total, generator=drawn) if self.shuffle else torch.arange(total)
+        order = torch.randperm(self.total, generator=drawn) if self.shuffle else torch.arange(self.total)
         return [part.tolist() for part in order[: self.samples].split(self.batch_size)]
 
     def state_dict(self) -> dict[str, int]:
@@ -96,6 +96,5 @@ class Loader:
         self.epoch, self.done = state["epoch"], state["done"]
 
     def _order(self) -> dict[str, int]:
-        total = len(self.dataset)
-        order = {"samples": self.samples, "dataset": total, "batch_size": self.batch_size}
+        order = {"samples": self.samples, "dataset": self.total, "batch_size": self.batch_size}
         return {**order, "shuffle": int(self.shuffle), "seed": self.seed}

@@ -95,6 +95,20 @@ def test_a_loader_goes_on_where_it_was_saved(stop: int) -> None:
     assert found == wanted
 
 
+class Drawn(Numbers):
+    """Samples are random numbers, as augmentation draws them in a worker."""
+
+    def __getitem__(self, place: int) -> Tensor:
+        return torch.rand(())
+
+
+def test_workers_draw_other_numbers_in_every_pass_and_the_same_on_every_rank() -> None:
+    loader, other = (Loader(Drawn(4), 4, 1, num_workers=1) for _ in range(2))
+    first, second = seen(loader), seen(loader)
+    assert first != second
+    assert [first, second] == [seen(other), seen(other)]
+
+
 def test_another_order_is_refused() -> None:
     state = Loader(Numbers(10), 4, 1).state_dict()
     for other in (Loader(Numbers(12), 4, 1), Loader(Numbers(10), 2, 1), Loader(Numbers(10), 4, 1, seed=1)):
