@@ -31,7 +31,9 @@ from autopart.planner.validate import validate
 from autopart.runtime.compiled import Compiled
 from autopart.runtime.groups import make_groups, start_processes
 from autopart.runtime.parameters import tensors_of
-from autopart.runtime.watchdog import start_watchdog
+from autopart.runtime.torch_compile import TorchCompile
+from autopart.runtime.torch_compile import check as check_compile
+from autopart.runtime.watchdog import check_timeout, start_watchdog
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -91,6 +93,7 @@ def compile(
     seed: int | None = None,
     check_batches: bool = True,
     hang_timeout: float | None = None,
+    compile: TorchCompile = False,
     on_progress: OnProgress = silent,
     **settings: Unpack[Settings],
 ) -> Compiled:
@@ -105,23 +108,23 @@ def compile(
                    seed, the step and the element's place in the whole batch, not on the plan
     check_batches  whether steps compare checksums of the rows that ranks were given: the first 10 steps, then every
                    100th
-    hang_timeout   seconds in which no rank gets on to its next instruction, after which all ranks are ended and the one
-                   that the others wait for is named (default: none); longer than any instruction and any checkpoint
+    hang_timeout   seconds in which no rank gets on, after which all ranks are ended and the one that others wait for is
+                   named (default: none); longer than any instruction, checkpoint and compilation
+    compile        True or arguments of torch.compile (backend, mode, options, dynamic): it compiles the emitted blocks.
+                   The plan's seconds and bytes are those without
     settings       as `autopart.plan`
 
     Without `weights`, weights and buffers are those of rank 0's model on every rank: what differs on another rank is
     broadcast. `model` is not changed, neither now nor by steps, and its weights are not read again:
     `compiled.load_state_dict` loads others, `compiled.sync_to(model)` brings the trained ones into it.
 
-    Warnings on rank 0 show the plan's notes, and name scalars with gradients that the model returns and that are no
-    part of the loss.
-
+    Warnings on rank 0 show the plan's notes, and name scalars with gradients that are returned and no part of the loss.
     Every process calls it; rank 0 plans for all. Raises PartitionError as `autopart.plan` does, where the number of
     processes is not that of the mesh, where the plan is for another model, where the model does what training on
     several ranks cannot reproduce, where `weights` do not fit the model, and where a tensor has no value.
     """
-    if hang_timeout is not None and not hang_timeout > 0:
-        raise PartitionError(f"hang_timeout={hang_timeout!r} is not positive", try_="hang_timeout=600, or None")
+    check_compile(compile)
+    check_timeout(hang_timeout)
     mesh = Mesh.of(mesh)
     check_plan(plan, mesh)
     model = with_loss(model, loss)
@@ -135,7 +138,7 @@ def compile(
         with suppress(PartitionError):  # which rank 0 raises for all
             source.full(request.micro_batch, mesh)
     plan, seed = _agreed(plan, seed, lambda: make_plan(source, mesh, request, on_progress, to_run=True))
-    compiled = _loaded(source, model, plan, seed, given, hang_timeout)
+    compiled = _loaded(source, model, plan, seed, given, hang_timeout, compile)
     compiled.check_batches = check_batches
     if compiled.rank == 0:
         warn(plan, source.full(plan.micro_batch, plan.mesh).traced, model)
@@ -143,7 +146,13 @@ def compile(
 
 
 def _loaded(
-    source: Source, model: nn.Module, plan: Plan, seed: int, given: GivenWeights | None, hang_timeout: float | None
+    source: Source,
+    model: nn.Module,
+    plan: Plan,
+    seed: int,
+    given: GivenWeights | None,
+    hang_timeout: float | None,
+    compile: TorchCompile,
 ) -> Compiled:
     """This rank's program with its shares of the weights, watched where other processes are."""
     layered = source.full(plan.micro_batch, plan.mesh)
@@ -162,7 +171,7 @@ def _loaded(
     compiled = Compiled(
         model, plan, groups, program, layered.traced.aliases, buffers, source.batch, same_trace,
         partial(variant, again, plan, layered, ranks, groups.pp.rank, lambda make: _agreed(None, None, make)[0]),
-        find,
+        find, compile,
     )  # fmt: skip
     compiled.returned = layered.traced.returned
     if "MASTER_ADDR" in os.environ:

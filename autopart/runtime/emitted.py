@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from autopart.plan.schedules.ops import Instruction
+from autopart.runtime.groups import Groups
+from autopart.runtime.torch_compile import TorchCompile, compile_blocks
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,15 @@ class StageProgram:
     stage: Any
     instructions: Sequence[Instruction]
     messages: Sequence[Message]
+
+
+def load_stage(program: Program, filename: str, groups: Groups, compile: TorchCompile = False) -> Any:
+    """The stage of a program, as a module with this rank's shares, uninitialised. Its blocks are compiled where
+    `compile` says so."""
+    module = run_source(program.source, filename)
+    stage = module.Stage(groups)
+    compile_blocks(stage, module.__dict__, compile)
+    return stage
 
 
 def run_source(source: str, filename: str) -> ModuleType:

@@ -11,13 +11,14 @@ from torch import nn
 
 from autopart.plan.data import Plan
 from autopart.runtime.agreement import check_names, from_rank_zero, rank_zero_values
-from autopart.runtime.emitted import Program, StageProgram, run_source
+from autopart.runtime.emitted import Program, StageProgram, load_stage
 from autopart.runtime.executor import Executor
 from autopart.runtime.groups import Groups, tied_groups
 from autopart.runtime.guards import BatchForm, ModelWeights, TrainingMode, refuse_parameters
 from autopart.runtime.loss_scale import LossScale
 from autopart.runtime.parameters import fill, origins, tensors_of
 from autopart.runtime.share_reader import Sliceable, fill_from
+from autopart.runtime.torch_compile import TorchCompile
 from autopart.runtime.variants import MakeVariant, Variants
 from autopart.runtime.whole import assemble, shares_of
 
@@ -39,6 +40,7 @@ class RankState:
         same_trace: Callable[[], bool] = lambda: False,
         variant: MakeVariant | None = None,
         find: Callable[[str], Sliceable] | None = None,
+        compile: TorchCompile = False,
     ) -> None:
         """
         constants   values of the model's buffers and of constants that the trace made
@@ -47,13 +49,14 @@ class RankState:
         variant     makes the program for a batch like this one of so many samples, for training or evaluation; None:
                     only batches of the plan's sizes can be trained
         find        a weight's or a buffer's name -> where its whole value lies; None: the model's own and `constants`
+        compile     whether torch.compile compiles the blocks, or its arguments
         """
         self.plan, self.groups, self.source = plan, groups, program.source
         self.model, self.aliases, self.sample_axes = model, aliases, program.sample_axes
         self.form = None if traced is None else BatchForm(traced)
         self.mode = TrainingMode(model, same_trace)
         self.weights = ModelWeights(model, aliases)
-        self.stage: nn.Module = run_source(program.source, f"stage_{program.stage}.py").Stage(groups)
+        self.stage: nn.Module = load_stage(program, f"stage_{program.stage}.py", groups, compile)
         self.origins = origins(self.stage)
         tied, master = tied_groups(program.tied, groups), getattr(torch, plan.master) if plan.master else None
         first = StageProgram(self.stage, program.instructions, program.messages)
@@ -63,7 +66,7 @@ class RankState:
             loss_scale=LossScale() if plan.precision == "float16" else None,
         )  # fmt: skip
         self.stage.parameters = refuse_parameters
-        self.variants = Variants(plan, first, groups, variant, dict(model.named_buffers()))
+        self.variants = Variants(plan, first, groups, variant, dict(model.named_buffers()), compile)
         self.emitted = {*plan.signature.parameters, *constants}
         """Names of the tensors that some stage computes with."""
         self.group_names: list[list[str]] = []

@@ -12,9 +12,10 @@ from torch import nn
 
 from autopart.errors import PartitionError
 from autopart.plan.data import Plan
-from autopart.runtime.emitted import Program, StageProgram, run_source
+from autopart.runtime.emitted import Program, StageProgram, load_stage
 from autopart.runtime.groups import Groups
 from autopart.runtime.parameters import fill, origins, shared_with
+from autopart.runtime.torch_compile import TorchCompile
 
 Tensor = torch.Tensor
 Mode = tuple[str, ...] | None
@@ -43,14 +44,21 @@ class Variants:
     """The programs that were made so far. All train the weights of the first, whose buffers are the model's."""
 
     def __init__(
-        self, plan: Plan, first: StageProgram, groups: Groups, make: MakeVariant | None, buffers: Container[str]
+        self,
+        plan: Plan,
+        first: StageProgram,
+        groups: Groups,
+        make: MakeVariant | None,
+        buffers: Container[str],
+        compile: TorchCompile = False,
     ) -> None:
         """
         make     makes the program for a batch like this one of so many samples, in a mode; None: only the first can be
                  run
         buffers  names of the model's own
+        compile  whether torch.compile compiles the blocks, or its arguments
         """
-        self.first, self.groups, self.make = first, groups, make
+        self.first, self.groups, self.make, self.compile = first, groups, make, compile
         self.paths = {id(first.stage): _buffers(first.stage, buffers)}
         self.of_model = buffers
         inputs = {name: shape[1:] for name, shape in plan.signature.inputs.items()}
@@ -86,7 +94,7 @@ class Variants:
     def _load(self, variant: Variant) -> tuple[Plan, StageProgram]:
         with shared_with(self.first.stage):
             program = variant.program
-            stage = run_source(program.source, f"stage_{program.stage}_{len(self.made)}.py").Stage(self.groups)
+            stage = load_stage(program, f"stage_{program.stage}_{len(self.made)}.py", self.groups, self.compile)
         known = {share.origin.name for _, share in self.first.stage.named_parameters()}
         if strange := [s.origin.name for _, s in stage.named_parameters() if s.origin.name not in known]:
             raise PartitionError(f"{strange[0]} is in another stage of this program", "weights stay where they are")

@@ -170,6 +170,12 @@ class _Watchdog(threading.Thread):
 _running: _Watchdog | None = None
 
 
+def check_timeout(hang_timeout: float | None) -> None:
+    """Raise PartitionError for a number of seconds that is not positive."""
+    if hang_timeout is not None and not hang_timeout > 0:
+        raise PartitionError(f"hang_timeout={hang_timeout!r} is not positive", try_="hang_timeout=600, or None")
+
+
 def start_watchdog(
     activity: Activity, interval: float = 0.5, patience: float = 15.0, hang_timeout: float | None = None
 ) -> None:

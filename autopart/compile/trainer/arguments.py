@@ -14,7 +14,7 @@ REFUSED = {
     "fsdp": ("the plan says how parameters are split", "zero=3 of autopart.Trainer"),
     "deepspeed": ("the plan says how states are split", "zero=1, 2 or 3 of autopart.Trainer"),
     "parallelism_config": ("the plan has the degrees", "tp=, pp= and dp= of autopart.Trainer"),
-    "torch_compile": ("the model runs as emitted modules", "torch_compile=False"),
+    "torch_compile": ("the model runs as emitted modules", "compile=True of autopart.Trainer"),
     "bf16": ("it is autocast, whose casts a plan does not have", 'precision="bfloat16", master="float32"'),
     "fp16": ("it is autocast, whose casts a plan does not have", 'precision="float16", master="float32"'),
     "bf16_full_eval": ("evaluation has the weights of training", 'precision="bfloat16"'),

@@ -35,7 +35,7 @@ from autopart.runtime.compiled import Compiled
 from autopart.runtime.groups import start_processes
 
 Tensor = torch.Tensor
-COMPILE_SETTINGS = {*SETTINGS, "loss", "plan", "weights", "on_progress", "check_batches", "hang_timeout"} - {
+COMPILE_SETTINGS = {*SETTINGS, "loss", "plan", "weights", "on_progress", "check_batches", "hang_timeout", "compile"} - {
     "global_batch"
 }
 """Keywords of `Trainer` that go to `autopart.compile`."""
