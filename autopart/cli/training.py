@@ -62,12 +62,7 @@ def check_command(
     loaded, batch = load(model, options, meta=False)
     made = made or make_plan(loaded, batch, needed(mesh), options)
     found = check(loaded, made.mesh, batch, plan=made)
-    result = {k: v for k, v in vars(found).items() if k != "plan"}
-    text = (
-        "{loss:.6g} is the loss, off by {loss_error:.1e} from {against}; "
-        "gradients are off by at most {gradient_error:.1e} ({worst})"
-    ) + ("; buffers by at most {buffer_error:.1e} ({worst_buffer})" if found.worst_buffer else "")
-    tell(result if as_json else text.format(**result))
+    tell({k: v for k, v in vars(found).items() if k != "plan"} if as_json else str(found))
 
 
 @command

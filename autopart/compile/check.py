@@ -53,6 +53,12 @@ class Check:
     worst_buffer: str
     against: str
 
+    def __str__(self) -> str:
+        loss = f"{self.loss:.6g} is the loss, off by {self.loss_error:.1e} from {self.against}"
+        at, buffer = (f" ({name})" if name else "" for name in (self.worst, self.worst_buffer))
+        buffers = f"; buffers by at most {self.buffer_error:.1e}{buffer}" if buffer else ""
+        return f"{loss}; gradients are off by at most {self.gradient_error:.1e}{at}{buffers}"
+
 
 def check(
     model: nn.Module,

@@ -163,7 +163,7 @@ class _Builder:
         wanted = tuple(sorted(hints.get((node, 0), ()), key=str))
         samples = self.positions.samples
         if node not in samples:
-            samples[node] = _samples(node)
+            samples[node] = _samples(node, self.layered.traced.micro_batch)
         along = [samples[node] if axis == "dp" else _letters(node, self.tp, wanted, self.forced) for axis in self.axes]
         return [pair for pair in itertools.product(*along) if not _collide(pair)]
 
@@ -240,12 +240,12 @@ def _hints(layered: LayeredGraph, nodes: list[fx.Node], size: int) -> Hints:
     return hints
 
 
-def _samples(node: fx.Node) -> list[Strategy]:
+def _samples(node: fx.Node, traced: int) -> list[Strategy]:
     """The strategies along `dp`: those that split samples, or without any those that split nothing.
 
-    Too few samples are traced to divide over dp, so that samples are split into one piece here.
+    Fewer samples may be traced than dp has ranks: a strategy must be able to give each traced sample to another rank.
     """
-    options = _known(node, 1, ())
+    options = _known(node, traced, ())
     if info(node).kind == "parameter":
         return [o for o in options if o.name in "RC"]
     return [o for o in options if _counts_samples(node, o)] or [o for o in options if o.name in "RCP"]

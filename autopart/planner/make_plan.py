@@ -28,6 +28,7 @@ from autopart.planner.progress import OnProgress, silent
 from autopart.planner.request import Request, Settings, read_constraints, read_settings
 from autopart.planner.search_space import SearchSpace
 from autopart.planner.search_summary import search_summary
+from autopart.planner.validate import strategy_findings
 from autopart.planner.write_plan import bounded, write_out
 
 
@@ -65,7 +66,7 @@ def make_plan(
     made, search, _ = explored(source, mesh, request, on_progress, advise)
     planned = search.space.layered
     layered = (source.full if to_run else source.sampled)(made.micro_batch, mesh)
-    if layered.hash == planned.hash:
+    if layered.hash == planned.hash and not any(strategy_findings(made, layered)):
         return made
     try:
         return _plan_again(layered, made, search, on_progress, started)
@@ -82,9 +83,9 @@ def make_plan(
 
 
 def _plan_again(layered: LayeredGraph, made: Plan, search: Search, on_progress: OnProgress, started: float) -> Plan:
-    """The plan of a micro-batch from its own graph, where that differs from the graph of two samples. With one sample
-    `expand` is no operator and the batch dim has other strategies; and a model's code may depend on the number of
-    samples."""
+    """The plan of a micro-batch from its own graph, where that differs from the graph of two samples, or lacks its
+    strategies. With one sample `expand` is no operator and the batch dim has other strategies; a model's code may
+    depend on the number of samples; a dim of size 2 may seem to count samples."""
     space = SearchSpace(layered, made.mesh, replace(search.space.request, micro_batch=made.micro_batch))
     found = Search(space, on_progress).run()
     found = replace(found, bound=min(found.bound, made.bound_seconds))

@@ -182,6 +182,29 @@ def test_layers_called_by_numbers(settings: dict[str, int]) -> None:
     autopart.certify(found.plan, model, batch)
 
 
+class Streams(nn.Module):
+    """Two streams a sample, whose elements are picked by indices that no input reaches, streams first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(24, 16)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        n, length = ids.shape
+        values = self.words(ids).unflatten(2, (2, 8)).transpose(1, 2).flatten(0, 2)
+        index = (torch.arange(length)[:, None] + torch.arange(length)) % 8
+        index = index.expand(1, n, length, length).repeat(2, 1, 1, 1).reshape(-1, length)
+        return values.gather(1, index).square().mean()
+
+
+@pytest.mark.parametrize("dp", [2, 4])
+def test_a_dim_that_only_seems_to_count_samples(dp: int) -> None:
+    """Two streams are as many as the samples that the planner traces, and fewer than the ranks."""
+    batch = {"ids": torch.randint(24, (4, 6), generator=torch.Generator().manual_seed(0))}
+    found = autopart.check(Streams(), f"{dp}:cpu", batch, dp=dp)
+    assert max(found.loss_error, found.gradient_error) < 1e-5, found
+
+
 @pytest.mark.slow
 def test_no_missing_rules_are_told(tiny: str, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
