@@ -140,7 +140,7 @@ class LagrangianBounds:
             lengths = of.listed[listed]
             assigned = of.assignments[np.repeat(listed, of.listed)]
             each = self._bounds(
-                np.repeat(self.capacity[listed], lengths), *(assigned @ t for t in (self.bytes, *self.seconds))
+                np.repeat(self.capacity[listed], lengths), *np.array([self.bytes, *self.seconds]) @ assigned.T
             )
             bounds[:, listed] = np.minimum.reduceat(each, np.cumsum([0, *lengths[:-1]]), axis=1)
         columns = {}
