@@ -105,6 +105,25 @@ class LayeredGraph:
         """Node -> the index of its segment, and its own index in the segment."""
         return {node: (i, k) for i, segment in enumerate(self.segments) for k, node in enumerate(segment.nodes)}
 
+    @cached_property
+    def latest(self) -> dict[int, int]:
+        """Index of a segment -> the last position at which it stands."""
+        return {segment: position for position, segment in enumerate(self.sequence)}
+
+    def earlier(self, position: int, node: fx.Node) -> fx.Node:
+        """The node that stands for a node of the segment at a position as to who reads its value: where the segment
+        stands for blocks behind the position too, the same node of the period before, whose readers were traced."""
+        index, place = self.locations[node]
+        behind = [p for p in self.repeated if self.sequence[p] == index]
+        if position == self.latest[index] or not behind:
+            return node
+        return self.segments[index - len(self.repeated[behind[0]])].nodes[place]
+
+    def readers_of(self, node: fx.Node) -> set[int | None]:
+        """The segments that read a node's values; None for nodes of no segment."""
+        users = [reader for user in node.users for reader in (user.users if is_pick(user) else [user])]
+        return {self.locations[user][0] if user in self.locations else None for user in users}
+
     def sources(self, position: int) -> tuple[tuple[int, int] | None, ...]:
         """For each external of the segment at a position: the position that makes the value, and the node's index in
         the segment there; None for what no segment makes."""

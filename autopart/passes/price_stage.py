@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -16,7 +16,7 @@ from autopart.ir.graph import info
 from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.checkpoint_cut import stage_cut
-from autopart.passes.stage_graph import StageGraph
+from autopart.passes.stage_graph import StageGraph, Value
 from autopart.plan.stages import PlanLine
 from autopart.plan.units import printed_name
 from autopart.sharding.resharding import GATHERED_AGAIN, RESHARDS
@@ -34,6 +34,8 @@ class PricedSegment:
     nodes              the segment's nodes
     lines              one line of the plan for each of `nodes`
     outside            the values of other segments and stages that the nodes read
+    handed_on          the values that are resharded here for several other segments, as (node, output) of the model
+    inner              the segment without these reshards; None where there are none
     """
 
     label: str
@@ -43,6 +45,8 @@ class PricedSegment:
     lines: tuple[PlanLine, ...]
     nodes: tuple[fx.Node, ...]
     outside: tuple[fx.Node, ...]
+    handed_on: frozenset[Value] = frozenset()
+    inner: PricedSegment | None = None
 
 
 @dataclass(frozen=True)
@@ -58,37 +62,64 @@ def price_stage(layered: LayeredGraph, stage: StageGraph, prices: Prices) -> lis
     computed = _computed([n for _, nodes in stage.segments for n in nodes], prices.device)
     segments = []
     for index, (label, nodes) in enumerate(stage.segments):
-        forward = backward = 0.0
         rerun = stage_cut(layered, stage, index, "mincut").rerun if is_block(label) else nodes
-        recompute = dict.fromkeys(MODES, 0.0)
-        lines = []
-        own = {node: i for i, node in enumerate(nodes)}
-        read = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in own and _is_made(n))
-        place = own | {node: -1 - i for i, node in enumerate(read)}
-        for node in nodes:
-            compute, comm = computed.get(node, NOTHING), _moved(node, prices)
-            forward += compute.forward + comm.forward
-            backward += compute.backward + comm.backward
-            record = info(node)
-            moved = 0.0 if record.name in GATHERED_AGAIN else comm.forward
-            recompute["selective"] += moved + (0.0 if record.product else compute.forward)
-            recompute["mincut"] += moved + compute.forward if node in rerun else 0.0
-            recompute["full"] += moved + compute.forward
-            lines.append(
-                PlanLine(
-                    record.module.removeprefix(label).lstrip("."),
-                    printed_name(record.name),
-                    record.note,
-                    compute.forward + compute.backward,
-                    comm.forward + comm.backward,
-                    record.source,
-                    record.size,
-                    _placement(stage, node, prices),
-                    tuple(place[n] for n in node.all_input_nodes if n in place),
-                )
-            )
-        segments.append(PricedSegment(label, forward, backward, recompute, tuple(lines), tuple(nodes), tuple(read)))
+        whole = _priced(stage, label, nodes, rerun, computed, prices)
+        others = _for_others(nodes)
+        if others:
+            inner = _priced(stage, label, [n for n in nodes if n not in others], rerun, computed, prices)
+            values = frozenset(stage.values[node][0] for node in others)
+            whole = replace(whole, handed_on=values, inner=inner)
+        segments.append(whole)
     return segments
+
+
+def _priced(
+    stage: StageGraph,
+    label: str,
+    nodes: Sequence[fx.Node],
+    rerun: Container[fx.Node],
+    computed: Mapping[fx.Node, Seconds],
+    prices: Prices,
+) -> PricedSegment:
+    """The price of some nodes of a segment; `rerun` are those that recompute by minimum cut runs again."""
+    forward = backward = 0.0
+    recompute = dict.fromkeys(MODES, 0.0)
+    lines = []
+    own = {node: i for i, node in enumerate(nodes)}
+    read = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in own and _is_made(n))
+    place = own | {node: -1 - i for i, node in enumerate(read)}
+    for node in nodes:
+        compute, comm = computed.get(node, NOTHING), _moved(node, prices)
+        forward += compute.forward + comm.forward
+        backward += compute.backward + comm.backward
+        record = info(node)
+        moved = 0.0 if record.name in GATHERED_AGAIN else comm.forward
+        recompute["selective"] += moved + (0.0 if record.product else compute.forward)
+        recompute["mincut"] += moved + compute.forward if node in rerun else 0.0
+        recompute["full"] += moved + compute.forward
+        lines.append(
+            PlanLine(
+                record.module.removeprefix(label).lstrip("."),
+                printed_name(record.name),
+                record.note,
+                compute.forward + compute.backward,
+                comm.forward + comm.backward,
+                record.source,
+                record.size,
+                _placement(stage, node, prices),
+                tuple(place[n] for n in node.all_input_nodes if n in place),
+            )
+        )
+    return PricedSegment(label, forward, backward, recompute, tuple(lines), tuple(nodes), tuple(read))
+
+
+def _for_others(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """The reshards of a segment's values that only other segments read, several of them."""
+    found, own = set[fx.Node](), set(nodes)
+    for node in reversed(nodes):
+        if info(node).several and info(node).name in BY_FUNCTION and own & node.users.keys() <= found:
+            found.add(node)
+    return found
 
 
 def _is_made(node: fx.Node) -> bool:

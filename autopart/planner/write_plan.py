@@ -168,24 +168,34 @@ def write_stage(
         prices = price_stage(layered, graph, Prices(space.device(point), groups))
         known[key] = choices, graph, dict(zip(graph.indices, prices, strict=True))
     choices, graph, priced = known[key]
-    counts = Counter((segment, mode) for segment, mode in zip(segments, modes, strict=True) if segment in priced)
-    counts += Counter({(segment, "none"): 1 for segment in priced if segment == PRELUDE_SEGMENT})
-    backward = [priced[segment].backward if segment in priced else 0.0 for segment in segments]
+    at_each = [
+        _at(layered, priced[segment], position) if segment in priced else None
+        for position, segment in zip(range(*span), segments, strict=True)
+    ]
+    counted = [(segment, mode) for segment, mode in zip(at_each, modes, strict=True) if segment]
+    counted += [(priced[PRELUDE_SEGMENT], "none")] if PRELUDE_SEGMENT in priced else []
+    backward = [segment.backward if segment else 0.0 for segment in at_each]
     return PlanStage(
         first_position=span[0],
         splits=at,
         recompute=tuple(modes),
-        forward_seconds=sum(priced[segment].forward * n for (segment, _), n in counts.items()),
-        backward_seconds=sum(
-            (priced[segment].backward + priced[segment].recompute_seconds[mode]) * n
-            for (segment, mode), n in counts.items()
-        ),
+        forward_seconds=sum(segment.forward for segment, _ in counted),
+        backward_seconds=sum(segment.backward + segment.recompute_seconds[mode] for segment, mode in counted),
         sync_seconds=_sync(space, found, choices, span, backward),
         send_seconds=messages(space, found, span, index)[0],
         memory=stage_memory(space, found, choices, graph, span, modes, index).by_kind(),
         segments=tuple(_printed(layered, priced, span, modes)),
         sends=tuple(_sends(space, found, index, span)),
     )
+
+
+def _at(layered: LayeredGraph, segment: PricedSegment, position: int) -> PricedSegment:
+    """The segment at a position. Where it stands for several blocks, the readers of the last are traced: the other
+    blocks reshard nothing for these, unless several segments read the block before too."""
+    if segment.inner is None:
+        return segment
+    earlier = [layered.earlier(position, node) for node, _ in segment.handed_on]
+    return segment if any(len(layered.readers_of(node)) > 1 for node in earlier) else segment.inner
 
 
 def partitioned(
@@ -248,7 +258,7 @@ def _printed(
         segment = priced[PRELUDE_SEGMENT]
         yield PlanSegment((PRELUDE,), segment.forward + segment.backward, segment.lines)
     rows = [
-        (layered.labels[p], priced[layered.sequence[p]], mode)
+        (layered.labels[p], _at(layered, priced[layered.sequence[p]], p), mode)
         for p, mode in zip(range(*span), modes, strict=True)
         if layered.sequence[p] in priced
     ]

@@ -401,3 +401,21 @@ def test_the_cuts_are_the_best_of_all(case: tuple[list[NDArray[np.float64]], int
         times = [columns[s][i, j] for s, (i, j) in enumerate(itertools.pairwise((*found.starts, units)))]
         assert found.seconds == pytest.approx(seconds) == sum(times) + (micro_batches - 1) * max(times)
         assert found.largest == largest
+
+
+@pytest.mark.slow
+def test_a_value_that_others_read_is_gathered_by_the_last_of_equal_blocks() -> None:
+    """All blocks of the decoder read what the encoder's last block gives. The trace has one block for the last three,
+    which are priced node by node: with a message that the last one has alone."""
+    from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
+
+    sizes = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 12, "intermediate_size": 384}
+    encoder, decoder = (BertConfig(**sizes, vocab_size=128, **more) for more in ({}, {"is_decoder": True}))
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder.add_cross_attention, config.decoder_start_token_id, config.pad_token_id = True, 0, 0
+    with torch.device("meta"):
+        model = EncoderDecoderModel(config)
+    ids = torch.full((6, 12), 3)
+    plan = autopart.plan(model, MESH, {"input_ids": ids, "labels": ids}, tp=2, pp=2)
+    labels = [segment.labels for segment in plan.stages[0].segments]
+    assert ("encoder.encoder.layer.1", "encoder.encoder.layer.2") in labels and ("encoder.encoder.layer.3",) in labels
