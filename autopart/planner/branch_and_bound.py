@@ -43,14 +43,17 @@ from autopart.planner.candidate import (
     stage_columns,
 )
 from autopart.planner.cuts import best_cut
-from autopart.planner.infeasibility import Shortfall, closest, nothing_fits
+from autopart.planner.infeasibility import Shortfall, closest, lacks, nothing_fits
 from autopart.planner.lower_bounds import LagrangianBounds
 from autopart.planner.progress import OnProgress, Progress, silent
-from autopart.planner.refinement import may_refine, refine_intervals
+from autopart.planner.refinement import is_small, may_refine, refine_intervals
 from autopart.planner.search_points import SearchPoint
 from autopart.planner.search_space import SearchSpace
 from autopart.planner.stage_bounds import Effort, few_cuts, stage_bound
 from autopart.planner.zero_levels import starting_levels, zero_levels
+
+HOPELESS = 0.05
+"""Share of a device's memory: where the candidate of least memory lacks more, no other is tried on a large model."""
 
 
 class Step(IntEnum):
@@ -239,11 +242,16 @@ class Search:
 
     def _refine(self, point: SearchPoint, bound: float) -> None:
         """Add candidates that take less memory. If the candidate of least memory does not fit and there is an
-        incumbent, no others are tried. Small models go on to bounds of single stages and to exact splits."""
+        incumbent, no others are tried; nor where a large model lacks much. Small models go on to bounds of single
+        stages and to exact splits."""
         space, found, (multipliers, columns) = self.space, self.plans[point], self._open.pop(point)
         least_memory = {segment_class: mode for segment_class in space.model(point).blocks for mode in space.modes[-1:]}
         found.add(space.solve(point, NEVER, least_memory))
-        if found.best_plan() or self.incumbent.result is None:
+        fits = found.best_plan() is not None
+        if not fits and not is_small(found) and lacks(found) > HOPELESS * space.limit:
+            self._prune(bound)
+            return
+        if fits or self.incumbent.result is None:
             for multiplier in multipliers:
                 for modes in space.best_modes(point, multiplier):
                     found.add(space.solve(point, multiplier, modes))

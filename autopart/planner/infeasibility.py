@@ -12,7 +12,7 @@ import numpy as np
 from autopart.cost.intervals import NEVER
 from autopart.errors import PartitionError, few
 from autopart.plan.units import bytes_text
-from autopart.planner.candidate import Candidate, make_candidate
+from autopart.planner.candidate import Candidate, CandidateSet, make_candidate
 from autopart.planner.cuts import best_cut, spans_of
 from autopart.planner.request import Request
 from autopart.planner.search_points import SearchPoint
@@ -93,8 +93,9 @@ def _suggestions(request: Request, point: SearchPoint) -> Iterator[str]:
         yield 'precision="bfloat16"'
 
 
-def _shortfall(space: SearchSpace, point: SearchPoint, candidate: Candidate) -> Shortfall | None:
-    """The largest shortfall of any stage, in the cut with the least such; None where constraints allow no cut."""
+def lacking(space: SearchSpace, point: SearchPoint, candidate: Candidate) -> tuple[tuple[int, ...], list[float]] | None:
+    """The first positions of the stages in the cut whose largest shortfall is least, and the bytes that every stage
+    lacks there; None where constraints allow no cut."""
     costs = candidate.costs
     shortfall = {n: costs.shortfall(n, space.limit, space.modes) for n in space.flights(point)}
     offset, allowed = min(f.min() for f in shortfall.values()), space.stages(point)
@@ -104,8 +105,24 @@ def _shortfall(space: SearchSpace, point: SearchPoint, candidate: Candidate) -> 
     if cut is None:
         return None
     spans = spans_of(cut.starts, len(space.layered.labels))
-    lacking = [float(shortfall[space.in_flight(point, s)][costs.index(*span)]) for s, span in enumerate(spans)]
-    stage = max(range(point.pp), key=lacking.__getitem__)
+    return cut.starts, [float(shortfall[space.in_flight(point, s)][costs.index(*at)]) for s, at in enumerate(spans)]
+
+
+def lacks(found: CandidateSet) -> float:
+    """The bytes that a stage lacks in the candidate and the cut with the least such; 0 where constraints allow no
+    cut."""
+    cuts = [lacking(found.space, found.point, candidate) for candidate in found.candidates]
+    return min((max(cut[1]) if cut else 0.0 for cut in cuts), default=0.0)
+
+
+def _shortfall(space: SearchSpace, point: SearchPoint, candidate: Candidate) -> Shortfall | None:
+    """The largest shortfall of any stage, in the cut with the least such; None where constraints allow no cut."""
+    found, costs = lacking(space, point, candidate), candidate.costs
+    if found is None:
+        return None
+    starts, lacks = found
+    spans = spans_of(starts, len(space.layered.labels))
+    stage = max(range(point.pp), key=lacks.__getitem__)
     here, in_flight = costs.index(*spans[stage]), space.in_flight(point, stage)
     parts = {
         "all parameters, gradients and optimizer states": costs.state_bytes[here],
@@ -116,7 +133,7 @@ def _shortfall(space: SearchSpace, point: SearchPoint, candidate: Candidate) -> 
     parameters = sorted(_parameters(space, point, candidate, spans[stage]).items(), key=lambda item: -item[1])
     parts |= {f"of these {name}": size for name, size in parameters[:2]}
     largest = sorted(parts.items(), key=lambda item: -item[1])[:5]
-    return Shortfall(point, stage, lacking[stage], tuple(largest))
+    return Shortfall(point, stage, lacks[stage], tuple(largest))
 
 
 def _parameters(

@@ -36,13 +36,16 @@ MAX_SOLVES = 4
 def may_refine(found: CandidateSet, bound: float, memory_binds: bool) -> bool:
     """Whether to refine a point with this lower bound: its model is small, the bound is below the incumbent, and either
     the request is `exact` or memory binds with a gap above MIN_GAP."""
-    space, incumbent = found.space, found.incumbent.seconds
+    incumbent, exact = found.incumbent.seconds, found.space.request.exact
+    if not is_small(found) or bound >= min(incumbent, found.best_seconds):
+        return False
+    return exact or (memory_binds and bound < incumbent * (1 - MIN_GAP))
+
+
+def is_small(found: CandidateSet) -> bool:
+    """Whether a point's model is small."""
     positions, variables = SMALL
-    if len(space.layered.labels) > positions or space.model(found.point).solver.columns > variables:
-        return False
-    if bound >= min(incumbent, found.best_seconds):
-        return False
-    return space.request.exact or (memory_binds and bound < incumbent * (1 - MIN_GAP))
+    return len(found.space.layered.labels) <= positions and found.space.model(found.point).solver.columns <= variables
 
 
 def refine_intervals(found: CandidateSet, bounds: Mapping[int, Array], effort: Effort) -> None:
