@@ -53,7 +53,8 @@ from autopart.planner.stage_bounds import Effort, few_cuts, stage_bound
 from autopart.planner.zero_levels import starting_levels, zero_levels
 
 HOPELESS = 0.05
-"""Share of a device's memory: where the candidate of least memory lacks more, no other is tried on a large model."""
+"""Share of a device's memory. Where a large model's candidate of least memory lacks more, no other is tried without
+an incumbent: most likely nothing fits."""
 
 
 class Step(IntEnum):
@@ -97,6 +98,8 @@ class Search:
     """Between LAGRANGIAN and REFINE: memory multipliers, and by micro-batches in flight the bounds of all intervals."""
     _raised: set[SearchPoint] = field(default_factory=set)
     """Points whose next ZeRO level was put in the queue."""
+    _waiting: list[tuple[float, Step, SearchPoint]] = field(default_factory=list)
+    """What is put in the queue as soon as there is an incumbent."""
 
     def run(self) -> SearchResult:
         """The fastest plan, with its lower bound. Raises PartitionError where none fits."""
@@ -119,6 +122,8 @@ class Search:
                 self._prune(bound)
                 continue
             steps[step](point, bound)
+            while self.incumbent.result and self._waiting:
+                heapq.heappush(self.queue, self._waiting.pop())
             progress.tell(self.incumbent.seconds, self.bound, self.visited)
         if self.incumbent.result is None:
             candidates = {point: found.candidates for point, found in self.plans.items()}
@@ -242,15 +247,16 @@ class Search:
 
     def _refine(self, point: SearchPoint, bound: float) -> None:
         """Add candidates that take less memory. If the candidate of least memory does not fit and there is an
-        incumbent, no others are tried; nor where a large model lacks much. Small models go on to bounds of single
-        stages and to exact splits."""
-        space, found, (multipliers, columns) = self.space, self.plans[point], self._open.pop(point)
+        incumbent, no others are tried. A large model that lacks much waits for an incumbent. Small models go on to
+        bounds of single stages and to exact splits."""
+        space, found, (multipliers, columns) = self.space, self.plans[point], self._open[point]
         least_memory = {segment_class: mode for segment_class in space.model(point).blocks for mode in space.modes[-1:]}
         found.add(space.solve(point, NEVER, least_memory))
         fits = found.best_plan() is not None
-        if not fits and not is_small(found) and lacks(found) > HOPELESS * space.limit:
-            self._prune(bound)
+        if not (fits or self.incumbent.result or is_small(found)) and lacks(found) > HOPELESS * space.limit:
+            self._waiting.append((bound, Step.REFINE, point))
             return
+        del self._open[point]
         if fits or self.incumbent.result is None:
             for multiplier in multipliers:
                 for modes in space.best_modes(point, multiplier):
