@@ -27,7 +27,7 @@ from autopart.planner.candidate import SearchResult
 from autopart.planner.progress import OnProgress, silent
 from autopart.planner.request import Request, Settings, read_constraints, read_settings
 from autopart.planner.search_space import SearchSpace
-from autopart.planner.search_summary import search_summary
+from autopart.planner.summarize import summarize
 from autopart.planner.validate import strategy_findings
 from autopart.planner.write_plan import bounded, write_out
 
@@ -133,5 +133,5 @@ def _searched(
             lambda mesh, request: make_plan(of(request.precision), mesh, request, advise=False),
         )
         raise PartitionError(error.what, error.why, suggestion or error.try_) from None
-    found = replace(found, summary=search_summary(search, found))
+    found = replace(found, summary=summarize(search, found))
     return write_out(space, found, started, type(source.model).__name__), search, found

@@ -2,13 +2,14 @@
 
 collectives, functions, experts, random, rng_state, recompute,
 gathered                                                        what emitted code calls
-compiled, rank_state, parameters, emitted, variants             one rank's program: its methods, shares, module
-executor, update, zero, slices, optimizers, gradient_norm,
+compiled, rank_state, parameters, emitted, torch_compile,
+variants                                                        one rank's program: its methods, shares, module
+executor, update, zero, flat_slices, optimizers, gradient_norm,
 loss_scale                                                      a step: instructions, gradient sums, ZeRO, the optimizer
 groups, process_group, agreement, guards                        the ranks, and the checks that they do the same
 loader, padding, whole, shards, outputs                         batches in, outputs out
 checkpoint/                                                     training that goes on under another plan
-pretrained, weight_folder, weight_files, share_reader, pieces,
+pretrained, weight_folder, weight_files, share_reader, whole_tensors,
 transformers_names                                              weights from files and into files
 watchdog, heartbeat, activity, launch                           ranks that die or hang; ranks started here
 callbacks, loggers, predicted                                   what a user sees of a training

@@ -21,11 +21,11 @@ from autopart.plan.schedules.program import receives_ahead
 from autopart.runtime.activity import Activity
 from autopart.runtime.callbacks import Callback, Event, notifying
 from autopart.runtime.emitted import Message, StageProgram
+from autopart.runtime.flat_slices import sum_together
 from autopart.runtime.gathered import keeping_parts
 from autopart.runtime.groups import Groups
 from autopart.runtime.loss_scale import LossScale
 from autopart.runtime.process_group import Group, Work
-from autopart.runtime.slices import sum_together
 from autopart.runtime.update import Update, complete
 from autopart.runtime.zero import ShardedOptimizerState
 

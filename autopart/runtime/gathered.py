@@ -18,8 +18,8 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from autopart.runtime.flat_slices import gather
 from autopart.runtime.process_group import Group
-from autopart.runtime.slices import gather
 
 Tensor = torch.Tensor
 

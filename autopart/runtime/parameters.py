@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from autopart.errors import PartitionError
+from autopart.runtime.flat_slices import as_slices, slice_length
 from autopart.runtime.gathered import Slicing
 from autopart.runtime.groups import Groups
 from autopart.runtime.shards import shard
-from autopart.runtime.slices import as_slices, slice_length
 from autopart.sharding.notation import Placement
 
 

@@ -13,12 +13,12 @@ from torch import nn
 from autopart.errors import PartitionError, few, not_known
 from autopart.frontend.inputs import main_dtype
 from autopart.runtime.agreement import bytes_of, from_first
-from autopart.runtime.pieces import whole_tensors
 from autopart.runtime.rank_state import RankState
 from autopart.runtime.share_reader import fill_from
 from autopart.runtime.transformers_names import is_pretrained, original_format, saved_names
 from autopart.runtime.weight_files import WeightFiles, size_of
 from autopart.runtime.weight_folder import WeightFolder
+from autopart.runtime.whole_tensors import whole_tensors
 
 Tensor = torch.Tensor
 DTYPES = {

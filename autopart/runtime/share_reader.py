@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional as F
 
+from autopart.runtime.flat_slices import slice_length
 from autopart.runtime.groups import Groups
 from autopart.runtime.parameters import Origin
 from autopart.runtime.shards import shard
-from autopart.runtime.slices import slice_length
 
 Tensor = torch.Tensor
 

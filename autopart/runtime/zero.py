@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from autopart.runtime.flat_slices import as_slices, buckets, fill_a_message, gather, start_scatter, start_sum
 from autopart.runtime.groups import Groups
-from autopart.runtime.slices import as_slices, buckets, fill_a_message, gather, start_scatter, start_sum
 
 Tensor = torch.Tensor
 AHEAD = 2

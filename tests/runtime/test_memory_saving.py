@@ -33,15 +33,15 @@ from autopart.plan.schedules.ops import Instruction, Op
 from autopart.planner.make_plan import make_plan, request_of
 from autopart.runtime import standalone
 from autopart.runtime.compiled import Compiled
+from autopart.runtime.flat_slices import as_slices, buckets, gather, scatter_sum
 from autopart.runtime.groups import Groups
 from autopart.runtime.simulated import run_simulated
-from autopart.runtime.slices import as_slices, buckets, gather, scatter_sum
 from benchmarks.accuracy.memory import Memory
 
 SLACK = 0.2
 """Of a model's bytes: the batch, the loss, and messages that another simulated rank has not let go of yet."""
 compiler = import_module("autopart.compile.simulate")
-slices = import_module("autopart.runtime.slices")
+slices = import_module("autopart.runtime.flat_slices")
 Tensors = dict[str, torch.Tensor]
 
 

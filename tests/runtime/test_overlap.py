@@ -103,7 +103,7 @@ def train(source: Source, plan: autopart.Plan) -> list[tuple[Tensors, Sent, bool
 def test_gradients_that_overlap_are_the_same(
     monkeypatch: pytest.MonkeyPatch, name: str, settings: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(import_module("autopart.runtime.slices"), "BUCKET_BYTES", 2**13)
+    monkeypatch.setattr(import_module("autopart.runtime.flat_slices"), "BUCKET_BYTES", 2**13)
     settings = {"micro_batch": 4, **settings}
     source = unused() if name == "unused" else traced(name, settings.get("precision", "float32"))
     model, batch = source.model, source.batch

@@ -16,8 +16,8 @@ from torch import Tensor
 from autopart.hardware.mesh import divisors
 from autopart.runtime import collectives
 from autopart.runtime.calibrate.timing import Case, Seconds, Timer
+from autopart.runtime.flat_slices import gather, scatter_sum, sum_together
 from autopart.runtime.process_group import Group
-from autopart.runtime.slices import gather, scatter_sum, sum_together
 
 DIFFERENCES = 7
 """Number of differences (seconds with messages less seconds without) of which the median is taken, as each is small

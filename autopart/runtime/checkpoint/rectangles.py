@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from autopart.runtime.flat_slices import slice_length
 from autopart.runtime.groups import Groups
 from autopart.runtime.parameters import Origin
-from autopart.runtime.slices import slice_length
 
 Tensor = torch.Tensor
 Run = tuple[int, int]

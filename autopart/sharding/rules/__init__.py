@@ -20,11 +20,11 @@ from autopart.sharding.rules import (
     factories,
     indexing,
     losses,
-    pieces,
     pointwise,
     recurrent,
     reductions,
     shapes,
+    splitting,
     vision,
 )
 from autopart.sharding.rules.base import Args, Local, Rule, Sizes, opaque, replaced
@@ -54,7 +54,7 @@ __all__ = [
     "strategies",
 ]
 
-FAMILIES = (contractions, factories, indexing, losses, pieces, pointwise, recurrent, reductions, shapes, vision)
+FAMILIES = (contractions, factories, indexing, losses, pointwise, recurrent, reductions, shapes, splitting, vision)
 RULES: dict[str, Rule] = {name: rule for family in FAMILIES for name, rule in family.RULES.items()}
 
 for _name, _rule in RULES.items():

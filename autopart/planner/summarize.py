@@ -14,7 +14,7 @@ SMALL_BUBBLE = 0.05
 """Share of the step below which a pipeline's bubble is no reason to call the batch what limits a plan."""
 
 
-def search_summary(search: Search, found: SearchResult) -> SearchSummary:
+def summarize(search: Search, found: SearchResult) -> SearchSummary:
     """The summary of a finished search with its result."""
     return SearchSummary(max(1, len(search.pushed)), _runner_up(search, found.point), _limit(search, found))
 
