@@ -26,6 +26,7 @@ from autopart.compile.programs import sources
 from autopart.cost.intervals import interval_ends, interval_index
 from autopart.cost.sizes import reshard_paths
 from autopart.hardware.mesh import Mesh
+from autopart.passes import solve
 from autopart.passes.formulate import formulate
 from autopart.passes.solve import Solver
 from autopart.passes.source import Source
@@ -312,6 +313,24 @@ def test_a_choice_is_the_best_of_all(model: type[nn.Module], tp: int, forced: bo
         assert found is not None
         assert found.objective == pytest.approx(best, abs=1e-6) and found.bound <= best + 1e-6
         assert costs[list(paid(made, found.chosen))].sum() == pytest.approx(best, abs=1e-6)
+
+
+def test_large_problems_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A choice of a rounded relaxation costs what it says, and at most so much more than the bound as is allowed; the
+    bound is below the best choice. Nearly all relaxations choose one strategy of each node by themselves."""
+    monkeypatch.setattr(solve, "LARGE", 0)
+    monkeypatch.setattr(solve, "ROUNDING", 0.1)
+    made, choices = split(*TABLES[-1]), every_choice(*TABLES[-1])
+    numbers, rounded = np.random.default_rng(3), 0
+    for _ in range(40):
+        costs = numbers.random(len(made.counts)) * np.where(np.arange(len(made.counts)) < made.sizes.first[-1], 0.1, 1)
+        found = made.solver.minimise(costs)
+        assert found is not None
+        best = (choices @ costs).min()
+        assert found.bound <= best + 1e-6 and best - 1e-6 <= found.objective <= found.bound * 1.1 + 1e-6
+        assert costs[list(paid(made, found.chosen))].sum() == pytest.approx(found.objective, abs=1e-6)
+        rounded += found.objective > found.bound + 1e-6
+    assert rounded
 
 
 def late(made: Split) -> tuple[Sized, Sized]:
