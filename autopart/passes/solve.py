@@ -42,9 +42,12 @@ INTEGRAL = 1e-6
 """Largest distance of a variable from an integer at which it counts as one."""
 
 LARGE = 5_000
+"""Variables of a large problem. Its relaxation is rounded, without branching. `bound` takes the dual simplex: 29 solves
+of 65,000 variables, those of a block of Qwen3-Next with its scan, take 3 s instead of 61."""
+
 ROUNDING = 1e-5
-"""Variables from which a rounded relaxation is taken without branching, and how much more it may cost, relative. For
-T5-11B's 18,603 variables branching takes over a second, and what it finds costs 2e-6 to 5e-6 less."""
+"""How much more a rounded relaxation of a large problem may cost, relative. To branch in the 18,603 variables of T5-11B
+takes over a second, and saves 2e-6 to 5e-6."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class Solver(ConstraintMatrix):
         """Lower bound on the cost of every choice: the LP relaxation; infinite where there is no choice."""
         self._restrict(allowed or {})
         self._set_objective(costs)
+        self.highs.setOptionValue("simplex_strategy", DUAL if self.highs.getNumCol() > LARGE else CHOOSE)
         self.highs.run()
         if self.highs.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
             return float("inf")
