@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
@@ -83,6 +84,7 @@ def _rank(rank: int, work: Callable[[], object], ranks: int, port: int) -> None:
         RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",
     )  # fmt: skip
+    _make_threads()
     try:
         work()
     except BaseException as error:
@@ -90,6 +92,11 @@ def _rank(rank: int, work: Callable[[], object], ranks: int, port: int) -> None:
         raise
     finally:
         watchdog.finish()
+
+
+def _make_threads() -> None:
+    """Let torch make its pool of threads anew, which a fork lacks, before two threads do so at once and one fails."""
+    torch.set_num_threads(torch.get_num_threads())
 
 
 def launch_forked(work: Callable[[], object], ranks: int) -> int:
@@ -122,4 +129,5 @@ def _forked(work: Callable[[], object], env: Mapping[str, str]) -> None:
     os.closerange(3, 1024)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(env)
+    _make_threads()
     work()
