@@ -24,6 +24,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -121,15 +122,20 @@ def main() -> None:
         before = {row["model"]: row for row in json.loads(arguments.baseline.read_text())["rows"]}
     rows: list[Row] = []
     started = time.monotonic()
-    for task, model_type in todo:
-        run = functools.partial(trial, task, model_type, settings_of(arguments.degrees))
-        row = {"model": f"{task}:{model_type}", **alone(run, GIVEN_UP)}
-        rows.append(row := {"outcome": f"failed: {row.get('failed')}", **row})
-        told = f"gap {row['gap']:.2%}, {row['planning_cpu']:.2f} CPU s" if "gap" in row else ""
-        print(f"{len(rows)}/{len(todo)} {row['model']}: {row['outcome']}", told, flush=True)
-        machine = {"python": platform.python_version(), "seconds": round(time.monotonic() - started)}
-        command = command_line(__spec__.name)
-        arguments.json.write_text(json.dumps({"command": command, **machine, "rows": rows}, indent=1) + "\n")
+
+    def tried(pair: tuple[str, str]) -> Row:
+        row = {"model": ":".join(pair), **alone(functools.partial(trial, *pair, settings), GIVEN_UP)}
+        return {"outcome": f"failed: {row.get('failed')}", **row}
+
+    settings = settings_of(arguments.degrees)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for row in pool.map(tried, todo):
+            rows.append(row)
+            told = f"gap {row['gap']:.2%}, {row['planning_cpu']:.2f} CPU s" if "gap" in row else ""
+            print(f"{len(rows)}/{len(todo)} {row['model']}: {row['outcome']}", told, flush=True)
+            machine = {"python": platform.python_version(), "seconds": round(time.monotonic() - started)}
+            command = command_line(__spec__.name)
+            arguments.json.write_text(json.dumps({"command": command, **machine, "rows": rows}, indent=1) + "\n")
     print("\n".join(summary(rows, before)))
 
 
