@@ -1,7 +1,7 @@
 """Settings of the whole test suite, made before anything imports torch or transformers.
 
 Where the time goes: CPU seconds (user and system, of a test and its children) of a whole run on two slow cores, 2,064
-in all and 19 minutes:
+in all and 19 minutes. Two cores that import torch in 1.4 seconds take 6 minutes and 27 seconds.
 
     122  sharding/test_proof.py
     115  planner/test_explain.py
