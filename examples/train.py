@@ -1,6 +1,6 @@
 """Trains a small GPT-2 or Llama on the source of Python's standard library, stops half-way, and goes on elsewhere.
 
-    python examples/train.py [gpt2 | llama] [--steps N]
+    python examples/train.py [gpt2 [--float64] | llama] [--steps N]
 
 Two ranks train by tensor parallelism and save a checkpoint now and then, until one of them is killed. Two others, as
 two stages of a pipeline, go on from the last checkpoint to the end, and write the model as transformers reads it. The
@@ -30,7 +30,7 @@ from autopart.runtime.launch import launch
 
 SAMPLES, SEQUENCE, WARM_UP, LR, CLIP = 8, 64, 20, 1e-3, 1.0
 FOLDER = Path("build/train")
-TOLERANCE = 1e-4
+TOLERANCES = {"float32": 1e-4, "float64": 1e-10}
 FIRST, SECOND = {"tp": 2}, {"pp": 2, "micro_batch": 4}
 """Settings before and after the interruption."""
 CONFIGS = {
@@ -48,10 +48,18 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, dtype: str) -> nn.Module:
     """A small model in training mode, with the same random weights on every call."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIGS[name]).train()
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]).to(getattr(torch, dtype)).train()
+    if dtype == "float64":
+        model.loss_function = next_byte_loss
+    return model
+
+
+def next_byte_loss(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+    """The loss in the dtype of the logits: transformers' own is of float32."""
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
 def data(steps: int, seed: int) -> list[dict[str, Tensor]]:
@@ -67,9 +75,9 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}], lr=LR)
 
 
-def train(name: str, steps: int, killed_at: int, settings: dict[str, Any], folder: Path) -> None:
+def train(name: str, dtype: str, steps: int, killed_at: int, settings: dict[str, Any], folder: Path) -> None:
     """One of the ranks: from the last checkpoint in a folder, if there is one, to the last step."""
-    model, training, held_out = build(name), data(steps, seed=1), data(2, seed=2)
+    model, training, held_out = build(name, dtype), data(steps, seed=1), data(2, seed=2)
     every = max(1, steps // 4)
     compiled = autopart.compile(model, "2:cpu", training[0], **settings)
     optimizer = compiled.optimizer(optimizer_of(model))
@@ -92,10 +100,10 @@ def train(name: str, steps: int, killed_at: int, settings: dict[str, Any], folde
     dist.destroy_process_group()
 
 
-def alone(name: str, steps: int) -> list[tuple[int, float, float | None]]:
+def alone(name: str, dtype: str, steps: int) -> list[tuple[int, float, float | None]]:
     """The same in plain PyTorch: every step with its loss, and now and then the loss of what is held out."""
     torch.set_num_threads(1)  # as each rank has
-    model, training, held_out = build(name), data(steps, seed=1), data(2, seed=2)
+    model, training, held_out = build(name, dtype), data(steps, seed=1), data(2, seed=2)
     optimizer = optimizer_of(model)
     scheduler = get_cosine_schedule_with_warmup(optimizer, min(WARM_UP, steps // 4), steps)
     rows: list[tuple[int, float, float | None]] = []
@@ -116,9 +124,9 @@ def alone(name: str, steps: int) -> list[tuple[int, float, float | None]]:
     return rows
 
 
-def ranks(name: str, steps: int, killed_at: int, settings: dict[str, Any], folder: Path) -> int:
+def ranks(name: str, dtype: str, steps: int, killed_at: int, settings: dict[str, Any], folder: Path) -> int:
     """Train on two ranks; the exit status."""
-    given = [name, str(steps), str(killed_at), json.dumps(settings), str(folder)]
+    given = [name, dtype, str(steps), str(killed_at), json.dumps(settings), str(folder)]
     return launch([sys.executable, __file__, *given], 2)
 
 
@@ -134,22 +142,26 @@ def continuation(folder: Path, prompt: str, length: int) -> str:
 def main() -> None:
     """Exit with 1 where a loss differs by more than the tolerance."""
     if "RANK" in os.environ:
-        name, steps, killed_at, settings, folder = sys.argv[1:]
-        return train(name, int(steps), int(killed_at), json.loads(settings), Path(folder))
+        name, dtype, steps, killed_at, settings, folder = sys.argv[1:]
+        return train(name, dtype, int(steps), int(killed_at), json.loads(settings), Path(folder))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="gpt2", choices=CONFIGS)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--float64", action="store_true", help="GPT-2 in float64, in which losses agree to 1e-10")
     options = parser.parse_args()
+    if options.float64 and options.model != "gpt2":
+        parser.error("transformers' norms of Llama compute in float32")
+    dtype = "float64" if options.float64 else "float32"
     folder, console, killed_at = FOLDER / options.model, Console(highlight=False), options.steps * 3 // 5
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     console.print(f"two ranks, {FIRST}, one of which is killed at step {killed_at} of {options.steps}")
-    assert ranks(options.model, options.steps, killed_at, FIRST, folder) != 0
+    assert ranks(options.model, dtype, options.steps, killed_at, FIRST, folder) != 0
     console.print(f"two ranks, {SECOND}, from the last checkpoint on")
-    if status := ranks(options.model, options.steps, -1, SECOND, folder):
+    if status := ranks(options.model, dtype, options.steps, -1, SECOND, folder):
         sys.exit(status)
     found = {step: (loss, held) for step, loss, held in map(json.loads, (folder / "losses.jsonl").open())}
-    wanted = alone(options.model, options.steps)
+    wanted = alone(options.model, dtype, options.steps)
     off = max(
         abs(a - b)
         for step, *row in wanted
@@ -163,7 +175,7 @@ def main() -> None:
             )
     console.print(f"in brackets: one process in plain PyTorch; the losses differ by at most {off:.1e}")
     console.print(repr(continuation(folder / "model", "def ", 40)), markup=False)
-    sys.exit(off > TOLERANCE)
+    sys.exit(off > TOLERANCES[dtype])
 
 
 if __name__ == "__main__":
