@@ -1,11 +1,10 @@
-"""Step time and memory with `compile=True` and without, on one process.
+"""Step time with `compile=True` and without, on one process.
 
     python -m benchmarks.runtime.torch_compile                 GPT-2 and Llama
     python -m benchmarks.runtime.torch_compile --model llama   one of them
 
-The two take turns, a step each, so that whatever else the machine does falls on both alike. Seconds are medians; bytes
-are the peak of all tensors alive in a step, without the model's own weights. The first step, in which torch.compile
-compiles, is told apart.
+The two take turns, a step each, so that whatever else the machine does falls on both alike. Seconds are medians. The
+first step, in which torch.compile compiles, is told apart.
 """
 
 from __future__ import annotations
@@ -22,16 +21,14 @@ from rich.table import Table
 from torch import nn
 
 import autopart
-from benchmarks.accuracy.memory import Memory
 from benchmarks.runtime.recompute import LENGTH, MODELS, SAMPLES, WORDS
 
 
 class Measured(NamedTuple):
-    """Seconds of the first step, median seconds of later ones, peak bytes, the loss of the last step."""
+    """Seconds of the first step, median seconds of later ones, the loss of the last step."""
 
     first: float
     seconds: float
-    peak: int
     loss: float
 
 
@@ -44,19 +41,16 @@ def compare(model: nn.Module, recompute: str, repeat: int) -> dict[bool, Measure
         programs[compile] = autopart.compile(
             copy.deepcopy(model), "1:cpu", batch, recompute=recompute, micro_batch=SAMPLES, compile=compile
         )
-        programs[compile].optimizer(torch.optim.SGD, lr=1e-2)
+        programs[compile].optimizer(torch.optim.SGD, lr=1e-3)
     for _ in range(repeat + 1):
         for compile, program in programs.items():
             start = time.perf_counter()
             losses[compile] = float(program.step(batch))
             seconds[compile].append(time.perf_counter() - start)
-    found = {}
-    for compile, program in programs.items():
-        with Memory([p for _, p in program.stage.named_parameters()]) as memory:
-            program.step(batch)
-        first, *later = seconds[compile]
-        found[compile] = Measured(first, statistics.median(later), memory.peak, losses[compile])
-    return found
+    return {
+        compile: Measured(first, statistics.median(later), losses[compile])
+        for compile, (first, *later) in seconds.items()
+    }
 
 
 def main() -> None:
@@ -67,15 +61,14 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=20, help="steps of each (default: 20)")
     asked = parser.parse_args()
     torch.manual_seed(0)
-    table = Table("model", "recompute", "compile", "first step", "step", "ratio", "peak", "ratio", "loss")
+    table = Table("model", "recompute", "compile", "first step", "step", "ratio", "loss")
     for name in [asked.model] if asked.model else MODELS:
         for mode in asked.recompute:
             found = compare(MODELS[name](), mode, asked.repeat)
             for compile, row in found.items():
                 table.add_row(
                     name, mode, str(compile), f"{row.first:.1f} s", f"{row.seconds * 1e3:.1f} ms",
-                    f"{row.seconds / found[False].seconds:.2f}", f"{row.peak / 2**20:.1f} MiB",
-                    f"{row.peak / found[False].peak:.2f}", f"{row.loss:.6f}",
+                    f"{row.seconds / found[False].seconds:.2f}", f"{row.loss:.6f}",
                 )  # fmt: skip
     Console().print(table)
 
