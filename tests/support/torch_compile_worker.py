@@ -1,16 +1,15 @@
-"""The 4 ranks of tests/runtime/test_torch_compile.py."""
+"""One of the 4 ranks of tests/runtime/test_torch_compile.py: a process of its own, not a fork."""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import run_forked
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -107,6 +106,5 @@ def be_a_rank(table: Sequence[Mapping[str, Any]], folder: Path) -> None:
         (folder / "found.json").write_text(json.dumps(found))
 
 
-def train(table: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Run the ranks."""
-    run_forked(partial(be_a_rank, table, folder), 4)
+if __name__ == "__main__":
+    be_a_rank(json.loads(sys.argv[1]), Path(sys.argv[2]))
