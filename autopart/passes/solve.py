@@ -1,8 +1,8 @@
 """StrategyTable, costs -> the cheapest choice of strategies, through HiGHS.
 
 The constraint matrix of a table is passed to HiGHS once. It is then solved for one objective after another, each time
-from the last basis. The linear relaxation comes first. It is integral for most models; where it is not, it is rounded if
-that costs next to nothing, and otherwise the strategies are made binary and HiGHS branches.
+from the last basis. The linear relaxation comes first, which is integral for most models. A fractional one is rounded
+if that costs next to nothing; otherwise the strategies are made binary, and HiGHS branches.
 """
 
 from __future__ import annotations
