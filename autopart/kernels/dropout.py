@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from autopart.kernels.ahead import Usage, compile_kernel
-from autopart.kernels.rms_norm import _TRITON_NAMES, _triton_runs_on
+from autopart.kernels.launch import TRITON_NAMES, launch, runs_on
 
 tl: Any  # bound by kernel(): Triton's interpreter looks for its language among a kernel's globals
 
@@ -23,7 +23,7 @@ ELEMENTS = 2048
 def applies(x: torch.Tensor) -> bool:
     """Whether the kernel applies to `x`: a plain tensor with elements, of a dtype of the kernel, on a device where
     Triton runs."""
-    return type(x) is torch.Tensor and x.dtype in _TRITON_NAMES and x.numel() > 0 and _triton_runs_on(x)
+    return x.dtype in TRITON_NAMES and runs_on(x)
 
 
 def masked(x: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, threshold: int, scale: float) -> torch.Tensor:
@@ -37,14 +37,13 @@ def masked(x: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, threshold
     count, d = x.shape
     height, width = _block(d)
     programs = -(-count // height) * -(-d // width)
-    with torch.cuda.device_of(x):
-        kernel()[(programs,)](x, rows, columns, y, count, d, threshold, scale, ROWS=height, COLUMNS=width)
+    launch(kernel(), programs, x, rows, columns, y, count, d, threshold, scale, ROWS=height, COLUMNS=width)
     return y
 
 
 def compile_ahead(capability: int, d: int = 4096, dtype: torch.dtype = torch.bfloat16) -> Usage:
     """Compile the kernel for rows of ``d`` elements and compute capability ``capability`` (90 for 9.0)."""
-    types = dict.fromkeys(("x", "y"), f"*{_TRITON_NAMES[dtype]}") | dict.fromkeys(("rows", "columns"), "*i32")
+    types = dict.fromkeys(("x", "y"), f"*{TRITON_NAMES[dtype]}") | dict.fromkeys(("rows", "columns"), "*i32")
     signature = types | dict.fromkeys(("count", "d", "threshold"), "i32") | {"scale": "fp32"}
     height, width = _block(d)
     constexprs = {"ROWS": height, "COLUMNS": width}

@@ -9,14 +9,14 @@ The partial sums of dweight, one float32 row for each Triton program, are left o
 """
 
 import functools
-import importlib.util
-import os
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch.library import triton_op
 
 from autopart.kernels.ahead import Usage, compile_kernel
+from autopart.kernels.kernel import Bytes, Kernel
+from autopart.kernels.launch import TRITON_NAMES, as_rows, launch, power_of_two, processors, runs_on
 
 tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals
 
@@ -27,15 +27,6 @@ MAX_BLOCK = 65536
 REFERENCE_GRADIENTS = 5
 """The most tensors of x's shape, in the compute dtype, that are alive at once in the backward of ``reference``, without
 those that autograd saved. Counted on torch 2.13: the peak is at the product with x in the gradient of the square."""
-
-_TRITON_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-
-
-class Bytes(NamedTuple):
-    """Device memory traffic in bytes."""
-
-    forward: int
-    backward: int
 
 
 class Kernels(NamedTuple):
@@ -65,29 +56,35 @@ def rms_norm(
     by ``reference``. Tensor subclasses, such as fake tensors, take ``reference``.
     """
     if _kernels_apply(x, weight, compute_dtype):
-        return _RmsNorm.apply(x, weight, float(eps))
+        return torch.ops.autopart.rms_norm(x, weight, float(eps))[0]  # type: ignore[no-any-return]
     return reference(x, weight, eps, compute_dtype)
 
 
-def bytes_moved(shape: tuple[int, ...], itemsize: int) -> Bytes:
-    """Least bytes that the kernels read and write, for x of ``shape`` (..., d) and elements of ``itemsize`` bytes."""
-    *leading, d = shape
-    rows = functools.reduce(int.__mul__, leading, 1)
+def bytes_moved(x: torch.Tensor, weight: torch.Tensor, *constants: object) -> Bytes:
+    """As `Kernel.bytes_moved`; the formulas are on top of this file."""
+    d = x.shape[-1]
+    rows = x.numel() // d
     return Bytes(
-        forward=itemsize * (2 * rows * d + d) + 4 * rows,
-        backward=itemsize * (3 * rows * d + 2 * d) + 4 * rows,
+        forward=x.itemsize * (2 * rows * d + d) + 4 * rows,
+        backward=x.itemsize * (3 * rows * d + 2 * d) + 4 * rows,
     )
+
+
+def kept(arguments: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Input, weight, and for each row a reciprocal root in float32."""
+    x, weight, *_ = arguments
+    return x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 def compile_ahead(capability: int, d: int = 4096, dtype: torch.dtype = torch.bfloat16) -> dict[str, Usage]:
     """Compile both kernels for contiguous rows of ``d`` elements and compute capability ``capability`` (90 for 9.0)."""
-    data = f"*{_TRITON_NAMES[dtype]}"
+    data = f"*{TRITON_NAMES[dtype]}"
     types = dict.fromkeys(("x", "weight", "y", "dy", "dx"), data)
     types |= dict.fromkeys(("rstd", "partial"), "*fp32")
     lengths = dict.fromkeys(("x_stride", "dy_stride", "d"), "i32")
     aligned = {*types, *(lengths if d % 16 == 0 else ())}
     signature = types | lengths | {"rows": "i32", "eps": "fp32"}
-    constexprs = {"BLOCK": _block(d)}
+    constexprs = {"BLOCK": power_of_two(d)}
     return {
         name: compile_kernel(kernel, signature, constexprs, capability, _warps(d), aligned)
         for name, kernel in kernels()._asdict().items()
@@ -136,79 +133,80 @@ def kernels() -> Kernels:
     return Kernels(forward, backward)
 
 
-class _RmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        d = x.shape[-1]
-        h = _as_rows(x)
-        w = weight.contiguous()
-        y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
-        rstd = torch.empty(len(h), dtype=torch.float32, device=x.device)
-        with torch.cuda.device_of(x):
-            kernels().forward[(len(h),)](h, w, y, rstd, h.stride(0), d, eps, **_options(d))
-        ctx.save_for_backward(h, w, rstd)
-        return y
+@triton_op("autopart::rms_norm", mutates_args=())
+def _forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """y (..., d) and the reciprocal root of every row, float32."""
+    d = x.shape[-1]
+    h = as_rows(x)
+    y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
+    rstd = torch.empty(len(h), dtype=torch.float32, device=x.device)
+    launch(kernels().forward, len(h), h, weight.contiguous(), y, rstd, h.stride(0), d, eps, **_options(d))
+    return y, rstd
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        h, w, rstd = ctx.saved_tensors
-        rows, d = h.shape
-        g = _as_rows(dy)
-        dx = torch.empty_like(h, memory_format=torch.contiguous_format)
-        programs = _backward_programs(rows, d, h.device)
-        partial = torch.empty(programs, d, dtype=torch.float32, device=h.device)
-        with torch.cuda.device_of(h):
-            arguments = (g, h, w, rstd, dx, partial, g.stride(0), h.stride(0), rows, d)
-            kernels().backward[(programs,)](*arguments, **_options(d))
-        return dx.view(dy.shape), partial.sum(0).to(w.dtype), None
+
+@triton_op("autopart::rms_norm_backward", mutates_args=())
+def _backward(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of x and of weight."""
+    h, g, w = as_rows(x), as_rows(dy), weight.contiguous()
+    rows, d = h.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    programs = _backward_programs(rows, d, x.device)
+    partial = torch.empty(programs, d, dtype=torch.float32, device=x.device)
+    arguments = (g, h, w, rstd, dx, partial, g.stride(0), h.stride(0), rows, d)
+    launch(kernels().backward, programs, *arguments, **_options(d))
+    return dx, partial.sum(0).to(w.dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx: Any, dy: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    x, weight, rstd = ctx.saved_tensors
+    return *torch.ops.autopart.rms_norm_backward(dy, x, weight, rstd), None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
 
 
 def _kernels_apply(x: torch.Tensor, weight: torch.Tensor, compute_dtype: torch.dtype | None) -> bool:
-    plain = (torch.Tensor, torch.nn.Parameter)
     return (
-        type(x) in plain
-        and type(weight) in plain
-        and x.dtype in _TRITON_NAMES
-        and weight.dtype in _TRITON_NAMES
+        x.dtype in TRITON_NAMES
+        and weight.dtype in TRITON_NAMES
         and compute_dtype in (None, torch.float32)
         and weight.shape == x.shape[-1:]
-        and weight.device == x.device
-        and x.numel() > 0
         and x.shape[-1] <= MAX_BLOCK
-        and _triton_runs_on(x)
+        and runs_on(x, weight)
     )
-
-
-def _triton_runs_on(x: torch.Tensor) -> bool:
-    names = ("TRITON_INTERPRET", "AUTOPART_FORCE_TRITON")
-    wanted = x.is_cuda or all(os.environ.get(name) == "1" for name in names)
-    return wanted and importlib.util.find_spec("triton") is not None
-
-
-def _as_rows(x: torch.Tensor) -> torch.Tensor:
-    """x (..., d) as (rows, d) with stride 1 along a row: a view, or a copy where x has another stride."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def _block(d: int) -> int:
-    return 1 << (d - 1).bit_length()
 
 
 def _warps(d: int) -> int:
     """Warps of a program: 16 elements for each thread, at most 16 warps; 32 warps for rows of more than 16384. So the
     backward spills nothing up to 16384 elements, if 16 divides them."""
-    return 32 if _block(d) > 16384 else min(max(_block(d) // 512, 1), 16)
+    block = power_of_two(d)
+    return 32 if block > 16384 else min(max(block // 512, 1), 16)
 
 
 def _options(d: int) -> dict[str, Any]:
-    return {"BLOCK": _block(d), "num_warps": _warps(d), "enable_fp_fusion": True}
+    return {"BLOCK": power_of_two(d), "num_warps": _warps(d), "enable_fp_fusion": True}
 
 
 def _backward_programs(rows: int, d: int, device: torch.device) -> int:
     """Programs of the backward: on each multiprocessor as many as hold 16384 elements of x, at most 16."""
-    if device.type != "cuda":
-        return min(rows, 4)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(rows, processors * min(max(16384 // _block(d), 1), 16))
+    each = min(max(16384 // power_of_two(d), 1), 16) if device.type == "cuda" else 1
+    return min(rows, processors(device) * each)
+
+
+KERNEL = Kernel(
+    function=rms_norm,
+    reference=reference,
+    rule="... d!, d! -> ... d!",
+    kept=kept,
+    bytes_moved=bytes_moved,
+    ahead=compile_ahead,
+    shapes={"Llama-3-8B": {"d": 4096}, "Mixtral-8x7B": {"d": 4096}, "T5-11B": {"d": 1024}, "Qwen3's heads": {"d": 128}},
+)
