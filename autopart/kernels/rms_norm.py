@@ -56,7 +56,7 @@ def rms_norm(
     by ``reference``. Tensor subclasses, such as fake tensors, take ``reference``.
     """
     if _kernels_apply(x, weight, compute_dtype):
-        return torch.ops.autopart.rms_norm(x, weight, float(eps))[0]  # type: ignore[no-any-return]
+        return torch.ops.autopart.rms_norm(x, weight, float(eps))[0]
     return reference(x, weight, eps, compute_dtype)
 
 

@@ -1,4 +1,4 @@
-"""Kernels under Triton's interpreter. It is chosen when Triton is first imported, so a child process takes all cases."""
+"""Kernels under Triton's interpreter, which is chosen when Triton is first imported: a child takes all cases."""
 
 import json
 import os
