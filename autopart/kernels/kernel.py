@@ -1,6 +1,7 @@
 """What the compiler knows of a fused kernel, in one record."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ class Bytes(NamedTuple):
     backward: int
 
 
-class Kernel(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Kernel:
     """A fused kernel.
 
     function     what emitted code calls: the Triton kernels where they apply, else `reference`. Its arguments are
@@ -23,22 +25,34 @@ class Kernel(NamedTuple):
     reference    the same function in plain PyTorch, of the same arguments: the pattern that is replaced, what runs on a
                  CPU, and the oracle of the tests
     rule         how its tensors may be split, in the notation of `autopart.sharding.notation`
+    examples     arguments of `reference`, tensors on meta: one tuple for every form in which models write it. Floats in
+                 it are constants that a model chooses; each differs from all other numbers
+    needs        an operator that is in every example, by which models without the pattern are known: ``"aten.rsqrt"``
     kept         (arguments, outputs) -> the tensors that the Triton kernels keep for backward: some of the given ones,
                  and new ones for statistics. It is called with meta tensors
     bytes_moved  least bytes that the Triton kernels read and write, of the arguments as meta tensors
     ahead        compute capability (90 for 9.0), keyword arguments -> resources of every Triton kernel by name
     shapes       model -> the keyword arguments of `ahead` for its layers
+    no_gradient  places of the arguments that may need no gradient, such as tables of cosines
     """
 
     function: Callable[..., Any]
     reference: Callable[..., Any]
     rule: str
+    examples: tuple[tuple[Any, ...], ...]
+    needs: str
     kept: Callable[[tuple[Any, ...], tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]
     bytes_moved: Callable[..., Bytes]
     ahead: Callable[..., Mapping[str, Usage]]
     shapes: Mapping[str, Mapping[str, Any]]
+    no_gradient: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
         """The name of `function`, which plans and emitted code say."""
         return str(self.function.__name__)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor of an example."""
+    return torch.empty(shape, dtype=dtype, device="meta")

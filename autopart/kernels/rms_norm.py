@@ -15,18 +15,13 @@ import torch
 from torch.library import triton_op
 
 from autopart.kernels.ahead import Usage, compile_kernel
-from autopart.kernels.kernel import Bytes, Kernel
+from autopart.kernels.kernel import Bytes, Kernel, meta
 from autopart.kernels.launch import TRITON_NAMES, as_rows, launch, power_of_two, processors, runs_on
 
 tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals
 
 MAX_BLOCK = 65536
 """Elements of the longest row that the kernels take. In rows of more than 16384 the backward spills registers."""
-
-
-REFERENCE_GRADIENTS = 5
-"""The most tensors of x's shape, in the compute dtype, that are alive at once in the backward of ``reference``, without
-those that autograd saved. Counted on torch 2.13: the peak is at the product with x in the gradient of the square."""
 
 
 class Kernels(NamedTuple):
@@ -205,6 +200,11 @@ KERNEL = Kernel(
     function=rms_norm,
     reference=reference,
     rule="... d!, d! -> ... d!",
+    examples=(
+        (meta(2, 3, 8), meta(8), 0.0123, None),
+        (meta(2, 3, 8, dtype=torch.bfloat16), meta(8, dtype=torch.bfloat16), 0.0123, torch.float32),
+    ),
+    needs="aten.rsqrt",
     kept=kept,
     bytes_moved=bytes_moved,
     ahead=compile_ahead,
