@@ -9,7 +9,8 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import fx
 
-from autopart.ir.graph import Traced, calls, info, new_call
+from autopart.errors import not_known
+from autopart.ir.graph import Traced, calls, info, is_pick, new_call, update_info
 from autopart.kernels.kernel import Kernel
 from autopart.kernels.table import KERNELS
 from autopart.passes.pattern import Match, candidates, examples, match
@@ -23,6 +24,9 @@ def fuse(traced: Traced, off: Collection[str] = ()) -> Traced:
     The largest pattern is tried first. `Traced.fused` counts the calls of each kernel, `Traced.near_misses` has what
     differs from a kernel in constants, dtypes or sizes alone.
     """
+    for name in off:
+        if name not in KERNELS:
+            raise not_known("no_fuse", name, KERNELS)
     fused: Counter[str] = Counter()
     missed: dict[fx.Node, str] = {}
     by_operator = _by_operator(set(info(n).name for n in calls(traced.graph)), off)
@@ -92,12 +96,26 @@ def _place(graph: fx.Graph, found: Match) -> fx.Node | None:
     return before if all(order[user] > order[before] for user in readers) else None
 
 
+VIEWS = """reshape transpose.int permute unsqueeze squeeze.dim expand t slice.Tensor select.int split.Tensor
+split_with_sizes unbind.int""".split()
+"""Operators that move nothing."""
+
+
+def _traffic(node: fx.Node) -> float:
+    """Bytes that an operator reads and writes: every operand and result once."""
+    name = info(node).name
+    if is_pick(node) or name.removeprefix("aten.") in VIEWS:
+        return 0.0
+    return float(sum(info(n).bytes for n in (node, *node.all_input_nodes)))
+
+
 def _replace(graph: fx.Graph, kernel: Kernel, found: Match, before: fx.Node) -> None:
     last = found.outputs[-1]
     with graph.inserting_before(before):
         results = [call := new_call(graph, kernel.function, found.arguments, last)]
         if len(found.outputs) > 1:
             results = [new_call(graph, operator.getitem, (call, i), o) for i, o in enumerate(found.outputs)]
+    update_info(call, fused=_traffic(call), unfused=sum(map(_traffic, found.inside)))
     for old, new in zip(found.outputs, results, strict=True):
         old.replace_all_uses_with(new)
     for node in sorted(found.inside, key=list(graph.nodes).index, reverse=True):

@@ -216,9 +216,10 @@ def _has_node(tree: Any) -> bool:
 
 def _equal(node: fx.Node, want: Any, given: Any) -> bool:
     """Whether two constants of a call are the same: a dim may be counted from either end."""
-    if want == given and isinstance(want, bool) == isinstance(given, bool):
-        return True
-    if isinstance(want, int) and isinstance(given, int) and min(want, given) < 0:
-        rank = len(info(node).shape)
-        return want % rank == given % rank if rank and max(want, given) < rank else False
-    return False
+    if isinstance(want, (list, tuple)) and isinstance(given, (list, tuple)):
+        return len(want) == len(given) and all(_equal(node, a, b) for a, b in zip(want, given, strict=True))
+    if isinstance(want, bool) != isinstance(given, bool):
+        return False
+    rank = len(info(node).shape)
+    dims = isinstance(want, int) and isinstance(given, int) and min(want, given) < 0 <= max(want, given) < rank
+    return want == given or (dims and want % rank == given % rank)
