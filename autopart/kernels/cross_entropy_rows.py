@@ -70,15 +70,17 @@ def terms_of(
 
 
 def statistics(logits: torch.Tensor, targets: torch.Tensor, terms: Terms) -> torch.Tensor:
-    """(4, n) of logits (n, v): their maximum, the sum of their exponentials relative to it, the target's logit or 0
-    where it is not here, the sum of the logits or, without label smoothing, anything; all after factor and soft-cap, in float32, or in float64 of float64."""
+    """(4, n) of logits (n, v), in float32, or in float64 of float64: their maximum, the sum of their exponentials
+    relative to it, the target's logit or 0 where it is not here, and the sum of the logits; all after factor and
+    soft-cap. The sum of the logits is left out, as any number, where there is no label smoothing."""
     if kernels_apply(logits, targets):
         found: torch.Tensor = torch.ops.autopart.cross_entropy_statistics(logits, targets, *terms)
         return found
     u = _transformed(logits, terms)
     local, here = _local(targets, logits.shape[-1], terms)
     wanted = torch.where(here, u.gather(1, local[:, None])[:, 0], 0)
-    highest, total = u.amax(-1), u.sum(-1)
+    highest = u.amax(-1)
+    total = u.sum(-1) if terms.label_smoothing else torch.zeros_like(highest)
     each = (u - torch.where(highest == -torch.inf, 0, highest)[:, None]).exp_()
     return torch.stack([highest, each.sum(-1), wanted, total])
 
@@ -283,7 +285,7 @@ def _transformed(logits: torch.Tensor, terms: Terms) -> torch.Tensor:
     u = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if terms.factor != 1:
         u = u * terms.factor
-    return torch.tanh(u / terms.softcap) * terms.softcap if terms.softcap else u
+    return (u / terms.softcap).tanh_().mul_(terms.softcap) if terms.softcap else u
 
 
 def _local(targets: torch.Tensor, v: int, terms: Terms) -> tuple[torch.Tensor, torch.Tensor]:
