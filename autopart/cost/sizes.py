@@ -16,7 +16,15 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from autopart.cost.compute import LOSS, NO_SIZES, SPLIT_LOSS, Array, backward_gradient_bytes, largest_gradient_bytes
+from autopart.cost.compute import (
+    LOSS,
+    NO_SIZES,
+    SPLIT_HEAD,
+    SPLIT_LOSS,
+    Array,
+    backward_gradient_bytes,
+    largest_gradient_bytes,
+)
 from autopart.cost.liveness import MODES
 from autopart.sharding.notation import saved_as
 from autopart.sharding.resharding import Reshard, Step
@@ -218,6 +226,7 @@ class Sizes:
         split = any(strategy.local == SPLIT_LOSS for strategy in node.options[option])
         loss = node.kind_index == LOSS
         backward = backward_gradient_bytes(made, taken, 0.0 * weights, node, loss, split)
+        backward += self._coefficients(node.workspace, False, [s.local == SPLIT_HEAD for s in node.options[option]])
         return largest_gradient_bytes(made, taken, node, loss, split), backward, weights
 
     def _moved(self, node: Node, option: int) -> Array:

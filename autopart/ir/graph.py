@@ -55,6 +55,7 @@ class Info:
     weights  the indices of the operands that are trained parameters, or views of such
     gradient_copies  how many tensors of the size of its largest gradient exist in its backward, if it is no product
     backward_ratio   seconds of its backward / seconds of its forward
+    workspace        most bytes of temporaries of a fused kernel, besides gradients
     fused    bytes that a fused kernel reads and writes;  unfused: that the operators in its place would; 0 of others
 
     In a stage's graph, for one rank at the planned micro-batch:
@@ -90,6 +91,7 @@ class Info:
     several: bool = False
     moved: float = 0.0
     backward_ratio: int = 0
+    workspace: float = 0.0
     fused: float = 0.0
     unfused: float = 0.0
     note: str = ""

@@ -16,6 +16,11 @@ class Bytes(NamedTuple):
     backward: int
 
 
+def always(*arguments: object) -> bool:
+    """True: the kernel pays for all arguments."""
+    return True
+
+
 @dataclass(frozen=True, eq=False)
 class Kernel:
     """A fused kernel.
@@ -26,7 +31,8 @@ class Kernel:
                  CPU, and the oracle of the tests
     rule         how its tensors may be split, in the notation of `autopart.sharding.notation`
     examples     arguments of `reference`, tensors on meta: one tuple for every form in which models write it. Floats in
-                 it are constants that a model chooses; each differs from all other numbers
+                 it other than 0 and 1, and integers below -1000, are constants that a model chooses; each differs from
+                 all other numbers. Of a kernel without examples no graph has a call
     needs        an operator that is in every example, by which models without the pattern are known: ``"aten.rsqrt"``
     kept         (arguments, outputs) -> the tensors that the Triton kernels keep for backward: some of the given ones,
                  and new ones for statistics. It is called with meta tensors
@@ -34,18 +40,24 @@ class Kernel:
     ahead        compute capability (90 for 9.0), keyword arguments -> resources of every Triton kernel by name
     shapes       model -> the keyword arguments of `ahead` for its layers
     no_gradient  places of the arguments that may need no gradient, such as tables of cosines
+    pays         whether the kernel is worth its place for such arguments, as meta tensors
+    workspace    most bytes of temporaries besides gradients, of the arguments as meta tensors; None: none
+    everywhere   whether `kept` holds on a CPU too, where other kernels keep what autograd saves of the reference
     """
 
     function: Callable[..., Any]
     reference: Callable[..., Any]
     rule: str
-    examples: tuple[tuple[Any, ...], ...]
-    needs: str
     kept: Callable[[tuple[Any, ...], tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]
     bytes_moved: Callable[..., Bytes]
     ahead: Callable[..., Mapping[str, Usage]]
     shapes: Mapping[str, Mapping[str, Any]]
+    examples: tuple[tuple[Any, ...], ...] = ()
+    needs: str = ""
     no_gradient: tuple[int, ...] = ()
+    pays: Callable[..., bool] = always
+    workspace: Callable[..., int] | None = None
+    everywhere: bool = False
 
     @property
     def name(self) -> str:

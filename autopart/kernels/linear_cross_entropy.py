@@ -46,20 +46,19 @@ from autopart.kernels.cross_entropy_rows import (
     terms_of,
 )
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.launch import power_of_two
 
-ROWS = 2048
+ROWS = 1024
 """The fewest rows of a chunk, where there are so many. The products with fewer rows take longer to move W and dW than
 to compute: they have 6 c v d FLOPs and move 8 v d bytes in half precision."""
 
 
 def chunk_rows(n: int, v: int, d: int) -> int:
-    """Rows of a chunk of n rows: a power of two, at least n / ceil(v / d), so that a chunk of logits is about as large
-    as the hidden states, and at least ``ROWS``.
+    """Rows of a chunk of n rows: n / ceil(v / d), so that a chunk of logits is about as large as the hidden states, and
+    at least ``ROWS``.
 
-    The logits of a chunk have at most max(2 n d + 2 v, ROWS v) elements.
+    The logits of a chunk have at most max(n d + v, ROWS v) elements.
     """
-    return max(power_of_two(-(-n // -(-v // d))), ROWS)
+    return max(-(-n // -(-v // d)), ROWS)
 
 
 def reference(

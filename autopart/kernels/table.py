@@ -1,9 +1,9 @@
 """The table of fused kernels that the compiler puts in the place of operators."""
 
-from autopart.kernels import rms_norm
+from autopart.kernels import linear_loss, rms_norm
 from autopart.kernels.kernel import Kernel
 
-KERNELS: dict[str, Kernel] = {k.name: k for k in (rms_norm.KERNEL,)}
+KERNELS: dict[str, Kernel] = {k.name: k for k in (rms_norm.KERNEL, linear_loss.KERNEL)}
 """Name -> kernel."""
 
 

@@ -12,7 +12,7 @@ from torch import fx
 
 from autopart.cost.compute import is_loss
 from autopart.frontend.torch_private import StorageWeakRef
-from autopart.ir.graph import Traced, calls, info, operands, run_on_meta, shape_args, update_info, value_of
+from autopart.ir.graph import Traced, calls, info, meta_of, operands, run_on_meta, shape_args, update_info, value_of
 from autopart.ir.random_ops import uniform_of
 from autopart.kernels.kernel import Kernel
 from autopart.kernels.table import kernel_of
@@ -52,6 +52,10 @@ def annotate(traced: Traced, device: str) -> Traced:
         traced.mixed_at = f"the buffer {traced.updated[0]}, which changes once a micro-batch"
     _saved(traced.graph, device)
     _gradients(traced.graph, device)
+    for node in calls(traced.graph):
+        kernel = kernel_of(info(node).name)
+        if kernel is not None and kernel.workspace is not None:
+            update_info(node, workspace=float(kernel.workspace(*fx.map_arg(tuple(node.args), meta_of))))
     return traced
 
 
@@ -182,8 +186,14 @@ def _gradients(graph: fx.Graph, device: str) -> None:
     for node in calls(graph):
         taken = [(i, info(n)) for i, n in enumerate(operands(node)) if n is not None]
         update_info(node, weights=tuple(i for i, record in taken if record.grad and record.root in parameters))
-        if kernel_of(info(node).name) and device == "cpu" and info(node).grad:
+        if _by_reference(node, device) and info(node).grad:
             update_info(node, gradient_copies=gradient_copies(node))
+
+
+def _by_reference(node: fx.Node, device: str) -> bool:
+    """Whether a fused kernel's reference runs in its place."""
+    kernel = kernel_of(info(node).name)
+    return kernel is not None and device == "cpu" and not kernel.everywhere
 
 
 def _as_it_runs(node: fx.Node, device: str) -> Callable[..., Any]:
@@ -193,7 +203,7 @@ def _as_it_runs(node: fx.Node, device: str) -> Callable[..., Any]:
     kernel = kernel_of(name)
     if name == "aten.scaled_dot_product_attention":
         return lambda *args, scale=None, enable_gqa=False: _Attention.apply(*args)
-    if kernel is not None and device != "cpu":
+    if kernel is not None and (kernel.everywhere or device != "cpu"):
         return partial(_Fused.apply, kernel)
     return node.target  # type: ignore[return-value]
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from autopart.errors import not_known
-from autopart.ir.graph import Traced, calls, info, is_pick, new_call, update_info
+from autopart.ir.graph import Traced, calls, info, is_pick, meta_of, new_call, update_info
 from autopart.kernels.kernel import Kernel
 from autopart.kernels.table import KERNELS
 from autopart.passes.pattern import Match, candidates, examples, match
@@ -75,8 +75,9 @@ def _found(kernel: Kernel, example: int, node: fx.Node) -> tuple[Match | None, b
 
 
 def _fits(kernel: Kernel, found: Match) -> bool:
-    """Whether the kernel's rule holds for these shapes, and all that it replaces is of one block."""
-    if len({info(n).layer for n in found.inside}) > 1:
+    """Whether the kernel pays and its rule holds for these shapes, and all that it replaces is of one block."""
+    given = (meta_of(a) if isinstance(a, fx.Node) else a for a in found.arguments)
+    if len({info(n).layer for n in found.inside}) > 1 or not kernel.pays(*given):
         return False
     sizes = tuple(torch.Size(info(a).shape) if isinstance(a, fx.Node) else a for a in found.arguments)
     try:

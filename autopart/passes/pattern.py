@@ -114,16 +114,22 @@ def _exact(kernel: Kernel, arguments: tuple[Any, ...]) -> Pattern:
 def candidates(kernel: Kernel, example: int, node: fx.Node) -> Iterator[tuple[Any, ...]]:
     """The arguments with which a kernel may give `node` as its last output, by operators and who reads whom."""
     pattern, given = examples(kernel)[example], kernel.examples[example]
-    constants = {a for a in given if isinstance(a, float)}
+    constants = {a for a in given if _is_constant(a)}
     for found in _matches(pattern.outputs[-1], node, {}, None):
         if any(place not in found for place in pattern.inputs):
             continue
         values = _constants(pattern, found, constants)
         leaves = iter(pattern.inputs)
         yield tuple(
-            found[next(leaves)] if isinstance(a, torch.Tensor) else values.get(a, a) if isinstance(a, float) else a
+            found[next(leaves)] if isinstance(a, torch.Tensor) else values.get(a, a) if _is_constant(a) else a
             for a in given
         )
+
+
+def _is_constant(argument: object) -> bool:
+    """Whether an argument of an example stands for a number that a model chooses (`Kernel.examples`)."""
+    number = isinstance(argument, (int, float)) and not isinstance(argument, bool)
+    return number and (argument < -1000 if isinstance(argument, int) else argument not in (0.0, 1.0))
 
 
 def _constants(pattern: Pattern, found: Found, wanted: Collection[float]) -> dict[float, float]:
@@ -131,8 +137,8 @@ def _constants(pattern: Pattern, found: Found, wanted: Collection[float]) -> dic
     values: dict[float, float] = {}
     for want, node in found.items():
         for a, b in _pairs(_with_defaults(want), _with_defaults(node)) or ():
-            if isinstance(a, float) and a in wanted and isinstance(b, (int, float)):
-                values.setdefault(a, float(b))
+            if isinstance(a, (int, float)) and a in wanted and isinstance(b, (int, float)):
+                values.setdefault(a, type(a)(b))
     return values
 
 

@@ -42,7 +42,7 @@ class Node:
     batch          whether its work grows with the samples;  product: whether matrix units do the work
     peak, backward_ratio, launches, kind_index (kind)  as in `autopart.cost.compute.Work`
     inner          bytes that autograd saves besides operands and outputs
-    matrix, grads, view, logits, weights, gradient_copies  as in `autopart.ir.graph.Info`
+    matrix, grads, view, logits, weights, gradient_copies, workspace  as in `autopart.ir.graph.Info`
     segment_class  the class of the node's segment; -1 for a node of the prelude, which every stage computes for itself
     """
 
@@ -67,6 +67,7 @@ class Node:
     logits: bool = False
     weights: tuple[int, ...] = ()
     gradient_copies: float = 2.0
+    workspace: float = 0.0
     segment_class: int = -1
 
     def given(self, option: int, output: int = 0) -> Placements:

@@ -17,7 +17,8 @@ from autopart.ir.graph import Info, calls, info
 from autopart.passes.codegen.statements import Statement, statement_of
 from autopart.sharding.resharding import RESHARDS
 
-NOUNS = {"scaled_dot_product_attention": "attention", "mean_cross_entropy": "loss", "vocab_cross_entropy": "loss"}
+NOUNS = {"scaled_dot_product_attention": "attention", "mean_cross_entropy": "loss", "vocab_cross_entropy": "loss",
+         "mean_linear_loss": "loss", "vocab_linear_loss": "loss"}  # fmt: skip
 """Operator -> name of its result, where that is not the operator's."""
 
 OUTPUTS = {name: ("values", "indices") for name in ("topk", "sort", "max", "min", "kthvalue", "mode", "median")} | {
