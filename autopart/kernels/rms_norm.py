@@ -15,7 +15,7 @@ import torch
 from torch.library import triton_op
 
 from autopart.kernels.ahead import Usage, compile_kernel
-from autopart.kernels.kernel import Bytes, Kernel, meta
+from autopart.kernels.kernel import Bytes, Kernel, example, meta
 from autopart.kernels.launch import TRITON_NAMES, as_rows, launch, power_of_two, processors, runs_on
 
 tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals
@@ -201,10 +201,9 @@ KERNEL = Kernel(
     reference=reference,
     rule="... d!, d! -> ... d!",
     examples=(
-        (meta(2, 3, 8), meta(8), 0.0123, None),
-        (meta(2, 3, 8, dtype=torch.bfloat16), meta(8, dtype=torch.bfloat16), 0.0123, torch.float32),
+        example("aten.rsqrt", meta(2, 3, 8), meta(8), 0.0123, None),
+        example("aten.rsqrt", meta(2, 3, 8, dtype=torch.bfloat16), meta(8), 0.0123, torch.float32),
     ),
-    needs="aten.rsqrt",
     kept=kept,
     bytes_moved=bytes_moved,
     ahead=compile_ahead,

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import fx
 
 from autopart.errors import not_known
 from autopart.ir.graph import Traced, calls, info, is_pick, meta_of, new_call, update_info
-from autopart.kernels.kernel import Kernel
+from autopart.kernels.kernel import Example, Kernel
 from autopart.kernels.table import KERNELS
-from autopart.passes.pattern import Match, candidates, examples, match
+from autopart.passes.pattern import Match, candidates, loose, match
 from autopart.sharding.notation import RowError
 from autopart.sharding.rules import strategies
 
 
-def fuse(traced: Traced, off: Collection[str] = ()) -> Traced:
-    """Replace what equals a kernel's reference by a call of the kernel, in place; kernels in `off` are left out.
+def fuse(traced: Traced, device: str, off: Collection[str] = ()) -> Traced:
+    """Replace what equals a kernel's reference by a call of the kernel, in place, where the call moves fewer bytes.
+
+    Kernels in `off` are left out, and on `device` "cpu" those that pay on GPUs alone.
 
     The largest pattern is tried first. `Traced.fused` counts the calls of each kernel, `Traced.near_misses` has what
     differs from a kernel in constants, dtypes or sizes alone.
@@ -29,7 +31,8 @@ def fuse(traced: Traced, off: Collection[str] = ()) -> Traced:
             raise not_known("no_fuse", name, KERNELS)
     fused: Counter[str] = Counter()
     missed: dict[fx.Node, str] = {}
-    by_operator = _by_operator(set(info(n).name for n in calls(traced.graph)), off)
+    kernels = [k for k in KERNELS.values() if k.name not in off and (k.on_cpu or device != "cpu")]
+    by_operator = _by_operator(kernels, {info(n).name for n in calls(traced.graph)})
     for node in reversed(calls(traced.graph)):
         if not node.users:
             continue
@@ -49,35 +52,37 @@ def fuse(traced: Traced, off: Collection[str] = ()) -> Traced:
     return traced
 
 
-def _by_operator(present: Collection[str], off: Collection[str]) -> Mapping[str, list[tuple[Kernel, int]]]:
-    """The last operator of a pattern -> the kernels and examples that end in it, the largest first. Patterns with an
+def _by_operator(kernels: Sequence[Kernel], present: Collection[str]) -> Mapping[str, Sequence[tuple[Kernel, Example]]]:
+    """The last operator of a form -> the kernels and their forms that end in it, the largest first. Forms with an
     operator that the graph lacks are left out."""
-    found: dict[str, list[tuple[int, Kernel, int]]] = defaultdict(list)
-    for kernel in KERNELS.values():
-        if kernel.name in off or kernel.needs not in present:
-            continue
-        for number, pattern in enumerate(examples(kernel)):
-            found[info(pattern.outputs[-1]).name].append((pattern.size, kernel, number))
-    return {name: [(k, i) for _, k, i in sorted(patterns, key=lambda p: -p[0])] for name, patterns in found.items()}
+    found: dict[str, list[tuple[Kernel, Example]]] = defaultdict(list)
+    for kernel in kernels:
+        for form in (form for form in kernel.examples if form.needs in present):
+            found[info(loose(kernel, form).outputs[-1]).name].append((kernel, form))
+    return {name: sorted(forms, key=lambda pair: -loose(*pair).size) for name, forms in found.items()}
 
 
-def _found(kernel: Kernel, example: int, node: fx.Node) -> tuple[Match | None, bool]:
+def _found(kernel: Kernel, form: Example, node: fx.Node) -> tuple[Match | None, bool]:
     """The match of a kernel whose last output is `node`; and whether there is a near miss instead."""
     near = False
-    for arguments in candidates(kernel, example, node):
+    for arguments in candidates(kernel, form, node):
         if any(isinstance(a, fx.Node) and info(a).grad for a in (arguments[i] for i in kernel.no_gradient)):
             continue
         found = match(kernel, arguments, node)
         if found is not None and _fits(kernel, found):
             return found, False
-        near = examples(kernel)[example].size > 1
+        near = found is None and loose(kernel, form).size > 1
     return None, near
 
 
 def _fits(kernel: Kernel, found: Match) -> bool:
     """Whether the kernel pays and its rule holds for these shapes, and all that it replaces is of one block."""
     given = (meta_of(a) if isinstance(a, fx.Node) else a for a in found.arguments)
-    if len({info(n).layer for n in found.inside}) > 1 or not kernel.pays(*given):
+    arguments = {a for a in found.arguments if isinstance(a, fx.Node)}
+    moved = sum(info(n).bytes for n in {*arguments, *found.outputs})
+    if len({info(n).layer for n in found.inside}) > 1 or moved >= sum(map(_traffic, found.inside)):
+        return False
+    if not kernel.pays(*given):
         return False
     sizes = tuple(torch.Size(info(a).shape) if isinstance(a, fx.Node) else a for a in found.arguments)
     try:

@@ -17,7 +17,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from autopart.ir.graph import KEY, Info, Traced, calls, info
-from autopart.kernels.kernel import Kernel
+from autopart.kernels.kernel import Example, Kernel
 from autopart.passes.simplify import simplify
 from autopart.sharding.rules import op_name
 
@@ -92,9 +92,9 @@ def _record(node: fx.Node) -> None:
 
 
 @cache
-def examples(kernel: Kernel) -> tuple[Pattern, ...]:
-    """The patterns of a kernel's examples, which the first step compares."""
-    return tuple(pattern_of(kernel.reference, example) for example in kernel.examples)
+def loose(kernel: Kernel, example: Example) -> Pattern:
+    """The pattern of an example, of which the first step compares operators."""
+    return pattern_of(kernel.reference, example.arguments)
 
 
 class _Tensor(NamedTuple):
@@ -111,9 +111,9 @@ def _exact(kernel: Kernel, arguments: tuple[Any, ...]) -> Pattern:
     return pattern_of(kernel.reference, tuple(tensors))
 
 
-def candidates(kernel: Kernel, example: int, node: fx.Node) -> Iterator[tuple[Any, ...]]:
+def candidates(kernel: Kernel, example: Example, node: fx.Node) -> Iterator[tuple[Any, ...]]:
     """The arguments with which a kernel may give `node` as its last output, by operators and who reads whom."""
-    pattern, given = examples(kernel)[example], kernel.examples[example]
+    pattern, given = loose(kernel, example), example.arguments
     constants = {a for a in given if _is_constant(a)}
     for found in _matches(pattern.outputs[-1], node, {}, None):
         if any(place not in found for place in pattern.inputs):
