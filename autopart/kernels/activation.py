@@ -178,7 +178,7 @@ def in_order(x: torch.Tensor) -> bool:
 
 def tile(d: int) -> dict[str, int]:
     """Rows and columns of a tile of rows of d elements."""
-    columns = min(power_of_two(d), COLUMNS)
+    columns = min(max(power_of_two(int(d)), 16), COLUMNS)
     return {"ROWS": ELEMENTS // columns, "COLUMNS": columns}
 
 

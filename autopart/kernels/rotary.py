@@ -264,10 +264,10 @@ def _strides(x: Tensor) -> list[int]:
 
 def _options(rows: int, d: int, half: int, shared: bool) -> dict[str, Any]:
     """Sizes of a tile of up to ``ELEMENTS`` elements of x, and its warps: one for 512 elements, at most 4."""
-    width, rest = power_of_two(half), d - 2 * half
+    width, rest = power_of_two(int(half)), int(d - 2 * half)
     rest = power_of_two(rest) if rest else 0
-    most = max(ELEMENTS // (2 * width + rest), 1)
-    height = min(power_of_two(rows), 1 << (most.bit_length() - 1))
+    most = 1 << (max(ELEMENTS // (2 * width + rest), 1).bit_length() - 1)
+    height = most if rows >= most else power_of_two(int(rows))
     sizes = {"ROWS": height, "TABLE_ROWS": 1 if shared else height, "WIDTH": width, "REST": rest}
     return sizes | {"num_warps": min(max(height * (2 * width + rest) // 512, 1), 4)}
 
