@@ -269,7 +269,7 @@ def _options(rows: int, d: int, half: int, shared: bool) -> dict[str, Any]:
     most = 1 << (max(ELEMENTS // (2 * width + rest), 1).bit_length() - 1)
     height = most if rows >= most else power_of_two(int(rows))
     sizes = {"ROWS": height, "TABLE_ROWS": 1 if shared else height, "WIDTH": width, "REST": rest}
-    return sizes | {"num_warps": min(max(height * (2 * width + rest) // 512, 1), 4)}
+    return sizes | {"num_warps": min(power_of_two(max(height * (2 * width + rest) // 512, 1)), 4)}
 
 
 def _call(
