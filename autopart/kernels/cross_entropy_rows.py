@@ -146,7 +146,8 @@ def kernels() -> Kernels:
 
     @triton.jit
     def tanh(x):  # type: ignore[no-untyped-def]
-        return 1 - 2 / (tl.exp(2 * x) + 1)
+        e = tl.exp(-2 * tl.abs(x))
+        return tl.where(x < 0, e - 1, 1 - e) / (1 + e)
 
     @triton.jit
     def statistics(  # type: ignore[no-untyped-def]
@@ -197,9 +198,9 @@ def kernels() -> Kernels:
             u = tl.load(logits + row * stride + cols, mask=(cols < v) & counted, other=0.0).to(tl.float32) * factor
             slope = scale
             if CAP:
-                t = tanh(u / cap)
-                u = cap * t
-                slope = scale * (1 - t * t)
+                e = tl.exp(-2 * tl.abs(u / cap))
+                slope = scale * 4 * e / ((1 + e) * (1 + e))  # 1 - tanh(u / cap)^2, without cancellation
+                u = cap * tanh(u / cap)
             d = tl.exp(u - level) * (1 + 2 * z * level) - each
             d = tl.where(cols == local, d - hit, d)
             d = tl.where(counted, d * slope, 0.0)
