@@ -12,7 +12,8 @@ from autopart.kernels.launch import TRITON_NAMES, launch, power_of_two, processo
 tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals
 
 WHOLE = 16384
-"""Elements of the largest group that is one Triton program, its channels and its pixels rounded up to powers of two."""
+"""Elements of the largest group that is one Triton program, its channels and its pixels rounded up to powers of two. Half
+as many where 16 does not divide the pixels, since their addresses take registers."""
 
 TILE = 4096
 """Elements of a larger group in one Triton program."""
@@ -59,7 +60,8 @@ class Sizes(NamedTuple):
     @property
     def whole(self) -> bool:
         """Whether a group is one program."""
-        return power_of_two(self.width) * power_of_two(self.pixels) <= WHOLE
+        most = WHOLE if self.pixels % 16 == 0 else WHOLE // 2
+        return power_of_two(self.width) * power_of_two(self.pixels) <= most
 
     @property
     def options(self) -> dict[str, Any]:
@@ -178,8 +180,8 @@ def _forward_kernel() -> Any:
         pixel = tile % across * PIXELS + tl.arange(0, PIXELS)[None, :]
         inside = (channel < width) & (pixel < pixels)
         size = width * pixels
-        at = group * size + channel * pixels + pixel
-        h = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        at = channel * pixels + pixel
+        h = tl.load(x + group * size + at, mask=inside, other=0.0).to(tl.float32)
         if partial is None:
             mean = tl.sum(h) / size
             h = tl.where(inside, h - mean, 0.0)
@@ -204,7 +206,7 @@ def _forward_kernel() -> Any:
             h += tl.load(bias + vector, mask=channel < width, other=0.0).to(tl.float32)
         if SILU:
             h *= tl.sigmoid(h)
-        tl.store(y + at, h.to(y.dtype.element_ty), mask=inside)
+        tl.store(y + group * size + at, h.to(y.dtype.element_ty), mask=inside)
 
     return forward
 
@@ -230,11 +232,12 @@ def _backward_kernel() -> Any:
         pixel = tile % across * PIXELS + tl.arange(0, PIXELS)[None, :]
         real = channel < width
         inside = real & (pixel < pixels)
-        at = group * (width * pixels) + channel * pixels + pixel
+        size = width * pixels
+        at = channel * pixels + pixel
         r = tl.load(statistics + group)
-        h = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        h = tl.load(x + group * size + at, mask=inside, other=0.0).to(tl.float32)
         h = tl.where(inside, (h - tl.load(statistics + count + group)) * r, 0.0)
-        g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(dy + group * size + at, mask=inside, other=0.0).to(tl.float32)
         vector = group % groups * width
         if weight is not None:
             w = tl.load(weight + vector + channel, mask=real, other=0.0).to(tl.float32)
@@ -266,8 +269,8 @@ def _backward_kernel() -> Any:
         if dx is not None:
             if weight is not None:
                 g *= w
-            g = (g - (h * tl.sum(along) + tl.sum(level)) / (width * pixels)) * r
-            tl.store(dx + at, g.to(dx.dtype.element_ty), mask=inside)
+            g = (g - (h * tl.sum(along) + tl.sum(level)) / size) * r
+            tl.store(dx + group * size + at, g.to(dx.dtype.element_ty), mask=inside)
 
     return backward
 
