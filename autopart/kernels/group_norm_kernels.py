@@ -12,8 +12,8 @@ from autopart.kernels.launch import TRITON_NAMES, launch, power_of_two, processo
 tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals
 
 WHOLE = 16384
-"""Elements of the largest group that is one Triton program, its channels and its pixels rounded up to powers of two. Half
-as many where 16 does not divide the pixels, since their addresses take registers."""
+"""Elements of the largest group that is one Triton program, its channels and its pixels rounded up to powers of two.
+Half as many where 16 does not divide the pixels, since their addresses take registers."""
 
 TILE = 4096
 """Elements of a larger group in one Triton program."""

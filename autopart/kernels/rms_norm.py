@@ -27,12 +27,20 @@ ROUND_FIRST = Form(round_first=True)
 
 
 def reference(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, compute_dtype: torch.dtype | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    compute_dtype: torch.dtype | None = None,
+    square_only: bool = False,
 ) -> torch.Tensor:
-    """Normalise x (..., d) and scale by weight (d,), in ``compute_dtype``, or in x's when that is None."""
+    """Normalise x (..., d) and scale by weight (d,), in ``compute_dtype``, or in x's when that is None.
+
+    With ``square_only``, as T5 writes it, x itself is multiplied by the reciprocal root, to whose dtype it is promoted.
+    The result is the same. The gradient of x is then a sum of two terms that are each rounded to its dtype.
+    """
     h = x if compute_dtype is None else x.to(compute_dtype)
     v = h.pow(2).mean(-1, keepdim=True)
-    h = h * torch.rsqrt(v + eps)
+    h = (x if square_only else h) * torch.rsqrt(v + eps)
     return weight * (h if compute_dtype is None else h.to(x.dtype))
 
 
@@ -42,10 +50,11 @@ def add_reference(
     weight: torch.Tensor,
     eps: float,
     compute_dtype: torch.dtype | None = None,
+    square_only: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x + residual (..., d), and ``reference`` of it."""
     total = x + residual
-    return total, reference(total, weight, eps, compute_dtype)
+    return total, reference(total, weight, eps, compute_dtype, square_only)
 
 
 def float32_reference(
@@ -77,17 +86,21 @@ def add_float32_reference(
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, compute_dtype: torch.dtype | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    compute_dtype: torch.dtype | None = None,
+    square_only: bool = False,
 ) -> torch.Tensor:
     """x (..., d) normalised and scaled by weight (d,): shape (..., d). By the Triton kernels where they apply, else by
     ``reference``.
 
-    The kernels compute in float32. A half-precision x with ``compute_dtype`` None is more accurate by the kernels than
-    by ``reference``. Tensor subclasses, such as fake tensors, take ``reference``.
+    The kernels compute in float32 and take no notice of ``square_only``. A half-precision x with ``compute_dtype`` None
+    is more accurate by the kernels than by ``reference``. Tensor subclasses, such as fake tensors, take ``reference``.
     """
     if compute_dtype in (None, torch.float32) and applies(x, None, weight):
         return norm(x, weight, None, eps, ROUND_FIRST)
-    return reference(x, weight, eps, compute_dtype)
+    return reference(x, weight, eps, compute_dtype, square_only)
 
 
 def add_rms_norm(
@@ -96,11 +109,12 @@ def add_rms_norm(
     weight: torch.Tensor,
     eps: float,
     compute_dtype: torch.dtype | None = None,
+    square_only: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x + residual, and that normalised and scaled by weight (d,): both (..., d). As ``rms_norm``."""
     if compute_dtype in (None, torch.float32) and applies(x, residual, weight):
         return add_norm(x, residual, weight, None, eps, ROUND_FIRST)
-    return add_reference(x, residual, weight, eps, compute_dtype)
+    return add_reference(x, residual, weight, eps, compute_dtype, square_only)
 
 
 def rms_norm_float32(

@@ -49,6 +49,7 @@ CENTRED, ROUND_FIRST = Form(centred=True), Form(round_first=True)
 NORMS = {
     "llama": Norm("rms_norm", ROUND_FIRST, constants=(torch.float32,)),
     "add llama": Norm("add_rms_norm", ROUND_FIRST, constants=(torch.float32,)),
+    "t5": Norm("rms_norm", ROUND_FIRST, constants=(torch.float32, True)),
     "gemma": Norm("rms_norm_float32", Form(unit_offset=True), constants=(True,)),
     "add gemma": Norm("add_rms_norm_float32", Form(unit_offset=True), constants=(True,)),
     "olmo 2": Norm("rms_norm_float32", Form()),
@@ -277,6 +278,7 @@ def test_the_operators_are_registered_as_torch_wants(interpreted):
 
 FORMULAS: dict[str, tuple[str, str]] = {
     "llama": ("transformers.models.llama.modeling_llama", "LlamaRMSNorm"),
+    "t5": ("transformers.models.t5.modeling_t5", "T5LayerNorm"),
     "gemma": ("transformers.models.gemma.modeling_gemma", "GemmaRMSNorm"),
     "olmo 2": ("transformers.models.olmo2.modeling_olmo2", "Olmo2RMSNorm"),
     "gemma 3n": ("transformers.models.gemma3n.modeling_gemma3n", "Gemma3nRMSNorm"),
