@@ -337,6 +337,7 @@ KERNELS = (
         function=bias_activation,
         reference=bias_reference,
         rule="... d, d -> ... d",
+        on_cpu=False,  # where the product adds the bias
         kept=lambda arguments, outputs: arguments[:2],
         bytes_moved=bias_bytes_moved,
         ahead=compile_ahead,

@@ -16,23 +16,6 @@ class Bytes(NamedTuple):
     backward: int
 
 
-class Example(NamedTuple):
-    """A form in which models write a kernel's reference.
-
-    needs      an operator that is in this form, by which graphs without the form are known: ``"aten.rsqrt"``
-    arguments  of the reference, tensors on meta. Floats other than 0 and 1, and integers below -1000, are constants
-               that a model chooses; each differs from all other numbers
-    """
-
-    needs: str
-    arguments: tuple[Any, ...]
-
-
-def example(needs: str, *arguments: Any) -> Example:
-    """An example with these arguments."""
-    return Example(needs, arguments)
-
-
 def always(*arguments: object) -> bool:
     """True: the kernel pays for all arguments."""
     return True
@@ -47,13 +30,12 @@ class Kernel:
     reference    the same function in plain PyTorch, of the same arguments: the pattern that is replaced, what runs on a
                  CPU, and the oracle of the tests
     rule         how its tensors may be split, in the notation of `autopart.sharding.notation`
-    examples     the forms in which models write it. Of a kernel without examples no graph has a call
     kept         (arguments, outputs) -> the tensors that the Triton kernels keep for backward: some of the given ones,
                  and new ones for statistics. It is called with meta tensors
     bytes_moved  least bytes that the Triton kernels read and write, of the arguments as meta tensors
     ahead        compute capability (90 for 9.0), keyword arguments -> resources of every Triton kernel by name
     shapes       model -> the keyword arguments of `ahead` for its layers
-    no_gradient  places of the arguments that may need no gradient, such as tables of cosines
+    no_gradient  places of the arguments that need no gradient, such as tables of cosines: others are not fused
     pays         whether the kernel is worth its place for such arguments, as meta tensors
     on_cpu       whether graphs for CPUs have calls of it
     workspace    most bytes of temporaries besides gradients, of the arguments as meta tensors; None: none
@@ -67,7 +49,6 @@ class Kernel:
     bytes_moved: Callable[..., Bytes]
     ahead: Callable[..., Mapping[str, Usage]]
     shapes: Mapping[str, Mapping[str, Any]]
-    examples: tuple[Example, ...] = ()
     no_gradient: tuple[int, ...] = ()
     pays: Callable[..., bool] = always
     on_cpu: bool = True
@@ -78,8 +59,3 @@ class Kernel:
     def name(self) -> str:
         """The name of `function`, which plans and emitted code say."""
         return str(self.function.__name__)
-
-
-def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A tensor of an example."""
-    return torch.empty(shape, dtype=dtype, device="meta")

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from autopart.kernels.cross_entropy import SHAPES
-from autopart.kernels.kernel import Example, Kernel, example, meta
+from autopart.kernels.kernel import Kernel
 from autopart.kernels.linear_cross_entropy import ROWS, bytes_moved, compile_ahead, linear_cross_entropy
 
 COLUMNS = 4096
@@ -78,26 +78,10 @@ def workspace(hidden: torch.Tensor, weight: torch.Tensor, *rest: object) -> int:
     return ROWS * len(weight) * hidden.itemsize
 
 
-def _example(rows: tuple[int, ...], bias: bool, cast: bool, *constants: float) -> Example:
-    dtype = torch.bfloat16 if cast else torch.float32
-    hidden, weight, given = meta(*rows, 8, dtype=dtype), meta(5, 8, dtype=dtype), meta(5, dtype=dtype) if bias else None
-    targets = meta(6, dtype=torch.int64)
-    inner = torch.float32 if cast else None
-    return example("aten.cross_entropy_loss", hidden, weight, targets, given, -12345, 0.0321, inner, *constants)
-
-
-NO_BIAS = ((0.0, 1.0, 1.0), (0.0123, 1.0, 1.0), (0.0, 0.0123, 1.0), (0.0, 1.0, 0.0123))
-"""Soft-cap, scale and divisor of models: none, Gemma's, Cohere's, Granite's."""
-
 KERNEL = Kernel(
     function=linear_loss,
     reference=reference,
     rule="",
-    examples=(
-        *(_example((2, 3), False, cast, *constants) for constants in NO_BIAS for cast in (False, True)),
-        *(_example((2, 3), True, cast, 0.0, 1.0, 1.0) for cast in (False, True)),
-        *(_example((6,), bias, cast, 0.0, 1.0, 1.0) for bias in (False, True) for cast in (False, True)),
-    ),
     kept=kept,
     bytes_moved=bytes_moved,
     ahead=compile_ahead,

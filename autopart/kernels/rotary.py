@@ -323,6 +323,7 @@ def _record(function: Any, pattern: Any, shapes: dict[str, dict[str, Any]], **la
         function=function,
         reference=pattern,
         rule="... d!, ... r!, ... r! -> ... d!",
+        no_gradient=(1, 2),
         kept=lambda arguments, outputs: arguments[1:3],
         bytes_moved=bytes_moved,
         ahead=functools.partial(compile_ahead, **layout),

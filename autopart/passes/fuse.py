@@ -11,7 +11,8 @@ from torch import fx
 
 from autopart.errors import not_known
 from autopart.ir.graph import Traced, calls, info, is_pick, meta_of, new_call, update_info
-from autopart.kernels.kernel import Example, Kernel
+from autopart.kernels.forms import FORMS, Form
+from autopart.kernels.kernel import Kernel
 from autopart.kernels.table import KERNELS
 from autopart.passes.pattern import Match, candidates, loose, match
 from autopart.sharding.notation import RowError
@@ -36,8 +37,8 @@ def fuse(traced: Traced, device: str, off: Collection[str] = ()) -> Traced:
     for node in reversed(calls(traced.graph)):
         if not node.users:
             continue
-        for kernel, example in by_operator.get(info(node).name, ()):
-            found, near = _found(kernel, example, node)
+        for kernel, form in by_operator.get(info(node).name, ()):
+            found, near = _found(kernel, form, node)
             before = found and _place(traced.graph, found)
             if found and before:
                 _replace(traced.graph, kernel, found, before)
@@ -52,17 +53,17 @@ def fuse(traced: Traced, device: str, off: Collection[str] = ()) -> Traced:
     return traced
 
 
-def _by_operator(kernels: Sequence[Kernel], present: Collection[str]) -> Mapping[str, Sequence[tuple[Kernel, Example]]]:
+def _by_operator(kernels: Sequence[Kernel], present: Collection[str]) -> Mapping[str, Sequence[tuple[Kernel, Form]]]:
     """The last operator of a form -> the kernels and their forms that end in it, the largest first. Forms with an
     operator that the graph lacks are left out."""
-    found: dict[str, list[tuple[Kernel, Example]]] = defaultdict(list)
+    found: dict[str, list[tuple[Kernel, Form]]] = defaultdict(list)
     for kernel in kernels:
-        for form in (form for form in kernel.examples if form.needs in present):
+        for form in (form for form in FORMS[kernel.name] if form.needs in present):
             found[info(loose(kernel, form).outputs[-1]).name].append((kernel, form))
     return {name: sorted(forms, key=lambda pair: -loose(*pair).size) for name, forms in found.items()}
 
 
-def _found(kernel: Kernel, form: Example, node: fx.Node) -> tuple[Match | None, bool]:
+def _found(kernel: Kernel, form: Form, node: fx.Node) -> tuple[Match | None, bool]:
     """The match of a kernel whose last output is `node`; and whether there is a near miss instead."""
     near = False
     for arguments in candidates(kernel, form, node):

@@ -17,7 +17,8 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from autopart.ir.graph import KEY, Info, Traced, calls, info
-from autopart.kernels.kernel import Example, Kernel
+from autopart.kernels.forms import Chosen, Form
+from autopart.kernels.kernel import Kernel
 from autopart.passes.simplify import simplify
 from autopart.sharding.rules import op_name
 
@@ -92,9 +93,9 @@ def _record(node: fx.Node) -> None:
 
 
 @cache
-def loose(kernel: Kernel, example: Example) -> Pattern:
-    """The pattern of an example, of which the first step compares operators."""
-    return pattern_of(kernel.reference, example.arguments)
+def loose(kernel: Kernel, form: Form) -> Pattern:
+    """The pattern of a form, of which the first step compares operators."""
+    return pattern_of(kernel.reference, form.arguments)
 
 
 class _Tensor(NamedTuple):
@@ -111,9 +112,9 @@ def _exact(kernel: Kernel, arguments: tuple[Any, ...]) -> Pattern:
     return pattern_of(kernel.reference, tuple(tensors))
 
 
-def candidates(kernel: Kernel, example: Example, node: fx.Node) -> Iterator[tuple[Any, ...]]:
+def candidates(kernel: Kernel, form: Form, node: fx.Node) -> Iterator[tuple[Any, ...]]:
     """The arguments with which a kernel may give `node` as its last output, by operators and who reads whom."""
-    pattern, given = loose(kernel, example), example.arguments
+    pattern, given = loose(kernel, form), form.arguments
     constants = {a for a in given if _is_constant(a)}
     for found in _matches(pattern.outputs[-1], node, {}, None):
         if any(place not in found for place in pattern.inputs):
@@ -127,18 +128,17 @@ def candidates(kernel: Kernel, example: Example, node: fx.Node) -> Iterator[tupl
 
 
 def _is_constant(argument: object) -> bool:
-    """Whether an argument of an example stands for a number that a model chooses (`Kernel.examples`)."""
-    number = isinstance(argument, (int, float)) and not isinstance(argument, bool)
-    return number and (argument < -1000 if isinstance(argument, int) else argument not in (0.0, 1.0))
+    """Whether an argument of a form stands for a number that a model chooses."""
+    return isinstance(argument, Chosen) or (isinstance(argument, float) and argument not in (0.0, 1.0))
 
 
 def _constants(pattern: Pattern, found: Found, wanted: Collection[float]) -> dict[float, float]:
-    """An example's constants -> the numbers in their places of the traced graph."""
+    """A form's constants -> the numbers in their places of the traced graph."""
     values: dict[float, float] = {}
     for want, node in found.items():
         for a, b in _pairs(_with_defaults(want), _with_defaults(node)) or ():
             if isinstance(a, (int, float)) and a in wanted and isinstance(b, (int, float)):
-                values.setdefault(a, type(a)(b))
+                values.setdefault(a, b)
     return values
 
 
