@@ -58,7 +58,7 @@ class Match(NamedTuple):
 def pattern_of(reference: Callable[..., Any], arguments: Sequence[Any]) -> Pattern:
     """The graph of a reference, called with these arguments, of which tensors are on meta. It is simplified as a
     traced model is."""
-    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+    tensors = [torch.empty_like(a) for a in arguments if isinstance(a, torch.Tensor)]
 
     def run(*given: torch.Tensor) -> Any:
         rest = iter(given)
