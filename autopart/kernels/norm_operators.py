@@ -1,4 +1,4 @@
-"""The operators of torch.library that normalise rows by the kernels of `norm_rows`, and what is known of them."""
+"""The operators of torch.library that run the kernels of `norm_rows`, and what is known of them."""
 
 from typing import Any
 
@@ -24,14 +24,13 @@ def applies(x: torch.Tensor, residual: torch.Tensor | None, *vectors: torch.Tens
 
 
 def bytes_moved(form: Form, x: torch.Tensor, residual: torch.Tensor | None, *vectors: torch.Tensor | None) -> Bytes:
-    """As `Kernel.bytes_moved`; the counts are on top of this file."""
-    d = x.shape[-1]
-    rows, given = x.numel() // d, sum(v is not None for v in vectors)
-    read_back = int(vectors[0] is not None)
-    n, statistics = rows * d, 4 * rows * (1 + form.centred)
+    """As `Kernel.bytes_moved`, of what `norm_rows` reads and writes, all of it in the dtype of x but the statistics."""
+    n, d = x.numel(), x.shape[-1]
+    given, weights = sum(v is not None for v in vectors), int(vectors[0] is not None)
+    statistics = 4 * (1 + form.centred) * n // d
     return Bytes(
         forward=x.itemsize * ((2 if residual is None else 4) * n + given * d) + statistics,
-        backward=x.itemsize * ((3 if residual is None else 4) * n + (read_back + given) * d) + statistics,
+        backward=x.itemsize * ((3 if residual is None else 4) * n + (weights + given) * d) + statistics,
     )
 
 

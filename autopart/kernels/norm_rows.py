@@ -18,8 +18,8 @@ Statistics and sums are in float32. The least traffic is
     forward   read x [and residual, write s], write y, read weight and bias, write r [and m] as float32
     backward  read s and dy [and the gradient of s], write ds, read weight, write dweight and dbias, read r [and m]
 
-The partial sums of dweight and dbias, one float32 row for each Triton program, are left out: they do not grow with
-``rows``.
+The partial sums of dweight and dbias, one float32 row for each Triton program, are left out: they do not grow with the
+number of rows.
 """
 
 import functools
