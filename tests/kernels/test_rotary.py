@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from autopart.kernels import rotary as module
-from autopart.kernels.kernel import Kernel
 from autopart.kernels.rotary import KERNELS, rotary, rotary_deinterleaved, rotary_interleaved
 from autopart.sharding.notation import parse
 from tests.support import kernel_checks
@@ -262,7 +261,7 @@ FALLBACKS = {
 }
 
 
-def refuse() -> Kernel:
+def refuse():
     raise AssertionError("kernel used")
 
 
