@@ -36,10 +36,10 @@ def meta(*shape: int, dtype: torch.dtype = FLOAT) -> torch.Tensor:
 
 
 def _rms_norms(tensors: int) -> Iterator[Form]:
-    """In one dtype, and in float32 of a half-precision x; of as many tensors x."""
-    for dtype, inner in ((FLOAT, None), (HALF, FLOAT)):
+    """In one dtype, and in float32 of a half-precision x, as Llama or as T5 writes it; of as many tensors x."""
+    for dtype, inner, square_only in ((FLOAT, None, False), (HALF, FLOAT, False), (HALF, FLOAT, True)):
         x, weight = meta(2, 3, 8, dtype=dtype), meta(8, dtype=dtype)
-        yield Form("aten.rsqrt", (*[x] * tensors, weight, EPS, inner))
+        yield Form("aten.rsqrt", (*[x] * tensors, weight, EPS, inner, square_only))
 
 
 def _rms_norms_in_float32(tensors: int) -> Iterator[Form]:

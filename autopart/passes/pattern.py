@@ -187,11 +187,13 @@ def _all(pairs: Sequence[tuple[fx.Node, fx.Node]], found: Found, equal: Callable
 
 
 def _with_defaults(node: fx.Node) -> tuple[Any, ...]:
-    """The positional arguments of a call, those included that were left to their defaults."""
+    """The positional arguments of a call, those included that were left to their defaults. Whether cuDNN may be used is
+    as by default: it changes no value."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.args
     schema = [a for a in node.target._schema.arguments if not a.kwarg_only]
-    return (*node.args, *(a.default_value for a in schema[len(node.args) :]))
+    args = (*node.args, *(a.default_value for a in schema[len(node.args) :]))
+    return tuple(a.default_value if "cudnn" in a.name else given for a, given in zip(schema, args, strict=True))
 
 
 def _pairs(want: Any, given: Any) -> list[tuple[Any, Any]] | None:
