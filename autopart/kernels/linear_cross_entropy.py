@@ -15,7 +15,8 @@ computed.
 dW is summed in the dtype of W, by the matrix product itself. Of a half-precision W a float32 sum would take 4 v d bytes
 more, and it would be read and written once a chunk by an operator of its own. The sums of k equal chunks are rounded k
 times. This adds a relative error of about sqrt(k / 3) u to that of one product, with u the unit roundoff of the dtype.
-`chunk_rows` keeps k small: k <= ceil(n / ROWS).
+`chunk_rows` keeps k small: k <= ceil(n / ROWS). Elements of D are about 1 in size at the most, and n
+times that of H bounds dW: in float16 the sum for a very frequent token may overflow.
 
 For elements of `itemsize` bytes and k chunks the least traffic in bytes is
 

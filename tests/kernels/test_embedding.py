@@ -281,7 +281,7 @@ def infinite() -> bool:
 
 
 if __name__ == "__main__":
-    embedding.PIECE, embedding.SUMMED, embedding.COLUMNS, embedding.SUMMED_COLUMNS = 4, 2, 32, 32
+    embedding.PIECE, embedding.SUMMED, embedding.ELEMENTS, embedding.SUMMED_COLUMNS = 4, 2, 32, 32
     found: dict[str, Any] = {case.name: errors(case, "cpu") for case in INTERPRETED + WRONG}
     found |= {"outside": outside(), "infinite": infinite()}
     for name, (operator, arguments) in operators(torch.randn(9, 5)).items():
