@@ -234,7 +234,7 @@ def test_whole_logits_never_exist():
     n, v, d = 8192, 256, 32
     chunk = linear_cross_entropy.chunk_rows(n, v, d) * v
     found = spent(linear_cross_entropy.linear_cross_entropy)
-    assert found.largest == chunk == n * v // 4
+    assert found.largest == chunk <= n * v // 4
     # the gradients, logits of a chunk, as much again while their softmax is computed, and some vectors of rows
     assert found.peak <= 4 * (n * d + v * d + 2 * chunk + 16 * n), found.peak
     whole = spent(linear_cross_entropy.reference)
