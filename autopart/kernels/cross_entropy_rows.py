@@ -81,7 +81,8 @@ def statistics(logits: torch.Tensor, targets: torch.Tensor, terms: Terms) -> tor
     wanted = torch.where(here, u.gather(1, local[:, None])[:, 0], 0)
     highest = u.amax(-1)
     total = u.sum(-1) if terms.label_smoothing else torch.zeros_like(highest)
-    each = (u - torch.where(highest == -torch.inf, 0, highest)[:, None]).exp_()
+    shift = torch.where(highest == -torch.inf, 0, highest)[:, None]
+    each = (u - shift if u is logits else u.sub_(shift)).exp_()
     return torch.stack([highest, each.sum(-1), wanted, total])
 
 
@@ -112,17 +113,16 @@ def gradient(
     if kernels_apply(logits, targets):
         found: torch.Tensor = torch.ops.autopart.cross_entropy_backward(logits, targets, lse, dloss, *terms)
         return found
-    return _plain_gradient(logits, targets, lse, dloss, terms).to(logits.dtype)
+    return _plain_gradient(logits, targets, lse, terms, False).mul_(dloss).to(logits.dtype)
 
 
-def gradient_(
-    logits: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, dloss: torch.Tensor, terms: Terms
-) -> torch.Tensor:
-    """`gradient`, written over the logits, whose stride is 1 along a row."""
+def gradient_(logits: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, terms: Terms) -> torch.Tensor:
+    """The gradient of the sum of losses, written over the logits (n, v), whose stride is 1 along a row."""
     if kernels_apply(logits, targets):
-        torch.ops.autopart.cross_entropy_backward_(logits, targets, lse, dloss, *terms)
+        torch.ops.autopart.cross_entropy_backward_(logits, targets, lse, *terms)
         return logits
-    return logits.copy_(_plain_gradient(logits, targets, lse, dloss, terms))
+    found = _plain_gradient(logits, targets, lse, terms, True)
+    return logits if found is logits else logits.copy_(found)
 
 
 def kernels_apply(logits: torch.Tensor, targets: torch.Tensor) -> bool:
@@ -267,7 +267,6 @@ def row_gradient_(
     logits: torch.Tensor,
     targets: torch.Tensor,
     lse: torch.Tensor,
-    dloss: torch.Tensor,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -276,9 +275,9 @@ def row_gradient_(
     first: int,
     classes: int,
 ) -> None:
-    """The same, written over the logits, whose stride is 1 along a row."""
+    """The gradient of the sum of losses, written over the logits (n, v), whose stride is 1 along a row."""
     terms = Terms(ignore_index, label_smoothing, z_loss, softcap, factor, first, classes)
-    write_gradient(logits, targets, lse, dloss, terms, logits)
+    write_gradient(logits, targets, lse, torch.ones((), device=logits.device), terms, logits)
 
 
 def _transformed(logits: torch.Tensor, terms: Terms) -> torch.Tensor:
@@ -291,27 +290,31 @@ def _transformed(logits: torch.Tensor, terms: Terms) -> torch.Tensor:
 
 def _local(targets: torch.Tensor, v: int, terms: Terms) -> tuple[torch.Tensor, torch.Tensor]:
     """The column of every target among the given ones, 0 where it is not there, and whether it is there and counts."""
-    local = targets - terms.first
+    local = targets.long() - terms.first
     here = (local >= 0) & (local < v) & (targets != terms.ignore_index)
     return torch.where(here, local, 0), here
 
 
 def _plain_gradient(
-    logits: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, dloss: torch.Tensor, terms: Terms
+    logits: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, terms: Terms, overwrite: bool
 ) -> torch.Tensor:
-    """The gradient in plain PyTorch, in float32, or in float64 of float64."""
+    """The gradient of the sum of losses in plain PyTorch, in float32, or in float64 of float64. The logits may be
+    overwritten if ``overwrite``."""
     u = _transformed(logits, terms)
     local, here = _local(targets, logits.shape[-1], terms)
-    d = (u - lse[:, None]).exp_()
+    needed = bool(terms.softcap) or (u is logits and not overwrite)
+    d = (u - lse[:, None] if needed else u.sub_(lse[:, None])).exp_()
     if terms.z_loss:
         d *= (1 + 2 * terms.z_loss * lse)[:, None]
     if terms.label_smoothing:
         d -= terms.label_smoothing / terms.classes
     d.scatter_add_(1, local[:, None], -(1 - terms.label_smoothing) * here.to(d.dtype)[:, None])
     if terms.softcap:
-        d *= 1 - (u / terms.softcap).square_()
-    d *= dloss * terms.factor
-    return d.masked_fill_((targets == terms.ignore_index)[:, None], 0)
+        d *= u.div_(terms.softcap).square_().neg_().add_(1)
+    if terms.factor != 1:
+        d *= terms.factor
+    d[targets == terms.ignore_index] = 0
+    return d
 
 
 def columns(v: int) -> int:

@@ -32,8 +32,8 @@ from autopart.kernels.launch import TRITON_NAMES, as_rows, launch, power_of_two,
 
 tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals
 
-COLUMNS = 1024
-"""The most columns of one Triton program of the forward."""
+ELEMENTS = 1024
+"""Elements of y in one Triton program of the forward: 8 for each thread of its 4 warps."""
 
 PIECE = 128
 """The most rows of dy that one Triton program adds."""
@@ -93,8 +93,8 @@ def compile_ahead(capability: int, d: int = 4096, dtype: torch.dtype = torch.bfl
     types |= dict.fromkeys(("ids", "rows", "order", "starts", "ends", "heads"), "*i64") | {"partial": "*fp32"}
     lengths = dict.fromkeys(("stride", "d"), "i32")
     aligned = {*types, *(lengths if d % 16 == 0 else ())}
-    signature = types | lengths | dict.fromkeys(("v", "first"), "i32") | {"missing": "fp32"}
-    constexprs = {"forward": {"COLUMNS": _columns(d)}, "pieces": _tile(d), "totals": _tile(d)}
+    signature = types | lengths | dict.fromkeys(("n", "v", "first"), "i32") | {"missing": "fp32"}
+    constexprs = {"forward": _block(d), "pieces": _tile(d), "totals": _tile(d)}
     return {
         name: compile_kernel(kernel, signature, constexprs[name], capability, 4, aligned)
         for name, kernel in kernels()._asdict().items()
@@ -110,14 +110,16 @@ def kernels() -> Kernels:
     import triton.language as tl
 
     @triton.jit
-    def forward(ids, weight, y, stride, v, d, first, missing, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-        place = tl.program_id(0).to(tl.int64)
-        row = tl.load(ids + place).to(tl.int64) - first
+    def forward(  # type: ignore[no-untyped-def]
+        ids, weight, y, n, stride, v, d, first, missing, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    ):
+        place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        row = tl.load(ids + place, mask=place < n, other=-1).to(tl.int64) - first
         cols = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        here = (row >= 0) & (row < v)
-        h = tl.load(weight + row * stride + cols, mask=(cols < d) & here, other=0.0)
+        here = ((row >= 0) & (row < v))[:, None]
+        h = tl.load(weight + row[:, None] * stride + cols[None, :], mask=(cols < d)[None, :] & here, other=0.0)
         h = tl.where(here, h, tl.cast(missing, h.dtype))
-        tl.store(y + place * d + cols, h, mask=cols < d)
+        tl.store(y + place[:, None] * d + cols[None, :], h, mask=(place < n)[:, None] & (cols < d)[None, :])
 
     @triton.jit
     def pieces(  # type: ignore[no-untyped-def]
@@ -173,8 +175,9 @@ def _forward(ids: torch.Tensor, weight: torch.Tensor, padding_idx: int, first: i
     v, d = w.shape
     y = torch.empty(*ids.shape, d, dtype=w.dtype, device=w.device)
     missing = float("nan") if whole else 0.0
-    grid = ids.numel(), -(-d // _columns(d))
-    launch(kernels().forward, grid, i, w, y, w.stride(0), v, d, first, missing, COLUMNS=_columns(d), num_warps=4)
+    n, block = ids.numel(), _block(d)
+    grid = -(-n // block["ROWS"]), -(-d // block["COLUMNS"])
+    launch(kernels().forward, grid, i, w, y, n, w.stride(0), v, d, first, missing, **block, num_warps=4)
     return y
 
 
@@ -226,9 +229,10 @@ def _kernels_apply(ids: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def _columns(d: int) -> int:
-    """Columns of a Triton program of the forward."""
-    return min(power_of_two(d), COLUMNS)
+def _block(d: int) -> dict[str, int]:
+    """Rows and columns of a Triton program of the forward."""
+    columns = min(power_of_two(d), ELEMENTS)
+    return {"ROWS": ELEMENTS // columns, "COLUMNS": columns}
 
 
 def _tile(d: int) -> dict[str, int]:

@@ -12,10 +12,11 @@ W (v, d) and a bias b (v,), the forward computes
 and the backward scales dH, dW and db by the gradient of the sum of losses. Without gradients only the losses are
 computed.
 
-dW is summed in the dtype of W, by the epilogue of the matrix product. Of a half-precision W a float32 sum would take
-4 v d bytes more, and reading and writing it would take as long as a large part of the product. With u the unit
-roundoff of the dtype, k chunks of equal sums of independent sign add about sqrt(k / 3) u to the relative error of one
-product, which is u. `chunk_rows` keeps k small: k <= n / ROWS.
+dW is summed in the dtype of W, by the matrix product itself. Of a half-precision W a float32 sum would take 4 v d bytes
+more, and it would be read and written once a chunk by an operator of its own. The sums of k equal chunks are rounded k
+times. This adds a relative error of about sqrt(k / 3) u to that of one product, with u the unit roundoff of the dtype.
+`chunk_rows` keeps k small: k <= ceil(n / ROWS). Elements of D are about 1 in size at the most, and n
+times that of H bounds dW: in float16 the sum for a very frequent token may overflow.
 
 For elements of `itemsize` bytes and k chunks the least traffic in bytes is
 
@@ -187,10 +188,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhidden = torch.empty_like(hidden) if wanted[0] else None
         dweight = torch.empty_like(weight) if wanted[1] else None
         dbias = torch.zeros(len(weight), dtype=dtype, device=weight.device) if wanted[2] else None
-        one, total = (
-            torch.ones((), dtype=dtype, device=hidden.device),
-            torch.zeros((), dtype=dtype, device=hidden.device),
-        )
+        total = torch.zeros((), dtype=dtype, device=hidden.device)
         rows = chunk_rows(len(hidden), *weight.shape)
         for start in range(0, len(hidden), rows):
             h, t = hidden[start : start + rows], targets[start : start + rows]
@@ -199,7 +197,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += losses(lse, target, sums, t, terms).sum()
             if not any(wanted):
                 continue
-            dlogits = gradient_(logits, t, lse, one, terms)
+            dlogits = gradient_(logits, t, lse, terms)
             if dhidden is not None:
                 torch.mm(dlogits, weight, out=dhidden[start : start + rows])
             if dweight is not None:

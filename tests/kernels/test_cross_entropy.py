@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from autopart.kernels import cross_entropy, cross_entropy_rows
 from autopart.kernels.cross_entropy import vocab_cross_entropy
 from autopart.runtime.functions import mean_cross_entropy
+from autopart.sharding.notation import parse
 from tests.support.interpreted import interpreted as interpreted_child
 from tests.support.replayed import replayed
 
@@ -168,7 +169,7 @@ def operators(logits: torch.Tensor) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "forward": (ops.cross_entropy.default, (logits.requires_grad_(), targets, *terms)),
         "statistics": (ops.cross_entropy_statistics.default, (logits.detach(), targets, *terms)),
         "backward": (ops.cross_entropy_backward.default, (logits.detach(), targets, lse, one, *terms)),
-        "in place": (ops.cross_entropy_backward_.default, (logits.detach().clone(), targets, lse, one, *terms)),
+        "in place": (ops.cross_entropy_backward_.default, (logits.detach().clone(), targets, lse, *terms)),
     }
 
 
@@ -333,6 +334,11 @@ def test_bytes_moved_counts_logits_targets_and_statistics():
     forward, backward = cross_entropy.bytes_moved(logits, targets, VALID)
     assert (forward, backward) == (2 * 30 + 8 * 3 + 16 * 3, 4 * 30 + 8 * 3 + 4 * 3)
     assert [tuple(t.shape) for t in cross_entropy.kept((logits, targets, VALID), ())] == [(3, 10), (3,), (3,)]
+
+
+def test_only_the_function_over_ranks_splits_the_vocabulary():
+    whole, over_ranks = (parse(kernel.rule).inputs[0][1].factors[0] for kernel in cross_entropy.KERNELS)
+    assert whole.fixed and not over_ranks.fixed
 
 
 @pytest.mark.slow
