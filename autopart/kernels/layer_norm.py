@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from autopart.kernels import norm_operators, norm_rows
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.norm_operators import add_norm, applies, norm
+from autopart.kernels.norm_operators import add_norm, applies, norm, same_shape
 from autopart.kernels.norm_rows import Form
 
 CENTRED = Form(centred=True)
@@ -129,6 +129,7 @@ KERNELS = (
         reference=add_reference,
         rule="... d!, ... d!, d!, d! -> ... d!, ... d!",
         kept=add_kept,
+        pays=same_shape,
         bytes_moved=add_bytes_moved,
         ahead=add_compile_ahead,
         shapes={"GPT-2 XL": {"d": 1600}, "BERT-large": {"d": 1024}, "BLOOM-7B1": {"d": 4096}},

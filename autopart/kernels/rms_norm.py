@@ -16,7 +16,7 @@ import torch
 
 from autopart.kernels import norm_operators, norm_rows
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.norm_operators import add_norm, applies, norm
+from autopart.kernels.norm_operators import add_norm, applies, norm, same_shape
 from autopart.kernels.norm_rows import PLAIN, Form
 
 ROUND_FIRST = Form(round_first=True)
@@ -179,6 +179,7 @@ KERNELS = (
         reference=add_reference,
         rule="... d!, ... d!, d! -> ... d!, ... d!",
         kept=add_kept,
+        pays=same_shape,
         bytes_moved=add_bytes_moved,
         ahead=add_compile_ahead,
         shapes=SHAPES,
@@ -202,6 +203,7 @@ KERNELS = (
         reference=add_float32_reference,
         rule="... d!, ... d!, d! -> ... d!, ... d!",
         kept=add_kept,
+        pays=same_shape,
         bytes_moved=add_bytes_moved,
         ahead=partial(add_compile_ahead, form=PLAIN),
         shapes={"Gemma-7B": {"d": 3072, "form": Form(unit_offset=True)}, "GPT-OSS-20B": {"d": 2880}},

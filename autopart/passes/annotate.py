@@ -167,8 +167,8 @@ def _saved(graph: fx.Graph, device: str) -> None:
         values[node] = value
         first = value[0] if isinstance(value, (tuple, list)) else value
         root = owner.setdefault(_storage(first), node.name)
-        for output in value if isinstance(value, (tuple, list)) else ():
-            owner.setdefault(_storage(output), node.name)
+        for i, output in enumerate(value if isinstance(value, (tuple, list)) else ()):
+            owner.setdefault(_storage(output), f"{node.name}:{i}")
         stored = {_storage(t): t for t in saved if _storage(t) not in parameters}
         update_info(
             node,
@@ -183,11 +183,16 @@ def _gradients(graph: fx.Graph, device: str) -> None:
     """Note which operands are trained parameters or views of them; of a fused kernel whose reference runs, also
     `Info.gradient_copies`."""
     parameters = {node.name for node in graph.find_nodes(op="placeholder") if info(node).kind == "parameter"}
+    saved = {root for node in calls(graph) for root in info(node).saves}
     for node in calls(graph):
         taken = [(i, info(n)) for i, n in enumerate(operands(node)) if n is not None]
         update_info(node, weights=tuple(i for i, record in taken if record.grad and record.root in parameters))
         if _by_reference(node, device) and info(node).grad:
-            update_info(node, gradient_copies=gradient_copies(node))
+            record = info(node)
+            roots = [record.root, *(f"{node.name}:{i}" for i in range(1, len(record.shapes)))]
+            sizes = dict(zip(roots, record.output_bytes, strict=True))
+            freed = sum(sizes[root] for root in roots if root in saved and root not in record.saves)
+            update_info(node, gradient_copies=gradient_copies(node, freed))
 
 
 def _by_reference(node: fx.Node, device: str) -> bool:

@@ -13,29 +13,31 @@ from autopart.frontend.torch_private import StorageWeakRef, TorchDispatchMode
 from autopart.ir.graph import info
 
 
-def gradient_copies(node: fx.Node) -> float:
-    """Most bytes of gradients that are alive at once in a node's backward / bytes of its outputs.
+def gradient_copies(node: fx.Node, freed: int) -> float:
+    """Most bytes of gradients that are alive at once in a node's backward / bytes of its outputs, at least 2.
 
-    What autograd saved in the forward is not counted, nor what is less than half of an output, as the gradients of
-    weights. The gradients of the outputs are counted.
+    What autograd saved in the forward is not counted: once it is freed, gradients take its place. So they do of the
+    `freed` bytes of outputs, which later operators saved. The gradients of the outputs are counted. What is less than
+    half of an output is not, as the gradients of weights.
     """
     arguments = tuple((info(a).shape, info(a).dtype, info(a).grad) if isinstance(a, fx.Node) else a for a in node.args)
     tensors = tuple(isinstance(a, fx.Node) for a in node.args)
-    return _peak(node.target, arguments, tensors) / info(node).bytes
+    least = min(info(node).output_bytes) / 2
+    return max(2.0, (_peak(node.target, arguments, tensors, least) - freed) / info(node).bytes)
 
 
 @lru_cache(maxsize=256)
-def _peak(function: Callable[..., Any], arguments: tuple[Any, ...], tensors: tuple[bool, ...]) -> int:
+def _peak(function: Callable[..., Any], arguments: tuple[Any, ...], tensors: tuple[bool, ...], least: float) -> int:
     given = [_meta(*a) if tensor else a for a, tensor in zip(arguments, tensors, strict=True)]
-    results = function(*given)
-    outputs = [o for o in (results if isinstance(results, (tuple, list)) else (results,)) if o.requires_grad]
     wanted = [a for a, tensor in zip(given, tensors, strict=True) if tensor and a.requires_grad]
-    start = _Start.apply(*outputs)
-    least = min(o.untyped_storage().nbytes() for o in outputs) / 2
-    del results, outputs
     with _Alive(least) as alive:
+        results = function(*given)
+        start = _Start.apply(*(o for o in (results if isinstance(results, (tuple, list)) else (results,))))
+        del results
+        saved = alive.count()
+        alive.peak = 0
         torch.autograd.grad(start, wanted, allow_unused=True)
-    return alive.peak
+    return alive.peak - saved
 
 
 def _meta(shape: tuple[int, ...], dtype: torch.dtype, grad: bool) -> torch.Tensor:
@@ -76,6 +78,10 @@ class _Alive(TorchDispatchMode):
                 storage = StorageWeakRef(result.untyped_storage())
                 if storage not in given and result.untyped_storage().nbytes() >= self.least:
                     self.bytes[storage] = result.untyped_storage().nbytes()
-        self.bytes = {storage: size for storage, size in self.bytes.items() if not storage.expired()}
-        self.peak = max(self.peak, sum(self.bytes.values()))
+        self.peak = max(self.peak, self.count())
         return results
+
+    def count(self) -> int:
+        """Bytes of what is alive now."""
+        self.bytes = {storage: size for storage, size in self.bytes.items() if not storage.expired()}
+        return sum(self.bytes.values())

@@ -126,13 +126,14 @@ class ValueUses:
 class SavedTensor:
     """A tensor that autograd saves for backward, for all places in the model where the same nodes save it.
 
-    root     the node that made the tensor's memory
+    root     the node that made the tensor's memory;  output: as which of its outputs
     savers   (node that saves the tensor, operand by which the node reads it); operand -1 for the node's own output, -2
              for the placement in which the root made the tensor
     places   at each place, the position of every saver
     """
 
     root: int
+    output: int
     savers: tuple[tuple[int, int], ...]
     places: list[tuple[int, ...]] = field(default_factory=list)
 

@@ -60,7 +60,7 @@ NEAR = {
 def test_a_kernel_is_found(name: str) -> None:
     formula, kernel = FOUND[name]
     assert fused(formula) == ({kernel: 1}, ())
-    assert fused(formula, (kernel,))[0] == {}
+    assert fused(formula, tuple(KERNELS))[0] == {}
 
 
 @pytest.mark.parametrize("name", NEAR)
@@ -70,7 +70,7 @@ def test_what_differs_is_left(name: str) -> None:
 
 def test_a_near_miss_is_listed() -> None:
     found, near = fused(NEAR["another power"])
-    assert not found and len(near) == 1 and near[0].startswith("rms_norm at test_fuse.py:")
+    assert not found and near and all("rms_norm" in text and " at test_fuse.py:" in text for text in near)
 
 
 def test_a_value_that_others_read_is_kept() -> None:
@@ -99,7 +99,7 @@ def test_a_plan_says_what_kernels_bring_and_keeps_what_was_left_out() -> None:
     (use,) = plan.kernels
     assert (use.name, use.calls) == ("rms_norm", 1) and 0 < use.bytes < use.unfused
     assert "fused kernels: rms_norm x 1" in str(plan)
-    without = autopart.plan(Formula(rms), "2:cpu", batch, no_fuse="rms_norm")
-    assert without.kernels == () and without.no_fuse == ("rms_norm",)
+    without = autopart.plan(Formula(rms), "2:cpu", batch, no_fuse=list(KERNELS))
+    assert without.kernels == () and without.no_fuse == tuple(sorted(KERNELS))
     again = autopart.Plan.from_json(without.to_json())
     assert autopart.check(Formula(rms), "2:cpu", batch, plan=again).gradient_error < 1e-5

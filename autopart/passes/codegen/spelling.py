@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -93,9 +94,12 @@ class Printer:
             self.used.add(name)
             axes = [a for a in args if isinstance(a, str) and a in self.axes]
             return self.call(scope, name, [Axis(a) if a in axes and isinstance(a, str) else a for a in args], kwargs)
-        if kernel_of(record.name):
+        if kernel := kernel_of(record.name):
             self.used.add(name)
-            return self.call(scope, name, args if args[-1] is not None else args[:-1], kwargs)
+            defaults = [p.default for p in inspect.signature(kernel.function).parameters.values()][: len(args)]
+            while not isinstance(args[-1], fx.Node) and args[-1] == defaults.pop():
+                args.pop()
+            return self.call(scope, name, args, kwargs)
         if family == "aten" and name in INFIX and len(args) == 2 and not kwargs:
             return self.infix(scope, INFIX[name], *args)
         if family == "aten" and name in METHODS and not kwargs:
