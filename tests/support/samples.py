@@ -128,6 +128,32 @@ SAMPLES = [
     call("aten.layer_norm", f(12, 24), [24]),
     call("autopart.rms_norm", f(2, 12, 24), f(24), 1e-6),
     call("autopart.rms_norm", f(12, 24), f(24), 1e-6, torch.float64),
+    call("autopart.add_rms_norm", f(2, 12, 24), f(2, 12, 24), f(24), 1e-6),
+    call("autopart.layer_norm_float32", f(12, 24), f(24), 1e-6),
+    *(
+        call("autopart.add_layer_norm", f(2, 12, 24), f(2, 12, 24), *vectors, 1e-5)
+        for vectors in ((f(24), f(24)), (f(24), None), (None, None))
+    ),
+    *(
+        call("autopart.rms_norm_float32", f(2, 12, 24), *rest)
+        for rest in ((f(24), 1e-6), (f(24), 1e-6, True), (None, 1e-6))
+    ),
+    call("autopart.add_rms_norm_float32", f(12, 24), f(12, 24), f(24), 1e-6, True),
+    call("autopart.group_norm_silu", f(12, 24, 3, 3), f(24), f(24), 4, 1e-5),
+    # other fused kernels
+    *(call("autopart.activation", f(2, 12, 24), name) for name in ("gelu_new", "quick_gelu", "bloom_gelu")),
+    call("autopart.bias_activation", f(2, 12, 24), f(24), "gelu"),
+    call("autopart.swiglu", f(2, 12, 24), f(2, 12, 24)),
+    call("autopart.geglu", f(12, 24), f(12, 24), "gelu_new"),
+    call("autopart.reglu", f(12, 24), f(12, 24)),
+    *(call("autopart.gated_halves", f(2, 12, 24), "silu", first) for first in (True, False)),
+    call("autopart.rotary", f(2, 12, 6, 24), f(1, 1, 6, 24), f(1, 1, 6, 24)),
+    call("autopart.rotary", f(2, 12, 6, 24), f(1, 1, 6, 6), f(1, 1, 6, 6), True),
+    call("autopart.rotary_interleaved", f(2, 6, 12, 24), f(1, 6, 1, 8), f(1, 6, 1, 8)),
+    call("autopart.rotary_deinterleaved", f(2, 12, 6, 24), f(1, 1, 6, 12), f(1, 1, 6, 12)),
+    call("autopart.linear_loss", f(12, 6, 8), f(24, 8), ignoring(i(24, 72)), None),
+    call("autopart.linear_loss", f(12, 8), f(24, 8), i(24, 12), f(24), -100, 0.1),
+    call("autopart.linear_loss", f(12, 8), f(24, 8), i(24, 12), f(24), -100, 0.0, None, 3.0),
     *(call(f"aten.{n}softmax.int", f(12, 4, 12), d) for n in ("", "log_") for d in (0, -1, 2)),
     *(call(f"aten.{n}softmax", f(12, 4, 12), d, False) for n in ("_", "_log_") for d in (1, -1)),
     *(call("aten.cumsum", f(12, 4, 12), d) for d in (0, 1, -1)),
