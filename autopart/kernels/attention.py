@@ -137,7 +137,7 @@ def _kernels_apply(
         and all(t.dtype in TRITON_NAMES for t in (query, *added))
         and max(width, value.shape[-1]) <= MAX_WIDTH
         and max(batch, heads) < 2**16
-        and (bias is None or _broadcasts(bias, shape) and bias.shape[:2].numel() < 2**16)
+        and (bias is None or (_broadcasts(bias, shape) and bias.shape[:2].numel() < 2**16))
         and (rows is None or rows.shape == shape[:3])
         and runs_on(query, key, value, *given)
     )
@@ -145,8 +145,10 @@ def _kernels_apply(
 
 def _broadcasts(bias: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether only samples and heads of a bias are broadcast."""
-    return bias.dim() == 4 and all(a in (1, b) for a, b in zip(bias.shape[:2], shape, strict=False)) and (
-        tuple(bias.shape[2:]) == shape[2:]
+    return (
+        bias.dim() == 4
+        and all(a in (1, b) for a, b in zip(bias.shape[:2], shape, strict=False))
+        and (tuple(bias.shape[2:]) == shape[2:])
     )
 
 
@@ -162,7 +164,9 @@ def _forward(
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
     constants = (scale, causal, window, cap, threshold, dropout_scale)
     arguments = _arguments(query, key, value, mask, padding, slopes, bias, rows, columns, *constants)
-    options = _options("forward", query.shape[-1], value.shape[-1], query.dtype)
+    options = _options(
+        "forward" if bias is None and mask is None else "added", query.shape[-1], value.shape[-1], query.dtype
+    )
     programs = (-(-queries // options["QUERIES"]), heads, batch)
     launch(kernels().forward, programs, arguments.pop("q"), **arguments, out=out, lse=lse, **options)
     return out, lse
@@ -227,37 +231,46 @@ def _arguments(
 ) -> dict[str, Any]:  # fmt: skip
     """The arguments that all kernels have."""
     shape = (*query.shape[:3], key.shape[2])
-    tensors = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in zip("qkv", (query, key, value), strict=True)}
+    tensors = {
+        name: x if x.stride(-1) == 1 else x.contiguous() for name, x in zip("qkv", (query, key, value), strict=True)
+    }
     absent = tensors["q"]
     given = {"padding": padding, "slopes": slopes, "rows": rows, "columns": columns}
     arguments: dict[str, Any] = dict(tensors)
     arguments |= {name: absent if x is None else x.contiguous() for name, x in given.items()}
     for name, x in tensors.items():
-        arguments |= dict(zip((f"{name}_b", f"{name}_h", f"{name}_{'i' if name == 'q' else 'j'}"), x.stride(), strict=False))
+        arguments |= dict(
+            zip((f"{name}_b", f"{name}_h", f"{name}_{'i' if name == 'q' else 'j'}"), x.stride(), strict=False)
+        )
     for name, added in {"bias": bias, "mask": mask}.items():
         whole = absent if added is None else added.expand(shape)
+        if added is not None and whole.stride(-1) > 1:
+            whole = added.contiguous().expand(shape)
         arguments[name] = whole
         arguments |= dict(zip([f"{name}_{axis}" for axis in "bhij"], whole.stride(), strict=True))
     return arguments | {
         "heads": query.shape[1], "group": query.shape[1] // key.shape[1], "queries": shape[2], "keys": shape[3],
-        "window": window, "scale": LOG2E * (2 * scale / cap if cap else scale), "cap": cap * LOG2E, "threshold": threshold,
-        "share": dropout_scale, "CAUSAL": causal, "WINDOW": window > 0, "CAP": cap > 0, "BIAS": bias is not None,
+        "window": window, "scale": LOG2E * (2 * scale / cap if cap else scale), "cap": cap * LOG2E,
+        "threshold": threshold, "share": dropout_scale, "CAUSAL": causal, "WINDOW": window > 0, "CAP": cap > 0, "BIAS": bias is not None,
         "MASK": 0 if mask is None else 2 if mask.dtype == torch.bool else 1, "PADDING": padding is not None,
         "SLOPES": slopes is not None, "DROPOUT": rows is not None,
     }  # fmt: skip
 
 
 TILES = {
-    ("forward", 2): {64: (128, 64, 4), 128: (128, 64, 8), 256: (64, 32, 4)},
+    ("forward", 2): {64: (128, 64, 4), 128: (128, 64, 8), 256: (64, 32, 8)},
+    ("added", 2): {64: (64, 64, 4), 128: (64, 64, 8), 256: (64, 32, 8)},
     ("query", 2): {64: (128, 64, 8), 128: (64, 64, 8), 256: (64, 32, 8)},
-    ("key", 2): {64: (64, 128, 8), 128: (64, 64, 8), 256: (32, 64, 8)},
-    ("bias", 2): {64: (64, 64, 4), 128: (64, 64, 8), 256: (64, 32, 4)},
-    ("forward", 4): {64: (64, 64, 4), 128: (64, 32, 4), 256: (32, 32, 4)},
-    ("query", 4): {64: (64, 32, 4), 128: (32, 32, 4), 256: (32, 16, 4)},
-    ("key", 4): {64: (32, 64, 4), 128: (32, 32, 4), 256: (16, 32, 4)},
-    ("bias", 4): {64: (64, 64, 4), 128: (32, 32, 4), 256: (32, 32, 4)},
+    ("key", 2): {64: (64, 64, 8), 128: (32, 64, 8), 256: (32, 32, 8)},
+    ("bias", 2): {64: (64, 64, 8), 128: (64, 32, 8), 256: (32, 32, 4)},
+    ("forward", 4): {64: (64, 32, 8), 128: (32, 32, 8), 256: (16, 32, 8)},
+    ("added", 4): {64: (64, 32, 8), 128: (32, 32, 8), 256: (16, 32, 8)},
+    ("query", 4): {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 32, 8)},
+    ("key", 4): {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 16, 4)},
+    ("bias", 4): {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 16, 4)},
 }
-"""(Kernel, bytes of an element) -> width up to which it holds -> queries and keys of a tile, and warps."""
+"""(Kernel, bytes of an element) -> width up to which it holds -> queries and keys of a tile, and warps. "added" is the
+forward with a bias or an added mask. In half precision no kernel spills registers."""
 
 
 def _options(kernel: str, d: int, e: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -267,7 +280,7 @@ def _options(kernel: str, d: int, e: int, dtype: torch.dtype) -> dict[str, Any]:
     queries, keys, warps = tiles[next(width for width in tiles if max(d, e) <= width)]
     return {
         "D": d, "E": e, "BLOCK_D": max(power_of_two(d), 16), "BLOCK_E": max(power_of_two(e), 16), "QUERIES": queries,
-        "KEYS": keys, "STAGES": 2, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
+        "KEYS": keys, "STAGES": 4 // dtype.itemsize, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
         "FLOAT": not isinstance(kernels().forward, triton.JITFunction), "num_warps": warps,
     }  # fmt: skip
 
@@ -287,14 +300,14 @@ def compile_ahead(
     signature = types | dict.fromkeys(sizes, "i32") | dict.fromkeys(("scale", "cap", "share", "factor"), "fp32")
     flags = {
         "CAUSAL": causal, "WINDOW": window, "CAP": cap, "BIAS": bias, "MASK": mask, "PADDING": padding,
-        "SLOPES": slopes, "DROPOUT": dropout,
+        "SLOPES": slopes, "DROPOUT": dropout, "bias_j": 1, "mask_j": 1,
     }  # fmt: skip
     usage = {}
     for name, kernel in kernels()._asdict().items():
         if name != "bias" or bias:
-            options = _options(name, d, e or d, dtype)
+            options = _options("added" if name == "forward" and (bias or mask) else name, d, e or d, dtype)
             warps = options.pop("num_warps")
-            aligned = {*types, *strides, "queries", "keys"} - {"bias_j", "mask_j"}
+            aligned = {*types, *strides, "queries", "keys"}
             usage[name] = compile_kernel(kernel, signature, flags | options, capability, warps, aligned)
     return usage
 

@@ -90,14 +90,14 @@ def _scores() -> None:
         low = -3e38
         log2e = 1.4426950408889634
         if BIAS:
-            x = tl.load(bias + i.to(tl.int64) * bias_i + j.to(tl.int64) * bias_j, mask=here, other=0.0).to(tl.float32)
+            x = tl.load(bias + i.to(tl.int64) * bias_i + j * bias_j, mask=here, other=0.0).to(tl.float32)
             s += tl.where(x == float("-inf"), x, tl.maximum(x * log2e, low))
         if MASK == 1:
-            x = tl.load(mask + i.to(tl.int64) * mask_i + j.to(tl.int64) * mask_j, mask=here, other=0.0).to(tl.float32)
+            x = tl.load(mask + i.to(tl.int64) * mask_i + j * mask_j, mask=here, other=0.0).to(tl.float32)
             s += tl.where(x == float("-inf"), x, tl.maximum(x * log2e, low))
         seen = here
         if MASK == 2:
-            seen &= tl.load(mask + i.to(tl.int64) * mask_i + j.to(tl.int64) * mask_j, mask=here, other=0) != 0
+            seen &= tl.load(mask + i.to(tl.int64) * mask_i + j * mask_j, mask=here, other=0) != 0
         if PADDING:
             seen &= tl.load(padding + j, mask=j < keys, other=0) != 0
         if CAUSAL:
@@ -200,9 +200,9 @@ def _query() -> Any:
         i = start + tl.arange(0, QUERIES)
         x = tile(q + b * q_b + h * q_h, i, q_i, queries, D, BLOCK_D)
         g = tile(dout + b * dout_b + h * dout_h, i, dout_i, queries, E, BLOCK_E)
-        y = tile(out + (b * queries * heads + h) * E, i, heads * E, queries, E, BLOCK_E)
+        o = tile(out + (b * queries * heads + h) * E, i, heads * E, queries, E, BLOCK_E)
         at = (b * heads + h) * queries + i
-        mean = tl.sum(y.to(tl.float32) * g.to(tl.float32), 1)
+        mean = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
         tl.store(delta + at, mean, mask=i < queries)
         norm = tl.load(lse + at, mask=i < queries, other=float("inf"))
         k += b * k_b + h // group * k_h
@@ -332,15 +332,15 @@ def _bias() -> Any:
             nothing = tl.zeros((QUERIES, KEYS), tl.float32)
             x = tile(q + b * q_b + h * q_h, i, q_i, queries, D, BLOCK_D)
             y = tile(k + b * k_b + h // group * k_h, j, k_j, keys, D, BLOCK_D)
-            s, derivative = scored(
+            s, _ = scored(
                 product(x, tl.trans(y), nothing, PRECISION, FLOAT), i[:, None], j[None, :], queries, keys, offset,
                 window, scale, cap, bias + b * bias_b + h * bias_h, bias_i, bias_j, mask + b * mask_b + h * mask_h,
                 mask_i, mask_j, padding + b * keys, slope, CAUSAL, WINDOW, CAP, BIAS, MASK, PADDING, SLOPES,
             )  # fmt: skip
             p = tl.exp2(s - tl.load(lse + at, mask=i < queries, other=float("inf"))[:, None])
-            x = tile(dout + b * dout_b + h * dout_h, i, dout_i, queries, E, BLOCK_E)
-            y = tile(v + b * v_b + h // group * v_h, j, v_j, keys, E, BLOCK_E)
-            dp = product(x, tl.trans(y), nothing, PRECISION, FLOAT) * share
+            g = tile(dout + b * dout_b + h * dout_h, i, dout_i, queries, E, BLOCK_E)
+            z = tile(v + b * v_b + h // group * v_h, j, v_j, keys, E, BLOCK_E)
+            dp = product(g, tl.trans(z), nothing, PRECISION, FLOAT) * share
             if DROPOUT:
                 dp = dropped(dp, tl.load(rows + at, mask=i < queries, other=0)[:, None], column, threshold)
             sums += p * (dp - tl.load(delta + at, mask=i < queries, other=0.0)[:, None])

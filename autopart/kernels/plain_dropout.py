@@ -1,4 +1,4 @@
-"""Dropout by hashes of rows and columns, as `autopart.kernels.dropout` does it, in plain PyTorch and with a gradient."""
+"""Dropout by hashes of rows and columns (`autopart.kernels.dropout`) in plain PyTorch, with a gradient."""
 
 from typing import Any
 
@@ -13,9 +13,7 @@ WHOLE_NUMBERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By their size in bytes."""
 
 
-def dropped(
-    x: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, threshold: int, scale: float
-) -> torch.Tensor:
+def dropped(x: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, threshold: int, scale: float) -> torch.Tensor:
     """x (..., d) after dropout:
 
         y[i, j] = scale x[i, j]  if  hash(rows[i] + columns[j]) ^ 0x80000000 >= threshold  else  0
@@ -38,9 +36,7 @@ class _Dropped(torch.autograd.Function):
         return _masked(gradients[0], *ctx.saved_tensors, *ctx.constants), None, None, None, None
 
 
-def _masked(
-    x: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, threshold: int, scale: float
-) -> torch.Tensor:
+def _masked(x: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, threshold: int, scale: float) -> torch.Tensor:
     flat = x.reshape(-1, len(columns)).contiguous()
     masked = dropout.masked if dropout.applies(flat) else _by_blocks
     return masked(flat, rows.reshape(-1).contiguous(), columns, threshold, scale).view(x.shape)
@@ -49,8 +45,8 @@ def _masked(
 def _by_blocks(
     x: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, threshold: int, scale: float
 ) -> torch.Tensor:
-    """Clears the bits of what is dropped. The comparison is a clamp to threshold - 1 or threshold, whose difference from
-    threshold - 1 is 0 or -1: a word of equal bits."""
+    """Clear the bits of what is dropped. The comparison is a clamp to threshold - 1 or threshold, which differs from
+    threshold - 1 by 0 or 1: all bits of its negative are equal."""
     result = x * scale
     if threshold == -SIGN:
         return result
