@@ -251,9 +251,9 @@ def _arguments(
     return arguments | {
         "heads": query.shape[1], "group": query.shape[1] // key.shape[1], "queries": shape[2], "keys": shape[3],
         "window": window, "scale": LOG2E * (2 * scale / cap if cap else scale), "cap": cap * LOG2E,
-        "threshold": threshold, "share": dropout_scale, "CAUSAL": causal, "WINDOW": window > 0, "CAP": cap > 0, "BIAS": bias is not None,
-        "MASK": 0 if mask is None else 2 if mask.dtype == torch.bool else 1, "PADDING": padding is not None,
-        "SLOPES": slopes is not None, "DROPOUT": rows is not None,
+        "threshold": threshold, "share": dropout_scale, "CAUSAL": causal, "WINDOW": window > 0, "CAP": cap > 0,
+        "BIAS": bias is not None, "MASK": 0 if mask is None else 2 if mask.dtype == torch.bool else 1,
+        "PADDING": padding is not None, "SLOPES": slopes is not None, "DROPOUT": rows is not None,
     }  # fmt: skip
 
 
@@ -261,7 +261,7 @@ TILES = {
     ("forward", 2): {64: (128, 64, 4), 128: (128, 64, 8), 256: (64, 32, 8)},
     ("added", 2): {64: (64, 64, 4), 128: (64, 64, 8), 256: (64, 32, 8)},
     ("query", 2): {64: (128, 64, 8), 128: (64, 64, 8), 256: (64, 32, 8)},
-    ("key", 2): {64: (64, 64, 8), 128: (32, 64, 8), 256: (32, 32, 8)},
+    ("key", 2): {64: (32, 128, 8), 128: (32, 64, 8), 256: (32, 32, 8)},
     ("bias", 2): {64: (64, 64, 8), 128: (64, 32, 8), 256: (32, 32, 4)},
     ("forward", 4): {64: (64, 32, 8), 128: (32, 32, 8), 256: (16, 32, 8)},
     ("added", 4): {64: (64, 32, 8), 128: (32, 32, 8), 256: (16, 32, 8)},
