@@ -56,8 +56,10 @@ def reference(
     if seen is not None:
         scores = torch.where(seen, scores, float("-inf"))
     unseen = mask is not None or padding is not None or bias is not None or query.shape[2] > key.shape[2]
-    softmax = torch.ops.aten._safe_softmax if unseen else torch.softmax
-    chances = softmax(scores, -1, dtype=compute_dtype).to(query.dtype)
+    if unseen:
+        chances = torch.ops.aten._safe_softmax(scores.to(compute_dtype or scores.dtype), -1).to(query.dtype)
+    else:
+        chances = torch.softmax(scores, -1, dtype=compute_dtype).to(query.dtype)
     if rows is not None and columns is not None:
         chances = dropped(chances, rows, columns, threshold, dropout_scale)
     return torch.matmul(chances, _repeated(value, query))
@@ -108,7 +110,7 @@ def attention(
     window           if positive, query i sees keys less than `window` away from i + K - Q
     cap              if positive, scores are cap tanh(s / cap) before anything is added (Gemma 2)
     threshold        of dropout: a hash below it drops
-    dropout_scale    by which dropout multiplies what it keeps
+    dropout_scale    by which dropout multiplies what it keeps; without rows it has no effect
     compute_dtype    of the softmax, in ``reference``; None for query's dtype
 
     A query that sees no key, or whose scores are all -inf, has zeros and no gradient. The kernels compute scores and
@@ -251,9 +253,10 @@ def _arguments(
     return arguments | {
         "heads": query.shape[1], "group": query.shape[1] // key.shape[1], "queries": shape[2], "keys": shape[3],
         "window": window, "scale": LOG2E * (2 * scale / cap if cap else scale), "cap": cap * LOG2E,
-        "threshold": threshold, "share": dropout_scale, "CAUSAL": causal, "WINDOW": window > 0, "CAP": cap > 0,
-        "BIAS": bias is not None, "MASK": 0 if mask is None else 2 if mask.dtype == torch.bool else 1,
-        "PADDING": padding is not None, "SLOPES": slopes is not None, "DROPOUT": rows is not None,
+        "threshold": threshold, "share": 1.0 if rows is None else dropout_scale, "CAUSAL": causal,
+        "WINDOW": window > 0, "CAP": cap > 0, "BIAS": bias is not None, "PADDING": padding is not None,
+        "MASK": 0 if mask is None else 2 if mask.dtype == torch.bool else 1, "SLOPES": slopes is not None,
+        "DROPOUT": rows is not None,
     }  # fmt: skip
 
 
