@@ -18,15 +18,16 @@ and as much as masks and bias have, read once forward and once backward; a bias'
 dout out, a float32 for each query, are left out. With dropout int32 hashes of queries and keys are read too.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.library import triton_op
 
-from autopart.kernels.ahead import Usage, compile_kernel
+from autopart.kernels.attention_tiles import compile_ahead, tiles
 from autopart.kernels.attention_triton import kernels
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.launch import TRITON_NAMES, launch, power_of_two, runs_on
+from autopart.kernels.launch import TRITON_NAMES, launch, runs_on
 from autopart.kernels.plain_dropout import dropped
 
 Tensor = torch.Tensor
@@ -113,9 +114,9 @@ def attention(
     dropout_scale    by which dropout multiplies what it keeps; without rows it has no effect
     compute_dtype    of the softmax, in ``reference``; None for query's dtype
 
-    A query that sees no key, or whose scores are all -inf, has zeros and no gradient. The kernels compute scores and
-    softmax in float32. They pass no gradient where all scores of a query are below -1e38 / log2(e), as where a mask of
-    the dtype's least number hides all keys. Tensor subclasses, such as fake tensors, take ``reference``.
+    A query that sees no key, or whose masks make all scores -inf, has zeros and no gradient. The kernels compute scores
+    and softmax in float32. They pass no gradient where all scores of a query are below -1e38 / log2(e), as where a mask
+    of the dtype's least number hides all keys. Tensor subclasses, such as fake tensors, take ``reference``.
     """
     tensors = (query, key, value, mask, padding, slopes, bias, rows, columns)
     if _kernels_apply(*tensors):
@@ -166,7 +167,7 @@ def _forward(
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
     constants = (scale, causal, window, cap, threshold, dropout_scale)
     arguments = _arguments(query, key, value, mask, padding, slopes, bias, rows, columns, *constants)
-    options = _options(
+    options = tiles(
         "forward" if bias is None and mask is None else "added", query.shape[-1], value.shape[-1], query.dtype
     )
     programs = (-(-queries // options["QUERIES"]), heads, batch)
@@ -189,17 +190,17 @@ def _backward(
     arguments |= dict(zip(("dout_b", "dout_h", "dout_i"), g.stride(), strict=False))
     arguments["delta"] = torch.empty_like(lse)
     dq, dk, dv = _heads_last(query, queries, d), _heads_last(key, keys, d), _heads_last(value, keys, e)
-    options = _options("query", d, e, query.dtype)
+    options = tiles("query", d, e, query.dtype)
     programs = (-(-queries // options["QUERIES"]), heads, batch)
     launch(kernels().query, programs, first, **arguments, out=out, dq=dq, factor=scale, **options)
-    options = _options("key", d, e, query.dtype)
+    options = tiles("key", d, e, query.dtype)
     programs = (-(-keys // options["KEYS"]), served, batch)
     launch(kernels().key, programs, first, **arguments, dk=dk, dv=dv, factor=scale, **options)
     if bias is None or not bias_gradient:
         return dq, dk, dv, query.new_empty(0)
     dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
     over = {"over_b": batch // bias.shape[0], "over_h": heads // bias.shape[1]}
-    options = _options("bias", d, e, query.dtype)
+    options = tiles("bias", d, e, query.dtype)
     programs = (-(-queries // options["QUERIES"]), -(-keys // options["KEYS"]), bias.shape[:2].numel())
     launch(kernels().bias, programs, first, **arguments, dbias=dbias, **over, **options)
     return dq, dk, dv, dbias
@@ -260,61 +261,6 @@ def _arguments(
     }  # fmt: skip
 
 
-TILES = {
-    ("forward", 2): {64: (128, 64, 4), 128: (128, 64, 8), 256: (64, 32, 8)},
-    ("added", 2): {64: (64, 64, 4), 128: (64, 64, 8), 256: (64, 32, 8)},
-    ("query", 2): {64: (128, 64, 8), 128: (64, 64, 8), 256: (64, 32, 8)},
-    ("key", 2): {64: (32, 128, 8), 128: (32, 64, 8), 256: (32, 32, 8)},
-    ("bias", 2): {64: (64, 64, 8), 128: (64, 32, 8), 256: (32, 32, 4)},
-    ("forward", 4): {64: (64, 32, 8), 128: (32, 32, 8), 256: (16, 32, 8)},
-    ("added", 4): {64: (64, 32, 8), 128: (32, 32, 8), 256: (16, 32, 8)},
-    ("query", 4): {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 32, 8)},
-    ("key", 4): {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 16, 4)},
-    ("bias", 4): {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 16, 4)},
-}
-"""(Kernel, bytes of an element) -> width up to which it holds -> queries and keys of a tile, and warps. "added" is the
-forward with a bias or an added mask. In half precision no kernel spills registers."""
-
-
-def _options(kernel: str, d: int, e: int, dtype: torch.dtype) -> dict[str, Any]:
-    import triton
-
-    tiles = TILES[kernel, dtype.itemsize]
-    queries, keys, warps = tiles[next(width for width in tiles if max(d, e) <= width)]
-    return {
-        "D": d, "E": e, "BLOCK_D": max(power_of_two(d), 16), "BLOCK_E": max(power_of_two(e), 16), "QUERIES": queries,
-        "KEYS": keys, "STAGES": 4 // dtype.itemsize, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
-        "FLOAT": not isinstance(kernels().forward, triton.JITFunction), "num_warps": warps,
-    }  # fmt: skip
-
-
-def compile_ahead(
-    capability: int, d: int = 128, e: int = 0, dtype: torch.dtype = torch.bfloat16, causal: bool = True,
-    window: bool = False, cap: bool = False, mask: int = 0, padding: bool = False, slopes: bool = False,
-    bias: bool = False, dropout: bool = False,
-) -> dict[str, Usage]:  # fmt: skip
-    """Compile the kernels for heads of ``d`` elements, ``e`` those of values (0 for d), and compute capability
-    ``capability`` (90 for 9.0); ``mask`` 1 for an added and 2 for a boolean one."""
-    types = dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv", "bias", "dbias"), f"*{TRITON_NAMES[dtype]}")
-    types |= {"mask": "*i1" if mask == 2 else types["q"], "padding": "*i1", "slopes": "*fp32"}
-    types |= dict.fromkeys(("lse", "delta"), "*fp32") | dict.fromkeys(("rows", "columns"), "*i32")
-    strides = [f"{x}_{axis}" for x in ("q", "k", "v", "dout", "bias", "mask") for axis in "bhij"]
-    sizes = (*strides, "heads", "group", "queries", "keys", "window", "threshold", "over_b", "over_h")
-    signature = types | dict.fromkeys(sizes, "i32") | dict.fromkeys(("scale", "cap", "share", "factor"), "fp32")
-    flags = {
-        "CAUSAL": causal, "WINDOW": window, "CAP": cap, "BIAS": bias, "MASK": mask, "PADDING": padding,
-        "SLOPES": slopes, "DROPOUT": dropout, "bias_j": 1, "mask_j": 1,
-    }  # fmt: skip
-    usage = {}
-    for name, kernel in kernels()._asdict().items():
-        if name != "bias" or bias:
-            options = _options("added" if name == "forward" and (bias or mask) else name, d, e or d, dtype)
-            warps = options.pop("num_warps")
-            aligned = {*types, *strides, "queries", "keys"}
-            usage[name] = compile_kernel(kernel, signature, flags | options, capability, warps, aligned)
-    return usage
-
-
 def bytes_moved(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Bytes:
     """As `Kernel.bytes_moved`; the formulas are on top of this file."""
     batch, heads, queries, d = query.shape
@@ -334,10 +280,31 @@ def kept(arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tenso
     return *(t for t in arguments if isinstance(t, Tensor)), outputs[0], lse
 
 
+def rule(args: tuple[Any, ...], outputs: Sequence[Sequence[int]]) -> str:
+    """How the tensors of a call may be split, in the notation of `autopart.sharding.notation`: as ``KERNEL.rule``, for
+    masks and biases of any shape. Queries are split where neither `causal` nor `window` counts them.
+
+    args  the call's arguments, with the shapes of tensors in their place and None for what is left out
+    """
+    query, key, _, mask, _, _, bias = (*args, *[None] * 7)[:7]
+    heads = "(h g)" if query[1] > key[1] > 1 else "h"
+    q = "q!" if any(args[10:12]) else "q"
+    names = ("b", heads, q, "k!")
+
+    def added(shape: Sequence[int] | None) -> str:
+        if shape is None:
+            return "-"
+        return " ".join("1" if n == 1 else name for n, name in zip(shape, names[-len(shape) :], strict=True))
+
+    inputs = (f"b {heads} {q} d!", "b h k! d!", "b h k! e!", added(mask), "b k!", heads, added(bias))
+    return f"{', '.join(inputs)}, b {heads} {q}, k! -> b {heads} {q} e!"
+
+
 KERNEL = Kernel(
     function=attention,
     reference=reference,
-    rule="b (h g) q! d!, b h k! d!, b h k! e!, b (h g) q!, k! -> b (h g) q! e!",
+    rule="b (h g) q! d!, b h k! d!, b h k! e!, b (h g) q! k!, b k!, (h g), b (h g) q! k!, b (h g) q!, k!"
+    " -> b (h g) q! e!",
     kept=kept,
     bytes_moved=bytes_moved,
     ahead=compile_ahead,

@@ -77,7 +77,7 @@ def _scores() -> None:
         CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
         PADDING: tl.constexpr, SLOPES: tl.constexpr,
     ):  # fmt: skip
-        """(scores, their derivatives by the scaled products) of the products s at the queries i and the keys j."""
+        """(scores, their derivatives by the scaled products) of the products s at queries i and keys j."""
         here = (i < queries) & (j < keys)
         s *= scale
         derivative = s
@@ -95,7 +95,7 @@ def _scores() -> None:
         if MASK == 1:
             x = tl.load(mask + i.to(tl.int64) * mask_i + j * mask_j, mask=here, other=0.0).to(tl.float32)
             s += tl.where(x == float("-inf"), x, tl.maximum(x * log2e, low))
-        seen = here
+        seen = j < keys
         if MASK == 2:
             seen &= tl.load(mask + i.to(tl.int64) * mask_i + j * mask_j, mask=here, other=0) != 0
         if PADDING:

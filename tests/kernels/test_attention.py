@@ -13,6 +13,11 @@ from autopart.kernels import attention as module
 from autopart.kernels import dropout, plain_dropout
 from autopart.kernels.attention import KERNEL, attention, reference
 from autopart.kernels.kernel import Bytes
+from autopart.runtime import random
+from autopart.runtime.shards import shard
+from autopart.runtime.simulated import World, simulated_groups
+from autopart.sharding.binding import bind, split_letter
+from autopart.sharding.notation import C, S, parse
 from tests.support.interpreted import interpreted as interpreted_child
 
 INF = float("inf")
@@ -124,15 +129,15 @@ def laid(shape: tuple[int, ...], layout: str) -> torch.Tensor:
 def extra(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """An operand besides query, key and value, of scores of a shape."""
     batch, heads, queries, keys = shape
-    random = torch.rand(queries, keys)
+    share = torch.rand(queries, keys)
     low = {"mask least": torch.finfo(torch.float32).min, "mask -inf": -INF}.get(name, 0.0)
     made = {
-        "mask": random.to(dtype),
-        "mask float32": random,
-        "mask least": torch.where((random < 0.5) & (torch.arange(queries)[:, None] > 2), low, 0.0),
-        "mask -inf": torch.where((random < 0.5) | (torch.arange(queries)[:, None] == 3), low, 0.0),
+        "mask": share.to(dtype),
+        "mask float32": share,
+        "mask least": torch.where((share < 0.5) & (torch.arange(queries)[:, None] > 2), low, 0.0),
+        "mask -inf": torch.where((share < 0.5) | (torch.arange(queries)[:, None] == 3), low, 0.0),
         "mask samples": torch.randn(batch, 1, queries, 1).to(dtype),
-        "mask bool": (random < 0.5) & (torch.arange(queries)[:, None] != 2),
+        "mask bool": (share < 0.5) & (torch.arange(queries)[:, None] != 2),
         "mask bool keys": (torch.rand(batch, 1, 1, keys) < 0.5).contiguous(),
         "padding": torch.arange(keys) < torch.tensor([keys - 2, 0])[:batch, None],
         "slopes": torch.rand(heads),
@@ -371,6 +376,71 @@ def test_bytes_moved_and_kept():
     out = meta(2, 4, 10, 6)
     kept = module.kept((query, key, value, None, None, None, bias, 1.0, True), (out,))
     assert [t.shape for t in kept] == [query.shape, key.shape, value.shape, bias.shape, out.shape, (2, 4, 10)]
+
+
+def shapes_of(case: Case) -> tuple[Any, ...]:
+    main, others, constants = drawn(case, "cpu")
+    given = [None if x is None else tuple(x.shape) for x in (*main, *others.values())]
+    return (*given, constants["scale"], constants.get("causal", False), constants.get("window", 0))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_heads_and_samples_are_split_and_queries_where_nothing_counts_them(case):
+    args = shapes_of(case)
+    samples, heads, _, queries, *_, e = case.sizes
+    row = parse(module.rule(args, ()))
+    bound = bind(row, args[:9], [(samples, heads, queries, e)])
+    counted = any(name in dict(case.constants) for name in ("causal", "window"))
+    assert row.text.count("q!") == (row.text.count("q") if counted else 0)
+    for letter, place in {"b": 0, "h": 1}.items():
+        strategy = split_letter(bound, frozenset(letter), 2)
+        assert (strategy is None) == (bound.sizes[letter] % 2 != 0)
+        if strategy is not None:
+            assert list(strategy.inputs[:3]) == [C if x[place] == 1 else S(place) for x in args[:3]]
+            assert strategy.outputs == (S(place),)
+
+
+def test_the_rule_of_the_kernel_is_that_of_a_call_with_everything():
+    args = (
+        (2, 4, 3, 8),
+        (2, 2, 5, 8),
+        (2, 2, 5, 8),
+        (2, 4, 3, 5),
+        (2, 5),
+        (4,),
+        (2, 4, 3, 5),
+        (2, 4, 3),
+        (5,),
+        1.0,
+        True,
+    )
+    assert parse(module.rule(args, ())).inputs == parse(KERNEL.rule).inputs
+
+
+@pytest.mark.parametrize("dims", [(0, 1), (1, 0), (0, 0), (1, 1)], ids=str)
+def test_shards_of_samples_and_heads_are_parts_of_the_whole(dims):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(4, heads, n, 8) for heads, n in ((8, 5), (4, 7), (4, 7)))
+    bias, whole = torch.randn(1, 8, 5, 7), (4, 8, 5, 7)
+    constants = {"scale": 0.3, "causal": True}
+
+    def hashes(rank: int, dp: int, tp: int) -> dict[str, Any]:
+        source = random.stream(simulated_groups(World(), 1, dp, tp, rank), "a")
+        axes = dict(zip(("dp", "tp"), dims, strict=True)) if dp * tp > 1 else {}
+        drawn = random.dropout_hashes(0.3, source, whole, 0, **axes)
+        return dict(zip(("rows", "columns", "threshold", "dropout_scale"), drawn, strict=True))
+
+    def part(x: torch.Tensor, rank: int) -> torch.Tensor:
+        for dim, at in zip(dims, divmod(rank, 2), strict=True):
+            x = x if x.shape[dim] == 1 else shard(x, dim, (), 2, at)
+        return x
+
+    out = attention(query, key, value, bias=bias, **hashes(0, 1, 1), **constants)
+    assert (out != reference(query, key, value, bias=bias, **constants)).any()
+    for rank in range(4):
+        local = [part(x, rank) for x in (query, key, value)]
+        got = attention(*local, bias=part(bias, rank), **hashes(rank, 2, 2), **constants)
+        torch.testing.assert_close(got, part(out, rank))
 
 
 # ---- what the kernels do not take ------------------------------------------------------------------------
