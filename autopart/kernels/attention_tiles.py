@@ -9,19 +9,22 @@ from autopart.kernels.attention_triton import kernels
 from autopart.kernels.launch import TRITON_NAMES, power_of_two
 
 TILES = {
-    ("forward", 2): {64: (128, 64, 4), 128: (128, 64, 8), 256: (64, 32, 8)},
-    ("added", 2): {64: (64, 64, 4), 128: (64, 64, 8), 256: (64, 32, 8)},
-    ("query", 2): {64: (128, 64, 8), 128: (64, 64, 8), 256: (64, 32, 8)},
-    ("key", 2): {64: (32, 128, 8), 128: (32, 64, 8), 256: (32, 32, 8)},
-    ("bias", 2): {64: (64, 64, 8), 128: (64, 32, 8), 256: (32, 32, 4)},
-    ("forward", 4): {64: (64, 32, 8), 128: (32, 32, 8), 256: (16, 32, 8)},
-    ("added", 4): {64: (64, 32, 8), 128: (32, 32, 8), 256: (16, 32, 8)},
-    ("query", 4): {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 32, 8)},
-    ("key", 4): {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 16, 4)},
-    ("bias", 4): {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 16, 4)},
+    ("forward", 2): {64: (128, 64, 8, 1), 128: (128, 64, 8, 0), 256: (64, 32, 8, 1)},
+    ("added", 2): {64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (64, 32, 8, 1)},
+    ("query", 2): {64: (128, 64, 8, 1), 128: (64, 64, 8, 1), 256: (64, 32, 8, 1)},
+    ("key", 2): {64: (32, 128, 8, 1), 128: (32, 64, 8, 0), 256: (32, 32, 8, 1)},
+    ("bias", 2): {64: (64, 64, 8, 0), 128: (64, 32, 8, 0), 256: (32, 32, 4, 0)},
+    ("forward", 4): {64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 0)},
+    ("added", 4): {64: (64, 32, 8, 0), 128: (32, 32, 8, 0), 256: (16, 32, 8, 0)},
+    ("query", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 0), 256: (16, 32, 8, 0)},
+    ("key", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 0), 256: (16, 16, 4, 0)},
+    ("bias", 4): {64: (32, 32, 8, 0), 128: (32, 32, 8, 0), 256: (16, 16, 4, 0)},
 }
-"""(Kernel, bytes of an element) -> width up to which it holds -> queries and keys of a tile, and warps. "added" is the
-forward with a bias or an added mask. In half precision no kernel spills registers."""
+"""(Kernel, bytes of an element) -> width up to which it holds -> queries and keys of a tile, warps, and whether a loop
+of its own goes over the tiles whose queries see all keys. "added" is the forward with a bias or an added mask.
+
+The tiles are the largest of those tried whose kernels spill no registers in half precision at `KERNEL.shapes`. In
+float32 products are sums of three in tf32, and wide heads spill some."""
 
 
 def tiles(kernel: str, d: int, e: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -29,11 +32,12 @@ def tiles(kernel: str, d: int, e: int, dtype: torch.dtype) -> dict[str, Any]:
     import triton
 
     by_width = TILES[kernel, dtype.itemsize]
-    queries, keys, warps = by_width[next(width for width in by_width if max(d, e) <= width)]
+    queries, keys, warps, split = by_width[next(width for width in by_width if max(d, e) <= width)]
     return {
         "D": d, "E": e, "BLOCK_D": max(power_of_two(d), 16), "BLOCK_E": max(power_of_two(e), 16), "QUERIES": queries,
         "KEYS": keys, "STAGES": 4 // dtype.itemsize, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
         "FLOAT": not isinstance(kernels().forward, triton.JITFunction), "num_warps": warps,
+        **({} if kernel == "bias" else {"SPLIT": split}),
     }  # fmt: skip
 
 

@@ -8,12 +8,15 @@ queries).
 import functools
 from typing import Any, NamedTuple
 
-tl: Any  # bound by helpers(), as the helpers are: Triton's interpreter looks for them among a kernel's globals
+from autopart.kernels.attention_scores import operands, ranges, scores
+
+tl: Any  # bound by kernels(), as the functions below are: Triton's interpreter looks for them among a kernel's globals
 tile: Any
 product: Any
 dropped: Any
 scored: Any
-first_and_last: Any
+key_range: Any
+query_range: Any
 
 
 class Kernels(NamedTuple):
@@ -29,96 +32,13 @@ class Kernels(NamedTuple):
 def kernels() -> Kernels:
     """The ``triton.jit`` functions. The first call imports Triton, which reads TRITON_INTERPRET from the environment
     then."""
-    _operands()
-    _scores()
-    return Kernels(_forward(), _query(), _key(), _bias())
-
-
-def _operands() -> None:
-    """Bind what loads, multiplies and drops tiles."""
-    global tl, tile, product, dropped
-    import triton
+    global tl, tile, product, dropped, scored, key_range, query_range
     import triton.language as tl
 
-    @triton.jit
-    def tile(x, at, stride, count, DIM: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Rows `at` of x (count, DIM), zeros outside."""
-        d = tl.arange(0, BLOCK)
-        here = (at < count)[:, None] & (d < DIM)[None, :]
-        return tl.load(x + at.to(tl.int64)[:, None] * stride + d[None, :], mask=here, other=0.0)
-
-    @triton.jit
-    def product(a, b, sums, PRECISION: tl.constexpr, FLOAT: tl.constexpr):  # type: ignore[no-untyped-def]
-        """sums + a b; FLOAT where the interpreter multiplies, which cannot in bfloat16."""
-        if FLOAT:
-            return tl.dot(a.to(tl.float32), b.to(tl.float32), sums)
-        return tl.dot(a, b, sums, input_precision=PRECISION)
-
-    @triton.jit
-    def dropped(x, rows, columns, threshold):  # type: ignore[no-untyped-def]
-        """x, with 0 where `autopart.kernels.dropout` drops."""
-        u = rows.to(tl.uint32, bitcast=True) + columns.to(tl.uint32, bitcast=True)
-        u ^= u >> 16
-        u *= 0x7FEB352D
-        u ^= u >> 15
-        u *= 0x846CA68B
-        u ^= u >> 16
-        return tl.where((u ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold, x, 0.0)
-
-
-def _scores() -> None:
-    """Bind what makes scores of products, and what bounds the positions that see each other."""
-    global scored, first_and_last
-    import triton
-
-    @triton.jit
-    def scored(  # type: ignore[no-untyped-def]
-        s, i, j, queries, keys, offset, window, scale, cap, bias, bias_i, bias_j, mask, mask_i, mask_j, padding, slope,
-        CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
-        PADDING: tl.constexpr, SLOPES: tl.constexpr,
-    ):  # fmt: skip
-        """(scores, their derivatives by the scaled products) of the products s at queries i and keys j."""
-        here = (i < queries) & (j < keys)
-        s *= scale
-        derivative = s
-        if CAP:
-            t = 1.0 - 2.0 / (tl.exp2(s) + 1.0)
-            derivative = 1.0 - t * t
-            s = cap * t
-        if SLOPES:
-            s += slope * (j - i - offset).to(tl.float32)
-        low = -3e38
-        log2e = 1.4426950408889634
-        if BIAS:
-            x = tl.load(bias + i.to(tl.int64) * bias_i + j * bias_j, mask=here, other=0.0).to(tl.float32)
-            s += tl.where(x == float("-inf"), x, tl.maximum(x * log2e, low))
-        if MASK == 1:
-            x = tl.load(mask + i.to(tl.int64) * mask_i + j * mask_j, mask=here, other=0.0).to(tl.float32)
-            s += tl.where(x == float("-inf"), x, tl.maximum(x * log2e, low))
-        seen = j < keys
-        if MASK == 2:
-            seen &= tl.load(mask + i.to(tl.int64) * mask_i + j * mask_j, mask=here, other=0) != 0
-        if PADDING:
-            seen &= tl.load(padding + j, mask=j < keys, other=0) != 0
-        if CAUSAL:
-            seen &= j <= i + offset
-        if WINDOW:
-            seen &= (i + offset - j < window) & (j - i - offset < window)
-        return tl.where(seen, s, float("-inf")), derivative
-
-    @triton.jit
-    def first_and_last(  # type: ignore[no-untyped-def]
-        start, end, ahead, behind, count, AHEAD: tl.constexpr, BEHIND: tl.constexpr, BLOCK: tl.constexpr
-    ):
-        """The range of positions below `count`, in whole blocks at its start, that those from `start` to below `end`
-        see: from `behind` before `start` on if BEHIND, to `ahead` after the last one if AHEAD."""
-        first = 0
-        last = count
-        if BEHIND:
-            first = tl.maximum(start - behind, 0) // BLOCK * BLOCK
-        if AHEAD:
-            last = tl.minimum(end + ahead, count)
-        return first, last
+    tile, product, dropped = operands()
+    scored = scores()
+    key_range, query_range = ranges()
+    return Kernels(_forward(), _query(), _key(), _bias())
 
 
 def _forward() -> Any:
@@ -131,7 +51,7 @@ def _forward() -> Any:
         threshold, share, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr,
         MASK: tl.constexpr, PADDING: tl.constexpr, SLOPES: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
         E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-        STAGES: tl.constexpr, PRECISION: tl.constexpr, FLOAT: tl.constexpr,
+        STAGES: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, FLOAT: tl.constexpr,
     ):  # fmt: skip
         start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
         h = tl.program_id(1).to(tl.int64)
@@ -149,28 +69,27 @@ def _forward() -> Any:
         total = tl.zeros((QUERIES,), tl.float32)
         sums = tl.zeros((QUERIES, BLOCK_E), tl.float32)
         offset = keys - queries
-        ahead = 0 if CAUSAL else window - 1
-        first, last = first_and_last(
-            start + offset, start + QUERIES + offset, ahead, window - 1, keys, CAUSAL or WINDOW, WINDOW, KEYS
-        )
-        for n in tl.range(first, last, KEYS, num_stages=STAGES):
-            j = n + tl.arange(0, KEYS)
-            y = tile(k, j, k_j, keys, D, BLOCK_D)
-            s = product(x, tl.trans(y), tl.zeros((QUERIES, KEYS), tl.float32), PRECISION, FLOAT)
-            s, _ = scored(
-                s, i[:, None], j[None, :], queries, keys, offset, window, scale, cap, bias, bias_i, bias_j,
-                mask, mask_i, mask_j, padding + b * keys, slope, CAUSAL, WINDOW, CAP, BIAS, MASK, PADDING, SLOPES,
-            )  # fmt: skip
-            now = tl.maximum(most, tl.max(s, 1))
-            shift = tl.where(now == float("-inf"), 0.0, now)
-            fading = tl.exp2(most - shift)
-            p = tl.exp2(s - shift[:, None])
-            total = total * fading + tl.sum(p, 1)
-            most = now
-            if DROPOUT:
-                p = dropped(p, row, tl.load(columns + j, mask=j < keys, other=0)[None, :], threshold)
-            y = tile(v, j, v_j, keys, E, BLOCK_E)
-            sums = product(p.to(v.dtype.element_ty), y, sums * fading[:, None], PRECISION, FLOAT)
+        first, middle, last = key_range(start, offset, window, keys, CAUSAL, WINDOW, QUERIES, KEYS)
+        for edge in tl.static_range(1 - SPLIT, 2):
+            for n in tl.range(middle if edge and SPLIT else first, last if edge else middle, KEYS, num_stages=STAGES):
+                j = n + tl.arange(0, KEYS)
+                y = tile(k, j, k_j, keys, D, BLOCK_D)
+                s = product(x, tl.trans(y), tl.zeros((QUERIES, KEYS), tl.float32), PRECISION, FLOAT)
+                s, _ = scored(
+                    s, i[:, None], j[None, :], queries, keys, offset, window, scale, cap, bias, bias_i, bias_j,
+                    mask, mask_i, mask_j, padding + b * keys, slope, CAUSAL, WINDOW, CAP, BIAS, MASK, PADDING, SLOPES,
+                    edge,
+                )  # fmt: skip
+                now = tl.maximum(most, tl.max(s, 1))
+                shift = tl.where(now == float("-inf"), 0.0, now)
+                fading = tl.exp2(most - shift)
+                p = tl.exp2(s - shift[:, None])
+                total = total * fading + tl.sum(p, 1)
+                most = now
+                if DROPOUT:
+                    p = dropped(p, row, tl.load(columns + j, mask=j < keys, other=0)[None, :], threshold)
+                y = tile(v, j, v_j, keys, E, BLOCK_E)
+                sums = product(p.to(v.dtype.element_ty), y, sums * fading[:, None], PRECISION, FLOAT)
         whole = tl.where(total == 0.0, 1.0, total)
         low = (total == 0.0) | (most < -1e38)
         tl.store(lse + at, tl.where(low, float("inf"), most + tl.log2(whole)), mask=i < queries)
@@ -192,7 +111,8 @@ def _query() -> Any:
         group, queries, keys, window, scale, cap, threshold, share, factor, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
         CAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr, SLOPES: tl.constexpr,
         DROPOUT: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-        QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, FLOAT: tl.constexpr,
+        QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+        FLOAT: tl.constexpr,
     ):  # fmt: skip
         start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
         h = tl.program_id(1).to(tl.int64)
@@ -213,26 +133,24 @@ def _query() -> Any:
         row = tl.load(rows + at, mask=i < queries, other=0)[:, None] if DROPOUT else 0
         sums = tl.zeros((QUERIES, BLOCK_D), tl.float32)
         offset = keys - queries
-        ahead = 0 if CAUSAL else window - 1
-        first, last = first_and_last(
-            start + offset, start + QUERIES + offset, ahead, window - 1, keys, CAUSAL or WINDOW, WINDOW, KEYS
-        )
-        for n in tl.range(first, last, KEYS, num_stages=STAGES):
-            j = n + tl.arange(0, KEYS)
-            nothing = tl.zeros((QUERIES, KEYS), tl.float32)
-            z = tile(k, j, k_j, keys, D, BLOCK_D)
-            s, derivative = scored(
-                product(x, tl.trans(z), nothing, PRECISION, FLOAT), i[:, None], j[None, :], queries, keys, offset,
-                window, scale, cap, bias, bias_i, bias_j, mask, mask_i, mask_j, padding + b * keys, slope, CAUSAL,
-                WINDOW, CAP, BIAS, MASK, PADDING, SLOPES,
-            )  # fmt: skip
-            y = tile(v, j, v_j, keys, E, BLOCK_E)
-            dp = product(g, tl.trans(y), nothing, PRECISION, FLOAT) * share
-            if DROPOUT:
-                dp = dropped(dp, row, tl.load(columns + j, mask=j < keys, other=0)[None, :], threshold)
-            ds = tl.exp2(s - norm[:, None]) * (dp - mean[:, None])
-            ds = ds * derivative if CAP else ds
-            sums = product(ds.to(k.dtype.element_ty), z, sums, PRECISION, FLOAT)
+        first, middle, last = key_range(start, offset, window, keys, CAUSAL, WINDOW, QUERIES, KEYS)
+        for edge in tl.static_range(1 - SPLIT, 2):
+            for n in tl.range(middle if edge and SPLIT else first, last if edge else middle, KEYS, num_stages=STAGES):
+                j = n + tl.arange(0, KEYS)
+                nothing = tl.zeros((QUERIES, KEYS), tl.float32)
+                z = tile(k, j, k_j, keys, D, BLOCK_D)
+                s, derivative = scored(
+                    product(x, tl.trans(z), nothing, PRECISION, FLOAT), i[:, None], j[None, :], queries, keys, offset,
+                    window, scale, cap, bias, bias_i, bias_j, mask, mask_i, mask_j, padding + b * keys, slope, CAUSAL,
+                    WINDOW, CAP, BIAS, MASK, PADDING, SLOPES, edge,
+                )  # fmt: skip
+                y = tile(v, j, v_j, keys, E, BLOCK_E)
+                dp = product(g, tl.trans(y), nothing, PRECISION, FLOAT) * share
+                if DROPOUT:
+                    dp = dropped(dp, row, tl.load(columns + j, mask=j < keys, other=0)[None, :], threshold)
+                ds = tl.exp2(s - norm[:, None]) * (dp - mean[:, None])
+                ds = ds * derivative if CAP else ds
+                sums = product(ds.to(k.dtype.element_ty), z, sums, PRECISION, FLOAT)
         d = tl.arange(0, BLOCK_D)
         to = dq + ((b * queries + i) * heads + h)[:, None] * D + d[None, :]
         here = (i < queries)[:, None] & (d < D)[None, :]
@@ -251,7 +169,8 @@ def _key() -> Any:
         group, queries, keys, window, scale, cap, threshold, share, factor, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
         CAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr, SLOPES: tl.constexpr,
         DROPOUT: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-        QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, FLOAT: tl.constexpr,
+        QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+        FLOAT: tl.constexpr,
     ):  # fmt: skip
         start = tl.program_id(0) * KEYS
         b = tl.program_id(2).to(tl.int64)
@@ -262,35 +181,36 @@ def _key() -> Any:
         k_sums = tl.zeros((KEYS, BLOCK_D), tl.float32)
         v_sums = tl.zeros((KEYS, BLOCK_E), tl.float32)
         offset = keys - queries
-        behind = 0 if CAUSAL else window - 1
-        first, last = first_and_last(
-            start - offset, start + KEYS - offset, window - 1, behind, queries, WINDOW, CAUSAL or WINDOW, QUERIES
-        )
+        first, middle, last = query_range(start, offset, window, queries, CAUSAL, WINDOW, QUERIES, KEYS)
         for member in range(group):
             h = tl.program_id(1).to(tl.int64) * group + member
             slope = tl.load(slopes + h).to(tl.float32) * 1.4426950408889634 if SLOPES else 0.0
-            for n in tl.range(first, last, QUERIES, num_stages=STAGES):
-                i = n + tl.arange(0, QUERIES)
-                at = (b * heads + h) * queries + i
-                nothing = tl.zeros((KEYS, QUERIES), tl.float32)
-                z = tile(q + b * q_b + h * q_h, i, q_i, queries, D, BLOCK_D)
-                s, derivative = scored(
-                    product(x, tl.trans(z), nothing, PRECISION, FLOAT), i[None, :], j[:, None], queries, keys, offset,
-                    window, scale, cap, bias + b * bias_b + h * bias_h, bias_i, bias_j, mask + b * mask_b + h * mask_h,
-                    mask_i, mask_j, padding + b * keys, slope, CAUSAL, WINDOW, CAP, BIAS, MASK, PADDING, SLOPES,
-                )  # fmt: skip
-                p = tl.exp2(s - tl.load(lse + at, mask=i < queries, other=float("inf"))[None, :])
-                g = tile(dout + b * dout_b + h * dout_h, i, dout_i, queries, E, BLOCK_E)
-                dp = product(y, tl.trans(g), nothing, PRECISION, FLOAT) * share
-                kept = p
-                if DROPOUT:
-                    row = tl.load(rows + at, mask=i < queries, other=0)[None, :]
-                    dp = dropped(dp, row, column, threshold)
-                    kept = dropped(p, row, column, threshold)
-                v_sums = product(kept.to(dout.dtype.element_ty), g, v_sums, PRECISION, FLOAT)
-                ds = p * (dp - tl.load(delta + at, mask=i < queries, other=0.0)[None, :])
-                ds = ds * derivative if CAP else ds
-                k_sums = product(ds.to(q.dtype.element_ty), z, k_sums, PRECISION, FLOAT)
+            for inner in tl.static_range(1 + SPLIT):
+                for n in tl.range(
+                    middle if inner else first, middle if SPLIT and not inner else last, QUERIES, num_stages=STAGES
+                ):
+                    i = n + tl.arange(0, QUERIES)
+                    at = (b * heads + h) * queries + i
+                    nothing = tl.zeros((KEYS, QUERIES), tl.float32)
+                    z = tile(q + b * q_b + h * q_h, i, q_i, queries, D, BLOCK_D)
+                    s, derivative = scored(
+                        product(x, tl.trans(z), nothing, PRECISION, FLOAT), i[None, :], j[:, None], queries, keys,
+                        offset, window, scale, cap, bias + b * bias_b + h * bias_h, bias_i, bias_j,
+                        mask + b * mask_b + h * mask_h, mask_i, mask_j, padding + b * keys, slope, CAUSAL, WINDOW, CAP,
+                        BIAS, MASK, PADDING, SLOPES, inner == 0,
+                    )  # fmt: skip
+                    p = tl.exp2(s - tl.load(lse + at, mask=i < queries, other=float("inf"))[None, :])
+                    g = tile(dout + b * dout_b + h * dout_h, i, dout_i, queries, E, BLOCK_E)
+                    dp = product(y, tl.trans(g), nothing, PRECISION, FLOAT) * share
+                    kept = p
+                    if DROPOUT:
+                        row = tl.load(rows + at, mask=i < queries, other=0)[None, :]
+                        dp = dropped(dp, row, column, threshold)
+                        kept = dropped(p, row, column, threshold)
+                    v_sums = product(kept.to(dout.dtype.element_ty), g, v_sums, PRECISION, FLOAT)
+                    ds = p * (dp - tl.load(delta + at, mask=i < queries, other=0.0)[None, :])
+                    ds = ds * derivative if CAP else ds
+                    k_sums = product(ds.to(q.dtype.element_ty), z, k_sums, PRECISION, FLOAT)
         base = (b * keys + j) * (heads // group) + tl.program_id(1)
         d = tl.arange(0, BLOCK_D)
         to = dk + base[:, None] * D + d[None, :]
@@ -336,6 +256,7 @@ def _bias() -> Any:
                 product(x, tl.trans(y), nothing, PRECISION, FLOAT), i[:, None], j[None, :], queries, keys, offset,
                 window, scale, cap, bias + b * bias_b + h * bias_h, bias_i, bias_j, mask + b * mask_b + h * mask_h,
                 mask_i, mask_j, padding + b * keys, slope, CAUSAL, WINDOW, CAP, BIAS, MASK, PADDING, SLOPES,
+                True,
             )  # fmt: skip
             p = tl.exp2(s - tl.load(lse + at, mask=i < queries, other=float("inf"))[:, None])
             g = tile(dout + b * dout_b + h * dout_h, i, dout_i, queries, E, BLOCK_E)
