@@ -158,6 +158,20 @@ def dropout(x: Tensor, p: float, source: Stream, whole: Sequence[int], batch: in
     return dropped
 
 
+def dropout_hashes(
+    p: float, source: Stream, whole: Sequence[int], batch: int | None, **axes: Split
+) -> tuple[Tensor, Tensor, int, float]:
+    """rows, columns, threshold and scale by which `autopart.kernels.attention` drops what `dropout` drops of scores.
+
+    Scores are of the size `whole` (samples, heads, queries, keys) over all ranks. rows (samples, heads, queries) and
+    columns (keys,) are of this rank's share. Arguments as `dropout`.
+    """
+    rows, columns = _hashes(source, whole, batch, axes)
+    if p >= 1.0:
+        return rows, columns, SIGN - 1, 0.0
+    return rows, columns, int(p * 2**32) - SIGN, 1.0 / (1.0 - p)
+
+
 def uniform(
     source: Stream, whole: Sequence[int], batch: int | None, dtype: torch.dtype = torch.float32, **axes: Split
 ) -> Tensor:

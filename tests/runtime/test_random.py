@@ -19,12 +19,13 @@ from torch.nn import functional as F
 from autopart.compile.simulate import simulate_plan
 from autopart.errors import PartitionError
 from autopart.hardware.mesh import Mesh
+from autopart.kernels import plain_dropout
 from autopart.passes.source import Source
 from autopart.planner.make_plan import make_plan, request_of
 from autopart.planner.request import Request
 from autopart.runtime import random
 from autopart.runtime.groups import Groups
-from autopart.runtime.shards import unshard
+from autopart.runtime.shards import shard, unshard
 from autopart.runtime.simulated import World, simulated_groups
 
 SHAPE = (8, 256, 512)
@@ -217,6 +218,32 @@ def test_two_axes_split_at_once(dims: tuple[int, int]) -> None:
 
     rows = [torch.cat([share(2 * d + t) for t in range(2)], dims[1]) for d in range(2)]
     assert torch.equal(torch.cat(rows, dims[0]), whole)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 1 - 1e-12, 1.0])
+@pytest.mark.parametrize("dims", [(0, 1), (1, 0), (0, 0), (1, 1), (0, 2)], ids=str)
+def test_attention_s_hashes_drop_what_dropout_drops_of_the_whole_scores(dims: tuple[int, int], p: float) -> None:
+    scores, axes = torch.rand(WHOLE) + 1, dict(zip(("dp", "tp"), dims, strict=True))
+    dropped = random.dropout(scores, p, random.stream(groups(micro_batch=1), "a"), WHOLE, 0)
+    for rank in range(4):
+        source = random.stream(groups(dp=2, tp=2, rank=rank, micro_batch=1), "a")
+        given, wanted = (
+            shard(shard(x, dims[0], (), 2, rank // 2), dims[1], (), 2, rank % 2) for x in (scores, dropped)
+        )
+        rows, columns, threshold, scale = random.dropout_hashes(p, source, WHOLE, 0, **axes)
+        assert rows.shape == given.shape[:3] and columns.shape == given.shape[3:]
+        assert (rows.dtype, columns.dtype) == (torch.int32, torch.int32)
+        assert torch.equal(plain_dropout.dropped(given, rows, columns, threshold, scale), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_attention_s_hashes_drop_gradients_alike(dtype: torch.dtype) -> None:
+    x = torch.randn(4, 6, 5, 7).to(dtype).transpose(1, 2).requires_grad_()
+    source, size = random.stream(groups(), "a"), list(x.shape)
+    dropped = plain_dropout.dropped(x, *random.dropout_hashes(0.3, source, size, 0))
+    whole = random.dropout(x, 0.3, source, size, 0)
+    gradients = [torch.autograd.grad(y, x, torch.ones_like(y))[0] for y in (dropped, whole)]
+    assert torch.equal(dropped, whole) and torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("batch", range(4))

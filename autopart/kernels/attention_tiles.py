@@ -1,0 +1,68 @@
+"""Tiles of the kernels of `autopart.kernels.attention`, and what the kernels need of a GPU with them."""
+
+from typing import Any
+
+import torch
+
+from autopart.kernels.ahead import Usage, compile_kernel
+from autopart.kernels.attention_triton import kernels
+from autopart.kernels.launch import TRITON_NAMES, power_of_two
+
+TILES = {
+    ("forward", 2): {64: (128, 64, 8, 1), 128: (128, 64, 8, 0), 256: (64, 32, 8, 1)},
+    ("added", 2): {64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (64, 32, 8, 1)},
+    ("query", 2): {64: (128, 64, 8, 1), 128: (64, 64, 8, 1), 256: (64, 32, 8, 1)},
+    ("key", 2): {64: (32, 128, 8, 1), 128: (32, 64, 8, 0), 256: (32, 32, 8, 1)},
+    ("bias", 2): {64: (64, 64, 8, 0), 128: (64, 32, 8, 0), 256: (32, 32, 4, 0)},
+    ("forward", 4): {64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 0)},
+    ("added", 4): {64: (64, 32, 8, 0), 128: (32, 32, 8, 0), 256: (16, 32, 8, 0)},
+    ("query", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 0), 256: (16, 32, 8, 0)},
+    ("key", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 0), 256: (16, 16, 4, 0)},
+    ("bias", 4): {64: (32, 32, 8, 0), 128: (32, 32, 8, 0), 256: (16, 16, 4, 0)},
+}
+"""(Kernel, bytes of an element) -> width up to which it holds -> queries and keys of a tile, warps, and whether a loop
+of its own goes over the tiles whose queries see all keys. "added" is the forward with a bias or an added mask.
+
+The tiles are the largest of those tried whose kernels spill no registers in half precision at `KERNEL.shapes`. In
+float32 products are sums of three in tf32, and wide heads spill some."""
+
+
+def tiles(kernel: str, d: int, e: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The constants of a kernel for widths d of keys and e of values, and its warps."""
+    import triton
+
+    by_width = TILES[kernel, dtype.itemsize]
+    queries, keys, warps, split = by_width[next(width for width in by_width if max(d, e) <= width)]
+    return {
+        "D": d, "E": e, "BLOCK_D": max(power_of_two(d), 16), "BLOCK_E": max(power_of_two(e), 16), "QUERIES": queries,
+        "KEYS": keys, "STAGES": 4 // dtype.itemsize, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
+        "FLOAT": not isinstance(kernels().forward, triton.JITFunction), "num_warps": warps,
+        **({} if kernel == "bias" else {"SPLIT": split}),
+    }  # fmt: skip
+
+
+def compile_ahead(
+    capability: int, d: int = 128, e: int = 0, dtype: torch.dtype = torch.bfloat16, causal: bool = True,
+    window: bool = False, cap: bool = False, mask: int = 0, padding: bool = False, slopes: bool = False,
+    bias: bool = False, dropout: bool = False,
+) -> dict[str, Usage]:  # fmt: skip
+    """Compile the kernels for heads of ``d`` elements, ``e`` those of values (0 for d), and compute capability
+    ``capability`` (90 for 9.0); ``mask`` 1 for an added and 2 for a boolean one."""
+    types = dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv", "bias", "dbias"), f"*{TRITON_NAMES[dtype]}")
+    types |= {"mask": "*i1" if mask == 2 else types["q"], "padding": "*i1", "slopes": "*fp32"}
+    types |= dict.fromkeys(("lse", "delta"), "*fp32") | dict.fromkeys(("rows", "columns"), "*i32")
+    strides = [f"{x}_{axis}" for x in ("q", "k", "v", "dout", "bias", "mask") for axis in "bhij"]
+    sizes = (*strides, "heads", "group", "queries", "keys", "window", "threshold", "over_b", "over_h")
+    signature = types | dict.fromkeys(sizes, "i32") | dict.fromkeys(("scale", "cap", "share", "factor"), "fp32")
+    flags = {
+        "CAUSAL": causal, "WINDOW": window, "CAP": cap, "BIAS": bias, "MASK": mask, "PADDING": padding,
+        "SLOPES": slopes, "DROPOUT": dropout, "bias_j": 1, "mask_j": 1,
+    }  # fmt: skip
+    usage = {}
+    for name, kernel in kernels()._asdict().items():
+        if name != "bias" or bias:
+            chosen = tiles("added" if name == "forward" and (bias or mask) else name, d, e or d, dtype)
+            warps = chosen.pop("num_warps")
+            aligned = {*types, *strides, "queries", "keys"}
+            usage[name] = compile_kernel(kernel, signature, flags | chosen, capability, warps, aligned)
+    return usage
