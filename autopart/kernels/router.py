@@ -31,7 +31,7 @@ probabilities: Any
 best_of: Any
 
 MAX_EXPERTS = 1024
-ELEMENTS = 1024
+ELEMENTS = 512
 """Logits that a Triton program takes at a time."""
 
 
@@ -212,7 +212,7 @@ _route.register_autograd(_gradients, setup_context=_save)
 def block(experts: int) -> dict[str, int]:
     """Rows and experts in a Triton program."""
     among = power_of_two(experts)
-    return {"ROWS": min(ELEMENTS // among, 128), "EXPERTS": among}
+    return {"ROWS": max(ELEMENTS // among, 1), "EXPERTS": among}
 
 
 def kernels_apply(logits: torch.Tensor, k: int) -> bool:
