@@ -82,7 +82,12 @@ def errors(case: Case, device: str) -> dict[str, float]:
     p = torch.softmax(right, -1)
     hits = torch.zeros_like(p).scatter_(1, want_ids, 1.0)
     want_chances = (p * mask[:, None]).sum(0)
-    want = [want_weights, *torch.autograd.grad(want_weights, exact, dweights.double()), want_chances, p.sum(0)]
+    want = [
+        want_weights,
+        *torch.autograd.grad(want_weights, exact, dweights.double(), retain_graph=True),
+        want_chances,
+        p.sum(0),
+    ]
     want += torch.autograd.grad(want_chances, exact, dchances.double())
     names = ("weights", "dweights", "chances", "plain chances", "dchances")
     found = {}
