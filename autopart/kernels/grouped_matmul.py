@@ -125,7 +125,7 @@ def compile_ahead(
         constexprs = {**tile, "WIDE": False, "PRECISION": "ieee"} | ({swapped: 1} if swapped else {})
         if inner:
             constexprs |= {"EXPERTS": power_of_two(experts + 1), "HEIGHT": HEIGHT, "EVEN": inner % tile["K"] == 0}
-        made[name] = compile_kernel(kernel, signature, constexprs, capability, _warps(tile), aligned)
+        made[name] = compile_kernel(kernel, signature, constexprs, capability, _warps(tile, dtype), aligned)
     return made
 
 
@@ -233,7 +233,7 @@ def _backward(
     tile = _tile(len(x), experts, n, k, x.dtype)
     programs = -(-n // tile["N"]) * -(-k // tile["M"]), experts
     arguments = g, h, offsets, dweight, n, k, g.stride(0), h.stride(0)
-    launch(kernels().weights, programs, *arguments, **tile, **_precision(), num_warps=_warps(tile))
+    launch(kernels().weights, programs, *arguments, **tile, **_precision(), num_warps=_warps(tile, x.dtype))
     return _rows(g, weight.transpose(1, 2), offsets), dweight
 
 
@@ -245,7 +245,14 @@ def _rows(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch
     tiles = len(x) // tile["M"] + experts + 1
     options = {"EXPERTS": power_of_two(experts + 1), "HEIGHT": HEIGHT, "EVEN": k % tile["K"] == 0, **tile}
     arguments = h, weight, offsets, y, len(x), n, k, experts, h.stride(0), *weight.stride()
-    launch(kernels().rows, tiles * -(-n // tile["N"]), *arguments, **options, **_precision(), num_warps=_warps(tile))
+    launch(
+        kernels().rows,
+        tiles * -(-n // tile["N"]),
+        *arguments,
+        **options,
+        **_precision(),
+        num_warps=_warps(tile, x.dtype),
+    )
     return y
 
 
@@ -284,8 +291,8 @@ def _tile(s: int, experts: int, n: int, k: int, dtype: torch.dtype) -> dict[str,
     return {"M": rows, "N": 128 if even else 64, "K": 64 if even and dtype != torch.float32 else 32}
 
 
-def _warps(tile: dict[str, int]) -> int:
-    return 8 if tile["M"] == 128 else 4
+def _warps(tile: dict[str, int], dtype: torch.dtype) -> int:
+    return 8 if tile["M"] == 128 or dtype == torch.float32 else 4
 
 
 def _precision() -> dict[str, Any]:

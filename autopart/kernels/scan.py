@@ -38,7 +38,7 @@ from torch.library import triton_op
 from autopart.kernels.ahead import Usage, compile_kernel
 from autopart.kernels.kernel import Bytes, Kernel
 from autopart.kernels.launch import TRITON_NAMES, launch, runs_on
-from autopart.kernels.scan_kernels import kernels, tile, warps
+from autopart.kernels.scan_kernels import CHUNK, kernels, tile, warps
 
 MAX_HEAD, MAX_STATE = 64, 128
 
@@ -137,11 +137,13 @@ def compile_ahead(capability: int, p: int = 64, n: int = 128, dtype: torch.dtype
     signature |= dict.fromkeys(more, "*fp32")
     aligned = {*signature, *(name for name, size in (("p", p), ("n", n)) if size % 16 == 0)}
     signature |= dict.fromkeys(("length", "heads", "groups", "p", "n"), "i32")
-    options = {"SCALES": True, "SKIP": True, "REVERSE": False, "WIDE": False, "PRECISION": "ieee", **tile(p, n)}
+    options = {"SCALES": True, "SKIP": True, "REVERSE": False, "WIDE": False, "PRECISION": "ieee"}
+    exact = dtype == torch.float32
+    options |= tile(p, n, CHUNK, exact)
     made = {}
     for name, kernel in kernels()._asdict().items():
         constexprs = {key: value for key, value in options.items() if key in kernel.arg_names}
-        made[name] = compile_kernel(kernel, signature, constexprs, capability, warps(n), aligned)
+        made[name] = compile_kernel(kernel, signature, constexprs, capability, warps(p, n, exact), aligned)
     return made
 
 
@@ -238,10 +240,11 @@ def _sizes(x: torch.Tensor, keys: torch.Tensor) -> tuple[tuple[int, ...], int, d
 
     _, length, heads, p = x.shape
     groups, n = keys.shape[2:]
-    options: dict[str, Any] = tile(p, n, length)
+    precision = "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
+    exact = keys.dtype == torch.float32 and precision == "ieee"
+    options: dict[str, Any] = {"PRECISION": precision, **tile(p, n, length, exact)}
+    options |= {"WIDE": not isinstance(kernels().states, triton.JITFunction), "num_warps": warps(p, n, exact)}
     chunks = -(-length // options["Q"])
-    options["PRECISION"] = "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
-    options |= {"WIDE": not isinstance(kernels().states, triton.JITFunction), "num_warps": warps(n)}
     return (length, heads, groups, p, n), chunks, options
 
 

@@ -22,8 +22,8 @@ place_of: Any
 decays: Any
 product: Any
 
-CHUNK = 64
-"""Positions that a Triton program takes at a time."""
+CHUNK, EXACT_CHUNK = 64, 16
+"""Positions that a Triton program takes at a time, and where products of float32 are exact, which takes registers."""
 
 
 class Kernels(NamedTuple):
@@ -35,18 +35,19 @@ class Kernels(NamedTuple):
     sides: Any
 
 
-def tile(p: int, n: int, length: int = CHUNK) -> dict[str, int]:
-    """Positions of a chunk, and sizes of a state: a matrix product has 16 at least."""
+def tile(p: int, n: int, length: int, exact: bool) -> dict[str, int]:
+    """Positions of a chunk, and sizes of a state: a matrix product has 16 at least. ``exact``: products of float32."""
     return {
-        "Q": min(max(power_of_two(length), 16), CHUNK),
+        "Q": min(max(power_of_two(length), 16), EXACT_CHUNK if exact else CHUNK),
         "P": max(power_of_two(p), 16),
         "N": max(power_of_two(n), 16),
     }
 
 
-def warps(n: int) -> int:
-    """Warps of a program: a thread holds at most 64 elements of a state of 64 rows."""
-    return 8 if n > 64 else 4
+def warps(p: int, n: int, exact: bool) -> int:
+    """Warps of a program: a thread holds at most 64 elements of a state of 64 rows, fewer where addresses are not known
+    to be aligned."""
+    return 8 if exact or n > 64 or p % 16 or n % 16 else 4
 
 
 @functools.cache
