@@ -13,10 +13,10 @@ import pytest
 ROOMS = (
     "errors",
     "hardware",
+    "kernels",
     "sharding",
     "ir",
     "cost",
-    "kernels",
     "frontend",
     "plan",
     "runtime",

@@ -77,10 +77,11 @@ PLAN_OPTIONS: Mapping[str, tuple[type, Any, str]] = {
         None if NoneType in get_args(kind) else getattr(Request, name),
         text,
     )
-    for name, (kind, text) in SETTINGS.items() if name != "constraints"
+    for name, (kind, text) in SETTINGS.items() if name not in ("no_fuse", "constraints")
 }  # fmt: skip
 CONSTRAINT_OPTIONS: Mapping[str, tuple[type, Any, str]] = {
     "force": (list[str], [], 'what has to be so, as "stage 2 starts at layers.10"; may be repeated'),
+    "no_fuse": (list[str], [], "a fused kernel to leave out, as swiglu; may be repeated"),
     "forbid": (list[str], [], 'what may not be so, as "split lm_head.weight over tp"; may be repeated'),
 }
 OPTIONS = {**BATCH_OPTIONS, **PLAN_OPTIONS, **CONSTRAINT_OPTIONS}
@@ -156,7 +157,10 @@ def make_plan(model: nn.Module, batch: models.Batch, mesh: str, options: Options
 
 def settings_of(options: Options) -> Options:
     forced, without = options["force"], [forbidden(parse(text)).text for text in options["forbid"]]
-    return {name: options[name] for name in PLAN_OPTIONS} | {"constraints": [*forced, *without]}
+    return {name: options[name] for name in PLAN_OPTIONS} | {
+        "no_fuse": options["no_fuse"],
+        "constraints": [*forced, *without],
+    }
 
 
 def saved_plan(file: Path | None, options: Options) -> Plan | None:

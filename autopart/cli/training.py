@@ -110,7 +110,7 @@ def run_command(
     if not started:
         outlined = load(model, options)
         if made:  # which is told before weights are made
-            Source(*outlined, DTYPES[made.precision]).like(made)
+            Source.of(*outlined, made).like(made)
         made = made or make_plan(*outlined, mesh, options)
         if made.mesh.size > 1:
             raise typer.Exit(_launch(model, made, options, steps, lr, as_json))
@@ -135,7 +135,7 @@ def write_folder(model: nn.Module, batch: models.Batch, made: Plan, folder: Path
 
     Raises PartitionError where the plan is for another model.
     """
-    layered = prepare(model, outline(batch, made.micro_batch), made.mesh, DTYPES[made.precision])
+    layered = prepare(model, outline(batch, made.micro_batch), made.mesh, DTYPES[made.precision], no_fuse=made.no_fuse)
     validate(made, layered)
     try:
         return write(folder, made, programs(layered, made), layered.traced.aliases, layered.traced.buffers, batch)

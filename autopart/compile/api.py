@@ -18,7 +18,7 @@ from autopart.compile.programs import programs
 from autopart.compile.variants import variant
 from autopart.compile.warn import warn
 from autopart.errors import PartitionError
-from autopart.frontend.batch import DTYPES, Batch, outline
+from autopart.frontend.batch import Batch, outline
 from autopart.frontend.with_loss import Loss, with_loss
 from autopart.hardware.mesh import Mesh
 from autopart.passes.source import Source
@@ -64,7 +64,7 @@ def plan(
     """
     model = with_loss(model, loss)
     request = request_of(model, batch, **settings)
-    return make_plan(Source(model, batch, DTYPES[request.precision]), Mesh.of(mesh), request, on_progress)
+    return make_plan(Source.of(model, batch, request), Mesh.of(mesh), request, on_progress)
 
 
 def estimate(
@@ -78,7 +78,7 @@ def estimate(
     """The seconds and bytes of the configuration in `settings`, whether it fits or not. Arguments as in `plan`."""
     model = with_loss(model, loss)
     request = request_of(model, batch, **settings)
-    source = Source(model, batch, DTYPES[request.precision])
+    source = Source.of(model, batch, request)
     return Estimate.of(make_plan(source, Mesh.of(mesh), replace(request, must_fit=False)))
 
 
@@ -132,7 +132,7 @@ def compile(
     given = None if weights is None else given_weights(model, weights, torch.initial_seed() if seed is None else seed)
     if given is None:
         check_has_weights(model)
-    source = Source(given.model if given else model, batch, DTYPES[plan.precision if plan else request.precision])
+    source = Source.of(given.model if given else model, batch, plan or request)
     if plan is None and request.micro_batch and dist.is_initialized() and dist.get_rank():
         with suppress(PartitionError):  # which rank 0 raises for all
             source.full(request.micro_batch, mesh)

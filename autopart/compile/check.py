@@ -12,7 +12,7 @@ from torch import nn
 
 from autopart.compile.api import check_plan
 from autopart.compile.simulate import simulate_plan
-from autopart.frontend.batch import DTYPES, Batch, take
+from autopart.frontend.batch import Batch, take
 from autopart.frontend.torch_private import tree_leaves
 from autopart.frontend.with_loss import Loss, with_loss
 from autopart.hardware.mesh import Mesh
@@ -77,7 +77,7 @@ def check(
     check_plan(plan, mesh)
     model = with_loss(model, loss)
     request = request_of(model, batch, **settings)
-    source = Source(model, batch, DTYPES[plan.precision if plan else request.precision])
+    source = Source.of(model, batch, plan or request)
     plan = plan or make_plan(source, mesh, request, to_run=True)
     batch = take(batch, plan.global_batch)
     source = replace(source, batch=batch)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from autopart.frontend.batch import DTYPES, Batch
+from autopart.frontend.batch import Batch
 from autopart.ir.graph import info
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.checkpoint_cut import SAVING, stage_cut
@@ -45,7 +45,7 @@ def emit_stage(stage: StageGraph, plan: Plan, layered: LayeredGraph) -> str:
 
 def sources(model: nn.Module, batch: Batch, plan: Plan) -> list[str]:
     """The source text of every stage."""
-    layered = Source(model, batch, DTYPES[plan.precision]).full(plan.micro_batch, plan.mesh)
+    layered = Source.of(model, batch, plan).full(plan.micro_batch, plan.mesh)
     validate(plan, layered)
     return [emit_stage(stage, plan, layered) for stage in stage_graphs(layered, plan)]
 

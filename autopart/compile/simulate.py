@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from autopart.compile.programs import programs
-from autopart.frontend.batch import DTYPES, Batch
+from autopart.frontend.batch import Batch
 from autopart.frontend.with_loss import Loss, with_loss
 from autopart.hardware.mesh import Mesh
 from autopart.passes.source import Source
@@ -61,7 +61,7 @@ def simulate(
     check_plan(plan, mesh)
     model = with_loss(model, loss)
     request = request_of(model, batch, **settings)
-    source = Source(model, batch, DTYPES[plan.precision if plan else request.precision])
+    source = Source.of(model, batch, plan or request)
     return simulate_plan(source, plan or make_plan(source, mesh, request, to_run=True), seed)
 
 

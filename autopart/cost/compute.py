@@ -208,6 +208,10 @@ SPLIT_LOSS = "vocab_cross_entropy"
 """The function of `autopart.runtime` for the cross-entropy of logits that are split along the vocabulary."""
 
 
+SPLIT_HEAD = "vocab_linear_loss"
+"""The function of `autopart.runtime` for the head with its cross-entropy, whose vocabulary is split."""
+
+
 def largest_gradient_bytes(made: Any, taken: Any, record: Any, loss: bool, split: bool) -> Any:
     """Bytes of the largest gradient in an operator's backward.
 

@@ -16,7 +16,15 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from autopart.cost.compute import LOSS, NO_SIZES, SPLIT_LOSS, Array, backward_gradient_bytes, largest_gradient_bytes
+from autopart.cost.compute import (
+    LOSS,
+    NO_SIZES,
+    SPLIT_HEAD,
+    SPLIT_LOSS,
+    Array,
+    backward_gradient_bytes,
+    largest_gradient_bytes,
+)
 from autopart.cost.liveness import MODES
 from autopart.sharding.notation import saved_as
 from autopart.sharding.resharding import Reshard, Step
@@ -162,8 +170,10 @@ class Sizes:
     def _saved_placements(self, tensor: SavedTensor, node: int, operand: int) -> list[Placements]:
         user, root = self.table.nodes[node], self.table.nodes[tensor.root]
         if operand == -2:
-            return [as_saved(root.given(o)) for o in range(len(root.options))]
-        return [as_saved(user.given(o) if operand == -1 else user.taken(o, operand)) for o in range(len(user.options))]
+            return [as_saved(root.given(o, tensor.output)) for o in range(len(root.options))]
+        if operand == -1:
+            return [as_saved(user.given(o, tensor.output)) for o in range(len(user.options))]
+        return [as_saved(user.taken(o, operand)) for o in range(len(user.options))]
 
     def _coefficients(self, amount: float, batch: bool, sharded: Iterable[bool]) -> Array:
         """An amount on a rank, as coefficients of `prices.Terms.basis`. `batch`: it grows with the samples. `sharded`,
@@ -218,6 +228,7 @@ class Sizes:
         split = any(strategy.local == SPLIT_LOSS for strategy in node.options[option])
         loss = node.kind_index == LOSS
         backward = backward_gradient_bytes(made, taken, 0.0 * weights, node, loss, split)
+        backward += self._coefficients(node.workspace, False, [s.local == SPLIT_HEAD for s in node.options[option]])
         return largest_gradient_bytes(made, taken, node, loss, split), backward, weights
 
     def _moved(self, node: Node, option: int) -> Array:
@@ -252,8 +263,7 @@ class Sizes:
         return self._coefficients(value.bytes, value.batch, sharded)
 
     def root(self, tensor: SavedTensor, placed: Placements) -> Array:
-        values = self.table.nodes[tensor.root].values
-        return np.array([self.byte_coefficients(v, placed) for v in values]).sum(0)
+        return self.byte_coefficients(self.table.nodes[tensor.root].values[tensor.output], placed)
 
 
 def _rows(sizes: Iterable[Array]) -> Array:

@@ -47,7 +47,8 @@ class Info:
     kernel   the operator whose kernels run, where that is not `name`
     matrix   the matrix product that the operator is, or None; in a stage's graph, the product on a rank
     grads    whether gradients flow to the matrix product's first factor, and to another factor
-    root     the name of the node whose memory the first output is a view of; the node's own name if it is no view
+    root     the name of the node whose memory the first output is a view of; the node's own name if it is no view;
+             "n:1" for memory of output 1 of the node n
     saves    the roots whose memory autograd saves for this node's backward
     inner    bytes that autograd saves besides, such as the statistics of a softmax
     view     whether the output is memory of an input, so that the operator takes no time
@@ -55,6 +56,9 @@ class Info:
     weights  the indices of the operands that are trained parameters, or views of such
     gradient_copies  how many tensors of the size of its largest gradient exist in its backward, if it is no product
     backward_ratio   seconds of its backward / seconds of its forward
+    workspace        most bytes of temporaries of a fused kernel, besides gradients
+    outputs  of a fused kernel with several outputs: names of the values that they replaced
+    fused    bytes that a fused kernel reads and writes;  unfused: that the operators in its place would; 0 of others
 
     In a stage's graph, for one rank at the planned micro-batch:
     size     bytes of the outputs;  several: whether several segments use the value
@@ -89,6 +93,10 @@ class Info:
     several: bool = False
     moved: float = 0.0
     backward_ratio: int = 0
+    workspace: float = 0.0
+    outputs: tuple[str, ...] = ()
+    fused: float = 0.0
+    unfused: float = 0.0
     note: str = ""
     placed: tuple[tuple[str, str], ...] = ()
     whole: Shape = ()
@@ -136,6 +144,10 @@ class Traced:
     """The buffers that the forward pass changes, in the order of the graph's outputs behind the loss."""
     returned: tuple[str, ...] = ()
     """Names of the tensors that the model returns and the loss comes from, as `passes.trace` takes them."""
+    fused: dict[str, int] = field(default_factory=dict)
+    """Name of a fused kernel -> how many calls of it stand in the place of operators."""
+    near_misses: tuple[str, ...] = ()
+    """Places that are like a fused kernel, but differ from it in constants, dtypes or sizes."""
     mixed_at: str = ""
     """The user's line by which the loss is no mean over samples, or the buffer that changes with every micro-batch; ""
     if there is neither."""
@@ -203,6 +215,12 @@ def is_pick(node: fx.Node) -> bool:
 def value_of(node: fx.Node) -> tuple[fx.Node, int]:
     """The operator that made a node's value, and the index of the output."""
     return (node.args[0], node.args[1]) if is_pick(node) else (node, 0)  # type: ignore[return-value]
+
+
+def made_by(root: str) -> tuple[str, int]:
+    """The name of the node, and the index of the output, whose memory `Info.root` names."""
+    name, _, output = root.partition(":")
+    return name, int(output or 0)
 
 
 def shape_args(node: fx.Node) -> Args:

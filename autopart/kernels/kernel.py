@@ -1,6 +1,7 @@
 """What the compiler knows of a fused kernel, in one record."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,13 @@ class Bytes(NamedTuple):
     backward: int
 
 
-class Kernel(NamedTuple):
+def always(*arguments: object) -> bool:
+    """True: the kernel pays for all arguments."""
+    return True
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
     """A fused kernel.
 
     function     what emitted code calls: the Triton kernels where they apply, else `reference`. Its arguments are
@@ -28,6 +35,11 @@ class Kernel(NamedTuple):
     bytes_moved  least bytes that the Triton kernels read and write, of the arguments as meta tensors
     ahead        compute capability (90 for 9.0), keyword arguments -> resources of every Triton kernel by name
     shapes       model -> the keyword arguments of `ahead` for its layers
+    no_gradient  places of the arguments that need no gradient, such as tables of cosines: others are not fused
+    pays         whether the kernel is worth its place for such arguments, as meta tensors
+    on_cpu       whether graphs for CPUs have calls of it
+    workspace    most bytes of temporaries besides gradients, of the arguments as meta tensors; None: none
+    everywhere   whether `kept` holds on a CPU too, where other kernels keep what autograd saves of the reference
     """
 
     function: Callable[..., Any]
@@ -37,6 +49,11 @@ class Kernel(NamedTuple):
     bytes_moved: Callable[..., Bytes]
     ahead: Callable[..., Mapping[str, Usage]]
     shapes: Mapping[str, Mapping[str, Any]]
+    no_gradient: tuple[int, ...] = ()
+    pays: Callable[..., bool] = always
+    on_cpu: bool = True
+    workspace: Callable[..., int] | None = None
+    everywhere: bool = False
 
     @property
     def name(self) -> str:

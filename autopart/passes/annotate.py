@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +12,11 @@ from torch import fx
 
 from autopart.cost.compute import is_loss
 from autopart.frontend.torch_private import StorageWeakRef
-from autopart.ir.graph import Traced, calls, info, operands, run_on_meta, shape_args, update_info, value_of
+from autopart.ir.graph import Traced, calls, info, meta_of, operands, run_on_meta, shape_args, update_info, value_of
 from autopart.ir.random_ops import uniform_of
-from autopart.kernels.rms_norm import REFERENCE_GRADIENTS
+from autopart.kernels.kernel import Kernel
+from autopart.kernels.table import kernel_of
+from autopart.passes.backward_peak import gradient_copies
 from autopart.passes.mean_loss import first_mixing
 from autopart.sharding.notation import Placement
 from autopart.sharding.rules import flops, is_contraction, product_of, strategies
@@ -48,6 +52,10 @@ def annotate(traced: Traced, device: str) -> Traced:
         traced.mixed_at = f"the buffer {traced.updated[0]}, which changes once a micro-batch"
     _saved(traced.graph, device)
     _gradients(traced.graph, device)
+    for node in calls(traced.graph):
+        kernel = kernel_of(info(node).name)
+        if kernel is not None and kernel.workspace is not None:
+            update_info(node, workspace=float(kernel.workspace(*fx.map_arg(tuple(node.args), meta_of))))
     return traced
 
 
@@ -152,15 +160,15 @@ def _saved(graph: fx.Graph, device: str) -> None:
                 parameters.add(_storage(value))
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-            run = _KERNELS.get(record.name, node.target) if _is_kernel(record.name, device) else node.target
+            run = _as_it_runs(node, device)
             hooks = torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t)  # type: ignore[misc]
             with hooks:
                 value = run_on_meta(run, args, kwargs)
         values[node] = value
         first = value[0] if isinstance(value, (tuple, list)) else value
         root = owner.setdefault(_storage(first), node.name)
-        for output in value if isinstance(value, (tuple, list)) else ():
-            owner.setdefault(_storage(output), node.name)
+        for i, output in enumerate(value if isinstance(value, (tuple, list)) else ()):
+            owner.setdefault(_storage(output), f"{node.name}:{i}")
         stored = {_storage(t): t for t in saved if _storage(t) not in parameters}
         update_info(
             node,
@@ -172,21 +180,37 @@ def _saved(graph: fx.Graph, device: str) -> None:
 
 
 def _gradients(graph: fx.Graph, device: str) -> None:
-    """Note which operands are trained parameters or views of them; of an RMSNorm that is no kernel, also
+    """Note which operands are trained parameters or views of them; of a fused kernel whose reference runs, also
     `Info.gradient_copies`."""
     parameters = {node.name for node in graph.find_nodes(op="placeholder") if info(node).kind == "parameter"}
+    saved = {root for node in calls(graph) for root in info(node).saves}
     for node in calls(graph):
         taken = [(i, info(n)) for i, n in enumerate(operands(node)) if n is not None]
         update_info(node, weights=tuple(i for i, record in taken if record.grad and record.root in parameters))
-        if info(node).name == "autopart.rms_norm" and not _is_kernel(info(node).name, device):
-            x, _, _, dtype = node.args
-            computed: Any = dtype or info(x).dtype  # type: ignore[arg-type]
-            update_info(node, gradient_copies=REFERENCE_GRADIENTS * computed.itemsize / info(node).dtype.itemsize)
+        if _by_reference(node, device) and info(node).grad:
+            record = info(node)
+            roots = [record.root, *(f"{node.name}:{i}" for i in range(1, len(record.shapes)))]
+            sizes = dict(zip(roots, record.output_bytes, strict=True))
+            freed = sum(sizes[root] for root in roots if root in saved and root not in record.saves)
+            update_info(node, gradient_copies=gradient_copies(node, freed))
 
 
-def _is_kernel(name: str, device: str) -> bool:
-    """Whether a fused kernel runs: for attention on every device, for norms on GPUs alone."""
-    return name == "aten.scaled_dot_product_attention" or device != "cpu"
+def _by_reference(node: fx.Node, device: str) -> bool:
+    """Whether a fused kernel's reference runs in its place."""
+    kernel = kernel_of(info(node).name)
+    return kernel is not None and device == "cpu" and not kernel.everywhere
+
+
+def _as_it_runs(node: fx.Node, device: str) -> Callable[..., Any]:
+    """A function that saves for backward what runs in the node's place: a fused kernel for attention on every device,
+    for other operators on GPUs alone."""
+    name = info(node).name
+    kernel = kernel_of(name)
+    if name == "aten.scaled_dot_product_attention":
+        return lambda *args, scale=None, enable_gqa=False: _Attention.apply(*args)
+    if kernel is not None and (kernel.everywhere or device != "cpu"):
+        return partial(_Fused.apply, kernel)
+    return node.target  # type: ignore[return-value]
 
 
 class _Attention(torch.autograd.Function):
@@ -203,16 +227,14 @@ class _Attention(torch.autograd.Function):
         return out
 
 
-class _RmsNorm(torch.autograd.Function):
-    """Saves what the RMSNorm kernel saves: input, weight, and for each row a reciprocal root in float32."""
+class _Fused(torch.autograd.Function):
+    """Saves what the Triton kernels of a fused kernel keep for backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, *rest: Any) -> Any:
-        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
-        return torch.empty_like(x)
-
-
-_KERNELS = {
-    "aten.scaled_dot_product_attention": lambda *args, scale=None, enable_gqa=False: _Attention.apply(*args),
-    "autopart.rms_norm": _RmsNorm.apply,
-}
+    def forward(ctx: Any, kernel: Kernel, *args: Any) -> Any:
+        with torch.no_grad():
+            outputs = kernel.reference(*args)
+        several = isinstance(outputs, (tuple, list))
+        fresh = tuple(torch.empty_like(o) for o in (outputs if several else (outputs,)))
+        ctx.save_for_backward(*kernel.kept(args, fresh))
+        return fresh if several else fresh[0]

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 from torch import fx
 
-from autopart.ir.graph import info, is_pick
+from autopart.ir.graph import info, is_pick, made_by
 from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.codegen.spelling import joins_bias
@@ -96,7 +96,7 @@ def is_view(node: fx.Node) -> bool:
 
 def _read_by_backward(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """The nodes of a block whose memory autograd saves for the backward of the block."""
-    roots = {root for node in nodes for root in info(node).saves}
+    roots = {made_by(root)[0] for node in nodes for root in info(node).saves}
     return {node for node in nodes if node.name in roots}
 
 
@@ -111,7 +111,7 @@ def _least_saved(nodes: Sequence[fx.Node]) -> CheckpointCut:
         several = next((n for n in reversed(nodes) if len(ends.get(n, ())) > 1), None)
         if several is None:
             return CheckpointCut(frozenset(saved), frozenset(rerun))
-        root = next((n for n in nodes if n.name == info(several).root), several)
+        root = next((n for n in nodes if n.name == made_by(info(several).root)[0]), several)
         if root in saved | rerun or is_view(root):
             read.add(several)
         else:

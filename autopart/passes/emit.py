@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from autopart.kernels.table import KERNELS
 from autopart.passes.checkpoint_cut import CheckpointCut
 from autopart.passes.codegen.block_class import block_class
 from autopart.passes.codegen.blocks import Block, find_blocks
@@ -57,9 +58,16 @@ def _header(module: StageModule) -> list[str]:
         "from torch import nn",
         "from torch.nn import functional as F",
         "",
-        *(["from autopart.kernels.rms_norm import rms_norm"] if "rms_norm" in used else []),
-        "from autopart.runtime import " + ", ".join(sorted({"Groups", *used} - {"rms_norm"})),
+        *_kernel_imports(used),
+        "from autopart.runtime import " + ", ".join(sorted({"Groups", *used} - KERNELS.keys())),
     ]
+
+
+def _kernel_imports(used: set[str]) -> list[str]:
+    modules: dict[str, list[str]] = {}
+    for name in sorted(used & KERNELS.keys()):
+        modules.setdefault(KERNELS[name].function.__module__, []).append(name)
+    return [f"from {module} import {', '.join(names)}" for module, names in sorted(modules.items())]
 
 
 def _without_unused_imports(text: str) -> str:

@@ -132,6 +132,7 @@ class _Builder:
             logits=record.logits,
             weights=record.weights,
             gradient_copies=record.gradient_copies,
+            workspace=record.workspace,
             segment_class=-1 if segment is None else self.layered.segments[segment].segment_class,
         )
 

@@ -2,53 +2,130 @@
 
 from __future__ import annotations
 
+import operator
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+
 import torch
 from torch import fx
 
-from autopart.ir.graph import Traced, call_args, calls, info, new_call
-from autopart.kernels.rms_norm import rms_norm
+from autopart.errors import not_known
+from autopart.ir.graph import Traced, calls, info, is_pick, meta_of, new_call, update_info
+from autopart.kernels.forms import FORMS, Form
+from autopart.kernels.kernel import Kernel
+from autopart.kernels.table import KERNELS
+from autopart.passes.codegen.naming import wanted_name
+from autopart.passes.pattern import Match, candidates, loose, match
+from autopart.sharding.notation import RowError
+from autopart.sharding.rules import strategies
 
 
-def fuse(traced: Traced) -> Traced:
-    """Replace every RMSNorm that is written out by a call of its kernel, in place."""
-    graph = traced.graph
-    for node in calls(graph):
-        found = _match_rms_norm(node)
-        if found is not None:
-            with graph.inserting_before(node):
-                node.replace_all_uses_with(new_call(graph, rms_norm, found, node))
-    graph.eliminate_dead_code()
+def fuse(traced: Traced, device: str, off: Collection[str] = ()) -> Traced:
+    """Replace what equals a kernel's reference by a call of the kernel, in place, where the call moves fewer bytes.
+
+    Kernels in `off` are left out, and on `device` "cpu" those that pay on GPUs alone.
+
+    The largest pattern is tried first. `Traced.fused` counts the calls of each kernel, `Traced.near_misses` has what
+    differs from a kernel in constants, dtypes or sizes alone.
+    """
+    for name in off:
+        if name not in KERNELS:
+            raise not_known("no_fuse", name, KERNELS)
+    fused: Counter[str] = Counter()
+    missed: dict[fx.Node, str] = {}
+    kernels = [k for k in KERNELS.values() if k.name not in off and (k.on_cpu or device != "cpu")]
+    by_operator = _by_operator(kernels, {info(n).name for n in calls(traced.graph)})
+    for node in reversed(calls(traced.graph)):
+        if not node.users:
+            continue
+        for kernel, form in by_operator.get(info(node).name, ()):
+            found, near = _found(kernel, form, node)
+            before = found and _place(traced.graph, found)
+            if found and before:
+                _replace(traced.graph, kernel, found, before)
+                fused[kernel.name] += 1
+                missed.pop(node, None)
+                break
+            if near:
+                missed.setdefault(node, kernel.name)
+    near_misses = Counter(f"{name} at {info(node).source or info(node).name}" for node, name in missed.items())
+    traced.graph.eliminate_dead_code()
+    traced.fused, traced.near_misses = dict(fused), tuple(near_misses)
     return traced
 
 
-def _cast(node: object) -> object:
-    """The operand of a dtype cast; of another node the node itself."""
-    args = call_args(node, "aten._to_copy")
-    return args[0] if args else node
+def _by_operator(kernels: Sequence[Kernel], present: Collection[str]) -> Mapping[str, Sequence[tuple[Kernel, Form]]]:
+    """The last operator of a form -> the kernels and their forms that end in it, the largest first. Forms with an
+    operator that the graph lacks are left out."""
+    found: dict[str, list[tuple[Kernel, Form]]] = defaultdict(list)
+    for kernel in kernels:
+        for form in (form for form in FORMS[kernel.name] if form.needs in present):
+            found[info(loose(kernel, form).outputs[-1]).name].append((kernel, form))
+    return {name: sorted(forms, key=lambda pair: -loose(*pair).size) for name, forms in found.items()}
 
 
-def _product(node: object) -> list[tuple[fx.Node, fx.Node]]:
-    args = call_args(node, "aten.mul.Tensor")
-    if not args or not all(isinstance(a, fx.Node) for a in args):
-        return []
-    left, right = args
-    return [(left, right), (right, left)]
-
-
-def _match_rms_norm(node: fx.Node) -> tuple[fx.Node, fx.Node, float, torch.dtype | None] | None:
-    """(x, weight, eps, dtype of h) where a node is weight * cast(h * rsqrt(mean(h^2) + eps)) with h = cast(x)."""
-    for weight, normed in _product(node):
-        if info(weight).kind != "parameter" or len(info(weight).shape) != 1:
+def _found(kernel: Kernel, form: Form, node: fx.Node) -> tuple[Match | None, bool]:
+    """The match of a kernel whose last output is `node`; and whether there is a near miss instead."""
+    near = False
+    for arguments in candidates(kernel, form, node):
+        if any(isinstance(a, fx.Node) and info(a).grad for a in (arguments[i] for i in kernel.no_gradient)):
             continue
-        for h, scale in _product(_cast(normed)):
-            shifted = call_args((call_args(scale, "aten.rsqrt") or (None,))[0], "aten.add.Tensor")
-            mean = call_args(shifted[0], "aten.mean.dim") if shifted else None
-            power = call_args(mean[0], "aten.pow.Tensor_Scalar") if mean else None
-            if not (shifted and mean and power) or power[0] is not h or power[1] != 2 or list(mean[1]) != [-1]:
-                continue
-            x = _cast(h)
-            assert isinstance(x, fx.Node)
-            if info(x).dtype != info(normed).dtype:
-                continue
-            return x, weight, float(shifted[1]), info(h).dtype if x is not h else None
-    return None
+        found = match(kernel, arguments, node)
+        if found is not None and _fits(kernel, found):
+            return found, False
+        near = found is None and loose(kernel, form).size > 1
+    return None, near
+
+
+def _fits(kernel: Kernel, found: Match) -> bool:
+    """Whether the kernel pays and its rule holds for these shapes, and all that it replaces is of one block."""
+    given = (meta_of(a) if isinstance(a, fx.Node) else a for a in found.arguments)
+    arguments = {a for a in found.arguments if isinstance(a, fx.Node)}
+    moved = sum(info(n).bytes for n in {*arguments, *found.outputs})
+    if len({info(n).layer for n in found.inside}) > 1 or moved >= sum(map(_traffic, found.inside)):
+        return False
+    if not kernel.pays(*given):
+        return False
+    sizes = tuple(torch.Size(info(a).shape) if isinstance(a, fx.Node) else a for a in found.arguments)
+    try:
+        strategies(f"autopart.{kernel.name}", sizes, [info(o).shape for o in found.outputs], 1)
+    except RowError:
+        return False
+    return True
+
+
+def _place(graph: fx.Graph, found: Match) -> fx.Node | None:
+    """The operator before which the kernel's call goes: the first of those that are replaced behind all arguments; None
+    where a result is read before."""
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    last = max(order[a] for a in found.arguments if isinstance(a, fx.Node))
+    before = min((n for n in found.inside if order[n] > last), key=order.__getitem__)
+    readers = [user for o in found.outputs for user in o.users if user not in found.inside]
+    return before if all(order[user] > order[before] for user in readers) else None
+
+
+VIEWS = """reshape transpose.int permute unsqueeze squeeze.dim expand t slice.Tensor select.int split.Tensor
+split_with_sizes unbind.int""".split()
+"""Operators that move nothing."""
+
+
+def _traffic(node: fx.Node) -> float:
+    """Bytes that an operator reads and writes: every operand and result once."""
+    name = info(node).name
+    if is_pick(node) or name.removeprefix("aten.") in VIEWS:
+        return 0.0
+    return float(sum(info(n).bytes for n in (node, *node.all_input_nodes)))
+
+
+def _replace(graph: fx.Graph, kernel: Kernel, found: Match, before: fx.Node) -> None:
+    last = found.outputs[-1]
+    with graph.inserting_before(before):
+        results = [call := new_call(graph, kernel.function, found.arguments, last)]
+        if len(found.outputs) > 1:
+            update_info(call, outputs=(*map(wanted_name, found.outputs[:-1]), wanted_name(call)))
+            results = [new_call(graph, operator.getitem, (call, i), o) for i, o in enumerate(found.outputs)]
+    update_info(call, fused=_traffic(call), unfused=sum(map(_traffic, found.inside)))
+    for old, new in zip(found.outputs, results, strict=True):
+        old.replace_all_uses_with(new)
+    for node in sorted(found.inside, key=list(graph.nodes).index, reverse=True):
+        graph.erase_node(node)

@@ -60,7 +60,7 @@ from pulp import LpAffineExpression, LpConstraint, LpMinimize, LpProblem, LpVari
 from autopart.cost.sizes import Sizes, reshard_paths
 from autopart.passes.constraint_matrix import Entries
 from autopart.passes.split_problem import SplitProblem
-from autopart.sharding.strategy_table import Placements
+from autopart.sharding.strategy_table import Placements, StrategyTable
 
 Row = tuple[str, LpConstraint]
 
@@ -103,10 +103,7 @@ class Ilp:
             (f, p, w): self._variable(f"reshard {self.value(f)} {' '.join(map(_text, (p, *w)))}")
             for f, p, w in sizes.reshards
         }
-        self.k = {
-            (m, p): self._variable(f"save {table.nodes[table.saved_tensors[m].root].key} {_text(p)}")
-            for m, p in sizes.saved_index
-        }
+        self.k = {(m, p): self._variable(f"save {_saved_name(table, m)} {_text(p)}") for m, p in sizes.saved_index}
         self.z = [*(x for options in self.x for x in options), *self.c.values(), *self.k.values()]
         self.t, self.y = (self._variable(name, None) for name in ("exposed_sync", "peak"))
 
@@ -222,7 +219,7 @@ def saved_once(ilp: Ilp) -> Iterator[Row]:
     for m, tensor in enumerate(ilp.table.saved_tensors):
         for (v, operand), saved in zip(dict.fromkeys(tensor.savers), ilp.sizes.saved_placements[m], strict=True):
             for placed, options in _grouped(ilp.x[tensor.root if operand == -2 else v], saved).items():
-                text = f"saved {ilp.table.nodes[v].key} {ilp.table.nodes[tensor.root].key} {_text(placed)}"
+                text = f"saved {ilp.table.nodes[v].key} {_saved_name(ilp.table, m)} {_text(placed)}"
                 yield text, ilp.k[m, placed] - lpSum(options) >= 0
 
 
@@ -269,6 +266,12 @@ def _grouped(variables: Sequence[LpVariable], keys: Iterable[Placements]) -> dic
     for variable, key in zip(variables, keys, strict=True):
         found.setdefault(key, []).append(variable)
     return found
+
+
+def _saved_name(table: StrategyTable, tensor: int) -> str:
+    """The key of the node that made a saved tensor, with the number of its output where that is not the first."""
+    saved = table.saved_tensors[tensor]
+    return table.nodes[saved.root].key + (f" {saved.output}" if saved.output else "")
 
 
 def _text(placed: Placements) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import fx
 
-from autopart.ir.graph import info, operands
+from autopart.ir.graph import info, made_by, operands
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.stage_graph import Placements, SavedMemory, ShardingAssignment, StageGraph, Value
 from autopart.sharding.notation import R, saved_as
@@ -32,10 +32,11 @@ def note_saved(
     entry = stage.saved.setdefault((f"{node.name} inside", ()), SavedMemory(inner, False))
     entry.segments.add(segment)
     for name in record.saves:
-        root = layered.by_name[name]
-        taken = _read_as(node, root, chosen) or given((root, 0))
+        maker, output = made_by(name)
+        root = layered.by_name[maker]
+        taken = _read_as(node, name, chosen) or given((root, output))
         placements = tuple(map(saved_as, taken))
-        total = info(root).bytes * choices.grow(info(root))
+        total = info(root).output_bytes[output] * choices.grow(info(root))
         size, whole = total / choices.parts(placements), total / choices.parts(taken)
         memory = SavedMemory(size, len(layered.savers[name]) > 1)
         entry = stage.saved.setdefault((name, placements), memory)
@@ -44,14 +45,15 @@ def note_saved(
             entry.regathered_bytes[segment] = whole - size
 
 
-def _read_as(node: fx.Node, root: fx.Node, chosen: Sequence[Strategy]) -> Placements | None:
-    """The placement in which `node` saves memory that `root` made: that of the operand it is read through.
+def _read_as(node: fx.Node, root: str, chosen: Sequence[Strategy]) -> Placements | None:
+    """The placement in which `node` saves the memory `root`: that of the operand it is read through.
 
     None where it is read through no operand.
     """
-    if root is node:
-        return tuple(s.outputs[0] for s in chosen)
+    maker, output = made_by(root)
+    if maker == node.name:
+        return tuple(s.outputs[output] for s in chosen)
     for index, operand in enumerate(operands(node)):
-        if operand is not None and info(operand).root == root.name:
+        if operand is not None and info(operand).root == root:
             return tuple(s.inputs[index] or R for s in chosen)
     return None

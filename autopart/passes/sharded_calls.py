@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from autopart.cost.compute import SPLIT_HEAD
 from autopart.ir.graph import info
 from autopart.ir.random_ops import Stream
 from autopart.passes.stage_graph import Named, StageGraph, Valid
@@ -66,6 +67,17 @@ def _loss(call: Call) -> Replacement | None:
     return "mean_cross_entropy", (*given, smoothing) if smoothing else given, {}
 
 
+def _head(call: Call) -> Replacement:
+    """As `_loss`, with the last linear map."""
+    hidden, weight, targets, bias, ignored, *constants = call.args
+    axes = tuple(axis for axis, strategy in call.chosen if strategy.local == "cross_entropy_sum")
+    call.stage.valid.append(Valid(call.node.name, targets, ignored, axes))
+    given = (hidden, weight, targets, bias, Named(f'self.valid["{call.node.name}"]'), ignored, *constants)
+    if axis := call.axis_of(SPLIT_HEAD):
+        return SPLIT_HEAD, (*given[:5], axis, *given[5:]), {}
+    return "mean_linear_loss", given, {}
+
+
 def _embedding(call: Call) -> Replacement | None:
     axis = call.axis_of("vocab_embedding")
     weight, ids, *rest = call.args
@@ -104,6 +116,7 @@ def _uniform(call: Call) -> Replacement:
 
 TABLE: dict[str, Callable[[Call], Replacement | None]] = {
     "aten.cross_entropy_loss": _loss,
+    "autopart.linear_loss": _head,
     "aten.embedding": _embedding,
     "autopart.grouped_linear": _experts,
     "autopart.dropout": _dropout,

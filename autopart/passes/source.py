@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from autopart.errors import PartitionError
-from autopart.frontend.batch import Batch, outline
+from autopart.frontend.batch import DTYPES, Batch, outline
 from autopart.frontend.layer_sampling import SampledLayers, UnlikeLayers, longer, sampled_layers
 from autopart.hardware.mesh import Mesh
 from autopart.ir.gc_pause import paused
@@ -28,10 +29,21 @@ from autopart.passes.unfold_layers import unfold_layers
 from autopart.plan.data import Plan
 
 
+class Asked(Protocol):
+    """What a request and a plan say of the trace."""
+
+    @property
+    def precision(self) -> str: ...
+
+    @property
+    def no_fuse(self) -> tuple[str, ...]: ...
+
+
 @dataclass
 class Source:
     """A model with its batch, traced once for every micro-batch size and type of device that is asked for.
 
+    no_fuse   names of kernels that are left out
     prepared  (samples, type of device) -> the layered graph of a trace of every block
     planned   the same, of a trace with only the first of equal blocks
     outputs   what the program returns beside the loss, by the names of the model's outputs
@@ -40,9 +52,15 @@ class Source:
     model: nn.Module
     batch: Batch
     dtype: torch.dtype
+    no_fuse: tuple[str, ...] = ()
     prepared: dict[tuple[int, str], LayeredGraph] = field(default_factory=dict)
     planned: dict[tuple[int, str], LayeredGraph] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, model: nn.Module, batch: Batch, asked: Asked) -> Source:
+        """The model as a plan was asked for, or as a plan was made."""
+        return cls(model, batch, DTYPES[asked.precision], tuple(asked.no_fuse))
 
     def full(self, samples: int, mesh: Mesh) -> LayeredGraph:
         """The layered graph of a micro-batch of `samples`, from a trace of every block."""
@@ -73,7 +91,9 @@ class Source:
     def _traced(self, samples: int, mesh: Mesh, sampled: Sequence[SampledLayers] = ()) -> LayeredGraph:
         """The passes from trace to unfold_layers. Whether a loss mixes samples is known only from two or more of them:
         a trace of one sample takes the answer from a trace of two, if there is one."""
-        layered = prepare(self.model, outline(self.batch, samples), mesh, self.dtype, sampled, self.outputs)
+        layered = prepare(
+            self.model, outline(self.batch, samples), mesh, self.dtype, sampled, self.outputs, self.no_fuse
+        )
         several = self.planned.get((2, mesh.device.type))
         if samples == 1 and several is not None:
             layered.traced.mixed_at = several.traced.mixed_at
@@ -112,14 +132,18 @@ def prepare(
     dtype: torch.dtype,
     sampled: Sequence[SampledLayers] = (),
     outputs: Sequence[str] = (),
+    no_fuse: Sequence[str] = (),
 ) -> LayeredGraph:
-    """The passes from trace to unfold_layers. `outputs` are those of `trace`. If AUTOPART_DUMP names a folder, the
-    graph is verified after every pass and written there. Raises UnlikeLayers where the first blocks of a list in
-    `sampled` do not stand for all."""
+    """The passes from trace to unfold_layers.
+
+    `outputs` are those of `trace`; `no_fuse` names kernels to leave out. If AUTOPART_DUMP names a folder, the graph is
+    verified after every pass and written there. Raises UnlikeLayers where the first blocks of a list in `sampled` do
+    not stand for all.
+    """
     traced = _pass("trace", None, lambda: trace(model, batch, dtype, sampled, outputs))
     _pass("simplify", traced, lambda: simplify(traced))
     _pass("randomness", traced, lambda: randomness(traced))
-    _pass("fuse", traced, lambda: fuse(traced))
+    _pass("fuse", traced, lambda: fuse(traced, mesh.device.type, no_fuse))
     _pass("annotate", traced, lambda: annotate(traced, mesh.device.type))
     return unfold_layers(fold_layers(traced), sampled)
 

@@ -185,6 +185,5 @@ def backward_of(node: fx.Node, grad_alloc_ratio: float) -> tuple[float, float]:
             taken[i in record.weights] += info(operand).size
     what = record, is_loss(record), SPLIT_LOSS in record.name
     largest = largest_gradient_bytes(record.size, taken[False], *what)
-    return float(largest), float(
-        backward_gradient_bytes(record.size, taken[False], grad_alloc_ratio * taken[True], *what)
-    )
+    weights = grad_alloc_ratio * taken[True]
+    return float(largest), float(backward_gradient_bytes(record.size, taken[False], weights, *what) + record.workspace)

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from torch import fx
 
 from autopart.ir.fingerprint import is_own
-from autopart.ir.graph import info, is_pick, loss_of, operands, updates_of, value_of
+from autopart.ir.graph import info, is_pick, loss_of, made_by, operands, updates_of, value_of
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.sharding.rules import Strategy
 from autopart.sharding.strategy_table import SavedTensor, ValueUses
@@ -215,15 +215,17 @@ class _Finder:
             for node in self.layered.segments[segment].nodes:
                 for root in () if is_pick(node) else info(node).saves:
                     through = [i for i, n in enumerate(operands(node)) if n is not None and info(n).root == root]
-                    operand = -1 if root == node.name else next(iter(through), -2)
-                    home = self._position(by_name[root], segment, position)
+                    maker, _ = made_by(root)
+                    operand = -1 if maker == node.name else next(iter(through), -2)
+                    home = self._position(by_name[maker], segment, position)
                     kept[root, home].append(_Use(self.index[self.layered.same[node]], operand, position))
         found: dict[object, SavedTensor] = {}
         for (root, _), uses in kept.items():
             savers = tuple((u.node, u.operand) for u in uses)
             several = len({u.position for u in uses}) > 1
-            rep = self.index[self.layered.same[value_of(by_name[root])[0]]]
-            tensor = found.setdefault((rep, savers, several), SavedTensor(rep, savers))
+            maker, output = made_by(root)
+            rep = self.index[self.layered.same[value_of(by_name[maker])[0]]]
+            tensor = found.setdefault((rep, output, savers, several), SavedTensor(rep, output, savers))
             tensor.places.append(tuple(u.position for u in uses))
         return list(found.values())
 

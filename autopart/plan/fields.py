@@ -14,6 +14,22 @@ from autopart.sharding.rules import Strategy
 
 
 @dataclass(frozen=True)
+class KernelUse:
+    """The calls of one fused kernel in the forward pass of a micro-batch, over all ranks.
+
+    name     the kernel's name
+    calls    how often it is called
+    bytes    that the calls read and write
+    unfused  bytes that the operators in their place would read and write
+    """
+
+    name: str
+    calls: int
+    bytes: float
+    unfused: float
+
+
+@dataclass(frozen=True)
 class PlanFields:
     """A decided parallelisation of one model on one mesh.
 
@@ -63,6 +79,8 @@ class PlanFields:
     signature: Signature = field(repr=False)
     replicated: tuple[str, ...] = ()
     """Operators without a rule. Every rank runs them on whole tensors."""
+    kernels: tuple[KernelUse, ...] = ()
+    """The fused kernels that stages call."""
     notes: tuple[str, ...] = ()
     """What a user should know of this plan: products that every rank computes in full, a loss that is not the mean over
     the batch."""
@@ -71,6 +89,11 @@ class PlanFields:
     of the model ("model") and its batch ("batch", "sequence", "dropout")."""
     search: SearchSummary | None = field(default=None, repr=False)
     """What the search compared; None for a plan that was edited and priced again."""
+
+    @property
+    def no_fuse(self) -> tuple[str, ...]:
+        """Names of kernels that the plan was to leave out."""
+        return tuple(self.request.get("no_fuse", ()))
 
     @property
     def micro_batches(self) -> int:

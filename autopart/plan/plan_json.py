@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from autopart.cost.training_state import MASTERS, OPTIMIZER_STATES
 from autopart.errors import PartitionError, not_known
 from autopart.hardware.mesh import Mesh
-from autopart.plan.fields import PlanFields
+from autopart.plan.fields import KernelUse, PlanFields
 from autopart.plan.schedules import SCHEDULES
 from autopart.plan.search_summary import LIMITS, RunnerUp, SearchSummary
 from autopart.plan.signature import Signature
@@ -37,6 +37,7 @@ def plan_to_json(plan: PlanFields) -> dict[str, Any]:
             for splits in plan.splits
         ],
         "stages": [asdict(s) for s in plan.stages],
+        "kernels": [asdict(use) for use in plan.kernels],
         "search": asdict(plan.search) if plan.search else None,
     }
 
@@ -71,6 +72,7 @@ def _fields_from_json(data: Mapping[str, Any]) -> dict[str, Any]:
         ),
         "stages": tuple(_stage_from_json(s) for s in data["stages"]),
         "replicated": tuple(data["replicated"]),
+        "kernels": tuple(KernelUse(**use) for use in data.get("kernels", ())),
         "notes": tuple(data.get("notes", ())),
         "request": dict(data.get("request", {})),
         "search": _search_from_json(data.get("search")),

@@ -125,7 +125,7 @@ def _searched(
 
         def of(dtype: str) -> Source:
             wanted = DTYPES[dtype]
-            return source if wanted == source.dtype else Source(source.model, source.batch, wanted)
+            return source if wanted == source.dtype else Source(source.model, source.batch, wanted, source.no_fuse)
 
         suggestion = advice(
             space,

@@ -224,16 +224,18 @@ class StageMemory:
         for node in self.graph.graph.find_nodes(op="placeholder"):
             if info(node).kind != "received" or node in several:
                 continue
-            source = self.graph.values[node][0][0]
+            source, output = self.graph.values[node][0]
+            own = info(source).root == source.name and output
+            root = f"{source.name}:{output}" if own else info(source).root
             taking = [p for p in range(len(self.labels)) if node in _taken(self.nodes.get(self._segment_at(p), ()))]
             taking = taking if info(node).several else taking[:1]
-            if not any(self._saves(position, source) for position in taking):
+            if not any(self._saves(position, root) for position in taking):
                 yield node
 
-    def _saves(self, position: int, source: fx.Node) -> bool:
-        """Whether a position saves the memory of a value that it takes."""
+    def _saves(self, position: int, root: str) -> bool:
+        """Whether a position saves the memory of a value that it takes (`Info.root`)."""
         segment, mode = self._segment_at(position), self.modes[position]
-        saved = (m.segments for (name, _), m in self.graph.saved.items() if name == info(source).root)
+        saved = (m.segments for (name, _), m in self.graph.saved.items() if name == root)
         return mode != "none" or any(segment in segments for segments in saved)
 
     def _segment_at(self, position: int) -> int:

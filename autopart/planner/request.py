@@ -26,8 +26,8 @@ MAX_INTEGER = 2**31 - 1
 
 class Settings(TypedDict, total=False):
     """What every function that plans takes as keywords, each with the help text of its option in the shell. None leaves
-    the choice to the planner. It is the default of all but `optimizer` ("adamw"), `exact` (False) and `solver`
-    ("highs")."""
+    the choice to the planner. It is the default of all but `optimizer` ("adamw"), `exact` (False), `solver` ("highs"),
+    `no_fuse` and `constraints` (none)."""
 
     global_batch: Annotated[int | None, "samples of a step (default: those of the batch)"]
     micro_batch: Annotated[int | None, "samples of a micro-batch, over all ranks"]
@@ -51,6 +51,7 @@ class Settings(TypedDict, total=False):
     nodes: Annotated[int | None, "points of the search after which the best plan so far is taken"]
     exact: Annotated[bool, "refine the splits of a small model to the optimum under real bytes, which takes minutes"]
     solver: Annotated[str, "of the integer programs: highs, or one of PuLP's: cbc, scip, gurobi, cplex, glpk, ..."]
+    no_fuse: Annotated[Sequence[str], "names of fused kernels to leave out, as swiglu"]
     constraints: Annotated[Sequence[str], "texts of what to fix or forbid: see `autopart.planner.constraints`"]
 
 
@@ -87,6 +88,8 @@ class Request:
     """Of the integer programs of splits: HiGHS in this process, or one that PuLP knows."""
     must_fit: bool = True
     """Whether a plan must fit the devices' memory; False for `autopart.estimate`."""
+    no_fuse: tuple[str, ...] = ()
+    """Names of fused kernels that are left out."""
     constraints: tuple[Constraint, ...] = ()
 
     def allows(self, name: str, value: int | str) -> bool:
@@ -162,6 +165,14 @@ def read_constraints(texts: str | Sequence[str]) -> tuple[Constraint, ...]:
     return tuple(parse(text) for text in given)
 
 
+def read_names(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Names, or one name, as a tuple. Raises PartitionError for anything else."""
+    given = [names] if isinstance(names, str) else names
+    if not isinstance(given, (list, tuple)) or not all(isinstance(name, str) for name in given):
+        raise PartitionError(f"no_fuse={names!r} is no list of names", try_='no_fuse=["swiglu"]')
+    return tuple(sorted(set(given)))
+
+
 def read_settings(settings: Mapping[str, Any]) -> Request:
     """`Settings` as a request. Raises PartitionError for an unknown name and for a value of another type."""
     for name, value in settings.items():
@@ -177,6 +188,7 @@ def read_settings(settings: Mapping[str, Any]) -> Request:
     read = {
         "solver": solver.lower() if isinstance(solver, str) else solver,
         "master": None if master is None else str(master).removeprefix("torch."),
+        "no_fuse": read_names(settings.get("no_fuse", ())),
         "constraints": read_constraints(settings.get("constraints", ())),
     }
     request = Request(**{**settings, **numbers, **read})

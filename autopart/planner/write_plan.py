@@ -19,6 +19,7 @@ from autopart.passes.partition import partition
 from autopart.passes.price_stage import PricedSegment, Prices, price_stage
 from autopart.passes.stage_graph import PRELUDE, PRELUDE_SEGMENT, ShardingAssignment, Splits, StageGraph
 from autopart.plan.data import Plan
+from autopart.plan.fields import KernelUse
 from autopart.plan.signature import Signature
 from autopart.plan.stages import PlanSegment, PlanStage
 from autopart.planner.candidate import SearchResult
@@ -88,6 +89,7 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
         forward_flops=_forward_flops(space, m),
         signature=Signature.of(layered),
         replicated=tuple(n for n in missing if not has_rule(n)),
+        kernels=_kernels(layered, point.micro_batch),
         notes=tuple(_notes(space, found)),
         request=request.to_json(),
         search=found.summary,
@@ -100,6 +102,19 @@ def bounded(plan: Plan, bound: float) -> Plan:
     bound = min(bound, plan.step_seconds)
     status = "optimal" if bound >= plan.step_seconds * (1 - 1e-6) else "feasible"
     return replace(plan, bound_seconds=bound, gap=1.0 - bound / plan.step_seconds, status=status)
+
+
+def _kernels(layered: LayeredGraph, micro_batch: int) -> tuple[KernelUse, ...]:
+    """The calls of fused kernels in a micro-batch, by the bytes of whole tensors."""
+    times, samples = Counter(layered.sequence), micro_batch / layered.traced.micro_batch
+    uses: dict[str, KernelUse] = {}
+    for index, segment in enumerate(layered.segments):
+        for record in (info(node) for node in segment.nodes if info(node).unfused):
+            use = uses.get(record.name, KernelUse(record.name.partition(".")[2], 0, 0.0, 0.0))
+            scale = times[index] * (1.0 if record.batch is None else samples)
+            fused, unfused = use.bytes + scale * record.fused, use.unfused + scale * record.unfused
+            uses[record.name] = KernelUse(use.name, use.calls + times[index], fused, unfused)
+    return tuple(uses[name] for name in sorted(uses))
 
 
 def _forward_flops(space: SearchSpace, micro_batches: int) -> float:

@@ -33,7 +33,13 @@ from autopart.runtime.collectives import (
     slice_of,
 )
 from autopart.runtime.experts import grouped_linear
-from autopart.runtime.functions import mean_cross_entropy, vocab_cross_entropy, vocab_embedding
+from autopart.runtime.functions import (
+    mean_cross_entropy,
+    mean_linear_loss,
+    vocab_cross_entropy,
+    vocab_embedding,
+    vocab_linear_loss,
+)
 from autopart.runtime.gathered import gathered
 from autopart.runtime.groups import Groups, make_groups
 from autopart.runtime.outputs import returned
@@ -57,6 +63,7 @@ __all__ = [
     "grouped_linear",
     "make_groups",
     "mean_cross_entropy",
+    "mean_linear_loss",
     "recomputed",
     "reduce_from",
     "reduce_scatter_to",
@@ -70,6 +77,7 @@ __all__ = [
     "uniform",
     "vocab_cross_entropy",
     "vocab_embedding",
+    "vocab_linear_loss",
     "weight",
     "weight_slice",
 ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from autopart.kernels.linear_cross_entropy import linear_cross_entropy
 from autopart.runtime.process_group import Group
 
 Tensor = torch.Tensor
@@ -56,6 +58,55 @@ def vocab_cross_entropy(logits: Tensor, targets: Tensor, valid: float, ignore_in
     loss."""
     total: Tensor = _VocabCrossEntropy.apply(logits, targets, ignore_index, group)
     return total / valid
+
+
+def mean_linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    valid: float,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    compute_dtype: torch.dtype | None = None,
+    softcap: float = 0.0,
+    scale: float = 1.0,
+    divisor: float = 1.0,
+) -> Tensor:
+    """`mean_cross_entropy` of hidden (..., d) weight (v, d)^T + bias (v,), without logits of all rows at once."""
+    constants = ignore_index, label_smoothing, compute_dtype, 0.0, softcap, scale, divisor
+    return linear_cross_entropy(hidden.flatten(0, -2), weight, targets, bias, valid, *constants)
+
+
+def vocab_linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    valid: float,
+    group: Group,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    compute_dtype: torch.dtype | None = None,
+    softcap: float = 0.0,
+    scale: float = 1.0,
+    divisor: float = 1.0,
+) -> Tensor:
+    """`mean_linear_loss` of a vocabulary that is split over `group`: weight (v / ranks, d), bias (v / ranks,). Every
+    rank gets the same loss, and as gradient of hidden a partial sum."""
+
+    def reduced(operation: str) -> Callable[[Tensor], Tensor]:
+        def reduce(x: Tensor) -> Tensor:
+            x = x.contiguous()
+            group.all_reduce(x, operation)
+            return x
+
+        return reduce
+
+    constants = ignore_index, label_smoothing, compute_dtype, 0.0, softcap, scale, divisor
+    place = group.rank * len(weight), group.size * len(weight)
+    reductions = reduced("max"), reduced("sum")
+    return linear_cross_entropy(hidden.flatten(0, -2), weight, targets, bias, valid, *constants, *place, *reductions)
 
 
 def vocab_embedding(ids: Tensor, weight: Tensor, group: Group, padding_idx: int = -1) -> Tensor:

@@ -42,7 +42,7 @@ class Node:
     batch          whether its work grows with the samples;  product: whether matrix units do the work
     peak, backward_ratio, launches, kind_index (kind)  as in `autopart.cost.compute.Work`
     inner          bytes that autograd saves besides operands and outputs
-    matrix, grads, view, logits, weights, gradient_copies  as in `autopart.ir.graph.Info`
+    matrix, grads, view, logits, weights, gradient_copies, workspace  as in `autopart.ir.graph.Info`
     segment_class  the class of the node's segment; -1 for a node of the prelude, which every stage computes for itself
     """
 
@@ -67,6 +67,7 @@ class Node:
     logits: bool = False
     weights: tuple[int, ...] = ()
     gradient_copies: float = 2.0
+    workspace: float = 0.0
     segment_class: int = -1
 
     def given(self, option: int, output: int = 0) -> Placements:
@@ -125,13 +126,14 @@ class ValueUses:
 class SavedTensor:
     """A tensor that autograd saves for backward, for all places in the model where the same nodes save it.
 
-    root     the node that made the tensor's memory
+    root     the node that made the tensor's memory;  output: as which of its outputs
     savers   (node that saves the tensor, operand by which the node reads it); operand -1 for the node's own output, -2
              for the placement in which the root made the tensor
     places   at each place, the position of every saver
     """
 
     root: int
+    output: int
     savers: tuple[tuple[int, int], ...]
     places: list[tuple[int, ...]] = field(default_factory=list)
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from autopart.kernels import ahead, dropout, rms_norm
+from autopart.kernels import ahead, dropout, norm_rows, rms_norm
 from autopart.runtime import random
 from autopart.runtime.simulated import World, simulated_groups
 from tests.support.interpreted import interpreted as interpreted_child
@@ -80,7 +80,7 @@ def errors(case: Case, device: str) -> dict[str, float]:
     x = draw(case, device).requires_grad_()
     weight = (torch.rand(case.d) + 0.5).to(device, case.weight_dtype or case.dtype).requires_grad_()
     y = rms_norm.rms_norm(x, weight, case.kernel_eps, torch.float32)
-    assert y.grad_fn is not None and "autopart_rms_norm" in y.grad_fn.name(), "the reference ran, not the kernels"
+    assert y.grad_fn is not None and "autopart_norm_rows" in y.grad_fn.name(), "the reference ran, not the kernels"
     assert y.dtype == torch.promote_types(x.dtype, weight.dtype) and y.shape == x.shape
     dy = torch.randn(3, case.rows, case.d + 1).to(y)[..., :-1]
     dx, dweight = torch.autograd.grad(y, (x, weight), dy)
@@ -154,13 +154,13 @@ FALLBACKS = {
     "float64 weight": (torch.randn(2, 8), torch.ones(8).double(), None),
     "float64 inside": (torch.randn(2, 8), torch.ones(8), torch.float64),
     "half inside": (torch.randn(2, 8), torch.ones(8), torch.float16),
-    "too wide": (torch.randn(1, rms_norm.MAX_BLOCK + 1), torch.ones(rms_norm.MAX_BLOCK + 1), None),
+    "too wide": (torch.randn(1, norm_rows.MAX_BLOCK + 1), torch.ones(norm_rows.MAX_BLOCK + 1), None),
     "no rows": (torch.randn(0, 8), torch.ones(8), None),
     "scalar weight": (torch.randn(2, 8), torch.ones(1), None),
 }
 
 
-def refuse() -> rms_norm.Kernels:
+def refuse() -> norm_rows.Kernels:
     raise AssertionError("kernels used")
 
 
@@ -169,7 +169,7 @@ def forced(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("AUTOPART_FORCE_TRITON", "1")
-    monkeypatch.setattr(rms_norm, "kernels", refuse)
+    monkeypatch.setattr(norm_rows, "kernels", refuse)
 
 
 @pytest.mark.parametrize("name", FALLBACKS)

@@ -168,7 +168,7 @@ class Trainer(transformers.Trainer):
 
         def traced(**given: Any) -> LayeredGraph:
             example = outline({**batch, **given}, plan.micro_batch)
-            return Source(self.model, example, DTYPES[plan.precision]).sampled(plan.micro_batch, plan.mesh)
+            return Source.of(self.model, example, plan).sampled(plan.micro_batch, plan.mesh)
 
         with_number = traced(num_items_in_batch=2).hash
         if with_number == plan.signature.hash or with_number == (without := traced()).hash:

@@ -115,9 +115,13 @@ def loops(blocks: Mapping[int, Block]) -> list[list[int]]:
     return rows
 
 
+LOSSES = ("mean_cross_entropy", "vocab_cross_entropy", "mean_linear_loss", "vocab_linear_loss")
+"""Functions of `autopart.runtime` that divide by the number of valid targets."""
+
+
 def _counts_valid(node: fx.Node) -> bool:
     """Whether the node divides by the number of valid targets, which only the stage's module has."""
-    return info(node).name in ("runtime.mean_cross_entropy", "runtime.vocab_cross_entropy")
+    return info(node).name.removeprefix("runtime.") in LOSSES
 
 
 def _weights(nodes: Sequence[fx.Node]) -> set[fx.Node]:

@@ -17,7 +17,13 @@ from autopart.ir.graph import Info, calls, info
 from autopart.passes.codegen.statements import Statement, statement_of
 from autopart.sharding.resharding import RESHARDS
 
-NOUNS = {"scaled_dot_product_attention": "attention", "mean_cross_entropy": "loss", "vocab_cross_entropy": "loss"}
+NOUNS = {
+    "scaled_dot_product_attention": "attention",
+    **dict.fromkeys(("mean_cross_entropy", "vocab_cross_entropy", "mean_linear_loss", "vocab_linear_loss"), "loss"),
+    **dict.fromkeys(("activation", "bias_activation"), "activated"),
+    **dict.fromkeys(("swiglu", "geglu", "reglu", "gated_halves"), "gated"),
+    **dict.fromkeys(("rotary", "rotary_interleaved", "rotary_deinterleaved"), "rotated"),
+}
 """Operator -> name of its result, where that is not the operator's."""
 
 OUTPUTS = {name: ("values", "indices") for name in ("topk", "sort", "max", "min", "kthvalue", "mode", "median")} | {
@@ -25,8 +31,9 @@ OUTPUTS = {name: ("values", "indices") for name in ("topk", "sort", "max", "min"
 }
 """Operator with several results -> their names."""
 
-BY_MODULE = {"linear", "matmul", "mm", "layer_norm", "rms_norm", "embedding", "conv1d", "conv2d", "conv3d",
-             "vocab_embedding"}  # fmt: skip
+NORMS = {"layer_norm", "rms_norm", "add_rms_norm", "rms_norm_float32", "add_rms_norm_float32", "add_layer_norm",
+         "layer_norm_float32", "group_norm_silu"}  # fmt: skip
+BY_MODULE = {"linear", "matmul", "mm", "embedding", "conv1d", "conv2d", "conv3d", "vocab_embedding", *NORMS}
 """Operators that do most of their module's work. Their results are named after the module."""
 
 FOLLOWING = {"detach", "reshape", "transpose", "permute", "unsqueeze", "expand", "t", "squeeze", "slice", "select",
@@ -71,7 +78,10 @@ def wanted_name(node: fx.Node) -> str:
 
 
 def output_name(node: fx.Node, index: int) -> str:
-    """The name of one of several outputs: the variable at its place in the assigned tuple, else one by the operator."""
+    """The name of one of several outputs: what a fused kernel replaced, else the variable at its place in the assigned
+    tuple, else one by the operator."""
+    if info(node).outputs:
+        return info(node).outputs[index]
     frames = info(node).frames
     statement = statement_of(frames[-1]) if frames else None
     targets = statement.targets if statement is not None else ()

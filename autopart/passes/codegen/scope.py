@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from autopart import runtime
+from autopart.kernels.table import KERNELS
 
-RESERVED = {*keyword.kwlist, *dir(builtins), *runtime.__all__, "torch", "nn", "F", "layer", "rms_norm", "self",
+RESERVED = {*keyword.kwlist, *dir(builtins), *runtime.__all__, "torch", "nn", "F", "layer", *KERNELS, "self",
             "groups", "name"}  # fmt: skip
 """Names that emitted functions use for something other than a value."""
 

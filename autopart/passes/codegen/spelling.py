@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import fx
 
 from autopart.ir.graph import has_gradient, info
+from autopart.kernels.table import kernel_of
 from autopart.passes.codegen.scope import ATOM, BINARY, UNARY, Expression, Scope
 
 INFIX = {
@@ -56,7 +58,7 @@ class Printer:
     """Writes expressions, and collects the functions that these call.
 
     axes   names of the mesh axes, which emitted code reads as `self.tp`
-    used   names of the functions of `autopart.runtime` that were written
+    used   names of the functions of `autopart.runtime` and of the kernels that were written
     """
 
     def __init__(self, axes: set[str]) -> None:
@@ -92,9 +94,12 @@ class Printer:
             self.used.add(name)
             axes = [a for a in args if isinstance(a, str) and a in self.axes]
             return self.call(scope, name, [Axis(a) if a in axes and isinstance(a, str) else a for a in args], kwargs)
-        if record.name == "autopart.rms_norm":
-            self.used.add("rms_norm")
-            return self.call(scope, "rms_norm", args if args[-1] is not None else args[:-1], kwargs)
+        if kernel := kernel_of(record.name):
+            self.used.add(name)
+            defaults = [p.default for p in inspect.signature(kernel.function).parameters.values()][: len(args)]
+            while not isinstance(args[-1], fx.Node) and args[-1] == defaults.pop():
+                args.pop()
+            return self.call(scope, name, args, kwargs)
         if family == "aten" and name in INFIX and len(args) == 2 and not kwargs:
             return self.infix(scope, INFIX[name], *args)
         if family == "aten" and name in METHODS and not kwargs:

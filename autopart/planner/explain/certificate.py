@@ -62,7 +62,7 @@ def certify(plan: Plan, model: nn.Module, batch: Batch, *, loss: Loss | None = N
     batch  the batch that the plan was made with
     loss   the loss that the plan was made with
     """
-    layered = Source(with_loss(model, loss), batch, DTYPES[plan.precision]).full(plan.micro_batch, plan.mesh)
+    layered = Source.of(with_loss(model, loss), batch, plan).full(plan.micro_batch, plan.mesh)
     wrong = findings(plan, layered)
     if wrong:
         raise PartitionError("the plan does not hold", "; ".join(wrong), "plan again with autopart.plan(...)")

@@ -8,7 +8,7 @@ from itertools import groupby
 
 from torch import nn
 
-from autopart.frontend.batch import DTYPES, Batch
+from autopart.frontend.batch import Batch
 from autopart.frontend.with_loss import Loss, with_loss
 from autopart.passes.source import Source
 from autopart.plan.data import Plan
@@ -65,7 +65,7 @@ def memory_report(plan: Plan, model: nn.Module, batch: Batch, *, loss: Loss | No
 
     Raises PartitionError as `autopart.price_plan` does.
     """
-    return report_traced(plan, Source(with_loss(model, loss), batch, DTYPES[plan.precision]))
+    return report_traced(plan, Source.of(with_loss(model, loss), batch, plan))
 
 
 def report_traced(plan: Plan, source: Source) -> tuple[MemoryReport, ...]:

@@ -10,7 +10,7 @@ from typing import Any, Unpack
 from torch import nn
 
 from autopart.errors import PartitionError
-from autopart.frontend.batch import DTYPES, Batch
+from autopart.frontend.batch import Batch
 from autopart.frontend.with_loss import Loss, with_loss
 from autopart.hardware.mesh import Mesh
 from autopart.passes.source import Source
@@ -119,7 +119,7 @@ def search_mesh(
     asked = [devices] if isinstance(devices, str) else list(devices)
     model = with_loss(model, loss)
     request = request_of(model, batch, **settings)
-    source = Source(model, batch, DTYPES[request.precision])
+    source = Source.of(model, batch, request)
     if not all(isinstance(size, int) and size > 0 for size in per_host):
         raise PartitionError(f"per_host={list(per_host)!r} are no numbers of devices", try_="per_host=[8]")
     groups = [group for text in asked for group in _groups(text, per_host, target_seconds is not None)]

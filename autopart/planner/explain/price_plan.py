@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from autopart.errors import PartitionError, few
-from autopart.frontend.batch import DTYPES, Batch
+from autopart.frontend.batch import Batch
 from autopart.frontend.with_loss import Loss, with_loss
 from autopart.passes.source import Source
 from autopart.passes.stage_graph import Splits
@@ -37,7 +37,7 @@ def price_plan(plan: Plan, model: nn.Module, batch: Batch, *, loss: Loss | None 
     Raises PartitionError for decisions that are no plan of the model. A plan that does not fit is no error
     (`Plan.fits`).
     """
-    return price_traced(plan, Source(with_loss(model, loss), batch, DTYPES[plan.precision]))
+    return price_traced(plan, Source.of(with_loss(model, loss), batch, plan))
 
 
 def price_traced(plan: Plan, source: Source) -> Plan:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from torch import nn
 
 from autopart.errors import PartitionError
-from autopart.frontend.batch import DTYPES, Batch
+from autopart.frontend.batch import Batch
 from autopart.frontend.with_loss import Loss, with_loss
 from autopart.hardware.mesh import Mesh, usable_bytes
 from autopart.passes.source import Source
@@ -272,7 +272,7 @@ def explain(
     questions."""
     model = with_loss(model, loss)
     request = request_of(model, batch, **settings)
-    return explain_traced(Source(model, batch, DTYPES[request.precision]), Mesh.of(mesh), request, on_progress)
+    return explain_traced(Source.of(model, batch, request), Mesh.of(mesh), request, on_progress)
 
 
 def explain_traced(source: Source, mesh: Mesh, request: Request, on_progress: OnProgress = silent) -> Explanation:

@@ -19,6 +19,7 @@ from autopart.sharding.rules import (
     contractions,
     factories,
     indexing,
+    kernels,
     losses,
     pointwise,
     recurrent,
@@ -54,7 +55,9 @@ __all__ = [
     "strategies",
 ]
 
-FAMILIES = (contractions, factories, indexing, losses, pointwise, recurrent, reductions, shapes, splitting, vision)
+FAMILIES = (
+    contractions, factories, indexing, kernels, losses, pointwise, recurrent, reductions, shapes, splitting, vision,
+)  # fmt: skip
 RULES: dict[str, Rule] = {name: rule for family in FAMILIES for name, rule in family.RULES.items()}
 
 for _name, _rule in RULES.items():

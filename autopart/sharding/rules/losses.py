@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from autopart.sharding.notation import R, Shape
-from autopart.sharding.rules.base import Args, Local, Rule, Text, argument, opaque
+from autopart.sharding.rules.base import Args, Local, Rule, Sizes, Text, argument, opaque
 from autopart.sharding.rules.reductions import MEAN
 
 
@@ -56,7 +57,27 @@ def _cosine(args: Args, outputs: Sequence[Shape]) -> str:
     return f"... d!, ... d!, ... -> {'...' if argument(args, 4, 1) == 0 else ''}"
 
 
+def _head(args: Args, outputs: Sequence[Shape]) -> str:
+    """(hidden, weight, targets, bias, ignored, smoothing, ...) of `autopart.kernels.linear_loss`."""
+    rows = "b s" if len(args[0]) == 3 else "b"
+    vocabulary = "v!" if argument(args, 5) else "v"
+    targets = f"({rows})" if len(args[0]) == 3 else "b"
+    return f"{rows} d!, {vocabulary} d!, {targets}, {vocabulary if argument(args, 3) else '-'} -> "
+
+
+def _head_sizes(args: Args, outputs: Sequence[Shape]) -> Sizes:
+    (*rows, k), (n, _) = args[:2]
+    return Sizes(1, math.prod(rows), n, k)
+
+
 RULES: dict[str, Rule] = {
+    "autopart.linear_loss": Rule(
+        _head,
+        local={"b": Local("cross_entropy_sum"), "v": Local("vocab_linear_loss", R)},
+        contraction=True,
+        sizes=_head_sizes,
+        flops=lambda args, outputs: 2.0 * math.prod(args[0]) * args[1][0],
+    ),
     "aten.cross_entropy_loss": Rule(
         _cross_entropy,
         local=_if_mean(3, {"b": Local("cross_entropy_sum"), "v": Local("vocab_cross_entropy", R)}),

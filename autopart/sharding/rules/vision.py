@@ -140,7 +140,6 @@ RULES: dict[str, Rule] = {
     "aten.native_layer_norm": Rule(_layer_norm),
     "aten.rms_norm": Rule(_layer_norm),
     "aten._fused_rms_norm": Rule(_layer_norm),
-    "autopart.rms_norm": Rule("... d!, d! -> ... d!"),
     "aten.batch_norm": Rule(_batch_norm(5)),
     "aten.native_batch_norm": Rule(_batch_norm(5)),
     "aten._native_batch_norm_legit_functional": Rule(_batch_norm(5)),

@@ -1,0 +1,129 @@
+"""The forms in which models write what fused kernels compute: arguments of references, whose patterns `fuse` finds."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+HALF, FLOAT = torch.bfloat16, torch.float32
+
+
+class Chosen(int):
+    """A whole number that a model chooses, such as a number of groups."""
+
+    __slots__ = ()
+
+
+class Form(NamedTuple):
+    """A form in which models write a kernel's reference.
+
+    needs      an operator that is in this form, by which graphs without the form are known: ``"aten.rsqrt"``
+    arguments  of the reference, tensors on meta. Floats other than 0 and 1 are constants that a model chooses, as those
+               that are `Chosen`; each differs from all other numbers
+    """
+
+    needs: str
+    arguments: tuple[Any, ...]
+
+
+EPS = 0.0123
+CONSTANT = 0.0321
+
+
+def meta(*shape: int, dtype: torch.dtype = FLOAT) -> torch.Tensor:
+    """A tensor of a form."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _rms_norms(tensors: int) -> Iterator[Form]:
+    """In one dtype, and in float32 of a half-precision x, as Llama or as T5 writes it; of as many tensors x."""
+    for dtype, inner, square_only in ((FLOAT, None, False), (HALF, FLOAT, False), (HALF, FLOAT, True)):
+        x, weight = meta(2, 3, 8, dtype=dtype), meta(8, dtype=dtype)
+        yield Form("aten.rsqrt", (*[x] * tensors, weight, EPS, inner, square_only))
+
+
+def _rms_norms_in_float32(tensors: int) -> Iterator[Form]:
+    """With weight, with 1 + weight, without weight; with a root, or a power (Gemma 3n)."""
+    for dtype in (FLOAT, HALF):
+        x, weight = [meta(2, 3, 8, dtype=dtype)] * tensors, meta(8, dtype=dtype)
+        yield Form("aten.rsqrt", (*x, weight, EPS, False, False))
+        yield Form("aten.rsqrt", (*x, weight, EPS, True, False))
+        yield Form("aten.rsqrt", (*x, None, EPS, False, False))
+        yield Form("aten.pow.Tensor_Scalar", (*x, weight, EPS, False, True))
+        yield Form("aten.pow.Tensor_Scalar", (*x, None, EPS, False, True))
+
+
+def _rotary(needs: str) -> Iterator[Form]:
+    """Of whole heads or of a part; in one dtype, in float32, and cast back; tables of whole or half width."""
+    for r in (8, 4):
+        for dtype, before, behind in ((FLOAT, None, None), (HALF, FLOAT, None), (HALF, FLOAT, HALF)):
+            for half_width in (False, True):
+                table = meta(1, 1, 6, r // 2 if half_width else r, dtype=before or dtype)
+                yield Form(needs, (meta(2, 4, 6, 8, dtype=dtype), table, table, half_width, before, behind))
+
+
+ACTIVATIONS = {
+    "silu": "silu", "relu": "relu", "relu2": "square", "gelu": "gelu", "gelu_python": "erf",
+    "gelu_pytorch_tanh": "gelu", "gelu_new": "tanh", "gelu_fast": "tanh", "quick_gelu": "sigmoid", "bloom_gelu": "tanh",
+}  # fmt: skip
+"""Activation of `autopart.kernels.activation` -> an operator that it has."""
+GELUS = ("gelu", "gelu_pytorch_tanh", "gelu_new", "quick_gelu")
+
+
+def _activation(name: str, *tensors: torch.Tensor) -> Form:
+    return Form(f"aten.{ACTIVATIONS[name]}", (*tensors, name))
+
+
+def _gate(name: str, *constants: Any) -> Form:
+    return Form(f"aten.{ACTIVATIONS[name]}", (meta(2, 3, 8), meta(2, 3, 8), *constants))
+
+
+def _heads() -> Iterator[Form]:
+    """Hidden states (b, s, d) or (n, d), with or without a bias; float32 of half precision; a soft-cap (Gemma), a scale
+    (Cohere), a divisor (Granite)."""
+    plain = (0.0, 1.0, 1.0)
+    constants = (plain, (EPS, 1.0, 1.0), (0.0, EPS, 1.0), (0.0, 1.0, EPS))
+    for rows, biased, chosen in [((2, 3), False, c) for c in constants] + [
+        ((2, 3), True, plain),
+        ((6,), False, plain),
+        ((6,), True, plain),
+    ]:
+        for dtype, inner in ((FLOAT, None), (HALF, FLOAT)):
+            hidden, weight, targets = meta(*rows, 8, dtype=dtype), meta(5, 8, dtype=dtype), meta(6, dtype=torch.int64)
+            bias = meta(5, dtype=dtype) if biased else None
+            given = (hidden, weight, targets, bias, Chosen(-100_000), CONSTANT, inner, *chosen)
+            yield Form("aten.cross_entropy_loss", given)
+
+
+_X, _VECTOR, _IMAGE = meta(2, 3, 8), meta(8), meta(2, 10, 3, 3)
+
+FORMS: dict[str, tuple[Form, ...]] = {
+    "rms_norm": tuple(_rms_norms(1)),
+    "add_rms_norm": tuple(_rms_norms(2)),
+    "rms_norm_float32": tuple(_rms_norms_in_float32(1)),
+    "add_rms_norm_float32": tuple(_rms_norms_in_float32(2)),
+    "add_layer_norm": (
+        Form("aten.layer_norm", (_X, _X, _VECTOR, _VECTOR, EPS)),
+        Form("aten.layer_norm", (_X, _X, _VECTOR, None, EPS)),
+        Form("aten.layer_norm", (_X, _X, None, None, EPS)),
+    ),
+    "layer_norm_float32": tuple(
+        Form("aten.rsqrt", (meta(2, 3, 8, dtype=dtype), meta(8, dtype=dtype), EPS)) for dtype in (FLOAT, HALF)
+    ),
+    "group_norm_silu": (Form("aten.group_norm", (_IMAGE, meta(10), meta(10), Chosen(5), EPS)),),
+    "rotary": tuple(_rotary("aten.cat")),
+    "rotary_interleaved": tuple(_rotary("aten.stack")),
+    "rotary_deinterleaved": (Form("aten.cat", (meta(2, 4, 6, 8), meta(1, 1, 6, 4), meta(1, 1, 6, 4))),),
+    "activation": tuple(_activation(name, _X) for name in ACTIVATIONS),
+    "bias_activation": tuple(_activation(name, _X, _VECTOR) for name in ACTIVATIONS),
+    "swiglu": (_gate("silu"),),
+    "geglu": tuple(_gate(name, name) for name in GELUS),
+    "reglu": (_gate("relu"),),
+    "gated_halves": tuple(
+        Form(f"aten.{ACTIVATIONS[name]}", (meta(2, 3, 16), name, first))
+        for name in ("silu", *GELUS)
+        for first in (True, False)
+    ),
+    "linear_loss": tuple(_heads()),
+}
+"""Name of a kernel -> its forms. A kernel that is not here stands in no graph: the runtime calls it."""

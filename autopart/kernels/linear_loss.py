@@ -1,0 +1,93 @@
+"""The mean cross-entropy of the last linear map, as models write it. A stage runs it by `linear_cross_entropy`.
+
+The mean is over the targets that are not ``ignore_index``. A stage divides by their number in the whole batch, which
+this function cannot know: `autopart.passes.sharded_calls` puts `linear_cross_entropy` in its place.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from autopart.kernels.cross_entropy import SHAPES
+from autopart.kernels.kernel import Kernel
+from autopart.kernels.linear_cross_entropy import ROWS, bytes_moved, compile_ahead, linear_cross_entropy
+
+COLUMNS = 4096
+"""The smallest vocabulary whose head is fused. The logits of a smaller one are about as large as the hidden states."""
+
+
+def reference(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    compute_dtype: torch.dtype | None = None,
+    softcap: float = 0.0,
+    scale: float = 1.0,
+    divisor: float = 1.0,
+) -> torch.Tensor:
+    """The mean of the losses of hidden (..., d), weight (v, d), targets (n,) and bias (v,)."""
+    logits = F.linear(hidden, weight, bias)
+    if scale != 1:
+        logits = logits * scale
+    if divisor != 1:
+        logits = logits / divisor
+    if softcap:
+        logits = torch.tanh(logits / softcap) * softcap
+    if compute_dtype is not None:
+        logits = logits.to(compute_dtype)
+    rows = logits.reshape(-1, len(weight))
+    return F.cross_entropy(rows, targets, ignore_index=ignore_index, label_smoothing=label_smoothing)
+
+
+def linear_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    compute_dtype: torch.dtype | None = None,
+    softcap: float = 0.0,
+    scale: float = 1.0,
+    divisor: float = 1.0,
+) -> torch.Tensor:
+    """`reference`, without logits of all rows at once."""
+    valid: Any = (targets != ignore_index).sum()
+    constants = label_smoothing, compute_dtype, 0.0, softcap, scale, divisor
+    return linear_cross_entropy(hidden.flatten(0, -2), weight, targets, bias, valid, ignore_index, *constants)
+
+
+def kept(arguments: tuple[object, ...], outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The gradient of hidden, of the size of hidden. The weight's is counted with the gradients of its backward."""
+    hidden = arguments[0]
+    assert isinstance(hidden, torch.Tensor)
+    return (hidden,)
+
+
+def pays(hidden: torch.Tensor, weight: torch.Tensor, *rest: object) -> bool:
+    """Whether logits are much larger than hidden states."""
+    return weight.shape[0] >= max(COLUMNS, 2 * weight.shape[1])
+
+
+def workspace(hidden: torch.Tensor, weight: torch.Tensor, *rest: object) -> int:
+    """Bytes of a chunk of logits of ``ROWS`` rows. A larger chunk takes fewer bytes than hidden besides."""
+    return ROWS * len(weight) * hidden.itemsize
+
+
+KERNEL = Kernel(
+    function=linear_loss,
+    reference=reference,
+    rule="",
+    kept=kept,
+    bytes_moved=bytes_moved,
+    ahead=compile_ahead,
+    shapes=SHAPES,
+    pays=pays,
+    workspace=workspace,
+    everywhere=True,
+)
+"""Its rule is in `autopart.sharding.rules.losses`: what runs on a shard is another function."""

@@ -1,0 +1,26 @@
+"""The table of fused kernels that the compiler puts in the place of operators."""
+
+from autopart.kernels import activation, gated, group_norm, layer_norm, linear_loss, rms_norm, rotary
+from autopart.kernels.forms import FORMS
+from autopart.kernels.kernel import Kernel
+
+KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel
+    for kernel in (
+        *rms_norm.KERNELS,
+        *layer_norm.KERNELS,
+        *group_norm.KERNELS,
+        *rotary.KERNELS,
+        *activation.KERNELS,
+        *gated.KERNELS,
+        linear_loss.KERNEL,
+    )
+    if kernel.name in FORMS
+}
+"""Name -> kernel."""
+
+
+def kernel_of(operator: str) -> Kernel | None:
+    """The kernel that an operator of a graph is: ``"autopart.rms_norm"``; None for other operators."""
+    family, _, name = operator.partition(".")
+    return KERNELS.get(name) if family == "autopart" else None

@@ -1,0 +1,233 @@
+"""A kernel's reference as a pattern: the graph of its operators, and the places of a traced graph where it stands.
+
+A pattern is found in two steps. The first compares operators and who reads whom, and so finds what the arguments of
+the kernel would be. The second traces the reference with exactly these arguments: their shapes, dtypes and constants.
+What equals this trace, argument for argument, is the kernel. What the first step finds and the second rejects is a near
+miss: another epsilon or another order of casts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from autopart.ir.graph import KEY, Info, Traced, calls, info
+from autopart.kernels.forms import Chosen, Form
+from autopart.kernels.kernel import Kernel
+from autopart.passes.simplify import simplify
+from autopart.sharding.rules import op_name
+
+aten = torch.ops.aten
+Found = dict[fx.Node, fx.Node]
+"""Node of a pattern -> node of the traced graph."""
+
+COMMUTATIVE = {"aten.add.Tensor", "aten.mul.Tensor"}
+
+
+class Pattern(NamedTuple):
+    """The graph of a reference.
+
+    inputs   the placeholders, one for each tensor among the arguments
+    outputs  the nodes that the kernel gives
+    size     number of operators
+    """
+
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    size: int
+
+
+class Match(NamedTuple):
+    """A place in a traced graph where a kernel may stand.
+
+    arguments  of the kernel: nodes and constants
+    outputs    the nodes that the kernel's results replace
+    inside     the nodes that it replaces, outputs among them
+    """
+
+    arguments: tuple[Any, ...]
+    outputs: tuple[fx.Node, ...]
+    inside: frozenset[fx.Node]
+
+
+def pattern_of(reference: Callable[..., Any], arguments: Sequence[Any]) -> Pattern:
+    """The graph of a reference, called with these arguments, of which tensors are on meta. It is simplified as a
+    traced model is."""
+    tensors = [torch.empty_like(a) for a in arguments if isinstance(a, torch.Tensor)]
+
+    def run(*given: torch.Tensor) -> Any:
+        rest = iter(given)
+        return reference(*(next(rest) if isinstance(a, torch.Tensor) else a for a in arguments))
+
+    with torch.no_grad():
+        graph = make_fx(run, pre_dispatch=True)(*tensors).graph
+    inputs = tuple(graph.find_nodes(op="placeholder"))
+    (results,) = graph.output_node().args
+    graph.output_node().args = tuple(results) if isinstance(results, (tuple, list)) else (results,)
+    for node in graph.nodes:
+        if node.op != "output":
+            _record(node)
+    simplify(Traced(graph, "", {}, {}, 1, {}, {}, tuple(node.name for node in inputs)))
+    return Pattern(inputs, graph.output_node().args, len(calls(graph)))  # type: ignore[arg-type]
+
+
+def _record(node: fx.Node) -> None:
+    """Put a record on a node of a pattern, and give it the operator that torch.export would give."""
+    if node.target is aten.to.dtype:
+        node.target, node.args, node.kwargs = aten._to_copy.default, node.args[:1], {"dtype": node.args[1]}
+    if node.target is aten.chunk.default:
+        whole, chunks, dim = (*node.args, 0)[:3]
+        size = -(-whole.meta["val"].shape[dim] // chunks)  # type: ignore[union-attr]
+        node.target, node.args = aten.split.Tensor, (whole, size, dim)
+    value = node.meta["val"]
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    kind = "input" if node.op == "placeholder" else "op"
+    name = node.name if node.op == "placeholder" else op_name(node.target)
+    shapes, dtypes = tuple(tuple(v.shape) for v in values), tuple(v.dtype for v in values)
+    node.meta[KEY] = Info(kind, name, shapes, dtypes, grad=True)
+
+
+@cache
+def loose(kernel: Kernel, form: Form) -> Pattern:
+    """The pattern of a form, of which the first step compares operators."""
+    return pattern_of(kernel.reference, form.arguments)
+
+
+class _Tensor(NamedTuple):
+    """Shape and dtype of an argument that is a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@lru_cache(maxsize=256)
+def _exact(kernel: Kernel, arguments: tuple[Any, ...]) -> Pattern:
+    """The pattern of a kernel for arguments of a traced graph, which the second step compares."""
+    tensors = (torch.empty(a.shape, dtype=a.dtype, device="meta") if isinstance(a, _Tensor) else a for a in arguments)
+    return pattern_of(kernel.reference, tuple(tensors))
+
+
+def candidates(kernel: Kernel, form: Form, node: fx.Node) -> Iterator[tuple[Any, ...]]:
+    """The arguments with which a kernel may give `node` as its last output, by operators and who reads whom."""
+    pattern, given = loose(kernel, form), form.arguments
+    constants = {a for a in given if _is_constant(a)}
+    for found in _matches(pattern.outputs[-1], node, {}, None):
+        if any(place not in found for place in pattern.inputs):
+            continue
+        values = _constants(pattern, found, constants)
+        leaves = iter(pattern.inputs)
+        yield tuple(
+            found[next(leaves)] if isinstance(a, torch.Tensor) else values.get(a, a) if _is_constant(a) else a
+            for a in given
+        )
+
+
+def _is_constant(argument: object) -> bool:
+    """Whether an argument of a form stands for a number that a model chooses."""
+    return isinstance(argument, Chosen) or (isinstance(argument, float) and argument not in (0.0, 1.0))
+
+
+def _constants(pattern: Pattern, found: Found, wanted: Collection[float]) -> dict[float, float]:
+    """A form's constants -> the numbers in their places of the traced graph."""
+    values: dict[float, float] = {}
+    for want, node in found.items():
+        for a, b in _pairs(_with_defaults(want), _with_defaults(node)) or ():
+            if isinstance(a, (int, float)) and a in wanted and isinstance(b, (int, float)):
+                values.setdefault(a, b)
+    return values
+
+
+def match(kernel: Kernel, arguments: tuple[Any, ...], node: fx.Node) -> Match | None:
+    """The match with exactly these arguments whose last output is `node`; None where the trace of the reference differs
+    or another operator reads a value inside."""
+    sizes = (_Tensor(info(a).shape, info(a).dtype) if isinstance(a, fx.Node) else a for a in arguments)
+    pattern = _exact(kernel, tuple(sizes))
+    leaves = [a for a in arguments if isinstance(a, fx.Node)]
+    for found in _matches(pattern.outputs[-1], node, dict(zip(pattern.inputs, leaves, strict=True)), _equal):
+        outputs = tuple(found[o] for o in pattern.outputs)
+        inside = frozenset(found[n] for n in found if n.op == "call_function")
+        if all(user in inside for n in inside.difference(outputs) for user in n.users):
+            return Match(arguments, outputs, inside)
+    return None
+
+
+def _matches(want: fx.Node, node: fx.Node, found: Found, equal: Callable[..., bool] | None) -> Iterator[Found]:
+    """Every way to extend `found` so that `node` is `want`. `equal`, if given, compares constants."""
+    if want in found:
+        if found[want] is node:
+            yield found
+        return
+    if want.op == "placeholder":
+        yield {**found, want: node}
+        return
+    if node.op != "call_function" or info(node).name != info(want).name:
+        return
+    orders = [_with_defaults(node)]
+    if info(want).name in COMMUTATIVE and len(node.args) == 2:
+        orders.append((*node.args[::-1], *orders[0][2:]))
+    for args in orders:
+        pairs = _pairs((_with_defaults(want), want.kwargs), (args, node.kwargs))
+        if pairs is None or (equal and not all(equal(want, a, b) for a, b in pairs if not isinstance(a, fx.Node))):
+            continue
+        nodes = [(a, b) for a, b in pairs if isinstance(a, fx.Node)]
+        yield from _all(nodes, {**found, want: node}, equal)
+
+
+def _all(pairs: Sequence[tuple[fx.Node, fx.Node]], found: Found, equal: Callable[..., bool] | None) -> Iterator[Found]:
+    if not pairs:
+        yield found
+        return
+    for extended in _matches(*pairs[0], found, equal):
+        yield from _all(pairs[1:], extended, equal)
+
+
+def _with_defaults(node: fx.Node) -> tuple[Any, ...]:
+    """The positional arguments of a call, those included that were left to their defaults. Whether cuDNN may be used is
+    as by default: it changes no value."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.args
+    schema = [a for a in node.target._schema.arguments if not a.kwarg_only]
+    args = (*node.args, *(a.default_value for a in schema[len(node.args) :]))
+    return tuple(a.default_value if "cudnn" in a.name else given for a, given in zip(schema, args, strict=True))
+
+
+def _pairs(want: Any, given: Any) -> list[tuple[Any, Any]] | None:
+    """Leaf by leaf, what two trees of arguments have; None where their forms differ or one has a node alone. A list
+    without nodes is a leaf."""
+    if not _has_node(want) and not _has_node(given):
+        return [(want, given)]
+    if isinstance(want, (tuple, list)) and isinstance(given, (tuple, list)):
+        if len(want) != len(given):
+            return None
+        parts = [_pairs(a, b) for a, b in zip(want, given, strict=True)]
+    elif isinstance(want, dict) and isinstance(given, dict):
+        if want.keys() != given.keys():
+            return None
+        parts = [_pairs(want[key], given[key]) for key in want]
+    elif isinstance(want, fx.Node) != isinstance(given, fx.Node):
+        return None
+    else:
+        return [(want, given)]
+    return None if None in parts else [pair for part in parts for pair in part]  # type: ignore[union-attr]
+
+
+def _has_node(tree: Any) -> bool:
+    if isinstance(tree, dict):
+        tree = tuple(tree.values())
+    return any(map(_has_node, tree)) if isinstance(tree, (tuple, list)) else isinstance(tree, fx.Node)
+
+
+def _equal(node: fx.Node, want: Any, given: Any) -> bool:
+    """Whether two constants of a call are the same: a dim may be counted from either end."""
+    if isinstance(want, (list, tuple)) and isinstance(given, (list, tuple)):
+        return len(want) == len(given) and all(_equal(node, a, b) for a, b in zip(want, given, strict=True))
+    if isinstance(want, bool) != isinstance(given, bool):
+        return False
+    rank = len(info(node).shape)
+    dims = isinstance(want, int) and isinstance(given, int) and min(want, given) < 0 <= max(want, given) < rank
+    return want == given or (dims and want % rank == given % rank)

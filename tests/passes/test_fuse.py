@@ -1,0 +1,105 @@
+"""The pass `fuse`: what is a kernel, what is nearly one, and what a plan says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import autopart
+from autopart import PartitionError
+from autopart.frontend.batch import outline
+from autopart.ir.graph import calls, info
+from autopart.kernels.forms import FORMS
+from autopart.kernels.table import KERNELS
+from autopart.passes.fuse import fuse
+from autopart.passes.pattern import loose
+from autopart.passes.simplify import simplify
+from autopart.passes.trace import trace
+
+Tensor = torch.Tensor
+
+
+class Formula(nn.Module):
+    """A loss of a formula of x (samples, 6, 8) and a weight (8,)."""
+
+    def __init__(self, formula: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.formula, self.weight, self.first = formula, nn.Parameter(torch.rand(8)), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.formula(self.first(x), self.weight).square().mean()
+
+
+def fused(
+    formula: Callable[[Tensor, Tensor], Tensor], off: tuple[str, ...] = ()
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """The kernels that are found in a formula, and the near misses."""
+    traced = fuse(simplify(trace(Formula(formula), outline({"x": torch.randn(2, 6, 8)}, 2))), "cpu", off)
+    return traced.fused, traced.near_misses
+
+
+def rms(x: Tensor, w: Tensor) -> Tensor:
+    return w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+FOUND = {
+    "RMSNorm": (rms, "rms_norm"),
+    "factors in another order": (lambda x, w: torch.rsqrt(1e-5 + x.pow(2).mean(2, keepdim=True)) * x * w, "rms_norm"),
+}
+NEAR = {
+    "epsilon behind the root": lambda x, w: w * (x * (torch.rsqrt(x.pow(2).mean(-1, keepdim=True)) + 1e-6)),
+    "another power": lambda x, w: w * (x * torch.rsqrt(x.pow(4).mean(-1, keepdim=True) + 1e-6)),
+    "another dim": lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6)),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_a_kernel_is_found(name: str) -> None:
+    formula, kernel = FOUND[name]
+    assert fused(formula) == ({kernel: 1}, ())
+    assert fused(formula, tuple(KERNELS))[0] == {}
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_what_differs_is_left(name: str) -> None:
+    assert fused(NEAR[name])[0] == {}
+
+
+def test_a_near_miss_is_listed() -> None:
+    found, near = fused(NEAR["another power"])
+    assert not found and near and all("rms_norm" in text and " at test_fuse.py:" in text for text in near)
+
+
+def test_a_value_that_others_read_is_kept() -> None:
+    def normed(x: Tensor, w: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return w * (x * scale) + scale
+
+    assert fused(normed)[0] == {}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_example_has_the_operator_that_its_kernel_needs(name: str) -> None:
+    for form in FORMS[name]:
+        graph = loose(KERNELS[name], form).outputs[0].graph
+        assert form.needs in {info(node).name for node in calls(graph)}
+
+
+def test_a_kernel_that_is_not_known_is_an_error() -> None:
+    with pytest.raises(PartitionError, match="no_fuse='rms_nrom' is not known"):
+        autopart.plan(Formula(rms), "1:cpu", {"x": torch.randn(2, 6, 8)}, no_fuse=["rms_nrom"])
+
+
+def test_a_plan_says_what_kernels_bring_and_keeps_what_was_left_out() -> None:
+    batch = {"x": torch.randn(4, 6, 8)}
+    plan = autopart.plan(Formula(rms), "2:cpu", batch)
+    (use,) = plan.kernels
+    assert (use.name, use.calls) == ("rms_norm", 1) and 0 < use.bytes < use.unfused
+    assert "fused kernels: rms_norm x 1" in str(plan)
+    without = autopart.plan(Formula(rms), "2:cpu", batch, no_fuse=list(KERNELS))
+    assert without.kernels == () and without.no_fuse == tuple(sorted(KERNELS))
+    again = autopart.Plan.from_json(without.to_json())
+    assert autopart.check(Formula(rms), "2:cpu", batch, plan=again).gradient_error < 1e-5
