@@ -1,7 +1,7 @@
 """Dropout whose mask is a hash of each element's row and column. No mask is saved: backward computes it again.
 
-Forward and backward are the same kernel, on x and on the gradient. Its result equals that of `autopart.runtime.random`
-in plain torch bit for bit. For x of n = rows x d elements of `itemsize` bytes the least traffic is
+Forward and backward are the same kernel, on x and on the gradient. Its result equals that of `by_blocks` in plain torch
+bit for bit. For x of n = rows x d elements of `itemsize` bytes the least traffic is
 
     2 itemsize n + 4 (rows + d) bytes:  read x, write y, read the int32 hashes of rows and of columns
 """
@@ -18,6 +18,11 @@ tl: Any  # bound by kernel(): Triton's interpreter looks for its language among 
 
 ELEMENTS = 2048
 """Elements of x in one Triton program."""
+SIGN = 2**31
+CACHED = 2**17
+"""Elements that the CPU computes at a time, so that intermediate values stay in its cache."""
+WHOLE_NUMBERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By their size in bytes."""
 
 
 def applies(x: torch.Tensor) -> bool:
@@ -39,6 +44,30 @@ def masked(x: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, threshold
     programs = -(-count // height) * -(-d // width)
     launch(kernel(), programs, x, rows, columns, y, count, d, threshold, scale, ROWS=height, COLUMNS=width)
     return y
+
+
+def mixed(x: torch.Tensor) -> torch.Tensor:
+    """Mix the words of `x` in place, so that each bit depends on all bits."""
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    x *= 0x7FEB352D
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)
+    x *= 0x846CA68B - 2**32
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    return x
+
+
+def by_blocks(x: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, threshold: int, scale: float) -> torch.Tensor:
+    """`masked` in plain torch."""
+    result = x * scale
+    if threshold == -SIGN:
+        return result
+    whole_numbers = result.view(WHOLE_NUMBERS[x.element_size()])
+    height = max(1, CACHED // max(1, len(columns)) if x.device.type == "cpu" else len(rows))
+    for i in range(0, len(rows), height):
+        drawn = mixed(rows[i : i + height, None] + columns).bitwise_xor_(-SIGN)
+        kept = (threshold - 1) - drawn.clamp_(threshold - 1, threshold)
+        whole_numbers[i : i + height] &= kept
+    return result
 
 
 def compile_ahead(capability: int, d: int = 4096, dtype: torch.dtype = torch.bfloat16) -> Usage:

@@ -20,17 +20,13 @@ from typing import Any
 import torch
 
 from autopart.kernels import dropout as kernel
+from autopart.kernels.dropout import SIGN, by_blocks, mixed
 from autopart.runtime.groups import Groups
 from autopart.runtime.shards import shard
 
 Tensor = torch.Tensor
 LOW = 0xFFFFFFFF
 GOLDEN = 0x9E3779B9
-SIGN = 2**31
-CACHED = 2**17
-"""Elements that the CPU computes at a time, so that intermediate values stay in its cache."""
-WHOLE_NUMBERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By their size in bytes."""
 Split = Any
 """The dim that an axis splits; for a dim in parts, (dim, sizes)."""
 
@@ -52,16 +48,6 @@ class Stream:
 def stream(groups: Groups, name: str) -> Stream:
     """The stream of a place in the model."""
     return Stream(groups, name)
-
-
-def mixed(x: Tensor) -> Tensor:
-    """Mix the words of `x` in place, so that each bit depends on all bits."""
-    x ^= (x >> 16).bitwise_and_(0xFFFF)
-    x *= 0x7FEB352D
-    x ^= (x >> 15).bitwise_and_(0x1FFFF)
-    x *= 0x846CA68B - 2**32
-    x ^= (x >> 16).bitwise_and_(0xFFFF)
-    return x
 
 
 def bits(source: Stream, whole: Sequence[int], batch: int | None, axes: dict[str, Split]) -> Tensor:
@@ -131,20 +117,6 @@ def _masked(
     masked = kernel.masked if kernel.applies(flat) else by_blocks
     result = masked(flat, rows.flatten(), columns, threshold, scale).view(x.shape)
     return result if x.is_contiguous() else torch.empty_like(x).copy_(result)
-
-
-def by_blocks(x: Tensor, rows: Tensor, columns: Tensor, threshold: int, scale: float) -> Tensor:
-    """`kernel.masked` in plain torch."""
-    result = x * scale
-    if threshold == -SIGN:
-        return result
-    whole_numbers = result.view(WHOLE_NUMBERS[x.element_size()])
-    height = max(1, CACHED // max(1, len(columns)) if x.device.type == "cpu" else len(rows))
-    for i in range(0, len(rows), height):
-        drawn = mixed(rows[i : i + height, None] + columns).bitwise_xor_(-SIGN)
-        kept = (threshold - 1) - drawn.clamp_(threshold - 1, threshold)
-        whole_numbers[i : i + height] &= kept
-    return result
 
 
 def dropout(x: Tensor, p: float, source: Stream, whole: Sequence[int], batch: int | None, **axes: Split) -> Tensor:
