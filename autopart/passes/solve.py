@@ -243,8 +243,8 @@ class Solver(ConstraintMatrix):
         last = self._add_maximum(capacity.peak, 1 / unit, 0.0)
         given = np.flatnonzero(baseline)
         _, index, value = self._spread(0 * given, given, baseline[given] / unit)
-        index = [*self.column_of[index], last]
-        highs.addRow(-highspy.kHighsInf, capacity.limit / unit, len(index), index, [*value, 1.0])
+        variables = [*self.column_of[index], last]
+        highs.addRow(-highspy.kHighsInf, capacity.limit / unit, len(variables), variables, [*value, 1.0])
         highs.setOptionValue("mip_max_nodes", 100 * MAX_NODES)
         found = self.minimise(costs, allowed)
         highs.setOptionValue("mip_max_nodes", MAX_NODES)

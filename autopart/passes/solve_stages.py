@@ -21,14 +21,14 @@ class PipelineSolver:
     def __init__(self, solver: Solver, stages: int, agreeing: Sequence[Sequence[int]]) -> None:
         """`agreeing`: sets of strategies of one node; the sum of a set's variables is equal in all stages."""
         self.solver, self.stages, columns, column_of = solver, stages, len(solver.used), solver.column_of
-        agreeing = [column_of[each] for each in (*agreeing, *([move] for move in solver.partial_sum_moves))]
+        sets = [column_of[[*each]] for each in (*agreeing, *([move] for move in solver.partial_sum_moves))]
         counts = np.array([len(variables) for variables, *_ in solver.rows])
         index = column_of[np.concatenate([variables for variables, *_ in solver.rows])]
         value = np.concatenate([numbers for _, numbers, *_ in solver.rows])
         links = [
             ([*variables, *(v + stage * columns for v in variables)], [1.0] * len(variables) + [-1.0] * len(variables))
             for stage in range(1, stages)
-            for variables in agreeing
+            for variables in sets
         ]
         lower, upper = ([row[side] for row in solver.rows] * stages + [0.0] * len(links) for side in (2, 3))
         lengths = np.concatenate([np.tile(counts, stages), [len(variables) for variables, _ in links]])

@@ -139,11 +139,11 @@ def _strategies(
     shards: int,
     hints: tuple[Placement, ...],
     linear: Linear,
-    local: tuple[tuple[str, Local], ...],
+    on_shards: tuple[tuple[str, Local], ...],
 ) -> tuple[Strategy, ...]:
     """`strategies` from all that they depend on. A model's blocks, and iterations of its loops, ask for the same again
     and again."""
-    bound, local_of = _bound(row, operands, outputs), dict(local)
+    bound, local_of = _bound(row, operands, outputs), dict(on_shards)
     tensors = [operand is not None for operand in operands]
     count = sum(tensors)
 
