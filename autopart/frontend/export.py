@@ -35,6 +35,7 @@ from autopart.frontend.tracing_contexts import (
     no_tensor_hooks,
     no_validation,
     open_checkpoints,
+    remembered_frames,
     silent,
 )
 from autopart.ir.ctc import ctc_loss
@@ -96,6 +97,7 @@ def _export(
         no_tensor_hooks(),
         casts_that_change_nothing(),
         no_validation(),
+        remembered_frames(),
         torch.enable_grad(),
         silent(),
         mock.patch.object(torch, "ctc_loss", ctc_loss),

@@ -7,8 +7,9 @@ import os
 import pickle
 import random
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import lru_cache
 from io import StringIO
 from typing import Any
 from unittest import mock
@@ -21,6 +22,7 @@ from torch import nn
 from autopart.errors import PartitionError
 from autopart.frontend.autograd_functions import CustomFunction
 from autopart.frontend.source_lines import PACKAGES, user_line
+from autopart.frontend.torch_private import stack_traces
 
 
 @contextmanager
@@ -47,6 +49,19 @@ def casts_that_change_nothing() -> Iterator[None]:
         return module if same else own(module, *args, **kwargs)
 
     with mock.patch.object(nn.Module, "to", to):
+        yield
+
+
+@contextmanager
+def remembered_frames() -> Iterator[None]:
+    """Look a line of source up once. torch.export asks for all lines of the stack, about 80, at every operator."""
+    frame = lru_cache(maxsize=None)(traceback.FrameSummary)
+
+    def summary(stack: Sequence[Mapping[str, Any]], skip: int) -> traceback.StackSummary:
+        frames = reversed(stack[skip:])
+        return traceback.StackSummary(frame(f["filename"], f["line"], f["name"]) for f in frames)
+
+    with mock.patch.object(stack_traces, "_extract_symbolized_tb", summary):
         yield
 
 

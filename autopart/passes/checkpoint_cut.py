@@ -48,19 +48,29 @@ _KNOWN: WeakKeyDictionary[LayeredGraph, dict[tuple[int, str], CheckpointCut]] = 
 
 
 def mode_cut(layered: LayeredGraph, segment: int, mode: str) -> CheckpointCut:
-    """The cut of a segment under a checkpointing mode, of `liveness.MODES`; found once for each graph.
+    """The cut of a segment under a checkpointing mode, of `liveness.MODES`; found once for each graph. A minimum cut is
+    found once for each class of segments.
 
     Of several minimum cuts it is the one nearest to backward, after which fewest operators run again. Segments that are
     no numbered block are never recomputed: for them no minimum cut is sought."""
     known, nodes = _KNOWN.setdefault(layered, {}), layered.segments[segment].nodes
     if (segment, mode) not in known:
         if mode == "mincut" and is_block(layered.segments[segment].label):
-            cut = _least_saved(nodes)
+            first = _first_alike(layered, segment)
+            cut = _least_saved(nodes) if first == segment else mode_cut(layered, first, mode)
+            twins = dict(zip(layered.segments[first].nodes, nodes, strict=True))
+            cut = CheckpointCut(*(frozenset(twins[node] for node in part) for part in cut))
         else:
             saved = frozenset(n for n in nodes if is_product(n) and mode == "selective")
             cut = CheckpointCut(saved, frozenset(nodes if mode != "none" else ()) - saved)
         known[segment, mode] = cut
     return known[segment, mode]
+
+
+def _first_alike(layered: LayeredGraph, segment: int) -> int:
+    """The first block of a block's segment class."""
+    mine = layered.segments[segment].segment_class
+    return next(i for i, s in enumerate(layered.segments) if s.segment_class == mine and is_block(s.label))
 
 
 def stage_cut(layered: LayeredGraph, stage: StageGraph, index: int, mode: str) -> CheckpointCut:
@@ -132,7 +142,7 @@ def _minimum_cut(nodes: Sequence[fx.Node], read: set[fx.Node], given: set[fx.Nod
             net.add_edge("products", (node, "in"))
         if node in read:
             net.add_edge((node, "out"), "backward")
-    residual = networkx.algorithms.flow.preflow_push(net, "products", "backward")
+    residual = networkx.algorithms.flow.boykov_kolmogorov(net, "products", "backward")
     behind, todo = set[object]({"backward"}), list[object](["backward"])
     while todo:
         for start, edge in residual.pred[todo.pop()].items():

@@ -1,12 +1,16 @@
 """StrategyTable -> the ILP's constraint matrix, as arrays.
 
 The constraints are equations (2) to (8) of `autopart.passes.ilp`. The matrix of a table depends on no price.
+
+What the iterations of an unrolled loop have in common has one variable, with the sum of the costs: the strategies of
+nodes that are tied in `StrategyTable.iterations`, and the moves, reshards and saved tensors that these decide. Equation
+(3) of such nodes is substituted, and the rows of one iteration are those of all.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +32,12 @@ class ConstraintMatrix:
     The variables are, in this order: the strategies x[v, s], the reshards c[f, w] and the saved tensors k[m, p], each
     in the order of `Sizes`, and the moves e[f, u, p, q]. All but the moves have a price.
 
-    strategies       number of strategy variables
     priced           number of priced variables
     columns          number of all variables
+    shared           [priced]: the variable that stands for the priced variable: another one's for a variable of a later
+                     iteration of a loop, else its own
+    nodes            the nodes that have variables of their own, in order: `rows` begin with theirs
+    strategies       number of their strategy variables
     rows             of every constraint: (variables, coefficients, lower bound, upper bound)
     moves, reshards  pairs of a move and a reshard, for values with one use: the move has the reshard's price, and the
                      reshard's own variable is in no constraint
@@ -39,29 +46,36 @@ class ConstraintMatrix:
                      substitutes[substitute_start[i]:substitute_start[i + 1]]
     partial_sum_moves  one move for every pair of placements of a partial sum that passes from segment to segment
     used             the variables in any constraint
-    column_of        variable -> its index in `used`; -1 for a variable in no constraint
+    column_of        variable -> the index in `used` of the one that stands for it; -1 for a variable in no constraint
     """
 
     def __init__(self, sizes: Sizes, segment_class: int | None = None) -> None:
         """With `segment_class`, the constraints are those of the nodes of that class and of the nodes that exchange
         values with these. They bound the cost of the class where all other costs are 0."""
         self.sizes, self.table = sizes, sizes.table
-        nodes = self._neighbourhood(segment_class)
-        self.strategies = int(sizes.first[-1])
-        self.priced = self.strategies + len(sizes.reshards) + len(sizes.saved_index)
+        self.first_node = np.arange(len(self.table.nodes))
+        for alike in self.table.iterations:
+            self.first_node[alike] = alike[0]
+        self._looped = {node for alike in self.table.iterations for node in alike}
+        nodes = {int(self.first_node[node]) for node in self._neighbourhood(segment_class)}
+        self.nodes = sorted(nodes)
+        self.strategies = int(np.diff(sizes.first)[self.nodes].sum())
+        self.priced = int(sizes.first[-1]) + len(sizes.reshards) + len(sizes.saved_index)
         self.columns = self.priced
+        self.shared = np.arange(self.priced)
+        for alike in self.table.iterations:
+            for node in alike[1:]:
+                self.shared[sizes.first[node] : sizes.first[node + 1]] = self.options(node)
         self.rows: list[tuple[list[int], list[float], float, float]] = []
         self.partial_sum_moves: list[int] = []
         self._move_reshards: list[tuple[int, int]] = []
-        for node in sorted(nodes):
+        for node in self.nodes:
             self.rows.append((self.options(node), [1.0] * len(self.options(node)), 1.0, 1.0))
         for tied in self.table.tied:
             for node in tied[1:]:
                 for here, there in zip(self.options(tied[0]), self.options(node), strict=True) if node in nodes else ():
                     self._equal([here], [there])
-        for index, used in enumerate(self.table.value_uses):
-            if used.source in nodes and all(node in nodes for node, _ in used.uses):
-                self._moves(index, used)
+        self._values(nodes)
         self._saved_once(nodes)
         self._number(segment_class)
 
@@ -72,21 +86,33 @@ class ConstraintMatrix:
         priced, substitutes = np.concatenate([own, self.reshards]), np.concatenate([own, self.moves])
         self.substitutes = substitutes[np.argsort(priced, kind="stable")]
         self.substitute_start = np.searchsorted(np.sort(priced), np.arange(self.priced + 1))
-        self.used = (
-            np.arange(self.columns) if segment_class is None else np.unique(np.concatenate([c for c, *_ in self.rows]))
-        )
+        if segment_class is None:
+            self.used = np.concatenate([np.unique(self.shared), np.arange(self.priced, self.columns)])
+        else:
+            self.used = np.unique(np.concatenate([c for c, *_ in self.rows]))
         self.column_of = np.full(self.columns, -1)
         self.column_of[self.used] = np.arange(len(self.used))
+        self.column_of[: self.priced] = self.column_of[self.shared]
 
     def options(self, node: int) -> list[int]:
         """The variables of a node: one for each of its strategies."""
+        node = self.first_node[node]
         return list(range(int(self.sizes.first[node]), int(self.sizes.first[node + 1])))
+
+    def restricted_to(self, allowed: Mapping[int, Iterable[int]]) -> dict[int, list[int]]:
+        """Node with variables of its own -> the options that it may take, from those of all nodes that share these."""
+        found: dict[int, list[int]] = {}
+        for node, options in allowed.items():
+            first = int(self.first_node[node])
+            found[first] = [o for o in options if first not in found or o in found[first]]
+        return found
 
     def _spread(self, row: Integers, priced: Integers, number: Array) -> Entries:
         """Entries over substitutes, from entries over priced variables.
 
         The result is sorted, with one entry for each pair of row and variable.
         """
+        priced = self.shared[priced]
         count = self.substitute_start[priced + 1] - self.substitute_start[priced]
         entry = np.repeat(np.arange(len(row)), count)
         offset = np.arange(len(entry)) - np.repeat(np.cumsum(count) - count, count)
@@ -113,6 +139,33 @@ class ConstraintMatrix:
         """column >= sum(variables)."""
         self.rows.append(([column, *variables], [1.0] + [-1.0] * len(variables), 0.0, INFINITE))
 
+    def _values(self, nodes: set[int]) -> None:
+        """Equations (4) to (7) of all values between `nodes`. Values that nodes with the same variables make and take
+        have the same variables."""
+        first: dict[object, int] = {}
+        for index, used in enumerate(self.table.value_uses):
+            source, users = int(self.first_node[used.source]), self.first_node[[node for node, _ in used.uses]].tolist()
+            if source not in nodes or not nodes.issuperset(users):
+                continue
+            if self._looped.isdisjoint({used.source, *(node for node, _ in used.uses)}):
+                self._moves(index, used)
+                continue
+            uses = zip(users, (operand for _, operand in used.uses), used.inside, strict=True)
+            grad = self.table.nodes[used.source].values[used.output].grad
+            known = first.setdefault((source, used.output, grad, frozenset(uses), frozenset(used.chains)), index)
+            if known == index:
+                self._moves(index, used)
+            else:
+                self._share_reshards(index, known)
+
+    def _share_reshards(self, index: int, known: int) -> None:
+        """Give a value's reshards the variables of another's."""
+        number, start = self.sizes.reshard_index, int(self.sizes.first[-1])
+        for chain_ends, chain in self.table.value_uses[index].chains.items():
+            for path in reshard_paths(chain):
+                here, there = number[index, chain_ends[0], path], number[known, chain_ends[0], path]
+                self.shared[start + here] = start + there
+
     def _moves(self, index: int, used: ValueUses) -> None:
         """Equations (4) to (7) of one value."""
         source = self.table.nodes[used.source]
@@ -121,7 +174,8 @@ class ConstraintMatrix:
             give[source.given(option, used.output)].append(variable)
         outside: dict[tuple[Placements, Placements], list[int]] = defaultdict(list)
         uses: dict[tuple[int, int], bool] = {}
-        for use, inside in zip(used.uses, used.inside, strict=True):
+        for (node, operand), inside in zip(used.uses, used.inside, strict=True):
+            use = int(self.first_node[node]), operand
             uses[use] = uses.get(use, True) and inside
         for (node, operand), inside in uses.items():
             take: dict[Placements, list[int]] = defaultdict(list)
@@ -135,7 +189,7 @@ class ConstraintMatrix:
                 leaving[have].append(move)
                 arriving[want].append(move)
                 for key in reshard_paths(used.chains[have, want]):
-                    reshard = self.strategies + self.sizes.reshard_index[index, have, key]
+                    reshard = int(self.sizes.first[-1]) + self.sizes.reshard_index[index, have, key]
                     if len(uses) == 1:
                         self._move_reshards.append((move, reshard))
                     else:
@@ -167,16 +221,30 @@ class ConstraintMatrix:
                 self.rows.append(([moves[0]], [1.0], 0.0, 0.0))
 
     def _saved_once(self, nodes: set[int]) -> None:
-        """Equation (8) of every saved tensor."""
-        start = self.strategies + len(self.sizes.reshards)
+        """Equation (8) of every saved tensor. Tensors of a loop that nodes with the same variables save have the same
+        variables."""
+        start, number = int(self.sizes.first[-1]) + len(self.sizes.reshards), self.sizes.saved_index
+        first: dict[object, int] = {}
         for index, tensor in enumerate(self.table.saved_tensors):
-            savers = dict.fromkeys(tensor.savers) if tensor.root in nodes else {}
-            for saver, (node, operand) in enumerate(savers):
+            root, pairs = int(self.first_node[tensor.root]), list(dict.fromkeys(tensor.savers))
+            if root not in nodes:
+                continue
+            placements = self.sizes.saved_placements[index]
+            savers = {
+                (int(self.first_node[node]), operand): placed
+                for (node, operand), placed in zip(pairs, placements, strict=True)
+            }
+            looped = not self._looped.isdisjoint({tensor.root, *(node for node, _ in pairs)})
+            known = first.setdefault((root, frozenset(savers)), index) if looped else index
+            if known != index:
+                for placed in {p for options in placements for p in options}:
+                    self.shared[start + number[index, placed]] = start + number[known, placed]
+                continue
+            for (node, operand), options in savers.items():
                 by: dict[Placements, list[int]] = defaultdict(list)
                 if node not in nodes:
                     continue
-                options = self.options(tensor.root if operand == -2 else node)
-                for placed, variable in zip(self.sizes.saved_placements[index][saver], options, strict=True):
+                for placed, variable in zip(options, self.options(root if operand == -2 else node), strict=True):
                     by[placed].append(variable)
                 for placed, variables in by.items():
-                    self._at_least(start + self.sizes.saved_index[index, placed], variables)
+                    self._at_least(start + number[index, placed], variables)

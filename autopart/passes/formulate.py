@@ -63,6 +63,7 @@ class _Builder:
             self._check_splits()
         self.nodes += [self._write(write) for write in positions.writes]
         self.nodes.append(Node(END, "end", [(Strategy("R", (R,), ()),) * len(self.axes)], []))
+        iterations = [alike for alike in positions.iterations if self._share_options(alike)]
         saved, rerun = self._checkpointing()
         inputs = [i for i, n in enumerate(positions.nodes) if info(n).kind == "input"]
         written = [[write.buffer, len(positions.nodes) + i] for i, write in enumerate(positions.writes)]
@@ -81,7 +82,16 @@ class _Builder:
             saved=saved,
             rerun=rerun,
             use_rerun=self._use_rerun(rerun),
+            iterations=iterations,
         )
+
+    def _share_options(self, alike: Sequence[int]) -> bool:
+        """Leave the nodes of an operator in all iterations of a loop the options that all of them have. False, and
+        nothing is left out, where there is none."""
+        shared = set(self.nodes[alike[0]].options).intersection(*(self.nodes[n].options for n in alike[1:]))
+        for n in alike if shared else ():
+            self.nodes[n].options = [option for option in self.nodes[alike[0]].options if option in shared]
+        return bool(shared)
 
     def _checkpointing(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """[MODES, nodes]: `StrategyTable.saved` and `rerun`."""

@@ -3,7 +3,8 @@
 Sets
     V             nodes: operators, parameters and inputs, one of every segment class
     S(v)          strategies of node v, one along every mesh axis
-    T             sets of nodes that are tied: the model's inputs; a buffer and its new value
+    T             sets of nodes that are tied: the model's inputs; a buffer and its new value; an operator in all
+                  iterations of an unrolled loop
     F             values that nodes make;  U(f): the operands that read value f, each of one node
     P(f), Q(u)    placements in which f may be made, and in which operand u may be taken
     W(p, q)       paths of a value that is resharded from p to q: the placements it has passed after each collective
@@ -166,7 +167,7 @@ def one_strategy(ilp: Ilp) -> Iterator[Row]:
 
 def tied_nodes(ilp: Ilp) -> Iterator[Row]:
     """(3): tied nodes take the same strategy."""
-    for first, *others in ilp.table.tied:
+    for first, *others in (*ilp.table.tied, *ilp.table.iterations):
         for other in others:
             for one, same in zip(ilp.x[first], ilp.x[other], strict=True):
                 yield f"tied {ilp.table.nodes[other].key}", one - same == 0

@@ -101,6 +101,8 @@ class Solver(ConstraintMatrix):
             np.array([lower for *_, lower, _ in self.rows]),
             np.array([upper for *_, upper in self.rows]),
         )
+        self._starts = np.cumsum([0, *np.diff(sizes.first)[self.nodes]])[:-1]
+        """Of each of `nodes`, the index of its first strategy among the variables that are used."""
         self.iterations = 0
         self.restricted: list[int] = []
         self.bases: dict[int, highspy.HighsBasis] = {}
@@ -165,7 +167,7 @@ class Solver(ConstraintMatrix):
         if not self.dual_activities:
             return 0.0
         left = self._scaled_costs(costs) - np.array(self.dual_activities)
-        chosen = np.minimum.reduceat(left[:, : self.strategies], self.sizes.first[:-1], axis=1).sum(1)
+        chosen = np.minimum.reduceat(left[:, : self.strategies], self._starts, axis=1).sum(1)
         return float((chosen + np.minimum(left[:, self.strategies :], 0.0).sum(1)).max()) / self.scale
 
     def maximize_dual(self, costs: Array, more: Array) -> float:
@@ -174,7 +176,7 @@ class Solver(ConstraintMatrix):
             min over relaxed choices x of (costs + w more) x
 
         which is concave and piecewise linear in w. 0 at once where no choice of strategies has `more` above 0."""
-        if np.maximum.reduceat(more[: self.strategies], self.sizes.first[:-1]).sum() <= 0:
+        if np.maximum.reduceat(more[: self.sizes.first[-1]], self.sizes.first[:-1]).sum() <= 0:
             return 0.0
         moved = self.column_costs(more)
 
@@ -217,18 +219,19 @@ class Solver(ConstraintMatrix):
             if not len(loose):
                 found = self.solution_of(values, self.highs.getInfo().objective_function_value, best)
                 break
-            node = int(np.searchsorted(self.sizes.first, loose[0], "right")) - 1
-            self._set_options(node, [int(np.argmax(values[self.options(node)]))])
+            node = self.nodes[int(np.searchsorted(self._starts, loose[0], "right")) - 1]
+            self._set_options(node, [int(np.argmax(values[self.column_of[self.options(node)]]))])
             fixed.append(node)
             self.highs.run()
             if self.highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
                 break
+        left = self.restricted_to(allowed)
         for node in fixed:
-            self._set_options(node, allowed.get(node, range(len(self.table.nodes[node].options))))
+            self._set_options(node, left.get(node, range(len(self.table.nodes[node].options))))
         return found
 
     def solution_of(self, values: Array, objective: float, bound: float) -> Solution:
-        chosen = tuple(int(np.argmax(values[self.options(n)])) for n in range(len(self.table.nodes)))
+        chosen = tuple(int(np.argmax(values[self.column_of[self.options(n)]])) for n in range(len(self.table.nodes)))
         return Solution(chosen, objective / self.scale, bound / self.scale)
 
     def minimise_with_capacity(
@@ -240,7 +243,8 @@ class Solver(ConstraintMatrix):
         last = self._add_maximum(capacity.peak, 1 / unit, 0.0)
         given = np.flatnonzero(baseline)
         _, index, value = self._spread(0 * given, given, baseline[given] / unit)
-        highs.addRow(-highspy.kHighsInf, capacity.limit / unit, len(index) + 1, [*index, last], [*value, 1.0])
+        variables = [*self.column_of[index], last]
+        highs.addRow(-highspy.kHighsInf, capacity.limit / unit, len(variables), variables, [*value, 1.0])
         highs.setOptionValue("mip_max_nodes", 100 * MAX_NODES)
         found = self.minimise(costs, allowed)
         highs.setOptionValue("mip_max_nodes", MAX_NODES)
@@ -256,7 +260,7 @@ class Solver(ConstraintMatrix):
         every = np.arange(row.max(initial=-1) + 1)
         row = np.concatenate([every, row])
         order = np.argsort(row, kind="stable")
-        index = np.concatenate([np.full(len(every), last), index])[order].astype(np.int32)
+        index = np.concatenate([np.full(len(every), last), self.column_of[index]])[order].astype(np.int32)
         value = np.concatenate([np.ones(len(every)), -value])[order]
         starts, infinite = np.searchsorted(row[order], every).astype(np.int32), np.full(len(every), highspy.kHighsInf)
         self.highs.addRows(len(every), np.zeros(len(every)), infinite, len(index), starts, index, value)
@@ -266,8 +270,8 @@ class Solver(ConstraintMatrix):
         """Append A'y of the relaxation that was solved last, costs - reduced costs, to `dual_activities`."""
         solution = self.highs.getSolution()
         dual_activities = self.objective - np.array(solution.col_dual)
-        choose = np.array(solution.row_dual[: len(self.table.nodes)])
-        dual_activities[: self.strategies] -= np.repeat(choose, np.diff(self.sizes.first))
+        choose = np.array(solution.row_dual[: len(self.nodes)])
+        dual_activities[: self.strategies] -= np.repeat(choose, np.diff([*self._starts, self.strategies]))
         self.dual_activities.append(dual_activities)
 
     def _set_objective(self, costs: Array) -> None:
@@ -287,8 +291,8 @@ class Solver(ConstraintMatrix):
     def column_costs(self, costs: Array) -> Array:
         """The cost of every used variable; a move has the cost of the reshard that it substitutes."""
         every = np.zeros(self.columns)
-        every[: self.priced] = costs
-        np.add.at(every, self.moves, costs[self.reshards])
+        every[: self.priced] = np.bincount(self.shared, costs, self.priced)
+        np.add.at(every, self.moves, every[self.reshards])
         every[self.reshards] = 0.0
         return every[self.used]
 
@@ -308,9 +312,10 @@ class Solver(ConstraintMatrix):
     def _restrict(self, allowed: Mapping[int, Iterable[int]]) -> None:
         for node in self.restricted:
             self._set_options(node, range(len(self.table.nodes[node].options)))
-        for node, options in allowed.items():
+        left = self.restricted_to(allowed)
+        for node, options in left.items():
             self._set_options(node, options)
-        self.restricted = list(allowed)
+        self.restricted = list(left)
 
     def _set_options(self, node: int, options: Iterable[int]) -> None:
         variables = self.column_of[self.options(node)].astype(np.int32)

@@ -20,15 +20,15 @@ class PipelineSolver:
 
     def __init__(self, solver: Solver, stages: int, agreeing: Sequence[Sequence[int]]) -> None:
         """`agreeing`: sets of strategies of one node; the sum of a set's variables is equal in all stages."""
-        self.solver, self.stages, columns = solver, stages, solver.columns
-        agreeing = [*agreeing, *([move] for move in solver.partial_sum_moves)]
+        self.solver, self.stages, columns, column_of = solver, stages, len(solver.used), solver.column_of
+        sets = [column_of[[*each]] for each in (*agreeing, *([move] for move in solver.partial_sum_moves))]
         counts = np.array([len(variables) for variables, *_ in solver.rows])
-        index = np.concatenate([variables for variables, *_ in solver.rows])
+        index = column_of[np.concatenate([variables for variables, *_ in solver.rows])]
         value = np.concatenate([numbers for _, numbers, *_ in solver.rows])
         links = [
             ([*variables, *(v + stage * columns for v in variables)], [1.0] * len(variables) + [-1.0] * len(variables))
             for stage in range(1, stages)
-            for variables in agreeing
+            for variables in sets
         ]
         lower, upper = ([row[side] for row in solver.rows] * stages + [0.0] * len(links) for side in (2, 3))
         lengths = np.concatenate([np.tile(counts, stages), [len(variables) for variables, _ in links]])
@@ -51,10 +51,11 @@ class PipelineSolver:
         objective = np.concatenate([solver.scaled_columns(each, unit) for each in costs])
         every = np.arange(len(objective), dtype=np.int32)
         self.highs.changeColsCost(len(objective), every, objective)
-        upper = np.ones(solver.columns)
-        for node, options in allowed.items():
-            upper[solver.options(node)] = 0.0
-            upper[solver.options(node)[0] + np.array(list(options), dtype=int)] = 1.0
+        upper = np.ones(len(solver.used))
+        for node, options in solver.restricted_to(allowed).items():
+            mine = solver.column_of[solver.options(node)]
+            upper[mine] = 0.0
+            upper[mine[options]] = 1.0
         self.highs.changeColsBounds(len(objective), every, np.zeros(len(objective)), np.tile(upper, self.stages))
         self.highs.run()
         status = self.highs.getModelStatus()

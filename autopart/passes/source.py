@@ -47,6 +47,8 @@ class Source:
     prepared  (samples, type of device) -> the layered graph of a trace of every block
     planned   the same, of a trace with only the first of equal blocks
     outputs   what the program returns beside the loss, by the names of the model's outputs
+    sampling  what the last trace of `planned` left out, and the lists of blocks that were traced in full, with the
+              reasons; None before the first. The next micro-batch size begins with these.
     """
 
     model: nn.Module
@@ -56,6 +58,7 @@ class Source:
     prepared: dict[tuple[int, str], LayeredGraph] = field(default_factory=dict)
     planned: dict[tuple[int, str], LayeredGraph] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
+    sampling: tuple[tuple[SampledLayers, ...], dict[str, str]] | None = None
 
     @classmethod
     def of(cls, model: nn.Module, batch: Batch, asked: Asked) -> Source:
@@ -105,22 +108,24 @@ class Source:
         A list whose first blocks do not stand for all is sampled with more blocks, then traced in full. Where the model
         cannot be traced with several lists sampled, only the longest is sampled, then none.
         """
-        sampled = sampled_layers(self.model)
-        traced_in_full: dict[str, str] = {}
+        sampled, traced_in_full = self.sampling or (sampled_layers(self.model), {})
         while sampled:
             try:
                 layered = self._traced(samples, mesh, sampled)
+                self.sampling = sampled, traced_in_full
                 return replace(layered, traced_in_full="; ".join(traced_in_full.values()))
             except UnlikeLayers as unlike:
                 sampled, path = longer(sampled, unlike.sample), unlike.sample.path
                 if all(sample.path != path for sample in sampled):
-                    traced_in_full[path] = str(unlike)
+                    traced_in_full = {**traced_in_full, path: str(unlike)}
             except PartitionError as error:
                 most = max(sample.blocks for sample in sampled)
                 rest = tuple(sample for sample in sampled if sample.blocks == most)
                 lost = sampled if rest == sampled else [sample for sample in sampled if sample not in rest]
-                traced_in_full |= {sample.path: f"{sample.path}: {error.what} ({error.why})" for sample in lost}
+                reasons = {sample.path: f"{sample.path}: {error.what} ({error.why})" for sample in lost}
+                traced_in_full = traced_in_full | reasons
                 sampled = () if rest == sampled else rest
+        self.sampling = (), traced_in_full
         full = self.full(samples, mesh)
         return replace(full, traced_in_full="; ".join(traced_in_full.values())) if traced_in_full else full
 

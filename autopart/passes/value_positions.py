@@ -17,6 +17,7 @@ from torch import fx
 from autopart.ir.fingerprint import is_own
 from autopart.ir.graph import info, is_pick, loss_of, made_by, operands, updates_of, value_of
 from autopart.ir.layered_graph import LayeredGraph
+from autopart.passes.loop_iterations import loop_iterations
 from autopart.sharding.rules import Strategy
 from autopart.sharding.strategy_table import SavedTensor, ValueUses
 
@@ -42,6 +43,7 @@ class ValuePositions:
     nodes       the representatives. `StrategyTable.nodes` has the writes behind them, and a node that takes the loss
     index       representative -> its index in `nodes`
     value_uses  the values without their reshards
+    iterations  the nodes of every operator that a loop repeats, in order (`loop_iterations`)
     saved_tensors, state, shared  as in `StrategyTable`
     """
 
@@ -52,6 +54,7 @@ class ValuePositions:
     writes: list[Write]
     state: dict[int, list[tuple[int, ...]]]
     shared: dict[int, list[tuple[int, ...]]]
+    iterations: list[list[int]] = field(default_factory=list)
     samples: dict[fx.Node, list[Strategy]] = field(default_factory=dict)
     """Node -> its strategies along the data-parallel axis, as far as they were asked for."""
 
@@ -126,7 +129,12 @@ class _Finder:
         home = self.last[self.segment_of[source]]
         self._value(source, output, home, [_Use(len(self.nodes) + len(self.writes), 0, home)])
         value_uses, saved, state = list(self.value_uses.values()), self._saved_tensors(), self._state()
-        return ValuePositions(self.nodes, self.index, value_uses, saved, self.writes, state, self._shared())
+        shared, iterations = self._shared(), self._iterations()
+        return ValuePositions(self.nodes, self.index, value_uses, saved, self.writes, state, shared, iterations)
+
+    def _iterations(self) -> list[list[int]]:
+        mine = [[n for n in segment.nodes if n in self.index] for segment in self.layered.segments]
+        return [[self.index[node] for node in alike] for nodes in mine for alike in loop_iterations(nodes)]
 
     def _position(self, source: fx.Node, segment: int, position: int) -> int:
         """The position that makes a value which a node of `segment` reads at `position`.

@@ -25,35 +25,38 @@ SUGGESTIONS = 2
 Try = tuple[str, Mesh, Request]
 
 
-def advice(space: SearchSpace, layered_of: Layered, plans: Callable[[Mesh, Request], object]) -> str:
+def advice(space: SearchSpace, layered_of: Layered, plans: Callable[[SearchSpace], object]) -> str:
     """The first changes with which a plan fits, as text; "" if there are none. A change has to pass a search, then
-    `plans`, which raises PartitionError where the graph that would run does not fit."""
+    `plans`, which gets the space that was searched and raises PartitionError where the graph that would run does not
+    fit."""
     fits = (
         text
         for text, mesh, request in _changes(space)
-        if _fits(space, mesh, request, layered_of) and _planned(plans, mesh, request)
+        if (changed := _fitting(space, mesh, request, layered_of)) and _planned(plans, changed)
     )
     found = list(islice(fits, SUGGESTIONS))
     return f"what fits: {', or '.join(found)}" if found else ""
 
 
-def _fits(space: SearchSpace, mesh: Mesh, request: Request, layered_of: Layered) -> bool:
-    """Whether a plan fits after a change; graph and tables are reused where the change leaves them as they are."""
+def _fitting(space: SearchSpace, mesh: Mesh, request: Request, layered_of: Layered) -> SearchSpace | None:
+    """The space after a change if it has a plan that fits, else None; graph and tables are reused where the change
+    leaves them as they are."""
     try:
         request = request.check(mesh)
         same = mesh.device == space.mesh.device and request.precision == space.request.precision
         layered = space.layered if same else layered_of(mesh, request.precision)
         tables = same and ((request.tp or 1) > 1) == ((space.request.tp or 1) > 1)
         models = space.models if tables else {}
-        Search(SearchSpace(layered, mesh, request, models), silent).run()
+        changed = SearchSpace(layered, mesh, request, models)
+        Search(changed, silent).run()
     except PartitionError:
-        return False
-    return True
+        return None
+    return changed
 
 
-def _planned(plans: Callable[[Mesh, Request], object], mesh: Mesh, request: Request) -> bool:
+def _planned(plans: Callable[[SearchSpace], object], space: SearchSpace) -> bool:
     try:
-        plans(mesh, request)
+        plans(space)
     except PartitionError:
         return False
     return True

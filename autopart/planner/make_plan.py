@@ -54,16 +54,18 @@ def make_plan(
     on_progress: OnProgress = silent,
     to_run: bool = False,
     advise: bool = True,
+    space: SearchSpace | None = None,
 ) -> Plan:
     """`autopart.plan` for a source, which may be traced already. Raises PartitionError where nothing fits.
 
     to_run  make the plan for a graph in which every block was traced, not samples of equal blocks
     advise  where nothing fits, search for the smallest changes that do, and name them in the error
+    space   the space of the request, where it was searched before
 
     If the chosen micro-batch does not fit in its own graph, others are tried.
     """
     started = time.monotonic()
-    made, search, _ = explored(source, mesh, request, on_progress, advise)
+    made, search, _ = explored(source, mesh, request, on_progress, advise, space)
     planned = search.space.layered
     layered = (source.full if to_run else source.sampled)(made.micro_batch, mesh)
     if layered.hash == planned.hash and not any(strategy_findings(made, layered)):
@@ -94,7 +96,12 @@ def _plan_again(layered: LayeredGraph, made: Plan, search: Search, on_progress: 
 
 @paused()
 def explored(
-    source: Source, mesh: Mesh, request: Request, on_progress: OnProgress = silent, advise: bool = True
+    source: Source,
+    mesh: Mesh,
+    request: Request,
+    on_progress: OnProgress = silent,
+    advise: bool = True,
+    space: SearchSpace | None = None,
 ) -> tuple[Plan, Search, SearchResult]:
     """A plan from the graph of two samples, with the search that found it and its result. A loss that is no mean over
     samples is traced with the whole micro-batch: its graph may depend on the number of samples."""
@@ -110,7 +117,9 @@ def explored(
             "recompute would change it twice a step",
             'recompute="none"',
         )
-    return _searched(SearchSpace(layered, mesh, request), on_progress, started, source, advise)
+    if space is None or space.layered is not layered or space.request != request:
+        space = SearchSpace(layered, mesh, request)
+    return _searched(space, on_progress, started, source, advise)
 
 
 def _searched(
@@ -130,7 +139,9 @@ def _searched(
         suggestion = advice(
             space,
             lambda mesh, dtype: of(dtype).sampled(2, mesh),
-            lambda mesh, request: make_plan(of(request.precision), mesh, request, advise=False),
+            lambda changed: make_plan(
+                of(changed.request.precision), changed.mesh, changed.request, advise=False, space=changed
+            ),
         )
         raise PartitionError(error.what, error.why, suggestion or error.try_) from None
     found = replace(found, summary=summarize(search, found))

@@ -45,7 +45,7 @@ def may_refine(found: CandidateSet, bound: float, memory_binds: bool) -> bool:
 def is_small(found: CandidateSet) -> bool:
     """Whether a point's model is small."""
     positions, variables = SMALL
-    return len(found.space.layered.labels) <= positions and found.space.model(found.point).solver.columns <= variables
+    return len(found.space.layered.labels) <= positions and len(found.space.model(found.point).solver.used) <= variables
 
 
 def refine_intervals(found: CandidateSet, bounds: Mapping[int, Array], effort: Effort) -> None:

@@ -81,7 +81,7 @@ def stage_bound(found: CandidateSet, columns: Mapping[int, Array], effort: Effor
     intervals by micro-batches in flight, and adds the splits of the best cuts to the candidates."""
     space, point, solved = found.space, found.point, set[Span]()
     m, n = space.micro_batches(point), len(space.layered.labels)
-    variables, bounds = space.model(point).solver.columns, stage_columns(space, point, columns)
+    variables, bounds = len(space.model(point).solver.used), stage_columns(space, point, columns)
     while (cut := best_cut(bounds, point.pp, m)) and cut.seconds < found.incumbent.seconds:
         spans = spans_of(cut.starts, n)
         left = [span for span in spans if span not in solved]
@@ -118,7 +118,7 @@ def _cut_bound(found: CandidateSet, columns: Sequence[Array], effort: Effort) ->
     """Lower bound on the step from relaxations of whole cuts, the least bound first; column s has the bounds of stage
     s. With R the relaxation of a cut of p stages, step >= R + (m - 1) max(largest bound of a stage, R / p)."""
     space, point, solved = found.space, found.point, set[Starts]()
-    m, variables = space.micro_batches(point), space.model(point).solver.columns
+    m, variables = space.micro_batches(point), len(space.model(point).solver.used)
     cuts = _cuts_by_bound(columns, len(space.layered.labels), m)
     while cuts and cuts[0][0] < found.incumbent.seconds and cuts[0][2] not in solved:
         if not effort.spend(variables, point.pp, point.pp):

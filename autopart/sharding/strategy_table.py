@@ -173,6 +173,7 @@ class StrategyTable:
     state       node of a parameter -> at each place, the positions that hold it
     shared      node of the prelude -> for each node of its class, the positions that read its value
     tied        sets of nodes that take the same option
+    iterations  further such sets: the nodes of an operator in all iterations of an unrolled loop, with equal options
     saved       [`liveness.MODES`, nodes]: whether the mode saves the node's results, besides what autograd saves
     rerun       [MODES, nodes]: whether backward runs the node again in that mode
     use_rerun   of every value, [MODES, uses]: whether backward takes the value again as the use does
@@ -192,6 +193,7 @@ class StrategyTable:
     saved: NDArray[np.bool_]
     rerun: NDArray[np.bool_]
     use_rerun: list[NDArray[np.bool_]]
+    iterations: list[list[int]] = field(default_factory=list)
 
     @cached_property
     def saving_positions(self) -> dict[int, list[int]]:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -324,6 +325,22 @@ def test_other_blocks_do_not_and_the_reason_is_told(name: str) -> None:
     assert len(short.segments) == len(full.segments)
     assert bool(short.traced_in_full) == bool(why)
     assert re.search(why, short.traced_in_full), short.traced_in_full
+
+
+@pytest.mark.parametrize("name", ["all states", "twice"])
+def test_another_micro_batch_begins_with_the_blocks_that_stood_for_all(name: str) -> None:
+    make, why = WHOLE[name]
+    source, traces = Source(make(), numbers(), torch.float32), []
+    own = source._traced
+    with mock.patch.object(source, "_traced", lambda *args: traces.append(args) or own(*args)):
+        first = source.sampled(2, MESH)
+        before = len(traces)
+        second = source.sampled(4, MESH)
+    assert before > 1
+    assert len(traces) == before + 1
+    assert second.traced_in_full == first.traced_in_full
+    assert re.search(why, second.traced_in_full)
+    assert second.hash == first.hash
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from autopart.sharding.rules import (
     splitting,
     vision,
 )
-from autopart.sharding.rules.base import Args, Local, Rule, Sizes, opaque, replaced
+from autopart.sharding.rules.base import Args, Linear, Local, Rule, Sizes, opaque, replaced
 from autopart.sharding.rules.pointwise import BINARY, LINEAR_BINARY, POINTWISE
 
 __all__ = [
@@ -99,12 +100,15 @@ def row_of(name: str, args: Args, outputs: Sequence[Shape]) -> str:
     return row if isinstance(row, str) else row(args, outputs)
 
 
-def _bound(name: str, args: Args, outputs: Sequence[Shape]) -> tuple[Rule, Bound]:
-    rule = RULES.get(name, Rule(opaque))
-    operands = [tuple(a) if isinstance(a, torch.Size) else None for a in flatten(args)]
-    row = parse(row_of(name, args, outputs))
+def _operands(args: Args) -> tuple[Shape | None, ...]:
+    """The shapes of an operator's operands; None of one that is no tensor."""
+    return tuple(tuple(a) if isinstance(a, torch.Size) else None for a in flatten(args))
+
+
+def _bound(text: str, operands: Sequence[Shape | None], outputs: Sequence[Shape]) -> Bound:
+    row = parse(text)
     row = replace(row, inputs=row.inputs[: len(operands)], outputs=row.outputs[: len(outputs)])
-    return rule, bind(row, operands, outputs)
+    return bind(row, operands, outputs)
 
 
 def strategies(
@@ -119,16 +123,37 @@ def strategies(
     `hints` are placements in which users of the first output would take it. A hint S with parts gives a strategy that
     splits the dim part by part, where the dim is one letter. A hint M gives a strategy on rows of a rank's own experts.
     """
-    rule, bound = _bound(name, args, outputs)
-    tensors = [isinstance(a, torch.Size) for a in flatten(args)]
+    rule = RULES.get(name, Rule(opaque))
+    local = rule.local(args) if callable(rule.local) else rule.local
+    linear = rule.linear(args) if callable(rule.linear) else rule.linear
+    shapes = tuple(map(tuple, outputs))
+    return list(
+        _strategies(
+            row_of(name, args, outputs), _operands(args), shapes, shards, tuple(hints), linear, tuple(local.items())
+        )
+    )
+
+
+@lru_cache(maxsize=8192)
+def _strategies(
+    row: str,
+    operands: tuple[Shape | None, ...],
+    outputs: tuple[Shape, ...],
+    shards: int,
+    hints: tuple[Placement, ...],
+    linear: Linear,
+    on_shards: tuple[tuple[str, Local], ...],
+) -> tuple[Strategy, ...]:
+    """`strategies` from all that they depend on. A model's blocks, and iterations of its loops, ask for the same again
+    and again."""
+    bound, local_of = _bound(row, operands, outputs), dict(on_shards)
+    tensors = [operand is not None for operand in operands]
     count = sum(tensors)
-    local_of = rule.local(args) if callable(rule.local) else rule.local
 
     def all_inputs(placement: Placement) -> tuple[Placement | None, ...]:
         return tuple(placement if t else None for t in tensors)
 
     result = [Strategy(p.kind, all_inputs(p), (p,) * len(outputs)) for p in (R, C)]
-    linear = rule.linear(args) if callable(rule.linear) else rule.linear
     if isinstance(linear, int):
         linear = tuple(i for i, t in enumerate(tensors) if t) if linear in (-1, count) else ()
     if linear and all(tensors[i] for i in linear):
@@ -162,9 +187,9 @@ def strategies(
             if len(letters) == 1
             and hint.parts
             and (again := _with_parts(strategy, hint, bound, next(iter(letters)))) is not None
-            and splits(hint, tuple(outputs[0]), shards)
+            and splits(hint, outputs[0], shards)
         ]
-    return result
+    return tuple(result)
 
 
 def _by_owner(strategy: Strategy, hint: Placement) -> Strategy | None:
@@ -212,7 +237,7 @@ def flops(name: str, args: Args, outputs: Sequence[Shape]) -> float:
     if rule is not None and rule.flops is not None:
         return rule.flops(args, outputs)
     if is_contraction(name):
-        _, bound = _bound(name, args, outputs)
+        bound = _bound(row_of(name, args, outputs), _operands(args), outputs)
         return 2.0 * math.prod(bound.sizes.values())
     return float(sum(math.prod(o) for o in outputs))
 
@@ -258,7 +283,7 @@ def product_of(name: str, args: Args, outputs: Sequence[Shape], counted: Sequenc
     rule = RULES.get(name)
     if rule is None or not rule.contraction or (rule.flops and not rule.sizes):
         return None
-    _, bound = _bound(name, args, outputs)
+    bound = _bound(row_of(name, args, outputs), _operands(args), outputs)
 
     def letters_of(dims: Sequence[Dim | None] | None) -> set[str]:
         return {f.name for dim in dims or () if dim for f in dim.factors if f.size is None}
