@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.nn import functional as F
 
 
 class Stream(str):
@@ -30,6 +31,20 @@ def relative(value: object, label: str) -> object:
 def dropout(x: torch.Tensor, p: float, stream: Stream) -> torch.Tensor:
     """Set each element to zero with probability `p`, and scale the others by 1 / (1 - p)."""
     return x * 1.0
+
+
+def dropout_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    p: float,
+    causal: bool,
+    scale: float,
+    stream: Stream,
+) -> torch.Tensor:
+    """Attention of query (b, h, q, d), key (b, g, k, d) and value (b, g, k, e) with dropout of its scores."""
+    return F.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=True)
 
 
 def returned(x: torch.Tensor, name: Stream) -> torch.Tensor:

@@ -206,6 +206,8 @@ def _as_it_runs(node: fx.Node, device: str) -> Callable[..., Any]:
     for other operators on GPUs alone."""
     name = info(node).name
     kernel = kernel_of(name)
+    if name == "autopart.dropout_attention":
+        return lambda *args: _Attention.apply(*args[:4], True)
     if name == "aten.scaled_dot_product_attention":
         return lambda *args, scale=None, enable_gqa=False: _Attention.apply(*args)
     if kernel is not None and (kernel.everywhere or device != "cpu"):
@@ -215,7 +217,8 @@ def _as_it_runs(node: fx.Node, device: str) -> Callable[..., Any]:
 
 class _Attention(torch.autograd.Function):
     """Saves what a flash attention kernel saves: query, key, value, mask, output, and for each query a log-sum-exp in
-    float32. In memory the output is (samples, queries, heads, width), so that a reshape to all heads takes no copy."""
+    float32; with dropout, a hash too. In memory the output is (samples, queries, heads, width), so that a reshape to all
+    heads takes no copy."""
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, mask: Any = None, *rest: Any) -> Any:
@@ -223,7 +226,8 @@ class _Attention(torch.autograd.Function):
         out = query.new_empty(*batch, queries, heads, value.shape[-1]).transpose(-2, -3)
         out = out if query.dim() > 3 else out[0]
         statistics = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, *([] if mask is None else [mask]), out, statistics)
+        hashes = [torch.empty_like(statistics, dtype=torch.int32)] if rest == (True,) else []
+        ctx.save_for_backward(query, key, value, *([] if mask is None else [mask]), out, statistics, *hashes)
         return out
 
 

@@ -1,6 +1,7 @@
 """fx.Graph -> fx.Graph: every random operator draws from a stream of its own (`autopart.ir.random_ops`).
 
-Attention with dropout becomes two products, a softmax and a dropout: no fused kernel draws from such streams.
+Attention with dropout becomes one operator on GPUs, where a kernel of autopart's draws from the stream. On CPUs it
+becomes two products, a softmax and a dropout.
 """
 
 from __future__ import annotations
@@ -14,21 +15,26 @@ import torch
 from torch import fx
 
 from autopart.errors import PartitionError
-from autopart.ir.graph import Traced, calls, info, new_call
-from autopart.ir.random_ops import Stream, dropout, uniform, uniform_of
+from autopart.ir.graph import Traced, calls, info, new_call, update_info
+from autopart.ir.random_ops import Stream, dropout, dropout_attention, uniform, uniform_of
 
 aten = torch.ops.aten
+ATTENTION = "aten.scaled_dot_product_attention"
 New = Callable[..., fx.Node]
 
 
-def randomness(traced: Traced) -> Traced:
-    """Replace random operators in place. Raises PartitionError for an operator that `REWRITES` does not have."""
+def randomness(traced: Traced, device: str) -> Traced:
+    """Replace random operators in place, for a `device` "cpu" or of another type.
+
+    Raises PartitionError for an operator that `REWRITES` does not have.
+    """
     graph = traced.graph
     drawn: Counter[str] = Counter()
     for node in calls(graph):
         if not _is_random(node):
             continue
-        rewrite = REWRITES.get(info(node).name, _refused)
+        fused = device != "cpu" and info(node).name == ATTENTION and _has_kernel(node)
+        rewrite = _fused_attention if fused else REWRITES.get(info(node).name, _refused)
         module = info(node).module or "model"
         drawn[module] += 1
         stream = Stream(module if drawn[module] == 1 else f"{module}#{drawn[module]}")
@@ -162,6 +168,23 @@ def _attention(new: New, node: fx.Node, stream: Stream) -> fx.Node:
     return new(aten.matmul.default, new(dropout, chances, p, stream), value)
 
 
+def _has_kernel(attention: fx.Node) -> bool:
+    """Whether a kernel draws what an attention drops. The kernel's causal mask ends at the last key, torch's begins at
+    the first: they are the same for as many queries as keys."""
+    query, key, *_, causal = _all_arguments(attention, 3, None, 0.0, False)[:6]
+    shapes = info(query).shape, info(key).shape
+    return len(shapes[0]) == 4 and (not causal or shapes[0][2] == shapes[1][2])
+
+
+def _fused_attention(new: New, node: fx.Node, stream: Stream) -> fx.Node:
+    """Attention with dropout as one operator."""
+    query, key, value, mask, p, causal = _all_arguments(node, 3, None, 0.0, False)
+    scale = node.kwargs.get("scale") or 1 / math.sqrt(info(query).shape[-1])
+    attention = new(dropout_attention, query, key, value, mask, p, causal, scale, stream)
+    update_info(attention, kernel=ATTENTION)
+    return attention
+
+
 def _repeated(new: New, x: fx.Node, times: int) -> fx.Node:
     """x with every head (dim 1) repeated `times` times."""
     batch, heads, *rest = info(x).shape
@@ -185,7 +208,7 @@ REWRITES: dict[str, Callable[[New, fx.Node, Stream], fx.Node]] = {
     "aten.dropout": _dropout,
     "aten.native_dropout": _native_dropout,
     "aten.feature_dropout": _feature_dropout,
-    "aten.scaled_dot_product_attention": _attention,
+    ATTENTION: _attention,
     "aten.rand": _standard,
     "aten.rand_like": _standard,
     "aten.uniform": _uniform,
@@ -199,7 +222,7 @@ REWRITES: dict[str, Callable[[New, fx.Node, Stream], fx.Node]] = {
 """Random operator -> function that draws from the same distribution by a stream. Other random operators are refused."""
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 DRAWS_IF: dict[str, tuple[int, ...]] = {
-    "aten.scaled_dot_product_attention": (4,),
+    ATTENTION: (4,),
     "aten.dropout": (1, 2),
     "aten.feature_dropout": (1, 2),
     "aten.alpha_dropout": (1, 2),

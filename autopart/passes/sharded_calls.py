@@ -99,6 +99,13 @@ def _where(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (stream, list(record.shape), record.batch), axes
 
 
+def _attention(call: Call) -> Replacement:
+    """The scores are split as the output, of which the last dim has values in place of keys."""
+    (stream, whole, batch), axes = _where(call)
+    keys = info(call.node.args[1]).shape[2]  # type: ignore[arg-type]
+    return "dropout_attention", (*call.args[:-1], stream, [*whole[:3], keys], batch), axes
+
+
 def _dropout(call: Call) -> Replacement:
     where, axes = _where(call)
     return "dropout", (*call.args[:2], *where), axes
@@ -120,6 +127,7 @@ TABLE: dict[str, Callable[[Call], Replacement | None]] = {
     "aten.embedding": _embedding,
     "autopart.grouped_linear": _experts,
     "autopart.dropout": _dropout,
+    "autopart.dropout_attention": _attention,
     "autopart.returned": _returned,
     "autopart.uniform": _uniform,
     "autopart.uniform_of": _uniform,

@@ -19,6 +19,7 @@ Open `compiled.py` first, then `executor.py`.
 """
 
 import autopart.ir.ctc  # noqa: F401  the operator that emitted code may call
+from autopart.runtime.attention import dropout_attention
 from autopart.runtime.collectives import (
     all_gather,
     all_gather_again,
@@ -58,6 +59,7 @@ __all__ = [
     "buffer",
     "copy_to",
     "dropout",
+    "dropout_attention",
     "gather_from",
     "gathered",
     "grouped_linear",

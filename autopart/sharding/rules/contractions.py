@@ -261,6 +261,9 @@ RULES: dict[str, Rule] = {
     "aten.scaled_dot_product_attention": Rule(
         _attention, flops=_attention_flops, contraction=True, sizes=_attention_sizes, groups=("b", "h", "g")
     ),
+    "autopart.dropout_attention": Rule(
+        _attention, flops=_attention_flops, contraction=True, sizes=_attention_sizes, groups=("b", "h", "g")
+    ),
     "aten.convolution": Rule(_convolution, flops=_convolution_flops, contraction=True, sizes=_convolution_sizes),
 }
 for _name in ("aten._grouped_mm", "transformers.grouped_mm_fallback"):

@@ -1,0 +1,76 @@
+"""Graphs for GPUs, run on a CPU by the references of their kernels: as exact as graphs for CPUs."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import transformers
+
+import autopart
+from autopart.compile.programs import sources
+from autopart.passes import source as passes
+
+SIZES = {"vocab_size": 96, "bos_token_id": 0, "eos_token_id": 0}
+GPT2 = {**SIZES, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "attn_pdrop": 0.3, "resid_pdrop": 0.2}
+BERT = {
+    "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+    "max_position_embeddings": 16, "attention_probs_dropout_prob": 0.3, "hidden_dropout_prob": 0.0,
+}  # fmt: skip
+T5 = {
+    "vocab_size": 96, "d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 4, "num_layers": 1, "dropout_rate": 0.2,
+    "decoder_start_token_id": 0,
+}  # fmt: skip
+MODELS = {
+    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)),
+    "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**BERT)),
+    "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)),
+}
+CALLS = {
+    "gpt2": {"dropout_attention", "bias_activation", "add_layer_norm"},
+    "bert": {"dropout_attention", "bias_activation", "add_layer_norm"},
+    "t5": {"dropout_attention", "add_rms_norm", "rms_norm"},
+}
+PLANS = [{}, {"tp": 2, "pp": 2}, {"dp": 2, "tp": 2, "zero": 3, "recompute": "full"}, {"tp": 4, "micro_batch": 2}]
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes that differ by device take the one that they have for GPUs; a CPU still runs the program."""
+    randomness, fuse = passes.randomness, passes.fuse
+    monkeypatch.setattr(passes, "randomness", lambda traced, device: randomness(traced, "cuda"))
+    monkeypatch.setattr(passes, "fuse", lambda traced, device, off=(): fuse(traced, "cuda", off))
+
+
+def batch_of(name: str) -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 96, (4, 12), generator=random)
+    mask = (
+        {"attention_mask": (torch.arange(12) < torch.tensor([12, 7, 9, 12])[:, None]).long()} if name == "bert" else {}
+    )
+    return {"input_ids": ids, "labels": ids.clone(), **mask}
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_graphs_for_gpus_are_exact(name: str, plan: dict[str, object], as_on_a_gpu: None) -> None:
+    torch.manual_seed(0)
+    model, batch = MODELS[name]().train(), batch_of(name)
+    found = autopart.check(model, "4:cpu", batch, **plan)
+    assert found.loss_error < 1e-5 and found.gradient_error < 1e-5, found
+    text = "".join(sources(model, batch, found.plan))
+    assert CALLS[name] <= set(re.findall(r"(\w+)\(", text)) and "softmax" not in text
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_masks_of_attention_are_those_of_graphs_for_cpus(name: str, as_on_a_gpu: None) -> None:
+    """The loss of one step depends on every mask that is drawn."""
+    torch.manual_seed(0)
+    model, batch = MODELS[name]().train(), batch_of(name)
+    fused = autopart.simulate(model, "2:cpu", batch, seed=7, tp=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "randomness", passes.randomness.__closure__[0].cell_contents)
+        patch.setattr(passes, "fuse", passes.fuse.__closure__[0].cell_contents)
+        plain = autopart.simulate(model, "2:cpu", batch, seed=7, tp=2)
+    torch.testing.assert_close(fused.loss, plain.loss, rtol=1e-6, atol=0)
