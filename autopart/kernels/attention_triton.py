@@ -211,13 +211,11 @@ def _key() -> Any:
                     ds = p * (dp - tl.load(delta + at, mask=i < queries, other=0.0)[None, :])
                     ds = ds * derivative if CAP else ds
                     k_sums = product(ds.to(q.dtype.element_ty), z, k_sums, PRECISION, FLOAT)
-        base = (b * keys + j) * (heads // group) + tl.program_id(1)
-        d = tl.arange(0, BLOCK_D)
-        to = dk + base[:, None] * D + d[None, :]
-        tl.store(to, (k_sums * factor).to(dk.dtype.element_ty), mask=(j < keys)[:, None] & (d < D)[None, :])
-        e = tl.arange(0, BLOCK_E)
-        to = dv + base[:, None] * E + e[None, :]
-        tl.store(to, (v_sums * share).to(dv.dtype.element_ty), mask=(j < keys)[:, None] & (e < E)[None, :])
+        base = ((b * keys + j) * (heads // group) + tl.program_id(1))[:, None]
+        d = tl.arange(0, BLOCK_D)[None, :]
+        tl.store(dk + base * D + d, (k_sums * factor).to(dk.dtype.element_ty), mask=(j < keys)[:, None] & (d < D))
+        e = tl.arange(0, BLOCK_E)[None, :]
+        tl.store(dv + base * E + e, (v_sums * share).to(dv.dtype.element_ty), mask=(j < keys)[:, None] & (e < E))
 
     return key
 
