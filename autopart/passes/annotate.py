@@ -217,8 +217,8 @@ def _as_it_runs(node: fx.Node, device: str) -> Callable[..., Any]:
 
 class _Attention(torch.autograd.Function):
     """Saves what a flash attention kernel saves: query, key, value, mask, output, and for each query a log-sum-exp in
-    float32; with dropout, a hash too. In memory the output is (samples, queries, heads, width), so that a reshape to all
-    heads takes no copy."""
+    float32; with dropout, a hash too. In memory the output is (samples, queries, heads, width), so that a reshape to
+    all heads takes no copy."""
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, mask: Any = None, *rest: Any) -> Any:
