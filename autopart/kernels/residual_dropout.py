@@ -254,8 +254,7 @@ def _forward(
     scale: float,
     samples: bool,
 ) -> torch.Tensor:
-    dtype = torch.promote_types(x.dtype, residual.dtype)
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
     count, d = rows.numel(), x.numel() // rows.numel()
     h, b = x.contiguous(), (x if bias is None else bias.contiguous())
     block = _block(d)
@@ -337,6 +336,7 @@ KERNELS = (
         bytes_moved=bytes_moved,
         ahead=compile_ahead,
         shapes={"GPT-2 XL": {"d": 1600, "bias": False}, "T5-11B": {"d": 1024, "bias": False}},
+        everywhere=True,
     ),
     Kernel(
         function=stochastic_depth,

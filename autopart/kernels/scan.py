@@ -130,6 +130,15 @@ def kept(arguments: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> tuple
     return tuple(t for t in arguments if isinstance(t, torch.Tensor))
 
 
+def workspace(x: torch.Tensor, scales: Optional, log: torch.Tensor, keys: torch.Tensor, *rest: Any) -> int:
+    """As `Kernel.workspace`: states and their gradients, and gradients of keys and queries for each head, float32."""
+    batch, length, heads, p = x.shape
+    n = keys.shape[3]
+    size = tile(p, n, length, keys.dtype == torch.float32)
+    states = batch * heads * -(-length // size["Q"]) * size["P"] * size["N"]
+    return 4 * 2 * (states + batch * length * heads * n)
+
+
 def compile_ahead(capability: int, p: int = 64, n: int = 128, dtype: torch.dtype = torch.bfloat16) -> dict[str, Usage]:
     """Compile all kernels, with scales and skip, for compute capability ``capability`` (90 for 9.0)."""
     signature = dict.fromkeys(("x", "keys", "queries", "dx"), f"*{TRITON_NAMES[dtype]}")
@@ -289,4 +298,5 @@ KERNEL = Kernel(
     bytes_moved=bytes_moved,
     ahead=compile_ahead,
     shapes={"Mamba2-2.7B": {"p": 64, "n": 128}, "Zamba2-2.7B": {"p": 64, "n": 64}},
+    workspace=workspace,
 )
