@@ -82,7 +82,7 @@ def _fits(kernel: Kernel, found: Match) -> bool:
     given = (meta_of(a) if isinstance(a, fx.Node) else a for a in found.arguments)
     arguments = {a for a in found.arguments if isinstance(a, fx.Node)}
     moved = sum(info(n).bytes for n in {*arguments, *found.outputs})
-    if len({info(n).layer for n in found.inside}) > 1 or moved >= sum(map(_traffic, found.inside)):
+    if len({info(n).layer for n in found.inside}) > 1 or moved >= sum(map(traffic, found.inside)):
         return False
     if not kernel.pays(*given):
         return False
@@ -109,7 +109,7 @@ split_with_sizes unbind.int""".split()
 """Operators that move nothing."""
 
 
-def _traffic(node: fx.Node) -> float:
+def traffic(node: fx.Node) -> float:
     """Bytes that an operator reads and writes: every operand and result once."""
     name = info(node).name
     if is_pick(node) or name.removeprefix("aten.") in VIEWS:
@@ -124,7 +124,7 @@ def _replace(graph: fx.Graph, kernel: Kernel, found: Match, before: fx.Node) -> 
         if len(found.outputs) > 1:
             update_info(call, outputs=(*map(wanted_name, found.outputs[:-1]), wanted_name(call)))
             results = [new_call(graph, operator.getitem, (call, i), o) for i, o in enumerate(found.outputs)]
-    update_info(call, fused=_traffic(call), unfused=sum(map(_traffic, found.inside)))
+    update_info(call, fused=traffic(call), unfused=sum(map(traffic, found.inside)))
     for old, new in zip(found.outputs, results, strict=True):
         old.replace_all_uses_with(new)
     for node in sorted(found.inside, key=list(graph.nodes).index, reverse=True):
