@@ -140,6 +140,27 @@ def dropout(found: Found) -> str:
     return markdown(("what", "autopart", "torch", "ratio"), lines)
 
 
+def kernel_resources(found: Found) -> str:
+    """Registers, shared memory and occupancy of every Triton function by compute capability, each the worst of those of
+    several layers."""
+    functions: dict[tuple[str, str], list[Found]] = {}
+    for row in found["rows"]:
+        functions.setdefault((row["kernel"], row["function"]), []).append(row)
+    capabilities = sorted({row["capability"] for row in found["rows"]})
+
+    def worst(rows: Sequence[Found], key: str, pick: Callable[[Iterable[float]], float], text: str) -> str:
+        each = (pick(r[key] for r in rows if r["capability"] == c) for c in capabilities)
+        return " / ".join(text.format(value) for value in each)
+
+    lines = (
+        (f"`{kernel}`", function, worst(rows, "registers", max, "{}"), worst(rows, "shared", max, "{:,}"),
+         worst(rows, "occupancy", min, "{:.0%}"))
+        for (kernel, function), rows in functions.items()
+    )  # fmt: skip
+    head = ("kernel", "function", "registers", "shared bytes", "occupancy")
+    return captioned(found, markdown(head, lines))
+
+
 FIGURES: dict[str, tuple[str, str, Callable[[Found], str]]] = {
     "published": ("accuracy.md", "accuracy.json", published),
     "memory": ("accuracy.md", "memory.json", memory),
@@ -150,6 +171,7 @@ FIGURES: dict[str, tuple[str, str, Callable[[Found], str]]] = {
     "step-time-llama": ("benchmarks.md", "step_time_llama_2.json", step_time),
     "proof": ("sharding-rules.md", "proof.json", proof),
     "dropout": ("randomness.md", "dropout.json", dropout),
+    "kernel-resources": ("kernels.md", "kernel_resources.json", kernel_resources),
     "zoo": ("zoo.md", "zoo.json", lambda found: captioned(found, zoo.table(found["rows"]))),
     "outside": ("zoo.md", "zoo_outside.json", lambda found: captioned(found, zoo.table(found["rows"]))),
     "planning-zoo": ("zoo.md", "planning_zoo.json", lambda found: captioned(found, every_model.table(found["rows"]))),

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything marked gpu, then the GPU benchmarks. PYTHON chooses another interpreter than .venv's.
+# Everything marked gpu, then the GPU benchmarks, also where one fails. PYTHON chooses another interpreter than .venv's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
@@ -10,7 +10,9 @@ if [ "$has_gpu" != True ]; then
     echo "No GPU here: no GPU test and no benchmark was run."
     exit
 fi
-"$python" -m pytest -o addopts= -m gpu -v tests
-"$python" -m benchmarks.kernels.rms_norm
-"$python" -m benchmarks.kernels.dropout
-"$python" -m benchmarks.accuracy.gpu --json benchmarks/results/gpu.json
+status=0
+"$python" -m pytest -o addopts= -m gpu -v tests || status=1
+"$python" -m benchmarks.gpu || status=1
+"$python" -m benchmarks.kernels.dropout || status=1
+"$python" -m benchmarks.accuracy.gpu --json benchmarks/results/gpu.json || status=1
+exit $status

@@ -75,7 +75,8 @@ def test_commands_of_the_shell_have_their_options(path: Path) -> None:
 def test_benchmarks_have_their_options(path: Path) -> None:
     for flag, *rest in commands(path, "python"):
         if flag == "-m" and rest[0].startswith("benchmarks."):
-            source = (ROOT / f"{rest[0].replace('.', '/')}.py").read_text()
+            path = ROOT / rest[0].replace(".", "/")
+            source = (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
             assert all(f'"{word}"' in source for word in rest if word.startswith("--")), rest
 
 

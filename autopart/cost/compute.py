@@ -190,7 +190,7 @@ def _attention_seconds(sizes: Array, nbytes: Array, peak: Array, grads: Array, d
 
 def peak_of(record: Info, device: Device) -> float:
     """`Work.peak` of an operator, in FLOP/s."""
-    return peak(device, record.dtype) if record.product else math.inf
+    return peak(device, record.computes or record.dtype) if record.product else math.inf
 
 
 def kind_of(record: Info) -> int:

@@ -46,6 +46,7 @@ class Info:
     product  whether matrix units do the work
     kernel   the operator whose kernels run, where that is not `name`
     matrix   the matrix product that the operator is, or None; in a stage's graph, the product on a rank
+    computes the dtype that the product is computed in, where that is not the output's
     grads    whether gradients flow to the matrix product's first factor, and to another factor
     root     the name of the node whose memory the first output is a view of; the node's own name if it is no view;
              "n:1" for memory of output 1 of the node n
@@ -81,6 +82,7 @@ class Info:
     product: bool = False
     kernel: str = ""
     matrix: Product | None = None
+    computes: torch.dtype | None = None
     grads: tuple[bool, bool] = (False, False)
     root: str = ""
     saves: tuple[str, ...] = ()

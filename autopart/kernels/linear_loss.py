@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from autopart.kernels.cross_entropy import SHAPES
-from autopart.kernels.kernel import Kernel
-from autopart.kernels.linear_cross_entropy import ROWS, bytes_moved, compile_ahead, linear_cross_entropy
+from autopart.kernels.kernel import Bytes, Kernel
+from autopart.kernels.linear_cross_entropy import ROWS, compile_ahead, linear_cross_entropy
+from autopart.kernels.linear_cross_entropy import bytes_moved as linear_cross_entropy_bytes
 
 COLUMNS = 4096
 """The smallest vocabulary whose head is fused. The logits of a smaller one are about as large as the hidden states."""
@@ -59,6 +60,11 @@ def linear_loss(
     valid: Any = (targets != ignore_index).sum()
     constants = label_smoothing, compute_dtype, 0.0, softcap, scale, divisor
     return linear_cross_entropy(hidden.flatten(0, -2), weight, targets, bias, valid, ignore_index, *constants)
+
+
+def bytes_moved(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *rest: object) -> Bytes:
+    """As `linear_cross_entropy.bytes_moved`, of hidden (..., d)."""
+    return linear_cross_entropy_bytes(hidden.flatten(0, -2), weight, targets, *rest)
 
 
 def kept(arguments: tuple[object, ...], outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -55,6 +55,9 @@ def annotate(traced: Traced, device: str) -> Traced:
     for node in calls(traced.graph):
         kernel = kernel_of(info(node).name)
         if kernel is not None and kernel.workspace is not None:
+            given = node.args[0]
+            assert isinstance(given, fx.Node)
+            update_info(node, computes=info(given).dtype)
             update_info(node, workspace=float(kernel.workspace(*fx.map_arg(tuple(node.args), meta_of))))
     return traced
 

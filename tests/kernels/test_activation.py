@@ -15,7 +15,7 @@ from autopart.kernels.activation import ACTIVATIONS, KERNELS, Activation, activa
 from autopart.sharding.notation import parse
 from tests.support import kernel_checks
 from tests.support.interpreted import interpreted as interpreted_child
-from tests.support.kernel_checks import INTERPRETED_ROUNDING, ROUNDING, laid_out, saved_bytes, worst
+from tests.support.kernel_checks import INTERPRETED_ROUNDING, ROUNDING, both, laid_out, saved_bytes, worst
 
 NONE, LIKE_X = "no bias", "bias"
 
@@ -66,7 +66,7 @@ def errors(case: Case, device: str) -> dict[str, float]:
     if case.bias != NONE:
         bias_dtype = case.bias if isinstance(case.bias, torch.dtype) else case.dtype
         operands.append(torch.randn(case.d).to(device, bias_dtype).requires_grad_())
-    kernel, reference = KERNELS[len(operands) - 1][:2]
+    kernel, reference = both(KERNELS[len(operands) - 1])
     y = kernel(*operands, case.name)
     assert y.grad_fn is not None and "autopart_activation" in y.grad_fn.name(), "the reference ran, not the kernels"
     assert y.dtype == reference(*operands, case.name).dtype

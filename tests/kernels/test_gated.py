@@ -15,7 +15,15 @@ from autopart.kernels.gated import KERNELS, gated_halves, geglu, reglu, swiglu
 from autopart.sharding.notation import parse
 from tests.support import kernel_checks
 from tests.support.interpreted import interpreted as interpreted_child
-from tests.support.kernel_checks import INTERPRETED_ROUNDING, ROUNDING, laid_out, same_infinities, saved_bytes, worst
+from tests.support.kernel_checks import (
+    INTERPRETED_ROUNDING,
+    ROUNDING,
+    both,
+    laid_out,
+    same_infinities,
+    saved_bytes,
+    worst,
+)
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -65,12 +73,12 @@ WRONG = "wrong constant"
 def call(case: Case, operands: list[torch.Tensor], reference: bool) -> torch.Tensor:
     """The kernel or its reference, in the words of its own function where it has one."""
     if len(operands) == 1:
-        return KERNELS[3][int(reference)](*operands, case.name, case.up != "second")
+        return both(KERNELS[3])[int(reference)](*operands, case.name, case.up != "second")
     own = {"silu": KERNELS[0], "relu": KERNELS[2]}
     return (
-        own[case.name][int(reference)](*operands)
+        both(own[case.name])[int(reference)](*operands)
         if case.name in own
-        else KERNELS[1][int(reference)](*operands, case.name)
+        else both(KERNELS[1])[int(reference)](*operands, case.name)
     )
 
 

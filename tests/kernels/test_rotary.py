@@ -14,7 +14,7 @@ from autopart.kernels.rotary import KERNELS, rotary, rotary_deinterleaved, rotar
 from autopart.sharding.notation import parse
 from tests.support import kernel_checks
 from tests.support.interpreted import interpreted as interpreted_child
-from tests.support.kernel_checks import INTERPRETED_ROUNDING, ROUNDING, same_infinities, saved_bytes, worst
+from tests.support.kernel_checks import INTERPRETED_ROUNDING, ROUNDING, both, same_infinities, saved_bytes, worst
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 HALVES, ADJACENT, APART = range(3)
@@ -97,7 +97,7 @@ def errors(case: Case, device: str) -> dict[str, float]:
     torch.manual_seed(0)
     x, cos, sin = case.sample(device)
     x.requires_grad_()
-    kernel, reference = KERNELS[case.kind][:2]
+    kernel, reference = both(KERNELS[case.kind])
     y = kernel(x, cos, sin + case.wrong if case.wrong else sin, *case.constants)
     assert y.grad_fn is not None and "autopart_rotary" in y.grad_fn.name(), "the reference ran, not the kernel"
     plain = reference(x, cos, sin, *case.constants)
@@ -120,7 +120,7 @@ def extremes(kind: int, half: bool, device: str) -> bool:
     cos, sin = (torch.tensor(values, device=device).tile(n * n, 1) for values in ([0.6, 0.8], [0.0, 0.5]))
     tables = (cos[:, :1], sin[:, :1]) if half else (cos, sin)
     found = []
-    for function in KERNELS[kind][:2]:
+    for function in both(KERNELS[kind]):
         y = function(x, *tables, *(() if kind == APART else (half,)))
         found.append((y, *torch.autograd.grad(y, x, x.detach().flip(0))))
     return all(same_infinities(got, want, 1e-5) for got, want in zip(*found, strict=True))
@@ -276,7 +276,7 @@ def forced(monkeypatch):
 @pytest.mark.parametrize("kind", [HALVES, ADJACENT])
 @pytest.mark.parametrize("name", FALLBACKS)
 def test_what_the_kernel_cannot_take_goes_to_the_reference(name, kind, forced):
-    function, reference = KERNELS[kind][:2]
+    function, reference = both(KERNELS[kind])
     assert torch.equal(function(*FALLBACKS[name]), reference(*FALLBACKS[name]))
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from autopart.kernels.kernel import Kernel
+
 ROUNDING = {torch.float32: 5e-7, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 INTERPRETED_ROUNDING = ROUNDING | {torch.bfloat16: 2**-7}  # the interpreter truncates where a GPU rounds
 LAYOUTS = ("sliced", "strided", "expanded", "swapped")
@@ -55,3 +57,8 @@ def registered(op: Any, *args: Any) -> bool:
 def fake_agrees(op: Any, *args: Any) -> bool:
     """Whether an operator, whose launches do nothing, gives the same shapes and strides for fake tensors."""
     return torch.library.opcheck(op, args, test_utils="test_faketensor") == {"test_faketensor": "SUCCESS"}
+
+
+def both(kernel: Kernel) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The function that emitted code calls, and the reference."""
+    return kernel.function, kernel.reference

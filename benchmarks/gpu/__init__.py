@@ -1,0 +1,1 @@
+"""What a GPU has to show, in one run: kernels, training steps, memory and calibration."""
