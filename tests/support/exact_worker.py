@@ -13,6 +13,7 @@ import traceback
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -93,11 +94,12 @@ def force(plan: autopart.Plan, zero: int, modes: list[str], device: str) -> auto
 def plan_of(model: nn.Module, mesh: str, batch: Tensors, settings: dict[str, Any]) -> autopart.Plan:
     """The plan that `autopart.compile` makes on rank 0, made once, and changed as `forced` in the settings says."""
     asked, forced = asked_of(settings), settings.get("forced")
-    key = id(model), str(asked)
+    key = id(model), str(asked), (forced or {}).get("device")
     if key not in PLANS:
         request = request_of(model, batch, **asked)
         source = source_of(model, batch, DTYPES[request.precision])
-        PLANS[key] = make_plan(source, Mesh.of(mesh), request, to_run=True)
+        device = (forced or {}).get("device")  # for whose type the model is traced
+        PLANS[key] = make_plan(source, Mesh.of(mesh.replace("cpu", device or "cpu")), request, to_run=True)
         source.full(PLANS[key].micro_batch, PLANS[key].mesh)
     return force(PLANS[key], *(forced[k] for k in ("zero", "modes", "device"))) if forced else PLANS[key]
 
@@ -160,7 +162,8 @@ def source_of(model: nn.Module, batch: Tensors, dtype: torch.dtype) -> Source:
 
 def trace_once() -> None:
     """Have `autopart.compile` trace a model once for every micro-batch size, not again for every configuration."""
-    setattr(sys.modules["autopart.compile.api"], "Source", source_of)  # noqa: B010
+    known = SimpleNamespace(of=lambda model, batch, asked: source_of(model, batch, DTYPES[asked.precision]))
+    setattr(sys.modules["autopart.compile.api"], "Source", known)  # noqa: B010
 
 
 def train_table(made: dict[str, tuple[nn.Module, Batch]], table: Table, file: Path, forked: bool) -> None:

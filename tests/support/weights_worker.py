@@ -11,6 +11,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -115,7 +116,8 @@ def main() -> None:
         source.full(plan.micro_batch, plan.mesh)
         tasks.append((run, model, batch, plan))
     tasks[0][1].save_pretrained(folder / "gpt2")
-    setattr(sys.modules["autopart.compile.api"], "Source", lambda model, *_: sources[type(model)])  # noqa: B010
+    known = SimpleNamespace(of=lambda model, *_: sources[type(model)])
+    setattr(sys.modules["autopart.compile.api"], "Source", known)  # noqa: B010
     run_forked(partial(work, folder, tasks), RANKS)
 
 
