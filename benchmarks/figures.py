@@ -140,6 +140,27 @@ def dropout(found: Found) -> str:
     return markdown(("what", "autopart", "torch", "ratio"), lines)
 
 
+def kernel_matches(found: Found) -> str:
+    """The fused kernels of models, eager kernels that are left in a layer, and its bytes."""
+    rows = (
+        (r["model"], ", ".join(f"{name} x {count}" for name, count in r["calls"].items()),
+         "{:.0f} -> {:.0f}".format(*r["eager"]), f"{r['bytes'][1] / r['bytes'][0] - 1:+.0%}")
+        for r in found["rows"]
+    )  # fmt: skip
+    return captioned(found, markdown(("model", "calls in the model", "eager kernels a layer", "bytes a layer"), rows))
+
+
+def kernels_on_cpu(found: Found) -> str:
+    """Steps and peaks on a CPU with and without fused operators."""
+    rows = (
+        (r["model"], f"{1e3 * r['seconds']['unfused']:.0f}", f"{1e3 * r['seconds']['fused']:.0f}", f"{r['ratio']:.3f}",
+         f"{r['peak_bytes']['unfused'] / 2**20:.0f}", f"{r['peak_bytes']['fused'] / 2**20:.0f}")
+        for r in found["rows"]
+    )  # fmt: skip
+    head = ("model", "unfused, ms", "fused, ms", "ratio", "peak unfused, MiB", "peak fused, MiB")
+    return captioned(found, markdown(head, rows))
+
+
 def kernel_resources(found: Found) -> str:
     """Registers, shared memory and occupancy of every Triton function by compute capability, each the worst of those of
     several layers."""
@@ -171,6 +192,8 @@ FIGURES: dict[str, tuple[str, str, Callable[[Found], str]]] = {
     "step-time-llama": ("benchmarks.md", "step_time_llama_2.json", step_time),
     "proof": ("sharding-rules.md", "proof.json", proof),
     "dropout": ("randomness.md", "dropout.json", dropout),
+    "kernel-matches": ("kernels.md", "kernel_matches.json", kernel_matches),
+    "kernels-on-cpu": ("kernels.md", "kernels_on_cpu.json", kernels_on_cpu),
     "kernel-resources": ("kernels.md", "kernel_resources.json", kernel_resources),
     "zoo": ("zoo.md", "zoo.json", lambda found: captioned(found, zoo.table(found["rows"]))),
     "outside": ("zoo.md", "zoo_outside.json", lambda found: captioned(found, zoo.table(found["rows"]))),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import OutputKind, TensorArgument
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from autopart.errors import PartitionError
 from autopart.frontend.export import export
@@ -243,7 +244,7 @@ def _record(node: fx.Node, kind: str, name: str) -> Info:
         layer = re.match(r"(.*?\.\d+)(?:\.|$)", name)
         module = name.rpartition(".")[0]
     number = _is_number(node)
-    if number or any(not isinstance(s, int) for t in tensors for s in t.shape):
+    if number or any(not is_concrete_int(s) for t in tensors for s in t.shape):
         what = "a number" if number else "the shape of a tensor"
         given = value if number else [tuple(map(str, t.shape)) for t in tensors]
         raise PartitionError(

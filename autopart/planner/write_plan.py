@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 
+from torch import fx
+
 from autopart.cost.training_state import update_seconds
 from autopart.hardware.mesh import usable_bytes
 from autopart.ir.graph import info
@@ -109,12 +111,18 @@ def _kernels(layered: LayeredGraph, micro_batch: int) -> tuple[KernelUse, ...]:
     times, samples = Counter(layered.sequence), micro_batch / layered.traced.micro_batch
     uses: dict[str, KernelUse] = {}
     for index, segment in enumerate(layered.segments):
-        for record in (info(node) for node in segment.nodes if info(node).unfused):
+        for node in (node for node in segment.nodes if info(node).unfused):
+            record = info(node)
             use = uses.get(record.name, KernelUse(record.name.partition(".")[2], 0, 0.0, 0.0))
-            scale = times[index] * (1.0 if record.batch is None else samples)
+            scale = times[index] * (samples if _grows(node) else 1.0)
             fused, unfused = use.bytes + scale * record.fused, use.unfused + scale * record.unfused
             uses[record.name] = KernelUse(use.name, use.calls + times[index], fused, unfused)
     return tuple(uses[name] for name in sorted(uses))
+
+
+def _grows(node: fx.Node) -> bool:
+    """Whether an operator's work grows with the samples."""
+    return any(info(n).batch is not None for n in (node, *node.all_input_nodes))
 
 
 def _forward_flops(space: SearchSpace, micro_batches: int) -> float:
@@ -123,7 +131,7 @@ def _forward_flops(space: SearchSpace, micro_batches: int) -> float:
     times = Counter(layered.sequence)
     samples = space.request.global_batch / layered.traced.micro_batch
     return sum(
-        info(node).model_flops * times[index] * (micro_batches if info(node).batch is None else samples)
+        info(node).model_flops * times[index] * (samples if _grows(node) else micro_batches)
         for index, segment in enumerate(layered.segments)
         for node in segment.nodes
     )

@@ -43,7 +43,9 @@ def main() -> None:
         rows.append(row(tasks[name], name))
         print(text(rows[-1]), flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"command": command_line("benchmarks.kernels.matches"), "rows": rows}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"command": command_line("benchmarks.kernels.matches"), "rows": rows}, indent=1) + "\n"
+        )
 
 
 def row(task: str, name: str) -> dict[str, Any]:

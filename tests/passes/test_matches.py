@@ -1,0 +1,44 @@
+"""Fused kernels in models of transformers, as they are planned for GPUs: how many calls of each."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+import autopart
+from autopart.frontend.batch import outline
+from autopart.ir.graph import calls, info
+from autopart.kernels.table import kernel_of
+from autopart.passes.source import prepare
+from benchmarks.coverage.zoo_models import architectures, build
+
+TASKS = {model_type: task for task, model_type in architectures()}
+CALLS = {
+    "llama": {"rms_norm": 3, "add_rms_norm": 2, "rotary": 4, "swiglu": 2},
+    "gpt2": {"add_layer_norm": 2, "bias_activation": 2},
+    "bert": {"add_layer_norm": 4, "bias_activation": 3},
+    "t5": {"rms_norm": 6, "add_rms_norm": 6},
+    "mistral": {"rms_norm": 3, "add_rms_norm": 2, "rotary": 4, "swiglu": 2},
+    "qwen3": {"rms_norm": 7, "add_rms_norm": 2, "rotary": 4, "swiglu": 2},
+    "gemma3_text": {"rms_norm_float32": 31, "add_rms_norm_float32": 6, "rotary": 12, "geglu": 6},
+    "mixtral": {"rms_norm": 3, "add_rms_norm": 2, "rotary": 4, "gated_halves": 2},
+    "falcon": {"rotary": 4},
+    "bloom": {"add_layer_norm": 2, "bias_activation": 2},
+    "opt": {"bias_activation": 2},
+    "phi3": {"rms_norm": 3, "add_rms_norm": 2, "rotary": 4, "gated_halves": 2},
+    "vit": {"add_layer_norm": 2, "bias_activation": 2},
+    "mamba2": {"rms_norm": 3, "rms_norm_float32": 2, "swiglu": 2},
+}
+"""Tiny models of two layers (Gemma 3: six) in bfloat16. Their vocabularies are too small for the fused head."""
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_models_get_their_kernels(name: str) -> None:
+    model, batch = build(TASKS[name], name)
+    half = {k: v.bfloat16() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in batch.items()}
+    mesh = autopart.Mesh.parse("8:h100-80gb")
+    graph = prepare(model.bfloat16(), outline(half, 2), mesh, torch.bfloat16).traced.graph
+    names = Counter(info(node).name.partition(".")[2] for node in calls(graph) if kernel_of(info(node).name))
+    assert dict(names) == CALLS[name]
