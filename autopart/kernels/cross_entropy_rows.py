@@ -149,6 +149,10 @@ def kernels() -> Kernels:
         e = tl.exp(-2 * tl.abs(x))
         return tl.where(x < 0, e - 1, 1 - e) / (1 + e)
 
+    return Kernels(_statistics_kernel(triton), _gradient_kernel(triton))
+
+
+def _statistics_kernel(triton: Any) -> Any:
     @triton.jit
     def statistics(  # type: ignore[no-untyped-def]
         logits, targets, found, stride, rows, v, first, ignored, factor, cap,
@@ -182,6 +186,10 @@ def kernels() -> Kernels:
         tl.store(found + 2 * rows + row, wanted)
         tl.store(found + 3 * rows + row, tl.sum(total, 0))
 
+    return statistics
+
+
+def _gradient_kernel(triton: Any) -> Any:
     @triton.jit
     def gradient(  # type: ignore[no-untyped-def]
         logits, targets, lse, dloss, dlogits, stride, out_stride, v, first, ignored, factor, cap, hit, each, z,
@@ -206,7 +214,7 @@ def kernels() -> Kernels:
             d = tl.where(counted, d * slope, 0.0)
             tl.store(dlogits + row * out_stride + cols, d.to(dlogits.dtype.element_ty), mask=cols < v)
 
-    return Kernels(statistics, gradient)
+    return gradient
 
 
 @triton_op("autopart::cross_entropy_statistics", mutates_args=())

@@ -109,6 +109,10 @@ def kernels() -> Kernels:
     import triton
     import triton.language as tl
 
+    return Kernels(_forward_kernel(triton), *_backward_kernels(triton))
+
+
+def _forward_kernel(triton: Any) -> Any:
     @triton.jit
     def forward(  # type: ignore[no-untyped-def]
         ids, weight, y, n, stride, v, d, first, missing, ROWS: tl.constexpr, COLUMNS: tl.constexpr
@@ -121,6 +125,10 @@ def kernels() -> Kernels:
         h = tl.where(here, h, tl.cast(missing, h.dtype))
         tl.store(y + place[:, None] * d + cols[None, :], h, mask=(place < n)[:, None] & (cols < d)[None, :])
 
+    return forward
+
+
+def _backward_kernels(triton: Any) -> tuple[Any, Any]:
     @triton.jit
     def pieces(  # type: ignore[no-untyped-def]
         rows, order, starts, ends, dy, dweight, partial, heads, stride, v, d,
@@ -165,7 +173,7 @@ def kernels() -> Kernels:
                 total += tl.load(partial + source[:, None] * d + cols[None, :], mask=mask, other=0.0)
             tl.store(dweight + row * d + cols, tl.sum(total, 0).to(dweight.dtype.element_ty), mask=cols < d)
 
-    return Kernels(forward, pieces, totals)
+    return pieces, totals
 
 
 @triton_op("autopart::embedding", mutates_args=())

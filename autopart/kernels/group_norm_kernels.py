@@ -130,14 +130,15 @@ def compile_ahead(
 def kernels() -> Kernels:
     """The ``triton.jit`` functions. The first call imports Triton, which reads TRITON_INTERPRET from the environment
     then."""
-    return Kernels(_moments_kernel(), _forward_kernel(), _backward_kernel())
-
-
-def _moments_kernel() -> Any:
-    """The mean of every part of a group, and the sum of its squared deviations from it."""
     global tl
     import triton
     import triton.language as tl
+
+    return Kernels(_moments_kernel(triton), _forward_kernel(triton), _backward_kernel(triton))
+
+
+def _moments_kernel(triton: Any) -> Any:
+    """The mean of every part of a group, and the sum of its squared deviations from it."""
 
     @triton.jit
     def moments(x, partial, size, parts, length, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -162,11 +163,7 @@ def _moments_kernel() -> Any:
     return moments
 
 
-def _forward_kernel() -> Any:
-    global tl
-    import triton
-    import triton.language as tl
-
+def _forward_kernel(triton: Any) -> Any:
     @triton.jit
     def forward(  # type: ignore[no-untyped-def]
         x, weight, bias, y, statistics, partial, width, pixels, groups, parts, length, eps,
@@ -211,12 +208,9 @@ def _forward_kernel() -> Any:
     return forward
 
 
-def _backward_kernel() -> Any:
+def _backward_kernel(triton: Any) -> Any:
     """dx, where it is given, and the sums over pixels of dz h and dz, (2, programs across, channels of all samples) in
     ``partial``, where that is given. Those of all pixels are in ``sums``, or taken where a group is one program."""
-    global tl
-    import triton
-    import triton.language as tl
 
     @triton.jit
     def backward(  # type: ignore[no-untyped-def]

@@ -22,6 +22,7 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.library import triton_op
 
 from autopart.kernels import dropout
@@ -37,7 +38,7 @@ ELEMENTS = 2048
 MAX_COLUMNS = 256
 """Columns of x that a Triton program takes at a time."""
 
-Optional = torch.Tensor | None
+Optional = Tensor | None
 
 
 class Kernels(NamedTuple):
@@ -48,28 +49,16 @@ class Kernels(NamedTuple):
 
 
 def reference(
-    x: torch.Tensor,
-    bias: Optional,
-    residual: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor,
-    threshold: int,
-    scale: float,
-) -> torch.Tensor:
+    x: Tensor, bias: Optional, residual: Tensor, rows: Tensor, columns: Tensor, threshold: int, scale: float
+) -> Tensor:
     """`residual_dropout` by separate operators."""
     h = x if bias is None else x + bias
     return residual + _Dropout.apply(h, rows, columns, threshold, scale)
 
 
 def residual_dropout(
-    x: torch.Tensor,
-    bias: Optional,
-    residual: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor,
-    threshold: int,
-    scale: float,
-) -> torch.Tensor:
+    x: Tensor, bias: Optional, residual: Tensor, rows: Tensor, columns: Tensor, threshold: int, scale: float
+) -> Tensor:
     """residual + dropout(x + bias): shape (..., d).
 
     x, residual   (..., d)
@@ -86,9 +75,7 @@ def residual_dropout(
     return reference(x, bias, residual, rows, columns, threshold, scale)
 
 
-def depth_reference(
-    x: torch.Tensor, residual: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, threshold: int, scale: float
-) -> torch.Tensor:
+def depth_reference(x: Tensor, residual: Tensor, rows: Tensor, columns: Tensor, threshold: int, scale: float) -> Tensor:
     """`stochastic_depth` by separate operators."""
     ones = x.new_ones(len(x), 1)
     noise = dropout.by_blocks(ones, rows, columns, threshold, scale)
@@ -96,8 +83,8 @@ def depth_reference(
 
 
 def stochastic_depth(
-    x: torch.Tensor, residual: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, threshold: int, scale: float
-) -> torch.Tensor:
+    x: Tensor, residual: Tensor, rows: Tensor, columns: Tensor, threshold: int, scale: float
+) -> Tensor:
     """residual + x noise: shape (samples, ...). The noise of a sample is 0, or else ``scale`` in x's dtype.
 
     x, residual   (samples, ...)
@@ -115,26 +102,22 @@ class _Dropout(torch.autograd.Function):
     """Dropout in plain torch, whose backward computes the mask again."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, threshold: int, scale: float
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, rows: Tensor, columns: Tensor, threshold: int, scale: float) -> Tensor:
         ctx.save_for_backward(rows, columns)
         ctx.constants = threshold, scale
         return _by_blocks(x, rows, columns, threshold, scale)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Optional, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Optional, ...]:
         return _by_blocks(gradients[0], *ctx.saved_tensors, *ctx.constants), None, None, None, None
 
 
-def _by_blocks(
-    x: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, threshold: int, scale: float
-) -> torch.Tensor:
+def _by_blocks(x: Tensor, rows: Tensor, columns: Tensor, threshold: int, scale: float) -> Tensor:
     flat = x.reshape(rows.numel(), len(columns)).contiguous()
     return dropout.by_blocks(flat, rows.flatten(), columns, threshold, scale).view(x.shape)
 
 
-def bytes_moved(x: torch.Tensor, bias: Optional, residual: torch.Tensor, *rest: Any) -> Bytes:
+def bytes_moved(x: Tensor, bias: Optional, residual: Tensor, *rest: Any) -> Bytes:
     """As `Kernel.bytes_moved`; the formulas are on top of this file."""
     rows, columns = rest[:2]
     vectors = (0 if bias is None else x.itemsize * len(columns)) + 4 * (rows.numel() + len(columns))
@@ -144,14 +127,14 @@ def bytes_moved(x: torch.Tensor, bias: Optional, residual: torch.Tensor, *rest: 
     )
 
 
-def depth_bytes_moved(x: torch.Tensor, residual: torch.Tensor, *rest: Any) -> Bytes:
+def depth_bytes_moved(x: Tensor, residual: Tensor, *rest: Any) -> Bytes:
     """As `Kernel.bytes_moved`."""
     return bytes_moved(x, None, residual, *rest)
 
 
-def kept(arguments: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def kept(arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The words of rows and columns."""
-    return tuple(t for t in arguments if isinstance(t, torch.Tensor) and t.dtype == torch.int32)
+    return tuple(t for t in arguments if isinstance(t, Tensor) and t.dtype == torch.int32)
 
 
 def compile_ahead(
@@ -192,6 +175,10 @@ def kernels() -> Kernels:
         u ^= u >> 16
         return (u ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold
 
+    return Kernels(_forward_kernel(triton), _backward_kernel(triton))
+
+
+def _forward_kernel(triton: Any) -> Any:
     @triton.jit
     def forward(  # type: ignore[no-untyped-def]
         x, bias, residual, rows, columns, y, count, d, threshold, scale, BIAS: tl.constexpr, SAMPLES: tl.constexpr,
@@ -215,6 +202,10 @@ def kernels() -> Kernels:
         h = tl.load(residual + at, mask=here, other=0.0).to(tl.float32) + h
         tl.store(y + at, h.to(y.dtype.element_ty), mask=here)
 
+    return forward
+
+
+def _backward_kernel(triton: Any) -> Any:
     @triton.jit
     def backward(  # type: ignore[no-untyped-def]
         dy, rows, columns, dx, partial, count, d, threshold, scale, BIAS: tl.constexpr, SAMPLES: tl.constexpr,
@@ -240,20 +231,20 @@ def kernels() -> Kernels:
         if BIAS:
             tl.store(partial + program * d + column, total, mask=column < d)
 
-    return Kernels(forward, backward)
+    return backward
 
 
 @triton_op("autopart::residual_dropout", mutates_args=())
 def _forward(
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    rows: Tensor,
+    columns: Tensor,
     threshold: int,
     scale: float,
     samples: bool,
-) -> torch.Tensor:
+) -> Tensor:
     y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
     count, d = rows.numel(), x.numel() // rows.numel()
     h, b = x.contiguous(), (x if bias is None else bias.contiguous())
@@ -267,15 +258,15 @@ def _forward(
 
 @triton_op("autopart::residual_dropout_backward", mutates_args=())
 def _backward(
-    dy: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor,
+    dy: Tensor,
+    rows: Tensor,
+    columns: Tensor,
     threshold: int,
     scale: float,
     samples: bool,
     dtype: torch.dtype,
     bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The gradient of x in its dtype, and that of the bias, of no elements where there is none."""
     count = rows.numel()
     d = dy.numel() // count
@@ -290,14 +281,14 @@ def _backward(
     return dx, partial.sum(0).to(dtype)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, bias, residual, rows, columns, threshold, scale, samples = inputs
     ctx.save_for_backward(rows, columns)
     ctx.constants = threshold, scale, samples, x.dtype, bias is not None
     ctx.residual_dtype = residual.dtype
 
 
-def _gradients(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     rows, columns = ctx.saved_tensors
     of_residual = dy.to(ctx.residual_dtype) if ctx.needs_input_grad[2] else None
     if not any(ctx.needs_input_grad[:2]):
@@ -309,9 +300,7 @@ def _gradients(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
 _forward.register_autograd(_gradients, setup_context=_save)
 
 
-def _kernels_apply(
-    x: torch.Tensor, bias: Optional, residual: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
-) -> bool:
+def _kernels_apply(x: Tensor, bias: Optional, residual: Tensor, rows: Tensor, columns: Tensor) -> bool:
     given = (x, residual) if bias is None else (x, residual, bias)
     return (
         all(t.dtype in TRITON_NAMES for t in given)

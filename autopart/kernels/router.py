@@ -127,6 +127,10 @@ def kernels() -> Kernels:
         """The lowest number among the greatest elements of every row."""
         return tl.min(tl.where(left == tl.max(left, 1)[:, None], expert[None, :], EXPERTS), 1)
 
+    return Kernels(_route_kernel(triton), _route_backward_kernel(triton), probabilities, best_of)
+
+
+def _route_kernel(triton: Any) -> Any:
     @triton.jit
     def route(  # type: ignore[no-untyped-def]
         logits, weights, ids, stride, rows, experts, K: tl.constexpr, TOP: tl.constexpr, RENORMALISE: tl.constexpr,
@@ -149,6 +153,10 @@ def kernels() -> Kernels:
         here = (row < rows)[:, None] & (place < K)[None, :]
         tl.store(weights + row[:, None] * K + place[None, :], chosen.to(weights.dtype.element_ty), mask=here)
 
+    return route
+
+
+def _route_backward_kernel(triton: Any) -> Any:
     @triton.jit
     def route_backward(  # type: ignore[no-untyped-def]
         dweights, logits, ids, dlogits, stride, rows, experts, K: tl.constexpr, RENORMALISE: tl.constexpr,
@@ -171,7 +179,7 @@ def kernels() -> Kernels:
         at = dlogits + row[:, None] * experts + expert[None, :]
         tl.store(at, g.to(dlogits.dtype.element_ty), mask=here)
 
-    return Kernels(route, route_backward, probabilities, best_of)
+    return route_backward
 
 
 @triton_op("autopart::route", mutates_args=())

@@ -78,10 +78,10 @@ def kernels() -> Kernels:
         else:
             return tl.dot(a.to(kind), b.to(kind), total, input_precision=PRECISION)
 
-    return Kernels(*_state_kernels(triton), *_gradient_kernels(triton))
+    return Kernels(_states(triton), _output(triton), _inputs(triton), _sides(triton))
 
 
-def _state_kernels(triton: Any) -> tuple[Any, Any]:
+def _states(triton: Any) -> Any:
     @triton.jit
     def states(  # type: ignore[no-untyped-def]
         x, scales, log, keys, out, length, heads, groups, p, n, SCALES: tl.constexpr, REVERSE: tl.constexpr,
@@ -107,6 +107,10 @@ def _state_kernels(triton: Any) -> tuple[Any, Any]:
             b = tl.load(keys + of_group * n + at, mask=here[:, None] & (of_n < n)[None, :], other=0.0)
             state = product(tl.trans(u), b, state * tl.exp(total), WIDE, PRECISION, keys.dtype.element_ty)
 
+    return states
+
+
+def _output(triton: Any) -> Any:
     @triton.jit
     def output(  # type: ignore[no-untyped-def]
         x, scales, log, keys, queries, skip, states, y, length, heads, groups, p, n, SCALES: tl.constexpr,
@@ -141,10 +145,10 @@ def _state_kernels(triton: Any) -> tuple[Any, Any]:
             out += tl.load(skip + head).to(tl.float32) * value
         tl.store(y + at, out.to(y.dtype.element_ty), mask=there)
 
-    return states, output
+    return output
 
 
-def _gradient_kernels(triton: Any) -> tuple[Any, Any]:
+def _inputs(triton: Any) -> Any:
     @triton.jit
     def inputs(  # type: ignore[no-untyped-def]
         dy, x, scales, log, keys, queries, skip, dstates, dx, dscales, dskip, length, heads, groups, p, n,
@@ -181,6 +185,10 @@ def _gradient_kernels(triton: Any) -> tuple[Any, Any]:
             du += tl.load(skip + head).to(tl.float32) * given
         tl.store(dx + at, du.to(dx.dtype.element_ty), mask=there)
 
+    return inputs
+
+
+def _sides(triton: Any) -> Any:
     @triton.jit
     def sides(  # type: ignore[no-untyped-def]
         dy, x, scales, log, keys, states, out, length, heads, groups, p, n, SCALES: tl.constexpr,
@@ -217,4 +225,4 @@ def _gradient_kernels(triton: Any) -> tuple[Any, Any]:
         at = of_head * n + (place * heads)[:, None] * n + of_n[None, :]
         tl.store(out + at, total_n, mask=there)
 
-    return inputs, sides
+    return sides
