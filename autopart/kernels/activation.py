@@ -21,12 +21,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.library import triton_op
 from torch.nn import functional
 
 from autopart.kernels.ahead import Usage, compile_kernel
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.launch import TRITON_NAMES, as_rows, launch, power_of_two, processors, runs_on
+from autopart.kernels.launch import TRITON_NAMES, as_rows, launch, power_of_two, processors, runs_on, triton_op
 
 tl: Any  # bound by formulas(), as the two below: Triton's interpreter looks for names among a kernel's globals
 value: Any

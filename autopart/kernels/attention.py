@@ -22,12 +22,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.library import triton_op
 
 from autopart.kernels.attention_tiles import compile_ahead, tiles
 from autopart.kernels.attention_triton import kernels
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.launch import TRITON_NAMES, launch, runs_on
+from autopart.kernels.launch import TRITON_NAMES, launch, runs_on, triton_op
 from autopart.kernels.plain_dropout import dropped
 
 Tensor = torch.Tensor

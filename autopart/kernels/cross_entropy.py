@@ -25,7 +25,6 @@ For logits of `itemsize` bytes the least traffic in bytes is
 from typing import Any
 
 import torch
-from torch.library import triton_op
 from torch.nn import functional as F
 
 from autopart.kernels.ahead import Usage, compile_kernel
@@ -44,7 +43,7 @@ from autopart.kernels.cross_entropy_rows import (
     warps,
 )
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.launch import TRITON_NAMES
+from autopart.kernels.launch import TRITON_NAMES, triton_op
 
 
 def reference(

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.library import triton_op
 
-from autopart.kernels.launch import TRITON_NAMES, as_rows, launch, power_of_two, runs_on
+from autopart.kernels.launch import TRITON_NAMES, as_rows, launch, power_of_two, runs_on, triton_op
 
 tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals
 tanh: Any  # bound by kernels(), likewise

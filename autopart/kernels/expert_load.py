@@ -26,12 +26,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.library import triton_op
 
 from autopart.kernels import router
 from autopart.kernels.ahead import Usage
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.launch import as_rows, launch, processors, runs_on
+from autopart.kernels.launch import as_rows, launch, processors, runs_on, triton_op
 from autopart.kernels.router import block, compile_rows, kernels_apply
 
 tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals

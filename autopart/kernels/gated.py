@@ -16,12 +16,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.library import triton_op
 
 from autopart.kernels.activation import ACTIVATIONS, formulas, in_order, tile
 from autopart.kernels.ahead import Usage, compile_kernel
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.launch import TRITON_NAMES, as_rows, launch, runs_on
+from autopart.kernels.launch import TRITON_NAMES, as_rows, launch, runs_on, triton_op
 
 tl: Any  # bound by kernels(), as the two below: Triton's interpreter looks for names among a kernel's globals
 value: Any

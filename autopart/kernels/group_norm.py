@@ -32,12 +32,11 @@ import functools
 from typing import Any
 
 import torch
-from torch.library import triton_op
 from torch.nn import functional as F
 
 from autopart.kernels.group_norm_kernels import MAX_WIDTH, compile_ahead, launch_backward, launch_forward, sizes_of
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.launch import TRITON_NAMES, runs_on
+from autopart.kernels.launch import TRITON_NAMES, runs_on, triton_op
 
 
 def reference(

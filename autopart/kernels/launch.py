@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,7 +21,47 @@ def runs_on(*tensors: torch.Tensor) -> bool:
     if not plain or len({t.device for t in tensors}) != 1:
         return False
     forced = all(os.environ.get(name) == "1" for name in ("TRITON_INTERPRET", "AUTOPART_FORCE_TRITON"))
-    return (tensors[0].is_cuda or forced) and importlib.util.find_spec("triton") is not None
+    found = (tensors[0].is_cuda or forced) and importlib.util.find_spec("triton") is not None
+    if found:
+        register_operators()
+    return found
+
+
+class Operator:
+    """A function that becomes a `torch.library.triton_op` when `register_operators` is called."""
+
+    def __init__(self, name: str, mutates_args: Iterable[str], function: Callable[..., Any]) -> None:
+        self.name, self.mutates_args, self.function = name, mutates_args, function
+        self.gradients: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+
+    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:
+        """As of `torch.library.CustomOpDef`."""
+        self.gradients = backward, setup_context
+
+    def register(self) -> None:
+        """Make it an operator of torch's."""
+        made: Any = torch.library.triton_op(self.name, self.function, mutates_args=self.mutates_args)
+        if self.gradients:
+            made.register_autograd(self.gradients[0], setup_context=self.gradients[1])
+
+
+_WAITING: list[Operator] = []
+
+
+def triton_op(name: str, *, mutates_args: Iterable[str]) -> Callable[[Callable[..., Any]], Operator]:
+    """`torch.library.triton_op`, which imports Triton and reads the function's source, once Triton is to run."""
+
+    def waiting(function: Callable[..., Any]) -> Operator:
+        _WAITING.append(Operator(name, mutates_args, function))
+        return _WAITING[-1]
+
+    return waiting
+
+
+def register_operators() -> None:
+    """Register the operators of all kernels that were imported. `runs_on` calls this where Triton runs."""
+    while _WAITING:
+        _WAITING.pop().register()
 
 
 def launch(kernel: Any, programs: int | tuple[int, ...], *args: Any, **options: Any) -> None:

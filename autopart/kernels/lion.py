@@ -20,11 +20,11 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-from torch.library import triton_op
 
 from autopart.kernels import optimizer
 from autopart.kernels.ahead import Usage
 from autopart.kernels.kernel import Bytes, Kernel
+from autopart.kernels.launch import triton_op
 from autopart.kernels.optimizer import Optional, compile_step, decay, kept, kernels_apply, launch_step, scaled
 
 tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals

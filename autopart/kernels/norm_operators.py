@@ -3,10 +3,9 @@
 from typing import Any
 
 import torch
-from torch.library import triton_op
 
 from autopart.kernels.kernel import Bytes
-from autopart.kernels.launch import TRITON_NAMES, as_rows, runs_on
+from autopart.kernels.launch import TRITON_NAMES, as_rows, runs_on, triton_op
 from autopart.kernels.norm_rows import MAX_BLOCK, Form, launch_backward, launch_forward
 
 

@@ -21,11 +21,10 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from torch.library import triton_op
 
 from autopart.kernels.ahead import Usage, compile_kernel
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.launch import TRITON_NAMES, launch, runs_on
+from autopart.kernels.launch import TRITON_NAMES, launch, runs_on, triton_op
 
 tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals
 one_less_power: Any

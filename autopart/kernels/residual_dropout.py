@@ -23,12 +23,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
 from autopart.kernels import dropout
 from autopart.kernels.ahead import Usage, compile_kernel
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.launch import TRITON_NAMES, launch, power_of_two, processors, runs_on
+from autopart.kernels.launch import TRITON_NAMES, launch, power_of_two, processors, runs_on, triton_op
 
 tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals
 stays: Any

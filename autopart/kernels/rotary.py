@@ -21,11 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
 from autopart.kernels.ahead import Usage, compile_kernel
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.launch import TRITON_NAMES, launch, power_of_two, runs_on
+from autopart.kernels.launch import TRITON_NAMES, launch, power_of_two, runs_on, triton_op
 from autopart.kernels.rotary_kernel import kernel
 
 ELEMENTS = 2048

@@ -33,11 +33,10 @@ import functools
 from typing import Any
 
 import torch
-from torch.library import triton_op
 
 from autopart.kernels.ahead import Usage, compile_kernel
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.launch import TRITON_NAMES, launch, runs_on
+from autopart.kernels.launch import TRITON_NAMES, launch, runs_on, triton_op
 from autopart.kernels.scan_kernels import CHUNK, kernels, tile, warps
 
 MAX_HEAD, MAX_STATE = 64, 128

@@ -16,6 +16,7 @@ from autopart.kernels.kernel import Kernel
 from autopart.kernels.table import KERNELS
 from autopart.passes.codegen.naming import wanted_name
 from autopart.passes.pattern import Match, candidates, loose, match
+from autopart.passes.randomness import FUSED
 from autopart.sharding.notation import RowError
 from autopart.sharding.rules import strategies
 
@@ -29,8 +30,8 @@ def fuse(traced: Traced, device: str, off: Collection[str] = ()) -> Traced:
     differs from a kernel in constants, dtypes or sizes alone.
     """
     for name in off:
-        if name not in KERNELS:
-            raise not_known("no_fuse", name, KERNELS)
+        if name not in KERNELS and name != FUSED:
+            raise not_known("no_fuse", name, [*KERNELS, FUSED])
     fused: Counter[str] = Counter()
     missed: dict[fx.Node, str] = {}
     kernels = [k for k in KERNELS.values() if k.name not in off and (k.on_cpu or device != "cpu")]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -20,11 +20,13 @@ from autopart.ir.random_ops import Stream, dropout, dropout_attention, uniform, 
 
 aten = torch.ops.aten
 ATTENTION = "aten.scaled_dot_product_attention"
+FUSED = "dropout_attention"
+"""The operator that attention with dropout becomes, as `no_fuse` names it."""
 New = Callable[..., fx.Node]
 
 
-def randomness(traced: Traced, device: str) -> Traced:
-    """Replace random operators in place, for a `device` "cpu" or of another type.
+def randomness(traced: Traced, device: str, off: Collection[str] = ()) -> Traced:
+    """Replace random operators in place, for a `device` "cpu" or of another type; operators in `off` are left out.
 
     Raises PartitionError for an operator that `REWRITES` does not have.
     """
@@ -33,7 +35,7 @@ def randomness(traced: Traced, device: str) -> Traced:
     for node in calls(graph):
         if not _is_random(node):
             continue
-        fused = device != "cpu" and info(node).name == ATTENTION and _has_kernel(node)
+        fused = device != "cpu" and info(node).name == ATTENTION and _has_kernel(node) and FUSED not in off
         rewrite = _fused_attention if fused else REWRITES.get(info(node).name, _refused)
         module = info(node).module or "model"
         drawn[module] += 1

@@ -147,7 +147,7 @@ def prepare(
     """
     traced = _pass("trace", None, lambda: trace(model, batch, dtype, sampled, outputs))
     _pass("simplify", traced, lambda: simplify(traced))
-    _pass("randomness", traced, lambda: randomness(traced, mesh.device.type))
+    _pass("randomness", traced, lambda: randomness(traced, mesh.device.type, no_fuse))
     _pass("fuse", traced, lambda: fuse(traced, mesh.device.type, no_fuse))
     _pass("annotate", traced, lambda: annotate(traced, mesh.device.type))
     return unfold_layers(fold_layers(traced), sampled)

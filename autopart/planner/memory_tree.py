@@ -17,7 +17,7 @@ from autopart.cost import liveness
 from autopart.cost.intervals import interval_index
 from autopart.cost.liveness import ACTIVATIONS, MESSAGES, MODES, Moment, SegmentBytes, StageBytes, moments
 from autopart.cost.training_state import OPTIMIZER_STATES, Training
-from autopart.ir.graph import info
+from autopart.ir.graph import info, made_by
 from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.checkpoint_cut import is_product, mode_cut, stage_cut
@@ -207,7 +207,8 @@ class StageMemory:
             rerun = mode_cut(self.layered, segment, mode).rerun
             reused |= {f"{n.name} inside" for n in self.layered.segments[segment].nodes if n not in rerun}
         saved = self.graph.saved.items()
-        return sum(m.size for (name, _), m in saved if name in reused and segment in m.segments and not m.shared)
+        mine = [(made_by(root)[0], m) for (root, _), m in saved if segment in m.segments and not m.shared]
+        return sum(m.size for name, m in mine if name in reused)
 
     def _shared_block_inputs(self) -> list[fx.Node]:
         """Values that several blocks read; saved if any block of the stage is recomputed."""
@@ -277,7 +278,7 @@ class StageMemory:
         named = {node.name: _operator(node) for node in self.layered.traced.graph.nodes if node.op != "output"}
         inside: dict[int, list[tuple[str, float]]] = defaultdict(list)
         for (key, _), memory in self.graph.saved.items():
-            name = named.get(key, "") or f"{named[key.removesuffix(' inside')]}, its own"
+            name = named.get(made_by(key)[0], "") or f"{named[key.removesuffix(' inside')]}, its own"
             for segment in memory.segments if not memory.shared else ():
                 inside[segment].append((name, memory.size))
             if memory.shared or PRELUDE_SEGMENT in memory.segments:

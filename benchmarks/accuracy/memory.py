@@ -43,6 +43,8 @@ from autopart import Mesh, Plan
 from autopart.compile.programs import programs
 from autopart.cost.liveness import MODES
 from autopart.frontend.batch import DTYPES
+from autopart.kernels.table import KERNELS
+from autopart.passes.randomness import FUSED
 from autopart.passes.source import Source
 from autopart.planner.explain.memory_report import stage_memories
 from autopart.planner.make_plan import make_plan, request_of
@@ -369,7 +371,8 @@ def layer(row: Mapping[str, str]) -> Layer:
 
 @cache
 def layer_source(hidden: int, heads: int, length: int, samples: int, scores: bool) -> Source:
-    """A GPT of 3 layers with dropout, and a batch; its attention is written out where scores are kept."""
+    """A GPT of 3 layers with dropout, without fused kernels, and a batch; its attention is written out where scores are
+    kept."""
     config = hf.GPT2Config(
         n_embd=hidden, n_head=heads, n_layer=3, n_positions=length, vocab_size=51200, activation_function="gelu",
         use_cache=False, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1 * scores,
@@ -377,7 +380,7 @@ def layer_source(hidden: int, heads: int, length: int, samples: int, scores: boo
     with torch.device("meta"):
         model = hf.GPT2LMHeadModel(config)
         tokens = torch.zeros(samples, length, dtype=torch.long)
-    return Source(model, {"input_ids": tokens, "labels": tokens}, torch.bfloat16)
+    return Source(model, {"input_ids": tokens, "labels": tokens}, torch.bfloat16, (*KERNELS, FUSED))
 
 
 def layers_table(found: Sequence[Layer]) -> Table:

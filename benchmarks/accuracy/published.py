@@ -25,6 +25,8 @@ from transformers import AttentionInterface
 from autopart import Mesh, PartitionError, Plan
 from autopart.cli import models as models
 from autopart.frontend.batch import DTYPES
+from autopart.kernels.table import KERNELS
+from autopart.passes.randomness import FUSED
 from autopart.passes.source import Source
 from autopart.planner.make_plan import make_plan
 from autopart.planner.request import Request, read_constraints
@@ -41,6 +43,9 @@ DEVICES = (
 named, is taken for that of 40 GB a device: its batch, twice that of the V100's 32 GB, is about as much as fits."""
 
 Row = Mapping[str, str]
+
+OURS = tuple(name for name in (*KERNELS, FUSED) if name != "rms_norm")
+"""Kernels that the systems of published runs do not have."""
 
 
 @dataclass(frozen=True)
@@ -382,7 +387,7 @@ class Bench:
                     model.set_attn_implementation("several_kernels")
                 if eager:
                     eagerly(model)
-            self.sources[key] = Source(model, batch, DTYPES[row.precision])
+            self.sources[key] = Source(model, batch, DTYPES[row.precision], OURS)
         return self.sources[key]
 
     def mesh(self, row: Published) -> Mesh:

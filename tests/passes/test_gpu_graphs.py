@@ -39,7 +39,7 @@ PLANS = [{}, {"tp": 2, "pp": 2}, {"dp": 2, "tp": 2, "zero": 3, "recompute": "ful
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes that differ by device take the one that they have for GPUs; a CPU still runs the program."""
     randomness, fuse = passes.randomness, passes.fuse
-    monkeypatch.setattr(passes, "randomness", lambda traced, device: randomness(traced, "cuda"))
+    monkeypatch.setattr(passes, "randomness", lambda traced, device, off=(): randomness(traced, "cuda", off))
     monkeypatch.setattr(passes, "fuse", lambda traced, device, off=(): fuse(traced, "cuda", off))
 
 

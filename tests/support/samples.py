@@ -57,6 +57,11 @@ SAMPLES = [
     call("autopart.grouped_linear", f(24, 12), f(12, 24, 12), i(12, 24), False),
     call("autopart.grouped_linear", f(24, 12), f(12, 12, 24), i(12, 24), True),
     # contractions
+    *(
+        call("autopart.dropout_attention", f(12, 12, 12, 5), *kv, mask, 0.1, causal, 0.5, Stream("drop"))
+        for heads, mask, causal in ((12, None, False), (12, None, True), (6, None, True), (12, f(1, 12, 12, 12), False))
+        for kv in [(f(12, heads, 12, 5), f(12, heads, 12, 3))]
+    ),
     call("aten.mm", f(12, 24), f(24, 12)),
     call("aten.bmm", f(12, 4, 12), f(12, 12, 3)),
     call("aten.matmul", f(12, 24), f(24, 36), hints=PARTS),
