@@ -146,7 +146,10 @@ def match(kernel: Kernel, arguments: tuple[Any, ...], node: fx.Node) -> Match | 
     """The match with exactly these arguments whose last output is `node`; None where the trace of the reference differs
     or another operator reads a value inside."""
     sizes = (_Tensor(info(a).shape, info(a).dtype) if isinstance(a, fx.Node) else a for a in arguments)
-    pattern = _exact(kernel, tuple(sizes))
+    try:
+        pattern = _exact(kernel, tuple(sizes))
+    except (RuntimeError, ValueError, TypeError, IndexError):  # the reference takes no such arguments
+        return None
     leaves = [a for a in arguments if isinstance(a, fx.Node)]
     for found in _matches(pattern.outputs[-1], node, dict(zip(pattern.inputs, leaves, strict=True)), _equal):
         outputs = tuple(found[o] for o in pattern.outputs)

@@ -103,3 +103,9 @@ def test_a_plan_says_what_kernels_bring_and_keeps_what_was_left_out() -> None:
     assert without.kernels == () and without.no_fuse == tuple(sorted(KERNELS))
     again = autopart.Plan.from_json(without.to_json())
     assert autopart.check(Formula(rms), "2:cpu", batch, plan=again).gradient_error < 1e-5
+
+
+def test_what_a_reference_cannot_take_is_left() -> None:
+    """A layer norm over two dims, behind a sum."""
+    wide = torch.ones(6, 8)
+    assert fused(lambda x, w: nn.functional.layer_norm(x + x * w, (6, 8), wide))[0] == {}
