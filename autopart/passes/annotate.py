@@ -28,6 +28,9 @@ VIEWS = ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten.using_i
 COMPLEX_PRODUCTS = 4
 """Real matrix products in a complex one: (a + ib)(c + id) = ac - bd + i(ad + bc)."""
 
+IN_PLAIN_TORCH = 4
+"""Bytes of a float32 temporary for each element of a kernel's workspace, where plain torch runs and no Triton."""
+
 Batch = dict[tuple[fx.Node, int], int | None]
 """Value -> its dim that counts samples; None where it has none."""
 
@@ -58,7 +61,9 @@ def annotate(traced: Traced, device: str) -> Traced:
             given = node.args[0]
             assert isinstance(given, fx.Node)
             update_info(node, computes=info(given).dtype)
-            update_info(node, workspace=float(kernel.workspace(*fx.map_arg(tuple(node.args), meta_of))))
+            size = kernel.workspace(*fx.map_arg(tuple(node.args), meta_of))
+            beside = IN_PLAIN_TORCH / info(given).dtype.itemsize if device == "cpu" else 0.0
+            update_info(node, workspace=size * (1.0 + beside))
     return traced
 
 
