@@ -1,11 +1,28 @@
-"""Tests of kernels call the registered operators."""
+"""Tests of kernels call the registered operators.
+
+By default kernels are compiled ahead for one capability: `tests/benchmarks/test_resources.py` holds the table of all of
+them. Where AUTOPART_EXAMPLES is set they are compiled for each.
+"""
 
 import importlib.util
+import os
 
 import pytest
 
 from autopart.kernels import table  # noqa: F401  brings in the kernels
 from autopart.kernels.launch import register_operators
+
+USUAL = 90
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out kernels that are compiled for other capabilities than the usual one."""
+    if "AUTOPART_EXAMPLES" in os.environ:
+        return
+    given = [getattr(item, "callspec", None) for item in items]
+    others = [i for i, spec in zip(items, given, strict=True) if spec and spec.params.get("capability", USUAL) != USUAL]
+    items[:] = [item for item in items if item not in set(others)]
+    config.hook.pytest_deselected(items=others)
 
 
 @pytest.fixture(autouse=True)
