@@ -16,6 +16,8 @@ from autopart.passes.source import Source
 from autopart.planner.make_plan import make_plan, request_of
 from benchmarks.accuracy.memory import measured
 
+pytestmark = pytest.mark.slow
+
 WORDS, WIDTH, SAMPLES, TOKENS = 8192, 64, 8, 512
 SIZES = {
     "vocab_size": WORDS, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2,

@@ -25,6 +25,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=others)
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """What waits for a child that interprets is slow, as is what compiles."""
+    if "interpreted" in getattr(item, "fixturenames", ()) or "compile" in item.name:
+        item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True)
 def _registered() -> None:
     if importlib.util.find_spec("triton"):

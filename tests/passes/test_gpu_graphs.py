@@ -12,6 +12,8 @@ import autopart
 from autopart.compile.programs import sources
 from autopart.passes import source as passes
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"vocab_size": 96, "bos_token_id": 0, "eos_token_id": 0}
 GPT2 = {**SIZES, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "attn_pdrop": 0.3, "resid_pdrop": 0.2}
 BERT = {

@@ -183,6 +183,7 @@ def test_bounds_are_below_the_relaxation(seed: int) -> None:
     assert each * (1 - 1e-6) <= both <= together * (1 + 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_memory_as_a_row_counts_every_iteration(seed: int) -> None:
     space, point = space_of(seed), point_of(seed)

@@ -14,6 +14,8 @@ from autopart.kernels.table import kernel_of
 from autopart.passes.source import prepare
 from benchmarks.coverage.zoo_models import architectures, build
 
+pytestmark = pytest.mark.slow
+
 TASKS = {model_type: task for task, model_type in architectures()}
 CALLS = {
     "llama": {"rms_norm": 3, "add_rms_norm": 2, "rotary": 4, "swiglu": 2},
