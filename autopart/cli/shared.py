@@ -81,8 +81,8 @@ PLAN_OPTIONS: Mapping[str, tuple[type, Any, str]] = {
 }  # fmt: skip
 CONSTRAINT_OPTIONS: Mapping[str, tuple[type, Any, str]] = {
     "force": (list[str], [], 'what has to be so, as "stage 2 starts at layers.10"; may be repeated'),
-    "no_fuse": (list[str], [], "a fused kernel to leave out, as swiglu; may be repeated"),
     "forbid": (list[str], [], 'what may not be so, as "split lm_head.weight over tp"; may be repeated'),
+    "no_fuse": (list[str], [], "a fused kernel to leave out, as swiglu; may be repeated"),
 }
 OPTIONS = {**BATCH_OPTIONS, **PLAN_OPTIONS, **CONSTRAINT_OPTIONS}
 """Name of a shared option -> its type, default and help. A command with an argument `options` has all of them."""

@@ -146,8 +146,6 @@ class Traced:
     """The buffers that the forward pass changes, in the order of the graph's outputs behind the loss."""
     returned: tuple[str, ...] = ()
     """Names of the tensors that the model returns and the loss comes from, as `passes.trace` takes them."""
-    fused: dict[str, int] = field(default_factory=dict)
-    """Name of a fused kernel -> how many calls of it stand in the place of operators."""
     near_misses: tuple[str, ...] = ()
     """Places that are like a fused kernel, but differ from it in constants, dtypes or sizes."""
     mixed_at: str = ""

@@ -1,6 +1,7 @@
-"""Triton kernels, one file a kernel.
+"""Triton kernels, a file for each or for a family. They import torch alone, and Triton inside of functions.
 
-A file has the Triton forward and backward, and the least bytes that each reads and writes. Where `passes.fuse` replaces
-operators by the kernel, the file also has their ``reference`` in plain PyTorch: the pattern that the pass matches, what
-runs where the kernel does not apply, and the oracle of the tests.
+A file has the Triton forward and backward, and a `kernel.Kernel`: a ``reference`` in plain PyTorch, how tensors may be
+split, what backward keeps, the bytes that are moved. The reference is the pattern that `passes.fuse` finds in models,
+what runs where Triton does not, and the oracle of the tests. Read `rms_norm` first. `table` has the kernels that graphs
+call, `forms` the forms in which models write them, `launch` where Triton runs.
 """

@@ -94,6 +94,7 @@ def compile_kernel(
 
     if not isinstance(kernel, triton.JITFunction):
         raise RuntimeError("only a kernel decorated without TRITON_INTERPRET=1 can be compiled")
+    constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
     types = {name: "constexpr" if name in constexprs else signature[name] for name in kernel.arg_names}
     attrs = {(place,): _ALIGNED for place, name in enumerate(kernel.arg_names) if name in aligned}
     source = ASTSource(kernel, types, dict(constexprs), attrs)

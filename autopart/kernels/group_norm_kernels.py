@@ -111,8 +111,7 @@ def compile_ahead(
         options = sizes.options | constexprs | {"SILU": silu, "PARTS": MAX_PARTS, "BLOCK": TILE}
         options |= {"WIDTH": power_of_two(sizes.width)} | {name: 1 for name, value in integers.items() if value == 1}
         warps = MOMENTS_WARPS if kernel is kernels().moments else options["num_warps"]
-        values = {name: value for name, value in options.items() if name in kernel.arg_names}
-        return compile_kernel(kernel, signature, values, capability, warps, aligned - constexprs.keys())
+        return compile_kernel(kernel, signature, options, capability, warps, aligned - constexprs.keys())
 
     moments, forward, backward = kernels()
     if sizes.whole:

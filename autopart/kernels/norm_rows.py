@@ -91,11 +91,10 @@ def compile_ahead(
     constexprs |= {"DWEIGHT": "weight" not in absent, "DBIAS": "bias" not in absent} | form.constexprs
     constexprs |= dict.fromkeys(lengths, 1) if d == 1 else {}
     aligned = {*types, *(lengths if d % 16 == 0 else ())} - missing
-    found = {}
-    for name, kernel in kernels()._asdict().items():
-        values = {key: value for key, value in constexprs.items() if key in kernel.arg_names}
-        found[name] = compile_kernel(kernel, signature, values, capability, _warps(d), aligned)
-    return found
+    return {
+        name: compile_kernel(kernel, signature, constexprs, capability, _warps(d), aligned)
+        for name, kernel in kernels()._asdict().items()
+    }
 
 
 @functools.cache

@@ -28,6 +28,7 @@ from autopart.kernels import dropout
 from autopart.kernels.ahead import Usage, compile_kernel
 from autopart.kernels.kernel import Bytes, Kernel
 from autopart.kernels.launch import TRITON_NAMES, launch, power_of_two, processors, runs_on, triton_op
+from autopart.kernels.plain_dropout import dropped
 
 tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals
 stays: Any
@@ -52,7 +53,7 @@ def reference(
 ) -> Tensor:
     """`residual_dropout` by separate operators."""
     h = x if bias is None else x + bias
-    return residual + _Dropout.apply(h, rows, columns, threshold, scale)
+    return residual + dropped(h, rows, columns, threshold, scale)
 
 
 def residual_dropout(
@@ -95,25 +96,6 @@ def stochastic_depth(
     if _kernels_apply(x, None, residual, rows, columns):
         return torch.ops.autopart.residual_dropout(x, None, residual, rows, columns, threshold, float(scale), True)
     return depth_reference(x, residual, rows, columns, threshold, scale)
-
-
-class _Dropout(torch.autograd.Function):
-    """Dropout in plain torch, whose backward computes the mask again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, columns: Tensor, threshold: int, scale: float) -> Tensor:
-        ctx.save_for_backward(rows, columns)
-        ctx.constants = threshold, scale
-        return _by_blocks(x, rows, columns, threshold, scale)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Optional, ...]:
-        return _by_blocks(gradients[0], *ctx.saved_tensors, *ctx.constants), None, None, None, None
-
-
-def _by_blocks(x: Tensor, rows: Tensor, columns: Tensor, threshold: int, scale: float) -> Tensor:
-    flat = x.reshape(rows.numel(), len(columns)).contiguous()
-    return dropout.by_blocks(flat, rows.flatten(), columns, threshold, scale).view(x.shape)
 
 
 def bytes_moved(x: Tensor, bias: Optional, residual: Tensor, *rest: Any) -> Bytes:

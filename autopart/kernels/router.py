@@ -97,11 +97,10 @@ def compile_rows(
     aligned = set(signature)
     signature |= dict.fromkeys(("rows", "experts", "stride"), "i32")
     constexprs = {**block(experts), "K": k, "TOP": power_of_two(k), "RENORMALISE": True, "MASK": True}
-    made = {}
-    for name, kernel in functions.items():
-        mine = {key: value for key, value in constexprs.items() if key in kernel.arg_names}
-        made[name] = compile_kernel(kernel, signature, mine, capability, 4, aligned)
-    return made
+    return {
+        name: compile_kernel(kernel, signature, constexprs, capability, 4, aligned)
+        for name, kernel in functions.items()
+    }
 
 
 @functools.cache

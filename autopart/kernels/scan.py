@@ -148,11 +148,10 @@ def compile_ahead(capability: int, p: int = 64, n: int = 128, dtype: torch.dtype
     options = {"SCALES": True, "SKIP": True, "REVERSE": False, "WIDE": False, "PRECISION": "ieee"}
     exact = dtype == torch.float32
     options |= tile(p, n, CHUNK, exact)
-    made = {}
-    for name, kernel in kernels()._asdict().items():
-        constexprs = {key: value for key, value in options.items() if key in kernel.arg_names}
-        made[name] = compile_kernel(kernel, signature, constexprs, capability, warps(p, n, exact), aligned)
-    return made
+    return {
+        name: compile_kernel(kernel, signature, options, capability, warps(p, n, exact), aligned)
+        for name, kernel in kernels()._asdict().items()
+    }
 
 
 @triton_op("autopart::scan", mutates_args=())

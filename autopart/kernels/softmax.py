@@ -273,11 +273,10 @@ def compile_ahead(
     options = _options(keys)
     warps = options.pop("num_warps")
     aligned = {*types, *(lengths if keys % 16 == 0 else ())}
-    usage = {}
-    for name, kernel in kernels()._asdict().items():
-        constexprs = {key: value for key, value in (flags | options).items() if key in kernel.arg_names}
-        usage[name] = compile_kernel(kernel, signature, constexprs, capability, warps, aligned)
-    return usage
+    return {
+        name: compile_kernel(kernel, signature, flags | options, capability, warps, aligned)
+        for name, kernel in kernels()._asdict().items()
+    }
 
 
 def masked_bytes(scores: Tensor, *others: Any) -> Bytes:

@@ -32,7 +32,7 @@ def _peak(function: Callable[..., Any], arguments: tuple[Any, ...], tensors: tup
     wanted = [a for a, tensor in zip(given, tensors, strict=True) if tensor and a.requires_grad]
     with _Alive(least) as alive:
         results = function(*given)
-        start = _Start.apply(*(o for o in (results if isinstance(results, (tuple, list)) else (results,))))
+        start = _Start.apply(*(results if isinstance(results, (tuple, list)) else (results,)))
         del results
         saved = alive.count()
         alive.peak = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
@@ -26,13 +26,12 @@ def fuse(traced: Traced, device: str, off: Collection[str] = ()) -> Traced:
 
     Kernels in `off` are left out, and on `device` "cpu" those that pay on GPUs alone.
 
-    The largest pattern is tried first. `Traced.fused` counts the calls of each kernel, `Traced.near_misses` has what
-    differs from a kernel in constants, dtypes or sizes alone.
+    The largest pattern is tried first. `Traced.near_misses` has what differs from a kernel in constants, dtypes or
+    sizes alone.
     """
     for name in off:
         if name not in KERNELS and name != FUSED:
             raise not_known("no_fuse", name, [*KERNELS, FUSED])
-    fused: Counter[str] = Counter()
     missed: dict[fx.Node, str] = {}
     kernels = [k for k in KERNELS.values() if k.name not in off and (k.on_cpu or device != "cpu")]
     by_operator = _by_operator(kernels, {info(n).name for n in calls(traced.graph)})
@@ -44,14 +43,13 @@ def fuse(traced: Traced, device: str, off: Collection[str] = ()) -> Traced:
             before = found and _place(traced.graph, found)
             if found and before:
                 _replace(traced.graph, kernel, found, before)
-                fused[kernel.name] += 1
                 missed.pop(node, None)
                 break
             if near:
                 missed.setdefault(node, kernel.name)
-    near_misses = Counter(f"{name} at {info(node).source or info(node).name}" for node, name in missed.items())
     traced.graph.eliminate_dead_code()
-    traced.fused, traced.near_misses = dict(fused), tuple(near_misses)
+    places = (f"{name} at {info(node).source or info(node).name}" for node, name in missed.items())
+    traced.near_misses = tuple(dict.fromkeys(places))
     return traced
 
 
