@@ -77,16 +77,17 @@ class _Result:
 
 @dataclass
 class _Read:
-    """Stands, until backward, for a view of the memory of a recomputed tensor. `node` saves the recomputed tensor."""
+    """Stands, until backward, for a view of the memory of a recomputed tensor. The node that made `end` saves the
+    recomputed tensor: `end` is held because in torch 2.11 a Function's node lives no longer than its output."""
 
     index: int
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
-    node: Any = None
+    end: Any = None
 
     def tensor(self) -> Tensor:
-        (whole,) = self.node.saved_tensors
+        (whole,) = self.end.grad_fn.saved_tensors
         return torch.as_strided(whole, self.size, self.stride, self.offset)
 
 
@@ -110,7 +111,7 @@ class _First:
         with saved_tensors_hooks(pack, lambda packed: packed if isinstance(packed, Tensor) else packed.tensor()):
             outputs = function()
         for read in reads:
-            read.node = _save(recomputed[read.index])
+            read.end = _save(recomputed[read.index])
         detached = _detached(outputs) if save else None
         self.results.append(_Result(detached, _versions(detached), tuple(read.index for read in reads)))
         return outputs
@@ -170,10 +171,10 @@ class _Save(torch.autograd.Function):
         return None, None
 
 
-def _save(value: Tensor) -> Any:
-    """The node of the autograd graph whose `saved_tensors` has the value."""
+def _save(value: Tensor) -> Tensor:
+    """An empty tensor, made by the node of the autograd graph whose `saved_tensors` has the value."""
     switch = torch.empty(0, requires_grad=True)  # with which autograd makes a node, whether or not `value` needs one
-    return _Save.apply(switch, value.detach()).grad_fn
+    return _Save.apply(switch, value.detach())
 
 
 def _versions(outputs: Any) -> tuple[int, ...]:
