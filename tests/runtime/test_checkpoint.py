@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import random
-import subprocess
 import sys
 import threading
 import warnings
@@ -18,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint
-from checkpoint_worker import CHAINS, STEPS, Odd
+from checkpoint_worker import CHAINS, STEPS, Odd, train_chains
 from on_ranks import on_ranks
+from ranks import run_apart
 from torch import Tensor, nn
 
 import autopart
@@ -32,7 +32,6 @@ from autopart.runtime.groups import Groups
 from autopart.runtime.parameters import fill, weight, weight_slice
 from autopart.runtime.process_group import Group
 
-WORKER = Path(__file__).parents[1] / "support" / "checkpoint_worker.py"
 LIMIT = {"gpt2": 1e-12, "odd": 1e-5, "mixed": 5e-2, "norm": 1e-5}
 """Relative error of losses against an uninterrupted run."""
 
@@ -44,8 +43,7 @@ LIMIT = {"gpt2": 1e-12, "odd": 1e-5, "mixed": 5e-2, "norm": 1e-5}
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which the worker left what it trained."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
-    subprocess.run([sys.executable, str(WORKER), str(folder)], env=env, check=True)
+    assert run_apart(train_chains, folder) == 0
     return folder
 
 
@@ -355,7 +353,7 @@ def test_what_does_not_fit_is_refused(saved: Saved, tmp_path: Path) -> None:
     scheduler = torch.optim.lr_scheduler.StepLR(compiled.executor.optimizer, 1)
     assert "no scheduler" in refused(lambda: compiled.load(folder, scheduler=scheduler))
     assert "no checkpoint in" in refused(lambda: compiled.load(folder / "nowhere"))
-    for extra, named in ((lambda: 0, "extra"), ({"x": Path()}, "extra"), (WORKER, "extra")):
+    for extra, named in ((lambda: 0, "extra"), ({"x": Path()}, "extra"), (Path(), "extra")):
         assert f"cannot hold this {named}" in refused(lambda extra=extra: compiled.save(folder, extra=extra))
     compiled.executor.optimizer = None
     with pytest.warns(UserWarning, match="states were not loaded; call compiled.optimizer first"):

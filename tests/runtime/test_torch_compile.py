@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch_compile_worker
+from ranks import run_apart
 from torch import nn
 
 import autopart
 from autopart.compile.check import worst_error
-from autopart.runtime.launch import launch
 
 TABLE: list[dict[str, Any]] = [
     {"tp": 2, "dp": 2, "zero": 3, "recompute": "full"},
@@ -24,10 +23,9 @@ TABLE: list[dict[str, Any]] = [
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_blocks_that_are_compiled_train_as_they_do_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_that_are_compiled_train_as_they_do_without(tmp_path: Path) -> None:
     """Other sizes, evaluation and dropout included. Blocks of a stage share what is compiled."""
-    monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
-    assert launch([sys.executable, torch_compile_worker.__file__, json.dumps(TABLE), str(tmp_path)], 4) == 0
+    assert run_apart(torch_compile_worker.train, TABLE, tmp_path) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     for settings, one in zip(TABLE, found, strict=True):
         for error, name in one["far"]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Mlp, batch_for, build
+from ranks import run_apart
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from weights_worker import on_meta, same
+from weights_worker import on_meta, same, train_all
 
 import autopart
 from autopart.compile.given_weights import given_weights
@@ -36,15 +34,13 @@ from autopart.runtime.weight_files import size_of
 from autopart.runtime.weight_folder import WeightFolder
 from autopart.sharding.notation import Placement
 
-WORKER = Path(__file__).parents[1] / "support" / "weights_worker.py"
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("weights")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
-    subprocess.run([sys.executable, str(WORKER), str(folder)], env=env, check=True)
+    assert run_apart(train_all, folder) == 0
     return folder, json.loads((folder / "found.json").read_text())
 
 

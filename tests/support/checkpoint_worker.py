@@ -1,7 +1,5 @@
 """Ranks of tests/runtime/test_checkpoint.py: models are trained under one plan after another, each on as many forks of
 this process as it has ranks, and each from the checkpoint of the one before.
-
-argv: the folder for checkpoints and results, a folder with results.json for each chain.
 """
 
 from __future__ import annotations
@@ -10,7 +8,6 @@ import dataclasses
 import json
 import os
 import resource
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -162,12 +159,12 @@ def full_disk(model: nn.Module, batch: Batch, plan: autopart.Plan, folder: Path)
     (folder.parent / f"{compiled.rank}.json").write_text(json.dumps(found))
 
 
-def main() -> None:
-    """Plan for all chains, then run them."""
+def train_chains(results: Path) -> None:
+    """Plan for all chains, then run them: a folder of checkpoints and results for each."""
     torch.set_num_threads(1)
     trace_once()
     for name, legs in CHAINS.items():
-        folder = Path(sys.argv[1]) / name
+        folder = results / name
         folder.mkdir()
         model, batch = build(name)
         plans = [planned(model, batch, *each) for each in legs]
@@ -175,10 +172,6 @@ def main() -> None:
             run_forked(partial(leg, model, batch, plan, folder, number, seed=number), ranks)
         one = planned(model, batch, 1, MIXED if name == "mixed" else next(asked for ranks, asked in legs if ranks == 1))
         run_forked(partial(alone, model, batch, one, folder, STEPS * len(legs)), 1)
-    folder = Path(sys.argv[1]) / "full" / "checkpoints"
+    folder = results / "full" / "checkpoints"
     folder.mkdir(parents=True)
     run_forked(partial(full_disk, model, batch, plans[0], folder), 2)
-
-
-if __name__ == "__main__":
-    main()

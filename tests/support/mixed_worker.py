@@ -1,7 +1,5 @@
 """Ranks of tests/runtime/test_mixed.py, forks of this process: they train models with master copies, each under every
 configuration of its table, and rank 0 holds them against one process that does so by hand.
-
-argv: the tables (model -> list of keywords) as JSON, the file for the results.
 """
 
 from __future__ import annotations

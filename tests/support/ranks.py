@@ -28,7 +28,10 @@ from autopart.runtime import watchdog
 from autopart.runtime.launch import launch
 
 SERVER = get_context("forkserver")
-SERVER.set_forkserver_preload(["exact_worker", "zoo_worker"])
+WORKERS = "agreement chaos checkpoint exact mixed restart torch_compile trainer weights zoo"
+LATE = ("autopart.compile.trainer", "networkx", "torch._inductor.utils")
+"""What is imported where it is needed first: by most forks of the server, if not by the server."""
+SERVER.set_forkserver_preload([*(f"{name}_worker" for name in WORKERS.split()), *LATE])
 
 
 def run_apart(work: Callable[..., None], *arguments: Any) -> int:

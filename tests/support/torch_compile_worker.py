@@ -1,15 +1,16 @@
-"""One of the 4 ranks of tests/runtime/test_torch_compile.py: a process of its own, not a fork."""
+"""Ranks of tests/runtime/test_torch_compile.py: they train with torch.compile and without."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from ranks import run_forked
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -106,5 +107,7 @@ def be_a_rank(table: Sequence[Mapping[str, Any]], folder: Path) -> None:
         (folder / "found.json").write_text(json.dumps(found))
 
 
-if __name__ == "__main__":
-    be_a_rank(json.loads(sys.argv[1]), Path(sys.argv[2]))
+def train(table: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """`be_a_rank` on four forks of this process."""
+    torch.set_num_threads(1)
+    run_forked(partial(be_a_rank, table, folder), 4)

@@ -1,7 +1,5 @@
 """Four ranks of tests/runtime/test_weights.py, forks of this process: models on meta get their weights from a folder or
 by their own initialisation, are trained, and are written again.
-
-argv: a folder for weights and results.
 """
 
 from __future__ import annotations
@@ -100,9 +98,8 @@ def work(folder: Path, tasks: list[Any]) -> None:
         (folder / "found.json").write_text(json.dumps(found))
 
 
-def main() -> None:
+def train_all(folder: Path) -> None:
     """Trace and plan for all ranks, then run them."""
-    folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -119,7 +116,3 @@ def main() -> None:
     known = SimpleNamespace(of=lambda model, *_: sources[type(model)])
     setattr(sys.modules["autopart.compile.api"], "Source", known)  # noqa: B010
     run_forked(partial(work, folder, tasks), RANKS)
-
-
-if __name__ == "__main__":
-    main()
