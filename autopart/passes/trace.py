@@ -17,7 +17,7 @@ from autopart.frontend.layer_sampling import SampledLayers, digest
 from autopart.frontend.no_gradient import reaches
 from autopart.frontend.source_lines import own_frames, source_line
 from autopart.frontend.torch_private import tree_unflatten
-from autopart.ir.graph import KEY, Info, Traced, has_gradient, placeholders
+from autopart.ir.graph import KEY, Info, Traced, has_gradient, info, placeholders, update_info
 from autopart.ir.random_ops import Stream, returned
 from autopart.sharding.rules import flatten, is_contraction, op_name
 
@@ -68,6 +68,7 @@ def trace(
             node.meta[KEY] = _record(node, *kinds.get(node.name, ("input", node.name)))
         else:
             node.meta[KEY] = _record(node, "op", op_name(node.target))
+    _own_constants(graph, frozenset(name for name, _ in lifted.values()))
     _check_dtypes(graph)
     _check_gradient(graph.output_node().args[0], model)
     buffers = _buffers(model, dict(lifted.values()), placeholders(graph, "buffer"))
@@ -185,6 +186,15 @@ def _merge_constants(graph: fx.Graph, exported: torch.export.ExportedProgram) ->
                 node.replace_all_uses_with(first[name])
                 graph.erase_node(node)
     return found
+
+
+def _own_constants(graph: fx.Graph, constants: frozenset[str]) -> None:
+    """Give a constant that the operators of one block alone read the block's label, so that equal blocks may have
+    constants of other values."""
+    for node in placeholders(graph, "buffer"):
+        layers = {info(user).layer for user in node.users if KEY in user.meta}
+        if info(node).name in constants and len(layers) == 1:
+            update_info(node, layer=layers.pop())
 
 
 def _drop_assertions(graph: fx.Graph) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 from collections.abc import Callable
 from typing import Any
@@ -209,6 +210,14 @@ class Masked(Block):
         return super().forward(torch.where(self.mask * 2 > 0, x, 0.5 * x))
 
 
+class Drawn(Block):
+    """Makes a constant of its own, whose values are drawn by the block's number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = torch.tensor(random.Random(self.number).sample(range(WIDTH), WIDTH))
+        return super().forward(x) + x[:, order]
+
+
 def alternating() -> nn.Module:
     blocks: list[nn.Module] = [Block(i) for i in range(12)]
     for block in blocks[::2]:
@@ -244,6 +253,7 @@ SHORT: dict[str, Callable[[], nn.Module]] = {
     "the first everywhere": lambda: Everywhere(blocks()),
     "others that do not run": lambda: Idle(blocks()),
     "a buffer each": lambda: Stack(blocks(Masked)),
+    "a constant each": lambda: Stack(blocks(Drawn)),
 }
 WHOLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "every block its width": (lambda: Stack([Block(i, 16 + i) for i in range(9)]), ""),
