@@ -16,6 +16,7 @@ import transformers as hf
 from models import WIDTH, WORDS, Batch, batch_for, build
 from torch import Tensor, nn
 
+from autopart.errors import PartitionError
 from autopart.frontend.layer_sampling import sampled_layers
 from autopart.hardware.mesh import Mesh
 from autopart.ir.layered_graph import LayeredGraph, used_parameters
@@ -266,6 +267,59 @@ WHOLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
+class Asking(Block):
+    """Multiplies by a number that depends on the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * x.sum().item()
+
+
+class Branching(Block):
+    """Does what depends on the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+class Drawing(Block):
+    """Draws from Python's random numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (random.random() < 0.5)
+
+
+class Turning(Block):
+    """Has a backward of its own that is no derivative."""
+
+    class Turned(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+            return -gradients[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.Turned.apply(super().forward(x))  # type: ignore[no-any-return]
+
+
+class Mixing(Block):
+    """Multiplies two dtypes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(x).double() @ self.down.weight.T
+
+
+REFUSED = {
+    Asking: "a number depends on data",
+    Branching: "cannot trace the model",
+    Drawing: "draws from Python's",
+    Turning: "calls an autograd.Function",
+    Mixing: "a product of",
+}
+
+
 def numbers() -> Batch:
     return batch_for("mlp", torch.float32)
 
@@ -351,6 +405,18 @@ def test_another_micro_batch_begins_with_the_blocks_that_stood_for_all(name: str
     assert second.traced_in_full == first.traced_in_full
     assert re.search(why, second.traced_in_full)
     assert second.hash == first.hash
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_an_operator_that_is_refused_is_not_traced_in_more_blocks(kind: Callable[[int], nn.Module]) -> None:
+    source, traces = Source(Stack(blocks(kind)), numbers(), torch.float32), []
+    own = source._traced
+    with (
+        mock.patch.object(source, "_traced", lambda *args: traces.append(args) or own(*args)),
+        pytest.raises(PartitionError, match=REFUSED[kind]),
+    ):
+        source.sampled(2, MESH)
+    assert len(traces) == 1
 
 
 @pytest.mark.slow
