@@ -33,6 +33,10 @@ class PartitionError(ValueError):
         return type(self), (self.what, self.why, self.try_)
 
 
+class OperatorError(PartitionError):
+    """What the forward pass does in one place is refused: other operators, traced or not, would not change that."""
+
+
 def closest(name: str, known: Iterable[str]) -> list[str]:
     """What may have been meant by a name: those that begin with it, else the one most alike.
 

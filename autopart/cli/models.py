@@ -242,14 +242,19 @@ def _build(model_class: Any, config: Any, meta: bool) -> nn.Module:
     return model
 
 
-def fill_buffers(model: nn.Module) -> None:
-    """Give a transformers model that was made on meta its buffers, on the CPU; parameters stay on meta."""
-    for module in model.modules():
-        own = {k: v for k, v in module.named_buffers(recurse=False) if v.is_meta}
-        for name, value in own.items():
-            setattr(module, name, torch.zeros_like(value, device="cpu"))
-        if own:
-            model._init_weights(module)  # type: ignore[operator]
+def fill_buffers(module: nn.Module, within: Any = None) -> None:
+    """Give a transformers model that was made on meta its buffers, on the CPU; parameters stay on meta.
+
+    `within` is the innermost model of transformers that the module is in: that one initialises the module.
+    """
+    within = module if hasattr(module, "_init_weights") else within
+    own = {k: v for k, v in module.named_buffers(recurse=False) if v.is_meta}
+    for name, value in own.items():
+        setattr(module, name, torch.zeros_like(value, device="cpu"))
+    if own:
+        within._init_weights(module)
+    for child in module.children():
+        fill_buffers(child, within)
 
 
 def _text_batch(config: Any, samples: int, sequence: int | None) -> Batch:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from autopart.errors import PartitionError
+from autopart.errors import OperatorError
 
 TOLERANCE = 1e-6
 """The largest relative error in float64. Hand-written derivatives round their constants."""
@@ -42,38 +42,50 @@ class CustomFunction:
     args: tuple[Any, ...]
     where: str
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """The same for calls that one check speaks for: of one function, with arguments that differ in tensors' values
+        alone."""
+        return self.function, *(
+            (tuple(a.shape), a.dtype, a.requires_grad) if isinstance(a, torch.Tensor) else repr(a) for a in self.args
+        )
+
     def check(self) -> None:
-        """Raise PartitionError unless the function's backward is the derivative of its forward for this call."""
-        own, why = {s: s for s in self._sizes()}, ""
+        """Raise OperatorError unless the function's backward is the derivative of its forward for this call.
+
+        Its own sizes, if large, are tried only where no smaller ones could be or where these disagree.
+        """
+        own, why, agreed = {s: s for s in self._sizes()}, "", False
         if self._elements(own) > ALWAYS_AT_OWN_SIZES:
-            wrong, failed = self._tried(self._smaller())
-            if not (wrong or failed):
-                return
-            why = wrong or f"{failed}, at sizes smaller than its own {self._elements(own):,} elements"
-        if self._elements(own) <= MAX_AT_OWN_SIZES:
-            wrong, failed = self._tried([own])
+            right, wrong, failed = self._tried(self._smaller())
+            why, agreed = wrong, right != bool(wrong)
+            if not (right or wrong):
+                why = f"{failed}, at sizes smaller than its own {self._elements(own):,} elements"
+        if not agreed and self._elements(own) <= MAX_AT_OWN_SIZES:
+            _, wrong, failed = self._tried([own])
             why = wrong or failed
         if why:
-            raise PartitionError(
+            raise OperatorError(
                 f"the forward pass calls an autograd.Function, {self.function.__name__} ({self.where})",
                 f"a trace sees its forward only, and {why}",
                 "plain torch operators, or another implementation of the layer if the model has one",
             )
 
-    def _tried(self, every: Iterable[Sizes]) -> tuple[str, str]:
-        """In words, what is wrong at some of these sizes ("" for nothing), and why no sizes could be tested ("" if any
-        were)."""
-        failed, ran = "its backward could not be held against its forward: there are too many elements", False
+    def _tried(self, every: Iterable[Sizes]) -> tuple[bool, str, str]:
+        """Whether the derivative is right at some of these sizes; in words, what is wrong at others ("" for nothing),
+        and why no sizes could be tested ("" if any were)."""
+        failed, right, wrong = "its backward could not be held against its forward: there are too many elements", False, ""
         for sizes in every:
             try:
                 error = next((e for scale in SCALES if (e := self._error(scale, sizes)) == e), float("nan"))
             except Exception as failure:
                 failed = f"its backward could not be held against its forward: {type(failure).__name__}: {failure}"
                 continue
-            if not error <= TOLERANCE:
-                return f"its backward is not the derivative of its forward: off by {error:.1e}", ""
-            ran = True
-        return "", "" if ran else failed
+            if error <= TOLERANCE:
+                right = True
+            else:
+                wrong = wrong or f"its backward is not the derivative of its forward: off by {error:.1e}"
+        return right, wrong, "" if right or wrong else failed
 
     def _sizes(self) -> list[int]:
         """The sizes of the dims of all arguments, each once, in order."""

@@ -17,7 +17,7 @@ import torch
 import torch.utils.checkpoint
 from torch import fx, nn
 
-from autopart.errors import PartitionError
+from autopart.errors import OperatorError, PartitionError
 from autopart.frontend.autograd_functions import CustomFunction
 from autopart.frontend.fake_model import fake_model, fake_tensor, gather_experts, without_caches
 from autopart.frontend.functionalize import functional
@@ -65,8 +65,9 @@ def export(
                 "torch.fx's graph modules have another of that name",
                 "another name for it, or this model inside of another module",
             ) from error
-        names = ("sdpa", "eager") if not sampled else ()
-        other = next((name for name in names if _traces_with(model, inputs, dtype, name)), "")
+        final = not sampled or _depends_on_data(error)
+        names = ("sdpa", "eager") if final else ()
+        other = next((name for name in names if _traces_with(model, inputs, dtype, name, sampled)), "")
         raise _untraceable(error, other) from error
 
 
@@ -109,10 +110,10 @@ def _export(
         detach_no_grad_values(exported)
         exported = functional(exported)
         note_scalars(exported, {n for n, p in model.named_parameters() if p.requires_grad})
-    for function in custom:
+    for function in {function.key: function for function in reversed(custom)}.values():
         function.check()
     if drawn is None and foreign_random() != before and not _never_matters(model, inputs, dtype, sampled):
-        raise PartitionError(
+        raise OperatorError(
             "the forward pass draws from Python's or numpy's random",
             "a trace would keep the one outcome it saw",
             "layerdrop=0 in the config, or torch.rand",
@@ -128,13 +129,19 @@ def _never_matters(
     return str(least.graph) == str(largest.graph)
 
 
-def _traces_with(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype | None, attention: str) -> bool:
+def _traces_with(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    attention: str,
+    sampled: Sequence[SampledLayers],
+) -> bool:
     """Whether the model can be traced with the attention function `attention` of transformers, if that is another."""
     current = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if current in (None, attention) or not hasattr(model, "set_attn_implementation"):
         return False
     try:
-        _export(model, inputs, dtype, attention=attention)
+        _export(model, inputs, dtype, sampled, attention)
     except Exception:
         return False
     return True
@@ -142,11 +149,21 @@ def _traces_with(model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype
 
 def _untraceable(error: Exception, attention: str) -> PartitionError:
     where = user_line(traceback.extract_tb(error.__traceback__))
-    reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+    reason = _reason(error)
     advice = "see whether model(**batch) runs by itself; if it does, other operators in that line"
-    if "DataDependent" in reason:
+    kind = OperatorError if _depends_on_data(error) else PartitionError
+    if kind is OperatorError:
         reason = "what it does depends on the values of tensors"
         advice = "take values that depend on data (.item(), if x.sum() > 0, nonzero) out of the forward pass"
     if attention:
         advice = f'model.set_attn_implementation("{attention}"): the same function, and it can be traced'
-    return PartitionError("torch.export cannot trace the model", f"{where}  {reason}", advice)
+    return kind("torch.export cannot trace the model", f"{where}  {reason}", advice)
+
+
+def _depends_on_data(error: Exception) -> bool:
+    """Whether the forward pass asks for the value of a tensor."""
+    return "DataDependent" in _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"

@@ -19,7 +19,7 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
-from autopart.errors import PartitionError
+from autopart.errors import OperatorError
 from autopart.frontend.autograd_functions import CustomFunction
 from autopart.frontend.source_lines import PACKAGES, user_line
 from autopart.frontend.torch_private import stack_traces
@@ -112,7 +112,7 @@ def no_tensor_hooks() -> Iterator[None]:
     """Refuse hooks on gradients, which a trace does not see."""
 
     def register(tensor: torch.Tensor, hook: Any) -> Any:
-        raise PartitionError(
+        raise OperatorError(
             f"the forward pass puts a hook on a gradient ({user_line(traceback.extract_stack())})",
             "a trace does not see it, and gradients would be others if it changes them",
             "a scale or a clamp of the loss, or of gradients after backward",

@@ -45,10 +45,10 @@ def is_own_name(name: str, label: str) -> bool:
 
 
 def is_own(node: fx.Node, label: str) -> bool:
-    """Whether a value that no segment makes belongs to the block of this label alone: it is a buffer of the block, or
-    made in the block from buffers and inputs."""
+    """Whether a value that no segment makes belongs to the block of this label alone: it is a buffer or a constant of
+    the block, or made in the block from buffers and inputs."""
     record = info(node)
-    return is_own_name(record.name, label) if record.kind == "buffer" else bool(label) and record.layer == label
+    return is_own_name(record.name, label) or (bool(label) and record.layer == label)
 
 
 class Fingerprints:
@@ -72,6 +72,7 @@ class Fingerprints:
                 text = self.call(node, {n: ("outside", self.outside(n, label)) for n in node.all_input_nodes}, label)
             else:
                 name = own_name(record.name, label) if record.kind == "buffer" else record.name
+                name = "a constant" if record.kind == "buffer" and record.layer == label != "" else name
                 text = repr((record.kind, name, self.sizes(node), record.dtypes))
             found = self.known[node, label] = hashlib.sha256(text.encode()).hexdigest()[:16]
         return found

@@ -19,7 +19,7 @@ from autopart.kernels.table import kernel_of
 from autopart.passes.backward_peak import gradient_copies
 from autopart.passes.mean_loss import first_mixing
 from autopart.sharding.notation import Placement
-from autopart.sharding.rules import flops, is_contraction, product_of, strategies
+from autopart.sharding.rules import flops, is_contraction, product_of, strategies, sums_up
 
 VIEWS = ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten.using_ints", "aten.expand")
 """Operators whose rule has no letter for a dim of size 1. A single sample in dim 0 stays in dim 0."""
@@ -45,8 +45,9 @@ def annotate(traced: Traced, device: str) -> Traced:
             continue
         work = flops(record.name, shape_args(node), record.shapes)
         work *= COMPLEX_PRODUCTS if record.dtype.is_complex and is_contraction(record.name) else 1
-        update_info(node, flops=work, product=is_contraction(record.name))
-        if is_contraction(record.name):
+        contracts = is_contraction(record.name)
+        update_info(node, flops=work, product=contracts and sums_up(record.name, shape_args(node), record.shapes))
+        if contracts:
             _matrix(node, batch)
     _logits(traced.graph)
     mixes = first_mixing(traced.graph) if traced.micro_batch > 1 else None

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from autopart.errors import PartitionError
+from autopart.errors import OperatorError, PartitionError
 from autopart.frontend.batch import DTYPES, Batch, outline
 from autopart.frontend.layer_sampling import SampledLayers, UnlikeLayers, longer, sampled_layers
 from autopart.hardware.mesh import Mesh
@@ -106,7 +106,8 @@ class Source:
         """A trace with as many lists of blocks sampled as possible.
 
         A list whose first blocks do not stand for all is sampled with more blocks, then traced in full. Where the model
-        cannot be traced with several lists sampled, only the longest is sampled, then none.
+        cannot be traced with several lists sampled, only the longest is sampled, then none. An operator that is refused
+        would be refused with more blocks too.
         """
         sampled, traced_in_full = self.sampling or (sampled_layers(self.model), {})
         while sampled:
@@ -118,6 +119,8 @@ class Source:
                 sampled, path = longer(sampled, unlike.sample), unlike.sample.path
                 if all(sample.path != path for sample in sampled):
                     traced_in_full = {**traced_in_full, path: str(unlike)}
+            except OperatorError:
+                raise
             except PartitionError as error:
                 most = max(sample.blocks for sample in sampled)
                 rest = tuple(sample for sample in sampled if sample.blocks == most)

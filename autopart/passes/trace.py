@@ -11,13 +11,13 @@ from torch import fx, nn
 from torch.export.graph_signature import OutputKind, TensorArgument
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
-from autopart.errors import PartitionError
+from autopart.errors import OperatorError, PartitionError
 from autopart.frontend.export import export
 from autopart.frontend.layer_sampling import SampledLayers, digest
 from autopart.frontend.no_gradient import reaches
 from autopart.frontend.source_lines import own_frames, source_line
 from autopart.frontend.torch_private import tree_unflatten
-from autopart.ir.graph import KEY, Info, Traced, has_gradient, placeholders
+from autopart.ir.graph import KEY, Info, Traced, has_gradient, info, placeholders, update_info
 from autopart.ir.random_ops import Stream, returned
 from autopart.sharding.rules import flatten, is_contraction, op_name
 
@@ -68,6 +68,7 @@ def trace(
             node.meta[KEY] = _record(node, *kinds.get(node.name, ("input", node.name)))
         else:
             node.meta[KEY] = _record(node, "op", op_name(node.target))
+    _own_constants(graph, frozenset(name for name, _ in lifted.values()))
     _check_dtypes(graph)
     _check_gradient(graph.output_node().args[0], model)
     buffers = _buffers(model, dict(lifted.values()), placeholders(graph, "buffer"))
@@ -187,6 +188,15 @@ def _merge_constants(graph: fx.Graph, exported: torch.export.ExportedProgram) ->
     return found
 
 
+def _own_constants(graph: fx.Graph, constants: frozenset[str]) -> None:
+    """Give a constant that the operators of one block alone read the block's label, so that equal blocks may have
+    constants of other values."""
+    for node in placeholders(graph, "buffer"):
+        layers = {info(user).layer for user in node.users if KEY in user.meta}
+        if info(node).name in constants and len(layers) == 1:
+            update_info(node, layer=layers.pop())
+
+
 def _drop_assertions(graph: fx.Graph) -> None:
     """Remove assertions on data, and the numbers that only they read."""
     for node in reversed(graph.nodes):
@@ -196,7 +206,7 @@ def _drop_assertions(graph: fx.Graph) -> None:
 
 
 def _check_dtypes(graph: fx.Graph) -> None:
-    """Raise PartitionError for a product of two dtypes, which fake tensors allow and real ones do not."""
+    """Raise OperatorError for a product of two dtypes, which fake tensors allow and real ones do not."""
     for node in graph.nodes:
         if KEY in node.meta and is_contraction(node.meta[KEY].name):
             dtypes: dict[str, str] = {}
@@ -204,10 +214,11 @@ def _check_dtypes(graph: fx.Graph) -> None:
                 if isinstance(factor, fx.Node) and factor.meta[KEY].dtypes:
                     dtypes.setdefault(str(factor.meta[KEY].dtype).removeprefix("torch."), factor.meta[KEY].name)
             if len(dtypes) > 1:
-                raise PartitionError(
+                raise OperatorError(
                     f"a product of {' and '.join(dtypes)} ({node.meta[KEY].source or node.name})",
                     f"they are of {' and '.join(dtypes.values())}",
-                    "the batch and the parameters of one dtype, or x.to(weight.dtype) in forward",
+                    "the batch, the parameters and the buffers of one dtype (model.to(dtype) casts buffers too), or "
+                    "x.to(weight.dtype) in forward",
                 )
 
 
@@ -247,7 +258,7 @@ def _record(node: fx.Node, kind: str, name: str) -> Info:
     if number or any(not is_concrete_int(s) for t in tensors for s in t.shape):
         what = "a number" if number else "the shape of a tensor"
         given = value if number else [tuple(map(str, t.shape)) for t in tensors]
-        raise PartitionError(
+        raise OperatorError(
             f"{what} depends on data ({source_line(node.meta.get('stack_trace') or '') or name})",
             f"{name} gives {given}",
             "take x[mask], nonzero(), .item() and .tolist() out of the forward pass; torch.where has a fixed shape",

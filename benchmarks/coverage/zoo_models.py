@@ -90,6 +90,7 @@ WIDTHS = _alike(
 HEADS = _alike("num_attention_heads", "num_encoder_attention_heads")
 HEAD_WIDTHS = _alike("head_dim")
 LAYER_COUNTS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers"}
+ATTENTION_KINDS = ("full_attention", "sliding_attention")
 LAYER_KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")
 KEEP_IF_SMALLER = {"n_group", "topk_group", "patch_size", "n_shared_experts", "first_k_dense_replace"}
 PLACEHOLDER_TOKEN = re.compile(r"(image|video|audio|vision|boi|eoi|boa|eoa).*_token_(id|index)$|^image_token$")
@@ -118,10 +119,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
-        "rope_parameters": {
-            "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-        },
+        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ATTENTION_KINDS},
     },
     "convnext": {**STAGES, "layer_scale_init_value": 0.1},
     "convnextv2": STAGES,
@@ -321,6 +319,51 @@ TASK_SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
 }
 """The same for one task of an architecture only."""
 
+NO_LAYERDROP = {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}, "layerdrop 0: which blocks run is drawn in Python"
+EACH_HEAD = {"head_dim": 128}, "head_dim: None by default; hidden_size / num_attention_heads"
+PUBLISHED_SETTINGS: Mapping[str, tuple[Mapping[str, Any], str]] = {
+    "cohere_compass_text": (
+        {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ATTENTION_KINDS}},
+        "rope_parameters: none for its kinds of layers by default",
+    ),
+    "dbrx": ({"attn_config": {"kv_n_heads": 1, "rope_theta": 10000.0}}, "attn_config.rope_theta: missing by default"),
+    "deepseek_v2": ({"num_experts_per_tok": 6}, "num_experts_per_tok: None by default; its authors' 6"),
+    "dots1": (
+        {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
+        "n_routed_experts, n_shared_experts, num_experts_per_tok: None by default; its authors' 128, 2, 6",
+    ),
+    "encoder-decoder": (
+        {"pad_token_id": 0, "decoder": {"model_type": "bert", "is_decoder": True, "add_cross_attention": True}},
+        "pad_token_id: None by default; a decoder that reads the encoder",
+    ),
+    "esm": (
+        {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+        "vocab_size, pad_token_id, mask_token_id: None by default; its authors' 33, 1, 32",
+    ),
+    "hunyuan_v1_dense": EACH_HEAD,
+    "hunyuan_v1_moe": EACH_HEAD,
+    "lfm2_moe": (
+        {"layer_types": [("full_attention" if i % 4 == 2 else "conv") for i in range(32)]},
+        "layer_types: None by default; attention in one of four layers",
+    ),
+    "m2m_100": NO_LAYERDROP,
+    "ministral": EACH_HEAD,
+    "nemotron": ({"num_key_value_heads": 48}, "num_key_value_heads: None by default; num_attention_heads"),
+    "nllb-moe": NO_LAYERDROP,
+    "seamless_m4t": NO_LAYERDROP,
+    "seamless_m4t_v2": NO_LAYERDROP,
+    "xmod": ({"default_language": "en_XX"}, "default_language: None by default"),
+}
+"""What a default configuration lacks for training, or has that no trace can follow: settings, and why."""
+PUBLISHED_TOKENS = {"prophetnet": 510, "reformer": 4096}
+"""Tokens of a sample where a default configuration takes fewer than its positions, or no other number."""
+FLOAT32 = {
+    "fnet": "torch has no Fourier transform of bfloat16",
+    "mra": "its own forward multiplies float32 with bfloat16",
+    "xlstm": "its own forward multiplies float32 with bfloat16",
+}
+"""Architectures whose forward raises in bfloat16 in one process too, and why."""
+
 CONFIG_NAMES = {"musicgen": "musicgen_decoder", "musicgen_melody": "musicgen_melody_decoder"}
 """Architectures whose configuration goes by another name."""
 ENCODERS_AS_DECODERS = set(
@@ -464,23 +507,31 @@ def drawn(task: str, model_type: str, seed: int) -> tuple[nn.Module, dict[str, A
 
 
 def published(
-    task: str, model_type: str, samples: int, longest: int, settings: Mapping[str, Any] = MappingProxyType({})
+    task: str,
+    model_type: str,
+    samples: int,
+    longest: int,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A model on meta of the sizes that its configuration has by default, but for ``settings``, and a batch whose
-    samples have as many tokens as it takes, at most ``longest``. Raises ``Unbuildable``."""
+    """A model on meta of the sizes that its configuration has by default, but for ``PUBLISHED_SETTINGS`` and
+    ``settings``, made in ``dtype`` as transformers makes it, and a batch whose samples have as many tokens as it takes,
+    at most ``longest``. Raises ``Unbuildable``."""
     if reason := UNBUILDABLE.get((task, model_type)):
         raise Unbuildable(reason)
     model_class = _model_class(task, model_type)
     try:
-        config = _accepted(model_class, _for_training(task, model_type, _config_class(model_type)(**settings)))
+        own, _ = PUBLISHED_SETTINGS.get(model_type, ({}, ""))
+        config_class = _config_class(model_type)
+        config = _accepted(model_class, _for_training(task, model_type, config_class(**{**own, **settings})))
         text: Any = config.get_text_config()
         positions = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
         known = [number for number in positions if isinstance(number, int) and number > 2]
-        size = Size(samples, min([longest, *(number - number % 2 for number in known)]))
+        tokens = PUBLISHED_TOKENS.get(model_type) or min([longest, *(number - number % 2 for number in known)])
         with torch.device("meta"):
-            model: nn.Module = model_class(config)
+            model: nn.Module = model_class._from_config(config, dtype=dtype)
         fill_buffers(model)
-        inputs = batch(task, model_type, model, size, seed=0)
+        inputs = batch(task, model_type, model, Size(samples, tokens), seed=0)
     except Exception as error:
         cause = error.__cause__ or error
         raise Unbuildable(" ".join(f"{type(cause).__name__}: {cause}".split())[:200]) from error

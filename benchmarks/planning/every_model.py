@@ -13,7 +13,7 @@ import os
 import platform
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ LARGE: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
 }  # fmt: skip
 
 
-def large(name: str) -> tuple[Any, dict[str, Any]]:
+def large(name: str, dtype: Any) -> tuple[Any, dict[str, Any]]:
     """A large model on meta, with its batch."""
     import torch
 
@@ -132,11 +132,11 @@ def large(name: str) -> tuple[Any, dict[str, Any]]:
     task, model_type, settings = LARGE[name]
     settings = settings or SIZES[name][1]
     if task:
-        return published(task, model_type, EXAMPLE, LONGEST, settings)
+        return published(task, model_type, EXAMPLE, LONGEST, settings, dtype)
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     with torch.device("meta"):
-        model = WhisperForConditionalGeneration(WhisperConfig(**settings, use_cache=False))
+        model = WhisperForConditionalGeneration._from_config(WhisperConfig(**settings, use_cache=False), dtype=dtype)
     labels = torch.randint(3, 100, (EXAMPLE, 448))
     return model.train(), {"input_features": torch.rand(EXAMPLE, settings["num_mel_bins"], 3000), "labels": labels}
 
@@ -146,19 +146,22 @@ def trial(task: str, name: str) -> Row:
     import torch
 
     import autopart
-    from benchmarks.coverage.zoo_models import Unbuildable, published
+    from benchmarks.coverage.zoo_models import FLOAT32, PUBLISHED_SETTINGS, Unbuildable, published
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
+    dtype = torch.float32 if task != "large" and name in FLOAT32 else torch.bfloat16
     try:
-        model, batch = large(name) if task == "large" else published(task, name, EXAMPLE, LONGEST)
+        model, batch = large(name, dtype) if task == "large" else published(task, name, EXAMPLE, LONGEST, dtype=dtype)
     except Unbuildable as error:
         return {"outcome": f"not built: {error}"}
-    batch = {k: v.bfloat16() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
+    batch = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
     row: Row = {"parameters": sum(p.numel() for p in model.parameters())}
+    row["otherwise"] = [f"float32: {FLOAT32[name]}"] if dtype is torch.float32 else []
+    row["otherwise"] += [PUBLISHED_SETTINGS[name][1]] if name in PUBLISHED_SETTINGS else []
     row["sample"] = {k: list(v.shape[1:]) for k, v in batch.items() if isinstance(v, torch.Tensor)}
     try:
-        plan = autopart.plan(model, MESH, batch, global_batch=GLOBAL_BATCH, precision="bfloat16")
+        plan = autopart.plan(model, MESH, batch, global_batch=GLOBAL_BATCH, precision=dtype)
     except autopart.PartitionError as error:
         return {**row, "outcome": f"refused: {error.what}" + (f" ({error.why})" if error.why else "")}
     return {
@@ -243,16 +246,20 @@ def summary(rows: Sequence[Row]) -> Iterator[str]:
     gaps = sorted((row["gap"], f"{row['task']}:{row['model']}") for row in built if "gap" in row)
     if gaps:
         yield f"Gap: median {gaps[len(gaps) // 2][0]:.2%}, at most {gaps[-1][0]:.2%} ({gaps[-1][1]})."
-    full: dict[str, list[str]] = {}
-    for row in built:
-        for note in row.get("traced in full", ()):
-            full.setdefault(note, []).append(f"{row['task']}:{row['model']}")
-    for note, names in full.items():
-        yield f"{note}: {', '.join(names)}"
-    reasons: dict[str, list[str]] = {}
-    for row in rows:
-        if row["outcome"] != "planned":
-            reasons.setdefault(row["outcome"].replace("|", "/"), []).append(f"{row['task']}:{row['model']}")
-    if reasons:
-        yield from ("", "| not planned | which |", "|---|---|")
-        yield from (f"| {reason} | {', '.join(names)} |" for reason, names in reasons.items())
+    full = _by_note((note, row) for row in built for note in row.get("traced in full", ()))
+    yield from (f"{note}: {names}" for note, names in full.items())
+    for title, notes in (
+        ("not as by default", ((note, row) for row in rows for note in row.get("otherwise", ()))),
+        ("not planned", ((row["outcome"], row) for row in rows if row["outcome"] != "planned")),
+    ):
+        if named := _by_note(notes):
+            yield from ("", f"| {title} | which |", "|---|---|")
+            yield from (f"| {note} | {names} |" for note, names in named.items())
+
+
+def _by_note(notes: Iterable[tuple[str, Row]]) -> dict[str, str]:
+    """Each note once, with the names of the models that it is of."""
+    found: dict[str, list[str]] = {}
+    for note, row in notes:
+        found.setdefault(note.replace("|", "/"), []).append(f"{row['task']}:{row['model']}")
+    return {note: ", ".join(names) for note, names in found.items()}

@@ -200,6 +200,23 @@ def test_what_was_meant_is_told(settings: dict[str, Any], meant: str) -> None:
     assert meant in caught.value.try_
 
 
+def counted(m: Model, x: Tensor, y: Tensor) -> Tensor:
+    """A mask of pairs from two masks of whole numbers, as an einsum that sums over nothing."""
+    mask = (x > 0).long()
+    return (mse(m, x, y)[None, None, None] * torch.einsum("bi,bj->bij", mask, mask)).mean()
+
+
+def summed(m: Model, x: Tensor, y: Tensor) -> Tensor:
+    mask = (x > 0).long()
+    return (mse(m, x, y)[None, None] * torch.einsum("bi,cj->bc", mask, mask)).mean()
+
+
+def test_a_gpu_multiplies_whole_numbers_but_has_no_matrix_product_of_them() -> None:
+    assert plan(Model(counted), mesh="2:h100-80gb").step_seconds > 0
+    with pytest.raises(PartitionError, match="computes no int64"):
+        plan(Model(summed), mesh="2:h100-80gb")
+
+
 def test_a_dtype_is_a_precision() -> None:
     given = {name: value.bfloat16() for name, value in batch().items()}
     made = plan(given=given, precision=torch.bfloat16, master=torch.float32)

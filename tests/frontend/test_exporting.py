@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import models
 import numpy as np
@@ -295,6 +296,28 @@ def test_functions_are_tried_at_small_sizes(
     call = CustomFunction(function, (*given, *rest), "here:1")
     with nullcontext() if not error else pytest.raises(PartitionError, match=error):
         call.check()
+
+
+def test_a_function_that_is_wrong_at_small_sizes_is_not_tried_at_large_ones() -> None:
+    tried: list[int] = []
+
+    class Watched(Doubled):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            tried.append(x.numel())
+            return x * 2
+
+    with pytest.raises(PartitionError, match="is not the derivative"):
+        CustomFunction(Watched, (torch.empty(2**12, 2**11, device="meta", requires_grad=True),), "here:1").check()
+    assert 0 < max(tried) < 2**18
+
+
+@pytest.mark.parametrize(("factors", "checks"), [((3.0, 3.0), 1), ((3.0, 2.0), 2)])
+def test_equal_calls_of_a_function_are_checked_once(factors: tuple[float, float], checks: int) -> None:
+    first, second = factors
+    with mock.patch.object(CustomFunction, "check", autospec=True) as check:
+        trace(Between(lambda h: Square.apply(h, first) + Square.apply(h, second)), batch())
+    assert check.call_count == checks
 
 
 def test_functions_are_let_alone_again() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ import transformers as hf
 from models import WIDTH, WORDS, Batch, batch_for, build
 from torch import Tensor, nn
 
+from autopart.errors import PartitionError
 from autopart.frontend.layer_sampling import sampled_layers
 from autopart.hardware.mesh import Mesh
 from autopart.ir.layered_graph import LayeredGraph, used_parameters
@@ -209,6 +211,14 @@ class Masked(Block):
         return super().forward(torch.where(self.mask * 2 > 0, x, 0.5 * x))
 
 
+class Drawn(Block):
+    """Makes a constant of its own, whose values are drawn by the block's number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = torch.tensor(random.Random(self.number).sample(range(WIDTH), WIDTH))
+        return super().forward(x) + x[:, order]
+
+
 def alternating() -> nn.Module:
     blocks: list[nn.Module] = [Block(i) for i in range(12)]
     for block in blocks[::2]:
@@ -244,6 +254,7 @@ SHORT: dict[str, Callable[[], nn.Module]] = {
     "the first everywhere": lambda: Everywhere(blocks()),
     "others that do not run": lambda: Idle(blocks()),
     "a buffer each": lambda: Stack(blocks(Masked)),
+    "a constant each": lambda: Stack(blocks(Drawn)),
 }
 WHOLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "every block its width": (lambda: Stack([Block(i, 16 + i) for i in range(9)]), ""),
@@ -253,6 +264,59 @@ WHOLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a count": (lambda: Counted(blocks()), r"index \d is out of range"),
     "twice": (lambda: Twice(blocks()), r"blocks\.0 does part of the work of other blocks"),
     "backwards": (lambda: Backward(blocks()), "one after the other"),
+}
+
+
+class Asking(Block):
+    """Multiplies by a number that depends on the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * x.sum().item()
+
+
+class Branching(Block):
+    """Does what depends on the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+class Drawing(Block):
+    """Draws from Python's random numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (random.random() < 0.5)
+
+
+class Turning(Block):
+    """Has a backward of its own that is no derivative."""
+
+    class Turned(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+            return -gradients[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.Turned.apply(super().forward(x))  # type: ignore[no-any-return]
+
+
+class Mixing(Block):
+    """Multiplies two dtypes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(x).double() @ self.down.weight.T
+
+
+REFUSED = {
+    Asking: "a number depends on data",
+    Branching: "cannot trace the model",
+    Drawing: "draws from Python's",
+    Turning: "calls an autograd.Function",
+    Mixing: "a product of",
 }
 
 
@@ -341,6 +405,18 @@ def test_another_micro_batch_begins_with_the_blocks_that_stood_for_all(name: str
     assert second.traced_in_full == first.traced_in_full
     assert re.search(why, second.traced_in_full)
     assert second.hash == first.hash
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_an_operator_that_is_refused_is_not_traced_in_more_blocks(kind: Callable[[int], nn.Module]) -> None:
+    source, traces = Source(Stack(blocks(kind)), numbers(), torch.float32), []
+    own = source._traced
+    with (
+        mock.patch.object(source, "_traced", lambda *args: traces.append(args) or own(*args)),
+        pytest.raises(PartitionError, match=REFUSED[kind]),
+    ):
+        source.sampled(2, MESH)
+    assert len(traces) == 1
 
 
 @pytest.mark.slow

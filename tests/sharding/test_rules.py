@@ -33,6 +33,7 @@ from autopart.sharding.rules import (
     local_shape,
     op_name,
     product_of,
+    sums_up,
 )
 
 SHARDS = (2, 3, 4)
@@ -252,6 +253,22 @@ PRODUCTS: dict[str, tuple[Sample, tuple[float, ...] | None]] = {
     "transposed convolution": (call("aten.conv_transpose2d.input", f(2, 4, 5, 5), f(4, 6, 3, 3)), (1, 50, 54, 4)),
 }
 """A call, and the sizes of the product that it is."""
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes", "sums"),
+    [
+        ("bq,bk->bqk", [(2, 3), (2, 4)], False),
+        ("blq,bhlk->bhlqk", [(2, 5, 3), (2, 4, 5, 6)], False),
+        ("ij->ji", [(2, 3)], False),
+        ("ij,ij->i", [(2, 3), (2, 3)], True),
+        ("ij,jk", [(2, 3), (3, 4)], True),
+    ],
+)
+def test_an_einsum_sums_up_what_its_output_lacks(equation: str, shapes: list[tuple[int, ...]], sums: bool) -> None:
+    sample = call("aten.einsum", equation, [f(*shape) for shape in shapes])
+    given = swapped(sample.args, (t.shape for t in tensors_of(sample)))
+    assert sums_up(sample.name, given, [tuple(o.shape) for o in called(sample.op, sample.args, sample.kwargs)]) is sums
 
 
 def product(sample: Sample, counted: Sequence[int | None] | None = None) -> Product | None:

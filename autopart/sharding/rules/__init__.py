@@ -54,6 +54,7 @@ __all__ = [
     "product_of",
     "row_of",
     "strategies",
+    "sums_up",
 ]
 
 FAMILIES = (
@@ -246,6 +247,17 @@ def is_contraction(name: str) -> bool:
     """Whether matrix units do the work."""
     rule = RULES.get(name)
     return rule is not None and rule.contraction
+
+
+def sums_up(name: str, args: Args, outputs: Sequence[Shape]) -> bool:
+    """Whether a contraction sums over a letter. One that does not, an einsum of "bq,bk->bqk", multiplies element by
+    element, which needs no matrix units and has every dtype."""
+    rule = RULES[name]
+    if rule.flops or rule.sizes:
+        return True
+    bound = _bound(row_of(name, args, outputs), _operands(args), outputs)
+    given = {f.name for dims in bound.outputs for dim in dims or () if dim for f in dim.factors}
+    return not given.issuperset(bound.sizes)
 
 
 ROLES = ("batch", "m", "n", "k")
