@@ -1,5 +1,6 @@
-"""Every private name of torch that autopart uses, in one place. Tried on torch 2.13."""
+"""Every private name of torch that autopart uses, in one place. Tried on torch 2.11 and 2.13."""
 
+import torch._decomp.decompositions as decompositions
 import torch.utils._traceback as stack_traces
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module as lazy_graph_modules
@@ -12,6 +13,7 @@ __all__ = [
     "FakeTensorMode",
     "StorageWeakRef",
     "TorchDispatchMode",
+    "decompositions",
     "lazy_graph_modules",
     "stack_traces",
     "tree_leaves",

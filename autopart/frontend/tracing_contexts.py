@@ -22,7 +22,7 @@ from torch import nn
 from autopart.errors import OperatorError
 from autopart.frontend.autograd_functions import CustomFunction
 from autopart.frontend.source_lines import PACKAGES, user_line
-from autopart.frontend.torch_private import stack_traces
+from autopart.frontend.torch_private import decompositions, stack_traces
 
 
 @contextmanager
@@ -62,6 +62,20 @@ def remembered_frames() -> Iterator[None]:
         return traceback.StackSummary(frame(f["filename"], f["line"], f["name"]) for f in frames)
 
     with mock.patch.object(stack_traces, "_extract_symbolized_tb", summary):
+        yield
+
+
+@contextmanager
+def lstm_states() -> Iterator[None]:
+    """Give the states of an LSTM the shapes that they have. torch before 2.13 leaves a dim of size 1 in front of the
+    batch where tensors are fake."""
+    own = decompositions.one_layer_lstm
+
+    def layer(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        output, states = own(*args, **kwargs)
+        return output, tuple(state.reshape(-1, state.shape[-1]) for state in states)
+
+    with mock.patch.object(decompositions, "one_layer_lstm", layer):
         yield
 
 

@@ -170,6 +170,22 @@ def test_weights_read_without_gradients() -> None:
     assert_exact(WithoutWeights())
 
 
+class LastState(Base):
+    """The last state of an LSTM, whose shape torch before 2.13 traces wrongly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.LSTM(8, 8)
+
+    def between(self, h: Tensor) -> Tensor:
+        _, (states, cells) = self.line(h[None])
+        return F.relu(states[-1] + cells[-1])
+
+
+def test_states_of_an_lstm_have_their_shapes() -> None:
+    assert_exact(LastState())
+
+
 class Square(torch.autograd.Function):
     """With the right derivative."""
 

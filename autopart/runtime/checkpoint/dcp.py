@@ -120,15 +120,19 @@ def tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
     return {name: each for name, each in found.items() if isinstance(each, TensorStorageMetadata)}
 
 
-def save(shards: Mapping[str, Shards], folder: Path, group: Group) -> list[str]:
-    """Write every rank's rectangles; the files that were written. All ranks call it. A rectangle that several ranks
-    bring is written once. Raises PartitionError, on every rank, where a rank cannot write."""
+def save(shards: Mapping[str, Shards], folder: Path, group: Group) -> None:
+    """Write every rank's rectangles. All ranks call it. A rectangle that several ranks bring is written once. Raises
+    PartitionError, on every rank, where a rank cannot write."""
     planner = _SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        metadata = dcp.save(dict(shards), storage_writer=dcp.FileSystemWriter(folder), planner=planner, **_where(group))
+        dcp.save(dict(shards), storage_writer=dcp.FileSystemWriter(folder), planner=planner, **_where(group))
     except CheckpointException as error:
         raise _failed("written to", folder.parent, error, "free space, or another folder") from error
-    return sorted({METADATA, *(each.relative_path for each in metadata.storage_data.values())})
+
+
+def written(folder: Path) -> list[str]:
+    """The files that `save` wrote."""
+    return sorted({METADATA, *(each.relative_path for each in Reader(folder).read_metadata().storage_data.values())})
 
 
 def load(shards: Mapping[str, Shards], folder: Path, group: Group) -> None:

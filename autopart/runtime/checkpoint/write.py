@@ -32,7 +32,8 @@ def write(
     folder = files.temporary(final)
     together(group, lambda: files.make_empty(folder), failed, TRY, only=0)
     try:
-        names = [*dcp.save(shards, folder, group), files.STATE, files.PLAN]
+        dcp.save(shards, folder, group)
+        names = [*together(group, lambda: dcp.written(folder), failed, TRY), files.STATE, files.PLAN]
         together(group, lambda: _write_record(folder, record, plan), failed, TRY, only=0)
         mine = names[group.rank :: group.size]
         found = together(group, lambda: {name: files.digest(folder / name) for name in mine}, failed, TRY)
