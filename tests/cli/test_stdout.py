@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from ranks import run_apart
 
-from autopart.cli.main import app
+import autopart
+from autopart.cli.main import app, main
 
-ROOT = Path(__file__).parents[2]
 MODEL = """
 import torch
 from examples.tiny import Regressor
@@ -37,31 +39,29 @@ COMMANDS = {
 }
 """Arguments of a command that prints JSON; `calibrate`, which starts processes, is in test_calibrate.py."""
 
-EACH = """
-import json, os, sys
-import torch, autopart.cli.main
-from small import model
 
-model, batch = model()
-torch.export.export(model, (), batch)
-for number, line in enumerate(json.load(sys.stdin)):
-    read, write = os.pipe()
-    if not os.fork():
-        os.dup2(write, 1)
-        if line:
-            sys.argv = ["autopart", *line]
-            autopart.cli.main.main()
-        else:
-            autopart.plan(model, "2:cpu", batch)
-        os._exit(0)
-    os.close(write)
-    with open(f"{number}.txt", "wb") as file, open(read, "rb") as pipe:
-        file.write(pipe.read())
-    _, status = os.wait()
-    assert status == 0, line
-"""
-"""Runs every line of arguments in a process of its own, which is forked when all is imported, but the solver has not
-been started: it greets once a process. No arguments: a program that plans."""
+def run_each(lines: list[list[str]], folder: Path) -> None:
+    """Run every line of arguments in a process of its own, which is forked when all is imported, but the solver has not
+    been started: it greets once a process. No arguments: a program that plans."""
+    os.chdir(folder)
+    sys.path.insert(0, ".")
+    model, batch = importlib.import_module("small").model()
+    torch.export.export(model, (), batch)
+    for number, line in enumerate(lines):
+        read, write = os.pipe()
+        if not os.fork():
+            os.dup2(write, 1)
+            if line:
+                sys.argv = ["autopart", *line]
+                main()
+            else:
+                autopart.plan(model, "2:cpu", batch)
+            os._exit(0)
+        os.close(write)
+        with open(f"{number}.txt", "wb") as file, open(read, "rb") as pipe:
+            file.write(pipe.read())
+        _, status = os.wait()
+        assert status == 0, line
 
 
 @pytest.fixture(scope="module")
@@ -70,17 +70,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("stdout")
     (folder / "small.py").write_text(MODEL)
     lines = [*([*line, "--json"] for line in COMMANDS.values()), []]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    ended = subprocess.run(
-        [sys.executable, "-c", EACH],
-        cwd=folder,
-        env={**environment, "PYTHONPATH": f"{ROOT}{os.pathsep}."},
-        input=json.dumps(lines),
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=240,
-    )
-    assert ended.returncode == 0, ended.stderr
+    assert run_apart(run_each, lines, folder) == 0
     return {name: (folder / f"{n}.txt").read_text() for n, name in enumerate([*COMMANDS, "a program"])}
 
 

@@ -1,17 +1,15 @@
-"""Plans of large models, batches and meshes take little memory. Each is made in a process of its own: this file, run
-with the name of the plan."""
+"""Plans of large models, batches and meshes take little memory. Each is made in a process of its own."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import run_apart
 from torch import Tensor, nn
 
 import autopart
@@ -73,15 +71,13 @@ PLANS: dict[str, Callable[[], autopart.Plan]] = {"custom": custom, "devices": de
 
 
 @pytest.mark.parametrize(("name", "bytes_"), [("custom", 1 * GIB), ("devices", 2 * GIB)])
-def test_lean(name: str, bytes_: int) -> None:
-    command = [sys.executable, __file__, name]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
-    assert done.returncode == 0, done.stderr
-    peak = int(done.stdout.splitlines()[-1])
-    assert peak < bytes_, f"{peak / GIB:.2f} GiB"
+def test_lean(name: str, bytes_: int, tmp_path: Path) -> None:
+    assert run_apart(make, name, tmp_path / "status") == 0
+    (kib,) = re.findall(r"VmHWM:\s*(\d+) kB", (tmp_path / "status").read_text())
+    assert int(kib) * 1024 < bytes_, f"{int(kib) / 2**20:.2f} GiB"
 
 
-if __name__ == "__main__":
-    PLANS[sys.argv[1]]()
-    (kib,) = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    print(int(kib) * 1024)
+def make(name: str, status: Path) -> None:
+    """Make a plan; write the status of this process."""
+    PLANS[name]()
+    status.write_text(Path("/proc/self/status").read_text())

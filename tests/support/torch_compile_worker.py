@@ -16,6 +16,10 @@ from torch.nn import functional as F
 
 import autopart
 from autopart.compile.check import worst_error
+from autopart.frontend.batch import Batch
+from autopart.hardware.mesh import Mesh
+from autopart.passes import source
+from autopart.planner.make_plan import make_plan, request_of
 from autopart.runtime.torch_compile import TorchCompile
 
 WIDTH, LENGTH = 8, 6
@@ -100,6 +104,19 @@ def compared(model: type[nn.Module], mesh: str, settings: Mapping[str, Any]) -> 
     return {"far": far, "graphs": len(graphs)}
 
 
+def remember_traces() -> None:
+    """Have `Model` traced once for every batch and mode, in this process and in its forks."""
+    known: dict[str, Any] = {}
+    prepare = source.prepare
+
+    def prepared(model: nn.Module, batch: Batch, mesh: Mesh, *given: Any) -> Any:
+        key = f"{model} {model.training} {batch} {mesh.device.type} {given}"
+        known[key] = known.get(key) or prepare(model, batch, mesh, *given)
+        return known[key]
+
+    source.prepare = prepared  # type: ignore[assignment]
+
+
 def be_a_rank(table: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Train under every configuration; rank 0 leaves what it found in the folder."""
     found = [compared(Model, "4:cpu", settings) for settings in table]
@@ -108,6 +125,13 @@ def be_a_rank(table: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
 
 def train(table: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """`be_a_rank` on four forks of this process."""
+    """`be_a_rank` on four forks of this process, which has traced for their plans."""
     torch.set_num_threads(1)
+    remember_traces()
+    for settings in table:
+        model = Model()
+        request = request_of(model, BATCHES[0], nodes=5, **settings)
+        traced = source.Source.of(model, BATCHES[0], request)
+        plan = make_plan(traced, Mesh.of("4:cpu"), request, to_run=True)
+        traced.full(plan.micro_batch, plan.mesh)
     run_forked(partial(be_a_rank, table, folder), 4)
