@@ -162,14 +162,9 @@ def _after(
 
 
 def _in_place(node: Any) -> bool:
-    """Whether a call changes its first argument in place, as relu_ and add_ do, and would give the same dtype out of
-    place."""
+    """Whether a call changes its first argument in place, as relu_ and add_ do."""
     name = _name(node)
-    if name[-1:] != "_" or name[:-1] not in KEPT or _functional_of(node) is None:
-        return False
-    values = [arg for arg, told in zip(node.args, node.target._schema.arguments, strict=False) if told.name != "index"]
-    dtypes = {n.meta["val"].dtype for n in values if isinstance(n, fx.Node) and isinstance(n.meta["val"], torch.Tensor)}
-    return dtypes <= {node.meta["val"].dtype, torch.bool}
+    return name[-1:] == "_" and name[:-1] in KEPT and _functional_of(node) is not None
 
 
 def _functional_of(node: Any) -> Any:
@@ -242,7 +237,9 @@ def _pick(graph: fx.Graph, several: fx.Node, place: int) -> fx.Node:
 def _rewritten(graph: fx.Graph, node: Any) -> Sequence[Any]:
     """The node that replaces a node, and behind it the new values of the tensors that the node changes."""
     if _in_place(node):
-        new = _call(graph, node, _functional_of(node), *node.args, **node.kwargs)
+        new, own = _call(graph, node, _functional_of(node), *node.args, **node.kwargs), node.meta["val"].dtype
+        if new.meta["val"].dtype != own:
+            new = _call(graph, node, aten._to_copy.default, new, dtype=own)
         return new, new
     if _name(node) == "batch_norm":
         return _batch_norm(graph, node)

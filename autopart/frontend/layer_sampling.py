@@ -86,6 +86,18 @@ def _best_sample(path: str, kinds: Sequence[object]) -> SampledLayers | None:
     return min(every, key=lambda sample: sample.kept, default=None)
 
 
+def _is_depth(values: Sequence[tuple[int, tuple[Any, ...]]]) -> bool:
+    """Whether an attribute of blocks tells their depth: an integer that grows by as much from each block to the next,
+    or a float that is another in every block, such as a factor by depth. `values` are (block, trait)."""
+    kinds = {value[0] for _, value in values}
+    if len(values) < 2 or kinds not in ({int}, {float}):
+        return False
+    (i, (_, first)), (k, (_, second)) = values[:2]
+    if kinds == {float}:
+        return len({value for _, (_, value) in values}) == len(values)
+    return first != second and all((v - first) * (k - i) == (second - first) * (at - i) for at, (_, v) in values)
+
+
 class _Kinds:
     """Tells the kinds of blocks apart. Modules and tensors of the model are known by all their names."""
 
@@ -102,21 +114,18 @@ class _Kinds:
     def blocks(self, path: str, blocks: Sequence[nn.Module]) -> list[object]:
         """A value for each block, equal for blocks of the same structure, tensors, attributes and hooks."""
         traits = [dict(self._traits(f"{path}.{i}", block)) for i, block in enumerate(blocks)]
-        numbers: dict[object, set[int]] = {}
+        values: dict[object, list[tuple[int, tuple[Any, ...]]]] = {}
         for i, own in enumerate(traits):
             for key, value in own.items():
-                if value[0] is int:
-                    numbers.setdefault(key, set()).add(value[1] - i)
-                else:
-                    numbers.setdefault(key, set()).update((0, 1))
-        counting = {key for key, offsets in numbers.items() if len(offsets) == 1}
+                values.setdefault(key, []).append((i, value))
+        counting = {key for key, told in values.items() if _is_depth(told)}
         kinds: dict[tuple[object, ...], int] = {}
         return [
             kinds.setdefault(tuple((k, v) for k, v in own.items() if k not in counting), len(kinds)) for own in traits
         ]
 
     def _traits(self, path: str, block: nn.Module) -> Iterator[tuple[object, tuple[Any, ...]]]:
-        """(where in the block, value) for every module, hook, attribute and tensor; integers as (int, value)."""
+        """(where in the block, value) for every module, hook, attribute and tensor; numbers as (type, value)."""
         for name, module in block.named_modules(remove_duplicate=False):
             here = f"{path}.{name}" if name else path
             others = self._aliases(self.modules[id(module)], here, path)
@@ -127,8 +136,8 @@ class _Kinds:
                     yield (name, kind), ("hooks", *(self._token(h, path) for h in hooks.values()))
             for key, value in vars(module).items():
                 if key not in INTERNAL and key != "training":
-                    plain = type(value) is int
-                    yield (name, "." + key), (int, value) if plain else ("value", self._token(value, path))
+                    plain = type(value) in (int, float)
+                    yield (name, "." + key), (type(value), value) if plain else ("value", self._token(value, path))
             for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
                 yield (name, key), self._tensor(tensor, f"{here}.{key}", path)
 

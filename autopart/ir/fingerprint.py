@@ -16,8 +16,8 @@ from autopart.sharding.rules import RULES, row_of
 from autopart.sharding.rules.base import replaced
 from autopart.sharding.rules.factories import BY_PLACE
 
-LARGE = 8.0
-"""A float argument that is a whole number of at least this size is taken for a count of samples or tokens."""
+EXACT = frozenset({"aten.pow.Tensor_Scalar", "aten.pow.Scalar"})
+"""Operators of which a float argument decides what is computed, and what autograd saves."""
 
 PLACED = frozenset(f"aten.{name}" for name in BY_PLACE)
 
@@ -84,8 +84,8 @@ class Fingerprints:
         The row counts: a tensor that is copied once for every sample has as many parts as there are samples.
         """
         record = info(node)
-        given = tuple(map(_without_counts, _without_sizes(record.name, tuple(node.args))))
-        args, kwargs = fx.map_arg((given, node.kwargs), lambda n: Token(tokens[n]))  # type: ignore[arg-type,return-value]
+        args, kwargs = fx.map_arg((_without_sizes(record.name, tuple(node.args)), node.kwargs), lambda n: Token(tokens[n]))  # type: ignore[arg-type,return-value]
+        args, kwargs = without_floats(record.name, args, kwargs)
         about = (
             *(record.name, relative(args, label), kwargs, self.sizes(node), record.dtypes, record.grad),
             row_of(record.name, shape_args(node), record.shapes),
@@ -121,9 +121,16 @@ def _without_sizes(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return args if rule.resize is None else replaced(args, rule.resize, "size")
 
 
-def _without_counts(value: Any) -> Any:
-    """The word "count" in place of a large whole number, such as the number of tokens that a mean divides by."""
-    return "count" if isinstance(value, float) and value.is_integer() and abs(value) >= LARGE else value
+def without_floats(name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A call's arguments with the word "float" in place of floats whose value changes no cost: a factor that depends on
+    a block's depth, the number of tokens that a mean divides by. 0, 1 and infinities are told apart."""
+    if name in EXACT:
+        return args, dict(kwargs)
+
+    def word(value: Any) -> Any:
+        return "float" if type(value) is float and math.isfinite(value) and value not in (0.0, 1.0) else value
+
+    return type(args)(map(word, args)), {key: word(value) for key, value in kwargs.items()}
 
 
 def _without_numbers(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """fx.Graph -> LayeredGraph: the graph as a row of segments, with equal segments in one class.
 
 A segment is the nodes of one numbered module ("model.layers.3"), or of one other module between them. Two segments are
-of one class if they compute the same from values of the same shapes and dtypes, whatever the names. The planner decides
+of one class if they compute the same from values of the same shapes and dtypes, whatever the names and the floats that
+values are multiplied by. The planner decides
 once for each class, and cuts the model between segments.
 """
 
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from autopart.ir.fingerprint import Fingerprints, Token, is_own, parameter_token
+from autopart.ir.fingerprint import Fingerprints, Token, is_own, parameter_token, without_floats
 from autopart.ir.graph import Traced, calls, info, loss_of
 from autopart.ir.layered_graph import LayeredGraph, Segment, node_keys, parameters_of
 from autopart.ir.random_ops import relative
@@ -121,7 +122,9 @@ def _signature(segment: Segment) -> tuple[Any, ...]:
     lines: list[Any] = []
     for node in segment.nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: Token(token(n)))  # type: ignore[arg-type,return-value]
-        record, does = info(node), (repr(relative(args, segment.label)), repr(kwargs))
+        record = info(node)
+        args, kwargs = without_floats(record.name, args, kwargs)
+        does = repr(relative(args, segment.label)), repr(kwargs)
         lines.append((record.name, *does, record.shapes, record.dtypes, record.view, record.inner))
     inside = set(segment.nodes)
     outputs = tuple(i for i, n in enumerate(segment.nodes) if any(u not in inside for u in n.users))

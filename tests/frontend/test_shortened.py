@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import re
@@ -211,6 +212,17 @@ class Masked(Block):
         return super().forward(torch.where(self.mask * 2 > 0, x, 0.5 * x))
 
 
+class ByDepth(Block):
+    """Scales by its depth, as a number that grows by two from block to block tells it and as a factor of its own."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.depth, self.factor = 2 * number + 1, 0.8 - 0.6 * math.exp(-0.3 * number)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * super().forward(x) + x * math.sqrt(self.depth / (self.depth + 1))
+
+
 class Drawn(Block):
     """Makes a constant of its own, whose values are drawn by the block's number."""
 
@@ -254,6 +266,7 @@ SHORT: dict[str, Callable[[], nn.Module]] = {
     "the first everywhere": lambda: Everywhere(blocks()),
     "others that do not run": lambda: Idle(blocks()),
     "a buffer each": lambda: Stack(blocks(Masked)),
+    "a factor by depth": lambda: Stack(blocks(ByDepth)),
     "a constant each": lambda: Stack(blocks(Drawn)),
 }
 WHOLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
