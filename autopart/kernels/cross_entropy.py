@@ -27,18 +27,19 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from autopart.kernels.ahead import Usage, compile_kernel
+from autopart.kernels.ahead import Usage, compile_kernels
 from autopart.kernels.cross_entropy_rows import (
     Reduction,
     Terms,
     columns,
     combined,
     gradient,
+    gradient_kernel,
     identity,
-    kernels,
     kernels_apply,
     losses,
     statistics,
+    statistics_kernel,
     terms_of,
     warps,
 )
@@ -156,12 +157,9 @@ def compile_ahead(
     aligned = {*types, *(lengths if v % 16 == 0 else ())}
     floats = dict.fromkeys(("factor", "cap", "hit", "each", "z"), "fp32")
     signature = types | lengths | floats | dict.fromkeys(("rows", "first", "ignored"), "i32")
-    common = {"CAP": softcap, "COLUMNS": columns(v)}
-    constexprs = {"statistics": {**common, "TOTAL": smoothing}, "gradient": common}
-    return {
-        name: compile_kernel(kernel, signature, constexprs[name], capability, warps(v), aligned)
-        for name, kernel in kernels()._asdict().items()
-    }
+    constexprs = {"CAP": softcap, "COLUMNS": columns(v), "TOTAL": smoothing}
+    kernels = statistics_kernel, gradient_kernel
+    return compile_kernels(kernels, signature, constexprs, capability, warps(v), aligned)
 
 
 @triton_op("autopart::cross_entropy", mutates_args=())

@@ -3,29 +3,22 @@
 Its Triton kernels and the same in plain PyTorch: statistics of every row, the loss from them, and the gradient.
 """
 
-import functools
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from autopart.kernels.launch import TRITON_NAMES, as_rows, launch, power_of_two, runs_on, triton_op
+from autopart.kernels.launch import TRITON_NAMES, as_rows, jit, launch, power_of_two, runs_on, triton_op
 
-tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals
-tanh: Any  # bound by kernels(), likewise
+tl: Any = None  # triton.language, which jit binds
 
 BLOCK = 4096
 """The most columns that a Triton program holds at once: 16 for each thread of its 8 warps."""
 
 Reduction = Callable[[torch.Tensor], torch.Tensor]
 """An elementwise reduction over ranks. It may work in place; its result is what it returns."""
-
-
-class Kernels(NamedTuple):
-    """The two ``triton.jit`` functions."""
-
-    statistics: Any
-    gradient: Any
 
 
 class Terms(NamedTuple):
@@ -135,85 +128,69 @@ def kernels_apply(logits: torch.Tensor, targets: torch.Tensor) -> bool:
     )
 
 
-@functools.cache
-def kernels() -> Kernels:
-    """The ``triton.jit`` functions. The first call imports Triton, which reads TRITON_INTERPRET from the environment
-    then."""
-    global tl, tanh
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def tanh(x):  # type: ignore[no-untyped-def]
-        e = tl.exp(-2 * tl.abs(x))
-        return tl.where(x < 0, e - 1, 1 - e) / (1 + e)
-
-    return Kernels(_statistics_kernel(triton), _gradient_kernel(triton))
+@jit
+def tanh(x):  # type: ignore[no-untyped-def]
+    e = tl.exp(-2 * tl.abs(x))
+    return tl.where(x < 0, e - 1, 1 - e) / (1 + e)
 
 
-def _statistics_kernel(triton: Any) -> Any:
-    @triton.jit
-    def statistics(  # type: ignore[no-untyped-def]
-        logits, targets, found, stride, rows, v, first, ignored, factor, cap,
-        CAP: tl.constexpr, TOTAL: tl.constexpr, COLUMNS: tl.constexpr,
-    ):  # fmt: skip
-        row = tl.program_id(0).to(tl.int64)
-        target = tl.load(targets + row)
-        end = tl.where(target == ignored, 0, v)
-        local = (target - first).to(tl.int64)
-        wanted = tl.load(logits + row * stride + local, mask=(local >= 0) & (local < end), other=0.0)
-        wanted = wanted.to(tl.float32) * factor
+@jit
+def statistics_kernel(  # type: ignore[no-untyped-def]
+    logits, targets, found, stride, rows, v, first, ignored, factor, cap,
+    CAP: tl.constexpr, TOTAL: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + row)
+    end = tl.where(target == ignored, 0, v)
+    local = (target - first).to(tl.int64)
+    wanted = tl.load(logits + row * stride + local, mask=(local >= 0) & (local < end), other=0.0)
+    wanted = wanted.to(tl.float32) * factor
+    if CAP:
+        wanted = cap * tanh(wanted / cap)
+    highest = -float("inf")
+    sums = tl.zeros((COLUMNS,), tl.float32)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(0, end, COLUMNS):
+        cols = start + tl.arange(0, COLUMNS)
+        u = tl.load(logits + row * stride + cols, mask=cols < v, other=0.0).to(tl.float32) * factor
         if CAP:
-            wanted = cap * tanh(wanted / cap)
-        highest = -float("inf")
-        sums = tl.zeros((COLUMNS,), tl.float32)
-        total = tl.zeros((COLUMNS,), tl.float32)
-        for start in range(0, end, COLUMNS):
-            cols = start + tl.arange(0, COLUMNS)
-            u = tl.load(logits + row * stride + cols, mask=cols < v, other=0.0).to(tl.float32) * factor
-            if CAP:
-                u = cap * tanh(u / cap)
-            if TOTAL:
-                total += u
-            u = tl.where(cols < v, u, -float("inf"))
-            higher = tl.maximum(highest, tl.max(u, 0))
-            shift = tl.where(higher == -float("inf"), 0.0, higher)
-            sums = sums * tl.exp(highest - shift) + tl.exp(u - shift)
-            highest = higher
-        tl.store(found + row, highest)
-        tl.store(found + rows + row, tl.sum(sums, 0))
-        tl.store(found + 2 * rows + row, wanted)
-        tl.store(found + 3 * rows + row, tl.sum(total, 0))
-
-    return statistics
+            u = cap * tanh(u / cap)
+        if TOTAL:
+            total += u
+        u = tl.where(cols < v, u, -float("inf"))
+        higher = tl.maximum(highest, tl.max(u, 0))
+        shift = tl.where(higher == -float("inf"), 0.0, higher)
+        sums = sums * tl.exp(highest - shift) + tl.exp(u - shift)
+        highest = higher
+    tl.store(found + row, highest)
+    tl.store(found + rows + row, tl.sum(sums, 0))
+    tl.store(found + 2 * rows + row, wanted)
+    tl.store(found + 3 * rows + row, tl.sum(total, 0))
 
 
-def _gradient_kernel(triton: Any) -> Any:
-    @triton.jit
-    def gradient(  # type: ignore[no-untyped-def]
-        logits, targets, lse, dloss, dlogits, stride, out_stride, v, first, ignored, factor, cap, hit, each, z,
-        CAP: tl.constexpr, COLUMNS: tl.constexpr,
-    ):  # fmt: skip
-        row = tl.program_id(0).to(tl.int64)
-        target = tl.load(targets + row)
-        local = (target - first).to(tl.int64)
-        counted = target != ignored
-        scale = tl.load(dloss).to(tl.float32) * factor
-        level = tl.load(lse + row)
-        for start in range(0, v, COLUMNS):
-            cols = start + tl.arange(0, COLUMNS)
-            u = tl.load(logits + row * stride + cols, mask=(cols < v) & counted, other=0.0).to(tl.float32) * factor
-            slope = scale
-            if CAP:
-                e = tl.exp(-2 * tl.abs(u / cap))
-                slope = scale * 4 * e / ((1 + e) * (1 + e))  # 1 - tanh(u / cap)^2, without cancellation
-                u = cap * tanh(u / cap)
-            d = tl.exp(u - level) * (1 + 2 * z * level) - each
-            d = tl.where(cols == local, d - hit, d)
-            d = tl.where(counted, d * slope, 0.0)
-            tl.store(dlogits + row * out_stride + cols, d.to(dlogits.dtype.element_ty), mask=cols < v)
-
-    return gradient
+@jit
+def gradient_kernel(  # type: ignore[no-untyped-def]
+    logits, targets, lse, dloss, dlogits, stride, out_stride, v, first, ignored, factor, cap, hit, each, z,
+    CAP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + row)
+    local = (target - first).to(tl.int64)
+    counted = target != ignored
+    scale = tl.load(dloss).to(tl.float32) * factor
+    level = tl.load(lse + row)
+    for start in range(0, v, COLUMNS):
+        cols = start + tl.arange(0, COLUMNS)
+        u = tl.load(logits + row * stride + cols, mask=(cols < v) & counted, other=0.0).to(tl.float32) * factor
+        slope = scale
+        if CAP:
+            e = tl.exp(-2 * tl.abs(u / cap))
+            slope = scale * 4 * e / ((1 + e) * (1 + e))  # 1 - tanh(u / cap)^2, without cancellation
+            u = cap * tanh(u / cap)
+        d = tl.exp(u - level) * (1 + 2 * z * level) - each
+        d = tl.where(cols == local, d - hit, d)
+        d = tl.where(counted, d * slope, 0.0)
+        tl.store(dlogits + row * out_stride + cols, d.to(dlogits.dtype.element_ty), mask=cols < v)
 
 
 @triton_op("autopart::cross_entropy_statistics", mutates_args=())
@@ -233,7 +210,7 @@ def row_statistics(
     n, v = x.shape
     found = torch.empty(4, n, dtype=torch.float32, device=x.device)
     arguments = (x, t, found, x.stride(0), n, v, first, ignore_index, factor, softcap)
-    launch(kernels().statistics, n, *arguments, TOTAL=label_smoothing != 0, **options(v, softcap))
+    launch(statistics_kernel, n, *arguments, TOTAL=label_smoothing != 0, **options(v, softcap))
     return found
 
 
@@ -245,7 +222,7 @@ def write_gradient(
     hit, each = 1 - terms.label_smoothing, terms.label_smoothing / terms.classes
     constants = (terms.first, terms.ignore_index, terms.factor, terms.softcap, hit, each, terms.z_loss)
     arguments = (logits, targets.contiguous(), lse, dloss, out, logits.stride(0), out.stride(0), v, *constants)
-    launch(kernels().gradient, n, *arguments, **options(v, terms.softcap))
+    launch(gradient_kernel, n, *arguments, **options(v, terms.softcap))
 
 
 @triton_op("autopart::cross_entropy_backward", mutates_args=())
