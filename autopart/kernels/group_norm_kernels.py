@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from autopart.kernels.ahead import Usage, compile_kernel
-from autopart.kernels.launch import TRITON_NAMES, jit, launch, power_of_two, processors
+from autopart.kernels.launch import TRITON_NAMES, jit, power_of_two
 
 tl: Any = None  # triton.language, which jit binds
 
@@ -236,52 +236,3 @@ def backward(  # type: ignore[no-untyped-def]
             g *= w
         g = (g - (h * tl.sum(along) + tl.sum(level)) / size) * r
         tl.store(dx + group * size + at, g.to(dx.dtype.element_ty), mask=inside)
-
-
-def launch_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    y: torch.Tensor,
-    statistics: torch.Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-) -> None:
-    """Write y and, to ``statistics`` (2, N G), r and m. All tensors are contiguous."""
-    sizes = sizes_of(x, groups)
-    size = sizes.width * sizes.pixels
-    partial, parts, length = None, 0, 0
-    if not sizes.whole:
-        wanted = min(-(-8 * processors(x.device) // sizes.groups), MAX_PARTS)
-        length = -(-size // (wanted * TILE)) * TILE
-        parts = -(-size // length)
-        partial = torch.empty(sizes.groups, parts, 2, dtype=torch.float32, device=x.device)
-        options = {"BLOCK": TILE, "num_warps": MOMENTS_WARPS}
-        launch(moments, sizes.groups * parts, x, partial, size, parts, length, **options)
-    arguments = (x, weight, bias, y, statistics, partial, sizes.width, sizes.pixels, groups, parts, length, eps)
-    launch(forward, sizes.programs, *arguments, SILU=silu, PARTS=MAX_PARTS, **sizes.options)
-
-
-def launch_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    statistics: torch.Tensor,
-    dx: torch.Tensor,
-    groups: int,
-    silu: bool,
-) -> torch.Tensor:
-    """Write dx; return the sums over pixels of dz h and of dz, (2, N C) in float32. All tensors are contiguous."""
-    sizes = sizes_of(x, groups)
-    partial = torch.empty(2, sizes.across, sizes.groups * sizes.width, dtype=torch.float32, device=x.device)
-    integers = (sizes.width, sizes.pixels, groups)
-    options = sizes.options | {"SILU": silu, "WIDTH": power_of_two(sizes.width)}
-    inputs = (dy, x, weight, bias, statistics)
-    kernel = backward
-    launch(kernel, sizes.programs, *inputs, dx if sizes.whole else None, partial, None, *integers, **options)
-    sums = partial.sum(1)
-    if not sizes.whole:
-        launch(kernel, sizes.programs, *inputs, dx, None, sums, *integers, **options)
-    return sums

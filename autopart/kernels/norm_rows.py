@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from autopart.kernels.ahead import Usage, compile_kernels
-from autopart.kernels.launch import TRITON_NAMES, jit, launch, power_of_two, processors
+from autopart.kernels.launch import TRITON_NAMES, jit, power_of_two, processors
 
 tl: Any = None  # triton.language, which jit binds
 
@@ -81,7 +81,7 @@ def compile_ahead(
     signature = {name: f"*{value}" for name, value in types.items()} | dict.fromkeys((*lengths, "rows"), "i32")
     signature["eps"] = "fp32"
     missing = {*absent, *(("total", "dtotal") if "residual" in absent else ())}
-    constexprs: dict[str, Any] = dict.fromkeys(missing) | {"ROWS": _height(d), "BLOCK": power_of_two(d)}
+    constexprs: dict[str, Any] = dict.fromkeys(missing) | {"ROWS": height(d), "BLOCK": power_of_two(d)}
     constexprs |= {"DWEIGHT": "weight" not in absent, "DBIAS": "bias" not in absent} | form.constexprs
     constexprs |= dict.fromkeys(lengths, 1) if d == 1 else {}
     aligned = {*types, *(lengths if d % 16 == 0 else ())} - missing
@@ -165,56 +165,7 @@ def backward(  # type: ignore[no-untyped-def]
         tl.store(partial + program * d + at, tl.sum(db, 0), mask=at < d)
 
 
-def launch_forward(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    total: torch.Tensor | None,
-    y: torch.Tensor,
-    statistics: torch.Tensor,
-    eps: float,
-    form: Form,
-) -> None:
-    """Write s to ``total`` where a residual is given, y, and r [and m] to ``statistics`` (1 or 2, rows).
-
-    x and residual (rows, d) have stride 1 along a row; ``total`` and y are contiguous.
-    """
-    rows, d = x.shape
-    vectors = [None if v is None else v.contiguous() for v in (weight, bias)]
-    strides = x.stride(0), 0 if residual is None else residual.stride(0)
-    arguments = (x, residual, *vectors, total, y, statistics, *strides, rows, d, eps)
-    launch(forward, -(-rows // _height(d)), *arguments, **form.constexprs, **_options(d))
-
-
-def launch_backward(
-    dy: torch.Tensor,
-    dtotal: torch.Tensor | None,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    statistics: torch.Tensor,
-    dx: torch.Tensor,
-    unit_offset: bool,
-    dweight: bool,
-    dbias: bool,
-) -> torch.Tensor:
-    """Write the gradient of x, which is s where a residual was added, to ``dx``, contiguous. Return the partial sums of
-    the gradients asked for, of weight and then of bias: (0 to 2, programs, d) in float32.
-
-    dy, dtotal and x (rows, d) have stride 1 along a row.
-    """
-    rows, d = x.shape
-    programs = _backward_programs(rows, d, x.device)
-    partial = torch.empty(dweight + dbias, programs, d, dtype=torch.float32, device=x.device)
-    w = None if weight is None else weight.contiguous()
-    strides = dy.stride(0), 0 if dtotal is None else dtotal.stride(0), x.stride(0)
-    flags = {"CENTRED": len(statistics) == 2, "UNIT_OFFSET": unit_offset, "DWEIGHT": dweight, "DBIAS": dbias}
-    arguments = (dy, dtotal, x, w, statistics, dx, partial, *strides, rows, d)
-    launch(backward, programs, *arguments, **flags, **_options(d))
-    return partial
-
-
-def _height(d: int) -> int:
+def height(d: int) -> int:
     """Rows of ``d`` elements in a Triton program."""
     return max(TILE // power_of_two(d), 1)
 
@@ -224,12 +175,13 @@ def _warps(d: int) -> int:
     return 32 if d > 8192 else max(power_of_two(d) // 512, 4)
 
 
-def _options(d: int) -> dict[str, Any]:
-    return {"ROWS": _height(d), "BLOCK": power_of_two(d), "num_warps": _warps(d), "enable_fp_fusion": True}
+def options(d: int) -> dict[str, Any]:
+    """Constants of the kernels for rows of ``d`` elements, and their warps."""
+    return {"ROWS": height(d), "BLOCK": power_of_two(d), "num_warps": _warps(d), "enable_fp_fusion": True}
 
 
-def _backward_programs(rows: int, d: int, device: torch.device) -> int:
+def programs(rows: int, d: int, device: torch.device) -> int:
     """Programs of the backward: on each multiprocessor as many as hold 16384 elements of x, at least 1."""
     tile = max(power_of_two(d), TILE)
     each = max(16384 // tile, 1) if device.type == "cuda" else 1
-    return min(-(-rows // _height(d)), processors(device) * each)
+    return min(-(-rows // height(d)), processors(device) * each)

@@ -215,7 +215,7 @@ def forced(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("AUTOPART_FORCE_TRITON", "1")
-    monkeypatch.setattr(group_norm_kernels, "launch", refuse)
+    monkeypatch.setattr(group_norm, "launch", refuse)
 
 
 X, WEIGHT = torch.randn(2, 4, 6), torch.rand(4)
