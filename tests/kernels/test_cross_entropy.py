@@ -166,10 +166,10 @@ def operators(logits: torch.Tensor) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     lse, one = torch.zeros(n, device=logits.device), torch.ones((), device=logits.device)
     ops = torch.ops.autopart
     return {
-        "forward": (ops.cross_entropy.default, (logits.requires_grad_(), targets, *terms)),
-        "statistics": (ops.cross_entropy_statistics.default, (logits.detach(), targets, *terms)),
-        "backward": (ops.cross_entropy_backward.default, (logits.detach(), targets, lse, one, *terms)),
-        "in place": (ops.cross_entropy_backward_.default, (logits.detach().clone(), targets, lse, *terms)),
+        "forward": (ops.cross_entropy.default, (logits.requires_grad_(), targets, terms)),
+        "statistics": (ops.cross_entropy_statistics.default, (logits.detach(), targets, terms)),
+        "backward": (ops.cross_entropy_backward.default, (logits.detach(), targets, lse, one, terms)),
+        "in place": (ops.cross_entropy_backward_.default, (logits.detach().clone(), targets, lse, terms)),
     }
 
 
