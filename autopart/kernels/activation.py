@@ -15,6 +15,8 @@ For x of n = rows x d elements of ``itemsize`` bytes, the least traffic in bytes
 The partial sums of dbias, one float32 row for each group of Triton programs, are left out.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Callable
@@ -23,13 +25,11 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
-from autopart.kernels.ahead import Usage, compile_kernel
+from autopart.kernels.ahead import Usage, compile_kernels
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.launch import TRITON_NAMES, as_rows, launch, power_of_two, processors, runs_on, triton_op
+from autopart.kernels.launch import TRITON_NAMES, as_rows, jit, launch, power_of_two, processors, runs_on, triton_op
 
-tl: Any  # bound by formulas(), as the two below: Triton's interpreter looks for names among a kernel's globals
-value: Any
-gradient: Any
+tl: Any = None  # triton.language, which jit binds
 
 ELEMENTS = 2048
 """Elements of x in one tile."""
@@ -52,20 +52,6 @@ class Activation(NamedTuple):
     def constants(self) -> dict[str, Any]:
         """Constants of the Triton functions."""
         return {"KIND": self.kind, "A": self.a, "B": self.b}
-
-
-class Formulas(NamedTuple):
-    """The ``triton.jit`` functions that kernels call: f(x), and g f'(x), both in float32."""
-
-    value: Any
-    gradient: Any
-
-
-class Kernels(NamedTuple):
-    """The two ``triton.jit`` functions that are launched."""
-
-    forward: Any
-    backward: Any
 
 
 class _BloomGelu(torch.autograd.Function):
@@ -163,10 +149,7 @@ def compile_ahead(
     signature = types | lengths | {"rows": "i32", "groups": "i32"}
     aligned = {*types, *(lengths if d % 16 == 0 else ())}
     constexprs = tile(d) | ACTIVATIONS[name].constants | {"BIASED": biased}
-    return {
-        label: compile_kernel(kernel, signature, constexprs, capability, 4, aligned)
-        for label, kernel in kernels()._asdict().items()
-    }
+    return compile_kernels((forward, backward), signature, constexprs, capability, aligned=aligned)
 
 
 def in_order(x: torch.Tensor) -> bool:
@@ -181,88 +164,72 @@ def tile(d: int) -> dict[str, int]:
     return {"ROWS": ELEMENTS // columns, "COLUMNS": columns}
 
 
-@functools.cache
-def formulas() -> Formulas:
-    """The ``triton.jit`` functions of the formulas on top of this file. The first call imports Triton."""
-    global tl, value, gradient
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def value(x, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr):  # type: ignore[no-untyped-def]
-        if KIND == "sigmoid":
-            z = A * x if B == 0 else A * x * (1 + B * x * x)
-            y = x * tl.sigmoid(z)
-        elif KIND == "erf":
-            y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
-        else:
-            y = tl.where(x <= 0, 0.0, x if KIND == "relu" else x * x)
-        return y
-
-    @triton.jit
-    def gradient(g, x, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr):  # type: ignore[no-untyped-def]
-        if KIND == "sigmoid":
-            z = A * x if B == 0 else A * x * (1 + B * x * x)
-            slope = A if B == 0 else A * (1 + 3 * B * x * x)
-            e = tl.exp(-tl.abs(z))
-            scale = 1 / (1 + e)
-            g *= tl.where(z < 0, e, 1.0) * scale + x * (e * scale * scale) * slope
-        elif KIND == "erf":
-            density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-            g *= 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * density
-        else:
-            g = tl.where(x <= 0, 0.0, g if KIND == "relu" else 2 * x * g)
-        return g
-
-    return Formulas(value, gradient)
+@jit
+def value(x, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr):  # type: ignore[no-untyped-def]
+    if KIND == "sigmoid":
+        z = A * x if B == 0 else A * x * (1 + B * x * x)
+        y = x * tl.sigmoid(z)
+    elif KIND == "erf":
+        y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    else:
+        y = tl.where(x <= 0, 0.0, x if KIND == "relu" else x * x)
+    return y
 
 
-@functools.cache
-def kernels() -> Kernels:
-    """The ``triton.jit`` functions. The first call imports Triton, which reads TRITON_INTERPRET from the environment
-    then."""
-    formulas()
-    import triton
+@jit
+def gradient(g, x, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr):  # type: ignore[no-untyped-def]
+    if KIND == "sigmoid":
+        z = A * x if B == 0 else A * x * (1 + B * x * x)
+        slope = A if B == 0 else A * (1 + 3 * B * x * x)
+        e = tl.exp(-tl.abs(z))
+        scale = 1 / (1 + e)
+        g *= tl.where(z < 0, e, 1.0) * scale + x * (e * scale * scale) * slope
+    elif KIND == "erf":
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        g *= 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * density
+    else:
+        g = tl.where(x <= 0, 0.0, g if KIND == "relu" else 2 * x * g)
+    return g
 
-    @triton.jit
-    def forward(  # type: ignore[no-untyped-def]
-        x, bias, y, x_stride, rows, d,
-        KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-        BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    ):  # fmt: skip
-        across = tl.cdiv(d, COLUMNS)
-        row = ((tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-        column = ((tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-        here = (row < rows) & (column < d)
-        h = tl.load(x + row * x_stride + column, mask=here, other=0.0).to(tl.float32)
+
+@jit
+def forward(  # type: ignore[no-untyped-def]
+    x, bias, y, x_stride, rows, d,
+    KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(d, COLUMNS)
+    row = ((tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = ((tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    here = (row < rows) & (column < d)
+    h = tl.load(x + row * x_stride + column, mask=here, other=0.0).to(tl.float32)
+    if BIASED:
+        h += tl.load(bias + column, mask=column < d, other=0.0).to(tl.float32)
+    tl.store(y + row * d + column, value(h, KIND, A, B).to(y.dtype.element_ty), mask=here)
+
+
+@jit
+def backward(  # type: ignore[no-untyped-def]
+    dy, x, bias, dx, partial, dy_stride, x_stride, rows, d, groups,
+    KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(d, COLUMNS)
+    group = (tl.program_id(0) // across).to(tl.int64)
+    column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
+    dbias = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for at in range(group * ROWS, rows, groups * ROWS):
+        row = (at + tl.arange(0, ROWS))[:, None]
+        here = (row < rows) & (column < d)[None, :]
+        h = tl.load(x + row * x_stride + column[None, :], mask=here, other=0.0).to(tl.float32)
+        g = tl.load(dy + row * dy_stride + column[None, :], mask=here, other=0.0).to(tl.float32)
         if BIASED:
-            h += tl.load(bias + column, mask=column < d, other=0.0).to(tl.float32)
-        tl.store(y + row * d + column, value(h, KIND, A, B).to(y.dtype.element_ty), mask=here)
-
-    @triton.jit
-    def backward(  # type: ignore[no-untyped-def]
-        dy, x, bias, dx, partial, dy_stride, x_stride, rows, d, groups,
-        KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-        BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    ):  # fmt: skip
-        across = tl.cdiv(d, COLUMNS)
-        group = (tl.program_id(0) // across).to(tl.int64)
-        column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
-        dbias = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for at in range(group * ROWS, rows, groups * ROWS):
-            row = (at + tl.arange(0, ROWS))[:, None]
-            here = (row < rows) & (column < d)[None, :]
-            h = tl.load(x + row * x_stride + column[None, :], mask=here, other=0.0).to(tl.float32)
-            g = tl.load(dy + row * dy_stride + column[None, :], mask=here, other=0.0).to(tl.float32)
-            if BIASED:
-                h += tl.load(bias + column, mask=column < d, other=0.0).to(tl.float32)[None, :]
-            g = gradient(g, h, KIND, A, B)
-            dbias += tl.where(here, g, 0.0) if BIASED else 0.0
-            tl.store(dx + row * d + column[None, :], g.to(dx.dtype.element_ty), mask=here)
-        if BIASED:
-            tl.store(partial + group * d + column, tl.sum(dbias, 0), mask=column < d)
-
-    return Kernels(forward, backward)
+            h += tl.load(bias + column, mask=column < d, other=0.0).to(tl.float32)[None, :]
+        g = gradient(g, h, KIND, A, B)
+        dbias += tl.where(here, g, 0.0) if BIASED else 0.0
+        tl.store(dx + row * d + column[None, :], g.to(dx.dtype.element_ty), mask=here)
+    if BIASED:
+        tl.store(partial + group * d + column, tl.sum(dbias, 0), mask=column < d)
 
 
 @triton_op("autopart::activation", mutates_args=())
@@ -273,7 +240,7 @@ def _forward(x: torch.Tensor, bias: torch.Tensor | None, name: str) -> torch.Ten
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     programs = _tiles(len(h), d) * -(-d // tile(d)["COLUMNS"])
     given = h if bias is None else bias.contiguous()
-    launch(kernels().forward, programs, h, given, y, h.stride(0), len(h), d, **_options(d, name, bias is not None))
+    launch(forward, programs, h, given, y, h.stride(0), len(h), d, **_options(d, name, bias is not None))
     return y
 
 
@@ -289,7 +256,7 @@ def _backward(
     given = h if bias is None else bias.contiguous()
     arguments = (g, h, given, dx, partial, g.stride(0), h.stride(0), len(h), d, groups)
     programs = groups * -(-d // tile(d)["COLUMNS"])
-    launch(kernels().backward, programs, *arguments, **_options(d, name, bias is not None))
+    launch(backward, programs, *arguments, **_options(d, name, bias is not None))
     return dx, x.new_empty(0) if bias is None else partial.sum(0).to(bias.dtype)
 
 

@@ -3,9 +3,11 @@
 import re
 import subprocess
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from autopart.kernels.launch import jitted
 
 _ALIGNED = [["tt.divisibility", 16]]
 
@@ -78,7 +80,7 @@ def compile_kernel(
     num_warps: int = 4,
     aligned: Collection[str] = (),
 ) -> Usage:
-    """Compile a ``triton.jit`` function ahead of time.
+    """Compile a `jit` function ahead of time.
 
     signature   argument -> its Triton type (``"*bf16"``, ``"i32"``), of each argument that is no constexpr
     constexprs  argument -> its value, of the other arguments
@@ -92,6 +94,7 @@ def compile_kernel(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    kernel = jitted(kernel)
     if not isinstance(kernel, triton.JITFunction):
         raise RuntimeError("only a kernel decorated without TRITON_INTERPRET=1 can be compiled")
     constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
@@ -102,6 +105,13 @@ def compile_kernel(
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, spills = _registers_and_spills(compiled.asm["cubin"])
     return Usage(registers, spills, compiled.metadata.shared, num_warps)
+
+
+def compile_kernels(kernels: Iterable[Any], *arguments: Any, **options: Any) -> dict[str, Usage]:
+    """The resources of several `jit` functions by name, less ``_kernel``. Arguments as `compile_kernel`."""
+    return {
+        kernel.__name__.removesuffix("_kernel"): compile_kernel(kernel, *arguments, **options) for kernel in kernels
+    }
 
 
 def _registers_and_spills(cubin: bytes) -> tuple[int, int]:

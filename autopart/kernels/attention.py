@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
+from autopart.kernels import attention_triton
 from autopart.kernels.attention_tiles import compile_ahead, tiles
-from autopart.kernels.attention_triton import kernels
 from autopart.kernels.kernel import Bytes, Kernel
 from autopart.kernels.launch import TRITON_NAMES, launch, runs_on, triton_op
 from autopart.kernels.plain_dropout import dropped
@@ -170,7 +170,7 @@ def _forward(
         "forward" if bias is None and mask is None else "added", query.shape[-1], value.shape[-1], query.dtype
     )
     programs = (-(-queries // options["QUERIES"]), heads, batch)
-    launch(kernels().forward, programs, arguments.pop("q"), **arguments, out=out, lse=lse, **options)
+    launch(attention_triton.forward, programs, arguments.pop("q"), **arguments, out=out, lse=lse, **options)
     return out, lse
 
 
@@ -191,17 +191,17 @@ def _backward(
     dq, dk, dv = _heads_last(query, queries, d), _heads_last(key, keys, d), _heads_last(value, keys, e)
     options = tiles("query", d, e, query.dtype)
     programs = (-(-queries // options["QUERIES"]), heads, batch)
-    launch(kernels().query, programs, first, **arguments, out=out, dq=dq, factor=scale, **options)
+    launch(attention_triton.query, programs, first, **arguments, out=out, dq=dq, factor=scale, **options)
     options = tiles("key", d, e, query.dtype)
     programs = (-(-keys // options["KEYS"]), served, batch)
-    launch(kernels().key, programs, first, **arguments, dk=dk, dv=dv, factor=scale, **options)
+    launch(attention_triton.key, programs, first, **arguments, dk=dk, dv=dv, factor=scale, **options)
     if bias is None or not bias_gradient:
         return dq, dk, dv, query.new_empty(0)
     dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
     over = {"over_b": batch // bias.shape[0], "over_h": heads // bias.shape[1]}
     options = tiles("bias", d, e, query.dtype)
     programs = (-(-queries // options["QUERIES"]), -(-keys // options["KEYS"]), bias.shape[:2].numel())
-    launch(kernels().bias, programs, first, **arguments, dbias=dbias, **over, **options)
+    launch(attention_triton.bias_gradient, programs, first, **arguments, dbias=dbias, **over, **options)
     return dq, dk, dv, dbias
 
 

@@ -1,134 +1,117 @@
 """Triton functions that the kernels of `autopart.kernels.attention_triton` call."""
 
+from __future__ import annotations
+
 from typing import Any
 
-tl: Any  # bound by the functions below: Triton's interpreter looks for its language among a kernel's globals
+from autopart.kernels.launch import jit
+
+tl: Any = None  # triton.language, which jit binds
 
 
-def operands() -> tuple[Any, Any, Any]:
-    """What loads, multiplies and drops tiles."""
-    global tl
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def tile(x, at, stride, count, DIM: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Rows `at` of x (count, DIM), zeros outside."""
-        d = tl.arange(0, BLOCK)
-        here = (at < count)[:, None] & (d < DIM)[None, :]
-        return tl.load(x + at.to(tl.int64)[:, None] * stride + d[None, :], mask=here, other=0.0)
-
-    @triton.jit
-    def product(a, b, sums, PRECISION: tl.constexpr, FLOAT: tl.constexpr):  # type: ignore[no-untyped-def]
-        """sums + a b; FLOAT where the interpreter multiplies, which cannot in bfloat16."""
-        if FLOAT:
-            return tl.dot(a.to(tl.float32), b.to(tl.float32), sums)
-        return tl.dot(a, b, sums, input_precision=PRECISION)
-
-    @triton.jit
-    def dropped(x, rows, columns, threshold):  # type: ignore[no-untyped-def]
-        """x, with 0 where `autopart.kernels.dropout` drops."""
-        u = rows.to(tl.uint32, bitcast=True) + columns.to(tl.uint32, bitcast=True)
-        u ^= u >> 16
-        u *= 0x7FEB352D
-        u ^= u >> 15
-        u *= 0x846CA68B
-        u ^= u >> 16
-        return tl.where((u ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold, x, 0.0)
-
-    return tile, product, dropped
+@jit
+def tile(x, at, stride, count, DIM: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows `at` of x (count, DIM), zeros outside."""
+    d = tl.arange(0, BLOCK)
+    here = (at < count)[:, None] & (d < DIM)[None, :]
+    return tl.load(x + at.to(tl.int64)[:, None] * stride + d[None, :], mask=here, other=0.0)
 
 
-def scores() -> Any:
-    """What makes scores of products."""
-    global tl
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def scored(  # type: ignore[no-untyped-def]
-        s, i, j, queries, keys, offset, window, scale, cap, bias, bias_i, bias_j, mask, mask_i, mask_j, padding, slope,
-        CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
-        PADDING: tl.constexpr, SLOPES: tl.constexpr, EDGE: tl.constexpr,
-    ):  # fmt: skip
-        """(scores, their derivatives by the scaled products) of the products s at queries i and keys j.
-        Unless EDGE, all of the queries see all of the keys but for masks."""
-        here = (i < queries) & (j < keys)
-        s *= scale
-        derivative = s
-        if CAP:
-            t = 1.0 - 2.0 / (tl.exp2(s) + 1.0)
-            derivative = 1.0 - t * t
-            s = cap * t
-        if SLOPES:
-            s += slope * (j - i - offset).to(tl.float32)
-        low = -3e38
-        log2e = 1.4426950408889634
-        if BIAS:
-            x = tl.load(bias + i.to(tl.int64) * bias_i + j * bias_j, mask=here, other=0.0).to(tl.float32)
-            s += tl.where(x == float("-inf"), x, tl.maximum(x * log2e, low))
-        if MASK == 1:
-            x = tl.load(mask + i.to(tl.int64) * mask_i + j * mask_j, mask=here, other=0.0).to(tl.float32)
-            s += tl.where(x == float("-inf"), x, tl.maximum(x * log2e, low))
-        seen = j < keys
-        if MASK == 2:
-            seen &= tl.load(mask + i.to(tl.int64) * mask_i + j * mask_j, mask=here, other=0) != 0
-        if PADDING:
-            seen &= tl.load(padding + j, mask=j < keys, other=0) != 0
-        if EDGE and CAUSAL:
-            seen &= j <= i + offset
-        if EDGE and WINDOW:
-            seen &= (i + offset - j < window) & (j - i - offset < window)
-        if EDGE or MASK == 2 or PADDING:
-            s = tl.where(seen, s, float("-inf"))
-        return s, derivative
-
-    return scored
+@jit
+def product(a, b, sums, PRECISION: tl.constexpr, FLOAT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """sums + a b; FLOAT where the interpreter multiplies, which cannot in bfloat16."""
+    if FLOAT:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums)
+    return tl.dot(a, b, sums, input_precision=PRECISION)
 
 
-def ranges() -> tuple[Any, Any]:
-    """What bounds the keys that a block of queries sees, and the queries that see a block of keys."""
-    global tl
-    import triton
-    import triton.language as tl
+@jit
+def dropped(x, rows, columns, threshold):  # type: ignore[no-untyped-def]
+    """x, with 0 where `autopart.kernels.dropout` drops."""
+    u = rows.to(tl.uint32, bitcast=True) + columns.to(tl.uint32, bitcast=True)
+    u ^= u >> 16
+    u *= 0x7FEB352D
+    u ^= u >> 15
+    u *= 0x846CA68B
+    u ^= u >> 16
+    return tl.where((u ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold, x, 0.0)
 
-    @triton.jit
-    def key_range(  # type: ignore[no-untyped-def]
-        start, offset, window, keys, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr,
-        KEYS: tl.constexpr,
-    ):  # fmt: skip
-        """first, middle, last: queries from `start` on may see the blocks of keys from `first` to below `last`. All of
-        the queries see all of the keys below `middle`."""
-        first = 0
-        last = keys
-        middle = keys // KEYS * KEYS
-        if CAUSAL:
-            last = tl.minimum(start + offset + QUERIES, keys)
-            middle = tl.minimum(tl.maximum(start + offset + 1, 0) // KEYS * KEYS, middle)
-        if WINDOW:
-            first = tl.maximum(start + offset - window + 1, 0) // KEYS * KEYS
-            last = tl.minimum(start + offset + QUERIES - 1 + window, last)
-            middle = first
-        return first, middle, last
 
-    @triton.jit
-    def query_range(  # type: ignore[no-untyped-def]
-        start, offset, window, queries, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr,
-        KEYS: tl.constexpr,
-    ):  # fmt: skip
-        """first, middle, last: the blocks of queries from `first` to below `last` may see keys from `start` on. Those
-        from `middle` on see all of the keys."""
-        first = 0
-        last = queries
-        middle = 0
-        if CAUSAL:
-            first = tl.maximum(start - offset, 0) // QUERIES * QUERIES
-            middle = tl.maximum(start - offset + KEYS - 1 + QUERIES - 1, 0) // QUERIES * QUERIES
-        if WINDOW:
-            first = tl.maximum(start - offset - window + 1, first) // QUERIES * QUERIES
-            last = tl.minimum(start - offset + KEYS - 1 + window, queries)
-        if CAUSAL or WINDOW:
-            middle = last if WINDOW else tl.minimum(middle, last)
-        return first, middle, last
+@jit
+def scored(  # type: ignore[no-untyped-def]
+    s, i, j, queries, keys, offset, window, scale, cap, bias, bias_i, bias_j, mask, mask_i, mask_j, padding, slope,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
+    PADDING: tl.constexpr, SLOPES: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """(scores, their derivatives by the scaled products) of the products s at queries i and keys j.
+    Unless EDGE, all of the queries see all of the keys but for masks."""
+    here = (i < queries) & (j < keys)
+    s *= scale
+    derivative = s
+    if CAP:
+        t = 1.0 - 2.0 / (tl.exp2(s) + 1.0)
+        derivative = 1.0 - t * t
+        s = cap * t
+    if SLOPES:
+        s += slope * (j - i - offset).to(tl.float32)
+    low = -3e38
+    log2e = 1.4426950408889634
+    if BIAS:
+        x = tl.load(bias + i.to(tl.int64) * bias_i + j * bias_j, mask=here, other=0.0).to(tl.float32)
+        s += tl.where(x == float("-inf"), x, tl.maximum(x * log2e, low))
+    if MASK == 1:
+        x = tl.load(mask + i.to(tl.int64) * mask_i + j * mask_j, mask=here, other=0.0).to(tl.float32)
+        s += tl.where(x == float("-inf"), x, tl.maximum(x * log2e, low))
+    seen = j < keys
+    if MASK == 2:
+        seen &= tl.load(mask + i.to(tl.int64) * mask_i + j * mask_j, mask=here, other=0) != 0
+    if PADDING:
+        seen &= tl.load(padding + j, mask=j < keys, other=0) != 0
+    if EDGE and CAUSAL:
+        seen &= j <= i + offset
+    if EDGE and WINDOW:
+        seen &= (i + offset - j < window) & (j - i - offset < window)
+    if EDGE or MASK == 2 or PADDING:
+        s = tl.where(seen, s, float("-inf"))
+    return s, derivative
 
-    return key_range, query_range
+
+@jit
+def key_range(  # type: ignore[no-untyped-def]
+    start, offset, window, keys, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):  # fmt: skip
+    """first, middle, last: queries from `start` on may see the blocks of keys from `first` to below `last`. All of
+    the queries see all of the keys below `middle`."""
+    first = 0
+    last = keys
+    middle = keys // KEYS * KEYS
+    if CAUSAL:
+        last = tl.minimum(start + offset + QUERIES, keys)
+        middle = tl.minimum(tl.maximum(start + offset + 1, 0) // KEYS * KEYS, middle)
+    if WINDOW:
+        first = tl.maximum(start + offset - window + 1, 0) // KEYS * KEYS
+        last = tl.minimum(start + offset + QUERIES - 1 + window, last)
+        middle = first
+    return first, middle, last
+
+
+@jit
+def query_range(  # type: ignore[no-untyped-def]
+    start, offset, window, queries, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):  # fmt: skip
+    """first, middle, last: the blocks of queries from `first` to below `last` may see keys from `start` on. Those
+    from `middle` on see all of the keys."""
+    first = 0
+    last = queries
+    middle = 0
+    if CAUSAL:
+        first = tl.maximum(start - offset, 0) // QUERIES * QUERIES
+        middle = tl.maximum(start - offset + KEYS - 1 + QUERIES - 1, 0) // QUERIES * QUERIES
+    if WINDOW:
+        first = tl.maximum(start - offset - window + 1, first) // QUERIES * QUERIES
+        last = tl.minimum(start - offset + KEYS - 1 + window, queries)
+    if CAUSAL or WINDOW:
+        middle = last if WINDOW else tl.minimum(middle, last)
+    return first, middle, last

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
+from autopart.kernels import attention_triton
 from autopart.kernels.ahead import Usage, compile_kernel
-from autopart.kernels.attention_triton import kernels
-from autopart.kernels.launch import TRITON_NAMES, power_of_two
+from autopart.kernels.launch import TRITON_NAMES, interprets, power_of_two
 
 TILES = {
     ("forward", 2): {64: (128, 64, 8, 1), 128: (128, 64, 8, 0), 256: (64, 32, 8, 1)},
@@ -29,14 +29,12 @@ float32 products are sums of three in tf32, and wide heads spill some."""
 
 def tiles(kernel: str, d: int, e: int, dtype: torch.dtype) -> dict[str, Any]:
     """The constants of a kernel for widths d of keys and e of values, and its warps."""
-    import triton
-
     by_width = TILES[kernel, dtype.itemsize]
     queries, keys, warps, split = by_width[next(width for width in by_width if max(d, e) <= width)]
     return {
         "D": d, "E": e, "BLOCK_D": max(power_of_two(d), 16), "BLOCK_E": max(power_of_two(e), 16), "QUERIES": queries,
         "KEYS": keys, "STAGES": 4 // dtype.itemsize, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
-        "FLOAT": not isinstance(kernels().forward, triton.JITFunction), "num_warps": warps,
+        "FLOAT": interprets(), "num_warps": warps,
         **({} if kernel == "bias" else {"SPLIT": split}),
     }  # fmt: skip
 
@@ -58,11 +56,12 @@ def compile_ahead(
         "CAUSAL": causal, "WINDOW": window, "CAP": cap, "BIAS": bias, "MASK": mask, "PADDING": padding,
         "SLOPES": slopes, "DROPOUT": dropout, "bias_j": 1, "mask_j": 1,
     }  # fmt: skip
+    kernels = {name: getattr(attention_triton, name) for name in ("forward", "query", "key")}
+    kernels |= {"bias": attention_triton.bias_gradient} if bias else {}
     usage = {}
-    for name, kernel in kernels()._asdict().items():
-        if name != "bias" or bias:
-            chosen = tiles("added" if name == "forward" and (bias or mask) else name, d, e or d, dtype)
-            warps = chosen.pop("num_warps")
-            aligned = {*types, *strides, "queries", "keys"}
-            usage[name] = compile_kernel(kernel, signature, flags | chosen, capability, warps, aligned)
+    for name, kernel in kernels.items():
+        chosen = tiles("added" if name == "forward" and (bias or mask) else name, d, e or d, dtype)
+        warps = chosen.pop("num_warps")
+        aligned = {*types, *strides, "queries", "keys"}
+        usage[name] = compile_kernel(kernel, signature, flags | chosen, capability, warps, aligned)
     return usage

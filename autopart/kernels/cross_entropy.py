@@ -22,23 +22,26 @@ For logits of `itemsize` bytes the least traffic in bytes is
     backward  2 itemsize n v + 8 n + 4 n      read logits, write their gradient, read targets and float32 lse
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from autopart.kernels.ahead import Usage, compile_kernel
+from autopart.kernels.ahead import Usage, compile_kernels
 from autopart.kernels.cross_entropy_rows import (
     Reduction,
     Terms,
     columns,
     combined,
     gradient,
+    gradient_kernel,
     identity,
-    kernels,
     kernels_apply,
     losses,
     statistics,
+    statistics_kernel,
     terms_of,
     warps,
 )
@@ -46,9 +49,20 @@ from autopart.kernels.kernel import Bytes, Kernel
 from autopart.kernels.launch import TRITON_NAMES, triton_op
 
 
+def scaled(logits: Tensor, compute_dtype: torch.dtype | None, softcap: float, scale: float, divisor: float) -> Tensor:
+    """Logits after scale, divisor and soft-cap in their own dtype, in ``compute_dtype``."""
+    if scale != 1:
+        logits = logits * scale
+    if divisor != 1:
+        logits = logits / divisor
+    if softcap:
+        logits = torch.tanh(logits / softcap) * softcap
+    return logits if compute_dtype is None else logits.to(compute_dtype)
+
+
 def reference(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
+    logits: Tensor,
+    targets: Tensor,
     valid: float,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
@@ -57,18 +71,10 @@ def reference(
     softcap: float = 0.0,
     scale: float = 1.0,
     divisor: float = 1.0,
-) -> torch.Tensor:
+) -> Tensor:
     """The sum of the losses of logits (n, v) and targets (n,) over ``valid``, in ``compute_dtype``, or in the dtype of
-    the logits when that is None. Scale, divisor and soft-cap are applied in the dtype of the logits."""
-    h = logits
-    if scale != 1:
-        h = h * scale
-    if divisor != 1:
-        h = h / divisor
-    if softcap:
-        h = torch.tanh(h / softcap) * softcap
-    if compute_dtype is not None:
-        h = h.to(compute_dtype)
+    the logits when that is None."""
+    h = scaled(logits, compute_dtype, softcap, scale, divisor)
     total = F.cross_entropy(h, targets, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing)
     if z_loss:
         lse = torch.where(targets != ignore_index, torch.logsumexp(h, -1), 0)
@@ -77,8 +83,8 @@ def reference(
 
 
 def cross_entropy(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
+    logits: Tensor,
+    targets: Tensor,
     valid: float,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
@@ -87,7 +93,7 @@ def cross_entropy(
     softcap: float = 0.0,
     scale: float = 1.0,
     divisor: float = 1.0,
-) -> torch.Tensor:
+) -> Tensor:
     """The sum of the losses of logits (n, v) and targets (n,) over ``valid``: a scalar. By the Triton kernels where
     they apply, else by ``reference``.
 
@@ -96,7 +102,7 @@ def cross_entropy(
     """
     if kernels_apply(logits, targets) and compute_dtype in (None, torch.float32):
         terms = terms_of(logits, ignore_index, label_smoothing, z_loss, softcap, scale, divisor)
-        total: torch.Tensor = torch.ops.autopart.cross_entropy(logits, targets, *terms)[0]
+        total: Tensor = torch.ops.autopart.cross_entropy(logits, targets, terms)[0]
         return total.to(compute_dtype or logits.dtype) / valid
     return reference(
         logits, targets, valid, ignore_index, label_smoothing, compute_dtype, z_loss, softcap, scale, divisor
@@ -104,8 +110,8 @@ def cross_entropy(
 
 
 def vocab_cross_entropy(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
+    logits: Tensor,
+    targets: Tensor,
     valid: float,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
@@ -118,7 +124,7 @@ def vocab_cross_entropy(
     classes: int = 0,
     reduce_max: Reduction = identity,
     reduce_sum: Reduction = identity,
-) -> torch.Tensor:
+) -> Tensor:
     """`cross_entropy` of logits (n, v / ranks), this rank's columns from ``first`` of the ``classes`` columns of the
     vocabulary, 0 for those given. Every rank gets the same loss.
 
@@ -126,17 +132,17 @@ def vocab_cross_entropy(
     for float64 logits.
     """
     terms = terms_of(logits, ignore_index, label_smoothing, z_loss, softcap, scale, divisor, first, classes)
-    total: torch.Tensor = _VocabCrossEntropy.apply(logits, targets, terms, reduce_max, reduce_sum)
+    total: Tensor = _VocabCrossEntropy.apply(logits, targets, terms, reduce_max, reduce_sum)
     return total.to(compute_dtype or logits.dtype) / valid
 
 
-def bytes_moved(logits: torch.Tensor, targets: torch.Tensor, *constants: object) -> Bytes:
+def bytes_moved(logits: Tensor, targets: Tensor, *constants: object) -> Bytes:
     """As `Kernel.bytes_moved`; the formulas are on top of this file."""
     size, each = logits.itemsize * logits.numel(), targets.itemsize * targets.numel()
     return Bytes(forward=size + each + 16 * len(targets), backward=2 * size + each + 4 * len(targets))
 
 
-def kept(arguments: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def kept(arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Logits, targets, and for each row lse in float32."""
     logits, targets, *_ = arguments
     return logits, targets, logits.new_empty(len(logits), dtype=torch.float32)
@@ -156,44 +162,29 @@ def compile_ahead(
     aligned = {*types, *(lengths if v % 16 == 0 else ())}
     floats = dict.fromkeys(("factor", "cap", "hit", "each", "z"), "fp32")
     signature = types | lengths | floats | dict.fromkeys(("rows", "first", "ignored"), "i32")
-    common = {"CAP": softcap, "COLUMNS": columns(v)}
-    constexprs = {"statistics": {**common, "TOTAL": smoothing}, "gradient": common}
-    return {
-        name: compile_kernel(kernel, signature, constexprs[name], capability, warps(v), aligned)
-        for name, kernel in kernels()._asdict().items()
-    }
+    constexprs = {"CAP": softcap, "COLUMNS": columns(v), "TOTAL": smoothing}
+    kernels = statistics_kernel, gradient_kernel
+    return compile_kernels(kernels, signature, constexprs, capability, warps(v), aligned)
 
 
 @triton_op("autopart::cross_entropy", mutates_args=())
-def _forward(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    factor: float,
-    first: int,
-    classes: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(logits: Tensor, targets: Tensor, terms: Sequence[float]) -> tuple[Tensor, Tensor]:
     """The sum of the losses and lse (n,), float32."""
-    terms = Terms(ignore_index, label_smoothing, z_loss, softcap, factor, first, classes)
-    found = torch.ops.autopart.cross_entropy_statistics(logits, targets, *terms)
+    found = torch.ops.autopart.cross_entropy_statistics(logits, targets, terms)
     lse, wanted, total = combined(found, identity, identity)
-    return losses(lse, wanted, total, targets, terms).sum(), lse
+    return losses(lse, wanted, total, targets, Terms.of(terms)).sum(), lse
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    logits, targets, *terms = inputs
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, targets, ctx.terms = inputs
     ctx.save_for_backward(logits, targets, output[1])
-    ctx.terms = terms
     ctx.mark_non_differentiable(output[1])
 
 
-def _gradients(ctx: Any, dloss: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _gradients(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     logits, targets, lse = ctx.saved_tensors
-    dlogits = torch.ops.autopart.cross_entropy_backward(logits, targets, lse, dloss, *ctx.terms)
-    return dlogits, *[None] * (1 + len(ctx.terms))
+    dlogits = torch.ops.autopart.cross_entropy_backward(logits, targets, lse, dloss, ctx.terms)
+    return dlogits, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
@@ -204,20 +195,15 @@ class _VocabCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        terms: Terms,
-        reduce_max: Reduction,
-        reduce_sum: Reduction,
-    ) -> torch.Tensor:
+        ctx: Any, logits: Tensor, targets: Tensor, terms: Terms, reduce_max: Reduction, reduce_sum: Reduction
+    ) -> Tensor:
         lse, wanted, total = combined(statistics(logits, targets, terms), reduce_max, reduce_sum)
         ctx.save_for_backward(logits, targets, lse)
         ctx.terms = terms
         return losses(lse, wanted, total, targets, terms).sum()
 
     @staticmethod
-    def backward(ctx: Any, *dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *dloss: Tensor) -> tuple[Tensor | None, ...]:
         logits, targets, lse = ctx.saved_tensors
         return gradient(logits, targets, lse, dloss[0], ctx.terms), None, None, None, None
 
@@ -230,23 +216,15 @@ SHAPES = {
     "Gemma-2-9B": {"v": 256000, "softcap": True},
 }
 
-KERNELS = (
+KERNELS = tuple(
     Kernel(
-        function=cross_entropy,
+        function=function,
         reference=reference,
-        rule="b v!, b -> ",
+        rule=rule,
         kept=kept,
         bytes_moved=bytes_moved,
         ahead=compile_ahead,
         shapes=SHAPES,
-    ),
-    Kernel(
-        function=vocab_cross_entropy,
-        reference=reference,
-        rule="b v, b -> ",
-        kept=kept,
-        bytes_moved=bytes_moved,
-        ahead=compile_ahead,
-        shapes=SHAPES,
-    ),
+    )
+    for function, rule in ((cross_entropy, "b v!, b -> "), (vocab_cross_entropy, "b v, b -> "))
 )

@@ -3,29 +3,23 @@
 Its Triton kernels and the same in plain PyTorch: statistics of every row, the loss from them, and the gradient.
 """
 
-import functools
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from autopart.kernels.launch import TRITON_NAMES, as_rows, launch, power_of_two, runs_on, triton_op
+from autopart.kernels.launch import TRITON_NAMES, as_rows, jit, launch, power_of_two, runs_on, triton_op
 
-tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals
-tanh: Any  # bound by kernels(), likewise
+tl: Any = None  # triton.language, which jit binds
 
 BLOCK = 4096
 """The most columns that a Triton program holds at once: 16 for each thread of its 8 warps."""
 
-Reduction = Callable[[torch.Tensor], torch.Tensor]
+Reduction = Callable[[Tensor], Tensor]
 """An elementwise reduction over ranks. It may work in place; its result is what it returns."""
-
-
-class Kernels(NamedTuple):
-    """The two ``triton.jit`` functions."""
-
-    statistics: Any
-    gradient: Any
 
 
 class Terms(NamedTuple):
@@ -45,14 +39,20 @@ class Terms(NamedTuple):
     first: int
     classes: int
 
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> Terms:
+        """The constants from a list of floats, as operators take them."""
+        ignored, *floats, first, classes = numbers
+        return cls(int(ignored), *floats, int(first), int(classes))
 
-def identity(x: torch.Tensor) -> torch.Tensor:
+
+def identity(x: Tensor) -> Tensor:
     """x: the reduction over one rank."""
     return x
 
 
 def terms_of(
-    logits: torch.Tensor,
+    logits: Tensor,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -68,12 +68,12 @@ def terms_of(
     return Terms(*terms, first, classes or logits.shape[-1])
 
 
-def statistics(logits: torch.Tensor, targets: torch.Tensor, terms: Terms) -> torch.Tensor:
+def statistics(logits: Tensor, targets: Tensor, terms: Terms) -> Tensor:
     """(4, n) of logits (n, v), in float32, or in float64 of float64: their maximum, the sum of their exponentials
     relative to it, the target's logit or 0 where it is not here, and the sum of the logits; all after factor and
     soft-cap. The sum of the logits is left out, as any number, where there is no label smoothing."""
     if kernels_apply(logits, targets):
-        found: torch.Tensor = torch.ops.autopart.cross_entropy_statistics(logits, targets, *terms)
+        found: Tensor = torch.ops.autopart.cross_entropy_statistics(logits, targets, terms)
         return found
     u = _transformed(logits, terms)
     local, here = _local(targets, logits.shape[-1], terms)
@@ -85,16 +85,14 @@ def statistics(logits: torch.Tensor, targets: torch.Tensor, terms: Terms) -> tor
     return torch.stack([highest, each.sum(-1), wanted, total])
 
 
-def combined(found: torch.Tensor, reduce_max: Reduction, reduce_sum: Reduction) -> tuple[torch.Tensor, ...]:
+def combined(found: Tensor, reduce_max: Reduction, reduce_sum: Reduction) -> tuple[Tensor, ...]:
     """lse, the target's logit and the sum of logits of every row over all ranks, each (n,), from a rank's (4, n)."""
     highest = reduce_max(found[0].clone())
     sums, wanted, total = reduce_sum(torch.stack([found[1] * torch.exp(found[0] - highest), found[2], found[3]]))
     return highest + sums.log(), wanted, total
 
 
-def losses(
-    lse: torch.Tensor, wanted: torch.Tensor, total: torch.Tensor, targets: torch.Tensor, terms: Terms
-) -> torch.Tensor:
+def losses(lse: Tensor, wanted: Tensor, total: Tensor, targets: Tensor, terms: Terms) -> Tensor:
     """The loss of every row (n,): NaN where the target is neither a column of the vocabulary nor to be ignored."""
     inside = (targets >= 0) & (targets < terms.classes)
     each = torch.where(inside, lse, torch.nan) - (1 - terms.label_smoothing) * wanted
@@ -105,26 +103,24 @@ def losses(
     return torch.where(targets != terms.ignore_index, each, 0)
 
 
-def gradient(
-    logits: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, dloss: torch.Tensor, terms: Terms
-) -> torch.Tensor:
+def gradient(logits: Tensor, targets: Tensor, lse: Tensor, dloss: Tensor, terms: Terms) -> Tensor:
     """``dloss`` times the gradient of the sum of losses by the logits (n, v)."""
     if kernels_apply(logits, targets):
-        found: torch.Tensor = torch.ops.autopart.cross_entropy_backward(logits, targets, lse, dloss, *terms)
+        found: Tensor = torch.ops.autopart.cross_entropy_backward(logits, targets, lse, dloss, terms)
         return found
     return _plain_gradient(logits, targets, lse, terms, False).mul_(dloss).to(logits.dtype)
 
 
-def gradient_(logits: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, terms: Terms) -> torch.Tensor:
+def gradient_(logits: Tensor, targets: Tensor, lse: Tensor, terms: Terms) -> Tensor:
     """The gradient of the sum of losses, written over the logits (n, v), whose stride is 1 along a row."""
     if kernels_apply(logits, targets):
-        torch.ops.autopart.cross_entropy_backward_(logits, targets, lse, *terms)
+        torch.ops.autopart.cross_entropy_backward_(logits, targets, lse, terms)
         return logits
     found = _plain_gradient(logits, targets, lse, terms, True)
     return logits if found is logits else logits.copy_(found)
 
 
-def kernels_apply(logits: torch.Tensor, targets: torch.Tensor) -> bool:
+def kernels_apply(logits: Tensor, targets: Tensor) -> bool:
     """Whether the Triton kernels take these logits (n, v) and targets (n,)."""
     return (
         logits.dtype in TRITON_NAMES
@@ -135,159 +131,107 @@ def kernels_apply(logits: torch.Tensor, targets: torch.Tensor) -> bool:
     )
 
 
-@functools.cache
-def kernels() -> Kernels:
-    """The ``triton.jit`` functions. The first call imports Triton, which reads TRITON_INTERPRET from the environment
-    then."""
-    global tl, tanh
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def tanh(x):  # type: ignore[no-untyped-def]
-        e = tl.exp(-2 * tl.abs(x))
-        return tl.where(x < 0, e - 1, 1 - e) / (1 + e)
-
-    return Kernels(_statistics_kernel(triton), _gradient_kernel(triton))
+@jit
+def tanh(x):  # type: ignore[no-untyped-def]
+    e = tl.exp(-2 * tl.abs(x))
+    return tl.where(x < 0, e - 1, 1 - e) / (1 + e)
 
 
-def _statistics_kernel(triton: Any) -> Any:
-    @triton.jit
-    def statistics(  # type: ignore[no-untyped-def]
-        logits, targets, found, stride, rows, v, first, ignored, factor, cap,
-        CAP: tl.constexpr, TOTAL: tl.constexpr, COLUMNS: tl.constexpr,
-    ):  # fmt: skip
-        row = tl.program_id(0).to(tl.int64)
-        target = tl.load(targets + row)
-        end = tl.where(target == ignored, 0, v)
-        local = (target - first).to(tl.int64)
-        wanted = tl.load(logits + row * stride + local, mask=(local >= 0) & (local < end), other=0.0)
-        wanted = wanted.to(tl.float32) * factor
+@jit
+def statistics_kernel(  # type: ignore[no-untyped-def]
+    logits, targets, found, stride, rows, v, first, ignored, factor, cap,
+    CAP: tl.constexpr, TOTAL: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + row)
+    end = tl.where(target == ignored, 0, v)
+    local = (target - first).to(tl.int64)
+    wanted = tl.load(logits + row * stride + local, mask=(local >= 0) & (local < end), other=0.0)
+    wanted = wanted.to(tl.float32) * factor
+    if CAP:
+        wanted = cap * tanh(wanted / cap)
+    highest = -float("inf")
+    sums = tl.zeros((COLUMNS,), tl.float32)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(0, end, COLUMNS):
+        cols = start + tl.arange(0, COLUMNS)
+        u = tl.load(logits + row * stride + cols, mask=cols < v, other=0.0).to(tl.float32) * factor
         if CAP:
-            wanted = cap * tanh(wanted / cap)
-        highest = -float("inf")
-        sums = tl.zeros((COLUMNS,), tl.float32)
-        total = tl.zeros((COLUMNS,), tl.float32)
-        for start in range(0, end, COLUMNS):
-            cols = start + tl.arange(0, COLUMNS)
-            u = tl.load(logits + row * stride + cols, mask=cols < v, other=0.0).to(tl.float32) * factor
-            if CAP:
-                u = cap * tanh(u / cap)
-            if TOTAL:
-                total += u
-            u = tl.where(cols < v, u, -float("inf"))
-            higher = tl.maximum(highest, tl.max(u, 0))
-            shift = tl.where(higher == -float("inf"), 0.0, higher)
-            sums = sums * tl.exp(highest - shift) + tl.exp(u - shift)
-            highest = higher
-        tl.store(found + row, highest)
-        tl.store(found + rows + row, tl.sum(sums, 0))
-        tl.store(found + 2 * rows + row, wanted)
-        tl.store(found + 3 * rows + row, tl.sum(total, 0))
-
-    return statistics
+            u = cap * tanh(u / cap)
+        if TOTAL:
+            total += u
+        u = tl.where(cols < v, u, -float("inf"))
+        higher = tl.maximum(highest, tl.max(u, 0))
+        shift = tl.where(higher == -float("inf"), 0.0, higher)
+        sums = sums * tl.exp(highest - shift) + tl.exp(u - shift)
+        highest = higher
+    tl.store(found + row, highest)
+    tl.store(found + rows + row, tl.sum(sums, 0))
+    tl.store(found + 2 * rows + row, wanted)
+    tl.store(found + 3 * rows + row, tl.sum(total, 0))
 
 
-def _gradient_kernel(triton: Any) -> Any:
-    @triton.jit
-    def gradient(  # type: ignore[no-untyped-def]
-        logits, targets, lse, dloss, dlogits, stride, out_stride, v, first, ignored, factor, cap, hit, each, z,
-        CAP: tl.constexpr, COLUMNS: tl.constexpr,
-    ):  # fmt: skip
-        row = tl.program_id(0).to(tl.int64)
-        target = tl.load(targets + row)
-        local = (target - first).to(tl.int64)
-        counted = target != ignored
-        scale = tl.load(dloss).to(tl.float32) * factor
-        level = tl.load(lse + row)
-        for start in range(0, v, COLUMNS):
-            cols = start + tl.arange(0, COLUMNS)
-            u = tl.load(logits + row * stride + cols, mask=(cols < v) & counted, other=0.0).to(tl.float32) * factor
-            slope = scale
-            if CAP:
-                e = tl.exp(-2 * tl.abs(u / cap))
-                slope = scale * 4 * e / ((1 + e) * (1 + e))  # 1 - tanh(u / cap)^2, without cancellation
-                u = cap * tanh(u / cap)
-            d = tl.exp(u - level) * (1 + 2 * z * level) - each
-            d = tl.where(cols == local, d - hit, d)
-            d = tl.where(counted, d * slope, 0.0)
-            tl.store(dlogits + row * out_stride + cols, d.to(dlogits.dtype.element_ty), mask=cols < v)
-
-    return gradient
+@jit
+def gradient_kernel(  # type: ignore[no-untyped-def]
+    logits, targets, lse, dloss, dlogits, stride, out_stride, v, first, ignored, factor, cap, hit, each, z,
+    CAP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + row)
+    local = (target - first).to(tl.int64)
+    counted = target != ignored
+    scale = tl.load(dloss).to(tl.float32) * factor
+    level = tl.load(lse + row)
+    for start in range(0, v, COLUMNS):
+        cols = start + tl.arange(0, COLUMNS)
+        u = tl.load(logits + row * stride + cols, mask=(cols < v) & counted, other=0.0).to(tl.float32) * factor
+        slope = scale
+        if CAP:
+            e = tl.exp(-2 * tl.abs(u / cap))
+            slope = scale * 4 * e / ((1 + e) * (1 + e))  # 1 - tanh(u / cap)^2, without cancellation
+            u = cap * tanh(u / cap)
+        d = tl.exp(u - level) * (1 + 2 * z * level) - each
+        d = tl.where(cols == local, d - hit, d)
+        d = tl.where(counted, d * slope, 0.0)
+        tl.store(dlogits + row * out_stride + cols, d.to(dlogits.dtype.element_ty), mask=cols < v)
 
 
 @triton_op("autopart::cross_entropy_statistics", mutates_args=())
-def row_statistics(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    factor: float,
-    first: int,
-    classes: int,
-) -> torch.Tensor:
+def row_statistics(logits: Tensor, targets: Tensor, terms: Sequence[float]) -> Tensor:
     """(4, n), as `statistics`."""
+    given = Terms.of(terms)
     x, t = as_rows(logits), targets.contiguous()
     n, v = x.shape
     found = torch.empty(4, n, dtype=torch.float32, device=x.device)
-    arguments = (x, t, found, x.stride(0), n, v, first, ignore_index, factor, softcap)
-    launch(kernels().statistics, n, *arguments, TOTAL=label_smoothing != 0, **options(v, softcap))
+    arguments = (x, t, found, x.stride(0), n, v, given.first, given.ignore_index, given.factor, given.softcap)
+    launch(statistics_kernel, n, *arguments, TOTAL=given.label_smoothing != 0, **options(v, given.softcap))
     return found
 
 
-def write_gradient(
-    logits: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, dloss: torch.Tensor, terms: Terms, out: torch.Tensor
-) -> None:
+def write_gradient(logits: Tensor, targets: Tensor, lse: Tensor, dloss: Tensor, terms: Terms, out: Tensor) -> None:
     """Write the gradient to ``out``, which may be the logits, by the Triton kernel."""
     n, v = logits.shape
     hit, each = 1 - terms.label_smoothing, terms.label_smoothing / terms.classes
     constants = (terms.first, terms.ignore_index, terms.factor, terms.softcap, hit, each, terms.z_loss)
     arguments = (logits, targets.contiguous(), lse, dloss, out, logits.stride(0), out.stride(0), v, *constants)
-    launch(kernels().gradient, n, *arguments, **options(v, terms.softcap))
+    launch(gradient_kernel, n, *arguments, **options(v, terms.softcap))
 
 
 @triton_op("autopart::cross_entropy_backward", mutates_args=())
-def row_gradient(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    lse: torch.Tensor,
-    dloss: torch.Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    factor: float,
-    first: int,
-    classes: int,
-) -> torch.Tensor:
+def row_gradient(logits: Tensor, targets: Tensor, lse: Tensor, dloss: Tensor, terms: Sequence[float]) -> Tensor:
     """``dloss`` times the gradient of the sum of losses by the logits (n, v)."""
-    terms = Terms(ignore_index, label_smoothing, z_loss, softcap, factor, first, classes)
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    write_gradient(as_rows(logits), targets, lse, dloss, terms, out)
+    write_gradient(as_rows(logits), targets, lse, dloss, Terms.of(terms), out)
     return out
 
 
 @triton_op("autopart::cross_entropy_backward_", mutates_args={"logits"})
-def row_gradient_(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    lse: torch.Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    factor: float,
-    first: int,
-    classes: int,
-) -> None:
+def row_gradient_(logits: Tensor, targets: Tensor, lse: Tensor, terms: Sequence[float]) -> None:
     """The gradient of the sum of losses, written over the logits (n, v), whose stride is 1 along a row."""
-    terms = Terms(ignore_index, label_smoothing, z_loss, softcap, factor, first, classes)
-    write_gradient(logits, targets, lse, torch.ones((), device=logits.device), terms, logits)
+    write_gradient(logits, targets, lse, torch.ones((), device=logits.device), Terms.of(terms), logits)
 
 
-def _transformed(logits: torch.Tensor, terms: Terms) -> torch.Tensor:
+def _transformed(logits: Tensor, terms: Terms) -> Tensor:
     """u of logits x, in float32, or in float64 of float64."""
     u = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if terms.factor != 1:
@@ -295,16 +239,14 @@ def _transformed(logits: torch.Tensor, terms: Terms) -> torch.Tensor:
     return (u / terms.softcap).tanh_().mul_(terms.softcap) if terms.softcap else u
 
 
-def _local(targets: torch.Tensor, v: int, terms: Terms) -> tuple[torch.Tensor, torch.Tensor]:
+def _local(targets: Tensor, v: int, terms: Terms) -> tuple[Tensor, Tensor]:
     """The column of every target among the given ones, 0 where it is not there, and whether it is there and counts."""
     local = targets.long() - terms.first
     here = (local >= 0) & (local < v) & (targets != terms.ignore_index)
     return torch.where(here, local, 0), here
 
 
-def _plain_gradient(
-    logits: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, terms: Terms, overwrite: bool
-) -> torch.Tensor:
+def _plain_gradient(logits: Tensor, targets: Tensor, lse: Tensor, terms: Terms, overwrite: bool) -> Tensor:
     """The gradient of the sum of losses in plain PyTorch, in float32, or in float64 of float64. The logits may be
     overwritten if ``overwrite``."""
     u = _transformed(logits, terms)

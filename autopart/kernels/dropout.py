@@ -6,15 +6,16 @@ bit for bit. For x of n = rows x d elements of `itemsize` bytes the least traffi
     2 itemsize n + 4 (rows + d) bytes:  read x, write y, read the int32 hashes of rows and of columns
 """
 
-import functools
+from __future__ import annotations
+
 from typing import Any
 
 import torch
 
 from autopart.kernels.ahead import Usage, compile_kernel
-from autopart.kernels.launch import TRITON_NAMES, launch, runs_on
+from autopart.kernels.launch import TRITON_NAMES, jit, launch, runs_on
 
-tl: Any  # bound by kernel(): Triton's interpreter looks for its language among a kernel's globals
+tl: Any = None  # triton.language, which jit binds
 
 ELEMENTS = 2048
 """Elements of x in one Triton program."""
@@ -42,7 +43,7 @@ def masked(x: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, threshold
     count, d = x.shape
     height, width = _block(d)
     programs = -(-count // height) * -(-d // width)
-    launch(kernel(), programs, x, rows, columns, y, count, d, threshold, scale, ROWS=height, COLUMNS=width)
+    launch(dropout, programs, x, rows, columns, y, count, d, threshold, scale, ROWS=height, COLUMNS=width)
     return y
 
 
@@ -76,38 +77,28 @@ def compile_ahead(capability: int, d: int = 4096, dtype: torch.dtype = torch.bfl
     signature = types | dict.fromkeys(("count", "d", "threshold"), "i32") | {"scale": "fp32"}
     height, width = _block(d)
     constexprs = {"ROWS": height, "COLUMNS": width}
-    return compile_kernel(kernel(), signature, constexprs, capability, 4, {*types, *(("d",) if d % 16 == 0 else ())})
+    return compile_kernel(dropout, signature, constexprs, capability, 4, {*types, *(("d",) if d % 16 == 0 else ())})
 
 
-@functools.cache
-def kernel() -> Any:
-    """The ``triton.jit`` function. The first call imports Triton, which reads TRITON_INTERPRET from the environment
-    then."""
-    global tl
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def dropout(  # type: ignore[no-untyped-def]
-        x, rows, columns, y, count, d, threshold, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-    ):
-        across = tl.cdiv(d, COLUMNS)
-        row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
-        here = (row < count)[:, None] & (column < d)[None, :]
-        u = tl.load(rows + row, mask=row < count, other=0).to(tl.uint32, bitcast=True)[:, None]
-        u = u + tl.load(columns + column, mask=column < d, other=0).to(tl.uint32, bitcast=True)[None, :]
-        u ^= u >> 16
-        u *= 0x7FEB352D
-        u ^= u >> 15
-        u *= 0x846CA68B
-        u ^= u >> 16
-        kept = (u ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold
-        at = row[:, None] * d + column[None, :]
-        value = tl.load(x + at, mask=here, other=0.0).to(tl.float32) * scale
-        tl.store(y + at, tl.where(kept, value, 0.0).to(y.dtype.element_ty), mask=here)
-
-    return dropout
+@jit
+def dropout(  # type: ignore[no-untyped-def]
+    x, rows, columns, y, count, d, threshold, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    across = tl.cdiv(d, COLUMNS)
+    row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
+    here = (row < count)[:, None] & (column < d)[None, :]
+    u = tl.load(rows + row, mask=row < count, other=0).to(tl.uint32, bitcast=True)[:, None]
+    u = u + tl.load(columns + column, mask=column < d, other=0).to(tl.uint32, bitcast=True)[None, :]
+    u ^= u >> 16
+    u *= 0x7FEB352D
+    u ^= u >> 15
+    u *= 0x846CA68B
+    u ^= u >> 16
+    kept = (u ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold
+    at = row[:, None] * d + column[None, :]
+    value = tl.load(x + at, mask=here, other=0.0).to(tl.float32) * scale
+    tl.store(y + at, tl.where(kept, value, 0.0).to(y.dtype.element_ty), mask=here)
 
 
 def _block(d: int) -> tuple[int, int]:

@@ -19,17 +19,18 @@ For elements of `itemsize` bytes the least traffic in bytes is
 The sort of n ids, the zeros that are written to dW before its sums, and the sums of pieces are left out.
 """
 
-import functools
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from autopart.kernels.ahead import Usage, compile_kernel
+from autopart.kernels.ahead import Usage, compile_kernels
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.launch import TRITON_NAMES, as_rows, launch, power_of_two, runs_on, triton_op
+from autopart.kernels.launch import TRITON_NAMES, as_rows, jit, launch, power_of_two, runs_on, triton_op
 
-tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals
+tl: Any = None  # triton.language, which jit binds
 
 ELEMENTS = 1024
 """Elements of y in one Triton program of the forward: 8 for each thread of its 4 warps."""
@@ -42,14 +43,6 @@ SUMMED = 8
 
 SUMMED_COLUMNS = 512
 """The most columns of one Triton program of the backward."""
-
-
-class Kernels(NamedTuple):
-    """The three ``triton.jit`` functions."""
-
-    forward: Any
-    pieces: Any
-    totals: Any
 
 
 def reference(ids: torch.Tensor, weight: torch.Tensor, padding_idx: int = -1, first: int | None = None) -> torch.Tensor:
@@ -93,86 +86,67 @@ def compile_ahead(capability: int, d: int = 4096, dtype: torch.dtype = torch.bfl
     lengths = dict.fromkeys(("stride", "d"), "i32")
     aligned = {*types, *(lengths if d % 16 == 0 else ())}
     signature = types | lengths | dict.fromkeys(("n", "v", "first"), "i32") | {"missing": "fp32"}
-    constexprs = {"forward": _block(d), "pieces": _tile(d), "totals": _tile(d)}
-    return {
-        name: compile_kernel(kernel, signature, constexprs[name], capability, 4, aligned)
-        for name, kernel in kernels()._asdict().items()
-    }
+    found = compile_kernels((forward,), signature, _block(d), capability, aligned=aligned)
+    return found | compile_kernels((pieces, totals), signature, _tile(d), capability, aligned=aligned)
 
 
-@functools.cache
-def kernels() -> Kernels:
-    """The ``triton.jit`` functions. The first call imports Triton, which reads TRITON_INTERPRET from the environment
-    then."""
-    global tl
-    import triton
-    import triton.language as tl
+@jit
+def forward(  # type: ignore[no-untyped-def]
+    ids, weight, y, n, stride, v, d, first, missing, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.load(ids + place, mask=place < n, other=-1).to(tl.int64) - first
+    cols = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    here = ((row >= 0) & (row < v))[:, None]
+    h = tl.load(weight + row[:, None] * stride + cols[None, :], mask=(cols < d)[None, :] & here, other=0.0)
+    h = tl.where(here, h, tl.cast(missing, h.dtype))
+    tl.store(y + place[:, None] * d + cols[None, :], h, mask=(place < n)[:, None] & (cols < d)[None, :])
 
-    return Kernels(_forward_kernel(triton), *_backward_kernels(triton))
 
-
-def _forward_kernel(triton: Any) -> Any:
-    @triton.jit
-    def forward(  # type: ignore[no-untyped-def]
-        ids, weight, y, n, stride, v, d, first, missing, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-    ):
-        place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        row = tl.load(ids + place, mask=place < n, other=-1).to(tl.int64) - first
+@jit
+def pieces(  # type: ignore[no-untyped-def]
+    rows, order, starts, ends, dy, dweight, partial, heads, stride, v, d,
+    PIECE: tl.constexpr, SUMMED: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + place).to(tl.int64)
+    first = tl.load(starts + place)
+    if (row < v) & ((place - first) % PIECE == 0):
+        last = tl.load(ends + place)
+        end = tl.minimum(place + PIECE, last)
         cols = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        here = ((row >= 0) & (row < v))[:, None]
-        h = tl.load(weight + row[:, None] * stride + cols[None, :], mask=(cols < d)[None, :] & here, other=0.0)
-        h = tl.where(here, h, tl.cast(missing, h.dtype))
-        tl.store(y + place[:, None] * d + cols[None, :], h, mask=(place < n)[:, None] & (cols < d)[None, :])
+        total = tl.zeros((SUMMED, COLUMNS), tl.float32)
+        for start in range(place, end, SUMMED):
+            places = start + tl.arange(0, SUMMED)
+            source = tl.load(order + places, mask=places < end, other=0)
+            mask = (places < end)[:, None] & (cols < d)[None, :]
+            total += tl.load(dy + source[:, None] * stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        h = tl.sum(total, 0)
+        if last - first <= PIECE:
+            tl.store(dweight + row * d + cols, h.to(dweight.dtype.element_ty), mask=cols < d)
+        else:
+            window = place // PIECE
+            tl.store(partial + (2 * window + (place == first)) * d + cols, h, mask=cols < d)
+            tl.store(heads + window, place, mask=place == first)
 
-    return forward
 
-
-def _backward_kernels(triton: Any) -> tuple[Any, Any]:
-    @triton.jit
-    def pieces(  # type: ignore[no-untyped-def]
-        rows, order, starts, ends, dy, dweight, partial, heads, stride, v, d,
-        PIECE: tl.constexpr, SUMMED: tl.constexpr, COLUMNS: tl.constexpr,
-    ):  # fmt: skip
-        place = tl.program_id(0).to(tl.int64)
+@jit
+def totals(  # type: ignore[no-untyped-def]
+    rows, ends, dweight, partial, heads, d, PIECE: tl.constexpr, SUMMED: tl.constexpr, COLUMNS: tl.constexpr
+):
+    window = tl.program_id(0).to(tl.int64)
+    place = tl.load(heads + window)
+    if place >= 0:
         row = tl.load(rows + place).to(tl.int64)
-        first = tl.load(starts + place)
-        if (row < v) & ((place - first) % PIECE == 0):
-            last = tl.load(ends + place)
-            end = tl.minimum(place + PIECE, last)
-            cols = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-            total = tl.zeros((SUMMED, COLUMNS), tl.float32)
-            for start in range(place, end, SUMMED):
-                places = start + tl.arange(0, SUMMED)
-                source = tl.load(order + places, mask=places < end, other=0)
-                mask = (places < end)[:, None] & (cols < d)[None, :]
-                total += tl.load(dy + source[:, None] * stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-            h = tl.sum(total, 0)
-            if last - first <= PIECE:
-                tl.store(dweight + row * d + cols, h.to(dweight.dtype.element_ty), mask=cols < d)
-            else:
-                window = place // PIECE
-                tl.store(partial + (2 * window + (place == first)) * d + cols, h, mask=cols < d)
-                tl.store(heads + window, place, mask=place == first)
-
-    @triton.jit
-    def totals(  # type: ignore[no-untyped-def]
-        rows, ends, dweight, partial, heads, d, PIECE: tl.constexpr, SUMMED: tl.constexpr, COLUMNS: tl.constexpr
-    ):
-        window = tl.program_id(0).to(tl.int64)
-        place = tl.load(heads + window)
-        if place >= 0:
-            row = tl.load(rows + place).to(tl.int64)
-            end = tl.cdiv(tl.load(ends + place) - place, PIECE)
-            cols = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-            total = tl.zeros((SUMMED, COLUMNS), tl.float32)
-            for start in range(0, end, SUMMED):
-                piece = start + tl.arange(0, SUMMED)
-                source = 2 * (window + piece) + (piece == 0)
-                mask = (piece < end)[:, None] & (cols < d)[None, :]
-                total += tl.load(partial + source[:, None] * d + cols[None, :], mask=mask, other=0.0)
-            tl.store(dweight + row * d + cols, tl.sum(total, 0).to(dweight.dtype.element_ty), mask=cols < d)
-
-    return pieces, totals
+        end = tl.cdiv(tl.load(ends + place) - place, PIECE)
+        cols = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        total = tl.zeros((SUMMED, COLUMNS), tl.float32)
+        for start in range(0, end, SUMMED):
+            piece = start + tl.arange(0, SUMMED)
+            source = 2 * (window + piece) + (piece == 0)
+            mask = (piece < end)[:, None] & (cols < d)[None, :]
+            total += tl.load(partial + source[:, None] * d + cols[None, :], mask=mask, other=0.0)
+        tl.store(dweight + row * d + cols, tl.sum(total, 0).to(dweight.dtype.element_ty), mask=cols < d)
 
 
 @triton_op("autopart::embedding", mutates_args=())
@@ -184,7 +158,7 @@ def _forward(ids: torch.Tensor, weight: torch.Tensor, padding_idx: int, first: i
     missing = float("nan") if whole else 0.0
     n, block = ids.numel(), _block(d)
     grid = -(-n // block["ROWS"]), -(-d // block["COLUMNS"])
-    launch(kernels().forward, grid, i, w, y, n, w.stride(0), v, d, first, missing, **block, num_warps=4)
+    launch(forward, grid, i, w, y, n, w.stride(0), v, d, first, missing, **block, num_warps=4)
     return y
 
 
@@ -208,8 +182,8 @@ def _backward(dy: torch.Tensor, ids: torch.Tensor, v: int, padding_idx: int, fir
     tile = _tile(d)
     across = -(-d // tile["COLUMNS"])
     arguments = (rows, order, starts, ends, g, dweight, partial, heads, g.stride(0), v, d)
-    launch(kernels().pieces, (len(i), across), *arguments, **tile, num_warps=4)
-    launch(kernels().totals, (windows, across), rows, ends, dweight, partial, heads, d, **tile, num_warps=4)
+    launch(pieces, (len(i), across), *arguments, **tile, num_warps=4)
+    launch(totals, (windows, across), rows, ends, dweight, partial, heads, d, **tile, num_warps=4)
     return dweight
 
 

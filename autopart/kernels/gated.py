@@ -11,27 +11,20 @@ For y of n = rows x d elements of ``itemsize`` bytes, the least traffic in bytes
     backward  5 itemsize n      read g, u and dy, write dg and du
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from autopart.kernels.activation import ACTIVATIONS, formulas, in_order, tile
-from autopart.kernels.ahead import Usage, compile_kernel
+from autopart.kernels.activation import ACTIVATIONS, gradient, in_order, tile, value
+from autopart.kernels.ahead import Usage, compile_kernels
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.launch import TRITON_NAMES, as_rows, launch, runs_on, triton_op
+from autopart.kernels.launch import TRITON_NAMES, as_rows, jit, launch, runs_on, triton_op
 
-tl: Any  # bound by kernels(), as the two below: Triton's interpreter looks for names among a kernel's globals
-value: Any
-gradient: Any
-
-
-class Kernels(NamedTuple):
-    """The two ``triton.jit`` functions."""
-
-    forward: Any
-    backward: Any
+tl: Any = None  # triton.language, which jit binds
 
 
 def reference(gate: torch.Tensor, up: torch.Tensor, name: str = "gelu") -> torch.Tensor:
@@ -108,58 +101,45 @@ def compile_ahead(
     signature = types | lengths | {"rows": "i32"}
     aligned = {*types, *(lengths if d % 16 == 0 else ())}
     constexprs = tile(d) | ACTIVATIONS[name].constants
-    return {
-        label: compile_kernel(kernel, signature, constexprs, capability, 4, aligned)
-        for label, kernel in kernels()._asdict().items()
-    }
+    return compile_kernels((forward, backward), signature, constexprs, capability, aligned=aligned)
 
 
-@functools.cache
-def kernels() -> Kernels:
-    """The ``triton.jit`` functions. The first call imports Triton, which reads TRITON_INTERPRET from the environment
-    then."""
-    global tl, value, gradient
-    value, gradient = formulas()
-    import triton
-    import triton.language as tl
+@jit
+def forward(  # type: ignore[no-untyped-def]
+    gate, up, y, gate_stride, up_stride, rows, d,
+    KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(d, COLUMNS)
+    row = ((tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = ((tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    here = (row < rows) & (column < d)
+    g = tl.load(gate + row * gate_stride + column, mask=here, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride + column, mask=here, other=0.0).to(tl.float32)
+    tl.store(y + row * d + column, (value(g, KIND, A, B) * u).to(y.dtype.element_ty), mask=here)
 
-    @triton.jit
-    def forward(  # type: ignore[no-untyped-def]
-        gate, up, y, gate_stride, up_stride, rows, d,
-        KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    ):  # fmt: skip
-        across = tl.cdiv(d, COLUMNS)
-        row = ((tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-        column = ((tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-        here = (row < rows) & (column < d)
-        g = tl.load(gate + row * gate_stride + column, mask=here, other=0.0).to(tl.float32)
-        u = tl.load(up + row * up_stride + column, mask=here, other=0.0).to(tl.float32)
-        tl.store(y + row * d + column, (value(g, KIND, A, B) * u).to(y.dtype.element_ty), mask=here)
 
-    @triton.jit
-    def backward(  # type: ignore[no-untyped-def]
-        dy, gate, up, dx, dy_stride, gate_stride, up_stride, dx_stride, to_gate, to_up, rows, d,
-        KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    ):  # fmt: skip
-        across = tl.cdiv(d, COLUMNS)
-        row = ((tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-        column = ((tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-        here = (row < rows) & (column < d)
-        h = tl.load(dy + row * dy_stride + column, mask=here, other=0.0).to(tl.float32)
-        g = tl.load(gate + row * gate_stride + column, mask=here, other=0.0).to(tl.float32)
-        u = tl.load(up + row * up_stride + column, mask=here, other=0.0).to(tl.float32)
-        at = dx + row * dx_stride + column
-        tl.store(at + to_gate, gradient(h * u, g, KIND, A, B).to(dx.dtype.element_ty), mask=here)
-        tl.store(at + to_up, (h * value(g, KIND, A, B)).to(dx.dtype.element_ty), mask=here)
-
-    return Kernels(forward, backward)
+@jit
+def backward(  # type: ignore[no-untyped-def]
+    dy, gate, up, dx, dy_stride, gate_stride, up_stride, dx_stride, to_gate, to_up, rows, d,
+    KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(d, COLUMNS)
+    row = ((tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = ((tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    here = (row < rows) & (column < d)
+    h = tl.load(dy + row * dy_stride + column, mask=here, other=0.0).to(tl.float32)
+    g = tl.load(gate + row * gate_stride + column, mask=here, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride + column, mask=here, other=0.0).to(tl.float32)
+    at = dx + row * dx_stride + column
+    tl.store(at + to_gate, gradient(h * u, g, KIND, A, B).to(dx.dtype.element_ty), mask=here)
+    tl.store(at + to_up, (h * value(g, KIND, A, B)).to(dx.dtype.element_ty), mask=here)
 
 
 def _launch_forward(gate: torch.Tensor, up: torch.Tensor, name: str) -> torch.Tensor:
     g, u = as_rows(gate), as_rows(up)
     rows, d = g.shape
     y = torch.empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype), device=gate.device)
-    launch(kernels().forward, _programs(rows, d), g, u, y, g.stride(0), u.stride(0), rows, d, **_options(d, name))
+    launch(forward, _programs(rows, d), g, u, y, g.stride(0), u.stride(0), rows, d, **_options(d, name))
     return y
 
 
@@ -170,7 +150,7 @@ def _launch_backward(
     h, g, u = as_rows(dy), as_rows(gate), as_rows(up)
     rows, d = g.shape
     arguments = (h, g, u, dx, h.stride(0), g.stride(0), u.stride(0), *places, rows, d)
-    launch(kernels().backward, _programs(rows, d), *arguments, **_options(d, name))
+    launch(backward, _programs(rows, d), *arguments, **_options(d, name))
 
 
 @triton_op("autopart::gated", mutates_args=())

@@ -32,30 +32,35 @@ import functools
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from autopart.kernels.group_norm_kernels import MAX_WIDTH, compile_ahead, launch_backward, launch_forward, sizes_of
+from autopart.kernels.group_norm_kernels import (
+    MAX_PARTS,
+    MAX_WIDTH,
+    MOMENTS_WARPS,
+    TILE,
+    backward,
+    compile_ahead,
+    forward,
+    moments,
+    sizes_of,
+)
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.launch import TRITON_NAMES, runs_on, triton_op
+from autopart.kernels.launch import TRITON_NAMES, launch, power_of_two, processors, runs_on, triton_op
 
 
-def reference(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, groups: int, eps: float
-) -> torch.Tensor:
+def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> Tensor:
     """Centre and normalise every group of x (N, C, *), scale by weight (C,), add bias (C,)."""
     return F.group_norm(x, groups, weight, bias, eps)
 
 
-def silu_reference(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, groups: int, eps: float
-) -> torch.Tensor:
+def silu_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> Tensor:
     """SiLU of ``reference``."""
     return F.silu(F.group_norm(x, groups, weight, bias, eps))
 
 
-def group_norm(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, groups: int, eps: float
-) -> torch.Tensor:
+def group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> Tensor:
     """Every group of x (N, C, *) centred, normalised, scaled by weight (C,) and shifted by bias (C,): shape and dtype
     of x. By the Triton kernels where they apply, else by ``reference``."""
     if _applies(x, weight, bias, groups):
@@ -63,18 +68,14 @@ def group_norm(
     return reference(x, weight, bias, groups, eps)
 
 
-def group_norm_silu(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, groups: int, eps: float
-) -> torch.Tensor:
+def group_norm_silu(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> Tensor:
     """SiLU of ``group_norm``. The Triton kernels keep x alone for backward, and round once."""
     if _applies(x, weight, bias, groups):
         return torch.ops.autopart.group_norm(x, weight, bias, groups, float(eps), True)[0]
     return silu_reference(x, weight, bias, groups, eps)
 
 
-def bytes_moved(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, groups: int, *constants: object
-) -> Bytes:
+def bytes_moved(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, *constants: object) -> Bytes:
     """As `Kernel.bytes_moved`; the formulas are on top of this file."""
     sizes = sizes_of(x, groups)
     parameters = sum(v.numel() for v in (weight, bias) if v is not None)
@@ -85,14 +86,14 @@ def bytes_moved(
     )
 
 
-def kept(arguments: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def kept(arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Input, weight, and for each group a reciprocal root and a mean in float32."""
     x, weight, _, groups, *_ = arguments
     statistics = x.new_empty((2, x.shape[0] * groups), dtype=torch.float32)
     return (x, statistics) if weight is None else (x, weight, statistics)
 
 
-def silu_kept(arguments: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def silu_kept(arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """As ``kept``, and the bias."""
     bias = arguments[2]
     return kept(arguments, outputs) if bias is None else (*kept(arguments, outputs), bias)
@@ -100,38 +101,46 @@ def silu_kept(arguments: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> 
 
 @triton_op("autopart::group_norm", mutates_args=())
 def _forward(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    groups: int,
-    eps: float,
-    silu: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor]:
     """y (N, C, *), contiguous, and r and m of every group, (2, N G) in float32."""
+    sizes, h = sizes_of(x, groups), x.contiguous()
+    size = sizes.width * sizes.pixels
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    statistics = torch.empty(2, x.shape[0] * groups, dtype=torch.float32, device=x.device)
-    launch_forward(x.contiguous(), _flat(weight), _flat(bias), y, statistics, groups, eps, silu)
+    statistics = torch.empty(2, sizes.groups, dtype=torch.float32, device=x.device)
+    partial, parts, length = None, 0, 0
+    if not sizes.whole:
+        wanted = min(-(-8 * processors(x.device) // sizes.groups), MAX_PARTS)
+        length = -(-size // (wanted * TILE)) * TILE
+        parts = -(-size // length)
+        partial = torch.empty(sizes.groups, parts, 2, dtype=torch.float32, device=x.device)
+        options = {"BLOCK": TILE, "num_warps": MOMENTS_WARPS}
+        launch(moments, sizes.groups * parts, h, partial, size, parts, length, **options)
+    vectors = _flat(weight), _flat(bias)
+    arguments = (h, *vectors, y, statistics, partial, sizes.width, sizes.pixels, groups, parts, length, eps)
+    launch(forward, sizes.programs, *arguments, SILU=silu, PARTS=MAX_PARTS, **sizes.options)
     return y, statistics
 
 
 @triton_op("autopart::group_norm_backward", mutates_args=())
 def _backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    statistics: torch.Tensor,
-    groups: int,
-    silu: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor, groups: int, silu: bool
+) -> tuple[Tensor, Tensor]:
     """The gradient of x, and those of weight and bias, (2, C) in float32."""
+    sizes = sizes_of(x, groups)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    partial = torch.empty(2, sizes.across, sizes.groups * sizes.width, dtype=torch.float32, device=x.device)
+    integers = (sizes.width, sizes.pixels, groups)
+    options = sizes.options | {"SILU": silu, "WIDTH": power_of_two(sizes.width)}
     inputs = (dy.contiguous(), x.contiguous(), _flat(weight), _flat(bias), statistics)
-    sums = launch_backward(*inputs, dx, groups, silu)
+    launch(backward, sizes.programs, *inputs, dx if sizes.whole else None, partial, None, *integers, **options)
+    sums = partial.sum(1)
+    if not sizes.whole:
+        launch(backward, sizes.programs, *inputs, dx, None, sums, *integers, **options)
     return dx, sums.view(2, *x.shape[:2]).sum(1)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, groups, _, silu = inputs
     ctx.save_for_backward(x, weight, bias if silu else None, output[1])
     ctx.mark_non_differentiable(output[1])
@@ -139,7 +148,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
     ctx.dtypes = [None if v is None else v.dtype for v in (weight, bias)]
 
 
-def _gradients(ctx: Any, dy: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     dx, vectors = torch.ops.autopart.group_norm_backward(dy, *ctx.saved_tensors, *ctx.options)
     cast = [None if dtype is None else v.to(dtype) for v, dtype in zip(vectors, ctx.dtypes, strict=True)]
     return dx, *cast, None, None, None
@@ -148,11 +157,11 @@ def _gradients(ctx: Any, dy: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tenso
 _forward.register_autograd(_gradients, setup_context=_save)
 
 
-def _flat(vector: torch.Tensor | None) -> torch.Tensor | None:
+def _flat(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
-def _applies(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, groups: int) -> bool:
+def _applies(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int) -> bool:
     vectors = [v for v in (weight, bias) if v is not None]
     return (
         x.dtype in TRITON_NAMES

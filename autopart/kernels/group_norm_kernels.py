@@ -1,15 +1,16 @@
 """Triton kernels of group normalisation: see `group_norm` for the formulas."""
 
-import functools
+from __future__ import annotations
+
 import math
 from typing import Any, NamedTuple
 
 import torch
 
 from autopart.kernels.ahead import Usage, compile_kernel
-from autopart.kernels.launch import TRITON_NAMES, launch, power_of_two, processors
+from autopart.kernels.launch import TRITON_NAMES, jit, power_of_two
 
-tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals
+tl: Any = None  # triton.language, which jit binds
 
 WHOLE = 16384
 """Elements of the largest group that is one Triton program, its channels and its pixels rounded up to powers of two.
@@ -26,14 +27,6 @@ MOMENTS_WARPS = 8
 
 MAX_WIDTH = 16384
 """Channels of the widest group that the kernels take."""
-
-
-class Kernels(NamedTuple):
-    """The ``triton.jit`` functions."""
-
-    moments: Any
-    forward: Any
-    backward: Any
 
 
 class Sizes(NamedTuple):
@@ -110,10 +103,9 @@ def compile_ahead(
     def usage(kernel: Any, **constexprs: Any) -> Usage:
         options = sizes.options | constexprs | {"SILU": silu, "PARTS": MAX_PARTS, "BLOCK": TILE}
         options |= {"WIDTH": power_of_two(sizes.width)} | {name: 1 for name, value in integers.items() if value == 1}
-        warps = MOMENTS_WARPS if kernel is kernels().moments else options["num_warps"]
+        warps = MOMENTS_WARPS if kernel is moments else options["num_warps"]
         return compile_kernel(kernel, signature, options, capability, warps, aligned - constexprs.keys())
 
-    moments, forward, backward = kernels()
     if sizes.whole:
         first = {"partial": None, "parts": None, "length": None}
         return {"forward": usage(forward, **first), "backward": usage(backward, sums=None)}
@@ -125,193 +117,122 @@ def compile_ahead(
     }
 
 
-@functools.cache
-def kernels() -> Kernels:
-    """The ``triton.jit`` functions. The first call imports Triton, which reads TRITON_INTERPRET from the environment
-    then."""
-    global tl
-    import triton
-    import triton.language as tl
-
-    return Kernels(_moments_kernel(triton), _forward_kernel(triton), _backward_kernel(triton))
-
-
-def _moments_kernel(triton: Any) -> Any:
+@jit
+def moments(x, partial, size, parts, length, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """The mean of every part of a group, and the sum of its squared deviations from it."""
+    group = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
+    end = min((part + 1) * length, size)
+    count, mean, squares = 0.0, 0.0, 0.0
+    for start in range(part * length, end, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        h = tl.load(x + group * size + at, mask=at < end, other=0.0).to(tl.float32)
+        new = min(end - start, BLOCK) * 1.0
+        total = count + new
+        shift = tl.sum(h) / new - mean
+        h = tl.where(at < end, h - (mean + shift), 0.0)
+        mean += shift * (new / total)
+        squares += tl.sum(h * h) + shift * shift * (count * new / total)
+        count = total
+    out = partial + (group * parts + part) * 2
+    tl.store(out, mean)
+    tl.store(out + 1, squares)
 
-    @triton.jit
-    def moments(x, partial, size, parts, length, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        group = (tl.program_id(0) // parts).to(tl.int64)
-        part = tl.program_id(0) % parts
-        end = min((part + 1) * length, size)
-        count, mean, squares = 0.0, 0.0, 0.0
-        for start in range(part * length, end, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            h = tl.load(x + group * size + at, mask=at < end, other=0.0).to(tl.float32)
-            new = min(end - start, BLOCK) * 1.0
-            total = count + new
-            shift = tl.sum(h) / new - mean
-            h = tl.where(at < end, h - (mean + shift), 0.0)
-            mean += shift * (new / total)
-            squares += tl.sum(h * h) + shift * shift * (count * new / total)
-            count = total
+
+@jit
+def forward(  # type: ignore[no-untyped-def]
+    x, weight, bias, y, statistics, partial, width, pixels, groups, parts, length, eps,
+    SILU: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(pixels, PIXELS)
+    tiles = tl.cdiv(width, CHANNELS) * across
+    group = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    channel = tile // across * CHANNELS + tl.arange(0, CHANNELS)[:, None]
+    pixel = tile % across * PIXELS + tl.arange(0, PIXELS)[None, :]
+    inside = (channel < width) & (pixel < pixels)
+    size = width * pixels
+    at = channel * pixels + pixel
+    h = tl.load(x + group * size + at, mask=inside, other=0.0).to(tl.float32)
+    if partial is None:
+        mean = tl.sum(h) / size
+        h = tl.where(inside, h - mean, 0.0)
+        squares = tl.sum(h * h)
+    else:
+        part = tl.arange(0, PARTS)
         out = partial + (group * parts + part) * 2
-        tl.store(out, mean)
-        tl.store(out + 1, squares)
-
-    return moments
-
-
-def _forward_kernel(triton: Any) -> Any:
-    @triton.jit
-    def forward(  # type: ignore[no-untyped-def]
-        x, weight, bias, y, statistics, partial, width, pixels, groups, parts, length, eps,
-        SILU: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
-    ):  # fmt: skip
-        across = tl.cdiv(pixels, PIXELS)
-        tiles = tl.cdiv(width, CHANNELS) * across
-        group = (tl.program_id(0) // tiles).to(tl.int64)
-        tile = tl.program_id(0) % tiles
-        channel = tile // across * CHANNELS + tl.arange(0, CHANNELS)[:, None]
-        pixel = tile % across * PIXELS + tl.arange(0, PIXELS)[None, :]
-        inside = (channel < width) & (pixel < pixels)
-        size = width * pixels
-        at = channel * pixels + pixel
-        h = tl.load(x + group * size + at, mask=inside, other=0.0).to(tl.float32)
-        if partial is None:
-            mean = tl.sum(h) / size
-            h = tl.where(inside, h - mean, 0.0)
-            squares = tl.sum(h * h)
-        else:
-            part = tl.arange(0, PARTS)
-            out = partial + (group * parts + part) * 2
-            means = tl.load(out, mask=part < parts, other=0.0)
-            count = tl.maximum(tl.minimum(size - part * length, length), 0).to(tl.float32)
-            mean = tl.sum(means * count) / size
-            squares = tl.sum(tl.load(out + 1, mask=part < parts, other=0.0))
-            squares += tl.sum(tl.where(part < parts, count * (means - mean) * (means - mean), 0.0))
-            h -= mean
-        r = tl.rsqrt(squares / size + eps)
-        tl.store(statistics + group, r, mask=tile == 0)
-        tl.store(statistics + tl.num_programs(0) // tiles + group, mean, mask=tile == 0)
-        h *= r
-        vector = group % groups * width + channel
-        if weight is not None:
-            h *= tl.load(weight + vector, mask=channel < width, other=0.0).to(tl.float32)
-        if bias is not None:
-            h += tl.load(bias + vector, mask=channel < width, other=0.0).to(tl.float32)
-        if SILU:
-            h *= tl.sigmoid(h)
-        tl.store(y + group * size + at, h.to(y.dtype.element_ty), mask=inside)
-
-    return forward
+        means = tl.load(out, mask=part < parts, other=0.0)
+        count = tl.maximum(tl.minimum(size - part * length, length), 0).to(tl.float32)
+        mean = tl.sum(means * count) / size
+        squares = tl.sum(tl.load(out + 1, mask=part < parts, other=0.0))
+        squares += tl.sum(tl.where(part < parts, count * (means - mean) * (means - mean), 0.0))
+        h -= mean
+    r = tl.rsqrt(squares / size + eps)
+    tl.store(statistics + group, r, mask=tile == 0)
+    tl.store(statistics + tl.num_programs(0) // tiles + group, mean, mask=tile == 0)
+    h *= r
+    vector = group % groups * width + channel
+    if weight is not None:
+        h *= tl.load(weight + vector, mask=channel < width, other=0.0).to(tl.float32)
+    if bias is not None:
+        h += tl.load(bias + vector, mask=channel < width, other=0.0).to(tl.float32)
+    if SILU:
+        h *= tl.sigmoid(h)
+    tl.store(y + group * size + at, h.to(y.dtype.element_ty), mask=inside)
 
 
-def _backward_kernel(triton: Any) -> Any:
+@jit
+def backward(  # type: ignore[no-untyped-def]
+    dy, x, weight, bias, statistics, dx, partial, sums, width, pixels, groups,
+    SILU: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
     """dx, where it is given, and the sums over pixels of dz h and dz, (2, programs across, channels of all samples) in
     ``partial``, where that is given. Those of all pixels are in ``sums``, or taken where a group is one program."""
-
-    @triton.jit
-    def backward(  # type: ignore[no-untyped-def]
-        dy, x, weight, bias, statistics, dx, partial, sums, width, pixels, groups,
-        SILU: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
-    ):  # fmt: skip
-        across = tl.cdiv(pixels, PIXELS)
-        tiles = tl.cdiv(width, CHANNELS) * across
-        count = (tl.num_programs(0) // tiles).to(tl.int64)
-        group = (tl.program_id(0) // tiles).to(tl.int64)
-        tile = tl.program_id(0) % tiles
-        channel = tile // across * CHANNELS + tl.arange(0, CHANNELS)[:, None]
-        pixel = tile % across * PIXELS + tl.arange(0, PIXELS)[None, :]
-        real = channel < width
-        inside = real & (pixel < pixels)
-        size = width * pixels
-        at = channel * pixels + pixel
-        r = tl.load(statistics + group)
-        h = tl.load(x + group * size + at, mask=inside, other=0.0).to(tl.float32)
-        h = tl.where(inside, (h - tl.load(statistics + count + group)) * r, 0.0)
-        g = tl.load(dy + group * size + at, mask=inside, other=0.0).to(tl.float32)
-        vector = group % groups * width
+    across = tl.cdiv(pixels, PIXELS)
+    tiles = tl.cdiv(width, CHANNELS) * across
+    count = (tl.num_programs(0) // tiles).to(tl.int64)
+    group = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    channel = tile // across * CHANNELS + tl.arange(0, CHANNELS)[:, None]
+    pixel = tile % across * PIXELS + tl.arange(0, PIXELS)[None, :]
+    real = channel < width
+    inside = real & (pixel < pixels)
+    size = width * pixels
+    at = channel * pixels + pixel
+    r = tl.load(statistics + group)
+    h = tl.load(x + group * size + at, mask=inside, other=0.0).to(tl.float32)
+    h = tl.where(inside, (h - tl.load(statistics + count + group)) * r, 0.0)
+    g = tl.load(dy + group * size + at, mask=inside, other=0.0).to(tl.float32)
+    vector = group % groups * width
+    if weight is not None:
+        w = tl.load(weight + vector + channel, mask=real, other=0.0).to(tl.float32)
+    if SILU:
+        z = h
         if weight is not None:
-            w = tl.load(weight + vector + channel, mask=real, other=0.0).to(tl.float32)
-        if SILU:
-            z = h
-            if weight is not None:
-                z *= w
-            if bias is not None:
-                z += tl.load(bias + vector + channel, mask=real, other=0.0).to(tl.float32)
-            s = tl.sigmoid(z)
-            g *= s * (1.0 + z * (1.0 - s))
-        if sums is None:
-            along = tl.sum(g * h, 1, keep_dims=True)
-            level = tl.sum(g, 1, keep_dims=True)
-            out = partial + (tile % across) * count * width + group * width + channel
-            tl.store(out, along, mask=real)
-            tl.store(out + across * count * width, level, mask=real)
-            if weight is not None:
-                along *= w
-                level *= w
-        else:
-            every = tl.arange(0, WIDTH)
-            along = tl.load(sums + group * width + every, mask=every < width, other=0.0)
-            level = tl.load(sums + (count + group) * width + every, mask=every < width, other=0.0)
-            if weight is not None:
-                each = tl.load(weight + vector + every, mask=every < width, other=0.0).to(tl.float32)
-                along *= each
-                level *= each
-        if dx is not None:
-            if weight is not None:
-                g *= w
-            g = (g - (h * tl.sum(along) + tl.sum(level)) / size) * r
-            tl.store(dx + group * size + at, g.to(dx.dtype.element_ty), mask=inside)
-
-    return backward
-
-
-def launch_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    y: torch.Tensor,
-    statistics: torch.Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-) -> None:
-    """Write y and, to ``statistics`` (2, N G), r and m. All tensors are contiguous."""
-    sizes = sizes_of(x, groups)
-    size = sizes.width * sizes.pixels
-    partial, parts, length = None, 0, 0
-    if not sizes.whole:
-        wanted = min(-(-8 * processors(x.device) // sizes.groups), MAX_PARTS)
-        length = -(-size // (wanted * TILE)) * TILE
-        parts = -(-size // length)
-        partial = torch.empty(sizes.groups, parts, 2, dtype=torch.float32, device=x.device)
-        options = {"BLOCK": TILE, "num_warps": MOMENTS_WARPS}
-        launch(kernels().moments, sizes.groups * parts, x, partial, size, parts, length, **options)
-    arguments = (x, weight, bias, y, statistics, partial, sizes.width, sizes.pixels, groups, parts, length, eps)
-    launch(kernels().forward, sizes.programs, *arguments, SILU=silu, PARTS=MAX_PARTS, **sizes.options)
-
-
-def launch_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    statistics: torch.Tensor,
-    dx: torch.Tensor,
-    groups: int,
-    silu: bool,
-) -> torch.Tensor:
-    """Write dx; return the sums over pixels of dz h and of dz, (2, N C) in float32. All tensors are contiguous."""
-    sizes = sizes_of(x, groups)
-    partial = torch.empty(2, sizes.across, sizes.groups * sizes.width, dtype=torch.float32, device=x.device)
-    integers = (sizes.width, sizes.pixels, groups)
-    options = sizes.options | {"SILU": silu, "WIDTH": power_of_two(sizes.width)}
-    inputs = (dy, x, weight, bias, statistics)
-    kernel = kernels().backward
-    launch(kernel, sizes.programs, *inputs, dx if sizes.whole else None, partial, None, *integers, **options)
-    sums = partial.sum(1)
-    if not sizes.whole:
-        launch(kernel, sizes.programs, *inputs, dx, None, sums, *integers, **options)
-    return sums
+            z *= w
+        if bias is not None:
+            z += tl.load(bias + vector + channel, mask=real, other=0.0).to(tl.float32)
+        s = tl.sigmoid(z)
+        g *= s * (1.0 + z * (1.0 - s))
+    if sums is None:
+        along = tl.sum(g * h, 1, keep_dims=True)
+        level = tl.sum(g, 1, keep_dims=True)
+        out = partial + (tile % across) * count * width + group * width + channel
+        tl.store(out, along, mask=real)
+        tl.store(out + across * count * width, level, mask=real)
+        if weight is not None:
+            along *= w
+            level *= w
+    else:
+        every = tl.arange(0, WIDTH)
+        along = tl.load(sums + group * width + every, mask=every < width, other=0.0)
+        level = tl.load(sums + (count + group) * width + every, mask=every < width, other=0.0)
+        if weight is not None:
+            each = tl.load(weight + vector + every, mask=every < width, other=0.0).to(tl.float32)
+            along *= each
+            level *= each
+    if dx is not None:
+        if weight is not None:
+            g *= w
+        g = (g - (h * tl.sum(along) + tl.sum(level)) / size) * r
+        tl.store(dx + group * size + at, g.to(dx.dtype.element_ty), mask=inside)

@@ -64,15 +64,52 @@ def register_operators() -> None:
         _WAITING.pop().register()
 
 
+class Jit:
+    """A Triton function before Triton is imported. In its file ``tl`` becomes ``triton.language``: Triton's
+    interpreter looks for its language among a function's globals."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.__name__ = function.__name__
+        self.made: Any = None
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """``triton.jit``, once `jitted` is called: a machine without Triton imports the function's file."""
+    return Jit(function)
+
+
+def jitted(kernel: Any) -> Any:
+    """The ``triton.jit`` function of a `Jit`, with those that it calls. The first call imports Triton, which reads
+    TRITON_INTERPRET from the environment then."""
+    if isinstance(kernel, Jit) and kernel.made is None:
+        import triton
+        import triton.language
+
+        kernel.made = triton.jit(kernel.function)
+        names = kernel.function.__globals__
+        names["tl"] = triton.language
+        names.update({name: jitted(value) for name, value in names.items() if isinstance(value, Jit)})
+    return kernel.made if isinstance(kernel, Jit) else kernel
+
+
+def interprets() -> bool:
+    """Whether Triton's interpreter runs kernels."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
 def launch(kernel: Any, programs: int | tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Run a ``triton.jit`` function as so many programs, on the device of its first argument.
+    """Run a `jit` function as so many programs, on the device of its first argument.
 
     Inside of a ``torch.library.triton_op`` the launch is one that torch.compile and torch.export see. Triton's
     interpreter is called as it is.
     """
     import triton
 
-    wrapped = torch.library.wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
+    made = jitted(kernel)
+    wrapped = torch.library.wrap_triton(made) if isinstance(made, triton.JITFunction) else made
     with torch.cuda.device_of(args[0]):
         wrapped[programs if isinstance(programs, tuple) else (programs,)](*args, **options)
 

@@ -9,15 +9,10 @@ The formulas and the least traffic are those of `norm_rows`.
 Source: Ba, Kiros and Hinton, Layer Normalization, 2016.
 """
 
-from functools import partial
-from typing import Any
-
 import torch
 from torch.nn import functional as F
 
-from autopart.kernels import norm_operators, norm_rows
-from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.norm_operators import add_norm, applies, norm, same_shape
+from autopart.kernels.norm_operators import add_norm, applies, norm, norm_kernel, of_sum
 from autopart.kernels.norm_rows import Form
 
 CENTRED = Form(centred=True)
@@ -28,12 +23,7 @@ def reference(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor |
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-def add_reference(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + residual (..., d), and ``reference`` of it."""
-    total = x + residual
-    return total, reference(total, weight, bias, eps)
+add_reference = of_sum(reference)
 
 
 def float32_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -80,67 +70,11 @@ def _mixed(dtype: torch.dtype, *vectors: torch.Tensor | None) -> bool:
     return all(v is None or v.dtype in (dtype, torch.float32) for v in vectors)
 
 
-def bytes_moved(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, *constants: object) -> Bytes:
-    """As `Kernel.bytes_moved`, of ``layer_norm``."""
-    return norm_operators.bytes_moved(CENTRED, x, None, weight, bias)
-
-
-def add_bytes_moved(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    *constants: object,
-) -> Bytes:
-    """As `Kernel.bytes_moved`, of ``add_layer_norm``."""
-    return norm_operators.bytes_moved(CENTRED, x, residual, weight, bias)
-
-
-def float32_bytes_moved(x: torch.Tensor, weight: torch.Tensor, *constants: object) -> Bytes:
-    """As `Kernel.bytes_moved`, of ``layer_norm_float32``."""
-    return norm_operators.bytes_moved(CENTRED, x, None, weight)
-
-
-def kept(arguments: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Input, weight, and for each row a reciprocal root and a mean in float32."""
-    return norm_operators.kept(CENTRED, arguments[0], arguments[1])
-
-
-def add_kept(arguments: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Sum, weight, and for each row a reciprocal root and a mean in float32."""
-    return norm_operators.kept(CENTRED, outputs[0], arguments[2])
-
-
-compile_ahead = partial(norm_rows.compile_ahead, form=CENTRED, absent=("residual",))
-add_compile_ahead = partial(norm_rows.compile_ahead, form=CENTRED)
+WITHOUT_VECTORS = {"d": 4096, "absent": ("residual", "weight", "bias")}
+SUM_SHAPES = {"GPT-2 XL": {"d": 1600}, "BERT-large": {"d": 1024}, "BLOOM-7B1": {"d": 4096}}
 
 KERNELS = (
-    Kernel(
-        function=layer_norm,
-        reference=reference,
-        rule="... d!, d!, d! -> ... d!",
-        kept=kept,
-        bytes_moved=bytes_moved,
-        ahead=compile_ahead,
-        shapes={"GPT-2 XL": {"d": 1600}, "OLMo-7B": {"d": 4096, "absent": ("residual", "weight", "bias")}},
-    ),
-    Kernel(
-        function=add_layer_norm,
-        reference=add_reference,
-        rule="... d!, ... d!, d!, d! -> ... d!, ... d!",
-        kept=add_kept,
-        pays=same_shape,
-        bytes_moved=add_bytes_moved,
-        ahead=add_compile_ahead,
-        shapes={"GPT-2 XL": {"d": 1600}, "BERT-large": {"d": 1024}, "BLOOM-7B1": {"d": 4096}},
-    ),
-    Kernel(
-        function=layer_norm_float32,
-        reference=float32_reference,
-        rule="... d!, d! -> ... d!",
-        kept=kept,
-        bytes_moved=float32_bytes_moved,
-        ahead=partial(norm_rows.compile_ahead, form=CENTRED, absent=("residual", "bias")),
-        shapes={"Command-R": {"d": 8192}},
-    ),
+    norm_kernel(layer_norm, reference, CENTRED, {"GPT-2 XL": {"d": 1600}, "OLMo-7B": WITHOUT_VECTORS}, biased=True),
+    norm_kernel(add_layer_norm, add_reference, CENTRED, SUM_SHAPES, adds=True, biased=True),
+    norm_kernel(layer_norm_float32, float32_reference, CENTRED, {"Command-R": {"d": 8192}}),
 )

@@ -28,14 +28,13 @@ For elements of `itemsize` bytes and k chunks the least traffic in bytes is
 A bias adds v elements a chunk, which are left out.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from autopart.kernels import cross_entropy
-from autopart.kernels.ahead import Usage
 from autopart.kernels.cross_entropy_rows import (
     Reduction,
     Terms,
@@ -63,40 +62,18 @@ def chunk_rows(n: int, v: int, d: int) -> int:
 
 
 def reference(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    bias: torch.Tensor | None,
-    valid: float,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    compute_dtype: torch.dtype | None = None,
-    z_loss: float = 0.0,
-    softcap: float = 0.0,
-    scale: float = 1.0,
-    divisor: float = 1.0,
-) -> torch.Tensor:
-    """`cross_entropy.reference` of the whole logits of hidden (n, d), weight (v, d) and bias (v,). This is the pattern
-    and the oracle; a CPU runs `linear_cross_entropy`, which is in chunks on every device."""
-    return cross_entropy.reference(
-        F.linear(hidden, weight, bias),
-        targets,
-        valid,
-        ignore_index,
-        label_smoothing,
-        compute_dtype,
-        z_loss,
-        softcap,
-        scale,
-        divisor,
-    )
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, valid: float, *constants: Any, **named: Any
+) -> Tensor:
+    """`cross_entropy.reference`, with its constants, of the whole logits of hidden (n, d), weight (v, d) and bias (v,).
+    This is the pattern and the oracle; a CPU runs `linear_cross_entropy`, which is in chunks on every device."""
+    return cross_entropy.reference(F.linear(hidden, weight, bias), targets, valid, *constants, **named)
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    bias: torch.Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
     valid: float,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
@@ -109,7 +86,7 @@ def linear_cross_entropy(
     classes: int = 0,
     reduce_max: Reduction = identity,
     reduce_sum: Reduction = identity,
-) -> torch.Tensor:
+) -> Tensor:
     """The sum of the losses of hidden (n, d), weight (v, d), targets (n,) and bias (v,) over ``valid``: a scalar of
     ``compute_dtype``, or of the dtype of hidden when that is None. The softmax is in float32, in float64 of float64.
 
@@ -122,28 +99,16 @@ def linear_cross_entropy(
     thus run only once.
     """
     if not hidden.numel():
-        return reference(
-            hidden,
-            weight,
-            targets,
-            bias,
-            valid,
-            ignore_index,
-            label_smoothing,
-            compute_dtype,
-            z_loss,
-            softcap,
-            scale,
-            divisor,
-        )
+        constants = ignore_index, label_smoothing, compute_dtype, z_loss, softcap, scale, divisor
+        return reference(hidden, weight, targets, bias, valid, *constants)
     terms = terms_of(weight.t(), ignore_index, label_smoothing, z_loss, softcap, scale, divisor, first, classes)
-    total: torch.Tensor = _LinearCrossEntropy.apply(
+    total: Tensor = _LinearCrossEntropy.apply(
         hidden, weight, targets, bias, terms, torch.is_grad_enabled(), reduce_max, reduce_sum
     )
     return total.to(compute_dtype or hidden.dtype) / valid
 
 
-def bytes_moved(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *rest: object) -> Bytes:
+def bytes_moved(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: object) -> Bytes:
     """As `Kernel.bytes_moved`; the formulas are on top of this file."""
     n, (v, d) = len(hidden), weight.shape
     k = -(-n // chunk_rows(n, v, d))
@@ -154,18 +119,11 @@ def bytes_moved(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tenso
     )
 
 
-def kept(arguments: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def kept(arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The gradients of hidden, of weight, and in float32 of bias."""
     hidden, weight, _, bias, *_ = arguments
     gradients = torch.empty_like(hidden), torch.empty_like(weight)
     return gradients if bias is None else (*gradients, torch.empty_like(bias, dtype=torch.float32))
-
-
-def compile_ahead(
-    capability: int, v: int = 128256, dtype: torch.dtype = torch.bfloat16, softcap: bool = False
-) -> Mapping[str, Usage]:
-    """Compile the kernels for a chunk's rows of ``v`` logits and compute capability ``capability`` (90 for 9.0)."""
-    return cross_entropy.compile_ahead(capability, v, dtype, softcap)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -173,16 +131,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        targets: torch.Tensor,
-        bias: torch.Tensor | None,
-        terms: Terms,
-        train: bool,
-        reduce_max: Reduction,
-        reduce_sum: Reduction,
-    ) -> torch.Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, terms: Terms, train: bool,
+        reduce_max: Reduction, reduce_sum: Reduction,
+    ) -> Tensor:  # fmt: skip
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         wanted = [train and ctx.needs_input_grad[i] for i in (0, 1, 3)]
         dhidden = torch.empty_like(hidden) if wanted[0] else None
@@ -210,7 +161,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *dloss: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, dweight, dbias = ctx.saved_tensors
         scaled = [None if g is None else g.mul_(dloss[0].view([1] * g.dim())) for g in (dhidden, dweight, dbias)]
         dbias = None if scaled[2] is None else scaled[2].to(ctx.bias_dtype)
@@ -223,7 +174,7 @@ KERNEL = Kernel(
     rule="b d!, v d!, b, v -> ",
     kept=kept,
     bytes_moved=bytes_moved,
-    ahead=compile_ahead,
+    ahead=cross_entropy.compile_ahead,
     shapes=cross_entropy.SHAPES,
 )
 """Split by v, the function is given ``first``, ``classes`` and the reductions, and its result is whole on every rank

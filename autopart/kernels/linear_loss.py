@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from autopart.kernels.cross_entropy import SHAPES
+from autopart.kernels.cross_entropy import SHAPES, compile_ahead, scaled
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.linear_cross_entropy import ROWS, compile_ahead, linear_cross_entropy
+from autopart.kernels.linear_cross_entropy import ROWS, linear_cross_entropy
 from autopart.kernels.linear_cross_entropy import bytes_moved as linear_cross_entropy_bytes
 
 COLUMNS = 4096
@@ -31,15 +31,7 @@ def reference(
     divisor: float = 1.0,
 ) -> torch.Tensor:
     """The mean of the losses of hidden (..., d), weight (v, d), targets (n,) and bias (v,)."""
-    logits = F.linear(hidden, weight, bias)
-    if scale != 1:
-        logits = logits * scale
-    if divisor != 1:
-        logits = logits / divisor
-    if softcap:
-        logits = torch.tanh(logits / softcap) * softcap
-    if compute_dtype is not None:
-        logits = logits.to(compute_dtype)
+    logits = scaled(F.linear(hidden, weight, bias), compute_dtype, softcap, scale, divisor)
     rows = logits.reshape(-1, len(weight))
     return F.cross_entropy(rows, targets, ignore_index=ignore_index, label_smoothing=label_smoothing)
 

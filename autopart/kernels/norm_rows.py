@@ -22,15 +22,16 @@ The partial sums of dweight and dbias, one float32 row for each Triton program, 
 number of rows.
 """
 
-import functools
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import torch
 
-from autopart.kernels.ahead import Usage, compile_kernel
-from autopart.kernels.launch import TRITON_NAMES, launch, power_of_two, processors
+from autopart.kernels.ahead import Usage, compile_kernels
+from autopart.kernels.launch import TRITON_NAMES, jit, power_of_two, processors
 
-tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals
+tl: Any = None  # triton.language, which jit binds
 
 MAX_BLOCK = 65536
 """Elements of the longest row that the kernels take. The backward spills registers in rows of more than 16384, with a
@@ -62,13 +63,6 @@ class Form(NamedTuple):
 PLAIN = Form()
 
 
-class Kernels(NamedTuple):
-    """The two ``triton.jit`` functions."""
-
-    forward: Any
-    backward: Any
-
-
 def compile_ahead(
     capability: int,
     d: int = 4096,
@@ -87,164 +81,91 @@ def compile_ahead(
     signature = {name: f"*{value}" for name, value in types.items()} | dict.fromkeys((*lengths, "rows"), "i32")
     signature["eps"] = "fp32"
     missing = {*absent, *(("total", "dtotal") if "residual" in absent else ())}
-    constexprs: dict[str, Any] = dict.fromkeys(missing) | {"ROWS": _height(d), "BLOCK": power_of_two(d)}
+    constexprs: dict[str, Any] = dict.fromkeys(missing) | {"ROWS": height(d), "BLOCK": power_of_two(d)}
     constexprs |= {"DWEIGHT": "weight" not in absent, "DBIAS": "bias" not in absent} | form.constexprs
     constexprs |= dict.fromkeys(lengths, 1) if d == 1 else {}
     aligned = {*types, *(lengths if d % 16 == 0 else ())} - missing
-    return {
-        name: compile_kernel(kernel, signature, constexprs, capability, _warps(d), aligned)
-        for name, kernel in kernels()._asdict().items()
-    }
+    return compile_kernels((forward, backward), signature, constexprs, capability, _warps(d), aligned)
 
 
-@functools.cache
-def kernels() -> Kernels:
-    """The ``triton.jit`` functions. The first call imports Triton, which reads TRITON_INTERPRET from the environment
-    then."""
-    return Kernels(_forward_kernel(), _backward_kernel())
+@jit
+def forward(  # type: ignore[no-untyped-def]
+    x, residual, weight, bias, total, y, statistics, x_stride, residual_stride, rows, d, eps,
+    CENTRED: tl.constexpr, UNIT_OFFSET: tl.constexpr, ROUND_FIRST: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, BLOCK)[None, :]
+    across = cols < d
+    mask = (row < rows) & across
+    h = tl.load(x + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    if residual is not None:
+        h += tl.load(residual + row * residual_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        rounded = h.to(total.dtype.element_ty)
+        tl.store(total + row * d + cols, rounded, mask=mask)
+        h = rounded.to(tl.float32)
+    if CENTRED:
+        mean = tl.sum(h, 1, keep_dims=True) / d
+        tl.store(statistics + rows + row, mean, mask=row < rows)
+        h = tl.where(across, h - mean, 0.0)
+    r = tl.rsqrt(tl.sum(h * h, 1, keep_dims=True) / d + eps)
+    tl.store(statistics + row, r, mask=row < rows)
+    h *= r
+    if ROUND_FIRST and residual is not None:
+        h = h.to(total.dtype.element_ty).to(tl.float32)
+    elif ROUND_FIRST:
+        h = h.to(x.dtype.element_ty).to(tl.float32)
+    if weight is not None:
+        w = tl.load(weight + cols, mask=across, other=0.0).to(tl.float32)
+        h *= (1.0 + w) if UNIT_OFFSET else w
+    if bias is not None:
+        h += tl.load(bias + cols, mask=across, other=0.0).to(tl.float32)
+    tl.store(y + row * d + cols, h.to(y.dtype.element_ty), mask=mask)
 
 
-def _forward_kernel() -> Any:
-    global tl
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def forward(  # type: ignore[no-untyped-def]
-        x, residual, weight, bias, total, y, statistics, x_stride, residual_stride, rows, d, eps,
-        CENTRED: tl.constexpr, UNIT_OFFSET: tl.constexpr, ROUND_FIRST: tl.constexpr,
-        ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-        cols = tl.arange(0, BLOCK)[None, :]
-        across = cols < d
+@jit
+def backward(  # type: ignore[no-untyped-def]
+    dy, dtotal, x, weight, statistics, dx, partial, dy_stride, dtotal_stride, x_stride, rows, d,
+    CENTRED: tl.constexpr, UNIT_OFFSET: tl.constexpr, DWEIGHT: tl.constexpr, DBIAS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)[None, :]
+    across = cols < d
+    dw = tl.zeros((ROWS, BLOCK), tl.float32)
+    db = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
         mask = (row < rows) & across
         h = tl.load(x + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
-        if residual is not None:
-            h += tl.load(residual + row * residual_stride + cols, mask=mask, other=0.0).to(tl.float32)
-            rounded = h.to(total.dtype.element_ty)
-            tl.store(total + row * d + cols, rounded, mask=mask)
-            h = rounded.to(tl.float32)
         if CENTRED:
-            mean = tl.sum(h, 1, keep_dims=True) / d
-            tl.store(statistics + rows + row, mean, mask=row < rows)
-            h = tl.where(across, h - mean, 0.0)
-        r = tl.rsqrt(tl.sum(h * h, 1, keep_dims=True) / d + eps)
-        tl.store(statistics + row, r, mask=row < rows)
+            h -= tl.load(statistics + rows + row, mask=row < rows, other=0.0)
+        r = tl.load(statistics + row, mask=row < rows, other=0.0)
         h *= r
-        if ROUND_FIRST and residual is not None:
-            h = h.to(total.dtype.element_ty).to(tl.float32)
-        elif ROUND_FIRST:
-            h = h.to(x.dtype.element_ty).to(tl.float32)
+        g = tl.load(dy + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        if DWEIGHT:
+            dw += g * h
+        if DBIAS:
+            db += g
         if weight is not None:
             w = tl.load(weight + cols, mask=across, other=0.0).to(tl.float32)
-            h *= (1.0 + w) if UNIT_OFFSET else w
-        if bias is not None:
-            h += tl.load(bias + cols, mask=across, other=0.0).to(tl.float32)
-        tl.store(y + row * d + cols, h.to(y.dtype.element_ty), mask=mask)
-
-    return forward
-
-
-def _backward_kernel() -> Any:
-    global tl
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def backward(  # type: ignore[no-untyped-def]
-        dy, dtotal, x, weight, statistics, dx, partial, dy_stride, dtotal_stride, x_stride, rows, d,
-        CENTRED: tl.constexpr, UNIT_OFFSET: tl.constexpr, DWEIGHT: tl.constexpr, DBIAS: tl.constexpr,
-        ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        program = tl.program_id(0).to(tl.int64)
-        cols = tl.arange(0, BLOCK)[None, :]
-        across = cols < d
-        dw = tl.zeros((ROWS, BLOCK), tl.float32)
-        db = tl.zeros((ROWS, BLOCK), tl.float32)
-        for start in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
-            row = start + tl.arange(0, ROWS)[:, None]
-            mask = (row < rows) & across
-            h = tl.load(x + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
-            if CENTRED:
-                h -= tl.load(statistics + rows + row, mask=row < rows, other=0.0)
-            r = tl.load(statistics + row, mask=row < rows, other=0.0)
-            h *= r
-            g = tl.load(dy + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
-            if DWEIGHT:
-                dw += g * h
-            if DBIAS:
-                db += g
-            if weight is not None:
-                w = tl.load(weight + cols, mask=across, other=0.0).to(tl.float32)
-                g *= (1.0 + w) if UNIT_OFFSET else w
-            along = h * (tl.sum(g * h, 1, keep_dims=True) / d)
-            if CENTRED:
-                along += tl.sum(g, 1, keep_dims=True) / d
-            g = (g - along) * r
-            if dtotal is not None:
-                g += tl.load(dtotal + row * dtotal_stride + cols, mask=mask, other=0.0).to(tl.float32)
-            tl.store(dx + row * d + cols, g.to(dx.dtype.element_ty), mask=mask)
-        at = tl.arange(0, BLOCK)
-        if DWEIGHT:
-            tl.store(partial + program * d + at, tl.sum(dw, 0), mask=at < d)
-        if DBIAS:
-            program += tl.num_programs(0) * DWEIGHT
-            tl.store(partial + program * d + at, tl.sum(db, 0), mask=at < d)
-
-    return backward
+            g *= (1.0 + w) if UNIT_OFFSET else w
+        along = h * (tl.sum(g * h, 1, keep_dims=True) / d)
+        if CENTRED:
+            along += tl.sum(g, 1, keep_dims=True) / d
+        g = (g - along) * r
+        if dtotal is not None:
+            g += tl.load(dtotal + row * dtotal_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx + row * d + cols, g.to(dx.dtype.element_ty), mask=mask)
+    at = tl.arange(0, BLOCK)
+    if DWEIGHT:
+        tl.store(partial + program * d + at, tl.sum(dw, 0), mask=at < d)
+    if DBIAS:
+        program += tl.num_programs(0) * DWEIGHT
+        tl.store(partial + program * d + at, tl.sum(db, 0), mask=at < d)
 
 
-def launch_forward(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    total: torch.Tensor | None,
-    y: torch.Tensor,
-    statistics: torch.Tensor,
-    eps: float,
-    form: Form,
-) -> None:
-    """Write s to ``total`` where a residual is given, y, and r [and m] to ``statistics`` (1 or 2, rows).
-
-    x and residual (rows, d) have stride 1 along a row; ``total`` and y are contiguous.
-    """
-    rows, d = x.shape
-    vectors = [None if v is None else v.contiguous() for v in (weight, bias)]
-    strides = x.stride(0), 0 if residual is None else residual.stride(0)
-    arguments = (x, residual, *vectors, total, y, statistics, *strides, rows, d, eps)
-    launch(kernels().forward, -(-rows // _height(d)), *arguments, **form.constexprs, **_options(d))
-
-
-def launch_backward(
-    dy: torch.Tensor,
-    dtotal: torch.Tensor | None,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    statistics: torch.Tensor,
-    dx: torch.Tensor,
-    unit_offset: bool,
-    dweight: bool,
-    dbias: bool,
-) -> torch.Tensor:
-    """Write the gradient of x, which is s where a residual was added, to ``dx``, contiguous. Return the partial sums of
-    the gradients asked for, of weight and then of bias: (0 to 2, programs, d) in float32.
-
-    dy, dtotal and x (rows, d) have stride 1 along a row.
-    """
-    rows, d = x.shape
-    programs = _backward_programs(rows, d, x.device)
-    partial = torch.empty(dweight + dbias, programs, d, dtype=torch.float32, device=x.device)
-    w = None if weight is None else weight.contiguous()
-    strides = dy.stride(0), 0 if dtotal is None else dtotal.stride(0), x.stride(0)
-    flags = {"CENTRED": len(statistics) == 2, "UNIT_OFFSET": unit_offset, "DWEIGHT": dweight, "DBIAS": dbias}
-    arguments = (dy, dtotal, x, w, statistics, dx, partial, *strides, rows, d)
-    launch(kernels().backward, programs, *arguments, **flags, **_options(d))
-    return partial
-
-
-def _height(d: int) -> int:
+def height(d: int) -> int:
     """Rows of ``d`` elements in a Triton program."""
     return max(TILE // power_of_two(d), 1)
 
@@ -254,12 +175,13 @@ def _warps(d: int) -> int:
     return 32 if d > 8192 else max(power_of_two(d) // 512, 4)
 
 
-def _options(d: int) -> dict[str, Any]:
-    return {"ROWS": _height(d), "BLOCK": power_of_two(d), "num_warps": _warps(d), "enable_fp_fusion": True}
+def options(d: int) -> dict[str, Any]:
+    """Constants of the kernels for rows of ``d`` elements, and their warps."""
+    return {"ROWS": height(d), "BLOCK": power_of_two(d), "num_warps": _warps(d), "enable_fp_fusion": True}
 
 
-def _backward_programs(rows: int, d: int, device: torch.device) -> int:
+def programs(rows: int, d: int, device: torch.device) -> int:
     """Programs of the backward: on each multiprocessor as many as hold 16384 elements of x, at least 1."""
     tile = max(power_of_two(d), TILE)
     each = max(16384 // tile, 1) if device.type == "cuda" else 1
-    return min(-(-rows // _height(d)), processors(device) * each)
+    return min(-(-rows // height(d)), processors(device) * each)

@@ -18,20 +18,21 @@ of which d is left out without a bias. The partial sums of dbias do not grow wit
 Sources: Srivastava et al., JMLR 15 (2014), dropout; Huang et al., arXiv 1603.09382, stochastic depth.
 """
 
+from __future__ import annotations
+
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from autopart.kernels import dropout
-from autopart.kernels.ahead import Usage, compile_kernel
+from autopart.kernels.ahead import Usage, compile_kernels
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.launch import TRITON_NAMES, launch, power_of_two, processors, runs_on, triton_op
+from autopart.kernels.launch import TRITON_NAMES, jit, launch, power_of_two, processors, runs_on, triton_op
 from autopart.kernels.plain_dropout import dropped
 
-tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals
-stays: Any
+tl: Any = None  # triton.language, which jit binds
 
 ELEMENTS = 2048
 """Elements of x that a Triton program takes at a time."""
@@ -39,13 +40,6 @@ MAX_COLUMNS = 256
 """Columns of x that a Triton program takes at a time."""
 
 Optional = Tensor | None
-
-
-class Kernels(NamedTuple):
-    """The ``triton.jit`` functions."""
-
-    forward: Any
-    backward: Any
 
 
 def reference(
@@ -127,92 +121,73 @@ def compile_ahead(
     signature = types | dict.fromkeys(("count", "d", "threshold"), "i32") | {"scale": "fp32"}
     constexprs = {"BIAS": bias, "SAMPLES": samples} | _block(d)
     aligned = {*types, *(("d",) if d % 16 == 0 else ())}
-    return {
-        name: compile_kernel(kernel, signature, constexprs, capability, 4, aligned)
-        for name, kernel in kernels()._asdict().items()
-    }
+    return compile_kernels((forward, backward), signature, constexprs, capability, aligned=aligned)
 
 
-@functools.cache
-def kernels() -> Kernels:
-    """The ``triton.jit`` functions. The first call imports Triton, which reads TRITON_INTERPRET from the environment
-    then."""
-    global tl, stays
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def stays(  # type: ignore[no-untyped-def]
-        rows, columns, row, column, count, d, threshold, SAMPLES: tl.constexpr
-    ):
-        """Whether an element stays: its word, of its row and its column, is mixed and compared as int32."""
-        u = tl.load(rows + row, mask=row < count, other=0).to(tl.uint32, bitcast=True)[:, None]
-        at = column * 0 if SAMPLES else column
-        u = u + tl.load(columns + at, mask=column < d, other=0).to(tl.uint32, bitcast=True)[None, :]
-        u ^= u >> 16
-        u *= 0x7FEB352D
-        u ^= u >> 15
-        u *= 0x846CA68B
-        u ^= u >> 16
-        return (u ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold
-
-    return Kernels(_forward_kernel(triton), _backward_kernel(triton))
+@jit
+def stays(  # type: ignore[no-untyped-def]
+    rows, columns, row, column, count, d, threshold, SAMPLES: tl.constexpr
+):
+    """Whether an element stays: its word, of its row and its column, is mixed and compared as int32."""
+    u = tl.load(rows + row, mask=row < count, other=0).to(tl.uint32, bitcast=True)[:, None]
+    at = column * 0 if SAMPLES else column
+    u = u + tl.load(columns + at, mask=column < d, other=0).to(tl.uint32, bitcast=True)[None, :]
+    u ^= u >> 16
+    u *= 0x7FEB352D
+    u ^= u >> 15
+    u *= 0x846CA68B
+    u ^= u >> 16
+    return (u ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold
 
 
-def _forward_kernel(triton: Any) -> Any:
-    @triton.jit
-    def forward(  # type: ignore[no-untyped-def]
-        x, bias, residual, rows, columns, y, count, d, threshold, scale, BIAS: tl.constexpr, SAMPLES: tl.constexpr,
-        ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    ):  # fmt: skip
-        across = tl.cdiv(d, COLUMNS)
-        row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
+@jit
+def forward(  # type: ignore[no-untyped-def]
+    x, bias, residual, rows, columns, y, count, d, threshold, scale, BIAS: tl.constexpr, SAMPLES: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(d, COLUMNS)
+    row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
+    here = (row < count)[:, None] & (column < d)[None, :]
+    at = row[:, None] * d + column[None, :]
+    h = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
+    if BIAS:
+        h += tl.load(bias + column, mask=column < d, other=0.0).to(tl.float32)[None, :]
+        h = h.to(x.dtype.element_ty).to(tl.float32)
+    z = stays(rows, columns, row, column, count, d, threshold, SAMPLES)
+    if SAMPLES:
+        h *= tl.where(z, scale, 0.0).to(x.dtype.element_ty).to(tl.float32)
+    else:
+        h = tl.where(z, h * scale, 0.0)
+    h = h.to(x.dtype.element_ty).to(tl.float32)
+    h = tl.load(residual + at, mask=here, other=0.0).to(tl.float32) + h
+    tl.store(y + at, h.to(y.dtype.element_ty), mask=here)
+
+
+@jit
+def backward(  # type: ignore[no-untyped-def]
+    dy, rows, columns, dx, partial, count, d, threshold, scale, BIAS: tl.constexpr, SAMPLES: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    program = tl.program_id(0).to(tl.int64)
+    for block in range(program, tl.cdiv(count, ROWS), tl.num_programs(0)):
+        row = block * ROWS + tl.arange(0, ROWS)
         here = (row < count)[:, None] & (column < d)[None, :]
         at = row[:, None] * d + column[None, :]
-        h = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
-        if BIAS:
-            h += tl.load(bias + column, mask=column < d, other=0.0).to(tl.float32)[None, :]
-            h = h.to(x.dtype.element_ty).to(tl.float32)
+        g = tl.load(dy + at, mask=here, other=0.0).to(dx.dtype.element_ty).to(tl.float32)
         z = stays(rows, columns, row, column, count, d, threshold, SAMPLES)
         if SAMPLES:
-            h *= tl.where(z, scale, 0.0).to(x.dtype.element_ty).to(tl.float32)
+            g *= tl.where(z, scale, 0.0).to(dx.dtype.element_ty).to(tl.float32)
         else:
-            h = tl.where(z, h * scale, 0.0)
-        h = h.to(x.dtype.element_ty).to(tl.float32)
-        h = tl.load(residual + at, mask=here, other=0.0).to(tl.float32) + h
-        tl.store(y + at, h.to(y.dtype.element_ty), mask=here)
-
-    return forward
-
-
-def _backward_kernel(triton: Any) -> Any:
-    @triton.jit
-    def backward(  # type: ignore[no-untyped-def]
-        dy, rows, columns, dx, partial, count, d, threshold, scale, BIAS: tl.constexpr, SAMPLES: tl.constexpr,
-        ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    ):  # fmt: skip
-        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        total = tl.zeros((COLUMNS,), tl.float32)
-        program = tl.program_id(0).to(tl.int64)
-        for block in range(program, tl.cdiv(count, ROWS), tl.num_programs(0)):
-            row = block * ROWS + tl.arange(0, ROWS)
-            here = (row < count)[:, None] & (column < d)[None, :]
-            at = row[:, None] * d + column[None, :]
-            g = tl.load(dy + at, mask=here, other=0.0).to(dx.dtype.element_ty).to(tl.float32)
-            z = stays(rows, columns, row, column, count, d, threshold, SAMPLES)
-            if SAMPLES:
-                g *= tl.where(z, scale, 0.0).to(dx.dtype.element_ty).to(tl.float32)
-            else:
-                g = tl.where(z, g * scale, 0.0)
-            g = g.to(dx.dtype.element_ty)
-            tl.store(dx + at, g, mask=here)
-            if BIAS:
-                total += tl.sum(tl.where(here, g.to(tl.float32), 0.0), 0)
+            g = tl.where(z, g * scale, 0.0)
+        g = g.to(dx.dtype.element_ty)
+        tl.store(dx + at, g, mask=here)
         if BIAS:
-            tl.store(partial + program * d + column, total, mask=column < d)
-
-    return backward
+            total += tl.sum(tl.where(here, g.to(tl.float32), 0.0), 0)
+    if BIAS:
+        tl.store(partial + program * d + column, total, mask=column < d)
 
 
 @triton_op("autopart::residual_dropout", mutates_args=())
@@ -233,7 +208,7 @@ def _forward(
     programs = -(-count // block["ROWS"]) * -(-d // block["COLUMNS"])
     tensors = h, b, residual.contiguous(), rows.contiguous(), columns.contiguous(), y
     options = {"BIAS": bias is not None, "SAMPLES": samples, "enable_fp_fusion": False}
-    launch(kernels().forward, programs, *tensors, count, d, threshold, scale, **block, **options)
+    launch(forward, programs, *tensors, count, d, threshold, scale, **block, **options)
     return y
 
 
@@ -258,7 +233,7 @@ def _backward(
     partial = torch.empty((down, d) if bias else (1, 0), dtype=torch.float32, device=dy.device)
     tensors = dy.contiguous(), rows.contiguous(), columns.contiguous(), dx, partial
     options = {"BIAS": bias, "SAMPLES": samples, "enable_fp_fusion": False}
-    launch(kernels().backward, (down, across), *tensors, count, d, threshold, scale, **block, **options)
+    launch(backward, (down, across), *tensors, count, d, threshold, scale, **block, **options)
     return dx, partial.sum(0).to(dtype)
 
 

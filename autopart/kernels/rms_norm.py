@@ -9,14 +9,9 @@ the least traffic are those of `norm_rows`.
 Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
 """
 
-from functools import partial
-from typing import Any
-
 import torch
 
-from autopart.kernels import norm_operators, norm_rows
-from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.norm_operators import add_norm, applies, norm, same_shape
+from autopart.kernels.norm_operators import add_norm, applies, norm, norm_kernel, of_sum
 from autopart.kernels.norm_rows import PLAIN, Form
 
 ROUND_FIRST = Form(round_first=True)
@@ -40,19 +35,6 @@ def reference(
     return weight * (h if compute_dtype is None else h.to(x.dtype))
 
 
-def add_reference(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    compute_dtype: torch.dtype | None = None,
-    square_only: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + residual (..., d), and ``reference`` of it."""
-    total = x + residual
-    return total, reference(total, weight, eps, compute_dtype, square_only)
-
-
 def float32_reference(
     x: torch.Tensor, weight: torch.Tensor | None, eps: float, unit_offset: bool = False, by_power: bool = False
 ) -> torch.Tensor:
@@ -68,17 +50,7 @@ def float32_reference(
     return h.type_as(x)
 
 
-def add_float32_reference(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-    unit_offset: bool = False,
-    by_power: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + residual (..., d), and ``float32_reference`` of it."""
-    total = x + residual
-    return total, float32_reference(total, weight, eps, unit_offset, by_power)
+add_reference, add_float32_reference = of_sum(reference), of_sum(float32_reference)
 
 
 def rms_norm(
@@ -139,73 +111,20 @@ def add_rms_norm_float32(
     return add_float32_reference(x, residual, weight, eps, unit_offset, by_power)
 
 
-def bytes_moved(x: torch.Tensor, weight: torch.Tensor | None, *constants: object) -> Bytes:
-    """As `Kernel.bytes_moved`, of the functions without a residual."""
-    return norm_operators.bytes_moved(PLAIN, x, None, weight)
-
-
-def add_bytes_moved(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, *constants: object) -> Bytes:
-    """As `Kernel.bytes_moved`, of the functions with a residual."""
-    return norm_operators.bytes_moved(PLAIN, x, residual, weight)
-
-
-def kept(arguments: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Input, weight, and for each row a reciprocal root in float32."""
-    return norm_operators.kept(PLAIN, arguments[0], arguments[1])
-
-
-def add_kept(arguments: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Sum, weight, and for each row a reciprocal root in float32."""
-    return norm_operators.kept(PLAIN, outputs[0], arguments[2])
-
-
-compile_ahead = partial(norm_rows.compile_ahead, form=ROUND_FIRST, absent=("residual", "bias"))
-add_compile_ahead = partial(norm_rows.compile_ahead, form=ROUND_FIRST, absent=("bias",))
-
 SHAPES = {"Llama-3-8B": {"d": 4096}, "Mixtral-8x7B": {"d": 4096}, "T5-11B": {"d": 1024}}
+GEMMA = {"d": 3072, "form": Form(unit_offset=True)}
+FLOAT32_SHAPES = {
+    "Gemma-7B": GEMMA,
+    "Gemma-3-27B's heads": {"d": 128, "form": Form(unit_offset=True)},
+    "OLMo-2-7B": {"d": 4096},
+    "Llama-4's heads": {"d": 128, "absent": ("residual", "weight", "bias")},
+}
 
 KERNELS = (
-    Kernel(
-        function=rms_norm,
-        reference=reference,
-        rule="... d!, d! -> ... d!",
-        kept=kept,
-        bytes_moved=bytes_moved,
-        ahead=compile_ahead,
-        shapes={**SHAPES, "Qwen3's heads": {"d": 128}},
-    ),
-    Kernel(
-        function=add_rms_norm,
-        reference=add_reference,
-        rule="... d!, ... d!, d! -> ... d!, ... d!",
-        kept=add_kept,
-        pays=same_shape,
-        bytes_moved=add_bytes_moved,
-        ahead=add_compile_ahead,
-        shapes=SHAPES,
-    ),
-    Kernel(
-        function=rms_norm_float32,
-        reference=float32_reference,
-        rule="... d!, d! -> ... d!",
-        kept=kept,
-        bytes_moved=bytes_moved,
-        ahead=partial(compile_ahead, form=PLAIN),
-        shapes={
-            "Gemma-7B": {"d": 3072, "form": Form(unit_offset=True)},
-            "Gemma-3-27B's heads": {"d": 128, "form": Form(unit_offset=True)},
-            "OLMo-2-7B": {"d": 4096},
-            "Llama-4's heads": {"d": 128, "absent": ("residual", "weight", "bias")},
-        },
-    ),
-    Kernel(
-        function=add_rms_norm_float32,
-        reference=add_float32_reference,
-        rule="... d!, ... d!, d! -> ... d!, ... d!",
-        kept=add_kept,
-        pays=same_shape,
-        bytes_moved=add_bytes_moved,
-        ahead=partial(add_compile_ahead, form=PLAIN),
-        shapes={"Gemma-7B": {"d": 3072, "form": Form(unit_offset=True)}, "GPT-OSS-20B": {"d": 2880}},
+    norm_kernel(rms_norm, reference, ROUND_FIRST, {**SHAPES, "Qwen3's heads": {"d": 128}}),
+    norm_kernel(add_rms_norm, add_reference, ROUND_FIRST, SHAPES, adds=True),
+    norm_kernel(rms_norm_float32, float32_reference, PLAIN, FLOAT32_SHAPES),
+    norm_kernel(
+        add_rms_norm_float32, add_float32_reference, PLAIN, {"Gemma-7B": GEMMA, "GPT-OSS-20B": {"d": 2880}}, adds=True
     ),
 )

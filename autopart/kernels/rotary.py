@@ -25,7 +25,7 @@ from torch import Tensor
 from autopart.kernels.ahead import Usage, compile_kernel
 from autopart.kernels.kernel import Bytes, Kernel
 from autopart.kernels.launch import TRITON_NAMES, launch, power_of_two, runs_on, triton_op
-from autopart.kernels.rotary_kernel import kernel
+from autopart.kernels.rotary_kernel import rotary_kernel
 
 ELEMENTS = 2048
 """Elements of x in one tile."""
@@ -154,7 +154,7 @@ def compile_ahead(
         options = _options(heads if heads >= SHARED else ELEMENTS, d, half, heads >= SHARED)
         warps = options.pop("num_warps")
         options |= {"READS": reads, "WRITES": writes, "HALF_WIDTH": half_width, "INVERSE": inverse}
-        return compile_kernel(kernel(), signature, options, capability, warps, aligned)
+        return compile_kernel(rotary_kernel, signature, options, capability, warps, aligned)
 
     return {"forward": compiled(reads, writes, False), "backward": compiled(writes, reads, True)}
 
@@ -180,7 +180,7 @@ def _turn(
     options = _options(sizes[at], d, half, bool(shared))
     options |= {"READS": reads, "WRITES": writes, "HALF_WIDTH": half_width, "INVERSE": inverse}
     programs = sizes[a] * sizes[b] * -(-sizes[at] // options["ROWS"])
-    launch(kernel(), programs, x, cos, sin, y, *strides, sizes[b], sizes[at], d, half, **options)
+    launch(rotary_kernel, programs, x, cos, sin, y, *strides, sizes[b], sizes[at], d, half, **options)
     return y
 
 

@@ -34,10 +34,11 @@ from typing import Any
 
 import torch
 
-from autopart.kernels.ahead import Usage, compile_kernel
+from autopart.kernels import scan_kernels
+from autopart.kernels.ahead import Usage, compile_kernels
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.launch import TRITON_NAMES, launch, runs_on, triton_op
-from autopart.kernels.scan_kernels import CHUNK, kernels, tile, warps
+from autopart.kernels.launch import TRITON_NAMES, interprets, launch, runs_on, triton_op
+from autopart.kernels.scan_kernels import CHUNK, tile, warps
 
 MAX_HEAD, MAX_STATE = 64, 128
 
@@ -148,10 +149,8 @@ def compile_ahead(capability: int, p: int = 64, n: int = 128, dtype: torch.dtype
     options = {"SCALES": True, "SKIP": True, "REVERSE": False, "WIDE": False, "PRECISION": "ieee"}
     exact = dtype == torch.float32
     options |= tile(p, n, CHUNK, exact)
-    return {
-        name: compile_kernel(kernel, signature, options, capability, warps(p, n, exact), aligned)
-        for name, kernel in kernels()._asdict().items()
-    }
+    kernels = scan_kernels.states, scan_kernels.output, scan_kernels.inputs, scan_kernels.sides
+    return compile_kernels(kernels, signature, options, capability, warps(p, n, exact), aligned)
 
 
 @triton_op("autopart::scan", mutates_args=())
@@ -168,7 +167,7 @@ def _forward(
     inputs = _contiguous(x, scales, log, keys, queries, skip)
     states = _states(inputs[0], inputs[1], inputs[2], inputs[3], scales is not None, False)
     flags = {"SCALES": scales is not None, "SKIP": skip is not None, **options}
-    launch(kernels().output, chunks * len(states), *inputs, states, y, *sizes, **flags)
+    launch(scan_kernels.output, chunks * len(states), *inputs, states, y, *sizes, **flags)
     return y
 
 
@@ -193,10 +192,10 @@ def _backward(
     dskip = new(count if skip is not None else 0)
     flags = {"SCALES": scales is not None, **options}
     outputs = dstates, dx, dscales, dskip
-    launch(kernels().inputs, count, given, *inputs, *outputs, *sizes, SKIP=skip is not None, **flags)
+    launch(scan_kernels.inputs, count, given, *inputs, *outputs, *sizes, SKIP=skip is not None, **flags)
     dqueries, dkeys = (new(*log.shape, keys.shape[3]) for _ in range(2))
-    launch(kernels().sides, count, given, x, t, log, keys, states, dqueries, *sizes, REVERSE=False, **flags)
-    launch(kernels().sides, count, given, x, t, log, queries, dstates, dkeys, *sizes, REVERSE=True, **flags)
+    launch(scan_kernels.sides, count, given, x, t, log, keys, states, dqueries, *sizes, REVERSE=False, **flags)
+    launch(scan_kernels.sides, count, given, x, t, log, queries, dstates, dkeys, *sizes, REVERSE=True, **flags)
     dskip = dskip.view(len(x), -1, chunks).sum((0, 2)) if skip is not None else dskip
     of_log = _log_gradient(keys, queries, dkeys, dqueries, states, dstates, options["Q"])
     return dx, dscales, of_log, _by_group(dkeys, keys), _by_group(dqueries, queries), dskip
@@ -209,7 +208,7 @@ def _states(
     sizes, chunks, options = _sizes(x, keys)
     out = torch.empty(x.shape[0] * x.shape[2], chunks, options["P"], options["N"], dtype=torch.float32, device=x.device)
     flags = {"SCALES": scaled, "REVERSE": reverse, **options}
-    launch(kernels().states, len(out), x, scales, log, keys, out, *sizes, **flags)
+    launch(scan_kernels.states, len(out), x, scales, log, keys, out, *sizes, **flags)
     return out
 
 
@@ -243,14 +242,12 @@ def _by_group(gradient: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def _sizes(x: torch.Tensor, keys: torch.Tensor) -> tuple[tuple[int, ...], int, dict[str, Any]]:
     """Sizes that all kernels take, number of chunks, and options. Products of float32 are made as torch's are; in
     Triton's interpreter all are of float32."""
-    import triton
-
     _, length, heads, p = x.shape
     groups, n = keys.shape[2:]
     precision = "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
     exact = keys.dtype == torch.float32 and precision == "ieee"
     options: dict[str, Any] = {"PRECISION": precision, **tile(p, n, length, exact)}
-    options |= {"WIDE": not isinstance(kernels().states, triton.JITFunction), "num_warps": warps(p, n, exact)}
+    options |= {"WIDE": interprets(), "num_warps": warps(p, n, exact)}
     chunks = -(-length // options["Q"])
     return (length, heads, groups, p, n), chunks, options
 

@@ -12,30 +12,23 @@ For n scores of `itemsize` bytes the least traffic in bytes is
     backward  3 itemsize n      read y and dy, write dx; with a cap also read x
 """
 
-import functools
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from typing import Any
 
 import torch
 
-from autopart.kernels.ahead import Usage, compile_kernel
+from autopart.kernels.ahead import Usage, compile_kernels
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.launch import TRITON_NAMES, as_rows, launch, power_of_two, runs_on, triton_op
+from autopart.kernels.launch import TRITON_NAMES, as_rows, jit, launch, power_of_two, runs_on, triton_op
 
 Tensor = torch.Tensor
-tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals
+tl: Any = None  # triton.language, which jit binds
 
 MAX_KEYS = 16384
 """Keys of the longest row that the kernels take."""
 ELEMENTS = 4096
 """Scores of a Triton program whose rows are shorter."""
-
-
-class Kernels(NamedTuple):
-    """The ``triton.jit`` functions: the two forwards, and the backward of both."""
-
-    masked: Any
-    topk: Any
-    backward: Any
 
 
 def masked_reference(
@@ -100,96 +93,71 @@ def _kernels_apply(scores: Tensor, *given: Tensor) -> bool:
     return scores.dtype in TRITON_NAMES and scores.shape[-1] <= MAX_KEYS and runs_on(scores, *given)
 
 
-@functools.cache
-def kernels() -> Kernels:
-    """The ``triton.jit`` functions. The first call imports Triton, which reads TRITON_INTERPRET from the environment
-    then."""
-    global tl
-    import triton.language as tl
+@jit
+def masked(  # type: ignore[no-untyped-def]
+    x, padding, y, x_stride, rows, each, queries, keys, scale, cap, window, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, PADDING: tl.constexpr, SAFE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    j = tl.arange(0, BLOCK)[None, :]
+    here = (row < rows)[:, None] & (j < keys)
+    ahead = j - (row % queries + (keys - queries)).to(tl.int32)[:, None]
+    seen = here
+    if CAUSAL:
+        seen &= ahead <= 0
+    if WINDOW:
+        seen &= (ahead < window) & (ahead > -window)
+    if PADDING:
+        seen &= tl.load(padding + (row // each)[:, None] * keys + j, mask=here, other=0) != 0
+    s = tl.load(x + row[:, None] * x_stride + j, mask=seen, other=0.0).to(tl.float32) * scale
+    if CAP:
+        s = cap - 2.0 * cap / (tl.exp(2.0 * s / cap) + 1.0)
+    s = tl.where(seen, s, float("-inf"))
+    most = tl.max(s, 1)
+    most = tl.where(most == float("-inf"), 0.0, most) if SAFE else most
+    p = tl.exp(s - most[:, None])
+    total = tl.sum(p, 1)
+    total = tl.where(total == 0.0, 1.0, total) if SAFE else total
+    tl.store(y + row[:, None] * keys + j, (p / total[:, None]).to(y.dtype.element_ty), mask=here)
 
-    return Kernels(_masked(), _topk(), _backward_kernel())
+
+@jit
+def topk(x, y, x_stride, rows, keys, k, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    j = tl.arange(0, BLOCK)[None, :]
+    here = (row < rows)[:, None] & (j < keys)
+    s = tl.load(x + row[:, None] * x_stride + j, mask=here, other=float("-inf")).to(tl.float32)
+    s = tl.where(s == s, s, float("nan"))
+    bits = s.to(tl.uint32, bitcast=True)
+    order = tl.where(here, tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000), 0)
+    least = tl.zeros((ROWS,), tl.uint32)
+    for step in range(32):
+        tried = least | (tl.full((ROWS,), 0x80000000, tl.uint32) >> step)
+        least = tl.where(tl.sum((order >= tried[:, None]).to(tl.int32), 1) >= k, tried, least)
+    bound = tl.where(least >> 31 != 0, least & 0x7FFFFFFF, least ^ 0xFFFFFFFF).to(tl.float32, bitcast=True)
+    s = tl.where(s < bound[:, None], float("-inf"), s)
+    p = tl.exp(s - tl.max(s, 1)[:, None])
+    tl.store(y + row[:, None] * keys + j, (p / tl.sum(p, 1)[:, None]).to(y.dtype.element_ty), mask=here)
 
 
-def _masked() -> Any:
-    import triton
-
-    @triton.jit
-    def masked(  # type: ignore[no-untyped-def]
-        x, padding, y, x_stride, rows, each, queries, keys, scale, cap, window, CAUSAL: tl.constexpr,
-        WINDOW: tl.constexpr, CAP: tl.constexpr, PADDING: tl.constexpr, SAFE: tl.constexpr, ROWS: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        j = tl.arange(0, BLOCK)[None, :]
-        here = (row < rows)[:, None] & (j < keys)
-        ahead = j - (row % queries + (keys - queries)).to(tl.int32)[:, None]
-        seen = here
-        if CAUSAL:
-            seen &= ahead <= 0
-        if WINDOW:
-            seen &= (ahead < window) & (ahead > -window)
-        if PADDING:
-            seen &= tl.load(padding + (row // each)[:, None] * keys + j, mask=here, other=0) != 0
+@jit
+def backward(  # type: ignore[no-untyped-def]
+    dy, y, x, dx, dy_stride, x_stride, rows, keys, scale, cap, CAP: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    j = tl.arange(0, BLOCK)[None, :]
+    here = (row < rows)[:, None] & (j < keys)
+    p = tl.load(y + row[:, None] * keys + j, mask=here, other=0.0).to(tl.float32)
+    seen = here & (p != 0.0)
+    g = tl.load(dy + row[:, None] * dy_stride + j, mask=seen, other=0.0).to(tl.float32)
+    g = p * (g - tl.sum(p * g, 1)[:, None]) * scale
+    if CAP:
         s = tl.load(x + row[:, None] * x_stride + j, mask=seen, other=0.0).to(tl.float32) * scale
-        if CAP:
-            s = cap - 2.0 * cap / (tl.exp(2.0 * s / cap) + 1.0)
-        s = tl.where(seen, s, float("-inf"))
-        most = tl.max(s, 1)
-        most = tl.where(most == float("-inf"), 0.0, most) if SAFE else most
-        p = tl.exp(s - most[:, None])
-        total = tl.sum(p, 1)
-        total = tl.where(total == 0.0, 1.0, total) if SAFE else total
-        tl.store(y + row[:, None] * keys + j, (p / total[:, None]).to(y.dtype.element_ty), mask=here)
-
-    return masked
-
-
-def _topk() -> Any:
-    import triton
-
-    @triton.jit
-    def topk(x, y, x_stride, rows, keys, k, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        j = tl.arange(0, BLOCK)[None, :]
-        here = (row < rows)[:, None] & (j < keys)
-        s = tl.load(x + row[:, None] * x_stride + j, mask=here, other=float("-inf")).to(tl.float32)
-        s = tl.where(s == s, s, float("nan"))
-        bits = s.to(tl.uint32, bitcast=True)
-        order = tl.where(here, tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000), 0)
-        least = tl.zeros((ROWS,), tl.uint32)
-        for step in range(32):
-            tried = least | (tl.full((ROWS,), 0x80000000, tl.uint32) >> step)
-            least = tl.where(tl.sum((order >= tried[:, None]).to(tl.int32), 1) >= k, tried, least)
-        bound = tl.where(least >> 31 != 0, least & 0x7FFFFFFF, least ^ 0xFFFFFFFF).to(tl.float32, bitcast=True)
-        s = tl.where(s < bound[:, None], float("-inf"), s)
-        p = tl.exp(s - tl.max(s, 1)[:, None])
-        tl.store(y + row[:, None] * keys + j, (p / tl.sum(p, 1)[:, None]).to(y.dtype.element_ty), mask=here)
-
-    return topk
-
-
-def _backward_kernel() -> Any:
-    import triton
-
-    @triton.jit
-    def backward(  # type: ignore[no-untyped-def]
-        dy, y, x, dx, dy_stride, x_stride, rows, keys, scale, cap, CAP: tl.constexpr, ROWS: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        j = tl.arange(0, BLOCK)[None, :]
-        here = (row < rows)[:, None] & (j < keys)
-        p = tl.load(y + row[:, None] * keys + j, mask=here, other=0.0).to(tl.float32)
-        seen = here & (p != 0.0)
-        g = tl.load(dy + row[:, None] * dy_stride + j, mask=seen, other=0.0).to(tl.float32)
-        g = p * (g - tl.sum(p * g, 1)[:, None]) * scale
-        if CAP:
-            s = tl.load(x + row[:, None] * x_stride + j, mask=seen, other=0.0).to(tl.float32) * scale
-            t = 1.0 - 2.0 / (tl.exp(2.0 * s / cap) + 1.0)
-            g *= 1.0 - t * t
-        tl.store(dx + row[:, None] * keys + j, tl.where(seen, g, 0.0).to(dx.dtype.element_ty), mask=here)
-
-    return backward
+        t = 1.0 - 2.0 / (tl.exp(2.0 * s / cap) + 1.0)
+        g *= 1.0 - t * t
+    tl.store(dx + row[:, None] * keys + j, tl.where(seen, g, 0.0).to(dx.dtype.element_ty), mask=here)
 
 
 @triton_op("autopart::masked_softmax", mutates_args=())
@@ -204,7 +172,7 @@ def _masked_forward(
     flags["SAFE"] = padding is not None or queries > keys
     given = h if padding is None else padding.contiguous()
     options = _options(keys)
-    launch(kernels().masked, -(-len(h) // options["ROWS"]), h, given, y, *sizes, **flags, **options)
+    launch(masked, -(-len(h) // options["ROWS"]), h, given, y, *sizes, **flags, **options)
     return y
 
 
@@ -214,7 +182,7 @@ def _topk_forward(scores: Tensor, k: int) -> Tensor:
     rows, keys = h.shape
     y = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
     options = _options(keys)
-    launch(kernels().topk, -(-rows // options["ROWS"]), h, y, h.stride(0), rows, keys, min(k, keys), **options)
+    launch(topk, -(-rows // options["ROWS"]), h, y, h.stride(0), rows, keys, min(k, keys), **options)
     return y
 
 
@@ -227,7 +195,7 @@ def _backward(dy: Tensor, y: Tensor, scores: Tensor | None, scale: float, cap: f
     sizes = (g.stride(0), h.stride(0), rows, keys, scale, cap)
     options = _options(keys)
     programs = -(-rows // options["ROWS"])
-    launch(kernels().backward, programs, g, y, h, dx, *sizes, CAP=scores is not None, **options)
+    launch(backward, programs, g, y, h, dx, *sizes, CAP=scores is not None, **options)
     return dx
 
 
@@ -273,10 +241,7 @@ def compile_ahead(
     options = _options(keys)
     warps = options.pop("num_warps")
     aligned = {*types, *(lengths if keys % 16 == 0 else ())}
-    return {
-        name: compile_kernel(kernel, signature, flags | options, capability, warps, aligned)
-        for name, kernel in kernels()._asdict().items()
-    }
+    return compile_kernels((masked, topk, backward), signature, flags | options, capability, warps, aligned)
 
 
 def masked_bytes(scores: Tensor, *others: Any) -> Bytes:

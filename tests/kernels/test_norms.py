@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autopart.kernels import layer_norm, norm_rows, rms_norm
+from autopart.kernels import layer_norm, norm_operators, norm_rows, rms_norm
 from autopart.kernels.kernel import Kernel
 from autopart.kernels.norm_rows import Form
 from autopart.sharding.notation import parse
@@ -273,7 +273,7 @@ def test_interpreted(name, check, interpreted):
 
 @pytest.mark.slow
 def test_the_operators_are_registered_as_torch_wants(interpreted):
-    assert interpreted["opcheck"] == {"norm_rows": ["SUCCESS"] * 2, "add_norm_rows": ["SUCCESS"] * 2}
+    assert interpreted["opcheck"] == {"norm": ["SUCCESS"] * 2, "add_norm": ["SUCCESS"] * 2}
 
 
 FORMULAS: dict[str, tuple[str, str]] = {
@@ -325,7 +325,7 @@ def test_the_reference_with_a_residual_is_an_addition_before_the_norm(name):
     assert torch.equal(y, plain(total, *tensors.vectors, EPS, *norm.constants))
 
 
-def refuse() -> norm_rows.Kernels:
+def refuse(*args, **options):
     raise AssertionError("kernels used")
 
 
@@ -334,7 +334,7 @@ def forced(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("AUTOPART_FORCE_TRITON", "1")
-    monkeypatch.setattr(norm_rows, "kernels", refuse)
+    monkeypatch.setattr(norm_operators, "launch", refuse)
 
 
 X = torch.randn(2, 3, 8)
@@ -381,10 +381,8 @@ def test_operators_take_fake_tensors(name):
     with FakeTensorMode():
         tensors = draw(Case(name, 24, 5, BF16, vector_dtype=F32), "cpu")
         vectors = (*tensors.vectors, None)[:2]
-        if tensors.residual is None:
-            *results, _ = torch.ops.autopart.norm_rows(tensors.x, *vectors, EPS, *norm.form)
-        else:
-            *results, _ = torch.ops.autopart.add_norm_rows(tensors.x, tensors.residual, *vectors, EPS, *norm.form)
+        results = torch.ops.autopart.norm_rows(tensors.x, tensors.residual, *vectors, EPS, *norm.form)
+        results = results[1:2] if tensors.residual is None else results[:2]
         grads = torch.autograd.grad(results, tensors.given, [torch.ones_like(t) for t in results])
     wide = norm.form.round_first and norm.vectors[0]
     assert results[-1].shape == (3, 5, 24) and results[-1].dtype == (F32 if wide else BF16)
@@ -453,13 +451,13 @@ def test_device(name, check):
 def opcheck() -> dict[str, list[str]]:
     """What torch finds of the operators where kernels are interpreted."""
     x, weight, bias = torch.randn(3, 24), torch.rand(24), torch.rand(24)
-    arguments = {"norm_rows": (x,), "add_norm_rows": (x, x.clone())}
+    arguments = {"norm": (x, None), "add_norm": (x, x.clone())}
     checks = ("test_schema", "test_autograd_registration")
     return {
         name: list(
             torch.library.opcheck(
-                getattr(torch.ops.autopart, name),
-                (*[t.requires_grad_() for t in (*tensors, weight, bias)], EPS, True, False, False),
+                torch.ops.autopart.norm_rows,
+                (*[t if t is None else t.requires_grad_() for t in (*tensors, weight, bias)], EPS, True, False, False),
                 test_utils=checks,
             ).values()
         )
