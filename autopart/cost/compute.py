@@ -212,6 +212,11 @@ SPLIT_HEAD = "vocab_linear_loss"
 """The function of `autopart.runtime` for the head with its cross-entropy, whose vocabulary is split."""
 
 
+OWN_EXPERTS = "own_experts"
+"""The function of `autopart.runtime` for a mixture of experts of which each rank has some: every rank sorts all pairs of
+a token and one of its experts, and saves as much for backward as if it had all experts."""
+
+
 def largest_gradient_bytes(made: Any, taken: Any, record: Any, loss: bool, split: bool) -> Any:
     """Bytes of the largest gradient in an operator's backward.
 

@@ -76,6 +76,25 @@ def unpermute(rows: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, pl
     return unpermute_reference(rows, weights, order, place)
 
 
+def sum_by_token(rows: torch.Tensor, place: torch.Tensor, k: int) -> torch.Tensor:
+    """Every token's sum of its k rows: (t, d), the gradient of `permute`'s x. By the Triton kernels where they apply."""
+    if rows.dtype in TRITON_NAMES and runs_on(rows, place):
+        return torch.ops.autopart.sum_of_places(rows, place, k)
+    return rows[place].view(-1, k, rows.shape[1]).sum(1)
+
+
+def scaled_gradients(
+    dy: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of rows (s, d) and weights (s, 1) of their product, for dy (s, d). By the Triton kernels where they
+    apply."""
+    known = {dy.dtype, rows.dtype, weights.dtype} <= TRITON_NAMES.keys()
+    if known and runs_on(dy, rows, weights):
+        order = torch.arange(len(rows), device=rows.device)
+        return torch.ops.autopart.unpermute_backward(dy, rows, weights, order)
+    return (dy * weights).to(rows.dtype), (dy * rows).sum(1, keepdim=True).to(weights.dtype)
+
+
 def permute_bytes_moved(x: torch.Tensor, order: torch.Tensor, place: torch.Tensor) -> Bytes:
     """As `Kernel.bytes_moved`; the formulas are on top of this file."""
     once = x.itemsize * (x.numel() + len(order) * x.shape[1]) + 8 * len(order)

@@ -95,6 +95,15 @@ def _heads() -> Iterator[Form]:
             yield Form("aten.cross_entropy_loss", given)
 
 
+def _experts() -> Iterator[Form]:
+    """In one dtype, or with weights of pairs in float32; weights of experts as (experts, outputs, inputs) or not."""
+    for dtype in (FLOAT, HALF):
+        x, ids = meta(6, 8, dtype=dtype), meta(6, 2, dtype=torch.int64)
+        for up, down, transposed in (((4, 10, 8), (4, 8, 5), False), ((4, 8, 10), (4, 5, 8), True)):
+            given = x, meta(*up, dtype=dtype), meta(*down, dtype=dtype), meta(6, 2), ids, "silu", transposed
+            yield Form("autopart.grouped_linear", given)
+
+
 _X, _VECTOR, _IMAGE = meta(2, 3, 8), meta(8), meta(2, 10, 3, 3)
 
 FORMS: dict[str, tuple[Form, ...]] = {
@@ -124,6 +133,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
         for name in ("silu", *GELUS)
         for first in (True, False)
     ),
+    "experts": tuple(_experts()),
     "linear_loss": tuple(_heads()),
 }
 """Name of a kernel -> its forms. A kernel that is not here stands in no graph: the runtime calls it."""

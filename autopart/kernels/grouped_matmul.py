@@ -63,12 +63,21 @@ def grouped_matmul(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor)
     return reference(x, weight, offsets)
 
 
+def gradients(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of x (s, k) and weight (experts, n, k) of `grouped_matmul`, for dy (s, n). By the Triton kernels where
+    they apply, else by one product for each expert that has rows."""
+    if _kernels_apply(x, weight, offsets) and runs_on(dy):
+        return torch.ops.autopart.grouped_matmul_backward(dy, x, weight, offsets)
+    return _loop_gradients(dy, x, weight, _spans(offsets))
+
+
 class _Loop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        bounds = offsets.tolist()
-        ctx.spans = [(e, start, end) for e, (start, end) in enumerate(itertools.pairwise(bounds))]
+        ctx.spans = _spans(offsets)
         out = x.new_zeros(len(x), weight.shape[1])
         for expert, start, end in ctx.spans:
             if start < end:
@@ -77,14 +86,23 @@ class _Loop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        (dy,) = gradients
-        of_x, of_weight = torch.zeros_like(x), torch.zeros_like(weight)
-        for expert, start, end in ctx.spans:
-            if start < end:
-                of_x[start:end] = dy[start:end] @ weight[expert]
-                of_weight[expert] = dy[start:end].t() @ x[start:end]
-        return of_x, of_weight, None
+        return *_loop_gradients(*gradients, *ctx.saved_tensors, ctx.spans), None
+
+
+def _spans(offsets: torch.Tensor) -> list[tuple[int, int, int]]:
+    """Every expert with the first of its rows, and the first behind them."""
+    return [(e, start, end) for e, (start, end) in enumerate(itertools.pairwise(offsets.tolist()))]
+
+
+def _loop_gradients(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, spans: list[tuple[int, int, int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    of_x, of_weight = torch.zeros_like(x), torch.zeros_like(weight)
+    for expert, start, end in spans:
+        if start < end:
+            of_x[start:end] = dy[start:end] @ weight[expert]
+            of_weight[expert] = dy[start:end].t() @ x[start:end]
+    return of_x, of_weight
 
 
 def bytes_moved(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> Bytes:

@@ -39,6 +39,8 @@ class Kernel:
     pays         whether the kernel is worth its place for such arguments, as meta tensors
     on_cpu       whether graphs for CPUs have calls of it
     workspace    most bytes of temporaries besides gradients, of the arguments as meta tensors; None: none
+    streamed     bytes that a kernel with a matrix product reads and writes apart from its products, of the arguments as
+                 meta tensors; None: none
     everywhere   whether `kept` holds on a CPU too, where other kernels keep what autograd saves of the reference
     """
 
@@ -53,6 +55,7 @@ class Kernel:
     pays: Callable[..., bool] = always
     on_cpu: bool = True
     workspace: Callable[..., int] | None = None
+    streamed: Callable[..., Bytes] | None = None
     everywhere: bool = False
 
     @property

@@ -1,6 +1,6 @@
 """The table of fused kernels that the compiler puts in the place of operators."""
 
-from autopart.kernels import activation, gated, group_norm, layer_norm, linear_loss, rms_norm, rotary
+from autopart.kernels import activation, experts, gated, group_norm, layer_norm, linear_loss, rms_norm, rotary
 from autopart.kernels.forms import FORMS
 from autopart.kernels.kernel import Kernel
 
@@ -13,6 +13,7 @@ KERNELS: dict[str, Kernel] = {
         *rotary.KERNELS,
         *activation.KERNELS,
         *gated.KERNELS,
+        experts.KERNEL,
         linear_loss.KERNEL,
     )
     if kernel.name in FORMS

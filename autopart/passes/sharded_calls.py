@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from autopart.cost.compute import SPLIT_HEAD
+from autopart.cost.compute import OWN_EXPERTS, SPLIT_HEAD
 from autopart.ir.graph import info
 from autopart.ir.random_ops import Stream
 from autopart.passes.stage_graph import Named, StageGraph, Valid
@@ -89,6 +89,11 @@ def _experts(call: Call) -> Replacement:
     return "grouped_linear", (*call.args, axis) if axis else call.args, {}
 
 
+def _mixture(call: Call) -> Replacement | None:
+    axis = call.axis_of(OWN_EXPERTS)
+    return (OWN_EXPERTS, (*call.args, axis), {}) if axis else None
+
+
 def _where(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Where the rank's elements are in the whole tensor: the stream, or the name of an output, the size, the dim of
     samples, and by axis the dim that is split."""
@@ -126,6 +131,7 @@ TABLE: dict[str, Callable[[Call], Replacement | None]] = {
     "autopart.linear_loss": _head,
     "aten.embedding": _embedding,
     "autopart.grouped_linear": _experts,
+    "autopart.experts": _mixture,
     "autopart.dropout": _dropout,
     "autopart.dropout_attention": _attention,
     "autopart.returned": _returned,

@@ -33,7 +33,7 @@ from autopart.runtime.collectives import (
     share_gradient,
     slice_of,
 )
-from autopart.runtime.experts import grouped_linear
+from autopart.runtime.experts import grouped_linear, own_experts
 from autopart.runtime.functions import (
     mean_cross_entropy,
     mean_linear_loss,
@@ -66,6 +66,7 @@ __all__ = [
     "make_groups",
     "mean_cross_entropy",
     "mean_linear_loss",
+    "own_experts",
     "recomputed",
     "reduce_from",
     "reduce_scatter_to",

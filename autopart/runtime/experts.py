@@ -1,4 +1,4 @@
-"""Products of tokens with the weights of the experts that a router gave the tokens to."""
+"""Mixtures of experts: products of tokens with the weights of the experts that a router gave the tokens to."""
 
 from __future__ import annotations
 
@@ -7,11 +7,20 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from autopart.kernels.experts import experts
 from autopart.runtime.process_group import Group
 
 Tensor = torch.Tensor
 ALIGNMENT = 16
 """torch's grouped product takes rows that start at multiples of so many bytes."""
+
+
+def own_experts(
+    x: Tensor, up: Tensor, down: Tensor, weights: Tensor, ids: Tensor, name: str, transposed: bool, group: Group
+) -> Tensor:
+    """`autopart.kernels.experts.experts` where `group` splits the experts: the terms of a rank's own experts, which the
+    ranks sum to the whole. Its gradients of x and of weights are partial sums too."""
+    return experts(x, up, down, weights, ids, name, transposed, group.rank * len(up))
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ids: Tensor, transposed: bool, group: Group | None = None) -> Tensor:

@@ -121,6 +121,24 @@ def _experts(args: Args, outputs: Sequence[Shape]) -> str:
     return f"s k, e {'k n' if args[3] else 'n k'}, s -> s n"
 
 
+def _mixture(args: Args, outputs: Sequence[Shape]) -> str:
+    """(tokens, weights of experts up and down, weights of a token's experts, their numbers, activation, whether the
+    weights are transposed)."""
+    weights = "e d! (2 f), e f d!" if args[6] else "e (2 f) d!, e d! f"
+    return f"t d!, {weights}, t k!, t k! -> t d!"
+
+
+def _mixture_sizes(args: Args, outputs: Sequence[Shape]) -> Sizes:
+    """The product up has twice the columns of the product down: together the FLOPs of one product of 3 d columns."""
+    (tokens, d), down, numbers = args[0], args[2], args[4]
+    return Sizes(down[0], tokens * numbers[1] / down[0], 3 * d, down[1 if args[6] else 2])
+
+
+def _mixture_flops(args: Args, outputs: Sequence[Shape]) -> float:
+    """2 x rows x n x k of either product of every pair of a token and one of its experts."""
+    return 2.0 * math.prod(_mixture_sizes(args, outputs)[:4])
+
+
 def _attention(args: Args, outputs: Sequence[Shape]) -> str:
     """(query, key, value, mask, dropout, causal). Queries are split only without a causal mask, which counts them. With
     fewer key heads than query heads, a key head serves a group of g query heads (`enable_gqa`)."""
@@ -256,6 +274,14 @@ RULES: dict[str, Rule] = {
         flops=_expert_flops,
         contraction=True,
         sizes=_expert_sizes,
+        groups=("e",),
+    ),
+    "autopart.experts": Rule(
+        _mixture,
+        local={"e": Local("own_experts")},
+        flops=_mixture_flops,
+        contraction=True,
+        sizes=_mixture_sizes,
         groups=("e",),
     ),
     "aten.scaled_dot_product_attention": Rule(
