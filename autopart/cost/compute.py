@@ -213,8 +213,8 @@ SPLIT_HEAD = "vocab_linear_loss"
 
 
 OWN_EXPERTS = "own_experts"
-"""The function of `autopart.runtime` for a mixture of experts of which each rank has some: every rank sorts all pairs of
-a token and one of its experts, and saves as much for backward as if it had all experts."""
+"""The function of `autopart.runtime` for a mixture of experts of which each rank has some: every rank sorts all pairs
+of a token and one of its experts, and saves as much for backward as if it had all experts."""
 
 
 def largest_gradient_bytes(made: Any, taken: Any, record: Any, loss: bool, split: bool) -> Any:

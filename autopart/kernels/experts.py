@@ -11,7 +11,8 @@ For x (t, d), and k experts of each token with weights w (t, k); up (experts, 2 
 For s = t k pairs, backward keeps hidden, order and place, s (2 f) elements and 16 s bytes, and makes rows and inner
 again. The rows that are summed are not kept: with g[p] = dy of the token of pair p, and e its expert,
 
-    dinner[p] = w[p] (g[p] down[e]),    dw[p] = inner[p] . (g[p] down[e]),    ddown[e] = sum over its p of g[p] (w inner)[p]
+    dinner[p] = w[p] (g[p] down[e]),    dw[p] = inner[p] . (g[p] down[e])
+    ddown[e] = sum over its p of g[p] (w inner)[p]
 
 The least traffic is the sum over the kernels that are called. Sources: Gale et al., arXiv 2211.15841; Tan et al.,
 arXiv 2403.08245, whose backward too takes the gradient of the weights in front of the last product.
