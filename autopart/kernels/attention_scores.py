@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from autopart.kernels.dropout import stays
 from autopart.kernels.launch import jit
 
 tl: Any = None  # triton.language, which jit binds
@@ -28,13 +29,7 @@ def product(a, b, sums, PRECISION: tl.constexpr, FLOAT: tl.constexpr):  # type: 
 @jit
 def dropped(x, rows, columns, threshold):  # type: ignore[no-untyped-def]
     """x, with 0 where `autopart.kernels.dropout` drops."""
-    u = rows.to(tl.uint32, bitcast=True) + columns.to(tl.uint32, bitcast=True)
-    u ^= u >> 16
-    u *= 0x7FEB352D
-    u ^= u >> 15
-    u *= 0x846CA68B
-    u ^= u >> 16
-    return tl.where((u ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold, x, 0.0)
+    return tl.where(stays(rows, columns, threshold), x, 0.0)
 
 
 @jit

@@ -81,6 +81,18 @@ def compile_ahead(capability: int, d: int = 4096, dtype: torch.dtype = torch.bfl
 
 
 @jit
+def stays(rows, columns, threshold):  # type: ignore[no-untyped-def]
+    """Whether elements stay: the words of their rows and columns are mixed and compared as int32."""
+    u = rows.to(tl.uint32, bitcast=True) + columns.to(tl.uint32, bitcast=True)
+    u ^= u >> 16
+    u *= 0x7FEB352D
+    u ^= u >> 15
+    u *= 0x846CA68B
+    u ^= u >> 16
+    return (u ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold
+
+
+@jit
 def dropout(  # type: ignore[no-untyped-def]
     x, rows, columns, y, count, d, threshold, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -88,14 +100,8 @@ def dropout(  # type: ignore[no-untyped-def]
     row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
     here = (row < count)[:, None] & (column < d)[None, :]
-    u = tl.load(rows + row, mask=row < count, other=0).to(tl.uint32, bitcast=True)[:, None]
-    u = u + tl.load(columns + column, mask=column < d, other=0).to(tl.uint32, bitcast=True)[None, :]
-    u ^= u >> 16
-    u *= 0x7FEB352D
-    u ^= u >> 15
-    u *= 0x846CA68B
-    u ^= u >> 16
-    kept = (u ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold
+    of_rows = tl.load(rows + row, mask=row < count, other=0)[:, None]
+    kept = stays(of_rows, tl.load(columns + column, mask=column < d, other=0)[None, :], threshold)
     at = row[:, None] * d + column[None, :]
     value = tl.load(x + at, mask=here, other=0.0).to(tl.float32) * scale
     tl.store(y + at, tl.where(kept, value, 0.0).to(y.dtype.element_ty), mask=here)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from autopart.kernels import dropout
 from autopart.kernels.ahead import Usage, compile_kernels
+from autopart.kernels.dropout import stays
 from autopart.kernels.kernel import Bytes, Kernel
 from autopart.kernels.launch import TRITON_NAMES, jit, launch, power_of_two, processors, runs_on, triton_op
 from autopart.kernels.plain_dropout import dropped
@@ -125,19 +126,13 @@ def compile_ahead(
 
 
 @jit
-def stays(  # type: ignore[no-untyped-def]
+def drawn(  # type: ignore[no-untyped-def]
     rows, columns, row, column, count, d, threshold, SAMPLES: tl.constexpr
 ):
-    """Whether an element stays: its word, of its row and its column, is mixed and compared as int32."""
-    u = tl.load(rows + row, mask=row < count, other=0).to(tl.uint32, bitcast=True)[:, None]
+    """Whether elements stay; those of a sample stay together."""
+    of_rows = tl.load(rows + row, mask=row < count, other=0)[:, None]
     at = column * 0 if SAMPLES else column
-    u = u + tl.load(columns + at, mask=column < d, other=0).to(tl.uint32, bitcast=True)[None, :]
-    u ^= u >> 16
-    u *= 0x7FEB352D
-    u ^= u >> 15
-    u *= 0x846CA68B
-    u ^= u >> 16
-    return (u ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold
+    return stays(of_rows, tl.load(columns + at, mask=column < d, other=0)[None, :], threshold)
 
 
 @jit
@@ -154,7 +149,7 @@ def forward(  # type: ignore[no-untyped-def]
     if BIAS:
         h += tl.load(bias + column, mask=column < d, other=0.0).to(tl.float32)[None, :]
         h = h.to(x.dtype.element_ty).to(tl.float32)
-    z = stays(rows, columns, row, column, count, d, threshold, SAMPLES)
+    z = drawn(rows, columns, row, column, count, d, threshold, SAMPLES)
     if SAMPLES:
         h *= tl.where(z, scale, 0.0).to(x.dtype.element_ty).to(tl.float32)
     else:
@@ -177,7 +172,7 @@ def backward(  # type: ignore[no-untyped-def]
         here = (row < count)[:, None] & (column < d)[None, :]
         at = row[:, None] * d + column[None, :]
         g = tl.load(dy + at, mask=here, other=0.0).to(dx.dtype.element_ty).to(tl.float32)
-        z = stays(rows, columns, row, column, count, d, threshold, SAMPLES)
+        z = drawn(rows, columns, row, column, count, d, threshold, SAMPLES)
         if SAMPLES:
             g *= tl.where(z, scale, 0.0).to(dx.dtype.element_ty).to(tl.float32)
         else:

@@ -141,18 +141,6 @@ def reduce_scatter_to(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> T
     return _move(x, _sum_slice, _gather, group, dim, parts)
 
 
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, have: int, want: int) -> Tensor:
-        ctx.back = group, want, have
-        return _all_to_all(x, group, have, want)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _all_to_all(gradients[0], *ctx.back), None, None, None
-
-
 def all_to_all(x: Tensor, group: Group, have: int, want: int) -> Tensor:
     """All-to-all: from split along dim `have` to split along dim `want`; backward runs it the other way."""
-    moved: Tensor = _AllToAll.apply(x, group, have, want)
-    return moved
+    return _move(x, _all_to_all, lambda gradient, *_: _all_to_all(gradient, group, want, have), group, have, want)
