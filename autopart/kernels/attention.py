@@ -25,9 +25,9 @@ import torch
 
 from autopart.kernels import attention_triton
 from autopart.kernels.attention_tiles import compile_ahead, tiles
+from autopart.kernels.dropout import dropped
 from autopart.kernels.kernel import Bytes, Kernel
 from autopart.kernels.launch import TRITON_NAMES, launch, runs_on, triton_op
-from autopart.kernels.plain_dropout import dropped
 
 Tensor = torch.Tensor
 MAX_WIDTH = 256

@@ -71,6 +71,34 @@ def by_blocks(x: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, thresh
     return result
 
 
+def dropped(x: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, threshold: int, scale: float) -> torch.Tensor:
+    """x (..., d) after dropout:
+
+        y[i, j] = scale x[i, j]  if  hash(rows[i] + columns[j]) ^ 0x80000000 >= threshold  else  0
+
+    rows (...) and columns (d,) are int32; the hash is compared as int32. Autograd saves rows and columns alone.
+    """
+    result: torch.Tensor = _Dropped.apply(x, rows, columns, threshold, scale)
+    return result
+
+
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, *constants: Any) -> torch.Tensor:
+        ctx.save_for_backward(rows, columns)
+        ctx.constants = constants
+        return _masked(x, rows, columns, *constants)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _masked(gradients[0], *ctx.saved_tensors, *ctx.constants), None, None, None, None
+
+
+def _masked(x: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, threshold: int, scale: float) -> torch.Tensor:
+    flat = x.reshape(-1, len(columns)).contiguous()
+    return by_blocks(flat, rows.reshape(-1), columns, threshold, scale).view(x.shape)
+
+
 def compile_ahead(capability: int, d: int = 4096, dtype: torch.dtype = torch.bfloat16) -> Usage:
     """Compile the kernel for rows of ``d`` elements and compute capability ``capability`` (90 for 9.0)."""
     types = dict.fromkeys(("x", "y"), f"*{TRITON_NAMES[dtype]}") | dict.fromkeys(("rows", "columns"), "*i32")

@@ -28,10 +28,9 @@ from torch import Tensor
 
 from autopart.kernels import dropout
 from autopart.kernels.ahead import Usage, compile_kernels
-from autopart.kernels.dropout import stays
+from autopart.kernels.dropout import dropped, stays
 from autopart.kernels.kernel import Bytes, Kernel
 from autopart.kernels.launch import TRITON_NAMES, jit, launch, power_of_two, processors, runs_on, triton_op
-from autopart.kernels.plain_dropout import dropped
 
 tl: Any = None  # triton.language, which jit binds
 

@@ -1,6 +1,6 @@
 """What emitted code calls, and what runs it. Knows nothing of planning.
 
-collectives, functions, experts, random, rng_state, recompute,
+collectives, functions, experts, random, recompute,
 gathered                                                        what emitted code calls
 compiled, rank_state, parameters, emitted, torch_compile,
 variants                                                        one rank's program: its methods, shares, module
@@ -19,7 +19,6 @@ Open `compiled.py` first, then `executor.py`.
 """
 
 import autopart.ir.ctc  # noqa: F401  the operator that emitted code may call
-from autopart.runtime.attention import dropout_attention
 from autopart.runtime.collectives import (
     all_gather,
     all_gather_again,
@@ -46,7 +45,7 @@ from autopart.runtime.groups import Groups, make_groups
 from autopart.runtime.outputs import returned
 from autopart.runtime.parameters import buffer, weight, weight_slice
 from autopart.runtime.process_group import Group
-from autopart.runtime.random import dropout, stream, uniform
+from autopart.runtime.random import dropout, dropout_attention, stream, uniform
 from autopart.runtime.recompute import recomputed, run_once, saved
 
 __all__ = [

@@ -14,10 +14,18 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from autopart.errors import PartitionError
 from autopart.runtime.process_group import Group
-from autopart.runtime.rng_state import RngState
 
 AXES = ("pp", "dp", "tp")
 """From the outermost to the innermost: neighbouring ranks share a tensor-parallel group."""
+
+
+@dataclass
+class RngState:
+    """What random numbers depend on besides the place of their element. The executor sets step and micro-batch."""
+
+    seed: int = 0
+    step: int = 0
+    micro_batch: int = 0
 
 
 @dataclass(frozen=True)

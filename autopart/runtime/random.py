@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from autopart.kernels import dropout as kernel
+from autopart.kernels.attention import attention
 from autopart.kernels.dropout import SIGN, by_blocks, mixed
 from autopart.runtime.groups import Groups
 from autopart.runtime.shards import shard
@@ -151,3 +152,33 @@ def uniform(
     odd = (_words(source, whole, batch, axes) >> 8) & 0xFFFFFF | 1
     wide = odd.to(torch.float64 if dtype == torch.float64 else torch.float32)
     return wide.mul_(2.0**-24).to(dtype).clamp_(max=1 - torch.finfo(dtype).eps / 2)
+
+
+def dropout_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    p: float,
+    causal: bool,
+    scale: float,
+    source: Stream,
+    whole: Sequence[int],
+    batch: int | None,
+    **axes: Split,
+) -> Tensor:
+    """Attention of this rank's query (b, h, q, d), key (b, g, k, d) and value (b, g, k, e): (b, h, q, e).
+
+    mask    boolean, true where a query sees a key, or added to the scores; with a gradient if it requires one
+    p       share of the scores that is dropped, as `autopart.runtime.random.dropout` drops them
+    scale   of the products
+    source  of random numbers
+    whole   the size of the scores (samples, heads, queries, keys) over all ranks
+    batch   the dim that counts samples
+    axes    the dim of the scores that each axis splits
+    """
+    rows, columns, threshold, dropout_scale = dropout_hashes(p, source, whole, batch, **axes)
+    bias = mask if mask is not None and mask.requires_grad else None
+    given = None if bias is not None else mask
+    constants = scale, causal, 0, 0.0, threshold, dropout_scale
+    return attention(query, key, value, given, None, None, bias, rows, columns, *constants)

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from autopart.kernels import attention as module
-from autopart.kernels import dropout, plain_dropout
+from autopart.kernels import dropout
 from autopart.kernels.attention import KERNEL, attention, reference
 from autopart.kernels.kernel import Bytes
 from autopart.runtime import random
@@ -351,7 +351,7 @@ def test_plain_dropout_saves_no_mask(dtype):
     rows, columns = (torch.randint(-(2**31), 2**31, size, dtype=torch.int32) for size in ((3, 5), (7,)))
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        plain_dropout.dropped(x, rows, columns, 0, 2.0)
+        dropout.dropped(x, rows, columns, 0, 2.0)
     assert [t.dtype for t in saved] == [torch.int32] * 2
 
 

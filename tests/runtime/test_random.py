@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from autopart.compile.simulate import simulate_plan
 from autopart.errors import PartitionError
 from autopart.hardware.mesh import Mesh
-from autopart.kernels import plain_dropout
+from autopart.kernels import dropout as plain_dropout
 from autopart.passes.source import Source
 from autopart.planner.make_plan import make_plan, request_of
 from autopart.planner.request import Request

@@ -29,7 +29,6 @@ from autopart.planner.constraint_text import parse
 from autopart.planner.constraints import Constraint
 from autopart.planner.explain.answers import Alternative, Answer, Price, Reason
 from autopart.planner.explain.differences import differences
-from autopart.planner.explain.split_ilp import split_ilp
 from autopart.planner.ilp_model import Model
 from autopart.planner.make_plan import explored, request_of
 from autopart.planner.progress import OnProgress, silent
@@ -177,7 +176,17 @@ class Explanation:
         The equations are those of `autopart.passes.ilp`; the objective is in microseconds, or in bytes where the search
         asked for the splits that take least memory. Raises PartitionError for a stage that the plan does not have.
         """
-        return split_ilp(self.space, self.found, stage)
+        from autopart.passes.ilp import state  # PuLP takes half a second to load
+
+        if not 0 <= stage < len(self.found.problems):
+            last = len(self.found.problems) - 1
+            raise PartitionError(f"the plan has no stage {stage}", try_=f"stage 0 to {last}" if last else "stage 0")
+        asked = self.found.problems[stage]
+        if asked.unit == "seconds":
+            asked = asked.scaled(1e6, "microseconds")
+        problem = state(self.space.model(self.found.point).sizes, asked).problem
+        problem.name = f"splits_of_stage_{stage}"
+        return problem
 
     @property
     def slack(self) -> float:
