@@ -42,8 +42,8 @@ class Terms(NamedTuple):
     @classmethod
     def of(cls, numbers: Sequence[float]) -> Terms:
         """The constants from a list of floats, as operators take them."""
-        ignored, *floats, first, classes = numbers
-        return cls(int(ignored), *floats, int(first), int(classes))
+        ignored, smoothing, z_loss, softcap, factor, first, classes = numbers
+        return cls(int(ignored), smoothing, z_loss, softcap, factor, int(first), int(classes))
 
 
 def identity(x: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ the least traffic are those of `norm_rows`.
 Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
 """
 
+from typing import Any
+
 import torch
 
 from autopart.kernels.norm_operators import add_norm, applies, norm, norm_kernel, of_sum
@@ -113,18 +115,17 @@ def add_rms_norm_float32(
 
 SHAPES = {"Llama-3-8B": {"d": 4096}, "Mixtral-8x7B": {"d": 4096}, "T5-11B": {"d": 1024}}
 GEMMA = {"d": 3072, "form": Form(unit_offset=True)}
-FLOAT32_SHAPES = {
+FLOAT32_SHAPES: dict[str, dict[str, Any]] = {
     "Gemma-7B": GEMMA,
     "Gemma-3-27B's heads": {"d": 128, "form": Form(unit_offset=True)},
     "OLMo-2-7B": {"d": 4096},
     "Llama-4's heads": {"d": 128, "absent": ("residual", "weight", "bias")},
 }
+SUM_SHAPES: dict[str, dict[str, Any]] = {"Gemma-7B": GEMMA, "GPT-OSS-20B": {"d": 2880}}
 
 KERNELS = (
     norm_kernel(rms_norm, reference, ROUND_FIRST, {**SHAPES, "Qwen3's heads": {"d": 128}}),
     norm_kernel(add_rms_norm, add_reference, ROUND_FIRST, SHAPES, adds=True),
     norm_kernel(rms_norm_float32, float32_reference, PLAIN, FLOAT32_SHAPES),
-    norm_kernel(
-        add_rms_norm_float32, add_float32_reference, PLAIN, {"Gemma-7B": GEMMA, "GPT-OSS-20B": {"d": 2880}}, adds=True
-    ),
+    norm_kernel(add_rms_norm_float32, add_float32_reference, PLAIN, SUM_SHAPES, adds=True),
 )
