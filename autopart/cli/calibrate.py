@@ -1,7 +1,5 @@
 """The shell's `autopart calibrate`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """The shell: autopart plan | mesh | estimate | show | export | check | emit | run | calibrate."""
 
-from __future__ import annotations
-
 import gc
 import os
 import sys

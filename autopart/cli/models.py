@@ -1,7 +1,5 @@
 """Models by name: transformers configs with random weights, or a function of the user's."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import importlib.util

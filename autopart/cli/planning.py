@@ -1,7 +1,5 @@
 """autopart plan | mesh | estimate: planning needs no devices and no weights."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """What the commands of the shell share: their options, what they load, and how they speak."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import json

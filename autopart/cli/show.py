@@ -1,7 +1,5 @@
 """autopart show | export: a saved plan, its timeline, why it is as it is, and other systems' settings for it."""
 
-from __future__ import annotations
-
 import json
 import math
 import time

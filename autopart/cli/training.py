@@ -1,7 +1,5 @@
 """autopart check | emit | run: what trains a plan, or writes the code that does."""
 
-from __future__ import annotations
-
 import gc
 import math
 import os

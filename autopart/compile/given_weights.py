@@ -1,7 +1,5 @@
 """Weights that `autopart.compile` was given besides the model: a folder's, or the model's own initialisation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from os import PathLike

@@ -1,7 +1,5 @@
 """A plan -> the program of every stage: source text, instructions, messages."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from torch import nn

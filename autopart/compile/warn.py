@@ -1,7 +1,5 @@
 """What a user should know of a program and might not ask: warnings of `autopart.compile`."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 

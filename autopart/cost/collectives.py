@@ -16,8 +16,6 @@ and without flags (Simple). Their latencies and their shares of the bandwidth ar
 All sizes are in bytes and may be numpy arrays. All results are in seconds. A group of one rank takes 0 s.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """Arrays by interval: for the n (n + 1) / 2 intervals of n positions a number each, in the order of `interval_ends`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any

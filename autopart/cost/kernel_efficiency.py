@@ -17,8 +17,6 @@ Everything is vectorised over numpy arrays: sizes may be numbers or arrays. Size
 `benchmarks/accuracy/fit.py` fits the constants to published measurements and prints their errors.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import Any
 

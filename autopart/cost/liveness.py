@@ -24,8 +24,6 @@ all intervals of positions at once, `planner.exact_refinement` for rows of an IL
 plans and certificates. Bytes are a number in `memory_tree`, an array by position in `transient_peaks`, an array by the
 solver's variables in `exact_refinement`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

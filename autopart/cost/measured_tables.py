@@ -5,8 +5,6 @@ the rate of the nearest measured size, streams the rate of the largest. Sizes ar
 FLOPs are numbers or arrays; results are seconds.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A choice of strategies -> its seconds and bytes at every position of the model, and what a stage pays once."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Seconds of a resharding."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from autopart.cost.collectives import COLLECTIVES

@@ -7,8 +7,6 @@ the bytes of its gradients:
     freed(p) = sum of S over (p, j);  unallocated(p) = sum of G over [i, p) in the first backward of a step, else 0
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

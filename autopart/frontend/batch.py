@@ -1,7 +1,5 @@
 """Batches: the keyword arguments of a model, with samples in dim 0 of every tensor."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -6,8 +6,6 @@ running all of them on a copy of the model on meta. One module's tensors are the
 runs again, with all other tensors on meta. Random numbers depend on the seed and on the module's name.
 """
 
-from __future__ import annotations
-
 import copy
 import zlib
 from collections import defaultdict

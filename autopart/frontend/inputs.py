@@ -1,7 +1,5 @@
 """Checks of what a user gives: the model, the batch, and the modes that torch is in."""
 
-from __future__ import annotations
-
 import inspect
 from collections import Counter
 from collections.abc import Mapping

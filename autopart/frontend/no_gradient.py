@@ -1,7 +1,5 @@
 """Parts of a forward pass that have no gradient: detached where torch's decomposition would forget it, or refused."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Buffers of a module on meta, from the same module made again on the CPU."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

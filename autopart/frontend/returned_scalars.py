@@ -1,7 +1,5 @@
 """The scalars that a model returns: which of them have a gradient that training the loss would leave out."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The user's own lines, found in stack traces."""
 
-from __future__ import annotations
-
 import os
 import re
 import traceback

@@ -1,7 +1,5 @@
 """A model that returns no loss, with a loss of its outputs and the batch."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Callable, Mapping

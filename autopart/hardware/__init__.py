@@ -26,8 +26,6 @@ separated as in PATH). Such rows can be named wherever a device or a link can:
   one.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Mapping

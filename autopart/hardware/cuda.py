@@ -1,7 +1,5 @@
 """The row of the table of devices for a CUDA device."""
 
-from __future__ import annotations
-
 import math
 import re
 import warnings

@@ -1,7 +1,5 @@
 """Rows of devices and links from a TOML file, each checked; the format is told in `autopart.hardware`."""
 
-from __future__ import annotations
-
 import re
 import sys
 import tomllib

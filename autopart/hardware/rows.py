@@ -1,7 +1,5 @@
 """The rows of the tables of devices and links."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """CTC loss as an operator that can be traced where lengths are tensors: torch's own operator reads their values."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

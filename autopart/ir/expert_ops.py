@@ -1,7 +1,5 @@
 """The call target of experts' products in a traced graph. Emitted code calls `autopart.runtime.experts` instead."""
 
-from __future__ import annotations
-
 import torch
 
 

@@ -1,7 +1,5 @@
 """The labels of a model's segments: the path of the module that a segment is of."""
 
-from __future__ import annotations
-
 
 def is_block(label: str) -> bool:
     """Whether the label is of a numbered block, such as ``"model.layers.3"``."""

@@ -5,8 +5,6 @@ Each takes the name of a stream of random numbers. A number depends on the seed,
 the element in the whole batch. So it is the same on every rank and in every order of drawing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """How many gradients are alive at once in the backward of a function: counted in a run on meta tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any

@@ -6,8 +6,6 @@ that the least and the largest numbers of a block's rows and columns bound the c
 bounds differ, such as those on the diagonal of a causal mask, are computed one at a time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any

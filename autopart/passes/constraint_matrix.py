@@ -7,8 +7,6 @@ nodes that are tied in `StrategyTable.iterations`, and the moves, reshards and s
 (3) of such nodes is substituted, and the rows of one iteration are those of all.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 

@@ -5,8 +5,6 @@ is split, which collective it is, and the user's line that it is from. Equal blo
 called in a loop.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 

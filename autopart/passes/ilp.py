@@ -49,8 +49,6 @@ seconds per byte, and in_flight the micro-batches in flight in the first stage:
 operand. `autopart.passes.solve` adds (9) to (11).
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence

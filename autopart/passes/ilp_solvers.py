@@ -1,7 +1,5 @@
 """The ILP of splits through the solvers that PuLP knows: CBC, SCIP, Gurobi, CPLEX, GLPK, ..."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

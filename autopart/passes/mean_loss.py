@@ -9,8 +9,6 @@ Every value has one of these states:
     MIXED     anything else, such as a sort of all tokens, batch statistics, or the product of two means
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from torch import fx

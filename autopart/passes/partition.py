@@ -1,7 +1,5 @@
 """LayeredGraph, sharding assignment -> one graph per stage, of local shapes, with collectives and messages."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections import defaultdict

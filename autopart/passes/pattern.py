@@ -6,8 +6,6 @@ What equals this trace, argument for argument, is the kernel. What the first ste
 miss: another epsilon or another order of casts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple

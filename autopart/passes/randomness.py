@@ -4,8 +4,6 @@ Attention with dropout becomes one operator on GPUs, where a kernel of autopart'
 becomes two products, a softmax and a dropout.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Collection

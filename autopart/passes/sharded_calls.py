@@ -1,7 +1,5 @@
 """The functions of `autopart.runtime` that a stage calls in place of operators that are wrong on a shard."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -7,8 +7,6 @@ themselves. An attention mask that depends on shapes alone is removed where it i
 `is_causal=True` where it is lower-triangular.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, cast
 

@@ -1,8 +1,6 @@
 """Rewrites of the pass `simplify`: of masks, indices and conditions with known values, and of losses by targets that
 depend on weights."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

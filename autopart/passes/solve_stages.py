@@ -1,7 +1,5 @@
 """The ILP of all stages of a pipeline at once, each with strategies of its own."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 
 import highspy

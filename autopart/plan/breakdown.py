@@ -1,7 +1,5 @@
 """Where the seconds of a step go."""
 
-from __future__ import annotations
-
 from autopart.cost.training_state import amortization
 from autopart.plan.fields import PlanFields
 

@@ -1,7 +1,5 @@
 """Text within a width: no number is cut, nor parted from its unit."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """A plan as JSON, and the checks of a plan that was read from JSON."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields

@@ -1,7 +1,5 @@
 """Three sentences about a plan: what was chosen and why, the runner-up, and what limits the plan."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from autopart.hardware.mesh import usable_bytes

@@ -1,7 +1,5 @@
 """What a plan remembers of the search that found it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

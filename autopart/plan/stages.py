@@ -1,7 +1,5 @@
 """One pipeline stage of a plan: its segments of equal blocks, their operators, its seconds and bytes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

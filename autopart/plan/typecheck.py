@@ -1,7 +1,5 @@
 """Whether a record that was read from a file has the types that its fields declare."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass

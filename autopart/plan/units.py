@@ -1,7 +1,5 @@
 """Quantities and operators as plans print them."""
 
-from __future__ import annotations
-
 COLLECTIVES = {
     "all_gather": "all-gather",
     "all_gather_again": "all-gather (again in backward)",

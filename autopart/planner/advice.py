@@ -1,7 +1,5 @@
 """Where nothing fits: the smallest changes of the request or the mesh with which a plan fits, found by searching."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice

@@ -1,7 +1,5 @@
 """Constraints by hand -> the choices that they allow: options of nodes, checkpointing modes, intervals of stages."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

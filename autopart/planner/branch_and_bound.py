@@ -24,8 +24,6 @@ bound reaches the incumbent's seconds is pruned. The least bound of all pruned p
 on every plan of the space: gap = 1 - bound / step. `tests/planner/test_brute.py` holds both against full enumeration.
 """
 
-from __future__ import annotations
-
 import heapq
 import time
 from collections.abc import Sequence

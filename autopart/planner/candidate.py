@@ -1,7 +1,5 @@
 """Solutions of the ILP at one search point, and the fastest plan whose stages take their splits from these."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Checkpointing modes of the blocks of an interval: the bytes that a mode frees, and the seconds that it costs."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass

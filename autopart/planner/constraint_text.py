@@ -28,8 +28,6 @@ by their key in the plan's `splits`, as a pattern in which ``*`` stands for any 
 Equal blocks share the keys of the first of them.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping

@@ -3,8 +3,6 @@
 `constraint_text` reads them from text; `cut_constraints` has the constraints on all cuts at once.
 """
 
-from __future__ import annotations
-
 import difflib
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -5,8 +5,6 @@ parts it takes the one with the least largest sum of w; of those the least sum o
 starts, compared from the last.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ that could still win to the least max(f) of any cut; every path found with max(f
 `tests/planner/test_plan.py` compares the result with every cut.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Sequence

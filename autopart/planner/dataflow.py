@@ -1,7 +1,5 @@
 """Which operator of a plan makes the values that the segments of its stages read."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 

@@ -6,8 +6,6 @@ the first backward. Every term is linear in the ILP's variables: the moments are
 several. The search solves these ILPs last, for small models (`refinement`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 import numpy as np

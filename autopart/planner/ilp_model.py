@@ -1,7 +1,5 @@
 """A table of strategies with its solvers, and the number of positions that pay for each of its variables."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import chain

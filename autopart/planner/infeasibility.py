@@ -1,7 +1,5 @@
 """Where nothing fits: the stage that lacks memory, the bytes that it lacks, and its largest tensors."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence

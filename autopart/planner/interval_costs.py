@@ -4,8 +4,6 @@ An array over all intervals of n positions has n (n + 1) / 2 numbers, in the ord
 `intervals.interval_ends`. Peak bytes are read from the events of `cost.liveness` by `cost.transient_peaks`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 

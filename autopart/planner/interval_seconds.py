@@ -1,7 +1,5 @@
 """The seconds of an interval that are not a sum over its positions: messages between stages, exposed gradient sync."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import numpy as np

@@ -14,8 +14,6 @@ that use a mode is an integer. An interval with at most MAX_ASSIGNMENTS assignme
 them, each at its best lambda. In another interval, every position uses its best mode at each lambda.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import Counter

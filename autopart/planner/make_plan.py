@@ -3,8 +3,6 @@
 The search runs on a graph of two samples, for micro-batches of any size. If the graph of the chosen micro-batch
 differs, the plan is made again from the graph of the chosen micro-batch."""
 
-from __future__ import annotations
-
 import time
 from contextlib import suppress
 from dataclasses import replace

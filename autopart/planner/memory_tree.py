@@ -3,8 +3,6 @@
 `PlanStage.memory` has their sums by kind.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

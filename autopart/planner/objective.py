@@ -12,8 +12,6 @@ state    bytes of parameters, gradients and optimizer states. Where all micro-ba
          without gradients: no gradient is allocated when most activations are alive
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

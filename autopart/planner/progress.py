@@ -1,7 +1,5 @@
 """Lines of progress of a search: the incumbent's seconds, the lower bound, the gap between them."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

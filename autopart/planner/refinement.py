@@ -5,8 +5,6 @@ constraints: once for every known interface between stages, and every number of 
 limits count intervals, not seconds, so that every machine makes the same plan.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """The points of the outer search: every combination of degrees, micro-batch and ZeRO level that the request allows."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace

@@ -15,8 +15,6 @@ The best cut by the bounds so far is relaxed, again and again, until the best cu
 of the best cuts give candidates.
 """
 
-from __future__ import annotations
-
 import heapq
 import itertools
 import math

@@ -1,7 +1,5 @@
 """The parameters that each position of a stage reads, with their bytes and those of their gradients on a rank."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """A finished search -> the summary of it in its plan: the runner-up, and the resource that limits the plan."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from autopart.cost.intervals import NEVER

@@ -1,8 +1,6 @@
 """Whether a plan, which may have been edited by hand, can run on a model. Cuts and strategies are compared with the
 model's graph and with the rules, not with the search's tables."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace

@@ -4,8 +4,6 @@ Where a higher level takes no less time than a lower one, the lower bounds of th
 level is tried only once the level below it does not fit in memory. `extra_seconds` compares the time of two levels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

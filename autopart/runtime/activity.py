@@ -1,7 +1,5 @@
 """What a rank is doing, since when, and whether it waits for other ranks."""
 
-from __future__ import annotations
-
 import sys
 import threading
 import time

@@ -1,7 +1,5 @@
 """What all ranks must have alike: the model's weights and the rows of a batch. Checksums are compared first."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import zlib

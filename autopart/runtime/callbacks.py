@@ -1,7 +1,5 @@
 """Callbacks: functions that are called before and after each thing that a rank does."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterator, Sequence

@@ -4,8 +4,6 @@ The names say what happens forward; `autopart.sharding.resharding` lists both di
 of `autopart.runtime.Groups`, `dim` a tensor dim, `parts` the sizes of the segments that are split each on its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """An emitted module: its text with what runs it, and its import."""
 
-from __future__ import annotations
-
 import linecache
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Mixtures of experts: products of tokens with the weights of the experts that a router gave the tokens to."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ A tensor's slices are equal parts of the flat tensor; zeros fill up the last. On
 dtype, of about BUCKET_BYTES together, which bounds the extra memory of messages.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 

@@ -1,7 +1,5 @@
 """Functions that run on a shard where the plain operator would be wrong."""
 
-from __future__ import annotations
-
 import torch
 
 from autopart.kernels import cross_entropy

@@ -4,8 +4,6 @@ Weights lie in slices over data-parallel ranks, activations in shards over tenso
 in forward. Where backward reads the whole, autograd saves how to gather it (a `DeferredGather`) in place of the whole.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar

@@ -1,7 +1,5 @@
 """The groups of a rank: one along every mesh axis, and those that are no axis."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import os

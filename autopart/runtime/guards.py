@@ -1,7 +1,5 @@
 """What a step checks of its batch and of the model: what the trace and the first weights took for granted must hold."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

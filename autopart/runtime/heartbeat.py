@@ -1,7 +1,5 @@
 """What ranks publish of themselves while they train: heartbeats in the store that torch.distributed met at."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

@@ -5,8 +5,6 @@ what the failed rank was doing, by default waits up to 30 s for the other ranks 
 exit for the one that failed first, which may be a peer that lost its connection.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Batches of a dataset in an order that depends on nothing but a seed, so that a training goes on where it stopped."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sized
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Dynamic loss scaling for float16 (Micikevicius et al., arXiv 1710.03740)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """A torch optimizer over whole parameters -> the same optimizer over one rank's shares of them."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """What an evaluation returns beside the loss: the shards that ranks compute, and the whole tensors."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Batches of many lengths as batches of a few, for each of which there is one program."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """This rank's share of every weight and buffer: how it is made, and how it is filled."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar

@@ -1,7 +1,5 @@
 """Trained weights for others, tensor by tensor: a folder as Hugging Face reads it, and the user's own model."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Collection
 from pathlib import Path

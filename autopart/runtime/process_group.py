@@ -1,7 +1,5 @@
 """The ranks along one mesh axis, and the collectives and messages between them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 

@@ -9,8 +9,6 @@ last dim plus one round over its place in all other dims. Words are int32 tensor
 of unsigned integers do.
 """
 
-from __future__ import annotations
-
 import hashlib
 import struct
 from collections.abc import Sequence

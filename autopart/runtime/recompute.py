@@ -7,8 +7,6 @@ The second run gives what the first gave: it has the same inputs and buffers; ra
 element and not on a generator's state (`autopart.runtime.random`); saved results are those of the first run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar

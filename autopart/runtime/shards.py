@@ -1,7 +1,5 @@
 """Shards of a tensor along one dim."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """A rank's share of a tensor, read from where the whole tensor lies without reading the rest of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 

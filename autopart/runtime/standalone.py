@@ -7,8 +7,6 @@ constants.safetensors   the model's buffers, where it has any
 run.py                  python run.py, or torchrun --nproc-per-node RANKS run.py
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -4,8 +4,6 @@ Each block is compiled by itself, and blocks of one class share their compiled c
 as collectives, kernels and dropout, runs between the compiled parts, as it does without torch.compile.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

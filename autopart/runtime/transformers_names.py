@@ -3,8 +3,6 @@
 transformers is imported inside of functions: a plain module is trained without it.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 import sys

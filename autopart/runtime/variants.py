@@ -1,7 +1,5 @@
 """Programs over the weights of one stage: of training and of evaluation, one for every form of a batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass

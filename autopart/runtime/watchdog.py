@@ -4,8 +4,6 @@ A collective whose peer has died may wait for ever. The watchdog's thread takes 
 goes on watching. Ranks publish and read heartbeats (`autopart.runtime.heartbeat`).
 """
 
-from __future__ import annotations
-
 import atexit
 import faulthandler
 import os

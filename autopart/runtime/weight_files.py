@@ -3,8 +3,6 @@
 Tensors come one at a time. No more of them are held than fill one file.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

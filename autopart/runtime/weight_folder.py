@@ -1,7 +1,5 @@
 """A folder of weights as Hugging Face lays it out, of which a rank reads what it needs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

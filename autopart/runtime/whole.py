@@ -1,7 +1,5 @@
 """Whole batches into the ranks' shares, and the ranks' shares into whole tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ Every rank says once what it holds. Then, name by name, ranks send their pieces 
 rank holds one piece more than its own; rank 0 holds one tensor.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """A rule row bound to the shapes of a call: the sizes of its letters, and the strategies that split them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field

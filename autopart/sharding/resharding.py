@@ -4,8 +4,6 @@ Backward runs the conjugate collective on the gradient (Shoeybi et al., Megatron
 Korthikanti et al., arXiv 2205.05198, section 4.2.2).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """The settings of transformers' Trainer that are refused, and how accelerate sees the ranks of a mesh."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Batches of transformers.Trainer as `Compiled` takes them, and the model's outputs for them on every rank."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence

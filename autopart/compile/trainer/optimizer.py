@@ -1,7 +1,5 @@
 """The optimizer that the training loop of transformers.Trainer steps."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

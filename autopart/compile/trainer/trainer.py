@@ -1,7 +1,5 @@
 """`transformers.Trainer` over the program of `autopart.compile`. The loop, callbacks, logs and arguments stay."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The class that equal blocks share, and the calls of its modules."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

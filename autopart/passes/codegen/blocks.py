@@ -1,7 +1,5 @@
 """The numbered blocks of a stage that are written as classes. Blocks with equal programs share a class."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """The lines of a function: one for each value, and a `del` for large values that backward does not read."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from functools import partial

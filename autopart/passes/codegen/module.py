@@ -1,7 +1,5 @@
 """What the functions behind `emit` share while they write the module of one stage."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -6,8 +6,6 @@ A value has the name of the variable that the model's source assigns it to: `que
 after its module where the module has one purpose (a product, a norm, an activation), else after its operator.
 """
 
-from __future__ import annotations
-
 import weakref
 from dataclasses import dataclass
 

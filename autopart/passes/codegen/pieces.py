@@ -1,7 +1,5 @@
 """The pieces of a recomputed block that run once: `saved(function, ...)` and `run_once(function, ...)` in its class."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Expressions with their precedence, and the names that are in use in a function."""
 
-from __future__ import annotations
-
 import builtins
 import itertools
 import keyword

@@ -1,7 +1,5 @@
 """How an operator's call is written in emitted code: tables of operators by form, and functions for special forms."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

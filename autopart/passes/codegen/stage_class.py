@@ -1,7 +1,5 @@
 """The class `Stage`: the values that a stage takes, computes and gives, with its blocks as lists of modules."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from torch import fx

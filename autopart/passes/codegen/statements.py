@@ -1,7 +1,5 @@
 """The statements of a model's source by file and line, read by Python's `ast`."""
 
-from __future__ import annotations
-
 import ast
 import linecache
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The attributes of an emitted module: its weights, buffers and streams of random numbers."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ Each system has a module with a function from a plan to `Exported`, and a row in
 the system would run otherwise than the plan says. Each format of graphs has a row in GRAPHS.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable, Mapping
 

@@ -5,8 +5,6 @@ Names are those of deepspeed.ai's "DeepSpeed Configuration JSON" page, of the Au
 (github.com/deepspeedai/DeepSpeed). Pipelines are not configured but built in code, as a `PipelineModule`.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any

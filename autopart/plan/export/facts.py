@@ -5,8 +5,6 @@ Megatron-LM (Shoeybi et al., arXiv 1909.08053, section 3) splits the first of tw
 are whole on every rank.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A plan's graph as a file: GraphML, or DOT with a cluster a stage and a block."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any

@@ -5,8 +5,6 @@ Names are those of ``megatron/training/arguments.py`` and of ``megatron/core``'s
 every field; the sharding strategies are those of its Parallelism Strategies Guide.
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterator
 from itertools import takewhile

@@ -5,8 +5,6 @@ reads TOML. Version 0.3 is configured in Python, under the same names; since the
 became `num_pp_microbatches`, and `module_fqns_per_model_part` became `pipeline_parallel_module_fqns_per_model_part`.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

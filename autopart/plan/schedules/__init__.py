@@ -6,8 +6,6 @@ messages to it, which makes a static list of instructions for each stage; `verif
 channels, each of which keeps the order of its messages.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """GPipe: all forwards, then all backwards (Huang et al., arXiv 1811.06965)."""
 
-from __future__ import annotations
-
 from autopart.plan.schedules.ops import Op, Order
 
 

@@ -1,7 +1,5 @@
 """1F1B: one forward and one backward in turn (PipeDream-Flush; Narayanan et al., arXiv 2006.09503)."""
 
-from __future__ import annotations
-
 from autopart.plan.schedules.ops import Op, Order
 
 

@@ -1,7 +1,5 @@
 """Instructions of a pipeline schedule, and which instruction of one stage pairs with which of another."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum

@@ -1,7 +1,5 @@
 """A schedule with its messages: the instruction list of every stage."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from autopart.errors import PartitionError

@@ -1,7 +1,5 @@
 """A step on a clock: when every instruction of every stage starts and ends."""
 
-from __future__ import annotations
-
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Checks the instructions of all stages before anything starts, and orders them so that each can run."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 

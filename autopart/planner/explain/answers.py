@@ -1,7 +1,5 @@
 """The answers of an explanation as records, each printed as text."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from autopart.plan.data import Plan

@@ -1,7 +1,5 @@
 """What two plans of one model decide differently, in words."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 
 from autopart.plan.data import Plan

@@ -1,7 +1,5 @@
 """The peak bytes of a plan's stages as a tree: stages, blocks, and their parameters and operators."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby

@@ -1,7 +1,5 @@
 """Which mesh to train on: the fastest of given devices, the cheapest of several kinds, the smallest for a target."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

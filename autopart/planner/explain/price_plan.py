@@ -1,7 +1,5 @@
 """Prices a plan by its decisions alone, which may have been edited by hand, or says what is wrong with them."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What ranks do together in a calibration: collectives and messages; and what sharing a host's cores costs."""
 
-from __future__ import annotations
-
 import itertools
 import statistics
 import time

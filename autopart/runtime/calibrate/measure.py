@@ -1,7 +1,5 @@
 """A calibration: every case in turn on all ranks at once, round after round."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from dataclasses import dataclass, field
 

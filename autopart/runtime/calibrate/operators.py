@@ -1,7 +1,5 @@
 """Operators and optimizers that are measured: for each kind, what stands for it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Measurements -> rows of the tables of devices and links -> TOML."""
 
-from __future__ import annotations
-
 import json
 import platform
 from collections import defaultdict

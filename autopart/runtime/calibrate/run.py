@@ -1,7 +1,5 @@
 """Starts the ranks that measure."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

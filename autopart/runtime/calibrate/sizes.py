@@ -1,7 +1,5 @@
 """Which sizes are measured, and for how long."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

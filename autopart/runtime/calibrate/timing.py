@@ -5,8 +5,6 @@ the while. Communication is repeated equally often on all ranks. Every call make
 held, as in training. Operators run under autograd, forward and backward timed apart.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

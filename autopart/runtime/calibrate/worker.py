@@ -1,7 +1,5 @@
 """One rank of a calibration: python -m autopart.runtime.calibrate.worker MESH FILE NAME DTYPES ROUNDS quick|full."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

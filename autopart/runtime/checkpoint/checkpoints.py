@@ -1,7 +1,5 @@
 """Saves and loads what one rank's program has trained, together with all other ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial

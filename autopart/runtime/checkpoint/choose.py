@@ -1,7 +1,5 @@
 """Which checkpoint is loaded: the latest whose files are as they were written."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What of a program is saved and loaded: its tensors with their origins, and which rank writes them."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field

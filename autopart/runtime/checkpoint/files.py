@@ -1,7 +1,5 @@
 """Folders and files of checkpoints: which there are, whether their files are as they were written, which go."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

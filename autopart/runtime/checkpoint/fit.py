@@ -1,7 +1,5 @@
 """Whether a checkpoint is of the model and the optimizer that are to be loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

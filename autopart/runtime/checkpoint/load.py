@@ -1,7 +1,5 @@
 """Loads a checkpoint into one rank's program, together with all other ranks."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """States and settings of an optimizer over a rank's shares, by the names of the whole weights."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a checkpoint holds besides tensors of the weights' shapes, as one file that is read without running code."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Mapping

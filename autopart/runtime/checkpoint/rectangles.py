@@ -1,7 +1,5 @@
 """Which rectangles of a whole tensor a rank's share holds."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator, Sequence

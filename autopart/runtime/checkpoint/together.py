@@ -1,7 +1,5 @@
 """Work whose errors every rank raises, so that no rank waits for one that failed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TypeVar
 

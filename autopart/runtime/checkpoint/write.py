@@ -1,7 +1,5 @@
 """Writes a checkpoint: all of it or nothing, as seen from outside."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping

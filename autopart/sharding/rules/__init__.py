@@ -4,8 +4,6 @@ A new operator takes one row in the file of its family; where the row depends on
 prove every row: they split the inputs, run the operator on the shards and put the results together.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

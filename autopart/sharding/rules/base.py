@@ -1,7 +1,5 @@
 """The record of a row of the table, and helpers for rows that depend on shapes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple

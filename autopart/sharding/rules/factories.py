@@ -1,7 +1,5 @@
 """Operators that make a tensor from no values: from sizes, or from the shape and dtype of another tensor."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from autopart.sharding.notation import Shape

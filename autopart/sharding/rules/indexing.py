@@ -1,7 +1,5 @@
 """Operators that read or write by indices, and operators that make indices."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from autopart.sharding.notation import Shape

@@ -1,7 +1,5 @@
 """Losses: computed by element, then reduced by nothing, a mean or a sum (reduction 0, 1, 2)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """Operators that work element by element."""
 
-from __future__ import annotations
-
 from autopart.sharding.rules.base import Args, Linear, Rule, argument
 
 POINTWISE = """abs absolute arccos arccosh arcsin arcsinh arctan arctanh clip fix acos acosh angle asin asinh

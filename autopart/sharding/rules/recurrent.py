@@ -1,7 +1,5 @@
 """Recurrent layers and their cells: only samples are split."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Sums and other reductions, and operators along dims such as softmax, cumulative sums and Fourier transforms."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

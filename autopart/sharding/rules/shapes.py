@@ -1,7 +1,5 @@
 """Operators that only move elements."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from autopart.sharding.notation import Shape

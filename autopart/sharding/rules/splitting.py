@@ -1,7 +1,5 @@
 """Operators that take tensors apart, put them together, or widen them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from autopart.sharding.notation import Shape

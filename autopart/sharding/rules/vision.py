@@ -1,7 +1,5 @@
 """Normalisations, and operators on images of shape (batch, channels, space)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from autopart.sharding.notation import Shape
