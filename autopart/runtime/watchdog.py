@@ -10,8 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import timedelta
 from types import TracebackType
 
@@ -227,22 +226,6 @@ def finish() -> None:
     if _running.failure is None:
         _running.finish()
     _running = None
-
-
-@contextmanager
-def watched(
-    activity: Activity, interval: float = 0.5, patience: float = 15.0, hang_timeout: float | None = None
-) -> Iterator[None]:
-    """`start_watchdog` and `finish` around a block. Other ranks are told of an error of the block."""
-    start_watchdog(activity, interval, patience, hang_timeout)
-    try:
-        yield
-    except BaseException as error:
-        if not (isinstance(error, SystemExit) and not error.code):
-            report_failure(error)
-        raise
-    finally:
-        finish()
 
 
 _other_excepthook = sys.excepthook

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from ranks import launch_forked, redirect
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from watched import watched
 
 import autopart
 from autopart.cli.training import write_folder
@@ -32,7 +33,6 @@ from autopart.plan.schedules.ops import Instruction, Op
 from autopart.runtime.activity import Activity
 from autopart.runtime.compiled import Compiled
 from autopart.runtime.standalone import read
-from autopart.runtime.watchdog import watched
 
 INTERVAL, PATIENCE, HANG = 0.2, 5.0, 4.0
 """Of the watchdog; HANG where a rank hangs."""

@@ -1,6 +1,6 @@
 """Three ways to start ranks, of which rank 1 fails at step 5, for tests/runtime/test_failure.py.
 
-A rank as a script: argv is "watched" or "started" (the function of `autopart.runtime.watchdog` that it uses), how rank
+A rank as a script: argv is "watched" or "started" (whether the watchdog is around a block or runs to the end), how rank
 1 fails, and a file to which ranks append their process ids.
 """
 
@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from ranks import launch_forked, redirect
+from watched import watched
 
 from autopart.runtime.activity import Activity
 from autopart.runtime.launch import launch
-from autopart.runtime.watchdog import start_watchdog, watched
+from autopart.runtime.watchdog import start_watchdog
 
 PATIENCE = 3.0
 
