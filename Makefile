@@ -24,8 +24,8 @@ define environment
 	    $$python -m venv $(1); \
 	}
 	@echo "Installing autopart and its tools into $(1) (some minutes)"
-	@$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2) "$(TORCH)" setuptools
-	@$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2) --no-build-isolation -e ".[dev]"
+	@$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2) setuptools
+	@$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2) --no-build-isolation "$(TORCH)" -e ".[dev]"
 	@touch $(1)/.installed
 endef
 
