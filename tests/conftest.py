@@ -28,6 +28,7 @@ import gc
 import os
 import random
 from collections import defaultdict
+from collections.abc import Iterator
 
 import pytest
 
@@ -72,6 +73,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return item.get_closest_marker("processes") is None, start, item.path not in long
 
     items.sort(key=turn)
+
+
+@pytest.fixture(scope="module")
+def traced_once() -> Iterator[None]:
+    """For the tests of a file: a model is traced once."""
+    from traces import traced_once
+
+    with traced_once():
+        yield
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:

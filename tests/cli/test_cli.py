@@ -27,6 +27,8 @@ from autopart.plan.data import Plan
 from autopart.runtime import standalone
 from autopart.runtime.standalone import random_weight, read_program
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 ROOT = Path(__file__).parents[2]
 TINY = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64, "n_positions": 16}
 USERS_MODEL = """

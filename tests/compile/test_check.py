@@ -22,6 +22,8 @@ from autopart.plan.text import missing
 from autopart.runtime.groups import Groups
 from autopart.runtime.simulated import run_simulated
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 Tensor = torch.Tensor
 TINY = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64, "n_positions": 16}
 

@@ -22,6 +22,8 @@ from benchmarks.accuracy.memory import MIXED, Bench, Memory, Row, layers
 from benchmarks.accuracy.published import read
 from benchmarks.accuracy.published_runs import as_held
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 ZERO = {"dp": 2, "micro_batch": 4, **MIXED}
 SUMMED = {"dp": 2, "micro_batch": 2, "recompute": "full", **MIXED}
 NEAR = 0.02

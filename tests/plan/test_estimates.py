@@ -20,6 +20,8 @@ from autopart.hardware.mesh import Mesh, usable_bytes
 from benchmarks.accuracy.published import DATA, Bench, read
 from benchmarks.accuracy.published_runs import plan_of
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 BENCH = Bench()
 SEQSEL = "seqsel_2205.05198_iter_time_a100.csv"
 

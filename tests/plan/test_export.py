@@ -28,6 +28,8 @@ from autopart.plan.signature import Signature
 from autopart.plan.stages import PlanLine, PlanSegment, PlanStage
 from autopart.sharding.notation import C, R, S, Strategy
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 DEGREES = {
     "llama": {"pp": 2, "tp": 2, "micro_batch": 4},
     "gpt2": {"dp": 2, "tp": 2, "micro_batch": 4},

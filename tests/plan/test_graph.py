@@ -24,6 +24,8 @@ from autopart.passes.source import Source
 from autopart.plan.export import export
 from autopart.plan.units import printed_name
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 LAYERS = 4
 """Of every model; Llama has as many stages, T5 as many in encoder and decoder."""
 CASES = {

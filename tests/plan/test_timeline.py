@@ -22,6 +22,8 @@ from autopart.cli.main import app
 from autopart.plan.schedules import SCHEDULES, in_flight
 from autopart.plan.schedules.ops import Op, Order
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 PLANS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "one stage": ("gpt2", "2:cpu", {"dp": 2, "zero": 1}),
     "1f1b": ("gpt2", "4:cpu", {"tp": 2, "pp": 2, "micro_batch": 4}),

@@ -15,7 +15,7 @@ from autopart.planner.search_space import SearchSpace
 from autopart.planner.write_plan import write_out
 
 CHUNKS = 30
-TRIED = SHARED if "AUTOPART_EXAMPLES" in os.environ else 3
+TRIED = SHARED if "AUTOPART_EXAMPLES" in os.environ else 2
 """Problems of every model: each is a request, a mesh and a limit of memory of its own."""
 
 

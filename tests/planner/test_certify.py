@@ -21,6 +21,8 @@ from autopart.planner.make_plan import make_plan, request_of
 from autopart.sharding.notation import G, Placement
 from autopart.sharding.rules import Strategy
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("4:cpu", {"pp": 2, "tp": 2, "micro_batch": 4}),
     ("4:cpu", {"dp": 2, "tp": 2, "zero": 3, "recompute": "full"}),

@@ -29,6 +29,8 @@ from autopart.planner.explain.price_plan import price_traced
 from autopart.planner.explain.why import Explanation, explain_traced
 from autopart.planner.make_plan import make_plan, request_of
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 LAYERS = 10
 """So many that plans are not looked for exhaustively, as they are for the smallest models."""
 MESH = "4:cpu"

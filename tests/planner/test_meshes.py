@@ -21,6 +21,8 @@ from autopart.passes.source import Source
 from autopart.planner.explain.mesh_search import device_counts, fewest_devices, meshes_of, ranked
 from autopart.planner.make_plan import make_plan, request_of
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 Given = tuple[nn.Module, models.Batch]
 WIDTH, SAMPLES = 2048, 1024
 SETTINGS: dict[str, Any] = {"global_batch": SAMPLES}

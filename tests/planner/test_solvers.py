@@ -28,6 +28,8 @@ from autopart.passes.source import Source
 from autopart.planner.explain.why import Explanation, explain_traced
 from autopart.planner.make_plan import request_of
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 MESH = "1x4:a100-80gb"
 PLANS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {}),

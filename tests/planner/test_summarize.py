@@ -15,6 +15,8 @@ from autopart.hardware.mesh import divisors
 from autopart.passes.source import Source
 from autopart.planner.make_plan import make_plan, request_of
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 
 @pytest.mark.slow
 def test_the_runner_up_is_real() -> None:

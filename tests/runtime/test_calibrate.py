@@ -36,6 +36,8 @@ from autopart.runtime.calibrate.run import calibrate
 from autopart.sharding.resharding import RESHARDS
 from autopart.sharding.rules import has_rule
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 RATE, BANDWIDTH, STEP = 1e11, 2e10, 1e-6
 SIZES = (16, 64, 256, 1024)
 

@@ -32,6 +32,8 @@ from autopart.runtime.groups import Groups
 from autopart.runtime.parameters import fill, weight, weight_slice
 from autopart.runtime.process_group import Group
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 LIMIT = {"gpt2": 1e-12, "odd": 1e-5, "mixed": 5e-2, "norm": 1e-5}
 """Relative error of losses against an uninterrupted run."""
 

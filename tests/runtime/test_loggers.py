@@ -18,6 +18,8 @@ import autopart
 from autopart.plan.timeline import timeline
 from autopart.runtime.compiled import Compiled
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 
 def train(compiled: Compiled, steps: int) -> list[float]:
     """Losses of some steps."""

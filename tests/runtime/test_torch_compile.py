@@ -43,12 +43,11 @@ def test_one_process(model: type[nn.Module]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("traced_once")
 def test_by_the_default_backend() -> None:
-    batch, found = torch_compile_worker.BATCHES[0], []
+    model, batch, found = torch_compile_worker.Model(1), torch_compile_worker.BATCHES[0], []
     for compile in (False, True):
-        compiled = autopart.compile(
-            torch_compile_worker.Model(1), "1:cpu", batch, seed=3, nodes=5, compile=compile, recompute="none"
-        )
+        compiled = autopart.compile(model, "1:cpu", batch, seed=3, nodes=5, compile=compile, recompute="none")
         found.append({"loss": compiled.step(batch).detach(), **compiled.full_gradients()})
     assert worst_error(found[1], found[0])[0] <= 1e-5
 

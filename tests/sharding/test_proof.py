@@ -10,7 +10,7 @@ import random
 from functools import cache
 
 import pytest
-from proof import Case, Mutant, fate, mutants, prove
+from proof import Case, Mutant, fate, mutants
 from samples import SAMPLES
 
 from autopart.sharding.rules import RULES
@@ -44,7 +44,7 @@ def test_row(name: str) -> None:
     assert cases(name) or own(name), "PyTorch's tests do not call it: it needs a sample in test_rules"
     for case in cases(name):
         for strategy, shards in case.own:
-            prove(case.sample, strategy, shards)
+            case.prove(strategy, shards)
 
 
 def some(name: str) -> list[Mutant]:

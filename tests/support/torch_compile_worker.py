@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ import torch
 from ranks import run_forked
 from torch import Tensor, nn
 from torch.nn import functional as F
+from traces import traced_once
 
 import autopart
 from autopart.compile.check import worst_error
-from autopart.frontend.batch import Batch
 from autopart.hardware.mesh import Mesh
-from autopart.passes import source
+from autopart.passes.source import Source
 from autopart.planner.make_plan import make_plan, request_of
 from autopart.runtime.torch_compile import TorchCompile
 
@@ -72,6 +72,12 @@ class NoBlocks(nn.Module):
         return F.cross_entropy(self.last(x), labels.flatten())
 
 
+@cache
+def made(model: type[nn.Module]) -> nn.Module:
+    """One model for all programs, which do not change it."""
+    return model()
+
+
 def batch(samples: int, length: int) -> dict[str, Tensor]:
     """Words, of which some count towards no loss."""
     ids = torch.randint(24, (samples, length), generator=torch.Generator().manual_seed(samples))
@@ -98,23 +104,11 @@ def compared(model: type[nn.Module], mesh: str, settings: Mapping[str, Any]) -> 
         graphs.append(graph)
         return graph.forward
 
-    eager = trained(model(), mesh, False, settings)
-    other = trained(model(), mesh, {"backend": backend}, settings)
+    with traced_once():
+        eager = trained(made(model), mesh, False, settings)
+        other = trained(made(model), mesh, {"backend": backend}, settings)
     far = [worst_error({k: v.double() for k, v in a.items()}, b) for a, b in zip(other, eager, strict=True)]
     return {"far": far, "graphs": len(graphs)}
-
-
-def remember_traces() -> None:
-    """Have `Model` traced once for every batch and mode, in this process and in its forks."""
-    known: dict[str, Any] = {}
-    prepare = source.prepare
-
-    def prepared(model: nn.Module, batch: Batch, mesh: Mesh, *given: Any) -> Any:
-        key = f"{model} {model.training} {batch} {mesh.device.type} {given}"
-        known[key] = known.get(key) or prepare(model, batch, mesh, *given)
-        return known[key]
-
-    source.prepare = prepared  # type: ignore[assignment]
 
 
 def be_a_rank(table: Sequence[Mapping[str, Any]], folder: Path) -> None:
@@ -127,11 +121,10 @@ def be_a_rank(table: Sequence[Mapping[str, Any]], folder: Path) -> None:
 def train(table: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """`be_a_rank` on four forks of this process, which has traced for their plans."""
     torch.set_num_threads(1)
-    remember_traces()
-    for settings in table:
-        model = Model()
-        request = request_of(model, BATCHES[0], nodes=5, **settings)
-        traced = source.Source.of(model, BATCHES[0], request)
-        plan = make_plan(traced, Mesh.of("4:cpu"), request, to_run=True)
-        traced.full(plan.micro_batch, plan.mesh)
-    run_forked(partial(be_a_rank, table, folder), 4)
+    with traced_once():
+        for settings in table:
+            request = request_of(made(Model), BATCHES[0], nodes=5, **settings)
+            source = Source.of(made(Model), BATCHES[0], request)
+            plan = make_plan(source, Mesh.of("4:cpu"), request, to_run=True)
+            source.full(plan.micro_batch, plan.mesh)
+        run_forked(partial(be_a_rank, table, folder), 4)
