@@ -74,7 +74,11 @@ class CustomFunction:
     def _tried(self, every: Iterable[Sizes]) -> tuple[bool, str, str]:
         """Whether the derivative is right at some of these sizes; in words, what is wrong at others ("" for nothing),
         and why no sizes could be tested ("" if any were)."""
-        failed, right, wrong = "its backward could not be held against its forward: there are too many elements", False, ""
+        failed, right, wrong = (
+            "its backward could not be held against its forward: there are too many elements",
+            False,
+            "",
+        )
         for sizes in every:
             try:
                 error = next((e for scale in SCALES if (e := self._error(scale, sizes)) == e), float("nan"))
