@@ -9,7 +9,6 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -41,6 +40,9 @@ from autopart.frontend.tracing_contexts import (
 )
 from autopart.ir.ctc import ctc_loss
 
+LARGEST_DRAWN = 1.0 - 2.0**-53
+"""The largest number that Python's uniform random numbers between 0 and 1 can be."""
+
 
 def export(
     model: nn.Module,
@@ -55,7 +57,14 @@ def export(
     transformers, the error names it.
     """
     try:
-        return _export(model, inputs, dtype, sampled)
+        exported, drew = _export(model, inputs, dtype, sampled)
+        if drew and str(_export(model, inputs, dtype, sampled, drawn=0.0)[0].graph) != str(exported.graph):
+            raise OperatorError(
+                "the forward pass draws from Python's or numpy's random",
+                "a trace would keep the one outcome it saw",
+                "layerdrop=0 in the config, or torch.rand",
+            )
+        return exported
     except PartitionError:
         raise
     except Exception as error:  # whatever a forward pass may raise
@@ -78,8 +87,10 @@ def _export(
     dtype: torch.dtype | None,
     sampled: Sequence[SampledLayers] = (),
     attention: str = "",
-    drawn: float | None = None,
-) -> torch.export.ExportedProgram:
+    drawn: float = LARGEST_DRAWN,
+) -> tuple[torch.export.ExportedProgram, bool]:
+    """The program where all that Python and numpy draw is `drawn`, and whether anything was drawn. Where the program is
+    the same for the least and the largest number, as with layerdrop=0, draws do not matter."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     skeleton: Any = fake_model(model, mode, dtype, sampled)
     kwargs = {k: fake_tensor(v, mode) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
@@ -104,7 +115,7 @@ def _export(
         torch.enable_grad(),
         silent(),
         mock.patch.object(torch, "ctc_loss", ctc_loss),
-        nullcontext() if drawn is None else drawing(drawn),
+        drawing(drawn) as draws,
     ):
         warnings.simplefilter("ignore", FutureWarning)
         exported = torch.export.export(skeleton, (), kwargs, strict=False)
@@ -114,21 +125,7 @@ def _export(
         note_scalars(exported, {n for n, p in model.named_parameters() if p.requires_grad})
     for function in {function.key: function for function in reversed(custom)}.values():
         function.check()
-    if drawn is None and foreign_random() != before and not _never_matters(model, inputs, dtype, sampled):
-        raise OperatorError(
-            "the forward pass draws from Python's or numpy's random",
-            "a trace would keep the one outcome it saw",
-            "layerdrop=0 in the config, or torch.rand",
-        )
-    return exported
-
-
-def _never_matters(
-    model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype | None, sampled: Sequence[SampledLayers]
-) -> bool:
-    """Whether the trace is the same for the least and the largest number that can be drawn, as with layerdrop=0."""
-    least, largest = (_export(model, inputs, dtype, sampled, drawn=value) for value in (0.0, 1.0 - 2.0**-53))
-    return str(least.graph) == str(largest.graph)
+    return exported, bool(draws) or foreign_random() != before
 
 
 def _traces_with(

@@ -26,28 +26,40 @@ PLAIN = (str, int, float, bool, complex, bytes, type(None), torch.dtype, torch.d
 
 @dataclass(frozen=True)
 class SampledLayers:
-    """A list of blocks of which only the first are traced.
+    """A list of blocks of which some equal ones are not traced.
 
     path     the path of the list, "model.layers";  blocks: how many blocks it has
-    start    the first block from which on kinds repeat;  period: the number of blocks after which they repeat
-    windows  how many periods are traced
+    start    the first block from which on kinds repeat;  stop: the first block behind those
+    period   the number of blocks after which they repeat;  windows: how many periods are traced
     """
 
     path: str
     blocks: int
     start: int
+    stop: int
     period: int
     windows: int = 2
 
     @property
     def kept(self) -> int:
-        """How many blocks are traced, from the first. The last block is of the same kind as that of the whole list."""
-        return self.start + self.windows * self.period + (self.blocks - self.start) % self.period
+        """How many blocks are traced."""
+        return self.blocks - self.dropped
 
     @property
     def dropped(self) -> int:
-        """How many blocks are not traced."""
-        return self.blocks - self.kept
+        """How many blocks are not traced: whole periods, from the block `after` on."""
+        return max(0, (self.stop - self.start) // self.period - self.windows) * self.period
+
+    @property
+    def after(self) -> int:
+        """The number of blocks in front of those that are not traced."""
+        return self.start + self.windows * self.period
+
+    @property
+    def gap(self) -> slice:
+        """The blocks that are not traced. Where kinds repeat up to the last block, the trace has these and lacks the
+        last ones: a forward pass may tell the kind of a block by its place in the list."""
+        return slice(self.after, self.after + self.dropped) if self.stop < self.blocks else slice(self.kept, None)
 
     def index(self, name: str) -> int | None:
         """The number of the block that a module or tensor of this name is in; None for other names."""
@@ -78,12 +90,14 @@ def sampled_layers(model: nn.Module) -> tuple[SampledLayers, ...]:
 
 
 def _best_sample(path: str, kinds: Sequence[object]) -> SampledLayers | None:
-    """The sample of a list whose blocks have these kinds, with the start and period that trace the fewest blocks."""
+    """The sample of a list whose blocks have these kinds, with the run and the period that trace the fewest blocks."""
     every = []
     for period in range(1, LONGEST_PERIOD + 1):
-        start = max((i + 1 for i in range(len(kinds) - period) if kinds[i] != kinds[i + period]), default=0)
-        every.append(SampledLayers(path, len(kinds), start, period))
-    return min(every, key=lambda sample: sample.kept, default=None)
+        unlike = [i for i in range(len(kinds) - period) if kinds[i] != kinds[i + period]]
+        starts = [0, *(i + 1 for i in unlike)]
+        stops = [*(i + period for i in unlike), len(kinds)]
+        every += [SampledLayers(path, len(kinds), *run, period) for run in zip(starts, stops, strict=True)]
+    return min(every, key=lambda sample: (sample.kept, -sample.stop), default=None)
 
 
 def _is_depth(values: Sequence[tuple[int, tuple[Any, ...]]]) -> bool:

@@ -142,14 +142,20 @@ def foreign_random() -> bytes:
 
 
 @contextmanager
-def drawing(value: float) -> Iterator[None]:
-    """Let Python's and numpy's uniform numbers between 0 and 1 all be `value`."""
+def drawing(value: float) -> Iterator[list[float]]:
+    """Let Python's and numpy's uniform numbers between 0 and 1 all be `value`. The list has an item for each drawn."""
+    draws: list[float] = []
+
+    def between(low: float = 0.0, high: float = 1.0, size: object = None) -> float:
+        draws.append(value)
+        return low + (high - low) * value
+
     with (
-        mock.patch.object(random, "random", lambda: value),
-        mock.patch.object(random, "uniform", lambda low, high: low + (high - low) * value),
-        mock.patch.object(np.random, "uniform", lambda low=0.0, high=1.0, size=None: low + (high - low) * value),
+        mock.patch.object(random, "random", between),
+        mock.patch.object(random, "uniform", between),
+        mock.patch.object(np.random, "uniform", between),
     ):
-        yield
+        yield draws
 
 
 @contextmanager

@@ -90,17 +90,28 @@ def _pair(layered: LayeredGraph, sample: SampledLayers) -> _Pair | None:
     away = next((segment for segment in layered.segments if _works_for(segment, sample)), None)
     if away is not None:
         raise UnlikeLayers(sample, f"{away.label or 'what segments outside'} does part of the work of other blocks")
-    starts = [first.get(block, -1) for block in range(sample.kept)]
-    if -1 in starts or starts != sorted(starts):
+    runs = [block for block in range(sample.kept) if block in first]
+    regular = all(
+        (block in first) == (block + sample.period in first)
+        for block in range(sample.start, sample.after - sample.period)
+    )
+    if not regular or runs != sorted(runs, key=first.__getitem__):
         raise UnlikeLayers(sample, "its blocks do not run one after the other")
-    begin = starts[sample.start]
-    why = ""
+
+    def start_of(block: int) -> int | None:
+        """The first segment of a block, or of the next one that runs."""
+        return next((first[other] for other in runs if other >= block), None)
+
+    begin, why = start_of(sample.start), ""
+    if begin is None:
+        return None
     for window in range(sample.windows - 1):
         block = sample.start + window * sample.period
-        one, two = starts[block], starts[block + sample.period]
+        one, two = start_of(block), start_of(block + sample.period)
+        assert one is not None and two is not None
         pair = _Pair(sample, range(one, two), range(two, 2 * two - one), block + 2 * sample.period)
-        behind = starts[pair.after] if pair.after < sample.kept else pair.second.stop
-        if behind != pair.second.stop or behind > len(layered.segments):
+        behind = start_of(pair.after)
+        if behind not in (None, pair.second.stop) or pair.second.stop > len(layered.segments):
             why = f"something else runs between block {block} and those that follow"
             continue
         why = _difference(layered, pair, begin)

@@ -144,6 +144,31 @@ class Everywhere(Stack):
         return x
 
 
+class Skipping(Stack):
+    """Runs two blocks of three."""
+
+    def run(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            if i % 3 != 1:
+                x = block(x)
+        return x
+
+
+class Told(Stack):
+    """A list tells by place what comes behind each block; the last one is unlike the others."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__(blocks)
+        self.kinds = ["tanh", "relu"] * (len(blocks) // 2) + ["sigmoid"]
+        for block, kind in zip(blocks, self.kinds, strict=True):
+            block.kind = kind  # type: ignore[assignment]
+
+    def run(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            x = getattr(torch, self.kinds[i])(block(x))
+        return x
+
+
 class Counted(Stack):
     """Runs as many blocks as there were at first."""
 
@@ -267,11 +292,14 @@ SHORT: dict[str, Callable[[], nn.Module]] = {
     "others that do not run": lambda: Idle(blocks()),
     "a buffer each": lambda: Stack(blocks(Masked)),
     "a factor by depth": lambda: Stack(blocks(ByDepth)),
+    "two of three": lambda: Skipping([Block(i, 24 if i % 3 == 1 else 16) for i in range(18)]),
+    "frozen blocks": frozen,
+    "another at the end": lambda: Stack([*blocks(), Block(9, 24)]),
+    "kinds by place": lambda: Told(blocks(count=13)),
     "a constant each": lambda: Stack(blocks(Drawn)),
 }
 WHOLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "every block its width": (lambda: Stack([Block(i, 16 + i) for i in range(9)]), ""),
-    "frozen blocks": (frozen, r"blocks\.7 does something else than blocks\.6"),
     "all states": (lambda: AllStates(blocks()), r"reads .* of blocks\.\d"),
     "a number": (lambda: Stack(blocks(Gated)), r"blocks\.3 reads aten.add.Tensor of elsewhere"),
     "a count": (lambda: Counted(blocks()), r"index \d is out of range"),
@@ -464,7 +492,10 @@ def test_a_hash_tells_models_apart() -> None:
 
 @pytest.mark.parametrize(
     ("kinds_of_blocks", "kept"),
-    [("aaaaaaaa", 2), ("baaaaaaa", 3), ("abababab", 4), ("ababababa", 5), ("aabaabaabaa", 8), ("bbaaaaaa", 4)],
+    [
+        *[("aaaaaaaa", 2), ("baaaaaaa", 3), ("abababab", 4), ("ababababa", 5), ("aabaabaabaa", 8), ("bbaaaaaa", 4)],
+        *[("aaaaaab", 3), ("babababaab", 6), ("aaaaaabaaaaa", 8)],
+    ],
 )
 def test_as_few_blocks_are_kept_as_show_every_kind_twice(kinds_of_blocks: str, kept: int) -> None:
     model = Stack([Block(i, 16 if kind == "a" else 24) for i, kind in enumerate(kinds_of_blocks)])
