@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from autopart.cost.collectives import measured_seconds, merged_seconds
 from autopart.cost.compute import stream_rate_seconds
 from autopart.hardware.mesh import Group
 from autopart.hardware.rows import Device
+from autopart.kernels.table import STEP
 
 BUCKET_BYTES = 64 * 2**20
 """The most bytes of a message of several tensors over the data-parallel axis. A larger tensor is a message of its
@@ -34,6 +36,12 @@ torch.optim, which step parameters on CUDA. Adam: lerp 3, mul 2, addcmul 3, sqrt
 mul more."""
 
 
+ONE_PASS = {"adam": 7, "adamw": 7}
+"""Optimizer -> tensors of a parameter's size that `autopart.kernels.optimizer` reads and writes in a step, without the
+weight in another dtype: gradient, parameter and two states are read, all but the gradient written. It allocates
+none."""
+
+
 MASTERS = ("float32", "float64")
 """Dtypes that a master copy may have."""
 
@@ -41,6 +49,13 @@ MASTERS = ("float32", "float64")
 def widening(precision: str, master: str | None) -> float:
     """Bytes of a number in the master dtype / bytes of a number in `precision`; 1 where there is no master copy."""
     return getattr(torch, master).itemsize / getattr(torch, precision).itemsize if master else 1.0
+
+
+def step_kernel(optimizer: str, precision: str, master: str | None, device: Device, off: Collection[str]) -> str:
+    """The kernel that makes the optimizer's step in one pass over memory: on a GPU, of states in float32, where it is
+    not in `off`; "" where there is none."""
+    taken = optimizer in ONE_PASS and (master or precision) == "float32" and device.type != "cpu" and STEP not in off
+    return STEP if taken else ""
 
 
 def messages(zero: int, micro_batches: int) -> tuple[int, int]:
@@ -75,6 +90,7 @@ class Training:
     micro_batches  of a step
     widening       bytes of a number in the master dtype over those of one of a parameter; 1: there is no master copy
     foreach        whether the optimizer steps all parameters at once, as torch.optim does wherever it can: not on CPUs
+    kernel         the kernel that makes the step (`step_kernel`), or ""
 
     With a master copy, the model computes in the parameters' precision. In the master dtype are the gradients' sums
     over micro-batches and ranks, the optimizer's states, and a copy of every parameter. The optimizer steps the copy,
@@ -99,6 +115,7 @@ class Training:
     micro_batches: int
     widening: float = 1.0
     foreach: bool = False
+    kernel: str = ""
 
     @property
     def ranks(self) -> int:
@@ -116,7 +133,9 @@ class Training:
 
     def optimizer_workspace(self, nbytes: float, grad: bool, shared: bool) -> float:
         """Bytes of temporaries while the optimizer steps a parameter of `nbytes`: STEP_WORKSPACE tensors in the master
-        dtype, from ZeRO 1 on of the size of the rank's slice."""
+        dtype, from ZeRO 1 on of the size of the rank's slice; none where a kernel makes the step."""
+        if self.kernel:
+            return 0.0
         slices = self.ranks if shared and self.zero >= 1 else 1
         return nbytes * self.widening * grad / slices * STEP_WORKSPACE.get(self.optimizer, (0, 0))[self.foreach]
 
@@ -211,6 +230,16 @@ class Training:
         name = "all_reduce" if self.zero == 0 else "reduce_scatter"
         return float(merged_seconds(nbytes * self.widening, self.group, name))
 
+    def step_bytes(self, nbytes: float, shared: bool) -> float:
+        """Bytes that the optimizer's step of a trained parameter of `nbytes` moves: STEP_PASSES or ONE_PASS tensors in
+        the master dtype; and the parameter that is written back from a master copy, which is read again unless the
+        kernel of ONE_PASS has it whole. From ZeRO 1 on a rank steps its slice."""
+        master_bytes, slices = nbytes * self.widening, self.ranks if shared and self.zero >= 1 else 1
+        passes = (ONE_PASS if self.kernel else STEP_PASSES)[self.optimizer] * master_bytes
+        if self.widening == 1 or self.sliced(shared):
+            return passes / slices
+        return (passes + nbytes + master_bytes * (not self.kernel or slices > 1)) / slices
+
     @property
     def backwards(self) -> int:
         """The number of backwards of a step that gradient sync may overlap with: the last; from ZeRO 2 on, all."""
@@ -228,7 +257,7 @@ def update_seconds(nbytes: float, grad: bool, shared: bool, training: Training, 
 
     On a device with measured tables: by these. An optimizer that was not measured has the seconds of a measured one:
     of that with the fewest states among those with at least as many, else of that with the most.
-    On a device with `silicon`: bytes moved (`summing_seconds`, STEP_PASSES) / memory bandwidth.
+    On a device with `silicon`: bytes moved (`summing_seconds`, `step_bytes`) / memory bandwidth.
     On another device: 0.
     """
     if not grad:
@@ -239,9 +268,9 @@ def update_seconds(nbytes: float, grad: bool, shared: bool, training: Training, 
     if measured is None:
         if device.silicon is None:
             return 0.0
-        copied = master_bytes + nbytes if training.widening > 1 and not training.sliced(shared) else 0.0
-        step = (STEP_PASSES[training.optimizer] * master_bytes + copied) / slices
-        return summing_seconds(nbytes, training, device) + stream_rate_seconds(step, device)
+        return summing_seconds(nbytes, training, device) + stream_rate_seconds(
+            training.step_bytes(nbytes, shared), device
+        )
     seconds = (training.micro_batches - 1) * measured_seconds(master_bytes, measured.accumulate)
     more = {name: OPTIMIZER_STATES[name] - OPTIMIZER_STATES[training.optimizer] for name in measured.updates}
     stands_for = min(more, key=lambda name: (name != training.optimizer, more[name] < 0, abs(more[name])), default="")

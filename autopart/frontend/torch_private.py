@@ -5,6 +5,8 @@ import torch.utils._traceback as stack_traces
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module as lazy_graph_modules
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import _global_optimizer_post_hooks as post_hooks_of_all_optimizers
+from torch.optim.optimizer import _global_optimizer_pre_hooks as pre_hooks_of_all_optimizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
@@ -15,6 +17,8 @@ __all__ = [
     "TorchDispatchMode",
     "decompositions",
     "lazy_graph_modules",
+    "post_hooks_of_all_optimizers",
+    "pre_hooks_of_all_optimizers",
     "stack_traces",
     "tree_leaves",
     "tree_unflatten",

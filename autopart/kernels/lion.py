@@ -1,9 +1,9 @@
-"""Lion in one pass over memory: a flat shard of float32 master weights with its gradient and moment.
+"""Lion in one pass over memory: float32 master weights with their gradients and moments, of many tensors at once.
 
-With f the factor of the gradients (clipping and the inverse of the loss scale), g = f gradient, and d the decay of an
-element's group, the elements are updated as
+With f the factor of the gradients (clipping and the inverse of the loss scale) and g = f gradient, the elements are
+updated as
 
-    w = (1 - lr weight_decay d) w - lr sign(beta1 m + (1 - beta1) g)
+    w = (1 - lr decay) w - lr sign(beta1 m + (1 - beta1) g)
     m = beta2 m + (1 - beta2) g
 
 and w is also written in the dtype that the model computes in. The sign of 0 and of nan is 0, as torch.sign has it. For
@@ -11,12 +11,14 @@ n elements the least traffic is
 
     n (gradient + weight + 16) bytes:  read gradient, w, m, write w, m, and the weight
 
-where ``gradient`` and ``weight`` are itemsizes, 0 for a weight that is left out.
+where ``gradient`` and ``weight`` are itemsizes, 0 for a weight that is left out. lr and decay are a tensor's own, the
+betas are those of all.
 
 Source: Chen et al., arXiv 2302.06675.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +26,13 @@ import torch
 from autopart.kernels import optimizer
 from autopart.kernels.ahead import Usage
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.launch import triton_op
-from autopart.kernels.optimizer import Optional, compile_step, decay, kept, kernels_apply, launch_step, scaled
+from autopart.kernels.many_tensors import Optional, Shard, compile_step, helpers, kernels_apply, launch_over, scaled
 
 tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals
-decayed: Any
+shard_of: Any
+operand: Any
+
+SCALARS = ("beta1", "rest1", "beta2", "rest2")
 
 
 class Kernels(NamedTuple):
@@ -37,26 +41,29 @@ class Kernels(NamedTuple):
     step: Any
 
 
+class Rates(NamedTuple):
+    """What a tensor's step has of its own: the learning rate and the decay."""
+
+    lr: float
+    decay: float
+
+
 def reference(
     gradient: torch.Tensor,
     master: torch.Tensor,
     mean: torch.Tensor,
     weight: Optional,
     factor: Optional,
-    found_inf: Optional,
-    starts: Optional,
-    decays: Optional,
     lr: float,
     beta1: float,
     beta2: float,
-    weight_decay: float,
+    decay: float,
 ) -> None:
     """`lion` in plain torch."""
-    if found_inf is not None and found_inf.item():
-        return
     with torch.no_grad():
         g = scaled(gradient, master, factor)
-        decay(master, starts, decays, lr, weight_decay)
+        if decay:
+            master.mul_(1 - lr * decay)
         master.add_((mean * beta1).add_(g, alpha=1 - beta1).sign_(), alpha=-lr)
         mean.mul_(beta2).add_(g, alpha=1 - beta2)
         if weight is not None:
@@ -69,22 +76,25 @@ def lion(
     mean: torch.Tensor,
     weight: Optional,
     factor: Optional,
-    found_inf: Optional,
-    starts: Optional,
-    decays: Optional,
     lr: float,
     beta1: float,
     beta2: float,
-    weight_decay: float,
+    decay: float,
 ) -> None:
-    """One step of Lion, in place: master, mean (m) and weight change. Arguments as `adamw`."""
-    state = (gradient, master, mean)
-    if kernels_apply(state, weight, (factor, found_inf, starts, decays)):
-        with torch.no_grad():
-            scalars = (lr, beta1, beta2, weight_decay)
-            torch.ops.autopart.lion(*state, weight, factor, found_inf, starts, decays, *map(float, scalars))
+    """One step of Lion of one tensor, in place: master, mean (m) and weight change. Arguments as of `adamw`."""
+    shard = Shard(gradient, (master, mean), weight)
+    if kernels_apply(shard, factor):
+        lion_together([shard], [Rates(lr, decay)], factor, beta1, beta2)
     else:
-        reference(*state, weight, factor, found_inf, starts, decays, lr, beta1, beta2, weight_decay)
+        reference(gradient, master, mean, weight, factor, lr, beta1, beta2, decay)
+
+
+def lion_together(
+    shards: Sequence[Shard], rates: Sequence[Rates], factor: Optional, beta1: float, beta2: float
+) -> None:
+    """One step of Lion of shards that the kernel takes (`kernels_apply`), whose states are master and mean."""
+    numbers = [(1 - r.lr * r.decay, r.lr) for r in rates]
+    launch_over(kernels().step, shards, numbers, factor, (beta1, 1 - beta1, beta2, 1 - beta2))
 
 
 def bytes_moved(gradient: torch.Tensor, master: torch.Tensor, *rest: Any) -> Bytes:
@@ -94,72 +104,59 @@ def bytes_moved(gradient: torch.Tensor, master: torch.Tensor, *rest: Any) -> Byt
 
 
 def compile_ahead(
-    capability: int, n: int = 4096 * 4096, dtype: torch.dtype = torch.bfloat16, groups: int = 2
+    capability: int, dtype: torch.dtype = torch.bfloat16, tensors: int = 256, aligned: bool = True
 ) -> dict[str, Usage]:
-    """Compile the kernel. Arguments as `autopart.kernels.optimizer.compile_ahead`."""
-    return {"step": compile_step(kernels().step, capability, n, dtype, groups)}
+    """As AdamW's."""
+    return {"step": compile_step(kernels().step, capability, dtype, SCALARS, tensors, aligned)}
 
 
 @functools.cache
 def kernels() -> Kernels:
     """The ``triton.jit`` function. The first call imports Triton, which reads TRITON_INTERPRET from the environment
     then."""
-    global tl, decayed
+    global tl, shard_of, operand
     import triton
     import triton.language as tl
 
-    decayed = optimizer.kernels().decayed
+    shard_of, operand = helpers()
 
     @triton.jit
     def lion(  # type: ignore[no-untyped-def]
-        gradient, master, mean, weight, factor, found_inf, starts, decays, n, lr, beta1, rest1, beta2, rest2, decay,
-        GROUPS: tl.constexpr, WEIGHT: tl.constexpr, FACTOR: tl.constexpr, FOUND_INF: tl.constexpr, BLOCK: tl.constexpr,
+        table, rates, factor, tensors, beta1, rest1, beta2, rest2, GRADIENT: tl.constexpr, WEIGHT: tl.constexpr,
+        FACTOR: tl.constexpr, ALIGNMENT: tl.constexpr, TENSORS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        if FOUND_INF:
-            n = tl.where(tl.load(found_inf) == 0, n, 0)
-        here = place < n
-        g = tl.load(gradient + place, mask=here, other=0.0).to(tl.float32)
+        at, n, start, end = shard_of(table, tensors, ALIGNMENT, TENSORS, BLOCKS, BLOCK)
+        gradient = operand(table, 0, tensors, at, GRADIENT, ALIGNMENT)
+        master = operand(table, 1, tensors, at, tl.float32, ALIGNMENT)
+        mean = operand(table, 2, tensors, at, tl.float32, ALIGNMENT)
+        keep, rate = tl.load(rates + at), tl.load(rates + tensors + at)
         if FACTOR:
-            g *= tl.load(factor).to(tl.float32)
-        w = tl.load(master + place, mask=here, other=0.0)
-        m = tl.load(mean + place, mask=here, other=0.0)
-        towards = beta1 * m + rest1 * g
-        w = decayed(w, place, starts, decays, lr * decay, GROUPS)
-        w -= lr * tl.where(towards > 0, 1.0, tl.where(towards < 0, -1.0, 0.0))
-        tl.store(master + place, w, mask=here)
-        tl.store(mean + place, beta2 * m + rest2 * g, mask=here)
-        if WEIGHT:
-            tl.store(weight + place, w.to(weight.dtype.element_ty), mask=here)
+            scale = tl.load(factor).to(tl.float32)
+        if WEIGHT is not None:
+            weight = operand(table, 3, tensors, at, WEIGHT, ALIGNMENT)
+        for block in range(start, end):
+            place = block * BLOCK + tl.arange(0, BLOCK)
+            here = place < n
+            g = tl.load(gradient + place, mask=here, other=0.0).to(tl.float32)
+            if FACTOR:
+                g *= scale
+            w = tl.load(master + place, mask=here, other=0.0)
+            m = tl.load(mean + place, mask=here, other=0.0)
+            towards = beta1 * m + rest1 * g
+            w = w * keep - rate * tl.where(towards > 0, 1.0, tl.where(towards < 0, -1.0, 0.0))
+            tl.store(master + place, w, mask=here)
+            tl.store(mean + place, beta2 * m + rest2 * g, mask=here)
+            if WEIGHT is not None:
+                tl.store(weight + place, w.to(WEIGHT), mask=here)
 
     return Kernels(lion)
-
-
-@triton_op("autopart::lion", mutates_args={"master", "mean", "weight"})
-def _lion(
-    gradient: torch.Tensor,
-    master: torch.Tensor,
-    mean: torch.Tensor,
-    weight: torch.Tensor | None,
-    factor: torch.Tensor | None,
-    found_inf: torch.Tensor | None,
-    starts: torch.Tensor | None,
-    decays: torch.Tensor | None,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-) -> None:
-    tensors = gradient.contiguous(), master, mean, master if weight is None else weight
-    scalars = (lr, beta1, 1 - beta1, beta2, 1 - beta2, weight_decay)
-    launch_step(kernels().step, tensors, weight, factor, found_inf, starts, decays, scalars)
 
 
 KERNEL = Kernel(
     function=lion,
     reference=reference,
-    rule="..., ..., ..., ..., , , g!, g! -> -",
-    kept=kept,
+    rule="..., ..., ..., ..., -> -",
+    kept=optimizer.kept,
     bytes_moved=bytes_moved,
     ahead=compile_ahead,
     shapes=optimizer.KERNEL.shapes,

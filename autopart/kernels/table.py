@@ -1,6 +1,16 @@
 """The table of fused kernels that the compiler puts in the place of operators."""
 
-from autopart.kernels import activation, experts, gated, group_norm, layer_norm, linear_loss, rms_norm, rotary
+from autopart.kernels import (
+    activation,
+    experts,
+    gated,
+    group_norm,
+    layer_norm,
+    linear_loss,
+    optimizer,
+    rms_norm,
+    rotary,
+)
 from autopart.kernels.forms import FORMS
 from autopart.kernels.kernel import Kernel
 
@@ -19,6 +29,9 @@ KERNELS: dict[str, Kernel] = {
     if kernel.name in FORMS
 }
 """Name -> kernel."""
+
+STEP = optimizer.KERNEL.name
+"""The kernel of the optimizer's step, which the runtime calls."""
 
 
 def kernel_of(operator: str) -> Kernel | None:

@@ -13,7 +13,7 @@ from autopart.errors import not_known
 from autopart.ir.graph import Traced, calls, info, is_pick, meta_of, new_call, update_info
 from autopart.kernels.forms import FORMS, Form
 from autopart.kernels.kernel import Kernel
-from autopart.kernels.table import KERNELS
+from autopart.kernels.table import KERNELS, STEP
 from autopart.passes.codegen.naming import wanted_name
 from autopart.passes.pattern import Match, candidates, loose, match
 from autopart.passes.randomness import FUSED
@@ -30,8 +30,8 @@ def fuse(traced: Traced, device: str, off: Collection[str] = ()) -> Traced:
     sizes alone.
     """
     for name in off:
-        if name not in KERNELS and name != FUSED:
-            raise not_known("no_fuse", name, [*KERNELS, FUSED])
+        if name not in (known := (*KERNELS, FUSED, STEP)):
+            raise not_known("no_fuse", name, known)
     missed: dict[fx.Node, str] = {}
     kernels = [k for k in KERNELS.values() if k.name not in off and (k.on_cpu or device != "cpu")]
     by_operator = _by_operator(kernels, {info(n).name for n in calls(traced.graph)})

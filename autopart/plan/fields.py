@@ -15,18 +15,20 @@ from autopart.sharding.rules import Strategy
 
 @dataclass(frozen=True)
 class KernelUse:
-    """The calls of one fused kernel in the forward pass of a micro-batch, over all ranks.
+    """The calls of one fused kernel, over all ranks, in the forward pass of a micro-batch or in the optimizer's step.
 
     name     the kernel's name
-    calls    how often it is called
+    calls    how often it is called; of the optimizer's step: by the ranks that hold the model once
     bytes    that the calls read and write
     unfused  bytes that the operators in their place would read and write
+    step     whether the optimizer's step calls it
     """
 
     name: str
     calls: int
     bytes: float
     unfused: float
+    step: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class PlanFields:
     replicated: tuple[str, ...] = ()
     """Operators without a rule. Every rank runs them on whole tensors."""
     kernels: tuple[KernelUse, ...] = ()
-    """The fused kernels that stages call."""
+    """The fused kernels that stages and the optimizer's step call."""
     notes: tuple[str, ...] = ()
     """What a user should know of this plan: products that every rank computes in full, a loss that is not the mean over
     the batch."""

@@ -47,18 +47,23 @@ def describe(plan: PlanFields, width: int | None = None) -> str:
         lines += [f"  send to stage {to}   {bytes_text(size)} a micro-batch" for to, size, _ in stage.sends]
     if plan.replicated:
         lines += paragraph(f"without a rule, run whole on every rank: {', '.join(plan.replicated)}", width)
-    if plan.kernels:
-        lines += paragraph(kernels_text(plan), width)
+    for sentence in kernels_text(plan):
+        lines += paragraph(sentence, width)
     for note in plan.notes:
         lines += paragraph(f"note: {note}", width)
     return "\n".join(lines)
 
 
-def kernels_text(plan: PlanFields) -> str:
-    """``"fused kernels: rms_norm x 65, swiglu x 32; they move 1.2 GiB a micro-batch forward, unfused 4.5 GiB"``."""
-    calls = ", ".join(f"{use.name} x {use.calls}" for use in plan.kernels)
-    fused, unfused = (bytes_text(sum(b)) for b in zip(*((u.bytes, u.unfused) for u in plan.kernels), strict=True))
-    return f"fused kernels: {calls}; they move {fused} a micro-batch forward, unfused {unfused}"
+def kernels_text(plan: PlanFields) -> Iterator[str]:
+    """``"fused kernels: rms_norm x 65, swiglu x 32; they move 1.2 GiB a micro-batch forward, unfused 4.5 GiB"``, and
+    ``"optimizer's step: one kernel, adamw; it moves 2.0 GiB a step, unfused 6.1 GiB"``."""
+    if forward := [use for use in plan.kernels if not use.step]:
+        calls = ", ".join(f"{use.name} x {use.calls}" for use in forward)
+        fused, unfused = (bytes_text(sum(b)) for b in zip(*((u.bytes, u.unfused) for u in forward), strict=True))
+        yield f"fused kernels: {calls}; they move {fused} a micro-batch forward, unfused {unfused}"
+    for use in (use for use in plan.kernels if use.step):
+        moved, unfused = bytes_text(use.bytes), bytes_text(use.unfused)
+        yield f"optimizer's step: one kernel, {use.name}; it moves {moved} a step, unfused {unfused}"
 
 
 def head(plan: PlanFields) -> str:

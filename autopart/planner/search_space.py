@@ -14,7 +14,7 @@ from autopart.cost.intervals import NEVER, interval_ends
 from autopart.cost.liveness import MODES
 from autopart.cost.position_costs import PositionCosts, position_costs
 from autopart.cost.prices import Prices, Terms
-from autopart.cost.training_state import Training, amortization, widening
+from autopart.cost.training_state import Training, amortization, step_kernel, widening
 from autopart.errors import PartitionError
 from autopart.hardware.mesh import Mesh, usable_bytes
 from autopart.hardware.rows import Device, Link
@@ -92,8 +92,10 @@ class SearchSpace:
         """The optimizer, ZeRO level, data-parallel group, micro-batches and master dtype."""
         group = self.mesh.group(point.tp, point.dp)
         ratio = widening(self.request.precision, self.request.master)
-        foreach = self.mesh.device.type != "cpu"
-        return Training(self.request.optimizer, point.zero, group, self.micro_batches(point), ratio, foreach)
+        asked, device = self.request, self.mesh.device
+        kernel = step_kernel(asked.optimizer, asked.precision, asked.master, device, asked.no_fuse)
+        foreach = device.type != "cpu"
+        return Training(asked.optimizer, point.zero, group, self.micro_batches(point), ratio, foreach, kernel)
 
     def device(self, point: SearchPoint) -> Device:
         """The device at the pace that it has in the point's pipeline: `Mesh.busy_device`."""

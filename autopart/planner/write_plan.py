@@ -12,11 +12,11 @@ from itertools import groupby
 
 from torch import fx
 
-from autopart.cost.training_state import update_seconds
+from autopart.cost.training_state import Training, update_seconds
 from autopart.hardware.mesh import usable_bytes
 from autopart.ir.graph import info
 from autopart.ir.labels import is_block
-from autopart.ir.layered_graph import LayeredGraph
+from autopart.ir.layered_graph import LayeredGraph, used_parameters
 from autopart.passes.partition import partition
 from autopart.passes.price_stage import PricedSegment, Prices, price_stage
 from autopart.passes.stage_graph import PRELUDE, PRELUDE_SEGMENT, ShardingAssignment, Splits, StageGraph
@@ -29,6 +29,7 @@ from autopart.planner.cuts import spans_of
 from autopart.planner.dataflow import with_sources
 from autopart.planner.interval_seconds import exposed_by_clock
 from autopart.planner.memory_tree import messages, stage_memory
+from autopart.planner.search_points import SearchPoint
 from autopart.planner.search_space import SearchSpace
 from autopart.planner.stage_parameters import distinct, parameters
 from autopart.sharding.rules import has_rule
@@ -91,7 +92,7 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
         forward_flops=_forward_flops(space, m),
         signature=Signature.of(layered),
         replicated=tuple(n for n in missing if not has_rule(n)),
-        kernels=_kernels(layered, point.micro_batch),
+        kernels=(*_kernels(layered, point.micro_batch), *_step(layered, space.training(point), point)),
         notes=tuple(_notes(space, found)),
         request=request.to_json(),
         search=found.summary,
@@ -118,6 +119,23 @@ def _kernels(layered: LayeredGraph, micro_batch: int) -> tuple[KernelUse, ...]:
             fused, unfused = use.bytes + scale * record.fused, use.unfused + scale * record.unfused
             uses[record.name] = KernelUse(use.name, use.calls + times[index], fused, unfused)
     return tuple(uses[name] for name in sorted(uses))
+
+
+def _step(layered: LayeredGraph, training: Training, point: SearchPoint) -> Iterator[KernelUse]:
+    """The kernel of the optimizer's step, if there is one, by the bytes of whole parameters."""
+    if not training.kernel:
+        return
+    trained = {
+        layered.parameter_at(position, node): info(node).bytes
+        for position, segment in enumerate(layered.sequence)
+        for node in used_parameters(layered.segments[segment])
+        if info(node).grad
+    }
+    once = replace(training, zero=0)
+    fused, unfused = (
+        sum(way.step_bytes(nbytes, True) for nbytes in trained.values()) for way in (once, replace(once, kernel=""))
+    )
+    yield KernelUse(training.kernel, point.pp * point.tp, fused, unfused, step=True)
 
 
 def _grows(node: fx.Node) -> bool:

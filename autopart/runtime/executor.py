@@ -18,6 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from autopart.plan.schedules.ops import ONCE_A_STEP, Instruction, Op
 from autopart.plan.schedules.program import receives_ahead
+from autopart.runtime import one_pass
 from autopart.runtime.activity import Activity
 from autopart.runtime.callbacks import Callback, Event, notifying
 from autopart.runtime.emitted import Message, StageProgram
@@ -66,14 +67,16 @@ class Executor:
         master: torch.dtype | None = None,
         overlap: bool = False,
         loss_scale: LossScale | None = None,
+        one_pass: bool = True,
     ) -> None:
-        """With `overlap`, gradients are summed over dp while the last backward still computes others."""
+        """With `overlap`, gradients are summed over dp while the last backward still computes others; with `one_pass`,
+        a kernel steps what it takes."""
         self.index, self.groups, self.tied = index, groups, tied
         self.shared = ShardedOptimizerState(program.stage, groups, zero, master, overlap)
         self.use(program)
         self.activity = Activity()
         self.optimizer: torch.optim.Optimizer | None = None
-        self.loss_scale = loss_scale
+        self.loss_scale, self.one_pass = loss_scale, one_pass
         self.stepping = self.accumulating = False
         """Whether the optimizer steps now; whether gradients wait for an update."""
         self.skipped = 0
@@ -308,16 +311,19 @@ class Executor:
 
     def _step(self, update: Update) -> None:
         trained = self.shared.trained
-        finite, self.grad_norm = complete(update, trained, self.tied, self.groups, self.loss_scale)
-        if not finite:
-            self.skipped += 1
-        elif self.optimizer is not None:
+        finite, self.grad_norm, factor = complete(update, trained, self.tied, self.groups, self.loss_scale)
+        self.skipped += not finite
+        optimizer = self.optimizer if finite else None
+        taken = one_pass.step(optimizer, factor, self.shared.weight_of) if optimizer and self.one_pass else set()
+        self.shared.multiply(factor, later=taken)
+        if optimizer is not None:
             self.stepping = True
             try:
-                self.optimizer.step()
+                with one_pass.without_gradients(taken):
+                    optimizer.step()
             finally:
                 self.stepping = False
-            self.shared.stepped()
+            self.shared.stepped(written=taken)
 
     def _shared_loss(self) -> Tensor:
         loss = torch.stack(self.losses).sum() if self.losses else None

@@ -37,6 +37,8 @@ def total_norm(shares: Sequence[Any], tied: Mapping[str, Group], groups: Groups)
 
 def scale(shares: Sequence[Any], factor: Tensor | float) -> None:
     """Multiply gradients by a factor."""
+    if isinstance(factor, float) and factor == 1.0:
+        return
     for share in shares:
         if share.grad is not None:
             share.grad.mul_(factor)

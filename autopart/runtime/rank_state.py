@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autopart.kernels.table import STEP
 from autopart.plan.data import Plan
 from autopart.runtime.agreement import check_names, from_rank_zero, rank_zero_values
 from autopart.runtime.emitted import Program, StageProgram, load_stage
@@ -63,7 +64,7 @@ class RankState:
         self.executor = Executor(
             first, program.stage, groups, tied, plan.zero, master,
             overlap=plan.mesh.device.overlapped_share > 0,
-            loss_scale=LossScale() if plan.precision == "float16" else None,
+            loss_scale=LossScale() if plan.precision == "float16" else None, one_pass=STEP not in plan.no_fuse,
         )  # fmt: skip
         self.stage.parameters = refuse_parameters
         self.variants = Variants(plan, first, groups, variant, dict(model.named_buffers()), compile)

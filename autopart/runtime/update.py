@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from autopart.runtime.gradient_norm import clip_factor, scale, total_norm
+from autopart.runtime.gradient_norm import clip_factor, total_norm
 from autopart.runtime.groups import Groups
 from autopart.runtime.loss_scale import LossScale
 from autopart.runtime.process_group import Group
@@ -28,20 +28,30 @@ class Update:
     frozen: frozenset[str] = frozenset()
 
 
+class Completed(NamedTuple):
+    """What is known of complete gradients.
+
+    finite  whether the optimizer is to step
+    norm    the norm of the gradients before clipping; None where nothing asks for it
+    factor  what the gradients are to be multiplied by, to undo the scale of the loss and to clip
+    """
+
+    finite: bool
+    norm: torch.Tensor | None
+    factor: torch.Tensor | float
+
+
 def complete(
     update: Update,
     trained: Sequence[Any],
     tied: Mapping[str, Group],
     groups: Groups,
     loss_scale: LossScale | None,
-) -> tuple[bool, torch.Tensor | None]:
-    """Drop gradients of frozen parameters, undo the scale of the loss, and clip. All ranks call it.
+) -> Completed:
+    """Drop gradients of frozen parameters; the norm of the others, and their factor. All ranks call it.
 
     trained  what this rank trains, with gradients that are complete
     tied     parameter that lives on several stages -> the group of the ranks that hold it
-
-    Returns whether the optimizer is to step, and the norm of the gradients before clipping, None where nothing asks for
-    it.
     """
     for share in trained:
         if share.origin.name in update.frozen:
@@ -55,6 +65,4 @@ def complete(
             factor = factor * clip_factor(norm, update.max_norm)
     if loss_scale:
         loss_scale.updated(finite)
-    if update.max_norm is not None or loss_scale:
-        scale(trained, factor)
-    return finite, norm
+    return Completed(finite, norm, factor)

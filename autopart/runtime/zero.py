@@ -17,7 +17,7 @@ may step master copies of weights in a wider dtype.
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from autopart.runtime.flat_slices import as_slices, buckets, fill_a_message, gather, start_scatter, start_sum
+from autopart.runtime.gradient_norm import scale
 from autopart.runtime.groups import Groups
 
 Tensor = torch.Tensor
@@ -80,6 +81,10 @@ class ShardedOptimizerState:
         self.trained = [self.trained_as.get(weight, weight) for weight in weights]
         self.copies = list(self.trained_as.values()) if master else []
         """Those of `trained` that have memory of their own."""
+        self.weight_of: dict[Any, Tensor] = {copy: weight.data for weight, copy in self.copy_of.items()}
+        """Copy -> the weight that is written back from it."""
+        self.unscaled: tuple[list[Any], Tensor | float] = [], 1.0
+        """Those of `trained` whose gradients are still to be multiplied by a factor, and the factor."""
 
     def _slice(self, weight: Any, dtype: torch.dtype) -> nn.Parameter:
         """Move a weight into memory that holds its slices one a row; this rank's slice, in a dtype."""
@@ -89,6 +94,7 @@ class ShardedOptimizerState:
 
     def zero_grad(self) -> None:
         """Drop the last step's gradients."""
+        self.unscaled = [], 1.0
         self.final.clear()
         self.sent = dict.fromkeys(self.sent, False)
         for share in [*dict(self.stage.named_parameters()).values(), *self.trained]:
@@ -156,16 +162,24 @@ class ShardedOptimizerState:
 
         return add
 
-    def stepped(self) -> None:
-        """Called after the optimizer's step: write the new values of slices and copies into the weights."""
+    def multiply(self, factor: Tensor | float, later: Collection[Any] = ()) -> None:
+        """Multiply the complete gradients by a factor, those of `later` when they are asked for."""
+        scale([share for share in self.trained if share not in later], factor)
+        self.unscaled = list(later), factor
+
+    def stepped(self, written: Collection[Any] = ()) -> None:
+        """Called after the optimizer's step: write the new values of slices and copies into the weights, but for the
+        copies that were `written` already."""
         gather(list(self.slice_of.values()), [weight.data for weight in self.slice_of], self.group)
-        for weight, copy in self.copy_of.items():
-            weight.data.copy_(copy.detach())
+        for copy, weight in self.weight_of.items():
+            if copy not in written:
+                weight.copy_(copy.detach())
 
     def gradients(self) -> dict[str, Tensor]:
         """The stage's gradients, whole, by the weights' paths; of slices on the first rank of dp alone. All ranks call
         it."""
-        found = {}
+        scale(*self.unscaled)
+        self.unscaled, found = ([], 1.0), {}
         for path, weight in self.stage.named_parameters():
             share = self.trained_as.get(weight, weight)
             if share.grad is not None and (whole := self._whole(weight, share, share.grad)) is not None:

@@ -6,6 +6,7 @@
     time       every kernel against a copy, eager PyTorch, torch.compile, and Liger Kernel where it is installed
     step       training steps of GPT-2 XL, and layers of Llama-3-8B and Mixtral-8x7B, by eager PyTorch, by what autopart
                emits and by Liger's models; losses first
+    update     the optimizer's step over all their parameters, by one kernel and by torch.optim
     memory     predicted and measured peak memory of 30 configurations
     compile    those training steps by torch.compile
     calibrate  what `autopart calibrate` finds
@@ -32,7 +33,7 @@ from benchmarks.gpu import report
 from benchmarks.gpu.runner import Run, read
 
 PARALLEL = {
-    "machine": 1, "correct": 5, "warm": 6, "time": 1, "step": 1, "memory": 3, "compile": 1, "calibrate": 1
+    "machine": 1, "correct": 5, "warm": 6, "time": 1, "step": 1, "update": 1, "memory": 3, "compile": 1, "calibrate": 1
 }  # fmt: skip
 """Group -> processes that run its items side by side, where that changes nothing that they find."""
 RESULTS = Path(__file__).parents[1] / "results" / "gpu_run.jsonl"

@@ -16,7 +16,6 @@ _WORDS, _COLUMNS = meta(2, 3, dtype=torch.int32), meta(8, dtype=torch.int32)
 _PAIRS = meta(12, dtype=torch.int64)
 _KEEP_NINE_TENTHS = (-(2**31) + 2**32 // 10, 1 / 0.9)
 """Threshold and scale of a dropout that drops a tenth."""
-_NONE = (None, None, None, None)
 
 MORE: dict[str, tuple[tuple[object, ...], ...]] = {
     "layer_norm": ((_X, _VECTOR, _VECTOR, EPS),),
@@ -35,13 +34,12 @@ MORE: dict[str, tuple[tuple[object, ...], ...]] = {
     "residual_dropout": ((_X, None, _X, _WORDS, _COLUMNS, *_KEEP_NINE_TENTHS),),
     "stochastic_depth": ((_X, _X, meta(2, dtype=torch.int32), meta(1, dtype=torch.int32), *_KEEP_NINE_TENTHS),),
     "adamw": (
-        (_X, _X, _X, _X, None, meta(1), *_NONE, 1e-3, 0.9, 0.999, 1e-8, 0.1),
-        (meta(2, 3, 8, dtype=HALF), _X, _X, _X, meta(2, 3, 8, dtype=HALF), meta(1), *_NONE, 1e-3, 0.9, 0.999, 1e-8,
-         0.1),
+        (_X, _X, _X, _X, None, None, 3, 1e-3, 0.9, 0.999, 1e-8, 0.1),
+        (meta(2, 3, 8, dtype=HALF), _X, _X, _X, meta(2, 3, 8, dtype=HALF), None, 3, 1e-3, 0.9, 0.999, 1e-8, 0.1),
     ),
     "lion": (
-        (_X, _X, _X, None, *_NONE, 1e-4, 0.9, 0.99, 0.1),
-        (meta(2, 3, 8, dtype=HALF), _X, _X, meta(2, 3, 8, dtype=HALF), *_NONE, 1e-4, 0.9, 0.99, 0.1),
+        (_X, _X, _X, None, None, 1e-4, 0.9, 0.99, 0.1),
+        (meta(2, 3, 8, dtype=HALF), _X, _X, meta(2, 3, 8, dtype=HALF), None, 1e-4, 0.9, 0.99, 0.1),
     ),
     "route": ((meta(6, 4), Chosen(2), True),),
     "expert_load": ((meta(6, 4), None, Chosen(2)),),

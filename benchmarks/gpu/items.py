@@ -22,7 +22,7 @@ import transformers
 
 from autopart.runtime.calibrate import calibrate
 from benchmarks.accuracy.gpu import here
-from benchmarks.gpu import correct, memory, speed, steps
+from benchmarks.gpu import correct, memory, speed, steps, updates
 from benchmarks.gpu.calls import DTYPES
 from benchmarks.gpu.forms import forms
 from benchmarks.gpu.sizes import LAYERS, Layer
@@ -55,7 +55,7 @@ def items(dry: bool) -> list[Item]:
     device = "cpu" if dry else "cuda"
     mesh_device = "cpu" if dry else here()[0]
     found = [Item("machine", "machine", 60, lambda earlier: machine(device, mesh_device))]
-    for group in (kernel_items, warm_items, time_items, step_items, memory_items, compile_items):
+    for group in (kernel_items, warm_items, time_items, step_items, update_items, memory_items, compile_items):
         found += group(device, mesh_device)
     return [*found, Item("calibrate", "calibrate", 180, lambda earlier: calibrated(mesh_device, dry))]
 
@@ -95,6 +95,12 @@ def step_items(device: str, mesh_device: str) -> Iterator[Item]:
     for system in ("eager", "autopart", "liger"):
         for name in steps.MODELS:
             yield _step(name, system, "step", device, mesh_device)
+
+
+def update_items(device: str, mesh_device: str) -> Iterator[Item]:
+    """The optimizer's step over all parameters of a model."""
+    for name in steps.MODELS:
+        yield _of(name, "update", 90, partial(updates.measure, name, device))
 
 
 def memory_items(device: str, mesh_device: str) -> Iterator[Item]:

@@ -61,6 +61,17 @@ def steps(records: list[Record]) -> Table:
     return made
 
 
+def updates(records: list[Record]) -> Table:
+    """Milliseconds of an optimizer's step, its temporaries, and how far its weights are from the kernel's."""
+    made = Table("model", "way", "ms", "workspace GiB", "off by")
+    for r in records:
+        for way, found in ((k, v) for k, v in r.items() if isinstance(v, Mapping)):
+            ms = f"{1e-3 * found['microseconds']:.1f}" if found.get("microseconds") else ""
+            size = f"{found['workspace'] / 2**30:.2f}" if "workspace" in found else ""
+            made.add_row(_short(r), way, ms, size, f"{found['error']:.1e}")
+    return made
+
+
 def memory(records: list[Record]) -> Table:
     """Predicted and measured bytes."""
     made = Table("configuration", "predicted GiB", "measured GiB", "error")
@@ -77,6 +88,7 @@ TABLES: Mapping[str, Callable[[list[Record]], Table]] = {
     "correct": correct,
     "time": speed,
     "step": steps,
+    "update": updates,
     "compile": steps,
     "memory": memory,
 }

@@ -140,7 +140,7 @@ DRAWN: Mapping[str, Mapping[int, Callable[[torch.Tensor, Meta], torch.Tensor]]] 
     "vocab_cross_entropy": {1: _below(0, 1)},
     "embedding": {0: _below(1, 0)},
     **{name: {0: _heads_last} for name in ("rotary", "rotary_interleaved", "rotary_deinterleaved")},
-    "adamw": {3: _positive, 5: _positive},
+    "adamw": {3: _positive},
     "route": {0: _distinct},
     "expert_load": {0: _distinct},
     "sort_by_expert": {0: lambda like, given: _ids(len(like))},

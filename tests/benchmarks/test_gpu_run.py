@@ -79,6 +79,7 @@ def test_what_a_gpu_finds_is_shown() -> None:
         {"group": "correct", "errors": {"output 0": {"kernel": 1e-3, "reference": 2e-3}}, "launches": 2},
         {"group": "time", "microseconds": {"forward": us, "both": {"eager": 1.0, "copy": 1.0}}},
         {"group": "step", "loss": 10.5, "loss_error": 1e-3, "seconds": 0.25, "bytes": 3 * 2**30},
+        {"group": "update", "torch": {"error": 1e-7, "microseconds": 7250.0, "workspace": 2**29}},
         {"group": "memory", "predicted_bytes": 2**30, "measured_bytes": 2**31, "bytes_error": -0.5},
     ]
     records = [{"item": f"{r['group']} x", "status": "ok", **r} for r in found]
@@ -86,7 +87,7 @@ def test_what_a_gpu_finds_is_shown() -> None:
     failed = {"item": "compile y", "group": "compile", "status": "failed: not done after 150 s"}
     report.show([*records, failed], Console(file=text, width=200))
     words = text.getvalue().replace("│", " ").split()
-    assert {"1.0e-03", "1.25", "4.00", "1.20", "1.10", "250.0", "3.00", "-50.0%", "50.0%"} <= set(words)
+    assert {"1.0e-03", "1.25", "4.00", "1.20", "1.10", "250.0", "3.00", "7.2", "0.50", "-50.0%", "50.0%"} <= set(words)
     assert "compile y: failed: not done after 150 s" in text.getvalue()
 
 

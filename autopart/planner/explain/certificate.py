@@ -14,7 +14,15 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from autopart.cost.collectives import p2p_seconds
-from autopart.cost.training_state import MASTERS, OPTIMIZER_STATES, Training, amortization, update_seconds, widening
+from autopart.cost.training_state import (
+    MASTERS,
+    OPTIMIZER_STATES,
+    Training,
+    amortization,
+    step_kernel,
+    update_seconds,
+    widening,
+)
 from autopart.errors import PartitionError
 from autopart.frontend.batch import DTYPES, Batch
 from autopart.frontend.with_loss import Loss, with_loss
@@ -244,8 +252,9 @@ def _message_seconds(plan: Plan, crossing: Crossing) -> float:
 
 def _training(plan: Plan) -> Training:
     group, wide = plan.mesh.group(plan.tp, plan.dp), widening(plan.precision, plan.master)
+    kernel = step_kernel(plan.optimizer, plan.precision, plan.master, plan.mesh.device, plan.no_fuse)
     together = plan.mesh.device.type != "cpu"
-    return Training(plan.optimizer, plan.zero, group, plan.micro_batches, wide, together)
+    return Training(plan.optimizer, plan.zero, group, plan.micro_batches, wide, together, kernel)
 
 
 def _reads(layered: LayeredGraph, choices: ShardingAssignment, span: range, graph: StageGraph) -> list[list[Parameter]]:
