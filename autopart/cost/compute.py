@@ -19,6 +19,7 @@ from autopart.errors import PartitionError
 from autopart.hardware.measured import Measured
 from autopart.hardware.rows import Device
 from autopart.ir.graph import Info
+from autopart.sharding.notation import Strategy
 
 Array = NDArray[np.float64]
 
@@ -147,6 +148,13 @@ def stream_seconds(nbytes: Any, backward_ratio: Any, launches: Any, device: Devi
     return Seconds(forward, forward * backward_ratio)
 
 
+def beside_seconds(nbytes: Array, grad: Any, device: Device) -> Seconds:
+    """Seconds of what kernels with a matrix product read and write apart from it, in bytes: [2, operators], forward and
+    backward."""
+    there, back = stream_seconds(nbytes, 0.0, nbytes > 0, device).forward
+    return Seconds(there, grad * back)
+
+
 def _streamed(nbytes: Any, device: Device) -> Any:
     """Seconds to read and write `nbytes` in one kernel, without its launch."""
     if device.silicon is None:
@@ -213,8 +221,13 @@ SPLIT_HEAD = "vocab_linear_loss"
 
 
 OWN_EXPERTS = "own_experts"
-"""The function of `autopart.runtime` for a mixture of experts of which each rank has some: every rank sorts all pairs
-of a token and one of its experts, and saves as much for backward as if it had all experts."""
+"""The function of `autopart.runtime` for a mixture of experts of which each rank has some. Every rank sorts all pairs
+of a token and an expert, and saves as much for backward as if it had all experts."""
+
+
+def divides_saved(strategy: Strategy) -> bool:
+    """Whether ranks share what an operator saves for backward besides values."""
+    return strategy.shards_work and strategy.local != OWN_EXPERTS
 
 
 def largest_gradient_bytes(made: Any, taken: Any, record: Any, loss: bool, split: bool) -> Any:

@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 from autopart.cost.compute import (
     LOSS,
     NO_SIZES,
-    SPLIT_HEAD,
     SPLIT_LOSS,
     Array,
     backward_gradient_bytes,
+    divides_saved,
     largest_gradient_bytes,
 )
 from autopart.cost.liveness import MODES
+from autopart.ir.graph import KernelBytes
 from autopart.sharding.notation import saved_as
 from autopart.sharding.resharding import Reshard, Step
 from autopart.sharding.strategy_table import Chain, Node, Placements, SavedTensor, StrategyTable, Value
@@ -66,6 +67,7 @@ class Sizes:
             [self._backward(n, o) for n, o in options]
         ).swapaxes(0, 1)
         self.inner = np.array([self._inner(n, o) for n, o in options])
+        self.streamed = np.array([self._kernel_bytes(n, o)[2:] for n, o in options])
         self.means = np.array([[self._mean(n, o, axis) for axis in ("dp", "tp")] for n, o in options])
         self.grad = np.array([float(n.grad) for n, _ in options])
         self.saved, self.rerun = (
@@ -207,7 +209,17 @@ class Sizes:
         return (*dims, *node.matrix.sizes[4:]), factors
 
     def _inner(self, node: Node, option: int) -> Array:
-        return self._coefficients(node.inner, node.batch, [s.shards_work for s in node.options[option]])
+        return self._coefficients(node.inner, node.batch, [divides_saved(s) for s in node.options[option]])
+
+    def _kernel_bytes(self, node: Node, option: int) -> list[Array]:
+        """The fields of `Node.kernel_bytes`, each as coefficients. What grows with the samples is divided over dp."""
+        if not node.kernel_bytes:
+            return [np.zeros(4)] * len(KernelBytes._fields)
+        pairs = zip(self.table.axes, node.options[option], strict=True)
+        over_dp = [axis == "dp" and strategy.shards_work for axis, strategy in pairs]
+        each = KernelBytes(*node.kernel_bytes[option])
+        grown = {name: self._coefficients(size, node.batch, over_dp) for name, size in each._asdict().items()}
+        return [*(grown | {"chunk": np.array([each.chunk, 0.0, 0.0, 0.0])}).values()]
 
     def _output_bytes(self, node: Node, option: int) -> Array:
         made = np.zeros(4)
@@ -228,7 +240,8 @@ class Sizes:
         split = any(strategy.local == SPLIT_LOSS for strategy in node.options[option])
         loss = node.kind_index == LOSS
         backward = backward_gradient_bytes(made, taken, 0.0 * weights, node, loss, split)
-        backward += self._coefficients(node.workspace, False, [s.local == SPLIT_HEAD for s in node.options[option]])
+        workspace, chunk, *_ = self._kernel_bytes(node, option)
+        backward += workspace + chunk
         return largest_gradient_bytes(made, taken, node, loss, split), backward, weights
 
     def _moved(self, node: Node, option: int) -> Array:

@@ -29,6 +29,23 @@ class Frame(NamedTuple):
     function: str
 
 
+class KernelBytes(NamedTuple):
+    """Bytes of a fused kernel, besides its operands and results.
+
+    workspace          most bytes of temporaries besides gradients
+    chunk              such bytes of a chunk, whose size does not grow with the samples
+    forward, backward  what is read and written apart from matrix products
+    """
+
+    workspace: float = 0.0
+    chunk: float = 0.0
+    forward: float = 0.0
+    backward: float = 0.0
+
+
+NO_BYTES = KernelBytes()
+
+
 @dataclass(frozen=True)
 class Info:
     """What the passes know of one node.
@@ -57,7 +74,8 @@ class Info:
     weights  the indices of the operands that are trained parameters, or views of such
     gradient_copies  how many tensors of the size of its largest gradient exist in its backward, if it is no product
     backward_ratio   seconds of its backward / seconds of its forward
-    workspace        most bytes of temporaries of a fused kernel, besides gradients
+    kernel_bytes     of a fused kernel, besides operands and results
+    plain    whether plain torch runs in place of a fused kernel's Triton functions
     outputs  of a fused kernel with several outputs: names of the values that they replaced
     fused    bytes that a fused kernel reads and writes;  unfused: that the operators in its place would; 0 of others
 
@@ -95,7 +113,8 @@ class Info:
     several: bool = False
     moved: float = 0.0
     backward_ratio: int = 0
-    workspace: float = 0.0
+    kernel_bytes: KernelBytes = NO_BYTES
+    plain: bool = False
     outputs: tuple[str, ...] = ()
     fused: float = 0.0
     unfused: float = 0.0

@@ -77,10 +77,7 @@ def unpermute(rows: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, pl
 
 
 def sum_by_token(rows: torch.Tensor, place: torch.Tensor, k: int) -> torch.Tensor:
-    """Every token's sum of its k rows: (t, d), the gradient of `permute`'s x.
-
-    The Triton kernels compute it where they apply.
-    """
+    """Every token's sum of its k rows: (t, d), the gradient of `permute`'s x. By Triton where it applies."""
     if rows.dtype in TRITON_NAMES and runs_on(rows, place):
         return torch.ops.autopart.sum_of_places(rows, place, k)
     return rows[place].view(-1, k, rows.shape[1]).sum(1)

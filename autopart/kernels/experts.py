@@ -12,7 +12,7 @@ For s = t k pairs, backward keeps hidden, order and place, s (2 f) elements and 
 again. The rows that are summed are not kept: with g[p] = dy of the token of pair p, and e its expert,
 
     dinner[p] = w[p] (g[p] down[e]),    dw[p] = inner[p] . (g[p] down[e])
-    ddown[e] = sum over its p of g[p] (w inner)[p]
+    ddown[e]  = sum over the pairs p of e of the outer products g[p] (w[p] inner[p])
 
 The least traffic is the sum over the kernels that are called. Sources: Gale et al., arXiv 2211.15841; Tan et al.,
 arXiv 2403.08245, whose backward too takes the gradient of the weights in front of the last product.
@@ -91,7 +91,7 @@ class _Experts(torch.autograd.Function):
         return expert_rows.unpermute(rows, weights, order, place)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, up, down, weights, order, place, offsets, hidden = ctx.saved_tensors
         with torch.enable_grad():

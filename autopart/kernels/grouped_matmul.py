@@ -86,7 +86,8 @@ class _Loop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *_loop_gradients(*gradients, *ctx.saved_tensors, ctx.spans), None
+        x, weight = ctx.saved_tensors
+        return *_loop_gradients(gradients[0], x, weight, ctx.spans), None
 
 
 def _spans(offsets: torch.Tensor) -> list[tuple[int, int, int]]:

@@ -39,6 +39,7 @@ class Kernel:
     pays         whether the kernel is worth its place for such arguments, as meta tensors
     on_cpu       whether graphs for CPUs have calls of it
     workspace    most bytes of temporaries besides gradients, of the arguments as meta tensors; None: none
+    chunked      whether the workspace is a chunk's, whose size does not grow with the samples
     streamed     bytes that a kernel with a matrix product reads and writes apart from its products, of the arguments as
                  meta tensors; None: none
     everywhere   whether `kept` holds on a CPU too, where other kernels keep what autograd saves of the reference
@@ -55,6 +56,7 @@ class Kernel:
     pays: Callable[..., bool] = always
     on_cpu: bool = True
     workspace: Callable[..., int] | None = None
+    chunked: bool = False
     streamed: Callable[..., Bytes] | None = None
     everywhere: bool = False
 

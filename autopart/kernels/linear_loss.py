@@ -86,6 +86,7 @@ KERNEL = Kernel(
     shapes=SHAPES,
     pays=pays,
     workspace=workspace,
+    chunked=True,
     everywhere=True,
 )
 """Its rule is in `autopart.sharding.rules.losses`: what runs on a shard is another function."""

@@ -12,7 +12,7 @@ from torch import fx
 
 from autopart.cost.compute import is_loss
 from autopart.frontend.torch_private import StorageWeakRef
-from autopart.ir.graph import Traced, calls, info, meta_of, operands, run_on_meta, shape_args, update_info, value_of
+from autopart.ir.graph import Traced, calls, info, operands, run_on_meta, shape_args, update_info, value_of
 from autopart.ir.random_ops import uniform_of
 from autopart.kernels.kernel import Kernel
 from autopart.kernels.table import kernel_of
@@ -27,9 +27,6 @@ VIEWS = ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten.using_i
 
 COMPLEX_PRODUCTS = 4
 """Real matrix products in a complex one: (a + ib)(c + id) = ac - bd + i(ad + bc)."""
-
-IN_PLAIN_TORCH = 4
-"""Bytes of a float32 temporary for each element of a kernel's workspace, where plain torch runs and no Triton."""
 
 Batch = dict[tuple[fx.Node, int], int | None]
 """Value -> its dim that counts samples; None where it has none."""
@@ -61,10 +58,7 @@ def annotate(traced: Traced, device: str) -> Traced:
         if kernel is not None and kernel.workspace is not None:
             given = node.args[0]
             assert isinstance(given, fx.Node)
-            update_info(node, computes=info(given).dtype)
-            size = kernel.workspace(*fx.map_arg(tuple(node.args), meta_of))
-            beside = IN_PLAIN_TORCH / info(given).dtype.itemsize if device == "cpu" else 0.0
-            update_info(node, workspace=size * (1.0 + beside))
+            update_info(node, computes=info(given).dtype, plain=device == "cpu")
     return traced
 
 

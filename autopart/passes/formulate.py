@@ -24,6 +24,7 @@ from autopart.ir.graph import has_gradient, info, operands, shape_args, value_of
 from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.checkpoint_cut import mode_cut
+from autopart.passes.kernel_bytes import is_kernel, kernel_bytes
 from autopart.passes.value_positions import Write, value_positions
 from autopart.sharding.notation import AGAIN, C, G, Placement, R, S, splits
 from autopart.sharding.resharding import possible, steps
@@ -120,10 +121,12 @@ class _Builder:
         inputs = [info(n) for n in node.all_input_nodes]
         is_op = record.kind == "op"
         segment = self.segment_of.get(node)
+        options = self._options(node, hints)
+        ranks = [self.tp if axis == "tp" else 1 for axis in self.axes]
         return Node(
             key=self.layered.keys[node],
             kind=record.kind,
-            options=self._options(node, hints),
+            options=options,
             values=[Value(float(size), record.batch is not None, record.grad) for size in record.output_bytes],
             operands=[self._operand(n) for n in operands(node)] if is_op else [],
             first_same_operand=_first_same_operand(operands(node)) if is_op else [],
@@ -142,7 +145,7 @@ class _Builder:
             logits=record.logits,
             weights=record.weights,
             gradient_copies=record.gradient_copies,
-            workspace=record.workspace,
+            kernel_bytes=[kernel_bytes(node, option, ranks) for option in options] if is_kernel(node) else [],
             segment_class=-1 if segment is None else self.layered.segments[segment].segment_class,
         )
 

@@ -13,7 +13,7 @@ from autopart.errors import not_known
 from autopart.ir.graph import Traced, calls, info, is_pick, meta_of, new_call, update_info
 from autopart.kernels.forms import FORMS, Form
 from autopart.kernels.kernel import Kernel
-from autopart.kernels.table import KERNELS, STEP
+from autopart.kernels.table import KERNELS, STEP, kernel_of
 from autopart.passes.codegen.naming import wanted_name
 from autopart.passes.pattern import Match, candidates, loose, match
 from autopart.passes.randomness import FUSED
@@ -78,9 +78,10 @@ def _found(kernel: Kernel, form: Form, node: fx.Node) -> tuple[Match | None, boo
 
 def _fits(kernel: Kernel, found: Match) -> bool:
     """Whether the kernel pays and its rule holds for these shapes, and all that it replaces is of one block."""
-    given = (meta_of(a) if isinstance(a, fx.Node) else a for a in found.arguments)
+    given = [meta_of(a) if isinstance(a, fx.Node) else a for a in found.arguments]
     arguments = {a for a in found.arguments if isinstance(a, fx.Node)}
-    moved = sum(info(n).bytes for n in {*arguments, *found.outputs})
+    moved: float = sum(info(n).bytes for n in {*arguments, *found.outputs})
+    moved = kernel.bytes_moved(*given).forward if kernel.streamed else moved
     if len({info(n).layer for n in found.inside}) > 1 or moved >= sum(map(traffic, found.inside)):
         return False
     if not kernel.pays(*given):
@@ -109,10 +110,14 @@ split_with_sizes unbind.int""".split()
 
 
 def traffic(node: fx.Node) -> float:
-    """Bytes that an operator reads and writes: every operand and result once."""
+    """Bytes that an operator reads and writes: every operand and result once, and what a kernel of several passes reads
+    and writes between them."""
     name = info(node).name
     if is_pick(node) or name.removeprefix("aten.") in VIEWS:
         return 0.0
+    kernel = kernel_of(name)
+    if kernel is not None and kernel.streamed is not None:
+        return float(kernel.bytes_moved(*fx.map_arg(tuple(node.args), meta_of)).forward)
     return float(sum(info(n).bytes for n in (node, *node.all_input_nodes)))
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from torch import fx
 
-from autopart.cost.compute import Seconds, work_of, work_seconds
+from autopart.cost.compute import Seconds, beside_seconds, work_of, work_seconds
 from autopart.cost.liveness import MODES
 from autopart.cost.resharding import row_seconds
 from autopart.hardware.mesh import Group
@@ -137,8 +138,11 @@ def _computed(nodes: Sequence[fx.Node], device: Device) -> dict[fx.Node, Seconds
     """Node -> seconds, for every operator that is no reshard."""
     operators = [n for n in nodes if info(n).name not in BY_FUNCTION]
     seconds = work_seconds(work_of([info(n) for n in operators], device), device)
-    each = zip(operators, seconds.forward.tolist(), seconds.backward.tolist(), strict=True)
-    return {node: Seconds(forward, backward) for node, forward, backward in each}
+    extra = np.array([(*info(n).kernel_bytes[2:], info(n).grad) for n in operators], dtype=float).reshape(-1, 3).T
+    beside = beside_seconds(extra[:2], extra[2], device)
+    forward, backward = seconds.forward + beside.forward, seconds.backward + beside.backward
+    each = zip(operators, forward.tolist(), backward.tolist(), strict=True)
+    return {node: Seconds(there, back) for node, there, back in each}
 
 
 def _moved(node: fx.Node, prices: Prices) -> Seconds:

@@ -28,7 +28,7 @@ def note_saved(
     """
     record = info(node)
     chosen = choices.of(layered, node, stage.index)
-    inner = record.inner * choices.growth(node) / choices.shares(chosen)
+    inner = choices.inner(node, chosen)
     entry = stage.saved.setdefault((f"{node.name} inside", ()), SavedMemory(inner, False))
     entry.segments.add(segment)
     for name in record.saves:

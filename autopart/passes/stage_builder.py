@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autopart.cost.compute import SPLIT_HEAD, backward_ratio_of
+from autopart.cost.compute import backward_ratio_of
 from autopart.ir.graph import KEY, Info, info, is_pick, loss_of, operands, updates_of, value_of, with_operands
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.ir.random_ops import Stream
@@ -234,7 +234,7 @@ class StageBuilder:
             logits=False,
             weights=(),
             gradient_copies=2.0,
-            workspace=0.0,
+            kernel_bytes=Info.kernel_bytes,
         )
         args = (node, axis, *reshard_arguments(row.function, before, after))
         return self._add(segment, runtime_function(row.function), args, {}, local)
@@ -305,7 +305,6 @@ class StageBuilder:
     ) -> Info:
         """The node's record on one rank, at the planned micro-batch."""
         record, share, grow = info(node), self.choices.shares(chosen), self.choices.growth(node)
-        heads = math.prod(n for s, (_, n) in zip(chosen, self.choices.axes, strict=True) if s.local == SPLIT_HEAD)
         return replace(
             record,
             shapes=tuple(self.choices.local(shape, p) for shape, p in zip(record.shapes, placed, strict=True)),
@@ -315,8 +314,8 @@ class StageBuilder:
             backward_ratio=backward_ratio_of(record, [info(n) for n in node.all_input_nodes]),
             flops=record.flops * grow / share,
             matrix=self.choices.matrix(record.matrix, chosen, grow),
-            inner=record.inner * grow / share,
-            workspace=record.workspace / heads,
+            inner=self.choices.inner(node, chosen),
+            kernel_bytes=self.choices.kernel_bytes(node, chosen),
             note=_note(chosen, self.choices.axes, record),
         )
 

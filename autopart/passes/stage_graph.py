@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from autopart.cost.compute import SPLIT_LOSS, backward_gradient_bytes, is_loss, largest_gradient_bytes
-from autopart.ir.graph import Info, info, operands
+from autopart.cost.compute import SPLIT_LOSS, backward_gradient_bytes, divides_saved, is_loss, largest_gradient_bytes
+from autopart.ir.graph import Info, KernelBytes, info, operands
 from autopart.ir.layered_graph import LayeredGraph
+from autopart.passes.kernel_bytes import kernel_bytes
 from autopart.sharding.notation import Placement
 from autopart.sharding.rules import Product, Shape, Strategy, local_shape
 
@@ -146,6 +147,20 @@ class ShardingAssignment:
         """The number of ranks that share an operator's work."""
         return math.prod(size for s, (_, size) in zip(chosen, self.axes, strict=True) if s.shards_work)
 
+    def inner(self, node: fx.Node, chosen: Sequence[Strategy]) -> float:
+        """`Info.inner` on a rank, in bytes, at the planned micro-batch."""
+        shares = math.prod(size for s, (_, size) in zip(chosen, self.axes, strict=True) if divides_saved(s))
+        return info(node).inner * self.growth(node) / shares
+
+    def kernel_bytes(self, node: fx.Node, chosen: Sequence[Strategy]) -> KernelBytes:
+        """A fused kernel's bytes on a rank, at the planned micro-batch."""
+        ranks = {axis: size if axis == "tp" else 1 for axis, size in self.axes}
+        found = kernel_bytes(node, chosen, [*ranks.values()])
+        grow = self.growth(node) / math.prod(
+            size for s, (axis, size) in zip(chosen, self.axes, strict=True) if s.shards_work and axis == "dp"
+        )
+        return KernelBytes(*(grow * size for size in found))._replace(chunk=found.chunk)
+
     def matrix(self, product: Product | None, chosen: Sequence[Strategy], grow: float) -> Product | None:
         """The matrix product on one rank, of an operator whose work is `grow` times what was traced."""
         if product is None:
@@ -186,4 +201,5 @@ def backward_of(node: fx.Node, grad_alloc_ratio: float) -> tuple[float, float]:
     what = record, is_loss(record), SPLIT_LOSS in record.name
     largest = largest_gradient_bytes(record.size, taken[False], *what)
     weights = grad_alloc_ratio * taken[True]
-    return float(largest), float(backward_gradient_bytes(record.size, taken[False], weights, *what) + record.workspace)
+    temporaries = record.kernel_bytes.workspace + record.kernel_bytes.chunk
+    return float(largest), float(backward_gradient_bytes(record.size, taken[False], weights, *what) + temporaries)

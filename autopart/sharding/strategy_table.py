@@ -42,7 +42,8 @@ class Node:
     batch          whether its work grows with the samples;  product: whether matrix units do the work
     peak, backward_ratio, launches, kind_index (kind)  as in `autopart.cost.compute.Work`
     inner          bytes that autograd saves besides operands and outputs
-    matrix, grads, view, logits, weights, gradient_copies, workspace  as in `autopart.ir.graph.Info`
+    matrix, grads, view, logits, weights, gradient_copies  as in `autopart.ir.graph.Info`
+    kernel_bytes   of a fused kernel, `autopart.ir.graph.KernelBytes` of all samples under every strategy along tp
     segment_class  the class of the node's segment; -1 for a node of the prelude, which every stage computes for itself
     """
 
@@ -67,7 +68,7 @@ class Node:
     logits: bool = False
     weights: tuple[int, ...] = ()
     gradient_copies: float = 2.0
-    workspace: float = 0.0
+    kernel_bytes: list[tuple[float, ...]] = field(default_factory=list)
     segment_class: int = -1
 
     def given(self, option: int, output: int = 0) -> Placements:

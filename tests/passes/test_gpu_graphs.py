@@ -24,14 +24,20 @@ T5 = {
     "vocab_size": 96, "d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 4, "num_layers": 1, "dropout_rate": 0.2,
     "decoder_start_token_id": 0,
 }  # fmt: skip
+MIXTRAL = {
+    **SIZES, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_local_experts": 4, "max_position_embeddings": 16, "output_router_logits": True,
+}  # fmt: skip
 MODELS = {
     "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)),
     "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**BERT)),
+    "mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**MIXTRAL)),
     "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)),
 }
 CALLS = {
     "gpt2": {"dropout_attention", "bias_activation", "add_layer_norm"},
     "bert": {"dropout_attention", "bias_activation", "add_layer_norm"},
+    "mixtral": {"experts", "route", "expert_load", "rotary", "add_rms_norm"},
     "t5": {"dropout_attention", "add_rms_norm", "rms_norm"},
 }
 PLANS = [{}, {"tp": 2, "pp": 2}, {"dp": 2, "tp": 2, "zero": 3, "recompute": "full"}, {"tp": 4, "micro_batch": 2}]

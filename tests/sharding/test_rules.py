@@ -232,6 +232,10 @@ PRODUCTS: dict[str, tuple[Sample, tuple[float, ...] | None]] = {
     "nothing summed": (call("aten.einsum", "ij,ij->ij", [f(2, 3), f(2, 3)]), None),
     "no product": (call("aten.add.Tensor", f(2), f(2)), None),
     "experts": (call("autopart.grouped_linear", f(24, 6), f(4, 8, 6), i(4, 24), False), (4, 6, 8, 6)),
+    "a mixture": (
+        call("autopart.experts", f(24, 6), f(4, 16, 6), f(4, 6, 8), f(24, 2), i(4, 24, 2), "silu", False),
+        (4, 12, 18, 8),
+    ),
     "grouped": (
         call("transformers.grouped_mm_fallback", f(24, 6), f(3, 6, 8), torch.tensor([5, 5, 24])),
         (3, 8, 8, 6),

@@ -239,7 +239,11 @@ def experts_of_rank(op: Op, ranks: list[Args], kwargs: Kwargs, whole: Args) -> l
     return [[one(rank, *args)] for rank, args in enumerate(ranks)]
 
 
-LOCAL = {"": plain} | {
+def own_experts(op: Op, ranks: list[Args], kwargs: Kwargs, whole: Args) -> list[Tensors]:
+    return [[op(*args, rank * len(args[1]))] for rank, args in enumerate(ranks)]
+
+
+LOCAL = {"": plain, "own_experts": own_experts} | {
     k.__name__: k for k in (mean, cross_entropy_sum, vocab_embedding, vocab_cross_entropy, vocab_linear_loss)
 }
 LOCAL["grouped_linear"] = experts_of_rank

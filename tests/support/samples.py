@@ -56,6 +56,8 @@ SAMPLES = [
     call("autopart.uniform_of", [12, 24], torch.float64, Stream("drop")),
     call("autopart.grouped_linear", f(24, 12), f(12, 24, 12), i(12, 24), False),
     call("autopart.grouped_linear", f(24, 12), f(12, 12, 24), i(12, 24), True),
+    call("autopart.experts", f(12, 6), f(12, 48, 6), f(12, 6, 24), f(12, 2), i(12, 12, 2), "silu", False),
+    call("autopart.experts", f(12, 6), f(12, 6, 48), f(12, 24, 6), f(12, 2), i(12, 12, 2), "gelu", True),
     # contractions
     *(
         call("autopart.dropout_attention", f(12, 12, 12, 5), *kv, mask, 0.1, causal, 0.5, Stream("drop"))
