@@ -1,23 +1,25 @@
 """A plan as JSON, and the checks of a plan that was read from JSON."""
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, fields, is_dataclass
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin
 
 from autopart.cost.training_state import MASTERS, OPTIMIZER_STATES
 from autopart.errors import PartitionError, not_known
 from autopart.hardware.mesh import Mesh
-from autopart.plan.fields import KernelUse, PlanFields
+from autopart.plan.fields import PlanFields
 from autopart.plan.schedules import SCHEDULES
-from autopart.plan.search_summary import LIMITS, RunnerUp, SearchSummary
-from autopart.plan.signature import Signature
-from autopart.plan.stages import PlanLine, PlanSegment, PlanStage
-from autopart.plan.typecheck import mistyped
+from autopart.plan.search_summary import LIMITS
+from autopart.plan.typecheck import hints, mistyped
 from autopart.sharding.notation import Placement
 from autopart.sharding.rules import Strategy
 
 Made = TypeVar("Made", bound=PlanFields)
+
+READERS: Mapping[Any, Callable[[Any], Any]] = {Mesh: Mesh.from_json, Placement: Placement.parse}
+"""Records that JSON has in a form of their own -> what reads it."""
 
 SCHEMA = 5
 """Version of the JSON. A plan of another version is refused."""
@@ -50,7 +52,7 @@ def plan_from_json(data: Any, kind: type[Made]) -> Made:
             "plan again with autopart.plan(...)",
         )
     try:
-        plan = kind(**_fields_from_json(data))
+        plan: Made = _read({k: v for k, v in data.items() if k != "schema"}, kind)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise PartitionError("the plan file is damaged", f"{type(error).__name__}: {error}") from error
     if wrong := mistyped(plan, kind) or next(_contradictions(plan), ""):
@@ -58,44 +60,22 @@ def plan_from_json(data: Any, kind: type[Made]) -> Made:
     return plan
 
 
-def _fields_from_json(data: Mapping[str, Any]) -> dict[str, Any]:
-    shapes = {k: {n: tuple(s) for n, s in data["signature"][k].items()} for k in ("parameters", "inputs")}
-    return {
-        **{k: v for k, v in data.items() if k != "schema"},
-        "mesh": Mesh.from_json(data["mesh"]),
-        "signature": Signature(**{**data["signature"], **shapes}),
-        "splits": tuple(
-            {axis: {node: _strategy_from_json(s) for node, s in chosen.items()} for axis, chosen in splits.items()}
-            for splits in data["splits"]
-        ),
-        "stages": tuple(_stage_from_json(s) for s in data["stages"]),
-        "replicated": tuple(data["replicated"]),
-        "kernels": tuple(KernelUse(**use) for use in data.get("kernels", ())),
-        "notes": tuple(data.get("notes", ())),
-        "request": dict(data.get("request", {})),
-        "search": _search_from_json(data.get("search")),
-    }
-
-
-def _search_from_json(data: Mapping[str, Any] | None) -> SearchSummary | None:
-    if data is None:
-        return None
-    runner_up = data["runner_up"]
-    return SearchSummary(**{**data, "runner_up": None if runner_up is None else RunnerUp(**runner_up)})
-
-
-def _stage_from_json(data: Mapping[str, Any]) -> PlanStage:
-    segments = tuple(
-        PlanSegment(
-            tuple(r["labels"]),
-            r["seconds"],
-            tuple(PlanLine(**{**line, "inputs": tuple(line["inputs"])}) for line in r["lines"]),
-            tuple(tuple((stage, label, line) for stage, label, line in sources) for sources in r["sources"]),
-        )
-        for r in data["segments"]
-    )
-    sends, recompute = tuple((s, b, t) for s, b, t in data["sends"]), tuple(data["recompute"])
-    return PlanStage(**{**data, "segments": segments, "sends": sends, "recompute": recompute})
+def _read(value: Any, kind: Any) -> Any:
+    """A part of a plan from JSON: lists become tuples and dicts become records, as `kind` declares. What is of another
+    type stays, for `mistyped` to name it."""
+    origin, args = get_origin(kind) or kind, get_args(kind)
+    if origin in READERS:
+        return READERS[origin](value)
+    if origin is UnionType:
+        return None if value is None else _read(value, args[0])
+    if isinstance(value, dict) and isinstance(origin, type) and is_dataclass(origin):
+        return origin(**{name: _read(part, hints(origin)[name]) for name, part in value.items()})
+    if isinstance(value, dict) and args:
+        return {key: _read(part, args[1]) for key, part in value.items()}
+    if isinstance(value, list) and origin is tuple:
+        kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
+        return tuple(_read(part, each) for part, each in zip(value, kinds, strict=True))
+    return value
 
 
 def _strategy_to_json(strategy: Strategy) -> dict[str, Any]:
@@ -106,16 +86,6 @@ def _strategy_to_json(strategy: Strategy) -> dict[str, Any]:
         "local": strategy.local,
         "shards_work": strategy.shards_work,
     }
-
-
-def _strategy_from_json(data: Mapping[str, Any]) -> Strategy:
-    return Strategy(
-        data["name"],
-        tuple(None if p is None else Placement.parse(p) for p in data["inputs"]),
-        tuple(Placement.parse(p) for p in data["outputs"]),
-        data["local"],
-        data["shards_work"],
-    )
 
 
 def _contradictions(plan: PlanFields) -> Iterator[str]:

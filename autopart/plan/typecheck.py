@@ -17,7 +17,8 @@ def mistyped(value: Any, kind: Any, where: str = "") -> str:
 
 
 @lru_cache
-def _hints(kind: type[Any]) -> Mapping[str, Any]:
+def hints(kind: type[Any]) -> Mapping[str, Any]:
+    """Field of a record -> its declared type."""
     return get_type_hints(kind)
 
 
@@ -34,7 +35,7 @@ def _mistyped(value: Any, kind: Any, where: str) -> Iterator[str]:
         yield f"{where.removeprefix('.')} is {shown!r}, not {getattr(kind, '__name__', kind)}"
     elif is_dataclass(kind):
         for each in fields(kind):
-            yield from _mistyped(getattr(value, each.name), _hints(kind)[each.name], f"{where}.{each.name}")  # type: ignore[arg-type]
+            yield from _mistyped(getattr(value, each.name), hints(kind)[each.name], f"{where}.{each.name}")  # type: ignore[arg-type]
     elif origin is tuple and args[-1] is Ellipsis:
         for i, part in enumerate(value):
             yield from _mistyped(part, args[0], f"{where}[{i}]")
