@@ -21,28 +21,20 @@ The partial sums, two float32 rows for each Triton program, are left out: they d
 Source: Fedus et al., arXiv 2101.03961, equations 4 to 6, in the form of transformers' load_balancing_loss_func.
 """
 
-import functools
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from autopart.kernels import router
 from autopart.kernels.ahead import Usage
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.launch import as_rows, launch, processors, runs_on, triton_op
-from autopart.kernels.router import block, compile_rows, kernels_apply
+from autopart.kernels.launch import as_rows, jit, launch, processors, runs_on, triton_op
+from autopart.kernels.router import best_of, block, compile_rows, kernels_apply, probabilities
 
-tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals
-probabilities: Any
-best_of: Any
-
-
-class Kernels(NamedTuple):
-    """The ``triton.jit`` functions."""
-
-    load: Any
-    load_backward: Any
+tl: Any = None  # triton.language, which jit binds
 
 
 def reference(logits: torch.Tensor, mask: torch.Tensor | None, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,61 +92,50 @@ def compile_ahead(
     capability: int, experts: int = 8, k: int = 2, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Usage]:
     """Compile both kernels with a mask, for compute capability ``capability`` (90 for 9.0)."""
-    return compile_rows(kernels()._asdict(), capability, experts, k, dtype)
+    return compile_rows((load, load_backward), capability, experts, k, dtype)
 
 
-@functools.cache
-def kernels() -> Kernels:
-    """The ``triton.jit`` functions. The first call imports Triton, which reads TRITON_INTERPRET from the environment
-    then."""
-    global tl, probabilities, best_of
-    import triton
-    import triton.language as tl
-
-    probabilities, best_of = router.kernels().probabilities, router.kernels().best_of
-
-    @triton.jit
-    def load(  # type: ignore[no-untyped-def]
-        logits, mask, partial, stride, rows, experts, K: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr,
-        EXPERTS: tl.constexpr,
-    ):  # fmt: skip
-        """Every program's sums for its rows; partial is (programs, 2, experts)."""
-        program, expert = tl.program_id(0), tl.arange(0, EXPERTS)
-        tokens, chances = tl.zeros((EXPERTS,), tl.float32), tl.zeros((EXPERTS,), tl.float32)
-        for first in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
-            row = (first + tl.arange(0, ROWS)).to(tl.int64)
-            m = tl.where(row < rows, 1.0, 0.0)
-            if MASK:
-                m = tl.load(mask + row, mask=row < rows, other=0.0)
-            p = probabilities(logits, stride, row, expert, rows, experts)
-            p = p.to(logits.dtype.element_ty).to(tl.float32)
-            left = tl.where(expert[None, :] < experts, tl.where(p == p, p, 2.0), -1.0)
-            for _ in range(K):
-                hit = expert[None, :] == best_of(left, expert, EXPERTS)[:, None]
-                left = tl.where(hit, -1.0, left)
-            tokens += tl.sum(tl.where((left < 0) & (expert < experts)[None, :], m[:, None], 0.0), 0)
-            chances += tl.sum(tl.where((row < rows)[:, None], p * m[:, None], 0.0), 0)
-        at = partial + program * 2 * experts + expert
-        tl.store(at, tokens, mask=expert < experts)
-        tl.store(at + experts, chances, mask=expert < experts)
-
-    @triton.jit
-    def load_backward(  # type: ignore[no-untyped-def]
-        dchances, logits, mask, dlogits, stride, rows, experts, MASK: tl.constexpr, ROWS: tl.constexpr,
-        EXPERTS: tl.constexpr,
-    ):  # fmt: skip
-        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        expert = tl.arange(0, EXPERTS)
-        p = probabilities(logits, stride, row, expert, rows, experts)
-        g = tl.load(dchances + expert, mask=expert < experts, other=0.0)[None, :]
+@jit
+def load(  # type: ignore[no-untyped-def]
+    logits, mask, partial, stride, rows, experts, K: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """Every program's sums for its rows; partial is (programs, 2, experts)."""
+    program, expert = tl.program_id(0), tl.arange(0, EXPERTS)
+    tokens, chances = tl.zeros((EXPERTS,), tl.float32), tl.zeros((EXPERTS,), tl.float32)
+    for first in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)
+        m = tl.where(row < rows, 1.0, 0.0)
         if MASK:
-            g = g * tl.load(mask + row, mask=row < rows, other=0.0)[:, None]
-        g = p * (g - tl.sum(g * p, 1)[:, None])
-        here = (row < rows)[:, None] & (expert < experts)[None, :]
-        at = dlogits + row[:, None] * experts + expert[None, :]
-        tl.store(at, g.to(dlogits.dtype.element_ty), mask=here)
+            m = tl.load(mask + row, mask=row < rows, other=0.0)
+        p = probabilities(logits, stride, row, expert, rows, experts)
+        p = p.to(logits.dtype.element_ty).to(tl.float32)
+        left = tl.where(expert[None, :] < experts, tl.where(p == p, p, 2.0), -1.0)
+        for _ in range(K):
+            hit = expert[None, :] == best_of(left, expert, EXPERTS)[:, None]
+            left = tl.where(hit, -1.0, left)
+        tokens += tl.sum(tl.where((left < 0) & (expert < experts)[None, :], m[:, None], 0.0), 0)
+        chances += tl.sum(tl.where((row < rows)[:, None], p * m[:, None], 0.0), 0)
+    at = partial + program * 2 * experts + expert
+    tl.store(at, tokens, mask=expert < experts)
+    tl.store(at + experts, chances, mask=expert < experts)
 
-    return Kernels(load, load_backward)
+
+@jit
+def load_backward(  # type: ignore[no-untyped-def]
+    dchances, logits, mask, dlogits, stride, rows, experts, MASK: tl.constexpr, ROWS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    expert = tl.arange(0, EXPERTS)
+    p = probabilities(logits, stride, row, expert, rows, experts)
+    g = tl.load(dchances + expert, mask=expert < experts, other=0.0)[None, :]
+    if MASK:
+        g = g * tl.load(mask + row, mask=row < rows, other=0.0)[:, None]
+    g = p * (g - tl.sum(g * p, 1)[:, None])
+    here = (row < rows)[:, None] & (expert < experts)[None, :]
+    at = dlogits + row[:, None] * experts + expert[None, :]
+    tl.store(at, g.to(dlogits.dtype.element_ty), mask=here)
 
 
 @triton_op("autopart::expert_load", mutates_args=())
@@ -163,7 +144,7 @@ def _forward(logits: torch.Tensor, mask: torch.Tensor | None, k: int) -> tuple[t
     programs = min(-(-len(h) // tile["ROWS"]), processors(logits.device) * 2)
     partial = torch.empty(programs, 2, experts, dtype=torch.float32, device=logits.device)
     arguments = h, h if mask is None else mask.contiguous(), partial, h.stride(0), len(h), experts
-    launch(kernels().load, programs, *arguments, K=k, MASK=mask is not None, **tile)
+    launch(load, programs, *arguments, K=k, MASK=mask is not None, **tile)
     return partial[:, 0].sum(0), partial[:, 1].sum(0)
 
 
@@ -173,7 +154,7 @@ def _backward(dchances: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor |
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     m = h if mask is None else mask.contiguous()
     arguments = dchances.contiguous(), h, m, dlogits, h.stride(0), len(h), experts
-    launch(kernels().load_backward, -(-len(h) // tile["ROWS"]), *arguments, MASK=mask is not None, **tile)
+    launch(load_backward, -(-len(h) // tile["ROWS"]), *arguments, MASK=mask is not None, **tile)
     return dlogits
 
 

@@ -16,26 +16,21 @@ Sums are in float32, in the order of j. For rows of d elements of ``itemsize`` b
 where w is the itemsize of the weights. Every row is read once, and the places.
 """
 
+from __future__ import annotations
+
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from autopart.kernels.ahead import Usage, compile_kernel
+from autopart.kernels.ahead import Usage, compile_kernels
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.launch import TRITON_NAMES, launch, power_of_two, runs_on, triton_op
+from autopart.kernels.launch import TRITON_NAMES, jit, launch, power_of_two, runs_on, triton_op
 
-tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals
+tl: Any = None  # triton.language, which jit binds
 
 COLUMNS = 1024
 """Columns that a Triton program takes at a time."""
-
-
-class Kernels(NamedTuple):
-    """The ``triton.jit`` functions."""
-
-    spread: Any
-    combine: Any
 
 
 def permute_reference(x: torch.Tensor, order: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
@@ -130,62 +125,50 @@ def compile_ahead(
     lengths = dict.fromkeys(("d", "x_stride", "rows_stride"), "i32")
     aligned = {*signature, *(lengths if d % 16 == 0 else ())}
     constexprs = {"WEIGHTED": weighted, "COLUMNS": min(power_of_two(d), COLUMNS), "TOP": k}
-    return {
-        name: compile_kernel(kernel, signature | lengths, constexprs, capability, 4, aligned)
-        for name, kernel in kernels()._asdict().items()
-    }
+    return compile_kernels((spread, combine), signature | lengths, constexprs, capability, aligned=aligned)
 
 
-@functools.cache
-def kernels() -> Kernels:
-    """The ``triton.jit`` functions. The first call imports Triton, which reads TRITON_INTERPRET from the environment
-    then."""
-    global tl
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def spread(  # type: ignore[no-untyped-def]
-        x, rows, weights, order, out, dweights, d, x_stride, rows_stride, TOP: tl.constexpr, WEIGHTED: tl.constexpr,
-        COLUMNS: tl.constexpr,
-    ):  # fmt: skip
-        """out[p] = x[order[p] // TOP], times the pair's weight where WEIGHTED, which also gives the weight's gradient:
-        the product of x's row and rows[p]."""
-        p = tl.program_id(0).to(tl.int64)
-        pair = tl.load(order + p)
+@jit
+def spread(  # type: ignore[no-untyped-def]
+    x, rows, weights, order, out, dweights, d, x_stride, rows_stride, TOP: tl.constexpr, WEIGHTED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out[p] = x[order[p] // TOP], times the pair's weight where WEIGHTED, which also gives the weight's gradient:
+    the product of x's row and rows[p]."""
+    p = tl.program_id(0).to(tl.int64)
+    pair = tl.load(order + p)
+    if WEIGHTED:
+        weight = tl.load(weights + pair).to(tl.float32)
+        product = tl.zeros((COLUMNS,), tl.float32)
+    for first in range(0, d, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        here = column < d
+        value = tl.load(x + pair // TOP * x_stride + column, mask=here, other=0.0)
         if WEIGHTED:
-            weight = tl.load(weights + pair).to(tl.float32)
-            product = tl.zeros((COLUMNS,), tl.float32)
-        for first in range(0, d, COLUMNS):
-            column = first + tl.arange(0, COLUMNS)
-            here = column < d
-            value = tl.load(x + pair // TOP * x_stride + column, mask=here, other=0.0)
-            if WEIGHTED:
-                value = value.to(tl.float32)
-                product += value * tl.load(rows + p * rows_stride + column, mask=here, other=0.0).to(tl.float32)
-                value = (value * weight).to(out.dtype.element_ty)
-            tl.store(out + p * d + column, value, mask=here)
+            value = value.to(tl.float32)
+            product += value * tl.load(rows + p * rows_stride + column, mask=here, other=0.0).to(tl.float32)
+            value = (value * weight).to(out.dtype.element_ty)
+        tl.store(out + p * d + column, value, mask=here)
+    if WEIGHTED:
+        tl.store(dweights + pair, tl.sum(product, 0).to(dweights.dtype.element_ty))
+
+
+@jit
+def combine(  # type: ignore[no-untyped-def]
+    rows, weights, place, out, d, rows_stride, TOP: tl.constexpr, WEIGHTED: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """out[t] = sum over j of rows[place[t TOP + j]], times the pair's weight where WEIGHTED."""
+    across = tl.cdiv(d, COLUMNS)
+    token = (tl.program_id(0) // across).to(tl.int64)
+    column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for j in range(TOP):
+        p = tl.load(place + token * TOP + j)
+        value = tl.load(rows + p * rows_stride + column, mask=column < d, other=0.0).to(tl.float32)
         if WEIGHTED:
-            tl.store(dweights + pair, tl.sum(product, 0).to(dweights.dtype.element_ty))
-
-    @triton.jit
-    def combine(  # type: ignore[no-untyped-def]
-        rows, weights, place, out, d, rows_stride, TOP: tl.constexpr, WEIGHTED: tl.constexpr, COLUMNS: tl.constexpr
-    ):
-        """out[t] = sum over j of rows[place[t TOP + j]], times the pair's weight where WEIGHTED."""
-        across = tl.cdiv(d, COLUMNS)
-        token = (tl.program_id(0) // across).to(tl.int64)
-        column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
-        total = tl.zeros((COLUMNS,), tl.float32)
-        for j in range(TOP):
-            p = tl.load(place + token * TOP + j)
-            value = tl.load(rows + p * rows_stride + column, mask=column < d, other=0.0).to(tl.float32)
-            if WEIGHTED:
-                value *= tl.load(weights + token * TOP + j).to(tl.float32)
-            total += value
-        tl.store(out + token * d + column, total.to(out.dtype.element_ty), mask=column < d)
-
-    return Kernels(spread, combine)
+            value *= tl.load(weights + token * TOP + j).to(tl.float32)
+        total += value
+    tl.store(out + token * d + column, total.to(out.dtype.element_ty), mask=column < d)
 
 
 @triton_op("autopart::permute", mutates_args=())
@@ -193,7 +176,7 @@ def _permute(x: torch.Tensor, order: torch.Tensor, place: torch.Tensor) -> torch
     out = torch.empty(len(order), x.shape[1], dtype=x.dtype, device=x.device)
     h, top = _unit(x), len(order) // len(x)
     arguments = h, h, h, order, out, h, x.shape[1], h.stride(0), 0
-    launch(kernels().spread, len(order), *arguments, WEIGHTED=False, **_options(x, top))
+    launch(spread, len(order), *arguments, WEIGHTED=False, **_options(x, top))
     return out
 
 
@@ -217,7 +200,7 @@ def _unpermute_backward(
     drows = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
     dweights = torch.empty(weights.shape, dtype=weights.dtype, device=rows.device)
     arguments = g, h, w, order, drows, dweights, rows.shape[1], g.stride(0), h.stride(0)
-    launch(kernels().spread, len(rows), *arguments, WEIGHTED=True, **_options(rows, weights.shape[1]))
+    launch(spread, len(rows), *arguments, WEIGHTED=True, **_options(rows, weights.shape[1]))
     return drows, dweights
 
 
@@ -227,7 +210,7 @@ def _combined(rows: torch.Tensor, weights: torch.Tensor | None, place: torch.Ten
     options = _options(rows, top)
     programs = s // top * -(-d // options["COLUMNS"])
     arguments = h, h if weights is None else weights, place, out, d, h.stride(0)
-    launch(kernels().combine, programs, *arguments, WEIGHTED=weights is not None, **options)
+    launch(combine, programs, *arguments, WEIGHTED=weights is not None, **options)
     return out
 
 

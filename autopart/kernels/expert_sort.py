@@ -15,27 +15,21 @@ to which a word for each block and expert adds. The way is that of a radix sort'
 performance and scalable radix sorting, Parallel Processing Letters 21 (2011).
 """
 
-import functools
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from typing import Any
 
 import torch
 
-from autopart.kernels.ahead import Usage, compile_kernel
+from autopart.kernels.ahead import Usage, compile_kernels
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.launch import launch, power_of_two, runs_on, triton_op
+from autopart.kernels.launch import jit, launch, power_of_two, runs_on, triton_op
 
-tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals
+tl: Any = None  # triton.language, which jit binds
 
 MAX_EXPERTS = 511
 SORTED = 8192
 """Pairs times experts that a Triton program holds at a time."""
-
-
-class Kernels(NamedTuple):
-    """The ``triton.jit`` functions."""
-
-    count: Any
-    put: Any
 
 
 def reference(ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -71,48 +65,36 @@ def compile_ahead(capability: int, experts: int = 8) -> dict[str, Usage]:
     """Compile both kernels for compute capability ``capability`` (90 for 9.0)."""
     pointers = dict.fromkeys(("ids", "order", "place"), "*i64") | dict.fromkeys(("counts", "bases"), "*i32")
     signature = pointers | dict.fromkeys(("s", "blocks", "experts"), "i32")
-    return {
-        name: compile_kernel(kernel, signature, _block(experts), capability, 4, pointers)
-        for name, kernel in kernels()._asdict().items()
-    }
+    return compile_kernels((count, put), signature, _block(experts), capability, aligned=pointers)
 
 
-@functools.cache
-def kernels() -> Kernels:
-    """The ``triton.jit`` functions. The first call imports Triton, which reads TRITON_INTERPRET from the environment
-    then."""
-    global tl
-    import triton
-    import triton.language as tl
+@jit
+def count(  # type: ignore[no-untyped-def]
+    ids, counts, s, blocks, experts, PAIRS: tl.constexpr, EXPERTS: tl.constexpr
+):
+    """How often every expert occurs in a block of pairs; counts is (experts + 1, blocks)."""
+    pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
+    expert = tl.arange(0, EXPERTS)
+    own = tl.load(ids + pair, mask=pair < s, other=-1)
+    own = tl.where((own >= 0) & (own < experts), own, experts).to(tl.int32)
+    hits = ((own[:, None] == expert[None, :]) & (pair < s)[:, None]).to(tl.int32)
+    tl.store(counts + expert * blocks + tl.program_id(0), tl.sum(hits, 0), mask=expert <= experts)
 
-    @triton.jit
-    def count(  # type: ignore[no-untyped-def]
-        ids, counts, s, blocks, experts, PAIRS: tl.constexpr, EXPERTS: tl.constexpr
-    ):
-        """How often every expert occurs in a block of pairs; counts is (experts + 1, blocks)."""
-        pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
-        expert = tl.arange(0, EXPERTS)
-        own = tl.load(ids + pair, mask=pair < s, other=-1)
-        own = tl.where((own >= 0) & (own < experts), own, experts).to(tl.int32)
-        hits = ((own[:, None] == expert[None, :]) & (pair < s)[:, None]).to(tl.int32)
-        tl.store(counts + expert * blocks + tl.program_id(0), tl.sum(hits, 0), mask=expert <= experts)
 
-    @triton.jit
-    def put(  # type: ignore[no-untyped-def]
-        ids, bases, order, place, s, blocks, experts, PAIRS: tl.constexpr, EXPERTS: tl.constexpr
-    ):
-        """Write a block's pairs to their places: bases (experts + 1, blocks) has the first of an expert and block."""
-        pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
-        expert = tl.arange(0, EXPERTS)
-        own = tl.load(ids + pair, mask=pair < s, other=-1)
-        own = tl.where((own >= 0) & (own < experts), own, experts).to(tl.int32)
-        hits = ((own[:, None] == expert[None, :]) & (pair < s)[:, None]).to(tl.int32)
-        base = tl.load(bases + expert * blocks + tl.program_id(0), mask=expert <= experts, other=0)
-        places = tl.sum(hits * (tl.cumsum(hits, 0) - 1 + base[None, :]), 1).to(tl.int64)
-        tl.store(place + pair, places, mask=pair < s)
-        tl.store(order + places, pair.to(tl.int64), mask=pair < s)
-
-    return Kernels(count, put)
+@jit
+def put(  # type: ignore[no-untyped-def]
+    ids, bases, order, place, s, blocks, experts, PAIRS: tl.constexpr, EXPERTS: tl.constexpr
+):
+    """Write a block's pairs to their places: bases (experts + 1, blocks) has the first of an expert and block."""
+    pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
+    expert = tl.arange(0, EXPERTS)
+    own = tl.load(ids + pair, mask=pair < s, other=-1)
+    own = tl.where((own >= 0) & (own < experts), own, experts).to(tl.int32)
+    hits = ((own[:, None] == expert[None, :]) & (pair < s)[:, None]).to(tl.int32)
+    base = tl.load(bases + expert * blocks + tl.program_id(0), mask=expert <= experts, other=0)
+    places = tl.sum(hits * (tl.cumsum(hits, 0) - 1 + base[None, :]), 1).to(tl.int64)
+    tl.store(place + pair, places, mask=pair < s)
+    tl.store(order + places, pair.to(tl.int64), mask=pair < s)
 
 
 @triton_op("autopart::sort_by_expert", mutates_args=())
@@ -120,11 +102,11 @@ def _sort(ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, 
     given, block, s = ids.contiguous(), _block(experts), len(ids)
     blocks = -(-s // block["PAIRS"])
     counts = torch.empty(experts + 1, blocks, dtype=torch.int32, device=ids.device)
-    launch(kernels().count, blocks, given, counts, s, blocks, experts, **block)
+    launch(count, blocks, given, counts, s, blocks, experts, **block)
     ends = counts.view(-1).cumsum(0, dtype=torch.int32)
     bases = (ends - counts.view(-1)).view(experts + 1, blocks)
     order, place = torch.empty_like(given), torch.empty_like(given)
-    launch(kernels().put, blocks, given, bases, order, place, s, blocks, experts, **block)
+    launch(put, blocks, given, bases, order, place, s, blocks, experts, **block)
     return order, place, bases[:, 0].to(torch.int64)
 
 

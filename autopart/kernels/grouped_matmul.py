@@ -18,28 +18,22 @@ Sources: Gale et al., arXiv 2211.15841, for groups of uneven sizes without paddi
 Triton's tutorial on matrix products.
 """
 
-import functools
+from __future__ import annotations
+
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from autopart.kernels.ahead import Usage, compile_kernel
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.launch import TRITON_NAMES, launch, power_of_two, runs_on, triton_op
+from autopart.kernels.launch import TRITON_NAMES, interprets, jit, launch, power_of_two, runs_on, triton_op
 
-tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals
+tl: Any = None  # triton.language, which jit binds
 
 MAX_EXPERTS = 1023
 HEIGHT = 8
 """Tiles of rows whose programs run one after the other for all columns, so that weights stay in the cache."""
-
-
-class Kernels(NamedTuple):
-    """The ``triton.jit`` functions: y or dx, and dweight."""
-
-    rows: Any
-    weights: Any
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -135,7 +129,7 @@ def compile_ahead(
     signature = pointers | dict.fromkeys(integers, "i32")
     made = {}
     for name, inner, swapped in (("forward", k, "stride_k"), ("dx", n, "stride_n"), ("dweight", 0, "")):
-        kernel = kernels().rows if inner else kernels().weights
+        kernel = rows if inner else weights
         sizes = {"s": s, "n": n, "k": k, "x_stride": k, "dy_stride": n, "stride_e": n * k}
         sizes |= {"stride_k": n, "stride_n": k}
         aligned = {*pointers, *(key for key, value in sizes.items() if value % 16 == 0 and key != swapped)}
@@ -147,92 +141,74 @@ def compile_ahead(
     return made
 
 
-@functools.cache
-def kernels() -> Kernels:
-    """The ``triton.jit`` functions. The first call imports Triton, which reads TRITON_INTERPRET from the environment
-    then."""
-    global tl
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def rows(  # type: ignore[no-untyped-def]
-        x, weight, offsets, y, s, n, k, experts, x_stride, stride_e, stride_n, stride_k, EXPERTS: tl.constexpr,
-        HEIGHT: tl.constexpr, EVEN: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-        WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    ):  # fmt: skip
-        """y[r] = weight[e] x[r] by tiles of M rows of one expert and N columns."""
-        across = tl.cdiv(n, N)
-        first = tl.program_id(0) // (HEIGHT * across) * HEIGHT
-        within = tl.program_id(0) % (HEIGHT * across)
-        height = tl.minimum(tl.num_programs(0) // across - first, HEIGHT)
-        tile = first + within % height
-        e = tl.arange(0, EXPERTS)
-        starts = tl.load(offsets + e, mask=e <= experts, other=s).to(tl.int32)
-        ends = tl.load(offsets + e + 1, mask=e < experts, other=s).to(tl.int32)
-        tiles = (ends - starts + M - 1) // M
-        before = tl.cumsum(tiles, 0) - tiles
-        mine = (before <= tile) & (tile < before + tiles)
-        expert = tl.sum(tl.where(mine, e, 0), 0)
-        end = tl.sum(tl.where(mine, ends, 0), 0)
-        row = tl.sum(tl.where(mine, starts + (tile - before) * M, 0), 0) + tl.arange(0, M)
-        column = within // height * N + tl.arange(0, N)
-        inner = tl.arange(0, K)
-        wide_row = row.to(tl.int64)[:, None]
-        a = x + wide_row * x_stride + inner[None, :]
-        b = (
-            weight
-            + expert.to(tl.int64) * stride_e
-            + inner[:, None] * stride_k
-            + column[None, :].to(tl.int64) * stride_n
-        )
-        total = tl.zeros((M, N), tl.float32)
-        here, there = (row < end)[:, None], (column < n)[None, :]
-        for done in range(0, tl.where((expert < experts) & (end > 0), k, 0), K):
-            if EVEN:
-                left = tl.load(a, mask=here, other=0.0)
-                right = tl.load(b, mask=there, other=0.0)
-            else:
-                left = tl.load(a, mask=here & (inner < k - done)[None, :], other=0.0)
-                right = tl.load(b, mask=there & (inner < k - done)[:, None], other=0.0)
-            if WIDE:
-                left, right = left.to(tl.float32), right.to(tl.float32)
-            total = tl.dot(left, right, total, input_precision=PRECISION)
-            a += K
-            b += K * stride_k
-        tl.store(y + wide_row * n + column[None, :], total.to(y.dtype.element_ty), mask=here & there)
-
-    return Kernels(rows, _weights_kernel(triton))
+@jit
+def rows(  # type: ignore[no-untyped-def]
+    x, weight, offsets, y, s, n, k, experts, x_stride, stride_e, stride_n, stride_k, EXPERTS: tl.constexpr,
+    HEIGHT: tl.constexpr, EVEN: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y[r] = weight[e] x[r] by tiles of M rows of one expert and N columns."""
+    across = tl.cdiv(n, N)
+    first = tl.program_id(0) // (HEIGHT * across) * HEIGHT
+    within = tl.program_id(0) % (HEIGHT * across)
+    height = tl.minimum(tl.num_programs(0) // across - first, HEIGHT)
+    tile = first + within % height
+    e = tl.arange(0, EXPERTS)
+    starts = tl.load(offsets + e, mask=e <= experts, other=s).to(tl.int32)
+    ends = tl.load(offsets + e + 1, mask=e < experts, other=s).to(tl.int32)
+    tiles = (ends - starts + M - 1) // M
+    before = tl.cumsum(tiles, 0) - tiles
+    mine = (before <= tile) & (tile < before + tiles)
+    expert = tl.sum(tl.where(mine, e, 0), 0)
+    end = tl.sum(tl.where(mine, ends, 0), 0)
+    row = tl.sum(tl.where(mine, starts + (tile - before) * M, 0), 0) + tl.arange(0, M)
+    column = within // height * N + tl.arange(0, N)
+    inner = tl.arange(0, K)
+    wide_row = row.to(tl.int64)[:, None]
+    a = x + wide_row * x_stride + inner[None, :]
+    b = weight + expert.to(tl.int64) * stride_e + inner[:, None] * stride_k + column[None, :].to(tl.int64) * stride_n
+    total = tl.zeros((M, N), tl.float32)
+    here, there = (row < end)[:, None], (column < n)[None, :]
+    for done in range(0, tl.where((expert < experts) & (end > 0), k, 0), K):
+        if EVEN:
+            left = tl.load(a, mask=here, other=0.0)
+            right = tl.load(b, mask=there, other=0.0)
+        else:
+            left = tl.load(a, mask=here & (inner < k - done)[None, :], other=0.0)
+            right = tl.load(b, mask=there & (inner < k - done)[:, None], other=0.0)
+        if WIDE:
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+        a += K
+        b += K * stride_k
+    tl.store(y + wide_row * n + column[None, :], total.to(y.dtype.element_ty), mask=here & there)
 
 
-def _weights_kernel(triton: Any) -> Any:
-    @triton.jit
-    def weights(  # type: ignore[no-untyped-def]
-        dy, x, offsets, dweight, n, k, dy_stride, x_stride, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-        WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    ):  # fmt: skip
-        """dweight[e] by tiles of N x M elements, summed over K rows at a time."""
-        expert = tl.program_id(1)
-        across = tl.cdiv(k, M)
-        of_n = tl.program_id(0) // across * N + tl.arange(0, N)
-        of_k = tl.program_id(0) % across * M + tl.arange(0, M)
-        start = tl.load(offsets + expert).to(tl.int32)
-        end = tl.load(offsets + expert + 1).to(tl.int32)
-        total = tl.zeros((N, M), tl.float32)
-        for first in range(start, end, K):
-            row = first + tl.arange(0, K)
-            wide_row = row.to(tl.int64)
-            at = wide_row[None, :] * dy_stride + of_n[:, None]
-            left = tl.load(dy + at, mask=(of_n < n)[:, None] & (row < end)[None, :], other=0.0)
-            at = wide_row[:, None] * x_stride + of_k[None, :]
-            right = tl.load(x + at, mask=(row < end)[:, None] & (of_k < k)[None, :], other=0.0)
-            if WIDE:
-                left, right = left.to(tl.float32), right.to(tl.float32)
-            total = tl.dot(left, right, total, input_precision=PRECISION)
-        at = (expert.to(tl.int64) * n + of_n[:, None]) * k + of_k[None, :]
-        tl.store(dweight + at, total.to(dweight.dtype.element_ty), mask=(of_n < n)[:, None] & (of_k < k)[None, :])
-
-    return weights
+@jit
+def weights(  # type: ignore[no-untyped-def]
+    dy, x, offsets, dweight, n, k, dy_stride, x_stride, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dweight[e] by tiles of N x M elements, summed over K rows at a time."""
+    expert = tl.program_id(1)
+    across = tl.cdiv(k, M)
+    of_n = tl.program_id(0) // across * N + tl.arange(0, N)
+    of_k = tl.program_id(0) % across * M + tl.arange(0, M)
+    start = tl.load(offsets + expert).to(tl.int32)
+    end = tl.load(offsets + expert + 1).to(tl.int32)
+    total = tl.zeros((N, M), tl.float32)
+    for first in range(start, end, K):
+        row = first + tl.arange(0, K)
+        wide_row = row.to(tl.int64)
+        at = wide_row[None, :] * dy_stride + of_n[:, None]
+        left = tl.load(dy + at, mask=(of_n < n)[:, None] & (row < end)[None, :], other=0.0)
+        at = wide_row[:, None] * x_stride + of_k[None, :]
+        right = tl.load(x + at, mask=(row < end)[:, None] & (of_k < k)[None, :], other=0.0)
+        if WIDE:
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    at = (expert.to(tl.int64) * n + of_n[:, None]) * k + of_k[None, :]
+    tl.store(dweight + at, total.to(dweight.dtype.element_ty), mask=(of_n < n)[:, None] & (of_k < k)[None, :])
 
 
 @triton_op("autopart::grouped_matmul", mutates_args=())
@@ -251,7 +227,7 @@ def _backward(
     tile = _tile(len(x), experts, n, k, x.dtype)
     programs = -(-n // tile["N"]) * -(-k // tile["M"]), experts
     arguments = g, h, offsets, dweight, n, k, g.stride(0), h.stride(0)
-    launch(kernels().weights, programs, *arguments, **tile, **_precision(), num_warps=_warps(tile, x.dtype))
+    launch(weights, programs, *arguments, **tile, **_precision(), num_warps=_warps(tile, x.dtype))
     return _rows(g, weight.transpose(1, 2), offsets), dweight
 
 
@@ -264,7 +240,7 @@ def _rows(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch
     options = {"EXPERTS": power_of_two(experts + 1), "HEIGHT": HEIGHT, "EVEN": k % tile["K"] == 0, **tile}
     arguments = h, weight, offsets, y, len(x), n, k, experts, h.stride(0), *weight.stride()
     launch(
-        kernels().rows,
+        rows,
         tiles * -(-n // tile["N"]),
         *arguments,
         **options,
@@ -315,10 +291,8 @@ def _warps(tile: dict[str, int], dtype: torch.dtype) -> int:
 
 def _precision() -> dict[str, Any]:
     """How products of float32 are made; whether they are of float32 in any case, as Triton's interpreter needs it."""
-    import triton
-
     allowed = torch.get_float32_matmul_precision() != "highest"
-    return {"PRECISION": "tf32" if allowed else "ieee", "WIDE": not isinstance(kernels().rows, triton.JITFunction)}
+    return {"PRECISION": "tf32" if allowed else "ieee", "WIDE": interprets()}
 
 
 KERNEL = Kernel(

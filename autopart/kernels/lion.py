@@ -17,7 +17,8 @@ betas are those of all.
 Source: Chen et al., arXiv 2302.06675.
 """
 
-import functools
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,19 +27,21 @@ import torch
 from autopart.kernels import optimizer
 from autopart.kernels.ahead import Usage
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.many_tensors import Optional, Shard, compile_step, helpers, kernels_apply, launch_over, scaled
+from autopart.kernels.launch import jit
+from autopart.kernels.many_tensors import (
+    Optional,
+    Shard,
+    compile_step,
+    kernels_apply,
+    launch_over,
+    operand,
+    scaled,
+    shard_of,
+)
 
-tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals
-shard_of: Any
-operand: Any
+tl: Any = None  # triton.language, which jit binds
 
 SCALARS = ("beta1", "rest1", "beta2", "rest2")
-
-
-class Kernels(NamedTuple):
-    """The ``triton.jit`` function."""
-
-    step: Any
 
 
 class Rates(NamedTuple):
@@ -94,7 +97,7 @@ def lion_together(
 ) -> None:
     """One step of Lion of shards that the kernel takes (`kernels_apply`), whose states are master and mean."""
     numbers = [(1 - r.lr * r.decay, r.lr) for r in rates]
-    launch_over(kernels().step, shards, numbers, factor, (beta1, 1 - beta1, beta2, 1 - beta2))
+    launch_over(lion_kernel, shards, numbers, factor, (beta1, 1 - beta1, beta2, 1 - beta2))
 
 
 def bytes_moved(gradient: torch.Tensor, master: torch.Tensor, *rest: Any) -> Bytes:
@@ -107,49 +110,37 @@ def compile_ahead(
     capability: int, dtype: torch.dtype = torch.bfloat16, tensors: int = 256, aligned: bool = True
 ) -> dict[str, Usage]:
     """As AdamW's."""
-    return {"step": compile_step(kernels().step, capability, dtype, SCALARS, tensors, aligned)}
+    return {"step": compile_step(lion_kernel, capability, dtype, SCALARS, tensors, aligned)}
 
 
-@functools.cache
-def kernels() -> Kernels:
-    """The ``triton.jit`` function. The first call imports Triton, which reads TRITON_INTERPRET from the environment
-    then."""
-    global tl, shard_of, operand
-    import triton
-    import triton.language as tl
-
-    shard_of, operand = helpers()
-
-    @triton.jit
-    def lion(  # type: ignore[no-untyped-def]
-        table, rates, factor, tensors, beta1, rest1, beta2, rest2, GRADIENT: tl.constexpr, WEIGHT: tl.constexpr,
-        FACTOR: tl.constexpr, ALIGNMENT: tl.constexpr, TENSORS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        at, n, start, end = shard_of(table, tensors, ALIGNMENT, TENSORS, BLOCKS, BLOCK)
-        gradient = operand(table, 0, tensors, at, GRADIENT, ALIGNMENT)
-        master = operand(table, 1, tensors, at, tl.float32, ALIGNMENT)
-        mean = operand(table, 2, tensors, at, tl.float32, ALIGNMENT)
-        keep, rate = tl.load(rates + at), tl.load(rates + tensors + at)
+@jit
+def lion_kernel(  # type: ignore[no-untyped-def]
+    table, rates, factor, tensors, beta1, rest1, beta2, rest2, GRADIENT: tl.constexpr, WEIGHT: tl.constexpr,
+    FACTOR: tl.constexpr, ALIGNMENT: tl.constexpr, TENSORS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at, n, start, end = shard_of(table, tensors, ALIGNMENT, TENSORS, BLOCKS, BLOCK)
+    gradient = operand(table, 0, tensors, at, GRADIENT, ALIGNMENT)
+    master = operand(table, 1, tensors, at, tl.float32, ALIGNMENT)
+    mean = operand(table, 2, tensors, at, tl.float32, ALIGNMENT)
+    keep, rate = tl.load(rates + at), tl.load(rates + tensors + at)
+    if FACTOR:
+        scale = tl.load(factor).to(tl.float32)
+    if WEIGHT is not None:
+        weight = operand(table, 3, tensors, at, WEIGHT, ALIGNMENT)
+    for block in range(start, end):
+        place = block * BLOCK + tl.arange(0, BLOCK)
+        here = place < n
+        g = tl.load(gradient + place, mask=here, other=0.0).to(tl.float32)
         if FACTOR:
-            scale = tl.load(factor).to(tl.float32)
+            g *= scale
+        w = tl.load(master + place, mask=here, other=0.0)
+        m = tl.load(mean + place, mask=here, other=0.0)
+        towards = beta1 * m + rest1 * g
+        w = w * keep - rate * tl.where(towards > 0, 1.0, tl.where(towards < 0, -1.0, 0.0))
+        tl.store(master + place, w, mask=here)
+        tl.store(mean + place, beta2 * m + rest2 * g, mask=here)
         if WEIGHT is not None:
-            weight = operand(table, 3, tensors, at, WEIGHT, ALIGNMENT)
-        for block in range(start, end):
-            place = block * BLOCK + tl.arange(0, BLOCK)
-            here = place < n
-            g = tl.load(gradient + place, mask=here, other=0.0).to(tl.float32)
-            if FACTOR:
-                g *= scale
-            w = tl.load(master + place, mask=here, other=0.0)
-            m = tl.load(mean + place, mask=here, other=0.0)
-            towards = beta1 * m + rest1 * g
-            w = w * keep - rate * tl.where(towards > 0, 1.0, tl.where(towards < 0, -1.0, 0.0))
-            tl.store(master + place, w, mask=here)
-            tl.store(mean + place, beta2 * m + rest2 * g, mask=here)
-            if WEIGHT is not None:
-                tl.store(weight + place, w.to(WEIGHT), mask=here)
-
-    return Kernels(lion)
+            tl.store(weight + place, w.to(WEIGHT), mask=here)
 
 
 KERNEL = Kernel(

@@ -4,7 +4,8 @@ Program p of a launch works on CHUNK elements of one tensor. Of T tensors the ta
 numbers each: the first program of every tensor, its elements, and one row of addresses for each operand of the kernel.
 """
 
-import functools
+from __future__ import annotations
+
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -12,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 
 from autopart.kernels.ahead import Usage, compile_kernel
-from autopart.kernels.launch import TRITON_NAMES, launch, power_of_two, runs_on
+from autopart.kernels.launch import TRITON_NAMES, jit, launch, power_of_two, runs_on
 
-tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals
+tl: Any = None  # triton.language, which jit binds
 
 BLOCK = 1024
 """Elements that a program holds at once."""
@@ -25,13 +26,6 @@ ALIGNMENT = 16
 """Bytes, and elements, that tensors are multiples of where a thread loads several elements at once."""
 
 Optional = torch.Tensor | None
-
-
-class Helpers(NamedTuple):
-    """The ``triton.jit`` functions that kernels over many tensors call."""
-
-    shard_of: Any
-    operand: Any
 
 
 class Shard(NamedTuple):
@@ -138,34 +132,25 @@ def scaled(gradient: torch.Tensor, master: torch.Tensor, factor: Optional) -> to
     return g if factor is None else g * factor.reshape(())
 
 
-@functools.cache
-def helpers() -> Helpers:
-    """The ``triton.jit`` functions. The first call imports Triton, which reads TRITON_INTERPRET from the environment
-    then."""
-    global tl
-    import triton
-    import triton.language as tl
+@jit
+def shard_of(  # type: ignore[no-untyped-def]
+    table, tensors, ALIGNMENT: tl.constexpr, TENSORS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """This program's tensor, the tensor's elements, and which blocks of them are this program's."""
+    program = tl.program_id(0)
+    others = tl.arange(0, TENSORS)
+    firsts = tl.load(table + others, mask=others < tensors, other=1 << 62)
+    at = tl.sum((firsts <= program).to(tl.int32), 0) - 1
+    n = tl.multiple_of(tl.load(table + tensors + at), ALIGNMENT)
+    start = (program - tl.load(table + at)) * BLOCKS
+    return at, n, start, tl.minimum(start + BLOCKS, tl.cdiv(n, BLOCK))
 
-    @triton.jit
-    def shard_of(  # type: ignore[no-untyped-def]
-        table, tensors, ALIGNMENT: tl.constexpr, TENSORS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr
-    ):
-        """This program's tensor, the tensor's elements, and which blocks of them are this program's."""
-        program = tl.program_id(0)
-        others = tl.arange(0, TENSORS)
-        firsts = tl.load(table + others, mask=others < tensors, other=1 << 62)
-        at = tl.sum((firsts <= program).to(tl.int32), 0) - 1
-        n = tl.multiple_of(tl.load(table + tensors + at), ALIGNMENT)
-        start = (program - tl.load(table + at)) * BLOCKS
-        return at, n, start, tl.minimum(start + BLOCKS, tl.cdiv(n, BLOCK))
 
-    @triton.jit
-    def operand(table, row, tensors, at, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr):  # type: ignore[no-untyped-def]
-        """The pointer to an operand of this program's tensor, operand 0 being the gradient."""
-        address = tl.load(table + (2 + row) * tensors + at)
-        return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), ALIGNMENT)
-
-    return Helpers(shard_of, operand)
+@jit
+def operand(table, row, tensors, at, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The pointer to an operand of this program's tensor, operand 0 being the gradient."""
+    address = tl.load(table + (2 + row) * tensors + at)
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), ALIGNMENT)
 
 
 def compile_step(

@@ -16,7 +16,8 @@ about three times as much. t, lr and decay are a tensor's own, the betas and eps
 Sources: Loshchilov & Hutter, arXiv 1711.05101; torch.optim.AdamW for the order of the operations and the place of eps.
 """
 
-import functools
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,19 +25,21 @@ import torch
 
 from autopart.kernels.ahead import Usage
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.many_tensors import Optional, Shard, compile_step, helpers, kernels_apply, launch_over, scaled
+from autopart.kernels.launch import jit
+from autopart.kernels.many_tensors import (
+    Optional,
+    Shard,
+    compile_step,
+    kernels_apply,
+    launch_over,
+    operand,
+    scaled,
+    shard_of,
+)
 
-tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals
-shard_of: Any
-operand: Any
+tl: Any = None  # triton.language, which jit binds
 
 SCALARS = ("beta1", "rest1", "beta2", "rest2", "eps")
-
-
-class Kernels(NamedTuple):
-    """The ``triton.jit`` function."""
-
-    step: Any
 
 
 class Rates(NamedTuple):
@@ -108,7 +111,7 @@ def adamw_together(
 ) -> None:
     """One step of AdamW of shards that the kernel takes (`kernels_apply`), whose states are master, mean and square."""
     numbers = [(1 - r.lr * r.decay, r.lr / (1 - beta1**r.t), (1 - beta2**r.t) ** 0.5) for r in rates]
-    launch_over(kernels().step, shards, numbers, factor, (beta1, 1 - beta1, beta2, 1 - beta2, eps))
+    launch_over(adamw_kernel, shards, numbers, factor, (beta1, 1 - beta1, beta2, 1 - beta2, eps))
 
 
 def bytes_moved(gradient: torch.Tensor, master: torch.Tensor, *rest: Any) -> Bytes:
@@ -127,54 +130,42 @@ def compile_ahead(
 ) -> dict[str, Usage]:
     """Compile the kernel over so many tensors, with gradients and weights of ``dtype`` and a factor, for compute
     capability ``capability`` (90 for 9.0)."""
-    return {"step": compile_step(kernels().step, capability, dtype, SCALARS, tensors, aligned)}
+    return {"step": compile_step(adamw_kernel, capability, dtype, SCALARS, tensors, aligned)}
 
 
-@functools.cache
-def kernels() -> Kernels:
-    """The ``triton.jit`` function. The first call imports Triton, which reads TRITON_INTERPRET from the environment
-    then."""
-    global tl, shard_of, operand
-    import triton
-    import triton.language as tl
-
-    shard_of, operand = helpers()
-
-    @triton.jit
-    def adamw(  # type: ignore[no-untyped-def]
-        table, rates, factor, tensors, beta1, rest1, beta2, rest2, eps, GRADIENT: tl.constexpr, WEIGHT: tl.constexpr,
-        FACTOR: tl.constexpr, ALIGNMENT: tl.constexpr, TENSORS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        at, n, start, end = shard_of(table, tensors, ALIGNMENT, TENSORS, BLOCKS, BLOCK)
-        gradient = operand(table, 0, tensors, at, GRADIENT, ALIGNMENT)
-        master = operand(table, 1, tensors, at, tl.float32, ALIGNMENT)
-        mean = operand(table, 2, tensors, at, tl.float32, ALIGNMENT)
-        square = operand(table, 3, tensors, at, tl.float32, ALIGNMENT)
-        keep, rate = tl.load(rates + at), tl.load(rates + tensors + at)
-        root = tl.load(rates + 2 * tensors + at)
+@jit
+def adamw_kernel(  # type: ignore[no-untyped-def]
+    table, rates, factor, tensors, beta1, rest1, beta2, rest2, eps, GRADIENT: tl.constexpr, WEIGHT: tl.constexpr,
+    FACTOR: tl.constexpr, ALIGNMENT: tl.constexpr, TENSORS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at, n, start, end = shard_of(table, tensors, ALIGNMENT, TENSORS, BLOCKS, BLOCK)
+    gradient = operand(table, 0, tensors, at, GRADIENT, ALIGNMENT)
+    master = operand(table, 1, tensors, at, tl.float32, ALIGNMENT)
+    mean = operand(table, 2, tensors, at, tl.float32, ALIGNMENT)
+    square = operand(table, 3, tensors, at, tl.float32, ALIGNMENT)
+    keep, rate = tl.load(rates + at), tl.load(rates + tensors + at)
+    root = tl.load(rates + 2 * tensors + at)
+    if FACTOR:
+        scale = tl.load(factor).to(tl.float32)
+    if WEIGHT is not None:
+        weight = operand(table, 4, tensors, at, WEIGHT, ALIGNMENT)
+    for block in range(start, end):
+        place = block * BLOCK + tl.arange(0, BLOCK)
+        here = place < n
+        g = tl.load(gradient + place, mask=here, other=0.0).to(tl.float32)
         if FACTOR:
-            scale = tl.load(factor).to(tl.float32)
+            g *= scale
+        w = tl.load(master + place, mask=here, other=0.0)
+        m = tl.load(mean + place, mask=here, other=0.0)
+        v = tl.load(square + place, mask=here, other=0.0)
+        m = tl.where(rest1 < 0.5, m + rest1 * (g - m), g - beta1 * (g - m))
+        v = v * beta2 + rest2 * g * g
+        w = w * keep - rate * m / (tl.sqrt_rn(v) / root + eps)
+        tl.store(master + place, w, mask=here)
+        tl.store(mean + place, m, mask=here)
+        tl.store(square + place, v, mask=here)
         if WEIGHT is not None:
-            weight = operand(table, 4, tensors, at, WEIGHT, ALIGNMENT)
-        for block in range(start, end):
-            place = block * BLOCK + tl.arange(0, BLOCK)
-            here = place < n
-            g = tl.load(gradient + place, mask=here, other=0.0).to(tl.float32)
-            if FACTOR:
-                g *= scale
-            w = tl.load(master + place, mask=here, other=0.0)
-            m = tl.load(mean + place, mask=here, other=0.0)
-            v = tl.load(square + place, mask=here, other=0.0)
-            m = tl.where(rest1 < 0.5, m + rest1 * (g - m), g - beta1 * (g - m))
-            v = v * beta2 + rest2 * g * g
-            w = w * keep - rate * m / (tl.sqrt_rn(v) / root + eps)
-            tl.store(master + place, w, mask=here)
-            tl.store(mean + place, m, mask=here)
-            tl.store(square + place, v, mask=here)
-            if WEIGHT is not None:
-                tl.store(weight + place, w.to(WEIGHT), mask=here)
-
-    return Kernels(adamw)
+            tl.store(weight + place, w.to(WEIGHT), mask=here)
 
 
 KERNEL = Kernel(

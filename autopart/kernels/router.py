@@ -15,32 +15,22 @@ logit and w bytes of a weight the least traffic in bytes is
 Source: Jiang et al., arXiv 2401.04088 (Mixtral's router).
 """
 
-import functools
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
-from autopart.kernels.ahead import Usage, compile_kernel
+from autopart.kernels.ahead import Usage, compile_kernels
 from autopart.kernels.kernel import Bytes, Kernel
-from autopart.kernels.launch import TRITON_NAMES, as_rows, launch, power_of_two, runs_on, triton_op
+from autopart.kernels.launch import TRITON_NAMES, as_rows, jit, launch, power_of_two, runs_on, triton_op
 
-tl: Any  # bound by kernels(): Triton's interpreter looks for its language among a kernel's globals
-probabilities: Any
-best_of: Any
+tl: Any = None  # triton.language, which jit binds
 
 MAX_EXPERTS = 1024
 ELEMENTS = 512
 """Logits that a Triton program takes at a time."""
-
-
-class Kernels(NamedTuple):
-    """The ``triton.jit`` functions: two kernels, and what `autopart.kernels.expert_load` shares with them."""
-
-    route: Any
-    route_backward: Any
-    probabilities: Any
-    best_of: Any
 
 
 def reference(
@@ -84,12 +74,11 @@ def compile_ahead(
 ) -> dict[str, Usage]:
     """Compile both kernels with renormalisation, for float32 weights and compute capability ``capability`` (90 for
     9.0)."""
-    names = "route", "route_backward"
-    return compile_rows({name: getattr(kernels(), name) for name in names}, capability, experts, k, dtype)
+    return compile_rows((route_kernel, route_backward_kernel), capability, experts, k, dtype)
 
 
 def compile_rows(
-    functions: Mapping[str, Any], capability: int, experts: int, k: int, dtype: torch.dtype
+    functions: Iterable[Any], capability: int, experts: int, k: int, dtype: torch.dtype
 ) -> dict[str, Usage]:
     """Compile kernels whose arguments have the names of the router's."""
     signature = dict.fromkeys(("logits", "dlogits"), f"*{TRITON_NAMES[dtype]}") | {"ids": "*i64"}
@@ -97,87 +86,69 @@ def compile_rows(
     aligned = set(signature)
     signature |= dict.fromkeys(("rows", "experts", "stride"), "i32")
     constexprs = {**block(experts), "K": k, "TOP": power_of_two(k), "RENORMALISE": True, "MASK": True}
-    return {
-        name: compile_kernel(kernel, signature, constexprs, capability, 4, aligned)
-        for name, kernel in functions.items()
-    }
+    return compile_kernels(functions, signature, constexprs, capability, aligned=aligned)
 
 
-@functools.cache
-def kernels() -> Kernels:
-    """The ``triton.jit`` functions. The first call imports Triton, which reads TRITON_INTERPRET from the environment
-    then."""
-    global tl, probabilities, best_of
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def probabilities(logits, stride, row, expert, rows, experts):  # type: ignore[no-untyped-def]
-        """Softmax in float32, of zeros in rows that are not there."""
-        here = (row < rows)[:, None] & (expert < experts)[None, :]
-        other = tl.where(expert < experts, 0.0, -float("inf"))[None, :]
-        value = tl.load(logits + row[:, None] * stride + expert[None, :], mask=here, other=0.0).to(tl.float32) + other
-        value = tl.exp(value - tl.max(value, 1)[:, None])
-        return value / tl.sum(value, 1)[:, None]
-
-    @triton.jit
-    def best_of(left, expert, EXPERTS: tl.constexpr):  # type: ignore[no-untyped-def]
-        """The lowest number among the greatest elements of every row."""
-        return tl.min(tl.where(left == tl.max(left, 1)[:, None], expert[None, :], EXPERTS), 1)
-
-    return Kernels(_route_kernel(triton), _route_backward_kernel(triton), probabilities, best_of)
+@jit
+def probabilities(logits, stride, row, expert, rows, experts):  # type: ignore[no-untyped-def]
+    """Softmax in float32, of zeros in rows that are not there."""
+    here = (row < rows)[:, None] & (expert < experts)[None, :]
+    other = tl.where(expert < experts, 0.0, -float("inf"))[None, :]
+    value = tl.load(logits + row[:, None] * stride + expert[None, :], mask=here, other=0.0).to(tl.float32) + other
+    value = tl.exp(value - tl.max(value, 1)[:, None])
+    return value / tl.sum(value, 1)[:, None]
 
 
-def _route_kernel(triton: Any) -> Any:
-    @triton.jit
-    def route(  # type: ignore[no-untyped-def]
-        logits, weights, ids, stride, rows, experts, K: tl.constexpr, TOP: tl.constexpr, RENORMALISE: tl.constexpr,
-        ROWS: tl.constexpr, EXPERTS: tl.constexpr,
-    ):  # fmt: skip
-        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        expert, place = tl.arange(0, EXPERTS), tl.arange(0, TOP)
-        p = probabilities(logits, stride, row, expert, rows, experts)
-        left = tl.where(expert[None, :] < experts, tl.where(p == p, p, 2.0), -1.0)  # rows of nan choose 0, 1, ...
-        chosen = tl.zeros((ROWS, TOP), tl.float32)
-        for j in range(K):
-            best = best_of(left, expert, EXPERTS)
-            hit = expert[None, :] == best[:, None]
-            left = tl.where(hit, -1.0, left)
-            value = tl.sum(tl.where(hit, p, 0.0), 1)
-            chosen = tl.where(place[None, :] == j, value[:, None], chosen)
-            tl.store(ids + row * K + j, best.to(tl.int64), mask=row < rows)
-        if RENORMALISE:
-            chosen = chosen / tl.sum(chosen, 1)[:, None]
-        here = (row < rows)[:, None] & (place < K)[None, :]
-        tl.store(weights + row[:, None] * K + place[None, :], chosen.to(weights.dtype.element_ty), mask=here)
-
-    return route
+@jit
+def best_of(left, expert, EXPERTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The lowest number among the greatest elements of every row."""
+    return tl.min(tl.where(left == tl.max(left, 1)[:, None], expert[None, :], EXPERTS), 1)
 
 
-def _route_backward_kernel(triton: Any) -> Any:
-    @triton.jit
-    def route_backward(  # type: ignore[no-untyped-def]
-        dweights, logits, ids, dlogits, stride, rows, experts, K: tl.constexpr, RENORMALISE: tl.constexpr,
-        ROWS: tl.constexpr, EXPERTS: tl.constexpr,
-    ):  # fmt: skip
-        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        expert = tl.arange(0, EXPERTS)
-        p = probabilities(logits, stride, row, expert, rows, experts)
-        g, chosen = tl.zeros((ROWS, EXPERTS), tl.float32), tl.zeros((ROWS, EXPERTS), tl.float32)
-        for j in range(K):
-            best = tl.load(ids + row * K + j, mask=row < rows, other=0)
-            hit = expert[None, :] == best[:, None]
-            g += tl.where(hit, tl.load(dweights + row * K + j, mask=row < rows, other=0.0).to(tl.float32)[:, None], 0.0)
-            chosen += tl.where(hit, 1.0, 0.0)
-        if RENORMALISE:
-            p = tl.where(chosen > 0, p, 0.0)
-            p = p / tl.sum(p, 1)[:, None]
-        g = p * (g - tl.sum(g * p, 1)[:, None])
-        here = (row < rows)[:, None] & (expert < experts)[None, :]
-        at = dlogits + row[:, None] * experts + expert[None, :]
-        tl.store(at, g.to(dlogits.dtype.element_ty), mask=here)
+@jit
+def route_kernel(  # type: ignore[no-untyped-def]
+    logits, weights, ids, stride, rows, experts, K: tl.constexpr, TOP: tl.constexpr, RENORMALISE: tl.constexpr,
+    ROWS: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    expert, place = tl.arange(0, EXPERTS), tl.arange(0, TOP)
+    p = probabilities(logits, stride, row, expert, rows, experts)
+    left = tl.where(expert[None, :] < experts, tl.where(p == p, p, 2.0), -1.0)  # rows of nan choose 0, 1, ...
+    chosen = tl.zeros((ROWS, TOP), tl.float32)
+    for j in range(K):
+        best = best_of(left, expert, EXPERTS)
+        hit = expert[None, :] == best[:, None]
+        left = tl.where(hit, -1.0, left)
+        value = tl.sum(tl.where(hit, p, 0.0), 1)
+        chosen = tl.where(place[None, :] == j, value[:, None], chosen)
+        tl.store(ids + row * K + j, best.to(tl.int64), mask=row < rows)
+    if RENORMALISE:
+        chosen = chosen / tl.sum(chosen, 1)[:, None]
+    here = (row < rows)[:, None] & (place < K)[None, :]
+    tl.store(weights + row[:, None] * K + place[None, :], chosen.to(weights.dtype.element_ty), mask=here)
 
-    return route_backward
+
+@jit
+def route_backward_kernel(  # type: ignore[no-untyped-def]
+    dweights, logits, ids, dlogits, stride, rows, experts, K: tl.constexpr, RENORMALISE: tl.constexpr,
+    ROWS: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    expert = tl.arange(0, EXPERTS)
+    p = probabilities(logits, stride, row, expert, rows, experts)
+    g, chosen = tl.zeros((ROWS, EXPERTS), tl.float32), tl.zeros((ROWS, EXPERTS), tl.float32)
+    for j in range(K):
+        best = tl.load(ids + row * K + j, mask=row < rows, other=0)
+        hit = expert[None, :] == best[:, None]
+        g += tl.where(hit, tl.load(dweights + row * K + j, mask=row < rows, other=0.0).to(tl.float32)[:, None], 0.0)
+        chosen += tl.where(hit, 1.0, 0.0)
+    if RENORMALISE:
+        p = tl.where(chosen > 0, p, 0.0)
+        p = p / tl.sum(p, 1)[:, None]
+    g = p * (g - tl.sum(g * p, 1)[:, None])
+    here = (row < rows)[:, None] & (expert < experts)[None, :]
+    at = dlogits + row[:, None] * experts + expert[None, :]
+    tl.store(at, g.to(dlogits.dtype.element_ty), mask=here)
 
 
 @triton_op("autopart::route", mutates_args=())
@@ -188,7 +159,7 @@ def _route(logits: torch.Tensor, k: int, renormalise: bool, dtype: torch.dtype) 
     tile = block(experts)
     options = {"K": k, "TOP": power_of_two(k), "RENORMALISE": renormalise}
     programs = -(-len(h) // tile["ROWS"])
-    launch(kernels().route, programs, h, weights, ids, h.stride(0), len(h), experts, **options, **tile)
+    launch(route_kernel, programs, h, weights, ids, h.stride(0), len(h), experts, **options, **tile)
     return weights, ids
 
 
@@ -198,7 +169,7 @@ def _route_backward(dweights: torch.Tensor, logits: torch.Tensor, ids: torch.Ten
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     tile = block(experts)
     arguments = dweights.contiguous(), h, ids, dlogits, h.stride(0), len(h), experts
-    launch(kernels().route_backward, -(-len(h) // tile["ROWS"]), *arguments, K=k, RENORMALISE=renormalise, **tile)
+    launch(route_backward_kernel, -(-len(h) // tile["ROWS"]), *arguments, K=k, RENORMALISE=renormalise, **tile)
     return dlogits
 
 
