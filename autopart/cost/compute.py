@@ -1,7 +1,5 @@
 """Seconds of operators on one device, and bytes of the gradients in their backward."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Training's state, messages and updates of each parameter, in bytes and seconds."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ Such a function may be traced only if its backward is the derivative of its forw
 at the call's own sizes where it has few elements, else at small sizes in place of large ones.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass

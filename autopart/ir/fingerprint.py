@@ -1,7 +1,5 @@
 """Fingerprints: text of what a graph computes, the same for every batch size and for every number of traced blocks."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Mapping

@@ -239,14 +239,8 @@ def _rows(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch
     tiles = len(x) // tile["M"] + experts + 1
     options = {"EXPERTS": power_of_two(experts + 1), "HEIGHT": HEIGHT, "EVEN": k % tile["K"] == 0, **tile}
     arguments = h, weight, offsets, y, len(x), n, k, experts, h.stride(0), *weight.stride()
-    launch(
-        rows,
-        tiles * -(-n // tile["N"]),
-        *arguments,
-        **options,
-        **_precision(),
-        num_warps=_warps(tile, x.dtype),
-    )
+    programs = tiles * -(-n // tile["N"])
+    launch(rows, programs, *arguments, **options, **_precision(), num_warps=_warps(tile, x.dtype))
     return y
 
 

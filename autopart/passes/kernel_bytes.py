@@ -1,7 +1,5 @@
 """Bytes of a fused kernel on a rank, besides its operands and results: temporaries, and passes besides its products."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,8 +1,6 @@
 """The records that `partition` makes and that `price_stage` and `emit` read: the graph of a stage, the values that the
 stage sends and receives, the memory that autograd saves in it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

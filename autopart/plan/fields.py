@@ -1,7 +1,5 @@
 """The fields of a plan: what was decided, and what it costs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """A plan as text: its configuration, why it was chosen, and its stages with every block once."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping
 

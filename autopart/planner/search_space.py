@@ -1,7 +1,5 @@
 """All plans that a request allows: tables, prices, solutions and bounds, each computed once."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial

@@ -4,8 +4,6 @@ The receives of a computation are posted before the computation in front of it b
 messages travel while the stage computes.
 """
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence

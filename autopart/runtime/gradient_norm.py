@@ -1,7 +1,5 @@
 """The norm of all gradients of a model that lies on several ranks, and clipping by it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

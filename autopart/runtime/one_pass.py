@@ -5,8 +5,6 @@ The optimizer stays torch's: its groups are read in every step, its states are c
 what they see without the kernel, whose states go on with torch's step and the other way round.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """What one rank has of a model: its stage, and its shares of weights, buffers and the training state."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """How weights are updated: what is done to complete gradients before the optimizer steps."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple

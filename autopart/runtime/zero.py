@@ -14,8 +14,6 @@ may step master copies of weights in a wider dtype.
   communicator of their own, so that no gathered weight waits for them.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace

@@ -5,8 +5,6 @@ the plan's decisions and priced node by node. The bytes of a stage are those of 
 (`cost.liveness`). Strategies are looked up in the rules.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping

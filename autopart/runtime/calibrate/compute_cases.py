@@ -1,7 +1,5 @@
 """What every rank computes by itself in a calibration: products, attention, operators, optimizers."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
