@@ -20,12 +20,12 @@ Source: Chen et al., arXiv 2302.06675.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from autopart.kernels import optimizer
-from autopart.kernels.ahead import Usage
 from autopart.kernels.kernel import Bytes, Kernel
 from autopart.kernels.launch import jit
 from autopart.kernels.many_tensors import (
@@ -106,13 +106,6 @@ def bytes_moved(gradient: torch.Tensor, master: torch.Tensor, *rest: Any) -> Byt
     return Bytes(master.numel() * (gradient.itemsize + 16 + (0 if weight is None else weight.itemsize)), 0)
 
 
-def compile_ahead(
-    capability: int, dtype: torch.dtype = torch.bfloat16, tensors: int = 256, aligned: bool = True
-) -> dict[str, Usage]:
-    """As AdamW's."""
-    return {"step": compile_step(lion_kernel, capability, dtype, SCALARS, tensors, aligned)}
-
-
 @jit
 def lion_kernel(  # type: ignore[no-untyped-def]
     table, rates, factor, tensors, beta1, rest1, beta2, rest2, GRADIENT: tl.constexpr, WEIGHT: tl.constexpr,
@@ -149,6 +142,6 @@ KERNEL = Kernel(
     rule="..., ..., ..., ..., -> -",
     kept=optimizer.kept,
     bytes_moved=bytes_moved,
-    ahead=compile_ahead,
+    ahead=partial(compile_step, lion_kernel, SCALARS),
     shapes=optimizer.KERNEL.shapes,
 )

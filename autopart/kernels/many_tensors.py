@@ -154,10 +154,17 @@ def operand(table, row, tensors, at, DTYPE: tl.constexpr, ALIGNMENT: tl.constexp
 
 
 def compile_step(
-    kernel: Any, capability: int, dtype: torch.dtype, scalars: Sequence[str], tensors: int = 64, aligned: bool = True
-) -> Usage:
-    """Compile the kernel of an optimizer, over gradients and weights of ``dtype``, with a factor."""
+    kernel: Any,
+    scalars: Sequence[str],
+    capability: int,
+    dtype: torch.dtype = torch.bfloat16,
+    tensors: int = 256,
+    aligned: bool = True,
+) -> dict[str, Usage]:
+    """Compile the kernel of an optimizer over so many tensors, with gradients and weights of ``dtype`` and a factor,
+    for compute capability ``capability`` (90 for 9.0)."""
     signature = {"table": "*i64", "rates": "*fp32", "factor": "*fp64", "tensors": "i32"}
     signature |= dict.fromkeys(scalars, "fp32")
     options = constexprs(dtype, dtype, tensors, True, aligned)
-    return compile_kernel(kernel, signature, options, capability, 4, {"table", "rates", "factor", "tensors"})
+    aligned_names = {"table", "rates", "factor", "tensors"}
+    return {"step": compile_kernel(kernel, signature, options, capability, 4, aligned_names)}

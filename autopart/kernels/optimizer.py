@@ -19,11 +19,11 @@ Sources: Loshchilov & Hutter, arXiv 1711.05101; torch.optim.AdamW for the order 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from autopart.kernels.ahead import Usage
 from autopart.kernels.kernel import Bytes, Kernel
 from autopart.kernels.launch import jit
 from autopart.kernels.many_tensors import (
@@ -125,14 +125,6 @@ def kept(arguments: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> tuple
     return ()
 
 
-def compile_ahead(
-    capability: int, dtype: torch.dtype = torch.bfloat16, tensors: int = 256, aligned: bool = True
-) -> dict[str, Usage]:
-    """Compile the kernel over so many tensors, with gradients and weights of ``dtype`` and a factor, for compute
-    capability ``capability`` (90 for 9.0)."""
-    return {"step": compile_step(adamw_kernel, capability, dtype, SCALARS, tensors, aligned)}
-
-
 @jit
 def adamw_kernel(  # type: ignore[no-untyped-def]
     table, rates, factor, tensors, beta1, rest1, beta2, rest2, eps, GRADIENT: tl.constexpr, WEIGHT: tl.constexpr,
@@ -174,6 +166,6 @@ KERNEL = Kernel(
     rule="..., ..., ..., ..., ..., -> -",
     kept=kept,
     bytes_moved=bytes_moved,
-    ahead=compile_ahead,
+    ahead=partial(compile_step, adamw_kernel, SCALARS),
     shapes={"Llama-3-8B": {"tensors": 291}, "GPT-2 XL": {"tensors": 580}},
 )
