@@ -1,7 +1,8 @@
 """Settings of the whole test suite, made before anything imports torch or transformers.
 
 Where the time goes: CPU seconds (user and system, of a test and its children) of a whole run on two slow cores, 2,064
-in all and 19 minutes. Two cores that import torch in 1.4 seconds take 6 minutes and 27 seconds.
+in all and 19 minutes, before equal models were traced once and processes were forks. Two cores that import torch in 1.4
+seconds took 6 minutes and 27 seconds.
 
     122  sharding/test_proof.py
     115  planner/test_explain.py
@@ -16,12 +17,15 @@ in all and 19 minutes. Two cores that import torch in 1.4 seconds take 6 minutes
     42   compile/test_structure.py and planner/test_solvers.py
     36   runtime/test_failure.py, sharding/test_rules.py, planner/test_plan.py, frontend/test_exporting.py and others
 
-What is dear is to import torch (4) or transformers (6 more), to trace a transformer (0.5 to 2 for each dtype and
-micro-batch size, twice that where `frontend/functionalize.py` leaves it to torch) and to start ranks. Trace once for
-many plans (`support/models.py` keeps what any test has traced of its models); fork ranks from the server that has
-imported them (`support/ranks.py`), and share what was traced and planned before. A test of more than about 2 CPU
-seconds is `slow`, so that `make quick` leaves it out. Where AUTOPART_EXAMPLES is set, to a number of random models,
-tests that take a sample by default, of random models or of the rows of a table, try all they have.
+What is dear is to import torch (2) or transformers and autopart (3 more), to trace a model (0.2 to 2 for each dtype and
+micro-batch size, twice that where `frontend/functionalize.py` leaves it to torch: of a test that compiles a program,
+nine tenths), and to start ranks. So trace once for many plans: `support/models.py` keeps what any test has traced of
+its models, and under the fixture `traced_once` equal models of a file are traced once. Fork ranks, and whatever needs a
+process of its own, from the server that has imported what they need (`support/ranks.py`), and share what was traced and
+planned before. Kernels are interpreted by forks too (`support/interpreted.py`): 60 CPU seconds for all files, and no
+more 4 for the imports of each. A test of more than about 2 CPU seconds is `slow`, so that `make quick` leaves it out.
+Where AUTOPART_EXAMPLES is set, to a number of random models, tests that take a sample by default, of random models or
+of the rows of a table, try all they have.
 """
 
 import gc

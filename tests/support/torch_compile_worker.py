@@ -17,6 +17,7 @@ from traces import traced_once
 
 import autopart
 from autopart.compile.check import worst_error
+from autopart.compile.variants import variant
 from autopart.hardware.mesh import Mesh
 from autopart.passes.source import Source
 from autopart.planner.make_plan import make_plan, request_of
@@ -119,12 +120,14 @@ def be_a_rank(table: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
 
 def train(table: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """`be_a_rank` on four forks of this process, which has traced for their plans."""
+    """`be_a_rank` on four forks of this process, which has traced for them."""
     torch.set_num_threads(1)
     with traced_once():
         for settings in table:
             request = request_of(made(Model), BATCHES[0], nodes=5, **settings)
             source = Source.of(made(Model), BATCHES[0], request)
             plan = make_plan(source, Mesh.of("4:cpu"), request, to_run=True)
-            source.full(plan.micro_batch, plan.mesh)
+            layered = source.full(plan.micro_batch, plan.mesh)
+            for batch, mode in ((BATCHES[1], None), (BATCHES[0], ())):
+                variant(source, plan, layered, plan.dp, 0, lambda make: make(), batch, len(batch["ids"]), mode)
         run_forked(partial(be_a_rank, table, folder), 4)
