@@ -82,9 +82,8 @@ class Fingerprints:
         The row counts: a tensor that is copied once for every sample has as many parts as there are samples.
         """
         record = info(node)
-        given = _without_sizes(record.name, tuple(node.args)), node.kwargs
+        given = without_floats(record.name, _without_sizes(record.name, tuple(node.args)), node.kwargs)
         args, kwargs = fx.map_arg(given, lambda n: Token(tokens[n]))  # type: ignore[arg-type,return-value]
-        args, kwargs = without_floats(record.name, args, kwargs)
         about = (
             *(record.name, relative(args, label), kwargs, self.sizes(node), record.dtypes, record.grad),
             row_of(record.name, shape_args(node), record.shapes),

@@ -326,7 +326,10 @@ PUBLISHED_SETTINGS: Mapping[str, tuple[Mapping[str, Any], str]] = {
         {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ATTENTION_KINDS}},
         "rope_parameters: none for its kinds of layers by default",
     ),
-    "dbrx": ({"attn_config": {"kv_n_heads": 1, "rope_theta": 10000.0}}, "attn_config.rope_theta: missing by default"),
+    "dbrx": (
+        {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+        "attn_config.rope_theta, clip_qkv: missing by default, and no trace without; its authors' 8",
+    ),
     "deepseek_v2": ({"num_experts_per_tok": 6}, "num_experts_per_tok: None by default; its authors' 6"),
     "dots1": (
         {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
