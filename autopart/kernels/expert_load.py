@@ -51,7 +51,7 @@ def reference(logits: torch.Tensor, mask: torch.Tensor | None, k: int) -> tuple[
     experts = logits.shape[-1]
     _, ids = torch.topk(chances, k, dim=-1)
     if mask is None:
-        kind = torch.float32 if logits.device.type == "cpu" else torch.int32
+        kind = torch.int32 if logits.is_cuda else torch.float32
         tokens = torch.histc(ids.reshape(-1).to(kind), bins=experts, min=0, max=experts).float()
         return tokens, chances.float().sum(dim=0)
     tokens = torch.zeros(experts, dtype=torch.float32, device=logits.device)
@@ -197,4 +197,6 @@ KERNEL = Kernel(
     bytes_moved=bytes_moved,
     ahead=compile_ahead,
     shapes=router.KERNEL.shapes,
+    no_gradient=(1,),
+    on_cpu=False,
 )

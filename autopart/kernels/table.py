@@ -1,6 +1,17 @@
 """The table of fused kernels that the compiler puts in the place of operators."""
 
-from autopart.kernels import activation, experts, gated, group_norm, layer_norm, linear_loss, rms_norm, rotary
+from autopart.kernels import (
+    activation,
+    expert_load,
+    experts,
+    gated,
+    group_norm,
+    layer_norm,
+    linear_loss,
+    rms_norm,
+    rotary,
+    router,
+)
 from autopart.kernels.forms import FORMS
 from autopart.kernels.kernel import Kernel
 
@@ -13,7 +24,9 @@ KERNELS: dict[str, Kernel] = {
         *rotary.KERNELS,
         *activation.KERNELS,
         *gated.KERNELS,
+        router.KERNEL,
         experts.KERNEL,
+        expert_load.KERNEL,
         linear_loss.KERNEL,
     )
     if kernel.name in FORMS

@@ -54,17 +54,17 @@ def fuse(traced: Traced, device: str, off: Collection[str] = ()) -> Traced:
 
 
 def _by_operator(kernels: Sequence[Kernel], present: Collection[str]) -> Mapping[str, Sequence[tuple[Kernel, Form]]]:
-    """The last operator of a form -> the kernels and their forms that end in it, the largest first. Forms with an
+    """The operator of a form's anchor -> the kernels and their forms that end in it, the largest first. Forms with an
     operator that the graph lacks are left out."""
     found: dict[str, list[tuple[Kernel, Form]]] = defaultdict(list)
     for kernel in kernels:
         for form in (form for form in FORMS[kernel.name] if form.needs in present):
-            found[info(loose(kernel, form).outputs[-1]).name].append((kernel, form))
+            found[info(loose(kernel, form).anchor).name].append((kernel, form))
     return {name: sorted(forms, key=lambda pair: -loose(*pair).size) for name, forms in found.items()}
 
 
 def _found(kernel: Kernel, form: Form, node: fx.Node) -> tuple[Match | None, bool]:
-    """The match of a kernel whose last output is `node`; and whether there is a near miss instead."""
+    """The match of a kernel whose anchor is `node`; and whether there is a near miss instead."""
     near = False
     for arguments in candidates(kernel, form, node):
         if any(isinstance(a, fx.Node) and info(a).grad for a in (arguments[i] for i in kernel.no_gradient)):
