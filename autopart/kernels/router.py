@@ -47,7 +47,7 @@ def reference(
     logits: torch.Tensor, k: int, renormalise: bool, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`route` by separate operators, as Mixtral (dtype None) and Qwen3-MoE (the logits' dtype) write it."""
-    chances = torch.nn.functional.softmax(logits, dim=-1, dtype=torch.float32)
+    chances = torch.nn.functional.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     weights, ids = torch.topk(chances, k, dim=-1)
     if renormalise:
         weights = weights / weights.sum(dim=-1, keepdim=True)

@@ -14,7 +14,7 @@ from autopart.ir.graph import Traced, calls, info, is_pick, meta_of, new_call, u
 from autopart.kernels.forms import FORMS, Form
 from autopart.kernels.kernel import Kernel
 from autopart.kernels.table import KERNELS, kernel_of
-from autopart.passes.codegen.naming import wanted_name
+from autopart.passes.codegen.naming import OUTPUTS, wanted_name
 from autopart.passes.pattern import Match, candidates, loose, match
 from autopart.passes.randomness import FUSED
 from autopart.sharding.notation import RowError
@@ -126,7 +126,8 @@ def _replace(graph: fx.Graph, kernel: Kernel, found: Match, before: fx.Node) -> 
     with graph.inserting_before(before):
         results = [call := new_call(graph, kernel.function, found.arguments, last)]
         if len(found.outputs) > 1:
-            update_info(call, outputs=(*map(wanted_name, found.outputs[:-1]), wanted_name(call)))
+            names = (*map(wanted_name, found.outputs[:-1]), wanted_name(last if is_pick(last) else call))
+            update_info(call, outputs=OUTPUTS.get(kernel.name, names))
             results = [new_call(graph, operator.getitem, (call, i), o) for i, o in enumerate(found.outputs)]
     update_info(call, fused=traffic(call), unfused=sum(map(traffic, found.inside)))
     for old, new in zip(found.outputs, results, strict=True):

@@ -101,7 +101,7 @@ def test_what_others_read_too_is_computed_again_if_it_has_no_gradient() -> None:
     def loads(x: Tensor, w: Tensor) -> Tensor:
         rows = x.flatten(0, 1)
         mask = (rows.detach()[:, 0] > 0).float()
-        repeated, zeros, total = mask.repeat_interleave(3), torch.zeros(8), torch.zeros(8)
+        repeated, zeros, total = mask.repeat_interleave(3), torch.zeros(8, dtype=torch.float32), torch.zeros(8)
         for logits in (rows, rows * w):
             chances = F.softmax(logits, dim=-1)
             chosen = torch.topk(chances, 3, dim=-1).indices.reshape(-1)
