@@ -40,15 +40,15 @@ tl: Any = None  # triton.language, which jit binds
 def reference(logits: torch.Tensor, mask: torch.Tensor | None, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`expert_load` by separate operators, as transformers' load_balancing_loss_func writes it."""
     chances = torch.nn.functional.softmax(logits, dim=-1)
-    experts = logits.shape[-1]
+    experts, wide = logits.shape[-1], torch.promote_types(logits.dtype, torch.float32)
     _, ids = torch.topk(chances, k, dim=-1)
     if mask is None:
-        kind = torch.float32 if logits.device.type == "cpu" else torch.int32
+        kind = torch.int32 if logits.is_cuda else torch.float32
         tokens = torch.histc(ids.reshape(-1).to(kind), bins=experts, min=0, max=experts).float()
-        return tokens, chances.float().sum(dim=0)
+        return tokens, chances.to(wide).sum(dim=0)
     tokens = torch.zeros(experts, dtype=torch.float32, device=logits.device)
     tokens = tokens.scatter_add(0, ids.reshape(-1), mask.repeat_interleave(k))
-    return tokens, (chances.float() * mask.unsqueeze(-1)).sum(dim=0)
+    return tokens, (chances.to(wide) * mask.unsqueeze(-1)).sum(dim=0)
 
 
 def expert_load(logits: torch.Tensor, mask: torch.Tensor | None, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,4 +178,6 @@ KERNEL = Kernel(
     bytes_moved=bytes_moved,
     ahead=compile_ahead,
     shapes=router.KERNEL.shapes,
+    no_gradient=(1,),
+    on_cpu=False,
 )

@@ -95,6 +95,20 @@ def _heads() -> Iterator[Form]:
             yield Form("aten.cross_entropy_loss", given)
 
 
+def _routers() -> Iterator[Form]:
+    """With and without renormalisation; weights of logits in half precision also cast back."""
+    for renormalise in (True, False):
+        yield Form("aten.topk", (meta(6, 4), Chosen(2), renormalise, None))
+        yield Form("aten.topk", (meta(6, 4, dtype=HALF), Chosen(2), renormalise, HALF))
+
+
+def _loads() -> Iterator[Form]:
+    """Without and with a mask; of logits in float32, and of others, whose chances are cast."""
+    for dtype in (FLOAT, HALF):
+        yield Form("aten.histc", (meta(6, 4, dtype=dtype), None, Chosen(2)))
+        yield Form("aten.scatter_add", (meta(6, 4, dtype=dtype), meta(6), Chosen(2)))
+
+
 def _experts() -> Iterator[Form]:
     """In one dtype, or with weights of pairs in float32; weights of experts as (experts, outputs, inputs) or not."""
     for dtype in (FLOAT, HALF):
@@ -133,7 +147,9 @@ FORMS: dict[str, tuple[Form, ...]] = {
         for name in ("silu", *GELUS)
         for first in (True, False)
     ),
+    "route": tuple(_routers()),
     "experts": tuple(_experts()),
+    "expert_load": tuple(_loads()),
     "linear_loss": tuple(_heads()),
 }
 """Name of a kernel -> its forms. A kernel that is not here stands in no graph: the runtime calls it."""

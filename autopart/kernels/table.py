@@ -2,6 +2,7 @@
 
 from autopart.kernels import (
     activation,
+    expert_load,
     experts,
     gated,
     group_norm,
@@ -10,6 +11,7 @@ from autopart.kernels import (
     optimizer,
     rms_norm,
     rotary,
+    router,
 )
 from autopart.kernels.forms import FORMS
 from autopart.kernels.kernel import Kernel
@@ -23,7 +25,9 @@ KERNELS: dict[str, Kernel] = {
         *rotary.KERNELS,
         *activation.KERNELS,
         *gated.KERNELS,
+        router.KERNEL,
         experts.KERNEL,
+        expert_load.KERNEL,
         linear_loss.KERNEL,
     )
     if kernel.name in FORMS

@@ -14,7 +14,7 @@ from autopart.ir.graph import Traced, calls, info, is_pick, meta_of, new_call, u
 from autopart.kernels.forms import FORMS, Form
 from autopart.kernels.kernel import Kernel
 from autopart.kernels.table import KERNELS, STEP, kernel_of
-from autopart.passes.codegen.naming import wanted_name
+from autopart.passes.codegen.naming import OUTPUTS, wanted_name
 from autopart.passes.pattern import Match, candidates, loose, match
 from autopart.passes.randomness import FUSED
 from autopart.sharding.notation import RowError
@@ -54,17 +54,17 @@ def fuse(traced: Traced, device: str, off: Collection[str] = ()) -> Traced:
 
 
 def _by_operator(kernels: Sequence[Kernel], present: Collection[str]) -> Mapping[str, Sequence[tuple[Kernel, Form]]]:
-    """The last operator of a form -> the kernels and their forms that end in it, the largest first. Forms with an
+    """The operator of a form's anchor -> the kernels and their forms that end in it, the largest first. Forms with an
     operator that the graph lacks are left out."""
     found: dict[str, list[tuple[Kernel, Form]]] = defaultdict(list)
     for kernel in kernels:
         for form in (form for form in FORMS[kernel.name] if form.needs in present):
-            found[info(loose(kernel, form).outputs[-1]).name].append((kernel, form))
+            found[info(loose(kernel, form).anchor).name].append((kernel, form))
     return {name: sorted(forms, key=lambda pair: -loose(*pair).size) for name, forms in found.items()}
 
 
 def _found(kernel: Kernel, form: Form, node: fx.Node) -> tuple[Match | None, bool]:
-    """The match of a kernel whose last output is `node`; and whether there is a near miss instead."""
+    """The match of a kernel whose anchor is `node`; and whether there is a near miss instead."""
     near = False
     for arguments in candidates(kernel, form, node):
         if any(isinstance(a, fx.Node) and info(a).grad for a in (arguments[i] for i in kernel.no_gradient)):
@@ -126,7 +126,8 @@ def _replace(graph: fx.Graph, kernel: Kernel, found: Match, before: fx.Node) -> 
     with graph.inserting_before(before):
         results = [call := new_call(graph, kernel.function, found.arguments, last)]
         if len(found.outputs) > 1:
-            update_info(call, outputs=(*map(wanted_name, found.outputs[:-1]), wanted_name(call)))
+            names = (*map(wanted_name, found.outputs[:-1]), wanted_name(last if is_pick(last) else call))
+            update_info(call, outputs=OUTPUTS.get(kernel.name, names))
             results = [new_call(graph, operator.getitem, (call, i), o) for i, o in enumerate(found.outputs)]
     update_info(call, fused=traffic(call), unfused=sum(map(traffic, found.inside)))
     for old, new in zip(found.outputs, results, strict=True):

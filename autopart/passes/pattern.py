@@ -39,6 +39,11 @@ class Pattern(NamedTuple):
     outputs: tuple[fx.Node, ...]
     size: int
 
+    @property
+    def anchor(self) -> fx.Node:
+        """The output that is made from the most operators, from which a search begins: of several the last."""
+        return max(reversed(self.outputs), key=lambda output: len(_makers(output)))
+
 
 class Match(NamedTuple):
     """A place in a traced graph where a kernel may stand.
@@ -51,6 +56,11 @@ class Match(NamedTuple):
     arguments: tuple[Any, ...]
     outputs: tuple[fx.Node, ...]
     inside: frozenset[fx.Node]
+
+
+def _makers(node: fx.Node) -> set[fx.Node]:
+    """A node, and the nodes that it is made from."""
+    return {node}.union(*map(_makers, node.all_input_nodes))
 
 
 def pattern_of(reference: Callable[..., Any], arguments: Sequence[Any]) -> Pattern:
@@ -111,10 +121,10 @@ def _exact(kernel: Kernel, arguments: tuple[Any, ...]) -> Pattern:
 
 
 def candidates(kernel: Kernel, form: Form, node: fx.Node) -> Iterator[tuple[Any, ...]]:
-    """The arguments with which a kernel may give `node` as its last output, by operators and who reads whom."""
+    """The arguments with which a kernel may give `node` as its pattern's anchor, by operators and who reads whom."""
     pattern, given = loose(kernel, form), form.arguments
     constants = {a for a in given if _is_constant(a)}
-    for found in _matches(pattern.outputs[-1], node, {}, None):
+    for found in _with_outputs(pattern, _matches(pattern.anchor, node, {}, None), None):
         if any(place not in found for place in pattern.inputs):
             continue
         values = _constants(pattern, found, constants)
@@ -141,20 +151,46 @@ def _constants(pattern: Pattern, found: Found, wanted: Collection[float]) -> dic
 
 
 def match(kernel: Kernel, arguments: tuple[Any, ...], node: fx.Node) -> Match | None:
-    """The match with exactly these arguments whose last output is `node`; None where the trace of the reference differs
-    or another operator reads a value inside."""
+    """The match with exactly these arguments whose anchor is `node`; None where the trace of the reference differs or
+    another operator reads a value inside that has a gradient. What has none is left to others, and computed again."""
     sizes = (_Tensor(info(a).shape, info(a).dtype) if isinstance(a, fx.Node) else a for a in arguments)
     try:
         pattern = _exact(kernel, tuple(sizes))
     except (RuntimeError, ValueError, TypeError, IndexError):  # the reference takes no such arguments
         return None
     leaves = [a for a in arguments if isinstance(a, fx.Node)]
-    for found in _matches(pattern.outputs[-1], node, dict(zip(pattern.inputs, leaves, strict=True)), _equal):
+    places = dict(zip(pattern.inputs, leaves, strict=True))
+    for found in _with_outputs(pattern, _matches(pattern.anchor, node, places, _equal), _equal):
         outputs = tuple(found[o] for o in pattern.outputs)
         inside = frozenset(found[n] for n in found if n.op == "call_function")
-        if all(user in inside for n in inside.difference(outputs) for user in n.users):
-            return Match(arguments, outputs, inside)
+        read = _read_outside(inside, outputs)
+        if not any(info(n).grad for n in read):
+            return Match(arguments, outputs, inside - read)
     return None
+
+
+def _read_outside(inside: frozenset[fx.Node], outputs: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes inside that others need: those that nodes outside read, and what these are made from."""
+    read = {n for n in inside.difference(outputs) if any(user not in inside for user in n.users)}
+    return {n for n in inside.difference(outputs) if any(n in _makers(other) for other in read)}
+
+
+def _with_outputs(pattern: Pattern, ways: Iterator[Found], equal: Callable[..., bool] | None) -> Iterator[Found]:
+    """The ways that are found for a pattern's anchor, with its other outputs."""
+    for found in ways:
+        for output in pattern.outputs:
+            places = [] if output in found else _below(output, found)
+            found = next((more for place in places for more in _matches(output, place, found, equal)), found)
+        if all(output in found for output in pattern.outputs):
+            yield found
+
+
+def _below(want: fx.Node, found: Found) -> list[fx.Node]:
+    """The nodes that may be `want`: by its first operand, readers of a node that was found."""
+    if want in found:
+        return [found[want]]
+    operands = [n for n in want.all_input_nodes if n.op == "call_function"] or want.all_input_nodes
+    return [user for place in _below(operands[0], found) for user in place.users] if operands else []
 
 
 def _matches(want: fx.Node, node: fx.Node, found: Found, equal: Callable[..., bool] | None) -> Iterator[Found]:

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from autopart.ir.expert_ops import grouped_linear
-from autopart.ir.graph import Traced, call_args, calls, info, is_pick, loss_of, new_call
+from autopart.ir.graph import Traced, call_args, calls, has_gradient, info, is_pick, loss_of, new_call
 from autopart.passes.constant_values import ConstantValues
 from autopart.passes.simplify_masks import attention_mask, index_all, learned_targets, true_conditions
 
@@ -223,6 +223,20 @@ def _cast(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node 
     return new_call(graph, aten._to_copy.default, (node.args[0],), node, {"dtype": info(node).dtype})
 
 
+def _softmax(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
+    """softmax(cast(x), dim) as softmax(x, dim, dtype), which is computed in that dtype; without a dtype that x has."""
+    if info(node).name != "aten.softmax.int":
+        return None
+    x, dim, *dtype = node.args
+    assert isinstance(x, fx.Node)
+    if dtype == [info(x).dtype]:
+        return new_call(graph, node.target, (x, dim), node)  # type: ignore[arg-type]
+    cast = call_args(x, "aten._to_copy") if not dtype and len(x.users) == 1 else None
+    if not cast or info(x).dtype != torch.float32 or not has_gradient(info(cast[0]).dtype):
+        return None
+    return new_call(graph, node.target, (cast[0], dim, torch.float32), node)  # type: ignore[arg-type]
+
+
 def _reshape(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node | None:
     """A view, flatten or squeeze as a reshape to a shape without -1; a reshape of a reshape as one."""
     names = ("aten.view", "aten._unsafe_view", "aten.reshape", "aten.flatten.using_ints", "aten.squeeze")
@@ -285,6 +299,7 @@ REWRITES = (
     _meshgrid,
     _copy,
     _cast,
+    _softmax,
     _complex_write,
     _conjugate,
     _initialised,

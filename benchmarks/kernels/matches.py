@@ -27,7 +27,7 @@ from autopart.passes.source import Source
 from benchmarks.coverage.zoo_models import architectures, published
 from benchmarks.support.command import command_line
 
-MODELS = """llama gpt2 bert t5 mistral qwen3 gemma3_text mixtral falcon bloom opt phi3 vit mamba2""".split()
+MODELS = """llama gpt2 bert t5 mistral qwen3 gemma3_text mixtral qwen3_moe falcon bloom opt phi3 vit mamba2""".split()
 SAMPLES, TOKENS = 2, 512
 
 

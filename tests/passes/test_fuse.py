@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import autopart
 from autopart import PartitionError
@@ -35,10 +36,10 @@ class Formula(nn.Module):
 
 
 def fused(
-    formula: Callable[[Tensor, Tensor], Tensor], off: tuple[str, ...] = ()
+    formula: Callable[[Tensor, Tensor], Tensor], off: tuple[str, ...] = (), device: str = "cpu"
 ) -> tuple[dict[str, int], tuple[str, ...]]:
     """The kernels that are found in a formula, and the near misses."""
-    traced = fuse(simplify(trace(Formula(formula), outline({"x": torch.randn(2, 6, 8)}, 2))), "cpu", off)
+    traced = fuse(simplify(trace(Formula(formula), outline({"x": torch.randn(2, 6, 8)}, 2))), device, off)
     names = (info(node).name.partition(".")[2] for node in calls(traced.graph) if kernel_of(info(node).name))
     return dict(Counter(names)), traced.near_misses
 
@@ -73,6 +74,42 @@ def test_what_differs_is_left(name: str) -> None:
 def test_a_near_miss_is_listed() -> None:
     found, near = fused(NEAR["another power"])
     assert not found and near and all("rms_norm" in text and " at test_fuse.py:" in text for text in near)
+
+
+def routed(dim: int, shared: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
+    """The sum of the weights and numbers of the two greatest chances; `shared`: others read the numbers too."""
+
+    def formula(x: Tensor, w: Tensor) -> Tensor:
+        chances, numbers = torch.topk(F.softmax(x, dim=dim, dtype=torch.float32), 2, dim=-1)
+        found = chances / chances.sum(dim=-1, keepdim=True) + numbers
+        return (found + numbers[..., :1] if shared else found) * w[:2]
+
+    return formula
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_router_is_found_with_both_outputs(shared: bool) -> None:
+    assert fused(routed(-1, shared), (), "cuda") == ({"route": 1}, ())
+    assert fused(routed(-1, shared))[0] == fused(routed(-1, shared), ("route",), "cuda")[0] == {}
+    found, near = fused(routed(1), (), "cuda")
+    assert not found and near and "route at test_fuse.py" in near[0]
+
+
+def test_what_others_read_too_is_computed_again_if_it_has_no_gradient() -> None:
+    """Zeros and the mask of each choice, which the loads of two layers share."""
+
+    def loads(x: Tensor, w: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        mask = (rows.detach()[:, 0] > 0).float()
+        repeated, zeros, total = mask.repeat_interleave(3), torch.zeros(8, dtype=torch.float32), torch.zeros(8)
+        for logits in (rows, rows * w):
+            chances = F.softmax(logits, dim=-1)
+            chosen = torch.topk(chances, 3, dim=-1).indices.reshape(-1)
+            tokens, summed = zeros.scatter_add(0, chosen, repeated), (chances * mask.unsqueeze(-1)).sum(dim=0)
+            total = total + tokens * summed
+        return total
+
+    assert fused(loads, (), "cuda") == ({"expert_load": 2}, ())
 
 
 def test_a_value_that_others_read_is_kept() -> None:

@@ -8,7 +8,10 @@ import re
 from pathlib import Path
 
 import pytest
-from models import build
+import torch
+import transformers as hf
+from models import batch_for, build
+from torch import nn
 
 import autopart
 from autopart.compile.programs import sources
@@ -18,11 +21,24 @@ from autopart.runtime.emitted import run_source
 GOLDEN = Path(__file__).with_name("golden")
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
+MESHES = {"gpt2": "4:cpu", "llama": "4:cpu", "t5": "4:h100-80gb", "mixtral": "4:h100-80gb"}
+"""Model -> its mesh: GPUs call kernels where CPUs run what the model has."""
+
+
+def mixtral(layers: int) -> nn.Module:
+    """A Mixtral of four experts, whose loss reads their load."""
+    config = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
+              "num_local_experts": 4, "vocab_size": 96, "max_position_embeddings": 32, "use_cache": False,
+              "output_router_logits": True}  # fmt: skip
+    return hf.MixtralForCausalLM(hf.MixtralConfig(**config, num_hidden_layers=layers)).train()
+
+
+@pytest.fixture(scope="module", params=MESHES)
 def texts(request: pytest.FixtureRequest) -> dict[str, str]:
     """File name -> text: the plan and the module of either stage."""
-    model, batch = build(request.param, layers=4)
-    plan = autopart.plan(model, "4:cpu", batch, tp=2, pp=2, micro_batch=4)
+    name = request.param
+    model, batch = (mixtral(4), batch_for(name, torch.float32)) if name == "mixtral" else build(name, layers=4)
+    plan = autopart.plan(model, MESHES[name], batch, tp=2, pp=2, micro_batch=4 if name != "mixtral" else None)
     text = re.sub(r", planned in \S+ s", "", describe(plan, 120)) + "\n"
     modules = {f"{request.param}_stage{i}.py.txt": s for i, s in enumerate(sources(model, batch, plan))}
     return {f"{request.param}_plan.txt": text, **modules}

@@ -58,6 +58,9 @@ SAMPLES = [
     call("autopart.grouped_linear", f(24, 12), f(12, 12, 24), i(12, 24), True),
     call("autopart.experts", f(12, 6), f(12, 48, 6), f(12, 6, 24), f(12, 2), i(12, 12, 2), "silu", False),
     call("autopart.experts", f(12, 6), f(12, 6, 48), f(12, 24, 6), f(12, 2), i(12, 12, 2), "gelu", True),
+    call("autopart.route", f(12, 6, 8), 3, True, None, constant=1),
+    call("autopart.expert_load", f(24, 8), None, 3),
+    call("autopart.expert_load", f(24, 8), (f(24) > 0).float(), 3, constant=1),
     # contractions
     *(
         call("autopart.dropout_attention", f(12, 12, 12, 5), *kv, mask, 0.1, causal, 0.5, Stream("drop"))

@@ -20,12 +20,14 @@ NOUNS = {
     **dict.fromkeys(("mean_cross_entropy", "vocab_cross_entropy", "mean_linear_loss", "vocab_linear_loss"), "loss"),
     **dict.fromkeys(("activation", "bias_activation"), "activated"),
     **dict.fromkeys(("swiglu", "geglu", "reglu", "gated_halves"), "gated"),
+    "experts": "mixture",
     **dict.fromkeys(("rotary", "rotary_interleaved", "rotary_deinterleaved"), "rotated"),
 }
 """Operator -> name of its result, where that is not the operator's."""
 
 OUTPUTS = {name: ("values", "indices") for name in ("topk", "sort", "max", "min", "kthvalue", "mode", "median")} | {
-    "_native_batch_norm_legit_functional": ("normed", "mean", "rstd", "running_mean", "running_var")
+    "_native_batch_norm_legit_functional": ("normed", "mean", "rstd", "running_mean", "running_var"),
+    "expert_load": ("tokens_per_expert", "chances"),
 }
 """Operator with several results -> their names."""
 

@@ -1,6 +1,7 @@
 """How an operator's call is written in emitted code: tables of operators by form, and functions for special forms."""
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,12 +30,12 @@ VIEWS = {
 METHODS = VIEWS | {
     name: name.split(".")[0]
     for name in """sum sum.dim_IntList mean mean.dim amax amin topk sort argsort max.dim min.dim argmax argmin
-    unbind.int tril triu index_select flip roll repeat scatter.src scatter.value diff logsumexp square""".split()
+    unbind.int tril triu index_select flip roll repeat scatter.src scatter.value diff logsumexp square new_zeros""".split()
 }
 TORCH = {
     "abs", "cos", "sin", "tanh", "exp", "log", "rsqrt", "sqrt", "sigmoid", "matmul", "mm", "bmm", "where.self",
     "where.ScalarOther", "neg", "full_like", "zeros_like", "min.other", "max.other", "maximum", "minimum",
-    "slice_scatter", "select_scatter",
+    "slice_scatter", "select_scatter", "fill.Tensor",
 }  # fmt: skip
 """Operators that are written as functions of `torch`."""
 FUNCTIONAL = {"linear", "relu", "silu", "conv1d", "conv2d", "conv3d"}
@@ -154,8 +155,9 @@ def bias_of(add: fx.Node, product: fx.Node) -> fx.Node | None:
 
 
 def trim(node: fx.Node) -> list[Any]:
-    """The positional arguments of a call, without trailing ones that have the schema's default value."""
-    args = list(node.args)
+    """The positional arguments of a call, without trailing ones that have the schema's default value. The greatest int64
+    as the end of a slice is as no end."""
+    args = [None if type(a) is int and a == sys.maxsize else a for a in node.args]
     if isinstance(node.target, torch._ops.OpOverload):
         schema = [a for a in node.target._schema.arguments if not a.kwarg_only]
         while args and len(args) <= len(schema) and schema[len(args) - 1].has_default_value():
