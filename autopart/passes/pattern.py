@@ -77,6 +77,7 @@ def pattern_of(reference: Callable[..., Any], arguments: Sequence[Any]) -> Patte
     inputs = tuple(graph.find_nodes(op="placeholder"))
     (results,) = graph.output_node().args
     graph.output_node().args = tuple(results) if isinstance(results, (tuple, list)) else (results,)
+    graph.eliminate_dead_code()  # such as torch.promote_types, which gives no tensor
     for node in graph.nodes:
         if node.op != "output":
             _record(node)
