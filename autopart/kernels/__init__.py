@@ -1,4 +1,4 @@
-"""Triton kernels, a file for each or for a family. They import torch alone, and Triton inside of functions.
+"""Triton kernels, a file for each or for a family. They import torch alone; `launch.jit` imports Triton, once one runs.
 
 A file has the Triton forward and backward, and a `kernel.Kernel`: a ``reference`` in plain PyTorch, how tensors may be
 split, what backward keeps, the bytes that are moved. The reference is the pattern that `passes.fuse` finds in models,
