@@ -3,14 +3,14 @@
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 from torch import fx
 
 from autopart.ir.graph import info, is_pick, operands, value_of
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.stage_builder import StageBuilder, Uses
-from autopart.passes.stage_graph import Crossing, Placements, ShardingAssignment, StageGraph, Value
+from autopart.passes.stage_graph import PRELUDE_SEGMENT, Crossing, Placements, ShardingAssignment, StageGraph, Value
 from autopart.sharding.notation import P, R
 
 
@@ -23,6 +23,21 @@ def partition(
     crossings = _crossings(layered, choices, stage_of, uses)
     wanted = range(len(choices.starts)) if indices is None else indices
     return [StageBuilder(layered, choices, stage_of, crossings, uses, index).build() for index in wanted]
+
+
+def without_idle_prelude(stage: StageGraph, segments: Container[int]) -> StageGraph:
+    """The stage, whose prelude has what these segments alone need, by their indices in the layered graph."""
+    each = list(zip(stage.indices, stage.segments, strict=True))
+    read = {node for index, (_, nodes) in each if index in segments for node in nodes}
+    read.add(stage.graph.output_node())
+    for _, nodes in (segment for index, segment in each if index == PRELUDE_SEGMENT):
+        for node in reversed(nodes):
+            if not read.isdisjoint(node.users):
+                read.add(node)
+        nodes[:] = [node for node in nodes if node in read]
+    kept = [(index, segment) for index, segment in each if segment[1]]
+    stage.indices, stage.segments = [index for index, _ in kept], [segment for _, segment in kept]
+    return stage
 
 
 def _stages(layered: LayeredGraph, choices: ShardingAssignment) -> dict[fx.Node, int]:

@@ -17,7 +17,7 @@ from autopart.hardware.mesh import usable_bytes
 from autopart.ir.graph import info
 from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph, used_parameters
-from autopart.passes.partition import partition
+from autopart.passes.partition import partition, without_idle_prelude
 from autopart.passes.price_stage import PricedSegment, Prices, price_stage
 from autopart.passes.stage_graph import PRELUDE, PRELUDE_SEGMENT, ShardingAssignment, Splits, StageGraph
 from autopart.plan.data import Plan
@@ -180,14 +180,13 @@ def assignment_of(
     return ShardingAssignment(axes, (splits,) * len(starts), starts, scale, frozenset({"dp"}))
 
 
-Known = dict[tuple[int, int, int], tuple[ShardingAssignment, StageGraph, dict[int, PricedSegment]]]
+Known = dict[tuple[int, frozenset[int]], tuple[ShardingAssignment, StageGraph, dict[int, PricedSegment]]]
 """(index of the splits, first segment, last segment) -> the partitioned stage, and the prices of its segments."""
 
 
-def key_of(layered: LayeredGraph, splits: int, span: tuple[int, int]) -> tuple[int, int, int]:
+def key_of(layered: LayeredGraph, splits: int, span: tuple[int, int]) -> tuple[int, frozenset[int]]:
     """The key of a stage in `Known`."""
-    segments = layered.sequence[slice(*span)]
-    return splits, min(segments), max(segments)
+    return splits, frozenset(layered.sequence[slice(*span)])
 
 
 def write_stage(
@@ -242,13 +241,14 @@ def _at(layered: LayeredGraph, segment: PricedSegment, position: int) -> PricedS
 def partitioned(
     space: SearchSpace, found: SearchResult, splits: Splits, span: tuple[int, int]
 ) -> tuple[ShardingAssignment, StageGraph]:
-    """The assignment and the graph of one rank of a stage, in which equal segments are one."""
+    """The assignment and the graph of one rank of a stage, in which equal segments are one. Where the stage begins
+    within a period, segments of the graph may stand for none of its blocks: they count for nothing."""
     layered = space.layered
     segments = layered.sequence[slice(*span)]
     pieces = sorted({0, min(segments), max(segments) + 1} - {len(layered.segments)})
     choices = assignment_of(space, found, splits, tuple(pieces))
     (graph,) = partition(layered, choices, [pieces.index(min(segments))])
-    return choices, graph
+    return choices, without_idle_prelude(graph, frozenset(segments))
 
 
 def _sync(

@@ -17,6 +17,7 @@ import transformers as hf
 from models import WIDTH, WORDS, Batch, batch_for, build
 from torch import Tensor, nn
 
+import autopart
 from autopart.errors import PartitionError
 from autopart.frontend.layer_sampling import sampled_layers
 from autopart.hardware.mesh import Mesh
@@ -473,6 +474,30 @@ def test_a_whole_trace_shows_what_a_short_one_could_not_see() -> None:
     short, full = source.sampled(2, MESH), source.full(2, MESH)
     assert len(short.segments) < len(full.segments)
     assert short.hash != full.hash
+
+
+class Reading(Block):
+    """Every sixth block reads a table that the model makes for these alone."""
+
+    def forward(self, x: Tensor, table: Tensor | None = None) -> Tensor:
+        return super().forward(x if table is None else x * table)
+
+
+class Tabled(Stack):
+    def __init__(self) -> None:
+        super().__init__([Reading(i, 24 if i % 6 == 2 else 16) for i in range(48)])
+        self.register_buffer("rates", torch.rand(WIDTH))
+
+    def run(self, x: Tensor) -> Tensor:
+        table = (self.rates * 2).sin().exp()
+        for i, block in enumerate(self.blocks):
+            x = block(x, table if i % 6 == 2 else None)
+        return x
+
+
+def test_a_stage_of_part_of_a_period_makes_what_its_own_blocks_read() -> None:
+    plan = autopart.plan(Tabled(), "1x12:h100-80gb", numbers(), pp=12, micro_batch=1)  # else an AssertionError
+    assert not any("traced" in note for note in plan.notes)
 
 
 def test_the_model_itself_keeps_all_its_blocks() -> None:
