@@ -1,7 +1,5 @@
 """Lion (Chen et al., arXiv 2302.06675) as an optimizer of torch's, by one kernel on GPUs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
