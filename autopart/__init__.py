@@ -22,6 +22,7 @@ with paused():
     from autopart.runtime.calibrate.run import calibrate
     from autopart.runtime.callbacks import Callback, Event, JsonLines, Trace
     from autopart.runtime.compiled import Compiled
+    from autopart.runtime.lion import Lion
     from autopart.runtime.loggers import ProfilerRanges, Progress, TensorBoard, WeightsAndBiases
     from autopart.runtime.padding import pad
     from autopart.runtime.predicted import PredictedSeconds
@@ -37,6 +38,7 @@ __all__ = [
     "Event",
     "Explanation",
     "JsonLines",
+    "Lion",
     "MemoryReport",
     "Mesh",
     "MeshChoice",

@@ -31,6 +31,13 @@ def dropout(x: torch.Tensor, p: float, stream: Stream) -> torch.Tensor:
     return x * 1.0
 
 
+def residual_dropout(
+    x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, p: float, stream: Stream
+) -> torch.Tensor:
+    """residual + dropout(x + bias)."""
+    return residual + dropout(x if bias is None else x + bias, p, stream)
+
+
 def dropout_attention(
     query: torch.Tensor,
     key: torch.Tensor,

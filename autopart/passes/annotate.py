@@ -211,6 +211,8 @@ def _as_it_runs(node: fx.Node, device: str) -> Callable[..., Any]:
     kernel = kernel_of(name)
     if name == "autopart.dropout_attention":
         return lambda *args: _Attention.apply(*args[:4], True)
+    if name == "autopart.residual_dropout":
+        return lambda *args: _ResidualDropout.apply(*args[:3])
     if name == "aten.scaled_dot_product_attention":
         return lambda *args, scale=None, enable_gqa=False: _Attention.apply(*args)
     if kernel is not None and (kernel.everywhere or device != "cpu"):
@@ -232,6 +234,15 @@ class _Attention(torch.autograd.Function):
         hashes = [torch.empty_like(statistics, dtype=torch.int32)] if rest == (True,) else []
         ctx.save_for_backward(query, key, value, *([] if mask is None else [mask]), out, statistics, *hashes)
         return out
+
+
+class _ResidualDropout(torch.autograd.Function):
+    """Saves the hashes of rows and of columns, by which backward draws the mask again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, bias: Any, residual: Any) -> Any:
+        ctx.save_for_backward(*(x.new_empty(shape, dtype=torch.int32) for shape in (x.shape[:-1], x.shape[-1:])))
+        return torch.empty_like(residual, dtype=torch.promote_types(x.dtype, residual.dtype))
 
 
 class _Fused(torch.autograd.Function):

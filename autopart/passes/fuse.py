@@ -10,13 +10,15 @@ import torch
 from torch import fx
 
 from autopart.errors import not_known
-from autopart.ir.graph import Traced, calls, info, is_pick, meta_of, new_call, update_info
+from autopart.ir.graph import Traced, calls, info, meta_of, new_call, update_info
 from autopart.kernels.forms import FORMS, Form
 from autopart.kernels.kernel import Kernel
 from autopart.kernels.table import KERNELS, STEP, kernel_of
 from autopart.passes.codegen.naming import OUTPUTS, wanted_name
+from autopart.passes.fuse_dropout import RESIDUAL, fuse_dropout
 from autopart.passes.pattern import Match, candidates, loose, match
 from autopart.passes.randomness import FUSED
+from autopart.passes.traffic import traffic
 from autopart.sharding.notation import RowError
 from autopart.sharding.rules import strategies
 
@@ -30,7 +32,7 @@ def fuse(traced: Traced, device: str, off: Collection[str] = ()) -> Traced:
     sizes alone.
     """
     for name in off:
-        if name not in (known := (*KERNELS, FUSED, STEP)):
+        if name not in (known := (*KERNELS, FUSED, RESIDUAL, STEP)):
             raise not_known("no_fuse", name, known)
     missed: dict[fx.Node, str] = {}
     kernels = [k for k in KERNELS.values() if k.name not in off and (k.on_cpu or device != "cpu")]
@@ -47,6 +49,8 @@ def fuse(traced: Traced, device: str, off: Collection[str] = ()) -> Traced:
                 break
             if near:
                 missed.setdefault(node, kernel.name)
+    if device != "cpu" and RESIDUAL not in off:
+        fuse_dropout(traced.graph)
     traced.graph.eliminate_dead_code()
     places = (f"{name} at {info(node).source or info(node).name}" for node, name in missed.items())
     traced.near_misses = tuple(dict.fromkeys(places))
@@ -102,23 +106,6 @@ def _place(graph: fx.Graph, found: Match) -> fx.Node | None:
     before = min((n for n in found.inside if order[n] > last), key=order.__getitem__)
     readers = [user for o in found.outputs for user in o.users if user not in found.inside]
     return before if all(order[user] > order[before] for user in readers) else None
-
-
-VIEWS = """reshape transpose.int permute unsqueeze squeeze.dim expand t slice.Tensor select.int split.Tensor
-split_with_sizes unbind.int""".split()
-"""Operators that move nothing."""
-
-
-def traffic(node: fx.Node) -> float:
-    """Bytes that an operator reads and writes: every operand and result once, and what a kernel of several passes reads
-    and writes between them."""
-    name = info(node).name
-    if is_pick(node) or name.removeprefix("aten.") in VIEWS:
-        return 0.0
-    kernel = kernel_of(name)
-    if kernel is not None and kernel.streamed is not None:
-        return float(kernel.bytes_moved(*fx.map_arg(tuple(node.args), meta_of)).forward)
-    return float(sum(info(n).bytes for n in (node, *node.all_input_nodes)))
 
 
 def _replace(graph: fx.Graph, kernel: Kernel, found: Match, before: fx.Node) -> None:

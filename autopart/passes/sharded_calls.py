@@ -114,6 +114,11 @@ def _dropout(call: Call) -> Replacement:
     return "dropout", (*call.args[:2], *where), axes
 
 
+def _residual_dropout(call: Call) -> Replacement:
+    where, axes = _where(call)
+    return "residual_dropout", (*call.args[:4], *where), axes
+
+
 def _returned(call: Call) -> Replacement:
     where, axes = _where(call)
     return "returned", (call.args[0], *where), axes
@@ -132,6 +137,7 @@ TABLE: dict[str, Callable[[Call], Replacement | None]] = {
     "autopart.experts": _mixture,
     "autopart.dropout": _dropout,
     "autopart.dropout_attention": _attention,
+    "autopart.residual_dropout": _residual_dropout,
     "autopart.returned": _returned,
     "autopart.uniform": _uniform,
     "autopart.uniform_of": _uniform,

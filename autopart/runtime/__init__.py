@@ -45,7 +45,7 @@ from autopart.runtime.groups import Groups, make_groups
 from autopart.runtime.outputs import returned
 from autopart.runtime.parameters import buffer, weight, weight_slice
 from autopart.runtime.process_group import Group
-from autopart.runtime.random import dropout, dropout_attention, stream, uniform
+from autopart.runtime.random import dropout, dropout_attention, residual_dropout, stream, uniform
 from autopart.runtime.recompute import recomputed, run_once, saved
 
 __all__ = [
@@ -69,6 +69,7 @@ __all__ = [
     "recomputed",
     "reduce_from",
     "reduce_scatter_to",
+    "residual_dropout",
     "returned",
     "run_once",
     "saved",

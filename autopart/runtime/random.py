@@ -20,6 +20,7 @@ import torch
 from autopart.kernels import dropout as kernel
 from autopart.kernels.attention import attention
 from autopart.kernels.dropout import SIGN, by_blocks, mixed
+from autopart.kernels.residual_dropout import residual_dropout as residual_kernel
 from autopart.runtime.groups import Groups
 from autopart.runtime.shards import shard
 
@@ -129,13 +130,28 @@ def dropout(x: Tensor, p: float, source: Stream, whole: Sequence[int], batch: in
     return dropped
 
 
+def residual_dropout(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    p: float,
+    source: Stream,
+    whole: Sequence[int],
+    batch: int | None,
+    **axes: Split,
+) -> Tensor:
+    """residual + dropout(x + bias), with the mask of `dropout`. Arguments as `dropout`."""
+    hashes = dropout_hashes(p, source, whole, batch, **axes)
+    return residual_kernel(x, bias, residual, *hashes)
+
+
 def dropout_hashes(
     p: float, source: Stream, whole: Sequence[int], batch: int | None, **axes: Split
 ) -> tuple[Tensor, Tensor, int, float]:
-    """rows, columns, threshold and scale by which `autopart.kernels.attention` drops what `dropout` drops of scores.
+    """rows, columns, threshold and scale by which kernels drop what `dropout` drops.
 
-    Scores are of the size `whole` (samples, heads, queries, keys) over all ranks. rows (samples, heads, queries) and
-    columns (keys,) are of this rank's share. Arguments as `dropout`.
+    rows has the size of this rank's share without the last dim, columns that of the last dim. Arguments as `dropout`;
+    for attention, those of the scores (samples, heads, queries, keys).
     """
     rows, columns = _hashes(source, whole, batch, axes)
     if p >= 1.0:

@@ -44,6 +44,7 @@ from autopart.compile.programs import programs
 from autopart.cost.liveness import MODES
 from autopart.frontend.batch import DTYPES
 from autopart.kernels.table import KERNELS
+from autopart.passes.fuse_dropout import RESIDUAL
 from autopart.passes.randomness import FUSED
 from autopart.passes.source import Source
 from autopart.planner.explain.memory_report import stage_memories
@@ -380,7 +381,7 @@ def layer_source(hidden: int, heads: int, length: int, samples: int, scores: boo
     with torch.device("meta"):
         model = hf.GPT2LMHeadModel(config)
         tokens = torch.zeros(samples, length, dtype=torch.long)
-    return Source(model, {"input_ids": tokens, "labels": tokens}, torch.bfloat16, (*KERNELS, FUSED))
+    return Source(model, {"input_ids": tokens, "labels": tokens}, torch.bfloat16, (*KERNELS, FUSED, RESIDUAL))
 
 
 def layers_table(found: Sequence[Layer]) -> Table:

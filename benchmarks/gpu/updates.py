@@ -4,8 +4,6 @@ Weights are bfloat16 with float32 masters, as in a step of autopart with a maste
 steps are followed by a copy. Gradients are clipped to a norm that is known, which the kernel does on the way.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -21,9 +21,10 @@ import autopart
 from autopart.ir.graph import Info, info, is_pick
 from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph
-from autopart.kernels.table import KERNELS, kernel_of
-from autopart.passes.fuse import traffic
+from autopart.kernels.table import KERNELS
+from autopart.passes.fuse_dropout import RESIDUAL
 from autopart.passes.source import Source
+from autopart.passes.traffic import traffic
 from benchmarks.coverage.zoo_models import architectures, published
 from benchmarks.support.command import command_line
 
@@ -50,11 +51,11 @@ def main() -> None:
 
 def row(task: str, name: str) -> dict[str, Any]:
     """One model: calls of each kernel in the whole model, eager kernels that are left, bytes of a layer."""
-    fused, plain = (layered(task, name, off) for off in ((), tuple(KERNELS)))
+    fused, plain = (layered(task, name, off) for off in ((), (*KERNELS, RESIDUAL)))
     calls: Counter[str] = Counter()
     for index, times in Counter(fused.sequence).items():
         for record in (info(node) for node in fused.segments[index].nodes):
-            if kernel_of(record.name):
+            if record.unfused:
                 calls[record.name.partition(".")[2]] += times
     return {
         "model": name,
@@ -86,7 +87,7 @@ def of_layer(graph: LayeredGraph, amount: Any) -> float:
 def eager(node: Any) -> int:
     """1 for an operator that PyTorch runs as a kernel of its own."""
     record: Info = info(node)
-    return int(not (record.view or record.product or is_pick(node) or kernel_of(record.name)))
+    return int(not (record.view or record.product or is_pick(node) or record.unfused))
 
 
 def text(found: dict[str, Any]) -> str:

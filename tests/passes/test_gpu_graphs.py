@@ -28,17 +28,23 @@ MIXTRAL = {
     **SIZES, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "num_local_experts": 4, "max_position_embeddings": 16,
 }  # fmt: skip
+VIT = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 8,
+    "patch_size": 4, "num_labels": 6, "hidden_dropout_prob": 0.2,
+}  # fmt: skip
 MODELS = {
     "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)),
     "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**BERT)),
     "mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**MIXTRAL)),
     "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)),
+    "vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**VIT)),
 }
 CALLS = {
-    "gpt2": {"dropout_attention", "bias_activation", "add_layer_norm"},
+    "gpt2": {"dropout_attention", "bias_activation", "add_layer_norm", "residual_dropout"},
     "bert": {"dropout_attention", "bias_activation", "add_layer_norm"},
     "mixtral": {"experts", "route", "rotary", "add_rms_norm"},
-    "t5": {"dropout_attention", "add_rms_norm", "rms_norm"},
+    "t5": {"dropout_attention", "add_rms_norm", "rms_norm", "residual_dropout"},
+    "vit": {"bias_activation", "add_layer_norm", "residual_dropout"},
 }
 PLANS = [{}, {"tp": 2, "pp": 2}, {"dp": 2, "tp": 2, "zero": 3, "recompute": "full"}, {"tp": 4, "micro_batch": 2}]
 
@@ -53,6 +59,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def batch_of(name: str) -> dict[str, torch.Tensor]:
     random = torch.Generator().manual_seed(0)
+    if name == "vit":
+        return {"pixel_values": torch.randn(4, 3, 8, 8, generator=random), "labels": torch.arange(4)}
     ids = torch.randint(3, 96, (4, 12), generator=random)
     mask = (
         {"attention_mask": (torch.arange(12) < torch.tensor([12, 7, 9, 12])[:, None]).long()} if name == "bert" else {}

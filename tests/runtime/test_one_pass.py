@@ -167,6 +167,21 @@ def hooked() -> tuple[int, float]:
     return counted.count, seen[0]
 
 
+def lions() -> float:
+    """The largest difference of Lion's steps by its kernel from those of the formula."""
+    torch.manual_seed(0)
+    weights = [torch.randn(5, 3), torch.randn(7)]
+    parameters, means = [nn.Parameter(w.clone()) for w in weights], [torch.zeros_like(w) for w in weights]
+    optimizer = autopart.Lion(parameters, lr=0.1, weight_decay=0.5)
+    for _ in range(3):
+        for w, m, p in zip(weights, means, parameters, strict=True):
+            p.grad = torch.randn_like(p)
+            w.mul_(1 - 0.1 * 0.5).sub_(0.1 * (0.9 * m + 0.1 * p.grad).sign())
+            m.mul_(0.99).add_(p.grad, alpha=0.01)
+        optimizer.step()
+    return max(float((a - b).abs().max()) for a, b in zip(weights, parameters, strict=True))
+
+
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
     return interpreted_child(__file__)
@@ -207,11 +222,17 @@ def test_on_a_gpu_the_kernel_steps_as_torch_does(model: str) -> None:
     assert found["autopart"]["workspace"] < found["torch"]["workspace"]
 
 
+@pytest.mark.slow
+def test_lion_steps_by_its_formula(interpreted: dict[str, Any]) -> None:
+    assert interpreted["lion"] < 1e-6 and lions() < 1e-6
+
+
 def test_on_a_cpu_torch_steps() -> None:
     assert launches("AdamW") == 0
 
 
 if __name__ == "__main__":
     results: dict[str, Any] = {name: compared(settings) for name, settings in SETTINGS.items()}
-    results |= {"resumed": resumed(), "launches": {name: launches(name) for name in TAKEN}, "hooked": hooked()}
+    results |= {"launches": {name: launches(name) for name in TAKEN}}
+    results |= {"resumed": resumed(), "hooked": hooked(), "lion": lions()}
     print(json.dumps(results))

@@ -52,6 +52,7 @@ MAKE: dict[str, Callable[[nn.Module], Optimizer]] = {
     "states before the first step": lambda m: torch.optim.Adagrad(
         m.parameters(), initial_accumulator_value=0.3, lr=0.1
     ),
+    "Lion": lambda model: autopart.Lion(groups_by_dim(model), lr=0.01),
     "one group of some": lambda model: torch.optim.SGD(list(model.parameters())[:2], lr=0.1, momentum=0.9),
 }
 ALL = split_by("first.weight dim 0 over tp")

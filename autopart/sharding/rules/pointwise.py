@@ -1,6 +1,6 @@
 """Operators that work element by element."""
 
-from autopart.sharding.rules.base import Args, Linear, Rule, argument
+from autopart.sharding.rules.base import Args, Linear, Rule, argument, is_tensor
 
 POINTWISE = """abs absolute arccos arccosh arcsin arcsinh arctan arctanh clip fix acos acosh angle asin asinh
     atan atanh bitwise_not ceil celu clamp clamp_max clamp_min cos cosh digamma elu erf erfc erfinv exp exp2
@@ -34,6 +34,11 @@ def _masked_by_zero(args: Args) -> Linear:
     return (0,) if argument(args, 2) == 0 else ()
 
 
+def _residual_dropout(args: Args, outputs: object) -> str:
+    """(x, bias or None, residual)."""
+    return "... d, d, ... d -> ... d" if is_tensor(args[1]) else "..., -, ... -> ..."
+
+
 RULES: dict[str, Rule] = {f"aten.{n}": Rule("... -> ...") for n in POINTWISE}
 RULES |= {f"aten.{n}": Rule("..., ... -> ...", linear=LINEAR_BINARY.get(n, 0)) for n in BINARY}
 RULES |= {f"aten.{n}": Rule("... -> ...", linear=-1) for n in SAME}
@@ -57,6 +62,7 @@ RULES |= {
     "aten.native_dropout": Rule("... -> ..., ..."),
     "aten.dropout": Rule("... -> ..."),
     "autopart.dropout": Rule("... -> ...", linear=1),
+    "autopart.residual_dropout": Rule(_residual_dropout, linear=lambda args: () if is_tensor(args[1]) else (0, 2)),
     "autopart.returned": Rule("... -> ..."),
 }
 RULES |= {f"aten.{n}": Rule("-, ... -> ...") for n in ("pow.Scalar", "float_power.Scalar", "polygamma")}
