@@ -63,15 +63,15 @@ class Prices:
     def __init__(self, sizes: Sizes, terms: Terms) -> None:
         self.sizes, self.terms = sizes, terms
         basis, device = terms.basis, terms.device
-        self.output_bytes, self.inner = sizes.output_bytes @ basis, sizes.inner @ basis
+        self.output_bytes, self.inner = sizes.output_bytes @ basis, sizes.times * (sizes.inner @ basis)
         self.largest_gradient = sizes.largest_gradient @ basis
         seconds = self._computed(sizes, basis, device)
         ranks = {axis: group.ranks for axis, group in terms.sizes.items()}
         divided = sizes.means @ [ranks.get("dp", 1) > 1, ranks.get("tp", 1) > 1]
         mean = stream_seconds(2 * self.output_bytes, sizes.grad, np.minimum(divided, 1.0), device)
         beside = beside_seconds((sizes.streamed @ basis).T, sizes.grad, device)
-        self.forward = seconds.forward + mean.forward + beside.forward
-        self.backward = seconds.backward + mean.backward + beside.backward
+        self.forward = sizes.times * (seconds.forward + mean.forward + beside.forward)
+        self.backward = sizes.times * (seconds.backward + mean.backward + beside.backward)
 
     @cached_property
     def backward_bytes(self) -> Array:
@@ -81,7 +81,7 @@ class Prices:
 
     @cached_property
     def saved_results(self) -> Array:
-        return self.sizes.saved * self.output_bytes + (1.0 - self.sizes.rerun) * self.inner
+        return self.sizes.saved * self.sizes.times * self.output_bytes + (1.0 - self.sizes.rerun) * self.inner
 
     @cached_property
     def saved_tensor_bytes(self) -> Array:
@@ -103,7 +103,7 @@ class Prices:
             if group.ranks > 1:
                 forward, backward = row_seconds(row, nbytes[where], group, grad, self.terms.device)
                 found[:, where] = forward, backward, 0.0 * forward if row.regathers else forward
-        return found
+        return found * self.sizes.reshard_times
 
     @property
     def reshard_forward(self) -> Array:

@@ -39,6 +39,7 @@ class Sizes:
     """A table's sizes as rows of four coefficients: of every strategy, every reshard and every saved tensor.
 
     first       [nodes + 1]: index of the node's first strategy among all strategies
+    times       [strategies]: how many times the operator runs at a position;  reshard_times: [reshards]
     which       [strategies]: index of the row of work; strategies with equal work have one row
     flops, moved, peak, rest, factors
                 rows of work: FLOPs and bytes moved, peak, then the other columns of `compute.Work`, and which of the
@@ -70,6 +71,7 @@ class Sizes:
         self.streamed = np.array([self._kernel_bytes(n, o)[2:] for n, o in options])
         self.means = np.array([[self._mean(n, o, axis) for axis in ("dp", "tp")] for n, o in options])
         self.grad = np.array([float(n.grad) for n, _ in options])
+        self.times = np.array([float(n.times) for n, _ in options])
         self.saved, self.rerun = (
             np.repeat(by_mode, np.diff(self.first), axis=1).astype(float) for by_mode in (table.saved, table.rerun)
         )
@@ -89,6 +91,7 @@ class Sizes:
         self.reshard_groups: dict[tuple[str, Reshard, bool], list[int]] = {}
         for i, (step, value) in enumerate(self.reshards.values()):
             self.reshard_groups.setdefault((table.axes[step.axis], step.row, value.grad), []).append(i)
+        self.reshard_times = np.array([float(table.value_uses[index].times) for index, *_ in self.reshards])
         reshards = self.reshards.values()
         self.collective_bytes = _rows(self._collective_bytes(step, value) for step, value in reshards)
         self.reshard_bytes = _rows(self.byte_coefficients(value, step.after) for step, value in reshards)
@@ -276,7 +279,8 @@ class Sizes:
         return self._coefficients(value.bytes, value.batch, sharded)
 
     def root(self, tensor: SavedTensor, placed: Placements) -> Array:
-        return self.byte_coefficients(self.table.nodes[tensor.root].values[tensor.output], placed)
+        """Bytes that are saved of a tensor in a placement, in all iterations of a loop."""
+        return tensor.times * self.byte_coefficients(self.table.nodes[tensor.root].values[tensor.output], placed)
 
 
 def _rows(sizes: Iterable[Array]) -> Array:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -23,6 +24,7 @@ from autopart.frontend.functionalize import functional
 from autopart.frontend.layer_sampling import SampledLayers
 from autopart.frontend.no_gradient import detach_no_grad_values, refuse_hidden_tensors
 from autopart.frontend.returned_scalars import note_scalars
+from autopart.frontend.short_loops import short_loops
 from autopart.frontend.source_lines import user_line
 from autopart.frontend.torch_private import FakeTensorMode, lazy_graph_modules
 from autopart.frontend.tracing_contexts import (
@@ -35,6 +37,7 @@ from autopart.frontend.tracing_contexts import (
     no_tensor_hooks,
     no_validation,
     open_checkpoints,
+    plain_run,
     remembered_frames,
     silent,
 )
@@ -49,16 +52,21 @@ def export(
     inputs: Mapping[str, Any],
     dtype: torch.dtype | None,
     sampled: Sequence[SampledLayers] = (),
+    short: bool = False,
 ) -> torch.export.ExportedProgram:
     """Export the forward pass of a copy of the model with fake tensors and with the first blocks alone of the lists in
-    `sampled`.
+    `sampled`. `short`: with some iterations of long loops, or with all of them where it cannot be traced so.
 
     Raises PartitionError with the user's line. If the model can be traced with another attention function of
     transformers, the error names it.
     """
+    shortened: list[int] = []
     try:
-        exported, drew = _export(model, inputs, dtype, sampled)
-        if drew and str(_export(model, inputs, dtype, sampled, drawn=0.0)[0].graph) != str(exported.graph):
+        found = shortened if short else None
+        exported, drew = _export(model, inputs, dtype, sampled, shortened=found)
+        if drew and str(_export(model, inputs, dtype, sampled, drawn=0.0, shortened=found)[0].graph) != str(
+            exported.graph
+        ):
             raise OperatorError(
                 "the forward pass draws from Python's or numpy's random",
                 "a trace would keep the one outcome it saw",
@@ -68,6 +76,8 @@ def export(
     except PartitionError:
         raise
     except Exception as error:  # whatever a forward pass may raise
+        if shortened:
+            return export(model, inputs, dtype, sampled)
         own = [*model._modules, *model._parameters, *model._buffers]
         if taken := [name for name in own if hasattr(fx.GraphModule, name) and not hasattr(nn.Module, name)]:
             raise PartitionError(
@@ -88,6 +98,7 @@ def _export(
     sampled: Sequence[SampledLayers] = (),
     attention: str = "",
     drawn: float = LARGEST_DRAWN,
+    shortened: list[int] | None = None,
 ) -> tuple[torch.export.ExportedProgram, bool]:
     """The program where all that Python and numpy draw is `drawn`, and whether anything was drawn. Where the program is
     the same for the least and the largest number, as with layerdrop=0, draws do not matter."""
@@ -107,6 +118,7 @@ def _export(
         custom_functions(custom),
         no_inference_mode(),
         open_checkpoints(),
+        plain_run(),
         no_tensor_hooks(),
         casts_that_change_nothing(),
         lstm_states(),
@@ -116,6 +128,7 @@ def _export(
         silent(),
         mock.patch.object(torch, "ctc_loss", ctc_loss),
         drawing(drawn) as draws,
+        nullcontext() if shortened is None else short_loops(model, shortened),
     ):
         warnings.simplefilter("ignore", FutureWarning)
         exported = torch.export.export(skeleton, (), kwargs, strict=False)

@@ -4,6 +4,7 @@ import torch._decomp.decompositions as decompositions
 import torch.utils._traceback as stack_traces
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module as lazy_graph_modules
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import _global_optimizer_post_hooks as post_hooks_of_all_optimizers
 from torch.optim.optimizer import _global_optimizer_pre_hooks as pre_hooks_of_all_optimizers
@@ -16,6 +17,7 @@ __all__ = [
     "StorageWeakRef",
     "TorchDispatchMode",
     "decompositions",
+    "get_proxy_mode",
     "lazy_graph_modules",
     "post_hooks_of_all_optimizers",
     "pre_hooks_of_all_optimizers",

@@ -73,7 +73,7 @@ class Info:
     logits   whether every path from the node to the loss goes through a cross-entropy, by way of views and casts
     weights  the indices of the operands that are trained parameters, or views of such
     gradient_copies  how many tensors of the size of its largest gradient exist in its backward, if it is no product
-    backward_ratio   seconds of its backward / seconds of its forward
+    backward_ratio   seconds of its backward / seconds of its forward;  times: iterations of a loop that it stands for
     kernel_bytes     of a fused kernel, besides operands and results
     plain    whether plain torch runs in place of a fused kernel's Triton functions
     outputs  of a fused kernel with several outputs: names of the values that they replaced
@@ -115,6 +115,7 @@ class Info:
     backward_ratio: int = 0
     kernel_bytes: KernelBytes = NO_BYTES
     plain: bool = False
+    times: int = 1
     outputs: tuple[str, ...] = ()
     fused: float = 0.0
     unfused: float = 0.0
@@ -134,7 +135,7 @@ class Info:
     def model_flops(self) -> float:
         """FLOPs of a matrix product, 0 for other operators. Causal attention counts as attention without a mask."""
         causal = self.matrix is not None and self.matrix.sizes.causal
-        return self.flops * (2 if causal else 1) if self.product else 0.0
+        return self.times * self.flops * (2 if causal else 1) if self.product else 0.0
 
     @property
     def output_bytes(self) -> list[int]:

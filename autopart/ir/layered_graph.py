@@ -33,7 +33,8 @@ class LayeredGraph:
 
     segments        the traced segments, in order
     free            nodes without gradient that need no segment's values, such as masks: every stage computes its own
-    same            node or parameter -> its representative, the first of its class
+    same            node or parameter -> its representative, the first of its class; for equal iterations of a loop, the
+                    last of the first ones (`passes.loop_iterations`)
     count           representative -> how many nodes of the model it stands for
     keys            representative -> its name in plans: "model.layers.0.mlp.up_proj/linear", or the parameter's name
     sequence        the model as a row of positions: the index of the segment at each. A block that was traced once or
@@ -149,14 +150,17 @@ class LayeredGraph:
         """A hash of what the whole model computes. It is the same for every size of a micro-batch, and whether or not
         equal blocks were left out of the trace."""
         prints = Fingerprints(self.traced.graph, self.traced.micro_batch)
-        texts = [_text(segment, prints) for segment in self.segments]
+        ranks = [self._ranks(segment) for segment in self.segments]
+        texts = [_text(segment, prints, rank) for segment, rank in zip(self.segments, ranks, strict=True)]
         kinds: dict[int, int] = {}
         latest: dict[int, int] = {}
         total = hashlib.sha256()
         for position, index in enumerate(self.sequence):
             segment, label = self.segments[index], self.labels[position]
             outside = [
-                source or prints.outside(node, segment.label)
+                (source[0], ranks[self.sequence[source[0]]][source[1]])
+                if source
+                else prints.outside(node, segment.label)
                 for node, source in zip(segment.externals, self.sources(position), strict=True)
             ]
             number = kinds.setdefault(segment.segment_class, len(kinds))
@@ -164,20 +168,34 @@ class LayeredGraph:
             latest[index] = position
         for node in self.traced.graph.output_node().all_input_nodes:
             location = self.locations.get(node)
-            made = prints.outside(node, "") if location is None else (latest[location[0]], location[1])
+            made = (
+                prints.outside(node, "") if location is None else (latest[location[0]], ranks[location[0]][location[1]])
+            )
             total.update(repr(made).encode())
         total.update(repr((self.parameters(), self.traced.updated)).encode())
         return total.hexdigest()[:16]
 
+    def _ranks(self, segment: Segment) -> list[int]:
+        """Of every node of a segment, the number of the node that stands for it in a loop, or its own, among the nodes
+        that do."""
+        places = [self.locations[self.same[node]][1] for node in segment.nodes]
+        numbers = {place: number for number, place in enumerate(p for i, p in enumerate(places) if p == i)}
+        return [numbers[place] for place in places]
 
-def _text(segment: Segment, prints: Fingerprints) -> str:
-    """A hash of what a segment computes, with local numbers in place of names."""
+
+def _text(segment: Segment, prints: Fingerprints, ranks: Iterable[int]) -> str:
+    """A hash of what a segment computes, with local numbers, `ranks`, in place of names. Of equal iterations of a loop
+    one counts."""
     tokens: dict[fx.Node, tuple[Any, ...]] = {node: ("external", i) for i, node in enumerate(segment.externals)}
     total = hashlib.sha256()
-    for i, node in enumerate(segment.nodes):
+    last = -1
+    for rank, node in zip(ranks, segment.nodes, strict=True):
+        tokens[node] = ("node", rank)
+        if rank <= last:
+            continue
+        last = rank
         tokens |= {p: parameter_token(info(p), segment.label) for p in parameters_of(node)}
         total.update(prints.call(node, tokens, segment.label).encode())
-        tokens[node] = ("node", i)
     return total.hexdigest()
 
 

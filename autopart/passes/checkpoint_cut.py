@@ -136,7 +136,11 @@ def _minimum_cut(nodes: Sequence[fx.Node], read: set[fx.Node], given: set[fx.Nod
     net.add_nodes_from(["products", "backward"])
     for node in nodes:
         if node not in given:  # a view is saved as what it is a view of
-            net.add_edge((node, "in"), (node, "out"), **({} if is_view(node) else {"capacity": info(node).bytes}))
+            net.add_edge(
+                (node, "in"),
+                (node, "out"),
+                **({} if is_view(node) else {"capacity": info(node).times * info(node).bytes}),
+            )
         net.add_edges_from(((node, "out"), (user, "in")) for user in node.users if user in inside)
         if is_product(node):
             net.add_edge("products", (node, "in"))

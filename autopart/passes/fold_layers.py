@@ -17,6 +17,7 @@ from autopart.ir.fingerprint import Fingerprints, Token, is_own, parameter_token
 from autopart.ir.graph import Traced, calls, info, loss_of
 from autopart.ir.layered_graph import LayeredGraph, Segment, node_keys, parameters_of
 from autopart.ir.random_ops import relative
+from autopart.passes.loop_iterations import equal_iterations
 
 
 def fold_layers(traced: Traced) -> LayeredGraph:
@@ -44,18 +45,22 @@ def fold_layers(traced: Traced) -> LayeredGraph:
             same[node] = twin
         for node, twin in zip(segment.externals, first.externals, strict=True):
             _pair_own(node, segment.label, twin, first.label, prints, same)
+        if segment is first:
+            same |= equal_iterations(segment.nodes)
+    count = Counter[fx.Node]()
     for node in graph.nodes:
         if node.op != "output":
             same.setdefault(node, node)
     for node in list(same):
         while same[node] is not same[same[node]]:
             same[node] = same[same[node]]
+        count[same[node]] += info(node).times
     return LayeredGraph(
         traced,
         segments,
         [n for n in graph.nodes if n in free],
         same,
-        Counter(same.values()),
+        count,
         node_keys(n for n in graph.nodes if n in same and same[n] is n),
         tuple(range(len(segments))),
         tuple(segment.label for segment in segments),
@@ -125,7 +130,7 @@ def _signature(segment: Segment) -> tuple[Any, ...]:
         record = info(node)
         args, kwargs = without_floats(record.name, args, kwargs)
         does = repr(relative(args, segment.label)), repr(kwargs)
-        lines.append((record.name, *does, record.shapes, record.dtypes, record.view, record.inner))
+        lines.append((record.name, *does, record.shapes, record.dtypes, record.view, record.inner, record.times))
     inside = set(segment.nodes)
     outputs = tuple(i for i, n in enumerate(segment.nodes) if any(u not in inside for u in n.users))
     segment.externals = tuple(externals)

@@ -25,6 +25,7 @@ from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.checkpoint_cut import mode_cut
 from autopart.passes.kernel_bytes import is_kernel, kernel_bytes
+from autopart.passes.loop_iterations import first_same_operand
 from autopart.passes.value_positions import Write, value_positions
 from autopart.sharding.notation import AGAIN, C, G, Placement, R, S, splits
 from autopart.sharding.resharding import possible, steps
@@ -129,7 +130,7 @@ class _Builder:
             options=options,
             values=[Value(float(size), record.batch is not None, record.grad) for size in record.output_bytes],
             operands=[self._operand(n) for n in operands(node)] if is_op else [],
-            first_same_operand=_first_same_operand(operands(node)) if is_op else [],
+            first_same_operand=first_same_operand(node) if is_op else [],
             flops=record.flops,
             batch=record.batch is not None or any(i.batch is not None for i in inputs),
             product=record.product,
@@ -147,6 +148,7 @@ class _Builder:
             gradient_copies=record.gradient_copies,
             kernel_bytes=[kernel_bytes(node, option, ranks) for option in options] if is_kernel(node) else [],
             segment_class=-1 if segment is None else self.layered.segments[segment].segment_class,
+            times=self.positions.times[node] or 1,
         )
 
     def _check_splits(self) -> None:
@@ -225,12 +227,6 @@ def _same_reshard(have: Placements, want: Placements, before: Placements, after:
     kinds = [tuple(p.kind for p in placed) for placed in (have, want, before, after)]
     parted = any(p.parts for placed in (have, want, before, after) for p in placed)
     return kinds[0] == kinds[2] and kinds[1] == kinds[3] and not parted and all(map(possible, have, want))
-
-
-def _first_same_operand(arguments: Sequence[fx.Node | None]) -> list[int]:
-    """For every operand the index of the first operand that is the same value."""
-    values = [None if n is None else value_of(n) for n in arguments]
-    return [values.index(v) for v in values]
 
 
 def _hints(layered: LayeredGraph, nodes: list[fx.Node], size: int) -> Hints:

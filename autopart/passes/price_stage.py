@@ -142,7 +142,7 @@ def _computed(nodes: Sequence[fx.Node], device: Device) -> dict[fx.Node, Seconds
     beside = beside_seconds(extra[:2], extra[2], device)
     forward, backward = seconds.forward + beside.forward, seconds.backward + beside.backward
     each = zip(operators, forward.tolist(), backward.tolist(), strict=True)
-    return {node: Seconds(there, back) for node, there, back in each}
+    return {n: Seconds(info(n).times * there, info(n).times * back) for n, there, back in each}
 
 
 def _moved(node: fx.Node, prices: Prices) -> Seconds:
@@ -154,4 +154,5 @@ def _moved(node: fx.Node, prices: Prices) -> Seconds:
     axis = node.args[1]
     assert isinstance(axis, str)
     whole = max(record.size, *(info(n).size for n in node.all_input_nodes))
-    return Seconds(*map(float, row_seconds(row, whole, prices.axes[axis], record.grad, prices.device)))
+    each = row_seconds(row, whole, prices.axes[axis], record.grad, prices.device)
+    return Seconds(*(record.times * float(seconds) for seconds in each))

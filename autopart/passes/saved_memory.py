@@ -28,7 +28,7 @@ def note_saved(
     """
     record = info(node)
     chosen = choices.of(layered, node, stage.index)
-    inner = choices.inner(node, chosen)
+    inner = record.times * choices.inner(node, chosen)
     entry = stage.saved.setdefault((f"{node.name} inside", ()), SavedMemory(inner, False))
     entry.segments.add(segment)
     for name in record.saves:
@@ -36,7 +36,7 @@ def note_saved(
         root = layered.by_name[maker]
         taken = _read_as(node, name, chosen) or given((root, output))
         placements = tuple(map(saved_as, taken))
-        total = info(root).output_bytes[output] * choices.grow(info(root))
+        total = info(root).times * info(root).output_bytes[output] * choices.grow(info(root))
         size, whole = total / choices.parts(placements), total / choices.parts(taken)
         memory = SavedMemory(size, len(layered.savers[name]) > 1)
         entry = stage.saved.setdefault((name, placements), memory)

@@ -17,7 +17,7 @@ from autopart.frontend.batch import DTYPES, Batch, outline
 from autopart.frontend.layer_sampling import SampledLayers, UnlikeLayers, longer, sampled_layers
 from autopart.hardware.mesh import Mesh
 from autopart.ir.gc_pause import paused
-from autopart.ir.graph import Traced, show, verify
+from autopart.ir.graph import Traced, calls, info, show, verify
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.annotate import annotate
 from autopart.passes.fold_layers import fold_layers
@@ -91,11 +91,13 @@ class Source:
         plan.check(layered)
         return layered
 
-    def _traced(self, samples: int, mesh: Mesh, sampled: Sequence[SampledLayers] = ()) -> LayeredGraph:
+    def _traced(
+        self, samples: int, mesh: Mesh, sampled: Sequence[SampledLayers] = (), short: bool = False
+    ) -> LayeredGraph:
         """The passes from trace to unfold_layers. Whether a loss mixes samples is known only from two or more of them:
         a trace of one sample takes the answer from a trace of two, if there is one."""
         layered = prepare(
-            self.model, outline(self.batch, samples), mesh, self.dtype, sampled, self.outputs, self.no_fuse
+            self.model, outline(self.batch, samples), mesh, self.dtype, sampled, self.outputs, self.no_fuse, short
         )
         several = self.planned.get((2, mesh.device.type))
         if samples == 1 and several is not None:
@@ -112,7 +114,7 @@ class Source:
         sampled, traced_in_full = self.sampling or (sampled_layers(self.model), {})
         while sampled:
             try:
-                layered = self._traced(samples, mesh, sampled)
+                layered = self._traced(samples, mesh, sampled, short=True)
                 self.sampling = sampled, traced_in_full
                 return replace(layered, traced_in_full="; ".join(traced_in_full.values()))
             except UnlikeLayers as unlike:
@@ -129,7 +131,10 @@ class Source:
                 traced_in_full = traced_in_full | reasons
                 sampled = () if rest == sampled else rest
         self.sampling = (), traced_in_full
-        full = self.full(samples, mesh)
+        key = samples, mesh.device.type
+        full = self.prepared.get(key) or self._traced(samples, mesh, short=True)
+        if all(info(node).times == 1 for node in calls(full.traced.graph)):
+            self.prepared[key] = full
         return replace(full, traced_in_full="; ".join(traced_in_full.values())) if traced_in_full else full
 
 
@@ -141,14 +146,15 @@ def prepare(
     sampled: Sequence[SampledLayers] = (),
     outputs: Sequence[str] = (),
     no_fuse: Sequence[str] = (),
+    short: bool = False,
 ) -> LayeredGraph:
     """The passes from trace to unfold_layers.
 
-    `outputs` are those of `trace`; `no_fuse` names kernels to leave out. If AUTOPART_DUMP names a folder, the graph is
-    verified after every pass and written there. Raises UnlikeLayers where the first blocks of a list in `sampled` do
-    not stand for all.
+    `outputs` and `short` are those of `trace`; `no_fuse` names kernels to leave out. If AUTOPART_DUMP names a folder,
+    the graph is verified after every pass and written there. Raises UnlikeLayers where the first blocks of a list in
+    `sampled` do not stand for all.
     """
-    traced = _pass("trace", None, lambda: trace(model, batch, dtype, sampled, outputs))
+    traced = _pass("trace", None, lambda: trace(model, batch, dtype, sampled, outputs, short))
     _pass("simplify", traced, lambda: simplify(traced))
     _pass("randomness", traced, lambda: randomness(traced, mesh.device.type, no_fuse))
     _pass("fuse", traced, lambda: fuse(traced, mesh.device.type, no_fuse))

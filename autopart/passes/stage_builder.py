@@ -16,6 +16,7 @@ from autopart.cost.compute import backward_ratio_of
 from autopart.ir.graph import KEY, Info, info, is_pick, loss_of, operands, updates_of, value_of, with_operands
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.ir.random_ops import Stream
+from autopart.passes.loop_iterations import first_same_operand
 from autopart.passes.saved_memory import note_saved
 from autopart.passes.sharded_calls import Call, sharded_call
 from autopart.passes.stage_graph import (
@@ -290,15 +291,16 @@ class StageBuilder:
         """The operands in the placements that the strategies take (None for those that are no tensors), and the bytes
         that they have on a rank, each value counted once for each placement."""
         local: list[Any] = []
-        reads: dict[tuple[Value, Placements], None] = {}
+        reads: dict[tuple[int, Placements], float] = {}
+        first = first_same_operand(node)
         for index, operand in enumerate(operands(node)):
             if operand is None:
                 local.append(None)
                 continue
             want = tuple(w if (w := s.inputs[index]) is not None else R for s in chosen)
             local.append(self._placed(value_of(operand), want, self.home[node]))
-            reads[value_of(operand), want] = None
-        return local, sum(self.choices.size(*read) for read in reads)
+            reads[first[index], want] = self.choices.size(value_of(operand), want)
+        return local, sum(reads.values())
 
     def _local_record(
         self, node: fx.Node, chosen: Sequence[Strategy], placed: list[Placements], size: float, read: float

@@ -15,6 +15,7 @@ from autopart.errors import OperatorError, PartitionError
 from autopart.frontend.export import export
 from autopart.frontend.layer_sampling import SampledLayers, digest
 from autopart.frontend.no_gradient import reaches
+from autopart.frontend.short_loops import TIMES
 from autopart.frontend.source_lines import own_frames, source_line
 from autopart.frontend.torch_private import tree_unflatten
 from autopart.ir.graph import KEY, Info, Traced, has_gradient, info, placeholders, update_info
@@ -28,13 +29,15 @@ def trace(
     dtype: torch.dtype | None = None,
     sampled: Sequence[SampledLayers] = (),
     outputs: Sequence[str] = (),
+    short: bool = False,
 ) -> Traced:
     """Trace the forward pass of one micro-batch.
 
     `batch` has the model's keyword arguments, with samples in dim 0 of every tensor; its size is the micro-batch.
     `dtype`, if given, is the dtype that parameters of the model's main dtype are traced in. Of a list of blocks in
     `sampled` only the first blocks are traced. `outputs` are names of what the model returns, which the program is to
-    return beside the loss: "logits", or "1" for the second of a tuple. No parameter's value is read, so that the model
+    return beside the loss: "logits", or "1" for the second of a tuple. `short`: of long loops some iterations are
+    traced (`frontend.short_loops`). No parameter's value is read, so that the model
     may be on meta. Raises PartitionError, with the user's line, where the model cannot be traced or has no loss to
     train by.
     """
@@ -42,7 +45,7 @@ def trace(
     if not sizes or len(set(sizes.values())) != 1:
         raise PartitionError("the batch has no common size", f"samples in dim 0: {sizes}", "equal sizes in dim 0")
     inputs = {k: v for k, v in batch.items() if v is not None}
-    exported = export(model, inputs, dtype, sampled)
+    exported = export(model, inputs, dtype, sampled, short)
     signature = exported.graph_signature
     if signature.user_inputs_to_mutate:
         raise PartitionError(
@@ -281,6 +284,7 @@ def _record(node: fx.Node, kind: str, name: str) -> Info:
         source=source_line(node.meta.get("stack_trace") or ""),
         frames=own_frames(node.meta.get("stack_trace") or ""),
         batch=0 if kind == "input" else None,
+        times=(node.meta.get("custom") or {}).get(TIMES, 1),
     )
 
 

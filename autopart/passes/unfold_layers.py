@@ -57,7 +57,7 @@ def unfold_layers(layered: LayeredGraph, sampled: Sequence[SampledLayers]) -> La
         for i in pair.second:
             segment = layered.segments[i]
             for node in [*segment.nodes, *own_values(segment)]:
-                count[layered.same[node]] += pair.times
+                count[layered.same[node]] += pair.times * info(node).times
     repeated: dict[int, range] = {}
     row: list[tuple[int, str]] = []
     for index, segment in enumerate(layered.segments):

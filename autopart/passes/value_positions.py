@@ -7,9 +7,10 @@ A place is one occurrence of a value in the model. Places where the same nodes u
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import fx
@@ -43,6 +44,7 @@ class ValuePositions:
     nodes       the representatives. `StrategyTable.nodes` has the writes behind them, and a node that takes the loss
     index       representative -> its index in `nodes`
     value_uses  the values without their reshards
+    times       node -> how many times it runs at a position, where it is of a loop
     iterations  the nodes of every operator that a loop repeats, in order (`loop_iterations`)
     saved_tensors, state, shared  as in `StrategyTable`
     """
@@ -54,6 +56,7 @@ class ValuePositions:
     writes: list[Write]
     state: dict[int, list[tuple[int, ...]]]
     shared: dict[int, list[tuple[int, ...]]]
+    times: Counter[fx.Node]
     iterations: list[list[int]] = field(default_factory=list)
     samples: dict[fx.Node, list[Strategy]] = field(default_factory=dict)
     """Node -> its strategies along the data-parallel axis, as far as they were asked for."""
@@ -86,6 +89,12 @@ class _Use:
     written: int = -1
 
 
+JOINS = ("aten.stack", "aten.cat")
+"""Operators that take all their operands in one placement."""
+
+Place = tuple[int, tuple[int, ...], tuple[tuple[int, ...], ...]]
+"""Producer, consumers and dependents of a value, as in `ValueUses`."""
+
 Used = dict[tuple[fx.Node, int, int, str], list[_Use]]
 """(node, output, position that makes the value, `_Finder._name`) -> the uses of the value at one place."""
 
@@ -104,13 +113,15 @@ class _Finder:
         self.segment_of = layered.segment_of()
         self.last = {segment: position for position, segment in enumerate(layered.sequence)}
         self.region = _regions(layered.sequence)
+        self.times = self._times()
         self.readers: dict[fx.Node, set[int]] = defaultdict(set)
         """Node -> the segments that read its value; -1 for a reader outside of all segments."""
         for node in layered.traced.graph.nodes:
             if node.op == "call_function" and not is_pick(node):
                 for source in node.all_input_nodes:
                     self.readers[value_of(source)[0]].add(self.segment_of.get(node, -1))
-        self.value_uses: dict[object, ValueUses] = {}
+        self.places: dict[tuple[Any, ...], Counter[Place]] = defaultdict(Counter)
+        """Source, output, uses and whether each is inside -> how many times the value is made so at each place."""
         self.writes: list[Write] = []
         self.needed: dict[fx.Node, set[int]] = {}
         self.made_at: dict[fx.Node, set[int]] = defaultdict(set)
@@ -128,9 +139,19 @@ class _Finder:
         source, output = value_of(loss_of(self.layered.traced.graph))
         home = self.last[self.segment_of[source]]
         self._value(source, output, home, [_Use(len(self.nodes) + len(self.writes), 0, home)])
-        value_uses, saved, state = list(self.value_uses.values()), self._saved_tensors(), self._state()
+        value_uses, saved, state = self._value_uses(), self._saved_tensors(), self._state()
         shared, iterations = self._shared(), self._iterations()
-        return ValuePositions(self.nodes, self.index, value_uses, saved, self.writes, state, shared, iterations)
+        return ValuePositions(
+            self.nodes, self.index, value_uses, saved, self.writes, state, shared, self.times, iterations
+        )
+
+    def _times(self) -> Counter[fx.Node]:
+        times = Counter({node: info(node).times for node in self.layered.free})
+        for i, segment in enumerate(self.layered.segments):
+            for node in segment.nodes:
+                representative = self.layered.same[node]
+                times[representative] += info(node).times * (self.segment_of[representative] == i)
+        return times
 
     def _iterations(self) -> list[list[int]]:
         mine = [[n for n in segment.nodes if n in self.index] for segment in self.layered.segments]
@@ -167,11 +188,16 @@ class _Finder:
             for n in self.layered.segments[segment].nodes
         ]
         for node, segment, position in [*places, *((n, -1, -1) for n in self.layered.free)]:
+            seen: dict[fx.Node, int] = {}
             for operand, argument in enumerate(operands(node)) if not is_pick(node) else ():
                 if argument is not None:
                     source, output = value_of(argument)
+                    if self.times[self.layered.same[source]] > 1 and info(node).name in JOINS:
+                        operand = seen.setdefault(self.layered.same[source], operand)
                     key = source, output, self._position(source, segment, position), self._name(source, position)
-                    used[key].append(_Use(self.index[self.layered.same[node]], operand, position, node))
+                    use = _Use(self.index[self.layered.same[node]], operand, position, node)
+                    if use not in used[key][-1:]:
+                        used[key].append(use)
         return used
 
     def _value(self, source: fx.Node, output: int, home: int, uses: Sequence[_Use]) -> None:
@@ -179,12 +205,20 @@ class _Finder:
         inside = tuple(u.position == home for u in uses)
         several = len({u.position for u in uses}) > 1
         pairs = tuple((u.node, u.operand) for u in uses)
-        used = self.value_uses.setdefault(
-            (index, output, pairs, inside, several), ValueUses(index, output, pairs, inside)
-        )
-        used.producers.append(home)
-        used.consumers.append(tuple(u.position for u in uses))
-        used.dependents.append(tuple(self._dependents(u) for u in uses))
+        place = home, tuple(u.position for u in uses), tuple(self._dependents(u) for u in uses)
+        self.places[index, output, pairs, inside, several][place] += info(source).times
+
+    def _value_uses(self) -> list[ValueUses]:
+        """The values, apart where they are made another number of times at a place."""
+        found: dict[tuple[Any, ...], ValueUses] = {}
+        for key, places in self.places.items():
+            source, output, uses, inside, _ = key
+            for (producer, consumers, dependents), times in places.items():
+                used = found.setdefault((key, times), ValueUses(source, output, uses, inside, times=times))
+                used.producers.append(producer)
+                used.consumers.append(consumers)
+                used.dependents.append(dependents)
+        return list(found.values())
 
     def _dependents(self, use: _Use) -> tuple[int, ...]:
         """The positions whose stages compute a use."""
@@ -227,14 +261,18 @@ class _Finder:
                     operand = -1 if maker == node.name else next(iter(through), -2)
                     home = self._position(by_name[maker], segment, position)
                     kept[root, home].append(_Use(self.index[self.layered.same[node]], operand, position))
-        found: dict[object, SavedTensor] = {}
+        every: dict[tuple[Any, ...], Counter[tuple[int, ...]]] = defaultdict(Counter)
         for (root, _), uses in kept.items():
             savers = tuple((u.node, u.operand) for u in uses)
             several = len({u.position for u in uses}) > 1
             maker, output = made_by(root)
             rep = self.index[self.layered.same[value_of(by_name[maker])[0]]]
-            tensor = found.setdefault((rep, output, savers, several), SavedTensor(rep, output, savers))
-            tensor.places.append(tuple(u.position for u in uses))
+            every[rep, output, savers, several][tuple(u.position for u in uses)] += info(by_name[maker]).times
+        found: dict[tuple[Any, ...], SavedTensor] = {}
+        for key, counts in every.items():
+            maker, output, savers, _ = key
+            for place, times in counts.items():
+                found.setdefault((key, times), SavedTensor(maker, output, savers, times=times)).places.append(place)
         return list(found.values())
 
     def _state(self) -> dict[int, list[tuple[int, ...]]]:

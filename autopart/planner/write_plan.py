@@ -115,9 +115,10 @@ def _kernels(layered: LayeredGraph, micro_batch: int) -> tuple[KernelUse, ...]:
         for node in (node for node in segment.nodes if info(node).unfused):
             record = info(node)
             use = uses.get(record.name, KernelUse(record.name.partition(".")[2], 0, 0.0, 0.0))
-            scale = times[index] * (samples if _grows(node) else 1.0)
+            calls = times[index] * record.times
+            scale = calls * (samples if _grows(node) else 1.0)
             fused, unfused = use.bytes + scale * record.fused, use.unfused + scale * record.unfused
-            uses[record.name] = KernelUse(use.name, use.calls + times[index], fused, unfused)
+            uses[record.name] = KernelUse(use.name, use.calls + calls, fused, unfused)
     return tuple(uses[name] for name in sorted(uses))
 
 
@@ -335,7 +336,7 @@ def _notes(space: SearchSpace, found: SearchResult) -> Iterator[str]:
         table = space.model(found.point).table
         tp = table.axes.index("tp")
         counts = Counter(table.segment_classes)
-        work = {i: n.flops * max(1, counts[n.segment_class]) for i, n in enumerate(table.nodes) if n.product}
+        work = {i: n.times * n.flops * max(1, counts[n.segment_class]) for i, n in enumerate(table.nodes) if n.product}
         whole = [i for i in work if not table.nodes[i].options[found.chosen[0][i]][tp].shards_work]
         share = sum(work[i] for i in whole) / (sum(work.values()) or 1.0)
         if share > 1e-3:

@@ -70,6 +70,7 @@ class Node:
     gradient_copies: float = 2.0
     kernel_bytes: list[tuple[float, ...]] = field(default_factory=list)
     segment_class: int = -1
+    times: int = 1
 
     def given(self, option: int, output: int = 0) -> Placements:
         """The placement of an output under an option."""
@@ -90,6 +91,7 @@ class ValueUses:
     consumers   at each place, the position of every use; -1 for a use in the prelude
     dependents  at each place, for every use the positions whose stages compute it: the use's own position; for a use
                 in the prelude, all positions that read what the use makes
+    times       how many times the value is made at each place, in iterations of a loop
     chains      (placement made, placement taken) -> the reshards between them, for each possible pair
     """
 
@@ -100,6 +102,7 @@ class ValueUses:
     producers: list[int] = field(default_factory=list)
     consumers: list[tuple[int, ...]] = field(default_factory=list)
     dependents: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)
+    times: int = 1
     chains: dict[tuple[Placements, Placements], Chain] = field(default_factory=dict)
 
     @cached_property
@@ -131,12 +134,14 @@ class SavedTensor:
     savers   (node that saves the tensor, operand by which the node reads it); operand -1 for the node's own output, -2
              for the placement in which the root made the tensor
     places   at each place, the position of every saver
+    times    how many such tensors are saved at each place, in iterations of a loop
     """
 
     root: int
     output: int
     savers: tuple[tuple[int, int], ...]
     places: list[tuple[int, ...]] = field(default_factory=list)
+    times: int = 1
 
     @cached_property
     def first(self) -> NDArray[np.int_]:

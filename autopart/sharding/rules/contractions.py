@@ -245,6 +245,20 @@ def _solve(args: Args, outputs: Sequence[Shape]) -> str:
     return "... m! k!, ... k! n -> ... m! n"
 
 
+def _solve_triangular(args: Args, outputs: Sequence[Shape]) -> str:
+    """(triangular matrices, right sides). The matrices are on the left or on the right of the solution, which only the
+    sizes tell; where both fit, no system of a matrix is given to another rank than the others."""
+    size, (rows, columns) = args[0][-1], args[1][-2:]
+    if size == rows == columns:
+        return "... m! k!, ... k! n! -> ... m! n!"
+    return "... m! k!, ... k! n -> ... m! n" if size == rows else "... k! n!, ... m k! -> ... m n!"
+
+
+def _triangular_flops(args: Args, outputs: Sequence[Shape]) -> float:
+    """A multiplication and an addition for every element of the triangle and every system."""
+    return float(args[0][-1] * math.prod(outputs[0]))
+
+
 RULES: dict[str, Rule] = {
     "aten.mm": Rule("m k, k n -> m n", contraction=True),
     "aten.bmm": Rule("b m k, b k n -> b m n", contraction=True),
@@ -265,6 +279,7 @@ RULES: dict[str, Rule] = {
     "aten.inner": Rule(_inner, contraction=True),
     "aten.kron": Rule(_kron),
     "aten.linalg_solve": Rule(_solve, linear=(1,)),
+    "aten.linalg_solve_triangular": Rule(_solve_triangular, flops=_triangular_flops),
     "aten.chain_matmul": Rule(_chain, contraction=True),
     "aten.linalg_multi_dot": Rule(_chain, contraction=True),
     "aten.bilinear": Rule(_bilinear, contraction=True),
