@@ -33,7 +33,7 @@ def fake_model(
     memo: dict[int, Any] = {}
     for sample in sampled:
         blocks = list(model.get_submodule(sample.path).children())
-        memo |= {id(block): Dropped() for block in blocks[sample.kept :]}
+        memo |= {id(block): Dropped() for block in blocks[sample.left_out]}
     with mode:
         for module in _kept_modules(model, frozenset(memo)):
             for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
@@ -45,7 +45,7 @@ def fake_model(
                 memo[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
     skeleton = copy.deepcopy(model, memo)
     for sample in sampled:
-        del skeleton.get_submodule(sample.path)[sample.kept :]  # type: ignore[operator]
+        del skeleton.get_submodule(sample.path)[sample.left_out]  # type: ignore[operator]
     _renew_aliases(skeleton)
     return skeleton
 

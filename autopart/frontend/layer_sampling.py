@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import re
 import types
 from collections.abc import Iterator, Sequence
@@ -26,11 +27,12 @@ PLAIN = (str, int, float, bool, complex, bytes, type(None), torch.dtype, torch.d
 
 @dataclass(frozen=True)
 class SampledLayers:
-    """A list of blocks of which only the first are traced.
+    """A list of blocks of which only the first and the last are traced.
 
     path     the path of the list, "model.layers";  blocks: how many blocks it has
     start    the first block from which on kinds repeat;  period: the number of blocks after which they repeat
     windows  how many periods are traced
+    tail     how many of the last blocks are of other kinds than the repeating ones
     """
 
     path: str
@@ -38,16 +40,24 @@ class SampledLayers:
     start: int
     period: int
     windows: int = 2
+    tail: int = 0
 
     @property
     def kept(self) -> int:
-        """How many blocks are traced, from the first. The last block is of the same kind as that of the whole list."""
-        return self.start + self.windows * self.period + (self.blocks - self.start) % self.period
+        """How many blocks are traced."""
+        return self.blocks - self.dropped
 
     @property
     def dropped(self) -> int:
-        """How many blocks are not traced."""
-        return self.blocks - self.kept
+        """How many blocks are not traced: a multiple of the period."""
+        return self.left_out.stop - self.left_out.start
+
+    @property
+    def left_out(self) -> slice:
+        """The blocks that are not traced, behind the traced periods. Those behind them are the list's last ones."""
+        first = self.start + self.windows * self.period
+        repeating = self.blocks - self.tail - first
+        return slice(first, first + repeating - repeating % self.period)
 
     def index(self, name: str) -> int | None:
         """The number of the block that a module or tensor of this name is in; None for other names."""
@@ -78,12 +88,17 @@ def sampled_layers(model: nn.Module) -> tuple[SampledLayers, ...]:
 
 
 def _best_sample(path: str, kinds: Sequence[object]) -> SampledLayers | None:
-    """The sample of a list whose blocks have these kinds, with the start and period that trace the fewest blocks."""
+    """The sample of a list whose blocks have these kinds, with the period and the row of repeating blocks that trace
+    the fewest blocks."""
     every = []
     for period in range(1, LONGEST_PERIOD + 1):
-        start = max((i + 1 for i in range(len(kinds) - period) if kinds[i] != kinds[i + period]), default=0)
-        every.append(SampledLayers(path, len(kinds), start, period))
-    return min(every, key=lambda sample: sample.kept, default=None)
+        start = 0
+        for repeats, row in itertools.groupby(a == b for a, b in zip(kinds, kinds[period:], strict=False)):
+            end = start + len(list(row))
+            if repeats:
+                every.append(SampledLayers(path, len(kinds), start, period, tail=len(kinds) - period - end))
+            start = end
+    return min(every, key=lambda sample: (sample.kept, sample.tail), default=None)
 
 
 class _Kinds:

@@ -224,9 +224,9 @@ def shared() -> nn.Module:
     return Stack(blocks)
 
 
-def frozen() -> nn.Module:
-    """The last three of nine blocks train."""
-    model = Stack([Block(i) for i in range(9)])
+def frozen(widths: Callable[[int], int]) -> nn.Module:
+    """The last three of nine blocks train; each of the first six has its width."""
+    model = Stack([Block(i, widths(min(i, 6))) for i in range(9)])
     for block in model.blocks[:6]:
         block.requires_grad_(False)
     return model
@@ -244,10 +244,12 @@ SHORT: dict[str, Callable[[], nn.Module]] = {
     "the first everywhere": lambda: Everywhere(blocks()),
     "others that do not run": lambda: Idle(blocks()),
     "a buffer each": lambda: Stack(blocks(Masked)),
+    "frozen blocks": lambda: frozen(lambda number: 16),
+    "another end": lambda: Stack([*alternating().blocks, Block(12), Block(13, 24)]),  # type: ignore[misc]
 }
 WHOLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "every block its width": (lambda: Stack([Block(i, 16 + i) for i in range(9)]), ""),
-    "frozen blocks": (frozen, r"blocks\.7 does something else than blocks\.6"),
+    "frozen blocks": (lambda: frozen(lambda number: 16 + number), r"blocks\.7 does something else than blocks\.6"),
     "all states": (lambda: AllStates(blocks()), r"reads .* of blocks\.\d"),
     "a number": (lambda: Stack(blocks(Gated)), r"blocks\.3 reads aten.add.Tensor of elsewhere"),
     "a count": (lambda: Counted(blocks()), r"index \d is out of range"),
@@ -375,7 +377,16 @@ def test_a_hash_tells_models_apart() -> None:
 
 @pytest.mark.parametrize(
     ("kinds_of_blocks", "kept"),
-    [("aaaaaaaa", 2), ("baaaaaaa", 3), ("abababab", 4), ("ababababa", 5), ("aabaabaabaa", 8), ("bbaaaaaa", 4)],
+    [
+        ("aaaaaaaa", 2),
+        ("baaaaaaa", 3),
+        ("abababab", 4),
+        ("ababababa", 5),
+        ("aabaabaabaa", 8),
+        ("bbaaaaaa", 4),
+        ("baaaaaab", 4),
+        ("aaabaaabaaabaab", 11),
+    ],
 )
 def test_as_few_blocks_are_kept_as_show_every_kind_twice(kinds_of_blocks: str, kept: int) -> None:
     model = Stack([Block(i, 16 if kind == "a" else 24) for i, kind in enumerate(kinds_of_blocks)])
