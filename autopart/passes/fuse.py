@@ -10,10 +10,10 @@ import torch
 from torch import fx
 
 from autopart.errors import not_known
-from autopart.ir.graph import Traced, calls, info, meta_of, new_call, update_info
+from autopart.ir.graph import Traced, calls, info, is_pick, meta_of, new_call, update_info
 from autopart.kernels.forms import FORMS, Form
 from autopart.kernels.kernel import Kernel
-from autopart.kernels.table import KERNELS, STEP, kernel_of
+from autopart.kernels.table import KERNELS, STEP
 from autopart.passes.codegen.naming import OUTPUTS, wanted_name
 from autopart.passes.fuse_dropout import RESIDUAL, fuse_dropout
 from autopart.passes.pattern import Match, candidates, loose, match

@@ -30,7 +30,8 @@ VIEWS = {
 METHODS = VIEWS | {
     name: name.split(".")[0]
     for name in """sum sum.dim_IntList mean mean.dim amax amin topk sort argsort max.dim min.dim argmax argmin
-    unbind.int tril triu index_select flip roll repeat scatter.src scatter.value diff logsumexp square new_zeros""".split()
+    unbind.int tril triu index_select flip roll repeat scatter.src scatter.value diff logsumexp square
+    new_zeros""".split()
 }
 TORCH = {
     "abs", "cos", "sin", "tanh", "exp", "log", "rsqrt", "sqrt", "sigmoid", "matmul", "mm", "bmm", "where.self",
@@ -155,8 +156,10 @@ def bias_of(add: fx.Node, product: fx.Node) -> fx.Node | None:
 
 
 def trim(node: fx.Node) -> list[Any]:
-    """The positional arguments of a call, without trailing ones that have the schema's default value. The greatest int64
-    as the end of a slice is as no end."""
+    """The positional arguments of a call, without trailing ones that have the schema's default value.
+
+    The greatest int64 as the end of a slice is as no end.
+    """
     args = [None if type(a) is int and a == sys.maxsize else a for a in node.args]
     if isinstance(node.target, torch._ops.OpOverload):
         schema = [a for a in node.target._schema.arguments if not a.kwarg_only]
