@@ -28,7 +28,7 @@ ROOMS = (
 )
 # (import, the only files that may have it), both regular expressions.
 ONLY_IN = (
-    (r"highspy\b", r"passes/solve(_stages)?\.py"),
+    (r"highspy\b", r"passes/(solve(_stages)?|warm_starts)\.py"),
     (r"pulp\b", r"passes/ilp(_solvers)?\.py"),
     (r"triton\b", r"kernels/.*"),
     (r"accelerate\b", r"compile/trainer/.*"),
