@@ -72,7 +72,7 @@ def _read(value: Any, kind: Any) -> Any:
         return origin(**{name: _read(part, hints(origin)[name]) for name, part in value.items()})
     if isinstance(value, dict) and args:
         return {key: _read(part, args[1]) for key, part in value.items()}
-    if isinstance(value, list) and origin is tuple:
+    if isinstance(value, (list, tuple)) and origin is tuple:
         kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
         return tuple(_read(part, each) for part, each in zip(value, kinds, strict=True))
     return value
