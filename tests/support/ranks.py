@@ -32,6 +32,9 @@ WORKERS = "agreement chaos checkpoint exact mixed restart torch_compile trainer 
 LATE = ("autopart.compile.trainer", "networkx", "torch._inductor.utils")
 """What is imported where it is needed first: by most forks of the server, if not by the server."""
 SERVER.set_forkserver_preload([*(f"{name}_worker" for name in WORKERS.split()), *LATE])
+torch.ones((), requires_grad=True).backward()
+"""Autograd starts before any tensor is fake. A build with CUDA counts a GPU from then on, even where there is none: a
+first backward while a plan is made would start a thread for it, after which no fork runs a backward."""
 
 
 def run_apart(work: Callable[..., None], *arguments: Any) -> int:
@@ -75,7 +78,7 @@ def redirect(output: Path) -> None:
 def run_forked(work: Callable[[], object], ranks: int) -> None:
     """Run `work` on so many forked processes, in torchrun's environment.
 
-    The caller must not have run a backward before: autograd's threads do not survive a fork.
+    Where there is a GPU, the caller must not have run a backward before: autograd's threads do not survive a fork.
     Raises ProcessRaisedException or ProcessExitedException for the first rank that fails, once the others have ended.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
