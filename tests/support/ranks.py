@@ -32,9 +32,6 @@ WORKERS = "agreement chaos checkpoint exact mixed restart torch_compile trainer 
 LATE = ("autopart.compile.trainer", "networkx", "torch._inductor.utils")
 """What is imported where it is needed first: by most forks of the server, if not by the server."""
 SERVER.set_forkserver_preload([*(f"{name}_worker" for name in WORKERS.split()), *LATE])
-torch.ones((), requires_grad=True).backward()
-"""Autograd starts before any tensor is fake. A build with CUDA counts a GPU from then on, even where there is none: a
-first backward while a plan is made would start a thread for it, after which no fork runs a backward."""
 
 
 def run_apart(work: Callable[..., None], *arguments: Any) -> int:
@@ -48,9 +45,16 @@ def run_apart(work: Callable[..., None], *arguments: Any) -> int:
 def start_apart(work: Callable[..., None], *arguments: Any) -> BaseProcess:
     """Call a function of a module, with arguments that can be pickled, in a process of its own."""
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # the server's, which starts once
-        process = SERVER.Process(target=work, args=arguments)
+        process = SERVER.Process(target=_apart, args=(work, *arguments))
         process.start()
     return process
+
+
+def _apart(work: Callable[..., None], *arguments: Any) -> None:
+    """Start autograd before any tensor is fake, then work. A build with CUDA counts a GPU from then on, even where
+    there is none: a first backward while a plan is made would start a thread for it, and no fork run a backward."""
+    torch.ones((), requires_grad=True).backward()
+    work(*arguments)
 
 
 def run_main(main: Callable[[Sequence[str]], object], arguments: Sequence[str], ranks: int, output: Path) -> int:
