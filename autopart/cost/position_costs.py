@@ -204,11 +204,14 @@ def _add_value(
         i = sizes.reshard_index[index, have, key]
         forward, backward, rerun = prices.reshard_seconds[:, i].tolist()
         if at[0] < 0 or (used.several and not partial):
-            for needed in used.dependents_by_use:
+            for producer, needed in zip(used.producers, used.dependents_by_use, strict=True):
                 positions = tuple(sorted({p for use in uses for p in needed[use]}))
                 found.per_stage.append(
                     PerStageOnce(positions, forward, backward, largest_gradient=float(prices.reshard_bytes[i]))
                 )
+                own = [use for use in uses if producer in needed[use]]
+                if own:  # the block that makes the value reshards it for itself too, and does so again
+                    found.recompute_seconds[:, producer] += rerun * sizes.use_rerun(index, have, own).any(1)
             continue
         np.add.at(found.forward, at, forward)
         np.add.at(found.backward, at, backward)

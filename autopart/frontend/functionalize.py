@@ -33,7 +33,7 @@ KEPT = frozenset(
     linalg_solve_triangular linalg_vector_norm linear log log1p log_sigmoid log_softmax logical_and logical_not
     logical_or logsumexp lt masked_fill matmul max max_pool1d max_pool2d maximum mean min minimum mish mm mse_loss mul
     multiply ne neg new_empty new_full new_ones new_zeros nll_loss_nd one_hot ones ones_like pad permute pixel_shuffle
-    pixel_unshuffle polar pow prelu reciprocal relu relu6 remainder repeat repeat_interleave roll rsqrt rsub
+    pixel_unshuffle polar pow prelu reciprocal relu relu6 remainder repeat repeat_interleave rms_norm roll rsqrt rsub
     scalar_tensor scaled_dot_product_attention scatter scatter_add select sigmoid sign silu sin slice smooth_l1_loss
     softmax softplus sort split_with_sizes sqrt square squeeze stack std sub sum t tanh topk transpose tril triu unbind
     unfold unsqueeze upsample_bilinear2d upsample_nearest2d var view view_as_complex view_as_real where zeros zeros_like
@@ -304,6 +304,11 @@ def _narrow(graph: fx.Graph, node: Any) -> Any:
     return _call(graph, node, aten.slice.Tensor, source, dim, start, start + length)
 
 
+def _reversed_dims(graph: fx.Graph, node: Any) -> Any:
+    source = node.args[0]
+    return _call(graph, node, aten.permute.default, source, list(reversed(range(source.meta["val"].dim()))))
+
+
 def _dropout(graph: fx.Graph, node: Any) -> Any:
     source, probability, training = node.args
     if not (probability and training):
@@ -316,6 +321,7 @@ REWRITES: Mapping[str, Callable[[fx.Graph, fx.Node], Any]] = {
     "contiguous": _contiguous,
     "dropout": _dropout,
     "narrow": _narrow,
+    "numpy_T": _reversed_dims,
     "reshape": _reshape,
     "split": _split,
     "to": _cast,

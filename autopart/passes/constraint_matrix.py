@@ -80,7 +80,7 @@ class ConstraintMatrix:
     def _number(self, segment_class: int | None) -> None:
         """Fill `substitutes`, `used` and `column_of`."""
         self.moves, self.reshards = np.array(self._move_reshards, dtype=np.int64).reshape(-1, 2).T
-        own = np.setdiff1d(np.arange(self.priced), self.reshards)
+        own = np.flatnonzero(np.bincount(self.reshards, minlength=self.priced) == 0)
         priced, substitutes = np.concatenate([own, self.reshards]), np.concatenate([own, self.moves])
         self.substitutes = substitutes[np.argsort(priced, kind="stable")]
         self.substitute_start = np.searchsorted(np.sort(priced), np.arange(self.priced + 1))

@@ -42,7 +42,7 @@ def fuse(traced: Traced, device: str, off: Collection[str] = ()) -> Traced:
             continue
         for kernel, form in by_operator.get(info(node).name, ()):
             found, near = _found(kernel, form, node)
-            before = found and _place(traced.graph, found)
+            before = found and _place(found)
             if found and before:
                 _replace(traced.graph, kernel, found, before)
                 missed.pop(node, None)
@@ -98,14 +98,13 @@ def _fits(kernel: Kernel, found: Match) -> bool:
     return True
 
 
-def _place(graph: fx.Graph, found: Match) -> fx.Node | None:
+def _place(found: Match) -> fx.Node | None:
     """The operator before which the kernel's call goes: the first of those that are replaced behind all arguments; None
     where a result is read before."""
-    order = {node: place for place, node in enumerate(graph.nodes)}
-    last = max(order[a] for a in found.arguments if isinstance(a, fx.Node))
-    before = min((n for n in found.inside if order[n] > last), key=order.__getitem__)
+    last = max(a for a in found.arguments if isinstance(a, fx.Node))
+    before = min(n for n in found.inside if n > last)
     readers = [user for o in found.outputs for user in o.users if user not in found.inside]
-    return before if all(order[user] > order[before] for user in readers) else None
+    return before if all(user > before for user in readers) else None
 
 
 def _replace(graph: fx.Graph, kernel: Kernel, found: Match, before: fx.Node) -> None:
@@ -119,5 +118,5 @@ def _replace(graph: fx.Graph, kernel: Kernel, found: Match, before: fx.Node) -> 
     update_info(call, fused=traffic(call), unfused=sum(map(traffic, found.inside)))
     for old, new in zip(found.outputs, results, strict=True):
         old.replace_all_uses_with(new)
-    for node in sorted(found.inside, key=list(graph.nodes).index, reverse=True):
+    for node in sorted(found.inside, reverse=True):
         graph.erase_node(node)

@@ -1,8 +1,8 @@
 """StrategyTable, costs -> the cheapest choice of strategies, through HiGHS.
 
 The constraint matrix of a table is passed to HiGHS once. It is then solved for one objective after another, each time
-from the last basis. The linear relaxation comes first, which is integral for most models. A fractional one is rounded
-if that costs next to nothing; otherwise the strategies are made binary, and HiGHS branches.
+from the basis of the most similar objective. The linear relaxation comes first, which is integral for most models. A
+fractional one is rounded if that costs next to nothing; otherwise the strategies are made binary, and HiGHS branches.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from autopart.cost.compute import Array
 from autopart.cost.sizes import Sizes
 from autopart.passes.constraint_matrix import ConstraintMatrix, Entries, Integers
 from autopart.passes.split_problem import Capacity, SplitProblem
+from autopart.passes.warm_starts import WarmStarts
 
 HIGHS = "highs"
 """The name of this solver, among those that a plan may be asked for with."""
@@ -85,8 +86,7 @@ class Solver(ConstraintMatrix):
 
     iterations  simplex iterations of the first relaxation
     restricted  the nodes whose upper bounds rule out some strategies at present
-    bases       hash of costs -> the optimal basis of the relaxation with all strategies: a warm start where some are
-                ruled out
+    starts      the optimal bases of relaxations with all strategies
     dual_activities  A'y of every relaxation that was solved, with y the dual values and A the constraint matrix without
                 the rows that choose one strategy of each node
     """
@@ -105,7 +105,7 @@ class Solver(ConstraintMatrix):
         """Of each of `nodes`, the index of its first strategy among the variables that are used."""
         self.iterations = 0
         self.restricted: list[int] = []
-        self.bases: dict[int, highspy.HighsBasis] = {}
+        self.starts = WarmStarts(self.highs)
         self.dual_activities: list[Array] = []
 
     def bound(self, costs: Array, allowed: Mapping[int, Iterable[int]] | None = None) -> float:
@@ -130,16 +130,13 @@ class Solver(ConstraintMatrix):
     def _relax(self, costs: Array, allowed: Mapping[int, Iterable[int]] | None) -> tuple[float, Solution | None]:
         self._restrict(allowed or {})
         self._set_objective(costs)
-        known = hash(costs.tobytes())
-        restricted = bool(allowed) and known in self.bases
-        if restricted:
-            self.highs.setBasis(self.bases[known])
-        self.highs.setOptionValue("simplex_strategy", DUAL if restricted else CHOOSE)
+        same = self.starts.start(self.objective, bool(allowed))
+        self.highs.setOptionValue("simplex_strategy", DUAL if same and allowed else CHOOSE)
         self._run()
         if self.highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
             return float("inf"), None
         if not allowed:
-            self.bases[known] = self.highs.getBasis()
+            self.starts.record(self.objective)
         values = np.array(self.highs.getSolution().col_value)
         objective = self.highs.getInfo().objective_function_value
         strategies = values[: self.strategies]
@@ -147,7 +144,7 @@ class Solver(ConstraintMatrix):
         return objective / self.scale, self.solution_of(values, objective, objective) if whole else None
 
     def _run(self) -> None:
-        """Solve from the last basis; after too many iterations, from HiGHS's own start."""
+        """Solve from the basis that HiGHS has; after too many iterations, from HiGHS's own start."""
         limit = max(WARM_START_ITERATIONS, round(WARM_START_SHARE * self.iterations))
         if self.iterations:
             self.highs.setOptionValue("simplex_iteration_limit", limit)
@@ -204,6 +201,7 @@ class Solver(ConstraintMatrix):
         is not to `branch`."""
         bound, found = self._relax(costs, allowed)
         if found is None and branch and bound < float("inf"):
+            self.starts.last = None
             return self._rounded(allowed or {}) or self.solution_of(*self._branch())
         return found
 
