@@ -32,7 +32,7 @@ from autopart.kernels import router
 from autopart.kernels.ahead import Usage
 from autopart.kernels.kernel import Bytes, Kernel
 from autopart.kernels.launch import as_rows, jit, launch, processors, runs_on, triton_op
-from autopart.kernels.router import best_of, block, compile_rows, kernels_apply, probabilities
+from autopart.kernels.router import best_of, block, compile_rows, kernels_apply, probabilities, wide
 
 tl: Any = None  # triton.language, which jit binds
 
@@ -40,15 +40,15 @@ tl: Any = None  # triton.language, which jit binds
 def reference(logits: torch.Tensor, mask: torch.Tensor | None, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`expert_load` by separate operators, as transformers' load_balancing_loss_func writes it."""
     chances = torch.nn.functional.softmax(logits, dim=-1)
-    experts, wide = logits.shape[-1], torch.promote_types(logits.dtype, torch.float32)
+    experts = logits.shape[-1]
     _, ids = torch.topk(chances, k, dim=-1)
     if mask is None:
         kind = torch.int32 if logits.is_cuda else torch.float32
         tokens = torch.histc(ids.reshape(-1).to(kind), bins=experts, min=0, max=experts).float()
-        return tokens, chances.to(wide).sum(dim=0)
+        return tokens, chances.to(wide(logits)).sum(dim=0)
     tokens = torch.zeros(experts, dtype=torch.float32, device=logits.device)
     tokens = tokens.scatter_add(0, ids.reshape(-1), mask.repeat_interleave(k))
-    return tokens, (chances.to(wide) * mask.unsqueeze(-1)).sum(dim=0)
+    return tokens, (chances.to(wide(logits)) * mask.unsqueeze(-1)).sum(dim=0)
 
 
 def expert_load(logits: torch.Tensor, mask: torch.Tensor | None, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -37,11 +37,16 @@ def reference(
     logits: torch.Tensor, k: int, renormalise: bool, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`route` by separate operators, as Mixtral (dtype None) and Qwen3-MoE (the logits' dtype) write it."""
-    chances = torch.nn.functional.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    chances = torch.nn.functional.softmax(logits, dim=-1, dtype=wide(logits))
     weights, ids = torch.topk(chances, k, dim=-1)
     if renormalise:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return weights if dtype is None else weights.to(dtype), ids
+
+
+def wide(logits: torch.Tensor) -> torch.dtype:
+    """The dtype of chances: float32, or float64 of such logits."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def route(

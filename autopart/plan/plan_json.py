@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from autopart.cost.training_state import MASTERS, OPTIMIZER_STATES
 from autopart.errors import PartitionError, not_known
@@ -66,13 +66,13 @@ def _read(value: Any, kind: Any) -> Any:
     origin, args = get_origin(kind) or kind, get_args(kind)
     if origin in READERS:
         return READERS[origin](value)
-    if origin is UnionType:
+    if origin in (UnionType, Union):  # the latter from Python 3.14 on
         return None if value is None else _read(value, args[0])
     if isinstance(value, dict) and isinstance(origin, type) and is_dataclass(origin):
         return origin(**{name: _read(part, hints(origin)[name]) for name, part in value.items()})
     if isinstance(value, dict) and args:
         return {key: _read(part, args[1]) for key, part in value.items()}
-    if isinstance(value, list) and origin is tuple:
+    if isinstance(value, (list, tuple)) and origin is tuple:  # a tuple where ranks send each other a plan
         kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
         return tuple(_read(part, each) for part, each in zip(value, kinds, strict=True))
     return value

@@ -84,9 +84,10 @@ LAYERS: Mapping[str, tuple[Layer, ...]] = {
     **dict.fromkeys(
         ("route", "expert_load", "sort_by_expert", "permute", "unpermute", "grouped_matmul"), (_MIXTRAL,)
     ),
+    "experts": (Layer("16 experts of width 96", {6: "n", 8: 256, 4: 16, 10: 192, 5: 96, 2: 2}),),
     "scan": (Layer("Mamba2-2.7B", {1: "b", 6: "s", 4: 80, 8: 64, 2: 1, 7: 128, 3: 256}),),
 }  # fmt: skip
-"""Kernel -> layers of models."""
+"""Kernel -> layers of models. The reference of a mixture's experts copies the weights of every pair: they are small."""
 
 Meta = tuple[Any, ...]
 
@@ -147,6 +148,7 @@ DRAWN: Mapping[str, Mapping[int, Callable[[torch.Tensor, Meta], torch.Tensor]]] 
     "permute": {1: _order, 2: _place},
     "unpermute": {2: _order, 3: _place},
     "grouped_matmul": {2: _offsets},
+    "experts": {4: lambda like, given: _ids(like.numel()).view(like.shape)},
     "scan": {1: _positive, 2: _negative},
 }
 """Kernel -> place of an argument -> what it is filled with. Other tensors are normal, words of 32 bits any."""

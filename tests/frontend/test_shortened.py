@@ -438,7 +438,7 @@ def test_another_micro_batch_begins_with_the_blocks_that_stood_for_all(name: str
     make, why = WHOLE[name]
     source, traces = Source(make(), numbers(), torch.float32), []
     own = source._traced
-    with mock.patch.object(source, "_traced", lambda *args: traces.append(args) or own(*args)):
+    with mock.patch.object(source, "_traced", lambda *args, **how: traces.append(args) or own(*args, **how)):
         first = source.sampled(2, MESH)
         before = len(traces)
         second = source.sampled(4, MESH)
@@ -454,7 +454,7 @@ def test_an_operator_that_is_refused_is_not_traced_in_more_blocks(kind: Callable
     source, traces = Source(Stack(blocks(kind)), numbers(), torch.float32), []
     own = source._traced
     with (
-        mock.patch.object(source, "_traced", lambda *args: traces.append(args) or own(*args)),
+        mock.patch.object(source, "_traced", lambda *args, **how: traces.append(args) or own(*args, **how)),
         pytest.raises(PartitionError, match=REFUSED[kind]),
     ):
         source.sampled(2, MESH)

@@ -86,7 +86,7 @@ def test_experts_are_split_and_their_load_is_balanced(as_on_a_gpu: None) -> None
     model, batch = transformers.MixtralForCausalLM(config), batch_of("mixtral")
     batch["attention_mask"] = (torch.arange(12) < torch.tensor([12, 7, 9, 12])[:, None]).long()
     for letter, function in (("e", "own_experts"), ("f", "experts")):
-        force = [f"strategy model.layers.*.experts/experts {letter} over tp"]
+        force = [f"strategy model.layers.*.experts/autopart.experts {letter} over tp"]
         found = autopart.check(model, "2:cpu", batch, tp=2, constraints=force)
         assert found.loss_error < 1e-5 and found.gradient_error < 1e-5, found
         text = "".join(sources(model, batch, found.plan))

@@ -179,7 +179,7 @@ def lions() -> float:
             w.mul_(1 - 0.1 * 0.5).sub_(0.1 * (0.9 * m + 0.1 * p.grad).sign())
             m.mul_(0.99).add_(p.grad, alpha=0.01)
         optimizer.step()
-    return max(float((a - b).abs().max()) for a, b in zip(weights, parameters, strict=True))
+    return max(float((a - b.detach()).abs().max()) for a, b in zip(weights, parameters, strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -45,9 +45,16 @@ def run_apart(work: Callable[..., None], *arguments: Any) -> int:
 def start_apart(work: Callable[..., None], *arguments: Any) -> BaseProcess:
     """Call a function of a module, with arguments that can be pickled, in a process of its own."""
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # the server's, which starts once
-        process = SERVER.Process(target=work, args=arguments)
+        process = SERVER.Process(target=_apart, args=(work, *arguments))
         process.start()
     return process
+
+
+def _apart(work: Callable[..., None], *arguments: Any) -> None:
+    """Start autograd before any tensor is fake, then work. A build with CUDA counts a GPU from then on, even where
+    there is none: a first backward while a plan is made would start a thread for it, and no fork run a backward."""
+    torch.ones((), requires_grad=True).backward()
+    work(*arguments)
 
 
 def run_main(main: Callable[[Sequence[str]], object], arguments: Sequence[str], ranks: int, output: Path) -> int:
@@ -75,7 +82,7 @@ def redirect(output: Path) -> None:
 def run_forked(work: Callable[[], object], ranks: int) -> None:
     """Run `work` on so many forked processes, in torchrun's environment.
 
-    The caller must not have run a backward before: autograd's threads do not survive a fork.
+    Where there is a GPU, the caller must not have run a backward before: autograd's threads do not survive a fork.
     Raises ProcessRaisedException or ProcessExitedException for the first rank that fails, once the others have ended.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
