@@ -26,18 +26,27 @@ def partition(
 
 
 def without_idle_prelude(stage: StageGraph, segments: Container[int]) -> StageGraph:
-    """The stage, whose prelude has what these segments alone need, by their indices in the layered graph."""
+    """The stage, whose prelude has what these segments alone need, by their indices in the layered graph. Buffers of
+    the modules of its other segments are not written."""
     each = list(zip(stage.indices, stage.segments, strict=True))
-    read = {node for index, (_, nodes) in each if index in segments for node in nodes}
+    blocks = [(index in segments, nodes) for index, (_, nodes) in each if index != PRELUDE_SEGMENT]
+    read = {node for stands, nodes in blocks if stands for node in nodes}
+    idle = {info(node).module for stands, nodes in blocks if not stands for node in nodes}
     read.add(stage.graph.output_node())
     for _, nodes in (segment for index, segment in each if index == PRELUDE_SEGMENT):
         for node in reversed(nodes):
-            if not read.isdisjoint(node.users):
+            if _updates(node, idle) or not read.isdisjoint(node.users):
                 read.add(node)
         nodes[:] = [node for node in nodes if node in read]
     kept = [(index, segment) for index, segment in each if segment[1]]
     stage.indices, stage.segments = [index for index, _ in kept], [segment for _, segment in kept]
     return stage
+
+
+def _updates(node: fx.Node, idle: Container[str]) -> bool:
+    """Whether a node writes a buffer of another module than these."""
+    buffer = node.args[0] if info(node).name == "runtime.update" else None
+    return isinstance(buffer, fx.Node) and info(buffer).name.rpartition(".")[0] not in idle
 
 
 def _stages(layered: LayeredGraph, choices: ShardingAssignment) -> dict[fx.Node, int]:

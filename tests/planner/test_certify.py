@@ -84,6 +84,27 @@ def test_what_is_made_for_every_sample_is_counted(settings: dict[str, int]) -> N
     assert autopart.check(model, "2:cpu", batch, plan=plan).gradient_error < 1e-5
 
 
+class Head(nn.Module):
+    """A head of a large vocabulary, fused with its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 8192, bias=False)
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.head(self.down(x)).flatten(0, 1), target.flatten())
+
+
+@pytest.mark.parametrize("settings", [{"pp": 2}, {"tp": 2}, {"dp": 2}], ids=str)
+def test_a_fused_head_is_priced_for_its_rows(settings: dict[str, int]) -> None:
+    """Its product has rows for the samples, eight here, of which the planner traces two."""
+    model = Head()
+    batch = {"x": torch.randn(8, 512, WIDTH), "target": torch.randint(8192, (8, 512))}
+    plan = autopart.plan(model, "2:h100-80gb", batch, micro_batch=8 // settings.get("dp", 1), **settings)
+    assert "linear_loss" in [used.name for used in plan.kernels]
+    autopart.certify(plan, model, batch)
+
+
 Change = Callable[[Plan], Plan]
 
 

@@ -285,10 +285,11 @@ class Product:
 def product_of(name: str, args: Args, outputs: Sequence[Shape], counted: Sequence[int | None]) -> Product | None:
     """The matrix product that an operator is; `counted` has for every operand the dim that counts samples.
 
-    A letter that the output does not have is part of k. A letter of the output is part of `batch` where every factor
-    has it, of m where the first factor has it, else of n. The factors are the operands that have a letter of k; a bias
-    has none. None for an operator that is no contraction, is several products (a recurrent layer), sums nothing up, or
-    has m = n = 1.
+    A letter that the output does not have is part of k; where the output has none, as a loss that sums up the rows and
+    columns of its product, only if every factor has the letter. Other letters are part of `batch` where every factor
+    has them, of m where the first factor has them, else of n. The factors are the operands that have a letter of k; a
+    bias has none. None for an operator that is no contraction, is several products (a recurrent layer), sums nothing
+    up, or has m = n = 1.
     """
     rule = RULES.get(name)
     if rule is None or not rule.contraction or (rule.flops and not rule.sizes):
@@ -307,9 +308,10 @@ def product_of(name: str, args: Args, outputs: Sequence[Shape], counted: Sequenc
     def role(letter: str) -> int:
         if letter in rule.groups:
             return 0
-        if letter not in given:
+        shared = letter in first.intersection(*behind)
+        if letter not in given and (shared or given):
             return 3
-        return 0 if letter in first.intersection(*behind) else 1 if letter in first else 2
+        return 0 if shared else 1 if letter in first else 2
 
     roles = {letter: role(letter) for letter in bound.sizes}
     if rule.sizes:
