@@ -43,11 +43,12 @@ TRACED: dict[str, LayeredGraph] = {}
 class Shared(Source):
     """A source whose traces serve all models of a class."""
 
-    def _traced(self, samples: int, *arguments: Any) -> LayeredGraph:
+    def _traced(self, samples: int, *arguments: Any, **how: Any) -> LayeredGraph:
         batch = {name: value.shape for name, value in outline(self.batch, samples).items()}
-        key = f"{type(self.model)} {self.model} {self.model.training} {batch} {self.dtype} {self.outputs} {arguments}"
+        about = type(self.model), self.model, self.model.training, batch, self.dtype, self.outputs, arguments, how
+        key = str(about)
         if key not in TRACED:
-            TRACED[key] = super()._traced(samples, *arguments)
+            TRACED[key] = super()._traced(samples, *arguments, **how)
         return TRACED[key]
 
 
