@@ -125,12 +125,10 @@ def bias_activation(x: torch.Tensor, bias: torch.Tensor, name: str) -> torch.Ten
 
 
 def bytes_moved(x: torch.Tensor, *constants: object) -> Bytes:
-    """As `Kernel.bytes_moved`; the formulas are on top of this file."""
     return Bytes(forward=2 * x.itemsize * x.numel(), backward=3 * x.itemsize * x.numel())
 
 
 def bias_bytes_moved(x: torch.Tensor, bias: torch.Tensor, *constants: object) -> Bytes:
-    """As `Kernel.bytes_moved`; the formulas are on top of this file."""
     forward, backward = bytes_moved(x)
     size = bias.itemsize * bias.numel()
     return Bytes(forward=forward + size, backward=backward + 2 * size)

@@ -261,7 +261,6 @@ def _arguments(
 
 
 def bytes_moved(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Bytes:
-    """As `Kernel.bytes_moved`; the formulas are on top of this file."""
     batch, heads, queries, d = query.shape
     e = value.shape[-1]
     wide = query.itemsize * batch * (heads * queries * (d + e) + key.shape[1] * key.shape[2] * (d + e))

@@ -137,7 +137,6 @@ def vocab_cross_entropy(
 
 
 def bytes_moved(logits: Tensor, targets: Tensor, *constants: object) -> Bytes:
-    """As `Kernel.bytes_moved`; the formulas are on top of this file."""
     size, each = logits.itemsize * logits.numel(), targets.itemsize * targets.numel()
     return Bytes(forward=size + each + 16 * len(targets), backward=2 * size + each + 4 * len(targets))
 

@@ -78,14 +78,8 @@ def load_balancing_loss(logits: Sequence[torch.Tensor], k: int, mask: torch.Tens
 
 
 def bytes_moved(logits: torch.Tensor, mask: torch.Tensor | None, k: int) -> Bytes:
-    """As `Kernel.bytes_moved`; the formulas are on top of this file."""
     rows, experts = 0 if mask is None else mask.nbytes, logits.shape[-1]
     return Bytes(logits.nbytes + rows + 8 * experts, 2 * logits.nbytes + rows + 4 * experts)
-
-
-def kept(arguments: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Logits, and the mask where there is one."""
-    return tuple(t for t in arguments if isinstance(t, torch.Tensor))
 
 
 def compile_ahead(
@@ -174,7 +168,7 @@ KERNEL = Kernel(
     function=expert_load,
     reference=reference,
     rule="t e!, t -> e!, e!",
-    kept=kept,
+    kept=lambda arguments, outputs: tuple(t for t in arguments[:2] if t is not None),
     bytes_moved=bytes_moved,
     ahead=compile_ahead,
     shapes=router.KERNEL.shapes,

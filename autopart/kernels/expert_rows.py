@@ -89,28 +89,16 @@ def scaled_gradients(dy: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor
 
 
 def permute_bytes_moved(x: torch.Tensor, order: torch.Tensor, place: torch.Tensor) -> Bytes:
-    """As `Kernel.bytes_moved`; the formulas are on top of this file."""
     once = x.itemsize * (x.numel() + len(order) * x.shape[1]) + 8 * len(order)
     return Bytes(once, once)
 
 
 def unpermute_bytes_moved(rows: torch.Tensor, weights: torch.Tensor, *places: torch.Tensor) -> Bytes:
-    """As `Kernel.bytes_moved`; the formulas are on top of this file."""
     s, tokens = rows.numel(), len(weights) * rows.shape[1]
     return Bytes(
         forward=rows.itemsize * (s + tokens) + (8 + weights.itemsize) * len(rows),
         backward=rows.itemsize * (2 * s + tokens) + (8 + 2 * weights.itemsize) * len(rows),
     )
-
-
-def kept(arguments: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Rows, weights and order."""
-    return tuple(arguments[:3])
-
-
-def place_kept(arguments: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """The places: backward sums rows."""
-    return (arguments[2],)
 
 
 def compile_ahead(
@@ -249,7 +237,7 @@ KERNELS = (
         function=permute,
         reference=permute_reference,
         rule="t! d, s!, s! -> s! d",
-        kept=place_kept,
+        kept=lambda arguments, outputs: arguments[2:],  # the places: backward sums rows
         bytes_moved=permute_bytes_moved,
         ahead=functools.partial(compile_ahead, weighted=False),
         shapes={"Mixtral-8x7B": {"d": 4096, "k": 2}, "Qwen3-30B-A3B": {"d": 2048, "k": 8}},
@@ -258,7 +246,7 @@ KERNELS = (
         function=unpermute,
         reference=unpermute_reference,
         rule="s! d, t! k!, s!, s! -> t! d",
-        kept=kept,
+        kept=lambda arguments, outputs: arguments[:3],
         bytes_moved=unpermute_bytes_moved,
         ahead=compile_ahead,
         shapes={"Mixtral-8x7B": {"d": 4096, "k": 2}, "Qwen3-30B-A3B": {"d": 2048, "k": 8}},

@@ -81,13 +81,11 @@ def gated_halves(x: torch.Tensor, name: str = "silu", gate_first: bool = True) -
 
 
 def bytes_moved(gate: torch.Tensor, up: torch.Tensor, *constants: object) -> Bytes:
-    """As `Kernel.bytes_moved`; the formulas are on top of this file."""
     size = gate.itemsize * gate.numel()
     return Bytes(forward=3 * size, backward=5 * size)
 
 
 def halves_bytes_moved(x: torch.Tensor, *constants: object) -> Bytes:
-    """As `Kernel.bytes_moved`; the formulas are on top of this file."""
     size = x.itemsize * x.numel() // 2
     return Bytes(forward=3 * size, backward=5 * size)
 

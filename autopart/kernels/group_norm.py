@@ -76,7 +76,6 @@ def group_norm_silu(x: Tensor, weight: Tensor | None, bias: Tensor | None, group
 
 
 def bytes_moved(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, *constants: object) -> Bytes:
-    """As `Kernel.bytes_moved`; the formulas are on top of this file."""
     sizes = sizes_of(x, groups)
     parameters = sum(v.numel() for v in (weight, bias) if v is not None)
     n, statistics, again = x.numel(), 8 * sizes.groups, int(not sizes.whole)

@@ -101,17 +101,11 @@ def _loop_gradients(
 
 
 def bytes_moved(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> Bytes:
-    """As `Kernel.bytes_moved`; the formulas are on top of this file."""
     outputs = len(x) * weight.shape[1]
     return Bytes(
         forward=x.itemsize * (x.numel() + outputs + weight.numel()),
         backward=x.itemsize * (2 * x.numel() + outputs + 2 * weight.numel()),
     )
-
-
-def kept(arguments: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Rows, weights and offsets."""
-    return tuple(arguments)
 
 
 def compile_ahead(
@@ -293,7 +287,7 @@ KERNEL = Kernel(
     function=grouped_matmul,
     reference=reference,
     rule="s! k, e! n k, o! -> s! n",
-    kept=kept,
+    kept=lambda arguments, outputs: arguments,
     bytes_moved=bytes_moved,
     ahead=compile_ahead,
     shapes={

@@ -32,7 +32,8 @@ class Kernel:
     rule         how its tensors may be split, in the notation of `autopart.sharding.notation`
     kept         (arguments, outputs) -> the tensors that the Triton kernels keep for backward: some of the given ones,
                  and new ones for statistics. It is called with meta tensors
-    bytes_moved  least bytes that the Triton kernels read and write, of the arguments as meta tensors
+    bytes_moved  least bytes that the Triton kernels read and write, of the arguments as meta tensors; the formulas are
+                 on top of the kernel's file
     ahead        compute capability (90 for 9.0), keyword arguments -> resources of every Triton kernel by name
     shapes       model -> the keyword arguments of `ahead` for its layers
     no_gradient  places of the arguments that need no gradient, such as tables of cosines: others are not fused

@@ -109,7 +109,6 @@ def linear_cross_entropy(
 
 
 def bytes_moved(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: object) -> Bytes:
-    """As `Kernel.bytes_moved`; the formulas are on top of this file."""
     n, (v, d) = len(hidden), weight.shape
     k = -(-n // chunk_rows(n, v, d))
     each = targets.itemsize * n

@@ -59,13 +59,6 @@ def bytes_moved(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tenso
     return linear_cross_entropy_bytes(hidden.flatten(0, -2), weight, targets, *rest)
 
 
-def kept(arguments: tuple[object, ...], outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """The gradient of hidden, of the size of hidden. The weight's is counted with the gradients of its backward."""
-    hidden = arguments[0]
-    assert isinstance(hidden, torch.Tensor)
-    return (hidden,)
-
-
 def pays(hidden: torch.Tensor, weight: torch.Tensor, *rest: object) -> bool:
     """Whether logits are much larger than hidden states."""
     return weight.shape[0] >= max(COLUMNS, 2 * weight.shape[1])
@@ -80,7 +73,7 @@ KERNEL = Kernel(
     function=linear_loss,
     reference=reference,
     rule="",
-    kept=kept,
+    kept=lambda arguments, outputs: arguments[:1],  # hidden's gradient; the weight's counts with those of its backward
     bytes_moved=bytes_moved,
     ahead=compile_ahead,
     shapes=SHAPES,

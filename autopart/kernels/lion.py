@@ -101,7 +101,6 @@ def lion_together(
 
 
 def bytes_moved(gradient: torch.Tensor, master: torch.Tensor, *rest: Any) -> Bytes:
-    """As `Kernel.bytes_moved`; the formula is on top of this file."""
     weight = rest[1]
     return Bytes(master.numel() * (gradient.itemsize + 16 + (0 if weight is None else weight.itemsize)), 0)
 
@@ -140,7 +139,7 @@ KERNEL = Kernel(
     function=lion,
     reference=reference,
     rule="..., ..., ..., ..., -> -",
-    kept=optimizer.kept,
+    kept=optimizer.KERNEL.kept,
     bytes_moved=bytes_moved,
     ahead=partial(compile_step, lion_kernel, SCALARS),
     shapes=optimizer.KERNEL.shapes,

@@ -115,14 +115,8 @@ def adamw_together(
 
 
 def bytes_moved(gradient: torch.Tensor, master: torch.Tensor, *rest: Any) -> Bytes:
-    """As `Kernel.bytes_moved`; the formula is on top of this file."""
     weight = rest[2]
     return Bytes(master.numel() * (gradient.itemsize + 24 + (0 if weight is None else weight.itemsize)), 0)
-
-
-def kept(arguments: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Nothing: an optimizer has no backward."""
-    return ()
 
 
 @jit
@@ -164,7 +158,7 @@ KERNEL = Kernel(
     function=adamw,
     reference=reference,
     rule="..., ..., ..., ..., ..., -> -",
-    kept=kept,
+    kept=lambda arguments, outputs: (),  # an optimizer has no backward
     bytes_moved=bytes_moved,
     ahead=partial(compile_step, adamw_kernel, SCALARS),
     shapes={"Llama-3-8B": {"tensors": 291}, "GPT-2 XL": {"tensors": 580}},

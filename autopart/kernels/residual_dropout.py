@@ -93,7 +93,6 @@ def stochastic_depth(
 
 
 def bytes_moved(x: Tensor, bias: Optional, residual: Tensor, *rest: Any) -> Bytes:
-    """As `Kernel.bytes_moved`; the formulas are on top of this file."""
     rows, columns = rest[:2]
     vectors = (0 if bias is None else x.itemsize * len(columns)) + 4 * (rows.numel() + len(columns))
     return Bytes(
@@ -103,7 +102,6 @@ def bytes_moved(x: Tensor, bias: Optional, residual: Tensor, *rest: Any) -> Byte
 
 
 def depth_bytes_moved(x: Tensor, residual: Tensor, *rest: Any) -> Bytes:
-    """As `Kernel.bytes_moved`."""
     return bytes_moved(x, None, residual, *rest)
 
 

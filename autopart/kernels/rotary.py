@@ -126,7 +126,6 @@ def rotary_deinterleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def bytes_moved(x: Tensor, cos: Tensor, sin: Tensor, *constants: object) -> Bytes:
-    """As `Kernel.bytes_moved`; the formula is on top of this file."""
     size = 2 * x.itemsize * x.numel() + cos.itemsize * cos.numel() + sin.itemsize * sin.numel()
     return Bytes(forward=size, backward=size)
 

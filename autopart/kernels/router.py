@@ -64,14 +64,8 @@ def route(
 
 
 def bytes_moved(logits: torch.Tensor, k: int, renormalise: bool, dtype: torch.dtype | None = None) -> Bytes:
-    """As `Kernel.bytes_moved`; the formulas are on top of this file."""
     chosen = (8 + (dtype or torch.float32).itemsize) * k * (logits.numel() // logits.shape[-1])
     return Bytes(logits.nbytes + chosen, 2 * logits.nbytes + chosen)
-
-
-def kept(arguments: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Logits and the numbers of the experts."""
-    return arguments[0], outputs[1]
 
 
 def compile_ahead(
@@ -206,7 +200,7 @@ KERNEL = Kernel(
     function=route,
     reference=reference,
     rule="... e! -> ... k!, ... k!",
-    kept=kept,
+    kept=lambda arguments, outputs: (arguments[0], outputs[1]),
     bytes_moved=bytes_moved,
     ahead=compile_ahead,
     shapes={"Mixtral-8x7B": {"experts": 8, "k": 2}, "Qwen3-30B-A3B": {"experts": 128, "k": 8}},

@@ -119,15 +119,9 @@ def _segments(x: torch.Tensor) -> torch.Tensor:
 
 
 def bytes_moved(x: torch.Tensor, scales: Optional, log: torch.Tensor, *rest: Any) -> Bytes:
-    """As `Kernel.bytes_moved`; the formulas are on top of this file."""
     both, words = rest[0].nbytes + rest[1].nbytes, 4 * log.numel() * (1 if scales is None else 2)
     wide = 4 * x.numel()
     return Bytes(x.nbytes + wide + both + words, 2 * x.nbytes + wide + 2 * both + 2 * words)
-
-
-def kept(arguments: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """All inputs."""
-    return tuple(t for t in arguments if isinstance(t, torch.Tensor))
 
 
 def workspace(x: torch.Tensor, scales: Optional, log: torch.Tensor, keys: torch.Tensor, *rest: Any) -> int:
@@ -289,7 +283,7 @@ KERNEL = Kernel(
     function=scan,
     reference=reference,
     rule="b l! h p!, b l! h, b l! h, b l! g! n!, b l! g! n!, h -> b l! h p!",
-    kept=kept,
+    kept=lambda arguments, outputs: tuple(t for t in arguments if isinstance(t, torch.Tensor)),
     bytes_moved=bytes_moved,
     ahead=compile_ahead,
     shapes={"Mamba2-2.7B": {"p": 64, "n": 128}, "Zamba2-2.7B": {"p": 64, "n": 64}},

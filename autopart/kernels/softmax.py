@@ -245,7 +245,6 @@ def compile_ahead(
 
 
 def masked_bytes(scores: Tensor, *others: Any) -> Bytes:
-    """As `Kernel.bytes_moved`; the formulas are on top of this file."""
     n = scores.numel() * scores.itemsize
     read = sum(t.numel() * t.itemsize for t in others if isinstance(t, Tensor))
     capped = len(others) > 4 and others[4] > 0
@@ -253,7 +252,6 @@ def masked_bytes(scores: Tensor, *others: Any) -> Bytes:
 
 
 def topk_bytes(scores: Tensor, *constants: Any) -> Bytes:
-    """As `Kernel.bytes_moved`; the formulas are on top of this file."""
     n = scores.numel() * scores.itemsize
     return Bytes(forward=2 * n, backward=3 * n)
 

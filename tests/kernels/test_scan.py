@@ -209,7 +209,7 @@ def test_bytes_moved_kept_and_rule():
     d, g, r = 2 * 3 * 4 * 5, 2 * 2 * 3 * 7, 2 * 3 * 4
     assert scan.bytes_moved(*given) == (2 * (d + g) + 4 * d + 8 * r, 2 * (2 * d + 2 * g) + 4 * d + 16 * r)
     assert scan.workspace(*given) == 8 * (2 * 4 * 1 * 16 * 16 + 2 * 3 * 4 * 7)
-    assert scan.kept((*given, 64), ()) == tuple(given) and len(parse(scan.KERNEL.rule).inputs) == 6
+    assert scan.KERNEL.kept((*given, 64), ()) == tuple(given) and len(parse(scan.KERNEL.rule).inputs) == 6
 
 
 @pytest.mark.slow
