@@ -14,16 +14,15 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from autopart.errors import PartitionError
 from autopart.frontend.rebuilt_buffers import rebuilt_buffer
 from autopart.frontend.torch_private import StorageWeakRef, TorchDispatchMode
 
-Tensor = torch.Tensor
 Step = Callable[[], Any]
-IS_META = torch.Tensor.is_meta.__get__  # type: ignore[attr-defined]
+IS_META = Tensor.is_meta.__get__  # type: ignore[attr-defined]
 
 
 def on_meta(model: nn.Module, buffers: bool) -> Any:

@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from autopart.errors import PartitionError, closest
 from autopart.frontend.torch_private import tree_leaves
-
-Tensor = torch.Tensor
 
 
 def check_inputs(model: nn.Module, batch: Mapping[str, Any]) -> None:

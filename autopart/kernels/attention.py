@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from autopart.kernels import attention_triton
 from autopart.kernels.attention_tiles import compile_ahead, tiles
@@ -29,7 +30,6 @@ from autopart.kernels.dropout import dropped
 from autopart.kernels.kernel import Bytes, Kernel
 from autopart.kernels.launch import TRITON_NAMES, launch, runs_on, triton_op
 
-Tensor = torch.Tensor
 MAX_WIDTH = 256
 """Elements of the widest query, key and value that the kernels take."""
 LOG2E = 1.4426950408889634

@@ -21,11 +21,10 @@ arXiv 2403.08245, whose backward too takes the gradient of the weights in front 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from autopart.kernels import expert_rows, expert_sort, gated, grouped_matmul
 from autopart.kernels.kernel import Bytes, Kernel
-
-Tensor = torch.Tensor
 
 
 def reference(

@@ -17,12 +17,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from autopart.kernels.ahead import Usage, compile_kernels
 from autopart.kernels.kernel import Bytes, Kernel
 from autopart.kernels.launch import TRITON_NAMES, as_rows, jit, launch, power_of_two, runs_on, triton_op
 
-Tensor = torch.Tensor
 tl: Any = None  # triton.language, which jit binds
 
 MAX_KEYS = 16384

@@ -11,13 +11,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from autopart.ir.graph import info, operands, shape_args
 from autopart.sharding.rules import RULES, strategies
 from autopart.sharding.rules.base import replaced
 
-Tensor = torch.Tensor
 Take = Callable[[Tensor, bool], Tensor]
 """(numbers in rows and columns, whether the upper bound is asked for) -> one block, or a bound of every block."""
 MAX_ELEMENTS = 2**24

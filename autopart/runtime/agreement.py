@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from autopart.errors import PartitionError, few
 from autopart.runtime.process_group import Group
 
-Tensor = torch.Tensor
 FIRST_STEPS, EVERY = 10, 100
 """Batches are compared in the first steps, then once in so many."""
 

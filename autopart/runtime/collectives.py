@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from autopart.runtime.gathered import DeferredGather
 from autopart.runtime.process_group import Group
 from autopart.runtime.shards import shard, unshard
 
-Tensor = torch.Tensor
 Parts = Sequence[int]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from autopart.errors import PartitionError
@@ -29,7 +29,6 @@ from autopart.runtime.whole import micro_batches
 if TYPE_CHECKING:
     from autopart.runtime.checkpoint.checkpoints import Checkpoints
 
-Tensor = torch.Tensor
 Folder = str | os.PathLike[str]
 
 

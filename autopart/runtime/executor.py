@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from autopart.plan.schedules.ops import ONCE_A_STEP, Instruction, Op
@@ -27,8 +28,6 @@ from autopart.runtime.loss_scale import LossScale
 from autopart.runtime.process_group import Group, Work
 from autopart.runtime.update import Update, complete
 from autopart.runtime.zero import ShardedOptimizerState
-
-Tensor = torch.Tensor
 
 
 @dataclass

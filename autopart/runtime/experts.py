@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from autopart.kernels.experts import experts
 from autopart.runtime.process_group import Group
 
-Tensor = torch.Tensor
 ALIGNMENT = 16
 """torch's grouped product takes rows that start at multiples of so many bytes."""
 

@@ -8,12 +8,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from autopart.cost.training_state import BUCKET_BYTES
 from autopart.runtime.process_group import Group
-
-Tensor = torch.Tensor
 
 
 def buckets(tensors: Sequence[Tensor], times: int = 1) -> Iterator[list[int]]:

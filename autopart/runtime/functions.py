@@ -1,14 +1,13 @@
 """Functions that run on a shard where the plain operator would be wrong."""
 
 import torch
+from torch import Tensor
 
 from autopart.kernels import cross_entropy
 from autopart.kernels.cross_entropy_rows import Reduction
 from autopart.kernels.embedding import embedding
 from autopart.kernels.linear_cross_entropy import linear_cross_entropy
 from autopart.runtime.process_group import Group
-
-Tensor = torch.Tensor
 
 
 def mean_cross_entropy(

@@ -12,14 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from autopart.runtime.flat_slices import gather
 from autopart.runtime.process_group import Group
-
-Tensor = torch.Tensor
 
 
 class DeferredGather:

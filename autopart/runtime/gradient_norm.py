@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from autopart.runtime.groups import AXES, Groups
 from autopart.runtime.process_group import Group
 
-Tensor = torch.Tensor
 EPSILON = 1e-6
 """Added to the norm, as torch.nn.utils.clip_grad_norm_ does."""
 

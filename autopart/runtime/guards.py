@@ -3,12 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autopart.errors import PartitionError, few
-
-Tensor = torch.Tensor
 
 
 class BatchForm:

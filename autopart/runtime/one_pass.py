@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from autopart.frontend.torch_private import post_hooks_of_all_optimizers, pre_hooks_of_all_optimizers
 from autopart.kernels.many_tensors import Shard, kernels_apply
 from autopart.kernels.optimizer import Rates, adamw_together
 
-Tensor = torch.Tensor
 Optimizer = torch.optim.Optimizer
 TAKEN = (torch.optim.AdamW, torch.optim.Adam)
 OFF = ("amsgrad", "maximize", "capturable", "differentiable")

@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autopart.errors import PartitionError
 from autopart.runtime.groups import Groups
 from autopart.runtime.parameters import share_of
 
-Tensor = torch.Tensor
 Optimizer = torch.optim.Optimizer
 PROBE_SHAPE, PROBE_STEPS = (6, 4), 3
 """Shape of the parameter, and number of steps, on which an optimizer is tried."""

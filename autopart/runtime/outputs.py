@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from autopart.runtime.groups import Groups
 from autopart.runtime.random import Split, Stream
 from autopart.runtime.whole import Share, assemble
 from autopart.sharding.notation import Placement
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)

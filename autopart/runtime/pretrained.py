@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autopart.errors import PartitionError, few, not_known
 from autopart.frontend.inputs import main_dtype
@@ -18,7 +18,6 @@ from autopart.runtime.weight_files import WeightFiles, size_of
 from autopart.runtime.weight_folder import WeightFolder
 from autopart.runtime.whole_tensors import whole_tensors
 
-Tensor = torch.Tensor
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 }

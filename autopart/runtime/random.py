@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from autopart.kernels import dropout as kernel
 from autopart.kernels.attention import attention
@@ -24,7 +25,6 @@ from autopart.kernels.residual_dropout import residual_dropout as residual_kerne
 from autopart.runtime.groups import Groups
 from autopart.runtime.shards import shard
 
-Tensor = torch.Tensor
 LOW = 0xFFFFFFFF
 GOLDEN = 0x9E3779B9
 Split = Any

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autopart.kernels.table import STEP
 from autopart.plan.data import Plan
@@ -20,8 +20,6 @@ from autopart.runtime.share_reader import Sliceable, fill_from
 from autopart.runtime.torch_compile import TorchCompile
 from autopart.runtime.variants import MakeVariant, Variants
 from autopart.runtime.whole import assemble, shares_of
-
-Tensor = torch.Tensor
 
 
 class RankState:

@@ -4,14 +4,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from autopart.runtime.flat_slices import slice_length
 from autopart.runtime.groups import Groups
 from autopart.runtime.parameters import Origin
 from autopart.runtime.shards import shard
-
-Tensor = torch.Tensor
 
 
 class Sliceable(Protocol):

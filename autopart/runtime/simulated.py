@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from autopart.runtime.groups import Groups
 from autopart.runtime.process_group import Group
 
-Tensor = torch.Tensor
 T = TypeVar("T")
 PATIENCE = 120.0
 """Seconds after which a rank that waits for another gives up."""

@@ -10,12 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autopart.errors import PartitionError
 
-Tensor = torch.Tensor
 Tensors = Mapping[str, Tensor]
 
 

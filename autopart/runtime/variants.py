@@ -5,8 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autopart.errors import PartitionError
 from autopart.plan.data import Plan
@@ -15,7 +14,6 @@ from autopart.runtime.groups import Groups
 from autopart.runtime.parameters import fill, origins, shared_with
 from autopart.runtime.torch_compile import TorchCompile
 
-Tensor = torch.Tensor
 Mode = tuple[str, ...] | None
 """What a program returns beside the loss, in evaluation mode; None for a program that trains."""
 Form = tuple[Mode, int, tuple[tuple[str, tuple[int, ...]], ...]]

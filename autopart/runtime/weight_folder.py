@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from autopart.errors import PartitionError, few
 from autopart.runtime.share_reader import Sliceable
@@ -20,7 +20,6 @@ from autopart.runtime.transformers_names import (
 )
 from autopart.runtime.weight_files import INDEX, SINGLE
 
-Tensor = torch.Tensor
 MAPPED_BYTES = 2**26
 """After so many bytes a file is opened anew: what was read of it stays in this process's memory while it is open."""
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from autopart.errors import PartitionError
 from autopart.plan.data import Plan
@@ -12,7 +13,6 @@ from autopart.runtime.parameters import Origin
 from autopart.runtime.shards import shard, unshard
 from autopart.sharding.notation import Placement
 
-Tensor = torch.Tensor
 Place = tuple[int, int]
 Share = tuple[Mapping[str, Placement], Place, Tensor]
 """A tensor's placement along every axis, the rank along (dp, tp) that holds this share, and the share."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from autopart.runtime.agreement import bytes_of, from_first
 from autopart.runtime.parameters import Origin
@@ -16,8 +17,6 @@ from autopart.runtime.process_group import Group
 from autopart.runtime.rank_state import RankState
 from autopart.runtime.whole import Place, assemble
 from autopart.sharding.notation import Placement
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autopart.runtime.flat_slices import as_slices, buckets, fill_a_message, gather, start_scatter, start_sum
 from autopart.runtime.gradient_norm import scale
 from autopart.runtime.groups import Groups
 
-Tensor = torch.Tensor
 AHEAD = 2
 """The most messages of gradients that stay in flight once another one was started, which bounds their memory."""
 

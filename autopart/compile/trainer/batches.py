@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy
 import torch
+from torch import Tensor
 
 from autopart.frontend.batch import Batch, samples_of, take
 from autopart.runtime.agreement import from_rank_zero
 from autopart.runtime.compiled import Compiled
-
-Tensor = torch.Tensor
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -32,7 +32,6 @@ from autopart.runtime.checkpoint import files
 from autopart.runtime.compiled import Compiled
 from autopart.runtime.groups import start_processes
 
-Tensor = torch.Tensor
 COMPILE_SETTINGS = {*SETTINGS, "loss", "plan", "weights", "on_progress", "check_batches", "hang_timeout", "compile"} - {
     "global_batch"
 }

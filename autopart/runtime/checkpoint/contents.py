@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from autopart.errors import PartitionError
 from autopart.runtime.checkpoint import optimizer_states
@@ -16,7 +17,6 @@ from autopart.runtime.groups import Groups
 from autopart.runtime.parameters import Origin
 from autopart.runtime.rank_state import RankState
 
-Tensor = torch.Tensor
 MODEL, OPTIMIZER = "model", "optimizer"
 Entries = dict[str, tuple[Tensor, Origin]]
 """A name in the checkpoint -> this rank's share, and where it comes from."""

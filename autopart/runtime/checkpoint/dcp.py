@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
@@ -25,7 +26,6 @@ from autopart.errors import PartitionError, few
 from autopart.runtime.checkpoint.rectangles import Rectangle
 from autopart.runtime.process_group import Group
 
-Tensor = torch.Tensor
 METADATA = ".metadata"
 NAMED = {
     "collections": {"OrderedDict"},

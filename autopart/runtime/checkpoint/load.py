@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from autopart.runtime.checkpoint import dcp, files, fit, optimizer_states
 from autopart.runtime.checkpoint import record as records
@@ -16,8 +17,6 @@ from autopart.runtime.executor import Executor
 from autopart.runtime.parameters import Origin
 from autopart.runtime.process_group import Group
 from autopart.runtime.rank_state import RankState
-
-Tensor = torch.Tensor
 
 
 def load(path: Path, compiled: RankState, scheduler: Any, group: Group) -> Any:

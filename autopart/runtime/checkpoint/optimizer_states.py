@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from autopart.errors import PartitionError, few
 
-Tensor = torch.Tensor
 Optimizer = torch.optim.Optimizer
 NOT_SETTINGS = ("params", "param_names")
 """Of a param group: what is of its parameters."""

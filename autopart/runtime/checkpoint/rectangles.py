@@ -4,13 +4,12 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
-import torch
+from torch import Tensor
 
 from autopart.runtime.flat_slices import slice_length
 from autopart.runtime.groups import Groups
 from autopart.runtime.parameters import Origin
 
-Tensor = torch.Tensor
 Run = tuple[int, int]
 """A run of indices of a dim of the whole tensor: the first, and how many."""
 Rectangle = tuple[tuple[int, ...], Tensor]
