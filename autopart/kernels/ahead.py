@@ -27,51 +27,6 @@ class Usage(NamedTuple):
     warps: int
 
 
-class Limits(NamedTuple):
-    """What a multiprocessor has.
-
-    warps, blocks  that are resident at once, at most
-    registers      of 32 bits
-    shared         bytes of shared memory, with those that CUDA reserves of each block
-    """
-
-    warps: int
-    blocks: int
-    registers: int
-    shared: int
-
-
-LIMITS = {
-    80: Limits(64, 32, 65536, 164 * 1024),
-    90: Limits(64, 32, 65536, 228 * 1024),
-    100: Limits(64, 32, 65536, 228 * 1024),
-}
-"""Compute capability -> limits. Source: NVIDIA, CUDA C++ Programming Guide, table "Technical Specifications per Compute
-Capability"."""
-
-RESERVED = 1024
-"""Bytes of shared memory that CUDA reserves of a thread block. Source: the same guide, on compute capability 8.x."""
-
-UNITS = {"registers": 256, "shared": 128, "warps": 4}
-"""What a warp's registers and a block's bytes of shared memory are rounded up to, and the warps that registers suffice
-for are rounded down to. Source: NVIDIA, CUDA Occupancy Calculator."""
-
-
-def occupancy(usage: Usage, capability: int) -> float:
-    """Warps that are resident on a multiprocessor over the most that can be: from 0, where not one block fits, to 1."""
-    limits = LIMITS[capability]
-    warps = limits.registers // _rounded(32 * usage.registers, UNITS["registers"])
-    warps = min(limits.warps, warps // UNITS["warps"] * UNITS["warps"])
-    shared = _rounded(usage.shared + RESERVED, UNITS["shared"])
-    blocks = min(limits.blocks, warps // usage.warps, limits.shared // shared)
-    return blocks * usage.warps / limits.warps
-
-
-def _rounded(n: int, unit: int) -> int:
-    """n, up to a multiple of the unit."""
-    return -(-n // unit) * unit
-
-
 def compile_kernel(
     kernel: Any,
     signature: Mapping[str, str],

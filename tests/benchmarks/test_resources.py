@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from autopart.kernels.ahead import LIMITS, Usage, occupancy
+from autopart.kernels.ahead import Usage
 from benchmarks.figures import RESULTS
-from benchmarks.kernels.resources import layers, records
+from benchmarks.kernels.resources import LIMITS, layers, occupancy, records
 
 FOUND = json.loads((RESULTS / "kernel_resources.json").read_text())
 HELD = {(row["kernel"], tuple(row["models"]), row["capability"]) for row in FOUND["rows"]}
