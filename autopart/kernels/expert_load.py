@@ -23,7 +23,6 @@ Source: Fedus et al., arXiv 2101.03961, equations 4 to 6, in the form of transfo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,19 +61,6 @@ def expert_load(logits: torch.Tensor, mask: torch.Tensor | None, k: int) -> tupl
     if logits.dim() == 2 and masked and kernels_apply(logits, k) and runs_on(*given):
         return torch.ops.autopart.expert_load(logits, mask, k)
     return reference(logits, mask, k)
-
-
-def load_balancing_loss(logits: Sequence[torch.Tensor], k: int, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """The load-balancing loss of the logits (t, experts) of several layers, and of one mask (t,) for all: a scalar."""
-    flat = None if mask is None else mask.reshape(-1).float()
-    experts = logits[0].shape[-1]
-    tokens, chances = torch.zeros(2, experts, dtype=torch.float32, device=logits[0].device)
-    rows: Any = 0.0
-    for layer in logits:
-        counted, summed = expert_load(layer, flat, k)
-        tokens, chances = tokens + counted, chances + summed
-        rows = rows + (layer.shape[0] if flat is None else flat.sum())
-    return torch.sum(tokens / rows * (chances / rows).unsqueeze(0)) * experts
 
 
 def bytes_moved(logits: torch.Tensor, mask: torch.Tensor | None, k: int) -> Bytes:
