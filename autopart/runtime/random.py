@@ -25,7 +25,6 @@ from autopart.kernels.residual_dropout import residual_dropout as residual_kerne
 from autopart.runtime.groups import Groups
 from autopart.runtime.shards import shard
 
-LOW = 0xFFFFFFFF
 GOLDEN = 0x9E3779B9
 Split = Any
 """The dim that an axis splits; for a dim in parts, (dim, sizes)."""
@@ -50,17 +49,13 @@ def stream(groups: Groups, name: str) -> Stream:
     return Stream(groups, name)
 
 
-def bits(source: Stream, whole: Sequence[int], batch: int | None, axes: dict[str, Split]) -> Tensor:
-    """32 random bits (in int64) for every element of this rank's share of a tensor.
+def _words(source: Stream, whole: Sequence[int], batch: int | None, axes: dict[str, Split]) -> Tensor:
+    """32 random bits (in int32) for every element of this rank's share of a tensor.
 
     whole  the tensor's size over all ranks
     batch  the dim that counts the samples of one micro-batch
     axes   the dim that each axis splits
     """
-    return _words(source, whole, batch, axes).to(torch.int64) & LOW
-
-
-def _words(source: Stream, whole: Sequence[int], batch: int | None, axes: dict[str, Split]) -> Tensor:
     rows, columns = _hashes(source, whole, batch, axes)
     drawn = mixed(rows[..., None] + columns)
     return drawn if whole else drawn[0]

@@ -40,9 +40,14 @@ def groups(dp: int = 1, tp: int = 1, rank: int = 0, seed: int = 0, step: int = 0
     return made
 
 
+def bits(*arguments: Any) -> torch.Tensor:
+    """The words of `random._words`, without a sign."""
+    return random._words(*arguments).to(torch.int64) & LOW
+
+
 def drawn(shape: Sequence[int] = SHAPE, name: str = "a", **where: Any) -> torch.Tensor:
     """All bits of one stream."""
-    return random.bits(random.stream(groups(**where), name), shape, 0, {})
+    return bits(random.stream(groups(**where), name), shape, 0, {})
 
 
 @functools.cache
@@ -72,7 +77,7 @@ def reference(x: int) -> int:
 def test_the_bits_are_the_hash_that_they_are_said_to_be() -> None:
     source = random.stream(groups(seed=3, step=2, micro_batch=5), "a.b")
     one, other = (word & LOW for word in source.root())
-    found = random.bits(source, (2, 3, 4), 1, {})
+    found = bits(source, (2, 3, 4), 1, {})
     for i, j, k in itertools.product(range(2), range(3), range(4)):
         row = reference(reference(((j + 15) * 2 + i) ^ one) + other & LOW)
         assert found[i, j, k] == reference(row + k * GOLDEN & LOW)
@@ -83,7 +88,7 @@ def test_places_past_32_bits_differ() -> None:
     rows = [random._hashes(random.stream(groups(micro_batch=m), "a"), (4, huge // 4, 1)[::2], 0, {})[0] for m in (0, 1)]
     assert not torch.equal(*rows)
     far = groups(micro_batch=2**31)
-    assert (random.bits(random.stream(far, "a"), (4, 3), 0, {}) != drawn((4, 3))).all()
+    assert (bits(random.stream(far, "a"), (4, 3), 0, {}) != drawn((4, 3))).all()
 
 
 @pytest.mark.parametrize("shift", [0, 8, 16, 24])
@@ -181,7 +186,7 @@ def test_dropout_keeps_dtype_and_strides_and_drops_by_the_bits(dtype: torch.dtyp
     x = torch.randn(4, 6, 5, 300).to(dtype).transpose(1, 2)
     source = random.stream(groups(micro_batch=2), "a")
     y = random.dropout(x, 0.3, source, x.shape, 0)
-    kept = random.bits(source, x.shape, 0, {}) >= int(0.3 * 2**32)
+    kept = bits(source, x.shape, 0, {}) >= int(0.3 * 2**32)
     assert y.dtype == dtype and y.stride() == torch.empty_like(x).stride()
     assert torch.equal(y, torch.where(kept, x * (1 / 0.7), 0.0))
 
@@ -198,9 +203,9 @@ def test_shares_are_parts_of_the_whole(dim: int, parts: Any, batch: int | None) 
     size = WHOLE[dim]
     sizes = {"halves": [size // 2] * 2, "unequal": [2, size - 2]}.get(parts, [])
     split = (dim, sizes) if sizes else dim
-    whole = random.bits(random.stream(groups(micro_batch=3), "a"), WHOLE, batch, {})
+    whole = bits(random.stream(groups(micro_batch=3), "a"), WHOLE, batch, {})
     shares = [
-        random.bits(random.stream(groups(tp=2, rank=rank, micro_batch=3), "a"), WHOLE, batch, {"tp": split})
+        bits(random.stream(groups(tp=2, rank=rank, micro_batch=3), "a"), WHOLE, batch, {"tp": split})
         for rank in range(2)
     ]
     if parts == "halves" and size // 2 % 2:
@@ -210,11 +215,11 @@ def test_shares_are_parts_of_the_whole(dim: int, parts: Any, batch: int | None) 
 
 @pytest.mark.parametrize("dims", [(0, 1), (1, 0), (0, 3), (3, 2), (0, 0)], ids=str)
 def test_two_axes_split_at_once(dims: tuple[int, int]) -> None:
-    whole = random.bits(random.stream(groups(), "a"), WHOLE, 0, {})
+    whole = bits(random.stream(groups(), "a"), WHOLE, 0, {})
     axes = dict(zip(("dp", "tp"), dims, strict=True))
 
     def share(rank: int) -> torch.Tensor:
-        return random.bits(random.stream(groups(dp=2, tp=2, rank=rank), "a"), WHOLE, 0, axes)
+        return bits(random.stream(groups(dp=2, tp=2, rank=rank), "a"), WHOLE, 0, axes)
 
     rows = [torch.cat([share(2 * d + t) for t in range(2)], dims[1]) for d in range(2)]
     assert torch.equal(torch.cat(rows, dims[0]), whole)
@@ -250,8 +255,8 @@ def test_attention_s_hashes_drop_gradients_alike(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("count", [2, 4])
 def test_micro_batches_are_parts_of_the_batch(batch: int, count: int) -> None:
     size = [n // count if d == batch else n for d, n in enumerate((4, 4, 8, 12))]
-    whole = random.bits(random.stream(groups(), "a"), (4, 4, 8, 12), batch, {})
-    pieces = [random.bits(random.stream(groups(micro_batch=i), "a"), size, batch, {}) for i in range(count)]
+    whole = bits(random.stream(groups(), "a"), (4, 4, 8, 12), batch, {})
+    pieces = [bits(random.stream(groups(micro_batch=i), "a"), size, batch, {}) for i in range(count)]
     assert torch.equal(torch.cat(pieces, batch), whole)
 
 
@@ -428,7 +433,7 @@ def test_the_model_itself_with_these_masks(plan: str, monkeypatch: pytest.Monkey
 
     def masked(x: torch.Tensor, p: float, *_: Any, **__: Any) -> torch.Tensor:
         drawn[inside[-1]] += 1
-        kept = random.bits(random.stream(where, inside[-1]), x.shape, 0, {}) >= int(p * 2**32)
+        kept = bits(random.stream(where, inside[-1]), x.shape, 0, {}) >= int(p * 2**32)
         return x * kept / (1 - p)
 
     hooks = [
