@@ -2,21 +2,17 @@
 
 from collections.abc import Iterable
 
-from torch import nn
-
-from autopart.frontend.batch import Batch
 from autopart.ir.graph import info
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.checkpoint_cut import SAVING, stage_cut
 from autopart.passes.codegen.module import EmitSettings
 from autopart.passes.emit import emit
 from autopart.passes.partition import partition
-from autopart.passes.source import Source
 from autopart.passes.stage_graph import StageGraph
 from autopart.plan.data import Plan
 from autopart.plan.schedules.program import instructions
 from autopart.plan.schedules.verify import verify as verify_schedule
-from autopart.planner.validate import choices_of, validate
+from autopart.planner.validate import choices_of
 from autopart.runtime.emitted import Message, Program
 
 
@@ -39,13 +35,6 @@ def emit_stage(stage: StageGraph, plan: Plan, layered: LayeredGraph) -> str:
     modes = ["none"] * (len(stage.segments) - len(recompute)) + list(recompute)
     cuts = {i: stage_cut(layered, stage, i, mode) for i, mode in enumerate(modes) if mode in SAVING}
     return emit(stage, modes, cuts, settings)
-
-
-def sources(model: nn.Module, batch: Batch, plan: Plan) -> list[str]:
-    """The source text of every stage."""
-    layered = Source.of(model, batch, plan).full(plan.micro_batch, plan.mesh)
-    validate(plan, layered)
-    return [emit_stage(stage, plan, layered) for stage in stage_graphs(layered, plan)]
 
 
 def stage_graphs(layered: LayeredGraph, plan: Plan) -> list[StageGraph]:

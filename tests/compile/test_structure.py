@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from emitted import sources
 from torch import nn
 
 import autopart
 from autopart import PartitionError, Simulated
 from autopart.compile.check import one_process, worst_error
-from autopart.compile.programs import sources
 from autopart.compile.simulate import simulate_plan
 from autopart.frontend.batch import samples_of
 from autopart.hardware.mesh import Mesh

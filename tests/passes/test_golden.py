@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from emitted import sources
 from models import batch_for, build
 from torch import nn
 
 import autopart
-from autopart.compile.programs import sources
 from autopart.plan.text import describe
 from autopart.runtime.emitted import run_source
 

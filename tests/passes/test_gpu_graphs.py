@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 import transformers
+from emitted import sources
 
 import autopart
-from autopart.compile.programs import sources
 from autopart.passes import source as passes
 
 pytestmark = pytest.mark.slow

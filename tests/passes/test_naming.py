@@ -7,11 +7,11 @@ import re
 
 import pytest
 import torch
+from emitted import sources
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import autopart
-from autopart.compile.programs import sources
 from autopart.ir.graph import Frame, info, update_info
 from autopart.passes.codegen.naming import output_name
 from autopart.passes.codegen.statements import statement_of

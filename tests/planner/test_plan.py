@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from emitted import sources
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -22,7 +23,6 @@ from torch import nn
 
 import autopart
 from autopart import PartitionError, Plan
-from autopart.compile.programs import sources
 from autopart.cost.intervals import interval_ends, interval_index
 from autopart.cost.sizes import reshard_paths
 from autopart.hardware.mesh import Mesh
