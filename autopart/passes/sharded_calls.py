@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import fx
@@ -109,19 +110,10 @@ def _attention(call: Call) -> Replacement:
     return "dropout_attention", (*call.args[:-1], stream, [*whole[:3], keys], batch), axes
 
 
-def _dropout(call: Call) -> Replacement:
+def _placed(name: str, count: int, call: Call) -> Replacement:
+    """The function `name` of the first arguments, which is told where the rank's elements are."""
     where, axes = _where(call)
-    return "dropout", (*call.args[:2], *where), axes
-
-
-def _residual_dropout(call: Call) -> Replacement:
-    where, axes = _where(call)
-    return "residual_dropout", (*call.args[:4], *where), axes
-
-
-def _returned(call: Call) -> Replacement:
-    where, axes = _where(call)
-    return "returned", (call.args[0], *where), axes
+    return name, (*call.args[:count], *where), axes
 
 
 def _uniform(call: Call) -> Replacement:
@@ -135,10 +127,10 @@ TABLE: dict[str, Callable[[Call], Replacement | None]] = {
     "aten.embedding": _embedding,
     "autopart.grouped_linear": _experts,
     "autopart.experts": _mixture,
-    "autopart.dropout": _dropout,
+    "autopart.dropout": partial(_placed, "dropout", 2),
     "autopart.dropout_attention": _attention,
-    "autopart.residual_dropout": _residual_dropout,
-    "autopart.returned": _returned,
+    "autopart.residual_dropout": partial(_placed, "residual_dropout", 4),
+    "autopart.returned": partial(_placed, "returned", 1),
     "autopart.uniform": _uniform,
     "autopart.uniform_of": _uniform,
 }
