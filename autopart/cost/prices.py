@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,11 @@ class Terms:
         """(1, 1 / d, s, s / d) for d data-parallel ranks and s = `scale`: the terms of `cost.sizes`."""
         dp = self.sizes["dp"].ranks if "dp" in self.sizes else 1
         return np.array([1.0, 1.0 / dp, self.scale, self.scale / dp])
+
+
+def _part(name: str, place: Any) -> Any:
+    """A property: the part at a place of the array `name`."""
+    return property(lambda self: getattr(self, name)[place])
 
 
 class Prices:
@@ -105,17 +111,7 @@ class Prices:
                 found[:, where] = forward, backward, 0.0 * forward if row.regathers else forward
         return found * self.sizes.reshard_times
 
-    @property
-    def reshard_forward(self) -> Array:
-        return self.reshard_seconds[0]
-
-    @property
-    def reshard_backward(self) -> Array:
-        return self.reshard_seconds[1]
-
-    @property
-    def reshard_recompute(self) -> Array:
-        return self.reshard_seconds[2]
+    reshard_forward, reshard_backward, reshard_recompute = (_part("reshard_seconds", row) for row in range(3))
 
     @cached_property
     def _parameter_costs(self) -> Array:
@@ -147,25 +143,9 @@ class Prices:
     def state(self) -> Array:
         return self.state_bytes.sum(1)
 
-    @property
-    def sync_seconds(self) -> Array:
-        return self._parameter_costs[:, 3]
-
-    @property
-    def reduced_bytes(self) -> Array:
-        return self._parameter_costs[:, 4]
-
-    @property
-    def optimizer_workspace(self) -> Array:
-        return self._parameter_costs[:, 5]
-
-    @property
-    def overlappable_seconds(self) -> Array:
-        return self._parameter_costs[:, 6]
-
-    @property
-    def pending_grad_bytes(self) -> Array:
-        return self._parameter_costs[:, 7]
+    sync_seconds, reduced_bytes, optimizer_workspace, overlappable_seconds, pending_grad_bytes = (
+        _part("_parameter_costs", np.s_[:, column]) for column in range(3, 8)
+    )
 
     @staticmethod
     def _computed(sizes: Sizes, basis: Array, device: Device) -> Seconds:
