@@ -163,7 +163,10 @@ def _loaded(
     again = replace(source, batch=outline(source.batch, 1), prepared={}, planned={})
 
     def same_trace() -> bool:
-        return _has_trace(replace(again, model=given.like(model)) if given else again, plan, layered.hash)
+        now = replace(again, model=given.like(model), prepared={}) if given else replace(again, prepared={})
+        with suppress(PartitionError):
+            return now.full(plan.micro_batch, plan.mesh).hash == layered.hash
+        return False
 
     buffers = layered.traced.buffers
     find = given.loading(buffers, seed) if given else None
@@ -208,10 +211,3 @@ def _agreed(given: Plan | None, seed: int | None, make: Callable[[], Plan]) -> t
     if isinstance(box[0], tuple):
         raise PartitionError(*box[0])
     return Plan.from_json(box[0]), box[1]
-
-
-def _has_trace(source: Source, plan: Plan, hash: str) -> bool:
-    """Whether the trace of a model, as the model is now, has the hash of the trace that a program was emitted from."""
-    with suppress(PartitionError):
-        return replace(source, prepared={}).full(plan.micro_batch, plan.mesh).hash == hash
-    return False
