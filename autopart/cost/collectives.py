@@ -113,13 +113,9 @@ def _measured(name: str, nbytes: Any, group: Group) -> Any | None:
 
 
 def all_gather_seconds(nbytes: Any, group: Group) -> Any:
-    """Seconds to give every rank the whole of `nbytes`, of which each rank holds 1 / p."""
+    """Seconds to give every rank the whole of `nbytes`, of which each rank holds 1 / p; or, in a reduce-scatter, each
+    rank 1 / p of the sum of p tensors of `nbytes`."""
     return _ring((group.ranks - 1) / group.ranks * nbytes, 1, group)
-
-
-def reduce_scatter_seconds(nbytes: Any, group: Group) -> Any:
-    """Seconds to give each rank 1 / p of the sum of p tensors of `nbytes`."""
-    return all_gather_seconds(nbytes, group)
 
 
 def all_reduce_seconds(nbytes: Any, group: Group) -> Any:
@@ -179,7 +175,7 @@ def merged_seconds(nbytes: Any, group: Group, name: str = "all_gather") -> Any:
 FORMULAS: Mapping[str, Callable[[Any, Group], Any]] = {
     "all_reduce": all_reduce_seconds,
     "all_gather": all_gather_seconds,
-    "reduce_scatter": reduce_scatter_seconds,
+    "reduce_scatter": all_gather_seconds,
     "all_to_all": all_to_all_seconds,
     "broadcast": broadcast_seconds,
 }
