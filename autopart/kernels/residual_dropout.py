@@ -101,10 +101,6 @@ def bytes_moved(x: Tensor, bias: Optional, residual: Tensor, *rest: Any) -> Byte
     )
 
 
-def depth_bytes_moved(x: Tensor, residual: Tensor, *rest: Any) -> Bytes:
-    return bytes_moved(x, None, residual, *rest)
-
-
 def kept(arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The words of rows and columns."""
     return tuple(t for t in arguments if isinstance(t, Tensor) and t.dtype == torch.int32)
@@ -280,7 +276,7 @@ KERNELS = (
         reference=depth_reference,
         rule="n ..., n ..., n, 1 -> n ...",
         kept=kept,
-        bytes_moved=depth_bytes_moved,
+        bytes_moved=lambda x, *rest: bytes_moved(x, None, *rest),
         ahead=functools.partial(compile_ahead, bias=False, samples=True),
         shapes={"ViT-L/16": {"d": 197 * 1024}, "Swin-T": {"d": 3136 * 96}},
     ),

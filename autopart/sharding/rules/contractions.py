@@ -101,10 +101,6 @@ def _grouped(args: Args, outputs: Sequence[Shape]) -> str:
     return "t! k, e! k n, e! -> t! n"
 
 
-def _grouped_flops(args: Args, outputs: Sequence[Shape]) -> float:
-    return 2.0 * math.prod(outputs[0]) * args[0][-1]
-
-
 def _expert_flops(args: Args, outputs: Sequence[Shape]) -> float:
     """2 x rows x n x k: every row is multiplied by the weight of one expert."""
     return 2.0 * math.prod(outputs[0]) * args[0][-1]
@@ -308,7 +304,7 @@ RULES: dict[str, Rule] = {
     "aten.convolution": Rule(_convolution, flops=_convolution_flops, contraction=True, sizes=_convolution_sizes),
 }
 for _name in ("aten._grouped_mm", "transformers.grouped_mm_fallback"):
-    RULES[_name] = Rule(_grouped, flops=_grouped_flops, contraction=True, sizes=_expert_sizes, groups=("e",))
+    RULES[_name] = Rule(_grouped, flops=_expert_flops, contraction=True, sizes=_expert_sizes, groups=("e",))
 for _n in (1, 2, 3):
     RULES |= {
         f"aten.conv{_n}d{_padding}": Rule(
