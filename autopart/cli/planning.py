@@ -23,10 +23,10 @@ from autopart.cli.shared import (
     note,
     of_plan,
     planning,
-    save_plan,
     settings_of,
     stderr,
     tell,
+    write,
 )
 from autopart.compile.api import estimate
 from autopart.errors import PartitionError
@@ -51,7 +51,7 @@ def plan_command(
     """
     made = _asked(make_plan(*load(model, options), mesh, options), model, options)
     if save:
-        save_plan(made, save)
+        write(save, made.save)
     tell(made.to_json() if as_json else str(made))
 
 
@@ -85,7 +85,7 @@ def mesh_command(
         )
     best = found[0].plan
     if save and best:
-        save_plan(best, save)
+        write(save, best.save)
     if as_json:
         tell({"choices": [choice.to_json() for choice in found], "plan": best.to_json() if best else None})
     else:

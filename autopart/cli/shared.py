@@ -196,16 +196,10 @@ def needed(mesh: str | None) -> str:
     return mesh
 
 
-def save_plan(made: Plan, file: Path) -> None:
+def write(file: Path, writes: Callable[[Path], object]) -> None:
+    """Call a function that writes a file. Raises PartitionError where the file cannot be written."""
     try:
-        made.save(file)
-    except OSError as error:
-        raise PartitionError(f"cannot write {file}", str(error)) from error
-
-
-def write_file(text: str, file: Path) -> None:
-    try:
-        file.write_text(text)
+        writes(file)
     except OSError as error:
         raise PartitionError(f"cannot write {file}", str(error)) from error
 

@@ -20,7 +20,7 @@ from autopart.cli.shared import (
     planning,
     settings_of,
     tell,
-    write_file,
+    write,
 )
 from autopart.errors import PartitionError
 from autopart.plan.data import Plan
@@ -82,7 +82,7 @@ def _timeline(saved: Plan, trace: Path | None, as_json: bool) -> None:
     """Print a plan's timeline, as wide as the terminal, and write its trace."""
     made = timeline(saved)
     if trace:
-        write_file(json.dumps(made.trace()), trace)
+        write(trace, lambda file: file.write_text(json.dumps(made.trace())))
     if as_json:
         tell(made.to_json())
     else:
@@ -161,6 +161,6 @@ def export_command(
         for line in lines:
             note(f"{what}: {line}")
     if out:
-        write_file(made.text, out)
+        write(out, lambda file: file.write_text(made.text))
     if as_json or not out:
         tell(vars(made) if as_json else made.text.rstrip("\n"))
