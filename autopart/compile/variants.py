@@ -28,7 +28,7 @@ from autopart.planner.make_plan import make_plan
 from autopart.planner.request import Request
 from autopart.planner.validate import stage_findings, strategy_findings
 from autopart.runtime.variants import Mode, Variant
-from autopart.sharding.rules import Strategy
+from autopart.sharding.notation import Strategy
 
 FORWARD = (Op.FORWARD, Op.SEND, Op.RECV)
 """Instructions of a pass without gradients."""

@@ -16,7 +16,9 @@ import torch
 from torch import fx
 
 from autopart.errors import PartitionError
-from autopart.sharding.rules import Args, Product, Shape, flatten, op_name
+from autopart.sharding.notation import Shape
+from autopart.sharding.rules import Product, flatten, op_name
+from autopart.sharding.rules.base import Args
 
 KEY = "autopart"
 

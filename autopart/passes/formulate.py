@@ -27,9 +27,9 @@ from autopart.passes.checkpoint_cut import mode_cut
 from autopart.passes.kernel_bytes import is_kernel, kernel_bytes
 from autopart.passes.loop_iterations import first_same_operand
 from autopart.passes.value_positions import Write, value_positions
-from autopart.sharding.notation import AGAIN, C, G, Placement, R, S, splits
+from autopart.sharding.notation import AGAIN, C, G, Placement, R, S, Strategy, splits
 from autopart.sharding.resharding import possible, steps
-from autopart.sharding.rules import Strategy, is_contraction, strategies
+from autopart.sharding.rules import is_contraction, strategies
 from autopart.sharding.strategy_table import Node, Placements, StrategyTable, Value, ValueUses
 
 END = "loss"

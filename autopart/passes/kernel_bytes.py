@@ -7,8 +7,8 @@ from torch import fx
 
 from autopart.ir.graph import NO_BYTES, KernelBytes, info, operands, with_operands
 from autopart.kernels.table import kernel_of
-from autopart.sharding.notation import R
-from autopart.sharding.rules import Strategy, local_shape
+from autopart.sharding.notation import R, Strategy
+from autopart.sharding.rules import local_shape
 
 IN_PLAIN_TORCH = 4
 """Bytes of a float32 temporary for each element of a kernel's workspace, where plain torch runs and no Triton."""

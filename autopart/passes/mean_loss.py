@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from autopart.ir.graph import calls, info, is_pick, loss_of, operands, shape_args, value_of
-from autopart.sharding.rules import Strategy, strategies
+from autopart.sharding.notation import Strategy
+from autopart.sharding.rules import strategies
 
 CONSTANT, MEAN, SUM, MIXED = "one", "mean", "sum", "mixed"
 State = str | int

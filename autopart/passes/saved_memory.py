@@ -9,8 +9,7 @@ from torch import fx
 from autopart.ir.graph import info, made_by, operands
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.stage_graph import Placements, SavedMemory, ShardingAssignment, StageGraph, Value
-from autopart.sharding.notation import R, saved_as
-from autopart.sharding.rules import Strategy
+from autopart.sharding.notation import R, Strategy, saved_as
 
 
 def note_saved(

@@ -11,8 +11,8 @@ from autopart.cost.compute import OWN_EXPERTS, SPLIT_HEAD
 from autopart.ir.graph import info
 from autopart.ir.random_ops import Stream
 from autopart.passes.stage_graph import Named, StageGraph, Valid
+from autopart.sharding.notation import Strategy
 from autopart.sharding.resharding import runtime_function
-from autopart.sharding.rules import Strategy
 
 
 @dataclass(frozen=True)

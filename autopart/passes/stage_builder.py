@@ -28,9 +28,9 @@ from autopart.passes.stage_graph import (
     StageGraph,
     Value,
 )
-from autopart.sharding.notation import P, R
+from autopart.sharding.notation import P, R, Strategy
 from autopart.sharding.resharding import Step, reshard_arguments, runtime_function, steps
-from autopart.sharding.rules import Strategy, is_contraction, local_args
+from autopart.sharding.rules import is_contraction, local_args
 
 Uses = dict[Value, list[tuple[fx.Node, int]]]
 """Value -> its uses as (operator, index of the operand)."""

@@ -12,8 +12,8 @@ from autopart.cost.compute import SPLIT_LOSS, backward_gradient_bytes, divides_s
 from autopart.ir.graph import Info, KernelBytes, info, operands
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.kernel_bytes import kernel_bytes
-from autopart.sharding.notation import Placement
-from autopart.sharding.rules import Product, Shape, Strategy, local_shape
+from autopart.sharding.notation import Placement, Shape, Strategy
+from autopart.sharding.rules import Product, local_shape
 
 Value = tuple[fx.Node, int]
 Placements = tuple[Placement, ...]

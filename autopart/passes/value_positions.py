@@ -19,7 +19,7 @@ from autopart.ir.fingerprint import is_own
 from autopart.ir.graph import info, is_pick, loss_of, made_by, operands, updates_of, value_of
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.loop_iterations import loop_iterations
-from autopart.sharding.rules import Strategy
+from autopart.sharding.notation import Strategy
 from autopart.sharding.strategy_table import SavedTensor, ValueUses
 
 

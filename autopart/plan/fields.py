@@ -8,7 +8,7 @@ from autopart.hardware.mesh import Mesh, usable_bytes
 from autopart.plan.search_summary import SearchSummary
 from autopart.plan.signature import Signature
 from autopart.plan.stages import PlanStage
-from autopart.sharding.rules import Strategy
+from autopart.sharding.notation import Strategy
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from autopart.plan.fields import PlanFields
 from autopart.plan.schedules import SCHEDULES
 from autopart.plan.search_summary import LIMITS
 from autopart.plan.typecheck import hints, mistyped
-from autopart.sharding.notation import Placement
-from autopart.sharding.rules import Strategy
+from autopart.sharding.notation import Placement, Strategy
 
 Made = TypeVar("Made", bound=PlanFields)
 

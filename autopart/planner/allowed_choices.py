@@ -10,8 +10,7 @@ from autopart.cost.position_costs import PositionCosts
 from autopart.errors import PartitionError
 from autopart.planner.constraints import Constraint, Positions, Setting
 from autopart.planner.cut_constraints import Cuts
-from autopart.sharding.notation import R
-from autopart.sharding.rules import Strategy
+from autopart.sharding.notation import R, Strategy
 from autopart.sharding.strategy_table import Node, StrategyTable
 
 Options = dict[int, tuple[int, ...]]

@@ -144,10 +144,12 @@ def _cuts(text: str, holds: bool, match: re.Match[str]) -> Constraint:
     return Cuts(text, holds, method, argument)
 
 
-def _layout(text: str, holds: bool, match: re.Match[str], condition: str) -> Constraint:
+def _layout(text: str, holds: bool, match: re.Match[str]) -> Constraint:
     if match["axis"] not in AXES:
         raise PartitionError(f"{text}: there is no axis {match['axis']} inside a stage", try_=" or ".join(AXES))
-    return Layout(text, holds, match["glob"], match["axis"], condition, match.groupdict().get("wanted") or "")
+    given = match.groupdict()
+    condition, wanted = given.get("condition", "strategy"), given.get("wanted") or ""
+    return Layout(text, holds, match["glob"], match["axis"], condition, wanted)
 
 
 def _recompute(text: str, holds: bool, match: re.Match[str]) -> Constraint:
@@ -175,24 +177,16 @@ FORMS = (
     ),
     Form(
         "split layers.*.up_proj.weight dim 0 over tp",
-        r"split (?P<glob>\S+)( dim (?P<wanted>\d+))? over (?P<axis>\w+)",
-        lambda text, holds, match: _layout(text, holds, match, "split"),
+        r"(?P<condition>split) (?P<glob>\S+)( dim (?P<wanted>\d+))? over (?P<axis>\w+)",
+        _layout,
     ),
-    Form(
-        "keep lm_head.weight whole over tp",
-        r"keep (?P<glob>\S+) whole over (?P<axis>\w+)",
-        lambda text, holds, match: _layout(text, holds, match, "keep"),
-    ),
+    Form("keep lm_head.weight whole over tp", r"(?P<condition>keep) (?P<glob>\S+) whole over (?P<axis>\w+)", _layout),
     Form(
         "strategy layers.*.up_proj/linear n over tp",
         r"strategy (?P<glob>\S+) (?P<wanted>\S+) over (?P<axis>\w+)",
-        lambda text, holds, match: _layout(text, holds, match, "strategy"),
+        _layout,
     ),
-    Form(
-        "layers.*.up_proj/linear: n/tp",
-        r"(?P<glob>\S+): (?P<wanted>\S+)/(?P<axis>\w+)",
-        lambda text, holds, match: _layout(text, holds, match, "strategy"),
-    ),
+    Form("layers.*.up_proj/linear: n/tp", r"(?P<glob>\S+): (?P<wanted>\S+)/(?P<axis>\w+)", _layout),
     Form("recompute layers.3 full", r"recompute (?P<glob>\S+) (?P<mode>\w+)", _recompute),
     Form("tp=8", r"(?P<name>\w+) ?(?P<comparison><=|>=|!=|=|<|>) ?(?P<value>\S+)", _setting),
 )

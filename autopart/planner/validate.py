@@ -15,9 +15,9 @@ from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.stage_graph import ShardingAssignment
 from autopart.plan.data import Plan
 from autopart.planner.cuts import spans_of
-from autopart.sharding.notation import C, G, Placement, splits
+from autopart.sharding.notation import C, G, Placement, Strategy, splits
 from autopart.sharding.resharding import possible
-from autopart.sharding.rules import Strategy, strategies
+from autopart.sharding.rules import strategies
 
 
 def validate(plan: Plan, layered: LayeredGraph) -> None:

@@ -14,9 +14,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from autopart.sharding.notation import Placement
+from autopart.sharding.notation import Placement, Strategy
 from autopart.sharding.resharding import Step
-from autopart.sharding.rules import Product, Strategy
+from autopart.sharding.rules import Product
 
 Placements = tuple[Placement, ...]
 Chain = tuple[Step, ...]

@@ -32,8 +32,7 @@ from autopart.ir.graph import info
 from autopart.passes.formulate import formulate
 from autopart.passes.source import Source
 from autopart.plan.data import Plan
-from autopart.sharding.notation import P, Placement, R, S
-from autopart.sharding.rules import Strategy
+from autopart.sharding.notation import P, Placement, R, S, Strategy
 
 compiler = import_module("autopart.compile.simulate")
 

@@ -18,8 +18,7 @@ from autopart import Plan
 from autopart.cost.training_state import Training, update_seconds
 from autopart.planner.explain.certificate import findings
 from autopart.planner.make_plan import make_plan, request_of
-from autopart.sharding.notation import G, Placement
-from autopart.sharding.rules import Strategy
+from autopart.sharding.notation import G, Placement, Strategy
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 

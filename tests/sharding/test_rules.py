@@ -26,7 +26,6 @@ from autopart.sharding.rules import (
     ROLES,
     RULES,
     Product,
-    Sizes,
     flatten,
     flops,
     local_args,
@@ -35,6 +34,7 @@ from autopart.sharding.rules import (
     product_of,
     sums_up,
 )
+from autopart.sharding.rules.base import Sizes
 
 SHARDS = (2, 3, 4)
 

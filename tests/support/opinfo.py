@@ -25,7 +25,8 @@ from torch.testing._internal.common_utils import set_rng_seed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopart.passes.simplify import _positional
-from autopart.sharding.rules import RULES, Args, op_name
+from autopart.sharding.rules import RULES, op_name
+from autopart.sharding.rules.base import Args
 
 DTYPES = (torch.float64, torch.int64, torch.bool)
 SMALL = 2**14

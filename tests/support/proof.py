@@ -15,7 +15,8 @@ from autopart.ir.graph import has_gradient
 from autopart.ir.random_ops import dropout, dropout_attention, residual_dropout, returned
 from autopart.kernels.table import KERNELS
 from autopart.sharding.notation import Dim, Factor, Operand, Placement, Shape, Strategy, parse
-from autopart.sharding.rules import RULES, Args, Rule, flatten, local_args, local_shape, strategies
+from autopart.sharding.rules import RULES, flatten, local_args, local_shape, strategies
+from autopart.sharding.rules.base import Args, Rule
 
 Tensors = list[torch.Tensor]
 Op = Callable[..., Any]

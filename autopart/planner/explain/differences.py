@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from autopart.plan.data import Plan
 from autopart.plan.units import bytes_text
-from autopart.sharding.rules import Strategy
+from autopart.sharding.notation import Strategy
 
 
 def differences(before: Plan, after: Plan, labels: Sequence[str]) -> Iterator[str]:

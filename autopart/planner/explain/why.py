@@ -37,7 +37,7 @@ from autopart.planner.search_points import SearchPoint
 from autopart.planner.search_space import SearchSpace
 from autopart.planner.write_plan import write_out
 from autopart.planner.zero_levels import zero_levels
-from autopart.sharding.rules import Strategy
+from autopart.sharding.notation import Strategy
 from autopart.sharding.strategy_table import Node
 
 if TYPE_CHECKING:

@@ -28,32 +28,6 @@ from autopart.sharding.rules import (
     vision,
 )
 from autopart.sharding.rules.base import Args, Linear, Local, Rule, Sizes, opaque, replaced
-from autopart.sharding.rules.pointwise import BINARY, LINEAR_BINARY, POINTWISE
-
-__all__ = [
-    "BINARY",
-    "LINEAR_BINARY",
-    "POINTWISE",
-    "RULES",
-    "Args",
-    "Local",
-    "Product",
-    "Rule",
-    "Shape",
-    "Sizes",
-    "Strategy",
-    "flatten",
-    "flops",
-    "has_rule",
-    "is_contraction",
-    "local_args",
-    "local_shape",
-    "op_name",
-    "product_of",
-    "row_of",
-    "strategies",
-    "sums_up",
-]
 
 FAMILIES = (
     contractions, factories, indexing, kernels, losses, pointwise, recurrent, reductions, shapes, splitting, vision,
