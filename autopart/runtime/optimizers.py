@@ -14,6 +14,15 @@ from autopart.runtime.groups import Groups
 from autopart.runtime.parameters import share_of
 
 Optimizer = torch.optim.Optimizer
+OPTIMIZERS: Mapping[str, tuple[type[Any], Mapping[str, Any]]] = {
+    "sgd": (torch.optim.SGD, {}),
+    "momentum": (torch.optim.SGD, {"momentum": 0.9}),
+    "adagrad": (torch.optim.Adagrad, {}),
+    "rmsprop": (torch.optim.RMSprop, {}),
+    "adam": (torch.optim.Adam, {}),
+    "adamw": (torch.optim.AdamW, {}),
+}
+"""A plan's optimizer -> its torch class, and its settings besides the learning rate."""
 PROBE_SHAPE, PROBE_STEPS = (6, 4), 3
 """Shape of the parameter, and number of steps, on which an optimizer is tried."""
 ON_CPU = {"capturable": False, "fused": None, "foreach": None}

@@ -30,6 +30,7 @@ from autopart.runtime.compiled import Compiled
 from autopart.runtime.emitted import Message, Program
 from autopart.runtime.groups import make_groups
 from autopart.runtime.launch import launch
+from autopart.runtime.optimizers import OPTIMIZERS
 from autopart.runtime.watchdog import report_failure, start_watchdog
 
 RUN = '''"""{model} on {degrees}: python run.py --help. Written by autopart."""
@@ -40,16 +41,6 @@ from autopart.runtime.standalone import main
 
 main(Path(__file__).parent)
 '''
-
-OPTIMIZERS: Mapping[str, tuple[type[torch.optim.Optimizer], Mapping[str, Any]]] = {
-    "sgd": (torch.optim.SGD, {}),
-    "momentum": (torch.optim.SGD, {"momentum": 0.9}),
-    "adagrad": (torch.optim.Adagrad, {}),
-    "rmsprop": (torch.optim.RMSprop, {}),
-    "adam": (torch.optim.Adam, {}),
-    "adamw": (torch.optim.AdamW, {}),
-}
-"""A plan's optimizer -> its torch class, and its settings besides the learning rate."""
 
 Say = Callable[[int, float], None]
 

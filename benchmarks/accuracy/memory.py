@@ -51,9 +51,9 @@ from autopart.planner.explain.memory_report import stage_memories
 from autopart.planner.make_plan import make_plan, request_of
 from autopart.runtime.compiled import Compiled
 from autopart.runtime.groups import Groups
+from autopart.runtime.optimizers import OPTIMIZERS
 from autopart.runtime.process_group import Group
 from autopart.runtime.simulated import run_simulated
-from autopart.runtime.standalone import OPTIMIZERS
 from benchmarks.support.command import command_line
 
 LAYERS_FILE = Path(__file__).parents[1] / "data" / "seqsel_2205.05198_activation_memory.csv"

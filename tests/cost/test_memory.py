@@ -16,7 +16,7 @@ import autopart
 from autopart.cli.main import app
 from autopart.cost.training_state import Training
 from autopart.hardware.mesh import Mesh
-from autopart.runtime.standalone import OPTIMIZERS
+from autopart.runtime.optimizers import OPTIMIZERS
 from benchmarks.accuracy import memory as benchmark
 from benchmarks.accuracy.memory import MIXED, Bench, Memory, Row, layers
 from benchmarks.accuracy.published import read

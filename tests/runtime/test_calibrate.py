@@ -30,9 +30,10 @@ from autopart.hardware import load_hardware
 from autopart.hardware.measured import Measured, Wire, read_measured, read_wire
 from autopart.hardware.mesh import Mesh
 from autopart.runtime.calibrate.measure import Measurements
-from autopart.runtime.calibrate.operators import OPERATORS, OPTIMIZERS
+from autopart.runtime.calibrate.operators import OPERATORS
 from autopart.runtime.calibrate.profile import line, middle, profile, to_toml
 from autopart.runtime.calibrate.run import calibrate
+from autopart.runtime.optimizers import OPTIMIZERS
 from autopart.sharding.resharding import RESHARDS
 from autopart.sharding.rules import has_rule
 

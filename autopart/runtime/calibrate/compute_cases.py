@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from autopart.runtime import one_pass
-from autopart.runtime.calibrate.operators import OPERATORS, OPTIMIZERS
+from autopart.runtime.calibrate.operators import OPERATORS
 from autopart.runtime.calibrate.timing import Case, Seconds, Timer
+from autopart.runtime.optimizers import OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class ComputeCases:
         for (kind, make), nbytes in itertools.product(OPERATORS.items(), self.timer.sizes.streams):
             yield Case("operators", kind, (nbytes,), partial(self._operator, make, nbytes, dtype))
         for optimizer, nbytes in itertools.product(OPTIMIZERS, self.timer.sizes.parameters):
-            yield Case("updates", optimizer, (nbytes,), partial(self._update, OPTIMIZERS[optimizer], nbytes))
+            yield Case("updates", optimizer, (nbytes,), partial(self._update, optimizer, nbytes))
         for nbytes in self.timer.sizes.parameters:
             yield Case("accumulate", "", (nbytes,), partial(self._accumulate, nbytes))
 
@@ -65,11 +66,12 @@ class ComputeCases:
         forward, inputs = make(self.timer.randn, nbytes, dtype)
         return self.timer.apart(forward, inputs, self.timer.held(nbytes))
 
-    def _update(self, make: Callable[..., torch.optim.Optimizer], nbytes: int) -> Callable[[], Seconds]:
+    def _update(self, name: str, nbytes: int) -> Callable[[], Seconds]:
         parameters = [nn.Parameter(self.timer.randn(nbytes // 4)) for _ in range(self.timer.held(4 * nbytes))]
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
-        optimizer = make(parameters, lr=1e-6)
+        kind, settings = OPTIMIZERS[name]
+        optimizer = kind(parameters, lr=1e-6, **settings)
 
         def step() -> None:
             if not one_pass.step(optimizer):

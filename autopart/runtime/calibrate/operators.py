@@ -1,7 +1,6 @@
-"""Operators and optimizers that are measured: for each kind, what stands for it."""
+"""Operators that are measured: for each kind, what stands for it."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -71,14 +70,3 @@ OPERATORS: Mapping[str, Callable[..., Made]] = {
     "embedding": _embedding,
 }
 """Kind, of `autopart.cost.measured_tables.KINDS`, -> what stands for it."""
-
-
-OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": torch.optim.SGD,
-    "momentum": partial(torch.optim.SGD, momentum=0.9),
-    "adagrad": torch.optim.Adagrad,
-    "rmsprop": torch.optim.RMSprop,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-}
-"""Those of `autopart.cost.training_state.OPTIMIZER_STATES`."""
