@@ -159,18 +159,15 @@ class Request:
 
 def read_constraints(texts: str | Sequence[str]) -> tuple[Constraint, ...]:
     """Constraints from their texts, or from one text. Raises PartitionError for a text that cannot be read."""
-    given = [texts] if isinstance(texts, str) else texts
+    return tuple(parse(text) for text in _listed("constraints", texts, "texts", "tp=2"))
+
+
+def _listed(name: str, value: str | Sequence[str], what: str, example: str) -> Sequence[str]:
+    """The texts of a setting, or its one text, as a list. Raises PartitionError for anything else."""
+    given = [value] if isinstance(value, str) else value
     if not isinstance(given, (list, tuple)) or not all(isinstance(text, str) for text in given):
-        raise PartitionError(f"constraints={texts!r} is no list of texts", try_='constraints=["tp=2"]')
-    return tuple(parse(text) for text in given)
-
-
-def read_names(names: str | Sequence[str]) -> tuple[str, ...]:
-    """Names, or one name, as a tuple. Raises PartitionError for anything else."""
-    given = [names] if isinstance(names, str) else names
-    if not isinstance(given, (list, tuple)) or not all(isinstance(name, str) for name in given):
-        raise PartitionError(f"no_fuse={names!r} is no list of names", try_='no_fuse=["swiglu"]')
-    return tuple(sorted(set(given)))
+        raise PartitionError(f"{name}={value!r} is no list of {what}", try_=f'{name}=["{example}"]')
+    return given
 
 
 def read_settings(settings: Mapping[str, Any]) -> Request:
@@ -188,7 +185,7 @@ def read_settings(settings: Mapping[str, Any]) -> Request:
     read = {
         "solver": solver.lower() if isinstance(solver, str) else solver,
         "master": None if master is None else str(master).removeprefix("torch."),
-        "no_fuse": read_names(settings.get("no_fuse", ())),
+        "no_fuse": tuple(sorted(set(_listed("no_fuse", settings.get("no_fuse", ()), "names", "swiglu")))),
         "constraints": read_constraints(settings.get("constraints", ())),
     }
     request = Request(**{**settings, **numbers, **read})

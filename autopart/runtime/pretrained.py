@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autopart.errors import PartitionError, few, not_known
+from autopart.frontend.batch import DTYPES
 from autopart.frontend.inputs import main_dtype
 from autopart.runtime.agreement import bytes_of, from_first
 from autopart.runtime.rank_state import RankState
@@ -17,10 +18,6 @@ from autopart.runtime.transformers_names import is_pretrained, original_format, 
 from autopart.runtime.weight_files import WeightFiles, size_of
 from autopart.runtime.weight_folder import WeightFolder
 from autopart.runtime.whole_tensors import whole_tensors
-
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-}
 
 
 def save_pretrained(compiled: RankState, folder: Path, max_shard_size: int | str, dtype: Any) -> None:

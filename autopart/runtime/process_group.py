@@ -38,9 +38,7 @@ class Group:
 
     def start_all_reduce(self, x: torch.Tensor) -> Work:
         """Sum in place without waiting. `x` must live until the work has ended."""
-        work = dist.all_reduce(x, group=self.handle, async_op=True)
-        assert work is not None
-        return work
+        return _started(dist.all_reduce(x, group=self.handle, async_op=True))
 
     def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Every rank's `x`, in the order of ranks."""
@@ -57,9 +55,7 @@ class Group:
     def start_reduce_scatter(self, shares: torch.Tensor) -> tuple[torch.Tensor, Work]:
         """`reduce_scatter` without waiting. The sum is valid, and `shares` may be freed, once the work has ended."""
         mine = torch.empty_like(shares[0])
-        work = dist.reduce_scatter_tensor(_real(mine), _real(shares), group=self.handle, async_op=True)
-        assert work is not None
-        return mine, work
+        return mine, _started(dist.reduce_scatter_tensor(_real(mine), _real(shares), group=self.handle, async_op=True))
 
     def all_to_all(self, shares: list[torch.Tensor]) -> list[torch.Tensor]:
         """From every rank, the share that it has for this rank."""
@@ -73,15 +69,11 @@ class Group:
 
     def send(self, x: torch.Tensor, to: int) -> Work:
         """Send without waiting. `x` must live until the work has ended."""
-        work = dist.isend(x, group_dst=to, group=self.handle)
-        assert work is not None
-        return work
+        return _started(dist.isend(x, group_dst=to, group=self.handle))
 
     def receive(self, x: torch.Tensor, source: int) -> Work:
         """Post a receive. The message is in `x` once the work has ended."""
-        work = dist.irecv(x, group_src=source, group=self.handle)
-        assert work is not None
-        return work
+        return _started(dist.irecv(x, group_src=source, group=self.handle))
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's picklable value, on rank 0; [] elsewhere."""
@@ -98,6 +90,12 @@ class Group:
         everyone: list[Any] = [None] * self.size
         dist.all_gather_object(everyone, value, group=self.handle)
         return everyone
+
+
+def _started(work: Work | None) -> Work:
+    """What torch returns on a rank that is in the group."""
+    assert work is not None
+    return work
 
 
 def _real(x: torch.Tensor) -> torch.Tensor:
