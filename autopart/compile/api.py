@@ -1,13 +1,11 @@
 """`plan`, `estimate` and `compile`: the line from a model to a plan, and on to the program of one rank."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
@@ -20,7 +18,7 @@ from autopart.compile.warn import warn
 from autopart.errors import PartitionError
 from autopart.frontend.batch import Batch, outline
 from autopart.frontend.with_loss import Loss, with_loss
-from autopart.hardware.mesh import Mesh
+from autopart.hardware.mesh import AnyMesh, Mesh
 from autopart.passes.source import Source
 from autopart.plan.data import Plan
 from autopart.plan.estimate import Estimate
@@ -35,13 +33,10 @@ from autopart.runtime.torch_compile import TorchCompile
 from autopart.runtime.torch_compile import check as check_compile
 from autopart.runtime.watchdog import check_timeout, start_watchdog
 
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
 
 def plan(
     model: nn.Module,
-    mesh: str | Mesh | DeviceMesh,
+    mesh: AnyMesh,
     batch: Batch,
     *,
     loss: Loss | None = None,
@@ -69,7 +64,7 @@ def plan(
 
 def estimate(
     model: nn.Module,
-    mesh: str | Mesh | DeviceMesh,
+    mesh: AnyMesh,
     batch: Batch,
     *,
     loss: Loss | None = None,
@@ -84,7 +79,7 @@ def estimate(
 
 def compile(
     model: nn.Module,
-    mesh: str | Mesh | DeviceMesh,
+    mesh: AnyMesh,
     batch: Batch,
     *,
     loss: Loss | None = None,

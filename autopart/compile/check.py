@@ -1,11 +1,9 @@
 """Is a plan exact? One step of the plan on simulated ranks, compared with one process."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Unpack
+from typing import Unpack
 
 import torch
 from torch import nn
@@ -15,7 +13,7 @@ from autopart.compile.simulate import simulate_plan
 from autopart.frontend.batch import Batch, take
 from autopart.frontend.torch_private import tree_leaves
 from autopart.frontend.with_loss import Loss, with_loss
-from autopart.hardware.mesh import Mesh
+from autopart.hardware.mesh import AnyMesh, Mesh
 from autopart.ir.graph import calls
 from autopart.ir.random_ops import Stream
 from autopart.passes.source import Source
@@ -23,9 +21,6 @@ from autopart.passes.trace import loss_of
 from autopart.plan.data import Plan
 from autopart.planner.make_plan import make_plan, request_of
 from autopart.planner.request import Settings
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -62,7 +57,7 @@ class Check:
 
 def check(
     model: nn.Module,
-    mesh: str | Mesh | DeviceMesh,
+    mesh: AnyMesh,
     batch: Batch,
     *,
     loss: Loss | None = None,

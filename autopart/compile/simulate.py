@@ -1,17 +1,17 @@
 """One step of a plan with all ranks as threads of one process."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Unpack
+from typing import Unpack
 
 import torch
 from torch import nn
 
+from autopart.compile.api import check_plan
+from autopart.compile.given_weights import check_has_weights
 from autopart.compile.programs import programs
 from autopart.frontend.batch import Batch
 from autopart.frontend.with_loss import Loss, with_loss
-from autopart.hardware.mesh import Mesh
+from autopart.hardware.mesh import AnyMesh, Mesh
 from autopart.passes.source import Source
 from autopart.plan.data import Plan
 from autopart.planner.make_plan import make_plan, request_of
@@ -20,11 +20,6 @@ from autopart.planner.validate import validate
 from autopart.runtime.compiled import Compiled
 from autopart.runtime.groups import Groups
 from autopart.runtime.simulated import run_simulated
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-from autopart.compile.api import check_plan
-from autopart.compile.given_weights import check_has_weights
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,7 @@ class Simulated:
 
 def simulate(
     model: nn.Module,
-    mesh: str | Mesh | DeviceMesh,
+    mesh: AnyMesh,
     batch: Batch,
     *,
     loss: Loss | None = None,

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from autopart.errors import PartitionError
 from autopart.hardware import find_device, find_link
@@ -30,6 +30,10 @@ MAX_DEVICES = 2**31 - 1
 """Devices of the largest mesh."""
 
 _GRAMMAR = re.compile(r"(?:(\d+)x)?(\d+):([\w.-]+)(?:@([\w.-]+))?")
+
+
+AnyMesh: TypeAlias = "str | Mesh | DeviceMesh"
+"""What `Mesh.of` takes."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +210,7 @@ class Mesh:
         return replace(mesh, inter=find_link(link)) if link else mesh
 
     @staticmethod
-    def of(obj: str | Mesh | DeviceMesh) -> Mesh:
+    def of(obj: AnyMesh) -> Mesh:
         """The mesh `obj` describes: text for `parse`, a Mesh (returned as it is) or a torch DeviceMesh.
 
         A DeviceMesh fixes `axes` by its dim names, which must be among AXES; its ranks must be 0, 1, ...

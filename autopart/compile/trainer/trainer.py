@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
@@ -21,7 +20,7 @@ from autopart.compile.trainer.optimizer import UpdatingOptimizer
 from autopart.errors import PartitionError
 from autopart.frontend.batch import DTYPES, outline
 from autopart.frontend.with_loss import with_loss, with_outputs
-from autopart.hardware.mesh import Mesh
+from autopart.hardware.mesh import AnyMesh, Mesh
 from autopart.ir.graph import calls, info
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.source import Source
@@ -53,7 +52,7 @@ class Trainer(transformers.Trainer):
 
     model: Any
 
-    def __init__(self, *given: Any, mesh: str | Mesh | DeviceMesh, **settings: Any) -> None:
+    def __init__(self, *given: Any, mesh: AnyMesh, **settings: Any) -> None:
         self.mesh = Mesh.of(mesh)
         self.settings = {name: settings.pop(name) for name in COMPILE_SETTINGS & settings.keys()}
         check_plan(self.settings.get("plan"), self.mesh)

@@ -19,7 +19,7 @@ from torch import nn
 from autopart.errors import PartitionError
 from autopart.frontend.batch import Batch
 from autopart.frontend.with_loss import Loss, with_loss
-from autopart.hardware.mesh import Mesh, usable_bytes
+from autopart.hardware.mesh import AnyMesh, Mesh, usable_bytes
 from autopart.passes.source import Source
 from autopart.plan.data import Plan
 from autopart.plan.units import bytes_text
@@ -41,8 +41,6 @@ from autopart.sharding.notation import Strategy
 from autopart.sharding.strategy_table import Node
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
     from autopart.passes.ilp import LpProblem
 
 TIME_LIMIT = 0.4
@@ -270,7 +268,7 @@ def _placed(chosen: Sequence[Strategy]) -> str:
 
 def explain(
     model: nn.Module,
-    mesh: str | Mesh | DeviceMesh,
+    mesh: AnyMesh,
     batch: Batch,
     *,
     loss: Loss | None = None,
