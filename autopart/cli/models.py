@@ -206,23 +206,15 @@ def _head(config: Any) -> tuple[Any, Callable[[Any, int, int | None], Batch]]:
     import transformers
     from transformers.models.auto import modeling_auto as auto
 
-    heads: tuple[tuple[Mapping[str, Any], Any, Callable[[Any, int, int | None], Batch]], ...] = (
-        (
-            auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-            transformers.AutoModelForSeq2SeqLM,
-            _text_batch,
-        ),
-        (auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, transformers.AutoModelForMaskedLM, _text_batch),
-        (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, transformers.AutoModelForCausalLM, _text_batch),
-        (
-            auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-            transformers.AutoModelForImageClassification,
-            _image_batch,
-        ),
+    heads = (
+        ("SEQ_TO_SEQ_CAUSAL_LM", "Seq2SeqLM", _text_batch),
+        ("MASKED_LM", "MaskedLM", _text_batch),
+        ("CAUSAL_LM", "CausalLM", _text_batch),
+        ("IMAGE_CLASSIFICATION", "ImageClassification", _image_batch),
     )
-    for names, head, make_batch in heads:
-        if config.model_type in names:
-            return head, make_batch
+    for task, name, make_batch in heads:
+        if config.model_type in getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES"):
+            return getattr(transformers, f"AutoModelFor{name}"), make_batch
     raise PartitionError(
         f"no way to train a {config.model_type} is known here",
         "it is no language model and no image classifier",
