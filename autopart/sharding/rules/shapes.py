@@ -119,10 +119,6 @@ def _transpose(args: Args, outputs: Sequence[Shape]) -> str:
     return _permuted(order)
 
 
-def _matrix_transpose(args: Args, outputs: Sequence[Shape]) -> str:
-    return _transpose((args[0], -1, -2), outputs)
-
-
 def _permute(args: Args, outputs: Sequence[Shape]) -> str:
     return _permuted(dims_of(args[1], len(args[0])))
 
@@ -213,7 +209,7 @@ RULES: dict[str, Rule] = {
     "aten.movedim.intlist": Rule(_movedim, linear=-1),
     "aten.t": Rule(_t, linear=-1),
     "aten.numpy_T": Rule(_t, linear=-1),
-    "aten.mT": Rule(_matrix_transpose, linear=-1),
+    "aten.mT": Rule(lambda args, outputs: _transpose((args[0], -1, -2), outputs), linear=-1),
     "aten.rot90": Rule(_rot90, linear=-1),
     "aten.flip": Rule(whole_at(1), linear=-1),
     "aten.fliplr": Rule(lambda args, outputs: whole_dims(args, outputs, [1]), linear=-1),
