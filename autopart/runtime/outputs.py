@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from autopart.runtime.groups import Groups
+from autopart.runtime.parameters import Origin
 from autopart.runtime.random import Split, Stream
-from autopart.runtime.whole import Share, assemble
+from autopart.runtime.whole import assemble, shares_of
 from autopart.sharding.notation import Placement
 
 
@@ -41,13 +42,10 @@ def whole_outputs(groups: Groups) -> dict[str, Tensor]:
     other in the dim of samples, in a new dim 0 where an output has none. All ranks call it."""
     noted = [each for each in groups.returned if isinstance(each, Returned)]
     groups.returned.clear()
-    place = {"dp": groups.dp.rank, "tp": groups.tp.rank}
-    mine: dict[str, Share] = {}
-    for each in noted:
-        placed = {axis: _placement(each.axes.get(axis)) for axis in place}
-        if all(p.kind == "S" or place[axis] == 0 for axis, p in placed.items()):
-            share = (placed, (groups.dp.rank, groups.tp.rank), each.shard.cpu())
-            mine[f"{each.micro_batch} {each.name}"] = share
+    by_key = {f"{each.micro_batch} {each.name}": each for each in noted}
+    placed = {key: {axis: _placement(each.axes.get(axis)) for axis in ("dp", "tp")} for key, each in by_key.items()}
+    origins = {key: Origin(key, (), axes) for key, axes in placed.items()}
+    mine = shares_of({key: each.shard for key, each in by_key.items()}, origins, groups)
     dims = {each.name: each.batch for each in noted}
     everyone = groups.host.gather((mine, dims))
     parts: dict[str, dict[int, Tensor]] = defaultdict(dict)
