@@ -334,9 +334,7 @@ def verify(graph: fx.Graph) -> None:
     """Raise PartitionError unless every node has a record that running it on meta tensors confirms."""
     graph.lint()
     for node in graph.nodes:
-        if node.op == "output":
-            continue
-        if KEY not in node.meta:
+        if node.op != "output" and KEY not in node.meta:
             raise PartitionError(f"node {node.name} has no record", "a pass made it and did not say what it is")
         if node.op != "call_function":
             continue
