@@ -2,8 +2,7 @@
 
 A segment is the nodes of one numbered module ("model.layers.3"), or of one other module between them. Two segments are
 of one class if they compute the same from values of the same shapes and dtypes, whatever the names and the floats that
-values are multiplied by. The planner decides
-once for each class, and cuts the model between segments.
+values are multiplied by. The planner decides once for each class, and cuts the model between segments.
 """
 
 from __future__ import annotations

@@ -35,11 +35,10 @@ def trace(
 
     `batch` has the model's keyword arguments, with samples in dim 0 of every tensor; its size is the micro-batch.
     `dtype`, if given, is the dtype that parameters of the model's main dtype are traced in. Of a list of blocks in
-    `sampled` only the first blocks are traced. `outputs` are names of what the model returns, which the program is to
+    `sampled` some equal blocks are left out. `outputs` are names of what the model returns, which the program is to
     return beside the loss: "logits", or "1" for the second of a tuple. `short`: of long loops some iterations are
-    traced (`frontend.short_loops`). No parameter's value is read, so that the model
-    may be on meta. Raises PartitionError, with the user's line, where the model cannot be traced or has no loss to
-    train by.
+    traced (`frontend.short_loops`). No parameter's value is read, so that the model may be on meta. Raises
+    PartitionError, with the user's line, where the model cannot be traced or has no loss to train by.
     """
     sizes = {k: v.shape[0] for k, v in batch.items() if isinstance(v, torch.Tensor) and v.dim()}
     if not sizes or len(set(sizes.values())) != 1:

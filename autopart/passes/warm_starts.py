@@ -29,8 +29,7 @@ class _Optimum(NamedTuple):
 class WarmStarts:
     """The bases of the last BASES objectives with the same constraints.
 
-    Costs of seconds, of bytes and of single stages alternate. The relaxations of HGNet-V2, 68 objectives over 40,000
-    variables, take 10 s from the bases of the most similar objectives, and 25 s from the last basis each time.
+    Costs of seconds, of bytes and of single stages alternate: the basis of the objective before is often far away.
     """
 
     def __init__(self, highs: highspy.Highs) -> None:

@@ -182,7 +182,7 @@ def assignment_of(
 
 
 Known = dict[tuple[int, frozenset[int]], tuple[ShardingAssignment, StageGraph, dict[int, PricedSegment]]]
-"""(index of the splits, first segment, last segment) -> the partitioned stage, and the prices of its segments."""
+"""(index of the splits, segments) -> the partitioned stage, and the prices of its segments."""
 
 
 def key_of(layered: LayeredGraph, splits: int, span: tuple[int, int]) -> tuple[int, frozenset[int]]:
