@@ -9,8 +9,10 @@ W (v, d) and a bias b (v,), the forward computes
     dW = dW + D^T H         summed over the chunks
     db = db + sum_i D_i     summed over the chunks, in float32
 
-and the backward scales dH, dW and db by the gradient of the sum of losses. Without gradients only the losses are
-computed.
+and the backward scales dH, dW and db by the gradient of the sum of losses. In float32 and float64 the products dH and
+dW have the factor 1 / valid of a mean already, and the backward of a CPU scales nothing where that gradient is 1. In
+half precision numbers as small as D / valid would be rounded to 0, which the gradient of a scaled loss would have
+prevented. Without gradients only the losses are computed.
 
 dW is summed in the dtype of W, by the matrix product itself. Of a half-precision W a float32 sum would take 4 v d bytes
 more, and it would be read and written once a chunk by an operator of its own. The sums of k equal chunks are rounded k
@@ -102,10 +104,12 @@ def linear_cross_entropy(
         constants = ignore_index, label_smoothing, compute_dtype, z_loss, softcap, scale, divisor
         return reference(hidden, weight, targets, bias, valid, *constants)
     terms = terms_of(weight.t(), ignore_index, label_smoothing, z_loss, softcap, scale, divisor, first, classes)
+    wide = {hidden.dtype, weight.dtype} <= {torch.float32, torch.float64}
+    inside, outside = (valid, 1.0) if wide and valid else (1.0, valid)
     total: Tensor = _LinearCrossEntropy.apply(
-        hidden, weight, targets, bias, terms, torch.is_grad_enabled(), reduce_max, reduce_sum
+        hidden, weight, targets, bias, inside, terms, torch.is_grad_enabled(), reduce_max, reduce_sum
     )
-    return total.to(compute_dtype or hidden.dtype) / valid
+    return total.to(compute_dtype or hidden.dtype) / outside
 
 
 def bytes_moved(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: object) -> Bytes:
@@ -126,12 +130,12 @@ def kept(arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tenso
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The sum of the losses, which computes its gradients in the forward."""
+    """The sum of the losses over ``valid``, which computes its gradients in the forward."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, terms: Terms, train: bool,
-        reduce_max: Reduction, reduce_sum: Reduction,
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, valid: float,
+        terms: Terms, train: bool, reduce_max: Reduction, reduce_sum: Reduction,
     ) -> Tensor:  # fmt: skip
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         wanted = [train and ctx.needs_input_grad[i] for i in (0, 1, 3)]
@@ -149,22 +153,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             dlogits = gradient_(logits, t, lse, terms)
             if dhidden is not None:
-                torch.mm(dlogits, weight, out=dhidden[start : start + rows])
+                dhidden[start : start + rows].addmm_(dlogits, weight, beta=0, alpha=1 / valid)
             if dweight is not None:
-                dweight.addmm_(dlogits.t(), h, beta=1 if start else 0)
+                dweight.addmm_(dlogits.t(), h, beta=1 if start else 0, alpha=1 / valid)
             if dbias is not None:
                 dbias += dlogits.sum(0, dtype=dtype)
             del logits, dlogits
+        if dbias is not None:
+            dbias /= valid
         ctx.save_for_backward(dhidden, dweight, dbias)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return total
+        return total / valid
 
     @staticmethod
     def backward(ctx: Any, *dloss: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden, dweight, dbias = ctx.saved_tensors
-        scaled = [None if g is None else g.mul_(dloss[0].view([1] * g.dim())) for g in (dhidden, dweight, dbias)]
-        dbias = None if scaled[2] is None else scaled[2].to(ctx.bias_dtype)
-        return scaled[0], scaled[1], None, dbias, None, None, None, None
+        dhidden, dweight, dbias = saved = ctx.saved_tensors
+        gradients = [g for g in saved if g is not None]
+        if not torch.compiler.is_compiling() and dloss[0].is_cpu and dloss[0] == 1:
+            torch.autograd.graph.increment_version(gradients)  # as scaling would, for they are the caller's from here
+        else:
+            for gradient in gradients:
+                gradient.mul_(dloss[0].view([1] * gradient.dim()))
+        return dhidden, dweight, None, dbias if dbias is None else dbias.to(ctx.bias_dtype), *[None] * 5
 
 
 KERNEL = Kernel(
