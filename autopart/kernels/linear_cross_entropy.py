@@ -10,8 +10,8 @@ W (v, d) and a bias b (v,), the forward computes
     db = db + sum_i D_i     summed over the chunks, in float32
 
 and the backward scales dH, dW and db by the gradient of the sum of losses. In float32 and float64 the products dH and
-dW have the factor 1 / valid of a mean already, and the backward of a CPU scales nothing where that gradient is 1. In
-half precision numbers as small as D / valid would be rounded to 0, which the gradient of a scaled loss would have
+dW have the factor 1 / valid of a mean already, where valid is a number or on a CPU. There the backward scales nothing
+where that gradient is 1. In half precision numbers as small as D / valid would be rounded to 0, which the gradient of a scaled loss would have
 prevented. Without gradients only the losses are computed.
 
 dW is summed in the dtype of W, by the matrix product itself. Of a half-precision W a float32 sum would take 4 v d bytes
@@ -64,7 +64,7 @@ def chunk_rows(n: int, v: int, d: int) -> int:
 
 
 def reference(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, valid: float, *constants: Any, **named: Any
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, valid: Any, *constants: Any, **named: Any
 ) -> Tensor:
     """`cross_entropy.reference`, with its constants, of the whole logits of hidden (n, d), weight (v, d) and bias (v,).
     This is the pattern and the oracle; a CPU runs `linear_cross_entropy`, which is in chunks on every device."""
@@ -76,7 +76,7 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    valid: float,
+    valid: float | Tensor,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     compute_dtype: torch.dtype | None = None,
@@ -104,8 +104,8 @@ def linear_cross_entropy(
         constants = ignore_index, label_smoothing, compute_dtype, z_loss, softcap, scale, divisor
         return reference(hidden, weight, targets, bias, valid, *constants)
     terms = terms_of(weight.t(), ignore_index, label_smoothing, z_loss, softcap, scale, divisor, first, classes)
-    wide = {hidden.dtype, weight.dtype} <= {torch.float32, torch.float64}
-    inside, outside = (valid, 1.0) if wide and valid else (1.0, valid)
+    number = _number(valid) if {hidden.dtype, weight.dtype} <= {torch.float32, torch.float64} else None
+    inside, outside = (number, 1.0) if number else (1.0, valid)
     total: Tensor = _LinearCrossEntropy.apply(
         hidden, weight, targets, bias, inside, terms, torch.is_grad_enabled(), reduce_max, reduce_sum
     )
@@ -127,6 +127,14 @@ def kept(arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tenso
     hidden, weight, _, bias, *_ = arguments
     gradients = torch.empty_like(hidden), torch.empty_like(weight)
     return gradients if bias is None else (*gradients, torch.empty_like(bias, dtype=torch.float32))
+
+
+def _number(value: float | Tensor) -> float | None:
+    """The value, or None where it has to be read from a device or is not there, as in a traced tensor."""
+    if not isinstance(value, Tensor):
+        return value
+    here = type(value) is Tensor and value.is_cpu and not torch.compiler.is_compiling()
+    return value.item() if here else None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -169,7 +177,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *dloss: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, dweight, dbias = saved = ctx.saved_tensors
         gradients = [g for g in saved if g is not None]
-        if not torch.compiler.is_compiling() and dloss[0].is_cpu and dloss[0] == 1:
+        if _number(dloss[0]) == 1:
             torch.autograd.graph.increment_version(gradients)  # as scaling would, for they are the caller's from here
         else:
             for gradient in gradients:
