@@ -11,8 +11,8 @@ W (v, d) and a bias b (v,), the forward computes
 
 and the backward scales dH, dW and db by the gradient of the sum of losses. In float32 and float64 the products dH and
 dW have the factor 1 / valid of a mean already, where valid is a number or on a CPU. There the backward scales nothing
-where that gradient is 1. In half precision numbers as small as D / valid would be rounded to 0, which the gradient of a scaled loss would have
-prevented. Without gradients only the losses are computed.
+where that gradient is 1. In half precision numbers as small as D / valid would be rounded to 0, which the gradient of a
+scaled loss would have prevented. Without gradients only the losses are computed.
 
 dW is summed in the dtype of W, by the matrix product itself. Of a half-precision W a float32 sum would take 4 v d bytes
 more, and it would be read and written once a chunk by an operator of its own. The sums of k equal chunks are rounded k
