@@ -248,21 +248,23 @@ def _local(targets: Tensor, v: int, terms: Terms) -> tuple[Tensor, Tensor]:
 
 def _plain_gradient(logits: Tensor, targets: Tensor, lse: Tensor, terms: Terms, overwrite: bool) -> Tensor:
     """The gradient of the sum of losses in plain PyTorch, in float32, or in float64 of float64. The logits may be
-    overwritten if ``overwrite``."""
+    overwritten if ``overwrite``. The lse of a row that does not count is taken as infinite, so that its gradient is
+    exp(-inf) = 0, or NaN where its logits are not finite, as PyTorch's is: a mask would be a pass over all rows."""
     u = _transformed(logits, terms)
+    counted = targets != terms.ignore_index
+    level = torch.where(counted, lse, torch.inf)[:, None]
     local, here = _local(targets, logits.shape[-1], terms)
     needed = bool(terms.softcap) or (u is logits and not overwrite)
-    d = (u - lse[:, None] if needed else u.sub_(lse[:, None])).exp_()
+    d = (u - level if needed else u.sub_(level)).exp_()
     if terms.z_loss:
         d *= (1 + 2 * terms.z_loss * lse)[:, None]
     if terms.label_smoothing:
-        d -= terms.label_smoothing / terms.classes
+        d -= counted.to(d.dtype)[:, None] * (terms.label_smoothing / terms.classes)
     d.scatter_add_(1, local[:, None], -(1 - terms.label_smoothing) * here.to(d.dtype)[:, None])
     if terms.softcap:
         d *= u.div_(terms.softcap).square_().neg_().add_(1)
     if terms.factor != 1:
         d *= terms.factor
-    d[targets == terms.ignore_index] = 0
     return d
 
 
