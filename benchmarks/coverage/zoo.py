@@ -201,22 +201,26 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the drawn sizes")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--outside", action="store_true", help="models of other packages and written by hand")
-    parser.add_argument("--json", type=Path, help="where the results go, row by row")
+    parser.add_argument(
+        "--json", type=Path, help="where the results go, row by row (of all models: benchmarks/results/)"
+    )
     parser.add_argument("--resume", action="store_true", help="keep the rows that a stopped run left there")
     arguments = parser.parse_args()
-    arguments.json = arguments.json or (OUTSIDE if arguments.outside else RESULTS)
+    if not (arguments.json or arguments.only or arguments.every > 1):
+        arguments.json = OUTSIDE if arguments.outside else RESULTS
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}
     started = time.monotonic()
     import autopart  # noqa: F401
     from benchmarks.coverage import zoo_models  # noqa: F401  # imported once, before the forks
 
     wished = list(wanted(arguments.only, arguments.outside))[:: arguments.every]
-    resumes = arguments.resume and arguments.json.exists()
+    resumes = arguments.resume and arguments.json and arguments.json.exists()
     earlier = json.loads(arguments.json.read_text()) if resumes else {"seconds": 0, "rows": []}
     rows = earlier["rows"]
     known = {(row["task"], row["model"]) for row in rows}
     todo = [pair for pair in wished if pair not in known]
-    arguments.json.parent.mkdir(exist_ok=True)
+    if arguments.json:
+        arguments.json.parent.mkdir(exist_ok=True)
 
     def tried(pair: tuple[str, str]) -> Row:
         run = trial_outside if arguments.outside else functools.partial(trial, seed=arguments.seed)
@@ -232,7 +236,8 @@ def main() -> None:
             print(f"{len(rows)}/{len(wished)} {row['task']}:{row['model']} {row['cpu']:.0f} s {told}", flush=True)
             seconds = earlier["seconds"] + round(time.monotonic() - started)
             result = {"command": command_line(__spec__.name), "seconds": seconds, "rows": rows}
-            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+            if arguments.json:
+                arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     print(table(rows))
 
 
