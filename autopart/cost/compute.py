@@ -146,7 +146,7 @@ def stream_seconds(nbytes: Any, backward_ratio: Any, launches: Any, device: Devi
     return Seconds(forward, forward * backward_ratio)
 
 
-def beside_seconds(nbytes: Array, grad: Any, device: Device) -> Seconds:
+def beside_product_seconds(nbytes: Array, grad: Any, device: Device) -> Seconds:
     """Seconds of what kernels with a matrix product read and write apart from it, in bytes: [2, operators], forward and
     backward."""
     there, back = stream_seconds(nbytes, 0.0, nbytes > 0, device).forward

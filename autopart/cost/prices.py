@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from autopart.cost.compute import Array, Seconds, beside_seconds, stream_seconds, work_in, work_seconds
+from autopart.cost.compute import Array, Seconds, beside_product_seconds, stream_seconds, work_in, work_seconds
 from autopart.cost.resharding import row_seconds
 from autopart.cost.sizes import Sizes
 from autopart.cost.training_state import Training, update_seconds
@@ -75,9 +75,9 @@ class Prices:
         ranks = {axis: group.ranks for axis, group in terms.sizes.items()}
         divided = sizes.means @ [ranks.get("dp", 1) > 1, ranks.get("tp", 1) > 1]
         mean = stream_seconds(2 * self.output_bytes, sizes.grad, np.minimum(divided, 1.0), device)
-        beside = beside_seconds((sizes.streamed @ basis).T, sizes.grad, device)
-        self.forward = sizes.times * (seconds.forward + mean.forward + beside.forward)
-        self.backward = sizes.times * (seconds.backward + mean.backward + beside.backward)
+        streamed = beside_product_seconds((sizes.streamed @ basis).T, sizes.grad, device)
+        self.forward = sizes.times * (seconds.forward + mean.forward + streamed.forward)
+        self.backward = sizes.times * (seconds.backward + mean.backward + streamed.backward)
 
     @cached_property
     def backward_bytes(self) -> Array:

@@ -50,11 +50,11 @@ def short_loops(model: nn.Module, shortened: list[int]) -> Iterator[None]:
     with ExitStack() as stack:
         for name in names:
             if name in sys.modules and not name.startswith(PACKAGES):
-                stack.enter_context(mock.patch.object(sys.modules[name], "range", _Ranges(shortened), create=True))
+                stack.enter_context(mock.patch.object(sys.modules[name], "range", _Range(shortened), create=True))
         yield
 
 
-class _Ranges:
+class _Range:
     """Stands for `range`: gives a `_LongRange` where the range is long."""
 
     def __init__(self, shortened: list[int]) -> None:

@@ -24,17 +24,17 @@ def with_loss(model: nn.Module, loss: Loss | None) -> nn.Module:
         return model
     if not callable(loss):
         raise PartitionError(f"loss={loss!r} is no function", try_="loss=lambda outputs, batch: ...")
-    return _wrapped(model, loss, beside=False)
+    return _wrapped(model, loss, outputs_too=False)
 
 
 def with_outputs(model: nn.Module) -> nn.Module:
     """A model that `with_loss` made, with a forward that returns the outputs of the user's model beside the loss;
     another model as it is."""
-    again = getattr(type(model), "_with_outputs", None)
-    return model if again is None else again()
+    returning_outputs = getattr(type(model), "_with_outputs", None)
+    return model if returning_outputs is None else returning_outputs()
 
 
-def _wrapped(model: nn.Module, loss: Loss, beside: bool) -> nn.Module:
+def _wrapped(model: nn.Module, loss: Loss, outputs_too: bool) -> nn.Module:
     kind = type(model)
     parameters = inspect.signature(model.forward).parameters.values()
     names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
@@ -42,7 +42,7 @@ def _wrapped(model: nn.Module, loss: Loss, beside: bool) -> nn.Module:
     def forward(self: nn.Module, **batch: Any) -> Any:
         outputs = kind.forward(self, **{name: value for name, value in batch.items() if name in names})
         value = loss(outputs, batch)
-        return {**_named(outputs), "loss": value} if beside else value
+        return {**_named(outputs), "loss": value} if outputs_too else value
 
     def training(self: nn.Module) -> bool:
         return model.training
@@ -51,8 +51,8 @@ def _wrapped(model: nn.Module, loss: Loss, beside: bool) -> nn.Module:
         model.training = mode
 
     made = copy.copy(model)
-    again = staticmethod(lambda: _wrapped(model, loss, beside=True))
-    body = {"forward": forward, "training": property(training, train), "_with_outputs": again}
+    returning_outputs = staticmethod(lambda: _wrapped(model, loss, outputs_too=True))
+    body = {"forward": forward, "training": property(training, train), "_with_outputs": returning_outputs}
     made.__class__ = type(kind.__name__, (kind,), body)
     return made
 

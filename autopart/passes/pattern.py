@@ -176,9 +176,9 @@ def _read_outside(inside: frozenset[fx.Node], outputs: Sequence[fx.Node]) -> set
     return {n for n in inside.difference(outputs) if any(n in _makers(other) for other in read)}
 
 
-def _with_outputs(pattern: Pattern, ways: Iterator[Found], equal: Callable[..., bool] | None) -> Iterator[Found]:
-    """The ways that are found for a pattern's anchor, with its other outputs."""
-    for found in ways:
+def _with_outputs(pattern: Pattern, partial: Iterator[Found], equal: Callable[..., bool] | None) -> Iterator[Found]:
+    """The matches of a pattern\'s anchor, extended by its other outputs."""
+    for found in partial:
         for output in pattern.outputs:
             places = [] if output in found else _below(output, found)
             found = next((more for place in places for more in _matches(output, place, found, equal)), found)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import fx
 
-from autopart.cost.compute import Seconds, beside_seconds, work_of, work_seconds
+from autopart.cost.compute import Seconds, beside_product_seconds, work_of, work_seconds
 from autopart.cost.liveness import MODES
 from autopart.cost.resharding import row_seconds
 from autopart.hardware.mesh import Group
@@ -139,8 +139,8 @@ def _computed(nodes: Sequence[fx.Node], device: Device) -> dict[fx.Node, Seconds
     operators = [n for n in nodes if info(n).name not in BY_FUNCTION]
     seconds = work_seconds(work_of([info(n) for n in operators], device), device)
     extra = np.array([(*info(n).kernel_bytes[2:], info(n).grad) for n in operators], dtype=float).reshape(-1, 3).T
-    beside = beside_seconds(extra[:2], extra[2], device)
-    forward, backward = seconds.forward + beside.forward, seconds.backward + beside.backward
+    streamed = beside_product_seconds(extra[:2], extra[2], device)
+    forward, backward = seconds.forward + streamed.forward, seconds.backward + streamed.backward
     each = zip(operators, forward.tolist(), backward.tolist(), strict=True)
     return {n: Seconds(info(n).times * there, info(n).times * back) for n, there, back in each}
 

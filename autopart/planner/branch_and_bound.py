@@ -41,7 +41,7 @@ from autopart.planner.candidate import (
     stage_columns,
 )
 from autopart.planner.cuts import best_cut
-from autopart.planner.infeasibility import Shortfall, closest, lacks, nothing_fits
+from autopart.planner.infeasibility import Shortfall, closest, missing_bytes, nothing_fits
 from autopart.planner.lower_bounds import LagrangianBounds
 from autopart.planner.progress import OnProgress, Progress, silent
 from autopart.planner.refinement import is_small, may_refine, refine_intervals
@@ -251,7 +251,7 @@ class Search:
         least_memory = {segment_class: mode for segment_class in space.model(point).blocks for mode in space.modes[-1:]}
         found.add(space.solve(point, NEVER, least_memory))
         fits = found.best_plan() is not None
-        if not (fits or self.incumbent.result or is_small(found)) and lacks(found) > HOPELESS * space.limit:
+        if not (fits or self.incumbent.result or is_small(found)) and missing_bytes(found) > HOPELESS * space.limit:
             self._waiting.append((bound, Step.REFINE, point))
             return
         del self._open[point]

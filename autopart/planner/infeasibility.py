@@ -106,7 +106,7 @@ def lacking(space: SearchSpace, point: SearchPoint, candidate: Candidate) -> tup
     return cut.starts, [float(shortfall[space.in_flight(point, s)][costs.index(*at)]) for s, at in enumerate(spans)]
 
 
-def lacks(found: CandidateSet) -> float:
+def missing_bytes(found: CandidateSet) -> float:
     """The bytes that a stage lacks in the candidate and the cut with the least such; 0 where constraints allow no
     cut."""
     cuts = [lacking(found.space, found.point, candidate) for candidate in found.candidates]
@@ -118,9 +118,9 @@ def _shortfall(space: SearchSpace, point: SearchPoint, candidate: Candidate) -> 
     found, costs = lacking(space, point, candidate), candidate.costs
     if found is None:
         return None
-    starts, lacks = found
+    starts, missing = found
     spans = spans_of(starts, len(space.layered.labels))
-    stage = max(range(point.pp), key=lacks.__getitem__)
+    stage = max(range(point.pp), key=missing.__getitem__)
     here, in_flight = costs.index(*spans[stage]), space.in_flight(point, stage)
     parts = {
         "all parameters, gradients and optimizer states": costs.state_bytes[here],
@@ -131,7 +131,7 @@ def _shortfall(space: SearchSpace, point: SearchPoint, candidate: Candidate) -> 
     parameters = sorted(_parameters(space, point, candidate, spans[stage]).items(), key=lambda item: -item[1])
     parts |= {f"of these {name}": size for name, size in parameters[:2]}
     largest = sorted(parts.items(), key=lambda item: -item[1])[:5]
-    return Shortfall(point, stage, lacks[stage], tuple(largest))
+    return Shortfall(point, stage, missing[stage], tuple(largest))
 
 
 def _parameters(

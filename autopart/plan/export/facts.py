@@ -148,8 +148,8 @@ def common_differences(plan: Plan) -> list[str]:
     """In words: differences from any system that shards all stages alike and splits the batch alone along dp."""
     lines = []
     if len({stage.splits for stage in plan.stages}) > 1:
-        ways = ", ".join(str(stage.splits) for stage in plan.stages)
-        lines.append(f"stages are split in different ways ({ways}); there, all are split in one")
+        splits = ", ".join(str(stage.splits) for stage in plan.stages)
+        lines.append(f"stages are split in different ways ({splits}); there, all are split in one")
     data = {key for s in plan.splits for key, w in s.get("dp", {}).items()
             if key in plan.signature.parameters and any(o.kind in "SM" for o in w.outputs)}  # fmt: skip
     if data:

@@ -70,7 +70,7 @@ class CommunicationCases:
         sent, work = self.timer.randn(nbytes // 4), self._work()
         received = torch.empty_like(sent)
 
-        def exchange(before: Callable[[], Any]) -> None:
+        def send_receive(before: Callable[[], Any]) -> None:
             messages = [dist.irecv(received, other, group=back)] if self.rank < pairs else []
             before()
             messages += [dist.isend(sent, other, group=there)] if self.rank < pairs else []
@@ -78,12 +78,12 @@ class CommunicationCases:
                 assert message is not None
                 message.wait()
 
-        alone, beside, without = (
-            self.timer.equally(each) for each in (lambda: exchange(lambda: None), lambda: exchange(work), work)
+        alone, overlapped, without = (
+            self.timer.equally(each) for each in (lambda: send_receive(lambda: None), lambda: send_receive(work), work)
         )
 
         def half() -> Seconds:
-            more = statistics.median(beside()[0] - without()[0] for _ in range(DIFFERENCES))
+            more = statistics.median(overlapped()[0] - without()[0] for _ in range(DIFFERENCES))
             seconds = max(alone()[0], more) / 2
             return (seconds * self.ranks / pairs if self.rank < pairs else 0.0,)
 
@@ -115,10 +115,10 @@ class CommunicationCases:
         work, message = self._work(), self.timer.randn(self.timer.sizes.messages[-1] // 4)
         group = self.groups.get(self.ranks)
 
-        def seconds(beside: bool) -> float:
+        def seconds(overlapped: bool) -> float:
             total = 0.0
             for _ in range(8):
-                sent = dist.all_reduce(message, group=group.handle, async_op=True) if beside and group else None
+                sent = dist.all_reduce(message, group=group.handle, async_op=True) if overlapped and group else None
                 started = self.timer.now() if self.timer.device.type == "cpu" else time.perf_counter()
                 work()
                 if self.timer.device.type == "cuda":

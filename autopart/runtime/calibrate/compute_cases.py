@@ -44,8 +44,8 @@ class ComputeCases:
         """In turn as products lie forward, and in the gradients of either factor."""
         x, w, v = (self.timer.randn(*shape, dtype=dtype) for shape in ((m, k), (n, k), (k, n)))
         y = self.timer.randn(k, m, dtype=dtype)
-        turns = itertools.cycle([lambda: x @ w.t(), lambda: x @ v, lambda: y.t() @ v])
-        return self.timer.repeated(lambda: next(turns)(), self.timer.held(m * n * dtype.itemsize))
+        products = itertools.cycle([lambda: x @ w.t(), lambda: x @ v, lambda: y.t() @ v])
+        return self.timer.repeated(lambda: next(products)(), self.timer.held(m * n * dtype.itemsize))
 
     def _attention(self, length: int, head: int, causal: int, dtype: torch.dtype) -> Callable[[], Seconds]:
         flops = 4.0 * length * length * head * (0.5 if causal else 1.0)
@@ -83,10 +83,10 @@ class ComputeCases:
     def _accumulate(self, nbytes: int) -> Callable[[], Seconds]:
         sums = [self.timer.randn(nbytes // 4) for _ in range(self.timer.held(2 * nbytes))]
         more = [torch.ones_like(total) for total in sums]
-        turns = itertools.cycle(zip(sums, more, strict=True))
+        operands = itertools.cycle(zip(sums, more, strict=True))
 
         def add() -> None:
-            total, gradient = next(turns)
+            total, gradient = next(operands)
             total.add_(gradient)
 
         return self.timer.repeated(add, 1)
