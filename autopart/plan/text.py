@@ -37,7 +37,7 @@ def describe(plan: PlanFields, width: int | None = None) -> str:
         lines += paragraph(sentence, width)
     for index, stage in enumerate(plan.stages):
         forward, backward = seconds_text(stage.forward_seconds), seconds_text(stage.backward_seconds)
-        sync = f"gradient sync {seconds_text(stage.sync_seconds)} a step"
+        sync = f"gradient sync and optimizer {seconds_text(stage.sync_seconds)} a step"
         lines += paragraph(f"stage {index}   forward {forward}, backward {backward} a micro-batch; {sync}", width)
         lines += paragraph(f"{bytes_text(stage.memory_bytes)}: {memory_text(stage.memory)}", width, 2)
         for segment in stage.segments:
