@@ -19,6 +19,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.coverage import zoo
+from benchmarks.models import gptx_sizes
 from benchmarks.planning import every_model
 from benchmarks.support.documents import DOCS, written_between
 
@@ -195,6 +196,11 @@ FIGURES: dict[str, tuple[str, str, Callable[[Found], str]]] = {
     "kernel-matches": ("kernels.md", "kernel_matches.json", kernel_matches),
     "kernels-on-cpu": ("kernels.md", "kernels_on_cpu.json", kernels_on_cpu),
     "kernel-resources": ("kernels.md", "kernel_resources.json", kernel_resources),
+    "gptx-sizes": (
+        "other-systems.md",
+        "gptx_sizes.json",
+        lambda found: captioned(found, gptx_sizes.table(found["rows"])),
+    ),
     "zoo": ("zoo.md", "zoo.json", lambda found: captioned(found, zoo.table(found["rows"]))),
     "outside": ("zoo.md", "zoo_outside.json", lambda found: captioned(found, zoo.table(found["rows"]))),
     "planning-zoo": ("zoo.md", "planning_zoo.json", lambda found: captioned(found, every_model.table(found["rows"]))),

@@ -1,0 +1,1 @@
+"""Models by hand that systems for parallel training were shown with."""
