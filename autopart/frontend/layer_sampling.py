@@ -227,18 +227,20 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 class UnlikeLayers(Exception):
-    """Raised for a list of blocks whose first blocks do not stand for all; the text says why."""
+    """Raised for a list of blocks whose first blocks do not stand for all; the text says why. `whole`: more of the
+    blocks would not stand for all either. `others`: the same of further lists, none of which more blocks would help."""
 
-    def __init__(self, sample: SampledLayers, why: str) -> None:
+    def __init__(self, sample: SampledLayers, why: str, whole: bool = False) -> None:
         super().__init__(f"{sample.path}: {why}")
-        self.sample = sample
+        self.sample, self.whole = sample, whole
+        self.others: tuple[UnlikeLayers, ...] = ()
 
 
-def longer(sampled: Sequence[SampledLayers], unlike: SampledLayers) -> tuple[SampledLayers, ...]:
+def longer(sampled: Sequence[SampledLayers], unlike: UnlikeLayers) -> tuple[SampledLayers, ...]:
     """The samples to try next where the first periods of one list do not stand for all: four periods of this list, of
-    which the first and the last may differ, then every block."""
-    again = replace(unlike, windows=4) if unlike.windows < 4 else None
-    rest = [again if sample == unlike else sample for sample in sampled]
+    which the first and the last may differ, then every block; every block at once where more would not help."""
+    again = replace(unlike.sample, windows=4) if unlike.sample.windows < 4 and not unlike.whole else None
+    rest = [again if sample == unlike.sample else sample for sample in sampled]
     return tuple(sample for sample in rest if sample is not None and sample.dropped > 0)
 
 

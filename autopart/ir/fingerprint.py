@@ -17,6 +17,9 @@ from autopart.sharding.rules.factories import BY_PLACE
 EXACT = frozenset({"aten.pow.Tensor_Scalar", "aten.pow.Scalar"})
 """Operators of which a float argument decides what is computed, and what autograd saves."""
 
+PLACES = {"aten.select.int": 2}
+"""Operators that take one of equal parts of a tensor -> the argument that says which part."""
+
 PLACED = frozenset(f"aten.{name}" for name in BY_PLACE)
 
 
@@ -82,7 +85,7 @@ class Fingerprints:
         The row counts: a tensor that is copied once for every sample has as many parts as there are samples.
         """
         record = info(node)
-        given = without_floats(record.name, _without_sizes(record.name, tuple(node.args)), node.kwargs)
+        given = without_values(record.name, _without_sizes(record.name, tuple(node.args)), node.kwargs)
         args, kwargs = fx.map_arg(given, lambda n: Token(tokens[n]))  # type: ignore[arg-type,return-value]
         about = (
             *(record.name, relative(args, label), kwargs, self.sizes(node), record.dtypes, record.grad),
@@ -119,11 +122,14 @@ def _without_sizes(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return args if rule.resize is None else replaced(args, rule.resize, "size")
 
 
-def without_floats(name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A call's arguments with the word "float" in place of floats whose value changes no cost: a factor that depends on
-    a block's depth, the number of tokens that a mean divides by. 0, 1 and infinities are told apart."""
+def without_values(name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A call's arguments with a word in place of numbers whose value changes no cost: floats, as a factor that depends
+    on a block's depth or the number of tokens that a mean divides by, of which 0, 1 and infinities are told apart; and
+    which of the equal parts of a tensor is taken, as by each block its own."""
     if name in EXACT:
         return args, dict(kwargs)
+    if name in PLACES:
+        return type(args)("part" if i == PLACES[name] else value for i, value in enumerate(args)), dict(kwargs)
 
     def word(value: Any) -> Any:
         return "float" if type(value) is float and math.isfinite(value) and value not in (0.0, 1.0) else value

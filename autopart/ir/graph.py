@@ -56,7 +56,7 @@ class Info:
     name     the parameter's or buffer's name in the model, the batch's key, or the operator's name
     shapes   the shape of each output;  dtypes: its dtype
     grad     whether gradients flow through the node
-    layer    the outermost numbered module that it was traced in ("model.layers.3"), or ""
+    layer    the block that it was traced in, a numbered module ("model.layers.3"; `passes.inner_blocks`), or ""
     module   the innermost module ("model.layers.3.mlp.up_proj")
     source   the user's line, "modeling_llama.py:88"
     frames   the calls that lead to that line, the innermost last

@@ -1,8 +1,9 @@
 """fx.Graph -> LayeredGraph: the graph as a row of segments, with equal segments in one class.
 
 A segment is the nodes of one numbered module ("model.layers.3"), or of one other module between them. Two segments are
-of one class if they compute the same from values of the same shapes and dtypes, whatever the names and the floats that
-values are multiplied by. The planner decides once for each class, and cuts the model between segments.
+of one class if they compute the same from values of the same shapes and dtypes, whatever the names, the floats that
+values are multiplied by, and which of the equal parts of a tensor each takes. The planner decides once for each class,
+and cuts the model between segments.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from autopart.ir.fingerprint import Fingerprints, Token, is_own, parameter_token, without_floats
+from autopart.ir.fingerprint import Fingerprints, Token, is_own, parameter_token, without_values
 from autopart.ir.graph import Traced, calls, info, loss_of
 from autopart.ir.layered_graph import LayeredGraph, Segment, node_keys, parameters_of
 from autopart.ir.random_ops import relative
@@ -127,7 +128,7 @@ def _signature(segment: Segment) -> tuple[Any, ...]:
     for node in segment.nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: Token(token(n)))  # type: ignore[arg-type,return-value]
         record = info(node)
-        args, kwargs = without_floats(record.name, args, kwargs)
+        args, kwargs = without_values(record.name, args, kwargs)
         does = repr(relative(args, segment.label)), repr(kwargs)
         lines.append((record.name, *does, record.shapes, record.dtypes, record.view, record.inner, record.times))
     inside = set(segment.nodes)

@@ -6,7 +6,7 @@ What equals this trace, argument for argument, is the kernel. What the first ste
 miss: another epsilon or another order of casts.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ class Pattern(NamedTuple):
     @property
     def anchor(self) -> fx.Node:
         """The output that is made from the most operators, from which a search begins: of several the last."""
-        return max(reversed(self.outputs), key=lambda output: len(_makers(output)))
+        return max(reversed(self.outputs), key=lambda output: len(_makers([output])))
 
 
 class Match(NamedTuple):
@@ -58,9 +58,15 @@ class Match(NamedTuple):
     inside: frozenset[fx.Node]
 
 
-def _makers(node: fx.Node) -> set[fx.Node]:
-    """A node, and the nodes that it is made from."""
-    return {node}.union(*map(_makers, node.all_input_nodes))
+def _makers(nodes: Iterable[fx.Node], within: Collection[fx.Node] | None = None) -> set[fx.Node]:
+    """Nodes, and the nodes that they are made from; of these and of what makes them, those in `within`."""
+    found, todo = set[fx.Node](), list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += [n for n in node.all_input_nodes if within is None or n in within]
+    return found
 
 
 def pattern_of(reference: Callable[..., Any], arguments: Sequence[Any]) -> Pattern:
@@ -172,8 +178,8 @@ def match(kernel: Kernel, arguments: tuple[Any, ...], node: fx.Node) -> Match | 
 
 def _read_outside(inside: frozenset[fx.Node], outputs: Sequence[fx.Node]) -> set[fx.Node]:
     """The nodes inside that others need: those that nodes outside read, and what these are made from."""
-    read = {n for n in inside.difference(outputs) if any(user not in inside for user in n.users)}
-    return {n for n in inside.difference(outputs) if any(n in _makers(other) for other in read)}
+    read = [n for n in inside.difference(outputs) if any(user not in inside for user in n.users)]
+    return _makers(read, within=inside).difference(outputs)
 
 
 def _with_outputs(pattern: Pattern, partial: Iterator[Found], equal: Callable[..., bool] | None) -> Iterator[Found]:

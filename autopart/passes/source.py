@@ -107,9 +107,9 @@ class Source:
     def _best_sample(self, samples: int, mesh: Mesh) -> LayeredGraph:
         """A trace with as many lists of blocks sampled as possible.
 
-        A list whose first blocks do not stand for all is sampled with more blocks, then traced in full. Where the model
-        cannot be traced with several lists sampled, only the longest is sampled, then none. An operator that is refused
-        would be refused with more blocks too.
+        A list whose first blocks do not stand for all is sampled with more blocks if these may, then traced in full.
+        Where the model cannot be traced with several lists sampled, only the longest is sampled, then none. An operator
+        that is refused would be refused with more blocks too.
         """
         sampled, traced_in_full = self.sampling or (sampled_layers(self.model), {})
         while sampled:
@@ -117,10 +117,11 @@ class Source:
                 layered = self._traced(samples, mesh, sampled, short=True)
                 self.sampling = sampled, traced_in_full
                 return replace(layered, traced_in_full="; ".join(traced_in_full.values()))
-            except UnlikeLayers as unlike:
-                sampled, path = longer(sampled, unlike.sample), unlike.sample.path
-                if all(sample.path != path for sample in sampled):
-                    traced_in_full = {**traced_in_full, path: str(unlike)}
+            except UnlikeLayers as error:
+                for unlike in (error, *error.others):
+                    sampled, path = longer(sampled, unlike), unlike.sample.path
+                    if all(sample.path != path for sample in sampled):
+                        traced_in_full = {**traced_in_full, path: str(unlike)}
             except OperatorError:
                 raise
             except PartitionError as error:

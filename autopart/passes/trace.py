@@ -20,6 +20,7 @@ from autopart.frontend.source_lines import own_frames, source_line
 from autopart.frontend.torch_private import tree_unflatten
 from autopart.ir.graph import KEY, Info, Traced, has_gradient, info, placeholders, update_info
 from autopart.ir.random_ops import Stream, returned
+from autopart.passes.inner_blocks import inner_blocks
 from autopart.sharding.rules import flatten, is_contraction, op_name
 
 
@@ -70,6 +71,7 @@ def trace(
             node.meta[KEY] = _record(node, *kinds.get(node.name, ("input", node.name)))
         else:
             node.meta[KEY] = _record(node, "op", op_name(node.target))
+    inner_blocks(graph)
     _own_constants(graph, frozenset(name for name, _ in lifted.values()))
     _check_dtypes(graph)
     _check_gradient(graph.output_node().args[0], model)

@@ -46,6 +46,10 @@ def unfold_layers(layered: LayeredGraph, sampled: Sequence[SampledLayers]) -> La
     """
     if not sampled:
         return layered
+    unlike = [error for error in (_unlike(layered, sample) for sample in sampled) if error is not None]
+    if unlike:
+        unlike[0].others = tuple(unlike[1:])
+        raise unlike[0]
     found = [_pair(layered, sample) for sample in sampled]
     pairs = sorted((pair for pair in found if pair is not None), key=lambda pair: pair.first.start)
     for pair, other in itertools.pairwise(pairs):
@@ -77,26 +81,38 @@ def unfold_layers(layered: LayeredGraph, sampled: Sequence[SampledLayers]) -> La
     )
 
 
-def _pair(layered: LayeredGraph, sample: SampledLayers) -> _Pair | None:
-    """The first two equal periods; None where the model runs none of the blocks. Raises UnlikeLayers if none are
-    equal."""
+def _first_segments(layered: LayeredGraph, sample: SampledLayers) -> dict[int, int]:
+    """Block that runs -> its first segment."""
     first: dict[int, int] = {}
     for i, segment in enumerate(layered.segments):
         block = sample.index(segment.label)
         if block is not None:
             first.setdefault(block, i)
-    if not first:
-        return None
-    away = next((segment for segment in layered.segments if _works_for(segment, sample)), None)
+    return first
+
+
+def _unlike(layered: LayeredGraph, sample: SampledLayers) -> UnlikeLayers | None:
+    """Why no blocks of a list stand for others, however many are traced; None where some may."""
+    first = _first_segments(layered, sample)
+    away = next((segment for segment in layered.segments if first and _works_for(segment, sample)), None)
     if away is not None:
-        raise UnlikeLayers(sample, f"{away.label or 'what segments outside'} does part of the work of other blocks")
+        why = f"{away.label or 'what segments outside'} does part of the work of other blocks"
+        return UnlikeLayers(sample, why, whole=True)
     runs = [block for block in range(sample.kept) if block in first]
     regular = all(
         (block in first) == (block + sample.period in first)
         for block in range(sample.start, sample.after - sample.period)
     )
-    if not regular or runs != sorted(runs, key=first.__getitem__):
-        raise UnlikeLayers(sample, "its blocks do not run one after the other")
+    if first and not (regular and runs == sorted(runs, key=first.__getitem__)):
+        return UnlikeLayers(sample, "its blocks do not run one after the other", whole=True)
+    return None
+
+
+def _pair(layered: LayeredGraph, sample: SampledLayers) -> _Pair | None:
+    """The first two equal periods; None where the model runs none of the blocks. Raises UnlikeLayers if none are
+    equal."""
+    first = _first_segments(layered, sample)
+    runs = [block for block in range(sample.kept) if block in first]
 
     def start_of(block: int) -> int | None:
         """The first segment of a block, or of the next one that runs."""

@@ -227,6 +227,20 @@ class Gated(Block):
         return super().forward(x) * (2.0 if self.number % 5 == 1 else 1.0)
 
 
+class Parts(Stack):
+    """Every block reads a part of its own of one tensor."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__(blocks)
+        self.parts = nn.Linear(WIDTH, 9 * WIDTH)
+
+    def run(self, x: Tensor) -> Tensor:
+        parts = self.parts(x).unflatten(-1, (9, WIDTH))
+        for i, block in enumerate(self.blocks):
+            x = block(x + parts[:, i])
+        return x
+
+
 class Masked(Block):
     """Has a buffer of its own."""
 
@@ -291,6 +305,7 @@ SHORT: dict[str, Callable[[], nn.Module]] = {
     "the last two": lambda: LastStates(blocks()),
     "the first everywhere": lambda: Everywhere(blocks()),
     "others that do not run": lambda: Idle(blocks()),
+    "a part each": lambda: Parts(blocks()),
     "a buffer each": lambda: Stack(blocks(Masked)),
     "a factor by depth": lambda: Stack(blocks(ByDepth)),
     "two of three": lambda: Skipping([Block(i, 24 if i % 3 == 1 else 16) for i in range(18)]),
@@ -447,6 +462,28 @@ def test_another_micro_batch_begins_with_the_blocks_that_stood_for_all(name: str
     assert second.traced_in_full == first.traced_in_full
     assert re.search(why, second.traced_in_full)
     assert second.hash == first.hash
+
+
+def test_lists_that_no_more_blocks_would_help_are_traced_in_full_at_once() -> None:
+    class Taking(Twice):
+        """Two lists of blocks in turns, all of them twice."""
+
+        def __init__(self) -> None:
+            super().__init__(blocks())
+            self.others = nn.ModuleList(blocks())
+
+        def run(self, x: Tensor) -> Tensor:
+            for _ in range(2):
+                for block in (*self.blocks, *self.others):
+                    x = block(x)
+            return x
+
+    source, traces = Source(Taking(), numbers(), torch.float32), []
+    own = source._traced
+    with mock.patch.object(source, "_traced", lambda *args, **how: traces.append(args) or own(*args, **how)):
+        told = source.sampled(2, MESH).traced_in_full
+    assert len(traces) == 2
+    assert re.findall(r"(\w+): blocks.0 does part of the work of other blocks", told) == ["blocks", "others"]
 
 
 @pytest.mark.parametrize("kind", REFUSED)

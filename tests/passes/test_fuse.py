@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 import autopart
@@ -17,7 +17,7 @@ from autopart.ir.graph import calls, info, is_pick
 from autopart.kernels.forms import FORMS
 from autopart.kernels.table import KERNELS, kernel_of
 from autopart.passes.fuse import fuse
-from autopart.passes.pattern import loose
+from autopart.passes.pattern import _makers, _read_outside, loose
 from autopart.passes.simplify import simplify
 from autopart.passes.trace import trace
 
@@ -118,6 +118,17 @@ def test_a_value_that_others_read_is_kept() -> None:
         return w * (x * scale) + scale
 
     assert fused(normed)[0] == {}
+
+
+def test_what_a_value_is_made_from_is_looked_at_once() -> None:
+    """By sixty doublings there are as many ways from the last to the first as 64 bits can count."""
+    graph = fx.Graph()
+    nodes = [graph.placeholder("x")]
+    for _ in range(60):
+        nodes.append(graph.call_function(torch.add, (nodes[-1], nodes[-1])))
+        nodes.append(graph.call_function(torch.add, (nodes[-1], nodes[-2])))
+    assert _makers(nodes[-1:]) == set(nodes)
+    assert _read_outside(frozenset(nodes[:-1]), [nodes[0]]) == set(nodes[1:-1])
 
 
 @pytest.mark.parametrize("name", KERNELS)
