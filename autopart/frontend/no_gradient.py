@@ -1,5 +1,6 @@
 """Parts of a forward pass that have no gradient: detached where torch's decomposition would forget it, or refused."""
 
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -63,6 +64,11 @@ def _refuse_changes(region: fx.Graph, gradients: list[bool]) -> None:
                 )
 
 
+def gives_constant(operator: str) -> bool:
+    """Whether an operator, such as ``aten.zeros_like.default``, has no gradient of whatever operand."""
+    return re.match(r"aten\.(detach|new_\w+|\w+_like)(\.|$)", operator) is not None
+
+
 def reaches(node: Any, names: Collection[str], without: Collection[fx.Node] = ()) -> bool:
     """Whether a value outside of all regions is made from one of the named nodes, such as parameters, by operators that
     have derivatives, on a path that has none of the nodes in `without`."""
@@ -73,7 +79,7 @@ def reaches(node: Any, names: Collection[str], without: Collection[fx.Node] = ()
             return True
         value, target = node.meta.get("val"), str(node.target)
         fixed = isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex())
-        if fixed or target.startswith("aten.detach") or "_like." in target or target.startswith("aten.new_"):
+        if fixed or gives_constant(target):
             continue
         if target == "wrap_with_set_grad_enabled" and node.args[0] is False:
             continue

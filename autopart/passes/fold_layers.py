@@ -1,9 +1,10 @@
 """fx.Graph -> LayeredGraph: the graph as a row of segments, with equal segments in one class.
 
-A segment is the nodes of one numbered module ("model.layers.3"), or of one other module between them. Two segments are
-of one class if they compute the same from values of the same shapes and dtypes, whatever the names, the floats that
-values are multiplied by, and which of the equal parts of a tensor each takes. The planner decides once for each class,
-and cuts the model between segments.
+A segment is the nodes of one numbered module ("model.layers.3"), or of one other module between them. The results of an
+operator with several are where the operator is: a kernel over an addition and a norm is of the norm's module, and its
+first result is named after the addition's. Two segments are of one class if they compute the same from values of the
+same shapes and dtypes, whatever the names, the floats that values are multiplied by, and which of the equal parts of a
+tensor each takes. The planner decides once for each class, and cuts the model between segments.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from torch import fx
 
 from autopart.ir.fingerprint import Fingerprints, Token, is_own, parameter_token, without_values
-from autopart.ir.graph import Traced, calls, info, loss_of
+from autopart.ir.graph import Traced, calls, info, is_pick, loss_of
 from autopart.ir.layered_graph import LayeredGraph, Segment, node_keys, parameters_of
 from autopart.ir.random_ops import relative
 from autopart.passes.loop_iterations import equal_iterations
@@ -25,13 +26,15 @@ def fold_layers(traced: Traced) -> LayeredGraph:
     graph = traced.graph
     free = _free(graph)
     segments: list[Segment] = []
+    operator: fx.Node | None = None
     for node in calls(graph):
         if node in free:
             continue
-        label = info(node).layer or info(node).module
-        if not segments or segments[-1].label != label:
+        label, picked = info(node).layer or info(node).module, is_pick(node) and node.args[0] is operator
+        if not segments or (segments[-1].label != label and not picked):
             segments.append(Segment(label, []))
         segments[-1].nodes.append(node)
+        operator = operator if picked else node
     _merge_returning(segments)
     same: dict[fx.Node, fx.Node] = {}
     classes: dict[Any, tuple[int, Segment]] = {}

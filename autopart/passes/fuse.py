@@ -114,7 +114,7 @@ def _replace(graph: fx.Graph, kernel: Kernel, found: Match, before: fx.Node) -> 
         if len(found.outputs) > 1:
             names = (*map(wanted_name, found.outputs[:-1]), wanted_name(last if is_pick(last) else call))
             update_info(call, outputs=OUTPUTS.get(kernel.name, names))
-            results = [new_call(graph, operator.getitem, (call, i), last) for i in range(len(found.outputs))]
+            results = [new_call(graph, operator.getitem, (call, i), o) for i, o in enumerate(found.outputs)]
     update_info(call, fused=traffic(call), unfused=sum(map(traffic, found.inside)))
     for old, new in zip(found.outputs, results, strict=True):
         old.replace_all_uses_with(new)

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from autopart.errors import OperatorError, PartitionError
 from autopart.frontend.export import export
 from autopart.frontend.layer_sampling import SampledLayers, digest
-from autopart.frontend.no_gradient import reaches
+from autopart.frontend.no_gradient import gives_constant, reaches
 from autopart.frontend.short_loops import TIMES
 from autopart.frontend.source_lines import own_frames, source_line
 from autopart.frontend.torch_private import tree_unflatten
@@ -278,7 +278,7 @@ def _record(node: fx.Node, kind: str, name: str) -> Info:
         and (
             tensors[0].requires_grad
             if kind == "parameter"
-            else name != "aten.detach" and any(n.meta[KEY].grad for n in inputs)
+            else not gives_constant(name) and any(n.meta[KEY].grad for n in inputs)
         ),
         layer=layer[1] if layer else "",
         module=module,

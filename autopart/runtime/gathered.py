@@ -55,13 +55,29 @@ _KNOWN: ContextVar[dict[StorageWeakRef, tuple[DeferredGather, int]] | None] = Co
 
 @dataclass(frozen=True)
 class _Kept:
-    """Stands, until backward, for a view of a gathered tensor."""
+    """Stands, until backward, for a view of a gathered tensor.
+
+    dtype             of the view: `view_as_complex` has another than the gathered tensor
+    offset            in the storage, in elements of that dtype
+    is_conj, is_neg   whether the view is of the conjugates or of the negatives
+    """
 
     gather: DeferredGather
     index: int
+    dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
+    is_conj: bool
+    is_neg: bool
+
+    def again(self) -> Tensor:
+        """The view, of the tensor gathered again."""
+        whole = self.gather.whole_again(self.index)
+        view = whole.new_empty(0, dtype=self.dtype)
+        view.set_(whole.untyped_storage(), self.offset, self.size, self.stride)  # type: ignore[call-overload]
+        view = view.conj() if self.is_conj else view
+        return torch._neg_view(view) if self.is_neg else view
 
 
 @contextmanager
@@ -87,13 +103,12 @@ def _pack(saved: Tensor) -> Tensor | _Kept:
     if found is None:
         return saved
     found[0].uses[found[1]] += 1
-    return _Kept(*found, saved.size(), saved.stride(), int(saved.storage_offset()))
+    offset = int(saved.storage_offset())
+    return _Kept(*found, saved.dtype, saved.size(), saved.stride(), offset, saved.is_conj(), saved.is_neg())
 
 
 def _unpack(kept: Tensor | _Kept) -> Tensor:
-    if isinstance(kept, Tensor):
-        return kept
-    return kept.gather.whole_again(kept.index).as_strided(kept.size, kept.stride, kept.offset)
+    return kept if isinstance(kept, Tensor) else kept.again()
 
 
 # ---- weights in slices -----------------------------------------------------------------------------------
@@ -121,7 +136,7 @@ class _Whole(torch.autograd.Function):
         ctx.slices = slices
 
         def run(some: Sequence[int]) -> Sequence[Tensor]:
-            wholes = [slices[i].new_empty(slicings[i].shape, dtype=first.dtype) for i in some]
+            wholes = [slices[i].new_empty(slicings[i].shape, dtype=slicings[i].dtype) for i in some]
             return gather([slices[i] for i in some], wholes, first.group)
 
         return tuple(DeferredGather(len(slices), run).forward())

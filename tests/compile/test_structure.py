@@ -273,6 +273,24 @@ def test_values_and_weights_are_where_they_are_used(kind: type[Stack], degrees: 
     simulated(traced(kind), **degrees, micro_batch=4)
 
 
+class FirstState(nn.Module):
+    """A recurrence that begins with a trained state, and with zeros as long as it, which have no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.first = nn.LSTMCell(WIDTH, WIDTH), nn.Parameter(torch.randn(1, WIDTH))
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        state = self.first.expand(len(x), -1)
+        state, _ = self.cell(x, (state, torch.zeros_like(state)))
+        return F.mse_loss(state, target)
+
+
+def test_zeros_as_long_as_a_state_go_to_the_next_stage_without_a_gradient() -> None:
+    found = autopart.check(FirstState(), "2:cpu", data(), pp=2, constraints=["stage 1 starts at cell"])
+    assert max(found.loss_error, found.gradient_error) < TOLERANCE
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [Masks, GivenMasks, Remembered])
 def test_blocks_are_run_again_with_their_own_values(kind: type[Stack]) -> None:

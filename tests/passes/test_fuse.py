@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import autopart
 from autopart import PartitionError
 from autopart.frontend.batch import outline
-from autopart.ir.graph import calls, info, is_pick
+from autopart.ir.graph import calls, info
 from autopart.kernels.forms import FORMS
 from autopart.kernels.table import KERNELS, kernel_of
 from autopart.passes.fuse import fuse
@@ -159,23 +159,3 @@ def test_what_a_reference_cannot_take_is_left() -> None:
     """A layer norm over two dims, behind a sum."""
     wide = torch.ones(6, 8)
     assert fused(lambda x, w: nn.functional.layer_norm(x + x * w, (6, 8), wide))[0] == {}
-
-
-class Residual(nn.Module):
-    """A sum that is made in one module, normalised in another, and read in a third."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.before, self.norm, self.after = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        total = x + self.before(x)
-        return (total + self.after(self.norm(total))).square().mean()
-
-
-def test_the_outputs_of_a_kernel_are_in_the_module_of_its_call() -> None:
-    batch = {"x": torch.randn(4, 6, 8)}
-    traced = fuse(simplify(trace(Residual(), outline(batch, 4))), "cpu", ())
-    picks = [node for node in traced.graph.nodes if node.op == "call_function" and is_pick(node)]
-    assert [info(pick).module for pick in picks] == ["norm", "norm"]
-    assert autopart.check(Residual(), "4:cpu", batch, tp=2, pp=2).gradient_error < 1e-5

@@ -10,9 +10,11 @@ from typing import Any
 import models
 import pytest
 import torch
+import torch.nn.functional as F
 from models import source
+from torch import nn
 
-from autopart import Plan
+from autopart import Plan, check
 from autopart.compile.check import one_process, worst_error
 from autopart.compile.programs import emit_stage, stage_graphs
 from autopart.compile.simulate import simulate_plan
@@ -95,3 +97,40 @@ def test_it_is_chosen_where_memory_is_short() -> None:
     request = request_of(source("gpt2").model, source("gpt2").batch, recompute="none", **TWICE)
     found = make_plan(source("gpt2"), short, request)
     assert any(s.name.endswith(AGAIN) for chosen in found.splits for s in chosen["tp"].values())
+
+
+class Rotations(nn.Linear):
+    """A linear layer, and a weight of another dtype or one that is read as complex numbers."""
+
+    def __init__(self, kind: str):
+        super().__init__(12, 12)
+        self.kind, pairs = kind, torch.randn(6, 6, 2)
+        values = {"pairs": pairs, "float64": torch.randn(6, 6).double()}
+        self.z = nn.Parameter(values.get(kind, torch.view_as_complex(pairs)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = torch.view_as_complex(self.z) if self.kind == "pairs" else self.z
+        h = torch.view_as_complex(super().forward(x).view(-1, 6, 6, 2))
+        h = h + h.abs() * z.to(h.dtype) if self.kind == "float64" else h * z
+        h = h @ z.mH + h.real * z.conj().imag if self.kind in ("conj", "pairs") else h
+        return x + torch.view_as_real(h).flatten(2)
+
+
+class Rotated(nn.Module):
+    def __init__(self, kind: str):
+        super().__init__()
+        self.layers = nn.ModuleList(Rotations(kind) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return F.mse_loss(x, y)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("kind", ["pairs", "complex", "conj", "float64"])
+def test_weights_in_slices_have_their_own_dtypes_and_views(kind: str, recompute: str) -> None:
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(8, 6, 12), "y": torch.randn(8, 6, 12)}
+    found = check(Rotated(kind), "4:cpu", batch, dp=2, tp=2, zero=3, recompute=recompute)
+    assert max(found.loss_error, found.gradient_error) < 1e-5

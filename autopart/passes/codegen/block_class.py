@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from autopart.ir.graph import info
-from autopart.passes.codegen.blocks import Block, list_attribute
+from autopart.passes.codegen.blocks import Block, BlockList
 from autopart.passes.codegen.lines import comment, indent, write_lines
 from autopart.passes.codegen.module import StageModule
 from autopart.passes.codegen.naming import argument_name
@@ -67,15 +67,13 @@ def in_row(labels: Sequence[str]) -> bool:
     return list(labels) == [f"{stem}.{i}" for i in range(int(first), int(first) + len(labels))]
 
 
-def write_calls(
-    module: StageModule, scope: Scope, results: set[fx.Node], row: Sequence[Block], members: Sequence[Block]
-) -> None:
+def write_calls(module: StageModule, scope: Scope, results: set[fx.Node], row: Sequence[Block], of: BlockList) -> None:
     """Append the calls of neighbouring blocks to the scope: a loop where each block takes the output of the one before.
 
     results  values that blocks gave so far; those of `row` are added
-    members  all blocks of the list that `row` is a part of
+    of       the list that `row` is a part of
     """
-    attribute, place = list_attribute(row[0].label), members.index(row[0])
+    attribute, members, place = of.attribute, of.members, of.members.index(row[0])
     chained = _chained(row)
     if chained is not None:
         arguments = [_given(module, scope, n) for n in row[0].outside]

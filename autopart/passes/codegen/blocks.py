@@ -1,6 +1,5 @@
 """The numbered blocks of a stage that are written as classes. Blocks with equal programs share a class."""
 
-import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from torch import fx
 
 from autopart.ir.graph import info
 from autopart.passes.checkpoint_cut import CheckpointCut
+from autopart.passes.codegen.scope import RESERVED, Scope, free_name
 from autopart.passes.stage_graph import OWNED, Named, StageGraph
 
 
@@ -35,10 +35,39 @@ class Block:
     outputs: tuple[fx.Node, ...]
     cut: CheckpointCut | None = None
 
+    @property
+    def path(self) -> str:
+        """The path of the list that the block is in: ``model.layers`` for ``model.layers.3``."""
+        return self.label.rpartition(".")[0]
 
-def list_attribute(label: str) -> str:
-    """The attribute for the list that a block is in: ``model_layers`` for ``model.layers.3``."""
-    return re.sub(r"\W", "_", label.rpartition(".")[0]) or "layers"
+
+@dataclass(frozen=True)
+class BlockList:
+    """The blocks of a stage that are in one list of the model.
+
+    attribute  of the stage that holds their modules, such as ``model_layers``
+    table      global name of their paths in the model, such as ``MODEL_LAYERS``
+    members    the blocks, in order
+    """
+
+    attribute: str
+    table: str
+    members: tuple[Block, ...]
+
+
+def find_lists(blocks: Mapping[int, Block], scope: Scope) -> dict[str, BlockList]:
+    """Path of a list of the model -> its blocks. `scope`: of the stage that holds them."""
+    members: dict[str, list[Block]] = {}
+    for block in blocks.values():
+        members.setdefault(block.path, []).append(block)
+    lists: dict[str, BlockList] = {}
+    taken = {*RESERVED, *(block.kind for block in blocks.values())}
+    for path, mine in members.items():
+        attribute = scope.attribute(path)
+        table = free_name(attribute.upper(), taken)
+        taken.add(table)
+        lists[path] = BlockList(attribute, table, tuple(mine))
+    return lists
 
 
 def find_blocks(
@@ -78,7 +107,7 @@ def find_blocks(
             continue
         variant = program, variants.get(program, ()) if modes[index] == "none" else saved.get(index, ())
         if variant not in kinds:
-            kinds[variant] = _class_name(classes.get(label, "Layer"), set(kinds.values()))
+            kinds[variant] = free_name(classes.get(label, "Layer"), {*kinds.values(), *RESERVED, "Stage"}, "")
         inside = set(nodes)
         outside = tuple(
             dict.fromkeys(
@@ -103,8 +132,8 @@ def loops(blocks: Mapping[int, Block]) -> list[list[int]]:
     for index, block in blocks.items():
         before = blocks.get(index - 1)
         alike = before is not None and (
-            (list_attribute(before.label), before.recompute, len(before.outside), len(before.outputs))
-            == (list_attribute(block.label), block.recompute, len(block.outside), len(block.outputs))
+            (before.path, before.recompute, len(before.outside), len(before.outputs))
+            == (block.path, block.recompute, len(block.outside), len(block.outputs))
         )
         if alike:
             rows[-1].append(index)
@@ -124,12 +153,6 @@ def _counts_valid(node: fx.Node) -> bool:
 
 def _weights(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     return {n for node in nodes for n in node.all_input_nodes if info(n).kind == "parameter"}
-
-
-def _class_name(wanted: str, taken: set[str]) -> str:
-    """The user's class name, with a number where the class of another program has the name."""
-    names = itertools.chain([wanted], (f"{wanted}{i}" for i in itertools.count(2)))
-    return next(name for name in names if name not in {*taken, "Stage"})
 
 
 def _program(label: str, nodes: Sequence[fx.Node], shared: set[fx.Node]) -> tuple[Any, ...]:

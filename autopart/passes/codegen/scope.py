@@ -4,10 +4,10 @@ import builtins
 import itertools
 import keyword
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 
-from torch import fx
+from torch import fx, nn
 
 from autopart import runtime
 from autopart.kernels.table import KERNELS
@@ -15,6 +15,10 @@ from autopart.kernels.table import KERNELS
 RESERVED = {*keyword.kwlist, *dir(builtins), *runtime.__all__, "torch", "nn", "F", "layer", *KERNELS, "self",
             "groups", "name"}  # fmt: skip
 """Names that emitted functions use for something other than a value."""
+
+ATTRIBUTES = {*keyword.kwlist, *dir(nn.Module()), "dp", "tp", "device", "valid", "inputs", "received", "sent",
+              "gathers_again", "count_valid"}  # fmt: skip
+"""Attributes of emitted modules that are no weight, no buffer and no list of blocks, and words that are none."""
 
 ATOM, UNARY, BINARY = 3, 2, 1
 """Precedence of an expression: the greater, the tighter it binds."""
@@ -32,18 +36,33 @@ class Expression:
         return self.code if self.binds >= binds else f"({self.code})"
 
 
+def free_name(wanted: str, taken: Container[str], separator: str = "_") -> str:
+    """`wanted` as an identifier, with a number behind it where that is taken."""
+    wanted = re.sub(r"\W|^(?=\d)", "_", wanted)
+    numbered = (f"{wanted}{separator}{i}" for i in itertools.count(2))
+    return next(name for name in itertools.chain([wanted], numbered) if name not in taken)
+
+
 @dataclass
 class Scope:
-    """One function that is being written.
+    """One function that is being written, of a module of its own.
 
-    names    node -> the expression that stands for it
-    holders  name in use -> the node whose value it has now; None for a name that is reserved
-    lines    of the function so far
+    names       node -> the expression that stands for it
+    holders     name in use -> the node whose value it has now; None for a name that is reserved
+    lines       of the function so far
+    attributes  of the module that are taken
     """
 
     names: dict[fx.Node, Expression] = field(default_factory=dict)
     holders: dict[str, fx.Node | None] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
+    attributes: set[str] = field(default_factory=lambda: set(ATTRIBUTES))
+
+    def attribute(self, wanted: str) -> str:
+        """A free attribute of the module, taken from now on: `wanted`, or `wanted` with a number."""
+        name = free_name(wanted, self.attributes)
+        self.attributes.add(name)
+        return name
 
     def name(self, node: fx.Node, wanted: str, is_dead: Callable[[fx.Node], bool] = lambda _: False) -> str:
         """Name a node `wanted`, or `wanted` with a number where another value has that name. Returns the name.

@@ -1,12 +1,12 @@
 """The class `Stage`: the values that a stage takes, computes and gives, with its blocks as lists of modules."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import fx
 
 from autopart.ir.graph import info
 from autopart.passes.codegen.block_class import in_row, write_calls
-from autopart.passes.codegen.blocks import Block, list_attribute, loops
+from autopart.passes.codegen.blocks import Block, BlockList, find_lists, loops
 from autopart.passes.codegen.lines import indent, used_outside, write_lines
 from autopart.passes.codegen.module import StageModule
 from autopart.passes.codegen.naming import argument_name
@@ -19,11 +19,9 @@ from autopart.sharding.resharding import GATHERED_AGAIN
 def stage_class(module: StageModule, blocks: Mapping[int, Block]) -> list[str]:
     """The lines of the class, after the tables of its lists of blocks. `blocks`: index of a segment -> its block."""
     stage, scope = module.stage, Scope()
-    lists: dict[str, list[Block]] = {}
-    for block in blocks.values():
-        lists.setdefault(list_attribute(block.label), []).append(block)
     weights = weight_lines(module, _own(module, blocks), scope)
-    modules = [_module_list(attribute, members) for attribute, members in lists.items()]
+    lists = find_lists(blocks, scope)
+    modules = [_module_list(each) for each in lists.values()]
     arguments = [
         scope.name(n, info(n).name if info(n).kind == "input" else argument_name(n))
         for kind in ("input", "received")
@@ -33,7 +31,7 @@ def stage_class(module: StageModule, blocks: Mapping[int, Block]) -> list[str]:
     counted = _count_valid(module, scope)
     returned = _write_forward(module, scope, blocks, lists)
     again = any(info(n).name in GATHERED_AGAIN for _, nodes in stage.segments for n in nodes)
-    tables = [line for attribute, members in lists.items() for line in _table(attribute.upper(), members)]
+    tables = [line for each in lists.values() for line in _table(each)]
     return [
         *tables,
         *(["", ""] if tables else []),
@@ -63,7 +61,7 @@ def _own(module: StageModule, blocks: Mapping[int, Block]) -> list[fx.Node]:
 
 
 def _write_forward(
-    module: StageModule, scope: Scope, blocks: Mapping[int, Block], lists: Mapping[str, Sequence[Block]]
+    module: StageModule, scope: Scope, blocks: Mapping[int, Block], lists: Mapping[str, BlockList]
 ) -> str:
     """Append the lines of `forward` to the scope. Returns the expression that `forward` returns."""
     output = module.stage.graph.output_node().args[0]
@@ -79,7 +77,7 @@ def _write_forward(
             write_lines(module, scope, pending, needed | used_outside(pending))
             pending = []
             row = [blocks[i] for i in rows[index]]
-            write_calls(module, scope, given, row, lists[list_attribute(row[0].label)])
+            write_calls(module, scope, given, row, lists[row[0].path])
     write_lines(module, scope, pending, needed | used_outside(pending))
     return ", ".join(module.printer.value(scope, r).code for r in results)
 
@@ -120,17 +118,17 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
     return seen
 
 
-def _module_list(attribute: str, members: Sequence[Block]) -> str:
+def _module_list(blocks: BlockList) -> str:
     """The line of `__init__` that makes a list of blocks."""
-    kinds = list(dict.fromkeys(block.kind for block in members))
+    kinds, table = list(dict.fromkeys(block.kind for block in blocks.members)), blocks.table
     if len(kinds) == 1:
-        return f"self.{attribute} = nn.ModuleList({kinds[0]}(groups, name) for name in {attribute.upper()})"
-    return f"self.{attribute} = nn.ModuleList(kind(groups, name) for name, kind in {attribute.upper()}.items())"
+        return f"self.{blocks.attribute} = nn.ModuleList({kinds[0]}(groups, name) for name in {table})"
+    return f"self.{blocks.attribute} = nn.ModuleList(kind(groups, name) for name, kind in {table}.items())"
 
 
-def _table(name: str, members: Sequence[Block]) -> list[str]:
+def _table(blocks: BlockList) -> list[str]:
     """The table of a list of blocks: their paths in the model and, where there are several, their classes."""
-    labels = [block.label for block in members]
+    name, members, labels = blocks.table, blocks.members, [block.label for block in blocks.members]
     if len({block.kind for block in members}) > 1:
         return [f"{name} = {{", *(f'    "{block.label}": {block.kind},' for block in members), "}"]
     if not in_row(labels):

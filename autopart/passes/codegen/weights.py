@@ -25,7 +25,8 @@ def weight_lines(
 
 def _weight_line(module: StageModule, node: fx.Node, scope: Scope, prefix: str, variable: str) -> str:
     record, used = info(node), module.printer.used
-    attribute, quoted = _attribute(record.name, prefix, variable)
+    own, quoted = _own_name(record.name, prefix, variable)
+    attribute = scope.attribute(own)
     scope.names[node] = Expression(f"self.{attribute}")
     if record.kind == "stream":
         used.add("stream")
@@ -41,17 +42,13 @@ def _weight_line(module: StageModule, node: fx.Node, scope: Scope, prefix: str, 
     return comment(f"self.{attribute} = {kind}(groups, {quoted}, {list(record.whole)}{dtype}{frozen}{placed})")
 
 
-def _attribute(name: str, prefix: str, variable: str) -> tuple[str, str]:
-    """The attribute of a parameter, and the parameter's name as a Python expression."""
+def _own_name(name: str, prefix: str, variable: str) -> tuple[str, str]:
+    """The name of a parameter within its module, and its whole name as a Python expression."""
     if not prefix or re.match(rf"{re.escape(prefix)}(?!\w)", name) is None:
-        return _identifier(name), f'"{name}"'
+        return name, f'"{name}"'
     rest = name.removeprefix(prefix)
     own = rest[1:] if rest[:1] == "." else f"draws{rest}"
-    return _identifier(own), f'f"{{{variable}}}{rest}"' if rest else variable
-
-
-def _identifier(name: str) -> str:
-    return re.sub(r"\W|^(?=\d)", "_", name)
+    return own, f'f"{{{variable}}}{rest}"' if rest else variable
 
 
 def _dtype(record: Info, master: str | None) -> str:
