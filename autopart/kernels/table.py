@@ -12,6 +12,8 @@ from autopart.kernels import (
     rms_norm,
     rotary,
     router,
+    sigmoid_router,
+    topk_router,
 )
 from autopart.kernels.forms import FORMS
 from autopart.kernels.kernel import Kernel
@@ -26,6 +28,8 @@ KERNELS: dict[str, Kernel] = {
         *activation.KERNELS,
         *gated.KERNELS,
         router.KERNEL,
+        topk_router.KERNEL,
+        sigmoid_router.KERNEL,
         experts.KERNEL,
         expert_load.KERNEL,
         linear_loss.KERNEL,

@@ -61,6 +61,9 @@ SAMPLES = [
     call("autopart.experts", f(12, 6), f(12, 48, 6), f(12, 6, 24), f(12, 2), i(12, 12, 2), "silu", False),
     call("autopart.experts", f(12, 6), f(12, 6, 48), f(12, 24, 6), f(12, 2), i(12, 12, 2), "gelu", True),
     call("autopart.route", f(12, 6, 8), 3, True, None, constant=1),
+    call("autopart.route_topk", f(12, 6, 8), 3, None, None),
+    call("autopart.route_sigmoid", f(12, 8), f(8), 3, 4, 2, True, 1e-20, 2.5, constant=1),
+    call("autopart.route_sigmoid", f(12, 6, 8), f(8), 3, None, None, True, 0.0, 1.0, constant=1),
     call("autopart.expert_load", f(24, 8), None, 3),
     call("autopart.expert_load", f(24, 8), (f(24) > 0).float(), 3, constant=1),
     # contractions
