@@ -135,6 +135,14 @@ def _experts() -> Iterator[Form]:
             yield Form("autopart.grouped_linear", given)
 
 
+def _clamped_experts() -> Iterator[Form]:
+    """In one dtype, or with weights of pairs in float32."""
+    for dtype in (FLOAT, HALF):
+        shapes = (6, 8), (4, 8, 10), (4, 5, 8), (4, 10), (4, 8)
+        given = *(meta(*shape, dtype=dtype) for shape in shapes), meta(6, 2), meta(6, 2, dtype=torch.int64)
+        yield Form("autopart.grouped_linear", (*given, CONSTANT, EPS))
+
+
 _X, _VECTOR, _IMAGE = meta(2, 3, 8), meta(8), meta(2, 10, 3, 3)
 
 FORMS: dict[str, tuple[Form, ...]] = {
@@ -168,6 +176,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
     "route_topk": tuple(_routers_of_topk()),
     "route_sigmoid": tuple(_routers_of_sigmoids()),
     "experts": tuple(_experts()),
+    "clamped_experts": tuple(_clamped_experts()),
     "expert_load": tuple(_loads()),
     "linear_loss": tuple(_heads()),
 }

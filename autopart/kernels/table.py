@@ -2,6 +2,7 @@
 
 from autopart.kernels import (
     activation,
+    clamped_experts,
     expert_load,
     experts,
     gated,
@@ -31,6 +32,7 @@ KERNELS: dict[str, Kernel] = {
         topk_router.KERNEL,
         sigmoid_router.KERNEL,
         experts.KERNEL,
+        clamped_experts.KERNEL,
         expert_load.KERNEL,
         linear_loss.KERNEL,
     )
