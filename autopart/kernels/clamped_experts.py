@@ -133,7 +133,7 @@ def _or_none(ids: Tensor, down_bias: Tensor) -> Tensor:
 def _by_expert(weights: Tensor, ids: Tensor, down_bias: Tensor) -> Tensor:
     """W (t, experts) in the dtype of down_bias: the weights of a row at the numbers of its experts, and 0 elsewhere."""
     whole = down_bias.new_zeros(len(ids), len(down_bias) + 1)
-    return whole.scatter_(1, _or_none(ids, down_bias), weights.to(down_bias.dtype))[:, :-1]
+    return whole.scatter_add_(1, _or_none(ids, down_bias), weights.to(down_bias.dtype))[:, :-1]
 
 
 def streamed(

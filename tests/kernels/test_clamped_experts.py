@@ -89,6 +89,13 @@ def test_experts_meet_the_float64_reference(case):
     assert max(found.values()) <= ROUNDING[case.dtype], found
 
 
+def test_an_expert_may_be_given_twice():
+    *given, ids = arguments(PLAIN[0])
+    ids = torch.cat([ids[:, :1], ids[:, :1]], 1)
+    found = results(clamped_experts.clamped_experts, [*given, ids])
+    torch.testing.assert_close(found, results(clamped_experts.reference, [*given, ids]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", INTERPRETED, ids=lambda case: case.id)
 def test_interpreted_kernels_meet_the_float64_reference(case, interpreted):
