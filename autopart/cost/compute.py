@@ -222,6 +222,9 @@ OWN_EXPERTS = "own_experts"
 """The function of `autopart.runtime` for a mixture of experts of which each rank has some. Every rank sorts all pairs
 of a token and an expert, and saves as much for backward as if it had all experts."""
 
+NARROW_EXPERTS = "narrow_experts"
+"""A mixture of experts with biases of which each rank has a part of every expert: one rank adds the outputs' bias."""
+
 
 def divides_saved(strategy: Strategy) -> bool:
     """Whether ranks share what an operator saves for backward besides values."""

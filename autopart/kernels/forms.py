@@ -102,6 +102,23 @@ def _routers() -> Iterator[Form]:
         yield Form("aten.topk", (meta(6, 4, dtype=HALF), Chosen(2), renormalise, HALF))
 
 
+def _routers_of_topk() -> Iterator[Form]:
+    """The softmax in the logits' dtype or in float32; weights as they are or cast."""
+    for dtype, inner, behind in (
+        (FLOAT, None, None), (FLOAT, None, HALF), (HALF, FLOAT, None), (HALF, FLOAT, HALF),
+    ):  # fmt: skip
+        yield Form("aten.topk", (meta(6, 35, dtype=dtype), Chosen(4), inner, behind))
+
+
+def _routers_of_sigmoids() -> Iterator[Form]:
+    """With and without groups; weights as they are, over their sum, over it and an epsilon; with a factor or none."""
+    for groups, limit in ((Chosen(5), Chosen(3)), (None, None)):
+        for renormalise, eps in ((True, EPS), (True, 0.0), (False, 0.0)):
+            for scale in (CONSTANT, 1.0):
+                given = meta(6, 35), meta(35), Chosen(4), groups, limit, renormalise, eps, scale
+                yield Form("aten.sigmoid", given)
+
+
 def _loads() -> Iterator[Form]:
     """Without and with a mask; of logits in float32, and of others, whose chances are cast."""
     for dtype in (FLOAT, HALF):
@@ -116,6 +133,14 @@ def _experts() -> Iterator[Form]:
         for up, down, transposed in (((4, 10, 8), (4, 8, 5), False), ((4, 8, 10), (4, 5, 8), True)):
             given = x, meta(*up, dtype=dtype), meta(*down, dtype=dtype), meta(6, 2), ids, "silu", transposed
             yield Form("autopart.grouped_linear", given)
+
+
+def _clamped_experts() -> Iterator[Form]:
+    """In one dtype, or with weights of pairs in float32."""
+    for dtype in (FLOAT, HALF):
+        shapes = (6, 8), (4, 8, 10), (4, 5, 8), (4, 10), (4, 8)
+        given = *(meta(*shape, dtype=dtype) for shape in shapes), meta(6, 2), meta(6, 2, dtype=torch.int64)
+        yield Form("autopart.grouped_linear", (*given, CONSTANT, EPS))
 
 
 _X, _VECTOR, _IMAGE = meta(2, 3, 8), meta(8), meta(2, 10, 3, 3)
@@ -148,7 +173,10 @@ FORMS: dict[str, tuple[Form, ...]] = {
         for first in (True, False)
     ),
     "route": tuple(_routers()),
+    "route_topk": tuple(_routers_of_topk()),
+    "route_sigmoid": tuple(_routers_of_sigmoids()),
     "experts": tuple(_experts()),
+    "clamped_experts": tuple(_clamped_experts()),
     "expert_load": tuple(_loads()),
     "linear_loss": tuple(_heads()),
 }

@@ -77,14 +77,16 @@ def compile_ahead(
 
 
 def compile_rows(
-    functions: Iterable[Any], capability: int, experts: int, k: int, dtype: torch.dtype
+    functions: Iterable[Any], capability: int, experts: int, k: int, dtype: torch.dtype, **options: int
 ) -> dict[str, Usage]:
-    """Compile kernels whose arguments have the names of the router's."""
+    """Compile kernels whose arguments have the names of the router's. Options are constants that take the place of the
+    router's: the rows of a program are those of the larger tile."""
     signature = dict.fromkeys(("logits", "dlogits"), f"*{TRITON_NAMES[dtype]}") | {"ids": "*i64"}
-    signature |= dict.fromkeys(("weights", "dweights", "mask", "partial", "dchances"), "*fp32")
+    signature |= dict.fromkeys(("weights", "dweights", "mask", "partial", "dchances", "bias"), "*fp32")
     aligned = set(signature)
+    signature |= dict.fromkeys(("eps", "scale"), "fp32")
     signature |= dict.fromkeys(("rows", "experts", "stride"), "i32")
-    constexprs = {**block(experts), "K": k, "TOP": power_of_two(k), "RENORMALISE": True, "MASK": True}
+    constexprs = {**block(experts), "K": k, "TOP": power_of_two(k), "RENORMALISE": True, "MASK": True, **options}
     return compile_kernels(functions, signature, constexprs, capability, aligned=aligned)
 
 
@@ -102,6 +104,13 @@ def probabilities(logits, stride, row, expert, rows, experts):  # type: ignore[n
 def best_of(left, expert, EXPERTS: tl.constexpr):  # type: ignore[no-untyped-def]
     """The lowest number among the greatest elements of every row."""
     return tl.min(tl.where(left == tl.max(left, 1)[:, None], expert[None, :], EXPERTS), 1)
+
+
+@jit
+def sortable(value):  # type: ignore[no-untyped-def]
+    """Whole numbers above -2**31 in the order of float32 values; those of nan are the greatest."""
+    bits = tl.where(value == value, value + 0.0, float("inf")).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @jit

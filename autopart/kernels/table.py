@@ -2,6 +2,7 @@
 
 from autopart.kernels import (
     activation,
+    clamped_experts,
     expert_load,
     experts,
     gated,
@@ -12,6 +13,8 @@ from autopart.kernels import (
     rms_norm,
     rotary,
     router,
+    sigmoid_router,
+    topk_router,
 )
 from autopart.kernels.forms import FORMS
 from autopart.kernels.kernel import Kernel
@@ -26,7 +29,10 @@ KERNELS: dict[str, Kernel] = {
         *activation.KERNELS,
         *gated.KERNELS,
         router.KERNEL,
+        topk_router.KERNEL,
+        sigmoid_router.KERNEL,
         experts.KERNEL,
+        clamped_experts.KERNEL,
         expert_load.KERNEL,
         linear_loss.KERNEL,
     )

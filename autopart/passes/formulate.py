@@ -262,11 +262,14 @@ def _samples(node: fx.Node, traced: int) -> list[Strategy]:
 
 
 def _letters(node: fx.Node, size: int, wanted: Sequence[Placement], forced: bool) -> list[Strategy]:
-    """The strategies along `tp`: those that split no samples. `forced`: a product's weights have to be split."""
+    """The strategies along `tp`: those that split no samples. `forced`: a product's weights, its parameters of the most
+    dims, have to be split; biases need not be."""
     options = [o for o in _known(node, size, wanted) if not _counts_samples(node, o)]
     options += [regathered for o in options for regathered in _regathered(node, o, wanted)]
     if forced and is_contraction(info(node).name):
-        weights = [i for i, n in enumerate(operands(node)) if n is not None and info(n).kind == "parameter"]
+        given = [(i, info(n)) for i, n in enumerate(operands(node)) if n is not None]
+        most = max((len(record.shape) for _, record in given if record.kind == "parameter"), default=0)
+        weights = [i for i, record in given if record.kind == "parameter" and len(record.shape) == most]
         split = [o for o in options if all(_is_split(o.inputs[i]) for i in weights) and o.shards_work]
         return split or options
     return options

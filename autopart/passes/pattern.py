@@ -151,10 +151,19 @@ def _constants(pattern: Pattern, found: Found, wanted: Collection[float]) -> dic
     """A form's constants -> the numbers in their places of the traced graph."""
     values: dict[float, float] = {}
     for want, node in found.items():
-        for a, b in _pairs(_with_defaults(want), _with_defaults(node)) or ():
+        for a, b in _numbers(_pairs(_with_defaults(want), _with_defaults(node)) or ()):
             if isinstance(a, (int, float)) and a in wanted and isinstance(b, (int, float)):
                 values.setdefault(a, b)
     return values
+
+
+def _numbers(pairs: Sequence[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+    """Pairs of leaves, where those of lists of one length are pairs of their elements."""
+    for a, b in pairs:
+        if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)) and len(a) == len(b):
+            yield from zip(a, b, strict=True)
+        else:
+            yield a, b
 
 
 def match(kernel: Kernel, arguments: tuple[Any, ...], node: fx.Node) -> Match | None:
@@ -232,12 +241,13 @@ def _all(pairs: Sequence[tuple[fx.Node, fx.Node]], found: Found, equal: Callable
 
 def _with_defaults(node: fx.Node) -> tuple[Any, ...]:
     """The positional arguments of a call, those included that were left to their defaults. Whether cuDNN may be used is
-    as by default: it changes no value."""
+    as by default, which changes no value; so is whether results of topk are sorted, as any order is right if not."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.args
     schema = [a for a in node.target._schema.arguments if not a.kwarg_only]
     args = (*node.args, *(a.default_value for a in schema[len(node.args) :]))
-    return tuple(a.default_value if "cudnn" in a.name else given for a, given in zip(schema, args, strict=True))
+    ignored = [a.name == "sorted" or "cudnn" in a.name for a in schema]
+    return tuple(a.default_value if skip else given for a, given, skip in zip(schema, args, ignored, strict=True))
 
 
 def _pairs(want: Any, given: Any) -> list[tuple[Any, Any]] | None:

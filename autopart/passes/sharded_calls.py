@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from autopart.cost.compute import OWN_EXPERTS, SPLIT_HEAD
+from autopart.cost.compute import NARROW_EXPERTS, OWN_EXPERTS, SPLIT_HEAD
 from autopart.ir.graph import info
 from autopart.ir.random_ops import Stream
 from autopart.passes.stage_graph import Named, StageGraph, Valid
@@ -93,6 +93,11 @@ def _mixture(call: Call) -> Replacement | None:
     return (OWN_EXPERTS, (*call.args, axis), {}) if axis else None
 
 
+def _clamped(call: Call) -> Replacement | None:
+    own, narrow = call.axis_of(OWN_EXPERTS), call.axis_of(NARROW_EXPERTS)
+    return ("shared_experts", (*call.args, own or None, narrow or None), {}) if own or narrow else None
+
+
 def _where(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Where the rank's elements are in the whole tensor: the stream, or the name of an output, the size, the dim of
     samples, and by axis the dim that is split."""
@@ -127,6 +132,7 @@ TABLE: dict[str, Callable[[Call], Replacement | None]] = {
     "aten.embedding": _embedding,
     "autopart.grouped_linear": _experts,
     "autopart.experts": _mixture,
+    "autopart.clamped_experts": _clamped,
     "autopart.dropout": partial(_placed, "dropout", 2),
     "autopart.dropout_attention": _attention,
     "autopart.residual_dropout": partial(_placed, "residual_dropout", 4),

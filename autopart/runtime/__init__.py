@@ -32,7 +32,7 @@ from autopart.runtime.collectives import (
     share_gradient,
     slice_of,
 )
-from autopart.runtime.experts import grouped_linear, own_experts
+from autopart.runtime.experts import grouped_linear, own_experts, shared_experts
 from autopart.runtime.functions import (
     mean_cross_entropy,
     mean_linear_loss,
@@ -75,6 +75,7 @@ __all__ = [
     "saved",
     "scatter_to",
     "share_gradient",
+    "shared_experts",
     "slice_of",
     "stream",
     "uniform",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from autopart.kernels.clamped_experts import clamped_experts
 from autopart.kernels.experts import experts
 from autopart.runtime.process_group import Group
 
@@ -19,6 +20,16 @@ def own_experts(
     """`autopart.kernels.experts.experts` where `group` splits the experts: the terms of a rank's own experts, which the
     ranks sum to the whole. Its gradients of x and of weights are partial sums too."""
     return experts(x, up, down, weights, ids, name, transposed, group.rank * len(up))
+
+
+def shared_experts(
+    x: Tensor, up: Tensor, down: Tensor, up_bias: Tensor, down_bias: Tensor, weights: Tensor, ids: Tensor,
+    alpha: float, limit: float, own: Group | None, narrow: Group | None,
+) -> Tensor:  # fmt: skip
+    """`autopart.kernels.clamped_experts.clamped_experts` where `own` splits the experts, or `narrow` the width of each:
+    terms that the ranks sum to the whole. The first rank of `narrow` adds the bias of the experts' outputs."""
+    first, biased = own.rank * len(up) if own else 0, narrow is None or narrow.rank == 0
+    return clamped_experts(x, up, down, up_bias, down_bias, weights, ids, alpha, limit, first, biased)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ids: Tensor, transposed: bool, group: Group | None = None) -> Tensor:

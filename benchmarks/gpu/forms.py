@@ -42,6 +42,11 @@ MORE: dict[str, tuple[tuple[object, ...], ...]] = {
         (meta(2, 3, 8, dtype=HALF), _X, _X, meta(2, 3, 8, dtype=HALF), None, 1e-4, 0.9, 0.99, 0.1),
     ),
     "route": ((meta(6, 4), Chosen(2), True),),
+    "route_topk": ((meta(6, 4, dtype=HALF), Chosen(2), None, None), (meta(6, 4), Chosen(2), None, None)),
+    "route_sigmoid": tuple(
+        (meta(6, 12, dtype=dtype), meta(12), Chosen(2), Chosen(4), Chosen(3), True, 1e-20, 2.5)
+        for dtype in (FLOAT, HALF)
+    ),
     "expert_load": ((meta(6, 4), None, Chosen(2)),),
     "sort_by_expert": ((_PAIRS, Chosen(4)),),
     "permute": ((meta(6, 8), _PAIRS, _PAIRS),),

@@ -84,6 +84,9 @@ LAYERS: Mapping[str, tuple[Layer, ...]] = {
     **dict.fromkeys(
         ("route", "expert_load", "sort_by_expert", "permute", "unpermute", "grouped_matmul"), (_MIXTRAL,)
     ),
+    "route_topk": (Layer("gpt-oss-120b", {6: "n", 4: 128, 2: 4}),),
+    "route_sigmoid": (Layer("DeepSeek-V3", {6: "n", 12: 256, 2: 8, 4: 8, 3: 4}),),
+    "clamped_experts": (Layer("16 experts of width 96", {6: "n", 8: 256, 4: 16, 10: 192, 5: 96, 2: 2}),),
     "experts": (Layer("16 experts of width 96", {6: "n", 8: 256, 4: 16, 10: 192, 5: 96, 2: 2}),),
     "scan": (Layer("Mamba2-2.7B", {1: "b", 6: "s", 4: 80, 8: 64, 2: 1, 7: 128, 3: 256}),),
 }  # fmt: skip
@@ -108,6 +111,15 @@ def _negative(like: torch.Tensor, given: Meta) -> torch.Tensor:
 def _distinct(like: torch.Tensor, given: Meta) -> torch.Tensor:
     """No two alike in a row, in half precision neither: a choice of the largest is the same in every dtype."""
     return torch.rand(like.shape).argsort(-1) / 4 - 1
+
+
+def _between(like: torch.Tensor, given: Meta) -> torch.Tensor:
+    """No two alike in a row, from -1.9 to 2.1: their sigmoids too differ in float32."""
+    return 4 * torch.rand(like.shape).argsort(-1) / like.shape[-1] - 1.9
+
+
+def _small(like: torch.Tensor, given: Meta) -> torch.Tensor:
+    return 0.01 * torch.randn(like.shape)
 
 
 def _heads_last(like: torch.Tensor, given: Meta) -> torch.Tensor:
@@ -143,12 +155,15 @@ DRAWN: Mapping[str, Mapping[int, Callable[[torch.Tensor, Meta], torch.Tensor]]] 
     **{name: {0: _heads_last} for name in ("rotary", "rotary_interleaved", "rotary_deinterleaved")},
     "adamw": {3: _positive},
     "route": {0: _distinct},
+    "route_topk": {0: _distinct},
+    "route_sigmoid": {0: _between, 1: _small},
     "expert_load": {0: _distinct},
     "sort_by_expert": {0: lambda like, given: _ids(len(like))},
     "permute": {1: _order, 2: _place},
     "unpermute": {2: _order, 3: _place},
     "grouped_matmul": {2: _offsets},
     "experts": {4: lambda like, given: _ids(like.numel()).view(like.shape)},
+    "clamped_experts": {6: lambda like, given: _ids(like.numel()).view(like.shape)},
     "scan": {1: _positive, 2: _negative},
 }
 """Kernel -> place of an argument -> what it is filled with. Other tensors are normal, words of 32 bits any."""

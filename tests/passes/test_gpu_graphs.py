@@ -28,6 +28,21 @@ MIXTRAL = {
     **SIZES, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "num_local_experts": 4, "max_position_embeddings": 16,
 }  # fmt: skip
+DEEPSEEK = {
+    **SIZES, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4,
+    "topk_group": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
+    "v_head_dim": 8, "first_k_dense_replace": 1, "max_position_embeddings": 16, "rope_scaling": None,
+}  # fmt: skip
+GRANITE = {
+    **SIZES, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 16,
+}  # fmt: skip
+GPT_OSS = {
+    **SIZES, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8,
+    "max_position_embeddings": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}  # fmt: skip
 VIT = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 8,
     "patch_size": 4, "num_labels": 6, "hidden_dropout_prob": 0.2,
@@ -36,6 +51,9 @@ MODELS = {
     "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)),
     "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**BERT)),
     "mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**MIXTRAL)),
+    "deepseek": lambda: transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**DEEPSEEK)),
+    "granite": lambda: transformers.GraniteMoeForCausalLM(transformers.GraniteMoeConfig(**GRANITE)),
+    "gpt_oss": lambda: transformers.GptOssForCausalLM(transformers.GptOssConfig(**GPT_OSS)),
     "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)),
     "vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**VIT)),
 }
@@ -43,9 +61,14 @@ CALLS = {
     "gpt2": {"dropout_attention", "bias_activation", "add_layer_norm", "residual_dropout"},
     "bert": {"dropout_attention", "bias_activation", "add_layer_norm"},
     "mixtral": {"experts", "route", "rotary", "add_rms_norm"},
+    "deepseek": {"experts", "route_sigmoid", "rotary_deinterleaved"},
+    "granite": {"experts", "route_topk", "rotary"},
+    "gpt_oss": {"route_topk", "rotary"},
     "t5": {"dropout_attention", "add_rms_norm", "rms_norm", "residual_dropout"},
     "vit": {"bias_activation", "add_layer_norm", "residual_dropout"},
 }
+WITH_SINKS = {"gpt_oss"}
+"""Models whose attention is written out, as its softmax has a logit beside the scores."""
 PLANS = [{}, {"tp": 2, "pp": 2}, {"dp": 2, "tp": 2, "zero": 3, "recompute": "full"}, {"tp": 4, "micro_batch": 2}]
 
 
@@ -76,7 +99,23 @@ def test_graphs_for_gpus_are_exact(name: str, plan: dict[str, object], as_on_a_g
     found = autopart.check(model, "4:cpu", batch, **plan)
     assert found.loss_error < 1e-5 and found.gradient_error < 1e-5, found
     text = "".join(sources(model, batch, found.plan))
-    assert CALLS[name] <= set(re.findall(r"(\w+)\(", text)) and "softmax" not in text
+    assert CALLS[name] <= set(re.findall(r"(\w+)\(", text)) and ("softmax" in text) == (name in WITH_SINKS)
+
+
+def test_experts_with_biases_are_split(as_on_a_gpu: None) -> None:
+    """Each of two ranks has half of the experts, or half of each."""
+    torch.manual_seed(0)
+    model, batch = MODELS["gpt_oss"]().train(), batch_of("gpt_oss")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    for letter, group in (("e", "self.tp, None"), ("f", "None, self.tp")):
+        force = [f"strategy model.layers.*.experts/autopart.clamped_experts {letter} over tp"]
+        found = autopart.check(model, "2:cpu", batch, tp=2, constraints=force)
+        assert found.loss_error < 1e-5 and found.gradient_error < 1e-5, found
+        text = "".join(sources(model, batch, found.plan))
+        assert group in text
 
 
 def test_experts_are_split_and_their_load_is_balanced(as_on_a_gpu: None) -> None:

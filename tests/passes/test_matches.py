@@ -27,13 +27,20 @@ CALLS = {
     "gemma3_text": {"rms_norm_float32": 31, "add_rms_norm_float32": 6, "rotary": 12, "geglu": 6},
     "mixtral": {"rms_norm": 3, "add_rms_norm": 2, "rotary": 4, "route": 2, "experts": 2},
     "qwen3_moe": {"rms_norm": 7, "add_rms_norm": 2, "rotary": 4, "route": 2, "experts": 2},
+    "deepseek_v3": {
+        "rms_norm": 7, "add_rms_norm": 2, "rotary_deinterleaved": 4, "swiglu": 2, "route_sigmoid": 1, "experts": 1,
+    },
+    "minimax_m2": {"rms_norm": 7, "add_rms_norm": 2, "rotary": 4, "route_sigmoid": 2, "experts": 2},
+    "granitemoe": {"rms_norm": 3, "add_rms_norm": 2, "rotary": 4, "route_topk": 2, "experts": 2},
+    "gpt_oss": {"rms_norm": 5, "rotary": 4, "route_topk": 2, "clamped_experts": 2},
+    "deepseek_v2": {"rms_norm": 7, "add_rms_norm": 2, "route": 2, "experts": 2, "swiglu": 2},
     "falcon": {"rotary": 4},
     "bloom": {"add_layer_norm": 2, "bias_activation": 2},
     "opt": {"bias_activation": 2},
     "phi3": {"rms_norm": 3, "add_rms_norm": 2, "rotary": 4, "gated_halves": 2},
     "vit": {"add_layer_norm": 2, "bias_activation": 2},
     "mamba2": {"rms_norm": 3, "rms_norm_float32": 2, "swiglu": 2},
-}
+}  # fmt: skip
 """Tiny models of two layers (Gemma 3: six) in bfloat16. Their vocabularies are too small for the fused head."""
 
 

@@ -236,6 +236,21 @@ PRODUCTS: dict[str, tuple[Sample, tuple[float, ...] | None]] = {
         call("autopart.experts", f(24, 6), f(4, 16, 6), f(4, 6, 8), f(24, 2), i(4, 24, 2), "silu", False),
         (4, 12, 18, 8),
     ),
+    "a mixture with biases": (
+        call(
+            "autopart.clamped_experts",
+            f(24, 6),
+            f(4, 6, 16),
+            f(4, 8, 6),
+            f(4, 16),
+            f(4, 6),
+            f(24, 2),
+            i(4, 24, 2),
+            1.7,
+            0.5,
+        ),
+        (4, 12, 18, 8),
+    ),
     "grouped": (
         call("transformers.grouped_mm_fallback", f(24, 6), f(3, 6, 8), torch.tensor([5, 5, 24])),
         (3, 8, 8, 6),

@@ -245,7 +245,11 @@ def own_experts(op: Op, ranks: list[Args], kwargs: Kwargs, whole: Args) -> list[
     return [[op(*args, rank * len(args[1]))] for rank, args in enumerate(ranks)]
 
 
-LOCAL = {"": plain, "own_experts": own_experts} | {
+def narrow_experts(op: Op, ranks: list[Args], kwargs: Kwargs, whole: Args) -> list[Tensors]:
+    return [[op(*args, 0, rank == 0)] for rank, args in enumerate(ranks)]
+
+
+LOCAL = {"": plain, "narrow_experts": narrow_experts, "own_experts": own_experts} | {
     k.__name__: k for k in (mean, cross_entropy_sum, vocab_embedding, vocab_cross_entropy, vocab_linear_loss)
 }
 LOCAL["grouped_linear"] = experts_of_rank

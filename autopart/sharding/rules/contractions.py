@@ -135,6 +135,11 @@ def _mixture_flops(args: Args, outputs: Sequence[Shape]) -> float:
     return 2.0 * math.prod(_mixture_sizes(args, outputs)[:4])
 
 
+def _unbiased(args: Args) -> Args:
+    """The arguments of a mixture without biases, from those of one with biases and clamped gates."""
+    return (*args[:3], *args[5:7], None, True)
+
+
 def _attention(args: Args, outputs: Sequence[Shape]) -> str:
     """(query, key, value, mask, dropout, causal). Queries are split only without a causal mask, which counts them. With
     fewer key heads than query heads, a key head serves a group of g query heads (`enable_gqa`)."""
@@ -293,6 +298,14 @@ RULES: dict[str, Rule] = {
         flops=_mixture_flops,
         contraction=True,
         sizes=_mixture_sizes,
+        groups=("e",),
+    ),
+    "autopart.clamped_experts": Rule(
+        "t d!, e d! (f 2), e f d!, e (f 2), e d!, t k!, t k! -> t d!",
+        local={"e": Local("own_experts"), "f": Local("narrow_experts")},
+        flops=lambda args, outputs: _mixture_flops(_unbiased(args), outputs),
+        contraction=True,
+        sizes=lambda args, outputs: _mixture_sizes(_unbiased(args), outputs),
         groups=("e",),
     ),
     "aten.scaled_dot_product_attention": Rule(
