@@ -12,6 +12,7 @@ from autopart.kernels import (
     rms_norm,
     rotary,
     router,
+    scan,
 )
 from autopart.kernels.forms import FORMS
 from autopart.kernels.kernel import Kernel
@@ -29,6 +30,7 @@ KERNELS: dict[str, Kernel] = {
         experts.KERNEL,
         expert_load.KERNEL,
         linear_loss.KERNEL,
+        scan.KERNEL,
     )
     if kernel.name in FORMS
 }

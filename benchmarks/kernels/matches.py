@@ -28,7 +28,8 @@ from autopart.passes.traffic import traffic
 from benchmarks.coverage.zoo_models import architectures, published
 from benchmarks.support.command import command_line
 
-MODELS = """llama gpt2 bert t5 mistral qwen3 gemma3_text mixtral qwen3_moe falcon bloom opt phi3 vit mamba2""".split()
+MODELS = """llama gpt2 bert t5 mistral qwen3 gemma3_text mixtral qwen3_moe falcon bloom opt phi3 vit mamba2 bamba
+falcon_h1 granitemoehybrid nemotron_h""".split()
 SAMPLES, TOKENS = 2, 512
 
 

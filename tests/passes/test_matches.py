@@ -32,9 +32,30 @@ CALLS = {
     "opt": {"bias_activation": 2},
     "phi3": {"rms_norm": 3, "add_rms_norm": 2, "rotary": 4, "gated_halves": 2},
     "vit": {"add_layer_norm": 2, "bias_activation": 2},
-    "mamba2": {"rms_norm": 3, "rms_norm_float32": 2, "swiglu": 2},
+    "mamba2": {"rms_norm": 3, "rms_norm_float32": 2, "swiglu": 2, "scan": 2},
+    "bamba": {"rms_norm": 3, "add_rms_norm": 2, "rms_norm_float32": 1, "rotary": 2, "scan": 1, "swiglu": 3},
+    "falcon_h1": {"rms_norm": 3, "add_rms_norm": 2, "rotary": 4, "scan": 2, "swiglu": 4},
+    "granitemoehybrid": {
+        "rms_norm": 3,
+        "add_rms_norm": 2,
+        "rms_norm_float32": 1,
+        "experts": 2,
+        "gated_halves": 2,
+        "scan": 1,
+        "swiglu": 1,
+    },
+    "nemotron_h": {"rms_norm_float32": 6, "activation": 3, "scan": 1, "swiglu": 1},
+    "zamba2": {
+        "rms_norm": 7,
+        "add_rms_norm": 2,
+        "rms_norm_float32": 4,
+        "gated_halves": 2,
+        "scan": 4,
+        "swiglu": 4,
+    },
 }
-"""Tiny models of two layers (Gemma 3: six) in bfloat16. Their vocabularies are too small for the fused head."""
+"""Tiny models of two layers (Gemma 3: six, Zamba2: four) in bfloat16, whose vocabularies are too small for the fused
+head."""
 
 
 @pytest.mark.parametrize("name", CALLS)
