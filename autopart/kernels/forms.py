@@ -143,6 +143,15 @@ def _clamped_experts() -> Iterator[Form]:
         yield Form("autopart.grouped_linear", (*given, CONSTANT, EPS))
 
 
+def _scans() -> Iterator[Form]:
+    """Of whole chunks, and padded to whole chunks; step sizes and skips in float32, and in half precision."""
+    for length in (26, 20):
+        for dtype in (FLOAT, HALF):
+            side, skip = meta(2, length, 2, 7, dtype=dtype), meta(4, dtype=dtype)
+            x, steps, log = meta(2, length, 4, 8, dtype=dtype), meta(2, length, 4, dtype=dtype), meta(2, length, 4)
+            yield Form("aten.cumsum", (x, steps, log, side, side, skip, Chosen(13)))
+
+
 _X, _VECTOR, _IMAGE = meta(2, 3, 8), meta(8), meta(2, 10, 3, 3)
 
 FORMS: dict[str, tuple[Form, ...]] = {
@@ -179,5 +188,6 @@ FORMS: dict[str, tuple[Form, ...]] = {
     "clamped_experts": tuple(_clamped_experts()),
     "expert_load": tuple(_loads()),
     "linear_loss": tuple(_heads()),
+    "scan": tuple(_scans()),
 }
 """Name of a kernel -> its forms. A kernel that is not here stands in no graph: the runtime calls it."""

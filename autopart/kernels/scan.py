@@ -40,7 +40,9 @@ from autopart.kernels.kernel import Bytes, Kernel
 from autopart.kernels.launch import TRITON_NAMES, interprets, launch, runs_on, triton_op
 from autopart.kernels.scan_kernels import CHUNK, tile, warps
 
-MAX_HEAD, MAX_STATE = 64, 128
+MAX_HEAD, MAX_STATE, MAX_STATES = 64, 128, 256
+"""Widest heads, widest states of one scan, and widest states that are scanned as several: y is a sum over their
+columns."""
 
 Optional = torch.Tensor | None
 
@@ -63,7 +65,7 @@ def reference(
     skipped = None if skip is None else skip[..., None] * _padded(x, pad)
     if scales is not None:
         x = x * scales[..., None].to(wide)
-    x, log, b, c = (_padded(t, pad).unflatten(1, (-1, chunk)) for t in (x, log.to(wide), b, c))
+    x, log, b, c = (_in_chunks(_padded(t, pad), chunk) for t in (x, log.to(wide), b, c))
     log = log.permute(0, 3, 1, 2)
     sums = torch.cumsum(log, dim=-1)
     chances = torch.einsum("bclhn,bcshn->bclsh", c, b) * torch.exp(_segments(log)).permute(0, 2, 3, 4, 1)
@@ -74,7 +76,7 @@ def reference(
     between = torch.exp(_segments(torch.nn.functional.pad(sums[:, :, :, -1], (1, 0)))).transpose(1, 3)
     states = torch.einsum("bzch,bzhpn->bchpn", between, states)[:, :-1]
     before = torch.einsum("bclhn,bchpn->bclhp", c, states) * torch.exp(sums).permute(0, 2, 3, 1)[..., None]
-    y = (within + before).contiguous().flatten(1, 2)
+    y = (within + before).contiguous().reshape(x.shape[0], length + pad, heads, x.shape[4])
     y = y if skipped is None else y + skipped
     return y[:, :length] if pad > 0 else y
 
@@ -101,13 +103,22 @@ def scan(
     a chunk, so that decays of less than exp(-1000) at some positions cost the others digits.
     """
     if _kernels_apply(x, scales, log, keys, queries, skip):
-        return torch.ops.autopart.scan(x, scales, log, keys, queries, skip)
+        first, *others = zip(keys.split(MAX_STATE, 3), queries.split(MAX_STATE, 3), strict=True)
+        y = torch.ops.autopart.scan(x, scales, log, *first, skip)
+        for sides in others:
+            y = y + torch.ops.autopart.scan(x, scales, log, *sides, None)
+        return y
     return reference(x, scales, log, keys, queries, skip, chunk)
 
 
 def _padded(x: torch.Tensor, pad: int) -> torch.Tensor:
     """x (batch, length, ...) with ``pad`` zeros behind the last position."""
-    return torch.nn.functional.pad(x, [0, 0] * (x.dim() - 2) + [0, pad])
+    return torch.nn.functional.pad(x, [0, 0] * (x.dim() - 2) + [0, pad, 0, 0], mode="constant", value=0)
+
+
+def _in_chunks(x: torch.Tensor, chunk: int) -> torch.Tensor:
+    """x (batch, length, ...) as (batch, chunks, chunk, ...)."""
+    return x.reshape(x.shape[0], x.shape[1] // chunk, chunk, *x.shape[2:])
 
 
 def _segments(x: torch.Tensor) -> torch.Tensor:
@@ -119,24 +130,42 @@ def _segments(x: torch.Tensor) -> torch.Tensor:
 
 
 def bytes_moved(x: torch.Tensor, scales: Optional, log: torch.Tensor, *rest: Any) -> Bytes:
-    both, words = rest[0].nbytes + rest[1].nbytes, 4 * log.numel() * (1 if scales is None else 2)
+    both, words = rest[0].nbytes + rest[1].nbytes, log.nbytes + (0 if scales is None else scales.nbytes)
     wide = 4 * x.numel()
     return Bytes(x.nbytes + wide + both + words, 2 * x.nbytes + wide + 2 * both + 2 * words)
 
 
-def workspace(x: torch.Tensor, scales: Optional, log: torch.Tensor, keys: torch.Tensor, *rest: Any) -> int:
-    """As `Kernel.workspace`: states and their gradients, and gradients of keys and queries for each head, float32."""
+def _temporaries(x: torch.Tensor, keys: torch.Tensor) -> tuple[int, int]:
+    """Bytes of the states, and of the gradients of keys for each head, float32."""
     batch, length, heads, p = x.shape
     n = keys.shape[3]
-    size = tile(p, n, length, keys.dtype == torch.float32)
-    states = batch * heads * -(-length // size["Q"]) * size["P"] * size["N"]
-    return 4 * 2 * (states + batch * length * heads * n)
+    size = tile(p, min(n, MAX_STATE), length, keys.dtype == torch.float32)
+    states = batch * heads * -(-length // size["Q"]) * size["P"] * size["N"] * -(-n // MAX_STATE)
+    return 4 * states, 4 * batch * length * heads * n
+
+
+def workspace(x: torch.Tensor, scales: Optional, log: torch.Tensor, keys: torch.Tensor, *rest: Any) -> int:
+    """As `Kernel.workspace`: states and their gradients, and gradients of keys and queries for each head."""
+    return 2 * sum(_temporaries(x, keys))
+
+
+def streamed(x: torch.Tensor, scales: Optional, log: torch.Tensor, keys: torch.Tensor, *rest: Any) -> Bytes:
+    """As `Kernel.streamed`: in forward states are written and read, and what makes them is read again. In backward
+    states are written, and read twice; their gradients written, and read three times; and the gradients of keys and of
+    queries for each head written, and read twice. Each further scan of wide states takes x and dy once more, and adds
+    its y and dx to the others'."""
+    states, sides = _temporaries(x, keys)
+    again = x.nbytes + keys.nbytes + log.nbytes + (0 if scales is None else scales.nbytes)
+    more, wide = -(-keys.shape[3] // MAX_STATE) - 1, 4 * x.numel()
+    return Bytes(
+        again + 2 * states + more * (2 * x.nbytes + 4 * wide), 7 * states + 6 * sides + more * (5 * x.nbytes + wide)
+    )
 
 
 def compile_ahead(capability: int, p: int = 64, n: int = 128, dtype: torch.dtype = torch.bfloat16) -> dict[str, Usage]:
     """Compile all kernels, with scales and skip, for compute capability ``capability`` (90 for 9.0)."""
-    signature = dict.fromkeys(("x", "keys", "queries", "dx"), f"*{TRITON_NAMES[dtype]}")
-    more = ("scales", "log", "skip", "y", "dy", "states", "dstates", "out", "dscales", "dskip")
+    signature = dict.fromkeys(("x", "scales", "keys", "queries", "skip", "dx"), f"*{TRITON_NAMES[dtype]}")
+    more = ("log", "y", "dy", "states", "dstates", "out", "dscales", "dskip")
     signature |= dict.fromkeys(more, "*fp32")
     aligned = {*signature, *(name for name, size in (("p", p), ("n", n)) if size % 16 == 0)}
     signature |= dict.fromkeys(("length", "heads", "groups", "p", "n"), "i32")
@@ -269,23 +298,40 @@ def _kernels_apply(
     x: torch.Tensor, scales: Optional, log: torch.Tensor, keys: torch.Tensor, queries: torch.Tensor, skip: Optional
 ) -> bool:
     wide = [t for t in (scales, log, skip) if t is not None]
+    return pays(x, scales, log, keys, queries, skip) and runs_on(x, keys, queries, *wide)
+
+
+def pays(
+    x: torch.Tensor,
+    scales: Optional,
+    log: torch.Tensor,
+    keys: torch.Tensor,
+    queries: torch.Tensor,
+    skip: Optional,
+    *rest: int,
+) -> bool:
+    """As `Kernel.pays`: whether the kernels take these dtypes and sizes."""
     return (
         x.dtype in TRITON_NAMES
         and keys.dtype == queries.dtype == x.dtype
-        and all(t.dtype == torch.float32 for t in wide)
+        and log.dtype == torch.float32
+        and all(t.dtype in TRITON_NAMES for t in (scales, skip) if t is not None)
         and x.shape[3] <= MAX_HEAD
-        and keys.shape[3] <= MAX_STATE
-        and runs_on(x, keys, queries, *wide)
+        and keys.shape[3] <= MAX_STATES
     )
 
 
 KERNEL = Kernel(
     function=scan,
     reference=reference,
-    rule="b l! h p!, b l! h, b l! h, b l! g! n!, b l! g! n!, h -> b l! h p!",
+    rule="",
     kept=lambda arguments, outputs: tuple(t for t in arguments if isinstance(t, torch.Tensor)),
     bytes_moved=bytes_moved,
     ahead=compile_ahead,
     shapes={"Mamba2-2.7B": {"p": 64, "n": 128}, "Zamba2-2.7B": {"p": 64, "n": 64}},
+    pays=pays,
+    on_cpu=False,
     workspace=workspace,
+    streamed=streamed,
 )
+"""Its rule is in `autopart.sharding.rules.contractions`."""

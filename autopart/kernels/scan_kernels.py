@@ -55,6 +55,12 @@ def decays(log, here, heads, Q: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @jit
+def steps(scales, here, heads, Q: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The scales of a chunk as a column, float32."""
+    return tl.load(scales + tl.arange(0, Q) * heads, mask=here, other=0.0).to(tl.float32)[:, None]
+
+
+@jit
 def product(a, b, total, WIDE: tl.constexpr, PRECISION: tl.constexpr, kind: tl.constexpr):  # type: ignore[no-untyped-def]
     if WIDE:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
@@ -81,7 +87,7 @@ def states(  # type: ignore[no-untyped-def]
         at = (place * heads)[:, None] * p + of_p[None, :]
         u = tl.load(x + of_head * p + at, mask=here[:, None] & (of_p < p)[None, :], other=0.0).to(tl.float32)
         if SCALES:
-            u *= tl.load(scales + of_head + place * heads, mask=here, other=0.0)[:, None]
+            u *= steps(scales + of_head, here, heads, Q)
         u *= tl.exp(s if REVERSE else total - s)[:, None]
         at = (place * groups)[:, None] * n + of_n[None, :]
         b = tl.load(keys + of_group * n + at, mask=here[:, None] & (of_n < n)[None, :], other=0.0)
@@ -111,15 +117,14 @@ def output(  # type: ignore[no-untyped-def]
     g = product(c, tl.trans(b), tl.zeros((Q, Q), tl.float32), WIDE, PRECISION, kind)
     apart = tl.where(place[:, None] >= place[None, :], s[:, None] - s[None, :], -float("inf"))
     g *= tl.exp(apart)
+    if SCALES:
+        g *= tl.trans(steps(scales + of_head, here, heads, Q))
     at = of_head * p + (place * heads)[:, None] * p + of_p[None, :]
     there = here[:, None] & (of_p < p)[None, :]
-    value = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
-    u = value
-    if SCALES:
-        u = value * tl.load(scales + of_head + place * heads, mask=here, other=0.0)[:, None]
-    out = product(g, u, out, WIDE, PRECISION, kind)
+    value = tl.load(x + at, mask=there, other=0.0)
+    out = product(g, value, out, WIDE, PRECISION, kind)
     if SKIP:
-        out += tl.load(skip + head).to(tl.float32) * value
+        out += tl.load(skip + head).to(tl.float32) * value.to(tl.float32)
     tl.store(y + at, out.to(y.dtype.element_ty), mask=there)
 
 
@@ -153,7 +158,7 @@ def inputs(  # type: ignore[no-untyped-def]
     value = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
     if SCALES:
         tl.store(dscales + of_head + place * heads, tl.sum(du * value, 1), mask=here)
-        du *= tl.load(scales + of_head + place * heads, mask=here, other=0.0)[:, None]
+        du *= steps(scales + of_head, here, heads, Q)
     if SKIP:
         tl.store(dskip + tl.program_id(0), tl.sum(tl.sum(given * value, 1), 0))
         du += tl.load(skip + head).to(tl.float32) * given
@@ -180,7 +185,7 @@ def sides(  # type: ignore[no-untyped-def]
     given = tl.load(dy + at, mask=there, other=0.0)
     u = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
     if SCALES:
-        u *= tl.load(scales + of_head + place * heads, mask=here, other=0.0)[:, None]
+        u *= steps(scales + of_head, here, heads, Q)
     if REVERSE:
         left, right, decay = u, given, tl.exp(total - s)
         apart = tl.where(place[:, None] <= place[None, :], s[None, :] - s[:, None], -float("inf"))

@@ -13,6 +13,7 @@ from autopart.kernels import (
     rms_norm,
     rotary,
     router,
+    scan,
     sigmoid_router,
     topk_router,
 )
@@ -35,6 +36,7 @@ KERNELS: dict[str, Kernel] = {
         clamped_experts.KERNEL,
         expert_load.KERNEL,
         linear_loss.KERNEL,
+        scan.KERNEL,
     )
     if kernel.name in FORMS
 }

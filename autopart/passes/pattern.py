@@ -148,12 +148,13 @@ def _is_constant(argument: object) -> bool:
 
 
 def _constants(pattern: Pattern, found: Found, wanted: Collection[float]) -> dict[float, float]:
-    """A form's constants -> the numbers in their places of the traced graph."""
+    """A form's constants -> the numbers in their places of the traced graph: arguments of their own before those in
+    lists, such as a chunk's length in the shape of a reshape."""
     values: dict[float, float] = {}
-    for want, node in found.items():
-        for a, b in _numbers(_pairs(_with_defaults(want), _with_defaults(node)) or ()):
-            if isinstance(a, (int, float)) and a in wanted and isinstance(b, (int, float)):
-                values.setdefault(a, b)
+    leaves = [pair for want, node in found.items() for pair in _pairs(_with_defaults(want), _with_defaults(node)) or ()]
+    for a, b in (*leaves, *_numbers(leaves)):
+        if isinstance(a, (int, float)) and a in wanted and isinstance(b, (int, float)):
+            values.setdefault(a, b)
     return values
 
 

@@ -103,6 +103,7 @@ def _no_op(graph: fx.Graph, node: fx.Node, constants: ConstantValues) -> fx.Node
         name in ("aten.clone", "aten.alias", "aten.contiguous", "aten.lift_fresh_copy", "aten._to_copy")
         or name in ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand", "aten.slice.Tensor")
         or (name == "aten.detach" and not info(source).grad)
+        or (name == "aten.pad" and not any(node.args[1]))  # type: ignore[arg-type]
         or (name == "aten.dropout" and (node.args[1] == 0.0 or node.args[2] is False))
         or (name in ("aten.add.Tensor", "aten.sub.Tensor") and node.args[1] == 0)
         or (name in ("aten.mul.Tensor", "aten.div.Tensor") and node.args[1] == 1)

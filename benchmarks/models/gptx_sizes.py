@@ -1,7 +1,7 @@
 """The fewest V100s with 16 GB on which GPT-X trains, at its own size and at the sizes of GPT-3.
 
 The number of devices is doubled until a plan fits, and bisected then: devices of one host, or whole hosts of 8. Every
-plan has parameters in float16 with float32 master copies and AdamW, and a global batch of `SAMPLES` for each device. The
+plan has parameters in float16, float32 master copies and AdamW, and a global batch of `SAMPLES` for each device. The
 sizes are those of Brown et al., arXiv 2005.14165, table 2.1; vocabulary and tokens are GPT-X's.
 """
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from autopart.kernels import scan
-from autopart.sharding.notation import parse
 from tests.support.interpreted import interpreted as interpreted_child
 
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-6}
@@ -17,7 +16,7 @@ NAMES = ("y", "dx", "dscales", "dlog", "dkeys", "dqueries", "dskip")
 
 
 class Case(NamedTuple):
-    """Sizes as in `scan.scan`; log decays are drawn from 0 to -rate."""
+    """Sizes as in `scan.scan`; log decays are drawn from 0 to -rate. ``half``: scales and skip in the inputs' dtype."""
 
     batch: int
     length: int
@@ -31,6 +30,7 @@ class Case(NamedTuple):
     rate: float = 1.0
     layout: str = "plain"
     changed: float = 0.0
+    half: bool = False
 
     @property
     def id(self) -> str:
@@ -43,7 +43,8 @@ CASES = [Case(1, 20, 2, 5, 1, 7, dtype) for dtype in ROUNDING] + [
 CASES += [Case(1, 1, 1, 1, 1, 1, torch.float32), Case(1, 130, 3, 20, 1, 33, torch.float32)]
 CASES += [Case(1, 20, 2, 5, 1, 7, torch.float32, *flags) for flags in ((False, False), (True, False), (False, True))]
 CASES += [Case(1, 70, 2, 5, 1, 7, torch.float32, rate=rate) for rate in (0.0, 100.0)]
-CASES += [Case(2, 20, 2, 5, 1, 7, torch.float32, layout="swapped")]
+CASES += [Case(2, 20, 2, 5, 1, 7, torch.float32, layout="swapped"), Case(1, 20, 2, 5, 1, 7, torch.bfloat16, half=True)]
+CASES += [Case(1, 20, 2, 5, 1, 140, torch.float32)]
 WRONG = [Case(1, 70, 2, 5, 1, 7, torch.float32, changed=0.01)]
 LARGE = [Case(2, 300, 8, 64, 2, 128, dtype) for dtype in ROUNDING] + [Case(1, 257, 4, 64, 4, 64, torch.bfloat16)]
 INTERPRETED = CASES if "AUTOPART_EXAMPLES" in os.environ else [c for c in CASES if c.dtype != torch.float16]
@@ -77,6 +78,7 @@ def draw(case: Case, device: str) -> list[torch.Tensor | None]:
             t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, keys, queries, scales, log)
         )
     x, keys, queries = (t.to(case.dtype) for t in (x, keys, queries))
+    scales, skip = (t.to(case.dtype) if case.half else t for t in (scales, skip))
     given = (x, scales if case.scales else None, log, keys, queries, skip if case.skip else None)
     return [None if t is None else t.to(device).requires_grad_() for t in given]
 
@@ -94,7 +96,8 @@ def errors(case: Case, device: str) -> dict[str, float]:
     moved = list(leaves)
     moved[2] = leaves[2] - case.changed
     y = scan.scan(*moved, 16)
-    assert y.grad_fn is not None and "autopart_scan" in y.grad_fn.name(), "the reference ran, not the kernels"
+    made = [y.grad_fn, *(function for function, _ in y.grad_fn.next_functions)]  # a sum, of wide states
+    assert any(f is not None and "autopart_scan" in f.name() for f in made[:2]), "the reference ran, not the kernels"
     dy = torch.randn(y.shape)
     got = with_gradients(y, leaves, dy)
     exact = [None if t is None else t.detach().double().requires_grad_() for t in leaves]
@@ -173,7 +176,7 @@ def test_without_scales_it_is_linear_attention():
 FALLBACKS = {
     "float64": [t.detach().double() for t in draw(Case(1, 3, 2, 4, 1, 5, torch.float32), "cpu")],
     "wide heads": draw(Case(1, 3, 1, 65, 1, 5, torch.float32), "cpu"),
-    "wide states": draw(Case(1, 3, 1, 4, 1, 129, torch.float32), "cpu"),
+    "wide states": draw(Case(1, 3, 1, 4, 1, 257, torch.float32), "cpu"),
     "no batch": draw(Case(0, 3, 1, 4, 1, 5, torch.float32), "cpu"),
 }
 
@@ -204,12 +207,24 @@ def test_the_operator_takes_fake_tensors():
         assert y.shape == (2, 70, 4, 8) and all(t.grad.shape == t.shape for t in given)
 
 
-def test_bytes_moved_kept_and_rule():
+def test_bytes_moved_and_kept():
     given = draw(Case(2, 3, 4, 5, 1, 7, torch.bfloat16), "meta")
     d, g, r = 2 * 3 * 4 * 5, 2 * 2 * 3 * 7, 2 * 3 * 4
     assert scan.bytes_moved(*given) == (2 * (d + g) + 4 * d + 8 * r, 2 * (2 * d + 2 * g) + 4 * d + 16 * r)
     assert scan.workspace(*given) == 8 * (2 * 4 * 1 * 16 * 16 + 2 * 3 * 4 * 7)
-    assert scan.KERNEL.kept((*given, 64), ()) == tuple(given) and len(parse(scan.KERNEL.rule).inputs) == 6
+    assert scan.KERNEL.kept((*given, 64), ()) == tuple(given)
+    states, sides, again = 4 * 2 * 4 * 16 * 16, 4 * 2 * 3 * 4 * 7, 2 * (d + g // 2) + 8 * r
+    assert scan.streamed(*given) == (again + 2 * states, 7 * states + 6 * sides)
+
+
+def test_wide_states_are_several_scans():
+    one, two = (draw(Case(2, 3, 4, 5, 1, n, torch.bfloat16), "meta") for n in (128, 256))
+    assert scan.pays(*two, 64) and not scan.pays(*draw(Case(2, 3, 4, 5, 1, 257, torch.bfloat16), "meta"), 64)
+    assert scan.workspace(*two) == 2 * scan.workspace(*one)
+    d, keys, states = 2 * 3 * 4 * 5, 2 * 3 * 128, 2 * 4 * 16 * 128
+    (there, back), (there_twice, back_twice) = scan.streamed(*one), scan.streamed(*two)
+    assert there_twice - there == 2 * keys + 4 * 2 * states + (2 * 2 + 4 * 4) * d
+    assert back_twice - 2 * back == (5 * 2 + 4) * d
 
 
 @pytest.mark.slow

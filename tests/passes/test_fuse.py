@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from transformers.models.mamba2 import modeling_mamba2 as mamba2
 
 import autopart
 from autopart import PartitionError
@@ -159,3 +160,48 @@ def test_what_a_reference_cannot_take_is_left() -> None:
     """A layer norm over two dims, behind a sum."""
     wide = torch.ones(6, 8)
     assert fused(lambda x, w: nn.functional.layer_norm(x + x * w, (6, 8), wide))[0] == {}
+
+
+def scanned(length: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Mamba-2's scan as transformers has it, in chunks of 4 positions: two heads of four, with a state of eight."""
+
+    def formula(x: Tensor, w: Tensor) -> Tensor:
+        x = x.repeat(1, 2, 1)[:, :length]
+        steps, sides = F.softplus(x[..., :2]), x[:, :, None]
+        heads = x.unflatten(-1, (2, 4))
+        return mamba2.mamba2_chunk_scan(heads, steps, -w[:2].exp(), sides, sides.tanh(), 4, D=w[:2])
+
+    return formula
+
+
+@pytest.mark.parametrize("length", [8, 7])
+def test_a_scan_is_found(length: int) -> None:
+    assert fused(scanned(length), (), "cuda") == ({"scan": 1}, ())
+    assert fused(scanned(length))[0] == fused(scanned(length), ("scan",), "cuda")[0] == {}
+
+
+@pytest.mark.parametrize("above", [float("-inf"), -1e4])
+def test_a_scan_with_another_constant_is_left(above: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is above the diagonal decays by exp(above): with another constant than minus infinity it is a near miss."""
+
+    def segments(x: Tensor) -> Tensor:
+        count = x.shape[-1]
+        ones = torch.ones(count, count, dtype=torch.bool)
+        x = x[..., None].expand(*x.shape, count).masked_fill(~torch.tril(ones, diagonal=-1), 0)
+        return torch.cumsum(x, dim=-2).masked_fill(~torch.tril(ones, diagonal=0), above)
+
+    monkeypatch.setattr(mamba2, "segment_sum", segments)
+    found, near = fused(scanned(8), (), "cuda")
+    assert found == ({"scan": 1} if above == float("-inf") else {})
+    assert (near == ()) is bool(found)
+
+
+PADS = {"none": ((0, 0, 0, 0), 0), "some": ((0, 0, 0, 1), 1)}
+
+
+@pytest.mark.parametrize("name", PADS)
+def test_a_pad_of_nothing_is_removed(name: str) -> None:
+    width, count = PADS[name]
+    model = Formula(lambda x, w: F.pad(x, width) * w)
+    traced = simplify(trace(model, outline({"x": torch.randn(2, 6, 8)}, 2)))
+    assert sum(info(node).name == "aten.pad" for node in calls(traced.graph)) == count

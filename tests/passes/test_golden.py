@@ -21,7 +21,7 @@ from autopart.runtime.emitted import run_source
 GOLDEN = Path(__file__).with_name("golden")
 
 
-MESHES = {"gpt2": "4:cpu", "llama": "4:cpu", "t5": "4:h100-80gb", "mixtral": "4:h100-80gb"}
+MESHES = {"gpt2": "4:cpu", "llama": "4:cpu", "t5": "4:h100-80gb", "mixtral": "4:h100-80gb", "mamba2": "4:h100-80gb"}
 """Model -> its mesh: GPUs call kernels where CPUs run what the model has."""
 
 
@@ -33,11 +33,22 @@ def mixtral(layers: int) -> nn.Module:
     return hf.MixtralForCausalLM(hf.MixtralConfig(**config, num_hidden_layers=layers)).train()
 
 
+def mamba2(layers: int) -> nn.Module:
+    """A Mamba-2 whose eight heads share four groups of keys and queries."""
+    config = {"hidden_size": 32, "num_heads": 8, "head_dim": 8, "n_groups": 4, "state_size": 16, "chunk_size": 4,
+              "vocab_size": 96, "use_cache": False, "pad_token_id": 0}  # fmt: skip
+    return hf.Mamba2ForCausalLM(hf.Mamba2Config(**config, num_hidden_layers=layers)).train()
+
+
+OWN = {"mixtral": mixtral, "mamba2": mamba2}
+"""Models that are here alone: of four layers."""
+
+
 @pytest.fixture(scope="module", params=MESHES)
 def texts(request: pytest.FixtureRequest) -> dict[str, str]:
     """File name -> text: the plan and the module of either stage."""
     name = request.param
-    model, batch = (mixtral(4), batch_for(name, torch.float32)) if name == "mixtral" else build(name, layers=4)
+    model, batch = (OWN[name](4), batch_for(name, torch.float32)) if name in OWN else build(name, layers=4)
     plan = autopart.plan(model, MESHES[name], batch, tp=2, pp=2, micro_batch=4 if name != "mixtral" else None)
     text = re.sub(r", planned in \S+ s", "", describe(plan, 120)) + "\n"
     modules = {f"{request.param}_stage{i}.py.txt": s for i, s in enumerate(sources(model, batch, plan))}

@@ -47,6 +47,10 @@ VIT = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 8,
     "patch_size": 4, "num_labels": 6, "hidden_dropout_prob": 0.2,
 }  # fmt: skip
+MAMBA2 = {
+    **SIZES, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 16,
+    "chunk_size": 8, "pad_token_id": 0,
+}  # fmt: skip
 MODELS = {
     "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)),
     "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**BERT)),
@@ -56,6 +60,8 @@ MODELS = {
     "gpt_oss": lambda: transformers.GptOssForCausalLM(transformers.GptOssConfig(**GPT_OSS)),
     "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)),
     "vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**VIT)),
+    "mamba2": lambda: mamba2(1),
+    "mamba2 of four groups": lambda: mamba2(4),
 }
 CALLS = {
     "gpt2": {"dropout_attention", "bias_activation", "add_layer_norm", "residual_dropout"},
@@ -66,10 +72,17 @@ CALLS = {
     "gpt_oss": {"route_topk", "rotary"},
     "t5": {"dropout_attention", "add_rms_norm", "rms_norm", "residual_dropout"},
     "vit": {"bias_activation", "add_layer_norm", "residual_dropout"},
+    "mamba2": {"scan", "rms_norm_float32", "swiglu"},
+    "mamba2 of four groups": {"scan", "rms_norm_float32", "swiglu"},
 }
 WITH_SINKS = {"gpt_oss"}
 """Models whose attention is written out, as its softmax has a logit beside the scores."""
 PLANS = [{}, {"tp": 2, "pp": 2}, {"dp": 2, "tp": 2, "zero": 3, "recompute": "full"}, {"tp": 4, "micro_batch": 2}]
+
+
+def mamba2(groups: int) -> torch.nn.Module:
+    """A Mamba-2 whose heads share so many groups of keys and queries. Its sequences fill no whole number of chunks."""
+    return transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**MAMBA2, n_groups=groups))
 
 
 @pytest.fixture
@@ -143,3 +156,13 @@ def test_masks_of_attention_are_those_of_graphs_for_cpus(name: str, as_on_a_gpu:
         patch.setattr(passes, "fuse", passes.fuse.__closure__[0].cell_contents)
         plain = autopart.simulate(model, "2:cpu", batch, seed=7, tp=2)
     torch.testing.assert_close(fused.loss, plain.loss, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("groups", "letter"), [(1, "h"), (4, "g")])
+def test_a_split_scan_is_exact(groups: int, letter: str, as_on_a_gpu: None) -> None:
+    torch.manual_seed(0)
+    model, batch = mamba2(groups).train(), batch_of("mamba2")
+    force = [f"strategy backbone.layers.*.mixer/autopart.scan {letter} over tp"]
+    found = autopart.check(model, "2:cpu", batch, tp=2, constraints=force)
+    assert found.loss_error < 1e-5 and found.gradient_error < 1e-5, found
+    assert "= scan(  # dim 2 split over tp" in "".join(sources(model, batch, found.plan))

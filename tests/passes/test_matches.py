@@ -28,7 +28,12 @@ CALLS = {
     "mixtral": {"rms_norm": 3, "add_rms_norm": 2, "rotary": 4, "route": 2, "experts": 2},
     "qwen3_moe": {"rms_norm": 7, "add_rms_norm": 2, "rotary": 4, "route": 2, "experts": 2},
     "deepseek_v3": {
-        "rms_norm": 7, "add_rms_norm": 2, "rotary_deinterleaved": 4, "swiglu": 2, "route_sigmoid": 1, "experts": 1,
+        "rms_norm": 7,
+        "add_rms_norm": 2,
+        "rotary_deinterleaved": 4,
+        "swiglu": 2,
+        "route_sigmoid": 1,
+        "experts": 1,
     },
     "minimax_m2": {"rms_norm": 7, "add_rms_norm": 2, "rotary": 4, "route_sigmoid": 2, "experts": 2},
     "granitemoe": {"rms_norm": 3, "add_rms_norm": 2, "rotary": 4, "route_topk": 2, "experts": 2},
@@ -39,9 +44,31 @@ CALLS = {
     "opt": {"bias_activation": 2},
     "phi3": {"rms_norm": 3, "add_rms_norm": 2, "rotary": 4, "gated_halves": 2},
     "vit": {"add_layer_norm": 2, "bias_activation": 2},
-    "mamba2": {"rms_norm": 3, "rms_norm_float32": 2, "swiglu": 2},
-}  # fmt: skip
-"""Tiny models of two layers (Gemma 3: six) in bfloat16. Their vocabularies are too small for the fused head."""
+    "mamba2": {"rms_norm": 3, "rms_norm_float32": 2, "swiglu": 2, "scan": 2},
+    "bamba": {"rms_norm": 3, "add_rms_norm": 2, "rms_norm_float32": 1, "rotary": 2, "scan": 1, "swiglu": 3},
+    "falcon_h1": {"rms_norm": 3, "add_rms_norm": 2, "rotary": 4, "scan": 2, "swiglu": 4},
+    "granitemoehybrid": {
+        "rms_norm": 3,
+        "add_rms_norm": 2,
+        "rms_norm_float32": 1,
+        "experts": 2,
+        "route_topk": 2,
+        "gated_halves": 2,
+        "scan": 1,
+        "swiglu": 1,
+    },
+    "nemotron_h": {"rms_norm_float32": 6, "activation": 3, "route_sigmoid": 1, "scan": 1, "swiglu": 1},
+    "zamba2": {
+        "rms_norm": 7,
+        "add_rms_norm": 2,
+        "rms_norm_float32": 4,
+        "gated_halves": 2,
+        "scan": 4,
+        "swiglu": 4,
+    },
+}
+"""Tiny models of two layers (Gemma 3: six, Zamba2: four) in bfloat16, whose vocabularies are too small for the fused
+head."""
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -178,6 +178,8 @@ SAMPLES = [
     call("autopart.rotary", f(2, 12, 6, 24), f(1, 1, 6, 6), f(1, 1, 6, 6), True),
     call("autopart.rotary_interleaved", f(2, 6, 12, 24), f(1, 6, 1, 8), f(1, 6, 1, 8)),
     call("autopart.rotary_deinterleaved", f(2, 12, 6, 24), f(1, 1, 6, 12), f(1, 1, 6, 12)),
+    call("autopart.scan", f(12, 6, 24, 4), u(12, 6, 24), -u(12, 6, 24), *(f(12, 6, 12, 5) for _ in "bc"), f(24), 4),
+    call("autopart.scan", f(12, 6, 24, 4), None, -u(12, 6, 24), *(f(12, 6, 1, 5) for _ in "bc"), None, 4),
     call("autopart.linear_loss", f(12, 6, 8), f(24, 8), ignoring(i(24, 72)), None),
     call("autopart.linear_loss", f(12, 8), f(24, 8), i(24, 12), f(24), -100, 0.1),
     call("autopart.linear_loss", f(12, 8), f(24, 8), i(24, 12), f(24), -100, 0.0, None, 3.0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from autopart.kernels.scan_kernels import CHUNK as SCAN_CHUNK
 from autopart.sharding.notation import Shape
 from autopart.sharding.rules.base import Args, Local, Rule, Sizes, argument, letters, opaque, replaced, row
 
@@ -167,6 +168,22 @@ def _attention_sizes(args: Args, outputs: Sequence[Shape]) -> Sizes:
     return Sizes(math.prod(batch), q, args[1][-2], d, args[2][-1], bool(argument(args, 5, False)))
 
 
+def _scan(args: Args, outputs: Sequence[Shape]) -> str:
+    """(x, scales, log, keys, queries, skip, chunk). Each of several groups g of keys and queries serves r heads; one
+    group serves all heads, whichever rank has them."""
+    heads, group = ("(g r)", "g") if args[3][2] > 1 else ("h", "1")
+    scales, skip = ("-" if args[1] is None else f"b l! {heads}"), ("-" if args[5] is None else heads)
+    return f"b l! {heads} p!, {scales}, b l! {heads}, b l! {group} n!, b l! {group} n!, {skip} -> b l! {heads} p!"
+
+
+def _scan_flops(args: Args, outputs: Sequence[Shape]) -> float:
+    """2 (q n + q p + 2 n p) for each position and head, in chunks of q positions: products of queries by keys, of those
+    by x, of the state by queries, and of x by keys."""
+    (batch, length, heads, p), n = args[0], args[3][3]
+    q = min(length, SCAN_CHUNK)
+    return 2.0 * batch * length * heads * (q * n + q * p + 2 * n * p)
+
+
 def _space(shape: Shape, count: int) -> tuple[str, ...]:
     """The letters of the batch, "" without one, and of the input's, the window's and the output's space."""
     return ("b " if len(shape) == count + 2 else "", *(" ".join(f"{p}{i}!" for i in range(count)) for p in "awz"))
@@ -314,6 +331,7 @@ RULES: dict[str, Rule] = {
     "autopart.dropout_attention": Rule(
         _attention, flops=_attention_flops, contraction=True, sizes=_attention_sizes, groups=("b", "h", "g")
     ),
+    "autopart.scan": Rule(_scan, flops=_scan_flops, contraction=True),
     "aten.convolution": Rule(_convolution, flops=_convolution_flops, contraction=True, sizes=_convolution_sizes),
 }
 for _name in ("aten._grouped_mm", "transformers.grouped_mm_fallback"):
