@@ -168,6 +168,17 @@ class Sizes:
         """The keys of `reshards`, numbered."""
         return {key: i for i, key in enumerate(self.reshards)}
 
+    @cached_property
+    def chain_reshards(self) -> list[dict[tuple[Placements, Placements], list[int]]]:
+        """Of every value of `StrategyTable.value_uses`: the keys of its `chains` -> the numbers of their reshards."""
+        return [
+            {
+                (have, want): [self.reshard_index[index, have, path] for path in reshard_paths(chain)]
+                for (have, want), chain in used.chains.items()
+            }
+            for index, used in enumerate(self.table.value_uses)
+        ]
+
     def byte_coefficients(self, value: Value, placed: Placements) -> Array:
         """A value's bytes on a rank, as coefficients of `prices.Terms.basis`."""
         return self._coefficients(value.bytes, value.batch, [p.kind == "S" for p in placed])

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autopart.cost.compute import Array
-from autopart.cost.sizes import Sizes, reshard_paths
+from autopart.cost.sizes import Sizes
 from autopart.sharding.strategy_table import Placements, ValueUses
 
 Integers = npt.NDArray[np.int64]
@@ -158,15 +158,15 @@ class ConstraintMatrix:
 
     def _share_reshards(self, index: int, known: int) -> None:
         """Give a value's reshards the variables of another's."""
-        number, start = self.sizes.reshard_index, int(self.sizes.first[-1])
-        for chain_ends, chain in self.table.value_uses[index].chains.items():
-            for path in reshard_paths(chain):
-                here, there = number[index, chain_ends[0], path], number[known, chain_ends[0], path]
+        numbers, start = self.sizes.chain_reshards, int(self.sizes.first[-1])
+        for ends, reshards in numbers[index].items():
+            for here, there in zip(reshards, numbers[known][ends], strict=True):
                 self.shared[start + here] = start + there
 
     def _moves(self, index: int, used: ValueUses) -> None:
         """Equations (4) to (7) of one value."""
-        source = self.table.nodes[used.source]
+        source, start = self.table.nodes[used.source], int(self.sizes.first[-1])
+        reshards_between = self.sizes.chain_reshards[index]
         give: dict[Placements, list[int]] = defaultdict(list)
         for option, variable in enumerate(self.options(used.source)):
             give[source.given(option, used.output)].append(variable)
@@ -182,12 +182,14 @@ class ConstraintMatrix:
             leaving: dict[Placements, list[int]] = defaultdict(list)
             arriving: dict[Placements, list[int]] = defaultdict(list)
             paying: dict[int, list[int]] = defaultdict(list)
-            for have, want in ((h, w) for h in give for w in take if (h, w) in used.chains):
+            for have, want in ((h, w) for h in give for w in take):
+                reshards = reshards_between.get((have, want))
+                if reshards is None:
+                    continue
                 move, self.columns = self.columns, self.columns + 1
                 leaving[have].append(move)
                 arriving[want].append(move)
-                for key in reshard_paths(used.chains[have, want]):
-                    reshard = int(self.sizes.first[-1]) + self.sizes.reshard_index[index, have, key]
+                for reshard in (start + number for number in reshards):
                     if len(uses) == 1:
                         self._move_reshards.append((move, reshard))
                     else:

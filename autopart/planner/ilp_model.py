@@ -1,10 +1,13 @@
 """A table of strategies with its solvers, and the number of positions that pay for each of its variables."""
 
-from collections.abc import Iterable, Sequence
+from __future__ import annotations
+
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import chain
 
 import numpy as np
+import numpy.typing as npt
 
 from autopart.cost.compute import Array
 from autopart.cost.sizes import Sizes
@@ -14,6 +17,23 @@ from autopart.planner.allowed_choices import Options, both
 from autopart.sharding.strategy_table import Placements, StrategyTable, ValueUses
 
 Interface = tuple[Placements | None, ...]
+Integers = npt.NDArray[np.int64]
+
+
+class Places:
+    """Of each of several things, the places where it is paid for; each place is of one or more positions."""
+
+    def __init__(self, things: Sequence[Sequence[Sequence[int]]]) -> None:
+        places = [place for thing in things for place in thing]
+        self.things = len(things)
+        self.thing = np.repeat(np.arange(len(things)), np.array([len(thing) for thing in things], dtype=int))
+        self.place = np.repeat(np.arange(len(places)), np.array([len(place) for place in places], dtype=int))
+        self.positions = np.array([position for place in places for position in place], dtype=int)
+
+    def inside(self, i: int, j: int) -> Integers:
+        """[things]: number of its places with any of the positions i..j-1."""
+        paid = np.unique(self.place[(self.positions >= i) & (self.positions < j)])
+        return np.bincount(self.thing[paid], minlength=self.things)
 
 
 class Model:
@@ -51,28 +71,50 @@ class Model:
     def counts_in(self, i: int, j: int) -> Array:
         """[variables]: number of the positions i..j-1 that pay. A parameter or a saved tensor that several positions
         read is paid once, and so is the reshard of a value at each place of the value."""
+        positions = np.array(self.table.segment_classes)[i:j]
+        nodes = self._held.inside(i, j) + (self._classes[:, None] == positions).sum(1)
+        reshards, which = self._reshards
+        counts = (
+            np.repeat(nodes, np.diff(self.sizes.first)),
+            reshards.inside(i, j)[which],
+            self._saved.inside(i, j)[[index for index, _ in self.sizes.saved_index]],
+        )
+        return np.concatenate(counts).astype(float)
+
+    @cached_property
+    def _classes(self) -> Integers:
+        """[nodes]: the class whose positions pay for the node; -1 for a parameter, and for a node of no segment."""
+        return np.array([-1 if n.kind == "parameter" else n.segment_class for n in self.table.nodes])
+
+    @cached_property
+    def _held(self) -> Places:
+        """The places of parameters and of what no segment makes; none of other nodes."""
         table = self.table
+        return Places(
+            [
+                (table.state if node.kind == "parameter" else table.shared).get(n, ())
+                for n, node in enumerate(table.nodes)
+            ]
+        )
 
-        def inside(positions: Iterable[int]) -> bool:
-            return any(i <= p < j for p in positions)
+    @cached_property
+    def _reshards(self) -> tuple[Places, Integers]:
+        """The places that pay for the reshards of each value, of its partial sums apart; and [reshards]: which of these
+        pay for the reshard."""
+        numbers: dict[tuple[int, bool], int] = {}
+        keys = ((index, is_partial(have)) for index, have, _ in self.sizes.reshards)
+        which = [numbers.setdefault(key, len(numbers)) for key in keys]
+        every = []
+        for index, partial in numbers:
+            used = self.table.value_uses[index]
+            pays = zip(used.producers, used.dependents, strict=True)
+            every.append([(at,) if partial and at >= 0 else tuple(chain(*needs)) for at, needs in pays])
+        return Places(every), np.array(which, dtype=int)
 
-        in_class = {g: table.segment_classes[i:j].count(g) for g in set(table.segment_classes)}
-        nodes = [
-            sum(map(inside, table.state.get(n, ()))) if node.kind == "parameter"
-            else in_class.get(node.segment_class, sum(map(inside, table.shared.get(n, ()))))
-            for n, node in enumerate(table.nodes)
-        ]  # fmt: skip
-        counts = np.repeat(nodes, np.diff(self.sizes.first)).tolist()
-        paid: dict[tuple[int, bool], int] = {}
-        for index, have, _ in self.sizes.reshards:
-            used, key = table.value_uses[index], (index, is_partial(have))
-            if key not in paid:
-                pays = zip(used.producers, used.dependents, strict=True)
-                paid[key] = sum(inside([h] if is_partial(have) and h >= 0 else chain(*needs)) for h, needs in pays)
-            counts.append(paid[key])
-        saved = [sum(map(inside, tensor.places)) for tensor in table.saved_tensors]
-        counts += [saved[index] for index, _ in self.sizes.saved_index]
-        return np.array(counts, dtype=float)
+    @cached_property
+    def _saved(self) -> Places:
+        """The places of saved tensors."""
+        return Places([tensor.places for tensor in self.table.saved_tensors])
 
     @cached_property
     def counts_alone(self) -> Array:

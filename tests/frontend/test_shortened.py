@@ -252,6 +252,17 @@ class Masked(Block):
         return super().forward(torch.where(self.mask * 2 > 0, x, 0.5 * x))
 
 
+class Normed(Block):
+    """Counts the batches that it has seen."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x))
+
+
 class ByDepth(Block):
     """Scales by its depth, as a number that grows by two from block to block tells it and as a factor of its own."""
 
@@ -319,6 +330,7 @@ WHOLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "all states": (lambda: AllStates(blocks()), r"reads .* of blocks\.\d"),
     "a number": (lambda: Stack(blocks(Gated)), r"blocks\.3 reads aten.add.Tensor of elsewhere"),
     "a count": (lambda: Counted(blocks()), r"index \d is out of range"),
+    "a batch norm each": (lambda: Stack(blocks(Normed)), r"the forward pass changes blocks\.0\.norm\.running_mean"),
     "twice": (lambda: Twice(blocks()), r"blocks\.0 does part of the work of other blocks"),
     "backwards": (lambda: Backward(blocks()), "one after the other"),
 }
