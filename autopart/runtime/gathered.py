@@ -75,7 +75,7 @@ class _Kept:
         """The view, of the tensor gathered again."""
         whole = self.gather.whole_again(self.index)
         view = whole.new_empty(0, dtype=self.dtype)
-        view.set_(whole.untyped_storage(), self.offset, self.size, self.stride)  # type: ignore[call-overload]
+        view.set_(whole.untyped_storage(), self.offset, self.size, self.stride)
         view = view.conj() if self.is_conj else view
         return torch._neg_view(view) if self.is_neg else view
 
