@@ -184,9 +184,10 @@ class Compiled(RankState):
                   all parameters
         settings  of the class
 
-        Returns the optimizer that is stepped, for schedulers. Its groups are those of `given`; `add_param_group` adds
-        one over parameters of the model, on all ranks. Weights that are in no group stay as they are. Raises PartitionError for an optimizer whose update of a part of a weight is not that
-        part of the whole weight's update, where ranks have parts; such an optimizer is found by trying it.
+        Returns the optimizer that is stepped, for schedulers. Its groups are those of `given`; its `add_param_group`
+        adds one over parameters of the model, on all ranks. Weights that are in no group stay as they are. Raises
+        PartitionError for an optimizer whose update of a part of a weight is not that part of the whole weight's
+        update, where ranks have parts; such an optimizer is found by trying it.
         """
         trained, names = self.executor.shared.trained, self.weights.names
         if isinstance(given, type):
