@@ -19,9 +19,10 @@ from rich.text import Text
 from torch import nn
 
 from autopart.cli import models as models
-from autopart.compile.api import plan
+from autopart.compile.api import check_plan, plan
 from autopart.errors import PartitionError
 from autopart.frontend.batch import DTYPES, samples_of
+from autopart.hardware import mesh as meshes
 from autopart.plan.data import Plan
 from autopart.planner.constraint_text import forbidden, parse
 from autopart.planner.request import SETTINGS, Request
@@ -161,11 +162,14 @@ def settings_of(options: Options) -> Options:
     }
 
 
-def saved_plan(file: Path | None, options: Options) -> Plan | None:
-    """A saved plan. Precision, batch and sequence of `options` become the plan's."""
+def saved_plan(file: Path | None, options: Options, mesh: str | None) -> Plan | None:
+    """A saved plan. Precision, batch and sequence of `options` become the plan's. Raises PartitionError where a mesh is
+    given too, and has another number of ranks."""
     if file is None:
         return None
     saved = Plan.load(file)
+    if mesh is not None:
+        check_plan(saved, meshes.Mesh.of(mesh))
     sequence = next((s[1] for s in saved.signature.inputs.values() if len(s) == 2), None)
     options.update(
         precision=saved.precision,

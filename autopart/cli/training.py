@@ -55,7 +55,7 @@ def check_command(
 
     Example: autopart check gpt2 4:cpu --pp 2 --tp 2 --sequence 64
     """
-    made = saved_plan(plan_file, options)
+    made = saved_plan(plan_file, options, mesh)
     torch.manual_seed(0)
     loaded, batch = load(model, options, meta=False)
     made = made or make_plan(loaded, batch, needed(mesh), options)
@@ -76,7 +76,7 @@ def emit_command(
 
     Example: autopart emit gpt2 4:cpu --pp 2 --tp 2 --to emitted && python emitted/run.py
     """
-    made = saved_plan(plan_file, options)
+    made = saved_plan(plan_file, options, mesh)
     loaded, batch = load(model, options)
     made = made or make_plan(loaded, batch, needed(mesh), options)
     files = write_folder(loaded, batch, made, to)
@@ -101,7 +101,7 @@ def run_command(
     gc.enable()
     if not (lr >= 0 and math.isfinite(lr) and steps >= 0):
         raise PartitionError(f"{steps} steps at a learning rate of {lr}", try_="--steps 10 --lr 1e-3")
-    made = saved_plan(plan_file, options)
+    made = saved_plan(plan_file, options, mesh)
     started = "RANK" in os.environ
     world = int(os.environ.get("WORLD_SIZE", processes))
     mesh = str(made.mesh) if made else mesh or f"{world}:cpu"

@@ -104,6 +104,8 @@ def _row_shapes(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 def _micro_batch(plan: Plan, rows: int, ranks: int, mixes: bool) -> int:
     """The samples of a micro-batch: as many as the plan's at most, or all where the loss mixes samples."""
+    if not rows:
+        raise PartitionError("a batch of 0 samples has no loss", try_="drop_last=True in the DataLoader, or skip it")
     if rows % ranks:
         raise PartitionError(
             f"a batch of {rows} samples does not divide",

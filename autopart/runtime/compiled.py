@@ -19,7 +19,7 @@ from autopart.runtime.callbacks import Callback
 from autopart.runtime.emitted import StageProgram
 from autopart.runtime.executor import Update
 from autopart.runtime.loader import Loader
-from autopart.runtime.optimizers import check, names_by_group, over_shares
+from autopart.runtime.optimizers import check, names_by_group, over_shares, take_groups_of
 from autopart.runtime.outputs import whole_outputs
 from autopart.runtime.pretrained import load_pretrained, save_pretrained, sync_to
 from autopart.runtime.rank_state import RankState
@@ -184,9 +184,10 @@ class Compiled(RankState):
                   all parameters
         settings  of the class
 
-        Returns the optimizer that is stepped, for schedulers. Its groups are those of `given`. Weights that are in no
-        group stay as they are. Raises PartitionError for an optimizer whose update of a part of a weight is not that
-        part of the whole weight's update, where ranks have parts; such an optimizer is found by trying it.
+        Returns the optimizer that is stepped, for schedulers. Its groups are those of `given`; its `add_param_group`
+        adds one over parameters of the model, on all ranks. Weights that are in no group stay as they are. Raises
+        PartitionError for an optimizer whose update of a part of a weight is not that part of the whole weight's
+        update, where ranks have parts; such an optimizer is found by trying it.
         """
         trained, names = self.executor.shared.trained, self.weights.names
         if isinstance(given, type):
@@ -196,6 +197,7 @@ class Compiled(RankState):
             probe, optimizer = given, over_shares(given, names, trained, self.groups)
             self.group_names = names_by_group(given, names)
         check(probe, trained, self.groups)
+        take_groups_of(optimizer, names, trained, self.group_names)
         optimizer.register_step_pre_hook(self._stepped_here)
         self.executor.optimizer = optimizer
         return optimizer

@@ -39,12 +39,7 @@ def over_shares(given: Optimizer, names: Mapping[int, str], shares: Sequence[Any
     that schedulers work alike. States of a parameter's shape are split as the parameter is. Raises PartitionError for
     parameters that are not the model's, and for an optimizer that a scheduler steps already.
     """
-    if strange := [i for i, p in enumerate(_parameters(given.param_groups)) if id(p) not in names]:
-        raise PartitionError(
-            f"{len(strange)} of the optimizer's parameters are none of the model's",
-            "each rank trains its shares of the parameters of the model that was compiled",
-            "an optimizer over model.parameters(), of the model that autopart.compile was given",
-        )
+    _check_known(_parameters(given.param_groups), names)
     if "step" in vars(given):
         raise PartitionError(
             "a learning-rate scheduler was made for this optimizer already",
@@ -61,6 +56,43 @@ def over_shares(given: Optimizer, names: Mapping[int, str], shares: Sequence[Any
             if state := given.state.get(parameter):
                 made.state[share] = {key: _state_share(v, parameter, share, groups) for key, v in state.items()}
     return made
+
+
+def _check_known(parameters: Sequence[Any], names: Mapping[int, str]) -> None:
+    """Raise PartitionError for parameters that are not the model's."""
+    if strange := [p for p in parameters if id(p) not in names]:
+        raise PartitionError(
+            f"{len(strange)} of the optimizer's parameters are none of the model's",
+            "each rank trains its shares of the parameters of the model that was compiled",
+            "an optimizer over model.parameters(), of the model that autopart.compile was given",
+        )
+
+
+def take_groups_of(
+    optimizer: Any, names: Mapping[int, str], shares: Sequence[Any], group_names: list[list[str]]
+) -> None:
+    """Let the optimizer's `add_param_group` take a group over parameters of the model, whose shares it adds.
+
+    names, shares  as in `over_shares`
+    group_names    names of every group's parameters; those of a new group are appended
+    """
+    add = type(optimizer).add_param_group
+
+    def add_param_group(group: dict[str, Any]) -> None:
+        given = group["params"]
+        parameters = [given] if isinstance(given, Tensor) else [p[1] if isinstance(p, tuple) else p for p in given]
+        _check_known(parameters, names)
+        mine = list(dict.fromkeys(names[id(p)] for p in parameters))
+        if twice := [name for name in mine if any(name in known for known in group_names)]:
+            raise PartitionError(
+                f"{twice[0]} is in a group of the optimizer already",
+                "a parameter has the settings of one group",
+                "a group of parameters that are in none, or other settings of the group that there is",
+            )
+        add(optimizer, {**group, "params": [share for share in shares if share.origin.name in mine]})
+        group_names.append(mine)
+
+    optimizer.add_param_group = add_param_group
 
 
 def _state_share(value: Any, parameter: Tensor, share: Any, groups: Groups) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autopart.errors import PartitionError
 from autopart.kernels.table import STEP
 from autopart.plan.data import Plan
 from autopart.runtime.agreement import check_names, from_rank_zero, rank_zero_values
@@ -124,8 +125,14 @@ class RankState:
 
     def full_gradients(self) -> dict[str, Tensor]:
         """The last step's gradients by the model's names, whole, on the CPU of rank 0; {} on other ranks. Their dtype
-        is the master dtype, where the plan has one.
+        is the master dtype, where the plan has one. Raises PartitionError between `backward` and `update`.
         """
+        if self.executor.accumulating:
+            raise PartitionError(
+                "the gradients are not complete",
+                "ranks add up theirs in compiled.update(), after the last compiled.backward(batch)",
+                "compiled.update() first; without an optimizer it changes no weight",
+            )
         return self._collect(self.executor.shared.gradients())
 
     def full_state_dict(self) -> dict[str, Tensor]:

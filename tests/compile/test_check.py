@@ -51,6 +51,9 @@ def test_check_tells_how_far_a_plan_is_off(tiny: str, tmp_path: Path) -> None:
     assert shell("plan", tiny, "4:cpu", *degrees, "--save", tmp_path / "plan.json").exit_code == 0
     saved = shell("check", tiny, "--plan", tmp_path / "plan.json")
     assert saved.stdout.startswith(f"{told['loss']:.6g} is the loss, off by "), saved.output
+    for command in (("check",), ("emit", "--to", tmp_path / "emitted"), ("run",)):
+        other = shell(*command[:1], tiny, "2:cpu", "--plan", tmp_path / "plan.json", *command[1:])
+        assert other.exit_code == 2 and "the plan is for 4 ranks, the mesh has 2" in other.output
 
 
 @pytest.mark.slow

@@ -205,6 +205,58 @@ def test_freezing_and_thawing(settings: dict[str, Any]) -> None:
     assert worst_error(state, alone.state_dict())[0] < 1e-5
 
 
+@pytest.mark.parametrize("settings", ALL, ids=str)
+def test_a_group_that_is_added_in_mid_training(settings: dict[str, Any]) -> None:
+    def make(model: nn.Module) -> Optimizer:
+        return torch.optim.AdamW([model.get_parameter("first.weight")], lr=0.05)
+
+    def others(model: nn.Module) -> dict[str, Any]:
+        return {"params": (p for n, p in model.named_parameters() if n != "first.weight"), "lr": 0.2}
+
+    alone = Model()
+    optimizer = make(alone)
+    for i, x in enumerate(batches(STEPS)):
+        if i == 1:
+            optimizer.add_param_group(others(alone))
+        optimizer.zero_grad()
+        alone(x).backward()
+        optimizer.step()
+    models = [Model() for _ in range(ranks(settings))]
+
+    def run(compiled: Compiled) -> Any:
+        mine = compiled.optimizer(make(models[compiled.rank]))
+        for i, x in enumerate(batches(STEPS)):
+            if i == 1:
+                mine.add_param_group(others(models[compiled.rank]))
+            compiled.step({"x": x})
+        return compiled.group_names
+
+    names, state = trained(run, settings, models)
+    assert worst_error(state, alone.state_dict())[0] < 1e-5
+    assert names == [["first.weight"], [n for n, _ in alone.named_parameters() if n != "first.weight"]]
+
+
+def test_groups_of_other_parameters_or_of_known_ones_are_refused() -> None:
+    model = Model()
+    compiled = autopart.compile(model, "1:cpu", {"x": batches(1)[0]}, nodes=5)
+    optimizer = compiled.optimizer(torch.optim.AdamW(model.parameters()))
+    with pytest.raises(autopart.PartitionError, match=r"first\.weight is in a group of the optimizer already"):
+        optimizer.add_param_group({"params": model.get_parameter("first.weight")})
+    with pytest.raises(autopart.PartitionError, match="1 of the optimizer's parameters are none of the model's"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+
+
+def test_gradients_before_an_update_and_batches_of_no_samples_are_refused() -> None:
+    compiled = autopart.compile(Model(), "1:cpu", {"x": batches(1)[0]}, nodes=5)
+    compiled.backward({"x": batches(1)[0]})
+    with pytest.raises(autopart.PartitionError, match="the gradients are not complete"):
+        compiled.full_gradients()
+    compiled.update()
+    assert compiled.full_gradients()
+    with pytest.raises(autopart.PartitionError, match="a batch of 0 samples"):
+        compiled.step({"x": batches(1)[0][:0]})
+
+
 def test_what_was_frozen_at_compile_cannot_be_thawed() -> None:
     model = Model()
     model.second.weight.requires_grad_(False)
