@@ -14,6 +14,7 @@ from autopart.kernels import (
     rotary,
     router,
     sigmoid_router,
+    softmax,
     topk_router,
 )
 from autopart.kernels.forms import FORMS
@@ -35,6 +36,7 @@ KERNELS: dict[str, Kernel] = {
         clamped_experts.KERNEL,
         expert_load.KERNEL,
         linear_loss.KERNEL,
+        *softmax.KERNELS,
     )
     if kernel.name in FORMS
 }
