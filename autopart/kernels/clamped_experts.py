@@ -96,7 +96,10 @@ class _Experts(torch.autograd.Function):
         rows = grouped_matmul.grouped_matmul(inner, down.transpose(1, 2), offsets)
         ctx.save_for_backward(x, up, down, up_bias, down_bias, weights, ids, order, place, offsets, hidden)
         out = expert_rows.unpermute(rows, weights, order, place)
-        return out.addmm_(_by_expert(weights, ids - ctx.first, down_bias), down_bias) if ctx.biased else out
+        if not ctx.biased:
+            return out
+        bias = down_bias.to(out.dtype)
+        return out.addmm_(_by_expert(weights, ids - ctx.first, bias), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -117,11 +120,10 @@ class _Experts(torch.autograd.Function):
         dx, dweights = expert_rows.sum_by_token(drows, place, weights.shape[1]), dchosen[place].view(weights.shape)
         db = torch.zeros_like(down_bias)
         if ctx.biased:
-            own = ids - ctx.first
-            db = _by_expert(weights, own, down_bias).t() @ dy
-            dweights = dweights + torch.nn.functional.pad(dy @ down_bias.t(), (0, 1)).gather(
-                1, _or_none(own, down_bias)
-            )
+            own, bias = ids - ctx.first, down_bias.to(dy.dtype)
+            db = (_by_expert(weights, own, bias).t() @ dy).to(db.dtype)
+            more = torch.nn.functional.pad(dy @ bias.t(), (0, 1)).gather(1, _or_none(own, bias))
+            dweights = (dweights + more).to(weights.dtype)
         return dx, dup.transpose(1, 2), ddown.transpose(1, 2), da, db, dweights, None, None, None, None, None
 
 

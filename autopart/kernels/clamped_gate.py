@@ -45,7 +45,7 @@ def gate_reference(h: Tensor, alpha: float, limit: float) -> Tensor:
 
 
 def clamped_gate(x: Tensor, bias: Tensor, number: Tensor, alpha: float, limit: float) -> Tensor:
-    """y (s, f) of rows x (s, 2 f).
+    """y (s, f), in the dtype of rows x (s, 2 f).
 
     bias    (experts, 2 f)
     number  (s,), int64: each row's expert. Rows of a number that is none of 0 ... experts - 1 have no bias
@@ -54,7 +54,7 @@ def clamped_gate(x: Tensor, bias: Tensor, number: Tensor, alpha: float, limit: f
     """
     if _kernels_apply(x, bias) and runs_on(x, bias, number):
         return torch.ops.autopart.clamped_gate(x, bias, number, alpha, limit)
-    return gate_reference(x + _by_row(bias, number), alpha, limit)
+    return gate_reference(x + _by_row(bias, number), alpha, limit).to(x.dtype)
 
 
 def gradients(dy: Tensor, x: Tensor, bias: Tensor, number: Tensor, alpha: float, limit: float) -> Tensor:
@@ -63,7 +63,7 @@ def gradients(dy: Tensor, x: Tensor, bias: Tensor, number: Tensor, alpha: float,
         return torch.ops.autopart.clamped_gate_backward(dy, x, bias, number, alpha, limit)
     with torch.enable_grad():
         h = (x + _by_row(bias, number)).detach().requires_grad_()
-        (dx,) = torch.autograd.grad(gate_reference(h, alpha, limit), h, dy)
+        (dx,) = torch.autograd.grad(gate_reference(h, alpha, limit), h, dy.to(h.dtype))
     return dx.to(x.dtype)
 
 

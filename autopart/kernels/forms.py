@@ -1,5 +1,6 @@
 """The forms in which models write what fused kernels compute: arguments of references, whose patterns `fuse` finds."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -119,6 +120,13 @@ def _routers_of_sigmoids() -> Iterator[Form]:
                 yield Form("aten.sigmoid", given)
 
 
+def _sparse_softmaxes() -> Iterator[Form]:
+    """In one dtype, or in float32 of half precision; the k-th largest sliced or selected; `masked_fill` or `where`."""
+    for dtype, inner in ((FLOAT, None), (HALF, FLOAT)):
+        for selected, where in itertools.product((False, True), repeat=2):
+            yield Form("aten.topk", (meta(2, 4, 6, 9, dtype=dtype), Chosen(7), inner, selected, where))
+
+
 def _loads() -> Iterator[Form]:
     """Without and with a mask; of logits in float32, and of others, whose chances are cast."""
     for dtype in (FLOAT, HALF):
@@ -187,6 +195,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
     "experts": tuple(_experts()),
     "clamped_experts": tuple(_clamped_experts()),
     "expert_load": tuple(_loads()),
+    "topk_softmax": tuple(_sparse_softmaxes()),
     "linear_loss": tuple(_heads()),
     "scan": tuple(_scans()),
 }

@@ -75,18 +75,26 @@ def masked_softmax(
     return masked_reference(scores, padding, scale, causal, window, cap, compute_dtype)
 
 
-def topk_reference(scores: Tensor, k: int, compute_dtype: torch.dtype | None = None) -> Tensor:
-    """`topk_softmax` as models write it, with a softmax in ``compute_dtype``, or in the scores' when that is None."""
-    least = torch.topk(scores, min(k, scores.shape[-1]), dim=-1).values[..., -1:]
-    return torch.softmax(scores.masked_fill(scores < least, float("-inf")), -1, dtype=compute_dtype).to(scores.dtype)
+def topk_reference(
+    scores: Tensor, k: int, compute_dtype: torch.dtype | None = None, selected: bool = False, where: bool = False
+) -> Tensor:
+    """`topk_softmax` as models write it, with a softmax in ``compute_dtype``, or in the scores' when that is None; with
+    the k-th largest ``selected`` in place of sliced, and scores left out by `torch.where` or by `masked_fill`."""
+    values = torch.topk(scores, min(k, scores.shape[-1]), dim=-1).values
+    least, inf = values[..., -1].unsqueeze(-1) if selected else values[..., -1:], float("inf")
+    left = torch.where(scores >= least, scores, -inf) if where else scores.masked_fill(scores < least, -inf)
+    return torch.softmax(left, -1, dtype=compute_dtype).to(scores.dtype)
 
 
-def topk_softmax(scores: Tensor, k: int, compute_dtype: torch.dtype | None = None) -> Tensor:
+def topk_softmax(
+    scores: Tensor, k: int, compute_dtype: torch.dtype | None = None, selected: bool = False, where: bool = False
+) -> Tensor:
     """Softmax of scores (..., K) over those of each row that are at least its k-th largest, which is 0 elsewhere. Equal
-    scores are kept or left out together. By the Triton kernels where they apply, else by ``topk_reference``."""
+    scores are kept or left out together. By the Triton kernels where they apply, else by ``topk_reference``, of which
+    ``selected`` and ``where`` are spellings."""
     if scores.dim() > 0 and k > 0 and _kernels_apply(scores):
         return torch.ops.autopart.topk_softmax(scores, k)
-    return topk_reference(scores, k, compute_dtype)
+    return topk_reference(scores, k, compute_dtype, selected, where)
 
 
 def _kernels_apply(scores: Tensor, *given: Tensor) -> bool:
@@ -282,5 +290,14 @@ KERNELS = (
         compile_ahead,
         SHAPES,
     ),
-    Kernel(topk_softmax, topk_reference, "... k! -> ... k!", topk_kept, topk_bytes, compile_ahead, SHAPES),
+    Kernel(
+        topk_softmax,
+        topk_reference,
+        "... k! -> ... k!",
+        topk_kept,
+        topk_bytes,
+        compile_ahead,
+        SHAPES,
+        on_cpu=False,
+    ),
 )

@@ -15,6 +15,7 @@ from autopart.kernels import (
     router,
     scan,
     sigmoid_router,
+    softmax,
     topk_router,
 )
 from autopart.kernels.forms import FORMS
@@ -37,6 +38,7 @@ KERNELS: dict[str, Kernel] = {
         expert_load.KERNEL,
         linear_loss.KERNEL,
         scan.KERNEL,
+        *softmax.KERNELS,
     )
     if kernel.name in FORMS
 }

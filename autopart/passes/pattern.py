@@ -25,6 +25,8 @@ Found = dict[fx.Node, fx.Node]
 """Node of a pattern -> node of the traced graph."""
 
 COMMUTATIVE = {"aten.add.Tensor", "aten.mul.Tensor"}
+PLACES = {"aten.slice.Tensor", "aten.select.int"}
+"""Operators that read elements by their places."""
 
 
 class Pattern(NamedTuple):
@@ -242,12 +244,14 @@ def _all(pairs: Sequence[tuple[fx.Node, fx.Node]], found: Found, equal: Callable
 
 def _with_defaults(node: fx.Node) -> tuple[Any, ...]:
     """The positional arguments of a call, those included that were left to their defaults. Whether cuDNN may be used is
-    as by default, which changes no value; so is whether results of topk are sorted, as any order is right if not."""
+    as by default, which changes no value; so is whether results of topk are sorted, where no place among them is read:
+    any order is right if they need not be."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.args
     schema = [a for a in node.target._schema.arguments if not a.kwarg_only]
     args = (*node.args, *(a.default_value for a in schema[len(node.args) :]))
-    ignored = [a.name == "sorted" or "cudnn" in a.name for a in schema]
+    placed = any(info(user).name in PLACES for pick in node.users for user in pick.users if user.op == "call_function")
+    ignored = ["cudnn" in a.name or (a.name == "sorted" and not placed) for a in schema]
     return tuple(a.default_value if skip else given for a, given, skip in zip(schema, args, ignored, strict=True))
 
 

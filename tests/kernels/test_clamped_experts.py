@@ -89,6 +89,17 @@ def test_experts_meet_the_float64_reference(case):
     assert max(found.values()) <= ROUNDING[case.dtype], found
 
 
+def test_biases_may_be_of_a_finer_dtype():
+    given = arguments(PLAIN[2])
+    given[3:5] = [t.detach().float().requires_grad_() for t in given[3:5]]
+    found = results(clamped_experts.clamped_experts, given)
+    wide = [t.detach().double().requires_grad_() for t in given[:6]]
+    exact = results(clamped_experts.reference, [*wide, given[6]])
+    assert [t.dtype for t in found[1:]] == [t.dtype for t in given[:6]]
+    worst = [float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(found, exact, strict=True)]
+    assert max(worst) <= ROUNDING[torch.bfloat16], worst
+
+
 def test_an_expert_may_be_given_twice():
     *given, ids = arguments(PLAIN[0])
     ids = torch.cat([ids[:, :1], ids[:, :1]], 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +87,46 @@ def routed(dim: int, shared: bool = False) -> Callable[[Tensor, Tensor], Tensor]
         return (found + numbers[..., :1] if shared else found) * w[:2]
 
     return formula
+
+
+def sparse(select: Callable[[Tensor], Tensor], mask: Callable[[Tensor, Tensor], Tensor], **options: Any) -> Any:
+    """Attention of x to itself by the three greatest scores of every query."""
+
+    def formula(x: Tensor, w: Tensor) -> Tensor:
+        scores = x @ x.transpose(1, 2)
+        return F.softmax(mask(scores, select(scores.topk(3, dim=-1, **options).values)), dim=-1) @ (x * w)
+
+    return formula
+
+
+def filled(scores: Tensor, least: Tensor) -> Tensor:
+    return scores.masked_fill(scores < least, float("-inf"))
+
+
+SPARSE = {
+    "sliced": sparse(lambda v: v[..., -1:], filled),
+    "selected": sparse(lambda v: v[..., -1].unsqueeze(-1), filled),
+    "with None": sparse(lambda v: v[:, :, -1, None], filled),
+    "where, at least": sparse(lambda v: v[..., -1:], lambda s, least: torch.where(s >= least, s, float("-inf"))),
+    "where, selected": sparse(lambda v: v[..., -1, None], lambda s, least: torch.where(s >= least, s, float("-inf"))),
+}
+DENSE = {
+    "the second largest": sparse(lambda v: v[..., 1:2], filled),
+    "larger ones alone": sparse(lambda v: v[..., -1:], lambda s, least: s.masked_fill(s <= least, float("-inf"))),
+    "zero in place of -inf": sparse(lambda v: v[..., -1:], lambda s, least: s.masked_fill(s < least, 0.0)),
+    "an unsorted topk": sparse(lambda v: v[..., -1:], filled, sorted=False),
+}
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_a_softmax_of_the_largest_scores_is_found(name: str) -> None:
+    assert fused(SPARSE[name], (), "cuda") == ({"topk_softmax": 1}, ())
+    assert fused(SPARSE[name])[0] == {}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_another_softmax_is_left(name: str) -> None:
+    assert fused(DENSE[name], (), "cuda")[0] == {}
 
 
 @pytest.mark.parametrize("shared", [False, True])

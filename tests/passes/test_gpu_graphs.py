@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from emitted import sources
+from torch import nn
 
 import autopart
 from autopart.passes import source as passes
@@ -85,6 +86,21 @@ def mamba2(groups: int) -> torch.nn.Module:
     return transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**MAMBA2, n_groups=groups))
 
 
+class Sparse(nn.Module):
+    """A block of explicit sparse attention, written by hand: every query sees its four greatest scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (each(x).unflatten(-1, (4, 8)).transpose(1, 2) for each in (self.q, self.k, self.v))
+        scores = q @ k.transpose(-1, -2) * 8**-0.5
+        least = scores.topk(4, dim=-1).values[..., -1:]
+        out = scores.masked_fill(scores < least, float("-inf")).softmax(-1) @ v
+        return self.o(out.transpose(1, 2).flatten(2)).square().mean()
+
+
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes that differ by device take the one that they have for GPUs; a CPU still runs the program."""
@@ -113,6 +129,16 @@ def test_graphs_for_gpus_are_exact(name: str, plan: dict[str, object], as_on_a_g
     assert found.loss_error < 1e-5 and found.gradient_error < 1e-5, found
     text = "".join(sources(model, batch, found.plan))
     assert CALLS[name] <= set(re.findall(r"(\w+)\(", text)) and ("softmax" in text) == (name in WITH_SINKS)
+
+
+@pytest.mark.parametrize("plan", [{"tp": 2}, {"dp": 2}])
+def test_sparse_attention_by_hand_is_exact(plan: dict[str, object], as_on_a_gpu: None) -> None:
+    torch.manual_seed(0)
+    model, batch = Sparse(), {"x": torch.randn(4, 12, 32)}
+    found = autopart.check(model, "2:cpu", batch, **plan)
+    assert found.loss_error < 1e-5 and found.gradient_error < 1e-5, found
+    text = "".join(sources(model, batch, found.plan))
+    assert "topk_softmax(" in text and "masked_fill" not in text
 
 
 def test_experts_with_biases_are_split(as_on_a_gpu: None) -> None:

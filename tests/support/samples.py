@@ -76,6 +76,7 @@ SAMPLES = [
     call("autopart.route_topk", f(12, 6, 8), 3, None, None),
     call("autopart.route_sigmoid", f(12, 8), f(8), 3, 4, 2, True, 1e-20, 2.5, constant=1),
     call("autopart.route_sigmoid", f(12, 6, 8), f(8), 3, None, None, True, 0.0, 1.0, constant=1),
+    call("autopart.topk_softmax", f(12, 12, 6, 8), 3, None, True, False),
     call("autopart.expert_load", f(24, 8), None, 3),
     call("autopart.expert_load", f(24, 8), (f(24) > 0).float(), 3, constant=1),
     # contractions
