@@ -38,6 +38,11 @@ def residual_dropout(
     return residual + dropout(x if bias is None else x + bias, p, stream)
 
 
+def stochastic_depth(x: torch.Tensor, residual: torch.Tensor, p: float, stream: Stream) -> torch.Tensor:
+    """residual + x, of which each sample (dim 0) is set to zero with probability `p`, or scaled by 1 / (1 - p)."""
+    return residual + dropout(x, p, stream)
+
+
 def dropout_attention(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -71,15 +71,15 @@ def residual_dropout(
 
 def depth_reference(x: Tensor, residual: Tensor, rows: Tensor, columns: Tensor, threshold: int, scale: float) -> Tensor:
     """`stochastic_depth` by separate operators."""
-    ones = x.new_ones(len(x), 1)
+    ones = x.new_ones(len(x), 1, dtype=torch.promote_types(x.dtype, torch.float32))
     noise = dropout.by_blocks(ones, rows, columns, threshold, scale)
-    return residual + x * noise.view([len(x), *[1] * (x.dim() - 1)])
+    return residual + (x * noise.view([len(x), *[1] * (x.dim() - 1)])).to(x.dtype)
 
 
 def stochastic_depth(
     x: Tensor, residual: Tensor, rows: Tensor, columns: Tensor, threshold: int, scale: float
 ) -> Tensor:
-    """residual + x noise: shape (samples, ...). The noise of a sample is 0, or else ``scale`` in x's dtype.
+    """residual + x noise: shape (samples, ...). The noise of a sample is 0, or else ``scale``, in float32 at least.
 
     x, residual   (samples, ...)
     rows          (samples,), int32: the word of every sample
@@ -144,7 +144,7 @@ def forward(  # type: ignore[no-untyped-def]
         h = h.to(x.dtype.element_ty).to(tl.float32)
     z = drawn(rows, columns, row, column, count, d, threshold, SAMPLES)
     if SAMPLES:
-        h *= tl.where(z, scale, 0.0).to(x.dtype.element_ty).to(tl.float32)
+        h *= tl.where(z, scale, 0.0)
     else:
         h = tl.where(z, h * scale, 0.0)
     h = h.to(x.dtype.element_ty).to(tl.float32)
@@ -167,7 +167,7 @@ def backward(  # type: ignore[no-untyped-def]
         g = tl.load(dy + at, mask=here, other=0.0).to(dx.dtype.element_ty).to(tl.float32)
         z = drawn(rows, columns, row, column, count, d, threshold, SAMPLES)
         if SAMPLES:
-            g *= tl.where(z, scale, 0.0).to(dx.dtype.element_ty).to(tl.float32)
+            g *= tl.where(z, scale, 0.0)
         else:
             g = tl.where(z, g * scale, 0.0)
         g = g.to(dx.dtype.element_ty)

@@ -212,7 +212,9 @@ def _as_it_runs(node: fx.Node, device: str) -> Callable[..., Any]:
     if name == "autopart.dropout_attention":
         return lambda *args: _Attention.apply(*args[:4], True)
     if name == "autopart.residual_dropout":
-        return lambda *args: _ResidualDropout.apply(*args[:3])
+        return lambda x, bias, residual, *_: _Dropped.apply(x, residual, x.shape[:-1], x.shape[-1:])
+    if name == "autopart.stochastic_depth":
+        return lambda x, residual, *_: _Dropped.apply(x, residual, x.shape[:1], (1,))
     if name == "aten.scaled_dot_product_attention":
         return lambda *args, scale=None, enable_gqa=False: _Attention.apply(*args)
     if kernel is not None and (kernel.everywhere or device != "cpu"):
@@ -236,12 +238,12 @@ class _Attention(torch.autograd.Function):
         return out
 
 
-class _ResidualDropout(torch.autograd.Function):
-    """Saves the hashes of rows and of columns, by which backward draws the mask again."""
+class _Dropped(torch.autograd.Function):
+    """Saves the hashes of rows and of columns, of these shapes, by which backward draws the mask again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, bias: Any, residual: Any) -> Any:
-        ctx.save_for_backward(*(x.new_empty(shape, dtype=torch.int32) for shape in (x.shape[:-1], x.shape[-1:])))
+    def forward(ctx: Any, x: Any, residual: Any, rows: Any, columns: Any) -> Any:
+        ctx.save_for_backward(*(x.new_empty(shape, dtype=torch.int32) for shape in (rows, columns)))
         return torch.empty_like(residual, dtype=torch.promote_types(x.dtype, residual.dtype))
 
 

@@ -16,6 +16,7 @@ from autopart.kernels.kernel import Kernel
 from autopart.kernels.table import KERNELS, STEP
 from autopart.passes.codegen.naming import OUTPUTS, wanted_name
 from autopart.passes.fuse_dropout import RESIDUAL, fuse_dropout
+from autopart.passes.fuse_stochastic_depth import DEPTH, fuse_stochastic_depth
 from autopart.passes.pattern import Match, candidates, loose, match
 from autopart.passes.randomness import FUSED
 from autopart.passes.traffic import traffic
@@ -32,8 +33,11 @@ def fuse(traced: Traced, device: str, off: Collection[str] = ()) -> Traced:
     sizes alone.
     """
     for name in off:
-        if name not in (known := (*KERNELS, FUSED, RESIDUAL, STEP)):
+        if name not in (known := (*KERNELS, FUSED, RESIDUAL, DEPTH, STEP)):
             raise not_known("no_fuse", name, known)
+    if device != "cpu" and DEPTH not in off:
+        fuse_stochastic_depth(traced.graph)
+        traced.graph.eliminate_dead_code()
     missed: dict[fx.Node, str] = {}
     kernels = [k for k in KERNELS.values() if k.name not in off and (k.on_cpu or device != "cpu")]
     by_operator = _by_operator(kernels, {info(n).name for n in calls(traced.graph)})

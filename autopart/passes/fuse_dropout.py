@@ -32,23 +32,23 @@ def fuse_dropout(graph: fx.Graph) -> None:
 
 def _parts(add: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The dropout and the residual of an addition of both, of one shape and one block; else None."""
-    first, second = _summands(add) or (add, add)
+    first, second = summands(add) or (add, add)
     for dropped, residual in ((first, second), (second, first)):
         alike = info(dropped).shape == info(residual).shape
-        if dropped.target is dropout and _is_inside(dropped, add) and alike:
+        if dropped.target is dropout and is_inside(dropped, add) and alike:
             return dropped, residual
     return None
 
 
 def _bias(x: fx.Node, dropped: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The summands of a sum with a vector along the last dim, which the dropout alone reads; else None."""
-    h, bias = _summands(x) or (x, x)
+    h, bias = summands(x) or (x, x)
     shape = info(h).shape
     vector = len(shape) > 1 and info(bias).shape == shape[-1:] and info(bias).dtype == info(h).dtype
-    return (h, bias) if vector and _is_inside(x, dropped) else None
+    return (h, bias) if vector and is_inside(x, dropped) else None
 
 
-def _summands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+def summands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The tensors that a node adds, without a factor; else None."""
     if info(node).name == "aten.add.Tensor" and not node.kwargs and len(node.args) == 2:
         first, second = node.args
@@ -57,6 +57,6 @@ def _summands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return None
 
 
-def _is_inside(node: fx.Node, reader: fx.Node) -> bool:
+def is_inside(node: fx.Node, reader: fx.Node) -> bool:
     """Whether a node of the reader's block is read by nothing else."""
     return list(node.users) == [reader] and info(node).layer == info(reader).layer

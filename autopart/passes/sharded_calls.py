@@ -136,6 +136,7 @@ TABLE: dict[str, Callable[[Call], Replacement | None]] = {
     "autopart.dropout": partial(_placed, "dropout", 2),
     "autopart.dropout_attention": _attention,
     "autopart.residual_dropout": partial(_placed, "residual_dropout", 4),
+    "autopart.stochastic_depth": partial(_placed, "stochastic_depth", 3),
     "autopart.returned": partial(_placed, "returned", 1),
     "autopart.uniform": _uniform,
     "autopart.uniform_of": _uniform,

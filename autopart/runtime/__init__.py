@@ -45,7 +45,7 @@ from autopart.runtime.groups import Groups, make_groups
 from autopart.runtime.outputs import returned
 from autopart.runtime.parameters import buffer, weight, weight_slice
 from autopart.runtime.process_group import Group
-from autopart.runtime.random import dropout, dropout_attention, residual_dropout, stream, uniform
+from autopart.runtime.random import dropout, dropout_attention, residual_dropout, stochastic_depth, stream, uniform
 from autopart.runtime.recompute import recomputed, run_once, saved
 
 __all__ = [
@@ -77,6 +77,7 @@ __all__ = [
     "share_gradient",
     "shared_experts",
     "slice_of",
+    "stochastic_depth",
     "stream",
     "uniform",
     "vocab_cross_entropy",

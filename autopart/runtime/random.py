@@ -22,6 +22,7 @@ from autopart.kernels import dropout as kernel
 from autopart.kernels.attention import attention
 from autopart.kernels.dropout import SIGN, by_blocks, mixed
 from autopart.kernels.residual_dropout import residual_dropout as residual_kernel
+from autopart.kernels.residual_dropout import stochastic_depth as depth_kernel
 from autopart.runtime.groups import Groups
 from autopart.runtime.shards import shard
 
@@ -138,6 +139,22 @@ def residual_dropout(
     """residual + dropout(x + bias), with the mask of `dropout`. Arguments as `dropout`."""
     hashes = dropout_hashes(p, source, whole, batch, **axes)
     return residual_kernel(x, bias, residual, *hashes)
+
+
+def stochastic_depth(
+    x: Tensor,
+    residual: Tensor,
+    p: float,
+    source: Stream,
+    whole: Sequence[int],
+    batch: int | None,
+    **axes: Split,
+) -> Tensor:
+    """residual + x, of which a share `p` of the samples (dim 0) is zeroed and the others are scaled by 1 / (1 - p). A
+    sample's draw is that of its place in the whole batch. Arguments as `dropout`."""
+    of_samples = {axis: split for axis, split in axes.items() if split in (0, (0, []))}
+    hashes = dropout_hashes(p, source, [whole[0], 1], batch, **of_samples)
+    return depth_kernel(x, residual, *hashes)
 
 
 def dropout_hashes(

@@ -146,9 +146,9 @@ def test_reference_draws_what_the_runtime_draws(bias, dtype):
 def test_depth_is_a_product_with_dropped_ones(dtype):
     x, residual = torch.randn(40, 3, 7).to(dtype), torch.randn(40, 3, 7).to(dtype)
     rows, columns = words(40), words(1)
-    noise = dropout.by_blocks(torch.ones(40, 1, dtype=dtype), rows, columns, *constants(P))
+    noise = dropout.by_blocks(torch.ones(40, 1), rows, columns, *constants(P))
     found = residual_dropout.stochastic_depth(x, residual, rows, columns, *constants(P))
-    assert torch.equal(found, residual + x * noise[..., None]) and 0 < (noise == 0).sum() < 40
+    assert torch.equal(found, residual + (x * noise[..., None]).to(dtype)) and 0 < (noise == 0).sum() < 40
 
 
 def test_gradient_of_the_reference():

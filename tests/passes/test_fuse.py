@@ -16,10 +16,12 @@ import autopart
 from autopart import PartitionError
 from autopart.frontend.batch import outline
 from autopart.ir.graph import calls, info
+from autopart.ir.random_ops import stochastic_depth
 from autopart.kernels.forms import FORMS
 from autopart.kernels.table import KERNELS, kernel_of
 from autopart.passes.fuse import fuse
 from autopart.passes.pattern import _makers, _read_outside, loose
+from autopart.passes.randomness import randomness
 from autopart.passes.simplify import simplify
 from autopart.passes.trace import trace
 
@@ -246,3 +248,30 @@ def test_a_pad_of_nothing_is_removed(name: str) -> None:
     model = Formula(lambda x, w: F.pad(x, width) * w)
     traced = simplify(trace(model, outline({"x": torch.randn(2, 6, 8)}, 2)))
     assert sum(info(node).name == "aten.pad" for node in calls(traced.graph)) == count
+
+
+def dropped_paths(keep: float, divisor: float, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Formula:
+    def formula(x: Tensor, w: Tensor) -> Tensor:
+        x = x.to(dtype)
+        stays = (keep + torch.rand(shape, dtype=dtype)).floor()
+        return (x.tanh() / divisor * stays + x) * w
+
+    return Formula(formula)
+
+
+PATHS = {
+    "drop path": (dropped_paths(0.75, 0.75, (2, 1, 1)), True),
+    "in half precision": (dropped_paths(0.75, 0.75, (2, 1, 1), torch.bfloat16), True),
+    "another divisor": (dropped_paths(0.75, 0.5, (2, 1, 1)), False),
+    "rows of a sample": (dropped_paths(0.75, 0.75, (2, 6, 1)), False),
+    "all samples at once": (dropped_paths(0.75, 0.75, (1, 1, 1)), False),
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_drop_path_is_found(name: str) -> None:
+    model, there = PATHS[name]
+    for device, off, expected in (("cuda", (), there), ("cpu", (), False), ("cuda", ("stochastic_depth",), False)):
+        traced = randomness(simplify(trace(model, outline({"x": torch.randn(2, 6, 8)}, 2))), device)
+        found = [node for node in calls(fuse(traced, device, off).graph) if node.target is stochastic_depth]
+        assert len(found) == expected and all(node.args[2] == 0.25 for node in found)

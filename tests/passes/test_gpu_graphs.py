@@ -52,6 +52,14 @@ MAMBA2 = {
     **SIZES, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 16,
     "chunk_size": 8, "pad_token_id": 0,
 }  # fmt: skip
+PATCHES = {"image_size": 8, "patch_size": 4, "num_labels": 6, "drop_path_rate": 0.5}
+CONVNEXT = {**PATCHES, "hidden_sizes": [8, 16], "depths": [1, 2], "num_stages": 2, "layer_scale_init_value": 0.5}
+BEIT = {
+    **PATCHES, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+SWIN = {**PATCHES, "patch_size": 2, "embed_dim": 16, "depths": [2], "num_heads": [2], "window_size": 2}
+IMAGES = ("vit", "convnext", "beit", "swin")
 MODELS = {
     "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)),
     "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**BERT)),
@@ -61,6 +69,9 @@ MODELS = {
     "gpt_oss": lambda: transformers.GptOssForCausalLM(transformers.GptOssConfig(**GPT_OSS)),
     "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)),
     "vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**VIT)),
+    "convnext": lambda: transformers.ConvNextForImageClassification(transformers.ConvNextConfig(**CONVNEXT)),
+    "beit": lambda: transformers.BeitForImageClassification(transformers.BeitConfig(**BEIT)),
+    "swin": lambda: transformers.SwinForImageClassification(transformers.SwinConfig(**SWIN)),
     "mamba2": lambda: mamba2(1),
     "mamba2 of four groups": lambda: mamba2(4),
 }
@@ -73,6 +84,7 @@ CALLS = {
     "gpt_oss": {"route_topk", "rotary"},
     "t5": {"dropout_attention", "add_rms_norm", "rms_norm", "residual_dropout"},
     "vit": {"bias_activation", "add_layer_norm", "residual_dropout"},
+    **{name: {"stochastic_depth"} for name in ("convnext", "beit", "swin")},
     "mamba2": {"scan", "rms_norm_float32", "swiglu"},
     "mamba2 of four groups": {"scan", "rms_norm_float32", "swiglu"},
 }
@@ -111,7 +123,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def batch_of(name: str) -> dict[str, torch.Tensor]:
     random = torch.Generator().manual_seed(0)
-    if name == "vit":
+    if name in IMAGES:
         return {"pixel_values": torch.randn(4, 3, 8, 8, generator=random), "labels": torch.arange(4)}
     ids = torch.randint(3, 96, (4, 12), generator=random)
     mask = (
@@ -171,8 +183,8 @@ def test_experts_are_split_and_their_load_is_balanced(as_on_a_gpu: None) -> None
         assert {function, "expert_load"} <= set(re.findall(r"(\w+)\(", text))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert", "t5"])
-def test_masks_of_attention_are_those_of_graphs_for_cpus(name: str, as_on_a_gpu: None) -> None:
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "convnext", "beit", "swin"])
+def test_masks_are_those_of_graphs_for_cpus(name: str, as_on_a_gpu: None) -> None:
     """The loss of one step depends on every mask that is drawn."""
     torch.manual_seed(0)
     model, batch = MODELS[name]().train(), batch_of(name)

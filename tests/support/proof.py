@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from autopart.ir.graph import has_gradient
-from autopart.ir.random_ops import dropout, dropout_attention, residual_dropout, returned
+from autopart.ir.random_ops import dropout, dropout_attention, residual_dropout, returned, stochastic_depth
 from autopart.kernels.table import KERNELS
 from autopart.sharding.notation import Dim, Factor, Operand, Placement, Shape, Strategy, parse
 from autopart.sharding.rules import RULES, flatten, local_args, local_shape, strategies
@@ -64,7 +64,7 @@ def uniform_of(size: Sequence[int], dtype: torch.dtype, stream: str) -> torch.Te
     return torch.full(size, 0.5, dtype=dtype)
 
 
-OWN = (dropout, dropout_attention, residual_dropout, returned, grouped_linear, uniform, uniform_of)
+OWN = (dropout, dropout_attention, residual_dropout, stochastic_depth, returned, grouped_linear, uniform, uniform_of)
 OWN = {f"autopart.{k.__name__}": k for k in OWN}
 OWN |= {f"autopart.{name}": kernel.function for name, kernel in KERNELS.items()}
 

@@ -53,6 +53,7 @@ SAMPLES = [
     call("autopart.dropout", f(12, 24), 0.1, Stream("drop")),
     call("autopart.residual_dropout", f(12, 24), None, f(12, 24), 0.1, Stream("drop")),
     call("autopart.residual_dropout", f(4, 12, 24), f(24), f(4, 12, 24), 0.1, Stream("drop")),
+    call("autopart.stochastic_depth", f(12, 24), f(12, 24), 0.1, Stream("drop")),
     call("autopart.returned", f(12, 24), Stream("logits")),
     call("autopart.uniform", f(12, 24), Stream("drop"), torch.float64),
     call("autopart.uniform_of", [12, 24], torch.float64, Stream("drop")),

@@ -63,6 +63,7 @@ RULES |= {
     "aten.dropout": Rule("... -> ..."),
     "autopart.dropout": Rule("... -> ...", linear=1),
     "autopart.residual_dropout": Rule(_residual_dropout, linear=lambda args: () if is_tensor(args[1]) else (0, 2)),
+    "autopart.stochastic_depth": Rule("..., ... -> ...", linear=2),
     "autopart.returned": Rule("... -> ..."),
 }
 RULES |= {f"aten.{n}": Rule("-, ... -> ...") for n in ("pow.Scalar", "float_power.Scalar", "polygamma")}
