@@ -13,8 +13,9 @@ def of_cuda(name: str, memory_bytes: int) -> Device:
     """The row for the device that the CUDA driver calls `name`; with a warning the row nearest in memory, where no
     row's pattern matches.
 
-    Among rows of equal memory, preferred are: a row whose model is part of the name, then a PCIe card if the name says
-    so and none if not, then the newest.
+    Rows that compute nothing in bfloat16 are for names with their model alone: unknown devices are mostly newer. Among
+    rows of equal memory, preferred are: a row whose model is part of the name, then a PCIe card if the name says so and
+    none if not, then the newest.
     """
     load_environment()
     rows = list(CUDA_NAMES.items())[::-1]
@@ -22,10 +23,11 @@ def of_cuda(name: str, memory_bytes: int) -> Device:
         if re.fullmatch(pattern, name):
             return DEVICES[row]
 
-    def distance(row: str) -> tuple[float, bool, bool]:
+    def distance(row: str) -> tuple[bool, float, bool, bool]:
         model, said = row.partition("-")[0], name.lower()
+        older = "bfloat16" not in DEVICES[row].flops and model not in said
         nearness = abs(math.log(memory_bytes / DEVICES[row].memory_bytes))
-        return nearness, model not in said, ("pcie" in row) != ("pcie" in said)
+        return older, nearness, model not in said, ("pcie" in row) != ("pcie" in said)
 
     nearest = min((row for _, row in rows), key=distance)
     warnings.warn(f"unknown CUDA device {name!r}: taken for the nearest known one, {nearest}", stacklevel=5)

@@ -8,7 +8,7 @@ def step_breakdown(plan: PlanFields) -> dict[str, float]:
     """Cause -> seconds of a step of the slowest stage; they add up to `plan.step_seconds`.
 
     compute, recompute (its collectives included), communication (collectives of the micro-batches), p2p (messages
-    between stages), gradient sync (what no backward hides) and optimizer, and bubble: the rest.
+    between stages), gradient sync (what no backward hides, and the optimizer) and bubble: the rest.
     """
     m, shared = plan.micro_batches, amortization(plan.zero, plan.micro_batches, plan.pp)
     slowest = max(plan.stages, key=lambda stage: stage.turn_seconds(shared))
@@ -21,6 +21,6 @@ def step_breakdown(plan: PlanFields) -> dict[str, float]:
         "recompute": recompute if set(slowest.recompute) != {"none"} else 0.0,
         "communication": comm,
         "p2p": m * slowest.send_seconds,
-        "gradient sync and optimizer": slowest.sync_seconds,
+        "gradient sync": slowest.sync_seconds,
         "bubble": max(0.0, plan.step_seconds - m * slowest.turn_seconds(m)),
     }

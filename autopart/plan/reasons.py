@@ -82,7 +82,7 @@ def _batch(plan: PlanFields) -> str:
 
 def _devices(plan: PlanFields) -> str:
     parts = step_breakdown(plan)
-    moved = sum(parts[name] for name in ("communication", "p2p", "gradient sync and optimizer"))
+    moved = sum(parts[name] for name in ("communication", "p2p", "gradient sync"))
     compute, comm = parts["compute"] / plan.step_seconds, moved / plan.step_seconds
     shares = f"{compute:.1%} of the step is compute, {comm:.1%} communication and optimizer"
     return f"The number of devices limits the plan: {shares}; {_fullest(plan)}."

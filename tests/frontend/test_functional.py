@@ -76,7 +76,8 @@ def changed_parts_of_parts(y: Any, norm: Any) -> Any:
 def scattered(y: Any, norm: Any) -> Any:
     chosen = y.flatten(1).topk(2).indices
     kept = torch.zeros_like(y.flatten(1)).scatter_(1, chosen, 1.0)
-    return kept.scatter_add_(1, chosen, chosen.to(y.dtype)) * torch.eye(2).repeat(1, kept.shape[1] // 2)
+    kept = kept.scatter_add_(1, chosen, chosen.to(y.dtype)) * torch.eye(2).repeat(1, kept.shape[1] // 2)
+    return kept * y.flatten(1)
 
 
 def changed_row_twice(y: Any, norm: Any) -> Any:

@@ -293,6 +293,8 @@ def test_unreadable_files(content: bytes | None, tmp_path: Path) -> None:
         ("NVIDIA L40S", 48, "l40s", True),
         ("NVIDIA H200", 150, "h200", True),
         ("NVIDIA B200", 192, "b200", True),
+        ("Tesla V100-SXM2-16GB", 17, "v100-16gb", True),
+        ("Tesla V100-FHHL-16GB", 17, "v100-16gb", False),
         ("NVIDIA A100-PG509-200", 42, "a100-40gb", False),
         ("GRID A100X-80C", 85, "a100-80gb", False),
         ("NVIDIA A800 80GB PCIe", 85, "h100-80gb-pcie", False),
