@@ -8,6 +8,7 @@ import resource
 import signal
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
@@ -36,7 +37,8 @@ def alone(run: Callable[[], Row], cpu_limit: int) -> Row:
         try:
             row = run()
         except BaseException as error:
-            row = {"failed": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()[-3000:]}
+            places = [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)]
+            row = {"failed": f"{type(error).__name__}: {error}", "places": places[-20:]}
         with os.fdopen(writing, "w") as pipe:
             json.dump(row, pipe)
         os._exit(0)
