@@ -13,7 +13,7 @@ the mode are sums over operators.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -86,12 +86,18 @@ def stage_cut(layered: LayeredGraph, stage: StageGraph, index: int, mode: str) -
     for node in nodes:
         made = stage.values[node][0][0] if node in stage.values else None
         if info(node).name in RESHARD_CALLS or made is None:
-            read |= {node} if any(info(node).root in info(u).saves for u in node.users if u in inside) else set()
+            read |= {node} if _is_saved(node, info(node).root, inside) else set()
         elif made in model.saved:
             saved.add(node.args[0] if is_pick(node) else node)  # type: ignore[arg-type]
         elif made in model.rerun:
             read.add(node)
     return _in_pieces(nodes, saved, read)
+
+
+def _is_saved(node: fx.Node, root: str, inside: Container[fx.Node]) -> bool:
+    """Whether a user of the node or of a view of it, among the nodes `inside`, saves the memory `root`."""
+    users = [user for user in node.users if user in inside]
+    return any(root in info(u).saves or (is_view(u) and _is_saved(u, root, inside)) for u in users)
 
 
 def is_product(node: fx.Node) -> bool:

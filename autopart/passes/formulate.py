@@ -23,7 +23,7 @@ from autopart.hardware.rows import Device
 from autopart.ir.graph import has_gradient, info, operands, shape_args, value_of
 from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph
-from autopart.passes.checkpoint_cut import mode_cut
+from autopart.passes.checkpoint_cut import is_view, mode_cut
 from autopart.passes.kernel_bytes import is_kernel, kernel_bytes
 from autopart.passes.loop_iterations import first_same_operand
 from autopart.passes.value_positions import Write, value_positions
@@ -106,14 +106,23 @@ class _Builder:
 
     def _use_rerun(self, rerun: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
         """`StrategyTable.use_rerun`. In mode "mincut" a use runs its reshards again if its operator runs again, or if
-        backward reads the value in the placement that the operator takes."""
-        savers = {saver for tensor in self.positions.saved_tensors for saver in tensor.savers}
+        backward reads the value, or a view of it, in the placement that the operator takes."""
+        saved = {saver for tensor in self.positions.saved_tensors for saver in tensor.savers}
+        views = {i for i, node in enumerate(self.positions.nodes) if is_view(node)}
+        inside = defaultdict[int, set[tuple[int, int]]](set)
+        for used in self.positions.value_uses:
+            inside[used.source] |= set(itertools.compress(used.uses, used.inside))
+
+        def is_saved(use: tuple[int, int]) -> bool:
+            node, _ = use
+            return use in saved or (node in views and any(map(is_saved, inside[node])))
+
         found = []
         for used in self.positions.value_uses:
             use_rerun = np.ones((len(MODES), len(used.uses)), dtype=bool)
             use_rerun[MODES.index("none")] = False
             mincut = MODES.index("mincut")
-            use_rerun[mincut] = [use in savers or rerun[mincut, use[0]] for use in used.uses]
+            use_rerun[mincut] = [is_saved(use) or rerun[mincut, use[0]] for use in used.uses]
             found.append(use_rerun)
         return found
 
