@@ -102,8 +102,8 @@ def compile(
     seed           of dropout and other random numbers (default: torch's seed on rank 0). Random numbers depend on the
                    seed, the step and the element's place in the whole batch, not on the plan
     check_batches  whether the first 10 steps, then every 100th, compare checksums of the rows that ranks were given
-    hang_timeout   seconds in which no rank gets on, after which all ranks are ended and the one that others wait for is
-                   named (default: none); longer than any instruction, checkpoint and compilation
+    hang_timeout   seconds in which no rank makes progress, after which all ranks are ended and the one that others wait
+                   for is named (default: none); longer than any instruction, checkpoint and compilation
     compile        True or arguments of torch.compile (backend, mode, options, dynamic): it compiles the emitted blocks.
                    The plan's seconds and bytes are those without
     settings       as `autopart.plan`

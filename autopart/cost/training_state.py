@@ -120,21 +120,21 @@ class Training:
         """Ranks of the data-parallel axis."""
         return self.group.ranks
 
-    def state_bytes(self, nbytes: float, grad: bool, shared: bool) -> tuple[float, float, float]:
+    def state_bytes(self, nbytes: float, grad: bool, over_dp: bool) -> tuple[float, float, float]:
         """Bytes on a rank of a parameter of `nbytes`, of its gradient and of its optimizer states (the table above).
-        `shared`: the gradient is a partial sum over the data-parallel axis, so that ZeRO can shard all three."""
-        is_slice, master_bytes = grad and self.sliced(shared), nbytes * self.widening
+        `over_dp`: the gradient is a partial sum over the data-parallel axis, so that ZeRO can shard all three."""
+        is_slice, master_bytes = grad and self.sliced(over_dp), nbytes * self.widening
         tensors = OPTIMIZER_STATES[self.optimizer] + (self.widening > 1 and not is_slice)
-        over = [self.ranks if shared and grad and self.zero >= level else 1 for level in (1, 2, 3)]
+        over = [self.ranks if over_dp and grad and self.zero >= level else 1 for level in (1, 2, 3)]
         parameter = (master_bytes if is_slice else nbytes) / over[2]
         return parameter, master_bytes * grad / over[1], master_bytes * grad * tensors / over[0]
 
-    def optimizer_workspace(self, nbytes: float, grad: bool, shared: bool) -> float:
+    def optimizer_workspace(self, nbytes: float, grad: bool, over_dp: bool) -> float:
         """Bytes of temporaries while the optimizer steps a parameter of `nbytes`: STEP_WORKSPACE tensors in the master
         dtype, from ZeRO 1 on of the size of the rank's slice; none where a kernel makes the step."""
         if self.kernel:
             return 0.0
-        slices = self.ranks if shared and self.zero >= 1 else 1
+        slices = self.ranks if over_dp and self.zero >= 1 else 1
         return nbytes * self.widening * grad / slices * STEP_WORKSPACE.get(self.optimizer, (0, 0))[self.foreach]
 
     def grad_alloc_ratio(self, first: bool) -> float:
@@ -151,21 +151,21 @@ class Training:
         counts_as_state = first and level < 2
         return (self.widening > 1) + self.widening * (not counts_as_state)
 
-    def sliced(self, shared: bool) -> bool:
+    def sliced(self, over_dp: bool) -> bool:
         """Whether a rank keeps a slice of a parameter instead of the whole."""
-        return self.zero >= 3 and shared and self.ranks > 1
+        return self.zero >= 3 and over_dp and self.ranks > 1
 
-    def reduced_bytes(self, nbytes: float, grad: bool, shared: bool) -> float:
+    def reduced_bytes(self, nbytes: float, grad: bool, over_dp: bool) -> float:
         """`nbytes` of a parameter whose gradient the ranks reduce, else 0."""
-        return nbytes if shared and grad and self.ranks > 1 else 0.0
+        return nbytes if over_dp and grad and self.ranks > 1 else 0.0
 
-    def pending_grad_bytes(self, nbytes: float, grad: bool, shared: bool) -> float:
+    def pending_grad_bytes(self, nbytes: float, grad: bool, over_dp: bool) -> float:
         """Bytes of the gradient, in the master dtype, of a parameter that several segments read.
 
         They are alive from the backward of the last of these segments to that of the first: autograd adds the gradient
         to the sum over micro-batches once all segments have contributed. The gradient of a slice is added at once: 0.
         """
-        return nbytes * self.widening if grad and self.micro_batches > 1 and not self.sliced(shared) else 0.0
+        return nbytes * self.widening if grad and self.micro_batches > 1 and not self.sliced(over_dp) else 0.0
 
     def gathered_bytes(self, nbytes: Any) -> Any:
         """Bytes of whole parameters that a segment of `nbytes` of parameters gathers to compute: all at ZeRO 3, else
@@ -206,13 +206,13 @@ class Training:
         """Bytes of the parameters whose gradients, `ratio` times as large, travel in one message."""
         return np.minimum(nbytes, np.maximum(largest, BUCKET_BYTES / ratio))
 
-    def sync_seconds(self, nbytes: float, shared: bool) -> float:
+    def sync_seconds(self, nbytes: float, over_dp: bool) -> float:
         """Seconds of a step to reduce the gradient of a parameter of `nbytes` over the data-parallel axis, and to
         gather the new parameter. Many parameters travel in one message, so that no latency is counted.
 
         Gradients are in the master dtype, parameters in their own: with a master copy level 1 takes less than level 0.
         """
-        if not shared or self.ranks == 1:
+        if not over_dp or self.ranks == 1:
             return 0.0
         gradient = nbytes * self.widening
         if self.zero == 0:
@@ -221,20 +221,20 @@ class Training:
         gather = merged_seconds(nbytes, self.group, "all_gather")
         return float(gathers * gather + scatters * merged_seconds(gradient, self.group, "reduce_scatter"))
 
-    def overlappable_seconds(self, nbytes: float, shared: bool) -> float:
+    def overlappable_seconds(self, nbytes: float, over_dp: bool) -> float:
         """The part of `sync_seconds` that may overlap with one backward: the reduction of the gradient."""
-        if not shared or self.ranks == 1:
+        if not over_dp or self.ranks == 1:
             return 0.0
         name = "all_reduce" if self.zero == 0 else "reduce_scatter"
         return float(merged_seconds(nbytes * self.widening, self.group, name))
 
-    def step_bytes(self, nbytes: float, shared: bool) -> float:
+    def step_bytes(self, nbytes: float, over_dp: bool) -> float:
         """Bytes that the optimizer's step of a trained parameter of `nbytes` moves: STEP_PASSES or ONE_PASS tensors in
         the master dtype; and the parameter that is written back from a master copy, which is read again unless the
         kernel of ONE_PASS has it whole. From ZeRO 1 on a rank steps its slice."""
-        master_bytes, slices = nbytes * self.widening, self.ranks if shared and self.zero >= 1 else 1
+        master_bytes, slices = nbytes * self.widening, self.ranks if over_dp and self.zero >= 1 else 1
         passes = (ONE_PASS if self.kernel else STEP_PASSES)[self.optimizer] * master_bytes
-        if self.widening == 1 or self.sliced(shared):
+        if self.widening == 1 or self.sliced(over_dp):
             return passes / slices
         return (passes + nbytes + master_bytes * (not self.kernel or slices > 1)) / slices
 
@@ -249,7 +249,7 @@ class Training:
         return float(merged_seconds(nbytes * self.widening, group, "all_reduce"))
 
 
-def update_seconds(nbytes: float, grad: bool, shared: bool, training: Training, device: Device) -> float:
+def update_seconds(nbytes: float, grad: bool, over_dp: bool, training: Training, device: Device) -> float:
     """Seconds of a step to add up the gradients of micro-batches and to update a parameter of `nbytes`, or the rank's
     slice of it.
 
@@ -261,13 +261,13 @@ def update_seconds(nbytes: float, grad: bool, shared: bool, training: Training, 
     if not grad:
         return 0.0
     master_bytes = nbytes * training.widening
-    slices = training.ranks if shared and training.zero >= 1 else 1
+    slices = training.ranks if over_dp and training.zero >= 1 else 1
     measured = device.measured
     if measured is None:
         if device.silicon is None:
             return 0.0
         return summing_seconds(nbytes, training, device) + stream_rate_seconds(
-            training.step_bytes(nbytes, shared), device
+            training.step_bytes(nbytes, over_dp), device
         )
     seconds = (training.micro_batches - 1) * measured_seconds(master_bytes, measured.accumulate)
     more = {name: OPTIMIZER_STATES[name] - OPTIMIZER_STATES[training.optimizer] for name in measured.updates}

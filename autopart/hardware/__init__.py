@@ -17,8 +17,7 @@ separated as in PATH). Such rows can be named wherever a device or a link can:
 
 - A row without `like` needs every field of `Device` or `Link` that has no default, in the units given there.
 - A field of a row replaces that field of the row it is `like`; `flops` and `silicon` are replaced as a whole. A
-`source`
-  that is not given names the other row and the fields that were changed.
+  `source` that is not given names the other row and the fields that were changed.
 - `like` names a row above in the file, or a row of the tables.
 - `cuda`, a field of a device's row that `like` does not copy, is a regular expression for the whole name that the CUDA
   driver gives the device.

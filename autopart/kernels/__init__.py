@@ -2,6 +2,6 @@
 
 A file has the Triton forward and backward, and a `kernel.Kernel`: a ``reference`` in plain PyTorch, how tensors may be
 split, what backward keeps, the bytes that are moved. The reference is the pattern that `passes.fuse` finds in models,
-what runs where Triton does not, and the oracle of the tests. Read `rms_norm` first. `table` has the kernels that graphs
+what runs where Triton does not, and the oracle of the tests. Read `gated` first. `table` has the kernels that graphs
 call, `forms` the forms in which models write them, `launch` where Triton runs.
 """

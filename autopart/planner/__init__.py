@@ -1,12 +1,15 @@
 """The search for the fastest plan: degrees, micro-batch, ZeRO level, activation checkpointing, cuts, splits.
 
 request, constraint_text, constraints, cut_constraints  what the user asks for
-search_points, zero_levels, search_space, ilp_model     the points of the search, and the tables of each
+search_points, zero_levels, search_space, ilp_model,
+allowed_choices                                         the points of the search, and the tables of each
 branch_and_bound, candidate, cuts                       the search: queue, plans of a point, exact cuts
 objective, lower_bounds, stage_bounds                   the lower bounds that prove a gap
 exact_refinement, refinement                            exact splits of small models
-interval_costs, memory_tree                             seconds and bytes of intervals and of stages
-make_plan, write_plan, validate                         the line from a request to a plan
+interval_costs, interval_seconds, checkpoint_steps,
+memory_tree, stage_parameters                           seconds and bytes of intervals and of stages
+make_plan, write_plan, dataflow, summarize, validate,
+progress                                                the line from a request to a plan
 infeasibility, advice                                   where nothing fits
 explain/                                                questions about a plan
 

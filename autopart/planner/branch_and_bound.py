@@ -286,7 +286,7 @@ class Search:
         cut = best_cut(stage_columns(space, point, columns), point.pp, m)
         if cut is None:
             return NEVER, columns
-        return max(cut.seconds, space.lp_bound(point) + (m - 1) * cut.largest), columns
+        return max(cut.seconds, space.lp_bound(point) + (m - 1) * cut.least_max), columns
 
     def _multipliers(self, point: SearchPoint) -> list[float]:
         """Memory multipliers to try, in seconds per byte: a tiny one, which among splits of equal seconds prefers fewer

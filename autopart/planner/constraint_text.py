@@ -16,13 +16,13 @@
     split layers.*.up_proj.weight over tp           the same along any dim
     keep lm_head.weight whole over tp               every rank of the axis has all of it
     strategy layers.*.up_proj/linear n over tp      an operator's strategy by its name: a split letter, or R, C, P
-    layers.*.up_proj/linear: n/tp                   the same as plans print it
+    layers.*.up_proj/linear: n/tp                   the same as `--why` prints it
     recompute layers.3 full                         what segments do with what backward needs: of `liveness.MODES`
 
 Any form but ``cuts=`` may follow "no", "not" or "do not", which asks for its opposite: "no cut before layers.10",
 "do not split lm_head.weight over tp".
 
-Runs are the model's positions, and are named by their label, or by the end of one where no other label ends so
+Segments and positions are named by the segment's label, or by the end of one where no other label ends so
 (``layers.10`` for ``model.layers.10``); a plain number that is no label is a position. Operators and tensors are named
 by their key in the plan's `splits`, as a pattern in which ``*`` stands for any text; the front may again be left out.
 Equal blocks share the keys of the first of them.

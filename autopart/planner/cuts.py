@@ -1,7 +1,7 @@
 """The best cut of a row of positions into stages, exactly: minimise sum(f) + (m - 1) max(f) over all cuts.
 
-`candidate` calls `best_cut` for the cut of a plan; who else does is in docs/planner.md. f[s, i, j] is the seconds of
-stage s with positions i..j-1 (`interval_costs`), infinite where they do not fit. For a threshold T, the cut of least
+`candidate` calls `best_cut` for the cut of a plan; docs/planner.md lists the other callers. f[s, i, j] are the seconds
+of stage s with positions i..j-1 (`interval_costs`), infinite where they do not fit. For a threshold T, the cut of least
 sum(f) among those with max(f) <= T is a shortest path 0 -> n in an acyclic graph. T is lowered from the largest value
 that could still win to the least max(f) of any cut; every path found with max(f) = t rules out all T >= t.
 `tests/planner/test_plan.py` compares the result with every cut.
@@ -25,7 +25,7 @@ class Cut:
 
     starts: tuple[int, ...]
     seconds: float
-    largest: float
+    least_max: float
 
 
 def best_cut(columns: Callable[[int], Array], stages: int, micro_batches: int) -> Cut | None:

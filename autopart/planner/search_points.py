@@ -1,4 +1,4 @@
-"""The points of the outer search: every combination of degrees, micro-batch and ZeRO level that the request allows."""
+"""The points of the outer search: all degrees and micro-batches that the request allows, at ZeRO level 0."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -64,7 +64,7 @@ def _degrees(
     tp_in_host = inside_allowed and request.global_batch >= mesh.hosts and not request.tp
     for pp in filter(partial(request.allows, "pp"), [request.pp] if request.pp else divisors(mesh.size)):
         if pp > len(layered.labels):
-            rejected.append(f"pp={pp} stages but the model has {len(layered.labels)} places to cut")
+            rejected.append(f"pp={pp} stages but the model has {len(layered.labels)} segments")
             continue
         for tp in filter(partial(request.allows, "tp"), [request.tp] if request.tp else divisors(mesh.size // pp)):
             dp = mesh.size // pp // tp

@@ -41,7 +41,8 @@ class Callback:
         """Called before the rank begins an instruction."""
 
     def after(self, event: Event, seconds: float) -> None:
-        """Called after an instruction. `seconds` are those of the host: a GPU may still compute what was started."""
+        """Called after an instruction that raised no error. `seconds` are those of the host: a GPU may still
+        compute what was started."""
 
     def trained(self, step: int, loss: float, seconds: float) -> None:
         """Called after every update.

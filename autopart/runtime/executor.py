@@ -27,7 +27,7 @@ from autopart.runtime.groups import Groups
 from autopart.runtime.loss_scale import LossScale
 from autopart.runtime.process_group import Group, Work
 from autopart.runtime.update import Update, complete
-from autopart.runtime.zero import ShardedOptimizerState
+from autopart.runtime.zero import DataParallelState
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Executor:
         """With `overlap`, gradients are summed over dp while the last backward still computes others; with `one_pass`,
         a kernel steps what it takes."""
         self.index, self.groups, self.tied = index, groups, tied
-        self.shared = ShardedOptimizerState(program.stage, groups, zero, master, overlap)
+        self.shared = DataParallelState(program.stage, groups, zero, master, overlap)
         self.use(program)
         self.activity = Activity()
         self.optimizer: torch.optim.Optimizer | None = None

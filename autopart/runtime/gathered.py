@@ -33,7 +33,7 @@ class DeferredGather:
         self.again: dict[int, Tensor] = {}
 
     def forward(self) -> Sequence[Tensor]:
-        """All of them; a weak reference to memory keeps its address from being used again."""
+        """All weights, gathered. A weak reference to memory keeps its address from being used again."""
         wholes = self.run(range(len(self.uses)))
         known = _KNOWN.get()
         if known is not None:
@@ -82,8 +82,8 @@ class _Kept:
 
 @contextmanager
 def keeping_parts() -> Iterator[None]:
-    """A forward pass that keeps nothing whole of what it gathers. Blocks that are recomputed keep nothing of it anyway,
-    and gather it in their second run."""
+    """A forward pass that keeps nothing whole of what it gathers. Blocks that are recomputed save no gathered weight
+    anyway, and gather in their second run."""
     token = _KNOWN.set({})
     try:
         with saved_tensors_hooks(_pack, _unpack):
@@ -119,8 +119,8 @@ class Slicing:
     """What a weight in slices (`groups.weight_slice`) is a slice of: the whole's shape and dtype, and the ranks that
     have the other slices.
 
-    send   what takes the gradients of whole weights, instead of autograd, and adds up the ranks'
-           (`zero.ShardedOptimizerState`)
+    send   what takes the gradients of whole weights, instead of autograd, and sums them over ranks
+           (`zero.DataParallelState`)
     """
 
     shape: torch.Size
@@ -148,8 +148,8 @@ class _Whole(torch.autograd.Function):
 
 
 def gathered(owner: Any) -> Any:
-    """A weight that lies in slices over ranks, whole; of a module, all such weights, as attributes. Gathered again for
-    backward, which sums the gradients of every rank's slice."""
+    """A weight that lies in slices over ranks, whole; of a module, all such weights, as attributes. Backward gathers
+    it again, and reduce-scatters its gradient into the slices."""
     if isinstance(owner, nn.Module):
         slices = {n: p for n, p in owner.named_parameters(recurse=False) if hasattr(p, "slicing")}
         wholes = _Whole.apply([p.slicing for p in slices.values()], *slices.values())

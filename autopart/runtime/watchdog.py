@@ -181,10 +181,11 @@ def start_watchdog(
     activity      what this rank is doing
     interval      seconds between two heartbeats
     patience      seconds of silence after which a rank counts as dead; longer than any call that holds the GIL
-    hang_timeout  seconds in which no rank gets on, while not all are idle, after which the ranks are ended; None: none
+    hang_timeout  seconds in which no rank makes progress, while not all are idle, after which the ranks are ended;
+                  None: none
 
-    Within `patience` of a rank's silence or seconds of its failure, this process ends with status 1, after a
-    line on stderr that names the rank and what it was doing. A rank that dies before its first heartbeat goes
+    After `patience` seconds of a rank's silence, or a few seconds after its failure, this process ends with status 1,
+    after a line on stderr that names the rank and what it was doing. A rank that dies before its first heartbeat goes
     unnoticed. An uncaught error is told to the others, as is the interpreter's normal exit.
     Call it after torch.distributed is initialized; once it runs, another call only changes `activity`, and
     `hang_timeout` where one is given. Raises PartitionError where the environment does not tell the store,

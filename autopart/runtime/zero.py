@@ -1,6 +1,7 @@
 """ZeRO (Rajbhandari et al., arXiv 1910.02054), and master copies of weights.
 
-Data-parallel ranks share optimizer states (level 1), also gradients (level 2), also weights (level 3). The optimizer
+Optimizer states are divided among data-parallel ranks (level 1), also gradients (level 2), also weights (level 3). At
+level 0 nothing is divided, and gradients are summed over these ranks. The optimizer
 may step master copies of weights in a wider dtype.
 
 - Each rank trains one slice of every weight whose gradient is a partial sum over dp. Levels 1 and 2 keep the weight
@@ -30,7 +31,7 @@ AHEAD = 2
 """The most messages of gradients that stay in flight once another one was started, which bounds their memory."""
 
 
-class ShardedOptimizerState:
+class DataParallelState:
     """What one rank trains of a stage. `trained` has its parameters, slices and copies, in the order of the stage's
     weights."""
 
@@ -64,8 +65,8 @@ class ShardedOptimizerState:
             for module in stage.modules()
             for _, weight in module.named_parameters(recurse=False)
         }
-        """Weight -> the group of weights whose gradients are sent together at the latest: at level 2 the weights of a
-        module, below it all."""
+        """Weight -> the group of weights whose gradients are sent together at the latest: from level 2 on the
+        weights of a module, below it all."""
         self.group_sizes = Counter(self.send_group[weight] for weight in self.sent)
         self.channel = self.group
         if overlap and level >= 3 and self.group.size > 1:
@@ -98,7 +99,7 @@ class ShardedOptimizerState:
             share.grad = None
 
     def backward_begins(self, last: bool) -> None:
-        """Note whether gradients become final in this backward: in the last of a step, at level 2 in every one."""
+        """Note whether gradients become final in this backward: in the last of a step, from level 2 on in every one."""
         self.sends = self.level >= 2 or (self.overlap and last)
 
     def _accumulated(self, weight: Any) -> None:

@@ -2,5 +2,5 @@
 
 `notation` defines placements and the language of rules, `binding` fits a rule to shapes, `rules/` is the table of
 operators, `resharding` the table of collectives, `strategy_table` all choices of a graph as plain data. Imports
-`errors`. Open `notation.py` first.
+`kernels` and `errors`. Open `notation.py` first, then `rules/base.py`.
 """

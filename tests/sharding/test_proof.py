@@ -1,6 +1,7 @@
 """Every row of the op table is proven on calls from PyTorch's own operator tests, and wrong rows are caught.
 
-A row needs nothing but itself where those tests call the operator, and a sample in `test_rules` where they do not.
+A row needs nothing but itself where those tests call the operator. Where they do not, it needs a sample in
+`tests/support/samples.py`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def own(name: str) -> list[Case]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_row(name: str) -> None:
-    assert cases(name) or own(name), "PyTorch's tests do not call it: it needs a sample in test_rules"
+    assert cases(name) or own(name), "PyTorch's tests do not call it: it needs a sample in tests/support/samples.py"
     for case in cases(name):
         for strategy, shards in case.own:
             case.prove(strategy, shards)

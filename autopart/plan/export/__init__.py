@@ -1,7 +1,7 @@
 """A plan as the settings of another system, or its graph as a file.
 
 Each system has a module with a function from a plan to `Exported`, and a row in SYSTEMS. `Exported` also tells where
-the system would run otherwise than the plan says. Each format of graphs has a row in GRAPHS.
+the system would run otherwise than the plan says. Each format of graphs has a row in GRAPHS. Open `facts.py` first.
 """
 
 import difflib

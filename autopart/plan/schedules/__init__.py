@@ -3,7 +3,7 @@
 A schedule is the order in which a stage computes the forwards and backwards of its micro-batches. `program.py` adds the
 messages to it, which makes a static list of instructions for each stage; `verify.py` checks the lists of all stages;
 `simulate.py` runs them on a clock. Sends do not block and receives do. Activations and gradients travel on separate
-channels, each of which keeps the order of its messages.
+channels, each of which keeps the order of its messages. Open `one_f_one_b.py` first, then `program.py`.
 """
 
 from collections.abc import Callable

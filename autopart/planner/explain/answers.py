@@ -76,7 +76,7 @@ class Answer:
     def __str__(self) -> str:
         text = f"{self.text} (with {', '.join(self.asked)} as asked)" if self.asked else self.text
         if self.seconds is None:
-            free = "\n  try: a plan that is not asked for so, and then why not" if self.asked else ""
+            free = "\n  try: plan again without these settings, then ask --why-not" if self.asked else ""
             return f"{text}: not possible\n  {self.why}{free}"
         told = bounded_step_text(self.seconds, self.bound, self.against)
         lines = [f"  {line}" for line in self.differs] or ["  the plan does so already, or what is as fast"]

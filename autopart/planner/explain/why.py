@@ -88,7 +88,7 @@ class Explanation:
         return [reason for reason in reasons if reason.others]
 
     def _reason(self, model: Model, index: int) -> Reason:
-        """The step with each other strategy of a node."""
+        """The step with each other strategy of a node. The strategy that the plan has is that of stage 0."""
         node, chosen = model.table.nodes[index], self.found.chosen[0][index]
         axes = [axis for axis in model.table.axes if getattr(self.found.point, axis) > 1]
         columns = [model.table.axes.index(axis) for axis in axes]
@@ -115,7 +115,7 @@ class Explanation:
             found = Search(self._constrained([*pinned, *constraints]), silent, heuristic=True).run()
         except PartitionError as error:
             return Alternative(
-                text, None, why="does not fit" if "no plan fits" in error.what else "no change of placement"
+                text, None, why="does not fit" if "no plan fits" in error.what else "no collective leads there"
             )
         return Alternative(text, found.seconds, found.bound)
 

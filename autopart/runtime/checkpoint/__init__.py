@@ -8,5 +8,5 @@ A checkpoint is a folder `step-00000120`:
     plan.json             the plan of the ranks that wrote it, for people
     manifest.json         bytes and SHA-256 of every other file, written last
 
-It is written as `.step-00000120.tmp` and renamed once every rank has written.
+It is written as `.step-00000120.tmp` and renamed once every rank has written. Open `checkpoints.py` first.
 """

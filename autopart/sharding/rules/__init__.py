@@ -2,6 +2,7 @@
 
 A new operator takes one row in the file of its family; where the row depends on shapes it is a function. The tests
 prove every row: they split the inputs, run the operator on the shards and put the results together.
+Open `base.py` first, then `pointwise.py`.
 """
 
 import math
