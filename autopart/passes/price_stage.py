@@ -63,11 +63,11 @@ def price_stage(layered: LayeredGraph, stage: StageGraph, prices: Prices) -> lis
     computed = _computed([n for _, nodes in stage.segments for n in nodes], prices.device)
     segments = []
     for index, (label, nodes) in enumerate(stage.segments):
-        rerun = stage_cut(layered, stage, index, "mincut").rerun if is_block(label) else nodes
-        whole = _priced(stage, label, nodes, rerun, computed, prices)
+        rerun = stage_cut(layered, stage, index, "mincut").rerun if is_block(label) else frozenset(nodes)
         others = _for_others(nodes)
+        whole = _priced(stage, label, nodes, rerun, others, computed, prices)
         if others:
-            inner = _priced(stage, label, [n for n in nodes if n not in others], rerun, computed, prices)
+            inner = _priced(stage, label, [n for n in nodes if n not in others], rerun, (), computed, prices)
             values = frozenset(stage.values[node][0] for node in others)
             whole = replace(whole, handed_on=values, inner=inner)
         segments.append(whole)
@@ -79,10 +79,12 @@ def _priced(
     label: str,
     nodes: Sequence[fx.Node],
     rerun: Container[fx.Node],
+    others: Container[fx.Node],
     computed: Mapping[fx.Node, Seconds],
     prices: Prices,
 ) -> PricedSegment:
-    """The price of some nodes of a segment; `rerun` are those that recompute by minimum cut runs again."""
+    """The price of some nodes of a segment; `rerun` are those that recompute by minimum cut runs again. No mode runs
+    `others` again, whose results the segment hands on."""
     forward = backward = 0.0
     recompute = dict.fromkeys(MODES, 0.0)
     lines = []
@@ -94,7 +96,7 @@ def _priced(
         forward += compute.forward + comm.forward
         backward += compute.backward + comm.backward
         record = info(node)
-        moved = 0.0 if record.name in GATHERED_AGAIN else comm.forward
+        moved = 0.0 if record.name in GATHERED_AGAIN or node in others else comm.forward
         recompute["selective"] += moved + (0.0 if record.product else compute.forward)
         recompute["mincut"] += moved + compute.forward if node in rerun else 0.0
         recompute["full"] += moved + compute.forward

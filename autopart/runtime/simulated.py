@@ -118,7 +118,7 @@ class SimulatedGroup(Group):
         return _Sent()
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
-        return [share.clone() for share in self._exchange(x.detach())]
+        return [share.clone() for share in self._exchange(x.detach().clone())]
 
     def reduce_scatter(self, shares: Tensor) -> Tensor:
         return torch.stack([each[self.rank] for each in self._exchange(shares.detach().clone())]).sum(0)
@@ -127,7 +127,7 @@ class SimulatedGroup(Group):
         return self.reduce_scatter(shares), _Sent()
 
     def all_to_all(self, shares: list[Tensor]) -> list[Tensor]:
-        return [each[self.rank].clone() for each in self._exchange(shares)]
+        return [each[self.rank] for each in self._exchange([share.detach().clone() for share in shares])]
 
     def broadcast(self, x: Tensor, source: int) -> None:
         x.copy_(self._exchange(x.clone())[source])
