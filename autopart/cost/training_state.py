@@ -56,7 +56,7 @@ def step_kernel(optimizer: str, precision: str, master: str | None, device: Devi
     return STEP if taken else ""
 
 
-def messages(zero: int, micro_batches: int) -> tuple[int, int]:
+def collectives_per_step(zero: int, micro_batches: int) -> tuple[int, int]:
     """All-gathers of a parameter, and reduce-scatters of its gradient, over the data-parallel axis in one step.
 
     level   all-gathers     reduce-scatters
@@ -122,6 +122,7 @@ class Training:
 
     def state_bytes(self, nbytes: float, grad: bool, over_dp: bool) -> tuple[float, float, float]:
         """Bytes on a rank of a parameter of `nbytes`, of its gradient and of its optimizer states (the table above).
+        `grad`: whether it is trained.
         `over_dp`: the gradient is a partial sum over the data-parallel axis, so that ZeRO can shard all three."""
         is_slice, master_bytes = grad and self.sliced(over_dp), nbytes * self.widening
         tensors = OPTIMIZER_STATES[self.optimizer] + (self.widening > 1 and not is_slice)
@@ -217,7 +218,7 @@ class Training:
         gradient = nbytes * self.widening
         if self.zero == 0:
             return float(merged_seconds(gradient, self.group, "all_reduce"))
-        gathers, scatters = messages(self.zero, self.micro_batches)
+        gathers, scatters = collectives_per_step(self.zero, self.micro_batches)
         gather = merged_seconds(nbytes, self.group, "all_gather")
         return float(gathers * gather + scatters * merged_seconds(gradient, self.group, "reduce_scatter"))
 

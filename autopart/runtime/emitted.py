@@ -31,11 +31,11 @@ class Program:
     """What one stage runs.
 
     source        the emitted module's text
-    index         the stage's number
+    stage         the stage's number
     instructions  the stage's instructions, in order
     messages      the tensors that cross the cuts between stages
     tied          name of a parameter that lives on several stages -> these stages
-    axes          mesh axes that split the samples of a batch
+    sample_axes   mesh axes that split the samples of a batch
     """
 
     source: str

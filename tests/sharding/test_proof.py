@@ -1,7 +1,7 @@
 """Every row of the op table is proven on calls from PyTorch's own operator tests, and wrong rows are caught.
 
 A row needs nothing but itself where those tests call the operator. Where they do not, it needs a sample in
-`tests/support/samples.py`.
+`tests/support/samples.py`, on which `test_rules` proves it.
 """
 
 from __future__ import annotations
