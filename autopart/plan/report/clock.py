@@ -1,0 +1,125 @@
+"""The step on a clock: what every stage does when, predicted and measured, on one axis."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from autopart.plan.report.drawing import WIDTH, Figure, Scale
+from autopart.plan.report.measured import MeasuredStep, Slice
+from autopart.plan.schedules.ops import Op
+from autopart.plan.timeline import SENDS, StageTimeline, Timeline
+from autopart.plan.units import seconds_text
+
+CAUSES: Mapping[Op, str] = {
+    Op.FORWARD: "forward",
+    Op.BACKWARD: "backward",
+    Op.RECV: "waiting",
+    Op.RECV_GRAD: "waiting",
+    Op.SEND: "sending",
+    Op.SEND_GRAD: "sending",
+    Op.REDUCE: "gradient sync",
+    Op.STEP: "optimizer",
+}
+"""Instruction -> the cause of its seconds."""
+
+LEGEND = ("forward", "backward", "waiting", "sending", "gradient sync", "optimizer")
+"""The causes in the order in which tables and the legend have them."""
+
+GUTTER = 112
+"""Units left of the axis, for the rows' names."""
+ROW, GAP, TOP = 22, 12, 6
+"""Units of a row, between two stages, and above the first."""
+MOST_BOXES = 3000
+"""Slices of a figure up to which each has a box of its own, which tells its seconds. More are drawn as slots of equal
+length, each in the kind that fills most of it."""
+MOST_SLOTS = 24_000
+"""Slots of a figure."""
+NUMBERED = 13.0
+"""Units from which a box has the number of its micro-batch."""
+
+
+def predicted(stage: StageTimeline) -> list[Slice]:
+    """What a stage does, as predicted. Messages that are sent take none of its time."""
+    return [Slice(i.op, i.micro_batch, start, end) for i, start, end in stage.events if i.op not in SENDS]
+
+
+def seconds_by_cause(slices: Iterable[Slice], whole: float) -> dict[str, float]:
+    """Cause -> seconds of a step that takes `whole`; "idle" is the rest of it."""
+    found = dict.fromkeys(LEGEND, 0.0)
+    for slice in slices:
+        found[CAUSES[slice.op]] += slice.end - slice.start
+    return {**found, "idle": max(0.0, whole - sum(found.values()))}
+
+
+def clock_figure(made: Timeline, measured: MeasuredStep | None) -> Figure:
+    """A row for each stage; with a measured step two, the predicted one first."""
+    whole = max(made.seconds, measured.seconds if measured else 0.0)
+    figure, axis = Figure("What every stage does when"), Scale(0.0, whole, GUTTER, WIDTH - 8)
+    rows: list[tuple[str, str, list[Slice]]] = []
+    for index, stage in enumerate(made.stages):
+        if measured:
+            rows.append((f"stage {index}", "predicted", predicted(stage)))
+            rows.append(("", f"rank {measured.ranks[index]} measured", list(measured.stages[index])))
+        else:
+            rows.append((f"stage {index}", "", predicted(stage)))
+    boxes = sum(len(slices) for _, _, slices in rows) <= MOST_BOXES
+    y = float(TOP)
+    for name, which, slices in rows:
+        y += GAP * bool(name) * bool(measured) * (y > TOP)
+        figure.text(0, y + ROW - 7, name, "strong", 60)
+        figure.text(GUTTER - 6, y + ROW - 7, which, "end small" if which else "", GUTTER)
+        figure.rect("empty", GUTTER, y + 2, axis.end - GUTTER, ROW - 4)
+        (_boxes if boxes else _slots)(figure, axis, y + 2, slices, MOST_SLOTS // len(rows))
+        y += ROW
+    _time_axis(figure, axis, y + 2)
+    figure.height = y + 34
+    return figure
+
+
+def _boxes(figure: Figure, axis: Scale, y: float, slices: Sequence[Slice], _: int) -> None:
+    """A box for each slice, with the number of its micro-batch where there is room."""
+    for slice in slices:
+        x, end, kind = axis(slice.start), axis(slice.end), CAUSES[slice.op]
+        if end - x < 0.05:
+            continue
+        of = f" of micro-batch {slice.micro_batch}" if slice.micro_batch >= 0 else ""
+        title = f"{slice.op.value.replace('_', ' ')}{of}: {seconds_text(slice.end - slice.start)}"
+        figure.rect(f"box {class_of(kind)}", x, y, end - x, ROW - 4, title)
+        if end - x >= NUMBERED and slice.micro_batch >= 0 and kind in ("forward", "backward"):
+            figure.text((x + end) / 2, y + ROW - 8, str(slice.micro_batch), f"middle on-{class_of(kind)}")
+
+
+def _slots(figure: Figure, axis: Scale, y: float, slices: Sequence[Slice], slots: int) -> None:
+    """One path for each kind, of the slots that the kind fills most."""
+    slots = max(50, min(int(axis.end - axis.start), slots))
+    each = (axis.high - axis.low) / slots
+    filled: list[dict[str, float]] = [{} for _ in range(slots)]
+    for slice in slices:
+        for at in range(int(slice.start / each), min(slots, int(slice.end / each) + 1)):
+            covered = min(slice.end, (at + 1) * each) - max(slice.start, at * each)
+            kind = CAUSES[slice.op]
+            filled[at][kind] = filled[at].get(kind, 0.0) + covered
+    kinds = [max(of, key=of.__getitem__) if sum(of.values()) > each / 2 else "" for of in filled]
+    paths: dict[str, list[str]] = {}
+    at = 0
+    while at < slots:
+        end = next((k for k in range(at, slots) if kinds[k] != kinds[at]), slots)
+        if kinds[at]:
+            x, width = axis(at * each), axis(end * each) - axis(at * each)
+            paths.setdefault(kinds[at], []).append(f"M{x:.1f} {y:g}h{width:.1f}v{ROW - 4}h-{width:.1f}z")
+        at = end
+    for kind, commands in paths.items():
+        figure.path(class_of(kind), "".join(commands), kind)
+
+
+def _time_axis(figure: Figure, axis: Scale, y: float) -> None:
+    """Ticks and seconds under the rows."""
+    figure.line("axis", axis.start, y, axis.end, y)
+    for tick in axis.ticks():
+        x = axis(tick)
+        figure.line("axis", x, y, x, y + 4)
+        middle = "middle" if x < axis.end - 24 else "end"
+        figure.text(x, y + 18, seconds_text(tick), f"{middle} small")
+
+
+def class_of(cause: str) -> str:
+    """The style class of a cause or kind: its name without spaces."""
+    return cause.replace(" ", "-")
