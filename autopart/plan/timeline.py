@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from autopart.plan.fields import PlanFields
 from autopart.plan.schedules import in_flight
-from autopart.plan.schedules.ops import Instruction, Op
+from autopart.plan.schedules.ops import ONCE_A_STEP, Instruction, Op
 from autopart.plan.schedules.program import instructions
 from autopart.plan.schedules.simulate import simulate
 from autopart.plan.schedules.verify import verify
+from autopart.plan.stages import PlanStage
 from autopart.plan.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
@@ -161,14 +162,14 @@ def timeline(plan: PlanFields) -> Timeline:
         events[at].append((entry, start, end))
     stages = []
     for index, stage in enumerate(plan.stages):
-        each = stage.memory.get("activations", 0.0) / in_flight(plan.schedule, index, plan.pp, plan.micro_batches)
+        flights = in_flight(plan.schedule, index, plan.pp, plan.micro_batches)
         stages.append(
             StageTimeline(
                 tuple(events[index]),
                 _seconds(events[index], run.seconds),
                 run.peak_in_flight[index],
                 sum(v for k, v in stage.memory.items() if k not in ("activations", "transient")),
-                tuple(_allocated(events[index], each, stage.memory.get("transient", 0.0))),
+                tuple(_allocated(events[index], stage, flights)),
             )
         )
     return Timeline(run.seconds, plan.step_seconds, run.bubble, tuple(stages))
@@ -184,9 +185,13 @@ def _seconds(events: list[Event], whole: float) -> dict[str, float]:
     return {**found, "idle": whole - sum(found.values())}
 
 
-def _allocated(events: list[Event], each: float, transient: float) -> Iterator[tuple[float, float, float]]:
-    """`StageTimeline.allocated`: `each` bytes of activations from a micro-batch's forward to the end of its backward,
-    `transient` bytes while the stage computes."""
+def _allocated(events: list[Event], stage: PlanStage, most: int) -> Iterator[tuple[float, float, float]]:
+    """`StageTimeline.allocated` with at most `most` micro-batches in flight: activations from a micro-batch's forward to
+    the end of its backward, transient bytes while the stage computes. A stage whose peak is at the end of a step has
+    its transient bytes of the peak from the gradient sync on."""
+    memory = stage.backward_memory or stage.memory
+    each = memory.get("activations", 0.0) / most
+    transient = memory.get("transient", 0.0) + stage.backward_memory.get("messages", 0.0)
     changes = {0.0: (0, 0)}
     for entry, start, end in events:
         if entry.op in COMPUTE:
@@ -199,6 +204,10 @@ def _allocated(events: list[Event], each: float, transient: float) -> Iterator[t
         flights, computing = flights + change[0], computing + change[1]
         if any(change) or not second:
             yield second, flights * each, computing * transient
+    if stage.backward_memory:
+        closing = [(start, end) for entry, start, end in events if entry.op in ONCE_A_STEP]
+        yield min(start for start, _ in closing), 0.0, stage.memory.get("transient", 0.0)
+        yield max(end for _, end in closing), 0.0, 0.0
 
 
 def _row(stage: StageTimeline, whole: float, width: int) -> Text:

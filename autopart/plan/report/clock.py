@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from autopart.plan.report.drawing import WIDTH, Figure, Scale
+from autopart.plan.report.drawing import WIDTH, Figure, Scale, tick_text
 from autopart.plan.report.measured import MeasuredStep, Slice
 from autopart.plan.schedules.ops import Op
 from autopart.plan.timeline import SENDS, StageTimeline, Timeline
@@ -117,7 +117,7 @@ def _time_axis(figure: Figure, axis: Scale, y: float) -> None:
         x = axis(tick)
         figure.line("axis", x, y, x, y + 4)
         middle = "middle" if x < axis.end - 24 else "end"
-        figure.text(x, y + 18, seconds_text(tick), f"{middle} small")
+        figure.text(x, y + 18, tick_text(tick), f"{middle} small")
 
 
 def class_of(cause: str) -> str:

@@ -4,11 +4,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from autopart.plan.units import seconds_text
+
 WIDTH = 960
 """Width of every figure, in units of its view box."""
 
-LETTER = 6.6
-"""Width of a letter of the figures' text, in units of the view box: an upper estimate for a size of 12."""
+LETTER = 7.3
+"""Width of a letter of the figures' text, in units of the view box: an upper estimate for the largest size, 13."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,12 @@ class Scale:
         step = next(f * power for f in (1, 2, 5, 10, 20) if span / (f * power) <= most - 1)
         first = math.ceil(self.low / step - 1e-9)
         return [i * step for i in range(first, int(self.high / step + 1e-9) + 1)]
+
+
+def tick_text(seconds: float) -> str:
+    """``"20 ms"``: seconds without zeros behind the point."""
+    number, _, unit = seconds_text(seconds).partition(" ")
+    return f"{number.rstrip('0').rstrip('.') if '.' in number else number} {unit}".rstrip()
 
 
 def area(points: Sequence[tuple[float, float, float]]) -> str:

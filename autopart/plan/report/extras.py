@@ -16,6 +16,8 @@ class PriceRow:
 class AlternativeRow:
     """The best plan found with other degrees.
 
+    micro_batch   samples of its micro-batch, over all data-parallel ranks; 0 where no such plan fits
+    zero          its ZeRO level
     seconds       of a step; None: no such plan fits
     bound         lower bound on a step of every such plan, in seconds
     memory_bytes  peak bytes of a rank of its fullest stage; None where no such plan fits
@@ -24,6 +26,8 @@ class AlternativeRow:
     pp: int
     dp: int
     tp: int
+    micro_batch: int
+    zero: int
     seconds: float | None
     bound: float
     memory_bytes: float | None

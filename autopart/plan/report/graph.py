@@ -1,7 +1,7 @@
 """The partitioned graph: stages and their messages, blocks, operators with the values that go from one to another."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from autopart.ir.labels import is_block
@@ -70,11 +70,18 @@ class BlockView:
 
 
 def layers_text(stage: PlanStage) -> str:
-    """The blocks of a stage: ``"model.layers.0 .. model.layers.7 (8)"``."""
+    """The blocks of a stage: ``"model.layers.0 .. 7 (8)"``."""
     labels = [label for segment in stage.segments for label in segment.labels if is_block(label)]
     if not labels:
         return "operators outside of blocks"
-    return labels[0] if len(labels) == 1 else f"{labels[0]} .. {labels[-1]} ({len(labels)})"
+    return labels[0] if len(labels) == 1 else f"{span_text(labels)} ({len(labels)})"
+
+
+def span_text(labels: Sequence[str]) -> str:
+    """The first and the last of some labels: ``"model.layers.0 .. 7"``, where they are of one list."""
+    first, last = labels[0], labels[-1]
+    same = first.rpartition(".")[0] == last.rpartition(".")[0]
+    return first if first == last else f"{first} .. {last.rpartition('.')[2] if same else last}"
 
 
 def recompute_text(stage: PlanStage) -> str:
@@ -88,8 +95,9 @@ def stages_figure(plan: PlanFields) -> Figure:
     figure, slowest = Figure("The pipeline's stages and the messages between them"), slowest_stage(plan)
     fullest = max(range(plan.pp), key=plan.memory_bytes.__getitem__)
     across = min(ACROSS, plan.pp)
-    room = (WIDTH - 8) / across
-    width, height, down = room - (96 if plan.pp > 1 else 0), 92, 132
+    between = 96 if plan.pp > 1 else 0
+    width, height, down = (WIDTH - 8 - between * (across - 1) - 62 * (plan.pp > across)) / across, 92, 132
+    room = width + between
     for index, stage in enumerate(plan.stages):
         x, y = index % across * room + 4, index // across * down + 6
         figure.rect(f"box shade-{index % SHADES}", x, y, width, height)
@@ -132,8 +140,7 @@ def stage_blocks(plan: PlanFields) -> list[list[BlockView]]:
         views: list[BlockView] = []
         for segment in stage.segments:
             labels = segment.labels
-            title = f"{labels[0]} .. {labels[-1]}" if len(labels) > 1 else (labels[0] if labels else "")
-            title = title or "operators outside of blocks"
+            title = (span_text(labels) if labels else "") or "operators outside of blocks"
             above = shown.get(segment.lines, "")
             lines = () if above else segment.lines[:room]
             room -= len(lines)

@@ -18,27 +18,27 @@ def place(plan: PlanFields, rank: int) -> tuple[int, int, int]:
 def mesh_figure(plan: PlanFields) -> Figure:
     """A box for each host with a box for each rank, in the shade of its stage."""
     mesh, figure = plan.mesh, Figure("The mesh: the stage, and the places along dp and tp, of every rank")
-    width = 100.0
-    across = max(1, min(mesh.devices_per_host, int((WIDTH - 90) / (width + GAP))))
-    per_row = max(1, int((WIDTH + GAP) / (90 + min(across, mesh.devices_per_host) * (width + GAP) + GAP)))
+    width = 102.0
+    across = max(1, min(mesh.devices_per_host, int((WIDTH - 88) / (width + GAP))))
+    host_width = 72 + across * (width + GAP) + GAP
+    per_row = max(1, int((WIDTH + 10) / (host_width + 12)))
     lines = -(-mesh.devices_per_host // across)
     height = lines * (CELL + GAP) + GAP
-    host_width = 80 + across * (width + GAP) + GAP
     for host in range(min(mesh.hosts, SHOWN)):
-        x, y = host % per_row * (host_width + 10), host // per_row * (height + 10)
+        x, y = host % per_row * (host_width + 10) + 1, host // per_row * (height + 10) + 1
         figure.rect("host", x, y, host_width, height)
         figure.text(x + 8, y + height / 2 + 4, f"host {host}", "strong")
         for device in range(mesh.devices_per_host):
             rank = host * mesh.devices_per_host + device
             stage, dp, tp = place(plan, rank)
-            left = x + 72 + device % across * (width + GAP) + GAP
+            left = x + 70 + device % across * (width + GAP) + GAP
             top = y + GAP + device // across * (CELL + GAP)
             title = f"rank {rank}: stage {stage}, place {dp} of dp={plan.dp}, place {tp} of tp={plan.tp}"
             figure.rect(f"box shade-{stage % SHADES}", left, top, width, CELL, title)
             figure.text(left + 6, top + 16, f"rank {rank}", "on-shade", width - 50)
             figure.text(left + width - 6, top + 16, f"st {stage}", "end strong on-shade", 46)
             figure.text(left + 6, top + 33, f"dp {dp}  tp {tp}", "small on-shade", width - 12)
-        figure.height = max(figure.height, y + height)
+        figure.height = max(figure.height, y + height + 1)
     return figure
 
 

@@ -124,13 +124,13 @@ def _facts(plan: PlanFields, made: Timeline, measured: MeasuredStep | None) -> l
     rate = plan.global_batch / plan.step_seconds
     found = [Fact(seconds_text(plan.step_seconds), "a step, predicted")]
     if measured:
-        found.append(Fact(seconds_text(measured.seconds), f"a step, measured (median of {max(1, measured.of - 1)})"))
+        found.append(Fact(seconds_text(measured.seconds), "a step, measured"))
     found.append(Fact(f"{rate * (tokens or 1):,.0f}", "tokens/s" if tokens else "samples/s"))
     found.append(Fact(f"{model_flops_utilisation(plan):.1%}", "model FLOPs utilisation"))
     found.append(Fact(f"{plan.gap:.2%}", "gap to the lower bound"))
     found.append(Fact(f"{made.bubble:.1%}", "pipeline bubble"))
     share = max(plan.memory_bytes) / usable_bytes(plan.mesh)
-    found.append(Fact(bytes_text(max(plan.memory_bytes)), f"peak memory, {share:.0%} of what a device can give"))
+    found.append(Fact(bytes_text(max(plan.memory_bytes)), f"peak memory, {share:.0%} of usable"))
     return found
 
 
@@ -150,7 +150,7 @@ def _glance(plan: PlanFields, extras: Extras | None) -> list[str]:
     )
     if others:
         mean = sum(work(i) for i in range(plan.pp)) / plan.pp
-        text += f" Its forward and backward are {work(at) / mean - 1:+.1%} against the mean stage."
+        text += f" These take {abs(work(at) / mean - 1):.1%} {'more' if work(at) >= mean else 'less'} than the mean stage's."
     kinds = sorted(((nbytes, kind) for kind, nbytes in stage.memory.items() if nbytes), reverse=True)
     first = " and ".join(f"{kind} ({nbytes / stage.memory_bytes:.0%})" for nbytes, kind in kinds[:2])
     held = f"Its memory, {bytes_text(stage.memory_bytes)} at the peak, is filled by {first}."
@@ -170,12 +170,12 @@ def _glance(plan: PlanFields, extras: Extras | None) -> list[str]:
 
 def _largest(extras: Extras, stage: int) -> str:
     """The tensor, of all equal blocks of a stage together, that takes most bytes."""
-    rows = [(nbytes * block.times, name, block) for block in extras.memory[stage] for name, _, nbytes in block.rows]
+    rows = [(n * block.times, kind, name, block) for block in extras.memory[stage] for name, kind, n in block.rows]
     if not rows:
         return ""
-    nbytes, name, block = max(rows, key=lambda row: row[0])
-    blocks = f" of {counted(block.times, 'block')}" if block.times > 1 else (f" of {block.label}" if block.label else "")
-    return f"Most of it, {bytes_text(nbytes)}, is {name}{blocks}."
+    nbytes, kind, name, block = max(rows, key=lambda row: row[0])
+    blocks = f" in {counted(block.times, 'block')}" if block.times > 1 else (f" in {block.label}" if block.label else "")
+    return f"The largest part of one operator or tensor, {bytes_text(nbytes)}, is {kind} of {name}{blocks}."
 
 
 def _clock_rows(made: Timeline, measured: MeasuredStep | None) -> list[tuple[dict[str, float], dict[str, float] | None]]:

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from autopart.hardware.mesh import usable_bytes
 from autopart.plan.fields import PlanFields
-from autopart.plan.report.drawing import LETTER, WIDTH, Figure, Scale, stairs
+from autopart.plan.report.drawing import LETTER, WIDTH, Figure, Scale, stairs, tick_text
 from autopart.plan.report.extras import Extras
 from autopart.plan.search_summary import SearchMoment
 from autopart.plan.units import bytes_text, seconds_text
 
-LEFT, TOP, HEIGHT = 74, 14, 190
+LEFT, TOP, HEIGHT = 74, 22, 190
 """Units left of the axis, above it, and of the axis upwards."""
 
 
@@ -61,13 +61,13 @@ def _axes(figure: Figure, across: Scale, up: Scale, x_name: str, y_name: str, gi
     for tick in across.ticks():
         x = across(tick)
         figure.line("axis", x, TOP + HEIGHT, x, TOP + HEIGHT + 4)
-        figure.text(x, TOP + HEIGHT + 18, seconds_text(tick), "middle small")
+        figure.text(x, TOP + HEIGHT + 18, tick_text(tick), "middle small")
     for tick in up.ticks(6):
         figure.line("grid", across.start, up(tick), across.end, up(tick))
-        told = bytes_text(tick * 2**30).replace(".0 ", " ") if gib else seconds_text(tick)
+        told = bytes_text(tick * 2**30).replace(".0 ", " ") if gib else tick_text(tick)
         figure.text(across.start - 6, up(tick) + 4, told, "end small")
     figure.text((across.start + across.end) / 2, TOP + HEIGHT + 38, x_name, "middle small")
-    figure.text(4, 10, y_name, "small")
+    figure.text(4, 13, y_name, "small")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Dot:
 
 def alternatives(plan: PlanFields, extras: Extras | None) -> list[Dot]:
     """The plan, the plans of other points that its search found, and the best of other degrees where `extras` has
-    them; the fastest first, one of each name."""
+    them; the fastest first, one of each point."""
     name = _name(plan.pp, plan.dp, plan.tp, plan.micro_batch, plan.zero)
     dots = {name: Dot(name, plan.step_seconds, max(plan.memory_bytes), True)}
     for point in plan.search.compared if plan.search else ():
@@ -91,7 +91,7 @@ def alternatives(plan: PlanFields, extras: Extras | None) -> list[Dot]:
             dots.setdefault(name, Dot(name, point.seconds, point.memory_bytes, False))
     for row in extras.alternatives if extras else ():
         if row.seconds is not None and row.memory_bytes is not None:
-            name = f"pp={row.pp} dp={row.dp} tp={row.tp}"
+            name = _name(row.pp, row.dp, row.tp, row.micro_batch, row.zero)
             dots.setdefault(name, Dot(name, row.seconds, row.memory_bytes, False))
     return sorted(dots.values(), key=lambda dot: dot.seconds)
 
@@ -113,13 +113,18 @@ def alternatives_figure(plan: PlanFields, dots: list[Dot]) -> Figure | None:
     _axes(figure, across, in_gib, "seconds of a step", "peak bytes of a rank", gib=True)
     figure.line("limit", across.start, up(limit), across.end, up(limit))
     figure.text(across.end, up(limit) - 5, f"usable: {bytes_text(limit)}", "end small")
-    taken: list[tuple[float, float, float, float]] = []
+    taken: list[tuple[float, float, float, float]] = [
+        (across.end - 120, up(limit) - 16, across.end, up(limit)),
+        (across.start, up(limit) - 1, across.end, up(limit) + 1),
+        (0.0, 0.0, 150.0, 17.0),
+    ]
     for dot in sorted(dots, key=lambda dot: not dot.chosen):
         x, y = across(dot.seconds), up(dot.bytes)
         told = f"{dot.name}: {seconds_text(dot.seconds)}, {bytes_text(dot.bytes)}"
         figure.dot("chosen" if dot.chosen else "other", x, y, 6 if dot.chosen else 4.5, told)
         taken.append((x - 6, y - 6, x + 6, y + 6))
-    for dot in sorted(dots, key=lambda dot: not dot.chosen):
+    named = {dot.name.split(",")[0]: dot for dot in reversed(dots)}
+    for dot in sorted(named.values(), key=lambda dot: (not dot.chosen, dot.seconds)):
         _dot_name(figure, dot, across(dot.seconds), up(dot.bytes), taken)
     return figure
 

@@ -65,6 +65,7 @@ def alternatives(explained: Explanation) -> Iterator[AlternativeRow]:
         try:
             found = search.run()
         except PartitionError:
-            yield AlternativeRow(pp, dp, tp, None, search.bound, None)
+            yield AlternativeRow(pp, dp, tp, 0, 0, None, search.bound, None)
             continue
-        yield AlternativeRow(pp, dp, tp, found.seconds, found.bound, max(found.peak_bytes))
+        point = found.point
+        yield AlternativeRow(*point.degrees, point.micro_batch, point.zero, found.seconds, found.bound, max(found.peak_bytes))
