@@ -2,6 +2,9 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from autopart.plan.report.drawing import WIDTH, Figure, Scale, tick_text
 from autopart.plan.report.measured import MeasuredStep, Slice
 from autopart.plan.schedules.ops import Op
@@ -23,14 +26,14 @@ CAUSES: Mapping[Op, str] = {
 LEGEND = ("forward", "backward", "waiting", "sending", "gradient sync", "optimizer")
 """The causes in the order in which tables and the legend have them."""
 
-GUTTER = 112
+GUTTER = 140
 """Units left of the axis, for the rows' names."""
 ROW, GAP, TOP = 22, 12, 6
 """Units of a row, between two stages, and above the first."""
 MOST_BOXES = 3000
 """Slices of a figure up to which each has a box of its own, which tells its seconds. More are drawn as slots of equal
-length, each in the kind that fills most of it."""
-MOST_SLOTS = 24_000
+length, each divided by the shares of its time."""
+MOST_SLOTS = 8_000
 """Slots of a figure."""
 NUMBERED = 13.0
 """Units from which a box has the number of its micro-batch."""
@@ -49,8 +52,8 @@ def seconds_by_cause(slices: Iterable[Slice], whole: float) -> dict[str, float]:
     return {**found, "idle": max(0.0, whole - sum(found.values()))}
 
 
-def clock_figure(made: Timeline, measured: MeasuredStep | None) -> Figure:
-    """A row for each stage; with a measured step two, the predicted one first."""
+def clock_figure(made: Timeline, measured: MeasuredStep | None) -> tuple[Figure, bool]:
+    """A row for each stage; with a measured step two, the predicted one first. And whether every slice has a box."""
     whole = max(made.seconds, measured.seconds if measured else 0.0)
     figure, axis = Figure("What every stage does when"), Scale(0.0, whole, GUTTER, WIDTH - 8)
     rows: list[tuple[str, str, list[Slice]]] = []
@@ -65,13 +68,13 @@ def clock_figure(made: Timeline, measured: MeasuredStep | None) -> Figure:
     for name, which, slices in rows:
         y += GAP * bool(name) * bool(measured) * (y > TOP)
         figure.text(0, y + ROW - 7, name, "strong", 60)
-        figure.text(GUTTER - 6, y + ROW - 7, which, "end small" if which else "", GUTTER)
+        figure.text(GUTTER - 6, y + ROW - 7, which, "end small")
         figure.rect("empty", GUTTER, y + 2, axis.end - GUTTER, ROW - 4)
         (_boxes if boxes else _slots)(figure, axis, y + 2, slices, MOST_SLOTS // len(rows))
         y += ROW
     _time_axis(figure, axis, y + 2)
     figure.height = y + 34
-    return figure
+    return figure, boxes
 
 
 def _boxes(figure: Figure, axis: Scale, y: float, slices: Sequence[Slice], _: int) -> None:
@@ -88,26 +91,34 @@ def _boxes(figure: Figure, axis: Scale, y: float, slices: Sequence[Slice], _: in
 
 
 def _slots(figure: Figure, axis: Scale, y: float, slices: Sequence[Slice], slots: int) -> None:
-    """One path for each kind, of the slots that the kind fills most."""
-    slots = max(50, min(int(axis.end - axis.start), slots))
-    each = (axis.high - axis.low) / slots
-    filled: list[dict[str, float]] = [{} for _ in range(slots)]
-    for slice in slices:
-        for at in range(int(slice.start / each), min(slots, int(slice.end / each) + 1)):
-            covered = min(slice.end, (at + 1) * each) - max(slice.start, at * each)
-            kind = CAUSES[slice.op]
-            filled[at][kind] = filled[at].get(kind, 0.0) + covered
-    kinds = [max(of, key=of.__getitem__) if sum(of.values()) > each / 2 else "" for of in filled]
+    """Slots of equal length, one above the other the kinds of which each has, by their shares of its time; one path for
+    each kind."""
+    slots, height = max(50, min(int(axis.end - axis.start), slots)), ROW - 4
+    shares, each = _shares(slices, slots, (axis.high - axis.low) / slots), (axis.end - axis.start) / slots
+    tops = [tuple(round(height * sum(row[: at + 1]), 1) for at in range(len(LEGEND))) for row in shares.tolist()]
     paths: dict[str, list[str]] = {}
-    at = 0
-    while at < slots:
-        end = next((k for k in range(at, slots) if kinds[k] != kinds[at]), slots)
-        if kinds[at]:
-            x, width = axis(at * each), axis(end * each) - axis(at * each)
-            paths.setdefault(kinds[at], []).append(f"M{x:.1f} {y:g}h{width:.1f}v{ROW - 4}h-{width:.1f}z")
-        at = end
+    start = 0
+    for end in range(1, slots + 1):
+        if end < slots and tops[end] == tops[start]:
+            continue
+        x, width = axis.start + start * each, (end - start) * each
+        for kind, low, high in zip(LEGEND, (0.0, *tops[start]), tops[start], strict=False):
+            if high > low:
+                box = f"M{x:.1f} {y + height - high:.1f}h{width:.1f}v{high - low:.1f}h-{width:.1f}z"
+                paths.setdefault(kind, []).append(box)
+        start = end
     for kind, commands in paths.items():
         figure.path(class_of(kind), "".join(commands), kind)
+
+
+def _shares(slices: Sequence[Slice], slots: int, each: float) -> NDArray[np.float64]:
+    """[slots, kinds of LEGEND]: the share of the slot's `each` seconds that the kind has."""
+    found = np.zeros((slots, len(LEGEND)))
+    for slice in slices:
+        kind = LEGEND.index(CAUSES[slice.op])
+        for at in range(int(slice.start / each), min(slots, int(slice.end / each) + 1)):
+            found[at, kind] += max(0.0, min(slice.end, (at + 1) * each) - max(slice.start, at * each)) / each
+    return found
 
 
 def _time_axis(figure: Figure, axis: Scale, y: float) -> None:

@@ -9,7 +9,7 @@ from autopart.plan.units import seconds_text
 WIDTH = 960
 """Width of every figure, in units of its view box."""
 
-LETTER = 7.3
+LETTER = 8.3
 """Width of a letter of the figures' text, in units of the view box: an upper estimate for the largest size, 13."""
 
 

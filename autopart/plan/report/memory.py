@@ -11,7 +11,7 @@ from autopart.plan.units import bytes_text
 KINDS = ("parameters", "gradients", "optimizer", "activations", "messages", "transient")
 """Kinds of bytes, in the order in which bars have them."""
 
-GUTTER, ROW, GAP = 112, 24, 8
+GUTTER, ROW, GAP = 130, 24, 8
 AREA = 96
 """Units of the height of a stage's area."""
 SHOWN = 8

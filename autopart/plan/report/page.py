@@ -54,6 +54,7 @@ def report_html(
     made = timeline(plan)
     measured = None if trace is None else measured_step(trace, plan)
     dots = alternatives(plan, extras)
+    clock, boxes = clock_figure(made, measured)
     told = numbers(plan, made, measured, extras, dots)
     text = _environment().get_template("page.html").render(
         plan=plan,
@@ -69,8 +70,9 @@ def report_html(
         hosts_left_out=max(0, plan.mesh.hosts - SHOWN),
         stages_figure=stages_figure(plan),
         blocks=stage_blocks(plan),
-        clock_figure=clock_figure(made, measured),
-        clock=_clock_rows(made, measured),
+        clock_figure=clock,
+        clock_boxes=boxes,
+        clock_rows=_clock_rows(made, measured),
         causes=LEGEND,
         timeline=made,
         measured=measured,
@@ -80,6 +82,7 @@ def report_html(
         kinds=[kind for kind in KINDS if any(stage.memory.get(kind) for stage in plan.stages)],
         usable=usable_bytes(plan.mesh),
         history_figure=history_figure(plan),
+        planned_again=_planned_again(plan),
         ends=ENDS,
         dots=dots,
         alternatives_figure=alternatives_figure(plan, dots),
@@ -176,6 +179,12 @@ def _largest(extras: Extras, stage: int) -> str:
     nbytes, kind, name, block = max(rows, key=lambda row: row[0])
     blocks = f" in {counted(block.times, 'block')}" if block.times > 1 else (f" in {block.label}" if block.label else "")
     return f"The largest part of one operator or tensor, {bytes_text(nbytes)}, is {kind} of {name}{blocks}."
+
+
+def _planned_again(plan: PlanFields) -> bool:
+    """Whether the plan was made again from the graph of its own micro-batch, after the search of the record."""
+    last = plan.search.history[-1].incumbent if plan.search and plan.search.history else None
+    return last is not None and abs(last / plan.step_seconds - 1) > 1e-3
 
 
 def _clock_rows(made: Timeline, measured: MeasuredStep | None) -> list[tuple[dict[str, float], dict[str, float] | None]]:

@@ -29,8 +29,9 @@ def history_figure(plan: PlanFields) -> Figure | None:
     bound = [(time(m.seconds), step(m.bound)) for m in history]
     figure.path("curve bound", stairs(bound))
     ends = [(step(last.bound), f"bound {seconds_text(last.bound)}")]
-    for moment in found:
-        _incumbent(figure, time, step, moment)
+    for moment, before in zip(found, [None, *found], strict=False):
+        if before is None or moment.incumbent != before.incumbent:
+            _incumbent(figure, time, step, moment)
     if found:
         curve = [(time(m.seconds), step(m.incumbent or 0.0)) for m in found]
         figure.path("curve incumbent", stairs([*curve, (time(last.seconds), curve[-1][1])]))
@@ -134,8 +135,8 @@ def _dot_name(figure: Figure, dot: Dot, x: float, y: float, taken: list[tuple[fl
     text = dot.name.split(",")[0] + (" (the plan)" if dot.chosen else "")
     width = len(text) * LETTER
     for left, base in ((x + 9, y + 4), (x - 9 - width, y + 4), (x - width / 2, y - 10), (x - width / 2, y + 19)):
-        box = (left, base - 11, left + width, base + 3)
-        inside = box[0] >= LEFT and box[2] <= WIDTH and box[1] >= 0 and box[3] <= TOP + HEIGHT
+        box = (left, base - 13, left + width, base + 4)
+        inside = box[0] >= LEFT and box[2] <= WIDTH and box[1] >= 2 and box[3] <= TOP + HEIGHT
         apart = all(box[2] <= t[0] or t[2] <= box[0] or box[3] <= t[1] or t[3] <= box[1] for t in taken)
         if inside and apart:
             figure.text(left, base, text, "strong" if dot.chosen else "")
