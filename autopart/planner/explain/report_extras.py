@@ -22,7 +22,7 @@ from autopart.planner.progress import OnProgress, silent
 from autopart.planner.request import Settings
 
 DEGREES = 24
-"""Degrees other than the plan's whose best plan is searched, those of the least bounds."""
+"""Degrees other than the plan's whose best plan is searched: those of the least bounds first."""
 TIME_LIMIT = 0.4
 """Seconds of each of these searches, after which it gives its incumbent."""
 
@@ -58,7 +58,8 @@ def report_extras(
 def alternatives(explained: Explanation) -> Iterator[AlternativeRow]:
     """The best plan of each of other degrees that the request allows, with no other search space than its own."""
     own = explained.found.point.degrees
-    others = list(dict.fromkeys(point.degrees for point in explained.near if point.degrees != own))
+    points = (*explained.near, *explained.space.points())
+    others = list(dict.fromkeys(point.degrees for point in points if point.degrees != own))
     for pp, dp, tp in others[:DEGREES]:
         pinned = [parse(f"{axis}={degree}") for axis, degree in (("pp", pp), ("dp", dp), ("tp", tp))]
         search = Search(explained.constrained(pinned, time_limit=TIME_LIMIT), silent, heuristic=True)
