@@ -97,7 +97,7 @@ def run_command(
     processes: Annotated[int, typer.Option(help="without MESH: so many cpu ranks")] = 2,
     plan_file: PlanFile = None,
     report: Annotated[
-        Path | None, typer.Option(help="write the plan with a measured step as one HTML page, as `autopart report` does")
+        Path | None, typer.Option(help="write the plan and a measured step as one HTML page, as `report` does")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -108,6 +108,8 @@ def run_command(
     gc.enable()
     if not (lr >= 0 and math.isfinite(lr) and steps >= 0):
         raise PartitionError(f"{steps} steps at a learning rate of {lr}", try_="--steps 10 --lr 1e-3")
+    if report and not report.absolute().parent.is_dir():
+        raise PartitionError(f"cannot write {report}", f"there is no folder {report.parent}")
     made = saved_plan(plan_file, options, mesh)
     started = "RANK" in os.environ
     world = int(os.environ.get("WORLD_SIZE", processes))
@@ -161,9 +163,7 @@ def _write_report(compiled: Compiled, trace: Trace, file: Path) -> None:
         note(f"report: {file}")
 
 
-def _launch(
-    model: str, made: Plan, options: Options, steps: int, lr: float, report: Path | None, as_json: bool
-) -> int:
+def _launch(model: str, made: Plan, options: Options, steps: int, lr: float, report: Path | None, as_json: bool) -> int:
     """Run this command again as the ranks of a plan; the exit status."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "plan.json"

@@ -186,9 +186,11 @@ def _seconds(events: list[Event], whole: float) -> dict[str, float]:
 
 
 def _allocated(events: list[Event], stage: PlanStage, most: int) -> Iterator[tuple[float, float, float]]:
-    """`StageTimeline.allocated` with at most `most` micro-batches in flight: activations from a micro-batch's forward to
-    the end of its backward, transient bytes while the stage computes. A stage whose peak is at the end of a step has
-    its transient bytes of the peak from the gradient sync on."""
+    """`StageTimeline.allocated` with at most `most` micro-batches in flight.
+
+    Activations are allocated from a micro-batch's forward to the end of its backward, transient bytes while the stage
+    computes. A stage whose peak is at the end of a step has the peak's transient bytes from the gradient sync on.
+    """
     memory = stage.backward_memory or stage.memory
     each = memory.get("activations", 0.0) / most
     transient = memory.get("transient", 0.0) + stage.backward_memory.get("messages", 0.0)

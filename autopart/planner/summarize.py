@@ -58,7 +58,8 @@ def _compared(search: Search, ends: dict[SearchPoint, str]) -> tuple[SearchedPoi
         made = plans if plans and plans.best_seconds < NEVER else None
         seconds, nbytes = (made.best_seconds, made.best_bytes) if made else (None, None)
         if bound < NEVER:
-            rows.append(SearchedPoint(*point.degrees, point.micro_batch, point.zero, bound, seconds, nbytes, ends[point]))
+            where = (*point.degrees, point.micro_batch, point.zero)
+            rows.append(SearchedPoint(*where, bound, seconds, nbytes, ends[point]))
 
     def order(row: SearchedPoint) -> tuple[bool, float]:
         return row.seconds is None, row.bound_seconds if row.seconds is None else row.seconds

@@ -1,8 +1,9 @@
 """SVG as data: marks of a figure, scales, and text that fits. The page's template writes it out and escapes it."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from autopart.plan.units import seconds_text
 
@@ -24,7 +25,7 @@ class Mark:
     """
 
     tag: str
-    attributes: dict[str, str | float]
+    attributes: Mapping[str, str | float]
     text: str = ""
     title: str = ""
 
@@ -39,13 +40,11 @@ class Figure:
 
     def rect(self, kind: str, x: float, y: float, width: float, height: float, title: str = "") -> None:
         """A rectangle of the class `kind`."""
-        box = {"class": kind, "x": units(x), "y": units(y), "width": units(width), "height": units(height)}
-        self.marks.append(Mark("rect", box, title=title))
+        self._add("rect", kind, {"x": x, "y": y, "width": width, "height": height}, title=title)
 
     def line(self, kind: str, x1: float, y1: float, x2: float, y2: float) -> None:
         """A line of the class `kind`."""
-        ends = {"x1": units(x1), "y1": units(y1), "x2": units(x2), "y2": units(y2)}
-        self.marks.append(Mark("line", {"class": kind, **ends}))
+        self._add("line", kind, {"x1": x1, "y1": y1, "x2": x2, "y2": y2})
 
     def path(self, kind: str, commands: str, title: str = "") -> None:
         """A path of the class `kind`."""
@@ -54,13 +53,15 @@ class Figure:
     def text(self, x: float, y: float, text: str, kind: str = "", width: float = math.inf) -> None:
         """A text at its baseline, cut to `width`; classes "end" and "middle" say which part of it is at `x`."""
         if shown := fitting(text, width):
-            place = {"class": kind, "x": units(x), "y": units(y)} if kind else {"x": units(x), "y": units(y)}
-            self.marks.append(Mark("text", place, shown, title="" if shown == text else text))
+            self._add("text", kind, {"x": x, "y": y}, shown, "" if shown == text else text)
 
     def dot(self, kind: str, x: float, y: float, radius: float, title: str = "") -> None:
         """A circle of the class `kind`."""
-        place = {"class": kind, "cx": units(x), "cy": units(y), "r": units(radius)}
-        self.marks.append(Mark("circle", place, title=title))
+        self._add("circle", kind, {"cx": x, "cy": y, "r": radius}, title=title)
+
+    def _add(self, tag: str, kind: str, place: Mapping[str, float], text: str = "", title: str = "") -> None:
+        named: dict[str, str | float] = {"class": kind} if kind else {}
+        self.marks.append(Mark(tag, {**named, **{key: units(value) for key, value in place.items()}}, text, title))
 
 
 def units(value: float) -> float:
@@ -119,6 +120,6 @@ def stairs(points: Iterable[tuple[float, float]]) -> str:
 
 def _stairs(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     found = list(points[:1])
-    for (_, before), (x, y) in zip(points, points[1:], strict=False):
+    for (_, before), (x, y) in pairwise(points):
         found += [(x, before), (x, y)] if y != before else [(x, y)]
     return found

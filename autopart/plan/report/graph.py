@@ -94,6 +94,7 @@ def stages_figure(plan: PlanFields) -> Figure:
     """The stages in order, with an arrow for every message and its bytes."""
     figure, slowest = Figure("The pipeline's stages and the messages between them"), slowest_stage(plan)
     fullest = max(range(plan.pp), key=plan.memory_bytes.__getitem__)
+    ranking = (("slowest", slowest), ("fullest", fullest)) if plan.pp > 1 else ()
     across = min(ACROSS, plan.pp)
     between = 96 if plan.pp > 1 else 0
     width, height, down = (WIDTH - 8 - between * (across - 1) - 62 * (plan.pp > across)) / across, 92, 132
@@ -101,7 +102,7 @@ def stages_figure(plan: PlanFields) -> Figure:
     for index, stage in enumerate(plan.stages):
         x, y = index % across * room + 4, index // across * down + 6
         figure.rect(f"box shade-{index % SHADES}", x, y, width, height)
-        marks = ", ".join(word for word, at in (("slowest", slowest), ("fullest", fullest)) if at == index and plan.pp > 1)
+        marks = ", ".join(word for word, at in ranking if at == index)
         blocks = sum(is_block(label) for segment in stage.segments for label in segment.labels)
         lines = [
             f"stage {index}{f': {marks}' if marks else ''}",
@@ -194,9 +195,8 @@ def _arcs(lines: tuple[PlanLine, ...]) -> Figure:
         made = lines[start]
         what = f"{made.name} {made.operator}".strip()
         title = f"{what}: {bytes_text(made.bytes)}{f', {made.placement}' if made.placement else ''}"
-        figure.path(
-            "arc", f"M60 {units(y1)}C{units(60 - out * 1.3)} {units(y1)} {units(60 - out * 1.3)} {units(y2)} 60 {units(y2)}", title
-        )
+        bend = units(60 - out * 1.3)
+        figure.path("arc", f"M60 {units(y1)}C{bend} {units(y1)} {bend} {units(y2)} 60 {units(y2)}", title)
     for at in range(len(lines)):
         figure.dot("node", 60, (at + 0.5) * ROW, 3)
     return figure

@@ -66,7 +66,7 @@ def measured_step(trace: str | Path | Mapping[str, Any], plan: PlanFields) -> Me
             "trace at least one step of compiled.step with the plan's batch",
         )
     later = {step: rows for step, rows in whole.items() if step > min(whole)} or whole
-    lengths = sorted((max(r[3].end for r in rows) - min(r[3].start for r in rows), step) for step, rows in later.items())
+    lengths = sorted((max(r[3].end for r in rows) - min(r[3].start for r in rows), at) for at, rows in later.items())
     seconds, step = lengths[(len(lengths) - 1) // 2]
     rows, begun = later[step], min(row[3].start for row in later[step])
     ranks = tuple(min(row[1] for row in rows if row[0] == stage) for stage in range(plan.pp))

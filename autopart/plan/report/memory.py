@@ -98,8 +98,8 @@ def over_time_figure(plan: PlanFields, made: Timeline) -> Figure:
 
 
 def _thinned(rows: list[tuple[float, float, float]], whole: float) -> list[tuple[float, float, float]]:
-    """Rows of `StageTimeline.allocated`; of more than MOST_ROWS, in each of so many slots of time the row of most bytes,
-    and the last row."""
+    """Rows of `StageTimeline.allocated`; of more than MOST_ROWS, in each of so many slots of time the row of most
+    bytes, and the last row."""
     if len(rows) <= MOST_ROWS or not whole:
         return rows
     fullest: dict[int, tuple[float, float, float]] = {}
@@ -115,4 +115,3 @@ def _byte_axis(figure: Figure, scale: Scale) -> None:
     for tick in whole.ticks(4):
         figure.line("axis", GUTTER - 4, whole(tick), GUTTER, whole(tick))
         figure.text(GUTTER - 7, whole(tick) + 4, bytes_text(tick * 2**30).replace(".0 ", " "), "end small")
-

@@ -56,38 +56,42 @@ def report_html(
     dots = alternatives(plan, extras)
     clock, boxes = clock_figure(made, measured)
     told = numbers(plan, made, measured, extras, dots)
-    text = _environment().get_template("page.html").render(
-        plan=plan,
-        version=version("autopart"),
-        head=head(plan),
-        reasons=list(reasons(plan)),
-        notes=[*plan.notes, *kernels_text(plan)],
-        facts=_facts(plan, made, measured),
-        glance=_glance(plan, extras),
-        slowest=slowest_stage(plan),
-        fullest=max(range(plan.pp), key=plan.memory_bytes.__getitem__),
-        mesh_figure=mesh_figure(plan),
-        hosts_left_out=max(0, plan.mesh.hosts - SHOWN),
-        stages_figure=stages_figure(plan),
-        blocks=stage_blocks(plan),
-        clock_figure=clock,
-        clock_boxes=boxes,
-        clock_rows=_clock_rows(made, measured),
-        causes=LEGEND,
-        timeline=made,
-        measured=measured,
-        peak_figure=peak_figure(plan),
-        over_time_figure=over_time_figure(plan, made),
-        shown_stages=shown_stages(plan),
-        kinds=[kind for kind in KINDS if any(stage.memory.get(kind) for stage in plan.stages)],
-        usable=usable_bytes(plan.mesh),
-        history_figure=history_figure(plan),
-        planned_again=_planned_again(plan),
-        ends=ENDS,
-        dots=dots,
-        alternatives_figure=alternatives_figure(plan, dots),
-        extras=extras,
-        numbers=told,
+    text = (
+        _environment()
+        .get_template("page.html")
+        .render(
+            plan=plan,
+            version=version("autopart"),
+            head=head(plan),
+            reasons=list(reasons(plan)),
+            notes=[*plan.notes, *kernels_text(plan)],
+            facts=_facts(plan, made, measured),
+            glance=_glance(plan, extras),
+            slowest=slowest_stage(plan),
+            fullest=max(range(plan.pp), key=plan.memory_bytes.__getitem__),
+            mesh_figure=mesh_figure(plan),
+            hosts_left_out=max(0, plan.mesh.hosts - SHOWN),
+            stages_figure=stages_figure(plan),
+            blocks=stage_blocks(plan),
+            clock_figure=clock,
+            clock_boxes=boxes,
+            clock_rows=_clock_rows(made, measured),
+            causes=LEGEND,
+            timeline=made,
+            measured=measured,
+            peak_figure=peak_figure(plan),
+            over_time_figure=over_time_figure(plan, made),
+            shown_stages=shown_stages(plan),
+            kinds=[kind for kind in KINDS if any(stage.memory.get(kind) for stage in plan.stages)],
+            usable=usable_bytes(plan.mesh),
+            history_figure=history_figure(plan),
+            planned_again=_planned_again(plan),
+            ends=ENDS,
+            dots=dots,
+            alternatives_figure=alternatives_figure(plan, dots),
+            extras=extras,
+            numbers=told,
+        )
     )
     return text, told
 
@@ -146,14 +150,14 @@ def _glance(plan: PlanFields, extras: Extras | None) -> list[str]:
         return plan.stages[index].forward_seconds + plan.stages[index].backward_seconds
 
     name = f"Stage {at} is the slowest" if others else "The only stage"
-    sync = f", and {seconds_text(stage.sync_seconds)} a step for gradient sync and optimizer" if stage.sync_seconds else ""
+    sync = f", and {seconds_text(stage.sync_seconds)} a step for gradient sync and optimizer"
     text = (
         f"{name}: forward {seconds_text(stage.forward_seconds)} and backward {seconds_text(stage.backward_seconds)} "
-        f"a micro-batch{sync}."
+        f"a micro-batch{sync if stage.sync_seconds else ''}."
     )
     if others:
-        mean = sum(work(i) for i in range(plan.pp)) / plan.pp
-        text += f" These take {abs(work(at) / mean - 1):.1%} {'more' if work(at) >= mean else 'less'} than the mean stage's."
+        more = work(at) * plan.pp / sum(work(i) for i in range(plan.pp)) - 1
+        text += f" These take {abs(more):.1%} {'more' if more >= 0 else 'less'} than the mean stage's."
     kinds = sorted(((nbytes, kind) for kind, nbytes in stage.memory.items() if nbytes), reverse=True)
     first = " and ".join(f"{kind} ({nbytes / stage.memory_bytes:.0%})" for nbytes, kind in kinds[:2])
     held = f"Its memory, {bytes_text(stage.memory_bytes)} at the peak, is filled by {first}."
@@ -177,8 +181,8 @@ def _largest(extras: Extras, stage: int) -> str:
     if not rows:
         return ""
     nbytes, kind, name, block = max(rows, key=lambda row: row[0])
-    blocks = f" in {counted(block.times, 'block')}" if block.times > 1 else (f" in {block.label}" if block.label else "")
-    return f"The largest part of one operator or tensor, {bytes_text(nbytes)}, is {kind} of {name}{blocks}."
+    where = counted(block.times, "block") if block.times > 1 else block.label or "what blocks share"
+    return f"The largest part of one operator or tensor, {bytes_text(nbytes)}, is {kind} of {name} in {where}."
 
 
 def _planned_again(plan: PlanFields) -> bool:
@@ -187,9 +191,12 @@ def _planned_again(plan: PlanFields) -> bool:
     return last is not None and abs(last / plan.step_seconds - 1) > 1e-3
 
 
-def _clock_rows(made: Timeline, measured: MeasuredStep | None) -> list[tuple[dict[str, float], dict[str, float] | None]]:
+Causes = dict[str, float]
+
+
+def _clock_rows(made: Timeline, measured: MeasuredStep | None) -> list[tuple[Causes, Causes | None]]:
     """Of every stage the seconds by cause, predicted and measured."""
-    rows: list[tuple[dict[str, float], dict[str, float] | None]] = []
+    rows: list[tuple[Causes, Causes | None]] = []
     for index, stage in enumerate(made.stages):
         real = seconds_by_cause(measured.stages[index], measured.seconds) if measured else None
         rows.append((seconds_by_cause(predicted(stage), made.seconds), real))

@@ -68,5 +68,5 @@ def alternatives(explained: Explanation) -> Iterator[AlternativeRow]:
         except PartitionError:
             yield AlternativeRow(pp, dp, tp, 0, 0, None, search.bound, None)
             continue
-        point = found.point
-        yield AlternativeRow(*point.degrees, point.micro_batch, point.zero, found.seconds, found.bound, max(found.peak_bytes))
+        samples, zero = found.point.micro_batch, found.point.zero
+        yield AlternativeRow(pp, dp, tp, samples, zero, found.seconds, found.bound, max(found.peak_bytes))
