@@ -21,7 +21,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import autopart
-from autopart import PartitionError, Plan
+from autopart import Mesh, PartitionError, Plan
 from autopart.cli.main import app
 from autopart.hardware.mesh import usable_bytes
 from autopart.plan.breakdown import slowest_stage
@@ -265,6 +265,20 @@ def test_an_old_plan_without_a_record_of_its_search_has_a_report() -> None:
     text = report_html(Plan.from_json(data))[0]
     assert "no record of its search" in Page(text).text
     assert "no search" in Page(report_html(replace(planned("4 stages"), search=None))[0]).text
+
+
+@pytest.mark.parametrize("micro_batches", [8, 1024])
+def test_a_plan_of_nothing_has_a_report(micro_batches: int) -> None:
+    """Edited by hand: stages without seconds, bytes, operators and messages."""
+    stage = planned("4 stages").stages[0]
+    empty = replace(
+        stage, forward_seconds=0.0, backward_seconds=0.0, sync_seconds=0.0, send_seconds=0.0, memory={}, segments=(),
+        sends=(),
+    )  # fmt: skip
+    plan = replace(planned("4 stages"), stages=(empty,) * 4, micro_batch=1, global_batch=micro_batches, gap=0.0)
+    assert numbers_of(report_html(plan)[0])["timeline"]["seconds"] == 0
+    without = replace(plan, precision="bfloat16", mesh=Mesh.of("4:v100-16gb"))  # a device that has none
+    assert numbers_of(report_html(without)[0])["mfu"] is None
 
 
 def test_texts_and_ticks() -> None:

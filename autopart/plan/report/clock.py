@@ -93,6 +93,8 @@ def _boxes(figure: Figure, axis: Scale, y: float, slices: Sequence[Slice], _: in
 def _slots(figure: Figure, axis: Scale, y: float, slices: Sequence[Slice], slots: int) -> None:
     """Slots of equal length, one above the other the kinds of which each has, by their shares of its time; one path for
     each kind."""
+    if not axis.high:
+        return
     slots, height = max(50, min(int(axis.end - axis.start), slots)), ROW - 4
     shares, each = _shares(slices, slots, (axis.high - axis.low) / slots), (axis.end - axis.start) / slots
     tops = [tuple(round(height * sum(row[: at + 1]), 1) for at in range(len(LEGEND))) for row in shares.tolist()]

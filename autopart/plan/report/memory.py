@@ -40,7 +40,7 @@ def peak_figure(plan: PlanFields) -> Figure:
             if not (nbytes := stage.memory.get(kind, 0.0)):
                 continue
             width = axis(nbytes) - axis.start
-            share = f"{nbytes / stage.memory_bytes:.0%}"
+            share = f"{nbytes / sum(stage.memory.values()):.0%}"
             figure.rect(f"box {class_of(kind)}", x, y, width, ROW - 2, f"{kind}: {bytes_text(nbytes)}, {share}")
             if width > 30:
                 for text in (f"{kind} {share}", share):

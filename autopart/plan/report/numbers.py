@@ -32,7 +32,7 @@ def numbers(
             "bound_seconds": plan.bound_seconds,
             "gap": plan.gap,
             "samples_per_second": plan.global_batch / plan.step_seconds,
-            "mfu": model_flops_utilisation(plan),
+            "mfu": model_flops_utilisation(plan) if plan.precision in plan.mesh.device.flops else None,
             "usable_bytes": usable_bytes(plan.mesh),
             "slowest_stage": slowest_stage(plan),
             "breakdown": step_breakdown(plan),

@@ -55,6 +55,7 @@ def report_html(
     measured = None if trace is None else measured_step(trace, plan)
     dots = alternatives(plan, extras)
     clock, boxes = clock_figure(made, measured)
+    blocks = stage_blocks(plan)
     told = numbers(plan, made, measured, extras, dots)
     text = (
         _environment()
@@ -72,7 +73,8 @@ def report_html(
             mesh_figure=mesh_figure(plan),
             hosts_left_out=max(0, plan.mesh.hosts - SHOWN),
             stages_figure=stages_figure(plan),
-            blocks=stage_blocks(plan),
+            blocks=blocks,
+        first_open=max(blocks[0], key=lambda view: view.seconds * view.times, default=None),
             clock_figure=clock,
             clock_boxes=boxes,
             clock_rows=_clock_rows(made, measured),
@@ -133,7 +135,8 @@ def _facts(plan: PlanFields, made: Timeline, measured: MeasuredStep | None) -> l
     if measured:
         found.append(Fact(seconds_text(measured.seconds), "a step, measured"))
     found.append(Fact(f"{rate * (tokens or 1):,.0f}", "tokens/s" if tokens else "samples/s"))
-    found.append(Fact(f"{model_flops_utilisation(plan):.1%}", "model FLOPs utilisation"))
+    if plan.precision in plan.mesh.device.flops:
+        found.append(Fact(f"{model_flops_utilisation(plan):.1%}", "model FLOPs utilisation"))
     found.append(Fact(f"{plan.gap:.2%}", "gap to the lower bound"))
     found.append(Fact(f"{made.bubble:.1%}", "pipeline bubble"))
     share = max(plan.memory_bytes) / usable_bytes(plan.mesh)
@@ -156,11 +159,12 @@ def _glance(plan: PlanFields, extras: Extras | None) -> list[str]:
         f"a micro-batch{sync if stage.sync_seconds else ''}."
     )
     if others:
-        more = work(at) * plan.pp / sum(work(i) for i in range(plan.pp)) - 1
+        mean = sum(work(i) for i in range(plan.pp)) / plan.pp
+        more = work(at) / mean - 1 if mean else 0.0
         text += f" These take {abs(more):.1%} {'more' if more >= 0 else 'less'} than the mean stage's."
     kinds = sorted(((nbytes, kind) for kind, nbytes in stage.memory.items() if nbytes), reverse=True)
-    first = " and ".join(f"{kind} ({nbytes / stage.memory_bytes:.0%})" for nbytes, kind in kinds[:2])
-    held = f"Its memory, {bytes_text(stage.memory_bytes)} at the peak, is filled by {first}."
+    first = " and ".join(f"{kind} ({nbytes / sum(stage.memory.values()):.0%})" for nbytes, kind in kinds[:2])
+    held = f"Its memory, {bytes_text(stage.memory_bytes)} at the peak, is filled by {first or 'nothing'}."
     if extras:
         held += f" {_largest(extras, at)}"
     fullest = max(range(plan.pp), key=plan.memory_bytes.__getitem__)
@@ -170,7 +174,7 @@ def _glance(plan: PlanFields, extras: Extras | None) -> list[str]:
         nbytes, kind = max((nbytes, kind) for kind, nbytes in full.memory.items())
         found.append(
             f"Stage {fullest} has the fullest memory: {bytes_text(full.memory_bytes)}, "
-            f"most of it {kind} ({nbytes / full.memory_bytes:.0%})."
+            f"most of it {kind} ({nbytes / sum(full.memory.values()):.0%})."
         )
     return found
 

@@ -131,10 +131,11 @@ def alternatives_figure(plan: PlanFields, dots: list[Dot]) -> Figure | None:
 
 
 def _dot_name(figure: Figure, dot: Dot, x: float, y: float, taken: list[tuple[float, float, float, float]]) -> None:
-    """A plan's degrees beside its dot, where no other text or dot is; else none, and the table beneath has it."""
-    text = dot.name.split(",")[0] + (" (the plan)" if dot.chosen else "")
+    """A plan's degrees beside its dot ("the plan" beside its own), where no other text or dot is; else none, and the table beneath has it."""
+    text = "the plan" if dot.chosen else dot.name.split(",")[0]
     width = len(text) * LETTER
-    for left, base in ((x + 9, y + 4), (x - 9 - width, y + 4), (x - width / 2, y - 10), (x - width / 2, y + 19)):
+    around = [(x + 9, y + 4), (x - 9 - width, y + 4), (x - width / 2, y - 10), (x - width / 2, y + 19)]
+    for left, base in (*around, *((x - 6, y + below) for below in (22, 38, 54) if dot.chosen)):
         box = (left, base - 13, left + width, base + 4)
         inside = box[0] >= LEFT and box[2] <= WIDTH and box[1] >= 2 and box[3] <= TOP + HEIGHT
         apart = all(box[2] <= t[0] or t[2] <= box[0] or box[3] <= t[1] or t[3] <= box[1] for t in taken)
