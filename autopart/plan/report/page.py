@@ -74,7 +74,7 @@ def report_html(
             hosts_left_out=max(0, plan.mesh.hosts - SHOWN),
             stages_figure=stages_figure(plan),
             blocks=blocks,
-        first_open=max(blocks[0], key=lambda view: view.seconds * view.times, default=None),
+            first_open=max(blocks[0], key=lambda view: view.seconds * view.times, default=None),
             clock_figure=clock,
             clock_boxes=boxes,
             clock_rows=_clock_rows(made, measured),

@@ -131,7 +131,7 @@ def alternatives_figure(plan: PlanFields, dots: list[Dot]) -> Figure | None:
 
 
 def _dot_name(figure: Figure, dot: Dot, x: float, y: float, taken: list[tuple[float, float, float, float]]) -> None:
-    """A plan's degrees beside its dot ("the plan" beside its own), where no other text or dot is; else none, and the table beneath has it."""
+    """A plan's degrees beside its dot, or "the plan", where no other text or dot is; else none: the table has it."""
     text = "the plan" if dot.chosen else dot.name.split(",")[0]
     width = len(text) * LETTER
     around = [(x + 9, y + 4), (x - 9 - width, y + 4), (x - width / 2, y - 10), (x - width / 2, y + 19)]
