@@ -14,6 +14,8 @@ from autopart import Mesh, Plan
 from autopart.hardware.mesh import usable_bytes
 from autopart.plan.report import report_html
 from autopart.plan.search_summary import ENDS
+from autopart.planner.search_history import KEPT, SearchHistory
+from autopart.planner.search_points import SearchPoint
 
 pytestmark = [pytest.mark.usefixtures("traced_once"), pytest.mark.slow]
 
@@ -77,3 +79,16 @@ def test_the_record_of_a_search(plan: Plan, share: float) -> None:
     assert chosen.seconds == pytest.approx(found.step_seconds, rel=1e-6)
     assert chosen.memory_bytes == pytest.approx(max(found.memory_bytes), rel=0.02)
     assert found.fits and (share == 1.0 or found.recompute != "none" or found.zero > plan.zero)
+
+
+def test_a_long_record_is_thinned() -> None:
+    history, point = SearchHistory(), SearchPoint(1, 1, 1, 1)
+    for number in range(1000):
+        best = float("inf") if number < 300 else 9.0 if number < 700 else 8.0
+        history.note(point, 1, number + 1, best, 1.0 + number / 1000)
+    history.note(point, 2, 1001, 8.0, 1.0)  # neither the incumbent nor the bound got better
+    kept, visited = history.thinned(), [moment.visited for moment in history.thinned()]
+    assert len(history.moments) == 1000 and len(kept) <= KEPT + 8 and visited == sorted(set(visited))
+    assert {1, 300, 301, 700, 701, 1000} <= set(visited) and history.last_step == {point: 2}
+    assert [m.incumbent for m in kept if m.visited in (300, 301, 701)] == [None, 9.0, 8.0]
+    assert SearchHistory().thinned() == ()

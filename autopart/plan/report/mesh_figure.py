@@ -37,7 +37,7 @@ def mesh_figure(plan: PlanFields) -> Figure:
             figure.rect(f"box shade-{stage % SHADES}", left, top, width, CELL, title)
             figure.text(left + 6, top + 16, f"rank {rank}", "on-shade", width - 34)
             figure.text(left + width - 6, top + 16, f"st {stage}", "end strong on-shade", 46)
-            figure.text(left + 6, top + 33, f"dp {dp}  tp {tp}", "small on-shade", width - 12)
+            figure.text(left + 6, top + 33, f"dp {dp}  tp {tp}", "small on-shade", width + 12)
         figure.height = max(figure.height, y + height + 1)
     return figure
 

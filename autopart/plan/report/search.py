@@ -23,7 +23,7 @@ def history_figure(plan: PlanFields) -> Figure | None:
     values = [m.bound for m in history] + [m.incumbent for m in found if m.incumbent is not None]
     low, high = min(values), max(values)
     pad = (high - low or high) * 0.08
-    time = Scale(0.0, last.seconds, LEFT, WIDTH - 130)
+    time = Scale(0.0, last.seconds, LEFT, WIDTH - 150)
     step = Scale(low - pad, high + pad, TOP + HEIGHT, TOP)
     _axes(figure, time, step, "seconds of the search", "step")
     bound = [(time(m.seconds), step(m.bound)) for m in history]
