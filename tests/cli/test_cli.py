@@ -135,7 +135,7 @@ def test_the_version_is_told() -> None:
 
 @pytest.mark.processes
 def test_importing_autopart_brings_in_neither_the_shell_nor_transformers() -> None:
-    heavy = {"transformers", "accelerate", "rich", "typer", "matplotlib", "networkx", "triton"}
+    heavy = {"transformers", "accelerate", "rich", "typer", "matplotlib", "networkx", "triton", "jinja2"}
     heavy |= {"torch.distributed.checkpoint"}
     told = process(
         "-c", f"import sys, torch; had = set(sys.modules); import autopart; print({heavy} & (set(sys.modules) - had))"

@@ -1,13 +1,13 @@
 """A plan, a trace of its run, and what planning again found -> the page of the report."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import jinja2
+from typing import TYPE_CHECKING, Any
 
 from autopart.hardware.mesh import usable_bytes
 from autopart.plan.breakdown import model_flops_utilisation, slowest_stage
@@ -26,6 +26,9 @@ from autopart.plan.search_summary import ENDS
 from autopart.plan.text import head, kernels_text
 from autopart.plan.timeline import Timeline, timeline
 from autopart.plan.units import bytes_text, counted, seconds_text
+
+if TYPE_CHECKING:
+    import jinja2
 
 Trace = str | Path | Mapping[str, Any]
 """A trace of a real run: the file that `autopart.Trace` saved, or what the file has."""
@@ -101,6 +104,8 @@ def report_html(
 @cache
 def _environment() -> jinja2.Environment:
     """The templates of this folder. Every value is escaped; an unknown one is an error."""
+    import jinja2
+
     made = jinja2.Environment(
         loader=jinja2.PackageLoader("autopart.plan.report", ""),
         autoescape=True,
