@@ -17,6 +17,7 @@ with paused():
     from autopart.planner.explain.memory_report import MemoryReport, memory_report
     from autopart.planner.explain.mesh_search import MeshChoice, search_mesh
     from autopart.planner.explain.price_plan import price_plan
+    from autopart.planner.explain.report_extras import report_extras
     from autopart.planner.explain.why import Explanation, explain
     from autopart.planner.request import Settings
     from autopart.runtime.calibrate.run import calibrate
@@ -65,6 +66,7 @@ __all__ = [
     "pad",
     "plan",
     "price_plan",
+    "report_extras",
     "search_mesh",
     "simulate",
     "timeline",

@@ -35,6 +35,7 @@ from autopart.cli.shared import (
     stderr,
     tell,
 )
+from autopart.cli.shared import write as write_file
 from autopart.compile.api import compile
 from autopart.compile.check import check
 from autopart.compile.programs import programs
@@ -42,7 +43,10 @@ from autopart.errors import PartitionError
 from autopart.frontend.batch import DTYPES, outline, take
 from autopart.passes.source import Source, prepare
 from autopart.plan.data import Plan
+from autopart.plan.report import write_report
 from autopart.planner.validate import validate
+from autopart.runtime.callbacks import Trace
+from autopart.runtime.compiled import Compiled
 from autopart.runtime.launch import launch
 from autopart.runtime.standalone import rate_text, train, write
 
@@ -92,6 +96,9 @@ def run_command(
     lr: Annotated[float, typer.Option(help="learning rate")] = 1e-3,
     processes: Annotated[int, typer.Option(help="without MESH: so many cpu ranks")] = 2,
     plan_file: PlanFile = None,
+    report: Annotated[
+        Path | None, typer.Option(help="write the plan and a measured step as one HTML page, as `report` does")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train random weights on one random batch, on processes started here, or as one of torchrun's.
@@ -101,6 +108,8 @@ def run_command(
     gc.enable()
     if not (lr >= 0 and math.isfinite(lr) and steps >= 0):
         raise PartitionError(f"{steps} steps at a learning rate of {lr}", try_="--steps 10 --lr 1e-3")
+    if report and not report.absolute().parent.is_dir():
+        raise PartitionError(f"cannot write {report}", f"there is no folder {report.parent}")
     made = saved_plan(plan_file, options, mesh)
     started = "RANK" in os.environ
     world = int(os.environ.get("WORLD_SIZE", processes))
@@ -111,7 +120,7 @@ def run_command(
             Source.of(*outlined, made).like(made)
         made = made or make_plan(*outlined, mesh, options)
         if made.mesh.size > 1:
-            raise typer.Exit(_launch(model, made, options, steps, lr, as_json))
+            raise typer.Exit(_launch(model, made, options, steps, lr, report, as_json))
     torch.manual_seed(0)
     quiet = os.environ.get("RANK", "0") != "0"
     loaded, batch = load(model, options, meta=False, say=None if not started or quiet or made else note)
@@ -119,8 +128,13 @@ def run_command(
         compiled = compile(loaded, made.mesh if made else mesh, batch, plan=made, **settings_of(options))
     for warning in warned:
         note(str(warning.message))
+    trace = Trace()
+    if report:
+        compiled.callbacks.append(trace)
     with _steps(steps, quiet) as say:
         result = train(compiled, take(batch, compiled.plan.global_batch), steps, lr, say)
+    if report:
+        _write_report(compiled, trace, report)
     if not quiet:
         result = {**result, "plan": compiled.plan.to_json()}
         tell(result if as_json else _run_text(result))
@@ -141,13 +155,22 @@ def write_folder(model: nn.Module, batch: models.Batch, made: Plan, folder: Path
         raise PartitionError(f"cannot write {folder}", str(error)) from error
 
 
-def _launch(model: str, made: Plan, options: Options, steps: int, lr: float, as_json: bool) -> int:
+def _write_report(compiled: Compiled, trace: Trace, file: Path) -> None:
+    """Write the report of a run on rank 0, with a step of its trace. All ranks call this function."""
+    gathered = trace.gather(compiled.groups.host)
+    if compiled.rank == 0:
+        write_file(file, lambda to: write_report(compiled.plan, to, trace=gathered))
+        note(f"report: {file}")
+
+
+def _launch(model: str, made: Plan, options: Options, steps: int, lr: float, report: Path | None, as_json: bool) -> int:
     """Run this command again as the ranks of a plan; the exit status."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "plan.json"
         made.save(file)
         line = [sys.executable, "-m", "autopart.cli.main", "run", model, "--plan", str(file)]
         line += ["--steps", str(steps), "--lr", str(lr), *(["--json"] if as_json else [])]
+        line += ["--report", str(report)] if report else []
         given = {name: options[name] for name in BATCH_OPTIONS if options[name]}
         line += [f"--{k}" if v is True else f"--{k}={v}" for k, v in given.items()]
         return launch(line, made.mesh.size)

@@ -4,14 +4,25 @@ from autopart.cost.training_state import amortization
 from autopart.plan.fields import PlanFields
 
 
+def model_flops_utilisation(plan: PlanFields) -> float:
+    """3 forward_flops / (step_seconds x devices x peak FLOP/s of a device in the plan's precision), as Chowdhery et
+    al., PaLM, arXiv 2204.02311, appendix B have it."""
+    return 3 * plan.forward_flops / (plan.step_seconds * plan.mesh.size * plan.mesh.device.flops[plan.precision])
+
+
+def slowest_stage(plan: PlanFields) -> int:
+    """The index of the stage that takes the most seconds for a micro-batch (`PlanStage.turn_seconds`)."""
+    shared = amortization(plan.zero, plan.micro_batches, plan.pp)
+    return max(range(plan.pp), key=lambda index: plan.stages[index].turn_seconds(shared))
+
+
 def step_breakdown(plan: PlanFields) -> dict[str, float]:
     """Cause -> seconds of a step of the slowest stage; they add up to `plan.step_seconds`.
 
     compute, recompute (its collectives included), communication (collectives of the micro-batches), p2p (messages
     between stages), gradient sync (what no backward hides, and the optimizer) and bubble: the rest.
     """
-    m, shared = plan.micro_batches, amortization(plan.zero, plan.micro_batches, plan.pp)
-    slowest = max(plan.stages, key=lambda stage: stage.turn_seconds(shared))
+    m, slowest = plan.micro_batches, plan.stages[slowest_stage(plan)]
     lines = [(len(segment.labels), line) for segment in slowest.segments for line in segment.lines]
     compute = m * sum(times * line.seconds for times, line in lines)
     comm = m * sum(times * line.comm_seconds for times, line in lines)

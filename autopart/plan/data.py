@@ -18,6 +18,8 @@ from autopart.plan.text import describe, head
 if TYPE_CHECKING:
     import networkx
 
+    from autopart.plan.report import Extras
+
 
 @dataclass(frozen=True)
 class Plan(PlanFields):
@@ -50,6 +52,17 @@ class Plan(PlanFields):
     def from_json(data: Any) -> Plan:
         """The inverse of `to_json`. Raises PartitionError for anything else."""
         return plan_from_json(data, Plan)
+
+    def report(self, path: str | Path, *, trace: str | Path | None = None, extras: Extras | None = None) -> None:
+        """Write the plan as one HTML page; `trace` is the file of an `autopart.Trace` of its run, and `extras` what
+        `autopart.report_extras` found. Raises PartitionError for the trace of another plan, and where the file cannot
+        be written."""
+        from autopart.plan.report import write_report
+
+        try:
+            write_report(self, path, trace=trace, extras=extras)
+        except OSError as error:
+            raise PartitionError(f"cannot write {path}", str(error)) from error
 
     def check(self, layered: LayeredGraph) -> None:
         """Raise PartitionError, naming the difference, unless the plan was made for this traced model."""

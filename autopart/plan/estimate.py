@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from autopart.hardware.mesh import usable_bytes
-from autopart.plan.breakdown import step_breakdown
+from autopart.plan.breakdown import model_flops_utilisation, step_breakdown
 from autopart.plan.data import Plan
 from autopart.plan.layout import paragraph, text_width
 from autopart.plan.text import memory_text
@@ -56,7 +56,7 @@ class Estimate:
             seconds,
             plan.global_batch / seconds,
             plan.global_batch * tokens / seconds if tokens else None,
-            3 * plan.forward_flops / (seconds * plan.mesh.size * peak),
+            model_flops_utilisation(plan),
             peak,
             plan.precision,
             plan.memory_bytes,

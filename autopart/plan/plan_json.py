@@ -11,7 +11,7 @@ from autopart.errors import PartitionError, not_known
 from autopart.hardware.mesh import Mesh
 from autopart.plan.fields import PlanFields
 from autopart.plan.schedules import SCHEDULES
-from autopart.plan.search_summary import LIMITS
+from autopart.plan.search_summary import ENDS, LIMITS
 from autopart.plan.typecheck import hints, mistyped
 from autopart.sharding.notation import Placement, Strategy
 
@@ -111,6 +111,9 @@ def _contradictions(plan: PlanFields) -> Iterator[str]:
         yield f"{plan.degrees} has {len(plan.stages)} stages"
     if plan.search and plan.search.limit not in LIMITS:
         yield str(not_known("limit", plan.search.limit, LIMITS))
+    for ended in [*plan.search.ended, *(point.ended for point in plan.search.compared)] if plan.search else ():
+        if ended not in ENDS:
+            yield str(not_known("end of a search point", ended, ENDS))
     for index, stage in enumerate(plan.stages):
         if not 0 <= stage.splits < len(plan.splits):
             yield f"stage {index} is split as {stage.splits}, there are {len(plan.splits)} ways"

@@ -1,6 +1,7 @@
 """What a plan remembers of the search that found it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,44 @@ class RunnerUp:
 
 
 @dataclass(frozen=True)
+class SearchMoment:
+    """Where the search stood when its incumbent or its lower bound had changed.
+
+    seconds    since the search began
+    visited    points taken from the queue until then
+    incumbent  seconds of a step of the fastest plan until then; None where there was none
+    bound      lower bound on the step of every plan of the space, in seconds
+    """
+
+    seconds: float
+    visited: int
+    incumbent: float | None
+    bound: float
+
+
+@dataclass(frozen=True)
+class SearchedPoint:
+    """A search point, and how the search was done with it.
+
+    micro_batch    samples of a micro-batch over all data-parallel ranks
+    bound_seconds  lower bound on a step of every plan of the point
+    seconds        of a step of the fastest plan that the search found there; None where it found none
+    memory_bytes   of that plan: peak bytes of a rank of its fullest stage
+    ended          one of ENDS
+    """
+
+    pp: int
+    dp: int
+    tp: int
+    micro_batch: int
+    zero: int
+    bound_seconds: float
+    seconds: float | None
+    memory_bytes: float | None
+    ended: str
+
+
+@dataclass(frozen=True)
 class SearchSummary:
     """What the search compared, and what limits its plan.
 
@@ -31,11 +70,30 @@ class SearchSummary:
     limit      "memory": with more memory the search would have found a faster plan, or a lower ZeRO level would have
                fitted. "batch": no rank can take fewer samples at a time, and that leaves devices idle or forbids more
                data parallelism. "devices": neither of these
+    history    in order of time, every new incumbent, and the lower bound as it rises
+    ended      how the search was done with its points: of ENDS, in their order -> number of points
+    compared   the points with a plan, the fastest first, then those of the least bounds
     """
 
     points: int
     runner_up: RunnerUp | None
     limit: str
+    history: tuple[SearchMoment, ...] = ()
+    ended: Mapping[str, int] = field(default_factory=dict)
+    compared: tuple[SearchedPoint, ...] = ()
 
 
 LIMITS = ("memory", "batch", "devices")
+
+ENDS: Mapping[str, str] = {
+    "chosen": "the plan is of this point",
+    "state": "parameters, gradients and optimizer states alone exceed all devices",
+    "fastest strategies": "pruned by the sum of every operator's fastest strategy",
+    "linear relaxation": "pruned by the linear relaxation of the splits' ILP",
+    "capacity": "pruned by the fastest cut whose stages fit with the least memory",
+    "splits": "its splits' ILP was solved and cut into stages; nothing of it can be faster than the plan",
+    "memory multipliers": "pruned by the Lagrangian bound on memory",
+    "refined": "searched to the end: its fastest plan is no faster, or none fits",
+    "unfinished": "left open when the search reached its limit of time or nodes",
+}
+"""How a search is done with a point -> in words."""

@@ -1,7 +1,7 @@
 """One pipeline stage of a plan: its segments of equal blocks, their operators, its seconds and bytes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class PlanStage:
     memory            kind -> bytes at the stage's memory peak: parameters, gradients, optimizer, activations, messages
                       (receive buffers) and transient, which is alive at the peak alone (`autopart.cost.liveness`)
     segments          its segments, equal neighbours in one
+    backward_memory   where that peak is at the end of a step: kind -> bytes at the fullest moment of a backward; {}
+                      otherwise
     sends             for every stage that this one sends to: (stage, bytes of a micro-batch, seconds of the activations
                       there and of their gradients back)
     """
@@ -78,6 +80,7 @@ class PlanStage:
     memory: Mapping[str, float]
     segments: tuple[PlanSegment, ...]
     sends: tuple[tuple[int, int, float], ...] = ()
+    backward_memory: Mapping[str, float] = field(default_factory=dict)
 
     def turn_seconds(self, amortization: int) -> float:
         """f = forward + backward + sync / amortization + send, in seconds (`cost.training_state.amortization`)."""

@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from autopart.plan.data import Plan
+from autopart.plan.fields import PlanFields
 from autopart.plan.schedules import in_flight
-from autopart.plan.schedules.ops import Instruction, Op
+from autopart.plan.schedules.ops import ONCE_A_STEP, Instruction, Op
 from autopart.plan.schedules.program import instructions
 from autopart.plan.schedules.simulate import simulate
 from autopart.plan.schedules.verify import verify
@@ -56,13 +56,20 @@ class StageTimeline:
     seconds         cause -> seconds of the step: forward, backward, waiting (for messages), gradient sync, optimizer
                     (which plans do not price) and idle (before the first event and after the last)
     peak_in_flight  the most micro-batches in flight at once
-    memory          (second, bytes): from that second on, a rank has so many bytes allocated
+    resident        bytes that a rank has allocated for the whole step
+    allocated       (second, activations, transient): from that second on, a rank has so many bytes of these kinds
     """
 
     events: tuple[Event, ...] = field(repr=False)
     seconds: dict[str, float]
     peak_in_flight: int
-    memory: tuple[tuple[float, float], ...] = field(repr=False)
+    resident: float
+    allocated: tuple[tuple[float, float, float], ...] = field(repr=False)
+
+    @property
+    def memory(self) -> tuple[tuple[float, float], ...]:
+        """(second, bytes): from that second on, a rank has so many bytes allocated."""
+        return tuple((second, self.resident + sum(nbytes)) for second, *nbytes in self.allocated)
 
     @property
     def peak_bytes(self) -> float:
@@ -134,7 +141,7 @@ class Timeline:
         return self.chart().plain
 
 
-def timeline(plan: Plan) -> Timeline:
+def timeline(plan: PlanFields) -> Timeline:
     """Simulate a step of a plan.
 
     Raises PartitionError where stages would wait for each other for ever, with who waits for whom, and for a schedule
@@ -155,13 +162,14 @@ def timeline(plan: Plan) -> Timeline:
         events[at].append((entry, start, end))
     stages = []
     for index, stage in enumerate(plan.stages):
-        each = stage.memory.get("activations", 0.0) / in_flight(plan.schedule, index, plan.pp, plan.micro_batches)
+        flights = in_flight(plan.schedule, index, plan.pp, plan.micro_batches)
         stages.append(
             StageTimeline(
                 tuple(events[index]),
                 _seconds(events[index], run.seconds),
                 run.peak_in_flight[index],
-                tuple(_memory(events[index], stage, each)),
+                sum(v for k, v in stage.memory.items() if k not in ("activations", "transient")),
+                tuple(_allocated(events[index], stage, flights)),
             )
         )
     return Timeline(run.seconds, plan.step_seconds, run.bubble, tuple(stages))
@@ -177,24 +185,31 @@ def _seconds(events: list[Event], whole: float) -> dict[str, float]:
     return {**found, "idle": whole - sum(found.values())}
 
 
-def _memory(events: list[Event], stage: PlanStage, each: float) -> Iterator[tuple[float, float]]:
-    """(second, bytes) of a rank.
+def _allocated(events: list[Event], stage: PlanStage, most: int) -> Iterator[tuple[float, float, float]]:
+    """`StageTimeline.allocated` with at most `most` micro-batches in flight.
 
-    `each` bytes are allocated from a micro-batch's forward to the end of its backward, `transient` bytes while the
-    stage computes, all others always.
+    Activations are allocated from a micro-batch's forward to the end of its backward, transient bytes while the stage
+    computes. A stage whose peak is at the end of a step has the peak's transient bytes from the gradient sync on.
     """
-    transient = stage.memory.get("transient", 0.0)
-    changes = {0.0: 0.0}
+    memory = stage.backward_memory or stage.memory
+    each = memory.get("activations", 0.0) / most
+    transient = memory.get("transient", 0.0) + stage.backward_memory.get("messages", 0.0)
+    changes = {0.0: (0, 0)}
     for entry, start, end in events:
         if entry.op in COMPUTE:
             forward = entry.op is Op.FORWARD
-            changes[start] = changes.get(start, 0.0) + transient + each * forward
-            changes[end] = changes.get(end, 0.0) - transient - each * (not forward)
-    nbytes = sum(v for k, v in stage.memory.items() if k not in ("activations", "transient"))
+            for second, flights, computing in ((start, int(forward), 1), (end, forward - 1, -1)):
+                before = changes.get(second, (0, 0))
+                changes[second] = before[0] + flights, before[1] + computing
+    flights = computing = 0
     for second, change in sorted(changes.items()):
-        nbytes += change
-        if change or not second:
-            yield second, nbytes
+        flights, computing = flights + change[0], computing + change[1]
+        if any(change) or not second:
+            yield second, flights * each, computing * transient
+    if stage.backward_memory:
+        closing = [(start, end) for entry, start, end in events if entry.op in ONCE_A_STEP]
+        yield min(start for start, _ in closing), 0.0, stage.memory.get("transient", 0.0)
+        yield max(end for _, end in closing), 0.0, 0.0
 
 
 def _row(stage: StageTimeline, whole: float, width: int) -> Text:

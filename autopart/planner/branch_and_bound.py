@@ -45,6 +45,7 @@ from autopart.planner.infeasibility import Shortfall, closest, missing_bytes, no
 from autopart.planner.lower_bounds import LagrangianBounds
 from autopart.planner.progress import OnProgress, Progress, silent
 from autopart.planner.refinement import is_small, may_refine, refine_intervals
+from autopart.planner.search_history import SearchHistory
 from autopart.planner.search_points import SearchPoint
 from autopart.planner.search_space import SearchSpace
 from autopart.planner.stage_bounds import Effort, few_cuts, stage_bound
@@ -77,6 +78,7 @@ class Search:
     plans                the candidates of every point that was cut into stages
     state_exceeds_memory points whose parameters, gradients and optimizer states alone exceed all devices
     shortfall            the bytes that are lacking, once `run` has raised because nothing fits
+    history              incumbent and bound over time, and the last step of every point
     """
 
     space: SearchSpace
@@ -90,6 +92,7 @@ class Search:
     plans: dict[SearchPoint, CandidateSet] = field(default_factory=dict)
     state_exceeds_memory: list[SearchPoint] = field(default_factory=list)
     shortfall: Shortfall | None = None
+    history: SearchHistory = field(default_factory=SearchHistory)
     effort: Effort = field(default_factory=Effort)
     _bounds: dict[SearchPoint, LagrangianBounds] = field(default_factory=dict)
     _open: dict[SearchPoint, tuple[list[float], dict[int, Array]]] = field(default_factory=dict)
@@ -122,6 +125,7 @@ class Search:
             steps[step](point, bound)
             while self.incumbent.result and self._waiting:
                 heapq.heappush(self.queue, self._waiting.pop())
+            self.history.note(point, step, self.visited, self.incumbent.seconds, self.bound)
             progress.tell(self.incumbent.seconds, self.bound, self.visited)
         if self.incumbent.result is None:
             candidates = {point: found.candidates for point, found in self.plans.items()}

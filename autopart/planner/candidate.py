@@ -44,6 +44,7 @@ class SearchResult:
     stage_seconds  f of every stage: seconds of one micro-batch, forward and backward
     seconds        of a step: sum(f) + (m - 1) max(f) for m micro-batches
     bound          lower bound on the step of every plan in the search space, in seconds
+    peak_bytes     peak bytes of a rank of every stage; () where the result is of no search
     problems       the ILP that the splits of every stage solve
     refined        number of intervals whose splits were refined
     stopped        whether the limit on `refined` left other intervals
@@ -60,6 +61,7 @@ class SearchResult:
     refined: int = 0
     stopped: bool = False
     problems: tuple[SplitProblem, ...] = ()
+    peak_bytes: tuple[float, ...] = ()
     summary: SearchSummary | None = None
 
 
@@ -82,14 +84,18 @@ class Incumbent:
 
 @dataclass
 class CandidateSet:
-    """The candidates of one search point. `best_seconds` of a step of the point's fastest plan; infinite without
-    one."""
+    """The candidates of one search point.
+
+    best_seconds  of a step of the point's fastest plan; infinite without one
+    best_bytes    peak bytes of a rank of that plan's fullest stage; 0 without one
+    """
 
     space: SearchSpace
     point: SearchPoint
     incumbent: Incumbent
     candidates: list[Candidate] = field(default_factory=list)
     best_seconds: float = NEVER
+    best_bytes: float = 0.0
 
     def add(self, solution: Solution | None) -> bool:
         """Make a candidate of a solution. False if the solution is None, or a candidate has it."""
@@ -105,7 +111,7 @@ class CandidateSet:
             by_interface[candidate.interface].append(candidate)
         plans = [plan for same in by_interface.values() if (plan := self._fastest_plan(same))]
         best = min(plans, key=lambda plan: plan.seconds, default=None)
-        self.best_seconds = best.seconds if best else NEVER
+        self.best_seconds, self.best_bytes = (best.seconds, max(best.peak_bytes)) if best else (NEVER, 0.0)
         if best:
             self.incumbent.offer(best)
         return best
@@ -137,19 +143,22 @@ class CandidateSet:
         cut = best_cut(stage_columns(space, point, columns), point.pp, m)
         if cut is None:
             return None
-        chosen, modes, times, problems = [], [], [], []
+        chosen, modes, times, problems, peaks = [], [], [], [], []
         for stage, (i, j) in enumerate(spans_of(cut.starts, len(space.layered.labels))):
             in_flight, where = space.in_flight(point, stage), np.array([candidates[0].costs.index(i, j)])
             seconds = [c.costs.least_seconds(where, in_flight, space.limit, space.modes)[0] for c in candidates]
             fastest = candidates[int(np.argmin(seconds))]
-            recompute = fastest.costs.modes(i, j, in_flight, space.limit, space.modes)
+            recompute, peak = fastest.costs.modes(i, j, in_flight, space.limit, space.modes)
             chosen.append(fastest.solution.chosen)
             problems.append(fastest.solution.problem)
             modes += recompute
+            peaks.append(peak)
             times.append(fastest.costs.exact_seconds(i, j, recompute))
         step = sum(times) + (m - 1) * max(times)
         splits = tuple(filter(None, problems))
-        return SearchResult(point, tuple(chosen), cut.starts, tuple(modes), tuple(times), step, problems=splits)
+        return SearchResult(
+            point, tuple(chosen), cut.starts, tuple(modes), tuple(times), step, problems=splits, peak_bytes=tuple(peaks)
+        )
 
 
 def make_candidate(space: SearchSpace, point: SearchPoint, solution: Solution) -> Candidate:

@@ -115,18 +115,21 @@ class IntervalCosts:
             shortfall = np.minimum(shortfall, found.shortfall)
         return np.maximum(shortfall, self.state_bytes + self.end_of_step_workspace - limit)
 
-    def modes(self, i: int, j: int, in_flight: int, limit: float, modes: Sequence[str]) -> list[str]:
-        """The mode of every position of [i, j) with which the interval takes `least_seconds`. Of blocks of one class,
-        the first take the steps."""
+    def modes(self, i: int, j: int, in_flight: int, limit: float, modes: Sequence[str]) -> tuple[list[str], float]:
+        """The mode of every position of [i, j) with which the interval takes `least_seconds`, and the peak bytes of the
+        interval with these modes. Of blocks of one class, the first take the steps."""
         result, where = list(self.least_modes[i:j]), np.array([self.index(i, j)])
-        if self.peak_bytes(where, in_flight)[0] <= limit:
-            return result
-        fitting = [w for w in self._checkpointed(where, in_flight, limit, modes) if w.shortfall[0] <= 0]
-        for step, count in min(fitting, key=lambda w: w.seconds[0]).counts if fitting else ():
-            mine = [p for p in range(i, j) if self.checkpoint_classes[p] == step.checkpoint_class]
-            for p in mine[: int(count[0])]:
-                result[p - i] = step.mode
-        return result
+        peak, end = self.peak_bytes(where, in_flight)[0], self.state_bytes[where] + self.end_of_step_workspace[where]
+        over = peak > limit
+        fitting = [w for w in self._checkpointed(where, in_flight, limit, modes) if w.shortfall[0] <= 0] if over else []
+        if fitting:
+            fastest = min(fitting, key=lambda w: w.seconds[0])
+            peak = limit + fastest.shortfall[0]
+            for step, count in fastest.counts:
+                mine = [p for p in range(i, j) if self.checkpoint_classes[p] == step.checkpoint_class]
+                for p in mine[: int(count[0])]:
+                    result[p - i] = step.mode
+        return result, float(max(peak, end[0]))
 
     def exact_seconds(self, i: int, j: int, modes: Sequence[str]) -> float:
         """Seconds of the interval [i, j) whose positions use `modes`."""

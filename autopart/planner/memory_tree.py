@@ -111,6 +111,11 @@ class StageMemory:
         moment = moment or self.peak
         return {kind: float(moment.alive.get(kind, 0.0)) for kind in KINDS[:-1]} | {"transient": moment.transient}
 
+    def backward_by_kind(self) -> dict[str, float]:
+        """`by_kind` at the fullest moment of a backward, where the peak is at the end of a step; {} otherwise."""
+        inside = [moment for moment in self.moments if moment.backward] if self.peak.backward is None else []
+        return self.by_kind(max(inside, key=lambda moment: moment.bytes)) if inside else {}
+
     def allocations(self) -> Iterator[Allocation]:
         """All bytes that are alive at the peak."""
         yield from self._state()

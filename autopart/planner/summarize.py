@@ -1,20 +1,70 @@
-"""A finished search -> the summary of it in its plan: the runner-up, and the resource that limits the plan."""
+"""A finished search -> the summary of it in its plan: its record, the runner-up, the resource that limits the plan."""
 
+from collections import Counter
 from dataclasses import replace
 
 from autopart.cost.intervals import NEVER
-from autopart.plan.search_summary import RunnerUp, SearchSummary
-from autopart.planner.branch_and_bound import Search
+from autopart.plan.search_summary import ENDS, RunnerUp, SearchedPoint, SearchSummary
+from autopart.planner.branch_and_bound import Search, Step
 from autopart.planner.candidate import TOLERANCE, SearchResult
 from autopart.planner.search_points import SearchPoint
 
 SMALL_BUBBLE = 0.05
 """Share of the step below which a pipeline's bubble is no reason to call the batch what limits a plan."""
 
+COMPARED = 60
+"""Search points that a plan remembers one by one."""
+
+LAST: dict[int, str] = {
+    0: "fastest strategies",
+    Step.LP_BOUND: "linear relaxation",
+    Step.CAPACITY: "capacity",
+    Step.STAGE_CUT: "splits",
+    Step.LAGRANGIAN: "memory multipliers",
+    Step.REFINE: "refined",
+}
+"""The last step of a point, 0 for none -> how the search was done with the point."""
+
 
 def summarize(search: Search, found: SearchResult) -> SearchSummary:
     """The summary of a finished search with its result."""
-    return SearchSummary(max(1, len(search.pushed)), _runner_up(search, found.point), _limit(search, found))
+    ends = _ends(search, found)
+    counts, order = Counter(ends.values()), list(ENDS)
+    return SearchSummary(
+        max(1, len(search.pushed)),
+        _runner_up(search, found.point),
+        _limit(search, found),
+        search.history.thinned(),
+        {end: counts[end] for end in sorted(counts, key=order.index)},
+        _compared(search, ends),
+    )
+
+
+def _ends(search: Search, found: SearchResult) -> dict[SearchPoint, str]:
+    """How the search was done with each of its points."""
+    last = search.history.last_step
+    ends = {point: LAST[last.get(point, 0)] for point in search.pushed}
+    least = found.seconds * (1 - TOLERANCE)
+    ends |= {point: "unfinished" for bound, _, point in search.queue if bound < least}
+    ends |= dict.fromkeys(search.state_exceeds_memory, "state")
+    return ends | {found.point: "chosen"}
+
+
+def _compared(search: Search, ends: dict[SearchPoint, str]) -> tuple[SearchedPoint, ...]:
+    """The points that the plan remembers one by one."""
+    rows = []
+    for point, bound in search.pushed.items():
+        plans = search.plans.get(point)
+        made = plans if plans and plans.best_seconds < NEVER else None
+        seconds, nbytes = (made.best_seconds, made.best_bytes) if made else (None, None)
+        if bound < NEVER:
+            where = (*point.degrees, point.micro_batch, point.zero)
+            rows.append(SearchedPoint(*where, bound, seconds, nbytes, ends[point]))
+
+    def order(row: SearchedPoint) -> tuple[bool, float]:
+        return row.seconds is None, row.bound_seconds if row.seconds is None else row.seconds
+
+    return tuple(sorted(rows, key=order)[:COMPARED])
 
 
 def _runner_up(search: Search, chosen: SearchPoint) -> RunnerUp | None:

@@ -216,6 +216,7 @@ def write_stage(
     counted = [(segment, mode) for segment, mode in zip(at_each, modes, strict=True) if segment]
     counted += [(priced[PRELUDE_SEGMENT], "none")] if PRELUDE_SEGMENT in priced else []
     backward = [segment.backward if segment else 0.0 for segment in at_each]
+    memory = stage_memory(space, found, choices, graph, span, modes, index)
     return PlanStage(
         first_position=span[0],
         splits=at,
@@ -224,7 +225,8 @@ def write_stage(
         backward_seconds=sum(segment.backward + segment.recompute_seconds[mode] for segment, mode in counted),
         sync_seconds=_sync(space, found, choices, span, backward),
         send_seconds=messages(space, found, span, index)[0],
-        memory=stage_memory(space, found, choices, graph, span, modes, index).by_kind(),
+        memory=memory.by_kind(),
+        backward_memory=memory.backward_by_kind(),
         segments=tuple(_printed(layered, priced, span, modes)),
         sends=tuple(_sends(space, found, index, span)),
     )

@@ -135,7 +135,7 @@ def test_the_version_is_told() -> None:
 
 @pytest.mark.processes
 def test_importing_autopart_brings_in_neither_the_shell_nor_transformers() -> None:
-    heavy = {"transformers", "accelerate", "rich", "typer", "matplotlib", "networkx", "triton"}
+    heavy = {"transformers", "accelerate", "rich", "typer", "matplotlib", "networkx", "triton", "jinja2"}
     heavy |= {"torch.distributed.checkpoint"}
     told = process(
         "-c", f"import sys, torch; had = set(sys.modules); import autopart; print({heavy} & (set(sys.modules) - had))"
@@ -143,7 +143,7 @@ def test_importing_autopart_brings_in_neither_the_shell_nor_transformers() -> No
     assert told.stdout == "set()\n", told.stderr
 
 
-@pytest.mark.parametrize("name", ["plan", "show", "estimate", "emit", "run"])
+@pytest.mark.parametrize("name", ["plan", "show", "report", "estimate", "emit", "run"])
 def test_help_shows_an_example(name: str) -> None:
     assert f"Example: autopart {name} " in " ".join(shell(name, "--help").stdout.split())
 
@@ -280,6 +280,7 @@ def test_run_trains_on_two_ranks(tiny: str, tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(training, "launch", launch)
     given = ("--processes", 2, "--tp", 2, "--batch", 4, "--micro-batch", 4, "--steps", 3, "--json")
+    given += ("--report", tmp_path / "report.html")
     result = shell("run", tiny, *given)
     assert result.exit_code == 0, result.output + output.read_text()
     told = json.loads(output.read_text().splitlines()[-1])
@@ -287,6 +288,15 @@ def test_run_trains_on_two_ranks(tiny: str, tmp_path: Path, monkeypatch: pytest.
     assert told["losses"][-1] < told["losses"][0] and told["tokens_per_second"] > 0
     plan = Plan.from_json(told["plan"])
     assert (plan.tp, plan.global_batch) == (2, 4)
+    page = (tmp_path / "report.html").read_text()
+    step = json.loads(page.partition('id="numbers">')[2].partition("</script>")[0])["measured"]
+    assert step["of"] == 3 and 0 < step["seconds"] <= max(told["step_seconds"][1:])
+    assert all(step["stages"][0]["seconds"][cause] > 0 for cause in ("forward", "backward", "optimizer"))
+
+
+def test_a_run_whose_report_cannot_be_written_does_not_begin(tiny: str, tmp_path: Path) -> None:
+    result = shell("run", tiny, "2:cpu", "--report", tmp_path / "no" / "report.html")
+    assert result.exit_code == 2 and "cannot write" in result.stderr and not result.stdout
 
 
 def test_notes_of_a_run_are_lines() -> None:

@@ -29,13 +29,14 @@ COMMANDS = {
     "show --timeline": ["show", "plan.json", "--timeline"],
     "show --memory": ["show", "plan.json", "--memory"],
     "show --missing": ["show", "plan.json", "--missing"],
+    "report": ["report", "plan.json", "--why"],
     "estimate": ["estimate", "small.py:model", "2:cpu", "--dp", "2"],
     "estimate again": ["estimate", "plan.json"],
     "mesh": ["mesh", "small.py:model", "--devices", "2:cpu"],
     "check": ["check", "small.py:model", "2:cpu", "--tp", "2"],
     "emit": ["emit", "small.py:model", "2:cpu", "--to", "emitted"],
     "export": ["export", "plan.json", "--to", "torchtitan"],
-    "run": ["run", "small.py:model", "1:cpu", "--steps", "2"],
+    "run": ["run", "small.py:model", "1:cpu", "--steps", "2", "--report", "report.html"],
 }
 """Arguments of a command that prints JSON; `calibrate`, which starts processes, is in test_calibrate.py."""
 

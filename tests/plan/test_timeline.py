@@ -92,6 +92,17 @@ def test_a_timeline_is_the_plans(name: str) -> None:
         )
 
 
+def test_a_peak_at_the_end_of_a_step_is_there() -> None:
+    """Stage 0 of this plan has its peak in the optimizer's step, when no activations are left."""
+    plan = planned("values that skip")
+    told, stage = plan.stages[0], autopart.timeline(plan).stages[0]
+    assert told.memory["activations"] == 0 < told.backward_memory["activations"]
+    assert sum(told.backward_memory.values()) < told.memory_bytes
+    assert max(nbytes for _, nbytes, _ in stage.allocated) == pytest.approx(told.backward_memory["activations"])
+    last = max(end for entry, _, end in stage.events if entry.op is Op.BACKWARD)
+    assert all(second >= last for second, nbytes in stage.memory if nbytes == pytest.approx(told.memory_bytes))
+
+
 @pytest.mark.parametrize("name", PLANS)
 def test_the_messages_of_a_plan_are_those_its_stages_count(name: str) -> None:
     """What a stage gives counts once for it, however many take it."""

@@ -10,6 +10,7 @@ from autopart.frontend.batch import Batch
 from autopart.frontend.with_loss import Loss, with_loss
 from autopart.passes.source import Source
 from autopart.plan.data import Plan
+from autopart.plan.report.extras import MemoryBlock
 from autopart.plan.units import bytes_text
 from autopart.planner.cuts import spans_of
 from autopart.planner.explain.price_plan import decided
@@ -93,18 +94,26 @@ def _lines(stage: MemoryReport) -> Iterator[str]:
     total = sum(memory.values())
     parts = ", ".join(f"{kind} {bytes_text(memory[kind])}" for kind in KINDS if memory[kind])
     yield f"stage {stage.stage}   {bytes_text(total)} ({parts})"
-    for printed, group in groupby(stage.blocks, key=_allocation_lines):
-        blocks = list(group)
-        name = blocks[0].label if len(blocks) == 1 else f"{blocks[0].label} .. {blocks[-1].label} x {len(blocks)}"
-        each = " each" if len(blocks) > 1 else ""
-        yield f"  {name or 'shared'}   {bytes_text(blocks[0].bytes)}{each}"
-        least = MIN_SHARE * total / len(blocks)
-        for (text, kind), size in sorted(printed, key=lambda row: -row[1]):
+    for block in equal_blocks(stage):
+        name = f"{block.label} x {block.times}" if block.times > 1 else block.label
+        each = " each" if block.times > 1 else ""
+        yield f"  {name or 'shared'}   {bytes_text(block.bytes)}{each}"
+        least = MIN_SHARE * total / block.times
+        for text, kind, size in block.rows:
             if abs(size) >= least:
                 yield f"    {text:<64} {kind:<12} {bytes_text(size):>10}"
-        rest = sum(size for _, size in printed if abs(size) < least)
+        rest = sum(size for _, _, size in block.rows if abs(size) < least)
         if rest:
             yield f"    {'the rest':<64} {'':<12} {bytes_text(rest):>10}"
+
+
+def equal_blocks(stage: MemoryReport) -> Iterator[MemoryBlock]:
+    """The blocks of a stage, equal neighbours as one."""
+    for printed, group in groupby(stage.blocks, key=_allocation_lines):
+        blocks = list(group)
+        name = blocks[0].label if len(blocks) == 1 else f"{blocks[0].label} .. {blocks[-1].label}"
+        rows = sorted(printed, key=lambda row: -row[1])
+        yield MemoryBlock(name, len(blocks), tuple((text, kind, size) for (text, kind), size in rows))
 
 
 def _allocation_lines(block: Block) -> tuple[tuple[tuple[str, str], float], ...]:

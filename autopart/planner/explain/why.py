@@ -112,14 +112,14 @@ class Explanation:
         names = ("pp", "dp", "tp", "micro_batch", "zero")
         pinned = [parse(f"{name}={getattr(point, name)}") for name in names]
         try:
-            found = Search(self._constrained([*pinned, *constraints]), silent, heuristic=True).run()
+            found = Search(self.constrained([*pinned, *constraints]), silent, heuristic=True).run()
         except PartitionError as error:
             return Alternative(
                 text, None, why="does not fit" if "no plan fits" in error.what else "no collective leads there"
             )
         return Alternative(text, found.seconds, found.bound)
 
-    def _constrained(self, constraints: Sequence[Constraint], **changes: Any) -> SearchSpace:
+    def constrained(self, constraints: Sequence[Constraint], **changes: Any) -> SearchSpace:
         """The search space with more constraints and with `changes` of the request.
 
         The new space shares what the old one computed, unless the schedule changes: the micro-batches in flight depend
@@ -141,7 +141,7 @@ class Explanation:
         """
         started = time.process_time()
         (constraint,) = read_constraints([text])
-        space = self._constrained([constraint], time_limit=seconds, nodes=None)
+        space = self.constrained([constraint], time_limit=seconds, nodes=None)
         against = self.plan.step_seconds
         search = Search(space, silent, heuristic=seconds is not None)
         try:

@@ -1,0 +1,77 @@
+"""What a report says besides its plan where the model was traced and planned again: plain data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PriceRow:
+    """The step after a change of the mesh. `seconds` of a step after the change; None: no plan fits."""
+
+    what: str
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class AlternativeRow:
+    """The best plan found with other degrees.
+
+    micro_batch   samples of its micro-batch, over all data-parallel ranks; 0 where no such plan fits
+    zero          its ZeRO level
+    seconds       of a step; None: no such plan fits
+    bound         lower bound on a step of every such plan, in seconds
+    memory_bytes  peak bytes of a rank of its fullest stage; None where no such plan fits
+    """
+
+    pp: int
+    dp: int
+    tp: int
+    micro_batch: int
+    zero: int
+    seconds: float | None
+    bound: float
+    memory_bytes: float | None
+
+
+@dataclass(frozen=True)
+class MemoryBlock:
+    """Equal blocks of a stage, and the bytes of one of them at the stage's peak.
+
+    label  the block's name, or those of the first and the last; "" for what several blocks share
+    times  number of equal blocks
+    rows   (name of a tensor or operator, kind of bytes, bytes), the largest first
+    """
+
+    label: str
+    times: int
+    rows: tuple[tuple[str, str, float], ...]
+
+    @property
+    def bytes(self) -> float:
+        """Bytes of one block, on one rank."""
+        return sum(nbytes for _, _, nbytes in self.rows)
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a report says besides its plan.
+
+    prices        the step after changes of the mesh
+    slack         usable bytes of a device less the peak of the fullest stage
+    alternatives  the best plan of other degrees
+    memory        of every stage, its blocks in the order of the model
+    """
+
+    prices: tuple[PriceRow, ...]
+    slack: float
+    alternatives: tuple[AlternativeRow, ...]
+    memory: tuple[tuple[MemoryBlock, ...], ...]
+
+    def to_json(self) -> Mapping[str, object]:
+        """The extras as dicts, lists, numbers and text."""
+        return {
+            "prices": [vars(row) for row in self.prices],
+            "slack_bytes": self.slack,
+            "alternatives": [vars(row) for row in self.alternatives],
+            "memory": [[vars(block) for block in blocks] for blocks in self.memory],
+        }
