@@ -10,7 +10,8 @@
     cuts=manual:26:0,13,26                          the number of layers (segments with a label), then for every stage
                                                     the number of its first layer, then that of layers; fixes pp
     cuts=uniform                                    as equal numbers of numbered blocks as can be
-    cuts=parameters                                 the largest stage has the fewest bytes of parameters
+    cuts=parameters                                 the largest stage has the fewest bytes of parameters; tied weights
+                                                    count once, where they are read first
     cuts=time                                       the slowest stage takes the least predicted time
     cuts=memory                                     the largest stage takes the fewest predicted bytes
     cuts=type:DecoderLayer                          as equal numbers as can be of segments whose class has that pattern

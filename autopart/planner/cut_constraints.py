@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any
 
 from autopart.errors import PartitionError
@@ -69,10 +69,9 @@ class Cuts(Constraint):
         layers, boundaries = self.numbered
         named = [at for at, label in enumerate(labels) if label]
         if layers != len(named):
-            first, last = (f"{at} {labels[named[at]]}" for at in (0, len(named) - 1))
             raise PartitionError(
                 f"{self.text}: the model has {len(named)} layers, not {layers}",
-                f"its layers are {first} to {last}",
+                f"its layers are {_counted([labels[at] for at in named])}",
                 f"manual:{len(named)}:0,{len(named) // 2},{len(named)}",
             )
         return (0, *(named[boundary] for boundary in boundaries[1:-1]))
@@ -138,6 +137,15 @@ def _row(sums: Sequence[float], parts: int, join: Callable[[float, float], float
         stop = choice[stop]
         starts.append(stop)
     return best[count], tuple(reversed(starts))
+
+
+def _counted(layers: Sequence[str]) -> str:
+    """Layers with their numbers, of blocks that follow each other the first and the last."""
+    told: list[str] = []
+    for blocks, group in groupby(enumerate(layers), lambda layer: is_block(layer[1])):
+        numbered = [f"{number} {label}" for number, label in group]
+        told += [" to ".join(dict.fromkeys((numbered[0], numbered[-1])))] if blocks else numbered
+    return ", ".join(told)
 
 
 def _known(positions: Positions, column: str) -> Sequence[Any]:
