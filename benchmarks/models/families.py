@@ -57,18 +57,21 @@ def exact(name: str, settings: dict[str, Any]) -> float:
     """The largest error of the loss and of a gradient, on 4 ranks against one process."""
     model, batch = build(*FAMILIES[name])
     with_batched_experts(model)  # torch's grouped product takes no float64
-    found = autopart.check(model.double(), "4:cpu", {key: doubled(value) for key, value in batch.items()}, **settings)
+    found = autopart.check(
+        model.double(), "4:cpu", {key: converted(value, torch.float64) for key, value in batch.items()}, **settings
+    )
     return max(found.loss_error, found.gradient_error)
 
 
-def doubled(value: Any) -> Any:
-    """A tensor of floating-point numbers in float64; anything else as it is."""
-    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+def converted(value: Any, dtype: torch.dtype) -> Any:
+    """A tensor of floating-point numbers in `dtype`; anything else as it is."""
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def planned(name: str) -> dict[str, Any]:
     """The plan of the published size."""
     model, batch = published(*FAMILIES[name], 8, LONGEST, SIZES.get(name, {}), torch.bfloat16)
+    batch = {key: converted(value, torch.bfloat16) for key, value in batch.items()}
     started = time.process_time()
     plan = autopart.plan(model, MESH, batch, global_batch=SAMPLES, precision="bfloat16", master="float32")
     return {
