@@ -19,7 +19,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.coverage import zoo
-from benchmarks.models import gptx_sizes
+from benchmarks.models import families, gptx_sizes
 from benchmarks.planning import every_model
 from benchmarks.support.documents import DOCS, written_between
 
@@ -200,6 +200,11 @@ FIGURES: dict[str, tuple[str, str, Callable[[Found], str]]] = {
         "other-systems.md",
         "gptx_sizes.json",
         lambda found: captioned(found, gptx_sizes.table(found["rows"])),
+    ),
+    "families": (
+        "other-systems.md",
+        "families.json",
+        lambda found: captioned(found, families.table(found["rows"])),
     ),
     "zoo": ("zoo.md", "zoo.json", lambda found: captioned(found, zoo.table(found["rows"]))),
     "outside": ("zoo.md", "zoo_outside.json", lambda found: captioned(found, zoo.table(found["rows"]))),

@@ -15,19 +15,21 @@ LIMIT = 2_000_000
 
 
 @lru_cache(maxsize=1)
-def corpus() -> Tensor:
-    """The first `LIMIT` bytes of the standard library's top-level modules, in order of their names."""
+def corpus(file: Path | None = None) -> Tensor:
+    """The first `LIMIT` bytes of a file, or of the standard library's top-level modules in order of their names."""
     text = bytearray()
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+    for path in [file] if file else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         text += path.read_bytes()
         if len(text) >= LIMIT:
             break
     return torch.frombuffer(text[:LIMIT], dtype=torch.uint8)
 
 
-def batches(batch_size: int, sequence: int, steps: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """`steps` batches of random windows; equal arguments give equal batches."""
-    windows = corpus().unfold(0, sequence, 1)
+def batches(
+    batch_size: int, sequence: int, steps: int, seed: int, file: Path | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """`steps` batches of random windows of a file or of the standard library; equal arguments give equal batches."""
+    windows = corpus(file).unfold(0, sequence, 1)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         tokens = windows[torch.randint(len(windows), (batch_size,), generator=generator)].long()

@@ -7,8 +7,11 @@
     stage 2 starts at layers.10                     where one stage begins; stages count from 0
     cut before layers.10                            some stage begins there, whatever its number
     cuts=manual:layers.8,layers.16                  the first segment of every stage but the first; fixes pp
+    cuts=manual:26:0,13,26                          the number of layers (segments with a label), then for every stage
+                                                    the number of its first layer, then that of layers; fixes pp
     cuts=uniform                                    as equal numbers of numbered blocks as can be
-    cuts=parameters                                 the largest stage has the fewest bytes of parameters
+    cuts=parameters                                 the largest stage has the fewest bytes of parameters; tied weights
+                                                    count once, where they are read first
     cuts=time                                       the slowest stage takes the least predicted time
     cuts=memory                                     the largest stage takes the fewest predicted bytes
     cuts=type:DecoderLayer                          as equal numbers as can be of segments whose class has that pattern
@@ -32,6 +35,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from autopart.cost.liveness import MODES
 from autopart.errors import PartitionError, closest
@@ -139,9 +143,28 @@ def _cuts(text: str, holds: bool, match: re.Match[str]) -> Constraint:
             re.compile(argument)
         except re.error as error:
             raise PartitionError(f"{text}: {argument!r} is no regular expression", str(error)) from error
+    if method == "manual" and ":" in argument:
+        _check_boundaries(text, argument)
     if not holds:
         raise _no_opposite(text)
     return Cuts(text, holds, method, argument)
+
+
+def _check_boundaries(text: str, argument: str) -> None:
+    """Raise PartitionError where LAYERS:BOUNDARIES of "manual" are not rising numbers from 0 to LAYERS."""
+    layers, _, boundaries = (part.replace(" ", "") for part in argument.partition(":"))
+    if not layers.isdecimal() or not all(each.isdecimal() for each in boundaries.split(",")):
+        raise PartitionError(
+            f"{text}: {argument} are not numbers of layers", "the form is manual:LAYERS:BOUNDARIES", "manual:26:0,13,26"
+        )
+    numbers = [int(each) for each in boundaries.split(",")]
+    rising = all(before < after for before, after in pairwise(numbers))
+    if not rising or len(numbers) < 2 or (numbers[0], numbers[-1]) != (0, int(layers)):
+        raise PartitionError(
+            f"{text}: {boundaries} are not the boundaries of stages",
+            f"they rise from 0 to the number of layers, which is {layers}, so that no stage is empty",
+            f"manual:{layers}:0,{int(layers) // 2},{layers}",
+        )
 
 
 def _layout(text: str, holds: bool, match: re.Match[str]) -> Constraint:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any
 
 from autopart.errors import PartitionError
@@ -25,7 +25,7 @@ class Cuts(Constraint):
     argument: str
 
     def allows_setting(self, name: str, value: int | str) -> bool:
-        return name != "pp" or self.method != "manual" or value == self.argument.count(",") + 2
+        return name != "pp" or self.method != "manual" or value == self.stages
 
     def allows_stage(self, stage: int, start: int, stop: int, stages: int, positions: Positions) -> bool:
         bounds = (*self.starts(stages, positions), len(positions.labels))
@@ -39,8 +39,21 @@ class Cuts(Constraint):
         if self.method == "manual":
             self.given(labels)
 
+    @property
+    def numbered(self) -> tuple[int, list[int]] | None:
+        """Of "manual:LAYERS:BOUNDARIES": the number of layers, and the boundaries. None of "manual" with names."""
+        layers, _, boundaries = self.argument.partition(":")
+        return (int(layers), [int(each) for each in boundaries.split(",")]) if boundaries else None
+
+    @property
+    def stages(self) -> int:
+        """The number of stages that "manual" makes."""
+        return len(self.numbered[1]) - 1 if self.numbered else self.argument.count(",") + 2
+
     def given(self, labels: Sequence[str]) -> tuple[int, ...]:
-        """The starts that "manual" names."""
+        """The starts that "manual" names or numbers."""
+        if self.numbered:
+            return self._numbered_starts(labels)
         names = [name.strip() for name in self.argument.split(",")]
         starts = (0, *(cut_position(self, name, labels) for name in names))
         for before, after, name in zip(starts, starts[1:], names, strict=False):
@@ -49,6 +62,19 @@ class Cuts(Constraint):
                     f"{self.text}: {name} is not behind the segment before it", "stages follow the model"
                 )
         return starts
+
+    def _numbered_starts(self, labels: Sequence[str]) -> tuple[int, ...]:
+        """The starts that layers have by number: layers are the segments with a label, in the model's order."""
+        assert self.numbered
+        layers, boundaries = self.numbered
+        named = [at for at, label in enumerate(labels) if label]
+        if layers != len(named):
+            raise PartitionError(
+                f"{self.text}: the model has {len(named)} layers, not {layers}",
+                f"its layers are {_counted([labels[at] for at in named])}",
+                f"manual:{len(named)}:0,{len(named) // 2},{len(named)}",
+            )
+        return (0, *(named[boundary] for boundary in boundaries[1:-1]))
 
     def of_type(self, positions: Positions) -> list[float]:
         """[positions]: 1 where the pattern of "type" matches the segment's class name, else 0."""
@@ -111,6 +137,15 @@ def _row(sums: Sequence[float], parts: int, join: Callable[[float, float], float
         stop = choice[stop]
         starts.append(stop)
     return best[count], tuple(reversed(starts))
+
+
+def _counted(layers: Sequence[str]) -> str:
+    """Layers with their numbers, of blocks that follow each other the first and the last."""
+    told: list[str] = []
+    for blocks, group in groupby(enumerate(layers), lambda layer: is_block(layer[1])):
+        numbered = [f"{number} {label}" for number, label in group]
+        told += [" to ".join(dict.fromkeys((numbered[0], numbered[-1])))] if blocks else numbered
+    return ", ".join(told)
 
 
 def _known(positions: Positions, column: str) -> Sequence[Any]:

@@ -10,13 +10,16 @@ from typing import Any
 
 from autopart.runtime.process_group import Group
 
+RECOMPUTE = "recompute"
+"""The op of an event that is no instruction of its own: the backward of its micro-batch has its seconds too."""
+
 
 @dataclass(frozen=True)
 class Event:
-    """An instruction that a rank runs.
+    """An instruction that a rank runs, or the recompute of one block inside of a backward.
 
     op           "forward", "backward", "send", "recv", "send_grad", "recv_grad", "reduce" (sums of gradients over
-                 ranks), or "step" (clipping and the optimizer)
+                 ranks), "step" (clipping and the optimizer), or "recompute" (a checkpointed block runs again)
     stage        index of the rank's stage
     step         number of batches that were trained before
     micro_batch  index of the micro-batch; -1 for "reduce" and "step"
@@ -31,7 +34,8 @@ class Event:
 
 
 class Callback:
-    """Called around every instruction of steps and evaluations, and after every update.
+    """Called around every instruction of steps and evaluations, around every block that a backward recomputes, and
+    after every update.
 
     Derive a class from this one, and append an object of it to `compiled.callbacks`. An exception in a callback ends
     the step.
@@ -54,15 +58,23 @@ class Callback:
 
 
 @contextmanager
-def notifying(callbacks: Sequence[Callback], event: Event) -> Iterator[None]:
-    """Call `before` of all callbacks, run the block, and call `after` with the block's seconds."""
+def notifying(callbacks: Sequence[Callback], event: Event, always: bool = False) -> Iterator[None]:
+    """Call `before` of all callbacks, run the block, and call `after` with the block's seconds.
+
+    always  whether `after` is called where the block ends by an exception too: torch ends a recompute by one, as soon
+            as it has every tensor that backward reads
+    """
     for callback in callbacks:
         callback.before(event)
-    started = time.perf_counter()
-    yield
-    seconds = time.perf_counter() - started
-    for callback in callbacks:
-        callback.after(event, seconds)
+    started, ended = time.perf_counter(), always
+    try:
+        yield
+        ended = True
+    finally:
+        if ended:
+            seconds = time.perf_counter() - started
+            for callback in callbacks:
+                callback.after(event, seconds)
 
 
 class JsonLines(Callback):

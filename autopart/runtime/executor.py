@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +20,14 @@ from autopart.plan.schedules.ops import ONCE_A_STEP, Instruction, Op
 from autopart.plan.schedules.program import receives_ahead
 from autopart.runtime import one_pass
 from autopart.runtime.activity import Activity
-from autopart.runtime.callbacks import Callback, Event, notifying
+from autopart.runtime.callbacks import RECOMPUTE, Callback, Event, notifying
 from autopart.runtime.emitted import Message, StageProgram
 from autopart.runtime.flat_slices import sum_together
 from autopart.runtime.gathered import keeping_parts
 from autopart.runtime.groups import Groups
 from autopart.runtime.loss_scale import LossScale
 from autopart.runtime.process_group import Group, Work
+from autopart.runtime.recompute import around_recompute
 from autopart.runtime.update import Update, complete
 from autopart.runtime.zero import DataParallelState
 
@@ -155,7 +157,8 @@ class Executor:
 
     def _notifying(self, op: str, micro_batch: int = -1, peer: int = -1) -> AbstractContextManager[None]:
         """Call the callbacks before and after the block."""
-        return notifying(self.callbacks, Event(str(op), self.index, self.groups.rng.step, micro_batch, peer))
+        event = Event(str(op), self.index, self.groups.rng.step, micro_batch, peer)
+        return notifying(self.callbacks, event, always=op == RECOMPUTE)
 
     def _ended(self) -> Tensor:
         """Wait for the messages that were sent; the loss."""
@@ -210,7 +213,7 @@ class Executor:
     def _forward(self, at: Instruction) -> None:
         flight = self.flights[at.micro_batch]
         received = [flight.received[name] for name in self.stage.received]
-        with self._keeping():
+        with self._keeping(), around_recompute(partial(self._notifying, RECOMPUTE, at.micro_batch)):
             results = self.stage(*self._inputs(at.micro_batch), *received)
         if self.last:
             flight.loss = results / len(self.micro_batches)

@@ -27,6 +27,40 @@ class RngState:
 
 
 @dataclass(frozen=True)
+class AxisPlace:
+    """A rank's place along one axis of the mesh.
+
+    size   ranks along the axis: the world size of this kind of parallelism
+    rank   this rank's number among them, from 0
+    ranks  the global ranks along the axis that this rank communicates with, itself included, in order
+    """
+
+    size: int
+    rank: int
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RankMesh:
+    """How many ranks a mesh has for each kind of parallelism, and this rank's place in each.
+
+    pipeline, data, model  the axes pp, dp and tp
+    rank, size             this rank among all ranks, and their number
+    """
+
+    pipeline: AxisPlace
+    data: AxisPlace
+    model: AxisPlace
+    rank: int
+    size: int
+
+    def __str__(self) -> str:
+        axes = {"pipeline": self.pipeline, "data": self.data, "model": self.model}
+        places = ", ".join(f"{name} {axis.rank} of {axis.size}" for name, axis in axes.items())
+        return f"rank {self.rank} of {self.size}: {places}"
+
+
+@dataclass(frozen=True)
 class Groups:
     """This rank's group along every axis, its device, and the groups that are no axis.
 
@@ -64,6 +98,17 @@ class Groups:
     def rank(self) -> int:
         """This rank among all."""
         return self.rank_at(self.pp.rank)
+
+    def mesh(self) -> RankMesh:
+        """The sizes of all axes and this rank's place in each."""
+        strides = {"tp": 1, "dp": self.tp.size, "pp": self.dp.size * self.tp.size}
+
+        def place(axis: str) -> AxisPlace:
+            group, stride = self.along(axis), strides[axis]
+            first = self.rank - group.rank * stride
+            return AxisPlace(group.size, group.rank, tuple(first + i * stride for i in range(group.size)))
+
+        return RankMesh(place("pp"), place("dp"), place("tp"), self.rank, self.size_over(AXES))
 
     def tied(self, stages: Sequence[int]) -> Group | None:
         """The ranks with this rank's coordinates in each of `stages`; None on other stages. Every rank must call it."""
@@ -147,6 +192,7 @@ def tied_groups(tied: Mapping[str, tuple[int, ...]], groups: Groups) -> dict[str
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    rank = int(os.environ.get("RANK", 0))  # without torchrun's LOCAL_RANK, ranks fill hosts one after the other
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())))
     torch.cuda.set_device(device)
     return device

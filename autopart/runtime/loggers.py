@@ -11,7 +11,7 @@ from torch.profiler import record_function
 
 from autopart.errors import PartitionError
 from autopart.plan.schedules.ops import Instruction, Op
-from autopart.runtime.callbacks import Callback, Event
+from autopart.runtime.callbacks import RECOMPUTE, Callback, Event
 
 if TYPE_CHECKING:
     from autopart.runtime.compiled import Compiled
@@ -148,23 +148,28 @@ class WeightsAndBiases(MetricsCallback):
 
 
 class ProfilerRanges(Callback):
-    """A range of torch.profiler around every instruction, named such as "stage 0 FORWARD micro-batch 1"."""
+    """A range of torch.profiler around every instruction, named such as "stage 0 FORWARD micro-batch 1"; inside of a
+    backward one around every block that runs again, named "stage 0 RECOMPUTE micro-batch 1"."""
 
     def __init__(self) -> None:
-        self.range: record_function | None = None
+        self.ranges: list[record_function] = []
 
     def before(self, event: Event) -> None:
-        self._end()  # the range of an instruction that failed
-        self.range = record_function(str(Instruction(Op(event.op), event.stage, event.micro_batch, event.peer)))
-        self.range.__enter__()
+        if event.op == RECOMPUTE:
+            name = f"stage {event.stage} RECOMPUTE micro-batch {event.micro_batch}"
+        else:
+            while self.ranges:
+                self._end()  # the range of an instruction that failed
+            name = str(Instruction(Op(event.op), event.stage, event.micro_batch, event.peer))
+        self.ranges.append(record_function(name))
+        self.ranges[-1].__enter__()
 
     def after(self, event: Event, seconds: float) -> None:
         self._end()
 
     def _end(self) -> None:
-        if self.range is not None:
-            self.range.__exit__(*sys.exc_info())
-            self.range = None
+        if self.ranges:
+            self.ranges.pop().__exit__(*sys.exc_info())
 
 
 def _not_installed(what: str, package: str) -> PartitionError:

@@ -13,7 +13,7 @@ import torch
 from autopart.plan.schedules.ops import Op
 from autopart.plan.timeline import timeline
 from autopart.plan.units import seconds_text
-from autopart.runtime.callbacks import Callback, Event
+from autopart.runtime.callbacks import RECOMPUTE, Callback, Event
 
 if TYPE_CHECKING:
     from autopart.runtime.compiled import Compiled
@@ -77,6 +77,8 @@ class PredictedSeconds(Callback):
 
     def after(self, event: Event, seconds: float) -> None:
         self._synchronise()
+        if event.op == RECOMPUTE:
+            return  # a part of its backward
         self.forwards += event.op == Op.FORWARD
         self.now[CAUSES[Op(event.op)]] += seconds
 

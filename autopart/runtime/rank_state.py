@@ -13,7 +13,7 @@ from autopart.plan.data import Plan
 from autopart.runtime.agreement import check_names, from_rank_zero, rank_zero_values
 from autopart.runtime.emitted import Program, StageProgram, load_stage
 from autopart.runtime.executor import Executor
-from autopart.runtime.groups import Groups, tied_groups
+from autopart.runtime.groups import Groups, RankMesh, tied_groups
 from autopart.runtime.guards import BatchForm, ModelWeights, TrainingMode, refuse_parameters
 from autopart.runtime.loss_scale import LossScale
 from autopart.runtime.parameters import fill, origins, tensors_of
@@ -152,6 +152,11 @@ class RankState:
     def rank(self) -> int:
         """This process's global rank."""
         return self.groups.rank
+
+    @property
+    def mesh(self) -> RankMesh:
+        """Pipeline-, data- and model-parallel sizes, and this rank's place in each: `compiled.mesh.model.size`."""
+        return self.groups.mesh()
 
     def _collect(self, mine: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every rank's shares, put together on rank 0."""

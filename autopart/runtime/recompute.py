@@ -8,7 +8,7 @@ element and not on a generator's state (`autopart.runtime.random`); saved result
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -27,10 +27,10 @@ def recomputed(layer: nn.Module, *args: Tensor) -> Any:
     """
     weights = {i: arg for i, arg in enumerate(args) if isinstance(arg, nn.Parameter)}
     values = [arg for i, arg in enumerate(args) if i not in weights]
-    buffers, results = dict(layer.named_buffers(recurse=False)), list[_Result]()
+    buffers, results, around = dict(layer.named_buffers(recurse=False)), list[_Result](), _AROUND.get()
 
     def runs() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return _run(_First(results)), _second_run(results, layer, buffers)
+        return _run(_First(results)), _second_run(results, layer, buffers, around)
 
     def run(*values: Tensor) -> Any:
         others = iter(values)
@@ -132,6 +132,21 @@ _RUN: ContextVar[_First | _Second | None] = ContextVar("run", default=None)
 """The run of the block that is recomputed, while it runs."""
 
 
+_AROUND: ContextVar[Callable[[], AbstractContextManager[None]]] = ContextVar("around", default=nullcontext)
+"""Makes the context in which backward runs a block again, of the blocks that are called now."""
+
+
+@contextmanager
+def around_recompute(make: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """The blocks that are called within this context are run again within one that `make` makes, in whichever thread
+    autograd runs backward."""
+    token = _AROUND.set(make)
+    try:
+        yield
+    finally:
+        _AROUND.reset(token)
+
+
 @contextmanager
 def _run(run: _First | _Second) -> Iterator[None]:
     token = _RUN.set(run)
@@ -142,12 +157,17 @@ def _run(run: _First | _Second) -> Iterator[None]:
 
 
 @contextmanager
-def _second_run(results: list[_Result], layer: nn.Module, buffers: dict[str, Tensor]) -> Iterator[None]:
+def _second_run(
+    results: list[_Result],
+    layer: nn.Module,
+    buffers: dict[str, Tensor],
+    around: Callable[[], AbstractContextManager[None]],
+) -> Iterator[None]:
     now = dict(layer.named_buffers(recurse=False))
     try:
         for name, value in buffers.items():
             setattr(layer, name, value)
-        with _run(_Second(results)):
+        with around(), _run(_Second(results)):
             yield
     finally:
         for name, value in now.items():

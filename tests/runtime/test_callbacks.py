@@ -78,6 +78,52 @@ def test_every_instruction_is_told(tmp_path: Path) -> None:
     assert min(event["ts"] for event in events) == 0
 
 
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(3))
+        self.head = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        loss: Tensor = self.head(x).square().mean()
+        return loss
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_the_recompute_of_every_block_is_told_inside_of_its_backward(mode: str) -> None:
+    """By micro-batch and stage, and the ranges of a profiler nest."""
+    constraints = [f"recompute layers.* {mode}", "stage 1 starts at layers.1"]
+
+    def run(compiled: Compiled) -> Any:
+        log, ranges, predicted = Log(), autopart.ProfilerRanges(), autopart.PredictedSeconds(compiled, warm_up=0)
+        compiled.callbacks.extend([log, ranges, predicted])
+        loss = compiled.step({"x": X})
+        assert not ranges.ranges and len(predicted.measured) == 1
+        return log, loss, compiled.full_gradients()
+
+    found = on_ranks([Blocks(), Blocks()], X, run, constraints=constraints, **SETTINGS)
+    model = Blocks()
+    right = model(X)
+    right.backward()
+    torch.testing.assert_close(found[0][1].float(), right.detach())
+    torch.testing.assert_close(found[0][2], {name: p.grad for name, p in model.named_parameters()})
+    for stage, (log, _, _) in enumerate(found):
+        blocks = 0 if mode == "none" else 2 if stage else 1
+        inside: list[str] = []
+        recomputed: Counter[tuple[int, int]] = Counter()
+        for event in log.begun:
+            if event.op == "recompute":
+                assert inside[-1] == f"backward {event.micro_batch}"
+                recomputed[event.stage, event.micro_batch] += 1
+            else:
+                inside.append(f"{event.op} {event.micro_batch}")
+        assert recomputed == {(stage, batch): blocks for batch in range(2) if blocks}
+        assert Counter(log.begun) == Counter(log.ended)
+
+
 def test_an_error_of_a_callback_ends_the_step_and_leaves_no_gradients() -> None:
     class Fails(autopart.Callback):
         def after(self, event: autopart.Event, seconds: float) -> None:
