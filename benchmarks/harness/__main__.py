@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from rich.console import Console
+from torch.distributed.device_mesh import init_device_mesh
 
 import autopart
 from autopart.compile.bench import report, turns
@@ -29,7 +30,11 @@ from autopart.compile.bench.setting import OPTIMIZERS, Setting
 from autopart.runtime.launch import launch
 from benchmarks.harness.models import MODELS, make
 from benchmarks.harness.systems import systems
+from benchmarks.runtime.ranks import profiled
 from benchmarks.support.command import command_line
+
+CALIBRATION_ROUNDS = 5
+"""Of a profile that is not there."""
 
 
 def main() -> None:
@@ -41,7 +46,10 @@ def main() -> None:
     devices = torch.cuda.device_count()
     if torch.cuda.is_available() and devices < options.ranks:
         sys.exit(f"{options.ranks} ranks need as many GPUs, torch finds {devices}; CUDA_VISIBLE_DEVICES= takes CPUs")
-    sys.exit(launch([sys.executable, "-m", "benchmarks.harness", *sys.argv[1:]], options.ranks))
+    command = [sys.executable, "-m", "benchmarks.harness", *sys.argv[1:]]
+    if options.profile and not options.profile.exists():
+        profiled(options.ranks, options.profile, CALIBRATION_ROUNDS)
+    sys.exit(launch(command, options.ranks))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -60,6 +68,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=10, help="steps of every system that count")
     parser.add_argument("--warm-up", type=int, default=3, help="steps of every system before them")
+    parser.add_argument("--profile", type=Path, help="that autopart plans on; calibrated first where it is not there")
     parser.add_argument("--systems", nargs="+", help="only these (default: all)")
     parser.add_argument("--json", type=Path, help="write all of the results here")
     parser.add_argument("--csv", type=Path, help="write a line for each system here")
@@ -81,7 +90,7 @@ def run_rank(options: argparse.Namespace) -> None:
     setting = make_setting(options)
     chosen = {k: v for k, v in systems(options.ranks).items() if not options.systems or k in options.systems}
     rows, reference = turns.measure(setting, chosen, options.rounds, options.warm_up, say)
-    config = {k: v for k, v in vars(options).items() if k not in ("json", "csv", "systems")}
+    config = {k: v for k, v in vars(options).items() if k not in ("json", "csv", "systems", "profile")}
     found = {"command": command_line("benchmarks.harness"), **report.record(setting, rows, reference, **config)}
     if setting.rank == 0:
         title = f"{options.model}, {found['config']['parameters'] / 1e6:.1f}M parameters, batch {options.batch} x "
@@ -102,8 +111,12 @@ def make_setting(options: argparse.Namespace) -> Setting:
         torch.cuda.set_device(device)
     turns.start(device.type)
     model, batch = make(options)
-    mesh = torch.distributed.device_mesh.init_device_mesh(device.type, (options.ranks,), mesh_dim_names=("dp",))
-    where = replace(autopart.Mesh.of(mesh), axes=())
+    if options.profile:
+        autopart.load_hardware(options.profile)
+        where = autopart.Mesh.of(f"{options.ranks}:cpu-{options.ranks}")
+    else:
+        mesh = init_device_mesh(device.type, (options.ranks,), mesh_dim_names=("dp",))
+        where = replace(autopart.Mesh.of(mesh), axes=())
     return Setting(model, batch, device, where, options.micro_batches, options.optimizer, options.lr)
 
 

@@ -17,6 +17,7 @@ def build(setting: Setting, level: int) -> tuple[Step, str]:
         "train_micro_batch_size_per_gpu": samples,
         "zero_optimization": {"stage": level},
         "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # 1.0 where it is not said
         "zero_force_ds_cpu_optimizer": False,
     }
     model = setting.copy_of_model()
