@@ -15,7 +15,7 @@ from autopart.frontend.torch_private import tree_leaves
 from autopart.hardware.mesh import Mesh
 from autopart.passes.trace import loss_of
 
-OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+OPTIMIZERS: Mapping[str, Any] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 
 Step = Callable[[], Tensor]
 """A training step on the setting's batch: forward, backward and optimizer; the loss of the whole batch."""
