@@ -78,7 +78,7 @@ figures: setup  ## renew the tables and drawings of the documents from the last 
 	$(BIN)/python scripts/rooms.py
 	$(BIN)/python -m benchmarks.figures
 
-bench: setup  ## time steps of both models on 2 and 4 ranks beside other systems, renew the tables (15 minutes)
+bench: setup  ## time steps of both models on 2 and 4 ranks beside other systems, renew the tables
 	@profiles=$$(mktemp -d); trap 'rm -r $$profiles' EXIT; \
 	for model in gpt2 llama; do \
 	    $(BENCH) --ranks 2 --model $$model --rounds 8 --warm-up 2 \
