@@ -15,11 +15,13 @@ OWN = "autopart"
 
 
 def build(setting: Setting, pipeline: bool = False, **settings: Any) -> tuple[Step, str]:
-    """autopart under `settings` of `autopart.compile`; a `pipeline` gets the setting's number of micro-batches."""
+    """autopart under `settings` of `autopart.compile`; a `pipeline` gets the setting's number of micro-batches, or
+    as many as leave each data-parallel rank a sample."""
     if pipeline:
-        samples, parts = samples_of(setting.batch), setting.micro_batches
-        if samples % parts:
-            raise NotExpressibleError(f"{samples} samples do not divide by {micro_batches_text(parts)}")
+        samples, dp = samples_of(setting.batch), settings["dp"]
+        parts = min(setting.micro_batches, max(samples // dp, 1))
+        if samples % (parts * dp):
+            raise NotExpressibleError(f"{samples} samples do not divide by {micro_batches_text(parts)} of dp={dp}")
         settings = {**settings, "micro_batch": samples // parts}
     compiled = compile(
         copy.deepcopy(setting.model), setting.mesh, setting.batch, **{"optimizer": setting.optimizer, **settings}
