@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
 LOCKED := constraints/locked.txt
 OLDEST := constraints/oldest.txt
+BENCH = CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.harness
+RESULTS := benchmarks/results/step_time
 SUITABLE := import ensurepip, sys; sys.exit("%d.%d" % sys.version_info[:2] != sys.argv[1])
 LOCK := $(BIN)/uv pip compile --quiet --no-header --upgrade --universal --python-version 3.11 --fork-strategy fewest \
     --all-extras pyproject.toml
@@ -30,7 +32,7 @@ define environment
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quick test latest oldest check golden figures lock gpu clean
+.PHONY: help setup demo quick test latest oldest check golden figures bench lock gpu clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -74,6 +76,16 @@ lock: setup  ## renew constraints/: the newest versions that are allowed, with t
 
 figures: setup  ## renew the tables and drawings of the documents from the last results
 	$(BIN)/python scripts/rooms.py
+	$(BIN)/python -m benchmarks.figures
+
+bench: setup  ## time steps of both models on 2 and 4 ranks beside other systems, renew the tables
+	@profiles=$$(mktemp -d); trap 'rm -r $$profiles' EXIT; \
+	for model in gpt2 llama; do \
+	    $(BENCH) --ranks 2 --model $$model --rounds 8 --warm-up 2 \
+	        --profile $$profiles/2.toml --json $(RESULTS)_$${model}_2.json || exit 1; \
+	    $(BENCH) --ranks 4 --model $$model --layers 8 --sequence 64 --rounds 6 --warm-up 2 \
+	        --profile $$profiles/4.toml --json $(RESULTS)_$${model}_4.json || exit 1; \
+	done
 	$(BIN)/python -m benchmarks.figures
 
 gpu: setup  ## run the GPU tests and benchmarks, where there is a GPU

@@ -92,28 +92,23 @@ def planning(found: Found) -> str:
     return captioned(found, markdown(("model", "mesh", "CPU s", "memory", "gap"), rows))
 
 
-RIVALS = {
-    "DDP": "autopart dp",
-    "FSDP2": "autopart dp",
-    "DTensor": "autopart tp",
-    "pipelining GPipe": "autopart pp gpipe",
-    "pipelining 1F1B": "autopart pp 1f1b",
-}
-
-
 def step_time(found: Found) -> str:
-    """Seconds of a step of others over autopart's of the same kind."""
+    """Seconds of a step of other systems over autopart's own plan, and over its plan of the same degrees."""
     by_system = {row["system"]: row for row in found["rows"]}
 
-    def ratio(rival: str, own: str) -> str:
-        theirs, ours = by_system[rival], by_system[own]
-        done = theirs["status"] == ours["status"] == "ok"
-        return (
-            f"{theirs['median_seconds'] / ours['median_seconds']:.2f}" if done else theirs["status"].partition(" (")[0]
-        )
+    def ratio(row: Found, key: str) -> str:
+        return f"{row[key]:.2f} ({row[f'{key}_spread'][0]:.2f} to {row[f'{key}_spread'][1]:.2f})" if key in row else ""
 
-    rows = ((rival, by_system[own]["note"], ratio(rival, own)) for rival, own in RIVALS.items())
-    return captioned(found, markdown(("rival", "autopart with", "rival's seconds over autopart's"), rows))
+    def line(row: Found) -> Sequence[object]:
+        seconds = f"{1e3 * row['median_seconds']:.0f}" if row["status"] == "ok" else row["status"]
+        like = by_system.get(row["like"], {}).get("note", "")
+        return row["system"], seconds, ratio(row, "to_autopart"), like, ratio(row, "to_like")
+
+    config = found["config"]
+    head = ("system", "ms", "over autopart's own plan", "autopart with", "over that")
+    ran = f"{config['ranks']} ranks on {config['cores']} cores, load {config['load']:.1f} at the end"
+    own = by_system["autopart"]["note"]
+    return captioned(found, f"{ran}; own plan: {own}.\n\n{markdown(head, map(line, found['rows']))}")
 
 
 def proof(found: Found) -> str:
@@ -189,8 +184,10 @@ FIGURES: dict[str, tuple[str, str, Callable[[Found], str]]] = {
     "measured": ("accuracy.md", "measured.json", measured),
     "regret": ("accuracy.md", "regret.json", regret),
     "planning": ("benchmarks.md", "planning.json", planning),
-    "step-time-gpt2": ("benchmarks.md", "step_time_gpt2_2.json", step_time),
-    "step-time-llama": ("benchmarks.md", "step_time_llama_2.json", step_time),
+    "step-time-gpt2-2": ("benchmarks.md", "step_time_gpt2_2.json", step_time),
+    "step-time-gpt2-4": ("benchmarks.md", "step_time_gpt2_4.json", step_time),
+    "step-time-llama-2": ("benchmarks.md", "step_time_llama_2.json", step_time),
+    "step-time-llama-4": ("benchmarks.md", "step_time_llama_4.json", step_time),
     "proof": ("sharding-rules.md", "proof.json", proof),
     "dropout": ("randomness.md", "dropout.json", dropout),
     "kernel-matches": ("kernels.md", "kernel_matches.json", kernel_matches),

@@ -1,4 +1,4 @@
-"""The shell: autopart plan | mesh | estimate | show | export | report | check | emit | run | calibrate."""
+"""The shell: autopart plan | mesh | estimate | show | export | report | check | emit | run | bench | calibrate."""
 
 import gc
 import os
@@ -6,7 +6,7 @@ import sys
 from contextlib import suppress
 
 # Each of these modules adds its commands to `app`, in the order of --help.
-from autopart.cli import planning, show, report, training, calibrate  # noqa: F401  isort: skip
+from autopart.cli import planning, show, report, training, bench, calibrate  # noqa: F401  isort: skip
 from autopart.cli.shared import app
 
 

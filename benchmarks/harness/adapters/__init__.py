@@ -1,0 +1,1 @@
+"""One file for each rival that has to know the model: `build(setting) -> (step, note)`."""
