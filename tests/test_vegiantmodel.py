@@ -15,6 +15,13 @@ import torch
 
 import autopart
 
+ALL = "AUTOPART_EXAMPLES" in os.environ
+GIVEN = [
+    ["--model", "gpt", "--partition_method", "manual:7:0,4,7"],
+    ["--model", "bert", "--partition_method", "type:BertLayer"],
+    ["--model", "t5", "--partition_method", "uniform"],
+]
+
 ROOT = Path(__file__).parents[1]
 PUBLISHED = """--model-parallel-size 2 --num-stages 2 --num-layers 24 --hidden-size 1024 --train-batch-size 64
     --gradient_accumulation_steps 16 --num-attention-heads 16 --batch-size 4 --seq-length 1024
@@ -108,15 +115,7 @@ def run(folder: Path, *given: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.processes
-@pytest.mark.parametrize(
-    "given",
-    [
-        ["--model", "gpt", "--partition_method", "manual:7:0,4,7"],
-        ["--model", "bert", "--partition_method", "type:BertLayer"],
-        ["--model", "t5", "--partition_method", "uniform"],
-    ],
-    ids=lambda given: given[1],
-)
+@pytest.mark.parametrize("given", GIVEN if ALL else GIVEN[:1], ids=lambda given: given[1])
 def test_it_trains_as_one_process(given: list[str], tmp_path: Path) -> None:
     told = run(tmp_path, "--compare", "--train-iters", "3", *given)
     assert "rank 0 of 4: pipeline 0 of 2, data 0 of 1, model 0 of 2" in told

@@ -38,7 +38,8 @@ COMMANDS = {
     "export": ["export", "plan.json", "--to", "torchtitan"],
     "run": ["run", "small.py:model", "1:cpu", "--steps", "2", "--report", "report.html"],
 }
-"""Arguments of a command that prints JSON; `calibrate`, which starts processes, is in test_calibrate.py."""
+"""Arguments of a command that prints JSON. `bench` and `calibrate` start processes: they are in tests/benchmarks and in
+tests/runtime."""
 
 
 def run_each(lines: list[list[str]], folder: Path) -> None:
@@ -87,4 +88,4 @@ def test_a_program_that_plans_prints_nothing(told: dict[str, str]) -> None:
 
 
 def test_no_command_is_left_out() -> None:
-    assert {c.name for c in app.registered_commands} == {line[0] for line in COMMANDS.values()} | {"calibrate"}
+    assert {c.name for c in app.registered_commands} == {line[0] for line in COMMANDS.values()} | {"bench", "calibrate"}
