@@ -37,7 +37,8 @@ def bench_command(
 
     Example: autopart bench gpt2 2:cpu --sequence 64 --rounds 5
     """
-    from autopart.compile.bench import report, turns  # FSDP2 takes a while to load
+    from autopart.compile.bench import report  # FSDP2 takes a while to load
+    from autopart.compile.bench.rounds import measure, start
     from autopart.compile.bench.setting import OPTIMIZERS, Setting
     from autopart.compile.bench.systems import systems
 
@@ -50,14 +51,14 @@ def bench_command(
     torch.manual_seed(0)
     loaded, batch = load(model, options, meta=False)
     device = _device(where.size)
-    turns.start(device.type)
+    start(device.type)
     samples = samples_of(batch)
     parts = micro_batches or next(n for n in (2 * where.size, where.size, samples) if samples % n == 0)
     setting = Setting(loaded.train(), batch, device, where, parts, options["optimizer"] or "adamw", lr)
     wanted = {k: v for k, v in settings_of(options).items() if k != "optimizer"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the systems' own, a dozen times
-        rows, reference = turns.measure(setting, systems(where.size, **wanted), rounds, warm_up, note)
+        rows, reference = measure(setting, systems(where.size, **wanted), rounds, warm_up, note)
     found = report.record(setting, rows, reference, model=model, samples=samples, rounds=rounds, warm_up=warm_up)
     if dist.get_rank() == 0:
         if csv:

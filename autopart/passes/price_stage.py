@@ -83,8 +83,8 @@ def _priced(
     computed: Mapping[fx.Node, Seconds],
     prices: Prices,
 ) -> PricedSegment:
-    """The price of some nodes of a segment; `rerun` are those that recompute by minimum cut runs again. No mode runs
-    `others` again, whose results the segment hands on."""
+    """The price of some nodes of a segment; `rerun` are those that recompute by minimum cut runs again. `others` are
+    reshards whose results the segment hands on: as in the search, no mode counts their seconds a second time."""
     forward = backward = 0.0
     recompute = dict.fromkeys(MODES, 0.0)
     lines = []

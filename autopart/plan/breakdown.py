@@ -16,6 +16,11 @@ def slowest_stage(plan: PlanFields) -> int:
     return max(range(plan.pp), key=lambda index: plan.stages[index].turn_seconds(shared))
 
 
+def fullest_stage(plan: PlanFields) -> int:
+    """The index of the stage whose memory peak has the most bytes."""
+    return max(range(plan.pp), key=plan.memory_bytes.__getitem__)
+
+
 def step_breakdown(plan: PlanFields) -> dict[str, float]:
     """Cause -> seconds of a step of the slowest stage; they add up to `plan.step_seconds`.
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from autopart.hardware.mesh import usable_bytes
-from autopart.plan.breakdown import step_breakdown
+from autopart.plan.breakdown import fullest_stage, step_breakdown
 from autopart.plan.fields import PlanFields
 from autopart.plan.search_summary import SearchSummary
 from autopart.plan.units import bytes_text, counted, seconds_text
@@ -61,7 +61,7 @@ def _runner_up(plan: PlanFields, search: SearchSummary) -> str:
 
 
 def _fullest(plan: PlanFields) -> str:
-    stage = max(range(plan.pp), key=plan.memory_bytes.__getitem__)
+    stage = fullest_stage(plan)
     used, usable = bytes_text(plan.memory_bytes[stage]), bytes_text(usable_bytes(plan.mesh))
     return f"stage {stage}, the fullest, takes {used} of {usable}"
 

@@ -5,13 +5,12 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class RunnerUp:
-    """The best of the search points with other degrees (pp, dp, tp) than the plan's.
+class PointPlan:
+    """A search point, and the best plan that the search found there.
 
     micro_batch    samples of a micro-batch over all data-parallel ranks
-    seconds        of a step of the best plan that the search found there; None where it found none, because a lower
-                   bound was enough to drop these points
-    bound_seconds  no plan with other degrees than the plan's takes less
+    seconds        of a step of that plan; None where the search found none
+    bound_seconds  lower bound on a step of every plan of the point
     """
 
     pp: int
@@ -21,6 +20,12 @@ class RunnerUp:
     zero: int
     seconds: float | None
     bound_seconds: float
+
+
+@dataclass(frozen=True)
+class RunnerUp(PointPlan):
+    """The best of the search points with other degrees (pp, dp, tp) than the plan's. `seconds` is None where a lower
+    bound was enough to drop these points. No plan with other degrees takes less than `bound_seconds`."""
 
 
 @dataclass(frozen=True)
@@ -40,23 +45,13 @@ class SearchMoment:
 
 
 @dataclass(frozen=True)
-class SearchedPoint:
+class SearchedPoint(PointPlan):
     """A search point, and how the search was done with it.
 
-    micro_batch    samples of a micro-batch over all data-parallel ranks
-    bound_seconds  lower bound on a step of every plan of the point
-    seconds        of a step of the fastest plan that the search found there; None where it found none
-    memory_bytes   of that plan: peak bytes of a rank of its fullest stage
+    memory_bytes   of the point's plan: peak bytes of a rank of its fullest stage; None without a plan
     ended          one of ENDS
     """
 
-    pp: int
-    dp: int
-    tp: int
-    micro_batch: int
-    zero: int
-    bound_seconds: float
-    seconds: float | None
     memory_bytes: float | None
     ended: str
 

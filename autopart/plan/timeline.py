@@ -16,7 +16,7 @@ overlaps with work. Gradient sync that no backward hides comes after the last ba
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,19 @@ MARKS = {
     Op.STEP: ("oo", "optimizer", "yellow"),
 }
 """Instruction -> its marks in the chart for even and odd micro-batches, their meaning, their colour."""
+
+
+CAUSES: Mapping[Op, str] = {
+    Op.FORWARD: "forward",
+    Op.BACKWARD: "backward",
+    Op.RECV: "waiting",
+    Op.RECV_GRAD: "waiting",
+    Op.SEND: "sending",
+    Op.SEND_GRAD: "sending",
+    Op.REDUCE: "gradient sync",
+    Op.STEP: "optimizer",
+}
+"""Instruction -> cause of its seconds. Collectives over tp belong to forward and backward."""
 
 
 @dataclass(frozen=True)
@@ -177,11 +190,10 @@ def timeline(plan: PlanFields) -> Timeline:
 
 def _seconds(events: list[Event], whole: float) -> dict[str, float]:
     """Cause -> seconds of a stage's step."""
-    names = {"waits for a message": "waiting"}
-    found = {names.get(meaning, meaning): 0.0 for _, meaning, _ in MARKS.values()}
+    found = {cause: 0.0 for op, cause in CAUSES.items() if op not in SENDS}
     for entry, start, end in events:
         if entry.op not in SENDS:
-            found[names.get(MARKS[entry.op][1], MARKS[entry.op][1])] += end - start
+            found[CAUSES[entry.op]] += end - start
     return {**found, "idle": whole - sum(found.values())}
 
 

@@ -59,7 +59,7 @@ def _compared(search: Search, ends: dict[SearchPoint, str]) -> tuple[SearchedPoi
         seconds, nbytes = (made.best_seconds, made.best_bytes) if made else (None, None)
         if bound < NEVER:
             where = (*point.degrees, point.micro_batch, point.zero)
-            rows.append(SearchedPoint(*where, bound, seconds, nbytes, ends[point]))
+            rows.append(SearchedPoint(*where, seconds, bound, nbytes, ends[point]))
 
     def order(row: SearchedPoint) -> tuple[bool, float]:
         return row.seconds is None, row.bound_seconds if row.seconds is None else row.seconds

@@ -4,32 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
 
 from autopart.plan.schedules.ops import Op
-from autopart.plan.timeline import timeline
+from autopart.plan.timeline import CAUSES, timeline
 from autopart.plan.units import seconds_text
 from autopart.runtime.callbacks import RECOMPUTE, Callback, Event
 
 if TYPE_CHECKING:
     from autopart.runtime.compiled import Compiled
 
-CAUSES: Mapping[Op, str] = {
-    Op.FORWARD: "forward",
-    Op.BACKWARD: "backward",
-    Op.RECV: "waiting",
-    Op.RECV_GRAD: "waiting",
-    Op.SEND: "sending",
-    Op.SEND_GRAD: "sending",
-    Op.REDUCE: "gradient sync",
-    Op.STEP: "optimizer",
-}
-"""Instruction -> cause of its seconds, as in `StageTimeline.seconds`. Collectives over tp belong to forward and
-backward."""
 SHOWN = 3
 """The number of causes in the line."""
 

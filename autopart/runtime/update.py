@@ -46,8 +46,8 @@ def complete(
     groups: Groups,
     loss_scale: LossScale | None,
 ) -> Completed:
-    """Drop gradients of frozen parameters. Returns the norm of the others, and the factor to multiply them
-    by. All ranks call it.
+    """Drop gradients of frozen parameters. Returns the norm of the others, and the factor to multiply
+    them by. All ranks call it.
 
     trained  what this rank trains, with gradients that are complete
     tied     parameter that lives on several stages -> the group of the ranks that hold it

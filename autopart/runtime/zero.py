@@ -1,8 +1,8 @@
 """ZeRO (Rajbhandari et al., arXiv 1910.02054), and master copies of weights.
 
 Optimizer states are divided among data-parallel ranks (level 1), also gradients (level 2), also weights (level 3). At
-level 0 nothing is divided, and gradients are summed over these ranks. The optimizer
-may step master copies of weights in a wider dtype.
+level 0 nothing is divided, and gradients are summed over these ranks. The optimizer may step master copies of weights
+in a wider dtype.
 
 - Each rank trains one slice of every weight whose gradient is a partial sum over dp. Levels 1 and 2 keep the weight
   whole, in the memory that its slices lie in. At level 3 the emitted code holds slices only (`groups.weight_slice`).

@@ -25,7 +25,7 @@ from rich.console import Console
 from torch.distributed.device_mesh import init_device_mesh
 
 import autopart
-from autopart.compile.bench import report, turns
+from autopart.compile.bench import report, rounds
 from autopart.compile.bench.setting import OPTIMIZERS, Setting
 from autopart.runtime.launch import launch
 from benchmarks.harness.models import MODELS, make
@@ -89,7 +89,7 @@ def run_rank(options: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore")
     setting = make_setting(options)
     chosen = {k: v for k, v in systems(options.ranks).items() if not options.systems or k in options.systems}
-    rows, reference = turns.measure(setting, chosen, options.rounds, options.warm_up, say)
+    rows, reference = rounds.measure(setting, chosen, options.rounds, options.warm_up, say)
     config = {k: v for k, v in vars(options).items() if k not in ("json", "csv", "systems", "profile")}
     found = {"command": command_line("benchmarks.harness"), **report.record(setting, rows, reference, **config)}
     if setting.rank == 0:
@@ -109,7 +109,7 @@ def make_setting(options: argparse.Namespace) -> Setting:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    turns.start(device.type)
+    rounds.start(device.type)
     model, batch = make(options)
     if options.profile:
         autopart.load_hardware(options.profile)

@@ -1,4 +1,4 @@
-"""The architectures that other systems' documents list: exact on 4 ranks, and planned at their published sizes.
+"""The architectures that other systems name: exact on 4 ranks, and planned at their published sizes.
 
     python -m benchmarks.models.families
 
@@ -46,7 +46,7 @@ LISTED = {
     "PipeGoose": ("BLOOM", "ALBERT", "OPT", "BERT", "GPT-2", "Llama", "T5"),
     "Galvatron": ("Llama", "Mixtral", "Qwen2", "GPT-2", "BERT", "T5", "ViT", "Swin"),
 }
-"""System -> what its documents or tests name."""
+"""System -> what its folders of models, its code or its tests name."""
 PLANS: tuple[dict[str, Any], ...] = (
     {"tp": 2, "pp": 2, "micro_batch": 2},
     {"dp": 2, "pp": 2, "zero": 1, "recompute": "full", "micro_batch": 2},
@@ -90,7 +90,7 @@ def parameters(model: nn.Module) -> int:
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     plans = (", ".join(f"{key}={value}" for key, value in plan.items() if key != "micro_batch") for plan in PLANS)
-    head = ("model", "listed by", *(f"error, {plan}" for plan in plans), "parameters", "plan", "recompute", "gap")
+    head = ("model", "named by", *(f"error, {plan}" for plan in plans), "parameters", "plan", "recompute", "gap")
     lines = [" | ".join(head), " | ".join(["---"] * len(head))]
     for name, row in rows.items():
         by = ", ".join(system for system, names in LISTED.items() if name in names)

@@ -47,11 +47,11 @@ def test_extras_are_those_of_the_plan(plan: Plan) -> None:
     assert {(row.pp, row.dp, row.tp) for row in extras.alternatives} >= others
     for row in extras.alternatives:
         assert (row.pp, row.dp, row.tp) != own and row.pp * row.dp * row.tp == 4
-        assert row.seconds is not None and row.bound <= row.seconds * (1 + 1e-9)
+        assert row.seconds is not None and row.bound_seconds <= row.seconds * (1 + 1e-9)
         assert row.seconds >= plan.bound_seconds * (1 - 1e-6)
         degrees = [f"{axis}={getattr(row, axis)}" for axis in ("pp", "dp", "tp")]
         forced = autopart.plan(model, mesh, batch, constraints=degrees, **SETTINGS)
-        assert forced.step_seconds <= row.seconds * (1 + 1e-6) and row.bound <= forced.step_seconds * (1 + 1e-6)
+        assert forced.step_seconds <= row.seconds * (1 + 1e-6) and row.bound_seconds <= forced.step_seconds * (1 + 1e-6)
     assert any("more GiB" in row.what for row in extras.prices)
     text, told = report_html(plan, extras=extras)
     assert "Each row is another search" in text and len(told["alternatives"]) >= 4

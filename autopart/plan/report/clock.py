@@ -1,29 +1,16 @@
 """The step on a clock: what every stage does when, predicted and measured, on one axis."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autopart.plan.report.drawing import WIDTH, Figure, Scale, tick_text
 from autopart.plan.report.measured import MeasuredStep, Slice
-from autopart.plan.schedules.ops import Op
-from autopart.plan.timeline import SENDS, StageTimeline, Timeline
+from autopart.plan.timeline import CAUSES, SENDS, StageTimeline, Timeline
 from autopart.plan.units import seconds_text
 
-CAUSES: Mapping[Op, str] = {
-    Op.FORWARD: "forward",
-    Op.BACKWARD: "backward",
-    Op.RECV: "waiting",
-    Op.RECV_GRAD: "waiting",
-    Op.SEND: "sending",
-    Op.SEND_GRAD: "sending",
-    Op.REDUCE: "gradient sync",
-    Op.STEP: "optimizer",
-}
-"""Instruction -> the cause of its seconds."""
-
-LEGEND = ("forward", "backward", "waiting", "sending", "gradient sync", "optimizer")
+LEGEND = tuple(dict.fromkeys(CAUSES.values()))
 """The causes in the order in which tables and the legend have them."""
 
 GUTTER = 140

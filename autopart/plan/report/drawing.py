@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from autopart.plan.units import seconds_text
+from autopart.plan.units import bytes_text, seconds_text
 
 WIDTH = 960
 """Width of every figure, in units of its view box."""
@@ -105,6 +105,11 @@ def tick_text(seconds: float) -> str:
     """``"20 ms"``: seconds without zeros behind the point."""
     number, _, unit = seconds_text(seconds).partition(" ")
     return f"{number.rstrip('0').rstrip('.') if '.' in number else number} {unit}".rstrip()
+
+
+def byte_tick_text(gib: float) -> str:
+    """``"20 GiB"``: bytes without a zero behind the point."""
+    return bytes_text(gib * 2**30).replace(".0 ", " ")
 
 
 def area(points: Sequence[tuple[float, float, float]]) -> str:

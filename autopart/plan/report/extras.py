@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from autopart.plan.search_summary import PointPlan
+
 
 @dataclass(frozen=True)
 class PriceRow:
@@ -13,23 +15,12 @@ class PriceRow:
 
 
 @dataclass(frozen=True)
-class AlternativeRow:
-    """The best plan found with other degrees.
+class AlternativeRow(PointPlan):
+    """The best plan found with other degrees than the plan's; micro_batch and zero are 0 where no such plan fits.
 
-    micro_batch   samples of its micro-batch, over all data-parallel ranks; 0 where no such plan fits
-    zero          its ZeRO level
-    seconds       of a step; None: no such plan fits
-    bound         lower bound on a step of every such plan, in seconds
     memory_bytes  peak bytes of a rank of its fullest stage; None where no such plan fits
     """
 
-    pp: int
-    dp: int
-    tp: int
-    micro_batch: int
-    zero: int
-    seconds: float | None
-    bound: float
     memory_bytes: float | None
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from autopart.ir.labels import is_block
-from autopart.plan.breakdown import slowest_stage
+from autopart.plan.breakdown import fullest_stage, slowest_stage
 from autopart.plan.fields import PlanFields
 from autopart.plan.report.drawing import WIDTH, Figure, units
 from autopart.plan.report.mesh_figure import SHADES
@@ -93,7 +93,7 @@ def recompute_text(stage: PlanStage) -> str:
 def stages_figure(plan: PlanFields) -> Figure:
     """The stages in order, with an arrow for every message and its bytes."""
     figure, slowest = Figure("The pipeline's stages and the messages between them"), slowest_stage(plan)
-    fullest = max(range(plan.pp), key=plan.memory_bytes.__getitem__)
+    fullest = fullest_stage(plan)
     ranking = (("slowest", slowest), ("fullest", fullest)) if plan.pp > 1 else ()
     across = min(ACROSS, plan.pp)
     between = 96 if plan.pp > 1 else 0

@@ -1,10 +1,10 @@
 """Memory: what fills every stage at its peak, and how much is allocated over a step."""
 
 from autopart.hardware.mesh import usable_bytes
-from autopart.plan.breakdown import slowest_stage
+from autopart.plan.breakdown import fullest_stage, slowest_stage
 from autopart.plan.fields import PlanFields
 from autopart.plan.report.clock import class_of
-from autopart.plan.report.drawing import WIDTH, Figure, Scale, area, tick_text
+from autopart.plan.report.drawing import WIDTH, Figure, Scale, area, byte_tick_text, tick_text
 from autopart.plan.timeline import Timeline
 from autopart.plan.units import bytes_text
 
@@ -61,7 +61,7 @@ def shown_stages(plan: PlanFields) -> list[int]:
     """The stages whose memory over time is drawn."""
     if plan.pp <= SHOWN:
         return list(range(plan.pp))
-    fullest = max(range(plan.pp), key=plan.memory_bytes.__getitem__)
+    fullest = fullest_stage(plan)
     first = dict.fromkeys([0, plan.pp - 1, slowest_stage(plan), fullest])
     evenly = (round(i * (plan.pp - 1) / (SHOWN - 1)) for i in range(SHOWN))
     return sorted([*first, *[i for i in evenly if i not in first]][:SHOWN])
@@ -114,4 +114,4 @@ def _byte_axis(figure: Figure, scale: Scale) -> None:
     whole = Scale(0, scale.high / 2**30, scale.start, scale.end)
     for tick in whole.ticks(4):
         figure.line("axis", GUTTER - 4, whole(tick), GUTTER, whole(tick))
-        figure.text(GUTTER - 7, whole(tick) + 4, bytes_text(tick * 2**30).replace(".0 ", " "), "end small")
+        figure.text(GUTTER - 7, whole(tick) + 4, byte_tick_text(tick), "end small")

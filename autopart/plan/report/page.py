@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autopart.hardware.mesh import usable_bytes
-from autopart.plan.breakdown import model_flops_utilisation, slowest_stage
+from autopart.plan.breakdown import fullest_stage, model_flops_utilisation, slowest_stage
 from autopart.plan.fields import PlanFields
 from autopart.plan.reasons import reasons
 from autopart.plan.report.clock import LEGEND, class_of, clock_figure, predicted, seconds_by_cause
@@ -72,7 +72,7 @@ def report_html(
             facts=_facts(plan, made, measured),
             glance=_glance(plan, extras),
             slowest=slowest_stage(plan),
-            fullest=max(range(plan.pp), key=plan.memory_bytes.__getitem__),
+            fullest=fullest_stage(plan),
             mesh_figure=mesh_figure(plan),
             hosts_left_out=max(0, plan.mesh.hosts - SHOWN),
             stages_figure=stages_figure(plan),
@@ -172,7 +172,7 @@ def _glance(plan: PlanFields, extras: Extras | None) -> list[str]:
     held = f"Its memory, {bytes_text(stage.memory_bytes)} at the peak, is filled by {first or 'nothing'}."
     if extras:
         held += f" {_largest(extras, at)}"
-    fullest = max(range(plan.pp), key=plan.memory_bytes.__getitem__)
+    fullest = fullest_stage(plan)
     found = [text, held]
     if fullest != at:
         full = plan.stages[fullest]

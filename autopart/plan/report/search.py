@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from autopart.hardware.mesh import usable_bytes
 from autopart.plan.fields import PlanFields
-from autopart.plan.report.drawing import LETTER, WIDTH, Figure, Scale, stairs, tick_text
+from autopart.plan.report.drawing import LETTER, WIDTH, Figure, Scale, byte_tick_text, stairs, tick_text
 from autopart.plan.report.extras import Extras
 from autopart.plan.search_summary import SearchMoment
 from autopart.plan.units import bytes_text, seconds_text
@@ -65,7 +65,7 @@ def _axes(figure: Figure, across: Scale, up: Scale, x_name: str, y_name: str, gi
         figure.text(x, TOP + HEIGHT + 18, tick_text(tick), "middle small")
     for tick in up.ticks(6):
         figure.line("grid", across.start, up(tick), across.end, up(tick))
-        told = bytes_text(tick * 2**30).replace(".0 ", " ") if gib else tick_text(tick)
+        told = byte_tick_text(tick) if gib else tick_text(tick)
         figure.text(across.start - 6, up(tick) + 4, told, "end small")
     figure.text((across.start + across.end) / 2, TOP + HEIGHT + 38, x_name, "middle small")
     figure.text(4, 13, y_name, "small")

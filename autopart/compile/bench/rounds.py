@@ -1,4 +1,5 @@
-"""Builds the systems and lets them take turns, a step each, so that whatever else the host does falls on all alike.
+"""Builds the systems and times them in interleaved rounds, a step of each in turn, so that whatever else the host does
+falls on all alike.
 
 All ranks start a step together, and its seconds are those of the slowest rank.
 """
@@ -40,7 +41,7 @@ def measure(
     reference = _train_alone(setting, warm_up + steps)
     rows: dict[str, Row] = {name: {"system": name, "like": system.like} for name, system in systems.items()}
     made = _build_all(setting, systems, rows, control, say)
-    _take_turns(setting, made, rows, steps, warm_up, control)
+    _run_rounds(setting, made, rows, steps, warm_up, control)
     judge(rows.values(), reference)
     compare(rows)
     dist.barrier(group=control)
@@ -93,7 +94,7 @@ def _on_all_ranks(value: Any, control: Any) -> list[Any]:
     return everyone
 
 
-def _take_turns(
+def _run_rounds(
     setting: Setting, made: dict[str, Step], rows: dict[str, Row], steps: int, warm_up: int, control: Any
 ) -> None:
     """Note losses of all rounds, and the slowest rank's seconds of those that count. A step that fails takes its system
