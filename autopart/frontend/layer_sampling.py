@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import itertools
 import re
 import types
@@ -134,7 +135,7 @@ Sample = SampledLayers | MixedLayers
 
 def sampled_layers(model: nn.Module) -> tuple[Sample, ...]:
     """The lists of blocks of which the first may stand for all, in the model's order."""
-    found = []
+    found: list[Sample] = []
     kinds_of = _Kinds(model)
     for path, module in model.named_modules():
         if type(module) not in (nn.ModuleList, nn.Sequential) or len(module) < 4:
@@ -142,9 +143,9 @@ def sampled_layers(model: nn.Module) -> tuple[Sample, ...]:
         if not re.fullmatch(r"[^.].*", path) or re.search(r"(^|\.)\d+(\.|$)", path):
             continue
         kinds = kinds_of.blocks(path, list(module.children()))
-        sample = _mixed(kinds, _best_sample(path, kinds))
-        if sample is not None and sample.kept < sample.blocks:
-            found.append(sample)
+        best = _best_sample(path, kinds)
+        if best is not None and best.kept < best.blocks:
+            found.append(best if _computes_list(model, len(kinds)) else _mixed(kinds, best))
     return tuple(found)
 
 
@@ -159,10 +160,19 @@ def _best_sample(path: str, kinds: Sequence[object]) -> SampledLayers | None:
     return min(every, key=lambda sample: (sample.kept, -sample.stop), default=None)
 
 
-def _mixed(kinds: Sequence[object], periodic: SampledLayers | None) -> Sample | None:
+def _computes_list(model: nn.Module, blocks: int) -> bool:
+    """Whether a property of a configuration is a list of several kinds, an item for each of as many blocks: a forward
+    pass may tell a block's kind by its place there, and no item can be taken out."""
+    for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
+        for name, member in inspect.getmembers_static(type(config)):
+            value = getattr(config, name, None) if isinstance(member, property) else None
+            if isinstance(value, list) and len(value) == blocks and len(set(map(str, value))) > 1:
+                return True
+    return False
+
+
+def _mixed(kinds: Sequence[object], periodic: SampledLayers) -> Sample:
     """The sample by pairs of kinds, if it has fewer blocks than the periodic one."""
-    if periodic is None:
-        return None
     numbers = tuple(map(list(dict.fromkeys(kinds)).index, kinds))
     last = len(kinds) - 1
     pairs = set(itertools.pairwise(numbers))
