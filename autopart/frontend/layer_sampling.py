@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from autopart.frontend.torch_private import BatchNorm
+
 LONGEST_PERIOD = 8
 """The largest number of blocks after which kinds of blocks may repeat."""
 INTERNAL = frozenset(vars(nn.Module())) - {"training"}
@@ -66,6 +68,10 @@ class SampledLayers:
         found = re.match(rf"{re.escape(self.path)}\.(\d+)(?:\.|$)", name)
         return int(found[1]) if found else None
 
+    def repeats(self, name: str) -> bool:
+        """Whether a module or tensor of this name is in a block that stands for others."""
+        return self.index(name) in range(self.start, self.after)
+
     def moved(self, name: str, by: int, at_least: int = 0) -> str:
         """The name with its block's number increased by `by`, if the number is at least `at_least`."""
         index = self.index(name)
@@ -87,6 +93,24 @@ def sampled_layers(model: nn.Module) -> tuple[SampledLayers, ...]:
         if sample is not None and sample.kept < sample.blocks:
             found.append(sample)
     return tuple(found)
+
+
+def batch_norms(model: nn.Module) -> Iterator[tuple[str, BatchNorm]]:
+    """(path, module) of the modules that normalise by the statistics of a batch, which mixes samples."""
+    for path, module in model.named_modules():
+        if isinstance(module, BatchNorm) and module.training:
+            yield path, module
+
+
+def without_statistics(
+    model: nn.Module, sampled: Sequence[SampledLayers]
+) -> tuple[tuple[SampledLayers, ...], dict[str, str]]:
+    """The samples of lists whose repeated blocks have no batch norm with running statistics, and path -> reason of the
+    others: a forward pass would change other buffers in each block."""
+    norms = [f"{path}.running_mean" for path, norm in batch_norms(model) if norm.running_mean is not None]
+    changed = {sample: next(filter(sample.repeats, norms), "") for sample in sampled}
+    reasons = {s.path: f"{s.path}: the forward pass changes {name}" for s, name in changed.items() if name}
+    return tuple(sample for sample in sampled if not changed[sample]), reasons
 
 
 def _best_sample(path: str, kinds: Sequence[object]) -> SampledLayers | None:

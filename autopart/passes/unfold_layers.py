@@ -98,8 +98,7 @@ def _unlike(layered: LayeredGraph, sample: SampledLayers) -> UnlikeLayers | None
     if away is not None:
         why = f"{away.label or 'what segments outside'} does part of the work of other blocks"
         return UnlikeLayers(sample, why, whole=True)
-    repeated = range(sample.start, sample.after)
-    changed = next((name for name in layered.traced.updated if sample.index(name) in repeated), None)
+    changed = next(filter(sample.repeats, layered.traced.updated), None)
     if changed is not None:
         return UnlikeLayers(sample, f"the forward pass changes {changed}", whole=True)
     runs = [block for block in range(sample.kept) if block in first]

@@ -14,6 +14,7 @@ from autopart.cost.compute import peak
 from autopart.errors import PartitionError, not_known
 from autopart.frontend.batch import DTYPES, Batch, samples_of
 from autopart.frontend.inputs import check_inputs, main_dtype
+from autopart.frontend.layer_sampling import batch_norms
 from autopart.hardware.mesh import Mesh
 from autopart.ir.gc_pause import paused
 from autopart.ir.layered_graph import LayeredGraph
@@ -102,13 +103,14 @@ def explored(
     space: SearchSpace | None = None,
 ) -> tuple[Plan, Search, SearchResult]:
     """A plan from the graph of two samples, with the search that found it and its result. A loss that is no mean over
-    samples is traced with the whole micro-batch: its graph may depend on the number of samples."""
+    samples is traced with the whole micro-batch: its graph may depend on the number of samples. A model with batch norm
+    most likely has such a loss, and is traced so at first."""
     started = time.monotonic()
     request = request.check(mesh)
     peak(mesh.device, source.dtype)
-    layered = source.sampled(min(2, request.global_batch), mesh)
-    if not layered.traced.mean_of_samples:
-        layered = source.sampled(request.micro_batch or request.global_batch, mesh)
+    few, whole = min(2, request.global_batch), request.micro_batch or request.global_batch
+    layered = source.sampled(whole if whole > few and any(batch_norms(source.model)) else few, mesh)
+    layered = source.sampled(few if layered.traced.mean_of_samples else whole, mesh)
     if layered.traced.updated and request.recompute not in (None, "none"):
         raise PartitionError(
             f"the forward pass changes {layered.traced.updated[0]}",
