@@ -15,7 +15,7 @@ from autopart.errors import PartitionError, not_known
 from autopart.frontend.batch import DTYPES, Batch, samples_of
 from autopart.frontend.inputs import check_inputs, main_dtype
 from autopart.frontend.layer_sampling import batch_norms
-from autopart.hardware.mesh import Mesh
+from autopart.hardware.mesh import Mesh, usable_bytes
 from autopart.ir.gc_pause import paused
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.source import Source
@@ -103,14 +103,15 @@ def explored(
     space: SearchSpace | None = None,
 ) -> tuple[Plan, Search, SearchResult]:
     """A plan from the graph of two samples, with the search that found it and its result. A loss that is no mean over
-    samples is traced with the whole micro-batch: its graph may depend on the number of samples. A model with batch norm
-    most likely has such a loss, and is traced so at first."""
+    samples is traced with the whole micro-batch: its graph may depend on the number of samples. What most likely takes
+    the whole batch in one micro-batch is traced so at first, and once."""
     started = time.monotonic()
     request = request.check(mesh)
     peak(mesh.device, source.dtype)
     few, whole = min(2, request.global_batch), request.micro_batch or request.global_batch
-    layered = source.sampled(whole if whole > few and any(batch_norms(source.model)) else few, mesh)
-    layered = source.sampled(few if layered.traced.mean_of_samples else whole, mesh)
+    layered = source.sampled(whole if whole > few and _takes_all(source, mesh, request) else few, mesh)
+    if not layered.traced.mean_of_samples:
+        layered = source.sampled(whole, mesh)
     if layered.traced.updated and request.recompute not in (None, "none"):
         raise PartitionError(
             f"the forward pass changes {layered.traced.updated[0]}",
@@ -120,6 +121,15 @@ def explored(
     if space is None or space.layered is not layered or space.request != request:
         space = SearchSpace(layered, mesh, request)
     return _searched(space, on_progress, started, source, advise)
+
+
+def _takes_all(source: Source, mesh: Mesh, request: Request) -> bool:
+    """Whether a plan most likely takes the whole batch in one micro-batch: for a batch norm mixes its samples, or there
+    is a device for every sample, and parameters and gradients fit on each."""
+    if any(batch_norms(source.model)):
+        return True
+    state = 2 * source.dtype.itemsize * sum(p.numel() for p in source.model.parameters())
+    return request.micro_batch is None and request.global_batch <= mesh.size and state <= usable_bytes(mesh)
 
 
 def _searched(
