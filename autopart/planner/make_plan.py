@@ -1,7 +1,7 @@
 """A request -> a plan: trace, search, write out.
 
-The search runs on a graph of two samples, for micro-batches of any size. If the graph of the chosen micro-batch
-differs, the plan is made again from the graph of the chosen micro-batch."""
+The search runs on one graph, of two samples or of the whole batch, for micro-batches of any size. If the graph of the
+chosen micro-batch differs, the plan is made again from the graph of the chosen micro-batch."""
 
 import time
 from contextlib import suppress
@@ -13,8 +13,8 @@ from torch import nn
 from autopart.cost.compute import peak
 from autopart.errors import PartitionError, not_known
 from autopart.frontend.batch import DTYPES, Batch, samples_of
+from autopart.frontend.batch_norms import batch_norms
 from autopart.frontend.inputs import check_inputs, main_dtype
-from autopart.frontend.layer_sampling import batch_norms
 from autopart.hardware.mesh import Mesh, usable_bytes
 from autopart.ir.gc_pause import paused
 from autopart.ir.layered_graph import LayeredGraph
