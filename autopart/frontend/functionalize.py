@@ -25,18 +25,19 @@ aten = torch.ops.aten
 KEPT = frozenset(
     """
     __and__ __or__ _assert_tensor_metadata abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d add addcmul
-    addmm alias amax amin any arange argmax avg_pool1d avg_pool2d baddbmm binary_cross_entropy_with_logits bitwise_and
-    bitwise_not bitwise_or bmm broadcast_tensors cat ceil celu clamp clamp_min clone concat concatenate constant_pad_nd
-    conv1d conv2d conv3d conv_transpose2d copy cos cosine_similarity cross_entropy_loss cumsum detach diff div einsum
-    elu embedding eq erf exp expand expm1 eye fill flip floor floor_divide full full_like gather ge gelu glu group_norm
-    gt hardsigmoid hardswish hardtanh index index_add index_select isin layer_norm le leaky_relu lerp lift_fresh_copy
-    linalg_solve_triangular linalg_vector_norm linear log log1p log_sigmoid log_softmax logical_and logical_not
-    logical_or logsumexp lt masked_fill matmul max max_pool1d max_pool2d maximum mean min minimum mish mm mse_loss mul
-    multiply ne neg new_empty new_full new_ones new_zeros nll_loss_nd one_hot ones ones_like pad permute pixel_shuffle
-    pixel_unshuffle polar pow prelu reciprocal relu relu6 remainder repeat repeat_interleave rms_norm roll rsqrt rsub
-    scalar_tensor scaled_dot_product_attention scatter scatter_add select sigmoid sign silu sin slice smooth_l1_loss
-    softmax softplus sort split_with_sizes sqrt square squeeze stack std sub sum t tanh topk transpose tril triu unbind
-    unfold unsqueeze upsample_bilinear2d upsample_nearest2d var view view_as_complex view_as_real where zeros zeros_like
+    addmm alias amax amin any arange argmax avg_pool1d avg_pool2d baddbmm bernoulli binary_cross_entropy_with_logits
+    bitwise_and bitwise_not bitwise_or bmm broadcast_tensors cat ceil celu clamp clamp_min clone col2im concat
+    concatenate constant_pad_nd conv1d conv2d conv3d conv_transpose2d copy cos cosine_similarity cross_entropy_loss
+    cumsum detach diff div einsum elu embedding eq erf exp expand expm1 eye fill flip floor floor_divide full full_like
+    gather ge gelu glu group_norm gt hardsigmoid hardswish hardtanh im2col index index_add index_select isin layer_norm
+    le leaky_relu lerp lift_fresh_copy linalg_solve_triangular linalg_vector_norm linear log log1p log_sigmoid
+    log_softmax logical_and logical_not logical_or logsumexp lt masked_fill matmul max max_pool1d max_pool2d maximum
+    mean min minimum mish mm mse_loss mul multiply ne neg new_empty new_full new_ones new_zeros nll_loss_nd one_hot ones
+    ones_like pad permute pixel_shuffle pixel_unshuffle polar pow prelu rand rand_like randn randn_like reciprocal relu
+    relu6 remainder repeat repeat_interleave rms_norm roll rsqrt rsub scalar_tensor scaled_dot_product_attention scatter
+    scatter_add select sigmoid sign silu sin slice smooth_l1_loss softmax softplus sort split_with_sizes sqrt square
+    squeeze stack std sub sum t tanh topk transpose tril triu unbind unfold unsqueeze upsample_bilinear2d
+    upsample_nearest2d var view view_as_complex view_as_real where zeros zeros_like
     """.split()
 )
 """Operators that `run_decompositions({})` leaves as they are."""
@@ -163,7 +164,8 @@ def _after(
 def _in_place(node: Any) -> bool:
     """Whether a call changes its first argument in place, as relu_ and add_ do."""
     name = _name(node)
-    return name[-1:] == "_" and name[:-1] in KEPT and _functional_of(node) is not None
+    known = name[-1:] == "_" and (name[:-1] in KEPT or name[:-1] in REWRITES)
+    return known and _functional_of(node) is not None
 
 
 def _functional_of(node: Any) -> Any:
@@ -236,7 +238,8 @@ def _pick(graph: fx.Graph, several: fx.Node, place: int) -> fx.Node:
 def _rewritten(graph: fx.Graph, node: Any) -> Sequence[Any]:
     """The node that replaces a node, and behind it the new values of the tensors that the node changes."""
     if _in_place(node):
-        new, own = _call(graph, node, _functional_of(node), *node.args, **node.kwargs), node.meta["val"].dtype
+        become, own = REWRITES.get(_name(node).removesuffix("_")), node.meta["val"].dtype
+        new = become(graph, node) if become else _call(graph, node, _functional_of(node), *node.args, **node.kwargs)
         if new.meta["val"].dtype != own:
             new = _call(graph, node, aten._to_copy.default, new, dtype=own)
         return new, new

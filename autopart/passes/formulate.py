@@ -20,14 +20,15 @@ from autopart.cost.compute import backward_ratio_of, kind_of, peak_of
 from autopart.cost.liveness import MODES
 from autopart.errors import PartitionError
 from autopart.hardware.rows import Device
-from autopart.ir.graph import has_gradient, info, operands, shape_args, value_of
+from autopart.ir.graph import info, operands, shape_args, value_of
 from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.checkpoint_cut import is_view, mode_cut
 from autopart.passes.kernel_bytes import is_kernel, kernel_bytes
 from autopart.passes.loop_iterations import first_same_operand
+from autopart.passes.sample_splits import counts_samples, known_strategies, sample_splits
 from autopart.passes.value_positions import Write, value_positions
-from autopart.sharding.notation import AGAIN, C, G, Placement, R, S, Strategy, splits
+from autopart.sharding.notation import AGAIN, C, G, Placement, R, Strategy
 from autopart.sharding.resharding import possible, steps
 from autopart.sharding.rules import is_contraction, strategies
 from autopart.sharding.strategy_table import Node, Placements, StrategyTable, Value, ValueUses
@@ -186,9 +187,7 @@ class _Builder:
     def _options(self, node: fx.Node, hints: Hints) -> list[tuple[Strategy, ...]]:
         """The strategies of a node, each one along every axis. No two axes split the same dim of a tensor."""
         wanted = tuple(sorted(hints.get((node, 0), ()), key=str))
-        samples = self.positions.samples
-        if node not in samples:
-            samples[node] = _samples(node, self.layered.traced.micro_batch)
+        samples = sample_splits(self.positions, self.layered.traced.micro_batch)
         along = [samples[node] if axis == "dp" else _letters(node, self.tp, wanted, self.forced) for axis in self.axes]
         return [pair for pair in itertools.product(*along) if not _collide(pair)]
 
@@ -259,21 +258,10 @@ def _hints(layered: LayeredGraph, nodes: list[fx.Node], size: int) -> Hints:
     return hints
 
 
-def _samples(node: fx.Node, traced: int) -> list[Strategy]:
-    """The strategies along `dp`: those that split samples, or without any those that split nothing.
-
-    Fewer samples may be traced than dp has ranks: a strategy must be able to give each traced sample to another rank.
-    """
-    options = _known(node, traced, ())
-    if info(node).kind == "parameter":
-        return [o for o in options if o.name in "RC"]
-    return [o for o in options if _counts_samples(node, o)] or [o for o in options if o.name in "RCP"]
-
-
 def _letters(node: fx.Node, size: int, wanted: Sequence[Placement], forced: bool) -> list[Strategy]:
     """The strategies along `tp`: those that split no samples. `forced`: a product's weights, its parameters of the most
     dims, have to be split; biases need not be."""
-    options = [o for o in _known(node, size, wanted) if not _counts_samples(node, o)]
+    options = [o for o in known_strategies(node, size, wanted) if not counts_samples(node, o)]
     options += [regathered for o in options for regathered in _regathered(node, o, wanted)]
     if forced and is_contraction(info(node).name):
         given = [(i, info(n)) for i, n in enumerate(operands(node)) if n is not None]
@@ -295,28 +283,6 @@ def _regathered(node: fx.Node, option: Strategy, wanted: Sequence[Placement]) ->
         if is_saved and option.inputs[i] == C:
             inputs = tuple(G if j == i else p for j, p in enumerate(option.inputs))
             yield replace(option, name=option.name + AGAIN, inputs=inputs)
-
-
-def _known(node: fx.Node, size: int, wanted: Sequence[Placement]) -> list[Strategy]:
-    """All strategies of a node along one axis of `size` ranks."""
-    record = info(node)
-    if record.kind == "op":
-        options = strategies(record.name, shape_args(node), record.shapes, size, wanted)
-    else:
-        options = [Strategy(p.kind, (), (p,)) for p in (R, *((C,) if record.kind == "parameter" else ()))]
-        options += [
-            Strategy(f"d{p.dim}", (), (p,))
-            for p in (*map(S, range(len(record.shape))), *wanted)
-            if (record.kind == "parameter" or p == S(0)) and splits(p, record.shape, size)
-        ]
-    return options if has_gradient(record.dtype) else [o for o in options if o.name != "P"]
-
-
-def _counts_samples(node: fx.Node, option: Strategy) -> bool:
-    record = info(node)
-    positions = [info(n).batch if n is not None else None for n in operands(node)] if record.kind == "op" else []
-    pairs = [*zip(option.inputs, positions, strict=True), *zip(option.outputs, [record.batch], strict=False)]
-    return any(p is not None and p.kind == "S" and p.dim == b for p, b in pairs if b is not None)
 
 
 def _is_split(placement: Placement | None) -> bool:

@@ -339,7 +339,8 @@ def load(columns: int, lengths: Integers, index: Integers, value: Array, lower: 
     model.a_matrix_.index_, model.a_matrix_.value_ = index.astype(np.int32), value
     highs = Quiet()
     settings = {
-        "threads": 1, "mip_rel_gap": 1e-6, "mip_max_nodes": MAX_NODES, "simplex_strategy": CHOOSE,
+        "threads": 1, "mip_rel_gap": 1e-6, "mip_max_nodes": MAX_NODES, "mip_root_presolve_only": True,
+        "simplex_strategy": CHOOSE,
     }  # fmt: skip
     for name, setting in settings.items():
         highs.setOptionValue(name, setting)

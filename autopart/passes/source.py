@@ -14,6 +14,7 @@ from torch import nn
 
 from autopart.errors import OperatorError, PartitionError
 from autopart.frontend.batch import DTYPES, Batch, outline
+from autopart.frontend.batch_norms import without_statistics
 from autopart.frontend.layer_sampling import MixedLayers, Sample, UnlikeLayers, longer, sampled_layers
 from autopart.hardware.mesh import Mesh
 from autopart.ir.gc_pause import paused
@@ -109,7 +110,7 @@ class Source:
         Where the model cannot be traced with several lists sampled, only the longest is sampled, then none. An operator
         that is refused would be refused with more blocks too.
         """
-        sampled, traced_in_full = self.sampling or (sampled_layers(self.model), {})
+        sampled, traced_in_full = self.sampling or without_statistics(self.model, sampled_layers(self.model))
         while sampled:
             try:
                 layered = self._traced(samples, mesh, sampled, short=True)

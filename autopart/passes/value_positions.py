@@ -58,7 +58,7 @@ class ValuePositions:
     times: Counter[fx.Node]
     iterations: list[list[int]] = field(default_factory=list)
     samples: dict[fx.Node, list[Strategy]] = field(default_factory=dict)
-    """Node -> its strategies along the data-parallel axis, as far as they were asked for."""
+    """Node -> its strategies along the data-parallel axis, once `sample_splits` has found them."""
 
 
 _KNOWN: WeakKeyDictionary[LayeredGraph, ValuePositions] = WeakKeyDictionary()

@@ -1,7 +1,7 @@
 """A request -> a plan: trace, search, write out.
 
-The search runs on a graph of two samples, for micro-batches of any size. If the graph of the chosen micro-batch
-differs, the plan is made again from the graph of the chosen micro-batch."""
+The search runs on one graph, of two samples or of the whole batch, for micro-batches of any size. If the graph of the
+chosen micro-batch differs, the plan is made again from the graph of the chosen micro-batch."""
 
 import time
 from contextlib import suppress
@@ -13,8 +13,9 @@ from torch import nn
 from autopart.cost.compute import peak
 from autopart.errors import PartitionError, not_known
 from autopart.frontend.batch import DTYPES, Batch, samples_of
+from autopart.frontend.batch_norms import batch_norms
 from autopart.frontend.inputs import check_inputs, main_dtype
-from autopart.hardware.mesh import Mesh
+from autopart.hardware.mesh import Mesh, usable_bytes
 from autopart.ir.gc_pause import paused
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.source import Source
@@ -102,13 +103,15 @@ def explored(
     space: SearchSpace | None = None,
 ) -> tuple[Plan, Search, SearchResult]:
     """A plan from the graph of two samples, with the search that found it and its result. A loss that is no mean over
-    samples is traced with the whole micro-batch: its graph may depend on the number of samples."""
+    samples is traced with the whole micro-batch: its graph may depend on the number of samples. What most likely takes
+    the whole batch in one micro-batch is traced so at first, and once."""
     started = time.monotonic()
     request = request.check(mesh)
     peak(mesh.device, source.dtype)
-    layered = source.sampled(min(2, request.global_batch), mesh)
+    few, whole = min(2, request.global_batch), request.micro_batch or request.global_batch
+    layered = source.sampled(whole if whole > few and _takes_all(source, mesh, request) else few, mesh)
     if not layered.traced.mean_of_samples:
-        layered = source.sampled(request.micro_batch or request.global_batch, mesh)
+        layered = source.sampled(whole, mesh)
     if layered.traced.updated and request.recompute not in (None, "none"):
         raise PartitionError(
             f"the forward pass changes {layered.traced.updated[0]}",
@@ -118,6 +121,15 @@ def explored(
     if space is None or space.layered is not layered or space.request != request:
         space = SearchSpace(layered, mesh, request)
     return _searched(space, on_progress, started, source, advise)
+
+
+def _takes_all(source: Source, mesh: Mesh, request: Request) -> bool:
+    """Whether a plan most likely takes the whole batch in one micro-batch: for a batch norm mixes its samples, or there
+    is a device for every sample, and parameters and gradients fit on each."""
+    if any(batch_norms(source.model)):
+        return True
+    state = 2 * source.dtype.itemsize * sum(p.numel() for p in source.model.parameters())
+    return request.micro_batch is None and request.global_batch <= mesh.size and state <= usable_bytes(mesh)
 
 
 def _searched(
