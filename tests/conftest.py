@@ -31,11 +31,14 @@ of the rows of a table, try all they have.
 import gc
 import os
 import random
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # half of what collection takes is to compile tests
+sys.dont_write_bytecode = False
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 SAMPLE = 2

@@ -72,11 +72,14 @@ def _run_main(main: Callable[[Sequence[str]], object], arguments: Sequence[str],
     run_forked(partial(main, arguments), ranks)
 
 
-def redirect(output: Path) -> None:
-    """Write what this process and its children print to a file."""
+def redirect(output: Path, errors: Path | None = None) -> None:
+    """Write what this process and its children print to a file, or what they print on stderr to another."""
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    if errors:
+        with errors.open("w") as file:
+            os.dup2(file.fileno(), 2)
 
 
 def run_forked(work: Callable[[], object], ranks: int) -> None:
