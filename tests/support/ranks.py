@@ -29,7 +29,7 @@ from autopart.runtime.launch import launch
 
 SERVER = get_context("forkserver")
 WORKERS = "agreement chaos checkpoint exact mixed restart torch_compile trainer weights zoo"
-LATE = ("autopart.compile.trainer", "networkx", "torch._inductor.utils")
+LATE = ("autopart.compile.trainer", "networkx", "torch._inductor.utils", "warm")
 """What is imported where it is needed first: by most forks of the server, if not by the server."""
 SERVER.set_forkserver_preload([*(f"{name}_worker" for name in WORKERS.split()), *LATE])
 
