@@ -84,7 +84,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="module")
 def traced_once() -> Iterator[None]:
-    """For the tests of a file: a model is traced once."""
+    """For the tests of a file: what a file with this fixture has traced, no other such file traces anew."""
     from traces import traced_once
 
     with traced_once():

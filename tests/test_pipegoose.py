@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedTokenizerF
 
 import autopart
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -14,6 +14,8 @@ from commands import Command, run
 
 import autopart
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 ALL = "AUTOPART_EXAMPLES" in os.environ
 GIVEN = [
     ["--model", "gpt", "--partition_method", "manual:7:0,4,7"],

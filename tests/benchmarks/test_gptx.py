@@ -10,6 +10,8 @@ import torch
 import autopart
 from benchmarks.models.gptx import GPTX, Config
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 RECIPE = {"macaron": True, "residual_attention": True, "alibi": True}
 SMALL = {"vocabulary": 66, "tokens": 12, "width": 32, "layers": 4, "heads": 4, "top_k": 3}
 HALF_AND_MASTER = {"precision": "float16", "master": "float32"}
