@@ -86,6 +86,7 @@ def test_the_command_takes_a_model_of_ones_own(tmp_path: Path) -> None:
     assert len(list(csv.DictReader(to_csv.open()))) == len(rows)
 
 
+@pytest.mark.slow
 def test_the_command_compares_in_float32() -> None:
     given = ["-m", "autopart.cli.main", "bench", "examples/tiny.py:model", "2:cpu", "--precision", "bfloat16"]
     made = subprocess.run([sys.executable, *given], cwd=ROOT, capture_output=True, text=True, timeout=120)

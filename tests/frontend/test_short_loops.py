@@ -149,6 +149,7 @@ def longest(made: Source) -> int:
     return max(info(node).times for node in calls(made.sampled(4, Mesh.parse(MESH)).traced.graph))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [1, 4])
 @pytest.mark.parametrize("body", [appends, twice, joins], ids=lambda body: body.__name__)
 def test_a_short_trace_is_of_the_same_model_as_the_full_one(body: Body, blocks: int) -> None:
@@ -161,6 +162,7 @@ def test_a_short_trace_is_of_the_same_model_as_the_full_one(body: Body, blocks: 
     assert short.operators == full.operators
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [{}, {"tp": 2, "pp": 2}], ids=str)
 @pytest.mark.parametrize("body", [appends, writes, joins], ids=lambda body: body.__name__)
 def test_a_plan_from_a_short_trace_is_that_of_the_full_trace(body: Body, asked: dict[str, int]) -> None:
@@ -183,6 +185,7 @@ def test_other_loops_are_traced_in_full(body: Body) -> None:
     assert longest(source(body, 1)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", [appends, writes], ids=lambda body: body.__name__)
 def test_a_plan_from_a_short_trace_is_exact(body: Body) -> None:
     made = source(body, 2)

@@ -87,6 +87,7 @@ def optimum(file: Path, solution: Path) -> float:
     return float(told.split()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_cbc_gives_the_same_plan(plan: str) -> None:
     """The same cuts, step and bound. Of splits that cost the same each solver may take others: the ILP's objective is
