@@ -17,12 +17,11 @@ files shared what they trace.
 What is dear is to import torch (2) or transformers and autopart (3 more), to trace a model (0.2 to 2 for each dtype and
 micro-batch size, twice that where `frontend/functionalize.py` leaves it to torch: of a test that compiles a program,
 nine tenths), and to start ranks. So trace once for many plans: `support/models.py` keeps what any test has traced of
-its models, and under the fixture `traced_once` equal models, of all files with it, are traced
-once. Fork ranks, and whatever needs a
-process of its own, from the server that has imported what they need, and traced a model (`support/ranks.py`), and share
-what was traced and planned before; commands are forks too (`support/commands.py`). Kernels are interpreted by forks too
-(`support/interpreted.py`): 60 CPU seconds for all files, and no more 4 for the imports of each. A test of more than
-about 2 CPU seconds is `slow`, so that `make quick` leaves it out.
+its models, and under the fixture `traced_once` equal models, of all files with it, are traced once. Fork ranks, and
+whatever needs a process of its own, from the server that has imported what they need, and traced a model
+(`support/ranks.py`), and share what was traced and planned before; commands are forks too (`support/commands.py`).
+Kernels are interpreted by forks too (`support/interpreted.py`): 60 CPU seconds for all files, and no more 4 for the
+imports of each. A test of more than about 2 CPU seconds is `slow`, so that `make quick` leaves it out.
 Where AUTOPART_EXAMPLES is set, to a number of random models, tests that take a sample by default, of random models or
 of the rows of a table, try all they have.
 """
