@@ -1,29 +1,27 @@
 """Settings of the whole test suite, made before anything imports torch or transformers.
 
-Where the time goes: CPU seconds (user and system, of a test and its children) of a whole run on two slow cores, 2,064
-in all and 19 minutes, before equal models were traced once and processes were forks. Two cores that import torch in 1.3
-seconds and do nothing else take 10 minutes and 30 seconds for all, with the tests of kernels.
+Where the time goes: CPU seconds (user and system, of a test and its children) of the dearest files, on two slow cores
+beside other load. A whole run took 1,600 on 2 cores, and 18 minutes, before commands and their ranks were forks and
+files shared what they trace.
 
-    122  sharding/test_proof.py
-    115  planner/test_explain.py
-    112  runtime/test_exact.py, of which four ranks of GPT-2 69
-    104  runtime/test_chaos.py
-    82   compile/test_graphs.py and cost/test_memory.py
-    71   compile/test_trainer.py and frontend/test_shortened.py
-    59   cli/test_cli.py
-    54   runtime/test_random.py and runtime/test_variants.py
-    48   runtime/test_weights.py, runtime/test_checkpoint.py and planner/test_brute.py
-    44   compile/test_check.py
-    42   compile/test_structure.py and planner/test_solvers.py
-    36   runtime/test_failure.py, sharding/test_rules.py, planner/test_plan.py, frontend/test_exporting.py and others
+    75   passes/test_gpu_graphs.py, reckoned from a third of it
+    70   sharding/test_proof.py, of which 25 are wrong rows
+    54   runtime/test_exact.py and benchmarks/test_harness.py
+    50   frontend/test_short_loops.py
+    45   test_pipegoose.py, compile/test_trainer.py and benchmarks/test_gpu_run.py
+    41   planner/test_explain.py
+    34   test_vegiantmodel.py
+    31   cost/test_memory.py
+    27   cli/test_cli.py
 
 What is dear is to import torch (2) or transformers and autopart (3 more), to trace a model (0.2 to 2 for each dtype and
 micro-batch size, twice that where `frontend/functionalize.py` leaves it to torch: of a test that compiles a program,
 nine tenths), and to start ranks. So trace once for many plans: `support/models.py` keeps what any test has traced of
-its models, and under the fixture `traced_once` equal models of a file are traced once. Fork ranks, and whatever needs a
-process of its own, from the server that has imported what they need (`support/ranks.py`), and share what was traced and
-planned before. Kernels are interpreted by forks too (`support/interpreted.py`): 60 CPU seconds for all files, and no
-more 4 for the imports of each. A test of more than about 2 CPU seconds is `slow`, so that `make quick` leaves it out.
+its models, and under the fixture `traced_once` equal models, of all files with it, are traced once. Fork ranks, and
+whatever needs a process of its own, from the server that has imported what they need, and traced a model
+(`support/ranks.py`), and share what was traced and planned before; commands are forks too (`support/commands.py`).
+Kernels are interpreted by forks too (`support/interpreted.py`): 60 CPU seconds for all files, and no more 4 for the
+imports of each. A test of more than about 2 CPU seconds is `slow`, so that `make quick` leaves it out.
 Where AUTOPART_EXAMPLES is set, to a number of random models, tests that take a sample by default, of random models or
 of the rows of a table, try all they have.
 """
@@ -31,23 +29,27 @@ of the rows of a table, try all they have.
 import gc
 import os
 import random
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # half of what collection takes is to compile tests
+sys.dont_write_bytecode = False
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
-SAMPLE = 2
-"""Cases of a parametrised test that --quick runs at most."""
-LONGEST = """test_explain test_proof test_memory test_shortened test_check test_random test_solvers test_graph
-    test_structure test_exporting test_certify test_functional test_reserved test_estimates test_plan""".split()
+SAMPLE = 1
+"""Cases of a parametrised test that --quick runs."""
+LONGEST = """test_gpu_graphs test_proof test_short_loops test_explain test_golden test_memory test_families
+    test_shortened test_check test_random test_solvers test_graph test_structure test_exporting test_certify
+    test_functional test_reserved test_estimates test_plan""".split()
 """Files in the order in which they start: tests of one file run on one worker."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The option of `make quick`."""
-    parser.addoption("--quick", action="store_true", help=f"no slow tests, at most {SAMPLE} cases of every table")
+    parser.addoption("--quick", action="store_true", help=f"no slow tests, of every table {SAMPLE} case")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -81,7 +83,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="module")
 def traced_once() -> Iterator[None]:
-    """For the tests of a file: a model is traced once."""
+    """For the tests of a file: what a file with this fixture has traced, no other such file traces anew."""
     from traces import traced_once
 
     with traced_once():
@@ -98,13 +100,14 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def _quick(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Tests without the markers `slow` and `processes`; of every test's cases a few, always the same."""
+    """Tests without the markers `slow` and `processes`; of every test's cases a few, always the same. Tests of a file
+    with as many cases take the same ones, for which they share what is planned and traced."""
     tables: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         if not any(map(item.get_closest_marker, ("slow", "processes", "gpu"))):
             tables[item.nodeid.partition("[")[0]].append(item)
-    return {item for name, cases in tables.items() for item in _some(name, cases)}
+    return {item for name, cases in tables.items() for item in _some(name.partition("::")[0], cases)}
 
 
-def _some(name: str, cases: list[pytest.Item]) -> list[pytest.Item]:
-    return cases if len(cases) <= SAMPLE else random.Random(name).sample(cases, SAMPLE)
+def _some(file: str, cases: list[pytest.Item]) -> list[pytest.Item]:
+    return cases if len(cases) <= SAMPLE else random.Random(file).sample(cases, SAMPLE)

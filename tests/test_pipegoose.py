@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import run
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedTokenizerFast
 
 import autopart
+
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,18 +50,14 @@ def test_bloom_560m_is_cut_by_time_or_by_memory(example: Any, partition: str) ->
     assert blocks[0] > 12 if partition == "time" else blocks[0] <= 12
 
 
-def run(*given: str) -> str:
-    command = [sys.executable, str(ROOT / "examples" / "pipegoose.py"), *given]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout.decode()
+FILE = ROOT / "examples" / "pipegoose.py"
 
 
 @pytest.mark.slow
 @pytest.mark.processes
 def test_it_trains_as_one_process_and_tells_of_every_recompute() -> None:
     """On 8 ranks: two micro-batches a step, and two of the four blocks on each stage."""
-    told = run("--compare", "--partition", "uniform")
+    told = run([FILE, "--compare", "--partition", "uniform"])
     assert float(re.search(r"by at most (\S+)", told)[1]) <= 1e-5  # type: ignore[index]
     counts = re.findall(r"forward (\d+) x .* recompute (\d+) x .* backward (\d+) x", told)
     assert counts == [("6", "12", "6")] * 8
@@ -81,7 +77,7 @@ def test_it_trains_a_folder_of_weights_in_mixed_precision(example: Any, tmp_path
     model.save_pretrained(tmp_path)
     (batch,) = example.data(example.arguments(["--weights", str(tmp_path), "--steps", "1"]))
     wanted = model(**batch).loss.item()
-    told = run("--weights", str(tmp_path), "--precision", "bfloat16", "--steps", "1")
+    told = run([FILE, "--weights", tmp_path, "--precision", "bfloat16", "--steps", "1"])
     first = float(re.search(r"step 1: loss (\S+)", told)[1])  # type: ignore[index]
     assert first == pytest.approx(wanted, rel=0.02) and first != wanted
     assert wanted > 6  # of these weights; a model drawn anew has log(264) = 5.6

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import run
 
-ROOT = Path(__file__).parents[1]
 MODEL = '''
 import torch
 from torch import nn
@@ -55,17 +52,11 @@ def model():
 def test_a_model_that_nobody_prepared_is_profiled_searched_and_trained(tmp_path: Path) -> None:
     """Each layer has a strategy of its own: the first blocks are recomputed, the last ones are not."""
     (tmp_path / "mixer.py").write_text(MODEL)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "AUTOPART_HARDWARE": "mine.toml"}
 
-    def autopart(*given: str) -> str:
-        command = [sys.executable, "-m", "autopart.cli.main", *given]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
-        assert done.returncode == 0, done.stderr.decode()
-        return done.stdout.decode()
+    def autopart(*given: str, hardware: str | None = "mine.toml") -> str:
+        return run(["-m", "autopart.cli.main", *given], tmp_path, {"AUTOPART_HARDWARE": hardware})
 
-    environment.pop("AUTOPART_HARDWARE")
-    autopart("calibrate", "2:cpu", "--to", "mine.toml", "--name", "mine", "--quick")
-    environment["AUTOPART_HARDWARE"] = "mine.toml"
+    autopart("calibrate", "2:cpu", "--to", "mine.toml", "--name", "mine", "--quick", hardware=None)
     layers = ["recompute blocks.0 full", "recompute blocks.3 none"]
     forced = [word for layer in layers for word in ("--force", layer)]
     told = autopart("plan", "mixer.py:model", "2:mine", "--pp", "2", "--save", "plan.json", *forced)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import re
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import Command, run
 
 import autopart
+
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 ALL = "AUTOPART_EXAMPLES" in os.environ
 GIVEN = [
@@ -22,7 +23,7 @@ GIVEN = [
     ["--model", "t5", "--partition_method", "uniform"],
 ]
 
-ROOT = Path(__file__).parents[1]
+FILE = Path(__file__).parents[1] / "examples" / "vegiantmodel.py"
 PUBLISHED = """--model-parallel-size 2 --num-stages 2 --num-layers 24 --hidden-size 1024 --train-batch-size 64
     --gradient_accumulation_steps 16 --num-attention-heads 16 --batch-size 4 --seq-length 1024
     --max-position-embeddings 1024 --train-iters 500000 --lr-decay-iters 450000 --data-impl mmap --split 949,50,1
@@ -34,7 +35,7 @@ PUBLISHED = """--model-parallel-size 2 --num-stages 2 --num-layers 24 --hidden-s
 
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.syspath_prepend(str(FILE.parent))
     import vegiantmodel
 
     return vegiantmodel
@@ -106,18 +107,15 @@ def test_its_rate_warms_up_and_decays(example: Any) -> None:
     assert rates[55] == pytest.approx((2.5e-4 + 1e-5) / 2, rel=1e-3) and rates[-1] == pytest.approx(1e-5)
 
 
-def run(folder: Path, *given: str) -> str:
-    command = [sys.executable, str(ROOT / "examples" / "vegiantmodel.py"), "--num-layers", "2", *given]
-    done = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout.decode()
+def trained(folder: Path, *given: str) -> str:
+    return run([FILE, "--num-layers", "2", *given], folder)
 
 
 @pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize("given", GIVEN if ALL else GIVEN[:1], ids=lambda given: given[1])
 def test_it_trains_as_one_process(given: list[str], tmp_path: Path) -> None:
-    told = run(tmp_path, "--compare", "--train-iters", "3", *given)
+    told = trained(tmp_path, "--compare", "--train-iters", "3", *given)
     assert "rank 0 of 4: pipeline 0 of 2, data 0 of 1, model 0 of 2" in told
     assert float(re.search(r"by at most (\S+)", told)[1]) <= 1e-5  # type: ignore[index]
 
@@ -128,9 +126,9 @@ def test_an_unsharded_checkpoint_is_sliced_and_a_training_goes_on(example: Any, 
     """From a state dict of another model than the ranks draw, and then from the checkpoint that the ranks wrote."""
     a = example.arguments(["--num-layers", "2", "--seed", "7"])
     torch.save(example.build(a).state_dict(), tmp_path / "whole.pt")
-    told = run(tmp_path, "--load", "whole.pt", "--compare", "--save", "trained", "--train-iters", "2")
+    told = trained(tmp_path, "--load", "whole.pt", "--compare", "--save", "trained", "--train-iters", "2")
     assert float(re.search(r"by at most (\S+)", told)[1]) <= 1e-5  # type: ignore[index]
-    again = run(tmp_path, "--load", "trained", "--train-iters", "3", "--lr-decay-iters", "2")
+    again = trained(tmp_path, "--load", "trained", "--train-iters", "3", "--lr-decay-iters", "2")
     assert "step 3" in again and "step 2:" not in again
 
 
@@ -141,13 +139,11 @@ def test_four_variables_of_the_environment_start_it(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "examples" / "vegiantmodel.py"), "--num-layers", "2", "--train-iters", "2"]
-    ranks = [
-        subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **world, "RANK": str(rank)}, stdout=subprocess.PIPE)
-        for rank in range(4)
-    ]
-    told = [rank.communicate(timeout=300)[0].decode() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * 4
+    world = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    line = [FILE, "--num-layers", "2", "--train-iters", "2"]
+    ranks = [Command(line, tmp_path, {**world, "RANK": str(rank)}) for rank in range(4)]
+    done = [rank.wait() for rank in ranks]
+    assert [rank.returncode for rank in done] == [0] * 4, [rank.stderr for rank in done]
+    told = [rank.stdout for rank in done]
     assert "rank 0 of 4: pipeline 0 of 2, data 0 of 1, model 0 of 2" in told[0] and "step 2: loss" in told[0]
     assert told[1:] == [""] * 3

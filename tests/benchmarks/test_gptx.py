@@ -10,6 +10,8 @@ import torch
 import autopart
 from benchmarks.models.gptx import GPTX, Config
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 RECIPE = {"macaron": True, "residual_attention": True, "alibi": True}
 SMALL = {"vocabulary": 66, "tokens": 12, "width": 32, "layers": 4, "heads": 4, "top_k": 3}
 HALF_AND_MASTER = {"precision": "float16", "master": "float32"}
@@ -44,6 +46,7 @@ def test_the_recipe_has_two_tensors_over_a_cut() -> None:
     assert [(stage, size) for stage, size, _ in plan.stages[0].sends] == [(1, plan.micro_batch * (states + scores))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switches", [{}, RECIPE], ids=["as it was", "recipe"])
 @pytest.mark.parametrize("settings", [{"tp": 2, "pp": 2}, {"dp": 2, "pp": 2, "zero": 1}, {}], ids=str)
 def test_gradients_are_those_of_one_process(switches: dict[str, bool], settings: dict[str, Any]) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run
 from rich.console import Console
 
 from benchmarks.gpu import correct, memory, report, runner
@@ -26,17 +25,13 @@ from benchmarks.gpu.runner import Named, Run, read
 from benchmarks.gpu.sizes import LAYERS, shaped
 from benchmarks.kernels.resources import records
 
-ROOT = Path(__file__).parents[2]
-
 pytestmark = pytest.mark.slow
 
 
 @pytest.mark.processes
 def test_everything_runs_dry(tmp_path: Path) -> None:
     file = tmp_path / "dry.jsonl"
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--to", str(file), "--seconds", "280"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(["-m", "benchmarks.gpu", "--dry", "--to", file, "--seconds", "280"])
     found = {record["item"]: record for record in map(json.loads, file.read_text().splitlines())}
     assert set(found) == {item.name for item in items(dry=True)}
     assert {r["status"].partition(":")[0] for r in found.values()} == {"ok", "left out"}

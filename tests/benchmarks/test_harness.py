@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run
 
 from autopart.compile.bench.judge import compare, judge, shows_gradients
 from autopart.compile.bench.own import uniform
@@ -24,13 +25,6 @@ ROOT = Path(__file__).parents[2]
 TINY = ["--layers", "4", "--width", "32", "--heads", "4", "--vocabulary", "64", "--sequence", "16", "--rounds", "2"]
 OPTIONAL = {"Lightning Fabric": "lightning", "DeepSpeed": "deepspeed", "Galvatron": "galvatron"}
 """The start of a system's name -> the package that it needs, which is not among autopart's own."""
-
-
-def run(arguments: list[str], limit: int = 280) -> str:
-    """What a command of this Python prints on stdout."""
-    made = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=limit)
-    assert made.returncode == 0, made.stderr[-3000:]
-    return made.stdout
 
 
 @pytest.mark.slow
@@ -92,6 +86,7 @@ def test_the_command_takes_a_model_of_ones_own(tmp_path: Path) -> None:
     assert len(list(csv.DictReader(to_csv.open()))) == len(rows)
 
 
+@pytest.mark.slow
 def test_the_command_compares_in_float32() -> None:
     given = ["-m", "autopart.cli.main", "bench", "examples/tiny.py:model", "2:cpu", "--precision", "bfloat16"]
     made = subprocess.run([sys.executable, *given], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -40,6 +40,7 @@ def tiny(tmp_path: Path) -> str:
     return str(file)
 
 
+@pytest.mark.slow
 def test_check_tells_how_far_a_plan_is_off(tiny: str, tmp_path: Path) -> None:
     degrees = ("--pp", 2, "--tp", 2, "--batch", 4, "--micro-batch", 2)
     result = shell("check", tiny, "4:cpu", *degrees, "--json")

@@ -185,6 +185,7 @@ def test_a_rewritten_program_is_the_one_that_torch_makes(architecture: Any) -> N
     assert rewritten == described(by_torch, architecture)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", CHANGES_LEFT_TO_TORCH)
 def test_a_program_whose_views_see_changes_is_left_to_torch(architecture: Any) -> None:
     with mock.patch.object(Program, "run_decompositions", autospec=True, side_effect=by_torch) as made:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from unittest import mock
 
 import pytest
@@ -16,6 +17,7 @@ from autopart import Mesh
 from autopart.ir.graph import calls, info
 from autopart.passes.source import Source
 from autopart.plan.data import Plan
+from autopart.planner.make_plan import make_plan, request_of
 
 WIDTH, TOKENS, MESH = 4, 32, "1x4:h100-80gb"
 
@@ -128,40 +130,43 @@ def draws(scan: Scan, x: Tensor) -> Tensor:
     return torch.stack(states, 1)
 
 
-def model_of(body: Body, blocks: int) -> tuple[nn.Module, dict[str, Tensor]]:
-    return Model(body, blocks), {"x": torch.randn(4, TOKENS, WIDTH)}
+@cache
+def source(body: Body, blocks: int, short: bool = True) -> Source:
+    """A model, traced once; one whose loops are `short`, and another."""
+    return Source(Model(body, blocks), {"x": torch.randn(4, TOKENS, WIDTH)}, torch.float32)
 
 
-def planned(model: nn.Module, x: dict[str, Tensor], short: bool, **asked: int) -> Plan:
-    every = mock.patch("autopart.frontend.export.short_loops", lambda *_: nullcontext())
-    with nullcontext() if short else every:
-        return autopart.plan(model, MESH, x, global_batch=8, precision="float32", **asked)
+def planned(body: Body, short: bool, **asked: int) -> Plan:
+    made = source(body, 2, short)
+    request = request_of(made.model, made.batch, global_batch=8, precision="float32", **asked)
+    every_iteration = mock.patch("autopart.frontend.export.short_loops", lambda *_: nullcontext())
+    with nullcontext() if short else every_iteration:
+        return make_plan(made, Mesh.parse(MESH), request)
 
 
-def longest(model: nn.Module, x: dict[str, Tensor]) -> int:
+def longest(made: Source) -> int:
     """How many iterations a node stands for at most."""
-    traced = Source(model, x, torch.float32).sampled(4, Mesh.parse(MESH)).traced
-    return max(info(node).times for node in calls(traced.graph))
+    return max(info(node).times for node in calls(made.sampled(4, Mesh.parse(MESH)).traced.graph))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [1, 4])
 @pytest.mark.parametrize("body", [appends, twice, joins], ids=lambda body: body.__name__)
 def test_a_short_trace_is_of_the_same_model_as_the_full_one(body: Body, blocks: int) -> None:
-    model, x = model_of(body, blocks)
-    source, mesh = Source(model, x, torch.float32), Mesh.parse(MESH)
-    short, full = source.sampled(4, mesh), source.full(4, mesh)
-    assert longest(model, x) > TOKENS / 2
+    made, mesh = source(body, blocks), Mesh.parse(MESH)
+    short, full = made.sampled(4, mesh), made.full(4, mesh)
+    assert longest(made) > TOKENS / 2
     assert len(calls(short.traced.graph)) < 0.6 * len(calls(full.traced.graph))
     assert short.hash == full.hash
     assert list(short.keys.values()) == list(full.keys.values())
     assert short.operators == full.operators
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [{}, {"tp": 2, "pp": 2}], ids=str)
 @pytest.mark.parametrize("body", [appends, writes, joins], ids=lambda body: body.__name__)
 def test_a_plan_from_a_short_trace_is_that_of_the_full_trace(body: Body, asked: dict[str, int]) -> None:
-    model, x = model_of(body, 2)
-    short, full = planned(model, x, True, **asked), planned(model, x, False, **asked)
+    short, full = planned(body, True, **asked), planned(body, False, **asked)
     assert short.degrees == full.degrees
     assert short.signature == full.signature
     assert short.forward_flops == full.forward_flops
@@ -177,12 +182,13 @@ def test_a_plan_from_a_short_trace_is_that_of_the_full_trace(body: Body, asked: 
     "body", [looks, grows, counts, comprehends, names, fills, extends, draws], ids=lambda body: body.__name__
 )
 def test_other_loops_are_traced_in_full(body: Body) -> None:
-    assert longest(*model_of(body, 1)) == 1
+    assert longest(source(body, 1)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", [appends, writes], ids=lambda body: body.__name__)
 def test_a_plan_from_a_short_trace_is_exact(body: Body) -> None:
-    model, x = model_of(body, 2)
-    report = autopart.check(model, "4:cpu", x, pp=2, tp=2)
-    assert longest(model, x) > 1
+    made = source(body, 2)
+    report = autopart.check(made.model, "4:cpu", made.batch, pp=2, tp=2)
+    assert longest(made) > 1
     assert max(report.loss_error, report.gradient_error) < 1e-5

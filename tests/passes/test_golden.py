@@ -55,6 +55,7 @@ def texts(request: pytest.FixtureRequest) -> dict[str, str]:
     return {f"{request.param}_plan.txt": text, **modules}
 
 
+@pytest.mark.slow
 def test_texts_are_the_golden_ones(texts: dict[str, str]) -> None:
     if os.environ.get("AUTOPART_GOLDEN") == "renew":
         GOLDEN.mkdir(exist_ok=True)
@@ -74,6 +75,7 @@ def test_modules_import(texts: dict[str, str]) -> None:
     assert len(modules) == 2 and all(callable(m.Stage) for m in modules)
 
 
+@pytest.mark.slow
 def test_texts_are_clean(texts: dict[str, str]) -> None:
     for name, text in texts.items():
         for number, line in enumerate(text.splitlines(), 1):

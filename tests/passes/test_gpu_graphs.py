@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from emitted import sources
 from torch import nn
 
 import autopart
+from autopart.ir.graph import Traced
 from autopart.passes import source as passes
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("traced_once")]
 
 SIZES = {"vocab_size": 96, "bos_token_id": 0, "eos_token_id": 0}
 GPT2 = {**SIZES, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "attn_pdrop": 0.3, "resid_pdrop": 0.2}
@@ -113,12 +115,22 @@ class Sparse(nn.Module):
         return self.o(out.transpose(1, 2).flatten(2)).square().mean()
 
 
+RANDOMNESS, FUSE = passes.randomness, passes.fuse
+
+
+def randomness(traced: Traced, device: str, off: Collection[str] = ()) -> Traced:
+    return RANDOMNESS(traced, "cuda", off)
+
+
+def fuse(traced: Traced, device: str, off: Collection[str] = ()) -> Traced:
+    return FUSE(traced, "cuda", off)
+
+
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes that differ by device take the one that they have for GPUs; a CPU still runs the program."""
-    randomness, fuse = passes.randomness, passes.fuse
-    monkeypatch.setattr(passes, "randomness", lambda traced, device, off=(): randomness(traced, "cuda", off))
-    monkeypatch.setattr(passes, "fuse", lambda traced, device, off=(): fuse(traced, "cuda", off))
+    monkeypatch.setattr(passes, "randomness", randomness)
+    monkeypatch.setattr(passes, "fuse", fuse)
 
 
 def batch_of(name: str) -> dict[str, torch.Tensor]:
@@ -190,8 +202,8 @@ def test_masks_are_those_of_graphs_for_cpus(name: str, as_on_a_gpu: None) -> Non
     model, batch = MODELS[name]().train(), batch_of(name)
     fused = autopart.simulate(model, "2:cpu", batch, seed=7, tp=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passes, "randomness", passes.randomness.__closure__[0].cell_contents)
-        patch.setattr(passes, "fuse", passes.fuse.__closure__[0].cell_contents)
+        patch.setattr(passes, "randomness", RANDOMNESS)
+        patch.setattr(passes, "fuse", FUSE)
         plain = autopart.simulate(model, "2:cpu", batch, seed=7, tp=2)
     torch.testing.assert_close(fused.loss, plain.loss, rtol=1e-6, atol=0)
 

@@ -37,6 +37,7 @@ def of_size(name: str, mesh: str, samples: int, sequence: int, **settings: Any) 
     return autopart.estimate(model, mesh, batch, precision="bfloat16", **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layers", "hidden", "words"), [("gpt-1.7b", 24, 2304, 51200), ("gpt2-xl", 48, 1600, 50257)]
 )
@@ -120,6 +121,7 @@ def test_what_does_not_fit_says_how_much_it_lacks() -> None:
     assert "does not fit, " in str(made) and " lacking" in str(made)
 
 
+@pytest.mark.slow
 def test_the_shell_tells_it_all(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2}))
     arguments = ["estimate", str(tmp_path), "4:h100-80gb", "--sequence", "32", "--pp", "2", "--global-batch", "8"]

@@ -141,6 +141,7 @@ def test_every_system_is_told_the_same(plans: dict[str, Plan], name: str) -> Non
     assert "--recompute-granularity" not in mega and "activation_checkpointing" not in speed
 
 
+@pytest.mark.slow
 def test_torchtitan(plans: dict[str, Plan]) -> None:
     made = toml(export(plans["llama"], "torchtitan"))
     assert made["optimizer"] == {"name": "AdamW"}

@@ -93,6 +93,7 @@ def test_seconds_are_those_of_the_plan(case: tuple[Plan, list[Any]]) -> None:
         assert totals[index] == pytest.approx(stage.forward_seconds + stage.backward_seconds)
 
 
+@pytest.mark.slow
 def test_a_saved_plan_has_the_same_graph(case: tuple[Plan, list[Any]], tmp_path: Path) -> None:
     plan, _ = case
     plan.save(tmp_path / "plan.json")

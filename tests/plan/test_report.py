@@ -122,6 +122,7 @@ def test_the_numbers_are_the_plans(name: str) -> None:
     assert plan.search and sum(told["search"]["ended"].values()) == plan.search.points
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_a_stranger_finds_the_slowest_stage_and_what_fills_it(name: str) -> None:
     plan, text = planned(name), Page(page(name)).text

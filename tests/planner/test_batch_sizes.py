@@ -94,6 +94,7 @@ def holds(model: nn.Module, mesh: str, batch: dict[str, Tensor], **settings: int
     return found.plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PARTS)
 def test_every_part(name: str) -> None:
     torch.manual_seed(0)

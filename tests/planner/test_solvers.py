@@ -87,27 +87,23 @@ def optimum(file: Path, solution: Path) -> float:
     return float(told.split()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_cbc_gives_the_same_plan(plan: str) -> None:
+    """The same cuts, step and bound. Of splits that cost the same each solver may take others: the ILP's objective is
+    the same."""
     name, settings = PLANS[plan]
     usual, other = (explanation(name, solver, **settings) for solver in ("highs", "cbc"))
     for field in ("degrees", "micro_batch", "zero", "schedule", "recompute", "starts", "status"):
         assert getattr(usual.plan, field) == getattr(other.plan, field)
     assert other.plan.step_seconds == pytest.approx(usual.plan.step_seconds, rel=1e-9)
     assert other.plan.bound_seconds == pytest.approx(usual.plan.bound_seconds, rel=1e-9)
-    assert printed(other.plan) == printed(usual.plan)
     sizes = usual.space.model(usual.found.point).sizes
     for stage, problem in enumerate(usual.found.problems):
         one, same = (cost(sizes, problem.costs, each.found.chosen[stage]) for each in (usual, other))
         assert same == pytest.approx(one, rel=1e-9)
     assert other.plan.request["solver"] == "cbc"
     assert "solver" not in usual.plan.request
-
-
-def printed(plan: autopart.Plan) -> list[tuple[object, ...]]:
-    """The lines of a plan. Placements of values without a gradient, R or C, cost the same and are not printed."""
-    segments = [segment for stage in plan.stages for segment in stage.segments]
-    return [(s.labels, x.name, x.operator, x.note, x.seconds, x.comm_seconds) for s in segments for x in s.lines]
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -411,6 +411,7 @@ def test_every_plan_draws_the_same(name: str, plan: str) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_another_seed_gives_another_loss(name: str) -> None:
     assert abs(float(step(name, 1, seed=6, tp=1).loss - alone(name).loss)) > 1e-4

@@ -29,7 +29,7 @@ from autopart.runtime.launch import launch
 
 SERVER = get_context("forkserver")
 WORKERS = "agreement chaos checkpoint exact mixed restart torch_compile trainer weights zoo"
-LATE = ("autopart.compile.trainer", "networkx", "torch._inductor.utils")
+LATE = ("autopart.compile.trainer", "networkx", "torch._inductor.utils", "warm")
 """What is imported where it is needed first: by most forks of the server, if not by the server."""
 SERVER.set_forkserver_preload([*(f"{name}_worker" for name in WORKERS.split()), *LATE])
 
@@ -72,11 +72,14 @@ def _run_main(main: Callable[[Sequence[str]], object], arguments: Sequence[str],
     run_forked(partial(main, arguments), ranks)
 
 
-def redirect(output: Path) -> None:
-    """Write what this process and its children print to a file."""
+def redirect(output: Path, errors: Path | None = None) -> None:
+    """Write what this process and its children print to a file, or what they print on stderr to another."""
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    if errors:
+        with errors.open("w") as file:
+            os.dup2(file.fileno(), 2)
 
 
 def run_forked(work: Callable[[], object], ranks: int) -> None:

@@ -16,21 +16,25 @@ from autopart.frontend.batch import Batch
 from autopart.hardware.mesh import Mesh
 from autopart.passes import source
 
+KNOWN: dict[str, Any] = {}
+"""Every trace that was made under `traced_once`."""
+MODELS: list[nn.Module] = []
+"""What was traced, kept alive for no other model to have the id of one."""
+
 
 @contextmanager
 def traced_once() -> Iterator[None]:
     """Where models do what their classes, attributes and tensors say: equal ones are one model."""
-    known: dict[str, Any] = {}
-    models: list[nn.Module] = []  # alive, for no other model to have the id of one
     prepare = source.prepare
 
     def prepared(model: nn.Module, batch: Batch, mesh: Mesh, *given: Any) -> Any:
         modes = [module.training for module in model.modules()]
-        key = f"{_identity(model)} {modes} {batch} {mesh.device.type} {given}"
-        if key not in known:
-            known[key] = prepare(model, batch, mesh, *given)
-            models.append(model)
-        return known[key]
+        passes = source.randomness, source.fuse  # which tests replace by those for GPUs
+        key = f"{_identity(model)} {modes} {batch} {mesh.device.type} {given} {passes}"
+        if key not in KNOWN:
+            KNOWN[key] = prepare(model, batch, mesh, *given)
+            MODELS.append(model)
+        return KNOWN[key]
 
     with mock.patch.object(source, "prepare", prepared):
         yield
@@ -44,7 +48,8 @@ def _identity(model: nn.Module) -> object:
     forms = [(name, first[id(t)], t.shape, t.dtype, t.device, t.requires_grad) for name, t in tensors]
     if isinstance(model, PreTrainedModel):
         config = model.config
-        return id(type(model)), config.to_json_string(use_diff=False), config._attn_implementation, forms
+        kinds = [id(type(module)) for module in model.modules()]
+        return kinds, config.to_json_string(use_diff=False), config._attn_implementation, forms
     try:
         modules = [(name, id(type(module)), _attributes(module)) for name, module in model.named_modules()]
         return modules, forms, [_values(buffer) for buffer in model.buffers()]
