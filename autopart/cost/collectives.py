@@ -78,7 +78,7 @@ def _latencies(link: Link, tree: bool) -> tuple[float, ...]:
     return (link.latency_seconds,) * 3 if link.kind == "host" else (TREE_STEPS if tree else RING_STEPS)[link.kind]
 
 
-def _runs_on_nccl(group: Group) -> bool:
+def runs_on_nccl(group: Group) -> bool:
     """Whether NCCL runs the group's collectives: over all links but those of kind "host"."""
     return (group.inter if group.hosts > 1 else group.intra).kind != "host"
 
@@ -91,7 +91,7 @@ def _fastest_protocol(wire: Any, near: float, far: float, group: Group, bandwidt
     best = np.inf
     own, other = (_latencies(link, tree) for link in (group.intra, group.inter))
     for base, share, a, b in zip(BASE_SECONDS, BANDWIDTH_SHARES, own, other, strict=True):
-        if not _runs_on_nccl(group):
+        if not runs_on_nccl(group):
             base, share = 0.0, 1.0
         best = np.minimum(best, base + near * a + far * b + wire / (bandwidth * share))
     return best
@@ -125,7 +125,7 @@ def all_reduce_seconds(nbytes: Any, group: Group) -> Any:
     Computing 35(12), 2009).
     """
     ring = _ring(2 * (group.ranks - 1) / group.ranks * nbytes, 2, group)
-    if group.hosts == 1 or not _runs_on_nccl(group):
+    if group.hosts == 1 or not runs_on_nccl(group):
         return ring
     far = 2 * math.ceil(math.log2(group.hosts))
     tree = _fastest_protocol(
