@@ -231,9 +231,9 @@ def _allocated(events: list[Event], stage: PlanStage, most: int) -> Iterator[tup
             yield second, flights * each, computing * transient
     if stage.backward_memory:
         closing = [(start, end) for entry, start, end in events if entry.op in ONCE_A_STEP]
-        ending = stage.memory.get("transient", 0.0) + _state(stage.memory) - resident
-        yield min(start for start, _ in closing), 0.0, ending
-        yield max(end for _, end in closing), 0.0, 0.0
+        more = _state(stage.memory) - resident
+        yield min(start for start, _ in closing), 0.0, stage.memory.get("transient", 0.0) + more
+        yield max(end for _, end in closing), 0.0, more
 
 
 def _row(stage: StageTimeline, whole: float, width: int) -> Text:
