@@ -47,6 +47,15 @@ TREE_STEPS: Mapping[str, tuple[float, float, float]] = {
 }
 """Kind of link -> seconds of a step of a tree, by protocol (nccl `hwLat`)."""
 
+NO_PROTOCOLS = ("host", "gloo")
+"""Kinds of links over which every message has the link's latency and bandwidth."""
+
+COPY_BANDWIDTH = 5e9
+"""Bytes/s at which a rank copies a tensor into and out of the buffers of gloo. The all-reduce works in place; in an
+all-gather, a reduce-scatter and an all-to-all the parts are put together or taken apart. Assumption, from ratios of the
+CPU seconds of `runtime.calibrate.communication_cases` on a host of 2 cores: of 4 MiB an all-gather takes 0.7 to 0.9 of
+an all-reduce on 2 and on 4 ranks, a reduce-scatter 0.8 to 1.0."""
+
 TREE_BANDWIDTH = 0.9
 """Bandwidth of a tree / bandwidth of a ring (nccl)."""
 
@@ -75,12 +84,22 @@ def _bandwidth_in_host(group: Group) -> float:
 
 def _latencies(link: Link, tree: bool) -> tuple[float, ...]:
     """Seconds of a step over a link, by protocol."""
-    return (link.latency_seconds,) * 3 if link.kind == "host" else (TREE_STEPS if tree else RING_STEPS)[link.kind]
+    return (link.latency_seconds,) * 3 if link.kind in NO_PROTOCOLS else (TREE_STEPS if tree else RING_STEPS)[link.kind]
 
 
 def _runs_on_nccl(group: Group) -> bool:
-    """Whether NCCL runs the group's collectives: over all links but those of kind "host"."""
-    return (group.inter if group.hosts > 1 else group.intra).kind != "host"
+    """Whether NCCL runs the group's collectives, by its protocols."""
+    return (group.inter if group.hosts > 1 else group.intra).kind not in NO_PROTOCOLS
+
+
+def runs_on_gloo(group: Group) -> bool:
+    """Whether gloo runs the group's collectives."""
+    return group.intra.kind == "gloo"
+
+
+def _copy_seconds(nbytes: Any, group: Group) -> Any:
+    """Seconds of the copies of a collective of `nbytes` that is not in place."""
+    return nbytes / COPY_BANDWIDTH if runs_on_gloo(group) and group.ranks > 1 else 0.0 * nbytes
 
 
 def _fastest_protocol(wire: Any, near: float, far: float, group: Group, bandwidth: float, tree: bool = False) -> Any:
@@ -98,11 +117,13 @@ def _fastest_protocol(wire: Any, near: float, far: float, group: Group, bandwidt
 
 
 def _ring(wire: Any, rounds: int, group: Group) -> Any:
-    """Seconds to send `wire` bytes a rank, `rounds` times around a ring."""
+    """Seconds to send `wire` bytes a rank, `rounds` times around a ring. gloo wakes a thread first, which takes about
+    as long as a step."""
     if group.ranks == 1:
         return 0.0 * wire
     far = group.hosts - 1
-    return _fastest_protocol(wire, rounds * (group.ranks - 1 - far), rounds * far, group, ring_bandwidth(group))
+    near = rounds * (group.ranks - 1 - far) + runs_on_gloo(group)
+    return _fastest_protocol(wire, near, rounds * far, group, ring_bandwidth(group))
 
 
 def _measured(name: str, nbytes: Any, group: Group) -> Any | None:
@@ -115,7 +136,7 @@ def _measured(name: str, nbytes: Any, group: Group) -> Any | None:
 def all_gather_seconds(nbytes: Any, group: Group) -> Any:
     """Seconds to give every rank the whole of `nbytes`, of which each rank holds 1 / p; or, in a reduce-scatter, each
     rank 1 / p of the sum of p tensors of `nbytes`."""
-    return _ring((group.ranks - 1) / group.ranks * nbytes, 1, group)
+    return _ring((group.ranks - 1) / group.ranks * nbytes, 1, group) + _copy_seconds(nbytes, group)
 
 
 def all_reduce_seconds(nbytes: Any, group: Group) -> Any:
@@ -146,7 +167,8 @@ def all_to_all_seconds(nbytes: Any, group: Group) -> Any:
     if group.hosts > 1:
         most = group.inter.bandwidth * group.inter.exchange * group.nics
         rates.append((p - local) / p / most)
-    return _fastest_protocol(max(rates) * nbytes, local - 1, p - local, group, 1.0)
+    near = local - 1 + runs_on_gloo(group)
+    return _fastest_protocol(max(rates) * nbytes, near, p - local, group, 1.0) + _copy_seconds(nbytes, group)
 
 
 def broadcast_seconds(nbytes: Any, group: Group) -> Any:
@@ -168,8 +190,11 @@ def merged_seconds(nbytes: Any, group: Group, name: str = "all_gather") -> Any:
     rows = wire.collectives.get(f"merged_{name}", {}).get(str(group.ranks)) if wire else None
     if rows is not None:
         return nbytes * (rows[-1][1] / rows[-1][0])
+    if group.ranks == 1:
+        return 0.0 * nbytes
     times = 2 if name == "all_reduce" else 1
-    return times * (group.ranks - 1) / group.ranks * nbytes / ring_bandwidth(group) if group.ranks > 1 else 0.0 * nbytes
+    sent = times * (group.ranks - 1) / group.ranks * nbytes / ring_bandwidth(group)
+    return sent + _copy_seconds(nbytes, group) * (name != "all_reduce")
 
 
 FORMULAS: Mapping[str, Callable[[Any, Group], Any]] = {

@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from autopart.cost.collectives import measured_seconds, merged_seconds
+from autopart.cost.collectives import measured_seconds, merged_seconds, runs_on_gloo
 from autopart.cost.compute import stream_rate_seconds
 from autopart.hardware.mesh import Group
 from autopart.hardware.rows import Device
 from autopart.kernels.table import STEP
 
-BUCKET_BYTES = 64 * 2**20
-"""The most bytes of a message of several tensors over the data-parallel axis. A larger tensor is a message of its
-own."""
+BUCKET_BYTES, HOST_BUCKET_BYTES = 64 * 2**20, 8 * 2**20
+"""The most bytes of a message of several tensors over the data-parallel axis, on GPUs and on CPUs.
+A larger tensor is a message of its own. Memory of a CPU comes back to the next message where the message is smaller
+than glibc's mmap threshold, 32 MiB at most (mallopt(3)); a larger one is mapped and cleared anew each time."""
 
 
 OPTIMIZER_STATES = {"sgd": 0, "momentum": 1, "adagrad": 1, "rmsprop": 1, "adam": 2, "adamw": 2}
@@ -202,10 +203,10 @@ class Training:
         with_slices = 1.0 + (self.zero >= 1) / self.ranks
         return message * with_slices * (self.widening if self.zero < 2 else 1.0)
 
-    @staticmethod
-    def _in_a_message(nbytes: Any, largest: Any, ratio: float) -> Any:
+    def _in_a_message(self, nbytes: Any, largest: Any, ratio: float) -> Any:
         """Bytes of the parameters whose gradients, `ratio` times as large, travel in one message."""
-        return np.minimum(nbytes, np.maximum(largest, BUCKET_BYTES / ratio))
+        bucket = HOST_BUCKET_BYTES if runs_on_gloo(self.group) else BUCKET_BYTES
+        return np.minimum(nbytes, np.maximum(largest, bucket / ratio))
 
     def sync_seconds(self, nbytes: float, over_dp: bool) -> float:
         """Seconds of a step to reduce the gradient of a parameter of `nbytes` over the data-parallel axis, and to

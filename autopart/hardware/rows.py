@@ -108,8 +108,9 @@ class Device:
         return 1 / max(1.0, times) if times else 0.0
 
 
-KINDS = ("nvlink", "pci", "network", "host")
-"""Kinds of links: the three that NCCL has protocols for, and "host", which NCCL does not drive."""
+KINDS = ("nvlink", "pci", "network", "host", "gloo")
+"""Kinds of links: the three that NCCL has protocols for, "host", which has no protocol, and "gloo", for CPUs of one
+host."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Link:
     latency_seconds  of a message, in seconds
     source           where the numbers are from
     kind             of KINDS: the first three have the latencies of NCCL's protocols (see `autopart.cost.collectives`),
-                     "host" has its own for every message
+                     "host" and "gloo" have their own for every message
     share            share of the bandwidth that rings reach
     exchange         share of the bandwidth that an all-to-all reaches
     wired            number of devices that are wired to each other without a switch; a group of p of them has

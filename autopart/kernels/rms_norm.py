@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from autopart.kernels import on_cpu
 from autopart.kernels.norm_operators import add_norm, applies, norm, norm_kernel, of_sum
 from autopart.kernels.norm_rows import PLAIN, Form
 
@@ -62,15 +63,15 @@ def rms_norm(
     compute_dtype: torch.dtype | None = None,
     square_only: bool = False,
 ) -> torch.Tensor:
-    """x (..., d) normalised and scaled by weight (d,): shape (..., d). By the Triton kernels where they apply, else by
-    ``reference``.
+    """x (..., d) normalised and scaled by weight (d,): shape (..., d). By the Triton kernels where they apply, by
+    `on_cpu.RmsNorm` on CPUs, else by ``reference``.
 
     The kernels compute in float32 and take no notice of ``square_only``. A half-precision x with ``compute_dtype`` None
-    is more accurate by the kernels than by ``reference``. Tensor subclasses, such as fake tensors, take ``reference``.
+    is more accurate by the kernels than by ``reference``. Fake tensors take what a CPU takes.
     """
     if compute_dtype in (None, torch.float32) and applies(x, None, weight):
         return norm(x, weight, None, eps, ROUND_FIRST)
-    return reference(x, weight, eps, compute_dtype, square_only)
+    return _without_triton(x, weight, eps, compute_dtype, square_only)
 
 
 def add_rms_norm(
@@ -84,7 +85,17 @@ def add_rms_norm(
     """x + residual, and that normalised and scaled by weight (d,): both (..., d). As ``rms_norm``."""
     if compute_dtype in (None, torch.float32) and applies(x, residual, weight):
         return add_norm(x, residual, weight, None, eps, ROUND_FIRST)
-    return add_reference(x, residual, weight, eps, compute_dtype, square_only)
+    total = x + residual
+    return total, _without_triton(total, weight, eps, compute_dtype, square_only)
+
+
+def _without_triton(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, compute_dtype: torch.dtype | None, square_only: bool
+) -> torch.Tensor:
+    if compute_dtype in (None, x.dtype) and on_cpu.normalises(x, weight):
+        y: torch.Tensor = on_cpu.RmsNorm.apply(x, weight, eps)
+        return y
+    return reference(x, weight, eps, compute_dtype, square_only)
 
 
 def rms_norm_float32(

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autopart.kernels import on_cpu
 from autopart.kernels.ahead import Usage, compile_kernel
 from autopart.kernels.kernel import Bytes, Kernel
 from autopart.kernels.launch import TRITON_NAMES, launch, power_of_two, runs_on, triton_op
@@ -97,7 +98,7 @@ def rotary(
     x: Tensor, cos: Tensor, sin: Tensor, half_width: bool = False, compute_dtype: Dtype = None, dtype: Dtype = None
 ) -> Tensor:
     """x (..., d) with its first r elements turned, as pairs i and i + r / 2: shape (..., d). By the Triton kernel where
-    it applies, else by ``reference``.
+    it applies, by `on_cpu.TurnHalves` for whole heads on CPUs, else by ``reference``.
 
     cos and sin are (..., r), or (..., r / 2) with ``half_width``; their other dims broadcast to those of x. x is cast
     to ``compute_dtype`` before, and what was turned to ``dtype`` behind, where these are given. The kernel computes in
@@ -106,6 +107,10 @@ def rotary(
     """
     if _kernel_applies(x, cos, sin, half_width, compute_dtype, dtype):
         return _call("halves", "halves", x, cos, sin, half_width, compute_dtype, dtype)
+    whole = not half_width and {compute_dtype, dtype} <= {None, x.dtype}
+    if whole and on_cpu.turns(x, cos, sin):
+        y: Tensor = on_cpu.TurnHalves.apply(x, cos, sin)
+        return y
     return reference(x, cos, sin, half_width, compute_dtype, dtype)
 
 

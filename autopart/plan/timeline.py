@@ -181,7 +181,7 @@ def timeline(plan: PlanFields) -> Timeline:
                 tuple(events[index]),
                 _seconds(events[index], run.seconds),
                 run.peak_in_flight[index],
-                sum(v for k, v in stage.memory.items() if k not in ("activations", "transient")),
+                _resident(stage),
                 tuple(_allocated(events[index], stage, flights)),
             )
         )
@@ -197,15 +197,26 @@ def _seconds(events: list[Event], whole: float) -> dict[str, float]:
     return {**found, "idle": whole - sum(found.values())}
 
 
+def _state(memory: Mapping[str, float]) -> float:
+    """Bytes of a record of memory that are neither activations nor transient."""
+    return sum(nbytes for kind, nbytes in memory.items() if kind not in ("activations", "transient"))
+
+
+def _resident(stage: PlanStage) -> float:
+    """Bytes of the state that a stage has all the while: at the end of a step there may be more gradients than at the
+    peak of the backward."""
+    return min(_state(stage.memory), _state(stage.backward_memory or stage.memory))
+
+
 def _allocated(events: list[Event], stage: PlanStage, most: int) -> Iterator[tuple[float, float, float]]:
     """`StageTimeline.allocated` with at most `most` micro-batches in flight.
 
     Activations are allocated from a micro-batch's forward to the end of its backward, transient bytes while the stage
     computes. A stage whose peak is at the end of a step has the peak's transient bytes from the gradient sync on.
     """
-    memory = stage.backward_memory or stage.memory
+    memory, resident = stage.backward_memory or stage.memory, _resident(stage)
     each = memory.get("activations", 0.0) / most
-    transient = memory.get("transient", 0.0) + stage.backward_memory.get("messages", 0.0)
+    transient = memory.get("transient", 0.0) + _state(memory) - resident
     changes = {0.0: (0, 0)}
     for entry, start, end in events:
         if entry.op in COMPUTE:
@@ -220,8 +231,9 @@ def _allocated(events: list[Event], stage: PlanStage, most: int) -> Iterator[tup
             yield second, flights * each, computing * transient
     if stage.backward_memory:
         closing = [(start, end) for entry, start, end in events if entry.op in ONCE_A_STEP]
-        yield min(start for start, _ in closing), 0.0, stage.memory.get("transient", 0.0)
-        yield max(end for _, end in closing), 0.0, 0.0
+        more = _state(stage.memory) - resident
+        yield min(start for start, _ in closing), 0.0, stage.memory.get("transient", 0.0) + more
+        yield max(end for _, end in closing), 0.0, more
 
 
 def _row(stage: StageTimeline, whole: float, width: int) -> Text:

@@ -30,7 +30,7 @@ def rank_zero_values(tensors: Mapping[str, Tensor], host: Group) -> Iterator[tup
     names = sorted(tensors)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         sums = torch.tensor(list(pool.map(lambda name: checksum(tensors[name]), names)), dtype=torch.int64)
-    everyone = torch.stack(host.all_gather(sums))
+    everyone = host.all_gather(sums)
     for name in (name for name, differs in zip(names, (everyone != everyone[0]).any(0), strict=True) if differs):
         mine = tensors[name].detach()
         value = mine.cpu().contiguous() if host.rank == 0 else torch.empty(mine.shape, dtype=mine.dtype)

@@ -24,7 +24,8 @@ def _sum(x: Tensor, group: Group) -> Tensor:
 
 
 def _gather(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
-    return unshard(group.all_gather(x.contiguous()), dim, parts)
+    everyone = group.all_gather(x)
+    return everyone.flatten(0, 1) if dim == 0 and not parts else unshard(list(everyone), dim, parts)
 
 
 def _slice(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
@@ -32,17 +33,12 @@ def _slice(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
 
 
 def _sum_slice(x: Tensor, group: Group, dim: int, parts: Parts = ()) -> Tensor:
-    """Reduce-scatter; gloo, which has none for every dtype, sums and slices."""
-    if not group.scatters:
-        return _slice(_sum(x, group), group, dim, parts).contiguous()
     return group.reduce_scatter(torch.stack([shard(x, dim, parts, group.size, r) for r in range(group.size)]))
 
 
 def _all_to_all(x: Tensor, group: Group, have: int, want: int) -> Tensor:
     """All-to-all: from split along `have` to split along `want`."""
-    if not group.scatters:
-        return _slice(_gather(x, group, have), group, want).contiguous()
-    return torch.cat(group.all_to_all([c.contiguous() for c in x.chunk(group.size, want)]), have)
+    return torch.cat(list(group.all_to_all(torch.stack(x.chunk(group.size, want)))), have)
 
 
 def _same(x: Tensor, group: Group) -> Tensor:

@@ -300,14 +300,13 @@ class Executor:
         """Add up gradients that are partial sums over an axis, then those of weights that live on several stages."""
         self.shared.reduce()
         if self.groups.tp.size > 1:
-            partial = [p.grad for p in self.shared.trained if p.origin.placed["tp"].kind == "C"]
-            sum_together(partial, self.groups.tp)
-        by_group: dict[Group, list[Tensor]] = defaultdict(list)
+            _sum_gradients([p for p in self.shared.trained if p.origin.placed["tp"].kind == "C"], self.groups.tp)
+        by_group: dict[Group, list[Any]] = defaultdict(list)
         for share in sorted(self.shared.trained, key=lambda p: p.origin.name):
             if share.origin.name in self.tied:
-                by_group[self.tied[share.origin.name]].append(share.grad)
-        for group, gradients in by_group.items():
-            sum_together(gradients, group)
+                by_group[self.tied[share.origin.name]].append(share)
+        for group, shares in by_group.items():
+            _sum_gradients(shares, group)
 
     def _step(self, update: Update) -> None:
         trained = self.shared.trained
@@ -333,3 +332,9 @@ class Executor:
         value = loss.double() if loss is not None else torch.zeros((), dtype=torch.float64, device=self.groups.device)
         self.groups.pp.broadcast(value, self.groups.pp.size - 1)
         return value
+
+
+def _sum_gradients(shares: Sequence[Any], group: Group) -> None:
+    """Replace gradients by their sums over a group."""
+    for share, summed in zip(shares, sum_together([share.grad for share in shares], group), strict=True):
+        share.grad = summed

@@ -1,7 +1,7 @@
 """Tensors in slices over the ranks of a group.
 
 A tensor's slices are equal parts of the flat tensor; zeros fill up the last. One message holds several tensors of one
-dtype, of about BUCKET_BYTES together, which bounds the extra memory of messages.
+dtype, of about `bucket_bytes` together, which bounds the extra memory of messages.
 """
 
 from collections import defaultdict
@@ -11,12 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from autopart.cost.training_state import BUCKET_BYTES
+from autopart.cost.training_state import BUCKET_BYTES, HOST_BUCKET_BYTES
 from autopart.runtime.process_group import Group
 
 
-def buckets(tensors: Sequence[Tensor], times: int = 1) -> Iterator[list[int]]:
-    """Indices of the tensors of each message: of one dtype, and of at most BUCKET_BYTES together or a single tensor.
+def bucket_bytes(group: Group) -> int:
+    """The most bytes of a message of several tensors over a group."""
+    return BUCKET_BYTES if group.over_nccl else HOST_BUCKET_BYTES
+
+
+def buckets(tensors: Sequence[Tensor], group: Group, times: int = 1) -> Iterator[list[int]]:
+    """Indices of the tensors of each message: of one dtype, and of at most `bucket_bytes` together or a single tensor.
 
     times  bytes of a message for each byte of a tensor
     """
@@ -24,7 +29,7 @@ def buckets(tensors: Sequence[Tensor], times: int = 1) -> Iterator[list[int]]:
     size: dict[torch.dtype, int] = defaultdict(int)
     for index, tensor in enumerate(tensors):
         nbytes, dtype = tensor.nbytes * times, tensor.dtype
-        if waiting[dtype] and size[dtype] + nbytes > BUCKET_BYTES:
+        if waiting[dtype] and size[dtype] + nbytes > bucket_bytes(group):
             yield waiting.pop(dtype)
             size[dtype] = 0
         waiting[dtype].append(index)
@@ -32,32 +37,34 @@ def buckets(tensors: Sequence[Tensor], times: int = 1) -> Iterator[list[int]]:
     yield from waiting.values()
 
 
-def fill_a_message(tensors: Sequence[Tensor]) -> bool:
+def fill_a_message(tensors: Sequence[Tensor], group: Group) -> bool:
     """Whether these tensors are enough for a message."""
-    return sum(tensor.nbytes for tensor in tensors) >= BUCKET_BYTES
+    return sum(tensor.nbytes for tensor in tensors) >= bucket_bytes(group)
 
 
-def start_sum(tensors: Sequence[Tensor], group: Group) -> Callable[[], None]:
-    """Start to all-reduce tensors in one message. The function that is returned waits for it and writes the sums into
-    the tensors. A tensor alone is its own message.
+def start_sum(tensors: Sequence[Tensor], group: Group) -> Callable[[], Sequence[Tensor]]:
+    """Start to all-reduce tensors in one message. The function that is returned waits for it and gives the sums, which
+    are views of the message. The tensors may be freed; a tensor alone is its own message, if it is contiguous.
     """
-    if len(tensors) == 1 and tensors[0].is_contiguous():
-        return group.start_all_reduce(tensors[0]).wait
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    work = group.start_all_reduce(flat)
+    alone = len(tensors) == 1 and tensors[0].is_contiguous()
+    message = tensors[0].view(-1) if alone else torch.cat([tensor.flatten() for tensor in tensors])
+    work = group.start_all_reduce(message)
+    shapes = [tensor.shape for tensor in tensors]
 
-    def finish() -> None:
+    def finish() -> Sequence[Tensor]:
         work.wait()
-        for tensor, summed in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(summed.view_as(tensor))
+        parts = message.split([shape.numel() for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     return finish
 
 
-def sum_together(tensors: Sequence[Tensor], group: Group) -> None:
-    """All-reduce tensors in place."""
-    for bucket in buckets(tensors):
-        start_sum([tensors[i] for i in bucket], group)()
+def sum_together(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
+    """The sums over ranks of tensors, which may be views of a message."""
+    sums: dict[int, Tensor] = {}
+    for bucket in buckets(tensors, group):
+        sums.update(zip(bucket, start_sum([tensors[i] for i in bucket], group)(), strict=True))
+    return [sums[i] for i in range(len(tensors))]
 
 
 def slice_length(elements: int, size: int) -> int:
@@ -75,7 +82,7 @@ def as_slices(x: Tensor, size: int) -> Tensor:
 
 def gather(slices: Sequence[Tensor], wholes: Sequence[Tensor], group: Group) -> Sequence[Tensor]:
     """All-gather tensors of which `slices` are this rank's, in their own dtype, into `wholes`, which are returned."""
-    for bucket in buckets(slices, group.size):
+    for bucket in buckets(slices, group, group.size):
         parts = [slices[i].detach().to(wholes[i].dtype) for i in bucket]
         lengths, message = [len(part) for part in parts], parts[0] if len(parts) == 1 else torch.cat(parts)
         del parts
@@ -94,24 +101,19 @@ def start_scatter(
     unchanged.
     """
     lengths = [slice_length(tensor.numel(), group.size) for tensor in tensors]
-    if len(tensors) == 1 and group.scatters and dtype in (None, tensors[0].dtype):
+    if len(tensors) == 1 and dtype in (None, tensors[0].dtype):
         message = as_slices(tensors[0], group.size)
     else:
         message = tensors[0].new_empty(group.size, sum(lengths), dtype=dtype)
         for tensor, part in zip(tensors, message.split(lengths, 1), strict=True):
             part.copy_(as_slices(tensor, group.size))
-    mine, work = group.start_reduce_scatter(message) if group.scatters else (None, group.start_all_reduce(message))
-
-    def finish() -> Sequence[Tensor]:
-        work.wait()
-        return (message[group.rank].clone() if mine is None else mine).split(lengths)
-
-    return finish
+    summed = group.start_reduce_scatter(message)
+    return lambda: summed().split(lengths)
 
 
 def scatter_sum(tensors: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None) -> list[Tensor]:
     """This rank's slice of the sum over ranks of each tensor, in a dtype."""
     slices: dict[int, Tensor] = {}
-    for bucket in buckets(tensors):
+    for bucket in buckets(tensors, group):
         slices.update(zip(bucket, start_scatter([tensors[i] for i in bucket], group, dtype)(), strict=True))
     return [slices[i] for i in range(len(tensors))]

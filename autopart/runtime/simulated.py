@@ -105,10 +105,6 @@ class SimulatedGroup(Group):
     def _exchange(self, value: T) -> list[T]:
         return self.world.meeting(self.key, self.size).exchange(self.rank, value)
 
-    @property
-    def scatters(self) -> bool:
-        return True
-
     def all_reduce(self, x: Tensor, op: str = "sum") -> None:
         everyone = torch.stack(self._exchange(x.detach().clone()))
         x.detach().copy_(everyone.sum(0) if op == "sum" else everyone.amax(0))
@@ -117,17 +113,18 @@ class SimulatedGroup(Group):
         self.all_reduce(x)
         return _Sent()
 
-    def all_gather(self, x: Tensor) -> list[Tensor]:
-        return [share.clone() for share in self._exchange(x.detach().clone())]
+    def all_gather(self, x: Tensor) -> Tensor:
+        return torch.stack(self._exchange(x.detach().clone()))
 
     def reduce_scatter(self, shares: Tensor) -> Tensor:
         return torch.stack([each[self.rank] for each in self._exchange(shares.detach().clone())]).sum(0)
 
-    def start_reduce_scatter(self, shares: Tensor) -> tuple[Tensor, _Sent]:
-        return self.reduce_scatter(shares), _Sent()
+    def start_reduce_scatter(self, shares: Tensor) -> Callable[[], Tensor]:
+        mine = self.reduce_scatter(shares)
+        return lambda: mine
 
-    def all_to_all(self, shares: list[Tensor]) -> list[Tensor]:
-        return [each[self.rank] for each in self._exchange([share.detach().clone() for share in shares])]
+    def all_to_all(self, shares: Tensor) -> Tensor:
+        return torch.stack([each[self.rank] for each in self._exchange(shares.detach().clone())])
 
     def broadcast(self, x: Tensor, source: int) -> None:
         x.copy_(self._exchange(x.clone())[source])

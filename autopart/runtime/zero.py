@@ -109,7 +109,7 @@ class DataParallelState:
             group = self.send_group[weight]
             final = self.final[group]
             final.append(weight)
-            if len(final) == self.group_sizes[group] or fill_a_message([w.grad for w in final]):
+            if len(final) == self.group_sizes[group] or fill_a_message([w.grad for w in final], self.group):
                 self._start(self.final.pop(group))
 
     def backward_ended(self) -> None:
@@ -139,23 +139,27 @@ class DataParallelState:
         self._send(weights, [weight.grad for weight in weights])
 
     def _send(self, weights: Sequence[Any], gradients: Sequence[Tensor]) -> None:
-        """Send the gradients of weights, or of slices at level 3."""
-        for bucket in buckets(gradients):
-            self.started.append(self._message([weights[i] for i in bucket], [gradients[i] for i in bucket]))
+        """Send the gradients of weights, or of slices at level 3. Each is let go of once it is in a message."""
+        waiting = dict(enumerate(gradients))
+        del gradients
+        for bucket in list(buckets([*waiting.values()], self.group)):
+            self.started.append(self._message([weights[i] for i in bucket], [waiting.pop(i) for i in bucket]))
             while len(self.started) > AHEAD * self.overlap:
                 self.started.popleft()()
 
     def _message(self, weights: Sequence[Any], gradients: Sequence[Tensor]) -> Callable[[], None]:
-        """Start one message. The function that is returned waits for it and writes the sums where they belong."""
+        """Start one message. The function that is returned waits for it and makes the sums the gradients of weights or
+        of their slices."""
+        trained = [self.slice_of.get(weight, weight) for weight in weights]
         if self.level == 0:
-            return start_sum(gradients, self.group)
-        slices = [self.slice_of.get(weight, weight) for weight in weights]
-        finish = start_scatter(gradients, self.channel, slices[0].dtype)
-        for weight in self.slice_of.keys() & set(weights):
+            finish = start_sum(gradients, self.group)
+        else:
+            finish = start_scatter(gradients, self.channel, trained[0].dtype)
+        for weight in self.sent.keys() & set(weights):
             weight.grad = None
 
         def add() -> None:
-            for mine, summed in zip(slices, finish(), strict=True):
+            for mine, summed in zip(trained, finish(), strict=True):
                 mine.grad = summed if mine.grad is None else mine.grad.add_(summed)
 
         return add

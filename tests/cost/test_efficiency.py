@@ -271,9 +271,18 @@ def test_an_update_moves_its_tensors(changes: dict[str, Any], passes: float) -> 
 
 def test_links_without_nccl_follow_the_alpha_beta_model() -> None:
     link = LINKS["ethernet"]
-    group = Group(4, 1, LINKS["shared-memory"], link)
+    group = Group(4, 1, LINKS["nvlink4"], link)
     assert all_gather_seconds(1e6, group) == pytest.approx(3 * (link.latency_seconds + 1e6 / 4 / link.bandwidth))
     assert p2p_seconds(1e6, link) == pytest.approx(link.latency_seconds + 1e6 / link.bandwidth)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_over_gloo_a_pair_of_collectives_takes_longer_than_an_all_reduce(ranks: int) -> None:
+    link = LINKS["shared-memory"]
+    group = Group(ranks, ranks, link, link)
+    for nbytes in (1e3, 1e6, 1e9):
+        whole = all_reduce_seconds(nbytes, group)
+        assert 0.5 * whole < all_gather_seconds(nbytes, group) < whole
 
 
 def test_a_link_without_a_kind_is_taken_at_its_word() -> None:

@@ -178,6 +178,19 @@ def refuse(*args, **options):
     raise AssertionError("kernels used")
 
 
+@pytest.mark.parametrize("name", [name for name, each in ACTIVATIONS.items() if each.operator])
+def test_on_a_cpu_one_operator_stands_for_the_formula_and_keeps_its_input_alone(name):
+    x = torch.linspace(-20, 20, 4001, dtype=torch.float64).requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = activation(x, name)
+    exact = module.reference(x, name)
+    dy = torch.randn_like(y)
+    gradients = [torch.autograd.grad(z, x, dy)[0] for z in (y, exact)]
+    assert len(saved) == 1 and saved[0].data_ptr() == x.data_ptr()
+    assert torch.allclose(y, exact, rtol=1e-10, atol=1e-10) and torch.allclose(*gradients, rtol=1e-10, atol=1e-10)
+
+
 @pytest.fixture
 def forced(monkeypatch):
     pytest.importorskip("triton")

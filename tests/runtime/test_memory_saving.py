@@ -35,7 +35,7 @@ from autopart.runtime import standalone
 from autopart.runtime.compiled import Compiled
 from autopart.runtime.flat_slices import as_slices, buckets, gather, scatter_sum
 from autopart.runtime.groups import Groups
-from autopart.runtime.simulated import run_simulated
+from autopart.runtime.simulated import SimulatedGroup, run_simulated
 from benchmarks.accuracy.memory import Memory
 
 SLACK = 0.2
@@ -277,7 +277,7 @@ def levels() -> dict[int, Measured]:
     source = Source(model, batch_for("llama", torch.float32, samples=4), torch.float32)
     plan = planned(source, "2:cpu", dp=2, micro_batch=2, recompute="full")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slices, "BUCKET_BYTES", 2**16)
+        patch.setattr(slices, "HOST_BUCKET_BYTES", 2**16)
         return {zero: measure(source, forced(plan, zero, ["none"])) for zero in range(4)}
 
 
@@ -299,11 +299,12 @@ def test_no_whole_weight_lives_on_at_level_3(levels: dict[int, Measured]) -> Non
 
 
 def test_messages_hold_many_tensors_and_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slices, "BUCKET_BYTES", 100)
+    monkeypatch.setattr(slices, "HOST_BUCKET_BYTES", 100)
     tensors = [torch.zeros(n, dtype=d) for n, d in ((10, torch.float32), (10, torch.float64), (15, torch.float32))]
-    assert list(buckets(tensors)) == [[0, 2], [1]]
-    assert list(buckets(tensors, times=2)) == [[0], [1], [2]]
-    assert list(buckets([torch.zeros(1), torch.zeros(99), torch.zeros(1)])) == [[0], [1], [2]]
+    group = SimulatedGroup("dp", 2, 0)
+    assert list(buckets(tensors, group)) == [[0, 2], [1]]
+    assert list(buckets(tensors, group, times=2)) == [[0], [1], [2]]
+    assert list(buckets([torch.zeros(1), torch.zeros(99), torch.zeros(1)], group)) == [[0], [1], [2]]
 
 
 def test_slices_come_together_again() -> None:

@@ -107,7 +107,7 @@ def train(source: Source, plan: autopart.Plan) -> list[tuple[Tensors, Sent, bool
 def test_gradients_that_overlap_are_the_same(
     monkeypatch: pytest.MonkeyPatch, name: str, settings: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(import_module("autopart.runtime.flat_slices"), "BUCKET_BYTES", 2**13)
+    monkeypatch.setattr(import_module("autopart.runtime.flat_slices"), "HOST_BUCKET_BYTES", 2**13)
     settings = {"micro_batch": 4, **settings}
     given = unused() if name == "unused" else traced(name, settings.get("precision", "float32"))
     source = dataclasses.replace(given, no_fuse=ON_GPUS, prepared={}, planned={})
