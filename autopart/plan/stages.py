@@ -66,6 +66,7 @@ class PlanStage:
     segments          its segments, equal neighbours in one
     backward_memory   where that peak is at the end of a step: kind -> bytes at the fullest moment of a backward; {}
                       otherwise
+    host_bytes        bytes of a rank on its host: optimizer states and a copy of the parameters (`cost.offload`)
     sends             for every stage that this one sends to: (stage, bytes of a micro-batch, seconds of the activations
                       there and of their gradients back)
     """
@@ -81,6 +82,7 @@ class PlanStage:
     segments: tuple[PlanSegment, ...]
     sends: tuple[tuple[int, int, float], ...] = ()
     backward_memory: Mapping[str, float] = field(default_factory=dict)
+    host_bytes: int = 0
 
     def turn_seconds(self, amortization: int) -> float:
         """f = forward + backward + sync / amortization + send, in seconds (`cost.training_state.amortization`)."""

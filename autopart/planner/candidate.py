@@ -173,7 +173,8 @@ def costs_of(
     """The costs of all intervals under a choice. `allowed`: the checkpointing modes of each position."""
     table, m = space.model(point).table, space.micro_batches(point)
     costs = space.position_costs(point, chosen)
-    return interval_costs(costs, table.segment_classes, table.block, m, space.amortization(point), allowed)
+    turns, on_host = space.amortization(point), space.host_limit
+    return interval_costs(costs, table.segment_classes, table.block, m, turns, allowed, on_host)
 
 
 def max_stage_seconds(space: SearchSpace, point: SearchPoint, step: float) -> float:

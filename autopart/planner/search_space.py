@@ -71,6 +71,11 @@ class SearchSpace:
         """Bytes of a device that a plan may fill; infinite for a request that need not fit."""
         return usable_bytes(self.mesh) if self.request.must_fit else float("inf")
 
+    @property
+    def host_limit(self) -> float:
+        """Bytes of its host that a rank may fill; infinite for a request that need not fit."""
+        return self.mesh.device.usable_host_bytes if self.request.must_fit else float("inf")
+
     def model(self, point: SearchPoint) -> Model:
         """The table of strategies of the point's `tp`, with its solvers."""
         if point.tp not in self.models:
@@ -91,9 +96,9 @@ class SearchSpace:
         group = self.mesh.group(point.tp, point.dp)
         ratio = widening(self.request.precision, self.request.master)
         asked, device = self.request, self.mesh.device
-        kernel = step_kernel(asked.optimizer, asked.precision, asked.master, device, asked.no_fuse)
-        foreach = device.type != "cpu"
-        return Training(asked.optimizer, point.zero, group, self.micro_batches(point), ratio, foreach, kernel)
+        kernel = step_kernel(asked.optimizer, asked.precision, asked.master, device, asked.no_fuse, point.offload)
+        gpu, m = device.type != "cpu", self.micro_batches(point)
+        return Training(asked.optimizer, point.zero, group, m, ratio, gpu, kernel, point.offload, apart=gpu)
 
     def device(self, point: SearchPoint) -> Device:
         """The device at the pace that it has in the point's pipeline: `Mesh.busy_device`."""

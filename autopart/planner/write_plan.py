@@ -12,6 +12,7 @@ from itertools import groupby
 
 from torch import fx
 
+from autopart.cost.offload import OFFLOADS
 from autopart.cost.training_state import Training, update_seconds
 from autopart.hardware.mesh import usable_bytes
 from autopart.ir.graph import info
@@ -66,6 +67,8 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
     if space.request.must_fit:
         most = max(s.memory_bytes for s in stages)
         assert most <= usable_bytes(space.mesh) * (1 + EQUAL), f"{most} bytes written out, searched to fit"
+        on_host = max(s.host_bytes for s in stages)
+        assert on_host <= space.host_limit * (1 + EQUAL), f"{on_host} bytes on the host, searched to fit"
     missing = sorted({info(n).name for n in layered.representatives() if info(n).kind == "op"} - {"autopart.getitem"})
     blocks = {mode for mode, label in zip(found.recompute, layered.labels, strict=True) if is_block(label)}
     plan = Plan(
@@ -82,6 +85,7 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
         precision=request.precision,
         master=request.master,
         optimizer=request.optimizer,
+        offload=OFFLOADS[point.offload],
         splits=tuple(splits),
         stages=tuple(stages),
         step_seconds=step,
@@ -227,6 +231,7 @@ def write_stage(
         send_seconds=messages(space, found, span, index)[0],
         memory=memory.by_kind(),
         backward_memory=memory.backward_by_kind(),
+        host_bytes=round(memory.host_bytes),
         segments=tuple(_printed(layered, priced, span, modes)),
         sends=tuple(_sends(space, found, index, span)),
     )

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from autopart.cost.collectives import p2p_seconds
+from autopart.cost.offload import OFFLOADS
 from autopart.cost.training_state import (
     MASTERS,
     OPTIMIZER_STATES,
@@ -56,7 +57,7 @@ several blocks save even where only one of these blocks is recomputed."""
 
 REQUESTED = (
     *("pp", "dp", "tp", "micro_batch", "global_batch", "zero", "schedule"),
-    *("precision", "master", "optimizer"),
+    *("precision", "master", "optimizer", "offload"),
 )
 """Settings of a plan that must equal those of its request."""
 
@@ -102,7 +103,13 @@ def _settings(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
         yield f"micro-batch: {plan.micro_batch} does not divide {plan.global_batch}, or dp={plan.dp} not that"
     if plan.zero not in range(4):
         yield f"zero: {plan.zero} is no level"
-    for name, known in (("schedule", SCHEDULES), ("optimizer", OPTIMIZER_STATES), ("precision", DTYPES)):
+    known_names = (
+        ("schedule", SCHEDULES),
+        ("optimizer", OPTIMIZER_STATES),
+        ("precision", DTYPES),
+        ("offload", OFFLOADS),
+    )
+    for name, known in known_names:
         if getattr(plan, name) not in known:
             yield f"{name}: {getattr(plan, name)!r} is not known"
     if plan.master is not None and (plan.master not in MASTERS or widening(plan.precision, plan.master) <= 1):
@@ -159,7 +166,9 @@ def _numbers(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
         for part, value in times.items():
             if not _agree(getattr(stage, part), value):
                 yield f"{name}: {part} are {value}, the plan says {getattr(stage, part)}"
-        yield from _memory(plan, _stage_memory(plan, layered, choices, graph, span), stage.memory, name)
+        memory = _stage_memory(plan, layered, choices, graph, span)
+        yield from _memory(plan, memory, stage.memory, name)
+        yield from _host(plan, memory.host_bytes, stage.host_bytes, name)
         yield from _printed(stage, layered, segments, span, name)
         sends = _sends(plan, graph)
         pairs = zip(stage.sends, sends, strict=False)
@@ -250,9 +259,10 @@ def _message_seconds(plan: Plan, crossing: Crossing) -> float:
 
 def _training(plan: Plan) -> Training:
     group, wide = plan.mesh.group(plan.tp, plan.dp), widening(plan.precision, plan.master)
-    kernel = step_kernel(plan.optimizer, plan.precision, plan.master, plan.mesh.device, plan.no_fuse)
-    together = plan.mesh.device.type != "cpu"
-    return Training(plan.optimizer, plan.zero, group, plan.micro_batches, wide, together, kernel)
+    offload = plan.offload == "optimizer"
+    kernel = step_kernel(plan.optimizer, plan.precision, plan.master, plan.mesh.device, plan.no_fuse, offload)
+    gpu, m = plan.mesh.device.type != "cpu", plan.micro_batches
+    return Training(plan.optimizer, plan.zero, group, m, wide, gpu, kernel, offload, apart=gpu)
 
 
 def _reads(layered: LayeredGraph, choices: ShardingAssignment, span: range, graph: StageGraph) -> list[list[Parameter]]:
@@ -277,6 +287,14 @@ def _stage_memory(
         micro_batches=plan.micro_batches,
         received=sum(crossing.size for crossing in received),
     )
+
+
+def _host(plan: Plan, nbytes: float, stated: float, name: str) -> Iterator[str]:
+    """Findings in the bytes of a stage's rank on its host, and where the host has fewer."""
+    if not math.isclose(nbytes, stated, rel_tol=EQUAL):
+        yield f"{name}: on the host are {nbytes} bytes, the plan says {stated}"
+    if plan.request.get("must_fit", True) and nbytes > plan.mesh.device.usable_host_bytes * (1 + EQUAL):
+        yield f"{name}: {nbytes} bytes do not fit the {plan.mesh.device.usable_host_bytes} of a rank's host"
 
 
 def _memory(plan: Plan, memory: StageMemory, stated: Mapping[str, float], name: str) -> Iterator[str]:
