@@ -48,6 +48,7 @@ class Crossings:
     size                  bytes of one value on a rank, per micro-batch
     seconds               to send one value and its gradient
     one                   whether all pairs are of one value, which is sent to a stage once
+    grad                  whether its gradient is sent back
     """
 
     producers: NDArray[np.int_]
@@ -56,6 +57,7 @@ class Crossings:
     size: float
     seconds: float
     one: bool = False
+    grad: bool = True
 
 
 @dataclass
@@ -252,12 +254,13 @@ def _crossings(table: StrategyTable, used: ValueUses, size: float, link: Link | 
     if not used.several:
         producers, consumers = used.ends
         away = (consumers != producers) & (consumers >= 0) & (producers >= 0)
-        yield Crossings(producers[away], consumers[away], np.isin(consumers[away], saving), size, seconds)
+        yield Crossings(producers[away], consumers[away], np.isin(consumers[away], saving), size, seconds, grad=grad)
         return
     for producer, at in zip(used.producers, used.consumers, strict=True):
         taking = np.array(sorted(set(at) - {producer, -1}), dtype=int)
         if len(taking) and producer >= 0:
-            yield Crossings(np.full(len(taking), producer), taking, np.isin(taking, saving), size, seconds, True)
+            producing, saves = np.full(len(taking), producer), np.isin(taking, saving)
+            yield Crossings(producing, taking, saves, size, seconds, True, grad)
 
 
 def least_crossings(prices: Prices, link: Link | None) -> list[Crossings]:

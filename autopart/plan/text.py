@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from autopart.ir.labels import is_block
 from autopart.plan.fields import PlanFields
+from autopart.plan.host_traffic import bytes_between_hosts
 from autopart.plan.layout import paragraph, row, text_width
 from autopart.plan.reasons import reasons
 from autopart.plan.stages import PlanLine, PlanSegment
@@ -44,6 +45,8 @@ def describe(plan: PlanFields, width: int | None = None) -> str:
         for segment in stage.segments:
             lines += _segment(segment, index, printed, width)
         lines += [f"  send to stage {to}   {bytes_text(size)} a micro-batch" for to, size, _ in stage.sends]
+    if crossing := bytes_between_hosts(plan) if plan.mesh.hosts > 1 else 0.0:
+        lines.append(f"between hosts {bytes_text(crossing)} a step")
     if plan.replicated:
         lines += paragraph(f"without a rule, run whole on every rank: {', '.join(plan.replicated)}", width)
     for sentence in kernels_text(plan):

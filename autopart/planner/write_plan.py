@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from bisect import bisect_right
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -33,6 +32,7 @@ from autopart.planner.memory_tree import messages, stage_memory
 from autopart.planner.search_points import SearchPoint
 from autopart.planner.search_space import SearchSpace
 from autopart.planner.stage_parameters import distinct, parameters
+from autopart.planner.stage_traffic import sends_of, traffic_of
 from autopart.sharding.rules import has_rule
 
 EQUAL = 1e-6
@@ -232,8 +232,9 @@ def write_stage(
         memory=memory.by_kind(),
         backward_memory=memory.backward_by_kind(),
         host_bytes=round(memory.host_bytes),
+        traffic=tuple(traffic_of(space, found, choices, counted, index, span)),
         segments=tuple(_printed(layered, priced, span, modes)),
-        sends=tuple(_sends(space, found, index, span)),
+        sends=tuple(sends_of(space, found, index, span)),
     )
 
 
@@ -281,22 +282,6 @@ def _sync(
         if not more:
             hidden[first - span[0]] += device.overlapped_share * training.overlappable_seconds(nbytes, over_dp)
     return seconds + training.backwards * (exposed_by_clock(hidden, backward) - sum(hidden))
-
-
-def _sends(space: SearchSpace, found: SearchResult, index: int, span: tuple[int, int]) -> list[tuple[int, int, float]]:
-    """(later stage, bytes, seconds) of the values that a stage sends; the seconds include their gradients, which are
-    sent back."""
-    total, seconds = Counter[int](), defaultdict[int, float](float)
-    costs = space.position_costs(found.point, found.chosen[index])
-    for crossings in costs.crossings:
-        ends = zip(crossings.producers.tolist(), crossings.consumers.tolist(), strict=True)
-        pairs = {(p, bisect_right(found.starts, c) - 1) if crossings.one else (p, c) for p, c in ends}
-        for producer, consumer in pairs:
-            to = consumer if crossings.one else bisect_right(found.starts, consumer) - 1
-            if span[0] <= producer < span[1] and to != index:
-                total[to] += round(crossings.size)
-                seconds[to] += crossings.seconds
-    return [(to, size, seconds[to]) for to, size in sorted(total.items())]
 
 
 def _printed(

@@ -38,6 +38,7 @@ from autopart.plan.schedules import SCHEDULES, in_flight
 from autopart.plan.signature import Signature
 from autopart.plan.stages import PlanStage
 from autopart.planner.cuts import spans_of
+from autopart.planner.explain.host_findings import host_findings, traffic_findings
 from autopart.planner.memory_tree import StageMemory
 from autopart.planner.stage_parameters import Parameter, distinct, parameters
 from autopart.planner.validate import choices_of, stage_findings, strategy_findings
@@ -168,13 +169,15 @@ def _numbers(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
                 yield f"{name}: {part} are {value}, the plan says {getattr(stage, part)}"
         memory = _stage_memory(plan, layered, choices, graph, span)
         yield from _memory(plan, memory, stage.memory, name)
-        yield from _host(plan, memory.host_bytes, stage.host_bytes, name)
+        yield from host_findings(plan, memory.host_bytes, stage.host_bytes, name)
         yield from _printed(stage, layered, segments, span, name)
         sends = _sends(plan, graph)
         pairs = zip(stage.sends, sends, strict=False)
         alike = all(stated[:2] == made[:2] and _agree(stated[2], made[2]) for stated, made in pairs)
         if len(stage.sends) != len(sends) or not alike:
             yield f"{name}: sends {sends}, the plan says {list(stage.sends)}"
+        read = distinct(_reads(layered, choices, span, graph))
+        yield from traffic_findings(stage, segments, read, span, _training(plan), name)
         seconds.append(times["forward_seconds"] + times["backward_seconds"] + times["send_seconds"])
         seconds[-1] += times["sync_seconds"] / amortization(plan.zero, m, plan.pp)
     step = sum(seconds) + (m - 1) * max(seconds)
@@ -287,14 +290,6 @@ def _stage_memory(
         micro_batches=plan.micro_batches,
         received=sum(crossing.size for crossing in received),
     )
-
-
-def _host(plan: Plan, nbytes: float, stated: float, name: str) -> Iterator[str]:
-    """Findings in the bytes of a stage's rank on its host, and where the host has fewer."""
-    if not math.isclose(nbytes, stated, rel_tol=EQUAL):
-        yield f"{name}: on the host are {nbytes} bytes, the plan says {stated}"
-    if plan.request.get("must_fit", True) and nbytes > plan.mesh.device.usable_host_bytes * (1 + EQUAL):
-        yield f"{name}: {nbytes} bytes do not fit the {plan.mesh.device.usable_host_bytes} of a rank's host"
 
 
 def _memory(plan: Plan, memory: StageMemory, stated: Mapping[str, float], name: str) -> Iterator[str]:
