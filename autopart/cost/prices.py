@@ -127,7 +127,7 @@ class Prices:
         sync = training.sync_seconds(weight, over_dp) - training.backwards * overlappable
         sync += update_seconds(weight, grad, over_dp, training, self.terms.device)
         if over_tp:
-            sync += training.partial_sync_seconds(weight, self.terms.sizes["tp"])
+            sync += training.partial_sync_seconds(weight, over_dp, self.terms.sizes["tp"])
         reduced, workspace, pending, on_host = (
             each(weight, bool(grad), over_dp)
             for each in (

@@ -275,10 +275,10 @@ class Training:
         """The number of backwards of a step that gradient sync may overlap with: the last; from ZeRO 2 on, all."""
         return self.micro_batches if self.zero >= 2 else 1
 
-    def partial_sync_seconds(self, nbytes: float, group: Group) -> float:
+    def partial_sync_seconds(self, nbytes: float, over_dp: bool, group: Group) -> float:
         """Seconds of a step to all-reduce the gradient of a parameter of `nbytes` that is a partial sum over another
-        axis, of ranks `group`."""
-        return float(merged_seconds(nbytes * self.widening, group, "all_reduce"))
+        axis, of ranks `group`: from ZeRO 1 on that of the rank's slice."""
+        return float(merged_seconds(nbytes * self.widening / self.slices(over_dp), group, "all_reduce"))
 
 
 def update_seconds(nbytes: float, grad: bool, over_dp: bool, training: Training, device: Device) -> float:

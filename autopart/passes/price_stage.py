@@ -37,7 +37,8 @@ class PricedSegment:
     forward, backward  of the operators and reshards, nothing recomputed
     recompute_seconds  mode, of `liveness.MODES` -> seconds that it adds to the backward: forward of what runs again
     moved              (axis, collective) -> bytes that it takes, as `cost.collectives` counts them, nothing recomputed
-    moved_again        mode -> likewise, of the collectives that recomputing runs again
+    moved_again        mode -> likewise, of the collectives that recomputing runs again: it stops at the last operator
+                       that saves something for its backward
     nodes              the segment's nodes
     lines              one line of the plan for each of `nodes`
     outside            the values of other segments and stages that the nodes read
@@ -97,6 +98,7 @@ def _priced(
     recompute = dict.fromkeys(MODES, 0.0)
     lines, moved_bytes = [], Counter[tuple[str, str]]()
     again = {mode: Counter[tuple[str, str]]() for mode in MODES}
+    last = max((i for i, n in enumerate(nodes) if info(n).saves or info(n).inner), default=-1)
     own = {node: i for i, node in enumerate(nodes)}
     read = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in own and _is_made(n))
     place = own | {node: -1 - i for i, node in enumerate(read)}
@@ -112,7 +114,7 @@ def _priced(
         there, back = _collectives(node)
         moved_bytes.update(there)
         moved_bytes.update(back)
-        if moved:
+        if moved and own[node] < last:
             for mode in ("selective", "full", *(("mincut",) if node in rerun else ())):
                 again[mode].update(there)
         lines.append(

@@ -4,8 +4,11 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
+from torch import fx
+
 from autopart.cost.position_costs import Crossings
 from autopart.cost.training_state import Training, collectives_per_step
+from autopart.ir.graph import info
 from autopart.passes.price_stage import PricedSegment
 from autopart.passes.stage_graph import ShardingAssignment
 from autopart.plan.stages import StageTraffic
@@ -24,7 +27,7 @@ def collectives_of(
     """
     total = defaultdict[tuple[str, str], float](float)
     for segment, mode in counted:
-        for moved in (segment.moved, segment.moved_again[mode]):
+        for moved in (segment.moved, segment.moved_again[mode], _of_slices(segment, mode, training)):
             for key, nbytes in moved.items():
                 total[key] += nbytes * training.micro_batches
     for parameter in read:
@@ -33,11 +36,30 @@ def collectives_of(
     return [StageTraffic(axis, name, round(nbytes)) for (axis, name), nbytes in sorted(total.items()) if nbytes]
 
 
+def _of_slices(segment: PricedSegment, mode: str, training: Training) -> dict[tuple[str, str], float]:
+    """The traffic at ZeRO 3 of a segment's parameters for a micro-batch: each segment that reads a parameter gathers
+    it, backward gathers it again but for the words of an embedding, which no backward reads, and the gradient is
+    reduced for each segment alone. Biases, which backward does not read either, count as if it did."""
+    found = defaultdict[tuple[str, str], float](float)
+    readers = defaultdict[fx.Node, list[str]](list)
+    for node in segment.nodes:
+        for n in node.all_input_nodes:
+            readers[n] += [info(node).name] if info(n).kind == "parameter" else []
+    for node, names in readers.items():
+        record = info(node)
+        if names and record.grad and training.sliced(dict(record.placed).get("dp") == "C"):
+            again = mode != "none" or not all("embedding" in name for name in names)
+            found["dp", "all_gather"] += (1 + again) * record.size
+            found["dp", "reduce_scatter"] += record.size * training.widening
+    return found
+
+
 def _of_parameter(parameter: Parameter, training: Training) -> dict[tuple[str, str], float]:
-    """The traffic of a parameter's gradient and new value, as `Training.sync_seconds` prices it."""
+    """The traffic of a parameter's gradient and new value that is no `_of_slices`, as `Training.sync_seconds` prices
+    it."""
     found = defaultdict[tuple[str, str], float](float)
     gradient = parameter.bytes * training.widening
-    if parameter.over_dp and training.ranks > 1:
+    if parameter.over_dp and training.ranks > 1 and not training.sliced(True):
         gathers, scatters = collectives_per_step(training.zero, training.micro_batches)
         if training.zero:
             found["dp", "all_gather"] = gathers * parameter.bytes

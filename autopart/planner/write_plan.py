@@ -276,7 +276,7 @@ def _sync(
     for parameter in distinct(parameters(space.layered, choices, span)):
         name, record, nbytes, over_dp, over_tp = parameter
         seconds += training.sync_seconds(nbytes, over_dp)
-        seconds += training.partial_sync_seconds(nbytes, sizes["tp"]) if over_tp else 0.0
+        seconds += training.partial_sync_seconds(nbytes, over_dp, sizes["tp"]) if over_tp else 0.0
         seconds += update_seconds(nbytes, record.grad, over_dp, training, device)
         first, *more = readers[name]
         if not more:

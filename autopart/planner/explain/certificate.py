@@ -207,7 +207,7 @@ def _seconds(
         sync += training.sync_seconds(nbytes, over_dp)
         sync += update_seconds(nbytes, record.grad, over_dp, training, device)
         if over_tp:
-            sync += training.partial_sync_seconds(nbytes, plan.mesh.group(1, plan.tp))
+            sync += training.partial_sync_seconds(nbytes, over_dp, plan.mesh.group(1, plan.tp))
     sync -= (
         training.backwards
         * device.overlapped_share
