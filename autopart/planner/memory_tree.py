@@ -96,12 +96,6 @@ class StageMemory:
         """Segment of the layered graph, or PRELUDE_SEGMENT -> its operators."""
         return dict(zip(self.graph.indices, (nodes for _, nodes in self.graph.segments), strict=True))
 
-    @property
-    def host_bytes(self) -> float:
-        """Bytes on the host, of the optimizer's states and its copy of the parameters."""
-        every = distinct(self.reads)
-        return sum(self.training.host_bytes(p.bytes, p.record.grad, p.over_dp) for p in every)
-
     @cached_property
     def peak(self) -> Moment:
         """The moment at which most bytes are alive."""

@@ -71,11 +71,6 @@ class SearchSpace:
         """Bytes of a device that a plan may fill; infinite for a request that need not fit."""
         return usable_bytes(self.mesh) if self.request.must_fit else float("inf")
 
-    @property
-    def host_limit(self) -> float:
-        """Bytes of its host that a rank may fill; infinite for a request that need not fit."""
-        return self.mesh.device.usable_host_bytes if self.request.must_fit else float("inf")
-
     def model(self, point: SearchPoint) -> Model:
         """The table of strategies of the point's `tp`, with its solvers."""
         if point.tp not in self.models:

@@ -24,14 +24,14 @@ from autopart.plan.data import Plan
 from autopart.plan.fields import KernelUse
 from autopart.plan.signature import Signature
 from autopart.plan.stages import PlanSegment, PlanStage
-from autopart.planner.candidate import SearchResult
+from autopart.planner.candidate import SearchResult, host_limit
 from autopart.planner.cuts import spans_of
 from autopart.planner.dataflow import with_sources
 from autopart.planner.interval_seconds import exposed_by_clock
 from autopart.planner.memory_tree import messages, stage_memory
 from autopart.planner.search_points import SearchPoint
 from autopart.planner.search_space import SearchSpace
-from autopart.planner.stage_parameters import distinct, parameters
+from autopart.planner.stage_parameters import distinct, on_host, parameters
 from autopart.planner.stage_traffic import sends_of, traffic_of
 from autopart.sharding.rules import has_rule
 
@@ -65,10 +65,7 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
         equal = math.isclose(mine, theirs, rel_tol=EQUAL) or (hides and mine < theirs)
         assert equal, f"stage {index} is {mine} s written out, {theirs} s searched"
     if space.request.must_fit:
-        most = max(s.memory_bytes for s in stages)
-        assert most <= usable_bytes(space.mesh) * (1 + EQUAL), f"{most} bytes written out, searched to fit"
-        on_host = max(s.host_bytes for s in stages)
-        assert on_host <= space.host_limit * (1 + EQUAL), f"{on_host} bytes on the host, searched to fit"
+        _check_fits(space, stages)
     missing = sorted({info(n).name for n in layered.representatives() if info(n).kind == "op"} - {"autopart.getitem"})
     blocks = {mode for mode, label in zip(found.recompute, layered.labels, strict=True) if is_block(label)}
     plan = Plan(
@@ -102,6 +99,13 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
         search=found.summary,
     )
     return bounded(plan, found.bound)
+
+
+def _check_fits(space: SearchSpace, stages: Sequence[PlanStage]) -> None:
+    """Raise AssertionError where a stage does not fit its device or its host."""
+    most, host = max(s.memory_bytes for s in stages), max(s.host_bytes for s in stages)
+    assert most <= usable_bytes(space.mesh) * (1 + EQUAL), f"{most} bytes written out, searched to fit"
+    assert host <= host_limit(space) * (1 + EQUAL), f"{host} bytes on the host, searched to fit"
 
 
 def bounded(plan: Plan, bound: float) -> Plan:
@@ -231,7 +235,7 @@ def write_stage(
         send_seconds=messages(space, found, span, index)[0],
         memory=memory.by_kind(),
         backward_memory=memory.backward_by_kind(),
-        host_bytes=round(memory.host_bytes),
+        host_bytes=round(on_host(memory.reads, memory.training)),
         traffic=tuple(traffic_of(space, found, choices, counted, index, span)),
         segments=tuple(_printed(layered, priced, span, modes)),
         sends=tuple(sends_of(space, found, index, span)),

@@ -40,7 +40,7 @@ from autopart.plan.stages import PlanStage
 from autopart.planner.cuts import spans_of
 from autopart.planner.explain.host_findings import host_findings, traffic_findings
 from autopart.planner.memory_tree import StageMemory
-from autopart.planner.stage_parameters import Parameter, distinct, parameters
+from autopart.planner.stage_parameters import Parameter, distinct, on_host, parameters
 from autopart.planner.validate import choices_of, stage_findings, strategy_findings
 from autopart.sharding.rules import has_rule
 
@@ -169,7 +169,7 @@ def _numbers(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
                 yield f"{name}: {part} are {value}, the plan says {getattr(stage, part)}"
         memory = _stage_memory(plan, layered, choices, graph, span)
         yield from _memory(plan, memory, stage.memory, name)
-        yield from host_findings(plan, memory.host_bytes, stage.host_bytes, name)
+        yield from host_findings(plan, on_host(memory.reads, _training(plan)), stage.host_bytes, name)
         yield from _printed(stage, layered, segments, span, name)
         sends = _sends(plan, graph)
         pairs = zip(stage.sends, sends, strict=False)
