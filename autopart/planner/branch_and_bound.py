@@ -49,7 +49,7 @@ from autopart.planner.search_history import SearchHistory
 from autopart.planner.search_points import SearchPoint
 from autopart.planner.search_space import SearchSpace
 from autopart.planner.stage_bounds import Effort, few_cuts, stage_bound
-from autopart.planner.zero_levels import following, settings_of, starting_points
+from autopart.planner.zero_levels import following, offload_seconds, settings_of, starting_points
 
 HOPELESS = 0.05
 """Share of a device's memory. Where a large model's candidate of least memory lacks more, no other is tried without
@@ -183,7 +183,7 @@ class Search:
         if point not in self._raised:
             self._raised.add(point)
             for at in following(self.space, point):
-                self._push(bound, Step.LP_BOUND, at)
+                self._push(bound + offload_seconds(self.space, point, at), Step.LP_BOUND, at)
 
     def _plans_at(self, point: SearchPoint) -> CandidateSet:
         """A new empty set of candidates for a point."""

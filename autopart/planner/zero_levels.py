@@ -7,6 +7,8 @@ once the first level without offload does not fit. `extra_seconds` compares the 
 
 from dataclasses import replace
 
+import numpy as np
+
 from autopart.cost.offload import OFFLOADS
 from autopart.cost.training_state import OPTIMIZER_STATES, update_seconds
 from autopart.errors import PartitionError
@@ -89,6 +91,17 @@ def following(space: SearchSpace, point: SearchPoint) -> list[SearchPoint]:
         found += [at for at in every if at.offload][:1]
     started = starting_points(space, point)
     return [at for at in found if at not in started]
+
+
+def offload_seconds(space: SearchSpace, point: SearchPoint, other: SearchPoint) -> float:
+    """A lower bound on the seconds that a step takes more at another point than at a point without offload, of the same
+    splits: 0 unless the points differ in offload alone. Then it is the least that the updates of all parameters take
+    more on the host."""
+    if replace(point, offload=True) != other or point.offload:
+        return 0.0
+    model, more = space.model(point), space.priced(other).sync_seconds - space.priced(point).sync_seconds
+    each = np.maximum(more, 0.0) * model.counts[: len(more)]
+    return model.sizes.separable_bound(each, space.options(point)) / space.amortization(point)
 
 
 def extra_seconds(space: SearchSpace, one: SearchPoint, other: SearchPoint) -> float:
