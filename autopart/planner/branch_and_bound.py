@@ -179,11 +179,14 @@ class Search:
         self.pruned_bound = min(self.pruned_bound, bound)
 
     def _push_next_zero(self, point: SearchPoint, bound: float) -> None:
-        """Put the points of less memory that follow in the queue, once, if they are not there from the start."""
+        """Put the points of less memory that follow in the queue, once, if they are not there from the start; of a
+        first point with offload only where its bound is below the incumbent's seconds."""
         if point not in self._raised:
             self._raised.add(point)
             for at in following(self.space, point):
-                self._push(bound + offload_seconds(self.space, point, at), Step.LP_BOUND, at)
+                least = bound + offload_seconds(self.space, point, at)
+                if least < self.incumbent.seconds or at.offload == point.offload:
+                    self._push(least, Step.LP_BOUND, at)
 
     def _plans_at(self, point: SearchPoint) -> CandidateSet:
         """A new empty set of candidates for a point."""
