@@ -27,6 +27,7 @@ with paused():
     from autopart.runtime.loggers import ProfilerRanges, Progress, TensorBoard, WeightsAndBiases
     from autopart.runtime.padding import pad
     from autopart.runtime.predicted import PredictedSeconds
+    from autopart.runtime.profiled import profiled
 
 if TYPE_CHECKING:
     from autopart.compile.trainer import Trainer as Trainer
@@ -66,6 +67,7 @@ __all__ = [
     "pad",
     "plan",
     "price_plan",
+    "profiled",
     "report_extras",
     "search_mesh",
     "simulate",

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,6 +48,7 @@ from autopart.planner.validate import validate
 from autopart.runtime.callbacks import Trace
 from autopart.runtime.compiled import Compiled
 from autopart.runtime.launch import launch
+from autopart.runtime.profiled import profiled
 from autopart.runtime.standalone import rate_text, train, write
 
 
@@ -99,6 +100,9 @@ def run_command(
     report: Annotated[
         Path | None, typer.Option(help="write the plan and a measured step as one HTML page, as `report` does")
     ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="a folder for torch.profiler's trace of every rank, and what ranks did when")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train random weights on one random batch, on processes started here, or as one of torchrun's.
@@ -120,7 +124,7 @@ def run_command(
             Source.of(*outlined, made).like(made)
         made = made or make_plan(*outlined, mesh, options)
         if made.mesh.size > 1:
-            raise typer.Exit(_launch(model, made, options, steps, lr, report, as_json))
+            raise typer.Exit(_launch(model, made, options, steps, lr, report, profile, as_json))
     torch.manual_seed(0)
     quiet = os.environ.get("RANK", "0") != "0"
     loaded, batch = load(model, options, meta=False, say=None if not started or quiet or made else note)
@@ -131,10 +135,12 @@ def run_command(
     trace = Trace()
     if report:
         compiled.callbacks.append(trace)
-    with _steps(steps, quiet) as say:
+    with _steps(steps, quiet) as say, profiled(compiled, profile) if profile else nullcontext():
         result = train(compiled, take(batch, compiled.plan.global_batch), steps, lr, say)
     if report:
         _write_report(compiled, trace, report)
+    if profile and not quiet:
+        note(f"profile: {profile}")
     if not quiet:
         result = {**result, "plan": compiled.plan.to_json()}
         tell(result if as_json else _run_text(result))
@@ -163,7 +169,10 @@ def _write_report(compiled: Compiled, trace: Trace, file: Path) -> None:
         note(f"report: {file}")
 
 
-def _launch(model: str, made: Plan, options: Options, steps: int, lr: float, report: Path | None, as_json: bool) -> int:
+def _launch(
+    model: str, made: Plan, options: Options, steps: int, lr: float, report: Path | None, profile: Path | None,
+    as_json: bool,
+) -> int:  # fmt: skip
     """Run this command again as the ranks of a plan; the exit status."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "plan.json"
@@ -171,6 +180,7 @@ def _launch(model: str, made: Plan, options: Options, steps: int, lr: float, rep
         line = [sys.executable, "-m", "autopart.cli.main", "run", model, "--plan", str(file)]
         line += ["--steps", str(steps), "--lr", str(lr), *(["--json"] if as_json else [])]
         line += ["--report", str(report)] if report else []
+        line += ["--profile", str(profile)] if profile else []
         given = {name: options[name] for name in BATCH_OPTIONS if options[name]}
         line += [f"--{k}" if v is True else f"--{k}={v}" for k, v in given.items()]
         return launch(line, made.mesh.size)

@@ -30,7 +30,8 @@ def programs(layered: LayeredGraph, plan: Plan, indices: Iterable[int] | None = 
 
 def emit_stage(stage: StageGraph, plan: Plan, layered: LayeredGraph) -> str:
     """The source text of one stage of a plan."""
-    settings = EmitSettings(plan.model, plan.degrees, plan.pp, plan.zero >= 3, plan.master, layered.traced.classes)
+    master = None if plan.offload == "optimizer" else plan.master  # the host has the slices in it
+    settings = EmitSettings(plan.model, plan.degrees, plan.pp, plan.zero >= 3, master, layered.traced.classes)
     recompute = plan.stages[stage.index].recompute
     modes = ["none"] * (len(stage.segments) - len(recompute)) + list(recompute)
     cuts = {i: stage_cut(layered, stage, i, mode) for i, mode in enumerate(modes) if mode in SAVING}

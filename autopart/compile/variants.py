@@ -129,7 +129,8 @@ def _solved_again(source: Source, plan: Plan, layered: LayeredGraph) -> Plan:
     """A plan with other splits for the same shares."""
     request = Request(
         plan.global_batch, plan.micro_batch, plan.pp, plan.tp, plan.dp, plan.zero, None, plan.schedule, plan.precision,
-        plan.master, plan.optimizer, nodes=20, must_fit=False, constraints=(SharesAsTheyAre.of(plan, layered),),
+        plan.master, plan.optimizer, nodes=20, must_fit=False, offload=plan.offload,
+        constraints=(SharesAsTheyAre.of(plan, layered),),
     )  # fmt: skip
     try:
         return make_plan(source, plan.mesh, request, to_run=True, advise=False)

@@ -36,6 +36,7 @@ class PerStageOnce:
     optimizer_workspace: float = 0.0
     reduced_bytes: float = 0.0
     pending_grad_bytes: float = 0.0
+    host_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Crossings:
     size                  bytes of one value on a rank, per micro-batch
     seconds               to send one value and its gradient
     one                   whether all pairs are of one value, which is sent to a stage once
+    grad                  whether its gradient is sent back
     """
 
     producers: NDArray[np.int_]
@@ -55,6 +57,7 @@ class Crossings:
     size: float
     seconds: float
     one: bool = False
+    grad: bool = True
 
 
 @dataclass
@@ -70,6 +73,7 @@ class PositionCosts(SegmentBytes):
     reduced_bytes         rows as in `SegmentBytes`; a third row: the sum over parameters that the position alone reads
     optimizer_workspace   bytes of the optimizer's temporaries: the sum over parameters where it steps them at once
                           (`Training.foreach`), else of the largest
+    host_bytes            on the host, of the parameters that the position alone reads
     per_stage             costs that a stage pays once;  crossings: values that stages may send
     """
 
@@ -80,6 +84,7 @@ class PositionCosts(SegmentBytes):
     sync_seconds: Array
     overlappable_seconds: Array
     optimizer_workspace: Array
+    host_bytes: Array
     training: Training
     per_stage: list[PerStageOnce] = field(default_factory=list)
     crossings: list[Crossings] = field(default_factory=list)
@@ -108,6 +113,7 @@ def no_costs(prices: Prices) -> PositionCosts:
         sync_seconds=zeros(),
         overlappable_seconds=zeros(),
         optimizer_workspace=zeros(),
+        host_bytes=zeros(),
         training=prices.terms.training,
     )
 
@@ -161,6 +167,7 @@ def _add_parameters(found: PositionCosts, prices: Prices, at: NDArray[np.int_]) 
         np.add.at(found.state_bytes.T, own, prices.state_bytes[i])
         np.add.at(found.sync_seconds, own, prices.sync_seconds[i])
         np.add.at(found.overlappable_seconds, own, prices.overlappable_seconds[i])
+        np.add.at(found.host_bytes, own, prices.host_bytes[i])
         (np.add if found.training.foreach else np.maximum).at(
             found.optimizer_workspace, own, prices.optimizer_workspace[i]
         )
@@ -180,6 +187,7 @@ def _add_parameters(found: PositionCosts, prices: Prices, at: NDArray[np.int_]) 
                         optimizer_workspace=float(prices.optimizer_workspace[i]),
                         reduced_bytes=reduced,
                         pending_grad_bytes=float(prices.pending_grad_bytes[i]),
+                        host_bytes=float(prices.host_bytes[i]),
                     )
                 )
 
@@ -246,12 +254,13 @@ def _crossings(table: StrategyTable, used: ValueUses, size: float, link: Link | 
     if not used.several:
         producers, consumers = used.ends
         away = (consumers != producers) & (consumers >= 0) & (producers >= 0)
-        yield Crossings(producers[away], consumers[away], np.isin(consumers[away], saving), size, seconds)
+        yield Crossings(producers[away], consumers[away], np.isin(consumers[away], saving), size, seconds, grad=grad)
         return
     for producer, at in zip(used.producers, used.consumers, strict=True):
         taking = np.array(sorted(set(at) - {producer, -1}), dtype=int)
         if len(taking) and producer >= 0:
-            yield Crossings(np.full(len(taking), producer), taking, np.isin(taking, saving), size, seconds, True)
+            producing, saves = np.full(len(taking), producer), np.isin(taking, saving)
+            yield Crossings(producing, taking, saves, size, seconds, True, grad)
 
 
 def least_crossings(prices: Prices, link: Link | None) -> list[Crossings]:

@@ -63,7 +63,7 @@ class Prices:
                           backward hides;  overlappable_seconds: to reduce it that computation can hide, in each of
                           `Training.backwards`
     reduced_bytes         [strategies]: bytes of a parameter whose gradient ranks reduce
-    optimizer_workspace, pending_grad_bytes  [strategies]: as in `Training`
+    optimizer_workspace, pending_grad_bytes, host_bytes  [strategies]: as in `Training`
     """
 
     def __init__(self, sizes: Sizes, terms: Terms) -> None:
@@ -115,24 +115,26 @@ class Prices:
 
     @cached_property
     def _parameter_costs(self) -> Array:
-        """[strategies, 8]: of a parameter `state_bytes`, `sync_seconds`, `reduced_bytes`, `optimizer_workspace`,
-        `overlappable_seconds` and `pending_grad_bytes`."""
+        """[strategies, 9]: of a parameter `state_bytes`, `sync_seconds`, `reduced_bytes`, `optimizer_workspace`,
+        `overlappable_seconds`, `pending_grad_bytes` and `host_bytes`."""
         return np.array([self._parameter_cost(*row) for row in self.sizes.parameters.tolist()])[self.sizes.parameter_of]
 
     def _parameter_cost(self, weight: float, grad: bool, over_dp: bool, over_tp: bool) -> tuple[float, ...]:
         training = self.terms.training
         if not weight:
-            return (0.0,) * 8
+            return (0.0,) * 9
         overlappable = self.terms.device.overlapped_share * training.overlappable_seconds(weight, over_dp)
         sync = training.sync_seconds(weight, over_dp) - training.backwards * overlappable
         sync += update_seconds(weight, grad, over_dp, training, self.terms.device)
         if over_tp:
-            sync += training.partial_sync_seconds(weight, self.terms.sizes["tp"])
-        reduced, workspace, pending = (
+            sync += training.partial_sync_seconds(weight, over_dp, self.terms.sizes["tp"])
+        reduced, workspace, pending, on_host = (
             each(weight, bool(grad), over_dp)
-            for each in (training.reduced_bytes, training.optimizer_workspace, training.pending_grad_bytes)
-        )
-        return (*training.state_bytes(weight, grad, over_dp), sync, reduced, workspace, overlappable, pending)
+            for each in (
+                training.reduced_bytes, training.optimizer_workspace, training.pending_grad_bytes, training.host_bytes
+            )
+        )  # fmt: skip
+        return (*training.state_bytes(weight, grad, over_dp), sync, reduced, workspace, overlappable, pending, on_host)
 
     @property
     def state_bytes(self) -> Array:
@@ -143,8 +145,8 @@ class Prices:
     def state(self) -> Array:
         return self.state_bytes.sum(1)
 
-    sync_seconds, reduced_bytes, optimizer_workspace, overlappable_seconds, pending_grad_bytes = (
-        _part("_parameter_costs", np.s_[:, column]) for column in range(3, 8)
+    sync_seconds, reduced_bytes, optimizer_workspace, overlappable_seconds, pending_grad_bytes, host_bytes = (
+        _part("_parameter_costs", np.s_[:, column]) for column in range(3, 9)
     )
 
     @staticmethod

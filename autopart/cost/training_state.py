@@ -9,6 +9,7 @@ import torch
 
 from autopart.cost.collectives import measured_seconds, merged_seconds, runs_on_gloo
 from autopart.cost.compute import stream_rate_seconds
+from autopart.cost.offload import FUSED_ON_HOST, host_bytes, host_seconds
 from autopart.hardware.mesh import Group
 from autopart.hardware.rows import Device
 from autopart.kernels.table import STEP
@@ -50,10 +51,18 @@ def widening(precision: str, master: str | None) -> float:
     return getattr(torch, master).itemsize / getattr(torch, precision).itemsize if master else 1.0
 
 
-def step_kernel(optimizer: str, precision: str, master: str | None, device: Device, off: Collection[str]) -> str:
+def step_kernel(
+    optimizer: str, precision: str, master: str | None, device: Device, off: Collection[str], offload: bool = False
+) -> str:
     """The kernel that makes the optimizer's step in one pass over memory: on a GPU, of states in float32, where it is
-    not in `off`; "" where there is none."""
-    taken = optimizer in ONE_PASS and (master or precision) == "float32" and device.type != "cpu" and STEP not in off
+    not in `off` and the states are not on the host (`offload`); "" where there is none."""
+    taken = (
+        not offload
+        and optimizer in ONE_PASS
+        and (master or precision) == "float32"
+        and device.type != "cpu"
+        and STEP not in off
+    )
     return STEP if taken else ""
 
 
@@ -90,6 +99,8 @@ class Training:
     widening       bytes of a number in the master dtype over those of one of a parameter; 1: there is no master copy
     foreach        whether the optimizer steps all parameters at once, as torch.optim does wherever it can: not on CPUs
     kernel         the kernel that makes the step (`step_kernel`), or ""
+    offload        whether the optimizer's states and its copy of the parameters lie on the host (`cost.offload`)
+    apart          whether the host's memory is apart from the device's: not on CPUs
 
     With a master copy, the model computes in the parameters' precision. In the master dtype are the gradients' sums
     over micro-batches and ranks, the optimizer's states, and a copy of every parameter. The optimizer steps the copy,
@@ -106,6 +117,9 @@ class Training:
     their precision while they are used. With bfloat16, float32 and Adam, level 0 is 18 bytes a parameter and level 1 is
     6 + 12 / d, as in Megatron-LM (Megatron Core's guide, "Distributed Optimizer": bf16 parameters, fp32 gradients).
     Level 3 is 16 / d, as in torchtitan's FSDP2 (param_dtype bfloat16, reduce_dtype float32).
+
+    With `offload` the column "optimizer" is `host_bytes` on the host, and a parameter takes p / d at level 3: a slice
+    of it is in its own dtype.
     """
 
     optimizer: str
@@ -115,6 +129,8 @@ class Training:
     widening: float = 1.0
     foreach: bool = False
     kernel: str = ""
+    offload: bool = False
+    apart: bool = True
 
     @property
     def ranks(self) -> int:
@@ -128,16 +144,31 @@ class Training:
         is_slice, master_bytes = grad and self.sliced(over_dp), nbytes * self.widening
         tensors = OPTIMIZER_STATES[self.optimizer] + (self.widening > 1 and not is_slice)
         over = [self.ranks if over_dp and grad and self.zero >= level else 1 for level in (1, 2, 3)]
-        parameter = (master_bytes if is_slice else nbytes) / over[2]
-        return parameter, master_bytes * grad / over[1], master_bytes * grad * tensors / over[0]
+        parameter = (master_bytes if is_slice and not self.offload else nbytes) / over[2]
+        optimizer = master_bytes * grad * tensors / over[0]
+        if self.offload:
+            optimizer = 0.0 if self.apart else self._on_host(nbytes, grad, over_dp)
+        return parameter, master_bytes * grad / over[1], optimizer
+
+    def host_bytes(self, nbytes: float, grad: bool, over_dp: bool) -> float:
+        """Bytes on the host, apart from the device's memory, of a parameter of `nbytes`: its copy, gradient and
+        states."""
+        return self._on_host(nbytes, grad, over_dp) if self.offload and self.apart else 0.0
+
+    def _on_host(self, nbytes: float, grad: bool, over_dp: bool) -> float:
+        return host_bytes(nbytes * self.widening * grad / self.slices(over_dp), OPTIMIZER_STATES[self.optimizer])
+
+    def slices(self, over_dp: bool) -> int:
+        """Ranks over which the optimizer's step of a parameter is divided."""
+        return self.ranks if over_dp and self.zero >= 1 else 1
 
     def optimizer_workspace(self, nbytes: float, grad: bool, over_dp: bool) -> float:
         """Bytes of temporaries while the optimizer steps a parameter of `nbytes`: STEP_WORKSPACE tensors in the master
-        dtype, from ZeRO 1 on of the size of the rank's slice; none where a kernel makes the step."""
-        if self.kernel:
+        dtype, from ZeRO 1 on of the size of the rank's slice; none where a kernel makes the step, or the host."""
+        if self.kernel or (self.offload and (self.apart or self.optimizer in FUSED_ON_HOST)):
             return 0.0
-        slices = self.ranks if over_dp and self.zero >= 1 else 1
-        return nbytes * self.widening * grad / slices * STEP_WORKSPACE.get(self.optimizer, (0, 0))[self.foreach]
+        tensors = STEP_WORKSPACE.get(self.optimizer, (0, 0))[self.foreach]
+        return nbytes * self.widening * grad / self.slices(over_dp) * tensors
 
     def grad_alloc_ratio(self, first: bool) -> float:
         """Bytes that a backward allocates for a parameter's gradient / bytes of the parameter.
@@ -234,7 +265,7 @@ class Training:
         """Bytes that the optimizer's step of a trained parameter of `nbytes` moves: STEP_PASSES or ONE_PASS tensors in
         the master dtype; and the parameter that is written back from a master copy, which is read again unless the
         kernel of ONE_PASS has it whole. From ZeRO 1 on a rank steps its slice."""
-        master_bytes, slices = nbytes * self.widening, self.ranks if over_dp and self.zero >= 1 else 1
+        master_bytes, slices = nbytes * self.widening, self.slices(over_dp)
         passes = (ONE_PASS if self.kernel else STEP_PASSES)[self.optimizer] * master_bytes
         if self.widening == 1 or self.sliced(over_dp):
             return passes / slices
@@ -245,10 +276,10 @@ class Training:
         """The number of backwards of a step that gradient sync may overlap with: the last; from ZeRO 2 on, all."""
         return self.micro_batches if self.zero >= 2 else 1
 
-    def partial_sync_seconds(self, nbytes: float, group: Group) -> float:
+    def partial_sync_seconds(self, nbytes: float, over_dp: bool, group: Group) -> float:
         """Seconds of a step to all-reduce the gradient of a parameter of `nbytes` that is a partial sum over another
-        axis, of ranks `group`."""
-        return float(merged_seconds(nbytes * self.widening, group, "all_reduce"))
+        axis, of ranks `group`: from ZeRO 1 on that of the rank's slice."""
+        return float(merged_seconds(nbytes * self.widening / self.slices(over_dp), group, "all_reduce"))
 
 
 def update_seconds(nbytes: float, grad: bool, over_dp: bool, training: Training, device: Device) -> float:
@@ -259,19 +290,23 @@ def update_seconds(nbytes: float, grad: bool, over_dp: bool, training: Training,
     of that with the fewest states among those with at least as many, else of that with the most.
     On a device with `silicon`: bytes moved (`summing_seconds`, `step_bytes`) / memory bandwidth.
     On another device: 0.
+    Where the states are on a host that is known, the step takes `host_seconds`.
     """
     if not grad:
         return 0.0
-    master_bytes = nbytes * training.widening
-    slices = training.ranks if over_dp and training.zero >= 1 else 1
-    measured = device.measured
+    master_bytes, slices = nbytes * training.widening, training.slices(over_dp)
+    measured, share = device.measured, device.host_share if training.offload else None
+    on_host = host_seconds(training.optimizer, nbytes / slices, master_bytes / slices, share) if share else 0.0
     if measured is None:
         if device.silicon is None:
-            return 0.0
-        return summing_seconds(nbytes, training, device) + stream_rate_seconds(
-            training.step_bytes(nbytes, over_dp), device
-        )
+            return on_host
+        step = 0.0 if share else stream_rate_seconds(training.step_bytes(nbytes, over_dp), device)
+        return summing_seconds(nbytes, training, device) + step + on_host
     seconds = (training.micro_batches - 1) * measured_seconds(master_bytes, measured.accumulate)
+    if share:
+        return float(seconds * measured.pace + on_host)
+    if training.offload:  # to the host and back, in the same memory
+        seconds += 2 * measured_seconds(master_bytes / slices, measured.accumulate)
     more = {name: OPTIMIZER_STATES[name] - OPTIMIZER_STATES[training.optimizer] for name in measured.updates}
     stands_for = min(more, key=lambda name: (name != training.optimizer, more[name] < 0, abs(more[name])), default="")
     rows = measured.updates.get(stands_for, ((1.0, 0.0, 0.0),))

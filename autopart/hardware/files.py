@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from autopart.errors import PartitionError, closest
 
 from .measured import read_measured, read_wire
-from .rows import DTYPES, KINDS, Device, Link, Silicon
+from .rows import DTYPES, KINDS, Device, Host, Link, Silicon
 
 _Row = TypeVar("_Row", Device, Link)
 
@@ -104,18 +104,40 @@ CONSTANTS: Mapping[str, _Kind] = {
 """The fields of a device's `silicon`."""
 
 
-def _silicon(value: Any) -> Silicon | None:
-    if not isinstance(value, dict) or not value.keys() <= CONSTANTS.keys():
-        return None
-    read = {key: CONSTANTS[key].read(given) for key, given in value.items()}
-    needed = {f.name for f in fields(Silicon) if f.default is MISSING}
-    return None if None in read.values() or needed - read.keys() else Silicon(**read)
+HOST_FIELDS: Mapping[str, _Kind] = {
+    "memory_bytes": COUNT,
+    "bandwidth": RATE,
+    "link": RATE,
+    "source": TEXT,
+    "copied": RATE,
+    "updated": RATE,
+}
+"""The fields of a device's `host`."""
+
+
+def _record(kind: type[Any], takes: Mapping[str, _Kind]) -> Callable[[Any], Any]:
+    """A function that reads a table of a device's row as a record of `kind`, or gives None."""
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, dict) or not value.keys() <= takes.keys():
+            return None
+        found = {key: takes[key].read(given) for key, given in value.items()}
+        needed = {f.name for f in fields(kind) if f.default is MISSING}
+        return None if None in found.values() or needed - found.keys() else kind(**found)
+
+    return read
 
 
 SILICON = _Kind(
     "a table of processors, issue, sustained, attention = [forward, backward] and source, and if they are other than "
     "usual rows, ramp, feed, memory, kernel_seconds, all above 0",
-    _silicon,
+    _record(Silicon, CONSTANTS),
+)
+
+HOST = _Kind(
+    "a table of memory_bytes, bandwidth, link and source, and if they are other than usual copied and updated, all "
+    "above 0",
+    _record(Host, HOST_FIELDS),
 )
 
 MEASURED = _Kind(
@@ -138,6 +160,7 @@ TAKES: Mapping[type[Any], Mapping[str, _Kind]] = {
         "nics_per_host": COUNT,
         "overlap": TIMES,
         "silicon": SILICON,
+        "host": HOST,
         "measured": MEASURED,
         "source": TEXT,
         **BESIDES,

@@ -18,7 +18,7 @@ from autopart.hardware import find_device, find_link
 from autopart.hardware import load_hardware as load_hardware
 from autopart.hardware.cuda import of_cuda
 from autopart.hardware.measured import read_measured, read_wire
-from autopart.hardware.rows import Device, Link, Silicon
+from autopart.hardware.rows import Device, Host, Link, Silicon
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -257,7 +257,8 @@ def _device(data: Mapping[str, Any]) -> Device:
     silicon = data.get("silicon")
     if silicon is not None:
         silicon = Silicon(**{**silicon, "attention": tuple(silicon["attention"])})
-    return Device(**{**data, "silicon": silicon, "measured": _tables(data, read_measured)})
+    host = Host(**data["host"]) if data.get("host") else None
+    return Device(**{**data, "silicon": silicon, "host": host, "measured": _tables(data, read_measured)})
 
 
 def _link(data: Mapping[str, Any]) -> Link:

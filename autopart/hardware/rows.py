@@ -1,7 +1,7 @@
 """The rows of the tables of devices and links."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .measured import Measured, Wire
 
@@ -58,6 +58,33 @@ class Silicon:
     kernel_seconds: float = KERNEL_SECONDS
 
 
+COPIED = 0.78
+"""Share of a PCIe link that copies between pinned host memory and a device reach. Assumption: 25 GB/s of PCIe Gen4 x16,
+as `bandwidthTest` of CUDA's samples commonly prints."""
+
+UPDATED = 0.5
+"""Share of the host's memory bandwidth that an optimizer's step on its cores reaches. Assumption."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """The usual host of a device, whose memory and links `Device.devices_per_host` devices share in equal parts.
+
+    memory_bytes  of the host
+    bandwidth     bytes/s of the host's memory
+    link          bytes/s, one direction, between the host's memory and one device while all devices copy
+    source        where the numbers are from
+    copied        share of `link` that copies reach;  updated: share of `bandwidth` that an optimizer's step reaches
+    """
+
+    memory_bytes: int
+    bandwidth: float
+    link: float
+    source: str
+    copied: float = COPIED
+    updated: float = UPDATED
+
+
 @dataclass(frozen=True)
 class Device:
     """One kind of device, and the host it usually sits in.
@@ -79,6 +106,8 @@ class Device:
     overlap           factor by which computing is slower while gradients are summed at the same time; 0: gradients are
                       summed after the backward. None: the factor that was measured, else OVERLAP_SLOWDOWN, but 0 on
                       CPUs, whose cores move the messages
+    host              the memory of its host, for optimizer states that lie there; None: it is not known, or is the
+                      device's own, as on CPUs
     """
 
     name: str
@@ -94,6 +123,7 @@ class Device:
     silicon: Silicon | None = None
     measured: Measured | None = None
     overlap: float | None = None
+    host: Host | None = None
 
     @property
     def type(self) -> str:
@@ -106,6 +136,20 @@ class Device:
         usual = 0.0 if self.type == "cpu" else self.measured.overlap if self.measured else OVERLAP_SLOWDOWN
         times = usual if self.overlap is None else self.overlap
         return 1 / max(1.0, times) if times else 0.0
+
+    @property
+    def host_share(self) -> Host | None:
+        """Of the host, what each of its devices has while all use it alike; None where the host is not known."""
+        if self.host is None:
+            return None
+        n = self.devices_per_host
+        return replace(self.host, memory_bytes=self.host.memory_bytes // n, bandwidth=self.host.bandwidth / n)
+
+    @property
+    def usable_host_bytes(self) -> float:
+        """Bytes of host memory that a plan may use for each device: 80 % of its share, since the model's own weights,
+        data loaders and the system take some too. Infinite where the host is not known."""
+        return self.host_share.memory_bytes * 0.8 if self.host_share else float("inf")
 
 
 KINDS = ("nvlink", "pci", "network", "host", "gloo")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,9 @@ from autopart.plan.stages import PlanLine
 from autopart.plan.units import printed_name
 from autopart.sharding.resharding import GATHERED_AGAIN, RESHARDS
 
+Moved = Mapping[tuple[str, str], float]
+"""(axis, collective) -> bytes."""
+
 NOTHING = Seconds(0.0, 0.0)
 BY_FUNCTION = {f"runtime.{row.function}": row for row in RESHARDS.values()}
 
@@ -32,6 +36,9 @@ class PricedSegment:
 
     forward, backward  of the operators and reshards, nothing recomputed
     recompute_seconds  mode, of `liveness.MODES` -> seconds that it adds to the backward: forward of what runs again
+    moved              (axis, collective) -> bytes that it takes, as `cost.collectives` counts them, nothing recomputed
+    moved_again        mode -> likewise, of the collectives that recomputing runs again: it stops at the last operator
+                       that saves something for its backward
     nodes              the segment's nodes
     lines              one line of the plan for each of `nodes`
     outside            the values of other segments and stages that the nodes read
@@ -46,6 +53,8 @@ class PricedSegment:
     lines: tuple[PlanLine, ...]
     nodes: tuple[fx.Node, ...]
     outside: tuple[fx.Node, ...]
+    moved: Moved
+    moved_again: Mapping[str, Moved]
     handed_on: frozenset[Value] = frozenset()
     inner: PricedSegment | None = None
 
@@ -87,7 +96,9 @@ def _priced(
     reshards whose results the segment hands on: as in the search, no mode counts their seconds a second time."""
     forward = backward = 0.0
     recompute = dict.fromkeys(MODES, 0.0)
-    lines = []
+    lines, moved_bytes = [], Counter[tuple[str, str]]()
+    again = {mode: Counter[tuple[str, str]]() for mode in MODES}
+    last = max((i for i, n in enumerate(nodes) if info(n).saves or info(n).inner), default=-1)
     own = {node: i for i, node in enumerate(nodes)}
     read = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in own and _is_made(n))
     place = own | {node: -1 - i for i, node in enumerate(read)}
@@ -100,6 +111,12 @@ def _priced(
         recompute["selective"] += moved + (0.0 if record.product else compute.forward)
         recompute["mincut"] += moved + compute.forward if node in rerun else 0.0
         recompute["full"] += moved + compute.forward
+        there, back = _collectives(node)
+        moved_bytes.update(there)
+        moved_bytes.update(back)
+        if moved and own[node] < last:
+            for mode in ("selective", "full", *(("mincut",) if node in rerun else ())):
+                again[mode].update(there)
         lines.append(
             PlanLine(
                 record.module.removeprefix(label).lstrip("."),
@@ -113,7 +130,8 @@ def _priced(
                 tuple(place[n] for n in node.all_input_nodes if n in place),
             )
         )
-    return PricedSegment(label, forward, backward, recompute, tuple(lines), tuple(nodes), tuple(read))
+    made = tuple(lines), tuple(nodes), tuple(read)
+    return PricedSegment(label, forward, backward, recompute, *made, moved_bytes, again)
 
 
 def _for_others(nodes: Sequence[fx.Node]) -> set[fx.Node]:
@@ -153,8 +171,29 @@ def _moved(node: fx.Node, prices: Prices) -> Seconds:
     row = BY_FUNCTION.get(record.name)
     if row is None:
         return NOTHING
-    axis = node.args[1]
-    assert isinstance(axis, str)
-    whole = max(record.size, *(info(n).size for n in node.all_input_nodes))
-    each = row_seconds(row, whole, prices.axes[axis], record.grad, prices.device)
+    each = row_seconds(row, _whole(node), prices.axes[_axis(node)], record.grad, prices.device)
     return Seconds(*(record.times * float(seconds) for seconds in each))
+
+
+def _collectives(node: fx.Node) -> tuple[Moved, Moved]:
+    """The bytes of a reshard's collectives in forward, and in backward; none for other nodes."""
+    record = info(node)
+    row = BY_FUNCTION.get(record.name)
+    if row is None:
+        return {}, {}
+    nbytes, axis = float(record.times * _whole(node)), _axis(node)
+    there = {(axis, row.forward): nbytes} if row.forward else {}
+    back = Counter({(axis, row.backward): nbytes} if row.backward and record.grad else {})
+    back.update(there if row.regathers else {})
+    return there, back
+
+
+def _axis(reshard: fx.Node) -> str:
+    axis = reshard.args[1]
+    assert isinstance(axis, str)
+    return axis
+
+
+def _whole(reshard: fx.Node) -> float:
+    """Bytes of a reshard's tensor, whole along its axis."""
+    return max(info(reshard).size, *(info(n).size for n in reshard.all_input_nodes))

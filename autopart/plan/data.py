@@ -11,6 +11,7 @@ from autopart.errors import PartitionError
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.plan.fields import PlanFields
 from autopart.plan.graph import graph
+from autopart.plan.host_traffic import bytes_between_hosts
 from autopart.plan.plan_json import json_text, plan_from_json, plan_to_json
 from autopart.plan.signature import Signature
 from autopart.plan.text import describe, head
@@ -69,6 +70,11 @@ class Plan(PlanFields):
         difference = self.signature.difference(Signature.of(layered))
         if difference:
             raise PartitionError("the plan is for another model", difference, "plan again with autopart.plan(...)")
+
+    @property
+    def bytes_between_hosts(self) -> float:
+        """Bytes of a step that cross from one host to another (`autopart.plan.host_traffic`)."""
+        return bytes_between_hosts(self)
 
     def graph(self) -> networkx.DiGraph:
         """The plan's operators as a graph (`autopart.plan.graph`)."""

@@ -43,6 +43,7 @@ class PlanFields:
                       `PlanStage.recompute`)
     precision         dtype of parameters and activations
     optimizer         name in `autopart.cost.training_state.OPTIMIZER_STATES`
+    offload           one of `autopart.cost.offload.OFFLOADS`
     master            dtype of gradients, optimizer states and the optimizer's copy of the parameters; None: `precision`
     splits            the shardings of stages: axis -> node -> strategy, for one segment of each set of equal ones
     step_seconds      predicted: sum(f) + (m - 1) max(f), f being the seconds of each stage for one of m micro-batches
@@ -77,6 +78,7 @@ class PlanFields:
     planning_seconds: float
     forward_flops: float
     signature: Signature = field(repr=False)
+    offload: str = "none"
     replicated: tuple[str, ...] = ()
     """Operators without a rule. Every rank runs them on whole tensors."""
     kernels: tuple[KernelUse, ...] = ()
@@ -107,8 +109,10 @@ class PlanFields:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak of every stage is within `usable_bytes` of its device."""
-        return max(self.memory_bytes) <= usable_bytes(self.mesh) * (1 + 1e-9)
+        """Whether the peak of every stage is within `usable_bytes` of its device, and what lies on the host within
+        `Device.usable_host_bytes`."""
+        on_host = max(s.host_bytes for s in self.stages) <= self.mesh.device.usable_host_bytes
+        return on_host and max(self.memory_bytes) <= usable_bytes(self.mesh) * (1 + 1e-9)
 
     @property
     def degrees(self) -> str:

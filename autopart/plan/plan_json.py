@@ -6,6 +6,7 @@ from dataclasses import asdict, fields, is_dataclass
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
+from autopart.cost.offload import OFFLOADS
 from autopart.cost.training_state import MASTERS, OPTIMIZER_STATES
 from autopart.errors import PartitionError, not_known
 from autopart.hardware.mesh import Mesh
@@ -95,6 +96,7 @@ def _contradictions(plan: PlanFields) -> Iterator[str]:
         ("precision", ("float64", "float32", "bfloat16", "float16")),
         ("master", (None, *MASTERS)),
         ("optimizer", OPTIMIZER_STATES),
+        ("offload", OFFLOADS),
     ):
         if getattr(plan, name) not in known:
             yield str(not_known(name, getattr(plan, name), known))

@@ -6,9 +6,9 @@ from autopart.hardware.mesh import usable_bytes
 from autopart.plan.breakdown import fullest_stage, step_breakdown
 from autopart.plan.fields import PlanFields
 from autopart.plan.search_summary import SearchSummary
-from autopart.plan.units import bytes_text, counted, seconds_text
+from autopart.plan.units import bytes_text, counted, seconds_text, zero_text
 
-ASKED = ("pp", "dp", "tp", "micro_batch", "zero", "recompute", "schedule")
+ASKED = ("pp", "dp", "tp", "micro_batch", "zero", "offload", "recompute", "schedule")
 """Settings of a request that decide what the search otherwise would."""
 
 
@@ -48,7 +48,8 @@ def _runner_up(plan: PlanFields, search: SearchSummary) -> str:
     other = search.runner_up
     if other is None:
         return "Runner-up: none; the request, the batch and the devices allow no other degrees."
-    where = f"mesh(pp={other.pp}, dp={other.dp}, tp={other.tp}), micro-batch {other.micro_batch}, ZeRO {other.zero}"
+    where = f"mesh(pp={other.pp}, dp={other.dp}, tp={other.tp}), micro-batch {other.micro_batch}, "
+    where += zero_text(other.zero, other.offload)
 
     def against(seconds: float) -> str:
         return f"{seconds_text(seconds)} ({seconds / plan.step_seconds - 1:+.1%})"

@@ -11,6 +11,7 @@ class PointPlan:
     micro_batch    samples of a micro-batch over all data-parallel ranks
     seconds        of a step of that plan; None where the search found none
     bound_seconds  lower bound on a step of every plan of the point
+    offload        whether the optimizer's states are on the host
     """
 
     pp: int
@@ -20,6 +21,7 @@ class PointPlan:
     zero: int
     seconds: float | None
     bound_seconds: float
+    offload: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True)

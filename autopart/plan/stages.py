@@ -48,6 +48,22 @@ class PlanSegment:
 
 
 @dataclass(frozen=True)
+class StageTraffic:
+    """What the ranks of a stage move along one axis by one collective, in a step.
+
+    axis        "dp", "tp" or "pp"
+    collective  a name of `autopart.cost.collectives.COLLECTIVES`, or "send": a message along pp
+    bytes       of the tensors, as `autopart.cost.collectives` counts them
+    stages      along pp: the stages that take part; of a message the sender, then the receiver
+    """
+
+    axis: str
+    collective: str
+    bytes: int
+    stages: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class PlanStage:
     """One pipeline stage on one of its ranks.
 
@@ -66,6 +82,8 @@ class PlanStage:
     segments          its segments, equal neighbours in one
     backward_memory   where that peak is at the end of a step: kind -> bytes at the fullest moment of a backward; {}
                       otherwise
+    host_bytes        bytes of a rank on its host: optimizer states and a copy of the parameters (`cost.offload`)
+    traffic           what its ranks move in a step
     sends             for every stage that this one sends to: (stage, bytes of a micro-batch, seconds of the activations
                       there and of their gradients back)
     """
@@ -81,6 +99,8 @@ class PlanStage:
     segments: tuple[PlanSegment, ...]
     sends: tuple[tuple[int, int, float], ...] = ()
     backward_memory: Mapping[str, float] = field(default_factory=dict)
+    host_bytes: int = 0
+    traffic: tuple[StageTraffic, ...] = ()
 
     def turn_seconds(self, amortization: int) -> float:
         """f = forward + backward + sync / amortization + send, in seconds (`cost.training_state.amortization`)."""

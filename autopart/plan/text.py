@@ -5,10 +5,11 @@ from collections.abc import Iterator, Mapping
 
 from autopart.ir.labels import is_block
 from autopart.plan.fields import PlanFields
+from autopart.plan.host_traffic import bytes_between_hosts
 from autopart.plan.layout import paragraph, row, text_width
 from autopart.plan.reasons import reasons
 from autopart.plan.stages import PlanLine, PlanSegment
-from autopart.plan.units import bytes_text, counted, printed_name, seconds_text
+from autopart.plan.units import bytes_text, counted, printed_name, seconds_text, zero_text
 
 TIME, SOURCE = 11, 24
 """Columns of an operator's seconds and of its place in the user's code."""
@@ -39,10 +40,13 @@ def describe(plan: PlanFields, width: int | None = None) -> str:
         forward, backward = seconds_text(stage.forward_seconds), seconds_text(stage.backward_seconds)
         sync = f"gradient sync and optimizer {seconds_text(stage.sync_seconds)} a step"
         lines += paragraph(f"stage {index}   forward {forward}, backward {backward} a micro-batch; {sync}", width)
-        lines += paragraph(f"{bytes_text(stage.memory_bytes)}: {memory_text(stage.memory)}", width, 2)
+        on_host = f"; on the host {bytes_text(stage.host_bytes)}" if stage.host_bytes else ""
+        lines += paragraph(f"{bytes_text(stage.memory_bytes)}: {memory_text(stage.memory)}{on_host}", width, 2)
         for segment in stage.segments:
             lines += _segment(segment, index, printed, width)
         lines += [f"  send to stage {to}   {bytes_text(size)} a micro-batch" for to, size, _ in stage.sends]
+    if crossing := bytes_between_hosts(plan) if plan.mesh.hosts > 1 else 0.0:
+        lines.append(f"between hosts {bytes_text(crossing)} a step")
     if plan.replicated:
         lines += paragraph(f"without a rule, run whole on every rank: {', '.join(plan.replicated)}", width)
     for sentence in kernels_text(plan):
@@ -68,7 +72,8 @@ def head(plan: PlanFields) -> str:
     """The configuration in one line."""
     return (
         f"plan {plan.model} on {plan.mesh}: {plan.degrees}, schedule {plan.schedule}, "
-        f"{counted(plan.micro_batches, 'micro-batch')} of {counted(plan.micro_batch, 'sample')}, ZeRO {plan.zero}, "
+        f"{counted(plan.micro_batches, 'micro-batch')} of {counted(plan.micro_batch, 'sample')}, "
+        f"{zero_text(plan.zero, plan.offload == 'optimizer')}, "
         f"recompute {recompute_text(plan)}, {plan.precision}{f', master {plan.master}' if plan.master else ''}"
     )
 

@@ -34,6 +34,11 @@ def seconds_text(value: float) -> str:
     return f"{value * 1e6:.2f} us" if value else "0"
 
 
+def zero_text(zero: int, offload: bool) -> str:
+    """``"ZeRO 2"``, ``"ZeRO 2, optimizer on the host"``."""
+    return f"ZeRO {zero}{', optimizer on the host' if offload else ''}"
+
+
 def counted(number: int, what: str) -> str:
     """``"1 sample"``, ``"4 samples"``."""
     return f"{number} {what}" if number == 1 else f"{number} {what}{'es' if what.endswith('ch') else 's'}"

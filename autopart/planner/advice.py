@@ -67,6 +67,8 @@ def _changes(space: SearchSpace) -> Iterator[Try]:
         yield 'recompute="full"', mesh, replace(request, recompute="full")
     if request.zero is not None and request.zero < 3:
         yield "zero=3", mesh, replace(request, zero=3)
+    if request.offload == "none" and mesh.device.host:
+        yield 'offload="optimizer"', mesh, replace(request, offload="optimizer")
     if request.micro_batch:
         for size in reversed(divisors(request.micro_batch)[:-1]):
             yield f"micro_batch={size}", mesh, replace(request, micro_batch=size)

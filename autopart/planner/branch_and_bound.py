@@ -49,7 +49,7 @@ from autopart.planner.search_history import SearchHistory
 from autopart.planner.search_points import SearchPoint
 from autopart.planner.search_space import SearchSpace
 from autopart.planner.stage_bounds import Effort, few_cuts, stage_bound
-from autopart.planner.zero_levels import starting_levels, zero_levels
+from autopart.planner.zero_levels import following, offload_seconds, settings_of, starting_points
 
 HOPELESS = 0.05
 """Share of a device's memory. Where a large model's candidate of least memory lacks more, no other is tried without
@@ -98,7 +98,7 @@ class Search:
     _open: dict[SearchPoint, tuple[list[float], dict[int, Array]]] = field(default_factory=dict)
     """Between LAGRANGIAN and REFINE: memory multipliers, and by micro-batches in flight the bounds of all intervals."""
     _raised: set[SearchPoint] = field(default_factory=set)
-    """Points whose next ZeRO level was put in the queue."""
+    """Points whose `following` ones were put in the queue."""
     _waiting: list[tuple[float, Step, SearchPoint]] = field(default_factory=list)
     """What is put in the queue as soon as there is an incumbent."""
 
@@ -136,7 +136,7 @@ class Search:
 
     def warm_start(self, points: Sequence[SearchPoint]) -> None:
         """Find an incumbent among some points, given in rising order of their known bounds. Each is tried with its
-        fastest splits, at its own ZeRO level and then at higher ones until a plan fits."""
+        fastest splits, at its own ZeRO level and then at higher ones and with offload until a plan fits."""
         space, known, started = self.space, set(self.space.points()), time.monotonic()
         for point in points:
             out_of_time = time.monotonic() - started > (space.request.time_limit or NEVER)
@@ -144,14 +144,13 @@ class Search:
                 out_of_time or self._step_bound(point, space.known_bound(point)) >= self.incumbent.seconds
             ):
                 break
-            levels = zero_levels(space, point) if replace(point, zero=0) in known else []
-            levels = levels[levels.index(point.zero) if point.zero in levels else 0 :]
+            levels = settings_of(space, point) if replace(point, zero=0, offload=False) in known else []
+            levels = levels[levels.index(point) if point in levels else 0 :]
             if not levels or not all(space.options(point).values()):
                 continue
-            first = replace(point, zero=levels[0])
-            solution = space.solve(first, 0.0, space.forced(first))
-            for zero in levels if solution else ():
-                found = self._plans_at(replace(point, zero=zero))
+            solution = space.solve(levels[0], 0.0, space.forced(levels[0]))
+            for level in levels if solution else ():
+                found = self._plans_at(level)
                 found.add(solution)
                 if found.best_plan():
                     break
@@ -163,11 +162,9 @@ class Search:
 
     def _fill_queue(self) -> None:
         for point in self.space.points():
-            levels = zero_levels(self.space, point)
-            if levels and all(self.space.options(point).values()):
+            if all(self.space.options(point).values()):
                 work = self.space.least_work(point)
-                for zero in starting_levels(self.space, point, levels):
-                    at = replace(point, zero=zero)
+                for at in starting_points(self.space, point):
                     self._push(self._step_bound(point, max(work, self.space.known_bound(at))), Step.LP_BOUND, at)
 
     def _step_bound(self, point: SearchPoint, seconds: float) -> float:
@@ -182,12 +179,14 @@ class Search:
         self.pruned_bound = min(self.pruned_bound, bound)
 
     def _push_next_zero(self, point: SearchPoint, bound: float) -> None:
-        """Put the point with the next ZeRO level in the queue, once, if it is not there from the start."""
-        levels = zero_levels(self.space, point)
-        higher = levels[levels.index(point.zero) + 1 :]
-        if higher and higher[0] not in starting_levels(self.space, point, levels) and point not in self._raised:
+        """Put the points of less memory that follow in the queue, once, if they are not there from the start; of a
+        first point with offload only where its bound is below the incumbent's seconds."""
+        if point not in self._raised:
             self._raised.add(point)
-            self._push(bound, Step.LP_BOUND, replace(point, zero=higher[0]))
+            for at in following(self.space, point):
+                least = bound + offload_seconds(self.space, point, at)
+                if least < self.incumbent.seconds or at.offload == point.offload:
+                    self._push(least, Step.LP_BOUND, at)
 
     def _plans_at(self, point: SearchPoint) -> CandidateSet:
         """A new empty set of candidates for a point."""

@@ -173,7 +173,13 @@ def costs_of(
     """The costs of all intervals under a choice. `allowed`: the checkpointing modes of each position."""
     table, m = space.model(point).table, space.micro_batches(point)
     costs = space.position_costs(point, chosen)
-    return interval_costs(costs, table.segment_classes, table.block, m, space.amortization(point), allowed)
+    turns, host = space.amortization(point), host_limit(space)
+    return interval_costs(costs, table.segment_classes, table.block, m, turns, allowed, host)
+
+
+def host_limit(space: SearchSpace) -> float:
+    """Bytes of its host that a rank may fill; infinite for a request that need not fit."""
+    return space.mesh.device.usable_host_bytes if space.request.must_fit else NEVER
 
 
 def max_stage_seconds(space: SearchSpace, point: SearchPoint, step: float) -> float:

@@ -2,8 +2,8 @@
 
     form                                            what it asks for
     ----------------------------------------------  ---------------------------------------------------------------
-    tp=8, pp!=1, tp<=4                              a setting: pp, dp, tp, micro_batch, zero, recompute or schedule;
-                                                    numbers also compare by <=, >=, < and >
+    tp=8, pp!=1, tp<=4                              a setting: pp, dp, tp, micro_batch, zero, recompute, schedule or
+                                                    offload; numbers also compare by <=, >=, < and >
     stage 2 starts at layers.10                     where one stage begins; stages count from 0
     cut before layers.10                            some stage begins there, whatever its number
     cuts=manual:layers.8,layers.16                  the first segment of every stage but the first; fixes pp
@@ -38,6 +38,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from autopart.cost.liveness import MODES
+from autopart.cost.offload import OFFLOADS
 from autopart.errors import PartitionError, closest
 from autopart.plan.schedules import SCHEDULES
 from autopart.planner.constraints import (
@@ -57,6 +58,7 @@ VALUES: Mapping[str, tuple[int | str, ...]] = {
     "zero": (0, 1, 2, 3),
     "recompute": (*MODES, "mixed"),
     "schedule": tuple(SCHEDULES),
+    "offload": OFFLOADS,
 }
 """Settings that are one of a few values."""
 AXES = ("dp", "tp")

@@ -42,6 +42,8 @@ class IntervalCosts:
     first_backward         transient bytes in the first backward of a step, before which no gradients exist
     later_backward         transient bytes in a later backward
     end_of_step_workspace  bytes allocated at the end of a step
+    host_bytes             on the host, of the optimizer's states and its copy of the parameters
+    host_limit             bytes that a rank may have on its host
     block_input_bytes      of values that several blocks read; saved if one of these blocks is recomputed
     recompute_seconds      [MODES, positions]: seconds that the mode adds to the backward
     checkpoint_classes     [positions]: class, finer than the segment class: positions of one class save the same bytes
@@ -65,6 +67,8 @@ class IntervalCosts:
     checkpoint_classes: Sequence[int]
     least_modes: Sequence[str]
     micro_batches: int
+    host_bytes: Array
+    host_limit: float = NEVER
     blocks: dict[int, Array] = field(default_factory=dict)
     savings: Sequence[dict[int, list[CheckpointStep]]] = ()
     uniform: Sequence[UniformCheckpointing] = ()
@@ -101,6 +105,7 @@ class IntervalCosts:
         """f of some intervals under a limit of bytes; infinite for an interval that cannot fit. Blocks of an interval
         above the limit take steps to `modes`, the steps of most bytes a second first, until the interval fits."""
         step_fits = self.state_bytes[where] + self.end_of_step_workspace[where] <= limit
+        step_fits &= self.host_bytes[where] <= self.host_limit
         fits = self.peak_bytes(where, in_flight) <= limit
         f, over = np.where(fits & step_fits, self.seconds[where], NEVER), np.flatnonzero(~fits & step_fits)
         for found in self._checkpointed(where[over], in_flight, limit, modes) if len(over) else ():
@@ -108,12 +113,14 @@ class IntervalCosts:
         return f
 
     def shortfall(self, in_flight: int, limit: float, modes: Sequence[str]) -> Array:
-        """Peak bytes of every interval - limit, with the checkpointing for which this is least."""
+        """Peak bytes of every interval - limit, with the checkpointing for which this is least; or what its host
+        lacks, if that is more."""
         every = slice(None)
         shortfall = self.peak_bytes(every, in_flight) - limit
         for found in self._checkpointed(every, in_flight, limit, modes):
             shortfall = np.minimum(shortfall, found.shortfall)
-        return np.maximum(shortfall, self.state_bytes + self.end_of_step_workspace - limit)
+        shortfall = np.maximum(shortfall, self.state_bytes + self.end_of_step_workspace - limit)
+        return np.maximum(shortfall, self.host_bytes - self.host_limit)
 
     def modes(self, i: int, j: int, in_flight: int, limit: float, modes: Sequence[str]) -> tuple[list[str], float]:
         """The mode of every position of [i, j) with which the interval takes `least_seconds`, and the peak bytes of the
@@ -174,10 +181,10 @@ class IntervalCosts:
 
 def interval_costs(
     costs: PositionCosts, segment_classes: Sequence[int], block: Sequence[bool], micro_batches: int, amortization: int,
-    allowed: Sequence[tuple[str, ...]],
+    allowed: Sequence[tuple[str, ...]], host_limit: float = NEVER,
 ) -> IntervalCosts:  # fmt: skip
     """The costs of all intervals under a choice of strategies. `allowed` are the modes that each position may use;
-    `amortization` is that of `training_state`."""
+    `amortization` is that of `training_state`, `host_limit` that of `IntervalCosts`."""
     n, training = len(segment_classes), costs.training
     least = np.array([MODES.index(modes[0]) for modes in allowed])
     recomputed, per_stage = least > 0, [(item, contains_any(item.positions, n)) for item in costs.per_stage]
@@ -188,9 +195,11 @@ def interval_costs(
     state, saves, block_saves = (interval_sums(x) for x in (costs.state_bytes.sum(0), saved, np.where(block, saved, 0)))
     workspace = (interval_sums if training.foreach else interval_maxima)(costs.optimizer_workspace)
     reduced, shared_inputs = interval_sums(costs.reduced_bytes[2]), np.zeros(len(seconds))
+    on_host = interval_sums(costs.host_bytes)
     for item, inside in per_stage:
         workspace = (np.add if training.foreach else np.maximum)(workspace, inside * item.optimizer_workspace)
         reduced += inside * item.reduced_bytes
+        on_host += inside * item.host_bytes
         seconds += inside * (item.forward + item.backward + item.sync_seconds / amortization)
         state += inside * sum(item.state_bytes)
         saves += inside * item.saved_bytes
@@ -219,6 +228,8 @@ def interval_costs(
         checkpoint_classes=classes,
         least_modes=[MODES[mode] for mode in least],
         micro_batches=micro_batches,
+        host_bytes=on_host,
+        host_limit=host_limit,
         blocks={k: interval_sums(mine.astype(float)) for k, mine in where.items()},
         savings=[{k: checkpoint_steps(costs, k, mine, modes[k], f) for k, mine in where.items()} for f in depths],
         uniform=[uniform_checkpointing(costs, allowed, block, saved, mode) for mode in depths],

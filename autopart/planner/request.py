@@ -11,6 +11,7 @@ from typing import Annotated, Any, SupportsIndex, TypedDict, get_args, get_type_
 import torch
 
 from autopart.cost.liveness import MODES
+from autopart.cost.offload import OFFLOADS
 from autopart.cost.training_state import MASTERS, OPTIMIZER_STATES, widening
 from autopart.errors import PartitionError, closest, not_known
 from autopart.hardware.mesh import Mesh, divisors
@@ -45,6 +46,9 @@ class Settings(TypedDict, total=False):
         str | torch.dtype | None,
         "dtype of gradient sums, optimizer states and the optimizer's copy of the parameters, as float32 "
         "(default: that of the parameters, and no copy)",
+    ]
+    offload: Annotated[
+        str | None, "optimizer: its states and copy of the parameters lie on the host, which updates them; none: not so"
     ]
     optimizer: Annotated[str, "whose states take memory: sgd, momentum, adagrad, rmsprop, adam or adamw"]
     time_limit: Annotated[float | None, "seconds after which the best plan so far is taken"]
@@ -91,6 +95,7 @@ class Request:
     no_fuse: tuple[str, ...] = ()
     """Names of fused kernels that are left out."""
     constraints: tuple[Constraint, ...] = ()
+    offload: str | None = None
 
     def allows(self, name: str, value: int | str) -> bool:
         """Whether constraints allow a setting this value."""
@@ -110,6 +115,7 @@ class Request:
             ("recompute", self.recompute, MODES),
             ("zero", self.zero, (0, 1, 2, 3)),
             ("master", self.master, MASTERS),
+            ("offload", self.offload, OFFLOADS),
         ):
             if value is not None and value not in known:
                 raise not_known(name, value, known)

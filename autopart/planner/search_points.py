@@ -14,13 +14,15 @@ from autopart.planner.request import Request
 
 @dataclass(frozen=True, order=True)
 class SearchPoint:
-    """Degrees, samples of a micro-batch over all ranks, ZeRO level."""
+    """Degrees, samples of a micro-batch over all ranks, ZeRO level, and whether the optimizer's states are on the
+    host."""
 
     pp: int
     dp: int
     tp: int
     micro_batch: int
     zero: int = 0
+    offload: bool = False
 
     @property
     def degrees(self) -> tuple[int, int, int]:
@@ -33,7 +35,8 @@ class SearchPoint:
         return 1 + (global_batch // self.micro_batch - 1) / self.pp
 
     def __str__(self) -> str:
-        return f"pp={self.pp} dp={self.dp} tp={self.tp} micro-batch {self.micro_batch} zero {self.zero}"
+        where = ", optimizer on the host" * self.offload
+        return f"pp={self.pp} dp={self.dp} tp={self.tp} micro-batch {self.micro_batch} zero {self.zero}{where}"
 
 
 def search_points(layered: LayeredGraph, mesh: Mesh, request: Request) -> Iterator[SearchPoint]:

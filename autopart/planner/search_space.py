@@ -91,9 +91,9 @@ class SearchSpace:
         group = self.mesh.group(point.tp, point.dp)
         ratio = widening(self.request.precision, self.request.master)
         asked, device = self.request, self.mesh.device
-        kernel = step_kernel(asked.optimizer, asked.precision, asked.master, device, asked.no_fuse)
-        foreach = device.type != "cpu"
-        return Training(asked.optimizer, point.zero, group, self.micro_batches(point), ratio, foreach, kernel)
+        kernel = step_kernel(asked.optimizer, asked.precision, asked.master, device, asked.no_fuse, point.offload)
+        gpu, m = device.type != "cpu", self.micro_batches(point)
+        return Training(asked.optimizer, point.zero, group, m, ratio, gpu, kernel, point.offload, apart=gpu)
 
     def device(self, point: SearchPoint) -> Device:
         """The device at the pace that it has in the point's pipeline: `Mesh.busy_device`."""

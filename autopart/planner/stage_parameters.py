@@ -44,6 +44,11 @@ def distinct(reads: Sequence[Sequence[Parameter]]) -> list[Parameter]:
     return list({parameter.name: parameter for row in reads for parameter in row}.values())
 
 
+def on_host(reads: Sequence[Sequence[Parameter]], training: Training) -> float:
+    """Bytes on the host of what some positions train: the optimizer's states and its copy of the parameters."""
+    return sum(training.host_bytes(p.bytes, p.record.grad, p.over_dp) for p in distinct(reads))
+
+
 def own_gradient(layered: LayeredGraph, training: Training, parameter: Parameter) -> float:
     """Bytes of the gradient of a parameter that one position of the model reads, else 0."""
     if len(layered.readers[parameter.name]) > 1:

@@ -8,6 +8,7 @@ from autopart.plan.search_summary import ENDS, RunnerUp, SearchedPoint, SearchSu
 from autopart.planner.branch_and_bound import Search, Step
 from autopart.planner.candidate import TOLERANCE, SearchResult
 from autopart.planner.search_points import SearchPoint
+from autopart.planner.zero_levels import offloads
 
 SMALL_BUBBLE = 0.05
 """Share of the step below which a pipeline's bubble is no reason to call the batch what limits a plan."""
@@ -59,7 +60,7 @@ def _compared(search: Search, ends: dict[SearchPoint, str]) -> tuple[SearchedPoi
         seconds, nbytes = (made.best_seconds, made.best_bytes) if made else (None, None)
         if bound < NEVER:
             where = (*point.degrees, point.micro_batch, point.zero)
-            rows.append(SearchedPoint(*where, seconds, bound, nbytes, ends[point]))
+            rows.append(SearchedPoint(*where, seconds, bound, nbytes, ends[point], offload=point.offload))
 
     def order(row: SearchedPoint) -> tuple[bool, float]:
         return row.seconds is None, row.bound_seconds if row.seconds is None else row.seconds
@@ -81,12 +82,15 @@ def _runner_up(search: Search, chosen: SearchPoint) -> RunnerUp | None:
     table = seconds or bounds
     best = min(table, key=lambda point: (table[point], point))
     bound = min(min(bounds.values()), *seconds.values()) if seconds else min(bounds.values())
-    return RunnerUp(*best.degrees, best.micro_batch, best.zero, seconds.get(best), float(bound))
+    where = (*best.degrees, best.micro_batch, best.zero)
+    return RunnerUp(*where, seconds.get(best), float(bound), offload=best.offload)
 
 
 def _limit(search: Search, found: SearchResult) -> str:
     space, point = search.space, found.point
     if space.request.must_fit:
+        if point.offload and False in offloads(space):
+            return "memory"
         lower = {replace(point, zero=zero) for zero in range(point.zero)} if point.zero >= 2 else set()
         if lower & set(search.state_exceeds_memory):
             return "memory"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from bisect import bisect_right
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 
 from torch import fx
 
+from autopart.cost.offload import OFFLOADS
 from autopart.cost.training_state import Training, update_seconds
 from autopart.hardware.mesh import usable_bytes
 from autopart.ir.graph import info
@@ -24,14 +24,15 @@ from autopart.plan.data import Plan
 from autopart.plan.fields import KernelUse
 from autopart.plan.signature import Signature
 from autopart.plan.stages import PlanSegment, PlanStage
-from autopart.planner.candidate import SearchResult
+from autopart.planner.candidate import SearchResult, host_limit
 from autopart.planner.cuts import spans_of
 from autopart.planner.dataflow import with_sources
 from autopart.planner.interval_seconds import exposed_by_clock
 from autopart.planner.memory_tree import messages, stage_memory
 from autopart.planner.search_points import SearchPoint
 from autopart.planner.search_space import SearchSpace
-from autopart.planner.stage_parameters import distinct, parameters
+from autopart.planner.stage_parameters import distinct, on_host, parameters
+from autopart.planner.stage_traffic import sends_of, traffic_of
 from autopart.sharding.rules import has_rule
 
 EQUAL = 1e-6
@@ -64,8 +65,7 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
         equal = math.isclose(mine, theirs, rel_tol=EQUAL) or (hides and mine < theirs)
         assert equal, f"stage {index} is {mine} s written out, {theirs} s searched"
     if space.request.must_fit:
-        most = max(s.memory_bytes for s in stages)
-        assert most <= usable_bytes(space.mesh) * (1 + EQUAL), f"{most} bytes written out, searched to fit"
+        _check_fits(space, stages)
     missing = sorted({info(n).name for n in layered.representatives() if info(n).kind == "op"} - {"autopart.getitem"})
     blocks = {mode for mode, label in zip(found.recompute, layered.labels, strict=True) if is_block(label)}
     plan = Plan(
@@ -82,6 +82,7 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
         precision=request.precision,
         master=request.master,
         optimizer=request.optimizer,
+        offload=OFFLOADS[point.offload],
         splits=tuple(splits),
         stages=tuple(stages),
         step_seconds=step,
@@ -98,6 +99,13 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
         search=found.summary,
     )
     return bounded(plan, found.bound)
+
+
+def _check_fits(space: SearchSpace, stages: Sequence[PlanStage]) -> None:
+    """Raise AssertionError where a stage does not fit its device or its host."""
+    most, host = max(s.memory_bytes for s in stages), max(s.host_bytes for s in stages)
+    assert most <= usable_bytes(space.mesh) * (1 + EQUAL), f"{most} bytes written out, searched to fit"
+    assert host <= host_limit(space) * (1 + EQUAL), f"{host} bytes on the host, searched to fit"
 
 
 def bounded(plan: Plan, bound: float) -> Plan:
@@ -227,8 +235,10 @@ def write_stage(
         send_seconds=messages(space, found, span, index)[0],
         memory=memory.by_kind(),
         backward_memory=memory.backward_by_kind(),
+        host_bytes=round(on_host(memory.reads, memory.training)),
+        traffic=tuple(traffic_of(space, found, choices, counted, index, span)),
         segments=tuple(_printed(layered, priced, span, modes)),
-        sends=tuple(_sends(space, found, index, span)),
+        sends=tuple(sends_of(space, found, index, span)),
     )
 
 
@@ -270,28 +280,12 @@ def _sync(
     for parameter in distinct(parameters(space.layered, choices, span)):
         name, record, nbytes, over_dp, over_tp = parameter
         seconds += training.sync_seconds(nbytes, over_dp)
-        seconds += training.partial_sync_seconds(nbytes, sizes["tp"]) if over_tp else 0.0
+        seconds += training.partial_sync_seconds(nbytes, over_dp, sizes["tp"]) if over_tp else 0.0
         seconds += update_seconds(nbytes, record.grad, over_dp, training, device)
         first, *more = readers[name]
         if not more:
             hidden[first - span[0]] += device.overlapped_share * training.overlappable_seconds(nbytes, over_dp)
     return seconds + training.backwards * (exposed_by_clock(hidden, backward) - sum(hidden))
-
-
-def _sends(space: SearchSpace, found: SearchResult, index: int, span: tuple[int, int]) -> list[tuple[int, int, float]]:
-    """(later stage, bytes, seconds) of the values that a stage sends; the seconds include their gradients, which are
-    sent back."""
-    total, seconds = Counter[int](), defaultdict[int, float](float)
-    costs = space.position_costs(found.point, found.chosen[index])
-    for crossings in costs.crossings:
-        ends = zip(crossings.producers.tolist(), crossings.consumers.tolist(), strict=True)
-        pairs = {(p, bisect_right(found.starts, c) - 1) if crossings.one else (p, c) for p, c in ends}
-        for producer, consumer in pairs:
-            to = consumer if crossings.one else bisect_right(found.starts, consumer) - 1
-            if span[0] <= producer < span[1] and to != index:
-                total[to] += round(crossings.size)
-                seconds[to] += crossings.seconds
-    return [(to, size, seconds[to]) for to, size in sorted(total.items())]
 
 
 def _printed(

@@ -189,7 +189,7 @@ class Compiled(RankState):
         PartitionError for an optimizer whose update of a part of a weight is not that part of the whole weight's
         update, where ranks have parts; such an optimizer is found by trying it.
         """
-        trained, names = self.executor.shared.trained, self.weights.names
+        trained, names = list(self.executor.shared.stepped_as.values()), self.weights.names
         if isinstance(given, type):
             optimizer = probe = given(trained or [nn.Parameter(torch.empty(0))], **settings)
             self.group_names = [sorted(set(names.values()))]

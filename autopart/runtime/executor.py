@@ -26,6 +26,7 @@ from autopart.runtime.flat_slices import sum_together
 from autopart.runtime.gathered import keeping_parts
 from autopart.runtime.groups import Groups
 from autopart.runtime.loss_scale import LossScale
+from autopart.runtime.offload import fused_steps
 from autopart.runtime.process_group import Group, Work
 from autopart.runtime.recompute import around_recompute
 from autopart.runtime.update import Update, complete
@@ -67,15 +68,16 @@ class Executor:
         overlap: bool = False,
         loss_scale: LossScale | None = None,
         one_pass: bool = True,
+        offload: bool = False,
     ) -> None:
         """With `overlap`, gradients are summed over dp while the last backward still computes others; with `one_pass`,
-        a kernel steps what it takes."""
+        a kernel steps what it takes; with `offload`, the host steps all."""
         self.index, self.groups, self.tied = index, groups, tied
-        self.shared = DataParallelState(program.stage, groups, zero, master, overlap)
+        self.shared = DataParallelState(program.stage, groups, zero, master, overlap, offload)
         self.use(program)
         self.activity = Activity()
         self.optimizer: torch.optim.Optimizer | None = None
-        self.loss_scale, self.one_pass = loss_scale, one_pass
+        self.loss_scale, self.one_pass = loss_scale, one_pass and not offload
         self.stepping = self.accumulating = False
         """Whether the optimizer steps now; whether gradients wait for an update."""
         self.skipped = 0
@@ -316,9 +318,11 @@ class Executor:
         taken = one_pass.step(optimizer, factor, self.shared.weight_of) if optimizer and self.one_pass else set()
         self.shared.multiply(factor, later=taken)
         if optimizer is not None:
+            self.shared.stepping()
             self.stepping = True
+            on_host = fused_steps(optimizer) if self.shared.host else nullcontext()
             try:
-                with one_pass.without_gradients(taken):
+                with one_pass.without_gradients(taken), on_host:
                     optimizer.step()
             finally:
                 self.stepping = False

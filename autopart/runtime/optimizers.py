@@ -99,7 +99,7 @@ def _state_share(value: Any, parameter: Tensor, share: Any, groups: Groups) -> A
     """A rank's share of one state of a parameter."""
     if isinstance(value, Tensor) and value.shape == parameter.shape:
         dtype = share.dtype if value.dtype == parameter.dtype else value.dtype
-        return share_of(value, share.origin, groups).to(groups.device, dtype, copy=True)
+        return share_of(value, share.origin, groups).to(share.device, dtype, copy=True)
     return copy.deepcopy(value)
 
 

@@ -84,7 +84,7 @@ def _held(compiled: RankState, masters: bool) -> dict[str, tuple[Tensor, Piece]]
             found[origin.name] = value.detach(), piece
 
     for _, weight in compiled.stage.named_parameters():
-        share: Any = shared.trained_as.get(weight, weight) if shared.copies else weight
+        share: Any = shared.best_of(weight) if shared.copies else weight
         used, local = weight.dtype, weight.shape
         if weight.origin.sliced:  # type: ignore[attr-defined]
             used, local = weight.slicing.dtype, weight.slicing.shape  # type: ignore[attr-defined]

@@ -9,6 +9,8 @@ in a wider dtype.
 - With a master dtype the optimizer trains a copy of the slice, or of the whole weight, in that dtype. Gradients are
   added up in it, over micro-batches and ranks, and weights are written back after a step. At level 3 slices are of the
   master dtype themselves.
+- With `offload` the optimizer trains copies on the host (`runtime.offload`), in the master dtype if there is one.
+  Slices and weights on the device have the dtype of the weights then, and carry the sums of gradients.
 - With `overlap` gradients travel while the backward goes on. A message starts as soon as final gradients fill it. At
   level 2 the gradients of a block are sent together at the latest, so that no more than one block's are whole at once.
   Ranks run the same program, so that gradients become final in the same order on all. At level 3 gradients have a
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from autopart.runtime.flat_slices import as_slices, buckets, fill_a_message, gather, start_scatter, start_sum
 from autopart.runtime.gradient_norm import scale
 from autopart.runtime.groups import Groups
+from autopart.runtime.offload import HostCopies
 
 AHEAD = 2
 """The most messages of gradients that stay in flight once another one was started, which bounds their memory."""
@@ -33,10 +36,16 @@ AHEAD = 2
 
 class DataParallelState:
     """What one rank trains of a stage. `trained` has its parameters, slices and copies, in the order of the stage's
-    weights."""
+    weights; they carry the gradients. `stepped_as` has what the optimizer steps: the same, or copies on the host."""
 
     def __init__(
-        self, stage: nn.Module, groups: Groups, level: int, master: torch.dtype | None = None, overlap: bool = False
+        self,
+        stage: nn.Module,
+        groups: Groups,
+        level: int,
+        master: torch.dtype | None = None,
+        overlap: bool = False,
+        offload: bool = False,
     ) -> None:
         self.stage, self.group, self.level, self.overlap = stage, groups.dp, level, overlap
         self.slice_of: dict[Any, Any] = {}
@@ -56,8 +65,10 @@ class DataParallelState:
                 if level >= 2 or overlap:
                     weight.register_post_accumulate_grad_hook(self._accumulated)
             if level >= 1 and weight in self.sent:
-                self.slice_of[weight] = self._slice(weight, master or weight.dtype)
-            elif master not in (None, weight.dtype):
+                dtype = weight.dtype if offload else master or weight.dtype
+                self.slice_of[weight] = self._slice(weight, dtype)
+                self.slice_of[weight].grad_dtype = master or weight.dtype
+            elif master not in (None, weight.dtype) and not offload:
                 self.copy_of[weight] = _like(weight, weight.detach().to(master))
             weight.grad_dtype = master or weight.dtype
         self.send_group = {
@@ -77,8 +88,11 @@ class DataParallelState:
         self.trained_as = {**self.slice_of, **self.copy_of}
         """Weight -> the slice or the copy of it that the optimizer trains."""
         self.trained = [self.trained_as.get(weight, weight) for weight in weights]
-        self.copies = list(self.trained_as.values()) if master else []
-        """Those of `trained` that have memory of their own."""
+        self.host = HostCopies(self.trained, master) if offload else None
+        self.stepped_as = {share: self.host.copy_of[share] if self.host else share for share in self.trained}
+        """What carries a gradient -> what the optimizer steps."""
+        self.copies = list(self.stepped_as.values()) if offload else list(self.trained_as.values()) if master else []
+        """What the optimizer steps and has memory of its own."""
         self.weight_of: dict[Any, Tensor] = {copy: weight.data for weight, copy in self.copy_of.items()}
         """Copy -> the weight that is written back from it."""
         self.unscaled: tuple[list[Any], Tensor | float] = [], 1.0
@@ -128,7 +142,7 @@ class DataParallelState:
             copy.grad, weight.grad = weight.grad, None
         for share in self.trained:
             if share.grad is None:
-                share.grad = torch.zeros_like(share)
+                share.grad = torch.zeros_like(share, dtype=share.grad_dtype)
 
     def _start(self, weights: list[Any]) -> None:
         """Send the gradients of weights; zeros for a weight that has none."""
@@ -154,7 +168,7 @@ class DataParallelState:
         if self.level == 0:
             finish = start_sum(gradients, self.group)
         else:
-            finish = start_scatter(gradients, self.channel, trained[0].dtype)
+            finish = start_scatter(gradients, self.channel, trained[0].grad_dtype)
         for weight in self.sent.keys() & set(weights):
             weight.grad = None
 
@@ -169,9 +183,16 @@ class DataParallelState:
         scale([share for share in self.trained if share not in later], factor)
         self.unscaled = list(later), factor
 
+    def stepping(self) -> None:
+        """Called before the optimizer's step, once gradients are complete."""
+        if self.host:
+            self.host.take_gradients()
+
     def stepped(self, written: Collection[Any] = ()) -> None:
         """Called after the optimizer's step: write the new values of slices and copies into the weights, but for the
         copies that were `written` already."""
+        if self.host:
+            self.host.write_back()
         gather(list(self.slice_of.values()), [weight.data for weight in self.slice_of], self.group)
         for copy, weight in self.weight_of.items():
             if copy not in written:
@@ -193,10 +214,15 @@ class DataParallelState:
         the first rank of dp alone. All ranks call it."""
         found = {}
         for path, weight in self.stage.named_parameters():
-            share = self.trained_as.get(weight, weight) if self.copies else weight
-            if (whole := self._whole(weight, share, share.detach())) is not None:
+            share = self.best_of(weight) if self.copies else weight
+            if (whole := self._whole(weight, share, share.detach().to(weight.device))) is not None:
                 found[path] = whole
         return found
+
+    def best_of(self, weight: Any) -> Any:
+        """What has a weight's value in the widest dtype: what the optimizer steps, or a weight that is not trained."""
+        trained = self.trained_as.get(weight, weight)
+        return self.stepped_as.get(trained, trained)
 
     def _whole(self, weight: Any, share: Any, value: Tensor) -> Tensor | None:
         """The whole of `value`, which is sliced as `share` is."""

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from autopart.compile.bench.setting import NotExpressibleError
+
 SEED = 0
 
 
@@ -63,5 +65,10 @@ def make(options: argparse.Namespace) -> tuple[nn.Module, dict[str, torch.Tensor
 
 
 def name_of(model: Any) -> str:
-    """The name in MODELS of a model."""
-    return str(model.config.model_type)
+    """The name in MODELS of a model. Raises NotExpressibleError for another, for which nobody wrote a system by
+    hand."""
+    name = str(getattr(getattr(model, "config", None), "model_type", ""))
+    if name not in MODELS:
+        written = " and ".join(MODELS)
+        raise NotExpressibleError(f"by hand it is written for transformers' {written}, not for {type(model).__name__}")
+    return name

@@ -52,20 +52,21 @@ def table(name: str, ranks: int) -> list[Row]:
 
 def shared(name: str) -> list[dict[str, Any]]:
     """Configurations whose data-parallel ranks share states, gradients or weights, with some blocks recomputed: GPT-2
-    and Llama have between them every ZeRO level under tensor and under pipeline parallelism."""
+    and Llama have between them every ZeRO level under tensor and under pipeline parallelism, and each level with its
+    optimizer on the host."""
     by_tp, by_pp = ({"dp": 2, axis: 2, "micro_batch": 4} for axis in ("tp", "pp"))
     if name not in AGAIN:
         return [{**by_pp, "forced": forced(3, "full mincut none")}]
     again = {"constraints": [f"strategy {name} n+again over tp" for name in AGAIN[name]]}
     gpt2 = [
         {**by_tp, **again, "forced": forced(3, "mincut selective full")},
-        {**by_tp, "forced": forced(2, "selective")},
+        {**by_tp, "forced": forced(2, "selective"), "offload": "optimizer"},
         {**by_pp, "forced": forced(1, "full")},
-        {**by_pp, "forced": forced(3, "mincut none")},
+        {**by_pp, "forced": forced(3, "mincut none"), "offload": "optimizer"},
     ]
     llama = [
         {**by_tp, **again, "forced": forced(3, "full selective")},
-        {**by_tp, "forced": forced(1, "none mincut")},
+        {**by_tp, "forced": forced(1, "none mincut"), "offload": "optimizer"},
         {**by_pp, "forced": forced(2, "none")},
     ]
     return gpt2 + llama if ALL else gpt2 if name == "gpt2" else llama

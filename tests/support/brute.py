@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from autopart.cost.liveness import MODES
+from autopart.cost.offload import OFFLOADS
 from autopart.cost.position_costs import (
     PerStageOnce,
     PositionCosts,
@@ -35,7 +36,7 @@ from autopart.cost.position_costs import (
 from autopart.cost.prices import Prices
 from autopart.hardware import DEVICES
 from autopart.hardware.mesh import Mesh
-from autopart.hardware.rows import Device, Link
+from autopart.hardware.rows import Device, Host, Link
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.formulate import _Builder, formulate
 from autopart.passes.source import Source
@@ -197,6 +198,11 @@ def problem(seed: int) -> Problem:
     if draw.random() < 0.2:  # the optimizer's step has a price then
         mesh = replace(mesh, device=replace(device, silicon=DEVICES["h100-80gb"].silicon))
     mesh = replace(mesh, device=replace(mesh.device, overlap=draw.choice([0.0, None, 1.0])))
+    draw = random.Random(f"host {seed}")
+    if draw.random() < 0.5:  # the optimizer's states may lie there
+        host = Host(2**60, 10 ** draw.uniform(4, 8), 10 ** draw.uniform(4, 8), "test")
+        mesh = replace(mesh, device=replace(mesh.device, host=host))
+        asked |= {"offload": "optimizer"} if draw.random() < 0.1 else {}
     request = Request(batch, optimizer=optimizer, exact=True, **asked).check(mesh)
     return Problem(SearchSpace(traced(seed // SHARED, min(2, batch)), mesh, request), seed)
 
@@ -852,7 +858,9 @@ class Judge:
         for point in self.space.points():
             asked = self.space.request.zero
             for zero in range(4) if asked is None and point.dp > 1 else [asked or 0]:
-                yield SearchPoint(point.pp, point.dp, point.tp, point.micro_batch, zero)
+                for offload in (False, True) if self.space.mesh.device.host else (False,):
+                    if self.space.request.offload in (None, OFFLOADS[offload]):
+                        yield SearchPoint(point.pp, point.dp, point.tp, point.micro_batch, zero, offload)
 
     def best(self, known: float) -> Best:
         """The best plan below `known` seconds."""

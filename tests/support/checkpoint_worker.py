@@ -69,18 +69,27 @@ MIXED = {"precision": "bfloat16", "master": "float32"}
 CHAINS: dict[str, list[Leg]] = {
     "gpt2": [
         (4, {"tp": 2, "pp": 2, "micro_batch": 4}),
-        (2, {"dp": 2, "micro_batch": 4, "as_zero": 3}),
+        (2, {"dp": 2, "micro_batch": 4, "as_zero": 3, "offload": "optimizer"}),
         (2, {"pp": 2, "micro_batch": 4}),
         (1, {"micro_batch": 4}),
     ],
     "odd": [
         (2, {"tp": 2, "constraints": ["split first.weight dim 0 over tp"]}),
         (2, {"dp": 2, "as_zero": 3}),
-        (4, {"dp": 2, "tp": 2, "constraints": ["split first.weight dim 0 over tp"], "as_zero": 1}),
+        (
+            4,
+            {
+                "dp": 2,
+                "tp": 2,
+                "constraints": ["split first.weight dim 0 over tp"],
+                "as_zero": 1,
+                "offload": "optimizer",
+            },
+        ),
         (1, {}),
     ],
     "mixed": [
-        (2, {"dp": 2, "as_zero": 2, **MIXED}),
+        (2, {"dp": 2, "as_zero": 2, "offload": "optimizer", **MIXED}),
         (2, {"pp": 2, **MIXED}),
         (1, {"precision": "bfloat16"}),
         (2, {"dp": 2, "as_zero": 3, **MIXED}),

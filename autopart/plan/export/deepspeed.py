@@ -40,7 +40,7 @@ def deepspeed(plan: Plan) -> Exported:
         "train_batch_size": plan.global_batch,
         "train_micro_batch_size_per_gpu": plan.micro_batch // plan.dp,
         "gradient_accumulation_steps": plan.micro_batches,
-        "zero_optimization": {"stage": _zero(plan, differences)},
+        "zero_optimization": _zero(plan, differences),
         **_optimizer(plan, by_hand),
         **_precision(plan, differences),
         **_tensor(plan, differences),
@@ -50,11 +50,18 @@ def deepspeed(plan: Plan) -> Exported:
     return Exported(json.dumps(data, indent=2) + "\n", tuple(differences), tuple(by_hand))
 
 
-def _zero(plan: Plan, differences: list[str]) -> int:
+def _zero(plan: Plan, differences: list[str]) -> dict[str, Any]:
+    level = plan.zero
     if plan.pp > 1 and plan.zero > 1:
         differences.append(f"zero {plan.zero} with a pipeline; DeepSpeed has levels 0 and 1 there, and this says 1")
-        return 1
-    return plan.zero
+        level = 1
+    if plan.offload == "none":
+        return {"stage": level}
+    if level == 0:
+        differences.append(
+            "the optimizer is on the host without ZeRO; DeepSpeed offloads from level 1 on, and this says 1"
+        )
+    return {"stage": max(level, 1), "offload_optimizer": {"device": "cpu", "pin_memory": True}}
 
 
 def _optimizer(plan: Plan, by_hand: list[str]) -> dict[str, Any]:

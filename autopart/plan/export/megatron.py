@@ -95,6 +95,8 @@ def _degrees(plan: Plan, differences: list[str]) -> Flags:
             yield ("--sequence-parallel",)
         elif shared is None:
             differences.append("some norms work on a share of the sequence; --sequence-parallel is all or nothing")
+    if plan.offload != "none":
+        differences.append("the optimizer's states are on the host; Megatron has --optimizer-cpu-offload, not set here")
     if plan.dp > 1 and plan.zero == 1:
         yield ("--use-distributed-optimizer",)
     elif plan.dp > 1 and plan.zero in FSDP_STRATEGIES:

@@ -89,6 +89,11 @@ def _training(plan: Plan, differences: list[str], by_hand: list[str]) -> dict[st
 
 def _data(plan: Plan, differences: list[str]) -> dict[str, Any]:
     """The degrees of DDP (ZeRO 0, neither pp nor tp) or of FSDP."""
+    if plan.offload != "none":
+        differences.append(
+            "the optimizer's states are on the host; torchtitan's training.enable_cpu_offload moves parameters and "
+            "gradients there too, and is not set here"
+        )
     if plan.dp == 1 or (plan.zero == 0 and plan.pp == plan.tp == 1):
         return {"data_parallel_replicate_degree": plan.dp, "data_parallel_shard_degree": 1}
     if plan.zero == 0:

@@ -6,8 +6,8 @@ from autopart.hardware.mesh import usable_bytes
 from autopart.plan.fields import PlanFields
 from autopart.plan.report.drawing import LETTER, WIDTH, Figure, Scale, byte_tick_text, stairs, tick_text
 from autopart.plan.report.extras import Extras
-from autopart.plan.search_summary import SearchMoment
-from autopart.plan.units import bytes_text, seconds_text
+from autopart.plan.search_summary import PointPlan, SearchMoment
+from autopart.plan.units import bytes_text, seconds_text, zero_text
 
 LEFT, TOP, HEIGHT = 74, 22, 190
 """Units left of the axis, above it, and of the axis upwards."""
@@ -84,21 +84,22 @@ class Dot:
 def alternatives(plan: PlanFields, extras: Extras | None) -> list[Dot]:
     """The plan, the plans of other points that its search found, and the best of other degrees where `extras` has
     them; the fastest first, one of each point."""
-    name = _name(plan.pp, plan.dp, plan.tp, plan.micro_batch, plan.zero)
+    name = _name(plan, plan.offload == "optimizer")
     dots = {name: Dot(name, plan.step_seconds, max(plan.memory_bytes), True)}
     for point in plan.search.compared if plan.search else ():
-        name = _name(point.pp, point.dp, point.tp, point.micro_batch, point.zero)
+        name = _name(point, point.offload)
         if point.seconds is not None and point.memory_bytes is not None:
             dots.setdefault(name, Dot(name, point.seconds, point.memory_bytes, False))
     for row in extras.alternatives if extras else ():
         if row.seconds is not None and row.memory_bytes is not None:
-            name = _name(row.pp, row.dp, row.tp, row.micro_batch, row.zero)
+            name = _name(row, row.offload)
             dots.setdefault(name, Dot(name, row.seconds, row.memory_bytes, False))
     return sorted(dots.values(), key=lambda dot: dot.seconds)
 
 
-def _name(pp: int, dp: int, tp: int, micro_batch: int, zero: int) -> str:
-    return f"pp={pp} dp={dp} tp={tp}, micro-batch {micro_batch}, ZeRO {zero}"
+def _name(at: PlanFields | PointPlan, offload: bool) -> str:
+    state = zero_text(at.zero, offload)
+    return f"pp={at.pp} dp={at.dp} tp={at.tp}, micro-batch {at.micro_batch}, {state}"
 
 
 def alternatives_figure(plan: PlanFields, dots: list[Dot]) -> Figure | None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from autopart.cost.collectives import p2p_seconds
+from autopart.cost.offload import OFFLOADS
 from autopart.cost.training_state import (
     MASTERS,
     OPTIMIZER_STATES,
@@ -37,8 +38,9 @@ from autopart.plan.schedules import SCHEDULES, in_flight
 from autopart.plan.signature import Signature
 from autopart.plan.stages import PlanStage
 from autopart.planner.cuts import spans_of
+from autopart.planner.explain.host_findings import host_findings, traffic_findings
 from autopart.planner.memory_tree import StageMemory
-from autopart.planner.stage_parameters import Parameter, distinct, parameters
+from autopart.planner.stage_parameters import Parameter, distinct, on_host, parameters
 from autopart.planner.validate import choices_of, stage_findings, strategy_findings
 from autopart.sharding.rules import has_rule
 
@@ -56,7 +58,7 @@ several blocks save even where only one of these blocks is recomputed."""
 
 REQUESTED = (
     *("pp", "dp", "tp", "micro_batch", "global_batch", "zero", "schedule"),
-    *("precision", "master", "optimizer"),
+    *("precision", "master", "optimizer", "offload"),
 )
 """Settings of a plan that must equal those of its request."""
 
@@ -102,7 +104,13 @@ def _settings(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
         yield f"micro-batch: {plan.micro_batch} does not divide {plan.global_batch}, or dp={plan.dp} not that"
     if plan.zero not in range(4):
         yield f"zero: {plan.zero} is no level"
-    for name, known in (("schedule", SCHEDULES), ("optimizer", OPTIMIZER_STATES), ("precision", DTYPES)):
+    known_names = (
+        ("schedule", SCHEDULES),
+        ("optimizer", OPTIMIZER_STATES),
+        ("precision", DTYPES),
+        ("offload", OFFLOADS),
+    )
+    for name, known in known_names:
         if getattr(plan, name) not in known:
             yield f"{name}: {getattr(plan, name)!r} is not known"
     if plan.master is not None and (plan.master not in MASTERS or widening(plan.precision, plan.master) <= 1):
@@ -159,13 +167,17 @@ def _numbers(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
         for part, value in times.items():
             if not _agree(getattr(stage, part), value):
                 yield f"{name}: {part} are {value}, the plan says {getattr(stage, part)}"
-        yield from _memory(plan, _stage_memory(plan, layered, choices, graph, span), stage.memory, name)
+        memory = _stage_memory(plan, layered, choices, graph, span)
+        yield from _memory(plan, memory, stage.memory, name)
+        yield from host_findings(plan, on_host(memory.reads, _training(plan)), stage.host_bytes, name)
         yield from _printed(stage, layered, segments, span, name)
         sends = _sends(plan, graph)
         pairs = zip(stage.sends, sends, strict=False)
         alike = all(stated[:2] == made[:2] and _agree(stated[2], made[2]) for stated, made in pairs)
         if len(stage.sends) != len(sends) or not alike:
             yield f"{name}: sends {sends}, the plan says {list(stage.sends)}"
+        read = distinct(_reads(layered, choices, span, graph))
+        yield from traffic_findings(stage, segments, read, span, _training(plan), name)
         seconds.append(times["forward_seconds"] + times["backward_seconds"] + times["send_seconds"])
         seconds[-1] += times["sync_seconds"] / amortization(plan.zero, m, plan.pp)
     step = sum(seconds) + (m - 1) * max(seconds)
@@ -195,7 +207,7 @@ def _seconds(
         sync += training.sync_seconds(nbytes, over_dp)
         sync += update_seconds(nbytes, record.grad, over_dp, training, device)
         if over_tp:
-            sync += training.partial_sync_seconds(nbytes, plan.mesh.group(1, plan.tp))
+            sync += training.partial_sync_seconds(nbytes, over_dp, plan.mesh.group(1, plan.tp))
     sync -= (
         training.backwards
         * device.overlapped_share
@@ -250,9 +262,10 @@ def _message_seconds(plan: Plan, crossing: Crossing) -> float:
 
 def _training(plan: Plan) -> Training:
     group, wide = plan.mesh.group(plan.tp, plan.dp), widening(plan.precision, plan.master)
-    kernel = step_kernel(plan.optimizer, plan.precision, plan.master, plan.mesh.device, plan.no_fuse)
-    together = plan.mesh.device.type != "cpu"
-    return Training(plan.optimizer, plan.zero, group, plan.micro_batches, wide, together, kernel)
+    offload = plan.offload == "optimizer"
+    kernel = step_kernel(plan.optimizer, plan.precision, plan.master, plan.mesh.device, plan.no_fuse, offload)
+    gpu, m = plan.mesh.device.type != "cpu", plan.micro_batches
+    return Training(plan.optimizer, plan.zero, group, m, wide, gpu, kernel, offload, apart=gpu)
 
 
 def _reads(layered: LayeredGraph, choices: ShardingAssignment, span: range, graph: StageGraph) -> list[list[Parameter]]:

@@ -58,6 +58,7 @@ def decided(plan: Plan, source: Source) -> tuple[SearchSpace, SearchResult]:
         precision=plan.precision,
         master=plan.master,
         optimizer=plan.optimizer,
+        offload=plan.offload,
         must_fit=False,
     )
     replace(request, pp=plan.pp, dp=plan.dp, tp=plan.tp).check(plan.mesh)
@@ -65,7 +66,7 @@ def decided(plan: Plan, source: Source) -> tuple[SearchSpace, SearchResult]:
         raise PartitionError(f"{plan.micro_batch} samples do not divide over dp={plan.dp} ranks")
     layered = source.like(plan)
     space = SearchSpace(layered, plan.mesh, request)
-    point = SearchPoint(plan.pp, plan.dp, plan.tp, plan.micro_batch, plan.zero)
+    point = SearchPoint(plan.pp, plan.dp, plan.tp, plan.micro_batch, plan.zero, plan.offload == "optimizer")
     if wrong := list(stage_findings(plan, layered)):
         raise PartitionError("the plan has no price", few(wrong, joint="; "))
     options = [_chosen(space, point, splits) for splits in plan.splits]

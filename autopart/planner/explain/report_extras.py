@@ -69,4 +69,6 @@ def alternatives(explained: Explanation) -> Iterator[AlternativeRow]:
             yield AlternativeRow(pp, dp, tp, 0, 0, None, search.bound, None)
             continue
         samples, zero = found.point.micro_batch, found.point.zero
-        yield AlternativeRow(pp, dp, tp, samples, zero, found.seconds, found.bound, max(found.peak_bytes))
+        yield AlternativeRow(
+            pp, dp, tp, samples, zero, found.seconds, found.bound, max(found.peak_bytes), offload=found.point.offload
+        )  # fmt: skip

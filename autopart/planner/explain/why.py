@@ -36,7 +36,7 @@ from autopart.planner.request import Request, Settings, read_constraints
 from autopart.planner.search_points import SearchPoint
 from autopart.planner.search_space import SearchSpace
 from autopart.planner.write_plan import write_out
-from autopart.planner.zero_levels import zero_levels
+from autopart.planner.zero_levels import settings_of
 from autopart.sharding.notation import Strategy
 from autopart.sharding.strategy_table import Node
 
@@ -286,7 +286,6 @@ def explain_traced(source: Source, mesh: Mesh, request: Request, on_progress: On
     """`explain` for a source, which may be traced already."""
     plan, search, found = explored(source, mesh, request, on_progress)
     space, samples = search.space, request.global_batch
-    levels = (replace(point, zero=zero) for point in space.points() for zero in zero_levels(space, point))
-    tried = [at for at in levels if space.known_bound(at)]
+    tried = [at for point in space.points() for at in settings_of(space, point) if space.known_bound(at)]
     near = sorted(tried, key=lambda p: (space.known_bound(p) * p.step_factor(samples), p))
     return Explanation(space, found, plan, tuple(near))

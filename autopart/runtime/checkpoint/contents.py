@@ -37,9 +37,9 @@ class StageSummary:
 
 def model_entries(compiled: RankState) -> Entries:
     """Weights, of which the optimizer's slice or copy counts, and buffers of the model's state dict."""
-    trained_as, origins = compiled.executor.shared.trained_as, compiled.origins
+    best_of, origins = compiled.executor.shared.best_of, compiled.origins
     saved = {compiled.aliases.get(name, name) for name in compiled.model.state_dict()}
-    shares: list[Any] = [trained_as.get(weight, weight) for _, weight in compiled.stage.named_parameters()]
+    shares: list[Any] = [best_of(weight) for _, weight in compiled.stage.named_parameters()]
     found = [(share, share.origin) for share in shares]
     found += [(value, origins[path]) for path, value in compiled.stage.named_buffers() if origins[path].name in saved]
     return {f"{MODEL}/{origin.name}": (value, origin) for value, origin in found if 0 not in origin.whole}

@@ -72,7 +72,7 @@ def _empty_states(stored: Mapping[str, Any], executor: Executor) -> dict[tuple[s
     States that the optimizer has are freed."""
     assert executor.optimizer is not None
     executor.optimizer.state.clear()
-    shares: dict[str, Any] = {share.origin.name: share for share in executor.shared.trained}
+    shares: dict[str, Any] = {share.origin.name: share for share in executor.shared.stepped_as.values()}
     found: dict[tuple[str, str], tuple[Tensor, Origin]] = {}
     for entry, tensor in stored.items():
         kind, _, rest = entry.partition("/")

@@ -76,8 +76,8 @@ PLANS: Mapping[str, Callable[[Any, Setting], dict[str, Any]]] = {"gpt2": paralle
 def build(setting: Setting) -> tuple[Step, str]:
     """All ranks split every layer; embedding and loss are split by vocabulary."""
     model: Any = setting.copy_of_model()
-    tied = model.config.tie_word_embeddings
     plan = PLANS[name_of(model)](model, setting)
+    tied = model.config.tie_word_embeddings
     model = parallelize_module(model, setting.device_mesh(("tp", setting.size)), plan)
     if tied:  # which parallelize_module splits apart: each style makes a parameter of its own
         model.lm_head.weight = model.transformer.wte.weight

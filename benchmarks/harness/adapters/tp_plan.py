@@ -14,7 +14,7 @@ def build(setting: Setting) -> tuple[Step, str]:
     """`from_pretrained` with tp_plan="auto" over all ranks. Raises NotExpressibleError where the class has no plan."""
     from transformers.distributed import DistributedConfig
 
-    if not setting.model.supports_tp_plan:
+    if not getattr(setting.model, "supports_tp_plan", False):
         raise NotExpressibleError(f"{type(setting.model).__name__} has no tp_plan in transformers")
     with tempfile.TemporaryDirectory() as own:
         folders = [own]

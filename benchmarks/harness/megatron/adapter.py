@@ -27,6 +27,7 @@ def degrees(ranks: int) -> Iterator[tuple[int, int]]:
 def build(setting: Setting, pp: int, tp: int, sequence: bool = False) -> tuple[Step, str]:
     """Plain tensor parallelism, or sequence parallelism too. Raises NotExpressibleError where sizes do not divide."""
     model: Any = setting.copy_of_model()
+    make_stage = STAGES[name_of(model)]
     config, parts = model.config, setting.micro_batches if pp > 1 else 1
     batch = setting.whole_batch()
     samples, tokens = batch["input_ids"].shape
@@ -34,7 +35,7 @@ def build(setting: Setting, pp: int, tp: int, sequence: bool = False) -> tuple[S
     if any(a % b for a, b in divides) or config.num_hidden_layers < pp:
         raise NotExpressibleError(f"heads, vocabulary, tokens, samples or layers do not divide by pp={pp}, tp={tp}")
     place = Place.of(pp, tp, sequence)
-    stage = STAGES[name_of(model)](model, place)
+    stage = make_stage(model, place)
     pipeline = Pipeline(stage, place, batch["input_ids"].chunk(parts), batch["labels"].chunk(parts), config.hidden_size)
     optimizer = setting.optimizer_of(stage.parameters())
 
