@@ -206,5 +206,5 @@ def dropout_attention(
     rows, columns, threshold, dropout_scale = dropout_hashes(p, source, whole, batch, **axes)
     bias = mask if mask is not None and mask.requires_grad else None
     given = None if bias is not None else mask
-    constants = scale, causal, 0, 0.0, threshold, dropout_scale
-    return attention(query, key, value, given, None, None, bias, rows, columns, *constants)
+    constants = scale, causal, 0, 0.0, False, threshold, dropout_scale
+    return attention(query, key, value, given, None, bias, None, None, rows, columns, *constants)
