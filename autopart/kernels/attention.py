@@ -1,8 +1,8 @@
 """Attention without scores in memory: softmax(scale q k^T + masks) v, with dropout of the softmax.
 
     s = scale q k^T                         scores of a query i and a key j; then cap tanh(s / cap) where there is a cap
-    s + bias + relative[j - i] + mask       learned biases, T5's by relative place (Raffel et al. 2020), an additive mask
-    p = 2^(s log2(e) - lse)                 lse: log2 of the sum of 2^(s log2(e)) over the keys that are seen and a sink
+    s + bias + relative[j - i] + mask       learned biases, T5's by place (Raffel et al. 2020), an additive mask
+    p = 2^(s log2(e) - lse)                 lse: log2 of the sum of 2^(s log2(e)) over keys that are seen and a sink
     out = m p v                             m = dropout_scale where the hash of (i, j) keeps an element, else 0
     ds = p (m dout v^T - sum(dout out))     dq = scale ds k, dk = scale ds^T q, dv = (m p)^T dout, dbias = sum of ds
 
@@ -16,8 +16,8 @@ queries and G of keys, of D elements (E those of values) and `itemsize` bytes, t
     forward   itemsize B (H Q (D + E) + G K (D + E)) + 4 B H Q            read q, k, v, write out, lse (float32)
     backward  itemsize B (2 H Q (D + E) + 2 G K (D + E)) + 4 B H Q        read q, k, v, out, dout, lse, write dq, dk, dv
 
-and as much as masks and biases have, read once forward and once backward; a bias's gradient is written once. The sums of
-dout out, a float32 for each query, are left out. With dropout int32 hashes of queries and keys are read too.
+and as much as masks and biases have, read once forward and once backward; a bias's gradient is written once. The sums
+of dout out, a float32 for each query, are left out. With dropout int32 hashes of queries and keys are read too.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from autopart.kernels import attention_bias, attention_triton
-from autopart.kernels.attention_facts import bytes_moved, kept, rule
+from autopart.kernels.attention_facts import bytes_moved, kept
 from autopart.kernels.attention_reference import reference
 from autopart.kernels.attention_tiles import compile_ahead, tiles
 from autopart.kernels.kernel import Kernel
@@ -39,9 +39,9 @@ LOG2E = 1.4426950408889634
 
 def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, padding: Tensor | None = None,
-    bias: Tensor | None = None, relative: Tensor | None = None, sinks: Tensor | None = None,
-    rows: Tensor | None = None, columns: Tensor | None = None, scale: float = 1.0, causal: bool = False,
-    window: int = 0, cap: float = 0.0, even: bool = False, threshold: int = 0, dropout_scale: float = 1.0,
+    bias: Tensor | None = None, relative: Tensor | None = None, sinks: Tensor | None = None, scale: float = 1.0,
+    causal: bool = False, window: int = 0, cap: float = 0.0, even: bool = False, rows: Tensor | None = None,
+    columns: Tensor | None = None, threshold: int = 0, dropout_scale: float = 1.0,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of query (B, H, Q, D), key (B, G, K, D) and value (B, G, K, E): shape (B, H, Q, E). By the Triton
@@ -53,14 +53,14 @@ def attention(
     bias             (1 or B, 1 or H, Q, K), added to the scaled scores, with a gradient
     relative         (H, Q + K - 1): relative[j - i + Q - 1] is added to the score of query i and key j, with a gradient
     sinks            (H,): a score of each head beside those of the keys, of no value, with a gradient
-    rows, columns    (B, H, Q) and (K,) int32: hashes of places, by which dropout draws (`autopart.kernels.dropout`);
-                     None without dropout
     scale            of the products
     causal           query i sees the keys up to i + K - Q
     window           if positive, query i sees keys less than `window` away from i + K - Q
     cap              if positive, scores are cap tanh(s / cap) before anything is added (Gemma 2)
     even             a query that sees no key weighs all keys alike, as where the least number of the dtype is added to
                      the scores of keys that are hidden, in place of biases
+    rows, columns    (B, H, Q) and (K,) int32: hashes of places, by which dropout draws (`autopart.kernels.dropout`);
+                     None without dropout
     threshold        of dropout: a hash below it drops
     dropout_scale    by which dropout multiplies what it keeps; without rows it has no effect
     compute_dtype    of the softmax, in ``reference``; None for query's dtype
@@ -72,9 +72,11 @@ def attention(
     """
     tensors = (query, key, value, mask, padding, bias, relative, sinks, rows, columns)
     if _kernels_apply(*tensors):
-        constants = (float(scale), causal, window, float(cap), even and sinks is None, threshold, float(dropout_scale))
-        return torch.ops.autopart.attention(*tensors, *constants)[0]
-    return reference(*tensors, scale, causal, window, cap, even, threshold, dropout_scale, compute_dtype)
+        places = (float(scale), causal, window, float(cap), even and sinks is None)
+        return torch.ops.autopart.attention(*tensors, *places, threshold, float(dropout_scale))[0]
+    given = (query, key, value, mask, padding, bias, relative, sinks)
+    drawn = (rows, columns, threshold, dropout_scale)
+    return reference(*given, scale, causal, window, cap, even, *drawn, compute_dtype)
 
 
 def _kernels_apply(
@@ -243,7 +245,7 @@ def _arguments(
 KERNEL = Kernel(
     function=attention,
     reference=reference,
-    rule=rule,
+    rule="",
     kept=kept,
     bytes_moved=bytes_moved,
     ahead=compile_ahead,
@@ -258,3 +260,4 @@ KERNEL = Kernel(
         "a bias of pairs": {"d": 64, "causal": False, "bias": True, "dropout": True},
     },
 )
+"""Its rule is in `autopart.sharding.rules.attention`."""

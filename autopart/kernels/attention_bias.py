@@ -116,8 +116,8 @@ def relative_gradient(  # type: ignore[no-untyped-def]
 
 
 def along_diagonals(sums: torch.Tensor, queries: int, keys: int) -> torch.Tensor:
-    """Sums of tiles (heads, N, t, t) of scores, tile n of keys n + 1 - ceil(queries / t) tiles from the queries, as sums
-    along diagonals: (heads, queries + keys - 1)."""
+    """Sums of tiles (heads, N, t, t) of scores as sums along diagonals, (heads, queries + keys - 1). The keys of tile n
+    are n + 1 - ceil(queries / t) tiles from its queries."""
     heads, count, t, _ = sums.shape
     rows = torch.nn.functional.pad(sums.flip(2), (0, t)).flatten(2)[..., :-t]
     diagonals = torch.nn.functional.pad(rows.view(heads, count, t, 2 * t - 1).sum(2), (0, 1))

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from autopart.kernels.kernel import Bytes
 
-TENSORS = ("query", "key", "value", "mask", "padding", "bias", "relative", "sinks", "rows", "columns")
-"""The tensors among the arguments, in order."""
-CAUSAL, WINDOW = 11, 12
+TENSORS = ("query", "key", "value", "mask", "padding", "bias", "relative", "sinks")
+"""The tensors among a graph's arguments, in order; constants follow."""
+CAUSAL, WINDOW = 9, 10
 """Places of these arguments."""
 
 
@@ -21,7 +21,7 @@ def rule(args: tuple[Any, ...], outputs: Sequence[Sequence[int]]) -> str:
 
     args  the call's arguments, with the shapes of tensors in their place and None for what is left out
     """
-    given = dict(zip(TENSORS, (*args, *[None] * 10), strict=False))
+    given = dict(zip(TENSORS, (*args, *[None] * 8), strict=False))
     query, key = given["query"], given["key"]
     heads = "(h g)" if query[1] > key[1] > 1 else "h"
     q = "q!" if any(args[CAUSAL : WINDOW + 1]) or given["relative"] is not None else "q"
@@ -34,10 +34,26 @@ def rule(args: tuple[Any, ...], outputs: Sequence[Sequence[int]]) -> str:
     texts = {
         "query": f"b {heads} {q} d!", "key": "b h k! d!", "value": "b h k! e!", "mask": added("mask"),
         "padding": "b k!", "bias": added("bias"), "relative": f"{heads} r!", "sinks": heads,
-        "rows": f"b {heads} {q}", "columns": "k!",
     }  # fmt: skip
     inputs = ("-" if given[name] is None else texts[name] for name in TENSORS)
     return f"{', '.join(inputs)} -> b {heads} {q} e!"
+
+
+def flops(args: tuple[Any, ...], outputs: Sequence[Sequence[int]]) -> float:
+    """Both products of every query with the keys that its places let it see."""
+    batch, heads, queries, d = args[0]
+    return 2.0 * batch * heads * pairs(queries, args[1][2], *_places(args)) * (d + args[2][3])
+
+
+def keys_seen(args: tuple[Any, ...]) -> tuple[float, bool]:
+    """The keys of a query, and whether half of them are masked: of a window the mean number of keys."""
+    queries, keys, (causal, window) = args[0][2], args[1][2], _places(args)
+    return (pairs(queries, keys, causal, window) / queries, False) if window else (keys, causal)
+
+
+def _places(args: tuple[Any, ...]) -> tuple[bool, int]:
+    causal, window = (*args, *[None] * 11)[CAUSAL : WINDOW + 1]
+    return bool(causal), window or 0
 
 
 @lru_cache

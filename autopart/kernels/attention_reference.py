@@ -8,9 +8,9 @@ from autopart.kernels.dropout import dropped
 
 def reference(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, padding: Tensor | None = None,
-    bias: Tensor | None = None, relative: Tensor | None = None, sinks: Tensor | None = None,
-    rows: Tensor | None = None, columns: Tensor | None = None, scale: float = 1.0, causal: bool = False,
-    window: int = 0, cap: float = 0.0, even: bool = False, threshold: int = 0, dropout_scale: float = 1.0,
+    bias: Tensor | None = None, relative: Tensor | None = None, sinks: Tensor | None = None, scale: float = 1.0,
+    causal: bool = False, window: int = 0, cap: float = 0.0, even: bool = False, rows: Tensor | None = None,
+    columns: Tensor | None = None, threshold: int = 0, dropout_scale: float = 1.0,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention as models write it, with a softmax in ``compute_dtype``, or in query's dtype when that is None.

@@ -20,9 +20,10 @@ def forward(  # type: ignore[no-untyped-def]
     q, k, v, out, lse, bias, mask, padding, relative, sinks, rows, columns, q_b, q_h, q_i, k_b, k_h, k_j, v_b, v_h, v_j,
     bias_b, bias_h, bias_i, bias_j, mask_b, mask_h, mask_i, mask_j, heads, group, queries, keys, window, scale, cap,
     threshold, share, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr,
-    MASK: tl.constexpr, PADDING: tl.constexpr, RELATIVE: tl.constexpr, SINKS: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
-    E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    STAGES: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, FLOAT: tl.constexpr,
+    MASK: tl.constexpr, PADDING: tl.constexpr, RELATIVE: tl.constexpr, SINKS: tl.constexpr, EVEN: tl.constexpr,
+    DROPOUT: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    FLOAT: tl.constexpr,
 ):  # fmt: skip
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
     h = tl.program_id(1).to(tl.int64)
@@ -91,9 +92,9 @@ def query(  # type: ignore[no-untyped-def]
     v_b, v_h, v_j, dout_b, dout_h, dout_i, bias_b, bias_h, bias_i, bias_j, mask_b, mask_h, mask_i, mask_j, heads,
     group, queries, keys, window, scale, cap, threshold, share, factor, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     CAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr, RELATIVE: tl.constexpr,
-    EVEN: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    FLOAT: tl.constexpr,
+    EVEN: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
     h = tl.program_id(1).to(tl.int64)
@@ -145,13 +146,13 @@ def query(  # type: ignore[no-untyped-def]
 
 @jit
 def key(  # type: ignore[no-untyped-def]
-    q, k, v, dout, lse, delta, dk, dv, bias, mask, padding, relative, unseen, rows, columns, q_b, q_h, q_i, k_b, k_h, k_j,
-    v_b, v_h, v_j, dout_b, dout_h, dout_i, bias_b, bias_h, bias_i, bias_j, mask_b, mask_h, mask_i, mask_j, heads,
+    q, k, v, dout, lse, delta, dk, dv, bias, mask, padding, relative, unseen, rows, columns, q_b, q_h, q_i, k_b, k_h,
+    k_j, v_b, v_h, v_j, dout_b, dout_h, dout_i, bias_b, bias_h, bias_i, bias_j, mask_b, mask_h, mask_i, mask_j, heads,
     group, queries, keys, window, scale, cap, threshold, share, factor, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     CAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr, RELATIVE: tl.constexpr,
-    EVEN: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    FLOAT: tl.constexpr,
+    EVEN: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0) * KEYS
     b = tl.program_id(2).to(tl.int64)

@@ -198,5 +198,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
     "topk_softmax": tuple(_sparse_softmaxes()),
     "linear_loss": tuple(_heads()),
     "scan": tuple(_scans()),
+    "attention": (),
 }
-"""Name of a kernel -> its forms. A kernel that is not here stands in no graph: the runtime calls it."""
+"""Name of a kernel -> its forms. Attention has no form: `passes/fuse_attention.py` finds it.
+A kernel that is not here stands in no graph: the runtime calls it."""

@@ -2,6 +2,7 @@
 
 from autopart.kernels import (
     activation,
+    attention,
     clamped_experts,
     expert_load,
     experts,
@@ -39,6 +40,7 @@ KERNELS: dict[str, Kernel] = {
         linear_loss.KERNEL,
         scan.KERNEL,
         *softmax.KERNELS,
+        attention.KERNEL,
     )
     if kernel.name in FORMS
 }

@@ -180,7 +180,8 @@ def _fused_attention(new: New, node: fx.Node, stream: Stream) -> fx.Node:
     """Attention with dropout as one operator."""
     query, key, value, mask, p, causal = _all_arguments(node, 3, None, 0.0, False)
     scale = node.kwargs.get("scale") or 1 / math.sqrt(info(query).shape[-1])
-    attention = new(dropout_attention, query, key, value, mask, p, causal, scale, stream)
+    given = (query, key, value, mask, *[None] * 4)
+    attention = new(dropout_attention, *given, scale, causal, 0, 0.0, False, p, stream)
     update_info(attention, kernel=ATTENTION)
     return attention
 
