@@ -123,8 +123,7 @@ def _forward(
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
     given = (query, key, value, mask, padding, bias, relative, sinks, rows, columns)
     arguments = _arguments(*given, scale, causal, window, cap, even, threshold, dropout_scale)
-    plain = bias is None and mask is None and relative is None
-    options = tiles("forward" if plain else "added", query.shape[-1], value.shape[-1], query.dtype)
+    options = tiles("forward", query.shape[-1], value.shape[-1], query.dtype, _added(arguments))
     sink = {"sinks": arguments["q"] if sinks is None else sinks.contiguous(), "SINKS": sinks is not None}
     programs = (-(-queries // options["QUERIES"]), heads, batch)
     launch(attention_triton.forward, programs, arguments.pop("q"), **arguments, **sink, out=out, lse=lse, **options)
@@ -147,10 +146,10 @@ def _backward(
     arguments |= dict(zip(("dout_b", "dout_h", "dout_i"), g.stride(), strict=False))
     delta = arguments["delta"] = torch.empty_like(lse)
     dq, dk, dv = _heads_last(query, queries, d), _heads_last(key, keys, d), _heads_last(value, keys, e)
-    options = tiles("query", d, e, query.dtype)
+    options = tiles("query", d, e, query.dtype, _added(arguments))
     programs = (-(-queries // options["QUERIES"]), heads, batch)
     launch(attention_triton.query, programs, first, **arguments, out=out, dq=dq, factor=scale, **options)
-    options = tiles("key", d, e, query.dtype)
+    options = tiles("key", d, e, query.dtype, _added(arguments))
     programs = (-(-keys // options["KEYS"]), served, batch)
     unseen = torch.isneginf(lse).flatten(1).any(1) if even else lse
     launch(attention_triton.key, programs, first, **arguments, unseen=unseen, dk=dk, dv=dv, factor=scale, **options)
@@ -206,6 +205,11 @@ def _heads_last(x: Tensor, n: int, width: int) -> Tensor:
     """An empty tensor (samples, heads, n, width), in memory (samples, n, heads, width): a reshape to all heads takes no
     copy."""
     return torch.empty(x.shape[0], n, x.shape[1], width, dtype=x.dtype, device=x.device).transpose(1, 2)
+
+
+def _added(arguments: dict[str, Any]) -> bool:
+    """Whether the kernels read a mask or a bias."""
+    return any(arguments[name] for name in ("BIAS", "MASK", "RELATIVE"))
 
 
 def _arguments(

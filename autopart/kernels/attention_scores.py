@@ -83,6 +83,22 @@ def chances(s, norm, j, keys, EVEN: tl.constexpr):  # type: ignore[no-untyped-de
 
 
 @jit
+def with_all_values(  # type: ignore[no-untyped-def]
+    sums, blind, row, columns, v, v_j, keys, threshold, DROPOUT: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
+    KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, FLOAT: tl.constexpr,
+):  # fmt: skip
+    """sums, to which the values of all keys are added where a query is `blind`."""
+    every = tl.where(tl.max(blind.to(tl.int32), 0) > 0, keys, 0)
+    for n in tl.range(0, every, KEYS, num_stages=STAGES):
+        j = n + tl.arange(0, KEYS)
+        p = tl.where(blind[:, None] & (j < keys)[None, :], 1.0, 0.0)
+        if DROPOUT:
+            p = dropped(p, row, tl.load(columns + j, mask=j < keys, other=0)[None, :], threshold)
+        sums = product(p.to(v.dtype.element_ty), tile(v, j, v_j, keys, E, BLOCK_E), sums, PRECISION, FLOAT)
+    return sums
+
+
+@jit
 def key_range(  # type: ignore[no-untyped-def]
     start, offset, window, keys, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr,
     KEYS: tl.constexpr,

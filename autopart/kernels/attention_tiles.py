@@ -10,20 +10,23 @@ from autopart.kernels.launch import TRITON_NAMES, interprets, power_of_two
 
 TILES = {
     ("forward", 2): {64: (128, 64, 8, 1), 128: (128, 64, 8, 0), 256: (64, 32, 8, 1)},
-    ("added", 2): {64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (64, 32, 8, 1)},
+    ("forward added", 2): {64: (64, 64, 8, 1), 128: (64, 32, 8, 1), 256: (64, 32, 8, 1)},
     ("query", 2): {64: (128, 64, 8, 1), 128: (64, 64, 8, 1), 256: (64, 32, 8, 1)},
+    ("query added", 2): {64: (64, 64, 8, 1), 128: (64, 64, 8, 1), 256: (64, 32, 8, 1)},
     ("key", 2): {64: (32, 128, 8, 1), 128: (32, 64, 8, 0), 256: (32, 32, 8, 1)},
-    ("bias", 2): {64: (64, 64, 8, 0), 128: (64, 32, 8, 0), 256: (32, 32, 4, 0)},
+    ("key added", 2): {64: (32, 64, 8, 1), 128: (16, 64, 8, 0), 256: (32, 32, 8, 1)},
+    ("bias", 2): {64: (64, 32, 8, 0), 128: (64, 32, 8, 0), 256: (32, 32, 4, 0)},
     ("relative", 2): {64: (64, 64, 8, 0), 128: (32, 32, 4, 0), 256: (32, 32, 4, 0)},
     ("forward", 4): {64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 0)},
-    ("added", 4): {64: (64, 32, 8, 0), 128: (32, 32, 8, 0), 256: (16, 32, 8, 0)},
+    ("forward added", 4): {64: (64, 32, 8, 0), 128: (32, 32, 8, 0), 256: (16, 32, 8, 0)},
     ("query", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 0), 256: (16, 32, 8, 0)},
     ("key", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 0), 256: (16, 16, 4, 0)},
     ("bias", 4): {64: (32, 32, 8, 0), 128: (32, 32, 8, 0), 256: (16, 16, 4, 0)},
     ("relative", 4): {64: (32, 32, 8, 0), 128: (32, 32, 8, 0), 256: (16, 16, 4, 0)},
 }
 """(Kernel, bytes of an element) -> width up to which it holds -> queries and keys of a tile, warps, and whether a loop
-of its own goes over the tiles whose queries see all keys. "added" is the forward with a bias or an added mask.
+of its own goes over the tiles whose queries see all keys. "added": with a bias or a mask, where that has tiles of its
+own.
 
 The tiles are the largest of those tried whose kernels spill no registers in half precision at `KERNEL.shapes`. In
 float32 products are sums of three in tf32, and wide heads spill some."""
@@ -32,9 +35,10 @@ float32 products are sums of three in tf32, and wide heads spill some."""
 _HALVES = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "bias", "dbias", "relative", "sinks")
 
 
-def tiles(kernel: str, d: int, e: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The constants of a kernel for widths d of keys and e of values, and its warps."""
-    by_width = TILES[kernel, dtype.itemsize]
+def tiles(kernel: str, d: int, e: int, dtype: torch.dtype, added: bool = False) -> dict[str, Any]:
+    """The constants of a kernel for widths d of keys and e of values, and its warps. `added`: with a bias or a mask."""
+    name = f"{kernel} added" if added and (f"{kernel} added", dtype.itemsize) in TILES else kernel
+    by_width = TILES[name, dtype.itemsize]
     queries, keys, warps, split = by_width[next(width for width in by_width if max(d, e) <= width)]
     return {
         "D": d, "E": e, "BLOCK_D": max(power_of_two(d), 16), "BLOCK_E": max(power_of_two(e), 16), "QUERIES": queries,
@@ -66,7 +70,7 @@ def compile_ahead(
     kernels |= {"relative": attention_bias.relative_gradient} if relative else {}
     usage = {}
     for name, kernel in kernels.items():
-        chosen = tiles("added" if name == "forward" and (bias or mask or relative) else name, d, e or d, dtype)
+        chosen = tiles(name, d, e or d, dtype, bool(bias or mask or relative))
         warps = chosen.pop("num_warps")
         aligned = {*types, *strides, "queries", "keys"}
         usage[name] = compile_kernel(kernel, signature, flags | chosen, capability, warps, aligned)

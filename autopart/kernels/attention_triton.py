@@ -9,7 +9,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from autopart.kernels.attention_scores import chances, dropped, key_range, product, query_range, scored, tile
+from autopart.kernels.attention_scores import (
+    chances,
+    dropped,
+    key_range,
+    product,
+    query_range,
+    scored,
+    tile,
+    with_all_values,
+)
 from autopart.kernels.launch import jit
 
 tl: Any = None  # triton.language, which jit binds
@@ -68,14 +77,9 @@ def forward(  # type: ignore[no-untyped-def]
     statistic = tl.where(low, float("inf"), most + tl.log2(tl.where(total == 0.0, 1.0, total)))
     if EVEN:
         blind = (total == 0.0) & (i < queries)
-        every = tl.where(tl.max(blind.to(tl.int32), 0) > 0, keys, 0)
-        for n in tl.range(0, every, KEYS, num_stages=STAGES):
-            j = n + tl.arange(0, KEYS)
-            p = tl.where(blind[:, None] & (j < keys)[None, :], 1.0, 0.0)
-            if DROPOUT:
-                p = dropped(p, row, tl.load(columns + j, mask=j < keys, other=0)[None, :], threshold)
-            y = tile(v, j, v_j, keys, E, BLOCK_E)
-            sums = product(p.to(v.dtype.element_ty), y, sums, PRECISION, FLOAT)
+        sums = with_all_values(
+            sums, blind, row, columns, v, v_j, keys, threshold, DROPOUT, E, BLOCK_E, KEYS, STAGES, PRECISION, FLOAT
+        )
         total = tl.where(blind, keys.to(tl.float32), total)
         statistic = tl.where(blind, float("-inf"), statistic)
     whole = tl.where(total == 0.0, 1.0, total)

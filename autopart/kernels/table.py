@@ -39,7 +39,7 @@ KERNELS: dict[str, Kernel] = {
         expert_load.KERNEL,
         linear_loss.KERNEL,
         scan.KERNEL,
-        *softmax.KERNELS,
+        softmax.KERNEL,
         attention.KERNEL,
     )
     if kernel.name in FORMS

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -25,6 +26,7 @@ FILLS = {
     "aten.where.ScalarOther": (0, 1, 2, False),
     "aten.where.self": (0, 1, 2, False),
     "aten.where.ScalarSelf": (0, 2, 1, True),
+    "aten.where.Scalar": (0, 1, 2, False),
     "aten.masked_fill.Scalar": (1, 0, 2, True),
 }
 """Operator -> the places of the condition, of the other values and of the number, and whether the number is where the
@@ -104,14 +106,14 @@ def add(masks: Masks, node: fx.Node, sign: int, constants: ConstantValues) -> bo
         if not hide_by(masks, number, hidden, negated, constants):
             return False
         outside, fills = masks.outside, masks.fills
-        understood = _is_zero(rest) or add(masks, rest, sign, constants)
+        understood = _is_zero(rest) or (isinstance(rest, fx.Node) and add(masks, rest, sign, constants))
         masks.outside, masks.fills = outside, fills
         return understood
     if _is_zero(node):
         return True
     if call := call_args(node, "aten.expand"):
         return add(masks, call[0], sign, constants)
-    if not record.grad and not _moderate(node):
+    if not record.grad and not _moderate(node, constants):
         return False
     if sign == -1:
         with node.graph.inserting_after(node):
@@ -153,7 +155,7 @@ def _of_fill(condition: fx.Node) -> tuple[fx.Node, bool] | None:
     return found[0], found[3]
 
 
-def fill_of(node: fx.Node) -> tuple[fx.Node, fx.Node, float, bool] | None:
+def fill_of(node: fx.Node) -> tuple[fx.Node, Any, float, bool] | None:
     """The condition, the other values and the number of a mask that hides keys by a number, and whether the number is
     where the condition is true; else None."""
     record = info(node)
@@ -164,7 +166,7 @@ def fill_of(node: fx.Node) -> tuple[fx.Node, fx.Node, float, bool] | None:
     if isinstance(number, fx.Node):
         first, second = _constant(number), _constant(rest) if isinstance(rest, fx.Node) else None
         rest, number, negated = (number, second, True) if second is not None and second < 0 else (rest, first, negated)
-    if not isinstance(number, (int, float)) or not isinstance(condition, fx.Node) or not isinstance(rest, fx.Node):
+    if not isinstance(number, (int, float)) or not isinstance(condition, fx.Node):
         return None
     least = max(torch.finfo(record.dtype).min, -1e30) if has_gradient(record.dtype) else -math.inf
     return (condition, rest, float(number), negated) if number <= least else None
@@ -178,18 +180,21 @@ def _constant(node: fx.Node) -> float | None:
     return 0.0 if info(node).name in ("aten.zeros", "aten.zeros_like", "aten.new_zeros") else None
 
 
-def _is_zero(node: fx.Node) -> bool:
-    return _constant(node) == 0.0
+def _is_zero(value: Any) -> bool:
+    """Whether a node, or a number, is zero."""
+    return (_constant(value) if isinstance(value, fx.Node) else value) == 0.0
 
 
-def _moderate(node: fx.Node) -> bool:
-    """Whether a value without gradient hides no key: it is made of whole numbers and moderate constants."""
+def _moderate(node: fx.Node, constants: ConstantValues) -> bool:
+    """Whether a value without gradient hides no key: it is made of whole numbers, and of moderate constants."""
     seen, todo = {node}, [node]
     while todo:
         node = todo.pop()
         record = info(node)
         if record.kind != "op" and record.dtype.is_floating_point:
-            return False
+            value = constants.value(node) if record.kind == "buffer" else None
+            if value is None or not bool((value.abs() <= MODERATE).all()):
+                return False
         if record.kind == "op" and (record.name not in BOUNDED or not all(abs(a) <= MODERATE for a in _factors(node))):
             return False
         new = [n for n in node.all_input_nodes if n not in seen]

@@ -169,7 +169,7 @@ def _scores(node: fx.Node, reader: fx.Node, whole: tuple[int, ...]) -> _Scores |
     elif record.name in ("aten.mul.Tensor", "aten.div.Tensor"):
         found = _scaled(node, whole)
     elif filled := fill_of(node):
-        inner = _scores(filled[1], node, whole)
+        inner = _scores(filled[1], node, whole) if isinstance(filled[1], fx.Node) else None
         found = inner and replace(inner, fills=[*inner.fills, (filled[2], filled[0], filled[3])])
     elif record.name in ("aten.add.Tensor", "aten.sub.Tensor") and len(node.args) == 2 and not node.kwargs:
         found = _sum(node, whole)
