@@ -119,6 +119,19 @@ def mamba2(groups: int) -> torch.nn.Module:
     return transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**MAMBA2, n_groups=groups))
 
 
+class Paths(nn.Module):
+    """Blocks whose residual branch is dropped for whole samples, as timm writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x) * x.new_empty(x.shape[0], 1, 1).bernoulli_(0.6).div_(0.6)
+        return x.square().mean()
+
+
 class Sparse(nn.Module):
     """A block of explicit sparse attention, written by hand: every query sees its four greatest scores."""
 
@@ -173,6 +186,19 @@ def test_sparse_attention_by_hand_is_exact(plan: dict[str, object], as_on_a_gpu:
     assert found.loss_error < 1e-5 and found.gradient_error < 1e-5, found
     text = "".join(sources(model, batch, found.plan))
     assert "topk_softmax(" in text and "masked_fill" not in text
+
+
+def test_dropped_paths_are_exact_and_those_of_graphs_for_cpus(as_on_a_gpu: None) -> None:
+    """Samples are dropped by their places in the whole batch, by the operator as by the operators that it replaces."""
+    torch.manual_seed(0)
+    model, batch = Paths(), {"x": torch.randn(4, 12, 32)}
+    found = autopart.check(model, "4:cpu", batch, dp=2, tp=2, micro_batch=2)
+    assert found.loss_error < 1e-5 and found.gradient_error < 1e-5, found
+    assert "stochastic_depth(" in "".join(sources(model, batch, found.plan))
+    fused, plain = (
+        autopart.simulate(model, "2:cpu", batch, seed=7, tp=2, no_fuse=off) for off in ((), ("stochastic_depth",))
+    )
+    torch.testing.assert_close(fused.loss, plain.loss, rtol=1e-6, atol=0)
 
 
 def test_experts_with_biases_are_split(as_on_a_gpu: None) -> None:
