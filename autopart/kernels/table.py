@@ -15,7 +15,7 @@ from autopart.kernels import (
     rotary,
     router,
     scan,
-    sigmoid_router,
+    score_router,
     softmax,
     topk_router,
 )
@@ -33,7 +33,7 @@ KERNELS: dict[str, Kernel] = {
         *gated.KERNELS,
         router.KERNEL,
         topk_router.KERNEL,
-        sigmoid_router.KERNEL,
+        score_router.KERNEL,
         experts.KERNEL,
         clamped_experts.KERNEL,
         expert_load.KERNEL,

@@ -41,6 +41,11 @@ class Attention:
     plain: bool = True
     drawn: tuple[float, Stream] | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether torch's attention has all of it but masks."""
+        return not self.cap and self.sinks is None and self.drawn is None
+
 
 @dataclass(frozen=True)
 class _Scores:

@@ -1,7 +1,8 @@
 """Attention becomes the operator `attention` on GPUs, where that keeps no number for every pair of a query and a key.
 
 Three forms are found: torch's attention with a mask of pairs, the same with dropout (`passes/randomness.py`), and
-attention written out as two products, a softmax and what is added to the scores between. `passes/attention_masks.py`
+attention written out as two products, a softmax and what is added to the scores between. Where no mask is left, or a
+causal one alone, torch's attention stays, or takes the place of what is written out. `passes/attention_masks.py`
 takes the masks apart. Keys and values that are repeated for the heads of queries are passed as they were before.
 """
 
@@ -24,6 +25,7 @@ from autopart.passes.constant_values import ConstantValues
 from autopart.passes.traffic import traffic
 
 aten = torch.ops.aten
+SDPA = aten.scaled_dot_product_attention.default
 ATTENTION = "aten.scaled_dot_product_attention"
 FUSED = "attention"
 """The operator, as `no_fuse` names it."""
@@ -123,6 +125,11 @@ def _of_pairs(node: fx.Node) -> bool:
 
 def _replace(graph: fx.Graph, found: Attention, given: Arguments) -> None:
     out = found.call
+    if found.is_plain and given == Arguments(causal=given.causal):
+        with graph.inserting_before(out):
+            plain = found.query, found.key, found.value, None, 0.0, given.causal
+            _put(graph, out, new_call(graph, SDPA, plain, out, {"scale": found.scale}))
+        return
     key, value = _unrepeated(found.key, found.value) or (found.key, found.value)
     masks = (given.mask, given.padding, given.bias, given.relative, found.sinks)
     places = (found.scale, given.causal, given.window, found.cap, given.even)
@@ -132,8 +139,13 @@ def _replace(graph: fx.Graph, found: Attention, given: Arguments) -> None:
         update_info(call, kernel=ATTENTION)
         moved = {"fused": traffic(call), "unfused": sum(map(traffic, found.inside))}
         update_info(call, **(moved if found.drawn is None else {}))
-        if info(call).shape != info(out).shape:
-            call = new_call(graph, aten.reshape.default, (call, list(info(out).shape)), out)
+        _put(graph, out, call)
+
+
+def _put(graph: fx.Graph, out: fx.Node, call: fx.Node) -> None:
+    """Put a call in the place of a node, in the node's shape."""
+    if info(call).shape != info(out).shape:
+        call = new_call(graph, aten.reshape.default, (call, list(info(out).shape)), out)
     out.replace_all_uses_with(call)
     graph.erase_node(out)
 

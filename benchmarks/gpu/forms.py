@@ -44,7 +44,7 @@ MORE: dict[str, tuple[tuple[object, ...], ...]] = {
     ),
     "route": ((meta(6, 4), Chosen(2), True),),
     "route_topk": ((meta(6, 4, dtype=HALF), Chosen(2), None, None), (meta(6, 4), Chosen(2), None, None)),
-    "route_sigmoid": tuple(
+    "route_scores": tuple(
         (meta(6, 12, dtype=dtype), meta(12), Chosen(2), Chosen(4), Chosen(3), True, 1e-20, 2.5)
         for dtype in (FLOAT, HALF)
     ),

@@ -86,7 +86,7 @@ LAYERS: Mapping[str, tuple[Layer, ...]] = {
         ("route", "expert_load", "sort_by_expert", "permute", "unpermute", "grouped_matmul"), (_MIXTRAL,)
     ),
     "route_topk": (Layer("gpt-oss-120b", {6: "n", 4: 128, 2: 4}),),
-    "route_sigmoid": (Layer("DeepSeek-V3", {6: "n", 12: 256, 2: 8, 4: 8, 3: 4}),),
+    "route_scores": (Layer("DeepSeek-V3", {6: "n", 12: 256, 2: 8, 4: 8, 3: 4}),),
     "clamped_experts": (Layer("16 experts of width 96", {6: "n", 8: 256, 4: 16, 10: 192, 5: 96, 2: 2}),),
     "experts": (Layer("16 experts of width 96", {6: "n", 8: 256, 4: 16, 10: 192, 5: 96, 2: 2}),),
     "scan": (Layer("Mamba2-2.7B", {1: "b", 6: "s", 4: 80, 8: 64, 2: 1, 7: 128, 3: 256}),),
@@ -164,7 +164,7 @@ DRAWN: Mapping[str, Mapping[int, Callable[[torch.Tensor, Meta], torch.Tensor]]] 
     "attention": {4: _keys},
     "route": {0: _distinct},
     "route_topk": {0: _distinct},
-    "route_sigmoid": {0: _between, 1: _small},
+    "route_scores": {0: _between, 1: _small},
     "expert_load": {0: _distinct},
     "sort_by_expert": {0: lambda like, given: _ids(len(like))},
     "permute": {1: _order, 2: _place},

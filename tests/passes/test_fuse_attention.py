@@ -114,10 +114,6 @@ FOUND: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
         lambda m, q, k, v, keys: F.scaled_dot_product_attention(q, k, v, (away() <= 0) & keys[:, None, None]),
         {"causal": True, "padding": (2, 12)},
     ),
-    "written, causal": (
-        lambda m, q, k, v, keys: written(q, k, v, lambda s: s.masked_fill(away() > 0, -torch.inf)),
-        {"causal": True},
-    ),
     "written, padded": (
         lambda m, q, k, v, keys: written(q, k, v, lambda s: s + hidden(keys[:, None, None])),
         {"padding": (2, 12), "even": True},
@@ -196,6 +192,27 @@ def _run(graph: fx.Graph, given: list[Any]) -> tuple[Tensor, ...]:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
         values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     return tuple(values[n] for n in graph.output_node().all_input_nodes)
+
+
+TORCH_S: dict[str, tuple[Callable[..., Tensor], bool]] = {
+    "written": (lambda m, q, k, v, keys: written(q, k, v, lambda s: s), False),
+    "written, causal": (
+        lambda m, q, k, v, keys: written(q, k, v, lambda s: s.masked_fill(away() > 0, -torch.inf)),
+        True,
+    ),
+    "a mask of zeros": (
+        lambda m, q, k, v, keys: F.scaled_dot_product_attention(q, k, v, torch.zeros(2, 1, TOKENS, TOKENS)),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TORCH_S)
+def test_torch_s_attention_takes_what_has_no_mask(name: str) -> None:
+    formula, causal = TORCH_S[name]
+    nodes = [n for n in calls(traced(formula).graph) if "attention" in info(n).name or "softmax" in info(n).name]
+    assert [info(n).name for n in nodes] == ["aten.scaled_dot_product_attention"]
+    assert nodes[0].args[3:] == (None, 0.0, causal)
 
 
 LEFT: dict[str, Callable[..., Tensor]] = {

@@ -98,7 +98,7 @@ CALLS = {
     "gpt2": {"dropout_attention", "bias_activation", "add_layer_norm", "residual_dropout"},
     "bert": {"dropout_attention", "bias_activation", "add_layer_norm"},
     "mixtral": {"experts", "route", "rotary", "add_rms_norm"},
-    "deepseek": {"experts", "route_sigmoid", "rotary_deinterleaved"},
+    "deepseek": {"experts", "route_scores", "rotary_deinterleaved"},
     "granite": {"experts", "route_topk", "rotary"},
     "gpt_oss": {"route_topk", "rotary", "attention"},
     "gpt_oss, padded": {"attention"},
