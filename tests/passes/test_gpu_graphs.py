@@ -35,6 +35,12 @@ DEEPSEEK = {
     "topk_group": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
     "v_head_dim": 8, "first_k_dense_replace": 1, "max_position_embeddings": 16, "rope_scaling": None,
 }  # fmt: skip
+DEEPSEEK_V2 = {k: v for k, v in DEEPSEEK.items() if k != "rope_scaling"} | {"topk_method": "group_limited_greedy"}
+ERNIE = {
+    **SIZES, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 0,
+    "max_position_embeddings": 16,
+}  # fmt: skip
 GRANITE = {
     **SIZES, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 16,
@@ -74,6 +80,8 @@ MODELS = {
     "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**BERT)),
     "mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**MIXTRAL)),
     "deepseek": lambda: transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**DEEPSEEK)),
+    "deepseek_v2": lambda: transformers.DeepseekV2ForCausalLM(transformers.DeepseekV2Config(**DEEPSEEK_V2)),
+    "ernie": lambda: transformers.Ernie4_5_MoeForCausalLM(transformers.Ernie4_5_MoeConfig(**ERNIE)),
     "granite": lambda: transformers.GraniteMoeForCausalLM(transformers.GraniteMoeConfig(**GRANITE)),
     "gpt_oss": lambda: transformers.GptOssForCausalLM(transformers.GptOssConfig(**GPT_OSS)),
     "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)),
@@ -100,6 +108,8 @@ CALLS = {
     "mixtral": {"experts", "route", "rotary", "add_rms_norm"},
     "deepseek": {"experts", "route_scores", "rotary_deinterleaved"},
     "granite": {"experts", "route_topk", "rotary"},
+    "deepseek_v2": {"experts", "route_scores"},
+    "ernie": {"experts", "route_scores"},
     "gpt_oss": {"route_topk", "rotary", "attention"},
     "gpt_oss, padded": {"attention"},
     **{name: {"attention"} for name in ("mistral", "mistral, padded", "gemma2", "gemma2, padded", "gemma3", "mpt")},
