@@ -66,6 +66,7 @@ class ConstantValues:
         self.buffers = buffers
         self.known: dict[fx.Node, Tensor | None] = {}
         self.patterns: dict[fx.Node, str] = {}
+        self.by_places: dict[fx.Node, Places | None] = {}
 
     def value(self, node: fx.Node) -> Tensor | None:
         """The node's value; None where it depends on data or has more than MAX_ELEMENTS elements.
@@ -86,6 +87,11 @@ class ConstantValues:
     def places(self, node: fx.Node) -> Places | None:
         """The keys that queries see by a square boolean mask, by their places alone; None where its values are not
         known, or depend on more. The first row and the last tell what the whole mask is then held against."""
+        if node not in self.by_places:
+            self.by_places[node] = self._places(node)
+        return self.by_places[node]
+
+    def _places(self, node: fx.Node) -> Places | None:
         shape = info(node).shape
         if len(shape) < 2 or shape[-1] != shape[-2] or not math.prod(shape):
             return None
