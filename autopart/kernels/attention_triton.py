@@ -73,21 +73,19 @@ def forward(  # type: ignore[no-untyped-def]
                 p = dropped(p, row, tl.load(columns + j, mask=j < keys, other=0)[None, :], threshold)
             y = tile(v, j, v_j, keys, E, BLOCK_E)
             sums = product(p.to(v.dtype.element_ty), y, sums * fading[:, None], PRECISION, FLOAT)
-    low = (total == 0.0) | (most < -1e38)
-    statistic = tl.where(low, float("inf"), most + tl.log2(tl.where(total == 0.0, 1.0, total)))
+    whole = tl.where(total == 0.0, 1.0, total)
+    statistic = tl.where((total == 0.0) | (most < -1e38), float("inf"), most + tl.log2(whole))
     if EVEN:
         blind = (total == 0.0) & (i < queries)
         sums = with_all_values(
             sums, blind, row, columns, v, v_j, keys, threshold, DROPOUT, E, BLOCK_E, KEYS, STAGES, PRECISION, FLOAT
         )
-        total = tl.where(blind, keys.to(tl.float32), total)
+        whole = tl.where(blind, keys.to(tl.float32), whole)
         statistic = tl.where(blind, float("-inf"), statistic)
-    whole = tl.where(total == 0.0, 1.0, total)
     tl.store(lse + at, statistic, mask=i < queries)
-    e = tl.arange(0, BLOCK_E)
-    to = out + ((b * queries + i) * heads + h)[:, None] * E + e[None, :]
-    here = (i < queries)[:, None] & (e < E)[None, :]
-    tl.store(to, (sums * (share / whole)[:, None]).to(out.dtype.element_ty), mask=here)
+    e = tl.arange(0, BLOCK_E)[None, :]
+    to = out + ((b * queries + i) * heads + h)[:, None] * E + e
+    tl.store(to, (sums * (share / whole)[:, None]).to(out.dtype.element_ty), mask=(i < queries)[:, None] & (e < E))
 
 
 @jit
