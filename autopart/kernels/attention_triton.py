@@ -46,10 +46,9 @@ def forward(  # type: ignore[no-untyped-def]
     at = (b * heads + h) * queries + i
     row = tl.load(rows + at, mask=i < queries, other=0)[:, None] if DROPOUT else 0
     most = tl.full((QUERIES,), 0.0 if SINKS else float("-inf"), tl.float32)
-    total = tl.zeros((QUERIES,), tl.float32)
+    total = tl.full((QUERIES,), 1.0 if SINKS else 0.0, tl.float32)
     if SINKS:
         most += tl.maximum(tl.load(sinks + h).to(tl.float32) * 1.4426950408889634, -3e38)
-        total += 1.0
     sums = tl.zeros((QUERIES, BLOCK_E), tl.float32)
     offset = keys - queries
     first, middle, last = key_range(start, offset, window, keys, CAUSAL, WINDOW, QUERIES, KEYS)
