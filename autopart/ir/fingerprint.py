@@ -106,7 +106,7 @@ class Fingerprints:
             return record.shapes
         if len(record.shapes) != 1:
             return len(record.shapes)
-        if record.name == "aten.scaled_dot_product_attention":
+        if record.name.endswith("attention"):
             return record.shape[1:]
         elements = math.prod(record.shape)
         counted = record.batch is not None and node not in self.constant and elements % self.samples == 0

@@ -8,7 +8,8 @@ the element in the whole batch. So it is the same on every rank and in every ord
 from collections.abc import Sequence
 
 import torch
-from torch.nn import functional as F
+
+from autopart.kernels.attention_reference import reference
 
 
 class Stream(str):
@@ -48,13 +49,20 @@ def dropout_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    p: float,
-    causal: bool,
+    padding: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    relative: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     scale: float,
+    causal: bool,
+    window: int,
+    cap: float,
+    even: bool,
+    p: float,
     stream: Stream,
 ) -> torch.Tensor:
-    """Attention of query (b, h, q, d), key (b, g, k, d) and value (b, g, k, e) with dropout of its scores."""
-    return F.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=True)
+    """`autopart.kernels.attention.attention` of the arguments before `p`, with dropout of its softmax."""
+    return reference(query, key, value, mask, padding, bias, relative, sinks, scale, causal, window, cap, even)
 
 
 def returned(x: torch.Tensor, name: Stream) -> torch.Tensor:

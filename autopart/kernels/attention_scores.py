@@ -34,9 +34,9 @@ def dropped(x, rows, columns, threshold):  # type: ignore[no-untyped-def]
 
 @jit
 def scored(  # type: ignore[no-untyped-def]
-    s, i, j, queries, keys, offset, window, scale, cap, bias, bias_i, bias_j, mask, mask_i, mask_j, padding, slope,
+    s, i, j, queries, keys, offset, window, scale, cap, bias, bias_i, bias_j, mask, mask_i, mask_j, padding, relative,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
-    PADDING: tl.constexpr, SLOPES: tl.constexpr, EDGE: tl.constexpr,
+    PADDING: tl.constexpr, RELATIVE: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """(scores, their derivatives by the scaled products) of the products s at queries i and keys j.
     Unless EDGE, all of the queries see all of the keys but for masks."""
@@ -47,12 +47,13 @@ def scored(  # type: ignore[no-untyped-def]
         t = 1.0 - 2.0 / (tl.exp2(s) + 1.0)
         derivative = 1.0 - t * t
         s = cap * t
-    if SLOPES:
-        s += slope * (j - i - offset).to(tl.float32)
     low = -3e38
     log2e = 1.4426950408889634
     if BIAS:
         x = tl.load(bias + i.to(tl.int64) * bias_i + j * bias_j, mask=here, other=0.0).to(tl.float32)
+        s += tl.where(x == float("-inf"), x, tl.maximum(x * log2e, low))
+    if RELATIVE:
+        x = tl.load(relative + (j - i + queries - 1), mask=here, other=0.0).to(tl.float32)
         s += tl.where(x == float("-inf"), x, tl.maximum(x * log2e, low))
     if MASK == 1:
         x = tl.load(mask + i.to(tl.int64) * mask_i + j * mask_j, mask=here, other=0.0).to(tl.float32)
@@ -69,6 +70,32 @@ def scored(  # type: ignore[no-untyped-def]
     if EDGE or MASK == 2 or PADDING:
         s = tl.where(seen, s, float("-inf"))
     return s, derivative
+
+
+@jit
+def chances(s, norm, j, keys, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The softmax of scores s at keys j. `norm` is log2 of the sum of each query; where EVEN, a query whose `norm` is
+    -inf weighs all keys alike."""
+    p = tl.exp2(s - norm)
+    if EVEN:
+        p = tl.where(norm == float("-inf"), tl.where(j < keys, 1.0 / keys, 0.0), p)
+    return p
+
+
+@jit
+def with_all_values(  # type: ignore[no-untyped-def]
+    sums, blind, row, columns, v, v_j, keys, threshold, DROPOUT: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
+    KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, FLOAT: tl.constexpr,
+):  # fmt: skip
+    """sums, to which the values of all keys are added where a query is `blind`."""
+    every = tl.where(tl.max(blind.to(tl.int32), 0) > 0, keys, 0)
+    for n in tl.range(0, every, KEYS, num_stages=STAGES):
+        j = n + tl.arange(0, KEYS)
+        p = tl.where(blind[:, None] & (j < keys)[None, :], 1.0, 0.0)
+        if DROPOUT:
+            p = dropped(p, row, tl.load(columns + j, mask=j < keys, other=0)[None, :], threshold)
+        sums = product(p.to(v.dtype.element_ty), tile(v, j, v_j, keys, E, BLOCK_E), sums, PRECISION, FLOAT)
+    return sums
 
 
 @jit

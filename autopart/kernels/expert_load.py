@@ -31,7 +31,7 @@ from autopart.kernels import router
 from autopart.kernels.ahead import Usage
 from autopart.kernels.kernel import Bytes, Kernel
 from autopart.kernels.launch import as_rows, jit, launch, processors, runs_on, triton_op
-from autopart.kernels.router import best_of, block, compile_rows, kernels_apply, probabilities, wide
+from autopart.kernels.router_rows import best_of, block, compile_rows, kernels_apply, probabilities, wide
 
 tl: Any = None  # triton.language, which jit binds
 

@@ -111,13 +111,24 @@ def _routers_of_topk() -> Iterator[Form]:
         yield Form("aten.topk", (meta(6, 35, dtype=dtype), Chosen(4), inner, behind))
 
 
-def _routers_of_sigmoids() -> Iterator[Form]:
-    """With and without groups; weights as they are, over their sum, over it and an epsilon; with a factor or none."""
+def _routers_of_scores() -> Iterator[Form]:
+    """Sigmoids with and without groups; weights as they are, over their sum, over it and an epsilon; with a factor or
+    none. Softmaxes with groups (DeepSeek-V2, Mistral 4), and with a bias and a clamped sum (ERNIE 4.5)."""
     for groups, limit in ((Chosen(5), Chosen(3)), (None, None)):
         for renormalise, eps in ((True, EPS), (True, 0.0), (False, 0.0)):
             for scale in (CONSTANT, 1.0):
                 given = meta(6, 35), meta(35), Chosen(4), groups, limit, renormalise, eps, scale
                 yield Form("aten.sigmoid", given)
+    for scale in (CONSTANT, 1.0):
+        of_groups = Chosen(5), Chosen(3)
+        yield Form("aten.topk", (meta(6, 35), None, Chosen(4), *of_groups, False, 0.0, scale, "deepseek_v2"))
+        for renormalise, eps in ((True, EPS), (False, 0.0)):
+            for dtype in (FLOAT, HALF):
+                logits = meta(6, 35, dtype=dtype)
+                yield Form("aten.topk", (logits, None, Chosen(4), *of_groups, renormalise, eps, scale, "mistral4"))
+    for renormalise, eps in ((True, EPS), (False, 0.0)):
+        of_all = meta(35), Chosen(4), None, None
+        yield Form("aten.topk", (meta(6, 35), *of_all, renormalise, eps, 1.0, "ernie4_5"))
 
 
 def _sparse_softmaxes() -> Iterator[Form]:
@@ -191,12 +202,14 @@ FORMS: dict[str, tuple[Form, ...]] = {
     ),
     "route": tuple(_routers()),
     "route_topk": tuple(_routers_of_topk()),
-    "route_sigmoid": tuple(_routers_of_sigmoids()),
+    "route_scores": tuple(_routers_of_scores()),
     "experts": tuple(_experts()),
     "clamped_experts": tuple(_clamped_experts()),
     "expert_load": tuple(_loads()),
     "topk_softmax": tuple(_sparse_softmaxes()),
     "linear_loss": tuple(_heads()),
     "scan": tuple(_scans()),
+    "attention": (),
 }
-"""Name of a kernel -> its forms. A kernel that is not here stands in no graph: the runtime calls it."""
+"""Name of a kernel -> its forms. Attention has no form: `passes/fuse_attention.py` finds it.
+A kernel that is not here stands in no graph: the runtime calls it."""

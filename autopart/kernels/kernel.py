@@ -29,7 +29,8 @@ class Kernel:
                  tensors, then constants
     reference    the same function in plain PyTorch, of the same arguments: the pattern that is replaced, what runs on a
                  CPU, and the oracle of the tests
-    rule         how its tensors may be split, in the notation of `autopart.sharding.notation`
+    rule         how its tensors may be split, in the notation of `autopart.sharding.notation`; or a function
+                 of arguments and shapes of outputs that says so; "" where `autopart.sharding.rules` has it
     kept         (arguments, outputs) -> the tensors that the Triton kernels keep for backward: some of the given ones,
                  and new ones for statistics. It is called with meta tensors
     bytes_moved  least bytes that the Triton kernels read and write, of the arguments as meta tensors; the formulas are
@@ -48,7 +49,7 @@ class Kernel:
 
     function: Callable[..., Any]
     reference: Callable[..., Any]
-    rule: str
+    rule: str | Callable[[tuple[Any, ...], Any], str]
     kept: Callable[[tuple[Any, ...], tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]
     bytes_moved: Callable[..., Bytes]
     ahead: Callable[..., Mapping[str, Usage]]

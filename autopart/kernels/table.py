@@ -2,6 +2,7 @@
 
 from autopart.kernels import (
     activation,
+    attention,
     clamped_experts,
     expert_load,
     experts,
@@ -14,7 +15,7 @@ from autopart.kernels import (
     rotary,
     router,
     scan,
-    sigmoid_router,
+    score_router,
     softmax,
     topk_router,
 )
@@ -32,13 +33,14 @@ KERNELS: dict[str, Kernel] = {
         *gated.KERNELS,
         router.KERNEL,
         topk_router.KERNEL,
-        sigmoid_router.KERNEL,
+        score_router.KERNEL,
         experts.KERNEL,
         clamped_experts.KERNEL,
         expert_load.KERNEL,
         linear_loss.KERNEL,
         scan.KERNEL,
-        *softmax.KERNELS,
+        softmax.KERNEL,
+        attention.KERNEL,
     )
     if kernel.name in FORMS
 }

@@ -24,7 +24,7 @@ import torch
 from autopart.kernels.ahead import Usage
 from autopart.kernels.kernel import Bytes, Kernel
 from autopart.kernels.launch import TRITON_NAMES, as_rows, jit, launch, power_of_two, runs_on, triton_op
-from autopart.kernels.router import best_of, block, compile_rows, kernels_apply, sortable
+from autopart.kernels.router_rows import best_of, block, compile_rows, kernels_apply, sortable
 
 tl: Any = None  # triton.language, which jit binds
 

@@ -210,31 +210,34 @@ def _as_it_runs(node: fx.Node, device: str) -> Callable[..., Any]:
     name = info(node).name
     kernel = kernel_of(name)
     if name == "autopart.dropout_attention":
-        return lambda *args: _Attention.apply(*args[:4], True)
+        return lambda *args: _Attention.apply(True, *args[:8])
+    if name == "autopart.attention":
+        return lambda *args: _Attention.apply(False, *args[:8])
     if name == "autopart.residual_dropout":
         return lambda x, bias, residual, *_: _Dropped.apply(x, residual, x.shape[:-1], x.shape[-1:])
     if name == "autopart.stochastic_depth":
         return lambda x, residual, *_: _Dropped.apply(x, residual, x.shape[:1], (1,))
     if name == "aten.scaled_dot_product_attention":
-        return lambda *args, scale=None, enable_gqa=False: _Attention.apply(*args)
+        return lambda *args, scale=None, enable_gqa=False: _Attention.apply(False, *args[:4])
     if kernel is not None and (kernel.everywhere or device != "cpu"):
         return partial(_Fused.apply, kernel)
     return node.target  # type: ignore[return-value]
 
 
 class _Attention(torch.autograd.Function):
-    """Saves what a flash attention kernel saves: query, key, value, mask, output, and for each query a log-sum-exp in
-    float32; with dropout, a hash too. In memory the output is (samples, queries, heads, width), so that a reshape to
-    all heads takes no copy."""
+    """Saves what a flash attention kernel saves: query, key, value, masks and biases, output, and for each query a
+    log-sum-exp in float32; with dropout, a hash too. In memory the output is (samples, queries, heads, width), so that
+    a reshape to all heads takes no copy."""
 
     @staticmethod
-    def forward(ctx: Any, query: Any, key: Any, value: Any, mask: Any = None, *rest: Any) -> Any:
+    def forward(ctx: Any, hashed: bool, query: Any, key: Any, value: Any, *others: Any) -> Any:
         *batch, heads, queries, _ = query.shape if query.dim() > 3 else (1, *query.shape)
         out = query.new_empty(*batch, queries, heads, value.shape[-1]).transpose(-2, -3)
         out = out if query.dim() > 3 else out[0]
         statistics = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        hashes = [torch.empty_like(statistics, dtype=torch.int32)] if rest == (True,) else []
-        ctx.save_for_backward(query, key, value, *([] if mask is None else [mask]), out, statistics, *hashes)
+        hashes = [torch.empty_like(statistics, dtype=torch.int32)] if hashed else []
+        given = [t for t in others if isinstance(t, torch.Tensor)]
+        ctx.save_for_backward(query, key, value, *given, out, statistics, *hashes)
         return out
 
 

@@ -6,9 +6,10 @@ that the least and the largest numbers of a block's rows and columns bound the c
 bounds differ, such as those on the diagonal of a causal mask, are computed one at a time.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -43,6 +44,21 @@ PATTERNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 """Pattern -> the mask at a row and a column. It is non-decreasing in the row and non-increasing in the column."""
 
 
+class Places(NamedTuple):
+    """The keys j that a query i sees by its place: j <= i where `causal`; i - j < `behind` and j - i < `ahead` where
+    these are not 0."""
+
+    causal: bool = False
+    behind: int = 0
+    ahead: int = 0
+
+    def mask(self, row: Callable[[bool], Tensor], column: Callable[[bool], Tensor], most: bool) -> Tensor:
+        """The mask at rows and columns, or a bound: an upper one if `most`. Rows and columns are asked for alike."""
+        seen = column(not most) <= row(most) if self.causal else column(True) >= 0 * row(True)
+        seen = seen & (row(not most) - column(most) < self.behind) if self.behind else seen
+        return seen & (column(not most) - row(most) < self.ahead) if self.ahead else seen
+
+
 class ConstantValues:
     """The values and patterns of a graph's nodes that depend on shapes and buffers alone."""
 
@@ -50,6 +66,7 @@ class ConstantValues:
         self.buffers = buffers
         self.known: dict[fx.Node, Tensor | None] = {}
         self.patterns: dict[fx.Node, str] = {}
+        self.by_places: dict[fx.Node, Places | None] = {}
 
     def value(self, node: fx.Node) -> Tensor | None:
         """The node's value; None where it depends on data or has more than MAX_ELEMENTS elements.
@@ -66,6 +83,31 @@ class ConstantValues:
         if node not in self.patterns:
             self.patterns[node] = self._pattern(node) if info(node).dtype == torch.bool else ""
         return self.patterns[node]
+
+    def places(self, node: fx.Node) -> Places | None:
+        """The keys that queries see by a square boolean mask, by their places alone; None where its values are not
+        known, or depend on more. The first row and the last tell what the whole mask is then held against."""
+        if node not in self.by_places:
+            self.by_places[node] = self._places(node)
+        return self.by_places[node]
+
+    def _places(self, node: fx.Node) -> Places | None:
+        shape = info(node).shape
+        if len(shape) < 2 or shape[-1] != shape[-2] or not math.prod(shape):
+            return None
+        ends = [self._taken(node, partial(_row, at), True) for at in (0, shape[-1] - 1)]
+        least, most = self._taken(node, _bound, False), self._taken(node, _bound, True)
+        if least is None or most is None or any(end is None or end.numel() not in (1, shape[-1]) for end in ends):
+            return None
+        first, last = (end.expand(*end.shape[:-1], shape[-1]).flatten() for end in ends if end is not None)
+        ahead, behind = int(first.sum()), int(last.sum())
+        found = Places(ahead == 1 < shape[-1], behind % shape[-1], 0 if ahead == 1 else ahead % shape[-1])
+        rows, columns = torch.arange(shape[-1])[:, None], torch.arange(shape[-1])[None]
+
+        def wanted(take: Take, most: bool) -> Tensor:
+            return found.mask(lambda upper: take(rows, upper), lambda upper: take(columns, upper), most)
+
+        return found if self._is(wanted, node, least, most) else None
 
     def _compute(self, node: fx.Node) -> Tensor | None:
         record = info(node)
@@ -173,6 +215,11 @@ def _block(place: list[int], numbers: Tensor, most: bool) -> Tensor:
             start = number * BLOCK_SIZE
             numbers = numbers.narrow(dim, start, min(BLOCK_SIZE, numbers.shape[dim] - start))
     return numbers
+
+
+def _row(at: int, numbers: Tensor, most: bool) -> Tensor:
+    """One row of the numbers."""
+    return numbers.narrow(-2, at, 1) if numbers.shape[-2] > 1 else numbers
 
 
 def _without_stride_zero(values: Tensor) -> Tensor:

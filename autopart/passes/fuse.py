@@ -15,6 +15,8 @@ from autopart.kernels.forms import FORMS, Form
 from autopart.kernels.kernel import Kernel
 from autopart.kernels.table import KERNELS, STEP
 from autopart.passes.codegen.naming import OUTPUTS, wanted_name
+from autopart.passes.fuse_attention import FUSED as FUSED_ATTENTION
+from autopart.passes.fuse_attention import fuse_attention
 from autopart.passes.fuse_dropout import RESIDUAL, fuse_dropout
 from autopart.passes.fuse_stochastic_depth import DEPTH, fuse_stochastic_depth
 from autopart.passes.pattern import Match, candidates, loose, match
@@ -38,6 +40,8 @@ def fuse(traced: Traced, device: str, off: Collection[str] = ()) -> Traced:
     if device != "cpu" and DEPTH not in off:
         fuse_stochastic_depth(traced.graph)
         traced.graph.eliminate_dead_code()
+    if device != "cpu" and FUSED_ATTENTION not in off:
+        fuse_attention(traced)
     missed: dict[fx.Node, str] = {}
     kernels = [k for k in KERNELS.values() if k.name not in off and (k.on_cpu or device != "cpu")]
     by_operator = _by_operator(kernels, {info(n).name for n in calls(traced.graph)})

@@ -1,8 +1,10 @@
 """residual + drop path (x) becomes one operator on GPUs, before `fuse` looks for other kernels.
 
 Models write it with uniform numbers u of shape (samples, 1, ...), a share p = 1 - keep of samples that are dropped, and
+one of
 
-    residual + x / keep * floor(u + keep)
+    residual + x / keep * floor(u + keep)        transformers
+    residual + x * (bernoulli(keep) / keep)      timm, torchvision; bernoulli(keep) is u >= p
 
 A sample stays where u >= p: the operator draws the same. It reads or writes x three times, the separate operators seven
 times. A norm with the addition inside would save one of those: the norm is left alone.
@@ -36,7 +38,10 @@ def fuse_stochastic_depth(graph: fx.Graph) -> None:
 
 
 def _drop_path(product: fx.Node) -> tuple[fx.Node, float, Stream, list[fx.Node]] | None:
-    """x, p, the stream and the operators before the product, of x / keep * floor(u + keep); else None."""
+    """x, p, the stream and the operators before the product, of x and a factor for each sample; else None."""
+    for x, share in (_factors(product), _factors(product)[::-1]):
+        if isinstance(x, fx.Node) and (found := _by_chance(x, share, product)):
+            return found
     for scaled, stays in (_factors(product), _factors(product)[::-1]):
         made = _above(stays, "aten.floor", product)
         sum_ = made and _above(made.args[0], "aten.add.Tensor", made)
@@ -51,6 +56,21 @@ def _drop_path(product: fx.Node) -> tuple[fx.Node, float, Stream, list[fx.Node]]
             stream = next(a for a in drawn[-1].args if isinstance(a, Stream))
             return x, 1.0 - keep, stream, [quotient, made, sum_, *drawn]
     return None
+
+
+def _by_chance(x: fx.Node, share: object, product: fx.Node) -> tuple[fx.Node, float, Stream, list[fx.Node]] | None:
+    """As `_drop_path`, of x * ((u >= p) / keep)."""
+    quotient = _above(share, "aten.div.Tensor", product)
+    cast = quotient and _above(quotient.args[0], "aten._to_copy", quotient)
+    stays = cast and _above(cast.args[0], "aten.ge.Scalar", cast)
+    if not quotient or not cast or not stays:
+        return None
+    keep, p, drawn = quotient.args[1], stays.args[1], _uniform(stays.args[0], stays)
+    if drawn is None or not isinstance(keep, float) or p != 1.0 - keep or not _of_samples(drawn[-1], x):
+        return None
+    stream = next(a for a in drawn[-1].args if isinstance(a, Stream))
+    alike = info(quotient).dtype == info(x).dtype == info(product).dtype
+    return (x, 1.0 - keep, stream, [quotient, cast, stays, *drawn]) if alike else None
 
 
 def _factors(node: fx.Node) -> tuple[object, ...]:

@@ -143,10 +143,13 @@ def _exponential(new: New, node: fx.Node, stream: Stream) -> fx.Node:
 
 
 def _bernoulli(new: New, node: fx.Node, stream: Stream) -> fx.Node:
-    """u < p of a uniform u. p is an argument, or else the input, which then has a probability for each element."""
+    """u < p of a uniform u, where p is the input, which has a probability for each element; of an argument p
+    u >= 1 - p, which stays where a dropout by 1 - p keeps an element."""
     chance = node.args[1] if len(node.args) > 1 else node.args[0]
-    less = aten.lt.Tensor if isinstance(chance, fx.Node) else aten.lt.Scalar
-    return _cast(new, node, new(less, _rand(new, node, stream), chance))
+    drawn = _rand(new, node, stream)
+    if isinstance(chance, (int, float)):
+        return _cast(new, node, new(aten.ge.Scalar, drawn, 1.0 - chance))
+    return _cast(new, node, new(aten.lt.Tensor, drawn, chance))
 
 
 def _attention(new: New, node: fx.Node, stream: Stream) -> fx.Node:
@@ -180,7 +183,8 @@ def _fused_attention(new: New, node: fx.Node, stream: Stream) -> fx.Node:
     """Attention with dropout as one operator."""
     query, key, value, mask, p, causal = _all_arguments(node, 3, None, 0.0, False)
     scale = node.kwargs.get("scale") or 1 / math.sqrt(info(query).shape[-1])
-    attention = new(dropout_attention, query, key, value, mask, p, causal, scale, stream)
+    given = (query, key, value, mask, *[None] * 4)
+    attention = new(dropout_attention, *given, scale, causal, 0, 0.0, False, p, stream)
     update_info(attention, kernel=ATTENTION)
     return attention
 

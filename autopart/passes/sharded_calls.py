@@ -112,7 +112,13 @@ def _attention(call: Call) -> Replacement:
     """The scores are split as the output, of which the last dim has values in place of keys."""
     (stream, whole, batch), axes = _where(call)
     keys = info(call.node.args[1]).shape[2]  # type: ignore[arg-type]
-    return "dropout_attention", (*call.args[:-1], stream, [*whole[:3], keys], batch), axes
+    query, key, value, *masks = call.args[:8]
+    p = call.args[13]
+    while masks and masks[-1] is None:
+        masks.pop()
+    constants = dict(zip(("scale", "causal", "window", "cap", "even"), call.args[8:13], strict=True))
+    named = {name: x for name, x in constants.items() if name == "scale" or x}
+    return "dropout_attention", (query, key, value, p, stream, [*whole[:3], keys], batch, *masks), named | axes
 
 
 def _placed(name: str, count: int, call: Call) -> Replacement:

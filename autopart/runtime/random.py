@@ -184,27 +184,39 @@ def dropout_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
     p: float,
-    causal: bool,
-    scale: float,
     source: Stream,
     whole: Sequence[int],
     batch: int | None,
+    mask: Tensor | None = None,
+    padding: Tensor | None = None,
+    bias: Tensor | None = None,
+    relative: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool = False,
+    window: int = 0,
+    cap: float = 0.0,
+    even: bool = False,
     **axes: Split,
 ) -> Tensor:
-    """Attention of this rank's query (b, h, q, d), key (b, g, k, d) and value (b, g, k, e): (b, h, q, e).
+    """Attention (b, h, q, e) of this rank's query (b, h, q, d), key (b, g, k, d) and value (b, g, k, e), with dropout
+    of its softmax.
 
-    mask    boolean, true where a query sees a key, or added to the scores; with a gradient if it requires one
-    p       share of the scores that is dropped, as `autopart.runtime.random.dropout` drops them
-    scale   of the products
+    p       share of the softmax that is dropped, as `autopart.runtime.random.dropout` drops it
     source  of random numbers
     whole   the size of the scores (samples, heads, queries, keys) over all ranks
     batch   the dim that counts samples
+    mask    as of `autopart.kernels.attention.attention`; with a gradient if it requires one
     axes    the dim of the scores that each axis splits
+
+    Other arguments as of `autopart.kernels.attention.attention`.
     """
     rows, columns, threshold, dropout_scale = dropout_hashes(p, source, whole, batch, **axes)
-    bias = mask if mask is not None and mask.requires_grad else None
-    given = None if bias is not None else mask
-    constants = scale, causal, 0, 0.0, threshold, dropout_scale
-    return attention(query, key, value, given, None, None, bias, rows, columns, *constants)
+    if mask is not None and mask.requires_grad:
+        bias = mask if bias is None else bias + mask
+        mask = None
+    places = scale, causal, window, cap, even
+    drawn = rows, columns, threshold, dropout_scale
+    return attention(query, key, value, mask, padding, bias, relative, sinks, *places, *drawn)

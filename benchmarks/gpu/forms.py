@@ -25,11 +25,12 @@ MORE: dict[str, tuple[tuple[object, ...], ...]] = {
     "vocab_cross_entropy": ((_LOGITS, _TARGETS, 7.0),),
     "linear_cross_entropy": ((meta(6, 8), meta(5, 8), _TARGETS, None, 7.0),),
     "attention": (
-        (_QUERY, _KEY, _KEY, None, None, None, None, None, None, 0.125, True),
-        (_QUERY, _KEY, _KEY, None, None, None, None, meta(2, 4, 6, dtype=torch.int32), meta(6, dtype=torch.int32),
-         0.125, True, 0, 0.0, *_KEEP_NINE_TENTHS),
+        (_QUERY, _KEY, _KEY, *[None] * 5, 0.125, True),
+        (_QUERY, _KEY, _KEY, *[None] * 5, 0.125, True, 0, 0.0, False, meta(2, 4, 6, dtype=torch.int32),
+         meta(6, dtype=torch.int32), *_KEEP_NINE_TENTHS),
+        (_QUERY, _KEY, _KEY, *[None] * 4, meta(4), 0.125, True, Chosen(5)),
+        (_QUERY, _KEY, _KEY, None, meta(2, 6, dtype=torch.bool), None, meta(4, 11), None, 1.0, False),
     ),
-    "masked_softmax": ((meta(2, 4, 6, 6), None, 0.125, True),),
     "topk_softmax": ((meta(2, 4, 6, 6), Chosen(3)),),
     "residual_dropout": ((_X, None, _X, _WORDS, _COLUMNS, *_KEEP_NINE_TENTHS),),
     "stochastic_depth": ((_X, _X, meta(2, dtype=torch.int32), meta(1, dtype=torch.int32), *_KEEP_NINE_TENTHS),),
@@ -43,7 +44,7 @@ MORE: dict[str, tuple[tuple[object, ...], ...]] = {
     ),
     "route": ((meta(6, 4), Chosen(2), True),),
     "route_topk": ((meta(6, 4, dtype=HALF), Chosen(2), None, None), (meta(6, 4), Chosen(2), None, None)),
-    "route_sigmoid": tuple(
+    "route_scores": tuple(
         (meta(6, 12, dtype=dtype), meta(12), Chosen(2), Chosen(4), Chosen(3), True, 1e-20, 2.5)
         for dtype in (FLOAT, HALF)
     ),

@@ -74,8 +74,9 @@ LAYERS: Mapping[str, tuple[Layer, ...]] = {
     "attention": (
         Layer("Llama-3-8B", HEADS),
         Layer("GPT-2 XL", {2: "b", 4: 25, 1: 25, 6: 1024, 8: 64}, (1 / 0.9,)),
+        Layer("gpt-oss-20b", {2: "b", 4: 64, 1: 8, 6: "s", 8: 64, 5: 128}, (Chosen(5),)),
+        Layer("T5-11B", {2: "b", 4: 128, 1: 128, 6: "s", 8: 128, 11: "2s-1"}, (1.0,)),
     ),
-    "masked_softmax": (_SCORES,),
     "topk_softmax": (_SCORES,),
     "residual_dropout": (_GPT2_WIDTH,),
     "stochastic_depth": (Layer("ViT-L/16", {2: 256, 3: 197, 8: 1024}),),
@@ -85,7 +86,7 @@ LAYERS: Mapping[str, tuple[Layer, ...]] = {
         ("route", "expert_load", "sort_by_expert", "permute", "unpermute", "grouped_matmul"), (_MIXTRAL,)
     ),
     "route_topk": (Layer("gpt-oss-120b", {6: "n", 4: 128, 2: 4}),),
-    "route_sigmoid": (Layer("DeepSeek-V3", {6: "n", 12: 256, 2: 8, 4: 8, 3: 4}),),
+    "route_scores": (Layer("DeepSeek-V3", {6: "n", 12: 256, 2: 8, 4: 8, 3: 4}),),
     "clamped_experts": (Layer("16 experts of width 96", {6: "n", 8: 256, 4: 16, 10: 192, 5: 96, 2: 2}),),
     "experts": (Layer("16 experts of width 96", {6: "n", 8: 256, 4: 16, 10: 192, 5: 96, 2: 2}),),
     "scan": (Layer("Mamba2-2.7B", {1: "b", 6: "s", 4: 80, 8: 64, 2: 1, 7: 128, 3: 256}),),
@@ -127,6 +128,12 @@ def _heads_last(like: torch.Tensor, given: Meta) -> torch.Tensor:
     return torch.randn(like.transpose(1, 2).shape, dtype=like.dtype).transpose(1, 2)
 
 
+def _keys(like: torch.Tensor, given: Meta) -> torch.Tensor:
+    """The second sample has half of the keys."""
+    samples, keys = like.shape
+    return torch.arange(keys) < keys // torch.arange(1, 1 + samples)[:, None]
+
+
 def _ids(pairs: int) -> torch.Tensor:
     """The expert, one of four, of every pair of a token and one of its experts: some have more pairs than others."""
     return (torch.arange(pairs) * 7 % 11) % 4
@@ -154,9 +161,10 @@ DRAWN: Mapping[str, Mapping[int, Callable[[torch.Tensor, Meta], torch.Tensor]]] 
     "embedding": {0: _below(1, 0)},
     **{name: {0: _heads_last} for name in ("rotary", "rotary_interleaved", "rotary_deinterleaved")},
     "adamw": {3: _positive},
+    "attention": {4: _keys},
     "route": {0: _distinct},
     "route_topk": {0: _distinct},
-    "route_sigmoid": {0: _between, 1: _small},
+    "route_scores": {0: _between, 1: _small},
     "expert_load": {0: _distinct},
     "sort_by_expert": {0: lambda like, given: _ids(len(like))},
     "permute": {1: _order, 2: _place},
@@ -188,7 +196,7 @@ def shaped(kernel: str, layer: Layer | None, dtype: torch.dtype, tokens: int) ->
     """The arguments of a kernel, their tensors on meta."""
     wanted, mixed = (layer.wanted, layer.mixed) if layer else ((), True)
     form = form_of(kernel, dtype if mixed else FLOAT, wanted)
-    named = {"b": 2, "s": tokens // 2, "n": tokens, "2n": 2 * tokens}
+    named = {"b": 2, "s": tokens // 2, "n": tokens, "2n": 2 * tokens, "2s-1": tokens // 2 * 2 - 1}
     sizes = {old: named[new] if isinstance(new, str) else new for old, new in (layer.sizes if layer else {}).items()}
     half = any(isinstance(part, torch.Tensor) and part.dtype == HALF for part in form)
     return tuple(_resized(part, sizes, dtype, HALF if half else FLOAT) for part in form)

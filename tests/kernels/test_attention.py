@@ -21,7 +21,8 @@ from tests.support.interpreted import interpreted as interpreted_child
 
 INF = float("inf")
 ROUNDING = {torch.float32: 3e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}
-NAMES = ("mask", "padding", "slopes", "bias", "rows", "columns")
+NAMES = ("mask", "padding", "bias", "relative", "sinks", "rows", "columns")
+LEARNED = ("bias", "relative", "sinks")
 Tensors = dict[str, torch.Tensor | None]
 
 
@@ -69,13 +70,26 @@ CASES = [
     Case("least number", ("mask least",), constants=()),
     Case("minus infinity", ("mask -inf",), constants=()),
     Case("padding", ("padding",), sizes=(2, 2, 1, 19, 37, 24, 20), constants=()),
-    Case("slopes", ("slopes",)),
+    Case("relative", ("relative",)),
+    Case("relative, several tiles", ("relative", *DROP), sizes=(2, 2, 1, 75, 70, 8, 8), constants=but(window=20)),
+    Case("relative, more queries than keys", ("relative",), sizes=(1, 2, 2, 37, 5, 8, 8), constants=()),
+    Case("sinks", ("sinks", *DROP), sizes=(2, 4, 2, 19, 37, 24, 20), constants=but(causal=True, window=5)),
+    Case("large sinks", ("sinks large", "padding"), sizes=(2, 4, 2, 5, 9, 8, 8)),
+    Case("even", ("padding left",), sizes=(3, 2, 1, 37, 37, 24, 20), constants=but(causal=True, even=True)),
+    Case("even, window", ("padding left",), (3, 2, 1, 70, 75, 8, 8), constants=but(causal=True, even=True, window=9)),
+    Case("even, cap, dropout", ("padding left", *DROP), (3, 4, 2, 19, 19, 8, 8), constants=but(even=True, cap=2.0)),
+    Case("even, biases", ("padding left", "relative", "bias"), (3, 2, 1, 19, 37, 8, 8), constants=but(even=True)),
+    Case("even, half", ("padding left", "relative"), (3, 2, 1, 19, 37, 8, 8), torch.bfloat16, constants=but(even=True)),
     Case("bias", ("bias", *DROP), sizes=(2, 2, 1, 5, 37, 24, 20), constants=()),
     Case("bias of all heads", ("bias heads", "mask"), sizes=(2, 4, 2, 5, 9, 24, 20)),
     Case("bias of samples", ("bias samples", "padding"), sizes=(2, 4, 2, 5, 9, 24, 20), constants=but(window=3)),
     Case("bias of everything", ("bias all", *DROP), sizes=(2, 4, 2, 5, 9, 24, 20), constants=but(cap=2.0)),
     Case("permuted bias", ("bias permuted",), constants=()),
-    Case("everything", ("mask", "padding", "slopes", "bias", *DROP), constants=but(causal=True, window=7, cap=2.0)),
+    Case(
+        "everything",
+        ("mask", "padding", "bias", "relative", "sinks", *DROP),
+        constants=but(causal=True, window=7, cap=2.0),
+    ),
     Case("large scores", spread=60.0),
     Case("zeros", spread=0.0),
     Case("swapped", layout="swapped", sizes=(2, 2, 1, 5, 9, 8, 8)),
@@ -97,6 +111,7 @@ WRONG = [
     Case("wrong threshold", DROP, wrong=but(threshold=2**28)),
     Case("wrong dropout_scale", DROP, wrong=but(dropout_scale=1.2)),
     Case("not causal", wrong=but(causal=False)),
+    Case("not even", ("padding left",), (3, 2, 1, 9, 9, 8, 8), constants=but(even=True), wrong=but(even=False)),
 ]
 DEVICE = [
     Case(f"device {d} {name} {dtype}", given, (2, 4, 2, 300, 333, d, d), dtype, constants=constants)
@@ -137,7 +152,10 @@ def extra(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor
         "mask bool": (share < 0.5) & (torch.arange(queries)[:, None] != 2),
         "mask bool keys": (torch.rand(batch, 1, 1, keys) < 0.5).contiguous(),
         "padding": torch.arange(keys) < torch.tensor([keys - 2, 0])[:batch, None],
-        "slopes": torch.rand(heads),
+        "padding left": torch.arange(keys) >= torch.tensor([0, 7, keys])[:batch, None],
+        "relative": torch.randn(heads, queries + keys - 1).to(dtype),
+        "sinks": torch.randn(heads).to(dtype),
+        "sinks large": 30 * torch.randn(heads).to(dtype),
         "bias": torch.randn(1, heads, queries, keys).to(dtype),
         "bias heads": torch.randn(1, 1, queries, keys).to(dtype),
         "bias samples": torch.randn(batch, 1, queries, keys).to(dtype),
@@ -158,10 +176,15 @@ def drawn(case: Case, device: str) -> tuple[list[torch.Tensor], Tensors, dict[st
     others: Tensors = dict.fromkeys(NAMES)
     for name in case.given:
         others[name.split()[0]] = extra(name, (batch, heads, queries, keys), case.dtype).to(device)
-    if others["bias"] is not None:
-        others["bias"].requires_grad_()
+    for x in learned(others):
+        x.requires_grad_()
     constants = {"scale": 0.3, "threshold": int(0.3 * 2**32) - 2**31, "dropout_scale": 1 / 0.7}
     return main, others, constants | dict(case.constants)
+
+
+def learned(others: Tensors) -> list[torch.Tensor]:
+    """The operands with a gradient besides query, key and value."""
+    return [x for name in LEARNED if (x := others[name]) is not None]
 
 
 def doubled(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -171,22 +194,22 @@ def doubled(x: torch.Tensor | None) -> torch.Tensor | None:
 def errors(case: Case, device: str) -> dict[str, float]:
     """Largest error of the output and of every gradient, over the largest size of each and of the terms it sums."""
     main, others, constants = drawn(case, device)
-    out = attention(*main, *others.values(), **constants | dict(case.wrong))
+    out = attention(*main, **others, **constants | dict(case.wrong))
     assert out.grad_fn is not None and "autopart_attention" in out.grad_fn.name(), "the reference ran, not the kernels"
     assert out.dtype == case.dtype and out.transpose(1, 2).is_contiguous()
-    leaves = [*main, *([others["bias"]] if others["bias"] is not None else [])]
+    leaves = [*main, *learned(others)]
     dout = torch.randn(*out.shape[:-1], out.shape[-1] + 1).to(out)[..., :-1]
     gradients = torch.autograd.grad(out, leaves, dout)
     assert all(g.dtype == x.dtype and g.shape == x.shape for g, x in zip(gradients, leaves, strict=True))
 
     exact_main, exact_others = [doubled(x) for x in main], {name: doubled(x) for name, x in others.items()}
-    exact = reference(*exact_main, *exact_others.values(), **constants)
-    exact_leaves = [*exact_main, *([exact_others["bias"]] if others["bias"] is not None else [])]
+    exact = reference(*exact_main, **exact_others, **constants)
+    exact_leaves = [*exact_main, *learned(exact_others)]
     exact_gradients = torch.autograd.grad(exact, exact_leaves, dout.double())
     pairs = zip((out, *gradients), (exact, *exact_gradients), strict=True)
     sizes = [max(x.abs().max().item(), case.spread**2 or 1.0) for x in (exact, *exact_gradients)]
     found = [(a - b).abs().max().item() / size for (a, b), size in zip(pairs, sizes, strict=True)]
-    return dict(zip(("out", "dq", "dk", "dv", "dbias"), found, strict=False))
+    return dict(zip(("out", "dq", "dk", "dv", "dlearned", "second", "third"), found, strict=False))
 
 
 def tolerance(case: Case) -> float:
@@ -201,8 +224,8 @@ def extremes(device: str) -> dict[str, bool]:
         main, others, constants = drawn(Case(name, constants=()), device)
         with torch.no_grad():
             main[0][0, 1, 4, 3] = value
-        out = attention(*main, *others.values(), **constants)
-        wanted = reference(*main, *others.values(), **constants)
+        out = attention(*main, **others, **constants)
+        wanted = reference(*main, **others, **constants)
         same = torch.equal(out.isnan(), wanted.isnan()) and torch.equal(out.isfinite(), wanted.isfinite())
         found[f"extreme {name}"] = same and bool(out.isnan().any()) and bool(out.isfinite().any())
     return found
@@ -213,7 +236,7 @@ def masks(device: str) -> bool:
     output is the softmax after dropout."""
     main, others, constants = drawn(Case("", DROP, (2, 2, 2, 21, 32, 8, 32), constants=()), device)
     identity = torch.eye(32, device=device).expand(2, 2, 32, 32)
-    out = attention(*main[:2], identity, *others.values(), **constants)
+    out = attention(*main[:2], identity, **others, **constants)
     rows, columns = others["rows"], others["columns"]
     assert rows is not None and columns is not None
     kept = dropout.masked(torch.ones(84, 32, device=device), rows.flatten(), columns, constants["threshold"], 1.0)
@@ -222,23 +245,23 @@ def masks(device: str) -> bool:
 
 def twice(device: str) -> bool:
     """Whether two runs agree on every bit."""
-    main, others, constants = drawn(CASES[-4], device)
+    main, others, constants = drawn(next(c for c in CASES if c.name == "everything"), device)
     results = []
     for _ in range(2):
-        out = attention(*main, *others.values(), **constants)
-        results.append([out, *torch.autograd.grad(out, [*main, others["bias"]], torch.ones_like(out))])
+        out = attention(*main, **others, **constants)
+        results.append([out, *torch.autograd.grad(out, [*main, *learned(others)], torch.ones_like(out))])
     return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def operators() -> bool:
     """`torch.library.opcheck` of forward and backward, but for fake tensors, which Triton's interpreter reads."""
     tests = ("test_schema", "test_autograd_registration")
-    main, others, constants = drawn(Case("", ("bias", *DROP), (1, 2, 1, 3, 5, 4, 4)), "cpu")
-    given = [0.3, False, 0, 0.0, constants["threshold"], constants["dropout_scale"]]
+    main, others, constants = drawn(Case("", (*LEARNED, *DROP), (1, 2, 1, 3, 5, 4, 4)), "cpu")
+    given = [0.3, False, 0, 0.0, False, constants["threshold"], constants["dropout_scale"]]
     torch.library.opcheck(torch.ops.autopart.attention, (*main, *others.values(), *given), test_utils=tests)
     with torch.no_grad():
         out, lse = torch.ops.autopart.attention(*main, *others.values(), *given)
-        arguments = (torch.ones_like(out), out, lse, *main, *others.values(), *given, True)
+        arguments = (torch.ones_like(out), out, lse, *main, *others.values(), *given, [True] * 3)
         plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
         torch.library.opcheck(torch.ops.autopart.attention_backward, plain, test_utils=tests)
     return True
@@ -301,8 +324,8 @@ def eager(query, key, value, mask=None, scale=1.0, upcast=None, bias=None):
 @pytest.mark.parametrize("given", [(), ("mask",), ("bias",), ("mask", "bias")], ids=str)
 def test_reference_is_transformers_attention_bit_for_bit(dtype, upcast, given):
     main, others, _ = drawn(Case("", given, (2, 4, 2, 19, 37, 24, 20), dtype), "cpu")
-    leaves = [*main, *([others["bias"]] if others["bias"] is not None else [])]
-    out = reference(*main, *others.values(), 0.3, compute_dtype=upcast)
+    leaves = [*main, *learned(others)]
+    out = reference(*main, **others, scale=0.3, compute_dtype=upcast)
     expected = eager(*main, others["mask"], 0.3, upcast, others["bias"])
     gradients = [torch.autograd.grad(y, leaves, torch.ones_like(y)) for y in (out, expected)]
     assert torch.equal(out, expected)
@@ -310,7 +333,13 @@ def test_reference_is_transformers_attention_bit_for_bit(dtype, upcast, given):
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in CASES if not {*DROP, "bias"} & {*c.given} and c.dtype == torch.float32], ids=lambda c: c.name
+    "case",
+    [
+        c
+        for c in CASES
+        if not {*DROP, *LEARNED, "sinks large", "padding left"} & {*c.given} and c.dtype == torch.float32
+    ],
+    ids=lambda c: c.name,
 )
 def test_reference_is_torch_s_attention_with_a_mask(case):
     main, others, constants = drawn(case, "cpu")
@@ -326,21 +355,18 @@ def test_reference_is_torch_s_attention_with_a_mask(case):
         added = added if x is None else added.masked_fill(~x, -INF) if x.dtype == torch.bool else added + x
     if others["padding"] is not None:
         added = added.masked_fill(~others["padding"][:, None, None], -INF)
-    if others["slopes"] is not None:
-        added = added + others["slopes"][:, None, None] * (torch.arange(keys) - keys)
     added = added.masked_fill(~seen, -INF)
     expected = F.scaled_dot_product_attention(*main, added, scale=0.3, enable_gqa=True)
-    out = reference(*main, *others.values(), **constants)
+    out = reference(*main, **others, **constants)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5 * max(1.0, case.spread))
 
 
 def test_gradients_of_the_reference_are_derivatives():
-    main, others, constants = drawn(Case("", ("bias", *DROP), (1, 2, 1, 3, 4, 2, 2)), "cpu")
-    leaves = [doubled(x) for x in (*main, others["bias"])]
+    main, others, constants = drawn(Case("", (*LEARNED, *DROP), (1, 2, 1, 3, 4, 2, 2)), "cpu")
+    leaves = [doubled(x) for x in (*main, *learned(others))]
 
-    def function(query, key, value, bias):
-        others["bias"] = bias
-        return reference(query, key, value, *others.values(), **constants)
+    def function(query, key, value, *given):
+        return reference(query, key, value, **others | dict(zip(LEARNED, given, strict=True)), **constants)
 
     assert torch.autograd.gradcheck(function, leaves)
 
@@ -368,16 +394,16 @@ def test_bytes_moved_and_kept():
     assert module.bytes_moved(query, key, value) == Bytes(wide + lse, 2 * wide + lse)
     bias = meta(1, 4, 10, 12).requires_grad_()
     read = 2 * 4 * 10 * 12
-    whole = module.bytes_moved(query, key, value, None, None, None, bias)
+    whole = module.bytes_moved(query, key, value, None, None, bias)
     assert whole == Bytes(wide + lse + read, 2 * wide + lse + 2 * read)
     out = meta(2, 4, 10, 6)
-    kept = module.kept((query, key, value, None, None, None, bias, 1.0, True), (out,))
+    kept = module.kept((query, key, value, None, None, bias, 1.0, True), (out,))
     assert [t.shape for t in kept] == [query.shape, key.shape, value.shape, bias.shape, out.shape, (2, 4, 10)]
 
 
 def shapes_of(case: Case) -> tuple[Any, ...]:
     main, others, constants = drawn(case, "cpu")
-    given = [None if x is None else tuple(x.shape) for x in (*main, *others.values())]
+    given = [None if x is None else tuple(x.shape) for x in (*main, *others.values())][:8]
     return (*given, constants["scale"], constants.get("causal", False), constants.get("window", 0))
 
 
@@ -386,8 +412,8 @@ def test_heads_and_samples_are_split_and_queries_where_nothing_counts_them(case)
     args = shapes_of(case)
     samples, heads, _, queries, *_, e = case.sizes
     row = parse(module.rule(args, ()))
-    bound = bind(row, args[:9], [(samples, heads, queries, e)])
-    counted = any(name in dict(case.constants) for name in ("causal", "window"))
+    bound = bind(row, args[:8], [(samples, heads, queries, e)])
+    counted = any(name in dict(case.constants) for name in ("causal", "window")) or "relative" in case.given
     assert row.text.count("q!") == (row.text.count("q") if counted else 0)
     for letter, place in {"b": 0, "h": 1}.items():
         strategy = split_letter(bound, frozenset(letter), 2)
@@ -395,23 +421,6 @@ def test_heads_and_samples_are_split_and_queries_where_nothing_counts_them(case)
         if strategy is not None:
             assert list(strategy.inputs[:3]) == [C if x[place] == 1 else S(place) for x in args[:3]]
             assert strategy.outputs == (S(place),)
-
-
-def test_the_rule_of_the_kernel_is_that_of_a_call_with_everything():
-    args = (
-        (2, 4, 3, 8),
-        (2, 2, 5, 8),
-        (2, 2, 5, 8),
-        (2, 4, 3, 5),
-        (2, 5),
-        (4,),
-        (2, 4, 3, 5),
-        (2, 4, 3),
-        (5,),
-        1.0,
-        True,
-    )
-    assert parse(module.rule(args, ())).inputs == parse(KERNEL.rule).inputs
 
 
 @pytest.mark.parametrize("dims", [(0, 1), (1, 0), (0, 0), (1, 1)], ids=str)
@@ -466,8 +475,8 @@ FALLBACKS: dict[str, tuple[Any, ...]] = {
     "no samples": tuple(plain(0, 1, 2, 4) for _ in range(3)),
     "no queries": (plain(1, 1, 0, 4), plain(1, 1, 2, 4), plain(1, 1, 2, 4)),
     "mask with a gradient": (*(plain(1, 1, 2, 4) for _ in range(3)), plain(2, 2).requires_grad_()),
-    "bias of all queries": (*(plain(1, 1, 2, 4) for _ in range(3)), None, None, None, plain(1, 1, 1, 2)),
-    "slopes of float64": (*(plain(1, 1, 2, 4) for _ in range(3)), None, None, plain(1, dtype=torch.float64)),
+    "bias of all queries": (*(plain(1, 1, 2, 4) for _ in range(3)), None, None, plain(1, 1, 1, 2)),
+    "sinks of float64": (*(plain(1, 1, 2, 4) for _ in range(3)), *[None] * 4, plain(1, dtype=torch.float64)),
 }
 
 
@@ -483,21 +492,22 @@ def test_fake_tensors_go_to_the_reference(forced):
         assert attention(*(torch.empty(1, 2, 3, 4) for _ in range(3))).shape == (1, 2, 3, 4)
 
 
-@pytest.mark.parametrize("bias_gradient", [False, True])
-def test_operators_take_fake_tensors(bias_gradient):
+@pytest.mark.parametrize("wanted", [False, True])
+def test_operators_take_fake_tensors(wanted):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     pytest.importorskip("triton")
     with FakeTensorMode():
         query, key, value = (torch.empty(2, heads, n, d) for heads, n, d in ((4, 5, 8), (2, 7, 8), (2, 7, 6)))
-        tensors = (query, key, value, None, None, None, torch.empty(1, 4, 5, 7), None, None)
-        constants = (0.3, True, 0, 0.0, 0, 1.0)
+        others = (torch.empty(1, 4, 5, 7), torch.empty(4, 11), torch.empty(4))
+        tensors = (query, key, value, None, None, *others, None, None)
+        constants = (0.3, True, 0, 0.0, False, 0, 1.0)
         out, lse = torch.ops.autopart.attention(*tensors, *constants)
         gradients = torch.ops.autopart.attention_backward(
-            torch.empty(2, 4, 5, 6), out, lse, *tensors, *constants, bias_gradient
+            torch.empty(2, 4, 5, 6), out, lse, *tensors, *constants, [wanted] * 3
         )
     assert out.shape == (2, 4, 5, 6) and out.transpose(1, 2).is_contiguous() and lse.shape == (2, 4, 5)
-    shapes = [query.shape, key.shape, value.shape, (1, 4, 5, 7) if bias_gradient else (0,)]
+    shapes = [query.shape, key.shape, value.shape, *(x.shape if wanted else (0,) for x in others)]
     assert [g.shape for g in gradients] == shapes
 
 
@@ -515,7 +525,8 @@ def test_the_environment_forces_the_kernels(forced):
 def test_kernels_compile_ahead_without_spills(capability, model):
     pytest.importorskip("triton")
     usage = KERNEL.ahead(capability, **KERNEL.shapes[model])
-    assert set(usage) == {"forward", "query", "key"} | ({"bias"} if model == "T5-11B" else set())
+    learned = {name for name in ("bias", "relative") if name in KERNEL.shapes[model]}
+    assert set(usage) == {"forward", "query", "key"} | learned
     assert all(kernel.spills == 0 and kernel.registers > 0 for kernel in usage.values()), usage
     assert all(kernel.shared <= (163 if capability == 80 else 227) * 1024 for kernel in usage.values()), usage
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from autopart.kernels import expert_load, router
+from autopart.kernels import expert_load, router, score_router
 from autopart.sharding.notation import parse
 from tests.support.interpreted import interpreted as interpreted_child
 
@@ -197,7 +197,7 @@ def test_what_the_kernels_cannot_take_goes_to_the_reference(name, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("AUTOPART_FORCE_TRITON", "1")
-    monkeypatch.setattr(router, "launch", refuse)
+    monkeypatch.setattr(score_router, "launch", refuse)
     monkeypatch.setattr(expert_load, "launch", refuse)
     x = FALLBACKS[name]
     assert router.route(x, 2, True)[0].shape == (len(x), 2)
@@ -210,7 +210,8 @@ def test_operators_take_fake_tensors():
 
     with FakeTensorMode():
         x = torch.empty(2, 3, 8, requires_grad=True)
-        weights, ids = torch.ops.autopart.route(x, 2, True, torch.bfloat16)
+        given = (1, 1, True, 1, True, 0.0, False, 1.0, True, torch.bfloat16)
+        weights, ids = torch.ops.autopart.route_scores(x, None, 2, *given)
         tokens, chances = torch.ops.autopart.expert_load(x.view(6, 8), None, 2)
         (weights.sum() + chances.sum()).backward()
         assert weights.shape == ids.shape == (2, 3, 2) and tokens.shape == (8,) and x.grad.shape == x.shape
@@ -255,7 +256,6 @@ def registered() -> bool:
     """Whether torch's checks of the operators' schemas and gradients pass."""
     x = torch.rand(4, 5, requires_grad=True)
     checks = ("test_schema", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.autopart.route.default, (x, 2, True, torch.float32), test_utils=checks)
     torch.library.opcheck(torch.ops.autopart.expert_load.default, (x, None, 2), test_utils=checks)
     return True
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from autopart.kernels import sigmoid_router, topk_router
-from autopart.kernels.sigmoid_router import route_sigmoid
+from autopart.kernels import score_router, topk_router
+from autopart.kernels.score_router import STYLES, route_scores
 from autopart.kernels.topk_router import route_topk
 from autopart.sharding.notation import parse
 from tests.support.interpreted import interpreted as interpreted_child
@@ -21,7 +21,7 @@ EPS, SCALE = 0.01, 2.5
 class Case(NamedTuple):
     """Logits (t, experts), of which k are chosen; groups None: by the k greatest logits.
 
-    constants  of `route_sigmoid`, behind its groups
+    constants  of `route_scores`, behind its groups
     weights    dtype of the weights, None: the logits'
     """
 
@@ -34,6 +34,7 @@ class Case(NamedTuple):
     constants: tuple[bool, float, float] = (True, EPS, SCALE)
     weights: torch.dtype | None = None
     layout: str = "plain"
+    style: str = "deepseek_v3"
     wrong: bool = False
 
     @property
@@ -53,6 +54,18 @@ CASES += [
     for constants in ((True, 0.0, 1.0), (False, 0.0, SCALE), (False, 0.0, 1.0), (True, 1e-20, 1.0))
 ]
 CASES += [Case(9, 8, 2, groups=groups, layout=layout) for groups in (None, 2) for layout in ("swapped", "sliced")]
+CASES += [
+    Case(9, 24, 4, dtype, 6, 2, constants, style=style)
+    for dtype in ROUNDING
+    for style, constants in (
+        ("deepseek_v2", (False, 0.0, SCALE)),
+        ("mistral4", (True, EPS, SCALE)),
+        ("mistral4", (True, 0.0, 1.0)),
+        ("ernie4_5", (True, 1e-12, 1.0)),
+        ("ernie4_5", (True, 0.9, 1.0)),
+    )
+]
+CASES += [Case(70, 160, 6, torch.float32, 8, 3, (False, 0.0, SCALE), style="deepseek_v2")]
 WRONG = [Case(70, 8, 2, wrong=True), Case(70, 8, 2, groups=4, limit=2, wrong=True)]
 LARGE = [Case(5000, 128, 4, dtype) for dtype in ROUNDING] + [Case(5000, 256, 8, groups=8, limit=4)]
 INTERPRETED = CASES if "AUTOPART_EXAMPLES" in os.environ else [c for c in CASES if c.t != 5 or c.dtype.itemsize == 4]
@@ -73,7 +86,8 @@ def draw(case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor]:
 def call(case: Case, logits: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if case.groups is None:
         return route_topk(logits, case.k, None, case.weights)
-    return route_sigmoid(logits, bias, case.k, case.groups, case.limit, *case.constants)
+    given = bias if STYLES[case.style].fill else None
+    return route_scores(logits, given, case.k, case.groups, case.limit, *case.constants, case.style)
 
 
 def right(case: Case, logits: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,16 +95,19 @@ def right(case: Case, logits: torch.Tensor, bias: torch.Tensor) -> tuple[torch.T
     if case.groups is None:
         ids = logits.argsort(-1, descending=True)[:, : case.k]
         return torch.softmax(logits.gather(1, ids), -1), ids
-    scores = 1 / (1 + torch.exp(-logits))
-    choice, size = scores.detach() + bias, case.experts // case.groups
+    style = STYLES[case.style]
+    scores = torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True) if style.soft else 1 / (1 + torch.exp(-logits))
+    choice, size = scores.detach() + (bias if style.fill else 0), case.experts // case.groups
     for row in choice:
-        sums = [part.sort(descending=True)[0][:2].sum().item() for part in row.split(size)]
+        sums = [part.sort(descending=True)[0][: style.lead].sum().item() for part in row.split(size)]
         for group in sorted(range(case.groups), key=lambda g: -sums[g])[case.limit :]:
             row[group * size : (group + 1) * size] = -torch.inf
     ids = choice.argsort(-1, descending=True)[:, : case.k]
     weights = scores.gather(1, ids)
     renormalise, eps, scale = case.constants
-    return scale * (weights / (weights.sum(1, keepdim=True) + eps) if renormalise else weights), ids
+    total = weights.sum(1, keepdim=True)
+    total = total.clamp(min=eps) if style.clamped else total + eps
+    return scale * (weights / total if renormalise else weights), ids
 
 
 def errors(case: Case, device: str) -> dict[str, float]:
@@ -121,8 +138,8 @@ def spread_of_values(device: str) -> list[object]:
     logits, bias = torch.tensor(rows, device=device), torch.tensor([0.0, -inf, 0.0, 0.0], device=device)
     results = [
         route_topk(logits, 2),
-        route_sigmoid(logits, bias, 2, None, None, True, 0.5, 1.0),
-        route_sigmoid(logits, torch.zeros_like(bias), 3, 2, 1, False, 0.0, 1.0),
+        route_scores(logits, bias, 2, None, None, True, 0.5, 1.0),
+        route_scores(logits, torch.zeros_like(bias), 3, 2, 1, False, 0.0, 1.0),
     ]
     return [[ids.tolist(), (weights.nan_to_num(-1.0) * 1e4).round().tolist()] for weights, ids in results]
 
@@ -199,7 +216,7 @@ def test_reference_is_the_router_of_transformers_bit_for_bit(name, dtype):
     if settings:
         groups = settings["n_group"], settings["topk_group"]
         bias = theirs.e_score_correction_bias
-        found = route_sigmoid(logits, bias, 3, *groups, settings["norm_topk_prob"], 1e-20, SCALE)
+        found = route_scores(logits, bias, 3, *groups, settings["norm_topk_prob"], 1e-20, SCALE)
         found = found[0].gather(1, found[1].argsort(1)), found[1].sort(1)[0]  # theirs are in any order
         weights, ids = weights.gather(1, ids.argsort(1)), ids.sort(1)[0]
     else:
@@ -223,13 +240,13 @@ def test_what_the_kernels_cannot_take_goes_to_the_reference(name, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("AUTOPART_FORCE_TRITON", "1")
     monkeypatch.setattr(topk_router, "launch", refuse)
-    monkeypatch.setattr(sigmoid_router, "launch", refuse)
+    monkeypatch.setattr(score_router, "launch", refuse)
     x = FALLBACKS[name]
     bias = torch.zeros(x.shape[1])
     assert route_topk(x, 2)[0].shape == (len(x), 2)
-    assert route_sigmoid(x, bias, 2, 3, 1, True, EPS, SCALE)[0].shape == (len(x), 2)
+    assert route_scores(x, bias, 2, 3, 1, True, EPS, SCALE)[0].shape == (len(x), 2)
     wide = torch.randn(1, 66 * 10)  # 66 groups of 10 take 128 x 16 places
-    assert route_sigmoid(wide, torch.zeros(660), 2, 66, 1, True, EPS, SCALE)[0].shape == (1, 2)
+    assert route_scores(wide, torch.zeros(660), 2, 66, 1, True, EPS, SCALE)[0].shape == (1, 2)
 
 
 def test_operators_take_fake_tensors():
@@ -239,7 +256,9 @@ def test_operators_take_fake_tensors():
     with FakeTensorMode():
         x, bias = torch.empty(2, 3, 8, requires_grad=True), torch.empty(8)
         weights, ids = torch.ops.autopart.route_topk(x, 2, torch.bfloat16)
-        others, numbers = torch.ops.autopart.route_sigmoid(x, bias, 4, 2, 1, True, EPS, SCALE)
+        others, numbers = torch.ops.autopart.route_scores(
+            x, bias, 4, 2, 1, False, 2, True, EPS, False, SCALE, False, torch.float32
+        )
         (weights.sum() + others.sum()).backward()
         assert weights.shape == ids.shape == (2, 3, 2) and weights.dtype == torch.bfloat16
         assert others.shape == numbers.shape == (2, 3, 4) and x.grad.shape == x.shape
@@ -250,17 +269,19 @@ def test_bytes_moved_kept_and_rules():
     bias = torch.empty(8, device="meta")
     assert topk_router.bytes_moved(x, 2) == (96 + 10 * 12, 96 + 12 * 12)
     assert topk_router.bytes_moved(x, 2, torch.float32) == (96 + 12 * 12, 96 + 16 * 12)
-    assert sigmoid_router.bytes_moved(x, bias, 2) == (96 + 32 + 10 * 12, 192 + 10 * 12)
+    assert score_router.bytes_moved(x, bias, 2) == (96 + 32 + 10 * 12, 192 + 10 * 12)
     assert topk_router.KERNEL.kept((x, 2), (ids, ids)) == (ids, ids)
-    assert sigmoid_router.KERNEL.kept((x, bias, 2), (ids, ids)) == (x, ids)
-    assert [len(parse(module.KERNEL.rule).inputs) for module in (topk_router, sigmoid_router)] == [1, 2]
+    assert score_router.KERNEL.kept((x, bias, 2), (ids, ids)) == (x, ids)
+    assert score_router.bytes_moved(x, None, 2) == (96 + 10 * 12, 192 + 10 * 12)
+    assert len(parse(topk_router.KERNEL.rule).inputs) == 1
+    assert len(parse(score_router.rule((x.shape, bias.shape), ())).inputs) == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_kernels_compile_ahead_without_spills(capability):
     pytest.importorskip("triton")
-    for kernel in (topk_router.KERNEL, sigmoid_router.KERNEL):
+    for kernel in (topk_router.KERNEL, score_router.KERNEL):
         for shape in kernel.shapes.values():
             usage = kernel.ahead(capability, **shape)
             assert all(one.spills == 0 and one.registers <= 128 for one in usage.values()), (kernel.name, shape, usage)
@@ -285,8 +306,9 @@ def registered() -> bool:
     x, bias = torch.rand(4, 6, requires_grad=True), torch.rand(6)
     checks = ("test_schema", "test_autograd_registration")
     torch.library.opcheck(torch.ops.autopart.route_topk.default, (x, 2, torch.float32), test_utils=checks)
-    given = (x, bias, 2, 3, 2, True, EPS, SCALE)
-    torch.library.opcheck(torch.ops.autopart.route_sigmoid.default, given, test_utils=checks)
+    given = (2, 3, 2, False, 2, True, EPS, False, SCALE, False, torch.float32)
+    for learned in (bias, None):
+        torch.library.opcheck(torch.ops.autopart.route_scores.default, (x, learned, *given), test_utils=checks)
     return True
 
 

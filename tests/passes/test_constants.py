@@ -130,3 +130,36 @@ def test_masks_in_small_blocks(tokens: int, monkeypatch: pytest.MonkeyPatch) -> 
         wanted[name] = "all" if bool(values.all()) else "causal" if causal else ""
     assert tokens == 1 or set(wanted.values()) == {"all", "causal", ""}
     assert patterns(masks, tokens) == wanted
+
+
+def test_places_are_those_of_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows, in blocks of three, against every window there is; other masks depend on more than places."""
+    tokens = 8
+    monkeypatch.setattr(constants, "BLOCK_SIZE", 3)
+    numbers, line = random.Random(0), torch.arange(tokens)
+    masks: dict[str, Mask] = {f"window {n}": window(n) for n in range(1, tokens)}
+    masks |= {f"behind {n}": lambda query, key, n=n: query - key < n for n in range(1, tokens)}
+    masks |= {f"around {n}": lambda query, key, n=n: (query - key < n) & (key - query < n) for n in range(1, tokens)}
+    masks |= {str(i): some_mask(numbers, tokens) for i in range(60)}
+    graph = simplify(trace(Attentions(masks.values()), {"x": torch.zeros(2, tokens, 2)}))
+    attentions = [n for n in calls(graph.graph) if info(n).name == "aten.scaled_dot_product_attention"]
+    known, away = constants.ConstantValues(graph.buffers), line[:, None] - line[None]
+    found = 0
+    for mask, node in zip(masks.values(), attentions, strict=True):
+        if len(node.args) < 4 or node.args[3] is None:
+            continue
+        values = mask(line[:, None], line[None]).expand(tokens, tokens)
+        wanted = {
+            constants.Places(causal, behind, ahead)
+            for causal in (False, True)
+            for behind in range(tokens)
+            for ahead in (range(2, tokens) if not causal else (0,))
+            for seen in [(away >= 0 if causal else -away < ahead) & ((away < behind) if behind else away > -tokens)]
+            if torch.equal(values, seen)
+        } | {
+            constants.Places(False, behind, 0) for behind in range(1, tokens) if torch.equal(values, away < behind)
+        }  # fmt: skip
+        places = known.places(node.args[3])
+        assert (places is None and not wanted) or places in wanted, (values.int(), places, wanted)
+        found += places is not None
+    assert found >= 2 * tokens

@@ -259,7 +259,21 @@ def dropped_paths(keep: float, divisor: float, shape: tuple[int, ...], dtype: to
     return Formula(formula)
 
 
+def paths_by_chance(keep: float, divisor: float, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Formula:
+    """As timm and torchvision write it."""
+
+    def formula(x: Tensor, w: Tensor) -> Tensor:
+        x = x.to(dtype)
+        return (x + x.tanh() * x.new_empty(shape).bernoulli_(keep).div_(divisor)) * w
+
+    return Formula(formula)
+
+
 PATHS = {
+    "by chance": (paths_by_chance(0.75, 0.75, (2, 1, 1)), True),
+    "by chance, in half precision": (paths_by_chance(0.75, 0.75, (2, 1, 1), torch.bfloat16), True),
+    "by chance, another divisor": (paths_by_chance(0.75, 0.5, (2, 1, 1)), False),
+    "by chance, rows of a sample": (paths_by_chance(0.75, 0.75, (2, 6, 1)), False),
     "drop path": (dropped_paths(0.75, 0.75, (2, 1, 1)), True),
     "in half precision": (dropped_paths(0.75, 0.75, (2, 1, 1), torch.bfloat16), True),
     "another divisor": (dropped_paths(0.75, 0.5, (2, 1, 1)), False),

@@ -75,16 +75,25 @@ SAMPLES = [
     ),
     call("autopart.route", f(12, 6, 8), 3, True, None, constant=1),
     call("autopart.route_topk", f(12, 6, 8), 3, None, None),
-    call("autopart.route_sigmoid", f(12, 8), f(8), 3, 4, 2, True, 1e-20, 2.5, constant=1),
-    call("autopart.route_sigmoid", f(12, 6, 8), f(8), 3, None, None, True, 0.0, 1.0, constant=1),
+    call("autopart.route_scores", f(12, 8), f(8), 3, 4, 2, True, 1e-20, 2.5, constant=1),
+    call("autopart.route_scores", f(12, 6, 8), f(8), 3, None, None, True, 0.0, 1.0, constant=1),
+    call("autopart.route_scores", f(12, 8), None, 3, 4, 2, False, 0.0, 2.5, "deepseek_v2"),
     call("autopart.topk_softmax", f(12, 12, 6, 8), 3, None, True, False),
     call("autopart.expert_load", f(24, 8), None, 3),
     call("autopart.expert_load", f(24, 8), (f(24) > 0).float(), 3, constant=1),
     # contractions
     *(
-        call("autopart.dropout_attention", f(12, 12, 12, 5), *kv, mask, 0.1, causal, 0.5, Stream("drop"))
-        for heads, mask, causal in ((12, None, False), (12, None, True), (6, None, True), (12, f(1, 12, 12, 12), False))
+        call(f"autopart.{name}", f(12, 12, 12, 5), *kv, *masks, 0.5, causal, window, 0.0, even, *drawn)
+        for heads, masks, causal, window, even in (
+            (12, [None] * 5, False, 0, False),
+            (12, [None] * 5, True, 0, False),
+            (6, [None] * 5, True, 0, False),
+            (12, (f(1, 12, 12, 12), *[None] * 4), False, 0, False),
+            (6, (None, some(b(12, 12)), None, None, f(12)), True, 5, False),
+            (12, (None, some(b(12, 12)), f(1, 12, 12, 12), f(12, 23), None), False, 0, True),
+        )
         for kv in [(f(12, heads, 12, 5), f(12, heads, 12, 3))]
+        for name, drawn in (("attention", ()), ("dropout_attention", (0.1, Stream("drop"))))
     ),
     call("aten.mm", f(12, 24), f(24, 12)),
     call("aten.bmm", f(12, 4, 12), f(12, 12, 3)),

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from autopart.ir.graph import has_gradient, info
+from autopart.kernels.attention import attention
 from autopart.kernels.table import kernel_of
 from autopart.passes.codegen.scope import ATOM, BINARY, UNARY, Expression, Scope
 
@@ -194,6 +195,16 @@ def _attention(printer: Printer, scope: Scope, node: fx.Node, args: list[Any], k
     return printer.call(scope, "F.scaled_dot_product_attention", args[:3], {**named, **kwargs})
 
 
+def _fused_attention(
+    printer: Printer, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]
+) -> Expression:
+    """Query, key and value by position, the other arguments by name."""
+    printer.used.add("attention")
+    others = list(inspect.signature(attention).parameters.values())[3 : len(args)]
+    named = {o.name: a for o, a in zip(others, args[3:], strict=True) if isinstance(a, fx.Node) or a != o.default}
+    return printer.call(scope, "attention", args[:3], named)
+
+
 def _gelu(printer: Printer, scope: Scope, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Expression:
     return printer.call(scope, "F.gelu", args[:1], kwargs)
 
@@ -261,6 +272,7 @@ SPECIAL: dict[str, Callable[[Printer, Scope, fx.Node, list[Any], dict[str, Any]]
     "aten.add.Tensor": _linear_bias,
     "aten.embedding": _embedding,
     "aten.scaled_dot_product_attention": _attention,
+    "autopart.attention": _fused_attention,
     "aten.gelu": _gelu,
     "aten.layer_norm": _layer_norm,
     "aten.softmax.int": _softmax,

@@ -16,6 +16,7 @@ import torch
 from autopart.sharding.binding import Bound, bind, letter_groups, split_letter
 from autopart.sharding.notation import C, Dim, M, P, Placement, R, RowError, S, Shape, Strategy, parse, splits
 from autopart.sharding.rules import (
+    attention,
     contractions,
     factories,
     indexing,
@@ -31,7 +32,8 @@ from autopart.sharding.rules import (
 from autopart.sharding.rules.base import Args, Linear, Local, Rule, Sizes, opaque, replaced
 
 FAMILIES = (
-    contractions, factories, indexing, kernels, losses, pointwise, recurrent, reductions, shapes, splitting, vision,
+    attention, contractions, factories, indexing, kernels, losses, pointwise, recurrent, reductions, shapes, splitting,
+    vision,
 )  # fmt: skip
 RULES: dict[str, Rule] = {name: rule for family in FAMILIES for name, rule in family.RULES.items()}
 
