@@ -9,6 +9,10 @@ The bandwidth of a ring is that of its slowest part: the links of a device insid
 between hosts. A ring crosses the boundary of every host once. Several rings together use all network cards of the
 host's ranks.
 
+Between hosts NCCL has trees too, of a logarithmic number of steps: for an all-reduce a double binary tree; for an
+all-gather or a reduce-scatter of one rank a host, parallel aggregated trees (PAT, from NCCL 2.23 on: Jeaugey, arXiv
+2506.20252).
+
 NCCL sends by the fastest of three protocols: with flags in every 8 bytes (LL), with flags in every 128 bytes (LL128),
 and without flags (Simple). Their latencies and their shares of the bandwidth are those of NCCL's own model
 (NVIDIA/nccl, src/graph/tuning.cc at 01afd20).
@@ -49,6 +53,14 @@ TREE_STEPS: Mapping[str, tuple[float, float, float]] = {
 
 TREE_BANDWIDTH = 0.9
 """Bandwidth of a tree / bandwidth of a ring (nccl)."""
+
+
+PAT_BASE, PAT_RANK, PAT_STEPS_A_HOP, PAT_BANDWIDTH = 8e-6, 2.8e-6, 3.5, 0.75
+"""Of parallel aggregated trees: seconds before the first step; seconds for each rank, which is linear still; steps that
+are on their way at once; bandwidth / bandwidth of a ring (nccl 2.23, `ncclTopoTuneModel`)."""
+
+PAT_NETWORK_STEP = 14e-6
+"""Seconds of a step over a network without flags (nccl 2.23, `hwLat`)."""
 
 
 def ring_bandwidth(group: Group) -> float:
@@ -114,8 +126,17 @@ def _measured(name: str, nbytes: Any, group: Group) -> Any | None:
 
 def all_gather_seconds(nbytes: Any, group: Group) -> Any:
     """Seconds to give every rank the whole of `nbytes`, of which each rank holds 1 / p; or, in a reduce-scatter, each
-    rank 1 / p of the sum of p tensors of `nbytes`."""
-    return _ring((group.ranks - 1) / group.ranks * nbytes, 1, group)
+    rank 1 / p of the sum of p tensors of `nbytes`: those of a ring, or fewer of parallel aggregated trees, which NCCL
+    has for groups of one rank a host:
+
+        base + log2(hosts) x step / 3.5 + hosts x 2.8 us + wire / (0.75 x bandwidth)
+    """
+    wire = (group.ranks - 1) / group.ranks * nbytes
+    ring = _ring(wire, 1, group)
+    if group.hosts == 1 or group.per_host > 1 or group.inter.kind != "network":
+        return ring
+    steps = math.ceil(math.log2(group.hosts)) * PAT_NETWORK_STEP / PAT_STEPS_A_HOP + group.ranks * PAT_RANK
+    return np.minimum(ring, PAT_BASE + steps + wire / (PAT_BANDWIDTH * ring_bandwidth(group)))
 
 
 def all_reduce_seconds(nbytes: Any, group: Group) -> Any:
@@ -162,14 +183,23 @@ def p2p_seconds(nbytes: Any, link: Link) -> Any:
     return _fastest_protocol(1.0 * nbytes, 1, 0, pair, _bandwidth_in_host(pair))
 
 
-def merged_seconds(nbytes: Any, group: Group, name: str = "all_gather") -> Any:
-    """Seconds that `nbytes` add to a collective of many tensors in one message: bytes sent / bandwidth, no latency."""
+def message_seconds(nbytes: Any, group: Group, name: str, message: float) -> Any:
+    """Seconds that `nbytes` add to messages of several tensors, of `message` bytes each; those of their own message
+    where they are more. The latency of a message is shared by its bytes. Of a measured link: bytes x seconds a byte."""
     wire = group.intra.measured if group.hosts == 1 else None
     rows = wire.collectives.get(f"merged_{name}", {}).get(str(group.ranks)) if wire else None
     if rows is not None:
         return nbytes * (rows[-1][1] / rows[-1][0])
-    times = 2 if name == "all_reduce" else 1
-    return times * (group.ranks - 1) / group.ranks * nbytes / ring_bandwidth(group) if group.ranks > 1 else 0.0 * nbytes
+    whole = np.maximum(nbytes, message)
+    return nbytes / whole * FORMULAS[name](whole, group)
+
+
+def lone_message_seconds(nbytes: Any, group: Group, name: str, message: float) -> Any:
+    """Seconds that a message of `nbytes` takes beyond their share of one of `message` bytes (`message_seconds`): the
+    rest of the latency, where nothing else fills the message. 0 where `nbytes` are 0, or at least as many."""
+    alone = FORMULAS[name](nbytes, group) - message_seconds(nbytes, group, name, message)
+    measured = group.hosts == 1 and group.intra.measured is not None
+    return np.maximum(0.0, alone) * ((nbytes > 0) & (nbytes < message)) * (not measured)
 
 
 FORMULAS: Mapping[str, Callable[[Any, Group], Any]] = {

@@ -67,6 +67,8 @@ class PositionCosts(SegmentBytes):
                           optimizer states
     sync_seconds          of a step: gradient sync that no backward hides, and the optimizer
     overlappable_seconds  of each of `Training.backwards`: gradient sync that the backward of earlier positions can hide
+    gather_seconds        of each forward, and of each backward: gathers of parameters that the forward of the position
+                          before, and the backward of the position behind, can hide
     reduced_bytes         rows as in `SegmentBytes`; a third row: the sum over parameters that the position alone reads
     optimizer_workspace   bytes of the optimizer's temporaries: the sum over parameters where it steps them at once
                           (`Training.foreach`), else of the largest
@@ -79,6 +81,7 @@ class PositionCosts(SegmentBytes):
     state_bytes: Array
     sync_seconds: Array
     overlappable_seconds: Array
+    gather_seconds: Array
     optimizer_workspace: Array
     training: Training
     per_stage: list[PerStageOnce] = field(default_factory=list)
@@ -107,7 +110,9 @@ def no_costs(prices: Prices) -> PositionCosts:
         state_bytes=zeros(3),
         sync_seconds=zeros(),
         overlappable_seconds=zeros(),
+        gather_seconds=zeros(),
         optimizer_workspace=zeros(),
+        ahead_bytes=zeros(),
         training=prices.terms.training,
     )
 
@@ -119,6 +124,7 @@ def position_costs(prices: Prices, chosen: Sequence[int], link: Link | None) -> 
     found = no_costs(prices)
     _add_nodes(found, prices, at)
     _add_parameters(found, prices, at)
+    settle_messages(found, prices.terms.device.overlapped_share)
     for index, used in enumerate(table.value_uses):
         _add_value(found, prices, chosen, index, used, link)
     for index, tensor in enumerate(table.saved_tensors):
@@ -161,6 +167,7 @@ def _add_parameters(found: PositionCosts, prices: Prices, at: NDArray[np.int_]) 
         np.add.at(found.state_bytes.T, own, prices.state_bytes[i])
         np.add.at(found.sync_seconds, own, prices.sync_seconds[i])
         np.add.at(found.overlappable_seconds, own, prices.overlappable_seconds[i])
+        np.add.at(found.gather_seconds, own, prices.gather_seconds[i])
         (np.add if found.training.foreach else np.maximum).at(
             found.optimizer_workspace, own, prices.optimizer_workspace[i]
         )
@@ -175,13 +182,29 @@ def _add_parameters(found: PositionCosts, prices: Prices, at: NDArray[np.int_]) 
                         positions,
                         state_bytes=tuple(prices.state_bytes[i].tolist()),
                         sync_seconds=float(
-                            prices.sync_seconds[i] + found.training.backwards * prices.overlappable_seconds[i]
+                            prices.sync_seconds[i]
+                            + found.training.backwards * (prices.overlappable_seconds[i] + 2 * prices.gather_seconds[i])
                         ),
                         optimizer_workspace=float(prices.optimizer_workspace[i]),
                         reduced_bytes=reduced,
                         pending_grad_bytes=float(prices.pending_grad_bytes[i]),
                     )
                 )
+
+
+def settle_messages(found: PositionCosts, share: float) -> None:
+    """Add what depends on all parameters of a position: the latency of its messages that no other position shares, and
+    whether its parameters are gathered ahead. `share` is `Device.overlapped_share`."""
+    training, reduced = found.training, found.reduced_bytes[0]
+    gathers, ahead = 2 * training.backwards * (training.zero >= 3), training.ahead_bytes(reduced)
+    gather, scatter = training.lone_messages(reduced)
+    found.overlappable_seconds += share * scatter
+    found.gather_seconds += share * gather * (ahead > 0)
+    found.sync_seconds += (1 - share) * training.backwards * scatter + (1 - share * (ahead > 0)) * gathers * gather
+    late = found.gather_seconds * (ahead == 0)
+    found.gather_seconds -= late
+    found.sync_seconds += gathers * late
+    found.ahead_bytes[1:] = ahead[:-1]
 
 
 def _add_value(

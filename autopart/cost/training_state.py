@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from autopart.cost.collectives import measured_seconds, merged_seconds
+from autopart.cost.collectives import lone_message_seconds, measured_seconds, message_seconds
 from autopart.cost.compute import stream_rate_seconds
 from autopart.hardware.mesh import Group
 from autopart.hardware.rows import Device
@@ -89,6 +89,7 @@ class Training:
     widening       bytes of a number in the master dtype over those of one of a parameter; 1: there is no master copy
     foreach        whether the optimizer steps all parameters at once, as torch.optim does wherever it can: not on CPUs
     kernel         the kernel that makes the step (`step_kernel`), or ""
+    prefetch       the most bytes of whole parameters of a position that ranks gather ahead at ZeRO 3; 0: none
 
     With a master copy, the model computes in the parameters' precision. In the master dtype are the gradients' sums
     over micro-batches and ranks, the optimizer's states, and a copy of every parameter. The optimizer steps the copy,
@@ -114,6 +115,7 @@ class Training:
     widening: float = 1.0
     foreach: bool = False
     kernel: str = ""
+    prefetch: float = 0.0
 
     @property
     def ranks(self) -> int:
@@ -173,6 +175,11 @@ class Training:
         0."""
         return nbytes * (self.zero >= 3)
 
+    def ahead_bytes(self, nbytes: Any) -> Any:
+        """Bytes of whole parameters that are gathered ahead for a segment of `nbytes` of parameters: all at ZeRO 3
+        where they are at most `prefetch`, else 0."""
+        return self.gathered_bytes(nbytes) * (nbytes <= self.prefetch)
+
     def grad_reduce_workspace(self, nbytes: Any, largest: Any, single: Any) -> Any:
         """Bytes that are alive while ranks reduce the gradients of a segment's parameters at ZeRO 2 and 3, else 0.
 
@@ -209,25 +216,56 @@ class Training:
 
     def sync_seconds(self, nbytes: float, over_dp: bool) -> float:
         """Seconds of a step to reduce the gradient of a parameter of `nbytes` over the data-parallel axis, and to
-        gather the new parameter. Many parameters travel in one message, so that no latency is counted.
+        gather the new parameter. Parameters of less than a message share its latency by their bytes.
 
         Gradients are in the master dtype, parameters in their own: with a master copy level 1 takes less than level 0.
         """
         if not over_dp or self.ranks == 1:
             return 0.0
-        gradient = nbytes * self.widening
         if self.zero == 0:
-            return float(merged_seconds(gradient, self.group, "all_reduce"))
+            return self.overlappable_seconds(nbytes, over_dp)
         gathers, scatters = collectives_per_step(self.zero, self.micro_batches)
-        gather = merged_seconds(nbytes, self.group, "all_gather")
-        return float(gathers * gather + scatters * merged_seconds(gradient, self.group, "reduce_scatter"))
+        gather = message_seconds(nbytes, self.group, "all_gather", self._parameters_in_a_message)
+        return float(gathers * gather + scatters * self.overlappable_seconds(nbytes, over_dp))
 
     def overlappable_seconds(self, nbytes: float, over_dp: bool) -> float:
         """The part of `sync_seconds` that may overlap with one backward: the reduction of the gradient."""
         if not over_dp or self.ranks == 1:
             return 0.0
         name = "all_reduce" if self.zero == 0 else "reduce_scatter"
-        return float(merged_seconds(nbytes * self.widening, self.group, name))
+        return float(message_seconds(nbytes * self.widening, self.group, name, self._gradients_in_a_message))
+
+    def gather_seconds(self, nbytes: float, over_dp: bool) -> float:
+        """The part of `sync_seconds` that may overlap with a forward, and again with a backward: one all-gather of a
+        parameter at ZeRO 3, where parameters are gathered ahead; else 0."""
+        if not (self.sliced(over_dp) and self.prefetch):
+            return 0.0
+        return float(message_seconds(nbytes, self.group, "all_gather", self._parameters_in_a_message))
+
+    def lone_messages(self, nbytes: Any) -> tuple[Any, Any]:
+        """Seconds that one all-gather and one reduce-scatter of the `nbytes` of parameters of a segment take beyond
+        those of `sync_seconds`: the latency that no other segment shares. From ZeRO 2 on gradients, and at ZeRO 3
+        parameters, of several segments do not travel in one message."""
+        if self.zero < 2 or self.ranks == 1:
+            return 0.0 * nbytes, 0.0 * nbytes
+        scatter = lone_message_seconds(
+            nbytes * self.widening, self.group, "reduce_scatter", self._gradients_in_a_message
+        )
+        gather = lone_message_seconds(nbytes, self.group, "all_gather", self._parameters_in_a_message) * (
+            self.zero >= 3
+        )
+        return gather, scatter
+
+    @property
+    def _gradients_in_a_message(self) -> float:
+        """Bytes of a full message of gradients: BUCKET_BYTES; at ZeRO 3, where gradients fill messages in the
+        parameters' dtype and travel in the master dtype, `widening` times as many."""
+        return BUCKET_BYTES * (self.widening if self.zero >= 3 else 1.0)
+
+    @property
+    def _parameters_in_a_message(self) -> float:
+        """Bytes of a full message of parameters: BUCKET_BYTES at ZeRO 3; below it of slices in the master dtype."""
+        return BUCKET_BYTES / (self.widening if self.zero < 3 else 1.0)
 
     def step_bytes(self, nbytes: float, over_dp: bool) -> float:
         """Bytes that the optimizer's step of a trained parameter of `nbytes` moves: STEP_PASSES or ONE_PASS tensors in
@@ -247,7 +285,7 @@ class Training:
     def partial_sync_seconds(self, nbytes: float, group: Group) -> float:
         """Seconds of a step to all-reduce the gradient of a parameter of `nbytes` that is a partial sum over another
         axis, of ranks `group`."""
-        return float(merged_seconds(nbytes * self.widening, group, "all_reduce"))
+        return float(message_seconds(nbytes * self.widening, group, "all_reduce", BUCKET_BYTES))
 
 
 def update_seconds(nbytes: float, grad: bool, over_dp: bool, training: Training, device: Device) -> float:

@@ -63,3 +63,27 @@ def pending_gradients(
         if len(inside) > 1 and nbytes:
             last, pending = max(last, inside[-1]), pending + nbytes
     return last, pending
+
+
+class StageMessages(NamedTuple):
+    """Seconds of the messages of a stage's parameters over dp: the `total` of a step, and by position those of one
+    backward's gradient sync (`scatter`) and of one pass's gathers (`gather`) that computing may hide."""
+
+    total: float
+    scatter: list[float]
+    gather: list[float]
+
+
+def messages_of(layered: LayeredGraph, training: Training, reads: Sequence[Sequence[Parameter]]) -> StageMessages:
+    """The messages of a stage whose positions read the parameters `reads`."""
+    total = sum(training.sync_seconds(p.bytes, p.over_dp) for p in distinct(reads))
+    scatters, gathers = list[float](), list[float]()
+    for row in reads:
+        own = [p for p in row if len(layered.readers[p.name]) == 1]
+        nbytes = sum(training.reduced_bytes(p.bytes, p.record.grad, p.over_dp) for p in row)
+        gather, scatter = (float(seconds) for seconds in training.lone_messages(nbytes))
+        total += training.backwards * (2 * gather + scatter)
+        scatters.append(scatter + sum(training.overlappable_seconds(p.bytes, p.over_dp) for p in own))
+        hidden = gather + sum(training.gather_seconds(p.bytes, p.over_dp) for p in own)
+        gathers.append(hidden if training.ahead_bytes(nbytes) else 0.0)
+    return StageMessages(total, scatters, gathers)

@@ -86,6 +86,35 @@ def gather(slices: Sequence[Tensor], wholes: Sequence[Tensor], group: Group) -> 
     return wholes
 
 
+def start_gather(
+    slices: Sequence[Tensor], shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype], group: Group
+) -> Callable[[], list[Tensor]]:
+    """Start to all-gather tensors of which `slices` are this rank's. The function that is returned waits for the
+    messages and gives the whole tensors, of these shapes and dtypes. A tensor alone is received where it stays.
+    """
+    sizes = [
+        torch.empty(len(part) * group.size, dtype=dtype, device="meta")
+        for part, dtype in zip(slices, dtypes, strict=True)
+    ]
+    started = []
+    for bucket in buckets(sizes):
+        parts = [slices[i].detach().to(dtypes[i]) for i in bucket]
+        message = parts[0] if len(parts) == 1 else torch.cat(parts)
+        received = message.new_empty(group.size, len(message))
+        started.append((bucket, message, received, group.start_all_gather(message, received)))
+
+    def finish() -> list[Tensor]:
+        wholes: dict[int, Tensor] = {}
+        while started:
+            bucket, _, received, work = started.pop(0)
+            work.wait()
+            for i, part in zip(bucket, received.split([len(slices[i]) for i in bucket], 1), strict=True):
+                wholes[i] = part.reshape(-1)[: shapes[i].numel()].view(shapes[i])
+        return [wholes[i] for i in range(len(slices))]
+
+    return finish
+
+
 def start_scatter(
     tensors: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None
 ) -> Callable[[], Sequence[Tensor]]:

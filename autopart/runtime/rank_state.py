@@ -62,6 +62,7 @@ class RankState:
             first, program.stage, groups, tied, plan.zero, master,
             overlap=plan.mesh.device.overlapped_share > 0,
             loss_scale=LossScale() if plan.precision == "float16" else None, one_pass=STEP not in plan.no_fuse,
+            prefetch=plan.prefetch_bytes,
         )  # fmt: skip
         self.stage.parameters = refuse_parameters
         self.variants = Variants(plan, first, groups, variant, dict(model.named_buffers()), compile)

@@ -59,7 +59,10 @@ from benchmarks.support.command import command_line
 LAYERS_FILE = Path(__file__).parents[1] / "data" / "seqsel_2205.05198_activation_memory.csv"
 RESULTS = Path(__file__).parents[1] / "results" / "memory.json"
 STEPS = 3
-COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send", "receive")
+COLLECTIVES = (
+    *("all_reduce", "all_gather", "start_all_gather", "reduce_scatter", "all_to_all", "broadcast"),
+    *("send", "receive"),
+)
 Batch = Mapping[str, torch.Tensor]
 
 

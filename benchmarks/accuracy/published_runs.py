@@ -33,9 +33,9 @@ from rich.console import Console
 from rich.table import Table
 
 from autopart import Estimate, Mesh, PartitionError, Plan, timeline
-from autopart.cost.collectives import collective_seconds, merged_seconds
+from autopart.cost.collectives import collective_seconds, message_seconds
 from autopart.cost.compute import stream_rate_seconds
-from autopart.cost.training_state import Training, amortization, update_seconds
+from autopart.cost.training_state import BUCKET_BYTES, Training, amortization, update_seconds
 from autopart.plan.stages import PlanSegment, PlanStage
 from benchmarks.accuracy.fit import Collectives, Fabric, Fitted, Profile, refits
 from benchmarks.accuracy.published import Bench, Published, read
@@ -186,18 +186,18 @@ def differences(plan: Plan, stage: PlanStage, row: Published) -> dict[str, float
 
 
 def fsdp(plan: Plan, stage: PlanStage) -> tuple[float, float]:
-    """Seconds of a step that FSDP2 takes more than messages of any length would: those of every block have a latency,
-    twice for its parameters and once for their gradients, which computing hides; and parameters are copied out of what
-    was gathered, gradients into what is scattered, in the master dtype
+    """Seconds of a step that FSDP2 takes more than a plan says: less for latencies, since a block is one message, twice
+    for its parameters and once for their gradients, which computing hides; and parameters are copied out of what was
+    gathered, gradients into what is scattered, in the master dtype
     (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py)."""
     wide, narrow = (getattr(torch, dtype or plan.precision).itemsize for dtype in (plan.master, None))
     elements, group = stage.memory["parameters"] * plan.dp / wide, plan.mesh.group(plan.tp, plan.dp)
     blocks = sum(len(run.labels) for run in stage.segments if blocks_of(run))
     late = 0.0
-    for times, name, nbytes in ((2, "all_gather", narrow * elements), (1, "reduce_scatter", wide * elements)):
-        each = collective_seconds(name, nbytes / blocks, group) - merged_seconds(nbytes / blocks, group, name)
-        shown = 1.0 if name == "all_gather" else 1 - plan.mesh.device.overlapped_share
-        late += times * blocks * float(each) * shown
+    for times, name, each in ((2, "all_gather", narrow), (1, "reduce_scatter", wide)):
+        nbytes, full = each * elements / blocks, BUCKET_BYTES * each / narrow
+        more = collective_seconds(name, nbytes, group) - nbytes / full * message_seconds(full, group, name, full)
+        late += times * blocks * float(more) * (1 - plan.mesh.device.overlapped_share)
     return late, stream_rate_seconds((2 * 2 * narrow + narrow + wide) * elements, plan.mesh.device)
 
 
