@@ -194,14 +194,6 @@ def message_seconds(nbytes: Any, group: Group, name: str, message: float) -> Any
     return nbytes / whole * FORMULAS[name](whole, group)
 
 
-def lone_message_seconds(nbytes: Any, group: Group, name: str, message: float) -> Any:
-    """Seconds that a message of `nbytes` takes beyond their share of one of `message` bytes (`message_seconds`): the
-    rest of the latency, where nothing else fills the message. 0 where `nbytes` are 0, or at least as many."""
-    alone = FORMULAS[name](nbytes, group) - message_seconds(nbytes, group, name, message)
-    measured = group.hosts == 1 and group.intra.measured is not None
-    return np.maximum(0.0, alone) * ((nbytes > 0) & (nbytes < message)) * (not measured)
-
-
 FORMULAS: Mapping[str, Callable[[Any, Group], Any]] = {
     "all_reduce": all_reduce_seconds,
     "all_gather": all_gather_seconds,

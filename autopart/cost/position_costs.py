@@ -124,7 +124,7 @@ def position_costs(prices: Prices, chosen: Sequence[int], link: Link | None) -> 
     found = no_costs(prices)
     _add_nodes(found, prices, at)
     _add_parameters(found, prices, at)
-    settle_messages(found, prices.terms.device.overlapped_share)
+    _gather_ahead(found)
     for index, used in enumerate(table.value_uses):
         _add_value(found, prices, chosen, index, used, link)
     for index, tensor in enumerate(table.saved_tensors):
@@ -192,18 +192,14 @@ def _add_parameters(found: PositionCosts, prices: Prices, at: NDArray[np.int_]) 
                 )
 
 
-def settle_messages(found: PositionCosts, share: float) -> None:
-    """Add what depends on all parameters of a position: the latency of its messages that no other position shares, and
-    whether its parameters are gathered ahead. `share` is `Device.overlapped_share`."""
-    training, reduced = found.training, found.reduced_bytes[0]
-    gathers, ahead = 2 * training.backwards * (training.zero >= 3), training.ahead_bytes(reduced)
-    gather, scatter = training.lone_messages(reduced)
-    found.overlappable_seconds += share * scatter
-    found.gather_seconds += share * gather * (ahead > 0)
-    found.sync_seconds += (1 - share) * training.backwards * scatter + (1 - share * (ahead > 0)) * gathers * gather
-    late = found.gather_seconds * (ahead == 0)
+def _gather_ahead(found: PositionCosts) -> None:
+    """Add the bytes of the parameters that are gathered ahead. Where those of a position are too many, no computing
+    hides their gathers."""
+    training = found.training
+    ahead = training.ahead_bytes(found.reduced_bytes[0])
+    late = np.where(ahead > 0, 0.0, found.gather_seconds)
     found.gather_seconds -= late
-    found.sync_seconds += gathers * late
+    found.sync_seconds += 2 * training.backwards * late
     found.ahead_bytes[1:] = ahead[:-1]
 
 

@@ -120,14 +120,16 @@ class Prices:
         `overlappable_seconds`, `pending_grad_bytes` and `gather_seconds`."""
         return np.array([self._parameter_cost(*row) for row in self.sizes.parameters.tolist()])[self.sizes.parameter_of]
 
-    def _parameter_cost(self, weight: float, grad: bool, over_dp: bool, over_tp: bool) -> tuple[float, ...]:
+    def _parameter_cost(
+        self, weight: float, grad: bool, over_dp: bool, over_tp: bool, together: float
+    ) -> tuple[float, ...]:
         training = self.terms.training
         if not weight:
             return (0.0,) * 9
         share = self.terms.device.overlapped_share
-        overlappable = share * training.overlappable_seconds(weight, over_dp)
-        gather = share * training.gather_seconds(weight, over_dp)
-        sync = training.sync_seconds(weight, over_dp) - training.backwards * (overlappable + 2 * gather)
+        overlappable = share * training.overlappable_seconds(weight, over_dp, together)
+        gather = share * training.gather_seconds(weight, over_dp, together)
+        sync = training.sync_seconds(weight, over_dp, together) - training.backwards * (overlappable + 2 * gather)
         sync += update_seconds(weight, grad, over_dp, training, self.terms.device)
         if over_tp:
             sync += training.partial_sync_seconds(weight, self.terms.sizes["tp"])

@@ -1,5 +1,6 @@
 """Training's state, messages and updates of each parameter, in bytes and seconds."""
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from autopart.cost.collectives import lone_message_seconds, measured_seconds, message_seconds
+from autopart.cost.collectives import measured_seconds, message_seconds
 from autopart.cost.compute import stream_rate_seconds
 from autopart.hardware.mesh import Group
 from autopart.hardware.rows import Device
@@ -214,58 +215,42 @@ class Training:
         """Bytes of the parameters whose gradients, `ratio` times as large, travel in one message."""
         return np.minimum(nbytes, np.maximum(largest, BUCKET_BYTES / ratio))
 
-    def sync_seconds(self, nbytes: float, over_dp: bool) -> float:
+    def sync_seconds(self, nbytes: float, over_dp: bool, together: float = math.inf) -> float:
         """Seconds of a step to reduce the gradient of a parameter of `nbytes` over the data-parallel axis, and to
         gather the new parameter. Parameters of less than a message share its latency by their bytes.
+
+        together  bytes of all parameters of its segment: from ZeRO 2 on gradients, and at ZeRO 3 parameters, of several
+                  segments do not travel in one message
 
         Gradients are in the master dtype, parameters in their own: with a master copy level 1 takes less than level 0.
         """
         if not over_dp or self.ranks == 1:
             return 0.0
+        scatters = self.overlappable_seconds(nbytes, over_dp, together)
         if self.zero == 0:
-            return self.overlappable_seconds(nbytes, over_dp)
-        gathers, scatters = collectives_per_step(self.zero, self.micro_batches)
-        gather = message_seconds(nbytes, self.group, "all_gather", self._parameters_in_a_message)
-        return float(gathers * gather + scatters * self.overlappable_seconds(nbytes, over_dp))
+            return scatters
+        times = collectives_per_step(self.zero, self.micro_batches)
+        return times[0] * self._gather_seconds(nbytes, together) + times[1] * scatters
 
-    def overlappable_seconds(self, nbytes: float, over_dp: bool) -> float:
+    def overlappable_seconds(self, nbytes: float, over_dp: bool, together: float = math.inf) -> float:
         """The part of `sync_seconds` that may overlap with one backward: the reduction of the gradient."""
         if not over_dp or self.ranks == 1:
             return 0.0
         name = "all_reduce" if self.zero == 0 else "reduce_scatter"
-        return float(message_seconds(nbytes * self.widening, self.group, name, self._gradients_in_a_message))
+        # At ZeRO 3 gradients fill messages in the parameters' dtype, and travel in the master dtype.
+        full = BUCKET_BYTES * (self.widening if self.zero >= 3 else 1.0)
+        message = min(full, together * self.widening) if self.zero >= 2 else full
+        return float(message_seconds(nbytes * self.widening, self.group, name, message))
 
-    def gather_seconds(self, nbytes: float, over_dp: bool) -> float:
+    def gather_seconds(self, nbytes: float, over_dp: bool, together: float = math.inf) -> float:
         """The part of `sync_seconds` that may overlap with a forward, and again with a backward: one all-gather of a
         parameter at ZeRO 3, where parameters are gathered ahead; else 0."""
-        if not (self.sliced(over_dp) and self.prefetch):
-            return 0.0
-        return float(message_seconds(nbytes, self.group, "all_gather", self._parameters_in_a_message))
+        return self._gather_seconds(nbytes, together) if self.sliced(over_dp) and self.prefetch else 0.0
 
-    def lone_messages(self, nbytes: Any) -> tuple[Any, Any]:
-        """Seconds that one all-gather and one reduce-scatter of the `nbytes` of parameters of a segment take beyond
-        those of `sync_seconds`: the latency that no other segment shares. From ZeRO 2 on gradients, and at ZeRO 3
-        parameters, of several segments do not travel in one message."""
-        if self.zero < 2 or self.ranks == 1:
-            return 0.0 * nbytes, 0.0 * nbytes
-        scatter = lone_message_seconds(
-            nbytes * self.widening, self.group, "reduce_scatter", self._gradients_in_a_message
-        )
-        gather = lone_message_seconds(nbytes, self.group, "all_gather", self._parameters_in_a_message) * (
-            self.zero >= 3
-        )
-        return gather, scatter
-
-    @property
-    def _gradients_in_a_message(self) -> float:
-        """Bytes of a full message of gradients: BUCKET_BYTES; at ZeRO 3, where gradients fill messages in the
-        parameters' dtype and travel in the master dtype, `widening` times as many."""
-        return BUCKET_BYTES * (self.widening if self.zero >= 3 else 1.0)
-
-    @property
-    def _parameters_in_a_message(self) -> float:
-        """Bytes of a full message of parameters: BUCKET_BYTES at ZeRO 3; below it of slices in the master dtype."""
-        return BUCKET_BYTES / (self.widening if self.zero < 3 else 1.0)
+    def _gather_seconds(self, nbytes: float, together: float) -> float:
+        """Seconds of one all-gather of a parameter. Below ZeRO 3 slices fill messages in the master dtype."""
+        message = min(BUCKET_BYTES, together) if self.zero >= 3 else BUCKET_BYTES / self.widening
+        return float(message_seconds(nbytes, self.group, "all_gather", message))
 
     def step_bytes(self, nbytes: float, over_dp: bool) -> float:
         """Bytes that the optimizer's step of a trained parameter of `nbytes` moves: STEP_PASSES or ONE_PASS tensors in

@@ -74,16 +74,22 @@ class StageMessages(NamedTuple):
     gather: list[float]
 
 
-def messages_of(layered: LayeredGraph, training: Training, reads: Sequence[Sequence[Parameter]]) -> StageMessages:
-    """The messages of a stage whose positions read the parameters `reads`."""
-    total = sum(training.sync_seconds(p.bytes, p.over_dp) for p in distinct(reads))
-    scatters, gathers = list[float](), list[float]()
+def messages_of(
+    layered: LayeredGraph, training: Training, reads: Sequence[Sequence[Parameter]], tp: int
+) -> StageMessages:
+    """The messages of a stage whose positions read the parameters `reads`, split over `tp` ranks."""
+    total, scatters, gathers, seen = 0.0, list[float](), list[float](), set[str]()
     for row in reads:
-        own = [p for p in row if len(layered.readers[p.name]) == 1]
+        alone = {p.name: len(layered.readers[p.name]) == 1 for p in row}
+        every = sum(p.record.size * p.record.grad for p in row) / tp
+        scatter = gather = 0.0
+        for p in row:
+            together = every if alone[p.name] else p.record.size * p.record.grad / tp
+            total += training.sync_seconds(p.bytes, p.over_dp, together) if p.name not in seen else 0.0
+            scatter += training.overlappable_seconds(p.bytes, p.over_dp, together) if alone[p.name] else 0.0
+            gather += training.gather_seconds(p.bytes, p.over_dp, together) if alone[p.name] else 0.0
+            seen.add(p.name)
         nbytes = sum(training.reduced_bytes(p.bytes, p.record.grad, p.over_dp) for p in row)
-        gather, scatter = (float(seconds) for seconds in training.lone_messages(nbytes))
-        total += training.backwards * (2 * gather + scatter)
-        scatters.append(scatter + sum(training.overlappable_seconds(p.bytes, p.over_dp) for p in own))
-        hidden = gather + sum(training.gather_seconds(p.bytes, p.over_dp) for p in own)
-        gathers.append(hidden if training.ahead_bytes(nbytes) else 0.0)
+        scatters.append(scatter)
+        gathers.append(gather if training.ahead_bytes(nbytes) else 0.0)
     return StageMessages(total, scatters, gathers)

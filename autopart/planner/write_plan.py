@@ -273,7 +273,7 @@ def _sync(
     reads = parameters(space.layered, choices, span)
     seconds = sum(update_seconds(p.bytes, p.record.grad, p.over_dp, training, device) for p in distinct(reads))
     seconds += sum(training.partial_sync_seconds(p.bytes, sizes["tp"]) for p in distinct(reads) if p.over_tp)
-    messages = messages_of(space.layered, training, reads)
+    messages = messages_of(space.layered, training, reads, found.point.tp)
     share = device.overlapped_share
     scatter, gather = ([share * hidden for hidden in each] for each in (messages.scatter, messages.gather))
     forward, backward = zip(*computing, strict=True)

@@ -26,29 +26,36 @@ def zero_levels(space: SearchSpace, point: SearchPoint) -> list[int]:
 
 
 def starting_levels(space: SearchSpace, point: SearchPoint, levels: Sequence[int]) -> Sequence[int]:
-    """The levels that are in the queue from the start: the first; level 1 where it may take less time than level 0; all
-    where the optimizer's step was measured, since its seconds may fall with every level."""
+    """The levels that are in the queue from the start: the first; level 1 where it may take less time than level 0;
+    level 3, whose gathers computing hides, where it may take less than the first; all where the optimizer's step was
+    measured, since its seconds may fall with every level."""
     if space.mesh.device.measured is not None:
         return levels
     unsure = point.dp > 1 and levels[0] == 0 and extra_seconds(space, point, 0, 1) > TOLERANCE
-    return levels[: 1 + unsure]
+    start = list(levels[: 1 + unsure])
+    if point.dp > 1 and 3 in levels[len(start) :] and extra_seconds(space, point, start[-1], 3) > TOLERANCE:
+        start.append(3)
+    return start
 
 
 def extra_seconds(space: SearchSpace, point: SearchPoint, one: int, other: int) -> float:
     """The most that the seconds of parameters in a step can be greater at level `one` than at level `other`, relative
     to those at `other`.
 
-    A level takes s = sync + update seconds. Backward hides min(x, h) of them, with x the seconds of the backward and h
-    the seconds of sync that a backward can hide. For every x the difference of the levels 1 = `one` and 2 = `other` is
+    A level takes s = sync + update seconds. Computing hides min(t x, h) of them, with x the seconds of a backward, t
+    the number of passes that hide messages (no forward takes more than a backward), and h the seconds of messages that
+    they can hide. The difference of the levels 1 = `one` and 2 = `other` is greatest where x is 0, h1 / t1 or h2 / t2:
 
-        s1 - s2 - min(x, h1) + min(x, h2)  <=  s1 - s2 + max(0, h2 - h1)
+        s1 - s2 - min(t1 x, h1) + min(t2 x, h2)
     """
     device, found = space.device(point), []
     for training in (space.training(replace(point, zero=zero)) for zero in (one, other)):
         seconds = training.sync_seconds(1.0, True) + update_seconds(1.0, True, True, training, device)
-        found.append((seconds, device.overlapped_share * training.overlappable_seconds(1.0, True)))
-    (s1, h1), (s2, h2) = found
-    return (s1 - s2 + max(0.0, h2 - h1)) / s2
+        gathers = 2 * training.gather_seconds(1.0, True)
+        hidden = training.backwards * (training.overlappable_seconds(1.0, True) + gathers)
+        found.append((seconds, device.overlapped_share * hidden, training.backwards * (1 + (gathers > 0))))
+    (s1, h1, t1), (s2, h2, t2) = found
+    return (s1 - s2 + max(min(t2 * x, h2) - min(t1 * x, h1) for x in (0.0, h1 / t1, h2 / t2))) / s2
 
 
 def _end_of_step(space: SearchSpace, point: SearchPoint, zero: int) -> float:

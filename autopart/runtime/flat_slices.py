@@ -98,15 +98,16 @@ def start_gather(
     ]
     started = []
     for bucket in buckets(sizes):
-        parts = [slices[i].detach().to(dtypes[i]) for i in bucket]
-        message = parts[0] if len(parts) == 1 else torch.cat(parts)
-        received = message.new_empty(group.size, len(message))
-        started.append((bucket, message, received, group.start_all_gather(message, received)))
+        lengths = [len(slices[i]) for i in bucket]
+        received = slices[bucket[0]].new_empty(group.size, sum(lengths), dtype=dtypes[bucket[0]])
+        for i, mine in zip(bucket, received[group.rank].split(lengths), strict=True):
+            mine.copy_(slices[i].detach())
+        started.append((bucket, received, group.start_all_gather(received[group.rank], received)))
 
     def finish() -> list[Tensor]:
         wholes: dict[int, Tensor] = {}
         while started:
-            bucket, _, received, work = started.pop(0)
+            bucket, received, work = started.pop(0)
             work.wait()
             for i, part in zip(bucket, received.split([len(slices[i]) for i in bucket], 1), strict=True):
                 wholes[i] = part.reshape(-1)[: shapes[i].numel()].view(shapes[i])

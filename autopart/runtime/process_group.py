@@ -47,8 +47,8 @@ class Group:
         return shares
 
     def start_all_gather(self, x: torch.Tensor, everyone: torch.Tensor) -> Work:
-        """Write every rank's `x` into the rows of `everyone` without waiting. Both must live until the work has
-        ended."""
+        """Write every rank's `x`, which may be its row there, into the rows of `everyone` without waiting. Both must
+        live until the work has ended."""
         return _started(dist.all_gather_into_tensor(_real(everyone), _real(x), group=self.handle, async_op=True))
 
     def reduce_scatter(self, shares: torch.Tensor) -> torch.Tensor:

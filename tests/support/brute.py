@@ -197,7 +197,7 @@ def problem(seed: int) -> Problem:
     if draw.random() < 0.2:  # the optimizer's step has a price then
         mesh = replace(mesh, device=replace(device, silicon=DEVICES["h100-80gb"].silicon))
     mesh = replace(mesh, device=replace(mesh.device, overlap=draw.choice([0.0, None, 1.0])))
-    request = Request(batch, optimizer=optimizer, exact=True, **asked).check(mesh)
+    request = Request(batch, optimizer=optimizer, exact=True, prefetch=0, **asked).check(mesh)
     return Problem(SearchSpace(traced(seed // SHARED, min(2, batch)), mesh, request), seed)
 
 

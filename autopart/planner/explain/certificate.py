@@ -196,7 +196,7 @@ def _seconds(
         sync += update_seconds(nbytes, record.grad, over_dp, training, device)
         if over_tp:
             sync += training.partial_sync_seconds(nbytes, plan.mesh.group(1, plan.tp))
-    messages = messages_of(layered, training, reads)
+    messages = messages_of(layered, training, reads, plan.tp)
     hidden = _overlapped_seconds(messages, [segments.get(p) for p in span], device.overlapped_share)
     sync += messages.total - training.backwards * device.overlapped_share * hidden
     return {
