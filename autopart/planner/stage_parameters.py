@@ -81,10 +81,10 @@ def messages_of(
     total, scatters, gathers, seen = 0.0, list[float](), list[float](), set[str]()
     for row in reads:
         alone = {p.name: len(layered.readers[p.name]) == 1 for p in row}
-        every = sum(p.record.size * p.record.grad for p in row) / tp
+        every = sum(p.record.output_bytes[0] * p.record.grad for p in row) / tp
         scatter = gather = 0.0
         for p in row:
-            together = every if alone[p.name] else p.record.size * p.record.grad / tp
+            together = every if alone[p.name] else p.record.output_bytes[0] * p.record.grad / tp
             total += training.sync_seconds(p.bytes, p.over_dp, together) if p.name not in seen else 0.0
             scatter += training.overlappable_seconds(p.bytes, p.over_dp, together) if alone[p.name] else 0.0
             gather += training.gather_seconds(p.bytes, p.over_dp, together) if alone[p.name] else 0.0

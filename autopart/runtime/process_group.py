@@ -49,7 +49,8 @@ class Group:
     def start_all_gather(self, x: torch.Tensor, everyone: torch.Tensor) -> Work:
         """Write every rank's `x`, which may be its row there, into the rows of `everyone` without waiting. Both must
         live until the work has ended."""
-        return _started(dist.all_gather_into_tensor(_real(everyone), _real(x), group=self.handle, async_op=True))
+        rows = _real(everyone.flatten(0, 1))
+        return _started(dist.all_gather_into_tensor(rows, _real(x), group=self.handle, async_op=True))
 
     def reduce_scatter(self, shares: torch.Tensor) -> torch.Tensor:
         """The sum over ranks of shares[rank]."""

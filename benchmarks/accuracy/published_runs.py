@@ -72,8 +72,8 @@ class Scored:
     shares     of it, by `Estimate.breakdown`
     memory     bytes of a device of the fullest stage, by what takes them; see `held`
     clock      how far the plan's simulated step is from the one it says, relatively; its stages whole
-    sharing    share of the seconds that gathers of ZeRO 3 take, none of them hidden behind products, and scatters, as
-               far as they are not hidden or slow products down
+    sharing    share of the seconds that gathers and scatters of ZeRO 3 take, as far as they are not hidden behind
+               products, or slow products down
     """
 
     row: Published
@@ -170,19 +170,29 @@ def differences(plan: Plan, stage: PlanStage, row: Published) -> dict[str, float
     recompute      every second product of a block is run again
     communication  collectives of tensor parallelism backward, as many as forward, run beside products that give weight
                    gradients (`Published.overlapped`)
-    gradient sync  and those products add to the sum of the gradients themselves; what FSDP2 gathers and scatters goes
-                   block by block, through buffers (`fsdp`)
+    gradient sync  and those products add to the sum of the gradients themselves; all gradients are one message
+                   (`one_message`); what FSDP2 gathers and scatters goes block by block, through buffers (`fsdp`)
     p2p            every rank sends its part of a message to another host, where the ranks gather it
     """
-    m, held = plan.micro_batches, stage.memory["parameters"]
+    m, held, zero = plan.micro_batches, stage.memory["parameters"], row.forced["zero"]
     comm = sum(len(run.labels) * line.comm_seconds for run in stage.segments for line in run.lines)
     summed = -stream_rate_seconds(3 * (m - 1) * held, plan.mesh.device) if row.overlapped else 0.0
+    summed += one_message(plan, stage) if zero == 0 and plan.dp > 1 else 0.0
     return {
         "recompute": m * again_seconds(stage) if row.again else 0.0,
         "communication": -m * comm / 2 if row.overlapped else 0.0,
-        "gradient sync": sum(fsdp(plan, stage)) if row.forced["zero"] == 3 else summed,
+        "gradient sync": sum(fsdp(plan, stage)) if zero == 3 else summed,
         "p2p": m * stage.send_seconds * (scattered(plan.mesh, row.forced["tp"]) - 1) if row.replicated else 0.0,
     }
+
+
+def one_message(plan: Plan, stage: PlanStage) -> float:
+    """Seconds of a step that summing all gradients over dp in one message takes more than messages of BUCKET_BYTES: at
+    most 0, for the latencies (Megatron-LM's DistributedDataParallel of 2020 to 2022, which sums buffers of all gradients)."""
+    nbytes, group = stage.memory["gradients"], plan.mesh.group(plan.tp, plan.dp)
+    full = collective_seconds("all_reduce", BUCKET_BYTES, group)
+    more = collective_seconds("all_reduce", nbytes, group) - nbytes / BUCKET_BYTES * full
+    return float(min(0.0, more)) * (1 - plan.mesh.device.overlapped_share)
 
 
 def fsdp(plan: Plan, stage: PlanStage) -> tuple[float, float]:
