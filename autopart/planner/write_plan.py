@@ -53,8 +53,7 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
     spans = spans_of(found.starts, len(layered.labels))
     for index, (start, end) in enumerate(spans):
         at = distinct.index(found.chosen[index])
-        modes = found.recompute[start:end]
-        stages.append(write_stage(space, found, splits[at], at, index, (start, end), modes, known))
+        stages.append(write_stage(space, found, splits[at], at, index, (start, end), found.recompute[start:end], known))
     written = [known[key_of(layered, s.splits, span)][1:] for s, span in zip(stages, spans, strict=True)]
     stages = with_sources(layered, stages, spans, written)
     times = [stage.turn_seconds(space.amortization(point)) for stage in stages]

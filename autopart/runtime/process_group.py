@@ -8,6 +8,9 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Into one tensor; by its name from torch 2.13 on, or the one before."""
+
 
 class Work(Protocol):
     """Communication that was started: `wait` returns when it has ended."""
@@ -50,7 +53,7 @@ class Group:
         """Write every rank's `x`, which may be its row there, into the rows of `everyone` without waiting. Both must
         live until the work has ended."""
         rows = _real(everyone.flatten(0, 1))
-        return _started(dist.all_gather_into_tensor(rows, _real(x), group=self.handle, async_op=True))
+        return _started(_ALL_GATHER(rows, _real(x), group=self.handle, async_op=True))
 
     def reduce_scatter(self, shares: torch.Tensor) -> torch.Tensor:
         """The sum over ranks of shares[rank]."""

@@ -188,7 +188,7 @@ def differences(plan: Plan, stage: PlanStage, row: Published) -> dict[str, float
 
 def one_message(plan: Plan, stage: PlanStage) -> float:
     """Seconds of a step that summing all gradients over dp in one message takes more than messages of BUCKET_BYTES: at
-    most 0, for the latencies (Megatron-LM's DistributedDataParallel of 2020 to 2022, which sums buffers of all gradients)."""
+    most 0, for the latencies (Megatron-LM's DistributedDataParallel of 2020 to 2022 sums buffers of all gradients)."""
     nbytes, group = stage.memory["gradients"], plan.mesh.group(plan.tp, plan.dp)
     full = collective_seconds("all_reduce", BUCKET_BYTES, group)
     more = collective_seconds("all_reduce", nbytes, group) - nbytes / BUCKET_BYTES * full
