@@ -68,7 +68,8 @@ def head(plan: PlanFields) -> str:
     """The configuration in one line."""
     return (
         f"plan {plan.model} on {plan.mesh}: {plan.degrees}, schedule {plan.schedule}, "
-        f"{counted(plan.micro_batches, 'micro-batch')} of {counted(plan.micro_batch, 'sample')}, ZeRO {plan.zero}, "
+        f"{counted(plan.micro_batches, 'micro-batch')} of {counted(plan.micro_batch, 'sample')}, ZeRO {plan.zero}"
+        f"{' with prefetch' if plan.prefetch_bytes else ''}, "
         f"recompute {recompute_text(plan)}, {plan.precision}{f', master {plan.master}' if plan.master else ''}"
     )
 

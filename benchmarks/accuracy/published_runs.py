@@ -263,22 +263,23 @@ def predicted_seconds(plan: Plan, row: Published) -> float:
     )
 
 
-def plan_of(bench: Bench, row: Published, master: str | None = None) -> Plan:
-    """The plan that stands for a row, with master copies of a dtype. ZeRO shares what is a partial sum over dp, which
-    is then asked of the weights: where memory is no matter, gradients may else be summed block by block and nothing is
-    shared."""
+def plan_of(bench: Bench, row: Published, master: str | None = None, prefetch: int | None = None) -> Plan:
+    """The plan that stands for a row, with master copies of a dtype, and so many MiB gathered ahead. ZeRO shares what
+    is a partial sum over dp, which is then asked of the weights: where memory is no matter, gradients may else be
+    summed block by block and nothing is shared."""
     cuts = ["cuts=uniform"] if row.even else []
     if row.cuts:
         cuts = [f"cuts=manual:{','.join(f'model.layers.{n}' for n in row.cuts)}"]
     whole = [f"not split {each} over tp" for each in WHOLE] if row.replicated else []
     shared = ["strategy *.weight C over dp"] if row.forced["zero"] and row.forced["dp"] > 1 else []
     settings = {**row.forced, "schedule": "1f1b", "micro_batch": row.micro_batch, "must_fit": False, "master": master}
+    settings["prefetch"] = prefetch
     return bench.plan(row, cuts + shared + whole, **settings)[0]
 
 
-def score(bench: Bench, row: Published, master: str | None = None) -> Scored:
+def score(bench: Bench, row: Published, master: str | None = None, prefetch: int | None = None) -> Scored:
     """A row with its prediction. Raises PartitionError where it has no plan."""
-    plan = plan_of(bench, row, master or row.master)
+    plan = plan_of(bench, row, master or row.master, prefetch)
     seconds, parts = predicted_seconds(plan, row), dict(Estimate.of(plan).breakdown)
     slowest = max(plan.stages, key=lambda s: s.forward_seconds + s.backward_seconds)
     for name, more in differences(plan, slowest, row).items():
@@ -374,9 +375,10 @@ def as_held(row: Published) -> Published:
 
 
 def held(bench: Bench, row: Published) -> Scored:
-    """A row with what it reserved (`benchmarks.reserved`), of a plan with master copies in float32."""
-    plan = plan_of(bench, row, "float32")
-    return replace(score(bench, row, "float32"), memory=reserved(plan, row, bench.source(row)))
+    """A row with what it reserved (`benchmarks.reserved`), of a plan with master copies in float32. What is gathered is
+    counted there, also what is gathered ahead."""
+    plan = plan_of(bench, row, "float32", prefetch=0)
+    return replace(score(bench, row, "float32", prefetch=0), memory=reserved(plan, row, bench.source(row)))
 
 
 def memory(bench: Bench, rows: Sequence[Published], console: Console) -> list[Scored]:

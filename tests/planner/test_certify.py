@@ -210,6 +210,7 @@ TAMPERED: list[tuple[str, Change, str]] = [
     ("input split", split("tp", "input_ids", lambda s: Strategy("d1", (), (Placement("S", 9),))), "strategy"),
     ("sizes of the mesh", having(mesh=lambda m: replace(m, devices_per_host=8)), "degrees"),
     ("asked otherwise", having(request={"zero": 3}), "zero"),
+    ("gathered ahead at level 0", having(prefetch_bytes=2**20), "prefetch"),
 ]  # fmt: skip
 
 

@@ -102,6 +102,8 @@ def _settings(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
         yield f"micro-batch: {plan.micro_batch} does not divide {plan.global_batch}, or dp={plan.dp} not that"
     if plan.zero not in range(4):
         yield f"zero: {plan.zero} is no level"
+    if plan.prefetch_bytes and plan.zero < 3:
+        yield f"prefetch: {plan.prefetch_bytes} bytes of weights gathered ahead, though ZeRO {plan.zero} gathers none"
     for name, known in (("schedule", SCHEDULES), ("optimizer", OPTIMIZER_STATES), ("precision", DTYPES)):
         if getattr(plan, name) not in known:
             yield f"{name}: {getattr(plan, name)!r} is not known"
