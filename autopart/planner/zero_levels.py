@@ -27,14 +27,15 @@ def zero_levels(space: SearchSpace, point: SearchPoint) -> list[int]:
 
 def starting_levels(space: SearchSpace, point: SearchPoint, levels: Sequence[int]) -> Sequence[int]:
     """The levels that are in the queue from the start: the first; level 1 where it may take less time than level 0;
-    level 3, whose gathers computing hides, where it may take less than the first; all where the optimizer's step was
+    level 3, whose gathers computing hides, where it may take less time than a lower one; all where the optimizer's step was
     measured, since its seconds may fall with every level."""
     if space.mesh.device.measured is not None:
         return levels
     unsure = point.dp > 1 and levels[0] == 0 and extra_seconds(space, point, 0, 1) > TOLERANCE
     start = list(levels[: 1 + unsure])
-    if point.dp > 1 and 3 in levels[len(start) :] and extra_seconds(space, point, start[-1], 3) > TOLERANCE:
-        start.append(3)
+    if point.dp > 1 and 3 in levels[len(start) :]:
+        below = [zero for zero in levels if zero < 3]
+        start += [3] if any(extra_seconds(space, point, zero, 3) > TOLERANCE for zero in below) else []
     return start
 
 

@@ -31,7 +31,7 @@ def space_of(name: str, bandwidth: float, **settings: int) -> SearchSpace:
 @pytest.mark.parametrize("bandwidth", [1e8, 2e9, 5e10])
 @pytest.mark.parametrize("tp", [1, 2])
 def test_no_splits_are_below_the_bounds(bandwidth: float, tp: int) -> None:
-    """Of the whole model, and of its first and its second half as stages: the optimum of the ILP, and splits near it."""
+    """Of the whole model, and of its first and its second half as stages: the optimum of the ILP, and splits near."""
     space = space_of("gpt2", bandwidth, prefetch=64)
     point = SearchPoint(pp=1, dp=4 // tp, tp=tp, micro_batch=8, zero=3)
     solution = space.solve(point, 0.0, {})
