@@ -27,8 +27,8 @@ def zero_levels(space: SearchSpace, point: SearchPoint) -> list[int]:
 
 def starting_levels(space: SearchSpace, point: SearchPoint, levels: Sequence[int]) -> Sequence[int]:
     """The levels that are in the queue from the start: the first; level 1 where it may take less time than level 0;
-    level 3, whose gathers computing hides, where it may take less time than a lower one; all where the optimizer's step was
-    measured, since its seconds may fall with every level."""
+    level 3, whose gathers computing hides, where it may take less time than a lower one; all where the optimizer's step
+    was measured, since its seconds may fall with every level."""
     if space.mesh.device.measured is not None:
         return levels
     unsure = point.dp > 1 and levels[0] == 0 and extra_seconds(space, point, 0, 1) > TOLERANCE
