@@ -59,8 +59,9 @@ PAT_BASE, PAT_RANK, PAT_STEPS_A_HOP, PAT_BANDWIDTH = 8e-6, 2.8e-6, 3.5, 0.75
 """Of parallel aggregated trees: seconds before the first step; seconds for each rank, which is linear still; steps that
 are on their way at once; bandwidth / bandwidth of a ring (nccl 2.23, `ncclTopoTuneModel`)."""
 
-PAT_NETWORK_STEP = 14e-6
-"""Seconds of a step over a network without flags (nccl 2.23, `hwLat`)."""
+LONE_STEPS = (5.0e-6, 8.5e-6, 14e-6)
+"""Seconds of a step of a ring between hosts that have one rank of it each, by protocol: nothing hides a latency there
+(nccl 2.23)."""
 
 
 def ring_bandwidth(group: Group) -> float:
@@ -85,8 +86,10 @@ def _bandwidth_in_host(group: Group) -> float:
     return link.bandwidth * link.share * lanes
 
 
-def _latencies(link: Link, tree: bool) -> tuple[float, ...]:
-    """Seconds of a step over a link, by protocol."""
+def _latencies(link: Link, tree: bool, lone: bool = False) -> tuple[float, ...]:
+    """Seconds of a step over a link, by protocol. `lone`: of a ring with one rank a host."""
+    if lone and link.kind == "network":
+        return LONE_STEPS
     return (link.latency_seconds,) * 3 if link.kind == "host" else (TREE_STEPS if tree else RING_STEPS)[link.kind]
 
 
@@ -101,7 +104,7 @@ def _fastest_protocol(wire: Any, near: float, far: float, group: Group, bandwidt
     min over protocols of base + near x step inside + far x step between + wire / (bandwidth x share)
     """
     best = np.inf
-    own, other = (_latencies(link, tree) for link in (group.intra, group.inter))
+    own, other = _latencies(group.intra, tree), _latencies(group.inter, tree, group.per_host == 1 and not tree)
     for base, share, a, b in zip(BASE_SECONDS, BANDWIDTH_SHARES, own, other, strict=True):
         if not _runs_on_nccl(group):
             base, share = 0.0, 1.0
@@ -135,7 +138,7 @@ def all_gather_seconds(nbytes: Any, group: Group) -> Any:
     ring = _ring(wire, 1, group)
     if group.hosts == 1 or group.per_host > 1 or group.inter.kind != "network":
         return ring
-    steps = math.ceil(math.log2(group.hosts)) * PAT_NETWORK_STEP / PAT_STEPS_A_HOP + group.ranks * PAT_RANK
+    steps = math.ceil(math.log2(group.hosts)) * LONE_STEPS[-1] / PAT_STEPS_A_HOP + group.ranks * PAT_RANK
     return np.minimum(ring, PAT_BASE + steps + wire / (PAT_BANDWIDTH * ring_bandwidth(group)))
 
 

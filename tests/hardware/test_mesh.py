@@ -1,6 +1,7 @@
 """Meshes from text, JSON and DeviceMesh; which link a group uses; what the collectives cost."""
 
 import json
+import math
 import pickle
 from collections import Counter
 from collections.abc import Iterator
@@ -331,18 +332,19 @@ def test_a_message_shares_its_latency_by_bytes(size: int) -> None:
     assert message_seconds(3e6, of(size), "all_gather", full) == pytest.approx(seconds(3e6, of(size)))
 
 
-def test_gathers_of_one_rank_a_host_take_trees() -> None:
-    """By hand, of 1024 hosts: 8 us, 10 steps of 14 us of which 3.5 are under way at once, 2.8 us a host, and bytes at
-    3/4 of a ring's bandwidth; or a ring by the fastest of its protocols, which of few bytes and of many is faster."""
-    group = Group(1024, 1, LINK, LINKS["ib-ndr"])
-    bandwidth = group.inter.bandwidth * group.inter.share
-    protocols = ((3.6e-6, 2.7e-6, 1 / 4), (10e-6, 4e-6, 0.92), (8.4e-6, 9.6e-6, 1.0))
-    for nbytes, by_trees in ((1e4, False), (1e7, True), (1e9, False)):
-        wire = 1023 / 1024 * nbytes
-        trees = 8e-6 + 10 * 14e-6 / 3.5 + 1024 * 2.8e-6 + wire / (0.75 * bandwidth)
-        ring = min(base + 1023 * step + wire / (share * bandwidth) for base, step, share in protocols)
-        assert (trees < ring) == by_trees
-        assert COLLECTIVES["reduce_scatter"](nbytes, group) == pytest.approx(min(trees, ring))
+@pytest.mark.parametrize(
+    ("hosts", "nbytes", "by_trees"), [(4, 1e4, False), (1024, 1e4, True), (1024, 1e7, True), (1024, 1e10, False)]
+)
+def test_gathers_of_one_rank_a_host_take_trees(hosts: int, nbytes: float, by_trees: bool) -> None:
+    """By hand: 8 us, log2(hosts) steps of 14 us of which 3.5 are under way at once, 2.8 us a host, and bytes at 3/4 of
+    a ring's bandwidth; or a ring by the fastest of its protocols, which few hosts and many bytes take."""
+    group = Group(hosts, 1, LINK, LINKS["ib-ndr"])
+    bandwidth, wire = group.inter.bandwidth * group.inter.share, (hosts - 1) / hosts * nbytes
+    protocols = ((3.6e-6, 5.0e-6, 1 / 4), (10e-6, 8.5e-6, 0.92), (8.4e-6, 14e-6, 1.0))
+    trees = 8e-6 + math.log2(hosts) * 14e-6 / 3.5 + hosts * 2.8e-6 + wire / (0.75 * bandwidth)
+    ring = min(base + (hosts - 1) * step + wire / (share * bandwidth) for base, step, share in protocols)
+    assert (trees < ring) == by_trees
+    assert COLLECTIVES["reduce_scatter"](nbytes, group) == pytest.approx(min(trees, ring))
 
 
 @pytest.mark.parametrize("hosts", [16, 128, 1250])
