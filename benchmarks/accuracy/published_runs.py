@@ -35,7 +35,7 @@ from rich.table import Table
 from autopart import Estimate, Mesh, PartitionError, Plan, timeline
 from autopart.cost.collectives import collective_seconds, message_seconds
 from autopart.cost.compute import stream_rate_seconds
-from autopart.cost.training_state import BUCKET_BYTES, Training, amortization, update_seconds
+from autopart.cost.training_state import BUCKET_BYTES, Training, amortization, update_seconds, widening
 from autopart.plan.stages import PlanSegment, PlanStage
 from benchmarks.accuracy.fit import Collectives, Fabric, Fitted, Profile, refits
 from benchmarks.accuracy.published import Bench, Published, read
@@ -189,7 +189,10 @@ def differences(plan: Plan, stage: PlanStage, row: Published) -> dict[str, float
 def one_message(plan: Plan, stage: PlanStage) -> float:
     """Seconds of a step that summing all gradients over dp in one message takes more than messages of BUCKET_BYTES: at
     most 0, for the latencies (Megatron-LM's DistributedDataParallel of 2020 to 2022 sums buffers of all gradients)."""
-    nbytes, group = stage.memory["gradients"], plan.mesh.group(plan.tp, plan.dp)
+    nbytes, group = (
+        stage.memory["parameters"] * widening(plan.precision, plan.master),
+        plan.mesh.group(plan.tp, plan.dp),
+    )
     full = collective_seconds("all_reduce", BUCKET_BYTES, group)
     more = collective_seconds("all_reduce", nbytes, group) - nbytes / BUCKET_BYTES * full
     return float(min(0.0, more)) * (1 - plan.mesh.device.overlapped_share)
