@@ -20,7 +20,7 @@ import json
 import math
 import platform
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
@@ -205,12 +205,17 @@ def fsdp(plan: Plan, stage: PlanStage) -> tuple[float, float]:
     (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py)."""
     wide, narrow = (getattr(torch, dtype or plan.precision).itemsize for dtype in (plan.master, None))
     elements, group = stage.memory["parameters"] * plan.dp / wide, plan.mesh.group(plan.tp, plan.dp)
-    blocks = sum(len(run.labels) for run in stage.segments if blocks_of(run))
+    units = defaultdict[str, list[float]](list)
+    for key, shape in plan.signature.parameters.items():
+        units[next(filter(str.isdigit, key.split(".")), "root")].append(math.prod(shape) / plan.tp)
     late = 0.0
     for times, name, each in ((2, "all_gather", narrow), (1, "reduce_scatter", wide)):
-        nbytes, full = each * elements / blocks, BUCKET_BYTES * each / narrow
-        more = collective_seconds(name, nbytes, group) - nbytes / full * message_seconds(full, group, name, full)
-        late += times * blocks * float(more) * (1 - plan.mesh.device.overlapped_share)
+        for unit in units.values():
+            nbytes = each * sum(unit)
+            message = min(nbytes, BUCKET_BYTES * each / narrow)
+            planned = sum(message_seconds(each * numbers, group, name, message) for numbers in unit)
+            late += times * float(collective_seconds(name, nbytes, group) - planned)
+    late *= 1 - plan.mesh.device.overlapped_share
     return late, stream_rate_seconds((2 * 2 * narrow + narrow + wide) * elements, plan.mesh.device)
 
 
