@@ -216,8 +216,8 @@ class SearchSpace:
 
     def exposed_sync_bound(self, point: SearchPoint) -> Array:
         """[variables]: a lower bound on the exposed sync, in seconds: of `objective.exposed_sync_bounds` the first, and
-        each of the others with the weight w in [0, 1] for which the linear relaxation costs most. By duality that cost
-        is, with one other, the one of the relaxation with the larger of the two bounds."""
+        each of the others with the weight in [0, 1] for which the linear relaxation costs most. With one
+        other, that cost is by duality the one of the relaxation with the larger of the two bounds."""
         if point not in self.exposed:
             bound, others = exposed_sync_bounds(self.model(point), self.sync_windows(point))
             costs = self.costs(point, {}).seconds
