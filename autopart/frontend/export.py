@@ -21,7 +21,7 @@ from autopart.errors import OperatorError, PartitionError
 from autopart.frontend.autograd_functions import CustomFunction
 from autopart.frontend.fake_model import fake_model, fake_tensor, gather_experts, without_caches
 from autopart.frontend.functionalize import functional
-from autopart.frontend.layer_sampling import SampledLayers
+from autopart.frontend.layer_sampling import Sample
 from autopart.frontend.no_gradient import detach_no_grad_values, refuse_hidden_tensors
 from autopart.frontend.returned_scalars import note_scalars
 from autopart.frontend.short_loops import short_loops
@@ -51,7 +51,7 @@ def export(
     model: nn.Module,
     inputs: Mapping[str, Any],
     dtype: torch.dtype | None,
-    sampled: Sequence[SampledLayers] = (),
+    sampled: Sequence[Sample] = (),
     short: bool = False,
 ) -> torch.export.ExportedProgram:
     """Export the forward pass of a copy of the model with fake tensors and with the first blocks alone of the lists in
@@ -95,7 +95,7 @@ def _export(
     model: nn.Module,
     inputs: Mapping[str, Any],
     dtype: torch.dtype | None,
-    sampled: Sequence[SampledLayers] = (),
+    sampled: Sequence[Sample] = (),
     attention: str = "",
     drawn: float = LARGEST_DRAWN,
     shortened: list[int] | None = None,
@@ -146,7 +146,7 @@ def _traces_with(
     inputs: Mapping[str, Any],
     dtype: torch.dtype | None,
     attention: str,
-    sampled: Sequence[SampledLayers],
+    sampled: Sequence[Sample],
 ) -> bool:
     """Whether the model can be traced with the attention function `attention` of transformers, if that is another."""
     current = getattr(getattr(model, "config", None), "_attn_implementation", None)

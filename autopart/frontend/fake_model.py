@@ -11,7 +11,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from autopart.frontend.inputs import main_dtype
-from autopart.frontend.layer_sampling import Dropped, SampledLayers
+from autopart.frontend.layer_sampling import Dropped, Sample
 from autopart.frontend.torch_private import FakeTensorMode
 
 
@@ -22,7 +22,7 @@ def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
 
 
 def fake_model(
-    model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None, sampled: Sequence[SampledLayers]
+    model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None, sampled: Sequence[Sample]
 ) -> nn.Module:
     """A copy of the model with fake tensors, the same structure and tied weights, without the blocks that `sampled`
     drops.
@@ -33,7 +33,7 @@ def fake_model(
     memo: dict[int, Any] = {}
     for sample in sampled:
         blocks = list(model.get_submodule(sample.path).children())
-        memo |= {id(block): Dropped() for block in blocks[sample.gap]}
+        memo |= {id(block): Dropped() for i, block in enumerate(blocks) if i not in sample.traced}
     with mode:
         for module in _kept_modules(model, frozenset(memo)):
             for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
@@ -45,21 +45,23 @@ def fake_model(
                 memo[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
     skeleton = copy.deepcopy(model, memo)
     for sample in sampled:
-        del skeleton.get_submodule(sample.path)[sample.gap]  # type: ignore[operator]
-        if sample.stop < sample.blocks:
+        shortened: Any = skeleton.get_submodule(sample.path)
+        for block in sorted(set(range(sample.blocks)).difference(sample.traced), reverse=True):
+            del shortened[block]
+        if sample.traced != tuple(range(sample.kept)):
             _shorten_lists(skeleton, sample)
     _renew_aliases(skeleton)
     return skeleton
 
 
-def _shorten_lists(skeleton: nn.Module, sample: SampledLayers) -> None:
+def _shorten_lists(skeleton: nn.Module, sample: Sample) -> None:
     """Take what tells of the dropped blocks out of the lists, of modules and of their configurations, that have an item
     for each block, such as the kinds of attention: a forward pass may read them by a block's place."""
     configs = {id(c): c for c in (getattr(m, "config", None) for m in skeleton.modules()) if hasattr(c, "__dict__")}
     lists = {id(v): v for o in (*skeleton.modules(), *configs.values()) for v in vars(o).values() if type(v) is list}
     for value in lists.values():
         if len(value) == sample.blocks and all(isinstance(item, (str, int, float)) for item in value):
-            del value[sample.gap]
+            value[:] = [value[block] for block in sample.traced]
 
 
 def _renew_aliases(skeleton: nn.Module) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import re
 import types
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,16 +27,33 @@ PLAIN = (str, int, float, bool, complex, bytes, type(None), torch.dtype, torch.d
 
 
 @dataclass(frozen=True)
-class SampledLayers:
-    """A list of blocks of which some equal ones are not traced.
+class BlockList:
+    """A list of blocks of a model.
 
-    path     the path of the list, "model.layers";  blocks: how many blocks it has
-    start    the first block from which on kinds repeat;  stop: the first block behind those
-    period   the number of blocks after which they repeat;  windows: how many periods are traced
+    path  the path of the list, "model.layers";  blocks: how many blocks it has
     """
 
     path: str
     blocks: int
+
+    def index(self, name: str) -> int | None:
+        """The number of the block that a module or tensor of this name is in; None for other names."""
+        found = re.match(rf"{re.escape(self.path)}\.(\d+)(?:\.|$)", name)
+        return int(found[1]) if found else None
+
+    def renumbered(self, name: str, index: int) -> str:
+        """The name of a module or tensor of a block, as block number `index` has it."""
+        return f"{self.path}.{index}{name[len(f'{self.path}.{self.index(name)}') :]}"
+
+
+@dataclass(frozen=True)
+class SampledLayers(BlockList):
+    """A list of blocks of which some equal ones are not traced, as kinds of blocks repeat after a period.
+
+    start    the first block from which on kinds repeat;  stop: the first block behind those
+    period   the number of blocks after which they repeat;  windows: how many periods are traced
+    """
+
     start: int
     stop: int
     period: int
@@ -56,25 +75,64 @@ class SampledLayers:
         return self.start + self.windows * self.period
 
     @property
-    def gap(self) -> slice:
-        """The blocks that are not traced. Where kinds repeat up to the last block, the trace has these and lacks the
-        last ones: a forward pass may tell the kind of a block by its place in the list."""
-        return slice(self.after, self.after + self.dropped) if self.stop < self.blocks else slice(self.kept, None)
+    def traced(self) -> tuple[int, ...]:
+        """The blocks that are traced. Where kinds repeat up to the last block, these are the first ones: a forward pass
+        may tell the kind of a block by its place in the list."""
+        if self.stop == self.blocks:
+            return tuple(range(self.kept))
+        return (*range(self.after), *range(self.after + self.dropped, self.blocks))
 
-    def index(self, name: str) -> int | None:
-        """The number of the block that a module or tensor of this name is in; None for other names."""
-        found = re.match(rf"{re.escape(self.path)}\.(\d+)(?:\.|$)", name)
-        return int(found[1]) if found else None
+    @property
+    def more(self) -> SampledLayers | None:
+        """The sample to try where this one does not stand for all: of four periods, of which the first and the last may
+        differ; None behind it."""
+        return replace(self, windows=4) if self.windows < 4 else None
 
     def moved(self, name: str, by: int, at_least: int = 0) -> str:
         """The name with its block's number increased by `by`, if the number is at least `at_least`."""
         index = self.index(name)
-        if index is None or index < at_least:
-            return name
-        return f"{self.path}.{index + by}{name[len(f'{self.path}.{index}') :]}"
+        return name if index is None or index < at_least else self.renumbered(name, index + by)
 
 
-def sampled_layers(model: nn.Module) -> tuple[SampledLayers, ...]:
+@dataclass(frozen=True)
+class MixedLayers(BlockList):
+    """A list of blocks of which some are not traced, as a block of the same kind in front of one of the same kind is.
+
+    Of each kind that stands in the list twice, two blocks are traced at least, and so are the first and the last block.
+
+    kinds   a number for the kind of each block
+    traced  the blocks that are traced, in order
+    more    the sample to try where this one does not stand for all
+    """
+
+    kinds: tuple[int, ...]
+    traced: tuple[int, ...]
+    more: SampledLayers
+
+    @property
+    def kept(self) -> int:
+        """How many blocks are traced."""
+        return len(self.traced)
+
+    @property
+    def dropped(self) -> int:
+        """How many blocks are not traced."""
+        return self.blocks - self.kept
+
+    def stand_in(self, block: int) -> int:
+        """The place, among the traced blocks, of the one that stands for a block: itself, or one of its kind in front
+        of one of the kind that follows the block."""
+        if block in self.traced:
+            return self.traced.index(block)
+        wanted = self.kinds[block], self.kinds[block + 1]
+        pairs = itertools.pairwise(self.kinds[i] for i in self.traced)
+        return next(place for place, pair in enumerate(pairs) if pair == wanted)
+
+
+Sample = SampledLayers | MixedLayers
+
+
+def sampled_layers(model: nn.Module) -> tuple[Sample, ...]:
     """The lists of blocks of which the first may stand for all, in the model's order."""
     found = []
     kinds_of = _Kinds(model)
@@ -83,7 +141,8 @@ def sampled_layers(model: nn.Module) -> tuple[SampledLayers, ...]:
             continue
         if not re.fullmatch(r"[^.].*", path) or re.search(r"(^|\.)\d+(\.|$)", path):
             continue
-        sample = _best_sample(path, kinds_of.blocks(path, list(module.children())))
+        kinds = kinds_of.blocks(path, list(module.children()))
+        sample = _mixed(kinds, _best_sample(path, kinds))
         if sample is not None and sample.kept < sample.blocks:
             found.append(sample)
     return tuple(found)
@@ -98,6 +157,35 @@ def _best_sample(path: str, kinds: Sequence[object]) -> SampledLayers | None:
         stops = [*(i + period for i in unlike), len(kinds)]
         every += [SampledLayers(path, len(kinds), *run, period) for run in zip(starts, stops, strict=True)]
     return min(every, key=lambda sample: (sample.kept, -sample.stop), default=None)
+
+
+def _mixed(kinds: Sequence[object], periodic: SampledLayers | None) -> Sample | None:
+    """The sample by pairs of kinds, if it has fewer blocks than the periodic one."""
+    if periodic is None:
+        return None
+    numbers = tuple(map(list(dict.fromkeys(kinds)).index, kinds))
+    last = len(kinds) - 1
+    pairs = set(itertools.pairwise(numbers))
+    seen, shown = set[tuple[int, int]](), Counter((numbers[0], numbers[last]))
+    wanted = {kind: min(2, times) for kind, times in Counter(numbers).items()}
+    traced = [0]
+    for block in range(1, last):
+        pair = numbers[block - 1], numbers[block]
+        if pair in seen and shown[pair[1]] >= wanted[pair[1]]:
+            continue
+        steps = [block] if numbers[traced[-1]] == pair[0] else [block - 1, block]
+        for step in steps:
+            seen.add((numbers[traced[-1]], numbers[step]))
+            shown[numbers[step]] += 1
+            traced.append(step)
+    end = numbers[last - 1], numbers[last]
+    if traced[-1] != last - 1 and (numbers[traced[-1]], end[1]) not in (pairs if end in seen else {end}):
+        traced.append(last - 1)
+    traced.append(last)
+    walk = set(itertools.pairwise(numbers[block] for block in traced))
+    if walk != pairs or len(traced) >= periodic.kept:
+        return periodic
+    return MixedLayers(periodic.path, len(kinds), numbers, tuple(traced), periodic)
 
 
 def _is_depth(values: Sequence[tuple[int, tuple[Any, ...]]]) -> bool:
@@ -230,16 +318,16 @@ class UnlikeLayers(Exception):
     """Raised for a list of blocks whose first blocks do not stand for all; the text says why. `whole`: more of the
     blocks would not stand for all either. `others`: the same of further lists, none of which more blocks would help."""
 
-    def __init__(self, sample: SampledLayers, why: str, whole: bool = False) -> None:
+    def __init__(self, sample: Sample, why: str, whole: bool = False) -> None:
         super().__init__(f"{sample.path}: {why}")
         self.sample, self.whole = sample, whole
         self.others: tuple[UnlikeLayers, ...] = ()
 
 
-def longer(sampled: Sequence[SampledLayers], unlike: UnlikeLayers) -> tuple[SampledLayers, ...]:
-    """The samples to try next where the first periods of one list do not stand for all: four periods of this list, of
-    which the first and the last may differ, then every block; every block at once where more would not help."""
-    again = replace(unlike.sample, windows=4) if unlike.sample.windows < 4 and not unlike.whole else None
+def longer(sampled: Sequence[Sample], unlike: UnlikeLayers) -> tuple[Sample, ...]:
+    """The samples to try next where the traced blocks of one list do not stand for all: more of them, then every block;
+    every block at once where more would not help."""
+    again = None if unlike.whole else unlike.sample.more
     rest = [again if sample == unlike.sample else sample for sample in sampled]
     return tuple(sample for sample in rest if sample is not None and sample.dropped > 0)
 

@@ -42,6 +42,8 @@ class LayeredGraph:
     labels          the label of every position
     repeated        position of a block that was not traced -> the segments of the period before the one that stands
                     for it
+    handed_on       position of a block, in lists of mixed kinds -> which externals of its segment are the value that
+                    the block before hands on, and (position, index in the segment) of the node that makes it
     traced_in_full  why lists of equal blocks were traced in full, in words; "" where they were not
     """
 
@@ -54,6 +56,7 @@ class LayeredGraph:
     sequence: tuple[int, ...]
     labels: tuple[str, ...]
     repeated: dict[int, range] = field(default_factory=dict)
+    handed_on: dict[int, tuple[frozenset[int], tuple[int, int]]] = field(default_factory=dict)
     traced_in_full: str = ""
 
     def segment_of(self) -> dict[fx.Node, int]:
@@ -141,7 +144,8 @@ class LayeredGraph:
             for location in locations:
                 made = location and location[0] + (len(before) if location[0] in before else 0)
                 row.append(None if location is None or made is None else (latest[made], location[1]))
-            found.append(tuple(row))
+            places, maker = self.handed_on.get(position, (frozenset[int](), None))
+            found.append(tuple(maker if k in places else source for k, source in enumerate(row)))
             latest[index] = position
         return found
 

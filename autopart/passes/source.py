@@ -14,7 +14,7 @@ from torch import nn
 
 from autopart.errors import OperatorError, PartitionError
 from autopart.frontend.batch import DTYPES, Batch, outline
-from autopart.frontend.layer_sampling import SampledLayers, UnlikeLayers, longer, sampled_layers
+from autopart.frontend.layer_sampling import MixedLayers, Sample, UnlikeLayers, longer, sampled_layers
 from autopart.hardware.mesh import Mesh
 from autopart.ir.gc_pause import paused
 from autopart.ir.graph import Traced, calls, info, show, verify
@@ -58,7 +58,7 @@ class Source:
     prepared: dict[tuple[int, str], LayeredGraph] = field(default_factory=dict)
     planned: dict[tuple[int, str], LayeredGraph] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
-    sampling: tuple[tuple[SampledLayers, ...], dict[str, str]] | None = None
+    sampling: tuple[tuple[Sample, ...], dict[str, str]] | None = None
 
     @classmethod
     def of(cls, model: nn.Module, batch: Batch, asked: Asked) -> Source:
@@ -91,9 +91,7 @@ class Source:
         plan.check(layered)
         return layered
 
-    def _traced(
-        self, samples: int, mesh: Mesh, sampled: Sequence[SampledLayers] = (), short: bool = False
-    ) -> LayeredGraph:
+    def _traced(self, samples: int, mesh: Mesh, sampled: Sequence[Sample] = (), short: bool = False) -> LayeredGraph:
         """The passes from trace to unfold_layers. Whether a loss mixes samples is known only from two or more of them:
         a trace of one sample takes the answer from a trace of two, if there is one."""
         layered = prepare(
@@ -125,6 +123,9 @@ class Source:
             except OperatorError:
                 raise
             except PartitionError as error:
+                if any(isinstance(sample, MixedLayers) for sample in sampled):
+                    sampled = tuple(s.more if isinstance(s, MixedLayers) else s for s in sampled)
+                    continue
                 most = max(sample.blocks for sample in sampled)
                 rest = tuple(sample for sample in sampled if sample.blocks == most)
                 lost = sampled if rest == sampled else [sample for sample in sampled if sample not in rest]
@@ -144,7 +145,7 @@ def prepare(
     batch: Batch,
     mesh: Mesh,
     dtype: torch.dtype,
-    sampled: Sequence[SampledLayers] = (),
+    sampled: Sequence[Sample] = (),
     outputs: Sequence[str] = (),
     no_fuse: Sequence[str] = (),
     short: bool = False,

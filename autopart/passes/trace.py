@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from autopart.errors import OperatorError, PartitionError
 from autopart.frontend.export import export
-from autopart.frontend.layer_sampling import SampledLayers, digest
+from autopart.frontend.layer_sampling import Sample, digest
 from autopart.frontend.no_gradient import gives_constant, reaches
 from autopart.frontend.short_loops import TIMES
 from autopart.frontend.source_lines import own_frames, source_line
@@ -28,7 +28,7 @@ def trace(
     model: nn.Module,
     batch: Mapping[str, Any],
     dtype: torch.dtype | None = None,
-    sampled: Sequence[SampledLayers] = (),
+    sampled: Sequence[Sample] = (),
     outputs: Sequence[str] = (),
     short: bool = False,
 ) -> Traced:

@@ -1,8 +1,8 @@
-"""LayeredGraph -> LayeredGraph: the row of the whole model, from a trace of its first blocks.
+"""LayeredGraph -> LayeredGraph: the row of the whole model, from a trace of some of its blocks.
 
 A period is the blocks after which the kinds of blocks repeat. The second of two traced periods stands for all that were
 left out if the two compute the same, each reads the same of the period before it, and only the second period reads
-values of the first.
+values of the first. Where kinds of blocks mix, one block stands for others of its kind: `unfold_mixed`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from autopart.frontend.layer_sampling import SampledLayers, UnlikeLayers
+from autopart.frontend.layer_sampling import MixedLayers, Sample, SampledLayers, UnlikeLayers
 from autopart.ir.fingerprint import Fingerprints
-from autopart.ir.graph import info, update_info
-from autopart.ir.layered_graph import LayeredGraph, Segment, node_keys, own_values, used_parameters
+from autopart.ir.graph import info
+from autopart.ir.layered_graph import LayeredGraph, Segment, node_keys, own_values
+from autopart.passes.block_segments import first_segments, rename, works_for
+from autopart.passes.unfold_mixed import walk_of
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,10 @@ class _Pair:
         return self.sample.dropped // self.sample.period
 
 
-def unfold_layers(layered: LayeredGraph, sampled: Sequence[SampledLayers]) -> LayeredGraph:
-    """Have the second of two equal periods stand for the periods that were left out of the trace.
+def unfold_layers(layered: LayeredGraph, sampled: Sequence[Sample]) -> LayeredGraph:
+    """Have the traced blocks of the lists `sampled` stand for those that were left out of the trace.
 
-    Raises UnlikeLayers where a list of `sampled` has no two equal periods.
+    Raises UnlikeLayers where they do not compute the same as the other traced blocks of their kinds.
     """
     if not sampled:
         return layered
@@ -50,12 +52,18 @@ def unfold_layers(layered: LayeredGraph, sampled: Sequence[SampledLayers]) -> La
     if unlike:
         unlike[0].others = tuple(unlike[1:])
         raise unlike[0]
-    found = [_pair(layered, sample) for sample in sampled]
+    walks = [walk_of(layered, sample) for sample in sampled if isinstance(sample, MixedLayers)]
+    found = [_pair(layered, sample) for sample in sampled if isinstance(sample, SampledLayers)]
     pairs = sorted((pair for pair in found if pair is not None), key=lambda pair: pair.first.start)
     for pair, other in itertools.pairwise(pairs):
         if other.first.start < pair.second.stop:
             raise UnlikeLayers(other.sample, f"its blocks run in between those of {pair.sample.path}")
     count = Counter(layered.count)
+    walk_at = {walk.base: walk for walk in walks if walk is not None}
+    for walk in walk_at.values():
+        walk.rename(layered)
+        for node in walk.repeats(layered):
+            count[layered.same[node]] += info(node).times
     for pair in pairs:
         _rename(layered, pair)
         for i in pair.second:
@@ -63,8 +71,14 @@ def unfold_layers(layered: LayeredGraph, sampled: Sequence[SampledLayers]) -> La
             for node in [*segment.nodes, *own_values(segment)]:
                 count[layered.same[node]] += pair.times * info(node).times
     repeated: dict[int, range] = {}
+    handed_on: dict[int, tuple[frozenset[int], tuple[int, int]]] = {}
     row: list[tuple[int, str]] = []
     for index, segment in enumerate(layered.segments):
+        if index in walk_at:
+            handed_on |= walk_at[index].handed_on(len(row))
+            row += walk_at[index].row()
+        if any(index in walk.segments for walk in walk_at.values()):
+            continue
         row.append((index, segment.label))
         for pair in (p for p in pairs if p.second.stop == index + 1):
             for repeat in range(1, pair.times + 1):
@@ -78,30 +92,23 @@ def unfold_layers(layered: LayeredGraph, sampled: Sequence[SampledLayers]) -> La
         sequence=tuple(index for index, _ in row),
         labels=tuple(label for _, label in row),
         repeated=repeated,
+        handed_on=handed_on,
     )
 
 
-def _first_segments(layered: LayeredGraph, sample: SampledLayers) -> dict[int, int]:
-    """Block that runs -> its first segment."""
-    first: dict[int, int] = {}
-    for i, segment in enumerate(layered.segments):
-        block = sample.index(segment.label)
-        if block is not None:
-            first.setdefault(block, i)
-    return first
-
-
-def _unlike(layered: LayeredGraph, sample: SampledLayers) -> UnlikeLayers | None:
+def _unlike(layered: LayeredGraph, sample: Sample) -> UnlikeLayers | None:
     """Why no blocks of a list stand for others, however many are traced; None where some may."""
-    first = _first_segments(layered, sample)
-    away = next((segment for segment in layered.segments if first and _works_for(segment, sample)), None)
+    first = first_segments(layered, sample)
+    start, after = (sample.start, sample.after) if isinstance(sample, SampledLayers) else (0, sample.kept)
+    away = next((segment for segment in layered.segments if first and works_for(segment, sample, start)), None)
     if away is not None:
         why = f"{away.label or 'what segments outside'} does part of the work of other blocks"
         return UnlikeLayers(sample, why, whole=True)
-    repeated = range(sample.start, sample.after)
-    changed = next((name for name in layered.traced.updated if sample.index(name) in repeated), None)
+    changed = next((name for name in layered.traced.updated if sample.index(name) in range(start, after)), None)
     if changed is not None:
         return UnlikeLayers(sample, f"the forward pass changes {changed}", whole=True)
+    if isinstance(sample, MixedLayers):
+        return None
     runs = [block for block in range(sample.kept) if block in first]
     regular = all(
         (block in first) == (block + sample.period in first)
@@ -115,7 +122,7 @@ def _unlike(layered: LayeredGraph, sample: SampledLayers) -> UnlikeLayers | None
 def _pair(layered: LayeredGraph, sample: SampledLayers) -> _Pair | None:
     """The first two equal periods; None where the model runs none of the blocks. Raises UnlikeLayers if none are
     equal."""
-    first = _first_segments(layered, sample)
+    first = first_segments(layered, sample)
     runs = [block for block in range(sample.kept) if block in first]
 
     def start_of(block: int) -> int | None:
@@ -138,13 +145,6 @@ def _pair(layered: LayeredGraph, sample: SampledLayers) -> _Pair | None:
         if not why:
             return pair
     raise UnlikeLayers(sample, why)
-
-
-def _works_for(segment: Segment, sample: SampledLayers) -> bool:
-    """Whether a segment has nodes, or reads parameters, of a repeated block that is not its own."""
-    names = [*(info(n).layer for n in segment.nodes), *(info(p).name for p in used_parameters(segment))]
-    blocks = {sample.index(name) for name in names} - {None, sample.index(segment.label)}
-    return any(block is not None and block >= sample.start for block in blocks)
 
 
 def _difference(layered: LayeredGraph, pair: _Pair, begin: int) -> str:
@@ -197,21 +197,4 @@ def _name(segment: Segment, node: fx.Node) -> str:
 def _rename(layered: LayeredGraph, pair: _Pair) -> None:
     """Give the blocks behind the pair the numbers that they have in the whole model, in place."""
     sample, after = pair.sample, pair.after
-
-    def moved(name: str) -> str:
-        return sample.moved(name, sample.dropped, after)
-
-    for node in layered.traced.graph.nodes:
-        if node.op == "output":
-            continue
-        record = info(node)
-        new = {"module": moved(record.module), "layer": moved(record.layer)}
-        if record.kind != "op":
-            new["name"] = moved(record.name)
-        if any(getattr(record, key) != value for key, value in new.items()):
-            update_info(node, **new)
-    for segment in layered.segments:
-        segment.label = moved(segment.label)
-    traced = layered.traced
-    traced.buffers = {moved(name): value for name, value in traced.buffers.items()}
-    traced.updated = tuple(map(moved, traced.updated))
+    rename(layered, lambda name: sample.moved(name, sample.dropped, after))

@@ -6,9 +6,8 @@ A place is one occurrence of a value in the model. Places where the same nodes u
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -112,7 +111,7 @@ class _Finder:
         self.index = {node: i for i, node in enumerate(self.nodes)}
         self.segment_of = layered.segment_of()
         self.last = {segment: position for position, segment in enumerate(layered.sequence)}
-        self.region = _regions(layered.sequence)
+        self.region = _regions(layered.repeated.values())
         self.times = self._times()
         self.readers: dict[fx.Node, set[int]] = defaultdict(set)
         """Node -> the segments that read its value; -1 for a reader outside of all segments."""
@@ -163,10 +162,20 @@ class _Finder:
         -1 for a value that every stage makes for itself.
         """
         made = self.segment_of.get(source)
-        if made is None:
-            return -1
+        if made is None or made == segment:
+            return -1 if made is None else position
         first = self.region.get(segment)
         return position - (segment - made) if first is not None and made >= first else self.last[made]
+
+    def _handed_on(self, position: int) -> tuple[set[fx.Node], fx.Node | None, int]:
+        """The nodes that stand, in the trace, for the value which the block before hands on to a block of a list of
+        mixed kinds; the node that makes this value, and its position."""
+        if position not in self.layered.handed_on:
+            return set(), None, -1
+        places, (home, place) = self.layered.handed_on[position]
+        segments, sequence = self.layered.segments, self.layered.sequence
+        externals = segments[sequence[position]].externals
+        return {externals[k] for k in places}, segments[sequence[home]].nodes[place], home
 
     def _name(self, source: fx.Node, position: int) -> str:
         """The name of a place of a value that no segment makes: a parameter's name at the position; the position, of a
@@ -187,14 +196,17 @@ class _Finder:
             for p, segment in enumerate(self.layered.sequence)
             for n in self.layered.segments[segment].nodes
         ]
+        handed = {p: self._handed_on(p) for p in range(-1, len(self.layered.sequence))}
         for node, segment, position in [*places, *((n, -1, -1) for n in self.layered.free)]:
+            stand_ins, made, before = handed[position]
             seen: dict[fx.Node, int] = {}
             for operand, argument in enumerate(operands(node)) if not is_pick(node) else ():
                 if argument is not None:
-                    source, output = value_of(argument)
+                    source, output = value_of(made if made and argument in stand_ins else argument)
+                    home = before if argument in stand_ins else self._position(source, segment, position)
                     if self.times[self.layered.same[source]] > 1 and info(node).name in JOINS:
                         operand = seen.setdefault(self.layered.same[source], operand)
-                    key = source, output, self._position(source, segment, position), self._name(source, position)
+                    key = source, output, home, self._name(source, position)
                     use = _Use(self.index[self.layered.same[node]], operand, position, node)
                     if use not in used[key][-1:]:
                         used[key].append(use)
@@ -254,12 +266,15 @@ class _Finder:
         by_name = {n.name: n for n in self.layered.traced.graph.nodes}
         kept: dict[tuple[str, int], list[_Use]] = defaultdict(list)
         for position, segment in enumerate(self.layered.sequence):
+            stand_ins, made, before = self._handed_on(position)
+            roots = {info(n).root: info(made).root for n in stand_ins if made}
             for node in self.layered.segments[segment].nodes:
-                for root in () if is_pick(node) else info(node).saves:
-                    through = [i for i, n in enumerate(operands(node)) if n is not None and info(n).root == root]
+                for read in () if is_pick(node) else info(node).saves:
+                    through = [i for i, n in enumerate(operands(node)) if n is not None and info(n).root == read]
+                    root = roots.get(read, read)
                     maker, _ = made_by(root)
                     operand = -1 if maker == node.name else next(iter(through), -2)
-                    home = self._position(by_name[maker], segment, position)
+                    home = before if read in roots else self._position(by_name[maker], segment, position)
                     kept[root, home].append(_Use(self.index[self.layered.same[node]], operand, position))
         every: dict[tuple[Any, ...], Counter[tuple[int, ...]]] = defaultdict(Counter)
         for (root, _), uses in kept.items():
@@ -313,10 +328,6 @@ class _Finder:
         return dict(shared)
 
 
-def _regions(sequence: Sequence[int]) -> dict[int, int]:
-    """Index of a segment that stands at several positions -> the first segment that repeats with it."""
-    regions: dict[int, int] = {}
-    for here, following in itertools.pairwise(sequence):
-        if following <= here:
-            regions |= dict.fromkeys(range(following, here + 1), following - (here + 1 - following))
-    return regions
+def _regions(periods: Iterable[range]) -> dict[int, int]:
+    """Index of a segment of a period that stands for others -> the first segment of the period before it."""
+    return {i: before.start for before in set(periods) for i in range(before.stop, before.stop + len(before))}

@@ -179,11 +179,13 @@ def main(only: Sequence[str], every: int, limit: int, path: Path | None) -> int:
     """Plan the models asked for ("large:llama-3-8b", "clm:gpt2"; none: the large ones and one of `every` so many
     architectures), print the table, write the figures; the exit status is 1 where the goals are missed."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical", "OMP_NUM_THREADS": "1"}
-    import transformers  # noqa: F401  # imported once, before the forks
+    import torch
+    import transformers.modeling_utils  # noqa: F401  # imported once, before the forks
 
     import autopart  # noqa: F401
     from benchmarks.coverage.zoo_models import architectures
 
+    torch.export.export(torch.nn.Identity(), (torch.ones(1),))  # which imports what exports need
     names = [*(("large", name) for name in LARGE), *architectures()[:: 1 if only else every]]
     todo = [pair for pair in names if not only or ":".join(pair) in only]
     rows = []

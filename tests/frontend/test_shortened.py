@@ -22,6 +22,7 @@ from autopart.errors import PartitionError
 from autopart.frontend.layer_sampling import sampled_layers
 from autopart.hardware.mesh import Mesh
 from autopart.ir.layered_graph import LayeredGraph, used_parameters
+from autopart.passes import source as source_module
 from autopart.passes.source import Source
 
 MESH = Mesh.of("4:cpu")
@@ -567,14 +568,63 @@ def test_a_hash_tells_models_apart() -> None:
 @pytest.mark.parametrize(
     ("kinds_of_blocks", "kept"),
     [
-        *[("aaaaaaaa", 2), ("baaaaaaa", 3), ("abababab", 4), ("ababababa", 5), ("aabaabaabaa", 8), ("bbaaaaaa", 4)],
-        *[("aaaaaab", 3), ("babababaab", 6), ("aaaaaabaaaaa", 8)],
+        *[("aaaaaaaa", 2), ("baaaaaaa", 3), ("abababab", 4), ("ababababa", 5), ("aabaabaabaa", 6), ("bbaaaaaa", 4)],
+        *[("aaaaaab", 3), ("babababaab", 6), ("aaaaaabaaaaa", 5), ("caaabaaabaaab", 6)],
     ],
 )
 def test_as_few_blocks_are_kept_as_show_every_kind_twice(kinds_of_blocks: str, kept: int) -> None:
     model = Stack([Block(i, 16 if kind == "a" else 24) for i, kind in enumerate(kinds_of_blocks)])
     (short,) = sampled_layers(model)
     assert short.kept == kept
+
+
+def mixed(kinds_of_blocks: str) -> nn.Module:
+    return Stack([Block(i, {"a": 16, "b": 24, "c": 32}[kind]) for i, kind in enumerate(kinds_of_blocks)])
+
+
+@pytest.mark.parametrize("seed", range(12 if ALL else 3))
+def test_blocks_of_mixed_kinds_stand_for_each_other(seed: int) -> None:
+    rng = random.Random(seed)
+    period = "".join(rng.choices("aaab", k=rng.randint(3, 8))) + "b"
+    kinds_of_blocks = rng.choice(["", "c"]) + period * rng.randint(3, 5) + period[: rng.randint(0, len(period))]
+    short, full = both(model := mixed(kinds_of_blocks), numbers())
+    assert len(short.segments) <= sampled_layers(model)[0].kept + 2, kinds_of_blocks
+    assert len(short.segments) < len(full.segments)
+    assert not short.traced_in_full
+
+
+class Twofold(Block):
+    """Hands on a second value, which the next block adds."""
+
+    def forward(self, x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        inner = torch.tanh(self.up(x if before is None else x + before))
+        return x + self.down(inner), self.down(inner * inner)
+
+
+class Handing(Stack):
+    def run(self, x: Tensor) -> Tensor:
+        more = None
+        for block in self.blocks:
+            x, more = block(x, more)
+        return x
+
+
+def test_blocks_of_mixed_kinds_that_hand_on_two_values_are_traced_by_periods() -> None:
+    kinds = "aabaabaabaabaab"
+    model = Handing([Twofold(i, 16 if kind == "a" else 24) for i, kind in enumerate(kinds)])
+    short, full = both(model, numbers())
+    assert sampled_layers(model)[0].kept < len(short.segments) < len(full.segments)
+
+
+@pytest.mark.parametrize("stages", [2, 4, 12])
+def test_stages_of_mixed_kinds_are_planned_as_from_a_trace_of_every_block(stages: int) -> None:
+    model = mixed("caab" + "aaab" * 5)
+    settings = {"pp": stages, "micro_batch": 1, "zero": 0}
+    plan = autopart.plan(model, "1x12:h100-80gb", numbers(), **settings)
+    with mock.patch.object(source_module, "sampled_layers", lambda model: ()):
+        whole = autopart.plan(model, "1x12:h100-80gb", numbers(), **settings)
+    assert plan.step_seconds == pytest.approx(whole.step_seconds, rel=1e-12)
+    assert [stage.memory for stage in plan.stages] == [stage.memory for stage in whole.stages]
 
 
 @pytest.mark.slow
