@@ -25,7 +25,7 @@ from autopart.plan.schedules.ops import Op
 from autopart.plan.signature import Signature
 from autopart.planner.constraints import Constraint, Positions
 from autopart.planner.make_plan import make_plan
-from autopart.planner.request import Request
+from autopart.planner.request import MIB, Request
 from autopart.planner.validate import stage_findings, strategy_findings
 from autopart.runtime.variants import Mode, Variant
 from autopart.sharding.notation import Strategy
@@ -128,9 +128,9 @@ def _same_splits(plan: Plan, layered: LayeredGraph) -> Plan | None:
 def _solved_again(source: Source, plan: Plan, layered: LayeredGraph) -> Plan:
     """A plan with other splits for the same shares."""
     request = Request(
-        plan.global_batch, plan.micro_batch, plan.pp, plan.tp, plan.dp, plan.zero, None, plan.schedule, plan.precision,
-        plan.master, plan.optimizer, nodes=20, must_fit=False, offload=plan.offload,
-        constraints=(SharesAsTheyAre.of(plan, layered),),
+        plan.global_batch, plan.micro_batch, plan.pp, plan.tp, plan.dp, plan.zero,
+        plan.prefetch_bytes // MIB, None, plan.schedule, plan.precision, plan.master, plan.optimizer, nodes=20,
+        must_fit=False, offload=plan.offload, constraints=(SharesAsTheyAre.of(plan, layered),),
     )  # fmt: skip
     try:
         return make_plan(source, plan.mesh, request, to_run=True, advise=False)

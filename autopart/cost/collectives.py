@@ -9,6 +9,10 @@ The bandwidth of a ring is that of its slowest part: the links of a device insid
 between hosts. A ring crosses the boundary of every host once. Several rings together use all network cards of the
 host's ranks.
 
+Between hosts NCCL has trees too, of a logarithmic number of steps: for an all-reduce a double binary tree; for an
+all-gather or a reduce-scatter of one rank a host, parallel aggregated trees (PAT, from NCCL 2.23 on: Jeaugey, arXiv
+2506.20252).
+
 NCCL sends by the fastest of three protocols: with flags in every 8 bytes (LL), with flags in every 128 bytes (LL128),
 and without flags (Simple). Their latencies and their shares of the bandwidth are those of NCCL's own model
 (NVIDIA/nccl, src/graph/tuning.cc at 01afd20).
@@ -60,6 +64,15 @@ TREE_BANDWIDTH = 0.9
 """Bandwidth of a tree / bandwidth of a ring (nccl)."""
 
 
+PAT_BASE, PAT_RANK, PAT_STEPS_A_HOP, PAT_BANDWIDTH = 8e-6, 2.8e-6, 3.5, 0.75
+"""Of parallel aggregated trees: seconds before the first step; seconds for each rank, which is linear still; steps that
+are on their way at once; bandwidth / bandwidth of a ring (nccl 2.23, `ncclTopoTuneModel`)."""
+
+LONE_STEPS = (5.0e-6, 8.5e-6, 14e-6)
+"""Seconds of a step of a ring between hosts that have one rank of it each, by protocol: nothing hides a latency there
+(nccl 2.23)."""
+
+
 def ring_bandwidth(group: Group) -> float:
     """Bytes/s that every rank of a ring sends: the lesser of
 
@@ -82,8 +95,10 @@ def _bandwidth_in_host(group: Group) -> float:
     return link.bandwidth * link.share * lanes
 
 
-def _latencies(link: Link, tree: bool) -> tuple[float, ...]:
-    """Seconds of a step over a link, by protocol."""
+def _latencies(link: Link, tree: bool, lone: bool = False) -> tuple[float, ...]:
+    """Seconds of a step over a link, by protocol. `lone`: of a ring with one rank a host."""
+    if lone and link.kind == "network":
+        return LONE_STEPS
     return (link.latency_seconds,) * 3 if link.kind in NO_PROTOCOLS else (TREE_STEPS if tree else RING_STEPS)[link.kind]
 
 
@@ -108,7 +123,7 @@ def _fastest_protocol(wire: Any, near: float, far: float, group: Group, bandwidt
     min over protocols of base + near x step inside + far x step between + wire / (bandwidth x share)
     """
     best = np.inf
-    own, other = (_latencies(link, tree) for link in (group.intra, group.inter))
+    own, other = _latencies(group.intra, tree), _latencies(group.inter, tree, group.per_host == 1 and not tree)
     for base, share, a, b in zip(BASE_SECONDS, BANDWIDTH_SHARES, own, other, strict=True):
         if not _runs_on_nccl(group):
             base, share = 0.0, 1.0
@@ -135,8 +150,17 @@ def _measured(name: str, nbytes: Any, group: Group) -> Any | None:
 
 def all_gather_seconds(nbytes: Any, group: Group) -> Any:
     """Seconds to give every rank the whole of `nbytes`, of which each rank holds 1 / p; or, in a reduce-scatter, each
-    rank 1 / p of the sum of p tensors of `nbytes`."""
-    return _ring((group.ranks - 1) / group.ranks * nbytes, 1, group) + _copy_seconds(nbytes, group)
+    rank 1 / p of the sum of p tensors of `nbytes`: those of a ring, or fewer of parallel aggregated trees, which NCCL
+    has for groups of one rank a host:
+
+        base + log2(hosts) x step / 3.5 + hosts x 2.8 us + wire / (0.75 x bandwidth)
+    """
+    wire = (group.ranks - 1) / group.ranks * nbytes
+    ring = _ring(wire, 1, group) + _copy_seconds(nbytes, group)
+    if group.hosts == 1 or group.per_host > 1 or group.inter.kind != "network":
+        return ring
+    steps = math.ceil(math.log2(group.hosts)) * LONE_STEPS[-1] / PAT_STEPS_A_HOP + group.ranks * PAT_RANK
+    return np.minimum(ring, PAT_BASE + steps + wire / (PAT_BANDWIDTH * ring_bandwidth(group)))
 
 
 def all_reduce_seconds(nbytes: Any, group: Group) -> Any:
@@ -184,17 +208,15 @@ def p2p_seconds(nbytes: Any, link: Link) -> Any:
     return _fastest_protocol(1.0 * nbytes, 1, 0, pair, _bandwidth_in_host(pair))
 
 
-def merged_seconds(nbytes: Any, group: Group, name: str = "all_gather") -> Any:
-    """Seconds that `nbytes` add to a collective of many tensors in one message: bytes sent / bandwidth, no latency."""
+def message_seconds(nbytes: Any, group: Group, name: str, message: float) -> Any:
+    """Seconds that `nbytes` add to messages of several tensors, of `message` bytes each; those of their own message
+    where they are more. The latency of a message is shared by its bytes. Of a measured link: bytes x seconds a byte."""
     wire = group.intra.measured if group.hosts == 1 else None
     rows = wire.collectives.get(f"merged_{name}", {}).get(str(group.ranks)) if wire else None
     if rows is not None:
         return nbytes * (rows[-1][1] / rows[-1][0])
-    if group.ranks == 1:
-        return 0.0 * nbytes
-    times = 2 if name == "all_reduce" else 1
-    sent = times * (group.ranks - 1) / group.ranks * nbytes / ring_bandwidth(group)
-    return sent + _copy_seconds(nbytes, group) * (name != "all_reduce")
+    whole = np.maximum(nbytes, message)
+    return nbytes / whole * FORMULAS[name](whole, group)
 
 
 FORMULAS: Mapping[str, Callable[[Any, Group], Any]] = {

@@ -14,6 +14,7 @@ one rank:
     recomputed   at the start of its backward    in its backward                 w - saved[mode] or w - reused[mode]
     in flight    in its backward                 in its backward                 gradients of one operator
     gathered     at the start of its backward    in its backward                 whole parameters (ZeRO 3)
+    gathered     at the start of its backward    in the next one                 whole parameters of the segment before
     pending      in the last reader's backward   in the first reader's backward  gradients of shared parameters
     workspace    at the end of its backward      at once                         gradients being reduced (ZeRO 2, 3)
     workspace    at the end of a step            at once                         optimizer's temporaries, or a message
@@ -25,7 +26,7 @@ plans and certificates. Bytes are a number in `memory_tree`, an array by positio
 solver's variables in `exact_refinement`."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,7 @@ class SegmentBytes:
     backward_bytes     the most gradients of one operator: [0] in the first backward of a step, [1] in a later one
     reduced_bytes      parameters whose gradients ranks reduce: [0] the sum of all, [1] the largest
     single_parameter   whether the segment reads exactly one parameter
+    ahead_bytes        whole parameters of the segment before, which are gathered ahead (`Training.ahead_bytes`)
     """
 
     saved_bytes: Amount
@@ -83,6 +85,7 @@ class SegmentBytes:
     backward_bytes: Amount
     reduced_bytes: Amount
     single_parameter: Amount
+    ahead_bytes: Amount
 
     def saved_under(self, mode: int) -> Amount:
         """Bytes that one micro-batch saves: saved[mode], and the block input where the segment is recomputed."""
@@ -96,14 +99,22 @@ class SegmentBytes:
         whole = self.saved_bytes[0] + self.regathered_bytes
         parameters = training.gathered_bytes(self.reduced_bytes[0])
         reduce = training.grad_reduce_workspace(self.reduced_bytes[0], self.reduced_bytes[1], self.single_parameter)
+        parameters, ahead = parameters + self.ahead_bytes, self.ahead_bytes
         operator = {IN_FLIGHT: self.backward_bytes[0 if first else 1], GATHERED: parameters}
-        found: list[Alive] = [operator, {IN_FLIGHT: self.largest_gradient, WORKSPACE: reduce}]
+        found: list[Alive] = [operator, {IN_FLIGHT: self.largest_gradient, GATHERED: ahead, WORKSPACE: reduce}]
         if mode:
             operator[RECOMPUTED] = whole - self.saved_bytes[mode]
             found.append(
                 {IN_FLIGHT: self.largest_gradient, GATHERED: parameters, RECOMPUTED: whole - self.reused_bytes[mode]}
             )
         return found
+
+
+def gathering_ahead(segments: Sequence[SegmentBytes], training: Training) -> list[SegmentBytes]:
+    """The segments of a stage, in order, each with what its backward gathers ahead: the parameters of the one before.
+    Of arrays by variable an upper bound: parameters that are together more than `Training.prefetch` count."""
+    ahead = [training.ahead_bytes(segment.reduced_bytes[0]) for segment in segments[:-1]]
+    return [*segments[:1], *(replace(s, ahead_bytes=nbytes) for s, nbytes in zip(segments[1:], ahead, strict=True))]
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,8 @@ class PositionCosts(SegmentBytes):
                           optimizer states
     sync_seconds          of a step: gradient sync that no backward hides, and the optimizer
     overlappable_seconds  of each of `Training.backwards`: gradient sync that the backward of earlier positions can hide
+    gather_seconds        of each forward, and of each backward: gathers of parameters that the forward of the position
+                          before, and the backward of the position behind, can hide
     reduced_bytes         rows as in `SegmentBytes`; a third row: the sum over parameters that the position alone reads
     optimizer_workspace   bytes of the optimizer's temporaries: the sum over parameters where it steps them at once
                           (`Training.foreach`), else of the largest
@@ -83,6 +85,7 @@ class PositionCosts(SegmentBytes):
     state_bytes: Array
     sync_seconds: Array
     overlappable_seconds: Array
+    gather_seconds: Array
     optimizer_workspace: Array
     host_bytes: Array
     training: Training
@@ -112,8 +115,10 @@ def no_costs(prices: Prices) -> PositionCosts:
         state_bytes=zeros(3),
         sync_seconds=zeros(),
         overlappable_seconds=zeros(),
+        gather_seconds=zeros(),
         optimizer_workspace=zeros(),
         host_bytes=zeros(),
+        ahead_bytes=zeros(),
         training=prices.terms.training,
     )
 
@@ -125,6 +130,7 @@ def position_costs(prices: Prices, chosen: Sequence[int], link: Link | None) -> 
     found = no_costs(prices)
     _add_nodes(found, prices, at)
     _add_parameters(found, prices, at)
+    _gather_ahead(found)
     for index, used in enumerate(table.value_uses):
         _add_value(found, prices, chosen, index, used, link)
     for index, tensor in enumerate(table.saved_tensors):
@@ -168,6 +174,7 @@ def _add_parameters(found: PositionCosts, prices: Prices, at: NDArray[np.int_]) 
         np.add.at(found.sync_seconds, own, prices.sync_seconds[i])
         np.add.at(found.overlappable_seconds, own, prices.overlappable_seconds[i])
         np.add.at(found.host_bytes, own, prices.host_bytes[i])
+        np.add.at(found.gather_seconds, own, prices.gather_seconds[i])
         (np.add if found.training.foreach else np.maximum).at(
             found.optimizer_workspace, own, prices.optimizer_workspace[i]
         )
@@ -182,7 +189,8 @@ def _add_parameters(found: PositionCosts, prices: Prices, at: NDArray[np.int_]) 
                         positions,
                         state_bytes=tuple(prices.state_bytes[i].tolist()),
                         sync_seconds=float(
-                            prices.sync_seconds[i] + found.training.backwards * prices.overlappable_seconds[i]
+                            prices.sync_seconds[i]
+                            + found.training.backwards * (prices.overlappable_seconds[i] + 2 * prices.gather_seconds[i])
                         ),
                         optimizer_workspace=float(prices.optimizer_workspace[i]),
                         reduced_bytes=reduced,
@@ -190,6 +198,17 @@ def _add_parameters(found: PositionCosts, prices: Prices, at: NDArray[np.int_]) 
                         host_bytes=float(prices.host_bytes[i]),
                     )
                 )
+
+
+def _gather_ahead(found: PositionCosts) -> None:
+    """Add the bytes of the parameters that are gathered ahead. Where those of a position are too many, no computing
+    hides their gathers."""
+    training = found.training
+    ahead = training.ahead_bytes(found.reduced_bytes[0])
+    late = np.where(ahead > 0, 0.0, found.gather_seconds)
+    found.gather_seconds -= late
+    found.sync_seconds += 2 * training.backwards * late
+    found.ahead_bytes[1:] = ahead[:-1]
 
 
 def _add_value(

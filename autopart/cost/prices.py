@@ -59,9 +59,10 @@ class Prices:
                           operators that do not run again save besides values
     reshard_bytes         [reshards]: bytes of the value after the reshard
     state_bytes           [strategies, 3]: bytes of a parameter, its gradient, its optimizer states;  state: their sum
-    sync_seconds          [strategies]: seconds of a step to reduce a gradient and to update its parameter that no
-                          backward hides;  overlappable_seconds: to reduce it that computation can hide, in each of
-                          `Training.backwards`
+    sync_seconds          [strategies]: seconds of a step to reduce a gradient, to gather its parameter and to update
+                          it that computation cannot hide;  overlappable_seconds: to reduce it that computation can
+                          hide, in each of `Training.backwards`;  gather_seconds: to gather it ahead that computation
+                          can hide, in each forward and in each backward
     reduced_bytes         [strategies]: bytes of a parameter whose gradient ranks reduce
     optimizer_workspace, pending_grad_bytes, host_bytes  [strategies]: as in `Training`
     """
@@ -115,16 +116,20 @@ class Prices:
 
     @cached_property
     def _parameter_costs(self) -> Array:
-        """[strategies, 9]: of a parameter `state_bytes`, `sync_seconds`, `reduced_bytes`, `optimizer_workspace`,
-        `overlappable_seconds`, `pending_grad_bytes` and `host_bytes`."""
+        """[strategies, 10]: of a parameter `state_bytes`, `sync_seconds`, `reduced_bytes`, `optimizer_workspace`,
+        `overlappable_seconds`, `pending_grad_bytes`, `host_bytes` and `gather_seconds`."""
         return np.array([self._parameter_cost(*row) for row in self.sizes.parameters.tolist()])[self.sizes.parameter_of]
 
-    def _parameter_cost(self, weight: float, grad: bool, over_dp: bool, over_tp: bool) -> tuple[float, ...]:
+    def _parameter_cost(
+        self, weight: float, grad: bool, over_dp: bool, over_tp: bool, together: float
+    ) -> tuple[float, ...]:
         training = self.terms.training
         if not weight:
-            return (0.0,) * 9
-        overlappable = self.terms.device.overlapped_share * training.overlappable_seconds(weight, over_dp)
-        sync = training.sync_seconds(weight, over_dp) - training.backwards * overlappable
+            return (0.0,) * 10
+        share = self.terms.device.overlapped_share
+        overlappable = share * training.overlappable_seconds(weight, over_dp, together)
+        gather = share * training.gather_seconds(weight, over_dp, together)
+        sync = training.sync_seconds(weight, over_dp, together) - training.backwards * (overlappable + 2 * gather)
         sync += update_seconds(weight, grad, over_dp, training, self.terms.device)
         if over_tp:
             sync += training.partial_sync_seconds(weight, over_dp, self.terms.sizes["tp"])
@@ -134,7 +139,8 @@ class Prices:
                 training.reduced_bytes, training.optimizer_workspace, training.pending_grad_bytes, training.host_bytes
             )
         )  # fmt: skip
-        return (*training.state_bytes(weight, grad, over_dp), sync, reduced, workspace, overlappable, pending, on_host)
+        state = training.state_bytes(weight, grad, over_dp)
+        return (*state, sync, reduced, workspace, overlappable, pending, on_host, gather)
 
     @property
     def state_bytes(self) -> Array:
@@ -145,9 +151,15 @@ class Prices:
     def state(self) -> Array:
         return self.state_bytes.sum(1)
 
-    sync_seconds, reduced_bytes, optimizer_workspace, overlappable_seconds, pending_grad_bytes, host_bytes = (
-        _part("_parameter_costs", np.s_[:, column]) for column in range(3, 9)
-    )
+    (
+        sync_seconds,
+        reduced_bytes,
+        optimizer_workspace,
+        overlappable_seconds,
+        pending_grad_bytes,
+        host_bytes,
+        gather_seconds,
+    ) = (_part("_parameter_costs", np.s_[:, column]) for column in range(3, 10))
 
     @staticmethod
     def _computed(sizes: Sizes, basis: Array, device: Device) -> Seconds:

@@ -45,7 +45,7 @@ class Sizes:
                 rows of work: FLOPs and bytes moved, peak, then the other columns of `compute.Work`, and which of the
                 four terms the batch, m, n and k of a matrix product grow with
     parameters  rows of a parameter: bytes, whether it has a gradient, whether the gradient is a partial sum over dp,
-                whether over tp
+                whether over tp, and bytes of all trained parameters that travel with it (`_together`)
     parameter_of  [strategies]: index of the row of `parameters`
     saved       [MODES, strategies]: 1 where the mode saves the operator's results
     rerun       [MODES, strategies]: 1 where the mode runs the operator again
@@ -77,7 +77,8 @@ class Sizes:
         )
         weight = [self._weight(n, o) for n, o in options]
         sums = np.array([[self._sums(n, o, axis) for axis in ("dp", "tp")] for n, o in options])
-        rows = np.column_stack([weight, self.grad, sums])
+        together = np.repeat(self._together(), np.diff(self.first))
+        rows = np.column_stack([weight, self.grad, sums, together])
         self.parameters, self.parameter_of = np.unique(rows, axis=0, return_inverse=True)
         self.reshards: dict[tuple[int, Placements, ReshardPath], tuple[Step, Value]] = {}
         for index, used in enumerate(table.value_uses):
@@ -267,6 +268,18 @@ class Sizes:
             source, output = node.operands[first]  # type: ignore[misc]
             moved += self.byte_coefficients(self.table.nodes[source].values[output], placed)
         return moved
+
+    def _together(self) -> Array:
+        """[nodes]: of a parameter that one position reads, the bytes of all trained parameters of the position, split
+        over tp; of one that several read, its own. The splits that are chosen do not change them."""
+        table, found = self.table, np.zeros(len(self.table.nodes))
+        total = np.zeros(len(table.labels))
+        for index, places in table.state.items():
+            found[index] = table.nodes[index].values[0].bytes * table.nodes[index].grad / table.tp
+            total[[p for place in places for p in place]] += found[index]
+        for index, (own, every) in self.holders.items():
+            found[index] = total[own[0]] if len(own) == len(every) else found[index]
+        return found
 
     def _weight(self, node: Node, option: int) -> float:
         return float(self.byte_coefficients(node.values[0], node.given(option))[0]) if node.kind == "parameter" else 0.0

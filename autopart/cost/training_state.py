@@ -1,5 +1,6 @@
 """Training's state, messages and updates of each parameter, in bytes and seconds."""
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from autopart.cost.collectives import measured_seconds, merged_seconds, runs_on_gloo
+from autopart.cost.collectives import measured_seconds, message_seconds, runs_on_gloo
 from autopart.cost.compute import stream_rate_seconds
 from autopart.cost.offload import FUSED_ON_HOST, host_bytes, host_seconds
 from autopart.hardware.mesh import Group
@@ -101,6 +102,7 @@ class Training:
     kernel         the kernel that makes the step (`step_kernel`), or ""
     offload        whether the optimizer's states and its copy of the parameters lie on the host (`cost.offload`)
     apart          whether the host's memory is apart from the device's: not on CPUs
+    prefetch       the most bytes of whole parameters of a position that ranks gather ahead at ZeRO 3; 0: none
 
     With a master copy, the model computes in the parameters' precision. In the master dtype are the gradients' sums
     over micro-batches and ranks, the optimizer's states, and a copy of every parameter. The optimizer steps the copy,
@@ -131,6 +133,7 @@ class Training:
     kernel: str = ""
     offload: bool = False
     apart: bool = True
+    prefetch: float = 0.0
 
     @property
     def ranks(self) -> int:
@@ -205,6 +208,11 @@ class Training:
         0."""
         return nbytes * (self.zero >= 3)
 
+    def ahead_bytes(self, nbytes: Any) -> Any:
+        """Bytes of whole parameters that are gathered ahead for a segment of `nbytes` of parameters: all at ZeRO 3
+        where they are at most `prefetch`, else 0."""
+        return self.gathered_bytes(nbytes) * (nbytes <= self.prefetch)
+
     def grad_reduce_workspace(self, nbytes: Any, largest: Any, single: Any) -> Any:
         """Bytes that are alive while ranks reduce the gradients of a segment's parameters at ZeRO 2 and 3, else 0.
 
@@ -236,30 +244,45 @@ class Training:
 
     def _in_a_message(self, nbytes: Any, largest: Any, ratio: float) -> Any:
         """Bytes of the parameters whose gradients, `ratio` times as large, travel in one message."""
-        bucket = HOST_BUCKET_BYTES if runs_on_gloo(self.group) else BUCKET_BYTES
-        return np.minimum(nbytes, np.maximum(largest, bucket / ratio))
+        return np.minimum(nbytes, np.maximum(largest, bucket_bytes(self.group) / ratio))
 
-    def sync_seconds(self, nbytes: float, over_dp: bool) -> float:
+    def sync_seconds(self, nbytes: float, over_dp: bool, together: float = math.inf) -> float:
         """Seconds of a step to reduce the gradient of a parameter of `nbytes` over the data-parallel axis, and to
-        gather the new parameter. Many parameters travel in one message, so that no latency is counted.
+        gather the new parameter. Parameters of less than a message share its latency by their bytes.
+
+        together  bytes of all parameters of its segment: from ZeRO 2 on gradients, and at ZeRO 3 parameters, of several
+                  segments do not travel in one message
 
         Gradients are in the master dtype, parameters in their own: with a master copy level 1 takes less than level 0.
         """
         if not over_dp or self.ranks == 1:
             return 0.0
-        gradient = nbytes * self.widening
+        scatters = self.overlappable_seconds(nbytes, over_dp, together)
         if self.zero == 0:
-            return float(merged_seconds(gradient, self.group, "all_reduce"))
-        gathers, scatters = collectives_per_step(self.zero, self.micro_batches)
-        gather = merged_seconds(nbytes, self.group, "all_gather")
-        return float(gathers * gather + scatters * merged_seconds(gradient, self.group, "reduce_scatter"))
+            return scatters
+        times = collectives_per_step(self.zero, self.micro_batches)
+        return times[0] * self._gather_seconds(nbytes, together) + times[1] * scatters
 
-    def overlappable_seconds(self, nbytes: float, over_dp: bool) -> float:
+    def overlappable_seconds(self, nbytes: float, over_dp: bool, together: float = math.inf) -> float:
         """The part of `sync_seconds` that may overlap with one backward: the reduction of the gradient."""
         if not over_dp or self.ranks == 1:
             return 0.0
         name = "all_reduce" if self.zero == 0 else "reduce_scatter"
-        return float(merged_seconds(nbytes * self.widening, self.group, name))
+        # At ZeRO 3 gradients fill messages in the parameters' dtype, and travel in the master dtype.
+        full = bucket_bytes(self.group) * (self.widening if self.zero >= 3 else 1.0)
+        message = min(full, together * self.widening) if self.zero >= 2 else full
+        return float(message_seconds(nbytes * self.widening, self.group, name, message))
+
+    def gather_seconds(self, nbytes: float, over_dp: bool, together: float = math.inf) -> float:
+        """The part of `sync_seconds` that may overlap with a forward, and again with a backward: one all-gather of a
+        parameter at ZeRO 3, where parameters are gathered ahead; else 0."""
+        return self._gather_seconds(nbytes, together) if self.sliced(over_dp) and self.prefetch else 0.0
+
+    def _gather_seconds(self, nbytes: float, together: float) -> float:
+        """Seconds of one all-gather of a parameter. Below ZeRO 3 slices fill messages in the master dtype."""
+        full = bucket_bytes(self.group)
+        message = min(full, together) if self.zero >= 3 else full / self.widening
+        return float(message_seconds(nbytes, self.group, "all_gather", message))
 
     def step_bytes(self, nbytes: float, over_dp: bool) -> float:
         """Bytes that the optimizer's step of a trained parameter of `nbytes` moves: STEP_PASSES or ONE_PASS tensors in
@@ -279,7 +302,13 @@ class Training:
     def partial_sync_seconds(self, nbytes: float, over_dp: bool, group: Group) -> float:
         """Seconds of a step to all-reduce the gradient of a parameter of `nbytes` that is a partial sum over another
         axis, of ranks `group`: from ZeRO 1 on that of the rank's slice."""
-        return float(merged_seconds(nbytes * self.widening / self.slices(over_dp), group, "all_reduce"))
+        nbytes *= self.widening / self.slices(over_dp)
+        return float(message_seconds(nbytes, group, "all_reduce", bucket_bytes(group)))
+
+
+def bucket_bytes(group: Group) -> int:
+    """The most bytes of a message of several tensors among the ranks of a group."""
+    return HOST_BUCKET_BYTES if runs_on_gloo(group) else BUCKET_BYTES
 
 
 def update_seconds(nbytes: float, grad: bool, over_dp: bool, training: Training, device: Device) -> float:

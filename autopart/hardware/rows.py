@@ -26,9 +26,14 @@ KERNEL_SECONDS = 2.8e-6
 """Seconds of an empty kernel on the device. Fitted with MEMORY."""
 
 
-OVERLAP_SLOWDOWN = 1.189
-"""Factor by which a GPU computes slower while a collective runs: the mean over A100, H100, MI210 and
+OVERLAPPED, SEQUENTIAL = 1.189, 1.102
+"""Seconds of steps whose messages are hidden behind computing / seconds of the computing alone; seconds of the same
+steps with computing and messages one after the other / those with messages hidden. Means over A100, H100, MI210 and
 MI250 of Lee et al., Characterizing Compute-Communication Overlap, arXiv 2507.03114."""
+
+OVERLAP_SLOWDOWN = (OVERLAPPED * SEQUENTIAL - 1) / (OVERLAPPED * SEQUENTIAL - OVERLAPPED)
+"""Factor by which a GPU computes slower while a collective runs, 2.6: the messages take OVERLAPPED x SEQUENTIAL - 1 of
+the seconds of computing, and OVERLAPPED - 1 of these are lost."""
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,9 @@ class PlanFields:
     request: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """The settings of the request that are not the default, and the texts of its constraints. The shell adds the name
     of the model ("model") and its batch ("batch", "sequence", "dropout")."""
+    prefetch_bytes: int = 0
+    """The most bytes of whole weights that a rank gathers ahead at ZeRO 3: those of the next position, while one
+    computes. 0: none are gathered ahead."""
     search: SearchSummary | None = field(default=None, repr=False)
     """What the search compared; None for a plan that was edited and priced again."""
 

@@ -103,6 +103,8 @@ def _contradictions(plan: PlanFields) -> Iterator[str]:
     for name in ("pp", "dp", "tp", "micro_batch", "global_batch", "step_seconds"):
         if not getattr(plan, name) > 0:
             yield f"{name} is {getattr(plan, name)}"
+    if plan.prefetch_bytes < 0:
+        yield f"prefetch_bytes is {plan.prefetch_bytes}"
     if plan.pp * plan.dp * plan.tp != plan.mesh.size:
         yield f"{plan.degrees} does not fill {plan.mesh}"
     if plan.global_batch % plan.micro_batch:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from autopart.cost.compute import Array
-from autopart.cost.liveness import IN_FLIGHT, MODES, Moment, SegmentBytes, StageBytes, moments
+from autopart.cost.liveness import IN_FLIGHT, MODES, Moment, SegmentBytes, StageBytes, gathering_ahead, moments
 from autopart.cost.prices import Prices
 from autopart.passes.constraint_matrix import Entries
 from autopart.passes.solve import Solution
@@ -19,6 +19,7 @@ from autopart.passes.split_problem import Capacity, SplitProblem
 from autopart.plan.schedules import receive_buffer_bytes
 from autopart.planner.allowed_choices import Options
 from autopart.planner.ilp_model import Model
+from autopart.planner.objective import SyncWindows
 from autopart.planner.search_points import SearchPoint
 from autopart.planner.search_space import SearchSpace
 from autopart.planner.stage_bounds import messages
@@ -38,11 +39,12 @@ def fastest_that_fit(
     paid, own, m = model.counts_in(*span), model.counts_alone[slice(*span)], space.micro_batches(point)
     sent, received, unsaved = messages(model, prices, span, link) if link is not None else np.zeros((3, len(paid)))
     seconds, stage = _stage(space, point, span, counts, receive_buffer_bytes(received, in_flight, m), unsaved)
-    overlappable, backward = space.sync_windows(point)
+    windows, shared = space.sync_windows(point), paid - own.sum(0)
+    late = windows.scatter * shared + windows.gather * (2 * shared + own[0] + own[-1])
     lowest, *in_backward = moments(stage, space.training(point), in_flight, m)
     peaks = _entries(_rows(model, in_backward, lowest.bytes))
-    capacity = Capacity(_exposed_sync_rows(own, overlappable, backward), peaks, lowest.bytes, limit)
-    return space.minimise(point, SplitProblem(seconds + sent + overlappable * (paid - own.sum(0)), allowed, capacity))
+    capacity = Capacity(_exposed_sync_rows(own, windows), peaks, lowest.bytes, limit)
+    return space.minimise(point, SplitProblem(seconds + sent + late, allowed, capacity))
 
 
 def _rows(model: Model, in_backward: Iterable[Moment], lowest: Array) -> Array:
@@ -89,7 +91,7 @@ def _stage(
     workspace = _of_nodes(model, prices.optimizer_workspace) * (paid if training.foreach else paid > 0)
     reduced = _of_nodes(model, prices.reduced_bytes) * (paid > 0)
     return seconds, StageBytes(
-        segments=[segments[segment_class] for segment_class in classes],
+        segments=gathering_ahead([segments[segment_class] for segment_class in classes], training),
         modes=[[*map(MODES.index, used.get(segment_class) or {"none": 1})] for segment_class in classes],
         prelude=segments[-1],
         saved=saved,
@@ -139,6 +141,7 @@ def _segment(space: SearchSpace, point: SearchPoint, segment_class: int, span: t
         ],
         reduced_bytes=(reduced, reduced),
         single_parameter=all(one),
+        ahead_bytes=0.0 * reduced,
     )
 
 
@@ -152,11 +155,18 @@ def _entries(rows: Array) -> Entries:
     return row, variable, rows[row, variable]
 
 
-def _exposed_sync_rows(own: Array, overlappable: Array, backward: Array) -> Entries:
+def _exposed_sync_rows(own: Array, windows: SyncWindows) -> Entries:
     """Rows of (9), in seconds: row p is sync of positions up to p - backward of positions before p. The largest row is
-    the exposed sync (`interval_seconds.exposed`). `own` [positions, variables] is `Model.counts_alone`."""
-    done = np.cumsum(own, 0) - own
-    return _entries((overlappable * (done + own) - backward * done) * overlappable.any())
+    the exposed sync (`interval_seconds.exposed`). Of the exposed gathers, beside those of the first and of the last
+    position, there are lower bounds, with which two rows more are: of all messages less the backward that may hide
+    them; of these, and of gathers less the forward. `own` [positions, variables] is `Model.counts_alone`."""
+    done, every = np.cumsum(own, 0) - own, own.sum(0)
+    rows = (windows.scatter * (done + own) - windows.backward * done) * windows.scatter.any()
+    if windows.gather.any():
+        backward = (windows.scatter + windows.gather) * every - windows.gather * own[-1] - windows.backward * every
+        forward = windows.gather * (every - own[0]) - windows.forward * every
+        rows = np.vstack([rows, backward, backward + forward])
+    return _entries(rows)
 
 
 def _pending(model: Model, prices: Prices, span: tuple[int, int]) -> tuple[int, Array]:

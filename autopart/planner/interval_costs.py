@@ -34,7 +34,7 @@ class IntervalCosts:
     """The costs of every interval under one choice of strategies. Seconds and bytes are those with every position in
     the first checkpointing mode that it may use. Arrays are [intervals] but where another shape is told.
 
-    seconds                forward, backward, exposed gradient sync / amortization, messages
+    seconds                forward, backward, exposed sync of weights / amortization, messages
     state_bytes            of parameters, gradients and optimizer states
     saved_bytes            of a micro-batch: saved activations, and received values that no position saves
     block_saved_bytes      the part of `saved_bytes` that blocks save
@@ -191,7 +191,8 @@ def interval_costs(
     saved = costs.saved_bytes[least, np.arange(n)] + costs.block_input_bytes * recomputed
     seconds = costs.forward + costs.backward + costs.recompute_seconds[least, np.arange(n)]
     seconds = interval_sums(seconds + costs.sync_seconds / amortization)
-    seconds += exposed(costs.overlappable_seconds, costs.backward) * (training.backwards / amortization)
+    late = exposed(costs.overlappable_seconds, costs.backward, costs.forward, costs.gather_seconds)
+    seconds += late * (training.backwards / amortization)
     state, saves, block_saves = (interval_sums(x) for x in (costs.state_bytes.sum(0), saved, np.where(block, saved, 0)))
     workspace = (interval_sums if training.foreach else interval_maxima)(costs.optimizer_workspace)
     reduced, shared_inputs = interval_sums(costs.reduced_bytes[2]), np.zeros(len(seconds))

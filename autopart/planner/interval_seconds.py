@@ -1,39 +1,71 @@
-"""The seconds of an interval that are not a sum over its positions: messages between stages, exposed gradient sync."""
+"""The seconds of an interval that are no sum over its positions: messages between stages, exposed sync of weights."""
 
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from autopart.cost.compute import Array
-from autopart.cost.intervals import contains_any, interval_ends, interval_maxima
+from autopart.cost.intervals import contains_any, interval_ends, interval_index, interval_maxima
 from autopart.cost.position_costs import Crossings
 
 
-def exposed(overlappable: Array, backward: Array) -> Array:
-    """[intervals]: seconds from the end of an interval's backward to the end of its gradient sync.
+def exposed(overlappable: Array, backward: Array, forward: Array, gather: Array) -> Array:
+    """[intervals]: seconds of the gradient sync and of the gathers of parameters that computing does not hide, of a
+    forward and a backward of the interval.
 
     Backward runs from the last position to the first. Gradients of position p are sent for overlappable[p] seconds,
     once the backward of p has ended and the gradients of later positions are sent:
 
-        exposed(i, j) = max over p in [i, j) of  sum of overlappable over [i, p]  -  sum of backward over [i, p)
+        scatters(i, j) = max over p in [i, j) of  sum of overlappable over [i, p]  -  sum of room over [i, p)
 
-    Seconds of recomputation are not part of `backward`. `overlappable` is `Device.overlapped_share` x the seconds of
-    the messages; the other seconds of a message slow computation down, overlapped or not. Not modelled: the runtime
-    sends a message when it is full, so that the last message may have gradients of several positions."""
-    starts, _ = interval_ends(len(overlappable))
-    if not overlappable.any():
-        return np.zeros(len(starts))
-    sync, computed = (np.concatenate([[0.0], np.cumsum(each)]) for each in (overlappable, backward))
-    return interval_maxima(sync[1:] - computed[:-1]) - (sync - computed)[starts]
+    Parameters of p are gathered for gather[p] seconds while the position computes that computes before p; those of the
+    first are waited for:
+
+        gathers(i, j) = gather[i] + sum over p in [i + 1, j) of max(0, gather[p] - forward[p - 1])
+                        + gather[j - 1] + sum over p in [i, j - 1) of max(0, gather[p] - backward[p + 1])
+
+    Messages share the links: room[p] = backward[p] less the gather that it hides, max(0, backward[p] - gather[p - 1]);
+    room[i] = backward[i].
+
+    Seconds of recomputation are not part of `backward`. `overlappable` and `gather` are `Device.overlapped_share` x the
+    seconds of the messages; the other seconds of a message slow computation down, overlapped or not. Not modelled: the
+    runtime sends a message when it is full, so that the last message may have gradients of several positions."""
+    n = len(overlappable)
+    starts, ends = interval_ends(n)
+    found = np.zeros(len(starts))
+    if overlappable.any():
+        room = np.maximum(0.0, backward - np.concatenate([[0.0], gather[:-1]]))
+        sync, computed = (np.concatenate([[0.0], np.cumsum(each)]) for each in (overlappable, room))
+        found, several = overlappable[starts], ends > starts + 1
+        later = interval_maxima(sync[1:] - computed[:-1])[interval_index(starts + 1, ends, n)[several]]
+        first = starts[several]
+        later -= (sync - computed)[first] + (backward - room)[first]
+        found[several] = np.maximum(found[several], later)
+    if gather.any():
+        late = (
+            np.maximum(0.0, gather[1:] - forward[:-1]),
+            np.maximum(0.0, gather[:-1] - backward[1:]),
+        )
+        total = np.concatenate([[0.0], np.cumsum(sum(late))])
+        found = found + gather[starts] + gather[ends - 1] + total[ends - 1] - total[starts]
+    return found
 
 
-def exposed_by_clock(overlappable: Sequence[float], backward: Sequence[float]) -> float:
-    """`exposed` of one interval, simulated."""
-    now = arrived = 0.0
-    for travels, takes in zip(reversed(overlappable), reversed(backward), strict=True):
-        now += takes
-        arrived = max(arrived, now) + travels
-    return arrived - now
+def exposed_by_clock(
+    overlappable: Sequence[float], backward: Sequence[float], forward: Sequence[float], gather: Sequence[float]
+) -> float:
+    """`exposed` of one interval, simulated: between its start and its end messages have the links one after the other,
+    gathers first."""
+    last = len(forward) - 1
+    late, waiting = gather[0] + gather[last], 0.0
+    for p in range(last):
+        late += max(0.0, gather[p + 1] - forward[p])
+    for p in range(last, -1, -1):
+        coming = gather[p - 1] if p else 0.0
+        takes = max(backward[p], coming)
+        late += takes - backward[p]
+        waiting = max(0.0, waiting - (takes - coming)) + overlappable[p]
+    return late + waiting
 
 
 def crossed(crossings: Iterable[Crossings], n: int) -> tuple[Array, Array, Array]:

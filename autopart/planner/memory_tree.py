@@ -136,7 +136,7 @@ class StageMemory:
     def _events(self) -> StageBytes:
         training, indices = self.training, self.layered.sequence[slice(*self.span)]
         each = {index: self._segment(index) for index in dict.fromkeys(indices)}
-        segments = [each[index] for index in indices]
+        segments = liveness.gathering_ahead([each[index] for index in indices], training)
         modes, every = [MODES.index(mode) for mode in self.modes], distinct(self.reads)
         state = [training.state_bytes(p.bytes, p.record.grad, p.over_dp) for p in every]
         stepped, reduced = (
@@ -180,6 +180,7 @@ class StageMemory:
             backward_bytes=[max((most for _, most in rows), default=0.0) for rows in gradients],
             reduced_bytes=(sum(reduced), max(reduced, default=0.0)),
             single_parameter=len(read) == 1,
+            ahead_bytes=0.0,
         )
 
     def _results(self, segment: int, mode: str) -> list[tuple[str, float]]:

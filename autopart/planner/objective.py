@@ -51,28 +51,55 @@ def costs_by_mode(model: Model, prices: Prices, amortization: int, gradients: bo
     return tuple(found)
 
 
-def sync_windows(prices: Prices, per_turn: float) -> tuple[Array, Array]:
-    """[variables], for one position: `per_turn` x seconds of gradient sync that a backward can hide; `per_turn` x
-    seconds of backward, which hides the sync of later positions (`interval_seconds.exposed`).
+@dataclass(frozen=True)
+class SyncWindows:
+    """[variables], for one position, in seconds for each turn of the pipeline (see `interval_seconds.exposed`).
 
-    per_turn  `Training.backwards` / amortization: backwards that hide gradient sync, per turn of the pipeline
+    scatter            gradient sync that a backward can hide
+    gather             gathers of parameters that a forward can hide, and again a backward
+    backward, forward  seconds that hide them
     """
-    none = np.zeros(len(prices.saved_tensor_bytes))
-    hidden = np.concatenate([prices.overlappable_seconds, 0.0 * prices.reshard_backward, none])
-    return per_turn * hidden, per_turn * np.concatenate([prices.backward, prices.reshard_backward, none])
+
+    scatter: Array
+    gather: Array
+    backward: Array
+    forward: Array
 
 
-def exposed_sync_bounds(model: Model, hidden: Array, backward: Array) -> tuple[Array, Array]:
-    """[variables]: two lower bounds on the exposed gradient sync, in seconds, linear in the variables:
+def sync_windows(prices: Prices, per_turn: float) -> SyncWindows:
+    """The windows. `per_turn` is `Training.backwards` / amortization: backwards that hide sync, per turn of the
+    pipeline."""
+    reshards, none = 0.0 * prices.reshard_backward, np.zeros(len(prices.saved_tensor_bytes))
+    return SyncWindows(
+        per_turn * np.concatenate([prices.overlappable_seconds, reshards, none]),
+        per_turn * np.concatenate([prices.gather_seconds, reshards, none]),
+        per_turn * np.concatenate([prices.backward, prices.reshard_backward, none]),
+        per_turn * np.concatenate([prices.forward, prices.reshard_forward, none]),
+    )
 
-        first  sync of the first position
-        whole  sync of all positions - backward of all positions but the last
 
-    No backward hides the sync of parameters that several positions read: both bounds count it in full. A variable
-    stands for all positions of a segment class: the model's first or last position is told apart only if it is the one
+def exposed_sync_bounds(model: Model, windows: SyncWindows) -> tuple[Array, list[Array]]:
+    """[variables]: a lower bound on the exposed sync, in seconds, linear in the variables, and what may be added to it:
+    each of the others with any weight in [0, 1].
+
+        first  sync of the first position, and gathers of the first (forward) and of the last (backward)
+        whole  backward: sync and gathers of all positions - backward of all positions but the last
+               forward: gathers of all positions - forward of all positions
+
+    Where there are gathers, the backward of the last position hides the gather of the position before, and counts. No
+    computing hides messages of parameters that several positions read: all bounds count them in full. A variable stands
+    for all positions of a segment class: the model's first or last position is told apart only if it is the one
     position of its class.
     """
+    scatter, gather = windows.scatter, windows.gather
     classes, alone = model.table.segment_classes, model.counts_alone.sum(0)
-    is_first, is_last = (classes.count(classes[end]) == 1 for end in (0, -1))
-    first = hidden * (model.counts - alone + is_first * model.counts_alone[0])
-    return first, hidden * model.counts - backward * (alone - is_last * model.counts_alone[-1])
+    at_first, at_last = (model.counts_alone[end] * (classes.count(classes[end]) == 1) for end in (0, -1))
+    shared = model.counts - alone
+    last = 0.0 * at_last if gather.any() else at_last
+    backward = (scatter + gather) * model.counts - windows.backward * (alone - last)
+    first = (scatter + gather) * shared + scatter * at_first
+    if not gather.any():
+        return first, [backward - first]
+    backward_first = first + gather * at_last
+    forward, forward_first = gather * model.counts - windows.forward * alone, gather * (shared + at_first)
+    return backward_first + forward_first, [backward - backward_first, forward - forward_first]

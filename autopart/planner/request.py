@@ -15,11 +15,16 @@ from autopart.cost.offload import OFFLOADS
 from autopart.cost.training_state import MASTERS, OPTIMIZER_STATES, widening
 from autopart.errors import PartitionError, closest, not_known
 from autopart.hardware.mesh import Mesh, divisors
+from autopart.hardware.rows import Device
 from autopart.passes.solve import HIGHS
 from autopart.plan.schedules import SCHEDULES
 from autopart.plan.typecheck import mistyped
 from autopart.planner.constraint_text import parse
 from autopart.planner.constraints import Constraint
+
+MIB = 2**20
+PREFETCH_SHARE = 1 / 16
+"""Share of a device's memory that weights gathered ahead may take unless told otherwise."""
 
 MAX_INTEGER = 2**31 - 1
 """The largest whole number of a setting: sizes of tensors and messages are products of them."""
@@ -36,6 +41,10 @@ class Settings(TypedDict, total=False):
     tp: Annotated[int | None, "tensor-parallel degree"]
     dp: Annotated[int | None, "data-parallel degree"]
     zero: Annotated[int | None, "ZeRO level: 0, 1, 2 or 3"]
+    prefetch: Annotated[
+        int | None,
+        "the most MiB of weights that a rank gathers ahead at ZeRO 3 (default: a 16th of a GPU's memory; on CPUs 0)",
+    ]
     recompute: Annotated[str | None, "activation checkpointing of all blocks: none, selective, mincut or full"]
     schedule: Annotated[str | None, "gpipe or 1f1b"]
     precision: Annotated[
@@ -78,6 +87,7 @@ class Request:
     tp: int | None = None
     dp: int | None = None
     zero: int | None = None
+    prefetch: int | None = None
     recompute: str | None = None
     schedule: str | None = None
     precision: str = "float32"
@@ -100,6 +110,13 @@ class Request:
     def allows(self, name: str, value: int | str) -> bool:
         """Whether constraints allow a setting this value."""
         return all(c.allows_setting(name, value) for c in self.constraints)
+
+    def prefetch_bytes(self, device: Device) -> int:
+        """The most bytes of whole weights that a rank gathers ahead at ZeRO 3. Where nothing is asked for: a
+        PREFETCH_SHARE of the device's memory, 0 on a device that computes no faster beside messages."""
+        if self.prefetch is None:
+            return int(device.memory_bytes * PREFETCH_SHARE) // MIB * MIB if device.overlapped_share else 0
+        return self.prefetch * MIB
 
     def to_json(self) -> dict[str, Any]:
         """The settings that differ from their defaults, as plain data; constraints as texts."""
@@ -132,7 +149,7 @@ class Request:
         if self.time_limit is not None and self.time_limit < 0:
             raise PartitionError(f"time_limit={self.time_limit} is not positive", try_="time_limit=10")
         for name in WHOLE:
-            value, least = getattr(self, name), 0 if name in ("zero", "nodes") else 1
+            value, least = getattr(self, name), 0 if name in ("zero", "nodes", "prefetch") else 1
             if value is not None and value < least:
                 raise PartitionError(f"{name}={value} is not positive", try_=f"{name}={least} or more")
         fixed = dict(mesh.axes)

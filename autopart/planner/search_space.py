@@ -26,7 +26,7 @@ from autopart.planner.allowed_choices import Options, modes_of, options_of, posi
 from autopart.planner.constraints import check_names
 from autopart.planner.cut_constraints import Cuts
 from autopart.planner.ilp_model import Model
-from autopart.planner.objective import Costs, costs_by_mode, exposed_sync_bounds, sync_windows
+from autopart.planner.objective import Costs, SyncWindows, costs_by_mode, exposed_sync_bounds, sync_windows
 from autopart.planner.request import Request
 from autopart.planner.search_points import SearchPoint, search_points
 
@@ -93,7 +93,8 @@ class SearchSpace:
         asked, device = self.request, self.mesh.device
         kernel = step_kernel(asked.optimizer, asked.precision, asked.master, device, asked.no_fuse, point.offload)
         gpu, m = device.type != "cpu", self.micro_batches(point)
-        return Training(asked.optimizer, point.zero, group, m, ratio, gpu, kernel, point.offload, apart=gpu)
+        ahead = asked.prefetch_bytes(device) if point.zero >= 3 and point.dp > 1 else 0
+        return Training(asked.optimizer, point.zero, group, m, ratio, gpu, kernel, point.offload, gpu, ahead)
 
     def device(self, point: SearchPoint) -> Device:
         """The device at the pace that it has in the point's pipeline: `Mesh.busy_device`."""
@@ -209,19 +210,20 @@ class SearchSpace:
         """Whether backward hides gradient sync."""
         return point.dp > 1 and self.mesh.device.overlapped_share > 0
 
-    def sync_windows(self, point: SearchPoint) -> tuple[Array, Array]:
+    def sync_windows(self, point: SearchPoint) -> SyncWindows:
         """See `objective.sync_windows`."""
         return sync_windows(self.priced(point), self.training(point).backwards / self.amortization(point))
 
     def exposed_sync_bound(self, point: SearchPoint) -> Array:
-        """[variables]: a lower bound on the exposed sync, in seconds: first + w (whole - first) of the two bounds
-        `objective.exposed_sync_bounds`, with the weight w in [0, 1] for which the linear relaxation costs most. By
-        duality that cost is the one of the relaxation with the larger of the two bounds."""
+        """[variables]: a lower bound on the exposed sync, in seconds: of `objective.exposed_sync_bounds` the first, and
+        each of the others with the weight in [0, 1] for which the linear relaxation costs most. With one
+        other, that cost is by duality the one of the relaxation with the larger of the two bounds."""
         if point not in self.exposed:
-            first, whole = exposed_sync_bounds(self.model(point), *self.sync_windows(point))
+            bound, others = exposed_sync_bounds(self.model(point), self.sync_windows(point))
             costs = self.costs(point, {}).seconds
-            weight = self.model(point).solver.maximize_dual(costs + first, whole - first)
-            self.exposed[point] = first + weight * (whole - first)
+            for more in others:
+                bound = bound + self.model(point).solver.maximize_dual(costs + bound, more) * more
+            self.exposed[point] = bound
         return self.exposed[point]
 
     def objective(self, point: SearchPoint, multiplier: float, modes: Mapping[int, str]) -> Array:
@@ -294,7 +296,7 @@ class SearchSpace:
         """Lower bound on `lp_bound` without solving: from dual multipliers of other points' relaxations."""
         seconds = self.costs(point, self.forced(point)).seconds
         if self.hides_sync(point):
-            seconds = seconds + exposed_sync_bounds(self.model(point), *self.sync_windows(point))[0]
+            seconds = seconds + exposed_sync_bounds(self.model(point), self.sync_windows(point))[0]
         return self.model(point).solver.dual_bound(seconds)
 
     def known_bound(self, point: SearchPoint) -> float:

@@ -145,11 +145,13 @@ def _cuts_by_bound(columns: Sequence[Array], positions: int, micro_batches: int)
 def stage_costs(space: SearchSpace, point: SearchPoint, span: Span) -> Array:
     """By priced variable, seconds of a micro-batch in a stage: a lower bound on f that is linear in the splits."""
     model, modes, link = space.model(point), space.forced(point), space.between_stages(point)
-    inside, (hidden, _) = model.counts_in(*span), space.sync_windows(point)
+    inside, windows = model.counts_in(*span), space.sync_windows(point)
     seconds = space.costs(point, modes).seconds * inside / np.maximum(model.counts, 1.0)
     sent = messages(model, space.priced(point), span, link, least=True)[0] if link is not None else 0.0
     alone = model.counts_alone[slice(*span)].sum(0)
-    return np.asarray(seconds + sent + hidden * (inside - alone + model.counts_alone[span[0]]))
+    first, last = model.counts_alone[span[0]], model.counts_alone[span[1] - 1]
+    late = windows.scatter * (inside - alone + first) + windows.gather * (2 * (inside - alone) + first + last)
+    return np.asarray(seconds + sent + late)
 
 
 def relaxed_stages(

@@ -31,7 +31,7 @@ from autopart.planner.interval_seconds import exposed_by_clock
 from autopart.planner.memory_tree import messages, stage_memory
 from autopart.planner.search_points import SearchPoint
 from autopart.planner.search_space import SearchSpace
-from autopart.planner.stage_parameters import distinct, on_host, parameters
+from autopart.planner.stage_parameters import distinct, messages_of, on_host, parameters
 from autopart.planner.stage_traffic import sends_of, traffic_of
 from autopart.sharding.rules import has_rule
 
@@ -54,8 +54,7 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
     spans = spans_of(found.starts, len(layered.labels))
     for index, (start, end) in enumerate(spans):
         at = distinct.index(found.chosen[index])
-        modes = found.recompute[start:end]
-        stages.append(write_stage(space, found, splits[at], at, index, (start, end), modes, known))
+        stages.append(write_stage(space, found, splits[at], at, index, (start, end), found.recompute[start:end], known))
     written = [known[key_of(layered, s.splits, span)][1:] for s, span in zip(stages, spans, strict=True)]
     stages = with_sources(layered, stages, spans, written)
     times = [stage.turn_seconds(space.amortization(point)) for stage in stages]
@@ -96,6 +95,7 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
         kernels=(*_kernels(layered, point.micro_batch), *_step(layered, space.training(point), point)),
         notes=tuple(_notes(space, found)),
         request=request.to_json(),
+        prefetch_bytes=int(space.training(point).prefetch),
         search=found.summary,
     )
     return bounded(plan, found.bound)
@@ -223,7 +223,7 @@ def write_stage(
     ]
     counted = [(segment, mode) for segment, mode in zip(at_each, modes, strict=True) if segment]
     counted += [(priced[PRELUDE_SEGMENT], "none")] if PRELUDE_SEGMENT in priced else []
-    backward = [segment.backward if segment else 0.0 for segment in at_each]
+    computing = [(segment.forward, segment.backward) if segment else (0.0, 0.0) for segment in at_each]
     memory = stage_memory(space, found, choices, graph, span, modes, index)
     return PlanStage(
         first_position=span[0],
@@ -231,7 +231,7 @@ def write_stage(
         recompute=tuple(modes),
         forward_seconds=sum(segment.forward for segment, _ in counted),
         backward_seconds=sum(segment.backward + segment.recompute_seconds[mode] for segment, mode in counted),
-        sync_seconds=_sync(space, found, choices, span, backward),
+        sync_seconds=_sync(space, found, choices, span, computing),
         send_seconds=messages(space, found, span, index)[0],
         memory=memory.by_kind(),
         backward_memory=memory.backward_by_kind(),
@@ -269,23 +269,25 @@ def _sync(
     found: SearchResult,
     choices: ShardingAssignment,
     span: tuple[int, int],
-    backward: Sequence[float],
+    computing: Sequence[tuple[float, float]],
 ) -> float:
-    """Seconds of a step for gradient sync and optimizer, without the sync that backward hides. `backward`, [positions],
-    are seconds of a micro-batch. The gradient of a parameter that one position reads is sent during the backward of
-    earlier positions; the gradient of a parameter that several read is not hidden."""
-    training, sizes = space.training(found.point), space.priced(found.point).terms.sizes
-    device, readers = space.device(found.point), space.layered.readers
-    seconds, hidden = 0.0, [0.0] * len(backward)
-    for parameter in distinct(parameters(space.layered, choices, span)):
-        name, record, nbytes, over_dp, over_tp = parameter
-        seconds += training.sync_seconds(nbytes, over_dp)
-        seconds += training.partial_sync_seconds(nbytes, over_dp, sizes["tp"]) if over_tp else 0.0
-        seconds += update_seconds(nbytes, record.grad, over_dp, training, device)
-        first, *more = readers[name]
-        if not more:
-            hidden[first - span[0]] += device.overlapped_share * training.overlappable_seconds(nbytes, over_dp)
-    return seconds + training.backwards * (exposed_by_clock(hidden, backward) - sum(hidden))
+    """Seconds of a step for gradient sync, gathers of parameters and optimizer, without what computing hides.
+    `computing`, [positions], are seconds of a forward and of a backward of a micro-batch. The messages of a parameter
+    that one position reads may be hidden; those of a parameter that several read are not."""
+    training, sizes, device = (
+        space.training(found.point),
+        space.priced(found.point).terms.sizes,
+        space.device(found.point),
+    )
+    reads = parameters(space.layered, choices, span)
+    seconds = sum(update_seconds(p.bytes, p.record.grad, p.over_dp, training, device) for p in distinct(reads))
+    seconds += sum(training.partial_sync_seconds(p.bytes, p.over_dp, sizes["tp"]) for p in distinct(reads) if p.over_tp)
+    messages = messages_of(space.layered, training, reads, found.point.tp)
+    share = device.overlapped_share
+    scatter, gather = ([share * hidden for hidden in each] for each in (messages.scatter, messages.gather))
+    forward, backward = zip(*computing, strict=True)
+    late = exposed_by_clock(scatter, backward, forward, gather) - sum(scatter) - 2 * sum(gather)
+    return seconds + messages.total + training.backwards * late
 
 
 def _printed(

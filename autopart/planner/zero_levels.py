@@ -65,19 +65,24 @@ def settings_of(space: SearchSpace, point: SearchPoint) -> list[SearchPoint]:
 
 def starting_points(space: SearchSpace, point: SearchPoint) -> list[SearchPoint]:
     """The settings that are in the queue from the start: the first without offload; level 1 where it may take less time
-    than level 0; all where the optimizer's step was measured, since its seconds may fall with every level. Those with
-    offload likewise, where there are no others or where the first of them may take less time than the first of the
-    others."""
+    than level 0; level 3, whose gathers computing hides, where it may take less time than a lower one; all where the
+    optimizer's step was measured, since its seconds may fall with every level. Those with offload likewise, where there
+    are no others or where the first of them may take less time than the first of the others."""
     found: list[SearchPoint] = []
+    measured = space.mesh.device.measured is not None
     for chosen in offloads(space):
         every = [at for at in settings_of(space, point) if at.offload == chosen]
         if found and every and extra_seconds(space, found[0], every[0]) <= TOLERANCE:
             continue
-        unsure = space.mesh.device.measured is not None
-        if not unsure and len(every) > 1 and every[0].zero == 0:
-            unsure = extra_seconds(space, every[0], every[1]) > TOLERANCE
-            every = every[:2]
-        found += every if unsure else every[:1]
+        unsure = len(every) > 1 and every[0].zero == 0 and extra_seconds(space, every[0], every[1]) > TOLERANCE
+        start = every if measured else every[: 1 + unsure]
+        below = [at for at in every if at.zero < 3]
+        found += start
+        found += [
+            at
+            for at in every[len(start) :]
+            if at.zero == 3 and any(extra_seconds(space, lower, at) > TOLERANCE for lower in below)
+        ]
     return found
 
 
@@ -108,17 +113,20 @@ def extra_seconds(space: SearchSpace, one: SearchPoint, other: SearchPoint) -> f
     """The most that the seconds of parameters in a step can be greater at a point than at another of other level or
     offload, relative to those at the `other`.
 
-    A level takes s = sync + update seconds. Backward hides min(x, h) of them, with x the seconds of the backward and h
-    the seconds of sync that a backward can hide. For every x the difference of 1 = `one` and 2 = `other` is
+    A level takes s = sync + update seconds. Computing hides min(t x, h) of them, with x the seconds of a backward, t
+    the number of passes that hide messages (no forward takes more than a backward), and h the seconds of messages that
+    they can hide. The difference of 1 = `one` and 2 = `other` is greatest where x is 0, h1 / t1 or h2 / t2:
 
-        s1 - s2 - min(x, h1) + min(x, h2)  <=  s1 - s2 + max(0, h2 - h1)
+        s1 - s2 - min(t1 x, h1) + min(t2 x, h2)
     """
     device, found = space.device(one), []
     for training in map(space.training, (one, other)):
         seconds = training.sync_seconds(1.0, True) + update_seconds(1.0, True, True, training, device)
-        found.append((seconds, device.overlapped_share * training.overlappable_seconds(1.0, True)))
-    (s1, h1), (s2, h2) = found
-    more = s1 - s2 + max(0.0, h2 - h1)
+        gathers = 2 * training.gather_seconds(1.0, True)
+        hidden = training.backwards * (training.overlappable_seconds(1.0, True) + gathers)
+        found.append((seconds, device.overlapped_share * hidden, training.backwards * (1 + (gathers > 0))))
+    (s1, h1, t1), (s2, h2, t2) = found
+    more = s1 - s2 + max(min(t2 * x, h2) - min(t1 * x, h1) for x in (0.0, h1 / t1, h2 / t2))
     return more / s2 if s2 else more
 
 

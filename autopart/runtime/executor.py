@@ -69,11 +69,13 @@ class Executor:
         loss_scale: LossScale | None = None,
         one_pass: bool = True,
         offload: bool = False,
+        prefetch: int = 0,
     ) -> None:
         """With `overlap`, gradients are summed over dp while the last backward still computes others; with `one_pass`,
-        a kernel steps what it takes; with `offload`, the host steps all."""
+        a kernel steps what it takes; with `offload`, the host steps all. `prefetch`: the most bytes of weights that are
+        gathered ahead at ZeRO 3."""
         self.index, self.groups, self.tied = index, groups, tied
-        self.shared = DataParallelState(program.stage, groups, zero, master, overlap, offload)
+        self.shared = DataParallelState(program.stage, groups, zero, master, overlap, offload, prefetch)
         self.use(program)
         self.activity = Activity()
         self.optimizer: torch.optim.Optimizer | None = None
@@ -215,7 +217,8 @@ class Executor:
     def _forward(self, at: Instruction) -> None:
         flight = self.flights[at.micro_batch]
         received = [flight.received[name] for name in self.stage.received]
-        with self._keeping(), around_recompute(partial(self._notifying, RECOMPUTE, at.micro_batch)):
+        again = around_recompute(partial(self._notifying, RECOMPUTE, at.micro_batch))
+        with self._keeping(), again, self.shared.prefetch.during((id(self.stage), at.op)):
             results = self.stage(*self._inputs(at.micro_batch), *received)
         if self.last:
             flight.loss = results / len(self.micro_batches)
@@ -237,10 +240,11 @@ class Executor:
     def _backward(self, at: Instruction) -> None:
         flight = self.flights[at.micro_batch]
         self.shared.backward_begins(last=self.updates and at.micro_batch == self.closing)
-        if flight.loss is not None:
-            (flight.loss if self.weight == 1.0 else flight.loss * self.weight).backward()
-        else:
-            torch.autograd.backward(list(flight.roots.values()), [flight.gradients[n] for n in flight.roots])
+        with self.shared.prefetch.during((id(self.stage), at.op)):
+            if flight.loss is not None:
+                (flight.loss if self.weight == 1.0 else flight.loss * self.weight).backward()
+            else:
+                torch.autograd.backward(list(flight.roots.values()), [flight.gradients[n] for n in flight.roots])
         self.shared.backward_ended()
         gradients = {
             m.name: g if (g := flight.received[m.name].grad) is not None else torch.zeros_like(flight.received[m.name])

@@ -93,6 +93,36 @@ def gather(slices: Sequence[Tensor], wholes: Sequence[Tensor], group: Group) -> 
     return wholes
 
 
+def start_gather(
+    slices: Sequence[Tensor], shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype], group: Group
+) -> Callable[[], list[Tensor]]:
+    """Start to all-gather tensors of which `slices` are this rank's. The function that is returned waits for the
+    messages and gives the whole tensors, of these shapes and dtypes. A tensor alone is received where it stays.
+    """
+    sizes = [
+        torch.empty(len(part) * group.size, dtype=dtype, device="meta")
+        for part, dtype in zip(slices, dtypes, strict=True)
+    ]
+    started = []
+    for bucket in buckets(sizes, group):
+        lengths = [len(slices[i]) for i in bucket]
+        received = slices[bucket[0]].new_empty(group.size, sum(lengths), dtype=dtypes[bucket[0]])
+        for i, mine in zip(bucket, received[group.rank].split(lengths), strict=True):
+            mine.copy_(slices[i].detach())
+        started.append((bucket, received, group.start_all_gather(received[group.rank], received)))
+
+    def finish() -> list[Tensor]:
+        wholes: dict[int, Tensor] = {}
+        while started:
+            bucket, received, work = started.pop(0)
+            work.wait()
+            for i, part in zip(bucket, received.split([len(slices[i]) for i in bucket], 1), strict=True):
+                wholes[i] = part.reshape(-1)[: shapes[i].numel()].view(shapes[i])
+        return [wholes[i] for i in range(len(slices))]
+
+    return finish
+
+
 def start_scatter(
     tensors: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None
 ) -> Callable[[], Sequence[Tensor]]:

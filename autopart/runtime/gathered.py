@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from autopart.runtime.flat_slices import gather
+from autopart.runtime.prefetch import Prefetch, Wanted
 from autopart.runtime.process_group import Group
 
 
@@ -119,32 +119,35 @@ class Slicing:
     """What a weight in slices (`groups.weight_slice`) is a slice of: the whole's shape and dtype, and the ranks that
     have the other slices.
 
-    send   what takes the gradients of whole weights, instead of autograd, and sums them over ranks
-           (`zero.DataParallelState`)
+    prefetch  what gathers the weights (`zero.DataParallelState`); None: they are gathered when they are asked for
+    send      what takes the gradients of whole weights, instead of autograd, and sums them over ranks
+              (`zero.DataParallelState`)
     """
 
     shape: torch.Size
     dtype: torch.dtype
     group: Group
+    prefetch: Prefetch | None = None
     send: Callable[[Sequence[Any], Sequence[Tensor]], None] | None = None
 
 
 class _Whole(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, slicings: Sequence[Slicing], *slices: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, slicings: Sequence[Slicing], of_module: bool, *slices: Tensor) -> tuple[Tensor, ...]:
         first = ctx.slicing = slicings[0]
         ctx.slices = slices
+        prefetch = first.prefetch or Prefetch(first.group, 0)
 
         def run(some: Sequence[int]) -> Sequence[Tensor]:
-            wholes = [slices[i].new_empty(slicings[i].shape, dtype=slicings[i].dtype) for i in some]
-            return gather([slices[i] for i in some], wholes, first.group)
+            shapes, dtypes = zip(*((slicings[i].shape, slicings[i].dtype) for i in some), strict=True)
+            return prefetch.gather(Wanted([slices[i] for i in some], shapes, dtypes, of_module))
 
         return tuple(DeferredGather(len(slices), run).forward())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
         ctx.slicing.send(ctx.slices, gradients)
-        return None, *[None] * len(gradients)
+        return None, None, *[None] * len(gradients)
 
 
 def gathered(owner: Any) -> Any:
@@ -152,6 +155,6 @@ def gathered(owner: Any) -> Any:
     it again, and reduce-scatters its gradient into the slices."""
     if isinstance(owner, nn.Module):
         slices = {n: p for n, p in owner.named_parameters(recurse=False) if hasattr(p, "slicing")}
-        wholes = _Whole.apply([p.slicing for p in slices.values()], *slices.values())
+        wholes = _Whole.apply([p.slicing for p in slices.values()], True, *slices.values())
         return SimpleNamespace(**dict(zip(slices, wholes, strict=True)))
-    return _Whole.apply([owner.slicing], owner)[0]
+    return _Whole.apply([owner.slicing], False, owner)[0]

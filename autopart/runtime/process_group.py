@@ -12,6 +12,9 @@ _GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tenso
 _SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 """What torch 2.13 calls these two; older versions have the second names alone, which warn there."""
 
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Into one tensor; by its name from torch 2.13 on, or the one before."""
+
 
 class Work(Protocol):
     """Communication that was started: `wait` returns when it has ended."""
@@ -49,6 +52,12 @@ class Group:
         everyone = x.new_empty(self.size, *x.shape)
         _GATHER(everyone.view(-1), x.contiguous().view(-1), group=self.handle)
         return everyone
+
+    def start_all_gather(self, x: torch.Tensor, everyone: torch.Tensor) -> Work:
+        """Write every rank's `x`, which may be its row there, into the rows of `everyone` without waiting. Both must
+        live until the work has ended."""
+        rows = _real(everyone.flatten(0, 1))
+        return _started(_ALL_GATHER(rows, _real(x), group=self.handle, async_op=True))
 
     def reduce_scatter(self, shares: torch.Tensor) -> torch.Tensor:
         """The sum over ranks of shares[rank]."""

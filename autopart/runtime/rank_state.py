@@ -63,6 +63,7 @@ class RankState:
             overlap=plan.mesh.device.overlapped_share > 0,
             loss_scale=LossScale() if plan.precision == "float16" else None, one_pass=STEP not in plan.no_fuse,
             offload=plan.offload == "optimizer",
+            prefetch=plan.prefetch_bytes,
         )  # fmt: skip
         self.stage.parameters = refuse_parameters
         self.variants = Variants(plan, first, groups, variant, dict(model.named_buffers()), compile)

@@ -116,6 +116,11 @@ class SimulatedGroup(Group):
     def all_gather(self, x: Tensor) -> Tensor:
         return torch.stack(self._exchange(x.detach().clone()))
 
+    def start_all_gather(self, x: Tensor, everyone: Tensor) -> _Sent:
+        for row, share in zip(everyone, self._exchange(x.detach().clone()), strict=True):
+            row.copy_(share)
+        return _Sent()
+
     def reduce_scatter(self, shares: Tensor) -> Tensor:
         return torch.stack([each[self.rank] for each in self._exchange(shares.detach().clone())]).sum(0)
 

@@ -15,6 +15,8 @@ in a wider dtype.
   level 2 the gradients of a block are sent together at the latest, so that no more than one block's are whole at once.
   Ranks run the same program, so that gradients become final in the same order on all. At level 3 gradients have a
   communicator of their own, so that no gathered weight waits for them.
+- With `prefetch` bytes, at level 3 the weights of the next block travel while a block computes (`runtime.prefetch`), on
+  a communicator of their own.
 """
 
 from collections import Counter, defaultdict, deque
@@ -29,6 +31,7 @@ from autopart.runtime.flat_slices import as_slices, buckets, fill_a_message, gat
 from autopart.runtime.gradient_norm import scale
 from autopart.runtime.groups import Groups
 from autopart.runtime.offload import HostCopies
+from autopart.runtime.prefetch import Prefetch
 
 AHEAD = 2
 """The most messages of gradients that stay in flight once another one was started, which bounds their memory."""
@@ -46,6 +49,7 @@ class DataParallelState:
         master: torch.dtype | None = None,
         overlap: bool = False,
         offload: bool = False,
+        prefetch: int = 0,
     ) -> None:
         self.stage, self.group, self.level, self.overlap = stage, groups.dp, level, overlap
         self.slice_of: dict[Any, Any] = {}
@@ -82,9 +86,11 @@ class DataParallelState:
         self.channel = self.group
         if overlap and level >= 3 and self.group.size > 1:
             self.channel = groups.apart()
+        ahead = prefetch if level >= 3 and self.group.size > 1 else 0
+        self.prefetch = Prefetch(groups.apart() if ahead else self.group, ahead)
         for weight in weights:
             if hasattr(weight, "slicing"):
-                weight.slicing = replace(weight.slicing, send=self._send)
+                weight.slicing = replace(weight.slicing, prefetch=self.prefetch, send=self._send)
         self.trained_as = {**self.slice_of, **self.copy_of}
         """Weight -> the slice or the copy of it that the optimizer trains."""
         self.trained = [self.trained_as.get(weight, weight) for weight in weights]

@@ -59,7 +59,10 @@ from benchmarks.support.command import command_line
 LAYERS_FILE = Path(__file__).parents[1] / "data" / "seqsel_2205.05198_activation_memory.csv"
 RESULTS = Path(__file__).parents[1] / "results" / "memory.json"
 STEPS = 3
-COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send", "receive")
+COLLECTIVES = (
+    *("all_reduce", "all_gather", "start_all_gather", "reduce_scatter", "all_to_all", "broadcast"),
+    *("send", "receive"),
+)
 Batch = Mapping[str, torch.Tensor]
 
 
@@ -227,6 +230,10 @@ SPLITS: Sequence[tuple[int, Mapping[str, Any]]] = (
     *((2, {"dp": 2, "micro_batch": 2, "zero": zero, "recompute": "full"}) for zero in (2, 3)),
     *((2, {"dp": 2, "micro_batch": 2, "zero": zero, "recompute": "full", **MIXED}) for zero in (1, 2, 3)),
     *((4, {"pp": 2, "dp": 2, "micro_batch": 2, "zero": zero, "recompute": "full", **MIXED}) for zero in (2, 3)),
+    (2, {"dp": 2, "micro_batch": 4, "zero": 3, "prefetch": 64}),
+    (2, {"dp": 2, "micro_batch": 2, "zero": 3, "prefetch": 64, **MIXED}),
+    *((2, {"dp": 2, "micro_batch": 2, "zero": 3, "prefetch": 64, "recompute": mode}) for mode in ("mincut", "full")),
+    (4, {"pp": 2, "dp": 2, "micro_batch": 2, "zero": 3, "prefetch": 64, "recompute": "full", **MIXED}),
 )
 DEGREES = (
     (1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2),
@@ -242,7 +249,7 @@ ROWS = [Row(model, ranks, settings) for model in MODELS for ranks, settings in S
 
 def drawn(count: int, seed: int) -> Iterator[Row]:
     """Rows of any degrees, micro-batch, ZeRO level, recompute, precision and optimizer."""
-    draw = random.Random(seed)
+    draw, ahead = random.Random(seed), random.Random(seed)
     for _ in range(count):
         pp, dp, tp = draw.choice(DEGREES)
         settings = {"pp": pp, "dp": dp, "tp": tp, "micro_batch": draw.choice([m for m in (2, 4, 8) if m >= dp])}
@@ -251,6 +258,7 @@ def drawn(count: int, seed: int) -> Iterator[Row]:
             "zero": draw.randrange(4) if dp > 1 else 0,
         }
         settings |= {"optimizer": draw.choice(("adamw", "momentum", "sgd")), **draw.choice(({}, MIXED))}
+        settings |= {"prefetch": ahead.choice((0, 64))} if settings["zero"] == 3 else {}
         yield Row(draw.choice(list(MODELS)), pp * dp * tp, settings)
 
 

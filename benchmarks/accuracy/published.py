@@ -341,8 +341,6 @@ def left_out(row: Row) -> Iterator[str]:
         yield "torch.compile"
     if row["hardware"].startswith("A100 "):
         yield "40 or 80 GB not named, here 40"
-    if whole(row["zero"], 0) == 3:
-        yield "gathers of FSDP beside products, here none hidden"
 
 
 def measured_seconds(row: Row) -> float | None:

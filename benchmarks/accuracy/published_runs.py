@@ -20,7 +20,7 @@ import json
 import math
 import platform
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
@@ -33,9 +33,9 @@ from rich.console import Console
 from rich.table import Table
 
 from autopart import Estimate, Mesh, PartitionError, Plan, timeline
-from autopart.cost.collectives import collective_seconds, merged_seconds
+from autopart.cost.collectives import collective_seconds, message_seconds
 from autopart.cost.compute import stream_rate_seconds
-from autopart.cost.training_state import Training, amortization, update_seconds
+from autopart.cost.training_state import BUCKET_BYTES, Training, amortization, update_seconds, widening
 from autopart.plan.stages import PlanSegment, PlanStage
 from benchmarks.accuracy.fit import Collectives, Fabric, Fitted, Profile, refits
 from benchmarks.accuracy.published import Bench, Published, read
@@ -72,8 +72,8 @@ class Scored:
     shares     of it, by `Estimate.breakdown`
     memory     bytes of a device of the fullest stage, by what takes them; see `held`
     clock      how far the plan's simulated step is from the one it says, relatively; its stages whole
-    sharing    share of the seconds that gathers of ZeRO 3 take, none of them hidden behind products, and scatters, as
-               far as they are not hidden or slow products down
+    sharing    share of the seconds that gathers and scatters of ZeRO 3 take, as far as they are not hidden behind
+               products, or slow products down
     """
 
     row: Published
@@ -170,34 +170,52 @@ def differences(plan: Plan, stage: PlanStage, row: Published) -> dict[str, float
     recompute      every second product of a block is run again
     communication  collectives of tensor parallelism backward, as many as forward, run beside products that give weight
                    gradients (`Published.overlapped`)
-    gradient sync  and those products add to the sum of the gradients themselves; what FSDP2 gathers and scatters goes
-                   block by block, through buffers (`fsdp`)
+    gradient sync  and those products add to the sum of the gradients themselves; all gradients are one message
+                   (`one_message`); what FSDP2 gathers and scatters goes block by block, through buffers (`fsdp`)
     p2p            every rank sends its part of a message to another host, where the ranks gather it
     """
-    m, held = plan.micro_batches, stage.memory["parameters"]
+    m, held, zero = plan.micro_batches, stage.memory["parameters"], row.forced["zero"]
     comm = sum(len(run.labels) * line.comm_seconds for run in stage.segments for line in run.lines)
     summed = -stream_rate_seconds(3 * (m - 1) * held, plan.mesh.device) if row.overlapped else 0.0
+    summed += one_message(plan, stage) if zero == 0 and plan.dp > 1 else 0.0
     return {
         "recompute": m * again_seconds(stage) if row.again else 0.0,
         "communication": -m * comm / 2 if row.overlapped else 0.0,
-        "gradient sync": sum(fsdp(plan, stage)) if row.forced["zero"] == 3 else summed,
+        "gradient sync": sum(fsdp(plan, stage)) if zero == 3 else summed,
         "p2p": m * stage.send_seconds * (scattered(plan.mesh, row.forced["tp"]) - 1) if row.replicated else 0.0,
     }
 
 
+def one_message(plan: Plan, stage: PlanStage) -> float:
+    """Seconds of a step that summing all gradients over dp in one message takes more than messages of BUCKET_BYTES: at
+    most 0, for the latencies (Megatron-LM's DistributedDataParallel of 2020 to 2022 sums buffers of all gradients)."""
+    nbytes, group = (
+        stage.memory["parameters"] * widening(plan.precision, plan.master),
+        plan.mesh.group(plan.tp, plan.dp),
+    )
+    full = collective_seconds("all_reduce", BUCKET_BYTES, group)
+    more = collective_seconds("all_reduce", nbytes, group) - nbytes / BUCKET_BYTES * full
+    return float(min(0.0, more)) * (1 - plan.mesh.device.overlapped_share)
+
+
 def fsdp(plan: Plan, stage: PlanStage) -> tuple[float, float]:
-    """Seconds of a step that FSDP2 takes more than messages of any length would: those of every block have a latency,
-    twice for its parameters and once for their gradients, which computing hides; and parameters are copied out of what
-    was gathered, gradients into what is scattered, in the master dtype
+    """Seconds of a step that FSDP2 takes more than a plan says: less for latencies, since a block is one message, twice
+    for its parameters and once for their gradients, which computing hides; and parameters are copied out of what was
+    gathered, gradients into what is scattered, in the master dtype
     (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py)."""
     wide, narrow = (getattr(torch, dtype or plan.precision).itemsize for dtype in (plan.master, None))
     elements, group = stage.memory["parameters"] * plan.dp / wide, plan.mesh.group(plan.tp, plan.dp)
-    blocks = sum(len(run.labels) for run in stage.segments if blocks_of(run))
+    units = defaultdict[str, list[float]](list)
+    for key, shape in plan.signature.parameters.items():
+        units[next(filter(str.isdigit, key.split(".")), "root")].append(math.prod(shape) / plan.tp)
     late = 0.0
-    for times, name, nbytes in ((2, "all_gather", narrow * elements), (1, "reduce_scatter", wide * elements)):
-        each = collective_seconds(name, nbytes / blocks, group) - merged_seconds(nbytes / blocks, group, name)
-        shown = 1.0 if name == "all_gather" else 1 - plan.mesh.device.overlapped_share
-        late += times * blocks * float(each) * shown
+    for times, name, each in ((2, "all_gather", narrow), (1, "reduce_scatter", wide)):
+        for unit in units.values():
+            nbytes = each * sum(unit)
+            message = min(nbytes, BUCKET_BYTES * each / narrow)
+            planned = sum(message_seconds(each * numbers, group, name, message) for numbers in unit)
+            late += times * float(collective_seconds(name, nbytes, group) - planned)
+    late *= 1 - plan.mesh.device.overlapped_share
     return late, stream_rate_seconds((2 * 2 * narrow + narrow + wide) * elements, plan.mesh.device)
 
 
@@ -253,22 +271,23 @@ def predicted_seconds(plan: Plan, row: Published) -> float:
     )
 
 
-def plan_of(bench: Bench, row: Published, master: str | None = None) -> Plan:
-    """The plan that stands for a row, with master copies of a dtype. ZeRO shares what is a partial sum over dp, which
-    is then asked of the weights: where memory is no matter, gradients may else be summed block by block and nothing is
-    shared."""
+def plan_of(bench: Bench, row: Published, master: str | None = None, prefetch: int | None = None) -> Plan:
+    """The plan that stands for a row, with master copies of a dtype, and so many MiB gathered ahead. ZeRO shares what
+    is a partial sum over dp, which is then asked of the weights: where memory is no matter, gradients may else be
+    summed block by block and nothing is shared."""
     cuts = ["cuts=uniform"] if row.even else []
     if row.cuts:
         cuts = [f"cuts=manual:{','.join(f'model.layers.{n}' for n in row.cuts)}"]
     whole = [f"not split {each} over tp" for each in WHOLE] if row.replicated else []
     shared = ["strategy *.weight C over dp"] if row.forced["zero"] and row.forced["dp"] > 1 else []
     settings = {**row.forced, "schedule": "1f1b", "micro_batch": row.micro_batch, "must_fit": False, "master": master}
+    settings["prefetch"] = prefetch
     return bench.plan(row, cuts + shared + whole, **settings)[0]
 
 
-def score(bench: Bench, row: Published, master: str | None = None) -> Scored:
+def score(bench: Bench, row: Published, master: str | None = None, prefetch: int | None = None) -> Scored:
     """A row with its prediction. Raises PartitionError where it has no plan."""
-    plan = plan_of(bench, row, master or row.master)
+    plan = plan_of(bench, row, master or row.master, prefetch)
     seconds, parts = predicted_seconds(plan, row), dict(Estimate.of(plan).breakdown)
     slowest = max(plan.stages, key=lambda s: s.forward_seconds + s.backward_seconds)
     for name, more in differences(plan, slowest, row).items():
@@ -364,9 +383,10 @@ def as_held(row: Published) -> Published:
 
 
 def held(bench: Bench, row: Published) -> Scored:
-    """A row with what it reserved (`benchmarks.reserved`), of a plan with master copies in float32."""
-    plan = plan_of(bench, row, "float32")
-    return replace(score(bench, row, "float32"), memory=reserved(plan, row, bench.source(row)))
+    """A row with what it reserved (`benchmarks.reserved`), of a plan with master copies in float32. What is gathered is
+    counted there, also what is gathered ahead."""
+    plan = plan_of(bench, row, "float32", prefetch=0)
+    return replace(score(bench, row, "float32", prefetch=0), memory=reserved(plan, row, bench.source(row)))
 
 
 def memory(bench: Bench, rows: Sequence[Published], console: Console) -> list[Scored]:

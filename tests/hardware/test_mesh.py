@@ -1,6 +1,7 @@
 """Meshes from text, JSON and DeviceMesh; which link a group uses; what the collectives cost."""
 
 import json
+import math
 import pickle
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from autopart.cost.collectives import COLLECTIVES, merged_seconds, p2p_seconds
+from autopart.cost.collectives import COLLECTIVES, message_seconds, p2p_seconds
 from autopart.errors import PartitionError
 from autopart.hardware import DEVICES, LINKS
 from autopart.hardware.mesh import Group, Mesh
@@ -320,8 +321,37 @@ def test_collective(name: str) -> None:
 def test_all_reduce_is_reduce_scatter_and_all_gather(nbytes: int, size: int) -> None:
     cost = {name: seconds(nbytes, of(size)) for name, seconds in COLLECTIVES.items()}
     assert cost["all_reduce"] == pytest.approx(cost["reduce_scatter"] + cost["all_gather"])
-    free = replace(LINK, latency_seconds=0.0)
-    assert merged_seconds(nbytes, of(size)) == pytest.approx(COLLECTIVES["all_gather"](nbytes, of(size, free)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 64])
+def test_a_message_shares_its_latency_by_bytes(size: int) -> None:
+    """Tensors that fill a message take its seconds together, a larger one those of its own."""
+    seconds, full = COLLECTIVES["all_gather"], 1e6
+    parts = [message_seconds(nbytes, of(size), "all_gather", full) for nbytes in (2e5, 3e5, 5e5)]
+    assert sum(parts) == pytest.approx(seconds(full, of(size)))
+    assert message_seconds(3e6, of(size), "all_gather", full) == pytest.approx(seconds(3e6, of(size)))
+
+
+@pytest.mark.parametrize(
+    ("hosts", "nbytes", "by_trees"), [(4, 1e4, False), (1024, 1e4, True), (1024, 1e7, True), (1024, 1e10, False)]
+)
+def test_gathers_of_one_rank_a_host_take_trees(hosts: int, nbytes: float, by_trees: bool) -> None:
+    """By hand: 8 us, log2(hosts) steps of 14 us of which 3.5 are under way at once, 2.8 us a host, and bytes at 3/4 of
+    a ring's bandwidth; or a ring by the fastest of its protocols, which few hosts and many bytes take."""
+    group = Group(hosts, 1, LINK, LINKS["ib-ndr"])
+    bandwidth, wire = group.inter.bandwidth * group.inter.share, (hosts - 1) / hosts * nbytes
+    protocols = ((3.6e-6, 5.0e-6, 1 / 4), (10e-6, 8.5e-6, 0.92), (8.4e-6, 14e-6, 1.0))
+    trees = 8e-6 + math.log2(hosts) * 14e-6 / 3.5 + hosts * 2.8e-6 + wire / (0.75 * bandwidth)
+    ring = min(base + (hosts - 1) * step + wire / (share * bandwidth) for base, step, share in protocols)
+    assert (trees < ring) == by_trees
+    assert COLLECTIVES["reduce_scatter"](nbytes, group) == pytest.approx(min(trees, ring))
+
+
+@pytest.mark.parametrize("hosts", [16, 128, 1250])
+def test_a_ring_takes_a_step_for_every_host(hosts: int) -> None:
+    group = Group(8 * hosts, 8, LINKS["nvlink4"], LINKS["ib-ndr"])
+    step = min(2.7e-6, 4e-6) * (hosts - 1) + 0.47e-6 * 7 * hosts
+    assert COLLECTIVES["all_gather"](1.0, group) == pytest.approx(3.6e-6 + step, rel=1e-3)
 
 
 def test_two_ranks_by_hand() -> None:

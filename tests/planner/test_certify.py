@@ -210,6 +210,7 @@ TAMPERED: list[tuple[str, Change, str]] = [
     ("input split", split("tp", "input_ids", lambda s: Strategy("d1", (), (Placement("S", 9),))), "strategy"),
     ("sizes of the mesh", having(mesh=lambda m: replace(m, devices_per_host=8)), "degrees"),
     ("asked otherwise", having(request={"zero": 3}), "zero"),
+    ("gathered ahead at level 0", having(prefetch_bytes=2**20), "prefetch"),
 ]  # fmt: skip
 
 
@@ -217,9 +218,11 @@ TAMPERED: list[tuple[str, Change, str]] = [
 def test_gradients_that_are_hidden_are_counted(part: float) -> None:
     plan = planned("llama", 4)
     training = Training("adamw", 2, plan.mesh.group(1, 2), plan.micro_batches)
-    sizes, device = [p.nbytes for p in source("llama").model.parameters()], plan.mesh.device
-    whole = sum(training.sync_seconds(size, True) for size in sizes)
-    updates = sum(update_seconds(size, True, True, training, device) for size in sizes)
+    sizes, device = {n: p.nbytes for n, p in source("llama").model.named_parameters()}, plan.mesh.device
+    segments = {name: name.partition("layers.")[2][:1] or name for name in sizes}
+    together = {name: sum(sizes[n] for n in sizes if segments[n] == segments[name]) for name in sizes}
+    whole = sum(training.sync_seconds(size, True, together[name]) for name, size in sizes.items())
+    updates = sum(update_seconds(size, True, True, training, device) for size in sizes.values())
     assert 0 < sum(s.sync_seconds for s in plan.stages) - updates < 0.9 * whole
     changed = stage(0, sync_seconds=lambda v: v * part)(plan)
     assert any("sync_seconds" in text for text in wrong(changed, "llama"))

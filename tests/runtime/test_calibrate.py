@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import autopart
 from autopart import hardware
 from autopart.cli.main import app
-from autopart.cost.collectives import COLLECTIVES, all_reduce_seconds, merged_seconds, p2p_seconds
+from autopart.cost.collectives import COLLECTIVES, all_reduce_seconds, message_seconds, p2p_seconds
 from autopart.cost.compute import work_in, work_seconds
 from autopart.cost.measured_tables import KIND_OF, KINDS, attention_seconds, grid_of, operator_seconds, product_seconds
 from autopart.cost.resharding import row_seconds
@@ -273,7 +273,7 @@ def test_messages_as_measured(tmp_path: Path) -> None:
     two, four = mesh.group(1, 2), mesh.group(1, 4)
     assert COLLECTIVES["all_reduce"](1e6, four) == pytest.approx(1e-4 + 4e6 / 1e9)
     assert COLLECTIVES["all_to_all"](1e4, two) == pytest.approx(1e-4 + 2e4 / 1e9)
-    assert merged_seconds(1e3, two, "all_reduce") == pytest.approx(1e-3 * (1e-4 + 2e6 / 1e9))
+    assert message_seconds(1e3, two, "all_reduce", 2**26) == pytest.approx(1e-3 * (1e-4 + 2e6 / 1e9))
     assert p2p_seconds(1e6, mesh.intra) == pytest.approx(5e-5 + 1e6 / 1e9)
     three = replace(four, ranks=3, per_host=3)
     assert COLLECTIVES["all_reduce"](1e6, three) == all_reduce_seconds(1e6, three)

@@ -203,7 +203,7 @@ def problem(seed: int) -> Problem:
         host = Host(2**60, 10 ** draw.uniform(4, 8), 10 ** draw.uniform(4, 8), "test")
         mesh = replace(mesh, device=replace(mesh.device, host=host))
         asked |= {"offload": "optimizer"} if draw.random() < 0.1 else {}
-    request = Request(batch, optimizer=optimizer, exact=True, **asked).check(mesh)
+    request = Request(batch, optimizer=optimizer, exact=True, prefetch=0, **asked).check(mesh)
     return Problem(SearchSpace(traced(seed // SHARED, min(2, batch)), mesh, request), seed)
 
 

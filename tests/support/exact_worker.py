@@ -30,6 +30,8 @@ from autopart.passes.source import Source
 from autopart.planner.make_plan import make_plan, request_of
 
 STEPS = 2
+AHEAD = 2**26
+"""Bytes of weights that are gathered ahead at ZeRO 3, where a plan is changed."""
 Tensors = dict[str, torch.Tensor]
 
 Table = list[tuple[str, dict[str, Any]]]
@@ -80,15 +82,19 @@ def share(compiled: Any, batch: Tensors) -> Tensors:
 
 
 def force(plan: autopart.Plan, zero: int, modes: list[str], device: str) -> autopart.Plan:
-    """The plan with another ZeRO level and for another device, whose blocks are recomputed as `modes` says, by
-    turns."""
+    """The plan with another ZeRO level and for another device, whose blocks are recomputed as `modes` says, by turns.
+    At ZeRO 3 weights are gathered ahead."""
     turns = itertools.cycle(modes)
     stages = [
         dataclasses.replace(stage, recompute=tuple("none" if m == "none" else next(turns) for m in stage.recompute))
         for stage in plan.stages
     ]
     mesh = autopart.Mesh.of(f"{plan.mesh.size}:{device}")
-    return dataclasses.replace(plan, mesh=mesh, zero=zero, recompute=" ".join(modes), stages=tuple(stages))
+    ahead = AHEAD if zero == 3 else 0
+    recompute = " ".join(modes)
+    return dataclasses.replace(
+        plan, mesh=mesh, zero=zero, recompute=recompute, stages=tuple(stages), prefetch_bytes=ahead
+    )
 
 
 def plan_of(model: nn.Module, mesh: str, batch: Tensors, settings: dict[str, Any]) -> autopart.Plan:

@@ -7,7 +7,7 @@ the plan's decisions and priced node by node. The bytes of a stage are those of 
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -40,7 +40,7 @@ from autopart.plan.stages import PlanStage
 from autopart.planner.cuts import spans_of
 from autopart.planner.explain.host_findings import host_findings, traffic_findings
 from autopart.planner.memory_tree import StageMemory
-from autopart.planner.stage_parameters import Parameter, distinct, on_host, parameters
+from autopart.planner.stage_parameters import Parameter, StageMessages, distinct, messages_of, on_host, parameters
 from autopart.planner.validate import choices_of, stage_findings, strategy_findings
 from autopart.sharding.rules import has_rule
 
@@ -104,6 +104,8 @@ def _settings(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
         yield f"micro-batch: {plan.micro_batch} does not divide {plan.global_batch}, or dp={plan.dp} not that"
     if plan.zero not in range(4):
         yield f"zero: {plan.zero} is no level"
+    if plan.prefetch_bytes and plan.zero < 3:
+        yield f"prefetch: {plan.prefetch_bytes} bytes of weights gathered ahead, though ZeRO {plan.zero} gathers none"
     known_names = (
         ("schedule", SCHEDULES),
         ("optimizer", OPTIMIZER_STATES),
@@ -203,16 +205,14 @@ def _seconds(
     for segment, priced in segments.items():
         recompute += priced.recompute_seconds[modes.get(segment, "none")]
     sync, device, training = 0.0, plan.mesh.busy_device(plan.pp, plan.micro_batches), _training(plan)
-    for _, record, nbytes, over_dp, over_tp in distinct(_reads(layered, choices, span, graph)):
-        sync += training.sync_seconds(nbytes, over_dp)
+    reads = _reads(layered, choices, span, graph)
+    for _, record, nbytes, over_dp, over_tp in distinct(reads):
         sync += update_seconds(nbytes, record.grad, over_dp, training, device)
         if over_tp:
             sync += training.partial_sync_seconds(nbytes, over_dp, plan.mesh.group(1, plan.tp))
-    sync -= (
-        training.backwards
-        * device.overlapped_share
-        * _overlapped_seconds(plan, layered, choices, segments, span, graph)
-    )
+    messages = messages_of(layered, training, reads, plan.tp)
+    hidden = _overlapped_seconds(messages, [segments.get(p) for p in span], device.overlapped_share)
+    sync += messages.total - training.backwards * device.overlapped_share * hidden
     return {
         "forward_seconds": sum(r.forward for r in segments.values()),
         "backward_seconds": sum(r.backward for r in segments.values()) + recompute,
@@ -221,23 +221,25 @@ def _seconds(
     }
 
 
-def _overlapped_seconds(
-    plan: Plan, layered: LayeredGraph, choices: ShardingAssignment, segments: dict[int, PricedSegment], span: range,
-    graph: StageGraph,
-) -> float:  # fmt: skip
-    """Seconds of gradient sync that go on during a stage's backward.
+def _overlapped_seconds(messages: StageMessages, segments: Sequence[PricedSegment | None], share: float) -> float:
+    """Seconds of gradient sync and gathers that go on during a forward and a backward of a stage's positions.
 
-    Backward runs from the last position to the first. The gradients of a position are sent during the backward of
-    earlier positions, which takes 1 / `Device.overlapped_share` times as long meanwhile. Gradients of parameters that
-    several positions read are sent after the backward.
+    The parameters of a position are gathered while the one before it computes; computing takes 1 / `share` times as
+    long meanwhile. Backward runs from the last position to the first. The gradients of a position are sent during the
+    backward of earlier positions, as far as gathers leave the links. Messages of parameters that several positions read
+    are not hidden.
     """
-    training, ready, hidden, share = _training(plan), 0.0, 0.0, plan.mesh.device.overlapped_share
-    for segment, read in zip(reversed(span), reversed(_reads(layered, choices, span, graph)), strict=True):
-        takes = (segments[segment].backward if segment in segments else 0.0) / share if share else 0.0
-        hidden, ready = hidden + min(ready, takes), max(0.0, ready - takes)
-        ready += sum(
-            training.overlappable_seconds(p.bytes, p.over_dp) for p in read if len(layered.readers[p.name]) == 1
-        )
+    if not share:
+        return 0.0
+    computing = [(s.forward / share, s.backward / share) if s else (0.0, 0.0) for s in segments]
+    hidden, ready, gather = 0.0, 0.0, messages.gather
+    for (forward, _), coming in zip(computing, gather[1:], strict=False):
+        hidden += min(forward, coming)
+    for p, (_, backward) in reversed(list(enumerate(computing))):
+        coming = gather[p - 1] if p else 0.0
+        gathered = min(backward, coming)
+        sent = min(ready, backward - gathered)
+        hidden, ready = hidden + gathered + sent, ready - sent + messages.scatter[p]
     return hidden
 
 
@@ -262,10 +264,10 @@ def _message_seconds(plan: Plan, crossing: Crossing) -> float:
 
 def _training(plan: Plan) -> Training:
     group, wide = plan.mesh.group(plan.tp, plan.dp), widening(plan.precision, plan.master)
-    offload = plan.offload == "optimizer"
+    offload, ahead = plan.offload == "optimizer", plan.prefetch_bytes
     kernel = step_kernel(plan.optimizer, plan.precision, plan.master, plan.mesh.device, plan.no_fuse, offload)
     gpu, m = plan.mesh.device.type != "cpu", plan.micro_batches
-    return Training(plan.optimizer, plan.zero, group, m, wide, gpu, kernel, offload, apart=gpu)
+    return Training(plan.optimizer, plan.zero, group, m, wide, gpu, kernel, offload, apart=gpu, prefetch=ahead)
 
 
 def _reads(layered: LayeredGraph, choices: ShardingAssignment, span: range, graph: StageGraph) -> list[list[Parameter]]:

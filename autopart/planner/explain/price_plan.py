@@ -14,7 +14,7 @@ from autopart.passes.stage_graph import Splits
 from autopart.plan.data import Plan
 from autopart.planner.candidate import SearchResult, costs_of
 from autopart.planner.cuts import spans_of
-from autopart.planner.request import Request
+from autopart.planner.request import MIB, Request
 from autopart.planner.search_points import SearchPoint
 from autopart.planner.search_space import SearchSpace
 from autopart.planner.validate import stage_findings
@@ -54,6 +54,7 @@ def decided(plan: Plan, source: Source) -> tuple[SearchSpace, SearchResult]:
         plan.global_batch,
         plan.micro_batch,
         zero=plan.zero,
+        prefetch=plan.prefetch_bytes // MIB,
         schedule=plan.schedule,
         precision=plan.precision,
         master=plan.master,
