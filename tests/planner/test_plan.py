@@ -428,13 +428,13 @@ def test_a_value_that_others_read_is_gathered_by_the_last_of_equal_blocks() -> N
     which are priced node by node: with a message that the last one has alone."""
     from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
 
-    sizes = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 12, "intermediate_size": 384}
+    sizes = {"hidden_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 12, "intermediate_size": 3072}
     encoder, decoder = (BertConfig(**sizes, vocab_size=128, **more) for more in ({}, {"is_decoder": True}))
     config = EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
     config.decoder.add_cross_attention, config.decoder_start_token_id, config.pad_token_id = True, 0, 0
     with torch.device("meta"):
         model = EncoderDecoderModel(config)
-    ids = torch.full((6, 12), 3)
-    plan = autopart.plan(model, MESH, {"input_ids": ids, "labels": ids}, tp=2, pp=2)
+    ids = torch.full((16, 512), 3)
+    plan = autopart.plan(model, "1x4:h100-80gb", {"input_ids": ids, "labels": ids}, tp=2, pp=2)
     labels = [segment.labels for segment in plan.stages[0].segments]
     assert ("encoder.encoder.layer.1", "encoder.encoder.layer.2") in labels and ("encoder.encoder.layer.3",) in labels
