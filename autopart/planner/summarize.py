@@ -33,7 +33,7 @@ def summarize(search: Search, found: SearchResult) -> SearchSummary:
     counts, order = Counter(ends.values()), list(ENDS)
     return SearchSummary(
         max(1, len(search.pushed)),
-        _runner_up(search, found.point),
+        _runner_up(search, found),
         _limit(search, found),
         search.history.thinned(),
         {end: counts[end] for end in sorted(counts, key=order.index)},
@@ -68,9 +68,10 @@ def _compared(search: Search, ends: dict[SearchPoint, str]) -> tuple[SearchedPoi
     return tuple(sorted(rows, key=order)[:COMPARED])
 
 
-def _runner_up(search: Search, chosen: SearchPoint) -> RunnerUp | None:
-    """The point of other degrees with the fastest plan; where none has a plan, the point with the least bound."""
-    impossible = set(search.state_exceeds_memory)
+def _runner_up(search: Search, result: SearchResult) -> RunnerUp | None:
+    """The point of other degrees with the fastest plan; where none has a plan, the point with the least bound. The
+    bound of the whole search holds for all of them."""
+    chosen, impossible = result.point, set(search.state_exceeds_memory)
     bounds = {
         point: bound
         for point, bound in search.pushed.items()
@@ -81,7 +82,7 @@ def _runner_up(search: Search, chosen: SearchPoint) -> RunnerUp | None:
     seconds = {p: found.best_seconds for p, found in search.plans.items() if p in bounds and found.best_seconds < NEVER}
     table = seconds or bounds
     best = min(table, key=lambda point: (table[point], point))
-    bound = min(min(bounds.values()), *seconds.values()) if seconds else min(bounds.values())
+    bound = min(max(min(bounds.values()), result.bound), *seconds.values(), NEVER)
     where = (*best.degrees, best.micro_batch, best.zero)
     return RunnerUp(*where, seconds.get(best), float(bound), offload=best.offload)
 
