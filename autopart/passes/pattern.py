@@ -22,8 +22,6 @@ from autopart.passes.simplify import simplify
 from autopart.sharding.rules import op_name
 
 aten = torch.ops.aten
-FAKE = FakeTensorMode()
-"""The mode of all tensors that references are traced with."""
 Found = dict[fx.Node, fx.Node]
 """Node of a pattern -> node of the traced graph."""
 
@@ -74,18 +72,24 @@ def _makers(nodes: Iterable[fx.Node], within: Collection[fx.Node] | None = None)
     return found
 
 
+@cache
+def _fake_mode() -> FakeTensorMode:
+    """The mode of all tensors that references are traced with."""
+    return FakeTensorMode()
+
+
 def pattern_of(reference: Callable[..., Any], arguments: Sequence[Any]) -> Pattern:
     """The graph of a reference, called with these arguments, of which tensors are on meta. It is simplified as a
     traced model is."""
     given = [a for a in arguments if isinstance(a, torch.Tensor)]
-    with FAKE:
+    with _fake_mode():
         tensors = [torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta") for a in given]
 
     def run(*given: torch.Tensor) -> Any:
         rest = iter(given)
         return reference(*(next(rest) if isinstance(a, torch.Tensor) else a for a in arguments))
 
-    with FAKE, lazy_graph_modules(True), torch.no_grad():
+    with _fake_mode(), lazy_graph_modules(True), torch.no_grad():
         graph = make_fx(run, pre_dispatch=True)(*tensors).graph
     inputs = tuple(graph.find_nodes(op="placeholder"))
     (results,) = graph.output_node().args

@@ -6,8 +6,8 @@ Collectives run in rings, as gloo and NCCL run large ones. Of p ranks in a ring 
     all-gather, reduce-scatter   (p - 1) / p n
     all-to-all                   n / p to each other rank, without a ring
 
-and what is sent over an edge of the ring between two hosts counts. gloo has no reduce-scatter and no all-to-all for
-every dtype: there the runtime all-reduces, and all-gathers p n bytes, instead (`runtime.collectives`).
+and what is sent over an edge of the ring between two hosts counts. Over gloo the runtime makes an all-to-all and a sum
+on every rank of a reduce-scatter (`runtime.process_group`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,8 +19,8 @@ from autopart.plan.stages import StageTraffic
 RING_TIMES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
 """Collective -> times that (p - 1) / p of its bytes pass over each edge of the ring."""
 
-ON_GLOO = {"reduce_scatter": ("all_reduce", False), "all_to_all": ("all_gather", True)}
-"""Collective -> what runs in its place over gloo, and whether that takes p times the bytes."""
+ON_GLOO = {"reduce_scatter": "all_to_all"}
+"""Collective -> what runs in its place over gloo."""
 
 
 def bytes_between_hosts(plan: PlanFields) -> float:
@@ -38,13 +38,12 @@ def _crossing(plan: PlanFields, index: int, row: StageTraffic) -> float:
     found = 0.0
     for ranks in _groups(plan, index, row):
         p = len(ranks)
-        here, times = ON_GLOO.get(name, (name, False)) if plan.mesh.device.type == "cpu" else (name, False)
-        whole = nbytes * p if times else nbytes
+        here = ON_GLOO.get(name, name) if plan.mesh.device.type == "cpu" else name
         if here == "all_to_all":
             pairs = sum(_host(plan, a) != _host(plan, b) for a, b in permutations(ranks, 2))
-            found += pairs * whole / p
+            found += pairs * nbytes / p
         else:
-            found += _edges(plan, ranks) * RING_TIMES[here] * (p - 1) / p * whole
+            found += _edges(plan, ranks) * RING_TIMES[here] * (p - 1) / p * nbytes
     return found
 
 

@@ -236,7 +236,7 @@ def test_experts_with_biases_are_split(as_on_a_gpu: None) -> None:
         found = autopart.check(model, "2:cpu", batch, tp=2, constraints=force)
         assert found.loss_error < 1e-5 and found.gradient_error < 1e-5, found
         text = "".join(sources(model, batch, found.plan))
-        assert group in text
+        assert group in " ".join(text.split())
 
 
 def test_experts_are_split_and_their_load_is_balanced(as_on_a_gpu: None) -> None:
