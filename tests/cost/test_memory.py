@@ -99,7 +99,8 @@ def test_tenants_sum_to_what_the_plan_says(settings: dict[str, object]) -> None:
         weights = {each.name for block in stage.blocks for each in block.allocations if each.kind == "parameters"}
         assert weights <= dict(model.named_parameters()).keys()
         copies = [a for block in stage.blocks for a in block.allocations if "master copy" in a.name]
-        assert bool(copies) == ("master" in settings and settings.get("zero") != 3)
+        # At ZeRO 3 only a weight that the planner keeps whole, with no gradient to sum over dp, has a copy of its own.
+        assert bool(copies) == ("master" in settings) or (not copies and settings.get("zero") == 3)
 
 
 @pytest.mark.slow
