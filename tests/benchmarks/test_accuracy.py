@@ -150,14 +150,15 @@ def test_every_second_product_is_run_again() -> None:
 
 
 def test_messages_of_fsdp() -> None:
-    """They cost a latency a block, more on more hosts, and copies through buffers: 14 bytes an element."""
+    """A block is one message, of fewer latencies than the planned ones of 64 MiB, which are longer on more hosts; they
+    are copied through buffers: 14 bytes an element."""
     small, large = (row_of(f"torchtitan_2024_12:{n}") for n in (1, 4))
     near, far = (plan_of(BENCH, row, "float32") for row in (small, large))
     (late, copied), (later, same) = (fsdp(plan, plan.stages[0]) for plan in (near, far))
-    assert 0 < 10 * late < later
+    assert later < 5 * late < 0
     assert copied == pytest.approx(14 * 8.03e9 / 2.4e12 / 0.92, rel=1e-2) == pytest.approx(same, rel=1e-2)
     assert Scored(small, 3.0, {}, {}, True, sharing=0.1).hidden == pytest.approx(2.7 / (small.measured or 0) - 1)
-    assert late < sharing_seconds(near) < sharing_seconds(far) < far.step_seconds / 5
+    assert 0 < sharing_seconds(near) < sharing_seconds(far) < far.step_seconds / 5
 
 
 def test_a_norm_of_several_kernels_takes_longer() -> None:
