@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from autopart.kernels import attention as module
-from autopart.kernels import dropout
+from autopart.kernels import attention_facts, dropout
 from autopart.kernels.attention import KERNEL, attention, reference
 from autopart.kernels.kernel import Bytes
 from autopart.runtime import random
@@ -411,7 +411,7 @@ def shapes_of(case: Case) -> tuple[Any, ...]:
 def test_heads_and_samples_are_split_and_queries_where_nothing_counts_them(case):
     args = shapes_of(case)
     samples, heads, _, queries, *_, e = case.sizes
-    row = parse(module.rule(args, ()))
+    row = parse(attention_facts.rule(args, ()))
     bound = bind(row, args[:8], [(samples, heads, queries, e)])
     counted = any(name in dict(case.constants) for name in ("causal", "window")) or "relative" in case.given
     assert row.text.count("q!") == (row.text.count("q") if counted else 0)
