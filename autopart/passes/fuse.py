@@ -21,6 +21,7 @@ from autopart.passes.fuse_dropout import RESIDUAL, fuse_dropout
 from autopart.passes.fuse_stochastic_depth import DEPTH, fuse_stochastic_depth
 from autopart.passes.pattern import Match, candidates, loose, match
 from autopart.passes.randomness import FUSED
+from autopart.passes.simplify import merge_equal
 from autopart.passes.traffic import traffic
 from autopart.sharding.notation import RowError
 from autopart.sharding.rules import strategies
@@ -60,6 +61,7 @@ def fuse(traced: Traced, device: str, off: Collection[str] = ()) -> Traced:
     if device != "cpu" and RESIDUAL not in off:
         fuse_dropout(traced.graph)
     traced.graph.eliminate_dead_code()
+    merge_equal(traced.graph)  # such as what attention reads, which every block would make
     places = (f"{name} at {info(node).source or info(node).name}" for node, name in missed.items())
     traced.near_misses = tuple(dict.fromkeys(places))
     return traced

@@ -31,7 +31,7 @@ def simplify(traced: Traced) -> Traced:
     for _ in range(4):
         if not any([_rewrite(graph, rewrite, constants) for rewrite in REWRITES]):
             break
-    _merge_equal(graph)
+    merge_equal(graph)
     graph.eliminate_dead_code()
     for node in list(graph.nodes):
         if node.op == "placeholder" and not node.users and info(node).name not in traced.updated:
@@ -40,7 +40,7 @@ def simplify(traced: Traced) -> Traced:
     return traced
 
 
-def _merge_equal(graph: fx.Graph) -> None:
+def merge_equal(graph: fx.Graph) -> None:
     """Compute equal values without gradient once, such as the masks of all layers. Random values are left apart."""
     seen: dict[object, fx.Node] = {}
     for node in calls(graph):

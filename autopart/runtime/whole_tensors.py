@@ -113,9 +113,9 @@ def _sent(value: Tensor, piece: Piece) -> Tensor:
 
 
 def _receive(piece: Piece, own: Tensor | None, host: Group) -> Tensor:
-    """A piece, from the rank that has it, or rank 0's own."""
+    """A piece, from the rank that has it, or a copy of rank 0's own."""
     if own is not None:
-        return _sent(own, piece)
+        return _sent(own, piece).clone()
     value = torch.empty(piece.shape, dtype=piece.dtype)
     if value.numel():
         host.receive(bytes_of(value), piece.rank).wait()

@@ -36,9 +36,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     for settings in [
         *(s for s in split_by("first.weight dim 0 over tp") if "master" not in s),
         {"pp": 1, **SCALED},
-        *({"dp": 2, "zero": zero, **HALF} for zero in (1, 3)),
+        {"dp": 2, "zero": 1, **HALF},  # all are slices; of whole weights the interpreter truncates bfloat16
         {"tp": 2, "constraints": ["split first.weight dim 0 over tp"], **SCALED},
-        {"dp": 2, "zero": 2, **SCALED},
+        *({"dp": 2, "zero": zero, **SCALED} for zero in (2, 3)),
     ]
 }
 TAKEN: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], bool]] = {
