@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import itertools
 import re
 import types
 from collections import Counter
@@ -97,12 +96,12 @@ class SampledLayers(BlockList):
 
 @dataclass(frozen=True)
 class MixedLayers(BlockList):
-    """A list of blocks of which some are not traced, as a block of the same kind in front of one of the same kind is.
+    """A list of blocks of which some are not traced, as a block of the same kind between the same kinds is.
 
     Of each kind that stands in the list twice, two blocks are traced at least, and so are the first and the last block.
 
     kinds   a number for the kind of each block
-    traced  the blocks that are traced, in order
+    traced  the blocks that are traced, in order; each is between blocks of the same kinds in the trace as in the list
     more    the sample to try where this one does not stand for all
     """
 
@@ -121,13 +120,12 @@ class MixedLayers(BlockList):
         return self.blocks - self.kept
 
     def stand_in(self, block: int) -> int:
-        """The place, among the traced blocks, of the one that stands for a block: itself, or one of its kind in front
-        of one of the kind that follows the block."""
+        """The place, among the traced blocks, of the one that stands for a block: itself, or one of its kind between
+        blocks of the same kinds."""
         if block in self.traced:
             return self.traced.index(block)
-        wanted = self.kinds[block], self.kinds[block + 1]
-        pairs = itertools.pairwise(self.kinds[i] for i in self.traced)
-        return next(place for place, pair in enumerate(pairs) if pair == wanted)
+        wanted = _surrounded(self.kinds, block)
+        return next(i for i, other in enumerate(self.traced) if other and _surrounded(self.kinds, other) == wanted)
 
 
 Sample = SampledLayers | MixedLayers
@@ -171,31 +169,33 @@ def _computes_list(model: nn.Module, blocks: int) -> bool:
     return False
 
 
+def _surrounded(kinds: Sequence[int], block: int) -> tuple[int, ...]:
+    """The kinds of the block before a block, of the block itself, and of the next one."""
+    return tuple(kinds[block - 1 : block + 2])
+
+
 def _mixed(kinds: Sequence[object], periodic: SampledLayers) -> Sample:
-    """The sample by pairs of kinds, if it has fewer blocks than the periodic one."""
+    """The sample with a block of every kind between every two kinds, if it has fewer blocks than the periodic one.
+
+    From a block on, blocks may be left out up to one that has the kind of the next and is behind one of the same kind
+    as the block: then every traced block stays between the kinds that it is between in the list.
+    """
     numbers = tuple(map(list(dict.fromkeys(kinds)).index, kinds))
-    last = len(kinds) - 1
-    pairs = set(itertools.pairwise(numbers))
-    seen, shown = set[tuple[int, int]](), Counter((numbers[0], numbers[last]))
+    last = len(numbers) - 1
+    seen, shown = set[tuple[int, ...]](), Counter((numbers[0], numbers[last]))
     wanted = {kind: min(2, times) for kind, times in Counter(numbers).items()}
     traced = [0]
-    for block in range(1, last):
-        pair = numbers[block - 1], numbers[block]
-        if pair in seen and shown[pair[1]] >= wanted[pair[1]]:
-            continue
-        steps = [block] if numbers[traced[-1]] == pair[0] else [block - 1, block]
-        for step in steps:
-            seen.add((numbers[traced[-1]], numbers[step]))
-            shown[numbers[step]] += 1
+    for block in range(1, last + 1):
+        known = _surrounded(numbers, block) in seen and shown[numbers[block]] >= wanted[numbers[block]]
+        while traced[-1] < block and not (known and block < last):
+            pair = numbers[traced[-1] : traced[-1] + 2]
+            step = next(i for i in range(block, traced[-1], -1) if numbers[i - 1 : i + 1] == pair)
             traced.append(step)
-    end = numbers[last - 1], numbers[last]
-    if traced[-1] != last - 1 and (numbers[traced[-1]], end[1]) not in (pairs if end in seen else {end}):
-        traced.append(last - 1)
-    traced.append(last)
-    walk = set(itertools.pairwise(numbers[block] for block in traced))
-    if walk != pairs or len(traced) >= periodic.kept:
+            seen.add(_surrounded(numbers, step))
+            shown[numbers[step]] += step < last
+    if len(traced) >= periodic.kept:
         return periodic
-    return MixedLayers(periodic.path, len(kinds), numbers, tuple(traced), periodic)
+    return MixedLayers(periodic.path, len(numbers), numbers, tuple(traced), periodic)
 
 
 def _is_depth(values: Sequence[tuple[int, tuple[Any, ...]]]) -> bool:

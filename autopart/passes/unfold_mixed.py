@@ -1,7 +1,9 @@
 """The row of a list whose kinds of blocks mix, from a trace of some blocks of each kind.
 
-A block stands for the blocks of its kind in front of blocks of the same kind as the next one, if traced blocks of one
-kind compute the same, if each hands one value on, to the next block alone, and if they read nothing else of each other.
+A block stands for the blocks of its kind between blocks of the same kinds, if traced blocks of one kind compute the
+same, if each hands one value on, to the next block alone, and if they read nothing else of each other. What is before
+and behind a block counts too: values are resharded from the placement in which one kind gives them to that in which
+another takes them.
 """
 
 from __future__ import annotations
