@@ -20,8 +20,7 @@ WORKDIR /autopart
 COPY pyproject.toml Makefile README.md LICENSE ./
 COPY constraints constraints
 COPY autopart autopart
-RUN make setup PYTHONS=3.12 \
-    && rm -rf /root/.cache
+RUN PIP_NO_CACHE_DIR=1 make setup PYTHONS=3.12
 
 COPY . .
 

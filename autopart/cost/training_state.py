@@ -8,18 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from autopart.cost.collectives import measured_seconds, message_seconds, runs_on_gloo
+from autopart.cost.collectives import measured_seconds, message_seconds
 from autopart.cost.compute import stream_rate_seconds
+from autopart.cost.message_sizes import bucket_bytes
 from autopart.cost.offload import FUSED_ON_HOST, host_bytes, host_seconds
 from autopart.hardware.mesh import Group
 from autopart.hardware.rows import Device
 from autopart.kernels.table import STEP
-
-BUCKET_BYTES, HOST_BUCKET_BYTES = 64 * 2**20, 8 * 2**20
-"""The most bytes of a message of several tensors over the data-parallel axis, on GPUs and on CPUs.
-A larger tensor is a message of its own. Memory of a CPU comes back to the next message where the message is smaller
-than glibc's mmap threshold, 32 MiB at most (mallopt(3)); a larger one is mapped and cleared anew each time."""
-
 
 OPTIMIZER_STATES = {"sgd": 0, "momentum": 1, "adagrad": 1, "rmsprop": 1, "adam": 2, "adamw": 2}
 """Tensors of a parameter's size that torch.optim keeps for it."""
@@ -304,11 +299,6 @@ class Training:
         axis, of ranks `group`: from ZeRO 1 on that of the rank's slice."""
         nbytes *= self.widening / self.slices(over_dp)
         return float(message_seconds(nbytes, group, "all_reduce", bucket_bytes(group)))
-
-
-def bucket_bytes(group: Group) -> int:
-    """The most bytes of a message of several tensors among the ranks of a group."""
-    return HOST_BUCKET_BYTES if runs_on_gloo(group) else BUCKET_BYTES
 
 
 def update_seconds(nbytes: float, grad: bool, over_dp: bool, training: Training, device: Device) -> float:

@@ -34,22 +34,22 @@ def sample_splits(positions: ValuePositions, traced: int) -> dict[fx.Node, list[
             for use in used.uses:
                 sources[use].add((used.source, used.output))
         every = [_samples(node, traced) for node in positions.nodes]
-        every = _kept(every, _partial_sums(every, sources), lambda n, i, partial: bool(sources[n, i] & partial), "P")
-        every = _kept(every, _partial_gradients(every, sources), lambda n, i, wanted: (n, i) in wanted, "C")
+        partial = _partial_sums(every, sources)
+        every = _kept(every, "P", lambda n, i: bool(sources[n, i] & partial))
+        wanted = _partial_gradients(every, sources)
+        every = _kept(every, "C", lambda n, i: (n, i) in wanted)
         positions.samples.update(zip(positions.nodes, every, strict=True))
     return positions.samples
 
 
-def _kept(
-    every: Sequence[list[Strategy]], able: set[Output], is_able: Callable[[int, int, set[Output]], bool], kind: str
-) -> list[list[Strategy]]:
-    """The strategies of each node without those that take a P, or give a C, that is not `able`; all of them where none
-    would be left."""
+def _kept(every: Sequence[list[Strategy]], kind: str, is_of_use: Callable[[int, int], bool]) -> list[list[Strategy]]:
+    """The strategies of each node without those that take a P, or give a C, which is of no use: (node, operand) of a P,
+    (node, output) of a C. All of them where none would be left."""
     found = []
     for n, options in enumerate(every):
         placements = [option.inputs if kind == "P" else option.outputs for option in options]
         places = [[i for i, p in enumerate(each) if p is not None and p.kind == kind] for each in placements]
-        left = [o for o, at in zip(options, places, strict=True) if all(is_able(n, i, able) for i in at)]
+        left = [o for o, at in zip(options, places, strict=True) if all(is_of_use(n, i) for i in at)]
         found.append(left or options)
     return found
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from autopart.cost.training_state import BUCKET_BYTES, HOST_BUCKET_BYTES
+from autopart.cost.message_sizes import BUCKET_BYTES, HOST_BUCKET_BYTES
 from autopart.runtime.process_group import Group
 
 

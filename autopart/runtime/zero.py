@@ -32,6 +32,7 @@ from autopart.runtime.gradient_norm import scale
 from autopart.runtime.groups import Groups
 from autopart.runtime.offload import HostCopies
 from autopart.runtime.prefetch import Prefetch
+from autopart.runtime.process_group import Group
 
 AHEAD = 2
 """The most messages of gradients that stay in flight once another one was started, which bounds their memory."""
@@ -83,11 +84,7 @@ class DataParallelState:
         """Weight -> the group of weights whose gradients are sent together at the latest: from level 2 on the
         weights of a module, below it all."""
         self.group_sizes = Counter(self.send_group[weight] for weight in self.sent)
-        self.channel = self.group
-        if overlap and level >= 3 and self.group.size > 1:
-            self.channel = groups.apart()
-        ahead = prefetch if level >= 3 and self.group.size > 1 else 0
-        self.prefetch = Prefetch(groups.apart() if ahead else self.group, ahead)
+        self.channel, self.prefetch = self._channels(groups, prefetch)
         for weight in weights:
             if hasattr(weight, "slicing"):
                 weight.slicing = replace(weight.slicing, prefetch=self.prefetch, send=self._send)
@@ -103,6 +100,14 @@ class DataParallelState:
         """Copy -> the weight that is written back from it."""
         self.unscaled: tuple[list[Any], Tensor | float] = [], 1.0
         """Those of `trained` whose gradients are still to be multiplied by a factor, and the factor."""
+
+    def _channels(self, groups: Groups, prefetch: int) -> tuple[Group, Prefetch]:
+        """The group that sends gradients, and what gathers weights ahead, of at most `prefetch` bytes: at level 3 each
+        has a communicator of its own, if it runs beside computing."""
+        divided = self.level >= 3 and self.group.size > 1
+        channel = groups.apart() if divided and self.overlap else self.group
+        ahead = prefetch if divided else 0
+        return channel, Prefetch(groups.apart() if ahead else self.group, ahead)
 
     def _slice(self, weight: Any, dtype: torch.dtype) -> nn.Parameter:
         """Move a weight into memory that holds its slices one a row; this rank's slice, in a dtype."""

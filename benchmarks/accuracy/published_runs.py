@@ -35,7 +35,8 @@ from rich.table import Table
 from autopart import Estimate, Mesh, PartitionError, Plan, timeline
 from autopart.cost.collectives import collective_seconds, message_seconds
 from autopart.cost.compute import stream_rate_seconds
-from autopart.cost.training_state import BUCKET_BYTES, Training, amortization, update_seconds, widening
+from autopart.cost.message_sizes import BUCKET_BYTES
+from autopart.cost.training_state import Training, amortization, update_seconds, widening
 from autopart.plan.stages import PlanSegment, PlanStage
 from benchmarks.accuracy.fit import Collectives, Fabric, Fitted, Profile, refits
 from benchmarks.accuracy.published import Bench, Published, read

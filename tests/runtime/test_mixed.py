@@ -12,7 +12,8 @@ from ranks import run_apart
 from torch import nn
 
 import autopart
-from autopart.cost.training_state import BUCKET_BYTES, Training
+from autopart.cost.message_sizes import BUCKET_BYTES
+from autopart.cost.training_state import Training
 from autopart.errors import PartitionError
 from autopart.hardware.mesh import Mesh
 
