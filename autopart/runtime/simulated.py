@@ -6,6 +6,7 @@ not there; it is slow.
 
 from __future__ import annotations
 
+import copy
 import queue
 import threading
 from collections import defaultdict
@@ -142,7 +143,7 @@ class SimulatedGroup(Group):
         return _Received(self.world, (*self.key, source, self.rank), x)
 
     def gather(self, value: Any) -> list[Any]:
-        everyone = self._exchange(value)
+        everyone = self._exchange(copy.deepcopy(value))  # its sender may change what it has sent, as between processes
         return [] if self.rank else everyone
 
 
