@@ -32,7 +32,8 @@ class LayeredGraph:
     """The graph in segments, and the model as a row of positions.
 
     segments        the traced segments, in order
-    free            nodes without gradient that need no segment's values, such as masks: every stage computes its own
+    free            nodes without gradient that need no segment's values, such as masks: every stage computes its own.
+                    What one block alone reads and makes is in the block's segment
     same            node or parameter -> its representative, the first of its class; for equal iterations of a loop, the
                     last of the first ones (`passes.loop_iterations`)
     count           representative -> how many nodes of the model it stands for

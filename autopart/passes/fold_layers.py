@@ -10,6 +10,7 @@ tensor each takes. The planner decides once for each class, and cuts the model b
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 from torch import fx
@@ -86,13 +87,22 @@ def _pair_own(
 
 
 def _free(graph: fx.Graph) -> set[fx.Node]:
-    """The operators that only inputs and buffers reach and that have no gradient."""
-    loss, free = loss_of(graph), set()
+    """The operators that only inputs and buffers reach, that have no gradient, and that no numbered block makes for
+    itself alone."""
+    loss, free = loss_of(graph), set[fx.Node]()
     for node in calls(graph):
         clean = all(n in free or info(n).kind in ("input", "buffer") for n in node.all_input_nodes)
         if clean and not info(node).grad and node is not loss:
             free.add(node)
+    for node in reversed(calls(graph)):
+        if node in free and info(node).layer and all(_within(user, info(node).layer, free) for user in node.users):
+            free.remove(node)
     return free
+
+
+def _within(user: fx.Node, layer: str, free: Collection[fx.Node]) -> bool:
+    """Whether a reader is an operator of the segment of this numbered block."""
+    return user.op == "call_function" and user not in free and info(user).layer == layer
 
 
 def _merge_returning(segments: list[Segment]) -> None:

@@ -104,6 +104,44 @@ def test_a_fused_head_is_priced_for_its_rows(settings: dict[str, int]) -> None:
     autopart.certify(plan, model, batch)
 
 
+class Slopes(nn.Module):
+    """A block that makes its scores' bias of a buffer of its own, as ALiBi is written by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("slopes", 2.0 ** -torch.arange(1.0, WIDTH + 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(TOKENS, device=x.device)
+        bias = (places[:, None] - places).abs() * self.slopes[:, None, None]
+        return x + self.linear(x) * bias.mean((1, 2))
+
+
+class Sloped(nn.Module):
+    """Six such blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Slopes() for _ in range(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("mesh", "settings"),
+    [("2:cpu", {"tp": 2}), ("2:cpu", {"pp": 2}), ("2:h100-80gb", {"pp": 2}), ("2:cpu", {"dp": 2, "zero": 2})],
+    ids=str,
+)
+def test_what_every_block_makes_for_itself_is_counted(mesh: str, settings: dict[str, int]) -> None:
+    model, batch = Sloped(), {"x": torch.randn(8, TOKENS, WIDTH)}
+    plan = autopart.plan(model, mesh, batch, **settings)
+    autopart.certify(plan, model, batch)
+
+
 Change = Callable[[Plan], Plan]
 
 
