@@ -16,9 +16,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from autopart.frontend.torch_private import FakeTensorMode, lazy_graph_modules
 from autopart.ir.graph import KEY, Info, Traced, calls, info
-from autopart.kernels.forms import Chosen, Form
+from autopart.kernels.forms import FORMS, Chosen, Form
 from autopart.kernels.kernel import Kernel
 from autopart.passes.simplify import simplify
+from autopart.passes.stored_patterns import stored
 from autopart.sharding.rules import op_name
 
 aten = torch.ops.aten
@@ -99,7 +100,11 @@ def pattern_of(reference: Callable[..., Any], arguments: Sequence[Any]) -> Patte
         if node.op != "output":
             _record(node)
     simplify(Traced(graph, "", {}, {}, 1, {}, {}, tuple(node.name for node in inputs)))
-    return Pattern(inputs, graph.output_node().args, len(calls(graph)))  # type: ignore[arg-type]
+    return _pattern(graph)
+
+
+def _pattern(graph: fx.Graph) -> Pattern:
+    return Pattern(tuple(graph.find_nodes(op="placeholder")), graph.output_node().args, len(calls(graph)))  # type: ignore[arg-type]
 
 
 def _record(node: fx.Node) -> None:
@@ -121,7 +126,9 @@ def _record(node: fx.Node) -> None:
 @cache
 def loose(kernel: Kernel, form: Form) -> Pattern:
     """The pattern of a form, of which the first step compares operators."""
-    return pattern_of(kernel.reference, form.arguments)
+    place = next(i for i, other in enumerate(FORMS[kernel.name]) if other is form)
+    graph = stored(kernel.name, place)
+    return pattern_of(kernel.reference, form.arguments) if graph is None else _pattern(graph)
 
 
 class _Tensor(NamedTuple):
@@ -257,11 +264,21 @@ def _with_defaults(node: fx.Node) -> tuple[Any, ...]:
     any order is right if they need not be."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.args
-    schema = [a for a in node.target._schema.arguments if not a.kwarg_only]
-    args = (*node.args, *(a.default_value for a in schema[len(node.args) :]))
+    names, defaults = _parameters(node.target)
+    args = (*node.args, *defaults[len(node.args) :])
+    if not names:
+        return args
     placed = any(info(user).name in PLACES for pick in node.users for user in pick.users if user.op == "call_function")
-    ignored = ["cudnn" in a.name or (a.name == "sorted" and not placed) for a in schema]
-    return tuple(a.default_value if skip else given for a, given, skip in zip(schema, args, ignored, strict=True))
+    ignored = {i for i, name in names.items() if name != "sorted" or not placed}
+    return tuple(defaults[i] if i in ignored else given for i, given in enumerate(args))
+
+
+@cache
+def _parameters(target: torch._ops.OpOverload) -> tuple[dict[int, str], tuple[Any, ...]]:
+    """Of an operator's positional parameters those that may be as by default, by their places; and all defaults."""
+    schema = [a for a in target._schema.arguments if not a.kwarg_only]
+    names = {i: a.name for i, a in enumerate(schema) if "cudnn" in a.name or a.name == "sorted"}
+    return names, tuple(a.default_value for a in schema)
 
 
 def _pairs(want: Any, given: Any) -> list[tuple[Any, Any]] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -19,10 +20,12 @@ from autopart.ir.graph import calls, info
 from autopart.ir.random_ops import stochastic_depth
 from autopart.kernels.forms import FORMS
 from autopart.kernels.table import KERNELS, kernel_of
+from autopart.passes import stored_patterns
 from autopart.passes.fuse import fuse
-from autopart.passes.pattern import _makers, _read_outside, loose
+from autopart.passes.pattern import _makers, _read_outside, loose, pattern_of
 from autopart.passes.randomness import randomness
 from autopart.passes.simplify import simplify
+from autopart.passes.stored_patterns import FILE, RELEASE, stored, to_data
 from autopart.passes.trace import trace
 
 Tensor = torch.Tensor
@@ -180,6 +183,25 @@ def test_every_example_has_the_operator_that_its_kernel_needs(name: str) -> None
     for form in FORMS[name]:
         graph = loose(KERNELS[name], form).outputs[0].graph
         assert form.needs in {info(node).name for node in calls(graph)}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_stored_patterns_are_those_that_are_traced(name: str) -> None:
+    """`python scripts/patterns.py` renews them."""
+    if json.loads(FILE.read_text())["torch"] != RELEASE:
+        pytest.skip("with another release of torch patterns are traced")
+    for number, form in enumerate(FORMS[name]):
+        graph, kept = pattern_of(KERNELS[name].reference, form.arguments).outputs[0].graph, stored(name, number)
+        assert kept is not None and to_data(kept) == to_data(graph)
+
+
+def test_with_another_torch_patterns_are_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    form = FORMS["swiglu"][0]
+    before = loose.__wrapped__(KERNELS["swiglu"], form)
+    monkeypatch.setattr(stored_patterns, "RELEASE", "1.0")
+    assert stored("swiglu", 0) is None
+    traced = loose.__wrapped__(KERNELS["swiglu"], form)
+    assert info(traced.anchor).shape == (2, 3, 8) and to_data(traced.anchor.graph) == to_data(before.anchor.graph)
 
 
 def test_a_kernel_that_is_not_known_is_an_error() -> None:
