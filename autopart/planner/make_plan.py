@@ -15,7 +15,7 @@ from autopart.errors import PartitionError, not_known
 from autopart.frontend.batch import DTYPES, Batch, samples_of
 from autopart.frontend.batch_norms import batch_norms
 from autopart.frontend.inputs import check_inputs, main_dtype
-from autopart.hardware.mesh import Mesh, usable_bytes
+from autopart.hardware.mesh import Mesh
 from autopart.ir.gc_pause import paused
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.source import Source
@@ -125,11 +125,8 @@ def explored(
 
 def _takes_all(source: Source, mesh: Mesh, request: Request) -> bool:
     """Whether a plan most likely takes the whole batch in one micro-batch: for a batch norm mixes its samples, or there
-    is a device for every sample, and parameters and gradients fit on each."""
-    if any(batch_norms(source.model)):
-        return True
-    state = 2 * source.dtype.itemsize * sum(p.numel() for p in source.model.parameters())
-    return request.micro_batch is None and request.global_batch <= mesh.size and state <= usable_bytes(mesh)
+    is a device for every sample."""
+    return any(batch_norms(source.model)) or (request.micro_batch is None and request.global_batch <= mesh.size)
 
 
 def _searched(
