@@ -21,7 +21,7 @@ from autopart.errors import OperatorError, PartitionError
 from autopart.frontend.autograd_functions import CustomFunction
 from autopart.frontend.fake_model import fake_model, fake_tensor, gather_experts, without_caches
 from autopart.frontend.functionalize import functional
-from autopart.frontend.layer_sampling import Sample
+from autopart.frontend.layer_sampling import Sample, UnlikeLayers
 from autopart.frontend.no_gradient import detach_no_grad_values, refuse_hidden_tensors
 from autopart.frontend.returned_scalars import note_scalars
 from autopart.frontend.short_loops import short_loops
@@ -73,7 +73,7 @@ def export(
                 "layerdrop=0 in the config, or torch.rand",
             )
         return exported
-    except PartitionError:
+    except (PartitionError, UnlikeLayers):
         raise
     except Exception as error:  # whatever a forward pass may raise
         if shortened:

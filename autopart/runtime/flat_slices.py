@@ -97,7 +97,8 @@ def start_gather(
     slices: Sequence[Tensor], shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype], group: Group
 ) -> Callable[[], list[Tensor]]:
     """Start to all-gather tensors of which `slices` are this rank's. The function that is returned waits for the
-    messages and gives the whole tensors, of these shapes and dtypes. A tensor alone is received where it stays.
+    messages and gives the whole tensors, of these shapes and dtypes. Each has memory of its own, of which it is the
+    beginning; a tensor alone is received where it stays.
     """
     sizes = [
         torch.empty(len(part) * group.size, dtype=dtype, device="meta")
@@ -117,7 +118,7 @@ def start_gather(
             bucket, received, work = started.pop(0)
             work.wait()
             for i, part in zip(bucket, received.split([len(slices[i]) for i in bucket], 1), strict=True):
-                wholes[i] = part.reshape(-1)[: shapes[i].numel()].view(shapes[i])
+                wholes[i] = part.contiguous().view(-1)[: shapes[i].numel()].view(shapes[i])
         return [wholes[i] for i in range(len(slices))]
 
     return finish

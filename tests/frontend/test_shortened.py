@@ -213,6 +213,16 @@ class Twice(Stack):
         return super().run(super().run(x))
 
 
+class Halfway(Stack):
+    """Adds the first values again behind the block in the middle."""
+
+    def run(self, x: Tensor) -> Tensor:
+        first = x
+        for number, block in enumerate(self.blocks):
+            x = block(x) + first if number == len(self.blocks) // 2 else block(x)
+        return x
+
+
 class Idle(Stack):
     """Has blocks that it does not run."""
 
@@ -332,6 +342,7 @@ WHOLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a number": (lambda: Stack(blocks(Gated)), r"blocks\.3 reads aten.add.Tensor of elsewhere"),
     "a count": (lambda: Counted(blocks()), r"index \d is out of range"),
     "a batch norm each": (lambda: Stack(blocks(Normed)), r"the forward pass changes blocks\.0\.norm\.running_mean"),
+    "halfway": (lambda: Halfway(blocks()), "the forward pass asks how many blocks there are"),
     "twice": (lambda: Twice(blocks()), r"blocks\.0 does part of the work of other blocks"),
     "backwards": (lambda: Backward(blocks()), "one after the other"),
 }

@@ -195,7 +195,8 @@ def test_a_block_that_is_run_again_changes_its_buffers_once() -> None:
 
 
 class Alternating(nn.Module):
-    """Numbered layers of two kinds by turns, two of which share a weight, with one that is frozen and one unused."""
+    """Numbered layers of two kinds by turns, two of which share a weight, with one that is frozen and one unused, and
+    with gates of one element, of which a rank's slice at level 3 has one too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,18 +217,20 @@ class Narrow(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(8, 8)
+        self.gate = nn.Parameter(torch.tensor([0.7]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + torch.tanh(self.linear(x))
+        return x + torch.tanh(self.linear(x)) * self.gate
 
 
 class Wide(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down, self.unused = nn.Linear(8, 24), nn.Linear(24, 8), nn.Linear(2, 2)
+        self.gate = nn.Parameter(torch.tensor(0.3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(F.gelu(self.up(x)))
+        return x + self.gate * self.down(F.gelu(self.up(x)))
 
 
 @pytest.mark.slow
