@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from autopart.errors import OperatorError, PartitionError
 from autopart.frontend.autograd_functions import CustomFunction
+from autopart.frontend.block_counts import no_block_counts
 from autopart.frontend.fake_model import fake_model, fake_tensor, gather_experts, without_caches
 from autopart.frontend.functionalize import functional
 from autopart.frontend.layer_sampling import Sample, UnlikeLayers
@@ -128,6 +129,7 @@ def _export(
         silent(),
         mock.patch.object(torch, "ctc_loss", ctc_loss),
         drawing(drawn) as draws,
+        no_block_counts(skeleton, sampled),
         nullcontext() if shortened is None else short_loops(model, shortened),
     ):
         warnings.simplefilter("ignore", FutureWarning)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from autopart.frontend.inputs import main_dtype
-from autopart.frontend.layer_sampling import Dropped, Sample, UnlikeLayers
+from autopart.frontend.layer_sampling import Dropped, Sample
 from autopart.frontend.torch_private import FakeTensorMode
 
 
@@ -49,25 +48,10 @@ def fake_model(
         shortened: Any = skeleton.get_submodule(sample.path)
         for block in sorted(set(range(sample.blocks)).difference(sample.traced), reverse=True):
             del shortened[block]
-        if sample.dropped:
-            _refuse_length(shortened, sample)
         if sample.traced != tuple(range(sample.kept)):
             _shorten_lists(skeleton, sample)
     _renew_aliases(skeleton)
     return skeleton
-
-
-def _refuse_length(blocks: nn.Module, sample: Sample) -> None:
-    """Have a list of some of a model's blocks raise UnlikeLayers where the forward pass asks how many blocks it has: what
-    the model does in its middle is elsewhere in a shorter list."""
-    kind: Any = type(blocks)
-
-    def length(self: Any) -> int:
-        if not sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.", "autopart.")):
-            raise UnlikeLayers(sample, "the forward pass asks how many blocks there are", whole=True)
-        return int(kind.__len__(self))
-
-    blocks.__class__ = type(kind.__name__, (kind,), {"__len__": length, "__module__": kind.__module__})
 
 
 def _shorten_lists(skeleton: nn.Module, sample: Sample) -> None:

@@ -46,12 +46,16 @@ PACKAGES = ("torch.", "builtins")
 def short_loops(model: nn.Module, shortened: list[int]) -> Iterator[None]:
     """Let long loops of the model's files run some of their iterations; the lengths of these loops are appended to
     `shortened`."""
-    names = {type(module).__module__ for module in model.modules()}
     with ExitStack() as stack:
-        for name in names:
-            if name in sys.modules and not name.startswith(PACKAGES):
-                stack.enter_context(mock.patch.object(sys.modules[name], "range", _Range(shortened), create=True))
+        for name in model_files(model):
+            stack.enter_context(mock.patch.object(sys.modules[name], "range", _Range(shortened), create=True))
         yield
+
+
+def model_files(model: nn.Module) -> set[str]:
+    """The names of the files that a model's classes are in, but for those of torch."""
+    names = {type(module).__module__ for module in model.modules()}
+    return {name for name in names if name in sys.modules and not name.startswith(PACKAGES)}
 
 
 class _Range:
