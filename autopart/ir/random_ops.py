@@ -5,7 +5,7 @@ Each takes the name of a stream of random numbers. A number depends on the seed,
 the element in the whole batch. So it is the same on every rank and in every order of drawing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -18,13 +18,19 @@ class Stream(str):
     __slots__ = ()
 
 
+def renamed(value: object, new: Callable[[str], str]) -> object:
+    """Arguments in which streams are of other modules; `new` gives a module's path for its path."""
+    if isinstance(value, Stream):
+        module, mark, number = value.partition("#")
+        return Stream(new(module) + mark + number)
+    if isinstance(value, (list, tuple)):
+        return type(value)(renamed(v, new) for v in value)
+    return value
+
+
 def relative(value: object, label: str) -> object:
     """Arguments in which the names of streams lack the prefix `label`, so that those of equal blocks are equal."""
-    if isinstance(value, Stream):
-        return Stream(value.removeprefix(label))
-    if isinstance(value, (list, tuple)):
-        return type(value)(relative(v, label) for v in value)
-    return value
+    return renamed(value, lambda module: module.removeprefix(label))
 
 
 def dropout(x: torch.Tensor, p: float, stream: Stream) -> torch.Tensor:

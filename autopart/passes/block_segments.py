@@ -5,6 +5,7 @@ from collections.abc import Callable
 from autopart.frontend.layer_sampling import BlockList
 from autopart.ir.graph import info, update_info
 from autopart.ir.layered_graph import LayeredGraph, Segment, used_parameters
+from autopart.ir.random_ops import Stream, renamed
 
 
 def first_segments(layered: LayeredGraph, blocks: BlockList) -> dict[int, int]:
@@ -25,7 +26,7 @@ def works_for(segment: Segment, blocks: BlockList, start: int = 0) -> bool:
 
 
 def rename(layered: LayeredGraph, moved: Callable[[str], str]) -> None:
-    """Give modules and tensors the names that they have in the whole model, in place."""
+    """Give modules, tensors and streams of random numbers the names that they have in the whole model, in place."""
     for node in layered.traced.graph.nodes:
         if node.op == "output":
             continue
@@ -35,6 +36,8 @@ def rename(layered: LayeredGraph, moved: Callable[[str], str]) -> None:
             new["name"] = moved(record.name)
         if any(getattr(record, key) != value for key, value in new.items()):
             update_info(node, **new)
+        if any(isinstance(argument, Stream) for argument in node.args):
+            node.args = renamed(node.args, moved)
     for segment in layered.segments:
         segment.label = moved(segment.label)
     traced = layered.traced

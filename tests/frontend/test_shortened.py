@@ -99,6 +99,13 @@ class Block(nn.Module):
         return x + self.scale * self.down(torch.tanh(self.up(x)))
 
 
+class Dropping(Block):
+    """Draws twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(super().forward(F.dropout(x, 0.1)), 0.2)
+
+
 class Stack(nn.Module):
     """Blocks in a row under a mean squared error."""
 
@@ -334,6 +341,7 @@ SHORT: dict[str, Callable[[], nn.Module]] = {
     "frozen blocks": frozen,
     "another at the end": lambda: Stack([*blocks(), Block(9, 24)]),
     "kinds by place": lambda: Told(blocks(count=13)),
+    "an odd number that draw": lambda: Stack([Dropping(i, 24 if i % 2 else 16) for i in range(9)]),
     "a constant each": lambda: Stack(blocks(Drawn)),
 }
 WHOLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
