@@ -19,6 +19,7 @@ from autopart.compile.bench.judge import quartiles, shows_gradients
 from autopart.compile.bench.rounds import Measured
 from autopart.compile.bench.setting import Setting
 from autopart.plan.report import Bench, BenchRow
+from autopart.plan.units import counted
 
 Row = Mapping[str, Any]
 COLUMNS = (
@@ -59,9 +60,8 @@ def record(setting: Setting, measured: Measured, **config: Any) -> dict[str, Any
 def of_report(found: Mapping[str, Any]) -> Bench:
     """What a record has for the report of a plan."""
     config = found["config"]
-    where = (
-        f"{config['ranks']} {config['device']} ranks of {config['threads_per_rank']} threads on {config['cores']} cores"
-    )
+    threads = counted(config["threads_per_rank"], "thread")
+    where = f"{config['ranks']} {config['device']} ranks of {threads} on {counted(config['cores'], 'core')}"
     return Bench(tuple(map(_reported, found["rows"])), config["rounds"], where)
 
 

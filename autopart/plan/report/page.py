@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autopart.cost.training_state import amortization
 from autopart.hardware.mesh import usable_bytes
 from autopart.plan.breakdown import fullest_stage, model_flops_utilisation, slowest_stage
 from autopart.plan.fields import PlanFields
@@ -168,8 +169,7 @@ def _facts(plan: PlanFields, made: Timeline, measured: MeasuredStep | None) -> l
     rate = plan.global_batch / plan.step_seconds
     found = [Fact(seconds_text(plan.step_seconds), "a step, predicted")]
     if measured:
-        error = signed_text(plan.step_seconds / measured.seconds - 1) if measured.seconds else "no seconds"
-        found.append(Fact(seconds_text(measured.seconds), f"a step, measured; prediction {error}"))
+        found.append(Fact(seconds_text(measured.seconds), "a step, measured"))
     found.append(Fact(f"{rate * (tokens or 1):,.0f}", "tokens/s" if tokens else "samples/s"))
     if plan.precision in plan.mesh.device.flops:
         found.append(Fact(f"{model_flops_utilisation(plan):.1%}", "model FLOPs utilisation"))
@@ -186,9 +186,6 @@ def _glance(plan: PlanFields, extras: Extras | None, measured: MeasuredStep | No
     at = slowest_stage(plan)
     stage, others = plan.stages[at], [s for i, s in enumerate(plan.stages) if i != at]
 
-    def work(index: int) -> float:
-        return plan.stages[index].forward_seconds + plan.stages[index].backward_seconds
-
     name = f"Stage {at} is the slowest" if others else "The only stage"
     sync = f", and {seconds_text(stage.sync_seconds)} a step for gradient sync and optimizer"
     text = (
@@ -196,9 +193,11 @@ def _glance(plan: PlanFields, extras: Extras | None, measured: MeasuredStep | No
         f"a micro-batch{sync if stage.sync_seconds else ''}."
     )
     if others:
-        mean = sum(work(i) for i in range(plan.pp)) / plan.pp
-        more = work(at) / mean - 1 if mean else 0.0
-        text += f" These take {abs(more):.1%} {'more' if more >= 0 else 'less'} than the mean stage's."
+        shared = amortization(plan.zero, plan.micro_batches, plan.pp)
+        turns = [each.turn_seconds(shared) for each in plan.stages]
+        mean = sum(turns) / plan.pp
+        more = f", {turns[at] / mean - 1:.1%} more than the mean stage" if mean else ""
+        text += f" With its share of these and its messages a micro-batch takes it {seconds_text(turns[at])}{more}."
     kinds = sorted(((nbytes, kind) for kind, nbytes in stage.memory.items() if nbytes), reverse=True)
     first = " and ".join(f"{kind} ({nbytes / sum(stage.memory.values()):.0%})" for nbytes, kind in kinds[:2])
     held = f"Its memory, {bytes_text(stage.memory_bytes)} at the peak, is filled by {first or 'nothing'}."
@@ -221,6 +220,12 @@ def _glance_at_run(plan: PlanFields, measured: MeasuredStep | None) -> list[str]
     if not measured:
         return []
     found = []
+    if measured.seconds:
+        error = plan.step_seconds / measured.seconds - 1
+        way = "less" if error < 0 else "more"
+        found.append(
+            f"The traced step took {seconds_text(measured.seconds)}; the prediction is {abs(error):.1%} {way}."
+        )
     if plan.pp > 1:
         work = [seconds_by_cause(slices, measured.seconds) for slices in measured.stages]
         busy = [row["forward"] + row["backward"] for row in work]
