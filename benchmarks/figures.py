@@ -1,4 +1,5 @@
-"""Writes the tables of the documents from the results that the benchmarks left in benchmarks/results/.
+"""Writes the tables of the documents, and what reports say of published runs, from the results that the benchmarks left
+in benchmarks/results/.
 
     python -m benchmarks.figures             renews every table
     python -m benchmarks.figures --check     ends with status 1 where a table is not that of the last results
@@ -24,6 +25,17 @@ from benchmarks.planning import every_model
 from benchmarks.support.documents import DOCS, written_between
 
 RESULTS = Path(__file__).parent / "results"
+REPORTED = Path(__file__).parents[1] / "autopart" / "plan" / "report" / "published.json"
+"""What reports say of published runs (`autopart.plan.report.accuracy.Published`)."""
+SOURCES = {
+    "megatron_sc21_t1": "Megatron-LM, SC21 (arXiv 2104.04473, table 1)",
+    "megatron_jan2021": "Megatron-LM, January 2021",
+    "seqsel_t5": "Megatron-LM, selective recompute (arXiv 2205.05198)",
+    "seqsel_abstract": "Megatron-LM, selective recompute (arXiv 2205.05198)",
+    "torchtitan_2024_12": "torchtitan, December 2024",
+    "torchtitan_2025_06": "torchtitan, June 2025",
+}
+"""How the names of published rows begin -> what reports call their source."""
 Found = dict[str, Any]
 
 
@@ -47,6 +59,22 @@ def published(found: Found) -> str:
             for s in found["scores"]
         ),
     )
+
+
+def reported(accuracy: Found, steps: Found) -> str:
+    """`published.json`: errors of published runs by source and device, and of real steps on CPU ranks."""
+    errors: dict[tuple[str, str], list[float]] = {}
+    for row in accuracy["rows"]:
+        device = row["row"]["mesh"].rpartition(":")[2].partition("-")[0]
+        errors.setdefault((SOURCES[row["row"]["name"].partition(":")[0]], device), []).append(row["error"])
+    on_cpu = "small models on 1, 2 and 4 CPU ranks, each planned on a profile of its host (docs/accuracy.md)"
+    errors[on_cpu, "cpu"] = [row["error"] for row in steps["rows"]]
+    sources = [
+        {"source": source, "device": device, "rows": len(e), "mean": round(fmean(map(abs, e)), 4),
+         "signed": round(fmean(e), 4), "worst": round(max(e, key=abs), 4)}
+        for (source, device), e in errors.items()
+    ]  # fmt: skip
+    return json.dumps({"sources": sources}, indent=1) + "\n"
 
 
 def memory(found: Found) -> str:
@@ -211,14 +239,15 @@ FIGURES: dict[str, tuple[str, str, Callable[[Found], str]]] = {
 
 
 def written() -> dict[Path, str]:
-    """Every document with a table -> its text as the last results have it; no results change nothing."""
+    """Every document with a table, and REPORTED -> its text as the last results have it; no results change nothing."""
     texts: dict[Path, str] = {}
     for marker, (document, results, table) in FIGURES.items():
         path = DOCS / document
         if (RESULTS / results).exists():
             text = texts.get(path) or path.read_text()
             texts[path] = written_between(text, marker, table(json.loads((RESULTS / results).read_text())))
-    return texts
+    accuracy, steps = (json.loads((RESULTS / name).read_text()) for name in ("accuracy.json", "measured.json"))
+    return {**texts, REPORTED: reported(accuracy, steps)}
 
 
 def main() -> None:
@@ -228,7 +257,7 @@ def main() -> None:
     check = parser.parse_args().check
     for path, text in written().items():
         if check and path.read_text() != text:
-            sys.exit(f"docs/{path.name} is not what python -m benchmarks.figures writes")
+            sys.exit(f"{path.name} is not what python -m benchmarks.figures writes")
         if not check:
             path.write_text(text)
 

@@ -1,21 +1,33 @@
 """autopart bench: step times of a model under autopart's plans and under PyTorch's own ways."""
 
+from __future__ import annotations
+
 import gc
 import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import torch.distributed as dist
 import typer
 
+from autopart.cli.report import writable, write_report
 from autopart.cli.shared import Json, Mesh, Model, Options, command, load, note, settings_of, tell, write
 from autopart.errors import PartitionError
 from autopart.frontend.batch import samples_of
 from autopart.hardware import mesh as meshes
+from autopart.plan.report import Bench
 from autopart.runtime.launch import launch
+from autopart.runtime.measurement import Measurement
+
+if TYPE_CHECKING:
+    from autopart.compile.bench.rounds import Measured
+    from autopart.compile.bench.setting import Setting
+
+TRACED = 7
+"""Steps of the own plan that its report is of, after the rounds; bytes are counted in the first two."""
 
 
 @command
@@ -30,6 +42,9 @@ def bench_command(
     ] = None,
     lr: Annotated[float, typer.Option(help="learning rate")] = 1e-3,
     csv: Annotated[Path | None, typer.Option(help="write the table here, as CSV")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="write the own plan, a measured step of it and the table as one HTML page")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Time a training step of every uniform configuration, one process, DDP, ZeroRedundancyOptimizer and FSDP2 beside
@@ -37,7 +52,7 @@ def bench_command(
 
     Example: autopart bench gpt2 2:cpu --sequence 64 --rounds 5
     """
-    from autopart.compile.bench import report  # FSDP2 takes a while to load
+    from autopart.compile.bench import report as reports  # FSDP2 takes a while to load
     from autopart.compile.bench.rounds import measure, start
     from autopart.compile.bench.setting import OPTIMIZERS, Setting
     from autopart.compile.bench.systems import systems
@@ -45,6 +60,8 @@ def bench_command(
     gc.enable()
     where = meshes.Mesh.of(mesh)
     _check(options, rounds, warm_up, list(OPTIMIZERS))
+    for file in filter(None, (csv, report)):
+        writable(file)
     if "RANK" not in os.environ:
         status = launch([sys.executable, "-m", "autopart.cli.main", *sys.argv[1:]], where.size)
         raise typer.Exit(status)
@@ -58,13 +75,30 @@ def bench_command(
     wanted = {k: v for k, v in settings_of(options).items() if k != "optimizer"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the systems' own, a dozen times
-        rows, reference = measure(setting, systems(where.size, **wanted), rounds, warm_up, note)
-    found = report.record(setting, rows, reference, model=model, samples=samples, rounds=rounds, warm_up=warm_up)
+        measured = measure(setting, systems(where.size, **wanted), rounds, warm_up, note)
+    found = reports.record(setting, measured, model=model, samples=samples, rounds=rounds, warm_up=warm_up)
+    if report:
+        _write_report(measured, setting, reports.of_report(found), report)
     if dist.get_rank() == 0:
         if csv:
-            write(csv, lambda file: file.write_text(report.csv_text(found)))
+            write(csv, lambda file: file.write_text(reports.csv_text(found)))
         tell(found if as_json else _text(found, f"{model} on {mesh}, {samples} samples a step"))
     dist.destroy_process_group()
+
+
+def _write_report(measured: Measured, setting: Setting, bench: Bench, file: Path) -> None:
+    """Run a few more steps of the own plan, and write its report on rank 0. All ranks call it."""
+    from autopart.compile.bench.own import OWN, PlannedStep
+
+    own = measured.steps.get(OWN)
+    if not isinstance(own, PlannedStep):
+        if not dist.get_rank():
+            note(f"no report: {next(row['status'] for row in measured.rows if row['system'] == OWN)}")
+        return
+    own.compiled.callbacks.append(measurement := Measurement(own.compiled, TRACED))
+    for _ in range(TRACED):
+        own()
+    write_report(own.compiled, setting.model, setting.batch, measurement, file, bench)
 
 
 def _check(options: Options, rounds: int, warm_up: int, optimizers: list[str]) -> None:
@@ -94,9 +128,9 @@ def _device(ranks: int) -> torch.device:
 def _text(found: dict[str, Any], title: str) -> str:
     from rich.console import Console
 
-    from autopart.compile.bench import report
+    from autopart.compile.bench import report as reports
 
     console = Console(width=None if sys.stdout.isatty() else 170)
     with console.capture() as captured:
-        console.print(report.table(found, title))
+        console.print(reports.table(found, title))
     return captured.get().rstrip()

@@ -1,16 +1,22 @@
-"""The shell's `autopart report`."""
+"""The shell's `autopart report`, and the reports of `run` and `bench`."""
 
+import os
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from torch import nn
 
 from autopart.cli import models as models
 from autopart.cli.shared import Json, ModelOf, command, note, of_plan, planning, settings_of, tell, write
+from autopart.errors import PartitionError
+from autopart.frontend.batch import Batch
 from autopart.plan.data import Plan
-from autopart.plan.report import Extras, report_html
-from autopart.planner.explain.report_extras import report_extras
+from autopart.plan.report import Bench, Extras, report_html
+from autopart.planner.explain.report_extras import memory_extras, report_extras
+from autopart.runtime.compiled import Compiled
+from autopart.runtime.measurement import Measurement
 
 
 @command
@@ -48,3 +54,34 @@ def _planned_again(saved: Plan, spec: str | None) -> Extras:
         found = report_extras(saved, loaded, batch, on_progress=say, **settings_of(options))
     note(f"traced and planned again in {time.monotonic() - started:.1f} s")
     return found
+
+
+def writable(file: Path) -> None:
+    """Raise PartitionError unless a report can be written to a file, before what it reports has run."""
+    parent = file.absolute().parent
+    if not parent.is_dir():
+        raise PartitionError(f"cannot write {file}", f"there is no folder {file.parent}")
+    if file.is_dir() or not os.access(file if file.exists() else parent, os.W_OK):
+        raise PartitionError(f"cannot write {file}", "it is a folder" if file.is_dir() else "permission denied")
+
+
+def write_report(
+    compiled: Compiled,
+    model: nn.Module,
+    batch: Batch,
+    measurement: Measurement,
+    file: Path,
+    bench: Bench | None = None,
+) -> None:
+    """Write the report of a run on rank 0: its plan with memory by tensor, and a measured step. All ranks call it."""
+    gathered = measurement.gather(compiled.groups.host)
+    if compiled.rank:
+        return
+    extras = None
+    try:
+        extras = memory_extras(compiled.plan, model, batch)
+    except PartitionError as error:
+        note(f"the report has no memory by tensor: {error}")
+    text, _ = report_html(compiled.plan, trace=gathered, extras=extras, bench=bench)
+    write(file, lambda to: to.write_text(text, encoding="utf-8"))
+    note(f"report: {file}")

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from autopart.cli import models as models
+from autopart.cli.report import writable, write_report
 from autopart.cli.shared import (
     BATCH_OPTIONS,
     Json,
@@ -35,7 +36,6 @@ from autopart.cli.shared import (
     stderr,
     tell,
 )
-from autopart.cli.shared import write as write_file
 from autopart.compile.api import compile
 from autopart.compile.check import check
 from autopart.compile.programs import programs
@@ -43,11 +43,9 @@ from autopart.errors import PartitionError
 from autopart.frontend.batch import DTYPES, outline, take
 from autopart.passes.source import Source, prepare
 from autopart.plan.data import Plan
-from autopart.plan.report import write_report
 from autopart.planner.validate import validate
-from autopart.runtime.callbacks import Trace
-from autopart.runtime.compiled import Compiled
 from autopart.runtime.launch import launch
+from autopart.runtime.measurement import Measurement
 from autopart.runtime.profiled import profiled
 from autopart.runtime.standalone import rate_text, train, write
 
@@ -112,8 +110,8 @@ def run_command(
     gc.enable()
     if not (lr >= 0 and math.isfinite(lr) and steps >= 0):
         raise PartitionError(f"{steps} steps at a learning rate of {lr}", try_="--steps 10 --lr 1e-3")
-    if report and not report.absolute().parent.is_dir():
-        raise PartitionError(f"cannot write {report}", f"there is no folder {report.parent}")
+    if report:
+        writable(report)
     made = saved_plan(plan_file, options, mesh)
     started = "RANK" in os.environ
     world = int(os.environ.get("WORLD_SIZE", processes))
@@ -132,13 +130,13 @@ def run_command(
         compiled = compile(loaded, made.mesh if made else mesh, batch, plan=made, **settings_of(options))
     for warning in warned:
         note(str(warning.message))
-    trace = Trace()
-    if report:
-        compiled.callbacks.append(trace)
+    measurement = Measurement(compiled, steps) if report else None
+    if measurement:
+        compiled.callbacks.append(measurement)
     with _steps(steps, quiet) as say, profiled(compiled, profile) if profile else nullcontext():
         result = train(compiled, take(batch, compiled.plan.global_batch), steps, lr, say)
-    if report:
-        _write_report(compiled, trace, report)
+    if report and measurement:
+        write_report(compiled, loaded, batch, measurement, report)
     if profile and not quiet:
         note(f"profile: {profile}")
     if not quiet:
@@ -159,14 +157,6 @@ def write_folder(model: nn.Module, batch: models.Batch, made: Plan, folder: Path
         return write(folder, made, programs(layered, made), layered.traced.aliases, layered.traced.buffers, batch)
     except OSError as error:
         raise PartitionError(f"cannot write {folder}", str(error)) from error
-
-
-def _write_report(compiled: Compiled, trace: Trace, file: Path) -> None:
-    """Write the report of a run on rank 0, with a step of its trace. All ranks call this function."""
-    gathered = trace.gather(compiled.groups.host)
-    if compiled.rank == 0:
-        write_file(file, lambda to: write_report(compiled.plan, to, trace=gathered))
-        note(f"report: {file}")
 
 
 def _launch(

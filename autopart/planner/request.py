@@ -152,6 +152,7 @@ class Request:
             value, least = getattr(self, name), 0 if name in ("zero", "nodes", "prefetch") else 1
             if value is not None and value < least:
                 raise PartitionError(f"{name}={value} is not positive", try_=f"{name}={least} or more")
+        self._check_prefetch()
         fixed = dict(mesh.axes)
         asked = {n: getattr(self, n) for n in ("pp", "dp", "tp") if getattr(self, n)}
         for name, degree in asked.items():
@@ -178,6 +179,15 @@ class Request:
                 f"micro_batch={divisor_near(request.global_batch, request.micro_batch, request.dp or 1)}",
             )
         return request
+
+    def _check_prefetch(self) -> None:
+        """Raise PartitionError where weights are to be gathered ahead that no rank gathers."""
+        if self.prefetch and self.zero is not None and self.zero < 3:
+            raise PartitionError(
+                f"prefetch={self.prefetch} at ZeRO {self.zero}",
+                "weights are gathered, and so gathered ahead, at ZeRO 3 alone",
+                "zero=3, or no prefetch",
+            )
 
 
 def read_constraints(texts: str | Sequence[str]) -> tuple[Constraint, ...]:

@@ -24,7 +24,7 @@ import math
 import platform
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, wraps
 from pathlib import Path
@@ -35,9 +35,6 @@ import transformers as hf
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from autopart import Mesh, Plan
 from autopart.compile.programs import programs
@@ -52,6 +49,7 @@ from autopart.planner.make_plan import make_plan, request_of
 from autopart.runtime.compiled import Compiled
 from autopart.runtime.groups import Groups
 from autopart.runtime.optimizers import OPTIMIZERS
+from autopart.runtime.peak_bytes import PeakBytes
 from autopart.runtime.process_group import Group
 from autopart.runtime.simulated import run_simulated
 from benchmarks.support.command import command_line
@@ -66,39 +64,13 @@ COLLECTIVES = (
 Batch = Mapping[str, torch.Tensor]
 
 
-class Memory(TorchDispatchMode):
-    """Counts the bytes of all tensors made in this thread that are still alive, and their peak; `others` are not."""
+class Memory(PeakBytes):
+    """`PeakBytes` that counts of the collectives of simulated groups their results alone."""
 
-    def __init__(self, others: Iterable[torch.Tensor]) -> None:
-        super().__init__()
-        self.made = {StorageWeakRef(tensor.untyped_storage()): 0 for tensor in others}
-        self.upper_bound, self.peak, self.hidden = 0, 0, False
+    hidden = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if not self.hidden:
-            self.see(out)
-        return out
-
-    def see(self, out: Any) -> None:
-        """Count what is in `out`. Bytes alive are counted anew only where what was alive at the last count and what was
-        made since are together above the peak."""
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                key = StorageWeakRef(storage)
-                if key not in self.made:
-                    self.made[key] = storage.nbytes()
-                    self.upper_bound += storage.nbytes()
-        if self.upper_bound > self.peak:
-            self.peak = max(self.peak, self.alive)
-
-    @property
-    def alive(self) -> int:
-        """Bytes alive now."""
-        for gone in [storage for storage in self.made if storage.expired()]:
-            self.upper_bound -= self.made.pop(gone)
-        return self.upper_bound
+        return func(*args, **(kwargs or {})) if self.hidden else super().__torch_dispatch__(func, types, args, kwargs)
 
     def watch(self, groups: Groups) -> None:
         """Count of the collectives of simulated groups their results alone."""
@@ -133,7 +105,8 @@ def measured(source: Source, plan: Plan) -> list[int]:
     kind, settings = OPTIMIZERS[plan.optimizer]
 
     def one(groups: Groups) -> int:
-        with Memory([*source.model.parameters(), *source.model.buffers(), *source.batch.values()]) as memory:
+        apart = [*source.model.parameters(), *source.model.buffers(), *source.batch.values()]
+        with Memory(apart=apart) as memory:
             memory.watch(groups)
             program = stages[groups.pp.rank]
             compiled = Compiled(source.model, plan, groups, program, layered.traced.aliases, layered.traced.buffers)

@@ -89,9 +89,9 @@ def run_rank(options: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore")
     setting = make_setting(options)
     chosen = {k: v for k, v in systems(options.ranks).items() if not options.systems or k in options.systems}
-    rows, reference = rounds.measure(setting, chosen, options.rounds, options.warm_up, say)
+    measured = rounds.measure(setting, chosen, options.rounds, options.warm_up, say)
     config = {k: v for k, v in vars(options).items() if k not in ("json", "csv", "systems", "profile")}
-    found = {"command": command_line("benchmarks.harness"), **report.record(setting, rows, reference, **config)}
+    found = {"command": command_line("benchmarks.harness"), **report.record(setting, measured, **config)}
     if setting.rank == 0:
         title = f"{options.model}, {found['config']['parameters'] / 1e6:.1f}M parameters, batch {options.batch} x "
         title += f"{options.sequence}, {options.ranks} ranks on {setting.device.type}"

@@ -53,5 +53,5 @@ def train(
     where = replace(autopart.Mesh.of(mesh), axes=())
     setting = Setting(model, dict(batch), device, where, config.micro_batches, config.optimizer, config.lr)
     ours = {name: system for name, system in systems(config.ranks).items() if name in chosen(config)}
-    rows, reference = rounds.measure(setting, ours, config.steps, config.warm_up, say)
-    return {"command": "python -m examples.yuan", **report.record(setting, rows, reference)}
+    measured = rounds.measure(setting, ours, config.steps, config.warm_up, say)
+    return {"command": "python -m examples.yuan", **report.record(setting, measured)}

@@ -77,13 +77,18 @@ def test_four_ranks_by_hand() -> None:
 def test_the_command_takes_a_model_of_ones_own(tmp_path: Path) -> None:
     model, to_csv = "examples/tiny.py:model", tmp_path / "found.csv"
     given = ["-m", "autopart.cli.main", "bench", model, "2:cpu", "--rounds", "1", "--warm-up", "1"]
-    found = json.loads(run([*given, "--csv", str(to_csv), "--tp", "2", "--json"]))
+    page = tmp_path / "found.html"
+    found = json.loads(run([*given, "--csv", str(to_csv), "--report", str(page), "--tp", "2", "--json"]))
     rows = {row["system"]: row for row in found["rows"]}
     assert {row["status"] for row in rows.values()} == {"ok"}
     assert {"autopart", "one process", "DDP", "ZeroRedundancyOptimizer", "FSDP2", *uniform(2)} == set(rows)
     assert rows["autopart"]["note"].startswith("tp=2")
     assert rows["one process"]["losses"] == pytest.approx(found["config"]["losses"], rel=1e-6)
     assert len(list(csv.DictReader(to_csv.open()))) == len(rows)
+    assert all((rows[name].get("predicted_seconds", 0) > 0) == name.startswith("autopart") for name in rows)
+    numbers = json.loads(page.read_text().partition('id="numbers">')[2].partition("</script>")[0])
+    assert [row["system"] for row in numbers["bench"]["rows"]] == list(rows)
+    assert numbers["measured"]["seconds"] > 0 and numbers["degrees"]["tp"] == 2
 
 
 @pytest.mark.slow

@@ -279,18 +279,22 @@ def test_run_trains_on_two_ranks(tiny: str, tmp_path: Path, monkeypatch: pytest.
         return run_main(main_of_rank, line[3:], ranks, output)
 
     monkeypatch.setattr(training, "launch", launch)
-    given = ("--processes", 2, "--tp", 2, "--batch", 4, "--micro-batch", 4, "--steps", 3, "--json")
+    given = ("--processes", 2, "--tp", 2, "--batch", 4, "--micro-batch", 4, "--steps", 6, "--json")
     given += ("--report", tmp_path / "report.html")
     result = shell("run", tiny, *given)
     assert result.exit_code == 0, result.output + output.read_text()
     told = json.loads(output.read_text().splitlines()[-1])
-    assert len(told["losses"]) == len(told["step_seconds"]) == 3
+    assert len(told["losses"]) == len(told["step_seconds"]) == 6
     assert told["losses"][-1] < told["losses"][0] and told["tokens_per_second"] > 0
     plan = Plan.from_json(told["plan"])
     assert (plan.tp, plan.global_batch) == (2, 4)
     page = (tmp_path / "report.html").read_text()
-    step = json.loads(page.partition('id="numbers">')[2].partition("</script>")[0])["measured"]
-    assert step["of"] == 3 and 0 < step["seconds"] <= max(told["step_seconds"][1:])
+    numbers = json.loads(page.partition('id="numbers">')[2].partition("</script>")[0])
+    step = numbers["measured"]
+    assert step["of"] == 4 and 0 < step["seconds"] <= max(told["step_seconds"][2:])
+    assert step["peak_bytes"][0] == pytest.approx(plan.memory_bytes[0], rel=0.1)
+    assert {(row["axis"], row["op"]) for row in step["messages"][0]} >= {("tp", "forward"), ("tp", "backward")}
+    assert numbers["extras"]["prices"] is None and numbers["extras"]["memory"][0]
     assert all(step["stages"][0]["seconds"][cause] > 0 for cause in ("forward", "backward", "optimizer"))
 
 

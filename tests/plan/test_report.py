@@ -2,106 +2,34 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as xml
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import models
 import pytest
 import torch
-import transformers as hf
+from reports import PLANS, Page, numbers_of, page, planned, trace_of
 from torch import nn
 from typer.testing import CliRunner
 
 import autopart
-from autopart import Mesh, PartitionError, Plan
+from autopart import Mesh, Plan
 from autopart.cli.main import app
 from autopart.hardware.mesh import usable_bytes
 from autopart.plan.breakdown import slowest_stage
 from autopart.plan.report import report_html
 from autopart.plan.report.drawing import LETTER, Scale, fitting, tick_text
-from autopart.plan.report.measured import measured_step
 from autopart.plan.report.memory import shown_stages
 from autopart.plan.report.numbers import finite
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 
-PLANS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "one device": ("mlp", "1:cpu", {}),
-    "1f1b": ("llama", "4:cpu", {"tp": 2, "pp": 2, "micro_batch": 4}),
-    "4 stages": ("llama", "4:a100-80gb", {"pp": 4, "micro_batch": 1}),
-    "experts": ("mixtral", "2x2:h100-80gb", {"tp": 2, "zero": 3}),
-    "values that skip": ("mlp", "4:cpu", {"pp": 4, "micro_batch": 2}),
-}
-VOID = {"meta", "link", "br", "hr", "img", "input", "col"}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-
-
-@functools.cache
-def planned(name: str) -> Plan:
-    which, mesh, given = PLANS[name]
-    model, batch = mixtral() if which == "mixtral" else models.build(which, layers=4)
-    return autopart.plan(model, mesh, batch, **given)
-
-
-def mixtral() -> tuple[nn.Module, models.Batch]:
-    """A Mixtral of two layers, and a batch for it."""
-    config = hf.MixtralConfig(
-        vocab_size=models.WORDS, hidden_size=models.WIDTH, intermediate_size=models.WIDTH, num_hidden_layers=2,
-        num_attention_heads=models.HEADS, num_key_value_heads=2, num_local_experts=4,
-    )  # fmt: skip
-    return hf.MixtralForCausalLM(config), models.batch_for("mixtral", torch.float32)
-
-
-@functools.cache
-def page(name: str) -> str:
-    return report_html(planned(name))[0]
-
-
-class Page(HTMLParser):
-    """The elements of a page; raises where one is not closed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = self.script = ""
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] == "script":
-            self.script += data
-        elif "style" not in self.open:
-            self.text += data
-
-
-def numbers_of(text: str) -> dict[str, Any]:
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
-
-    found = json.loads(Page(text).script, parse_constant=refuse)
-    assert isinstance(found, dict)
-    return found
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -188,60 +116,6 @@ def test_128_layers_in_4_stages_are_under_2_mb() -> None:
         text = report_html(each)[0]
         assert len(text.encode()) < 2_000_000
         assert Page(text).text.count("model.layers") > 3
-
-
-def trace_of(plan: Plan, slower: float, steps: int = 4) -> dict[str, Any]:
-    """What `autopart.Trace` would record of steps that take `slower` times as long as predicted; the first more."""
-    made, events, start = autopart.timeline(plan), [], 5.0
-    for step in range(steps):
-        factor = slower * (10 if step == 0 else 1 + step / 10)
-        for number, stage in enumerate(made.stages):
-            for entry, begin, end in stage.events:
-                args = {"op": entry.op.value, "stage": number, "step": step, "micro_batch": entry.micro_batch}
-                for rank in range(number * plan.dp * plan.tp, (number + 1) * plan.dp * plan.tp):
-                    row = {"ph": "X", "name": entry.op.value, "pid": number, "tid": rank, "args": args}
-                    events.append({**row, "ts": (start + begin * factor) * 1e6, "dur": (end - begin) * factor * 1e6})
-        start += made.seconds * factor + 1.0
-    return {"displayTimeUnit": "ms", "traceEvents": events}
-
-
-def test_a_measured_step_stands_beside_the_prediction(tmp_path: Path) -> None:
-    plan = planned("1f1b")
-    file = tmp_path / "trace.json"
-    file.write_text(json.dumps(trace_of(plan, 2.0)))
-    step = measured_step(file, plan)
-    assert (step.step, step.of, step.ranks) == (2, 4, (0, 2))
-    seconds = 2.0 * 1.2 * max(end for s in autopart.timeline(plan).stages for _, _, end in s.events)
-    assert step.seconds == pytest.approx(seconds)
-    plan.report(tmp_path / "report.html", trace=file)
-    told = numbers_of((tmp_path / "report.html").read_text())
-    for stage, row in zip(plan.stages, told["measured"]["stages"], strict=True):
-        assert row["seconds"]["forward"] == pytest.approx(2.4 * plan.micro_batches * stage.forward_seconds)
-        assert sum(row["seconds"].values()) == pytest.approx(step.seconds, rel=0.01) or row["seconds"]["idle"] == 0
-    assert "measured" in Page((tmp_path / "report.html").read_text()).text
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t["traceEvents"].clear(), "no whole step"),
-        (lambda t: t["traceEvents"].pop(0), None),
-        (lambda t: t.pop("traceEvents"), "no trace of a run"),
-        (lambda t: t["traceEvents"][0].update(pid=7), "another plan"),
-        (lambda t: t["traceEvents"][0]["args"].update(op="dance"), "no trace of a run"),
-        (lambda t: t["traceEvents"][0].update(dur=float("nan")), "no trace of a run"),
-        (lambda t: t["traceEvents"][0].pop("args"), "no trace of a run"),
-    ],
-)
-def test_other_traces_are_refused(change: Any, message: str | None) -> None:
-    plan = planned("1f1b")
-    trace = json.loads(json.dumps(trace_of(plan, 1.0)))
-    change(trace)
-    if message is None:
-        assert measured_step(trace, plan).of == 4  # another rank of the stage has what this one lacks
-        return
-    with pytest.raises(PartitionError, match=message):
-        report_html(plan, trace=trace)
 
 
 def test_the_shell_writes_it_and_says_where(tmp_path: Path) -> None:

@@ -151,6 +151,7 @@ SQUARE = {"x": torch.ones(8, 4)}
         ("mlp", None, "2:cpu", {"micro_batch": 1, "dp": 2}, "do not divide over dp=2"),
         ("mlp", {"x": torch.ones(8, 32), "target": torch.ones(4, 8)}, "2:cpu", {}, "no common size"),
         ("mlp", None, "4:cpu", {"tp": 3}, "tp=3 does not fill the mesh"),
+        ("mlp", None, "4:cpu", {"zero": 1, "prefetch": 64}, "prefetch=64 at ZeRO 1"),
         ("mlp", None, "4:cpu", {"tp": 2, "pp": 1, "dp": 1}, "pp=1 x dp=1 x tp=2 does not fill the mesh"),
         ("mlp", None, "4:cpu", {"tp": 0}, "tp=0"),
         ("mlp", None, "64:cpu", {"pp": 64}, "64 stages"),

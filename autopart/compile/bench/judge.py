@@ -40,14 +40,14 @@ def compare(rows: Mapping[str, Row]) -> None:
                 continue
             ratios = [a / b for a, b in zip(row["seconds"], rows[other]["seconds"], strict=True)]
             row[key] = statistics.median(ratios)
-            row[f"{key}_spread"] = _quartiles(ratios)
+            row[f"{key}_spread"] = quartiles(ratios)
 
 
 def _ranked(row: Mapping[str, Any]) -> bool:
     return row.get("status") == "ok" and "seconds" in row
 
 
-def _quartiles(values: Sequence[float]) -> tuple[float, float]:
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
     """The first and the third quartile."""
     if len(values) < 2:
         return values[0], values[0]

@@ -2,16 +2,31 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from autopart.compile.api import compile
 from autopart.compile.bench.setting import OPTIMIZERS, NotExpressibleError, Setting, Step, System, micro_batches_text
-from autopart.frontend.batch import samples_of
+from autopart.frontend.batch import Batch, samples_of
 from autopart.plan.data import Plan
+from autopart.runtime.compiled import Compiled
 
 OWN = "autopart"
 """The name of the planner's own plan."""
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step of a compiled plan."""
+
+    compiled: Compiled
+    batch: Batch
+
+    def __call__(self) -> Tensor:
+        return self.compiled.step(self.batch)
 
 
 def build(setting: Setting, pipeline: bool = False, **settings: Any) -> tuple[Step, str]:
@@ -27,7 +42,7 @@ def build(setting: Setting, pipeline: bool = False, **settings: Any) -> tuple[St
         copy.deepcopy(setting.model), setting.mesh, setting.batch, **{"optimizer": setting.optimizer, **settings}
     )
     compiled.optimizer(OPTIMIZERS[setting.optimizer], lr=setting.lr)
-    return partial(compiled.step, setting.whole_batch()), _note(compiled.plan)
+    return PlannedStep(compiled, setting.whole_batch()), _note(compiled.plan)
 
 
 def _note(plan: Plan) -> str:

@@ -5,7 +5,7 @@ import io
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,21 @@ import torch.distributed as dist
 from rich.markup import escape
 from rich.table import Table
 
-from autopart.compile.bench.judge import shows_gradients
+from autopart.compile.bench.judge import quartiles, shows_gradients
+from autopart.compile.bench.rounds import Measured
 from autopart.compile.bench.setting import Setting
+from autopart.plan.report import Bench, BenchRow
+from autopart.plan.units import counted
 
 Row = Mapping[str, Any]
 COLUMNS = (
-    "system", "note", "status", "like", "median_seconds", "min_seconds", "to_autopart", "to_like", "first_gap",
-    "later_gap", "build_seconds",
-)  # fmt: skip
+    *("system", "note", "status", "like", "median_seconds", "min_seconds", "predicted_seconds", "to_autopart"),
+    *("to_like", "first_gap", "later_gap", "build_seconds"),
+)
 """The columns of the CSV, in seconds and ratios; a cell that does not apply is empty."""
 
 
-def record(setting: Setting, rows: Sequence[Row], reference: Sequence[float], **config: Any) -> dict[str, Any]:
+def record(setting: Setting, measured: Measured, **config: Any) -> dict[str, Any]:
     """What was run, on what, and what was found, as plain data. Every rank calls it."""
     return {
         "versions": {
@@ -47,11 +50,32 @@ def record(setting: Setting, rows: Sequence[Row], reference: Sequence[float], **
             "micro_batches": setting.micro_batches,
             "optimizer": setting.optimizer,
             "lr": setting.lr,
-            "losses": list(reference),
-            "gradients_shown": shows_gradients(reference),
+            "losses": measured.reference,
+            "gradients_shown": shows_gradients(measured.reference),
         },
-        "rows": list(rows),
+        "rows": measured.rows,
     }
+
+
+def of_report(found: Mapping[str, Any]) -> Bench:
+    """What a record has for the report of a plan."""
+    config = found["config"]
+    threads = counted(config["threads_per_rank"], "thread")
+    where = f"{config['ranks']} {config['device']} ranks of {threads} on {counted(config['cores'], 'core')}"
+    return Bench(tuple(map(_reported, found["rows"])), config["rounds"], where)
+
+
+def _reported(row: Row) -> BenchRow:
+    ranked = row["status"] == "ok" and "seconds" in row
+    return BenchRow(
+        row["system"],
+        "; ".join(filter(None, ["" if ranked else row["status"], row.get("note", "")])),
+        row["median_seconds"] if ranked else None,
+        quartiles(row["seconds"]) if ranked else None,
+        row.get("predicted_seconds"),
+        row.get("to_autopart"),
+        row.get("later_gap"),
+    )
 
 
 def write_json(found: Mapping[str, Any], file: Path) -> None:
@@ -79,7 +103,7 @@ def table(found: Mapping[str, Any], title: str) -> Table:
         f"of the unmodified model: {config['losses'][0]:.5f} to {config['losses'][-1]:.5f}{doubt}",
     )
     made.add_column("system")
-    for name in ("median ms", "min ms", "to autopart", "to like plan", "loss gap"):
+    for name in ("median ms", "min ms", "predicted", "to autopart", "to like plan", "loss gap"):
         made.add_column(name, justify="right")
     made.add_column("as", overflow="fold")
     for row in found["rows"]:
@@ -87,6 +111,7 @@ def table(found: Mapping[str, Any], title: str) -> Table:
         cells = (
             _cell(row, "median_seconds", 1e3, ".1f"),
             _cell(row, "min_seconds", 1e3, ".1f"),
+            _cell(row, "predicted_seconds", 1e3, ".1f"),
             _ratio(row, "to_autopart"),
             _ratio(row, "to_like"),
             _cell(row, "later_gap", 1, ".0e"),

@@ -8,6 +8,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from autopart.compile.bench.judge import compare, judge
+from autopart.compile.bench.own import PlannedStep
 from autopart.compile.bench.setting import NotExpressibleError, Setting, Step, System, plain_step
 
 TIMEOUT = timedelta(seconds=120)
@@ -28,10 +30,24 @@ def start(device_type: str) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout=TIMEOUT)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a benchmark found.
+
+    rows       of each system, judged and compared, the same on every rank
+    reference  the losses of the unmodified model
+    steps      of the systems that ran to the end, by name
+    """
+
+    rows: list[Row]
+    reference: list[float]
+    steps: Mapping[str, Step]
+
+
 def measure(
     setting: Setting, systems: Mapping[str, System], steps: int, warm_up: int, say: Callable[[str], None]
-) -> tuple[list[Row], list[float]]:
-    """A row for each system, judged and compared, the same on every rank; and the losses of the unmodified model.
+) -> Measured:
+    """Build the systems and time them.
 
     steps    rounds that count
     warm_up  rounds before them
@@ -45,7 +61,7 @@ def measure(
     judge(rows.values(), reference)
     compare(rows)
     dist.barrier(group=control)
-    return list(rows.values()), reference
+    return Measured(list(rows.values()), reference, made)
 
 
 def _train_alone(setting: Setting, steps: int) -> list[float]:
@@ -67,6 +83,8 @@ def _build_all(
             step, row["note"] = systems[name].build(setting)
             row["build_seconds"] = time.perf_counter() - started
             row["losses"] = [float(step())]
+            if isinstance(step, PlannedStep):
+                row["predicted_seconds"] = step.compiled.plan.step_seconds
         except NotExpressibleError as reason:
             error = f"not expressible: {reason}"
         except ImportError as reason:

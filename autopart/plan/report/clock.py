@@ -22,8 +22,9 @@ MOST_BOXES = 3000
 length, each divided by the shares of its time."""
 MOST_SLOTS = 8_000
 """Slots of a figure."""
-NUMBERED = 13.0
-"""Units from which a box has the number of its micro-batch."""
+DIGIT, AROUND = 7.5, 5.0
+"""Units of a digit, and of what is left and right of a number: a box has the number of its micro-batch where there is
+room for that of the last."""
 
 
 def predicted(stage: StageTimeline) -> list[Slice]:
@@ -57,15 +58,19 @@ def clock_figure(made: Timeline, measured: MeasuredStep | None) -> tuple[Figure,
         figure.text(0, y + ROW - 7, name, "strong", 60)
         figure.text(GUTTER - 6, y + ROW - 7, which, "end small")
         figure.rect("empty", GUTTER, y + 2, axis.end - GUTTER, ROW - 4)
-        (_boxes if boxes else _slots)(figure, axis, y + 2, slices, MOST_SLOTS // len(rows))
+        if boxes:
+            _boxes(figure, axis, y + 2, slices)
+        else:
+            _slots(figure, axis, y + 2, slices, MOST_SLOTS // len(rows))
         y += ROW
     _time_axis(figure, axis, y + 2)
     figure.height = y + 34
     return figure, boxes
 
 
-def _boxes(figure: Figure, axis: Scale, y: float, slices: Sequence[Slice], _: int) -> None:
+def _boxes(figure: Figure, axis: Scale, y: float, slices: Sequence[Slice]) -> None:
     """A box for each slice, with the number of its micro-batch where there is room."""
+    numbered = AROUND + DIGIT * len(str(max((slice.micro_batch for slice in slices), default=0)))
     for slice in slices:
         x, end, kind = axis(slice.start), axis(slice.end), CAUSES[slice.op]
         if end - x < 0.05:
@@ -73,7 +78,7 @@ def _boxes(figure: Figure, axis: Scale, y: float, slices: Sequence[Slice], _: in
         of = f" of micro-batch {slice.micro_batch}" if slice.micro_batch >= 0 else ""
         title = f"{slice.op.value.replace('_', ' ')}{of}: {seconds_text(slice.end - slice.start)}"
         figure.rect(f"box {class_of(kind)}", x, y, end - x, ROW - 4, title)
-        if end - x >= NUMBERED and slice.micro_batch >= 0 and kind in ("forward", "backward"):
+        if end - x >= numbered and slice.micro_batch >= 0 and kind in ("forward", "backward"):
             figure.text((x + end) / 2, y + ROW - 8, str(slice.micro_batch), f"middle on-{class_of(kind)}")
 
 

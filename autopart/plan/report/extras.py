@@ -47,22 +47,57 @@ class MemoryBlock:
 class Extras:
     """What a report says besides its plan.
 
-    prices        the step after changes of the mesh
+    memory        of every stage, its blocks in the order of the model
+    prices        the step after changes of the mesh; None where nothing was planned again
     slack         usable bytes of a device less the peak of the fullest stage
     alternatives  the best plan of other degrees
-    memory        of every stage, its blocks in the order of the model
     """
 
-    prices: tuple[PriceRow, ...]
-    slack: float
-    alternatives: tuple[AlternativeRow, ...]
     memory: tuple[tuple[MemoryBlock, ...], ...]
+    prices: tuple[PriceRow, ...] | None = None
+    slack: float = 0.0
+    alternatives: tuple[AlternativeRow, ...] = ()
 
     def to_json(self) -> Mapping[str, object]:
         """The extras as dicts, lists, numbers and text."""
         return {
-            "prices": [vars(row) for row in self.prices],
+            "memory": [[vars(block) for block in blocks] for blocks in self.memory],
+            "prices": None if self.prices is None else [vars(row) for row in self.prices],
             "slack_bytes": self.slack,
             "alternatives": [vars(row) for row in self.alternatives],
-            "memory": [[vars(block) for block in blocks] for blocks in self.memory],
         }
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """A system of a benchmark.
+
+    system     its name
+    what       what it did, or why it is not ranked
+    seconds    median of the rounds; None where it is not ranked
+    quartiles  the first and the third
+    predicted  of the plan, for autopart's own
+    ratio      median of its seconds over those of autopart's own plan, round by round
+    loss_gap   how far its losses are from the unmodified model's, relatively
+    """
+
+    system: str
+    what: str
+    seconds: float | None
+    quartiles: tuple[float, float] | None
+    predicted: float | None
+    ratio: float | None
+    loss_gap: float | None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a benchmark found: systems in the order of their turns.
+
+    rounds  that count
+    where   ranks, device and threads in words
+    """
+
+    rows: tuple[BenchRow, ...]
+    rounds: int
+    where: str

@@ -8,8 +8,9 @@ from autopart.hardware.mesh import usable_bytes
 from autopart.plan.breakdown import model_flops_utilisation, slowest_stage, step_breakdown
 from autopart.plan.fields import PlanFields
 from autopart.plan.reasons import reasons
+from autopart.plan.report.accuracy import Comparison, comparison_json, published
 from autopart.plan.report.clock import predicted, seconds_by_cause
-from autopart.plan.report.extras import Extras
+from autopart.plan.report.extras import Bench, Extras
 from autopart.plan.report.graph import layers_text
 from autopart.plan.report.measured import MeasuredStep
 from autopart.plan.report.search import Dot
@@ -18,8 +19,9 @@ from autopart.plan.timeline import Timeline
 
 
 def numbers(
-    plan: PlanFields, made: Timeline, measured: MeasuredStep | None, extras: Extras | None, dots: list[Dot]
-) -> dict[str, Any]:
+    plan: PlanFields, made: Timeline, measured: MeasuredStep | None, extras: Extras | None, dots: list[Dot],
+    compared: list[Comparison], bench: Bench | None,
+) -> dict[str, Any]:  # fmt: skip
     """Everything that the report shows, without the operators, which the plan's own JSON has. Seconds and bytes."""
     each = plan.dp * plan.tp
     return finite(
@@ -67,6 +69,9 @@ def numbers(
             "search": asdict(plan.search) if plan.search else None,
             "alternatives": [asdict(dot) for dot in dots],
             "extras": extras.to_json() if extras else None,
+            "accuracy": [comparison_json(row) for row in compared],
+            "published": [] if compared or bench else [asdict(row) for row in published(plan)],
+            "bench": asdict(bench) if bench else None,
         }
     )
 
@@ -79,7 +84,9 @@ def measured_numbers(measured: MeasuredStep | None) -> dict[str, Any] | None:
         {"rank": rank, "seconds": seconds_by_cause(slices, measured.seconds)}
         for rank, slices in zip(measured.ranks, measured.stages, strict=True)
     ]
-    return {"step": measured.step, "of": measured.of, "seconds": measured.seconds, "stages": stages}
+    found = {"step": measured.step, "of": measured.of, "seconds": measured.seconds, "stages": stages}
+    messages = [[asdict(row) for row in rows] for rows in measured.messages]
+    return {**found, "peak_bytes": measured.peak_bytes, "messages": messages}
 
 
 def finite(value: Any) -> Any:

@@ -9,16 +9,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autopart.cost.training_state import amortization
 from autopart.hardware.mesh import usable_bytes
 from autopart.plan.breakdown import fullest_stage, model_flops_utilisation, slowest_stage
 from autopart.plan.fields import PlanFields
 from autopart.plan.reasons import reasons
+from autopart.plan.report.accuracy import Comparison, comparisons, published
+from autopart.plan.report.bench_figure import bench_figure
 from autopart.plan.report.clock import LEGEND, class_of, clock_figure, predicted, seconds_by_cause
 from autopart.plan.report.drawing import WIDTH
-from autopart.plan.report.extras import Extras
+from autopart.plan.report.extras import Bench, Extras
 from autopart.plan.report.graph import ARCS, layers_text, recompute_text, stage_blocks, stages_figure
 from autopart.plan.report.measured import MeasuredStep, measured_step
-from autopart.plan.report.memory import KINDS, over_time_figure, peak_figure, shown_stages
+from autopart.plan.report.memory import KINDS, LIVES, memory_tree, over_time_figure, peak_figure, shown_stages
 from autopart.plan.report.mesh_figure import SHOWN, mesh_figure, ranks_of
 from autopart.plan.report.numbers import numbers
 from autopart.plan.report.search import alternatives, alternatives_figure, history_figure
@@ -35,23 +38,29 @@ Trace = str | Path | Mapping[str, Any]
 
 
 def write_report(
-    plan: PlanFields, path: str | Path, *, trace: Trace | None = None, extras: Extras | None = None
+    plan: PlanFields,
+    path: str | Path,
+    *,
+    trace: Trace | None = None,
+    extras: Extras | None = None,
+    bench: Bench | None = None,
 ) -> dict[str, Any]:
     """Write the report of a plan as one HTML file, in UTF-8; the numbers that it shows.
 
     trace   of a real run of the plan, which is shown beside the prediction
-    extras  what planning again found (`autopart.planner.explain.report_extras`)
+    extras  what tracing the model and planning again found (`autopart.planner.explain.report_extras`)
+    bench   what other systems took for a step (`autopart bench`)
 
     Raises PartitionError for a trace of another plan, and for a plan whose schedule is not known; OSError where the
     file cannot be written.
     """
-    text, told = report_html(plan, trace=trace, extras=extras)
+    text, told = report_html(plan, trace=trace, extras=extras, bench=bench)
     Path(path).write_text(text, encoding="utf-8")
     return told
 
 
 def report_html(
-    plan: PlanFields, *, trace: Trace | None = None, extras: Extras | None = None
+    plan: PlanFields, *, trace: Trace | None = None, extras: Extras | None = None, bench: Bench | None = None
 ) -> tuple[str, dict[str, Any]]:
     """The report as HTML, and the numbers that it shows. Arguments and errors are those of `write_report`."""
     made = timeline(plan)
@@ -59,7 +68,8 @@ def report_html(
     dots = alternatives(plan, extras)
     clock, boxes = clock_figure(made, measured)
     blocks = stage_blocks(plan)
-    told = numbers(plan, made, measured, extras, dots)
+    compared = list(comparisons(plan, made, measured)) if measured else []
+    told = numbers(plan, made, measured, extras, dots, compared, bench)
     text = (
         _environment()
         .get_template("page.html")
@@ -70,7 +80,7 @@ def report_html(
             reasons=list(reasons(plan)),
             notes=[*plan.notes, *kernels_text(plan)],
             facts=_facts(plan, made, measured),
-            glance=_glance(plan, extras),
+            glance=_glance(plan, extras, measured),
             slowest=slowest_stage(plan),
             fullest=fullest_stage(plan),
             mesh_figure=mesh_figure(plan),
@@ -84,8 +94,10 @@ def report_html(
             causes=LEGEND,
             timeline=made,
             measured=measured,
-            peak_figure=peak_figure(plan),
-            over_time_figure=over_time_figure(plan, made),
+            peak_figure=peak_figure(plan, measured),
+            over_time_figure=over_time_figure(plan, made, measured),
+            tree=memory_tree(plan, extras),
+            lives=LIVES,
             shown_stages=shown_stages(plan),
             kinds=[kind for kind in KINDS if any(stage.memory.get(kind) for stage in plan.stages)],
             usable=usable_bytes(plan.mesh),
@@ -95,6 +107,10 @@ def report_html(
             dots=dots,
             alternatives_figure=alternatives_figure(plan, dots),
             extras=extras,
+            compared=_by_owner(compared),
+            published=published(plan),
+            bench=bench,
+            bench_figure=bench_figure(bench) if bench else None,
             numbers=told,
         )
     )
@@ -120,9 +136,24 @@ def _environment() -> jinja2.Environment:
         kind=class_of,
         layers=layers_text,
         recompute=recompute_text,
+        signed=signed_text,
     )
     made.globals.update(ranks_of=ranks_of, width_of=lambda figure, kind: WIDTH if kind == "figure" else ARCS)
     return made
+
+
+def signed_text(share: float, digits: int = 1) -> str:
+    """``"+1.5%"``: a relative difference; "0.0%" where it rounds to nothing."""
+    text = f"{100 * share:+.{digits}f}%"
+    return text if any(c in "123456789" for c in text) else text[1:]
+
+
+def _by_owner(compared: list[Comparison]) -> list[tuple[str, list[Comparison]]]:
+    """The comparisons in groups of the same owner, in order."""
+    found: dict[str, list[Comparison]] = {}
+    for row in compared:
+        found.setdefault(row.about, []).append(row)
+    return list(found.items())
 
 
 @dataclass(frozen=True)
@@ -145,17 +176,15 @@ def _facts(plan: PlanFields, made: Timeline, measured: MeasuredStep | None) -> l
     found.append(Fact(f"{plan.gap:.2%}", "gap to the lower bound"))
     found.append(Fact(f"{made.bubble:.1%}", "pipeline bubble"))
     share = max(plan.memory_bytes) / usable_bytes(plan.mesh)
-    found.append(Fact(bytes_text(max(plan.memory_bytes)), f"peak memory, {share:.0%} of usable"))
+    used = f"{share:.0%}" if share >= 0.005 else "under 1%"
+    found.append(Fact(bytes_text(max(plan.memory_bytes)), f"peak memory, {used} of usable"))
     return found
 
 
-def _glance(plan: PlanFields, extras: Extras | None) -> list[str]:
-    """Which stage is slowest, by how much and by what; what fills its memory."""
+def _glance(plan: PlanFields, extras: Extras | None, measured: MeasuredStep | None) -> list[str]:
+    """Which stage is slowest, by how much and by what; what fills its memory; what a run showed of both."""
     at = slowest_stage(plan)
     stage, others = plan.stages[at], [s for i, s in enumerate(plan.stages) if i != at]
-
-    def work(index: int) -> float:
-        return plan.stages[index].forward_seconds + plan.stages[index].backward_seconds
 
     name = f"Stage {at} is the slowest" if others else "The only stage"
     sync = f", and {seconds_text(stage.sync_seconds)} a step for gradient sync and optimizer"
@@ -164,9 +193,11 @@ def _glance(plan: PlanFields, extras: Extras | None) -> list[str]:
         f"a micro-batch{sync if stage.sync_seconds else ''}."
     )
     if others:
-        mean = sum(work(i) for i in range(plan.pp)) / plan.pp
-        more = work(at) / mean - 1 if mean else 0.0
-        text += f" These take {abs(more):.1%} {'more' if more >= 0 else 'less'} than the mean stage's."
+        shared = amortization(plan.zero, plan.micro_batches, plan.pp)
+        turns = [each.turn_seconds(shared) for each in plan.stages]
+        mean = sum(turns) / plan.pp
+        more = f", {turns[at] / mean - 1:.1%} more than the mean stage" if mean else ""
+        text += f" With its share of these and its messages a micro-batch takes it {seconds_text(turns[at])}{more}."
     kinds = sorted(((nbytes, kind) for kind, nbytes in stage.memory.items() if nbytes), reverse=True)
     first = " and ".join(f"{kind} ({nbytes / sum(stage.memory.values()):.0%})" for nbytes, kind in kinds[:2])
     held = f"Its memory, {bytes_text(stage.memory_bytes)} at the peak, is filled by {first or 'nothing'}."
@@ -181,6 +212,30 @@ def _glance(plan: PlanFields, extras: Extras | None) -> list[str]:
             f"Stage {fullest} has the fullest memory: {bytes_text(full.memory_bytes)}, "
             f"most of it {kind} ({nbytes / sum(full.memory.values()):.0%})."
         )
+    return [*found, *_glance_at_run(plan, measured)]
+
+
+def _glance_at_run(plan: PlanFields, measured: MeasuredStep | None) -> list[str]:
+    """What a traced step says of the slowest stage and of the peak."""
+    if not measured:
+        return []
+    found = []
+    if measured.seconds:
+        error = plan.step_seconds / measured.seconds - 1
+        way = "less" if error < 0 else "more"
+        found.append(
+            f"The traced step took {seconds_text(measured.seconds)}; the prediction is {abs(error):.1%} {way}."
+        )
+    if plan.pp > 1:
+        work = [seconds_by_cause(slices, measured.seconds) for slices in measured.stages]
+        busy = [row["forward"] + row["backward"] for row in work]
+        at = max(range(plan.pp), key=busy.__getitem__)
+        found.append(f"In the traced step stage {at} computed longest: {seconds_text(busy[at])} of it.")
+    if peaks := [(peak, stage) for stage, peak in enumerate(measured.peak_bytes) if peak is not None]:
+        peak, stage = max(peaks)
+        of = f" of stage {stage}" if plan.pp > 1 else ""
+        told = bytes_text(plan.memory_bytes[stage])
+        found.append(f"The largest measured peak{of} was {bytes_text(peak)}; {told} were predicted there.")
     return found
 
 

@@ -46,13 +46,13 @@ def report_extras(
     request = request_of(model, batch, **settings)
     explained = explain_traced(Source.of(model, batch, request), plan.mesh, request, on_progress)
     prices = tuple(PriceRow(price.what, price.seconds) for price in explained.prices())
-    memory = report_traced(plan, Source.of(model, batch, plan))
-    return Extras(
-        prices,
-        explained.slack,
-        tuple(alternatives(explained)),
-        tuple(tuple(equal_blocks(stage)) for stage in memory),
-    )
+    return Extras(memory_extras(plan, model, batch).memory, prices, explained.slack, tuple(alternatives(explained)))
+
+
+def memory_extras(plan: Plan, model: nn.Module, batch: Batch) -> Extras:
+    """Trace the model for the memory of the plan's stages by tensor alone. Arguments and errors as `report_extras`."""
+    stages = report_traced(plan, Source.of(model, batch, plan))
+    return Extras(tuple(tuple(equal_blocks(stage)) for stage in stages))
 
 
 def alternatives(explained: Explanation) -> Iterator[AlternativeRow]:
