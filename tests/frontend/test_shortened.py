@@ -103,7 +103,7 @@ class Dropping(Block):
     """Draws twice."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(super().forward(F.dropout(x, 0.1)), 0.2)
+        return F.dropout(x + F.dropout(super().forward(x), 0.1), 0.2)
 
 
 class Stack(nn.Module):
