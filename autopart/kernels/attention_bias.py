@@ -42,7 +42,7 @@ def score_gradient(  # type: ignore[no-untyped-def]
     p = chances(s, norm[:, None], j[None, :], keys, False)
     g = tile(dout + b * dout_b + h * dout_h, i, dout_i, queries, E, BLOCK_E)
     z = tile(v + b * v_b + h // group * v_h, j, v_j, keys, E, BLOCK_E)
-    dp = product(g, tl.trans(z), nothing, PRECISION, FLOAT) * share
+    dp = product(g, tl.trans(z), nothing, PRECISION, FLOAT) * tl.cast(share, tl.float32)
     if DROPOUT:
         row = tl.load(rows + at, mask=i < queries, other=0)[:, None]
         dp = dropped(dp, row, tl.load(columns + j, mask=j < keys, other=0)[None, :], threshold)

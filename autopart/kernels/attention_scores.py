@@ -41,12 +41,12 @@ def scored(  # type: ignore[no-untyped-def]
     """(scores, their derivatives by the scaled products) of the products s at queries i and keys j.
     Unless EDGE, all of the queries see all of the keys but for masks."""
     here = (i < queries) & (j < keys)
-    s *= scale
+    s *= tl.cast(scale, tl.float32)
     derivative = s
     if CAP:
         t = 1.0 - 2.0 / (tl.exp2(s) + 1.0)
         derivative = 1.0 - t * t
-        s = cap * t
+        s = tl.cast(cap, tl.float32) * t
     low = -3e38
     log2e = 1.4426950408889634
     if BIAS:

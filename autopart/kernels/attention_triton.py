@@ -35,8 +35,7 @@ def forward(  # type: ignore[no-untyped-def]
     FLOAT: tl.constexpr,
 ):  # fmt: skip
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
-    h = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
+    h, b, share = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64), tl.cast(share, tl.float32)
     i = start + tl.arange(0, QUERIES)
     x = tile(q + b * q_b + h * q_h, i, q_i, queries, D, BLOCK_D)
     k += b * k_b + h // group * k_h
@@ -79,7 +78,7 @@ def forward(  # type: ignore[no-untyped-def]
         sums = with_all_values(
             sums, blind, row, columns, v, v_j, keys, threshold, DROPOUT, E, BLOCK_E, KEYS, STAGES, PRECISION, FLOAT
         )
-        whole = tl.where(blind, keys.to(tl.float32), whole)
+        whole = tl.where(blind, tl.cast(keys, tl.float32), whole)
         statistic = tl.where(blind, float("-inf"), statistic)
     tl.store(lse + at, statistic, mask=i < queries)
     e = tl.arange(0, BLOCK_E)[None, :]
@@ -98,8 +97,7 @@ def query(  # type: ignore[no-untyped-def]
     PRECISION: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
-    h = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
+    h, b, share = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64), tl.cast(share, tl.float32)
     i = start + tl.arange(0, QUERIES)
     x = tile(q + b * q_b + h * q_h, i, q_i, queries, D, BLOCK_D)
     g = tile(dout + b * dout_b + h * dout_h, i, dout_i, queries, E, BLOCK_E)
@@ -142,7 +140,7 @@ def query(  # type: ignore[no-untyped-def]
     d = tl.arange(0, BLOCK_D)
     to = dq + ((b * queries + i) * heads + h)[:, None] * D + d[None, :]
     here = (i < queries)[:, None] & (d < D)[None, :]
-    tl.store(to, (sums * factor).to(dq.dtype.element_ty), mask=here)
+    tl.store(to, (sums * tl.cast(factor, tl.float32)).to(dq.dtype.element_ty), mask=here)
 
 
 @jit
@@ -156,7 +154,7 @@ def key(  # type: ignore[no-untyped-def]
     PRECISION: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0) * KEYS
-    b = tl.program_id(2).to(tl.int64)
+    b, share, factor = tl.program_id(2).to(tl.int64), tl.cast(share, tl.float32), tl.cast(factor, tl.float32)
     j = start + tl.arange(0, KEYS)
     x = tile(k + b * k_b + tl.program_id(1).to(tl.int64) * k_h, j, k_j, keys, D, BLOCK_D)
     y = tile(v + b * v_b + tl.program_id(1).to(tl.int64) * v_h, j, v_j, keys, E, BLOCK_E)

@@ -117,6 +117,7 @@ def gate_forward(  # type: ignore[no-untyped-def]
     across = tl.cdiv(f, WIDTH)
     row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(0) % across * WIDTH
+    alpha, limit = tl.cast(alpha, tl.float32), tl.cast(limit, tl.float32)
     g, u = load_gate(x, bias, number, row, first, rows, experts, f, ROWS, WIDTH)
     g = tl.where(g > limit, limit, g)
     u = tl.where(u > limit, limit, tl.where(u < -limit, -limit, u))
@@ -133,6 +134,7 @@ def gate_backward(  # type: ignore[no-untyped-def]
     across = tl.cdiv(f, WIDTH)
     row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(0) % across * WIDTH
+    alpha, limit = tl.cast(alpha, tl.float32), tl.cast(limit, tl.float32)
     gate, up = load_gate(x, bias, number, row, first, rows, experts, f, ROWS, WIDTH)
     column = first + tl.arange(0, WIDTH)
     here = (row < rows)[:, None] & (column < f)[None, :]

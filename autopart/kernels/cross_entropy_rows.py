@@ -143,6 +143,7 @@ def statistics_kernel(  # type: ignore[no-untyped-def]
     CAP: tl.constexpr, TOTAL: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    factor, cap = tl.cast(factor, tl.float32), tl.cast(cap, tl.float32)
     target = tl.load(targets + row)
     end = tl.where(target == ignored, 0, v)
     local = (target - first).to(tl.int64)
@@ -177,6 +178,8 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
     CAP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    factor, cap = tl.cast(factor, tl.float32), tl.cast(cap, tl.float32)
+    hit, each, z = tl.cast(hit, tl.float32), tl.cast(each, tl.float32), tl.cast(z, tl.float32)
     target = tl.load(targets + row)
     local = (target - first).to(tl.int64)
     counted = target != ignored

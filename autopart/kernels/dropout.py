@@ -131,7 +131,7 @@ def dropout(  # type: ignore[no-untyped-def]
     of_rows = tl.load(rows + row, mask=row < count, other=0)[:, None]
     kept = stays(of_rows, tl.load(columns + column, mask=column < d, other=0)[None, :], threshold)
     at = row[:, None] * d + column[None, :]
-    value = tl.load(x + at, mask=here, other=0.0).to(tl.float32) * scale
+    value = tl.load(x + at, mask=here, other=0.0).to(tl.float32) * tl.cast(scale, tl.float32)
     tl.store(y + at, tl.where(kept, value, 0.0).to(y.dtype.element_ty), mask=here)
 
 

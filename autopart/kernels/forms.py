@@ -202,6 +202,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
     ),
     "route": tuple(_routers()),
     "route_topk": tuple(_routers_of_topk()),
+    "route_dense": tuple(Form("aten.scatter.src", (meta(6, 4, dtype=dtype), Chosen(2))) for dtype in (FLOAT, HALF)),
     "route_scores": tuple(_routers_of_scores()),
     "experts": tuple(_experts()),
     "clamped_experts": tuple(_clamped_experts()),

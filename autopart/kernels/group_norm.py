@@ -169,7 +169,7 @@ def _applies(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int)
         and all(v.shape == x.shape[1:2] for v in vectors)
         and x.shape[1] % groups == 0
         and x.shape[1] // groups <= MAX_WIDTH
-        and x.numel() < 2**31 * x.shape[0] * groups
+        and x.numel() < 2**30 * x.shape[0] * groups
         and runs_on(x, *vectors)
     )
 

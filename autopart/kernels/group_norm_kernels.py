@@ -167,7 +167,7 @@ def forward(  # type: ignore[no-untyped-def]
         squares = tl.sum(tl.load(out + 1, mask=part < parts, other=0.0))
         squares += tl.sum(tl.where(part < parts, count * (means - mean) * (means - mean), 0.0))
         h -= mean
-    r = tl.rsqrt(squares / size + eps)
+    r = tl.rsqrt(squares / size + tl.cast(eps, tl.float32))
     tl.store(statistics + group, r, mask=tile == 0)
     tl.store(statistics + tl.num_programs(0) // tiles + group, mean, mask=tile == 0)
     h *= r

@@ -108,7 +108,7 @@ def forward(  # type: ignore[no-untyped-def]
         mean = tl.sum(h, 1, keep_dims=True) / d
         tl.store(statistics + rows + row, mean, mask=row < rows)
         h = tl.where(across, h - mean, 0.0)
-    r = tl.rsqrt(tl.sum(h * h, 1, keep_dims=True) / d + eps)
+    r = tl.rsqrt(tl.sum(h * h, 1, keep_dims=True) / d + tl.cast(eps, tl.float32))
     tl.store(statistics + row, r, mask=row < rows)
     h *= r
     if ROUND_FIRST and residual is not None:

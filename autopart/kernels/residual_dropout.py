@@ -138,6 +138,7 @@ def forward(  # type: ignore[no-untyped-def]
     column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
     here = (row < count)[:, None] & (column < d)[None, :]
     at = row[:, None] * d + column[None, :]
+    scale = tl.cast(scale, tl.float32)
     h = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
     if BIAS:
         h += tl.load(bias + column, mask=column < d, other=0.0).to(tl.float32)[None, :]
@@ -157,10 +158,12 @@ def backward(  # type: ignore[no-untyped-def]
     dy, rows, columns, dx, partial, count, d, threshold, scale, BIAS: tl.constexpr, SAMPLES: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    across = tl.cdiv(d, COLUMNS)
+    column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)
-    program = tl.program_id(0).to(tl.int64)
-    for block in range(program, tl.cdiv(count, ROWS), tl.num_programs(0)):
+    scale = tl.cast(scale, tl.float32)
+    program = (tl.program_id(0) // across).to(tl.int64)
+    for block in range(program, tl.cdiv(count, ROWS), tl.num_programs(0) // across):
         row = block * ROWS + tl.arange(0, ROWS)
         here = (row < count)[:, None] & (column < d)[None, :]
         at = row[:, None] * d + column[None, :]
@@ -221,7 +224,7 @@ def _backward(
     partial = torch.empty((down, d) if bias else (1, 0), dtype=torch.float32, device=dy.device)
     tensors = dy.contiguous(), rows.contiguous(), columns.contiguous(), dx, partial
     options = {"BIAS": bias, "SAMPLES": samples, "enable_fp_fusion": False}
-    launch(backward, (down, across), *tensors, count, d, threshold, scale, **block, **options)
+    launch(backward, down * across, *tensors, count, d, threshold, scale, **block, **options)
     return dx, partial.sum(0).to(dtype)
 
 

@@ -38,7 +38,7 @@ def compile_rows(
 ) -> dict[str, Usage]:
     """Compile kernels whose arguments have the names of the router's. Options are constants that take the place of the
     router's: the rows of a program are those of the larger tile."""
-    signature = dict.fromkeys(("logits", "dlogits"), f"*{TRITON_NAMES[dtype]}") | {"ids": "*i64"}
+    signature = dict.fromkeys(("logits", "dlogits", "scores", "dscores"), f"*{TRITON_NAMES[dtype]}") | {"ids": "*i64"}
     signature |= dict.fromkeys(("weights", "dweights", "mask", "partial", "dchances", "bias"), "*fp32")
     aligned = set(signature)
     signature |= dict.fromkeys(("eps", "scale"), "fp32")

@@ -195,6 +195,7 @@ def route_scores_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """SIZE experts a group: element a WITHIN + b of a row is expert a SIZE + b. WIDE: scores are not rounded."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    eps, scale = tl.cast(eps, tl.float32), tl.cast(scale, tl.float32)
     at, place = tl.arange(0, ACROSS * WITHIN), tl.arange(0, TOP)
     expert = at // WITHIN * SIZE + at % WITHIN
     there = (at // WITHIN < GROUPS) & (at % WITHIN < SIZE)
@@ -233,6 +234,7 @@ def route_scores_backward_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr, EXPERTS: tl.constexpr, SOFT: tl.constexpr, CLAMP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    eps, scale = tl.cast(eps, tl.float32), tl.cast(scale, tl.float32)
     expert = tl.arange(0, EXPERTS)
     g, chosen = tl.zeros((ROWS, EXPERTS), tl.float32), tl.zeros((ROWS, EXPERTS), tl.float32)
     for j in range(K):

@@ -90,7 +90,7 @@ def _fits(found: Attention) -> bool:
         and all(len(x.shape) == 4 and math.prod(x.shape) for x in (query, key, value))
         and max(query.shape[3], value.shape[3]) <= MAX_WIDTH
         and query.shape[0] == key.shape[0] == value.shape[0]
-        and query.shape[1] == key.shape[1] == value.shape[1]
+        and key.shape[1] == value.shape[1] in (1, query.shape[1])  # torch's attention repeats a single head (Falcon)
         and len({info(n).layer for n in found.inside}) == 1
     )
 

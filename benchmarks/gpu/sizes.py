@@ -86,6 +86,7 @@ LAYERS: Mapping[str, tuple[Layer, ...]] = {
         ("route", "expert_load", "sort_by_expert", "permute", "unpermute", "grouped_matmul"), (_MIXTRAL,)
     ),
     "route_topk": (Layer("gpt-oss-120b", {6: "n", 4: 128, 2: 4}),),
+    "route_dense": (Layer("Llama-4-Scout", {6: "n", 4: 16, 2: 1}),),
     "route_scores": (Layer("DeepSeek-V3", {6: "n", 12: 256, 2: 8, 4: 8, 3: 4}),),
     "clamped_experts": (Layer("16 experts of width 96", {6: "n", 8: 256, 4: 16, 10: 192, 5: 96, 2: 2}),),
     "experts": (Layer("16 experts of width 96", {6: "n", 8: 256, 4: 16, 10: 192, 5: 96, 2: 2}),),
@@ -164,6 +165,7 @@ DRAWN: Mapping[str, Mapping[int, Callable[[torch.Tensor, Meta], torch.Tensor]]] 
     "attention": {4: _keys},
     "route": {0: _distinct},
     "route_topk": {0: _distinct},
+    "route_dense": {0: _distinct},
     "route_scores": {0: _between, 1: _small},
     "expert_load": {0: _distinct},
     "sort_by_expert": {0: lambda like, given: _ids(len(like))},

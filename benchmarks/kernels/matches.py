@@ -28,8 +28,8 @@ from autopart.passes.traffic import traffic
 from benchmarks.coverage.zoo_models import architectures, published
 from benchmarks.support.command import command_line
 
-MODELS = """llama gpt2 bert t5 mistral qwen3 gemma2 gemma3_text mixtral qwen3_moe deepseek_v3 granitemoe gpt_oss falcon
-    bloom mpt opt phi3 vit mamba2 bamba falcon_h1 granitemoehybrid nemotron_h""".split()
+MODELS = """llama gpt2 bert t5 mistral qwen3 gemma2 gemma3_text mixtral qwen3_moe deepseek_v3 llama4_text granitemoe
+    gpt_oss falcon bloom mpt opt phi3 vit mamba2 bamba falcon_h1 granitemoehybrid nemotron_h""".split()
 SAMPLES, TOKENS = 2, 512
 
 

@@ -61,6 +61,11 @@ MPT = {**SIZES, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 16}
 FALCON = {
     **SIZES, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True, "multi_query": False,
 }  # fmt: skip
+LLAMA4 = {
+    **SIZES, "hidden_size": 32, "intermediate_size": 16, "intermediate_size_mlp": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4,
+    "num_experts_per_tok": 2, "attention_chunk_size": 16, "max_position_embeddings": 16,
+}  # fmt: skip
 VIT = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 8,
     "patch_size": 4, "num_labels": 6, "hidden_dropout_prob": 0.2,
@@ -96,6 +101,10 @@ MODELS = {
     "bloom, padded": lambda: transformers.BloomForCausalLM(transformers.BloomConfig(**BLOOM)),
     "mpt": lambda: transformers.MptForCausalLM(transformers.MptConfig(**MPT)),
     "falcon": lambda: transformers.FalconForCausalLM(transformers.FalconConfig(**FALCON)),
+    "falcon of one head of keys, padded": lambda: transformers.FalconForCausalLM(
+        transformers.FalconConfig(**FALCON | {"multi_query": True, "alibi": False})
+    ),
+    "llama4": lambda: transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**LLAMA4)),
     "t5, padded": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)),
     "vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**VIT)),
     "convnext": lambda: transformers.ConvNextForImageClassification(transformers.ConvNextConfig(**CONVNEXT)),
@@ -117,6 +126,8 @@ CALLS = {
     **{name: {"attention"} for name in ("mistral", "mistral, padded", "gemma2", "gemma2, padded", "gemma3", "mpt")},
     **{name: {"dropout_attention"} for name in ("bloom, padded", "t5, padded")},
     "falcon": {"attention"},
+    "falcon of one head of keys, padded": {"attention", "rotary"},
+    "llama4": {"route_dense", "rms_norm", "swiglu", "gated_halves"},
     "t5": {"dropout_attention", "add_rms_norm", "rms_norm", "residual_dropout"},
     "vit": {"bias_activation", "add_layer_norm", "residual_dropout"},
     **{name: {"stochastic_depth"} for name in ("convnext", "beit", "swin")},

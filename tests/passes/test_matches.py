@@ -13,6 +13,7 @@ from autopart.ir.graph import calls, info
 from autopart.kernels.table import kernel_of
 from autopart.passes.source import prepare
 from benchmarks.coverage.zoo_models import architectures, build
+from benchmarks.kernels.matches import row
 
 pytestmark = pytest.mark.slow
 
@@ -37,6 +38,14 @@ CALLS = {
         "experts": 1,
     },
     "minimax_m2": {"rms_norm": 7, "add_rms_norm": 2, "rotary": 4, "route_scores": 2, "experts": 2},
+    "llama4_text": {
+        "rms_norm": 5,
+        "add_rms_norm": 4,
+        "rms_norm_float32": 6,
+        "route_dense": 4,
+        "gated_halves": 4,
+        "swiglu": 4,
+    },
     "granitemoe": {"rms_norm": 3, "add_rms_norm": 2, "rotary": 4, "route_topk": 2, "experts": 2},
     "gpt_oss": {"rms_norm": 5, "rotary": 4, "route_topk": 2, "clamped_experts": 2, "attention": 2},
     "deepseek_v2": {"rms_norm": 7, "add_rms_norm": 2, "route": 2, "experts": 2, "swiglu": 2},
@@ -82,3 +91,9 @@ def test_models_get_their_kernels(name: str) -> None:
     graph = prepare(model.bfloat16(), outline(half, 2), mesh, torch.bfloat16).traced.graph
     names = Counter(info(node).name.partition(".")[2] for node in calls(graph) if kernel_of(info(node).name))
     assert dict(names) == CALLS[name]
+
+
+@pytest.mark.parametrize(("name", "least"), [("gpt2", 0.4), ("llama", 0.3)])
+def test_the_bytes_of_a_layer_fall(name: str, least: float) -> None:
+    plain, fused = row(TASKS[name], name)["bytes"]
+    assert fused <= (1 - least) * plain

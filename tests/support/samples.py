@@ -75,6 +75,7 @@ SAMPLES = [
     ),
     call("autopart.route", f(12, 6, 8), 3, True, None, constant=1),
     call("autopart.route_topk", f(12, 6, 8), 3, None, None),
+    call("autopart.route_dense", f(12, 8), 3),
     call("autopart.route_scores", f(12, 8), f(8), 3, 4, 2, True, 1e-20, 2.5, constant=1),
     call("autopart.route_scores", f(12, 6, 8), f(8), 3, None, None, True, 0.0, 1.0, constant=1),
     call("autopart.route_scores", f(12, 8), None, 3, 4, 2, False, 0.0, 2.5, "deepseek_v2"),
