@@ -41,6 +41,9 @@ class Settings(TypedDict, total=False):
     tp: Annotated[int | None, "tensor-parallel degree"]
     dp: Annotated[int | None, "data-parallel degree"]
     zero: Annotated[int | None, "ZeRO level: 0, 1, 2 or 3"]
+    shard_size: Annotated[
+        int | None, "data-parallel ranks that ZeRO divides among, as those of a host; others have the same shares"
+    ]
     prefetch: Annotated[
         int | None,
         "the most MiB of weights that a rank gathers ahead at ZeRO 3 (default: a 16th of a GPU's memory; on CPUs 0)",
@@ -87,6 +90,7 @@ class Request:
     tp: int | None = None
     dp: int | None = None
     zero: int | None = None
+    shard_size: int | None = None
     prefetch: int | None = None
     recompute: str | None = None
     schedule: str | None = None
@@ -152,6 +156,12 @@ class Request:
             value, least = getattr(self, name), 0 if name in ("zero", "nodes", "prefetch") else 1
             if value is not None and value < least:
                 raise PartitionError(f"{name}={value} is not positive", try_=f"{name}={least} or more")
+        if self.shard_size is not None and (self.shard_size == 1 or self.zero == 0):
+            raise PartitionError(
+                f"nothing is divided at {'zero=0' if self.zero == 0 else 'shard_size=1'}",
+                "shard_size is the number of data-parallel ranks that share out states, gradients or parameters",
+                "zero=1, 2 or 3 with a shard_size of 2 or more; or zero=0 alone",
+            )
         fixed = dict(mesh.axes)
         asked = {n: getattr(self, n) for n in ("pp", "dp", "tp") if getattr(self, n)}
         for name, degree in asked.items():
@@ -170,6 +180,14 @@ class Request:
                 f"{degrees} does not fill the mesh",
                 f"{product} ranks of {mesh.size}",
                 _filling(request, mesh.size),
+            )
+        if request.shard_size and (request.dp or mesh.size) % request.shard_size:
+            among = f"dp={request.dp} ranks" if request.dp else f"the mesh's {mesh.size} devices"
+            sizes = ", ".join(str(size) for size in divisors(request.dp or mesh.size)[1:])
+            raise PartitionError(
+                f"shard_size={request.shard_size} does not divide {among}",
+                "ZeRO divides among groups of so many data-parallel ranks",
+                f"shard_size={sizes}" if sizes else "no shard_size",
             )
         if request.micro_batch and request.global_batch % request.micro_batch:
             raise PartitionError(

@@ -144,7 +144,7 @@ def measured(source: Source, plan: Plan) -> list[int]:
             return memory.peak
 
     each = plan.dp * plan.tp
-    return run_simulated(plan.pp, plan.dp, plan.tp, one)[::each]
+    return run_simulated(plan.pp, plan.dp, plan.tp, one, plan.shard_size)[::each]
 
 
 # ---- what is measured --------------------------------------------------------------------------------------
