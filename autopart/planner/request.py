@@ -90,7 +90,6 @@ class Request:
     tp: int | None = None
     dp: int | None = None
     zero: int | None = None
-    shard_size: int | None = None
     prefetch: int | None = None
     recompute: str | None = None
     schedule: str | None = None
@@ -110,6 +109,7 @@ class Request:
     """Names of fused kernels that are left out."""
     constraints: tuple[Constraint, ...] = ()
     offload: str | None = None
+    shard_size: int | None = None
 
     def allows(self, name: str, value: int | str) -> bool:
         """Whether constraints allow a setting this value."""

@@ -38,9 +38,8 @@ micro_batches_in_flight = lru_cache(maxsize=None)(in_flight)
 class SearchSpace:
     """All plans of a model on a mesh that a request allows.
 
-    The dictionaries cache results. Spaces that differ in constraints alone may share all of them: constraints are part
-    of the keys, or do not change the values. `models` depend on the device and on whether the request asks for a degree
-    of `tp`, and not on links.
+    The dictionaries cache results. Spaces that differ in constraints alone may share these: constraints are part of
+    the keys, or do not change values. `models` depend on the device and on whether a degree of `tp` is asked for.
     """
 
     layered: LayeredGraph
@@ -55,10 +54,10 @@ class SearchSpace:
     relaxations: dict[object, tuple[float, Solution | None]] = field(default_factory=dict)
     exposed: dict[SearchPoint, Array] = field(default_factory=dict)
     hiding: dict[object, Any] = field(default_factory=dict)
-    settings: dict[SearchPoint, list[SearchPoint]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise PartitionError where constraints name what the model does not have."""
+        self.settings: dict[SearchPoint, list[SearchPoint]] = {}
         self._options: dict[int, Options] = {}
         self._stages: dict[object, list[NDArray[np.bool_]]] = {}
         check_names(self.request.constraints, self.layered.labels, self.layered.keys.values())
@@ -91,10 +90,9 @@ class SearchSpace:
 
     def training(self, point: SearchPoint) -> Training:
         """The optimizer, ZeRO level, data-parallel group, micro-batches and master dtype."""
-        asked, device, m = self.request, self.mesh.device, self.micro_batches(point)
-        group, gpu = self.mesh.group(point.tp, point.dp), device.type != "cpu"
+        asked, device, group = self.request, self.mesh.device, self.mesh.group(point.tp, point.dp)
+        ratio, gpu, m = widening(asked.precision, asked.master), device.type != "cpu", self.micro_batches(point)
         parts = shard_groups(self.mesh, point.tp, point.dp, point.shard_size)
-        ratio = widening(asked.precision, asked.master)
         kernel = step_kernel(asked.optimizer, asked.precision, asked.master, device, asked.no_fuse, point.offload)
         ahead = asked.prefetch_bytes(device) if point.zero >= 3 and point.dp > 1 else 0
         return Training(asked.optimizer, point.zero, group, m, ratio, gpu, kernel, point.offload, gpu, ahead, *parts)

@@ -60,8 +60,8 @@ def _compared(search: Search, ends: dict[SearchPoint, str]) -> tuple[SearchedPoi
         seconds, nbytes = (made.best_seconds, made.best_bytes) if made else (None, None)
         if bound < NEVER:
             where = (*point.degrees, point.micro_batch, point.zero)
-            where_else = {"offload": point.offload, "shard_size": point.shard_size}
-            rows.append(SearchedPoint(*where, seconds, bound, nbytes, ends[point], **where_else))
+            offload, size = point.offload, point.shard_size
+            rows.append(SearchedPoint(*where, seconds, bound, nbytes, ends[point], offload=offload, shard_size=size))
 
     def order(row: SearchedPoint) -> tuple[bool, float]:
         return row.seconds is None, row.bound_seconds if row.seconds is None else row.seconds

@@ -181,7 +181,8 @@ def simulated_groups(world: World, pp: int, dp: int, tp: int, rank: int, shard_s
     channels = (everyone("activations"), everyone("gradients"), everyone("host"))
     divided = shard_size or dp
     replica, at = divmod(place["dp"], divided)
-    shard, replicas = part("shard", divided, at, replica), part("replicas", dp // divided, replica, at)
+    shard = axes[1] if divided == dp else part("shard", divided, at, replica)
+    replicas = part("replicas", dp // divided, replica, at)
     return SimulatedGroups(*axes, torch.device("cpu"), *channels, world, shard=shard, replicas=replicas)
 
 

@@ -102,7 +102,8 @@ class Memory(TorchDispatchMode):
 
     def watch(self, groups: Groups) -> None:
         """Count of the collectives of simulated groups their results alone."""
-        for group in (groups.pp, groups.dp, groups.tp, groups.activations, groups.gradients):
+        parts = () if groups.shard is groups.dp else (groups.shard, groups.replicas)
+        for group in (groups.pp, groups.dp, groups.tp, *parts, groups.activations, groups.gradients):
             self._watched(group)
         tied = groups.tied
         object.__setattr__(groups, "tied", lambda stages: self._watched(tied(stages)))

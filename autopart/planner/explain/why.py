@@ -49,7 +49,7 @@ TIME_LIMIT = 0.4
 LISTED = re.compile(r"embedding|norm|attention")
 """Operators that `why` lists besides products."""
 
-SETTINGS = ("pp", "dp", "tp", "micro_batch", "zero", "recompute", "schedule")
+SETTINGS = ("pp", "dp", "tp", "micro_batch", "zero", "shard_size", "recompute", "schedule")
 """The settings of a request that a constraint may contradict."""
 
 GIB = 2**30
