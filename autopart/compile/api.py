@@ -151,7 +151,7 @@ def _loaded(
     """This rank's program with its shares of the weights, watched where other processes are."""
     layered = source.full(plan.micro_batch, plan.mesh)
     validate(plan, layered)
-    groups = make_groups(plan.pp, plan.dp, plan.tp)
+    groups = make_groups(plan.pp, plan.dp, plan.tp, plan.shard_size)
     groups.rng.seed = seed
     (program,) = programs(layered, plan, [groups.pp.rank])
     ranks = groups.size_over(program.sample_axes)

@@ -75,5 +75,5 @@ def simulate_plan(source: Source, plan: Plan, seed: int | None = None) -> Simula
         loss = compiled.step(source.batch)
         return loss, compiled.full_gradients(), compiled.full_state_dict()
 
-    results = run_simulated(plan.pp, plan.dp, plan.tp, one)
+    results = run_simulated(plan.pp, plan.dp, plan.tp, one, plan.shard_size)
     return Simulated(plan, *results[0])

@@ -130,7 +130,9 @@ def _solved_again(source: Source, plan: Plan, layered: LayeredGraph) -> Plan:
     request = Request(
         plan.global_batch, plan.micro_batch, plan.pp, plan.tp, plan.dp, plan.zero,
         plan.prefetch_bytes // MIB, None, plan.schedule, plan.precision, plan.master, plan.optimizer, nodes=20,
-        must_fit=False, offload=plan.offload, constraints=(SharesAsTheyAre.of(plan, layered),),
+        must_fit=False, offload=plan.offload,
+        shard_size=(plan.shard_size or plan.dp) if plan.zero and plan.dp > 1 else None,
+        constraints=(SharesAsTheyAre.of(plan, layered),),
     )  # fmt: skip
     try:
         return make_plan(source, plan.mesh, request, to_run=True, advise=False)

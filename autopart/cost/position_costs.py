@@ -69,7 +69,9 @@ class PositionCosts(SegmentBytes):
     state_bytes           [3, positions]: bytes of the parameters that the position alone reads, their gradients, their
                           optimizer states
     sync_seconds          of a step: gradient sync that no backward hides, and the optimizer
-    overlappable_seconds  of each of `Training.backwards`: gradient sync that the backward of earlier positions can hide
+    overlappable_seconds  of each of `Training.backwards`, on average: gradient sync that the backward of earlier
+                          positions can hide
+    crossing_seconds      of a step: the part of that sync that the last backward alone can hide
     gather_seconds        of each forward, and of each backward: gathers of parameters that the forward of the position
                           before, and the backward of the position behind, can hide
     reduced_bytes         rows as in `SegmentBytes`; a third row: the sum over parameters that the position alone reads
@@ -85,6 +87,7 @@ class PositionCosts(SegmentBytes):
     state_bytes: Array
     sync_seconds: Array
     overlappable_seconds: Array
+    crossing_seconds: Array
     gather_seconds: Array
     optimizer_workspace: Array
     host_bytes: Array
@@ -115,6 +118,7 @@ def no_costs(prices: Prices) -> PositionCosts:
         state_bytes=zeros(3),
         sync_seconds=zeros(),
         overlappable_seconds=zeros(),
+        crossing_seconds=zeros(),
         gather_seconds=zeros(),
         optimizer_workspace=zeros(),
         host_bytes=zeros(),
@@ -173,6 +177,7 @@ def _add_parameters(found: PositionCosts, prices: Prices, at: NDArray[np.int_]) 
         np.add.at(found.state_bytes.T, own, prices.state_bytes[i])
         np.add.at(found.sync_seconds, own, prices.sync_seconds[i])
         np.add.at(found.overlappable_seconds, own, prices.overlappable_seconds[i])
+        np.add.at(found.crossing_seconds, own, prices.crossing_seconds[i])
         np.add.at(found.host_bytes, own, prices.host_bytes[i])
         np.add.at(found.gather_seconds, own, prices.gather_seconds[i])
         (np.add if found.training.foreach else np.maximum).at(

@@ -12,7 +12,8 @@ import numpy as np
 from autopart.cost.compute import Array, Seconds, beside_product_seconds, stream_seconds, work_in, work_seconds
 from autopart.cost.resharding import row_seconds
 from autopart.cost.sizes import Sizes
-from autopart.cost.training_state import Training, update_seconds
+from autopart.cost.training_state import Training
+from autopart.cost.update_seconds import update_seconds
 from autopart.hardware.mesh import Group
 from autopart.hardware.rows import Device
 
@@ -61,7 +62,8 @@ class Prices:
     state_bytes           [strategies, 3]: bytes of a parameter, its gradient, its optimizer states;  state: their sum
     sync_seconds          [strategies]: seconds of a step to reduce a gradient, to gather its parameter and to update
                           it that computation cannot hide;  overlappable_seconds: to reduce it that computation can
-                          hide, in each of `Training.backwards`;  gather_seconds: to gather it ahead that computation
+                          hide, in each of `Training.backwards` on average;  crossing_seconds: the part of a step's
+                          that the last of these alone can hide;  gather_seconds: to gather it ahead that computation
                           can hide, in each forward and in each backward
     reduced_bytes         [strategies]: bytes of a parameter whose gradient ranks reduce
     optimizer_workspace, pending_grad_bytes, host_bytes  [strategies]: as in `Training`
@@ -116,8 +118,8 @@ class Prices:
 
     @cached_property
     def _parameter_costs(self) -> Array:
-        """[strategies, 10]: of a parameter `state_bytes`, `sync_seconds`, `reduced_bytes`, `optimizer_workspace`,
-        `overlappable_seconds`, `pending_grad_bytes`, `host_bytes` and `gather_seconds`."""
+        """[strategies, 11]: of a parameter `state_bytes`, `sync_seconds`, `reduced_bytes`, `optimizer_workspace`,
+        `overlappable_seconds`, `pending_grad_bytes`, `host_bytes`, `gather_seconds` and `crossing_seconds`."""
         return np.array([self._parameter_cost(*row) for row in self.sizes.parameters.tolist()])[self.sizes.parameter_of]
 
     def _parameter_cost(
@@ -125,10 +127,11 @@ class Prices:
     ) -> tuple[float, ...]:
         training = self.terms.training
         if not weight:
-            return (0.0,) * 10
+            return (0.0,) * 11
         share = self.terms.device.overlapped_share
         overlappable = share * training.overlappable_seconds(weight, over_dp, together)
         gather = share * training.gather_seconds(weight, over_dp, together)
+        crossing = share * training.crossing_seconds(weight, over_dp, together)
         sync = training.sync_seconds(weight, over_dp, together) - training.backwards * (overlappable + 2 * gather)
         sync += update_seconds(weight, grad, over_dp, training, self.terms.device)
         if over_tp:
@@ -140,7 +143,7 @@ class Prices:
             )
         )  # fmt: skip
         state = training.state_bytes(weight, grad, over_dp)
-        return (*state, sync, reduced, workspace, overlappable, pending, on_host, gather)
+        return (*state, sync, reduced, workspace, overlappable, pending, on_host, gather, crossing)
 
     @property
     def state_bytes(self) -> Array:
@@ -159,7 +162,8 @@ class Prices:
         pending_grad_bytes,
         host_bytes,
         gather_seconds,
-    ) = (_part("_parameter_costs", np.s_[:, column]) for column in range(3, 10))
+        crossing_seconds,
+    ) = (_part("_parameter_costs", np.s_[:, column]) for column in range(3, 11))
 
     @staticmethod
     def _computed(sizes: Sizes, basis: Array, device: Device) -> Seconds:

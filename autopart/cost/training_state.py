@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from autopart.cost.collectives import measured_seconds, message_seconds
-from autopart.cost.compute import stream_rate_seconds
+from autopart.cost.collectives import message_seconds
 from autopart.cost.message_sizes import bucket_bytes
-from autopart.cost.offload import FUSED_ON_HOST, host_bytes, host_seconds
-from autopart.hardware.mesh import Group
+from autopart.cost.offload import FUSED_ON_HOST, host_bytes
+from autopart.hardware.mesh import Group, Mesh
 from autopart.hardware.rows import Device
 from autopart.kernels.table import STEP
 
@@ -83,6 +82,14 @@ def amortization(zero: int, micro_batches: int, stages: int) -> int:
     return micro_batches + (stages - 1) * (zero < 2)
 
 
+def shard_groups(mesh: Mesh, tp: int, dp: int, shard_size: int) -> tuple[Group | None, Group | None]:
+    """`Training.shard` and `Training.replicas` of dp ranks spaced `tp` apart, with ZeRO divided among `shard_size`
+    neighbours of them; 0: among all."""
+    if shard_size in (0, dp):
+        return None, None
+    return mesh.group(tp, shard_size), mesh.group(tp * shard_size, dp // shard_size)
+
+
 @dataclass(frozen=True)
 class Training:
     """A training setting: the state of each parameter, and the cost of its gradient.
@@ -91,6 +98,8 @@ class Training:
     zero           ZeRO level (Rajbhandari et al., arXiv 1910.02054, section 5): what is sharded over the data-parallel
                    axis: 1 optimizer states, 2 gradients too, 3 parameters too
     group          the ranks of the data-parallel axis
+    shard          those of them that ZeRO divides among; None: all. Ranks of several such groups have the same shares
+    replicas       the ranks that have the same shares: one of every `shard`; None: there are no others
     micro_batches  of a step
     widening       bytes of a number in the master dtype over those of one of a parameter; 1: there is no master copy
     foreach        whether the optimizer steps all parameters at once, as torch.optim does wherever it can: not on CPUs
@@ -115,6 +124,8 @@ class Training:
     6 + 12 / d, as in Megatron-LM (Megatron Core's guide, "Distributed Optimizer": bf16 parameters, fp32 gradients).
     Level 3 is 16 / d, as in torchtitan's FSDP2 (param_dtype bfloat16, reduce_dtype float32).
 
+    With `shard` d is the number of its ranks.
+
     With `offload` the column "optimizer" is `host_bytes` on the host, and a parameter takes p / d at level 3: a slice
     of it is in its own dtype.
     """
@@ -129,11 +140,18 @@ class Training:
     offload: bool = False
     apart: bool = True
     prefetch: float = 0.0
+    shard: Group | None = None
+    replicas: Group | None = None
 
     @property
     def ranks(self) -> int:
         """Ranks of the data-parallel axis."""
         return self.group.ranks
+
+    @property
+    def divided(self) -> Group:
+        """The ranks that ZeRO divides among."""
+        return self.shard or self.group
 
     def state_bytes(self, nbytes: float, grad: bool, over_dp: bool) -> tuple[float, float, float]:
         """Bytes on a rank of a parameter of `nbytes`, of its gradient and of its optimizer states (the table above).
@@ -141,7 +159,7 @@ class Training:
         `over_dp`: the gradient is a partial sum over the data-parallel axis, so that ZeRO can shard all three."""
         is_slice, master_bytes = grad and self.sliced(over_dp), nbytes * self.widening
         tensors = OPTIMIZER_STATES[self.optimizer] + (self.widening > 1 and not is_slice)
-        over = [self.ranks if over_dp and grad and self.zero >= level else 1 for level in (1, 2, 3)]
+        over = [self.divided.ranks if over_dp and grad and self.zero >= level else 1 for level in (1, 2, 3)]
         parameter = (master_bytes if is_slice and not self.offload else nbytes) / over[2]
         optimizer = master_bytes * grad * tensors / over[0]
         if self.offload:
@@ -158,7 +176,7 @@ class Training:
 
     def slices(self, over_dp: bool) -> int:
         """Ranks over which the optimizer's step of a parameter is divided."""
-        return self.ranks if over_dp and self.zero >= 1 else 1
+        return self.divided.ranks if over_dp and self.zero >= 1 else 1
 
     def optimizer_workspace(self, nbytes: float, grad: bool, over_dp: bool) -> float:
         """Bytes of temporaries while the optimizer steps a parameter of `nbytes`: STEP_WORKSPACE tensors in the master
@@ -216,14 +234,14 @@ class Training:
 
             g nbytes   whole gradients: g = w at ZeRO 2, 1 at ZeRO 3
             + w s      a message; 0 where the segment has a `single` parameter whose gradient has the message's dtype
-            + w s / d  the rank's slices of the sums
+            + w s / d  the rank's slices of the sums, in which they are all-reduced over `replicas`
         """
         if self.zero < 2:
             return 0.0 * nbytes
         gradient = self.widening if self.zero == 2 else 1.0
         copied = 1.0 - single * (gradient == self.widening)
         message = self.widening * self._in_a_message(nbytes, largest, gradient)
-        return gradient * nbytes + message * (copied + 1.0 / self.ranks)
+        return gradient * nbytes + message * (copied + 1.0 / self.divided.ranks)
 
     def end_of_step_workspace(self, nbytes: Any, largest: Any) -> Any:
         """Bytes of a message at the end of a step, for a stage of `nbytes` of parameters, the largest of `largest`.
@@ -234,14 +252,14 @@ class Training:
         if self.zero >= 3:
             return 0.0 * nbytes
         message = self._in_a_message(nbytes, largest, self.widening)
-        with_slices = 1.0 + (self.zero >= 1) / self.ranks
+        with_slices = 1.0 + (self.zero >= 1) / self.divided.ranks
         return message * with_slices * (self.widening if self.zero < 2 else 1.0)
 
     def _in_a_message(self, nbytes: Any, largest: Any, ratio: float) -> Any:
         """Bytes of the parameters whose gradients, `ratio` times as large, travel in one message."""
         return np.minimum(nbytes, np.maximum(largest, bucket_bytes(self.group) / ratio))
 
-    def sync_seconds(self, nbytes: float, over_dp: bool, together: float = math.inf) -> float:
+    def sync_seconds(self, nbytes: Any, over_dp: bool, together: Any = math.inf) -> Any:
         """Seconds of a step to reduce the gradient of a parameter of `nbytes` over the data-parallel axis, and to
         gather the new parameter. Parameters of less than a message share its latency by their bytes.
 
@@ -249,35 +267,50 @@ class Training:
                   segments do not travel in one message
 
         Gradients are in the master dtype, parameters in their own: with a master copy level 1 takes less than level 0.
+        Over `replicas`, a step all-reduces the rank's slice of the gradient once.
         """
         if not over_dp or self.ranks == 1:
             return 0.0
-        scatters = self.overlappable_seconds(nbytes, over_dp, together)
-        if self.zero == 0:
-            return scatters
-        times = collectives_per_step(self.zero, self.micro_batches)
-        return times[0] * self._gather_seconds(nbytes, together) + times[1] * scatters
+        reduced = self.backwards * self.overlappable_seconds(nbytes, over_dp, together)
+        gathers, _ = collectives_per_step(self.zero, self.micro_batches)
+        return reduced + gathers * self._gather_seconds(nbytes, together) if gathers else reduced
 
-    def overlappable_seconds(self, nbytes: float, over_dp: bool, together: float = math.inf) -> float:
-        """The part of `sync_seconds` that may overlap with one backward: the reduction of the gradient."""
+    def overlappable_seconds(self, nbytes: Any, over_dp: bool, together: Any = math.inf) -> Any:
+        """The part of `sync_seconds` that may overlap with one of `backwards`: the reduction of the gradient. That over
+        `replicas` is one of a step and may overlap with the last (`crossing_seconds`): on average it counts here."""
         if not over_dp or self.ranks == 1:
             return 0.0
         name = "all_reduce" if self.zero == 0 else "reduce_scatter"
-        # At ZeRO 3 gradients fill messages in the parameters' dtype, and travel in the master dtype.
-        full = bucket_bytes(self.group) * (self.widening if self.zero >= 3 else 1.0)
-        message = min(full, together * self.widening) if self.zero >= 2 else full
-        return float(message_seconds(nbytes * self.widening, self.group, name, message))
+        message = self._gradient_message(together)
+        within = message_seconds(nbytes * self.widening, self.divided, name, message)
+        return within + self.crossing_seconds(nbytes, over_dp, together) / self.backwards
 
-    def gather_seconds(self, nbytes: float, over_dp: bool, together: float = math.inf) -> float:
+    def crossing_seconds(self, nbytes: Any, over_dp: bool, together: Any = math.inf) -> Any:
+        """Seconds of a step to all-reduce a rank's slice of a gradient over `replicas`, with the other slices that a
+        message of gradients left."""
+        if not over_dp or self.replicas is None:
+            return 0.0
+        mine, message = (
+            each / self.divided.ranks for each in (nbytes * self.widening, self._gradient_message(together))
+        )
+        return message_seconds(mine, self.replicas, "all_reduce", message)
+
+    def _gradient_message(self, together: Any) -> Any:
+        """Bytes of a message of gradients. At ZeRO 3 these fill messages in the parameters' dtype, and travel in the
+        master dtype."""
+        full = bucket_bytes(self.group) * (self.widening if self.zero >= 3 else 1.0)
+        return np.minimum(full, together * self.widening) if self.zero >= 2 else full
+
+    def gather_seconds(self, nbytes: Any, over_dp: bool, together: Any = math.inf) -> Any:
         """The part of `sync_seconds` that may overlap with a forward, and again with a backward: one all-gather of a
         parameter at ZeRO 3, where parameters are gathered ahead; else 0."""
         return self._gather_seconds(nbytes, together) if self.sliced(over_dp) and self.prefetch else 0.0
 
-    def _gather_seconds(self, nbytes: float, together: float) -> float:
+    def _gather_seconds(self, nbytes: Any, together: Any) -> Any:
         """Seconds of one all-gather of a parameter. Below ZeRO 3 slices fill messages in the master dtype."""
         full = bucket_bytes(self.group)
-        message = min(full, together) if self.zero >= 3 else full / self.widening
-        return float(message_seconds(nbytes, self.group, "all_gather", message))
+        message = np.minimum(full, together) if self.zero >= 3 else full / self.widening
+        return message_seconds(nbytes, self.divided, "all_gather", message)
 
     def step_bytes(self, nbytes: float, over_dp: bool) -> float:
         """Bytes that the optimizer's step of a trained parameter of `nbytes` moves: STEP_PASSES or ONE_PASS tensors in
@@ -299,43 +332,3 @@ class Training:
         axis, of ranks `group`: from ZeRO 1 on that of the rank's slice."""
         nbytes *= self.widening / self.slices(over_dp)
         return float(message_seconds(nbytes, group, "all_reduce", bucket_bytes(group)))
-
-
-def update_seconds(nbytes: float, grad: bool, over_dp: bool, training: Training, device: Device) -> float:
-    """Seconds of a step to add up the gradients of micro-batches and to update a parameter of `nbytes`, or the rank's
-    slice of it.
-
-    On a device with measured tables: by these. An optimizer that was not measured has the seconds of a measured one:
-    of that with the fewest states among those with at least as many, else of that with the most.
-    On a device with `silicon`: bytes moved (`summing_seconds`, `step_bytes`) / memory bandwidth.
-    On another device: 0.
-    Where the states are on a host that is known, the step takes `host_seconds`.
-    """
-    if not grad:
-        return 0.0
-    master_bytes, slices = nbytes * training.widening, training.slices(over_dp)
-    measured, share = device.measured, device.host_share if training.offload else None
-    on_host = host_seconds(training.optimizer, nbytes / slices, master_bytes / slices, share) if share else 0.0
-    if measured is None:
-        if device.silicon is None:
-            return on_host
-        step = 0.0 if share else stream_rate_seconds(training.step_bytes(nbytes, over_dp), device)
-        return summing_seconds(nbytes, training, device) + step + on_host
-    seconds = (training.micro_batches - 1) * measured_seconds(master_bytes, measured.accumulate)
-    if share:
-        return float(seconds * measured.pace + on_host)
-    if training.offload:  # to the host and back, in the same memory
-        seconds += 2 * measured_seconds(master_bytes / slices, measured.accumulate)
-    more = {name: OPTIMIZER_STATES[name] - OPTIMIZER_STATES[training.optimizer] for name in measured.updates}
-    stands_for = min(more, key=lambda name: (name != training.optimizer, more[name] < 0, abs(more[name])), default="")
-    rows = measured.updates.get(stands_for, ((1.0, 0.0, 0.0),))
-    return float(seconds * measured.pace + measured_seconds(master_bytes / slices, rows))
-
-
-def summing_seconds(nbytes: float, training: Training, device: Device) -> float:
-    """Seconds of a step to add up the gradients of a parameter of `nbytes` over micro-batches, on a device with
-    `silicon`. For each micro-batch but the first, the gradient is read, and the sum is read and written. The gradient
-    of the first is the sum; with a master copy it is read, and written in the master dtype."""
-    master_bytes = nbytes * training.widening
-    first = nbytes + master_bytes if training.widening > 1 else 0.0
-    return stream_rate_seconds(first + (training.micro_batches - 1) * (nbytes + 2 * master_bytes), device)

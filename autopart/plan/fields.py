@@ -39,6 +39,8 @@ class PlanFields:
     global_batch      samples of a step
     schedule          name in `autopart.plan.schedules.SCHEDULES`
     zero              ZeRO level
+    shard_size        neighbouring data-parallel ranks that ZeRO divides among, and between whose groups slices are the
+                      same; 0: all data-parallel ranks
     recompute         "none", "selective", "mincut" or "full" where all blocks do so, else "mixed" (see
                       `PlanStage.recompute`)
     precision         dtype of parameters and activations
@@ -92,6 +94,7 @@ class PlanFields:
     prefetch_bytes: int = 0
     """The most bytes of whole weights that a rank gathers ahead at ZeRO 3: those of the next position, while one
     computes. 0: none are gathered ahead."""
+    shard_size: int = 0
     search: SearchSummary | None = field(default=None, repr=False)
     """What the search compared; None for a plan that was edited and priced again."""
 

@@ -55,8 +55,14 @@ def _groups(plan: PlanFields, index: int, row: StageTraffic) -> Iterator[list[in
 
     if row.axis == "pp":
         yield from ([rank(s, d, t) for s in row.stages] for d in range(plan.dp) for t in range(plan.tp))
-    elif row.axis == "dp":
-        yield from ([rank(index, d, t) for d in range(plan.dp)] for t in range(plan.tp))
+    elif row.axis in ("dp", "shard", "replicas"):
+        size = plan.shard_size or plan.dp
+        parts = {
+            "dp": [range(plan.dp)],
+            "shard": [range(first, first + size) for first in range(0, plan.dp, size)],
+            "replicas": [range(place, plan.dp, size) for place in range(size)],
+        }
+        yield from ([rank(index, d, t) for d in part] for part in parts[row.axis] for t in range(plan.tp))
     else:
         yield from ([rank(index, d, t) for t in range(plan.tp)] for d in range(plan.dp))
 

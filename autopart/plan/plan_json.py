@@ -105,6 +105,9 @@ def _contradictions(plan: PlanFields) -> Iterator[str]:
             yield f"{name} is {getattr(plan, name)}"
     if plan.prefetch_bytes < 0:
         yield f"prefetch_bytes is {plan.prefetch_bytes}"
+    divides = plan.zero > 0 and 1 < plan.shard_size < plan.dp and plan.dp % plan.shard_size == 0
+    if plan.shard_size and not divides:
+        yield f"shard_size={plan.shard_size} is no part of dp={plan.dp} ranks that ZeRO {plan.zero} divides among"
     if plan.pp * plan.dp * plan.tp != plan.mesh.size:
         yield f"{plan.degrees} does not fill {plan.mesh}"
     if plan.global_batch % plan.micro_batch:

@@ -8,7 +8,7 @@ from autopart.plan.fields import PlanFields
 from autopart.plan.search_summary import SearchSummary
 from autopart.plan.units import bytes_text, counted, seconds_text, zero_text
 
-ASKED = ("pp", "dp", "tp", "micro_batch", "zero", "offload", "recompute", "schedule")
+ASKED = ("pp", "dp", "tp", "micro_batch", "zero", "shard_size", "offload", "recompute", "schedule")
 """Settings of a request that decide what the search otherwise would."""
 
 
@@ -49,7 +49,7 @@ def _runner_up(plan: PlanFields, search: SearchSummary) -> str:
     if other is None:
         return "Runner-up: none; the request, the batch and the devices allow no other degrees."
     where = f"mesh(pp={other.pp}, dp={other.dp}, tp={other.tp}), micro-batch {other.micro_batch}, "
-    where += zero_text(other.zero, other.offload)
+    where += zero_text(other.zero, other.offload, other.shard_size)
 
     def against(seconds: float) -> str:
         return f"{seconds_text(seconds)} ({seconds / plan.step_seconds - 1:+.1%})"

@@ -12,6 +12,7 @@ class PointPlan:
     seconds        of a step of that plan; None where the search found none
     bound_seconds  lower bound on a step of every plan of the point
     offload        whether the optimizer's states are on the host
+    shard_size     data-parallel ranks that ZeRO divides among; 0: all
     """
 
     pp: int
@@ -22,6 +23,7 @@ class PointPlan:
     seconds: float | None
     bound_seconds: float
     offload: bool = field(default=False, kw_only=True)
+    shard_size: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True)

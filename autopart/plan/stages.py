@@ -51,7 +51,8 @@ class PlanSegment:
 class StageTraffic:
     """What the ranks of a stage move along one axis by one collective, in a step.
 
-    axis        "dp", "tp" or "pp"
+    axis        "dp", "tp" or "pp"; "shard" and "replicas": the parts of dp that ZeRO divides among, and the ranks with
+                the same place in each part
     collective  a name of `autopart.cost.collectives.COLLECTIVES`, or "send": a message along pp
     bytes       of the tensors, as `autopart.cost.collectives` counts them
     stages      along pp: the stages that take part; of a message the sender, then the receiver

@@ -73,7 +73,8 @@ def head(plan: PlanFields) -> str:
     return (
         f"plan {plan.model} on {plan.mesh}: {plan.degrees}, schedule {plan.schedule}, "
         f"{counted(plan.micro_batches, 'micro-batch')} of {counted(plan.micro_batch, 'sample')}, "
-        f"{zero_text(plan.zero, plan.offload == 'optimizer')}{' with prefetch' if plan.prefetch_bytes else ''}, "
+        f"{zero_text(plan.zero, plan.offload == 'optimizer', plan.shard_size)}"
+        f"{' with prefetch' if plan.prefetch_bytes else ''}, "
         f"recompute {recompute_text(plan)}, {plan.precision}{f', master {plan.master}' if plan.master else ''}"
     )
 

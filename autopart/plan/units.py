@@ -34,9 +34,10 @@ def seconds_text(value: float) -> str:
     return f"{value * 1e6:.2f} us" if value else "0"
 
 
-def zero_text(zero: int, offload: bool) -> str:
-    """``"ZeRO 2"``, ``"ZeRO 2, optimizer on the host"``."""
-    return f"ZeRO {zero}{', optimizer on the host' if offload else ''}"
+def zero_text(zero: int, offload: bool, shard_size: int = 0) -> str:
+    """``"ZeRO 2"``, ``"ZeRO 2 over 8 ranks, optimizer on the host"``."""
+    among = f" over {shard_size} ranks" if shard_size else ""
+    return f"ZeRO {zero}{among}{', optimizer on the host' if offload else ''}"
 
 
 def counted(number: int, what: str) -> str:

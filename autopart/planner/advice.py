@@ -67,6 +67,8 @@ def _changes(space: SearchSpace) -> Iterator[Try]:
         yield 'recompute="full"', mesh, replace(request, recompute="full")
     if request.zero is not None and request.zero < 3:
         yield "zero=3", mesh, replace(request, zero=3)
+    if request.shard_size:
+        yield "without shard_size", mesh, replace(request, shard_size=None)
     if request.offload == "none" and mesh.device.host:
         yield 'offload="optimizer"', mesh, replace(request, offload="optimizer")
     if request.micro_batch:

@@ -48,8 +48,9 @@ from autopart.planner.refinement import is_small, may_refine, refine_intervals
 from autopart.planner.search_history import SearchHistory
 from autopart.planner.search_points import SearchPoint
 from autopart.planner.search_space import SearchSpace
+from autopart.planner.setting_seconds import offload_seconds
 from autopart.planner.stage_bounds import Effort, few_cuts, stage_bound
-from autopart.planner.zero_levels import following, offload_seconds, settings_of, starting_points
+from autopart.planner.zero_levels import following, settings_of, starting_points
 
 HOPELESS = 0.05
 """Share of a device's memory. Where a large model's candidate of least memory lacks more, no other is tried without
@@ -144,7 +145,7 @@ class Search:
                 out_of_time or self._step_bound(point, space.known_bound(point)) >= self.incumbent.seconds
             ):
                 break
-            levels = settings_of(space, point) if replace(point, zero=0, offload=False) in known else []
+            levels = settings_of(space, point) if replace(point, zero=0, offload=False, shard_size=0) in known else []
             levels = levels[levels.index(point) if point in levels else 0 :]
             if not levels or not all(space.options(point).values()):
                 continue

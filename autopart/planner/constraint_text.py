@@ -2,8 +2,9 @@
 
     form                                            what it asks for
     ----------------------------------------------  ---------------------------------------------------------------
-    tp=8, pp!=1, tp<=4                              a setting: pp, dp, tp, micro_batch, zero, recompute, schedule or
-                                                    offload; numbers also compare by <=, >=, < and >
+    tp=8, pp!=1, tp<=4                              a setting: pp, dp, tp, micro_batch, zero, shard_size (1 where ZeRO
+                                                    divides nothing), recompute, schedule or offload; numbers also
+                                                    compare by <=, >=, < and >
     stage 2 starts at layers.10                     where one stage begins; stages count from 0
     cut before layers.10                            some stage begins there, whatever its number
     cuts=manual:layers.8,layers.16                  the first segment of every stage but the first; fixes pp
@@ -52,7 +53,7 @@ from autopart.planner.constraints import (
 )
 from autopart.planner.cut_constraints import METHODS, Cuts
 
-NUMBERS = ("pp", "dp", "tp", "micro_batch")
+NUMBERS = ("pp", "dp", "tp", "micro_batch", "shard_size")
 """Settings that are any positive number."""
 VALUES: Mapping[str, tuple[int | str, ...]] = {
     "zero": (0, 1, 2, 3),

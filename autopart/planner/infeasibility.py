@@ -43,7 +43,7 @@ def closest(
     leave no plan. `tried`: point -> its candidates. The points `state_exceeds_memory` have no candidates."""
     found = [s for point, each in tried.items() for c in each if (s := _shortfall(space, point, c))]
     near = [s.point for s in sorted(found, key=lambda s: s.bytes)]
-    oversized = sorted(state_exceeds_memory, key=lambda point: (-point.zero, point.micro_batch))
+    oversized = sorted(state_exceeds_memory, key=lambda point: (-point.zero, point.shard_size > 0, point.micro_batch))
     for point in (*_distinct_degrees(near), *_distinct_degrees(oversized)):
         for modes in space.best_modes(point, NEVER):
             solution = space.solve(point, NEVER, modes)

@@ -23,7 +23,7 @@ from autopart.planner.checkpoint_steps import (
     checkpoint_steps,
     uniform_checkpointing,
 )
-from autopart.planner.interval_seconds import crossed, exposed
+from autopart.planner.interval_seconds import crossed, exposed_in_step
 
 Where = NDArray[np.int_] | slice
 """Indices of intervals, or all."""
@@ -191,8 +191,7 @@ def interval_costs(
     saved = costs.saved_bytes[least, np.arange(n)] + costs.block_input_bytes * recomputed
     seconds = costs.forward + costs.backward + costs.recompute_seconds[least, np.arange(n)]
     seconds = interval_sums(seconds + costs.sync_seconds / amortization)
-    late = exposed(costs.overlappable_seconds, costs.backward, costs.forward, costs.gather_seconds)
-    seconds += late * (training.backwards / amortization)
+    seconds += exposed_in_step(costs) / amortization
     state, saves, block_saves = (interval_sums(x) for x in (costs.state_bytes.sum(0), saved, np.where(block, saved, 0)))
     workspace = (interval_sums if training.foreach else interval_maxima)(costs.optimizer_workspace)
     reduced, shared_inputs = interval_sums(costs.reduced_bytes[2]), np.zeros(len(seconds))

@@ -6,7 +6,7 @@ import numpy as np
 
 from autopart.cost.compute import Array
 from autopart.cost.intervals import contains_any, interval_ends, interval_index, interval_maxima
-from autopart.cost.position_costs import Crossings
+from autopart.cost.position_costs import Crossings, PositionCosts
 
 
 def exposed(overlappable: Array, backward: Array, forward: Array, gather: Array) -> Array:
@@ -49,6 +49,18 @@ def exposed(overlappable: Array, backward: Array, forward: Array, gather: Array)
         total = np.concatenate([[0.0], np.cumsum(sum(late))])
         found = found + gather[starts] + gather[ends - 1] + total[ends - 1] - total[starts]
     return found
+
+
+def exposed_in_step(costs: PositionCosts) -> Array:
+    """[intervals]: `exposed` seconds of all forwards and backwards of a step that may hide messages. The last backward
+    has the messages of a step that others have not."""
+    each, count = costs.overlappable_seconds, costs.training.backwards
+    computing = costs.backward, costs.forward, costs.gather_seconds
+    if not costs.crossing_seconds.any():
+        return count * exposed(each, *computing)
+    others = each - costs.crossing_seconds / count
+    last = exposed(others + costs.crossing_seconds, *computing)
+    return last + (count - 1) * exposed(others, *computing) if count > 1 else last
 
 
 def exposed_by_clock(

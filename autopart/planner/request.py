@@ -41,6 +41,9 @@ class Settings(TypedDict, total=False):
     tp: Annotated[int | None, "tensor-parallel degree"]
     dp: Annotated[int | None, "data-parallel degree"]
     zero: Annotated[int | None, "ZeRO level: 0, 1, 2 or 3"]
+    shard_size: Annotated[
+        int | None, "data-parallel ranks that ZeRO divides among, as those of a host; others have the same shares"
+    ]
     prefetch: Annotated[
         int | None,
         "the most MiB of weights that a rank gathers ahead at ZeRO 3 (default: a 16th of a GPU's memory; on CPUs 0)",
@@ -106,6 +109,7 @@ class Request:
     """Names of fused kernels that are left out."""
     constraints: tuple[Constraint, ...] = ()
     offload: str | None = None
+    shard_size: int | None = None
 
     def allows(self, name: str, value: int | str) -> bool:
         """Whether constraints allow a setting this value."""
@@ -152,7 +156,7 @@ class Request:
             value, least = getattr(self, name), 0 if name in ("zero", "nodes", "prefetch") else 1
             if value is not None and value < least:
                 raise PartitionError(f"{name}={value} is not positive", try_=f"{name}={least} or more")
-        self._check_prefetch()
+        self._check_shared_out()
         fixed = dict(mesh.axes)
         asked = {n: getattr(self, n) for n in ("pp", "dp", "tp") if getattr(self, n)}
         for name, degree in asked.items():
@@ -172,6 +176,14 @@ class Request:
                 f"{product} ranks of {mesh.size}",
                 _filling(request, mesh.size),
             )
+        if request.shard_size and (request.dp or mesh.size) % request.shard_size:
+            among = f"dp={request.dp} ranks" if request.dp else f"the mesh's {mesh.size} devices"
+            sizes = ", ".join(str(size) for size in divisors(request.dp or mesh.size)[1:])
+            raise PartitionError(
+                f"shard_size={request.shard_size} does not divide {among}",
+                "ZeRO divides among groups of so many data-parallel ranks",
+                f"shard_size={sizes}" if sizes else "no shard_size",
+            )
         if request.micro_batch and request.global_batch % request.micro_batch:
             raise PartitionError(
                 "the batch does not divide",
@@ -180,13 +192,19 @@ class Request:
             )
         return request
 
-    def _check_prefetch(self) -> None:
-        """Raise PartitionError where weights are to be gathered ahead that no rank gathers."""
+    def _check_shared_out(self) -> None:
+        """Raise PartitionError where what no rank shares out is to be shared out or gathered ahead."""
         if self.prefetch and self.zero is not None and self.zero < 3:
             raise PartitionError(
                 f"prefetch={self.prefetch} at ZeRO {self.zero}",
                 "weights are gathered, and so gathered ahead, at ZeRO 3 alone",
                 "zero=3, or no prefetch",
+            )
+        if self.shard_size is not None and (self.shard_size == 1 or self.zero == 0):
+            raise PartitionError(
+                f"nothing is divided at {'zero=0' if self.zero == 0 else 'shard_size=1'}",
+                "shard_size is the number of data-parallel ranks that share out states, gradients or parameters",
+                "zero=1, 2 or 3 with a shard_size of 2 or more; or zero=0 alone",
             )
 
 

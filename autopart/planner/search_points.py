@@ -14,8 +14,8 @@ from autopart.planner.request import Request
 
 @dataclass(frozen=True, order=True)
 class SearchPoint:
-    """Degrees, samples of a micro-batch over all ranks, ZeRO level, and whether the optimizer's states are on the
-    host."""
+    """Degrees, samples of a micro-batch over all ranks, ZeRO level, whether the optimizer's states are on the host, and
+    the data-parallel ranks that ZeRO divides among where these are not all."""
 
     pp: int
     dp: int
@@ -23,6 +23,12 @@ class SearchPoint:
     micro_batch: int
     zero: int = 0
     offload: bool = False
+    shard_size: int = 0
+
+    @property
+    def shards(self) -> int:
+        """Data-parallel ranks that ZeRO divides among; 1 where it divides nothing."""
+        return (self.shard_size or self.dp) if self.zero else 1
 
     @property
     def degrees(self) -> tuple[int, int, int]:
@@ -35,8 +41,9 @@ class SearchPoint:
         return 1 + (global_batch // self.micro_batch - 1) / self.pp
 
     def __str__(self) -> str:
+        among = f" over {self.shard_size}" * bool(self.shard_size)
         where = ", optimizer on the host" * self.offload
-        return f"pp={self.pp} dp={self.dp} tp={self.tp} micro-batch {self.micro_batch} zero {self.zero}{where}"
+        return f"pp={self.pp} dp={self.dp} tp={self.tp} micro-batch {self.micro_batch} zero {self.zero}{among}{where}"
 
 
 def search_points(layered: LayeredGraph, mesh: Mesh, request: Request) -> Iterator[SearchPoint]:
@@ -72,6 +79,9 @@ def _degrees(
         for tp in filter(partial(request.allows, "tp"), [request.tp] if request.tp else divisors(mesh.size // pp)):
             dp = mesh.size // pp // tp
             if request.dp not in (None, dp) or pp * dp * tp != mesh.size or not request.allows("dp", dp):
+                continue
+            if request.shard_size and dp % request.shard_size:
+                rejected.append(f"shard_size={request.shard_size} does not divide dp={dp} ranks")
                 continue
             if tp <= mesh.devices_per_host or not tp_in_host:
                 yield pp, dp, tp

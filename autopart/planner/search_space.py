@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from autopart.cost.intervals import NEVER, interval_ends
 from autopart.cost.liveness import MODES
 from autopart.cost.position_costs import PositionCosts, position_costs
 from autopart.cost.prices import Prices, Terms
-from autopart.cost.training_state import Training, amortization, step_kernel, widening
+from autopart.cost.training_state import Training, amortization, shard_groups, step_kernel, widening
 from autopart.errors import PartitionError
 from autopart.hardware.mesh import Mesh, usable_bytes
 from autopart.hardware.rows import Device, Link
@@ -37,9 +38,8 @@ micro_batches_in_flight = lru_cache(maxsize=None)(in_flight)
 class SearchSpace:
     """All plans of a model on a mesh that a request allows.
 
-    The dictionaries cache results. Spaces that differ in constraints alone may share all of them: constraints are part
-    of the keys, or do not change the values. `models` depend on the device and on whether the request asks for a degree
-    of `tp`, and not on links.
+    The dictionaries cache results. Spaces that differ in constraints alone may share these: constraints are part of
+    the keys, or do not change values. `models` depend on the device and on whether a degree of `tp` is asked for.
     """
 
     layered: LayeredGraph
@@ -53,9 +53,11 @@ class SearchSpace:
     mode_costs: dict[SearchPoint, tuple[Costs, ...]] = field(default_factory=dict)
     relaxations: dict[object, tuple[float, Solution | None]] = field(default_factory=dict)
     exposed: dict[SearchPoint, Array] = field(default_factory=dict)
+    hiding: dict[object, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise PartitionError where constraints name what the model does not have."""
+        self.settings: dict[SearchPoint, list[SearchPoint]] = {}
         self._options: dict[int, Options] = {}
         self._stages: dict[object, list[NDArray[np.bool_]]] = {}
         check_names(self.request.constraints, self.layered.labels, self.layered.keys.values())
@@ -88,13 +90,12 @@ class SearchSpace:
 
     def training(self, point: SearchPoint) -> Training:
         """The optimizer, ZeRO level, data-parallel group, micro-batches and master dtype."""
-        group = self.mesh.group(point.tp, point.dp)
-        ratio = widening(self.request.precision, self.request.master)
-        asked, device = self.request, self.mesh.device
+        asked, device, group = self.request, self.mesh.device, self.mesh.group(point.tp, point.dp)
+        ratio, gpu, m = widening(asked.precision, asked.master), device.type != "cpu", self.micro_batches(point)
+        parts = shard_groups(self.mesh, point.tp, point.dp, point.shard_size)
         kernel = step_kernel(asked.optimizer, asked.precision, asked.master, device, asked.no_fuse, point.offload)
-        gpu, m = device.type != "cpu", self.micro_batches(point)
         ahead = asked.prefetch_bytes(device) if point.zero >= 3 and point.dp > 1 else 0
-        return Training(asked.optimizer, point.zero, group, m, ratio, gpu, kernel, point.offload, gpu, ahead)
+        return Training(asked.optimizer, point.zero, group, m, ratio, gpu, kernel, point.offload, gpu, ahead, *parts)
 
     def device(self, point: SearchPoint) -> Device:
         """The device at the pace that it has in the point's pipeline: `Mesh.busy_device`."""

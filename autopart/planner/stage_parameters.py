@@ -72,10 +72,12 @@ def pending_gradients(
 
 class StageMessages(NamedTuple):
     """Seconds of the messages of a stage's parameters over dp: the `total` of a step, and by position those of one
-    backward's gradient sync (`scatter`) and of one pass's gathers (`gather`) that computing may hide."""
+    backward's gradient sync (`scatter`), of what the last backward has besides (`crossing`), and of one pass's gathers
+    (`gather`) that computing may hide."""
 
     total: float
     scatter: list[float]
+    crossing: list[float]
     gather: list[float]
 
 
@@ -83,18 +85,20 @@ def messages_of(
     layered: LayeredGraph, training: Training, reads: Sequence[Sequence[Parameter]], tp: int
 ) -> StageMessages:
     """The messages of a stage whose positions read the parameters `reads`, split over `tp` ranks."""
-    total, scatters, gathers, seen = 0.0, list[float](), list[float](), set[str]()
+    total, scatters, crossings, gathers, seen = 0.0, list[float](), list[float](), list[float](), set[str]()
     for row in reads:
         alone = {p.name: len(layered.readers[p.name]) == 1 for p in row}
         every = sum(p.record.output_bytes[0] * p.record.grad for p in row) / tp
-        scatter = gather = 0.0
+        scatter = crossing = gather = 0.0
         for p in row:
             together = every if alone[p.name] else p.record.output_bytes[0] * p.record.grad / tp
             total += training.sync_seconds(p.bytes, p.over_dp, together) if p.name not in seen else 0.0
             scatter += training.overlappable_seconds(p.bytes, p.over_dp, together) if alone[p.name] else 0.0
+            crossing += training.crossing_seconds(p.bytes, p.over_dp, together) if alone[p.name] else 0.0
             gather += training.gather_seconds(p.bytes, p.over_dp, together) if alone[p.name] else 0.0
             seen.add(p.name)
         nbytes = sum(training.reduced_bytes(p.bytes, p.record.grad, p.over_dp) for p in row)
-        scatters.append(scatter)
+        scatters.append(scatter - crossing / training.backwards)
+        crossings.append(crossing)
         gathers.append(gather if training.ahead_bytes(nbytes) else 0.0)
-    return StageMessages(total, scatters, gathers)
+    return StageMessages(float(total), scatters, crossings, gathers)

@@ -40,7 +40,7 @@ def _of_slices(segment: PricedSegment, mode: str, training: Training) -> dict[tu
     """The traffic at ZeRO 3 of a segment's parameters for a micro-batch: each segment that reads a parameter gathers
     it, backward gathers it again but for the words of an embedding, which no backward reads, and the gradient is
     reduced for each segment alone. Biases, which backward does not read either, count as if it did."""
-    found = defaultdict[tuple[str, str], float](float)
+    found, axis = defaultdict[tuple[str, str], float](float), _axis(training)
     readers = defaultdict[fx.Node, list[str]](list)
     for node in segment.nodes:
         for n in node.all_input_nodes:
@@ -49,9 +49,17 @@ def _of_slices(segment: PricedSegment, mode: str, training: Training) -> dict[tu
         record = info(node)
         if names and record.grad and training.sliced(dict(record.placed).get("dp") == "C"):
             again = mode != "none" or not all("embedding" in name for name in names)
-            found["dp", "all_gather"] += (1 + again) * record.size
-            found["dp", "reduce_scatter"] += record.size * training.widening
+            found[axis, "all_gather"] += (1 + again) * record.size
+            found[axis, "reduce_scatter"] += record.size * training.widening
+            if training.replicas:  # once a step
+                slices = training.divided.ranks * training.micro_batches
+                found["replicas", "all_reduce"] += record.size * training.widening / slices
     return found
+
+
+def _axis(training: Training) -> str:
+    """The ranks that ZeRO divides among, by the name that `StageTraffic` has for them."""
+    return "shard" if training.shard else "dp"
 
 
 def _of_parameter(parameter: Parameter, training: Training) -> dict[tuple[str, str], float]:
@@ -62,8 +70,10 @@ def _of_parameter(parameter: Parameter, training: Training) -> dict[tuple[str, s
     if parameter.over_dp and training.ranks > 1 and not training.sliced(True):
         gathers, scatters = collectives_per_step(training.zero, training.micro_batches)
         if training.zero:
-            found["dp", "all_gather"] = gathers * parameter.bytes
-            found["dp", "reduce_scatter"] = scatters * gradient
+            found[_axis(training), "all_gather"] = gathers * parameter.bytes
+            found[_axis(training), "reduce_scatter"] = scatters * gradient
+            if training.replicas:
+                found["replicas", "all_reduce"] = gradient / training.divided.ranks
         else:
             found["dp", "all_reduce"] = gradient
     if parameter.over_tp:

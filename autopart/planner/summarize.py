@@ -60,7 +60,8 @@ def _compared(search: Search, ends: dict[SearchPoint, str]) -> tuple[SearchedPoi
         seconds, nbytes = (made.best_seconds, made.best_bytes) if made else (None, None)
         if bound < NEVER:
             where = (*point.degrees, point.micro_batch, point.zero)
-            rows.append(SearchedPoint(*where, seconds, bound, nbytes, ends[point], offload=point.offload))
+            offload, size = point.offload, point.shard_size
+            rows.append(SearchedPoint(*where, seconds, bound, nbytes, ends[point], offload=offload, shard_size=size))
 
     def order(row: SearchedPoint) -> tuple[bool, float]:
         return row.seconds is None, row.bound_seconds if row.seconds is None else row.seconds
@@ -84,7 +85,7 @@ def _runner_up(search: Search, result: SearchResult) -> RunnerUp | None:
     best = min(table, key=lambda point: (table[point], point))
     bound = min(max(min(bounds.values()), result.bound), *seconds.values(), NEVER)
     where = (*best.degrees, best.micro_batch, best.zero)
-    return RunnerUp(*where, seconds.get(best), float(bound), offload=best.offload)
+    return RunnerUp(*where, seconds.get(best), float(bound), offload=best.offload, shard_size=best.shard_size)
 
 
 def _limit(search: Search, found: SearchResult) -> str:

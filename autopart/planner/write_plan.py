@@ -12,7 +12,8 @@ from itertools import groupby
 from torch import fx
 
 from autopart.cost.offload import OFFLOADS
-from autopart.cost.training_state import Training, update_seconds
+from autopart.cost.training_state import Training
+from autopart.cost.update_seconds import update_seconds
 from autopart.hardware.mesh import usable_bytes
 from autopart.ir.graph import info
 from autopart.ir.labels import is_block
@@ -96,6 +97,7 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
         notes=tuple(_notes(space, found)),
         request=request.to_json(),
         prefetch_bytes=int(space.training(point).prefetch),
+        shard_size=point.shard_size,
         search=found.summary,
     )
     return bounded(plan, found.bound)
@@ -284,10 +286,14 @@ def _sync(
     seconds += sum(training.partial_sync_seconds(p.bytes, p.over_dp, sizes["tp"]) for p in distinct(reads) if p.over_tp)
     messages = messages_of(space.layered, training, reads, found.point.tp)
     share = device.overlapped_share
-    scatter, gather = ([share * hidden for hidden in each] for each in (messages.scatter, messages.gather))
+    scatter, crossing, gather = ([share * hidden for hidden in each] for each in messages[1:])
+    last = [s + c for s, c in zip(scatter, crossing, strict=True)]
     forward, backward = zip(*computing, strict=True)
-    late = exposed_by_clock(scatter, backward, forward, gather) - sum(scatter) - 2 * sum(gather)
-    return seconds + messages.total + training.backwards * late
+    late = seconds + messages.total
+    for times, sent in ((training.backwards - 1, scatter), (1, last)):
+        exposed = exposed_by_clock(sent, backward, forward, gather)
+        late += times * (exposed - sum(sent) - 2 * sum(gather))
+    return float(late)
 
 
 def _printed(

@@ -42,19 +42,23 @@ def fill_a_message(tensors: Sequence[Tensor], group: Group) -> bool:
     return sum(tensor.nbytes for tensor in tensors) >= bucket_bytes(group)
 
 
-def start_sum(tensors: Sequence[Tensor], group: Group) -> Callable[[], Sequence[Tensor]]:
-    """Start to all-reduce tensors in one message. The function that is returned waits for it and gives the sums, which
-    are views of the message. The tensors may be freed; a tensor alone is its own message, if it is contiguous.
+Started = Callable[[], tuple[Tensor, Sequence[Tensor]]]
+"""Waits for a message that was started, and gives it, flat, and the tensors in it, which are views of it."""
+
+
+def start_sum(tensors: Sequence[Tensor], group: Group) -> Started:
+    """Start to all-reduce tensors in one message. The tensors may be freed; a tensor alone is its own message, if it is
+    contiguous.
     """
     alone = len(tensors) == 1 and tensors[0].is_contiguous()
     message = tensors[0].view(-1) if alone else torch.cat([tensor.flatten() for tensor in tensors])
     work = group.start_all_reduce(message)
     shapes = [tensor.shape for tensor in tensors]
 
-    def finish() -> Sequence[Tensor]:
+    def finish() -> tuple[Tensor, Sequence[Tensor]]:
         work.wait()
         parts = message.split([shape.numel() for shape in shapes])
-        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return message, [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     return finish
 
@@ -63,7 +67,8 @@ def sum_together(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
     """The sums over ranks of tensors, which may be views of a message."""
     sums: dict[int, Tensor] = {}
     for bucket in buckets(tensors, group):
-        sums.update(zip(bucket, start_sum([tensors[i] for i in bucket], group)(), strict=True))
+        _, parts = start_sum([tensors[i] for i in bucket], group)()
+        sums.update(zip(bucket, parts, strict=True))
     return [sums[i] for i in range(len(tensors))]
 
 
@@ -124,12 +129,9 @@ def start_gather(
     return finish
 
 
-def start_scatter(
-    tensors: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None
-) -> Callable[[], Sequence[Tensor]]:
-    """Start to reduce-scatter tensors in one message. The function that is returned waits for it and gives this rank's
-    slice of each sum, in a dtype. The tensors may be freed; a tensor alone may be its own message, which leaves it
-    unchanged.
+def start_scatter(tensors: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None) -> Started:
+    """Start to reduce-scatter tensors in one message, of which come this rank's slices of the sums, in a dtype. The
+    tensors may be freed; a tensor alone may be its own message, which leaves it unchanged.
     """
     lengths = [slice_length(tensor.numel(), group.size) for tensor in tensors]
     if len(tensors) == 1 and dtype in (None, tensors[0].dtype):
@@ -139,12 +141,18 @@ def start_scatter(
         for tensor, part in zip(tensors, message.split(lengths, 1), strict=True):
             part.copy_(as_slices(tensor, group.size))
     summed = group.start_reduce_scatter(message)
-    return lambda: summed().split(lengths)
+
+    def finish() -> tuple[Tensor, Sequence[Tensor]]:
+        flat = summed()
+        return flat, flat.split(lengths)
+
+    return finish
 
 
 def scatter_sum(tensors: Sequence[Tensor], group: Group, dtype: torch.dtype | None = None) -> list[Tensor]:
     """This rank's slice of the sum over ranks of each tensor, in a dtype."""
     slices: dict[int, Tensor] = {}
     for bucket in buckets(tensors, group):
-        slices.update(zip(bucket, start_scatter([tensors[i] for i in bucket], group, dtype)(), strict=True))
+        _, parts = start_scatter([tensors[i] for i in bucket], group, dtype)()
+        slices.update(zip(bucket, parts, strict=True))
     return [slices[i] for i in range(len(tensors))]

@@ -52,7 +52,7 @@ def _counted_here(origin: Any, tied: Mapping[str, Group], groups: Groups) -> boo
     if origin.name in tied and tied[origin.name].rank > 0:
         return False
     return all(
-        placement.kind == "S" or (origin.sliced and axis == "dp") or groups.along(axis).rank == 0
+        placement.kind == "S" or groups.holders(origin.sliced, axis).rank == 0
         for axis, placement in origin.placed.items()
     )
 

@@ -4,7 +4,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -64,6 +64,8 @@ class RankMesh:
 class Groups:
     """This rank's group along every axis, its device, and the groups that are no axis.
 
+    shard        the neighbouring ranks of dp that ZeRO divides among: all of dp, or one of several equal parts of it
+    replicas     the ranks of dp with this rank's place in each of these parts, which have the same slices
     activations  all ranks: messages of activations between stages
     gradients    all ranks: messages of gradients between stages
     host         all ranks: values on the CPU
@@ -78,6 +80,8 @@ class Groups:
     activations: Group
     gradients: Group
     host: Group
+    shard: Group = field(kw_only=True)
+    replicas: Group = field(kw_only=True)
     rng: RngState = field(default_factory=RngState, kw_only=True)
     returned: list[object] = field(default_factory=list, kw_only=True)
 
@@ -85,6 +89,11 @@ class Groups:
         """The group of an axis by its name."""
         group: Group = getattr(self, axis)
         return group
+
+    def holders(self, sliced: bool, axis: str) -> Group:
+        """The ranks along an axis that hold the same of a tensor which the axis does not split; `sliced`: which lies in
+        slices over `shard`."""
+        return self.replicas if sliced and axis == "dp" else self.along(axis)
 
     def size_over(self, axes: Iterable[str]) -> int:
         """Number of ranks over some axes together."""
@@ -121,13 +130,36 @@ class Groups:
         return mine
 
     def apart(self) -> Group:
-        """The ranks along dp, on a communicator of their own. Every rank must call it."""
-        mine = self.dp
-        for pp, tp in itertools.product(range(self.pp.size), range(self.tp.size)):
-            handle = dist.new_group([(pp * self.dp.size + dp) * self.tp.size + tp for dp in range(self.dp.size)])
-            if (pp, tp) == (self.pp.rank, self.tp.rank):
-                mine = replace(self.dp, handle=handle)
-        return mine
+        """The group `shard`, on a communicator of its own. Every rank must call it."""
+        parts = shard_parts(self.dp.size, self.shard.size)
+        return parts_of_dp(self.shard.axis, (self.pp.size, self.dp.size, self.tp.size), self.rank, parts)
+
+
+def shard_parts(dp: int, shard_size: int) -> list[range]:
+    """The parts of dp that ZeRO divides among, by their ranks along dp: neighbours."""
+    return [range(first, first + shard_size) for first in range(0, dp, shard_size)]
+
+
+def replica_parts(dp: int, shard_size: int) -> list[range]:
+    """The ranks along dp that have the same place in each of `shard_parts`."""
+    return [range(place, dp, shard_size) for place in range(shard_size)]
+
+
+def parts_of_dp(name: str, degrees: tuple[int, int, int], rank: int, parts: Sequence[range]) -> Group:
+    """The group of a rank among those that parts of dp make. Every rank must call it, all with the same parts.
+
+    degrees  (pp, dp, tp)
+    parts    ranks along dp; each rank is in one part
+    """
+    pp, dp, tp = degrees
+    found = []
+    for stage, place, part in itertools.product(range(pp), range(tp), parts):
+        ranks = [(stage * dp + at) * tp + place for at in part]
+        handle = dist.new_group(ranks)
+        if rank in ranks:
+            found.append(Group(name, len(ranks), ranks.index(rank), handle))
+    (mine,) = found
+    return mine
 
 
 def start_processes(size: int) -> None:
@@ -164,15 +196,15 @@ def _store_of_restart(environment: Mapping[str, str]) -> dist.Store | None:
     return dist.PrefixStore(f"restart {restarts}", store)
 
 
-def make_groups(pp: int, dp: int, tp: int) -> Groups:
-    """Make every group of a plan with these degrees. All ranks must call it. Raises PartitionError as
-    `start_processes`."""
+def make_groups(pp: int, dp: int, tp: int, shard_size: int = 0) -> Groups:
+    """Make every group of a plan with these degrees; `shard_size` is that of the plan. All ranks must call it. Raises
+    PartitionError as `start_processes`."""
     size = pp * dp * tp
     start_processes(size)
     device = _device()
     if size == 1:
         pp_, dp_, tp_, *others = (Group(name, 1, 0) for name in (*AXES, "activations", "gradients", "host"))
-        return Groups(pp_, dp_, tp_, device, *others)
+        return Groups(pp_, dp_, tp_, device, *others, shard=dp_, replicas=Group("replicas", 1, 0))
     mesh = init_device_mesh(device.type, (pp, dp, tp), mesh_dim_names=AXES)
     pp_, dp_, tp_ = (Group(a, mesh[a].size(), mesh.get_local_rank(a), mesh.get_group(a)) for a in AXES)
     rank = dist.get_rank()
@@ -180,7 +212,13 @@ def make_groups(pp: int, dp: int, tp: int) -> Groups:
         Group(name, size, rank, dist.new_group() if pp > 1 else None) for name in ("activations", "gradients")
     )
     host = Group("host", size, rank, dist.new_group(backend="gloo"))
-    return Groups(pp_, dp_, tp_, device, activations, gradients, host)
+    shard, replicas = dp_, Group("replicas", 1, 0)
+    if shard_size not in (0, dp):
+        shard, replicas = (
+            parts_of_dp(name, (pp, dp, tp), rank, parts(dp, shard_size))
+            for name, parts in (("shard", shard_parts), ("replicas", replica_parts))
+        )
+    return Groups(pp_, dp_, tp_, device, activations, gradients, host, shard=shard, replicas=replicas)
 
 
 def tied_groups(tied: Mapping[str, tuple[int, ...]], groups: Groups) -> dict[str, Group]:

@@ -20,7 +20,7 @@ from autopart.sharding.notation import Placement
 @dataclass(frozen=True)
 class Origin:
     """Where a rank's tensor comes from: the model's name and whole shape, the placement along every axis, and whether
-    the tensor is a slice over dp of what lies there.
+    the tensor is a slice over `Groups.shard` of what lies there.
     """
 
     name: str
@@ -84,15 +84,15 @@ def weight_slice(
     used: torch.dtype | None = None,
     **placed: str,
 ) -> nn.Parameter:
-    """This rank's flat slice over dp, uninitialised, of what `weight` returns. The gathered weight has the dtype
-    `used`."""
+    """This rank's flat slice over `Groups.shard`, uninitialised, of what `weight` returns. The gathered weight has the
+    dtype `used`."""
     origin = Origin(name, tuple(shape), {axis: Placement.parse(text) for axis, text in placed.items()}, sliced=True)
     if (known := _shared(origin)) is not None:
         return known
     local = torch.Size(_local(origin, groups))
-    length = slice_length(local.numel(), groups.dp.size)
+    length = slice_length(local.numel(), groups.shard.size)
     share: Any = nn.Parameter(torch.empty(length, dtype=dtype, device=groups.device))
-    share.origin, share.slicing = origin, Slicing(local, used or dtype, groups.dp)
+    share.origin, share.slicing = origin, Slicing(local, used or dtype, groups.shard)
     mine: nn.Parameter = share
     return mine
 
@@ -135,7 +135,7 @@ def share_of(whole: torch.Tensor, origin: Origin, groups: Groups) -> torch.Tenso
         group = groups.along(axis)
         if placement.kind == "S":
             whole = shard(whole, placement.dim, placement.parts, group.size, group.rank)
-    return as_slices(whole, groups.dp.size)[groups.dp.rank] if origin.sliced else whole
+    return as_slices(whole, groups.shard.size)[groups.shard.rank] if origin.sliced else whole
 
 
 def tensors_of(model: nn.Module, constants: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:

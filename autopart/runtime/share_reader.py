@@ -41,8 +41,8 @@ def read_share(whole: Sliceable, origin: Origin, groups: Groups) -> Tensor:
     elements, row = 1, 1
     for each in index:
         elements *= len(each)
-    length = slice_length(elements, groups.dp.size)
-    start, stop = (min(length * (groups.dp.rank + k), elements) for k in (0, 1))
+    length = slice_length(elements, groups.shard.size)
+    start, stop = (min(length * (groups.shard.rank + k), elements) for k in (0, 1))
     first = 0
     if index and start < stop:
         row = elements // len(index[0])

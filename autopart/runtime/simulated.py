@@ -160,10 +160,10 @@ class SimulatedGroups(Groups):
         return SimulatedGroup("tied", len(stages), list(stages).index(self.pp.rank), None, self.world, key)
 
     def apart(self) -> Group:
-        return self.dp
+        return self.shard
 
 
-def simulated_groups(world: World, pp: int, dp: int, tp: int, rank: int) -> SimulatedGroups:
+def simulated_groups(world: World, pp: int, dp: int, tp: int, rank: int, shard_size: int = 0) -> SimulatedGroups:
     """`make_groups` for one simulated rank."""
     place = {"pp": rank // (dp * tp), "dp": rank // tp % dp, "tp": rank % tp}
 
@@ -174,19 +174,26 @@ def simulated_groups(world: World, pp: int, dp: int, tp: int, rank: int) -> Simu
     def everyone(name: str) -> Group:
         return SimulatedGroup(name, pp * dp * tp, rank, None, world, (name,))
 
+    def part(name: str, size: int, at: int, number: int) -> Group:
+        return SimulatedGroup(name, size, at, None, world, (name, place["pp"], place["tp"], number))
+
     axes = (along("pp", pp), along("dp", dp), along("tp", tp))
     channels = (everyone("activations"), everyone("gradients"), everyone("host"))
-    return SimulatedGroups(*axes, torch.device("cpu"), *channels, world)
+    divided = shard_size or dp
+    replica, at = divmod(place["dp"], divided)
+    shard = axes[1] if divided == dp else part("shard", divided, at, replica)
+    replicas = part("replicas", dp // divided, replica, at)
+    return SimulatedGroups(*axes, torch.device("cpu"), *channels, world, shard=shard, replicas=replicas)
 
 
-def run_simulated(pp: int, dp: int, tp: int, run: Callable[[Groups], T]) -> list[T]:
+def run_simulated(pp: int, dp: int, tp: int, run: Callable[[Groups], T], shard_size: int = 0) -> list[T]:
     """Call `run` for every rank in a thread; the results in the order of ranks. The first failure ends all and is
     raised."""
     world = World()
 
     def one(rank: int) -> T:
         try:
-            return run(simulated_groups(world, pp, dp, tp, rank))
+            return run(simulated_groups(world, pp, dp, tp, rank, shard_size))
         except BaseException:
             world.abort()
             raise

@@ -144,7 +144,7 @@ def read(folder: Path, weights: Path | None = None) -> Compiled:
     Raises PartitionError for a damaged folder, for weights that lack a parameter, and for another number of processes.
     """
     plan = Plan.load(folder / "plan.json")
-    groups = make_groups(plan.pp, plan.dp, plan.tp)
+    groups = make_groups(plan.pp, plan.dp, plan.tp, plan.shard_size)
     program = read_program(folder, groups.pp.rank)
     constants = load_file(folder / "constants.safetensors")
     whole = {name: torch.zeros(()).expand(shape) for name, shape in plan.signature.parameters.items()}

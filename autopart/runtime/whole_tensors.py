@@ -75,8 +75,7 @@ def _held(compiled: RankState, masters: bool) -> dict[str, tuple[Tensor, Piece]]
     found: dict[str, tuple[Tensor, Piece]] = {}
 
     def hold(origin: Origin, value: Tensor, dtype: torch.dtype, local: Sequence[int]) -> None:
-        slices = ("dp",) if origin.sliced else ()
-        if all(p.kind == "S" or place[axis] == 0 or axis in slices for axis, p in origin.placed.items()):
+        if all(p.kind == "S" or groups.holders(origin.sliced, axis).rank == 0 for axis, p in origin.placed.items()):
             piece = Piece(
                 groups.rank, origin.placed, (place["dp"], place["tp"]), tuple(value.shape), dtype,
                 tuple(local) if origin.sliced else None,

@@ -6,6 +6,10 @@ in a wider dtype.
 
 - Each rank trains one slice of every weight whose gradient is a partial sum over dp. Levels 1 and 2 keep the weight
   whole, in the memory that its slices lie in. At level 3 the emitted code holds slices only (`groups.weight_slice`).
+- Slices may be divided among a part of the dp ranks (`groups.shard`), and be the same in every part, as in PyTorch's
+  HSDP, ZeRO++ and MiCS. Weights are gathered within a part. Gradients are reduce-scattered within a part for every
+  micro-batch or step, as the level says. Once a step, each rank's sums are all-reduced over the parts
+  (`groups.replicas`): at the level 1 and in the last backward of a step right behind the reduce-scatter, in its memory.
 - With a master dtype the optimizer trains a copy of the slice, or of the whole weight, in that dtype. Gradients are
   added up in it, over micro-batches and ranks, and weights are written back after a step. At level 3 slices are of the
   master dtype themselves.
@@ -27,7 +31,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autopart.runtime.flat_slices import as_slices, buckets, fill_a_message, gather, start_scatter, start_sum
+from autopart.runtime.flat_slices import (
+    as_slices,
+    buckets,
+    fill_a_message,
+    gather,
+    start_scatter,
+    start_sum,
+    sum_together,
+)
 from autopart.runtime.gradient_norm import scale
 from autopart.runtime.groups import Groups
 from autopart.runtime.offload import HostCopies
@@ -35,7 +47,8 @@ from autopart.runtime.prefetch import Prefetch
 from autopart.runtime.process_group import Group
 
 AHEAD = 2
-"""The most messages of gradients that stay in flight once another one was started, which bounds their memory."""
+"""The most messages of gradients of a kind that stay in flight once another one was started, which bounds their
+memory."""
 
 
 class DataParallelState:
@@ -52,7 +65,8 @@ class DataParallelState:
         offload: bool = False,
         prefetch: int = 0,
     ) -> None:
-        self.stage, self.group, self.level, self.overlap = stage, groups.dp, level, overlap
+        self.stage, self.group, self.replicas = stage, groups.shard, groups.replicas
+        self.level, self.overlap = level, overlap
         self.slice_of: dict[Any, Any] = {}
         self.copy_of: dict[Any, Any] = {}
         self.sent: dict[Any, bool] = {}
@@ -60,8 +74,12 @@ class DataParallelState:
         self.final: dict[Any, list[Any]] = defaultdict(list)
         """Group of `send_group` -> its weights with final gradients that are not sent yet."""
         self.started: deque[Callable[[], None]] = deque()
-        self.sends = level >= 2
-        """Whether gradients are sent while this backward runs."""
+        """What waits for the messages within `group`, and for those over `replicas`, in the order of their starts."""
+        self.crossing: deque[Callable[[], None]] = deque()
+        self.crossed: dict[Any, Tensor] = {}
+        """Slice -> what this step has summed over `replicas` of its gradient."""
+        self.sends, self.last = level >= 2, False
+        """Whether gradients are sent while this backward runs; whether it is the last of a step."""
         weights: list[Any] = [p for _, p in stage.named_parameters() if p.requires_grad]
         for weight in weights:
             shared = groups.dp.size > 1 and weight.origin.placed["dp"].kind == "C"
@@ -119,13 +137,14 @@ class DataParallelState:
         """Drop the last step's gradients."""
         self.unscaled = [], 1.0
         self.final.clear()
+        self.crossed.clear()
         self.sent = dict.fromkeys(self.sent, False)
         for share in [*dict(self.stage.named_parameters()).values(), *self.trained]:
             share.grad = None
 
     def backward_begins(self, last: bool) -> None:
         """Note whether gradients become final in this backward: in the last of a step, from level 2 on in every one."""
-        self.sends = self.level >= 2 or (self.overlap and last)
+        self.sends, self.last = self.level >= 2 or (self.overlap and last), last
 
     def _accumulated(self, weight: Any) -> None:
         """Called when a gradient was accumulated. Final gradients are sent as soon as they fill a message, or are all
@@ -146,9 +165,10 @@ class DataParallelState:
     def reduce(self) -> None:
         """Called when all micro-batches' gradients are complete: bring the sums over dp into the gradients, or into
         those of the slices. Afterwards every weight that is trained has a gradient."""
+        self.last = True
         self._start([weight for weight, sent in self.sent.items() if not sent])
-        while self.started:
-            self.started.popleft()()
+        self._wait(0)
+        self._cross()
         for weight, copy in self.copy_of.items():
             copy.grad, weight.grad = weight.grad, None
         for share in self.trained:
@@ -169,8 +189,14 @@ class DataParallelState:
         del gradients
         for bucket in list(buckets([*waiting.values()], self.group)):
             self.started.append(self._message([weights[i] for i in bucket], [waiting.pop(i) for i in bucket]))
-            while len(self.started) > AHEAD * self.overlap:
-                self.started.popleft()()
+            self._wait(AHEAD * self.overlap)
+
+    def _wait(self, most: int) -> None:
+        """Wait until at most so many messages are in flight, of either kind. The end of a reduce-scatter may start an
+        all-reduce."""
+        for messages in (self.started, self.crossing):
+            while len(messages) > most:
+                messages.popleft()()
 
     def _message(self, weights: Sequence[Any], gradients: Sequence[Tensor]) -> Callable[[], None]:
         """Start one message. The function that is returned waits for it and makes the sums the gradients of weights or
@@ -182,12 +208,44 @@ class DataParallelState:
             finish = start_scatter(gradients, self.channel, trained[0].grad_dtype)
         for weight in self.sent.keys() & set(weights):
             weight.grad = None
+        crosses = self.last and self.replicas.size > 1
 
         def add() -> None:
-            for mine, summed in zip(trained, finish(), strict=True):
+            message, sums = finish()
+            if crosses:
+                self._start_crossing(trained, message, sums)
+                return
+            for mine, summed in zip(trained, sums, strict=True):
                 mine.grad = summed if mine.grad is None else mine.grad.add_(summed)
 
         return add
+
+    def _start_crossing(self, trained: Sequence[Any], message: Tensor, sums: Sequence[Tensor]) -> None:
+        """Start to all-reduce over `replicas` a message of this rank's slices of sums, together with what the step has
+        summed of them before."""
+        for mine, summed in zip(trained, sums, strict=True):
+            if mine.grad is not None:
+                summed.add_(mine.grad)
+                mine.grad = None
+        work = self.replicas.start_all_reduce(message)
+
+        def add() -> None:
+            work.wait()
+            for mine, summed in zip(trained, sums, strict=True):
+                self.crossed[mine] = self.crossed[mine].add_(summed) if mine in self.crossed else summed
+
+        self.crossing.append(add)
+
+    def _cross(self) -> None:
+        """Sum over `replicas` what was not summed in a last backward."""
+        left = [mine for mine in self.trained if mine.origin.sliced and mine.grad is not None]
+        if self.replicas.size == 1 or not (left or self.crossed):
+            return
+        for mine, summed in zip(left, sum_together([mine.grad for mine in left], self.replicas), strict=True):
+            self.crossed[mine] = self.crossed[mine].add_(summed) if mine in self.crossed else summed
+        for mine, summed in self.crossed.items():
+            mine.grad = summed
+        self.crossed.clear()
 
     def multiply(self, factor: Tensor | float, later: Collection[Any] = ()) -> None:
         """Multiply the complete gradients by a factor, those of `later` when they are asked for."""

@@ -74,7 +74,8 @@ class Memory(PeakBytes):
 
     def watch(self, groups: Groups) -> None:
         """Count of the collectives of simulated groups their results alone."""
-        for group in (groups.pp, groups.dp, groups.tp, groups.activations, groups.gradients):
+        parts = () if groups.shard is groups.dp else (groups.shard, groups.replicas)
+        for group in (groups.pp, groups.dp, groups.tp, *parts, groups.activations, groups.gradients):
             self._watched(group)
         tied = groups.tied
         object.__setattr__(groups, "tied", lambda stages: self._watched(tied(stages)))
@@ -117,7 +118,7 @@ def measured(source: Source, plan: Plan) -> list[int]:
             return memory.peak
 
     each = plan.dp * plan.tp
-    return run_simulated(plan.pp, plan.dp, plan.tp, one)[::each]
+    return run_simulated(plan.pp, plan.dp, plan.tp, one, plan.shard_size)[::each]
 
 
 # ---- what is measured --------------------------------------------------------------------------------------

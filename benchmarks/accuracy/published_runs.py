@@ -36,7 +36,8 @@ from autopart import Estimate, Mesh, PartitionError, Plan, timeline
 from autopart.cost.collectives import collective_seconds, message_seconds
 from autopart.cost.compute import stream_rate_seconds
 from autopart.cost.message_sizes import BUCKET_BYTES
-from autopart.cost.training_state import Training, amortization, update_seconds, widening
+from autopart.cost.training_state import Training, amortization, widening
+from autopart.cost.update_seconds import update_seconds
 from autopart.plan.stages import PlanSegment, PlanStage
 from benchmarks.accuracy.fit import Collectives, Fabric, Fitted, Profile, refits
 from benchmarks.accuracy.published import Bench, Published, read

@@ -99,7 +99,7 @@ def load(options: argparse.Namespace) -> dict[str, Any]:
     request = request_of(given.model, batch, **SETTINGS)
     plan = from_first(make_plan(source, mesh, request, to_run=True) if dist.get_rank() == 0 else None, whole)
     layered = source.full(plan.micro_batch, mesh)
-    groups = make_groups(plan.pp, plan.dp, plan.tp)
+    groups = make_groups(plan.pp, plan.dp, plan.tp, plan.shard_size)
     (program,) = programs(layered, plan, [groups.pp.rank])
     aliases, buffers = layered.traced.aliases, layered.traced.buffers
     with peak_memory() as peak:

@@ -168,7 +168,7 @@ def build(job: Job, mesh: autopart.Mesh, source: Source) -> Compiled:
     dist.broadcast_object_list(box, 0)
     plan = autopart.Plan.from_json(box[0])
     layered = source.full(plan.micro_batch, mesh)
-    groups = make_groups(plan.pp, plan.dp, plan.tp)
+    groups = make_groups(plan.pp, plan.dp, plan.tp, plan.shard_size)
     (program,) = programs(layered, plan, [groups.pp.rank])
     model = copy.deepcopy(source.model)
     return Compiled(model, plan, groups, program, layered.traced.aliases, layered.traced.buffers)

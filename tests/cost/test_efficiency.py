@@ -19,7 +19,8 @@ from autopart.cost.collectives import (
 )
 from autopart.cost.compute import NO_SIZES, Seconds, work_in, work_seconds
 from autopart.cost.kernel_efficiency import attention_seconds, memory_seconds, product_bytes, product_seconds
-from autopart.cost.training_state import Training, update_seconds
+from autopart.cost.training_state import Training
+from autopart.cost.update_seconds import update_seconds
 from autopart.hardware import DEVICES, LINKS
 from autopart.hardware.mesh import Group
 from autopart.hardware.rows import Link

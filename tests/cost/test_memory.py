@@ -34,6 +34,7 @@ TABLE = [
     *(Row("llama", 2, {**ZERO, "zero": zero}) for zero in (1, 3)),
     Row("gpt2", 2, {**SUMMED, "zero": 2}),
     Row("gpt2", 4, {**SUMMED, "zero": 3, "pp": 2}),
+    *(Row("llama", 4, {**SUMMED, "dp": 4, "micro_batch": 4, "zero": zero, "shard_size": 2}) for zero in (1, 2, 3)),
     Row("wide gpt2", 2, {"tp": 2, "micro_batch": 4, "recompute": "full"}),
 ]
 """Every value of every setting, of as few traces as that takes; benchmarks.accuracy.memory has many more rows."""

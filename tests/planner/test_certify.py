@@ -15,7 +15,8 @@ from torch import nn
 
 import autopart
 from autopart import Plan
-from autopart.cost.training_state import Training, update_seconds
+from autopart.cost.training_state import Training
+from autopart.cost.update_seconds import update_seconds
 from autopart.planner.explain.certificate import findings
 from autopart.planner.make_plan import make_plan, request_of
 from autopart.sharding.notation import G, Placement, Strategy

@@ -24,7 +24,8 @@ from autopart.cost.collectives import COLLECTIVES, all_reduce_seconds, message_s
 from autopart.cost.compute import work_in, work_seconds
 from autopart.cost.measured_tables import KIND_OF, KINDS, attention_seconds, grid_of, operator_seconds, product_seconds
 from autopart.cost.resharding import row_seconds
-from autopart.cost.training_state import OPTIMIZER_STATES, Training, update_seconds
+from autopart.cost.training_state import OPTIMIZER_STATES, Training
+from autopart.cost.update_seconds import update_seconds
 from autopart.errors import PartitionError
 from autopart.hardware import load_hardware
 from autopart.hardware.measured import Measured, Wire, read_measured, read_wire

@@ -63,6 +63,7 @@ def shared(name: str) -> list[dict[str, Any]]:
         {**by_tp, "forced": forced(2, "selective"), "offload": "optimizer"},
         {**by_pp, "forced": forced(1, "full")},
         {**by_pp, "forced": forced(3, "mincut none"), "offload": "optimizer"},
+        *({"dp": 4, "micro_batch": 4, "forced": forced(z, "full none", shard_size=2)} for z in (1, 2, 3)),
     ]
     llama = [
         {**by_tp, **again, "forced": forced(3, "full selective")},
@@ -76,10 +77,12 @@ AGAIN = {"gpt2": ["*.c_attn/matmul", "*.c_fc/matmul"], "llama": ["*.[qkv]_proj/l
 """Products whose operands are gathered again for backward."""
 
 
-def forced(zero: int, modes: str, optimizer: str = "AdamW", device: str = "cpu") -> dict[str, Any]:
-    """What the worker changes in a plan: the ZeRO level, what its blocks do by turns, and the device, of which some sum
-    gradients beside the backward; and an optimizer of its own."""
-    return {"zero": zero, "modes": modes.split(), "optimizer": optimizer, "device": device}
+def forced(zero: int, modes: str, optimizer: str = "AdamW", device: str = "cpu", shard_size: int = 0) -> dict[str, Any]:
+    """What the worker changes in a plan: the ZeRO level, what its blocks do by turns, the device, of which some sum
+    gradients beside the backward, and the ranks that ZeRO divides among; and an optimizer of its own."""
+    return {
+        "zero": zero, "modes": modes.split(), "optimizer": optimizer, "device": device, "shard_size": shard_size
+    }  # fmt: skip
 
 
 Results = tuple[int, dict[str, list[dict[str, Any]]]]

@@ -111,7 +111,7 @@ def measure(source: Source, plan: autopart.Plan) -> Measured:
             found.peak = memory.peak
         return found
 
-    return run_simulated(plan.pp, plan.dp, plan.tp, one)[0]
+    return run_simulated(plan.pp, plan.dp, plan.tp, one, plan.shard_size)[0]
 
 
 # ---- recomputing -----------------------------------------------------------------------------------------

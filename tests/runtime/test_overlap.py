@@ -19,7 +19,8 @@ import autopart
 from autopart.compile.check import one_process, worst_error
 from autopart.compile.programs import programs
 from autopart.cost.intervals import interval_ends
-from autopart.cost.training_state import Training, update_seconds
+from autopart.cost.training_state import Training
+from autopart.cost.update_seconds import update_seconds
 from autopart.hardware import find_device
 from autopart.hardware.mesh import Mesh
 from autopart.hardware.rows import Device
@@ -84,7 +85,7 @@ def train(source: Source, plan: autopart.Plan) -> list[tuple[Tensors, Sent, bool
         compiled.step(source.batch)
         return compiled.full_gradients(), sent, not shared.started
 
-    return run_simulated(plan.pp, plan.dp, plan.tp, one)
+    return run_simulated(plan.pp, plan.dp, plan.tp, one, plan.shard_size)
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ def simulate(weights: str | Path, run: Any, **asked: Any) -> list[Any]:
         compiled.unused_tensors = found.unused({"first.weight"})
         return run(compiled)
 
-    return run_simulated(plan.pp, plan.dp, plan.tp, one)
+    return run_simulated(plan.pp, plan.dp, plan.tp, one, plan.shard_size)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ grow.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -203,6 +204,11 @@ def problem(seed: int) -> Problem:
         host = Host(2**60, 10 ** draw.uniform(4, 8), 10 ** draw.uniform(4, 8), "test")
         mesh = replace(mesh, device=replace(mesh.device, host=host))
         asked |= {"offload": "optimizer"} if draw.random() < 0.1 else {}
+    draw = random.Random(f"hosts {seed}")
+    if size == 4 and draw.random() < 0.7:  # ZeRO may divide among the ranks of a host
+        far = Link("far", 10 ** draw.uniform(4, 8), 10 ** draw.uniform(-7, -3), "test")
+        per_host = draw.choice([1, 2])
+        mesh = replace(mesh, hosts=4 // per_host, devices_per_host=per_host, inter=far)
     request = Request(batch, optimizer=optimizer, exact=True, prefetch=0, **asked).check(mesh)
     return Problem(SearchSpace(traced(seed // SHARED, min(2, batch)), mesh, request), seed)
 
@@ -860,7 +866,15 @@ class Judge:
             for zero in range(4) if asked is None and point.dp > 1 else [asked or 0]:
                 for offload in (False, True) if self.space.mesh.device.host else (False,):
                     if self.space.request.offload in (None, OFFLOADS[offload]):
-                        yield SearchPoint(point.pp, point.dp, point.tp, point.micro_batch, zero, offload)
+                        for size in self._shard_sizes(point, zero):
+                            yield SearchPoint(point.pp, point.dp, point.tp, point.micro_batch, zero, offload, size)
+
+    def _shard_sizes(self, point: SearchPoint, zero: int) -> list[int]:
+        """What ZeRO may divide among: all, or the ranks of so many hosts."""
+        mesh, sizes = self.space.mesh, [0]
+        here = math.gcd(point.dp, max(1, mesh.devices_per_host // point.tp))
+        sizes += [s for s in range(2, point.dp) if zero and point.dp % s == 0 and s % here == 0]
+        return sizes
 
     def best(self, known: float) -> Best:
         """The best plan below `known` seconds."""

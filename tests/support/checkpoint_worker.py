@@ -70,7 +70,9 @@ CHAINS: dict[str, list[Leg]] = {
     "gpt2": [
         (4, {"tp": 2, "pp": 2, "micro_batch": 4}),
         (2, {"dp": 2, "micro_batch": 4, "as_zero": 3, "offload": "optimizer"}),
+        (4, {"dp": 4, "zero": 3, "shard_size": 2, "micro_batch": 4}),
         (2, {"pp": 2, "micro_batch": 4}),
+        (4, {"dp": 4, "zero": 1, "shard_size": 2, "micro_batch": 4}),
         (1, {"micro_batch": 4}),
     ],
     "odd": [

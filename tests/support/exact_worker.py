@@ -81,9 +81,9 @@ def share(compiled: Any, batch: Tensors) -> Tensors:
     return {k: v[rows[:, compiled.data_rank].flatten()] for k, v in batch.items()}
 
 
-def force(plan: autopart.Plan, zero: int, modes: list[str], device: str) -> autopart.Plan:
-    """The plan with another ZeRO level and for another device, whose blocks are recomputed as `modes` says, by turns.
-    At ZeRO 3 weights are gathered ahead."""
+def force(plan: autopart.Plan, zero: int, modes: list[str], device: str, shard_size: int) -> autopart.Plan:
+    """The plan with another ZeRO level, among other ranks, and for another device, whose blocks are recomputed as
+    `modes` says, by turns. At ZeRO 3 weights are gathered ahead."""
     turns = itertools.cycle(modes)
     stages = [
         dataclasses.replace(stage, recompute=tuple("none" if m == "none" else next(turns) for m in stage.recompute))
@@ -93,7 +93,13 @@ def force(plan: autopart.Plan, zero: int, modes: list[str], device: str) -> auto
     ahead = AHEAD if zero == 3 else 0
     recompute = " ".join(modes)
     return dataclasses.replace(
-        plan, mesh=mesh, zero=zero, recompute=recompute, stages=tuple(stages), prefetch_bytes=ahead
+        plan,
+        mesh=mesh,
+        zero=zero,
+        recompute=recompute,
+        stages=tuple(stages),
+        prefetch_bytes=ahead,
+        shard_size=shard_size,
     )
 
 
@@ -107,7 +113,7 @@ def plan_of(model: nn.Module, mesh: str, batch: Tensors, settings: dict[str, Any
         device = (forced or {}).get("device")  # for whose type the model is traced
         PLANS[key] = make_plan(source, Mesh.of(mesh.replace("cpu", device or "cpu")), request, to_run=True)
         source.full(PLANS[key].micro_batch, PLANS[key].mesh)
-    return force(PLANS[key], *(forced[k] for k in ("zero", "modes", "device"))) if forced else PLANS[key]
+    return force(PLANS[key], *(forced[k] for k in ("zero", "modes", "device", "shard_size"))) if forced else PLANS[key]
 
 
 def asked_of(settings: dict[str, Any]) -> dict[str, Any]:

@@ -91,4 +91,4 @@ def on_ranks(models: list[nn.Module], x: Tensor, run: Any, same: bool = False, *
         compiled.check_batches = True
         return run(compiled)
 
-    return run_simulated(plan.pp, plan.dp, plan.tp, one)
+    return run_simulated(plan.pp, plan.dp, plan.tp, one, plan.shard_size)

@@ -52,6 +52,11 @@ def deepspeed(plan: Plan) -> Exported:
 
 def _zero(plan: Plan, differences: list[str]) -> dict[str, Any]:
     level = plan.zero
+    if plan.shard_size:
+        differences.append(
+            f"ZeRO divides among {plan.shard_size} of dp={plan.dp} ranks; DeepSpeed does so at level 3, by "
+            "deepspeed.zero.MiCS_Init (mics_shard_size), not set here"
+        )
     if plan.pp > 1 and plan.zero > 1:
         differences.append(f"zero {plan.zero} with a pipeline; DeepSpeed has levels 0 and 1 there, and this says 1")
         level = 1

@@ -99,9 +99,14 @@ def _degrees(plan: Plan, differences: list[str]) -> Flags:
         differences.append("the optimizer's states are on the host; Megatron has --optimizer-cpu-offload, not set here")
     if plan.dp > 1 and plan.zero == 1:
         yield ("--use-distributed-optimizer",)
+        if plan.shard_size:
+            yield "--num-distributed-optimizer-instances", str(plan.dp // plan.shard_size)
     elif plan.dp > 1 and plan.zero in FSDP_STRATEGIES:
         yield ("--use-megatron-fsdp",)
         yield "--data-parallel-sharding-strategy", FSDP_STRATEGIES[plan.zero]
+        if plan.shard_size:
+            yield "--num-distributed-optimizer-instances", str(plan.dp // plan.shard_size)
+            yield "--outer-dp-sharding-strategy", "no_shard"
 
 
 def _batch(plan: Plan, by_hand: list[str]) -> Flags:

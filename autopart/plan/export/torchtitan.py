@@ -104,8 +104,8 @@ def _data(plan: Plan, differences: list[str]) -> dict[str, Any]:
     if plan.zero == 1:
         differences.append("zero 1 shards the optimizer's states alone; FSDP shards gradients and parameters too")
     return {
-        "data_parallel_replicate_degree": 1,
-        "data_parallel_shard_degree": plan.dp,
+        "data_parallel_replicate_degree": plan.dp // (plan.shard_size or plan.dp),
+        "data_parallel_shard_degree": plan.shard_size or plan.dp,
         "fsdp_reshard_after_forward": RESHARD[plan.zero],
     }
 

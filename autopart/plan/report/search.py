@@ -98,7 +98,7 @@ def alternatives(plan: PlanFields, extras: Extras | None) -> list[Dot]:
 
 
 def _name(at: PlanFields | PointPlan, offload: bool) -> str:
-    state = zero_text(at.zero, offload)
+    state = zero_text(at.zero, offload, at.shard_size)
     return f"pp={at.pp} dp={at.dp} tp={at.tp}, micro-batch {at.micro_batch}, {state}"
 
 

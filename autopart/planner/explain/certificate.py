@@ -18,10 +18,11 @@ from autopart.cost.training_state import (
     OPTIMIZER_STATES,
     Training,
     amortization,
+    shard_groups,
     step_kernel,
-    update_seconds,
     widening,
 )
+from autopart.cost.update_seconds import update_seconds
 from autopart.errors import PartitionError
 from autopart.frontend.batch import DTYPES, Batch
 from autopart.frontend.with_loss import Loss, with_loss
@@ -40,7 +41,7 @@ from autopart.plan.stages import PlanStage
 from autopart.planner.cuts import spans_of
 from autopart.planner.explain.host_findings import host_findings, traffic_findings
 from autopart.planner.memory_tree import StageMemory
-from autopart.planner.stage_parameters import Parameter, StageMessages, distinct, messages_of, on_host, parameters
+from autopart.planner.stage_parameters import Parameter, distinct, messages_of, on_host, parameters
 from autopart.planner.validate import choices_of, stage_findings, strategy_findings
 from autopart.sharding.rules import has_rule
 
@@ -104,6 +105,9 @@ def _settings(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
         yield f"micro-batch: {plan.micro_batch} does not divide {plan.global_batch}, or dp={plan.dp} not that"
     if plan.zero not in range(4):
         yield f"zero: {plan.zero} is no level"
+    divides = plan.zero and 1 < plan.shard_size < plan.dp and plan.dp % plan.shard_size == 0
+    if plan.shard_size and not divides:
+        yield f"shard_size: ZeRO {plan.zero} does not divide among {plan.shard_size} of dp={plan.dp} ranks"
     if plan.prefetch_bytes and plan.zero < 3:
         yield f"prefetch: {plan.prefetch_bytes} bytes of weights gathered ahead, though ZeRO {plan.zero} gathers none"
     known_names = (
@@ -211,8 +215,11 @@ def _seconds(
         if over_tp:
             sync += training.partial_sync_seconds(nbytes, over_dp, plan.mesh.group(1, plan.tp))
     messages = messages_of(layered, training, reads, plan.tp)
-    hidden = _overlapped_seconds(messages, [segments.get(p) for p in span], device.overlapped_share)
-    sync += messages.total - training.backwards * device.overlapped_share * hidden
+    each, share = [segments.get(p) for p in span], device.overlapped_share
+    last = [s + c for s, c in zip(messages.scatter, messages.crossing, strict=True)]
+    hidden = (training.backwards - 1) * _overlapped_seconds(messages.scatter, messages.gather, each, share)
+    hidden += _overlapped_seconds(last, messages.gather, each, share)
+    sync += messages.total - share * hidden
     return {
         "forward_seconds": sum(r.forward for r in segments.values()),
         "backward_seconds": sum(r.backward for r in segments.values()) + recompute,
@@ -221,7 +228,9 @@ def _seconds(
     }
 
 
-def _overlapped_seconds(messages: StageMessages, segments: Sequence[PricedSegment | None], share: float) -> float:
+def _overlapped_seconds(
+    scatter: Sequence[float], gather: Sequence[float], segments: Sequence[PricedSegment | None], share: float
+) -> float:
     """Seconds of gradient sync and gathers that go on during a forward and a backward of a stage's positions.
 
     The parameters of a position are gathered while the one before it computes; computing takes 1 / `share` times as
@@ -232,14 +241,14 @@ def _overlapped_seconds(messages: StageMessages, segments: Sequence[PricedSegmen
     if not share:
         return 0.0
     computing = [(s.forward / share, s.backward / share) if s else (0.0, 0.0) for s in segments]
-    hidden, ready, gather = 0.0, 0.0, messages.gather
+    hidden, ready = 0.0, 0.0
     for (forward, _), coming in zip(computing, gather[1:], strict=False):
         hidden += min(forward, coming)
     for p, (_, backward) in reversed(list(enumerate(computing))):
         coming = gather[p - 1] if p else 0.0
         gathered = min(backward, coming)
         sent = min(ready, backward - gathered)
-        hidden, ready = hidden + gathered + sent, ready - sent + messages.scatter[p]
+        hidden, ready = hidden + gathered + sent, ready - sent + scatter[p]
     return hidden
 
 
@@ -267,7 +276,8 @@ def _training(plan: Plan) -> Training:
     offload, ahead = plan.offload == "optimizer", plan.prefetch_bytes
     kernel = step_kernel(plan.optimizer, plan.precision, plan.master, plan.mesh.device, plan.no_fuse, offload)
     gpu, m = plan.mesh.device.type != "cpu", plan.micro_batches
-    return Training(plan.optimizer, plan.zero, group, m, wide, gpu, kernel, offload, apart=gpu, prefetch=ahead)
+    parts = shard_groups(plan.mesh, plan.tp, plan.dp, plan.shard_size)
+    return Training(plan.optimizer, plan.zero, group, m, wide, gpu, kernel, offload, gpu, ahead, *parts)
 
 
 def _reads(layered: LayeredGraph, choices: ShardingAssignment, span: range, graph: StageGraph) -> list[list[Parameter]]:

@@ -9,7 +9,7 @@ from autopart.sharding.notation import Strategy
 
 def differences(before: Plan, after: Plan, labels: Sequence[str]) -> Iterator[str]:
     """A text for each decision in which two plans of a model differ. `labels` are those of the model's positions."""
-    for name in ("pp", "dp", "tp", "micro_batch", "zero", "schedule", "recompute"):
+    for name in ("pp", "dp", "tp", "micro_batch", "zero", "shard_size", "schedule", "recompute"):
         old, new = getattr(before, name), getattr(after, name)
         if old != new:
             yield f"{name} {new} instead of {old}"

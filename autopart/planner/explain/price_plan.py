@@ -54,6 +54,7 @@ def decided(plan: Plan, source: Source) -> tuple[SearchSpace, SearchResult]:
         plan.global_batch,
         plan.micro_batch,
         zero=plan.zero,
+        shard_size=plan.shard_size or None,
         prefetch=plan.prefetch_bytes // MIB,
         schedule=plan.schedule,
         precision=plan.precision,
@@ -67,7 +68,8 @@ def decided(plan: Plan, source: Source) -> tuple[SearchSpace, SearchResult]:
         raise PartitionError(f"{plan.micro_batch} samples do not divide over dp={plan.dp} ranks")
     layered = source.like(plan)
     space = SearchSpace(layered, plan.mesh, request)
-    point = SearchPoint(plan.pp, plan.dp, plan.tp, plan.micro_batch, plan.zero, plan.offload == "optimizer")
+    offload = plan.offload == "optimizer"
+    point = SearchPoint(plan.pp, plan.dp, plan.tp, plan.micro_batch, plan.zero, offload, plan.shard_size)
     if wrong := list(stage_findings(plan, layered)):
         raise PartitionError("the plan has no price", few(wrong, joint="; "))
     options = [_chosen(space, point, splits) for splits in plan.splits]

@@ -70,5 +70,6 @@ def alternatives(explained: Explanation) -> Iterator[AlternativeRow]:
             continue
         samples, zero = found.point.micro_batch, found.point.zero
         yield AlternativeRow(
-            pp, dp, tp, samples, zero, found.seconds, found.bound, max(found.peak_bytes), offload=found.point.offload
+            pp, dp, tp, samples, zero, found.seconds, found.bound, max(found.peak_bytes), offload=found.point.offload,
+            shard_size=found.point.shard_size,
         )  # fmt: skip

@@ -49,7 +49,7 @@ TIME_LIMIT = 0.4
 LISTED = re.compile(r"embedding|norm|attention")
 """Operators that `why` lists besides products."""
 
-SETTINGS = ("pp", "dp", "tp", "micro_batch", "zero", "recompute", "schedule")
+SETTINGS = ("pp", "dp", "tp", "micro_batch", "zero", "shard_size", "recompute", "schedule")
 """The settings of a request that a constraint may contradict."""
 
 GIB = 2**30
@@ -111,6 +111,7 @@ class Explanation:
         point = self.found.point
         names = ("pp", "dp", "tp", "micro_batch", "zero")
         pinned = [parse(f"{name}={getattr(point, name)}") for name in names]
+        pinned.append(parse(f"shard_size={point.shards}"))
         try:
             found = Search(self.constrained([*pinned, *constraints]), silent, heuristic=True).run()
         except PartitionError as error:
@@ -202,7 +203,7 @@ class Explanation:
         """The step in another search space; `what` says what changed."""
         search = Search(space, silent, heuristic=True)
         try:
-            search.warm_start([replace(self.found.point, zero=0)])
+            search.warm_start([replace(self.found.point, zero=0, shard_size=0)])
             return Price(what, search.run().seconds, self.plan.step_seconds)
         except PartitionError:
             return Price(what, None, self.plan.step_seconds)

@@ -90,7 +90,7 @@ def _replica(origin: Origin, groups: Groups, number: int) -> bool:
     """Whether this rank is number `number` (modulo their count) of the ranks that have the same share."""
     rank, count = 0, 1
     for axis, placement in origin.placed.items():
-        if placement.kind != "S" and not (origin.sliced and axis == "dp"):
-            group = groups.along(axis)
+        if placement.kind != "S":
+            group = groups.holders(origin.sliced, axis)
             rank, count = rank * group.size + group.rank, count * group.size
     return number % count == rank

@@ -29,8 +29,8 @@ def rectangles(share: Tensor, origin: Origin, groups: Groups) -> list[Rectangle]
     shard = [sum(length for _, length in dim) for dim in runs]
     if not origin.sliced:
         return list(_in_whole(share.detach(), [0] * len(shard), runs))
-    length = slice_length(math.prod(shard), groups.dp.size)
-    start = length * groups.dp.rank
+    length = slice_length(math.prod(shard), groups.shard.size)
+    start = length * groups.shard.rank
     stop = min(start + length, math.prod(shard))
     return [
         rectangle
