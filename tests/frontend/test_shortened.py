@@ -341,7 +341,7 @@ SHORT: dict[str, Callable[[], nn.Module]] = {
     "frozen blocks": frozen,
     "another at the end": lambda: Stack([*blocks(), Block(9, 24)]),
     "kinds by place": lambda: Told(blocks(count=13)),
-    "an odd number that draw": lambda: Stack([Dropping(i, 24 if i % 2 else 16) for i in range(9)]),
+    "an odd number that draw": lambda: Stack([Dropping(i, 24 if i % 2 else 16) for i in range(15)]),
     "a constant each": lambda: Stack(blocks(Drawn)),
 }
 WHOLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
