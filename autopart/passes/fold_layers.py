@@ -9,14 +9,15 @@ tensor each takes. The planner decides once for each class, and cuts the model b
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection
 from typing import Any
 
 from torch import fx
 
-from autopart.ir.fingerprint import Fingerprints, Token, is_own, parameter_token, without_values
-from autopart.ir.graph import Traced, calls, info, is_pick, loss_of
+from autopart.errors import PartitionError
+from autopart.ir.fingerprint import Fingerprints, Token, is_own, is_own_name, parameter_token, without_values
+from autopart.ir.graph import Traced, calls, info, is_pick, loss_of, updates_of
 from autopart.ir.layered_graph import LayeredGraph, Segment, node_keys, parameters_of
 from autopart.ir.random_ops import relative
 from autopart.passes.loop_iterations import equal_iterations
@@ -25,7 +26,7 @@ from autopart.passes.loop_iterations import equal_iterations
 def fold_layers(traced: Traced) -> LayeredGraph:
     """Find the segments and their classes."""
     graph = traced.graph
-    free = _free(graph)
+    free = _free(traced)
     segments: list[Segment] = []
     operator: fx.Node | None = None
     for node in calls(graph):
@@ -86,23 +87,44 @@ def _pair_own(
             todo += zip(mine.all_input_nodes, other.all_input_nodes, strict=True)
 
 
-def _free(graph: fx.Graph) -> set[fx.Node]:
+def _free(traced: Traced) -> set[fx.Node]:
     """The operators that only inputs and buffers reach, that have no gradient, and that no numbered block makes for
-    itself alone."""
-    loss, free = loss_of(graph), set[fx.Node]()
+    itself or for its buffers alone."""
+    graph = traced.graph
+    loss, free, written = loss_of(graph), set[fx.Node](), defaultdict[fx.Node, list[str]](list)
+    for name, value in updates_of(traced).items():
+        written[value].append(name)
     for node in calls(graph):
         clean = all(n in free or info(n).kind in ("input", "buffer") for n in node.all_input_nodes)
         if clean and not info(node).grad and node is not loss:
             free.add(node)
     for node in reversed(calls(graph)):
-        if node in free and info(node).layer and all(_within(user, info(node).layer, free) for user in node.users):
+        layer = info(node).layer
+        readers = [user for user in node.users if user.op != "output"]
+        own = all(_within(user, layer, free) for user in readers)
+        if node in free and layer and own and all(is_own_name(name, layer) for name in written[node]):
             free.remove(node)
+    _refuse_late_reads(traced, free)
     return free
+
+
+def _refuse_late_reads(traced: Traced, free: Collection[fx.Node]) -> None:
+    """Raise PartitionError where a segment would read a buffer behind its change, which a stage makes before all its
+    segments."""
+    buffers = {info(n).name: n for n in traced.graph.find_nodes(op="placeholder") if info(n).kind == "buffer"}
+    for name, value in updates_of(traced).items():
+        late = [user for user in buffers[name].users if user.op != "output" and user not in free]
+        if value in free and late:
+            raise PartitionError(
+                f"the forward pass reads {name} and changes it outside of the blocks that read it",
+                f"ranks change it before they compute {info(late[0]).module or info(late[0]).name}",
+                "change it in the block of an nn.ModuleList that reads it, or after the step",
+            )
 
 
 def _within(user: fx.Node, layer: str, free: Collection[fx.Node]) -> bool:
     """Whether a reader is an operator of the segment of this numbered block."""
-    return user.op == "call_function" and user not in free and info(user).layer == layer
+    return user not in free and info(user).layer == layer
 
 
 def _merge_returning(segments: list[Segment]) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Container, Iterable, Mapping
 
 from torch import fx
 
-from autopart.ir.graph import info, is_pick, operands, value_of
+from autopart.errors import PartitionError
+from autopart.ir.graph import info, is_pick, operands, updates_of, value_of
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.stage_builder import StageBuilder, Uses
 from autopart.passes.stage_graph import PRELUDE_SEGMENT, Crossing, Placements, ShardingAssignment, StageGraph, Value
@@ -17,8 +18,10 @@ from autopart.sharding.notation import P, R
 def partition(
     layered: LayeredGraph, choices: ShardingAssignment, indices: Iterable[int] | None = None
 ) -> list[StageGraph]:
-    """Cut the graph into stages and rewrite the stages of `indices` (None: all of them) for one rank."""
+    """Cut the graph into stages and rewrite the stages of `indices` (None: all of them) for one rank. Raises
+    PartitionError where one stage changes a buffer that another reads."""
     stage_of = _stages(layered, choices)
+    _refuse_copies(layered, stage_of)
     uses = _uses(layered)
     crossings = _crossings(layered, choices, stage_of, uses)
     wanted = range(len(choices.starts)) if indices is None else indices
@@ -47,6 +50,28 @@ def _updates(node: fx.Node, idle: Container[str]) -> bool:
     """Whether a node writes a buffer of another module than these."""
     buffer = node.args[0] if info(node).name == "runtime.update" else None
     return isinstance(buffer, fx.Node) and info(buffer).name.rpartition(".")[0] not in idle
+
+
+def _refuse_copies(layered: LayeredGraph, stage_of: Mapping[fx.Node, int]) -> None:
+    """Raise PartitionError for a buffer that stages read or change of which one alone would see the change."""
+    placeholders = {info(n).name: n for n in layered.traced.graph.find_nodes(op="placeholder")}
+    modules = {info(n).module: stage for n, stage in stage_of.items()}
+    for name, value in updates_of(layered.traced).items():
+        stages, todo = set[int](), [value, *placeholders[name].users]
+        while todo:
+            node = todo.pop()
+            if node in stage_of:
+                stages.add(stage_of[node])
+            elif node.op == "call_function" and node is not value:
+                todo += node.users
+        if stages and value not in stage_of:
+            stages.add(modules.get(name.rpartition(".")[0], 0))
+        if len(stages) > 1:
+            raise PartitionError(
+                f"stage {min(stages)} and stage {max(stages)} read {name}, which the forward pass changes",
+                "each stage has a copy of its own, and one of them is changed",
+                "pp=1, or constraints that cut the model elsewhere",
+            )
 
 
 def _stages(layered: LayeredGraph, choices: ShardingAssignment) -> dict[fx.Node, int]:

@@ -124,6 +124,8 @@ def _contradictions(plan: PlanFields) -> Iterator[str]:
     for index, stage in enumerate(plan.stages):
         if not 0 <= stage.splits < len(plan.splits):
             yield f"stage {index} is split as {stage.splits}, there are {len(plan.splits)} ways"
+        if not all(segment.labels for segment in stage.segments):
+            yield f"stage {index} has a segment of no position"
 
 
 def json_text(value: Any, indent: str = "") -> str:

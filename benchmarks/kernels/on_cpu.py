@@ -75,7 +75,7 @@ def compare(name: str, repeat: int) -> dict[str, Any]:
         program = autopart.compile(copy.deepcopy(model), "1:cpu", batch, recompute="none", micro_batch=8, no_fuse=off)
         program.optimizer(torch.optim.SGD, lr=1e-3)
         losses[text] = float(program.step(batch))
-        with Memory([]) as memory:
+        with Memory() as memory:
             program.step(batch)
         programs[text], seconds[text], peaks[text] = program, [], memory.peak
     for _ in range(repeat):

@@ -72,7 +72,7 @@ def compare(model: nn.Module, repeat: int) -> dict[str, Measured]:
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
     peaks = {}
     for mode, program in compiled.items():
-        with Memory([p for _, p in program.stage.named_parameters()]) as memory:
+        with Memory(apart=[p for _, p in program.stage.named_parameters()]) as memory:
             program.step(batch)
         peaks[mode] = memory.peak
     for _ in range(repeat):

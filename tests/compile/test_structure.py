@@ -130,7 +130,24 @@ class Averaging(Residual):
         return y
 
 
-STATEFUL = {"norm": (Normed, (4, 5)), "count": (Counting, (WIDTH,)), "average": (Averaging, (WIDTH,))}
+class Dividing(Residual):
+    """Divides by the number of its calls, which it counts afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x) / self.calls.clone()
+        with torch.no_grad():
+            self.calls += 1
+        return y
+
+
+STATEFUL = {
+    "norm": (Normed, (4, 5)), "count": (Counting, (WIDTH,)), "average": (Averaging, (WIDTH,)),
+    "divisor": (Dividing, (WIDTH,)),
+}  # fmt: skip
 
 
 @cache
@@ -151,6 +168,50 @@ def test_buffers_change_as_in_one_process(name: str, degrees: dict[str, int]) ->
     if name == "norm" and degrees == {"tp": 2}:
         assert any('"layers.0.norm.running_mean", [8], tp="S0"' in s or 'running_mean", [8], tp="S0"' in s
                    for s in sources(source.model, source.batch, found.plan))  # fmt: skip
+
+
+class Centred(nn.Module):
+    """Subtracts a mean that it keeps of its last values, or a number that falls."""
+
+    def __init__(self, falls: bool) -> None:
+        super().__init__()
+        self.first, self.falls = nn.Linear(WIDTH, WIDTH), falls
+        self.layers = nn.ModuleList(Residual() for _ in range(4))
+        self.register_buffer("centre", torch.ones(WIDTH))
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        x = self.first(x) - self.centre.clone()
+        for layer in self.layers:
+            x = layer(x)
+        with torch.no_grad():
+            self.centre.mul_(0.9)
+            if not self.falls:
+                self.centre.add_(x.mean(0), alpha=0.1)
+        return F.mse_loss(x, target)
+
+
+@pytest.mark.parametrize(
+    ("falls", "settings", "told"),
+    [
+        (
+            False,
+            {"pp": 2, "constraints": ["cuts=uniform"]},
+            "stage 0 and stage 1 read centre, which the forward pass changes",
+        ),
+        (True, {"tp": 2}, "reads centre and changes it outside of the blocks that read it"),
+        (False, {"tp": 2}, ""),
+    ],
+    ids=str,
+)
+def test_a_buffer_that_a_rank_would_read_too_late_is_refused(falls: bool, settings: dict[str, Any], told: str) -> None:
+    torch.manual_seed(0)
+    model = Centred(falls)
+    if told:
+        with pytest.raises(PartitionError, match=told):
+            autopart.plan(model, "2:cpu", data(), **settings)
+    else:
+        found = autopart.check(model, "2:cpu", data(), micro_batch=8, **settings)
+        assert max(found.gradient_error, found.buffer_error) < TOLERANCE
 
 
 @pytest.mark.slow

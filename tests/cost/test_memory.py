@@ -69,7 +69,7 @@ def test_an_optimizer_makes_what_is_said_of_it(name: str, together: bool) -> Non
     kind, settings = OPTIMIZERS[name]
     weights = [nn.Parameter(torch.ones(size)) for size in (10, 3000)]
     optimizer = kind(weights, lr=1e-3, foreach=together, **settings)
-    with Memory(weights) as memory:
+    with Memory(apart=weights) as memory:
         for _ in range(2):
             for weight in weights:
                 weight.grad = torch.ones_like(weight)

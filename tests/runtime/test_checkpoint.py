@@ -99,7 +99,7 @@ def groups_at(dp: int, tp: int, rank: int) -> Groups:
     """The groups of a rank that communicates with nobody."""
     one = Group("one", 1, 0)
     along = Group("pp", 1, 0), Group("dp", dp, rank // tp), Group("tp", tp, rank % tp)
-    return Groups(*along, torch.device("cpu"), one, one, one)
+    return Groups(*along, torch.device("cpu"), one, one, one, shard=along[1], replicas=Group("replicas", 1, 0))
 
 
 def drawn_placement(draw: random.Random, dp: int, tp: int) -> tuple[list[int], dict[str, str], bool]:

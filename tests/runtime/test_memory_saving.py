@@ -89,7 +89,7 @@ def measure(source: Source, plan: autopart.Plan) -> Measured:
 
     def one(groups: Groups) -> Measured:
         found = Measured([], [], 0, 0, sum(p.nbytes for p in model.parameters()))
-        with Memory([*model.parameters(), *model.buffers(), *batch.values()]) as memory:
+        with Memory(apart=[*model.parameters(), *model.buffers(), *batch.values()]) as memory:
             stage = stages[groups.pp.rank]
             compiled = Compiled(model, plan, groups, stage, layered.traced.aliases, layered.traced.buffers)
             actions = compiled.executor.actions

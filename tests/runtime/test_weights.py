@@ -78,7 +78,7 @@ def test_a_share_is_read_as_it_is_cut(data: st.DataObject) -> None:
     origin, whole = Origin("w", tuple(shape), placed, sliced), torch.randn(shape)
     for rank in range(dp * tp):
         axes = {"dp": SimpleNamespace(size=dp, rank=rank // tp), "tp": SimpleNamespace(size=tp, rank=rank % tp)}
-        groups: Any = SimpleNamespace(**axes, along=axes.__getitem__)
+        groups: Any = SimpleNamespace(**axes, along=axes.__getitem__, shard=axes["dp"])
         assert torch.equal(read_share(whole, origin, groups), share_of(whole, origin, groups))
 
 
