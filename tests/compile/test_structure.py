@@ -196,7 +196,7 @@ class Centred(nn.Module):
         (
             False,
             {"pp": 2, "constraints": ["cuts=uniform"]},
-            "stage 0 and stage 1 read centre, which the forward pass changes",
+            "stage 0 and stage 1 read centre, which the forward",
         ),
         (True, {"tp": 2}, "reads centre and changes it outside of the blocks that read it"),
         (False, {"tp": 2}, ""),
