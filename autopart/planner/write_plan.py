@@ -336,6 +336,8 @@ def _notes(space: SearchSpace, found: SearchResult) -> Iterator[str]:
             f"the loss mixes samples ({layered.traced.mixed_at}): it is the mean of {m} micro-batches' losses, as in "
             "gradient accumulation, not that of the batch"
         )
+    if m > 1 and (changed := layered.traced.updated):
+        yield f"the forward pass changes {changed[0]} once in every micro-batch, {m} times a step, as in gradient accumulation"
     if found.point.tp > 1:
         table = space.model(found.point).table
         tp = table.axes.index("tp")
