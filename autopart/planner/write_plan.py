@@ -337,7 +337,7 @@ def _notes(space: SearchSpace, found: SearchResult) -> Iterator[str]:
             "gradient accumulation, not that of the batch"
         )
     if m > 1 and (changed := layered.traced.updated):
-        yield f"the forward pass changes {changed[0]} in every micro-batch, {m} times a step, as gradient accumulation does"
+        yield f"the forward pass changes {changed[0]} once in every micro-batch, {m} times a step"
     if found.point.tp > 1:
         table = space.model(found.point).table
         tp = table.axes.index("tp")
