@@ -143,7 +143,8 @@ def test_a_mean_survives_micro_batches(name: str) -> None:
 def test_micro_batches_of_a_mixing_loss_are_told(name: str) -> None:
     """The loss is then the mean of theirs, which the note says."""
     found = step(name, 2, pp=2, micro_batch=4)
-    (note,) = found.plan.notes
+    note, *others = found.plan.notes
+    assert ["once in every micro-batch, 2 times a step" in other for other in others] == [True] * (name == "batch norm")
     assert "mixes samples (test_means.py:" in note and "mean of 2 micro-batches' losses" in note
     model, batch = made(LOSSES[name][0])
     halves = [one_process(model, {k: v[i : i + 4] for k, v in batch.items()}) for i in (0, 4)]
