@@ -5,16 +5,13 @@ What a model does behind the block in the middle, it would do elsewhere in a sho
 
 from __future__ import annotations
 
-import builtins
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from unittest import mock
+from contextlib import contextmanager, nullcontext
 
 from torch import nn
 
 from autopart.frontend.layer_sampling import Sample, UnlikeLayers
-from autopart.frontend.short_loops import model_files
+from autopart.frontend.short_loops import in_files_of
 
 
 @contextmanager
@@ -25,9 +22,7 @@ def no_block_counts(skeleton: nn.Module, sampled: Sequence[Sample]) -> Iterator[
     def length(value: object) -> int:
         if id(value) in lists:
             raise UnlikeLayers(lists[id(value)], "the forward pass asks how many blocks there are", whole=True)
-        return builtins.len(value)  # type: ignore[arg-type]
+        return len(value)  # type: ignore[arg-type]
 
-    with ExitStack() as stack:
-        for name in model_files(skeleton) if lists else ():
-            stack.enter_context(mock.patch.object(sys.modules[name], "len", length, create=True))
+    with in_files_of(skeleton, "len", length) if lists else nullcontext():
         yield

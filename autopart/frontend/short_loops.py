@@ -46,16 +46,19 @@ PACKAGES = ("torch.", "builtins")
 def short_loops(model: nn.Module, shortened: list[int]) -> Iterator[None]:
     """Let long loops of the model's files run some of their iterations; the lengths of these loops are appended to
     `shortened`."""
-    with ExitStack() as stack:
-        for name in model_files(model):
-            stack.enter_context(mock.patch.object(sys.modules[name], "range", _Range(shortened), create=True))
+    with in_files_of(model, "range", _Range(shortened)):
         yield
 
 
-def model_files(model: nn.Module) -> set[str]:
-    """The names of the files that a model's classes are in, but for those of torch."""
+@contextmanager
+def in_files_of(model: nn.Module, builtin: str, stand_in: Callable[..., Any]) -> Iterator[None]:
+    """Have `stand_in` take the place of a builtin in the files of a model's classes, but for those of torch."""
     names = {type(module).__module__ for module in model.modules()}
-    return {name for name in names if name in sys.modules and not name.startswith(PACKAGES)}
+    with ExitStack() as stack:
+        for name in names:
+            if name in sys.modules and not name.startswith(PACKAGES):
+                stack.enter_context(mock.patch.object(sys.modules[name], builtin, stand_in, create=True))
+        yield
 
 
 class _Range:

@@ -176,14 +176,7 @@ class Request:
                 f"{product} ranks of {mesh.size}",
                 _filling(request, mesh.size),
             )
-        if request.shard_size and (request.dp or mesh.size) % request.shard_size:
-            among = f"dp={request.dp} ranks" if request.dp else f"the mesh's {mesh.size} devices"
-            sizes = ", ".join(str(size) for size in divisors(request.dp or mesh.size)[1:])
-            raise PartitionError(
-                f"shard_size={request.shard_size} does not divide {among}",
-                "ZeRO divides among groups of so many data-parallel ranks",
-                f"shard_size={sizes}" if sizes else "no shard_size",
-            )
+        request._check_shards(mesh)
         if request.micro_batch and request.global_batch % request.micro_batch:
             raise PartitionError(
                 "the batch does not divide",
@@ -191,6 +184,17 @@ class Request:
                 f"micro_batch={divisor_near(request.global_batch, request.micro_batch, request.dp or 1)}",
             )
         return request
+
+    def _check_shards(self, mesh: Mesh) -> None:
+        """Raise PartitionError where data-parallel ranks are no whole number of groups of `shard_size`."""
+        if self.shard_size and (self.dp or mesh.size) % self.shard_size:
+            among = f"dp={self.dp} ranks" if self.dp else f"the mesh's {mesh.size} devices"
+            sizes = ", ".join(str(size) for size in divisors(self.dp or mesh.size)[1:])
+            raise PartitionError(
+                f"shard_size={self.shard_size} does not divide {among}",
+                "ZeRO divides among groups of so many data-parallel ranks",
+                f"shard_size={sizes}" if sizes else "no shard_size",
+            )
 
     def _check_shared_out(self) -> None:
         """Raise PartitionError where what no rank shares out is to be shared out or gathered ahead."""
