@@ -21,7 +21,7 @@ from autopart.errors import OperatorError, PartitionError
 from autopart.frontend.autograd_functions import CustomFunction
 from autopart.frontend.block_counts import no_block_counts
 from autopart.frontend.fake_model import fake_model, fake_tensor, gather_experts, without_caches
-from autopart.frontend.functionalize import functional
+from autopart.frontend.functionalize import functional, one_name_each
 from autopart.frontend.layer_sampling import Sample, UnlikeLayers
 from autopart.frontend.no_gradient import detach_no_grad_values, refuse_hidden_tensors
 from autopart.frontend.returned_scalars import note_scalars
@@ -136,6 +136,7 @@ def _export(
         exported = torch.export.export(skeleton, (), kwargs, strict=False)
         refuse_hidden_tensors(exported)
         detach_no_grad_values(exported)
+        one_name_each(exported)
         exported = functional(exported)
         note_scalars(exported, {n for n, p in model.named_parameters() if p.requires_grad})
     for function in {function.key: function for function in reversed(custom)}.values():

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.export.graph_signature import OutputKind, OutputSpec, TensorArgument
+from torch.export.graph_signature import InputKind, OutputKind, OutputSpec, TensorArgument
 
 aten = torch.ops.aten
 
@@ -41,6 +41,19 @@ KEPT = frozenset(
     """.split()
 )
 """Operators that `run_decompositions({})` leaves as they are."""
+
+
+def one_name_each(exported: torch.export.ExportedProgram) -> None:
+    """Take out of a program the names of buffers under which it reads nothing, where it reads the same buffer under
+    another: those of a module that stands in several places of the model. `run_decompositions` refuses a program that
+    changes a tensor which it is given twice."""
+    specs, state = exported.graph_signature.input_specs, exported.state_dict
+    placeholders = {node.name: node for node in exported.graph.find_nodes(op="placeholder")}
+    read = {id(state.get(spec.target)) for spec in specs if spec.target and placeholders[spec.arg.name].users}
+    for spec in [spec for spec in specs if spec.kind is InputKind.BUFFER and spec.target in state]:
+        if not placeholders[spec.arg.name].users and id(state[spec.target]) in read:
+            exported.graph.erase_node(placeholders[spec.arg.name])
+            specs.remove(spec)
 
 
 def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

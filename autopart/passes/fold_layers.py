@@ -91,9 +91,9 @@ def _free(traced: Traced) -> set[fx.Node]:
     """The operators that only inputs and buffers reach, that have no gradient, and that no numbered block makes for
     itself or for its buffers alone."""
     graph = traced.graph
-    loss, free, written = loss_of(graph), set[fx.Node](), defaultdict[fx.Node, list[str]](list)
+    loss, free, written = loss_of(graph), set[fx.Node](), defaultdict[fx.Node, list[set[str]]](list)
     for name, value in updates_of(traced).items():
-        written[value].append(name)
+        written[value].append({name} | {alias for alias, first in traced.aliases.items() if first == name})
     for node in calls(graph):
         clean = all(n in free or info(n).kind in ("input", "buffer") for n in node.all_input_nodes)
         if clean and not info(node).grad and node is not loss:
@@ -102,7 +102,12 @@ def _free(traced: Traced) -> set[fx.Node]:
         layer = info(node).layer
         readers = [user for user in node.users if user.op != "output"]
         own = all(_within(user, layer, free) for user in readers)
-        if node in free and layer and own and all(is_own_name(name, layer) for name in written[node]):
+        if (
+            node in free
+            and layer
+            and own
+            and all(any(is_own_name(name, layer) for name in names) for names in written[node])
+        ):
             free.remove(node)
     _refuse_late_reads(traced, free)
     return free

@@ -54,14 +54,15 @@ def trace(
             "a copy of it in the forward pass: x = x.clone()",
         )
     graph = exported.graph_module.graph
-    updated, known = _set_outputs(graph, exported, outputs)
+    aliases = _aliases(model)
+    changed, known = _set_outputs(graph, exported, outputs)
+    updated = tuple(aliases.get(name, name) for name in changed)
     _drop_assertions(graph)
     lifted = _merge_constants(graph, exported)
-    aliases = _aliases(model)
     keys = {name: key for name, key in zip(signature.user_inputs, inputs, strict=True) if isinstance(name, str)}
     kinds = {name: ("input", key) for name, key in keys.items()}
     kinds |= {name: ("buffer", value[0]) for name, value in lifted.items()}
-    kinds |= {name: ("buffer", path) for name, path in signature.inputs_to_buffers.items()}
+    kinds |= {name: ("buffer", aliases.get(path, path)) for name, path in signature.inputs_to_buffers.items()}
     kinds |= {name: ("parameter", aliases.get(path, path)) for name, path in signature.inputs_to_parameters.items()}
     for node in [n for n in graph.nodes if n.op != "output"]:
         value = node.meta.get("val")
@@ -303,10 +304,12 @@ def _buffers(model: nn.Module, constants: Mapping[str, Any], nodes: list[fx.Node
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
-    """Every further name of a tied parameter -> its first name, which `named_parameters` gives."""
+    """Every further name of a tied parameter or buffer -> its first name, which `named_parameters` or `named_buffers`
+    gives."""
     first: dict[int, str] = {}
     return {
-        name: first[id(parameter)]
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if first.setdefault(id(parameter), name) != name
+        name: first[id(tensor)]
+        for named in (model.named_parameters, model.named_buffers)
+        for name, tensor in named(remove_duplicate=False)
+        if first.setdefault(id(tensor), name) != name
     }

@@ -214,6 +214,17 @@ def test_a_buffer_that_a_rank_would_read_too_late_is_refused(falls: bool, settin
         assert max(found.gradient_error, found.buffer_error) < TOLERANCE
 
 
+@pytest.mark.parametrize("block", [Normed, Dividing, Averaging])
+def test_a_block_that_stands_in_several_places_has_one_buffer(block: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = Stack(block).train()
+    model.layers = nn.ModuleList([model.layers[0]] * 3)
+    batch = data(8, *next(shape for of_block, shape in STATEFUL.values() if of_block is block))
+    for degrees in ({"tp": 2}, {"dp": 2}):
+        found = autopart.check(model, "2:cpu", batch, micro_batch=8, **degrees)
+        assert max(found.gradient_error, found.buffer_error) < TOLERANCE
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STATEFUL)
 def test_blocks_that_change_buffers_are_not_run_again(name: str) -> None:
