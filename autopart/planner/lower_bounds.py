@@ -8,6 +8,7 @@ seconds per byte
 
 The minimum is bounded by a sum over positions, with the relaxation of each segment class (`SearchSpace.class_bound`).
 So the bound of an interval depends on how many positions of each kind it has, and on the least seconds of its messages.
+An interval whose states and optimizer's temporaries exceed a device at the end of a step has an infinite bound.
 
 A kind is a segment class with the checkpointing modes that its positions may use. The number of positions of a kind
 that use a mode is an integer. An interval with at most MAX_ASSIGNMENTS assignments of modes has the least bound over
@@ -29,6 +30,7 @@ from autopart.cost.compute import Array
 from autopart.cost.intervals import NEVER, interval_ends
 from autopart.cost.position_costs import least_crossings
 from autopart.planner.interval_seconds import crossed
+from autopart.planner.parameter_bounds import backward_bytes, end_of_step_bytes
 from autopart.planner.search_points import SearchPoint
 from autopart.planner.search_space import SearchSpace
 
@@ -77,10 +79,11 @@ def kind_counts(segment_classes: tuple[int, ...], allowed: tuple[tuple[str, ...]
 class LagrangianBounds:
     """The bounds of one search point, higher with every multiplier.
 
-    capacity     [rows of `counts`]: bytes of a device - the largest gradient in the backward of the interval's last
-                 position. Which position is last is known only for the model's last; else the least over kinds counts.
-                 With one micro-batch, bytes of a device: B counts gradients that may not be allocated yet. -inf for an
-                 interval that leaves other stages without a position
+    capacity     [rows of `counts`]: bytes of a device - the least that the backward of the interval's last position
+                 takes besides. Which position is last is known only for the model's last; else the least over kinds
+                 counts. With one micro-batch, bytes of a device: B counts gradients that may not be allocated yet. -inf
+                 for an interval that leaves other stages without a position, and for one that does not fit at the end
+                 of a step
     multipliers  lambda, in seconds per byte
     seconds      for every multiplier, [modes of all kinds]: bound of seconds + lambda B of one position
     bytes        [modes of all kinds]: bound of B of one position
@@ -98,20 +101,27 @@ class LagrangianBounds:
         self.bytes = np.zeros(sum(len(modes) for _, modes in self.kind_counts.kinds))
 
     def _capacity(self, segment_classes: Sequence[int]) -> Array:
-        space, point, counts = self.space, self.point, self.kind_counts.counts
+        space, point, of = self.space, self.point, self.kind_counts
         prices, nodes = space.priced(point), space.model(point).table.nodes
         each = prices.backward_bytes[0], prices.largest_gradient
-        least = [np.minimum.reduceat(row, prices.sizes.first[:-1]) for row in each]
+        operators = [np.minimum.reduceat(row, prices.sizes.first[:-1]) for row in each]
         classes = np.array([node.segment_class for node in nodes])
-        largest = [
-            least[bool({"selective", "mincut"} & {*modes})][classes == segment_class].max(initial=0.0)
-            for segment_class, modes in self.kind_counts.kinds
-        ]
-        end = self.kind_counts.kinds.index((segment_classes[-1], space.allowed_modes[-1]))
-        has_end = (counts[:, end] > 0) & (counts[:, end].max() == 1)
-        last = np.where(has_end, largest[end], np.where(counts > 0, largest, np.inf).min(1))
+        kind_of = [of.kinds.index(kind) for kind in zip(segment_classes, space.allowed_modes, strict=True)]
+        gathered, reducing, end = (
+            np.array([nbytes[[k == kind for k in kind_of]].min() for kind in range(len(of.kinds))])
+            for nbytes in (*backward_bytes(prices), end_of_step_bytes(prices))
+        )
+        least = np.zeros(len(of.kinds))
+        for kind, (segment_class, modes) in enumerate(of.kinds):
+            first, gradient = (row[classes == segment_class].max(initial=0.0) for row in operators)
+            saves_more = bool({"selective", "mincut"} & {*modes})  # than "none" does, of which the rest is recomputed
+            least[kind] = max(gradient if saves_more else first + gathered[kind], gradient + reducing[kind])
+        has_end = (of.counts[:, kind_of[-1]] > 0) & (of.counts[:, kind_of[-1]].max() == 1)
+        last = np.where(has_end, least[kind_of[-1]], np.where(of.counts > 0, least, np.inf).min(1))
         capacity = space.limit - last * (space.micro_batches(point) > 1)
-        return np.where(counts.sum(1) > len(segment_classes) - point.pp + 1, -np.inf, capacity)
+        fits = of.counts @ end <= space.limit * (1 + SLACK)
+        leaves_positions = of.counts.sum(1) <= len(segment_classes) - point.pp + 1
+        return np.where(fits & leaves_positions, capacity, -np.inf)
 
     def add_multiplier(self, multiplier: float) -> None:
         """Solve the relaxations of all kinds at a multiplier in seconds per byte. At an infinite one: of bytes
