@@ -29,6 +29,7 @@ from autopart.runtime.loss_scale import LossScale
 from autopart.runtime.offload import fused_steps
 from autopart.runtime.process_group import Group, Work
 from autopart.runtime.recompute import around_recompute
+from autopart.runtime.shared_loss import shared_loss
 from autopart.runtime.update import Update, complete
 from autopart.runtime.zero import DataParallelState
 
@@ -86,6 +87,7 @@ class Executor:
         self.callbacks: list[Callback] = []
         self.updated_at = time.perf_counter()
         self.grad_norm: Tensor | None = None
+        self.loss_dtype: torch.dtype | None = None
         self.actions: dict[Op, Callable[[Instruction], None]] = {
             Op.FORWARD: self._forward,
             Op.BACKWARD: self._backward,
@@ -169,7 +171,9 @@ class Executor:
         for work, _ in self.works:
             work.wait()
         with self.activity.during("sharing the loss"):
-            return self._shared_loss()
+            loss = shared_loss(self.losses, self.groups, self.loss_dtype)
+            self.loss_dtype = loss.dtype
+            return loss
 
     def update(self, update: Update) -> None:
         """Complete the gradients of the batches before over all ranks, and step the optimizer."""
@@ -331,15 +335,6 @@ class Executor:
             finally:
                 self.stepping = False
             self.shared.stepped(written=taken)
-
-    def _shared_loss(self) -> Tensor:
-        loss = torch.stack(self.losses).sum() if self.losses else None
-        if self.groups.pp.size == 1:
-            assert loss is not None
-            return loss
-        value = loss.double() if loss is not None else torch.zeros((), dtype=torch.float64, device=self.groups.device)
-        self.groups.pp.broadcast(value, self.groups.pp.size - 1)
-        return value
 
 
 def _sum_gradients(shares: Sequence[Any], group: Group) -> None:

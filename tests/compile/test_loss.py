@@ -42,6 +42,16 @@ def test_a_loss_of_outputs_and_batch(settings: dict[str, Any]) -> None:
     assert max(found.loss_error, found.gradient_error) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_every_stage_returns_the_loss_in_its_dtype(dtype: torch.dtype) -> None:
+    """Those without the loss too, from the first step on."""
+    from autopart.compile.simulate import simulate
+
+    batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in BATCH.items()}
+    found = simulate(Classifier().to(dtype), "2:cpu", batch, loss=weighted, nodes=5, pp=2)
+    assert found.loss.dtype == dtype
+
+
 def test_questions_about_its_plan() -> None:
     plan = autopart.plan(Classifier(), "2:cpu", BATCH, loss=weighted, nodes=5, tp=2)
     explained = autopart.explain(Classifier(), "2:cpu", BATCH, loss=weighted, nodes=5, tp=2)

@@ -19,7 +19,7 @@ from autopart.passes.source import Source
 from autopart.plan.data import Plan
 from autopart.planner.make_plan import make_plan, request_of
 
-WIDTH, TOKENS, MESH = 4, 32, "1x4:h100-80gb"
+WIDTH, TOKENS, MESH = 4, 20, "1x4:h100-80gb"
 
 Body = Callable[["Scan", Tensor], Tensor]
 
