@@ -89,18 +89,17 @@ def _degrees(
 
 def _micro_batches(layered: LayeredGraph, request: Request, dp: int) -> list[int]:
     """The micro-batches to try: the one that is asked for; the whole batch for a loss that is no mean over samples;
-    else dp x 1, 2, 4, ... as far as they divide the batch. Where constraints forbid all of these, every multiple of dp
-    that divides the batch."""
+    else of the multiples of dp that divide the batch dp x 1, 2, 4, ... and the batch / 1, 2, 4, ... Where constraints
+    forbid all of these, every one."""
+    possible = [size for size in divisors(request.global_batch) if size % dp == 0]
     if request.micro_batch:
         sizes = [request.micro_batch]
     elif not layered.traced.mean_of_samples:
         sizes = [request.global_batch]
     else:
-        doublings = (dp << k for k in range(request.global_batch.bit_length()))
-        sizes = [size for size in doublings if request.global_batch % size == 0]
-    if any(request.allows("micro_batch", size) for size in sizes):
-        return sizes
-    return [size for size in divisors(request.global_batch) if size % dp == 0]
+        doublings = {1 << k for k in range(request.global_batch.bit_length())}
+        sizes = [size for size in possible if {size // dp, request.global_batch // size} & doublings]
+    return sizes if any(request.allows("micro_batch", size) for size in sizes) else possible
 
 
 def _suggestions(layered: LayeredGraph, mesh: Mesh, request: Request) -> str:

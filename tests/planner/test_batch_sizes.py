@@ -141,3 +141,11 @@ def test_samples_that_mix_are_told_of_one_by_one() -> None:
 
     plan = autopart.plan(Centred(), "1:cpu", {"x": torch.randn(4, WIDTH)}, micro_batch=1)
     assert any("mixes samples (test_batch_sizes.py" in note for note in plan.notes), plan.notes
+
+
+@pytest.mark.parametrize(("samples", "degrees"), [(6, {"tp": 2}), (12, {"dp": 2}), (10, {"dp": 1, "tp": 2})], ids=str)
+def test_a_batch_that_is_no_power_of_two_may_be_one_micro_batch(samples: int, degrees: dict[str, int]) -> None:
+    """Without memory limits or a pipeline one micro-batch is the fastest: the fewest launches and collectives."""
+    model, batch = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()), {"input": torch.randn(samples, WIDTH)}
+    plan = autopart.plan(model, "2:h100-80gb", batch, loss=lambda output, batch: output.square().mean(), **degrees)
+    assert plan.micro_batches == 1
