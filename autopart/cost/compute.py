@@ -231,6 +231,13 @@ def divides_saved(strategy: Strategy) -> bool:
     return strategy.shards_work and strategy.local != OWN_EXPERTS
 
 
+def divides_weights(strategy: Strategy, weights: Iterable[int]) -> bool:
+    """Whether ranks share the operands of these indices, and what an operator saves of them for backward."""
+    return any(
+        placement is not None and placement.kind == "S" for placement in map(strategy.inputs.__getitem__, weights)
+    )
+
+
 def largest_gradient_bytes(made: Any, taken: Any, record: Any, loss: bool, split: bool) -> Any:
     """Bytes of the largest gradient in an operator's backward.
 

@@ -23,6 +23,7 @@ from autopart.cost.compute import (
     Array,
     backward_gradient_bytes,
     divides_saved,
+    divides_weights,
     largest_gradient_bytes,
 )
 from autopart.cost.liveness import MODES
@@ -224,7 +225,9 @@ class Sizes:
         return (*dims, *node.matrix.sizes[4:]), factors
 
     def _inner(self, node: Node, option: int) -> Array:
-        return self._coefficients(node.inner, node.batch, [divides_saved(s) for s in node.options[option]])
+        chosen = node.options[option]
+        fixed = self._coefficients(node.fixed, False, [divides_weights(s, node.weights) for s in chosen])
+        return fixed + self._coefficients(node.inner - node.fixed, node.batch, map(divides_saved, chosen))
 
     def _kernel_bytes(self, node: Node, option: int) -> list[Array]:
         """The fields of `Node.kernel_bytes`, each as coefficients. What grows with the samples is divided over dp."""

@@ -67,10 +67,9 @@ class Info:
     matrix   the matrix product that the operator is, or None; in a stage's graph, the product on a rank
     computes the dtype that the product is computed in, where that is not the output's
     grads    whether gradients flow to the matrix product's first factor, and to another factor
-    root     the name of the node whose memory the first output is a view of; the node's own name if it is no view;
-             "n:1" for memory of output 1 of the node n
+    root     the node of whose memory the first output is a view; its own name if it is none; "n:1" for output 1 of n
     saves    the roots whose memory autograd saves for this node's backward
-    inner    bytes that autograd saves besides, such as the statistics of a softmax
+    inner    bytes that autograd saves besides, as a softmax's statistics;  fixed: those that no sample adds to
     view     whether the output is memory of an input, so that the operator takes no time
     logits   whether every path from the node to the loss goes through a cross-entropy, by way of views and casts
     weights  the indices of the operands that are trained parameters, or views of such
@@ -107,6 +106,7 @@ class Info:
     root: str = ""
     saves: tuple[str, ...] = ()
     inner: float = 0
+    fixed: float = 0
     view: bool = False
     logits: bool = False
     weights: tuple[int, ...] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from autopart.cost.compute import is_loss
-from autopart.frontend.torch_private import StorageWeakRef
+from autopart.frontend.torch_private import StorageWeakRef, tree_leaves
 from autopart.ir.graph import Traced, calls, info, operands, run_on_meta, shape_args, update_info, value_of
 from autopart.ir.random_ops import uniform_of
 from autopart.kernels.kernel import Kernel
@@ -180,6 +180,34 @@ def _saved(graph: fx.Graph, device: str) -> None:
             saves=tuple(dict.fromkeys(owner[s] for s in stored if s in owner)),
             inner=sum(t.untyped_storage().nbytes() for s, t in stored.items() if s not in owner),
         )
+        if info(node).inner and is_contraction(record.name):
+            update_info(node, fixed=_fixed_bytes(node, values, device))
+
+
+def _fixed_bytes(node: fx.Node, values: Mapping[fx.Node, Any], device: str) -> float:
+    """The bytes of `Info.inner` of a product that do not grow with the samples: 2 a - b, where it has a bytes with the
+    samples of the trace and b with twice as many. 0 where no sample counts, or where it takes no more samples."""
+    counting = {n: info(n).batch for n in node.all_input_nodes}
+    if all(dim is None for dim in counting.values()):
+        return 0.0
+
+    def more(taken: fx.Node) -> Any:
+        value, dim = values[taken], counting[taken]
+        if dim is None or not isinstance(value, torch.Tensor):
+            return value
+        shape = [2 * size if i == dim else size for i, size in enumerate(value.shape)]
+        return torch.empty(shape, dtype=value.dtype, device="meta", requires_grad=value.requires_grad)
+
+    args, kwargs = fx.map_arg((node.args, node.kwargs), more)
+    saved: list[torch.Tensor] = []
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+            outputs = tree_leaves(run_on_meta(_as_it_runs(node, device), args, kwargs))
+    except RuntimeError:
+        return 0.0
+    known = {_storage(t) for t in [*tree_leaves((args, kwargs)), *outputs] if isinstance(t, torch.Tensor)}
+    twice = {_storage(t): t.untyped_storage().nbytes() for t in saved if _storage(t) not in known}
+    return float(max(2 * info(node).inner - sum(twice.values()), 0))
 
 
 def _gradients(graph: fx.Graph, device: str) -> None:

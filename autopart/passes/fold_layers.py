@@ -170,7 +170,9 @@ def _signature(segment: Segment) -> tuple[Any, ...]:
         record = info(node)
         args, kwargs = without_values(record.name, args, kwargs)
         does = repr(relative(args, segment.label)), repr(kwargs)
-        lines.append((record.name, *does, record.shapes, record.dtypes, record.view, record.inner, record.times))
+        lines.append(
+            (record.name, *does, record.shapes, record.dtypes, record.view, record.inner, record.fixed, record.times)
+        )
     inside = set(segment.nodes)
     outputs = tuple(i for i, n in enumerate(segment.nodes) if any(u not in inside for u in n.users))
     segment.externals = tuple(externals)

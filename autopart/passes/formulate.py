@@ -151,6 +151,7 @@ class _Builder:
             launches=int(is_op and not record.view),
             kind_index=kind_of(record) if is_op else 0,
             inner=float(record.inner),
+            fixed=float(record.fixed),
             grad=record.grad,
             view=record.view,
             logits=record.logits,

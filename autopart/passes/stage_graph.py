@@ -8,7 +8,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from autopart.cost.compute import SPLIT_LOSS, backward_gradient_bytes, divides_saved, is_loss, largest_gradient_bytes
+from autopart.cost.compute import (
+    SPLIT_LOSS,
+    backward_gradient_bytes,
+    divides_saved,
+    divides_weights,
+    is_loss,
+    largest_gradient_bytes,
+)
 from autopart.ir.graph import Info, KernelBytes, info, operands
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.passes.kernel_bytes import kernel_bytes
@@ -147,8 +154,10 @@ class ShardingAssignment:
 
     def inner(self, node: fx.Node, chosen: Sequence[Strategy]) -> float:
         """`Info.inner` on a rank, in bytes, at the planned micro-batch."""
-        shares = math.prod(size for s, (_, size) in zip(chosen, self.axes, strict=True) if divides_saved(s))
-        return info(node).inner * self.growth(node) / shares
+        record, ranks = info(node), [size for _, size in self.axes]
+        of_weights = [size for s, size in zip(chosen, ranks, strict=True) if divides_weights(s, record.weights)]
+        shares = math.prod(size for s, size in zip(chosen, ranks, strict=True) if divides_saved(s))
+        return record.fixed / math.prod(of_weights) + (record.inner - record.fixed) * self.growth(node) / shares
 
     def kernel_bytes(self, node: fx.Node, chosen: Sequence[Strategy]) -> KernelBytes:
         """A fused kernel's bytes on a rank, at the planned micro-batch."""

@@ -41,7 +41,8 @@ class Node:
     first_same_operand  for every operand the index of the first operand that is the same value
     batch          whether its work grows with the samples;  product: whether matrix units do the work
     peak, backward_ratio, launches, kind_index (kind)  as in `autopart.cost.compute.Work`
-    inner          bytes that autograd saves besides operands and outputs
+    inner          bytes that autograd saves besides operands and outputs;  fixed: those of them that do not grow with
+                   the samples, as a copy of a weight
     matrix, grads, view, logits, weights, gradient_copies  as in `autopart.ir.graph.Info`
     kernel_bytes   of a fused kernel, `autopart.ir.graph.KernelBytes` of all samples under every strategy along tp
     segment_class  the class of the node's segment; -1 for a node of the prelude, which every stage computes for itself
@@ -63,6 +64,7 @@ class Node:
     launches: int = 1
     kind_index: int = 0
     inner: float = 0.0
+    fixed: float = 0.0
     grad: bool = False
     view: bool = False
     logits: bool = False

@@ -271,3 +271,28 @@ def test_gradients_that_are_hidden_are_counted(part: float) -> None:
 def test_what_was_changed_is_found(name: str, change: Change, named: str) -> None:
     found = wrong(change(planned("gpt2", 0)))
     assert any(named in text for text in found), found
+
+
+class Einsum(nn.Module):
+    """Experts as einsums: the first saves a copy of its weight, with the dim that it sums over in front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(4, 8, 16)), nn.Parameter(torch.randn(4, 16, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.einsum("btd,edf->btef", x, self.up).relu()
+        return torch.einsum("btef,efd->btd", hidden, self.down).square().mean()
+
+
+@pytest.mark.parametrize("samples", [6, 12])
+def test_what_an_operator_saves_of_its_weight_does_not_grow_with_the_samples(samples: int) -> None:
+    """Nor is it shared out over dp."""
+    model, batch, saved = Einsum(), {"x": torch.randn(samples, 4, 8)}, {}
+    plan = autopart.plan(model, "2:cpu", batch, dp=2, micro_batch=samples, recompute="none")
+    autopart.certify(plan, model, batch)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.untyped_storage().data_ptr(), t), id):
+        model(batch["x"][: samples // 2].clone())
+    there = sum(tensor.untyped_storage().nbytes() for at, tensor in saved.items() if at not in weights)
+    assert plan.stages[0].memory["activations"] == there
