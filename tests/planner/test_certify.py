@@ -280,7 +280,7 @@ class Einsum(nn.Module):
         super().__init__()
         self.up, self.down = nn.Parameter(torch.randn(4, 8, 16)), nn.Parameter(torch.randn(4, 16, 8))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = torch.einsum("btd,edf->btef", x, self.up).relu()
         return torch.einsum("btef,efd->btd", hidden, self.down).square().mean()
 
