@@ -186,28 +186,32 @@ def _saved(graph: fx.Graph, device: str) -> None:
 
 def _fixed_bytes(node: fx.Node, values: Mapping[fx.Node, Any], device: str) -> float:
     """The bytes of `Info.inner` of a product that do not grow with the samples: 2 a - b, where it has a bytes with the
-    samples of the trace and b with twice as many. 0 where no sample counts, or where it takes no more samples."""
+    samples of the trace and b with twice as many. 0 where all operands count samples, or none does."""
     counting = {n: info(n).batch for n in node.all_input_nodes}
-    if all(dim is None for dim in counting.values()):
+    if len({dim is None for dim in counting.values()}) < 2:
         return 0.0
-
-    def more(taken: fx.Node) -> Any:
-        value, dim = values[taken], counting[taken]
-        if dim is None or not isinstance(value, torch.Tensor):
-            return value
-        shape = [2 * size if i == dim else size for i, size in enumerate(value.shape)]
-        return torch.empty(shape, dtype=value.dtype, device="meta", requires_grad=value.requires_grad)
-
-    args, kwargs = fx.map_arg((node.args, node.kwargs), more)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _twice(values[n], counting[n]))
     saved: list[torch.Tensor] = []
     try:
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
             outputs = tree_leaves(run_on_meta(_as_it_runs(node, device), args, kwargs))
-    except RuntimeError:
+    except RuntimeError:  # a size among its arguments
         return 0.0
     known = {_storage(t) for t in [*tree_leaves((args, kwargs)), *outputs] if isinstance(t, torch.Tensor)}
     twice = {_storage(t): t.untyped_storage().nbytes() for t in saved if _storage(t) not in known}
-    return float(max(2 * info(node).inner - sum(twice.values()), 0))
+    inner = info(node).inner
+    return float(min(max(2 * inner - sum(twice.values()), 0), inner))
+
+
+def _twice(value: Any, dim: int | None) -> Any:
+    """A tensor on meta with twice the size of a dim, its dims in the same order in memory; any other value as it is."""
+    if dim is None or not isinstance(value, torch.Tensor):
+        return value
+    shape = [2 * size if i == dim else size for i, size in enumerate(value.shape)]
+    strides: tuple[int, ...] = value.stride()
+    order = sorted(range(value.dim()), key=lambda i: -strides[i])
+    made = torch.empty([shape[i] for i in order], dtype=value.dtype, device="meta")
+    return made.permute([order.index(i) for i in range(len(order))]).requires_grad_(value.requires_grad)
 
 
 def _gradients(graph: fx.Graph, device: str) -> None:
