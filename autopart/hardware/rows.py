@@ -157,6 +157,27 @@ class Device:
         return self.host_share.memory_bytes * 0.8 if self.host_share else float("inf")
 
 
+@dataclass(frozen=True)
+class Slowest(Device):
+    """What ranks on devices of several kinds have together: the least of each capacity and rate, and the dtypes that
+    all of them compute in. Seconds are never those of this row, but the longest of any kind (`autopart.cost.slowest`).
+
+    kinds  the devices, all of one `type`
+    """
+
+    kinds: tuple[Device, ...] = ()
+
+    @property
+    def type(self) -> str:
+        """That of the kinds."""
+        return self.kinds[0].type
+
+
+def kinds_of(device: Device) -> tuple[Device, ...]:
+    """The devices that a row stands for: itself alone, but for `Slowest`."""
+    return device.kinds if isinstance(device, Slowest) else (device,)
+
+
 KINDS = ("nvlink", "pci", "network", "host", "gloo")
 """Kinds of links: the three that NCCL has protocols for, "host", which has no protocol, and "gloo", for CPUs of one
 host."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from autopart.hardware.mesh import Mesh, usable_bytes
+from autopart.hardware.mixed import of_stage
 from autopart.plan.search_summary import SearchSummary
 from autopart.plan.signature import Signature
 from autopart.plan.stages import PlanStage
@@ -117,8 +118,14 @@ class PlanFields:
     def fits(self) -> bool:
         """Whether the peak of every stage is within `usable_bytes` of its device, and what lies on the host within
         `Device.usable_host_bytes`."""
-        on_host = max(s.host_bytes for s in self.stages) <= self.mesh.device.usable_host_bytes
-        return on_host and max(self.memory_bytes) <= usable_bytes(self.mesh) * (1 + 1e-9)
+        return all(
+            stage.host_bytes <= mesh.device.usable_host_bytes and stage.memory_bytes <= usable_bytes(mesh) * (1 + 1e-9)
+            for stage, mesh in zip(self.stages, map(self.mesh_of, range(self.pp)), strict=True)
+        )
+
+    def mesh_of(self, stage: int) -> Mesh:
+        """The mesh as the ranks of a stage have it (`hardware.mixed.of_stage`): with the stage's devices and links."""
+        return of_stage(self.mesh, stage, self.pp)
 
     @property
     def degrees(self) -> str:

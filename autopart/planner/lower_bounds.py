@@ -6,7 +6,7 @@ seconds per byte
     min over x with B(x) <= L of seconds(x)  >=  min over x of (seconds(x) + lambda B(x)) - lambda L
     B(x) = saved(x) + state(x) / in_flight;  L = bytes of a device / in_flight
 
-The minimum is bounded by a sum over positions, with the relaxation of each segment class (`SearchSpace.class_bound`).
+The minimum is bounded by a sum over positions, with the relaxation of each segment class (`class_bound`).
 So the bound of an interval depends on how many positions of each kind it has, and on the least seconds of its messages.
 
 A kind is a segment class with the checkpointing modes that its positions may use. The number of positions of a kind
@@ -28,9 +28,10 @@ from numpy.typing import NDArray
 from autopart.cost.compute import Array
 from autopart.cost.intervals import NEVER, interval_ends
 from autopart.cost.position_costs import least_crossings
+from autopart.planner.class_bounds import class_bound
 from autopart.planner.interval_seconds import crossed
 from autopart.planner.search_points import SearchPoint
-from autopart.planner.search_space import SearchSpace
+from autopart.planner.search_space import SearchSpace, StageKey
 
 MAX_ASSIGNMENTS = 400
 """The most assignments of modes to the positions of an interval that are listed."""
@@ -75,7 +76,7 @@ def kind_counts(segment_classes: tuple[int, ...], allowed: tuple[tuple[str, ...]
 
 
 class LagrangianBounds:
-    """The bounds of one search point, higher with every multiplier.
+    """The bounds of one search point for the stages of its kind, higher with every multiplier.
 
     capacity     [rows of `counts`]: bytes of a device - the largest gradient in the backward of the interval's last
                  position. Which position is last is known only for the model's last; else the least over kinds counts.
@@ -110,7 +111,7 @@ class LagrangianBounds:
         end = self.kind_counts.kinds.index((segment_classes[-1], space.allowed_modes[-1]))
         has_end = (counts[:, end] > 0) & (counts[:, end].max() == 1)
         last = np.where(has_end, largest[end], np.where(counts > 0, largest, np.inf).min(1))
-        capacity = space.limit - last * (space.micro_batches(point) > 1)
+        capacity = space.limit(point) - last * (space.micro_batches(point) > 1)
         return np.where(counts.sum(1) > len(segment_classes) - point.pp + 1, -np.inf, capacity)
 
     def add_multiplier(self, multiplier: float) -> None:
@@ -118,7 +119,7 @@ class LagrangianBounds:
         alone."""
         space, point = self.space, self.point
         terms = np.array([
-            space.class_bound(point, multiplier, segment_class, mode) / self.class_sizes[segment_class]
+            class_bound(space, point, multiplier, segment_class, mode) / self.class_sizes[segment_class]
             for segment_class, modes in self.kind_counts.kinds for mode in modes
         ])  # fmt: skip
         if multiplier == NEVER:
@@ -127,8 +128,8 @@ class LagrangianBounds:
             self.multipliers.append(multiplier)
             self.seconds.append(terms)
 
-    def columns(self, most: float) -> dict[int, Array]:
-        """Micro-batches in flight -> [intervals]: bound on f in seconds; infinite where it is above `most`, or where
+    def columns(self, most: float) -> dict[StageKey, Array]:
+        """Key of a stage -> [intervals]: bound on f in seconds; infinite where it is above `most`, or where
         the interval cannot fit."""
         of = self.kind_counts
         best = [np.minimum.reduceat(terms, of.first_mode) for terms in (self.bytes, *self.seconds)]
@@ -144,7 +145,7 @@ class LagrangianBounds:
         columns = {}
         for in_flight, bound in zip(self.in_flight.tolist(), bounds, strict=True):
             found = bound[of.row_of] + self.messages
-            columns[in_flight] = np.where(found <= most, found, NEVER)
+            columns[self.point.kind, in_flight] = np.where(found <= most, found, NEVER)
         return columns
 
     def _bounds(self, capacity: Any, least: Array, *seconds: Array) -> Array:
