@@ -172,6 +172,8 @@ class Prices:
         """What the operators take under every strategy."""
         rest = sizes.rest.copy()
         rest[:, PRODUCT_DIMS] *= basis[sizes.factors]
-        rows = np.column_stack([sizes.flops @ basis, sizes.moved @ basis, peaks(device)[sizes.peak_dtype.astype(int)], rest])
+        rows = np.column_stack(
+            [sizes.flops @ basis, sizes.moved @ basis, peaks(device)[sizes.peak_dtype.astype(int)], rest]
+        )
         found = work_seconds(work_in(rows), device)
         return Seconds(found.forward[sizes.which], found.backward[sizes.which])

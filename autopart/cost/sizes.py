@@ -43,7 +43,8 @@ class Sizes:
     which       [strategies]: index of the row of work; strategies with equal work have one row
     flops, moved, peak_dtype, rest, factors
                 rows of work: FLOPs and bytes moved, the dtype of the peak (`compute.peak_dtype_of`), then the other
-                columns of `compute.Work`, and which of the four terms the batch, m, n and k of a matrix product grow with
+                columns of `compute.Work`, and which of the four terms the batch, m, n and k of a matrix product grow
+                with
     parameters  rows of a parameter: bytes, whether it has a gradient, whether the gradient is a partial sum over dp,
                 whether over tp, and bytes of all trained parameters that travel with it (`_together`)
     parameter_of  [strategies]: index of the row of `parameters`

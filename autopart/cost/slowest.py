@@ -1,7 +1,7 @@
 """Seconds on a device of several kinds: ranks wait for the slowest of them at every collective."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -29,9 +29,9 @@ def of_slowest(function: Function) -> Function:
 def _longest(found: Sequence[Any]) -> Any:
     """The element-wise maximum of results of one shape."""
     first = found[0]
-    if is_dataclass(first):
-        parts = ([getattr(each, field.name) for each in found] for field in fields(first))
-        return type(first)(*map(_longest, parts))
+    if is_dataclass(first) and not isinstance(first, type):
+        names = [field.name for field in fields(first)]
+        return replace(first, **{name: _longest([getattr(each, name) for each in found]) for name in names})
     if isinstance(first, tuple):
         return tuple(map(_longest, zip(*found, strict=True)))
     return max(found) if isinstance(first, float) else np.maximum.reduce(found)

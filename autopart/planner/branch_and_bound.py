@@ -260,7 +260,9 @@ class Search:
         least_memory = {segment_class: mode for segment_class in space.model(point).blocks for mode in space.modes[-1:]}
         found.add(space.solve(space.at(point, 0), NEVER, least_memory))
         fits = found.best_plan() is not None
-        if not (fits or self.incumbent.result or is_small(found)) and missing_bytes(found) > HOPELESS * space.limit(point):
+        if not (fits or self.incumbent.result or is_small(found)) and missing_bytes(found) > HOPELESS * space.limit(
+            point
+        ):
             self._waiting.append((bound, Step.REFINE, point))
             return
         del self._open[point]
@@ -278,7 +280,8 @@ class Search:
         self._prune(bound)
 
     def _bounds_at(self, point: SearchPoint) -> list[LagrangianBounds]:
-        """A point's bounds for each kind of its stages. They begin with the multipliers infinity (bytes alone) and 0 (seconds alone)."""
+        """A point's bounds for each kind of its stages. They begin with the multipliers infinity (bytes alone) and 0
+        (seconds alone)."""
         if point not in self._bounds:
             self._bounds[point] = [LagrangianBounds(self.space, at) for at in self.space.each_kind(point)]
             for bounds in self._bounds[point]:
@@ -286,9 +289,7 @@ class Search:
                 bounds.add_multiplier(0.0)
         return self._bounds[point]
 
-    def _cut_bound(
-        self, point: SearchPoint, bounds: Sequence[LagrangianBounds]
-    ) -> tuple[float, dict[StageKey, Array]]:
+    def _cut_bound(self, point: SearchPoint, bounds: Sequence[LagrangianBounds]) -> tuple[float, dict[StageKey, Array]]:
         """Lower bound on the step of a point, infinite where no cut can beat the incumbent; and key of a stage -> the
         bounds g of all intervals. The lower bound is
 

@@ -175,7 +175,8 @@ def make_candidate(space: SearchSpace, point: SearchPoint, solution: Solution) -
 def costs_of(
     space: SearchSpace, point: SearchPoint, chosen: tuple[int, ...], allowed: Sequence[tuple[str, ...]]
 ) -> IntervalCosts:
-    """The costs of all intervals under a choice, on the devices of the point's kind. `allowed`: the checkpointing modes of each position."""
+    """The costs of all intervals under a choice, on the devices of the point's kind. `allowed`: the checkpointing modes
+    of each position."""
     table, m = space.model(point).table, space.micro_batches(point)
     costs = space.position_costs(point, chosen)
     turns, host = space.amortization(point), host_limit(space, point)

@@ -19,9 +19,7 @@ def best_modes(space: SearchSpace, point: SearchPoint, multiplier: float) -> lis
     return uniform if best in uniform else [best, *uniform]
 
 
-def class_bound(
-    space: SearchSpace, point: SearchPoint, multiplier: float, segment_class: int, mode: str
-) -> float:
+def class_bound(space: SearchSpace, point: SearchPoint, multiplier: float, segment_class: int, mode: str) -> float:
     """Lower bound on the objective over one segment class with its blocks in a mode.
 
     multiplier infinite             `Sizes.separable_bound` of the bytes

@@ -92,8 +92,8 @@ def _refine_interval(
     in_flight: int,
     allowed: Options,
 ) -> None:
-    """Add the fastest splits of an interval that fit a stage of the point's kind. The ILP leaves out some bytes of the prelude: where a solution
-    exceeds the device, the ILP is solved again with its limit lowered by the excess."""
+    """Add the fastest splits of an interval that fit a stage of the point's kind. The ILP leaves out some bytes of the
+    prelude: where a solution exceeds the device, the ILP is solved again with its limit lowered by the excess."""
     space, limit = found.space, found.space.limit(point)
     for _ in range(MAX_SOLVES):
         solution = fastest_that_fit(space, point, interval, limit, counts, in_flight, allowed)

@@ -11,7 +11,6 @@ from autopart.hardware.mesh import Mesh, divisors
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.planner.request import Request
 
-
 MIXED = -1
 """`SearchPoint.kind` where stages have devices of different kinds."""
 

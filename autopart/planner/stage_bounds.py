@@ -34,7 +34,7 @@ from autopart.planner.allowed_choices import Options, both
 from autopart.planner.candidate import CandidateSet, stage_columns
 from autopart.planner.cuts import best_cut, spans_of
 from autopart.planner.ilp_model import Model, is_partial
-from autopart.planner.search_points import MIXED, SearchPoint
+from autopart.planner.search_points import SearchPoint
 from autopart.planner.search_space import SearchSpace, StageKey
 
 MAX_VARIABLES = 200_000
@@ -122,9 +122,7 @@ def _add_splits(found: CandidateSet, stages: Sequence[Stage]) -> None:
 
 def _cut_bound(found: CandidateSet, columns: Sequence[Array], effort: Effort) -> float:
     """Lower bound on the step from relaxations of whole cuts, the least bound first; column s has the bounds of stage
-    s. With R the relaxation of a cut of p stages, step >= R + (m - 1) max(largest bound of a stage, R / p). Where
-    stages differ in kind, one stage takes much longer than others: with R' the relaxation in which that stage counts m
-    times, step >= R'."""
+    s. With R the relaxation of a cut of p stages, step >= R + (m - 1) max(largest bound of a stage, R / p)."""
     space, point, solved = found.space, found.point, set[Starts]()
     m, variables = space.micro_batches(point), len(space.model(point).solver.used)
     cuts = _cuts_by_bound(columns, len(space.layered.labels), m)
@@ -133,22 +131,11 @@ def _cut_bound(found: CandidateSet, columns: Sequence[Array], effort: Effort) ->
             break
         bound, largest, starts = cuts[0]
         solved.add(starts)
-        weights = _weights(space, point, starts, columns)
-        total, solutions = relaxed_cut(space, point, starts, weights)
-        left = m - 1 - sum(weights) + point.pp
+        total, solutions = relaxed_cut(space, point, starts)
         if sum(found.add(space.confirmed(point, solution)) for solution in solutions):
             found.best_plan()
-        heapq.heapreplace(cuts, (max(bound, total + left * max(largest, total / point.pp)), largest, starts))
+        heapq.heapreplace(cuts, (max(bound, total + (m - 1) * max(largest, total / point.pp)), largest, starts))
     return cuts[0][0] if cuts else NEVER
-
-
-def _weights(space: SearchSpace, point: SearchPoint, starts: Starts, columns: Sequence[Array]) -> list[int]:
-    """How many times each stage of a cut counts in its relaxation."""
-    spans = spans_of(starts, len(space.layered.labels))
-    bounds = [f[interval_index(*span, len(space.layered.labels))] for f, span in zip(columns, spans, strict=True)]
-    longest = int(np.argmax(bounds))
-    m = space.micro_batches(point) if point.kind == MIXED else 1
-    return [m if stage == longest else 1 for stage in range(point.pp)]
 
 
 def _cuts_by_bound(columns: Sequence[Array], positions: int, micro_batches: int) -> list[tuple[float, float, Starts]]:
@@ -163,38 +150,41 @@ def _cuts_by_bound(columns: Sequence[Array], positions: int, micro_batches: int)
     return cuts
 
 
-def stage_costs(space: SearchSpace, point: SearchPoint, span: Span) -> Array:
-    """By priced variable, seconds of a micro-batch in a stage of the point's kind: a lower bound on f that is linear in the splits."""
+def stage_costs(space: SearchSpace, point: SearchPoint, span: Span) -> tuple[Array, Array]:
+    """By priced variable, seconds of a micro-batch in a stage of the point's kind, linear in the splits: a lower bound
+    on f (`Model.least_counts_in`); and f of splits in which every reshard of a value is needed in each of the stages
+    that take the value."""
     model, modes, link = space.model(point), space.forced(point), space.between_stages(point)
     inside, windows = model.counts_in(*span), space.sync_windows(point)
-    seconds = space.costs(point, modes).seconds * inside / np.maximum(model.counts, 1.0)
+    each = space.costs(point, modes).seconds / np.maximum(model.counts, 1.0)
     sent = messages(model, space.priced(point), span, link, least=True)[0] if link is not None else 0.0
     alone = model.counts_alone[slice(*span)].sum(0)
     first, last = model.counts_alone[span[0]], model.counts_alone[span[1] - 1]
     late = windows.scatter * (inside - alone + first) + windows.gather * (2 * (inside - alone) + first + last)
-    return np.asarray(seconds + sent + late)
+    rest = sent + late
+    return each * model.least_counts_in(*span) + rest, each * inside + rest
 
 
-def relaxed_stages(
-    space: SearchSpace, stages: Sequence[Stage], allowed: Options
-) -> tuple[float, Solution | None]:
+def relaxed_stages(space: SearchSpace, stages: Sequence[Stage], allowed: Options) -> tuple[float, Solution | None]:
     """Lower bound on the seconds of some stages with the same splits; and the splits, None where the relaxation is
     fractional."""
-    costs = np.sum([stage_costs(space, *stage) for stage in stages], axis=0)
-    bound, found = space.model(stages[0][0]).solver.relax(costs, allowed)
+    least, costs = np.sum([stage_costs(space, *stage) for stage in stages], axis=0)
+    bound, found = space.model(stages[0][0]).solver.relax(least, allowed)
+    if not np.array_equal(least, costs):
+        _, found = space.model(stages[0][0]).solver.relax(costs, allowed)
     return bound, found and replace(found, problem=SplitProblem(costs, allowed))
 
 
-def relaxed_cut(
-    space: SearchSpace, point: SearchPoint, starts: Starts, weights: Sequence[int]
-) -> tuple[float, list[Solution]]:
-    """Lower bound on the weighted sum of the seconds of all stages of a cut, each with its own splits; and every stage's solution,
+def relaxed_cut(space: SearchSpace, point: SearchPoint, starts: Starts) -> tuple[float, list[Solution]]:
+    """Lower bound on the seconds of all stages of a cut together, each with its own splits; and every stage's solution,
     [] where the relaxation is fractional. A solution's problem is that of its stage alone, with the options that agree
     with the other stages."""
     model, options = space.model(point), space.options(point)
-    costs = [stage_costs(space, *stage) for stage in stages_of(space, point, starts)]
-    weighted = [weight * each for weight, each in zip(weights, costs, strict=True)]
-    bound, choices = model.pipeline(point.pp).relax(weighted, options)
+    stages = stages_of(space, point, starts)
+    least, costs = zip(*(stage_costs(space, *stage) for stage in stages), strict=True)
+    bound, choices = model.pipeline(point.pp).relax(least, options)
+    if not np.array_equal(least, costs):
+        _, choices = model.pipeline(point.pp).relax(costs, options)
     agreeing = [both(options, model.agreeing(model.interface(chosen))) for chosen in choices]
     problems = map(SplitProblem, costs, agreeing)
     return bound, [Solution(chosen, 0.0, 0.0, each) for chosen, each in zip(choices, problems, strict=False)]

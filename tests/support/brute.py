@@ -903,7 +903,8 @@ class Judge:
         keys = [(space.in_flight(point, s), space.at(point, s).kind) for s in range(pp)]
         cuts = [(0, *c) for c in itertools.combinations(range(1, n), pp - 1)]
         spans = {c: [Span(i, j, *key) for i, j, key in zip(c, (*c[1:], n), keys, strict=True)] for c in cuts}
-        light = {s: Stage(priced[s.kind], s, self.modes, False).least for s in {s for row in spans.values() for s in row}}
+        every = {span for row in spans.values() for span in row}
+        light = {span: Stage(priced[span.kind], span, self.modes, False).least for span in every}
 
         def times(row: Sequence[Span]) -> list[float]:
             return [light[s] for s in row]

@@ -249,7 +249,8 @@ def _faster_link(name: str, mesh: Mesh) -> Mesh:
     """A mesh of equal devices with its link `name` FASTER times as fast."""
     link: Link = getattr(mesh, name)
     wire = link.measured.faster(FASTER) if link.measured else None
-    return replace(mesh, **{name: replace(link, bandwidth=link.bandwidth * FASTER, measured=wire)})
+    faster: dict[str, Any] = {name: replace(link, bandwidth=link.bandwidth * FASTER, measured=wire)}
+    return replace(mesh, **faster)
 
 
 def _faster_products(mesh: Mesh) -> Mesh:
