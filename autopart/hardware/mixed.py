@@ -104,9 +104,20 @@ def of_stage(mesh: Mesh, stage: int, stages: int) -> Mesh:
     return views_of(mesh)[view_of(mesh, stage, stages)]
 
 
+def parts_of(mesh: Mesh) -> tuple[Mesh, ...]:
+    """The meshes of equal hosts that a mesh consists of; of one kind, itself alone."""
+    return mesh.parts if isinstance(mesh, MixedMesh) else (mesh,)
+
+
+def peak_flops(mesh: Mesh, dtype: str) -> float:
+    """FLOP/s of all devices together for matrix products in a dtype."""
+    return sum(part.size * part.device.flops[dtype] for part in parts_of(mesh))
+
+
 def changed(mesh: Mesh, change: Callable[[Mesh], Mesh]) -> Mesh:
     """The mesh after a change of its devices or links; of several kinds, after the change of each part."""
-    return joined(map(change, mesh.parts), mesh.axes) if isinstance(mesh, MixedMesh) else change(mesh)
+    parts = parts_of(mesh)
+    return joined(map(change, parts), mesh.axes) if len(parts) > 1 else change(mesh)
 
 
 def joined(parts: Iterable[Mesh], axes: Iterable[tuple[str, int]] = ()) -> Mesh:

@@ -18,7 +18,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -30,7 +30,7 @@ from autopart.cost.intervals import NEVER, interval_ends
 from autopart.cost.position_costs import least_crossings
 from autopart.planner.class_bounds import class_bound
 from autopart.planner.interval_seconds import crossed
-from autopart.planner.search_points import SearchPoint
+from autopart.planner.search_points import MIXED, SearchPoint
 from autopart.planner.search_space import SearchSpace, StageKey
 
 MAX_ASSIGNMENTS = 400
@@ -92,7 +92,8 @@ class LagrangianBounds:
         classes = space.model(point).table.segment_classes
         self.kind_counts, self.class_sizes = kind_counts(classes, space.allowed_modes), Counter(classes)
         self.capacity = self._capacity(classes)
-        self.in_flight = np.array(space.flights(point))
+        keys = space.stage_keys(replace(point, kind=MIXED))
+        self.in_flight = np.array([in_flight for kind, in_flight in keys if kind == point.kind])
         self.messages, *_ = crossed(least_crossings(space.priced(point), space.between_stages(point)), len(classes))
         self.multipliers: list[float] = []
         self.seconds: list[Array] = []

@@ -140,11 +140,6 @@ class SearchSpace:
         """Micro-batches whose activations a stage holds at once."""
         return micro_batches_in_flight(self.schedule, stage, point.pp, self.micro_batches(point))
 
-    def flights(self, point: SearchPoint) -> list[int]:
-        """The distinct numbers `in_flight` of the stages of the point's kind, rising."""
-        stages = (stage for stage in range(point.pp) if view_of(self.mesh, stage, point.pp) == point.kind)
-        return sorted({self.in_flight(point, stage) for stage in stages})
-
     def stage_key(self, point: SearchPoint, stage: int) -> StageKey:
         """What the costs of a stage depend on besides its positions and splits."""
         return self.at(point, stage).kind, self.in_flight(point, stage)

@@ -55,9 +55,8 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
     for index, (start, end) in enumerate(spans):
         at = distinct.index(found.chosen[index])
         stages.append(write_stage(space, found, splits[at], at, index, (start, end), found.recompute[start:end], known))
-    kinds = [space.at(point, index).kind for index in range(point.pp)]
-    keys = [key_of(layered, s.splits, span, kind) for s, span, kind in zip(stages, spans, kinds, strict=True)]
-    written = [known[key][1:] for key in keys]
+    each = enumerate(zip(stages, spans, strict=True))
+    written = [known[key_of(layered, s.splits, span, space.at(point, i).kind)][1:] for i, (s, span) in each]
     stages = with_sources(layered, stages, spans, written)
     times = [stage.turn_seconds(space.amortization(point)) for stage in stages]
     step = sum(times) + (m - 1) * max(times)
@@ -65,8 +64,7 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
     for index, (mine, theirs) in enumerate(zip(times, found.stage_seconds, strict=True)):
         equal = math.isclose(mine, theirs, rel_tol=EQUAL) or (hides and mine < theirs)
         assert equal, f"stage {index} is {mine} s written out, {theirs} s searched"
-    if space.request.must_fit:
-        _check_fits(space, point, stages)
+    _check_fits(space, point, stages)
     missing = sorted({info(n).name for n in layered.representatives() if info(n).kind == "op"} - {"autopart.getitem"})
     blocks = {mode for mode, label in zip(found.recompute, layered.labels, strict=True) if is_block(label)}
     plan = Plan(
@@ -107,9 +105,9 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
 def _check_fits(space: SearchSpace, point: SearchPoint, stages: Sequence[PlanStage]) -> None:
     """Raise AssertionError where a stage does not fit its device or its host."""
     for index, stage in enumerate(stages):
-        at, most, host = space.at(point, index), stage.memory_bytes, stage.host_bytes
-        assert most <= space.limit(at) * (1 + EQUAL), f"{most} bytes written out, searched to fit"
-        assert host <= host_limit(space, at) * (1 + EQUAL), f"{host} bytes on the host, searched to fit"
+        at, pair = space.at(point, index), (stage.memory_bytes, stage.host_bytes)
+        for nbytes, limit in zip(pair, (space.limit(at), host_limit(space, at)), strict=True):
+            assert nbytes <= limit * (1 + EQUAL), f"{nbytes} bytes written out, searched to fit {limit}"
 
 
 def bounded(plan: Plan, bound: float) -> Plan:
@@ -193,12 +191,11 @@ def assignment_of(
     return ShardingAssignment(axes, (splits,) * len(starts), starts, scale, frozenset({"dp"}))
 
 
-StageKey = tuple[int, frozenset[int], int]
-Known = dict[StageKey, tuple[ShardingAssignment, StageGraph, dict[int, PricedSegment]]]
+Known = dict[tuple[int, frozenset[int], int], tuple[ShardingAssignment, StageGraph, dict[int, PricedSegment]]]
 """(index of the splits, segments, `SearchPoint.kind`) -> the partitioned stage, and the prices of its segments."""
 
 
-def key_of(layered: LayeredGraph, splits: int, span: tuple[int, int], kind: int) -> StageKey:
+def key_of(layered: LayeredGraph, splits: int, span: tuple[int, int], kind: int) -> tuple[int, frozenset[int], int]:
     """The key of a stage in `Known`."""
     return splits, frozenset(layered.sequence[slice(*span)]), kind
 
@@ -280,11 +277,8 @@ def _sync(
     """Seconds of a step for gradient sync, gathers of parameters and optimizer, without what computing hides.
     `computing`, [positions], are seconds of a forward and of a backward of a micro-batch. The messages of a parameter
     that one position reads may be hidden; those of a parameter that several read are not."""
-    training, sizes, device = (
-        space.training(found.point),
-        space.priced(found.point).terms.sizes,
-        space.device(found.point),
-    )
+    training, device = space.training(found.point), space.device(found.point)
+    sizes = space.priced(found.point).terms.sizes
     reads = parameters(space.layered, choices, span)
     seconds = sum(update_seconds(p.bytes, p.record.grad, p.over_dp, training, device) for p in distinct(reads))
     seconds += sum(training.partial_sync_seconds(p.bytes, p.over_dp, sizes["tp"]) for p in distinct(reads) if p.over_tp)

@@ -165,9 +165,9 @@ def _numbers(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
         yield f"forward_flops: {flops}, the plan says {plan.forward_flops}"
     spans, seconds = [range(*span) for span in spans_of(plan.starts, len(layered.labels))], []
     for graph, stage, span in zip(partition(layered, choices), plan.stages, spans, strict=True):
-        name, here = f"stage {graph.index}", replace(plan, mesh=plan.mesh_of(graph.index))
-        groups = {"dp": here.mesh.group(plan.tp, plan.dp), "tp": here.mesh.group(1, plan.tp)}
-        device = here.mesh.busy_device(plan.pp, m)
+        name, mesh = f"stage {graph.index}", plan.mesh_of(graph.index)
+        here, device = replace(plan, mesh=mesh), mesh.busy_device(plan.pp, m)
+        groups = {"dp": mesh.group(plan.tp, plan.dp), "tp": mesh.group(1, plan.tp)}
         priced = price_stage(layered, graph, Prices(device, {axis: groups[axis] for axis, _ in choices.axes}))
         segments = dict(zip(graph.indices, priced, strict=True))
         times = _seconds(here, layered, choices, graph, segments, span)
@@ -180,12 +180,11 @@ def _numbers(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
         yield from host_findings(here, on_host(memory.reads, _training(here)), stage.host_bytes, name)
         yield from _printed(stage, layered, segments, span, name)
         sends = _sends(plan, graph)
-        pairs = zip(stage.sends, sends, strict=False)
-        alike = all(stated[:2] == made[:2] and _agree(stated[2], made[2]) for stated, made in pairs)
+        alike = all(a[:2] == b[:2] and _agree(a[2], b[2]) for a, b in zip(stage.sends, sends, strict=False))
         if len(stage.sends) != len(sends) or not alike:
             yield f"{name}: sends {sends}, the plan says {list(stage.sends)}"
-        read = distinct(_reads(layered, choices, span, graph))
-        yield from traffic_findings(stage, segments, read, span, _training(here), name)
+        training, read = _training(here), distinct(_reads(layered, choices, span, graph))
+        yield from traffic_findings(stage, segments, read, span, training, name)
         seconds.append(times["forward_seconds"] + times["backward_seconds"] + times["send_seconds"])
         seconds[-1] += times["sync_seconds"] / amortization(plan.zero, m, plan.pp)
     step = sum(seconds) + (m - 1) * max(seconds)
@@ -205,8 +204,7 @@ def _seconds(
     segments: dict[int, PricedSegment],
     span: range,
 ) -> dict[str, float]:
-    """The seconds of a stage without messages, by their names in `PlanStage`: sync of a step, all others of a
-    micro-batch. The plan's mesh is that of the stage."""
+    """Seconds without messages, by their names in `PlanStage`: sync of a step, all others of a micro-batch."""
     modes = dict(zip(span, plan.stages[graph.index].recompute, strict=True))
     recompute = 0.0
     for segment, priced in segments.items():

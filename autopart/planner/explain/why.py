@@ -19,7 +19,7 @@ from torch import nn
 from autopart.errors import PartitionError
 from autopart.frontend.batch import Batch
 from autopart.frontend.with_loss import Loss, with_loss
-from autopart.hardware.mesh import AnyMesh, Mesh, usable_bytes
+from autopart.hardware.mesh import AnyMesh, Mesh
 from autopart.hardware.mixed import changed, views_of
 from autopart.hardware.rows import Link
 from autopart.passes.source import Source
@@ -192,8 +192,7 @@ class Explanation:
     @property
     def slack(self) -> float:
         """The least usable bytes of a stage's device - peak bytes of the stage."""
-        stages = enumerate(self.plan.memory_bytes)
-        return min(usable_bytes(self.plan.mesh_of(stage)) - nbytes for stage, nbytes in stages)
+        return min(most - nbytes for most, nbytes in zip(self.plan.usable_bytes, self.plan.memory_bytes, strict=True))
 
     def _saved_bytes(self, stage: int) -> float:
         """Bytes that one micro-batch saves for backward on a rank of a stage."""
