@@ -132,8 +132,9 @@ class Device:
 
     @property
     def type(self) -> str:
-        """What torch calls such devices: "cpu" or "cuda"."""
-        return self.measured.type if self.measured else "cpu" if self.name == "cpu" else "cuda"
+        """What torch calls such devices: "cpu" or "cuda". A row without measured tables is of a CPU where its name is
+        "cpu" or begins with "cpu-"."""
+        return self.measured.type if self.measured else "cpu" if self.name.partition("-")[0] == "cpu" else "cuda"
 
     @property
     def overlapped_share(self) -> float:
