@@ -72,7 +72,8 @@ class MixedMesh(Mesh):
     def _seen_from(self, parts: Sequence[Mesh]) -> Mesh:
         """A mesh of this one's size, with the devices and links of some parts. Where other parts overlap no messages
         with computing, neither do these: all ranks run one program."""
-        device = slowest([part.device for part in parts])
+        there = {part.device for part in parts}
+        device = slowest([part.device for part in self.parts if part.device in there])
         if not self.device.overlapped_share:
             device = replace(device, overlap=0.0)
         links = slower([part.intra for part in parts]), slower([part.inter for part in parts])

@@ -108,8 +108,8 @@ def test_files_keep_the_kinds(plan: Plan) -> None:
 
 
 def test_each_stage_fills_its_own_memory(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> None:
-    """The second kind has a hundredth of the memory and no other difference: it gets fewer blocks, and no more memory than
-    it has."""
+    """The second kind has a hundredth of the memory and no other difference: it gets fewer blocks, and no more memory
+    than it has."""
     large = Mesh.parse("1x2:h100-80gb")
     tight = replace(large, device=replace(large.device, name="tight", memory_bytes=int(8e8)))
     made = autopart.plan(model, joined([large, tight]), batch, pp=2, micro_batch=2)
