@@ -83,6 +83,6 @@ class Estimate:
         ]
         for index, (nbytes, room) in enumerate(zip(self.memory_bytes, self.headroom_bytes, strict=True)):
             verdict = f"fits, {bytes_text(room)} left" if room >= 0 else f"does not fit, {bytes_text(-room)} lacking"
-            name, memory = f"stage {index:<2}{plan.device_text(index)}", memory_text(self.memory[index])
-            lines.append(f"{name} {bytes_text(nbytes)} a rank ({memory}): {verdict}")
+            name, memory = f"stage {index}{plan.device_text(index)}", memory_text(self.memory[index])
+            lines.append(f"{name:<8} {bytes_text(nbytes)} a rank ({memory}): {verdict}")
         return "\n".join(part for line in lines for part in paragraph(line, text_width(), hanging=9))
