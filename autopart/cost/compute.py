@@ -13,9 +13,10 @@ from autopart.cost.kernel_efficiency import attention_seconds, memory_seconds, p
 from autopart.cost.measured_tables import KIND_OF, operator_seconds
 from autopart.cost.measured_tables import attention_seconds as attention_tables
 from autopart.cost.measured_tables import product_seconds as product_tables
+from autopart.cost.slowest import of_slowest
 from autopart.errors import PartitionError
 from autopart.hardware.measured import Measured
-from autopart.hardware.rows import Device
+from autopart.hardware.rows import DTYPES, Device
 from autopart.ir.graph import Info
 from autopart.sharding.notation import Strategy
 
@@ -61,6 +62,12 @@ class Work:
     kind: Array
     sizes: Array
     grads: Array
+
+
+@of_slowest
+def operator_seconds_of(records: Sequence[Info], device: Device) -> Seconds:
+    """Seconds of the operators of a stage's graph."""
+    return work_seconds(work_of(records, device), device)
 
 
 def work_of(records: Sequence[Info], device: Device) -> Work:
@@ -137,6 +144,7 @@ def _measured_seconds(work: Work, device: Device, measured: Measured) -> Seconds
     return Seconds(forward * work.launches, backward * work.launches)
 
 
+@of_slowest
 def stream_seconds(nbytes: Any, backward_ratio: Any, launches: Any, device: Device) -> Seconds:
     """Seconds of kernels that read and write `nbytes` and whose FLOPs do not count. Arguments as in `Work`."""
     if device.measured:
@@ -197,6 +205,21 @@ def _attention_seconds(sizes: Array, nbytes: Array, peak: Array, grads: Array, d
 def peak_of(record: Info, device: Device) -> float:
     """`Work.peak` of an operator, in FLOP/s."""
     return peak(device, record.computes or record.dtype) if record.product else math.inf
+
+
+def peak_dtype_of(record: Info, device: Device) -> int:
+    """The index in `peaks` of an operator's `Work.peak`, for any device. Raises PartitionError as `peak` does."""
+    if not record.product:
+        return len(DTYPES)
+    dtype = record.computes or record.dtype
+    peak(device, dtype)
+    return DTYPES.index(_name(dtype))
+
+
+def peaks(device: Device) -> Array:
+    """FLOP/s in each of DTYPES, NaN for those that the device does not compute in; and behind them infinity, for
+    operators that do not use the matrix units."""
+    return np.array([*(device.flops.get(dtype, math.nan) for dtype in DTYPES), math.inf])
 
 
 def kind_of(record: Info) -> int:
@@ -284,13 +307,17 @@ def peak(device: Device, dtype: torch.dtype) -> float:
 
     Raises PartitionError for a dtype in which the device has no FLOP/s.
     """
-    name = str(dtype.to_real()).removeprefix("torch.")
+    name = _name(dtype)
     found = device.flops.get(name)
     if found is None:
         raise PartitionError(
             f"{device.name} computes no {name}", f"it has {', '.join(device.flops)}", "another precision="
         )
     return found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype.to_real()).removeprefix("torch.")
 
 
 def stream_rate_seconds(nbytes: float, device: Device) -> float:

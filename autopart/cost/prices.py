@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from autopart.cost.compute import Array, Seconds, beside_product_seconds, stream_seconds, work_in, work_seconds
+from autopart.cost.compute import Array, Seconds, beside_product_seconds, peaks, stream_seconds, work_in, work_seconds
 from autopart.cost.resharding import row_seconds
 from autopart.cost.sizes import Sizes
+from autopart.cost.slowest import of_slowest
 from autopart.cost.training_state import Training
 from autopart.cost.update_seconds import update_seconds
 from autopart.hardware.mesh import Group
@@ -166,10 +167,13 @@ class Prices:
     ) = (_part("_parameter_costs", np.s_[:, column]) for column in range(3, 11))
 
     @staticmethod
+    @of_slowest
     def _computed(sizes: Sizes, basis: Array, device: Device) -> Seconds:
         """What the operators take under every strategy."""
         rest = sizes.rest.copy()
         rest[:, PRODUCT_DIMS] *= basis[sizes.factors]
-        rows = np.column_stack([sizes.flops @ basis, sizes.moved @ basis, sizes.peak, rest])
+        rows = np.column_stack(
+            [sizes.flops @ basis, sizes.moved @ basis, peaks(device)[sizes.peak_dtype.astype(int)], rest]
+        )
         found = work_seconds(work_in(rows), device)
         return Seconds(found.forward[sizes.which], found.backward[sizes.which])

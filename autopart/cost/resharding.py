@@ -4,11 +4,13 @@ from typing import Any
 
 from autopart.cost.collectives import COLLECTIVES
 from autopart.cost.compute import with_launch
+from autopart.cost.slowest import of_slowest
 from autopart.hardware.mesh import Group
 from autopart.hardware.rows import Device
 from autopart.sharding.resharding import Reshard
 
 
+@of_slowest
 def row_seconds(row: Reshard, nbytes: Any, group: Group, grad: bool, device: Device) -> tuple[Any, Any]:
     """Seconds, forward and backward, of a resharding.
 

@@ -42,9 +42,10 @@ class Sizes:
     first       [nodes + 1]: index of the node's first strategy among all strategies
     times       [strategies]: how many times the operator runs at a position;  reshard_times: [reshards]
     which       [strategies]: index of the row of work; strategies with equal work have one row
-    flops, moved, peak, rest, factors
-                rows of work: FLOPs and bytes moved, peak, then the other columns of `compute.Work`, and which of the
-                four terms the batch, m, n and k of a matrix product grow with
+    flops, moved, peak_dtype, rest, factors
+                rows of work: FLOPs and bytes moved, the dtype of the peak (`compute.peak_dtype_of`), then the other
+                columns of `compute.Work`, and which of the four terms the batch, m, n and k of a matrix product grow
+                with
     parameters  rows of a parameter: bytes, whether it has a gradient, whether the gradient is a partial sum over dp,
                 whether over tp, and bytes of all trained parameters that travel with it (`_together`)
     parameter_of  [strategies]: index of the row of `parameters`
@@ -62,7 +63,7 @@ class Sizes:
         self.first = np.cumsum([0, *(len(n.options) for n in table.nodes)])
         options = [(n, o) for n in table.nodes for o in range(len(n.options))]
         rows, self.which = np.unique([self._work(n, o) for n, o in options], axis=0, return_inverse=True)
-        self.flops, self.moved, self.peak, self.rest, factors = np.split(rows, [4, 8, 9, -4], axis=1)
+        self.flops, self.moved, self.peak_dtype, self.rest, factors = np.split(rows, [4, 8, 9, -4], axis=1)
         self.factors = factors.astype(int)
         self.output_bytes = np.array([self._output_bytes(n, o) for n, o in options])
         self.largest_gradient, self.backward, self.weights = np.array(
@@ -209,7 +210,7 @@ class Sizes:
         """A row of work: FLOPs, bytes moved, and the other columns of `compute.Work`."""
         flops = self._coefficients(node.flops, node.batch, [s.shards_work for s in node.options[option]])
         sizes, factors = self._matrix(node, option)
-        rest = [node.peak, node.backward_ratio, node.launches, node.kind_index, *sizes, *node.grads, *factors]
+        rest = [node.peak_dtype, node.backward_ratio, node.launches, node.kind_index, *sizes, *node.grads, *factors]
         return np.concatenate([flops, self._moved(node, option), rest])
 
     def _matrix(self, node: Node, option: int) -> tuple[tuple[float, ...], list[int]]:

@@ -4,10 +4,12 @@ gradients of micro-batches, and to update."""
 from autopart.cost.collectives import measured_seconds
 from autopart.cost.compute import stream_rate_seconds
 from autopart.cost.offload import host_seconds
+from autopart.cost.slowest import of_slowest
 from autopart.cost.training_state import OPTIMIZER_STATES, Training
 from autopart.hardware.rows import Device
 
 
+@of_slowest
 def update_seconds(nbytes: float, grad: bool, over_dp: bool, training: Training, device: Device) -> float:
     """Seconds of a step to add up the gradients of micro-batches and to update a parameter of `nbytes`, or the rank's
     slice of it.

@@ -18,6 +18,7 @@ from autopart.hardware import find_device, find_link
 from autopart.hardware import load_hardware as load_hardware
 from autopart.hardware.cuda import of_cuda
 from autopart.hardware.measured import read_measured, read_wire
+from autopart.hardware.pace import busy_device, pace
 from autopart.hardware.rows import Device, Host, Link, Silicon
 
 if TYPE_CHECKING:
@@ -106,11 +107,6 @@ class Mesh:
         return self.hosts * self.devices_per_host
 
     @property
-    def memory_bytes(self) -> int:
-        """The memory of one device in bytes."""
-        return self.device.memory_bytes
-
-    @property
     def nics(self) -> int:
         """The network cards of one host: `nics_per_host`; where that is None, devices_per_host times the cards for each
         device in the device's row, rounded up."""
@@ -166,24 +162,12 @@ class Mesh:
         """The link on which ranks `stride` apart in a pipeline send to the next while as many of a host do as can, and
         as `busy_device` has them."""
         link = self.shared(self.link(stride, stages), min(stride, self.devices_per_host))
-        pace = self._pace(stages, micro_batches)
-        return link if pace == 1 or not link.measured else replace(link, measured=link.measured.faster(1 / pace))
+        factor = pace(self.device, stages, micro_batches)
+        return link if factor == 1 or not link.measured else replace(link, measured=link.measured.faster(1 / factor))
 
     def busy_device(self, stages: int, micro_batches: int) -> Device:
-        """The device as ranks have it in a pipeline of so many stages and micro-batches.
-
-        Where ranks share cores (see `Measured.alone`), those that wait in the bubble leave theirs to others. Of the
-        (m + p - 1) turns that a step takes each rank computes m, so that m / (m + p - 1) of the ranks are busy at a
-        time, and each is as much faster than all are together, though none faster than alone. Any other device is as
-        it is.
-        """
-        measured, pace = self.device.measured, self._pace(stages, micro_batches)
-        return self.device if pace == 1 or not measured else replace(self.device, measured=replace(measured, pace=pace))
-
-    def _pace(self, stages: int, micro_batches: int) -> float:
-        """`Measured.pace` in such a pipeline."""
-        measured, busy = self.device.measured, micro_batches / (micro_batches + stages - 1)
-        return min(1.0, max(busy, 1 / measured.alone)) if measured else 1.0
+        """The device as ranks have it in a pipeline of so many stages and micro-batches: see `hardware.pace`."""
+        return busy_device(self.device, stages, micro_batches)
 
     def __str__(self) -> str:
         """The text `parse` reads; `axes`, a custom `intra` and `nics_per_host` are not part of it (see `to_json`)."""
@@ -193,17 +177,22 @@ class Mesh:
 
     @staticmethod
     def parse(text: str) -> Mesh:
-        """Read ``"[HOSTSx]DEVICES:DEVICE[@LINK]"``, LINK being the one between hosts.
+        """Read ``"[HOSTSx]DEVICES:DEVICE[@LINK]"``, LINK being the one between hosts; or several such, joined by "+".
 
         ``"4x8:h100-80gb"`` is 4 hosts of 8, ``"4:cpu"`` one host of 4, ``"2x8:a100-80gb@ib-hdr"`` names
-        the link. Raises PartitionError on other text, zero sizes and names not in the tables.
+        the link, ``"2x8:a100-80gb+2x8:h100-80gb"`` has hosts of two kinds (`hardware.mixed`). Raises PartitionError on
+        other text, zero sizes, names not in the tables and kinds that do not form one mesh.
         """
+        if "+" in text:
+            from autopart.hardware.mixed import joined
+
+            return joined([Mesh.parse(part) for part in text.split("+")])
         match = _GRAMMAR.fullmatch(text.strip().lower())
         if match is None:
             raise PartitionError(
                 f"not a mesh: {text!r}",
-                why='the form is "[HOSTSx]DEVICES:DEVICE[@LINK]"',
-                try_='"4x8:h100-80gb", "4:cpu" or "2x8:a100-80gb@ib-hdr"',
+                why='the form is "[HOSTSx]DEVICES:DEVICE[@LINK]", or several such with + between them',
+                try_='"4x8:h100-80gb", "4:cpu", "2x8:a100-80gb@ib-hdr" or "2x8:a100-80gb+2x8:h100-80gb"',
             )
         hosts, devices, name, link = match.groups()
         mesh = Mesh.usual(int(hosts or 1), int(devices), find_device(name))
@@ -240,6 +229,10 @@ class Mesh:
     def from_json(data: Mapping[str, Any]) -> Mesh:
         """The inverse of `to_json`. Raises PartitionError if a field is missing or unknown."""
         try:
+            if "parts" in data:
+                from autopart.hardware.mixed import from_parts
+
+                return from_parts(**data)
             return Mesh(
                 **{
                     **data,

@@ -132,8 +132,9 @@ class Device:
 
     @property
     def type(self) -> str:
-        """What torch calls such devices: "cpu" or "cuda"."""
-        return self.measured.type if self.measured else "cpu" if self.name == "cpu" else "cuda"
+        """What torch calls such devices: "cpu" or "cuda". A row without measured tables is of a CPU where its name is
+        "cpu" or begins with "cpu-"."""
+        return self.measured.type if self.measured else "cpu" if self.name.partition("-")[0] == "cpu" else "cuda"
 
     @property
     def overlapped_share(self) -> float:
@@ -155,6 +156,27 @@ class Device:
         """Bytes of host memory that a plan may use for each device: 80 % of its share, since the model's own weights,
         data loaders and the system take some too. Infinite where the host is not known."""
         return self.host_share.memory_bytes * 0.8 if self.host_share else float("inf")
+
+
+@dataclass(frozen=True)
+class Slowest(Device):
+    """What ranks on devices of several kinds have together: the least of each capacity and rate, and the dtypes that
+    all of them compute in. Seconds are never those of this row, but the longest of any kind (`autopart.cost.slowest`).
+
+    kinds  the devices, all of one `type`
+    """
+
+    kinds: tuple[Device, ...] = ()
+
+    @property
+    def type(self) -> str:
+        """That of the kinds."""
+        return self.kinds[0].type
+
+
+def kinds_of(device: Device) -> tuple[Device, ...]:
+    """The devices that a row stands for: itself alone, but for `Slowest`."""
+    return device.kinds if isinstance(device, Slowest) else (device,)
 
 
 KINDS = ("nvlink", "pci", "network", "host", "gloo")

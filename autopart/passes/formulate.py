@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import fx
 
-from autopart.cost.compute import backward_ratio_of, kind_of, peak_of
+from autopart.cost.compute import backward_ratio_of, kind_of, peak_dtype_of
 from autopart.cost.liveness import MODES
 from autopart.errors import PartitionError
-from autopart.hardware.rows import Device
+from autopart.hardware.rows import DTYPES, Device
 from autopart.ir.graph import info, operands, shape_args, value_of
 from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph
@@ -146,7 +146,7 @@ class _Builder:
             product=record.product,
             matrix=record.matrix,
             grads=record.grads,
-            peak=peak_of(record, self.device) if is_op else float("inf"),
+            peak_dtype=peak_dtype_of(record, self.device) if is_op else len(DTYPES),
             backward_ratio=backward_ratio_of(record, inputs),
             launches=int(is_op and not record.view),
             kind_index=kind_of(record) if is_op else 0,

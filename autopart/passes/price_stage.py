@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import fx
 
-from autopart.cost.compute import Seconds, beside_product_seconds, work_of, work_seconds
+from autopart.cost.compute import Seconds, beside_product_seconds, operator_seconds_of
 from autopart.cost.liveness import MODES
 from autopart.cost.resharding import row_seconds
 from autopart.hardware.mesh import Group
@@ -157,7 +157,7 @@ def _placement(stage: StageGraph, node: fx.Node, prices: Prices) -> str:
 def _computed(nodes: Sequence[fx.Node], device: Device) -> dict[fx.Node, Seconds]:
     """Node -> seconds, for every operator that is no reshard."""
     operators = [n for n in nodes if info(n).name not in BY_FUNCTION]
-    seconds = work_seconds(work_of([info(n) for n in operators], device), device)
+    seconds = operator_seconds_of([info(n) for n in operators], device)
     extra = np.array([(*info(n).kernel_bytes[2:], info(n).grad) for n in operators], dtype=float).reshape(-1, 3).T
     streamed = beside_product_seconds(extra[:2], extra[2], device)
     forward, backward = seconds.forward + streamed.forward, seconds.backward + streamed.backward

@@ -1,13 +1,14 @@
 """Where the seconds of a step go."""
 
 from autopart.cost.training_state import amortization
+from autopart.hardware.mixed import peak_flops
 from autopart.plan.fields import PlanFields
 
 
 def model_flops_utilisation(plan: PlanFields) -> float:
-    """3 forward_flops / (step_seconds x devices x peak FLOP/s of a device in the plan's precision), as Chowdhery et
-    al., PaLM, arXiv 2204.02311, appendix B have it."""
-    return 3 * plan.forward_flops / (plan.step_seconds * plan.mesh.size * plan.mesh.device.flops[plan.precision])
+    """3 forward_flops / (step_seconds x peak FLOP/s of all devices in the plan's precision), as Chowdhery et al., PaLM,
+    arXiv 2204.02311, appendix B have it."""
+    return 3 * plan.forward_flops / (plan.step_seconds * peak_flops(plan.mesh, plan.precision))
 
 
 def slowest_stage(plan: PlanFields) -> int:
@@ -17,8 +18,9 @@ def slowest_stage(plan: PlanFields) -> int:
 
 
 def fullest_stage(plan: PlanFields) -> int:
-    """The index of the stage whose memory peak has the most bytes."""
-    return max(range(plan.pp), key=plan.memory_bytes.__getitem__)
+    """The index of the stage whose memory peak has the most bytes of those that its device can give."""
+    shares = [nbytes / usable for nbytes, usable in zip(plan.memory_bytes, plan.usable_bytes, strict=True)]
+    return max(range(plan.pp), key=shares.__getitem__)
 
 
 def step_breakdown(plan: PlanFields) -> dict[str, float]:

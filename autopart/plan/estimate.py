@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from autopart.hardware.mesh import usable_bytes
+from autopart.hardware.mixed import peak_flops
 from autopart.plan.breakdown import model_flops_utilisation, step_breakdown
 from autopart.plan.data import Plan
 from autopart.plan.layout import paragraph, text_width
@@ -24,7 +24,7 @@ class Estimate:
     mfu                 model FLOPs utilisation (Chowdhery et al., PaLM, arXiv 2204.02311, appendix B):
                         3 forward_flops / (step_seconds x devices x peak_flops). A product's backward is two products of
                         its size; recompute does not count; attention counts in full, causal or not
-    peak_flops          FLOP/s of one device for products of `peak_dtype`
+    peak_flops          FLOP/s of one device for products of `peak_dtype`, the mean where devices differ
     peak_dtype          dtype of the parameters
     memory_bytes        peak bytes of a rank of each stage
     memory              of each stage, kind -> bytes (see `PlanStage.memory`)
@@ -51,7 +51,7 @@ class Estimate:
     def of(plan: Plan) -> Estimate:
         """The estimate of a plan."""
         seconds, tokens = plan.step_seconds, plan.signature.tokens
-        peak = plan.mesh.device.flops[plan.precision]
+        peak = peak_flops(plan.mesh, plan.precision) / plan.mesh.size
         return Estimate(
             seconds,
             plan.global_batch / seconds,
@@ -61,7 +61,7 @@ class Estimate:
             plan.precision,
             plan.memory_bytes,
             tuple(s.memory for s in plan.stages),
-            tuple(round(usable_bytes(plan.mesh)) - nbytes for nbytes in plan.memory_bytes),
+            tuple(round(most) - nbytes for most, nbytes in zip(plan.usable_bytes, plan.memory_bytes, strict=True)),
             plan.fits,
             step_breakdown(plan),
             plan,
@@ -83,5 +83,6 @@ class Estimate:
         ]
         for index, (nbytes, room) in enumerate(zip(self.memory_bytes, self.headroom_bytes, strict=True)):
             verdict = f"fits, {bytes_text(room)} left" if room >= 0 else f"does not fit, {bytes_text(-room)} lacking"
-            lines.append(f"stage {index:<2} {bytes_text(nbytes)} a rank ({memory_text(self.memory[index])}): {verdict}")
+            name, memory = f"stage {index}{plan.device_text(index)}", memory_text(self.memory[index])
+            lines.append(f"{name:<8} {bytes_text(nbytes)} a rank ({memory}): {verdict}")
         return "\n".join(part for line in lines for part in paragraph(line, text_width(), hanging=9))

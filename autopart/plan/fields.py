@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from autopart.hardware.mesh import Mesh, usable_bytes
+from autopart.hardware.mixed import of_stage, views_of
 from autopart.plan.search_summary import SearchSummary
 from autopart.plan.signature import Signature
 from autopart.plan.stages import PlanStage
@@ -114,11 +115,26 @@ class PlanFields:
         return tuple(s.memory_bytes for s in self.stages)
 
     @property
+    def usable_bytes(self) -> tuple[float, ...]:
+        """`hardware.mesh.usable_bytes` of a rank of each stage."""
+        return tuple(usable_bytes(self.mesh_of(stage)) for stage in range(self.pp))
+
+    @property
     def fits(self) -> bool:
-        """Whether the peak of every stage is within `usable_bytes` of its device, and what lies on the host within
+        """Whether the peak of every stage is within the `usable_bytes` of its device, and what lies on the host within
         `Device.usable_host_bytes`."""
-        on_host = max(s.host_bytes for s in self.stages) <= self.mesh.device.usable_host_bytes
-        return on_host and max(self.memory_bytes) <= usable_bytes(self.mesh) * (1 + 1e-9)
+        most = [self.mesh_of(stage).device.usable_host_bytes for stage in range(self.pp)]
+        on_host = all(stage.host_bytes <= limit for stage, limit in zip(self.stages, most, strict=True))
+        pairs = zip(self.memory_bytes, self.usable_bytes, strict=True)
+        return on_host and all(nbytes <= limit * (1 + 1e-9) for nbytes, limit in pairs)
+
+    def mesh_of(self, stage: int) -> Mesh:
+        """The mesh as the ranks of a stage have it (`hardware.mixed.of_stage`): with the stage's devices and links."""
+        return of_stage(self.mesh, stage, self.pp)
+
+    def device_text(self, stage: int) -> str:
+        """``" on a100-80gb"``, the devices of a stage, where those of the mesh differ; else ""."""
+        return f" on {self.mesh_of(stage).device.name}" if len(views_of(self.mesh)) > 1 else ""
 
     @property
     def degrees(self) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from autopart.hardware.mesh import usable_bytes
 from autopart.plan.breakdown import fullest_stage, step_breakdown
 from autopart.plan.fields import PlanFields
 from autopart.plan.search_summary import SearchSummary
@@ -63,7 +62,7 @@ def _runner_up(plan: PlanFields, search: SearchSummary) -> str:
 
 def _fullest(plan: PlanFields) -> str:
     stage = fullest_stage(plan)
-    used, usable = bytes_text(plan.memory_bytes[stage]), bytes_text(usable_bytes(plan.mesh))
+    used, usable = bytes_text(plan.memory_bytes[stage]), bytes_text(plan.usable_bytes[stage])
     return f"stage {stage}, the fullest, takes {used} of {usable}"
 
 

@@ -39,7 +39,10 @@ def describe(plan: PlanFields, width: int | None = None) -> str:
     for index, stage in enumerate(plan.stages):
         forward, backward = seconds_text(stage.forward_seconds), seconds_text(stage.backward_seconds)
         sync = f"gradient sync and optimizer {seconds_text(stage.sync_seconds)} a step"
-        lines += paragraph(f"stage {index}   forward {forward}, backward {backward} a micro-batch; {sync}", width)
+        lines += paragraph(
+            f"stage {index}{plan.device_text(index)}   forward {forward}, backward {backward} a micro-batch; {sync}",
+            width,
+        )
         on_host = f"; on the host {bytes_text(stage.host_bytes)}" if stage.host_bytes else ""
         lines += paragraph(f"{bytes_text(stage.memory_bytes)}: {memory_text(stage.memory)}{on_host}", width, 2)
         for segment in stage.segments:

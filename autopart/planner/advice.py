@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice
+from typing import Any
 
 from autopart.cost.training_state import OPTIMIZER_STATES
 from autopart.errors import PartitionError
 from autopart.hardware import DEVICES
 from autopart.hardware.mesh import Mesh, divisors
+from autopart.hardware.mixed import changed
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.planner.branch_and_bound import Search
 from autopart.planner.progress import silent
@@ -89,6 +92,12 @@ def _changes(space: SearchSpace) -> Iterator[Try]:
         yield from _machines(mesh, request)
 
 
+def _larger(name: str, times: int, mesh: Mesh) -> Mesh:
+    """A mesh of equal devices with `times` as many hosts, or as many devices on each."""
+    number: dict[str, Any] = {name: getattr(mesh, name) * times}
+    return replace(mesh, **number)
+
+
 def _machines(mesh: Mesh, request: Request) -> Iterator[Try]:
     """Meshes of 2, 4 and 8 times as many devices, with dp left open if all degrees are asked for; then devices of more
     memory, of each size the first in the table."""
@@ -96,7 +105,7 @@ def _machines(mesh: Mesh, request: Request) -> Iterator[Try]:
     for times in (2, 4, 8):
         inside = mesh.hosts == 1 and mesh.devices_per_host * times <= 8
         name = "devices_per_host" if inside else "hosts"
-        more = replace(mesh, **{name: getattr(mesh, name) * times})
+        more = changed(mesh, partial(_larger, name, times))
         yield f"{more.size} devices ({more})", more, open_
     able = [d for d in DEVICES.values() if request.precision in d.flops and d.name != "cpu"]
     sizes = {d.memory_bytes: d for d in reversed(able) if d.memory_bytes > mesh.device.memory_bytes}

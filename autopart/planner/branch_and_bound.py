@@ -40,6 +40,7 @@ from autopart.planner.candidate import (
     max_stage_seconds,
     stage_columns,
 )
+from autopart.planner.class_bounds import best_modes, least_work, state_fits
 from autopart.planner.cuts import best_cut
 from autopart.planner.infeasibility import Shortfall, closest, missing_bytes, nothing_fits
 from autopart.planner.lower_bounds import LagrangianBounds
@@ -47,7 +48,7 @@ from autopart.planner.progress import OnProgress, Progress, silent
 from autopart.planner.refinement import is_small, may_refine, refine_intervals
 from autopart.planner.search_history import SearchHistory
 from autopart.planner.search_points import SearchPoint
-from autopart.planner.search_space import SearchSpace
+from autopart.planner.search_space import SearchSpace, StageKey
 from autopart.planner.setting_seconds import offload_seconds
 from autopart.planner.stage_bounds import Effort, few_cuts, stage_bound
 from autopart.planner.zero_levels import following, settings_of, starting_points
@@ -95,9 +96,9 @@ class Search:
     shortfall: Shortfall | None = None
     history: SearchHistory = field(default_factory=SearchHistory)
     effort: Effort = field(default_factory=Effort)
-    _bounds: dict[SearchPoint, LagrangianBounds] = field(default_factory=dict)
-    _open: dict[SearchPoint, tuple[list[float], dict[int, Array]]] = field(default_factory=dict)
-    """Between LAGRANGIAN and REFINE: memory multipliers, and by micro-batches in flight the bounds of all intervals."""
+    _bounds: dict[SearchPoint, list[LagrangianBounds]] = field(default_factory=dict)
+    _open: dict[SearchPoint, tuple[list[float], dict[StageKey, Array]]] = field(default_factory=dict)
+    """Between LAGRANGIAN and REFINE: memory multipliers, and by key of a stage the bounds of all intervals."""
     _raised: set[SearchPoint] = field(default_factory=set)
     """Points whose `following` ones were put in the queue."""
     _waiting: list[tuple[float, Step, SearchPoint]] = field(default_factory=list)
@@ -149,7 +150,8 @@ class Search:
             levels = levels[levels.index(point) if point in levels else 0 :]
             if not levels or not all(space.options(point).values()):
                 continue
-            solution = space.solve(levels[0], 0.0, space.forced(levels[0]))
+            first = space.at(levels[0], 0)
+            solution = space.solve(first, 0.0, space.forced(first))
             for level in levels if solution else ():
                 found = self._plans_at(level)
                 found.add(solution)
@@ -164,7 +166,7 @@ class Search:
     def _fill_queue(self) -> None:
         for point in self.space.points():
             if all(self.space.options(point).values()):
-                work = self.space.least_work(point)
+                work = least_work(self.space, point)
                 for at in starting_points(self.space, point):
                     self._push(self._step_bound(point, max(work, self.space.known_bound(at))), Step.LP_BOUND, at)
 
@@ -200,7 +202,7 @@ class Search:
         dual = self._step_bound(point, self.space.dual_bound(point))
         if dual > bound and dual > self.bound:
             self._push(dual, Step.LP_BOUND, point)
-        elif not self.space.state_fits(point):
+        elif not state_fits(self.space, point):
             self.state_exceeds_memory.append(point)
             self._push_next_zero(point, bound)
         else:
@@ -220,11 +222,13 @@ class Search:
     def _stage_cut(self, point: SearchPoint, bound: float) -> None:
         """Cut the ILP's splits into stages. A plan as fast as the point's bound ends the point, and with it higher ZeRO
         levels, which take no less time."""
-        solution = self.space.solve(point, 0.0, self.space.forced(point))
-        assert solution is not None
-        bound = max(bound, self._step_bound(point, solution.bound))
-        found = self._plans_at(point)
-        found.add(solution)
+        space, found = self.space, self._plans_at(point)
+        for at in space.each_kind(point):
+            solution = space.solve(at, 0.0, space.forced(at))
+            assert solution is not None
+            found.add(solution)
+            if at == point:
+                bound = max(bound, self._step_bound(point, solution.bound))
         plan = found.best_plan()
         if plan is not None and plan.seconds <= bound * (1 + TOLERANCE):
             self._prune(bound)
@@ -238,7 +242,8 @@ class Search:
         least, columns = self._cut_bound(point, bounds)
         for multiplier in multipliers[1:] if least < self.incumbent.seconds else ():
             before = least
-            bounds.add_multiplier(multiplier)
+            for of_kind in bounds:
+                of_kind.add_multiplier(multiplier)
             least, columns = self._cut_bound(point, bounds)
             if least >= self.incumbent.seconds or least <= before * (1 + TOLERANCE):
                 break
@@ -253,16 +258,19 @@ class Search:
         bounds of single stages and to exact splits."""
         space, found, (multipliers, columns) = self.space, self.plans[point], self._open[point]
         least_memory = {segment_class: mode for segment_class in space.model(point).blocks for mode in space.modes[-1:]}
-        found.add(space.solve(point, NEVER, least_memory))
+        found.add(space.solve(space.at(point, 0), NEVER, least_memory))
         fits = found.best_plan() is not None
-        if not (fits or self.incumbent.result or is_small(found)) and missing_bytes(found) > HOPELESS * space.limit:
+        if not (fits or self.incumbent.result or is_small(found)) and missing_bytes(found) > HOPELESS * space.limit(
+            point
+        ):
             self._waiting.append((bound, Step.REFINE, point))
             return
         del self._open[point]
         if fits or self.incumbent.result is None:
             for multiplier in multipliers:
-                for modes in space.best_modes(point, multiplier):
-                    found.add(space.solve(point, multiplier, modes))
+                for at in space.each_kind(point):
+                    for modes in best_modes(space, at, multiplier):
+                        found.add(space.solve(at, multiplier, modes))
             if len(found.candidates) > 2:
                 found.best_plan()
         if few_cuts(space, point):
@@ -271,22 +279,26 @@ class Search:
             refine_intervals(found, columns, self.effort)
         self._prune(bound)
 
-    def _bounds_at(self, point: SearchPoint) -> LagrangianBounds:
-        """A point's bounds. They begin with the multipliers infinity (bytes alone) and 0 (seconds alone)."""
+    def _bounds_at(self, point: SearchPoint) -> list[LagrangianBounds]:
+        """A point's bounds for each kind of its stages. They begin with the multipliers infinity (bytes alone) and 0
+        (seconds alone)."""
         if point not in self._bounds:
-            self._bounds[point] = bounds = LagrangianBounds(self.space, point)
-            bounds.add_multiplier(NEVER)
-            bounds.add_multiplier(0.0)
+            self._bounds[point] = [LagrangianBounds(self.space, at) for at in self.space.each_kind(point)]
+            for bounds in self._bounds[point]:
+                bounds.add_multiplier(NEVER)
+                bounds.add_multiplier(0.0)
         return self._bounds[point]
 
-    def _cut_bound(self, point: SearchPoint, bounds: LagrangianBounds) -> tuple[float, dict[int, Array]]:
-        """Lower bound on the step of a point, infinite where no cut can beat the incumbent; and micro-batches in flight
-        -> the bounds g of all intervals. The lower bound is
+    def _cut_bound(self, point: SearchPoint, bounds: Sequence[LagrangianBounds]) -> tuple[float, dict[StageKey, Array]]:
+        """Lower bound on the step of a point, infinite where no cut can beat the incumbent; and key of a stage -> the
+        bounds g of all intervals. The lower bound is
 
             max(min over cuts of (sum(g) + (m - 1) max(g)),  LP bound + (m - 1) min over cuts of max(g))
         """
         space, m = self.space, self.space.micro_batches(point)
-        columns = bounds.columns(max_stage_seconds(space, point, self.incumbent.seconds))
+        most, columns = max_stage_seconds(space, point, self.incumbent.seconds), dict[StageKey, Array]()
+        for of_kind in bounds:
+            columns |= of_kind.columns(most)
         cut = best_cut(stage_columns(space, point, columns), point.pp, m)
         if cut is None:
             return NEVER, columns
@@ -297,12 +309,13 @@ class Search:
         bytes; those at which a segment class begins to recompute; larger ones. [] where memory does not bind: the
         point's best plan is as fast as its first candidate with memory unlimited."""
         space, found = self.space, self.plans[point]
-        costs = found.candidates[0].costs
         if found.best_seconds < NEVER and found.best_seconds <= found.unlimited_seconds() * (1 + TOLERANCE):
             return []
-        whole = costs.index(0, len(space.layered.labels))
-        seconds, saved, state = (float(x[whole]) for x in (costs.seconds, costs.saved_bytes, costs.state_bytes))
-        steps = [step for steps in costs.savings[-1].values() for step in steps]
+        kinds = list(found.candidates[0].costs.values())
+        whole = kinds[0].index(0, len(space.layered.labels))
+        seconds = min(float(costs.seconds[whole]) for costs in kinds)
+        saved, state = (float(x[whole]) for x in (kinds[0].saved_bytes, kinds[0].state_bytes))
+        steps = [step for costs in kinds for steps in costs.savings[-1].values() for step in steps]
         ratios = sorted(step.seconds / step.bytes for step in steps) or [seconds / max(saved, 1.0)]
         least = 1e-6 * seconds / max(saved + state, 1.0)
         return [min(least, ratios[0]), *ratios, *(ratios[-1] * factor for factor in (3, 30, 1000))]

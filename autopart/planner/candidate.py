@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from autopart.planner.cuts import best_cut, spans_of
 from autopart.planner.ilp_model import Interface
 from autopart.planner.interval_costs import IntervalCosts, interval_costs
 from autopart.planner.search_points import SearchPoint
-from autopart.planner.search_space import SearchSpace
+from autopart.planner.search_space import SearchSpace, StageKey
 
 TOLERANCE = 1e-9
 """Relative difference below which two times are equal."""
@@ -25,12 +25,13 @@ TOLERANCE = 1e-9
 class Candidate:
     """A solution of the ILP, priced on every interval of positions.
 
+    costs      `SearchPoint.kind` of a stage -> the prices on its devices
     interface  the placements of what passes between stages; stages of one plan may take different candidates of one
                interface
     """
 
     solution: Solution
-    costs: IntervalCosts
+    costs: Mapping[int, IntervalCosts]
     interface: Interface
 
 
@@ -120,18 +121,19 @@ class CandidateSet:
         """Seconds of a step of the best cut with the splits of the first candidate, memory unlimited; infinite where
         constraints allow no cut."""
         space, point, costs = self.space, self.point, self.candidates[0].costs
-        columns = dict.fromkeys(space.flights(point), costs.seconds)
+        columns = {key: costs[key[0]].seconds for key in space.stage_keys(point)}
         cut = best_cut(stage_columns(space, point, columns), point.pp, space.micro_batches(point))
         return cut.seconds if cut else NEVER
 
-    def fastest(self, candidates: Sequence[Candidate], in_flight: Iterable[int], most: float) -> dict[int, Array]:
-        """Micro-batches in flight -> [intervals]: f with the fastest of some candidates, infinite above `most`."""
-        space, columns = self.space, dict[int, Array]()
-        shorter = [(c.costs, c.costs.within(most)) for c in candidates]
-        for number in in_flight:
-            columns[number] = column = np.full_like(candidates[0].costs.seconds, NEVER)
-            for costs, where in shorter:
-                f = costs.least_seconds(where, number, space.limit, space.modes)
+    def fastest(self, candidates: Sequence[Candidate], keys: Iterable[StageKey], most: float) -> dict[StageKey, Array]:
+        """Key of a stage -> [intervals]: f with the fastest of some candidates, infinite above `most`."""
+        space, columns = self.space, dict[StageKey, Array]()
+        for kind, in_flight in keys:
+            limit, every = space.limit(replace(self.point, kind=kind)), [c.costs[kind] for c in candidates]
+            columns[kind, in_flight] = column = np.full_like(every[0].seconds, NEVER)
+            for costs in every:
+                where = costs.within(most)
+                f = costs.least_seconds(where, in_flight, limit, space.modes)
                 column[where] = np.minimum(column[where], np.where(f <= most, f, NEVER))
         return columns
 
@@ -139,21 +141,23 @@ class CandidateSet:
         """The best cut into stages, each of which takes the fastest of some candidates of one interface."""
         space, point, m = self.space, self.point, self.space.micro_batches(self.point)
         most = max_stage_seconds(space, point, self.incumbent.seconds)
-        columns = self.fastest(candidates, space.flights(point), most)
+        columns = self.fastest(candidates, space.stage_keys(point), most)
         cut = best_cut(stage_columns(space, point, columns), point.pp, m)
         if cut is None:
             return None
         chosen, modes, times, problems, peaks = [], [], [], [], []
         for stage, (i, j) in enumerate(spans_of(cut.starts, len(space.layered.labels))):
-            in_flight, where = space.in_flight(point, stage), np.array([candidates[0].costs.index(i, j)])
-            seconds = [c.costs.least_seconds(where, in_flight, space.limit, space.modes)[0] for c in candidates]
-            fastest = candidates[int(np.argmin(seconds))]
-            recompute, peak = fastest.costs.modes(i, j, in_flight, space.limit, space.modes)
-            chosen.append(fastest.solution.chosen)
-            problems.append(fastest.solution.problem)
+            (kind, in_flight), limit = space.stage_key(point, stage), space.limit(space.at(point, stage))
+            every = [c.costs[kind] for c in candidates]
+            where = np.array([every[0].index(i, j)])
+            seconds = [costs.least_seconds(where, in_flight, limit, space.modes)[0] for costs in every]
+            fastest = int(np.argmin(seconds))
+            recompute, peak = every[fastest].modes(i, j, in_flight, limit, space.modes)
+            chosen.append(candidates[fastest].solution.chosen)
+            problems.append(candidates[fastest].solution.problem)
             modes += recompute
             peaks.append(peak)
-            times.append(fastest.costs.exact_seconds(i, j, recompute))
+            times.append(every[fastest].exact_seconds(i, j, recompute))
         step = sum(times) + (m - 1) * max(times)
         splits = tuple(filter(None, problems))
         return SearchResult(
@@ -163,23 +167,25 @@ class CandidateSet:
 
 def make_candidate(space: SearchSpace, point: SearchPoint, solution: Solution) -> Candidate:
     """Price a solution on every interval of positions."""
-    costs = costs_of(space, point, solution.chosen, space.allowed_modes)
+    kinds = space.each_kind(point)
+    costs = {at.kind: costs_of(space, at, solution.chosen, space.allowed_modes) for at in kinds}
     return Candidate(solution, costs, space.model(point).interface(solution.chosen))
 
 
 def costs_of(
     space: SearchSpace, point: SearchPoint, chosen: tuple[int, ...], allowed: Sequence[tuple[str, ...]]
 ) -> IntervalCosts:
-    """The costs of all intervals under a choice. `allowed`: the checkpointing modes of each position."""
+    """The costs of all intervals under a choice, on the devices of the point's kind. `allowed`: the checkpointing modes
+    of each position."""
     table, m = space.model(point).table, space.micro_batches(point)
     costs = space.position_costs(point, chosen)
-    turns, host = space.amortization(point), host_limit(space)
+    turns, host = space.amortization(point), host_limit(space, point)
     return interval_costs(costs, table.segment_classes, table.block, m, turns, allowed, host)
 
 
-def host_limit(space: SearchSpace) -> float:
-    """Bytes of its host that a rank may fill; infinite for a request that need not fit."""
-    return space.mesh.device.usable_host_bytes if space.request.must_fit else NEVER
+def host_limit(space: SearchSpace, point: SearchPoint) -> float:
+    """Bytes of its host that a rank of a stage may fill; infinite for a request that need not fit."""
+    return space.view(point).device.usable_host_bytes if space.request.must_fit else NEVER
 
 
 def max_stage_seconds(space: SearchSpace, point: SearchPoint, step: float) -> float:
@@ -189,14 +195,14 @@ def max_stage_seconds(space: SearchSpace, point: SearchPoint, step: float) -> fl
     return (step - space.lp_bound(point)) / (m - 1) if m > 1 else step
 
 
-def stage_columns(space: SearchSpace, point: SearchPoint, columns: Mapping[int, Array]) -> Callable[[int], Array]:
-    """For `best_cut`: stage -> f of every interval, from f by micro-batches in flight; infinite where constraints
+def stage_columns(space: SearchSpace, point: SearchPoint, columns: Mapping[StageKey, Array]) -> Callable[[int], Array]:
+    """For `best_cut`: stage -> f of every interval, from f by the key of a stage; infinite where constraints
     forbid the stage to be that interval."""
     allowed = space.stages(point)
     every = all(mask.all() for mask in {id(mask): mask for mask in allowed}.values())
 
     def column(stage: int) -> Array:
-        f = columns[space.in_flight(point, stage)]
+        f = columns[space.stage_key(point, stage)]
         return f if every else np.where(allowed[stage], f, NEVER)
 
     return column

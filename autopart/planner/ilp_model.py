@@ -35,6 +35,12 @@ class Places:
         paid = np.unique(self.place[(self.positions >= i) & (self.positions < j)])
         return np.bincount(self.thing[paid], minlength=self.things)
 
+    def within(self, i: int, j: int) -> Integers:
+        """[things]: number of its places with no position but i..j-1."""
+        outside = np.unique(self.place[(self.positions < i) | (self.positions >= j)])
+        whole = np.setdiff1d(self.place, outside)
+        return np.bincount(self.thing[whole], minlength=self.things)
+
 
 class Model:
     """A table of strategies, one for all stages of the model.
@@ -80,6 +86,16 @@ class Model:
             self._saved.inside(i, j)[[index for index, _ in self.sizes.saved_index]],
         )
         return np.concatenate(counts).astype(float)
+
+    def least_counts_in(self, i: int, j: int) -> Array:
+        """`counts_in` for a lower bound: without the reshards of a value that positions outside of i..j-1 take too.
+        One choice of placements stands for all positions, so that the others may be the ones that need the reshard."""
+        counts, (places, which) = self.counts_in(i, j), self._reshards
+        several = np.array([self.table.value_uses[index].several for index, *_ in self.sizes.reshards], dtype=bool)
+        first = self.sizes.first[-1]
+        reshards = counts[first : first + len(which)]
+        reshards[several] = places.within(i, j)[which][several]
+        return counts
 
     @cached_property
     def _classes(self) -> Integers:

@@ -3,14 +3,15 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from autopart.cost.intervals import NEVER
+from autopart.cost.intervals import NEVER, interval_index
 from autopart.errors import PartitionError, few
 from autopart.plan.units import bytes_text
 from autopart.planner.candidate import Candidate, CandidateSet, make_candidate
+from autopart.planner.class_bounds import best_modes
 from autopart.planner.cuts import best_cut, spans_of
 from autopart.planner.request import Request
 from autopart.planner.search_points import SearchPoint
@@ -45,8 +46,8 @@ def closest(
     near = [s.point for s in sorted(found, key=lambda s: s.bytes)]
     oversized = sorted(state_exceeds_memory, key=lambda point: (-point.zero, point.shard_size > 0, point.micro_batch))
     for point in (*_distinct_degrees(near), *_distinct_degrees(oversized)):
-        for modes in space.best_modes(point, NEVER):
-            solution = space.solve(point, NEVER, modes)
+        for modes in best_modes(space, space.at(point, 0), NEVER):
+            solution = space.solve(space.at(point, 0), NEVER, modes)
             shortfall = _shortfall(space, point, make_candidate(space, point, solution)) if solution else None
             found += [shortfall] if shortfall else []
     least = min(found, key=lambda s: s.bytes, default=None)
@@ -69,7 +70,8 @@ def nothing_fits(space: SearchSpace, shortfall: Shortfall | None) -> PartitionEr
         nodes = {f"{n} has no strategy left" for model in space.models.values() for n in space.stuck(model)}
         why = few(sorted(nodes), joint="; ") or "no cut, or no change of placement between operators, is left"
         return PartitionError(f"no plan does what is asked: {asked}", why, "fewer constraints")
-    device, limit = space.mesh.device.name, space.limit
+    at = space.at(shortfall.point, shortfall.stage)
+    device, limit = space.view(at).device.name, space.limit(at)
     largest = ", ".join(f"{name} {bytes_text(size)}" for name, size in shortfall.largest)
     return PartitionError(
         f"no plan fits {space.mesh}{f' that does what is asked ({asked})' if asked else ''}; "
@@ -94,16 +96,19 @@ def _suggestions(request: Request, point: SearchPoint) -> Iterator[str]:
 def lacking(space: SearchSpace, point: SearchPoint, candidate: Candidate) -> tuple[tuple[int, ...], list[float]] | None:
     """The first positions of the stages in the cut whose largest shortfall is least, and the bytes that every stage
     lacks there; None where constraints allow no cut."""
-    costs = candidate.costs
-    shortfall = {n: costs.shortfall(n, space.limit, space.modes) for n in space.flights(point)}
+    shortfall = {
+        (kind, n): candidate.costs[kind].shortfall(n, space.limit(replace(point, kind=kind)), space.modes)
+        for kind, n in space.stage_keys(point)
+    }
     offset, allowed = min(f.min() for f in shortfall.values()), space.stages(point)
     cut = best_cut(
-        lambda s: np.where(allowed[s], shortfall[space.in_flight(point, s)] - offset, NEVER), point.pp, MINIMAX
+        lambda s: np.where(allowed[s], shortfall[space.stage_key(point, s)] - offset, NEVER), point.pp, MINIMAX
     )
     if cut is None:
         return None
-    spans = spans_of(cut.starts, len(space.layered.labels))
-    return cut.starts, [float(shortfall[space.in_flight(point, s)][costs.index(*at)]) for s, at in enumerate(spans)]
+    n = len(space.layered.labels)
+    spans = enumerate(spans_of(cut.starts, n))
+    return cut.starts, [float(shortfall[space.stage_key(point, s)][interval_index(*span, n)]) for s, span in spans]
 
 
 def missing_bytes(found: CandidateSet) -> float:
@@ -115,12 +120,13 @@ def missing_bytes(found: CandidateSet) -> float:
 
 def _shortfall(space: SearchSpace, point: SearchPoint, candidate: Candidate) -> Shortfall | None:
     """The largest shortfall of any stage, in the cut with the least such; None where constraints allow no cut."""
-    found, costs = lacking(space, point, candidate), candidate.costs
+    found = lacking(space, point, candidate)
     if found is None:
         return None
     starts, missing = found
     spans = spans_of(starts, len(space.layered.labels))
     stage = max(range(point.pp), key=missing.__getitem__)
+    costs = candidate.costs[space.at(point, stage).kind]
     here, in_flight = costs.index(*spans[stage]), space.in_flight(point, stage)
     parts = {
         "all parameters, gradients and optimizer states": costs.state_bytes[here],
@@ -139,7 +145,7 @@ def _parameters(
 ) -> dict[str, float]:
     """Bytes of a stage's parameters with their gradients and optimizer states, one sum for names that differ in the
     numbers of blocks alone: "layers.*.up_proj.weight x 80"."""
-    model, prices = space.model(point), space.priced(point)
+    model, prices = space.model(point), space.priced(space.at(point, 0))
     sizes: dict[str, float] = defaultdict(float)
     names: dict[str, list[str]] = defaultdict(list)
     for index, positions in model.table.state.items():

@@ -6,7 +6,7 @@ seconds per byte
     min over x with B(x) <= L of seconds(x)  >=  min over x of (seconds(x) + lambda B(x)) - lambda L
     B(x) = saved(x) + state(x) / in_flight;  L = bytes of a device / in_flight
 
-The minimum is bounded by a sum over positions, with the relaxation of each segment class (`SearchSpace.class_bound`).
+The minimum is bounded by a sum over positions, with the relaxation of each segment class (`class_bound`).
 So the bound of an interval depends on how many positions of each kind it has, and on the least seconds of its messages.
 An interval whose states and optimizer's temporaries exceed a device at the end of a step has an infinite bound.
 
@@ -19,7 +19,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -29,10 +29,11 @@ from numpy.typing import NDArray
 from autopart.cost.compute import Array
 from autopart.cost.intervals import NEVER, interval_ends
 from autopart.cost.position_costs import least_crossings
+from autopart.planner.class_bounds import class_bound
 from autopart.planner.interval_seconds import crossed
 from autopart.planner.parameter_bounds import backward_bytes, end_of_step_bytes
-from autopart.planner.search_points import SearchPoint
-from autopart.planner.search_space import SearchSpace
+from autopart.planner.search_points import MIXED, SearchPoint
+from autopart.planner.search_space import SearchSpace, StageKey
 
 MAX_ASSIGNMENTS = 400
 """The most assignments of modes to the positions of an interval that are listed."""
@@ -77,7 +78,7 @@ def kind_counts(segment_classes: tuple[int, ...], allowed: tuple[tuple[str, ...]
 
 
 class LagrangianBounds:
-    """The bounds of one search point, higher with every multiplier.
+    """The bounds of one search point for the stages of its kind, higher with every multiplier.
 
     capacity     [rows of `counts`]: bytes of a device - the least that the backward of the interval's last position
                  takes besides. Which position is last is known only for the model's last; else the least over kinds
@@ -94,7 +95,8 @@ class LagrangianBounds:
         classes = space.model(point).table.segment_classes
         self.kind_counts, self.class_sizes = kind_counts(classes, space.allowed_modes), Counter(classes)
         self.capacity = self._capacity(classes)
-        self.in_flight = np.array(space.flights(point))
+        keys = space.stage_keys(replace(point, kind=MIXED))
+        self.in_flight = np.array([in_flight for kind, in_flight in keys if kind == point.kind])
         self.messages, *_ = crossed(least_crossings(space.priced(point), space.between_stages(point)), len(classes))
         self.multipliers: list[float] = []
         self.seconds: list[Array] = []
@@ -118,8 +120,8 @@ class LagrangianBounds:
             least[kind] = max(gradient if saves_more else first + gathered[kind], gradient + reducing[kind])
         has_end = (of.counts[:, kind_of[-1]] > 0) & (of.counts[:, kind_of[-1]].max() == 1)
         last = np.where(has_end, least[kind_of[-1]], np.where(of.counts > 0, least, np.inf).min(1))
-        capacity = space.limit - last * (space.micro_batches(point) > 1)
-        fits = of.counts @ end <= space.limit * (1 + SLACK)
+        capacity = space.limit(point) - last * (space.micro_batches(point) > 1)
+        fits = of.counts @ end <= space.limit(point) * (1 + SLACK)
         leaves_positions = of.counts.sum(1) <= len(segment_classes) - point.pp + 1
         return np.where(fits & leaves_positions, capacity, -np.inf)
 
@@ -128,7 +130,7 @@ class LagrangianBounds:
         alone."""
         space, point = self.space, self.point
         terms = np.array([
-            space.class_bound(point, multiplier, segment_class, mode) / self.class_sizes[segment_class]
+            class_bound(space, point, multiplier, segment_class, mode) / self.class_sizes[segment_class]
             for segment_class, modes in self.kind_counts.kinds for mode in modes
         ])  # fmt: skip
         if multiplier == NEVER:
@@ -137,8 +139,8 @@ class LagrangianBounds:
             self.multipliers.append(multiplier)
             self.seconds.append(terms)
 
-    def columns(self, most: float) -> dict[int, Array]:
-        """Micro-batches in flight -> [intervals]: bound on f in seconds; infinite where it is above `most`, or where
+    def columns(self, most: float) -> dict[StageKey, Array]:
+        """Key of a stage -> [intervals]: bound on f in seconds; infinite where it is above `most`, or where
         the interval cannot fit."""
         of = self.kind_counts
         best = [np.minimum.reduceat(terms, of.first_mode) for terms in (self.bytes, *self.seconds)]
@@ -154,7 +156,7 @@ class LagrangianBounds:
         columns = {}
         for in_flight, bound in zip(self.in_flight.tolist(), bounds, strict=True):
             found = bound[of.row_of] + self.messages
-            columns[in_flight] = np.where(found <= most, found, NEVER)
+            columns[self.point.kind, in_flight] = np.where(found <= most, found, NEVER)
         return columns
 
     def _bounds(self, capacity: Any, least: Array, *seconds: Array) -> Array:

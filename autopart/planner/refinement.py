@@ -16,6 +16,8 @@ from autopart.planner.allowed_choices import Options, both
 from autopart.planner.candidate import TOLERANCE, CandidateSet
 from autopart.planner.exact_refinement import fastest_that_fit
 from autopart.planner.ilp_model import Interface
+from autopart.planner.search_points import SearchPoint
+from autopart.planner.search_space import StageKey
 from autopart.planner.stage_bounds import Effort
 
 SMALL = 12, 2500
@@ -46,8 +48,8 @@ def is_small(found: CandidateSet) -> bool:
     return len(found.space.layered.labels) <= positions and len(found.space.model(found.point).solver.used) <= variables
 
 
-def refine_intervals(found: CandidateSet, bounds: Mapping[int, Array], effort: Effort) -> None:
-    """Add the exact splits of all intervals that are slower than their bounds; `bounds` are by micro-batches in flight.
+def refine_intervals(found: CandidateSet, bounds: Mapping[StageKey, Array], effort: Effort) -> None:
+    """Add the exact splits of all intervals that are slower than their bounds; `bounds` are by key of a stage.
     First every interval by itself, then again for each interface, so that the stages of a plan agree."""
     _refine_stages(found, None, bounds, effort)
     if found.point.pp > 1:
@@ -57,7 +59,7 @@ def refine_intervals(found: CandidateSet, bounds: Mapping[int, Array], effort: E
 
 
 def _refine_stages(
-    found: CandidateSet, interface: Interface | None, bounds: Mapping[int, Array], effort: Effort
+    found: CandidateSet, interface: Interface | None, bounds: Mapping[StageKey, Array], effort: Effort
 ) -> None:
     """Refine the intervals of every stage, with one interface or any."""
     space, point = found.space, found.point
@@ -66,9 +68,10 @@ def _refine_stages(
     if interface is not None:
         allowed = both(allowed, model.agreeing(interface))
     limit = EXACT_LIMIT if space.request.exact else LIMIT
-    for stage, in_flight in sorted({(stage, space.in_flight(point, stage)) for stage in range(point.pp)}):
+    for stage in range(point.pp):
+        at, key = space.at(point, stage), space.stage_key(point, stage)
         same = [c for c in found.candidates if interface in (None, c.interface)]
-        known, least = found.fastest(same, [in_flight], NEVER)[in_flight], bounds[in_flight]
+        known, least = found.fastest(same, [key], NEVER)[key], bounds[key]
         slower = (least < found.incumbent.seconds) & (known > least * (1 + TOLERANCE)) & space.stages(point)[stage]
         for i, j in intervals[slower].tolist():
             if (i == 0) != (stage == 0) or (j == n) != (stage == point.pp - 1):
@@ -78,26 +81,27 @@ def _refine_stages(
                     effort.refining_stopped = True
                     return
                 effort.refined += 1
-                _refine_interval(found, (i, j), counts, in_flight, allowed)
+                _refine_interval(found, at, (i, j), counts, key[1], allowed)
 
 
 def _refine_interval(
     found: CandidateSet,
+    point: SearchPoint,
     interval: tuple[int, int],
     counts: Mapping[int, Mapping[str, int]],
     in_flight: int,
     allowed: Options,
 ) -> None:
-    """Add the fastest splits of an interval that fit. The ILP leaves out some bytes of the prelude: where a solution
-    exceeds the device, the ILP is solved again with its limit lowered by the excess."""
-    space, point, limit = found.space, found.point, found.space.limit
+    """Add the fastest splits of an interval that fit a stage of the point's kind. The ILP leaves out some bytes of the
+    prelude: where a solution exceeds the device, the ILP is solved again with its limit lowered by the excess."""
+    space, limit = found.space, found.space.limit(point)
     for _ in range(MAX_SOLVES):
         solution = fastest_that_fit(space, point, interval, limit, counts, in_flight, allowed)
         if solution is None:
             return
         found.add(solution)
-        (costs,) = (c.costs for c in found.candidates if c.solution.chosen == solution.chosen)
-        excess = costs.shortfall(in_flight, space.limit, space.modes)[costs.index(*interval)]
+        (costs,) = (c.costs[point.kind] for c in found.candidates if c.solution.chosen == solution.chosen)
+        excess = costs.shortfall(in_flight, space.limit(point), space.modes)[costs.index(*interval)]
         if excess <= 0:
             return
         limit -= excess

@@ -11,11 +11,17 @@ from autopart.hardware.mesh import Mesh, divisors
 from autopart.ir.layered_graph import LayeredGraph
 from autopart.planner.request import Request
 
+MIXED = -1
+"""`SearchPoint.kind` where stages have devices of different kinds."""
+
 
 @dataclass(frozen=True, order=True)
 class SearchPoint:
     """Degrees, samples of a micro-batch over all ranks, ZeRO level, whether the optimizer's states are on the host, and
-    the data-parallel ranks that ZeRO divides among where these are not all."""
+    the data-parallel ranks that ZeRO divides among where these are not all.
+
+    kind  index in `hardware.mixed.views_of` the mesh: the devices and links that price the point's stages
+    """
 
     pp: int
     dp: int
@@ -24,6 +30,7 @@ class SearchPoint:
     zero: int = 0
     offload: bool = False
     shard_size: int = 0
+    kind: int = 0
 
     @property
     def shards(self) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from autopart.cost.prices import Prices, Terms
 from autopart.cost.training_state import Training, amortization, shard_groups, step_kernel, widening
 from autopart.errors import PartitionError
 from autopart.hardware.mesh import Mesh, usable_bytes
+from autopart.hardware.mixed import view_of, views_of
 from autopart.hardware.rows import Device, Link
 from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph
@@ -29,7 +30,10 @@ from autopart.planner.cut_constraints import Cuts
 from autopart.planner.ilp_model import Model
 from autopart.planner.objective import Costs, SyncWindows, costs_by_mode, exposed_sync_bounds, sync_windows
 from autopart.planner.request import Request
-from autopart.planner.search_points import SearchPoint, search_points
+from autopart.planner.search_points import MIXED, SearchPoint, search_points
+
+StageKey = tuple[int, int]
+"""(`SearchPoint.kind`, micro-batches in flight) of a stage."""
 
 micro_batches_in_flight = lru_cache(maxsize=None)(in_flight)
 
@@ -66,12 +70,28 @@ class SearchSpace:
 
     def points(self) -> Iterator[SearchPoint]:
         """Every combination of degrees and micro-batch, at ZeRO level 0. Raises PartitionError if there is none."""
-        return search_points(self.layered, self.mesh, self.request)
+        return map(self.placed, search_points(self.layered, self.mesh, self.request))
 
-    @property
-    def limit(self) -> float:
-        """Bytes of a device that a plan may fill; infinite for a request that need not fit."""
-        return usable_bytes(self.mesh) if self.request.must_fit else float("inf")
+    def placed(self, point: SearchPoint) -> SearchPoint:
+        """The point with the `kind` of its stages, MIXED where they differ."""
+        kinds = {view_of(self.mesh, stage, point.pp) for stage in range(point.pp)}
+        return replace(point, kind=kinds.pop() if len(kinds) == 1 else MIXED)
+
+    def at(self, point: SearchPoint, stage: int) -> SearchPoint:
+        """The point with the `kind` of one of its stages."""
+        return replace(point, kind=view_of(self.mesh, stage, point.pp)) if point.kind == MIXED else point
+
+    def each_kind(self, point: SearchPoint) -> list[SearchPoint]:
+        """The point with every `kind` that its stages have, in the order of stages."""
+        return list(dict.fromkeys(self.at(point, stage) for stage in range(point.pp if point.kind == MIXED else 1)))
+
+    def view(self, point: SearchPoint) -> Mesh:
+        """The mesh as stages of the point's kind have it; where they differ, what all have together."""
+        return self.mesh if point.kind == MIXED else views_of(self.mesh)[point.kind]
+
+    def limit(self, point: SearchPoint) -> float:
+        """Bytes of a device of a stage that a plan may fill; infinite for a request that need not fit."""
+        return usable_bytes(self.view(point)) if self.request.must_fit else float("inf")
 
     def model(self, point: SearchPoint) -> Model:
         """The table of strategies of the point's `tp`, with its solvers."""
@@ -90,16 +110,16 @@ class SearchSpace:
 
     def training(self, point: SearchPoint) -> Training:
         """The optimizer, ZeRO level, data-parallel group, micro-batches and master dtype."""
-        asked, device, group = self.request, self.mesh.device, self.mesh.group(point.tp, point.dp)
+        asked, device, view = self.request, self.mesh.device, self.view(point)
         ratio, gpu, m = widening(asked.precision, asked.master), device.type != "cpu", self.micro_batches(point)
-        parts = shard_groups(self.mesh, point.tp, point.dp, point.shard_size)
+        group, parts = view.group(point.tp, point.dp), shard_groups(view, point.tp, point.dp, point.shard_size)
         kernel = step_kernel(asked.optimizer, asked.precision, asked.master, device, asked.no_fuse, point.offload)
         ahead = asked.prefetch_bytes(device) if point.zero >= 3 and point.dp > 1 else 0
         return Training(asked.optimizer, point.zero, group, m, ratio, gpu, kernel, point.offload, gpu, ahead, *parts)
 
     def device(self, point: SearchPoint) -> Device:
         """The device at the pace that it has in the point's pipeline: `Mesh.busy_device`."""
-        return self.mesh.busy_device(point.pp, self.micro_batches(point))
+        return self.view(point).busy_device(point.pp, self.micro_batches(point))
 
     def between_stages(self, point: SearchPoint) -> Link | None:
         """The link between stages; None where there is one stage."""
@@ -120,16 +140,21 @@ class SearchSpace:
         """Micro-batches whose activations a stage holds at once."""
         return micro_batches_in_flight(self.schedule, stage, point.pp, self.micro_batches(point))
 
-    def flights(self, point: SearchPoint) -> list[int]:
-        """The distinct numbers `in_flight` of all stages, rising."""
-        return sorted({self.in_flight(point, stage) for stage in range(point.pp)})
+    def stage_key(self, point: SearchPoint, stage: int) -> StageKey:
+        """What the costs of a stage depend on besides its positions and splits."""
+        return self.at(point, stage).kind, self.in_flight(point, stage)
+
+    def stage_keys(self, point: SearchPoint) -> list[StageKey]:
+        """The distinct keys of all stages."""
+        return sorted({self.stage_key(point, stage) for stage in range(point.pp)})
 
     def priced(self, point: SearchPoint) -> Prices:
         """Seconds and bytes of all priced variables, each for one position."""
         if point not in self.prices:
+            assert point.kind != MIXED, "each kind has its own prices"
             strides = {"dp": point.tp, "tp": 1}
             model = self.model(point)
-            sizes = {axis: self.mesh.group(strides[axis], getattr(point, axis)) for axis in model.table.axes}
+            sizes = {axis: self.view(point).group(strides[axis], getattr(point, axis)) for axis in model.table.axes}
             scale = point.micro_batch / self.layered.traced.micro_batch
             self.prices[point] = Prices(model.sizes, Terms(self.device(point), sizes, scale, self.training(point)))
         return self.prices[point]
@@ -182,18 +207,35 @@ class SearchSpace:
         predicted = any(isinstance(c, Cuts) and c.method in ("time", "memory") for c in self.request.constraints)
         key = point if predicted else point.pp
         if key not in self._stages:
-            solution = self.solve(point, 0.0, self.forced(point)) if predicted else None
-            costs = self.position_costs(point, solution.chosen) if solution else None
+            at = self._balanced(point) if predicted else point
+            solution = self.solve(at, 0.0, self.forced(at)) if predicted else None
+            costs = self.position_costs(at, solution.chosen) if solution else None
             labels, classes = self.layered.labels, self.layered.traced.classes
             positions = positions_of(labels, classes, self.model(point).table, costs)
             masks = stages_of(self.request.constraints, point.pp, positions)
             self._stages[key] = [mask[interval_ends(len(labels))] for mask in masks]
         return self._stages[key]
 
+    def _balanced(self, point: SearchPoint) -> SearchPoint:
+        """The point of the kind whose predictions a constraint on cuts reads. Raises PartitionError for cuts by time
+        where stages differ in kind: a position has no one time then."""
+        timed = [c.text for c in self.request.constraints if isinstance(c, Cuts) and c.method == "time"]
+        if timed and point.kind == MIXED:
+            raise PartitionError(
+                f"{timed[0]} on {self.mesh}",
+                "positions take other times on other kinds of devices, and stages have several kinds",
+                "no such constraint: the planner chooses cuts by the time of each stage on its own devices",
+            )
+        return self.at(point, 0)
+
     # ---- the objective ------------------------------------------------------------------------------------
 
     def costs(self, point: SearchPoint, modes: Mapping[int, str]) -> Costs:
-        """The costs of all variables. `modes`: segment class -> checkpointing mode; other classes use "none"."""
+        """The costs of all variables, in seconds of the fastest kind where stages differ. `modes`: segment class ->
+        checkpointing mode; other classes use "none"."""
+        if point.kind == MIXED:
+            each = [self.costs(at, modes) for at in self.each_kind(point)]
+            return replace(each[0], seconds=np.minimum.reduce([costs.seconds for costs in each]))
         if point not in self.mode_costs:
             gradients = self.in_flight(point, 0) < self.micro_batches(point)
             self.mode_costs[point] = costs_by_mode(
@@ -208,8 +250,8 @@ class SearchSpace:
         return Costs(seconds, none.state, saved)
 
     def hides_sync(self, point: SearchPoint) -> bool:
-        """Whether backward hides gradient sync."""
-        return point.dp > 1 and self.mesh.device.overlapped_share > 0
+        """Whether backward hides gradient sync, and `exposed_sync_bound` tells what it does not hide."""
+        return point.dp > 1 and self.mesh.device.overlapped_share > 0 and point.kind != MIXED
 
     def sync_windows(self, point: SearchPoint) -> SyncWindows:
         """See `objective.sync_windows`."""
@@ -304,47 +346,3 @@ class SearchSpace:
         """`lp_bound` without constraints, if it is known, else 0. Constraints only raise `lp_bound`."""
         known = self.solved.get((point, 0.0, (), ()))
         return known.bound if known else 0.0
-
-    def least_work(self, point: SearchPoint) -> float:
-        """Lower bound on the sum of all stages' seconds: every operator in its fastest strategy."""
-        model, prices = self.model(point), self.priced(point)
-        each = (prices.forward + prices.backward) * model.counts[: len(prices.forward)]
-        return model.sizes.separable_bound(each, self.options(point))
-
-    def state_fits(self, point: SearchPoint) -> bool:
-        """Whether parameters, gradients and optimizer states fit in all stages together, in the strategies of fewest
-        bytes."""
-        model, prices = self.model(point), self.priced(point)
-        each = prices.state * model.counts[: len(prices.state)]
-        return model.sizes.separable_bound(each, {}) <= point.pp * self.limit
-
-    def best_modes(self, point: SearchPoint, multiplier: float) -> list[dict[int, str]]:
-        """The assignments (segment class -> mode) to try at a memory multiplier: every class of blocks in the mode of
-        its least `class_bound`; and for each mode, all classes of blocks in it."""
-        blocks = self.model(point).blocks
-        uniform = [dict.fromkeys(blocks, mode) for mode in self.modes]
-        best = {g: min(self.modes, key=partial(self.class_bound, point, multiplier, g)) for g in blocks}
-        return uniform if best in uniform else [best, *uniform]
-
-    def class_bound(self, point: SearchPoint, multiplier: float, segment_class: int, mode: str) -> float:
-        """Lower bound on the objective over one segment class with its blocks in a mode.
-
-        multiplier infinite             `Sizes.separable_bound` of the bytes
-        multiplier 0, mode not "none"   the bound for "none" + `Sizes.separable_bound` of the recompute seconds
-        else                            the LP relaxation over the class
-        """
-        options = self.options(point)
-        key = point, multiplier, segment_class, mode, tuple(options.items())
-        if key not in self.bounds:
-            model = self.model(point)
-            mine = model.segment_classes == segment_class
-            costs = np.where(mine, self.objective(point, multiplier, {segment_class: mode}), 0.0)
-            if multiplier == NEVER:
-                self.bounds[key] = model.sizes.separable_bound(costs, options)
-            elif multiplier == 0.0 and mode != "none":
-                more = costs - np.where(mine, self.objective(point, multiplier, {}), 0.0)
-                none = self.class_bound(point, multiplier, segment_class, "none")
-                self.bounds[key] = none + model.sizes.separable_bound(more, options)
-            else:
-                self.bounds[key] = model.class_solver(segment_class).bound(costs, options)
-        return self.bounds[key]

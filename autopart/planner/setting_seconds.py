@@ -9,6 +9,7 @@ from autopart.cost.compute import Array
 from autopart.cost.training_state import Training
 from autopart.cost.update_seconds import update_seconds
 from autopart.hardware.rows import Device
+from autopart.planner.class_bounds import least_work
 from autopart.planner.search_points import SearchPoint
 from autopart.planner.search_space import SearchSpace
 
@@ -26,8 +27,10 @@ def offload_seconds(space: SearchSpace, point: SearchPoint, other: SearchPoint) 
     more on the host."""
     if replace(point, offload=True) != other or point.offload:
         return 0.0
-    model, more = space.model(point), space.priced(other).sync_seconds - space.priced(point).sync_seconds
-    each = np.maximum(more, 0.0) * model.counts[: len(more)]
+    pairs, model = zip(space.each_kind(point), space.each_kind(other), strict=True), space.model(point)
+    more = [space.priced(on_host).sync_seconds - space.priced(here).sync_seconds for here, on_host in pairs]
+    least = np.maximum(np.minimum.reduce(more), 0.0)
+    each = least * model.counts[: len(least)]
     return model.sizes.separable_bound(each, space.options(point)) / space.amortization(point)
 
 
@@ -44,7 +47,15 @@ def extra_seconds(space: SearchSpace, one: SearchPoint, other: SearchPoint, para
     The difference of 1 = `one` and 2 = `other` is greatest where x is 0 or where a term of hidden reaches its messages:
 
         s1 - s2 - hidden1(x) + hidden2(x)
+
+    Where stages differ in kind, the difference of each kind is compared.
     """
+    kinds = zip(space.each_kind(one), space.each_kind(other), strict=True)
+    return max(_extra_seconds(space, mine, theirs, parameters) for mine, theirs in kinds)
+
+
+def _extra_seconds(space: SearchSpace, one: SearchPoint, other: SearchPoint, parameters: str) -> float:
+    """`extra_seconds` for stages of one kind."""
     mine, theirs = (_hiding(space, point, parameters) for point in (one, other))
     turns = [0.0 * mine.each, *mine.reached, *theirs.reached]
     more = mine.seconds - theirs.seconds + np.max([theirs.hidden(x) - mine.hidden(x) for x in turns], axis=0)
@@ -82,7 +93,7 @@ def _hiding(space: SearchSpace, point: SearchPoint, parameters: str) -> Hiding:
             rows = _rows(space, point) if parameters == ALL else np.array([[1.0, _mean_bytes(space, point), 0.0]])
         made, tp = _hidden_at(space.training(point), space.device(point), *rows[:, :2].T), rows[:, 2]
         if tp.any():
-            group = space.mesh.group(1, point.tp)
+            group = space.view(point).group(1, point.tp)
             each = [space.training(point).partial_sync_seconds(nbytes, True, group) for nbytes in rows[:, 0].tolist()]
             made = replace(made, seconds=made.seconds + tp * each)
         space.hiding[point, parameters] = made
@@ -118,7 +129,7 @@ def message_share(space: SearchSpace, point: SearchPoint) -> float:
 
 def _computing(space: SearchSpace, point: SearchPoint) -> float:
     """Seconds of a micro-batch in all stages, every operator in its fastest strategy, without messages."""
-    return space.least_work(replace(point, zero=0, offload=False, shard_size=0))
+    return least_work(space, replace(point, zero=0, offload=False, shard_size=0))
 
 
 def _late(space: SearchSpace, point: SearchPoint) -> float:
@@ -127,7 +138,7 @@ def _late(space: SearchSpace, point: SearchPoint) -> float:
     nbytes = _mean_bytes(space, point) * len(space.layered.labels)
     if not nbytes:
         return 0.0
-    of = _hiding(space, point, MEAN)
+    of = _hiding(space, space.at(point, 0), MEAN)
     backward = np.array([_computing(space, point) * BACKWARD_SHARE / nbytes])
     return float((of.seconds - of.hidden(backward))[0]) * nbytes / space.amortization(point)
 

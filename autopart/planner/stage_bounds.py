@@ -27,6 +27,7 @@ from autopart.cost.collectives import p2p_seconds
 from autopart.cost.compute import Array
 from autopart.cost.intervals import NEVER, interval_index
 from autopart.cost.prices import Prices
+from autopart.hardware.mixed import views_of
 from autopart.hardware.rows import Link
 from autopart.passes.solve import Solution
 from autopart.passes.split_problem import SplitProblem
@@ -35,7 +36,7 @@ from autopart.planner.candidate import CandidateSet, stage_columns
 from autopart.planner.cuts import best_cut, spans_of
 from autopart.planner.ilp_model import Model, is_partial
 from autopart.planner.search_points import SearchPoint
-from autopart.planner.search_space import SearchSpace
+from autopart.planner.search_space import SearchSpace, StageKey
 
 MAX_VARIABLES = 200_000
 """Solver variables in all relaxations of one search together."""
@@ -44,6 +45,8 @@ MAX_CUTS = 2000
 """Cuts of a model that are listed."""
 
 Span = tuple[int, int]
+Stage = tuple[SearchPoint, Span]
+"""A point of the stage's kind, and the stage's positions."""
 Starts = tuple[int, ...]
 
 
@@ -74,40 +77,46 @@ def few_cuts(space: SearchSpace, point: SearchPoint) -> bool:
     return point.pp > 1 and math.comb(len(space.layered.labels) - 1, point.pp - 1) <= MAX_CUTS
 
 
-def stage_bound(found: CandidateSet, columns: Mapping[int, Array], effort: Effort) -> float:
+def stage_bound(found: CandidateSet, columns: Mapping[StageKey, Array], effort: Effort) -> float:
     """Lower bound on the step of a point, infinite where no cut can beat the incumbent. Raises `columns`, the bounds of
-    intervals by micro-batches in flight, and adds the splits of the best cuts to the candidates."""
-    space, point, solved = found.space, found.point, set[Span]()
+    intervals by key of a stage, and adds the splits of the best cuts to the candidates."""
+    space, point, solved = found.space, found.point, set[Stage]()
     m, n = space.micro_batches(point), len(space.layered.labels)
     variables, bounds = len(space.model(point).solver.used), stage_columns(space, point, columns)
     while (cut := best_cut(bounds, point.pp, m)) and cut.seconds < found.incumbent.seconds:
-        spans = spans_of(cut.starts, n)
-        left = [span for span in spans if span not in solved]
+        stages = stages_of(space, point, cut.starts)
+        left = [stage for stage in stages if stage not in solved]
         if not left or not effort.spend(variables, len(left), point.pp):
-            _add_splits(found, spans)
+            _add_splits(found, stages)
             break
-        for span in left:
-            bound, _ = relaxed_stages(space, point, [span], space.options(point))
-            for column in columns.values():
-                at = interval_index(*span, n)
-                column[at] = max(column[at], bound)
+        for at, span in left:
+            bound, _ = relaxed_stages(space, [(at, span)], space.options(point))
+            where = interval_index(*span, n)
+            for column in (column for (kind, _), column in columns.items() if kind == at.kind):
+                column[where] = max(column[where], bound)
         solved.update(left)
     if cut is None or cut.seconds >= found.incumbent.seconds:
         return cut.seconds if cut else NEVER
     return max(cut.seconds, _cut_bound(found, [bounds(stage) for stage in range(point.pp)], effort))
 
 
-def _add_splits(found: CandidateSet, spans: Sequence[Span]) -> None:
+def stages_of(space: SearchSpace, point: SearchPoint, starts: Starts) -> list[Stage]:
+    """The stages of a cut."""
+    spans = spans_of(starts, len(space.layered.labels))
+    return [(space.at(point, stage), span) for stage, span in enumerate(spans)]
+
+
+def _add_splits(found: CandidateSet, stages: Sequence[Stage]) -> None:
     """Add candidates for a cut: the splits that are best for all stages in common, then for each stage the best splits
     that agree with these."""
     space, point, model = found.space, found.point, found.space.model(found.point)
-    _, common = relaxed_stages(space, point, spans, space.options(point))
+    _, common = relaxed_stages(space, stages, space.options(point))
     common = common and space.confirmed(point, common)
     if common is not None:
         found.add(common)
         agreeing = both(space.options(point), model.agreeing(model.interface(common.chosen)))
-        for span in spans:
-            _, own = relaxed_stages(space, point, [span], agreeing)
+        for stage in stages:
+            _, own = relaxed_stages(space, [stage], agreeing)
             found.add(own and space.confirmed(point, own))
     found.best_plan()
 
@@ -142,25 +151,30 @@ def _cuts_by_bound(columns: Sequence[Array], positions: int, micro_batches: int)
     return cuts
 
 
-def stage_costs(space: SearchSpace, point: SearchPoint, span: Span) -> Array:
-    """By priced variable, seconds of a micro-batch in a stage: a lower bound on f that is linear in the splits."""
+def stage_costs(space: SearchSpace, point: SearchPoint, span: Span) -> tuple[Array, Array]:
+    """By priced variable, seconds of a micro-batch in a stage of the point's kind, linear in the splits: a lower bound
+    on f (`Model.least_counts_in`); and f of splits in which every reshard of a value is needed in each of the stages
+    that take the value. On a mesh of one kind both are the second. It is no proven bound where stages want a tied
+    weight in different placements, but full enumeration (`tests/planner/test_brute.py`) has found no plan below it."""
     model, modes, link = space.model(point), space.forced(point), space.between_stages(point)
     inside, windows = model.counts_in(*span), space.sync_windows(point)
-    seconds = space.costs(point, modes).seconds * inside / np.maximum(model.counts, 1.0)
+    each = space.costs(point, modes).seconds / np.maximum(model.counts, 1.0)
     sent = messages(model, space.priced(point), span, link, least=True)[0] if link is not None else 0.0
     alone = model.counts_alone[slice(*span)].sum(0)
     first, last = model.counts_alone[span[0]], model.counts_alone[span[1] - 1]
     late = windows.scatter * (inside - alone + first) + windows.gather * (2 * (inside - alone) + first + last)
-    return np.asarray(seconds + sent + late)
+    rest = sent + late
+    least = model.least_counts_in(*span) if len(views_of(space.mesh)) > 1 else inside
+    return each * least + rest, each * inside + rest
 
 
-def relaxed_stages(
-    space: SearchSpace, point: SearchPoint, spans: Sequence[Span], allowed: Options
-) -> tuple[float, Solution | None]:
+def relaxed_stages(space: SearchSpace, stages: Sequence[Stage], allowed: Options) -> tuple[float, Solution | None]:
     """Lower bound on the seconds of some stages with the same splits; and the splits, None where the relaxation is
     fractional."""
-    costs = np.sum([stage_costs(space, point, span) for span in spans], axis=0)
-    bound, found = space.model(point).solver.relax(costs, allowed)
+    least, costs = np.sum([stage_costs(space, *stage) for stage in stages], axis=0)
+    bound, found = space.model(stages[0][0]).solver.relax(least, allowed)
+    if not np.array_equal(least, costs):
+        _, found = space.model(stages[0][0]).solver.relax(costs, allowed)
     return bound, found and replace(found, problem=SplitProblem(costs, allowed))
 
 
@@ -169,8 +183,11 @@ def relaxed_cut(space: SearchSpace, point: SearchPoint, starts: Starts) -> tuple
     [] where the relaxation is fractional. A solution's problem is that of its stage alone, with the options that agree
     with the other stages."""
     model, options = space.model(point), space.options(point)
-    costs = [stage_costs(space, point, span) for span in spans_of(starts, len(space.layered.labels))]
-    bound, choices = model.pipeline(point.pp).relax(costs, options)
+    stages = stages_of(space, point, starts)
+    least, costs = zip(*(stage_costs(space, *stage) for stage in stages), strict=True)
+    bound, choices = model.pipeline(point.pp).relax(least, options)
+    if not np.array_equal(least, costs):
+        _, choices = model.pipeline(point.pp).relax(costs, options)
     agreeing = [both(options, model.agreeing(model.interface(chosen))) for chosen in choices]
     problems = map(SplitProblem, costs, agreeing)
     return bound, [Solution(chosen, 0.0, 0.0, each) for chosen, each in zip(choices, problems, strict=False)]

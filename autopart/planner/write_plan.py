@@ -14,7 +14,6 @@ from torch import fx
 from autopart.cost.offload import OFFLOADS
 from autopart.cost.training_state import Training
 from autopart.cost.update_seconds import update_seconds
-from autopart.hardware.mesh import usable_bytes
 from autopart.ir.graph import info
 from autopart.ir.labels import is_block
 from autopart.ir.layered_graph import LayeredGraph, used_parameters
@@ -56,16 +55,16 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
     for index, (start, end) in enumerate(spans):
         at = distinct.index(found.chosen[index])
         stages.append(write_stage(space, found, splits[at], at, index, (start, end), found.recompute[start:end], known))
-    written = [known[key_of(layered, s.splits, span)][1:] for s, span in zip(stages, spans, strict=True)]
+    each = enumerate(zip(stages, spans, strict=True))
+    written = [known[key_of(layered, s.splits, span, space.at(point, i).kind)][1:] for i, (s, span) in each]
     stages = with_sources(layered, stages, spans, written)
     times = [stage.turn_seconds(space.amortization(point)) for stage in stages]
     step = sum(times) + (m - 1) * max(times)
-    hides = space.device(point).overlapped_share > 0
+    hides = space.mesh.device.overlapped_share > 0
     for index, (mine, theirs) in enumerate(zip(times, found.stage_seconds, strict=True)):
         equal = math.isclose(mine, theirs, rel_tol=EQUAL) or (hides and mine < theirs)
         assert equal, f"stage {index} is {mine} s written out, {theirs} s searched"
-    if space.request.must_fit:
-        _check_fits(space, stages)
+    _check_fits(space, point, stages)
     missing = sorted({info(n).name for n in layered.representatives() if info(n).kind == "op"} - {"autopart.getitem"})
     blocks = {mode for mode, label in zip(found.recompute, layered.labels, strict=True) if is_block(label)}
     plan = Plan(
@@ -103,11 +102,12 @@ def write_out(space: SearchSpace, found: SearchResult, started: float, model: st
     return bounded(plan, found.bound)
 
 
-def _check_fits(space: SearchSpace, stages: Sequence[PlanStage]) -> None:
+def _check_fits(space: SearchSpace, point: SearchPoint, stages: Sequence[PlanStage]) -> None:
     """Raise AssertionError where a stage does not fit its device or its host."""
-    most, host = max(s.memory_bytes for s in stages), max(s.host_bytes for s in stages)
-    assert most <= usable_bytes(space.mesh) * (1 + EQUAL), f"{most} bytes written out, searched to fit"
-    assert host <= host_limit(space) * (1 + EQUAL), f"{host} bytes on the host, searched to fit"
+    for index, stage in enumerate(stages):
+        at, pair = space.at(point, index), (stage.memory_bytes, stage.host_bytes)
+        for nbytes, limit in zip(pair, (space.limit(at), host_limit(space, at)), strict=True):
+            assert nbytes <= limit * (1 + EQUAL), f"{nbytes} bytes written out, searched to fit {limit}"
 
 
 def bounded(plan: Plan, bound: float) -> Plan:
@@ -191,13 +191,13 @@ def assignment_of(
     return ShardingAssignment(axes, (splits,) * len(starts), starts, scale, frozenset({"dp"}))
 
 
-Known = dict[tuple[int, frozenset[int]], tuple[ShardingAssignment, StageGraph, dict[int, PricedSegment]]]
-"""(index of the splits, segments) -> the partitioned stage, and the prices of its segments."""
+Known = dict[tuple[int, frozenset[int], int], tuple[ShardingAssignment, StageGraph, dict[int, PricedSegment]]]
+"""(index of the splits, segments, `SearchPoint.kind`) -> the partitioned stage, and the prices of its segments."""
 
 
-def key_of(layered: LayeredGraph, splits: int, span: tuple[int, int]) -> tuple[int, frozenset[int]]:
+def key_of(layered: LayeredGraph, splits: int, span: tuple[int, int], kind: int) -> tuple[int, frozenset[int], int]:
     """The key of a stage in `Known`."""
-    return splits, frozenset(layered.sequence[slice(*span)])
+    return splits, frozenset(layered.sequence[slice(*span)]), kind
 
 
 def write_stage(
@@ -211,8 +211,9 @@ def write_stage(
     known: Known,
 ) -> PlanStage:
     """One stage, partitioned and priced. Equal segments are priced once and counted."""
-    layered, point = space.layered, found.point
-    segments, key = layered.sequence[slice(*span)], key_of(layered, at, span)
+    layered, point = space.layered, space.at(found.point, index)
+    found = replace(found, point=point)
+    segments, key = layered.sequence[slice(*span)], key_of(layered, at, span, point.kind)
     if key not in known:
         choices, graph = partitioned(space, found, splits, span)
         groups = {axis: space.priced(point).terms.sizes[axis] for axis, _ in choices.axes}
@@ -276,11 +277,8 @@ def _sync(
     """Seconds of a step for gradient sync, gathers of parameters and optimizer, without what computing hides.
     `computing`, [positions], are seconds of a forward and of a backward of a micro-batch. The messages of a parameter
     that one position reads may be hidden; those of a parameter that several read are not."""
-    training, sizes, device = (
-        space.training(found.point),
-        space.priced(found.point).terms.sizes,
-        space.device(found.point),
-    )
+    training, device = space.training(found.point), space.device(found.point)
+    sizes = space.priced(found.point).terms.sizes
     reads = parameters(space.layered, choices, span)
     seconds = sum(update_seconds(p.bytes, p.record.grad, p.over_dp, training, device) for p in distinct(reads))
     seconds += sum(training.partial_sync_seconds(p.bytes, p.over_dp, sizes["tp"]) for p in distinct(reads) if p.over_tp)

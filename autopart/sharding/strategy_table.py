@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from autopart.hardware.rows import DTYPES
 from autopart.sharding.notation import Placement, Strategy
 from autopart.sharding.resharding import Step
 from autopart.sharding.rules import Product
@@ -40,7 +41,8 @@ class Node:
     values         its outputs;  operands: (node, output) of every operand, None for what is no tensor
     first_same_operand  for every operand the index of the first operand that is the same value
     batch          whether its work grows with the samples;  product: whether matrix units do the work
-    peak, backward_ratio, launches, kind_index (kind)  as in `autopart.cost.compute.Work`
+    peak_dtype     of its peak FLOP/s: `autopart.cost.compute.peak_dtype_of`
+    backward_ratio, launches, kind_index (kind)  as in `autopart.cost.compute.Work`
     inner          bytes that autograd saves besides operands and outputs;  fixed: those of them that do not grow with
                    the samples, as a copy of a weight
     matrix, grads, view, logits, weights, gradient_copies  as in `autopart.ir.graph.Info`
@@ -59,7 +61,7 @@ class Node:
     product: bool = False
     matrix: Product | None = None
     grads: tuple[bool, bool] = (False, False)
-    peak: float = float("inf")
+    peak_dtype: int = len(DTYPES)
     backward_ratio: int = 0
     launches: int = 1
     kind_index: int = 0

@@ -57,7 +57,7 @@ def test_good_text(text: str) -> None:
     hosts, devices, device, intra, inter, shown = GOOD[text]
     mesh = Mesh.of(text)
     assert mesh == Mesh(hosts, devices, DEVICES[device], LINKS[intra], LINKS[inter])
-    assert (mesh.size, mesh.memory_bytes) == (hosts * devices, DEVICES[device].memory_bytes)
+    assert (mesh.size, mesh.device.memory_bytes) == (hosts * devices, DEVICES[device].memory_bytes)
     assert str(mesh) == shown and Mesh.parse(shown) == mesh
     assert hash(mesh) == hash(Mesh.parse(shown)) and Mesh.of(mesh) is mesh
 

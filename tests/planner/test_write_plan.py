@@ -15,6 +15,7 @@ from autopart.hardware.mesh import Mesh
 from autopart.passes.source import Source
 from autopart.passes.split_problem import SplitProblem
 from autopart.planner.candidate import CandidateSet, Incumbent
+from autopart.planner.class_bounds import best_modes
 from autopart.planner.request import Request
 from autopart.planner.search_space import SearchSpace
 from autopart.planner.write_plan import write_out
@@ -72,7 +73,7 @@ def test_drawn_splits_are_priced_alike(block: type[nn.Module], mode: str, axes: 
     space = SearchSpace(Source(Model(block), batch, torch.float32).sampled(2, mesh), mesh, request)
     draw = random.Random(f"{block.__name__} {mode} {axes}")
     (point, *_) = space.points()
-    size = len(space.objective(point, 0.0, space.best_modes(point, 0.0)[0]))
+    size = len(space.objective(point, 0.0, best_modes(space, point, 0.0)[0]))
     chosen = set()
     for _ in range(DRAWS):
         drawn = np.array([draw.expovariate(1.0) for _ in range(size)])

@@ -561,11 +561,12 @@ class Priced:
 
 @dataclass(frozen=True)
 class Span:
-    """A stage: positions i..j-1, with so many micro-batches in flight."""
+    """A stage: positions i..j-1, with so many micro-batches in flight, on devices of a kind (`SearchPoint.kind`)."""
 
     i: int
     j: int
     in_flight: int
+    kind: int = 0
 
 
 PER_BLOCK = 10
@@ -867,7 +868,7 @@ class Judge:
                 for offload in (False, True) if self.space.mesh.device.host else (False,):
                     if self.space.request.offload in (None, OFFLOADS[offload]):
                         for size in self._shard_sizes(point, zero):
-                            yield SearchPoint(point.pp, point.dp, point.tp, point.micro_batch, zero, offload, size)
+                            yield replace(point, zero=zero, offload=offload, shard_size=size)
 
     def _shard_sizes(self, point: SearchPoint, zero: int) -> list[int]:
         """What ZeRO may divide among: all, or the ranks of so many hosts."""
@@ -886,23 +887,24 @@ class Judge:
 
     def _at_least(self, point: SearchPoint) -> float:
         """A time that no plan of a point is below: every operator in its fastest option."""
-        prices, table = self.space.priced(point), self.space.model(point).table
-        total = 0.0
+        kinds, model = [self.space.priced(at) for at in self.space.each_kind(point)], self.space.model(point)
+        seconds, table, total = [prices.forward + prices.backward for prices in kinds], model.table, 0.0
         for i, node in enumerate(table.nodes):
-            first, last = int(prices.sizes.first[i]), int(prices.sizes.first[i + 1])
+            mine = slice(*map(int, model.sizes.first[i : i + 2]))
             places = table.segment_classes.count(node.segment_class) if node.segment_class >= 0 else 0
-            total += places * float((prices.forward + prices.backward)[first:last].min())
+            total += places * min(float(each[mine].min()) for each in seconds)
         return total * (1 + (self.space.micro_batches(point) - 1) / point.pp)
 
     def _point(self, point: SearchPoint, best: Best) -> None:
         space, m = self.space, self.space.micro_batches(point)
-        priced = Priced(space, self.structure(point), point)
+        priced = {at.kind: Priced(space, self.structure(point), at) for at in space.each_kind(point)}
         best.looked_at += 1
-        n, pp = priced.n, point.pp
-        flights = [space.in_flight(point, s) for s in range(pp)]
+        n, pp = len(space.layered.labels), point.pp
+        keys = [(space.in_flight(point, s), space.at(point, s).kind) for s in range(pp)]
         cuts = [(0, *c) for c in itertools.combinations(range(1, n), pp - 1)]
-        spans = {c: [Span(i, j, f) for i, j, f in zip(c, (*c[1:], n), flights, strict=True)] for c in cuts}
-        light = {s: Stage(priced, s, self.modes, False).least for s in {s for row in spans.values() for s in row}}
+        spans = {c: [Span(i, j, *key) for i, j, key in zip(c, (*c[1:], n), keys, strict=True)] for c in cuts}
+        every = {span for row in spans.values() for span in row}
+        light = {span: Stage(priced[span.kind], span, self.modes, False).least for span in every}
 
         def times(row: Sequence[Span]) -> list[float]:
             return [light[s] for s in row]
@@ -921,12 +923,12 @@ class Judge:
                 most[span] = max(most.get(span, 0.0), here)
         heavy: dict[Span, dict[tuple[object, ...], tuple[float, Whole, Whole]]] = {}
         for span, seconds in most.items():
-            stage = Stage(priced, span, self.modes, pp > 1)
-            rows = stage.choices(seconds, space.limit)
+            stage = Stage(priced[span.kind], span, self.modes, pp > 1)
+            rows = stage.choices(seconds, space.limit(replace(point, kind=span.kind)))
             kinds: dict[tuple[object, ...], tuple[float, Whole, Whole]] = {}
             times_of = stage.totals.under(rows.numbers, rows.modes)[:, 0]
             for k in range(len(rows.chosen)):
-                alike = priced.structure.placed_alike(rows.chosen[k].tolist()) if pp > 1 else ()
+                alike = self.structure(point).placed_alike(rows.chosen[k].tolist()) if pp > 1 else ()
                 if alike not in kinds or times_of[k] < kinds[alike][0]:
                     kinds[alike] = float(times_of[k]), rows.chosen[k], rows.modes[k]
             heavy[span] = kinds
@@ -937,7 +939,7 @@ class Judge:
                     parts = [f[0] for f in found]
                     if step(parts) < best.seconds:
                         best.seconds = step(parts)
-                        best.plan = self._found(priced, point, cut, row, found, parts, best.seconds)
+                        best.plan = self._found(priced[row[0].kind], point, cut, row, found, parts, best.seconds)
 
     def _found(
         self, priced: Priced, point: SearchPoint, cut: Sequence[int], row: Sequence[Span], found: Sequence[Any],
@@ -955,8 +957,8 @@ class Judge:
         that is not in the space."""
         space, point = self.space, plan.point
         structure = self.structure(point)
-        priced, table = Priced(space, structure, point), structure.table
-        ends = (*plan.starts[1:], priced.n)
+        table = structure.table
+        ends = (*plan.starts[1:], len(table.labels))
         alike = {structure.placed_alike(c) for c in plan.chosen}
         assert len(alike) == 1, "stages place differently what passes between them"
         seconds, held = [], []
@@ -964,6 +966,7 @@ class Judge:
             for (one, other), allowed in structure.pairs.items():
                 assert allowed[chosen[one], chosen[other]], f"{table.nodes[one].key}, {table.nodes[other].key}"
             assert all(structure.summed_alike(f, chosen) for f in range(len(table.value_uses)))
+            priced = Priced(space, structure, space.at(point, stage))
             totals = Totals(priced, Span(i, j, space.in_flight(point, stage)))
             weighed = position_costs(priced.prices, chosen, space.between_stages(point))
             modes = np.array([[MODES.index(plan.recompute[p]) for p in totals.blocks]], dtype=np.int64)

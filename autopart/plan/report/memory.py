@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from autopart.hardware.mesh import usable_bytes
 from autopart.plan.breakdown import fullest_stage, slowest_stage
 from autopart.plan.fields import PlanFields
 from autopart.plan.report.clock import class_of
@@ -42,8 +41,9 @@ NEAR = {"bars": 0.1, "areas": 0.4}
 def _top(plan: PlanFields, measured: MeasuredStep | None, figure: str) -> tuple[float, bool]:
     """The largest number of bytes of a figure's axis, and whether the usable bytes are on it."""
     most = max(*plan.memory_bytes, *(peak or 0 for peak in (measured.peak_bytes if measured else ())), 1)
-    near = most > NEAR[figure] * usable_bytes(plan.mesh)
-    return (max(most, usable_bytes(plan.mesh)) * 1.02 if near else most * 1.25), near
+    usable = max(plan.usable_bytes)
+    near = most > NEAR[figure] * usable
+    return (max(most, usable) * 1.02 if near else most * 1.25), near
 
 
 def peak_figure(plan: PlanFields, measured: MeasuredStep | None = None) -> Figure:
@@ -70,10 +70,11 @@ def peak_figure(plan: PlanFields, measured: MeasuredStep | None = None) -> Figur
         figure.text(GUTTER - 6, y + ROW - 8, bytes_text(stage.memory_bytes), "end small")
         if measured and (peak := measured.peak_bytes[index]) is not None:
             figure.line("measured", axis(peak), y - 3, axis(peak), y + ROW + 1)
+        if near:
+            limit = axis(plan.usable_bytes[index])
+            figure.line("limit", limit, y - 6, limit, y + ROW + GAP / 2)
         y += ROW + GAP / 2
-    usable = usable_bytes(plan.mesh)
-    if near:
-        figure.line("limit", axis(usable), 16, axis(usable), y)
+    usable = max(plan.usable_bytes)
     at = axis(usable) if near else axis.end
     figure.text(at, 12, f"usable: {bytes_text(usable)}{'' if near else ', far to the right'}", "end small")
     figure.height = y + 6
@@ -94,7 +95,7 @@ def over_time_figure(plan: PlanFields, made: Timeline, measured: MeasuredStep | 
     """For each stage an area over the step, in parts by kind: what is allocated all the time, then activations, then
     what lives while the stage computes. The predicted peak is marked, and the measured one."""
     figure = Figure("Allocated bytes of a rank of every stage over the step")
-    clock, y, usable = Scale(0, made.seconds, GUTTER, WIDTH - 8), 6.0, usable_bytes(plan.mesh)
+    clock, y = Scale(0, made.seconds, GUTTER, WIDTH - 8), 6.0
     top, near = _top(plan, measured, "areas")
     for index in shown_stages(plan):
         timed, scale = made.stages[index], Scale(0, top, y + AREA, y)
@@ -103,6 +104,7 @@ def over_time_figure(plan: PlanFields, made: Timeline, measured: MeasuredStep | 
         figure.rect("empty", clock.start, y, clock.end - clock.start, AREA)
         _areas(figure, plan, index, timed, made.seconds, clock, scale)
         if near:
+            usable = plan.usable_bytes[index]
             figure.line("limit", clock.start, scale(usable), clock.end, scale(usable))
         _peak_mark(figure, timed, clock, scale)
         if measured and (peak := measured.peak_bytes[index]) is not None:

@@ -33,7 +33,8 @@ def mesh_figure(plan: PlanFields) -> Figure:
             stage, dp, tp = place(plan, rank)
             left = x + 70 + device % across * (width + GAP) + GAP
             top = y + GAP + device // across * (CELL + GAP)
-            title = f"rank {rank}: stage {stage}, place {dp} of dp={plan.dp}, place {tp} of tp={plan.tp}"
+            title = f"rank {rank}: stage {stage}{plan.device_text(stage)}, place {dp} of dp={plan.dp}, "
+            title += f"place {tp} of tp={plan.tp}"
             figure.rect(f"box shade-{stage % SHADES}", left, top, width, CELL, title)
             figure.text(left + 6, top + 16, f"rank {rank}", "on-shade", width - 34)
             figure.text(left + width - 6, top + 16, f"st {stage}", "end strong on-shade", 46)

@@ -48,6 +48,7 @@ def numbers(
                     "sync_seconds": stage.sync_seconds,
                     "send_seconds": stage.send_seconds,
                     "memory_bytes": stage.memory_bytes,
+                    "usable_bytes": plan.usable_bytes[index],
                     "memory": dict(stage.memory),
                     "sends": [{"to": to, "bytes": nbytes} for to, nbytes, _ in stage.sends],
                 }

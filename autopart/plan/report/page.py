@@ -175,9 +175,10 @@ def _facts(plan: PlanFields, made: Timeline, measured: MeasuredStep | None) -> l
         found.append(Fact(f"{model_flops_utilisation(plan):.1%}", "model FLOPs utilisation"))
     found.append(Fact(f"{plan.gap:.2%}", "gap to the lower bound"))
     found.append(Fact(f"{made.bubble:.1%}", "pipeline bubble"))
-    share = max(plan.memory_bytes) / usable_bytes(plan.mesh)
+    at = fullest_stage(plan)
+    share = plan.memory_bytes[at] / plan.usable_bytes[at]
     used = f"{share:.0%}" if share >= 0.005 else "under 1%"
-    found.append(Fact(bytes_text(max(plan.memory_bytes)), f"peak memory, {used} of usable"))
+    found.append(Fact(bytes_text(plan.memory_bytes[at]), f"peak memory, {used} of usable"))
     return found
 
 

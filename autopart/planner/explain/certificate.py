@@ -8,6 +8,7 @@ the plan's decisions and priced node by node. The bytes of a stage are those of 
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -164,26 +165,26 @@ def _numbers(plan: Plan, layered: LayeredGraph) -> Iterator[str]:
         yield f"forward_flops: {flops}, the plan says {plan.forward_flops}"
     spans, seconds = [range(*span) for span in spans_of(plan.starts, len(layered.labels))], []
     for graph, stage, span in zip(partition(layered, choices), plan.stages, spans, strict=True):
-        name = f"stage {graph.index}"
-        groups = {"dp": plan.mesh.group(plan.tp, plan.dp), "tp": plan.mesh.group(1, plan.tp)}
-        device = plan.mesh.busy_device(plan.pp, m)
+        name, mesh = f"stage {graph.index}", plan.mesh_of(graph.index)
+        here, device = replace(plan, mesh=mesh), mesh.busy_device(plan.pp, m)
+        groups = {"dp": mesh.group(plan.tp, plan.dp), "tp": mesh.group(1, plan.tp)}
         priced = price_stage(layered, graph, Prices(device, {axis: groups[axis] for axis, _ in choices.axes}))
         segments = dict(zip(graph.indices, priced, strict=True))
-        times = _seconds(plan, layered, choices, graph, segments, span)
+        times = _seconds(here, layered, choices, graph, segments, span)
+        times["send_seconds"] = sum(_message_seconds(plan, crossing) for crossing in [*graph.received, *graph.sent])
         for part, value in times.items():
             if not _agree(getattr(stage, part), value):
                 yield f"{name}: {part} are {value}, the plan says {getattr(stage, part)}"
-        memory = _stage_memory(plan, layered, choices, graph, span)
-        yield from _memory(plan, memory, stage.memory, name)
-        yield from host_findings(plan, on_host(memory.reads, _training(plan)), stage.host_bytes, name)
+        memory = _stage_memory(here, layered, choices, graph, span)
+        yield from _memory(here, memory, stage.memory, name)
+        yield from host_findings(here, on_host(memory.reads, _training(here)), stage.host_bytes, name)
         yield from _printed(stage, layered, segments, span, name)
         sends = _sends(plan, graph)
-        pairs = zip(stage.sends, sends, strict=False)
-        alike = all(stated[:2] == made[:2] and _agree(stated[2], made[2]) for stated, made in pairs)
+        alike = all(a[:2] == b[:2] and _agree(a[2], b[2]) for a, b in zip(stage.sends, sends, strict=False))
         if len(stage.sends) != len(sends) or not alike:
             yield f"{name}: sends {sends}, the plan says {list(stage.sends)}"
-        read = distinct(_reads(layered, choices, span, graph))
-        yield from traffic_findings(stage, segments, read, span, _training(plan), name)
+        training, read = _training(here), distinct(_reads(layered, choices, span, graph))
+        yield from traffic_findings(stage, segments, read, span, training, name)
         seconds.append(times["forward_seconds"] + times["backward_seconds"] + times["send_seconds"])
         seconds[-1] += times["sync_seconds"] / amortization(plan.zero, m, plan.pp)
     step = sum(seconds) + (m - 1) * max(seconds)
@@ -203,7 +204,7 @@ def _seconds(
     segments: dict[int, PricedSegment],
     span: range,
 ) -> dict[str, float]:
-    """The seconds of a stage, by their names in `PlanStage`: sync of a step, all others of a micro-batch."""
+    """Seconds without messages, by their names in `PlanStage`: sync of a step, all others of a micro-batch."""
     modes = dict(zip(span, plan.stages[graph.index].recompute, strict=True))
     recompute = 0.0
     for segment, priced in segments.items():
@@ -224,7 +225,6 @@ def _seconds(
         "forward_seconds": sum(r.forward for r in segments.values()),
         "backward_seconds": sum(r.backward for r in segments.values()) + recompute,
         "sync_seconds": sync,
-        "send_seconds": sum(_message_seconds(plan, crossing) for crossing in [*graph.received, *graph.sent]),
     }
 
 

@@ -11,6 +11,7 @@ from autopart.errors import PartitionError
 from autopart.frontend.batch import Batch
 from autopart.frontend.with_loss import Loss, with_loss
 from autopart.hardware.mesh import Mesh
+from autopart.hardware.mixed import parts_of
 from autopart.passes.source import Source
 from autopart.plan.data import Plan
 from autopart.plan.estimate import Estimate
@@ -129,7 +130,7 @@ def search_mesh(
 
     def choose(mesh: Mesh) -> MeshChoice:
         if mesh not in known:
-            price = prices[mesh.device.name] if prices is not None else None
+            price = _mean_price(mesh, prices) if prices is not None else None
             known[mesh] = _choice(source, mesh, request, price, target_seconds)
             on_progress(f"{mesh}: {known[mesh].problem or f'{known[mesh].step_seconds:.4g} s'}")
         return known[mesh]
@@ -163,7 +164,7 @@ def meshes_of(text: str, per_host: int, smaller: bool = False) -> list[Mesh]:
     At most `per_host` devices form one host. With `smaller`: the meshes of all `device_counts` counts, in rising order.
     """
     whole = Mesh.parse(text)
-    if re.match(r"\s*\d+x", text):
+    if re.match(r"\s*\d+x", text) or len(parts_of(whole)) > 1:
         return [whole]
     counts = device_counts(whole.size, per_host) if smaller else [whole.size]
     return [
@@ -248,8 +249,14 @@ def _choice(source: Source, mesh: Mesh, request: Request, price: float | None, t
     return MeshChoice(mesh, plan, "", price, target is None or plan.step_seconds <= target)
 
 
+def _mean_price(mesh: Mesh, prices: Mapping[str, float]) -> float:
+    """The price of one device for an hour, on average over the mesh."""
+    return sum(part.size * prices[part.device.name] for part in parts_of(mesh)) / mesh.size
+
+
 def _check_prices(prices: Mapping[str, float], meshes: Sequence[Mesh]) -> None:
-    without = [name for name in dict.fromkeys(m.device.name for m in meshes) if name not in prices]
+    names = dict.fromkeys(part.device.name for mesh in meshes for part in parts_of(mesh))
+    without = [name for name in names if name not in prices]
     if without:
         raise PartitionError(f"no price for {', '.join(without)}", "every kind of device needs one, or none")
     bad = [name for name, price in prices.items() if not 0 < price < float("inf")]

@@ -69,7 +69,8 @@ def decided(plan: Plan, source: Source) -> tuple[SearchSpace, SearchResult]:
     layered = source.like(plan)
     space = SearchSpace(layered, plan.mesh, request)
     offload = plan.offload == "optimizer"
-    point = SearchPoint(plan.pp, plan.dp, plan.tp, plan.micro_batch, plan.zero, offload, plan.shard_size)
+    degrees = plan.pp, plan.dp, plan.tp
+    point = space.placed(SearchPoint(*degrees, plan.micro_batch, plan.zero, offload, plan.shard_size))
     if wrong := list(stage_findings(plan, layered)):
         raise PartitionError("the plan has no price", few(wrong, joint="; "))
     options = [_chosen(space, point, splits) for splits in plan.splits]
@@ -77,8 +78,8 @@ def decided(plan: Plan, source: Source) -> tuple[SearchSpace, SearchResult]:
     _check_interface(space, point, chosen)
     modes = tuple(mode for stage in plan.stages for mode in stage.recompute)
     m, times = space.micro_batches(point), []
-    for mine, (start, end) in zip(chosen, spans_of(plan.starts, len(modes)), strict=True):
-        found = costs_of(space, point, mine, [(mode,) for mode in modes])
+    for stage, (start, end) in enumerate(spans_of(plan.starts, len(modes))):
+        found = costs_of(space, space.at(point, stage), chosen[stage], [(mode,) for mode in modes])
         times.append(float(found.seconds[found.index(start, end)]))
     step = sum(times) + (m - 1) * max(times)
     return space, SearchResult(point, chosen, plan.starts, modes, tuple(times), step, min(plan.bound_seconds, step))

@@ -7,11 +7,11 @@ prices   seconds of the step with more memory, faster links and faster devices
 
 from __future__ import annotations
 
-import copy
 import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
@@ -19,7 +19,9 @@ from torch import nn
 from autopart.errors import PartitionError
 from autopart.frontend.batch import Batch
 from autopart.frontend.with_loss import Loss, with_loss
-from autopart.hardware.mesh import AnyMesh, Mesh, usable_bytes
+from autopart.hardware.mesh import AnyMesh, Mesh
+from autopart.hardware.mixed import changed, views_of
+from autopart.hardware.rows import Link
 from autopart.passes.source import Source
 from autopart.plan.data import Plan
 from autopart.plan.units import bytes_text
@@ -189,13 +191,13 @@ class Explanation:
 
     @property
     def slack(self) -> float:
-        """Usable bytes of a device - peak bytes of the fullest stage."""
-        return usable_bytes(self.space.mesh) - max(self.plan.memory_bytes)
+        """The least usable bytes of a stage's device - peak bytes of the stage."""
+        return min(most - nbytes for most, nbytes in zip(self.plan.usable_bytes, self.plan.memory_bytes, strict=True))
 
     def _saved_bytes(self, stage: int) -> float:
         """Bytes that one micro-batch saves for backward on a rank of a stage."""
         found, modes = self.found, [(mode,) for mode in self.found.recompute]
-        costs = costs_of(self.space, found.point, found.chosen[stage], modes)
+        costs = costs_of(self.space, self.space.at(found.point, stage), found.chosen[stage], modes)
         ends = (*found.starts, len(modes))
         return float(costs.saved_bytes[costs.index(*ends[stage : stage + 2])])
 
@@ -210,7 +212,7 @@ class Explanation:
 
     def _changes(self) -> Iterator[tuple[str, SearchSpace]]:
         """The changes that `prices` tries, in words, each with its search space."""
-        mesh, device = self.space.mesh, self.space.mesh.device
+        mesh = self.space.mesh
         if self.space.request.must_fit:
             for what, more in (("one more GiB per device", GIB), ("one GiB less per device", -GIB)):
                 yield what, self._with_memory(more)
@@ -219,39 +221,48 @@ class Explanation:
             yield f"room for one more micro-batch in flight ({bytes_text(each)})", self._with_memory(each / 0.92)
         links = {"devices of a host": "intra", "hosts": "inter"}
         for between, name in links.items():
-            link = getattr(mesh, name)
             if (mesh.hosts if name == "inter" else mesh.devices_per_host) == 1:
                 continue
-            wire = link.measured.faster(FASTER) if link.measured else None
-            faster = replace(link, bandwidth=link.bandwidth * FASTER, measured=wire)
-            yield f"links between {between} 10 % faster ({link.name})", self._on_mesh(replace(mesh, **{name: faster}))
-        flops = {dtype: rate * FASTER for dtype, rate in device.flops.items()}
-        yield "products 10 % faster", self._on_mesh(replace(mesh, device=replace(device, flops=flops)), FASTER)
-        measured = device.measured.faster_memory(FASTER) if device.measured else None
-        moved = replace(device, bandwidth=device.bandwidth * FASTER, measured=measured)
-        yield "memory of the devices 10 % faster", self._on_mesh(replace(mesh, device=moved))
+            faster = changed(mesh, partial(_faster_link, name))
+            names = dict.fromkeys(getattr(view, name).name for view in views_of(mesh))
+            yield f"links between {between} 10 % faster ({', '.join(names)})", self._on_mesh(faster)
+        yield "products 10 % faster", self._on_mesh(changed(mesh, _faster_products))
+        yield "memory of the devices 10 % faster", self._on_mesh(changed(mesh, _faster_memory))
 
     def _with_memory(self, more: float) -> SearchSpace:
-        device = self.space.mesh.device
-        size = replace(device, memory_bytes=round(device.memory_bytes + more))
-        return replace(self.space, mesh=replace(self.space.mesh, device=size))
+        def grown(mesh: Mesh) -> Mesh:
+            device = mesh.device
+            return replace(mesh, device=replace(device, memory_bytes=round(device.memory_bytes + more)))
 
-    def _on_mesh(self, mesh: Mesh, rate: float = 1.0) -> SearchSpace:
-        """The search space of another mesh with the same tables, and with products `rate` times as fast."""
-        models = {tp: _faster(model, rate) for tp, model in self.space.models.items()}
-        return SearchSpace(self.space.layered, mesh, self.space.request, models)
+        return replace(self.space, mesh=changed(self.space.mesh, grown))
+
+    def _on_mesh(self, mesh: Mesh) -> SearchSpace:
+        """The search space of another mesh with the same tables."""
+        return SearchSpace(self.space.layered, mesh, self.space.request, self.space.models)
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.why()))
 
 
-def _faster(model: Model, rate: float) -> Model:
-    """The model with products `rate` times as fast; the ILP's constraints are the same."""
-    other = copy.copy(model)
-    other.solver = model.solver
-    other.sizes = copy.copy(model.sizes)
-    other.sizes.peak = model.sizes.peak * rate
-    return other
+def _faster_link(name: str, mesh: Mesh) -> Mesh:
+    """A mesh of equal devices with its link `name` FASTER times as fast."""
+    link: Link = getattr(mesh, name)
+    wire = link.measured.faster(FASTER) if link.measured else None
+    faster: dict[str, Any] = {name: replace(link, bandwidth=link.bandwidth * FASTER, measured=wire)}
+    return replace(mesh, **faster)
+
+
+def _faster_products(mesh: Mesh) -> Mesh:
+    """A mesh of equal devices with products FASTER times as fast."""
+    flops = {dtype: rate * FASTER for dtype, rate in mesh.device.flops.items()}
+    return replace(mesh, device=replace(mesh.device, flops=flops))
+
+
+def _faster_memory(mesh: Mesh) -> Mesh:
+    """A mesh of equal devices with memory FASTER times as fast."""
+    device = mesh.device
+    measured = device.measured.faster_memory(FASTER) if device.measured else None
+    return replace(mesh, device=replace(device, bandwidth=device.bandwidth * FASTER, measured=measured))
 
 
 def _operator(node: Node) -> str:

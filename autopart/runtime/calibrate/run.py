@@ -7,6 +7,7 @@ from pathlib import Path
 from autopart.errors import PartitionError
 from autopart.hardware import load_hardware
 from autopart.hardware.mesh import Mesh
+from autopart.hardware.mixed import parts_of
 from autopart.runtime.launch import launch
 
 DEFAULT_ROUNDS = 3
@@ -47,7 +48,9 @@ def calibrate(
 def _check(mesh: Mesh, dtypes: tuple[str, ...], rounds: int, path: Path) -> None:
     if mesh.hosts > 1:
         raise PartitionError(
-            f"{mesh} has {mesh.hosts} hosts", "one host is measured", f"{mesh.devices_per_host}:{mesh.device.name}"
+            f"{mesh} has {mesh.hosts} hosts",
+            "one host is measured",
+            f"{mesh.devices_per_host}:{parts_of(mesh)[0].device.name}",
         )
     for dtype in dtypes:
         if dtype not in mesh.device.flops or dtype in ("tf32", "float8"):
