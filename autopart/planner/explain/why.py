@@ -225,6 +225,9 @@ class Explanation:
             wire = link.measured.faster(FASTER) if link.measured else None
             faster = replace(link, bandwidth=link.bandwidth * FASTER, measured=wire)
             yield f"links between {between} 10 % faster ({link.name})", self._on_mesh(replace(mesh, **{name: faster}))
+        if mesh.pods > 1:
+            pods = replace(mesh, oversubscription=max(1.0, mesh.oversubscription / FASTER))
+            yield "links between pods 10 % faster", self._on_mesh(pods)
         flops = {dtype: rate * FASTER for dtype, rate in device.flops.items()}
         yield "products 10 % faster", self._on_mesh(replace(mesh, device=replace(device, flops=flops)), FASTER)
         measured = device.measured.faster_memory(FASTER) if device.measured else None
