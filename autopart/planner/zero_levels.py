@@ -30,7 +30,8 @@ that is `exact`, and for small models, every part is that may save anything."""
 
 MOST_HOSTS = 128
 """The hosts of data-parallel ranks of one pod up to which ZeRO divides among all: there the rings between hosts are
-short enough for parts to save little. For an `exact` request, and for small models, parts are tried on any number of hosts."""
+short enough for parts to save little. For an `exact` request, and for small models, parts are tried on any number of
+hosts."""
 
 SPREAD = 2
 """The least ratio of two numbers of ranks that ZeRO may divide among."""
