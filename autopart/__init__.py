@@ -12,7 +12,9 @@ with paused():
     from autopart.hardware.mesh import Mesh, load_hardware
     from autopart.plan.data import Plan
     from autopart.plan.estimate import Estimate
-    from autopart.plan.timeline import Timeline, timeline
+    from autopart.plan.slowed_step import SlowedStep
+    from autopart.plan.stragglers import Stragglers
+    from autopart.plan.timeline import Timeline, compare_stragglers, timeline
     from autopart.planner.explain.certificate import certify
     from autopart.planner.explain.memory_report import MemoryReport, memory_report
     from autopart.planner.explain.mesh_search import MeshChoice, search_mesh
@@ -51,6 +53,8 @@ __all__ = [
     "Progress",
     "Settings",
     "Simulated",
+    "SlowedStep",
+    "Stragglers",
     "TensorBoard",
     "Timeline",
     "Trace",
@@ -59,6 +63,7 @@ __all__ = [
     "calibrate",
     "certify",
     "check",
+    "compare_stragglers",
     "compile",
     "estimate",
     "explain",

@@ -55,7 +55,7 @@ def shared_options(
 MODEL_HELP = (
     "a model type or size (gpt2, llama-3-8b), a config.json or its folder, or module:function that returns model, batch"
 )
-MESH_HELP = r'"[HOSTSx]DEVICES:DEVICE\[@LINK]", as 4x8:h100-80gb or 4:cpu'
+MESH_HELP = r'"[HOSTSx]DEVICES:DEVICE\[@LINK]\[/HOSTS_PER_POD:OVERSUBSCRIPTION]", as 4x8:h100-80gb or 4:cpu'
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Mesh = Annotated[str, typer.Argument(metavar="MESH", help=MESH_HELP)]
 MaybeMesh = Annotated[str | None, typer.Argument(metavar="[MESH]", help=MESH_HELP)]

@@ -22,9 +22,11 @@ from autopart.cli.shared import (
     tell,
     write,
 )
+from autopart.cli.stragglers import Jitter, Slow, SlowDevices, SlowSeed, SlowSpeed, stragglers_of
 from autopart.errors import PartitionError
 from autopart.plan.data import Plan
 from autopart.plan.export import GRAPHS, SYSTEMS, export
+from autopart.plan.stragglers import Stragglers
 from autopart.plan.text import missing
 from autopart.plan.timeline import timeline
 from autopart.plan.units import bytes_text, seconds_text
@@ -47,6 +49,11 @@ def show_command(
     ] = None,
     prices: Annotated[bool, typer.Option("--prices", help="what more memory and faster links would bring")] = False,
     clock: Annotated[bool, typer.Option("--timeline", help="what every stage does when, simulated")] = False,
+    slow_devices: SlowDevices = None,
+    slow_speed: SlowSpeed = 0.8,
+    slow: Slow = None,
+    jitter: Jitter = None,
+    slow_seed: SlowSeed = 0,
     trace: Annotated[Path | None, typer.Option(help="write the timeline for Chrome's tracing or Perfetto")] = None,
     memory: Annotated[bool, typer.Option("--memory", help="whose the bytes of every stage are")] = False,
     lp: Annotated[Path | None, typer.Option(help="write the ILP of a stage's splits as an LP file")] = None,
@@ -61,12 +68,13 @@ def show_command(
     Example: autopart show plan.json --why-not tp=4 --why-not "stage 1 starts at h.8"
     """
     saved = Plan.load(file)
+    stragglers = stragglers_of(slow_devices, slow_speed, slow, jitter, slow_seed)
     if why or why_not or prices:
         _explain(saved, model, why, everything, why_not or [], prices, as_json)
     elif lp or mps:
         _write_ilp(saved, model, stage, lp, mps, as_json)
-    elif clock or trace:
-        _timeline(saved, trace, as_json)
+    elif clock or trace or stragglers:
+        _timeline(saved, trace, stragglers, as_json)
     elif memory:
         loaded, batch, _ = of_plan(saved, model)
         stages = memory_report(saved, loaded, batch)
@@ -78,9 +86,9 @@ def show_command(
         tell(saved.to_json() if as_json else str(saved))
 
 
-def _timeline(saved: Plan, trace: Path | None, as_json: bool) -> None:
+def _timeline(saved: Plan, trace: Path | None, stragglers: Stragglers | None, as_json: bool) -> None:
     """Print a plan's timeline, as wide as the terminal, and write its trace."""
-    made = timeline(saved)
+    made = timeline(saved, slow=stragglers)
     if trace:
         write(trace, lambda file: file.write_text(json.dumps(made.trace())))
     if as_json:

@@ -1,13 +1,16 @@
-"""Seconds of collectives, by the hosts and links of their ranks.
+"""Seconds of collectives, by the hosts, pods and links of their ranks.
 
 A rank in a ring of p ranks sends, of n bytes,
 
     all-gather, reduce-scatter   (p - 1) / p n bytes in p - 1 steps
     all-reduce                   2 (p - 1) / p n bytes in 2 (p - 1) steps
 
-The bandwidth of a ring is that of its slowest part: the links of a device inside a host, or the network cards of a host
-between hosts. A ring crosses the boundary of every host once. Several rings together use all network cards of the
-host's ranks.
+The bandwidth of a ring is that of its slowest part: the links of a device inside a host, the network cards of a host
+between hosts, or the part of the bandwidth between pods that the cards of a pod have. A ring crosses the boundary of
+every host, and of every pod, once: ranks are in the order of hosts and these in the order of pods. Several rings
+together use all network cards of the host's ranks. This is the hierarchy of Thakur, Rabenseifner and Gropp
+(Optimization of Collective Communication Operations in MPICH, IJHPCA 19(1), 2005), of alpha + beta n on every level,
+with the levels of a fat tree that is oversubscribed (Leiserson, Fat-trees, IEEE Trans. Computers C-34(10), 1985).
 
 Between hosts NCCL has trees too, of a logarithmic number of steps: for an all-reduce a double binary tree; for an
 all-gather or a reduce-scatter of one rank a host, parallel aggregated trees (PAT, from NCCL 2.23 on: Jeaugey, arXiv
@@ -29,7 +32,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopart.hardware.mesh import Group
-from autopart.hardware.rows import Link
+from autopart.hardware.pods import SPINE_SECONDS
+from autopart.hardware.rows import SPINE, Link
 
 BASE_SECONDS = (3.6e-6, 10e-6, 8.4e-6)
 """Seconds before the first step, by protocol: LL, LL128, Simple (nccl `baseLat`)."""
@@ -41,6 +45,7 @@ RING_STEPS: Mapping[str, tuple[float, float, float]] = {
     "nvlink": (0.47e-6, 1.9e-6, 3.4e-6),
     "pci": (1.0e-6, 2.5e-6, 5.7e-6),
     "network": (2.7e-6, 4.0e-6, 9.6e-6),
+    SPINE: (2.7e-6 + SPINE_SECONDS, 4.0e-6 + SPINE_SECONDS, 9.6e-6 + SPINE_SECONDS),
 }
 """Kind of link -> seconds of a step of a ring, by protocol (nccl `hwLat`)."""
 
@@ -48,6 +53,7 @@ TREE_STEPS: Mapping[str, tuple[float, float, float]] = {
     "nvlink": (0.52e-6, 1.2e-6, 28e-6),
     "pci": (1.0e-6, 1.9e-6, 28e-6),
     "network": (5.0e-6, 8.5e-6, 50e-6),
+    SPINE: (5.0e-6 + SPINE_SECONDS, 8.5e-6 + SPINE_SECONDS, 50e-6 + SPINE_SECONDS),
 }
 """Kind of link -> seconds of a step of a tree, by protocol (nccl `hwLat`)."""
 
@@ -68,9 +74,12 @@ PAT_BASE, PAT_RANK, PAT_STEPS_A_HOP, PAT_BANDWIDTH = 8e-6, 2.8e-6, 3.5, 0.75
 """Of parallel aggregated trees: seconds before the first step; seconds for each rank, which is linear still; steps that
 are on their way at once; bandwidth / bandwidth of a ring (nccl 2.23, `ncclTopoTuneModel`)."""
 
-LONE_STEPS = (5.0e-6, 8.5e-6, 14e-6)
-"""Seconds of a step of a ring between hosts that have one rank of it each, by protocol: nothing hides a latency there
-(nccl 2.23)."""
+LONE_STEPS: Mapping[str, tuple[float, float, float]] = {
+    "network": (5.0e-6, 8.5e-6, 14e-6),
+    SPINE: (5.0e-6 + SPINE_SECONDS, 8.5e-6 + SPINE_SECONDS, 14e-6 + SPINE_SECONDS),
+}
+"""Kind of link -> seconds of a step of a ring between hosts that have one rank of it each, by protocol: nothing hides a
+latency there (nccl 2.23)."""
 
 
 def ring_bandwidth(group: Group) -> float:
@@ -78,11 +87,18 @@ def ring_bandwidth(group: Group) -> float:
 
     inside a host  bandwidth x share x lanes
     between hosts  bandwidth x share x network cards of the host's ranks
+    between pods   bandwidth / oversubscription x share x network cards of the pod's ranks
     """
     found = _bandwidth_in_host(group) if group.per_host > 1 else math.inf
     if group.hosts > 1:
         found = min(found, group.inter.bandwidth * group.inter.share * group.nics * group.per_host)
-    return found
+    return min(found, _bandwidth_of_pod(group))
+
+
+def _bandwidth_of_pod(group: Group) -> float:
+    """Bytes/s that the ranks of a pod together send to other pods; infinite where the group lies in one pod."""
+    link = group.spine
+    return link.bandwidth * link.share * group.nics * group.per_pod if link else math.inf
 
 
 def _bandwidth_in_host(group: Group) -> float:
@@ -97,8 +113,8 @@ def _bandwidth_in_host(group: Group) -> float:
 
 def _latencies(link: Link, tree: bool, lone: bool = False) -> tuple[float, ...]:
     """Seconds of a step over a link, by protocol. `lone`: of a ring with one rank a host."""
-    if lone and link.kind == "network":
-        return LONE_STEPS
+    if lone and link.kind in LONE_STEPS:
+        return LONE_STEPS[link.kind]
     return (link.latency_seconds,) * 3 if link.kind in NO_PROTOCOLS else (TREE_STEPS if tree else RING_STEPS)[link.kind]
 
 
@@ -117,17 +133,21 @@ def _copy_seconds(nbytes: Any, group: Group) -> Any:
     return nbytes / COPY_BANDWIDTH if runs_on_gloo(group) and group.ranks > 1 else 0.0 * nbytes
 
 
-def _fastest_protocol(wire: Any, near: float, far: float, group: Group, bandwidth: float, tree: bool = False) -> Any:
-    """Seconds to send `wire` bytes a rank, in `near` steps inside hosts and `far` steps between hosts:
+def _fastest_protocol(
+    wire: Any, steps: tuple[float, float, float], group: Group, bandwidth: float, tree: bool = False
+) -> Any:
+    """Seconds to send `wire` bytes a rank, in so many steps inside hosts, between hosts of a pod, and between pods:
 
-    min over protocols of base + near x step inside + far x step between + wire / (bandwidth x share)
+    min over protocols of base + sum over levels of steps x seconds of a step + wire / (bandwidth x share)
     """
-    best = np.inf
-    own, other = _latencies(group.intra, tree), _latencies(group.inter, tree, group.per_host == 1 and not tree)
-    for base, share, a, b in zip(BASE_SECONDS, BANDWIDTH_SHARES, own, other, strict=True):
+    best, lone = np.inf, group.per_host == 1 and not tree
+    near, far, across = steps
+    own, other = _latencies(group.intra, tree), _latencies(group.inter, tree, lone)
+    spine = _latencies(group.spine, tree, lone) if group.spine else (0.0,) * 3
+    for base, share, a, b, c in zip(BASE_SECONDS, BANDWIDTH_SHARES, own, other, spine, strict=True):
         if not _runs_on_nccl(group):
             base, share = 0.0, 1.0
-        best = np.minimum(best, base + near * a + far * b + wire / (bandwidth * share))
+        best = np.minimum(best, base + near * a + far * b + across * c + wire / (bandwidth * share))
     return best
 
 
@@ -136,9 +156,9 @@ def _ring(wire: Any, rounds: int, group: Group) -> Any:
     as long as a step."""
     if group.ranks == 1:
         return 0.0 * wire
-    far = group.hosts - 1
-    near = rounds * (group.ranks - 1 - far) + runs_on_gloo(group)
-    return _fastest_protocol(wire, near, rounds * far, group, ring_bandwidth(group))
+    far, across = group.hosts - group.pods, group.pods - 1
+    near = rounds * (group.ranks - group.hosts) + runs_on_gloo(group)
+    return _fastest_protocol(wire, (near, rounds * far, rounds * across), group, ring_bandwidth(group))
 
 
 def _measured(name: str, nbytes: Any, group: Group) -> Any | None:
@@ -154,28 +174,37 @@ def all_gather_seconds(nbytes: Any, group: Group) -> Any:
     has for groups of one rank a host:
 
         base + log2(hosts) x step / 3.5 + hosts x 2.8 us + wire / (0.75 x bandwidth)
+
+    Between pods of h hosts these trees send more than a ring: parts of 1 / hosts, 2^k of them over a distance of
+    hosts / 2^(k + 1). Of the n bytes those over whole pods are less than n; at each of the log2(h) distances within a
+    pod, the hosts at its end send n / 2 to the next pod. Together that is n (1 + log2(h) / 2).
     """
     wire = (group.ranks - 1) / group.ranks * nbytes
     ring = _ring(wire, 1, group) + _copy_seconds(nbytes, group)
     if group.hosts == 1 or group.per_host > 1 or group.inter.kind != "network":
         return ring
-    steps = math.ceil(math.log2(group.hosts)) * LONE_STEPS[-1] / PAT_STEPS_A_HOP + group.ranks * PAT_RANK
-    return np.minimum(ring, PAT_BASE + steps + wire / (PAT_BANDWIDTH * ring_bandwidth(group)))
+    steps = math.ceil(math.log2(group.hosts)) * LONE_STEPS["network"][-1] / PAT_STEPS_A_HOP + group.ranks * PAT_RANK
+    bandwidth = ring_bandwidth(group)
+    if group.spine:
+        steps += math.ceil(math.log2(group.pods)) * SPINE_SECONDS
+        bandwidth = min(bandwidth, _bandwidth_of_pod(group) / (1 + math.log2(group.per_pod) / 2))
+    return np.minimum(ring, PAT_BASE + steps + wire / (PAT_BANDWIDTH * bandwidth))
 
 
 def all_reduce_seconds(nbytes: Any, group: Group) -> Any:
     """Seconds to give every rank the sum of p tensors of `nbytes`: those of a ring, or fewer of a tree between hosts.
 
     The tree is a double binary tree, of 2 ceil(log2(hosts)) steps between hosts (Sanders, Speck and Traff, Parallel
-    Computing 35(12), 2009).
+    Computing 35(12), 2009). Over several pods it is such a tree of pods whose nodes are trees of hosts: as every host,
+    every pod sends and receives 2 n bytes.
     """
     ring = _ring(2 * (group.ranks - 1) / group.ranks * nbytes, 2, group)
     if group.hosts == 1 or not _runs_on_nccl(group):
         return ring
-    far = 2 * math.ceil(math.log2(group.hosts))
-    tree = _fastest_protocol(
-        2.0 * nbytes, 2 * (group.per_host - 1), far, group, ring_bandwidth(group) * TREE_BANDWIDTH, tree=True
-    )
+    across = 2 * math.ceil(math.log2(group.pods))
+    far = 2 * math.ceil(math.log2(-(-group.hosts // group.pods)))
+    steps = 2 * (group.per_host - 1), far, across
+    tree = _fastest_protocol(2.0 * nbytes, steps, group, ring_bandwidth(group) * TREE_BANDWIDTH, tree=True)
     return np.minimum(ring, tree)
 
 
@@ -191,8 +220,11 @@ def all_to_all_seconds(nbytes: Any, group: Group) -> Any:
     if group.hosts > 1:
         most = group.inter.bandwidth * group.inter.exchange * group.nics
         rates.append((p - local) / p / most)
-    near = local - 1 + runs_on_gloo(group)
-    return _fastest_protocol(max(rates) * nbytes, near, p - local, group, 1.0) + _copy_seconds(nbytes, group)
+    within = group.per_pod or p
+    if group.spine:
+        rates.append((p - within) / p / (group.spine.bandwidth * group.spine.exchange * group.nics))
+    steps = local - 1 + runs_on_gloo(group), within - local, p - within
+    return _fastest_protocol(max(rates) * nbytes, steps, group, 1.0) + _copy_seconds(nbytes, group)
 
 
 def broadcast_seconds(nbytes: Any, group: Group) -> Any:
@@ -205,7 +237,7 @@ def p2p_seconds(nbytes: Any, link: Link) -> Any:
     if link.measured:
         return measured_seconds(nbytes, link.measured.p2p)
     pair = Group(2, 2, link, link)
-    return _fastest_protocol(1.0 * nbytes, 1, 0, pair, _bandwidth_in_host(pair))
+    return _fastest_protocol(1.0 * nbytes, (1, 0, 0), pair, _bandwidth_in_host(pair))
 
 
 def message_seconds(nbytes: Any, group: Group, name: str, message: float) -> Any:

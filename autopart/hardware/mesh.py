@@ -7,7 +7,6 @@ the tables in `autopart.hardware`, to which a user's file adds more.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -16,9 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from autopart.errors import PartitionError
 from autopart.hardware import find_device, find_link
 from autopart.hardware import load_hardware as load_hardware
-from autopart.hardware.cuda import of_cuda
+from autopart.hardware.group import Group as Group
+from autopart.hardware.group import ranks_within
 from autopart.hardware.measured import read_measured, read_wire
 from autopart.hardware.pace import busy_device, pace
+from autopart.hardware.pods import check_pods, pods_text, shared_spine, spine_of, split_pods
 from autopart.hardware.rows import Device, Host, Link, Silicon
 
 if TYPE_CHECKING:
@@ -38,37 +39,16 @@ AnyMesh: TypeAlias = "str | Mesh | DeviceMesh"
 
 
 @dataclass(frozen=True)
-class Group:
-    """A group of ranks that communicates while all other groups of the same axis do.
-
-    ranks     number of ranks of the group
-    per_host  number of them on one host
-    intra     the link between devices of one host
-    inter     the link between hosts
-    nics      network cards for each rank, a fraction where ranks share cards
-    """
-
-    ranks: int
-    per_host: int
-    intra: Link
-    inter: Link
-    nics: float = 1.0
-
-    @property
-    def hosts(self) -> int:
-        """Hosts the group spans."""
-        return -(-self.ranks // self.per_host)
-
-
-@dataclass(frozen=True)
 class Mesh:
     """`hosts` hosts of `devices_per_host` equal devices each.
 
-    intra          the link between devices of one host
-    inter          the link between hosts
-    axes           degrees the user has fixed, outermost first, e.g. ``(("pp", 2), ("dp", 2), ("tp", 2))``; empty leaves
-                   all to the planner. Their product divides `size`, and equals it if all are given
-    nics_per_host  network cards of a host; None: as many for each device as the device's row says (see `nics`)
+    intra             the link between devices of one host
+    inter             the link between hosts
+    axes              degrees the user has fixed, outermost first, e.g. ``(("pp", 2), ("dp", 2), ("tp", 2))``; empty
+                      leaves all to the planner. Their product divides `size`, and equals it if all are given
+    nics_per_host     network cards of a host; None: as many for each device as the device's row says (see `nics`)
+    hosts_per_pod     neighbouring hosts that form a pod, the last of which may have fewer; None: all
+    oversubscription  bytes/s of all network cards of a pod / bytes/s between the pod and others, at least 1
 
     Raises PartitionError if a number is below 1 or `axes` does not fit.
     """
@@ -80,6 +60,8 @@ class Mesh:
     inter: Link
     axes: tuple[tuple[str, int], ...] = ()
     nics_per_host: int | None = None
+    hosts_per_pod: int | None = None
+    oversubscription: float = 1.0
 
     def __post_init__(self) -> None:
         if min(self.hosts, self.devices_per_host) < 1:
@@ -91,6 +73,7 @@ class Mesh:
             raise PartitionError(f"a mesh of {self.size:,} devices", f"ranks are numbered up to {MAX_DEVICES:,}")
         if self.nics_per_host is not None and self.nics_per_host < 1:
             raise PartitionError(f"hosts with {self.nics_per_host} network cards", try_="at least 1")
+        check_pods(self.hosts_per_pod, self.oversubscription)
         _check_axes(self.axes, self.size)
 
     @staticmethod
@@ -105,6 +88,16 @@ class Mesh:
     def size(self) -> int:
         """The number of devices, which is that of ranks."""
         return self.hosts * self.devices_per_host
+
+    @property
+    def pods(self) -> int:
+        """The number of pods of hosts."""
+        return -(-self.hosts // (self.hosts_per_pod or self.hosts))
+
+    @property
+    def pod_size(self) -> int:
+        """The number of devices of a pod."""
+        return (self.hosts_per_pod or self.hosts) * self.devices_per_host
 
     @property
     def nics(self) -> int:
@@ -137,31 +130,41 @@ class Mesh:
         """The slowest link within the groups of `size` ranks spaced `stride` apart that tile the mesh.
 
         The groups interleave in blocks of ``stride * size`` ranks, so that a host boundary inside a block
-        parts at least one of them; the link is then `inter`. Raises PartitionError if the mesh has no such
+        parts at least one of them; the link is then `inter`, or that between pods (`spine_of`) where a pod's boundary
+        does. Raises PartitionError if the mesh has no such
         group.
         """
         if min(stride, size) < 1 or (size - 1) * stride >= self.size:
             raise PartitionError(f"{self} has no group of {size} ranks spaced {stride} apart")
-        within = size == 1 or self.hosts == 1 or self.devices_per_host % (stride * size) == 0
-        return self.intra if within else self.inter
+        if size == 1 or self.hosts == 1 or self.devices_per_host % (stride * size) == 0:
+            return self.intra
+        within = self.pods == 1 or self.pod_size % (stride * size) == 0
+        return self.inter if within else spine_of(self.inter, self.oversubscription)
 
     def group(self, stride: int, size: int) -> Group:
         """The groups of `size` ranks spaced `stride` apart that tile the mesh (see `link`).
 
         Where they cross hosts and do not fill them evenly, `per_host` is the most that every group could be made of in
-        equal parts, so that none is faster than said. All ranks communicate at once: of the network cards of a host
-        each has its share, and no more than one.
+        equal parts, so that none is faster than said; so is `per_pod`. All ranks communicate at once: of the network
+        cards of a host each has its share, and no more than one.
         """
-        per_host = size
-        if self.link(stride, size) is not self.intra:
-            aligned = self.devices_per_host % stride == 0
-            per_host = math.gcd(size, self.devices_per_host // stride) if aligned else 1
-        return Group(size, per_host, self.intra, self.inter, min(1.0, self.nics / self.devices_per_host))
+        link = self.link(stride, size)
+        per_host = size if link is self.intra else ranks_within(size, stride, self.devices_per_host)
+        group = Group(size, per_host, self.intra, self.inter, min(1.0, self.nics / self.devices_per_host))
+        if link is self.intra or link is self.inter:
+            return group
+        return replace(group, per_pod=ranks_within(size, stride, self.pod_size), spine=link)
 
     def between(self, stride: int, stages: int, micro_batches: int) -> Link:
         """The link on which ranks `stride` apart in a pipeline send to the next while as many of a host do as can, and
-        as `busy_device` has them."""
-        link = self.shared(self.link(stride, stages), min(stride, self.devices_per_host))
+        as `busy_device` has them. Where a message crosses pods, all that may leave the pod at once share the bandwidth
+        between pods."""
+        link, senders = self.link(stride, stages), min(stride, self.devices_per_host)
+        if link is self.intra or link is self.inter:
+            link = self.shared(link, senders)
+        else:
+            cards = self.pod_size / self.devices_per_host * self.nics
+            link = shared_spine(link, self.shared(self.inter, senders), cards, min(stride, self.pod_size))
         factor = pace(self.device, stages, micro_batches)
         return link if factor == 1 or not link.measured else replace(link, measured=link.measured.faster(1 / factor))
 
@@ -173,29 +176,34 @@ class Mesh:
         """The text `parse` reads; `axes`, a custom `intra` and `nics_per_host` are not part of it (see `to_json`)."""
         hosts = f"{self.hosts}x" if self.hosts > 1 else ""
         link = f"@{self.inter.name}" if self.inter.name != self.device.inter else ""
-        return f"{hosts}{self.devices_per_host}:{self.device.name}{link}"
+        pods = pods_text(self.hosts_per_pod, self.oversubscription)
+        return f"{hosts}{self.devices_per_host}:{self.device.name}{link}{pods}"
 
     @staticmethod
     def parse(text: str) -> Mesh:
-        """Read ``"[HOSTSx]DEVICES:DEVICE[@LINK]"``, LINK being the one between hosts; or several such, joined by "+".
+        """Read ``"[HOSTSx]DEVICES:DEVICE[@LINK][/HOSTS_PER_POD:OVERSUBSCRIPTION]"``, LINK being the one between hosts;
+        or several such without pods, joined by "+".
 
         ``"4x8:h100-80gb"`` is 4 hosts of 8, ``"4:cpu"`` one host of 4, ``"2x8:a100-80gb@ib-hdr"`` names
-        the link, ``"2x8:a100-80gb+2x8:h100-80gb"`` has hosts of two kinds (`hardware.mixed`). Raises PartitionError on
-        other text, zero sizes, names not in the tables and kinds that do not form one mesh.
+        the link, ``"128x8:h100-80gb/32:4"`` has 4 pods of 32 hosts, ``"2x8:a100-80gb+2x8:h100-80gb"`` has hosts of two
+        kinds (`hardware.mixed`). Raises PartitionError on other text, zero sizes, names not in the tables and kinds
+        that do not form one mesh.
         """
         if "+" in text:
             from autopart.hardware.mixed import joined
 
             return joined([Mesh.parse(part) for part in text.split("+")])
-        match = _GRAMMAR.fullmatch(text.strip().lower())
+        one_pod, hosts_per_pod, oversubscription = split_pods(text.strip().lower())
+        match = _GRAMMAR.fullmatch(one_pod)
         if match is None:
             raise PartitionError(
                 f"not a mesh: {text!r}",
-                why='the form is "[HOSTSx]DEVICES:DEVICE[@LINK]", or several such with + between them',
-                try_='"4x8:h100-80gb", "4:cpu", "2x8:a100-80gb@ib-hdr" or "2x8:a100-80gb+2x8:h100-80gb"',
+                why='the form is "[HOSTSx]DEVICES:DEVICE[@LINK][/HOSTS_PER_POD:OVERSUBSCRIPTION]", several with +',
+                try_='"4x8:h100-80gb", "4:cpu", "128x8:h100-80gb/32:4" or "2x8:a100-80gb+2x8:h100-80gb"',
             )
         hosts, devices, name, link = match.groups()
         mesh = Mesh.usual(int(hosts or 1), int(devices), find_device(name))
+        mesh = replace(mesh, hosts_per_pod=hosts_per_pod, oversubscription=oversubscription)
         return replace(mesh, inter=find_link(link)) if link else mesh
 
     @staticmethod
@@ -215,7 +223,9 @@ class Mesh:
         from torch.distributed.device_mesh import DeviceMesh
 
         if isinstance(obj, DeviceMesh):
-            return _of_device_mesh(obj)
+            from autopart.hardware.device_mesh import mesh_of
+
+            return mesh_of(obj)
         raise PartitionError(
             f"not a mesh: {obj!r}",
             try_='text such as "4x8:h100-80gb", an autopart Mesh or a torch DeviceMesh',
@@ -277,54 +287,6 @@ def _check_axes(axes: Iterable[tuple[str, int]], size: int) -> None:
             f"the degrees {given} do not fit {size} devices",
             why=f"their product {product} must {'equal' if complete else 'divide'} {size}",
         )
-
-
-def _of_device_mesh(device_mesh: DeviceMesh) -> Mesh:
-    names = device_mesh.mesh_dim_names
-    if names is None:
-        raise PartitionError(
-            "the DeviceMesh has no dim names",
-            why="they tell which degree each dim fixes",
-            try_=f"mesh_dim_names out of {AXES}",
-        )
-    ranks = device_mesh.mesh.flatten().tolist()
-    if ranks != list(range(len(ranks))):
-        raise PartitionError(
-            f"the DeviceMesh holds the ranks {ranks}",
-            why="a plan is made for all ranks, in order",
-            try_="the root mesh, as init_device_mesh makes it",
-        )
-    device = _of_device_type(device_mesh.device_type)
-    per_host = _devices_per_host(len(ranks))
-    mesh = Mesh.usual(len(ranks) // per_host, per_host, device)
-    return replace(mesh, axes=tuple(zip(names, device_mesh.shape, strict=True)))
-
-
-def _devices_per_host(size: int) -> int:
-    """LOCAL_WORLD_SIZE, as torchrun sets it, for a mesh of `size` ranks; `size` if unset or larger."""
-    text = os.environ.get("LOCAL_WORLD_SIZE", str(size))
-    local = min(int(text), size) if text.isdecimal() else 0
-    if local < 1 or size % local:
-        raise PartitionError(
-            f"LOCAL_WORLD_SIZE={text} does not divide the {size} ranks of the DeviceMesh",
-            why="every host must hold as many ranks",
-        )
-    return local
-
-
-def _of_device_type(device_type: str) -> Device:
-    import torch
-
-    if device_type == "cpu":
-        return find_device("cpu")
-    if device_type == "cuda" and torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        return of_cuda(torch.cuda.get_device_name(), properties.total_memory)
-    raise PartitionError(
-        f"no device row for a DeviceMesh on {device_type!r}",
-        why="CUDA finds no device here" if device_type == "cuda" else "only cpu and cuda are known",
-        try_='text that names the device, such as "4x8:h100-80gb", or a Mesh with a Device of your own',
-    )
 
 
 def divisors(number: int) -> list[int]:

@@ -125,8 +125,16 @@ def joined(parts: Iterable[Mesh], axes: Iterable[tuple[str, int]] = ()) -> Mesh:
     """The mesh of the hosts of some meshes, in this order, with the degrees `axes`. Neighbours of one kind are one
     part; a mesh of one kind is a plain `Mesh`.
 
-    Raises PartitionError where hosts have different numbers of devices, and where CPUs stand beside GPUs.
+    Raises PartitionError where hosts have different numbers of devices, where CPUs stand beside GPUs, and for pods.
     """
+    parts = tuple(parts)
+    if any(part.hosts_per_pod for part in parts):
+        flat = [replace(part, hosts_per_pod=None, oversubscription=1.0) for part in parts]
+        raise PartitionError(
+            "pods in a mesh of several kinds",
+            "a pod has hosts of one kind, and all links are alike",
+            "+".join(map(str, flat)),
+        )
     merged: list[Mesh] = []
     for part in parts:
         if merged and replace(part, hosts=merged[-1].hosts) == merged[-1]:

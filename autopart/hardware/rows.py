@@ -183,6 +183,9 @@ KINDS = ("nvlink", "pci", "network", "host", "gloo")
 """Kinds of links: the three that NCCL has protocols for, "host", which has no protocol, and "gloo", for CPUs of one
 host."""
 
+SPINE = "spine"
+"""The kind of "network" links between pods of hosts, which no row has: `autopart.hardware.pods.spine_of` makes it."""
+
 
 @dataclass(frozen=True)
 class Link:

@@ -20,13 +20,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from autopart.errors import PartitionError
 from autopart.plan.fields import PlanFields
 from autopart.plan.schedules import in_flight
 from autopart.plan.schedules.ops import ONCE_A_STEP, Instruction, Op
 from autopart.plan.schedules.program import instructions
 from autopart.plan.schedules.simulate import simulate
 from autopart.plan.schedules.verify import verify
+from autopart.plan.slowed_step import SlowedStep, slowed_step
 from autopart.plan.stages import PlanStage
+from autopart.plan.stragglers import Stragglers
 from autopart.plan.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
@@ -99,12 +102,14 @@ class Timeline:
     bubble             1 - mean over stages of the seconds at work / the longest time from a stage's first work to its
                        last
     stages             the stages' timelines
+    slowed             the step with stragglers; None where none were given. The other fields are without them
     """
 
     seconds: float
     predicted_seconds: float
     bubble: float
     stages: tuple[StageTimeline, ...]
+    slowed: SlowedStep | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The timeline as dicts, lists, numbers and text."""
@@ -122,6 +127,7 @@ class Timeline:
                 }
                 for stage in self.stages
             ],
+            **({"slowed": self.slowed.to_json()} if self.slowed else {}),
         }
 
     def trace(self) -> dict[str, Any]:
@@ -139,6 +145,7 @@ class Timeline:
                 f"bubble {self.bubble:.1%}"
             )
         ]
+        lines += [Text(str(self.slowed))] if self.slowed else []
         for number, stage in enumerate(self.stages):
             row = Text(f"stage {number:<3} ").append_text(_row(stage, self.seconds, width))
             shares = ", ".join(f"{k} {v / self.seconds:.0%}" for k, v in stage.seconds.items() if v > 0)
@@ -154,11 +161,14 @@ class Timeline:
         return self.chart().plain
 
 
-def timeline(plan: PlanFields) -> Timeline:
+def timeline(plan: PlanFields, *, slow: Stragglers | None = None) -> Timeline:
     """Simulate a step of a plan.
 
-    Raises PartitionError where stages would wait for each other for ever, with who waits for whom, and for a schedule
-    that is not known.
+    slow  what is slower than the plan supposes; `Timeline.slowed` has the step with it, by the rules of
+          `autopart.plan.slowed_step`
+
+    Raises PartitionError where stages would wait for each other for ever, with who waits for whom, for a schedule that
+    is not known, and for stragglers that are not on the plan's mesh.
     """
     edges = {(i, to): seconds / 2 for i, stage in enumerate(plan.stages) for to, _, seconds in stage.sends}
     lists = instructions(plan.schedule, plan.pp, plan.micro_batches, edges)
@@ -185,7 +195,19 @@ def timeline(plan: PlanFields) -> Timeline:
                 tuple(_allocated(events[index], stage, flights)),
             )
         )
-    return Timeline(run.seconds, plan.step_seconds, run.bubble, tuple(stages))
+    slowed = slowed_step(plan, slow, lists, edges, run.seconds) if slow else None
+    return Timeline(run.seconds, plan.step_seconds, run.bubble, tuple(stages), slowed)
+
+
+def compare_stragglers(plans: Mapping[str, PlanFields], slow: Stragglers) -> dict[str, SlowedStep]:
+    """Name -> the step with stragglers, of several plans, the fastest first. In one draw all plans for as many ranks
+    have the same slow ranks.
+
+    Raises PartitionError for no plans, and as `timeline` does."""
+    if not plans:
+        raise PartitionError("no plans to compare", try_='{"planned": plan, "tp=8": other}')
+    found = {name: made for name, plan in plans.items() if (made := timeline(plan, slow=slow).slowed)}
+    return dict(sorted(found.items(), key=lambda row: row[1].seconds))
 
 
 def _seconds(events: list[Event], whole: float) -> dict[str, float]:

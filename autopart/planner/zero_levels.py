@@ -6,9 +6,9 @@ level is tried only once the level below it does not fit in memory. So are the p
 once the first level without offload does not fit. `setting_seconds.extra_seconds` compares the time of two points.
 
 Every level may divide among all data-parallel ranks, or among a part of them (`shard_sizes`). The fewer ranks, the more
-memory. A part is of the search space where the ranks are of more than MOST_HOSTS hosts, and where it is estimated to
-save MIN_SAVING of a step against all ranks at the same level, and against a larger part. It is tried once a setting
-before it does not fit that takes no more time, or from the start where there is none.
+memory. A part is of the search space where the ranks are of more than MOST_HOSTS hosts or of several pods, and where it
+is estimated to save MIN_SAVING of a step against all ranks at the same level, and against a larger part. It is tried
+once a setting before it does not fit that takes no more time, or from the start where there is none.
 """
 
 import math
@@ -29,8 +29,9 @@ MIN_SAVING = 0.05
 that is `exact`, and for small models, every part is that may save anything."""
 
 MOST_HOSTS = 128
-"""The hosts of data-parallel ranks up to which ZeRO divides among all: there the rings between hosts are short enough
-for parts to save little. For an `exact` request, and for small models, parts are tried on any number of hosts."""
+"""The hosts of data-parallel ranks of one pod up to which ZeRO divides among all: there the rings between hosts are
+short enough for parts to save little. For an `exact` request, and for small models, parts are tried on any number of
+hosts."""
 
 SPREAD = 2
 """The least ratio of two numbers of ranks that ZeRO may divide among."""
@@ -62,17 +63,19 @@ def offloads(space: SearchSpace) -> list[bool]:
 
 def shard_sizes(space: SearchSpace, point: SearchPoint) -> list[int]:
     """The numbers of data-parallel ranks that ZeRO may divide among where these are not all, rising: those of a host,
-    and of k hosts. Inside a host all links are equal: a part of its ranks brings no faster messages. Each number is at
-    least SPREAD times the one before."""
+    of k hosts, and of a pod of hosts. Inside a host all links are equal: a part of its ranks brings no faster messages.
+    Each number but that of a pod is at least SPREAD times the one before."""
     request, dp = space.request, point.dp
     if request.shard_size:
         sizes = [request.shard_size] if request.shard_size < dp else []
     else:
-        host = math.gcd(dp, max(1, space.mesh.devices_per_host // point.tp))
+        host, pod = (
+            math.gcd(dp, max(1, devices // point.tp)) for devices in (space.mesh.devices_per_host, space.mesh.pod_size)
+        )
         sizes = []
-        for hosts in divisors(dp // host):
-            if 1 < host * hosts < dp and (not sizes or host * hosts >= SPREAD * sizes[-1]):
-                sizes.append(host * hosts)
+        for size in (host * hosts for hosts in divisors(dp // host)):
+            if 1 < size < dp and (not sizes or size >= SPREAD * sizes[-1] or size == pod):
+                sizes.append(size)
     return sizes
 
 
@@ -131,7 +134,8 @@ def _that_save(space: SearchSpace, parts: list[SearchPoint], whole: SearchPoint)
     """Those of some settings of one level, in rising number of ranks, that save MIN_SAVING of a step against the next
     that is left; and the setting `whole`, among all ranks."""
     every, left = _every(space), [whole]
-    far = space.training(whole).group.hosts > MOST_HOSTS
+    group = space.training(whole).group
+    far = group.hosts > MOST_HOSTS or group.pods > 1
     if parts and (every or (far and message_share(space, whole) > MIN_SAVING)):
         for at in reversed(parts):
             most = extra_seconds(space, left[0], at, ALL) if every else saving(space, left[0], at) - MIN_SAVING

@@ -209,6 +209,9 @@ def problem(seed: int) -> Problem:
         far = Link("far", 10 ** draw.uniform(4, 8), 10 ** draw.uniform(-7, -3), "test")
         per_host = draw.choice([1, 2])
         mesh = replace(mesh, hosts=4 // per_host, devices_per_host=per_host, inter=far)
+    draw = random.Random(f"pods {seed}")
+    if mesh.hosts > 1 and draw.random() < 0.5:
+        mesh = replace(mesh, hosts_per_pod=mesh.hosts // 2, oversubscription=10 ** draw.uniform(0, 3))
     request = Request(batch, optimizer=optimizer, exact=True, prefetch=0, **asked).check(mesh)
     return Problem(SearchSpace(traced(seed // SHARED, min(2, batch)), mesh, request), seed)
 

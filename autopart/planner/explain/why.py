@@ -226,6 +226,9 @@ class Explanation:
             faster = changed(mesh, partial(_faster_link, name))
             names = dict.fromkeys(getattr(view, name).name for view in views_of(mesh))
             yield f"links between {between} 10 % faster ({', '.join(names)})", self._on_mesh(faster)
+        if mesh.pods > 1:
+            pods = replace(mesh, oversubscription=max(1.0, mesh.oversubscription / FASTER))
+            yield "links between pods 10 % faster", self._on_mesh(pods)
         yield "products 10 % faster", self._on_mesh(changed(mesh, _faster_products))
         yield "memory of the devices 10 % faster", self._on_mesh(changed(mesh, _faster_memory))
 
