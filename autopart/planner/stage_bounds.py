@@ -27,7 +27,6 @@ from autopart.cost.collectives import p2p_seconds
 from autopart.cost.compute import Array
 from autopart.cost.intervals import NEVER, interval_index
 from autopart.cost.prices import Prices
-from autopart.hardware.mixed import views_of
 from autopart.hardware.rows import Link
 from autopart.passes.solve import Solution
 from autopart.passes.split_problem import SplitProblem
@@ -154,8 +153,7 @@ def _cuts_by_bound(columns: Sequence[Array], positions: int, micro_batches: int)
 def stage_costs(space: SearchSpace, point: SearchPoint, span: Span) -> tuple[Array, Array]:
     """By priced variable, seconds of a micro-batch in a stage of the point's kind, linear in the splits: a lower bound
     on f (`Model.least_counts_in`); and f of splits in which every reshard of a value is needed in each of the stages
-    that take the value. On a mesh of one kind both are the second. It is no proven bound where stages want a tied
-    weight in different placements, but full enumeration (`tests/planner/test_brute.py`) has found no plan below it."""
+    that take the value. They differ where stages may want a tied weight in different placements."""
     model, modes, link = space.model(point), space.forced(point), space.between_stages(point)
     inside, windows = model.counts_in(*span), space.sync_windows(point)
     each = space.costs(point, modes).seconds / np.maximum(model.counts, 1.0)
@@ -164,8 +162,7 @@ def stage_costs(space: SearchSpace, point: SearchPoint, span: Span) -> tuple[Arr
     first, last = model.counts_alone[span[0]], model.counts_alone[span[1] - 1]
     late = windows.scatter * (inside - alone + first) + windows.gather * (2 * (inside - alone) + first + last)
     rest = sent + late
-    least = model.least_counts_in(*span) if len(views_of(space.mesh)) > 1 else inside
-    return each * least + rest, each * inside + rest
+    return each * model.least_counts_in(*span) + rest, each * inside + rest
 
 
 def relaxed_stages(space: SearchSpace, stages: Sequence[Stage], allowed: Options) -> tuple[float, Solution | None]:
