@@ -1,23 +1,23 @@
-"""A torch DeviceMesh -> the mesh that it describes."""
+"""A torch DeviceMesh -> the hosts that it describes."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from autopart.errors import PartitionError
 from autopart.hardware import find_device
+from autopart.hardware.axes import AXES
 from autopart.hardware.cuda import of_cuda
-from autopart.hardware.mesh import AXES, Mesh
 from autopart.hardware.rows import Device
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def mesh_of(device_mesh: DeviceMesh) -> Mesh:
-    """The mesh of a DeviceMesh (see `Mesh.of`). Raises PartitionError where it does not hold all ranks in order."""
+def hosts_of(device_mesh: DeviceMesh) -> tuple[int, int, Device, tuple[tuple[str, int], ...]]:
+    """Hosts, devices of a host, their row, and the degrees that a DeviceMesh fixes (see `Mesh.of`). Raises
+    PartitionError where it does not hold all ranks in order."""
     names = device_mesh.mesh_dim_names
     if names is None:
         raise PartitionError(
@@ -34,8 +34,7 @@ def mesh_of(device_mesh: DeviceMesh) -> Mesh:
         )
     device = _of_device_type(device_mesh.device_type)
     per_host = _devices_per_host(len(ranks))
-    mesh = Mesh.usual(len(ranks) // per_host, per_host, device)
-    return replace(mesh, axes=tuple(zip(names, device_mesh.shape, strict=True)))
+    return len(ranks) // per_host, per_host, device, tuple(zip(names, device_mesh.shape, strict=True))
 
 
 def _devices_per_host(size: int) -> int:

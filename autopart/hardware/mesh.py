@@ -6,30 +6,29 @@ the tables in `autopart.hardware`, to which a user's file adds more.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from autopart.errors import PartitionError
 from autopart.hardware import find_device, find_link
 from autopart.hardware import load_hardware as load_hardware
+from autopart.hardware.axes import AXES as AXES
+from autopart.hardware.device_mesh import hosts_of
+from autopart.hardware.equal_hosts import MAX_DEVICES as MAX_DEVICES
+from autopart.hardware.equal_hosts import EqualHosts
 from autopart.hardware.group import Group as Group
-from autopart.hardware.group import ranks_within
-from autopart.hardware.measured import read_measured, read_wire
-from autopart.hardware.pace import busy_device, pace
-from autopart.hardware.pods import check_pods, pods_text, shared_spine, spine_of, split_pods
-from autopart.hardware.rows import Device, Host, Link, Silicon
+from autopart.hardware.pods import pods_text, split_pods
+from autopart.hardware.row_json import device_of, link_of
+from autopart.hardware.rows import Device
+from autopart.hardware.slowest import slower, slowest
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-AXES = ("pp", "dp", "tp")
-"""The axes whose degrees a user may fix: pipeline, data and tensor parallelism."""
-
-MAX_DEVICES = 2**31 - 1
-"""Devices of the largest mesh."""
 
 _GRAMMAR = re.compile(r"(?:(\d+)x)?(\d+):([\w.-]+)(?:@([\w.-]+))?")
 
@@ -39,8 +38,8 @@ AnyMesh: TypeAlias = "str | Mesh | DeviceMesh"
 
 
 @dataclass(frozen=True)
-class Mesh:
-    """`hosts` hosts of `devices_per_host` equal devices each.
+class Mesh(EqualHosts):
+    """Hosts of equal devices, as a plan is made for them; of several kinds, see `MixedMesh`.
 
     intra             the link between devices of one host
     inter             the link between hosts
@@ -53,29 +52,6 @@ class Mesh:
     Raises PartitionError if a number is below 1 or `axes` does not fit.
     """
 
-    hosts: int
-    devices_per_host: int
-    device: Device
-    intra: Link
-    inter: Link
-    axes: tuple[tuple[str, int], ...] = ()
-    nics_per_host: int | None = None
-    hosts_per_pod: int | None = None
-    oversubscription: float = 1.0
-
-    def __post_init__(self) -> None:
-        if min(self.hosts, self.devices_per_host) < 1:
-            raise PartitionError(
-                f"a mesh of {self.hosts} x {self.devices_per_host} devices is empty",
-                try_="at least 1 host of 1 device",
-            )
-        if self.size > MAX_DEVICES:
-            raise PartitionError(f"a mesh of {self.size:,} devices", f"ranks are numbered up to {MAX_DEVICES:,}")
-        if self.nics_per_host is not None and self.nics_per_host < 1:
-            raise PartitionError(f"hosts with {self.nics_per_host} network cards", try_="at least 1")
-        check_pods(self.hosts_per_pod, self.oversubscription)
-        _check_axes(self.axes, self.size)
-
     @staticmethod
     def usual(hosts: int, devices_per_host: int, device: Device) -> Mesh:
         """The mesh of such devices with the links that the device's row names.
@@ -83,94 +59,6 @@ class Mesh:
         Raises PartitionError for a link that is not in the table.
         """
         return Mesh(hosts, devices_per_host, device, find_link(device.link), find_link(device.inter))
-
-    @property
-    def size(self) -> int:
-        """The number of devices, which is that of ranks."""
-        return self.hosts * self.devices_per_host
-
-    @property
-    def pods(self) -> int:
-        """The number of pods of hosts."""
-        return -(-self.hosts // (self.hosts_per_pod or self.hosts))
-
-    @property
-    def pod_size(self) -> int:
-        """The number of devices of a pod."""
-        return (self.hosts_per_pod or self.hosts) * self.devices_per_host
-
-    @property
-    def nics(self) -> int:
-        """The network cards of one host: `nics_per_host`; where that is None, devices_per_host times the cards for each
-        device in the device's row, rounded up."""
-        if self.nics_per_host is not None:
-            return self.nics_per_host
-        return math.ceil(self.devices_per_host * self.device.nics_per_host / self.device.devices_per_host)
-
-    def shared(self, link: Link, senders: int | None = None) -> Link:
-        """`link` with the bandwidth that each sender has while `senders` devices of every host send at once.
-
-        senders  None: all devices of the host
-
-        The row of the link between hosts is that of one network card. A host has `nics` cards, so that each sender has
-        min(1, nics / senders) of the row's bandwidth, at the row's latency. The link inside a host is a device's own
-        and is returned unchanged. Where `intra` and `inter` are the same row and there are several hosts, `link` is
-        taken for `inter`.
-
-        Raises PartitionError where a host has fewer than `senders` devices.
-        """
-        senders = self.devices_per_host if senders is None else senders
-        if not 1 <= senders <= self.devices_per_host:
-            raise PartitionError(f"{senders} devices of a host cannot send at once", f"{self} has other hosts")
-        if self.hosts == 1 or link != self.inter or senders <= self.nics:
-            return link
-        return replace(link, bandwidth=link.bandwidth * self.nics / senders)
-
-    def link(self, stride: int, size: int) -> Link:
-        """The slowest link within the groups of `size` ranks spaced `stride` apart that tile the mesh.
-
-        The groups interleave in blocks of ``stride * size`` ranks, so that a host boundary inside a block
-        parts at least one of them; the link is then `inter`, or that between pods (`spine_of`) where a pod's boundary
-        does. Raises PartitionError if the mesh has no such
-        group.
-        """
-        if min(stride, size) < 1 or (size - 1) * stride >= self.size:
-            raise PartitionError(f"{self} has no group of {size} ranks spaced {stride} apart")
-        if size == 1 or self.hosts == 1 or self.devices_per_host % (stride * size) == 0:
-            return self.intra
-        within = self.pods == 1 or self.pod_size % (stride * size) == 0
-        return self.inter if within else spine_of(self.inter, self.oversubscription)
-
-    def group(self, stride: int, size: int) -> Group:
-        """The groups of `size` ranks spaced `stride` apart that tile the mesh (see `link`).
-
-        Where they cross hosts and do not fill them evenly, `per_host` is the most that every group could be made of in
-        equal parts, so that none is faster than said; so is `per_pod`. All ranks communicate at once: of the network
-        cards of a host each has its share, and no more than one.
-        """
-        link = self.link(stride, size)
-        per_host = size if link is self.intra else ranks_within(size, stride, self.devices_per_host)
-        group = Group(size, per_host, self.intra, self.inter, min(1.0, self.nics / self.devices_per_host))
-        if link is self.intra or link is self.inter:
-            return group
-        return replace(group, per_pod=ranks_within(size, stride, self.pod_size), spine=link)
-
-    def between(self, stride: int, stages: int, micro_batches: int) -> Link:
-        """The link on which ranks `stride` apart in a pipeline send to the next while as many of a host do as can, and
-        as `busy_device` has them. Where a message crosses pods, all that may leave the pod at once share the bandwidth
-        between pods."""
-        link, senders = self.link(stride, stages), min(stride, self.devices_per_host)
-        if link is self.intra or link is self.inter:
-            link = self.shared(link, senders)
-        else:
-            cards = self.pod_size / self.devices_per_host * self.nics
-            link = shared_spine(link, self.shared(self.inter, senders), cards, min(stride, self.pod_size))
-        factor = pace(self.device, stages, micro_batches)
-        return link if factor == 1 or not link.measured else replace(link, measured=link.measured.faster(1 / factor))
-
-    def busy_device(self, stages: int, micro_batches: int) -> Device:
-        """The device as ranks have it in a pipeline of so many stages and micro-batches: see `hardware.pace`."""
-        return busy_device(self.device, stages, micro_batches)
 
     def __str__(self) -> str:
         """The text `parse` reads; `axes`, a custom `intra` and `nics_per_host` are not part of it (see `to_json`)."""
@@ -190,8 +78,6 @@ class Mesh:
         that do not form one mesh.
         """
         if "+" in text:
-            from autopart.hardware.mixed import joined
-
             return joined([Mesh.parse(part) for part in text.split("+")])
         one_pod, hosts_per_pod, oversubscription = split_pods(text.strip().lower())
         match = _GRAMMAR.fullmatch(one_pod)
@@ -223,9 +109,8 @@ class Mesh:
         from torch.distributed.device_mesh import DeviceMesh
 
         if isinstance(obj, DeviceMesh):
-            from autopart.hardware.device_mesh import mesh_of
-
-            return mesh_of(obj)
+            hosts, devices_per_host, device, axes = hosts_of(obj)
+            return replace(Mesh.usual(hosts, devices_per_host, device), axes=axes)
         raise PartitionError(
             f"not a mesh: {obj!r}",
             try_='text such as "4x8:h100-80gb", an autopart Mesh or a torch DeviceMesh',
@@ -240,15 +125,14 @@ class Mesh:
         """The inverse of `to_json`. Raises PartitionError if a field is missing or unknown."""
         try:
             if "parts" in data:
-                from autopart.hardware.mixed import from_parts
-
-                return from_parts(**data)
+                parts = [Mesh.from_json(part) for part in data["parts"]]
+                return joined(parts, [(name, degree) for name, degree in data["axes"]])
             return Mesh(
                 **{
                     **data,
-                    "device": _device(data["device"]),
-                    "intra": _link(data["intra"]),
-                    "inter": _link(data["inter"]),
+                    "device": device_of(data["device"]),
+                    "intra": link_of(data["intra"]),
+                    "inter": link_of(data["inter"]),
                     "axes": tuple((name, degree) for name, degree in data["axes"]),
                 }
             )
@@ -256,37 +140,114 @@ class Mesh:
             raise PartitionError("not a mesh in JSON", why=f"{type(error).__name__}: {error}") from error
 
 
-def _device(data: Mapping[str, Any]) -> Device:
-    silicon = data.get("silicon")
-    if silicon is not None:
-        silicon = Silicon(**{**silicon, "attention": tuple(silicon["attention"])})
-    host = Host(**data["host"]) if data.get("host") else None
-    return Device(**{**data, "silicon": silicon, "host": host, "measured": _tables(data, read_measured)})
+@dataclass(frozen=True)
+class MixedMesh(Mesh):
+    """Hosts of several kinds with equally many devices each; ranks fill hosts in the order of `parts`.
+
+    The other fields are what all ranks have together: the `slowest` device and the slowest links. The link between
+    hosts of different kinds is the `slower` of the two; messages between stages take the slowest of the mesh, as
+    `Mesh.link` says.
+
+    parts  meshes of equal hosts; neighbours are of different kinds
+    """
+
+    parts: tuple[Mesh, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sizes = {part.devices_per_host for part in self.parts}
+        if sizes != {self.devices_per_host} or sum(part.hosts for part in self.parts) != self.hosts:
+            raise PartitionError(
+                f"{self} is not {self.hosts} hosts of {self.devices_per_host} devices",
+                "the numbers of a mesh of several kinds are those of its parts",
+            )
+
+    @property
+    def nics(self) -> int:
+        """The fewest network cards of any host."""
+        return min(part.nics for part in self.parts)
+
+    @cached_property
+    def views(self) -> tuple[Mesh, ...]:
+        """The mesh as a stage has it that spans some neighbouring parts, for all ranges of parts."""
+        found: dict[Mesh, None] = {}
+        for first, last in self._ranges():
+            found[self._seen_from(self.parts[first:last])] = None
+        return tuple(found)
+
+    @cached_property
+    def _view_of(self) -> dict[tuple[int, int], int]:
+        """Range of parts -> index in `views`."""
+        return {r: self.views.index(self._seen_from(self.parts[slice(*r)])) for r in self._ranges()}
+
+    def view(self, stage: int, stages: int) -> int:
+        """The index in `views` of the parts that have ranks of the stage."""
+        ranks = self.size // stages
+        hosts = [rank // self.devices_per_host for rank in (stage * ranks, (stage + 1) * ranks - 1)]
+        ends = list(itertools.accumulate(part.hosts for part in self.parts))
+        first, last = (next(i for i, end in enumerate(ends) if host < end) for host in hosts)
+        return self._view_of[first, last + 1]
+
+    def _ranges(self) -> Iterable[tuple[int, int]]:
+        return itertools.combinations(range(len(self.parts) + 1), 2)
+
+    def _seen_from(self, parts: Sequence[Mesh]) -> Mesh:
+        """A mesh of this one's size, with the devices and links of some parts. Where other parts overlap no messages
+        with computing, neither do these: all ranks run one program."""
+        there = {part.device for part in parts}
+        device = slowest([part.device for part in self.parts if part.device in there])
+        if not self.device.overlapped_share:
+            device = replace(device, overlap=0.0)
+        links = slower([part.intra for part in parts]), slower([part.inter for part in parts])
+        cards = parts[0].nics_per_host if len(parts) == 1 else min(part.nics for part in parts)
+        return Mesh(self.hosts, self.devices_per_host, device, *links, self.axes, cards)
+
+    def __str__(self) -> str:
+        """The text `Mesh.parse` reads: those of the parts, joined by "+"."""
+        return "+".join(map(str, self.parts))
+
+    def to_json(self) -> dict[str, Any]:
+        """The parts and `axes` alone: all else follows from them."""
+        return {"parts": [part.to_json() for part in self.parts], "axes": [list(axis) for axis in self.axes]}
 
 
-def _link(data: Mapping[str, Any]) -> Link:
-    return Link(**{**data, "measured": _tables(data, read_wire)})
+def joined(parts: Iterable[Mesh], axes: Iterable[tuple[str, int]] = ()) -> Mesh:
+    """The mesh of the hosts of some meshes, in this order, with the degrees `axes`. Neighbours of one kind are one
+    part; a mesh of one kind is a plain `Mesh`.
 
-
-def _tables(data: Mapping[str, Any], read: Callable[[Any], Any]) -> Any:
-    given = data.get("measured")
-    if given is not None and (given := read(given)) is None:
-        raise TypeError("`measured` is not what autopart calibrate writes")
-    return given
-
-
-def _check_axes(axes: Iterable[tuple[str, int]], size: int) -> None:
-    names, degrees = [name for name, _ in axes], [degree for _, degree in axes]
-    if len(set(names)) < len(names) or not set(names) <= set(AXES):
-        raise PartitionError(f"bad mesh axes {names}", why=f"each must be one of {', '.join(AXES)}, once")
-    product = math.prod(degrees)
-    complete = len(names) == len(AXES)
-    if min(degrees, default=1) < 1 or size % product or (complete and product != size):
-        given = ", ".join(f"{name}={degree}" for name, degree in axes)
+    Raises PartitionError where hosts have different numbers of devices, where CPUs stand beside GPUs, and for pods.
+    """
+    parts = tuple(parts)
+    if any(part.hosts_per_pod for part in parts):
+        flat = [replace(part, hosts_per_pod=None, oversubscription=1.0) for part in parts]
         raise PartitionError(
-            f"the degrees {given} do not fit {size} devices",
-            why=f"their product {product} must {'equal' if complete else 'divide'} {size}",
+            "pods in a mesh of several kinds",
+            "a pod has hosts of one kind, and all links are alike",
+            "+".join(map(str, flat)),
         )
+    merged: list[Mesh] = []
+    for part in parts:
+        if merged and replace(part, hosts=merged[-1].hosts) == merged[-1]:
+            part = replace(part, hosts=part.hosts + merged.pop().hosts)
+        merged.append(part)
+    sizes = {part.devices_per_host: None for part in merged}
+    if len(sizes) > 1:
+        raise PartitionError(
+            f"hosts of {' and of '.join(map(str, sizes))} devices in one mesh",
+            "every host has as many devices, of whatever kind",
+            "+".join(str(replace(part, devices_per_host=min(sizes))) for part in merged),
+        )
+    if len(merged) == 1:
+        return replace(merged[0], axes=tuple(axes))
+    return MixedMesh(
+        hosts=sum(part.hosts for part in merged),
+        devices_per_host=merged[0].devices_per_host,
+        device=slowest([part.device for part in merged]),
+        intra=slower([part.intra for part in merged]),
+        inter=slower([part.inter for part in merged]),
+        axes=tuple(axes),
+        parts=tuple(merged),
+    )
 
 
 def divisors(number: int) -> list[int]:

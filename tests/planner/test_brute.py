@@ -10,8 +10,7 @@ import pytest
 from brute import EQUAL, NEVER, SHARED, Judge, problem, steps_of, whole
 
 from autopart.errors import PartitionError
-from autopart.hardware.mesh import Mesh
-from autopart.hardware.mixed import joined
+from autopart.hardware.mesh import Mesh, joined
 from autopart.planner.branch_and_bound import Search
 from autopart.planner.candidate import SearchResult
 from autopart.planner.search_points import MIXED

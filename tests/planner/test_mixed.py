@@ -13,7 +13,7 @@ from torch import nn
 import autopart
 from autopart import Mesh, PartitionError, Plan
 from autopart.hardware import _devices, load_hardware
-from autopart.hardware.mixed import joined
+from autopart.hardware.mesh import joined
 from autopart.ir.labels import is_block
 from autopart.planner.explain.why import explain
 
