@@ -39,8 +39,7 @@ def peaks(precision: str, ranks: int, no_fuse: tuple[str, ...] = ()) -> tuple[fl
     return plan.memory_bytes[0], measured(source, plan)[0]
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("precision", "ranks"), [("float32", 1), ("float32", 2), ("bfloat16", 2)])
 def test_bytes_of_a_fused_head_are_those_of_the_tensors(precision: str, ranks: int) -> None:
     predicted, counted = peaks(precision, ranks)
     assert abs(predicted / counted - 1) < NEAR, (predicted, counted)
