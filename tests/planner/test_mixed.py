@@ -160,4 +160,4 @@ def test_a_step_on_two_kinds_of_cpu(half: str) -> None:
     mesh = Mesh.parse(f"1:cpu+1:{half}")
     made = autopart.plan(model, mesh, batch, pp=2)
     found = autopart.simulate(model, mesh, batch, plan=made)
-    torch.testing.assert_close(found.loss, model.double()(batch["x"].double()))
+    torch.testing.assert_close(found.loss, model(batch["x"]))
