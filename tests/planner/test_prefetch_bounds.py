@@ -38,7 +38,7 @@ def test_no_splits_are_below_the_bounds(bandwidth: float, tp: int) -> None:
     assert solution is not None
     bound, n = space.lp_bound(point), len(space.layered.labels)
     spans = [(0, n), (0, n // 2), (n // 2, n)]
-    bounds = [relaxed_stages(space, point, [span], space.options(point))[0] for span in spans]
+    bounds = [relaxed_stages(space, [(point, span)], space.options(point))[0] for span in spans]
     assert space.priced(point).gather_seconds.any(), "weights may be gathered ahead"
     nodes, draw, priced, hidden = space.model(point).table.nodes, random.Random(0), 0, 0
     for _ in range(DRAWN):

@@ -112,7 +112,7 @@ def test_a_profile_is_read_back(tmp_path: Path) -> None:
     assert all(row[-1] == 0.5 for rows in measured.products.values() for row in rows)
     assert wire.collectives.keys() == set(MESSAGES) and set(wire.collectives["all_reduce"]) == {"2"}
     assert mesh.device.flops == {"float32": RATE, "bfloat16": 2 * RATE}
-    assert mesh.device.memory_bytes == Mesh.of("2:cpu").memory_bytes and mesh.intra.name == "mine"
+    assert mesh.device.memory_bytes == Mesh.of("2:cpu").device.memory_bytes and mesh.intra.name == "mine"
     again = Mesh.from_json(json.loads(json.dumps(mesh.to_json())))
     assert again == mesh and hash(again) == hash(mesh)
     assert str(Mesh.of(str(mesh))) == str(mesh) == "2:mine"
