@@ -1,18 +1,20 @@
 """Settings of the whole test suite, made before anything imports torch or transformers.
 
-Where the time goes: CPU seconds (user and system, of a test and its children) of the dearest files, on two slow cores
-beside other load. A whole run took 1,600 on 2 cores, and 18 minutes, before commands and their ranks were forks and
-files shared what they trace.
+Where the time goes: CPU seconds (user and system, of a test and its children) of the dearest files, on two cores beside
+little other load; children of fork servers are not counted.
 
-    75   passes/test_gpu_graphs.py, reckoned from a third of it
-    70   sharding/test_proof.py, of which 25 are wrong rows
-    54   runtime/test_exact.py and benchmarks/test_harness.py
-    50   frontend/test_short_loops.py
-    45   test_pipegoose.py, compile/test_trainer.py and benchmarks/test_gpu_run.py
-    41   planner/test_explain.py
-    34   test_vegiantmodel.py
-    31   cost/test_memory.py
-    27   cli/test_cli.py
+   168   passes/test_gpu_graphs.py
+    96   frontend/test_shortened.py
+    88   cost/test_memory.py
+    70   sharding/test_proof.py
+    62   planner/test_brute.py
+    60   compile/test_graphs.py
+    58   frontend/test_short_loops.py
+    54   test_examples.py
+    53   compile/test_structure.py
+    47   planner/test_explain.py and passes/test_matches.py
+    44   runtime/test_random.py and runtime/test_variants.py
+    43   passes/test_golden.py
 
 What is dear is to import torch (2) or transformers and autopart (3 more), to trace a model (0.2 to 2 for each dtype and
 micro-batch size, twice that where `frontend/functionalize.py` leaves it to torch: of a test that compiles a program,
