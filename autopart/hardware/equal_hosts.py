@@ -101,8 +101,7 @@ class EqualHosts:
 
         The groups interleave in blocks of ``stride * size`` ranks, so that a host boundary inside a block
         parts at least one of them; the link is then `inter`, or that between pods (`spine_of`) where a pod's boundary
-        does. Raises PartitionError if the mesh has no such
-        group.
+        does. Raises PartitionError if the mesh has no such group.
         """
         if min(stride, size) < 1 or (size - 1) * stride >= self.size:
             raise PartitionError(f"{self} has no group of {size} ranks spaced {stride} apart")

@@ -39,18 +39,8 @@ AnyMesh: TypeAlias = "str | Mesh | DeviceMesh"
 
 @dataclass(frozen=True)
 class Mesh(EqualHosts):
-    """Hosts of equal devices, as a plan is made for them; of several kinds, see `MixedMesh`.
-
-    intra             the link between devices of one host
-    inter             the link between hosts
-    axes              degrees the user has fixed, outermost first, e.g. ``(("pp", 2), ("dp", 2), ("tp", 2))``; empty
-                      leaves all to the planner. Their product divides `size`, and equals it if all are given
-    nics_per_host     network cards of a host; None: as many for each device as the device's row says (see `nics`)
-    hosts_per_pod     neighbouring hosts that form a pod, the last of which may have fewer; None: all
-    oversubscription  bytes/s of all network cards of a pod / bytes/s between the pod and others, at least 1
-
-    Raises PartitionError if a number is below 1 or `axes` does not fit.
-    """
+    """Hosts of equal devices, as a plan is made for them, with their text and JSON. Fields and errors are those of
+    `EqualHosts`; hosts of several kinds are a `MixedMesh`."""
 
     @staticmethod
     def usual(hosts: int, devices_per_host: int, device: Device) -> Mesh:

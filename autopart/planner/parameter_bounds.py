@@ -10,7 +10,7 @@ def end_of_step_bytes(prices: Prices) -> Array:
     """[positions]: parameters, gradients, optimizer states, and the optimizer's temporaries where it steps all
     parameters at once; of the parameters that the position alone reads."""
     temporaries = prices.optimizer_workspace * prices.terms.training.foreach
-    least = _least(prices, prices.state[: len(temporaries)] + temporaries)
+    least = _least(prices, prices.state + temporaries)
     found = np.zeros(len(prices.sizes.table.labels))
     for index, (own, _) in prices.sizes.holders.items():
         np.add.at(found, own, least[index])
